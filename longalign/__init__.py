@@ -1,0 +1,1 @@
+"""Long-text alignment of text-to-image diffusion models."""

@@ -1,0 +1,1 @@
+"""The small world that ships with the package: scenes, captions, oracle, weights."""
