@@ -1,0 +1,99 @@
+"""Tokenizers of the small world: CLIP's byte-pair encoding with a reduced vocabulary, and a T5 unigram model.
+
+The reduced CLIP vocabulary keeps all bytes, the most frequent merges and every merge that the given words need. Those
+words are split exactly as by the full tokenizer, and any other text still has tokens. Ids follow CLIP's order (bytes,
+bytes that end a word, merges by rank, ``<sot>``, ``<eot>``), so the same vocabulary serves transformers and open_clip.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from open_clip.tokenizer import SimpleTokenizer
+
+NUM_COMMON_MERGES = 400
+
+
+def reduced_merges(words: Iterable[str], num_common: int = NUM_COMMON_MERGES) -> list[tuple[str, str]]:
+    """The merges of CLIP's vocabulary that are kept, by rank: the first ``num_common`` and those that ``words`` use."""
+    full = SimpleTokenizer()
+    kept = set(sorted(full.bpe_ranks.values())[:num_common])
+    for word in sorted({w for text in words for w in full.pat.findall(text.lower())}):
+        symbols = [full.byte_encoder[b] for b in word.encode()]
+        symbols[-1] += "</w>"
+        while len(symbols) > 1:
+            ranks = [full.bpe_ranks.get(pair, len(full.bpe_ranks)) for pair in zip(symbols, symbols[1:], strict=False)]
+            best = min(ranks)
+            if best == len(full.bpe_ranks):
+                break
+            kept.add(best)
+            first = ranks.index(best)
+            symbols[first : first + 2] = [symbols[first] + symbols[first + 1]]
+    by_rank = {rank: pair for pair, rank in full.bpe_ranks.items()}
+    return [by_rank[rank] for rank in sorted(kept)]
+
+
+def write_clip_tokenizer(folder: Path, words: Sequence[str] | None = None, max_length: int = 77) -> Path:
+    """Writes a transformers ``CLIPTokenizer`` with the reduced vocabulary into ``folder``.
+
+    Args:
+        folder: where the files go; made if missing.
+        words: texts whose words must be split as by the full tokenizer; the small world's own vocabulary if None.
+        max_length: length of the text model's window in tokens.
+    """
+    from transformers import CLIPTokenizer
+
+    merges = reduced_merges(_default_words() if words is None else words)
+    alphabet = list(SimpleTokenizer().byte_encoder.values())
+    symbols = [*alphabet, *(a + "</w>" for a in alphabet), *(a + b for a, b in merges)]
+    symbols += ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({s: i for i, s in enumerate(symbols)}, ensure_ascii=False))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(f"{a} {b}" for a, b in merges) + "\n")
+    tokenizer = CLIPTokenizer.from_pretrained(str(folder), model_max_length=max_length)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_open_clip_bpe(folder: Path, words: Sequence[str] | None = None) -> Path:
+    """Writes the reduced vocabulary as ``bpe_simple_vocab.txt.gz``, the file that open_clip's tokenizer reads."""
+    merges = reduced_merges(_default_words() if words is None else words)
+    folder.mkdir(parents=True, exist_ok=True)
+    # open_clip takes every line after the first as a merge, so there is no newline at the end
+    text = "#version: 0.2\n" + "\n".join(f"{a} {b}" for a, b in merges)
+    path = folder / "bpe_simple_vocab.txt.gz"
+    path.write_bytes(gzip.compress(text.encode(), mtime=0))
+    return path
+
+
+def write_t5_tokenizer(folder: Path, texts: Sequence[str] | None = None, vocab_size: int = 600) -> Path:
+    """Trains a unigram model on ``texts`` and writes it as a transformers ``T5Tokenizer`` into ``folder``."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import T5Tokenizer
+
+    texts = _default_words() if texts is None else texts
+    model = Tokenizer(models.Unigram())
+    model.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
+    printable = [chr(c) for c in range(33, 127)]
+    model.train_from_iterator(
+        texts,
+        trainers.UnigramTrainer(
+            vocab_size=vocab_size, initial_alphabet=printable, show_progress=False, unk_token="<unk>",
+            special_tokens=["<pad>", "</s>", "<unk>"],
+        ),
+    )  # fmt: skip
+    vocab = [(piece, score) for piece, score in json.loads(model.to_str())["model"]["vocab"]]
+    vocab += [(f"<extra_id_{i}>", 0.0) for i in range(99, -1, -1)]
+    tokenizer = T5Tokenizer(vocab=vocab, model_max_length=512)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _default_words() -> Sequence[str]:
+    from longalign.mini.captions import all_phrases
+
+    return all_phrases()
