@@ -1,0 +1,219 @@
+"""Metrics over images and prompts: rewards, their text-relevant and irrelevant parts, and facts read from the pixels.
+
+A metric is any callable ``(images (b, 3, h, w) in [0, 1], prompts) -> {name: (b,)}``, NaN where an image has no value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longalign.rewards.base import EmbeddingReward, Reward
+from longalign.table import MetricTable
+
+Metric = Callable[[Tensor, Sequence[str]], Mapping[str, Any]]
+
+
+class RewardMetric:
+    """A reward as a metric: its score, and the named parts that it reports.
+
+    Args:
+        name: what the score is called in the table; parts become ``name.part``.
+        reward: a `Reward`, or a plain callable ``(images, prompts) -> (b,)``.
+    """
+
+    def __init__(self, name: str, reward: Reward | Callable[[Tensor, Sequence[str]], Tensor]):
+        self.name, self.reward = name, reward
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        if not isinstance(self.reward, Reward):
+            return {self.name: self.reward(images, prompts)}
+        scores = self.reward.scores(images, prompts)
+        return {self.name: scores.total, **{f"{self.name}.{k}": v for k, v in scores.parts.items()}}
+
+
+class DecomposedMetric:
+    """An embedding reward and its decomposition about a common direction that is the same for every model and batch.
+
+    Gives ``name`` (the plain score), ``text_relevant`` and ``text_irrelevant`` (which add up to it; paper section 4.1)
+    and ``name-o``: the cosine of the image with the text's part across the direction, normalised (Denscore-O in the
+    paper's tables when the reward is Denscore).
+
+    Args:
+        name: what the plain score is called in the table.
+        reward: the embedding reward.
+        corpus: prompts whose mean text embedding is the common direction, e.g. all prompts of the evaluation; at least
+            two different ones, for the text-relevant part of a single prompt about itself is nothing.
+        batch_size: prompts encoded at a time.
+    """
+
+    def __init__(self, name: str, reward: EmbeddingReward, corpus: Sequence[str], batch_size: int = 64):
+        if not isinstance(reward, EmbeddingReward):
+            raise ValueError(f"only embedding rewards decompose; '{name}' is {type(reward).__name__}, use RewardMetric")
+        corpus = list(dict.fromkeys(corpus))
+        if len(corpus) < 2:
+            raise ValueError(f"the common direction needs at least two different prompts, got {len(corpus)}")
+        self.name, self.reward = name, reward
+        with torch.no_grad():
+            chunks = [reward.text_features(corpus[i : i + batch_size]) for i in range(0, len(corpus), batch_size)]
+        self.direction = torch.nn.functional.normalize(torch.cat(chunks).mean(0), dim=0)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        image, text = self.reward.image_features(images), self.reward.text_features(prompts)
+        along = (text @ self.direction)[:, None] * self.direction
+        across = text - along
+        return {
+            self.name: (image * text).sum(-1),
+            "text_relevant": (image * across).sum(-1),
+            "text_irrelevant": (image * along).sum(-1),
+            f"{self.name}-o": (image * torch.nn.functional.normalize(across, dim=-1)).sum(-1),
+        }
+
+
+class FactMetric:
+    """Share of the told facts that the image shows, read from the pixels by the small world's oracle.
+
+    Gives ``facts``, and as shares ``facts/attribute/<kind>`` and ``facts/place in the prompt/<n>-<m>%``: where the
+    sentence stands among the caption's sentences, in quarters, so that what is lost late in a long prompt shows.
+
+    Args:
+        captions: captions of the small world with their facts; a prompt is looked up by its text.
+        quarters: number of parts a prompt is divided into.
+    """
+
+    def __init__(self, captions: Sequence[Any], quarters: int = 4):
+        self.captions = {caption.text: caption for caption in captions}
+        self.quarters = quarters
+
+    def verdicts(self, images: Tensor, prompts: Sequence[str]) -> list[list[list[bool]]]:
+        """For each image, for each sentence, for each fact told in it: whether the image shows it."""
+        from longalign.mini import oracle
+
+        missing = [p for p in prompts if p not in self.captions]
+        if missing:
+            raise ValueError(f"no facts are known for {len(missing)} prompts, the first is {missing[0]!r}")
+        return oracle.verdicts(images.float().cpu().numpy(), [self.captions[p] for p in prompts])
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        rows = []
+        for prompt, verdict in zip(prompts, self.verdicts(images, prompts), strict=True):
+            found: dict[str, list[bool]] = {}
+            sentences = self.captions[prompt].sentences
+            for i, (sentence, truths) in enumerate(zip(sentences, verdict, strict=True)):
+                part = i * self.quarters // len(sentences)
+                place = f"{100 * part // self.quarters}-{100 * (part + 1) // self.quarters}%"
+                for fact, truth in zip(sentence.facts, truths, strict=True):
+                    for name in ("facts", f"facts/attribute/{fact.kind}", f"facts/place in the prompt/{place}"):
+                        found.setdefault(name, []).append(truth)
+            rows.append({name: float(np.mean(values)) for name, values in found.items()})
+        names = ["facts", *sorted({name for row in rows for name in row} - {"facts"}, key=_place)]
+        return {name: np.array([row.get(name, np.nan) for row in rows]) for name in names}
+
+
+def _place(name: str) -> tuple[str, int, str]:
+    *group, last = name.split("/")
+    digits = last.split("-")[0]
+    return "/".join(group), int(digits) if digits.isdigit() else -1, last
+
+
+@torch.no_grad()
+def measure(images: Tensor, prompts: Sequence[str], metrics: Sequence[Metric], batch_size: int = 16) -> dict[str, Any]:
+    """All metrics of one model's images: name -> ``(n,)`` float64 array.
+
+    Args:
+        images: ``(n, 3, h, w)`` in [0, 1].
+        prompts: one for each image.
+        metrics: callables as described above; two that give the same name are refused.
+        batch_size: images a call.
+    """
+    if len(images) != len(prompts):
+        raise ValueError(f"expected one prompt per image, got {len(images)} images and {len(prompts)} prompts")
+    out: dict[str, np.ndarray] = {}
+    for metric in metrics:
+        found: dict[str, np.ndarray] = {}
+        for start in range(0, len(prompts), batch_size):
+            rows = slice(start, start + batch_size)
+            for name, values in metric(images[rows], prompts[rows]).items():
+                values = values.double().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values, np.float64)
+                found.setdefault(name, np.full(len(prompts), np.nan))[rows] = values
+        taken = sorted(set(out) & set(found))
+        if taken:
+            raise ValueError(f"two metrics are called {', '.join(taken)}; give one of them another name")
+        out.update(found)
+    return out
+
+
+def evaluate(
+    models: Mapping[str, Tensor],
+    prompts: Sequence[str],
+    metrics: Sequence[Metric],
+    seeds: Sequence[int] = (),
+    batch_size: int = 16,
+) -> MetricTable:
+    """Measures several models' images of the same prompts and seeds; the first model is the base of all differences.
+
+    Args:
+        models: name -> images ``(n, 3, h, w)`` in [0, 1], the i-th drawn from the i-th prompt and seed by each model.
+        prompts: the ``n`` prompts.
+        metrics: see `measure`.
+        seeds: the ``n`` seeds, kept in the table.
+        batch_size: images a call.
+    """
+    values = {name: measure(images, prompts, metrics, batch_size) for name, images in models.items()}
+    return MetricTable(values, list(prompts), list(seeds))
+
+
+def load_images(paths: Sequence[Path | str]) -> list[Tensor]:
+    """Reads image files as ``(3, h, w)`` float tensors in [0, 1], each at its own size."""
+    from PIL import Image
+
+    out = []
+    for path in paths:
+        with Image.open(path) as image:
+            out.append(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255)
+    return out
+
+
+@torch.no_grad()
+def score_images(
+    rewards: Mapping[str, Any], paths: Sequence[Path | str], prompts: Sequence[str], out: TextIO | None = None
+) -> list[dict[str, float | str]]:
+    """Scores image files and prints one line for each and the means, tab-separated.
+
+    Images are scored one at a time, so they may differ in size and no score depends on its neighbours; a reward whose
+    direction comes from the batch is refused by the reward itself.
+
+    Args:
+        rewards: name -> `Reward` or plain callable.
+        paths: image files.
+        prompts: one for each file, or one for all of them.
+        out: where to print; standard output if None.
+
+    Returns:
+        One dict for each image: ``image``, ``prompt`` and each score.
+    """
+    prompts = list(prompts) * len(paths) if len(prompts) == 1 else list(prompts)
+    if len(paths) != len(prompts):
+        raise ValueError(
+            f"expected one prompt per image or one for all, got {len(paths)} images, {len(prompts)} prompts"
+        )
+    if not paths:
+        raise ValueError("no images to score")
+    metrics = [RewardMetric(name, reward) for name, reward in rewards.items()]
+    rows: list[dict[str, float | str]] = []
+    for path, prompt in zip(paths, prompts, strict=True):
+        image = load_images([path])[0][None]
+        scores = {k: float(v[0]) for metric in metrics for k, v in metric(image, [prompt]).items()}
+        if not rows:
+            print("\t".join([*scores, "image"]), file=out)
+        print("\t".join([*(f"{v:.4f}" for v in scores.values()), str(path)]), file=out, flush=True)
+        rows.append({"image": str(path), "prompt": prompt, **scores})
+    names = [k for k in rows[0] if k not in ("image", "prompt")]
+    means = [np.mean([float(row[k]) for row in rows]) for k in names]
+    print("\t".join([*(f"{m:.4f}" for m in means), f"mean of {len(rows)}"]), file=out)
+    return rows

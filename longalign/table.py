@@ -1,0 +1,272 @@
+"""Per-image metric values of several models on the same prompts and seeds: means with intervals, paired differences."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+LENGTH_EDGES = (30, 60, 120, 240)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its bootstrap interval; ``count`` images have a value. All are NaN where none has one."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+
+def bootstrap(
+    values: np.ndarray, groups: Sequence[str] | None = None, samples: int = 2000, level: float = 0.95, seed: int = 0
+) -> Interval:
+    """The mean of ``values`` with its percentile bootstrap interval. Given differences, this is the paired bootstrap.
+
+    Args:
+        values: ``(n,)``; NaN where there is none, which is left out.
+        groups: what is drawn with replacement, one label a value: images of one prompt are not independent of each
+            other, so the prompt is drawn and all of its images with it. None draws the values one by one.
+        samples: number of draws.
+        level: coverage of the interval.
+        seed: of the draws, so that the same values always give the same interval.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    known = ~np.isnan(values)
+    if not known.any():
+        return Interval(math.nan, math.nan, math.nan, 0)
+    labels = np.arange(len(values)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    sums = np.bincount(labels[known], weights=values[known])
+    counts = np.bincount(labels[known])
+    sums, counts = sums[counts > 0], counts[counts > 0]
+    rng = np.random.default_rng(seed)
+    means = np.empty(samples)
+    for i in range(samples):
+        drawn = rng.integers(len(sums), size=len(sums))
+        means[i] = sums[drawn].sum() / counts[drawn].sum()
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(values[known].mean()), float(low), float(high), int(known.sum()))
+
+
+def length_labels(
+    prompts: Sequence[str], edges: Sequence[int] = LENGTH_EDGES, count: Callable[[str], int] | None = None
+) -> list[str]:
+    """The length bucket of each prompt, e.g. ``"31-60"``; lengths are words unless ``count`` says otherwise."""
+    count = count or (lambda text: len(text.split()))
+    names = [f"{low + 1}-{high}" for low, high in zip((0, *edges[:-1]), edges, strict=True)] + [f"over {edges[-1]}"]
+    return [names[int(np.searchsorted(edges, count(prompt)))] for prompt in prompts]
+
+
+@dataclass(frozen=True)
+class MetricTable:
+    """Metric values of models over the same images' prompts and seeds; the first model is the base.
+
+    A metric whose name holds ``/`` is a share of the one before the slash (``facts/colour``): it is shown as a
+    breakdown, not in the main table.
+
+    Attributes:
+        values: model -> metric -> ``(n,)`` values, NaN where an image has none.
+        prompts: the ``n`` prompts.
+        seeds: the ``n`` seeds.
+    """
+
+    values: Mapping[str, Mapping[str, np.ndarray]]
+    prompts: Sequence[str]
+    seeds: Sequence[int] = field(default=())
+
+    def __post_init__(self):
+        for model, metrics in self.values.items():
+            for metric, values in metrics.items():
+                if np.shape(values) != (len(self.prompts),):
+                    raise ValueError(
+                        f"'{metric}' of '{model}' has shape {np.shape(values)}; expected one value for each of the "
+                        f"{len(self.prompts)} prompts"
+                    )
+
+    @property
+    def models(self) -> list[str]:
+        return list(self.values)
+
+    @property
+    def base(self) -> str:
+        return self.models[0]
+
+    @property
+    def metrics(self) -> list[str]:
+        """The metrics of the main table, in order."""
+        return [m for m in dict.fromkeys(m for v in self.values.values() for m in v) if "/" not in m]
+
+    def shares(self, metric: str) -> list[str]:
+        """The names of the shares of a metric, e.g. ``facts/colour``."""
+        names = dict.fromkeys(m for v in self.values.values() for m in v)
+        return [m for m in names if m.startswith(metric + "/")]
+
+    def row(self, model: str, metric: str) -> np.ndarray:
+        """The ``(n,)`` values of one model."""
+        if model not in self.values or metric not in self.values[model]:
+            raise ValueError(
+                f"no '{metric}' of '{model}'; there is {', '.join(self.metrics)} of {', '.join(self.models)}"
+            )
+        return np.asarray(self.values[model][metric], dtype=np.float64)
+
+    def interval(self, model: str, metric: str, rows: np.ndarray | None = None) -> Interval:
+        """Mean and 95% interval, of all images or of those that the boolean ``rows`` picks."""
+        return self._bootstrap(self.row(model, metric), rows)
+
+    def difference(self, model: str, metric: str, base: str | None = None, rows: np.ndarray | None = None) -> Interval:
+        """Mean difference to another model on the same prompts and seeds, with its paired 95% interval."""
+        return self._bootstrap(self.row(model, metric) - self.row(base or self.base, metric), rows)
+
+    def _bootstrap(self, values: np.ndarray, rows: np.ndarray | None) -> Interval:
+        rows = np.ones(len(values), dtype=bool) if rows is None else rows
+        return bootstrap(values[rows], np.asarray(self.prompts, dtype=object)[rows].tolist())
+
+    def by(self, metric: str, labels: Sequence[str] | None = None) -> dict[str, dict[str, Interval]]:
+        """A metric by groups of images, label -> model -> interval; by the prompt's length in words if no labels."""
+        labels = length_labels(self.prompts) if labels is None else labels
+        order = _natural(labels)
+        masks = {name: np.asarray([label == name for label in labels]) for name in order}
+        return {name: {m: self.interval(m, metric, mask) for m in self.models} for name, mask in masks.items()}
+
+    def _blocks(self) -> list[tuple[str, list[list[str]]]]:
+        """The main table, the differences and the breakdowns, as titled grids of cells."""
+        head = ["", *(label(m) for m in self.metrics)]
+        main = [head, *([m, *(show(self.interval(m, k), k) for k in self.metrics)] for m in self.models)]
+        blocks = [("", main)]
+        if len(self.models) > 1:
+            rows = [[f"{m} - {self.base}", *(show_difference(self.difference(m, k), k) for k in self.metrics)]
+                    for m in self.models[1:]]  # fmt: skip
+            blocks.append((f"difference to {self.base}, paired (* interval excludes zero)", [head, *rows]))
+        # one metric's breakdowns fill a screen: those of the metrics that have shares, else of the first
+        for metric in [m for m in self.metrics if self.shares(m)] or self.metrics[:1]:
+            for title, groups in self.breakdowns(metric).items():
+                grid = [["", *self.models]]
+                grid += [[name, *(show(row[m], metric) for m in self.models)] for name, row in groups.items()]
+                blocks.append((title, grid))
+        return blocks
+
+    def breakdowns(self, metric: str) -> dict[str, dict[str, dict[str, Interval]]]:
+        """All breakdowns of a metric, title -> label -> model -> interval: by length, and by each of its shares.
+
+        Shares are named ``metric/label`` or ``metric/group/label``; one title gathers the labels of a group.
+        """
+        found: dict[str, dict[str, dict[str, Interval]]] = {}
+        lengths = self.by(metric)
+        if len(lengths) > 1:
+            found[f"{label(metric)} by length of the prompt in words"] = lengths
+        for share in self.shares(metric):
+            *group, name = share.split("/")[1:]
+            title = f"{label(metric)} by {group[0] if group else 'part'}"
+            found.setdefault(title, {})[name] = {m: self.interval(m, share) for m in self.models}
+        return found
+
+    def text(self) -> str:
+        """The table for a terminal."""
+        return f"{self._caption()}\n" + "".join(f"\n{title}\n{_aligned(grid)}\n" if title else f"\n{_aligned(grid)}\n"
+                                                 for title, grid in self._blocks())  # fmt: skip
+
+    def markdown(self) -> str:
+        """The table as Markdown."""
+        out = [self._caption()]
+        for title, grid in self._blocks():
+            head, *rows = grid
+            lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+            lines += ["| " + " | ".join(row) + " |" for row in rows]
+            out.append((f"**{title}**\n\n" if title else "") + "\n".join(lines))
+        return "\n\n".join(out) + "\n"
+
+    def _caption(self) -> str:
+        prompts = len(set(self.prompts))
+        each = f", {len(self.prompts)} images a model" if len(self.prompts) != prompts else ""
+        return f"{prompts} prompts{each}; mean [95% bootstrap interval]"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, values of each image included, as plain values for JSON; NaN becomes None."""
+        metrics = {m: list(v) for m, v in self.values.items()}
+        return {
+            "prompts": list(self.prompts),
+            "seeds": list(self.seeds),
+            "means": {m: {k: _plain(self.interval(m, k)) for k in ks} for m, ks in metrics.items()},
+            "differences": {
+                m: {k: _plain(self.difference(m, k)) for k in ks if k in self.values[self.base]}
+                for m, ks in metrics.items()
+                if m != self.base
+            },
+            "values": {
+                m: {k: [None if math.isnan(x) else float(x) for x in self.row(m, k)] for k in ks}
+                for m, ks in metrics.items()
+            },
+        }
+
+    def json(self) -> str:
+        """`to_dict` as JSON text."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> MetricTable:
+        """The table that `to_dict` wrote."""
+        values = {m: {k: np.array([math.nan if x is None else x for x in v]) for k, v in ks.items()}
+                  for m, ks in data["values"].items()}  # fmt: skip
+        return cls(values, list(data["prompts"]), list(data["seeds"]))
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric is a fraction that is shown in percent."""
+    return metric.split("/")[0] == "facts"
+
+
+def label(metric: str) -> str:
+    """What a metric is called in a table."""
+    return ("fact accuracy" + metric.removeprefix("facts") + ", %") if is_share(metric) else metric.replace("_", "-")
+
+
+def number(value: float, metric: str, sign: bool = False) -> str:
+    """One value as it is shown: percent for fractions, four decimals for the rest."""
+    if math.isnan(value):
+        return "-"
+    plus = "+" if sign else ""
+    return f"{100 * value:{plus}.1f}" if is_share(metric) else f"{value:{plus}.4f}"
+
+
+def show(interval: Interval, metric: str) -> str:
+    """``mean [low, high]``."""
+    if not interval.count:
+        return "-"
+    return f"{number(interval.mean, metric)} [{number(interval.low, metric)}, {number(interval.high, metric)}]"
+
+
+def show_difference(interval: Interval, metric: str) -> str:
+    """``+mean [+low, +high]``, with a star where the interval excludes zero."""
+    if not interval.count:
+        return "-"
+    mean, low, high = (number(v, metric, sign=True) for v in (interval.mean, interval.low, interval.high))
+    return f"{mean} [{low}, {high}]" + (" *" if interval.excludes_zero else "")
+
+
+def _plain(interval: Interval) -> dict[str, Any]:
+    floats = {k: None if math.isnan(v) else v for k, v in vars(interval).items() if k != "count"}
+    return {**floats, "count": interval.count}
+
+
+def _natural(labels: Sequence[str]) -> list[str]:
+    """Distinct labels; those that start with a number by that number, ``over n`` last."""
+
+    def key(name: str) -> tuple[int, float, str]:
+        digits = name.split("-")[0]
+        return (0, float(digits), name) if digits.isdigit() else (1, 0.0, name)
+
+    return sorted(set(labels), key=key)
+
+
+def _aligned(grid: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in grid) for i in range(len(grid[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in grid)
