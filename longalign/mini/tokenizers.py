@@ -51,10 +51,10 @@ def write_clip_tokenizer(folder: Path, words: Sequence[str] | None = None, max_l
     symbols = [*alphabet, *(a + "</w>" for a in alphabet), *(a + b for a, b in merges)]
     symbols += ["<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({s: i for i, s in enumerate(symbols)}, ensure_ascii=False))
+    vocab = {symbol: i for i, symbol in enumerate(symbols)}
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(f"{a} {b}" for a, b in merges) + "\n")
-    tokenizer = CLIPTokenizer.from_pretrained(str(folder), model_max_length=max_length)
-    tokenizer.save_pretrained(folder)
+    CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length).save_pretrained(folder)
     return folder
 
 

@@ -1,0 +1,286 @@
+"""Captions of the small world: the same facts told in ten words or in five hundred tokens, each sentence with its facts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from random import Random
+
+import numpy as np
+
+from longalign.mini.scenes import COLOURS, FILLS, GROUNDS, PLACES, SHAPES, SIZES, Scene, Thing
+
+STYLES = ("plain", "referring")
+
+WHERE = {
+    "top left": ("in the top left", "in the top left corner", "in the upper left corner"),
+    "top": ("at the top", "at the top in the middle", "in the middle of the top row"),
+    "top right": ("in the top right", "in the top right corner", "in the upper right corner"),
+    "left": ("on the left", "in the middle of the left side", "on the left in the middle row"),
+    "centre": ("in the centre", "in the very centre", "in the middle of the picture"),
+    "right": ("on the right", "in the middle of the right side", "on the right in the middle row"),
+    "bottom left": ("in the bottom left", "in the bottom left corner", "in the lower left corner"),
+    "bottom": ("at the bottom", "at the bottom in the middle", "in the middle of the bottom row"),
+    "bottom right": ("in the bottom right", "in the bottom right corner", "in the lower right corner"),
+}
+SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
+FILL_WORDS = {"solid": ("solid", "filled"), "striped": ("striped", "banded"), "hollow": ("hollow", "outlined")}
+
+GROUND_CLAUSES = ("on a {ground} ground", "on a {ground} background", "before a {ground} ground")
+GROUND_SENTENCES = (
+    "The ground is {ground}.",
+    "The background of the picture is {ground}.",
+    "All of this is set on a {ground} ground.",
+)
+GROUND_WORDY = (
+    "Behind everything that can be seen here, the ground of the whole picture is painted in an even {ground}.",
+    "From one edge of the image to the other, the background has been kept in {ground}.",
+)
+WHOLE = (
+    "There is {a} {where}.",
+    "{where} there is {a}.",
+    "One can see {a} {where}.",
+    "{where} sits {a}.",
+    "The picture shows {a} {where}.",
+)
+INTROS = (
+    "There is a {shape} {where}.",
+    "{where} there is a {shape}.",
+    "A {shape} can be found {where}.",
+    "The object {where} is a {shape}.",
+)
+INTROS_WORDY = (
+    "Looking at the picture for a moment, one finds that the object which sits {where} is a {shape}.",
+    "If the eye now turns to what is {where}, it will find that a {shape} has been placed there.",
+    "As for the part of the image that lies {where}, it holds a single {shape}.",
+)
+TWO = (
+    "{The} is {size} and {colour}.",
+    "{The} is {colour} and {size}.",
+    "{The} has a {size} size and a {colour} colour.",
+)
+COLOUR = ("{The} is {colour}.", "The colour of {the} is {colour}.", "{The} is painted in {colour}.")
+COLOUR_WORDY = (
+    "When it comes to its colour, {the} is without any doubt {colour}.",
+    "The paint that has been used for {the} is of a clear and even {colour}.",
+)
+SIZE = ("{The} is {size}.", "{The} has a {size} size.", "In size {the} is {size}.")
+SIZE_WORDY = (
+    "Compared with the room that there is for it, {the} is really rather {size}.",
+    "As far as its size is concerned, {the} can only be called {size}.",
+)
+FILL = ("{The} is {fill}.", "The inside of {the} is {fill}.", "In its make {the} is {fill}.")
+FILL_WORDY = (
+    "On a closer look at how it is drawn, it turns out that {the} is {fill}.",
+    "The way in which the inside of {the} has been done is {fill}.",
+)
+EMPTY = ("There is nothing {where}.", "The place {where} is empty.", "Nothing can be seen {where}.")
+IT = ("it", "this one", "this object", "it")
+LAST_LEVEL = 5
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Something that a caption says of an image.
+
+    Attributes:
+        kind: ``shape``, ``colour``, ``size``, ``fill`` (of the object at ``place``), ``empty`` or ``ground``.
+        value: the value told, ``""`` for ``empty``.
+        place: one of `longalign.mini.scenes.PLACES`, ``""`` for ``ground``.
+    """
+
+    kind: str
+    value: str
+    place: str = ""
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """One sentence of a caption and the facts it tells."""
+
+    text: str
+    facts: tuple[Fact, ...]
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A caption as sentences in reading order."""
+
+    sentences: tuple[Sentence, ...]
+
+    @property
+    def text(self) -> str:
+        """The caption as one string."""
+        return " ".join(s.text for s in self.sentences)
+
+    @property
+    def num_words(self) -> int:
+        """Number of words, separated by blanks."""
+        return sum(s.text.count(" ") + 1 for s in self.sentences)
+
+    @property
+    def facts(self) -> tuple[Fact, ...]:
+        """All facts told, in reading order."""
+        return tuple(fact for s in self.sentences for fact in s.facts)
+
+
+def describe(scene: Scene, rng: np.random.Generator, *, words: int = 40, style: str = "plain") -> Caption:
+    """Tells a scene in about ``words`` words.
+
+    The length is reached by telling each object more fully, from a clause over a sentence to one wordy sentence a fact,
+    then by naming the empty places. Too short a length leaves out sizes and fills, then whole objects; a scene of few
+    objects has a longest caption, so the result can stay below ``words``. A token of CLIP is about 0.9 words.
+
+    Args:
+        scene: what to tell.
+        rng: picks the phrases and the order of the objects.
+        words: the length aimed at; 8 is a short clause, 480 is over 500 CLIP tokens (from about seven objects on).
+        style: ``plain`` (each sentence can be read alone) or ``referring`` ("It is red.").
+    """
+    if style not in STYLES:
+        raise ValueError(f"style must be one of {', '.join(STYLES)}, got {style!r}")
+    if words < 1:
+        raise ValueError(f"words must be at least 1, got {words}")
+    things = [scene.things[int(i)] for i in rng.permutation(len(scene.things))]
+    empty = [p for p in PLACES if scene.at(p) is None]
+    empty = [empty[int(i)] for i in rng.permutation(len(empty))]
+    teller = _Teller(scene, things, empty, style, int(rng.integers(2**31)))
+
+    def length(steps: int) -> int:
+        return teller.caption(*_plan(steps, len(things), len(empty))).num_words
+
+    # objects are added one by one, then told more fully one by one, then the empty places: the first length that is
+    # enough is found by bisection
+    last = len(things) * (LAST_LEVEL + 1) + len(empty)
+    low, high = min(1, last), last
+    while low < high:
+        middle = (low + high) // 2
+        if length(middle) >= words:
+            high = middle
+        else:
+            low = middle + 1
+    if low > 1 and low <= len(things) and length(low) > words:
+        low -= 1  # while whole objects are left out, rather short than long
+    return teller.caption(*_plan(low, len(things), len(empty)))
+
+
+def _plan(steps: int, num_things: int, num_empty: int) -> tuple[list[int], int]:
+    """The level of each object told, and how many empty places are named, after so many steps of telling more."""
+    if steps <= num_things:
+        return [0] * steps, 0
+    level, raised = divmod(steps, num_things)
+    if level > LAST_LEVEL:
+        return [LAST_LEVEL] * num_things, steps - num_things * (LAST_LEVEL + 1)
+    return [level] * raised + [level - 1] * (num_things - raised), 0
+
+
+class _Teller:
+    """Tells one scene at any levels; what is said of an object at a level does not depend on the others."""
+
+    def __init__(self, scene: Scene, things: list[Thing], empty: list[str], style: str, seed: int):
+        self.scene, self.things, self.empty, self.style, self.seed = scene, things, empty, style, seed
+        self.clause = cache(lambda i, level: _clause(things[i], level, Random(seed + i)))
+        self.sentences = cache(lambda i, level: _thing(things[i], level, style, Random(seed + i)))
+
+    def caption(self, levels: list[int], num_empty: int) -> Caption:
+        rng = Random(self.seed + 100)
+        ground = (Fact("ground", self.scene.ground),)
+        if not levels:
+            text = _capital(_pick(rng, GROUND_CLAUSES)).format(ground=self.scene.ground) + "."
+            return Caption((Sentence(text, ground), *self._empty(num_empty)))
+        highest = max(levels)
+        out: list[Sentence] = []
+        clauses = [self.clause(i, level) for i, level in enumerate(levels) if level <= 1]
+        for start in range(0, len(clauses), 3):
+            group = clauses[start : start + 3]
+            text = group[0][0] if len(group) == 1 else ", ".join(c for c, _ in group[:-1]) + " and " + group[-1][0]
+            facts = tuple(f for _, fs in group for f in fs)
+            if start == 0 and highest == 1:
+                text, facts = f"{text} {_pick(rng, GROUND_CLAUSES)}".format(ground=self.scene.ground), facts + ground
+            out.append(Sentence(_capital(text) + ".", facts))
+        for i, level in enumerate(levels):
+            if level > 1:
+                out += self.sentences(i, level)
+        if highest > 1:
+            bank = GROUND_WORDY if highest == LAST_LEVEL else GROUND_SENTENCES
+            text = _pick(rng, bank).format(ground=self.scene.ground)
+            out.insert(len(out) if rng.random() < 0.5 else 0, Sentence(text, ground))
+        return Caption((*out, *self._empty(num_empty)))
+
+    def _empty(self, number: int) -> list[Sentence]:
+        out = []
+        for i, place in enumerate(self.empty[:number]):
+            rng = Random(self.seed + 200 + i)
+            text = _pick(rng, EMPTY).format(where=_pick(rng, WHERE[place]))
+            out.append(Sentence(text, (Fact("empty", "", place),)))
+        return out
+
+
+def _clause(thing: Thing, level: int, rng: Random) -> tuple[str, tuple[Fact, ...]]:
+    where = _pick(rng, WHERE[thing.place][: 1 + level])
+    if level == 0:
+        facts = _facts(thing, "shape", "colour")
+        return f"{_article(thing.colour)} {thing.colour} {thing.shape} {where}", facts
+    return f"{_noun_phrase(thing, rng)} {where}", _facts(thing, "shape", "colour", "size", "fill")
+
+
+def _thing(thing: Thing, level: int, style: str, rng: Random) -> list[Sentence]:
+    where = _pick(rng, WHERE[thing.place])
+    if level == 2:
+        text = _pick(rng, WHOLE).format(a=_noun_phrase(thing, rng), where=where)
+        return [Sentence(_capital(text), _facts(thing, "shape", "colour", "size", "fill"))]
+    wordy = level == LAST_LEVEL
+    text = _pick(rng, INTROS_WORDY if wordy else INTROS).format(shape=thing.shape, where=where)
+    out = [Sentence(_capital(text), _facts(thing, "shape"))]
+    words = {
+        "colour": thing.colour,
+        "size": _pick(rng, SIZE_WORDS[thing.size]),
+        "fill": _pick(rng, FILL_WORDS[thing.fill]),
+    }
+    if level == 3:
+        parts = [(TWO, ("colour", "size")), (FILL, ("fill",))]
+    elif level == 4:
+        parts = [(COLOUR, ("colour",)), (SIZE, ("size",)), (FILL, ("fill",))]
+    else:
+        parts = [(COLOUR_WORDY, ("colour",)), (SIZE_WORDY, ("size",)), (FILL_WORDY, ("fill",))]
+    rng.shuffle(parts)
+    for bank, kinds in parts:
+        if style == "referring":
+            the = _pick(rng, IT)
+        else:
+            the = f"the {thing.shape} {_pick(rng, WHERE[thing.place])}"
+        text = _pick(rng, bank).format(the=the, The=_capital(the), **words)
+        out.append(Sentence(_capital(text), _facts(thing, *kinds)))
+    return out
+
+
+def _noun_phrase(thing: Thing, rng: Random) -> str:
+    adjectives = [_pick(rng, SIZE_WORDS[thing.size]), _pick(rng, FILL_WORDS[thing.fill])]
+    adjectives = adjectives[:: 1 if rng.random() < 0.5 else -1] + [thing.colour]
+    phrase = " ".join([*adjectives, thing.shape])
+    return f"{_article(phrase)} {phrase}"
+
+
+def _facts(thing: Thing, *kinds: str) -> tuple[Fact, ...]:
+    return tuple(Fact(kind, getattr(thing, kind), thing.place) for kind in kinds)
+
+
+def _pick(rng: Random, bank: tuple[str, ...]) -> str:
+    return bank[int(rng.random() * len(bank))]
+
+
+def _article(phrase: str) -> str:
+    return "an" if phrase[0] in "aeiou" else "a"
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def all_phrases() -> list[str]:
+    """Every phrase that captions are made of: what the reduced vocabularies must hold whole."""
+    banks: list[tuple[str, ...]] = [GROUND_CLAUSES, GROUND_SENTENCES, GROUND_WORDY, WHOLE, INTROS, INTROS_WORDY, TWO]
+    banks += [COLOUR, COLOUR_WORDY, SIZE, SIZE_WORDY, FILL, FILL_WORDY, EMPTY, IT]
+    banks += [*WHERE.values(), *SIZE_WORDS.values(), *FILL_WORDS.values()]
+    banks += [SHAPES, tuple(COLOURS), tuple(GROUNDS), tuple(SIZES), FILLS]
+    return [phrase.replace("{", "").replace("}", "") for bank in banks for phrase in bank]

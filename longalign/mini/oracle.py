@@ -1,0 +1,102 @@
+"""The fact oracle: reads a scene back from pixels by matched filters, without any learned model.
+
+At each place every kind of object's coverage mask, freed of its constant and linear part, is fitted to the pixels by
+least squares. The mask that explains most is the object; the fitted amplitude over the ground is its colour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+
+from longalign.mini.captions import Caption, Fact
+from longalign.mini.scenes import COLOURS, GROUNDS, IMAGE_SIZE, MASK_KEYS, PLACES, Scene, Thing, object_masks
+
+MIN_CONTRAST = 0.12
+"""Amplitude (length of an RGB difference, in units of full range) below which a place counts as empty."""
+
+
+def read(images: np.ndarray) -> list[Scene]:
+    """Reads images ``(b, 3, 64, 64)`` in [0, 1] as scenes (their tint and vignette are left at 0)."""
+    images = np.asarray(images, np.float32)
+    if images.ndim != 4 or images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
+        raise ValueError(f"expected images of shape (b, 3, {IMAGE_SIZE}, {IMAGE_SIZE}), got {images.shape}")
+    free = object_masks().max((0, 1)) < 1e-3
+    seen = images[:, :, free].mean(-1)
+    names, palette = tuple(GROUNDS), np.float32(list(GROUNDS.values()))
+    grounds = ((seen[:, None] - palette) ** 2).sum(-1).argmin(-1)
+    light = (seen + 0.05) / (palette[grounds] + 0.05)
+    colours = [_read_place(images, place, palette[grounds], light) for place in range(len(PLACES))]
+    return [
+        Scene(tuple(t for place in colours if (t := place[i]) is not None), names[grounds[i]])
+        for i in range(len(images))
+    ]
+
+
+def _read_place(images: np.ndarray, place: int, ground: np.ndarray, light: np.ndarray) -> list[Thing | None]:
+    rows, columns, filters, plane_out = _filters()[place]
+    x = images[:, :, rows, columns].reshape(len(images), 3, -1)
+    energy = (filters**2).sum(-1)
+    amplitude = np.einsum("bcp,kp->bkc", x, filters) / energy[:, None]
+    best = ((amplitude**2).sum(-1) * energy).argmax(-1)
+    contrast = amplitude[np.arange(len(x)), best]
+    # what is left of the fit at the object's own pixels is the ground under this place's light
+    under = (x - contrast[:, :, None] * plane_out[best][:, None]).mean(-1)
+    tint = np.clip((under + 0.05) / (ground + 0.05), 0.6, 1.3) * 0.5 + np.clip(light, 0.6, 1.3) * 0.5
+    colour = (under + contrast) / tint
+    names, palette = tuple(COLOURS), np.float32(list(COLOURS.values()))
+    nearest = ((colour[:, None] - palette) ** 2).sum(-1).argmin(-1)
+    out: list[Thing | None] = []
+    for i, kind in enumerate(best):
+        shape, size, fill = MASK_KEYS[kind]
+        empty = np.linalg.norm(contrast[i]) < MIN_CONTRAST
+        out.append(None if empty else Thing(PLACES[place], shape, names[nearest[i]], size, fill))
+    return out
+
+
+@cache
+def _filters() -> list[tuple[slice, slice, np.ndarray, np.ndarray]]:
+    """Per place: its rows and columns, the masks without their plane ``(30, p)``, and the masks as they are."""
+    edges = [0, 21, 43, 64]
+    out = []
+    for place in range(len(PLACES)):
+        row, column = divmod(place, 3)
+        rows, columns = slice(edges[row], edges[row + 1]), slice(edges[column], edges[column + 1])
+        masks = object_masks()[place][:, rows, columns]
+        y, x = np.mgrid[-1 : 1 : masks.shape[1] * 1j, -1 : 1 : masks.shape[2] * 1j]
+        basis, _ = np.linalg.qr(np.stack([np.ones_like(x), x, y], -1).reshape(-1, 3))
+        flat = masks.reshape(len(masks), -1)
+        out.append((rows, columns, np.float32(flat - flat @ basis @ basis.T), flat))
+    return out
+
+
+def holds(fact: Fact, scene: Scene) -> bool:
+    """Whether a fact is true of a scene."""
+    if fact.kind == "ground":
+        return scene.ground == fact.value
+    thing = scene.at(fact.place)
+    if fact.kind == "empty":
+        return thing is None
+    return thing is not None and getattr(thing, fact.kind) == fact.value
+
+
+def verdicts(images: np.ndarray, captions: Sequence[Caption]) -> list[list[list[bool]]]:
+    """For each image, for each sentence of its caption, for each fact told in it: whether the image shows it."""
+    if len(images) != len(captions):
+        raise ValueError(f"expected one caption per image, got {len(images)} images and {len(captions)} captions")
+    scenes = read(images)
+    return [
+        [[holds(fact, scene) for fact in sentence.facts] for sentence in caption.sentences]
+        for scene, caption in zip(scenes, captions, strict=True)
+    ]
+
+
+def fact_accuracy(images: np.ndarray, captions: Sequence[Caption]) -> np.ndarray:
+    """Share of the facts told in each caption that its image shows: ``(b,)``; NaN where a caption tells none."""
+    out = []
+    for image in verdicts(images, captions):
+        flat = [fact for sentence in image for fact in sentence]
+        out.append(float(np.mean(flat)) if flat else float("nan"))
+    return np.array(out)

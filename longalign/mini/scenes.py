@@ -1,0 +1,143 @@
+"""Scenes of the small world: objects on a three by three grid, drawn at 64 x 64 pixels.
+
+What a caption can tell are *facts*: the ground's colour, and at each place the object's shape, colour, size and fill, or
+that nothing is there. What no caption tells is the *look*: a warm or cold tint and a vignette, the stuff of taste.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+IMAGE_SIZE = 64
+PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
+SHAPES = ("circle", "square", "triangle", "diamond", "cross")
+FILLS = ("solid", "striped", "hollow")
+SIZES = {"small": 5.5, "large": 9.6}
+"""Half the width of an object in pixels."""
+COLOURS = {
+    "red": (0.86, 0.12, 0.12),
+    "orange": (0.98, 0.55, 0.08),
+    "yellow": (0.98, 0.92, 0.20),
+    "green": (0.10, 0.68, 0.20),
+    "blue": (0.15, 0.40, 0.96),
+    "purple": (0.58, 0.16, 0.75),
+    "pink": (1.00, 0.60, 0.80),
+    "white": (0.97, 0.97, 0.97),
+}
+GROUNDS = {
+    "black": (0.06, 0.06, 0.06),
+    "grey": (0.42, 0.42, 0.42),
+    "brown": (0.38, 0.22, 0.10),
+    "navy": (0.05, 0.08, 0.32),
+    "teal": (0.02, 0.33, 0.33),
+}
+ATTRIBUTES = ("shape", "colour", "size", "fill")
+VALUES = {"shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(SIZES), "fill": FILLS, "ground": tuple(GROUNDS)}
+MASK_KEYS = tuple((shape, size, fill) for shape in SHAPES for size in SIZES for fill in FILLS)
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object; ``place`` is one of `PLACES`."""
+
+    place: str
+    shape: str
+    colour: str
+    size: str
+    fill: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is in an image.
+
+    Attributes:
+        things: objects in the order of `PLACES`, one a place at most.
+        ground: name of the ground's colour.
+        tint: -1 (cold) to 1 (warm); told by no caption.
+        vignette: 0 (even light) to 1 (dark corners); told by no caption.
+    """
+
+    things: tuple[Thing, ...]
+    ground: str
+    tint: float = 0.0
+    vignette: float = 0.0
+
+    def at(self, place: str) -> Thing | None:
+        """The object at a place, or None."""
+        return next((t for t in self.things if t.place == place), None)
+
+
+def sample_scene(rng: np.random.Generator, num_things: tuple[int, int] = (1, 9)) -> Scene:
+    """Draws a scene with ``num_things`` objects (lowest, highest; both included), all facts and looks uniform."""
+    low, high = num_things
+    if not 0 <= low <= high <= len(PLACES):
+        raise ValueError(f"num_things must be a range within 0 and {len(PLACES)}, got {num_things}")
+    places = sorted(rng.choice(len(PLACES), int(rng.integers(low, high + 1)), replace=False))
+    pick = {a: rng.integers(len(VALUES[a]), size=len(places)) for a in ATTRIBUTES}
+    things = tuple(
+        Thing(PLACES[place], **{a: VALUES[a][int(pick[a][i])] for a in ATTRIBUTES}) for i, place in enumerate(places)
+    )
+    ground = VALUES["ground"][int(rng.integers(len(GROUNDS)))]
+    return Scene(things, ground, float(rng.uniform(-1, 1)), float(rng.uniform(0, 1)))
+
+
+def render(scene: Scene) -> np.ndarray:
+    """Draws a scene: float32 ``(64, 64, 3)`` in [0, 1]."""
+    image = np.broadcast_to(np.float32(GROUNDS[scene.ground]), (IMAGE_SIZE, IMAGE_SIZE, 3)).copy()
+    masks = object_masks()
+    for thing in scene.things:
+        mask = masks[PLACES.index(thing.place), MASK_KEYS.index((thing.shape, thing.size, thing.fill)), :, :, None]
+        image += mask * (np.float32(COLOURS[thing.colour]) - image)
+    image *= np.float32([1 + 0.12 * scene.tint, 1.0, 1 - 0.12 * scene.tint])
+    image *= 1 - 0.3 * np.float32(scene.vignette) * _radius()[:, :, None] ** 2
+    return image.clip(0, 1)
+
+
+def render_batch(scenes: Sequence[Scene]) -> np.ndarray:
+    """Draws scenes: float32 ``(b, 3, 64, 64)`` in [0, 1], the layout that models take."""
+    return np.stack([render(scene) for scene in scenes]).transpose(0, 3, 1, 2).copy()
+
+
+@cache
+def object_masks() -> np.ndarray:
+    """Coverage of every kind of object at every place: float32 ``(9, 30, 64, 64)``, kinds in the order of `MASK_KEYS`."""
+    fine = 4
+    axis = (np.arange(IMAGE_SIZE * fine, dtype=np.float32) + 0.5) / fine
+    out = np.zeros((len(PLACES), len(MASK_KEYS), IMAGE_SIZE, IMAGE_SIZE), np.float32)
+    for place in range(len(PLACES)):
+        row, column = divmod(place, 3)
+        y = (axis - (2 * row + 1) * IMAGE_SIZE / 6)[:, None]
+        x = (axis - (2 * column + 1) * IMAGE_SIZE / 6)[None, :]
+        for kind, (shape, size, fill) in enumerate(MASK_KEYS):
+            half = SIZES[size]
+            mask = _inside(shape, x, y, half)
+            if fill == "hollow":
+                mask = mask & ~_inside(shape, x, y, half - (2.6 if shape == "circle" or shape == "square" else 3.0))
+            elif fill == "striped":
+                mask = mask * np.where((y + 1.1) % 4.4 < 2.2, 1.0, 0.3)  # faint bands keep the outline readable
+            out[place, kind] = mask.reshape(IMAGE_SIZE, fine, IMAGE_SIZE, fine).mean((1, 3))
+    return out
+
+
+def _inside(shape: str, x: np.ndarray, y: np.ndarray, half: float) -> np.ndarray:
+    if shape == "circle":
+        return x**2 + y**2 < half**2
+    if shape == "square":
+        return (abs(x) < 0.9 * half) & (abs(y) < 0.9 * half)
+    if shape == "triangle":
+        return (y < 0.8 * half) & (y > -half + 1.8 * abs(x))
+    if shape == "diamond":
+        return abs(x) + abs(y) < half
+    return ((abs(x) < 0.36 * half) & (abs(y) < half)) | ((abs(y) < 0.36 * half) & (abs(x) < half))
+
+
+@cache
+def _radius() -> np.ndarray:
+    """Distance from the middle of the image, 1 in its corners."""
+    axis = (np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5) / IMAGE_SIZE * 2 - 1
+    return np.hypot(axis[:, None], axis[None, :]) / np.float32(2**0.5)
