@@ -1,1 +1,52 @@
-"""Long-text alignment of text-to-image diffusion models."""
+"""Long-text alignment of text-to-image diffusion models.
+
+The public names are loaded when they are first used, so ``import longalign`` imports no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from longalign.compose import Composition as Composition
+    from longalign.compose import build_from_config as build_from_config
+    from longalign.config import RunConfig as RunConfig
+    from longalign.config import diff as diff
+    from longalign.config import load_config as load_config
+    from longalign.config import override as override
+    from longalign.faults import ConfigError as ConfigError
+    from longalign.faults import PartError as PartError
+    from longalign.pipeline import condition as condition
+    from longalign.runtime import Runtime as Runtime
+
+_HOMES = {
+    "Composition": "compose",
+    "ConfigError": "faults",
+    "PartError": "faults",
+    "RunConfig": "config",
+    "Runtime": "runtime",
+    "build_from_config": "compose",
+    "condition": "pipeline",
+    "diff": "config",
+    "load_config": "config",
+    "override": "config",
+}
+
+__all__ = [*_HOMES]
+
+try:
+    __version__ = version("longalign")
+except PackageNotFoundError:  # a checkout on the path, not installed
+    __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'longalign' has no attribute '{name}'")
+    return getattr(import_module(f"longalign.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

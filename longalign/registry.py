@@ -7,36 +7,43 @@ read and checked before anything heavy is imported.
 
 from __future__ import annotations
 
-import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
-from typing import Annotated, Any, ClassVar
+from importlib.metadata import EntryPoint
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 import catalogue
 from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationError
-from pydantic_core import ErrorDetails, PydanticCustomError
 
+from longalign.discovery import PREFIX, offers, owner
+from longalign.faults import ConfigError, Fault, PartError, flatten, nested, shorten, suggestion
 from longalign.runtime import Runtime
 
+__all__ = [
+    "REGISTRIES",
+    "ConfigError",
+    "Part",
+    "PartConfig",
+    "PartError",
+    "PartInfo",
+    "Registry",
+    "backbones",
+    "data",
+    "encoders",
+    "rewards",
+    "schedules",
+    "segmenters",
+    "trainers",
+]
 
-class ConfigError(ValueError):
-    """A config that cannot be used. ``errors`` holds ``(path, message)`` for every fault that was found."""
-
-    def __init__(self, errors: list[tuple[str, str]]):
-        self.errors = errors
-        lines = "\n".join(f"  {path or '(config)'}: {message}" for path, message in errors)
-        super().__init__(f"{len(errors)} error{'s' if len(errors) > 1 else ''} in the config:\n{lines}")
-
-
-class PartError(ValueError):
-    """A part that is unknown, broken or claimed twice."""
+KEBAB = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 
 class PartConfig(BaseModel):
-    """Base of every part's config: frozen, with extra keys refused."""
+    """Base of every part's config: frozen, with extra keys, infinities and NaN refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str
 
@@ -44,9 +51,19 @@ class PartConfig(BaseModel):
         """Makes the part, loading its weights. Imports what it needs only here."""
         raise NotImplementedError(f"{type(self).__name__} does not say how to build the part '{self.name}'")
 
+    def check_run(self, run: Any) -> list[Fault]:
+        """What stands against this part in a whole run, as ``(path, message)``; nothing by default.
+
+        A part overrides this to say what it needs of the others, so that the run is refused before any is loaded.
+
+        Args:
+            run: the `longalign.config.RunConfig`, each of its keys already valid on its own.
+        """
+        return []
+
 
 class _InCodeConfig(PartConfig):
-    """Config of a part registered in code as a ready object: it has no keys."""
+    """Config of a part that is a ready callable: it has no keys."""
 
     part: ClassVar[Any] = None
 
@@ -64,10 +81,6 @@ class PartInfo:
     owner: str
 
 
-def _owner(entry: EntryPoint) -> str:
-    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown distribution"
-
-
 class Registry:
     """The parts of one kind.
 
@@ -79,15 +92,12 @@ class Registry:
         self.kind = kind
         self._in_code = catalogue.create("longalign", kind)
 
-    # catalogue reads entry points once and merges them silently; here a name with two owners must be refused and a
-    # broken part must not hide the others, so metadata is read by us and catalogue keeps what is registered in code.
+    # catalogue reads entry points once, overwrites duplicates silently and loads all of them on a miss; so metadata is
+    # read by us, and catalogue keeps what is registered in code.
     def _entries(self) -> dict[str, list[EntryPoint]]:
-        found: dict[str, dict[tuple[str, str], EntryPoint]] = {}
-        for entry in entry_points(group=f"longalign_{self.kind}"):
-            found.setdefault(entry.name, {})[entry.value, _owner(entry)] = entry
-        return {name: list(owners.values()) for name, owners in found.items()}
+        return offers().groups.get(PREFIX + self.kind, {})
 
-    def _local(self) -> dict[str, Any]:
+    def _local(self) -> dict[str, type[PartConfig]]:
         return self._in_code.get_all()
 
     def names(self) -> tuple[str, ...]:
@@ -95,65 +105,90 @@ class Registry:
         return tuple(sorted({*self._entries(), *self._local()}))
 
     def __contains__(self, name: object) -> bool:
-        return name in self.names()
+        return name in self._entries() or name in self._local()
+
+    def infos(self, name: str) -> list[PartInfo]:
+        """Everyone who offers a name, without importing it: one, unless distributions quarrel about it."""
+        local = self._local().get(name)
+        found = [PartInfo(name, self.kind, e.value, owner(e)) for e in self._entries().get(name, [])]
+        if local is not None:
+            found.insert(0, PartInfo(name, self.kind, f"{local.__module__}:{local.__qualname__}", "this process"))
+        return found
 
     def info(self, name: str) -> PartInfo:
-        """Where a part comes from, without importing it."""
-        local = self._local()
-        if name in local:
-            return PartInfo(name, self.kind, f"{local[name].__module__}:{local[name].__qualname__}", "this process")
-        entry = self._entry(name)
-        return PartInfo(name, self.kind, entry.value, _owner(entry))
-
-    def _entry(self, name: str) -> EntryPoint:
-        entries = self._entries()
-        if name not in entries:
-            close = difflib.get_close_matches(name, self.names(), 1, 0.5)
-            hint = f"; did you mean '{close[0]}'?" if close else ""
-            raise PartError(f"no part '{name}' among {self.kind}{hint} There is: {', '.join(self.names())}")
-        owners = entries[name]
-        if len(owners) > 1:
-            claims = " and ".join(f"{_owner(e)} ({e.value})" for e in owners)
-            raise PartError(f"'{name}' among {self.kind} is claimed by {claims}; uninstall one of them")
-        return owners[0]
+        """Where a part comes from, without importing it. Raises `PartError` if the name is unknown or claimed twice."""
+        found = self.infos(name)
+        if not found:
+            bad = "".join(f" (The entry points of {who} cannot be read: {why})" for who, why in offers().malformed)
+            raise PartError(
+                f"no part {shorten(name)} among {self.kind}{suggestion(str(name), self.names()) or '.'}"
+                f" There is: {', '.join(self.names()) or 'nothing'}.{bad}"
+            )
+        if len(found) > 1:
+            claims = " and ".join(f"{i.owner} ({i.target})" for i in found)
+            raise PartError(f"'{name}' among {self.kind} is claimed by {claims}; uninstall or unregister one of them")
+        return found[0]
 
     def get(self, name: str) -> type[PartConfig]:
-        """The config class of a part. Loads this part's config and no other."""
+        """The config class of a part. Loads this part's config and no other.
+
+        Raises:
+            PartError: if the name is unknown, claimed twice, or its plugin fails to import or is no part.
+        """
+        info = self.info(name)
         local = self._local()
         if name in local:
             return local[name]
-        entry = self._entry(name)
+        entry = self._entries()[name][0]
         try:
-            target = entry.load()
-        except Exception as error:
+            if not entry.pattern.match(entry.value):
+                raise ValueError(f"the target of an entry point must be 'module:attribute', not {entry.value!r}")
+            return self._as_config(name, entry.load())
+        except (Exception, SystemExit) as error:
+            # A refusal of ours already says all; what the plugin raised itself is named by its type.
+            what = error if isinstance(error, PartError) else f"{type(error).__name__}: {error}"
             raise PartError(
-                f"'{name}' among {self.kind}, from {_owner(entry)} ({entry.value}), failed to load: "
-                f"{type(error).__name__}: {error}"
+                f"'{name}' among {self.kind}, from {info.owner} ({info.target}), failed to load: {what}"
             ) from error
-        return self._as_config(name, target)
 
     def _as_config(self, name: str, target: Any) -> type[PartConfig]:
+        if not KEBAB.fullmatch(name):
+            raise PartError(f"the name {name!r} must be in kebab case, like 'clip-segment'")
         if isinstance(target, type) and issubclass(target, PartConfig):
+            _inspect(name, target)
             return target
         if isinstance(target, type) or not callable(target):
-            raise PartError(f"'{name}' among {self.kind} must be a PartConfig class or a plain callable, not {target!r}")
-        return type(f"{target.__name__}Config", (_InCodeConfig,), {"part": staticmethod(target)})
+            raise PartError(f"the part must be a PartConfig class with a build method, or a function, not {target!r}")
+        made = type(
+            getattr(target, "__name__", type(target).__name__), (_InCodeConfig,), {"part": staticmethod(target)}
+        )
+        made.__module__ = getattr(target, "__module__", made.__module__)
+        made.__qualname__ = getattr(target, "__qualname__", made.__name__)
+        made.__doc__ = target.__doc__
+        return made
 
     def register(self, name: str, part: Any = None) -> Any:
         """Registers a part in code, for notebooks and tests; usable as a decorator.
+
+        Defining the same class or function once more, as running a notebook's cell again does, replaces it.
 
         Args:
             name: the name, in kebab case.
             part: a `PartConfig` class, or a plain callable used as the part itself (it has no config).
 
         Raises:
-            PartError: if the name is taken.
+            PartError: if the name is taken, is not in kebab case, or the part is neither of these.
         """
         if part is None:
             return lambda p: self.register(name, p)
-        if name in self:
-            raise PartError(f"'{name}' among {self.kind} is already owned by {self.info(name).owner}")
         config = self._as_config(name, part)
+        before = self._local().get(name)
+        again = before is not None and (before.__module__, before.__qualname__) == (
+            config.__module__,
+            config.__qualname__,
+        )
+        if name in self and (not again or "<" in config.__qualname__):
+            raise PartError(f"'{name}' among {self.kind} is already owned by {self.infos(name)[0].owner}")
         self._in_code.register(name, func=config)
         return part
 
@@ -165,49 +200,56 @@ class Registry:
 
     def validate(self, value: Any) -> PartConfig:
         """Turns ``{"name": ..., ...}``, a bare name or a config into a checked config. Raises `ConfigError`."""
+        given = type(value) if isinstance(value, PartConfig) else None
         if isinstance(value, PartConfig):
-            return value
+            value = value.model_dump()  # model_copy(update=...) does not validate, so it is done here
         if isinstance(value, str):
             value = {"name": value}
         if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
-            raise ConfigError([("", f"expected a name or a mapping with 'name', one of {', '.join(self.names())}")])
+            known = ", ".join(self.names())
+            raise ConfigError([("", f"expected a name or a mapping with 'name', one of {known}; got {shorten(value)}")])
+        name = value["name"]
         try:
-            return self.get(value["name"]).model_validate(dict(value))
+            model = self.get(name)
+            if given not in (None, model):
+                raise PartError(f"'{name}' among {self.kind} is {model.__name__}, not {given.__name__}")
+            return model.model_validate(dict(value))
+        except ValidationError as error:
+            raise ConfigError(flatten(error, self.get(name))) from error
         except PartError as error:
             raise ConfigError([("name", str(error))]) from error
-        except ValidationError as error:
-            raise ConfigError(flatten(error, self.get(value["name"]))) from error
+        except Exception as error:
+            text = f"the config class from {self.info(name).owner} failed: {type(error).__name__}: {error}"
+            raise ConfigError([("", text)]) from error
 
-    def build(self, config: Any, runtime: Runtime | None = None) -> Any:
-        """Builds one part from its config, a mapping or a bare name."""
-        return self.validate(config).build(runtime or Runtime())
+    def build(self, config: Any, runtime: Runtime | None = None, **parts: Any) -> Any:
+        """Builds one part from its config, a mapping or a bare name.
 
-
-def flatten(error: ValidationError, model: type[BaseModel]) -> list[tuple[str, str]]:
-    """All faults of a pydantic error as ``(path, message)``, those inside nested parts with their full path."""
-    out: list[tuple[str, str]] = []
-    for detail in error.errors():
-        path = ".".join(str(p) for p in detail["loc"])
-        if detail["type"] == "longalign_part":
-            out += [(".".join(filter(None, (path, p))), m) for p, m in detail["ctx"]["faults"]]  # type: ignore[index]
-        else:
-            out.append((path, _message(detail, model)))
-    return out
+        Args:
+            config: e.g. ``{"name": "clip-segment", "checkpoint": "mini/clip"}``.
+            runtime: device, dtype and processes; one process on the CPU in float32 by default.
+            parts: the ready parts that a trainer is built from (``backbone``, ``encoder``, ``rewards``).
+        """
+        return self.validate(config).build(runtime or Runtime(), **parts)
 
 
-def _message(detail: ErrorDetails, model: type[BaseModel]) -> str:
-    if detail["type"] == "extra_forbidden":
-        for part in detail["loc"][:-1]:
-            field = model.model_fields.get(str(part))
-            if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
-                return "this key does not exist"
-            model = field.annotation
-        known = list(model.model_fields)
-        close = difflib.get_close_matches(str(detail["loc"][-1]), known, 1, 0.5)
-        return "this key does not exist" + (f"; did you mean '{close[0]}'?" if close else f"; there is {', '.join(known)}")
-    if detail["type"] == "missing":
-        return "this key is required"
-    return f"{detail['msg']}, got {detail['input']!r}"
+def _place(model: type) -> tuple[str, str]:
+    return model.__module__, model.__qualname__
+
+
+def _inspect(name: str, model: type[PartConfig]) -> None:
+    """Refuses a config class that would go wrong later, with what its author should do."""
+    if model.build is PartConfig.build:
+        raise PartError(f"{model.__name__} has no build(self, runtime) method")
+    if not model.model_config.get("frozen") or model.model_config.get("extra") != "forbid":
+        raise PartError(f"{model.__name__} must keep frozen=True and extra='forbid' of PartConfig's model_config")
+    field = model.model_fields["name"]
+    allowed = get_args(field.annotation) if get_origin(field.annotation) is Literal else None
+    if (allowed and name not in allowed) or (not field.is_required() and field.default not in (name, *(allowed or ()))):
+        raise PartError(
+            f"{model.__name__} calls itself {field.default!r}, but is registered as '{name}'; "
+            f"write name: Literal['{name}'] = '{name}'"
+        )
 
 
 def Part(kind: str) -> Any:
@@ -217,8 +259,9 @@ def Part(kind: str) -> Any:
         try:
             return REGISTRIES[kind].validate(value)
         except ConfigError as error:
-            raise PydanticCustomError("longalign_part", "{text}", {"faults": error.errors, "text": str(error)}) from error
+            raise nested(error.errors) from error
 
+    # SerializeAsAny: without it a dump keeps the fields of PartConfig only.
     return Annotated[SerializeAsAny[PartConfig], BeforeValidator(check)]
 
 

@@ -8,6 +8,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
 
 def _alone(tensor: Any) -> Any:
     return tensor
@@ -29,6 +31,17 @@ class Runtime:
     dtype: str = "float32"
     gather: Callable[[Any], Any] = _alone
 
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES.values():
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES.values())}, not {self.dtype!r}")
+
+    @classmethod
+    def detect(cls, precision: str = "no") -> Runtime:
+        """CUDA if there is one, else the CPU, with the dtype of a ``loop.precision``. Imports torch."""
+        import torch
+
+        return cls("cuda" if torch.cuda.is_available() else "cpu", DTYPES[precision])
+
     @property
     def torch_dtype(self) -> Any:
         """The torch dtype of ``dtype``. Imports torch."""
@@ -38,14 +51,18 @@ class Runtime:
 
 
 def resolve_checkpoint(checkpoint: str) -> str:
-    """Turns ``mini`` or ``mini/<folder>`` into the folder of the bundled small weights; anything else is returned as is.
+    """Turns ``mini`` or ``mini/<folder>`` into the folder of the bundled small weights; returns others as they are.
 
     An existing local path of the same name wins, so nothing that a user has on disk is hidden.
+
+    Raises:
+        ValueError: if there are no bundled weights of that name.
     """
-    if (checkpoint == "mini" or checkpoint.startswith("mini/")) and not Path(checkpoint).exists():
-        folder = Path(str(resources.files("longalign.mini"))) / "weights" / checkpoint.removeprefix("mini").lstrip("/")
-        if not folder.exists():
-            names = sorted(p.name for p in (folder.parent if folder.parent.exists() else folder.parent.parent).iterdir())
-            raise ValueError(f"no bundled weights '{checkpoint}'; expected 'mini' or 'mini/<folder>' with one of {names}")
-        return str(folder)
-    return checkpoint
+    if checkpoint.split("/")[0] != "mini" or Path(checkpoint).exists():
+        return checkpoint
+    weights = Path(str(resources.files("longalign.mini"))) / "weights"
+    folder = weights / checkpoint.removeprefix("mini").lstrip("/")
+    if not folder.is_dir():
+        names = sorted(p.name for p in weights.iterdir() if p.is_dir()) if weights.is_dir() else []
+        raise ValueError(f"no bundled weights '{checkpoint}'; expected 'mini' or 'mini/<folder>' with one of {names}")
+    return str(folder)

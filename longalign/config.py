@@ -1,0 +1,246 @@
+"""A whole run as one value: read it, check it, change it, compare it. Importing this module does not import torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from longalign.faults import ConfigError, Fault, flatten, nested, shorten
+from longalign.files import read_mapping
+from longalign.registry import Part
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, (str, Mapping)):
+        raise ValueError(f"expected a list, one entry per item; put this one into a list: [{shorten(value)}]")
+    return value
+
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """Base of the config's own sections: frozen, with extra keys, infinities and NaN refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class LoopConfig(Section):
+    """How a trainer is run.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: items per process and micro-step.
+        accumulation: micro-steps per optimiser step.
+        lr: learning rate of AdamW.
+        betas: AdamW's two decay rates.
+        weight_decay: AdamW's weight decay.
+        warmup: steps over which the learning rate rises linearly from zero.
+        clip: largest norm of the gradient, or null for no clipping.
+        precision: mixed precision, "no", "bf16" or "fp16"; frozen modules are kept in that dtype.
+        gradient_checkpointing: recompute the denoiser's activations in the backward pass, to save memory.
+        ema: decay of an exponential moving average of what is trained, or null for none.
+        save_every: steps between checkpoints, or null for one at the end only.
+        keep: how many checkpoints to keep, the newest ones, or null for all.
+        log_every: steps between logged values.
+        trackers: where values are logged besides the progress bar: "tensorboard", "wandb".
+        workers: processes that load data; 0 loads in the training process.
+    """
+
+    steps: PositiveInt = 1000
+    batch_size: PositiveInt = 8
+    accumulation: PositiveInt = 1
+    lr: PositiveFloat = 3e-5
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    weight_decay: NonNegativeFloat = 1e-2
+    warmup: NonNegativeInt = 0
+    clip: PositiveFloat | None = 0.3
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_checkpointing: bool = False
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    save_every: PositiveInt | None = 500
+    keep: PositiveInt | None = 2
+    log_every: PositiveInt = 10
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_listed)] = ()
+    workers: NonNegativeInt = 0
+
+
+class ValidationConfig(Section):
+    """Images drawn while training, always from the same noise.
+
+    Attributes:
+        prompts: the prompts, or a file with one per line (.txt) or one mapping with "prompt" per line (.jsonl).
+        every: steps between drawings.
+        steps: sampling steps.
+        guidance: scale of classifier-free guidance; 1 is none.
+    """
+
+    prompts: Annotated[tuple[str, ...], Field(min_length=1)] | Text
+    every: PositiveInt = 500
+    steps: PositiveInt = 25
+    guidance: Annotated[float, Field(ge=1)] = 7.5
+
+
+class RunConfig(Section):
+    """One run. Each part is a name, or a mapping of ``name`` and the part's own keys.
+
+    Attributes:
+        backbone: what is fine-tuned.
+        encoder: how prompts are encoded.
+        rewards: what images are scored with; several are given to the trainer as they are listed.
+        trainer: how it is trained; null in a config that only draws or scores.
+        data: what it is trained on; needed where there is a trainer.
+        loop: steps, batch size, learning rate, checkpoints, logging.
+        validation: images drawn while training, or null for none.
+        seed: seeds weights, noise and the order of the data.
+        output: folder of checkpoints, logs and validation images.
+        init_from: a checkpoint to start from; its LoRA is kept, frozen, under the new one.
+    """
+
+    backbone: Part("backbones")
+    encoder: Part("encoders")
+    rewards: Annotated[tuple[Part("rewards"), ...], BeforeValidator(_listed)] = ()
+    trainer: Part("trainers") | None = None
+    data: Part("data") | None = None
+    loop: LoopConfig = LoopConfig()
+    validation: ValidationConfig | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    output: Text = "runs/longalign"
+    init_from: Text | None = None
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> RunConfig:
+        faults: list[Fault] = []
+        if self.trainer is not None and self.data is None:
+            faults.append(("data", "this key is required where there is a trainer"))
+        for part in (self.backbone, self.encoder, *self.rewards, self.trainer, self.data):
+            faults += part.check_run(self) if part is not None else []
+        if faults:
+            raise nested(faults)
+        return self
+
+
+def load_config(source: Mapping[str, Any] | str | Path | RunConfig) -> RunConfig:
+    """Reads and checks a config, before anything is loaded or downloaded.
+
+    Args:
+        source: a mapping, a ``.yaml`` or ``.json`` file, or a checkpoint: its file, its folder, or a run's folder, of
+            which the newest checkpoint is taken. Paths inside a config are relative to the working directory.
+
+    Raises:
+        ConfigError: all faults at once, each with its path, e.g. ``encoder.parts.1.modle``.
+        FileNotFoundError: if the file does not exist.
+    """
+    if isinstance(source, (str, Path)):
+        source = read_mapping(Path(source))
+    if isinstance(source, RunConfig):
+        source = to_dict(source)
+    if not isinstance(source, Mapping):
+        raise ConfigError([("", f"expected a mapping or a path, got {shorten(source)}")])
+    try:
+        return RunConfig.model_validate(dict(source))
+    except ValidationError as error:
+        raise ConfigError(flatten(error, RunConfig)) from error
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The config as plain values with all defaults filled in; `load_config` of it gives an equal config."""
+    return config.model_dump(mode="json")
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The config as YAML with all defaults filled in; `load_config` of a file of it gives an equal config."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+def to_json(config: RunConfig) -> str:
+    """The config as one line of JSON, as it stands in a checkpoint's metadata."""
+    return json.dumps(to_dict(config), ensure_ascii=False)
+
+
+def override(config: Mapping[str, Any] | str | Path | RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """A config with some values changed, checked anew.
+
+    A part replaced by a bare name keeps nothing of the old one: it has the new part's defaults.
+
+    Args:
+        config: anything `load_config` takes.
+        changes: dotted path to value, applied in order, e.g. ``{"encoder": "t5", "rewards.0.omega": 0.0}``.
+
+    Raises:
+        ConfigError: if a path leads through something that is not there, or the changed config is not valid.
+    """
+    tree = to_dict(load_config(config))
+    faults: list[Fault] = []
+    for path, value in changes.items():
+        try:
+            _put(tree, path, _plain(value))
+        except LookupError as error:
+            faults.append((path, str(error.args[0])))
+    if faults:
+        raise ConfigError(faults)
+    return load_config(tree)
+
+
+def diff(a: RunConfig, b: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Where two configs differ, as dotted path to the two values.
+
+    A part of another name, and a list of another length, differ as a whole; so the second values, given to
+    `override` with ``a``, make ``b``.
+    """
+    return dict(_differences("", to_dict(a), to_dict(b)))
+
+
+def _differences(path: str, a: Any, b: Any) -> list[tuple[str, tuple[Any, Any]]]:
+    alike = type(a) is type(b) and len(a) == len(b) if isinstance(a, (dict, list)) else False
+    if isinstance(a, dict) and alike:
+        alike = a.keys() == b.keys() and a.get("name") == b.get("name")
+    if not alike:
+        return [] if a == b and type(a) is type(b) else [(path, (a, b))]
+    pairs = ((k, a[k], b[k]) for k in a) if isinstance(a, dict) else ((str(i), a[i], b[i]) for i in range(len(a)))
+    return [d for key, x, y in pairs for d in _differences(f"{path}.{key}" if path else key, x, y)]
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+
+
+def _put(tree: Any, path: str, value: Any) -> None:
+    *way, last = path.split(".")
+    for depth, step in enumerate(way):
+        tree = tree[_step(tree, step, ".".join(way[:depth]))]
+    # A new key of a mapping is for validation to judge, which knows what keys there may be.
+    key: Any = last if isinstance(tree, dict) else _step(tree, last, ".".join(way))
+    old = tree.get(key) if isinstance(tree, dict) else tree[key]
+    if isinstance(value, str) and isinstance(old, dict) and "name" in old:
+        value = {"name": value}  # so that a later change may set a key of the new part
+    tree[key] = value
+
+
+def _step(tree: Any, step: str, where: str) -> Any:
+    if isinstance(tree, dict):
+        if step not in tree:
+            raise LookupError(f"there is no '{step}'{f' in {where}' if where else ''}; there is {', '.join(tree)}")
+        return step
+    if isinstance(tree, list):
+        if not step.isdigit() or int(step) >= len(tree):
+            raise LookupError(f"there is no entry '{step}' in {where}, which has {len(tree)}, counted from 0")
+        return int(step)
+    raise LookupError(f"there is nothing inside {where}, which is {shorten(tree)}; set {where} as a whole")

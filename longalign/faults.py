@@ -1,0 +1,115 @@
+"""Errors a user can act on: every fault of a config at once, each with its path in the config."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+Fault = tuple[str, str]
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used. ``errors`` holds ``(path, message)`` for every fault that was found."""
+
+    def __init__(self, errors: list[Fault]):
+        self.errors = errors
+        lines = "\n".join(f"  {path or '(config)'}: {message}" for path, message in errors)
+        super().__init__(f"{len(errors)} error{'s' if len(errors) > 1 else ''} in the config:\n{lines}")
+
+
+class PartError(ValueError):
+    """A part that is unknown, broken or claimed twice."""
+
+
+def nested(faults: list[Fault]) -> PydanticCustomError:
+    """The faults as an error for a pydantic validator to raise; `flatten` takes them out again, paths complete."""
+    return PydanticCustomError("longalign_faults", "{text}", {"faults": faults, "text": str(ConfigError(faults))})
+
+
+def flatten(error: ValidationError, model: type[BaseModel]) -> list[Fault]:
+    """All faults of a pydantic error as ``(path, message)``, those inside nested parts with their full path.
+
+    Args:
+        error: what validating ``model`` raised.
+        model: the model, from which the keys that exist are known.
+    """
+    out: dict[str, list[str]] = {}
+    got: dict[str, str] = {}
+    for detail in error.errors(include_url=False):
+        steps, holder = _follow(model, detail["loc"])
+        path = ".".join(map(str, steps))
+        if detail["type"] == "longalign_faults":
+            for inner, message in detail["ctx"]["faults"]:  # type: ignore[index]
+                out.setdefault(".".join(filter(None, (path, inner))), []).append(message)
+        else:
+            message, shown = _message(detail, steps, holder)
+            out.setdefault(path, []).append(message)
+            got[path] = shown or got.get(path, "")
+    return [(path, " or ".join(dict.fromkeys(messages)) + got.get(path, "")) for path, messages in out.items()]
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """``; did you mean '...'?`` for a misspelt word, or an empty string where nothing known is close."""
+    close = difflib.get_close_matches(word, list(known), 1, 0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def shorten(value: Any, limit: int = 80) -> str:
+    """``repr`` of a value, cut in the middle of nowhere rather than filling the screen."""
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _message(detail: ErrorDetails, steps: list[Any], holder: type[BaseModel] | None) -> tuple[str, str]:
+    if detail["type"] == "extra_forbidden":
+        known = list(holder.model_fields) if holder else []
+        hint = suggestion(str(steps[-1]), known) or (f"; there is {', '.join(known)}" if known else "")
+        return f"this key does not exist{hint}", ""
+    if detail["type"] == "missing":
+        return "this key is required", ""
+    if detail["type"] == "value_error":  # our own validators say themselves what came
+        return str(detail["ctx"]["error"]) if "ctx" in detail else detail["msg"], ""
+    return detail["msg"], f", got {shorten(detail['input'])}"
+
+
+def _follow(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[Any], type[BaseModel] | None]:
+    """The steps of ``loc`` that a user wrote, and the model that holds the last of them.
+
+    Pydantic puts the tags of a union's members between them (``prompts.str``, ``prompts.list[str]``); they are dropped.
+    """
+    steps: list[Any] = []
+    here: list[Any] = [model]
+    holder: type[BaseModel] | None = None
+    for step in loc:
+        models = [m for m in here if isinstance(m, type) and issubclass(m, BaseModel)]
+        tagged = [m for m in models if m.__name__ == step]
+        fields = next((m for m in models if step in m.model_fields), None)
+        if fields is not None:
+            steps.append(step)
+            holder, here = fields, _members(fields.model_fields[str(step)].annotation)
+        elif isinstance(step, int) or any(_is_mapping(a) for a in here):
+            steps.append(step)
+            here = [m for a in here for inner in get_args(a)[-1 if _is_mapping(a) else 0 :] for m in _members(inner)]
+        elif len(models) > 1 and tagged:
+            here = list(tagged)
+        elif models:
+            steps.append(step)
+            holder, here = models[0], []
+    return steps, holder
+
+
+def _is_mapping(annotation: Any) -> bool:
+    origin = get_origin(annotation) or annotation
+    return isinstance(origin, type) and issubclass(origin, Mapping)
+
+
+def _members(annotation: Any) -> list[Any]:
+    if get_origin(annotation) is Annotated:
+        return _members(get_args(annotation)[0])
+    if isinstance(annotation, type) or get_origin(annotation) in (list, tuple, dict):
+        return [annotation]
+    return [m for a in get_args(annotation) for m in _members(a)] or [annotation]

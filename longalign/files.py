@@ -1,0 +1,169 @@
+"""Mappings from files: YAML, JSON and the metadata of checkpoints. Importing this module does not import torch."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from longalign.faults import ConfigError, shorten
+
+CHECKPOINT = "longalign.safetensors"
+BOOL, FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars, so that ``no`` is a word and ``1e-4`` a number; a repeated key is an error."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [
+            (tag, pattern) for tag, pattern in known if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+        ]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge":
+                name = self.construct_object(key, deep=True)
+                if isinstance(name, (list, dict)):
+                    raise yaml.constructor.ConstructorError(None, None, f"{name} cannot be a key", key.start_mark)
+                if name in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"the key '{name}' is repeated", key.start_mark)
+                seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    FLOAT,
+    re.compile(r"^[-+]?(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"),
+    list("-+.0123456789"),
+)
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Reads a mapping from a ``.yaml``, ``.yml`` or ``.json`` file, or the config that a checkpoint carries.
+
+    Raises:
+        ConfigError: if the file is not readable as such, is not a mapping, or repeats a key.
+        FileNotFoundError: if there is no such file.
+    """
+    if path.is_dir() or path.suffix == ".safetensors":
+        path = checkpoint_file(path)
+        text = read_metadata(path).get("config")
+        if text is None:
+            raise ConfigError([("", f"{path} carries no config; expected a checkpoint written by longalign")])
+        return _mapping(_json(text, path), path)
+    if not path.exists():
+        raise FileNotFoundError(f"no config file {path}")
+    if path.suffix not in (".yaml", ".yml", ".json"):
+        raise ConfigError([("", f"{path} is neither .yaml, .yml, .json nor a checkpoint")])
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError([("", f"{path} is not UTF-8 text: {error}")]) from error
+    return _mapping(_json(text, path) if path.suffix == ".json" else _yaml(text, path), path)
+
+
+def checkpoint_file(path: Path) -> Path:
+    """The ``longalign.safetensors`` of a checkpoint given as its file, its folder, or a run's folder (the newest one).
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    if path.is_file() or (path.suffix == ".safetensors" and not path.is_dir()):
+        if not path.is_file():
+            raise FileNotFoundError(f"no checkpoint {path}")
+        return path
+    if (path / CHECKPOINT).is_file():
+        return path / CHECKPOINT
+    inside = [p for p in path.glob(f"checkpoint-*/{CHECKPOINT}") if p.parent.name.rpartition("-")[2].isdigit()]
+    if not inside:
+        raise FileNotFoundError(
+            f"no checkpoint in {path}; expected {CHECKPOINT} or checkpoint-<step>/{CHECKPOINT} there"
+        )
+    return max(inside, key=lambda p: int(p.parent.name.rpartition("-")[2]))
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file: 8 bytes of header length, the header in JSON, its ``__metadata__``."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > path.stat().st_size:
+                raise ValueError("its header is longer than the file")
+            return json.loads(file.read(length)).get("__metadata__", {})
+    except (struct.error, ValueError, AttributeError) as error:
+        raise ConfigError([("", f"{path} is not a safetensors file, or is cut short: {error}")]) from error
+
+
+def parse_value(text: str) -> Any:
+    """A value written on the command line: a YAML scalar, list ``[..]`` or mapping ``{..}``; other text is itself."""
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        value = text
+    if text[:1] in "[{\"'" and value != text:
+        return value
+    return text if isinstance(value, (str, dict, list)) else value
+
+
+def parse_assignments(items: Sequence[str]) -> dict[str, Any]:
+    """``["encoder=t5", "loop.lr=1e-4"]`` as the changes that `longalign.config.override` takes.
+
+    Raises:
+        ConfigError: all items that are not ``path=value``, or repeat a path.
+    """
+    out: dict[str, Any] = {}
+    faults = []
+    for item in items:
+        path, equals, text = item.partition("=")
+        if not equals or not path:
+            faults.append((item, "expected path=value, e.g. loop.lr=1e-4"))
+        elif path in out:
+            faults.append((path, "this path is given twice"))
+        else:
+            out[path] = parse_value(text)
+    if faults:
+        raise ConfigError(faults)
+    return out
+
+
+def _yaml(text: str, path: Path) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}, line {mark.line + 1}" if mark else str(path)
+        raise ConfigError([("", f"{where}: {getattr(error, 'problem', None) or error}")]) from error
+
+
+def _json(text: str, path: Path) -> Any:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"the key '{name}' is repeated")
+        return dict(pairs)
+
+    try:
+        return json.loads(text, object_pairs_hook=once)
+    except ValueError as error:
+        raise ConfigError([("", f"{path}: {error}")]) from error
+
+
+def _mapping(value: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError([("", f"{path}: expected a mapping of keys to values, got {shorten(value)}")])
+    if odd := [k for k in value if not isinstance(k, str)]:
+        raise ConfigError([(str(k), f"{path}: a key must be a word, got {k!r}") for k in odd])
+    return value
