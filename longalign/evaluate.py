@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longalign.imagefiles import load_image
 from longalign.rewards.base import EmbeddingReward, Reward
 from longalign.table import MetricTable
 
@@ -168,17 +169,6 @@ def evaluate(
     return MetricTable(values, list(prompts), list(seeds))
 
 
-def load_images(paths: Sequence[Path | str]) -> list[Tensor]:
-    """Reads image files as ``(3, h, w)`` float tensors in [0, 1], each at its own size."""
-    from PIL import Image
-
-    out = []
-    for path in paths:
-        with Image.open(path) as image:
-            out.append(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255)
-    return out
-
-
 @torch.no_grad()
 def score_images(
     rewards: Mapping[str, Any], paths: Sequence[Path | str], prompts: Sequence[str], out: TextIO | None = None
@@ -199,15 +189,13 @@ def score_images(
     """
     prompts = list(prompts) * len(paths) if len(prompts) == 1 else list(prompts)
     if len(paths) != len(prompts):
-        raise ValueError(
-            f"expected one prompt per image or one for all, got {len(paths)} images, {len(prompts)} prompts"
-        )
+        raise ValueError(f"expected one prompt per image or one for all, got {len(prompts)} for {len(paths)} images")
     if not paths:
         raise ValueError("no images to score")
     metrics = [RewardMetric(name, reward) for name, reward in rewards.items()]
     rows: list[dict[str, float | str]] = []
     for path, prompt in zip(paths, prompts, strict=True):
-        image = load_images([path])[0][None]
+        image = load_image(path)[None]
         scores = {k: float(v[0]) for metric in metrics for k, v in metric(image, [prompt]).items()}
         if not rows:
             print("\t".join([*scores, "image"]), file=out)

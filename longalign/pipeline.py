@@ -1,0 +1,261 @@
+"""From prompts to images: sampling with a backbone and an encoder, and conditioning for stock diffusers pipelines."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from longalign.conditioning import condition, describe_cuts, per_prompt
+from longalign.encoders.base import Encoder
+from longalign.imagefiles import write_png
+
+if TYPE_CHECKING:
+    from longalign.backbones.base import Backbone
+
+log = logging.getLogger("longalign")
+
+__all__ = ["SCHEDULERS", "condition", "describe_cuts", "generate", "load_model", "make_scheduler", "sample"]
+
+SCHEDULERS = ("unipc", "ddim", "dpm++", "lcm")
+
+
+def make_scheduler(name: str, alphas_cumprod: Tensor, prediction: str, steps: int) -> Any:
+    """A diffusers scheduler with a backbone's own noise levels, its timesteps set.
+
+    Args:
+        name: one of ``unipc``, ``ddim`` (timesteps 999, 979, ..., 19 for 50 steps), ``dpm++`` and ``lcm`` (999, 749,
+            499, 249 for 4 steps).
+        alphas_cumprod: ``(T,)`` products of the signal's shares.
+        prediction: what the denoiser predicts, ``epsilon`` or ``v_prediction``.
+        steps: number of sampling steps, 1 to T.
+    """
+    import diffusers
+
+    if name not in SCHEDULERS:
+        raise ValueError(f"no scheduler '{name}'; there is {', '.join(SCHEDULERS)}")
+    if prediction not in ("epsilon", "v_prediction"):
+        raise ValueError(f"cannot sample a denoiser that predicts '{prediction}'; expected epsilon or v_prediction")
+    length = len(alphas_cumprod)
+    if not 1 <= steps <= length:
+        raise ValueError(f"steps must be between 1 and {length}, got {steps}")
+    # no signal at all at the last timestep has no finite sigma; this is the smallest that the solvers can hold
+    levels = alphas_cumprod.double().cpu().clamp(min=2.0**-24)
+    betas = (1 - levels / torch.cat([torch.ones(1, dtype=levels.dtype), levels[:-1]])).tolist()
+    common = {"num_train_timesteps": length, "trained_betas": betas, "prediction_type": prediction}
+    if name == "unipc":
+        scheduler = diffusers.UniPCMultistepScheduler(**common)
+    elif name == "dpm++":
+        scheduler = diffusers.DPMSolverMultistepScheduler(**common)
+    elif name == "ddim":
+        scheduler = diffusers.DDIMScheduler(**common, timestep_spacing="trailing", clip_sample=False)
+    else:
+        scheduler = diffusers.LCMScheduler(**common)
+        timesteps = [round(length * (steps - i) / steps) - 1 for i in range(steps)]
+        scheduler.set_timesteps(timesteps=timesteps, original_inference_steps=length)
+        return scheduler
+    with warnings.catch_warnings():
+        # diffusers hands torch tensors to numpy in a way that numpy 2 deprecates
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scheduler.set_timesteps(steps)
+    return scheduler
+
+
+@torch.no_grad()
+def sample(
+    backbone: Backbone,
+    encoder: Encoder,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    negative: str | Sequence[str] | None = None,
+    steps: int = 25,
+    guidance: float = 7.5,
+    scheduler: str = "unipc",
+    height: int | None = None,
+    width: int | None = None,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> Tensor:
+    """Draws one image per prompt; the image depends on its prompt and seed, not on the batch that it is drawn in.
+
+    Args:
+        backbone: denoiser, autoencoder and noise levels.
+        encoder: turns prompts, negative ones included, into the denoiser's conditioning.
+        prompts: one per image.
+        seeds: one per image.
+        negative: what to stay away from, one text for all or one per image; the empty prompt if None.
+        steps: number of solver steps.
+        guidance: scale of classifier-free guidance; 1 draws without, with one denoiser call a step instead of two.
+        scheduler: see `make_scheduler`.
+        height: pixels; the backbone's own resolution if None.
+        width: pixels; the backbone's own resolution if None.
+        batch_size: images drawn at a time.
+        progress: whether to show a bar.
+
+    Returns:
+        Images ``(b, 3, h, w)`` in [0, 1], float32 on the CPU.
+    """
+    if len(seeds) != len(prompts):
+        raise ValueError(f"expected one seed per prompt, got {len(seeds)} seeds and {len(prompts)} prompts")
+    if negative is not None and guidance == 1:
+        raise ValueError("a negative prompt does nothing at guidance 1; raise the guidance or leave the prompt out")
+    negatives = per_prompt(negative, len(prompts))
+    batches = range(0, len(prompts), batch_size)
+    out = []
+    training = [m for m in (backbone, encoder) if m.training]
+    for module in training:
+        module.eval()
+    try:
+        with tqdm(total=len(batches) * steps, desc="drawing", disable=not progress) as bar:
+            for start in batches:
+                rows = slice(start, start + batch_size)
+                solver = make_scheduler(scheduler, backbone.alphas_cumprod, backbone.prediction, steps)
+                shape = backbone.latent_shape(height, width)
+                out.append(
+                    _draw(backbone, encoder, prompts[rows], negatives[rows], seeds[rows], solver, guidance, shape, bar)
+                )
+    finally:
+        for module in training:
+            module.train()
+    return torch.cat(out)
+
+
+def _draw(
+    backbone: Backbone,
+    encoder: Encoder,
+    prompts: Sequence[str],
+    negatives: Sequence[str],
+    seeds: Sequence[int],
+    solver: Any,
+    guidance: float,
+    shape: tuple[int, int, int],
+    bar: tqdm,
+) -> Tensor:
+    device = backbone.alphas_cumprod.device
+    guided = guidance != 1
+    # one call for both branches, so that both have the same length
+    told = encoder.encode([*prompts, *negatives] if guided else list(prompts))
+    # noise is drawn on the CPU, one generator an image, so that it is the same on every device and in every batch
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    latents = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device) * solver.init_noise_sigma
+    takes_generator = "generator" in inspect.signature(solver.step).parameters
+    extra = {"generator": generators} if takes_generator else {}
+    for t in solver.timesteps:
+        x = solver.scale_model_input(latents, t)
+        x = torch.cat([x, x]) if guided else x
+        predicted = backbone.predict(x, t.to(device).expand(len(x)), told).float()
+        if guided:
+            wanted, unwanted = predicted.chunk(2)
+            predicted = unwanted + guidance * (wanted - unwanted)
+        latents = solver.step(predicted, t, latents, **extra, return_dict=False)[0]
+        bar.update()
+    return backbone.decode(latents).float().cpu()
+
+
+def load_model(source: Any) -> tuple[Any, Backbone, Encoder]:
+    """Config, backbone and encoder of a checkpoint folder, or of a config (mapping, file or `RunConfig`), untrained."""
+    if isinstance(source, (str, Path)) and Path(source).is_dir():
+        from longalign.checkpoint import load_for_sampling
+
+        return load_for_sampling(source)
+    from longalign.compose import build_from_config
+
+    composition = build_from_config(source)
+    return composition.config, composition.backbone, composition.encoder
+
+
+def generate(
+    source: Any,
+    prompts: Sequence[str],
+    output: Path | str,
+    *,
+    seeds: Sequence[int] = (0,),
+    negative: str | None = None,
+    batch_size: int = 8,
+    progress: bool = False,
+    **settings: Any,
+) -> list[dict[str, Any]]:
+    """Draws every prompt with every seed into PNG files that say in their text metadata how they were made.
+
+    Beside them ``metadata.jsonl`` makes the folder an image folder, which ``longalign score`` and the data kind
+    ``folder`` read. What the encoder leaves out of a prompt is logged and stands in the rows.
+
+    Args:
+        source: a checkpoint folder, a config, or a ready ``(config, backbone, encoder)``.
+        prompts: the prompts.
+        output: folder for the files; one that already has a ``metadata.jsonl`` is refused.
+        seeds: each prompt is drawn once for each seed.
+        negative: what to stay away from.
+        batch_size: images drawn at a time.
+        progress: whether to show a bar over the images.
+        **settings: ``steps``, ``guidance``, ``scheduler``, ``height``, ``width`` of `sample`.
+
+    Returns:
+        The rows of ``metadata.jsonl``: ``file_name, prompt, seed, negative_prompt, cut``.
+    """
+    output = Path(output)
+    index = output / "metadata.jsonl"
+    if index.exists():
+        raise ValueError(f"{index} exists; choose an empty folder for the new images")
+    config, backbone, encoder = source if isinstance(source, tuple) else load_model(source)
+    output.mkdir(parents=True, exist_ok=True)
+    reports = encoder.cut(list(prompts))
+    for text in describe_cuts(reports):
+        log.warning(text)
+    jobs = [(i, seed) for i in range(len(prompts)) for seed in seeds]
+    common = {
+        "config": _config_text(config),
+        "settings": json.dumps({**_defaults(), **settings}),
+        "software": _version(),
+    }
+    rows = []
+    with index.open("w") as lines, tqdm(total=len(jobs), desc="images", disable=not progress) as bar:
+        for batch in _chunks(jobs, batch_size):
+            texts, numbers = [prompts[i] for i, _ in batch], [seed for _, seed in batch]
+            images = sample(
+                backbone, encoder, texts, seeds=numbers, negative=negative, batch_size=batch_size, **settings
+            )
+            for (i, seed), image in zip(batch, images, strict=True):
+                row = {
+                    "file_name": f"{i:05d}-{seed}.png",
+                    "prompt": prompts[i],
+                    "seed": seed,
+                    "negative_prompt": negative or "",
+                    "cut": reports[i].cut,
+                }
+                told = {key: str(row[key]) for key in ("prompt", "negative_prompt", "seed", "cut")}
+                write_png(output / row["file_name"], image, {**told, **common})
+                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+                rows.append(row)
+            lines.flush()
+            bar.update(len(batch))
+    return rows
+
+
+def _defaults() -> dict[str, Any]:
+    names = ("steps", "guidance", "scheduler", "height", "width")
+    return {name: inspect.signature(sample).parameters[name].default for name in names}
+
+
+def _config_text(config: Any) -> str:
+    return config.model_dump_json() if hasattr(config, "model_dump_json") else json.dumps(config)
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return f"longalign {version('longalign')}"
+
+
+def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

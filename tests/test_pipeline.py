@@ -1,0 +1,169 @@
+"""A world whose right answer is known: each prompt is a number, and the denoiser knows the image that it stands for."""
+
+import json
+import logging
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from longalign.encoders.base import Conditioning, Encoder, PromptReport
+from longalign.pipeline import SCHEDULERS, generate, make_scheduler, sample
+
+
+class NumberEncoder(Encoder):
+    """ "0.3 and more" becomes the state 0.3; whatever follows the first word is cut."""
+
+    dim = 1
+
+    def encode(self, prompts):
+        values = [float((p.split() or ["0"])[0]) for p in prompts]
+        return Conditioning(torch.tensor(values).reshape(-1, 1, 1), reports=tuple(self.cut(prompts)))
+
+    def cut(self, prompts):
+        return [PromptReport((p.split(" ")[0],), (1,), p.partition(" ")[2]) for p in prompts]
+
+
+class KnowingBackbone(nn.Module):
+    """Its clean latents are the prompt's number everywhere, and its image the latents as they are."""
+
+    resolution = 4
+
+    def __init__(self, prediction="epsilon", last=None):
+        super().__init__()
+        self.prediction = prediction
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+        levels = (1 - betas).cumprod(0)
+        self.alphas_cumprod = levels if last is None else levels * torch.linspace(1, last, 1000, dtype=torch.float64)
+        self.calls = []
+
+    def latent_shape(self, height=None, width=None):
+        return 3, height or self.resolution, width or self.resolution
+
+    def predict(self, latents, timesteps, conditioning):
+        self.calls.append(len(latents))
+        x0 = conditioning.states.expand(-1, 4, 4)[:, None].expand_as(latents)
+        a = self.alphas_cumprod[timesteps].float().reshape(-1, 1, 1, 1)
+        eps = (latents - a.sqrt() * x0) / (1 - a).sqrt()
+        return eps if self.prediction == "epsilon" else a.sqrt() * eps - (1 - a).sqrt() * x0
+
+    def decode(self, latents):
+        return latents.clamp(0, 1)
+
+
+class NoisyBackbone(KnowingBackbone):
+    """The image keeps its starting noise, so that two seeds differ."""
+
+    def predict(self, latents, timesteps, conditioning):
+        return 0.5 * super().predict(latents, timesteps, conditioning) + 0.1 * latents
+
+
+def draw(backbone, prompts, **settings):
+    settings = {"seeds": list(range(len(prompts))), "steps": 5, "guidance": 1, **settings}
+    return sample(backbone, NumberEncoder(), prompts, **settings)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_every_scheduler_reaches_the_known_image(scheduler, prediction):
+    images = draw(KnowingBackbone(prediction), ["0.3", "0.8"], scheduler=scheduler)
+    assert images.shape == (2, 3, 4, 4) and images.dtype == torch.float32
+    torch.testing.assert_close(images.mean((1, 2, 3)), torch.tensor([0.3, 0.8]), atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "unipc"])
+def test_a_last_timestep_without_signal_is_sampled(scheduler):
+    images = draw(KnowingBackbone("v_prediction", last=0.0), ["0.3"], scheduler=scheduler)
+    torch.testing.assert_close(images.mean(), torch.tensor(0.3), atol=2e-3, rtol=0)
+
+
+def test_guidance_goes_beyond_the_prompt_and_away_from_the_negative_one():
+    backbone = KnowingBackbone()
+    # unwanted + guidance (wanted - unwanted): 0.5 + 3 (0.6 - 0.5)
+    images = draw(backbone, ["0.6"], negative="0.5", guidance=3)
+    torch.testing.assert_close(images.mean(), torch.tensor(0.8), atol=1e-4, rtol=0)
+    assert backbone.calls == [2] * 5
+    images = draw(backbone, ["0.2"], guidance=2)
+    torch.testing.assert_close(images.mean(), torch.tensor(0.4), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_an_image_depends_on_its_seed_and_not_on_its_batch(scheduler):
+    prompts, seeds = ["0.3", "0.5", "0.7"], [11, 12, 11]
+    together = draw(NoisyBackbone(), prompts, seeds=seeds, scheduler=scheduler, batch_size=3)
+    alone = draw(NoisyBackbone(), prompts, seeds=seeds, scheduler=scheduler, batch_size=1)
+    torch.testing.assert_close(together, alone)
+    turned = draw(NoisyBackbone(), prompts[::-1], seeds=seeds[::-1], scheduler=scheduler, batch_size=2)
+    torch.testing.assert_close(together, turned.flip(0))
+    same = draw(NoisyBackbone(), ["0.3", "0.3"], seeds=[1, 2], scheduler=scheduler)
+    assert not torch.allclose(same[0], same[1])
+
+
+def test_timesteps_are_those_of_the_paper():
+    levels = KnowingBackbone().alphas_cumprod
+    assert make_scheduler("ddim", levels, "epsilon", 50).timesteps.tolist() == list(range(999, 0, -20))
+    assert make_scheduler("lcm", levels, "epsilon", 4).timesteps.tolist() == [999, 749, 499, 249]
+    torch.testing.assert_close(
+        make_scheduler("ddim", levels, "epsilon", 5).alphas_cumprod.double(), levels, rtol=1e-4, atol=0
+    )
+
+
+def test_size_is_passed_on():
+    assert draw(KnowingBackbone(), ["0.1"], height=4, width=4).shape[-2:] == (4, 4)
+    backbone = KnowingBackbone()
+    backbone.latent_shape = lambda height, width: (3, height, width)
+    backbone.predict = lambda latents, timesteps, conditioning: torch.zeros_like(latents)
+    assert draw(backbone, ["0.1"], height=2, width=6).shape == (1, 3, 2, 6)
+
+
+def test_a_module_in_training_mode_is_put_back():
+    backbone = KnowingBackbone().train()
+    seen = []
+    predict = backbone.predict
+    backbone.predict = lambda *args: seen.append(backbone.training) or predict(*args)
+    draw(backbone, ["0.1"])
+    assert not any(seen) and backbone.training
+
+
+def test_wrong_settings_are_named():
+    backbone = KnowingBackbone()
+    with pytest.raises(ValueError, match="no scheduler 'euler'; there is unipc"):
+        draw(backbone, ["0.1"], scheduler="euler")
+    with pytest.raises(ValueError, match="1 seeds and 2 prompts"):
+        draw(backbone, ["0.1", "0.2"], seeds=[0])
+    with pytest.raises(ValueError, match="steps must be between 1 and 1000, got 0"):
+        draw(backbone, ["0.1"], steps=0)
+    with pytest.raises(ValueError, match="got 1 for 2 prompts"):
+        draw(backbone, ["0.1", "0.2"], negative=["0"], guidance=2)
+    with pytest.raises(ValueError, match="does nothing at guidance 1"):
+        draw(backbone, ["0.1"], negative="0.5")
+    with pytest.raises(ValueError, match="predicts 'flow'"):
+        draw(KnowingBackbone("flow"), ["0.1"])
+
+
+def test_generate_writes_images_that_explain_themselves(tmp_path, caplog):
+    source = {"backbone": "toy"}, KnowingBackbone(), NumberEncoder()
+    with caplog.at_level(logging.WARNING, "longalign"):
+        rows = generate(
+            source,
+            ["0.25", "0.75 and a tail — ünïcode"],
+            tmp_path / "out",
+            seeds=[4, 5],
+            steps=3,
+            guidance=1,
+            batch_size=3,
+        )
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]
+    assert lines == rows
+    assert [row["file_name"] for row in rows] == ["00000-4.png", "00000-5.png", "00001-4.png", "00001-5.png"]
+    assert rows[2]["cut"] == "and a tail — ünïcode" and rows[0]["cut"] == ""
+    assert "prompt 1: the encoder read 1 tokens and left out 5 words" in caplog.text
+    with Image.open(tmp_path / "out" / "00001-5.png") as image:
+        assert image.size == (4, 4) and image.getpixel((0, 0)) == (191, 191, 191)
+        assert image.text["prompt"] == "0.75 and a tail — ünïcode" and image.text["seed"] == "5"
+        assert json.loads(image.text["config"]) == {"backbone": "toy"}
+        settings = json.loads(image.text["settings"])
+        assert settings["steps"] == 3 and settings["scheduler"] == "unipc"
+    with pytest.raises(ValueError, match="choose an empty folder"):
+        generate(source, ["0.25"], tmp_path / "out")
