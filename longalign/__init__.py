@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from longalign.compose import Composition as Composition
     from longalign.compose import build_from_config as build_from_config
+    from longalign.conditioning import condition as condition
     from longalign.config import RunConfig as RunConfig
     from longalign.config import diff as diff
     from longalign.config import load_config as load_config
     from longalign.config import override as override
     from longalign.faults import ConfigError as ConfigError
     from longalign.faults import PartError as PartError
-    from longalign.pipeline import condition as condition
     from longalign.runtime import Runtime as Runtime
 
 _HOMES = {
@@ -28,7 +28,7 @@ _HOMES = {
     "RunConfig": "config",
     "Runtime": "runtime",
     "build_from_config": "compose",
-    "condition": "pipeline",
+    "condition": "conditioning",
     "diff": "config",
     "load_config": "config",
     "override": "config",

@@ -1,0 +1,128 @@
+"""From a config to objects: the only place where the parts of a run meet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from longalign.config import RunConfig, load_config
+from longalign.faults import ConfigError
+from longalign.runtime import Runtime
+
+if TYPE_CHECKING:
+    from longalign.backbones.base import Backbone
+    from longalign.data.base import Data
+    from longalign.encoders.base import Encoder
+    from longalign.rewards.base import Reward
+    from longalign.trainers.base import Trainer
+
+
+class Composition:
+    """The parts of a run, each built when it is first asked for and then kept.
+
+    Args:
+        config: the run.
+        runtime: device, dtype and processes; this machine's (`Runtime.detect`) if None.
+    """
+
+    def __init__(self, config: RunConfig, runtime: Runtime | None = None):
+        self.config = config
+        self._runtime = runtime
+        self._built: dict[str, Any] = {}
+
+    @property
+    def runtime(self) -> Runtime:
+        """Where parts are built. May be set as long as none is."""
+        if self._runtime is None:
+            self._runtime = Runtime.detect(self.config.loop.precision)
+        return self._runtime
+
+    @runtime.setter
+    def runtime(self, runtime: Runtime) -> None:
+        if runtime != self._runtime and self._built:
+            raise ValueError(f"the runtime cannot change, for there are already parts on it: {', '.join(self._built)}")
+        self._runtime = runtime
+
+    @property
+    def backbone(self) -> Backbone:
+        """What is fine-tuned. With ``init_from`` it has that checkpoint's weights."""
+        return self._part("backbone")
+
+    @property
+    def encoder(self) -> Encoder:
+        """How prompts are encoded. With ``init_from`` it has that checkpoint's adapter."""
+        return self._part("encoder")
+
+    @property
+    def rewards(self) -> list[Reward]:
+        """What images are scored with, in the config's order; empty if it names none."""
+        if "rewards" not in self._built:
+            self._built["rewards"] = [config.build(self.runtime) for config in self.config.rewards]
+        return self._built["rewards"]
+
+    @property
+    def trainer(self) -> Trainer:
+        """How the backbone is trained. Raises `ConfigError` if the config has none."""
+        if "trainer" not in self._built:
+            config = self._needed("trainer")
+            self._built["trainer"] = config.build(
+                self.runtime, backbone=self.backbone, encoder=self.encoder, rewards=self.rewards
+            )
+        return self._built["trainer"]
+
+    @property
+    def data(self) -> Data:
+        """What it is trained on. Raises `ConfigError` if the config has none."""
+        if "data" not in self._built:
+            self._built["data"] = self._needed("data").build(self.runtime)
+        return self._built["data"]
+
+    def fit(self, resume: str | Path | None = None) -> Any:
+        """Trains; see `longalign.trainers.loop.fit`.
+
+        Args:
+            resume: a checkpoint of this run to go on from, exactly as if it had not been interrupted.
+        """
+        self._needed("trainer")
+        from longalign.trainers.loop import fit
+
+        return fit(self, resume=resume)
+
+    def _needed(self, key: Literal["trainer", "data"]) -> Any:
+        config = getattr(self.config, key)
+        if config is None:
+            raise ConfigError([(key, f"this run has no {key}; give one to use it")])
+        return config
+
+    def _part(self, key: Literal["backbone", "encoder"]) -> Any:
+        if key not in self._built:
+            if self.config.init_from is None:
+                self._built[key] = getattr(self.config, key).build(self.runtime)
+            else:
+                self._start(self.config.init_from)
+        return self._built[key]
+
+    def _start(self, checkpoint: str) -> None:
+        from longalign.checkpoint import load_into
+        from longalign.files import checkpoint_file
+
+        path = checkpoint_file(Path(checkpoint))  # looked for before the weights of the parts are loaded
+        backbone, encoder = (self.config.backbone.build(self.runtime), self.config.encoder.build(self.runtime))
+        load_into(path, backbone, encoder)
+        self._built.update(backbone=backbone, encoder=encoder)
+
+
+def build_from_config(
+    config: Mapping[str, Any] | str | Path | RunConfig, runtime: Runtime | None = None
+) -> Composition:
+    """Checks a config as a whole and returns its composition; weights are loaded when a part is first asked for.
+
+    Args:
+        config: a mapping, a YAML or JSON file, a checkpoint, or a `RunConfig`; see `load_config`.
+        runtime: device, dtype and processes; this machine's if None.
+
+    Raises:
+        ConfigError: all faults at once, each with its path.
+    """
+    return Composition(load_config(config), runtime)

@@ -1,0 +1,36 @@
+"""The interface of data: a map-style dataset of prompts, most with an image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.utils.data import Dataset
+
+
+class Data(Dataset[dict[str, Any]]):
+    """Base of data.
+
+    An item is ``{"prompt": str, "image": FloatTensor (3, h, w) in [0, 1]}``, without ``image`` where there are prompts
+    alone. Item i is always the same one: what is random is drawn from the index, so that a resumed run sees what an
+    uninterrupted one would have seen.
+    """
+
+    #: whether items have images
+    has_images: bool = True
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def prompt(self, index: int) -> str:
+        """The prompt of an item, without loading or drawing its image."""
+        return self[index]["prompt"]
+
+
+def check_index(index: int, length: int) -> int:
+    """The index counted from 0, for one that may be counted from the end. Raises `IndexError`, which ends a loop."""
+    if not -length <= index < length:
+        raise IndexError(f"item {index} of {length}")
+    return index % length

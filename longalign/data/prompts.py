@@ -1,0 +1,47 @@
+"""A file of prompts as data without images."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from longalign.data.base import Data, check_index
+from longalign.data.configs import PromptsConfig
+from longalign.data.lines import read_prompts
+from longalign.runtime import Runtime
+
+log = logging.getLogger(__name__)
+
+
+class Prompts(Data):
+    """Prompts alone."""
+
+    has_images = False
+
+    def __init__(self, prompts: Sequence[str]):
+        if not prompts:
+            raise ValueError("there are no prompts")
+        self.prompts = list(prompts)
+
+    @classmethod
+    def from_config(cls, config: PromptsConfig, runtime: Runtime) -> Prompts:
+        """Reads the file. Raises `ValueError` if no prompt is left, `FileNotFoundError` if there is no file."""
+        prompts = read_prompts(config.file)
+        told = [p for p in prompts if p]
+        if len(told) < len(prompts):
+            empty = len(prompts) - len(told)
+            log.warning("%d of %d prompts in %s are empty: %s", empty, len(prompts), config.file, config.empty)
+        kept = prompts if config.empty == "keep" else told
+        if not kept:
+            raise ValueError(f"{config.file} holds no prompts")
+        return cls(kept)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"prompt": self.prompt(index)}
+
+    def prompt(self, index: int) -> str:
+        return self.prompts[check_index(index, len(self))]
