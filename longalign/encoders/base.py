@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from longalign.segment import Prompt
 
 
 @dataclass(frozen=True)
@@ -17,11 +21,13 @@ class PromptReport:
         segments: the texts that were encoded, in order.
         tokens: number of tokens of each segment, without ``<sot>``/``<eot>`` or other special tokens.
         cut: the text that was not encoded, empty if all of it was.
+        parts: the reports of the inner encoders where there are several; ``cut`` is then what any of them left out.
     """
 
     segments: tuple[str, ...]
     tokens: tuple[int, ...]
     cut: str = ""
+    parts: tuple[PromptReport, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,15 +60,85 @@ class Conditioning:
         )
 
     def __getitem__(self, index: slice | Tensor) -> Conditioning:
-        """Some prompts of the batch."""
-        rows = range(len(self.reports))[index] if isinstance(index, slice) else index.tolist()
+        """Some prompts of the batch, by a slice, a tensor of positions or a bool tensor ``(b,)``."""
+        rows: Sequence[int] = ()
+        if self.reports:
+            rows = torch.arange(len(self.reports))[index.cpu() if isinstance(index, Tensor) else index].tolist()
         return replace(
             self,
             states=self.states[index],
             mask=None if self.mask is None else self.mask[index],
             pooled=None if self.pooled is None else self.pooled[index],
-            reports=tuple(self.reports[i] for i in rows) if self.reports else (),
+            reports=tuple(self.reports[i] for i in rows),
         )
+
+
+def equal_lengths(*conditionings: Conditioning) -> tuple[Conditioning, ...]:
+    """Fills shorter conditionings with masked zeros up to the longest one's number of states.
+
+    All are returned as they are if their lengths agree; otherwise all have a mask. Encoding the prompts of both
+    guidance branches in one call gives equal lengths without a mask.
+    """
+    lengths = [c.states.shape[1] for c in conditionings]
+    if len(set(lengths)) < 2:
+        return conditionings
+    out = []
+    for conditioning, length in zip(conditionings, lengths, strict=True):
+        missing = max(lengths) - length
+        mask = conditioning.mask
+        if mask is None:
+            mask = torch.ones(conditioning.states.shape[:2], dtype=torch.bool, device=conditioning.states.device)
+        states = F.pad(conditioning.states, (0, 0, 0, missing))
+        out.append(replace(conditioning, states=states, mask=F.pad(mask, (0, missing))))
+    return tuple(out)
+
+
+class TruncationWarning(UserWarning):
+    """Part of a prompt was not encoded."""
+
+
+def check_prompts(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts as a list; each is a text, or a list of texts that are its segments.
+
+    Raises:
+        ValueError: for one text instead of a sequence, an empty sequence, or a prompt that is neither.
+    """
+    if isinstance(prompts, str):
+        raise ValueError(f"expected a sequence of prompts, got one text {prompts[:40]!r}; write [prompt]")
+    checked = list(prompts)
+    if not checked:
+        raise ValueError("expected at least one prompt, got none")
+    for i, prompt in enumerate(checked):
+        parts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(parts, Sequence) or not all(isinstance(part, str) for part in parts):
+            raise ValueError(f"prompt {i} must be a text or a list of texts, got {prompt!r}")
+    return checked
+
+
+def plain_text(prompt: Prompt) -> str:
+    """A prompt as one text; given segments are joined with blanks."""
+    return prompt if isinstance(prompt, str) else " ".join(prompt)
+
+
+def handle_cuts(reports: Sequence[PromptReport], overflow: str, limit: int, advice: str) -> None:
+    """Raises (``overflow="error"``) or warns, once, if any prompt was cut.
+
+    Args:
+        reports: one report per prompt.
+        overflow: ``"error"`` or anything else.
+        limit: the number of positions there are, for the message.
+        advice: what the user can do.
+    """
+    cut = [i for i, report in enumerate(reports) if report.cut]
+    if not cut:
+        return
+    text = (
+        f"{len(cut)} of {len(reports)} prompts do not fit into {limit} positions; "
+        f"of prompt {cut[0]} this is not encoded: {reports[cut[0]].cut[:80]!r}"
+    )
+    if overflow == "error":
+        raise ValueError(f"{text}. Shorten it, or {advice}")
+    warnings.warn(f"{text}. To avoid this {advice}", TruncationWarning, stacklevel=3)
 
 
 class Encoder(nn.Module):
@@ -76,10 +152,22 @@ class Encoder(nn.Module):
     #: width of the states
     dim: int
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Encodes a batch of prompts; gradient flows only into trainable parameters (adapters)."""
+    def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
+        """Encodes a batch of prompts; gradient flows only into trainable parameters (adapters).
+
+        Raises:
+            ValueError: if ``prompts`` is a bare text or empty, or a prompt is too long and that is to be an error.
+        """
         raise NotImplementedError
 
-    def cut(self, prompts: Sequence[str]) -> list[PromptReport]:
-        """What `encode` would read of each prompt, without running a model."""
+    def cut(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
+        """What `encode` would read of each prompt, without running a model, warning or refusing."""
         raise NotImplementedError
+
+    def train(self, mode: bool = True) -> Encoder:
+        """Sets the mode; modules without trainable parameters stay in evaluation mode, so their dropout stays off."""
+        super().train(mode)
+        for child in self.children():
+            if not any(p.requires_grad for p in child.parameters()):
+                child.eval()
+        return self

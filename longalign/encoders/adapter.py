@@ -1,0 +1,117 @@
+"""LaVi-Bridge's adapter (arXiv 2403.07860) from a language model's states to the width that a denoiser expects."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from longalign.runtime import Runtime, resolve_checkpoint
+
+if TYPE_CHECKING:
+    from longalign.encoders.configs import AdapterConfig
+
+_WEIGHTS = "diffusion_pytorch_model"
+
+
+class GEGLU(nn.Module):
+    """``x W1 * gelu(x W2)``, from ``(..., in)`` to ``(..., out)``; both matrices lie in ``proj``."""
+
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__()
+        self.proj = nn.Linear(in_dim, 2 * out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """GEGLU to ``mult`` times the width of the input, dropout, linear to the width of the output."""
+
+    def __init__(self, in_dim: int, out_dim: int, mult: int = 4, dropout: float = 0.1):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(in_dim, mult * in_dim), nn.Dropout(dropout), nn.Linear(mult * in_dim, out_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TextAdapter(nn.Module):
+    """LayerNorm, feed-forward to ``int_dim``, LayerNorm, feed-forward to ``out_dim``; each position on its own.
+
+    The keys are those of the published weights: ``norm1``, ``ff1.net.*``, ``norm2``, ``ff2.net.*``.
+
+    Args:
+        in_dim: width of the language model; 1024 for T5-large.
+        int_dim: width between the two; 896 in the published weights.
+        out_dim: width that the denoiser expects; 768 for SD 1.5.
+    """
+
+    def __init__(self, in_dim: int, int_dim: int, out_dim: int):
+        super().__init__()
+        self.in_dim, self.int_dim, self.out_dim = in_dim, int_dim, out_dim
+        self.norm1 = nn.LayerNorm(in_dim)
+        self.ff1 = FeedForward(in_dim, int_dim)
+        self.norm2 = nn.LayerNorm(int_dim)
+        self.ff2 = FeedForward(int_dim, out_dim)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """States ``(b, n, in_dim)`` to ``(b, n, out_dim)``."""
+        return self.ff2(self.norm2(self.ff1(self.norm1(states))))
+
+    @classmethod
+    def from_config(cls, config: AdapterConfig, runtime: Runtime) -> TextAdapter:
+        """Loads a published or saved adapter, or makes a fresh one; float32 whatever the runtime's dtype."""
+        if config.checkpoint is not None:
+            adapter = cls.load(resolve_checkpoint(config.checkpoint), config.subfolder, config.revision)
+        else:
+            adapter = cls(config.in_dim, config.int_dim, config.out_dim)  # type: ignore[arg-type]
+        return adapter.requires_grad_(config.trainable).to(runtime.device)
+
+    @classmethod
+    def load(cls, checkpoint: str, subfolder: str | None = None, revision: str | None = None) -> TextAdapter:
+        """Reads a folder as diffusers writes it: ``config.json``, ``diffusion_pytorch_model.safetensors`` or ``.bin``.
+
+        Raises:
+            ValueError: if a file or a key is missing, or there are keys of another model.
+        """
+        from longalign.encoders.loading import find_file
+
+        inside = f"{subfolder}/" if subfolder else ""
+        config = find_file(checkpoint, f"{inside}config.json", revision)
+        weights = find_file(checkpoint, f"{inside}{_WEIGHTS}.safetensors", revision) or find_file(
+            checkpoint, f"{inside}{_WEIGHTS}.bin", revision
+        )
+        if config is None or weights is None:
+            raise ValueError(
+                f"no adapter in '{checkpoint}/{inside}'; expected config.json and {_WEIGHTS}.safetensors or .bin"
+            )
+        values = json.loads(config.read_text())
+        lacking = [key for key in ("in_dim", "int_dim", "out_dim") if key not in values]
+        if lacking:
+            raise ValueError(f"{config} does not give {', '.join(lacking)}; it is not a text adapter's")
+        adapter = cls(values["in_dim"], values["int_dim"], values["out_dim"])
+        if weights.suffix == ".safetensors":
+            state = load_file(weights)
+        else:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+        try:
+            adapter.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(f"{weights} does not hold a text adapter of the widths in config.json: {error}") from error
+        return adapter
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the adapter in the format that `load` and diffusers' ``ModelMixin`` read."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        values = {"_class_name": "TextAdapter", "in_dim": self.in_dim, "int_dim": self.int_dim, "out_dim": self.out_dim}
+        (path / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+        state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
+        save_file(state, path / f"{_WEIGHTS}.safetensors", metadata={"format": "pt"})

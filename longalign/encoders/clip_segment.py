@@ -1,0 +1,174 @@
+"""Segment-level encoding with CLIP (LongAlign, arXiv 2410.11817, section 3.1 and appendix A)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from longalign.encoders.base import Conditioning, Encoder, PromptReport, check_prompts, handle_cuts
+from longalign.encoders.tokens import TextTokens, Tokenized, run_grouped
+from longalign.runtime import Runtime
+from longalign.segment import Prompt, Segmenter, fit
+
+if TYPE_CHECKING:
+    from longalign.encoders.configs import ClipSegmentConfig
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What of a prompt is encoded and kept: rows of ids, and of each row the positions ``start:stop``."""
+
+    rows: tuple[tuple[int, ...], ...]
+    kept: tuple[tuple[int, int], ...]
+    report: PromptReport
+
+    @property
+    def length(self) -> int:
+        return sum(stop - start for start, stop in self.kept)
+
+
+class ClipSegmentEncoder(Encoder):
+    """Encodes each segment of a prompt on its own with a frozen CLIP text model and merges the states in order.
+
+    Every segment becomes ``<sot> tokens <eot>``; what of it is kept is chosen by ``sot`` and ``eot``, and the merged
+    states are filled up to ``max_tokens``. The published model keeps every ``<sot>``, drops every ``<eot>`` and fills
+    with one vector ``<pad*>``: the mean of the last 60 of the 77 states of the encoded empty prompt (of another window,
+    the same share of it). The empty prompt is one ``<sot>`` and ``<pad*>`` for the rest.
+
+    The text model is causal and used without a mask, so a prompt's states do not depend on the rest of the batch. With
+    ``overflow="grow"`` a longer prompt makes the whole batch longer: the others get more filling.
+
+    Args:
+        text_model: a transformers ``CLIPTextModel``.
+        tokenizer: its fast tokenizer.
+        segmenter: splits a prompt; a segment longer than the window is split further, never cut.
+        sot: which segments keep their ``<sot>``.
+        eot: which segments keep their ``<eot>``.
+        pad: what fills up to ``max_tokens``: ``"pad*"``; ``"pad"``, the empty prompt's state at the same position (its
+            last one beyond the window); ``"none"``, nothing: states end with the batch's longest prompt and there is a
+            mask.
+        max_tokens: number of merged states.
+        overflow: a longer prompt is an ``"error"``, is ``"cut"`` with a warning, or lets the batch ``"grow"``.
+        max_batch_tokens: most positions in one call of the text model.
+    """
+
+    def __init__(
+        self,
+        text_model: nn.Module,
+        tokenizer: Any,
+        segmenter: Segmenter,
+        *,
+        sot: Literal["all", "first", "none"] = "all",
+        eot: Literal["none", "all", "last"] = "none",
+        pad: Literal["pad*", "pad", "none"] = "pad*",
+        max_tokens: int = 240,
+        overflow: Literal["error", "cut", "grow"] = "cut",
+        max_batch_tokens: int = 16384,
+    ):
+        super().__init__()
+        self.text_model = text_model.requires_grad_(False).eval()
+        config: Any = text_model.config
+        self.dim = config.hidden_size
+        self.window: int = config.max_position_embeddings
+        self.tokens = TextTokens(tokenizer, config.vocab_size)
+        self.segmenter = segmenter
+        self.sot, self.eot, self.pad = sot, eot, pad
+        self.max_tokens, self.overflow, self.max_batch_tokens = max_tokens, overflow, max_batch_tokens
+        self._filling: Tensor | None = None
+
+    @classmethod
+    def from_config(cls, config: ClipSegmentConfig, runtime: Runtime) -> ClipSegmentEncoder:
+        """Loads text model and tokenizer, and builds the segmenter."""
+        from transformers import CLIPTextModel
+
+        from longalign.encoders.loading import load_text_model
+
+        model, tokenizer = load_text_model(CLIPTextModel, config.checkpoint, config.subfolder, config.revision, runtime)
+        keys = ("sot", "eot", "pad", "max_tokens", "overflow", "max_batch_tokens")
+        return cls(model, tokenizer, config.segmenter.build(runtime), **{key: getattr(config, key) for key in keys})
+
+    def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
+        plans = self._plans(prompts)
+        reports = tuple(plan.report for plan in plans)
+        handle_cuts(reports, self.overflow, self.max_tokens, "raise max_tokens, or set overflow to 'cut' or 'grow'")
+        device = next(self.text_model.parameters()).device
+        states, first = run_grouped(
+            self._run,
+            [row for plan in plans for row in plan.rows],
+            pad_id=self.tokens.tokenizer.eos_token_id,
+            device=device,
+            max_batch_tokens=self.max_batch_tokens,
+        )
+        filling = self._fill(states)
+        longest = max(plan.length for plan in plans)
+        length = longest if self.pad == "none" else max(self.max_tokens, longest)
+        index = np.empty((len(plans), length), dtype=np.int64)
+        index[:] = len(states) + np.minimum(np.arange(length), len(filling) - 1)
+        begins = iter(first)
+        for row, plan in zip(index, plans, strict=True):
+            kept = [np.arange(start, stop) + begin for (start, stop), begin in zip(plan.kept, begins, strict=False)]
+            row[: plan.length] = np.concatenate(kept)
+        mask = None
+        if self.pad == "none":
+            lengths = np.array([[plan.length] for plan in plans])
+            mask = torch.from_numpy(np.arange(length) < lengths).to(device)
+        merged = torch.cat([states, filling])[torch.from_numpy(index).to(device)]
+        return Conditioning(merged, mask, reports=reports)
+
+    def cut(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
+        return [plan.report for plan in self._plans(prompts)]
+
+    def _run(self, ids: Tensor, real: Tensor) -> Tensor:
+        return self.text_model(input_ids=ids).last_hidden_state
+
+    @torch.no_grad()
+    def _fill(self, like: Tensor) -> Tensor:
+        """States ``(k, d)`` for filling: position i takes state ``min(i, k - 1)``. Kept, since the model is frozen."""
+        if self._filling is None or self._filling.device != like.device or self._filling.dtype != like.dtype:
+            if self.pad == "none":
+                self._filling = like.new_zeros(1, self.dim)
+            else:
+                tokenizer = self.tokens.tokenizer
+                pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+                ids = [tokenizer.bos_token_id, tokenizer.eos_token_id] + [pad_id] * (self.window - 2)
+                empty = self.text_model(input_ids=torch.tensor([ids], device=like.device)).last_hidden_state[0]
+                share = max(1, round(self.window * 60 / 77))
+                self._filling = empty[-share:].mean(0, keepdim=True) if self.pad == "pad*" else empty
+        return self._filling
+
+    def _plans(self, prompts: Sequence[Prompt]) -> list[_Plan]:
+        room, count = self.window - 2, self.tokens.count
+        split = [list(self.segmenter(prompt, count)) for prompt in check_prompts(prompts)]
+        self.tokens.batch([segment for segments in split for segment in segments])
+        return [self._plan(self.tokens.batch(fit(segments, room, count))) for segments in split]
+
+    def _plan(self, segments: Sequence[Tokenized]) -> _Plan:
+        tokenizer = self.tokens.tokenizer
+        segments = [s for s in segments if s.ids] or [Tokenized("", (), ())]
+        left = sys.maxsize if self.overflow == "grow" else self.max_tokens
+        rows, kept, texts, tokens, cut = [], [], [], [], []
+        for i, segment in enumerate(segments):
+            start = 0 if self.sot == "all" or (self.sot == "first" and i == 0) else 1
+            with_eot = self.eot == "all" or (self.eot == "last" and i == len(segments) - 1)
+            stop = min(len(segment) + 1 + with_eot, start + left)
+            num_read = max(0, min(stop - 1, len(segment)))
+            read, unread = segment.split(num_read)
+            if stop > start:
+                rows.append((tokenizer.bos_token_id, *segment.ids, tokenizer.eos_token_id))
+                kept.append((start, stop))
+                left -= stop - start
+            if num_read:
+                texts.append(read)
+                tokens.append(num_read)
+            if unread:
+                cut.append(unread)
+        if not rows:
+            # attention needs something to attend to, whatever the strategy
+            rows, kept = [(tokenizer.bos_token_id, tokenizer.eos_token_id)], [(0, 1)]
+        return _Plan(tuple(rows), tuple(kept), PromptReport(tuple(texts), tuple(tokens), " ".join(cut)))

@@ -1,0 +1,175 @@
+"""Configs of the text encoders; importing this module does not import torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, model_validator
+
+from longalign.registry import Part, PartConfig
+from longalign.runtime import Runtime
+from longalign.segment import SentenceConfig
+
+if TYPE_CHECKING:
+    from longalign.encoders.clip_segment import ClipSegmentEncoder
+    from longalign.encoders.clip_truncate import ClipTruncateEncoder
+    from longalign.encoders.concat import ConcatEncoder
+    from longalign.encoders.t5 import T5Encoder
+
+
+class _Loaded(PartConfig):
+    """What encoders that load a text model share.
+
+    Attributes:
+        checkpoint: a hub id or a local folder in diffusers layout (``text_encoder/``, ``tokenizer/``) or transformers
+            layout; ``mini/...`` is one of the bundled small models.
+        subfolder: where in it the text model is, e.g. ``text_encoder_2``; None finds it. A tokenizer is looked for in
+            the subfolder that says ``tokenizer`` instead of ``text_encoder``.
+        revision: branch, tag or commit of a hub repository.
+        max_batch_tokens: most positions in one call of the text model; lower it to save memory.
+    """
+
+    checkpoint: str = Field(min_length=1)
+    subfolder: str | None = None
+    revision: str | None = None
+    max_batch_tokens: int = Field(16384, ge=1)
+
+
+class ClipSegmentConfig(_Loaded):
+    """Segment-level encoding with CLIP.
+
+    Attributes:
+        segmenter: how prompts are split.
+        sot: which segments keep their ``<sot>``.
+        eot: which segments keep their ``<eot>``.
+        pad: what fills up to ``max_tokens``: one ``<pad*>``, the empty prompt's plain padding, or nothing (and a mask).
+        max_tokens: number of merged states.
+        overflow: what happens to a longer prompt: an error, a cut with a warning, or the batch grows.
+    """
+
+    name: Literal["clip-segment"] = "clip-segment"
+    checkpoint: str = Field("stable-diffusion-v1-5/stable-diffusion-v1-5", min_length=1)
+    segmenter: Part("segmenters") = SentenceConfig()  # type: ignore[valid-type]
+    sot: Literal["all", "first", "none"] = "all"
+    eot: Literal["none", "all", "last"] = "none"
+    pad: Literal["pad*", "pad", "none"] = "pad*"
+    max_tokens: int = Field(240, ge=1)
+    overflow: Literal["error", "cut", "grow"] = "cut"
+
+    def build(self, runtime: Runtime) -> ClipSegmentEncoder:
+        from longalign.encoders.clip_segment import ClipSegmentEncoder
+
+        return ClipSegmentEncoder.from_config(self, runtime)
+
+
+class ClipTruncateConfig(_Loaded):
+    """CLIP over the whole prompt, cut at 77 tokens: what Stable Diffusion does.
+
+    Attributes:
+        overflow: what happens to a longer prompt: a cut with a warning, or an error.
+    """
+
+    name: Literal["clip-truncate"] = "clip-truncate"
+    checkpoint: str = Field("stable-diffusion-v1-5/stable-diffusion-v1-5", min_length=1)
+    overflow: Literal["cut", "error"] = "cut"
+
+    def build(self, runtime: Runtime) -> ClipTruncateEncoder:
+        from longalign.encoders.clip_truncate import ClipTruncateEncoder
+
+        return ClipTruncateEncoder.from_config(self, runtime)
+
+
+class LongClipConfig(_Loaded):
+    """LongCLIP over the whole prompt, cut at 248 tokens.
+
+    Attributes:
+        checkpoint: besides the usual, an original ``.pt`` file or a repository that has one.
+        filename: the original file in a folder or repository; None takes ``longclip-L.pt`` if there is one, else
+            transformers' files.
+        tokenizer: hub id or folder of CLIP's tokenizer; None takes the checkpoint's, or CLIP-L's where it has none.
+        overflow: what happens to a longer prompt: a cut with a warning, or an error.
+    """
+
+    name: Literal["longclip"] = "longclip"
+    checkpoint: str = Field("BeichenZhang/LongCLIP-L", min_length=1)
+    filename: str | None = None
+    tokenizer: str | None = None
+    overflow: Literal["cut", "error"] = "cut"
+
+    def build(self, runtime: Runtime) -> ClipTruncateEncoder:
+        from longalign.encoders.longclip import load_longclip
+
+        return load_longclip(self, runtime)
+
+
+class AdapterConfig(PartConfig):
+    """A LaVi-Bridge adapter: loaded from ``checkpoint``, or fresh with the three widths.
+
+    Attributes:
+        checkpoint: hub id or folder as diffusers writes it, e.g. ``shihaozhao/LaVi-Bridge``.
+        subfolder: where in it, e.g. ``t5_unet/adapter``.
+        revision: branch, tag or commit of a hub repository.
+        in_dim: width of the language model, for a fresh adapter.
+        int_dim: width between its two feed-forward blocks, for a fresh adapter.
+        out_dim: width that the denoiser expects, for a fresh adapter.
+        trainable: whether training changes it.
+    """
+
+    name: Literal["lavi-bridge"] = "lavi-bridge"
+    checkpoint: str | None = None
+    subfolder: str | None = None
+    revision: str | None = None
+    in_dim: int | None = Field(None, ge=1)
+    int_dim: int | None = Field(None, ge=1)
+    out_dim: int | None = Field(None, ge=1)
+    trainable: bool = True
+
+    @model_validator(mode="after")
+    def _one_source(self) -> AdapterConfig:
+        given = [key for key in ("in_dim", "int_dim", "out_dim") if getattr(self, key) is not None]
+        if self.checkpoint is not None and given:
+            raise ValueError(f"'checkpoint' fixes the widths; leave out {', '.join(given)}")
+        if self.checkpoint is None and len(given) < 3:
+            raise ValueError("expected 'checkpoint', or in_dim, int_dim and out_dim for a fresh adapter")
+        if self.checkpoint is None and (self.subfolder or self.revision):
+            raise ValueError("'subfolder' and 'revision' belong to a 'checkpoint'")
+        return self
+
+
+class T5Config(_Loaded):
+    """T5's encoder over the whole prompt.
+
+    Attributes:
+        adapter: maps T5's states to the denoiser's width; None leaves them as they are.
+        max_tokens: number of states, the end-of-text token included.
+        overflow: what happens to a longer prompt: an error, a cut with a warning, or the batch grows.
+        mask: whether padding is masked; the published model does not.
+    """
+
+    name: Literal["t5"] = "t5"
+    checkpoint: str = Field("google-t5/t5-large", min_length=1)
+    adapter: AdapterConfig | None = None
+    max_tokens: int = Field(240, ge=1)
+    overflow: Literal["error", "cut", "grow"] = "cut"
+    mask: bool = False
+
+    def build(self, runtime: Runtime) -> T5Encoder:
+        from longalign.encoders.t5 import T5Encoder
+
+        return T5Encoder.from_config(self, runtime)
+
+
+class ConcatConfig(PartConfig):
+    """Several encoders, their states one after the other.
+
+    Attributes:
+        parts: the encoders, in order.
+    """
+
+    name: Literal["concat"] = "concat"
+    parts: list[Part("encoders")] = Field(min_length=1)  # type: ignore[valid-type]
+
+    def build(self, runtime: Runtime) -> ConcatEncoder:
+        from longalign.encoders.concat import ConcatEncoder
+
+        return ConcatEncoder.from_config(self, runtime)

@@ -1,0 +1,119 @@
+"""T5's encoder over the whole prompt in one pass, with a trainable adapter (LongAlign, arXiv 2410.11817, 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from longalign.encoders.adapter import TextAdapter
+from longalign.encoders.base import Conditioning, Encoder, PromptReport, check_prompts, handle_cuts, plain_text
+from longalign.encoders.tokens import GROUP, TextTokens, Tokenized, run_grouped
+from longalign.runtime import Runtime
+from longalign.segment import Prompt
+
+if TYPE_CHECKING:
+    from longalign.encoders.configs import T5Config
+
+
+class T5Encoder(Encoder):
+    """Frozen T5 encoder states of the whole prompt, mapped by an adapter if there is one.
+
+    As published, a prompt is padded to ``max_tokens`` and nothing is masked: T5 and the denoiser attend to the padding.
+    A prompt's states never depend on the rest of the batch. Where the batch grows beyond ``max_tokens`` the last state
+    of a shorter prompt is repeated up to the length of the longest.
+
+    Args:
+        model: a transformers ``T5EncoderModel``.
+        tokenizer: its fast tokenizer.
+        adapter: maps the states to the denoiser's width; its parameters are the trainable ones. None leaves them.
+        max_tokens: number of states, the end-of-text token included.
+        overflow: a longer prompt is an ``"error"``, is ``"cut"`` with a warning, or lets the batch ``"grow"``.
+        mask: whether padding is masked, in T5 and in the conditioning (whose masked states are zero).
+        max_batch_tokens: most positions in one call of the model.
+
+    Raises:
+        ValueError: if the adapter does not take states of T5's width.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        adapter: TextAdapter | None = None,
+        *,
+        max_tokens: int = 240,
+        overflow: Literal["error", "cut", "grow"] = "cut",
+        mask: bool = False,
+        max_batch_tokens: int = 16384,
+    ):
+        super().__init__()
+        self.model = model.requires_grad_(False).eval()
+        config: Any = model.config
+        if adapter is not None and adapter.in_dim != config.d_model:
+            raise ValueError(f"the adapter takes states of width {adapter.in_dim}, this T5's are {config.d_model} wide")
+        self.adapter = adapter
+        self.dim = config.d_model if adapter is None else adapter.out_dim
+        self.tokens = TextTokens(tokenizer, config.vocab_size)
+        self.max_tokens, self.overflow, self.mask, self.max_batch_tokens = max_tokens, overflow, mask, max_batch_tokens
+
+    @classmethod
+    def from_config(cls, config: T5Config, runtime: Runtime) -> T5Encoder:
+        """Loads model and tokenizer, and loads or makes the adapter."""
+        from transformers import T5EncoderModel
+
+        from longalign.encoders.loading import load_text_model
+
+        model, tokenizer = load_text_model(
+            T5EncoderModel, config.checkpoint, config.subfolder, config.revision, runtime
+        )
+        adapter = None if config.adapter is None else TextAdapter.from_config(config.adapter, runtime)
+        keys = ("max_tokens", "overflow", "mask", "max_batch_tokens")
+        return cls(model, tokenizer, adapter, **{key: getattr(config, key) for key in keys})
+
+    def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
+        texts = self._texts(prompts)
+        reports = tuple(self._report(text) for text in texts)
+        handle_cuts(reports, self.overflow, self.max_tokens, "raise max_tokens, or set overflow to 'cut' or 'grow'")
+        tokenizer = self.tokens.tokenizer
+        rows = [(*text.ids[: self._num_read(text)], tokenizer.eos_token_id) for text in texts]
+        real = torch.tensor([len(row) for row in rows])
+        padded = rows if self.mask else [row + (tokenizer.pad_token_id,) * (self.max_tokens - len(row)) for row in rows]
+        device = next(self.model.parameters()).device
+        states, first = run_grouped(
+            self._run,
+            padded,
+            pad_id=tokenizer.pad_token_id,
+            device=device,
+            max_batch_tokens=self.max_batch_tokens,
+            step=GROUP if self.mask else 1,
+        )
+        length = max(self.max_tokens, *(len(row) for row in padded))
+        last = torch.tensor([[len(row) - 1] for row in padded])
+        index = torch.tensor(first)[:, None] + torch.minimum(torch.arange(length), last)
+        told = states[index.to(device)]
+        if self.adapter is not None:
+            told = self.adapter(told.to(next(self.adapter.parameters()).dtype))
+        if not self.mask:
+            return Conditioning(told, reports=reports)
+        mask = (torch.arange(length) < real[:, None]).to(device)
+        return Conditioning(told * mask[..., None], mask, reports=reports)
+
+    def cut(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
+        return [self._report(text) for text in self._texts(prompts)]
+
+    def _run(self, ids: Tensor, real: Tensor) -> Tensor:
+        return self.model(input_ids=ids, attention_mask=real.long() if self.mask else None).last_hidden_state
+
+    def _texts(self, prompts: Sequence[Prompt]) -> list[Tokenized]:
+        return self.tokens.batch([plain_text(prompt) for prompt in check_prompts(prompts)])
+
+    def _num_read(self, text: Tokenized) -> int:
+        return len(text) if self.overflow == "grow" else min(len(text), self.max_tokens - 1)
+
+    def _report(self, text: Tokenized) -> PromptReport:
+        num_read = self._num_read(text)
+        read, unread = text.split(num_read)
+        return PromptReport((read,) if num_read else (), (num_read,) if num_read else (), unread)
