@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
+
+from longalign.rewards.guard import check_scores
 
 
 @dataclass(frozen=True)
@@ -14,22 +17,41 @@ class Scores:
 
     Attributes:
         total: ``(b,)`` what is maximised; differentiable in the images.
-        parts: named ``(b,)`` tensors logged as curves of their own, e.g. ``text_relevant`` and ``text_irrelevant``.
+        parts: named ``(b,)`` tensors without gradient, logged as curves of their own, e.g. ``text_relevant`` and
+            ``text_irrelevant``.
     """
 
     total: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
 
+    def checked(self, images: Tensor, prompts: Sequence[str]) -> Scores:
+        """These scores, if there is one finite number for each of the images ``(b, 3, h, w)``.
+
+        Raises:
+            NonFiniteReward: with the image and prompt of the first score that is not finite.
+            ValueError: if the shapes do not agree.
+        """
+        check_scores(self.total, images, prompts)
+        return self
+
 
 class Reward(nn.Module):
-    """Base of rewards. Modules are frozen; gradient flows into the images only."""
+    """Base of rewards. Modules are frozen; gradient flows into the images only.
+
+    In training mode a reward may be random (a random crop, if it is asked for) and may learn from the batch (a running
+    direction); in eval mode the same images and prompts always have the same score.
+    """
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores images ``(b, 3, h, w)`` in [0, 1] against one prompt each; returns ``(b,)``, higher is better."""
-        return self.scores(images, prompts).total
+        """Scores images ``(b, 3, h, w)`` in [0, 1] against one prompt each; returns ``(b,)``, higher is better.
+
+        Raises:
+            NonFiniteReward: if a score is not finite.
+        """
+        return self.scores(images, prompts).checked(images, prompts).total
 
     def scores(self, images: Tensor, prompts: Sequence[str]) -> Scores:
-        """As `score`, with the parts of the score beside the total."""
+        """As `score`, with the parts of the score beside the total. Concrete rewards end it with `Scores.checked`."""
         raise NotImplementedError
 
 
@@ -38,6 +60,9 @@ class EmbeddingReward(Reward):
 
     Concrete rewards give the two features; the score, its decomposition and its reweighting follow from them.
     """
+
+    #: width of the embeddings
+    dim: int
 
     def image_features(self, images: Tensor) -> Tensor:
         """Images ``(b, 3, h, w)`` in [0, 1] of any resolution to unit embeddings ``(b, d)``, with gradient."""
@@ -49,4 +74,39 @@ class EmbeddingReward(Reward):
         raise NotImplementedError
 
     def scores(self, images: Tensor, prompts: Sequence[str]) -> Scores:
-        return Scores((self.image_features(images) * self.text_features(prompts)).sum(-1))
+        check_pairs(images, prompts)
+        total = (self.image_features(images) * self.text_features(prompts)).sum(-1)
+        return Scores(total).checked(images, prompts)
+
+
+class CallableReward(Reward):
+    """A plain function ``(images, prompts) -> (b,)`` as a reward."""
+
+    def __init__(self, function: Callable[[Tensor, Sequence[str]], Any]):
+        super().__init__()
+        self.function = function
+
+    def scores(self, images: Tensor, prompts: Sequence[str]) -> Scores:
+        check_pairs(images, prompts)
+        total = self.function(images, prompts)
+        if not isinstance(total, Tensor):
+            name = getattr(self.function, "__qualname__", repr(self.function))
+            raise ValueError(f"reward function '{name}' must return a tensor (b,), not {type(total).__name__}")
+        return Scores(total).checked(images, prompts)
+
+
+def as_reward(part: Any) -> Reward:
+    """What the registry built as a `Reward`: rewards as they are, plain callables wrapped."""
+    if isinstance(part, Reward):
+        return part
+    if not callable(part):
+        raise ValueError(f"expected a Reward or a function (images, prompts) -> scores, got {part!r}")
+    return CallableReward(part)
+
+
+def check_pairs(images: Tensor, prompts: Sequence[str]) -> None:
+    """Raises ValueError unless there is exactly one prompt for each image."""
+    if isinstance(prompts, str):
+        raise ValueError("expected a sequence of prompts, one for each image, got one string; pass [prompt]")
+    if len(images) != len(prompts):
+        raise ValueError(f"expected one prompt for each image, got {len(images)} images and {len(prompts)} prompts")

@@ -1,0 +1,134 @@
+"""Images in [0, 1] to the pixels a vision model reads: crop, antialiased resize, normalisation; differentiable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional as F
+
+#: mean and standard deviation of CLIP's training images, for RGB in [0, 1]
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+ASPECTS = ("crop", "pad", "squash")
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """What a vision model reads. Calling it turns images into its pixels.
+
+    Attributes:
+        size: height and width of the model's input.
+        mean: per channel, of images in [0, 1].
+        std: per channel.
+        aspect: what becomes of images of another shape: ``"crop"`` scales the shorter side and keeps the centre (CLIP),
+            ``"pad"`` scales the longer side and fills with black (HPSv2), ``"squash"`` scales both sides (SigLIP).
+            For images of the model's own shape the three are the same.
+        crop: side of a random crop taken before the resize, against blocky artefacts that a reward would otherwise
+            exploit (the paper's authors take 504 of 512): an int in pixels or a float as a fraction of each side;
+            None for no crop.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+    aspect: str = "crop"
+    crop: int | float | None = None
+
+    def __post_init__(self) -> None:
+        if self.aspect not in ASPECTS:
+            raise ValueError(f"aspect must be one of {', '.join(ASPECTS)}, not {self.aspect!r}")
+        if self.crop is not None:
+            check_crop(self.crop)
+
+    def __call__(self, images: Tensor, generator: Generator | None = None, random: bool = True) -> Tensor:
+        """Images ``(b, 3, h, w)`` in [0, 1] to pixels ``(b, 3, *size)``, in float32 unless images are in float64.
+
+        Args:
+            images: any resolution; gradient flows through.
+            generator: source of the crop's place, one place for each image; torch's global CPU generator if None.
+            random: False leaves the random crop out.
+        """
+        check_images(images)
+        images = at_least_float32(images)
+        if self.crop is not None and random:
+            images = random_crop(images, self.crop, generator)
+        images = fit(images, self.size, self.aspect)
+        mean, std = (images.new_tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
+        return (images - mean) / std
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor in float32; in float64 if it was."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def check_images(images: Tensor) -> None:
+    """Raises ValueError unless ``images`` is a floating point batch ``(b, 3, h, w)``."""
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise ValueError(
+            f"expected float images (b, 3, h, w) in [0, 1], got {images.dtype} of shape {tuple(images.shape)}; "
+            "add a batch axis with images[None], and divide 8-bit images by 255"
+        )
+
+
+def check_crop(crop: int | float) -> None:
+    """Raises ValueError unless ``crop`` is a number of pixels or a fraction in (0, 1)."""
+    if isinstance(crop, float) and not 0 < crop < 1:
+        raise ValueError(f"a crop given as a fraction must be between 0 and 1, not {crop}; give pixels as an int")
+    if isinstance(crop, int) and crop < 1:
+        raise ValueError(f"a crop must be at least one pixel, not {crop}; leave it out for no crop")
+
+
+def random_crop(images: Tensor, crop: int | float, generator: Generator | None = None) -> Tensor:
+    """Cuts a randomly placed window out of each image ``(b, c, h, w)``.
+
+    Args:
+        images: the batch.
+        crop: side of the square window in pixels (int), or the fraction of each side that is kept (float).
+        generator: a CPU generator; torch's global one if None.
+    """
+    check_crop(crop)
+    size = [crop if isinstance(crop, int) else max(1, round(crop * side)) for side in images.shape[-2:]]
+    if any(want > have for want, have in zip(size, images.shape[-2:], strict=True)):
+        raise ValueError(
+            f"cannot crop {size[0]}x{size[1]} pixels from images of {images.shape[-2]}x{images.shape[-1]}; "
+            "use a smaller crop, or a fraction such as 0.984"
+        )
+    height, width = size
+    rows, columns = (
+        torch.randint(have - want + 1, (len(images),), generator=generator).tolist()
+        for want, have in zip(size, images.shape[-2:], strict=True)
+    )
+    windows = [i[:, y : y + height, x : x + width] for i, y, x in zip(images, rows, columns, strict=True)]
+    return torch.stack(windows) if windows else images[..., :height, :width]
+
+
+def fit(images: Tensor, size: tuple[int, int], aspect: str = "crop") -> Tensor:
+    """Resizes images ``(b, c, h, w)`` to ``(b, c, *size)``; see `Pixels.aspect` for other shapes.
+
+    Bicubic with antialiasing, as PIL and the published processors do; values are not clamped afterwards, so gradient
+    reaches every pixel.
+    """
+    height, width = images.shape[-2:]
+    if aspect == "squash" or height * size[1] == width * size[0]:
+        return resize(images, size)
+    # roundings as in the published processors; max and min keep the deciding side exact
+    if aspect == "crop":
+        scale = max(size[0] / height, size[1] / width)
+        scaled = max(size[0], int(height * scale)), max(size[1], int(width * scale))
+        top, left = round((scaled[0] - size[0]) / 2), round((scaled[1] - size[1]) / 2)
+        return resize(images, scaled)[..., top : top + size[0], left : left + size[1]]
+    scale = min(size[0] / height, size[1] / width)
+    scaled = min(size[0], max(1, round(height * scale))), min(size[1], max(1, round(width * scale)))
+    top, left = (size[0] - scaled[0]) // 2, (size[1] - scaled[1]) // 2
+    return F.pad(resize(images, scaled), (left, size[1] - scaled[1] - left, top, size[0] - scaled[0] - top))
+
+
+def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Antialiased bicubic resize of ``(b, c, h, w)``; images that have the size already are returned as they are."""
+    if tuple(images.shape[-2:]) == tuple(size):
+        return images
+    return F.interpolate(images, size, mode="bicubic", align_corners=False, antialias=True)

@@ -1,0 +1,99 @@
+"""Rewards from transformers' ``CLIPModel``: CLIP itself, PickScore and Denscore, which differ in their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from longalign import registry
+from longalign.images import Pixels
+from longalign.rewards.hub import holds_tokenizer, image_statistics
+from longalign.rewards.towers import TowerReward, Towers
+from longalign.runtime import Runtime, resolve_checkpoint
+
+if TYPE_CHECKING:
+    from longalign.rewards.configs import ClipLikeConfig
+
+NUM_SPECIAL_TOKENS = 2
+
+
+class ClipTowers(Towers):
+    """Both towers of a ``transformers.CLIPModel``.
+
+    The text tower is causal and its embedding is read at ``<eot>``, so padding after it changes nothing and needs no
+    mask.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any):
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.dim = model.config.projection_dim
+        self.window = model.config.text_config.max_position_embeddings - NUM_SPECIAL_TOKENS
+
+    def count_tokens(self, text: str) -> int:
+        return len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def embed_pixels(self, pixels: Tensor) -> Tensor:
+        return pooled(self.model.get_image_features(pixel_values=pixels.to(self.model.dtype)))
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        tokens = self.tokenizer(
+            list(texts), padding=True, truncation=True, max_length=self.window + NUM_SPECIAL_TOKENS, return_tensors="pt"
+        )
+        return pooled(self.model.get_text_features(input_ids=tokens["input_ids"].to(self.model.device)))
+
+
+def pooled(output: Any) -> Tensor:
+    """The projected features of ``get_*_features``: an object since transformers 5, a tensor before."""
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+def check_tokenizer(num_tokens: int, num_embeddings: int, processor: str, checkpoint: str) -> None:
+    """Raises ValueError where a tokenizer has tokens that the text tower of a checkpoint has no embedding for."""
+    if num_tokens > num_embeddings:
+        raise ValueError(
+            f"the tokenizer of '{processor}' has {num_tokens} tokens, the text tower of '{checkpoint}' has embeddings "
+            f"for {num_embeddings}; set `processor` to the checkpoint whose tokenizer it was trained with"
+        )
+
+
+def load_clip(config: ClipLikeConfig, runtime: Runtime) -> TowerReward:
+    """Loads a `TowerReward` from a hub id or a local folder in transformers layout."""
+    from transformers import AutoTokenizer, CLIPModel
+
+    checkpoint = resolve_checkpoint(config.checkpoint)
+    own: dict[str, Any] = {"revision": config.revision, "subfolder": config.subfolder or ""}
+    loaded: Any = CLIPModel.from_pretrained(checkpoint, output_loading_info=True, **own)
+    model, info = loaded
+    if info["missing_keys"]:
+        raise ValueError(
+            f"'{checkpoint}' is not a whole CLIPModel: {sorted(info['missing_keys'])[:5]} and so on are missing "
+            f"({len(info['missing_keys'])} in all); expected both towers and their projections"
+        )
+    processor, where = _processor(config, checkpoint, own)
+    tokenizer = AutoTokenizer.from_pretrained(processor, **where)
+    check_tokenizer(len(tokenizer), model.config.text_config.vocab_size, processor, checkpoint)
+    mean, std = image_statistics(processor, **where)
+    size = model.config.vision_config.image_size
+    towers = ClipTowers(model.to(device=runtime.device, dtype=runtime.torch_dtype), tokenizer)
+    return TowerReward(
+        towers,
+        Pixels((size, size), mean, std, aspect=config.aspect, crop=config.crop),
+        segmenter=registry.segmenters.build(config.segmenter, runtime) if config.segmenter else None,
+        micro_batch=config.micro_batch,
+    )
+
+
+def _processor(config: ClipLikeConfig, checkpoint: str, own: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    if config.processor is not None:
+        return resolve_checkpoint(config.processor), {}
+    if holds_tokenizer(checkpoint, **own):
+        return checkpoint, own
+    return config.default_processor, {}

@@ -1,0 +1,211 @@
+"""Common directions computed over a corpus of prompts: the file, how it is made, and whether it fits a reward."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from longalign import preference, registry
+from longalign.registry import PartConfig
+from longalign.rewards.base import EmbeddingReward
+from longalign.runtime import Runtime, resolve_checkpoint
+
+FORMAT = "longalign-direction-1"
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+NUM_BINS = 20
+#: eta's distribution is that of a random sample of so many prompts, so that a corpus of millions fits in memory
+NUM_SAMPLED = 20_000
+#: their embeddings tell rewards apart: other weights, another splitter or another reading of long texts move them
+PROBE = (
+    "A red fox sleeps on a stone wall, 3.5 m above the road; behind it, the sky is pale green. It is raining.",
+    "Three glass bottles and a lemon on a wooden table. Soft light comes from the left. Is the door open?",
+)
+PROBE_TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A common direction and where it comes from.
+
+    Attributes:
+        vector: ``V``, a unit vector ``(d,)``.
+        probe: ``(k, d)`` embeddings of `PROBE` by the reward that made it.
+        num_prompts: number of prompts of the corpus.
+        eta: distribution of ``eta = C_P . V`` over the corpus: ``mean``, ``std``, ``quantiles`` (of `QUANTILES`),
+            ``edges`` and ``counts`` of a histogram, and ``num_prompts``, the number of prompts it was taken over.
+        inner: config of that reward; empty where it was made without one.
+    """
+
+    vector: Tensor
+    probe: Tensor
+    num_prompts: int
+    eta: dict[str, Any]
+    inner: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes a safetensors file with ``V`` and ``probe``, and the rest as metadata."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        about = {"num_prompts": self.num_prompts, "eta": self.eta, "inner": self.inner}
+        metadata = {"format": FORMAT, **{key: json.dumps(value) for key, value in about.items()}}
+        save_file({"V": self.vector.cpu().contiguous(), "probe": self.probe.cpu().contiguous()}, path, metadata)
+        return path
+
+    def vector_for(self, reward: EmbeddingReward, config: PartConfig | None = None) -> Tensor:
+        """``V (d,)`` for a reward that it fits.
+
+        Raises:
+            ValueError: if the width is another, or if the reward embeds `PROBE` in another way than the one that made
+                the direction did (other weights, another way of reading long texts).
+        """
+        made_by, asked = _describe(self.inner), _describe(_dump(config))
+        if self.vector.shape != (reward.dim,):
+            raise ValueError(
+                f"the direction has width {len(self.vector)}, made with {made_by}; the reward {asked} has width "
+                f"{reward.dim}; compute it anew with `longalign direction`"
+            )
+        mine = reward.text_features(PROBE).cpu()
+        distance = ((mine - self.probe).norm() / self.probe.norm()).item()
+        if not distance <= PROBE_TOLERANCE:
+            raise ValueError(
+                f"the direction was made with another reward, {made_by}, than {asked}: their embeddings of the same "
+                f"texts differ by {distance:.0%}; compute it anew with `longalign direction`"
+            )
+        return self.vector
+
+    def report(self) -> str:
+        """eta's distribution as text: mean, quantiles and a histogram."""
+        sampled = self.eta["num_prompts"]
+        lines = [
+            f"common direction of {self.num_prompts} prompts, width {len(self.vector)}, by {_describe(self.inner)}",
+            f"eta{f' of {sampled} of them' if sampled < self.num_prompts else ''}: "
+            f"mean {self.eta['mean']:.4f}, standard deviation {self.eta['std']:.4f}",
+            "  ".join(f"{float(q):.0%} {v:.4f}" for q, v in self.eta["quantiles"].items()),
+        ]
+        edges, counts = self.eta["edges"], self.eta["counts"]
+        for low, high, count in zip(edges, edges[1:], counts, strict=False):
+            bar = "#" * round(40 * count / max(counts))
+            lines.append(f"{low:8.4f} .. {high:8.4f} {count:8d} {bar}".rstrip())
+        return "\n".join(lines)
+
+
+def load_direction(path: str | Path) -> Direction:
+    """Reads what `Direction.save` wrote. ``mini/<folder>/<file>`` is a file of the bundled weights.
+
+    Raises:
+        ValueError: if there is no such file, or it is of another kind.
+    """
+    given = Path(path)
+    found = Path(resolve_checkpoint(given.parent.as_posix())) / given.name
+    if not found.is_file():
+        raise ValueError(
+            f"a direction is 'batch', 'running' or a file that `longalign direction` wrote; no file '{path}'"
+        )
+    try:
+        with safe_open(found, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"'{path}' is not a direction file ({FORMAT}); write one with `longalign direction`")
+            about = {key: json.loads(metadata[key]) for key in ("num_prompts", "eta", "inner")}
+            return Direction(file.get_tensor("V"), file.get_tensor("probe"), **about)
+    except SafetensorError as error:
+        raise ValueError(f"'{path}' is not a safetensors file: {error}") from error
+
+
+def compute_direction(
+    reward: EmbeddingReward, prompts: Iterable[str], batch_size: int = 64, config: PartConfig | None = None
+) -> Direction:
+    """The common direction of a corpus (LongAlign, paper 3.2), over all prompts in one pass.
+
+    Args:
+        reward: whose text embeddings are taken.
+        prompts: the corpus, at least two different prompts; it may be a generator of millions.
+        batch_size: prompts encoded at a time.
+        config: the reward's config, kept in the file.
+    """
+    sampler = random.Random(0)
+    total = torch.zeros(reward.dim, dtype=torch.float64)
+    sample: list[Tensor] = []
+    count = 0
+    for batch in _batches(prompts, batch_size):
+        text = reward.text_features(batch).cpu()
+        total += text.double().sum(0)
+        for row in text:
+            if len(sample) < NUM_SAMPLED:
+                sample.append(row)
+            elif (place := sampler.randrange(count + 1)) < NUM_SAMPLED:
+                sample[place] = row
+            count += 1
+    if len(torch.unique(torch.stack(sample), dim=0) if sample else ()) < 2:
+        raise ValueError(f"a common direction needs at least two different prompts, got {count} in all")
+    vector = preference.normalise((total / count).float())
+    eta = preference.eta(torch.stack(sample), vector)
+    return Direction(vector, reward.text_features(PROBE).cpu(), count, _distribution(eta), _dump(config))
+
+
+def write_direction(
+    config: Any, prompts: Iterable[str], output: str | Path, runtime: Runtime | None = None, batch_size: int = 64
+) -> Direction:
+    """What ``longalign direction`` does: builds the reward, computes its direction over the prompts, writes the file.
+
+    Args:
+        config: a reward: name, mapping or config. Of ``reweighted`` its inner reward is taken.
+        prompts: the corpus.
+        output: the file, usually ``*.safetensors``.
+        runtime: where the reward runs.
+        batch_size: prompts encoded at a time.
+
+    Returns:
+        The direction, whose `Direction.report` is worth printing.
+    """
+    config = registry.rewards.validate(config)
+    while config.name == "reweighted":
+        config = config.inner  # type: ignore[attr-defined]
+    reward = registry.rewards.build(config, runtime)
+    if not isinstance(reward, EmbeddingReward):
+        raise ValueError(f"'{config.name}' has no text embeddings; name one of its terms, or another reward")
+    direction = compute_direction(reward, prompts, batch_size, config)
+    direction.save(output)
+    return direction
+
+
+def _distribution(eta: Tensor) -> dict[str, Any]:
+    eta = eta.double()
+    quantiles = torch.quantile(eta, torch.tensor(QUANTILES, dtype=torch.float64))
+    low, high = float(eta.min()), float(eta.max())
+    high = high if high > low else low + 1e-6
+    return {
+        "num_prompts": len(eta),
+        "mean": eta.mean().item(),
+        "std": eta.std().item(),
+        "quantiles": {str(q): v for q, v in zip(QUANTILES, quantiles.tolist(), strict=True)},
+        "edges": torch.linspace(low, high, NUM_BINS + 1, dtype=torch.float64).tolist(),
+        "counts": torch.histc(eta, NUM_BINS, low, high).long().tolist(),
+    }
+
+
+def _batches(prompts: Iterable[str], size: int) -> Iterator[Sequence[str]]:
+    rest = iter(prompts)
+    while batch := list(islice(rest, size)):
+        yield batch
+
+
+def _dump(config: PartConfig | None) -> dict[str, Any]:
+    return config.model_dump(mode="json") if config else {}
+
+
+def _describe(inner: dict[str, Any]) -> str:
+    if not inner:
+        return "a reward without a config"
+    keys = ("name", "checkpoint", "text", "segmenter")
+    return ", ".join(f"{key} {inner[key]}" for key in keys if inner.get(key))

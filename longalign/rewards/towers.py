@@ -1,0 +1,130 @@
+"""Rewards with two towers: any pair of an image and a text encoder that share an embedding space."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from longalign.images import Pixels, at_least_float32
+from longalign.rewards.base import EmbeddingReward
+from longalign.segment import Segmenter, fit
+
+NUM_TEXTS_PER_PASS = 64
+
+
+class Towers(nn.Module):
+    """What `TowerReward` needs of a model; one small subclass for each library that models come from."""
+
+    #: width of the embeddings
+    dim: int
+    #: number of tokens the text tower reads, without special tokens
+    window: int
+
+    def count_tokens(self, text: str) -> int:
+        """Number of tokens of a text, without special tokens."""
+        raise NotImplementedError
+
+    def embed_pixels(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels ``(b, 3, h, w)`` to embeddings ``(b, d)`` of any length, with gradient."""
+        raise NotImplementedError
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Texts to embeddings ``(n, d)`` of any length; what exceeds the window is cut (callers see to it)."""
+        raise NotImplementedError
+
+
+class TowerReward(EmbeddingReward):
+    """The unscaled cosine of an image and its prompt, the prompt read in one pass or segment by segment.
+
+    Args:
+        towers: the model; it is frozen and kept in eval mode.
+        pixels: turns images in [0, 1] into what the image tower reads. A random crop is taken in training mode only.
+        segmenter: splits prompts; the text embedding is then the mean over segments of their unit embeddings, not
+            normalised again (Denscore, paper 3.2). Segments longer than the window are split further. None reads the
+            prompt in one pass; what exceeds the window is then not read, of which a warning is given once.
+        micro_batch: images in one pass of the image tower, None for all. Under autograd each pass is recomputed in
+            the backward, so that the memory of one pass is needed at a time; the gradient is the same.
+    """
+
+    def __init__(
+        self, towers: Towers, pixels: Pixels, *, segmenter: Segmenter | None = None, micro_batch: int | None = None
+    ):
+        super().__init__()
+        if micro_batch is not None and micro_batch < 1:
+            raise ValueError(f"micro_batch must be at least 1 image, not {micro_batch}; leave it out for all at once")
+        self.towers = towers.requires_grad_(False).eval()
+        self.pixels = pixels
+        self.segmenter = segmenter
+        self.micro_batch = micro_batch
+        self.dim = towers.dim
+        self._warned = False
+
+    def train(self, mode: bool = True) -> TowerReward:
+        """Switches the reward's own behaviour; the frozen towers stay in eval mode."""
+        super().train(mode)
+        self.towers.eval()
+        return self
+
+    def image_features(self, images: Tensor, generator: Generator | None = None) -> Tensor:
+        """Unit embeddings ``(b, d)`` of images ``(b, 3, h, w)`` in [0, 1]; the generator places random crops."""
+        pixels = self.pixels(images, generator, random=self.training)
+        if self.micro_batch is None or len(pixels) <= self.micro_batch:
+            features = self.towers.embed_pixels(pixels)
+        else:
+            features = torch.cat([self._pass(chunk) for chunk in pixels.split(self.micro_batch)])
+        return F.normalize(at_least_float32(features), dim=-1)
+
+    def _pass(self, pixels: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and pixels.requires_grad):
+            return self.towers.embed_pixels(pixels)
+        features = checkpoint(self.towers.embed_pixels, pixels, use_reentrant=False, preserve_rng_state=False)
+        assert isinstance(features, Tensor)
+        return features
+
+    def segments(self, prompt: str) -> list[str]:
+        """The texts that are encoded for one prompt, in order; at least one, which is empty for an empty prompt."""
+        if self.segmenter is None:
+            return [prompt]
+        split = self.segmenter(prompt, self.towers.count_tokens)
+        # blanks around a segment say where it stood, not what it says
+        found = [s.strip() for s in fit(split, self.towers.window, self.towers.count_tokens)]
+        return [s for s in found if s] or [""]
+
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        if isinstance(prompts, str):
+            raise ValueError("expected a sequence of prompts, got one string; pass [prompt]")
+        split = [self.segments(prompt) for prompt in prompts]
+        if self.segmenter is None:
+            self._warn_of_cuts(prompts)
+        places = {text: i for i, text in enumerate(dict.fromkeys(s for segments in split for s in segments))}
+        unit = self._unit_embeddings(list(places))
+        return torch.stack([unit[[places[s] for s in segments]].mean(0) for segments in split])
+
+    @torch.no_grad()
+    def _unit_embeddings(self, texts: list[str]) -> Tensor:
+        # texts of similar length share a pass, so that little is padded
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        chunks = [order[i : i + NUM_TEXTS_PER_PASS] for i in range(0, len(order), NUM_TEXTS_PER_PASS)]
+        found = torch.cat([self.towers.embed_texts([texts[i] for i in chunk]) for chunk in chunks])
+        unit = F.normalize(at_least_float32(found), dim=-1)
+        return unit[torch.tensor(order).argsort().to(unit.device)]
+
+    def _warn_of_cuts(self, prompts: Sequence[str]) -> None:
+        if self._warned:
+            return
+        window = self.towers.window
+        for prompt in prompts:
+            count = self.towers.count_tokens(prompt)
+            if count > window:
+                self._warned = True
+                warnings.warn(
+                    f"a prompt has {count} tokens and the reward's text tower reads {window}: its end is not scored; "
+                    "set `text: segments` to score the whole prompt (further prompts are cut without a warning)",
+                    stacklevel=4,
+                )
+                return
