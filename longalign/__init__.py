@@ -6,7 +6,6 @@ The public names are loaded when they are first used, so ``import longalign`` im
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -36,13 +35,12 @@ _HOMES = {
 
 __all__ = [*_HOMES]
 
-try:
-    __version__ = version("longalign")
-except PackageNotFoundError:  # a checkout on the path, not installed
-    __version__ = "0+unknown"
-
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("longalign")
     if name not in _HOMES:
         raise AttributeError(f"module 'longalign' has no attribute '{name}'")
     return getattr(import_module(f"longalign.{_HOMES[name]}"), name)

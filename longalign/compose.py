@@ -58,7 +58,9 @@ class Composition:
     def rewards(self) -> list[Reward]:
         """What images are scored with, in the config's order; empty if it names none."""
         if "rewards" not in self._built:
-            self._built["rewards"] = [config.build(self.runtime) for config in self.config.rewards]
+            from longalign.rewards.base import as_reward
+
+            self._built["rewards"] = [as_reward(config.build(self.runtime)) for config in self.config.rewards]
         return self._built["rewards"]
 
     @property

@@ -39,7 +39,7 @@ Text = Annotated[str, Field(min_length=1)]
 class Section(BaseModel):
     """Base of the config's own sections: frozen, with extra keys, infinities and NaN refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
 
 class LoopConfig(Section):

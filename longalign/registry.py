@@ -43,7 +43,7 @@ KEBAB = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 class PartConfig(BaseModel):
     """Base of every part's config: frozen, with extra keys, infinities and NaN refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
     name: str
 
@@ -252,6 +252,13 @@ def _inspect(name: str, model: type[PartConfig]) -> None:
         )
 
 
+@dataclass(frozen=True)
+class PartOf:
+    """Mark on an annotation that `Part` made, read by `longalign.describe`."""
+
+    kind: str
+
+
 def Part(kind: str) -> Any:
     """The annotation of a config field that holds a part: ``inner: Part("rewards")``."""
 
@@ -262,7 +269,7 @@ def Part(kind: str) -> Any:
             raise nested(error.errors) from error
 
     # SerializeAsAny: without it a dump keeps the fields of PartConfig only.
-    return Annotated[SerializeAsAny[PartConfig], BeforeValidator(check)]
+    return Annotated[SerializeAsAny[PartConfig], BeforeValidator(check), PartOf(kind)]
 
 
 encoders = Registry("encoders")

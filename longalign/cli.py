@@ -1,0 +1,244 @@
+"""The command ``longalign``; ``--help``, ``list``, ``describe`` and config errors need no torch."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from textwrap import dedent
+
+OVERRIDES = "changes to the config, as dotted path and value, e.g. encoder=t5 rewards.0.omega=0.0 loop.lr=1e-4"
+REWARD = "a reward's name, or its config as {name: ..., key: value} or as a .yaml or .json file; may be repeated"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit status: 0, or 2 where what the user gave cannot be used."""
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    from longalign import commands
+
+    try:
+        return getattr(commands, args.run)(args) or 0
+    except BrokenPipeError:  # the reader, e.g. head, had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        if args.traceback:
+            raise
+        print(f"longalign {args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="longalign",
+        description="Long-text alignment of text-to-image diffusion models.",
+        epilog="`longalign COMMAND --help` shows a command's options and examples.",
+    )
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    commands_of = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: str, about: str, examples: str) -> argparse.ArgumentParser:
+        text = "\n".join(f"  {line}" for line in dedent(examples).strip().splitlines())
+        command = commands_of.add_parser(
+            name,
+            help=about,
+            description=about[0].upper() + about[1:].replace("%%", "%") + ".",
+            epilog=f"examples:\n{text}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(run=run)
+        return command
+
+    _train(add)
+    _generate(add)
+    _score(add)
+    _eval(add)
+    _direction(add)
+    _list(add)
+    _describe(add)
+    _demo(add)
+    return parser
+
+
+def _train(add: Callable[..., argparse.ArgumentParser]) -> None:
+    command = add(
+        "train",
+        "train",
+        "run a config: build its parts, train, write checkpoints",
+        """
+        longalign train examples/mini-align.yaml
+        longalign train run.yaml loop.steps=200 output=runs/short
+        longalign train run.yaml encoder=clip-truncate trainer.lora.rank=64
+        longalign train run.yaml --resume
+        """,
+    )
+    command.add_argument("config", help="a .yaml or .json file, or a checkpoint whose config is run again")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
+    which = command.add_mutually_exclusive_group()
+    which.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint in the run's output folder"
+    )
+    which.add_argument("--resume-from", metavar="CHECKPOINT", help="go on from this checkpoint of the run")
+
+
+def _generate(add: Callable[..., argparse.ArgumentParser]) -> None:
+    command = add(
+        "generate",
+        "generate",
+        "draw images from prompts with a checkpoint or an untrained config",
+        """
+        longalign generate --checkpoint runs/align --prompt "A red circle at the top. It is large." --output out
+        longalign generate --checkpoint runs/align/checkpoint-000500 --prompts prompts.txt --seed 0 1 2 --output out
+        longalign generate --config run.yaml --prompts prompts.jsonl --steps 50 --scheduler ddim --output out
+        """,
+    )
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkpoint", metavar="DIR", help="a checkpoint, or a run's folder for its newest one")
+    source.add_argument(
+        "--config", metavar="FILE", help="a .yaml or .json config, whose backbone is drawn with as it is"
+    )
+    _prompts(command, "a prompt; may be repeated")
+    command.add_argument("--negative", metavar="TEXT", help="what to stay away from")
+    command.add_argument("--steps", type=_positive, default=25, help="sampling steps (25)")
+    command.add_argument(
+        "--guidance", type=float, default=7.5, help="scale of classifier-free guidance; 1 is none (7.5)"
+    )
+    command.add_argument("--scheduler", default="unipc", help="unipc, ddim, dpm++ or lcm (unipc)")
+    command.add_argument("--seed", type=int, nargs="+", default=[0], help="each prompt is drawn once for each seed (0)")
+    command.add_argument("--size", type=_size, metavar="N|WxH", help="pixels (the backbone's own resolution)")
+    command.add_argument("--batch", type=_positive, default=8, help="images drawn at a time (8)")
+    command.add_argument("--output", required=True, metavar="DIR", help="an empty or new folder for the images")
+
+
+def _score(add: Callable[..., argparse.ArgumentParser]) -> None:
+    command = add(
+        "score",
+        "score",
+        "score images against their prompts with rewards",
+        """
+        longalign score --reward denscore --images out
+        longalign score --reward clip --reward pickscore --images a.png b.png --prompt "A red fox."
+        longalign score --reward '{name: clip, checkpoint: mini/clip, text: segments}' --images out
+        """,
+    )
+    command.add_argument("--reward", action="append", required=True, metavar="REWARD", help=REWARD)
+    command.add_argument(
+        "--images", nargs="+", required=True, metavar="PATH", help="image files, or one folder of them"
+    )
+    _prompts(command, "one prompt for all images, or one for each", required=False)
+
+
+def _eval(add: Callable[..., argparse.ArgumentParser]) -> None:
+    command = add(
+        "eval",
+        "evaluate",
+        "compare models by their images of the same prompts and seeds, with 95%% intervals",
+        """
+        longalign eval --images base=out/base tuned=out/tuned --reward denscore
+        longalign eval --images base=out/base tuned=out/tuned --reward denscore --reward hpsv2 --json table.json
+        """,
+    )
+    command.add_argument(
+        "--images",
+        nargs="+",
+        required=True,
+        metavar="NAME=DIR",
+        help="folders that `longalign generate` wrote; differences are to the first",
+    )
+    command.add_argument("--reward", action="append", required=True, metavar="REWARD", help=REWARD)
+    command.add_argument("--batch", type=_positive, default=16, help="images scored at a time (16)")
+    command.add_argument("--json", metavar="FILE", help="also write the table, with each image's values, as JSON")
+
+
+def _direction(add: Callable[..., argparse.ArgumentParser]) -> None:
+    command = add(
+        "direction",
+        "direction",
+        "compute the common direction of a reward's text embeddings over a corpus, and show how eta is distributed",
+        """
+        longalign direction --reward denscore --prompts corpus.txt --output denscore-direction.safetensors
+        longalign train run.yaml rewards.0.direction=denscore-direction.safetensors
+        """,
+    )
+    command.add_argument("--reward", required=True, metavar="REWARD", help=REWARD.removesuffix("; may be repeated"))
+    command.add_argument("--prompts", required=True, metavar="FILE", help="the corpus: .txt, one per line, or .jsonl")
+    command.add_argument("--batch", type=_positive, default=64, help="prompts encoded at a time (64)")
+    command.add_argument("--output", required=True, metavar="FILE", help="where to write the direction, .safetensors")
+
+
+def _list(add: Callable[..., argparse.ArgumentParser]) -> None:
+    command = add(
+        "list",
+        "list_parts",
+        "list the parts there are: kind, name, who provides it, and where it is",
+        """
+        longalign list
+        longalign list encoders rewards
+        longalign list --check
+        """,
+    )
+    command.add_argument("kinds", nargs="*", metavar="KIND", help="only these kinds")
+    command.add_argument("--check", action="store_true", help="import each part's config and report those that fail")
+
+
+def _describe(add: Callable[..., argparse.ArgumentParser]) -> None:
+    command = add(
+        "describe",
+        "describe",
+        "explain a kind, a part and its keys, the keys of a run, or a whole config with all defaults filled in",
+        """
+        longalign describe encoders
+        longalign describe encoders clip-segment
+        longalign describe run
+        longalign describe run.yaml encoder=t5
+        longalign describe runs/align/checkpoint-000500
+        """,
+    )
+    command.add_argument("what", help="a kind, 'run', a config file, or a checkpoint")
+    command.add_argument(
+        "more", nargs="*", metavar="NAME|key=value", help="a part's name after a kind, or changes to a config"
+    )
+
+
+def _demo(add: Callable[..., argparse.ArgumentParser]) -> None:
+    command = add(
+        "demo",
+        "demo",
+        "train on the bundled small world and compare held-out long captions before and after",
+        """
+        longalign demo
+        longalign demo --output /tmp/demo
+        """,
+    )
+    command.add_argument(
+        "--output", default="runs/demo", metavar="DIR", help="folder for checkpoints and report (runs/demo)"
+    )
+
+
+def _prompts(command: argparse.ArgumentParser, about: str, required: bool = True) -> None:
+    prompts = command.add_mutually_exclusive_group(required=required)
+    prompts.add_argument("--prompt", action="append", metavar="TEXT", help=about)
+    prompts.add_argument("--prompts", metavar="FILE", help="a .txt file, one per line, or a .jsonl file with 'prompt'")
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got '{text}'")
+    return int(text)
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, cross, height = text.lower().partition("x")
+    try:
+        return _positive(height if cross else width), _positive(width)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"expected pixels as 512 or as width and height, 768x512; got '{text}'"
+        ) from None

@@ -1,0 +1,202 @@
+"""What each command of ``longalign`` does. What is heavy is imported after the user's input has been checked."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from longalign import describe as descriptions
+from longalign.config import RunConfig, load_config, override, to_yaml
+from longalign.data.lines import read_jsonl, read_prompts, text_of
+from longalign.faults import PartError, suggestion
+from longalign.files import checkpoint_file, parse_assignments, parse_value, read_mapping
+from longalign.registry import REGISTRIES, PartConfig, rewards
+
+CONFIG_SUFFIXES = (".yaml", ".yml", ".json", ".safetensors")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def train(args: Namespace) -> None:
+    """Runs a config."""
+    config = override(args.config, parse_assignments(args.overrides))
+    resume = Path(args.resume_from) if args.resume_from else Path(config.output) if args.resume else None
+    if resume is not None:
+        resume = checkpoint_file(resume).parent
+    from longalign.compose import build_from_config
+
+    build_from_config(config).fit(resume=resume)
+
+
+def generate(args: Namespace) -> None:
+    """Draws images into a folder."""
+    prompts = _told(args)
+    if args.checkpoint:
+        source: Any = checkpoint_file(Path(args.checkpoint)).parent
+    else:
+        source = load_config(args.config)
+    from longalign import pipeline
+
+    rows = pipeline.generate(
+        source,
+        prompts,
+        args.output,
+        seeds=args.seed,
+        negative=args.negative,
+        batch_size=args.batch,
+        progress=True,
+        steps=args.steps,
+        guidance=args.guidance,
+        scheduler=args.scheduler,
+        height=args.size[0] if args.size else None,
+        width=args.size[1] if args.size else None,
+    )
+    print(f"{len(rows)} images in {args.output}")
+
+
+def score(args: Namespace) -> None:
+    """Scores images and prints a table."""
+    configs = _rewards(args.reward)
+    paths, prompts = _images(args.images)
+    if args.prompt or args.prompts:
+        prompts = _told(args)
+    elif prompts is None:
+        raise ValueError("the images come without prompts; give --prompt or --prompts")
+    from longalign.evaluate import score_images
+
+    score_images(_built(configs), paths, prompts)
+
+
+def evaluate(args: Namespace) -> None:
+    """Compares folders of images of the same prompts and seeds."""
+    configs = _rewards(args.reward)
+    folders: dict[str, Path] = {}
+    for item in args.images:
+        name, equals, folder = item.partition("=")
+        if not equals or not name or name in folders:
+            raise ValueError(f"--images takes NAME=DIR with a name for each folder, not '{item}'")
+        folders[name] = Path(folder)
+    rows = {name: _rows(folder) for name, folder in folders.items()}
+    first, *others = rows
+    for name in others:
+        if [r[1:] for r in rows[name]] != [r[1:] for r in rows[first]]:
+            raise ValueError(f"the images of '{name}' are not of the same prompts and seeds as those of '{first}'")
+    prompts = [prompt for _, prompt, _ in rows[first]]
+    import torch
+
+    from longalign.evaluate import DecomposedMetric, RewardMetric
+    from longalign.evaluate import evaluate as measure
+    from longalign.imagefiles import load_image
+    from longalign.rewards.base import EmbeddingReward
+
+    metrics = [
+        DecomposedMetric(name, reward, prompts) if isinstance(reward, EmbeddingReward) else RewardMetric(name, reward)
+        for name, reward in _built(configs).items()
+    ]
+    images = {name: torch.stack([load_image(path) for path, _, _ in found]) for name, found in rows.items()}
+    seeds = [seed for _, _, seed in rows[first] if seed is not None]
+    table = measure(images, prompts, metrics, seeds, args.batch)
+    print(table.text(), end="")
+    if args.json:
+        Path(args.json).write_text(table.json(), encoding="utf-8")
+
+
+def direction(args: Namespace) -> None:
+    """Computes and writes a common direction."""
+    (config,) = _rewards([args.reward]).values()
+    prompts = [p for p in read_prompts(args.prompts) if p]
+    from longalign.rewards.direction import write_direction
+    from longalign.runtime import Runtime
+
+    print(write_direction(config, prompts, args.output, Runtime.detect(), args.batch).report())
+
+
+def list_parts(args: Namespace) -> int:
+    """Prints the parts; 1 if some are broken."""
+    table, faults = descriptions.list_parts(args.kinds, args.check)
+    print(table)
+    for fault in faults:
+        print(f"broken: {fault}", file=sys.stderr)
+    return 1 if faults and args.check else 0
+
+
+def describe(args: Namespace) -> None:
+    """Explains a kind, a part, the keys of a run, or a config."""
+    what, more = args.what, args.more
+    if Path(what).suffix in CONFIG_SUFFIXES or Path(what).is_dir():
+        print(to_yaml(override(what, parse_assignments(more))), end="")
+    elif what == "run" and not more:
+        print(descriptions.describe_model(RunConfig))
+    elif what in REGISTRIES and len(more) < 2:
+        print(descriptions.describe_part(what, more[0]) if more else descriptions.describe_kind(what))
+    elif what in REGISTRIES or what == "run":
+        raise ValueError(f"expected 'run' alone, or a kind and one part's name, got {what} {' '.join(more)}")
+    else:
+        known = ("run", *REGISTRIES)
+        raise PartError(
+            f"cannot describe '{what}'{suggestion(what, known) or '.'} It can be a kind ({', '.join(REGISTRIES)}), "
+            "'run', a .yaml or .json config, or a checkpoint."
+        )
+
+
+def demo(args: Namespace) -> None:
+    """Runs the demo."""
+    from longalign.demo import run
+
+    run(args.output)
+
+
+def _told(args: Namespace) -> list[str]:
+    prompts = args.prompt if args.prompt else read_prompts(args.prompts)
+    if not prompts:
+        raise ValueError(f"{args.prompts} holds no prompts")
+    return list(prompts)
+
+
+def _rewards(texts: Sequence[str]) -> dict[str, PartConfig]:
+    """Checked configs under the names that their scores are shown by."""
+    out: dict[str, PartConfig] = {}
+    for text in texts:
+        value = read_mapping(Path(text)) if Path(text).suffix in CONFIG_SUFFIXES else parse_value(text)
+        config = rewards.validate(value)
+        count = sum(other.name == config.name for other in out.values())
+        out[config.name if not count else f"{config.name}-{count + 1}"] = config
+    return out
+
+
+def _built(configs: dict[str, PartConfig]) -> dict[str, Any]:
+    from longalign.rewards.base import as_reward
+    from longalign.runtime import Runtime
+
+    runtime = Runtime.detect()
+    return {name: as_reward(config.build(runtime)).eval() for name, config in configs.items()}
+
+
+def _images(given: Sequence[str]) -> tuple[list[Path], list[str] | None]:
+    """Image files, and their prompts where a folder's ``metadata.jsonl`` has them."""
+    paths = [Path(path) for path in given]
+    if len(paths) == 1 and paths[0].is_dir():
+        if (paths[0] / "metadata.jsonl").exists():
+            rows = _rows(paths[0])
+            return [path for path, _, _ in rows], [prompt for _, prompt, _ in rows]
+        paths = sorted(p for p in paths[0].iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+        if not paths:
+            raise ValueError(f"{given[0]} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"no image {path}")
+    return paths, None
+
+
+def _rows(folder: Path) -> list[tuple[Path, str, Any]]:
+    """File, prompt and seed of each image of a folder that ``longalign generate`` wrote."""
+    out = []
+    for where, row in read_jsonl(folder / "metadata.jsonl"):
+        if not isinstance(row.get("file_name"), str):
+            raise ValueError(f"{where} has no 'file_name'")
+        out.append((folder / row["file_name"], text_of(row, where), row.get("seed")))
+    if not out:
+        raise ValueError(f"{folder / 'metadata.jsonl'} names no images")
+    return out

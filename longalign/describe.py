@@ -1,0 +1,168 @@
+"""Parts and their keys as text for a terminal; imports configs, and no torch."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import textwrap
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import annotated_types
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from longalign.discovery import offers
+from longalign.faults import suggestion
+from longalign.registry import REGISTRIES, PartConfig, PartError, PartInfo, PartOf, Registry
+
+WIDTH = 100
+BOUNDS = ((annotated_types.Ge, "ge", ">="), (annotated_types.Gt, "gt", ">"))
+CEILINGS = ((annotated_types.Le, "le", "<="), (annotated_types.Lt, "lt", "<"))
+
+
+def list_parts(kinds: Iterable[str] = (), check: bool = False) -> tuple[str, list[str]]:
+    """A table of the parts, and what is wrong with them.
+
+    Args:
+        kinds: the kinds to list; all if empty.
+        check: whether to load each part's config, which is otherwise left alone, and report those that fail.
+
+    Returns:
+        The table, with kind, name, owner and target; and one message for each fault.
+    """
+    rows: list[PartInfo] = []
+    faults = [f"the entry points of {who} cannot be read: {why}" for who, why in offers().malformed]
+    for registry in _kinds(kinds):
+        for name in registry.names():
+            infos = registry.infos(name)
+            rows += infos
+            try:
+                if len(infos) > 1:
+                    registry.info(name)
+                elif check:
+                    registry.get(name)
+            except PartError as error:
+                faults.append(str(error))
+    return _table([("kind", "name", "owner", "target"), *((r.kind, r.name, r.owner, r.target) for r in rows)]), faults
+
+
+def describe_kind(kind: str) -> str:
+    """The parts of a kind, each with the first sentence of its description; a broken one with its error."""
+    (registry,) = _kinds([kind])
+    rows = []
+    for name in registry.names():
+        try:
+            paragraph = _summary(registry.get(name))[0].split("\n\n")[0]
+            rows.append((name, textwrap.shorten(paragraph, WIDTH, placeholder="...")))
+        except PartError as error:
+            rows.append((name, str(error)))
+    return _table(rows)
+
+
+def describe_part(kind: str, name: str) -> str:
+    """One part: what it is, where it comes from, and each key with type, default and description."""
+    (registry,) = _kinds([kind])
+    model, info = registry.get(name), registry.info(name)
+    head = f"{name} ({kind}), from {info.owner}: {info.target}\n\n{_summary(model)[0]}\n"
+    return "\n".join([head, *_keys(model)]).rstrip()
+
+
+def describe_model(model: type[BaseModel]) -> str:
+    """A config class that is no part, such as `longalign.config.RunConfig`."""
+    return "\n".join([f"{_summary(model)[0]}\n", *_keys(model)]).rstrip()
+
+
+def _kinds(kinds: Iterable[str]) -> list[Registry]:
+    kinds = list(kinds)
+    for kind in kinds:
+        if kind not in REGISTRIES:
+            raise PartError(f"no kind '{kind}'{suggestion(kind, REGISTRIES) or '.'} There is: {', '.join(REGISTRIES)}.")
+    return [REGISTRIES[kind] for kind in kinds or REGISTRIES]
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)] if rows else []
+    return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]) for row in rows)
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    about = {}
+    for base in reversed(model.__mro__):
+        about.update(_summary(base)[1] if issubclass(base, BaseModel) else {})
+    for key, field in model.model_fields.items():
+        if key == "name" and issubclass(model, PartConfig):
+            continue
+        annotation = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+        yield f"{prefix}{key}: {type_text(annotation)}{_default(field)}"
+        if about.get(key):
+            yield textwrap.fill(about[key], WIDTH, initial_indent="    ", subsequent_indent="    ")
+        for section in _sections(field.annotation):
+            many = get_origin(field.annotation) in (list, tuple)
+            yield from _keys(section, f"{prefix}{key}.{'0.' if many else ''}")
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, BaseModel) and not issubclass(annotation, PartConfig) else []
+    return [section for a in get_args(annotation) for section in _sections(a)]
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return " (required)"
+    value = field.get_default(call_default_factory=True, validated_data={})
+    if isinstance(value, BaseModel):
+        return "" if _sections(field.annotation) else f" = {json.dumps(value.model_dump(mode='json'))}"
+    return "" if value is PydanticUndefined else f" = {json.dumps(value, default=str, ensure_ascii=False)}"
+
+
+def type_text(annotation: Any) -> str:
+    """An annotation in the words of a config file, e.g. ``"plain" | "referring"``, ``int >= 1``, ``list of text``."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        marks = [m for mark in args[1:] for m in (mark.metadata if isinstance(mark, FieldInfo) else (mark,))]
+        kind = next((m.kind for m in marks if isinstance(m, PartOf)), None)
+        return (f"one of {kind}" if kind else type_text(args[0])) + _bounds(marks)
+    if origin is Literal:
+        return " | ".join(json.dumps(a) for a in args)
+    if origin in (tuple, list) and (origin is list or args[-1] is Ellipsis):
+        return f"list of {type_text(args[0])}"
+    if origin is tuple:
+        return f"[{', '.join(map(type_text, args))}]"
+    if args and origin not in (dict,):
+        return " | ".join(map(type_text, args))
+    if isinstance(annotation, type):
+        plain = {str: "text", type(None): "null", bool: "true | false"}
+        return plain.get(annotation, "mapping" if issubclass(annotation, (BaseModel, dict)) else annotation.__name__)
+    return re.sub(r"\w+\.", "", str(annotation))
+
+
+def _bounds(marks: Iterable[Any]) -> str:
+    marks = list(marks)
+    found = [
+        f"{sign} {getattr(mark, attribute)}"
+        for kind, attribute, sign in (*BOUNDS, *CEILINGS)
+        for mark in marks
+        if isinstance(mark, kind) and isinstance(getattr(mark, attribute), (int, float))
+    ]
+    return f" {' and '.join(found)}" if found else ""
+
+
+def _summary(model: type) -> tuple[str, dict[str, str]]:
+    """A docstring's text before ``Attributes:``, and what it says of each attribute."""
+    doc = inspect.cleandoc(model.__doc__ or "") if "__doc__" in vars(model) else ""
+    text, _, rest = doc.partition("Attributes:")
+    about: dict[str, str] = {}
+    key = ""
+    for line in rest.splitlines():
+        if found := re.match(r"    (\w+): (.*)", line):
+            key = found[1]
+            about[key] = found[2]
+        elif line.startswith("        ") and key:
+            about[key] += " " + line.strip()
+        elif line.strip() and not line.startswith(" "):
+            break
+    return text.replace("``", "`").strip(), {key: words.replace("``", "`") for key, words in about.items()}
