@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from longalign.imagefiles import load_image
+from longalign.preference import common_direction, decompose, strict_relevance
 from longalign.rewards.base import EmbeddingReward, Reward
 from longalign.table import MetricTable
 
@@ -62,17 +63,16 @@ class DecomposedMetric:
         self.name, self.reward = name, reward
         with torch.no_grad():
             chunks = [reward.text_features(corpus[i : i + batch_size]) for i in range(0, len(corpus), batch_size)]
-        self.direction = torch.nn.functional.normalize(torch.cat(chunks).mean(0), dim=0)
+        self.direction = common_direction(torch.cat(chunks))
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         image, text = self.reward.image_features(images), self.reward.text_features(prompts)
-        along = (text @ self.direction)[:, None] * self.direction
-        across = text - along
+        parts = decompose(image, text, self.direction)
         return {
-            self.name: (image * text).sum(-1),
-            "text_relevant": (image * across).sum(-1),
-            "text_irrelevant": (image * along).sum(-1),
-            f"{self.name}-o": (image * torch.nn.functional.normalize(across, dim=-1)).sum(-1),
+            self.name: parts.relevant + parts.irrelevant,
+            "text_relevant": parts.relevant,
+            "text_irrelevant": parts.irrelevant,
+            f"{self.name}-o": strict_relevance(image, text, self.direction),
         }
 
 

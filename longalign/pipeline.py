@@ -140,7 +140,7 @@ def _draw(
     shape: tuple[int, int, int],
     bar: tqdm,
 ) -> Tensor:
-    device = backbone.alphas_cumprod.device
+    device = backbone.device
     guided = guidance != 1
     # one call for both branches, so that both have the same length
     told = encoder.encode([*prompts, *negatives] if guided else list(prompts))

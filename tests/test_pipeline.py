@@ -29,6 +29,7 @@ class KnowingBackbone(nn.Module):
     """Its clean latents are the prompt's number everywhere, and its image the latents as they are."""
 
     resolution = 4
+    device = torch.device("cpu")
 
     def __init__(self, prediction="epsilon", last=None):
         super().__init__()

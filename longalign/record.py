@@ -1,0 +1,63 @@
+"""What a run leaves behind, read for people: its log, what its config changes, the machine it ran on."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+
+PACKAGES = ("longalign", "torch", "diffusers", "transformers", "accelerate", "peft")
+
+
+def read_log(path: Path | str) -> dict[str, tuple[list[float], list[float]]]:
+    """The curves of a ``log.jsonl``: name -> (steps, values). A resumed run may repeat steps; the last value counts."""
+    found: dict[str, dict[float, float]] = {}
+    for line in Path(path).read_text().splitlines():
+        row = json.loads(line)
+        for name, value in row.items():
+            if name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool):
+                found.setdefault(name, {})[row["step"]] = float(value)
+    return {name: (sorted(values), [values[s] for s in sorted(values)]) for name, values in found.items()}
+
+
+def changed(config: BaseModel) -> dict[str, Any]:
+    """What of a config differs from its defaults, parts with their names."""
+    out = {}
+    for key, info in type(config).model_fields.items():
+        value = getattr(config, key)
+        if key != "name" and value == info.get_default(call_default_factory=True, validated_data={}):
+            continue
+        out[key] = _plain(value)
+    return out
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return changed(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return value
+
+
+def machine() -> dict[str, str]:
+    """The machine and the versions of what a run depends on."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        cpu = models[0] if models else cpu
+    out = {"system": platform.platform(terse=True), "processor": f"{cpu}, {torch.get_num_threads()} threads"}
+    if torch.cuda.is_available():
+        out["accelerator"] = torch.cuda.get_device_name()
+    out["Python"] = platform.python_version()
+    return out | {name: metadata.version(name) for name in PACKAGES}

@@ -1,0 +1,263 @@
+"""One self-contained HTML page about a run: the metric table, image grids with verdicts, curves, configs, machine."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+from torch import Tensor
+
+from longalign import charts
+from longalign.imagefiles import to_pil
+from longalign.record import changed, machine, read_log
+from longalign.table import Interval, MetricTable, label, number
+
+LONGEST_SIDE = 384
+"""Pixels; larger images are embedded reduced to this."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt drawn by every model with the same seed.
+
+    Attributes:
+        sentences: the prompt, sentence by sentence.
+        seed: of the noise.
+        images: model -> image ``(3, h, w)`` in [0, 1].
+        verdicts: model -> for each sentence, for each fact told in it, whether the image shows it.
+        scores: model -> for each sentence, a reward's score.
+        unread: model -> indices of the sentences that its encoder did not read, or not to their end.
+    """
+
+    sentences: Sequence[str]
+    seed: int
+    images: Mapping[str, Tensor]
+    verdicts: Mapping[str, Sequence[Sequence[bool]]] = field(default_factory=dict)
+    scores: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    unread: Mapping[str, frozenset[int]] = field(default_factory=dict)
+
+
+def write_report(
+    path: Path | str,
+    *,
+    title: str,
+    lead: str,
+    table: MetricTable,
+    examples: Sequence[Example] = (),
+    logs: Mapping[str, Path | str] | None = None,
+    configs: Mapping[str, BaseModel] | None = None,
+    seconds: Mapping[str, float] | None = None,
+    score_name: str = "score",
+) -> Path:
+    """Writes the page: one file without scripts that needs no network.
+
+    Args:
+        path: of the HTML file; missing folders are made.
+        title: heading.
+        lead: a paragraph below it; plain text.
+        table: metrics of the models; the first model is the base.
+        examples: image grids.
+        logs: stage -> its ``log.jsonl``, one JSON object a line with ``step`` and numbers.
+        configs: stage -> its config.
+        seconds: stage -> how long it took.
+        score_name: what the examples' scores are called.
+    """
+    sections = [
+        f"<header><h1>{escape(title)}</h1><p class='lead'>{escape(lead)}</p>{_result(table)}</header>",
+        _metrics(table),
+        _breakdowns(table),
+        _examples(examples, table.models, score_name),
+        _curves(logs or {}),
+        _configs(configs or {}),
+        _machine(seconds or {}),
+    ]
+    style = resources.files("longalign").joinpath("report.css").read_text()
+    page = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>\n{style}</style></head>\n<body><main>\n"
+        + "\n".join(s for s in sections if s)
+        + "\n</main></body></html>\n"
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _result(table: MetricTable) -> str:
+    """The first metric's differences to the base, as a sentence each."""
+    metric = table.metrics[0]
+    unit = " points" if metric == "facts" else ""
+    told = []
+    for model in table.models[1:]:
+        gain = table.difference(model, metric)
+        low, high = (number(v, metric, sign=True) for v in (gain.low, gain.high))
+        told.append(
+            f"<b>{escape(model)}</b> {number(table.interval(model, metric).mean, metric)}, that is "
+            f"<b>{number(gain.mean, metric, sign=True)}</b>{unit} [{low}, {high}]"
+        )
+    if not told:
+        return ""
+    base = number(table.interval(table.base, metric).mean, metric)
+    return f"<p>{escape(label(metric).capitalize())}: <b>{escape(table.base)}</b> {base}; {'; '.join(told)}.</p>"
+
+
+def _dot(index: int) -> str:
+    return f'<span class="dot model-{min(index, 3)}"></span>'
+
+
+def _cell(interval: Interval, metric: str, difference: bool = False) -> str:
+    if not interval.count:
+        return "<td>-</td>"
+    mean, low, high = (number(v, metric, difference) for v in (interval.mean, interval.low, interval.high))
+    style = ' class="clear"' if difference and interval.excludes_zero else ""
+    return f'<td><span{style}>{mean}</span><span class="range">{low} to {high}</span></td>'
+
+
+def _metrics(table: MetricTable) -> str:
+    head = "<tr><th></th>" + "".join(f"<th>{escape(label(m))}</th>" for m in table.metrics) + "</tr>"
+    rows, differences = [], []
+    for i, model in enumerate(table.models):
+        name = f'<th><span class="key">{_dot(i)}{escape(model)}</span></th>'
+        rows.append(f"<tr>{name}{''.join(_cell(table.interval(model, m), m) for m in table.metrics)}</tr>")
+        if i:
+            cells = "".join(_cell(table.difference(model, m), m, True) for m in table.metrics)
+            differences.append(f"<tr>{name}{cells}</tr>")
+    prompts, images = len(set(table.prompts)), len(table.prompts)
+    each = "one image each" if images == prompts else f"{images} images"
+    out = [
+        f"<section><h2>Measured</h2><p class='soft'>{prompts} prompts, {each}. Every model draws the same prompts with "
+        "the same seeds. Ranges are 95% bootstrap intervals of the mean.</p>",
+        f'<div class="scroll"><table><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table></div>',
+    ]
+    if differences:
+        out.append(
+            f"<h3>Difference to {escape(table.base)}</h3><p class='soft'>Paired over prompts and seeds; bold where the "
+            f"interval excludes zero.</p><div class='scroll'><table><thead>{head}</thead>"
+            f"<tbody>{''.join(differences)}</tbody></table></div>"
+        )
+    return "".join(out) + "</section>"
+
+
+def _breakdowns(table: MetricTable) -> str:
+    shown = [m for m in table.metrics if table.shares(m)] or table.metrics[:1]
+    figures = [
+        charts.intervals(title, rows, lambda value, metric=metric: number(value, metric))
+        for metric in shown
+        for title, rows in table.breakdowns(metric).items()
+    ]
+    if not figures:
+        return ""
+    body = f"<p>{_keys(table.models)}</p><div class='charts'>{''.join(figures)}</div>"
+    return f"<section><h2>Where it comes from</h2>{body}</section>"
+
+
+def _keys(models: Sequence[str]) -> str:
+    return "".join(f'<span class="key">{_dot(i)}{escape(m)}</span>' for i, m in enumerate(models))
+
+
+def _examples(examples: Sequence[Example], models: Sequence[str], score_name: str) -> str:
+    if not examples:
+        return ""
+    told = "Each row is one sentence of the prompt."
+    if any(e.verdicts for e in examples):
+        told += " Chips count the facts of the sentence that the image shows: all (green), some (yellow), none (red)."
+    if any(e.scores for e in examples):
+        told += f" The small number is the image's {score_name} with that sentence alone."
+    if any(e.unread and any(e.unread.values()) for e in examples):
+        told += " A dashed chip marks a sentence that the model's encoder did not read to its end."
+    body = "".join(_example(e, [m for m in models if m in e.images]) for e in examples)
+    return f"<section><h2>Images</h2><p class='soft'>{escape(told)}</p>{body}</section>"
+
+
+def _example(example: Example, models: Sequence[str]) -> str:
+    figures = []
+    for i, model in enumerate(models):
+        facts = [f for s in example.verdicts.get(model, ()) for f in s]
+        count = f"<br>{sum(facts)} of {len(facts)} facts" if facts else ""
+        figures.append(
+            f'<figure><img src="{data_url(example.images[model])}" alt="drawn by {escape(model)}, seed {example.seed}">'
+            f"<figcaption>{_dot(i)} <b>{escape(model)}</b>{count}</figcaption></figure>"
+        )
+    head = "".join(f'<th class="verdict">{escape(m).replace("+", "+<wbr>")}</th>' for m in models)
+    rows = "".join(
+        f"<tr><td>{escape(sentence)}</td>{''.join(_chip(example, model, i) for model in models)}</tr>"
+        for i, sentence in enumerate(example.sentences)
+    )
+    return (
+        f'<article class="example"><div class="images">{"".join(figures)}</div><table class="sentences"><thead><tr>'
+        f'<th class="soft">seed {example.seed}</th>{head}</tr></thead><tbody>{rows}</tbody></table></article>'
+    )
+
+
+def _chip(example: Example, model: str, sentence: int) -> str:
+    kind, lines = "", []
+    if model in example.verdicts:
+        facts = example.verdicts[model][sentence]
+        kind = "" if not facts else "true" if all(facts) else "part" if any(facts) else "false"
+        lines.append(f"{sum(facts)}/{len(facts)}" if facts else "-")
+    if model in example.scores:
+        lines.append(f"<small>{example.scores[model][sentence]:.3f}</small>")
+    if sentence in example.unread.get(model, ()):
+        kind += " unread"
+        lines.append("<small>not read</small>")
+    return (
+        f'<td class="verdict"><span class="chip {kind.strip()}">{"".join(lines)}</span></td>' if lines else "<td></td>"
+    )
+
+
+def data_url(image: Tensor) -> str:
+    """An image ``(3, h, w)`` in [0, 1] as a PNG in a ``data:`` address, at most `LONGEST_SIDE` wide or high."""
+    picture = to_pil(image)
+    picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _curves(logs: Mapping[str, Path | str]) -> str:
+    parts = []
+    for stage, path in logs.items():
+        if not Path(path).exists():
+            parts.append(f"<h3>{escape(stage)}</h3><p class='soft'>{escape(str(path))} was not written.</p>")
+            continue
+        curves = {name.replace("_", "-"): curve for name, curve in read_log(path).items()}
+        constant = [f"{name} {values[0]:g}" for name, (_, values) in curves.items() if len(set(values)) == 1]
+        figures = [charts.curve(name, *curve) for name, curve in curves.items() if len(set(curve[1])) > 1]
+        note = f"<p class='meta'>Constant: {escape(', '.join(constant))}.</p>" if constant else ""
+        parts.append(f"<h3>{escape(stage)}</h3><div class='charts'>{''.join(figures)}</div>{note}")
+    return f"<section><h2>Training</h2>{''.join(parts)}</section>" if parts else ""
+
+
+def _configs(configs: Mapping[str, BaseModel]) -> str:
+    def dump(value: Any) -> str:
+        return escape(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100))
+
+    parts = [
+        f"<details><summary>{escape(stage)}</summary>"
+        f"<h3>What differs from the defaults</h3><pre>{dump(changed(config))}</pre>"
+        f"<h3>All of it</h3><pre>{dump(config.model_dump(mode='json'))}</pre></details>"
+        for stage, config in configs.items()
+    ]
+    return f"<section><h2>Configs</h2>{''.join(parts)}</section>" if parts else ""
+
+
+def _machine(seconds: Mapping[str, float]) -> str:
+    def rows(values: Mapping[str, str]) -> str:
+        return "".join(f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in values.items())
+
+    times = rows({stage: f"{value:.0f} s" for stage, value in seconds.items()})
+    times = f"<h3>Time</h3><div class='scroll'><table><tbody>{times}</tbody></table></div>" if times else ""
+    return (
+        f"<section><h2>Machine</h2>{times}<h3>Versions</h3><div class='scroll'><table><tbody>{rows(machine())}"
+        "</tbody></table></div></section>"
+    )

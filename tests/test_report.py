@@ -1,0 +1,159 @@
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from importlib.metadata import version
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pydantic import BaseModel
+
+from longalign.record import changed, machine, read_log
+from longalign.report import Example, data_url, write_report
+from longalign.table import MetricTable
+
+
+class Part(BaseModel):
+    name: str = "align"
+    rank: int = 32
+    rate: float = 0.1
+
+
+class Run(BaseModel):
+    trainer: Part = Part()
+    rewards: tuple[Part, ...] = ()
+    seed: int = 0
+
+
+class Page(HTMLParser):
+    """Checks that elements are closed in order, and collects what is loaded and what is written."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.sources, self.words = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.sources += [v for k, v in attrs if k in ("src", "href")]
+        if tag not in ("meta", "img", "br", "wbr", "line", "circle", "polyline"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in ("line", "circle", "polyline"):
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+@pytest.fixture
+def page(tmp_path):
+    table = MetricTable(
+        {
+            "base": {"facts": np.array([0.25, 0.5]), "facts/attribute/colour": np.array([0.5, np.nan])},
+            "tuned": {"facts": np.array([0.75, 1.0]), "facts/attribute/colour": np.array([1.0, np.nan])},
+        },
+        ["A red <b>. Two.", "Three."],
+        [0, 1],
+    )
+    example = Example(
+        sentences=["A red <b>.", "Two."],
+        seed=7,
+        images={"base": torch.zeros(3, 8, 8), "tuned": torch.ones(3, 8, 8)},
+        verdicts={"base": [[True, False], [False]], "tuned": [[True, True], [True]]},
+        scores={"base": [0.1, 0.2], "tuned": [0.3, 0.4]},
+        unread={"base": frozenset({1})},
+    )
+    log = tmp_path / "log.jsonl"
+    log.write_text("\n".join(json.dumps({"step": i, "loss": 1 / (i + 1), "lr": 0.5}) for i in range(5)) + "\n")
+    path = write_report(
+        tmp_path / "deep" / "report.html",
+        title="A & B",
+        lead="What was done.",
+        table=table,
+        examples=[example],
+        logs={"align": log, "reward": tmp_path / "missing.jsonl"},
+        configs={"align": Run(trainer=Part(rank=4))},
+        seconds={"align": 12.4},
+    )
+    text = path.read_text()
+    parser = Page()
+    parser.feed(text)
+    assert parser.open == []
+    return text, parser
+
+
+def test_the_page_needs_nothing_else(page):
+    text, parser = page
+    assert parser.sources and all(s.startswith("data:image/png;base64,") for s in parser.sources)
+    assert "<script" not in text and "@import" not in text and "url(" not in text and "http" not in text
+    assert "prefers-color-scheme: dark" in text and "width=device-width" in text
+
+
+def test_texts_are_escaped(page):
+    text, parser = page
+    assert "A &amp; B" in text and "A red &lt;b&gt;." in text
+    assert "A red <b>." in "".join(parser.words)
+
+
+def test_the_page_tells_means_differences_and_verdicts(page):
+    text, _ = page
+    assert "<b>base</b> 37.5; <b>tuned</b> 87.5, that is <b>+50.0</b> points [+50.0, +50.0]" in text
+    assert '<span class="clear">+50.0</span>' in text
+    chips = re.findall(r'<span class="chip ([a-z ]*)">(.*?)</span></td>', text)
+    assert chips == [
+        ("part", "1/2<small>0.100</small>"),
+        ("true", "2/2<small>0.300</small>"),
+        ("false unread", "0/1<small>0.200</small><small>not read</small>"),
+        ("true", "1/1<small>0.400</small>"),
+    ]
+    assert "1 of 3 facts" in text and "3 of 3 facts" in text
+    assert "fact accuracy, % by attribute" in text
+
+
+def test_the_page_holds_curves_configs_times_and_versions(page):
+    text, parser = page
+    words = "".join(parser.words)
+    assert text.count('<polyline class="mean"') == 1 and "Constant: lr 0.5." in text
+    assert "missing.jsonl was not written" in text
+    assert "rank: 4\n" in words and "rate: 0.1" in words
+    assert "12 s" in words and f"torch{version('torch')}" in words
+
+
+def test_images_inside_are_the_images():
+    image = torch.zeros(3, 4, 6)
+    image[0] = 1.0
+    raw = base64.b64decode(data_url(image).split(",")[1])
+    with Image.open(io.BytesIO(raw)) as picture:
+        assert picture.size == (6, 4) and picture.getpixel((5, 3)) == (255, 0, 0)
+    with Image.open(io.BytesIO(base64.b64decode(data_url(torch.zeros(3, 400, 800)).split(",")[1]))) as picture:
+        assert picture.size == (384, 192)
+
+
+def test_a_page_without_facts_or_a_second_model(tmp_path):
+    table = MetricTable({"base": {"clip": np.array([0.1, 0.2])}}, ["a", "b"])
+    example = Example(["a"], 0, {"base": torch.zeros(3, 4, 4)})
+    path = write_report(tmp_path / "report.html", title="T", lead="L", table=table, examples=[example])
+    text = path.read_text()
+    assert "0.1500" in text and "Difference" not in text and "Chips" not in text
+
+
+def test_what_differs_from_the_defaults_keeps_the_parts_names():
+    assert changed(Run()) == {}
+    assert changed(Run(trainer=Part(rank=4), rewards=(Part(),))) == {
+        "trainer": {"name": "align", "rank": 4},
+        "rewards": [{"name": "align"}],
+    }
+
+
+def test_a_resumed_log_counts_the_last_value_of_a_step(tmp_path):
+    log = tmp_path / "log.jsonl"
+    rows = [{"step": 2, "loss": 1.0, "note": "x"}, {"step": 4, "loss": 2.0}, {"step": 2, "loss": 3.0}]
+    log.write_text("\n".join(map(json.dumps, rows)))
+    assert read_log(log) == {"loss": ([2, 4], [3.0, 2.0])}
+
+
+def test_the_machine_names_versions():
+    assert {"system", "processor", "Python", "longalign", "torch", "diffusers"} <= set(machine())
