@@ -33,7 +33,18 @@ _HOMES = {
     "override": "config",
 }
 
-__all__ = [*_HOMES]
+__all__ = [
+    "Composition",
+    "ConfigError",
+    "PartError",
+    "RunConfig",
+    "Runtime",
+    "build_from_config",
+    "condition",
+    "diff",
+    "load_config",
+    "override",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -202,7 +202,7 @@ class Registry:
         """Turns ``{"name": ..., ...}``, a bare name or a config into a checked config. Raises `ConfigError`."""
         given = type(value) if isinstance(value, PartConfig) else None
         if isinstance(value, PartConfig):
-            value = value.model_dump()  # model_copy(update=...) does not validate, so it is done here
+            value = value.model_dump(warnings=False)  # model_copy(update=...) does not validate, so it is done here
         if isinstance(value, str):
             value = {"name": value}
         if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
