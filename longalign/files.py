@@ -14,11 +14,11 @@ import yaml
 from longalign.faults import ConfigError, shorten
 
 CHECKPOINT = "longalign.safetensors"
-BOOL, FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+BOOL, INT, FLOAT, TIME = (f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "timestamp"))
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars, so that ``no`` is a word and ``1e-4`` a number; a repeated key is an error."""
+    """YAML 1.2's scalars, so that ``no`` is a word, ``1e-4`` a number, ``1:30`` no number; a repeated key is an error."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
         first: [
@@ -43,6 +43,7 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
+_Loader.add_implicit_resolver(INT, re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
     FLOAT,
     re.compile(r"^[-+]?(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"),

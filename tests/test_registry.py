@@ -82,7 +82,7 @@ def test_a_lookup_loads_exactly_one_part(install):
 
 
 def test_a_miss_says_what_was_meant_and_what_there_is():
-    with pytest.raises(PartError, match="no part 'denscor' among rewards; did you mean 'denscore'\\? There is: clip, "):
+    with pytest.raises(PartError, match="no part 'denscor' among rewards; did you mean 'denscore'. There is: clip, "):
         rewards.get("denscor")
     with pytest.raises(PartError, match=r"no part 'qqq' among encoders\. There is: .*t5\.$"):
         encoders.get("qqq")
@@ -118,7 +118,7 @@ def test_a_broken_plugin_is_named_with_its_real_error_and_hides_nothing(install)
 )
 def test_a_part_with_mistakes_is_refused_with_what_to_do(install, target, text, message):
     install("fake-bad", rewards_of(bad=target), fake_bad=text)
-    with pytest.raises(PartError, match="from fake-bad 1.0") as error:
+    with pytest.raises(PartError, match=r"from fake-bad 1\.0") as error:
         rewards.get("bad")
     assert message in str(error.value)
 
@@ -126,14 +126,14 @@ def test_a_part_with_mistakes_is_refused_with_what_to_do(install, target, text, 
 def test_a_config_class_that_fails_while_checking_values_is_named(install):
     text = GOOD + "    def model_post_init(self, context):\n        raise KeyError('oops')\n"
     install("fake-blur", rewards_of(blur="fake_blur:BlurConfig"), fake_blur=text)
-    with pytest.raises(ConfigError, match="the config class from fake-blur 1.0 failed: KeyError: 'oops'"):
+    with pytest.raises(ConfigError, match=r"the config class from fake-blur 1\.0 failed: KeyError: 'oops'"):
         rewards.validate("blur")
 
 
 def test_two_owners_of_a_name_are_refused_and_both_named(install):
     for name in ("fake-a", "fake-b"):
         install(name, rewards_of(blur=f"{name.replace('-', '_')}:BlurConfig"), **{name.replace("-", "_"): GOOD})
-    with pytest.raises(PartError, match="claimed by .*fake-[ab] 1.0 .* and fake-[ab] 1.0") as error:
+    with pytest.raises(PartError, match=r"claimed by .*fake-[ab] 1\.0 .* and fake-[ab] 1\.0") as error:
         rewards.get("blur")
     assert "fake-a" in str(error.value)
     assert "fake-b" in str(error.value)
@@ -156,7 +156,7 @@ def test_malformed_metadata_of_one_distribution_leaves_the_others(install):
     install("fake-mangled", "[longalign_rewards]\nno equals sign here\n")
     assert "clip" in rewards
     assert [who for who, _ in discovery.offers().malformed] == ["fake-mangled 1.0"]
-    with pytest.raises(PartError, match="entry points of fake-mangled 1.0 cannot be read"):
+    with pytest.raises(PartError, match=r"entry points of fake-mangled 1\.0 cannot be read"):
         rewards.get("mangled")
 
 

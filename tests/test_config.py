@@ -1,0 +1,251 @@
+"""Runs as values: read, checked, changed, compared."""
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import yaml
+
+from longalign.config import LoopConfig, RunConfig, diff, load_config, override, to_dict, to_json, to_yaml
+from longalign.faults import ConfigError
+from longalign.files import checkpoint_file, parse_assignments, parse_value
+
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.y*ml"))
+
+ALIGN = {
+    "backbone": {"name": "sd", "checkpoint": "mini/sd"},
+    "encoder": {"name": "clip-segment", "checkpoint": "mini/sd"},
+    "trainer": "align",
+    "data": "scenes",
+}
+REWARD = {
+    **ALIGN,
+    "encoder": {"name": "concat", "parts": [{"name": "clip-segment", "checkpoint": "mini/sd"}, "t5"]},
+    "rewards": [{"name": "reweighted", "inner": {"name": "denscore", "checkpoint": "x"}}, "hpsv2"],
+    "trainer": {"name": "reward", "schedule": {"name": "last", "k": 2}},
+    "data": {"name": "prompts", "file": "prompts.txt"},
+    "validation": {"prompts": ["a", "b"]},
+    "loop": {"trackers": ["tensorboard"], "ema": 0.99},
+}
+
+
+def faults(source):
+    with pytest.raises(ConfigError) as error:
+        load_config(source)
+    return dict(error.value.errors)
+
+
+def write_checkpoint(folder, metadata):
+    folder.mkdir(parents=True, exist_ok=True)
+    header = json.dumps({"__metadata__": metadata}).encode()
+    (folder / "longalign.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    return folder
+
+
+@pytest.mark.parametrize("source", [ALIGN, REWARD], ids=["align", "reward"])
+def test_a_config_survives_every_kind_of_dump(source, tmp_path):
+    config = load_config(source)
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    (tmp_path / "run.json").write_text(to_json(config))
+    checkpoint = write_checkpoint(tmp_path / "run" / "checkpoint-000100", {"config": to_json(config)})
+    for again in (config, to_dict(config), tmp_path / "run.yaml", tmp_path / "run.json", checkpoint, tmp_path / "run"):
+        assert load_config(again) == config
+        assert to_dict(load_config(again)) == to_dict(config)
+    assert load_config(str(checkpoint / "longalign.safetensors")) == config
+
+
+def test_a_dump_holds_all_defaults_down_to_the_leaves():
+    tree = to_dict(load_config(REWARD))
+    assert tree["rewards"][0]["omega"] == 0.3
+    assert tree["rewards"][0]["inner"]["text"] == "segments"
+    assert tree["encoder"]["parts"][0]["segmenter"]["name"] == "sentence"
+    assert tree["trainer"]["lora"]["rank"] == 32
+    assert tree["trainer"]["schedule"] == {"name": "last", "k": 2}
+    assert tree["loop"]["betas"] == [0.9, 0.999]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.name)
+def test_every_example_loads_and_survives_dump_and_load(path):
+    config = load_config(path)
+    assert load_config(yaml.safe_load(to_yaml(config))) == config
+
+
+def test_all_faults_at_once_each_with_its_path():
+    source = {
+        **REWARD,
+        "encoder": {"name": "concat", "parts": [{"name": "clip-segment", "modle": 1}, {"name": "t6"}]},
+        "rewards": [{"name": "reweighted", "omega": "much", "inner": {"name": "denscore", "chekpoint": "x"}}],
+        "loop": {"step": 5, "batch_size": 0, "betas": [0.9, 1.5]},
+        "trianer": "align",
+        "seed": -1,
+    }
+    found = faults(source)
+    assert found["encoder.parts.0.modle"].startswith("this key does not exist")
+    assert "did you mean 't5'" in found["encoder.parts.1.name"]
+    assert found["rewards.0.inner.chekpoint"] == "this key does not exist; did you mean 'checkpoint'?"
+    assert "got 'much'" in found["rewards.0.omega"]
+    assert found["loop.step"] == "this key does not exist; did you mean 'steps'?"
+    assert found["loop.batch_size"].endswith("got 0")
+    assert found["loop.betas.1"].endswith("got 1.5")
+    assert found["trianer"] == "this key does not exist; did you mean 'trainer'?"
+    assert found["seed"].endswith("got -1")
+    assert len(found) == 9
+
+
+def test_missing_and_unknown_parts():
+    assert faults({"encoder": "clip-segment"})["backbone"] == "this key is required"
+    assert "expected a name or a mapping with 'name'" in faults({**ALIGN, "backbone": 3})["backbone"]
+    assert faults({**ALIGN, "rewards": {"name": "clip"}})["rewards"].startswith("expected a list")
+    assert faults({**ALIGN, "validation": {"prompts": []}})["validation.prompts"]
+
+
+def test_parts_that_do_not_go_together_are_refused_before_anything_is_loaded():
+    assert faults({**ALIGN, "trainer": "reward"}) == {"rewards": "'reward' needs at least one reward"}
+    assert "uses no rewards" in faults({**ALIGN, "rewards": ["clip"]})["rewards"]
+    assert "required where there is a trainer" in faults({**ALIGN, "data": None})["data"]
+
+
+def test_override_changes_leaves_parts_and_list_entries():
+    config = load_config(REWARD)
+    changed = override(config, {"encoder": "t5", "rewards.0.omega": 0.0, "loop.lr": "1e-4"})
+    assert changed.encoder.name == "t5"
+    assert (changed.rewards[0].omega, config.rewards[0].omega) == (0.0, 0.3)
+    assert changed.loop.lr == 1e-4
+    assert diff(config, changed).keys() == {"encoder", "rewards.0.omega", "loop.lr"}
+
+
+def test_a_part_replaced_by_name_has_only_its_own_defaults_and_can_be_set_further():
+    changed = override(ALIGN, {"encoder": "clip-truncate", "encoder.checkpoint": "here"})
+    assert to_dict(changed)["encoder"] == to_dict(
+        load_config({**ALIGN, "encoder": {"name": "clip-truncate", "checkpoint": "here"}})
+    )["encoder"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("loop.step", "did you mean 'steps'"),
+        ("lop.steps", "there is no 'lop'"),
+        ("rewards.0.omega", "there is no entry '0' in rewards, which has 0"),
+        ("validation.every", "there is nothing inside validation, which is None; set validation as a whole"),
+        ("seed.x", "there is nothing inside seed"),
+    ],
+)
+def test_an_override_through_a_missing_path_is_an_error(path, message):
+    with pytest.raises(ConfigError) as error:
+        override(ALIGN, {path: 1})
+    assert error.value.errors[0][0] == path
+    assert message in error.value.errors[0][1]
+
+
+def test_all_missing_paths_are_named_at_once():
+    with pytest.raises(ConfigError) as error:
+        override(ALIGN, {"a.b": 1, "rewards.3": "clip"})
+    assert [path for path, _ in error.value.errors] == ["a.b", "rewards.3"]
+
+
+def test_the_second_values_of_a_diff_make_the_second_config():
+    a, b = load_config(ALIGN), load_config(REWARD)
+    found = diff(a, b)
+    assert override(a, {path: new for path, (_, new) in found.items()}) == b
+    assert override(b, {path: old for path, (old, _) in found.items()}) == a
+    assert diff(a, a) == {}
+    assert diff(a, override(a, {"loop.steps": 7, "loop.betas": [0.8, 0.99]})) == {
+        "loop.steps": (1000, 7),
+        "loop.betas.0": (0.9, 0.8),
+        "loop.betas.1": (0.999, 0.99),
+    }
+
+
+def test_yaml_reads_plain_numbers_and_words(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(to_yaml(load_config(ALIGN)).replace("lr: 3.0e-05", "lr: 1e-4").replace("'no'", "no"))
+    config = load_config(path)
+    assert config.loop.lr == 1e-4
+    assert config.loop.precision == "no"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.yaml", "seed: 1\nseed: 2\n", "a.yaml, line 2: the key 'seed' is repeated"),
+        ("a.yaml", "loop:\n  lr: 1\n  lr: 2\n", "line 3: the key 'lr' is repeated"),
+        ("a.yaml", "- a\n- b\n", "expected a mapping of keys to values, got ['a', 'b']"),
+        ("a.yaml", "", "expected a mapping of keys to values, got None"),
+        ("a.yaml", "a: [1,\n", "a.yaml, line 2: "),
+        ("a.yaml", "1: a\n", "a key must be a word, got 1"),
+        ("a.json", '{"seed": 1, "seed": 2}', "the key 'seed' is repeated"),
+        ("a.json", "[1]", "expected a mapping of keys to values, got [1]"),
+        ("a.json", "{", "a.json: "),
+        ("a.toml", "", "neither .yaml, .yml, .json nor a checkpoint"),
+        ("a.safetensors", "short", "is not a safetensors file"),
+    ],
+)
+def test_files_that_cannot_be_used(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_config(tmp_path / name)
+    assert message in str(error.value)
+
+
+def test_files_that_are_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no config file"):
+        load_config(tmp_path / "run.yaml")
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        load_config(tmp_path)
+    with pytest.raises(ConfigError, match="carries no config"):
+        load_config(write_checkpoint(tmp_path / "c", {"other": "{}"}))
+
+
+def test_the_newest_checkpoint_of_a_run_is_taken(tmp_path):
+    for step in (900, 1000, 200):
+        write_checkpoint(tmp_path / f"checkpoint-{step:06d}", {})
+    (tmp_path / "checkpoint-best").mkdir()
+    assert checkpoint_file(tmp_path).parent.name == "checkpoint-001000"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("0.0", 0.0),
+        ("3", 3),
+        ("-10", -10),
+        ("1:30", "1:30"),
+        ("1e5", 1e5),
+        (".5", 0.5),
+        ("true", True),
+        ("no", "no"),
+        ("null", None),
+        ("", None),
+        ("clip-segment", "clip-segment"),
+        ("A cat: a dog", "A cat: a dog"),
+        ("a #b", "a #b"),
+        ("'3'", "3"),
+        ("[1, 2]", [1, 2]),
+        ("{name: t5, max_tokens: 8}", {"name": "t5", "max_tokens": 8}),
+        ("[broken", "[broken"),
+        ("2024-01-01", "2024-01-01"),
+    ],
+)
+def test_values_of_the_command_line(text, value):
+    found = parse_value(text)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_assignments_of_the_command_line():
+    assert parse_assignments(["a.b=1", "c=x=y"]) == {"a.b": 1, "c": "x=y"}
+    with pytest.raises(ConfigError) as error:
+        parse_assignments(["a", "b=1", "b=2", "=3"])
+    assert [path for path, _ in error.value.errors] == ["a", "b", "=3"]
+
+
+def test_a_config_is_frozen_and_loop_is_checked():
+    config = load_config(ALIGN)
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 3
+    with pytest.raises(ValueError, match="finite"):
+        LoopConfig(lr=float("inf"))
+    assert isinstance(config, RunConfig)
