@@ -18,12 +18,10 @@ BOOL, INT, FLOAT, TIME = (f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars, so that ``no`` is a word, ``1e-4`` a number, ``1:30`` no number; a repeated key is an error."""
+    """YAML 1.2's scalars: ``no`` is a word, ``1e-4`` a number, ``1:30`` is none. A repeated key is an error."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [
-            (tag, pattern) for tag, pattern in known if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
-        ]
+        first: [(tag, pattern) for tag, pattern in known if tag not in (BOOL, INT, FLOAT, TIME)]
         for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -40,9 +38,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
+_Loader.add_implicit_resolver(BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _Loader.add_implicit_resolver(INT, re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
     FLOAT,
