@@ -214,12 +214,16 @@ def _demo(add: Callable[..., argparse.ArgumentParser]) -> None:
         "train on the bundled small world and compare held-out long captions before and after",
         """
         longalign demo
-        longalign demo --output /tmp/demo
+        longalign demo --output runs/other --prompts 256
+        longalign demo --reward my-reward.yaml
         """,
     )
-    command.add_argument(
-        "--output", default="runs/demo", metavar="DIR", help="folder for checkpoints and report (runs/demo)"
-    )
+    about = "folder for both runs, report.html and tables (runs/demo)"
+    command.add_argument("--output", default="runs/demo", metavar="DIR", help=about)
+    command.add_argument("--align", metavar="FILE", help="config of the first stage (the bundled one)")
+    command.add_argument("--reward", metavar="FILE", help="config of the second stage (the bundled one)")
+    about = "number of held-out captions (128)"
+    command.add_argument("--prompts", type=_positive, default=128, metavar="N", help=about)
 
 
 def _prompts(command: argparse.ArgumentParser, about: str, required: bool = True) -> None:

@@ -19,15 +19,17 @@ CONFIG_SUFFIXES = (".yaml", ".yml", ".json", ".safetensors")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-def train(args: Namespace) -> None:
-    """Runs a config."""
+def train(args: Namespace) -> int:
+    """Runs a config; 130, as a shell has it, if Ctrl-C stopped it early."""
     config = override(args.config, parse_assignments(args.overrides))
     resume = Path(args.resume_from) if args.resume_from else Path(config.output) if args.resume else None
     if resume is not None:
         resume = checkpoint_file(resume).parent
     from longalign.compose import build_from_config
 
-    build_from_config(config).fit(resume=resume)
+    result = build_from_config(config).fit(resume=resume)
+    print(f"step {result.step} of {config.loop.steps}: {result.checkpoint}")
+    return 130 if result.interrupted else 0
 
 
 def generate(args: Namespace) -> None:
@@ -143,9 +145,10 @@ def describe(args: Namespace) -> None:
 
 def demo(args: Namespace) -> None:
     """Runs the demo."""
-    from longalign.demo import run
+    align, reward = (load_config(path) if path else None for path in (args.align, args.reward))
+    from longalign.demo import run_demo
 
-    run(args.output)
+    run_demo(args.output, align, reward, args.prompts)
 
 
 def _told(args: Namespace) -> list[str]:
