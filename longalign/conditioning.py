@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from longalign.encoders.base import Conditioning, Encoder, PromptReport
+from longalign.encoders.base import Conditioning, Encoder, PromptReport, TruncationWarning
 
 
 def per_prompt(negative: str | Sequence[str] | None, count: int) -> list[str]:
@@ -58,7 +58,8 @@ def condition(
     negatives = per_prompt(negative_prompts, len(prompts))
     if "negative_prompt_embeds" not in takes and negative_prompts is not None:
         warnings.warn(f"{name} takes no negative prompt; it is left out", stacklevel=2)
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", TruncationWarning)  # said below, prompt by prompt
         told = encoder.encode([*prompts, *negatives])
     _check(pipe, told, takes)
     for text in describe_cuts(told.reports):

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from longalign.conditioning import condition, describe_cuts, per_prompt
-from longalign.encoders.base import Encoder
+from longalign.encoders.base import Encoder, TruncationWarning
 from longalign.imagefiles import write_png
 
 if TYPE_CHECKING:
@@ -221,9 +221,11 @@ def generate(
     with index.open("w") as lines, tqdm(total=len(jobs), desc="images", disable=not progress) as bar:
         for batch in _chunks(jobs, batch_size):
             texts, numbers = [prompts[i] for i, _ in batch], [seed for _, seed in batch]
-            images = sample(
-                backbone, encoder, texts, seeds=numbers, negative=negative, batch_size=batch_size, **settings
-            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", TruncationWarning)  # said above, prompt by prompt
+                images = sample(
+                    backbone, encoder, texts, seeds=numbers, negative=negative, batch_size=batch_size, **settings
+                )
             for (i, seed), image in zip(batch, images, strict=True):
                 row = {
                     "file_name": f"{i:05d}-{seed}.png",

@@ -21,7 +21,7 @@ def read_log(path: Path | str) -> dict[str, tuple[list[float], list[float]]]:
     for line in Path(path).read_text().splitlines():
         row = json.loads(line)
         for name, value in row.items():
-            if name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool):
+            if name not in ("step", "seconds") and isinstance(value, (int, float)) and not isinstance(value, bool):
                 found.setdefault(name, {})[row["step"]] = float(value)
     return {name: (sorted(values), [values[s] for s in sorted(values)]) for name, values in found.items()}
 

@@ -1,0 +1,92 @@
+import json
+
+import numpy as np
+import pytest
+from tiny import tiny_clip, tiny_sd
+
+from longalign.config import override
+from longalign.demo import HELD_OUT, default_config, held_out_captions, run_demo, unread_sentences
+from longalign.encoders.base import PromptReport
+from longalign.mini.captions import Caption, Sentence
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    sd, clip = str(tiny_sd(folder / "sd")), str(tiny_clip(folder / "clip"))
+    common = {
+        "backbone.checkpoint": sd,
+        "encoder.checkpoint": sd,
+        "encoder.overflow": "grow",
+        "trainer.lora.rank": 2,
+        "data.size": 16,
+        "data.words": [60, 90],
+        "loop.batch_size": 2,
+        "loop.log_every": 1,
+        "loop.steps": 2,
+    }
+    align = override(default_config("align"), common)
+    sampled = {"trainer.num_steps": 4, "rewards.0.inner.checkpoint": clip}
+    return align, override(default_config("reward"), {**common, **sampled})
+
+
+@pytest.fixture(scope="module")
+def demo(configs, tmp_path_factory):
+    output = tmp_path_factory.mktemp("demo") / "out"
+    return run_demo(output, *configs, prompts=4, steps=2, batch_size=4, examples=2), output
+
+
+def test_the_demo_measures_all_three_models_on_the_same_captions(demo, configs):
+    result, _ = demo
+    assert result.table.models == ["base", "align", "align+reward"]
+    assert result.table.metrics == ["facts", "denscore", "text_relevant", "text_irrelevant", "denscore-o"]
+    assert result.table.prompts == [c.text for c in held_out_captions(configs, 4)]
+    for model in result.table.models:
+        parts = result.table.row(model, "text_relevant") + result.table.row(model, "text_irrelevant")
+        np.testing.assert_allclose(parts, result.table.row(model, "denscore"), atol=1e-5)
+    stages = ["align: training", "reward: training", "base: drawing", "align: drawing", "align+reward: drawing"]
+    assert list(result.seconds) == [*stages, "measuring", "total"]
+
+
+def test_the_demo_leaves_a_report_and_its_numbers(demo):
+    result, output = demo
+    page = result.report.read_text()
+    assert page.count('<article class="example">') == 2 and page.count("<img") == 6
+    assert "not read" in page and "reward: training" in page and "rank: 2" in page
+    saved = json.loads((output / "table.json").read_text())
+    assert saved["means"]["align"]["facts"]["count"] == 4
+    assert "| align+reward |" in (output / "table.md").read_text()
+
+
+def test_an_earlier_demo_is_replaced_and_nothing_else(demo, configs, tmp_path):
+    _, output = demo
+    (output / "mine.txt").write_text("kept")
+    run_demo(output, *configs, prompts=2, steps=1, examples=1)
+    assert (output / "mine.txt").read_text() == "kept"
+    (tmp_path / "align").mkdir()
+    with pytest.raises(ValueError, match="not an earlier demo's"):
+        run_demo(tmp_path, *configs, prompts=2)
+    assert (tmp_path / "align").exists()
+
+
+def test_held_out_scenes_have_a_seed_of_their_own(configs):
+    captions = held_out_captions(configs, 3)
+    largest = max(config.data.seed for config in configs)
+    held_out = configs[0].data.model_copy(update={"seed": largest + HELD_OUT, "size": 3}).build(None)
+    assert [c.text for c in captions] == [held_out.prompt(i) for i in range(3)]
+    assert not {c.text for c in captions} & {configs[0].data.build(None).prompt(i) for i in range(3)}
+    with pytest.raises(ValueError, match="only the data 'scenes' has; got 'folder'"):
+        held_out_captions([override(configs[0], {"data": {"name": "folder", "folder": "x"}})], 3)
+
+
+def test_sentences_behind_the_cut_are_unread():
+    caption = Caption(tuple(Sentence(text, ()) for text in ("One two.", "Three four.", "Five.")))
+    assert unread_sentences(caption, PromptReport(("One two.",), (2,), " Three four. Five.")) == {1, 2}
+    assert unread_sentences(caption, PromptReport(("One two. Three",), (3,), "four. Five.")) == {1, 2}
+    assert unread_sentences(caption, PromptReport(("One two. Three four.",), (4,), "Five.")) == {2}
+    assert unread_sentences(caption, PromptReport(("...",), (5,))) == frozenset()
+
+
+def test_one_prompt_is_too_few(tmp_path):
+    with pytest.raises(ValueError, match="at least 2 prompts"):
+        run_demo(tmp_path, prompts=1)

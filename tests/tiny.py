@@ -1,0 +1,170 @@
+"""Builders of tiny random checkpoints in the published formats, shared by the tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+WORDS = ("A red fox sleeps on a wall. The sky is green.",)
+
+
+def tiny_clip(folder: Path, seed: int = 0, tokenizer: bool = True, width: int = 16) -> Path:
+    """A transformers ``CLIPModel`` that reads 32 px, with its processor unless ``tokenizer`` is False."""
+    from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+
+    from longalign.mini.tokenizers import write_clip_tokenizer
+
+    write_clip_tokenizer(folder, WORDS)
+    tokens = AutoTokenizer.from_pretrained(folder)
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {"bos_token_id": tokens.bos_token_id, "eos_token_id": tokens.eos_token_id}
+    torch.manual_seed(seed)
+    model = CLIPModel(
+        CLIPConfig(
+            text_config={**tower, **ends, "vocab_size": len(tokens), "pad_token_id": tokens.pad_token_id},
+            vision_config={**tower, "image_size": 32, "patch_size": 16},
+            projection_dim=width,
+        )
+    )
+    model.save_pretrained(folder)
+    if tokenizer:
+        processor = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25], "size": {"shortest_edge": 32}}
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    else:
+        for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
+            (folder / name).unlink(missing_ok=True)
+    return folder
+
+
+def tiny_hpsv2(folder: Path, name: str = "HPS_v2.1_compressed.pt") -> Path:
+    """An open_clip model in the layout of HPSv2's files, with its architecture and vocabulary beside the weights."""
+    from open_clip.model import CLIP
+    from open_clip.tokenizer import SimpleTokenizer
+
+    from longalign.mini.tokenizers import write_open_clip_bpe
+
+    bpe = write_open_clip_bpe(folder, WORDS)
+    tower = {"layers": 1, "width": 16}
+    model_cfg = {
+        "embed_dim": 16,
+        "vision_cfg": {**tower, "image_size": 32, "patch_size": 16, "head_width": 8},
+        "text_cfg": {**tower, "context_length": 77, "vocab_size": SimpleTokenizer(str(bpe)).vocab_size, "heads": 2},
+    }
+    torch.manual_seed(0)
+    torch.save({"state_dict": CLIP(**model_cfg).state_dict()}, folder / name)
+    settings = {"model_cfg": model_cfg, "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}}
+    (folder / "open_clip_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def tiny_clip_text(folder: Path, layout: str = "diffusers", positions: int = 77, width: int = 16) -> Path:
+    """A CLIP text model with its tokenizer, in diffusers layout, or in transformers layout as a whole CLIP."""
+    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
+
+    from longalign.mini.tokenizers import write_clip_tokenizer
+
+    diffusers = layout == "diffusers"
+    write_clip_tokenizer(folder / "tokenizer" if diffusers else folder, WORDS, positions)
+    text = {
+        "vocab_size": _clip_vocabulary(folder / "tokenizer" if diffusers else folder), "hidden_size": width,
+        "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "max_position_embeddings": positions, "bos_token_id": 0, "eos_token_id": 1,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    if diffusers:
+        _noisy(CLIPTextModel(CLIPTextConfig(**text))).save_pretrained(folder / "text_encoder")
+    else:
+        vision = {
+            "hidden_size": width, "intermediate_size": width, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "image_size": 16, "patch_size": 8,
+        }  # fmt: skip
+        _noisy(CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))).save_pretrained(folder)
+    return folder
+
+
+def tiny_t5(folder: Path, width: int = 16) -> Path:
+    """A T5 encoder with its tokenizer in transformers layout."""
+    from transformers import AutoTokenizer, T5Config, T5EncoderModel
+
+    from longalign.mini.tokenizers import write_t5_tokenizer
+
+    write_t5_tokenizer(folder, WORDS)
+    config = T5Config(
+        vocab_size=len(AutoTokenizer.from_pretrained(folder)), d_model=width, d_kv=8, d_ff=2 * width, num_layers=2,
+        num_heads=2, feed_forward_proj="relu", dropout_rate=0.5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    _noisy(T5EncoderModel(config)).save_pretrained(folder)
+    return folder
+
+
+def tiny_longclip_file(path: Path, vocab_size: int, width: int = 64, positions: int = 248) -> Path:
+    """The text side (and a scrap of the image side) of an original ``longclip-L.pt``: a state dict with OpenAI's keys."""
+    torch.manual_seed(0)
+    state = {
+        "logit_scale": torch.tensor(4.6),
+        "visual.proj": torch.randn(4, 4),
+        "text_projection": torch.randn(width, 8),
+        "positional_embedding": torch.randn(positions, width),
+        "positional_embedding_res": torch.randn(positions, width),
+        "token_embedding.weight": torch.randn(vocab_size, width),
+        "ln_final.weight": torch.randn(width),
+        "ln_final.bias": torch.randn(width),
+    }
+    for layer in range(2):
+        shapes = {
+            "attn.in_proj_weight": (3 * width, width), "attn.in_proj_bias": (3 * width,),
+            "attn.out_proj.weight": (width, width), "attn.out_proj.bias": (width,),
+            "ln_1.weight": (width,), "ln_1.bias": (width,), "ln_2.weight": (width,), "ln_2.bias": (width,),
+            "mlp.c_fc.weight": (4 * width, width), "mlp.c_fc.bias": (4 * width,),
+            "mlp.c_proj.weight": (width, 4 * width), "mlp.c_proj.bias": (width,),
+        }  # fmt: skip
+        for name, shape in shapes.items():
+            state[f"transformer.resblocks.{layer}.{name}"] = 0.1 * torch.randn(shape)
+    torch.save(state, path)
+    return path
+
+
+def _clip_vocabulary(folder: Path) -> int:
+    from transformers import AutoTokenizer
+
+    return len(AutoTokenizer.from_pretrained(folder))
+
+
+def _noisy(model: torch.nn.Module):
+    """Weights large enough that states differ visibly between tokens and positions."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.normal_(std=0.3)
+    return model
+
+
+def tiny_sd(folder: Path, width: int = 16) -> Path:
+    """A whole Stable Diffusion in diffusers layout: UNet, VAE of factor 8, CLIP text model, scheduler; 64 px."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizerFast
+
+    tiny_clip_text(folder, width=width)
+    torch.manual_seed(0)
+    blocks = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1, "sample_size": 8}
+    unet = UNet2DConditionModel(
+        **blocks, cross_attention_dim=width, attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8), norm_num_groups=4, latent_channels=4, sample_size=64,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1,
+    )  # fmt: skip
+    pipe = StableDiffusionPipeline(
+        vae, CLIPTextModel.from_pretrained(folder / "text_encoder"), CLIPTokenizerFast.from_pretrained(folder / "tokenizer"),
+        unet, scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.save_pretrained(folder)
+    return folder
