@@ -1,0 +1,299 @@
+"""The command line: what it prints, what it hands on, and how it fails."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from longalign import evaluate, pipeline
+from longalign.cli import main
+from longalign.compose import Composition
+from longalign.config import load_config, to_yaml
+from longalign.imagefiles import write_png
+from longalign.registry import rewards
+from longalign.rewards import direction
+from longalign.trainers import loop
+
+CONFIG = {
+    "backbone": {"name": "sd", "checkpoint": "mini/sd"},
+    "encoder": {"name": "clip-segment", "checkpoint": "mini/sd"},
+    "trainer": "align",
+    "data": "scenes",
+}
+COMMANDS = ("train", "generate", "score", "eval", "direction", "list", "describe", "demo")
+
+
+@pytest.fixture
+def yaml(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(to_yaml(load_config(CONFIG)))
+    return str(path)
+
+
+@pytest.fixture
+def brightness():
+    rewards.register("brightness", lambda images, prompts: images.mean((1, 2, 3)))
+    yield "brightness"
+    rewards.unregister("brightness")
+
+
+def images(folder, values, prompts=None, seeds=None):
+    """A folder of one-coloured images, with metadata if there are prompts."""
+    folder.mkdir()
+    for i, value in enumerate(values):
+        write_png(folder / f"{i}.png", torch.full((3, 4, 4), value))
+    if prompts is not None:
+        seeds = seeds or [0] * len(values)
+        rows = zip(prompts, seeds, strict=True)
+        lines = [json.dumps({"file_name": f"{i}.png", "prompt": p, "seed": s}) for i, (p, s) in enumerate(rows)]
+        (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def test_no_torch_where_none_is_needed(yaml):
+    light = [
+        ["--help"],
+        *([command, "--help"] for command in COMMANDS),
+        ["list"],
+        ["list", "--check"],
+        ["describe", "encoders"],
+        ["describe", "encoders", "clip-segment"],
+        ["describe", "run"],
+        ["describe", yaml, "loop.steps=3"],
+        ["train", yaml, "loop.stepz=3"],
+        ["train", yaml, "trainer=reward"],
+        ["generate", "--config", yaml, "--prompts", "missing.txt", "--output", "x"],
+        ["score", "--reward", "denscor", "--images", "x"],
+    ]
+    code = f"""
+import sys
+import longalign
+from longalign.cli import main
+for arguments in {light!r}:
+    try:
+        main(arguments)
+    except SystemExit:
+        pass
+    heavy = {{'torch', 'transformers', 'diffusers', 'open_clip', 'accelerate', 'numpy'}} & set(sys.modules)
+    assert not heavy, (arguments, heavy)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples_that_parse(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert f"  longalign {command}" in text.partition("examples:")[2]
+    assert "%%" not in text
+
+
+def test_python_m_longalign():
+    result = subprocess.run([sys.executable, "-m", "longalign", "list", "trainers"], capture_output=True, text=True)
+    assert result.returncode == 0
+    assert "align" in result.stdout
+
+
+def test_list_shows_kind_name_owner_and_target(capsys):
+    assert main(["list", "encoders", "rewards"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["kind", "name", "owner", "target"]
+    row = next(line for line in lines if line.startswith("encoders") and " t5 " in line)
+    assert row.split()[-1] == "longalign.encoders.configs:T5Config"
+    assert not any(line.startswith("trainers") for line in lines)
+    assert main(["list", "--check"]) == 0
+
+
+def test_describe_a_part_shows_each_key_with_type_default_and_words(capsys):
+    assert main(["describe", "data", "scenes"]) == 0
+    text = capsys.readouterr().out
+    assert 'style: "plain" | "referring" | "mixed" = "plain"' in text
+    assert "words: [int > 0, int > 0] = [20, 250]" in text
+    assert "another seed gives other scenes" in text
+    main(["describe", "rewards", "reweighted"])
+    text = capsys.readouterr().out
+    assert "inner: one of rewards (required)" in text
+    assert "omega: float >= 0 = 0.3" in text
+    main(["describe", "trainers", "align"])
+    assert "lora.rank: int >= 1 = 32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["encoders", "rewards", "trainers", "data", "segmenters", "schedules", "backbones"])
+def test_every_part_describes_itself_and_every_key(kind, capsys):
+    from longalign.registry import REGISTRIES
+
+    for name in REGISTRIES[kind].names():
+        assert main(["describe", kind, name]) == 0
+        about = REGISTRIES[kind].get(name).__doc__
+        assert about
+        shown = capsys.readouterr().out
+        assert about.split(".")[0].split("``")[0].split("\n")[0] in shown, name
+        lines = [*shown.splitlines(), ""]
+        for key in REGISTRIES[kind].get(name).model_fields:
+            if key != "name":
+                at = next(i for i, line in enumerate(lines) if line.startswith(f"{key}: "))
+                assert lines[at + 1].startswith("    "), f"'{key}' of {name} is not described"
+
+
+def test_describe_a_config_shows_it_whole_and_changed(yaml, capsys, tmp_path):
+    assert main(["describe", yaml, "trainer.lora.rank=4"]) == 0
+    (tmp_path / "shown.yaml").write_text(capsys.readouterr().out)
+    config = load_config(tmp_path / "shown.yaml")
+    assert config.trainer.lora.rank == 4
+    assert config.loop == load_config(CONFIG).loop
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["describe", "encoder"], "cannot describe 'encoder'; did you mean 'encoders'?"),
+        (["describe", "encoders", "clip-segmen"], "did you mean 'clip-segment'?"),
+        (["describe", "encoders", "t5", "longclip"], "expected 'run' alone, or a kind and one part's name"),
+        (["list", "reward"], "no kind 'reward'; did you mean 'rewards'?"),
+        (["train", "nowhere.yaml"], "no config file nowhere.yaml"),
+        (["train", "YAML", "steps"], "expected path=value"),
+        (["train", "YAML", "loop.stepz=3"], "loop.stepz: this key does not exist; did you mean 'steps'?"),
+        (["train", "YAML", "--resume-from", "nowhere"], "no checkpoint in nowhere"),
+        (["score", "--reward", "clip", "--images", "nowhere.png"], "no image nowhere.png"),
+        (["score", "--reward", "{name: clip, chekpoint: x}", "--images", "a.png"], "did you mean 'checkpoint'?"),
+        (["eval", "--reward", "clip", "--images", "folder"], "--images takes NAME=DIR"),
+        (["direction", "--reward", "clip", "--prompts", "a.csv", "--output", "x"], "a .txt or a .jsonl file"),
+        (["generate", "--checkpoint", "nowhere", "--prompt", "a", "--output", "x"], "no checkpoint in nowhere"),
+    ],
+)
+def test_mistakes_are_told_in_one_message_without_traceback(arguments, message, yaml, capsys):
+    assert main([yaml if a == "YAML" else a for a in arguments]) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.startswith(f"longalign {arguments[0]}: ")
+    assert "Traceback" not in told
+
+
+def test_traceback_on_demand():
+    with pytest.raises(FileNotFoundError):
+        main(["--traceback", "train", "nowhere.yaml"])
+
+
+@pytest.mark.parametrize(
+    "arguments", [["generate", "--prompt", "a", "--output", "x"], ["score", "--images", "a"], ["nothing"], []]
+)
+def test_missing_options_end_with_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "usage: longalign" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_train_hands_the_changed_config_to_the_loop(yaml, monkeypatch, tmp_path, capsys, interrupted):
+    seen = {}
+
+    def fit(composition, resume=None):
+        seen.update(composition=composition, resume=resume)
+        return loop.FitResult(3, tmp_path / "checkpoint-000003", interrupted)
+
+    monkeypatch.setattr(loop, "fit", fit)
+    assert main(["train", yaml, "loop.steps=3", "loop.lr=1e-4", "encoder=clip-truncate"]) == (130 if interrupted else 0)
+    assert isinstance(seen["composition"], Composition)
+    config = seen["composition"].config
+    assert (config.loop.steps, config.loop.lr, config.encoder.name) == (3, 1e-4, "clip-truncate")
+    assert seen["resume"] is None
+    assert "step 3 of 3: " in capsys.readouterr().out
+
+    checkpoint = tmp_path / "out" / "checkpoint-000002"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "longalign.safetensors").touch()
+    main(["train", yaml, f"output={tmp_path / 'out'}", "--resume"])
+    assert seen["resume"] == checkpoint
+
+
+def test_generate_hands_prompts_and_settings_on(yaml, monkeypatch, tmp_path, capsys):
+    seen = {}
+
+    def generate(source, prompts, output, **settings):
+        seen.update(source=source, prompts=prompts, output=output, **settings)
+        return [{}] * len(prompts)
+
+    monkeypatch.setattr(pipeline, "generate", generate)
+    (tmp_path / "prompts.txt").write_text("one\ntwo\n")
+    options = ["--prompts", str(tmp_path / "prompts.txt"), "--seed", "3", "4", "--size", "96x64", "--guidance", "2"]
+    assert main(["generate", "--config", yaml, *options, "--output", "here", "--scheduler", "ddim"]) == 0
+    assert seen["source"] == load_config(yaml)
+    assert (seen["prompts"], seen["seeds"], seen["output"]) == (["one", "two"], [3, 4], "here")
+    assert (seen["width"], seen["height"], seen["guidance"], seen["scheduler"]) == (96, 64, 2.0, "ddim")
+    assert "2 images in here" in capsys.readouterr().out
+    assert main(["generate", "--config", yaml, "--prompt", "a", "--prompt", "b", "--output", "x"]) == 0
+    assert seen["prompts"] == ["a", "b"]
+    assert (seen["height"], seen["width"]) == (None, None)
+
+
+def test_the_schedulers_named_in_help_are_those_there_are(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(name in text for name in pipeline.SCHEDULERS)
+
+
+@pytest.mark.parametrize("size", ["0", "axb", "64x", "x64", "64x64x64"])
+def test_sizes_that_are_none(size, yaml):
+    with pytest.raises(SystemExit):
+        main(["generate", "--config", yaml, "--prompt", "a", "--output", "x", "--size", size])
+
+
+def test_score_reads_prompts_beside_the_images_or_takes_them(brightness, tmp_path, capsys):
+    told = images(tmp_path / "told", [0.0, 1.0], ["a", "b"])
+    assert main(["score", "--reward", brightness, "--images", str(told)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("\t")[0] for line in lines] == ["brightness", "0.0000", "1.0000", "0.5000"]
+    bare = images(tmp_path / "bare", [1.0])
+    assert main(["score", "--reward", brightness, "--images", str(bare)]) == 2
+    assert "come without prompts" in capsys.readouterr().err
+    arguments = ["--reward", brightness, "--reward", brightness, "--images", str(bare / "0.png"), "--prompt", "a"]
+    assert main(["score", *arguments]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split("\t")[:2] == ["brightness", "brightness-2"]
+
+
+def test_eval_compares_folders_of_the_same_prompts(brightness, tmp_path, capsys):
+    base = images(tmp_path / "base", [0.0, 0.2], ["a", "b"], [1, 2])
+    tuned = images(tmp_path / "tuned", [0.2, 0.4], ["a", "b"], [1, 2])
+    out = tmp_path / "table.json"
+    pair = [f"base={base}", f"tuned={tuned}"]
+    assert main(["eval", "--images", *pair, "--reward", brightness, "--json", str(out)]) == 0
+    assert "tuned - base" in capsys.readouterr().out
+    table = json.loads(out.read_text())
+    assert table["values"]["tuned"]["brightness"] == pytest.approx([0.2, 0.4], abs=0.01)
+    assert table["seeds"] == [1, 2]
+    other = images(tmp_path / "other", [0.2, 0.4], ["a", "c"], [1, 2])
+    assert main(["eval", "--images", pair[0], f"other={other}", "--reward", brightness]) == 2
+    assert "'other' are not of the same prompts and seeds as those of 'base'" in capsys.readouterr().err
+
+
+def test_direction_hands_the_corpus_on_and_prints_the_report(monkeypatch, tmp_path, capsys):
+    class Report:
+        def report(self):
+            return "eta 0.9"
+
+    seen = []
+    monkeypatch.setattr(direction, "write_direction", lambda *args: seen.append(args) or Report())
+    (tmp_path / "corpus.txt").write_text("one\n\ntwo\n")
+    out = str(tmp_path / "d.safetensors")
+    assert main(["direction", "--reward", "clip", "--prompts", str(tmp_path / "corpus.txt"), "--output", out]) == 0
+    assert seen[0][0].name == "clip"
+    assert seen[0][1:3] == (["one", "two"], out)
+    assert "eta 0.9" in capsys.readouterr().out
+
+
+def test_ctrl_c_and_a_closed_pipe_are_no_tracebacks(monkeypatch, yaml, capsys):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "score_images", stop)
+    monkeypatch.setattr(loop, "fit", stop)
+    assert main(["train", yaml]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
