@@ -1,0 +1,53 @@
+"""Configs of backbones and of the LoRA that is trained on them; no torch here."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from longalign.registry import PartConfig
+from longalign.runtime import Runtime
+
+
+class LoraConfig(BaseModel):
+    """Low-rank updates of every Linear and Conv2d inside ResnetBlock2D, Attention and GEGLU (arXiv 2106.09685).
+
+    ``down`` starts as N(0, 1/rank^2) and ``up`` as zero, so training starts at the model itself.
+
+    Attributes:
+        rank: width of the bottleneck.
+        scale: factor of the update.
+        dropout: probability of dropout in the update while training.
+        dropout_placement: ``"down"`` drops inputs before the down projection, as peft does; ``"up"`` drops outputs of
+            the up projection, as the authors of LongAlign did.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rank: int = Field(default=32, ge=1)
+    scale: float = Field(default=1.0, gt=0)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    dropout_placement: Literal["down", "up"] = "down"
+
+
+class SDConfig(PartConfig):
+    """Stable Diffusion 1.x and 2.x, or any model of that layout.
+
+    Attributes:
+        checkpoint: hub id, local folder in diffusers layout, or ``mini/sd``.
+        revision: branch, tag or commit on the hub.
+        variant: file variant, e.g. ``"fp16"``.
+        dtype: of the UNet's weights; what is trained is float32 in any case. The VAE takes the runtime's dtype.
+    """
+
+    name: Literal["sd"] = "sd"
+    checkpoint: str
+    revision: str | None = None
+    variant: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    def build(self, runtime: Runtime) -> Any:
+        from longalign.backbones.sd import SDBackbone
+
+        return SDBackbone.from_config(self, runtime)

@@ -1,0 +1,213 @@
+"""Checkpoints that explain themselves: one safetensors file with all that was trained and the config it belongs to.
+
+Keys of ``longalign.safetensors``: ``lora.<i>.<module>.lora_A.weight`` and ``lora_B`` for the i-th LoRA, those of
+earlier stages first; ``denoiser.<name>`` where all weights were trained; ``encoder.<name>`` for the encoder's adapter.
+Its metadata hold the config, the LoRAs' names and configs, the step, the versions, and who provided each part.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from longalign.backbones.base import Backbone
+from longalign.backbones.configs import LoraConfig
+from longalign.backbones.lora import LoraStack, check_same_names, join_stacks
+from longalign.config import RunConfig, load_config, to_json
+from longalign.encoders.base import Encoder
+from longalign.files import CHECKPOINT, checkpoint_file, read_metadata
+from longalign.registry import REGISTRIES, PartConfig
+from longalign.runtime import Runtime
+from longalign.trainers.base import adapter
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+FORMAT = "1"
+DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"
+PACKAGES = ("longalign", "torch", "diffusers", "transformers", "peft", "accelerate", "open_clip_torch", "pydantic")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a checkpoint holds.
+
+    Attributes:
+        stacks: the LoRAs, the first applied first.
+        denoiser: all weights of the denoiser, or empty where only LoRAs were trained.
+        adapter: the encoder's adapter, or empty where it has none.
+    """
+
+    stacks: list[LoraStack]
+    denoiser: dict[str, Tensor]
+    adapter: dict[str, Tensor]
+
+
+def save(folder: Path, config: RunConfig, backbone: Backbone, encoder: Encoder, step: int) -> Path:
+    """Writes ``longalign.safetensors`` into a folder, which is made if it is missing; returns the file.
+
+    The file appears under its name only when it is complete.
+
+    Args:
+        folder: e.g. ``runs/x/checkpoint-000100``.
+        config: of the run.
+        backbone: its LoRAs, or all weights if those are trained, are saved.
+        encoder: its adapter is saved.
+        step: optimiser steps done.
+    """
+    stacks = backbone.lora_state()
+    tensors = {f"lora.{i}.{key}": tensor for i, stack in enumerate(stacks) for key, tensor in stack.state.items()}
+    if backbone.full:
+        tensors |= {f"denoiser.{key}": tensor for key, tensor in backbone.full_state().items()}
+    tensors |= {f"encoder.{k}": p.detach().to("cpu", copy=True).contiguous() for k, p in adapter(encoder).items()}
+    metadata = {
+        "format": FORMAT,
+        "config": to_json(config),
+        "step": str(step),
+        "loras": json.dumps([{"name": s.name, "config": s.config.model_dump(mode="json")} for s in stacks]),
+        "versions": json.dumps(versions()),
+        "providers": json.dumps(providers(config)),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / CHECKPOINT
+    _write(path, tensors, metadata)
+    return path
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    save_file(dict(tensors), unfinished, metadata)
+    unfinished.replace(path)
+
+
+def load_weights(checkpoint: str | Path) -> Weights:
+    """Reads a checkpoint given as its file, its folder, or a run's folder (the newest one).
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if the file was not written by longalign, or by a later format.
+    """
+    path = checkpoint_file(Path(checkpoint))
+    metadata = read_metadata(path)
+    if metadata.get("format") != FORMAT or "loras" not in metadata:
+        raise ValueError(
+            f"{path} has format {metadata.get('format')!r}, expected {FORMAT!r}; it was not written by this version of "
+            "longalign: update longalign, or make the checkpoint anew"
+        )
+    tensors = load_file(path)
+    stacks = [
+        LoraStack(entry["name"], LoraConfig.model_validate(entry["config"]), _under(tensors, f"lora.{i}."))
+        for i, entry in enumerate(json.loads(metadata["loras"]))
+    ]
+    return Weights(stacks, _under(tensors, "denoiser."), _under(tensors, "encoder."))
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
+def load_into(checkpoint: str | Path, backbone: Backbone, encoder: Encoder) -> None:
+    """Puts a checkpoint's weights into freshly built parts.
+
+    All LoRAs but the last are merged into the denoiser's weights; the last stays apart, frozen, until another is
+    added or `Backbone.merge_lora` is called.
+
+    Raises:
+        ValueError: if the weights do not fit the parts, or the checkpoint has an adapter and the encoder has none.
+    """
+    weights = load_weights(checkpoint)
+    if weights.denoiser:
+        backbone.load_full(weights.denoiser)
+    backbone.load_lora(weights.stacks)
+    parameters = adapter(encoder)
+    check_same_names("the encoder's adapter", parameters, weights.adapter)
+    for name, parameter in parameters.items():
+        parameter.data.copy_(weights.adapter[name])
+
+
+def load_for_sampling(checkpoint: str | Path, runtime: Runtime | None = None) -> tuple[RunConfig, Backbone, Encoder]:
+    """Config, backbone and encoder of a checkpoint, frozen and in eval mode; no trainer and no reward is built.
+
+    Args:
+        checkpoint: its file, its folder, or a run's folder (the newest one).
+        runtime: where to load them; this machine's, in the precision of training, if None.
+    """
+    path = checkpoint_file(Path(checkpoint))
+    config = load_config(path)
+    runtime = runtime or Runtime.detect(config.loop.precision)
+    backbone, encoder = config.backbone.build(runtime), config.encoder.build(runtime)
+    load_into(path, backbone, encoder)
+    backbone.merge_lora()
+    # Merging in full precision first, so that small updates are not lost in rounding.
+    backbone.denoiser.to(runtime.torch_dtype)
+    for part in (backbone, encoder):
+        part.requires_grad_(False).eval()
+    return config, backbone, encoder
+
+
+def export_lora(checkpoint: str | Path, folder: str | Path) -> Path:
+    """Writes a checkpoint's LoRAs as one file that a stock diffusers pipeline loads with ``load_lora_weights(folder)``.
+
+    LoRAs of several stages are joined into one of the sum of their ranks, which is exact.
+
+    Returns:
+        The path of ``pytorch_lora_weights.safetensors``.
+
+    Raises:
+        ValueError: if all weights were trained, or no LoRA was.
+    """
+    weights = load_weights(checkpoint)
+    if weights.denoiser or not weights.stacks:
+        raise ValueError(
+            f"{checkpoint} holds {'all weights of the denoiser' if weights.denoiser else 'no LoRA'}; only a checkpoint "
+            "whose denoiser was trained by LoRA alone can be exported as a LoRA"
+        )
+    tensors = {f"unet.{key}": tensor for key, tensor in join_stacks(weights.stacks).items()}
+    path = Path(folder) / DIFFUSERS_LORA
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, tensors, {"format": "pt"})
+    return path
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def providers(config: RunConfig) -> dict[str, str]:
+    """Who provides each part of a run, by its path in the config, e.g. ``{"rewards.0.inner": "longalign 0.1.0"}``."""
+    owners = {}
+    for path, part in _parts("", config):
+        for registry in REGISTRIES.values():
+            if part.name in registry and registry.get(part.name) is type(part):
+                owners[path] = registry.info(part.name).owner
+    return owners
+
+
+def _parts(path: str, value: Any) -> Iterator[tuple[str, PartConfig]]:
+    if isinstance(value, PartConfig):
+        yield path, value
+    children: Sequence[tuple[Any, Any]] = ()
+    if isinstance(value, BaseModel):
+        children = [(name, getattr(value, name)) for name in type(value).model_fields]
+    elif isinstance(value, (list, tuple)):
+        children = list(enumerate(value))
+    elif isinstance(value, Mapping):
+        children = list(value.items())
+    for name, child in children:
+        yield from _parts(f"{path}.{name}" if path else str(name), child)

@@ -1,0 +1,41 @@
+"""Noise-prediction fine-tuning on images with long captions (LongAlign, section 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longalign.backbones.base import Backbone
+from longalign.encoders.base import Encoder
+from longalign.trainers.base import Trainer, images_of, noise_loss, train_denoiser
+from longalign.trainers.configs import AlignConfig
+
+
+class AlignTrainer(Trainer):
+    """Teaches the denoiser, and the encoder's adapter, to follow long captions.
+
+    Args:
+        backbone: with what is trained of it already set.
+        encoder: encodes the captions.
+        caption_dropout: share of captions replaced by the empty prompt.
+        train_adapter: whether the encoder's adapter is trained.
+    """
+
+    def __init__(self, backbone: Backbone, encoder: Encoder, caption_dropout: float = 0.1, train_adapter: bool = True):
+        super().__init__(backbone, encoder, train_adapter)
+        self.caption_dropout = caption_dropout
+
+    @classmethod
+    def from_config(cls, config: AlignConfig, backbone: Backbone, encoder: Encoder) -> AlignTrainer:
+        """Puts the LoRA on the backbone, or makes all of it trainable, and takes the parts together."""
+        train_denoiser(backbone, config.lora, "align")
+        return cls(backbone, encoder, config.caption_dropout, config.train_adapter)
+
+    def losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        images = images_of(batch, "'align'")
+        dropped = torch.rand(len(batch["prompt"])) < self.caption_dropout
+        prompts = ["" if drop else p for p, drop in zip(batch["prompt"], dropped.tolist(), strict=True)]
+        return {"noise_loss": noise_loss(self.backbone, images, self.encode(prompts))}

@@ -1,0 +1,118 @@
+"""The interface of trainers: a batch in, losses out. How they are run is the loop's business."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from longalign.backbones.base import Backbone
+from longalign.backbones.configs import LoraConfig
+from longalign.diffusion import add_noise, training_target
+from longalign.encoders.base import Conditioning, Encoder
+
+Backward = Callable[[Tensor], None]
+
+
+class Trainer(nn.Module):
+    """Base of trainers: says what is optimised, and of which parameters.
+
+    Args:
+        backbone: with what is trained of it already set, by `train_denoiser`.
+        encoder: its parameters with ``requires_grad`` are its adapter.
+        train_adapter: whether the adapter is trained; it is frozen otherwise.
+    """
+
+    #: whether a batch must have images; prompts alone are loaded otherwise
+    needs_images: bool = True
+
+    def __init__(self, backbone: Backbone, encoder: Encoder, train_adapter: bool):
+        super().__init__()
+        self.backbone, self.encoder = backbone, encoder
+        self._encode: tuple[Callable[[Sequence[str]], Conditioning]] = (encoder.encode,)
+        for parameter in adapter(encoder).values():
+            parameter.requires_grad_(train_adapter)
+
+    def losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Losses and metrics of a batch ``{"prompt": list[str], "image": (b, 3, h, w) in [0, 1]}``.
+
+        Values whose key ends in ``_loss`` are summed and minimised, the others are logged.
+        """
+        raise NotImplementedError
+
+    def step(self, batch: Mapping[str, Any], backward: Backward) -> dict[str, Tensor]:
+        """Computes a batch's gradient by calling ``backward`` on scalars, whose gradients add up; returns `losses`."""
+        losses = self.losses(batch)
+        backward(torch.stack([v for k, v in losses.items() if k.endswith("_loss")]).sum())
+        return {key: value.detach() for key, value in losses.items()}
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """The encoder's conditioning, through the wrapper that the loop set, on the denoiser's device."""
+        return self._encode[0](prompts).to(self.backbone.device)
+
+    def wrap_encoder(self, wrapped: Callable[[Sequence[str]], Conditioning]) -> None:
+        """Makes `encode` go through ``wrapped``, the encoder prepared for several processes."""
+        self._encode = (wrapped,)
+
+    def trainable(self) -> list[nn.Parameter]:
+        """What is optimised: of the denoiser, then of the encoder."""
+        parts = (self.backbone.denoiser, self.encoder)
+        return [p for part in parts for p in part.parameters() if p.requires_grad]
+
+    def train(self, mode: bool = True) -> Trainer:
+        """As for any module, but what is frozen stays in eval mode, so that its dropout stays off."""
+        super().train(mode)
+        for part in (self.backbone, self.encoder):
+            _train(part, mode)
+        return self
+
+
+def _train(module: nn.Module, mode: bool) -> None:
+    parameters = list(module.parameters())
+    # A module without parameters, such as dropout, follows the one that it is part of.
+    module.training = mode and (not parameters or any(p.requires_grad for p in parameters))
+    for child in module.children():
+        _train(child, module.training)
+
+
+def adapter(encoder: Encoder) -> dict[str, nn.Parameter]:
+    """The encoder's adapter by name: what could be trained when the encoder was built, also if it is frozen now."""
+    names = encoder.__dict__.setdefault(
+        "_adapter_names", tuple(name for name, p in encoder.named_parameters() if p.requires_grad)
+    )
+    parameters = dict(encoder.named_parameters())
+    return {name: parameters[name] for name in names}
+
+
+def train_denoiser(backbone: Backbone, lora: LoraConfig | None, name: str) -> None:
+    """Makes a new LoRA trainable, named ``name`` or ``name-2``, ``name-3``... where that is taken; or all weights."""
+    if lora is None:
+        backbone.train_all()
+    else:
+        backbone.add_lora(lora, backbone.unused_name(name))
+
+
+def images_of(batch: Mapping[str, Any], what: str) -> Tensor:
+    """The batch's images, or a ValueError that says what needs them."""
+    if "image" not in batch:
+        raise ValueError(f"{what} needs images, and the data has prompts only; choose data with images")
+    return batch["image"]
+
+
+def noise_loss(backbone: Backbone, images: Tensor, conditioning: Conditioning) -> Tensor:
+    """Mean squared error of the denoiser's answer at random timesteps (arXiv 2006.11239, eq. 14); a scalar.
+
+    Args:
+        backbone: whose denoiser answers, noise or velocity as it was trained.
+        images: ``(b, 3, h, w)`` in [0, 1].
+        conditioning: of their captions.
+    """
+    latents = backbone.encode_images(images)
+    noise = torch.randn_like(latents)
+    timesteps = torch.randint(len(backbone.levels), (len(latents),), device=latents.device)
+    noisy = add_noise(backbone.levels, latents, noise, timesteps)
+    target = training_target(backbone.prediction, backbone.levels, latents, noise, timesteps)
+    return mse_loss(backbone.predict(noisy, timesteps, conditioning).float(), target.float())

@@ -1,0 +1,94 @@
+"""Which items make which batch: the same on any number of processes, and from any step on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from longalign.data.base import Data
+
+
+class Batches(Sampler[list[int]]):
+    """Endless batches of indices out of shuffled passes over the data.
+
+    All processes read one stream of permutations, each its own part of every global batch, so no item is seen twice
+    in a pass. Batch ``k`` depends on the seed alone, so a run can start at any ``k``.
+
+    Args:
+        length: number of items.
+        batch_size: items per batch and process.
+        seed: of the shuffles.
+        start: batches of each process to leave out.
+        rank: number of this process.
+        processes: how many there are.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int, start: int = 0, rank: int = 0, processes: int = 1):
+        if length < 1:
+            raise ValueError("the data is empty; expected at least one item")
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.start, self.rank, self.processes = start, rank, processes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        position = (self.start * self.processes + self.rank) * self.batch_size
+        shuffled_pass, order = -1, []
+        while True:
+            batch = []
+            for place in range(position, position + self.batch_size):
+                if place // self.length != shuffled_pass:
+                    shuffled_pass = place // self.length
+                    generator = torch.Generator().manual_seed((self.seed * 1_000_003 + shuffled_pass) % 2**63)
+                    order = torch.randperm(self.length, generator=generator).tolist()
+                batch.append(order[place % self.length])
+            yield batch
+            position += self.batch_size * self.processes
+
+
+class Prompts(Dataset[dict[str, Any]]):
+    """The prompts of data, without loading its images."""
+
+    def __init__(self, data: Data):
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"prompt": self.data.prompt(index)}
+
+
+def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Items as a batch ``{"prompt": list[str], "image": (b, 3, h, w)}``, without ``image`` where there is none.
+
+    Raises:
+        ValueError: if the images' sizes differ.
+    """
+    batch: dict[str, Any] = {"prompt": [item["prompt"] for item in items]}
+    if "image" in items[0]:
+        sizes = {tuple(item["image"].shape) for item in items}
+        if len(sizes) > 1:
+            raise ValueError(f"expected images of one size in a batch, got {sorted(sizes)}; set the data's resolution")
+        batch["image"] = torch.stack([item["image"] for item in items])
+    return batch
+
+
+def load_batches(data: Data, batches: Batches, needs_images: bool, workers: int) -> Iterator[dict[str, Any]]:
+    """Endless batches of data, loaded by ``workers`` processes.
+
+    Raises:
+        ValueError: if images are needed and there are none.
+    """
+    if needs_images and not data.has_images:
+        raise ValueError("the trainer needs images, and the data has prompts only; choose data with images")
+    loader = DataLoader(
+        data if needs_images else Prompts(data),
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=workers,
+        # its own generator, so that starting to load leaves the training's random numbers alone
+        generator=torch.Generator().manual_seed(batches.seed),
+    )
+    return iter(loader)

@@ -1,0 +1,393 @@
+"""Runs a trainer on accelerate: what is optimised is the trainer's business, how it runs is said here."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from longalign import checkpoint as checkpoints
+from longalign.config import load_config, to_dict
+from longalign.diffusion import RandomState
+from longalign.encoders.base import Conditioning, Encoder
+from longalign.files import checkpoint_file
+from longalign.rewards.guard import NonFiniteReward
+from longalign.trainers import resume as state
+from longalign.trainers.batches import Batches, load_batches
+from longalign.trainers.logs import Log, check_trackers, check_unused
+
+if TYPE_CHECKING:
+    from longalign.compose import Composition
+
+log = logging.getLogger("longalign")
+
+SPLIT = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How a run ended.
+
+    Attributes:
+        step: optimiser steps done.
+        checkpoint: folder of the last checkpoint.
+        interrupted: whether it was stopped before its last step.
+    """
+
+    step: int
+    checkpoint: Path
+    interrupted: bool
+
+
+def fit(composition: Composition, resume: str | Path | None = None) -> FitResult:
+    """Trains a composition.
+
+    Writes into the config's ``output``: ``log.jsonl``, ``checkpoint-<step>/``, ``validation/<step>/``. Ctrl-C finishes
+    the step, writes a checkpoint and returns.
+
+    Args:
+        composition: the run; its parts are built here, for this process.
+        resume: a checkpoint of this run, or the run's folder, to go on from as if it had not been interrupted.
+
+    Raises:
+        ValueError: if a tracker is missing, the data does not fit the trainer, or the checkpoint is of another run.
+        NonFiniteReward: after its image and prompt were saved in ``output/non-finite``.
+    """
+    run = Run(composition, None if resume is None else checkpoint_file(Path(resume)).parent)
+    try:
+        with _until_interrupted() as interrupted:
+            return run.train(interrupted)
+    except NonFiniteReward as error:
+        error.save(run.output / "non-finite" / f"process-{run.accelerator.process_index}")
+        raise
+    finally:
+        run.close()
+
+
+class Run:
+    """The state of a run in this process."""
+
+    def __init__(self, composition: Composition, resume: Path | None):
+        self.config = composition.config
+        self.loop, self.output = self.config.loop, Path(self.config.output)
+        check_trackers(self.loop.trackers)
+        if resume is None:
+            check_unused(self.output)
+        else:
+            for key, (old, new) in state.check_same_run(load_config(resume), self.config).items():
+                log.warning("%s was %r before and is %r now", key, old, new)
+        self.accelerator = self._accelerator(composition)
+        self._seed(self.config.seed)
+        self.trainer = composition.trainer
+        self.backbone, self.encoder = composition.backbone, composition.encoder
+        if self.loop.gradient_checkpointing:
+            self.backbone.enable_gradient_checkpointing()
+        self.parameters = self.trainer.trainable()
+        self.optimizer: Any = torch.optim.AdamW(
+            self.parameters, self.loop.lr, betas=self.loop.betas, weight_decay=self.loop.weight_decay
+        )
+        self.rates = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: min(1.0, (step + 1) / max(self.loop.warmup, 1))
+        )
+        self._prepare()
+        # Processes start from the same weights and then draw different noise.
+        self._seed(self.config.seed + self.accelerator.process_index)
+        self.ema = None if self.loop.ema is None else EMAModel(self.parameters, decay=self.loop.ema)
+        self.step = 0
+        if resume is not None:
+            self._load(resume)
+        self.batches = load_batches(
+            composition.data,
+            Batches(
+                len(composition.data),
+                self.loop.batch_size,
+                self.config.seed,
+                start=self.step * self.loop.accumulation,
+                rank=self.accelerator.process_index,
+                processes=self.accelerator.num_processes,
+            ),
+            self.trainer.needs_images,
+            self.loop.workers,
+        )
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.log = Log(self.output, self.step, self.loop.steps, self.accelerator.is_main_process)
+        if self.loop.trackers:
+            self.accelerator.init_trackers("longalign", dict(_flat("", to_dict(self.config))))
+
+    def _accelerator(self, composition: Composition) -> Accelerator:
+        if AcceleratorState._shared_state and AcceleratorState().mixed_precision != self.loop.precision:
+            AcceleratorState._reset_state()  # an earlier run of this process had another precision
+        accelerator = Accelerator(
+            mixed_precision=self.loop.precision,
+            gradient_accumulation_steps=self.loop.accumulation,
+            cpu=composition.runtime.device == "cpu",
+            log_with=list(self.loop.trackers) or None,
+            project_dir=str(self.output),
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+        if accelerator.distributed_type in (
+            DistributedType.FSDP,
+            DistributedType.DEEPSPEED,
+            DistributedType.MEGATRON_LM,
+        ):
+            raise ValueError(
+                f"{accelerator.distributed_type.value} splits weights over processes, which checkpoints here cannot "
+                "gather; expected one process, or several with whole copies (accelerate's multi-GPU or multi-CPU)"
+            )
+        if accelerator.num_processes > 1:
+            composition.runtime = replace(
+                composition.runtime, device=str(accelerator.device), gather=accelerator.gather
+            )
+        return accelerator
+
+    @staticmethod
+    def _seed(seed: int) -> None:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+
+    def _prepare(self) -> None:
+        """Hands what is trained to accelerate: the denoiser, the encoder if its adapter is trained, the optimiser."""
+        self.wrapped: list[Any] = []
+        if any(p.requires_grad for p in self.backbone.denoiser.parameters()):
+            self.wrapped.append(self.accelerator.prepare(self.backbone.denoiser))
+            self.backbone.wrap_denoiser(self.wrapped[-1])
+        if any(p.requires_grad for p in self.encoder.parameters()):
+            self.wrapped.append(self.accelerator.prepare(_Encode(self.encoder)))
+            self.trainer.wrap_encoder(self.wrapped[-1])
+        self.optimizer = self.accelerator.prepare(self.optimizer)
+
+    def train(self, interrupted: Callable[[], bool]) -> FitResult:
+        """Runs to the last step, or to the end of the step in which it was interrupted."""
+        folder = None
+        while self.step < self.loop.steps:
+            self.trainer.train()
+            values = self._optimise()
+            self.step += 1
+            self.log.advance()
+            if self.step % self.loop.log_every == 0 or self.step == self.loop.steps:
+                self._report(values)
+            stop = self._any(interrupted())
+            drawing = self.config.validation
+            if drawing is not None and self.step % drawing.every == 0 and not stop:
+                self._draw()
+            due = self.loop.save_every is not None and self.step % self.loop.save_every == 0
+            folder = self._save() if due or stop or self.step == self.loop.steps else None
+            if stop and self.step < self.loop.steps:
+                log.warning(
+                    "stopped after step %d of %d; to go on: longalign train %s --resume, or "
+                    "build_from_config('%s').fit(resume='%s')",
+                    *(self.step, self.loop.steps, folder, folder, folder),
+                )
+                break
+        if folder is None:  # resumed after the last step
+            folder = self._save()
+        return FitResult(self.step, folder, self.step < self.loop.steps)
+
+    def _optimise(self) -> dict[str, Tensor]:
+        """One optimiser step; returns losses and metrics averaged over its micro-steps."""
+        found: list[dict[str, Tensor]] = []
+        for _ in range(self.loop.accumulation):
+            with self.accelerator.accumulate(*self.wrapped):
+                found.append(self.trainer.step(next(self.batches), self.accelerator.backward))
+                if self.accelerator.sync_gradients and self.loop.clip is not None:
+                    norm = self.accelerator.clip_grad_norm_(self.parameters, self.loop.clip)
+                    if norm is not None:
+                        found[-1]["grad_norm"] = torch.as_tensor(norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        if not self.accelerator.optimizer_step_was_skipped:
+            self.rates.step()
+            if self.ema is not None:
+                self.ema.step(self.parameters)
+        keys = dict.fromkeys(key for values in found for key in values)
+        return {k: torch.stack([v[k].detach().float() for v in found if k in v]).mean() for k in keys}
+
+    def _report(self, values: dict[str, Tensor]) -> None:
+        stacked = torch.stack([v.to(self.accelerator.device) for v in values.values()])
+        mean = self.accelerator.reduce(stacked, "mean").tolist()  # type: ignore[union-attr]
+        numbers = dict(zip(values, mean, strict=True))
+        losses = {k: v for k, v in numbers.items() if k.endswith("_loss")}
+        if not all(math.isfinite(v) for v in losses.values()):
+            raise RuntimeError(
+                f"the loss is not finite at step {self.step}: {losses}; the last good checkpoint is in {self.output}. "
+                "Lower loop.lr or loop.clip, or use another loop.precision"
+            )
+        numbers = {"loss": sum(losses.values()), **numbers, "lr": self.rates.get_last_lr()[0]}
+        self.log.write(self.step, numbers)
+        if self.loop.trackers:
+            self.accelerator.log(numbers, step=self.step)
+
+    def _any(self, flag: bool) -> bool:
+        if self.accelerator.num_processes == 1:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device)) > 0)  # type: ignore[operator]
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Inside, the trained weights are their moving average, if there is one."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.parameters)
+        self.ema.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(self.parameters)
+
+    def _draw(self) -> None:
+        """Draws the validation prompts into ``validation/<step>/`` and sends the images to the trackers."""
+        from longalign.imagefiles import write_png
+        from longalign.pipeline import sample
+
+        if self.accelerator.is_main_process:
+            assert self.config.validation is not None
+            settings = self.config.validation
+            prompts = _prompts(settings.prompts)
+            with self._averaged(), RandomState.now(self.backbone.device).replayed():
+                images = sample(
+                    self.backbone,
+                    self.encoder,
+                    prompts,
+                    seeds=range(len(prompts)),
+                    steps=settings.steps,
+                    guidance=settings.guidance,
+                )
+            folder = self.output / "validation" / f"{self.step:06d}"
+            folder.mkdir(parents=True, exist_ok=True)
+            for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+                write_png(folder / f"{i:02d}.png", image, {"prompt": prompt, "step": str(self.step), "seed": str(i)})
+            for tracker in self.accelerator.trackers:
+                shown = images.permute(0, 2, 3, 1).numpy()
+                pictures: Any = shown if tracker.name == "tensorboard" else list((shown * 255).round().astype("uint8"))
+                if hasattr(tracker, "log_images"):
+                    tracker.log_images({"validation": pictures}, step=self.step)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self) -> Path:
+        """Writes a checkpoint; it appears under its name when every process has written its part."""
+        final = self.output / f"checkpoint-{self.step:06d}"
+        unfinished = self.output / f".{final.name}.unfinished"
+        folder = unfinished / state.FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        rank = self.accelerator.process_index
+        if self.accelerator.is_main_process:
+            with self._averaged():
+                checkpoints.save(unfinished, self.config, self.backbone, self.encoder, self.step)
+            torch.save(self._shared(), folder / "shared.pt")
+        torch.save(state.random_state(), folder / f"process-{rank}.pt")
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            state.publish(unfinished, final, self.loop.keep)
+        self.accelerator.wait_for_everyone()
+        return final
+
+    def _shared(self) -> dict[str, Any]:
+        buffers = dict(self.trainer.named_buffers())
+        return {
+            "step": self.step,
+            "processes": self.accelerator.num_processes,
+            "parameters": [p.detach() for p in self.parameters],
+            "buffers": {k: v for k, v in self.trainer.state_dict().items() if k in buffers},
+            "optimizer": self.optimizer.state_dict(),
+            "rates": {k: v for k, v in self.rates.state_dict().items() if k != "lr_lambdas"},
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
+        }
+
+    def _load(self, folder: Path) -> None:
+        shared, own = state.load_state(folder, self.accelerator.process_index)
+        if shared["processes"] != self.accelerator.num_processes:
+            raise ValueError(
+                f"{folder} was written by {shared['processes']} processes, and {self.accelerator.num_processes} are "
+                "running; use as many"
+            )
+        with torch.no_grad():
+            for parameter, saved in zip(self.parameters, shared["parameters"], strict=True):
+                parameter.copy_(saved)
+        self.trainer.load_state_dict(shared["buffers"], strict=False)
+        self.optimizer.load_state_dict(shared["optimizer"])
+        self.rates.load_state_dict({**self.rates.state_dict(), **shared["rates"]})
+        if self.ema is not None:
+            self.ema.load_state_dict(shared["ema"])
+            self.ema.to(self.backbone.device)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(shared["scaler"])
+        self.step = shared["step"]
+        state.set_random_state(own)
+
+    def close(self) -> None:
+        """Ends trackers and the progress bar, and takes the wrappers off the parts."""
+        self.log.close()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self.backbone.wrap_denoiser(self.backbone.denoiser)
+        self.trainer.wrap_encoder(self.encoder.encode)
+        for module in self.wrapped:
+            self.accelerator.unwrap_model(module, keep_fp32_wrapper=False)
+        self.accelerator.free_memory()
+
+
+class _Encode(nn.Module):
+    """An encoder whose forward pass is `encode`, as wrappers of accelerate call it."""
+
+    def __init__(self, encoder: Encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, prompts: Sequence[str]) -> Conditioning:
+        return self.encoder.encode(prompts)
+
+
+@contextmanager
+def _until_interrupted() -> Iterator[Callable[[], bool]]:
+    """Gives a function that says whether Ctrl-C was pressed; pressed twice it interrupts at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+        log.warning("finishing this step and writing a checkpoint; press Ctrl-C again to stop at once")
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _flat(path: str, value: Any) -> Iterator[tuple[str, int | float | str | bool]]:
+    if isinstance(value, dict):
+        for key, child in value.items():
+            yield from _flat(f"{path}.{key}" if path else key, child)
+    else:
+        yield path, value if isinstance(value, (int, float, str, bool)) else str(value)
+
+
+def _prompts(prompts: Sequence[str] | str) -> list[str]:
+    """The validation prompts themselves, or those of a file, as the data kind ``prompts`` reads it."""
+    if not isinstance(prompts, str):
+        return list(prompts)
+    from longalign.data.lines import read_prompts
+
+    return read_prompts(Path(prompts))

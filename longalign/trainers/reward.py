@@ -1,0 +1,248 @@
+"""Reward fine-tuning with the exact gradient through sampling at a constant cost in memory (LongAlign, section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from longalign.backbones.base import Backbone
+from longalign.diffusion import (
+    Predict,
+    Solver,
+    Visit,
+    ddim,
+    guide,
+    lcm,
+    pull_back,
+    replay,
+    rollout,
+    trailing_timesteps,
+)
+from longalign.encoders.base import Conditioning, Encoder
+from longalign.rewards.base import Reward, Scores, as_reward
+from longalign.trainers.base import Backward, Trainer, images_of, noise_loss, train_denoiser
+from longalign.trainers.configs import RewardConfig
+from longalign.trainers.schedules import Schedule
+
+
+class RewardTrainer(Trainer):
+    """Raises rewards of images sampled from the data's prompts.
+
+    A step samples without gradient, differentiates ``0.5 (1 - mean score)`` at the final latents, and repeats only the
+    chosen calls of the denoiser, each with its share of that gradient (see `longalign.diffusion`). Several rewards are
+    added; `sum` weighs them.
+
+    Args:
+        backbone: with what is trained of it already set.
+        encoder: encodes the prompts.
+        rewards: rewards, or functions ``(images, prompts) -> (b,)``.
+        schedule: chooses the steps that carry gradient.
+        solver: ``"ddim"`` or ``"lcm"``.
+        num_steps: sampling steps.
+        guidance: scale of classifier-free guidance; 1 is none.
+        train_adapter: whether the encoder's adapter is trained.
+        dropout_steps: ``"all"`` or ``"chosen"``: where the denoiser's dropout is active.
+        resolution: of the samples in pixels, or None for the backbone's own.
+        denoise_batch: images in one rollout, or None for all.
+        decode_batch: images decoded at a time, or None for all.
+        replay_batch: chosen steps repeated in one call.
+        regularizer: ``"none"``, ``"kl"`` or ``"pretraining"``.
+        regularizer_weight: its factor.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        encoder: Encoder,
+        rewards: Sequence[Any],
+        schedule: Schedule,
+        *,
+        solver: Literal["ddim", "lcm"] = "ddim",
+        num_steps: int = 50,
+        guidance: float = 7.5,
+        train_adapter: bool = False,
+        dropout_steps: Literal["all", "chosen"] = "all",
+        resolution: int | None = None,
+        denoise_batch: int | None = None,
+        decode_batch: int | None = None,
+        replay_batch: int = 1,
+        regularizer: Literal["none", "kl", "pretraining"] = "none",
+        regularizer_weight: float | None = None,
+    ):
+        super().__init__(backbone, encoder, train_adapter)
+        if not rewards:
+            raise ValueError("reward fine-tuning expects at least one reward, got none")
+        self.rewards = nn.ModuleList([as_reward(reward).requires_grad_(False) for reward in rewards])
+        self.schedule = schedule
+        make_solver = {"ddim": ddim, "lcm": lcm}[solver]
+        timesteps = trailing_timesteps(num_steps, len(backbone.levels))
+        self.solver: Solver = make_solver(backbone.levels, timesteps, backbone.prediction)
+        self.guidance = guidance
+        self.dropout_steps = dropout_steps
+        self.resolution = resolution
+        self.denoise_batch, self.decode_batch, self.replay_batch = denoise_batch, decode_batch, replay_batch
+        self.regularizer, self.regularizer_weight = regularizer, regularizer_weight or 0.0
+        self.needs_images = regularizer == "pretraining"
+
+    @classmethod
+    def from_config(
+        cls, config: RewardConfig, backbone: Backbone, encoder: Encoder, rewards: Sequence[Any], schedule: Schedule
+    ) -> RewardTrainer:
+        """Puts a new LoRA on the backbone, or makes all of it trainable, and takes the parts together."""
+        if config.regularizer == "kl" and config.lora is None:
+            backbone.keep_start()
+        train_denoiser(backbone, config.lora, "reward")
+        settings = {k: getattr(config, k) for k in type(config).model_fields if k not in ("name", "lora", "schedule")}
+        return cls(backbone, encoder, rewards, schedule, **settings)
+
+    def losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Loss and metrics of fresh samples, without gradient, which `step` computes on its way."""
+        prompts = batch["prompt"]
+        with torch.no_grad():
+            told = self.branches(self.told(prompts), slice(0, len(prompts)))
+            noise = self.noise(len(prompts))
+            latents, _ = rollout(self.predictor(self.backbone.predict, told), noise, self.solver)
+            return self.summary(self.score(latents, prompts))
+
+    def step(self, batch: Mapping[str, Any], backward: Backward) -> dict[str, Tensor]:
+        prompts = batch["prompt"]
+        images = images_of(batch, "the regularizer 'pretraining'") if self.regularizer == "pretraining" else None
+
+        # Each repeated call has its own graph, so the gradient of the conditioning is gathered at a leaf.
+        encoded = self.told(prompts)
+        told = replace(encoded, states=encoded.states.detach().requires_grad_(encoded.states.requires_grad))
+        noise, picks = self.noise(len(prompts)), self.schedule.pick(len(self.solver))
+        chunks = [(rows, self.branches(told, rows)) for rows in _chunks(len(prompts), self.denoise_batch)]
+
+        rollouts = []
+        for rows, branches in chunks:
+            predict = self.predictor(self.backbone.predict, branches)
+            rollouts.append(rollout(predict, noise[rows], self.solver, picks, self.quiet(predict)))
+
+        latents = torch.cat([final for final, _ in rollouts]).requires_grad_()
+        with torch.enable_grad():
+            summary = self.summary(self.score(latents, prompts))
+            (gradient,) = torch.autograd.grad(summary["reward_loss"], latents)
+
+        drift = latents.new_zeros(())
+        for (rows, branches), (_, visits) in zip(chunks, rollouts, strict=True):
+            predict = self.predictor(self.backbone.predict, branches)
+            for some in (visits[i : i + self.replay_batch] for i in range(0, len(visits), self.replay_batch)):
+                outputs = replay(predict, some)
+                pulled = pull_back(self.solver, some, outputs, gradient[rows])
+                if self.regularizer == "kl":
+                    share = len(outputs) / (len(prompts) * len(picks))
+                    away = share * self.regularizer_weight * self.drift(outputs, some, branches)
+                    pulled, drift = pulled + away, drift + away.detach()
+                backward(pulled)
+        if told.states.grad is not None:
+            backward((encoded.states * told.states.grad).sum())
+
+        if self.regularizer == "kl":
+            summary["kl_loss"] = drift
+        if images is not None:
+            loss = self.regularizer_weight * noise_loss(self.backbone, images, self.encode(prompts))
+            backward(loss)
+            summary["pretraining_loss"] = loss
+        return {key: value.detach() for key, value in summary.items()}
+
+    def noise(self, count: int) -> Tensor:
+        """Pure noise ``(count, c, h, w)`` to sample from."""
+        shape = self.backbone.latent_shape(self.resolution, self.resolution)
+        return torch.randn((count, *shape), device=self.backbone.device)
+
+    def told(self, prompts: Sequence[str]) -> Conditioning:
+        """The conditioning of the prompts, and after them that of the empty prompt if there is guidance: one call, so
+        that both have the same length."""
+        return self.encode([*prompts, ""] if self.guidance != 1 else list(prompts))
+
+    def branches(self, told: Conditioning, rows: slice) -> Conditioning:
+        """The conditioning of some prompts and, if there is guidance, as many times that of the empty prompt."""
+        index = torch.arange(rows.start, rows.stop)
+        if self.guidance != 1:
+            index = torch.cat([index, torch.full_like(index, len(told.states) - 1)])
+        return told[index.to(told.states.device)]
+
+    def predictor(self, denoise: Callable[[Tensor, Tensor, Conditioning], Tensor], told: Conditioning) -> Predict:
+        """The guided answer of ``denoise``.
+
+        Args:
+            denoise: `Backbone.predict` or `Backbone.predict_start`.
+            told: from `branches`, for b prompts. The latents are those of one or more visits, ``(v * b, c, h, w)``.
+        """
+        guided = self.guidance != 1
+
+        def predict(latents: Tensor, timesteps: Tensor) -> Tensor:
+            if guided:
+                latents, timesteps = torch.cat([latents, latents]), torch.cat([timesteps, timesteps])
+            visits = len(latents) // len(told.states)
+            index = torch.arange(len(told.states), device=told.states.device)
+            halves = [half.repeat(visits) for half in index.chunk(2 if guided else 1)]
+            output = denoise(latents, timesteps, told if visits == 1 else told[torch.cat(halves)])
+            if not guided:
+                return output
+            conditional, unconditional = output.chunk(2)
+            return guide(conditional, unconditional, self.guidance)
+
+        return predict
+
+    def drift(self, outputs: Tensor, visits: Sequence[Visit], told: Conditioning) -> Tensor:
+        """Mean squared difference of ``outputs`` to the start model's answers at the same visits; a scalar."""
+        start = self.predictor(self.backbone.predict_start, told)
+        before = start(torch.cat([v.latents for v in visits]), torch.cat([v.timesteps for v in visits]))
+        return (outputs - before).square().mean()
+
+    def quiet(self, predict: Predict) -> Predict | None:
+        """The denoiser for the steps that are not chosen, if it differs there."""
+        if self.dropout_steps == "all":
+            return None
+
+        def predict_quietly(latents: Tensor, timesteps: Tensor) -> Tensor:
+            with _evaluating(self.backbone.denoiser):
+                return predict(latents, timesteps)
+
+        return predict_quietly
+
+    def score(self, latents: Tensor, prompts: Sequence[str]) -> Scores:
+        """The added scores of final latents ``(b, c, h, w)``, with all of their parts."""
+        chunks = list(_chunks(len(latents), self.decode_batch))
+        if len(chunks) == 1:
+            images = self.backbone.decode(latents)
+        else:
+            decoded = [checkpoint(self.backbone.decode, latents[rows], use_reentrant=False) for rows in chunks]
+            images = torch.cat([d for d in decoded if d is not None])
+        scored = [reward.scores(images, prompts) for reward in self.rewards if isinstance(reward, Reward)]
+        if len(scored) == 1:
+            return scored[0]
+        parts = {}
+        for i, scores in enumerate(scored):
+            parts |= {f"{i}/{key}": value for key, value in {"reward": scores.total.detach(), **scores.parts}.items()}
+        return Scores(torch.stack([scores.total for scores in scored]).sum(0), parts)
+
+    def summary(self, scores: Scores) -> dict[str, Tensor]:
+        """The loss ``0.5 (1 - mean score)``, the mean score, and the mean of each of its parts."""
+        mean = scores.total.mean()
+        parts = {key: value.float().mean() for key, value in scores.parts.items()}
+        return {"reward_loss": 0.5 * (1 - mean), "reward": mean, **parts}
+
+
+def _chunks(count: int, size: int | None) -> Iterator[slice]:
+    size = size or count
+    return (slice(i, min(i + size, count)) for i in range(0, count, size))
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
