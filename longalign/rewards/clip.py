@@ -80,6 +80,7 @@ def load_clip(config: ClipLikeConfig, runtime: Runtime) -> TowerReward:
     processor, where = _processor(config, checkpoint, own)
     tokenizer = AutoTokenizer.from_pretrained(processor, **where)
     check_tokenizer(len(tokenizer), model.config.text_config.vocab_size, processor, checkpoint)
+    _check_end(tokenizer.eos_token_id, model.config.text_config.eos_token_id, processor, checkpoint)
     mean, std = image_statistics(processor, **where)
     size = model.config.vision_config.image_size
     towers = ClipTowers(model.to(device=runtime.device, dtype=runtime.torch_dtype), tokenizer)
@@ -89,6 +90,15 @@ def load_clip(config: ClipLikeConfig, runtime: Runtime) -> TowerReward:
         segmenter=registry.segmenters.build(config.segmenter, runtime) if config.segmenter else None,
         micro_batch=config.micro_batch,
     )
+
+
+def _check_end(token: int | None, expected: int, processor: str, checkpoint: str) -> None:
+    # 2 is the mark of old configs, for which transformers reads the embedding at the largest id
+    if expected not in (2, token):
+        raise ValueError(
+            f"the text tower of '{checkpoint}' is read at token {expected}, and the tokenizer of '{processor}' ends "
+            f"texts with token {token}; set `processor` to the checkpoint whose tokenizer it was trained with"
+        )
 
 
 def _processor(config: ClipLikeConfig, checkpoint: str, own: dict[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -54,7 +54,7 @@ class ReweightedReward(Reward):
             assert isinstance(direction, Tensor)
             if direction.shape != (inner.dim,):
                 raise ValueError(
-                    f"expected a direction ({inner.dim},), as the reward's width is, got {direction.shape}"
+                    f"expected a direction ({inner.dim},), the reward's width, got {tuple(direction.shape)}"
                 )
             # it comes from its file again, so checkpoints need not carry it
             self.register_buffer("fixed", torch.nn.functional.normalize(direction.float(), dim=0), persistent=False)

@@ -1,0 +1,160 @@
+import pytest
+import torch
+
+from longalign.registry import ConfigError, rewards
+from longalign.rewards.base import CallableReward
+from longalign.rewards.reweighted import ReweightedReward
+from longalign.runtime import Runtime
+
+V = torch.tensor([1.0, 0.0, 0.0])
+
+
+def colours(*rows) -> torch.Tensor:
+    """Images of one colour each."""
+    return torch.tensor(rows, dtype=torch.float32)[:, :, None, None].expand(-1, -1, 4, 4).contiguous()
+
+
+IMAGES = colours([0.0, 1.0, 0.0], [0.8, 0.0, 0.6])
+
+
+def test_both_parts_by_hand(known):
+    scores = ReweightedReward(known, 0.5).scores(IMAGES, ["up", "down"])
+    assert torch.allclose(scores.parts["text_relevant"], torch.tensor([0.8, 0.0]))
+    assert torch.allclose(scores.parts["text_irrelevant"], torch.tensor([0.0, 0.48]))
+    assert torch.allclose(scores.parts["eta"], torch.tensor([0.6, 0.6]))
+    assert torch.allclose(scores.total, torch.tensor([0.8, 0.24]))
+
+
+@pytest.mark.parametrize("direction", ["batch", "running", torch.tensor([0.0, 0.6, 0.8])])
+def test_omega_one_is_the_plain_score(known, direction):
+    prompts = ["up", "in"]
+    scores = ReweightedReward(known, 1.0, direction).scores(IMAGES, prompts)
+    assert torch.equal(scores.total, known.score(IMAGES, prompts))
+    assert torch.allclose(scores.parts["text_relevant"] + scores.parts["text_irrelevant"], scores.total)
+
+
+def test_omega_zero_has_no_component_along_the_direction(known):
+    reward = ReweightedReward(known, 0.0)
+    assert torch.allclose(reward.score(colours([1.0, 0.0, 0.0], [1.0, 0.0, 0.0]), ["up", "down"]), torch.zeros(2))
+    scores = reward.scores(IMAGES, ["up", "down"])
+    assert torch.allclose(scores.total, scores.parts["text_relevant"])
+
+
+def test_gradient_reaches_images_through_the_total_alone(known):
+    images = IMAGES.clone().requires_grad_()
+    scores = ReweightedReward(known, 0.0, V).scores(images, ["up", "down"])
+    assert not any(part.requires_grad for part in scores.parts.values())
+    scores.total.sum().backward()
+    assert images.grad is not None
+    # the second image's score changes with its green channel, which the direction does not touch
+    assert (images.grad[1, 1] < 0).all()
+
+
+def test_a_batch_of_one_is_refused(known):
+    with pytest.raises(ValueError, match=r"has 1 prompt over all processes.*direction: running.*a file"):
+        ReweightedReward(known).score(IMAGES[:1], ["up"])
+    with pytest.raises(ValueError, match="has 2 times the same prompt over all processes"):
+        ReweightedReward(known).score(IMAGES, ["up", "up"])
+    ReweightedReward(known, direction="running").score(IMAGES[:1], ["up"])
+    ReweightedReward(known, direction=V).score(IMAGES[:1], ["up"])
+
+
+@pytest.mark.parametrize("direction", ["batch", "running"])
+def test_two_processes_equal_the_joint_batch(known, direction):
+    images, prompts = torch.rand(4, 3, 4, 4), ["up", "in", "along", "down"]
+    joint = ReweightedReward(known, 0.3, direction).scores(images, prompts)
+    all_text = known.text_features(prompts)
+    for rows in (slice(0, 2), slice(2, 4)):
+        sent = []
+        one = ReweightedReward(known, 0.3, direction, lambda text, sent=sent: sent.append(text) or all_text)
+        scores = one.scores(images[rows], prompts[rows])
+        assert torch.equal(sent[0], all_text[rows])
+        assert torch.allclose(scores.total, joint.total[rows])
+        for name, part in scores.parts.items():
+            assert torch.allclose(part, joint.parts[name][rows])
+
+
+def test_a_batch_of_one_on_each_of_two_processes_is_fine(known):
+    both = known.text_features(["up", "down"])
+    scores = ReweightedReward(known, gather=lambda text: both).scores(IMAGES[:1], ["up"])
+    assert torch.allclose(scores.parts["text_relevant"], torch.tensor([0.8]))
+
+
+def test_a_running_direction_is_the_mean_over_all_batches(known):
+    reward = ReweightedReward(known, 0.0, "running")
+    reward.score(IMAGES[:1], ["up"])
+    scores = reward.scores(IMAGES[:1], ["down"])
+    assert torch.allclose(reward.running_mean, torch.tensor([0.6, 0.0, 0.0]))
+    assert reward.running_count.item() == 2
+    assert torch.allclose(scores.parts["eta"], torch.tensor([0.6]))
+
+
+def test_eval_mode_uses_the_running_direction_and_leaves_it(known):
+    reward = ReweightedReward(known, 0.3, "running")
+    with pytest.raises(ValueError, match="has seen no prompts yet"):
+        reward.eval().score(IMAGES, ["up", "down"])
+    reward.train().score(IMAGES, ["up", "down"])
+    before = reward.running_mean.clone()
+    reward.eval().score(IMAGES, ["in", "in"])
+    assert torch.equal(reward.running_mean, before)
+    assert reward.running_count.item() == 2
+
+
+def test_a_resumed_running_direction_goes_on_exactly(known):
+    first = ReweightedReward(known, 0.3, "running")
+    first.score(IMAGES, ["up", "in"])
+    resumed = ReweightedReward(known, 0.3, "running")
+    resumed.load_state_dict({key: value.clone() for key, value in first.state_dict().items()})
+    for prompts in (["down", "along"], ["in", "up"]):
+        assert torch.equal(first.score(IMAGES, prompts), resumed.score(IMAGES, prompts))
+    assert set(first.state_dict()) == {"running_mean", "running_count"}
+    assert not ReweightedReward(known, 0.3, V).state_dict()
+
+
+def test_it_wraps_any_embedding_reward_by_name(clip_folder, hpsv2_folder):
+    images, prompts = torch.rand(2, 3, 40, 40, requires_grad=True), ["A red fox. A wall.", "The sky."]
+    for inner in ({"name": "clip", "checkpoint": clip_folder}, {"name": "denscore", "checkpoint": clip_folder},
+                  {"name": "hpsv2", "checkpoint": hpsv2_folder}):  # fmt: skip
+        plain = rewards.build(inner).score(images, prompts)
+        scores = rewards.build({"name": "reweighted", "omega": 1.0, "inner": inner}).scores(images, prompts)
+        assert torch.allclose(scores.total, plain, atol=1e-6)
+        assert torch.allclose(scores.parts["text_relevant"] + scores.parts["text_irrelevant"], plain, atol=1e-6)
+    reweighted = rewards.build({"name": "reweighted", "inner": {"name": "denscore", "checkpoint": clip_folder}})
+    assert reweighted.omega == 0.3
+    reweighted.score(images, prompts).sum().backward()
+    assert images.grad is not None
+    assert (images.grad != 0).any()
+    assert all(p.grad is None for p in reweighted.parameters())
+
+
+def test_the_direction_of_denscore_is_of_means_over_segments(clip_folder):
+    inner = {"name": "denscore", "checkpoint": clip_folder}
+    reward = rewards.build({"name": "reweighted", "inner": inner})
+    one, two = reward.inner.text_features(["A fox.", "The sky."])
+    text = reward.inner.text_features(["A fox. The sky.", "The sky."])
+    expected = ((one + two) / 2 + two) / 2
+    assert torch.allclose(reward.direction(text), expected / expected.norm(), atol=1e-6)
+
+
+def test_the_runtime_gathers(clip_folder):
+    calls = []
+    runtime = Runtime(gather=lambda text: calls.append(text.shape) or text)
+    config = {"name": "reweighted", "inner": {"name": "clip", "checkpoint": clip_folder}}
+    rewards.build(config, runtime).score(torch.rand(2, 3, 32, 32), ["fox", "sky"])
+    assert calls == [(2, 16)]
+
+
+def test_wrong_settings_are_refused(known, clip_folder):
+    with pytest.raises(ValueError, match="product of embeddings"):
+        ReweightedReward(CallableReward(lambda images, prompts: images.sum((1, 2, 3))))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="product of embeddings"):
+        inner = {"name": "sum", "terms": [{"reward": {"name": "clip", "checkpoint": clip_folder}}]}
+        rewards.build({"name": "reweighted", "inner": inner})
+    with pytest.raises(ValueError, match="'batch', 'running' or a vector, not 'moving'"):
+        ReweightedReward(known, direction="moving")
+    with pytest.raises(ValueError, match=r"direction \(3,\), the reward's width, got \(2,\)"):
+        ReweightedReward(known, direction=torch.ones(2))
+    with pytest.raises(ConfigError, match=r"inner\.chekpoint: .*did you mean 'checkpoint'"):
+        rewards.validate({"name": "reweighted", "inner": {"name": "clip", "chekpoint": "x"}})
+    with pytest.raises(ConfigError, match="omega"):
+        rewards.validate({"name": "reweighted", "inner": "clip", "omega": -0.1})
