@@ -130,17 +130,21 @@ class ClipSegmentEncoder(Encoder):
     @torch.no_grad()
     def _fill(self, like: Tensor) -> Tensor:
         """States ``(k, d)`` for filling: position i takes state ``min(i, k - 1)``. Kept, since the model is frozen."""
-        if self._filling is None or self._filling.device != like.device or self._filling.dtype != like.dtype:
-            if self.pad == "none":
-                self._filling = like.new_zeros(1, self.dim)
-            else:
-                tokenizer = self.tokens.tokenizer
-                pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-                ids = [tokenizer.bos_token_id, tokenizer.eos_token_id] + [pad_id] * (self.window - 2)
-                empty = self.text_model(input_ids=torch.tensor([ids], device=like.device)).last_hidden_state[0]
+        kept = self._filling
+        if kept is None or kept.device != like.device or kept.dtype != like.dtype:
+            kept = like.new_zeros(1, self.dim) if self.pad == "none" else self._empty(like.device)
+            if self.pad == "pad*":
                 share = max(1, round(self.window * 60 / 77))
-                self._filling = empty[-share:].mean(0, keepdim=True) if self.pad == "pad*" else empty
-        return self._filling
+                kept = kept[-share:].mean(0, keepdim=True)
+            self._filling = kept
+        return kept
+
+    def _empty(self, device: torch.device) -> Tensor:
+        """States ``(window, d)`` of the empty prompt."""
+        tokenizer = self.tokens.tokenizer
+        pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        ids = [tokenizer.bos_token_id, tokenizer.eos_token_id] + [pad_id] * (self.window - 2)
+        return self.text_model(input_ids=torch.tensor([ids], device=device)).last_hidden_state[0]
 
     def _plans(self, prompts: Sequence[Prompt]) -> list[_Plan]:
         room, count = self.window - 2, self.tokens.count

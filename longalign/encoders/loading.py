@@ -8,8 +8,11 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoTokenizer
+from transformers.utils import logging
 
 from longalign.runtime import Runtime, resolve_checkpoint
+
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 
 
 def find_file(checkpoint: str, file: str, revision: str | None = None) -> Path | None:
@@ -43,6 +46,9 @@ def load_model(kind: type, checkpoint: str, subfolder: str, revision: str | None
     Raises:
         ValueError: if there is no such checkpoint, or weights of the model are missing in it.
     """
+    # transformers lists every weight that is left out, such as a whole image tower; what is missing is checked here
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         model, info = kind.from_pretrained(  # type: ignore[attr-defined]
             checkpoint, subfolder=subfolder, revision=revision, dtype=runtime.torch_dtype, output_loading_info=True
@@ -53,6 +59,8 @@ def load_model(kind: type, checkpoint: str, subfolder: str, revision: str | None
             f"no {kind.__name__} in {place}; expected a hub id or a folder with config.json and weights "
             f"(or text_encoder/ and tokenizer/): {error}"
         ) from error
+    finally:
+        logging.set_verbosity(verbosity)
     lacking = sorted(info["missing_keys"])
     if lacking:
         raise ValueError(
@@ -63,11 +71,15 @@ def load_model(kind: type, checkpoint: str, subfolder: str, revision: str | None
 
 def load_tokenizer(checkpoint: str, subfolder: str, revision: str | None) -> Any:
     """The checkpoint's fast tokenizer. Raises ValueError if there is none."""
+    place = f"'{checkpoint}'" + (f", subfolder '{subfolder}'" if subfolder else "")
+    inside = f"{subfolder}/" if subfolder else ""
+    # without these transformers makes a tokenizer with no vocabulary and says nothing
+    if not any(find_file(checkpoint, inside + name, revision) for name in _VOCABULARIES):
+        raise ValueError(f"no tokenizer in {place}; expected one of {', '.join(_VOCABULARIES)}")
     try:
         return AutoTokenizer.from_pretrained(checkpoint, subfolder=subfolder, revision=revision)
     except (OSError, ValueError) as error:
-        place = f"'{checkpoint}'" + (f", subfolder '{subfolder}'" if subfolder else "")
-        raise ValueError(f"no tokenizer in {place}; expected tokenizer_config.json and vocabulary: {error}") from error
+        raise ValueError(f"the tokenizer in {place} cannot be read: {error}") from error
 
 
 def load_text_model(

@@ -110,7 +110,7 @@ def load_longclip(config: LongClipConfig, runtime: Runtime) -> ClipTruncateEncod
         ValueError: if there is neither, or the text model has no more than CLIP's 77 positions.
     """
     checkpoint, revision = resolve_checkpoint(config.checkpoint), config.revision
-    home: str | None = checkpoint
+    home = checkpoint
     if Path(checkpoint).is_file():
         path, home = Path(checkpoint), str(Path(checkpoint).parent)
     elif config.filename is not None:
@@ -122,9 +122,10 @@ def load_longclip(config: LongClipConfig, runtime: Runtime) -> ClipTruncateEncod
     folder, tokenizer_folder = "", ""
     if path is None:
         folder, tokenizer_folder = subfolders(checkpoint, config.subfolder, revision)
-        model = load_model(CLIPTextModel, checkpoint, folder, revision, runtime)
+        model: Any = load_model(CLIPTextModel, checkpoint, folder, revision, runtime)
     else:
-        model = read_original(path).requires_grad_(False).eval().to(runtime.device, runtime.torch_dtype)
+        model = read_original(path)
+        model.requires_grad_(False).eval().to(device=runtime.device, dtype=runtime.torch_dtype)
     if model.config.max_position_embeddings <= 77:
         raise ValueError(
             f"'{config.checkpoint}' has {model.config.max_position_embeddings} positions, a LongCLIP has 248; "

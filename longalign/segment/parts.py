@@ -143,7 +143,11 @@ class Manual:
     marker: str = "BREAK"
 
     def __call__(self, prompt: Prompt, count: TokenCounter) -> list[str]:
-        given = re.split(rf"(?<!\w){re.escape(self.marker)}(?!\w)", prompt) if isinstance(prompt, str) else prompt
+        given = prompt
+        if isinstance(prompt, str):
+            left = r"(?<!\w)" if self.marker[0].isalnum() else ""
+            right = r"(?!\w)" if self.marker[-1].isalnum() else ""
+            given = re.split(left + re.escape(self.marker) + right, prompt)
         return [segment.strip() for segment in given if segment.strip()]
 
 

@@ -1,0 +1,216 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import tiny_clip, tiny_clip_text, tiny_t5
+from torch import nn
+from transformers import AutoTokenizer
+
+from longalign.encoders.base import TruncationWarning
+from longalign.encoders.clip_segment import ClipSegmentEncoder
+from longalign.encoders.tokens import Tokenized
+from longalign.registry import encoders
+from longalign.runtime import Runtime
+from longalign.segment import LongAlign, Manual, Sentence
+
+LONG = "a red fox, a wall and the sky " * 12
+PROMPTS = ["A fox. The sky is green!", "", LONG, "A fox.", "Walls? " + LONG + ". A fox.", "A fox. A fox. The wall"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_clip_text(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return AutoTokenizer.from_pretrained(folder / "tokenizer")
+
+
+class Known(nn.Module):
+    """A text model whose state at a position is (token id, position)."""
+
+    def __init__(self, window=77):
+        super().__init__()
+        self.config = SimpleNamespace(hidden_size=2, max_position_embeddings=window, vocab_size=49408)
+        self.weight = nn.Parameter(torch.ones(()))
+        self.rows = []
+
+    def forward(self, input_ids):
+        self.rows += input_ids.tolist()
+        positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+        return SimpleNamespace(last_hidden_state=torch.stack([input_ids, positions], -1).float() * self.weight)
+
+
+def known(tokenizer, window=77, segmenter=None, **settings):
+    return ClipSegmentEncoder(Known(window), tokenizer, segmenter or Sentence(), **settings)
+
+
+def ids(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def numbers(states):
+    return [tuple(state) for state in states.tolist()]
+
+
+def test_merge_keeps_every_sot_drops_every_eot_and_fills_with_one_pad(tokenizer):
+    sot, eot = tokenizer.bos_token_id, tokenizer.eos_token_id
+    a, fox, stop = ids(tokenizer, "a fox.")
+    states = known(tokenizer, max_tokens=10).encode(["A fox. Fox."]).states
+    # the last 60 of 77 positions are 17 to 76, their mean is 46.5
+    expected = [(sot, 0), (a, 1), (fox, 2), (stop, 3), (sot, 0), (fox, 1), (stop, 2), *[(eot, 46.5)] * 3]
+    assert numbers(states[0]) == expected
+
+
+def test_the_empty_prompt_is_one_sot_and_239_pads(tokenizer):
+    told = known(tokenizer).encode(["", " \n"])
+    sot, eot = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert numbers(told.states[0]) == numbers(told.states[1]) == [(sot, 0), *[(eot, 46.5)] * 239]
+    assert told.mask is None and told.reports[0].segments == ()
+
+
+def test_pad_keeps_its_share_of_another_window(tokenizer):
+    states = known(tokenizer, window=20, max_tokens=3).encode([""]).states
+    # 60/77 of 20 is 16: positions 4 to 19
+    assert states[0, 1].tolist() == [tokenizer.eos_token_id, 11.5]
+
+
+@pytest.mark.parametrize(
+    ("sot", "eot", "expected"),
+    [
+        ("all", "all", "SfESgE"),
+        ("all", "last", "SfSgE"),
+        ("first", "none", "Sfg"),
+        ("first", "last", "SfgE"),
+        ("none", "all", "fEgE"),
+        ("none", "none", "fg"),
+    ],
+)
+def test_strategies(tokenizer, sot, eot, expected):
+    encoder = known(tokenizer, segmenter=Manual(), sot=sot, eot=eot, pad="none")
+    told = encoder.encode([["fox", "green"], "", "fox"])
+    fox, green = ids(tokenizer, "fox")[0], ids(tokenizer, "green")[0]
+    names = {tokenizer.bos_token_id: "S", tokenizer.eos_token_id: "E", fox: "f", green: "g"}
+    read = ["".join(names[int(i)] for i in row[mask, 0]) for row, mask in zip(told.states, told.mask, strict=True)]
+    assert read[0] == expected
+    empty = {"all": "E", "last": "E", "none": ""}[eot]
+    assert read[1] == (("" if sot == "none" else "S") + empty or "S")
+    assert told.states[~told.mask].abs().sum() == 0
+    assert told.states.shape[1] == len(expected)
+
+
+def test_plain_padding_is_the_empty_prompts_at_the_same_place(tokenizer):
+    states = known(tokenizer, max_tokens=80, pad="pad").encode([""]).states
+    sot, eot = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert numbers(states[0]) == [(sot, 0), *[(eot, i) for i in range(1, 77)], *[(eot, 76)] * 3]
+
+
+def test_cut_warns_once_and_reports_the_text(tokenizer):
+    encoder = known(tokenizer, max_tokens=6)
+    with pytest.warns(TruncationWarning, match=r"2 of 3 prompts do not fit into 6 .* 'green\. Fox\.'") as caught:
+        told = encoder.encode(["A fox. A green. Fox.", "Fox.", "A fox. A fox."])
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert told.states.shape == (3, 6, 2)
+    assert told.states[0, :, 1].tolist() == [0, 1, 2, 3, 0, 1]
+    report = told.reports[0]
+    assert (report.segments, report.tokens, report.cut) == (("A fox.", "A"), (3, 1), "green. Fox.")
+    assert told.reports[1].cut == "" and encoder.cut(["A fox. A fox."]) == [told.reports[2]]
+
+
+def test_a_cut_that_loses_only_eot_is_none(tokenizer):
+    assert known(tokenizer, max_tokens=4, eot="all").encode(["A fox."]).reports[0].cut == ""
+
+
+def test_overflow_can_be_an_error_or_grow(tokenizer):
+    with pytest.raises(ValueError, match=r"1 of 1 prompts.*'fox\.'.*raise max_tokens"):
+        known(tokenizer, max_tokens=3, overflow="error").encode(["Fox. fox."])
+    told = known(tokenizer, max_tokens=3, overflow="grow").encode(["Fox. fox.", "Fox."])
+    assert told.states[:, :, 1].tolist() == [[0, 1, 2, 0, 1, 2], [0, 1, 2, 46.5, 46.5, 46.5]]
+    assert told.reports[0].cut == ""
+
+
+def test_a_segment_longer_than_the_window_is_split_not_cut(tokenizer):
+    encoder = known(tokenizer, max_tokens=600)
+    report = encoder.encode([LONG]).reports[0]
+    assert len(report.segments) > 1 and max(report.tokens) <= 75 and report.cut == ""
+    assert " ".join(report.segments) == LONG.strip()
+    assert all(segment.endswith(",") for segment in report.segments[:-1])
+
+
+def test_equal_segments_are_encoded_once_and_padded_little(tokenizer):
+    encoder = known(tokenizer)
+    encoder.encode(["Fox. A fox.", "A fox. Fox.", "a wall and the sky and a wall and the sky"])
+    rows = encoder.text_model.rows
+    assert sorted(map(len, rows)) == [5, 5, len(ids(tokenizer, "a wall and the sky and a wall and the sky")) + 2, 77]
+
+
+@pytest.mark.parametrize("settings", [{}, {"sot": "first", "eot": "last", "pad": "pad"}, {"max_batch_tokens": 30}])
+def test_a_batch_gives_the_numbers_of_one_prompt_at_a_time(folder, settings):
+    encoder = encoders.build({"name": "clip-segment", "checkpoint": str(folder), "max_tokens": 400, **settings})
+    together = encoder.encode(PROMPTS).states
+    alone = torch.cat([encoder.encode([prompt]).states for prompt in PROMPTS])
+    assert torch.allclose(together, alone, atol=1e-5)
+    assert (together[0] - together[3]).abs().max() > 0.1
+
+
+def test_states_are_those_of_the_text_model(folder):
+    encoder = encoders.build({"name": "clip-segment", "checkpoint": str(folder), "segmenter": "longalign"})
+    states = encoder.encode(["A fox. Sky"]).states[0]
+    row = torch.tensor([encoder.tokens.tokenizer("A fox.")["input_ids"]])
+    assert torch.allclose(states[:4], encoder.text_model(row).last_hidden_state[0, :4], atol=1e-5)
+    empty = encoder.tokens.tokenizer("", padding="max_length", max_length=77, return_tensors="pt").input_ids
+    pad = encoder.text_model(empty).last_hidden_state[0, -60:].mean(0)
+    assert torch.allclose(states[-1], pad, atol=1e-5)
+    assert isinstance(encoder.segmenter, LongAlign)
+
+
+def test_a_token_that_is_also_the_padding_is_kept(folder):
+    other = AutoTokenizer.from_pretrained(folder / "tokenizer", pad_token="!")
+    states = known(other, max_tokens=5).encode(["fox!"]).states
+    assert states[0, 2].tolist() == [other.pad_token_id, 2]
+    assert states[0, 3].tolist() == [other.pad_token_id, 46.5]
+
+
+def test_frozen_but_usable_in_a_graph(folder):
+    encoder = encoders.build({"name": "clip-segment", "checkpoint": str(folder)}).train()
+    assert not encoder.text_model.training
+    assert not any(p.requires_grad for p in encoder.parameters())
+    states = encoder.encode(["A fox."]).states
+    layer = nn.Linear(16, 1)
+    layer(states).sum().backward()
+    assert not states.requires_grad and layer.weight.grad.abs().sum() > 0
+
+
+def test_diffusers_and_transformers_layouts(tmp_path, folder):
+    whole = tiny_clip_text(tmp_path / "whole", "transformers")
+    found = encoders.build({"name": "clip-segment", "checkpoint": str(whole)})
+    again = encoders.build({"name": "clip-segment", "checkpoint": str(folder), "subfolder": "text_encoder"})
+    half = encoders.build({"name": "clip-segment", "checkpoint": str(folder)}, Runtime(dtype="bfloat16"))
+    assert found.dim == again.dim == 16
+    assert half.encode(["A fox."]).states.dtype == torch.bfloat16
+    assert torch.allclose(half.encode(["A fox."]).states.float(), again.encode(["A fox."]).states, atol=0.1)
+
+
+def test_wrong_checkpoints_are_named(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match=r"no CLIPTextModel in .*config\.json"):
+        encoders.build({"name": "clip-segment", "checkpoint": str(tmp_path)})
+    with pytest.raises(ValueError, match=r"is not a CLIPTextModel: .* weights are missing"):
+        encoders.build({"name": "clip-segment", "checkpoint": str(tiny_t5(tmp_path / "t5"))})
+    with pytest.raises(ValueError, match="no tokenizer in"):
+        encoders.build({"name": "clip-segment", "checkpoint": str(tiny_clip(tmp_path / "bare", tokenizer=False))})
+    model = Known()
+    model.config.vocab_size = 10
+    with pytest.raises(ValueError, match="do not belong together"):
+        ClipSegmentEncoder(model, tokenizer, Sentence())
+
+
+def test_a_bare_text_is_refused(tokenizer):
+    for method in (known(tokenizer).encode, known(tokenizer).cut):
+        with pytest.raises(ValueError, match="got one text"):
+            method("A fox.")
+
+
+def test_tokenized_text_splits_at_a_token():
+    text = Tokenized("A red  fox", (5, 6, 7), (0, 2, 7))
+    assert text.split(2) == ("A red", "fox") and text.split(3) == ("A red  fox", "") and text.split(0)[0] == ""

@@ -1,0 +1,114 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import tiny_clip_text, tiny_t5
+from torch import nn
+
+from longalign.encoders.base import Conditioning, Encoder, PromptReport, TruncationWarning, check_prompts
+from longalign.encoders.concat import ConcatEncoder
+from longalign.registry import ConfigError, encoders
+
+
+class Constant(Encoder):
+    """Every state is one number."""
+
+    def __init__(self, value, length, *, dim=2, mask=None, pooled=None, cut="", kind=Conditioning):
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(float(value)))
+        self.dim, self.length, self.mask, self.pooled, self.left, self.kind = dim, length, mask, pooled, cut, kind
+
+    def encode(self, prompts):
+        b = len(check_prompts(prompts))
+        mask = None if self.mask is None else torch.tensor([self.mask] * b)
+        pooled = None if self.pooled is None else torch.full((b, 1), float(self.pooled))
+        states = self.value.expand(b, self.length, self.dim)
+        return self.kind(states, mask, pooled, tuple(self.cut(prompts)))
+
+    def cut(self, prompts):
+        return [PromptReport((prompt,), (len(prompt),), self.left) for prompt in prompts]
+
+
+class Rising(Conditioning):
+    def at(self, timestep):
+        return replace(self, states=self.states + timestep[:, None, None])
+
+
+def test_states_follow_each_other_and_masks_are_merged():
+    told = ConcatEncoder([Constant(1, 2), Constant(3, 2, mask=[True, False], pooled=7)]).encode(["a", "b"])
+    assert told.states[..., 0].tolist() == [[1, 1, 3, 3]] * 2
+    assert told.mask.tolist() == [[True, True, True, False]] * 2
+    assert told.pooled.tolist() == [[7], [7]]
+    assert type(told) is Conditioning
+    assert ConcatEncoder([Constant(1, 2), Constant(3, 1)]).encode(["a"]).mask is None
+
+
+def test_reports_lose_nothing():
+    encoder = ConcatEncoder([Constant(1, 1, cut=cut) for cut in ("x y", "", "y", "y")])
+    report = encoder.encode(["ab"]).reports[0]
+    assert report.segments == ("ab",) * 4 and report.tokens == (2,) * 4
+    assert report.cut == "x y\ny"
+    assert [part.cut for part in report.parts] == ["x y", "", "y", "y"]
+    assert encoder.cut(["ab"]) == [report]
+
+
+def test_parts_that_depend_on_the_timestep():
+    told = ConcatEncoder([Constant(1, 1), Constant(2, 1, kind=Rising)]).encode(["a", "b", "c"])
+    assert told.at(torch.tensor([0, 10, 20])).states[..., 0].tolist() == [[1, 2], [1, 12], [1, 22]]
+    some = told[torch.tensor([2])].to(dtype=torch.float64)
+    later = some.at(torch.tensor([5]))
+    assert later.states[..., 0].tolist() == [[1, 7]] and later.states.dtype == torch.float64
+    assert [report.segments for report in later.reports] == [("c", "c")]
+
+
+def test_gradient_reaches_each_trainable_part():
+    encoder = ConcatEncoder([Constant(1, 1), Constant(2, 3)])
+    encoder.encode(["a"]).states.sum().backward()
+    assert [part.value.grad.item() for part in encoder.parts] == [2, 6]
+
+
+def test_errors():
+    with pytest.raises(ValueError, match=r"widths \[2, 3\]"):
+        ConcatEncoder([Constant(1, 1), Constant(1, 1, dim=3)])
+    with pytest.raises(ValueError, match="at least one part"):
+        ConcatEncoder([])
+    with pytest.raises(ValueError, match="2 parts give a pooled embedding"):
+        ConcatEncoder([Constant(1, 1, pooled=1), Constant(1, 1, pooled=2)]).encode(["a"])
+    with pytest.raises(ValueError, match="got one text"):
+        ConcatEncoder([Constant(1, 1)]).encode("a")
+    with pytest.raises(ConfigError, match=r"parts\.1\.chekpoint: this key does not exist; did you mean 'checkpoint'"):
+        encoders.validate({"name": "concat", "parts": ["clip-segment", {"name": "t5", "chekpoint": "x"}]})
+
+
+def test_the_papers_model(tmp_path):
+    config = {
+        "name": "concat",
+        "parts": [
+            {"name": "clip-segment", "checkpoint": str(tiny_clip_text(tmp_path / "clip")), "segmenter": "longalign"},
+            {"name": "t5", "checkpoint": str(tiny_t5(tmp_path / "t5")),
+             "adapter": {"in_dim": 16, "int_dim": 8, "out_dim": 16}},
+        ],
+    }  # fmt: skip
+    encoder = encoders.build(config).train()
+    told = encoder.encode(["A red fox. The sky is green.", ""])
+    assert told.states.shape == (2, 480, 16) and told.mask is None
+    assert told.reports[0].segments == ("A red fox.", " The sky is green.", "A red fox. The sky is green.")
+    told.states.sum().backward()
+    clip, t5 = encoder.parts
+    assert all(p.grad is not None for p in t5.adapter.parameters())
+    assert not any(p.requires_grad for p in [*clip.parameters(), *t5.model.parameters()])
+    with pytest.warns(TruncationWarning) as caught:
+        encoder.encode(["A red fox. " * 100])
+    assert len(caught) == 2
+
+
+def test_configs_survive_dump_and_load():
+    for given in (
+        "clip-segment", "clip-truncate", "longclip", "t5",
+        {"name": "clip-segment", "segmenter": {"name": "packed", "n": 30}, "pad": "none"},
+        {"name": "concat", "parts": ["clip-segment", {"name": "t5", "adapter": {"checkpoint": "x"}}]},
+    ):  # fmt: skip
+        config = encoders.validate(given)
+        assert encoders.validate(config.model_dump()) == config
+    dumped = encoders.validate("clip-segment").model_dump()
+    assert dumped["segmenter"] == {"name": "sentence"} and dumped["max_tokens"] == 240 and dumped["pad"] == "pad*"

@@ -1,0 +1,46 @@
+import pytest
+import torch
+from torch import nn
+
+from longalign.encoders.base import Conditioning, Encoder, PromptReport, check_prompts, equal_lengths
+
+
+def test_equal_lengths_masks_what_it_adds():
+    short = Conditioning(torch.ones(2, 1, 3))
+    long = Conditioning(torch.ones(1, 2, 3), torch.tensor([[True, False]]))
+    a, b = equal_lengths(short, long)
+    assert a.states.tolist() == [[[1, 1, 1], [0, 0, 0]]] * 2
+    assert a.mask.tolist() == [[True, False]] * 2
+    assert b.mask.tolist() == [[True, False]]
+    assert equal_lengths(short, short)[0].mask is None
+
+
+def test_conditioning_picks_rows_and_moves():
+    reports = tuple(PromptReport((name,), (1,)) for name in "abc")
+    told = Conditioning(torch.arange(3.0).view(3, 1, 1), pooled=torch.arange(3.0).view(3, 1), reports=reports)
+    for index in (slice(1, 3), torch.tensor([1, 2]), torch.tensor([False, True, True]), slice(-2, None)):
+        some = told[index]
+        assert some.states.flatten().tolist() == some.pooled.flatten().tolist() == [1, 2]
+        assert some.reports == reports[1:]
+    assert told.to(dtype=torch.float16).states.dtype == torch.float16
+    assert told.at(torch.tensor([5])) is told
+
+
+def test_prompts_are_checked():
+    assert check_prompts(("a", ["b", "c"])) == ["a", ["b", "c"]]
+    with pytest.raises(ValueError, match=r"got one text 'a cat'; write \[prompt\]"):
+        check_prompts("a cat")
+    with pytest.raises(ValueError, match="at least one prompt"):
+        check_prompts([])
+    with pytest.raises(ValueError, match="prompt 1 must be a text or a list of texts, got 3"):
+        check_prompts(["a", 3])
+
+
+def test_frozen_modules_stay_in_evaluation_mode():
+    encoder = Encoder()
+    encoder.frozen = nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.5)).requires_grad_(False)
+    encoder.trained = nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.5))
+    encoder.train()
+    assert not encoder.frozen[1].training and encoder.trained[1].training
+    encoder.eval()
+    assert not encoder.trained[1].training

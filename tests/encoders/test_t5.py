@@ -1,0 +1,146 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.models.attention import FeedForward as DiffusersFeedForward
+from tiny import tiny_t5
+
+from longalign.encoders.adapter import TextAdapter
+from longalign.encoders.base import TruncationWarning
+from longalign.encoders.t5 import T5Encoder
+from longalign.registry import ConfigError, encoders
+
+PROMPTS = ["A red fox.", "", "The sky is green. A fox sleeps on a wall.", "A red fox."]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_t5(tmp_path_factory.mktemp("t5"))
+
+
+def build(folder, **settings):
+    return encoders.build({"name": "t5", "checkpoint": str(folder), **settings})
+
+
+def test_published_mode_pads_to_240_and_masks_nothing(folder):
+    encoder = build(folder)
+    told = encoder.encode(PROMPTS)
+    tokens = encoder.tokens.tokenizer(PROMPTS, padding="max_length", max_length=240, return_tensors="pt")
+    assert told.states.shape == (4, 240, 16) and told.mask is None
+    assert torch.allclose(told.states, encoder.model(tokens.input_ids).last_hidden_state, atol=1e-5)
+    assert told.reports[0].segments == ("A red fox.",) and told.reports[1].tokens == ()
+
+
+@pytest.mark.parametrize("settings", [{}, {"mask": True}, {"overflow": "grow"}, {"overflow": "grow", "mask": True}])
+def test_a_batch_gives_the_numbers_of_one_prompt_at_a_time(folder, settings):
+    encoder = build(folder, max_tokens=20 if "overflow" in settings else 60, max_batch_tokens=130, **settings)
+    together = encoder.encode(PROMPTS)
+    for i, prompt in enumerate(PROMPTS):
+        alone = encoder.encode([prompt])
+        n = alone.states.shape[1]
+        assert torch.allclose(together.states[i, :n], alone.states[0], atol=1e-5)
+        if together.mask is not None:
+            assert together.mask[i].sum() == alone.mask.sum()
+    assert torch.equal(together.states[0], together.states[3])
+
+
+def test_a_mask_hides_padding_from_t5_and_from_the_denoiser(folder):
+    encoder = build(folder, max_tokens=60, mask=True)
+    told = encoder.encode(PROMPTS)
+    row = torch.tensor([encoder.tokens.tokenizer(PROMPTS[0])["input_ids"]])
+    n = row.shape[1]
+    assert told.mask[0].tolist() == [True] * n + [False] * (60 - n)
+    assert torch.allclose(told.states[0, :n], encoder.model(row).last_hidden_state[0], atol=1e-5)
+    assert told.states[0, n:].abs().sum() == 0
+    assert (build(folder, max_tokens=60).encode(PROMPTS).states[0, :n] - told.states[0, :n]).abs().max() > 1e-3
+
+
+def test_overflow(folder):
+    encoder = build(folder, max_tokens=6)
+    with pytest.warns(TruncationWarning, match="1 of 2 prompts do not fit into 6 positions"):
+        told = encoder.encode(["A fox sleeps on a wall.", ""])
+    assert told.states.shape == (2, 6, 16)
+    report = told.reports[0]
+    assert report.tokens == (5,) and (report.segments[0] + report.cut).replace(" ", "") == "Afoxsleepsonawall."
+    with pytest.raises(ValueError, match="raise max_tokens"):
+        build(folder, max_tokens=6, overflow="error").encode(["A fox sleeps on a wall."])
+    grown = build(folder, max_tokens=6, overflow="grow").encode(["A fox sleeps on a wall.", ""])
+    assert grown.states.shape[1] == sum(grown.reports[0].tokens) + 1 and grown.reports[0].cut == ""
+    assert torch.equal(grown.states[1, 5], grown.states[1, -1])
+
+
+def test_gradient_reaches_the_adapter_only(folder):
+    encoder = build(folder, max_tokens=12, adapter={"in_dim": 16, "int_dim": 8, "out_dim": 6}).train()
+    trained = [p for p in encoder.parameters() if p.requires_grad]
+    assert {id(p) for p in trained} == {id(p) for p in encoder.adapter.parameters()}
+    assert not encoder.model.training and encoder.adapter.ff1.net[1].training
+    states = encoder.encode(["A red fox."]).states
+    assert states.shape == (1, 12, 6) and encoder.dim == 6
+    states.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
+    assert all(p.grad is None for p in encoder.model.parameters())
+
+
+def test_a_frozen_adapter_has_no_dropout(folder):
+    adapter = {"in_dim": 16, "int_dim": 8, "out_dim": 6, "trainable": False}
+    encoder = build(folder, max_tokens=12, adapter=adapter).train()
+    assert torch.equal(encoder.encode(["A fox."]).states, encoder.encode(["A fox."]).states)
+    assert not encoder.encode(["A fox."]).states.requires_grad
+
+
+def test_adapter_is_norm_geglu_norm_geglu():
+    torch.manual_seed(0)
+    adapter = TextAdapter(8, 6, 4).eval()
+    shapes = {key: tuple(value.shape) for key, value in adapter.state_dict().items()}
+    assert shapes == {
+        "norm1.weight": (8,), "norm1.bias": (8,), "norm2.weight": (6,), "norm2.bias": (6,),
+        "ff1.net.0.proj.weight": (64, 8), "ff1.net.0.proj.bias": (64,),
+        "ff1.net.2.weight": (6, 32), "ff1.net.2.bias": (6,),
+        "ff2.net.0.proj.weight": (48, 6), "ff2.net.0.proj.bias": (48,),
+        "ff2.net.2.weight": (4, 24), "ff2.net.2.bias": (4,),
+    }  # fmt: skip
+    first = DiffusersFeedForward(8, 6, activation_fn="geglu")
+    second = DiffusersFeedForward(6, 4, activation_fn="geglu")
+    first.load_state_dict(adapter.ff1.state_dict())
+    second.load_state_dict(adapter.ff2.state_dict())
+    x = torch.randn(2, 3, 8)
+    y = first(torch.nn.functional.layer_norm(x, (8,)))
+    assert torch.allclose(adapter(x), second(torch.nn.functional.layer_norm(y, (6,))), atol=1e-6)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_adapter_folder(tmp_path: Path, folder, suffix):
+    adapter = TextAdapter(16, 8, 6)
+    adapter.save(tmp_path / "sub")
+    if suffix == "bin":
+        (tmp_path / "sub/diffusion_pytorch_model.safetensors").unlink()
+        torch.save(adapter.state_dict(), tmp_path / "sub/diffusion_pytorch_model.bin")
+    encoder = build(folder, max_tokens=12, adapter={"checkpoint": str(tmp_path), "subfolder": "sub"})
+    for key, value in encoder.adapter.state_dict().items():
+        assert torch.equal(value, adapter.state_dict()[key])
+
+
+def test_adapter_errors(tmp_path: Path, folder):
+    with pytest.raises(ValueError, match=r"expected config\.json and diffusion_pytorch_model"):
+        TextAdapter.load(str(tmp_path))
+    TextAdapter(16, 8, 6).save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "int_dim": 9}))
+    with pytest.raises(ValueError, match="does not hold a text adapter of the widths"):
+        TextAdapter.load(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="does not give in_dim, int_dim, out_dim"):
+        TextAdapter.load(str(tmp_path))
+    with pytest.raises(ValueError, match="takes states of width 8, this T5's are 16"):
+        build(folder, adapter={"in_dim": 8, "int_dim": 8, "out_dim": 6})
+    for wrong in ({}, {"in_dim": 8, "int_dim": 8}, {"checkpoint": "x", "in_dim": 8}):
+        with pytest.raises(ConfigError, match="adapter: "):
+            encoders.validate({"name": "t5", "adapter": wrong})
+
+
+def test_a_bare_text_is_refused(folder):
+    encoder = build(folder)
+    assert isinstance(encoder, T5Encoder)
+    with pytest.raises(ValueError, match="got one text"):
+        encoder.encode("A fox.")

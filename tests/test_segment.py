@@ -1,0 +1,179 @@
+import pytest
+
+from longalign.registry import ConfigError, segmenters
+from longalign.segment import LongAlign, Manual, Packed, Sentence, Tokens, fit, sentences
+
+
+def words(text: str) -> int:
+    """A token counter: one token per word of up to four letters, one more for each further four."""
+    return sum((len(word) + 3) // 4 for word in text.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("A cat. A dog! A bird?", ["A cat.", "A dog!", "A bird?"]),
+        ("a cat on a mat. the sky is blue. an old tree", ["a cat on a mat.", "the sky is blue.", "an old tree"]),
+        (
+            "Mr. Smith met Dr. Lee, e.g. at St. Peter. They left.",
+            ["Mr. Smith met Dr. Lee, e.g. at St. Peter.", "They left."],
+        ),
+        (
+            "The U.S. Army came. He lives in the U.S. The end.",
+            ["The U.S. Army came.", "He lives in the U.S.", "The end."],
+        ),
+        ("See No. 5. No. It is not.", ["See No. 5.", "No.", "It is not."]),
+        ("Fig. 3 shows it, pp. 4 too. Next.", ["Fig. 3 shows it, pp. 4 too.", "Next."]),
+        (
+            "At 9 a.m. Monday we go. At 9 a.m. The sun rose. At 5 p.m. they ate.",
+            ["At 9 a.m. Monday we go.", "At 9 a.m.", "The sun rose.", "At 5 p.m. they ate."],
+        ),
+        ("Pens, ink, etc. Next to it, pens etc. lie.", ["Pens, ink, etc.", "Next to it, pens etc. lie."]),
+        (
+            "A 3.5 m wall of $4.50. Version 2.0.1 is out. 5 dogs.",
+            ["A 3.5 m wall of $4.50.", "Version 2.0.1 is out.", "5 dogs."],
+        ),
+        ("He is 5 ft. tall. He is 5 ft. The man stays.", ["He is 5 ft. tall.", "He is 5 ft.", "The man stays."]),
+        (
+            "J. R. R. Tolkien and J.R.R. Tolkien. Plan B. The end.",
+            ["J. R. R. Tolkien and J.R.R. Tolkien.", "Plan B.", "The end."],
+        ),
+        ("Well... maybe. Well... The end. Wait … what?", ["Well... maybe.", "Well...", "The end.", "Wait … what?"]),
+        ("Wait . . . what. Wait . . . What", ["Wait . . . what.", "Wait . . .", "What"]),
+        ('"Stop!" he cried. He said "Go." Then he left.', ['"Stop!" he cried.', 'He said "Go."', "Then he left."]),
+        ("“Hi. You.” She left. (A cat.) [A dog.] End.", ["“Hi. You.”", "She left.", "(A cat.)", "[A dog.]", "End."]),
+        ('A sign reads "Stop. Go." in red. Next.', ['A sign reads "Stop. Go." in red.', "Next."]),
+        ("A house (it is red. It is old.) stands. End.", ["A house (it is red. It is old.) stands.", "End."]),
+        ('A 24" board. A 36" board. End.', ['A 24" board.', 'A 36" board.', "End."]),
+        ('"I came. I saw."', ['"I came.', 'I saw."']),
+        ("Really?! Yes!!! No.", ["Really?!", "Yes!!!", "No."]),
+        (
+            "1. A cat. 2. A dog.\n3) A bird\n- one\n* two. three",
+            ["1. A cat.", "2. A dog.", "3) A bird", "- one", "* two.", "three"],
+        ),
+        ("iv. A cat. v. A dog.", ["iv. A cat.", "v. A dog."]),
+        ("Items: • a cat • a dog. • a bird", ["Items:", "• a cat", "• a dog.", "• a bird"]),
+        ("a cat sits\nA dog stands\r\n\r\nthe end", ["a cat sits", "A dog stands", "the end"]),
+        (
+            "A long line of text that was wrapped by an\neditor goes on. Next.",
+            ["A long line of text that was wrapped by an editor goes on.", "Next."],
+        ),
+        ("It was Mr.\nSmith.", ["It was Mr. Smith."]),
+        ("今天天气很好。我们去公园！好吗？是；对", ["今天天气很好。", "我们去公园！", "好吗？", "是；", "对"]),
+        ("他说「你好。再见。」然后走了。好", ["他说「你好。再见。」", "然后走了。", "好"]),
+        ("高３．５米。好.再见!好", ["高３．５米。", "好.", "再见!", "好"]),
+        ("A tall tree.The sky is blue.A dog", ["A tall tree.", "The sky is blue.", "A dog"]),
+        (
+            "Visit www.Example.com or a.JPG. Then e.g.this. End",
+            ["Visit www.Example.com or a.JPG.", "Then e.g.this.", "End"],
+        ),
+        ("... and then. !!", ["... and then. !!"]),
+        ("?!", ["?!"]),
+        (
+            "Ph.D. Smith works at Acme Inc. He is tall. Acme Inc. sells.",
+            ["Ph.D. Smith works at Acme Inc.", "He is tall.", "Acme Inc. sells."],
+        ),
+        ("It opened on Jan. 5. We came on Mon. morning.", ["It opened on Jan. 5.", "We came on Mon. morning."]),
+        ("", []),
+        (" \n\t ", []),
+    ],
+)
+def test_sentences(text, expected):
+    assert sentences(text) == expected
+    assert "".join("".join(expected).split()) == "".join(text.split())
+
+
+def test_no_character_is_lost_whatever_the_text():
+    alphabet = ["a", "B", " ", ".", "!", '"', "(", ")", "\n", "1", "。", "…", "Mr", "- ", "“", "”", ";", "•"]
+    state = 1
+    for _ in range(400):
+        text = ""
+        for _ in range(25):
+            state = (state * 1103515245 + 12345) % 2**31
+            text += alphabet[(state >> 16) % len(alphabet)]
+        assert "".join("".join(sentences(text)).split()) == "".join(text.split())
+        assert all(s == s.strip() and s for s in sentences(text))
+
+
+def test_a_very_long_quotation_is_split_inside():
+    inner = " ".join(["A cat sits here."] * 30)
+    assert len(sentences(f'He said: "{inner}" End.')) == 31
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("One. Two. ", ["One.", " Two.", " ."]),
+        ("A 3.5 m wall", ["A 3.", "5 m wall."]),
+        ('Say "go"! Is "x;" it? Stop! No; end', ['Say "go.', ' Is "x.', " it.", " Stop! No; end."]),
+        ("..", []),
+        ("", []),
+    ],
+)
+def test_published_splitter(text, expected):
+    assert LongAlign()(text, words) == expected
+
+
+def test_tokens_fill_windows_with_whole_words():
+    assert Tokens(3)("a b c d. e f g", words) == ["a b c", "d. e f", "g"]
+    assert Tokens(2)("ab abcdefghijklm yz", words) == ["ab", "abcdefgh", "ijklm", "yz"]
+
+
+def test_packed_keeps_sentences_whole():
+    assert Packed(4)("A b. C d. E f g. H i j k l m. N.", words) == ["A b. C d.", "E f g.", "H i j k l m.", "N."]
+
+
+def test_manual_takes_a_marker_or_a_list():
+    assert Manual()("a. b BREAK c BREAKFAST\nBREAK", words) == ["a. b", "c BREAKFAST"]
+    assert Manual("|")("a|b", words) == ["a", "b"]
+    assert Manual()(["a BREAK b", " ", "c"], words) == ["a BREAK b", "c"]
+
+
+def test_a_list_needs_the_manual_segmenter():
+    for segmenter in (Sentence(), LongAlign(), Tokens(), Packed()):
+        with pytest.raises(ValueError, match="use the segmenter 'manual'"):
+            segmenter(["a", "b"], words)
+
+
+def test_fit_splits_at_clauses_then_words_then_characters():
+    assert fit(["a b c, d e f, g h", "x y"], 7, words) == ["a b c, d e f,", "g h", "x y"]
+    assert fit(["a b c d e"], 2, words) == ["a b", "c d", "e"]
+    assert fit(["abcdefghijklmnopq z"], 2, words) == ["abcdefgh", "ijklmnop", "q z"]
+    assert fit(["红的，蓝的，绿的"], 6, len) == ["红的，蓝的，", "绿的"]
+
+
+def test_fit_leaves_what_fits_untouched():
+    assert fit([" a b ", " ."], 2, words) == [" a b ", " ."]
+
+
+def test_fit_keeps_a_combining_mark_with_its_letter():
+    assert fit(["abe\u0301d"], 3, len) == ["ab", "e\u0301d"]
+
+
+def test_fit_counts_little_of_a_long_text():
+    seen = []
+
+    def count(text):
+        seen.append(len(text))
+        return words(text)
+
+    pieces = fit([" ".join(["word"] * 3000)], 50, count)
+    assert [words(piece) for piece in pieces] == [50] * 60
+    assert sum(seen) < 60 * 20 * 64 * 5 + 15000
+
+
+def test_fit_says_that_a_window_is_too_small():
+    with pytest.raises(ValueError, match="cannot hold '红'"):
+        fit(["红"], 2, lambda text: 3 * len(text))
+    with pytest.raises(ValueError, match="at least 1 token"):
+        fit(["a b"], 0, words)
+
+
+def test_segmenters_are_parts():
+    assert segmenters.build("sentence")("A. Smith. B", words) == ["A. Smith.", "B"]
+    assert segmenters.build("longalign")("a. b", words) == ["a.", " b."]
+    assert segmenters.build({"name": "tokens", "n": 2})("a b c", words) == ["a b", "c"]
+    assert segmenters.build({"name": "packed", "n": 9})("A. B? C", words) == ["A. B? C"]
+    assert segmenters.build({"name": "manual", "marker": "AND"})("a AND b", words) == ["a", "b"]
+    with pytest.raises(ConfigError, match="n: Input should be greater than or equal to 1"):
+        segmenters.validate({"name": "tokens", "n": 0})
