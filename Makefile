@@ -1,0 +1,29 @@
+# Needs Python 3.11 or later and make. PIP_ARGS is handed to pip, e.g. to pick another build of torch.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PLUGINS := $(wildcard plugins/*/pyproject.toml)
+
+.PHONY: setup demo test check
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml $(PLUGINS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[dev]'
+	for plugin in $(dir $(PLUGINS)); do $(BIN)/python -m pip install $(PIP_ARGS) --no-deps -e $$plugin || exit 1; done
+	touch $@
+
+demo: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/longalign demo --output runs/demo
+
+test: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests $(wildcard plugins/*/tests)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python -m pytest tests/test_imports.py
