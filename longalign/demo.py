@@ -86,7 +86,7 @@ def run_demo(
     first = override(align or default_config("align"), {"output": str(output / "align")})
     second = override(reward or default_config("reward"), {"output": str(output / "reward"), "init_from": None})
     captions = held_out_captions([first, second], prompts)
-    _claim(output, [Path(first.output), Path(second.output)])
+    claim_output(output, [Path(first.output), Path(second.output)])
     seconds: dict[str, float] = {}
 
     with _timed("align: training", seconds):
@@ -166,7 +166,7 @@ def _base(align: RunConfig, runtime: Runtime) -> tuple[Any, Encoder]:
     return composition.backbone, composition.encoder
 
 
-def _claim(output: Path, runs: Sequence[Path]) -> None:
+def claim_output(output: Path, runs: Sequence[Path]) -> None:
     """Takes a folder for the demo, removing an earlier demo's runs but nothing else."""
     marker = output / MARKER
     if output.exists() and any(output.iterdir()) and not marker.exists():

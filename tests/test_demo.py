@@ -5,7 +5,7 @@ import pytest
 from tiny import tiny_clip, tiny_sd
 
 from longalign.config import override
-from longalign.demo import HELD_OUT, default_config, held_out_captions, run_demo, unread_sentences
+from longalign.demo import HELD_OUT, claim_output, default_config, held_out_captions, run_demo, unread_sentences
 from longalign.encoders.base import PromptReport
 from longalign.mini.captions import Caption, Sentence
 
@@ -58,15 +58,18 @@ def test_the_demo_leaves_a_report_and_its_numbers(demo):
     assert "| align+reward |" in (output / "table.md").read_text()
 
 
-def test_an_earlier_demo_is_replaced_and_nothing_else(demo, configs, tmp_path):
-    _, output = demo
+def test_an_earlier_demo_is_replaced_and_nothing_else(tmp_path):
+    output = tmp_path / "out"
+    runs = [output / "align", output / "reward"]
+    claim_output(output, runs)
+    runs[0].mkdir()
     (output / "mine.txt").write_text("kept")
-    run_demo(output, *configs, prompts=2, steps=1, examples=1)
-    assert (output / "mine.txt").read_text() == "kept"
-    (tmp_path / "align").mkdir()
+    claim_output(output, runs)
+    assert not runs[0].exists() and (output / "mine.txt").read_text() == "kept"
+    (tmp_path / "other" / "align").mkdir(parents=True)
     with pytest.raises(ValueError, match="not an earlier demo's"):
-        run_demo(tmp_path, *configs, prompts=2)
-    assert (tmp_path / "align").exists()
+        claim_output(tmp_path / "other", [tmp_path / "other" / "align"])
+    assert (tmp_path / "other" / "align").exists()
 
 
 def test_held_out_scenes_have_a_seed_of_their_own(configs):

@@ -1,0 +1,104 @@
+"""How should a long prompt be encoded? Encoders compared on the small world, everything else equal.
+
+Each encoder gets its own fine-tuning of the bundled UNet on long captions and draws the same held-out captions from the
+same noise. Measured: fact accuracy (read from the pixels by the oracle), overall, by length and by place in the prompt,
+each with a 95% interval, and the paired difference to the first encoder.
+
+Hardware: two CPU cores. Time: about 3 minutes per encoder with the default 300 steps and 128 prompts, 0.4 hours in all.
+
+    python examples/ablate_encoder.py                          # all variants
+    python examples/ablate_encoder.py segments no-sot          # some of them
+    python examples/ablate_encoder.py --steps 2000 --output runs/ablate-long
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from pathlib import Path
+from typing import Any
+
+from longalign import build_from_config, diff, load_config, override
+from longalign.checkpoint import load_for_sampling
+from longalign.demo import default_config, held_out_captions
+from longalign.encoders.base import TruncationWarning
+from longalign.evaluate import FactMetric, evaluate
+from longalign.pipeline import sample
+from longalign.table import MetricTable
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "truncate": {"encoder": {"name": "clip-truncate", "checkpoint": "mini/sd"}},
+    "segments": {},
+    "first-sot": {"encoder.sot": "first"},
+    "no-sot": {"encoder.sot": "none"},
+    "keep-eot": {"encoder.eot": "all"},
+    "plain-pad": {"encoder.pad": "pad"},
+    "windows": {"encoder.segmenter": {"name": "tokens", "n": 75}},
+}
+
+
+def ablate(
+    variants: dict[str, dict[str, Any]],
+    base: Any,
+    output: Path,
+    prompts: int = 128,
+    steps: int = 20,
+    guidance: float = 4.0,
+    batch_size: int = 32,
+) -> MetricTable:
+    """Trains and measures one run for each variant; the first is what the others are compared with.
+
+    Args:
+        variants: name -> changes to the base config, as `override` takes them.
+        base: config of the runs; its data must be ``scenes``.
+        output: folder of the runs.
+        prompts: number of held-out captions.
+        steps: sampling steps.
+        guidance: scale of classifier-free guidance.
+        batch_size: images drawn at a time.
+    """
+    plain = load_config(base)
+    captions = held_out_captions([plain], prompts)
+    texts, seeds = [caption.text for caption in captions], list(range(prompts))
+    images = {}
+    for name, changes in variants.items():
+        config = override(plain, {**changes, "output": str(output / name)})
+        print(f"== {name}: " + (", ".join(f"{k} = {b}" for k, (_, b) in diff(plain, config).items())))
+        result = build_from_config(config).fit()
+        if result.interrupted:
+            raise KeyboardInterrupt
+        _, backbone, encoder = load_for_sampling(result.checkpoint)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TruncationWarning)  # that is what is measured
+            images[name] = sample(
+                backbone,
+                encoder,
+                texts,
+                seeds=seeds,
+                steps=steps,
+                guidance=guidance,
+                batch_size=batch_size,
+                progress=True,
+            )
+    table = evaluate(images, texts, [FactMetric(captions)], seeds)
+    (output / "table.json").write_text(table.json(), encoding="utf-8")
+    print(table.text())
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("variants", nargs="*", default=list(VARIANTS), metavar="VARIANT", help=", ".join(VARIANTS))
+    parser.add_argument("--config", default=default_config("align"), help="base config (the demo's first stage)")
+    parser.add_argument("--steps", type=int, help="training steps, instead of the config's")
+    parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--output", type=Path, default=Path("runs/ablate-encoder"))
+    args = parser.parse_args()
+    if unknown := [name for name in args.variants if name not in VARIANTS]:
+        parser.error(f"no variant {', '.join(unknown)}; there is {', '.join(VARIANTS)}")
+    config = override(args.config, {"loop.steps": args.steps} if args.steps else {})
+    ablate({name: VARIANTS[name] for name in args.variants}, config, args.output, args.prompts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny_clip, tiny_sd, tiny_t5
+
+from longalign import build_from_config, load_config, override
+from longalign.checkpoint import load_weights
+from longalign.config import to_dict
+from longalign.demo import default_config
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+YAMLS = sorted(EXAMPLES.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
+def test_examples_survive_dump_and_load(path):
+    config = load_config(path)
+    assert load_config(to_dict(config)) == config
+
+
+def test_the_demos_examples_are_the_ones_that_ship():
+    for name in ("align", "reward"):
+        assert (EXAMPLES / f"mini-{name}.yaml").read_text() == default_config(name).read_text()
+
+
+def test_the_papers_settings():
+    align, reward = (load_config(EXAMPLES / f"longalign-sd15-{stage}.yaml") for stage in ("align", "reward"))
+    assert 6 * align.loop.batch_size * align.loop.accumulation == 192 and align.loop.steps == 28750
+    assert 6 * reward.loop.batch_size * reward.loop.accumulation == 48 and reward.loop.steps == 3750
+    for config in (align, reward):
+        loop = config.loop
+        assert (loop.lr, loop.betas, loop.weight_decay, loop.clip) == (3e-5, (0.9, 0.999), 1e-2, 0.3)
+        assert config.trainer.lora.model_dump() == {
+            "rank": 32, "scale": 1.0, "dropout": 0.1, "dropout_placement": "up"
+        }  # fmt: skip
+    assert (align.trainer.caption_dropout, align.trainer.train_adapter, align.loop.warmup) == (0.1, True, 2000)
+    assert (reward.trainer.num_steps, reward.trainer.guidance, reward.trainer.schedule.groups) == (50, 7.5, 5)
+    assert not reward.trainer.train_adapter and reward.rewards[0].omega == 0.3
+    assert reward.init_from == align.output and reward.encoder == align.encoder
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    for i in range(2):
+        Image.new("RGB", (64, 64), (80 * i, 90, 100)).save(folder / f"{i}.png")
+    lines = [f'{{"file_name": "{i}.png", "text": "A red fox sleeps on a wall. The sky is {c}."}}\n'
+             for i, c in enumerate(("green", "red"))]  # fmt: skip
+    (folder / "metadata.jsonl").write_text("".join(lines))
+    (folder / "prompts.txt").write_text("A red fox sleeps on a wall.\nThe sky is green. A wall.\n")
+    return {
+        "sd": str(tiny_sd(folder / "sd")), "t5": str(tiny_t5(folder / "t5")), "clip": str(tiny_clip(folder / "clip")),
+        "folder": str(folder),
+    }  # fmt: skip
+
+
+def test_the_papers_configs_train_on_tiny_checkpoints(weights, tmp_path):
+    tiny = {
+        "backbone.checkpoint": weights["sd"],
+        "encoder.parts.0.checkpoint": weights["sd"],
+        "encoder.parts.1.checkpoint": weights["t5"],
+        "encoder.parts.1.adapter": {"name": "lavi-bridge", "in_dim": 16, "int_dim": 24, "out_dim": 16},
+        "loop.steps": 1,
+        "loop.batch_size": 2,
+        "loop.accumulation": 1,
+        "loop.workers": 0,
+        "loop.precision": "no",
+    }
+    data = {"data.folder": weights["folder"], "data.resolution": 64, "output": str(tmp_path / "align")}
+    align = build_from_config(override(EXAMPLES / "longalign-sd15-align.yaml", {**tiny, **data}))
+    told = align.encoder.encode(["A red fox sleeps on a wall. The sky is green."])
+    assert told.states.shape == (1, 480, 16) and told.mask is None
+    before = {k: p.detach().clone() for k, p in align.encoder.named_parameters() if p.requires_grad}
+    aligned = align.fit()
+    stage_one = load_weights(aligned.checkpoint)
+    assert [stack.name for stack in stage_one.stacks] == ["align"] and before.keys() == stage_one.adapter.keys()
+    assert any(not torch.equal(before[k], v) for k, v in stage_one.adapter.items())
+
+    sampled = {
+        "rewards.0.inner.checkpoint": weights["clip"],
+        "rewards.0.inner.crop": 60,
+        "trainer.num_steps": 5,
+        "data.file": str(Path(weights["folder"]) / "prompts.txt"),
+        "output": str(tmp_path / "reward"),
+        "init_from": str(aligned.checkpoint),
+    }
+    rewarded = build_from_config(override(EXAMPLES / "longalign-sd15-reward.yaml", {**tiny, **sampled})).fit()
+    stage_two = load_weights(rewarded.checkpoint)
+    assert [stack.name for stack in stage_two.stacks] == ["align", "reward"]
+    for key, value in stage_one.adapter.items():
+        torch.testing.assert_close(stage_two.adapter[key], value)
+
+
+@pytest.fixture(scope="module")
+def ablation():
+    spec = importlib.util.spec_from_file_location("ablate_encoder", EXAMPLES / "ablate_encoder.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_variant_of_the_ablation_is_a_config_of_its_own(ablation):
+    configs = [override(default_config("align"), changes) for changes in ablation.VARIANTS.values()]
+    assert all(a != b for i, a in enumerate(configs) for b in configs[:i])
+
+
+def test_the_ablation_compares_variants_on_the_same_captions(ablation, weights, tmp_path, capsys):
+    tiny = {
+        "backbone.checkpoint": weights["sd"], "encoder.checkpoint": weights["sd"], "trainer.lora.rank": 2,
+        "encoder.max_tokens": 400, "data.words": [40, 50], "loop.steps": 1, "loop.batch_size": 2,
+    }  # fmt: skip
+    variants = {"segments": {}, "no-sot": {"encoder.sot": "none"}}
+    config = override(default_config("align"), tiny)
+    table = ablation.ablate(variants, config, tmp_path, prompts=2, steps=1, guidance=2.0, batch_size=2)
+    assert table.models == ["segments", "no-sot"] and table.interval("no-sot", "facts").count == 2
+    assert "== no-sot: encoder.sot = none, output =" in capsys.readouterr().out
+    assert (tmp_path / "table.json").exists()
