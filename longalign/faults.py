@@ -11,6 +11,21 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 Fault = tuple[str, str]
 
+#: pydantic's words for types, in those of a config file
+PLAIN = {
+    "bool_parsing": "expected true or false",
+    "bool_type": "expected true or false",
+    "float_parsing": "expected a number",
+    "float_type": "expected a number",
+    "int_from_float": "expected a whole number",
+    "int_parsing": "expected a whole number",
+    "int_type": "expected a whole number",
+    "list_type": "expected a list",
+    "model_type": "expected a mapping",
+    "string_type": "expected text",
+    "tuple_type": "expected a list",
+}
+
 
 class ConfigError(ValueError):
     """A config that cannot be used. ``errors`` holds ``(path, message)`` for every fault that was found."""
@@ -73,7 +88,7 @@ def _message(detail: ErrorDetails, steps: list[Any], holder: type[BaseModel] | N
         return "this key is required", ""
     if detail["type"] == "value_error":  # our own validators say themselves what came
         return str(detail["ctx"]["error"]) if "ctx" in detail else detail["msg"], ""
-    return detail["msg"], f", got {shorten(detail['input'])}"
+    return PLAIN.get(detail["type"], detail["msg"]), f", got {shorten(detail['input'])}"
 
 
 def _follow(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[Any], type[BaseModel] | None]:

@@ -93,6 +93,29 @@ def test_all_faults_at_once_each_with_its_path():
     assert len(found) == 9
 
 
+@pytest.mark.parametrize(
+    ("keys", "path", "message"),
+    [
+        ({"validation": {"prompts": 3}}, "validation.prompts", "expected a list or expected text, got 3"),
+        ({"loop": 3}, "loop", "expected a mapping, got 3"),
+        ({"loop": {"steps": 1.5}}, "loop.steps", "expected a whole number, got 1.5"),
+        ({"loop": {"trackers": "wandb"}}, "loop.trackers", "expected a list, one entry per item"),
+        ({"trainer": {"name": "align", "lora": {"rnk": 3}}}, "trainer.lora.rnk", "did you mean 'rank'?"),
+        (
+            {"rewards": [{"name": "sum", "terms": [{"reward": {"name": "clip", "chekpoint": "x"}}]}]},
+            "rewards.0.terms.0.reward.chekpoint",
+            "did you mean 'checkpoint'?",
+        ),
+        ({"seed": "x" * 300}, "seed", "x..."),
+    ],
+)
+def test_paths_and_words_are_those_of_the_file(keys, path, message):
+    found = faults({**ALIGN, **keys})
+    assert list(found) == [path]
+    assert message in found[path]
+    assert len(found[path]) < 200
+
+
 def test_missing_and_unknown_parts():
     assert faults({"encoder": "clip-segment"})["backbone"] == "this key is required"
     assert "expected a name or a mapping with 'name'" in faults({**ALIGN, "backbone": 3})["backbone"]
