@@ -1,4 +1,4 @@
-"""Captions of the small world: the same facts told in ten words or in five hundred tokens, each sentence with its facts."""
+"""Captions of the small world: the same facts in ten words or in five hundred tokens, each sentence with its facts."""
 
 from __future__ import annotations
 
@@ -245,10 +245,7 @@ def _thing(thing: Thing, level: int, style: str, rng: Random) -> list[Sentence]:
         parts = [(COLOUR_WORDY, ("colour",)), (SIZE_WORDY, ("size",)), (FILL_WORDY, ("fill",))]
     rng.shuffle(parts)
     for bank, kinds in parts:
-        if style == "referring":
-            the = _pick(rng, IT)
-        else:
-            the = f"the {thing.shape} {_pick(rng, WHERE[thing.place])}"
+        the = _pick(rng, IT) if style == "referring" else f"the {thing.shape} {_pick(rng, WHERE[thing.place])}"
         text = _pick(rng, bank).format(the=the, The=_capital(the), **words)
         out.append(Sentence(_capital(text), _facts(thing, *kinds)))
     return out
@@ -256,7 +253,7 @@ def _thing(thing: Thing, level: int, style: str, rng: Random) -> list[Sentence]:
 
 def _noun_phrase(thing: Thing, rng: Random) -> str:
     adjectives = [_pick(rng, SIZE_WORDS[thing.size]), _pick(rng, FILL_WORDS[thing.fill])]
-    adjectives = adjectives[:: 1 if rng.random() < 0.5 else -1] + [thing.colour]
+    adjectives = [*adjectives[:: 1 if rng.random() < 0.5 else -1], thing.colour]
     phrase = " ".join([*adjectives, thing.shape])
     return f"{_article(phrase)} {phrase}"
 

@@ -1,7 +1,7 @@
 """Scenes of the small world: objects on a three by three grid, drawn at 64 x 64 pixels.
 
-What a caption can tell are *facts*: the ground's colour, and at each place the object's shape, colour, size and fill, or
-that nothing is there. What no caption tells is the *look*: a warm or cold tint and a vignette, the stuff of taste.
+What a caption can tell are *facts*: the ground's colour, and at each place the object's shape, colour, size and fill,
+or that nothing is there. What no caption tells is the *look*: a warm or cold tint and a vignette, the stuff of taste.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def render_batch(scenes: Sequence[Scene]) -> np.ndarray:
 
 @cache
 def object_masks() -> np.ndarray:
-    """Coverage of every kind of object at every place: float32 ``(9, 30, 64, 64)``, kinds in the order of `MASK_KEYS`."""
+    """Coverage of every kind of object at every place: float32 ``(9, 30, 64, 64)``, kinds ordered as `MASK_KEYS`."""
     fine = 4
     axis = (np.arange(IMAGE_SIZE * fine, dtype=np.float32) + 0.5) / fine
     out = np.zeros((len(PLACES), len(MASK_KEYS), IMAGE_SIZE, IMAGE_SIZE), np.float32)

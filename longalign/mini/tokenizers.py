@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from open_clip.tokenizer import SimpleTokenizer
@@ -25,7 +26,7 @@ def reduced_merges(words: Iterable[str], num_common: int = NUM_COMMON_MERGES) ->
         symbols = [full.byte_encoder[b] for b in word.encode()]
         symbols[-1] += "</w>"
         while len(symbols) > 1:
-            ranks = [full.bpe_ranks.get(pair, len(full.bpe_ranks)) for pair in zip(symbols, symbols[1:], strict=False)]
+            ranks = [full.bpe_ranks.get(pair, len(full.bpe_ranks)) for pair in pairwise(symbols)]
             best = min(ranks)
             if best == len(full.bpe_ranks):
                 break

@@ -1,0 +1,127 @@
+"""What the recipes of the small weights share: batches of scenes, a resumable loop, a log."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from muon import Muon
+from torch import Tensor, nn
+
+from longalign.mini.captions import Caption, describe
+from longalign.mini.scenes import Scene, render_batch, sample_scene
+
+HERE = Path(__file__).parent
+RUNS = Path("runs/mini")
+WEIGHTS = HERE.parents[1] / "longalign" / "mini" / "weights"
+
+
+def images_of(scenes: list[Scene]) -> Tensor:
+    """Renders scenes: ``(b, 3, 64, 64)`` in [0, 1]."""
+    return torch.from_numpy(render_batch(scenes))
+
+
+def scene_and_caption(
+    rng: np.random.Generator, num_things: tuple[int, int], words: tuple[int, int], referring: float = 0.0
+) -> tuple[Scene, Caption]:
+    """One scene told in a random number of words."""
+    scene = sample_scene(rng, num_things)
+    style = "referring" if rng.random() < referring else "plain"
+    return scene, describe(scene, rng, words=int(rng.integers(words[0], words[1] + 1)), style=style)
+
+
+def fit(
+    name: str,
+    modules: nn.Module,
+    loss_of: Callable[[int, np.random.Generator], dict[str, Tensor]],
+    *,
+    steps: int,
+    lr: float,
+    warmup: int = 100,
+    muon: float = 10.0,
+    outer: tuple[str, ...] = (),
+    weight_decay: float = 0.01,
+    clip: float = 1.0,
+    log_every: int = 50,
+    save_every: int = 200,
+    evaluate: Callable[[], dict[str, float]] | None = None,
+    evaluate_every: int = 500,
+    ema: float | None = None,
+) -> nn.Module:
+    """Trains ``modules`` with Muon and a cosine schedule; goes on where an earlier, interrupted call stopped.
+
+    ``loss_of(step, rng)`` returns ``{"loss": ..., **metrics}``; its generator depends on the step alone, so a resumed
+    run sees the same data. The log goes to ``recipes/mini/logs/<name>.jsonl``. With ``ema``, the average is returned.
+    """
+    RUNS.mkdir(parents=True, exist_ok=True)
+    (HERE / "logs").mkdir(exist_ok=True)
+    log_path, state_path = HERE / "logs" / f"{name}.jsonl", RUNS / f"{name}.pt"
+    parameters = [p for p in modules.parameters() if p.requires_grad]
+    optimizer = Muon(modules, lr, muon, outer, weight_decay)
+
+    def rate(step: int) -> float:
+        return min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    average = [p.detach().clone() for p in parameters] if ema else []
+    start, seconds = 0, 0.0
+    if state_path.exists():
+        state = torch.load(state_path, weights_only=True)
+        modules.load_state_dict(state["modules"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        average, start, seconds = state["average"], state["step"], state["seconds"]
+    else:
+        log_path.unlink(missing_ok=True)
+    print(f"{name}: {sum(p.numel() for p in parameters):,} parameters, from step {start} of {steps}", flush=True)
+    sums: dict[str, float] = {}
+    began = time.time()
+    for step in range(start, steps):
+        out = loss_of(step, np.random.default_rng([len(name), step]))
+        optimizer.zero_grad(set_to_none=True)
+        out["loss"].backward()
+        nn.utils.clip_grad_norm_(parameters, clip)
+        optimizer.step()
+        schedule.step()
+        if ema:
+            decay = min(ema, (1 + step) / (10 + step))
+            with torch.no_grad():
+                torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
+        for key, value in out.items():
+            sums[key] = sums.get(key, 0.0) + float(value.detach())
+        last = step + 1 == steps
+        if (step + 1) % log_every == 0 or last:
+            row = {"step": step + 1, "seconds": round(seconds + time.time() - began, 1)}
+            row |= {key: round(value / ((step % log_every) + 1), 5) for key, value in sums.items()}
+            sums = {}
+            if evaluate and ((step + 1) % evaluate_every == 0 or last):
+                kept = _swap(parameters, average)
+                modules.eval()
+                with torch.no_grad():
+                    row |= {key: round(value, 4) for key, value in evaluate().items()}
+                modules.train()
+                _swap(parameters, kept)
+            print(name, json.dumps(row), flush=True)
+            with log_path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        if (step + 1) % save_every == 0 or last:
+            state = {"modules": modules.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            state |= {"schedule": schedule.state_dict(), "average": average, "seconds": seconds + time.time() - began}
+            torch.save(state, state_path.with_suffix(".tmp"))
+            state_path.with_suffix(".tmp").replace(state_path)
+    _swap(parameters, average)
+    return modules.eval()
+
+
+def _swap(parameters: list[nn.Parameter], values: list[Tensor]) -> list[Tensor]:
+    """Puts ``values`` (if any) into the parameters and returns what was there."""
+    before = [p.detach().clone() for p in parameters] if values else []
+    with torch.no_grad():
+        for parameter, value in zip(parameters, values, strict=False):
+            parameter.copy_(value)
+    return before

@@ -1,0 +1,113 @@
+"""The small LongCLIP (Zhang et al., 2024): the small CLIP's text model stretched to 248 positions, images frozen.
+
+The first 20 positions are kept, the others interpolated four times. Run: ``python recipes/mini/longclip.py [steps]``.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import torch
+from clip import normalise
+from common import WEIGHTS, fit, images_of, scene_and_caption
+from facts import FactHead, all_true, labels_of_caption, labels_of_scene, tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+from longalign.mini.captions import Caption, describe
+from longalign.mini.scenes import ATTRIBUTES, VALUES, Scene, Thing, sample_scene
+from longalign.mini.tokenizers import write_clip_tokenizer
+
+STEPS, BATCH, KEPT, LENGTH = int(sys.argv[1]) if len(sys.argv) > 1 else 400, 48, 20, 248
+
+
+def stretch(clip: CLIPModel) -> CLIPModel:
+    """The same model with 248 text positions."""
+    old = clip.text_model.embeddings.position_embedding.weight.detach()
+    tail = F.interpolate(old[KEPT:].T[None], scale_factor=4, mode="linear", align_corners=False)[0].T
+    config = clip.config
+    config.text_config.max_position_embeddings = LENGTH
+    long = CLIPModel(config)
+    weights = {k: v for k, v in clip.state_dict().items() if not k.endswith("position_ids")}
+    weights["text_model.embeddings.position_embedding.weight"] = torch.cat([old[:KEPT], tail])
+    long.load_state_dict(weights)
+    return long
+
+
+def variants(scene: Scene, caption: Caption, tokenizer: CLIPTokenizer, rng: np.random.Generator) -> list[Scene]:
+    """The scene and seven others in which one fact told after the first 75 tokens is changed."""
+    early = Caption(())
+    for sentence in caption.sentences:
+        if len(tokenizer(Caption((*early.sentences, sentence)).text).input_ids) > 77:
+            break
+        early = Caption((*early.sentences, sentence))
+    late = [f for f in caption.facts if f.kind in ATTRIBUTES and f not in early.facts]
+    out = [scene]
+    while len(out) < 8:
+        fact = late[int(rng.integers(len(late)))]
+        other = [v for v in VALUES[fact.kind] if v != fact.value]
+        value = other[int(rng.integers(len(other)))]
+        things = tuple(Thing(**{**vars(t), fact.kind: value}) if t.place == fact.place else t for t in scene.things)
+        out.append(Scene(things, scene.ground, scene.tint, scene.vignette))
+    return out
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    short = CLIPModel.from_pretrained(WEIGHTS / "clip", torch_dtype=torch.float32)
+    folder = WEIGHTS / "longclip"
+    tokenizer = CLIPTokenizer.from_pretrained(write_clip_tokenizer(folder, max_length=LENGTH))
+    clip, head = stretch(short), FactHead(256)
+    short = CLIPModel.from_pretrained(WEIGHTS / "clip", torch_dtype=torch.float32).eval()
+    for part in (clip.vision_model, clip.visual_projection):
+        part.requires_grad_(False)
+
+    def text_features(model: CLIPModel, texts: list[str], limit: int) -> Tensor:
+        tokens = tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+        return model.get_text_features(**tokens).pooler_output
+
+    @torch.no_grad()
+    def image_features(scenes: list[Scene]) -> Tensor:
+        return short.get_image_features(normalise(images_of(scenes))).pooler_output
+
+    def loss_of(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
+        words = int(rng.integers(20, 190))
+        pairs = [scene_and_caption(rng, (2, 9), (words, words), 0.3) for _ in range(BATCH)]
+        told, shown = tensor([labels_of_caption(c) for _, c in pairs]), tensor([labels_of_scene(s) for s, _ in pairs])
+        image, text = image_features([s for s, _ in pairs]), text_features(clip, [c.text for _, c in pairs], LENGTH)
+        scores = clip.logit_scale.exp().clamp(max=100) * F.normalize(text, dim=-1) @ F.normalize(image, dim=-1).T
+        match = all_true(told, shown).float()
+        nce = F.cross_entropy(scores, match / match.sum(1, keepdim=True))
+        nce = nce / 2 + F.cross_entropy(scores.T, match.T / match.T.sum(1, keepdim=True)) / 2
+        text_loss, text_read = head(text, told)
+        image_loss, image_read = head(image, shown)
+        return {"loss": nce + text_loss + image_loss, "nce": nce, "text_read": text_read, "image_read": image_read}
+
+    held_out = []
+    for i in range(200):
+        rng = np.random.default_rng([9, i])
+        scene = sample_scene(rng, (6, 9))
+        caption = describe(scene, rng, words=150)
+        held_out.append((variants(scene, caption, tokenizer, rng), caption))
+    gallery = F.normalize(torch.stack([image_features(scenes) for scenes, _ in held_out]), dim=-1)
+
+    def evaluate() -> dict[str, float]:
+        texts = [c.text for _, c in held_out]
+        out = {}
+        for name, model, limit in (("long", clip, LENGTH), ("truncated", short, 77)):
+            text = F.normalize(text_features(model, texts, limit), dim=-1)
+            best = torch.einsum("qd,qvd->qv", text, gallery).argmax(-1)
+            out[f"late_fact_r1_of_8_{name}"] = (best == 0).float().mean().item()
+        return out
+
+    fit("longclip", nn.ModuleList([clip, head]), loss_of, steps=STEPS, lr=1e-3, warmup=30,
+        outer=("embedding", "logit_scale", "1.linear"), evaluate=evaluate, evaluate_every=100)  # fmt: skip
+    clip.half().save_pretrained(folder)
+    processor = CLIPImageProcessor.from_pretrained(WEIGHTS / "clip")
+    CLIPProcessor(processor, tokenizer).save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main()

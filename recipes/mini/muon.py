@@ -1,0 +1,61 @@
+"""Muon (Jordan et al., 2024) for matrices and convolutions, AdamW for the rest: fewer steps than AdamW alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
+    """The nearest semi-orthogonal matrix, roughly, by the quintic Newton-Schulz iteration."""
+    x = matrix / (matrix.norm() + 1e-7)
+    flat = x.shape[0] <= x.shape[1]
+    x = x if flat else x.T
+    for _ in range(steps):
+        gram = x @ x.T
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
+    return x if flat else x.T
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon on hidden weights of two and more dimensions, AdamW on biases, norms, embeddings and the outer layers.
+
+    Args:
+        module: what is trained.
+        lr: step size of AdamW; Muon's is ``ratio`` times as large.
+        outer: parts of parameter names that AdamW takes although they are matrices.
+    """
+
+    def __init__(self, module: nn.Module, lr: float, ratio: float, outer: tuple[str, ...], weight_decay: float = 0.01):
+        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+        hidden = [p for n, p in named if p.ndim >= 2 and not any(o in n for o in outer)]
+        ids = {id(p) for p in hidden}
+        rest = [p for _, p in named if id(p) not in ids]
+        groups = [{"params": hidden, "muon": True, "lr": lr * ratio}, {"params": rest, "muon": False, "lr": lr}]
+        super().__init__([g for g in groups if g["params"]], {"weight_decay": weight_decay, "betas": (0.9, 0.99)})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                    state["step"] = 0
+                    if not group["muon"]:
+                        state["square"] = torch.zeros_like(p)
+                state["step"] += 1
+                if group["muon"]:
+                    state["momentum"].lerp_(p.grad, 0.05)
+                    update = orthogonalise(p.grad.lerp(state["momentum"], 0.95).flatten(1))
+                    update = update * max(1.0, update.shape[0] / update.shape[1]) ** 0.5
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.view_as(p), alpha=-group["lr"])
+                else:
+                    b1, b2 = group["betas"]
+                    state["momentum"].lerp_(p.grad, 1 - b1)
+                    state["square"].lerp_(p.grad.square(), 1 - b2)
+                    mean = state["momentum"] / (1 - b1 ** state["step"])
+                    square = state["square"] / (1 - b2 ** state["step"])
+                    p.add_(mean / (square.sqrt() + 1e-8), alpha=-group["lr"])

@@ -1,0 +1,74 @@
+"""The small VAE: 64 px to 8 x 8 latents of 8 channels. Run: ``python recipes/mini/vae.py``."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import torch
+from common import WEIGHTS, fit, images_of, scene_and_caption
+from diffusers import AutoencoderKL
+
+from longalign.mini import oracle
+from longalign.mini.scenes import sample_scene
+
+STEPS, BATCH = int(sys.argv[1]) if len(sys.argv) > 1 else 1500, 8
+
+
+def build() -> AutoencoderKL:
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32, 64, 96),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=8,
+        norm_num_groups=8,
+        sample_size=64,
+        mid_block_add_attention=False,
+    )
+    # noise of unit size would drown the latents for the first thousand steps
+    torch.nn.init.constant_(vae.quant_conv.bias[8:], -6.0)
+    return vae
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    vae = build()
+
+    def loss_of(step: int, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        images = images_of([sample_scene(rng, (5, 9)) for _ in range(BATCH)]) * 2 - 1
+        posterior = vae.encode(images).latent_dist
+        decoded = vae.decode(posterior.sample(torch.Generator().manual_seed(step))).sample
+        error = decoded - images
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        return {"loss": error.abs().mean() + error.pow(2).mean() + 2e-4 * kl, "mse": error.pow(2).mean(), "kl": kl}
+
+    held_out = [scene_and_caption(np.random.default_rng([7, i]), (1, 9), (60, 60)) for i in range(200)]
+
+    def evaluate() -> dict[str, float]:
+        images = images_of([s for s, _ in held_out]) * 2 - 1
+        decoded = vae.decode(vae.encode(images).latent_dist.mode()).sample / 2 + 0.5
+        accuracy = oracle.fact_accuracy(decoded.clamp(0, 1).numpy(), [c for _, c in held_out])
+        return {"fact_accuracy": float(accuracy.mean())}
+
+    fit(
+        "vae",
+        vae,
+        loss_of,
+        steps=STEPS,
+        lr=2e-3,
+        warmup=20,
+        outer=("conv_in", "conv_out", "quant"),
+        evaluate=evaluate,
+        evaluate_every=200,
+        ema=0.995,
+    )
+    with torch.no_grad():
+        scenes = [scene_and_caption(np.random.default_rng([8, i]), (1, 9), (8, 8))[0] for i in range(512)]
+        latents = vae.encode(images_of(scenes) * 2 - 1).latent_dist.mode()
+    vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
+    vae.to(dtype=torch.float16).save_pretrained(WEIGHTS / "sd" / "vae")
+
+
+if __name__ == "__main__":
+    main()
