@@ -57,6 +57,7 @@ class FactHead(nn.Module):
     def forward(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy over the told facts, and the share of them that is read rightly."""
         logits = self.linear(features).split(SIZES, -1)
+        pairs = list(zip(logits, labels.T, strict=True))
         losses = [
             F.cross_entropy(g, y, reduction="sum", ignore_index=UNTOLD) for g, y in zip(logits, labels.T, strict=True)
         ]
