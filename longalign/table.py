@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 LENGTH_EDGES = (30, 60, 120, 240)
+CHUNK = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,9 @@ def bootstrap(
     counts = np.bincount(labels[known])
     sums, counts = sums[counts > 0], counts[counts > 0]
     rng = np.random.default_rng(seed)
-    means = np.empty(samples)
-    for i in range(samples):
-        drawn = rng.integers(len(sums), size=len(sums))
-        means[i] = sums[drawn].sum() / counts[drawn].sum()
+    rows = max(1, CHUNK // len(sums))
+    drawn = (rng.integers(len(sums), size=(min(rows, samples - i), len(sums))) for i in range(0, samples, rows))
+    means = np.concatenate([sums[index].sum(1) / counts[index].sum(1) for index in drawn])
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(values[known].mean()), float(low), float(high), int(known.sum()))
 
