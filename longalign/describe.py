@@ -106,7 +106,8 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 def _sections(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type):
-        return [annotation] if issubclass(annotation, BaseModel) and not issubclass(annotation, PartConfig) else []
+        # A part that is looked up by name describes itself; a config class that is fixed is explained here.
+        return [annotation] if issubclass(annotation, BaseModel) and annotation is not PartConfig else []
     return [section for a in get_args(annotation) for section in _sections(a)]
 
 
