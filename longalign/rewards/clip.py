@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from longalign import registry
-from longalign.images import Pixels
 from longalign.rewards.hub import holds_tokenizer, image_statistics
-from longalign.rewards.towers import TowerReward, Towers
+from longalign.rewards.towers import ImageInput, TowerReward, Towers
 from longalign.runtime import Runtime, resolve_checkpoint
 
 if TYPE_CHECKING:
@@ -82,14 +80,8 @@ def load_clip(config: ClipLikeConfig, runtime: Runtime) -> TowerReward:
     check_tokenizer(len(tokenizer), model.config.text_config.vocab_size, processor, checkpoint)
     _check_end(tokenizer.eos_token_id, model.config.text_config.eos_token_id, processor, checkpoint)
     mean, std = image_statistics(processor, **where)
-    size = model.config.vision_config.image_size
-    towers = ClipTowers(model.to(device=runtime.device, dtype=runtime.torch_dtype), tokenizer)
-    return TowerReward(
-        towers,
-        Pixels((size, size), mean, std, aspect=config.aspect, crop=config.crop),
-        segmenter=registry.segmenters.build(config.segmenter, runtime) if config.segmenter else None,
-        micro_batch=config.micro_batch,
-    )
+    image = ImageInput(model.config.vision_config.image_size, mean, std)
+    return TowerReward.from_towers(ClipTowers(model, tokenizer), image, config, runtime)
 
 
 def _check_end(token: int | None, expected: int, processor: str, checkpoint: str) -> None:

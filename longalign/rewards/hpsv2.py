@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from longalign import registry
-from longalign.images import CLIP_MEAN, CLIP_STD, Pixels
+from longalign.images import CLIP_MEAN, CLIP_STD
 from longalign.rewards.clip import NUM_SPECIAL_TOKENS, check_tokenizer
-from longalign.rewards.towers import TowerReward, Towers
+from longalign.rewards.towers import ImageInput, TowerReward, Towers
 from longalign.runtime import Runtime, resolve_checkpoint
 
 if TYPE_CHECKING:
@@ -60,15 +59,8 @@ def load_hpsv2(config: Hpsv2Config, runtime: Runtime) -> TowerReward:
     tokenizer = _tokenizer(weights.parent, model.context_length)
     check_tokenizer(tokenizer.vocab_size, model.vocab_size, str(weights), str(weights))
     preprocess = settings.get("preprocess_cfg", {})
-    size = model.visual.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    mean, std = (tuple(preprocess.get(k, v)) for k, v in (("mean", CLIP_MEAN), ("std", CLIP_STD)))
-    return TowerReward(
-        OpenClipTowers(model.to(device=runtime.device, dtype=runtime.torch_dtype), tokenizer),
-        Pixels((height, width), mean, std, aspect=config.aspect, crop=config.crop),
-        segmenter=registry.segmenters.build(config.segmenter, runtime) if config.segmenter else None,
-        micro_batch=config.micro_batch,
-    )
+    image = ImageInput(model.visual.image_size, preprocess.get("mean", CLIP_MEAN), preprocess.get("std", CLIP_STD))
+    return TowerReward.from_towers(OpenClipTowers(model, tokenizer), image, config, runtime)
 
 
 def find_weights(checkpoint: str, version: str | None = None, revision: str | None = None) -> Path:

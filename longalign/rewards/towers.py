@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from longalign import registry
 from longalign.images import Pixels, at_least_float32
 from longalign.rewards.base import EmbeddingReward
+from longalign.rewards.configs import TowerRewardConfig
+from longalign.runtime import Runtime
 from longalign.segment import Segmenter, fit
 
 NUM_TEXTS_PER_PASS = 64
@@ -36,6 +40,15 @@ class Towers(nn.Module):
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Texts to embeddings ``(n, d)`` of any length; what exceeds the window is cut (callers see to it)."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """What the image tower of a checkpoint reads: size in pixels (one side or both), mean and standard deviation."""
+
+    size: int | Sequence[int]
+    mean: Sequence[float]
+    std: Sequence[float]
 
 
 class TowerReward(EmbeddingReward):
@@ -63,6 +76,17 @@ class TowerReward(EmbeddingReward):
         self.micro_batch = micro_batch
         self.dim = towers.dim
         self._warned = False
+
+    @classmethod
+    def from_towers(cls, towers: Towers, image: ImageInput, config: TowerRewardConfig, runtime: Runtime) -> TowerReward:
+        """Puts loaded towers on the runtime's device in its dtype, with what a config says of images and texts."""
+        height, width = (image.size, image.size) if isinstance(image.size, int) else image.size
+        return cls(
+            towers.to(device=runtime.device, dtype=runtime.torch_dtype),
+            Pixels((height, width), tuple(image.mean), tuple(image.std), aspect=config.aspect, crop=config.crop),
+            segmenter=registry.segmenters.build(config.segmenter, runtime) if config.segmenter else None,
+            micro_batch=config.micro_batch,
+        )
 
     def train(self, mode: bool = True) -> TowerReward:
         """Switches the reward's own behaviour; the frozen towers stay in eval mode."""

@@ -1,0 +1,1 @@
+"""SigLIP as a reward of longalign."""

@@ -1,0 +1,27 @@
+"""The config of the reward `siglip`; importing this module does not import torch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from longalign.rewards.configs import TowerRewardConfig
+from longalign.runtime import Runtime
+
+
+class SiglipConfig(TowerRewardConfig):
+    """The cosine of SigLIP's image and text embeddings (Zhai et al. 2023, arXiv 2303.15343).
+
+    Attributes:
+        checkpoint: hub id, or local folder in transformers layout, of a ``SiglipModel`` with its tokenizer.
+        revision: of the hub repository.
+    """
+
+    name: Literal["siglip"] = "siglip"
+    checkpoint: str = "google/siglip-so400m-patch14-384"
+    revision: str | None = None
+    aspect: Literal["crop", "pad", "squash"] = "squash"
+
+    def build(self, runtime: Runtime) -> Any:
+        from longalign_siglip.towers import load_siglip
+
+        return load_siglip(self, runtime)
