@@ -168,3 +168,31 @@ def tiny_sd(folder: Path, width: int = 16) -> Path:
     )  # fmt: skip
     pipe.save_pretrained(folder)
     return folder
+
+
+def tiny_unet(width: int = 8, channels: int = 4, size: int = 4, **settings):
+    """A UNet of Stable Diffusion's kind in memory, with cross-attention to states of ``width``."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        in_channels=channels, out_channels=channels, sample_size=size, block_out_channels=(8,), norm_num_groups=4,
+        layers_per_block=1, cross_attention_dim=width, attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), mid_block_type=None,
+        **settings,
+    ).eval()  # fmt: skip
+
+
+def tiny_backbone(prediction: str = "epsilon", width: int = 8, **vae_settings):
+    """An `SDBackbone` in memory: 8 px images, latents of 4 by 4."""
+    from diffusers import AutoencoderKL, DDIMScheduler
+
+    from longalign.backbones.sd import SDBackbone
+
+    unet = tiny_unet(width)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **vae_settings,
+    )  # fmt: skip
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+    return SDBackbone(unet, vae, scheduler.alphas_cumprod, prediction)

@@ -105,9 +105,8 @@ class RewardTrainer(Trainer):
         """Loss and metrics of fresh samples, without gradient, which `step` computes on its way."""
         prompts = batch["prompt"]
         with torch.no_grad():
-            told = self.branches(self.told(prompts), slice(0, len(prompts)))
-            noise = self.noise(len(prompts))
-            latents, _ = rollout(self.predictor(self.backbone.predict, told), noise, self.solver)
+            predict = self.predictor(self.backbone.predict, self.told(prompts), slice(0, len(prompts)))
+            latents, _ = rollout(predict, self.noise(len(prompts)), self.solver)
             return self.summary(self.score(latents, prompts))
 
     def step(self, batch: Mapping[str, Any], backward: Backward) -> dict[str, Tensor]:
@@ -118,11 +117,11 @@ class RewardTrainer(Trainer):
         encoded = self.told(prompts)
         told = replace(encoded, states=encoded.states.detach().requires_grad_(encoded.states.requires_grad))
         noise, picks = self.noise(len(prompts)), self.schedule.pick(len(self.solver))
-        chunks = [(rows, self.branches(told, rows)) for rows in _chunks(len(prompts), self.denoise_batch)]
+        chunks = list(_chunks(len(prompts), self.denoise_batch))
 
         rollouts = []
-        for rows, branches in chunks:
-            predict = self.predictor(self.backbone.predict, branches)
+        for rows in chunks:
+            predict = self.predictor(self.backbone.predict, told, rows)
             rollouts.append(rollout(predict, noise[rows], self.solver, picks, self.quiet(predict)))
 
         latents = torch.cat([final for final, _ in rollouts]).requires_grad_()
@@ -131,14 +130,14 @@ class RewardTrainer(Trainer):
             (gradient,) = torch.autograd.grad(summary["reward_loss"], latents)
 
         drift = latents.new_zeros(())
-        for (rows, branches), (_, visits) in zip(chunks, rollouts, strict=True):
-            predict = self.predictor(self.backbone.predict, branches)
+        for rows, (_, visits) in zip(chunks, rollouts, strict=True):
+            predict = self.predictor(self.backbone.predict, told, rows)
             for some in (visits[i : i + self.replay_batch] for i in range(0, len(visits), self.replay_batch)):
                 outputs = replay(predict, some)
                 pulled = pull_back(self.solver, some, outputs, gradient[rows])
                 if self.regularizer == "kl":
                     share = len(outputs) / (len(prompts) * len(picks))
-                    away = share * self.regularizer_weight * self.drift(outputs, some, branches)
+                    away = share * self.regularizer_weight * self.drift(outputs, some, told, rows)
                     pulled, drift = pulled + away, drift + away.detach()
                 backward(pulled)
         if told.states.grad is not None:
@@ -162,39 +161,33 @@ class RewardTrainer(Trainer):
         that both have the same length."""
         return self.encode([*prompts, ""] if self.guidance != 1 else list(prompts))
 
-    def branches(self, told: Conditioning, rows: slice) -> Conditioning:
-        """The conditioning of some prompts and, if there is guidance, as many times that of the empty prompt."""
-        index = torch.arange(rows.start, rows.stop)
-        if self.guidance != 1:
-            index = torch.cat([index, torch.full_like(index, len(told.states) - 1)])
-        return told[index.to(told.states.device)]
-
-    def predictor(self, denoise: Callable[[Tensor, Tensor, Conditioning], Tensor], told: Conditioning) -> Predict:
-        """The guided answer of ``denoise``.
+    def predictor(
+        self, denoise: Callable[[Tensor, Tensor, Conditioning], Tensor], told: Conditioning, rows: slice
+    ) -> Predict:
+        """The guided answer of ``denoise`` for some of the prompts.
 
         Args:
             denoise: `Backbone.predict` or `Backbone.predict_start`.
-            told: from `branches`, for b prompts. The latents are those of one or more visits, ``(v * b, c, h, w)``.
+            told: from `told`.
+            rows: which b of the prompts. The latents are those of one or more visits, ``(v * b, c, h, w)``.
         """
-        guided = self.guidance != 1
+        prompts = torch.arange(rows.start, rows.stop, device=told.states.device)
+        empty = torch.full_like(prompts, len(told.states) - 1)
 
         def predict(latents: Tensor, timesteps: Tensor) -> Tensor:
-            if guided:
-                latents, timesteps = torch.cat([latents, latents]), torch.cat([timesteps, timesteps])
-            visits = len(latents) // len(told.states)
-            index = torch.arange(len(told.states), device=told.states.device)
-            halves = [half.repeat(visits) for half in index.chunk(2 if guided else 1)]
-            output = denoise(latents, timesteps, told if visits == 1 else told[torch.cat(halves)])
-            if not guided:
-                return output
+            visits = len(latents) // len(prompts)
+            if self.guidance == 1:
+                return denoise(latents, timesteps, told[prompts.repeat(visits)])
+            branches = torch.cat([prompts.repeat(visits), empty.repeat(visits)])
+            output = denoise(torch.cat([latents] * 2), torch.cat([timesteps] * 2), told[branches])
             conditional, unconditional = output.chunk(2)
             return guide(conditional, unconditional, self.guidance)
 
         return predict
 
-    def drift(self, outputs: Tensor, visits: Sequence[Visit], told: Conditioning) -> Tensor:
+    def drift(self, outputs: Tensor, visits: Sequence[Visit], told: Conditioning, rows: slice) -> Tensor:
         """Mean squared difference of ``outputs`` to the start model's answers at the same visits; a scalar."""
-        start = self.predictor(self.backbone.predict_start, told)
+        start = self.predictor(self.backbone.predict_start, told, rows)
         before = start(torch.cat([v.latents for v in visits]), torch.cat([v.timesteps for v in visits]))
         return (outputs - before).square().mean()
 

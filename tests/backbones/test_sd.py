@@ -1,0 +1,231 @@
+"""Stable Diffusion as a backbone: layout, scaling, LoRA."""
+
+import diffusers
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from tiny import tiny_backbone, tiny_sd, tiny_unet
+
+from longalign.backbones.configs import LoraConfig, SDConfig
+from longalign.backbones.lora import inject_lora, lora_targets
+from longalign.backbones.sd import SDBackbone, scheduler_constants
+from longalign.encoders.base import Conditioning
+from longalign.registry import backbones
+
+LORA = LoraConfig(rank=2, dropout=0.0)
+
+
+def told(count=2, width=8):
+    return Conditioning(torch.randn(count, 3, width, generator=torch.Generator().manual_seed(5)))
+
+
+def asked(backbone, count=2):
+    latents = torch.randn(count, 4, 4, 4, generator=torch.Generator().manual_seed(6))
+    return backbone.predict(latents, torch.tensor([10, 900][:count]), told(count))
+
+
+def move(parameters, std=0.3):
+    with torch.no_grad():
+        for p in parameters:
+            p.add_(std * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+
+
+def test_stable_diffusion_15_has_the_published_numbers():
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+        assert sum(p.numel() for p in unet.parameters()) == 859_520_964
+        targets = lora_targets(unet)
+        parameters = inject_lora(unet, LoraConfig(rank=32), "align")
+    assert len(targets) == 224 and len(parameters) == 448
+    assert sum(p.numel() for p in parameters) == 28_291_072
+    assert targets[0] == "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    assert sum(".attn" in t for t in targets) == 128
+    assert sum(".resnets." in t for t in targets) == 80
+    assert sum(t.endswith("ff.net.0.proj") for t in targets) == 16
+    layers = {name for name, m in unet.named_modules() if hasattr(m, "lora_A")}
+    assert layers == set(targets)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_sd(tmp_path_factory.mktemp("sd"))
+
+
+def test_loads_a_folder_in_diffusers_layout(folder):
+    backbone = backbones.build({"name": "sd", "checkpoint": str(folder)})
+    assert isinstance(backbone, SDBackbone)
+    assert backbone.prediction == "epsilon" and backbone.resolution == 64
+    assert backbone.latent_shape() == (4, 8, 8) and backbone.latent_shape(128, 64) == (4, 16, 8)
+    assert backbone.alphas_cumprod.shape == (1000,)
+    assert backbone.alphas_cumprod[0] == pytest.approx(1 - 0.00085)
+    assert not any(p.requires_grad for p in backbone.parameters())
+    with pytest.raises(ValueError, match="divisible by 8, got 60 x 64"):
+        backbone.latent_shape(60, 64)
+    half = backbones.build({"name": "sd", "checkpoint": str(folder), "dtype": "bfloat16"})
+    assert half.denoiser.dtype == torch.bfloat16 and half.vae.dtype == torch.float32
+    parameters = half.add_lora(LORA, "x")
+    assert {p.dtype for p in parameters} == {torch.float32}
+
+
+def test_latents_are_scaled_and_shifted():
+    backbone = tiny_backbone(scaling_factor=0.5, shift_factor=0.25)
+    images = torch.rand(2, 3, 8, 8)
+    latents = backbone.encode_images(images, torch.Generator().manual_seed(0))
+    raw = backbone.vae.encode(2 * images - 1).latent_dist.sample(torch.Generator().manual_seed(0))
+    assert latents.shape == (2, 4, 4, 4) and not latents.requires_grad
+    assert torch.allclose(latents, (raw - 0.25) * 0.5)
+    decoded = backbone.decode(latents.requires_grad_())
+    assert torch.allclose(decoded, (backbone.vae.decode(raw).sample / 2 + 0.5).clamp(0, 1), atol=1e-6)
+    decoded.mean().backward()
+    assert latents.grad is not None and latents.grad.abs().sum() > 0
+
+
+def test_the_mask_reaches_the_unet():
+    backbone = tiny_backbone()
+    latents, times = torch.randn(1, 4, 4, 4), torch.tensor([500])
+    states = torch.randn(1, 3, 8)
+    masked = Conditioning(states, mask=torch.tensor([[True, True, False]]))
+    cut = Conditioning(states[:, :2])
+    assert torch.allclose(backbone.predict(latents, times, masked), backbone.predict(latents, times, cut), atol=1e-5)
+    with pytest.raises(ValueError, match="takes states of width 8, the encoder gives width 5"):
+        backbone.predict(latents, times, told(1, 5))
+
+
+def test_lora_starts_at_the_model_itself_and_only_it_is_trainable():
+    backbone = tiny_backbone()
+    before = asked(backbone)
+    parameters = backbone.add_lora(LoraConfig(rank=64, dropout=0.0), "align")
+    assert torch.equal(asked(backbone), before)
+    downs, ups = parameters[0::2], parameters[1::2]
+    assert all((p == 0).all() for p in ups)
+    assert torch.cat([p.flatten() for p in downs]).std().item() == pytest.approx(1 / 64, rel=0.03)
+    assert [p for p in backbone.parameters() if p.requires_grad] == parameters
+    asked(backbone).square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in ups)
+    assert all(p.grad is None for p in backbone.vae.parameters())
+
+
+def test_scale_and_rank_are_those_of_the_update():
+    backbone, double = tiny_backbone(), tiny_backbone()
+    for b, scale in ((backbone, 1.0), (double, 2.0)):
+        torch.manual_seed(0)
+        move(b.add_lora(LoraConfig(rank=2, scale=scale, dropout=0.0), "x"))
+    name, layer = next((n, m) for n, m in backbone.denoiser.named_modules() if hasattr(m, "lora_A"))
+    x = torch.randn(1, layer.in_features)
+    update = layer(x) - layer.base_layer(x)
+    assert torch.allclose(update, x @ layer.lora_A["x"].weight.T @ layer.lora_B["x"].weight.T, atol=1e-6)
+    other = double.denoiser.get_submodule(name)
+    assert torch.allclose(other(x) - other.base_layer(x), 2 * update, atol=1e-5)
+
+
+@pytest.mark.parametrize("placement", ["down", "up"])
+def test_dropout_sits_where_it_is_asked_for_and_only_while_training(placement):
+    backbone = tiny_backbone()
+    move(backbone.add_lora(LoraConfig(rank=2, dropout=0.5, dropout_placement=placement), "x"))
+    layer = next(m for m in backbone.denoiser.modules() if hasattr(m, "lora_A") and hasattr(m, "in_features"))
+    x = torch.ones(1, layer.in_features)
+    quiet = (layer.eval()(x) - layer.base_layer(x)).flatten()
+    noisy = (layer.train()(x) - layer.base_layer(x)).flatten()
+    dropped_or_doubled = [
+        bool(torch.isclose(n, torch.tensor(0.0), atol=1e-6) or torch.isclose(n, 2 * q, rtol=1e-3))
+        for n, q in zip(noisy, quiet, strict=True)
+    ]
+    assert all(dropped_or_doubled) == (placement == "up")
+    assert not torch.allclose(noisy, quiet)
+
+
+def test_a_second_lora_merges_the_first():
+    backbone = tiny_backbone()
+    move(backbone.add_lora(LORA, "align"))
+    with_align = asked(backbone)
+    parameters = backbone.add_lora(LORA, "reward")
+    assert torch.allclose(asked(backbone), with_align, atol=1e-5)
+    assert [p for p in backbone.parameters() if p.requires_grad] == parameters
+    move(parameters)
+    with_both = asked(backbone)
+    assert not torch.allclose(with_both, with_align, atol=1e-3)
+    assert backbone.lora_names == ["align", "reward"] and backbone.unused_name("reward") == "reward-2"
+    again = tiny_backbone()
+    again.load_lora(backbone.lora_state())
+    assert torch.equal(asked(again), with_both)
+    backbone.merge_lora()
+    assert torch.allclose(asked(backbone), with_both, atol=1e-5)
+    assert [stack.name for stack in backbone.lora_state()] == ["align", "reward"]
+    with pytest.raises(ValueError, match="there is a LoRA 'align' already"):
+        backbone.add_lora(LORA, "align")
+    with pytest.raises(ValueError, match="expected a backbone without LoRA"):
+        again.load_lora([])
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_start_model_is_remembered(full):
+    backbone = tiny_backbone()
+    before = asked(backbone)
+    if full:
+        backbone.keep_start()
+        parameters = backbone.train_all()
+    else:
+        parameters = backbone.add_lora(LORA, "x")
+    move(parameters)
+    after = asked(backbone)
+    assert not torch.allclose(after, before, atol=1e-3)
+    latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(6))
+    start = backbone.predict_start(latents, torch.tensor([10, 900]), told())
+    assert torch.equal(start, before) and not start.requires_grad
+    assert torch.equal(asked(backbone), after)
+
+
+def test_weights_of_another_model_are_refused():
+    backbone, other = tiny_backbone(), tiny_backbone()
+    backbone.add_lora(LoraConfig(rank=3), "x")
+    other.add_lora(LORA, "x")
+    state = other.lora_state()[0].state
+    with pytest.raises(ValueError, match=r"'.*lora_A.weight' should have shape \(3, 8.*\), got \(2, 8"):
+        backbone.set_lora(state)
+    with pytest.raises(ValueError, match=r"is missing \(1 missing, 0 unknown\)"):
+        other.set_lora(dict(list(state.items())[1:]))
+    with pytest.raises(ValueError, match="call add_lora first"):
+        tiny_backbone().set_lora(state)
+
+
+def test_all_weights_are_saved_with_what_was_merged():
+    backbone = tiny_backbone()
+    move(backbone.add_lora(LORA, "align"))
+    move(backbone.train_all(), 0.01)
+    assert backbone.lora_names == [] and all(p.requires_grad for p in backbone.denoiser.parameters())
+    move(backbone.add_lora(LORA, "reward"))
+    again = tiny_backbone()
+    again.load_full(backbone.full_state())
+    again.load_lora(backbone.lora_state())
+    assert torch.equal(asked(again), asked(backbone))
+
+
+def test_unfit_networks_are_refused():
+    vae = tiny_backbone().vae
+    with pytest.raises(ValueError, match="takes 9 channels and the VAE has 4"):
+        SDBackbone(tiny_unet(channels=9), vae, torch.linspace(1, 0.1, 10), "epsilon")
+    with pytest.raises(ValueError, match="class_embed_type=timestep"):
+        SDBackbone(tiny_unet(class_embed_type="timestep"), vae, torch.linspace(1, 0.1, 10), "epsilon")
+
+
+def test_scheduler_constants():
+    pndm = {"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
+    alphas, prediction = scheduler_constants({**pndm, "beta_start": 0.00085, "beta_end": 0.012})
+    assert prediction == "v_prediction" and alphas[0] == pytest.approx(1 - 0.00085)
+    # DDIM clips unless it is told not to
+    with pytest.raises(ValueError, match="clip_sample=true"):
+        scheduler_constants({"_class_name": "DDIMScheduler"})
+    with pytest.raises(ValueError, match="thresholding=true"):
+        scheduler_constants({**pndm, "thresholding": True})
+    with pytest.raises(ValueError, match="diffusers has no scheduler 'Nonesuch'"):
+        scheduler_constants({"_class_name": "Nonesuch"})
+    assert hasattr(diffusers, "FlowMatchEulerDiscreteScheduler")
+    with pytest.raises(ValueError, match="expects a scheduler with cumulated alphas"):
+        scheduler_constants({"_class_name": "FlowMatchEulerDiscreteScheduler"})
+
+
+def test_config_is_checked_without_torch():
+    with pytest.raises(ValueError, match="dtype"):
+        SDConfig(checkpoint="x", dtype="int8")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="rank"):
+        LoraConfig(rank=0)

@@ -1,0 +1,187 @@
+"""Checkpoints: what they hold, that it comes back, and that stock diffusers can read it."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import tiny_backbone, tiny_sd
+
+from longalign import checkpoint
+from longalign.backbones.configs import LoraConfig
+from longalign.compose import build_from_config
+from longalign.config import load_config
+from longalign.files import read_metadata
+from longalign.registry import backbones, encoders
+from longalign.runtime import Runtime
+
+sys.path.insert(0, str(Path(__file__).parent / "trainers"))
+
+import worlds
+
+LORA = LoraConfig(rank=2, dropout=0.0)
+
+
+@pytest.fixture
+def world():
+    worlds.register()
+    yield worlds
+    worlds.unregister()
+
+
+def move(module, std=0.3):
+    with torch.no_grad():
+        for i, p in enumerate(p for p in module.parameters() if p.requires_grad):
+            p.add_(std * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+
+
+def asked(backbone, encoder):
+    latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(6))
+    with torch.no_grad():
+        return backbone.eval().predict(latents, torch.tensor([10, 900]), encoder.eval().encode(["ab", "c"]))
+
+
+def trained(config):
+    """Parts whose trained weights are far from where they began."""
+    composition = build_from_config(config)
+    composition.trainer.trainable()
+    move(composition.backbone.denoiser)
+    move(composition.encoder)
+    return composition
+
+
+def saved(composition, folder, step=7):
+    return checkpoint.save(folder, composition.config, composition.backbone, composition.encoder, step)
+
+
+@pytest.mark.parametrize("lora", [{"rank": 2}, None])
+def test_a_checkpoint_gives_the_same_predictions(world, tmp_path, lora):
+    config = world.align_config(tmp_path)
+    config["trainer"]["lora"] = lora
+    composition = trained(config)
+    before = asked(composition.backbone, composition.encoder)
+    path = saved(composition, tmp_path / "checkpoint-000007")
+    assert path == tmp_path / "checkpoint-000007" / "longalign.safetensors"
+    assert [p.name for p in path.parent.iterdir()] == ["longalign.safetensors"]
+
+    backbone, encoder = backbones.build("tiny-backbone"), encoders.build("toy-encoder")
+    checkpoint.load_into(path, backbone, encoder)
+    assert torch.equal(asked(backbone, encoder), before)
+
+    read, backbone, encoder = checkpoint.load_for_sampling(tmp_path, Runtime())
+    assert read == composition.config
+    assert torch.allclose(asked(backbone, encoder), before, atol=1e-5)
+    assert not any(p.requires_grad for m in (backbone, encoder) for p in m.parameters()) and not backbone.training
+
+
+def test_sampling_builds_no_trainer_and_no_reward(world, tmp_path, monkeypatch):
+    path = saved(trained(world.reward_config(tmp_path)), tmp_path / "checkpoint-000001")
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("built")
+
+    monkeypatch.setattr("longalign.trainers.configs.RewardConfig.build", refuse)
+    monkeypatch.setattr("longalign.rewards.base.as_reward", refuse)
+    config, _, _ = checkpoint.load_for_sampling(path)
+    assert config.trainer is not None and config.trainer.name == "reward"
+
+
+def test_a_checkpoint_explains_itself(world, tmp_path):
+    metadata = read_metadata(saved(trained(world.reward_config(tmp_path)), tmp_path / "c"))
+    assert load_config(json.loads(metadata["config"])) == load_config(world.reward_config(tmp_path))
+    assert metadata["step"] == "7" and metadata["format"] == "1"
+    assert {"python", "torch", "diffusers", "longalign"} <= set(json.loads(metadata["versions"]))
+    owners = json.loads(metadata["providers"])
+    assert owners["backbone"] == "this process" and owners["trainer"].startswith("longalign ")
+    assert owners["trainer.schedule"].startswith("longalign ") and owners["rewards.0"] == "this process"
+    assert json.loads(metadata["loras"]) == [{"name": "reward", "config": {**LORA.model_dump(), "dropout": 0.1}}]
+
+
+def test_reward_on_top_of_align_keeps_both(world, tmp_path):
+    align = trained(world.align_config(tmp_path / "align"))
+    with_align = asked(align.backbone, align.encoder)
+    start = saved(align, tmp_path / "align" / "checkpoint-000001").parent
+
+    reward = build_from_config({**world.reward_config(tmp_path / "reward"), "init_from": str(start)})
+    reward.trainer.train()
+    assert torch.allclose(asked(reward.backbone, reward.encoder), with_align, atol=1e-5)
+    assert reward.backbone.lora_names == ["align", "reward"]
+    assert not any(p.requires_grad for p in reward.encoder.parameters())
+    assert all(".reward." in n for n, p in reward.backbone.denoiser.named_parameters() if p.requires_grad)
+
+    move(reward.backbone.denoiser)
+    with_both = asked(reward.backbone, reward.encoder)
+    path = saved(reward, tmp_path / "reward" / "checkpoint-000001")
+    tensors = load_file(path)
+    assert {k.split(".")[1] for k in tensors if k.startswith("lora.")} == {"0", "1"}
+    assert {k for k in tensors if k.startswith("encoder.")} == {"encoder.adapter.0.weight", "encoder.adapter.0.bias"}
+
+    for p in start.iterdir():
+        p.unlink()  # the reward checkpoint needs nothing of the other one
+    _, backbone, encoder = checkpoint.load_for_sampling(path, Runtime())
+    assert torch.allclose(asked(backbone, encoder), with_both, atol=1e-5)
+
+
+def test_stock_diffusers_loads_the_exported_lora(tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    folder = tiny_sd(tmp_path / "sd")
+    backbone = backbones.build({"name": "sd", "checkpoint": str(folder)})
+    for name, rank, scale in (("align", 2, 1.0), ("reward", 3, 0.5)):
+        backbone.add_lora(LoraConfig(rank=rank, scale=scale), name)
+        move(backbone.denoiser)
+    encoder = worlds.ToyEncoder(with_adapter=False)
+    config = load_config({"backbone": {"name": "sd", "checkpoint": str(folder)}, "encoder": "clip-segment"})
+    checkpoint.save(tmp_path / "run", config, backbone, encoder, 1)
+    path = checkpoint.export_lora(tmp_path / "run", tmp_path / "exported")
+    assert path.name == "pytorch_lora_weights.safetensors"
+    assert next(v for k, v in load_file(path).items() if k.endswith("lora_A.weight")).shape[0] == 5
+
+    latents, states = torch.randn(1, 4, 8, 8), torch.randn(1, 3, 16)
+    plain = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    before = plain.unet(latents, 500, states).sample
+    plain.load_lora_weights(tmp_path / "exported")
+    got = plain.unet(latents, 500, states).sample
+    expected = backbone.eval().denoiser(latents, 500, states).sample
+    assert not torch.allclose(got, before, atol=1e-2)
+    assert torch.allclose(got, expected, atol=1e-4)
+
+
+def test_what_cannot_be_exported_is_refused(world, tmp_path):
+    config = world.align_config(tmp_path)
+    config["trainer"]["lora"] = None
+    saved(trained(config), tmp_path / "full")
+    with pytest.raises(ValueError, match="holds all weights of the denoiser"):
+        checkpoint.export_lora(tmp_path / "full", tmp_path)
+    composition = build_from_config(config)
+    saved(composition, tmp_path / "none")
+    with pytest.raises(ValueError, match="holds no LoRA"):
+        checkpoint.export_lora(tmp_path / "none", tmp_path)
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(world, tmp_path):
+    path = saved(trained(world.align_config(tmp_path)), tmp_path / "c")
+    with pytest.raises(ValueError, match=r"the encoder's adapter do not fit: 'adapter.0.\w+' is unknown"):
+        checkpoint.load_into(path, tiny_backbone(), worlds.ToyEncoder(with_adapter=False))
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="has format None, expected '1'"):
+        checkpoint.load_weights(tmp_path / "other.safetensors")
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        checkpoint.load_weights(tmp_path / "nowhere")
+
+
+def test_a_write_that_fails_leaves_the_old_file(world, tmp_path, monkeypatch):
+    composition = trained(world.align_config(tmp_path))
+    path = saved(composition, tmp_path / "c")
+    before = path.read_bytes()
+
+    def fail(tensors, target, metadata):
+        Path(target).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        saved(composition, tmp_path / "c")
+    assert path.read_bytes() == before

@@ -1,0 +1,113 @@
+"""Noise-prediction fine-tuning: what is learned, and of which parameters."""
+
+import pytest
+import torch
+from tiny import tiny_backbone
+from worlds import LORA, Squares, ToyEncoder
+
+from longalign.backbones.base import Backbone
+from longalign.diffusion import training_target
+from longalign.faults import ConfigError
+from longalign.registry import trainers
+from longalign.trainers.align import AlignTrainer
+from longalign.trainers.base import adapter
+from longalign.trainers.batches import collate
+from longalign.trainers.configs import AlignConfig
+
+BATCH = collate([Squares()[i] for i in (1, 7)])
+
+
+def build(lora=LORA, encoder=None, **keys):
+    torch.manual_seed(0)
+    config = AlignConfig(lora=lora, **keys)
+    return AlignTrainer.from_config(config, tiny_backbone(), encoder or ToyEncoder()).train()
+
+
+def graded(module):
+    return {name for name, p in module.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+
+
+@pytest.mark.parametrize("train_adapter", [True, False])
+def test_gradient_flows_into_lora_and_adapter_alone(train_adapter):
+    trainer = build(train_adapter=train_adapter)
+    losses = trainer.step(BATCH, torch.Tensor.backward)
+    assert set(losses) == {"noise_loss"} and losses["noise_loss"] > 0 and not losses["noise_loss"].requires_grad
+    assert all(".lora_B." in name for name in graded(trainer.backbone)) and graded(trainer.backbone)
+    assert graded(trainer.encoder) == ({"adapter.0.weight", "adapter.0.bias"} if train_adapter else set())
+    assert set(adapter(trainer.encoder)) == {"adapter.0.weight", "adapter.0.bias"}
+    expected = [p for p in trainer.parameters() if p.requires_grad]
+    assert len(trainer.trainable()) == len(expected) and all(p.requires_grad for p in trainer.trainable())
+
+
+def test_gradient_flows_into_all_weights_of_the_denoiser():
+    trainer = build(lora=None)
+    trainer.step(BATCH, torch.Tensor.backward)
+    assert graded(trainer.backbone) == {f"denoiser.{n}" for n, _ in trainer.backbone.denoiser.named_parameters()}
+    assert trainer.backbone.full
+
+
+def test_what_is_frozen_stays_in_eval_mode():
+    trainer = build()
+    assert trainer.training and trainer.encoder.adapter[1].training
+    assert not trainer.encoder.frozen[1].training and not trainer.backbone.vae.training
+    dropouts = [m.lora_dropout["align"] for m in trainer.backbone.denoiser.modules() if hasattr(m, "lora_A")]
+    assert all(d.training for d in dropouts)
+    trainer.eval()
+    assert not any(m.training for m in trainer.modules())
+    frozen = build(train_adapter=False)
+    assert not frozen.encoder.adapter[1].training
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_loss_is_zero_for_a_denoiser_that_knows(prediction):
+    class Knowing(AlignTrainer):
+        def losses(self, batch):
+            backbone = self.backbone
+            encoded = backbone.encode_images(batch["image"])
+            backbone.encode_images = lambda images: encoded
+
+            def predict(noisy, timesteps, conditioning):
+                signal, sigma = backbone.levels.at(timesteps, noisy)
+                noise = (noisy - signal * encoded) / sigma
+                return training_target(prediction, backbone.levels, encoded, noise, timesteps)
+
+            backbone.predict = predict
+            return super().losses(batch)
+
+    backbone = tiny_backbone(prediction)
+    backbone.add_lora(LORA, "align")
+    assert Knowing(backbone, ToyEncoder()).losses(BATCH)["noise_loss"] < 1e-3
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, ["1", "7"]), (1.0, ["", ""])])
+def test_dropped_captions_become_the_empty_prompt(share, expected):
+    read = []
+
+    class Reading(ToyEncoder):
+        def encode(self, prompts):
+            read.append(list(prompts))
+            return super().encode(prompts)
+
+    build(encoder=Reading(), caption_dropout=share).losses(BATCH)
+    assert read == [expected]
+
+
+def test_prompts_alone_are_refused():
+    with pytest.raises(ValueError, match="'align' needs images, and the data has prompts only"):
+        build().losses({"prompt": ["a"]})
+
+
+def test_unused_rewards_are_refused(world):
+    config = world.align_config("x")
+    from longalign.config import load_config
+
+    with pytest.raises(ConfigError, match="rewards: 'align' uses no rewards"):
+        load_config({**config, "rewards": ["red"]})
+    with pytest.raises(ValueError, match="'align' uses no rewards, got 1"):
+        trainers.build("align", backbone=tiny_backbone(), encoder=ToyEncoder(), rewards=[world.red])
+
+
+def test_built_by_name():
+    trainer = trainers.build({"name": "align", "lora": {"rank": 3}}, backbone=tiny_backbone(), encoder=ToyEncoder())
+    assert isinstance(trainer, AlignTrainer) and isinstance(trainer.backbone, Backbone)
+    assert trainer.backbone.lora_names == ["align"] and trainer.caption_dropout == 0.1

@@ -1,0 +1,194 @@
+"""A run from its first step to its last: logs, checkpoints, resuming, interruption."""
+
+import json
+import os
+import signal
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from longalign.compose import build_from_config
+from longalign.config import load_config, override
+from longalign.registry import rewards
+from longalign.rewards.guard import NonFiniteReward
+from longalign.trainers import logs
+from longalign.trainers.batches import Batches, collate, load_batches
+from longalign.trainers.loop import fit
+from longalign.trainers.resume import check_same_run, random_state, set_random_state
+
+
+def run(config, resume=None):
+    return build_from_config(config).fit(resume=resume)
+
+
+def lines(output):
+    found = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in found]
+
+
+def weights(checkpoint):
+    return load_file(checkpoint / "longalign.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("trainer", ["align", "reward"])
+def test_resumed_is_uninterrupted_bit_by_bit(world, tmp_path, trainer):
+    make = getattr(world, f"{trainer}_config")
+    settings = {"accumulation": 2, "ema": 0.9, "warmup": 3} if trainer == "align" else {}
+    whole = run(make(tmp_path / "whole", **settings))
+    assert (whole.step, whole.interrupted) == (4, False)
+    assert whole.checkpoint == tmp_path / "whole" / "checkpoint-000004"
+
+    run(make(tmp_path / "cut", **{**settings, "steps": 2}))
+    rest = run(make(tmp_path / "cut", **settings), resume=tmp_path / "cut")
+    assert same(weights(whole.checkpoint), weights(rest.checkpoint))
+    assert lines(tmp_path / "whole") == lines(tmp_path / "cut")
+    assert [line["step"] for line in lines(tmp_path / "cut")] == [1, 2, 3, 4]
+    one, two = (
+        torch.load(tmp_path / name / "checkpoint-000004" / "resume" / "shared.pt", weights_only=True)
+        for name in ("whole", "cut")
+    )
+    assert all(torch.equal(p, q) for p, q in zip(one["parameters"], two["parameters"], strict=True))
+
+
+def test_log_and_weights_of_an_align_run(world, tmp_path):
+    result = run(world.align_config(tmp_path, steps=3, keep=2, save_every=1, ema=0.9, warmup=2))
+    first = lines(tmp_path)[0]
+    assert set(first) == {"step", "loss", "noise_loss", "grad_norm", "lr"}
+    assert first["loss"] == first["noise_loss"]
+    assert [line["lr"] for line in lines(tmp_path)] == [1e-2, 1e-2, 1e-2]
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-000002", "checkpoint-000003"]
+    assert not list(tmp_path.glob(".checkpoint*"))
+    saved = weights(result.checkpoint)
+    assert {k.split(".")[0] for k in saved} == {"lora", "encoder"}
+    # the file holds the average, the resume state the weights themselves
+    raw = torch.load(result.checkpoint / "resume" / "shared.pt", weights_only=True)["parameters"]
+    names = [k for k in saved if k.endswith("lora_B.weight")]
+    assert names and all(saved[name].abs().sum() > 0 for name in names)
+    assert not any(any(torch.equal(saved[name], p) for p in raw if p.shape == saved[name].shape) for name in names)
+
+
+def test_ctrl_c_finishes_the_step_and_writes_a_checkpoint(world, tmp_path, caplog):
+    calls = []
+
+    def pressing(images, prompts):
+        calls.append(1)
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return world.red(images, prompts)
+
+    before = signal.getsignal(signal.SIGINT)
+    rewards.register("pressing", pressing)
+    try:
+        config = {**world.reward_config(tmp_path, save_every=None), "rewards": ["pressing"]}
+        result = run(config)
+        assert (result.step, result.interrupted) == (1, True)
+        assert result.checkpoint == tmp_path / "checkpoint-000001"
+        assert "stopped after step 1 of 4; to go on: longalign train" in caplog.text
+        assert signal.getsignal(signal.SIGINT) is before
+        assert run(config, resume=result.checkpoint).step == 4
+    finally:
+        rewards.unregister("pressing")
+
+
+def test_a_changed_config_is_not_resumed(world, tmp_path, caplog):
+    config = load_config(world.align_config(tmp_path, steps=1))
+    run(config)
+    with pytest.raises(ValueError, match=r"another config:\n  loop.lr: 0.01 in the checkpoint, 0.5 now\n"):
+        run(override(config, {"loop.lr": 0.5}), resume=tmp_path)
+    assert run(override(config, {"loop.steps": 2}), resume=tmp_path).step == 2
+    assert "loop.steps was 1 before and is 2 now" in caplog.text
+    assert check_same_run(config, override(config, {"output": "elsewhere"})) == {}
+    with pytest.raises(ValueError, match="there is a run in .* already; resume it"):
+        run(config)
+
+
+def test_a_broken_reward_is_kept_for_inspection(world, tmp_path):
+    rewards.register("broken", lambda images, prompts: images.mean((1, 2, 3)) * float("inf"))
+    try:
+        with pytest.raises(NonFiniteReward, match="kept in"):
+            run({**world.reward_config(tmp_path), "rewards": ["broken"]})
+    finally:
+        rewards.unregister("broken")
+    folder = tmp_path / "non-finite" / "process-0"
+    assert (folder / "image.png").is_file() and (folder / "prompt.txt").read_text()
+
+
+def test_validation_images_leave_the_training_alone(world, tmp_path):
+    with_images, without = tmp_path / "with", tmp_path / "without"
+    config = world.align_config(with_images, steps=2)
+    run({**config, "validation": {"prompts": ["ab", "cd"], "every": 1, "steps": 2, "guidance": 2.0}})
+    run(world.align_config(without, steps=2))
+    assert sorted(p.name for p in (with_images / "validation" / "000001").iterdir()) == ["00.png", "01.png"]
+    assert lines(with_images) == lines(without)
+
+
+def test_tensorboard_and_half_precision_with_checkpointed_gradients(world, tmp_path):
+    loop = {"steps": 1, "precision": "bf16", "gradient_checkpointing": True, "trackers": ["tensorboard"]}
+    composition = build_from_config(world.align_config(tmp_path, **loop))
+    assert fit(composition).step == 1
+    assert list(tmp_path.rglob("events.out.tfevents*"))
+    assert {p.dtype for p in composition.trainer.trainable()} == {torch.float32}
+    run(world.align_config(tmp_path / "plain", steps=1))  # and back to full precision in the same process
+
+
+def test_a_missing_tracker_is_named(monkeypatch, world, tmp_path):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr(logs.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"tracker 'wandb' needs a package that is not installed.*longalign\[wandb\]"):
+        run(world.align_config(tmp_path, trackers=["wandb"]))
+
+
+def test_weights_that_are_not_finite_stop_the_run(world, tmp_path):
+    with pytest.raises(RuntimeError, match="the loss is not finite at step"):
+        run(world.align_config(tmp_path, lr=1e30, clip=None, steps=4))
+
+
+def test_processes_share_out_each_pass():
+    alone = iter(Batches(12, 4, seed=0))
+    both = [iter(Batches(12, 2, seed=0, rank=r, processes=2)) for r in range(2)]
+    for _ in range(7):
+        whole = next(alone)
+        assert whole == [i for part in both for i in next(part)]
+    batches = iter(Batches(12, 4, seed=0))
+    first_pass = [i for _ in range(3) for i in next(batches)]
+    second_pass = [i for _ in range(3) for i in next(batches)]
+    assert sorted(first_pass) == sorted(second_pass) == list(range(12)) and first_pass != second_pass
+
+
+def test_batches_can_start_anywhere():
+    batches = iter(Batches(5, 2, seed=1))
+    whole = [next(batches) for _ in range(6)]
+    later = iter(Batches(5, 2, seed=1, start=4))
+    assert [next(later), next(later)] == whole[4:]
+    assert whole != [next(iter(Batches(5, 2, seed=2)))] + whole[1:]
+    with pytest.raises(ValueError, match="the data is empty"):
+        Batches(0, 2, seed=0)
+
+
+def test_batches_of_data(world):
+    before = torch.get_rng_state()
+    batch = next(load_batches(world.Squares(), Batches(10, 2, seed=0), True, 0))
+    assert batch["image"].shape == (2, 3, 8, 8) and len(batch["prompt"]) == 2
+    assert set(next(load_batches(world.Squares(), Batches(10, 2, seed=0), False, 0))) == {"prompt"}
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(ValueError, match="needs images, and the data has prompts only"):
+        load_batches(world.BareWords(), Batches(10, 2, seed=0), True, 0)
+    with pytest.raises(ValueError, match=r"one size in a batch, got \[\(3, 4, 4\), \(3, 8, 8\)\]"):
+        collate([{"prompt": "a", "image": torch.zeros(3, 8, 8)}, {"prompt": "b", "image": torch.zeros(3, 4, 4)}])
+
+
+def test_random_state_comes_back():
+    import random
+
+    import numpy as np
+
+    state = random_state()
+    drawn = (random.random(), np.random.rand(), torch.rand(1).item())
+    set_random_state(state)
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == drawn
