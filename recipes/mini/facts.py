@@ -56,14 +56,36 @@ class FactHead(nn.Module):
 
     def forward(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy over the told facts, and the share of them that is read rightly."""
-        logits = self.linear(features).split(SIZES, -1)
-        pairs = list(zip(logits, labels.T, strict=True))
-        losses = [
-            F.cross_entropy(g, y, reduction="sum", ignore_index=UNTOLD) for g, y in zip(logits, labels.T, strict=True)
-        ]
-        hits = [((g.argmax(-1) == y) & (y != UNTOLD)).sum() for g, y in pairs]
-        told = (labels != UNTOLD).sum().clamp(min=1)
-        return torch.stack(losses).sum() / told, torch.stack(hits).sum() / told
+        return fact_loss(self.linear(features).split(SIZES, -1), labels)
+
+
+def fact_loss(logits: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy over the told facts of all slots, and the share of them that is read rightly."""
+    pairs = list(zip(logits, labels.T, strict=True))
+    losses = [F.cross_entropy(g, y, reduction="sum", ignore_index=UNTOLD) for g, y in pairs]
+    hits = [((g.argmax(-1) == y) & (y != UNTOLD)).sum() for g, y in pairs]
+    told = (labels != UNTOLD).sum().clamp(min=1)
+    return torch.stack(losses).sum() / told, torch.stack(hits).sum() / told
+
+
+class TokenHead(nn.Module):
+    """Reads each place's facts from the token states by attention, as a denoiser's cross-attention would."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(10, dim) / dim**0.5)
+        self.keys, self.values = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.ground, self.place = nn.Linear(dim, SIZES[0]), nn.Linear(dim, sum(SIZES[1:5]))
+
+    def forward(self, states: Tensor, mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy over the told facts and the share read rightly, from states ``(b, n, d)``."""
+        scores = torch.einsum("qd,bnd->bqn", self.queries, self.keys(states))
+        weights = scores.masked_fill(mask[:, None] == 0, -1e4).softmax(-1)
+        read = weights @ self.values(states)
+        logits = [self.ground(read[:, 0])]
+        for place in range(9):
+            logits += self.place(read[:, place + 1]).split(SIZES[1:5], -1)
+        return fact_loss(logits, labels)
 
 
 def tensor(rows: Sequence[list[int]]) -> Tensor:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from clip import normalise
 from common import WEIGHTS, fit, images_of, scene_and_caption
-from facts import FactHead, all_true, labels_of_caption, labels_of_scene, tensor
+from facts import FactHead, TokenHead, all_true, labels_of_caption, labels_of_scene, tensor
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
@@ -59,14 +59,16 @@ def main() -> None:
     short = CLIPModel.from_pretrained(WEIGHTS / "clip", torch_dtype=torch.float32)
     folder = WEIGHTS / "longclip"
     tokenizer = CLIPTokenizer.from_pretrained(write_clip_tokenizer(folder, max_length=LENGTH))
-    clip, head = stretch(short), FactHead(256)
+    clip, head, token_head = stretch(short), FactHead(256), TokenHead(128)
     short = CLIPModel.from_pretrained(WEIGHTS / "clip", torch_dtype=torch.float32).eval()
     for part in (clip.vision_model, clip.visual_projection):
         part.requires_grad_(False)
 
+    def tokenise(texts: list[str], limit: int) -> dict[str, Tensor]:
+        return dict(tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt"))
+
     def text_features(model: CLIPModel, texts: list[str], limit: int) -> Tensor:
-        tokens = tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
-        return model.get_text_features(**tokens).pooler_output
+        return model.get_text_features(**tokenise(texts, limit)).pooler_output
 
     @torch.no_grad()
     def image_features(scenes: list[Scene]) -> Tensor:
@@ -76,14 +78,22 @@ def main() -> None:
         words = int(rng.integers(20, 190))
         pairs = [scene_and_caption(rng, (2, 9), (words, words), 0.3) for _ in range(BATCH)]
         told, shown = tensor([labels_of_caption(c) for _, c in pairs]), tensor([labels_of_scene(s) for s, _ in pairs])
-        image, text = image_features([s for s, _ in pairs]), text_features(clip, [c.text for _, c in pairs], LENGTH)
+        tokens = tokenise([c.text for _, c in pairs], LENGTH)
+        out = clip.text_model(**tokens)
+        image, text = image_features([s for s, _ in pairs]), clip.text_projection(out.pooler_output)
         scores = clip.logit_scale.exp().clamp(max=100) * F.normalize(text, dim=-1) @ F.normalize(image, dim=-1).T
         match = all_true(told, shown).float()
         nce = F.cross_entropy(scores, match / match.sum(1, keepdim=True))
         nce = nce / 2 + F.cross_entropy(scores.T, match.T / match.T.sum(1, keepdim=True)) / 2
         text_loss, text_read = head(text, told)
         image_loss, image_read = head(image, shown)
-        return {"loss": nce + text_loss + image_loss, "nce": nce, "text_read": text_read, "image_read": image_read}
+        token_loss, _ = token_head(out.last_hidden_state, tokens["attention_mask"], told)
+        return {
+            "loss": nce + text_loss + image_loss + token_loss,
+            "nce": nce,
+            "text_read": text_read,
+            "image_read": image_read,
+        }
 
     held_out = []
     for i in range(200):
@@ -102,8 +112,8 @@ def main() -> None:
             out[f"late_fact_r1_of_8_{name}"] = (best == 0).float().mean().item()
         return out
 
-    fit("longclip", nn.ModuleList([clip, head]), loss_of, steps=STEPS, lr=1e-3, warmup=30,
-        outer=("embedding", "logit_scale", "1.linear"), evaluate=evaluate, evaluate_every=100)  # fmt: skip
+    fit("longclip", nn.ModuleList([clip, head, token_head]), loss_of, steps=STEPS, lr=1e-3, warmup=30,
+        outer=("embedding", "logit_scale", "1.linear", "queries", "ground", "place"), evaluate=evaluate, evaluate_every=100)  # fmt: skip
     clip.half().save_pretrained(folder)
     processor = CLIPImageProcessor.from_pretrained(WEIGHTS / "clip")
     CLIPProcessor(processor, tokenizer).save_pretrained(folder)
