@@ -40,6 +40,7 @@ def make_scheduler(name: str, alphas_cumprod: Tensor, prediction: str, steps: in
     """
     import diffusers
 
+    library: Any = diffusers  # its classes are made on demand, which type checkers cannot see
     if name not in SCHEDULERS:
         raise ValueError(f"no scheduler '{name}'; there is {', '.join(SCHEDULERS)}")
     if prediction not in ("epsilon", "v_prediction"):
@@ -52,13 +53,13 @@ def make_scheduler(name: str, alphas_cumprod: Tensor, prediction: str, steps: in
     betas = (1 - levels / torch.cat([torch.ones(1, dtype=levels.dtype), levels[:-1]])).tolist()
     common = {"num_train_timesteps": length, "trained_betas": betas, "prediction_type": prediction}
     if name == "unipc":
-        scheduler = diffusers.UniPCMultistepScheduler(**common)
+        scheduler = library.UniPCMultistepScheduler(**common)
     elif name == "dpm++":
-        scheduler = diffusers.DPMSolverMultistepScheduler(**common)
+        scheduler = library.DPMSolverMultistepScheduler(**common)
     elif name == "ddim":
-        scheduler = diffusers.DDIMScheduler(**common, timestep_spacing="trailing", clip_sample=False)
+        scheduler = library.DDIMScheduler(**common, timestep_spacing="trailing", clip_sample=False)
     else:
-        scheduler = diffusers.LCMScheduler(**common)
+        scheduler = library.LCMScheduler(**common)
         timesteps = [round(length * (steps - i) / steps) - 1 for i in range(steps)]
         scheduler.set_timesteps(timesteps=timesteps, original_inference_steps=length)
         return scheduler
@@ -258,6 +259,6 @@ def _version() -> str:
     return f"longalign {version('longalign')}"
 
 
-def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+def _chunks(items: list[tuple[int, int]], size: int) -> Iterator[list[tuple[int, int]]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
