@@ -1,0 +1,302 @@
+"""The documents: their Python runs, their commands parse, what they name exists, what is generated is fresh.
+
+``python tests/test_docs.py`` writes the generated parts anew: the reference of parts and keys in docs/config.md, and
+the recipes and what their logs say in docs/small-world.md.
+
+Python runs with tiny random checkpoints in the place of the bundled weights; of blocks marked ``python hub``, which
+need downloads, only the syntax is checked. The comment behind a one-line ``print(...)`` is what it prints.
+"""
+
+import ast
+import json
+import pkgutil
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import catalogue
+import pytest
+import yaml
+from tiny import tiny_clip, tiny_sd
+
+from longalign import load_config, override
+from longalign.cli import build_parser, main
+from longalign.config import RunConfig
+from longalign.describe import describe_model, describe_part
+from longalign.files import parse_assignments, parse_value
+from longalign.registry import REGISTRIES, rewards
+from longalign.runtime import resolve_checkpoint
+
+ROOT = Path(__file__).parent.parent
+DOCS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted((ROOT / "docs").glob("*.md"))
+RECIPES = ROOT / "recipes" / "mini"
+WEIGHTS = ROOT / "longalign" / "mini" / "weights"
+NEEDED = ("sd/unet/config.json", "clip/config.json", "denscore/config.json")
+
+BLOCK = re.compile(r"^```(\w+)[ ]?(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PLACES = r"(?:longalign|examples|docs|recipes|tests|plugins|benchmarks)/"
+
+documents = pytest.mark.parametrize("path", DOCS, ids=lambda path: path.stem)
+needs_weights = pytest.mark.skipif(
+    not all((WEIGHTS / name).exists() for name in NEEDED), reason="the bundled weights are not there"
+)
+
+
+def blocks(path, *languages):
+    """``(mark, text)`` of each fenced block in one of the languages."""
+    text = path.read_text(encoding="utf-8")
+    return [(mark, body) for language, mark, body in BLOCK.findall(text) if language in languages]
+
+
+def prose(path):
+    """A document without its fenced blocks."""
+    return BLOCK.sub("", path.read_text(encoding="utf-8"))
+
+
+# Python
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder ``mini`` of tiny checkpoints of the bundled ones' widths; a local path wins over the bundled weights."""
+    folder = tmp_path_factory.mktemp("docs") / "mini"
+    tiny_sd(folder / "sd", width=128)
+    tiny_clip(folder / "denscore")
+    return folder
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch, tiny):
+    """A folder to run in that has the examples and weights, and registries that are afterwards as they were."""
+    monkeypatch.chdir(tmp_path)
+    for folder in (ROOT / "examples", tiny):
+        (tmp_path / folder.name).symlink_to(folder)
+    before = dict(catalogue.REGISTRY)
+    yield
+    catalogue.REGISTRY.clear()
+    catalogue.REGISTRY.update(before)
+
+
+# the tiny tokenizer makes more tokens of the captions than the bundled one
+@pytest.mark.filterwarnings("ignore::longalign.encoders.base.TruncationWarning")
+@documents
+def test_python_runs(path, workplace, capsys):
+    names = {}
+    for mark, body in blocks(path, "python"):
+        code = compile(body, f"{path.name}: {body.splitlines()[0]}", "exec")
+        assert mark in ("", "hub")
+        if mark == "hub":
+            continue
+        capsys.readouterr()
+        exec(code, names)
+        told = re.findall(r"^ *print\(.*\)  # (.*)$", body, re.MULTILINE)
+        assert not told or capsys.readouterr().out.splitlines() == told
+
+
+# Commands and configs
+
+
+@documents
+def test_commands_parse(path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    for _, body in blocks(path, "sh"):
+        for line in body.replace("\\\n", " ").splitlines():
+            if words := shlex.split(line, comments=True):
+                check_command(words)
+
+
+def check_command(words):
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    while re.fullmatch(r"\w+=.*", words[0]):
+        words = words[1:]
+    command = words[0].removeprefix(".venv/bin/")
+    if command == "longalign":
+        check_longalign(words[1:])
+    elif command == "accelerate":
+        check_longalign(words[words.index("longalign") + 1 :])
+    elif command == "make":
+        assert {w for w in words[1:] if "=" not in w} <= set(targets), words
+    elif command == "python" and words[1] != "-m":
+        assert (ROOT / words[1]).is_file(), words
+    else:
+        assert command in ("python", "pip", "hf", "ruff"), words
+
+
+def check_longalign(arguments):
+    args = build_parser().parse_args(arguments)
+    if args.command == "train":
+        changes = parse_assignments(args.overrides)
+        if Path(args.config).is_relative_to("examples"):
+            override(args.config, changes)
+    given = getattr(args, "reward", None)
+    for reward in [] if args.command == "demo" or not given else [given] if isinstance(given, str) else given:
+        rewards.validate(parse_value(reward))
+    if args.command == "list" or (args.command == "describe" and args.what in ("run", *REGISTRIES)):
+        assert main(arguments) == 0
+
+
+@documents
+def test_configs_are_valid(path):
+    for _, body in blocks(path, "yaml"):
+        tree = yaml.safe_load(body)
+        if "backbone" in tree:
+            load_config(tree)
+    for _, body in blocks(path, "toml"):
+        assert tomllib.loads(body)
+
+
+# What is named
+
+
+@documents
+def test_links_lead_somewhere(path):
+    for target, anchor in re.findall(r"\]\(([^)\s#]*)(?:#([^)\s]*))?\)", prose(path)):
+        if target.startswith("https://"):
+            continue
+        file = (path.parent / target).resolve() if target else path
+        assert file.exists(), f"{path.name} links to {target}"
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w\- ]", "", t).lower().replace(" ", "-") for t in titles], anchor
+
+
+@documents
+def test_named_files_exist(path):
+    for name in re.findall(rf"`({PLACES}[\w./*-]*)`", prose(path)):
+        assert list(ROOT.glob(name)), f"{path.name} names {name}"
+
+
+@documents
+def test_named_objects_exist(path):
+    for name in re.findall(r"`(longalign(?:\.[A-Za-z_]\w*)+)(?:\([^`]*\))?`", prose(path)):
+        if not name.endswith(".safetensors"):
+            pkgutil.resolve_name(name)
+
+
+@needs_weights
+@documents
+def test_named_weights_exist(path):
+    for name in re.findall(r"(?<![\w/.])mini/[a-z]\w*", path.read_text(encoding="utf-8")):
+        assert Path(resolve_checkpoint(name)).is_dir()
+
+
+def test_the_readme_names_every_part():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    missing = [f"{kind}: {name}" for kind, name in own_parts() if f"`{name}`" not in text]
+    assert not missing
+
+
+def test_the_licence_is_the_packages():
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert "Apache License" in text and "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["license"] == "Apache-2.0"
+
+
+# What is generated
+
+
+def own_parts():
+    """``(kind, name)`` of the parts of this package, without those of plugins."""
+    return [
+        (kind, name)
+        for kind, registry in REGISTRIES.items()
+        for name in registry.names()
+        if any(info.owner.startswith("longalign ") for info in registry.infos(name))
+    ]
+
+
+def reference():
+    """Every part and every key, as `longalign describe` explains them."""
+    out = ["## A run", "", *entry(describe_model(RunConfig))]
+    kind_before = None
+    for kind, name in own_parts():
+        if kind != kind_before:
+            out += [f"## {kind}", ""]
+        kind_before = kind
+        out += [f"### `{name}`", "", *entry(describe_part(kind, name).partition("\n\n")[2])]
+    return "\n".join(out)
+
+
+def entry(text):
+    """One description in Markdown: its summary, and a list of its keys."""
+    summary, _, keys = text.rpartition("\n\n") if re.search(r"\n\n\w+: .*\n    ", text) else (text, "", "")
+    out = [" ".join(p.split()) + "\n" for p in summary.split("\n\n")]
+    for key, kind, about in re.findall(r"^(\S+): (.*)\n((?:    .*\n?)*)", keys, re.MULTILINE):
+        kind, equals, default = kind.rpartition(" = ") if " = " in kind else (kind, "", "")
+        required = kind.endswith(" (required)")
+        shape = f"`{kind.removesuffix(' (required)')}`"
+        shape += f", default `{default}`" if equals else ", required" if required else ""
+        out.append(f"- **`{key}`** ({shape}): {' '.join(about.split())}")
+    return [*out, ""] if keys else out
+
+
+def recipes():
+    """The recipes, each with the first paragraph of its docstring."""
+    rows = ["| recipe | what it trains |", "|---|---|"]
+    for path in sorted(RECIPES.glob("*.py")):
+        about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        if "Run:" in about:
+            first = about.split("\n\n")[0].split("Run:")[0]
+            rows.append(f"| `{path.relative_to(ROOT)}` | {' '.join(first.split())} |")
+    return "\n".join([*rows, ""])
+
+
+def logs():
+    """The rows of each recipe's log."""
+    return {
+        path.stem: [json.loads(line) for line in path.read_text().splitlines()]
+        for path in sorted((RECIPES / "logs").glob("*.jsonl"))
+    }
+
+
+def measured():
+    """The last evaluation in each log; what is measured then only is what the first row lacks."""
+    out = ["| log | steps | minutes | measured on held-out data |", "|---|---|---|---|"]
+    for name, rows in logs().items():
+        if last := [row for row in rows if row.keys() - rows[0].keys()]:
+            values = ", ".join(f"{k} {v}" for k, v in last[-1].items() if k not in rows[0])
+            out.append(f"| {name} | {last[-1]['step']} | {last[-1]['seconds'] / 60:.0f} | {values} |")
+    return "\n".join([*out, ""])
+
+
+GENERATED = {
+    "reference": (ROOT / "docs" / "config.md", reference),
+    "recipes": (ROOT / "docs" / "small-world.md", recipes),
+    "measured": (ROOT / "docs" / "small-world.md", measured),
+}
+
+
+def parts_of(name):
+    """What stands before, between and after the marks of a generated part."""
+    text = GENERATED[name][0].read_text(encoding="utf-8")
+    begin, end = f"<!-- {name}: written by tests/test_docs.py -->\n", f"<!-- end of {name} -->\n"
+    before, _, rest = text.partition(begin)
+    inside, _, after = rest.partition(end)
+    return before + begin, inside, end + after
+
+
+@pytest.mark.parametrize("name", ["reference", "recipes"])
+def test_generated_parts_are_fresh(name):
+    assert parts_of(name)[1] == GENERATED[name][1](), "run: python tests/test_docs.py"
+
+
+def test_measured_numbers_are_those_of_the_logs():
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in parts_of("measured")[1].splitlines()[2:]]
+    found = logs()
+    for name, step, minutes, values in rows:
+        (row,) = [row for row in found[name] if str(row["step"]) == step]
+        assert f"{row['seconds'] / 60:.0f}" == minutes
+        for key, value in (item.split(" ") for item in values.split(", ")):
+            assert str(row[key]) == value, f"{name}, step {step}: run: python tests/test_docs.py"
+
+
+@needs_weights
+def test_every_log_is_in_the_table():
+    assert {line.split("|")[1].strip() for line in parts_of("measured")[1].splitlines()[2:]} == set(logs())
+
+
+if __name__ == "__main__":
+    for generated, (document, write) in GENERATED.items():
+        head, _, tail = parts_of(generated)
+        document.write_text(head + write() + tail, encoding="utf-8")
