@@ -21,7 +21,7 @@ from torch import Tensor
 
 from longalign.backbones.base import Backbone
 from longalign.backbones.configs import LoraConfig
-from longalign.backbones.lora import LoraStack, check_same_names, join_stacks
+from longalign.backbones.lora import LoraStack, check_same_names, join_stacks, peft_settings
 from longalign.config import RunConfig, load_config, to_json
 from longalign.encoders.base import Encoder
 from longalign.files import CHECKPOINT, checkpoint_file, read_metadata
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 FORMAT = "1"
 DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"
+# where diffusers keeps the settings that it otherwise guesses from the shapes of the weights
+ADAPTER_METADATA = "lora_adapter_metadata"
 PACKAGES = ("longalign", "torch", "diffusers", "transformers", "peft", "accelerate", "open_clip_torch", "pydantic")
 
 
@@ -64,11 +66,17 @@ def save(folder: Path, config: RunConfig, backbone: Backbone, encoder: Encoder, 
         encoder: its adapter is saved.
         step: optimiser steps done.
     """
-    stacks = backbone.lora_state()
+    parameters = {k: p.detach().to("cpu", copy=True).contiguous() for k, p in adapter(encoder).items()}
+    weights = Weights(backbone.lora_state(), backbone.full_state() if backbone.full else {}, parameters)
+    return write(folder, config, weights, step)
+
+
+def write(folder: Path, config: RunConfig, weights: Weights, step: int) -> Path:
+    """As `save`, for weights that are at hand; all of them on the CPU and contiguous."""
+    stacks = weights.stacks
     tensors = {f"lora.{i}.{key}": tensor for i, stack in enumerate(stacks) for key, tensor in stack.state.items()}
-    if backbone.full:
-        tensors |= {f"denoiser.{key}": tensor for key, tensor in backbone.full_state().items()}
-    tensors |= {f"encoder.{k}": p.detach().to("cpu", copy=True).contiguous() for k, p in adapter(encoder).items()}
+    tensors |= {f"denoiser.{key}": tensor for key, tensor in weights.denoiser.items()}
+    tensors |= {f"encoder.{key}": tensor for key, tensor in weights.adapter.items()}
     metadata = {
         "format": FORMAT,
         "config": to_json(config),
@@ -171,10 +179,12 @@ def export_lora(checkpoint: str | Path, folder: str | Path) -> Path:
             f"{checkpoint} holds {'all weights of the denoiser' if weights.denoiser else 'no LoRA'}; only a checkpoint "
             "whose denoiser was trained by LoRA alone can be exported as a LoRA"
         )
-    tensors = {f"unet.{key}": tensor for key, tensor in join_stacks(weights.stacks).items()}
+    joined = join_stacks(weights.stacks)
+    tensors = {f"unet.{key}": tensor for key, tensor in joined.items()}
+    adapter_metadata = {f"unet.{key}": value for key, value in peft_settings(joined).items()}
     path = Path(folder) / DIFFUSERS_LORA
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, tensors, {"format": "pt"})
+    _write(path, tensors, {"format": "pt", ADAPTER_METADATA: json.dumps(adapter_metadata)})
     return path
 
 

@@ -63,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     _direction(add)
     _list(add)
     _describe(add)
+    _convert(add)
     _demo(add)
     return parser
 
@@ -205,6 +206,27 @@ def _describe(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument(
         "more", nargs="*", metavar="NAME|key=value", help="a part's name after a kind, or changes to a config"
     )
+
+
+def _convert(add: Callable[..., argparse.ArgumentParser]) -> None:
+    command = add(
+        "convert",
+        "convert",
+        "turn published weights into a checkpoint, and into a LoRA that plain diffusers loads",
+        """
+        hf download luping-liu/LongSD --local-dir LongSD
+        longalign convert longsd LongSD runs/longsd
+        longalign convert longsd LongSD runs/longsd-align --align-only
+        longalign generate --checkpoint runs/longsd --prompts prompts.txt --output out
+        """,
+    )
+    command.add_argument("what", choices=["longsd"], help="longsd: the files of luping-liu/LongSD")
+    command.add_argument("source", metavar="DIR", help="the folder of the published files")
+    command.add_argument("output", metavar="OUT", help="a folder without a checkpoint, for the new files")
+    command.add_argument("--align-only", action="store_true", help="leave the reward stage out")
+    about = "hub id or folder of the base model (stable-diffusion-v1-5/stable-diffusion-v1-5)"
+    command.add_argument("--backbone", metavar="CHECKPOINT", help=about)
+    command.add_argument("--t5", metavar="CHECKPOINT", help="hub id or folder of T5 (google-t5/t5-large)")
 
 
 def _demo(add: Callable[..., argparse.ArgumentParser]) -> None:

@@ -143,6 +143,14 @@ def describe(args: Namespace) -> None:
         )
 
 
+def convert(args: Namespace) -> None:
+    """Converts published weights."""
+    from longalign.convert import convert_longsd
+
+    given = {key: value for key in ("backbone", "t5") if (value := getattr(args, key)) is not None}
+    print(convert_longsd(args.source, args.output, align_only=args.align_only, **given))
+
+
 def demo(args: Namespace) -> None:
     """Runs the demo."""
     align, reward = (load_config(path) if path else None for path in (args.align, args.reward))

@@ -21,7 +21,7 @@ LEVELS = {
     3: "backbones.base backbones.lora data.base encoders.base rewards.base rewards.guard trainers.base",
     5: "checkpoint conditioning charts",
     6: "compose",
-    7: "pipeline evaluate report",
+    7: "pipeline evaluate report convert",
     8: "trainers.loop",
     9: "demo",
     10: "commands",

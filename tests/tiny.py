@@ -196,3 +196,63 @@ def tiny_backbone(prediction: str = "epsilon", width: int = 8, **vae_settings):
     )  # fmt: skip
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
     return SDBackbone(unet, vae, scheduler.alphas_cumprod, prediction)
+
+
+SD15_NARROW = {
+    "block_out_channels": (8, 16, 24, 24), "norm_num_groups": 4, "attention_head_dim": 2, "sample_size": 8,
+    "cross_attention_dim": 16,
+}  # fmt: skip
+"""Stable Diffusion 1.5's UNet, which has diffusers' default blocks, with few channels."""
+
+
+def tiny_sd15(folder: Path) -> Path:
+    """As `tiny_sd`, with the blocks and layers of Stable Diffusion 1.5 in the UNet."""
+    from diffusers import UNet2DConditionModel
+
+    tiny_sd(folder)
+    torch.manual_seed(1)
+    UNet2DConditionModel(**SD15_NARROW).save_pretrained(folder / "unet")
+    return folder
+
+
+def tiny_adapter(folder: Path, in_dim: int = 16, int_dim: int = 12, out_dim: int = 16) -> Path:
+    """LaVi-Bridge's adapter as diffusers writes it."""
+    from longalign.encoders.adapter import TextAdapter
+
+    torch.manual_seed(2)
+    TextAdapter(in_dim, int_dim, out_dim).save(folder)
+    return folder
+
+
+def tiny_sdxl(folder: Path) -> Path:
+    """Stable Diffusion XL in the layout of its hub page: two text models (16 and 24 wide), Euler's scheduler; 64 px."""
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizerFast
+
+    tiny_clip_text(folder)
+    first = CLIPTokenizerFast.from_pretrained(folder / "tokenizer")
+    # bigG's tokenizer pads with "!", the first of the vocabulary, and not with <eot>
+    second = CLIPTokenizerFast.from_pretrained(folder / "tokenizer", pad_token="!")
+    torch.manual_seed(3)
+    text = CLIPTextConfig(
+        vocab_size=len(first), hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
+        projection_dim=12, hidden_act="gelu", bos_token_id=0, eos_token_id=first.eos_token_id,
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1, sample_size=8, attention_head_dim=(2, 4),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2), use_linear_projection=True, cross_attention_dim=40,
+        addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=12 + 6 * 4,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8), norm_num_groups=4, latent_channels=4, sample_size=64, scaling_factor=0.13025,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, force_upcast=True,
+    )  # fmt: skip
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading",
+    )  # fmt: skip
+    StableDiffusionXLPipeline(
+        vae, CLIPTextModel.from_pretrained(folder / "text_encoder"), _noisy(CLIPTextModelWithProjection(text)), first,
+        second, unet, scheduler, add_watermarker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder

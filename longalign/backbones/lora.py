@@ -158,3 +158,18 @@ def join_stacks(stacks: Sequence[LoraStack]) -> dict[str, Tensor]:
         joined[f"{module}.lora_A.weight"] = torch.cat(downs, dim=0).contiguous()
         joined[f"{module}.lora_B.weight"] = torch.cat(ups, dim=1).contiguous()
     return joined
+
+
+def peft_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What peft's ``LoraConfig`` needs to know of a LoRA of scale 1, in values that JSON can hold."""
+    ranks = {key.rsplit(".lora_", 1)[0]: len(down) for key, down in state.items() if ".lora_A." in key}
+    usual = max(ranks.values())
+    others = {module: rank for module, rank in ranks.items() if rank != usual}
+    return {
+        "r": usual,
+        "lora_alpha": usual,
+        "target_modules": sorted(ranks),
+        "lora_dropout": 0.0,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+    }

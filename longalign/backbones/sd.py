@@ -88,12 +88,7 @@ class SDBackbone(Backbone):
 
     def call(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         told = conditioning.at(timesteps)
-        expected = self.denoiser.config.cross_attention_dim
-        if told.states.shape[-1] != expected:
-            raise ValueError(
-                f"the UNet's cross-attention takes states of width {expected}, the encoder gives width "
-                f"{told.states.shape[-1]}; choose the encoder of this model, or one with an adapter to its width"
-            )
+        self.check_width(told)
         dtype = self.denoiser.dtype
         output = denoiser(
             latents.to(dtype),
@@ -103,6 +98,15 @@ class SDBackbone(Backbone):
             return_dict=False,
         )[0]
         return output.to(latents.dtype)
+
+    def check_width(self, told: Conditioning) -> None:
+        """Raises ValueError if the states are not of the width that the UNet's cross-attention takes."""
+        expected = self.denoiser.config.cross_attention_dim
+        if told.states.shape[-1] != expected:
+            raise ValueError(
+                f"the UNet's cross-attention takes states of width {expected}, the encoder gives width "
+                f"{told.states.shape[-1]}; choose the encoder of this model, or one with an adapter to its width"
+            )
 
 
 def scheduler_constants(config: dict[str, Any]) -> tuple[Tensor, str]:
@@ -120,3 +124,21 @@ def scheduler_constants(config: dict[str, Any]) -> tuple[Tensor, str]:
     if not hasattr(scheduler, "alphas_cumprod"):
         raise ValueError(f"'sd' expects a scheduler with cumulated alphas, and {name} has none; is this a flow model?")
     return scheduler.alphas_cumprod, scheduler.config.get("prediction_type", "epsilon")
+
+
+def empty_unet(checkpoint: str, settings: dict[str, Any] | None = None, revision: str | None = None) -> Any:
+    """A checkpoint's UNet on the meta device: its layers and shapes without their weights.
+
+    Args:
+        checkpoint: hub id or local folder, of which only ``unet/config.json`` is read.
+        settings: its config where that is known, so that nothing is read.
+        revision: branch, tag or commit on the hub.
+    """
+    if settings is None:
+        config: Any = UNet2DConditionModel.load_config(
+            resolve_checkpoint(checkpoint), subfolder="unet", revision=revision
+        )
+        with torch.device("meta"):
+            return UNet2DConditionModel.from_config(config)
+    with torch.device("meta"):
+        return UNet2DConditionModel(**settings)

@@ -1,0 +1,186 @@
+"""The published longSD files as a checkpoint, against the order and the merge written out by hand."""
+
+import json
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors import safe_open
+from tiny import SD15_NARROW, tiny_adapter, tiny_sd15, tiny_t5
+
+from longalign.backbones.lora import lora_targets
+from longalign.backbones.sd import empty_unet
+from longalign.checkpoint import load_for_sampling, load_weights
+from longalign.cli import main
+from longalign.convert import _UNET, convert_longsd, read_tensors
+from longalign.encoders.base import Conditioning
+from longalign.pipeline import sample
+
+RANK = 4
+
+
+def published_order():
+    """The layers with a LoRA, in the published order, written out from the plan of the UNet: down, up, middle; in a
+    block its attentions and then its residual blocks."""
+
+    def transformer(place):
+        block = f"{place}.transformer_blocks.0"
+        for attention in ("attn1", "attn2"):
+            for layer in ("to_q", "to_k", "to_v", "to_out.0"):
+                yield f"{block}.{attention}.{layer}"
+        yield f"{block}.ff.net.0.proj"
+
+    def residual(place, shortcut):
+        for layer in ("conv1", "time_emb_proj", "conv2", *(["conv_shortcut"] if shortcut else [])):
+            yield f"{place}.{layer}"
+
+    for block in range(4):
+        for i in range(2 if block < 3 else 0):
+            yield from transformer(f"down_blocks.{block}.attentions.{i}")
+        for i in range(2):
+            yield from residual(f"down_blocks.{block}.resnets.{i}", shortcut=i == 0 and block in (1, 2))
+    for block in range(4):
+        for i in range(3 if block > 0 else 0):
+            yield from transformer(f"up_blocks.{block}.attentions.{i}")
+        for i in range(3):
+            yield from residual(f"up_blocks.{block}.resnets.{i}", shortcut=True)
+    yield from transformer("mid_block.attentions.0")
+    for i in range(2):
+        yield from residual(f"mid_block.resnets.{i}", shortcut=False)
+
+
+def published_list(unet, seed):
+    generator = torch.Generator().manual_seed(seed)
+    tensors = []
+    for name in published_order():
+        out_width, in_width, *kernel = unet.get_submodule(name).weight.shape
+        up = torch.randn(out_width, RANK, *[1 for _ in kernel], generator=generator)
+        down = torch.randn(RANK, in_width, *kernel, generator=generator) / RANK
+        tensors += [(0.1 * up).half(), down.half()]
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("longsd")
+    tiny_sd15(folder / "sd")
+    tiny_t5(folder / "t5")
+    source = folder / "LongSD"
+    tiny_adapter(source / "s28750_adapter")
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SD15_NARROW)
+    # the authors' files hold what is left of parameters, which still ask for gradients
+    align = [t.requires_grad_() for t in published_list(unet, 1)]
+    torch.save(align, source / "s28750_lora_vis.pt")
+    torch.save(published_list(unet, 2), source / "sd15-reward-3750.pt")
+    convert_longsd(source, folder / "out", str(folder / "sd"), str(folder / "t5"))
+    return folder
+
+
+def merged_by_hand(folder, files):
+    unet = UNet2DConditionModel.from_pretrained(folder / "sd", subfolder="unet")
+    with torch.no_grad():
+        for file in files:
+            tensors = torch.load(folder / "LongSD" / file, weights_only=True)
+            for i, name in enumerate(published_order()):
+                up, down = tensors[2 * i].float(), tensors[2 * i + 1].float()
+                weight = unet.get_submodule(name).weight
+                weight += (up.flatten(1) @ down.flatten(1)).view_as(weight)
+    return unet.eval()
+
+
+def asked():
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 5, 16, generator=generator)
+
+
+def answer(unet):
+    latents, states = asked()
+    with torch.no_grad():
+        return unet(latents, torch.tensor([7, 900]), encoder_hidden_states=states).sample
+
+
+def test_the_published_order_is_that_of_the_full_unet():
+    unet = empty_unet("nothing is read", _UNET)
+    names = list(published_order())
+    assert sum(p.numel() for p in unet.parameters()) == 859_520_964
+    assert lora_targets(unet) == names
+    assert len(names) == 224 and names[0] == "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    assert names[-1] == "mid_block.resnets.1.conv2"
+
+
+def test_predictions_are_those_of_merging_by_hand(world):
+    config, backbone, _ = load_for_sampling(world / "out")
+    latents, states = asked()
+    with torch.no_grad():
+        ours = backbone.predict(latents, torch.tensor([7, 900]), Conditioning(states))
+    expected = answer(merged_by_hand(world, ["s28750_lora_vis.pt", "sd15-reward-3750.pt"]))
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+    assert (expected - answer(merged_by_hand(world, ["s28750_lora_vis.pt"]))).abs().mean() > 0.01
+    assert config.trainer is None and [p.name for p in config.encoder.parts] == ["clip-segment", "t5"]
+    stacks = load_weights(world / "out").stacks
+    assert [(s.name, s.config.rank, s.config.dropout_placement) for s in stacks] == [
+        ("align", RANK, "up"),
+        ("reward", RANK, "up"),
+    ]
+
+
+def test_the_adapter_is_in_the_checkpoint(world):
+    from longalign.encoders.adapter import TextAdapter
+
+    _, backbone, encoder = load_for_sampling(world / "out")
+    expected = TextAdapter.load(str(world / "LongSD" / "s28750_adapter")).state_dict()
+    found = encoder.parts[1].adapter.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    with pytest.warns(UserWarning, match="do not fit"):
+        images = sample(backbone, encoder, ["A red fox. " * 90], seeds=[0], steps=1, guidance=1)
+    assert images.shape == (1, 3, 64, 64)
+
+
+def test_diffusers_loads_the_lora_with_its_settings(world):
+    pipe = StableDiffusionPipeline.from_pretrained(world / "sd", safety_checker=None)
+    pipe.load_lora_weights(world / "out")
+    expected = answer(merged_by_hand(world, ["s28750_lora_vis.pt", "sd15-reward-3750.pt"]))
+    torch.testing.assert_close(answer(pipe.unet), expected, atol=1e-4, rtol=1e-4)
+    with safe_open(world / "out" / "pytorch_lora_weights.safetensors", "pt") as file:
+        settings = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert settings["unet.r"] == settings["unet.lora_alpha"] == 2 * RANK
+    assert settings["unet.target_modules"] == sorted(published_order())
+
+
+def test_the_command_converts_the_first_stage_alone(world, tmp_path, capsys):
+    bases = ["--backbone", str(world / "sd"), "--t5", str(world / "t5")]
+    command = ["convert", "longsd", str(world / "LongSD"), str(tmp_path / "out"), *bases]
+    assert main([*command, "--align-only"]) == 0
+    assert [s.name for s in load_weights(tmp_path / "out").stacks] == ["align"]
+    assert capsys.readouterr().out.strip().endswith("longalign.safetensors")
+    assert main(command) == 2
+    assert "choose another folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t[:-2], r"holds 446 tensors; this UNet has 224 layers with a LoRA, which makes 448"),
+        (lambda t: [x for pair in zip(t[1::2], t[::2], strict=True) for x in pair], r"tensor 0, 'up' of .*attn1.to_q'"),
+        (lambda t: [*t[:13], t[13][:, :-1], *t[14:]], r"tensor 13, 'down' of .*shape \(4, 16\), got .* \(4, 15\)"),
+        (lambda t: {"state": t}, r"it holds a mapping with keys such as \['state'\]"),
+        (lambda t: [], "should hold a list of tensors"),
+        (lambda t: [*t, len], "not a file of tensors alone, so it is not read"),
+    ],
+)
+def test_other_files_are_refused(world, tmp_path, change, message):
+    source = tmp_path / "LongSD"
+    tiny_adapter(source / "s28750_adapter")
+    torch.save(change(torch.load(world / "LongSD" / "sd15-reward-3750.pt")), source / "s28750_lora_vis.pt")
+    with pytest.raises(ValueError, match=message):
+        convert_longsd(source, tmp_path / "out", str(world / "sd"), str(world / "t5"), align_only=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_files_are_named(world, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"lacks s28750_adapter, s28750_lora_vis\.pt, sd15"):
+        convert_longsd(tmp_path, tmp_path / "out")
+    with pytest.raises(ValueError, match="not a file of tensors"):
+        (tmp_path / "x.pt").write_bytes(b"no pickle")
+        read_tensors(tmp_path / "x.pt")
