@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import WEIGHTS, fit, images_of
+from common import RUNS, WEIGHTS, fit, images_of
 from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional as F
@@ -56,6 +56,17 @@ def short_caption(scene: Scene, rng: np.random.Generator) -> str:
     return describe(scene, rng, words=int(rng.integers(min(8, full), min(full, 42) + 1))).text
 
 
+@torch.no_grad()
+def pool_latents(vae: AutoencoderKL, scenes: list[Scene]) -> Tensor:
+    """Scaled latents ``(n, 8, 8, 8)`` of the training images, kept on disk."""
+    path = RUNS / "latents.pt"
+    if not path.exists():
+        chunks = (scenes[i : i + 100] for i in range(0, len(scenes), 100))
+        latents = torch.cat([vae.encode(images_of(chunk) * 2 - 1).latent_dist.mode() for chunk in chunks])
+        torch.save(latents * vae.config.scaling_factor, path)
+    return torch.load(path, weights_only=True)
+
+
 def main() -> None:
     torch.manual_seed(0)
     vae = AutoencoderKL.from_pretrained(WEIGHTS / "sd" / "vae", torch_dtype=torch.float32)
@@ -64,11 +75,7 @@ def main() -> None:
     unet = build()
     alphas = DDIMScheduler.from_config({**scheduler_config(), "clip_sample": False}).alphas_cumprod
     scenes = [pool_scene(i) for i in range(POOL)]
-    with torch.no_grad():
-        moments = torch.cat(
-            [vae.encode(images_of(scenes[i : i + 100]) * 2 - 1).latent_dist.mode() for i in range(0, POOL, 100)]
-        )
-    latents = moments * vae.config.scaling_factor
+    latents = pool_latents(vae, scenes)
 
     @torch.no_grad()
     def encode(texts: list[str]) -> Tensor:
