@@ -113,7 +113,8 @@ def main() -> None:
         return out
 
     fit("longclip", nn.ModuleList([clip, head, token_head]), loss_of, steps=STEPS, lr=1e-3, warmup=30,
-        outer=("embedding", "logit_scale", "1.linear", "queries", "ground", "place"), evaluate=evaluate, evaluate_every=100)  # fmt: skip
+        outer=("embedding", "logit_scale", "1.linear", "queries", "ground", "place"),
+        evaluate=evaluate, evaluate_every=100)  # fmt: skip
     clip.half().save_pretrained(folder)
     processor = CLIPImageProcessor.from_pretrained(WEIGHTS / "clip")
     CLIPProcessor(processor, tokenizer).save_pretrained(folder)

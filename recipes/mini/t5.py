@@ -56,7 +56,8 @@ def main() -> None:
         return out
 
     fit("t5", nn.ModuleList([encoder, head, token_head]), loss_of, steps=STEPS, lr=2e-3, warmup=50, muon=8.0,
-        outer=("shared", "relative", "1.linear", "queries", "ground", "place"), evaluate=evaluate, evaluate_every=200)  # fmt: skip
+        outer=("shared", "relative", "1.linear", "queries", "ground", "place"),
+        evaluate=evaluate, evaluate_every=200)  # fmt: skip
     encoder.half().save_pretrained(folder)
 
 
