@@ -103,7 +103,8 @@ def train_text(clip: CLIPModel, head: FactHead, tokenizer: CLIPTokenizer, steps:
 
     parts = nn.ModuleList([clip.text_model, clip.text_projection, head, token_head])
     fit("clip-text", parts, loss_of, steps=steps, lr=1.5e-3, warmup=50,
-        outer=("embedding", "2.linear", "queries", "ground", "place"), evaluate=evaluate, evaluate_every=200)  # fmt: skip
+        outer=("embedding", "2.linear", "queries", "ground", "place"),
+        evaluate=evaluate, evaluate_every=200)  # fmt: skip
     encoder = CLIPTextModel(clip.config.text_config)
     getattr(encoder, "text_model", encoder).load_state_dict(clip.text_model.state_dict())
     encoder.half().save_pretrained(WEIGHTS / "sd" / "text_encoder")
