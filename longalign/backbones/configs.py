@@ -51,3 +51,22 @@ class SDConfig(PartConfig):
         from longalign.backbones.sd import SDBackbone
 
         return SDBackbone.from_config(self, runtime)
+
+
+class SDXLConfig(SDConfig):
+    """Stable Diffusion XL, or any model of that layout. Images are told to be uncropped and of their own size.
+
+    Attributes:
+        checkpoint: hub id, e.g. ``stabilityai/stable-diffusion-xl-base-1.0``, or local folder in diffusers layout.
+        revision: branch, tag or commit on the hub.
+        variant: file variant, e.g. ``"fp16"``.
+        dtype: of the UNet's weights; what is trained is float32 in any case. The VAE takes the runtime's dtype, but
+            float32 instead of float16, in which it overflows.
+    """
+
+    name: Literal["sdxl"] = "sdxl"  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def build(self, runtime: Runtime) -> Any:
+        from longalign.backbones.sdxl import SDXLBackbone
+
+        return SDXLBackbone.from_config(self, runtime)

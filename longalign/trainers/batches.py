@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from longalign.data.base import Data
+from longalign.data.stream import Stream
 
 
 class Batches(Sampler[list[int]]):
@@ -75,7 +76,37 @@ def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-def load_batches(data: Data, batches: Batches, needs_images: bool, workers: int) -> Iterator[dict[str, Any]]:
+class StreamedBatches(IterableDataset[dict[str, Any]]):
+    """Batches of a stream, of which each worker makes every so manieth, so that they come in one fixed order.
+
+    Args:
+        data: the stream.
+        batches: says how large they are, where to start, and which process this is.
+        images: whether items have their image.
+    """
+
+    def __init__(self, data: Stream, batches: Batches, images: bool):
+        self.data, self.batches, self.images = data, batches, images
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        info, plan = get_worker_info(), self.batches
+        workers = 1 if info is None else info.num_workers
+        # the batch to start at belongs to the worker that would have made it in an uninterrupted run
+        worker = ((0 if info is None else info.id) + plan.start) % workers
+        made = (plan.start - worker + workers - 1) // workers
+        share, shares = plan.rank * workers + worker, plan.processes * workers
+        items = self.data.items(plan.seed, share, shares, made * plan.batch_size, self.images)
+        while True:
+            yield collate([next(items) for _ in range(plan.batch_size)])
+
+
+def plan_batches(data: Data | Stream, batch_size: int, seed: int, start: int, rank: int, processes: int) -> Batches:
+    """The `Batches` of data; those of a stream say where to start, not which items, for a stream has no indices."""
+    length = 1 if isinstance(data, Stream) else len(data)
+    return Batches(length, batch_size, seed, start, rank, processes)
+
+
+def load_batches(data: Data | Stream, batches: Batches, needs_images: bool, workers: int) -> Iterator[dict[str, Any]]:
     """Endless batches of data, loaded by ``workers`` processes.
 
     Raises:
@@ -83,12 +114,16 @@ def load_batches(data: Data, batches: Batches, needs_images: bool, workers: int)
     """
     if needs_images and not data.has_images:
         raise ValueError("the trainer needs images, and the data has prompts only; choose data with images")
+    # its own generator, so that starting to load leaves the training's random numbers alone
+    generator = torch.Generator().manual_seed(batches.seed)
+    if isinstance(data, Stream):
+        streamed = StreamedBatches(data, batches, needs_images)
+        return iter(DataLoader(streamed, batch_size=None, num_workers=workers, generator=generator))
     loader = DataLoader(
         data if needs_images else Prompts(data),
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=workers,
-        # its own generator, so that starting to load leaves the training's random numbers alone
-        generator=torch.Generator().manual_seed(batches.seed),
+        generator=generator,
     )
     return iter(loader)

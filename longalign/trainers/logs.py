@@ -6,7 +6,7 @@ import importlib.util
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +75,12 @@ class Log:
     def close(self) -> None:
         """Ends the bar."""
         self.bar.close()
+
+
+def flat(path: str, value: Any) -> Iterator[tuple[str, int | float | str | bool]]:
+    """Nested values as dotted paths and plain values, which is what trackers keep of a config."""
+    if isinstance(value, dict):
+        for key, child in value.items():
+            yield from flat(f"{path}.{key}" if path else key, child)
+    else:
+        yield path, value if isinstance(value, (int, float, str, bool)) else str(value)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import random
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,19 +15,20 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedType
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from longalign import checkpoint as checkpoints
 from longalign.config import load_config, to_dict
-from longalign.diffusion import RandomState
 from longalign.encoders.base import Conditioning, Encoder
 from longalign.files import checkpoint_file
 from longalign.rewards.guard import NonFiniteReward
 from longalign.trainers import resume as state
-from longalign.trainers.batches import Batches, load_batches
-from longalign.trainers.logs import Log, check_trackers, check_unused
+from longalign.trainers.batches import load_batches, plan_batches
+from longalign.trainers.interrupt import until_interrupted
+from longalign.trainers.logs import Log, check_trackers, check_unused, flat
+from longalign.trainers.validation import draw
 
 if TYPE_CHECKING:
     from longalign.compose import Composition
@@ -70,7 +69,7 @@ def fit(composition: Composition, resume: str | Path | None = None) -> FitResult
     """
     run = Run(composition, None if resume is None else checkpoint_file(Path(resume)).parent)
     try:
-        with _until_interrupted() as interrupted:
+        with until_interrupted() as interrupted:
             return run.train(interrupted)
     except NonFiniteReward as error:
         error.save(run.output / "non-finite" / f"process-{run.accelerator.process_index}")
@@ -113,8 +112,8 @@ class Run:
             self._load(resume)
         self.batches = load_batches(
             composition.data,
-            Batches(
-                len(composition.data),
+            plan_batches(
+                composition.data,
                 self.loop.batch_size,
                 self.config.seed,
                 start=self.step * self.loop.accumulation,
@@ -127,7 +126,7 @@ class Run:
         self.output.mkdir(parents=True, exist_ok=True)
         self.log = Log(self.output, self.step, self.loop.steps, self.accelerator.is_main_process)
         if self.loop.trackers:
-            self.accelerator.init_trackers("longalign", dict(_flat("", to_dict(self.config))))
+            self.accelerator.init_trackers("longalign", dict(flat("", to_dict(self.config))))
 
     def _accelerator(self, composition: Composition) -> Accelerator:
         if AcceleratorState._shared_state and AcceleratorState().mixed_precision != self.loop.precision:
@@ -138,7 +137,6 @@ class Run:
             cpu=composition.runtime.device == "cpu",
             log_with=list(self.loop.trackers) or None,
             project_dir=str(self.output),
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
         if accelerator.distributed_type in (
             DistributedType.FSDP,
@@ -253,26 +251,11 @@ class Run:
 
     def _draw(self) -> None:
         """Draws the validation prompts into ``validation/<step>/`` and sends the images to the trackers."""
-        from longalign.imagefiles import write_png
-        from longalign.pipeline import sample
-
         if self.accelerator.is_main_process:
             assert self.config.validation is not None
-            settings = self.config.validation
-            prompts = _prompts(settings.prompts)
-            with self._averaged(), RandomState.now(self.backbone.device).replayed():
-                images = sample(
-                    self.backbone,
-                    self.encoder,
-                    prompts,
-                    seeds=range(len(prompts)),
-                    steps=settings.steps,
-                    guidance=settings.guidance,
-                )
             folder = self.output / "validation" / f"{self.step:06d}"
-            folder.mkdir(parents=True, exist_ok=True)
-            for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
-                write_png(folder / f"{i:02d}.png", image, {"prompt": prompt, "step": str(self.step), "seed": str(i)})
+            with self._averaged():
+                images = draw(self.backbone, self.encoder, self.config.validation, folder, self.step)
             for tracker in self.accelerator.trackers:
                 shown = images.permute(0, 2, 3, 1).numpy()
                 pictures: Any = shown if tracker.name == "tensorboard" else list((shown * 255).round().astype("uint8"))
@@ -353,41 +336,3 @@ class _Encode(nn.Module):
 
     def forward(self, prompts: Sequence[str]) -> Conditioning:
         return self.encoder.encode(prompts)
-
-
-@contextmanager
-def _until_interrupted() -> Iterator[Callable[[], bool]]:
-    """Gives a function that says whether Ctrl-C was pressed; pressed twice it interrupts at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-        log.warning("finishing this step and writing a checkpoint; press Ctrl-C again to stop at once")
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield asked.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _flat(path: str, value: Any) -> Iterator[tuple[str, int | float | str | bool]]:
-    if isinstance(value, dict):
-        for key, child in value.items():
-            yield from _flat(f"{path}.{key}" if path else key, child)
-    else:
-        yield path, value if isinstance(value, (int, float, str, bool)) else str(value)
-
-
-def _prompts(prompts: Sequence[str] | str) -> list[str]:
-    """The validation prompts themselves, or those of a file, as the data kind ``prompts`` reads it."""
-    if not isinstance(prompts, str):
-        return list(prompts)
-    from longalign.data.lines import read_prompts
-
-    return read_prompts(Path(prompts))

@@ -120,6 +120,6 @@ def align_config(output, **loop):
 
 def reward_config(output, trainer=None, **loop):
     config = align_config(output, **loop)
-    defaults = {"name": "reward", "lora": {"rank": 2}, "num_steps": 4, "guidance": 3.0}
-    schedule = {"schedule": {"name": "grouped-random", "groups": 2}}
+    defaults = {"name": "reward", "lora": {"rank": 2}, "num_steps": 2, "guidance": 3.0}
+    schedule = {"schedule": {"name": "grouped-random", "groups": 1}}
     return {**config, "data": "bare-words", "rewards": ["red"], "trainer": {**defaults, **schedule, **(trainer or {})}}

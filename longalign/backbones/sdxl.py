@@ -1,0 +1,73 @@
+"""Stable Diffusion XL (arXiv 2307.01952): a UNet that is also told a pooled embedding, sizes and a crop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longalign.backbones.configs import SDConfig
+from longalign.backbones.sd import SDBackbone
+from longalign.encoders.base import Conditioning
+from longalign.runtime import Runtime
+
+
+class SDXLBackbone(SDBackbone):
+    """SDXL's UNet and VAE.
+
+    Besides the text the UNet is told six numbers (section 2.2 of the paper): an image's original height and width, the
+    top and left of its crop, and its present height and width. Here the original size is always the present one and
+    the crop begins at 0, 0, which is what diffusers' pipeline says by default.
+    """
+
+    @staticmethod
+    def _check(unet: Any, vae: Any) -> None:
+        if unet.config.addition_embed_type != "text_time" or unet.config.class_embed_type:
+            raise ValueError(
+                f"this UNet takes addition_embed_type={unet.config.addition_embed_type}; 'sdxl' expects 'text_time', "
+                "the layout of Stable Diffusion XL. Is it one for the backbone 'sd'?"
+            )
+        if unet.config.in_channels != vae.config.latent_channels:
+            raise ValueError(
+                f"the UNet takes {unet.config.in_channels} channels and the VAE has {vae.config.latent_channels}; "
+                "'sdxl' expects a text-to-image model, not one for inpainting or upscaling"
+            )
+        if getattr(vae.config, "latents_mean", None) is not None:
+            raise ValueError("this VAE normalises each channel of its latents, which 'sdxl' does not; use SDXL's VAE")
+
+    @classmethod
+    def from_config(cls, config: SDConfig, runtime: Runtime) -> SDXLBackbone:
+        """As for ``sd``; a VAE that says that half precision overflows in it (``force_upcast``) runs in float32."""
+        backbone: Any = super().from_config(config, runtime)
+        if backbone.vae.dtype == torch.float16 and backbone.vae.config.force_upcast:
+            backbone.vae.float()
+        return backbone
+
+    @property
+    def pooled_width(self) -> int:
+        """Width of the pooled embedding that the UNet takes; six sizes are embedded beside it."""
+        config = self.denoiser.config
+        return config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+
+    def call(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        told = conditioning.at(timesteps)
+        self.check_width(told)
+        if told.pooled is None or told.pooled.shape[-1] != self.pooled_width:
+            got = "none" if told.pooled is None else f"one of width {told.pooled.shape[-1]}"
+            raise ValueError(
+                f"SDXL's UNet takes a pooled embedding of width {self.pooled_width} and the encoder gives {got}; "
+                "choose the encoder 'clip-segment-sdxl'"
+            )
+        height, width = (self.factor * side for side in latents.shape[-2:])
+        sizes = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=latents.device)
+        dtype = self.denoiser.dtype
+        output = denoiser(
+            latents.to(dtype),
+            timesteps,
+            encoder_hidden_states=told.states.to(dtype),
+            encoder_attention_mask=told.mask,
+            added_cond_kwargs={"text_embeds": told.pooled.to(dtype), "time_ids": sizes.expand(len(latents), 6)},
+            return_dict=False,
+        )[0]
+        return output.to(latents.dtype)

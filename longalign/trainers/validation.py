@@ -1,0 +1,49 @@
+"""Images drawn while training, always from the same noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from longalign.backbones.base import Backbone
+from longalign.config import ValidationConfig
+from longalign.diffusion import RandomState
+from longalign.encoders.base import Encoder
+
+
+def draw(backbone: Backbone, encoder: Encoder, settings: ValidationConfig, folder: Path, step: int) -> Tensor:
+    """Draws the validation prompts into ``folder/00.png``, ``01.png``...; the i-th with seed i.
+
+    The training's random numbers are left alone.
+
+    Returns:
+        Images ``(b, 3, h, w)`` in [0, 1].
+    """
+    from longalign.imagefiles import write_png
+    from longalign.pipeline import sample
+
+    prompts = _prompts(settings.prompts)
+    with RandomState.now(backbone.device).replayed():
+        images = sample(
+            backbone,
+            encoder,
+            prompts,
+            seeds=range(len(prompts)),
+            steps=settings.steps,
+            guidance=settings.guidance,
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+        write_png(folder / f"{i:02d}.png", image, {"prompt": prompt, "step": str(step), "seed": str(i)})
+    return images
+
+
+def _prompts(prompts: Sequence[str] | str) -> list[str]:
+    """The validation prompts themselves, or those of a file, as the data kind ``prompts`` reads it."""
+    if not isinstance(prompts, str):
+        return list(prompts)
+    from longalign.data.lines import read_prompts
+
+    return read_prompts(Path(prompts))
