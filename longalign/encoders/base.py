@@ -120,7 +120,7 @@ def plain_text(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else " ".join(prompt)
 
 
-def handle_cuts(reports: Sequence[PromptReport], overflow: str, limit: int, advice: str) -> None:
+def handle_cuts(reports: Sequence[PromptReport], overflow: str, limit: int, advice: str, stacklevel: int = 3) -> None:
     """Raises (``overflow="error"``) or warns, once, if any prompt was cut.
 
     Args:
@@ -128,6 +128,7 @@ def handle_cuts(reports: Sequence[PromptReport], overflow: str, limit: int, advi
         overflow: ``"error"`` or anything else.
         limit: the number of positions there are, for the message.
         advice: what the user can do.
+        stacklevel: of the warning; the default is whoever called the caller.
     """
     cut = [i for i, report in enumerate(reports) if report.cut]
     if not cut:
@@ -138,7 +139,7 @@ def handle_cuts(reports: Sequence[PromptReport], overflow: str, limit: int, advi
     )
     if overflow == "error":
         raise ValueError(f"{text}. Shorten it, or {advice}")
-    warnings.warn(f"{text}. To avoid this {advice}", TruncationWarning, stacklevel=3)
+    warnings.warn(f"{text}. To avoid this {advice}", TruncationWarning, stacklevel=stacklevel)
 
 
 class Encoder(nn.Module):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """What of a prompt is encoded and kept: rows of ids, and of each row the positions ``start:stop``."""
 
     rows: tuple[tuple[int, ...], ...]
@@ -94,17 +94,28 @@ class ClipSegmentEncoder(Encoder):
         return cls(model, tokenizer, config.segmenter.build(runtime), **{key: getattr(config, key) for key in keys})
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
+        plans = self.checked_plans(prompts)
+        return self.merge(plans, *self.run(plans))
+
+    def checked_plans(self, prompts: Sequence[Prompt]) -> list[Plan]:
+        """For `encode`: what of each prompt is encoded and kept; a prompt that is cut is warned of or refused."""
         plans = self._plans(prompts)
-        reports = tuple(plan.report for plan in plans)
-        handle_cuts(reports, self.overflow, self.max_tokens, "raise max_tokens, or set overflow to 'cut' or 'grow'")
-        device = next(self.text_model.parameters()).device
-        states, first = run_grouped(
+        advice = "raise max_tokens, or set overflow to 'cut' or 'grow'"
+        handle_cuts([plan.report for plan in plans], self.overflow, self.max_tokens, advice, stacklevel=4)
+        return plans
+
+    def run(self, plans: Sequence[Plan], more: Sequence[tuple[int, ...]] = ()) -> tuple[Tensor, list[int]]:
+        """All states ``(m, d)`` of the plans' rows and then of ``more`` rows, and where among them each row begins."""
+        return run_grouped(
             self._run,
-            [row for plan in plans for row in plan.rows],
+            [*(row for plan in plans for row in plan.rows), *more],
             pad_id=self.tokens.tokenizer.eos_token_id,
-            device=device,
+            device=next(self.text_model.parameters()).device,
             max_batch_tokens=self.max_batch_tokens,
         )
+
+    def merge(self, plans: Sequence[Plan], states: Tensor, first: Sequence[int]) -> Conditioning:
+        """What is kept of the states ``(m, d)`` that `run` gave, in order and filled up."""
         filling = self._fill(states)
         longest = max(plan.length for plan in plans)
         length = longest if self.pad == "none" else max(self.max_tokens, longest)
@@ -117,14 +128,14 @@ class ClipSegmentEncoder(Encoder):
         mask = None
         if self.pad == "none":
             lengths = np.array([[plan.length] for plan in plans])
-            mask = torch.from_numpy(np.arange(length) < lengths).to(device)
-        merged = torch.cat([states, filling])[torch.from_numpy(index).to(device)]
-        return Conditioning(merged, mask, reports=reports)
+            mask = torch.from_numpy(np.arange(length) < lengths).to(states.device)
+        merged = torch.cat([states, filling])[torch.from_numpy(index).to(states.device)]
+        return Conditioning(merged, mask, reports=tuple(plan.report for plan in plans))
 
     def cut(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
         return [plan.report for plan in self._plans(prompts)]
 
-    def _run(self, ids: Tensor, real: Tensor) -> Tensor:
+    def _run(self, ids: Tensor, real: Tensor | None = None) -> Tensor:
         return self.text_model(input_ids=ids).last_hidden_state
 
     @torch.no_grad()
@@ -144,15 +155,15 @@ class ClipSegmentEncoder(Encoder):
         tokenizer = self.tokens.tokenizer
         pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         ids = [tokenizer.bos_token_id, tokenizer.eos_token_id] + [pad_id] * (self.window - 2)
-        return self.text_model(input_ids=torch.tensor([ids], device=device)).last_hidden_state[0]
+        return self._run(torch.tensor([ids], device=device))[0, :, : self.dim]
 
-    def _plans(self, prompts: Sequence[Prompt]) -> list[_Plan]:
+    def _plans(self, prompts: Sequence[Prompt]) -> list[Plan]:
         room, count = self.window - 2, self.tokens.count
         split = [list(self.segmenter(prompt, count)) for prompt in check_prompts(prompts)]
         self.tokens.batch([segment for segments in split for segment in segments])
         return [self._plan(self.tokens.batch(fit(segments, room, count))) for segments in split]
 
-    def _plan(self, segments: Sequence[Tokenized]) -> _Plan:
+    def _plan(self, segments: Sequence[Tokenized]) -> Plan:
         tokenizer = self.tokens.tokenizer
         segments = [s for s in segments if s.ids] or [Tokenized("", (), ())]
         left = sys.maxsize if self.overflow == "grow" else self.max_tokens
@@ -175,4 +186,4 @@ class ClipSegmentEncoder(Encoder):
         if not rows:
             # attention needs something to attend to, whatever the strategy
             rows, kept = [(tokenizer.bos_token_id, tokenizer.eos_token_id)], [(0, 1)]
-        return _Plan(tuple(rows), tuple(kept), PromptReport(tuple(texts), tuple(tokens), " ".join(cut)))
+        return Plan(tuple(rows), tuple(kept), PromptReport(tuple(texts), tuple(tokens), " ".join(cut)))

@@ -12,6 +12,7 @@ from longalign.segment import SentenceConfig
 
 if TYPE_CHECKING:
     from longalign.encoders.clip_segment import ClipSegmentEncoder
+    from longalign.encoders.clip_segment_sdxl import ClipSegmentSDXLEncoder
     from longalign.encoders.clip_truncate import ClipTruncateEncoder
     from longalign.encoders.concat import ConcatEncoder
     from longalign.encoders.t5 import T5Encoder
@@ -60,6 +61,43 @@ class ClipSegmentConfig(_Loaded):
         from longalign.encoders.clip_segment import ClipSegmentEncoder
 
         return ClipSegmentEncoder.from_config(self, runtime)
+
+
+class ClipSegmentSDXLConfig(PartConfig):
+    """Segment-level encoding with the two CLIPs of Stable Diffusion XL.
+
+    Attributes:
+        checkpoint: a hub id or a local folder in diffusers layout: ``text_encoder/``, ``text_encoder_2/``, tokenizers.
+        revision: branch, tag or commit of a hub repository.
+        segmenter: how prompts are split.
+        pooled: the pooled embedding: the "mean" over the segments, the "first" segment's, or "truncate": that of the
+            prompt cut at 77 tokens. They agree on a prompt of one segment.
+        empty: the empty prompt is told as "zeros", as SDXL's pipeline has it, or "encode": like any other.
+        sot: which segments keep their ``<sot>``.
+        eot: which segments keep their ``<eot>``.
+        pad: what fills up to ``max_tokens``: one ``<pad*>``, the empty prompt's plain padding, or nothing (and a mask).
+        max_tokens: number of merged states.
+        overflow: what happens to a longer prompt: an error, a cut with a warning, or the batch grows.
+        max_batch_tokens: most positions in one call of a text model; lower it to save memory.
+    """
+
+    name: Literal["clip-segment-sdxl"] = "clip-segment-sdxl"
+    checkpoint: str = Field("stabilityai/stable-diffusion-xl-base-1.0", min_length=1)
+    revision: str | None = None
+    segmenter: Part("segmenters") = SentenceConfig()  # type: ignore[valid-type]
+    pooled: Literal["mean", "first", "truncate"] = "mean"
+    empty: Literal["zeros", "encode"] = "zeros"
+    sot: Literal["all", "first", "none"] = "all"
+    eot: Literal["none", "all", "last"] = "none"
+    pad: Literal["pad*", "pad", "none"] = "pad*"
+    max_tokens: int = Field(240, ge=1)
+    overflow: Literal["error", "cut", "grow"] = "cut"
+    max_batch_tokens: int = Field(16384, ge=1)
+
+    def build(self, runtime: Runtime) -> ClipSegmentSDXLEncoder:
+        from longalign.encoders.clip_segment_sdxl import ClipSegmentSDXLEncoder
+
+        return ClipSegmentSDXLEncoder.from_config(self, runtime)
 
 
 class ClipTruncateConfig(_Loaded):

@@ -1,0 +1,119 @@
+"""Segment-level encoding for Stable Diffusion XL, whose states come from two CLIPs side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from longalign.encoders.base import Conditioning, Encoder, PromptReport, check_prompts, plain_text
+from longalign.encoders.clip_segment import ClipSegmentEncoder, Plan
+from longalign.runtime import Runtime
+from longalign.segment import Prompt, Segmenter
+
+if TYPE_CHECKING:
+    from longalign.encoders.configs import ClipSegmentSDXLConfig
+
+
+class _Penultimate(ClipSegmentEncoder):
+    """Segments in the states before the last layer, which no norm follows: what SDXL is told."""
+
+    def _run(self, ids: Tensor, real: Tensor | None = None) -> Tensor:
+        return self.text_model(input_ids=ids, output_hidden_states=True).hidden_states[-2]
+
+
+class _Projected(_Penultimate):
+    """As `_Penultimate`; beside each state is the last layer's, normed and projected, of which ``<eot>``'s is the
+    pooled output."""
+
+    def _run(self, ids: Tensor, real: Tensor | None = None) -> Tensor:
+        told = self.text_model(input_ids=ids, output_hidden_states=True)
+        projection: Any = self.text_model.text_projection
+        return torch.cat([told.hidden_states[-2], projection(told.last_hidden_state)], dim=-1)
+
+
+class ClipSegmentSDXLEncoder(Encoder):
+    """Each segment of a prompt through CLIP-L and OpenCLIP-bigG, merged as by `ClipSegmentEncoder`; the states of both
+    lie side by side (768 + 1280 wide) and come from the layer before the last.
+
+    A prompt has one pooled embedding, of bigG. For a prompt of one segment all rules give what diffusers gives.
+
+    Args:
+        text_models: a ``CLIPTextModel`` and a ``CLIPTextModelWithProjection``.
+        tokenizers: their fast tokenizers, which differ in their padding alone.
+        segmenter: splits a prompt.
+        pooled: the rule: ``"mean"`` of the pooled outputs of all segments that were read, that of the ``"first"``
+            segment, or ``"truncate"``: that of the whole prompt cut at 77 tokens, as diffusers has it.
+        empty: the empty prompt is told as ``"zeros"``, as SDXL's pipeline has it, or is ``"encode"``-d like others.
+        **settings: ``sot, eot, pad, max_tokens, overflow, max_batch_tokens`` of `ClipSegmentEncoder`.
+
+    Raises:
+        ValueError: if the vocabularies differ.
+    """
+
+    def __init__(
+        self,
+        text_models: tuple[nn.Module, nn.Module],
+        tokenizers: tuple[Any, Any],
+        segmenter: Segmenter,
+        *,
+        pooled: Literal["mean", "first", "truncate"] = "mean",
+        empty: Literal["zeros", "encode"] = "zeros",
+        **settings: Any,
+    ):
+        super().__init__()
+        if tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
+            raise ValueError("the two tokenizers have different vocabularies; expected those of one SDXL checkpoint")
+        self.first = _Penultimate(text_models[0], tokenizers[0], segmenter, **settings)
+        self.second = _Projected(text_models[1], tokenizers[1], segmenter, **settings)
+        self.dim = self.first.dim + self.second.dim
+        self.pooled, self.empty = pooled, empty
+
+    @classmethod
+    def from_config(cls, config: ClipSegmentSDXLConfig, runtime: Runtime) -> ClipSegmentSDXLEncoder:
+        """Loads ``text_encoder``, ``text_encoder_2`` and their tokenizers, and builds the segmenter."""
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+        from longalign.encoders.loading import load_text_model
+
+        kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+        models, tokenizers = zip(
+            *(load_text_model(kind, config.checkpoint, at, config.revision, runtime) for at, kind in kinds.items()),
+            strict=True,
+        )
+        keys = ("pooled", "empty", "sot", "eot", "pad", "max_tokens", "overflow", "max_batch_tokens")
+        return cls(models, tokenizers, config.segmenter.build(runtime), **{key: getattr(config, key) for key in keys})
+
+    def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
+        prompts = check_prompts(prompts)
+        plans = self.first.checked_plans(prompts)
+        pools = [self._pool_rows(prompt, plan) for prompt, plan in zip(prompts, plans, strict=True)]
+        told = self.first.merge(plans, *self.first.run(plans))
+        states, first = self.second.run(plans, [row for rows in pools for row in rows])
+        width = self.second.dim
+        other = self.second.merge(plans, states[:, :width], first)
+        ends = iter(first[sum(len(plan.rows) for plan in plans) :])
+        pooled = torch.stack(
+            [torch.stack([states[next(ends) + len(row) - 1, width:] for row in rows]).mean(0) for rows in pools]
+        )
+        merged = torch.cat([told.states, other.states], dim=-1)
+        if self.empty == "zeros":
+            blank = torch.tensor([not plain_text(prompt).strip() for prompt in prompts], device=merged.device)
+            merged = merged.masked_fill(blank[:, None, None], 0)
+            pooled = pooled.masked_fill(blank[:, None], 0)
+        return replace(told, states=merged, pooled=pooled)
+
+    def cut(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
+        return self.first.cut(prompts)
+
+    def _pool_rows(self, prompt: Prompt, plan: Plan) -> Sequence[tuple[int, ...]]:
+        if self.pooled == "mean":
+            return plan.rows
+        if self.pooled == "first":
+            return plan.rows[:1]
+        tokens = self.first.tokens
+        ids = tokens(plain_text(prompt)).ids[: self.first.window - 2]
+        return [(tokens.tokenizer.bos_token_id, *ids, tokens.tokenizer.eos_token_id)]
