@@ -13,6 +13,7 @@ from longalign.runtime import Runtime
 if TYPE_CHECKING:
     from longalign.backbones.base import Backbone
     from longalign.data.base import Data
+    from longalign.data.stream import Stream
     from longalign.encoders.base import Encoder
     from longalign.rewards.base import Reward
     from longalign.trainers.base import Trainer
@@ -74,7 +75,7 @@ class Composition:
         return self._built["trainer"]
 
     @property
-    def data(self) -> Data:
+    def data(self) -> Data | Stream:
         """What it is trained on. Raises `ConfigError` if the config has none."""
         if "data" not in self._built:
             self._built["data"] = self._needed("data").build(self.runtime)

@@ -1,1 +1,1 @@
-"""What a run is trained on: the bundled small world, a folder of captioned images, a file of prompts."""
+"""What a run is trained on: the bundled small world, captioned images in folders, tables and tar files, prompts."""

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from longalign.registry import PartConfig
 from longalign.runtime import Runtime
 
 Text = Annotated[str, Field(min_length=1)]
+
+
+def _several(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+Texts = Annotated[tuple[Text, ...], BeforeValidator(_several)]
 
 
 def _rising(value: tuple[int, int], what: str) -> tuple[int, int]:
@@ -74,6 +81,140 @@ class FolderConfig(DataConfig):
         from longalign.data.folder import Folder
 
         return Folder.from_config(self, runtime)
+
+
+class HubConfig(DataConfig):
+    """A table that the library ``datasets`` reads: from the hub, parquet files, or any format it knows.
+
+    Attributes:
+        dataset: hub id, local folder, or a format such as "parquet", "json" or "webdataset" for ``files``.
+        subset: name of a configuration of the dataset.
+        split: which split.
+        revision: branch, tag or commit on the hub.
+        files: paths or URLs, ``*`` allowed, of the files to read.
+        caption: column of the captions.
+        image: column of the images: images, their bytes or their paths; null reads captions alone, for reward
+            fine-tuning.
+        image_folder: where paths of images begin.
+        streaming: read while training, storing nothing, instead of downloading first; shards are dealt to processes and
+            workers.
+        shuffle_buffer: records of a stream among which the next is drawn; null is 1000.
+        cache: folder for what ``datasets`` stores; null is its own.
+        resolution: side in pixels of the square that is cut out of the middle of each image and scaled.
+        empty: what to do with an empty caption: "skip" its row, or "keep" it as an unconditional example.
+        max_unreadable: how many unreadable images are named in a warning and replaced by the next one; one more stops
+            the run. Each loading process counts its own.
+    """
+
+    name: Literal["hf"] = "hf"
+    dataset: Text
+    subset: Text | None = None
+    split: Text = "train"
+    revision: Text | None = None
+    files: Texts = ()
+    caption: Text = "caption"
+    image: Text | None = "image"
+    image_folder: Text | None = None
+    streaming: bool = False
+    shuffle_buffer: PositiveInt | None = None
+    cache: Text | None = None
+    resolution: PositiveInt = 512
+    empty: Literal["skip", "keep"] = "skip"
+    max_unreadable: NonNegativeInt = 10
+
+    @property
+    def has_images(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.image is not None
+
+    @model_validator(mode="after")
+    def _agree(self) -> HubConfig:
+        if self.shuffle_buffer is not None and not self.streaming:
+            raise ValueError("'shuffle_buffer' belongs to a stream; set streaming to true or leave it out")
+        if self.image is None and self.image_folder is not None:
+            raise ValueError("'image_folder' has no effect without an 'image' column")
+        return self
+
+    def build(self, runtime: Runtime) -> Any:
+        from longalign.data.hub import build
+
+        return build(self, runtime)
+
+
+class WebDatasetConfig(DataConfig):
+    """Local tar files in webdataset's layout, read as a stream: files of one stem are an item.
+
+    Attributes:
+        shards: paths of the tar files, with ``{0000..0123}`` for a range or ``*``; one or a list.
+        image: endings of images, in order of preference.
+        caption: ending of the caption's file: "txt", or "json" with a ``field``.
+        field: key of the caption in a JSON file; null is "caption" there.
+        shuffle_buffer: records among which the next is drawn; 1 keeps the order.
+        resolution: side in pixels of the square that is cut out of the middle of each image and scaled.
+        empty: what to do with an empty caption: "skip" its item, or "keep" it as an unconditional example.
+        max_unreadable: how many unreadable images, captions and shards are named in a warning and replaced by the next
+            ones; one more stops the run. Each loading process counts its own.
+    """
+
+    name: Literal["webdataset"] = "webdataset"
+    shards: Annotated[Texts, Field(min_length=1)]
+    image: Annotated[Texts, Field(min_length=1)] = ("jpg", "jpeg", "png", "webp")
+    caption: Text = "txt"
+    field: Text | None = None
+    shuffle_buffer: PositiveInt = 1000
+    resolution: PositiveInt = 512
+    empty: Literal["skip", "keep"] = "skip"
+    max_unreadable: NonNegativeInt = 10
+
+    @property
+    def caption_field(self) -> str | None:
+        """Key of the caption in a JSON file, None where the file is the caption."""
+        return (self.field or "caption") if self.caption.endswith("json") else None
+
+    @model_validator(mode="after")
+    def _agree(self) -> WebDatasetConfig:
+        if self.field is not None and self.caption_field is None:
+            raise ValueError(f"'field' is a key of JSON, and '{self.caption}' is read as text; leave it out")
+        return self
+
+    def build(self, runtime: Runtime) -> Any:
+        from longalign.data.webdataset import WebDataset
+
+        return WebDataset.from_config(self, runtime)
+
+
+class LongAlignCaptionsConfig(DataConfig):
+    """The public LongAlign captions (2.27 million rows ``caption, path, source``) with images of local folders.
+
+    Attributes:
+        folders: folder of the images of each source, by the names in the column ``source``; rows of other sources are
+            left out. ``path`` is looked for in its source's folder.
+        captions: hub id, or a local .parquet, .csv or .jsonl file, or a folder of such files of one kind.
+        split: which split.
+        revision: branch, tag or commit on the hub.
+        cache: folder for what the library ``datasets`` stores; null is its own.
+        max_missing: how many images may be missing in the folders, or null for any number; they are looked for once, at
+            the start, counted in a warning and left out.
+        resolution: side in pixels of the square that is cut out of the middle of each image and scaled.
+        empty: what to do with an empty caption: "skip" its image, or "keep" it as an unconditional example.
+        max_unreadable: how many unreadable images are named in a warning and replaced by the next one; one more stops
+            the run. Each loading process counts its own.
+    """
+
+    name: Literal["longalign-captions"] = "longalign-captions"
+    folders: Annotated[dict[str, Text], Field(min_length=1)]
+    captions: Text = "luping-liu/LongAlign"
+    split: Text = "train"
+    revision: Text | None = None
+    cache: Text | None = None
+    max_missing: NonNegativeInt | None = None
+    resolution: PositiveInt = 512
+    empty: Literal["skip", "keep"] = "skip"
+    max_unreadable: NonNegativeInt = 10
+
+    def build(self, runtime: Runtime) -> Any:
+        from longalign.data.captions import LongAlignCaptions
+
+        return LongAlignCaptions.from_config(self, runtime)
 
 
 class PromptsConfig(DataConfig):

@@ -1,0 +1,198 @@
+"""Data read by the library ``datasets``: by index, or as a stream; and where in a column an image is."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from longalign.data.base import Data, check_index
+from longalign.data.configs import HubConfig
+from longalign.data.pictures import Pictures
+from longalign.data.stream import Record, Stream
+from longalign.runtime import Runtime
+
+
+def load(what: str, path: str, **settings: Any) -> Any:
+    """``datasets.load_dataset``, with an error that says what to install where it is missing.
+
+    Args:
+        what: the data kind that asks, for the message.
+        path: hub id, folder, or a format such as "parquet".
+        **settings: what else `load_dataset` takes; those that are None are left out.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(
+            f"the data '{what}' is read by the package datasets, which is not installed: pip install 'longalign[hf]'"
+        ) from error
+    return datasets.load_dataset(path, **{key: value for key, value in settings.items() if value is not None})
+
+
+def open_columns(config: HubConfig) -> Any:
+    """The dataset with the configured columns alone, images undecoded.
+
+    Raises:
+        ValueError: if a column is missing; the message names those there are.
+    """
+    found = load(
+        "hf",
+        config.dataset,
+        name=config.subset,
+        split=config.split,
+        revision=config.revision,
+        data_files=[*config.files] or None,
+        cache_dir=config.cache,
+        streaming=config.streaming,
+    )
+    wanted = [config.caption] if config.image is None else [config.caption, config.image]
+    there = found.column_names or list(next(iter(found)))
+    missing = [column for column in wanted if column not in there]
+    if missing:
+        raise ValueError(f"'{config.dataset}' has no column '{missing[0]}'; there is {', '.join(there)}")
+    found = found.select_columns(wanted)
+    if config.image is not None and found.features is not None:
+        import datasets
+
+        if isinstance(found.features[config.image], datasets.Image):
+            found = found.cast_column(config.image, datasets.Image(decode=False))
+    return found
+
+
+def image_source(value: Any, folder: Path | None) -> Path | bytes:
+    """Where the image in a cell is: encoded bytes, a path (in ``folder``), both as a mapping, or a decoded image."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, str) and value:
+        return Path(value) if folder is None else folder / value
+    if hasattr(value, "save"):  # decoded already, where a stream does not say that the column has images
+        buffer = BytesIO()
+        value.save(buffer, "PNG")
+        return buffer.getvalue()
+    raise ValueError(f"expected an image, its bytes or its path, got {value!r:.60}")
+
+
+def text(value: Any) -> str:
+    """The caption in a cell; null is empty. Raises ValueError for what is no text."""
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"a caption must be a text, got {value!r:.60}")
+    return (value or "").strip()
+
+
+def build(config: HubConfig, runtime: Runtime) -> HubRows | HubPrompts | HubStream:
+    """The data that a config asks for."""
+    rows = open_columns(config)
+    if config.streaming:
+        return HubStream(rows, config)
+    return HubPrompts(rows, config) if config.image is None else HubRows(rows, config)
+
+
+class _Captions:
+    """Captions of a table, empty ones left out unless they are kept."""
+
+    def __init__(self, rows: Any, config: HubConfig):
+        captions = rows[config.caption]
+        kept = range(len(captions))
+        if config.empty == "skip":
+            kept = [i for i, caption in enumerate(captions) if text(caption)]
+        if not kept:
+            raise ValueError(f"'{config.dataset}' has no caption in its column '{config.caption}'")
+        self.captions, self.kept = captions, kept
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, index: int) -> str:
+        return text(self.captions[self.kept[check_index(index, len(self))]])
+
+
+class HubRows(Pictures):
+    """Rows of a table with an image each, by index.
+
+    Args:
+        rows: of the library ``datasets``, with images undecoded.
+        config: says which columns to read, and how.
+    """
+
+    def __init__(self, rows: Any, config: HubConfig):
+        super().__init__(config.resolution, config.max_unreadable)
+        self.rows, self.config, self.captions = rows, config, _Captions(rows, config)
+        self.folder = None if config.image_folder is None else Path(config.image_folder)
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def prompt(self, index: int) -> str:
+        return self.captions[index]
+
+    def label(self, index: int) -> str:
+        return f"row {self.captions.kept[index]} of {self.config.dataset}"
+
+    def source(self, index: int) -> Path | bytes:
+        return image_source(self.rows[int(self.captions.kept[index])][self.config.image], self.folder)
+
+
+class HubPrompts(Data):
+    """Captions of a table alone, by index."""
+
+    has_images = False
+
+    def __init__(self, rows: Any, config: HubConfig):
+        self.captions = _Captions(rows, config)
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"prompt": self.prompt(index)}
+
+    def prompt(self, index: int) -> str:
+        return self.captions[index]
+
+
+class HubStream(Stream):
+    """Rows as they are read, shard by shard, nothing stored.
+
+    Args:
+        rows: a streaming dataset of the library ``datasets``.
+        config: says which columns to read, and how.
+    """
+
+    def __init__(self, rows: Any, config: HubConfig):
+        super().__init__(config.resolution, config.empty, config.max_unreadable, config.shuffle_buffer or 1000)
+        self.rows, self.config = rows, config
+        self.has_images = config.image is not None
+        self.folder = None if config.image_folder is None else Path(config.image_folder)
+
+    @property
+    def num_shards(self) -> int:
+        return self.rows.num_shards
+
+    def read(self, shard: int) -> Iterator[Record]:
+        for number, row in enumerate(self.rows.shard(num_shards=self.num_shards, index=shard)):
+            name = f"row {number} of shard {shard} of {self.config.dataset}"
+            try:
+                image = None if self.config.image is None else image_source(row[self.config.image], self.folder)
+                yield Record(name, text(row[self.config.caption]), image)
+            except ValueError as error:
+                yield Record(name, fault=str(error))
+
+
+def files_of(path: Path) -> tuple[str, list[str]]:
+    """Format and files that a local table is read from: a file, or a folder of files of one kind.
+
+    Raises:
+        ValueError: if it is neither .parquet, .csv, .jsonl nor .json.
+    """
+    formats = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json"}
+    found = sorted(glob.glob(f"{glob.escape(str(path))}/**/*", recursive=True)) if path.is_dir() else [str(path)]
+    kinds = {Path(file).suffix for file in found} & set(formats)
+    if len(kinds) != 1:
+        raise ValueError(f"{path} should be or hold .parquet, .csv or .jsonl files of one kind, found {sorted(kinds)}")
+    (kind,) = kinds
+    return formats[kind], [file for file in found if file.endswith(kind)]

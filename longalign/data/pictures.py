@@ -1,0 +1,90 @@
+"""Images from files or encoded bytes as items, and what happens to those that cannot be read."""
+
+from __future__ import annotations
+
+import logging
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from longalign.data.base import Data, check_index
+
+log = logging.getLogger(__name__)
+
+# what Pillow raises on files that are missing, cut short, of no known format, or too large to be an image
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+
+
+class Unreadable(dict[Any, str]):
+    """Images that could not be read so far, by name, with what was wrong.
+
+    Args:
+        limit: how many there may be.
+    """
+
+    def __init__(self, limit: int):
+        super().__init__()
+        self.limit = limit
+
+    def note(self, name: Any, error: BaseException) -> None:
+        """Counts and names one; raises ValueError, with all of them, if that is one too many."""
+        if name in self:
+            return
+        self[name] = f"{type(error).__name__}: {error}"
+        if len(self) > self.limit:
+            raise ValueError(
+                f"{len(self)} images cannot be read, more than max_unreadable={self.limit}: {self.named()}"
+            ) from error
+        log.warning("%s cannot be read and is replaced by the next image (%s)", name, self[name])
+
+    def named(self) -> str:
+        """All of them in one line."""
+        return "; ".join(f"{name} ({what})" for name, what in self.items())
+
+
+class Pictures(Data):
+    """Base of data whose items are read by index, each with its image in a file or in bytes.
+
+    Args:
+        resolution: side of the images in pixels.
+        max_unreadable: how many unreadable images are replaced by the next readable one before the run is stopped.
+    """
+
+    def __init__(self, resolution: int = 512, max_unreadable: int = 10):
+        self.resolution = resolution
+        #: unreadable images met so far, with what was wrong
+        self.unreadable = Unreadable(max_unreadable)
+
+    def source(self, index: int) -> Path | bytes:
+        """Where the image of item ``index`` (not negative) is."""
+        raise NotImplementedError
+
+    def label(self, index: int) -> Any:
+        """What the image of item ``index`` (not negative) is called in messages."""
+        return self.source(index)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        start = check_index(index, len(self))
+        for step in range(len(self)):
+            at = (start + step) % len(self)
+            label = self.label(at)
+            if label in self.unreadable:
+                continue
+            try:
+                return {"prompt": self.prompt(at), "image": load_square(self.source(at), self.resolution)}
+            except UNREADABLE as error:
+                self.unreadable.note(label, error)
+        raise ValueError(f"none of the {len(self)} images can be read: {self.unreadable.named()}")
+
+
+def load_square(source: Path | bytes, resolution: int) -> Tensor:
+    """The largest square in the middle of an image, upright and scaled: ``(3, resolution, resolution)`` in [0, 1]."""
+    with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+        square = ImageOps.fit(upright, (resolution, resolution), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255

@@ -1,0 +1,113 @@
+"""Shards in webdataset's layout: tar files in which files of one stem belong together."""
+
+from __future__ import annotations
+
+import json
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
+from glob import glob
+from pathlib import Path, PurePosixPath
+
+from longalign.data.configs import WebDatasetConfig
+from longalign.data.stream import Record, Stream
+from longalign.runtime import Runtime
+
+BROKEN = (tarfile.TarError, EOFError, OSError, zlib.error)
+
+
+class WebDataset(Stream):
+    """Captioned images in tar files, plain or compressed, read from front to back.
+
+    Args:
+        shards: the tar files.
+        image: endings that an image may have, of which an item's first one is taken.
+        caption: ending of the caption's file.
+        field: key of the caption in a JSON file, or None for a file of text.
+        **settings: of `Stream`.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Path],
+        image: Sequence[str] = ("jpg", "jpeg", "png", "webp"),
+        caption: str = "txt",
+        field: str | None = None,
+        **settings: int | str,
+    ):
+        super().__init__(**settings)  # pyright: ignore[reportArgumentType]
+        self.shards, self.image, self.caption, self.field = list(shards), tuple(image), caption, field
+
+    @classmethod
+    def from_config(cls, config: WebDatasetConfig, runtime: Runtime) -> WebDataset:
+        """Finds the shards. Raises FileNotFoundError for those that are not there."""
+        shards = [path for given in config.shards for path in find_shards(given)]
+        keys = ("resolution", "empty", "max_unreadable", "shuffle_buffer")
+        settings = {key: getattr(config, key) for key in keys}
+        return cls(shards, config.image, config.caption, config.caption_field, **settings)
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.shards)
+
+    def read(self, shard: int) -> Iterator[Record]:
+        path = self.shards[shard]
+        wanted = {self.caption, *self.image}
+        stem, parts = "", {}
+        try:
+            with tarfile.open(path, "r|*") as tar:
+                for member in tar:
+                    place = PurePosixPath(member.name)
+                    if not member.isfile() or place.name.startswith("."):
+                        continue
+                    name, _, ending = place.name.partition(".")
+                    key = str(place.with_name(name))
+                    if parts and key != stem:
+                        yield self._record(path, stem, parts)
+                        parts = {}
+                    stem = key
+                    file = tar.extractfile(member) if ending.lower() in wanted else None
+                    parts[ending.lower()] = file.read() if file is not None else b""
+        except BROKEN as error:
+            self.unreadable.note(f"the rest of {path}", error)
+            parts = {}
+        if parts:
+            yield self._record(path, stem, parts)
+
+    def _record(self, path: Path, stem: str, parts: dict[str, bytes]) -> Record:
+        name = f"{stem} in {path}"
+        if self.caption not in parts:
+            return Record(name, fault=f"it has no .{self.caption}; there is {', '.join(sorted(parts))}")
+        image = next((parts[ending] for ending in self.image if ending in parts), None)
+        try:
+            text = parts[self.caption].decode("utf-8-sig")
+            if self.field is not None:
+                text = json.loads(text)[self.field] or ""
+        except (ValueError, KeyError, TypeError) as error:
+            what = f" with '{self.field}'" if self.field else ""
+            return Record(name, fault=f"its .{self.caption} is not a text{what} ({type(error).__name__}: {error})")
+        if not isinstance(text, str):
+            return Record(name, fault=f"'{self.field}' must be a text, got {text!r:.60}")
+        return Record(name, text.strip(), image)
+
+
+def find_shards(given: str) -> list[Path]:
+    """The tar files that a path with ``{0000..0123}`` (both ends included) or with ``*`` stands for, in order.
+
+    Raises:
+        FileNotFoundError: if there are none, or one of a range is missing.
+    """
+    span = re.search(r"\{(\d+)\.\.(\d+)\}", given)
+    if span:
+        first, last = span.groups()
+        names = [
+            f"{given[: span.start()]}{number:0{len(first)}d}{given[span.end() :]}"
+            for number in range(int(first), int(last) + 1)
+        ]
+        return [path for name in names for path in find_shards(name)]
+    paths = sorted(glob(given)) if any(sign in given for sign in "*?[") else [given]
+    missing = [path for path in paths if not Path(path).is_file()]
+    if missing or not paths:
+        raise FileNotFoundError(f"no shard {missing[0] if missing else given}")
+    return [Path(path) for path in paths]

@@ -1,0 +1,291 @@
+"""Tables read by ``datasets``, tar shards, the LongAlign captions, and how streams are dealt, shuffled and resumed."""
+
+import io
+import json
+import logging
+import re
+import sys
+import tarfile
+
+import pytest
+import torch
+from PIL import Image
+
+from longalign.config import load_config
+from longalign.data.stream import Record, Stream
+from longalign.data.webdataset import find_shards
+from longalign.registry import ConfigError, data
+from longalign.trainers.batches import load_batches, plan_batches
+
+
+def png(shade, size=(8, 8)):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (shade, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def shade(item):
+    return round(float(item["image"][0].mean() * 255))
+
+
+class Numbers(Stream):
+    """Shards of numbers as captions, each with an image of its shade; those in ``bad`` cannot be read."""
+
+    def __init__(self, lengths, bad=(), **settings):
+        super().__init__(resolution=2, **settings)
+        self.lengths, self.bad = lengths, bad
+
+    @property
+    def num_shards(self):
+        return len(self.lengths)
+
+    def read(self, shard):
+        first = sum(self.lengths[:shard])
+        for number in range(first, first + self.lengths[shard]):
+            yield Record(f"n{number}", str(number), b"broken" if number in self.bad else png(number))
+
+
+def take(stream, count, **settings):
+    items = stream.items(0, **settings)
+    return [next(items) for _ in range(count)]
+
+
+def prompts(items):
+    return [item["prompt"] for item in items]
+
+
+def test_a_pass_has_every_record_once_in_another_order_each_time():
+    stream = Numbers([5, 4, 3], shuffle_buffer=4)
+    seen = prompts(take(stream, 24))
+    assert sorted(map(int, seen[:12])) == sorted(map(int, seen[12:])) == list(range(12))
+    assert seen[:12] != seen[12:] and seen[:12] != sorted(seen[:12], key=int)
+    assert seen == prompts(take(stream, 24))
+    assert all(shade(item) == int(item["prompt"]) for item in take(stream, 12))
+    in_order = prompts(take(Numbers([3], shuffle_buffer=1), 6))
+    assert in_order == ["0", "1", "2"] * 2
+
+
+@pytest.mark.parametrize("lengths", [[3, 3, 3, 3], [12]])
+def test_shares_are_disjoint_and_whole(lengths):
+    stream = Numbers(lengths, shuffle_buffer=2)
+    shares = [set(prompts(take(stream, 6, share=i, shares=2))) for i in range(2)]
+    assert not shares[0] & shares[1] and shares[0] | shares[1] == {str(i) for i in range(12)}
+
+
+def test_an_unreadable_image_gives_its_place_to_the_next_one(caplog):
+    with caplog.at_level(logging.WARNING):
+        items = take(Numbers([5], bad=(1, 2), shuffle_buffer=1), 10)
+    assert prompts(items) == ["0", "3", "3", "3", "4"] * 2
+    assert [r.message.split(" cannot")[0] for r in caplog.records] == ["n1", "n2"]
+    for skip in range(5):
+        again = take(Numbers([5], bad=(1, 2), shuffle_buffer=1), 10 - skip, skip=skip)
+        assert prompts(again) == prompts(items)[skip:]
+    with pytest.raises(ValueError, match=r"2 images cannot be read, more than max_unreadable=1: n1 .*n2 "):
+        take(Numbers([5], bad=(1, 2), shuffle_buffer=1, max_unreadable=1), 5)
+    with pytest.raises(ValueError, match="no image can be read: n0"):
+        take(Numbers([1], bad=(0,), max_unreadable=3), 1)
+    assert prompts(take(Numbers([2], bad=(0, 1)), 2, images=False)) != []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_of_a_stream_go_on_where_they_were(workers):
+    def batches(start):
+        stream = Numbers([4, 4, 4, 4], shuffle_buffer=3)
+        loaded = load_batches(stream, plan_batches(stream, 2, 5, start, 0, 1), True, workers)
+        return [next(loaded) for _ in range(7 - start)]
+
+    whole = batches(0)
+    assert whole[0]["image"].shape == (2, 3, 2, 2)
+    for start in (1, 2, 5):
+        later = batches(start)
+        assert [b["prompt"] for b in later] == [b["prompt"] for b in whole[start:]]
+        assert torch.equal(later[0]["image"], whole[start]["image"])
+
+
+def test_images_are_asked_for_only_where_they_are_needed():
+    stream = Numbers([2], bad=(0, 1))
+    stream.has_images = False
+    with pytest.raises(ValueError, match="the data has prompts only"):
+        load_batches(stream, plan_batches(stream, 1, 0, 0, 0, 1), True, 0)
+    batch = next(load_batches(stream, plan_batches(stream, 2, 0, 0, 0, 1), False, 0))
+    assert set(batch) == {"prompt"} and sorted(batch["prompt"]) == ["0", "1"]
+
+
+def write_shard(path, samples):
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as tar:
+        for name, content in samples:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.fixture
+def shards(tmp_path):
+    for number in range(2):
+        names = [f"00{number}/{i}" for i in range(3)]
+        samples = [
+            pair
+            for i, name in enumerate(names)
+            for pair in (
+                (f"{name}.png", png(10 * number + i)),
+                (f"{name}.txt", f" Caption {10 * number + i}. ".encode()),
+                (f"{name}.json", json.dumps({"caption": f"From JSON {10 * number + i}."}).encode()),
+            )
+        ]
+        write_shard(tmp_path / f"s-0{number}.tar", samples)
+    return tmp_path
+
+
+def web(shards, name="s-{00..01}.tar", **keys):
+    given = {"name": "webdataset", "shards": str(shards / name), "resolution": 4, "shuffle_buffer": 1, **keys}
+    return data.build(given)
+
+
+def test_tar_shards(shards):
+    items = take(web(shards), 6)
+    assert sorted(prompts(items)) == sorted(f"Caption {i}." for i in (0, 1, 2, 10, 11, 12))
+    assert all(f"Caption {shade(item)}." == item["prompt"] for item in items)
+    assert items[0]["image"].shape == (3, 4, 4)
+    json_items = take(web(shards, "s-*.tar", caption="json"), 6)
+    assert {f"From JSON {shade(item)}." for item in json_items} == set(prompts(json_items))
+    with pytest.raises(FileNotFoundError, match=r"no shard .*s-02\.tar"):
+        find_shards(str(shards / "s-{00..02}.tar"))
+    with pytest.raises(FileNotFoundError, match="no shard"):
+        find_shards(str(shards / "x-*.tar"))
+    with pytest.raises(ConfigError, match="'field' is a key of JSON"):
+        web(shards, field="text")
+
+
+def test_broken_tar_shards_and_samples(tmp_path, caplog):
+    samples = [
+        ("a.png", png(7)),
+        ("a.txt", b"A."),
+        ("b.png", png(8)),
+        ("c.txt", b"C."),
+        ("d.png", b"?"),
+        ("d.txt", b"D."),
+    ]
+    write_shard(tmp_path / "s-0.tar.gz", [*samples, ("e.png", png(9)), ("e.txt", b"  ")])
+    write_shard(tmp_path / "s-1.tar", [("f.png", png(5)), ("f.txt", b"F.")])
+    whole = (tmp_path / "s-1.tar").read_bytes()
+    (tmp_path / "s-1.tar").write_bytes(whole[:700])
+    found = web(tmp_path, "s-*")
+    with caplog.at_level(logging.WARNING):
+        assert set(prompts(take(found, 12))) == {"A."}
+    messages = " ".join(r.message for r in caplog.records)
+    for told in ("b in .* has no .txt; there is png", "c in .*it has no image", "d in ", "the rest of .*s-1.tar"):
+        assert re.search(told, messages), told
+    assert "e in" in messages and "empty caption" in messages
+    assert len(found.unreadable) == 4
+
+
+@pytest.fixture
+def table(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    images = [{"bytes": png(i), "path": None} for i in range(5)]
+    captions = ["Zero.", "One.", "", "Three.", None]
+    rows = datasets.Dataset.from_dict(
+        {"caption": captions, "image": images, "other": list(range(5))},
+        features=datasets.Features(
+            {"caption": datasets.Value("string"), "image": datasets.Image(), "other": datasets.Value("int64")}
+        ),
+    )
+    rows.select(range(3)).to_parquet(tmp_path / "p-0.parquet")
+    rows.select(range(3, 5)).to_parquet(tmp_path / "p-1.parquet")
+    return tmp_path
+
+
+def hub(table, **keys):
+    files = str(table / "p-*.parquet")
+    given = {"name": "hf", "dataset": "parquet", "files": files, "cache": str(table / "cache"), "resolution": 4}
+    return data.build({**given, **keys})
+
+
+def test_a_table_by_index(table):
+    found = hub(table)
+    assert [found.prompt(i) for i in range(len(found))] == ["Zero.", "One.", "Three."]
+    assert [shade(found[i]) for i in range(3)] == [0, 1, 3] and found[-1]["prompt"] == "Three."
+    assert len(hub(table, empty="keep")) == 5
+    alone = hub(table, image=None)
+    assert not alone.has_images and alone[1] == {"prompt": "One."}
+    with pytest.raises(ValueError, match=r"no column 'text'; there is caption, image, other"):
+        hub(table, caption="text")
+
+
+def test_a_table_as_a_stream(table):
+    found = hub(table, streaming=True)
+    assert found.num_shards == 2
+    assert sorted(prompts(take(found, 3))) == ["One.", "Three.", "Zero."]
+    shades = {item["prompt"]: shade(item) for item in take(found, 3)}
+    assert shades == {"Zero.": 0, "One.": 1, "Three.": 3}
+    assert not hub(table, streaming=True, image=None).has_images
+
+
+def test_unreadable_rows_are_named(table):
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"caption": ["A.", "B."], "image": [b"?", png(4)]})
+    rows.to_parquet(table / "bytes.parquet")
+    found = hub(table, files=str(table / "bytes.parquet"))
+    assert found[0]["prompt"] == "B." and list(found.unreadable) == ["row 0 of parquet"]
+
+
+def test_settings_of_a_table_that_do_nothing_are_refused():
+    with pytest.raises(ConfigError, match="'shuffle_buffer' belongs to a stream"):
+        data.validate({"name": "hf", "dataset": "x", "shuffle_buffer": 5})
+    with pytest.raises(ConfigError, match="'image_folder' has no effect"):
+        data.validate({"name": "hf", "dataset": "x", "image": None, "image_folder": "y"})
+    run = {"backbone": {"name": "sd", "checkpoint": "x"}, "encoder": "clip-segment", "trainer": "align"}
+    with pytest.raises(ConfigError, match="'align' needs images, and 'hf' has prompts only"):
+        load_config({**run, "data": {"name": "hf", "dataset": "x", "image": None}})
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"pip install 'longalign\[hf\]'"):
+        data.build({"name": "hf", "dataset": "x"})
+
+
+@pytest.fixture
+def captions(tmp_path):
+    pytest.importorskip("datasets")
+    rows = [
+        {"caption": "A dog. It runs.", "path": "train2017/1.png", "source": "COCO2017"},
+        {"caption": "A cat.", "path": "/train2017/2.png", "source": "COCO2017"},
+        {"caption": "A wall.", "path": "3.png", "source": "SAM"},
+        {"caption": "Not there.", "path": "4.png", "source": "SAM"},
+        {"caption": "", "path": "3.png", "source": "SAM"},
+        {"caption": "No folder.", "path": "5.png", "source": "LLaVA"},
+    ]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "coco" / "train2017").mkdir(parents=True)
+    (tmp_path / "sam").mkdir()
+    for place, tone in (("coco/train2017/1.png", 1), ("coco/train2017/2.png", 2), ("sam/3.png", 3)):
+        (tmp_path / place).write_bytes(png(tone))
+    return tmp_path
+
+
+def joined(folder, **keys):
+    folders = {"COCO2017": str(folder / "coco"), "SAM": str(folder / "sam")}
+    given = {"name": "longalign-captions", "captions": str(folder / "captions.jsonl"), "folders": folders}
+    return data.build({**given, "cache": str(folder / "cache"), "resolution": 4, **keys})
+
+
+def test_longalign_captions_are_joined_with_their_images(captions, caplog):
+    with caplog.at_level(logging.WARNING):
+        found = joined(captions)
+    assert [(found[i]["prompt"], shade(found[i])) for i in range(len(found))] == [
+        ("A dog. It runs.", 1),
+        ("A cat.", 2),
+        ("A wall.", 3),
+    ]
+    messages = [r.message for r in caplog.records]
+    assert "left out, for want of a folder: 1 of LLaVA" in messages and "1 captions are empty: skip" in messages
+    assert any(m.startswith("left out, for their images are missing: 1, the first are") for m in messages)
+    with pytest.raises(ValueError, match=r"more than max_missing=0 images are missing, the last is .*4\.png"):
+        joined(captions, max_missing=0)
+    with pytest.raises(ValueError, match="no caption has the source 'coco'; there is COCO2017, LLaVA, SAM"):
+        joined(captions, folders={"coco": str(captions)})
+    with pytest.raises(ValueError, match=r"no image of .* is in the folders given, the first of 1 missing"):
+        joined(captions, folders={"LLaVA": str(captions)})
