@@ -16,7 +16,7 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from longalign.mini.tokenizers import write_t5_tokenizer
 
-STEPS, BATCH = int(sys.argv[1]) if len(sys.argv) > 1 else 600, 48
+STEPS, BATCH = int(sys.argv[1]) if len(sys.argv) > 1 else 900, 24
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
 
     def loss_of(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
         # one length a step: little padding
-        pooled, by_token = read(*batch(rng, int(rng.integers(8, 160)), BATCH))
+        pooled, by_token = read(*batch(rng, int(rng.integers(8, 121)), BATCH))
         return {"loss": pooled[0] + by_token[0], "pooled_read": pooled[1], "tokens_read": by_token[1]}
 
     held_out = {words: batch(np.random.default_rng([5, words]), words, 100) for words in (15, 40, 80, 160)}

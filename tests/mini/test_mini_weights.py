@@ -1,0 +1,113 @@
+"""The bundled weights load through the same parts as published ones and are worth something."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from longalign.mini import oracle
+from longalign.mini.captions import Caption, describe
+from longalign.mini.scenes import ATTRIBUTES, VALUES, Scene, render_batch, sample_scene
+from longalign.pipeline import sample
+from longalign.registry import backbones, encoders, rewards
+
+WEIGHTS = Path(str(resources.files("longalign.mini"))) / "weights"
+LONG = "There is a circle in the top left. " * 40
+
+
+def worlds(count: int, things: tuple[int, int], words: int) -> tuple[list[Scene], list[Caption]]:
+    scenes = [sample_scene(np.random.default_rng([31, i]), things) for i in range(count)]
+    return scenes, [describe(s, np.random.default_rng([32, i]), words=words) for i, s in enumerate(scenes)]
+
+
+def wrong(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The scene with one attribute of every object changed."""
+    things = []
+    for thing in scene.things:
+        attribute = ATTRIBUTES[int(rng.integers(4))]
+        others = [v for v in VALUES[attribute] if v != getattr(thing, attribute)]
+        things.append(type(thing)(**{**vars(thing), attribute: others[int(rng.integers(len(others)))]}))
+    return Scene(tuple(things), scene.ground, scene.tint, scene.vignette)
+
+
+def test_all_weights_are_half_precision_and_small():
+    files = [f for f in WEIGHTS.rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) < 40 * 2**20
+    weights = [f for f in files if f.suffix == ".safetensors"]
+    assert {f.parent.name for f in weights} >= {"unet", "vae", "text_encoder", "clip", "longclip", "t5", "denscore"}
+    for file in weights:
+        with safe_open(file, "pt") as tensors:
+            assert {str(tensors.get_slice(k).get_dtype()) for k in tensors.keys()} <= {"F16", "I64"}, file  # noqa: SIM118
+
+
+def test_the_vae_keeps_the_facts():
+    scenes, captions = worlds(40, (1, 9), 100)
+    backbone = backbones.build({"name": "sd", "checkpoint": "mini/sd"})
+    with torch.no_grad():
+        images = backbone.decode(backbone.encode_images(torch.from_numpy(render_batch(scenes))))
+    assert oracle.fact_accuracy(images.numpy(), captions).mean() >= 0.95
+
+
+def test_the_unet_draws_short_captions():
+    _, captions = worlds(24, (1, 2), 20)
+    backbone = backbones.build({"name": "sd", "checkpoint": "mini/sd"})
+    encoder = encoders.build({"name": "clip-truncate", "checkpoint": "mini/sd"})
+    texts = [c.text for c in captions]
+    images = sample(backbone, encoder, texts, steps=12, guidance=4.0, seeds=list(range(24)), batch_size=24)
+    shuffled = oracle.fact_accuracy(images.numpy(), captions[1:] + captions[:1]).mean()
+    assert oracle.fact_accuracy(images.numpy(), captions).mean() >= shuffled + 0.3
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"name": "clip-segment", "checkpoint": "mini/sd", "overflow": "grow"},
+        {"name": "longclip", "checkpoint": "mini/longclip", "overflow": "cut"},
+        {"name": "t5", "checkpoint": "mini/t5", "overflow": "grow"},
+    ],
+    ids=lambda config: config["name"],
+)
+def test_encoders_read_beyond_one_window(config: dict[str, object]):
+    encoder = encoders.build(config)
+    (report,) = encoder.cut([LONG[:600]])
+    assert report.cut == ""
+    assert sum(report.tokens) > 77
+    states = encoder.encode([LONG[:600]]).states
+    assert states.isfinite().all()
+    assert states.shape[-1] == encoder.dim
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "atleast"), [("clip", 20, 0.7), ("pickscore", 20, 0.7), ("hpsv2", 20, 0.7), ("denscore", 80, 0.8)]
+)
+def test_rewards_prefer_the_image_that_the_text_tells(name: str, words: int, atleast: float):
+    scenes, captions = worlds(60, (1, 3), words)
+    reward = rewards.build({"name": name, "checkpoint": f"mini/{name}"})
+    texts = [c.text for c in captions]
+    rng = np.random.default_rng(0)
+    with torch.no_grad():
+        right = reward.score(torch.from_numpy(render_batch(scenes)), texts)
+        false = reward.score(torch.from_numpy(render_batch([wrong(s, rng) for s in scenes])), texts)
+    assert (right > false).float().mean() >= atleast
+
+
+def test_decomposition_separates_taste_from_truth():
+    scenes, captions = worlds(60, (1, 4), 80)
+    plain = [Scene(s.things, s.ground, -1.0, 0.0) for s in scenes]
+    pleasing = [Scene(s.things, s.ground, 1.0, 1.0) for s in scenes]
+    reward = rewards.build(
+        {"name": "reweighted", "omega": 0.0, "inner": {"name": "denscore", "checkpoint": "mini/denscore"}}
+    )
+    texts = [c.text for c in captions]
+    with torch.no_grad():
+        before = reward.scores(torch.from_numpy(render_batch(plain)), texts).parts
+        after = reward.scores(torch.from_numpy(render_batch(pleasing)), texts).parts
+    irrelevant = (after["text_irrelevant"] - before["text_irrelevant"]).mean()
+    relevant = (after["text_relevant"] - before["text_relevant"]).mean()
+    assert irrelevant > 0
+    assert abs(relevant) < irrelevant / 2
