@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     _list(add)
     _describe(add)
     _convert(add)
+    _export(add)
     _demo(add)
     return parser
 
@@ -101,7 +102,9 @@ def _generate(add: Callable[..., argparse.ArgumentParser]) -> None:
         """,
     )
     source = command.add_mutually_exclusive_group(required=True)
-    source.add_argument("--checkpoint", metavar="DIR", help="a checkpoint, or a run's folder for its newest one")
+    source.add_argument(
+        "--checkpoint", metavar="DIR", help="a checkpoint, a run's folder for its newest one, or OWNER/NAME"
+    )
     source.add_argument(
         "--config", metavar="FILE", help="a .yaml or .json config, whose backbone is drawn with as it is"
     )
@@ -227,6 +230,26 @@ def _convert(add: Callable[..., argparse.ArgumentParser]) -> None:
     about = "hub id or folder of the base model (stable-diffusion-v1-5/stable-diffusion-v1-5)"
     command.add_argument("--backbone", metavar="CHECKPOINT", help=about)
     command.add_argument("--t5", metavar="CHECKPOINT", help="hub id or folder of T5 (google-t5/t5-large)")
+
+
+def _export(add: Callable[..., argparse.ArgumentParser]) -> None:
+    command = add(
+        "export",
+        "export",
+        "write a checkpoint for plain diffusers, with its adapter and a model card, and upload it if asked to",
+        """
+        longalign export runs/reward out/model
+        longalign export runs/reward out/model --metrics table.json --license openrail++
+        longalign export runs/reward out/model --push-to-hub owner/name --private
+        """,
+    )
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run's folder for its newest one")
+    command.add_argument("output", metavar="OUT", help="a folder without a checkpoint, for the new files")
+    about = "a table that `longalign eval --json` wrote, for the model card"
+    command.add_argument("--metrics", metavar="FILE", help=about)
+    command.add_argument("--license", metavar="NAME", help="for the model card, as the hub spells it")
+    command.add_argument("--push-to-hub", metavar="OWNER/NAME", help="also upload it to this repository")
+    command.add_argument("--private", action="store_true", help="make a new repository private")
 
 
 def _demo(add: Callable[..., argparse.ArgumentParser]) -> None:

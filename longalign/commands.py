@@ -12,7 +12,7 @@ from longalign import describe as descriptions
 from longalign.config import RunConfig, load_config, override, to_yaml
 from longalign.data.lines import read_jsonl, read_prompts, text_of
 from longalign.faults import PartError, suggestion
-from longalign.files import checkpoint_file, parse_assignments, parse_value, read_mapping
+from longalign.files import checkpoint_file, find_checkpoint, parse_assignments, parse_value, read_mapping
 from longalign.registry import REGISTRIES, PartConfig, rewards
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json", ".safetensors")
@@ -36,7 +36,7 @@ def generate(args: Namespace) -> None:
     """Draws images into a folder."""
     prompts = _told(args)
     if args.checkpoint:
-        source: Any = checkpoint_file(Path(args.checkpoint)).parent
+        source: Any = find_checkpoint(args.checkpoint).parent
     else:
         source = load_config(args.config)
     from longalign import pipeline
@@ -149,6 +149,19 @@ def convert(args: Namespace) -> None:
 
     given = {key: value for key in ("backbone", "t5") if (value := getattr(args, key)) is not None}
     print(convert_longsd(args.source, args.output, align_only=args.align_only, **given))
+
+
+def export(args: Namespace) -> None:
+    """Writes a checkpoint for others, and uploads it if asked to."""
+    if args.private and not args.push_to_hub:
+        raise ValueError("--private belongs to --push-to-hub")
+    checkpoint_file(Path(args.checkpoint))  # looked for before what is heavy is imported
+    from longalign import publish
+
+    for path in publish.export(args.checkpoint, args.output, args.metrics, args.license):
+        print(path)
+    if args.push_to_hub:
+        print(publish.push_to_hub(args.output, args.push_to_hub, args.private))
 
 
 def demo(args: Namespace) -> None:

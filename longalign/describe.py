@@ -133,7 +133,9 @@ def type_text(annotation: Any) -> str:
         return f"list of {type_text(args[0])}"
     if origin is tuple:
         return f"[{', '.join(map(type_text, args))}]"
-    if args and origin not in (dict,):
+    if origin is dict:
+        return f"mapping of {type_text(args[0])} to {type_text(args[1])}"
+    if args:
         return " | ".join(map(type_text, args))
     if isinstance(annotation, type):
         plain = {str: "text", type(None): "null", bool: "true | false"}

@@ -14,6 +14,7 @@ import yaml
 from longalign.faults import ConfigError, shorten
 
 CHECKPOINT = "longalign.safetensors"
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 BOOL, INT, FLOAT, TIME = (f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "timestamp"))
 
 
@@ -89,6 +90,23 @@ def checkpoint_file(path: Path) -> Path:
             f"no checkpoint in {path}; expected {CHECKPOINT} or checkpoint-<step>/{CHECKPOINT} there"
         )
     return max(inside, key=lambda p: int(p.parent.name.rpartition("-")[2]))
+
+
+def find_checkpoint(checkpoint: str, revision: str | None = None) -> Path:
+    """As `checkpoint_file`, or the file of a repository ``owner/name`` of the hub, where there is no folder ``owner``.
+
+    Raises:
+        FileNotFoundError: if there is neither.
+    """
+    path = Path(checkpoint)
+    if not HUB_ID.fullmatch(checkpoint) or Path(path.parts[0]).exists():
+        return checkpoint_file(path)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(checkpoint, CHECKPOINT, revision=revision))
+    except Exception as error:
+        raise FileNotFoundError(f"no checkpoint {checkpoint} here, and the hub answered: {error}") from error
 
 
 def read_metadata(path: Path) -> dict[str, str]:

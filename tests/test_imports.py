@@ -18,11 +18,11 @@ LEVELS = {
     0: "runtime faults discovery files registry segment data.lines",
     1: "config describe backbones.configs data.configs encoders.configs rewards.configs trainers.configs",
     2: "preference diffusion images imagefiles table record mini",
-    3: "backbones.base backbones.lora data.base encoders.base rewards.base rewards.guard trainers.base",
+    3: "backbones.base backbones.lora data.base data.pictures data.stream encoders.base rewards.base rewards.guard trainers.base",
     5: "checkpoint conditioning charts",
     6: "compose",
-    7: "pipeline evaluate report convert",
-    8: "trainers.loop",
+    7: "pipeline evaluate report convert publish",
+    8: "trainers.loop trainers.validation",
     9: "demo",
     10: "commands",
     11: "cli",
@@ -31,7 +31,7 @@ LEVELS = {
 # What is imported inside a function and stands higher, because a config or a composition makes it.
 UPWARDS = {("compose", "trainers.loop")}
 # What modules of another kind may import of a kind.
-SHARED = ("base", "configs", "guard", "lines")
+SHARED = ("base", "configs", "guard", "lines", "stream")
 
 NO_TORCH = ("__init__", "__main__", "cli", "commands", "compose", *f"{LEVELS[0]} {LEVELS[1]}".split())
 HEAVY = (

@@ -1,0 +1,194 @@
+"""A checkpoint as a folder to give away: for plain diffusers, with a model card; to the hub and from it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from longalign.checkpoint import Weights, export_lora, load_weights
+from longalign.config import RunConfig, load_config, to_yaml
+from longalign.encoders.adapter import TextAdapter
+from longalign.files import CHECKPOINT, HUB_ID, checkpoint_file, read_metadata
+from longalign.runtime import Runtime
+from longalign.table import MetricTable
+
+CARD = "README.md"
+
+
+def export(
+    checkpoint: str | Path, output: str | Path, metrics: str | Path | None = None, license: str | None = None
+) -> list[Path]:
+    """Writes what others need to use a checkpoint.
+
+    - ``longalign.safetensors``, the checkpoint itself;
+    - ``pytorch_lora_weights.safetensors``, for ``load_lora_weights`` of a diffusers pipeline, or, where all weights
+      were trained, the denoiser as diffusers saves it, in ``unet/`` or ``transformer/``;
+    - ``adapter/``, where the encoder has a LaVi-Bridge adapter, as diffusers saves it;
+    - ``README.md``, a model card with the config, the data and the metrics.
+
+    Args:
+        checkpoint: its file, its folder, or a run's folder (the newest one).
+        output: a folder without files of these names.
+        metrics: a table that ``longalign eval --json`` or the demo wrote.
+        license: for the card, e.g. ``"openrail++"``; left out if None.
+
+    Returns:
+        The files and folders written.
+
+    Raises:
+        ValueError: if the folder has such files, or ``metrics`` is no table.
+    """
+    source, output = checkpoint_file(Path(checkpoint)), Path(output)
+    table = None if metrics is None else read_table(Path(metrics))
+    for name in (CHECKPOINT, CARD):
+        if (output / name).exists():
+            raise ValueError(f"{output / name} exists; choose another folder")
+    config, weights = load_config(source), load_weights(source)
+    output.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, output / CHECKPOINT)
+    written = [output / CHECKPOINT]
+    if weights.denoiser:
+        written.append(_save_denoiser(config, weights, output))
+    elif weights.stacks:
+        written.append(export_lora(source, output))
+    for name, adapter in adapters(weights.adapter).items():
+        adapter.save(output / name)
+        written.append(output / name)
+    card = model_card(config, weights, read_metadata(source), table, license)
+    (output / CARD).write_text(card, encoding="utf-8")
+    return [*written, output / CARD]
+
+
+def _save_denoiser(config: RunConfig, weights: Weights, output: Path) -> Path:
+    backbone = config.backbone.build(Runtime())
+    backbone.load_full(weights.denoiser)
+    backbone.load_lora(weights.stacks)
+    backbone.merge_lora()
+    folder = output / ("unet" if type(backbone.denoiser).__name__.startswith("UNet") else "transformer")
+    backbone.denoiser.save_pretrained(folder)
+    return folder
+
+
+def adapters(state: Mapping[str, Tensor]) -> dict[str, TextAdapter]:
+    """LaVi-Bridge adapters among an encoder's weights, as ``adapter``, ``adapter-2``...; other weights are left out."""
+    found: dict[str, TextAdapter] = {}
+    for key in state:
+        if not key.endswith("norm1.weight"):
+            continue
+        prefix = key.removesuffix("norm1.weight")
+        own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        if {"norm2.weight", "ff1.net.2.weight", "ff2.net.2.weight"} <= set(own):
+            adapter = TextAdapter(len(own["norm1.weight"]), len(own["norm2.weight"]), len(own["ff2.net.2.weight"]))
+            adapter.load_state_dict(own)
+            found[f"adapter-{len(found) + 1}" if found else "adapter"] = adapter
+    return found
+
+
+def read_table(path: Path) -> MetricTable:
+    """The metrics in a JSON file. Raises ValueError if it holds something else."""
+    try:
+        return MetricTable.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is no table of metrics; expected what `longalign eval --json` writes") from error
+
+
+def model_card(
+    config: RunConfig,
+    weights: Weights,
+    metadata: Mapping[str, str],
+    table: MetricTable | None = None,
+    license: str | None = None,
+) -> str:
+    """A model card in the hub's format: what it is, how to use it, how it was trained, what it reached.
+
+    Args:
+        config: of the run.
+        weights: what the checkpoint holds.
+        metadata: of its file.
+        table: metrics, the base model's first.
+        license: as the hub spells it; left out if None.
+    """
+    base = str(getattr(config.backbone, "checkpoint", ""))
+    on_hub = bool(HUB_ID.fullmatch(base)) and not Path(base).exists() and not base.startswith("mini/")
+    head: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
+    head |= {"base_model": base} if on_hub else {}
+    head |= {"license": license} if license else {}
+    head["tags"] = ["text-to-image", "longalign", *(["lora"] if weights.stacks and not weights.denoiser else [])]
+    stages = [f"- `{s.name}`: LoRA of rank {s.config.rank}, scale {s.config.scale:g}" for s in weights.stacks]
+    stages += ["- all weights of the denoiser"] if weights.denoiser else []
+    stages += [f"- the encoder's {name}" for name in adapters(weights.adapter)]
+    rewards = ", ".join(f"`{reward.name}`" for reward in config.rewards)
+    trainer = f"by the trainer `{config.trainer.name}`" if config.trainer is not None else "(converted weights)"
+    versions = json.loads(metadata.get("versions", "{}"))
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"# {base or config.backbone.name} for long prompts",
+        f"`{base or config.backbone.name}`, trained {trainer} of longalign (the method: arXiv 2410.11817) for "
+        f"{metadata.get('step', '?')} steps. Text is encoded by `{config.encoder.name}`; a pipeline's own encoder "
+        "gives other images.",
+        "What was trained, the first applied first:\n\n" + "\n".join(stages) if stages else "",
+        _use(config, weights, base if on_hub else "the base model"),
+        "## Training",
+        f"Data: {_data(config)}" + (f" Rewards: {rewards}." if rewards else ""),
+        f"It started from the checkpoint `{config.init_from}`." if config.init_from else "",
+        f"```yaml\n{to_yaml(config)}```",
+        "Versions: " + ", ".join(f"{name} {number}" for name, number in versions.items()) + "." if versions else "",
+        f"## Metrics\n\n{table.markdown().strip()}" if table is not None else "",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _data(config: RunConfig) -> str:
+    return (
+        "none." if config.data is None else f"`{json.dumps(config.data.model_dump(mode='json'), ensure_ascii=False)}`."
+    )
+
+
+def _use(config: RunConfig, weights: Weights, base: str) -> str:
+    text = (
+        "## Use\n\nWith longalign, in the folder of these files:\n\n"
+        '```sh\nlongalign generate --checkpoint . --prompt "A long text." --output out\n```'
+    )
+    if weights.denoiser or not weights.stacks:
+        return text
+    return (
+        f"{text}\n\nIn a diffusers pipeline:\n\n```python\n"
+        "from diffusers import DiffusionPipeline\n\nfrom longalign import condition\n"
+        "from longalign.pipeline import load_model\n\n"
+        f'_, _, encoder = load_model(".")\npipe = DiffusionPipeline.from_pretrained("{base}")\n'
+        'pipe.load_lora_weights(".")\n'
+        'image = pipe(**condition(pipe, "A long text.", encoder=encoder)).images[0]\n```'
+    )
+
+
+def push_to_hub(folder: str | Path, repository: str, private: bool = False) -> str:
+    """Uploads an exported folder to a repository of the hub, which is made if it is not there; returns its address.
+
+    Args:
+        folder: what `export` wrote.
+        repository: ``owner/name``.
+        private: whether a new repository is private.
+
+    Raises:
+        ValueError: if the folder is no export, or the hub refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if not (Path(folder) / CHECKPOINT).is_file():
+        raise ValueError(f"{folder} holds no {CHECKPOINT}; export a checkpoint into it first")
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message="Upload a longalign checkpoint")
+    except HfHubHTTPError as error:
+        raise ValueError(
+            f"the hub does not take '{repository}': {error}; are you logged in (hf auth login)?"
+        ) from error
+    return f"https://huggingface.co/{repository}"
