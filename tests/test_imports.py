@@ -18,7 +18,8 @@ LEVELS = {
     0: "runtime faults discovery files registry segment data.lines",
     1: "config describe backbones.configs data.configs encoders.configs rewards.configs trainers.configs",
     2: "preference diffusion images imagefiles table record mini",
-    3: "backbones.base backbones.lora data.base data.pictures data.stream encoders.base rewards.base rewards.guard trainers.base",
+    3: "backbones.base backbones.lora data.base data.pictures data.stream encoders.base rewards.base rewards.guard "
+    "trainers.base",
     5: "checkpoint conditioning charts",
     6: "compose",
     7: "pipeline evaluate report convert publish",

@@ -8,6 +8,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from PIL.Image import Image
+
 from longalign.data.base import Data, check_index
 from longalign.data.configs import HubConfig
 from longalign.data.pictures import Pictures
@@ -70,7 +72,7 @@ def image_source(value: Any, folder: Path | None) -> Path | bytes:
         return value
     if isinstance(value, str) and value:
         return Path(value) if folder is None else folder / value
-    if hasattr(value, "save"):  # decoded already, where a stream does not say that the column has images
+    if isinstance(value, Image):  # decoded already, where a stream does not say that the column has images
         buffer = BytesIO()
         value.save(buffer, "PNG")
         return buffer.getvalue()
