@@ -101,7 +101,7 @@ def tiny_t5(folder: Path, width: int = 16) -> Path:
 
 
 def tiny_longclip_file(path: Path, vocab_size: int, width: int = 64, positions: int = 248) -> Path:
-    """The text side (and a scrap of the image side) of an original ``longclip-L.pt``: a state dict with OpenAI's keys."""
+    """The text side of an original ``longclip-L.pt``: a state dict with OpenAI's keys."""
     torch.manual_seed(0)
     state = {
         "logit_scale": torch.tensor(4.6),
@@ -163,9 +163,15 @@ def tiny_sd(folder: Path, width: int = 16) -> Path:
         steps_offset=1,
     )  # fmt: skip
     pipe = StableDiffusionPipeline(
-        vae, CLIPTextModel.from_pretrained(folder / "text_encoder"), CLIPTokenizerFast.from_pretrained(folder / "tokenizer"),
-        unet, scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        vae=vae,
+        text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder"),
+        tokenizer=CLIPTokenizerFast.from_pretrained(folder / "tokenizer"),
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipe.save_pretrained(folder)
     return folder
 

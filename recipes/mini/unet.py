@@ -1,4 +1,5 @@
-"""The small UNet, pre-trained on short captions as SD was. Run: ``python recipes/mini/unet.py [steps]``.
+"""The small UNet, pre-trained on short captions as SD was. Run: ``python recipes/mini/unet.py [steps]
+[--from-weights]``, the latter to train the bundled UNet further.
 
 Images hold one to nine objects, captions at most 45 words, so those of crowded images leave things out. The text is
 encoded as in SD 1.5: one window of 77 tokens, last hidden state.
@@ -21,7 +22,7 @@ from longalign.mini import oracle
 from longalign.mini.captions import describe
 from longalign.mini.scenes import Scene, sample_scene
 
-STEPS, BATCH, POOL = int(sys.argv[1]) if len(sys.argv) > 1 else 4000, 32, 16000
+STEPS, BATCH, POOL = int(sys.argv[1]) if len(sys.argv) > 1 else 2200, 32, 16000
 
 
 def build() -> UNet2DConditionModel:
@@ -41,10 +42,11 @@ def build() -> UNet2DConditionModel:
 
 def scheduler_config() -> dict[str, Any]:
     # SD's beta_end of 0.012 leaves so much signal at the last timestep that the mean of 8 x 8 noisy latents shows the
-    # ground's colour, which the model then reads there and not in the text
+    # ground's colour, which the model then reads there and not in the text; with less signal left, predicted noise says
+    # too little about that mean, and the velocity (as in SD 2.1) is learned instead
     return {
         "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.02, "beta_schedule": "scaled_linear",
-        "set_alpha_to_one": False, "steps_offset": 1, "prediction_type": "epsilon",
+        "set_alpha_to_one": False, "steps_offset": 1, "prediction_type": "v_prediction",
     }  # fmt: skip
 
 
@@ -75,6 +77,8 @@ def main() -> None:
     tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "sd" / "tokenizer")
     text_encoder = CLIPTextModel.from_pretrained(WEIGHTS / "sd" / "text_encoder", torch_dtype=torch.float32).eval()
     unet = build()
+    if "--from-weights" in sys.argv:
+        unet = UNet2DConditionModel.from_pretrained(WEIGHTS / "sd" / "unet", torch_dtype=torch.float32)
     alphas = DDIMScheduler.from_config({**scheduler_config(), "clip_sample": False}).alphas_cumprod
     scenes = [pool_scene(i) for i in range(POOL)]
     latents = pool_latents(vae, scenes)
@@ -93,7 +97,7 @@ def main() -> None:
         t = ((torch.arange(BATCH) + torch.rand(BATCH, generator=generator)) / BATCH * 1000).long()
         a = alphas[t][:, None, None, None]
         predicted = unet(a.sqrt() * clean + (1 - a).sqrt() * noise, t, encode(texts)).sample
-        return {"loss": F.mse_loss(predicted, noise)}
+        return {"loss": F.mse_loss(predicted, a.sqrt() * noise - (1 - a).sqrt() * clean)}
 
     held_out = []
     for i in range(128):
