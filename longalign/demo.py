@@ -58,8 +58,8 @@ def run_demo(
     reward: Mapping[str, Any] | Path | str | RunConfig | None = None,
     prompts: int = 128,
     *,
-    steps: int = 20,
-    batch_size: int = 32,
+    steps: int = 15,
+    batch_size: int = 64,
     examples: int = 6,
 ) -> DemoResult:
     """Trains both stages, draws held-out captions with the model before, between and after, and writes the report.

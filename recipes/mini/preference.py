@@ -32,9 +32,9 @@ from longalign.mini.tokenizers import write_open_clip_bpe
 
 # truth weight, taste weight, longest caption in words, whether sentences are scored one by one
 SETTINGS = {
-    "pickscore": (12.0, 2.0, (10, 40), False),
-    "hpsv2": (8.0, 2.5, (10, 40), False),
-    "denscore": (16.0, 1.5, (20, 160), True),
+    "pickscore": (8.0, 4.0, (10, 40), False),
+    "hpsv2": (6.0, 4.0, (10, 40), False),
+    "denscore": (10.0, 4.0, (20, 160), True),
 }
 PAIRS = 24
 
