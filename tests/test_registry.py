@@ -47,7 +47,7 @@ def rewards_of(**parts):
 
 
 def test_the_built_in_parts_are_those_of_the_entry_points():
-    assert encoders.names() == ("clip-segment", "clip-truncate", "concat", "longclip", "t5")
+    assert encoders.names() == ("clip-segment", "clip-segment-sdxl", "clip-truncate", "concat", "longclip", "t5")
     assert set(rewards.names()) >= {"clip", "denscore", "hpsv2", "pickscore", "reweighted", "sum"}
     assert {r.kind for r in REGISTRIES.values()} == set(REGISTRIES)
     info = encoders.info("t5")

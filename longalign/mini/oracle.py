@@ -25,7 +25,7 @@ def read(images: np.ndarray) -> list[Scene]:
         raise ValueError(f"expected images of shape (b, 3, {IMAGE_SIZE}, {IMAGE_SIZE}), got {images.shape}")
     free = object_masks().max((0, 1)) < 1e-3
     seen = images[:, :, free].mean(-1)
-    names, palette = tuple(GROUNDS), np.float32(list(GROUNDS.values()))
+    names, palette = tuple(GROUNDS), np.array(list(GROUNDS.values()), np.float32)
     grounds = ((seen[:, None] - palette) ** 2).sum(-1).argmin(-1)
     light = (seen + 0.05) / (palette[grounds] + 0.05)
     colours = [_read_place(images, place, palette[grounds], light) for place in range(len(PLACES))]
@@ -46,7 +46,7 @@ def _read_place(images: np.ndarray, place: int, ground: np.ndarray, light: np.nd
     under = (x - contrast[:, :, None] * plane_out[best][:, None]).mean(-1)
     tint = np.clip((under + 0.05) / (ground + 0.05), 0.6, 1.3) * 0.5 + np.clip(light, 0.6, 1.3) * 0.5
     colour = (under + contrast) / tint
-    names, palette = tuple(COLOURS), np.float32(list(COLOURS.values()))
+    names, palette = tuple(COLOURS), np.array(list(COLOURS.values()), np.float32)
     nearest = ((colour[:, None] - palette) ** 2).sum(-1).argmin(-1)
     out: list[Thing | None] = []
     for i, kind in enumerate(best):

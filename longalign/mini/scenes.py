@@ -88,12 +88,12 @@ def sample_scene(rng: np.random.Generator, num_things: tuple[int, int] = (1, 9))
 
 def render(scene: Scene) -> np.ndarray:
     """Draws a scene: float32 ``(64, 64, 3)`` in [0, 1]."""
-    image = np.broadcast_to(np.float32(GROUNDS[scene.ground]), (IMAGE_SIZE, IMAGE_SIZE, 3)).copy()
+    image = np.broadcast_to(np.array(GROUNDS[scene.ground], np.float32), (IMAGE_SIZE, IMAGE_SIZE, 3)).copy()
     masks = object_masks()
     for thing in scene.things:
         mask = masks[PLACES.index(thing.place), MASK_KEYS.index((thing.shape, thing.size, thing.fill)), :, :, None]
-        image += mask * (np.float32(COLOURS[thing.colour]) - image)
-    image *= np.float32([1 + 0.12 * scene.tint, 1.0, 1 - 0.12 * scene.tint])
+        image += mask * (np.array(COLOURS[thing.colour], np.float32) - image)
+    image *= np.array([1 + 0.12 * scene.tint, 1.0, 1 - 0.12 * scene.tint], np.float32)
     image *= 1 - 0.3 * np.float32(scene.vignette) * _radius()[:, :, None] ** 2
     return image.clip(0, 1)
 

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from open_clip.tokenizer import SimpleTokenizer
 
@@ -33,7 +34,7 @@ def reduced_merges(words: Iterable[str], num_common: int = NUM_COMMON_MERGES) ->
             kept.add(best)
             first = ranks.index(best)
             symbols[first : first + 2] = [symbols[first] + symbols[first + 1]]
-    by_rank = {rank: pair for pair, rank in full.bpe_ranks.items()}
+    by_rank = {rank: (pair[0], pair[1]) for pair, rank in full.bpe_ranks.items()}
     return [by_rank[rank] for rank in sorted(kept)]
 
 
@@ -55,7 +56,8 @@ def write_clip_tokenizer(folder: Path, words: Sequence[str] | None = None, max_l
     vocab = {symbol: i for i, symbol in enumerate(symbols)}
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(f"{a} {b}" for a, b in merges) + "\n")
-    CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length).save_pretrained(folder)
+    pairs: Any = merges  # transformers takes pairs, as the tokenizers library does, but says strings
+    CLIPTokenizer(vocab=vocab, merges=pairs, model_max_length=max_length).save_pretrained(folder)
     return folder
 
 
