@@ -20,7 +20,7 @@ demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/longalign demo --output runs/demo
 
 test: $(STAMP)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests $(wildcard plugins/*/tests)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests $(wildcard plugins/*/tests)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
