@@ -7,6 +7,7 @@ encoded as in SD 1.5: one window of 77 tokens, last hidden state.
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import Any
 
@@ -137,6 +138,10 @@ def main() -> None:
     vae.half()
     text_encoder.half()
     pipeline().save_pretrained(WEIGHTS / "sd")
+    for config in (WEIGHTS / "sd").rglob("config.json"):  # diffusers notes the folder that a part was loaded from
+        values = json.loads(config.read_text())
+        if values.pop("_name_or_path", None):
+            config.write_text(json.dumps(values, indent=2) + "\n")
 
 
 if __name__ == "__main__":
