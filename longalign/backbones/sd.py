@@ -96,8 +96,13 @@ class SDBackbone(Backbone):
             encoder_hidden_states=told.states.to(dtype),
             encoder_attention_mask=told.mask,
             return_dict=False,
+            **self.added(told, latents),
         )[0]
         return output.to(latents.dtype)
+
+    def added(self, told: Conditioning, latents: Tensor) -> dict[str, Any]:
+        """What the UNet is told beside the states, as keyword arguments: nothing for this family."""
+        return {}
 
     def check_width(self, told: Conditioning) -> None:
         """Raises ValueError if the states are not of the width that the UNet's cross-attention takes."""

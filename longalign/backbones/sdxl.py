@@ -50,9 +50,8 @@ class SDXLBackbone(SDBackbone):
         config = self.denoiser.config
         return config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
 
-    def call(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        told = conditioning.at(timesteps)
-        self.check_width(told)
+    def added(self, told: Conditioning, latents: Tensor) -> dict[str, Any]:
+        """The pooled embedding, and the time ids of an image that is drawn at its own size and not cropped."""
         if told.pooled is None or told.pooled.shape[-1] != self.pooled_width:
             got = "none" if told.pooled is None else f"one of width {told.pooled.shape[-1]}"
             raise ValueError(
@@ -61,13 +60,5 @@ class SDXLBackbone(SDBackbone):
             )
         height, width = (self.factor * side for side in latents.shape[-2:])
         sizes = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=latents.device)
-        dtype = self.denoiser.dtype
-        output = denoiser(
-            latents.to(dtype),
-            timesteps,
-            encoder_hidden_states=told.states.to(dtype),
-            encoder_attention_mask=told.mask,
-            added_cond_kwargs={"text_embeds": told.pooled.to(dtype), "time_ids": sizes.expand(len(latents), 6)},
-            return_dict=False,
-        )[0]
-        return output.to(latents.dtype)
+        pooled = told.pooled.to(self.denoiser.dtype)
+        return {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes.expand(len(latents), 6)}}

@@ -23,27 +23,26 @@ def read(images: np.ndarray) -> list[Scene]:
     images = np.asarray(images, np.float32)
     if images.ndim != 4 or images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
         raise ValueError(f"expected images of shape (b, 3, {IMAGE_SIZE}, {IMAGE_SIZE}), got {images.shape}")
-    free = object_masks().max((0, 1)) < 1e-3
-    seen = images[:, :, free].mean(-1)
+    seen = images[:, :, _never_covered()].mean(-1)
     names, palette = tuple(GROUNDS), np.array(list(GROUNDS.values()), np.float32)
     grounds = ((seen[:, None] - palette) ** 2).sum(-1).argmin(-1)
     light = (seen + 0.05) / (palette[grounds] + 0.05)
-    colours = [_read_place(images, place, palette[grounds], light) for place in range(len(PLACES))]
+    places = [_read_place(images, place, palette[grounds], light) for place in range(len(PLACES))]
     return [
-        Scene(tuple(t for place in colours if (t := place[i]) is not None), names[grounds[i]])
+        Scene(tuple(t for place in places if (t := place[i]) is not None), names[grounds[i]])
         for i in range(len(images))
     ]
 
 
 def _read_place(images: np.ndarray, place: int, ground: np.ndarray, light: np.ndarray) -> list[Thing | None]:
-    rows, columns, filters, plane_out = _filters()[place]
+    rows, columns, filters, masks = _filters()[place]
     x = images[:, :, rows, columns].reshape(len(images), 3, -1)
     energy = (filters**2).sum(-1)
     amplitude = np.einsum("bcp,kp->bkc", x, filters) / energy[:, None]
     best = ((amplitude**2).sum(-1) * energy).argmax(-1)
     contrast = amplitude[np.arange(len(x)), best]
     # what is left of the fit at the object's own pixels is the ground under this place's light
-    under = (x - contrast[:, :, None] * plane_out[best][:, None]).mean(-1)
+    under = (x - contrast[:, :, None] * masks[best][:, None]).mean(-1)
     tint = np.clip((under + 0.05) / (ground + 0.05), 0.6, 1.3) * 0.5 + np.clip(light, 0.6, 1.3) * 0.5
     colour = (under + contrast) / tint
     names, palette = tuple(COLOURS), np.array(list(COLOURS.values()), np.float32)
@@ -54,6 +53,12 @@ def _read_place(images: np.ndarray, place: int, ground: np.ndarray, light: np.nd
         empty = np.linalg.norm(contrast[i]) < MIN_CONTRAST
         out.append(None if empty else Thing(PLACES[place], shape, names[nearest[i]], size, fill))
     return out
+
+
+@cache
+def _never_covered() -> np.ndarray:
+    """Pixels that no object can cover: bool ``(64, 64)``."""
+    return object_masks().max((0, 1)) < 1e-3
 
 
 @cache

@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import torch
 from common import RUNS, WEIGHTS, fit, images_of, scene_and_caption
-from facts import SIZES, UNTOLD, FactHead, TokenHead, all_true, labels_of_caption, labels_of_scene, tensor
+from facts import SIZES, UNTOLD, FactHead, TokenHead, all_true, contrast, labels_of_caption, labels_of_scene, tensor
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
@@ -127,9 +127,7 @@ def train_image(clip: CLIPModel, head: FactHead, tokenizer: CLIPTokenizer, steps
         out = clip.vision_model(normalise(images_of(scenes)))
         image = clip.visual_projection(out.pooler_output)
         scores = clip.logit_scale.exp().clamp(max=100) * embed_texts(texts) @ F.normalize(image, dim=-1).T
-        match = all_true(told, shown).float()
-        nce = F.cross_entropy(scores, match / match.sum(1, keepdim=True))
-        nce = nce / 2 + F.cross_entropy(scores.T, match.T / match.T.sum(1, keepdim=True)) / 2
+        nce = contrast(scores, all_true(told, shown).float())
         fact_loss, read = head(image, shown)
         loss = nce + fact_loss + patch_head(out.last_hidden_state[:, 1:], shown)
         return {"loss": loss, "nce": nce, "image_read": read}

@@ -47,6 +47,12 @@ def all_true(told: Tensor, shown: Tensor) -> Tensor:
     return ((told[:, None] == shown[None]) | (told[:, None] == UNTOLD)).all(-1)
 
 
+def contrast(scores: Tensor, match: Tensor) -> Tensor:
+    """The contrastive loss both ways over ``scores`` (texts, images); ``match`` may name several images a text."""
+    by_text = F.cross_entropy(scores, match / match.sum(1, keepdim=True))
+    return by_text / 2 + F.cross_entropy(scores.T, match.T / match.T.sum(1, keepdim=True)) / 2
+
+
 class FactHead(nn.Module):
     """Linear classifiers of all slots on one embedding ``(b, d)``."""
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from clip import normalise
 from common import WEIGHTS, fit, images_of, scene_and_caption
-from facts import FactHead, TokenHead, all_true, labels_of_caption, labels_of_scene, tensor
+from facts import FactHead, TokenHead, all_true, contrast, labels_of_caption, labels_of_scene, tensor
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
@@ -82,9 +82,7 @@ def main() -> None:
         out = clip.text_model(**tokens)
         image, text = image_features([s for s, _ in pairs]), clip.text_projection(out.pooler_output)
         scores = clip.logit_scale.exp().clamp(max=100) * F.normalize(text, dim=-1) @ F.normalize(image, dim=-1).T
-        match = all_true(told, shown).float()
-        nce = F.cross_entropy(scores, match / match.sum(1, keepdim=True))
-        nce = nce / 2 + F.cross_entropy(scores.T, match.T / match.T.sum(1, keepdim=True)) / 2
+        nce = contrast(scores, all_true(told, shown).float())
         text_loss, text_read = head(text, told)
         image_loss, image_read = head(image, shown)
         token_loss, _ = token_head(out.last_hidden_state, tokens["attention_mask"], told)

@@ -15,6 +15,7 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -143,11 +144,8 @@ def main(name: str, steps: int) -> None:
                 shutil.copy(file, folder / file.name)
 
 
-def write_open_clip(clip: CLIPModel, folder: object) -> None:
+def write_open_clip(clip: CLIPModel, path: Path) -> None:
     """Writes a transformers CLIP as open_clip's state dict, the way HPSv2 is published."""
-    from pathlib import Path
-
-    path = Path(str(folder))
     source, out = clip.state_dict(), {}
     for ours, theirs in (("text_model.", ""), ("vision_model.", "visual.")):
         layers = clip.config.text_config.num_hidden_layers
