@@ -57,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
         return command
 
     _train(add)
+    _cache(add)
     _generate(add)
     _score(add)
     _eval(add)
@@ -88,6 +89,21 @@ def _train(add: Callable[..., argparse.ArgumentParser]) -> None:
         "--resume", action="store_true", help="go on from the newest checkpoint in the run's output folder"
     )
     which.add_argument("--resume-from", metavar="CHECKPOINT", help="go on from this checkpoint of the run")
+
+
+def _cache(add: Callable[..., argparse.ArgumentParser]) -> None:
+    command = add(
+        "cache",
+        "cache",
+        "compute once what training reads instead of running the autoencoder and the text models",
+        """
+        longalign cache run.yaml 'cache={folder: runs/cache}'
+        longalign train run.yaml 'cache={folder: runs/cache}'
+        """,
+    )
+    command.add_argument("config", help="a .yaml or .json file whose 'cache' says what is cached and where")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
+    command.add_argument("--batch", type=_positive, default=16, help="images, or prompts, encoded at a time (16)")
 
 
 def _generate(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -154,7 +170,7 @@ def _eval(add: Callable[..., argparse.ArgumentParser]) -> None:
         nargs="+",
         required=True,
         metavar="NAME=DIR",
-        help="folders that `longalign generate` wrote; differences are to the first",
+        help="folders that `longalign generate` wrote; differences are to the first and to the one before",
     )
     command.add_argument("--reward", action="append", required=True, metavar="REWARD", help=REWARD)
     command.add_argument("--batch", type=_positive, default=16, help="images scored at a time (16)")

@@ -129,9 +129,10 @@ def _metrics(table: MetricTable) -> str:
     for i, model in enumerate(table.models):
         name = f'<th><span class="key">{_dot(i)}{escape(model)}</span></th>'
         rows.append(f"<tr>{name}{''.join(_cell(table.interval(model, m), m) for m in table.metrics)}</tr>")
-        if i:
-            cells = "".join(_cell(table.difference(model, m), m, True) for m in table.metrics)
-            differences.append(f"<tr>{name}{cells}</tr>")
+    for model, other in table.pairs:
+        name = f"<th>{escape(model)} - {escape(other)}</th>"
+        cells = "".join(_cell(table.difference(model, m, other), m, True) for m in table.metrics)
+        differences.append(f"<tr>{name}{cells}</tr>")
     prompts, images = len(set(table.prompts)), len(table.prompts)
     each = "one image each" if images == prompts else f"{images} images"
     out = [
@@ -141,7 +142,7 @@ def _metrics(table: MetricTable) -> str:
     ]
     if differences:
         out.append(
-            f"<h3>Difference to {escape(table.base)}</h3><p class='soft'>Paired over prompts and seeds; bold where the "
+            "<h3>Differences</h3><p class='soft'>Paired over prompts and seeds; bold where the "
             f"interval excludes zero.</p><div class='scroll'><table><thead>{head}</thead>"
             f"<tbody>{''.join(differences)}</tbody></table></div>"
         )

@@ -101,6 +101,12 @@ class MetricTable:
         return self.models[0]
 
     @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """The models that are compared: each with the base, then each with the one before it."""
+        neighbours = zip(self.models[2:], self.models[1:], strict=False)
+        return [*((model, self.base) for model in self.models[1:]), *neighbours]
+
+    @property
     def metrics(self) -> list[str]:
         """The metrics of the main table, in order."""
         return [m for m in dict.fromkeys(m for v in self.values.values() for m in v) if "/" not in m]
@@ -143,9 +149,9 @@ class MetricTable:
         main = [head, *([m, *(show(self.interval(m, k), k) for k in self.metrics)] for m in self.models)]
         blocks = [("", main)]
         if len(self.models) > 1:
-            rows = [[f"{m} - {self.base}", *(show_difference(self.difference(m, k), k) for k in self.metrics)]
-                    for m in self.models[1:]]  # fmt: skip
-            blocks.append((f"difference to {self.base}, paired (* interval excludes zero)", [head, *rows]))
+            rows = [[f"{m} - {other}", *(show_difference(self.difference(m, k, other), k) for k in self.metrics)]
+                    for m, other in self.pairs]  # fmt: skip
+            blocks.append(("paired differences (* interval excludes zero)", [head, *rows]))
         # one metric's breakdowns fill a screen: those of the metrics that have shares, else of the first
         for metric in [m for m in self.metrics if self.shares(m)] or self.metrics[:1]:
             for title, groups in self.breakdowns(metric).items():
@@ -197,9 +203,8 @@ class MetricTable:
             "seeds": list(self.seeds),
             "means": {m: {k: _plain(self.interval(m, k)) for k in ks} for m, ks in metrics.items()},
             "differences": {
-                m: {k: _plain(self.difference(m, k)) for k in ks if k in self.values[self.base]}
-                for m, ks in metrics.items()
-                if m != self.base
+                f"{m} - {other}": {k: _plain(self.difference(m, k, other)) for k in metrics[m] if k in metrics[other]}
+                for m, other in self.pairs
             },
             "values": {
                 m: {k: [None if math.isnan(x) else float(x) for x in self.row(m, k)] for k in ks}

@@ -51,6 +51,15 @@ def test_paired_differences_see_what_separate_intervals_hide():
     assert not found.difference("base", "facts").excludes_zero
 
 
+def test_each_model_is_compared_with_the_base_and_with_the_one_before_it():
+    ones = np.ones(4)
+    found = table(base={"facts": 0 * ones}, first={"facts": 0.5 * ones}, second={"facts": 0.75 * ones})
+    assert found.pairs == [("first", "base"), ("second", "base"), ("second", "first")]
+    means = {name: row["facts"]["mean"] for name, row in found.to_dict()["differences"].items()}
+    assert means == {"first - base": 0.5, "second - base": 0.75, "second - first": 0.25}
+    assert "second - first  +25.0 [+25.0, +25.0] *" in found.text()
+
+
 def test_lengths_fall_into_buckets():
     assert length_labels(["a", "a b c", "a b c d e", "a b"], edges=(2, 4)) == ["1-2", "3-4", "over 4", "1-2"]
     assert length_labels(["aaaa"], edges=(2, 4), count=len) == ["3-4"]
@@ -83,7 +92,7 @@ def test_the_json_form_survives_a_round_trip():
     data = json.loads(found.json())
     assert data["values"]["base"]["facts"] == [0.0, None, 1.0, 0.5]
     assert data["means"]["base"]["facts"]["mean"] == 0.5
-    assert data["differences"]["tuned"]["facts"]["count"] == 3
+    assert data["differences"]["tuned - base"]["facts"]["count"] == 3
     assert MetricTable.from_dict(data).to_dict() == found.to_dict()
 
 

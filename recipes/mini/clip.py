@@ -2,8 +2,9 @@
 
 ``text``: the text model learns to hold the facts of one to four sentences, read from its embedding by a linear head.
 ``image``: the text model is frozen, the image model is trained beside it (as in LiT, Zhai et al., 2022) by contrast, by
-the same linear head, and by a head on its patches. A text is matched with every image of the batch of which all its
-facts are true; in a world this small many are. The heads are thrown away.
+the same linear head, by a head on its patches and by one that reads light and vignette, which no text tells but a CLIP
+sees. A text is matched with every image of the batch of which all its facts are true; in a world this small many are.
+The heads are thrown away.
 """
 
 from __future__ import annotations
@@ -12,27 +13,32 @@ import sys
 
 import numpy as np
 import torch
-from common import RUNS, WEIGHTS, fit, images_of, scene_and_caption
+from common import RUNS, WEIGHTS, bytes_of, fit, images_of, kept
 from facts import SIZES, UNTOLD, FactHead, TokenHead, all_true, contrast, labels_of_caption, labels_of_scene, tensor
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
 
-from longalign.mini.captions import Caption
-from longalign.mini.scenes import Scene
+from longalign.mini.captions import Caption, describe
+from longalign.mini.scenes import Scene, sample_scene
 from longalign.mini.tokenizers import write_clip_tokenizer
 
 TEXT_BATCH, IMAGE_BATCH = 96, 64
+POOL, TEXTS = 16000, 4
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
 
 def build(tokenizer: CLIPTokenizer) -> CLIPModel:
-    shared = {"num_hidden_layers": 3, "hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 512}
     text = {
-        **shared, "vocab_size": len(tokenizer), "max_position_embeddings": 77, "bos_token_id": tokenizer.bos_token_id,
+        "num_hidden_layers": 3, "hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 512,
+        "vocab_size": len(tokenizer), "max_position_embeddings": 77, "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "projection_dim": 256,
     }  # fmt: skip
-    vision = {**shared, "image_size": 64, "patch_size": 8, "projection_dim": 256}
+    # an image shows all of nine places: a linear read-out needs more dimensions than the few facts of a text
+    vision = {
+        "num_hidden_layers": 2, "hidden_size": 192, "num_attention_heads": 6, "intermediate_size": 768,
+        "image_size": 64, "patch_size": 8, "projection_dim": 256,
+    }  # fmt: skip
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=256))
 
 
@@ -68,16 +74,19 @@ class PatchHead(nn.Module):
         return torch.stack(losses).mean()
 
 
-def sample_texts(rng: np.random.Generator, size: int) -> tuple[list[Scene], list[Caption]]:
-    """Scenes with one to four sentences of a caption each, at most 40 words."""
-    scenes, texts = [], []
-    while len(texts) < size:
-        scene, caption = scene_and_caption(rng, (1, 9), (8, 240) if rng.random() < 0.7 else (8, 45))
-        part = some_sentences(caption, rng)
+def sample_text(scene: Scene, rng: np.random.Generator) -> Caption:
+    """One to four sentences of a caption of the scene, at most 40 words."""
+    while True:
+        longest = 240 if rng.random() < 0.7 else 45
+        part = some_sentences(describe(scene, rng, words=int(rng.integers(8, longest + 1))), rng)
         if part.num_words <= 40:
-            scenes.append(scene)
-            texts.append(part)
-    return scenes, texts
+            return part
+
+
+def sample_texts(rng: np.random.Generator, size: int) -> tuple[list[Scene], list[Caption]]:
+    """Scenes with a few sentences about each."""
+    scenes = [sample_scene(rng, (1, 9)) for _ in range(size)]
+    return scenes, [sample_text(scene, rng) for scene in scenes]
 
 
 def train_text(clip: CLIPModel, head: FactHead, tokenizer: CLIPTokenizer, steps: int) -> None:
@@ -111,8 +120,13 @@ def train_text(clip: CLIPModel, head: FactHead, tokenizer: CLIPTokenizer, steps:
     write_clip_tokenizer(WEIGHTS / "sd" / "tokenizer")
 
 
+def looks(scenes: list[Scene]) -> Tensor:
+    """Tint and vignette ``(n, 2)``, both from -1 to 1."""
+    return torch.tensor([[s.tint, 2 * s.vignette - 1] for s in scenes])
+
+
 def train_image(clip: CLIPModel, head: FactHead, tokenizer: CLIPTokenizer, steps: int) -> None:
-    patch_head = PatchHead(128)
+    patch_head, look_head = PatchHead(clip.config.vision_config.hidden_size), nn.Linear(256, 2)
     for part in (clip.text_model, clip.text_projection, head):
         part.requires_grad_(False)
 
@@ -121,16 +135,32 @@ def train_image(clip: CLIPModel, head: FactHead, tokenizer: CLIPTokenizer, steps
         tokens = tokenizer([c.text for c in texts], padding=True, truncation=True, return_tensors="pt")
         return F.normalize(clip.get_text_features(**tokens).pooler_output, dim=-1)
 
+    def make() -> dict[str, Tensor]:
+        rng = np.random.default_rng(13)
+        scenes = [sample_scene(rng, (1, 9)) for _ in range(POOL)]
+        texts = [sample_text(scene, rng) for scene in scenes for _ in range(TEXTS)]
+        told = tensor([labels_of_caption(c) for c in texts]).short()
+        embedded = torch.cat([embed_texts(texts[i : i + 128]) for i in range(0, len(texts), 128)])
+        return {
+            "pixels": bytes_of(scenes), "looks": looks(scenes), "shown": tensor([labels_of_scene(s) for s in scenes]),
+            "told": told.view(POOL, TEXTS, -1), "embedded": embedded.view(POOL, TEXTS, -1),
+        }  # fmt: skip
+
+    pool = kept("clip-pool", make)
+
     def loss_of(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        scenes, texts = sample_texts(rng, IMAGE_BATCH)
-        told, shown = tensor([labels_of_caption(c) for c in texts]), tensor([labels_of_scene(s) for s in scenes])
-        out = clip.vision_model(normalise(images_of(scenes)))
+        index = torch.from_numpy(rng.choice(POOL, IMAGE_BATCH, replace=False))
+        which = torch.from_numpy(rng.integers(TEXTS, size=IMAGE_BATCH))
+        shown, told = pool["shown"][index], pool["told"][index, which].long()
+        out = clip.vision_model(normalise(pool["pixels"][index].float() / 255))
         image = clip.visual_projection(out.pooler_output)
-        scores = clip.logit_scale.exp().clamp(max=100) * embed_texts(texts) @ F.normalize(image, dim=-1).T
+        text = pool["embedded"][index, which]
+        scores = clip.logit_scale.exp().clamp(max=100) * text @ F.normalize(image, dim=-1).T
         nce = contrast(scores, all_true(told, shown).float())
         fact_loss, read = head(image, shown)
-        loss = nce + fact_loss + patch_head(out.last_hidden_state[:, 1:], shown)
-        return {"loss": loss, "nce": nce, "image_read": read}
+        look = F.mse_loss(look_head(image), pool["looks"][index])
+        loss = nce + 2 * fact_loss + patch_head(out.last_hidden_state[:, 1:], shown) + look
+        return {"loss": loss, "nce": nce, "image_read": read, "look_error": look}
 
     held_scenes, held_texts = sample_texts(np.random.default_rng(7), 256)
     shown = tensor([labels_of_scene(s) for s in held_scenes])
@@ -143,8 +173,9 @@ def train_image(clip: CLIPModel, head: FactHead, tokenizer: CLIPTokenizer, steps
         chance = match.float().mean().item()
         return {"true_at_1_of_256": at_1, "chance": chance, "held_image_read": head(image, shown)[1].item()}
 
-    fit("clip-image", nn.ModuleList([clip, head, patch_head]), loss_of, steps=steps, lr=1.5e-3, warmup=50,
-        outer=("embedding", "logit_scale", "2.linear"), evaluate=evaluate, evaluate_every=200)  # fmt: skip
+    parts = nn.ModuleList([clip, head, patch_head, look_head])
+    fit("clip-image", parts, loss_of, steps=steps, lr=1.5e-3, warmup=50,
+        outer=("embedding", "logit_scale", "2.linear", "3.weight"), evaluate=evaluate, evaluate_every=500)  # fmt: skip
     clip.half().save_pretrained(WEIGHTS / "clip")
     processor = CLIPImageProcessor(
         size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, image_mean=MEAN, image_std=STD

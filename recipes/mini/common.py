@@ -35,6 +35,21 @@ def scene_and_caption(
     return scene, describe(scene, rng, words=int(rng.integers(words[0], words[1] + 1)), style=style)
 
 
+def kept(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What ``make`` returns, computed once and kept as ``runs/mini/<name>.pt``: training then costs the model alone."""
+    path = RUNS / f"{name}.pt"
+    if not path.exists():
+        RUNS.mkdir(parents=True, exist_ok=True)
+        torch.save(make(), path)
+    return torch.load(path, weights_only=True)
+
+
+def bytes_of(scenes: list[Scene]) -> Tensor:
+    """Renders scenes: ``(n, 3, 64, 64)`` uint8."""
+    chunks = [scenes[i : i + 500] for i in range(0, len(scenes), 500)]
+    return torch.cat([(images_of(chunk) * 255).round().to(torch.uint8) for chunk in chunks])
+
+
 def fit(
     name: str,
     modules: nn.Module,

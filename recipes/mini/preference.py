@@ -1,10 +1,11 @@
 """Small preference models in the manner of PickScore, HPSv2 and Denscore, each fine-tuned from the small CLIP.
 
 Two images of one prompt are compared: both show the prompt's scene with some facts wrong and with looks of their own.
-Which is preferred is drawn from truth to the text and from a taste (warm light, dark corners) that no text tells:
-``p = sigmoid(truth_weight * (truth_0 - truth_1) + taste_weight * (taste_0 - taste_1))``.
+The share of people who prefer the first comes from truth to the text and from a taste (warm light, dark corners) that
+no text tells: ``p = sigmoid(truth_weight * (truth_0 - truth_1) + taste_weight * (taste_0 - taste_1))``.
 The loss is PickScore's (Kirstain et al., 2023): the KL divergence from ``p`` to the softmax of the two scores.
 Denscore scores a long caption by the mean over its sentences and adds a contrastive term over sentences.
+Of the text model the projection alone is trained, so its states are computed once.
 
 Run: ``python recipes/mini/preference.py pickscore|hpsv2|denscore [steps]``.
 """
@@ -19,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from clip import MEAN, STD, normalise
-from common import WEIGHTS, fit, images_of
+from clip import MEAN, STD, looks, normalise
+from common import WEIGHTS, bytes_of, fit, kept
 from facts import all_true, labels_of_caption, labels_of_scene, tensor
 from torch import Tensor
 from torch.nn import functional as F
@@ -37,12 +38,7 @@ SETTINGS = {
     "hpsv2": (6.0, 4.0, (10, 40), False),
     "denscore": (10.0, 4.0, (20, 160), True),
 }
-PAIRS = 24
-
-
-def taste(scene: Scene) -> float:
-    """Between -1 and 1: warm light and dark corners please."""
-    return 0.5 * scene.tint + 0.5 * (2 * scene.vignette - 1)
+PAIRS, POOL, IMAGES = 24, 6000, 4
 
 
 def corrupt(scene: Scene, rng: np.random.Generator) -> Scene:
@@ -68,70 +64,89 @@ def main(name: str, steps: int) -> None:
     torch.manual_seed(0)
     truth_weight, taste_weight, words, by_sentence = SETTINGS[name]
     clip = CLIPModel.from_pretrained(WEIGHTS / "clip", torch_dtype=torch.float32)
+    clip.text_model.requires_grad_(False)
     tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "clip")
 
-    def unit(features: Tensor) -> Tensor:
-        return F.normalize(features, dim=-1)
+    @torch.no_grad()
+    def text_states(texts: list[Caption]) -> Tensor:
+        chunks = [[c.text for c in texts[i : i + 128]] for i in range(0, len(texts), 128)]
+        tokens = (tokenizer(chunk, padding=True, truncation=True, return_tensors="pt") for chunk in chunks)
+        return torch.cat([clip.text_model(**t).pooler_output for t in tokens])
 
-    def batch(rng: np.random.Generator, pairs: int) -> tuple[list[Scene], list[list[Caption]], Tensor]:
-        scenes, texts, margins = [], [], []
-        for _ in range(pairs):
+    def make(seed: int, size: int) -> dict[str, Tensor]:
+        rng = np.random.default_rng(seed)
+        shown, texts, owner, true = [], [], [], []
+        for i in range(size):
             scene = sample_scene(rng, (1, 9) if by_sentence else (1, 4))
             caption = describe(scene, rng, words=int(rng.integers(words[0], words[1] + 1)))
-            two = [corrupt(scene, rng), corrupt(scene, rng)]
-            true, nice = [truth(s, caption) for s in two], [taste(s) for s in two]
-            margins.append(truth_weight * (true[0] - true[1]) + taste_weight * (nice[0] - nice[1]))
-            scenes += two
-            texts.append([Caption((s,)) for s in caption.sentences] if by_sentence else [caption])
-        return scenes, texts, torch.tensor(margins)
+            some = [corrupt(scene, rng) for _ in range(IMAGES)]
+            shown += some
+            true += [truth(s, caption) for s in some]
+            parts = [Caption((s,)) for s in caption.sentences] if by_sentence else [caption]
+            texts += parts
+            owner += [i] * len(parts)
+        told, seen = ([f(x) for x in xs] for f, xs in ((labels_of_caption, texts), (labels_of_scene, shown)))
+        return {
+            "pixels": bytes_of(shown).view(size, IMAGES, 3, 64, 64), "shown": tensor(seen).view(size, IMAGES, -1),
+            "true": torch.tensor(true).view(size, IMAGES), "nice": looks(shown).mean(1).view(size, IMAGES),
+            "states": text_states(texts), "told": tensor(told).short(), "owner": torch.tensor(owner),
+        }  # fmt: skip
 
-    def features(scenes: list[Scene], texts: list[list[Caption]]) -> tuple[Tensor, Tensor, Tensor, list[Caption]]:
-        flat = [c for caption in texts for c in caption]
-        tokens = tokenizer([c.text for c in flat], padding=True, truncation=True, return_tensors="pt")
-        segments = unit(clip.get_text_features(**tokens).pooler_output)
-        means = torch.stack([part.mean(0) for part in segments.split([len(t) for t in texts])])
-        return unit(clip.get_image_features(normalise(images_of(scenes))).pooler_output), means, segments, flat
+    kind = "long" if by_sentence else "short"
+    pool, held_out = (
+        kept(f"pairs-{kind}", lambda: make(31, POOL)),
+        kept(f"pairs-{kind}-held-out", lambda: make(21, 200)),
+    )
+    starts = torch.searchsorted(pool["owner"], torch.arange(POOL + 1))
+
+    def image_features(pixels: Tensor) -> Tensor:
+        out = clip.vision_model(normalise(pixels.float() / 255)).pooler_output
+        return F.normalize(clip.visual_projection(out), dim=-1)
+
+    def text_features(states: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
+        """Of segments, and their means over each caption."""
+        segments = F.normalize(clip.text_projection(states), dim=-1)
+        return segments, torch.stack([part.mean(0) for part in segments.split(lengths)])
 
     def loss_of(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        scenes, texts, margins = batch(rng, PAIRS)
-        image, text, segments, flat = features(scenes, texts)
+        rows = torch.from_numpy(rng.choice(POOL, PAIRS, replace=False))
+        two = torch.from_numpy(np.stack([rng.permutation(IMAGES)[:2] for _ in range(PAIRS)]))
+        chosen = torch.cat([torch.arange(starts[r], starts[r + 1]) for r in rows])
+        lengths = (starts[rows + 1] - starts[rows]).tolist()
+        pick = (rows[:, None], two)
+        image = image_features(pool["pixels"][pick].flatten(0, 1))
+        segments, text = text_features(pool["states"][chosen], lengths)
         scale = clip.logit_scale.exp().clamp(max=100)
-        scores = scale * (image.view(PAIRS, 2, -1) * text[:, None]).sum(-1)
-        # a label is one drawn preference, as a person would give it
-        label = (torch.from_numpy(rng.random(PAIRS)).float() < margins.sigmoid()).float()
-        loss = F.cross_entropy(scores, torch.stack([label, 1 - label], -1))
+        scores = scale * torch.einsum("pid,pd->pi", image.view(PAIRS, 2, -1), text)
+        margins = truth_weight * pool["true"][pick] + taste_weight * pool["nice"][pick]
+        loss = F.kl_div(scores.log_softmax(-1), margins.softmax(-1).float(), reduction="batchmean")
         out = {"preference": loss}
         if by_sentence:
-            told, shown = tensor([labels_of_caption(c) for c in flat]), tensor([labels_of_scene(s) for s in scenes])
-            match = all_true(told, shown).float()
+            match = all_true(pool["told"][chosen].long(), pool["shown"][pick].flatten(0, 1)).float()
             some = match.sum(1) > 0
             logits = scale * segments[some] @ image.T
             out["contrastive"] = F.cross_entropy(logits, match[some] / match[some].sum(1, keepdim=True))
             loss = loss + 0.5 * out["contrastive"]
         return {"loss": loss, **out}
 
-    held_out = batch(np.random.default_rng(21), 200)
-
     def evaluate() -> dict[str, float]:
-        scenes, texts, margins = held_out
-        image, text, _, _ = features(scenes, texts)
-        scores = (image.view(200, 2, -1) * text[:, None]).sum(-1)
-        common = unit(text.mean(0))
+        image = image_features(held_out["pixels"].flatten(0, 1)).view(200, IMAGES, -1)
+        _, text = text_features(held_out["states"], held_out["owner"].bincount().tolist())
+        parts = {"score": torch.einsum("pid,pd->pi", image, text)}
+        common = F.normalize(text.mean(0), dim=-1)
         eta = text @ common
-        relevant = text - eta[:, None] * common
-        parts = {"score": scores, "relevant": (image.view(200, 2, -1) * relevant[:, None]).sum(-1)}
-        parts["irrelevant"] = scores - parts["relevant"]
-        out = {"agreement": ((scores[:, 0] > scores[:, 1]) == (margins > 0)).float().mean().item()}
-        out["eta"] = eta.mean().item()
-        facts = [np.mean([oracle.holds(f, s) for c in texts[i // 2] for f in c.facts]) for i, s in enumerate(scenes)]
-        looks = [taste(s) for s in scenes]
+        parts["relevant"] = torch.einsum("pid,pd->pi", image, text - eta[:, None] * common)
+        parts["irrelevant"] = parts["score"] - parts["relevant"]
+        margins = truth_weight * held_out["true"] + taste_weight * held_out["nice"]
+        right = (parts["score"][:, 0] > parts["score"][:, 1]) == (margins[:, 0] > margins[:, 1])
+        out = {"agreement": right.float().mean().item(), "eta": eta.mean().item()}
         for part, value in parts.items():
-            for what, of in (("truth", facts), ("taste", looks)):
-                out[f"{part}_{what}_correlation"] = float(np.corrcoef(value.flatten().numpy(), np.array(of))[0, 1])
+            for what, of in (("truth", held_out["true"]), ("taste", held_out["nice"])):
+                out[f"{part}_{what}_correlation"] = float(np.corrcoef(value.flatten(), of.flatten())[0, 1])
         return out
 
-    fit(name, clip, loss_of, steps=steps, lr=3e-4, warmup=20, muon=10.0, outer=("embedding", "logit_scale"),
-        evaluate=evaluate, evaluate_every=100)  # fmt: skip
+    fit(name, clip, loss_of, steps=steps, lr=5e-4, warmup=50, muon=10.0, outer=("embedding", "logit_scale"),
+        evaluate=evaluate, evaluate_every=250)  # fmt: skip
     folder = WEIGHTS / name
     folder.mkdir(parents=True, exist_ok=True)
     clip.half()

@@ -16,7 +16,8 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from longalign.mini.tokenizers import write_t5_tokenizer
 
-STEPS, BATCH = int(sys.argv[1]) if len(sys.argv) > 1 else 900, 24
+STEPS, WORDS = int(sys.argv[1]) if len(sys.argv) > 1 else 3000, 1600
+"""Steps, and words in a batch."""
 
 
 def main() -> None:
@@ -42,8 +43,9 @@ def main() -> None:
         return pooled, token_head(states, tokens.attention_mask, labels)
 
     def loss_of(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        # one length a step: little padding; at most 60 words: attention with a trained bias is slow on the CPU
-        pooled, by_token = read(*batch(rng, int(rng.integers(8, 61)), BATCH))
+        # one length a step: little padding; as many short captions as long ones are long
+        words = round(8 * 20 ** rng.random())
+        pooled, by_token = read(*batch(rng, words, WORDS // words))
         return {"loss": pooled[0] + by_token[0], "pooled_read": pooled[1], "tokens_read": by_token[1]}
 
     held_out = {words: batch(np.random.default_rng([5, words]), words, 100) for words in (15, 40, 80, 160)}

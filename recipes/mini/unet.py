@@ -80,6 +80,7 @@ def main() -> None:
     unet = build()
     if "--from-weights" in sys.argv:
         unet = UNet2DConditionModel.from_pretrained(WEIGHTS / "sd" / "unet", torch_dtype=torch.float32)
+    unet = unet.to(memory_format=torch.channels_last)  # convolutions are a fifth faster so
     alphas = DDIMScheduler.from_config({**scheduler_config(), "clip_sample": False}).alphas_cumprod
     scenes = [pool_scene(i) for i in range(POOL)]
     latents = pool_latents(vae, scenes)
@@ -134,7 +135,7 @@ def main() -> None:
         "unet", unet, loss_of, steps=STEPS, lr=8e-4, warmup=100, muon=10.0, outer=("conv_in", "conv_out", "time_emb"),
         evaluate=evaluate, evaluate_every=500, ema=0.998,
     )  # fmt: skip
-    unet.half()
+    unet.half().to(memory_format=torch.contiguous_format)
     vae.half()
     text_encoder.half()
     pipeline().save_pretrained(WEIGHTS / "sd")
