@@ -1,18 +1,13 @@
-"""Diffusion as tensor maths: noise levels, linear solvers, rollout, and the exact gradient of a rollout.
+"""Diffusion as tensor maths: noise levels, what a network answers, and samplers as linear steps.
 
-A solver step is linear in the latent and in the network's output, ``x' = a x + b o + c n``, whatever the output stands
-for (noise, velocity). When the network reads detached latents at the chosen steps and the other steps carry no
-gradient (DRTune, arXiv 2405.00760; LongAlign, arXiv 2410.11817, section 4), the final latent depends on a chosen
-output through that recursion alone, so ``d final / d o_k = b_k * a_{k+1} * ... * a_n`` is a known number. A rollout
-therefore needs no graph: sample without gradient, differentiate the loss at the final latent once, and run the chosen
-calls again one after another.
+A sampling step is linear in the latent and in the network's output, ``x' = a x + b o + c n``, whatever the output
+stands for (noise, velocity, flow).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +15,6 @@ import torch
 from torch import Tensor
 
 PREDICTIONS = ("epsilon", "v_prediction", "flow")
-
-#: ``(latents (b, c, h, w), timesteps (b,)) -> output (b, c, h, w)``
-Predict = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,6 +34,17 @@ class NoiseLevels:
         """Levels of a variance-preserving model from its cumulated alphas ``(T,)``."""
         alphas = alphas_cumprod.double().cpu()
         return cls(alphas.sqrt(), (1 - alphas).sqrt())
+
+    @classmethod
+    def from_flow(cls, length: int, shift: float = 1.0) -> NoiseLevels:
+        """Levels ``1 - s`` and ``s`` of a rectified flow at ``length`` timesteps, the last of which is pure noise.
+
+        ``s = shift u / (1 + (shift - 1) u)`` with ``u = (t + 1) / length``; ``shift`` moves steps towards noise, as
+        larger images need it (arXiv 2403.03206, eq. 23, where it is the root of the ratio of pixels).
+        """
+        u = torch.arange(1, length + 1, dtype=torch.float64) / length
+        noise = shift * u / (1 + (shift - 1) * u)
+        return cls(1 - noise, noise)
 
     def __len__(self) -> int:
         return len(self.signal)
@@ -68,6 +71,27 @@ def training_target(prediction: str, levels: NoiseLevels, latents: Tensor, noise
     check_prediction(prediction)
     signal, sigma = levels.at(timesteps, latents)
     return signal * noise - sigma * latents
+
+
+DENSITIES = ("uniform", "logit-normal")
+
+
+def draw_timesteps(density: str, levels: NoiseLevels, count: int, device: torch.device) -> Tensor:
+    """Random timesteps ``(count,)`` to train at.
+
+    Args:
+        density: ``"uniform"``, or ``"logit-normal"``, ``sigmoid(n)`` with normal n, which favours the middle, where a
+            flow is hardest to predict (arXiv 2403.03206, section 3.1, eq. 19 with m = 0 and s = 1).
+        levels: whose timesteps.
+        count: how many.
+        device: where to draw.
+    """
+    if density == "uniform":
+        return torch.randint(len(levels), (count,), device=device)
+    if density not in DENSITIES:
+        raise ValueError(f"unknown density of timesteps '{density}'; expected one of {', '.join(DENSITIES)}")
+    share = torch.randn(count, device=device).sigmoid()
+    return (share * len(levels)).long().clamp(max=len(levels) - 1)
 
 
 def check_prediction(prediction: str) -> None:
@@ -126,10 +150,6 @@ class Solver:
         latents = self.a[index] * latents + self.b[index] * output
         return latents if noise is None else latents + self.c[index] * noise
 
-    def weight(self, index: int) -> float:
-        """``d final / d output`` of step ``index``, with the network's inputs detached."""
-        return self.b[index] * math.prod(self.a[index + 1 :])
-
 
 def _readout(prediction: str, signal: float, noise: float) -> tuple[float, float, float, float]:
     """p, q, r, s with ``x_0 = p x + q o`` and ``n = r x + s o``."""
@@ -187,106 +207,6 @@ def lcm(
     return Solver(tuple(timesteps), tuple(a), tuple(b), tuple(c))
 
 
-def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance (arXiv 2207.12598, eq. 6 with w = scale - 1)."""
+def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
+    """Classifier-free guidance (arXiv 2207.12598, eq. 6 with w = scale - 1); one scale, or one per item."""
     return unconditional + scale * (conditional - unconditional)
-
-
-@dataclass(frozen=True)
-class RandomState:
-    """The state of torch's global generators: the CPU's and that of one accelerator, if there is one."""
-
-    cpu: Tensor
-    device: torch.device
-    accelerator: Tensor | None
-
-    @classmethod
-    def now(cls, device: torch.device) -> RandomState:
-        """The present state, for computations on ``device``."""
-        on_cuda = device.type == "cuda"
-        return cls(torch.get_rng_state(), device, torch.cuda.get_rng_state(device) if on_cuda else None)
-
-    @contextmanager
-    def replayed(self) -> Iterator[None]:
-        """Inside, random numbers are those drawn after the state was taken; outside, nothing has changed."""
-        with torch.random.fork_rng([self.device] if self.accelerator is not None else []):
-            torch.set_rng_state(self.cpu)
-            if self.accelerator is not None:
-                torch.cuda.set_rng_state(self.accelerator, self.device)
-            yield
-
-
-@dataclass(frozen=True)
-class Visit:
-    """A call of the network during a rollout that is to be repeated with gradient.
-
-    Attributes:
-        index: of the step.
-        latents: ``(b, c, h, w)`` what the network saw.
-        timesteps: ``(b,)``.
-        random: torch's random state before the call, so that dropout repeats.
-    """
-
-    index: int
-    latents: Tensor
-    timesteps: Tensor
-    random: RandomState
-
-
-@torch.no_grad()
-def rollout(
-    predict: Predict,
-    noise: Tensor,
-    solver: Solver,
-    chosen: Collection[int] = (),
-    predict_elsewhere: Predict | None = None,
-) -> tuple[Tensor, list[Visit]]:
-    """Samples without gradient and remembers the chosen calls.
-
-    Args:
-        predict: the network, guidance included.
-        noise: ``(b, c, h, w)`` pure noise.
-        solver: the steps.
-        chosen: indices of the steps whose calls are to be repeated.
-        predict_elsewhere: the network at the other steps, where it differs (e.g. without dropout).
-
-    Returns:
-        The final latents ``(b, c, h, w)`` and the visits, in the order of the steps.
-    """
-    outside = sorted(i for i in chosen if not 0 <= i < len(solver))
-    if outside:
-        raise ValueError(f"there is no step {outside[0]} among {len(solver)} sampling steps; expected 0 to the last")
-    latents, visits = noise, []
-    for index, timestep in enumerate(solver.timesteps):
-        timesteps = torch.full((len(noise),), timestep, device=noise.device)
-        if index in chosen:
-            visits.append(Visit(index, latents, timesteps, RandomState.now(noise.device)))
-        call = predict if index in chosen or predict_elsewhere is None else predict_elsewhere
-        output = call(latents, timesteps)
-        fresh = torch.randn_like(latents) if solver.c[index] else None
-        latents = solver.step(index, latents, output, fresh)
-    return latents, visits
-
-
-def replay(predict: Predict, visits: Sequence[Visit]) -> Tensor:
-    """Repeats visits with gradient in one call and returns their outputs ``(v * b, c, h, w)``, visit by visit.
-
-    The random numbers are those of the first visit's own call, so only a single visit repeats its dropout exactly.
-    """
-    latents = torch.cat([v.latents for v in visits])
-    timesteps = torch.cat([v.timesteps for v in visits])
-    with torch.enable_grad(), visits[0].random.replayed():
-        return predict(latents, timesteps)
-
-
-def pull_back(solver: Solver, visits: Sequence[Visit], outputs: Tensor, gradient: Tensor) -> Tensor:
-    """A scalar whose gradient in the parameters is the loss's through these outputs.
-
-    Args:
-        solver: the steps of the rollout.
-        visits: the ``v`` visits that ``outputs`` belong to.
-        outputs: ``(v * b, c, h, w)`` from `replay`.
-        gradient: ``(b, c, h, w)`` of the loss in the final latents.
-    """
-    vector = torch.cat([solver.weight(v.index) * gradient for v in visits])
-    return (outputs * vector.to(outputs.dtype).detach()).sum()

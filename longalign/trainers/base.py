@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn.functional import mse_loss
 
 from longalign.backbones.base import Backbone
 from longalign.backbones.configs import LoraConfig
-from longalign.diffusion import add_noise, training_target
+from longalign.diffusion import add_noise, draw_timesteps, training_target
 from longalign.encoders.base import Conditioning, Encoder
 
 Backward = Callable[[Tensor], None]
@@ -37,7 +38,8 @@ class Trainer(nn.Module):
             parameter.requires_grad_(train_adapter)
 
     def losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Losses and metrics of a batch ``{"prompt": list[str], "image": (b, 3, h, w) in [0, 1]}``.
+        """Losses and metrics of a batch ``{"prompt": list[str], "image": (b, 3, h, w) in [0, 1]}``; a run with a cache
+        has ``posterior`` ``(b, 2c, h, w)`` for ``image``, see `latents_of`.
 
         Values whose key ends in ``_loss`` are summed and minimised, the others are logged.
         """
@@ -48,6 +50,9 @@ class Trainer(nn.Module):
         losses = self.losses(batch)
         backward(torch.stack([v for k, v in losses.items() if k.endswith("_loss")]).sum())
         return {key: value.detach() for key, value in losses.items()}
+
+    def updated(self) -> None:
+        """Told after each step of the optimiser; for what follows the trained weights."""
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """The encoder's conditioning, through the wrapper that the loop set, on the denoiser's device."""
@@ -78,6 +83,18 @@ def _train(module: nn.Module, mode: bool) -> None:
         _train(child, module.training)
 
 
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Inside, a module and all that it holds is in eval mode; outside, each is as it was."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
 def adapter(encoder: Encoder) -> dict[str, nn.Parameter]:
     """The encoder's adapter by name: what could be trained when the encoder was built, also if it is frozen now."""
     names = encoder.__dict__.setdefault(
@@ -95,24 +112,35 @@ def train_denoiser(backbone: Backbone, lora: LoraConfig | None, name: str) -> No
         backbone.add_lora(lora, backbone.unused_name(name))
 
 
-def images_of(batch: Mapping[str, Any], what: str) -> Tensor:
-    """The batch's images, or a ValueError that says what needs them."""
+def latents_of(backbone: Backbone, batch: Mapping[str, Any], what: str) -> Tensor:
+    """Latents ``(b, c, h, w)`` of the batch's images, sampled from the posterior that the autoencoder gives them, or
+    gave them when they were cached.
+
+    Args:
+        backbone: has the autoencoder.
+        batch: with ``image`` ``(b, 3, h, w)`` in [0, 1], or ``posterior`` ``(b, 2c, h, w)``.
+        what: who needs them, for the ValueError where there are neither.
+    """
+    if "posterior" in batch:
+        return backbone.draw_latents(batch["posterior"])
     if "image" not in batch:
         raise ValueError(f"{what} needs images, and the data has prompts only; choose data with images")
-    return batch["image"]
+    return backbone.encode_images(batch["image"])
 
 
-def noise_loss(backbone: Backbone, images: Tensor, conditioning: Conditioning) -> Tensor:
+def noise_loss(backbone: Backbone, latents: Tensor, conditioning: Conditioning, density: str | None = None) -> Tensor:
     """Mean squared error of the denoiser's answer at random timesteps (arXiv 2006.11239, eq. 14); a scalar.
 
     Args:
-        backbone: whose denoiser answers, noise or velocity as it was trained.
-        images: ``(b, 3, h, w)`` in [0, 1].
+        backbone: whose denoiser answers, noise, velocity or flow as it was trained.
+        latents: ``(b, c, h, w)`` of images.
         conditioning: of their captions.
+        density: of the timesteps, see `draw_timesteps`; None is ``"logit-normal"`` for flows, else ``"uniform"``.
     """
-    latents = backbone.encode_images(images)
+    if density is None:
+        density = "logit-normal" if backbone.prediction == "flow" else "uniform"
     noise = torch.randn_like(latents)
-    timesteps = torch.randint(len(backbone.levels), (len(latents),), device=latents.device)
+    timesteps = draw_timesteps(density, backbone.levels, len(latents), latents.device)
     noisy = add_noise(backbone.levels, latents, noise, timesteps)
     target = training_target(backbone.prediction, backbone.levels, latents, noise, timesteps)
     return mse_loss(backbone.predict(noisy, timesteps, conditioning).float(), target.float())

@@ -213,6 +213,7 @@ class Run:
             self.rates.step()
             if self.ema is not None:
                 self.ema.step(self.parameters)
+            self.trainer.updated()
         keys = dict.fromkeys(key for values in found for key in values)
         return {k: torch.stack([v[k].detach().float() for v in found if k in v]).mean() for k in keys}
 

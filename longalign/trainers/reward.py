@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,37 +12,44 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longalign.backbones.base import Backbone
-from longalign.diffusion import (
-    Predict,
-    Solver,
-    Visit,
-    ddim,
-    guide,
-    lcm,
-    pull_back,
-    replay,
-    rollout,
-    trailing_timesteps,
-)
+from longalign.diffusion import Solver, add_noise, ddim, guide, lcm, trailing_timesteps
 from longalign.encoders.base import Conditioning, Encoder
 from longalign.rewards.base import Reward, Scores, as_reward
-from longalign.trainers.base import Backward, Trainer, images_of, noise_loss, train_denoiser
+from longalign.rollout import Predict, Visit, replay, retrace, rollout
+from longalign.schedules.base import Choice, Schedule
+from longalign.trainers.base import Backward, Trainer, evaluating, latents_of, noise_loss, train_denoiser
 from longalign.trainers.configs import RewardConfig
-from longalign.trainers.schedules import Schedule
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A rollout of some of the prompts, or one more prediction of their re-noised samples.
+
+    Attributes:
+        rows: which b of the prompts.
+        solver: its steps.
+        final: ``(b, c, h, w)`` latents to decode.
+        visits: the calls that are to be repeated.
+    """
+
+    rows: slice
+    solver: Solver
+    final: Tensor
+    visits: list[Visit]
 
 
 class RewardTrainer(Trainer):
     """Raises rewards of images sampled from the data's prompts.
 
     A step samples without gradient, differentiates ``0.5 (1 - mean score)`` at the final latents, and repeats only the
-    chosen calls of the denoiser, each with its share of that gradient (see `longalign.diffusion`). Several rewards are
+    chosen calls of the denoiser, each with its share of that gradient (see `longalign.rollout`). Several rewards are
     added; `sum` weighs them.
 
     Args:
         backbone: with what is trained of it already set.
         encoder: encodes the prompts.
         rewards: rewards, or functions ``(images, prompts) -> (b,)``.
-        schedule: chooses the steps that carry gradient.
+        schedule: chooses the steps that carry gradient, see `longalign.schedules.base.Choice`.
         solver: ``"ddim"`` or ``"lcm"``.
         num_steps: sampling steps.
         guidance: scale of classifier-free guidance; 1 is none.
@@ -51,7 +58,7 @@ class RewardTrainer(Trainer):
         resolution: of the samples in pixels, or None for the backbone's own.
         denoise_batch: images in one rollout, or None for all.
         decode_batch: images decoded at a time, or None for all.
-        replay_batch: chosen steps repeated in one call.
+        replay_batch: chosen steps repeated in one call, at most.
         regularizer: ``"none"``, ``"kl"`` or ``"pretraining"``.
         regularizer_weight: its factor.
     """
@@ -80,9 +87,10 @@ class RewardTrainer(Trainer):
             raise ValueError("reward fine-tuning expects at least one reward, got none")
         self.rewards = nn.ModuleList([as_reward(reward).requires_grad_(False) for reward in rewards])
         self.schedule = schedule
-        make_solver = {"ddim": ddim, "lcm": lcm}[solver]
-        timesteps = trailing_timesteps(num_steps, len(backbone.levels))
-        self.solver: Solver = make_solver(backbone.levels, timesteps, backbone.prediction)
+        self.solve: Callable[[Sequence[int]], Solver] = partial(
+            {"ddim": ddim, "lcm": lcm}[solver], backbone.levels, prediction=backbone.prediction
+        )
+        self.solver = self.solve(trailing_timesteps(num_steps, len(backbone.levels)))
         self.guidance = guidance
         self.dropout_steps = dropout_steps
         self.resolution = resolution
@@ -111,45 +119,57 @@ class RewardTrainer(Trainer):
 
     def step(self, batch: Mapping[str, Any], backward: Backward) -> dict[str, Tensor]:
         prompts = batch["prompt"]
-        images = images_of(batch, "the regularizer 'pretraining'") if self.regularizer == "pretraining" else None
+        real = None
+        if self.regularizer == "pretraining":
+            real = latents_of(self.backbone, batch, "the regularizer 'pretraining'")
 
         # Each repeated call has its own graph, so the gradient of the conditioning is gathered at a leaf.
         encoded = self.told(prompts)
         told = replace(encoded, states=encoded.states.detach().requires_grad_(encoded.states.requires_grad))
-        noise, picks = self.noise(len(prompts)), self.schedule.pick(len(self.solver))
-        chunks = list(_chunks(len(prompts), self.denoise_batch))
+        noise, choice = self.noise(len(prompts)), self.schedule.pick(len(self.solver))
+        chunks = _chunks(len(prompts), self.denoise_batch)
+        passes = [each for rows in chunks for each in self.sample(choice, noise[rows], told, rows)]
 
-        rollouts = []
-        for rows in chunks:
-            predict = self.predictor(self.backbone.predict, told, rows)
-            rollouts.append(rollout(predict, noise[rows], self.solver, picks, self.quiet(predict)))
-
-        latents = torch.cat([final for final, _ in rollouts]).requires_grad_()
+        latents = torch.cat([each.final for each in passes]).requires_grad_()
         with torch.enable_grad():
-            summary = self.summary(self.score(latents, prompts))
+            summary = self.summary(self.score(latents, [p for each in passes for p in prompts[each.rows]]))
             (gradient,) = torch.autograd.grad(summary["reward_loss"], latents)
 
         drift = latents.new_zeros(())
-        for rows, (_, visits) in zip(chunks, rollouts, strict=True):
-            predict = self.predictor(self.backbone.predict, told, rows)
-            for some in (visits[i : i + self.replay_batch] for i in range(0, len(visits), self.replay_batch)):
-                outputs = replay(predict, some)
-                pulled = pull_back(self.solver, some, outputs, gradient[rows])
+        calls = sum(len(each.final) * len(each.visits) for each in passes)
+        for each, vector in zip(passes, gradient.split([len(each.final) for each in passes]), strict=True):
+            predict = self.predictor(self.backbone.predict, told, each.rows)
+            repeated = retrace(predict, each.solver, each.visits, vector, choice.detach, self.replay_batch)
+            for visits, outputs, pulled in repeated:
                 if self.regularizer == "kl":
-                    share = len(outputs) / (len(prompts) * len(picks))
-                    away = share * self.regularizer_weight * self.drift(outputs, some, told, rows)
+                    # It takes the latents as they are, also where the reward's gradient flows through them.
+                    answers = outputs if choice.detach else replay(predict, visits)
+                    share = self.regularizer_weight * len(answers) / calls
+                    away = share * self.drift(answers, visits, told, each.rows)
                     pulled, drift = pulled + away, drift + away.detach()
                 backward(pulled)
         if told.states.grad is not None:
-            backward((encoded.states * told.states.grad).sum())
+            # Not by `backward`, which may scale: what was gathered is scaled already.
+            encoded.states.backward(told.states.grad)
 
         if self.regularizer == "kl":
             summary["kl_loss"] = drift
-        if images is not None:
-            loss = self.regularizer_weight * noise_loss(self.backbone, images, self.encode(prompts))
+        if real is not None:
+            loss = self.regularizer_weight * noise_loss(self.backbone, real, self.encode(prompts))
             backward(loss)
             summary["pretraining_loss"] = loss
         return {key: value.detach() for key, value in summary.items()}
+
+    def sample(self, choice: Choice, noise: Tensor, told: Conditioning, rows: slice) -> Iterator[Pass]:
+        """Samples some of the prompts from ``noise`` ``(b, c, h, w)`` without gradient; after them their copies."""
+        predict = self.predictor(self.backbone.predict, told, rows)
+        solver = self.solve(self.solver.timesteps[: choice.length])
+        final, visits = rollout(predict, noise, solver, choice.steps, self.quiet(predict))
+        yield Pass(rows, solver, final, visits)
+        last = self.solve(solver.timesteps[-1:])
+        for _ in range(choice.copies):
+            noisy = add_noise(self.backbone.levels, final, torch.randn_like(final), torch.tensor(last.timesteps))
+            yield Pass(rows, last, *rollout(predict, noisy, last, [0]))
 
     def noise(self, count: int) -> Tensor:
         """Pure noise ``(count, c, h, w)`` to sample from."""
@@ -197,7 +217,7 @@ class RewardTrainer(Trainer):
             return None
 
         def predict_quietly(latents: Tensor, timesteps: Tensor) -> Tensor:
-            with _evaluating(self.backbone.denoiser):
+            with evaluating(self.backbone.denoiser):
                 return predict(latents, timesteps)
 
         return predict_quietly
@@ -228,14 +248,3 @@ class RewardTrainer(Trainer):
 def _chunks(count: int, size: int | None) -> Iterator[slice]:
     size = size or count
     return (slice(i, min(i + size, count)) for i in range(0, count, size))
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, mode in modes:
-            m.training = mode
