@@ -180,12 +180,18 @@ def export_lora(checkpoint: str | Path, folder: str | Path) -> Path:
             "whose denoiser was trained by LoRA alone can be exported as a LoRA"
         )
     joined = join_stacks(weights.stacks)
-    tensors = {f"unet.{key}": tensor for key, tensor in joined.items()}
-    adapter_metadata = {f"unet.{key}": value for key, value in peft_settings(joined).items()}
+    component = denoiser_folder(load_config(checkpoint))
+    tensors = {f"{component}.{key}": tensor for key, tensor in joined.items()}
+    adapter_metadata = {f"{component}.{key}": value for key, value in peft_settings(joined).items()}
     path = Path(folder) / DIFFUSERS_LORA
     path.parent.mkdir(parents=True, exist_ok=True)
     _write(path, tensors, {"format": "pt", ADAPTER_METADATA: json.dumps(adapter_metadata)})
     return path
+
+
+def denoiser_folder(config: RunConfig) -> str:
+    """What diffusers calls the denoiser of a run's backbone: ``unet`` or ``transformer``."""
+    return getattr(config.backbone, "component", "unet")
 
 
 def versions() -> dict[str, str]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from longalign.conditioning import condition, describe_cuts, per_prompt
+from longalign.diffusion import NoiseLevels, check_prediction, trailing_timesteps
 from longalign.encoders.base import Encoder, TruncationWarning
 from longalign.imagefiles import write_png
 
@@ -28,14 +29,14 @@ __all__ = ["SCHEDULERS", "condition", "describe_cuts", "generate", "load_model",
 SCHEDULERS = ("unipc", "ddim", "dpm++", "lcm")
 
 
-def make_scheduler(name: str, alphas_cumprod: Tensor, prediction: str, steps: int) -> Any:
+def make_scheduler(name: str, levels: NoiseLevels, prediction: str, steps: int) -> Any:
     """A diffusers scheduler with a backbone's own noise levels, its timesteps set.
 
     Args:
-        name: one of ``unipc``, ``ddim`` (timesteps 999, 979, ..., 19 for 50 steps), ``dpm++`` and ``lcm`` (999, 749,
-            499, 249 for 4 steps).
-        alphas_cumprod: ``(T,)`` products of the signal's shares.
-        prediction: what the denoiser predicts, ``epsilon`` or ``v_prediction``.
+        name: one of ``unipc``, ``ddim`` (timesteps 999, 979, ..., 19 for 50 steps; Euler's method for a flow),
+            ``dpm++`` (not for flows) and ``lcm`` (999, 749, 499, 249 for 4 steps).
+        levels: signal and noise at each of the T timesteps.
+        prediction: what the denoiser predicts, ``epsilon``, ``v_prediction`` or ``flow``.
         steps: number of sampling steps, 1 to T.
     """
     import diffusers
@@ -43,14 +44,15 @@ def make_scheduler(name: str, alphas_cumprod: Tensor, prediction: str, steps: in
     library: Any = diffusers  # its classes are made on demand, which type checkers cannot see
     if name not in SCHEDULERS:
         raise ValueError(f"no scheduler '{name}'; there is {', '.join(SCHEDULERS)}")
-    if prediction not in ("epsilon", "v_prediction"):
-        raise ValueError(f"cannot sample a denoiser that predicts '{prediction}'; expected epsilon or v_prediction")
-    length = len(alphas_cumprod)
+    check_prediction(prediction)
+    length = len(levels)
     if not 1 <= steps <= length:
         raise ValueError(f"steps must be between 1 and {length}, got {steps}")
+    if prediction == "flow":
+        return _flow_scheduler(library, name, levels, steps)
     # no signal at all at the last timestep has no finite sigma; this is the smallest that the solvers can hold
-    levels = alphas_cumprod.double().cpu().clamp(min=2.0**-24)
-    betas = (1 - levels / torch.cat([torch.ones(1, dtype=levels.dtype), levels[:-1]])).tolist()
+    kept = levels.signal.square().clamp(min=2.0**-24)
+    betas = (1 - kept / torch.cat([torch.ones(1, dtype=kept.dtype), kept[:-1]])).tolist()
     common = {"num_train_timesteps": length, "trained_betas": betas, "prediction_type": prediction}
     if name == "unipc":
         scheduler = library.UniPCMultistepScheduler(**common)
@@ -67,6 +69,21 @@ def make_scheduler(name: str, alphas_cumprod: Tensor, prediction: str, steps: in
         # diffusers hands torch tensors to numpy in a way that numpy 2 deprecates
         warnings.simplefilter("ignore", DeprecationWarning)
         scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def _flow_scheduler(library: Any, name: str, levels: NoiseLevels, steps: int) -> Any:
+    """A scheduler whose own timesteps are ``T`` times the noise, as the networks of flows are told them."""
+    length = len(levels)
+    if name == "ddim":
+        scheduler = library.FlowMatchEulerDiscreteScheduler(length)
+    elif name == "unipc":
+        scheduler = library.UniPCMultistepScheduler(length, use_flow_sigmas=True, prediction_type="flow_prediction")
+    elif name == "lcm":
+        scheduler = library.FlowMatchLCMScheduler(length)
+    else:
+        raise ValueError(f"'{name}' does not sample flows; expected unipc, ddim (which is Euler's method) or lcm")
+    scheduler.set_timesteps(sigmas=levels.noise[list(trailing_timesteps(steps, length))].numpy())
     return scheduler
 
 
@@ -119,7 +136,7 @@ def sample(
         with tqdm(total=len(batches) * steps, desc="drawing", disable=not progress) as bar:
             for start in batches:
                 rows = slice(start, start + batch_size)
-                solver = make_scheduler(scheduler, backbone.alphas_cumprod, backbone.prediction, steps)
+                solver = make_scheduler(scheduler, backbone.levels, backbone.prediction, steps)
                 shape = backbone.latent_shape(height, width)
                 out.append(
                     _draw(backbone, encoder, prompts[rows], negatives[rows], seeds[rows], solver, guidance, shape, bar)
@@ -147,13 +164,15 @@ def _draw(
     told = encoder.encode([*prompts, *negatives] if guided else list(prompts))
     # noise is drawn on the CPU, one generator an image, so that it is the same on every device and in every batch
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    latents = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device) * solver.init_noise_sigma
+    latents = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
     takes_generator = "generator" in inspect.signature(solver.step).parameters
     extra = {"generator": generators} if takes_generator else {}
-    for t in solver.timesteps:
-        x = solver.scale_model_input(latents, t)
-        x = torch.cat([x, x]) if guided else x
-        predicted = backbone.predict(x, t.to(device).expand(len(x)), told).float()
+    places = solver.timesteps
+    if backbone.prediction == "flow":
+        places = torch.tensor(trailing_timesteps(len(places), len(backbone.levels)))
+    for t, place in zip(solver.timesteps, places, strict=True):
+        x = torch.cat([latents, latents]) if guided else latents
+        predicted = backbone.predict(x, place.to(device).expand(len(x)), told).float()
         if guided:
             wanted, unwanted = predicted.chunk(2)
             predicted = unwanted + guidance * (wanted - unwanted)
@@ -169,8 +188,9 @@ def load_model(source: Any) -> tuple[Any, Backbone, Encoder]:
 
         return load_for_sampling(source)
     from longalign.compose import build_from_config
+    from longalign.config import override
 
-    composition = build_from_config(source)
+    composition = build_from_config(override(source, {"cache": None}))  # any prompt may be drawn, also with a cache
     return composition.config, composition.backbone, composition.encoder
 
 

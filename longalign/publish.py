@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from longalign.checkpoint import Weights, export_lora, load_weights
+from longalign.checkpoint import Weights, denoiser_folder, export_lora, load_weights
 from longalign.config import RunConfig, load_config, to_yaml
 from longalign.encoders.adapter import TextAdapter
 from longalign.files import CHECKPOINT, HUB_ID, checkpoint_file, read_metadata
@@ -70,7 +70,7 @@ def _save_denoiser(config: RunConfig, weights: Weights, output: Path) -> Path:
     backbone.load_full(weights.denoiser)
     backbone.load_lora(weights.stacks)
     backbone.merge_lora()
-    folder = output / ("unet" if type(backbone.denoiser).__name__.startswith("UNet") else "transformer")
+    folder = output / denoiser_folder(config)
     backbone.denoiser.save_pretrained(folder)
     return folder
 

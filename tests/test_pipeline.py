@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from longalign.diffusion import NoiseLevels, training_target
 from longalign.encoders.base import Conditioning, Encoder, PromptReport
 from longalign.pipeline import SCHEDULERS, generate, make_scheduler, sample
 
@@ -35,8 +36,9 @@ class KnowingBackbone(nn.Module):
         super().__init__()
         self.prediction = prediction
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-        levels = (1 - betas).cumprod(0)
-        self.alphas_cumprod = levels if last is None else levels * torch.linspace(1, last, 1000, dtype=torch.float64)
+        kept = (1 - betas).cumprod(0) * torch.linspace(1, 1 if last is None else last, 1000, dtype=torch.float64)
+        flow = prediction == "flow"
+        self.levels = NoiseLevels.from_flow(1000, 3.0) if flow else NoiseLevels.from_alphas_cumprod(kept)
         self.calls = []
 
     def latent_shape(self, height=None, width=None):
@@ -45,9 +47,8 @@ class KnowingBackbone(nn.Module):
     def predict(self, latents, timesteps, conditioning):
         self.calls.append(len(latents))
         x0 = conditioning.states.expand(-1, 4, 4)[:, None].expand_as(latents)
-        a = self.alphas_cumprod[timesteps].float().reshape(-1, 1, 1, 1)
-        eps = (latents - a.sqrt() * x0) / (1 - a).sqrt()
-        return eps if self.prediction == "epsilon" else a.sqrt() * eps - (1 - a).sqrt() * x0
+        signal, noise = self.levels.at(timesteps, latents)
+        return training_target(self.prediction, self.levels, x0, (latents - signal * x0) / noise, timesteps)
 
     def decode(self, latents):
         return latents.clamp(0, 1)
@@ -66,8 +67,12 @@ def draw(backbone, prompts, **settings):
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow"])
 def test_every_scheduler_reaches_the_known_image(scheduler, prediction):
+    if (prediction, scheduler) == ("flow", "dpm++"):
+        with pytest.raises(ValueError, match=r"'dpm\+\+' does not sample flows; expected unipc, ddim"):
+            draw(KnowingBackbone(prediction), ["0.3"], scheduler=scheduler)
+        return
     images = draw(KnowingBackbone(prediction), ["0.3", "0.8"], scheduler=scheduler)
     assert images.shape == (2, 3, 4, 4) and images.dtype == torch.float32
     torch.testing.assert_close(images.mean((1, 2, 3)), torch.tensor([0.3, 0.8]), atol=2e-4, rtol=0)
@@ -102,12 +107,16 @@ def test_an_image_depends_on_its_seed_and_not_on_its_batch(scheduler):
 
 
 def test_timesteps_are_those_of_the_paper():
-    levels = KnowingBackbone().alphas_cumprod
+    levels = KnowingBackbone().levels
     assert make_scheduler("ddim", levels, "epsilon", 50).timesteps.tolist() == list(range(999, 0, -20))
     assert make_scheduler("lcm", levels, "epsilon", 4).timesteps.tolist() == [999, 749, 499, 249]
     torch.testing.assert_close(
-        make_scheduler("ddim", levels, "epsilon", 5).alphas_cumprod.double(), levels, rtol=1e-4, atol=0
+        make_scheduler("ddim", levels, "epsilon", 5).alphas_cumprod.double(), levels.signal**2, rtol=1e-4, atol=0
     )
+    # u = 1, 3/4, 2/4, 1/4 and s = 3 u / (1 + 2 u)
+    for name in ("ddim", "lcm"):
+        flow = make_scheduler(name, KnowingBackbone("flow").levels, "flow", 4)
+        torch.testing.assert_close(flow.timesteps, torch.tensor([1000, 900, 750, 500.0]))
 
 
 def test_size_is_passed_on():
@@ -139,8 +148,8 @@ def test_wrong_settings_are_named():
         draw(backbone, ["0.1", "0.2"], negative=["0"], guidance=2)
     with pytest.raises(ValueError, match="does nothing at guidance 1"):
         draw(backbone, ["0.1"], negative="0.5")
-    with pytest.raises(ValueError, match="predicts 'flow'"):
-        draw(KnowingBackbone("flow"), ["0.1"])
+    with pytest.raises(ValueError, match="unknown prediction 'sample'"):
+        make_scheduler("ddim", backbone.levels, "sample", 5)
 
 
 def test_generate_writes_images_that_explain_themselves(tmp_path, caplog):

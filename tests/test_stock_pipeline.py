@@ -32,7 +32,7 @@ def test_a_stock_pipeline_draws_the_same_images(tiny, scheduler):
     ours = sample(
         backbone, encoder, PROMPTS, seeds=[3, 4], steps=4, guidance=3.0, scheduler=scheduler, negative="green"
     )
-    pipe.scheduler = make_scheduler(scheduler, backbone.alphas_cumprod, backbone.prediction, 4)
+    pipe.scheduler = make_scheduler(scheduler, backbone.levels, backbone.prediction, 4)
     told = condition(pipe, PROMPTS, "green", encoder=encoder)
     assert told["prompt_embeds"].shape == told["negative_prompt_embeds"].shape == (2, 40, 16)
     noise = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (3, 4)])

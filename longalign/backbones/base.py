@@ -32,18 +32,16 @@ class Backbone(nn.Module):
     Args:
         denoiser: a diffusers network.
         prediction: what it answers: ``"epsilon"``, ``"v_prediction"`` or ``"flow"``.
-        alphas_cumprod: ``(T,)`` cumulated alphas of the noise schedule it was trained with.
+        levels: what there is of signal and noise at each of the timesteps that it was trained with.
         resolution: native width and height of an image in pixels.
     """
 
-    def __init__(self, denoiser: nn.Module, prediction: str, alphas_cumprod: Tensor, resolution: int):
+    def __init__(self, denoiser: nn.Module, prediction: str, levels: NoiseLevels, resolution: int):
         super().__init__()
         check_prediction(prediction)
         self.denoiser: Any = denoiser.requires_grad_(False)
         self.prediction = prediction
-        # No buffer: casting the module to half precision must not round it.
-        self._alphas_cumprod = alphas_cumprod.float().cpu()
-        self.levels = NoiseLevels.from_alphas_cumprod(self._alphas_cumprod)
+        self.levels = levels
         self.resolution = resolution
         self.full = False
         self._merged: list[LoraStack] = []
@@ -51,11 +49,6 @@ class Backbone(nn.Module):
         # In tuples, so that they are no submodules: the wrapped network holds the denoiser itself.
         self._call: tuple[Callable[..., Any]] = (self.denoiser,)
         self._start: tuple[nn.Module, ...] = ()
-
-    @property
-    def alphas_cumprod(self) -> Tensor:
-        """``(T,)`` float32, on the denoiser's device."""
-        return self._alphas_cumprod.to(self.device)
 
     @property
     def device(self) -> torch.device:
@@ -68,6 +61,14 @@ class Backbone(nn.Module):
 
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Images ``(b, 3, h, w)`` in [0, 1] to scaled latents, sampled from the VAE's posterior, without gradient."""
+        return self.draw_latents(self.posterior(images), generator)
+
+    def posterior(self, images: Tensor) -> Tensor:
+        """What `encode_images` samples from, ``(b, 2c, h, w)`` without gradient: it can be kept instead of the images."""
+        raise NotImplementedError
+
+    def draw_latents(self, posterior: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Scaled latents ``(b, c, h, w)`` from what `posterior` gave."""
         raise NotImplementedError
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -75,7 +76,7 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """The denoiser's answer ``(b, c, h, w)`` to latents at ``timesteps`` ``(b,)``."""
+        """The denoiser's answer ``(b, c, h, w)`` to latents at ``timesteps`` ``(b,)``, which are places in `levels`."""
         return self.call(self._call[0], latents, timesteps, conditioning)
 
     def call(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
@@ -178,9 +179,10 @@ class Backbone(nn.Module):
     # The model that training started from
 
     def keep_start(self) -> None:
-        """Remembers the present weights for `predict_start` where all of them are trained: a second copy in memory."""
-        if self._active is None:
-            self._start = (copy.deepcopy(self.denoiser).eval().requires_grad_(False),)
+        """Remembers the present weights, LoRAs merged, for `predict_start` where all of them are then trained: a second
+        copy in memory."""
+        self.merge_lora()
+        self._start = (copy.deepcopy(self.denoiser).eval().requires_grad_(False),)
 
     @torch.no_grad()
     def predict_start(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -41,6 +41,9 @@ class SDConfig(PartConfig):
         dtype: of the UNet's weights; what is trained is float32 in any case. The VAE takes the runtime's dtype.
     """
 
+    #: the denoiser's folder in a checkpoint, and its prefix in LoRA files
+    component: ClassVar[str] = "unet"
+
     name: Literal["sd"] = "sd"
     checkpoint: str
     revision: str | None = None
@@ -70,3 +73,26 @@ class SDXLConfig(SDConfig):
         from longalign.backbones.sdxl import SDXLBackbone
 
         return SDXLBackbone.from_config(self, runtime)
+
+
+class SD3Config(SDConfig):
+    """Stable Diffusion 3 and 3.5, or any model of that layout: a transformer that predicts a flow.
+
+    A LoRA goes on the attention's projections, of text and image, as in diffusers' LoRA training of SD3.
+
+    Attributes:
+        checkpoint: hub id, e.g. ``stabilityai/stable-diffusion-3-medium-diffusers``, or local folder in diffusers
+            layout.
+        revision: branch, tag or commit on the hub.
+        variant: file variant, e.g. ``"fp16"``.
+        dtype: of the transformer's weights; what is trained is float32 in any case. The VAE takes the runtime's dtype.
+    """
+
+    component: ClassVar[str] = "transformer"
+
+    name: Literal["sd3"] = "sd3"  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def build(self, runtime: Runtime) -> Any:
+        from longalign.backbones.sd3 import SD3Backbone
+
+        return SD3Backbone.from_config(self, runtime)

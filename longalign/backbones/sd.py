@@ -6,34 +6,29 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor
 
-from longalign.backbones.base import Backbone
 from longalign.backbones.configs import SDConfig
-from longalign.diffusion import refuse_nonlinear
+from longalign.backbones.latent import LatentBackbone, load_parts
+from longalign.diffusion import NoiseLevels, refuse_nonlinear
 from longalign.encoders.base import Conditioning
 from longalign.runtime import Runtime, resolve_checkpoint
 
 
-class SDBackbone(Backbone):
+class SDBackbone(LatentBackbone):
     """A UNet conditioned by cross-attention alone, and its VAE.
 
     Args:
         unet: the denoiser.
-        vae: frozen here; its ``scaling_factor`` and ``shift_factor`` are honoured.
+        vae: frozen here.
         alphas_cumprod: ``(T,)``.
         prediction: ``"epsilon"`` or ``"v_prediction"``.
     """
 
     def __init__(self, unet: Any, vae: Any, alphas_cumprod: Tensor, prediction: str):
         self._check(unet, vae)
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        super().__init__(unet, prediction, alphas_cumprod, int(unet.config.sample_size) * factor)
-        self.vae: Any = vae.requires_grad_(False).eval()
-        self.factor = factor
+        super().__init__(unet, vae, prediction, NoiseLevels.from_alphas_cumprod(alphas_cumprod.float()))
 
     @staticmethod
     def _check(unet: Any, vae: Any) -> None:
@@ -52,39 +47,9 @@ class SDBackbone(Backbone):
     @classmethod
     def from_config(cls, config: SDConfig, runtime: Runtime) -> SDBackbone:
         """Loads UNet, VAE and the scheduler's constants from a folder or the hub."""
-        checkpoint = resolve_checkpoint(config.checkpoint)
-        where: dict[str, Any] = {"revision": config.revision}
-        unet = UNet2DConditionModel.from_pretrained(
-            checkpoint, subfolder="unet", variant=config.variant, torch_dtype=getattr(torch, config.dtype), **where
-        )
-        vae = AutoencoderKL.from_pretrained(
-            checkpoint, subfolder="vae", variant=config.variant, torch_dtype=runtime.torch_dtype, **where
-        )
-        constants: Any = DDIMScheduler.load_config(checkpoint, subfolder="scheduler", **where)
+        unet, vae, constants = load_parts(config, runtime, UNet2DConditionModel, "unet")
         alphas_cumprod, prediction = scheduler_constants(constants)
         return cls(unet, vae, alphas_cumprod, prediction).to(runtime.device)
-
-    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        height, width = height or self.resolution, width or self.resolution
-        if height % self.factor or width % self.factor:
-            raise ValueError(f"expected a height and width divisible by {self.factor}, got {height} x {width}")
-        return self.vae.config.latent_channels, height // self.factor, width // self.factor
-
-    @torch.no_grad()
-    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        self.latent_shape(*images.shape[-2:])
-        pixels = (2 * images - 1).to(self.device, self.vae.dtype)
-        latents = self.vae.encode(pixels).latent_dist.sample(generator).float()
-        return (latents - self._shift) * self.vae.config.scaling_factor
-
-    def decode(self, latents: Tensor) -> Tensor:
-        latents = latents / self.vae.config.scaling_factor + self._shift
-        pixels = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
-        return (pixels.to(latents.dtype) / 2 + 0.5).clamp(0, 1)
-
-    @property
-    def _shift(self) -> float:
-        return getattr(self.vae.config, "shift_factor", None) or 0.0
 
     def call(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         told = conditioning.at(timesteps)
@@ -127,7 +92,9 @@ def scheduler_constants(config: dict[str, Any]) -> tuple[Tensor, str]:
     scheduler = scheduler_class.from_config(config)
     refuse_nonlinear({**config, **scheduler.config})
     if not hasattr(scheduler, "alphas_cumprod"):
-        raise ValueError(f"'sd' expects a scheduler with cumulated alphas, and {name} has none; is this a flow model?")
+        raise ValueError(
+            f"'sd' expects a scheduler with cumulated alphas, and {name} has none; for Stable Diffusion 3 use 'sd3'"
+        )
     return scheduler.alphas_cumprod, scheduler.config.get("prediction_type", "epsilon")
 
 

@@ -15,11 +15,15 @@ from longalign.runtime import Runtime
 from longalign.segment import Prompt, Segmenter
 
 if TYPE_CHECKING:
-    from longalign.encoders.configs import ClipSegmentSDXLConfig
+    from longalign.encoders.configs import ClipSegmentSDXLConfig, TwoClipsConfig
 
 
 class _Penultimate(ClipSegmentEncoder):
     """Segments in the states before the last layer, which no norm follows: what SDXL is told."""
+
+    def tell(self, plans: Sequence[Plan], pools: Sequence[Sequence[tuple[int, ...]]]) -> Conditioning:
+        """The merged states of prompts; with a projection also the mean pooled output of each prompt's rows of ids."""
+        return self.merge(plans, *self.run(plans))
 
     def _run(self, ids: Tensor, real: Tensor | None = None) -> Tensor:
         return self.text_model(input_ids=ids, output_hidden_states=True).hidden_states[-2]
@@ -28,6 +32,13 @@ class _Penultimate(ClipSegmentEncoder):
 class _Projected(_Penultimate):
     """As `_Penultimate`; beside each state is the last layer's, normed and projected, of which ``<eot>``'s is the
     pooled output."""
+
+    def tell(self, plans: Sequence[Plan], pools: Sequence[Sequence[tuple[int, ...]]]) -> Conditioning:
+        states, first = self.run(plans, [row for rows in pools for row in rows])
+        ends = iter(first[sum(len(plan.rows) for plan in plans) :])
+        projected = states[:, self.dim :]
+        pooled = [torch.stack([projected[next(ends) + len(row) - 1] for row in rows]).mean(0) for rows in pools]
+        return replace(self.merge(plans, states[:, : self.dim], first), pooled=torch.stack(pooled))
 
     def _run(self, ids: Tensor, real: Tensor | None = None) -> Tensor:
         told = self.text_model(input_ids=ids, output_hidden_states=True)
@@ -39,10 +50,11 @@ class ClipSegmentSDXLEncoder(Encoder):
     """Each segment of a prompt through CLIP-L and OpenCLIP-bigG, merged as by `ClipSegmentEncoder`; the states of both
     lie side by side (768 + 1280 wide) and come from the layer before the last.
 
-    A prompt has one pooled embedding, of bigG. For a prompt of one segment all rules give what diffusers gives.
+    A prompt has one pooled embedding, of bigG; of both, side by side, where both have a projection, as in Stable
+    Diffusion 3. For a prompt of one segment all rules give what diffusers gives.
 
     Args:
-        text_models: a ``CLIPTextModel`` and a ``CLIPTextModelWithProjection``.
+        text_models: a ``CLIPTextModel`` and a ``CLIPTextModelWithProjection``, or two of the latter.
         tokenizers: their fast tokenizers, which differ in their padding alone.
         segmenter: splits a prompt.
         pooled: the rule: ``"mean"`` of the pooled outputs of all segments that were read, that of the ``"first"``
@@ -66,45 +78,33 @@ class ClipSegmentSDXLEncoder(Encoder):
     ):
         super().__init__()
         if tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
-            raise ValueError("the two tokenizers have different vocabularies; expected those of one SDXL checkpoint")
-        self.first = _Penultimate(text_models[0], tokenizers[0], segmenter, **settings)
-        self.second = _Projected(text_models[1], tokenizers[1], segmenter, **settings)
+            raise ValueError("the two tokenizers have different vocabularies; expected those of one checkpoint")
+        self.first, self.second = (
+            (_Projected if hasattr(model, "text_projection") else _Penultimate)(model, tokenizer, segmenter, **settings)
+            for model, tokenizer in zip(text_models, tokenizers, strict=True)
+        )
         self.dim = self.first.dim + self.second.dim
         self.pooled, self.empty = pooled, empty
 
     @classmethod
     def from_config(cls, config: ClipSegmentSDXLConfig, runtime: Runtime) -> ClipSegmentSDXLEncoder:
         """Loads ``text_encoder``, ``text_encoder_2`` and their tokenizers, and builds the segmenter."""
-        from transformers import CLIPTextModel, CLIPTextModelWithProjection
+        from transformers import CLIPTextModel
 
-        from longalign.encoders.loading import load_text_model
-
-        kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-        models, tokenizers = zip(
-            *(load_text_model(kind, config.checkpoint, at, config.revision, runtime) for at, kind in kinds.items()),
-            strict=True,
-        )
-        keys = ("pooled", "empty", "sot", "eot", "pad", "max_tokens", "overflow", "max_batch_tokens")
-        return cls(models, tokenizers, config.segmenter.build(runtime), **{key: getattr(config, key) for key in keys})
+        return load_clips(config, runtime, CLIPTextModel, empty=config.empty)
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
         prompts = check_prompts(prompts)
         plans = self.first.checked_plans(prompts)
         pools = [self._pool_rows(prompt, plan) for prompt, plan in zip(prompts, plans, strict=True)]
-        told = self.first.merge(plans, *self.first.run(plans))
-        states, first = self.second.run(plans, [row for rows in pools for row in rows])
-        width = self.second.dim
-        other = self.second.merge(plans, states[:, :width], first)
-        ends = iter(first[sum(len(plan.rows) for plan in plans) :])
-        pooled = torch.stack(
-            [torch.stack([states[next(ends) + len(row) - 1, width:] for row in rows]).mean(0) for rows in pools]
-        )
-        merged = torch.cat([told.states, other.states], dim=-1)
+        told = [part.tell(plans, pools) for part in (self.first, self.second)]
+        merged = torch.cat([part.states for part in told], dim=-1)
+        pooled = torch.cat([part.pooled for part in told if part.pooled is not None], dim=-1)
         if self.empty == "zeros":
             blank = torch.tensor([not plain_text(prompt).strip() for prompt in prompts], device=merged.device)
             merged = merged.masked_fill(blank[:, None, None], 0)
             pooled = pooled.masked_fill(blank[:, None], 0)
-        return replace(told, states=merged, pooled=pooled)
+        return replace(told[0], states=merged, pooled=pooled)
 
     def cut(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
         return self.first.cut(prompts)
@@ -117,3 +117,19 @@ class ClipSegmentSDXLEncoder(Encoder):
         tokens = self.first.tokens
         ids = tokens(plain_text(prompt)).ids[: self.first.window - 2]
         return [(tokens.tokenizer.bos_token_id, *ids, tokens.tokenizer.eos_token_id)]
+
+
+def load_clips(config: TwoClipsConfig, runtime: Runtime, first: type, **settings: Any) -> ClipSegmentSDXLEncoder:
+    """Loads ``text_encoder``, a ``first``, ``text_encoder_2`` and their tokenizers, and builds the segmenter."""
+    from transformers import CLIPTextModelWithProjection
+
+    from longalign.encoders.loading import load_text_model
+
+    kinds = {"text_encoder": first, "text_encoder_2": CLIPTextModelWithProjection}
+    models, tokenizers = zip(
+        *(load_text_model(kind, config.checkpoint, at, config.revision, runtime) for at, kind in kinds.items()),
+        strict=True,
+    )
+    keys = ("pooled", "sot", "eot", "pad", "max_tokens", "overflow", "max_batch_tokens")
+    settings |= {key: getattr(config, key) for key in keys}
+    return ClipSegmentSDXLEncoder(models, tokenizers, config.segmenter.build(runtime), **settings)

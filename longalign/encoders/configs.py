@@ -12,6 +12,7 @@ from longalign.segment import SentenceConfig
 
 if TYPE_CHECKING:
     from longalign.encoders.clip_segment import ClipSegmentEncoder
+    from longalign.encoders.clip_segment_sd3 import ClipSegmentSD3Encoder
     from longalign.encoders.clip_segment_sdxl import ClipSegmentSDXLEncoder
     from longalign.encoders.clip_truncate import ClipTruncateEncoder
     from longalign.encoders.concat import ConcatEncoder
@@ -63,8 +64,8 @@ class ClipSegmentConfig(_Loaded):
         return ClipSegmentEncoder.from_config(self, runtime)
 
 
-class ClipSegmentSDXLConfig(PartConfig):
-    """Segment-level encoding with the two CLIPs of Stable Diffusion XL.
+class TwoClipsConfig(PartConfig):
+    """What encoders of segments with two CLIPs share.
 
     Attributes:
         checkpoint: a hub id or a local folder in diffusers layout: ``text_encoder/``, ``text_encoder_2/``, tokenizers.
@@ -72,7 +73,6 @@ class ClipSegmentSDXLConfig(PartConfig):
         segmenter: how prompts are split.
         pooled: the pooled embedding: the "mean" over the segments, the "first" segment's, or "truncate": that of the
             prompt cut at 77 tokens. They agree on a prompt of one segment.
-        empty: the empty prompt is told as "zeros", as SDXL's pipeline has it, or "encode": like any other.
         sot: which segments keep their ``<sot>``.
         eot: which segments keep their ``<eot>``.
         pad: what fills up to ``max_tokens``: one ``<pad*>``, the empty prompt's plain padding, or nothing (and a mask).
@@ -81,12 +81,10 @@ class ClipSegmentSDXLConfig(PartConfig):
         max_batch_tokens: most positions in one call of a text model; lower it to save memory.
     """
 
-    name: Literal["clip-segment-sdxl"] = "clip-segment-sdxl"
-    checkpoint: str = Field("stabilityai/stable-diffusion-xl-base-1.0", min_length=1)
+    checkpoint: str = Field(min_length=1)
     revision: str | None = None
     segmenter: Part("segmenters") = SentenceConfig()  # type: ignore[valid-type]
     pooled: Literal["mean", "first", "truncate"] = "mean"
-    empty: Literal["zeros", "encode"] = "zeros"
     sot: Literal["all", "first", "none"] = "all"
     eot: Literal["none", "all", "last"] = "none"
     pad: Literal["pad*", "pad", "none"] = "pad*"
@@ -94,10 +92,44 @@ class ClipSegmentSDXLConfig(PartConfig):
     overflow: Literal["error", "cut", "grow"] = "cut"
     max_batch_tokens: int = Field(16384, ge=1)
 
+
+class ClipSegmentSDXLConfig(TwoClipsConfig):
+    """Segment-level encoding with the two CLIPs of Stable Diffusion XL.
+
+    Attributes:
+        empty: the empty prompt is told as "zeros", as SDXL's pipeline has it, or "encode": like any other.
+    """
+
+    name: Literal["clip-segment-sdxl"] = "clip-segment-sdxl"
+    checkpoint: str = Field("stabilityai/stable-diffusion-xl-base-1.0", min_length=1)
+    empty: Literal["zeros", "encode"] = "zeros"
+
     def build(self, runtime: Runtime) -> ClipSegmentSDXLEncoder:
         from longalign.encoders.clip_segment_sdxl import ClipSegmentSDXLEncoder
 
         return ClipSegmentSDXLEncoder.from_config(self, runtime)
+
+
+class ClipSegmentSD3Config(TwoClipsConfig):
+    """Segment-level encoding with the two CLIPs of Stable Diffusion 3, followed by T5 over the whole prompt.
+
+    Attributes:
+        t5: "encode" with ``text_encoder_3``; "zeros" in the place of its states, as diffusers' pipeline without T5 has
+            it; or "none", nothing, so that `concat` can put a T5 of other settings behind.
+        t5_tokens: number of T5's states, or of zeros.
+        width: of the states, which the transformer expects; CLIP's are filled up with zeros.
+    """
+
+    name: Literal["clip-segment-sd3"] = "clip-segment-sd3"
+    checkpoint: str = Field("stabilityai/stable-diffusion-3-medium-diffusers", min_length=1)
+    t5: Literal["encode", "zeros", "none"] = "encode"
+    t5_tokens: int = Field(256, ge=1)
+    width: int = Field(4096, ge=1)
+
+    def build(self, runtime: Runtime) -> ClipSegmentSD3Encoder:
+        from longalign.encoders.clip_segment_sd3 import ClipSegmentSD3Encoder
+
+        return ClipSegmentSD3Encoder.from_config(self, runtime)
 
 
 class ClipTruncateConfig(_Loaded):

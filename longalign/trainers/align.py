@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longalign.backbones.base import Backbone
 from longalign.encoders.base import Encoder
-from longalign.trainers.base import Trainer, images_of, noise_loss, train_denoiser
+from longalign.trainers.base import Trainer, latents_of, noise_loss, train_denoiser
 from longalign.trainers.configs import AlignConfig
 
 
@@ -22,20 +22,28 @@ class AlignTrainer(Trainer):
         encoder: encodes the captions.
         caption_dropout: share of captions replaced by the empty prompt.
         train_adapter: whether the encoder's adapter is trained.
+        timesteps: density of the timesteps, see `noise_loss`.
     """
 
-    def __init__(self, backbone: Backbone, encoder: Encoder, caption_dropout: float = 0.1, train_adapter: bool = True):
+    def __init__(
+        self,
+        backbone: Backbone,
+        encoder: Encoder,
+        caption_dropout: float = 0.1,
+        train_adapter: bool = True,
+        timesteps: str | None = None,
+    ):
         super().__init__(backbone, encoder, train_adapter)
-        self.caption_dropout = caption_dropout
+        self.caption_dropout, self.timesteps = caption_dropout, timesteps
 
     @classmethod
     def from_config(cls, config: AlignConfig, backbone: Backbone, encoder: Encoder) -> AlignTrainer:
         """Puts the LoRA on the backbone, or makes all of it trainable, and takes the parts together."""
         train_denoiser(backbone, config.lora, "align")
-        return cls(backbone, encoder, config.caption_dropout, config.train_adapter)
+        return cls(backbone, encoder, config.caption_dropout, config.train_adapter, config.timesteps)
 
     def losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        images = images_of(batch, "'align'")
         dropped = torch.rand(len(batch["prompt"])) < self.caption_dropout
         prompts = ["" if drop else p for p, drop in zip(batch["prompt"], dropped.tolist(), strict=True)]
-        return {"noise_loss": noise_loss(self.backbone, images, self.encode(prompts))}
+        latents, told = latents_of(self.backbone, batch, "'align'"), self.encode(prompts)
+        return {"noise_loss": noise_loss(self.backbone, latents, told, self.timesteps)}

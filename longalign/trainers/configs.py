@@ -98,12 +98,15 @@ class AlignConfig(TrainerConfig):
         lora: the LoRA that is trained, or null to train all weights of the denoiser.
         train_adapter: whether the encoder's adapter, if it has one, is trained too.
         caption_dropout: share of captions replaced by the empty prompt, which classifier-free guidance needs.
+        timesteps: how those to train at are drawn: ``"uniform"``, or ``"logit-normal"``, more from the middle
+            (arXiv 2403.03206, section 3.1); null is logit-normal for flows and uniform for others.
     """
 
     name: Literal["align"] = "align"
     lora: LoraConfig | None = LoraConfig()
     train_adapter: bool = True
     caption_dropout: float = Field(0.1, ge=0, le=1)
+    timesteps: Literal["uniform", "logit-normal"] | None = None
 
     def check_run(self, run: Any) -> list[tuple[str, str]]:
         faults = [("rewards", "'align' uses no rewards; expected none, or another trainer")] if run.rewards else []

@@ -56,8 +56,8 @@ def test_loads_a_folder_in_diffusers_layout(folder):
     assert isinstance(backbone, SDBackbone)
     assert backbone.prediction == "epsilon" and backbone.resolution == 64
     assert backbone.latent_shape() == (4, 8, 8) and backbone.latent_shape(128, 64) == (4, 16, 8)
-    assert backbone.alphas_cumprod.shape == (1000,)
-    assert backbone.alphas_cumprod[0] == pytest.approx(1 - 0.00085)
+    assert len(backbone.levels) == 1000
+    assert backbone.levels.signal[0] ** 2 == pytest.approx(1 - 0.00085)
     assert not any(p.requires_grad for p in backbone.parameters())
     with pytest.raises(ValueError, match="divisible by 8, got 60 x 64"):
         backbone.latent_shape(60, 64)
@@ -160,6 +160,7 @@ def test_a_second_lora_merges_the_first():
 @pytest.mark.parametrize("full", [False, True])
 def test_the_start_model_is_remembered(full):
     backbone = tiny_backbone()
+    move(backbone.add_lora(LORA, "align"))
     before = asked(backbone)
     if full:
         backbone.keep_start()
@@ -171,7 +172,7 @@ def test_the_start_model_is_remembered(full):
     assert not torch.allclose(after, before, atol=1e-3)
     latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(6))
     start = backbone.predict_start(latents, torch.tensor([10, 900]), told())
-    assert torch.equal(start, before) and not start.requires_grad
+    assert torch.allclose(start, before, atol=1e-5) and not start.requires_grad
     assert torch.equal(asked(backbone), after)
 
 

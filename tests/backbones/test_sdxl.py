@@ -100,7 +100,7 @@ def test_the_empty_prompt_and_the_filling(folder):
 def test_a_stock_pipeline_draws_the_same_images(backbone, encoder, pipe):
     settings = {"seeds": [3, 4], "steps": 3, "guidance": 3.0, "scheduler": "ddim", "negative": "green"}
     ours = sample(backbone, encoder, [LONG, "The sky."], **settings)
-    pipe.scheduler = make_scheduler("ddim", backbone.alphas_cumprod, backbone.prediction, 3)
+    pipe.scheduler = make_scheduler("ddim", backbone.levels, backbone.prediction, 3)
     told = condition(pipe, [LONG, "The sky."], "green", encoder=encoder)
     assert set(told) == {f"{a}{b}prompt_embeds" for a in ("", "negative_") for b in ("", "pooled_")}
     noise = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (3, 4)])

@@ -1,0 +1,101 @@
+"""Stable Diffusion 3 and 3.5 (arXiv 2403.03206): a transformer over text and image that predicts a flow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+from torch import Tensor
+
+from longalign.backbones.configs import SDConfig
+from longalign.backbones.latent import LatentBackbone, load_parts
+from longalign.diffusion import NoiseLevels
+from longalign.encoders.base import Conditioning
+from longalign.runtime import Runtime
+
+
+class SD3Backbone(LatentBackbone):
+    """SD3's transformer and VAE.
+
+    Timestep t of T holds ``(1 - s) x_0 + s n`` with ``s = shift u / (1 + (shift - 1) u)``, ``u = (t + 1) / T`` (section
+    5.3.2 of the paper, eq. 23), and the network is told ``T s``. The transformer takes no attention mask.
+
+    Args:
+        transformer: the denoiser.
+        vae: frozen here.
+        levels: of the flow; see `flow_levels`.
+
+    Raises:
+        ValueError: if the transformer and the VAE do not belong together.
+    """
+
+    def __init__(self, transformer: Any, vae: Any, levels: NoiseLevels):
+        config, channels = transformer.config, vae.config.latent_channels
+        if not config.in_channels == transformer.out_channels == channels:
+            raise ValueError(
+                f"the transformer takes {config.in_channels} channels and gives {transformer.out_channels}, the VAE "
+                f"has {channels}; 'sd3' expects a text-to-image model of the layout of Stable Diffusion 3"
+            )
+        super().__init__(transformer, vae, "flow", levels)
+
+    @classmethod
+    def from_config(cls, config: SDConfig, runtime: Runtime) -> SD3Backbone:
+        """Loads transformer, VAE and the scheduler's constants from a folder or the hub."""
+        transformer, vae, constants = load_parts(config, runtime, SD3Transformer2DModel, "transformer")
+        return cls(transformer, vae, flow_levels(constants)).to(runtime.device)
+
+    @property
+    def divisor(self) -> int:
+        return self.factor * self.denoiser.config.patch_size
+
+    def call(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        told = conditioning.at(timesteps)
+        self.check(told)
+        dtype, times = self.denoiser.dtype, len(self.levels) * self.levels.noise
+        output = denoiser(
+            hidden_states=latents.to(dtype),
+            encoder_hidden_states=told.states.to(dtype),
+            pooled_projections=told.pooled.to(dtype),  # pyright: ignore[reportOptionalMemberAccess]
+            timestep=times.to(timesteps.device, torch.float32)[timesteps],
+            return_dict=False,
+        )[0]
+        return output.to(latents.dtype)
+
+    def check(self, told: Conditioning) -> None:
+        """Raises ValueError for a conditioning that the transformer cannot take."""
+        config, pooled = self.denoiser.config, told.pooled
+        widths = (told.states.shape[-1], None if pooled is None else pooled.shape[-1])
+        expected = (config.joint_attention_dim, config.pooled_projection_dim)
+        if widths != expected:
+            raise ValueError(
+                f"SD3's transformer takes states of width {expected[0]} and a pooled embedding of width {expected[1]}, "
+                f"the encoder gives {widths[0]} and {widths[1]}; choose the encoder 'clip-segment-sd3'"
+            )
+        if told.mask is not None and not bool(told.mask.all()):
+            raise ValueError(
+                "SD3's transformer takes no attention mask, so the padding of shorter prompts would be attended to; "
+                "pad with <pad*> (clip-segment-sd3's pad), and let T5 be without mask"
+            )
+
+
+def flow_levels(scheduler: dict[str, Any]) -> NoiseLevels:
+    """The levels of a flow from diffusers' constants: ``FlowMatchEulerDiscreteScheduler`` with a constant shift.
+
+    Raises:
+        ValueError: if the scheduler is not one of flows, or its levels depend on the image's size.
+    """
+    name = scheduler.get("_class_name", "")
+    if not name.startswith("FlowMatch"):
+        raise ValueError(
+            f"'sd3' expects the scheduler of a flow (FlowMatchEulerDiscreteScheduler), got '{name}'; "
+            "for Stable Diffusion 1, 2 or XL use 'sd' or 'sdxl'"
+        )
+    for key in ("use_dynamic_shifting", "shift_terminal", "invert_sigmas"):
+        if scheduler.get(key):
+            raise ValueError(
+                f"the scheduler sets {key}={scheduler[key]}; 'sd3' expects levels with a constant shift, as Stable "
+                "Diffusion 3 and 3.5 have them. Set 'shift' in scheduler_config.json instead"
+            )
+    length, shift = int(scheduler.get("num_train_timesteps", 1000)), float(scheduler.get("shift", 1.0))
+    return NoiseLevels.from_flow(length, shift)
