@@ -10,17 +10,18 @@ import pytest
 import longalign
 
 ROOT = Path(longalign.__file__).parent
-KINDS = ("backbones", "data", "encoders", "rewards", "trainers")
+KINDS = ("backbones", "data", "encoders", "rewards", "schedules", "trainers")
 
 # A module imports from lower levels only. Modules that are not listed are concrete parts, or the helpers of such.
 PART = 4
 LEVELS = {
     0: "runtime faults discovery files registry segment data.lines",
-    1: "config describe backbones.configs data.configs encoders.configs rewards.configs trainers.configs",
-    2: "preference diffusion images imagefiles table record mini",
+    1: "config describe backbones.configs data.configs encoders.configs rewards.configs schedules.configs "
+    "trainers.configs",
+    2: "preference diffusion rollout images imagefiles table record mini store fingerprint",
     3: "backbones.base backbones.lora data.base data.pictures data.stream encoders.base rewards.base rewards.guard "
-    "trainers.base",
-    5: "checkpoint conditioning charts",
+    "schedules.base trainers.base",
+    5: "checkpoint conditioning charts caching",
     6: "compose",
     7: "pipeline evaluate report convert publish",
     8: "trainers.loop trainers.validation",

@@ -1,4 +1,4 @@
-"""Configs of the built-in trainers and of the ways to choose gradient steps; no torch here."""
+"""Configs of the built-in trainers; no torch here."""
 
 from __future__ import annotations
 
@@ -9,65 +9,7 @@ from pydantic import Field, model_validator
 from longalign.backbones.configs import LoraConfig
 from longalign.registry import Part, PartConfig
 from longalign.runtime import Runtime
-
-
-class ScheduleConfig(PartConfig):
-    """Base of the ways to choose the sampling steps that carry gradient."""
-
-    def check_steps(self, num_steps: int) -> None:
-        """Raises ValueError if there is no choice among ``num_steps`` sampling steps."""
-
-
-class GroupedRandomConfig(ScheduleConfig):
-    """One step in each of equal groups, at the same random offset (LongAlign, section 4): of 50 steps in 5 groups
-    r, 10 + r, 20 + r, 30 + r and 40 + r with r in 0..9.
-
-    Attributes:
-        groups: number of groups, which is the number of steps with gradient.
-    """
-
-    name: Literal["grouped-random"] = "grouped-random"
-    groups: int = Field(5, ge=1)
-
-    def check_steps(self, num_steps: int) -> None:
-        if num_steps % self.groups:
-            raise ValueError(f"{num_steps} sampling steps cannot be divided into {self.groups} equal groups")
-
-    def build(self, runtime: Runtime) -> Any:
-        from longalign.trainers.schedules import GroupedRandom
-
-        return GroupedRandom(self.groups)
-
-
-class LastConfig(ScheduleConfig):
-    """The last steps (DRaFT-K, arXiv 2309.17400).
-
-    Attributes:
-        k: how many.
-    """
-
-    name: Literal["last"] = "last"
-    k: int = Field(1, ge=1)
-
-    def check_steps(self, num_steps: int) -> None:
-        if self.k > num_steps:
-            raise ValueError(f"there are {num_steps} sampling steps, fewer than the last {self.k}")
-
-    def build(self, runtime: Runtime) -> Any:
-        from longalign.trainers.schedules import Last
-
-        return Last(self.k)
-
-
-class AllConfig(ScheduleConfig):
-    """Every step."""
-
-    name: Literal["all"] = "all"
-
-    def build(self, runtime: Runtime) -> Any:
-        from longalign.trainers.schedules import All
-
-        return All()
+from longalign.schedules.configs import ScheduleConfig
 
 
 class TrainerConfig(PartConfig):
@@ -120,6 +62,52 @@ class AlignConfig(TrainerConfig):
         return AlignTrainer.from_config(self, backbone, encoder)
 
 
+class LCMConfig(TrainerConfig):
+    """Consistency distillation, so that a few steps without guidance draw an image (LCM, arXiv 2310.04378; LCM-LoRA,
+    arXiv 2311.05556). The teacher is the model of ``init_from``; it and the encoder stay as they are.
+
+    Attributes:
+        lora: the LoRA that is trained, or null to train all weights of the denoiser.
+        num_ddim_timesteps: DDIM steps from noise to image, a divisor of the model's timesteps. The teacher takes one of
+            them: 50 of 1000 skip 20 timesteps.
+        start_timesteps: where it starts: ``"all"`` timesteps from half a skip on, as the authors of LongAlign do, or
+            those of the ``"ddim"`` steps alone, as the paper does.
+        w_min: least guidance of the teacher, whose scale is 1 + w, drawn anew for each image: 6.5 is a scale of 7.5.
+        w_max: largest guidance of the teacher.
+        huber_c: c of the pseudo-Huber loss; null is the squared error (l2).
+        ema_decay: of the moving average of the student that gives the target, as in the first paper; null takes the
+            student itself, as LCM-LoRA does. It is not ``loop.ema``, which averages what is saved.
+        timestep_scaling_factor: factor of the timestep in the boundary condition; samplers take 10.
+    """
+
+    name: Literal["lcm"] = "lcm"
+    lora: LoraConfig | None = LoraConfig()
+    num_ddim_timesteps: int = Field(50, ge=1)
+    start_timesteps: Literal["all", "ddim"] = "all"
+    w_min: float = Field(6.5, ge=0)
+    w_max: float = Field(6.5, ge=0)
+    huber_c: float | None = Field(0.001, gt=0)
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    timestep_scaling_factor: float = Field(10.0, gt=0)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> LCMConfig:
+        if self.w_min > self.w_max:
+            raise ValueError(f"expected w_min to be at most w_max, got {self.w_min} and {self.w_max}")
+        return self
+
+    def check_run(self, run: Any) -> list[tuple[str, str]]:
+        faults = [("rewards", "'lcm' uses no rewards; expected none, or 'lcm-reward'")] if run.rewards else []
+        return faults + _without_images(run, "'lcm'")
+
+    def build(self, runtime: Runtime, *, backbone: Any = None, encoder: Any = None, rewards: Any = ()) -> Any:
+        from longalign.trainers.lcm import LCMTrainer
+
+        if rewards:
+            raise ValueError(f"'lcm' uses no rewards, got {len(rewards)}; expected none, or 'lcm-reward'")
+        return LCMTrainer.from_config(self, backbone, encoder)
+
+
 class RewardConfig(TrainerConfig):
     """Reward fine-tuning by the gradient of rewards through sampling (LongAlign, section 4; DRTune, arXiv 2405.00760).
 
@@ -129,12 +117,13 @@ class RewardConfig(TrainerConfig):
         solver: ``"ddim"``, or ``"lcm"`` for a consistency-distilled model.
         num_steps: sampling steps.
         guidance: scale of classifier-free guidance, whose both branches carry gradient; 1 is none.
-        schedule: which steps carry gradient.
+        schedule: which steps carry gradient, and whether through their inputs.
         dropout_steps: whether the LoRA's dropout is active at ``"all"`` steps, or at the ``"chosen"`` ones only.
         resolution: width and height of the samples in pixels; the backbone's own if null.
         denoise_batch: images in one rollout, or null for all; less needs less memory.
         decode_batch: images decoded at a time, or null for all. Less needs less memory and decodes twice.
-        replay_batch: chosen steps that are repeated in one call. More than one asks for a LoRA without dropout.
+        replay_batch: chosen steps that are repeated in one call, at most. More than one asks for a denoiser and LoRA
+            without dropout and a schedule with constant inputs.
         regularizer: against drift from the start model: ``"kl"`` is the squared difference of the two models' answers
             at the chosen steps, the divergence of their sampling distributions up to a factor per step;
             ``"pretraining"`` is the noise-prediction loss on the data's images.
@@ -158,9 +147,14 @@ class RewardConfig(TrainerConfig):
 
     @model_validator(mode="after")
     def _agree(self) -> RewardConfig:
-        check = getattr(self.schedule, "check_steps", None)
-        if check is not None:
-            check(self.num_steps)
+        if isinstance(self.schedule, ScheduleConfig):
+            self.schedule.check_steps(self.num_steps)
+            if self.replay_batch > 1 and not self.schedule.detaches():
+                raise ValueError(
+                    f"with '{self.schedule.name}' the gradient flows through the denoiser's inputs, so each chosen step "
+                    "must be repeated after the one that follows it; set replay_batch to 1 or choose a schedule with "
+                    "constant inputs"
+                )
         if self.replay_batch > 1 and self.lora is not None and self.lora.dropout:
             raise ValueError(
                 "with a LoRA that has dropout each chosen step must be repeated by itself, with its own random "
@@ -173,7 +167,7 @@ class RewardConfig(TrainerConfig):
         return self
 
     def check_run(self, run: Any) -> list[tuple[str, str]]:
-        faults = [] if run.rewards else [("rewards", "'reward' needs at least one reward")]
+        faults = [] if run.rewards else [("rewards", f"'{self.name}' needs at least one reward")]
         return faults + (
             _without_images(run, "the regularizer 'pretraining'") if self.regularizer == "pretraining" else []
         )
@@ -183,3 +177,20 @@ class RewardConfig(TrainerConfig):
 
         schedule = self.schedule.build(runtime)
         return RewardTrainer.from_config(self, backbone, encoder, rewards, schedule)
+
+
+class LCMRewardConfig(RewardConfig):
+    """Reward fine-tuning of a consistency-distilled model: four steps without guidance, at timesteps 999, 749, 499 and
+    249 of 1000, with fresh noise between them, all of which carry gradient (LongAlign's LCM variant). As `reward`
+    otherwise; ``init_from`` gives what `lcm` trained.
+
+    Attributes:
+        solver: ``"lcm"``; other models are for `reward`.
+        guidance: scale of classifier-free guidance; 1 is none, since distillation has put it into the weights.
+    """
+
+    name: Literal["lcm-reward"] = "lcm-reward"  # pyright: ignore[reportIncompatibleVariableOverride]
+    solver: Literal["lcm"] = "lcm"  # pyright: ignore[reportIncompatibleVariableOverride]
+    num_steps: int = Field(4, ge=1)
+    guidance: float = Field(1.0, ge=1)
+    schedule: Part("schedules") = "all"  # type: ignore[valid-type]

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from longalign.backbones.base import Backbone
 from longalign.config import ValidationConfig
-from longalign.diffusion import RandomState
 from longalign.encoders.base import Encoder
+from longalign.rollout import RandomState
 
 
 def draw(backbone: Backbone, encoder: Encoder, settings: ValidationConfig, folder: Path, step: int) -> Tensor:
@@ -33,6 +33,7 @@ def draw(backbone: Backbone, encoder: Encoder, settings: ValidationConfig, folde
             seeds=range(len(prompts)),
             steps=settings.steps,
             guidance=settings.guidance,
+            scheduler=settings.scheduler,
         )
     folder.mkdir(parents=True, exist_ok=True)
     for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
