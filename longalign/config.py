@@ -90,12 +90,14 @@ class ValidationConfig(Section):
         every: steps between drawings.
         steps: sampling steps.
         guidance: scale of classifier-free guidance; 1 is none.
+        scheduler: "unipc", "ddim", "dpm++", or "lcm" for a consistency-distilled model, with 4 steps and guidance 1.
     """
 
     prompts: Annotated[tuple[str, ...], Field(min_length=1)] | Text
     every: PositiveInt = 500
     steps: PositiveInt = 25
     guidance: Annotated[float, Field(ge=1)] = 7.5
+    scheduler: Literal["unipc", "ddim", "dpm++", "lcm"] = "unipc"
 
 
 class RunConfig(Section):

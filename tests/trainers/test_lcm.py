@@ -1,0 +1,291 @@
+"""Consistency distillation and reward fine-tuning of what it gives: target, gradient, teacher, checkpoints."""
+
+import math
+
+import pytest
+import torch
+from tiny import tiny_backbone
+from worlds import Squares, ToyEncoder, red
+
+from longalign.backbones.configs import LoraConfig
+from longalign.checkpoint import load_for_sampling, load_weights
+from longalign.compose import build_from_config
+from longalign.diffusion import add_noise, training_target
+from longalign.faults import ConfigError
+from longalign.pipeline import sample
+from longalign.registry import trainers
+from longalign.runtime import Runtime
+from longalign.trainers.batches import collate
+from longalign.trainers.configs import LCMConfig, LCMRewardConfig
+from longalign.trainers.lcm import LCMTrainer
+
+BATCH = collate([Squares()[i] for i in (1, 5, 7)])
+QUIET = LoraConfig(rank=2, dropout=0.0)
+PREDICTIONS = ("epsilon", "v_prediction")
+
+
+def aligned(prediction="epsilon"):
+    """A backbone with the LoRA of an earlier stage apart, as ``init_from`` leaves it."""
+    backbone = tiny_backbone(prediction)
+    move(backbone.add_lora(QUIET, "align"))
+    backbone.denoiser.requires_grad_(False)
+    return backbone
+
+
+def move(parameters, std=0.3):
+    with torch.no_grad():
+        for i, p in enumerate(parameters):
+            p.add_(std * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+
+
+def build(prediction="epsilon", lora=QUIET, moved=True, **keys):
+    torch.manual_seed(0)
+    trainer = LCMTrainer.from_config(LCMConfig(lora=lora, **keys), aligned(prediction), ToyEncoder())
+    if moved:
+        move(trainer.trainable(), 0.3 if lora else 0.01)
+    return trainer.train()
+
+
+def scalings(t):
+    """c_skip and c_out by the papers' formulas, with timestep scaling 10 and sigma_data 0.5."""
+    return 0.25 / ((10 * t) ** 2 + 0.25), 10 * t / math.sqrt((10 * t) ** 2 + 0.25)
+
+
+def both(prediction, alpha, x, output):
+    """The image and the noise that an answer stands for."""
+    signal, sigma = math.sqrt(alpha), math.sqrt(1 - alpha)
+    if prediction == "epsilon":
+        return (x - sigma * output) / signal, output
+    return signal * x - sigma * output, sigma * x + signal * output
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_consistency_function(prediction):
+    trainer = build(prediction)
+    levels = trainer.backbone.levels
+    image, noise = torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(1)).unbind(0)
+    timesteps = torch.tensor([0, 1, 999])
+    noisy = add_noise(levels, image, noise, timesteps)
+    # a network that knows leads to the image, but for the boundary, where the function is its input
+    knowing = training_target(prediction, levels, image, noise, timesteps)
+    value = trainer.consistency(timesteps, noisy, knowing)
+    assert torch.equal(value[0], noisy[0])
+    for i, t in ((1, 1), (2, 999)):
+        skip, out = scalings(t)
+        torch.testing.assert_close(value[i], skip * noisy[i] + out * image[i], atol=2e-5, rtol=1e-4)
+    assert scalings(1)[0] == pytest.approx(0.0024938, rel=1e-4)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("start", [999, 519, 13])
+def test_the_target_is_the_students_own_value_after_a_guided_step_of_the_teacher(prediction, start):
+    trainer, teacher = build(prediction), aligned(prediction)
+    noisy = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(2))
+    told, empty = (trainer.encoder.eval().encode(prompts) for prompts in (["ab", "cd"], [""] * 2))
+    scale = torch.tensor([7.5, 2.0]).view(2, 1, 1, 1)
+    alphas = trainer.backbone.levels.signal.square().tolist()
+
+    timesteps, end = torch.full((2,), start), max(start - 20, 0)
+    cond = both(prediction, alphas[start], noisy, teacher.predict(noisy, timesteps, told))
+    uncond = both(prediction, alphas[start], noisy, teacher.predict(noisy, timesteps, empty))
+    image, noise = (u + scale * (c - u) for c, u in zip(cond, uncond, strict=True))
+    earlier = math.sqrt(alphas[end]) * image + math.sqrt(1 - alphas[end]) * noise
+    output = trainer.backbone.predict(earlier, torch.full((2,), end), told)
+    skip, out = scalings(end)
+    expected = skip * earlier + out * both(prediction, alphas[end], earlier, output)[0]
+
+    target = trainer.target(noisy, timesteps, trainer.encode(["ab", "cd", ""]), scale)
+    assert not target.requires_grad
+    torch.testing.assert_close(target, expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("huber_c", [0.001, 0.5, None])
+def test_the_loss_compares_the_student_with_the_target(huber_c, monkeypatch):
+    trainer, seen = build(huber_c=huber_c, w_min=2.0, w_max=5.0), []
+    target = trainer.target
+    monkeypatch.setattr(trainer, "target", lambda *given: seen.append((*given, target(*given))) or seen[-1][-1])
+    torch.manual_seed(3)
+    loss = trainer.losses(BATCH)["consistency_loss"]
+    noisy, start, told, guidance, wanted = seen[0]
+    assert len(told.states) == 4 and torch.equal(told.states[3:], trainer.encode([""]).states)
+    assert guidance.shape == (3, 1, 1, 1) and guidance.unique().numel() == 3
+    assert guidance.min() >= 3.0 and guidance.max() <= 6.0
+    away = trainer.consistency(start, noisy, trainer.backbone.predict(noisy, start, told[:3])) - wanted
+    values = [a**2 if huber_c is None else math.sqrt(a**2 + huber_c**2) - huber_c for a in away.flatten().tolist()]
+    assert loss.item() == pytest.approx(sum(values) / len(values), rel=1e-4)
+
+
+def test_start_timesteps():
+    assert build().starts.tolist() == list(range(10, 1000))
+    assert build(start_timesteps="ddim").starts.tolist() == list(range(19, 1000, 20))
+    assert build(start_timesteps="ddim", num_ddim_timesteps=4).starts.tolist() == [249, 499, 749, 999]
+    assert build(num_ddim_timesteps=1000).starts.tolist() == list(range(1, 1000))
+
+
+@pytest.mark.parametrize("lora", [LoraConfig(rank=2, dropout=0.1), None])
+def test_gradient_flows_into_the_student_alone_and_the_teacher_stays(lora):
+    trainer, teacher = build(lora=lora, moved=False), aligned()
+    assert not trainer.encoder.adapter[1].training and trainer.backbone.denoiser.training
+    optimizer = torch.optim.SGD(trainer.trainable(), lr=0.1)
+    for _ in range(2):
+        losses = trainer.step(BATCH, torch.Tensor.backward)
+        optimizer.step()
+    assert set(losses) == {"consistency_loss"} and not losses["consistency_loss"].requires_grad
+    graded = {n for n, p in trainer.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    if lora is None:
+        assert graded == {f"backbone.denoiser.{n}" for n, _ in trainer.backbone.denoiser.named_parameters()}
+    else:
+        expected = {n for n, _ in trainer.named_parameters() if ".lora_" in n}
+        assert graded == expected and len(trainer.trainable()) == len(expected)
+        assert trainer.backbone.lora_names == ["align", "lcm"]
+    noisy, timesteps = torch.randn(3, 4, 4, 4), torch.tensor([19, 519, 999])
+    told = trainer.encode(BATCH["prompt"])
+    before, after = teacher.predict(noisy, timesteps, told), trainer.backbone.predict(noisy, timesteps, told)
+    torch.testing.assert_close(trainer.backbone.predict_start(noisy, timesteps, told), before, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(after, before, atol=1e-4)
+    assert trainer.backbone.denoiser.training  # also after the target, which is computed without dropout
+
+
+def test_dropout_does_not_reach_the_target():
+    trainer = build(lora=LoraConfig(rank=2, dropout=0.5))
+    given = torch.randn(3, 4, 4, 4), torch.tensor([19, 519, 999]), trainer.encode([*BATCH["prompt"], ""])
+    first, second = (trainer.target(*given, torch.ones(3, 1, 1, 1)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert not torch.equal(*(trainer.backbone.predict(*given[:2], given[2][:3]) for _ in range(2)))
+
+
+@pytest.mark.parametrize("lora", [QUIET, None])
+def test_the_target_can_come_from_a_moving_average(lora):
+    trainer, plain = build(lora=lora, moved=False, ema_decay=0.75), build(lora=lora, moved=False)
+    given = torch.randn(3, 4, 4, 4), torch.tensor([19, 519, 999]), trainer.encode([*BATCH["prompt"], ""])
+    scales = torch.full((3, 1, 1, 1), 3.0)
+    start = plain.target(*given, scales)
+    torch.testing.assert_close(trainer.target(*given, scales), start)
+    before = [p.detach().clone() for p in trainer.trainable()]
+    move(trainer.trainable(), 0.1)
+    torch.testing.assert_close(trainer.target(*given, scales), start)  # the average has not followed yet
+    trainer.updated()
+    for average, old, new in zip(trainer.averages(), before, trainer.trainable(), strict=True):
+        torch.testing.assert_close(average, 0.75 * old + 0.25 * new.detach())
+    followed = trainer.target(*given, scales)
+    assert not torch.allclose(followed, start, atol=1e-4)
+    with torch.no_grad():
+        for parameter, average in zip(plain.trainable(), trainer.averages(), strict=True):
+            parameter.copy_(average)
+    torch.testing.assert_close(plain.target(*given, scales), followed)
+    assert not list(plain.buffers(recurse=False)) and plain.updated() is None
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_loss_falls(prediction):
+    trainer = build(prediction, moved=False, huber_c=None, w_min=1.0, w_max=2.0)
+    optimizer = torch.optim.Adam(trainer.trainable(), lr=1e-2)
+
+    def held_out():
+        torch.manual_seed(99)
+        with torch.no_grad():
+            return trainer.losses(collate([Squares()[i % 10] for i in range(32)]))["consistency_loss"].item()
+
+    before = held_out()
+    torch.manual_seed(4)
+    for _ in range(12):
+        trainer.step(BATCH, torch.Tensor.backward)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert held_out() < 0.8 * before
+
+
+# Runs
+
+
+def distil_config(world, output, start, **trainer):
+    config = world.align_config(output, steps=2, save_every=1)
+    settings = {"name": "lcm", "lora": {"rank": 2}, "ema_decay": 0.5, **trainer}
+    return {**config, "trainer": settings, "init_from": str(start), "loop": {**config["loop"], "accumulation": 2}}
+
+
+@pytest.fixture
+def runs(world, tmp_path):
+    """Checkpoints of a supervised run and of a distillation that starts there."""
+    start = build_from_config(world.align_config(tmp_path / "align", steps=2)).fit().checkpoint
+    return start, build_from_config(distil_config(world, tmp_path / "lcm", start)).fit().checkpoint
+
+
+def test_from_align_to_images_of_four_steps(world, runs, tmp_path):
+    start, distilled = runs
+    one, two = load_weights(start), load_weights(distilled)
+    assert [stack.name for stack in two.stacks] == ["align", "lcm"]
+    assert all(torch.equal(two.stacks[0].state[k], v) for k, v in one.stacks[0].state.items())
+    assert any(v.abs().sum() > 0 for k, v in two.stacks[1].state.items() if ".lora_B." in k)
+    assert one.adapter and all(torch.equal(two.adapter[k], v) for k, v in one.adapter.items())
+
+    _, backbone, encoder = load_for_sampling(distilled, Runtime())
+    images = sample(backbone, encoder, ["ab", "cd"], seeds=[0, 1], scheduler="lcm", steps=4, guidance=1.0)
+    assert images.shape == (2, 3, 8, 8) and images.isfinite().all()
+    _, earlier, _ = load_for_sampling(start, Runtime())
+    assert not torch.equal(images, sample(earlier, encoder, ["ab", "cd"], seeds=[0, 1], scheduler="lcm", steps=4))
+
+    config = {**world.reward_config(tmp_path / "reward", steps=1), "init_from": str(distilled)}
+    config["trainer"] = {"name": "lcm-reward", "lora": {"rank": 2}}
+    rewarded = load_weights(build_from_config(config).fit().checkpoint)
+    assert [stack.name for stack in rewarded.stacks] == ["align", "lcm", "reward"]
+
+
+def test_resumed_is_uninterrupted_with_a_moving_average(world, runs, tmp_path):
+    start, whole = runs
+    config = distil_config(world, tmp_path / "cut", start)
+    build_from_config({**config, "loop": {**config["loop"], "steps": 1}}).fit()
+    rest = build_from_config(config).fit(resume=tmp_path / "cut").checkpoint
+    one, two = (torch.load(c / "resume" / "shared.pt", weights_only=True) for c in (whole, rest))
+    assert one["buffers"] and one["buffers"].keys() == two["buffers"].keys()
+    assert all(torch.equal(one["buffers"][k], two["buffers"][k]) for k in one["buffers"])
+    assert all(torch.equal(p, q) for p, q in zip(one["parameters"], two["parameters"], strict=True))
+    # the average followed once for each step of the optimiser, by half
+    assert any(not torch.equal(p, b) for p, b in zip(one["parameters"], one["buffers"].values(), strict=True))
+
+
+# Preference optimisation of the distilled model
+
+
+def test_lcm_reward_is_reward_with_four_steps_without_guidance():
+    config = trainers.validate("lcm-reward")
+    assert isinstance(config, LCMRewardConfig)
+    torch.manual_seed(0)
+    config = LCMRewardConfig(lora=QUIET)
+    trainer = config.build(Runtime(), backbone=aligned(), encoder=ToyEncoder(), rewards=[red]).train()
+    move(trainer.trainable())
+    calls, prompts = [], []
+    predict, encode = trainer.backbone.predict, trainer.encoder.encode
+    trainer.backbone.predict = lambda x, t, told: (
+        calls.append((*t.tolist(), torch.is_grad_enabled())) or predict(x, t, told)
+    )
+    trainer.wrap_encoder(lambda given: prompts.extend(given) or encode(given))
+    trainer.step({"prompt": ["ab"]}, torch.Tensor.backward)
+    sampled, repeated = ({t for t, grad in calls if grad is wanted} for wanted in (False, True))
+    assert [t for t, grad in calls if not grad] == [999, 749, 499, 249]
+    assert sampled == repeated and len(calls) == 8 and prompts == ["ab"]
+    graded = {n for n, p in trainer.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert graded == {n for n, _ in trainer.named_parameters() if ".lora_" in n}
+
+
+# Errors
+
+
+def test_what_does_not_fit_together_is_refused(world, tmp_path):
+    with pytest.raises(ValueError, match="1000 timesteps cannot be divided into 30 equal DDIM steps"):
+        build(num_ddim_timesteps=30)
+    with pytest.raises(ConfigError, match=r"expected w_min to be at most w_max, got 5\.0 and 2\.0"):
+        trainers.validate({"name": "lcm", "w_min": 5, "w_max": 2})
+    with pytest.raises(ConfigError, match="solver"):
+        trainers.validate({"name": "lcm-reward", "solver": "ddim"})
+    with pytest.raises(ValueError, match="'lcm' uses no rewards, got 1"):
+        LCMConfig().build(Runtime(), backbone=tiny_backbone(), encoder=ToyEncoder(), rewards=[red])
+    with pytest.raises(ValueError, match="'lcm' needs images"):
+        build().losses({"prompt": ["ab"]})
+    config = world.align_config(tmp_path)
+    with pytest.raises(ConfigError, match="'lcm' uses no rewards"):
+        build_from_config({**config, "trainer": "lcm", "rewards": ["red"]})
+    with pytest.raises(ConfigError, match="'lcm-reward' needs at least one reward"):
+        build_from_config({**config, "trainer": "lcm-reward"})
+    with pytest.raises(ConfigError, match="'lcm' needs images"):
+        build_from_config({**config, "trainer": "lcm", "data": {"name": "prompts", "file": "a.txt"}})
