@@ -27,11 +27,11 @@ def test_the_demos_examples_are_the_ones_that_ship():
 
 
 def test_the_papers_settings():
-    align, reward = (load_config(EXAMPLES / f"longalign-sd15-{stage}.yaml") for stage in ("align", "reward"))
-    assert 6 * align.loop.batch_size * align.loop.accumulation == 192 and align.loop.steps == 28750
-    assert 6 * reward.loop.batch_size * reward.loop.accumulation == 48 and reward.loop.steps == 3750
-    for config in (align, reward):
+    stages = ("align", "reward", "lcm", "lcm-reward")
+    align, reward, lcm, lcm_reward = (load_config(EXAMPLES / f"longalign-sd15-{stage}.yaml") for stage in stages)
+    for config, batch, steps in ((align, 192, 28750), (reward, 48, 3750), (lcm, 192, 28750), (lcm_reward, 48, 3750)):
         loop = config.loop
+        assert 6 * loop.batch_size * loop.accumulation == batch and loop.steps == steps
         assert (loop.lr, loop.betas, loop.weight_decay, loop.clip) == (3e-5, (0.9, 0.999), 1e-2, 0.3)
         assert config.trainer.lora.model_dump() == {
             "rank": 32, "scale": 1.0, "dropout": 0.1, "dropout_placement": "up"
@@ -40,6 +40,14 @@ def test_the_papers_settings():
     assert (reward.trainer.num_steps, reward.trainer.guidance, reward.trainer.schedule.groups) == (50, 7.5, 5)
     assert not reward.trainer.train_adapter and reward.rewards[0].omega == 0.3
     assert reward.init_from == align.output and reward.encoder == align.encoder
+    distilled = lcm.trainer
+    assert (distilled.num_ddim_timesteps, distilled.start_timesteps) == (50, "all")
+    assert (1 + distilled.w_min, 1 + distilled.w_max) == (7.5, 7.5)
+    assert (distilled.huber_c, distilled.ema_decay, distilled.timestep_scaling_factor) == (0.001, None, 10.0)
+    few = lcm_reward.trainer
+    assert (few.num_steps, few.guidance, few.schedule.name, few.train_adapter) == (4, 1.0, "all", False)
+    assert lcm.init_from == align.output and lcm_reward.init_from == lcm.output
+    assert lcm_reward.rewards == reward.rewards and lcm.encoder == lcm_reward.encoder == align.encoder
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +100,30 @@ def test_the_papers_configs_train_on_tiny_checkpoints(weights, tmp_path):
     assert [stack.name for stack in stage_two.stacks] == ["align", "reward"]
     for key, value in stage_one.adapter.items():
         torch.testing.assert_close(stage_two.adapter[key], value)
+
+    distil = {**tiny, **data, "output": str(tmp_path / "lcm"), "init_from": str(aligned.checkpoint)}
+    distilled = build_from_config(override(EXAMPLES / "longalign-sd15-lcm.yaml", distil)).fit()
+    last = {**sampled, "trainer.num_steps": 4, "output": str(tmp_path / "few"), "init_from": str(distilled.checkpoint)}
+    few = build_from_config(override(EXAMPLES / "longalign-sd15-lcm-reward.yaml", {**tiny, **last})).fit()
+    stage_three = load_weights(few.checkpoint)
+    assert [stack.name for stack in stage_three.stacks] == ["align", "lcm", "reward"]
+    for key, value in stage_one.adapter.items():
+        torch.testing.assert_close(stage_three.adapter[key], value)
+
+
+# the tiny tokenizer makes more tokens of the captions than the bundled one
+@pytest.mark.filterwarnings("ignore::longalign.encoders.base.TruncationWarning")
+def test_the_small_worlds_model_is_distilled_and_tuned(weights, tmp_path):
+    tiny = {
+        "backbone.checkpoint": weights["sd"], "encoder.checkpoint": weights["sd"], "trainer.lora.rank": 2,
+        "loop.steps": 1, "loop.batch_size": 2,
+    }  # fmt: skip
+    start = build_from_config(override(EXAMPLES / "mini-align.yaml", {**tiny, "output": str(tmp_path / "align")})).fit()
+    for name in ("lcm", "lcm-reward"):
+        config = override(EXAMPLES / f"mini-{name}.yaml", {**tiny, "output": str(tmp_path / name)})
+        reward = {"rewards.0.inner.checkpoint": weights["clip"]} if config.rewards else {}
+        start = build_from_config(override(config, {**reward, "init_from": str(start.checkpoint)})).fit()
+    assert [stack.name for stack in load_weights(start.checkpoint).stacks] == ["align", "lcm", "reward"]
 
 
 @pytest.fixture(scope="module")
