@@ -125,6 +125,12 @@ def looks(scenes: list[Scene]) -> Tensor:
     return torch.tensor([[s.tint, 2 * s.vignette - 1] for s in scenes])
 
 
+def pool_scenes() -> list[Scene]:
+    """The scenes that the image model is trained on."""
+    rng = np.random.default_rng(13)
+    return [sample_scene(rng, (1, 9)) for _ in range(POOL)]
+
+
 def train_image(clip: CLIPModel, head: FactHead, tokenizer: CLIPTokenizer, steps: int) -> None:
     patch_head, look_head = PatchHead(clip.config.vision_config.hidden_size), nn.Linear(256, 2)
     for part in (clip.text_model, clip.text_projection, head):
@@ -136,8 +142,7 @@ def train_image(clip: CLIPModel, head: FactHead, tokenizer: CLIPTokenizer, steps
         return F.normalize(clip.get_text_features(**tokens).pooler_output, dim=-1)
 
     def make() -> dict[str, Tensor]:
-        rng = np.random.default_rng(13)
-        scenes = [sample_scene(rng, (1, 9)) for _ in range(POOL)]
+        scenes, rng = pool_scenes(), np.random.default_rng(14)
         texts = [sample_text(scene, rng) for scene in scenes for _ in range(TEXTS)]
         told = tensor([labels_of_caption(c) for c in texts]).short()
         embedded = torch.cat([embed_texts(texts[i : i + 128]) for i in range(0, len(texts), 128)])

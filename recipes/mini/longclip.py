@@ -1,6 +1,7 @@
 """The small LongCLIP (Zhang et al., 2024): the small CLIP's text model stretched to 248 positions, images frozen.
 
-The first 20 positions are kept, the others interpolated four times. Run: ``python recipes/mini/longclip.py [steps]``.
+The first 20 positions are kept, the others interpolated four times. Each caption picks its image among many.
+Run: ``python recipes/mini/longclip.py [steps]``.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ import sys
 
 import numpy as np
 import torch
-from clip import normalise
-from common import WEIGHTS, fit, images_of, scene_and_caption
-from facts import FactHead, TokenHead, all_true, contrast, labels_of_caption, labels_of_scene, tensor
+from clip import POOL, normalise, pool_scenes
+from common import WEIGHTS, fit, images_of, kept
+from facts import FactHead, TokenHead, all_true, labels_of_caption, labels_of_scene, tensor
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
@@ -20,7 +21,9 @@ from longalign.mini.captions import Caption, describe
 from longalign.mini.scenes import ATTRIBUTES, VALUES, Scene, Thing, sample_scene
 from longalign.mini.tokenizers import write_clip_tokenizer
 
-STEPS, BATCH, KEPT, LENGTH = int(sys.argv[1]) if len(sys.argv) > 1 else 400, 48, 20, 248
+STEPS, KEPT, LENGTH = int(sys.argv[1]) if len(sys.argv) > 1 else 2000, 20, 248
+WORDS, OTHERS = 1600, 256
+"""Words in a batch, and images that are shown beside the captions' own."""
 
 
 def stretch(clip: CLIPModel) -> CLIPModel:
@@ -74,24 +77,32 @@ def main() -> None:
     def image_features(scenes: list[Scene]) -> Tensor:
         return short.get_image_features(normalise(images_of(scenes))).pooler_output
 
+    scenes = pool_scenes()
+    shown = tensor([labels_of_scene(s) for s in scenes])
+
+    def make() -> dict[str, Tensor]:
+        return {"features": torch.cat([image_features(scenes[i : i + 100]) for i in range(0, POOL, 100)])}
+
+    gallery = F.normalize(kept("longclip-images", make)["features"], dim=-1)
+
     def loss_of(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        words = int(rng.integers(20, 190))
-        pairs = [scene_and_caption(rng, (2, 9), (words, words), 0.3) for _ in range(BATCH)]
-        told, shown = tensor([labels_of_caption(c) for _, c in pairs]), tensor([labels_of_scene(s) for s, _ in pairs])
-        tokens = tokenise([c.text for _, c in pairs], LENGTH)
+        # one length a step: little padding
+        words = round(15 * 13 ** rng.random())
+        size = WORDS // words
+        index = torch.from_numpy(rng.choice(POOL, size + OTHERS, replace=False))
+        style = "referring" if rng.random() < 0.3 else "plain"
+        captions = [describe(scenes[i], rng, words=words, style=style) for i in index[:size]]
+        told = tensor([labels_of_caption(c) for c in captions])
+        tokens = tokenise([c.text for c in captions], LENGTH)
         out = clip.text_model(**tokens)
-        image, text = image_features([s for s, _ in pairs]), clip.text_projection(out.pooler_output)
-        scores = clip.logit_scale.exp().clamp(max=100) * F.normalize(text, dim=-1) @ F.normalize(image, dim=-1).T
-        nce = contrast(scores, all_true(told, shown).float())
+        text = clip.text_projection(out.pooler_output)
+        scores = clip.logit_scale.exp().clamp(max=100) * F.normalize(text, dim=-1) @ gallery[index].T
+        match = all_true(told, shown[index]).float()
+        nce = F.cross_entropy(scores, match / match.sum(1, keepdim=True))
         text_loss, text_read = head(text, told)
-        image_loss, image_read = head(image, shown)
-        token_loss, _ = token_head(out.last_hidden_state, tokens["attention_mask"], told)
-        return {
-            "loss": nce + text_loss + image_loss + token_loss,
-            "nce": nce,
-            "text_read": text_read,
-            "image_read": image_read,
-        }
+        token_loss, tokens_read = token_head(out.last_hidden_state, tokens["attention_mask"], told)
+        loss = nce + text_loss + token_loss
+        return {"loss": loss, "nce": nce, "text_read": text_read, "tokens_read": tokens_read}
 
     held_out = []
     for i in range(200):
@@ -99,20 +110,20 @@ def main() -> None:
         scene = sample_scene(rng, (6, 9))
         caption = describe(scene, rng, words=150)
         held_out.append((variants(scene, caption, tokenizer, rng), caption))
-    gallery = F.normalize(torch.stack([image_features(scenes) for scenes, _ in held_out]), dim=-1)
+    pictures = F.normalize(torch.stack([image_features(scenes) for scenes, _ in held_out]), dim=-1)
 
     def evaluate() -> dict[str, float]:
         texts = [c.text for _, c in held_out]
         out = {}
         for name, model, limit in (("long", clip, LENGTH), ("truncated", short, 77)):
             text = F.normalize(text_features(model, texts, limit), dim=-1)
-            best = torch.einsum("qd,qvd->qv", text, gallery).argmax(-1)
+            best = torch.einsum("qd,qvd->qv", text, pictures).argmax(-1)
             out[f"late_fact_r1_of_8_{name}"] = (best == 0).float().mean().item()
         return out
 
     fit("longclip", nn.ModuleList([clip, head, token_head]), loss_of, steps=STEPS, lr=1e-3, warmup=30,
         outer=("embedding", "logit_scale", "1.linear", "queries", "ground", "place"),
-        evaluate=evaluate, evaluate_every=100)  # fmt: skip
+        evaluate=evaluate, evaluate_every=250)  # fmt: skip
     clip.half().save_pretrained(folder)
     processor = CLIPImageProcessor.from_pretrained(WEIGHTS / "clip")
     CLIPProcessor(processor, tokenizer).save_pretrained(folder)

@@ -1,0 +1,153 @@
+"""How fast segments are encoded, against the plain way and against what the real tokens alone would take.
+
+Plain: all segments of a batch padded to the longest, then the captions merged one after another in a Python loop, as
+the published code describes it. Real tokens alone: the same number of tokens in rows of one length, nothing padded.
+All three run one after another in each round, so that a noisy machine disturbs them alike; medians are reported.
+
+Run ``python benchmarks/encoding.py [--rounds 3] [--layers 12] [--width 768]``; it writes a table beside itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
+
+from longalign.encoders.clip_segment import ClipSegmentEncoder
+from longalign.mini.tokenizers import write_clip_tokenizer
+from longalign.record import machine
+from longalign.segment.parts import Sentence
+
+WORDS = "circle square red green the a top left right bottom large small stands near old house under two trees"
+
+
+def sentence(rng: np.random.Generator, low: int = 6, high: int = 40) -> str:
+    """A sentence of ``low`` to ``high`` words."""
+    words = rng.choice(WORDS.split(), int(rng.integers(low, high + 1)))
+    return " ".join(words).capitalize() + "."
+
+
+def mixed(rng: np.random.Generator, count: int) -> list[str]:
+    """Prompts of 3 to 12 sentences of 6 to 40 words."""
+    return [" ".join(sentence(rng) for _ in range(int(rng.integers(3, 13)))) for _ in range(count)]
+
+
+@torch.no_grad()
+def plain(encoder: ClipSegmentEncoder, prompts: Sequence[str]) -> Tensor:
+    """The reference: every segment padded to the batch's longest, merged prompt by prompt."""
+    tokenizer = encoder.tokens.tokenizer
+    rows = [row for plan in encoder.checked_plans(prompts) for row in plan.rows]
+    longest = max(map(len, rows))
+    ids = torch.tensor([[*row, *[tokenizer.eos_token_id] * (longest - len(row))] for row in rows])
+    chunk = max(1, encoder.max_batch_tokens // longest)
+    states = torch.cat([encoder.text_model(input_ids=part).last_hidden_state for part in ids.split(chunk)])
+    filling, out, begin = encoder._fill(states), [], 0
+    for plan in encoder.checked_plans(prompts):
+        kept = [states[begin + i, start:stop] for i, (start, stop) in enumerate(plan.kept)]
+        begin += len(plan.rows)
+        merged = torch.cat(kept)
+        out.append(merged)
+    length = max(encoder.max_tokens, max(map(len, out)))
+    return torch.stack([torch.cat([m, filling.expand(length - len(m), -1)]) for m in out])
+
+
+@torch.no_grad()
+def real_tokens(encoder: ClipSegmentEncoder, prompts: Sequence[str]) -> int:
+    """Runs as many tokens as the prompts have, in rows of their mean length; returns their number."""
+    rows = [row for plan in encoder.checked_plans(prompts) for row in plan.rows]
+    tokens = sum(map(len, rows))
+    length = round(tokens / len(rows))
+    ids = torch.randint(0, 100, (round(tokens / length), length))
+    for part in ids.split(max(1, encoder.max_batch_tokens // length)):
+        encoder.text_model(input_ids=part)
+    return tokens
+
+
+def ours(encoder: ClipSegmentEncoder, prompts: Sequence[str]) -> Tensor:
+    """The encoder itself."""
+    return encoder.encode(prompts).states
+
+
+WAYS: dict[str, Callable[[ClipSegmentEncoder, Sequence[str]], object]] = {
+    "plain": plain,
+    "longalign": ours,
+    "real tokens alone": real_tokens,
+}
+
+
+def medians(rounds: int, encoder: ClipSegmentEncoder, prompts: Sequence[str]) -> dict[str, float]:
+    """Median seconds of each way; one call of each in every round."""
+    seconds: dict[str, list[float]] = {name: [] for name in WAYS}
+    for _ in range(rounds):
+        for name, way in WAYS.items():
+            began = time.perf_counter()
+            way(encoder, prompts)
+            seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=12, help="of the text model (CLIP-L has 12)")
+    parser.add_argument("--width", type=int, default=768, help="of the text model (CLIP-L has 768)")
+    parser.add_argument("--prompts", type=int, default=64, help="in the mixed batch")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = CLIPTokenizerFast.from_pretrained(write_clip_tokenizer(Path(folder), WORDS.split()))
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=options.width, intermediate_size=4 * options.width,
+        num_hidden_layers=options.layers, num_attention_heads=options.width // 64,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    encoder = ClipSegmentEncoder(CLIPTextModel(config), tokenizer, Sentence(), overflow="grow")
+    rng = np.random.default_rng(0)
+    lines = ["# Encoding by segments", "", "`python benchmarks/encoding.py`", ""]
+    size = f"{options.layers} layers of width {options.width}, float32"
+    lines += [f"`clip-segment` with a CLIP text model of {size}; medians of {options.rounds} rounds.", ""]
+
+    prompts = mixed(rng, options.prompts)
+    difference = (plain(encoder, prompts) - encoder.encode(prompts).states).abs().max().item()
+    took = medians(options.rounds, encoder, prompts)
+    rows = [row for plan in encoder.checked_plans(prompts) for row in plan.rows]
+    share = sum(map(len, rows)) / (len(rows) * max(map(len, rows)))
+    lines += [
+        f"A mixed batch of {len(prompts)} prompts of 3 to 12 sentences of 6 to 40 words ({len(rows)} segments; "
+        f"{100 * share:.0f}% of the plain way's positions are real tokens):", "",
+        "| way | seconds | of plain | of real tokens alone |", "|---|---|---|---|",
+    ]  # fmt: skip
+    for name, value in took.items():
+        relative = f"{value / took['plain']:.2f} | {value / took['real tokens alone']:.2f}"
+        lines.append(f"| {name} | {value:.2f} | {relative} |")
+    lines += ["", f"Largest difference of a state between the two: {difference:.1e}.", ""]
+
+    repeated = [*prompts[: len(prompts) // 4] * 4]
+    took = medians(options.rounds, encoder, repeated)
+    lines += [
+        "Duplicates, which are encoded once: a batch in which every prompt comes four times takes the plain way "
+        f"{took['plain'] / took['longalign']:.1f} times as long ({took['plain']:.2f} s, {took['longalign']:.2f} s).",
+        "",
+    ]
+    lines += ["| segments in a prompt | prompts/s, plain | prompts/s, longalign | ratio |", "|---|---|---|---|"]
+    for segments in (1, 5, 20, 60):
+        batch = [" ".join(sentence(rng) for _ in range(segments)) for _ in range(max(2, 60 // segments))]
+        took = medians(options.rounds, encoder, batch)
+        speed = {name: len(batch) / value for name, value in took.items()}
+        ratio = speed["longalign"] / speed["plain"]
+        lines.append(f"| {segments} | {speed['plain']:.2f} | {speed['longalign']:.2f} | {ratio:.2f} |")
+    lines += ["", "Machine: " + ", ".join(f"{k} {v}" for k, v in machine().items()) + "."]
+    Path(__file__).with_suffix(".md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
