@@ -32,6 +32,19 @@ def train(args: Namespace) -> int:
     return 130 if result.interrupted else 0
 
 
+def cache(args: Namespace) -> None:
+    """Computes what a run's caches lack."""
+    config = override(args.config, parse_assignments(args.overrides))
+    if config.cache is None:
+        raise ValueError("the config has no cache; add to it, for example, cache: {folder: runs/cache}")
+    from longalign import caching
+    from longalign.runtime import Runtime
+
+    made = caching.make(config, Runtime.detect(config.loop.precision), args.batch, progress=True)
+    for name, (there, new) in made.items():
+        print(f"{config.cache.folder}/{name}: {there}, of which {new} are new")
+
+
 def generate(args: Namespace) -> None:
     """Draws images into a folder."""
     prompts = _told(args)

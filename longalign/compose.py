@@ -52,7 +52,8 @@ class Composition:
 
     @property
     def encoder(self) -> Encoder:
-        """How prompts are encoded. With ``init_from`` it has that checkpoint's adapter."""
+        """How prompts are encoded. With ``init_from`` it has that checkpoint's adapter; with ``cache.prompts`` it reads
+        what its text models said, which are not loaded."""
         return self._part("encoder")
 
     @property
@@ -76,9 +77,17 @@ class Composition:
 
     @property
     def data(self) -> Data | Stream:
-        """What it is trained on. Raises `ConfigError` if the config has none."""
+        """What it is trained on, with latents for images where the run caches those.
+
+        Raises `ConfigError` if the config has none.
+        """
         if "data" not in self._built:
-            self._built["data"] = self._needed("data").build(self.runtime)
+            data = self._needed("data").build(self.runtime)
+            if self.config.cache is not None:
+                from longalign.caching import by_index, cached_data
+
+                data = cached_data(self.config, by_index(data, self.config), self.runtime)
+            self._built["data"] = data
         return self._built["data"]
 
     def fit(self, resume: str | Path | None = None) -> Any:
@@ -88,6 +97,10 @@ class Composition:
             resume: a checkpoint of this run to go on from, exactly as if it had not been interrupted.
         """
         self._needed("trainer")
+        if self.config.cache is not None:
+            from longalign.caching import check
+
+            check(self.config, self.runtime)
         from longalign.trainers.loop import fit
 
         return fit(self, resume=resume)
@@ -101,17 +114,24 @@ class Composition:
     def _part(self, key: Literal["backbone", "encoder"]) -> Any:
         if key not in self._built:
             if self.config.init_from is None:
-                self._built[key] = getattr(self.config, key).build(self.runtime)
+                self._built[key] = self._build(key)
             else:
                 self._start(self.config.init_from)
         return self._built[key]
+
+    def _build(self, key: Literal["backbone", "encoder"]) -> Any:
+        if key == "encoder" and self.config.cache is not None and self.config.cache.prompts:
+            from longalign.caching import cached_encoder
+
+            return cached_encoder(self.config, self.data, self.runtime)
+        return getattr(self.config, key).build(self.runtime)
 
     def _start(self, checkpoint: str) -> None:
         from longalign.checkpoint import load_into
         from longalign.files import checkpoint_file
 
         path = checkpoint_file(Path(checkpoint))  # looked for before the weights of the parts are loaded
-        backbone, encoder = (self.config.backbone.build(self.runtime), self.config.encoder.build(self.runtime))
+        backbone, encoder = self._build("backbone"), self._build("encoder")
         load_into(path, backbone, encoder)
         self._built.update(backbone=backbone, encoder=encoder)
 

@@ -100,6 +100,23 @@ class ValidationConfig(Section):
     scheduler: Literal["unipc", "ddim", "dpm++", "lcm"] = "unipc"
 
 
+class CacheConfig(Section):
+    """What ``longalign cache`` computes once and training then reads from disk.
+
+    A cache made with another encoder, autoencoder, data or precision, or of images that have changed since, is refused.
+
+    Attributes:
+        folder: where it is.
+        latents: whether images are encoded; null where the data has some. Training draws from what the autoencoder says
+            of them, as it does without.
+        prompts: whether the encoder's frozen states are kept; its text models are then not loaded for training.
+    """
+
+    folder: Text
+    latents: bool | None = None
+    prompts: bool = True
+
+
 class RunConfig(Section):
     """One run. Each part is a name, or a mapping of ``name`` and the part's own keys.
 
@@ -111,6 +128,7 @@ class RunConfig(Section):
         data: what it is trained on; needed where there is a trainer.
         loop: steps, batch size, learning rate, checkpoints, logging.
         validation: images drawn while training, or null for none.
+        cache: latents and text states on disk, which `longalign cache` makes, or null for none.
         seed: seeds weights, noise and the order of the data.
         output: folder of checkpoints, logs and validation images.
         init_from: a checkpoint to start from; its LoRA is kept, frozen, under the new one.
@@ -123,6 +141,7 @@ class RunConfig(Section):
     data: Part("data") | None = None
     loop: LoopConfig = LoopConfig()
     validation: ValidationConfig | None = None
+    cache: CacheConfig | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     output: Text = "runs/longalign"
     init_from: Text | None = None
@@ -132,11 +151,22 @@ class RunConfig(Section):
         faults: list[Fault] = []
         if self.trainer is not None and self.data is None:
             faults.append(("data", "this key is required where there is a trainer"))
+        if self.cache is not None:
+            faults += self._cache_faults(self.cache)
         for part in (self.backbone, self.encoder, *self.rewards, self.trainer, self.data):
             faults += part.check_run(self) if part is not None else []
         if faults:
             raise nested(faults)
         return self
+
+    def _cache_faults(self, cache: CacheConfig) -> list[Fault]:
+        if self.data is None:
+            return [("data", "this key is required where there is a cache")]
+        if cache.latents and not getattr(self.data, "has_images", True):
+            return [("cache.latents", f"'{self.data.name}' has prompts only, of which there are no latents")]
+        if not cache.prompts and cache.latents is False:
+            return [("cache", "expected latents or prompts to be cached, and both are false")]
+        return []
 
 
 def load_config(source: Mapping[str, Any] | str | Path | RunConfig) -> RunConfig:

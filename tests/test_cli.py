@@ -22,7 +22,7 @@ CONFIG = {
     "trainer": "align",
     "data": "scenes",
 }
-COMMANDS = ("train", "generate", "score", "eval", "direction", "list", "describe", "convert", "export", "demo")
+COMMANDS = ("train", "cache", "generate", "score", "eval", "direction", "list", "describe", "convert", "export", "demo")
 
 
 @pytest.fixture

@@ -52,7 +52,8 @@ class LatentBackbone(Backbone):
         self.latent_shape(*images.shape[-2:])
         pixels = (2 * images - 1).to(self.device, self.vae.dtype)
         told = self.vae.encode(pixels).latent_dist
-        return torch.cat([told.mean, told.std], dim=1)
+        # in one memory layout, in which noise of this shape is then drawn, whatever the convolutions chose
+        return torch.cat([told.mean, told.std], dim=1).contiguous()
 
     def draw_latents(self, posterior: Tensor, generator: torch.Generator | None = None) -> Tensor:
         mean, std = posterior.to(self.device).chunk(2, dim=1)

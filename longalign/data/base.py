@@ -6,6 +6,8 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from longalign.store import key_of
+
 
 class Data(Dataset[dict[str, Any]]):
     """Base of data.
@@ -27,6 +29,20 @@ class Data(Dataset[dict[str, Any]]):
     def prompt(self, index: int) -> str:
         """The prompt of an item, without loading or drawing its image."""
         return self[index]["prompt"]
+
+    # What caches ask for
+
+    def own(self, index: int) -> dict[str, Any] | None:
+        """Item ``index`` itself: None where it cannot be read, so that another takes its place."""
+        return self[index]
+
+    def image_key(self, index: int) -> bytes:
+        """16 bytes that stand for the content that the image of an item is made from."""
+        return key_of(self[index]["image"].contiguous().numpy().tobytes())
+
+    def image_stamp(self, index: int) -> int:
+        """A number that tells cheaply whether that content may have changed; 0 where nothing but the config can."""
+        return 0
 
 
 def check_index(index: int, length: int) -> int:

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from longalign.data.base import Data, check_index
+from longalign.store import key_of
 
 log = logging.getLogger(__name__)
 
@@ -71,15 +72,33 @@ class Pictures(Data):
     def __getitem__(self, index: int) -> dict[str, Any]:
         start = check_index(index, len(self))
         for step in range(len(self)):
-            at = (start + step) % len(self)
-            label = self.label(at)
-            if label in self.unreadable:
-                continue
-            try:
-                return {"prompt": self.prompt(at), "image": load_square(self.source(at), self.resolution)}
-            except UNREADABLE as error:
-                self.unreadable.note(label, error)
+            item = self.own((start + step) % len(self))
+            if item is not None:
+                return item
         raise ValueError(f"none of the {len(self)} images can be read: {self.unreadable.named()}")
+
+    def own(self, index: int) -> dict[str, Any] | None:
+        label = self.label(index)
+        if label in self.unreadable:
+            return None
+        try:
+            return {"prompt": self.prompt(index), "image": load_square(self.source(index), self.resolution)}
+        except UNREADABLE as error:
+            self.unreadable.note(label, error)
+            return None
+
+    def image_key(self, index: int) -> bytes:
+        source = self.source(index)
+        return key_of(source if isinstance(source, bytes) else source.read_bytes())
+
+    def image_stamp(self, index: int) -> int:
+        source = self.source(index)
+        if isinstance(source, bytes):
+            key = key_of(source)
+        else:
+            state = source.stat()
+            key = key_of(f"{state.st_size} {state.st_mtime_ns}")
+        return int.from_bytes(key[:7], "big") + 1
 
 
 def load_square(source: Path | bytes, resolution: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from longalign.encoders.base import Conditioning
 from longalign.runtime import Runtime, resolve_checkpoint
 
 if TYPE_CHECKING:
@@ -115,3 +117,9 @@ class TextAdapter(nn.Module):
         (path / "config.json").write_text(json.dumps(values, indent=2) + "\n")
         state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
         save_file(state, path / f"{_WEIGHTS}.safetensors", metadata={"format": "pt"})
+
+
+def adapt(adapter: TextAdapter, told: Conditioning) -> Conditioning:
+    """A language model's conditioning through an adapter; masked states are zero."""
+    states = adapter(told.states.to(next(adapter.parameters()).dtype))
+    return replace(told, states=states if told.mask is None else states * told.mask[..., None])

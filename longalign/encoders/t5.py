@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from longalign.encoders.adapter import TextAdapter
+from longalign.encoders.adapter import TextAdapter, adapt
 from longalign.encoders.base import Conditioning, Encoder, PromptReport, check_prompts, handle_cuts, plain_text
 from longalign.encoders.tokens import GROUP, TextTokens, Tokenized, run_grouped
 from longalign.runtime import Runtime
@@ -93,13 +94,11 @@ class T5Encoder(Encoder):
         length = max(self.max_tokens, *(len(row) for row in padded))
         last = torch.tensor([[len(row) - 1] for row in padded])
         index = torch.tensor(first)[:, None] + torch.minimum(torch.arange(length), last)
-        told = states[index.to(device)]
-        if self.adapter is not None:
-            told = self.adapter(told.to(next(self.adapter.parameters()).dtype))
-        if not self.mask:
-            return Conditioning(told, reports=reports)
-        mask = (torch.arange(length) < real[:, None]).to(device)
-        return Conditioning(told * mask[..., None], mask, reports=reports)
+        told = Conditioning(states[index.to(device)], reports=reports)
+        if self.mask:
+            mask = (torch.arange(length) < real[:, None]).to(device)
+            told = replace(told, states=told.states * mask[..., None], mask=mask)
+        return told if self.adapter is None else adapt(self.adapter, told)
 
     def cut(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
         return [self._report(text) for text in self._texts(prompts)]

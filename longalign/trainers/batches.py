@@ -62,17 +62,20 @@ class Prompts(Dataset[dict[str, Any]]):
 
 
 def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Items as a batch ``{"prompt": list[str], "image": (b, 3, h, w)}``, without ``image`` where there is none.
+    """Items as a batch ``{"prompt": list[str], "image": (b, 3, h, w)}``, with ``posterior`` ``(b, 2c, h, w)`` in the
+    place of ``image`` where that is cached, and with neither where there are prompts alone.
 
     Raises:
         ValueError: if the images' sizes differ.
     """
     batch: dict[str, Any] = {"prompt": [item["prompt"] for item in items]}
-    if "image" in items[0]:
-        sizes = {tuple(item["image"].shape) for item in items}
+    for key in ("image", "posterior"):
+        if key not in items[0]:
+            continue
+        sizes = {tuple(item[key].shape) for item in items}
         if len(sizes) > 1:
             raise ValueError(f"expected images of one size in a batch, got {sorted(sizes)}; set the data's resolution")
-        batch["image"] = torch.stack([item["image"] for item in items])
+        batch[key] = torch.stack([item[key] for item in items])
     return batch
 
 

@@ -14,7 +14,16 @@ import torch
 from longalign.config import RunConfig, diff
 
 #: what may change between the two parts of a run without changing its numbers
-FREE = ("loop.steps", "loop.save_every", "loop.keep", "loop.log_every", "loop.trackers", "loop.workers", "validation")
+FREE = (
+    "loop.steps",
+    "loop.save_every",
+    "loop.keep",
+    "loop.log_every",
+    "loop.trackers",
+    "loop.workers",
+    "validation",
+    "cache",
+)
 
 FOLDER = "resume"
 

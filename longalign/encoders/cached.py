@@ -1,0 +1,159 @@
+"""Encoders whose frozen text model ran before: its states are read from a store, and adapters run on top."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longalign.encoders.adapter import TextAdapter, adapt
+from longalign.encoders.base import Conditioning, Encoder, PromptReport, check_prompts
+from longalign.encoders.concat import ConcatEncoder
+from longalign.encoders.configs import AdapterConfig, ConcatConfig
+from longalign.registry import PartConfig
+from longalign.runtime import Runtime
+from longalign.segment import Prompt
+from longalign.store import Store, key_of
+
+#: keys of configs that change no state
+FREE = ("max_batch_tokens",)
+
+
+def prompt_key(prompt: Prompt) -> bytes:
+    """The key of a prompt's states; a prompt given as segments is another one than its text."""
+    return key_of(prompt if isinstance(prompt, str) else json.dumps(list(prompt)))
+
+
+def leaves(config: PartConfig) -> list[PartConfig]:
+    """The encoders that each have a cache of their own: the parts of ``concat``, or the one there is."""
+    if isinstance(config, ConcatConfig):
+        return [leaf for part in config.parts for leaf in leaves(part)]
+    return [config]
+
+
+def frozen(config: PartConfig) -> PartConfig:
+    """The config of what of an encoder training cannot change: the encoder without its adapter."""
+    has_adapter = isinstance(getattr(config, "adapter", None), AdapterConfig)
+    return config.model_copy(update={"adapter": None}) if has_adapter else config
+
+
+def settings(config: PartConfig) -> dict[str, Any]:
+    """The keys of an encoder's config that its frozen states depend on."""
+    return {key: value for key, value in frozen(config).model_dump(mode="json").items() if key not in FREE}
+
+
+def build_cached(config: PartConfig, store: Callable[[PartConfig], Store], runtime: Runtime) -> Encoder:
+    """The encoder of a config without its text models; what is trained of it has the names that it has with them.
+
+    Args:
+        config: of the encoder.
+        store: gives the store of each of its `leaves`.
+        runtime: where it is built.
+    """
+    if isinstance(config, ConcatConfig):
+        return ConcatEncoder([build_cached(part, store, runtime) for part in config.parts])
+    adapter = getattr(config, "adapter", None)
+    made = TextAdapter.from_config(adapter, runtime) if isinstance(adapter, AdapterConfig) else None
+    return CachedEncoder(store(config), made, runtime.device)
+
+
+class CachedEncoder(Encoder):
+    """States of prompts from a store, through an adapter if there is one.
+
+    A batch has the shape that the encoder itself would give it: a batch without a mask is of one length, and one with a
+    mask is as long as its longest prompt.
+
+    Args:
+        store: entries as `entries` makes them; the empty prompt is among them.
+        adapter: maps the states to the denoiser's width; its parameters are the trainable ones.
+        device: where the conditioning is wanted.
+    """
+
+    def __init__(self, store: Store, adapter: TextAdapter | None = None, device: str = "cpu"):
+        super().__init__()
+        self.store, self.adapter, self.to_device = store, adapter, device
+        empty = self._entry("")
+        self.length = int(empty["length"])
+        self.dim = empty["states"].shape[1] if adapter is None else adapter.out_dim
+
+    def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
+        told = collate([self._entry(prompt) for prompt in check_prompts(prompts)], self.length).to(self.to_device)
+        return told if self.adapter is None else adapt(self.adapter, told)
+
+    def cut(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
+        raise ValueError("a cache of prompts does not say what was cut; build the encoder from a config without cache")
+
+    def _entry(self, prompt: Prompt) -> dict[str, Tensor]:
+        refuse_missing(self.store, prompt)
+        return self.store[prompt_key(prompt)]
+
+
+def refuse_missing(store: Store, prompt: Prompt) -> None:
+    """Raises ValueError for a prompt that is not in the store."""
+    if prompt_key(prompt) not in store:
+        raise ValueError(
+            f"the prompt {str(prompt)[:60]!r} is not in the cache {store.folder}; "
+            "run `longalign cache` again with this config"
+        )
+
+
+@torch.no_grad()
+def entries(encoder: Encoder, prompts: Sequence[str], length: int | None) -> list[dict[str, Tensor]]:
+    """What a store keeps of each prompt: ``states`` ``(k, d)`` up to where the last one only repeats, the ``length``
+    that they are filled up to, the number of ``real`` ones where there is a mask, and ``pooled`` ``(p,)``.
+
+    Args:
+        encoder: without trainable parameters.
+        prompts: to encode, in one call.
+        length: of the encoded empty prompt; None if that is being asked.
+
+    Raises:
+        ValueError: if the states of a prompt depend on the timestep, or on the prompts that it is encoded with.
+    """
+    told = encoder.encode(prompts)
+    if type(told).at is not Conditioning.at:
+        raise ValueError("a conditioning that changes with the timestep cannot be cached; set cache.prompts to false")
+    found = []
+    for i in range(len(prompts)):
+        states = told.states[i]
+        entry: dict[str, Tensor] = {}
+        if told.mask is not None:
+            real = int(told.mask[i].sum())
+            if not bool(told.mask[i, :real].all()):
+                raise ValueError("only masks that end with the padding can be cached; set cache.prompts to false")
+            own = max(real, length or states.shape[0])
+            states, entry["real"] = states[:real], torch.tensor([real])
+        else:
+            own = len(states)
+            if length not in (None, own):
+                raise ValueError(
+                    f"a prompt has {own} states and the empty one {length}, and there is no mask: how a batch is "
+                    "filled up would depend on its longest prompt; set the encoder's overflow to 'cut' or 'error'"
+                )
+            differs = (states != states[-1]).any(1).nonzero()
+            states = states[: int(differs[-1]) + 2 if len(differs) else 1]
+        entry |= {"states": states, "length": torch.tensor([own])}
+        if told.pooled is not None:
+            entry["pooled"] = told.pooled[i]
+        found.append(entry)
+    return found
+
+
+def collate(found: Sequence[dict[str, Tensor]], least: int) -> Conditioning:
+    """A conditioning of the entries, at least ``least`` states long."""
+    length = max(least, *(int(entry["length"]) for entry in found))
+    masked = "real" in found[0]
+    rows = []
+    for entry in found:
+        states = entry["states"]
+        filling = states.new_zeros(1, states.shape[1]) if masked else states[-1:]
+        rows.append(torch.cat([states, filling.expand(length - len(states), -1)]))
+    told = Conditioning(torch.stack(rows))
+    if masked:
+        real = torch.stack([entry["real"] for entry in found])
+        told = replace(told, mask=torch.arange(length) < real)
+    return replace(told, pooled=torch.stack([e["pooled"] for e in found])) if "pooled" in found[0] else told

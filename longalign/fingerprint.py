@@ -1,0 +1,83 @@
+"""Which weights a part's config stands for, told without loading them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from longalign.runtime import resolve_checkpoint
+
+#: keys of configs that name weights or a vocabulary
+KEYS = ("checkpoint", "tokenizer")
+SUFFIXES = (".safetensors", ".bin", ".pt", ".ckpt", ".json", ".txt", ".model")
+BLOCK, BLOCKS = 4096, 256
+
+
+def fingerprints(config: Any, folders: Sequence[str]) -> dict[str, str | None]:
+    """A fingerprint for each checkpoint that a config names, by its path in the config.
+
+    Args:
+        config: a dumped config.
+        folders: how the folders are called that matter of a checkpoint in diffusers layout, e.g. ``["text_encoder",
+            "tokenizer"]``, which stands for ``text_encoder_2`` too. Of a folder that has none of them the files at its
+            top count.
+    """
+    return {path: fingerprint(name, revision, folders) for path, name, revision in _named("", config)}
+
+
+def _named(path: str, value: Any) -> Iterator[tuple[str, str, str | None]]:
+    if isinstance(value, dict):
+        for key, child in value.items():
+            here = f"{path}.{key}" if path else key
+            if key in KEYS and isinstance(child, str):
+                yield here, child, value.get("revision") if key == "checkpoint" else None
+            yield from _named(here, child)
+    elif isinstance(value, list):
+        for i, child in enumerate(value):
+            yield from _named(f"{path}.{i}", child)
+
+
+def fingerprint(checkpoint: str, revision: str | None, folders: Sequence[str]) -> str | None:
+    """Of local files their names, sizes and a part of their content; of a hub id its commit, as it was downloaded.
+
+    Files up to 1 MiB are read whole, of larger ones 256 blocks spread over the file, which any training changes.
+
+    Returns:
+        None for a hub id that has not been downloaded to this machine.
+    """
+    place = Path(resolve_checkpoint(checkpoint))
+    if not place.exists():
+        return _commit(checkpoint, revision)
+    files = [place]
+    if place.is_dir():
+        wanted = [p for p in place.iterdir() if p.is_dir() and p.name.startswith(tuple(folders))]
+        files = [f for p in wanted for f in p.rglob("*")] if wanted else list(place.iterdir())
+    told = blake2b(digest_size=8)
+    for file in sorted(f for f in files if f.is_file() and f.suffix in SUFFIXES):
+        told.update(f"{file.relative_to(place)} {file.stat().st_size} ".encode())
+        for block in _blocks(file):
+            told.update(block)
+    return told.hexdigest()
+
+
+def _blocks(file: Path) -> Iterator[bytes]:
+    size = file.stat().st_size
+    with file.open("rb") as content:
+        if size <= BLOCK * BLOCKS:
+            yield content.read()
+            return
+        for i in range(BLOCKS):
+            content.seek(i * (size - BLOCK) // (BLOCKS - 1))
+            yield content.read(BLOCK)
+
+
+def _commit(repository: str, revision: str | None) -> str | None:
+    from huggingface_hub import constants
+
+    name = f"models--{repository.replace('/', '--')}"
+    reference = Path(constants.HF_HUB_CACHE) / name / "refs" / (revision or "main")
+    if reference.is_file():
+        return f"commit {reference.read_text().strip()}"
+    return f"commit {revision}" if revision is not None and len(revision) == 40 else None

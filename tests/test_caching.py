@@ -1,0 +1,277 @@
+"""Caches: the same numbers as without, what is kept and what is refused."""
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_adapter, tiny_sd, tiny_sdxl, tiny_t5
+
+from longalign import caching
+from longalign.cli import main
+from longalign.compose import build_from_config
+from longalign.config import load_config, override, to_yaml
+from longalign.data.cached import CachedImages
+from longalign.faults import ConfigError
+from longalign.imagefiles import write_png
+from longalign.pipeline import load_model
+from longalign.runtime import Runtime
+from longalign.store import StaleCache, Store, key_of
+
+CAPTIONS = ("A red fox sleeps on a wall. The sky is green.", "A wall.", "The sky. " * 12, "A fox is red.", "A fox.")
+CPU = Runtime()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    tiny_sd(folder / "sd")
+    tiny_t5(folder / "t5")
+    tiny_adapter(folder / "adapter")
+    return folder
+
+
+@pytest.fixture
+def config(models, tmp_path):
+    """A run of CLIP segments beside adapted T5 on five images, one of which cannot be read."""
+    images = tmp_path / "images"
+    images.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for i, caption in enumerate(CAPTIONS):
+        write_png(images / f"{i}.png", torch.rand(3, 20, 24, generator=generator))
+        rows.append(json.dumps({"file_name": f"{i}.png", "text": caption}))
+    (images / "3.png").write_bytes(b"no image")
+    (images / "metadata.jsonl").write_text("\n".join(rows))
+    clip = {"name": "clip-segment", "checkpoint": str(models / "sd"), "max_tokens": 20}
+    t5 = {"name": "t5", "checkpoint": str(models / "t5"), "max_tokens": 12}
+    t5["adapter"] = {"checkpoint": str(models / "adapter")}
+    return load_config(
+        {
+            "backbone": {"name": "sd", "checkpoint": str(models / "sd")},
+            "encoder": {"name": "concat", "parts": [clip, t5]},
+            "trainer": {"name": "align", "lora": {"rank": 2}, "caption_dropout": 0.5},
+            "data": {"name": "folder", "folder": str(images), "resolution": 16},
+            "loop": {"steps": 3, "batch_size": 2, "log_every": 1, "lr": 1e-2},
+            "cache": {"folder": str(tmp_path / "cache")},
+            "output": str(tmp_path / "cached"),
+        }
+    )
+
+
+def numbers(config):
+    """The lines of a run's log, without the time."""
+    build_from_config(config, CPU).fit()
+    lines = Path(config.output, "log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+@pytest.mark.filterwarnings("ignore::longalign.encoders.base.TruncationWarning")
+def test_training_has_the_same_numbers_with_and_without(config, tmp_path):
+    assert caching.make(config, CPU, 2) == {"latents": (4, 4), "prompts-clip-segment": (6, 6), "prompts-t5": (6, 6)}
+    plain = numbers(override(config, {"cache": None, "output": str(tmp_path / "plain")}))
+    assert len(plain) == 3 and all(line["noise_loss"] > 0 for line in plain)
+    for line, cached in zip(plain, numbers(config), strict=True):
+        assert line == pytest.approx(cached, rel=1e-6)
+    plain, cached = (load_model(tmp_path / name / "checkpoint-000003") for name in ("plain", "cached"))
+    assert cached[0].cache is not None
+    for a, b in zip(plain[2].parameters(), cached[2].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::longalign.encoders.base.TruncationWarning")
+def test_no_text_model_is_built(config, monkeypatch):
+    caching.make(config, CPU)
+    monkeypatch.setattr("longalign.encoders.loading.load_text_model", lambda *_: pytest.fail("a text model is loaded"))
+    composition = build_from_config(config, CPU)
+    names = set(dict(composition.encoder.named_parameters()))
+    assert names and all(name.startswith("parts.1.adapter.") for name in names)
+    with pytest.raises(ValueError, match=r"the prompt 'A new one' is not in the cache .*prompts-clip-segment"):
+        composition.encoder.encode(["A new one"])
+    with pytest.raises(ValueError, match=r"does not say what was cut"):
+        composition.encoder.parts[0].cut(["A fox."])
+    item = composition.data[3]  # it cannot be read, so the next one takes its place, as without a cache
+    assert item["prompt"] == "A fox." and item["posterior"].shape == (8, 2, 2) and "image" not in item
+
+
+@pytest.mark.filterwarnings("ignore::longalign.encoders.base.TruncationWarning")
+def test_what_is_there_is_not_computed_again(config, monkeypatch, caplog):
+    def fail(*args, **keys):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("longalign.caching.write_items", fail)
+        with pytest.raises(KeyboardInterrupt):
+            caching.make(config, CPU, 2, shard_bytes=1)
+    with pytest.raises(ValueError, match=r"is not complete"):
+        build_from_config(config, CPU).data  # noqa: B018
+    assert caching.make(config, CPU)["latents"] == (4, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr("longalign.backbones.sd.SDBackbone.from_config", fail)
+        patch.setattr("longalign.encoders.loading.load_text_model", fail)
+        assert caching.make(config, CPU)["prompts-t5"] == (6, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"encoder.parts.0.max_tokens": 30}, r"encoder.max_tokens: 20 in the cache, 30 now"),
+        (
+            {"encoder.parts.0.segmenter": "longalign"},
+            r"encoder.segmenter.name: 'sentence' in the cache, 'longalign' now",
+        ),
+        ({"data.resolution": 32}, r"data.resolution: 16 in the cache, 32 now"),
+        ({"loop.precision": "bf16"}, r"dtype: 'float32' in the cache, 'bfloat16' now"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::longalign.encoders.base.TruncationWarning")
+def test_another_config_is_refused(config, change, message):
+    caching.make(config, CPU)
+    changed = override(config, change)
+    runtime = Runtime.detect(changed.loop.precision)
+    with pytest.raises(StaleCache, match=message):
+        build_from_config(changed, runtime).fit()
+    with pytest.raises(StaleCache, match=message):
+        caching.make(changed, runtime)
+    caching.check(override(config, {"encoder.parts.1.adapter": None, "encoder.parts.0.max_batch_tokens": 9}), CPU)
+
+
+@pytest.mark.filterwarnings("ignore::longalign.encoders.base.TruncationWarning")
+def test_changed_weights_images_and_captions_are_refused(config, models, tmp_path):
+    caching.make(config, CPU)
+    images = tmp_path / "images"
+    os.utime(images / "0.png", (1, 1))  # a copied file has another time and the same content
+    build_from_config(config, CPU).data[0]
+    write_png(images / "0.png", torch.zeros(3, 20, 24))
+    with pytest.raises(
+        ValueError, match=r"item 0 is not the one that is in .*run `longalign cache` again"
+    ):
+        build_from_config(config, CPU).data  # noqa: B018
+    assert caching.make(config, CPU)["latents"] == (5, 1)
+    data = build_from_config(config, CPU).data
+    assert isinstance(data, CachedImages)
+    write_png(images / "1.png", torch.zeros(3, 20, 24))
+    with pytest.raises(ValueError, match=r"the image of item 1"):
+        data[1]
+    (images / "1.png").unlink()
+    with pytest.raises(ValueError, match=r"the image of item 1 can no longer be read"):
+        data[1]
+    text = (images / "metadata.jsonl").read_text()
+    (images / "metadata.jsonl").write_text(text.replace("A wall.", "A dog."))
+    other = override(config, {"cache.latents": False})
+    with pytest.raises(ValueError, match=r"the prompt 'A dog.' is not in the cache"):
+        build_from_config(other, CPU).encoder  # noqa: B018
+    (images / "metadata.jsonl").write_text(text + '\n{"file_name": "0.png", "text": "A fox."}')
+    with pytest.raises(ValueError, match=r"the data has 6 items and the cache .* 5"):
+        build_from_config(config, CPU).data  # noqa: B018
+    weights = tmp_path / "t5"
+    tiny_t5(weights, width=16)
+    moved = override(config, {"encoder.parts.1.checkpoint": str(weights)})
+    with pytest.raises(StaleCache, match=r"encoder.checkpoint: .*models.*/t5' in the cache, .*/t5' now"):
+        caching.check(moved, CPU)
+    moved = override(moved, {"cache.folder": str(tmp_path / "other"), "cache.latents": False})
+    caching.make(moved, CPU)
+    file = weights / "model.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(StaleCache, match=r"weights.checkpoint"):
+        caching.check(moved, CPU)
+
+
+def test_pooled_and_masked_states_come_back_as_the_encoder_gives_them(tmp_path):
+    tiny_sdxl(tmp_path / "sdxl")
+    encoder = {"name": "clip-segment-sdxl", "checkpoint": str(tmp_path / "sdxl"), "pad": "none"}
+    file = tmp_path / "prompts.txt"
+    file.write_text("A red fox. A wall.\nThe sky.")
+    config = load_config(
+        {
+            "backbone": {"name": "sdxl", "checkpoint": str(tmp_path / "sdxl")},
+            "encoder": encoder,
+            "data": {"name": "prompts", "file": str(file)},
+            "validation": {"prompts": ["A green sky."]},
+            "cache": {"folder": str(tmp_path / "cache")},
+        }
+    )
+    assert caching.make(config, CPU) == {"prompts-clip-segment-sdxl": (4, 4)}
+    cached, plain = build_from_config(config, CPU).encoder, config.encoder.build(CPU)
+    for prompts in (["A red fox. A wall.", "", "A green sky."], ["", "The sky."]):
+        read, told = cached.encode(prompts), plain.encode(prompts)
+        torch.testing.assert_close(read.states, told.states * told.mask[..., None], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(read.pooled, told.pooled, rtol=1e-5, atol=1e-6)
+        assert torch.equal(read.mask, told.mask)
+
+
+def test_reward_training_reads_prompts(config, tmp_path):
+    from longalign.registry import rewards
+
+    rewards.register("red", lambda images, prompts: images[:, 0].mean((1, 2)))
+    (tmp_path / "prompts.txt").write_text("A red fox.\nA wall.\nThe sky.")
+    trainer = {"name": "reward", "lora": {"rank": 2}, "num_steps": 2, "resolution": 16}
+    trainer["schedule"] = {"name": "grouped-random", "groups": 1}
+    data = {"name": "prompts", "file": str(tmp_path / "prompts.txt")}
+    try:
+        changed = override(config, {"trainer": trainer, "rewards": ["red"], "data": data, "loop.steps": 2})
+        caching.make(changed, CPU)
+        plain = numbers(override(changed, {"cache": None, "output": str(tmp_path / "plain")}))
+        for line, cached in zip(plain, numbers(changed), strict=True):
+            assert line == pytest.approx(cached, rel=1e-5)
+    finally:
+        rewards.unregister("red")
+
+
+def test_what_cannot_be_cached_is_refused(config, tmp_path):
+    data = {"name": "scenes", "size": 3, "words": [5, 9], "objects": [1, 1]}
+    grows = override(config, {"encoder.parts.0.max_tokens": 4, "encoder.parts.0.overflow": "grow", "data": data})
+    with pytest.raises(ValueError, match=r"set the encoder's overflow to 'cut' or 'error'"):
+        caching.make(override(grows, {"cache.latents": False}), CPU)
+    tars = {"name": "webdataset", "shards": str(tmp_path / "a.tar")}
+    (tmp_path / "a.tar").write_bytes(b"")
+    for act in (lambda run: caching.make(run, CPU), lambda run: build_from_config(run, CPU).data):
+        with pytest.raises(ValueError, match=r"the data 'webdataset' is read as a stream"):
+            act(override(config, {"data": tars}))
+    with pytest.raises(FileNotFoundError, match=r"there is no cache in .*longalign cache CONFIG"):
+        build_from_config(config, CPU).fit()
+    with pytest.raises(ConfigError, match=r"cache.latents: 'prompts' has prompts only"):
+        override(config, {"trainer": None, "data": {"name": "prompts", "file": "x"}, "cache.latents": True})
+    with pytest.raises(ConfigError, match=r"both are false"):
+        override(config, {"cache.latents": False, "cache.prompts": False})
+    with pytest.raises(ConfigError, match=r"data: this key is required where there is a cache"):
+        override(config, {"trainer": None, "data": None})
+
+
+def test_items_that_are_drawn_anew_are_refused(config, monkeypatch):
+    from longalign.data.folder import Folder
+
+    def own(self, index):
+        return {"prompt": "A fox.", "image": torch.rand(3, 16, 16)}
+
+    monkeypatch.setattr(Folder, "own", own)
+    with pytest.raises(ValueError, match=r"draws its item 0 anew each time"):
+        caching.make(config, CPU)
+
+
+def test_the_command(config, tmp_path, capsys, caplog):
+    path = tmp_path / "run.yaml"
+    path.write_text(to_yaml(config))
+    with caplog.at_level(logging.ERROR), pytest.warns(match=r"do not fit"):
+        assert main(["cache", str(path), "encoder.parts.0.max_tokens=18", "--batch", "3"]) == 0
+    assert "latents: 4, of which 4 are new" in capsys.readouterr().out
+    assert main(["cache", str(path), "cache=null"]) == 2
+
+
+def test_a_store_keeps_ragged_tensors_over_shards(tmp_path):
+    store = Store(tmp_path, {"a": 1}, writes=True, shard_bytes=100)
+    entries = {key_of(str(i)): {"x": torch.full((i, 2), float(i)), "n": torch.tensor([i])} for i in range(1, 9)}
+    for key, entry in entries.items():
+        store.add(key, entry)
+    store.flush()
+    store = Store(tmp_path, {"a": 1})
+    assert len(store) == 8 and len(list(tmp_path.glob("0*.safetensors"))) > 1
+    for key, entry in entries.items():
+        assert all(torch.equal(store[key][name], entry[name]) for name in ("x", "n"))
+    (tmp_path / "000000.safetensors").write_bytes(b"12345678")
+    with pytest.raises(ValueError, match=r"is damaged"):
+        Store(tmp_path, {"a": 1})
