@@ -142,7 +142,7 @@ def test_steps_repeated_together():
     noise = torch.randn(2, 4, 4, 4, dtype=torch.float64)
     square(plain(predict, noise, SIX, (0, 3, 5))).backward()
     expected = gradients(parameters)
-    for together in (1, 2, 3, 4):
+    for together in (2, 4):
         exact(predict, noise, SIX, (0, 3, 5), square, together=together)
         assert distance(gradients(parameters), expected) < 1e-6
 

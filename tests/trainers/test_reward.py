@@ -7,13 +7,15 @@ from torch import nn
 from worlds import LORA, Squares, ToyEncoder, red
 
 from longalign.backbones.configs import LoraConfig
-from longalign.diffusion import guide
+from longalign.diffusion import add_noise, guide
+from longalign.faults import ConfigError
+from longalign.registry import schedules, trainers
 from longalign.rewards.base import Reward, Scores
 from longalign.rewards.guard import NonFiniteReward
+from longalign.schedules.steps import All, Last
 from longalign.trainers.batches import collate
 from longalign.trainers.configs import RewardConfig
 from longalign.trainers.reward import RewardTrainer
-from longalign.trainers.schedules import All, Last
 
 PROMPTS = {"prompt": ["ab", "cd", "e"]}
 QUIET = LoraConfig(rank=2, dropout=0.0)
@@ -40,9 +42,9 @@ def build(lora=QUIET, rewards=(red,), schedule=None, prediction="epsilon", dtype
     return trainer.to(dtype).train()
 
 
-def gradient(trainer, batch=PROMPTS, seed=1):
+def gradient(trainer, batch=PROMPTS, seed=1, backward=torch.Tensor.backward):
     torch.manual_seed(seed)
-    summary = trainer.step(batch, torch.Tensor.backward)
+    summary = trainer.step(batch, backward)
     out = [p.grad for p in trainer.trainable()]
     for p in trainer.trainable():
         p.grad = None
@@ -50,20 +52,31 @@ def gradient(trainer, batch=PROMPTS, seed=1):
 
 
 def plain_gradient(trainer, seed=1):
-    """The reference: one graph through all chosen steps, decoder and reward."""
+    """The reference: one graph through all steps that are taken, decoder and reward."""
     torch.manual_seed(seed)
     prompts = PROMPTS["prompt"]
     told = trainer.encode([*prompts, ""])
     index = torch.tensor([0, 1, 2, 3, 3, 3])
-    latents = torch.randn(3, 4, 4, 4, dtype=torch.get_default_dtype())
-    picks = trainer.schedule.pick(len(trainer.solver))
-    for i, t in enumerate(trainer.solver.timesteps):
-        with torch.set_grad_enabled(i in picks):
-            seen = torch.cat([latents.detach()] * 2)
-            output = trainer.backbone.predict(seen, torch.full((6,), t), told[index])
-            output = guide(*output.chunk(2), trainer.guidance)
-        latents = trainer.solver.step(i, latents, output)
-    loss = 0.5 * (1 - red(trainer.backbone.decode(latents), prompts).mean())
+
+    def sample(latents, timesteps, chosen, detach):
+        solver = trainer.solve(timesteps)
+        for i, t in enumerate(timesteps):
+            with torch.set_grad_enabled(i in chosen):
+                seen = torch.cat([latents.detach() if detach else latents] * 2)
+                output = trainer.backbone.predict(seen, torch.full((6,), t), told[index])
+                output = guide(*output.chunk(2), trainer.guidance)
+            latents = solver.step(i, latents, output)
+        return latents
+
+    noise = torch.randn(3, 4, 4, 4, dtype=torch.get_default_dtype())
+    choice = trainer.schedule.pick(len(trainer.solver))
+    timesteps = trainer.solver.timesteps[: choice.length]
+    finals = [sample(noise, timesteps, choice.steps, choice.detach)]
+    for _ in range(choice.copies):
+        start, last = finals[0].detach(), timesteps[-1:]
+        noisy = add_noise(trainer.backbone.levels, start, torch.randn_like(start), torch.tensor(last))
+        finals.append(sample(noisy, last, (0,), True))
+    loss = 0.5 * (1 - torch.stack([red(trainer.backbone.decode(x), prompts).mean() for x in finals]).mean())
     loss.backward()
     out = torch.cat([p.grad.flatten() for p in trainer.trainable() if p.grad is not None])
     for p in trainer.trainable():
@@ -96,6 +109,48 @@ def test_the_gradient_is_that_of_plain_autograd(double, lora, keys):
     assert expected.norm() > 0
     assert (got - expected).norm() / expected.norm() < 1e-6
     assert torch.isclose(summary["reward_loss"], loss)
+
+
+SCHEDULES = [
+    {"name": "all", "detach": False},
+    {"name": "last", "k": 2, "detach": False},
+    {"name": "grouped-random", "groups": 2},
+    {"name": "grouped-random", "groups": 2, "detach": False},
+    {"name": "refl", "early_stop": 3},
+    {"name": "draft-k", "k": 3},
+    {"name": "draft-lv", "copies": 2},
+    {"name": "align-prop"},
+    {"name": "drtune", "groups": 2, "early_stop": 2},
+]
+
+
+@pytest.mark.parametrize("config", SCHEDULES, ids=str)
+def test_every_schedule_gives_the_gradient_of_plain_autograd(double, config):
+    trainer = build(lora=LORA, dtype=double, schedule=schedules.build(config), train_adapter=True)
+    expected, loss = plain_gradient(trainer)
+    got, summary = gradient(trainer)
+    assert expected.norm() > 0
+    assert (got - expected).norm() / expected.norm() < 1e-6
+    assert torch.isclose(summary["reward_loss"], loss)
+
+
+def test_copies_are_scored_with_the_prompts_of_their_samples():
+    seen = []
+
+    def noting(images, prompts):
+        seen.append(list(prompts))
+        return red(images, prompts)
+
+    gradient(build(rewards=[noting], schedule=Last(1, copies=1), denoise_batch=2))
+    assert seen == [["ab", "cd", "ab", "cd", "e", "e"]]
+
+
+@pytest.mark.parametrize("schedule", [Last(3), Last(3, detach=False)], ids=["detached", "undetached"])
+def test_a_scale_put_on_backward_scales_the_gradient_once(double, schedule):
+    trainer = build(lora=LORA, dtype=double, schedule=schedule, train_adapter=True)
+    expected, _ = gradient(trainer)
+    got, _ = gradient(trainer, backward=lambda loss: (64 * loss).backward())
+    assert (got / 64 - expected).norm() / expected.norm() < 1e-9
 
 
 def test_without_guidance_one_branch_is_run():
@@ -158,6 +213,17 @@ def test_kl_pulls_towards_the_start_model(lora):
     assert (got - without).norm() > 1e-6
 
 
+def test_kl_takes_the_latents_as_they_are(double):
+    parts = []
+    for detach in (True, False):
+        schedule = Last(3, detach=detach)
+        with_kl, _ = gradient(build(dtype=double, schedule=schedule, regularizer="kl", regularizer_weight=2.0))
+        without, _ = gradient(build(dtype=double, schedule=schedule))
+        parts.append(with_kl - without)
+    assert parts[0].norm() > 0
+    assert (parts[0] - parts[1]).norm() / parts[0].norm() < 1e-9
+
+
 def _moved(trainer):
     with torch.no_grad():
         trainer.backbone.denoiser.conv_out.bias.add_(0.5)
@@ -189,6 +255,27 @@ def test_a_reward_that_is_not_finite_stops_with_its_image():
     with pytest.raises(NonFiniteReward) as caught:
         build(rewards=[broken]).step(PROMPTS, torch.Tensor.backward)
     assert caught.value.prompt == "cd" and caught.value.image.shape == (3, 8, 8)
+
+
+def test_dropout_of_the_denoiser_itself_is_not_repeated_for_several_steps_at_once():
+    trainer = build(lora=None, replay_batch=2)
+    trainer.backbone.denoiser.conv_out.register_forward_hook(lambda m, i, output: nn.functional.dropout(output, 0.1))
+    with pytest.raises(ValueError, match="replay_batch: 1"):
+        trainer.step(PROMPTS, torch.Tensor.backward)
+
+
+def test_contradictory_configs():
+    for keys, message in (
+        ({"replay_batch": 2}, "set replay_batch to 1 or lora.dropout to 0"),
+        ({"replay_batch": 2, "lora": None, "schedule": "draft-k"}, "with 'draft-k' the gradient flows through"),
+        ({"replay_batch": 2, "lora": None, "schedule": {"name": "all", "detach": False}}, "set replay_batch to 1"),
+        ({"regularizer_weight": 1.0}, "no effect without a regularizer"),
+        ({"regularizer": "kl"}, "needs a regularizer_weight"),
+        ({"guidance": 0.5}, "guidance"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            trainers.validate({"name": "reward", **keys})
+    assert trainers.validate({"name": "reward", "replay_batch": 2, "lora": None}).replay_batch == 2
 
 
 def test_no_reward_is_refused():
