@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -261,4 +262,52 @@ def tiny_sdxl(folder: Path) -> Path:
         vae, CLIPTextModel.from_pretrained(folder / "text_encoder"), _noisy(CLIPTextModelWithProjection(text)), first,
         second, unet, scheduler, add_watermarker=False,
     ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def tiny_sd3(folder: Path, **transformer_settings) -> Path:
+    """Stable Diffusion 3 in the layout of its hub page, in half precision: CLIPs 8 and 12 wide, T5 32 wide; 64 px."""
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+    from transformers import (
+        AutoTokenizer,
+        CLIPTextConfig,
+        CLIPTextModelWithProjection,
+        CLIPTokenizerFast,
+        T5EncoderModel,
+    )
+
+    tiny_clip_text(folder)
+    first = CLIPTokenizerFast.from_pretrained(folder / "tokenizer")
+    second = CLIPTokenizerFast.from_pretrained(folder / "tokenizer", pad_token="!")
+    t5 = tiny_t5(folder / "t5", width=32)
+    torch.manual_seed(4)
+    texts = [
+        CLIPTextConfig(
+            vocab_size=len(first), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+            num_attention_heads=2, projection_dim=width, hidden_act=act, bos_token_id=0,
+            eos_token_id=first.eos_token_id,
+        )
+        for width, act in ((8, "quick_gelu"), (12, "gelu"))
+    ]  # fmt: skip
+    settings = {"num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2, "pos_embed_max_size": 12}
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=16, out_channels=16, caption_projection_dim=16, joint_attention_dim=32,
+        pooled_projection_dim=20, **{**settings, **transformer_settings},
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8), norm_num_groups=4, latent_channels=16, sample_size=64, scaling_factor=1.5305,
+        shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False, force_upcast=True,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+    models = [_noisy(CLIPTextModelWithProjection(text)) for text in texts]
+    StableDiffusion3Pipeline(
+        transformer.half(), FlowMatchEulerDiscreteScheduler(shift=3.0), vae.half(), models[0].half(), first,
+        models[1].half(), second, T5EncoderModel.from_pretrained(t5).half(), AutoTokenizer.from_pretrained(t5),
+    ).save_pretrained(folder)  # fmt: skip
+    shutil.rmtree(t5)
     return folder

@@ -1,0 +1,320 @@
+"""Stable Diffusion 3: its numbers, its layout, its conditioning beside the stock pipeline's, both trainers."""
+
+import json
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from tiny import tiny_backbone, tiny_sd3
+from torch.nn.functional import pad
+
+from longalign import condition, load_config
+from longalign.backbones.lora import lora_targets
+from longalign.backbones.sd3 import SD3Backbone, flow_levels
+from longalign.checkpoint import export_lora, load_for_sampling, save
+from longalign.diffusion import guide
+from longalign.encoders.base import Conditioning
+from longalign.pipeline import generate, sample
+from longalign.publish import export
+from longalign.registry import backbones, encoders, trainers
+
+LONG = "A red fox sleeps on a wall. The sky is green. A wall is red."
+# the layers that diffusers' script for LoRA training of SD 3 names
+DEFAULTS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_sd3(tmp_path_factory.mktemp("sd3"))
+
+
+@pytest.fixture(scope="module")
+def pipe(folder):
+    return stock(folder)
+
+
+def stock(folder):
+    pipe = StableDiffusion3Pipeline.from_pretrained(folder).to(torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def built(folder):
+    return backbones.build({"name": "sd3", "checkpoint": str(folder)})
+
+
+@pytest.fixture(scope="module")
+def backbone(folder):
+    return built(folder)
+
+
+@pytest.fixture(scope="module")
+def encoder(folder):
+    return told_by(folder)
+
+
+def told_by(folder, **settings):
+    sizes = {"max_tokens": 40, "t5_tokens": 60, "width": 32, **settings}
+    return encoders.build({"name": "clip-segment-sd3", "checkpoint": str(folder), **sizes})
+
+
+def test_the_full_model_has_the_published_numbers():
+    medium = {
+        "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24,
+        "attention_head_dim": 64, "num_attention_heads": 24, "joint_attention_dim": 4096,
+        "caption_projection_dim": 1536, "pooled_projection_dim": 2048, "pos_embed_max_size": 192,
+    }  # fmt: skip
+    with torch.device("meta"):
+        transformer = SD3Transformer2DModel(**medium)
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16, use_quant_conv=False,
+            use_post_quant_conv=False, down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+        )  # fmt: skip
+    # the file also holds the table of 192 x 192 positions, which is no parameter
+    assert sum(t.numel() for t in transformer.state_dict().values()) == 2_084_951_104
+    assert sum(p.numel() for p in transformer.parameters()) == 2_084_951_104 - 192**2 * 1536
+    assert sum(p.numel() for p in vae.parameters()) == 83_819_683
+    targets = lora_targets(transformer)
+    # the text's output of the last block is not used
+    assert len(targets) == 24 * 8 - 1 and all(t.split(".attn.")[1] in DEFAULTS for t in targets)
+
+
+def test_loads_a_folder_in_the_published_layout(folder, backbone):
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusion3Pipeline" and index["text_encoder_3"][1] == "T5EncoderModel"
+    assert isinstance(backbone, SD3Backbone) and backbone.prediction == "flow" and backbone.resolution == 64
+    assert backbone.latent_shape() == (16, 8, 8) and backbone.latent_shape(32, 96) == (16, 4, 12)
+    with pytest.raises(ValueError, match="divisible by 16, got 72 x 64"):
+        backbone.latent_shape(72, 64)
+    half = backbones.build({"name": "sd3", "checkpoint": str(folder), "dtype": "bfloat16"})
+    assert half.denoiser.dtype == torch.bfloat16 and half.vae.dtype == torch.float32
+
+
+def test_levels_are_the_scheduler_s(backbone):
+    levels = backbone.levels
+    assert levels.noise[999] == 1 and levels.signal[999] == 0
+    assert levels.noise[249].item() == pytest.approx(0.5)  # 3 / 4 over 1 + 2 / 4
+    schedule = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    torch.testing.assert_close(levels.noise.float(), schedule.sigmas.flip(0))
+    assert torch.equal(levels.signal + levels.noise, torch.ones(1000, dtype=torch.float64))
+
+
+def test_latents_are_shifted_and_scaled(backbone):
+    images = torch.rand(2, 3, 64, 64)
+    latents = backbone.encode_images(images, torch.Generator().manual_seed(0))
+    raw = backbone.vae.encode(2 * images - 1).latent_dist.sample(torch.Generator().manual_seed(0))
+    torch.testing.assert_close(latents, (raw - 0.0609) * 1.5305)
+    torch.testing.assert_close(backbone.decode(latents), (backbone.vae.decode(raw).sample / 2 + 0.5).clamp(0, 1))
+
+
+def test_an_answer_is_the_transformer_s_own(backbone, encoder):
+    told, latents = encoder.encode([LONG, "A fox."]), torch.randn(2, 16, 8, 8)
+    answer = backbone.predict(latents, torch.tensor([249, 999]), told)
+    expected = backbone.denoiser(
+        latents,
+        timestep=torch.tensor([500.0, 1000.0]),
+        encoder_hidden_states=told.states,
+        pooled_projections=told.pooled,
+    ).sample
+    torch.testing.assert_close(answer, expected)
+    assert not torch.allclose(answer, backbone.predict(latents, torch.tensor([249, 500]), told))
+
+
+def test_pooled_and_states_are_the_stock_pipeline_s(folder, pipe):
+    encoder = told_by(folder, max_tokens=77, eot="all")
+    told = encoder.encode(["A red fox.", ""])
+    states, _, pooled, _ = pipe.encode_prompt(
+        ["A red fox.", ""], None, None, do_classifier_free_guidance=False, max_sequence_length=60
+    )
+    assert told.states.shape == states.shape == (2, 77 + 60, 32) and encoder.dim == 32
+    tokens = told.reports[0].parts[0].tokens[0] + 2
+    torch.testing.assert_close(told.states[0, :tokens], states[0, :tokens])
+    torch.testing.assert_close(told.states[1, :2], states[1, :2])
+    torch.testing.assert_close(told.states[:, 77:], states[:, 77:])
+    assert told.pooled.shape == (2, 20)
+    torch.testing.assert_close(told.pooled, pooled)
+
+
+def test_t5_can_be_left_out_or_put_behind(folder, pipe, encoder):
+    whole = encoder.encode([LONG])
+    zeros = told_by(folder, t5="zeros").encode([LONG])
+    torch.testing.assert_close(zeros.states[:, :40], whole.states[:, :40])
+    assert zeros.states[:, 40:].shape == (1, 60, 32) and not zeros.states[:, 40:].any()
+    assert zeros.reports[0] == whole.reports[0].parts[0] and torch.equal(zeros.pooled, whole.pooled)
+    clips = {"name": "clip-segment-sd3", "checkpoint": str(folder), "max_tokens": 40, "width": 32, "t5": "none"}
+    t5 = {"name": "t5", "checkpoint": str(folder), "subfolder": "text_encoder_3", "max_tokens": 60}
+    composed = encoders.build({"name": "concat", "parts": [clips, t5]})
+    torch.testing.assert_close(composed.encode([LONG]).states, whole.states)
+    assert encoder.cut([LONG]) == list(whole.reports)
+    assert [len(part.segments) for part in whole.reports[0].parts] == [3, 1]
+    with pytest.raises(ValueError, match="the two CLIPs' states are 20 wide, T5's 32; set width"):
+        told_by(folder, width=24)
+
+
+def test_the_pooled_embedding_has_both_clips(folder, pipe):
+    parts = ["A red fox sleeps on a wall.", "The sky is green."]
+    alone = [torch.cat([pipe._get_clip_prompt_embeds([p], clip_model_index=i)[1] for p in parts]) for i in (0, 1)]
+    encoder = told_by(folder, segmenter={"name": "manual"}, t5="none")
+    expected = torch.cat([each.mean(0) for each in alone])
+    torch.testing.assert_close(encoder.encode([parts]).pooled[0], expected, atol=1e-5, rtol=1e-5)
+    encoder.clips.pooled = "first"
+    expected = torch.cat([each[0] for each in alone])
+    torch.testing.assert_close(encoder.encode([parts]).pooled[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_stock_pipeline_draws_the_same_images(backbone, encoder, pipe):
+    settings = {"seeds": [3, 4], "steps": 4, "guidance": 3.0, "scheduler": "ddim", "negative": "green"}
+    ours = sample(backbone, encoder, [LONG, "The sky."], **settings)
+    told = condition(pipe, [LONG, "The sky."], "green", encoder=encoder)
+    assert set(told) == {f"{a}{b}prompt_embeds" for a in ("", "negative_") for b in ("", "pooled_")}
+    assert told["prompt_embeds"].shape == told["negative_prompt_embeds"].shape == (2, 100, 32)
+    noise = torch.stack([torch.randn(16, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (3, 4)])
+    drawn = pipe(
+        **told,
+        latents=noise,
+        num_inference_steps=4,
+        sigmas=[1, 0.75, 0.5, 0.25],  # the pipeline shifts them
+        guidance_scale=3.0,
+        output_type="pt",
+    ).images
+    torch.testing.assert_close(ours, drawn, atol=1e-4, rtol=0)
+    assert ours.std() > 0.01
+
+
+def red(images, prompts):
+    return images[:, 0].mean((1, 2))
+
+
+REWARD = {"name": "reward", "num_steps": 3, "guidance": 3.0, "schedule": "all"}
+
+
+@pytest.mark.parametrize("config", [{"name": "align"}, REWARD], ids=["align", "reward"])
+def test_trainers_take_a_step(folder, encoder, config):
+    backbone = built(folder)
+    backbone.enable_gradient_checkpointing()
+    before = {k: v.clone() for k, v in backbone.state_dict().items()}
+    torch.manual_seed(0)
+    rewards = [red] if config["name"] == "reward" else []
+    config = {**config, "lora": {"rank": 2, "dropout": 0.0}}
+    trainer = trainers.build(config, backbone=backbone, encoder=encoder, rewards=rewards)
+    losses = trainer.train().step({"prompt": [LONG, ""], "image": torch.rand(2, 3, 64, 64)}, torch.Tensor.backward)
+    (loss,) = (value for key, value in losses.items() if key.endswith("_loss"))
+    assert torch.isfinite(loss) and loss > 0
+    graded = {n for n, p in trainer.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert graded and all(".lora_B." in n for n in graded)
+    assert len(trainer.trainable()) == 2 * (2 * 8 - 1)
+    torch.optim.SGD(trainer.trainable(), lr=0.1).step()
+    after = {k.replace(".base_layer", ""): v for k, v in backbone.state_dict().items() if ".lora_" not in k}
+    assert after.keys() == before.keys() and all(torch.equal(after[k], before[k]) for k in before)
+
+
+def test_the_reward_s_gradient_is_that_of_plain_autograd(folder, encoder):
+    torch.manual_seed(0)
+    config = {**REWARD, "lora": {"rank": 2, "dropout": 0.0}}
+    trainer = trainers.build(config, backbone=built(folder), encoder=encoder, rewards=[red])
+    backbone = trainer.backbone.double()
+    for i, p in enumerate(trainer.trainable()):
+        torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(i))
+    told = trainer.told([LONG, "The sky."])
+    noise = torch.randn(2, 16, 8, 8, dtype=torch.float64)
+    trainer.noise = lambda count: noise
+    latents = noise
+    for t, after in zip((999, 666, 332), (666, 332, None), strict=True):
+        seen = torch.cat([latents.detach()] * 2)
+        output = guide(*backbone.predict(seen, torch.full((4,), t), told[torch.tensor([0, 1, 2, 2])]).chunk(2), 3.0)
+        noises = [0.0 if place is None else backbone.levels.noise[place].item() for place in (t, after)]
+        latents = latents + (noises[1] - noises[0]) * output  # Euler's step
+    (0.5 * (1 - red(backbone.decode(latents), None).mean())).backward()
+    expected = torch.cat([p.grad.flatten() for p in trainer.trainable()])
+    backbone.zero_grad()
+    trainer.step({"prompt": [LONG, "The sky."]}, torch.Tensor.backward)
+    got = torch.cat([p.grad.flatten() for p in trainer.trainable()])
+    assert expected.norm() > 0 and (got - expected).norm() / expected.norm() < 1e-6
+
+
+def run_config(folder, **trainer):
+    sizes = {"max_tokens": 40, "t5_tokens": 60, "width": 32}
+    return load_config(
+        {
+            "backbone": {"name": "sd3", "checkpoint": str(folder)},
+            "encoder": {"name": "clip-segment-sd3", "checkpoint": str(folder), **sizes},
+            "trainer": {"name": "align", **trainer},
+            "data": {"name": "scenes", "size": 2},
+        }
+    )
+
+
+def moved(parameters):
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for p in parameters:
+            p.add_(0.2 * torch.randn_like(p))
+
+
+def test_loras_are_saved_loaded_and_read_by_plain_diffusers(folder, encoder, tmp_path):
+    config, backbone = run_config(folder, lora={"rank": 2, "dropout": 0.0}), built(folder)
+    told, latents, timesteps = encoder.encode([LONG]), torch.randn(1, 16, 8, 8), torch.tensor([249])
+    plain = backbone.predict(latents, timesteps, told)
+    for name in ("align", "reward"):
+        moved(backbone.add_lora(config.trainer.lora, name))
+    trained = backbone.predict(latents, timesteps, told).detach()
+    assert not torch.allclose(trained, plain, atol=1e-2)
+    save(tmp_path / "run", config, backbone, encoder, 3)
+
+    again_config, again, again_encoder = load_for_sampling(tmp_path / "run")
+    assert again_config == config and again.lora_names == ["align", "reward"]
+    torch.testing.assert_close(again.predict(latents, timesteps, told), trained, atol=1e-5, rtol=1e-5)
+    rows = generate((again_config, again, again_encoder), [LONG], tmp_path / "images", steps=2)
+    assert (tmp_path / "images" / rows[0]["file_name"]).exists()
+
+    pipe = stock(folder)
+    pipe.load_lora_weights(export_lora(tmp_path / "run", tmp_path / "lora").parent)
+    states = {"encoder_hidden_states": told.states, "pooled_projections": told.pooled}
+    with torch.no_grad():
+        answer = pipe.transformer(latents, timestep=torch.tensor([500.0]), **states).sample
+    torch.testing.assert_close(answer, trained, atol=1e-5, rtol=1e-5)
+
+
+def test_all_weights_are_exported_as_a_transformer(folder, encoder, tmp_path):
+    config, backbone = run_config(folder, lora=None), built(folder)
+    moved(backbone.train_all())
+    save(tmp_path / "run", config, backbone, encoder, 3)
+    assert tmp_path / "out" / "transformer" in export(tmp_path / "run", tmp_path / "out")
+    transformer = SD3Transformer2DModel.from_pretrained(tmp_path / "out" / "transformer")
+    for key, tensor in backbone.denoiser.state_dict().items():
+        assert torch.equal(transformer.state_dict()[key], tensor)
+
+
+def test_a_second_attention_has_a_lora_too(tmp_path):
+    backbone = built(tiny_sd3(tmp_path, qk_norm="rms_norm", dual_attention_layers=(0,)))
+    assert len(lora_targets(backbone.denoiser)) == 2 * 8 - 1 + 4  # Stable Diffusion 3.5 Medium's blocks
+    told = Conditioning(torch.randn(1, 3, 32), pooled=torch.randn(1, 20))
+    assert backbone.predict(torch.randn(1, 16, 8, 8), torch.tensor([5]), told).shape == (1, 16, 8, 8)
+
+
+def test_what_does_not_fit_is_refused(backbone, encoder):
+    def ask(states, mask=None, pooled=20):
+        told = Conditioning(states, mask, None if pooled is None else torch.zeros(1, pooled))
+        return backbone.predict(torch.zeros(1, 16, 8, 8), torch.tensor([5]), told)
+
+    with pytest.raises(ValueError, match="the encoder gives 16 and 20; choose the encoder 'clip-segment-sd3'"):
+        ask(torch.zeros(1, 3, 16))
+    with pytest.raises(ValueError, match="the encoder gives 32 and None"):
+        ask(torch.zeros(1, 3, 32), pooled=None)
+    with pytest.raises(ValueError, match="takes no attention mask"):
+        ask(torch.zeros(1, 3, 32), torch.tensor([[True, True, False]]))
+    assert torch.equal(ask(torch.zeros(1, 3, 32), torch.ones(1, 3, dtype=torch.bool)), ask(torch.zeros(1, 3, 32)))
+    with pytest.raises(ValueError, match="takes 16 channels and gives 16, the VAE has 4"):
+        SD3Backbone(backbone.denoiser, tiny_backbone().vae, backbone.levels)
+    flow = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+    assert flow_levels({**flow, "num_train_timesteps": 4}).noise.tolist() == [0.25, 0.5, 0.75, 1]
+    with pytest.raises(ValueError, match="use_dynamic_shifting=True; 'sd3' expects levels with a constant shift"):
+        flow_levels({**flow, "use_dynamic_shifting": True})
+    with pytest.raises(ValueError, match=r"expects the scheduler of a flow .* got 'DDIMScheduler'"):
+        flow_levels({"_class_name": "DDIMScheduler"})
+
+
+def test_states_of_clip_are_filled_up_with_zeros(encoder):
+    told = encoder.encode([LONG])
+    torch.testing.assert_close(told.states[:, :40], pad(encoder.clips.encode([LONG]).states, (0, 12)))
