@@ -9,6 +9,7 @@ from longalign.diffusion import (
     NoiseLevels,
     add_noise,
     ddim,
+    draw_timesteps,
     guide,
     lcm,
     refuse_nonlinear,
@@ -73,6 +74,27 @@ def test_lcm_steps_by_hand():
 
 def test_guidance():
     assert guide(torch.tensor(3.0), torch.tensor(1.0), 7.5) == 16.0
+
+
+def test_levels_of_a_flow_by_hand():
+    levels = NoiseLevels.from_flow(4, shift=3.0)
+    # u = 1/4, 2/4, 3/4, 1 and s = 3 u / (1 + 2 u)
+    assert levels.noise.tolist() == pytest.approx([0.5, 0.75, 0.9, 1]) and levels.signal[3] == 0
+    solver = ddim(levels, (3, 1), "flow")  # Euler's steps: x + (s' - s) o
+    assert solver.a == pytest.approx((1, 1)) and solver.b == pytest.approx((-0.25, -0.75))
+
+
+def test_densities_of_timesteps():
+    torch.manual_seed(0)
+    uniform, normal = (draw_timesteps(d, LEVELS, 20_000, torch.device("cpu")) for d in ("uniform", "logit-normal"))
+    for drawn in (uniform, normal):
+        assert drawn.dtype == torch.int64 and drawn.min() >= 0 and drawn.max() <= 999
+        assert (drawn < 500).float().mean().item() == pytest.approx(0.5, abs=0.02)
+    # one standard deviation about the middle: sigmoid(-1) = 0.269 to sigmoid(1) = 0.731
+    shares = [((drawn >= 269) & (drawn < 731)).float().mean().item() for drawn in (uniform, normal)]
+    assert shares == pytest.approx([0.462, 0.683], abs=0.02)
+    with pytest.raises(ValueError, match="unknown density of timesteps 'cosine'; expected one of uniform"):
+        draw_timesteps("cosine", LEVELS, 1, torch.device("cpu"))
 
 
 def test_levels_without_signal_are_refused_for_noise_prediction():

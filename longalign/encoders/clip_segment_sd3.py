@@ -59,6 +59,7 @@ class ClipSegmentSD3Encoder(Encoder):
             )
             settings = {"overflow": config.overflow, "max_batch_tokens": config.max_batch_tokens}
             t5 = T5Encoder(model, tokenizer, max_tokens=config.t5_tokens, **settings)
+            t5.setting = "t5_tokens"
         return cls(clips, t5, zeros=config.t5_tokens if config.t5 == "zeros" else 0, width=config.width)
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:

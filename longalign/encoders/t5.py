@@ -39,6 +39,9 @@ class T5Encoder(Encoder):
         ValueError: if the adapter does not take states of T5's width.
     """
 
+    #: what messages call `max_tokens`, for encoders that hold this one
+    setting = "max_tokens"
+
     def __init__(
         self,
         model: nn.Module,
@@ -77,7 +80,8 @@ class T5Encoder(Encoder):
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
         texts = self._texts(prompts)
         reports = tuple(self._report(text) for text in texts)
-        handle_cuts(reports, self.overflow, self.max_tokens, "raise max_tokens, or set overflow to 'cut' or 'grow'")
+        advice = f"raise {self.setting}, or set overflow to 'cut' or 'grow'"
+        handle_cuts(reports, self.overflow, self.max_tokens, advice)
         tokenizer = self.tokens.tokenizer
         rows = [(*text.ids[: self._num_read(text)], tokenizer.eos_token_id) for text in texts]
         real = torch.tensor([len(row) for row in rows])

@@ -13,7 +13,7 @@ from longalign.backbones.lora import lora_targets
 from longalign.backbones.sd3 import SD3Backbone, flow_levels
 from longalign.checkpoint import export_lora, load_for_sampling, save
 from longalign.diffusion import guide
-from longalign.encoders.base import Conditioning
+from longalign.encoders.base import Conditioning, TruncationWarning
 from longalign.pipeline import generate, sample
 from longalign.publish import export
 from longalign.registry import backbones, encoders, trainers
@@ -148,6 +148,8 @@ def test_t5_can_be_left_out_or_put_behind(folder, pipe, encoder):
     torch.testing.assert_close(composed.encode([LONG]).states, whole.states)
     assert encoder.cut([LONG]) == list(whole.reports)
     assert [len(part.segments) for part in whole.reports[0].parts] == [3, 1]
+    with pytest.warns(TruncationWarning, match=r"1 of 1 prompts do not fit into 8 positions; .* raise t5_tokens"):
+        told_by(folder, t5_tokens=8).encode([LONG])
     with pytest.raises(ValueError, match="the two CLIPs' states are 20 wide, T5's 32; set width"):
         told_by(folder, width=24)
 

@@ -6,7 +6,7 @@ from tiny import tiny_backbone
 from worlds import LORA, Squares, ToyEncoder
 
 from longalign.backbones.base import Backbone
-from longalign.diffusion import training_target
+from longalign.diffusion import draw_timesteps, training_target
 from longalign.faults import ConfigError
 from longalign.registry import trainers
 from longalign.trainers.align import AlignTrainer
@@ -77,6 +77,23 @@ def test_the_loss_is_zero_for_a_denoiser_that_knows(prediction):
     backbone = tiny_backbone(prediction)
     backbone.add_lora(LORA, "align")
     assert Knowing(backbone, ToyEncoder()).losses(BATCH)["noise_loss"] < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("prediction", "setting", "expected"),
+    [("epsilon", None, "uniform"), ("flow", None, "logit-normal"), ("flow", "uniform", "uniform")],
+)
+def test_flows_are_trained_at_logit_normal_timesteps_by_default(monkeypatch, prediction, setting, expected):
+    drawn = []
+
+    def draw(density, *rest):
+        drawn.append(density)
+        return draw_timesteps(density, *rest)
+
+    monkeypatch.setattr("longalign.trainers.base.draw_timesteps", draw)
+    config = AlignConfig(lora=LORA, timesteps=setting)
+    AlignTrainer.from_config(config, tiny_backbone(prediction), ToyEncoder()).losses(BATCH)
+    assert drawn == [expected]
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.0, ["1", "7"]), (1.0, ["", ""])])
