@@ -56,6 +56,8 @@ class LoopConfig(Section):
         clip: largest norm of the gradient, or null for no clipping.
         precision: mixed precision, "no", "bf16" or "fp16"; frozen modules are kept in that dtype.
         gradient_checkpointing: recompute the denoiser's activations in the backward pass, to save memory.
+        channels_last: lay out the weights of denoiser and autoencoder with channels last; for backbones with a UNet.
+        compile: compile the denoiser by ``torch.compile``: true is "inductor", or another of its backends.
         ema: decay of an exponential moving average of what is trained, or null for none.
         save_every: steps between checkpoints, or null for one at the end only.
         keep: how many checkpoints to keep, the newest ones, or null for all.
@@ -74,6 +76,8 @@ class LoopConfig(Section):
     clip: PositiveFloat | None = 0.3
     precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = False
+    channels_last: bool = False
+    compile: bool | Literal["inductor", "cudagraphs", "aot_eager", "eager"] = False
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     save_every: PositiveInt | None = 500
     keep: PositiveInt | None = 2

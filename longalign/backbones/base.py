@@ -64,7 +64,7 @@ class Backbone(nn.Module):
         return self.draw_latents(self.posterior(images), generator)
 
     def posterior(self, images: Tensor) -> Tensor:
-        """What `encode_images` samples from, ``(b, 2c, h, w)`` without gradient: it can be kept instead of the images."""
+        """What `encode_images` samples from, ``(b, 2c, h, w)`` without gradient: it can be kept in their place."""
         raise NotImplementedError
 
     def draw_latents(self, posterior: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -90,6 +90,18 @@ class Backbone(nn.Module):
     def enable_gradient_checkpointing(self) -> None:
         """Trades time for memory in the denoiser's backward pass."""
         self.denoiser.enable_gradient_checkpointing()
+
+    def use_channels_last(self) -> None:
+        """Lays the weights of all convolutions out with channels last, as tensor cores and many CPUs like them.
+
+        What is saved has the usual layout. Raises ValueError for a denoiser without convolutions.
+        """
+        if not any(isinstance(module, nn.Conv2d) for module in self.denoiser.modules()):
+            raise ValueError(
+                f"channels_last is a layout of convolutions, and {type(self.denoiser).__name__} has none; leave it out"
+            )
+        for module in (self, *self._start):
+            module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     # What is trained
 

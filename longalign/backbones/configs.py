@@ -92,6 +92,11 @@ class SD3Config(SDConfig):
 
     name: Literal["sd3"] = "sd3"  # pyright: ignore[reportIncompatibleVariableOverride]
 
+    def check_run(self, run: Any) -> list[tuple[str, str]]:
+        if not run.loop.channels_last:
+            return []
+        return [("loop.channels_last", "it is a layout of convolutions, and 'sd3' is a transformer; set it to false")]
+
     def build(self, runtime: Runtime) -> Any:
         from longalign.backbones.sd3 import SD3Backbone
 

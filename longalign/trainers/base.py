@@ -29,6 +29,8 @@ class Trainer(nn.Module):
 
     #: whether a batch must have images; prompts alone are loaded otherwise
     needs_images: bool = True
+    #: whether `step` goes backward several times, after which processes exchange their gradients once
+    several_backwards: bool = False
 
     def __init__(self, backbone: Backbone, encoder: Encoder, train_adapter: bool):
         super().__init__()

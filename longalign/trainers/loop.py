@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
@@ -96,6 +96,8 @@ class Run:
         self.backbone, self.encoder = composition.backbone, composition.encoder
         if self.loop.gradient_checkpointing:
             self.backbone.enable_gradient_checkpointing()
+        if self.loop.channels_last:
+            self.backbone.use_channels_last()
         self.parameters = self.trainer.trainable()
         self.optimizer: Any = torch.optim.AdamW(
             self.parameters, self.loop.lr, betas=self.loop.betas, weight_decay=self.loop.weight_decay
@@ -137,15 +139,19 @@ class Run:
             cpu=composition.runtime.device == "cpu",
             log_with=list(self.loop.trackers) or None,
             project_dir=str(self.output),
+            # The networks' buffers are constants, and one process alone may draw images.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
-        if accelerator.distributed_type in (
-            DistributedType.FSDP,
-            DistributedType.DEEPSPEED,
-            DistributedType.MEGATRON_LM,
-        ):
+        if accelerator.distributed_type in SPLIT:
             raise ValueError(
                 f"{accelerator.distributed_type.value} splits weights over processes, which checkpoints here cannot "
-                "gather; expected one process, or several with whole copies (accelerate's multi-GPU or multi-CPU)"
+                "gather; expected one process, or several with whole copies (accelerate's multi-GPU or multi-CPU). "
+                "docs/processes.md says what is missing"
+            )
+        if accelerator.state.dynamo_plugin.backend.value != "NO":
+            raise ValueError(
+                "accelerate's dynamo_backend would compile the reading of texts too; expected 'no' there. To compile "
+                "the denoiser set loop.compile"
             )
         if accelerator.num_processes > 1:
             composition.runtime = replace(
@@ -162,9 +168,12 @@ class Run:
     def _prepare(self) -> None:
         """Hands what is trained to accelerate: the denoiser, the encoder if its adapter is trained, the optimiser."""
         self.wrapped: list[Any] = []
-        if any(p.requires_grad for p in self.backbone.denoiser.parameters()):
-            self.wrapped.append(self.accelerator.prepare(self.backbone.denoiser))
-            self.backbone.wrap_denoiser(self.wrapped[-1])
+        denoiser: Any = self.backbone.denoiser
+        if any(p.requires_grad for p in denoiser.parameters()):
+            denoiser = self.accelerator.prepare(denoiser)
+            self.wrapped.append(denoiser)
+        # The backbone keeps the network itself, so names of weights are those without wrapper or compiler.
+        self.backbone.wrap_denoiser(_compiled(denoiser, self.loop.compile))
         if any(p.requires_grad for p in self.encoder.parameters()):
             self.wrapped.append(self.accelerator.prepare(_Encode(self.encoder)))
             self.trainer.wrap_encoder(self.wrapped[-1])
@@ -202,7 +211,7 @@ class Run:
         found: list[dict[str, Tensor]] = []
         for _ in range(self.loop.accumulation):
             with self.accelerator.accumulate(*self.wrapped):
-                found.append(self.trainer.step(next(self.batches), self.accelerator.backward))
+                found.append(self._step(next(self.batches)))
                 if self.accelerator.sync_gradients and self.loop.clip is not None:
                     norm = self.accelerator.clip_grad_norm_(self.parameters, self.loop.clip)
                     if norm is not None:
@@ -216,6 +225,22 @@ class Run:
             self.trainer.updated()
         keys = dict.fromkeys(key for values in found for key in values)
         return {k: torch.stack([v[k].detach().float() for v in found if k in v]).mean() for k in keys}
+
+    def _step(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The trainer's step. Where that goes backward several times, processes exchange gradients once, at its end."""
+        exchanges = self.accelerator.num_processes > 1 and self.accelerator.sync_gradients
+        if not (exchanges and self.trainer.several_backwards):
+            return self.trainer.step(batch, self.accelerator.backward)
+        with ExitStack() as apart:
+            for module in self.wrapped:
+                apart.enter_context(self.accelerator.no_sync(module))
+            values = self.trainer.step(batch, self.accelerator.backward)
+        with ExitStack() as together:
+            for module in self.wrapped:
+                together.enter_context(self.accelerator.trigger_sync_in_backward(module))
+            # Zero changes no gradient, and comes to every parameter, which is when its gradient is exchanged.
+            (0.0 * torch.stack([p.sum() for p in self.parameters]).sum()).backward()
+        return values
 
     def _report(self, values: dict[str, Tensor]) -> None:
         stacked = torch.stack([v.to(self.accelerator.device) for v in values.values()])
@@ -326,6 +351,16 @@ class Run:
         for module in self.wrapped:
             self.accelerator.unwrap_model(module, keep_fp32_wrapper=False)
         self.accelerator.free_memory()
+
+
+def _compiled(denoiser: Any, how: bool | str) -> Any:
+    """The denoiser compiled when it is first called, by a backend of torch's; True is inductor, False leaves it."""
+    if not how:
+        return denoiser
+    backend = "inductor" if how is True else how
+    # Random numbers as without compiling, so that a call that is repeated with gradient has the dropout of its first.
+    options = {"fallback_random": True} if backend == "inductor" else None
+    return torch.compile(denoiser, backend=backend, options=options)
 
 
 class _Encode(nn.Module):

@@ -63,6 +63,8 @@ class RewardTrainer(Trainer):
         regularizer_weight: its factor.
     """
 
+    several_backwards = True
+
     def __init__(
         self,
         backbone: Backbone,

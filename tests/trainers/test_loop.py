@@ -4,13 +4,17 @@ import json
 import os
 import signal
 import sys
+from unittest import mock
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from tiny import tiny_backbone
 
 from longalign.compose import build_from_config
 from longalign.config import load_config, override
+from longalign.faults import ConfigError
 from longalign.registry import rewards
 from longalign.rewards.guard import NonFiniteReward
 from longalign.trainers import logs
@@ -135,6 +139,53 @@ def test_tensorboard_and_half_precision_with_checkpointed_gradients(world, tmp_p
     assert list(tmp_path.rglob("events.out.tfevents*"))
     assert {p.dtype for p in composition.trainer.trainable()} == {torch.float32}
     run(world.align_config(tmp_path / "plain", steps=1))  # and back to full precision in the same process
+
+
+def test_a_compiled_denoiser_is_trained_and_saved_under_its_own_names(world, tmp_path):
+    plain = run(world.align_config(tmp_path / "plain", steps=2))
+    composition = build_from_config(world.align_config(tmp_path / "compiled", steps=2, compile="eager"))
+    with mock.patch.object(torch, "compile", wraps=torch.compile) as compiler:
+        result = fit(composition)
+    assert compiler.call_args == mock.call(composition.backbone.denoiser, backend="eager", options=None)
+    assert lines(tmp_path / "compiled") == [pytest.approx(line) for line in lines(tmp_path / "plain")]
+    ours, theirs = weights(result.checkpoint), weights(plain.checkpoint)
+    assert ours.keys() == theirs.keys()
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("lora", [{"rank": 2}, None])
+def test_channels_last_is_the_same_training_and_is_saved_as_usual(world, tmp_path, lora):
+    results, last = [], torch.channels_last
+    for name, settings in (("plain", {}), ("last", {"channels_last": True})):
+        config = world.align_config(tmp_path / name, steps=1, lr=1e-4, **settings)
+        composition = build_from_config({**config, "trainer": {"name": "align", "lora": lora}})
+        results.append(fit(composition))
+        for part in (composition.backbone.denoiser, composition.backbone.vae.decoder):
+            kernels = [p for p in part.parameters() if p.ndim == 4 and min(p.shape[1], *p.shape[2:]) > 1]
+            assert kernels and all(p.is_contiguous(memory_format=last) == bool(settings) for p in kernels)
+    plain, ours = (weights(result.checkpoint) for result in results)
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=3e-5)
+    losses = [lines(tmp_path / name)[0]["loss"] for name in ("plain", "last")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_channels_last_and_compilers_that_do_not_fit(world, tmp_path):
+    config = world.align_config(tmp_path, channels_last=True)
+    with pytest.raises(ConfigError, match=r"loop.channels_last: it is a layout of convolutions, and 'sd3' is a trans"):
+        load_config({**config, "backbone": {"name": "sd3", "checkpoint": "x"}})
+    backbone = tiny_backbone()
+    backbone.denoiser = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="a layout of convolutions, and Linear has none"):
+        backbone.use_channels_last()
+    with pytest.raises(ConfigError, match=r"loop\.compile"):
+        load_config(world.align_config(tmp_path, compile="fast"))
+
+
+def test_dynamo_of_accelerate_is_refused(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    with pytest.raises(ValueError, match=r"set loop\.compile"):
+        run(world.align_config(tmp_path))
 
 
 def test_a_missing_tracker_is_named(monkeypatch, world, tmp_path):

@@ -17,11 +17,11 @@ class ToyEncoder(Encoder):
 
     dim = 8
 
-    def __init__(self, with_adapter=True):
+    def __init__(self, with_adapter=True, dropout=0.1):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         self.table = nn.Embedding.from_pretrained(torch.randn(32, 8, generator=generator), freeze=True)
-        self.adapter = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.1)) if with_adapter else nn.Identity()
+        self.adapter = nn.Sequential(nn.Linear(8, 8), nn.Dropout(dropout)) if with_adapter else nn.Identity()
         if with_adapter:
             nn.init.eye_(self.adapter[0].weight)
         self.frozen = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)).requires_grad_(False)
@@ -67,10 +67,11 @@ class TinyBackboneConfig(PartConfig):
 class ToyEncoderConfig(PartConfig):
     name: str = "toy-encoder"
     with_adapter: bool = True
+    dropout: float = 0.1
 
     def build(self, runtime):
         torch.manual_seed(0)
-        return ToyEncoder(self.with_adapter)
+        return ToyEncoder(self.with_adapter, self.dropout)
 
 
 class SquaresConfig(PartConfig):

@@ -1,0 +1,73 @@
+"""Two processes train as one does with the same whole batch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import launched
+import pytest
+import torch
+from safetensors.torch import load_file
+
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+SETTINGS = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    """The folders of two processes and of one."""
+    two, one = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("one")
+    here = Path(launched.__file__)
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(here.parent), str(here.parents[1])])
+    done = subprocess.run(
+        [*LAUNCH, *SETTINGS, str(here), str(two)],
+        env=environment, capture_output=True, text=True, check=False, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    with launched.registered():
+        launched.train(one)
+    return two, one
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["align", "reward"])
+def test_losses_and_weights_are_those_of_one_process(outputs, kind):
+    two, one = (lines(folder / kind) for folder in outputs)
+    assert [line.keys() for line in two] == [line.keys() for line in one]
+    for ours, theirs in zip(two, one, strict=True):
+        del ours["seconds"], theirs["seconds"]
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    for checkpoint in ("checkpoint-000002", "checkpoint-000004"):
+        ours, theirs = (load_file(folder / kind / checkpoint / "longalign.safetensors") for folder in outputs)
+        assert ours.keys() == theirs.keys() and any(k.startswith("encoder.") for k in ours)
+        for key, weight in theirs.items():
+            torch.testing.assert_close(ours[key], weight, rtol=1e-3, atol=1e-5, msg=lambda text, k=key: f"{k}: {text}")
+
+
+def test_the_common_direction_is_that_of_all_prompts(outputs):
+    two, one = (lines(folder / "reward") for folder in outputs)
+    assert {"0/eta", "1/eta", "0/text_relevant", "pretraining_loss"} <= two[0].keys()
+    assert [line["1/eta"] for line in two] == pytest.approx([line["1/eta"] for line in one], rel=1e-5)
+
+
+def test_gradients_are_exchanged_once_in_each_step(outputs):
+    told = json.loads((outputs[0] / "told-0.json").read_text())
+    for kind, steps in (("cut", 2), ("align", 2), ("reward", 4)):
+        assert told[kind]["modules"] == 2
+        assert told[kind]["exchanged"] == steps * told[kind]["modules"]
+
+
+def test_each_process_has_its_own_random_numbers_and_one_writes(outputs):
+    folder = outputs[0]
+    seeds = [json.loads((folder / f"told-{rank}.json").read_text())["reward"]["seed"] for rank in range(2)]
+    assert seeds == [0, 1]
+    assert [line["step"] for line in lines(folder / "align")] == [1, 2, 3, 4]
+    assert [p.name for p in sorted((folder / "align" / "validation").iterdir())] == ["000002", "000004"]
+    resume = folder / "align" / "checkpoint-000004" / "resume"
+    assert sorted(p.name for p in resume.iterdir()) == ["process-0.pt", "process-1.pt", "shared.pt"]
