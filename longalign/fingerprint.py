@@ -10,7 +10,7 @@ from typing import Any
 from longalign.runtime import resolve_checkpoint
 
 #: keys of configs that name weights or a vocabulary
-KEYS = ("checkpoint", "tokenizer")
+KEYS = ("checkpoint", "tokenizer", "layout")
 SUFFIXES = (".safetensors", ".bin", ".pt", ".ckpt", ".json", ".txt", ".model")
 BLOCK, BLOCKS = 4096, 256
 

