@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from longalign.config import override as override
     from longalign.faults import ConfigError as ConfigError
     from longalign.faults import PartError as PartError
+    from longalign.model import Model as Model
     from longalign.runtime import Runtime as Runtime
 
 _HOMES = {
     "Composition": "compose",
     "ConfigError": "faults",
+    "Model": "model",
     "PartError": "faults",
     "RunConfig": "config",
     "Runtime": "runtime",
@@ -36,6 +38,7 @@ _HOMES = {
 __all__ = [
     "Composition",
     "ConfigError",
+    "Model",
     "PartError",
     "RunConfig",
     "Runtime",

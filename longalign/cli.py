@@ -8,8 +8,10 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from textwrap import dedent
+from typing import Any
 
 OVERRIDES = "changes to the config, as dotted path and value, e.g. encoder=t5 rewards.0.omega=0.0 loop.lr=1e-4"
+PIPELINE = "a stock diffusers pipeline, hub id or folder, drawn with by its own text encoders and settings"
 REWARD = "a reward's name, or its config as {name: ..., key: value} or as a .yaml or .json file; may be repeated"
 
 
@@ -110,11 +112,12 @@ def _generate(add: Callable[..., argparse.ArgumentParser]) -> None:
     command = add(
         "generate",
         "generate",
-        "draw images from prompts with a checkpoint or an untrained config",
+        "draw images from prompts with a checkpoint, an untrained config or a stock diffusers pipeline",
         """
         longalign generate --checkpoint runs/align --prompt "A red circle at the top. It is large." --output out
         longalign generate --checkpoint runs/align/checkpoint-000500 --prompts prompts.txt --seed 0 1 2 --output out
         longalign generate --config run.yaml --prompts prompts.jsonl --steps 50 --scheduler ddim --output out
+        longalign generate --pipeline PixArt-alpha/PixArt-XL-2-512x512 --prompts prompts.txt --output out/pixart
         """,
     )
     source = command.add_mutually_exclusive_group(required=True)
@@ -124,35 +127,46 @@ def _generate(add: Callable[..., argparse.ArgumentParser]) -> None:
     source.add_argument(
         "--config", metavar="FILE", help="a .yaml or .json config, whose backbone is drawn with as it is"
     )
+    source.add_argument("--pipeline", metavar="NAME", help=PIPELINE)
     _prompts(command, "a prompt; may be repeated")
+    _sampling(command)
+    command.add_argument("--output", required=True, metavar="DIR", help="an empty or new folder for the images")
+
+
+def _sampling(command: argparse.ArgumentParser) -> None:
     command.add_argument("--negative", metavar="TEXT", help="what to stay away from")
-    command.add_argument("--steps", type=_positive, default=25, help="sampling steps (25)")
-    command.add_argument(
-        "--guidance", type=float, default=7.5, help="scale of classifier-free guidance; 1 is none (7.5)"
-    )
-    command.add_argument("--scheduler", default="unipc", help="unipc, ddim, dpm++ or lcm (unipc)")
+    own = "of a stock pipeline its own"
+    command.add_argument("--steps", type=_positive, help=f"sampling steps (25; {own})")
+    about = f"scale of classifier-free guidance; 1 is none (7.5; {own})"
+    command.add_argument("--guidance", type=float, help=about)
+    command.add_argument("--scheduler", help=f"unipc, ddim, dpm++ or lcm (unipc; {own})")
     command.add_argument("--seed", type=int, nargs="+", default=[0], help="each prompt is drawn once for each seed (0)")
     command.add_argument("--size", type=_size, metavar="N|WxH", help="pixels (the backbone's own resolution)")
-    command.add_argument("--batch", type=_positive, default=8, help="images drawn at a time (8)")
-    command.add_argument("--output", required=True, metavar="DIR", help="an empty or new folder for the images")
+    command.add_argument("--batch", type=_positive, default=8, help="images drawn, or compared, at a time (8)")
+    dtypes = ("float32", "bfloat16", "float16")
+    command.add_argument("--dtype", choices=dtypes, default="float32", help="of stock pipelines (float32)")
 
 
 def _score(add: Callable[..., argparse.ArgumentParser]) -> None:
     command = add(
         "score",
         "score",
-        "score images against their prompts with rewards",
+        "score images against their prompts with rewards; those of a model are drawn first",
         """
         longalign score --reward denscore --images out
         longalign score --reward clip --reward pickscore --images a.png b.png --prompt "A red fox."
         longalign score --reward '{name: clip, checkpoint: mini/clip, text: segments}' --images out
+        longalign score --reward denscore --pipeline PixArt-alpha/PixArt-XL-2-512x512 --prompts prompts.txt
         """,
     )
     command.add_argument("--reward", action="append", required=True, metavar="REWARD", help=REWARD)
-    command.add_argument(
-        "--images", nargs="+", required=True, metavar="PATH", help="image files, or one folder of them"
-    )
-    _prompts(command, "one prompt for all images, or one for each", required=False)
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument("--images", nargs="+", metavar="PATH", help="image files, or one folder of them")
+    source.add_argument("--checkpoint", metavar="DIR", help="a checkpoint to draw with")
+    source.add_argument("--pipeline", metavar="NAME", help=PIPELINE)
+    _prompts(command, "one prompt for all images, or one for each; may be repeated", required=False)
+    _sampling(command)
+    command.add_argument("--output", metavar="DIR", help="a folder to keep the drawn images in (none are kept)")
 
 
 def _eval(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -163,17 +177,21 @@ def _eval(add: Callable[..., argparse.ArgumentParser]) -> None:
         """
         longalign eval --images base=out/base tuned=out/tuned --reward denscore
         longalign eval --images base=out/base tuned=out/tuned --reward denscore --reward hpsv2 --json table.json
+        longalign eval --pipeline sd15=stable-diffusion-v1-5/stable-diffusion-v1-5 --checkpoint ours=runs/reward \\
+          --prompts prompts.txt --output out/compared --reward denscore
         """,
     )
-    command.add_argument(
-        "--images",
-        nargs="+",
-        required=True,
-        metavar="NAME=DIR",
-        help="folders that `longalign generate` wrote; differences are to the first and to the one before",
-    )
+    about = "folders that `longalign generate` wrote; differences are to the first model given and to the one before"
+    command.add_argument("--images", nargs="+", action=_Model, metavar="NAME=DIR", help=about)
+    about = "checkpoints to draw with"
+    command.add_argument("--checkpoint", nargs="+", action=_Model, metavar="NAME=DIR", help=about)
+    about = "stock diffusers pipelines to draw with, hub ids or folders"
+    command.add_argument("--pipeline", nargs="+", action=_Model, metavar="NAME=MODEL", help=about)
+    command.set_defaults(models=[])
     command.add_argument("--reward", action="append", required=True, metavar="REWARD", help=REWARD)
-    command.add_argument("--batch", type=_positive, default=16, help="images scored at a time (16)")
+    _prompts(command, "a prompt to draw; may be repeated", required=False)
+    _sampling(command)
+    command.add_argument("--output", metavar="DIR", help="a folder for what is drawn, in it one for each model")
     command.add_argument("--json", metavar="FILE", help="also write the table, with each image's values, as JSON")
 
 
@@ -285,6 +303,13 @@ def _demo(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--reward", metavar="FILE", help="config of the second stage (the bundled one)")
     about = "number of held-out captions (128)"
     command.add_argument("--prompts", type=_positive, default=128, metavar="N", help=about)
+
+
+class _Model(argparse.Action):
+    """Gathers the models of several options in ``models``, as ``(option, NAME=...)``, in the order they are given."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        namespace.models = [*namespace.models, *((self.dest, value) for value in values)]
 
 
 def _prompts(command: argparse.ArgumentParser, about: str, required: bool = True) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from longalign import describe as descriptions
@@ -48,51 +50,69 @@ def cache(args: Namespace) -> None:
 def generate(args: Namespace) -> None:
     """Draws images into a folder."""
     prompts = _told(args)
-    if args.checkpoint:
-        source: Any = find_checkpoint(args.checkpoint).parent
-    else:
-        source = load_config(args.config)
+    option = next(key for key in ("checkpoint", "config", "pipeline") if getattr(args, key))
+    print(f"{len(_draw(args, option, getattr(args, option), prompts, args.output))} images in {args.output}")
+
+
+def _draw(args: Namespace, option: str, source: str, prompts: Sequence[str], output: str | Path) -> list[Any]:
+    """Draws with what an option names into a folder; returns its rows."""
+    if option != "pipeline" and args.dtype != "float32":
+        raise ValueError("--dtype belongs to --pipeline; a checkpoint is drawn with in its loop.precision")
+    height, width = args.size or (None, None)
+    settings = {"seeds": args.seed, "negative": args.negative, "batch_size": args.batch, "progress": True}
+    settings |= {key: value for key in ("steps", "guidance", "scheduler") if (value := getattr(args, key)) is not None}
+    if option == "pipeline":
+        from longalign import stock
+        from longalign.runtime import Runtime
+
+        runtime = replace(Runtime.detect(), dtype=args.dtype)
+        return stock.generate(source, prompts, output, height=height, width=width, runtime=runtime, **settings)
+    model = find_checkpoint(source).parent if option == "checkpoint" else load_config(source)
     from longalign import pipeline
 
-    rows = pipeline.generate(
-        source,
-        prompts,
-        args.output,
-        seeds=args.seed,
-        negative=args.negative,
-        batch_size=args.batch,
-        progress=True,
-        steps=args.steps,
-        guidance=args.guidance,
-        scheduler=args.scheduler,
-        height=args.size[0] if args.size else None,
-        width=args.size[1] if args.size else None,
-    )
-    print(f"{len(rows)} images in {args.output}")
+    return pipeline.generate(model, prompts, output, height=height, width=width, **settings)
 
 
 def score(args: Namespace) -> None:
     """Scores images and prints a table."""
     configs = _rewards(args.reward)
-    paths, prompts = _images(args.images)
-    if args.prompt or args.prompts:
-        prompts = _told(args)
-    elif prompts is None:
-        raise ValueError("the images come without prompts; give --prompt or --prompts")
-    from longalign.evaluate import score_images
+    if args.images:
+        _refuse_drawing(args)
+    with TemporaryDirectory() as temporary:
+        given = args.images or [args.output or temporary]
+        if not args.images:
+            option = "checkpoint" if args.checkpoint else "pipeline"
+            _draw(args, option, getattr(args, option), _told(args), given[0])
+        paths, prompts = _images(given)
+        if args.images and (args.prompt or args.prompts):
+            prompts = _told(args)
+        if prompts is None:
+            raise ValueError("the images come without prompts; give --prompt or --prompts")
+        from longalign.evaluate import score_images
 
-    score_images(_built(configs), paths, prompts)
+        score_images(_built(configs), paths, prompts)
 
 
 def evaluate(args: Namespace) -> None:
-    """Compares folders of images of the same prompts and seeds."""
+    """Compares models by their images of the same prompts and seeds, which are drawn where they are not there."""
     configs = _rewards(args.reward)
+    models: dict[str, tuple[str, str]] = {}
+    for option, item in args.models:
+        name, equals, source = item.partition("=")
+        if not equals or not name or name in models:
+            raise ValueError(f"--{option} takes NAME=... with a name for each model, not '{item}'")
+        models[name] = option, source
+    if not models:
+        raise ValueError("give models to compare, with --images, --checkpoint or --pipeline")
+    if all(option == "images" for option, _ in models.values()):
+        _refuse_drawing(args, "prompt", "prompts")
+    elif args.output is None:
+        raise ValueError("give --output, a folder for what is drawn")
     folders: dict[str, Path] = {}
-    for item in args.images:
-        name, equals, folder = item.partition("=")
-        if not equals or not name or name in folders:
-            raise ValueError(f"--images takes NAME=DIR with a name for each folder, not '{item}'")
-        folders[name] = Path(folder)
+    for name, (option, source) in models.items():
+        folders[name] = Path(source) if option == "images" else Path(args.output) / name
+        if option != "images":
+            _draw(args, option, source, _told(args), folders[name])
     rows = {name: _rows(folder) for name, folder in folders.items()}
     first, *others = rows
     for name in others:
@@ -185,7 +205,16 @@ def demo(args: Namespace) -> None:
     run_demo(args.output, align, reward, args.prompts)
 
 
+def _refuse_drawing(args: Namespace, *more: str) -> None:
+    """Raises ValueError for an option that says how to draw."""
+    for key in ("output", "negative", "steps", "guidance", "scheduler", "size", *more):
+        if getattr(args, key) is not None:
+            raise ValueError(f"--{key} is for drawing, and the images are there already; leave it out")
+
+
 def _told(args: Namespace) -> list[str]:
+    if not args.prompt and not args.prompts:
+        raise ValueError("give --prompt or --prompts, to be drawn")
     prompts = args.prompt if args.prompt else read_prompts(args.prompts)
     if not prompts:
         raise ValueError(f"{args.prompts} holds no prompts")

@@ -6,7 +6,7 @@ import inspect
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("longalign")
 
-__all__ = ["SCHEDULERS", "condition", "describe_cuts", "generate", "load_model", "make_scheduler", "sample"]
+__all__ = [
+    "SCHEDULERS",
+    "condition",
+    "describe_cuts",
+    "generate",
+    "load_model",
+    "make_scheduler",
+    "sample",
+    "write_images",
+]
 
 SCHEDULERS = ("unipc", "ddim", "dpm++", "lcm")
 
@@ -223,37 +232,75 @@ def generate(
     Returns:
         The rows of ``metadata.jsonl``: ``file_name, prompt, seed, negative_prompt, cut``.
     """
+    config, backbone, encoder = source if isinstance(source, tuple) else load_model(source)
+    reports = encoder.cut(list(prompts))
+    for text in describe_cuts(reports):
+        log.warning(text)
+
+    def draw(texts: list[str], numbers: list[int]) -> Tensor:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TruncationWarning)  # said above, prompt by prompt
+            return sample(backbone, encoder, texts, seeds=numbers, negative=negative, batch_size=batch_size, **settings)
+
+    return write_images(
+        output,
+        prompts,
+        draw,
+        seeds=seeds,
+        negative=negative,
+        cuts=[report.cut for report in reports],
+        config=config,
+        settings={**_defaults(), **settings},
+        batch_size=batch_size,
+        progress=progress,
+    )
+
+
+def write_images(
+    output: Path | str,
+    prompts: Sequence[str],
+    draw: Callable[[list[str], list[int]], Tensor],
+    *,
+    seeds: Sequence[int],
+    negative: str | None,
+    config: Any,
+    settings: Mapping[str, Any],
+    cuts: Sequence[str | None] = (),
+    batch_size: int = 8,
+    progress: bool = False,
+) -> list[dict[str, Any]]:
+    """Draws every prompt with every seed into a folder; for the files and the rows see `generate`.
+
+    Args:
+        output: folder for the files; one that already has a ``metadata.jsonl`` is refused.
+        prompts: the prompts.
+        draw: takes texts and as many seeds; returns images ``(b, 3, h, w)`` in [0, 1].
+        seeds: each prompt is drawn once for each seed.
+        negative: what is stayed away from; only written down here.
+        config: what draws, a `RunConfig` or a mapping.
+        settings: how.
+        cuts: what is not read of each prompt; None for all of them if that is not known.
+        batch_size: images drawn at a time.
+        progress: whether to show a bar over the images.
+    """
     output = Path(output)
     index = output / "metadata.jsonl"
     if index.exists():
         raise ValueError(f"{index} exists; choose an empty folder for the new images")
-    config, backbone, encoder = source if isinstance(source, tuple) else load_model(source)
     output.mkdir(parents=True, exist_ok=True)
-    reports = encoder.cut(list(prompts))
-    for text in describe_cuts(reports):
-        log.warning(text)
     jobs = [(i, seed) for i in range(len(prompts)) for seed in seeds]
-    common = {
-        "config": _config_text(config),
-        "settings": json.dumps({**_defaults(), **settings}),
-        "software": _version(),
-    }
+    common = {"config": _config_text(config), "settings": json.dumps(settings), "software": _version()}
     rows = []
     with index.open("w") as lines, tqdm(total=len(jobs), desc="images", disable=not progress) as bar:
         for batch in _chunks(jobs, batch_size):
-            texts, numbers = [prompts[i] for i, _ in batch], [seed for _, seed in batch]
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", TruncationWarning)  # said above, prompt by prompt
-                images = sample(
-                    backbone, encoder, texts, seeds=numbers, negative=negative, batch_size=batch_size, **settings
-                )
+            images = draw([prompts[i] for i, _ in batch], [seed for _, seed in batch])
             for (i, seed), image in zip(batch, images, strict=True):
                 row = {
                     "file_name": f"{i:05d}-{seed}.png",
                     "prompt": prompts[i],
                     "seed": seed,
                     "negative_prompt": negative or "",
-                    "cut": reports[i].cut,
+                    "cut": cuts[i] if cuts else None,
                 }
                 told = {key: str(row[key]) for key in ("prompt", "negative_prompt", "seed", "cut")}
                 write_png(output / row["file_name"], image, {**told, **common})

@@ -14,7 +14,7 @@ from torch import Tensor
 from longalign.checkpoint import Weights, denoiser_folder, export_lora, load_weights
 from longalign.config import RunConfig, load_config, to_yaml
 from longalign.encoders.adapter import TextAdapter
-from longalign.files import CHECKPOINT, HUB_ID, checkpoint_file, read_metadata
+from longalign.files import CHECKPOINT, HUB_ID, REWARD, checkpoint_file, read_metadata
 from longalign.runtime import Runtime
 from longalign.table import MetricTable
 
@@ -31,6 +31,9 @@ def export(
       were trained, the denoiser as diffusers saves it, in ``unet/`` or ``transformer/``;
     - ``adapter/``, where the encoder has a LaVi-Bridge adapter, as diffusers saves it;
     - ``README.md``, a model card with the config, the data and the metrics.
+
+    Of a run that trained a reward it is the reward's own folder, a transformers ``CLIPModel``, with the checkpoint's
+    file and a card added.
 
     Args:
         checkpoint: its file, its folder, or a run's folder (the newest one).
@@ -49,7 +52,10 @@ def export(
     for name in (CHECKPOINT, CARD):
         if (output / name).exists():
             raise ValueError(f"{output / name} exists; choose another folder")
-    config, weights = load_config(source), load_weights(source)
+    config = load_config(source)
+    if config.backbone is None:
+        return _export_reward(source, output, config, table, license)
+    weights = load_weights(source)
     output.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, output / CHECKPOINT)
     written = [output / CHECKPOINT]
@@ -65,7 +71,65 @@ def export(
     return [*written, output / CARD]
 
 
+def _export_reward(
+    source: Path, output: Path, config: RunConfig, table: MetricTable | None, license: str | None
+) -> list[Path]:
+    folder = source.parent / REWARD
+    if not folder.is_dir():
+        raise ValueError(f"there is no {folder}, where the trained reward should be; is this an export already?")
+    files = sorted(folder.iterdir())
+    for file in files:
+        if (output / file.name).exists():
+            raise ValueError(f"{output / file.name} exists; choose another folder")
+    output.mkdir(parents=True, exist_ok=True)
+    for file in (source, *files):
+        shutil.copyfile(file, output / file.name)
+    (output / CARD).write_text(reward_card(config, read_metadata(source), table, license), encoding="utf-8")
+    return [output / file.name for file in (source, *files)] + [output / CARD]
+
+
+def reward_card(
+    config: RunConfig, metadata: Mapping[str, str], table: MetricTable | None = None, license: str | None = None
+) -> str:
+    """As `model_card`, of a run that trained a reward.
+
+    Args:
+        config: of the run.
+        metadata: of the checkpoint's file.
+        table: metrics.
+        license: as the hub spells it; left out if None.
+    """
+    (reward,) = config.rewards
+    base = str(getattr(reward, "checkpoint", reward.name))
+    head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "zero-shot-image-classification"}
+    head |= {"base_model": base} if _on_hub(base) else {}
+    head |= {"license": license} if license else {}
+    head["tags"] = ["clip", "longalign", "preference"]
+    versions = json.loads(metadata.get("versions", "{}"))
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"# {base}, trained on preferences",
+        f"A CLIP that says how well people like an image for a text, trained from `{base}` by the trainer "
+        f"`{config.trainer and config.trainer.name}` of longalign (the method: arXiv 2410.11817, section 3.2, and "
+        f"arXiv 2305.01569) for {metadata.get('step', '?')} steps. Its score is the mean over a text's segments of the "
+        "cosine with the image.",
+        "## Use\n\nIn the folder of these files:\n\n```python\nfrom longalign.registry import rewards\n\n"
+        f'reward = rewards.build({{"name": "{reward.name}", "checkpoint": "."}})\n'
+        "scores = reward.score(images, prompts)  # (b, 3, h, w) in [0, 1] and b texts\n```\n\n"
+        "transformers' `CLIPModel` loads it too, and then reads 77 tokens.",
+        f"## Training\n\nData: {_data(config)}\n\n```yaml\n{to_yaml(config)}```",
+        "Versions: " + ", ".join(f"{name} {number}" for name, number in versions.items()) + "." if versions else "",
+        f"## Metrics\n\n{table.markdown().strip()}" if table is not None else "",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _on_hub(checkpoint: str) -> bool:
+    return bool(HUB_ID.fullmatch(checkpoint)) and not Path(checkpoint).exists() and not checkpoint.startswith("mini/")
+
+
 def _save_denoiser(config: RunConfig, weights: Weights, output: Path) -> Path:
+    assert config.backbone is not None
     backbone = config.backbone.build(Runtime())
     backbone.load_full(weights.denoiser)
     backbone.load_lora(weights.stacks)
@@ -114,8 +178,9 @@ def model_card(
         table: metrics, the base model's first.
         license: as the hub spells it; left out if None.
     """
+    assert config.backbone is not None and config.encoder is not None
     base = str(getattr(config.backbone, "checkpoint", ""))
-    on_hub = bool(HUB_ID.fullmatch(base)) and not Path(base).exists() and not base.startswith("mini/")
+    on_hub = _on_hub(base)
     head: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
     head |= {"base_model": base} if on_hub else {}
     head |= {"license": license} if license else {}
@@ -152,28 +217,40 @@ def _data(config: RunConfig) -> str:
 
 def _use(config: RunConfig, weights: Weights, base: str) -> str:
     text = (
-        "## Use\n\nWith longalign, in the folder of these files:\n\n"
-        '```sh\nlongalign generate --checkpoint . --prompt "A long text." --output out\n```'
+        "## Use\n\nWith longalign, in the folder of these files, or with `owner/name` of this repository for `.`:\n\n"
+        '```sh\nlongalign generate --checkpoint . --prompt "A long text." --output out\n```\n\n'
+        "```python\nfrom longalign import Model\n\n"
+        'model = Model.from_pretrained(".")\nimage = model("A long text.", seeds=0)[0]\n```'
     )
     if weights.denoiser or not weights.stacks:
         return text
     return (
         f"{text}\n\nIn a diffusers pipeline:\n\n```python\n"
-        "from diffusers import DiffusionPipeline\n\nfrom longalign import condition\n"
-        "from longalign.pipeline import load_model\n\n"
-        f'_, _, encoder = load_model(".")\npipe = DiffusionPipeline.from_pretrained("{base}")\n'
-        'pipe.load_lora_weights(".")\n'
+        "from diffusers import DiffusionPipeline\n\nfrom longalign import Model, condition\n\n"
+        f'pipe = DiffusionPipeline.from_pretrained("{base}")\npipe.load_lora_weights(".")\n'
+        'encoder = Model.from_pretrained(".").encoder\n'
         'image = pipe(**condition(pipe, "A long text.", encoder=encoder)).images[0]\n```'
     )
 
 
-def push_to_hub(folder: str | Path, repository: str, private: bool = False) -> str:
+def push_to_hub(
+    folder: str | Path,
+    repository: str,
+    private: bool = False,
+    *,
+    token: str | None = None,
+    revision: str | None = None,
+    message: str = "Upload a longalign checkpoint",
+) -> str:
     """Uploads an exported folder to a repository of the hub, which is made if it is not there; returns its address.
 
     Args:
         folder: what `export` wrote.
         repository: ``owner/name``.
         private: whether a new repository is private.
+        token: of the hub; the one you are logged in with if None.
+        revision: branch to upload to, made if it is not there; the main one if None.
+        message: of the commit.
 
     Raises:
         ValueError: if the folder is no export, or the hub refuses.
@@ -183,10 +260,12 @@ def push_to_hub(folder: str | Path, repository: str, private: bool = False) -> s
 
     if not (Path(folder) / CHECKPOINT).is_file():
         raise ValueError(f"{folder} holds no {CHECKPOINT}; export a checkpoint into it first")
-    api = HfApi()
+    api = HfApi(token=token)
     try:
         api.create_repo(repository, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message="Upload a longalign checkpoint")
+        if revision is not None:
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message=message, revision=revision)
     except HfHubHTTPError as error:
         raise ValueError(
             f"the hub does not take '{repository}': {error}; are you logged in (hf auth login)?"

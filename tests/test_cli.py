@@ -162,7 +162,7 @@ def test_describe_a_config_shows_it_whole_and_changed(yaml, capsys, tmp_path):
         (["train", "YAML", "--resume-from", "nowhere"], "no checkpoint in nowhere"),
         (["score", "--reward", "clip", "--images", "nowhere.png"], "no image nowhere.png"),
         (["score", "--reward", "{name: clip, chekpoint: x}", "--images", "a.png"], "did you mean 'checkpoint'?"),
-        (["eval", "--reward", "clip", "--images", "folder"], "--images takes NAME=DIR"),
+        (["eval", "--reward", "clip", "--images", "folder"], "--images takes NAME=... with a name"),
         (["direction", "--reward", "clip", "--prompts", "a.csv", "--output", "x"], "a .txt or a .jsonl file"),
         (["generate", "--checkpoint", "nowhere", "--prompt", "a", "--output", "x"], "no checkpoint in nowhere"),
     ],

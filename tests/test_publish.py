@@ -1,6 +1,7 @@
 """A checkpoint as a folder for others: its files, its card, and what is sent to the hub."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import yaml
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from tiny import tiny_adapter, tiny_sd, tiny_t5
 
-from longalign import publish
+from longalign import Model, condition, publish
 from longalign.checkpoint import load_for_sampling, save
 from longalign.cli import main
 from longalign.config import load_config
@@ -17,6 +18,8 @@ from longalign.encoders.adapter import TextAdapter
 from longalign.encoders.base import Conditioning
 from longalign.files import find_checkpoint
 from longalign.table import MetricTable
+
+FILES = ("README.md", "longalign.safetensors", "pytorch_lora_weights.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -117,23 +120,35 @@ def test_the_card_names_a_base_model_of_the_hub():
     assert head["base_model"] == "owner/model" and "Data: none." in text
 
 
-def test_uploading_happens_only_when_asked_for(folder, tmp_path, monkeypatch, capsys):
-    calls = []
+def fake_hub(calls):
+    """The hub's client, which writes down what it is asked for."""
 
     class Api:
+        def __init__(self, token=None):
+            self.token = token
+
         def create_repo(self, *args, **keys):
             calls.append(("create", args, keys))
 
-        def upload_folder(self, **keys):
-            calls.append(("upload", keys["repo_id"], keys["folder_path"]))
+        def create_branch(self, *args, **keys):
+            calls.append(("branch", args, keys))
 
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+        def upload_folder(self, **keys):
+            files = sorted(path.name for path in Path(keys["folder_path"]).iterdir())
+            calls.append(("upload", keys["repo_id"], files, keys["revision"], keys["commit_message"], self.token))
+
+    return Api
+
+
+def test_uploading_happens_only_when_asked_for(folder, tmp_path, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr("huggingface_hub.HfApi", fake_hub(calls))
     run = trained(folder, adapter=False)
     assert main(["export", str(run), str(tmp_path / "a")]) == 0 and calls == []
     assert main(["export", str(run), str(tmp_path / "b"), "--push-to-hub", "me/x", "--private"]) == 0
     assert calls == [
         ("create", ("me/x",), {"private": True, "exist_ok": True}),
-        ("upload", "me/x", str(tmp_path / "b")),
+        ("upload", "me/x", [*FILES], None, "Upload a longalign checkpoint", None),
     ]
     assert capsys.readouterr().out.strip().endswith("https://huggingface.co/me/x")
     assert main(["export", str(run), str(tmp_path / "c"), "--private"]) == 2
@@ -156,3 +171,48 @@ def test_checkpoints_are_found_here_and_on_the_hub(folder, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="no checkpoint in runs/missing"):
         find_checkpoint("runs/missing")
+
+
+def test_a_model_is_loaded_called_saved_and_loaded_again(folder, tmp_path):
+    model = Model.from_pretrained(trained(folder), device="cpu")
+    prompts, settings = ["A red fox sleeps.", "The sky."], {"steps": 2, "guidance": 2.0, "height": 64, "width": 64}
+    images = model(prompts, seeds=[1, 2], **settings)
+    assert [image.size for image in images] == [(64, 64)] * 2
+    written = model.save_pretrained(tmp_path / "saved", license="mit")
+    assert {path.name for path in written} == {*FILES, "adapter"}
+    again = Model.from_pretrained(tmp_path / "saved", device="cpu", dtype="float32")
+    assert again.config == model.config
+    alone = again("A red fox sleeps.", seeds=1, **settings)[0]
+    assert np.abs(np.asarray(alone, dtype=int) - np.asarray(images[0], dtype=int)).max() <= 1
+    assert (
+        Model.from_pretrained(tmp_path / "saved", device="cpu", dtype="bfloat16").backbone.vae.dtype == torch.bfloat16
+    )
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        Model.from_pretrained(tmp_path)
+
+
+def test_a_model_as_a_stock_pipeline(folder):
+    model = Model.from_pretrained(trained(folder), device="cpu")
+    pipe = model.to_pipeline(safety_checker=None)
+    assert type(pipe) is StableDiffusionPipeline and pipe.unet is model.backbone.denoiser
+    pipe.set_progress_bar_config(disable=True)
+    told = condition(pipe, ["A red fox sleeps."], encoder=model.encoder)
+    image = pipe(**told, num_inference_steps=1, output_type="pt").images
+    assert image.shape == (1, 3, 64, 64)
+    single = model.config.backbone.model_copy(update={"checkpoint": "x.safetensors"})
+    model.config = model.config.model_copy(update={"backbone": single})
+    with pytest.raises(ValueError, match="so it has no pipeline"):
+        model.to_pipeline()
+
+
+def test_a_model_is_pushed_to_a_branch(folder, monkeypatch):
+    calls = []
+    monkeypatch.setattr("huggingface_hub.HfApi", fake_hub(calls))
+    model = Model.from_pretrained(trained(folder, adapter=False), device="cpu")
+    address = model.push_to_hub("me/x", token="t", revision="next", message="Longer training")
+    assert address == "https://huggingface.co/me/x"
+    assert calls == [
+        ("create", ("me/x",), {"private": False, "exist_ok": True}),
+        ("branch", ("me/x",), {"branch": "next", "exist_ok": True}),
+        ("upload", "me/x", [*FILES], "next", "Longer training", "t"),
+    ]

@@ -1,0 +1,171 @@
+"""Images of stock diffusers pipelines, with their own text encoders: the models to compare with."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers.utils import deprecation_utils
+from torch import Tensor
+
+from longalign.pipeline import SCHEDULERS, write_images
+from longalign.runtime import Runtime, resolve_checkpoint
+
+log = logging.getLogger("longalign")
+
+library: Any = diffusers  # its classes are made on demand, which type checkers cannot see
+# diffusers renames it, and warns of the old name where it takes both
+DTYPE = "dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype"
+ARGUMENTS = {
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+    "height": "height",
+    "width": "width",
+    "negative": "negative_prompt",
+}
+SOLVERS = {
+    "unipc": "UniPCMultistepScheduler",
+    "ddim": "DDIMScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "lcm": "LCMScheduler",
+}
+
+
+def load_pipeline(name: str, runtime: Runtime) -> Any:
+    """A text-to-image pipeline of diffusers.
+
+    Args:
+        name: hub id, or a folder with ``model_index.json``.
+        runtime: device and dtype.
+
+    Raises:
+        ValueError: if there is none, or it takes no prompt.
+    """
+    settings = {DTYPE: runtime.torch_dtype}
+    try:
+        try:
+            pipe = library.AutoPipelineForText2Image.from_pretrained(name, **settings)
+        except ValueError:  # a class that AutoPipeline does not know
+            pipe = library.DiffusionPipeline.from_pretrained(name, **settings)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no diffusers pipeline '{name}'; expected a hub id or a folder with model_index.json: {error}"
+        ) from error
+    if "prompt" not in inspect.signature(pipe.__call__).parameters:
+        raise ValueError(f"'{name}' is a {type(pipe).__name__}, which takes no prompt; expected text-to-image")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(runtime.device)
+
+
+def arguments(pipe: Any, **settings: Any) -> dict[str, Any]:
+    """Settings by the names that a pipeline's call has for them, without those that are None.
+
+    Args:
+        pipe: the pipeline.
+        **settings: of `ARGUMENTS`.
+
+    Raises:
+        ValueError: if the pipeline takes one of them not.
+    """
+    takes = inspect.signature(pipe.__call__).parameters
+    out = {}
+    for key, value in settings.items():
+        if value is None:
+            continue
+        if ARGUMENTS[key] not in takes:
+            raise ValueError(f"{type(pipe).__name__} takes no '{ARGUMENTS[key]}'; leave out {key}")
+        out[ARGUMENTS[key]] = value
+    if settings.get("negative") is not None and settings.get("guidance") == 1:
+        raise ValueError("a negative prompt does nothing at guidance 1; raise the guidance or leave the prompt out")
+    return out
+
+
+def set_scheduler(pipe: Any, name: str) -> None:
+    """Gives a pipeline another scheduler with the constants of its own.
+
+    Raises:
+        ValueError: if there is no scheduler of that name, or it does not go with the pipeline.
+    """
+    if name not in SCHEDULERS:
+        raise ValueError(f"no scheduler '{name}'; there is {', '.join(SCHEDULERS)}")
+    own = getattr(pipe, "scheduler", None)
+    if own is None or SOLVERS[name] not in [kind.__name__ for kind in own.compatibles]:
+        raise ValueError(f"{type(pipe).__name__} cannot be drawn with '{name}'; leave out the scheduler to use its own")
+    pipe.scheduler = getattr(library, SOLVERS[name]).from_config(own.config)
+
+
+def generate(
+    name: str,
+    prompts: Sequence[str],
+    output: Path | str,
+    *,
+    seeds: Sequence[int] = (0,),
+    negative: str | None = None,
+    batch_size: int = 8,
+    progress: bool = False,
+    scheduler: str | None = None,
+    runtime: Runtime | None = None,
+    **settings: Any,
+) -> list[dict[str, Any]]:
+    """As `longalign.pipeline.generate`, by a stock pipeline with its own text handling and, where nothing else is said,
+    its own settings.
+
+    An image's noise follows from its seed alone. What the pipeline does not read of a prompt is not known, so ``cut``
+    is None in the rows. Images that a pipeline blackens as unsafe are named in a warning.
+
+    Args:
+        name: hub id, or a folder with ``model_index.json``.
+        prompts: the prompts.
+        output: folder for the files; one that already has a ``metadata.jsonl`` is refused.
+        seeds: each prompt is drawn once for each seed.
+        negative: what to stay away from.
+        batch_size: images drawn at a time.
+        progress: whether to show a bar over the images.
+        scheduler: "unipc", "ddim", "dpm++" or "lcm".
+        runtime: device and dtype; this machine's, in float32, if None.
+        **settings: ``steps``, ``guidance``, ``height``, ``width``.
+    """
+    pipe = load_pipeline(name, runtime or Runtime.detect())
+    if scheduler is not None:
+        set_scheduler(pipe, scheduler)
+    given = arguments(pipe, negative=negative, **settings)
+
+    def draw(texts: list[str], numbers: list[int]) -> Tensor:
+        own = {**given, "negative_prompt": [negative] * len(texts)} if negative is not None else given
+        # on the CPU, one for each image, so that an image is the same on every device and in every batch
+        generators = [torch.Generator().manual_seed(number) for number in numbers]
+        drawn = pipe(prompt=texts, generator=generators, output_type="pil", **own)
+        for i, unsafe in enumerate(getattr(drawn, "nsfw_content_detected", None) or ()):
+            if unsafe:
+                log.warning("the safety checker blackened seed %d of the prompt %r", numbers[i], texts[i][:60])
+        return torch.stack([_tensor(image) for image in drawn.images])
+
+    about = {"pipeline": name, "class": type(pipe).__name__}
+    told = {**settings, "scheduler": scheduler or type(getattr(pipe, "scheduler", None)).__name__}
+    return write_images(
+        output, prompts, draw, seeds=seeds, negative=negative, batch_size=batch_size, progress=progress,
+        config=about, settings=told,
+    )  # fmt: skip
+
+
+def _tensor(image: Any) -> Tensor:
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+
+
+def base_pipeline(backbone: Any, dtype: torch.dtype, components: dict[str, Any]) -> Any:
+    """The pipeline of the checkpoint that a backbone's config names, with some components in the place of its own.
+
+    Raises:
+        ValueError: if the config names no folder and no hub id.
+    """
+    name = getattr(backbone, "checkpoint", None)
+    if name is None or getattr(backbone, "single_file", False):
+        raise ValueError(f"'{backbone.name}' is not of a folder or hub id in diffusers layout, so it has no pipeline")
+    where = {key: value for key in ("revision", "variant") if (value := getattr(backbone, key, None)) is not None}
+    return library.DiffusionPipeline.from_pretrained(resolve_checkpoint(name), **where, **{DTYPE: dtype}, **components)
