@@ -110,7 +110,8 @@ class LCMTrainer(Trainer):
             rows = torch.arange(len(noisy), device=noisy.device)
             branches = told[torch.cat([rows, torch.full_like(rows, len(noisy))])]
             answers = self.backbone.predict_start(torch.cat([noisy] * 2), torch.cat([start] * 2), branches).float()
-            earlier = self.solve(start, noisy, guide(*answers.chunk(2), guidance))
+            conditional, unconditional = answers.chunk(2)
+            earlier = self.solve(start, noisy, guide(conditional, unconditional, guidance))
             end = (start - self.skip).clamp(min=0)
             return self.consistency(end, earlier, self.predict_target(earlier, end, told[: len(noisy)]).float())
 
