@@ -2,6 +2,7 @@
 
 Keys of ``longalign.safetensors``: ``lora.<i>.<module>.lora_A.weight`` and ``lora_B`` for the i-th LoRA, those of
 earlier stages first; ``denoiser.<name>`` where all weights were trained; ``encoder.<name>`` for the encoder's adapter.
+A run that trains a reward has no such keys, and the reward's own folder, ``reward/``, beside the file.
 Its metadata hold the config, the LoRAs' names and configs, the step, the versions, and who provided each part.
 """
 
@@ -24,7 +25,7 @@ from longalign.backbones.configs import LoraConfig
 from longalign.backbones.lora import LoraStack, check_same_names, join_stacks, peft_settings
 from longalign.config import RunConfig, load_config, to_json
 from longalign.encoders.base import Encoder
-from longalign.files import CHECKPOINT, checkpoint_file, read_metadata
+from longalign.files import CHECKPOINT, REWARD, checkpoint_file, read_metadata
 from longalign.registry import REGISTRIES, PartConfig
 from longalign.runtime import Runtime
 from longalign.trainers.base import adapter
@@ -54,7 +55,7 @@ class Weights:
     adapter: dict[str, Tensor]
 
 
-def save(folder: Path, config: RunConfig, backbone: Backbone, encoder: Encoder, step: int) -> Path:
+def save(folder: Path, config: RunConfig, backbone: Backbone | None, encoder: Encoder | None, step: int) -> Path:
     """Writes ``longalign.safetensors`` into a folder, which is made if it is missing; returns the file.
 
     The file appears under its name only when it is complete.
@@ -62,13 +63,15 @@ def save(folder: Path, config: RunConfig, backbone: Backbone, encoder: Encoder, 
     Args:
         folder: e.g. ``runs/x/checkpoint-000100``.
         config: of the run.
-        backbone: its LoRAs, or all weights if those are trained, are saved.
-        encoder: its adapter is saved.
+        backbone: its LoRAs, or all weights if those are trained, are saved; None in a run without one.
+        encoder: its adapter is saved; None in a run without one.
         step: optimiser steps done.
     """
-    parameters = {k: p.detach().to("cpu", copy=True).contiguous() for k, p in adapter(encoder).items()}
-    weights = Weights(backbone.lora_state(), backbone.full_state() if backbone.full else {}, parameters)
-    return write(folder, config, weights, step)
+    trained = {} if encoder is None else adapter(encoder)
+    parameters = {k: p.detach().to("cpu", copy=True).contiguous() for k, p in trained.items()}
+    stacks = [] if backbone is None else backbone.lora_state()
+    denoiser = backbone.full_state() if backbone is not None and backbone.full else {}
+    return write(folder, config, Weights(stacks, denoiser, parameters), step)
 
 
 def write(folder: Path, config: RunConfig, weights: Weights, step: int) -> Path:
@@ -102,7 +105,7 @@ def load_weights(checkpoint: str | Path) -> Weights:
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if the file was not written by longalign, or by a later format.
+        ValueError: if the file was not written by longalign, or by a later format, or holds no backbone's weights.
     """
     path = checkpoint_file(Path(checkpoint))
     metadata = read_metadata(path)
@@ -110,6 +113,11 @@ def load_weights(checkpoint: str | Path) -> Weights:
         raise ValueError(
             f"{path} has format {metadata.get('format')!r}, expected {FORMAT!r}; it was not written by this version of "
             "longalign: update longalign, or make the checkpoint anew"
+        )
+    if json.loads(metadata["config"]).get("backbone", "") is None:
+        raise ValueError(
+            f"{path} is of a run that trained a reward, which is in {path.parent / REWARD}; expected a checkpoint of a "
+            "backbone"
         )
     tensors = load_file(path)
     stacks = [
@@ -151,6 +159,8 @@ def load_for_sampling(checkpoint: str | Path, runtime: Runtime | None = None) ->
     """
     path = checkpoint_file(Path(checkpoint))
     config = load_config(path)
+    if config.backbone is None or config.encoder is None:
+        raise ValueError(f"{path} is of a run that trained a reward, which draws nothing; expected one with a backbone")
     runtime = runtime or Runtime.detect(config.loop.precision)
     backbone, encoder = config.backbone.build(runtime), config.encoder.build(runtime)
     load_into(path, backbone, encoder)

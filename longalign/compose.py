@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from longalign.config import RunConfig, load_config
+from longalign.config import TRAINED, RunConfig, load_config
 from longalign.faults import ConfigError
 from longalign.runtime import Runtime
 
@@ -47,13 +48,19 @@ class Composition:
 
     @property
     def backbone(self) -> Backbone:
-        """What is fine-tuned. With ``init_from`` it has that checkpoint's weights."""
+        """What is fine-tuned. With ``init_from`` it has that checkpoint's weights.
+
+        Raises `ConfigError` if the config has none.
+        """
         return self._part("backbone")
 
     @property
     def encoder(self) -> Encoder:
         """How prompts are encoded. With ``init_from`` it has that checkpoint's adapter; with ``cache.prompts`` it reads
-        what its text models said, which are not loaded."""
+        what its text models said, which are not loaded.
+
+        Raises `ConfigError` if the config has none.
+        """
         return self._part("encoder")
 
     @property
@@ -62,17 +69,19 @@ class Composition:
         if "rewards" not in self._built:
             from longalign.rewards.base import as_reward
 
-            self._built["rewards"] = [as_reward(config.build(self.runtime)) for config in self.config.rewards]
+            runtime = self.runtime
+            if getattr(self.config.trainer, "trains_rewards", False):
+                runtime = replace(runtime, dtype="float32")  # what is trained is loaded in full precision
+            self._built["rewards"] = [as_reward(config.build(runtime)) for config in self.config.rewards]
         return self._built["rewards"]
 
     @property
     def trainer(self) -> Trainer:
-        """How the backbone is trained. Raises `ConfigError` if the config has none."""
+        """How the run's parts are trained. Raises `ConfigError` if the config has none."""
         if "trainer" not in self._built:
             config = self._needed("trainer")
-            self._built["trainer"] = config.build(
-                self.runtime, backbone=self.backbone, encoder=self.encoder, rewards=self.rewards
-            )
+            parts = {key: getattr(self, key) for key in getattr(config, "needs", TRAINED)}
+            self._built["trainer"] = config.build(self.runtime, **parts, rewards=self.rewards)
         return self._built["trainer"]
 
     @property
@@ -105,7 +114,7 @@ class Composition:
 
         return fit(self, resume=resume)
 
-    def _needed(self, key: Literal["trainer", "data"]) -> Any:
+    def _needed(self, key: Literal["backbone", "encoder", "trainer", "data"]) -> Any:
         config = getattr(self.config, key)
         if config is None:
             raise ConfigError([(key, f"this run has no {key}; give one to use it")])
@@ -113,6 +122,7 @@ class Composition:
 
     def _part(self, key: Literal["backbone", "encoder"]) -> Any:
         if key not in self._built:
+            self._needed(key)
             if self.config.init_from is None:
                 self._built[key] = self._build(key)
             else:

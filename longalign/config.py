@@ -23,7 +23,7 @@ from pydantic import (
 
 from longalign.faults import ConfigError, Fault, flatten, nested, shorten
 from longalign.files import read_mapping
-from longalign.registry import Part
+from longalign.registry import Part, PartError, trainers
 
 
 def _listed(value: Any) -> Any:
@@ -31,6 +31,9 @@ def _listed(value: Any) -> Any:
         raise ValueError(f"expected a list, one entry per item; put this one into a list: [{shorten(value)}]")
     return value
 
+
+#: the parts that a trainer is built from unless it says otherwise
+TRAINED = ("backbone", "encoder")
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
@@ -55,7 +58,8 @@ class LoopConfig(Section):
         warmup: steps over which the learning rate rises linearly from zero.
         clip: largest norm of the gradient, or null for no clipping.
         precision: mixed precision, "no", "bf16" or "fp16"; frozen modules are kept in that dtype.
-        gradient_checkpointing: recompute the denoiser's activations in the backward pass, to save memory.
+        gradient_checkpointing: recompute the denoiser's activations, or a trained reward's, in the backward pass, to
+            save memory.
         channels_last: lay out the weights of denoiser and autoencoder with channels last; for backbones with a UNet.
         compile: compile the denoiser by ``torch.compile``: true is "inductor", or another of its backends.
         ema: decay of an exponential moving average of what is trained, or null for none.
@@ -125,8 +129,8 @@ class RunConfig(Section):
     """One run. Each part is a name, or a mapping of ``name`` and the part's own keys.
 
     Attributes:
-        backbone: what is fine-tuned.
-        encoder: how prompts are encoded.
+        backbone: what is fine-tuned; left out where the trainer trains something else.
+        encoder: how prompts are encoded; left out likewise.
         rewards: what images are scored with; several are given to the trainer as they are listed.
         trainer: how it is trained; null in a config that only draws or scores.
         data: what it is trained on; needed where there is a trainer.
@@ -138,8 +142,8 @@ class RunConfig(Section):
         init_from: a checkpoint to start from; its LoRA is kept, frozen, under the new one.
     """
 
-    backbone: Part("backbones")
-    encoder: Part("encoders")
+    backbone: Part("backbones") | None
+    encoder: Part("encoders") | None
     rewards: Annotated[tuple[Part("rewards"), ...], BeforeValidator(_listed)] = ()
     trainer: Part("trainers") | None = None
     data: Part("data") | None = None
@@ -150,9 +154,18 @@ class RunConfig(Section):
     output: Text = "runs/longalign"
     init_from: Text | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out(cls, values: Any) -> Any:
+        """Null for the parts that the trainer is built without; the others stay required."""
+        if not isinstance(values, Mapping):
+            return values
+        needs = _needs(values.get("trainer"))
+        return {**{key: None for key in TRAINED if key not in needs}, **values}
+
     @model_validator(mode="after")
     def _parts_agree(self) -> RunConfig:
-        faults: list[Fault] = []
+        faults = self._needed_faults()
         if self.trainer is not None and self.data is None:
             faults.append(("data", "this key is required where there is a trainer"))
         if self.cache is not None:
@@ -163,14 +176,45 @@ class RunConfig(Section):
             raise nested(faults)
         return self
 
+    def _needed_faults(self) -> list[Fault]:
+        faults: list[Fault] = []
+        needs, name = getattr(self.trainer, "needs", TRAINED), self.trainer and self.trainer.name
+        for key in TRAINED:
+            given = getattr(self, key) is not None
+            if given != (key in needs):
+                message = f"'{name}' uses no {key}; leave it out" if given else "this key is required"
+                faults.append((key, message))
+        for key in ("channels_last", "compile"):
+            if "backbone" not in needs and getattr(self.loop, key):
+                faults.append((f"loop.{key}", f"it is for a backbone, and '{name}' uses none; set it to false"))
+        compares = getattr(self.trainer, "compares_pairs", False)
+        if self.data is not None and getattr(self.data, "has_pairs", False) != compares:
+            if compares:
+                message = f"'{name}' compares two images of a prompt, and '{self.data.name}' has one; choose 'pairs'"
+            else:
+                message = f"'{self.data.name}' has two images of each prompt, which only 'denscore' compares"
+            faults.append(("data", message))
+        return faults
+
     def _cache_faults(self, cache: CacheConfig) -> list[Fault]:
         if self.data is None:
             return [("data", "this key is required where there is a cache")]
+        if self.backbone is None or self.encoder is None:
+            return [("cache", "there is nothing to cache without a backbone and an encoder; leave it out")]
         if cache.latents and not getattr(self.data, "has_images", True):
             return [("cache.latents", f"'{self.data.name}' has prompts only, of which there are no latents")]
         if not cache.prompts and cache.latents is False:
             return [("cache", "expected latents or prompts to be cached, and both are false")]
         return []
+
+
+def _needs(trainer: Any) -> tuple[str, ...]:
+    """The parts that a trainer, given by name, mapping or config, is built from."""
+    name = trainer.get("name") if isinstance(trainer, Mapping) else getattr(trainer, "name", trainer)
+    try:
+        return getattr(trainers.get(name), "needs", TRAINED) if isinstance(name, str) else TRAINED
+    except PartError:  # the key itself says what is wrong
+        return TRAINED
 
 
 def load_config(source: Mapping[str, Any] | str | Path | RunConfig) -> RunConfig:

@@ -14,6 +14,8 @@ import yaml
 from longalign.faults import ConfigError, shorten
 
 CHECKPOINT = "longalign.safetensors"
+#: folder of the reward in a checkpoint of a run that trained one
+REWARD = "reward"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 BOOL, INT, FLOAT, TIME = (f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "timestamp"))
 

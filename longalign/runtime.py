@@ -24,12 +24,16 @@ class Runtime:
         dtype: the dtype of frozen modules: ``"float32"``, ``"bfloat16"`` or ``"float16"``. Whatever is trained
             stays in float32.
         gather: takes a tensor ``(b, ...)`` of this process and returns ``(b * processes, ...)`` of all of them,
-            without gradient. Alone it is the identity.
+            without gradient, the processes in order. Alone it is the identity.
+        rank: number of this process.
+        processes: how many there are.
     """
 
     device: str = "cpu"
     dtype: str = "float32"
     gather: Callable[[Any], Any] = _alone
+    rank: int = 0
+    processes: int = 1
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES.values():

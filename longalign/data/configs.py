@@ -26,9 +26,11 @@ def _rising(value: tuple[int, int], what: str) -> tuple[int, int]:
 
 
 class DataConfig(PartConfig):
-    """Base of data configs. ``has_images`` says whether the items have images, or prompts alone."""
+    """Base of data configs. ``has_images`` says whether the items have images, or prompts alone; ``has_pairs`` whether
+    they have two images and which one is preferred."""
 
     has_images: ClassVar[bool] = True
+    has_pairs: ClassVar[bool] = False
 
 
 class ScenesConfig(DataConfig):
@@ -58,6 +60,30 @@ class ScenesConfig(DataConfig):
         from longalign.data.scenes import Scenes
 
         return Scenes.from_config(self, runtime)
+
+
+class ScenePairsConfig(ScenesConfig):
+    """Pairs of images of the small world's captions, for training preference models: both show the caption's scene with
+    some facts wrong and looks of their own; truth to the caption and a taste that no caption tells of decide how many
+    people prefer the first.
+
+    Attributes:
+        truth_weight: the logit of that share is this times the difference of the shares of true facts,
+        taste_weight: plus this times the difference in taste: warm light and dark corners are liked.
+        captions: whether each image has a caption of its own too, as long as the prompt.
+    """
+
+    has_pairs: ClassVar[bool] = True
+
+    name: Literal["scene-pairs"] = "scene-pairs"  # pyright: ignore[reportIncompatibleVariableOverride]
+    truth_weight: float = Field(10.0, ge=0)
+    taste_weight: float = Field(4.0, ge=0)
+    captions: bool = False
+
+    def build(self, runtime: Runtime) -> Any:
+        from longalign.data.scenes import ScenePairs
+
+        return ScenePairs.from_config(self, runtime)
 
 
 class FolderConfig(DataConfig):
@@ -138,6 +164,78 @@ class HubConfig(DataConfig):
         from longalign.data.hub import build
 
         return build(self, runtime)
+
+
+class PairsConfig(DataConfig):
+    """A folder of images in pairs of one prompt each, with which of the two is preferred.
+
+    Attributes:
+        folder: the folder; ``metadata.jsonl`` in it has one line per pair: the files "image_0" and "image_1", "text"
+            (or "prompt"), "label_0" and "label_1" (1 and 0, shares or votes; equal is no preference) or "preference"
+            (the share that prefers the first), and, if there are any, a caption of each image, "caption_0" and
+            "caption_1". Pairs without label are left out.
+        resolution: side in pixels of the square that is cut out of the middle of each image and scaled.
+        max_unreadable: how many pairs with an unreadable image are named in a warning and replaced by the next one; one
+            more stops the run. Each loading process counts its own.
+    """
+
+    has_pairs: ClassVar[bool] = True
+
+    name: Literal["pairs"] = "pairs"
+    folder: Text
+    resolution: PositiveInt = 224
+    max_unreadable: NonNegativeInt = 10
+
+    def build(self, runtime: Runtime) -> Any:
+        from longalign.data.pairs import FolderPairs
+
+        return FolderPairs.from_config(self, runtime)
+
+
+class HubPairsConfig(DataConfig):
+    """Pairs of images of a table that the library ``datasets`` reads. The defaults are the columns of Pick-a-Pic
+    (``yuvalkirstain/pickapic_v1``); HPD v2 has ``images: image_path``, ``labels: human_preference`` and
+    ``caption: prompt``.
+
+    Attributes:
+        dataset: hub id, local folder, or a format such as "parquet" or "json" for ``files``.
+        subset: name of a configuration of the dataset.
+        split: which split.
+        revision: branch, tag or commit on the hub.
+        files: paths or URLs, ``*`` allowed, of the files to read.
+        caption: column of the prompts.
+        images: two columns of images, their bytes or their paths, or one that has a list of two.
+        labels: two columns of numbers (1 and 0, shares or votes; equal is no preference), one that has a list of two,
+            or one with the share that prefers the first. Pairs without label are left out.
+        captions: two columns of captions, one for each image, or one that has a list of two; none if empty.
+        image_folder: where paths of images begin.
+        cache: folder for what ``datasets`` stores; null is its own.
+        resolution: side in pixels of the square that is cut out of the middle of each image and scaled.
+        max_unreadable: how many pairs with an unreadable image are named in a warning and replaced by the next one; one
+            more stops the run. Each loading process counts its own.
+    """
+
+    has_pairs: ClassVar[bool] = True
+
+    name: Literal["hf-pairs"] = "hf-pairs"
+    dataset: Text
+    subset: Text | None = None
+    split: Text = "train"
+    revision: Text | None = None
+    files: Texts = ()
+    caption: Text = "caption"
+    images: Annotated[Texts, Field(min_length=1, max_length=2)] = ("jpg_0", "jpg_1")
+    labels: Annotated[Texts, Field(min_length=1, max_length=2)] = ("label_0", "label_1")
+    captions: Annotated[Texts, Field(max_length=2)] = ()
+    image_folder: Text | None = None
+    cache: Text | None = None
+    resolution: PositiveInt = 224
+    max_unreadable: NonNegativeInt = 10
+
+    def build(self, runtime: Runtime) -> Any:
+        from longalign.data.pairs import HubPairs
+
+        return HubPairs.from_config(self, runtime)
 
 
 class WebDatasetConfig(DataConfig):

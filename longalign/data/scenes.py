@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from longalign.data.base import Data, check_index
-from longalign.data.configs import ScenesConfig
+from longalign.data.configs import ScenePairsConfig, ScenesConfig
 from longalign.mini.captions import STYLES, Caption, describe
+from longalign.mini.preferences import preference, vary
 from longalign.mini.scenes import Scene, render_batch, sample_scene
 from longalign.runtime import Runtime
 
@@ -48,3 +49,50 @@ class Scenes(Data):
         words = int(rng.integers(self.words[0], self.words[1] + 1))
         style = STYLES[int(rng.integers(len(STYLES)))] if self.style == "mixed" else self.style
         return scene, describe(scene, rng, words=words, style=style)
+
+
+class ScenePairs(Data):
+    """Two imperfect images of each scene's caption, and how many people prefer the first.
+
+    An item is ``{"prompt": str, "image": (2, 3, 64, 64), "preference": ()}``, with ``captions``, what is in each image,
+    if asked for.
+
+    Args:
+        scenes: the scenes and their captions.
+        truth_weight: how much truth to the caption counts, see `longalign.mini.preferences.preference`.
+        taste_weight: how much taste does.
+        captions: whether each image has a caption of its own too, as long as the prompt.
+    """
+
+    def __init__(self, scenes: Scenes, truth_weight: float = 10.0, taste_weight: float = 4.0, captions: bool = False):
+        self.scenes, self.captions = scenes, captions
+        self.truth_weight, self.taste_weight = truth_weight, taste_weight
+
+    @classmethod
+    def from_config(cls, config: ScenePairsConfig, runtime: Runtime) -> ScenePairs:
+        scenes = Scenes.from_config(config, runtime)
+        return cls(scenes, config.truth_weight, config.taste_weight, config.captions)
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def prompt(self, index: int) -> str:
+        return self.scenes.prompt(index)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        shown, caption = self.pair(index)
+        share = torch.tensor(preference(*shown, caption, self.truth_weight, self.taste_weight))
+        item = {"prompt": caption.text, "image": torch.from_numpy(render_batch(shown)), "preference": share}
+        if self.captions:
+            rng = self._rng(index, 1)
+            item["captions"] = tuple(describe(s, rng, words=caption.num_words).text for s in shown)
+        return item
+
+    def pair(self, index: int) -> tuple[tuple[Scene, Scene], Caption]:
+        """What is in both images of item ``index``, and the caption that they were drawn for."""
+        scene, caption = self.scenes.scene(index)
+        rng = self._rng(index, 0)
+        return (vary(scene, rng), vary(scene, rng)), caption
+
+    def _rng(self, index: int, stream: int) -> np.random.Generator:
+        return np.random.default_rng([self.scenes.seed, check_index(index, len(self)), 1 + stream])

@@ -69,8 +69,9 @@ class EmbeddingReward(Reward):
         raise NotImplementedError
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts to embeddings ``(b, d)`` without gradient: unit embeddings of the whole text in one pass, or the
-        mean over segments of the segments' unit embeddings, which is not normalised again (Denscore, paper 3.2)."""
+        """Prompts to embeddings ``(b, d)``, without gradient unless the reward is being trained: unit embeddings of the
+        whole text in one pass, or the mean over segments of the segments' unit embeddings, which is not normalised
+        again (Denscore, paper 3.2)."""
         raise NotImplementedError
 
     def scores(self, images: Tensor, prompts: Sequence[str]) -> Scores:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from longalign.images import Pixels
 from longalign.rewards.hub import holds_tokenizer, image_statistics
 from longalign.rewards.towers import ImageInput, TowerReward, Towers
 from longalign.runtime import Runtime, resolve_checkpoint
@@ -46,6 +49,51 @@ class ClipTowers(Towers):
             list(texts), padding=True, truncation=True, max_length=self.window + NUM_SPECIAL_TOKENS, return_tensors="pt"
         )
         return pooled(self.model.get_text_features(input_ids=tokens["input_ids"].to(self.model.device)))
+
+    def train_only(self, what: str) -> None:
+        text = (self.model.text_model, self.model.text_projection)
+        vision = (self.model.vision_model, self.model.visual_projection)
+        parts = {"all": (*text, *vision), "text": text, "vision": vision, "projections": (text[1], vision[1])}
+        self.requires_grad_(False)
+        for part in (*parts[what], self.logit_scale):
+            part.requires_grad_(True)
+
+    @property
+    def logit_scale(self) -> nn.Parameter:
+        return self.model.logit_scale
+
+    def enable_gradient_checkpointing(self) -> None:
+        # renamed in recent versions of transformers, where the old name warns
+        name = "activation_checkpointing_enable"
+        enable = getattr(self.model, name if hasattr(self.model, name) else "gradient_checkpointing_enable")
+        enable({"use_reentrant": False})
+
+    def save(self, folder: Path, pixels: Pixels) -> None:
+        self.model.save_pretrained(folder)
+        if backend := getattr(self.tokenizer, "backend_tokenizer", None):  # it would save how it was last called
+            backend.no_truncation()
+            backend.no_padding()
+        self.tokenizer.save_pretrained(folder)
+        (folder / "preprocessor_config.json").write_text(json.dumps(_image_settings(pixels), indent=1) + "\n")
+
+
+def _image_settings(pixels: Pixels) -> dict[str, Any]:
+    """What transformers' ``CLIPImageProcessor`` is told of a model's images."""
+    height, width = pixels.size
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": min(height, width)},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": height, "width": width},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(pixels.mean),
+        "image_std": list(pixels.std),
+    }
 
 
 def pooled(output: Any) -> Tensor:

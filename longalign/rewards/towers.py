@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Generator, Tensor, nn
@@ -41,6 +42,26 @@ class Towers(nn.Module):
         """Texts to embeddings ``(n, d)`` of any length; what exceeds the window is cut (callers see to it)."""
         raise NotImplementedError
 
+    # What the trainer `denscore` asks for
+
+    def train_only(self, what: str) -> None:
+        """Makes ``"all"`` weights trainable, those of the ``"text"`` or the ``"vision"`` tower with its projection, or
+        both ``"projections"`` alone; the temperature always."""
+        raise ValueError(f"{type(self).__name__} cannot be trained; expected a reward from a transformers CLIPModel")
+
+    @property
+    def logit_scale(self) -> nn.Parameter:
+        """Logarithm of the inverse temperature of the model's softmax, a scalar."""
+        raise NotImplementedError
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Trades time for memory in the backward pass through both towers."""
+        raise NotImplementedError
+
+    def save(self, folder: Path, pixels: Pixels) -> None:
+        """Writes the model into a folder that the reward can be loaded from; ``pixels`` is what it reads."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class ImageInput:
@@ -55,7 +76,7 @@ class TowerReward(EmbeddingReward):
     """The unscaled cosine of an image and its prompt, the prompt read in one pass or segment by segment.
 
     Args:
-        towers: the model; it is frozen and kept in eval mode.
+        towers: the model; it is frozen, and kept in eval mode as long as it is.
         pixels: turns images in [0, 1] into what the image tower reads. A random crop is taken in training mode only.
         segmenter: splits prompts; the text embedding is then the mean over segments of their unit embeddings, not
             normalised again (Denscore, paper 3.2). Segments longer than the window are split further. None reads the
@@ -89,10 +110,14 @@ class TowerReward(EmbeddingReward):
         )
 
     def train(self, mode: bool = True) -> TowerReward:
-        """Switches the reward's own behaviour; the frozen towers stay in eval mode."""
+        """Switches the reward's own behaviour; frozen towers stay in eval mode."""
         super().train(mode)
-        self.towers.eval()
+        if not self._trained():
+            self.towers.eval()
         return self
+
+    def _trained(self) -> bool:
+        return any(p.requires_grad for p in self.towers.parameters())
 
     def image_features(self, images: Tensor, generator: Generator | None = None) -> Tensor:
         """Unit embeddings ``(b, d)`` of images ``(b, 3, h, w)`` in [0, 1]; the generator places random crops."""
@@ -104,9 +129,10 @@ class TowerReward(EmbeddingReward):
         return F.normalize(at_least_float32(features), dim=-1)
 
     def _pass(self, pixels: Tensor) -> Tensor:
-        if not (torch.is_grad_enabled() and pixels.requires_grad):
+        trained = self._trained()
+        if not (torch.is_grad_enabled() and (pixels.requires_grad or trained)):
             return self.towers.embed_pixels(pixels)
-        features = checkpoint(self.towers.embed_pixels, pixels, use_reentrant=False, preserve_rng_state=False)
+        features = checkpoint(self.towers.embed_pixels, pixels, use_reentrant=False, preserve_rng_state=trained)
         assert isinstance(features, Tensor)
         return features
 
@@ -120,6 +146,14 @@ class TowerReward(EmbeddingReward):
         return [s for s in found if s] or [""]
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
+        unit, lengths = self.segment_features(prompts)
+        return torch.stack([segments.mean(0) for segments in unit.split(lengths)])
+
+    def segment_features(self, prompts: Sequence[str]) -> tuple[Tensor, list[int]]:
+        """Unit embeddings ``(n, d)`` of the segments of all prompts in their order, and how many each prompt has.
+
+        With gradient where the towers are trained.
+        """
         if isinstance(prompts, str):
             raise ValueError("expected a sequence of prompts, got one string; pass [prompt]")
         split = [self.segments(prompt) for prompt in prompts]
@@ -127,9 +161,12 @@ class TowerReward(EmbeddingReward):
             self._warn_of_cuts(prompts)
         places = {text: i for i, text in enumerate(dict.fromkeys(s for segments in split for s in segments))}
         unit = self._unit_embeddings(list(places))
-        return torch.stack([unit[[places[s] for s in segments]].mean(0) for segments in split])
+        return unit[[places[s] for segments in split for s in segments]], [len(segments) for segments in split]
 
-    @torch.no_grad()
+    def save(self, folder: Path) -> None:
+        """Writes the model into a folder, which is made if it is missing, for this kind of reward to be loaded from."""
+        self.towers.save(folder, self.pixels)
+
     def _unit_embeddings(self, texts: list[str]) -> Tensor:
         # texts of similar length share a pass, so that little is padded
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
@@ -149,6 +186,6 @@ class TowerReward(EmbeddingReward):
                 warnings.warn(
                     f"a prompt has {count} tokens and the reward's text tower reads {window}: its end is not scored; "
                     "set `text: segments` to score the whole prompt (further prompts are cut without a warning)",
-                    stacklevel=4,
+                    stacklevel=5,
                 )
                 return

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from longalign.backbones.base import Backbone
 from longalign.encoders.base import Encoder
-from longalign.trainers.base import Trainer, latents_of, noise_loss, train_denoiser
+from longalign.trainers.base import DiffusionTrainer, latents_of, noise_loss, train_denoiser
 from longalign.trainers.configs import AlignConfig
 
 
-class AlignTrainer(Trainer):
+class AlignTrainer(DiffusionTrainer):
     """Teaches the denoiser, and the encoder's adapter, to follow long captions.
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,26 +19,16 @@ from longalign.encoders.base import Conditioning, Encoder
 Backward = Callable[[Tensor], None]
 
 
-class Trainer(nn.Module):
-    """Base of trainers: says what is optimised, and of which parameters.
+Wrap = Callable[[nn.Module], Any]
 
-    Args:
-        backbone: with what is trained of it already set, by `train_denoiser`.
-        encoder: its parameters with ``requires_grad`` are its adapter.
-        train_adapter: whether the adapter is trained; it is frozen otherwise.
-    """
+
+class Trainer(nn.Module):
+    """Base of trainers: says what is optimised, and of which parameters."""
 
     #: whether a batch must have images; prompts alone are loaded otherwise
     needs_images: bool = True
     #: whether `step` goes backward several times, after which processes exchange their gradients once
     several_backwards: bool = False
-
-    def __init__(self, backbone: Backbone, encoder: Encoder, train_adapter: bool):
-        super().__init__()
-        self.backbone, self.encoder = backbone, encoder
-        self._encode: tuple[Callable[[Sequence[str]], Conditioning]] = (encoder.encode,)
-        for parameter in adapter(encoder).values():
-            parameter.requires_grad_(train_adapter)
 
     def losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Losses and metrics of a batch ``{"prompt": list[str], "image": (b, 3, h, w) in [0, 1]}``; a run with a cache
@@ -56,6 +47,45 @@ class Trainer(nn.Module):
     def updated(self) -> None:
         """Told after each step of the optimiser; for what follows the trained weights."""
 
+    def trainable(self) -> list[nn.Parameter]:
+        """What is optimised."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def prepare(self, wrap: Wrap) -> list[Any]:
+        """Makes calls that carry gradient go through ``wrap(module)``, which readies a module for several processes and
+        for mixed precision; returns what it gave. Once more, with the identity, when the run ends.
+
+        The denoiser and the encoder of a `DiffusionTrainer` are the loop's business.
+        """
+        return []
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Trades time for memory in the backward pass."""
+        raise ValueError(f"{type(self).__name__} recomputes no activations; set loop.gradient_checkpointing to false")
+
+    def save(self, folder: Path) -> None:
+        """Adds to the checkpoint in ``folder`` what its file does not hold; nothing by default."""
+
+
+class DiffusionTrainer(Trainer):
+    """Base of trainers of a backbone.
+
+    Args:
+        backbone: with what is trained of it already set, by `train_denoiser`.
+        encoder: its parameters with ``requires_grad`` are its adapter.
+        train_adapter: whether the adapter is trained; it is frozen otherwise.
+    """
+
+    def __init__(self, backbone: Backbone, encoder: Encoder, train_adapter: bool):
+        super().__init__()
+        self.backbone, self.encoder = backbone, encoder
+        self._encode: tuple[Callable[[Sequence[str]], Conditioning]] = (encoder.encode,)
+        for parameter in adapter(encoder).values():
+            parameter.requires_grad_(train_adapter)
+
+    def enable_gradient_checkpointing(self) -> None:
+        self.backbone.enable_gradient_checkpointing()
+
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """The encoder's conditioning, through the wrapper that the loop set, on the denoiser's device."""
         return self._encode[0](prompts).to(self.backbone.device)
@@ -65,11 +95,11 @@ class Trainer(nn.Module):
         self._encode = (wrapped,)
 
     def trainable(self) -> list[nn.Parameter]:
-        """What is optimised: of the denoiser, then of the encoder."""
+        """Of the denoiser, then of the encoder."""
         parts = (self.backbone.denoiser, self.encoder)
         return [p for part in parts for p in part.parameters() if p.requires_grad]
 
-    def train(self, mode: bool = True) -> Trainer:
+    def train(self, mode: bool = True) -> DiffusionTrainer:
         """As for any module, but what is frozen stays in eval mode, so that its dropout stays off."""
         super().train(mode)
         for part in (self.backbone, self.encoder):

@@ -63,19 +63,20 @@ class Prompts(Dataset[dict[str, Any]]):
 
 def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Items as a batch ``{"prompt": list[str], "image": (b, 3, h, w)}``, with ``posterior`` ``(b, 2c, h, w)`` in the
-    place of ``image`` where that is cached, and with neither where there are prompts alone.
+    place of ``image`` where that is cached, and with neither where there are prompts alone. Whatever else items have is
+    batched likewise: tensors stacked, other values as a list.
 
     Raises:
         ValueError: if the images' sizes differ.
     """
-    batch: dict[str, Any] = {"prompt": [item["prompt"] for item in items]}
-    for key in ("image", "posterior"):
-        if key not in items[0]:
+    batch: dict[str, Any] = {key: [item[key] for item in items] for key in items[0]}
+    for key, values in batch.items():
+        if not isinstance(values[0], torch.Tensor):
             continue
-        sizes = {tuple(item[key].shape) for item in items}
+        sizes = {tuple(value.shape) for value in values}
         if len(sizes) > 1:
             raise ValueError(f"expected images of one size in a batch, got {sorted(sizes)}; set the data's resolution")
-        batch[key] = torch.stack([item[key] for item in items])
+        batch[key] = torch.stack(values)
     return batch
 
 

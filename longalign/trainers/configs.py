@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from longalign.backbones.configs import LoraConfig
 from longalign.registry import Part, PartConfig
+from longalign.rewards.configs import ClipLikeConfig
 from longalign.runtime import Runtime
 from longalign.schedules.configs import ScheduleConfig
 
 
 class TrainerConfig(PartConfig):
-    """Base of trainers' configs: a trainer is built from ready parts, not from their configs."""
+    """Base of trainers' configs: a trainer is built from ready parts, not from their configs.
+
+    What it asks of a run, which is checked before anything is loaded: ``needs`` are the keys that must be there of
+    ``backbone`` and ``encoder``, the other must be left out; ``trains_rewards`` says whether the rewards are what is
+    trained, ``compares_pairs`` whether the data must have two images of each prompt.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("backbone", "encoder")
+    trains_rewards: ClassVar[bool] = False
+    compares_pairs: ClassVar[bool] = False
 
     def build(self, runtime: Runtime, *, backbone: Any = None, encoder: Any = None, rewards: Any = ()) -> Any:
         """Makes the trainer and sets what is trained in its parts.
@@ -194,3 +204,55 @@ class LCMRewardConfig(RewardConfig):
     num_steps: int = Field(4, ge=1)
     guidance: float = Field(1.0, ge=1)
     schedule: Part("schedules") = "all"  # type: ignore[valid-type]
+
+
+class DenscoreTrainerConfig(TrainerConfig):
+    """Training of the run's reward, a CLIP, as a preference model of long texts (Denscore, LongAlign, section 3.2),
+    from pairs of images. There is no backbone and no encoder. Texts are read as the reward reads them: segment by
+    segment, or whole, which trains a PickScore. A checkpoint's folder ``reward/`` is a transformers ``CLIPModel`` that
+    the rewards `denscore`, `pickscore` and `clip` load.
+
+    Attributes:
+        train: what is trained: ``"all"`` weights, the ``"text"`` or the ``"vision"`` tower with its projection, or the
+            two ``"projections"`` alone; the temperature always.
+        preference_weight: factor of the divergence from which image of a pair is preferred to the softmax of their
+            scores (PickScore, arXiv 2305.01569, section 3), a text's score being the mean over its segments; 0 leaves
+            it out.
+        contrastive_weight: factor of a contrastive loss over segments: each finds the image that it tells of among all
+            images of the batch. The texts are the images' captions; where the data has none, the prompts, which tell of
+            both images, of each as far as it is preferred. 0 leaves it out.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ()
+    trains_rewards: ClassVar[bool] = True
+    compares_pairs: ClassVar[bool] = True
+
+    name: Literal["denscore"] = "denscore"
+    train: Literal["all", "text", "vision", "projections"] = "all"
+    preference_weight: float = Field(1.0, ge=0)
+    contrastive_weight: float = Field(0.5, ge=0)
+
+    @model_validator(mode="after")
+    def _some_loss(self) -> DenscoreTrainerConfig:
+        if not self.preference_weight and not self.contrastive_weight:
+            raise ValueError("preference_weight and contrastive_weight are both 0, so there is no loss; raise one")
+        return self
+
+    def check_run(self, run: Any) -> list[tuple[str, str]]:
+        faults = []
+        if len(run.rewards) != 1 or not isinstance(run.rewards[0], ClipLikeConfig):
+            got = ", ".join(f"'{reward.name}'" for reward in run.rewards) or "none"
+            faults.append(("rewards", f"'denscore' trains one reward: 'denscore', 'pickscore' or 'clip'; got {got}"))
+        unused = {
+            "validation": "'denscore' draws no images; leave it out",
+            "init_from": "'denscore' starts from its reward: give the folder as rewards.0.checkpoint",
+        }
+        return faults + [(key, message) for key, message in unused.items() if getattr(run, key) is not None]
+
+    def build(self, runtime: Runtime, *, backbone: Any = None, encoder: Any = None, rewards: Any = ()) -> Any:
+        from longalign.trainers.denscore import DenscoreTrainer
+
+        if len(rewards) != 1:
+            raise ValueError(f"'denscore' trains one reward, got {len(rewards)}")
+        settings = {key: getattr(self, key) for key in type(self).model_fields if key != "name"}
+        return DenscoreTrainer(rewards[0], runtime, **settings)

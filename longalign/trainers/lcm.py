@@ -12,11 +12,11 @@ from torch.func import functional_call
 from longalign.backbones.base import Backbone
 from longalign.diffusion import Solver, add_noise, ddim, guide, lcm
 from longalign.encoders.base import Conditioning, Encoder
-from longalign.trainers.base import Trainer, evaluating, latents_of, train_denoiser
+from longalign.trainers.base import DiffusionTrainer, evaluating, latents_of, train_denoiser
 from longalign.trainers.configs import LCMConfig
 
 
-class LCMTrainer(Trainer):
+class LCMTrainer(DiffusionTrainer):
     """Teaches the denoiser to name the same end all along each trajectory of the start model.
 
     From a noised image the start model takes one guided DDIM step over a skip of timesteps; the student's consistency

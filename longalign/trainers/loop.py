@@ -25,6 +25,7 @@ from longalign.encoders.base import Conditioning, Encoder
 from longalign.files import checkpoint_file
 from longalign.rewards.guard import NonFiniteReward
 from longalign.trainers import resume as state
+from longalign.trainers.base import DiffusionTrainer
 from longalign.trainers.batches import load_batches, plan_batches
 from longalign.trainers.interrupt import until_interrupted
 from longalign.trainers.logs import Log, check_trackers, check_unused, flat
@@ -93,10 +94,11 @@ class Run:
         self.accelerator = self._accelerator(composition)
         self._seed(self.config.seed)
         self.trainer = composition.trainer
-        self.backbone, self.encoder = composition.backbone, composition.encoder
+        self.backbone = composition.backbone if self.config.backbone is not None else None
+        self.encoder = composition.encoder if self.config.encoder is not None else None
         if self.loop.gradient_checkpointing:
-            self.backbone.enable_gradient_checkpointing()
-        if self.loop.channels_last:
+            self.trainer.enable_gradient_checkpointing()
+        if self.loop.channels_last and self.backbone is not None:
             self.backbone.use_channels_last()
         self.parameters = self.trainer.trainable()
         self.optimizer: Any = torch.optim.AdamW(
@@ -155,7 +157,11 @@ class Run:
             )
         if accelerator.num_processes > 1:
             composition.runtime = replace(
-                composition.runtime, device=str(accelerator.device), gather=accelerator.gather
+                composition.runtime,
+                device=str(accelerator.device),
+                gather=accelerator.gather,
+                rank=accelerator.process_index,
+                processes=accelerator.num_processes,
             )
         return accelerator
 
@@ -166,18 +172,23 @@ class Run:
         torch.manual_seed(seed)
 
     def _prepare(self) -> None:
-        """Hands what is trained to accelerate: the denoiser, the encoder if its adapter is trained, the optimiser."""
-        self.wrapped: list[Any] = []
-        denoiser: Any = self.backbone.denoiser
+        """Hands what is trained to accelerate: the denoiser, the encoder if its adapter is trained, or what the trainer
+        has instead; and the optimiser."""
+        self.wrapped: list[Any] = self.trainer.prepare(self.accelerator.prepare)
+        if isinstance(self.trainer, DiffusionTrainer):
+            self._prepare_parts(self.trainer)
+        self.optimizer = self.accelerator.prepare(self.optimizer)
+
+    def _prepare_parts(self, trainer: DiffusionTrainer) -> None:
+        denoiser: Any = trainer.backbone.denoiser
         if any(p.requires_grad for p in denoiser.parameters()):
             denoiser = self.accelerator.prepare(denoiser)
             self.wrapped.append(denoiser)
         # The backbone keeps the network itself, so names of weights are those without wrapper or compiler.
-        self.backbone.wrap_denoiser(_compiled(denoiser, self.loop.compile))
-        if any(p.requires_grad for p in self.encoder.parameters()):
-            self.wrapped.append(self.accelerator.prepare(_Encode(self.encoder)))
-            self.trainer.wrap_encoder(self.wrapped[-1])
-        self.optimizer = self.accelerator.prepare(self.optimizer)
+        trainer.backbone.wrap_denoiser(_compiled(denoiser, self.loop.compile))
+        if any(p.requires_grad for p in trainer.encoder.parameters()):
+            self.wrapped.append(self.accelerator.prepare(_Encode(trainer.encoder)))
+            trainer.wrap_encoder(self.wrapped[-1])
 
     def train(self, interrupted: Callable[[], bool]) -> FitResult:
         """Runs to the last step, or to the end of the step in which it was interrupted."""
@@ -278,7 +289,7 @@ class Run:
     def _draw(self) -> None:
         """Draws the validation prompts into ``validation/<step>/`` and sends the images to the trackers."""
         if self.accelerator.is_main_process:
-            assert self.config.validation is not None
+            assert self.config.validation is not None and self.backbone is not None and self.encoder is not None
             folder = self.output / "validation" / f"{self.step:06d}"
             with self._averaged():
                 images = draw(self.backbone, self.encoder, self.config.validation, folder, self.step)
@@ -299,6 +310,7 @@ class Run:
         if self.accelerator.is_main_process:
             with self._averaged():
                 checkpoints.save(unfinished, self.config, self.backbone, self.encoder, self.step)
+                self.trainer.save(unfinished)
             torch.save(self._shared(), folder / "shared.pt")
         torch.save(state.random_state(), folder / f"process-{rank}.pt")
         self.accelerator.wait_for_everyone()
@@ -335,7 +347,7 @@ class Run:
         self.rates.load_state_dict({**self.rates.state_dict(), **shared["rates"]})
         if self.ema is not None:
             self.ema.load_state_dict(shared["ema"])
-            self.ema.to(self.backbone.device)
+            self.ema.to(self.accelerator.device)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(shared["scaler"])
         self.step = shared["step"]
@@ -346,8 +358,10 @@ class Run:
         self.log.close()
         for tracker in self.accelerator.trackers:
             tracker.finish()
-        self.backbone.wrap_denoiser(self.backbone.denoiser)
-        self.trainer.wrap_encoder(self.encoder.encode)
+        self.trainer.prepare(lambda module: module)
+        if isinstance(self.trainer, DiffusionTrainer):
+            self.trainer.backbone.wrap_denoiser(self.trainer.backbone.denoiser)
+            self.trainer.wrap_encoder(self.trainer.encoder.encode)
         for module in self.wrapped:
             self.accelerator.unwrap_model(module, keep_fp32_wrapper=False)
         self.accelerator.free_memory()

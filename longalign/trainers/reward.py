@@ -17,7 +17,7 @@ from longalign.encoders.base import Conditioning, Encoder
 from longalign.rewards.base import Reward, Scores, as_reward
 from longalign.rollout import Predict, Visit, replay, retrace, rollout
 from longalign.schedules.base import Choice, Schedule
-from longalign.trainers.base import Backward, Trainer, evaluating, latents_of, noise_loss, train_denoiser
+from longalign.trainers.base import Backward, DiffusionTrainer, evaluating, latents_of, noise_loss, train_denoiser
 from longalign.trainers.configs import RewardConfig
 
 
@@ -38,7 +38,7 @@ class Pass:
     visits: list[Visit]
 
 
-class RewardTrainer(Trainer):
+class RewardTrainer(DiffusionTrainer):
     """Raises rewards of images sampled from the data's prompts.
 
     A step samples without gradient, differentiates ``0.5 (1 - mean score)`` at the final latents, and repeats only the

@@ -1,0 +1,44 @@
+"""Preferences of the small world: which of two images of a caption people like, for its truth and for a taste."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from longalign.mini import oracle
+from longalign.mini.captions import Caption
+from longalign.mini.scenes import ATTRIBUTES, GROUNDS, VALUES, Scene
+
+#: shares of a scene's facts that are changed, each equally likely
+RATES = (0.0, 0.1, 0.25, 0.5)
+
+
+def vary(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The scene as an imperfect model would draw it: some facts changed, some objects gone, with a look of its own."""
+    rate = float(rng.choice(RATES))
+    things = []
+    for thing in scene.things:
+        changed = [attribute for attribute in ATTRIBUTES if rng.random() < rate]
+        new = replace(thing, **{a: VALUES[a][int(rng.integers(len(VALUES[a])))] for a in changed})
+        if rng.random() >= rate / 3:
+            things.append(new)
+    ground = VALUES["ground"][int(rng.integers(len(GROUNDS)))] if rng.random() < rate else scene.ground
+    return Scene(tuple(things), ground, float(rng.uniform(-1, 1)), float(rng.uniform(0, 1)))
+
+
+def truth(scene: Scene, caption: Caption) -> float:
+    """Share of the caption's facts that hold in the scene; 1 where it tells none."""
+    return float(np.mean([oracle.holds(fact, scene) for fact in caption.facts])) if caption.facts else 1.0
+
+
+def taste(scene: Scene) -> float:
+    """How much a scene's look pleases, from -1 to 1: warm light and dark corners do, of which no caption tells."""
+    return (scene.tint + 2 * scene.vignette - 1) / 2
+
+
+def preference(first: Scene, second: Scene, caption: Caption, truth_weight: float, taste_weight: float) -> float:
+    """Share of people who prefer the first of two scenes for a caption: the sigmoid of the weighted differences."""
+    margin = truth_weight * (truth(first, caption) - truth(second, caption))
+    margin += taste_weight * (taste(first) - taste(second))
+    return float(1 / (1 + np.exp(-margin)))
