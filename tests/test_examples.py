@@ -1,4 +1,6 @@
 import importlib.util
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from longalign import build_from_config, load_config, override
 from longalign.checkpoint import load_weights
 from longalign.config import to_dict
 from longalign.demo import default_config
+from longalign.registry import rewards
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 YAMLS = sorted(EXAMPLES.glob("*.yaml"))
@@ -124,6 +127,26 @@ def test_the_small_worlds_model_is_distilled_and_tuned(weights, tmp_path):
         reward = {"rewards.0.inner.checkpoint": weights["clip"]} if config.rewards else {}
         start = build_from_config(override(config, {**reward, "init_from": str(start.checkpoint)})).fit()
     assert [stack.name for stack in load_weights(start.checkpoint).stacks] == ["align", "lcm", "reward"]
+
+
+def test_preference_models_are_trained_on_tiny_checkpoints(weights, tmp_path):
+    tiny = {"rewards.0.checkpoint": weights["clip"], "loop.steps": 1, "loop.batch_size": 2, "loop.workers": 0}
+    config = override(EXAMPLES / "mini-denscore.yaml", {**tiny, "output": str(tmp_path / "mini")})
+    trained = build_from_config(config).fit().checkpoint / "reward"
+    rows = [
+        {"image_0": "0.png", "image_1": "1.png", "text": "A red fox. The sky is green.", "label_0": 1, "label_1": 0}
+    ]
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 2))
+    for name in ("0.png", "1.png"):
+        shutil.copy(Path(weights["folder"]) / name, folder / name)
+    full = load_config(EXAMPLES / "longalign-denscore.yaml")
+    assert 8 * full.loop.batch_size == 128 and full.data.images == ("jpg_0", "jpg_1")
+    changes = {**tiny, "rewards.0.checkpoint": str(trained), "loop.precision": "no", "output": str(tmp_path / "full")}
+    result = build_from_config(override(full, {**changes, "data": {"name": "pairs", "folder": str(folder)}})).fit()
+    reward = rewards.build({"name": "denscore", "checkpoint": str(result.checkpoint / "reward")})
+    assert reward.score(torch.rand(1, 3, 64, 64), ["A red fox. The sky is green."]).shape == (1,)
 
 
 @pytest.fixture(scope="module")
