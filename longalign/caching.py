@@ -107,6 +107,7 @@ def cached_encoder(config: RunConfig, data: Data, runtime: Runtime) -> Encoder:
         for store in stores:
             refuse_missing(store, prompt)
     remaining = iter(stores)
+    assert config.encoder is not None
     return build_cached(config.encoder, lambda leaf: next(remaining), runtime)
 
 
@@ -126,6 +127,7 @@ def _validation_prompts(config: RunConfig) -> list[str]:
 
 def _named(config: RunConfig) -> Iterator[tuple[str, PartConfig]]:
     """The encoders that have a cache each, with the name of its folder."""
+    assert config.encoder is not None  # a config with a cache has one
     seen: dict[str, int] = {}
     for leaf in leaves(config.encoder):
         seen[leaf.name] = number = seen.get(leaf.name, 0) + 1
@@ -133,7 +135,7 @@ def _named(config: RunConfig) -> Iterator[tuple[str, PartConfig]]:
 
 
 def _latents(config: RunConfig, runtime: Runtime, **options: Any) -> Store:
-    assert config.cache is not None and config.data is not None
+    assert config.cache is not None and config.data is not None and config.backbone is not None
     # The denoiser's dtype is not the autoencoder's.
     backbone = config.backbone.model_dump(mode="json", exclude={"dtype"})
     identity = {
@@ -192,6 +194,7 @@ def _make_latents(
 
     def encode() -> None:
         nonlocal backbone
+        assert config.backbone is not None
         if backbone is None:  # only where something is missing
             backbone = config.backbone.build(runtime).eval()
         posteriors = backbone.posterior(torch.stack(list(waiting.values())))
