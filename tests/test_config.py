@@ -61,7 +61,7 @@ def test_a_dump_holds_all_defaults_down_to_the_leaves():
     assert tree["rewards"][0]["inner"]["text"] == "segments"
     assert tree["encoder"]["parts"][0]["segmenter"]["name"] == "sentence"
     assert tree["trainer"]["lora"]["rank"] == 32
-    assert tree["trainer"]["schedule"] == {"name": "last", "k": 2}
+    assert tree["trainer"]["schedule"] == {"name": "last", "k": 2, "detach": True}
     assert tree["loop"]["betas"] == [0.9, 0.999]
 
 

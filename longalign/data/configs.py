@@ -68,8 +68,9 @@ class ScenePairsConfig(ScenesConfig):
     people prefer the first.
 
     Attributes:
-        truth_weight: the logit of that share is this times the difference of the shares of true facts,
-        taste_weight: plus this times the difference in taste: warm light and dark corners are liked.
+        truth_weight: factor of the difference in truth, the share of the caption's facts that an image shows; the
+            share of people is the sigmoid of the two weighted differences' sum.
+        taste_weight: factor of the difference in taste, which likes warm light and dark corners, from -1 to 1.
         captions: whether each image has a caption of its own too, as long as the prompt.
     """
 

@@ -168,9 +168,10 @@ def _plan(steps: int, num_things: int, num_empty: int) -> tuple[list[int], int]:
     """The level of each object told, and how many empty places are named, after so many steps of telling more."""
     if steps <= num_things:
         return [0] * steps, 0
+    everything = num_things * (LAST_LEVEL + 1)
+    if steps >= everything:
+        return [LAST_LEVEL] * num_things, steps - everything
     level, raised = divmod(steps, num_things)
-    if level > LAST_LEVEL:
-        return [LAST_LEVEL] * num_things, steps - num_things * (LAST_LEVEL + 1)
     return [level] * raised + [level - 1] * (num_things - raised), 0
 
 

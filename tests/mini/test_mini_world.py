@@ -125,6 +125,14 @@ def test_phrases_vary_with_the_generator_only():
     assert describe(scene, np.random.default_rng(3)).text == describe(scene, np.random.default_rng(3)).text
 
 
+@pytest.mark.parametrize(("words", "sentences"), [(1, 2), (200, 10)])
+def test_a_scene_without_objects_is_told_by_its_ground_and_its_empty_places(words, sentences):
+    caption = describe(Scene((), "teal"), np.random.default_rng(0), words=words)
+    assert caption.facts[0] == Fact("ground", "teal") and len(caption.sentences) == sentences
+    assert {fact.kind for fact in caption.facts[1:]} == {"empty"}
+    assert len({fact.place for fact in caption.facts[1:]}) == sentences - 1
+
+
 def test_bad_requests_are_refused():
     with pytest.raises(ValueError, match="style must be one of plain, referring, got 'poem'"):
         describe(HAND, np.random.default_rng(0), style="poem")
