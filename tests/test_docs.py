@@ -113,7 +113,7 @@ def check_command(words):
     command = words[0].removeprefix(".venv/bin/")
     if command == "longalign":
         check_longalign(words[1:])
-    elif command == "accelerate":
+    elif command in ("accelerate", "torchrun"):
         check_longalign(words[words.index("longalign") + 1 :])
     elif command == "make":
         assert {w for w in words[1:] if "=" not in w} <= set(targets), words
