@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -193,9 +194,9 @@ def test_channels_last_and_compilers_that_do_not_fit(world, tmp_path):
     config = world.align_config(tmp_path, channels_last=True)
     with pytest.raises(ConfigError, match=r"loop.channels_last: it is a layout of convolutions, and 'sd3' is a trans"):
         load_config({**config, "backbone": {"name": "sd3", "checkpoint": "x"}})
-    denscore = {"trainer": {"name": "denscore", "checkpoint": "mini/clip"}, "data": "scene-pairs"}
+    denscore = Path(__file__).parents[2] / "examples" / "longalign-denscore.yaml"
     with pytest.raises(ConfigError, match=r"loop.compile: it is for a backbone, and 'denscore' uses none; set it to"):
-        load_config({**denscore, "loop": {"compile": True}})
+        override(denscore, {"loop.compile": True})
     backbone = tiny_backbone()
     backbone.denoiser = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match="a layout of convolutions, and Linear has none"):
