@@ -142,7 +142,8 @@ def main(name: str, steps: int) -> None:
         out = {"agreement": right.float().mean().item(), "eta": eta.mean().item()}
         for part, value in parts.items():
             for what, of in (("truth", held_out["true"]), ("taste", held_out["nice"])):
-                out[f"{part}_{what}_correlation"] = float(np.corrcoef(value.flatten(), of.flatten())[0, 1])
+                pair = [(x - x.mean(1, keepdim=True)).flatten() for x in (value, of)]  # among one prompt's images
+                out[f"{part}_{what}_correlation"] = float(np.corrcoef(*pair)[0, 1])
         return out
 
     fit(name, clip, loss_of, steps=steps, lr=5e-4, warmup=50, muon=10.0, outer=("embedding", "logit_scale"),
@@ -162,9 +163,9 @@ def main(name: str, steps: int) -> None:
 def write_open_clip(clip: CLIPModel, path: Path) -> None:
     """Writes a transformers CLIP as open_clip's state dict, the way HPSv2 is published."""
     source, out = clip.state_dict(), {}
-    for ours, theirs in (("text_model.", ""), ("vision_model.", "visual.")):
-        layers = clip.config.text_config.num_hidden_layers
-        for i in range(layers):
+    halves = (("text_model.", "", clip.config.text_config), ("vision_model.", "visual.", clip.config.vision_config))
+    for ours, theirs, half in halves:
+        for i in range(half.num_hidden_layers):
             a, b = f"{ours}encoder.layers.{i}.", f"{theirs}transformer.resblocks.{i}."
             for kind in ("weight", "bias"):
                 qkv = [source[f"{a}self_attn.{x}_proj.{kind}"] for x in "qkv"]

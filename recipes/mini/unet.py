@@ -122,7 +122,7 @@ def main() -> None:
         pipe.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(0)
         texts = [c.text for c in held_out]
-        out = pipe(texts, num_inference_steps=20, guidance_scale=5.0, generator=generator, output_type="np").images
+        out = pipe(texts, num_inference_steps=20, guidance_scale=3.0, generator=generator, output_type="np").images
         images = out.transpose(0, 3, 1, 2)
         told = [f for c in held_out for f in c.facts]
         right = [f for image in oracle.verdicts(images, held_out) for s in image for f in s]

@@ -109,3 +109,26 @@ def test_reweighting_takes_the_text_irrelevant_part_out_of_the_bundled_denscore(
     with torch.no_grad():
         expected = plain.score(torch.from_numpy(render_batch(scenes)), [c.text for c in captions])
     torch.testing.assert_close(relevant + irrelevant, expected)
+
+
+@pytest.mark.parametrize(("name", "words", "times"), [("denscore", 80, 3), ("pickscore", 25, 1), ("hpsv2", 25, 1)])
+def test_the_parts_of_a_preference_are_truth_and_taste(name: str, words: int, times: float):
+    scenes, captions = worlds(60, (1, 4), words)
+    rng = np.random.default_rng(1)
+    changed = {
+        "right": [Scene(s.things, s.ground, 0.0, 0.5) for s in scenes],
+        "wrong": [wrong(Scene(s.things, s.ground, 0.0, 0.5), rng) for s in scenes],
+        "plain": [Scene(s.things, s.ground, -0.8, 0.1) for s in scenes],
+        "pleasing": [Scene(s.things, s.ground, 0.8, 0.9) for s in scenes],
+    }
+    inner = {"name": name, "checkpoint": f"mini/{name}"}
+    reward = rewards.build({"name": "reweighted", "omega": 0.3, "direction": "batch", "inner": inner})
+    texts = [c.text for c in captions]
+    with torch.no_grad():
+        parts = {k: reward.scores(torch.from_numpy(render_batch(v)), texts).parts for k, v in changed.items()}
+    by_truth = {p: parts["right"][p] - parts["wrong"][p] for p in ("text_relevant", "text_irrelevant")}
+    by_taste = {p: parts["pleasing"][p] - parts["plain"][p] for p in ("text_relevant", "text_irrelevant")}
+    assert (by_truth["text_relevant"] > 0).float().mean() >= 0.8
+    assert (by_taste["text_irrelevant"] > 0).float().mean() >= 0.95
+    assert by_truth["text_relevant"].mean() > times * by_truth["text_irrelevant"].mean().abs()
+    assert by_taste["text_irrelevant"].mean() > times * by_taste["text_relevant"].mean().abs()
