@@ -7,8 +7,8 @@ peak less what it held before its first step. The gradients of both ways are com
 steps: what repeating several calls in one, and convolutions with channels last, change.
 
 UNet, VAE and reward have random weights; guidance is on, and a LoRA is trained. Run
-``python benchmarks/reward_step.py [--rounds 2] [--pixels 192] [--width 64]``; it writes a table beside itself. That takes
-six minutes on two cores at 0.1 TFLOP/s, with 256 pixels and three rounds a quarter of an hour. Linux only.
+``python benchmarks/reward_step.py [--rounds 2] [--pixels 192] [--width 64]``; it writes a table beside itself. It takes
+six minutes on two cores with 0.1 TFLOP/s, with 256 pixels and three rounds a quarter of an hour. Linux only.
 """
 
 from __future__ import annotations
