@@ -149,7 +149,6 @@ def write_data(folder: Path, size: int) -> None:
 
 def measured(command: list[str]) -> tuple[float, float]:
     """Seconds and peak GiB of a process of its own."""
-    print("$", " ".join(command[:6]), "...", flush=True)
     began = time.perf_counter()
     process = subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     _, status, usage = os.wait4(process.pid, 0)
@@ -219,6 +218,7 @@ def main() -> None:
     }  # fmt: skip
     rows = []
     for name, command in stages.items():
+        print(f"== {name}", flush=True)
         seconds, peak = measured(command)
         run = {"one align": folder / "align", "one rewar": folder / "reward"}.get(name[:9])
         inside = f"{step_seconds(run):.1f}" if run else ""
