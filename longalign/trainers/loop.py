@@ -150,7 +150,8 @@ class Run:
                 "gather; expected one process, or several with whole copies (accelerate's multi-GPU or multi-CPU). "
                 "docs/processes.md says what is missing"
             )
-        if accelerator.state.dynamo_plugin.backend.value != "NO":
+        dynamo: Any = accelerator.state.dynamo_plugin
+        if dynamo.backend.value != "NO":
             raise ValueError(
                 "accelerate's dynamo_backend would compile the reading of texts too; expected 'no' there. To compile "
                 "the denoiser set loop.compile"
@@ -373,7 +374,7 @@ def _compiled(denoiser: Any, how: bool | str) -> Any:
         return denoiser
     backend = "inductor" if how is True else how
     # Random numbers as without compiling, so that a call that is repeated with gradient has the dropout of its first.
-    options = {"fallback_random": True} if backend == "inductor" else None
+    options: Any = {"fallback_random": True} if backend == "inductor" else None
     return torch.compile(denoiser, backend=backend, options=options)
 
 
