@@ -133,7 +133,8 @@ class Composition:
         if key == "encoder" and self.config.cache is not None and self.config.cache.prompts:
             from longalign.caching import cached_encoder
 
-            return cached_encoder(self.config, self.data, self.runtime)
+            data: Any = self.data  # not a stream, which cannot be cached
+            return cached_encoder(self.config, data, self.runtime)
         return getattr(self.config, key).build(self.runtime)
 
     def _start(self, checkpoint: str) -> None:

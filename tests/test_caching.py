@@ -145,9 +145,7 @@ def test_changed_weights_images_and_captions_are_refused(config, models, tmp_pat
     os.utime(images / "0.png", (1, 1))  # a copied file has another time and the same content
     build_from_config(config, CPU).data[0]
     write_png(images / "0.png", torch.zeros(3, 20, 24))
-    with pytest.raises(
-        ValueError, match=r"item 0 is not the one that is in .*run `longalign cache` again"
-    ):
+    with pytest.raises(ValueError, match=r"item 0 is not the one that is in .*run `longalign cache` again"):
         build_from_config(config, CPU).data  # noqa: B018
     assert caching.make(config, CPU)["latents"] == (5, 1)
     data = build_from_config(config, CPU).data

@@ -104,10 +104,11 @@ def _load_single_file(config: SDConfig, runtime: Runtime, kind: Any, component: 
     state = load_file(path)
     layout = resolve_checkpoint(config.layout) if config.layout is not None else _layout_of(path, state)
     parts = []
-    for part, folder, dtype in (
+    kinds: list[tuple[Any, str, torch.dtype]] = [
         (kind, component, getattr(torch, config.dtype)),
         (AutoencoderKL, "vae", runtime.torch_dtype),
-    ):
+    ]
+    for part, folder, dtype in kinds:
         try:
             # handed over as a copy, for reading may take entries out of it
             loaded = part.from_single_file(dict(state), config=layout, subfolder=folder, torch_dtype=dtype)

@@ -38,7 +38,7 @@ class CachedImages(Data):
         self.data, self.store, self.keys, self.stamps = data, store, keys, stamps
         for index in sorted({i * (len(keys) - 1) // max(CHECKED - 1, 1) for i in range(CHECKED)}):
             if keys[index] != UNREADABLE:
-                self._check(index, self.stamps[index] != 0)
+                self._check(index, bool(self.stamps[index] != 0))
 
     @classmethod
     def load(cls, data: Data, store: Store) -> CachedImages:

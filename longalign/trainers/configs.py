@@ -161,9 +161,9 @@ class RewardConfig(TrainerConfig):
             self.schedule.check_steps(self.num_steps)
             if self.replay_batch > 1 and not self.schedule.detaches():
                 raise ValueError(
-                    f"with '{self.schedule.name}' the gradient flows through the denoiser's inputs, so each chosen step "
-                    "must be repeated after the one that follows it; set replay_batch to 1 or choose a schedule with "
-                    "constant inputs"
+                    f"with '{self.schedule.name}' the gradient flows through the denoiser's inputs, so each chosen "
+                    "step must be repeated after the one that follows it; set replay_batch to 1 or choose a schedule "
+                    "with constant inputs"
                 )
         if self.replay_batch > 1 and self.lora is not None and self.lora.dropout:
             raise ValueError(
