@@ -44,17 +44,17 @@ def mixed(rng: np.random.Generator, count: int) -> list[str]:
 def plain(encoder: ClipSegmentEncoder, prompts: Sequence[str]) -> Tensor:
     """The reference: every segment padded to the batch's longest, merged prompt by prompt."""
     tokenizer = encoder.tokens.tokenizer
-    rows = [row for plan in encoder.checked_plans(prompts) for row in plan.rows]
+    plans = encoder.checked_plans(prompts)
+    rows = [row for plan in plans for row in plan.rows]
     longest = max(map(len, rows))
     ids = torch.tensor([[*row, *[tokenizer.eos_token_id] * (longest - len(row))] for row in rows])
     chunk = max(1, encoder.max_batch_tokens // longest)
     states = torch.cat([encoder.text_model(input_ids=part).last_hidden_state for part in ids.split(chunk)])
     filling, out, begin = encoder._fill(states), [], 0
-    for plan in encoder.checked_plans(prompts):
+    for plan in plans:
         kept = [states[begin + i, start:stop] for i, (start, stop) in enumerate(plan.kept)]
         begin += len(plan.rows)
-        merged = torch.cat(kept)
-        out.append(merged)
+        out.append(torch.cat(kept))
     length = max(encoder.max_tokens, max(map(len, out)))
     return torch.stack([torch.cat([m, filling.expand(length - len(m), -1)]) for m in out])
 

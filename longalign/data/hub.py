@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from PIL.Image import Image
 
 from longalign.data.base import Data, check_index
-from longalign.data.configs import HubConfig
+from longalign.data.configs import HubConfig, HubPairsConfig
 from longalign.data.pictures import Pictures
 from longalign.data.stream import Record, Stream
 from longalign.runtime import Runtime
@@ -34,33 +34,38 @@ def load(what: str, path: str, **settings: Any) -> Any:
     return datasets.load_dataset(path, **{key: value for key, value in settings.items() if value is not None})
 
 
-def open_columns(config: HubConfig) -> Any:
-    """The dataset with the configured columns alone, images undecoded.
+def open_columns(config: HubConfig | HubPairsConfig, texts: Sequence[str], images: Sequence[str]) -> Any:
+    """The configured dataset with some of its columns alone, images undecoded.
+
+    Args:
+        config: says which dataset.
+        texts: columns that are read as they are.
+        images: columns of images.
 
     Raises:
         ValueError: if a column is missing; the message names those there are.
     """
     found = load(
-        "hf",
+        config.name,
         config.dataset,
         name=config.subset,
         split=config.split,
         revision=config.revision,
         data_files=[*config.files] or None,
         cache_dir=config.cache,
-        streaming=config.streaming,
+        streaming=config.streaming if isinstance(config, HubConfig) else None,
     )
-    wanted = [config.caption] if config.image is None else [config.caption, config.image]
+    wanted = [*texts, *images]
     there = found.column_names or list(next(iter(found)))
-    missing = [column for column in wanted if column not in there]
-    if missing:
+    if missing := [column for column in wanted if column not in there]:
         raise ValueError(f"'{config.dataset}' has no column '{missing[0]}'; there is {', '.join(there)}")
     found = found.select_columns(wanted)
-    if config.image is not None and found.features is not None:
+    if images and found.features is not None:
         import datasets
 
-        if isinstance(found.features[config.image], datasets.Image):
-            found = found.cast_column(config.image, datasets.Image(decode=False))
+        for column in images:
+            if isinstance(found.features[column], datasets.Image):
+                found = found.cast_column(column, datasets.Image(decode=False))
     return found
 
 
@@ -88,7 +93,7 @@ def text(value: Any) -> str:
 
 def build(config: HubConfig, runtime: Runtime) -> HubRows | HubPrompts | HubStream:
     """The data that a config asks for."""
-    rows = open_columns(config)
+    rows = open_columns(config, [config.caption], [] if config.image is None else [config.image])
     if config.streaming:
         return HubStream(rows, config)
     return HubPrompts(rows, config) if config.image is None else HubRows(rows, config)

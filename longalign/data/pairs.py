@@ -15,7 +15,7 @@ import torch
 
 from longalign.data.base import check_index
 from longalign.data.configs import HubPairsConfig, PairsConfig
-from longalign.data.hub import image_source, load, text
+from longalign.data.hub import image_source, open_columns, text
 from longalign.data.lines import read_jsonl, text_of
 from longalign.data.pictures import UNREADABLE, Pictures, load_square
 from longalign.runtime import Runtime
@@ -149,32 +149,15 @@ class HubPairs(Pairs):
         Raises:
             ValueError: if a column is missing, a cell holds something else, or no pair is left.
         """
-        rows = load(
-            config.name,
-            config.dataset,
-            name=config.subset,
-            split=config.split,
-            revision=config.revision,
-            data_files=[*config.files] or None,
-            cache_dir=config.cache,
-        )
         told = (config.caption, *config.labels, *config.captions)
-        if missing := [column for column in (*told, *config.images) if column not in rows.column_names]:
-            there = ", ".join(rows.column_names)
-            raise ValueError(f"'{config.dataset}' has no column '{missing[0]}'; there is {there}")
+        rows = open_columns(config, told, config.images)
         found = []
         for i, row in enumerate(rows.select_columns([*told])):
             labels, captions = ([row[column] for column in columns] for columns in (config.labels, config.captions))
             where = f"row {i} of {config.dataset}"
             found.append(_pair(text(row[config.caption]), _flat(labels), _flat(captions), where))
         kept, pairs = _kept(found, config.dataset)
-        rows = rows.select_columns([*config.images])
-        import datasets
-
-        for column in config.images:
-            if isinstance(rows.features[column], datasets.Image):
-                rows = rows.cast_column(column, datasets.Image(decode=False))
-        return cls(rows, kept, pairs, config)
+        return cls(rows.select_columns([*config.images]), kept, pairs, config)
 
     def label(self, index: int) -> str:
         return f"row {self.kept[index]} of {self.config.dataset}"

@@ -15,21 +15,20 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from clip import MEAN, STD, looks, normalise
+from clip import MEAN, STD, normalise
 from common import WEIGHTS, bytes_of, fit, kept
 from facts import all_true, labels_of_caption, labels_of_scene, tensor
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer
 
-from longalign.mini import oracle
 from longalign.mini.captions import Caption, describe
-from longalign.mini.scenes import ATTRIBUTES, GROUNDS, VALUES, Scene, sample_scene
+from longalign.mini.preferences import taste, truth, vary
+from longalign.mini.scenes import sample_scene
 from longalign.mini.tokenizers import write_open_clip_bpe
 
 # truth weight, taste weight, longest caption in words, whether sentences are scored one by one
@@ -39,25 +38,6 @@ SETTINGS = {
     "denscore": (10.0, 4.0, (20, 160), True),
 }
 PAIRS, POOL, IMAGES = 24, 6000, 4
-
-
-def corrupt(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene with a random share of its facts changed, and a look of its own."""
-    rate = rng.choice([0.0, 0.1, 0.25, 0.5])
-    things = []
-    for thing in scene.things:
-        for attribute in ATTRIBUTES:
-            if rng.random() < rate:
-                thing = replace(thing, **{attribute: VALUES[attribute][int(rng.integers(len(VALUES[attribute])))]})
-        if rng.random() >= rate / 3:
-            things.append(thing)
-    ground = list(GROUNDS)[int(rng.integers(len(GROUNDS)))] if rng.random() < rate else scene.ground
-    return Scene(tuple(things), ground, float(rng.uniform(-1, 1)), float(rng.uniform(0, 1)))
-
-
-def truth(scene: Scene, caption: Caption) -> float:
-    """Share of the caption's facts that hold in the scene."""
-    return float(np.mean([oracle.holds(fact, scene) for fact in caption.facts]))
 
 
 def main(name: str, steps: int) -> None:
@@ -79,7 +59,7 @@ def main(name: str, steps: int) -> None:
         for i in range(size):
             scene = sample_scene(rng, (1, 9) if by_sentence else (1, 4))
             caption = describe(scene, rng, words=int(rng.integers(words[0], words[1] + 1)))
-            some = [corrupt(scene, rng) for _ in range(IMAGES)]
+            some = [vary(scene, rng) for _ in range(IMAGES)]
             shown += some
             true += [truth(s, caption) for s in some]
             parts = [Caption((s,)) for s in caption.sentences] if by_sentence else [caption]
@@ -88,7 +68,8 @@ def main(name: str, steps: int) -> None:
         told, seen = ([f(x) for x in xs] for f, xs in ((labels_of_caption, texts), (labels_of_scene, shown)))
         return {
             "pixels": bytes_of(shown).view(size, IMAGES, 3, 64, 64), "shown": tensor(seen).view(size, IMAGES, -1),
-            "true": torch.tensor(true).view(size, IMAGES), "nice": looks(shown).mean(1).view(size, IMAGES),
+            "true": torch.tensor(true).view(size, IMAGES),
+            "nice": torch.tensor([taste(s) for s in shown]).view(size, IMAGES),
             "states": text_states(texts), "told": tensor(told).short(), "owner": torch.tensor(owner),
         }  # fmt: skip
 

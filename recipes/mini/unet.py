@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RUNS, WEIGHTS, fit, images_of
+from common import WEIGHTS, fit, images_of, kept
 from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional as F
@@ -62,14 +62,11 @@ def short_caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 @torch.no_grad()
-def pool_latents(vae: AutoencoderKL, scenes: list[Scene]) -> Tensor:
-    """Scaled latents ``(n, 8, 8, 8)`` of the training images, kept on disk."""
-    path = RUNS / "latents.pt"
-    if not path.exists():
-        chunks = (scenes[i : i + 100] for i in range(0, len(scenes), 100))
-        latents = torch.cat([vae.encode(images_of(chunk) * 2 - 1).latent_dist.mode() for chunk in chunks])
-        torch.save(latents * vae.config.scaling_factor, path)
-    return torch.load(path, weights_only=True)
+def encode_images(vae: AutoencoderKL, scenes: list[Scene]) -> dict[str, Tensor]:
+    """Scaled latents ``(n, 8, 8, 8)`` of the training images, to be kept on disk."""
+    chunks = (scenes[i : i + 100] for i in range(0, len(scenes), 100))
+    latents = torch.cat([vae.encode(images_of(chunk) * 2 - 1).latent_dist.mode() for chunk in chunks])
+    return {"latents": latents * vae.config.scaling_factor}
 
 
 def main() -> None:
@@ -83,7 +80,7 @@ def main() -> None:
     unet = unet.to(memory_format=torch.channels_last)  # convolutions are a fifth faster so
     alphas = DDIMScheduler.from_config({**scheduler_config(), "clip_sample": False}).alphas_cumprod
     scenes = [pool_scene(i) for i in range(POOL)]
-    latents = pool_latents(vae, scenes)
+    latents = kept("unet-latents", lambda: encode_images(vae, scenes))["latents"]
 
     @torch.no_grad()
     def encode(texts: list[str]) -> Tensor:
