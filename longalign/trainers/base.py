@@ -13,7 +13,7 @@ from torch.nn.functional import mse_loss
 
 from longalign.backbones.base import Backbone
 from longalign.backbones.configs import LoraConfig
-from longalign.diffusion import add_noise, draw_timesteps, training_target
+from longalign.diffusion import add_noise, draw_timesteps, guide, training_target
 from longalign.encoders.base import Conditioning, Encoder
 
 Backward = Callable[[Tensor], None]
@@ -158,6 +158,29 @@ def latents_of(backbone: Backbone, batch: Mapping[str, Any], what: str) -> Tenso
     if "image" not in batch:
         raise ValueError(f"{what} needs images, and the data has prompts only; choose data with images")
     return backbone.encode_images(batch["image"])
+
+
+def guided(
+    denoise: Callable[[Tensor, Tensor, Conditioning], Tensor],
+    latents: Tensor,
+    timesteps: Tensor,
+    told: Conditioning,
+    rows: Tensor,
+    scale: float | Tensor,
+) -> Tensor:
+    """The answer ``(b, c, h, w)`` under classifier-free guidance, both branches in one call.
+
+    Args:
+        denoise: `Backbone.predict` or `Backbone.predict_start`.
+        latents: ``(b, c, h, w)``.
+        timesteps: ``(b,)``.
+        told: conditioning of prompts and, as its last row, of the empty prompt, so that both have the same length.
+        rows: ``(b,)`` which of ``told`` belongs to each of the latents.
+        scale: of guidance, one or ``(b, 1, 1, 1)``.
+    """
+    branches = told[torch.cat([rows, torch.full_like(rows, len(told.states) - 1)])]
+    answers = denoise(torch.cat([latents] * 2), torch.cat([timesteps] * 2), branches)
+    return guide(*answers.chunk(2), scale)
 
 
 def noise_loss(backbone: Backbone, latents: Tensor, conditioning: Conditioning, density: str | None = None) -> Tensor:

@@ -37,6 +37,12 @@ class TrainerConfig(PartConfig):
         raise NotImplementedError
 
 
+def _with_rewards(config: PartConfig, rewards: Any, other: str) -> list[tuple[str, str]]:
+    if not rewards:
+        return []
+    return [("rewards", f"'{config.name}' uses no rewards, got {len(rewards)}; expected none, or {other}")]
+
+
 def _without_images(run: Any, what: str) -> list[tuple[str, str]]:
     if getattr(run.data, "has_images", True):
         return []
@@ -61,14 +67,13 @@ class AlignConfig(TrainerConfig):
     timesteps: Literal["uniform", "logit-normal"] | None = None
 
     def check_run(self, run: Any) -> list[tuple[str, str]]:
-        faults = [("rewards", "'align' uses no rewards; expected none, or another trainer")] if run.rewards else []
-        return faults + _without_images(run, "'align'")
+        return _with_rewards(self, run.rewards, "another trainer") + _without_images(run, "'align'")
 
     def build(self, runtime: Runtime, *, backbone: Any = None, encoder: Any = None, rewards: Any = ()) -> Any:
         from longalign.trainers.align import AlignTrainer
 
-        if rewards:
-            raise ValueError(f"'align' uses no rewards, got {len(rewards)}; expected none, or another trainer")
+        for _, fault in _with_rewards(self, rewards, "another trainer"):
+            raise ValueError(fault)
         return AlignTrainer.from_config(self, backbone, encoder)
 
 
@@ -107,14 +112,13 @@ class LCMConfig(TrainerConfig):
         return self
 
     def check_run(self, run: Any) -> list[tuple[str, str]]:
-        faults = [("rewards", "'lcm' uses no rewards; expected none, or 'lcm-reward'")] if run.rewards else []
-        return faults + _without_images(run, "'lcm'")
+        return _with_rewards(self, run.rewards, "'lcm-reward'") + _without_images(run, "'lcm'")
 
     def build(self, runtime: Runtime, *, backbone: Any = None, encoder: Any = None, rewards: Any = ()) -> Any:
         from longalign.trainers.lcm import LCMTrainer
 
-        if rewards:
-            raise ValueError(f"'lcm' uses no rewards, got {len(rewards)}; expected none, or 'lcm-reward'")
+        for _, fault in _with_rewards(self, rewards, "'lcm-reward'"):
+            raise ValueError(fault)
         return LCMTrainer.from_config(self, backbone, encoder)
 
 

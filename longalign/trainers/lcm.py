@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.func import functional_call
 
 from longalign.backbones.base import Backbone
-from longalign.diffusion import Solver, add_noise, ddim, guide, lcm
+from longalign.diffusion import Solver, add_noise, ddim, lcm
 from longalign.encoders.base import Conditioning, Encoder
-from longalign.trainers.base import DiffusionTrainer, evaluating, latents_of, train_denoiser
+from longalign.trainers.base import DiffusionTrainer, evaluating, guided, latents_of, train_denoiser
 from longalign.trainers.configs import LCMConfig
 
 
@@ -108,10 +108,8 @@ class LCMTrainer(DiffusionTrainer):
         """
         with evaluating(self.backbone.denoiser):
             rows = torch.arange(len(noisy), device=noisy.device)
-            branches = told[torch.cat([rows, torch.full_like(rows, len(noisy))])]
-            answers = self.backbone.predict_start(torch.cat([noisy] * 2), torch.cat([start] * 2), branches).float()
-            conditional, unconditional = answers.chunk(2)
-            earlier = self.solve(start, noisy, guide(conditional, unconditional, guidance))
+            answer = guided(self.backbone.predict_start, noisy, start, told, rows, guidance)
+            earlier = self.solve(start, noisy, answer.float())
             end = (start - self.skip).clamp(min=0)
             return self.consistency(end, earlier, self.predict_target(earlier, end, told[: len(noisy)]).float())
 

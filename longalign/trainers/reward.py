@@ -12,12 +12,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longalign.backbones.base import Backbone
-from longalign.diffusion import Solver, add_noise, ddim, guide, lcm, trailing_timesteps
+from longalign.diffusion import Solver, add_noise, ddim, lcm, trailing_timesteps
 from longalign.encoders.base import Conditioning, Encoder
 from longalign.rewards.base import Reward, Scores, as_reward
 from longalign.rollout import Predict, Visit, replay, retrace, rollout
 from longalign.schedules.base import Choice, Schedule
-from longalign.trainers.base import Backward, DiffusionTrainer, evaluating, latents_of, noise_loss, train_denoiser
+from longalign.trainers.base import (
+    Backward,
+    DiffusionTrainer,
+    evaluating,
+    guided,
+    latents_of,
+    noise_loss,
+    train_denoiser,
+)
 from longalign.trainers.configs import RewardConfig
 
 
@@ -194,16 +202,12 @@ class RewardTrainer(DiffusionTrainer):
             rows: which b of the prompts. The latents are those of one or more visits, ``(v * b, c, h, w)``.
         """
         prompts = torch.arange(rows.start, rows.stop, device=told.states.device)
-        empty = torch.full_like(prompts, len(told.states) - 1)
 
         def predict(latents: Tensor, timesteps: Tensor) -> Tensor:
-            visits = len(latents) // len(prompts)
+            of = prompts.repeat(len(latents) // len(prompts))
             if self.guidance == 1:
-                return denoise(latents, timesteps, told[prompts.repeat(visits)])
-            branches = torch.cat([prompts.repeat(visits), empty.repeat(visits)])
-            output = denoise(torch.cat([latents] * 2), torch.cat([timesteps] * 2), told[branches])
-            conditional, unconditional = output.chunk(2)
-            return guide(conditional, unconditional, self.guidance)
+                return denoise(latents, timesteps, told[of])
+            return guided(denoise, latents, timesteps, told, of, self.guidance)
 
         return predict
 
