@@ -92,7 +92,8 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     about = {}
     for base in reversed(model.__mro__):
         about.update(_summary(base)[1] if issubclass(base, BaseModel) else {})
-    for key, field in model.model_fields.items():
+    # what must be given comes first, also where it stands behind the keys of a base
+    for key, field in sorted(model.model_fields.items(), key=lambda item: not item[1].is_required()):
         if key == "name" and issubclass(model, PartConfig):
             continue
         annotation = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation

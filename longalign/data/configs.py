@@ -33,6 +33,61 @@ class DataConfig(PartConfig):
     has_pairs: ClassVar[bool] = False
 
 
+class ImagesConfig(DataConfig):
+    """Base of configs of images that are stored somewhere.
+
+    Attributes:
+        resolution: side in pixels of the square that is cut out of the middle of each image and scaled.
+        empty: what to do with an empty caption: "skip" its image, or "keep" it as an unconditional example.
+        max_unreadable: how many unreadable images, or shards and captions that are files of their own, are named in a
+            warning and replaced by the next one; one more stops the run. Each loading process counts its own.
+    """
+
+    resolution: PositiveInt = 512
+    empty: Literal["skip", "keep"] = "skip"
+    max_unreadable: NonNegativeInt = 10
+
+
+class PairedImagesConfig(DataConfig):
+    """Base of configs of pairs of images that are stored somewhere, with which of the two is preferred.
+
+    Attributes:
+        resolution: side in pixels of the square that is cut out of the middle of each image and scaled.
+        max_unreadable: how many pairs with an unreadable image are named in a warning and replaced by the next one; one
+            more stops the run. Each loading process counts its own.
+    """
+
+    has_pairs: ClassVar[bool] = True
+
+    resolution: PositiveInt = 224
+    max_unreadable: NonNegativeInt = 10
+
+
+class TableConfig(DataConfig):
+    """Base of configs of tables that the library ``datasets`` reads: from the hub, parquet files, or any format it
+    knows.
+
+    Attributes:
+        dataset: hub id, local folder, or a format such as "parquet", "json" or "webdataset" for ``files``.
+        subset: name of a configuration of the dataset.
+        split: which split.
+        revision: branch, tag or commit on the hub.
+        files: paths or URLs, ``*`` allowed, of the files to read.
+        caption: column of the captions, or prompts.
+        image_folder: where paths of images begin.
+        cache: folder for what ``datasets`` stores; null is its own.
+    """
+
+    dataset: Text
+    subset: Text | None = None
+    split: Text = "train"
+    revision: Text | None = None
+    files: Texts = ()
+    caption: Text = "caption"
+    image_folder: Text | None = None
+    cache: Text | None = None
+
+
 class ScenesConfig(DataConfig):
     """Scenes of the bundled small world with captions of chosen length; drawn when asked for, nothing is stored.
 
@@ -87,22 +142,15 @@ class ScenePairsConfig(ScenesConfig):
         return ScenePairs.from_config(self, runtime)
 
 
-class FolderConfig(DataConfig):
+class FolderConfig(ImagesConfig):
     """Images of a folder, each with a caption, in the layout that ``longalign generate`` writes.
 
     Attributes:
         folder: the folder; ``metadata.jsonl`` in it has one line per image, with "file_name" and "text" (or "prompt").
-        resolution: side in pixels of the square that is cut out of the middle of each image and scaled.
-        empty: what to do with an empty caption: "skip" its image, or "keep" it as an unconditional example.
-        max_unreadable: how many unreadable images are named in a warning and replaced by the next one in the folder;
-            one more stops the run. Each loading process counts its own.
     """
 
     name: Literal["folder"] = "folder"
     folder: Text
-    resolution: PositiveInt = 512
-    empty: Literal["skip", "keep"] = "skip"
-    max_unreadable: NonNegativeInt = 10
 
     def build(self, runtime: Runtime) -> Any:
         from longalign.data.folder import Folder
@@ -110,44 +158,21 @@ class FolderConfig(DataConfig):
         return Folder.from_config(self, runtime)
 
 
-class HubConfig(DataConfig):
+class HubConfig(TableConfig, ImagesConfig):
     """A table that the library ``datasets`` reads: from the hub, parquet files, or any format it knows.
 
     Attributes:
-        dataset: hub id, local folder, or a format such as "parquet", "json" or "webdataset" for ``files``.
-        subset: name of a configuration of the dataset.
-        split: which split.
-        revision: branch, tag or commit on the hub.
-        files: paths or URLs, ``*`` allowed, of the files to read.
-        caption: column of the captions.
         image: column of the images: images, their bytes or their paths; null reads captions alone, for reward
             fine-tuning.
-        image_folder: where paths of images begin.
         streaming: read while training, storing nothing, instead of downloading first; shards are dealt to processes and
             workers.
         shuffle_buffer: records of a stream among which the next is drawn; null is 1000.
-        cache: folder for what ``datasets`` stores; null is its own.
-        resolution: side in pixels of the square that is cut out of the middle of each image and scaled.
-        empty: what to do with an empty caption: "skip" its row, or "keep" it as an unconditional example.
-        max_unreadable: how many unreadable images are named in a warning and replaced by the next one; one more stops
-            the run. Each loading process counts its own.
     """
 
     name: Literal["hf"] = "hf"
-    dataset: Text
-    subset: Text | None = None
-    split: Text = "train"
-    revision: Text | None = None
-    files: Texts = ()
-    caption: Text = "caption"
     image: Text | None = "image"
-    image_folder: Text | None = None
     streaming: bool = False
     shuffle_buffer: PositiveInt | None = None
-    cache: Text | None = None
-    resolution: PositiveInt = 512
-    empty: Literal["skip", "keep"] = "skip"
-    max_unreadable: NonNegativeInt = 10
 
     @property
     def has_images(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -167,7 +192,7 @@ class HubConfig(DataConfig):
         return build(self, runtime)
 
 
-class PairsConfig(DataConfig):
+class PairsConfig(PairedImagesConfig):
     """A folder of images in pairs of one prompt each, with which of the two is preferred.
 
     Attributes:
@@ -175,17 +200,10 @@ class PairsConfig(DataConfig):
             (or "prompt"), "label_0" and "label_1" (1 and 0, shares or votes; equal is no preference) or "preference"
             (the share that prefers the first), and, if there are any, a caption of each image, "caption_0" and
             "caption_1". Pairs without label are left out.
-        resolution: side in pixels of the square that is cut out of the middle of each image and scaled.
-        max_unreadable: how many pairs with an unreadable image are named in a warning and replaced by the next one; one
-            more stops the run. Each loading process counts its own.
     """
-
-    has_pairs: ClassVar[bool] = True
 
     name: Literal["pairs"] = "pairs"
     folder: Text
-    resolution: PositiveInt = 224
-    max_unreadable: NonNegativeInt = 10
 
     def build(self, runtime: Runtime) -> Any:
         from longalign.data.pairs import FolderPairs
@@ -193,45 +211,22 @@ class PairsConfig(DataConfig):
         return FolderPairs.from_config(self, runtime)
 
 
-class HubPairsConfig(DataConfig):
+class HubPairsConfig(TableConfig, PairedImagesConfig):
     """Pairs of images of a table that the library ``datasets`` reads. The defaults are the columns of Pick-a-Pic
     (``yuvalkirstain/pickapic_v1``); HPD v2 has ``images: image_path``, ``labels: human_preference`` and
     ``caption: prompt``.
 
     Attributes:
-        dataset: hub id, local folder, or a format such as "parquet" or "json" for ``files``.
-        subset: name of a configuration of the dataset.
-        split: which split.
-        revision: branch, tag or commit on the hub.
-        files: paths or URLs, ``*`` allowed, of the files to read.
-        caption: column of the prompts.
         images: two columns of images, their bytes or their paths, or one that has a list of two.
         labels: two columns of numbers (1 and 0, shares or votes; equal is no preference), one that has a list of two,
             or one with the share that prefers the first. Pairs without label are left out.
         captions: two columns of captions, one for each image, or one that has a list of two; none if empty.
-        image_folder: where paths of images begin.
-        cache: folder for what ``datasets`` stores; null is its own.
-        resolution: side in pixels of the square that is cut out of the middle of each image and scaled.
-        max_unreadable: how many pairs with an unreadable image are named in a warning and replaced by the next one; one
-            more stops the run. Each loading process counts its own.
     """
 
-    has_pairs: ClassVar[bool] = True
-
     name: Literal["hf-pairs"] = "hf-pairs"
-    dataset: Text
-    subset: Text | None = None
-    split: Text = "train"
-    revision: Text | None = None
-    files: Texts = ()
-    caption: Text = "caption"
     images: Annotated[Texts, Field(min_length=1, max_length=2)] = ("jpg_0", "jpg_1")
     labels: Annotated[Texts, Field(min_length=1, max_length=2)] = ("label_0", "label_1")
     captions: Annotated[Texts, Field(max_length=2)] = ()
-    image_folder: Text | None = None
-    cache: Text | None = None
-    resolution: PositiveInt = 224
-    max_unreadable: NonNegativeInt = 10
 
     def build(self, runtime: Runtime) -> Any:
         from longalign.data.pairs import HubPairs
@@ -239,7 +234,7 @@ class HubPairsConfig(DataConfig):
         return HubPairs.from_config(self, runtime)
 
 
-class WebDatasetConfig(DataConfig):
+class WebDatasetConfig(ImagesConfig):
     """Local tar files in webdataset's layout, read as a stream: files of one stem are an item.
 
     Attributes:
@@ -248,10 +243,6 @@ class WebDatasetConfig(DataConfig):
         caption: ending of the caption's file: "txt", or "json" with a ``field``.
         field: key of the caption in a JSON file; null is "caption" there.
         shuffle_buffer: records among which the next is drawn; 1 keeps the order.
-        resolution: side in pixels of the square that is cut out of the middle of each image and scaled.
-        empty: what to do with an empty caption: "skip" its item, or "keep" it as an unconditional example.
-        max_unreadable: how many unreadable images, captions and shards are named in a warning and replaced by the next
-            ones; one more stops the run. Each loading process counts its own.
     """
 
     name: Literal["webdataset"] = "webdataset"
@@ -260,9 +251,6 @@ class WebDatasetConfig(DataConfig):
     caption: Text = "txt"
     field: Text | None = None
     shuffle_buffer: PositiveInt = 1000
-    resolution: PositiveInt = 512
-    empty: Literal["skip", "keep"] = "skip"
-    max_unreadable: NonNegativeInt = 10
 
     @property
     def caption_field(self) -> str | None:
@@ -281,7 +269,7 @@ class WebDatasetConfig(DataConfig):
         return WebDataset.from_config(self, runtime)
 
 
-class LongAlignCaptionsConfig(DataConfig):
+class LongAlignCaptionsConfig(ImagesConfig):
     """The public LongAlign captions (2.27 million rows ``caption, path, source``) with images of local folders.
 
     Attributes:
@@ -293,10 +281,6 @@ class LongAlignCaptionsConfig(DataConfig):
         cache: folder for what the library ``datasets`` stores; null is its own.
         max_missing: how many images may be missing in the folders, or null for any number; they are looked for once, at
             the start, counted in a warning and left out.
-        resolution: side in pixels of the square that is cut out of the middle of each image and scaled.
-        empty: what to do with an empty caption: "skip" its image, or "keep" it as an unconditional example.
-        max_unreadable: how many unreadable images are named in a warning and replaced by the next one; one more stops
-            the run. Each loading process counts its own.
     """
 
     name: Literal["longalign-captions"] = "longalign-captions"
@@ -306,9 +290,6 @@ class LongAlignCaptionsConfig(DataConfig):
     revision: Text | None = None
     cache: Text | None = None
     max_missing: NonNegativeInt | None = None
-    resolution: PositiveInt = 512
-    empty: Literal["skip", "keep"] = "skip"
-    max_unreadable: NonNegativeInt = 10
 
     def build(self, runtime: Runtime) -> Any:
         from longalign.data.captions import LongAlignCaptions
