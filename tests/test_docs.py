@@ -251,11 +251,12 @@ def logs():
 
 
 def measured():
-    """The last evaluation in each log; what is measured then only is what the first row lacks."""
+    """The last evaluation in each log; what is measured then only is what the shortest row near the end lacks."""
     out = ["| log | steps | minutes | measured on held-out data |", "|---|---|---|---|"]
     for name, rows in logs().items():
-        if last := [row for row in rows if row.keys() - rows[0].keys()]:
-            values = ", ".join(f"{k} {v}" for k, v in last[-1].items() if k not in rows[0])
+        trained = min(rows[-10:], key=len)
+        if last := [row for row in rows if row.keys() - trained.keys()]:
+            values = ", ".join(f"{k} {v}" for k, v in last[-1].items() if k not in trained)
             out.append(f"| {name} | {last[-1]['step']} | {last[-1]['seconds'] / 60:.0f} | {values} |")
     return "\n".join([*out, ""])
 
