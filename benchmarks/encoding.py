@@ -29,6 +29,23 @@ from longalign.segment.parts import Sentence
 WORDS = "circle square red green the a top left right bottom large small stands near old house under two trees"
 
 
+def text_config(layers: int, width: int, tokenizer: CLIPTokenizerFast) -> CLIPTextConfig:
+    """Of a CLIP text model."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+        num_attention_heads=width // 64, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+
+
+def clip_segment(layers: int, width: int) -> ClipSegmentEncoder:
+    """The encoder that is measured, with random weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = CLIPTokenizerFast.from_pretrained(write_clip_tokenizer(Path(folder), WORDS.split()))
+    return ClipSegmentEncoder(
+        CLIPTextModel(text_config(layers, width, tokenizer)), tokenizer, Sentence(), overflow="grow"
+    )
+
+
 def sentence(rng: np.random.Generator, low: int = 6, high: int = 40) -> str:
     """A sentence of ``low`` to ``high`` words."""
     words = rng.choice(WORDS.split(), int(rng.integers(low, high + 1)))
@@ -102,14 +119,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64, help="in the mixed batch")
     options = parser.parse_args()
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer = CLIPTokenizerFast.from_pretrained(write_clip_tokenizer(Path(folder), WORDS.split()))
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=options.width, intermediate_size=4 * options.width,
-        num_hidden_layers=options.layers, num_attention_heads=options.width // 64,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    encoder = ClipSegmentEncoder(CLIPTextModel(config), tokenizer, Sentence(), overflow="grow")
+    encoder = clip_segment(options.layers, options.width)
     rng = np.random.default_rng(0)
     lines = ["# Encoding by segments", "", "`python benchmarks/encoding.py`", ""]
     size = f"{options.layers} layers of width {options.width}, float32"

@@ -1,38 +1,44 @@
 """What a reward step takes, by how many sampling steps carry gradient, against plain autograd.
 
-Plain: autograd through the whole rollout, each chosen call of the UNet in torch's checkpointing of its own, as the
-published code describes it. Every measurement is a process of its own; all wait for each other and take turns, one step
-in each round, so that a noisy machine disturbs them alike. Seconds are medians over the rounds; memory is a process's
-peak less what it held before its first step. The gradients of both ways are compared. By themselves, at one number of
-steps: what repeating several calls in one, and convolutions with channels last, change.
+Plain is autograd through the whole rollout: without checkpoints, which keeps the activations of every chosen call of
+the UNet, and with each chosen call in torch's checkpointing of its own, as the published code describes it. The second
+holds little more than longalign, which repeats these calls itself; what can be less is a part of the batch at a time,
+which autograd through one rollout cannot have. It is measured by itself, with other settings, at one number of steps.
+
+Every measurement is a process of its own; all wait for each other and take turns, one step in each round, so that a
+noisy machine disturbs them alike. Each first takes a step of a tiny model, which loads code and starts threads. Seconds
+are medians over the rounds; memory is a process's peak less what it held before its first step. All gradients are
+compared.
 
 UNet, VAE and reward have random weights; guidance is on, and a LoRA is trained. Run
-``python benchmarks/reward_step.py [--rounds 2] [--pixels 192] [--width 64]``; it writes a table beside itself. It takes
-six minutes on two cores with 0.1 TFLOP/s, with 256 pixels and three rounds a quarter of an hour. Linux only.
+``python benchmarks/reward_step.py [--rounds 2] [--pixels 128] [--width 64]``; it writes a table beside itself. It takes
+seven minutes on two cores with 0.13 TFLOP/s. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import multiprocessing
 import os
+import resource
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 TEXT = (77, 128)
 """Tokens of a prompt and their width."""
+BARE, PLAIN, OURS = "plain, no checkpoints", "plain, checkpoints", "longalign"
+
+SERVER = multiprocessing.get_context("forkserver")
+"""Processes are forked from one that has imported everything and computed nothing."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One measurement: a way of computing the gradient, how many steps carry it, and the sizes."""
+    """One measurement: a way of computing the gradient, how many steps carry it, sizes, and settings of longalign."""
 
     way: str
     chosen: int
@@ -41,6 +47,9 @@ class Setting:
     batch: int
     steps: int
     replay_batch: int = 1
+    denoise_batch: int | None = None
+    decode_batch: int | None = None
+    gradient_checkpointing: bool = False
     channels_last: bool = False
 
 
@@ -81,20 +90,22 @@ def build(setting: Setting) -> Any:
     )  # fmt: skip
     levels = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
     backbone = SDBackbone(unet, vae, levels, "epsilon")
+    calls = {key: getattr(setting, key) for key in ("replay_batch", "denoise_batch", "decode_batch")}
     schedule: Any = {"name": "grouped-random", "groups": setting.chosen}
-    lora, calls = LoraConfig(rank=16, dropout=0), setting.replay_batch
-    config = RewardConfig(lora=lora, num_steps=setting.steps, schedule=schedule, replay_batch=calls)
+    config = RewardConfig(lora=LoraConfig(rank=16, dropout=0), num_steps=setting.steps, schedule=schedule, **calls)
     trainer = RewardTrainer.from_config(config, backbone, Random(), [warm], GroupedRandom(setting.chosen))
     for name, parameter in trainer.named_parameters():
         if ".lora_B." in name:  # zero at first, which would leave the other factor without gradient
             torch.nn.init.normal_(parameter, std=0.01)
+    if setting.gradient_checkpointing:
+        trainer.enable_gradient_checkpointing()
     if setting.channels_last:
         backbone.use_channels_last()
     return trainer.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def plain(trainer: Any, prompts: Sequence[str]) -> None:
-    """The reference: autograd through the rollout, with one checkpoint for each chosen call."""
+def plain(trainer: Any, prompts: Sequence[str], checkpoints: bool = True) -> None:
+    """The reference: autograd through the rollout, with or without a checkpoint for each chosen call."""
     import torch
     from torch.utils.checkpoint import checkpoint
 
@@ -102,12 +113,14 @@ def plain(trainer: Any, prompts: Sequence[str]) -> None:
     chosen = trainer.schedule.pick(len(solver)).steps
     predict = trainer.predictor(trainer.backbone.predict, told, slice(0, len(prompts)))
     for index, timestep in enumerate(solver.timesteps):
-        timesteps = torch.full((len(prompts),), timestep, device=latents.device)
-        if index in chosen:
-            output = checkpoint(predict, latents.detach(), timesteps, use_reentrant=False)
-        else:
+        seen, timesteps = latents.detach(), torch.full((len(prompts),), timestep, device=latents.device)
+        if index not in chosen:
             with torch.no_grad():
-                output = predict(latents.detach(), timesteps)
+                output = predict(seen, timesteps)
+        elif checkpoints:
+            output = checkpoint(predict, seen, timesteps, use_reentrant=False)
+        else:
+            output = predict(seen, timesteps)
         latents = solver.a[index] * latents + solver.b[index] * output
     images = trainer.backbone.decode(latents)
     (0.5 * (1 - trainer.rewards[0].score(images, prompts).mean())).backward()
@@ -122,150 +135,193 @@ def step(trainer: Any, setting: Setting) -> float:
     trainer.zero_grad()
     torch.manual_seed(1)
     began = time.perf_counter()
-    if setting.way == "plain":
-        plain(trainer, prompts)
-    else:
+    if setting.way == OURS:
         trainer.step({"prompt": prompts}, torch.Tensor.backward)
+    else:
+        plain(trainer, prompts, setting.way == PLAIN)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - began
 
 
-def measure(setting: Setting, file: str) -> None:
-    """A process of its own: says when it is ready, takes a step for each line that it is told, and writes down the
-    gradient and, in GiB, the memory that it held before and its peak."""
+def measure(setting: Setting, pipe: Any) -> None:
+    """A process of its own: says when it is ready, takes a step each time that it is told True and answers with its
+    seconds and with the GiB at the peak so far beyond what was held before; at last the gradient and the UNet's
+    parameters."""
     import torch
 
+    tiny = replace(setting, chosen=1, pixels=64, width=32, batch=2, steps=2)
+    step(build(tiny), tiny)
     trainer = build(setting)
-    on_gpu, before = torch.cuda.is_available(), _resident()
-    if on_gpu:
-        before = torch.cuda.memory_allocated() / 2**30
+    before = _held()
+    if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    print("ready", flush=True)
-    for _ in sys.stdin:
-        print(step(trainer, setting), flush=True)
-    gradient = torch.cat([p.grad.flatten().double().cpu() for p in trainer.trainable()])
+    pipe.send(True)
+    while pipe.recv():
+        pipe.send((step(trainer, setting), _peak() - before))
+    gradient = torch.cat([p.grad.flatten().double().cpu() for p in trainer.trainable()]).numpy()
     parameters = sum(p.numel() for n, p in trainer.backbone.denoiser.named_parameters() if "lora" not in n)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
-    torch.save({"gradient": gradient, "before": before, "peak": peak, "parameters": parameters}, file)
+    pipe.send((gradient, parameters))
 
 
-def _resident() -> float:
+def _held() -> float:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated() / 2**30
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**30
 
 
-class Process:
-    """A measurement that is under way."""
+def _peak() -> float:
+    import torch
 
-    def __init__(self, setting: Setting, file: Path):
-        self.setting, self.file, self.seconds = setting, file, []
-        command = [sys.executable, __file__, "--measure", json.dumps(asdict(setting)), str(file)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class Measurement:
+    """A process that is under way, and what it found: ``seconds`` of its steps, ``memory`` in GiB, and at the end
+    ``gradient`` and ``parameters``."""
+
+    def __init__(self, setting: Setting):
+        self.setting, self.steps, self.memory = setting, [], 0.0
+        self.gradient: Any = None
+        self.parameters = 0
+        self.pipe, other = SERVER.Pipe()
+        self.process = SERVER.Process(target=measure, args=(setting, other))
+        self.process.start()
+        other.close()
         self._hear()
 
-    def _hear(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"a measurement failed: {self.setting}")
-        return line
+    def _hear(self) -> Any:
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            raise SystemExit(f"a measurement failed: {self.setting}") from None
 
     def step(self) -> None:
         """Takes one step and notes its seconds."""
-        assert self.process.stdin is not None
-        self.process.stdin.write("step\n")
-        self.process.stdin.flush()
-        self.seconds.append(float(self._hear()))
-        print(self.setting, f"{self.seconds[-1]:.2f} s", flush=True)
+        self.pipe.send(True)
+        seconds, self.memory = self._hear()
+        self.steps.append(seconds)
+        print(self.setting, f"{seconds:.2f} s, {self.memory:.2f} GiB", flush=True)
 
-    def end(self) -> dict[str, Any]:
-        """Median seconds, GiB at the peak beyond what it held before, the gradient, the UNet's parameters."""
-        import torch
+    def end(self) -> None:
+        self.pipe.send(False)
+        self.gradient, self.parameters = self._hear()
+        self.process.join()
 
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        _, status, usage = os.wait4(self.process.pid, 0)
-        self.process.returncode = status
-        if status:
-            raise SystemExit(f"a measurement failed: {self.setting}")
-        told = torch.load(self.file, weights_only=True)
-        peak = usage.ru_maxrss / 2**20 if told["peak"] is None else told["peak"]
-        return {**told, "seconds": statistics.median(self.seconds), "memory": peak - told["before"]}
+    @property
+    def seconds(self) -> float:
+        """Median of the steps."""
+        return statistics.median(self.steps)
+
+    def distance(self, other: Measurement) -> float:
+        """``|a - b| / |b|`` of the gradients."""
+        difference = self.gradient - other.gradient
+        return float((difference @ difference) ** 0.5 / (other.gradient @ other.gradient) ** 0.5)
 
 
-def distance(a: Any, b: Any) -> float:
-    """``|a - b| / |b|``."""
-    return ((a - b).norm() / b.norm()).item()
+def expected(chosen: int, measured: Mapping[int, float]) -> float:
+    """GiB that ``chosen`` graphs will take, by the line through the two largest measured numbers of them."""
+    if not measured:
+        return 0.0
+    (most, high), *rest = sorted(measured.items(), reverse=True)
+    less, low = rest[0] if rest else (0, 0.0)
+    return high + (chosen - most) * (high - low) / (most - less)
+
+
+def run(settings: Sequence[Setting], rounds: int, cap: float) -> dict[Setting, Measurement]:
+    """Measures all settings, but not those without checkpoints that would take more than ``cap`` GiB."""
+    SERVER.set_forkserver_preload(["longalign.backbones.sd", "longalign.trainers.reward"])
+    found: dict[Setting, Measurement] = {}
+    for setting in settings:
+        graphs = {s.chosen: m.memory for s, m in found.items() if s.way == BARE}
+        if setting.way == BARE and expected(setting.chosen, graphs) > cap:
+            print(setting, f"left out: about {expected(setting.chosen, graphs):.1f} GiB", flush=True)
+            continue
+        found[setting] = Measurement(setting)
+        found[setting].step()
+    for _ in range(rounds - 1):
+        for measurement in found.values():
+            measurement.step()
+    for measurement in found.values():
+        measurement.end()
+    return found
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table in Markdown, with an empty one after it."""
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)] + [""]
+
+
+def ratio(a: float, b: float | None) -> str:
+    return "-" if b is None else f"{a / b:.2f}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--pixels", type=int, default=192, help="of the images, eight times those of the latents (192)")
+    parser.add_argument("--pixels", type=int, default=128, help="of the images, eight times those of the latents (128)")
     parser.add_argument("--width", type=int, default=64, help="channels of the UNet's first level (64)")
-    parser.add_argument("--batch", type=int, default=2, help="images in a step (2)")
+    parser.add_argument("--batch", type=int, default=4, help="images in a step (4)")
     parser.add_argument("--steps", type=int, default=50, help="sampling steps (50)")
     parser.add_argument(
         "--chosen", type=int, nargs="+", default=[1, 5, 10, 50], help="of them with gradient (1 5 10 50)"
     )
-    parser.add_argument("--replay-batch", type=int, default=5, help="calls repeated in one, for the second table (5)")
-    parser.add_argument("--at", type=int, default=10, help="steps with gradient in the second table (10)")
+    parser.add_argument("--cap", type=float, default=8.0, help="GiB that autograd without checkpoints may take (8)")
+    parser.add_argument("--replay-batch", type=int, default=5, help="calls repeated in one, for the settings (5)")
+    parser.add_argument("--at", type=int, default=10, help="steps with gradient for the settings (10)")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"), help="of the table")
-    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.measure:
-        measure(Setting(**json.loads(options.measure[0])), options.measure[1])
-        return
 
     from longalign.record import machine
 
     sizes = {key: getattr(options, key) for key in ("pixels", "width", "batch", "steps")}
-    pairs = {k: [Setting(way, k, **sizes) for way in ("plain", "longalign")] for k in options.chosen}
-    together = f"{options.replay_batch} calls repeated in one"
+    chosen = sorted({*options.chosen, options.at})
+    ways = {k: [Setting(way, k, **sizes) for way in (BARE, PLAIN, OURS)] for k in chosen}
+    first = ways[options.at][-1]
+    small = replace(first, denoise_batch=1, decode_batch=1)
     variants = {
-        "one call at a time": Setting("longalign", options.at, **sizes),
-        together: Setting("longalign", options.at, replay_batch=options.replay_batch, **sizes),
-        "channels last": Setting("longalign", options.at, channels_last=True, **sizes),
+        "one call at a time": first,
+        f"replay_batch {options.replay_batch}": replace(first, replay_batch=options.replay_batch),
+        "channels last": replace(first, channels_last=True),
+        "decode_batch 1": replace(first, decode_batch=1),
+        "denoise_batch 1": replace(first, denoise_batch=1),
+        "denoise_batch 1, decode_batch 1": small,
+        "the same, gradient_checkpointing": replace(small, gradient_checkpointing=True),
     }
-    settings = dict.fromkeys([s for pair in pairs.values() for s in pair] + list(variants.values()))
-    with tempfile.TemporaryDirectory() as folder:
-        processes = {s: Process(s, Path(folder) / f"{i}.pt") for i, s in enumerate(settings)}
-        for _ in range(options.rounds):
-            for process in processes.values():
-                process.step()
-        found = {s: process.end() for s, process in processes.items()}
+    settings = dict.fromkeys([s for three in ways.values() for s in three] + list(variants.values()))
+    found = run(list(settings), options.rounds, options.cap)
 
-    some = next(iter(found.values()))
     lines = [
         "# A reward step", "", "`python benchmarks/reward_step.py" + _given(options, parser) + "`", "",
-        f"A UNet of {some['parameters'] / 1e6:.1f}M parameters with random weights and a LoRA of rank 16, "
+        f"A UNet of {found[first].parameters / 1e6:.1f}M parameters with random weights and a LoRA of rank 16, "
         f"{options.batch} images of {options.pixels} x {options.pixels} pixels, {options.steps} DDIM steps with "
-        f"guidance, float32. Medians of {options.rounds} round(s); memory is the peak beyond what the process held "
-        "before its first step. Plain is autograd through the rollout with a checkpoint for each call with gradient.",
-        "", "| steps with gradient | seconds, plain | seconds, longalign | ratio | GiB, plain | GiB, longalign | ratio "
-        "| relative difference of the gradients |", "|---|---|---|---|---|---|---|---|",
+        f"guidance, float32. Medians of {options.rounds} round(s). Plain is autograd through the rollout: it keeps the "
+        "activations of all calls with gradient, or, with a checkpoint for each of them, those of one at a time, and "
+        f"then it makes the same calls as longalign. Left out is what would take more than {options.cap:g} GiB.", "",
+        "Peak memory in GiB, beyond what the process held before its first step:", "",
     ]  # fmt: skip
-    for chosen, pair in pairs.items():
-        a, b = (found[s] for s in pair)
-        lines.append(
-            f"| {chosen} | {a['seconds']:.2f} | {b['seconds']:.2f} | {b['seconds'] / a['seconds']:.2f} "
-            f"| {a['memory']:.2f} | {b['memory']:.2f} | {b['memory'] / a['memory']:.2f} "
-            f"| {distance(b['gradient'], a['gradient']):.1e} |"
-        )
-    first = found[variants["one call at a time"]]
-    lines += [
-        "", f"What settings change, each by itself, with {options.at} steps that carry gradient:", "",
-        "| longalign with | seconds | ratio | GiB | ratio | relative difference of the gradients |",
-        "|---|---|---|---|---|---|",
-    ]  # fmt: skip
-    for name, setting in variants.items():
-        a = found[setting]
-        lines.append(
-            f"| {name} | {a['seconds']:.2f} | {a['seconds'] / first['seconds']:.2f} | {a['memory']:.2f} "
-            f"| {a['memory'] / first['memory']:.2f} | {distance(a['gradient'], first['gradient']):.1e} |"
-        )
-    lines += ["", "Machine: " + ", ".join(f"{k} {v}" for k, v in machine().items()) + "."]
+    head = ["steps with gradient", BARE, PLAIN, OURS, f"{OURS} / no checkpoints", f"{OURS} / checkpoints"]
+    rows: dict[str, list[list[str]]] = {"memory": [], "seconds": []}
+    for k, (bare, plain_, ours) in ways.items():
+        for key, cells in rows.items():
+            a, b, c = (getattr(found.get(s), key, None) for s in (bare, plain_, ours))
+            cells.append([str(k), *("-" if v is None else f"{v:.2f}" for v in (a, b, c)), ratio(c, a), ratio(c, b)])
+        rows["seconds"][-1].append(f"{found[ours].distance(found[plain_]):.1e}")
+    last = "relative difference of the gradients"
+    lines += [*table(head, rows["memory"]), "Seconds:", "", *table([*head, last], rows["seconds"])]
+
+    lines += [f"What settings of longalign change with {options.at} steps that carry gradient:", ""]
+    base, reference, cells = found[first], found[ways[options.at][1]], []
+    for name, a in ((name, found[setting]) for name, setting in variants.items()):
+        memory = [f"{a.memory:.2f}", ratio(a.memory, base.memory), ratio(a.memory, reference.memory)]
+        cells.append([name, f"{a.seconds:.2f}", ratio(a.seconds, base.seconds), *memory, f"{a.distance(base):.1e}"])
+    lines += table(["setting", "seconds", "ratio", "GiB", "ratio", f"GiB / {PLAIN}", last], cells)
+    lines.append("Machine: " + ", ".join(f"{k} {v}" for k, v in machine().items()) + ".")
     options.output.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
@@ -274,7 +330,7 @@ def _given(options: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
     """The options that are not the defaults, as they were given."""
     given = ""
     for key, value in vars(options).items():
-        if value != parser.get_default(key) and key not in ("output", "measure"):
+        if value != parser.get_default(key) and key != "output":
             values = value if isinstance(value, list) else [value]
             given += f" --{key.replace('_', '-')} {' '.join(map(str, values))}"
     return given
