@@ -37,15 +37,18 @@ def make(
 ) -> dict[str, tuple[int, int]]:
     """Computes what a run's caches lack. What is on disk already is kept, so an interrupted call can be repeated.
 
+    Several processes (``runtime.processes``) share images and prompts; each writes shards of its own, and together they
+    make what one would. An image that is there twice may be encoded by two of them; one of the results is read.
+
     Args:
         config: a run with ``cache``.
-        runtime: where encoders are built; training must have the same dtype.
+        runtime: where encoders are built, and by which processes; training must have the same dtype.
         batch_size: images, or prompts, encoded at a time.
         shard_bytes: size of a file; a call that is interrupted loses the last, incomplete one.
         progress: whether to show bars.
 
     Returns:
-        For each part of the cache how many entries it has, and how many of them are new.
+        For each part of the cache how many entries it has, and how many of them are new: of all processes.
 
     Raises:
         StaleCache: if there is a cache made with other settings.
@@ -55,6 +58,7 @@ def make(
     if config.cache is None or config.data is None:
         raise ValueError("expected a config with 'data' and 'cache', e.g. cache: {folder: runs/cache}")
     data = by_index(config.data.build(runtime), config)
+    progress = progress and runtime.rank == 0
     made = {}
     if _has_latents(config):
         made["latents"] = _make_latents(config, data, runtime, batch_size, shard_bytes, progress)
@@ -154,17 +158,27 @@ def _prompts(config: RunConfig, name: str, leaf: PartConfig, runtime: Runtime, *
     return Store(Path(config.cache.folder) / name, identity, **options)
 
 
-class _Rows(Dataset[dict[str, Any]]):
-    """What caching needs of each item; its image only where that is not in the store yet."""
+def _shared(runtime: Runtime, **options: Any) -> dict[str, Any]:
+    """Options of a store that all processes write to."""
+    return {"writes": True, "rank": runtime.rank, "processes": runtime.processes, **options}
 
-    def __init__(self, data: Data, there: set[bytes], keys: list[bytes], stamps: list[int]):
-        self.data, self.there, self.keys, self.stamps = data, there, keys, stamps
+
+def _wait(runtime: Runtime) -> None:
+    """Returns when all processes are here."""
+    runtime.gather(torch.zeros(1))
+
+
+class _Rows(Dataset[dict[str, Any]]):
+    """What caching needs of each of this process's items; its image only where that is not in the store yet."""
+
+    def __init__(self, data: Data, items: range, there: set[bytes], keys: list[bytes], stamps: list[int]):
+        self.data, self.items, self.there, self.keys, self.stamps = data, items, there, keys, stamps
 
     def __len__(self) -> int:
-        return len(self.data)
+        return len(self.items)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        key, stamp = UNREADABLE, 0
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        index, key, stamp = self.items[row], UNREADABLE, 0
         try:
             stamp = self.data.image_stamp(index)
             known = index < len(self.keys) and stamp != 0 and self.stamps[index] == stamp
@@ -181,13 +195,15 @@ class _Rows(Dataset[dict[str, Any]]):
 def _make_latents(
     config: RunConfig, data: Data, runtime: Runtime, batch_size: int, shard_bytes: int, progress: bool
 ) -> tuple[int, int]:
-    store = _latents(config, runtime, writes=True, shard_bytes=shard_bytes)
+    store = _latents(config, runtime, **_shared(runtime, shard_bytes=shard_bytes))
+    _wait(runtime)  # a shard that is written from here on is nobody's in the store as it was opened
     _refuse_new_items(data)
     old_keys, old_stamps = [], torch.zeros(0, dtype=torch.int64)
     if (store.folder / ITEMS).is_file():
         old_keys, old_stamps = read_items(store.folder)
     before, there = len(store), set(store)
-    rows = _Rows(data, there, old_keys, old_stamps.tolist())
+    items = range(runtime.rank, len(data), runtime.processes)
+    rows = _Rows(data, items, there, old_keys, old_stamps.tolist())
     loader = DataLoader(rows, batch_size=None, num_workers=config.loop.workers)
     keys, stamps, waiting = [], [], {}
     backbone: Any = None
@@ -212,10 +228,28 @@ def _make_latents(
     if waiting:
         encode()
     store.flush()
-    write_items(store.folder, keys, stamps)
+    keys, stamps = _of_all(keys, stamps, len(data), runtime)
+    if runtime.rank == 0:
+        write_items(store.folder, keys, stamps)
+    _wait(runtime)
     if all(key == UNREADABLE for key in keys):
         raise ValueError("no image of the data can be read")
-    return len(store), len(store) - before
+    total = len(_latents(config, runtime))
+    return total, total - before
+
+
+def _of_all(keys: list[bytes], stamps: list[int], count: int, runtime: Runtime) -> tuple[list[bytes], list[int]]:
+    """Keys and stamps of all ``count`` items, of which process r of n has those of r, r + n, r + 2n, ..."""
+    most = -(-count // runtime.processes)
+    filling = most - len(keys)
+    joined = bytearray(b"".join([*keys, *[UNREADABLE] * filling]))
+    raw = torch.frombuffer(joined, dtype=torch.uint8).view(most, -1)
+    numbers = torch.tensor([*stamps, *[0] * filling], dtype=torch.int64)
+
+    def in_order(own: torch.Tensor) -> torch.Tensor:
+        return runtime.gather(own).unflatten(0, (runtime.processes, most)).transpose(0, 1).flatten(0, 1)[:count]
+
+    return [row.numpy().tobytes() for row in in_order(raw)], in_order(numbers).tolist()
 
 
 def _refuse_new_items(data: Data) -> None:
@@ -241,10 +275,19 @@ def _make_prompts(
     shard_bytes: int,
     progress: bool,
 ) -> tuple[int, int]:
-    store = _prompts(config, name, leaf, runtime, writes=True, shard_bytes=shard_bytes)
+    store = _prompts(config, name, leaf, runtime, **_shared(runtime, shard_bytes=shard_bytes))
+    _wait(runtime)  # as above: all have found the same ones missing
     missing = [prompt for prompt in prompts if prompt_key(prompt) not in store]
-    if not missing:
-        return len(store), 0
+    chunks = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
+    if own := chunks[runtime.rank :: runtime.processes]:
+        _encode_prompts(name, leaf, own, store, runtime, progress)
+    _wait(runtime)
+    return len(_prompts(config, name, leaf, runtime)), len(missing)
+
+
+def _encode_prompts(
+    name: str, leaf: PartConfig, chunks: list[list[str]], store: Store, runtime: Runtime, progress: bool
+) -> None:
     encoder = frozen_config(leaf).build(runtime).eval()
     if trained := [key for key, parameter in encoder.named_parameters() if parameter.requires_grad]:
         raise ValueError(
@@ -253,9 +296,7 @@ def _make_prompts(
         )
     (empty,) = entries(encoder, [""], None)
     length = int(empty["length"])
-    chunks = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
     for chunk in tqdm(chunks, desc=name, disable=not progress):
         for prompt, entry in zip(chunk, entries(encoder, chunk, length), strict=True):
             store.add(prompt_key(prompt), entry)
     store.flush()
-    return len(store), len(missing)

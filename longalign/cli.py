@@ -100,6 +100,7 @@ def _cache(add: Callable[..., argparse.ArgumentParser]) -> None:
         "compute once what training reads instead of running the autoencoder and the text models",
         """
         longalign cache run.yaml 'cache={folder: runs/cache}'
+        torchrun --nproc_per_node 8 -m longalign cache run.yaml 'cache={folder: runs/cache}'
         longalign train run.yaml 'cache={folder: runs/cache}'
         """,
     )

@@ -35,16 +35,18 @@ def train(args: Namespace) -> int:
 
 
 def cache(args: Namespace) -> None:
-    """Computes what a run's caches lack."""
+    """Computes what a run's caches lack, with all processes that were launched together."""
     config = override(args.config, parse_assignments(args.overrides))
     if config.cache is None:
         raise ValueError("the config has no cache; add to it, for example, cache: {folder: runs/cache}")
     from longalign import caching
-    from longalign.runtime import Runtime
+    from longalign.runtime import launched
 
-    made = caching.make(config, Runtime.detect(config.loop.precision), args.batch, progress=True)
+    with launched(config.loop.precision) as runtime:
+        made = caching.make(config, runtime, args.batch, progress=True)
     for name, (there, new) in made.items():
-        print(f"{config.cache.folder}/{name}: {there}, of which {new} are new")
+        if runtime.rank == 0:
+            print(f"{config.cache.folder}/{name}: {there}, of which {new} are new")
 
 
 def generate(args: Namespace) -> None:

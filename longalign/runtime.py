@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -52,6 +55,38 @@ class Runtime:
         import torch
 
         return getattr(torch, self.dtype)
+
+
+@contextmanager
+def launched(precision: str = "no") -> Iterator[Runtime]:
+    """Inside, this process is one of those that ``torchrun`` or ``accelerate launch`` started, and talks to them.
+
+    A process that was started alone gets what `Runtime.detect` gives. Of a machine's GPUs each takes its own. What is
+    gathered goes through the CPU (gloo), and waits for the slowest process for up to a week.
+
+    Args:
+        precision: a ``loop.precision``.
+    """
+    runtime = Runtime.detect(precision)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes == 1 or "LOCAL_RANK" not in os.environ:
+        yield runtime
+        return
+    import torch
+    from torch import distributed
+
+    def gather(tensor: Any) -> Any:
+        own = tensor.detach().cpu().contiguous()
+        parts = [torch.empty_like(own) for _ in range(processes)]
+        distributed.all_gather(parts, own)
+        return torch.cat(parts).to(tensor.device)
+
+    distributed.init_process_group("gloo", timeout=timedelta(days=7))
+    try:
+        device = runtime.device if runtime.device == "cpu" else f"cuda:{os.environ['LOCAL_RANK']}"
+        yield replace(runtime, device=device, gather=gather, rank=distributed.get_rank(), processes=processes)
+    finally:
+        distributed.destroy_process_group()
 
 
 def resolve_checkpoint(checkpoint: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from hashlib import blake2b
@@ -42,16 +43,28 @@ class Store:
         identity: settings that the entries depend on, as plain JSON values.
         writes: whether entries will be added.
         shard_bytes: size at which a shard is written.
+        rank: number of this process among those that add entries at the same time, each shards of its own. They agree
+            on the shards' numbers if none writes before all have opened the folder.
+        processes: how many there are.
 
     Raises:
         StaleCache: if the folder has another identity; the message lists what differs.
         FileNotFoundError: if there is none and ``writes`` is False.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], writes: bool = False, shard_bytes: int = SHARD_BYTES):
-        self.folder, self.shard_bytes = folder, shard_bytes
+    def __init__(
+        self,
+        folder: Path,
+        identity: Mapping[str, Any],
+        writes: bool = False,
+        shard_bytes: int = SHARD_BYTES,
+        rank: int = 0,
+        processes: int = 1,
+    ):
+        self.folder, self.shard_bytes, self.processes = folder, shard_bytes, processes
         self._claim({"format": FORMAT, **json.loads(json.dumps(identity))}, writes)
         self._shards: list[Path] = sorted(folder.glob("[0-9]*.safetensors"))
+        self._number = rank + (1 + int(self._shards[-1].stem) if self._shards else 0)
         self._places: dict[bytes, tuple[int, int]] = {}
         self._open: OrderedDict[int, Any] = OrderedDict()
         self._pending: dict[bytes, Mapping[str, Tensor]] = {}
@@ -65,7 +78,9 @@ class Store:
             if not writes:
                 raise FileNotFoundError(f"there is no cache in {self.folder}; make it with: longalign cache CONFIG")
             self.folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(identity, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            unfinished = path.with_name(f".{IDENTITY}.{os.getpid()}.unfinished")
+            unfinished.write_text(json.dumps(identity, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            unfinished.replace(path)
         found = json.loads(path.read_text(encoding="utf-8"))
         if differing := list(_differences("", found, identity)):
             raise StaleCache(
@@ -133,12 +148,12 @@ class Store:
                 raise ValueError(f"expected '{name}' of one shape and dtype in a cache, got {shapes}")
             tensors[name] = torch.cat(parts).contiguous()
             tensors[f"{name}.starts"] = torch.tensor([0, *(len(part) for part in parts)]).cumsum(0)
-        number = 1 + int(self._shards[-1].stem) if self._shards else 0
-        path = self.folder / f"{number:06d}.safetensors"
+        path = self.folder / f"{self._number:06d}.safetensors"
         unfinished = path.with_name(f".{path.name}.unfinished")
         save_file(tensors, unfinished)
         unfinished.replace(path)
         self._shards.append(path)
+        self._number += self.processes
         self._pending, self._pending_bytes = {}, 0
         self._index(len(self._shards) - 1)
 

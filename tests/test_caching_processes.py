@@ -1,0 +1,160 @@
+"""Several processes make one cache: as one process makes it, each with files of its own, and one after a cut."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_sd
+
+from longalign import caching, store
+from longalign.compose import build_from_config
+from longalign.config import load_config, override, to_yaml
+from longalign.data.cached import UNREADABLE, read_items
+from longalign.imagefiles import write_png
+from longalign.runtime import Runtime
+
+CAPTIONS = ("A red fox sleeps on a wall.", "A wall.", "The sky.", "A fox is red.", "A fox.", "The sky is red.", "Red.")
+BROKEN = 3
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "longalign"]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A run on seven images, one of which cannot be read; without the folder of its cache."""
+    folder = tmp_path_factory.mktemp("run")
+    tiny_sd(folder / "sd")
+    images = folder / "images"
+    images.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for i in range(len(CAPTIONS)):
+        write_png(images / f"{i}.png", torch.rand(3, 20, 24, generator=generator))
+    (images / f"{BROKEN}.png").write_bytes(b"no image")
+    rows = [json.dumps({"file_name": f"{i}.png", "text": caption}) for i, caption in enumerate(CAPTIONS)]
+    (images / "metadata.jsonl").write_text("\n".join(rows))
+    return load_config(
+        {
+            "backbone": {"name": "sd", "checkpoint": str(folder / "sd")},
+            "encoder": {"name": "clip-segment", "checkpoint": str(folder / "sd"), "max_tokens": 40},
+            "trainer": {"name": "align", "lora": {"rank": 2}},
+            "data": {"name": "folder", "folder": str(images), "resolution": 16},
+            "cache": {"folder": str(folder / "cache")},
+            "output": str(folder / "output"),
+        }
+    )
+
+
+PARTS = {"latents": len(CAPTIONS) - 1, "prompts-clip-segment": len(CAPTIONS) + 1}
+
+
+def into(config, folder):
+    return override(config, {"cache.folder": str(folder)})
+
+
+@pytest.fixture(scope="module")
+def alone(config, tmp_path_factory):
+    """The cache that one process makes."""
+    folder = tmp_path_factory.mktemp("alone")
+    assert caching.make(into(config, folder), Runtime(), 2) == {part: (n, n) for part, n in PARTS.items()}
+    return folder
+
+
+def assert_same(folder, expected):
+    for part, count in PARTS.items():
+        identity = json.loads((folder / part / "identity.json").read_text())
+        assert identity == json.loads((expected / part / "identity.json").read_text())
+        del identity["format"]
+        ours, theirs = (store.Store(home / part, identity) for home in (folder, expected))
+        assert set(ours) == set(theirs) and len(ours) == count
+        for key in theirs:
+            for name, tensor in theirs[key].items():
+                torch.testing.assert_close(ours[key][name], tensor, rtol=1e-4, atol=1e-5)
+    (keys, stamps), (their_keys, their_stamps) = (read_items(home / "latents") for home in (folder, expected))
+    assert keys == their_keys and torch.equal(stamps, their_stamps)
+    assert [i for i, key in enumerate(keys) if key == UNREADABLE] == [BROKEN]
+
+
+class Together:
+    """Processes as threads, of which one runs at a time: until it waits for the others."""
+
+    def __init__(self, processes):
+        self.processes, self.told = processes, [None] * processes
+        self.turn, self.barrier = threading.Lock(), threading.Barrier(processes, timeout=60)
+
+    def run(self, act):
+        with ThreadPoolExecutor(self.processes) as pool:
+            return list(pool.map(lambda rank: self._one(act, rank), range(self.processes)))
+
+    def _one(self, act, rank):
+        def gather(tensor):
+            self.told[rank] = tensor
+            self.turn.release()
+            self.barrier.wait()
+            found = torch.cat(self.told)
+            self.barrier.wait()
+            self.turn.acquire()
+            return found
+
+        threading.current_thread().name = f"process {rank}"
+        with self.turn:
+            return act(Runtime(gather=gather, rank=rank, processes=self.processes))
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_each_writes_files_of_its_own(config, alone, tmp_path, monkeypatch, cut):
+    """With a shard for each entry; ``cut`` after one process has written three."""
+    config, real, written = into(config, tmp_path), store.save_file, []
+
+    def save(tensors, path):
+        if cut and threading.current_thread() is threading.main_thread() and len(written) == 3:
+            raise KeyboardInterrupt
+        written.append((threading.current_thread().name, path.parent.name, path.name))
+        real(tensors, path)
+
+    monkeypatch.setattr(store, "save_file", save)
+    before = {}
+    if cut:
+        with pytest.raises(KeyboardInterrupt):
+            caching.make(config, Runtime(), 1, shard_bytes=1)
+        written.clear()
+        before = {path: path.read_bytes() for path in tmp_path.glob("*/0*.safetensors")}
+        assert len(before) == 3
+    made = Together(3).run(lambda runtime: caching.make(config, runtime, 1, shard_bytes=1))
+    new = {"latents": PARTS["latents"] - len(before), "prompts-clip-segment": PARTS["prompts-clip-segment"]}
+    assert made == [{part: (PARTS[part], new[part]) for part in PARTS}] * 3
+    assert len(written) == sum(new.values()) == len({(part, name) for _, part, name in written})
+    assert {thread for thread, _, _ in written} == {f"process {rank}" for rank in range(3)}
+    assert all(path.read_bytes() == content for path, content in before.items())
+    monkeypatch.undo()
+    assert_same(tmp_path, alone)
+    again = Together(2).run(lambda runtime: caching.make(config, runtime, 4))
+    assert again == [{part: (n, 0) for part, n in PARTS.items()}] * 2
+
+
+def test_more_processes_than_there_is_to_do(config, alone, tmp_path):
+    Together(len(CAPTIONS) + 3).run(lambda runtime: caching.make(into(config, tmp_path), runtime, 16))
+    assert_same(tmp_path, alone)
+
+
+def test_the_command_in_two_processes(config, alone, tmp_path):
+    config = into(config, tmp_path / "cache")
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment["PYTHONPATH"] = str(Path(caching.__file__).parents[1])
+    done = subprocess.run(
+        [*LAUNCH, "cache", str(tmp_path / "run.yaml"), "--batch", "1"],
+        env=environment, capture_output=True, text=True, check=False, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    for part, count in PARTS.items():
+        assert done.stdout.count(f"{part}: {count}, of which {count} are new") == 1
+        shards = sorted((tmp_path / "cache" / part).glob("0*.safetensors"))
+        assert [path.stem for path in shards] == ["000000", "000001"]  # one of each process
+    assert_same(tmp_path / "cache", alone)
+    item = build_from_config(config, Runtime()).data[0]
+    assert item["prompt"] == CAPTIONS[0] and item["posterior"].shape == (8, 2, 2)
