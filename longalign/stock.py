@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ ARGUMENTS = {
     "width": "width",
     "negative": "negative_prompt",
 }
+#: what cleans captions, with the names that they are installed by
+CLEANERS = {"bs4": "beautifulsoup4", "ftfy": "ftfy"}
 SOLVERS = {
     "unipc": "UniPCMultistepScheduler",
     "ddim": "DDIMScheduler",
@@ -38,7 +41,7 @@ SOLVERS = {
 
 
 def load_pipeline(name: str, runtime: Runtime) -> Any:
-    """A text-to-image pipeline of diffusers.
+    """A text-to-image pipeline of diffusers. Kandinsky's decoder is joined with the prior that its README.md names.
 
     Args:
         name: hub id, or a folder with ``model_index.json``.
@@ -47,18 +50,27 @@ def load_pipeline(name: str, runtime: Runtime) -> Any:
     Raises:
         ValueError: if there is none, or it takes no prompt.
     """
-    settings = {DTYPE: runtime.torch_dtype}
+    settings, reason = {DTYPE: runtime.torch_dtype}, ""
     try:
         try:
             pipe = library.AutoPipelineForText2Image.from_pretrained(name, **settings)
-        except ValueError:  # a class that AutoPipeline does not know
+        except ValueError as error:  # a class that AutoPipeline does not know, or one that lacks its prior
+            reason = str(error)
             pipe = library.DiffusionPipeline.from_pretrained(name, **settings)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
+        if any(word in str(error).lower() for word in ("sentencepiece", "protobuf", "tiktoken")):
+            raise ValueError(
+                f"the tokenizer of '{name}' is a SentencePiece file, which cannot be read here; "
+                f"pip install 'longalign[baselines]' ({error})"
+            ) from error
         raise ValueError(
             f"no diffusers pipeline '{name}'; expected a hub id or a folder with model_index.json: {error}"
         ) from error
     if "prompt" not in inspect.signature(pipe.__call__).parameters:
-        raise ValueError(f"'{name}' is a {type(pipe).__name__}, which takes no prompt; expected text-to-image")
+        raise ValueError(
+            f"'{name}' is a {type(pipe).__name__}, which takes no prompt; expected text-to-image, or a decoder whose "
+            f"README.md names its prior, as Kandinsky's does on the hub ({reason})"
+        )
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(runtime.device)
 
@@ -86,6 +98,22 @@ def arguments(pipe: Any, **settings: Any) -> dict[str, Any]:
     return out
 
 
+def cleaning(pipe: Any) -> dict[str, bool]:
+    """``clean_caption=False`` for a pipeline that would clean captions with libraries that are not here, and a warning.
+
+    diffusers leaves the cleaning out by itself then, and says so at every call.
+    """
+    cleans = inspect.signature(pipe.__call__).parameters.get("clean_caption")
+    lacking = [name for module, name in CLEANERS.items() if find_spec(module) is None]
+    if cleans is None or cleans.default is not True or not lacking:
+        return {}
+    log.warning(
+        "%s would clean captions (markup, addresses) but %s is not installed, so it reads them as they are; "
+        "pip install 'longalign[baselines]'", type(pipe).__name__, " and ".join(lacking),
+    )  # fmt: skip
+    return {"clean_caption": False}
+
+
 def set_scheduler(pipe: Any, name: str) -> None:
     """Gives a pipeline another scheduler with the constants of its own.
 
@@ -94,10 +122,16 @@ def set_scheduler(pipe: Any, name: str) -> None:
     """
     if name not in SCHEDULERS:
         raise ValueError(f"no scheduler '{name}'; there is {', '.join(SCHEDULERS)}")
-    own = getattr(pipe, "scheduler", None)
-    if own is None or SOLVERS[name] not in [kind.__name__ for kind in own.compatibles]:
+    own, kind = getattr(pipe, "scheduler", None), getattr(library, SOLVERS[name])
+    decoder = getattr(pipe, "decoder_pipe", None)  # what draws, where there is a prior; it gives generators to a step
+    fits = own is not None and kind.__name__ in [other.__name__ for other in own.compatibles]
+    if not fits or (decoder is not None and "generator" not in inspect.signature(kind.step).parameters):
         raise ValueError(f"{type(pipe).__name__} cannot be drawn with '{name}'; leave out the scheduler to use its own")
-    pipe.scheduler = getattr(library, SOLVERS[name]).from_config(own.config)
+    # of a learned variance, which goes with the scheduler that the model was trained for, the others know nothing
+    fixed = {"variance_type": None} if "variance_type" in own.config else {}
+    pipe.scheduler = kind.from_config({**own.config, **fixed})
+    if decoder is not None:
+        decoder.scheduler = pipe.scheduler
 
 
 def generate(
@@ -117,7 +151,8 @@ def generate(
     its own settings.
 
     An image's noise follows from its seed alone. What the pipeline does not read of a prompt is not known, so ``cut``
-    is None in the rows. Images that a pipeline blackens as unsafe are named in a warning.
+    is None in the rows. Images that a pipeline blackens as unsafe are named in a warning. A pipeline with a prior takes
+    ``steps`` and ``guidance`` for its decoder; the prior keeps its own.
 
     Args:
         name: hub id, or a folder with ``model_index.json``.
@@ -130,11 +165,18 @@ def generate(
         scheduler: "unipc", "ddim", "dpm++" or "lcm".
         runtime: device and dtype; this machine's, in float32, if None.
         **settings: ``steps``, ``guidance``, ``height``, ``width``.
+
+    Raises:
+        ValueError: if there is no such pipeline, or it does not take one of the settings, or not that size.
     """
     pipe = load_pipeline(name, runtime or Runtime.detect())
     if scheduler is not None:
         set_scheduler(pipe, scheduler)
-    given = arguments(pipe, negative=negative, **settings)
+    cleaned = cleaning(pipe)
+    given = {**arguments(pipe, negative=negative, **settings), **cleaned}
+    if negative is not None and hasattr(pipe, "prior_pipe"):
+        # it draws noise for prompts and negative prompts together, and takes generators for the prompts alone
+        batch_size = 1
 
     def draw(texts: list[str], numbers: list[int]) -> Tensor:
         own = {**given, "negative_prompt": [negative] * len(texts)} if negative is not None else given
@@ -144,10 +186,17 @@ def generate(
         for i, unsafe in enumerate(getattr(drawn, "nsfw_content_detected", None) or ()):
             if unsafe:
                 log.warning("the safety checker blackened seed %d of the prompt %r", numbers[i], texts[i][:60])
-        return torch.stack([_tensor(image) for image in drawn.images])
+        images = torch.stack([_tensor(image) for image in drawn.images])
+        for side, pixels in zip(("height", "width"), images.shape[2:], strict=True):
+            if settings.get(side) not in (None, pixels):
+                raise ValueError(
+                    f"{type(pipe).__name__} drew images of {side} {pixels} instead of {settings[side]}; ask for a size "
+                    "that it can draw, such as this one"
+                )
+        return images
 
     about = {"pipeline": name, "class": type(pipe).__name__}
-    told = {**settings, "scheduler": scheduler or type(getattr(pipe, "scheduler", None)).__name__}
+    told = {**settings, **cleaned, "scheduler": scheduler or type(getattr(pipe, "scheduler", None)).__name__}
     return write_images(
         output, prompts, draw, seeds=seeds, negative=negative, batch_size=batch_size, progress=progress,
         config=about, settings=told,
