@@ -87,9 +87,9 @@ class ClipSegmentEncoder(Encoder):
         """Loads text model and tokenizer, and builds the segmenter."""
         from transformers import CLIPTextModel
 
-        from longalign.encoders.loading import load_text_model
+        from longalign.encoders.single_file import load_clip
 
-        model, tokenizer = load_text_model(CLIPTextModel, config.checkpoint, config.subfolder, config.revision, runtime)
+        model, tokenizer = load_clip(CLIPTextModel, config, config.subfolder, runtime)
         keys = ("sot", "eot", "pad", "max_tokens", "overflow", "max_batch_tokens")
         return cls(model, tokenizer, config.segmenter.build(runtime), **{key: getattr(config, key) for key in keys})
 

@@ -123,13 +123,10 @@ def load_clips(config: TwoClipsConfig, runtime: Runtime, first: type, **settings
     """Loads ``text_encoder``, a ``first``, ``text_encoder_2`` and their tokenizers, and builds the segmenter."""
     from transformers import CLIPTextModelWithProjection
 
-    from longalign.encoders.loading import load_text_model
+    from longalign.encoders.single_file import load_clip
 
     kinds = {"text_encoder": first, "text_encoder_2": CLIPTextModelWithProjection}
-    models, tokenizers = zip(
-        *(load_text_model(kind, config.checkpoint, at, config.revision, runtime) for at, kind in kinds.items()),
-        strict=True,
-    )
+    models, tokenizers = zip(*(load_clip(kind, config, at, runtime) for at, kind in kinds.items()), strict=True)
     keys = ("pooled", "sot", "eot", "pad", "max_tokens", "overflow", "max_batch_tokens")
     settings |= {key: getattr(config, key) for key in keys}
     return ClipSegmentSDXLEncoder(models, tokenizers, config.segmenter.build(runtime), **settings)

@@ -51,9 +51,9 @@ class ClipTruncateEncoder(Encoder):
         """Loads text model and tokenizer."""
         from transformers import CLIPTextModel
 
-        from longalign.encoders.loading import load_text_model
+        from longalign.encoders.single_file import load_clip
 
-        model, tokenizer = load_text_model(CLIPTextModel, config.checkpoint, config.subfolder, config.revision, runtime)
+        model, tokenizer = load_clip(CLIPTextModel, config, config.subfolder, runtime)
         return cls(model, tokenizer, overflow=config.overflow, max_batch_tokens=config.max_batch_tokens)
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:

@@ -37,7 +37,33 @@ class _Loaded(PartConfig):
     max_batch_tokens: int = Field(16384, ge=1)
 
 
-class ClipSegmentConfig(_Loaded):
+class SingleFileConfig(PartConfig):
+    """What encoders share that read a CLIP out of a single file, too.
+
+    Attributes:
+        layout: where ``checkpoint`` is one ``.safetensors`` file, which holds text models, UNet and VAE under the names
+            of the original code: hub id or folder in diffusers layout of a model of the same architecture, of which
+            the text models' configs and the tokenizers are read; null takes the hub's for Stable Diffusion 1.5, 2.1
+            and XL.
+    """
+
+    checkpoint: str
+    revision: str | None = None
+    layout: str | None = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> SingleFileConfig:
+        if self.checkpoint.endswith(".ckpt"):
+            raise ValueError("a .ckpt file is a pickle, which can run code and is not read; convert it to .safetensors")
+        single = self.checkpoint.endswith(".safetensors")
+        if self.layout is not None and not single:
+            raise ValueError("'layout' describes a single .safetensors file; a folder or repository has its own")
+        if self.revision is not None and single:
+            raise ValueError("'revision' chooses files of a repository, and 'checkpoint' is one file")
+        return self
+
+
+class ClipSegmentConfig(_Loaded, SingleFileConfig):
     """Segment-level encoding with CLIP.
 
     Attributes:
@@ -93,7 +119,7 @@ class TwoClipsConfig(PartConfig):
     max_batch_tokens: int = Field(16384, ge=1)
 
 
-class ClipSegmentSDXLConfig(TwoClipsConfig):
+class ClipSegmentSDXLConfig(TwoClipsConfig, SingleFileConfig):
     """Segment-level encoding with the two CLIPs of Stable Diffusion XL.
 
     Attributes:
@@ -132,7 +158,7 @@ class ClipSegmentSD3Config(TwoClipsConfig):
         return ClipSegmentSD3Encoder.from_config(self, runtime)
 
 
-class ClipTruncateConfig(_Loaded):
+class ClipTruncateConfig(_Loaded, SingleFileConfig):
     """CLIP over the whole prompt, cut at 77 tokens: what Stable Diffusion does.
 
     Attributes:

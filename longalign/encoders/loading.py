@@ -40,8 +40,18 @@ def subfolders(checkpoint: str, subfolder: str | None, revision: str | None) -> 
     return subfolder, subfolder.replace("text_encoder", "tokenizer")
 
 
-def load_model(kind: type, checkpoint: str, subfolder: str, revision: str | None, runtime: Runtime) -> Any:
+def load_model(
+    kind: type, checkpoint: str | None, subfolder: str, revision: str | None, runtime: Runtime, **given: Any
+) -> Any:
     """A frozen transformers model in evaluation mode, on the runtime's device and in its dtype.
+
+    Args:
+        kind: its class.
+        checkpoint: hub id or folder; None for ``given`` weights.
+        subfolder: where in it.
+        revision: branch, tag or commit on the hub.
+        runtime: device and dtype.
+        **given: without a checkpoint, the ``config`` and ``state_dict``.
 
     Raises:
         ValueError: if there is no such checkpoint, or weights of the model are missing in it.
@@ -51,7 +61,13 @@ def load_model(kind: type, checkpoint: str, subfolder: str, revision: str | None
     logging.set_verbosity_error()
     try:
         model, info = kind.from_pretrained(  # type: ignore[attr-defined]
-            checkpoint, subfolder=subfolder, revision=revision, dtype=runtime.torch_dtype, output_loading_info=True
+            checkpoint,
+            subfolder=subfolder,
+            revision=revision,
+            dtype=runtime.torch_dtype,
+            output_loading_info=True,
+            **_renaming(kind),
+            **given,
         )
     except OSError as error:
         place = f"'{checkpoint}'" + (f", subfolder '{subfolder}'" if subfolder else "")
@@ -63,10 +79,17 @@ def load_model(kind: type, checkpoint: str, subfolder: str, revision: str | None
         logging.set_verbosity(verbosity)
     lacking = sorted(info["missing_keys"])
     if lacking:
-        raise ValueError(
-            f"'{checkpoint}' is not a {kind.__name__}: {len(lacking)} weights are missing, e.g. '{lacking[0]}'"
-        )
+        what = f"'{checkpoint}' is not a {kind.__name__}" if checkpoint else f"expected a whole {kind.__name__}"
+        raise ValueError(f"{what}: {len(lacking)} weights are missing, e.g. '{lacking[0]}'")
     return model.requires_grad_(False).eval().to(runtime.device)
+
+
+def _renaming(kind: type) -> dict[str, Any]:
+    """For transformers 4, whose CLIP text model has its weights one module deeper than 5 has, and saves, them."""
+    from transformers.models.clip import modeling_clip
+
+    nested = kind is modeling_clip.CLIPTextModel and hasattr(modeling_clip, "CLIPTextTransformer")
+    return {"key_mapping": {r"^(?=embeddings\.|encoder\.|final_layer_norm\.)": "text_model."}} if nested else {}
 
 
 def load_tokenizer(checkpoint: str, subfolder: str, revision: str | None) -> Any:
@@ -77,7 +100,12 @@ def load_tokenizer(checkpoint: str, subfolder: str, revision: str | None) -> Any
     if not any(find_file(checkpoint, inside + name, revision) for name in _VOCABULARIES):
         raise ValueError(f"no tokenizer in {place}; expected one of {', '.join(_VOCABULARIES)}")
     try:
-        return AutoTokenizer.from_pretrained(checkpoint, subfolder=subfolder, revision=revision)
+        try:
+            return AutoTokenizer.from_pretrained(checkpoint, subfolder=subfolder, revision=revision)
+        except AttributeError:  # transformers 4 wants a mapping where 5 has written a list
+            return AutoTokenizer.from_pretrained(
+                checkpoint, subfolder=subfolder, revision=revision, extra_special_tokens={}
+            )
     except (OSError, ValueError) as error:
         raise ValueError(f"the tokenizer in {place} cannot be read: {error}") from error
 
