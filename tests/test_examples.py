@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_clip, tiny_sd, tiny_t5
+from tiny import tiny_clip, tiny_sd, tiny_sd3, tiny_t5
 
 from longalign import build_from_config, load_config, override
 from longalign.checkpoint import load_weights
@@ -112,6 +112,31 @@ def test_the_papers_configs_train_on_tiny_checkpoints(weights, tmp_path):
     assert [stack.name for stack in stage_three.stacks] == ["align", "lcm", "reward"]
     for key, value in stage_one.adapter.items():
         torch.testing.assert_close(stage_three.adapter[key], value)
+
+
+def test_stable_diffusion_3_is_trained_in_both_stages(weights, tmp_path):
+    align, reward = (load_config(EXAMPLES / f"longalign-sd3-{stage}.yaml") for stage in ("align", "reward"))
+    for config, batch, steps in ((align, 192, 28750), (reward, 48, 3750)):
+        assert 8 * config.loop.batch_size * config.loop.accumulation == batch and config.loop.steps == steps
+    assert reward.init_from == align.output and reward.encoder == align.encoder and reward.backbone == align.backbone
+    model = str(tiny_sd3(tmp_path / "sd3"))
+    sizes = {"max_tokens": 60, "t5_tokens": 60, "width": 32}
+    tiny = {
+        "backbone": {**to_dict(align)["backbone"], "checkpoint": model, "dtype": "float32"},
+        "encoder": {**to_dict(align)["encoder"], "checkpoint": model, **sizes},
+        "loop.steps": 1, "loop.batch_size": 2, "loop.accumulation": 1, "loop.workers": 0, "loop.precision": "no",
+    }  # fmt: skip
+    data = {"data.folder": weights["folder"], "data.resolution": 64, "output": str(tmp_path / "align")}
+    aligned = build_from_config(override(align, {**tiny, **data})).fit().checkpoint
+    sampled = {
+        "rewards.0.inner.checkpoint": weights["clip"], "rewards.0.inner.crop": 60, "trainer.num_steps": 4,
+        "trainer.resolution": 64, "data.file": str(Path(weights["folder"]) / "prompts.txt"),
+        "output": str(tmp_path / "reward"), "init_from": str(aligned),
+    }  # fmt: skip
+    rewarded = build_from_config(override(reward, {**tiny, **sampled})).fit().checkpoint
+    stacks = load_weights(rewarded).stacks
+    assert [stack.name for stack in stacks] == ["align", "reward"]
+    assert all(any("lora_B" in k and v.any() for k, v in stack.state.items()) for stack in stacks)
 
 
 # the tiny tokenizer makes more tokens of the captions than the bundled one
