@@ -2,17 +2,18 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_ARGS ?=
 VENV := .venv
+PINS :=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
 
-.PHONY: setup demo test check
+.PHONY: setup demo test test-transformers4 check
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml $(PLUGINS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[dev]'
+	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[dev]' $(PINS)
 	for plugin in $(dir $(PLUGINS)); do $(BIN)/python -m pip install $(PIP_ARGS) --no-deps -e $$plugin || exit 1; done
 	touch $@
 
@@ -21,6 +22,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests $(wildcard plugins/*/tests)
+
+# In an environment of its own: transformers 4 needs huggingface_hub 0, which no later diffusers takes.
+test-transformers4:
+	$(MAKE) test VENV=.venv-transformers4 PINS="'transformers<5' 'diffusers<0.40'"
 
 check: $(STAMP)
 	$(BIN)/ruff check .

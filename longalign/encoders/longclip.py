@@ -99,7 +99,7 @@ def read_original(path: Path) -> CLIPTextModel:
             eos_token_id=vocab_size - 1,
         )
     )
-    model.load_state_dict(weights)
+    getattr(model, "text_model", model).load_state_dict(weights)  # transformers 4 has the weights one module deeper
     return model
 
 

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from open_clip.tokenizer import SimpleTokenizer
 
 NUM_COMMON_MERGES = 400
+_SOT, _EOT = "<|startoftext|>", "<|endoftext|>"
 
 
 def reduced_merges(words: Iterable[str], num_common: int = NUM_COMMON_MERGES) -> list[tuple[str, str]]:
@@ -46,18 +49,21 @@ def write_clip_tokenizer(folder: Path, words: Sequence[str] | None = None, max_l
         words: texts whose words must be split as by the full tokenizer; the small world's own vocabulary if None.
         max_length: length of the text model's window in tokens.
     """
-    from transformers import CLIPTokenizer
+    from transformers import CLIPTokenizerFast
 
     merges = reduced_merges(_default_words() if words is None else words)
     alphabet = list(SimpleTokenizer().byte_encoder.values())
     symbols = [*alphabet, *(a + "</w>" for a in alphabet), *(a + b for a, b in merges)]
-    symbols += ["<|startoftext|>", "<|endoftext|>"]
+    symbols += [_SOT, _EOT]
     folder.mkdir(parents=True, exist_ok=True)
     vocab = {symbol: i for i, symbol in enumerate(symbols)}
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(f"{a} {b}" for a, b in merges) + "\n")
-    pairs: Any = merges  # transformers takes pairs, as the tokenizers library does, but says strings
-    CLIPTokenizer(vocab=vocab, merges=pairs, model_max_length=max_length).save_pretrained(folder)
+    ends = {"unk_token": _EOT, "bos_token": _SOT, "eos_token": _EOT, "pad_token": _EOT}
+    _write_settings(folder, "CLIPTokenizer", max_length, ends)
+    # constructors differ between versions of transformers, what they make of these two files does not
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    CLIPTokenizerFast.from_pretrained(folder).backend_tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
 
@@ -73,27 +79,46 @@ def write_open_clip_bpe(folder: Path, words: Sequence[str] | None = None) -> Pat
 
 
 def write_t5_tokenizer(folder: Path, texts: Sequence[str] | None = None, vocab_size: int = 600) -> Path:
-    """Trains a unigram model on ``texts`` and writes it as a transformers ``T5Tokenizer`` into ``folder``."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import T5Tokenizer
+    """Trains a unigram model on ``texts`` and writes it as a transformers ``T5Tokenizer`` into ``folder``.
+
+    Every word of the texts is a piece, with its share of all words as its probability: the trainer alone leaves out the
+    shortest and commonest words of so few texts.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     texts = _default_words() if texts is None else texts
-    model = Tokenizer(models.Unigram())
-    model.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
+    words = {"replacement": "▁", "prepend_scheme": "always"}
+    trained = Tokenizer(models.Unigram())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace(**words)
     printable = [chr(c) for c in range(33, 127)]
-    model.train_from_iterator(
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    trained.train_from_iterator(
         texts,
         trainers.UnigramTrainer(
             vocab_size=vocab_size, initial_alphabet=printable, show_progress=False, unk_token="<unk>",
-            special_tokens=["<pad>", "</s>", "<unk>"],
+            special_tokens=list(special.values()),
         ),
     )  # fmt: skip
-    vocab = [(piece, score) for piece, score in json.loads(model.to_str())["model"]["vocab"]]
-    vocab += [(f"<extra_id_{i}>", 0.0) for i in range(99, -1, -1)]
-    tokenizer = T5Tokenizer(vocab=vocab, model_max_length=512)
+    vocab = {piece: score for piece, score in json.loads(trained.to_str())["model"]["vocab"]}
+    counts = Counter(f"▁{word}" for text in texts for word in re.findall(r"[^\W_]+", text))
+    vocab |= {word: math.log(count / counts.total()) for word, count in counts.items()}
+    sentinels = [f"<extra_id_{i}>" for i in range(99, -1, -1)]
+    tokenizer = Tokenizer(models.Unigram([*vocab.items(), *((name, 0.0) for name in sentinels)], unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**words)]
+    )
+    tokenizer.decoder = decoders.Metaspace(**words)
+    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", "$A </s> $B </s>", [("</s>", 1)])
+    tokenizer.add_special_tokens([*special.values(), *sentinels])
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    _write_settings(folder, "T5Tokenizer", 512, special)
     return folder
+
+
+def _write_settings(folder: Path, kind: str, max_length: int, special: dict[str, str]) -> None:
+    settings = {"tokenizer_class": kind, "model_max_length": max_length, **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _default_words() -> Sequence[str]:

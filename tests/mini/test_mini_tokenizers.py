@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from open_clip.tokenizer import SimpleTokenizer
-from transformers import AutoTokenizer, CLIPTokenizer
+from transformers import AutoTokenizer, CLIPTokenizerFast
 
 from longalign.mini.captions import describe
 from longalign.mini.scenes import sample_scene
@@ -37,7 +37,7 @@ def test_captions_are_split_as_by_the_full_vocabulary(folder: Path):
 
 
 def test_transformers_and_open_clip_agree_on_the_ids(folder: Path):
-    ours = CLIPTokenizer.from_pretrained(folder / "clip")
+    ours = CLIPTokenizerFast.from_pretrained(folder / "clip")
     theirs = SimpleTokenizer(str(folder / "open_clip" / "bpe_simple_vocab.txt.gz"))
     for text in [*captions(10), "A zyzzyva, 3.14 m long!"]:
         ids = ours(text, truncation=True, max_length=1000).input_ids
@@ -46,7 +46,7 @@ def test_transformers_and_open_clip_agree_on_the_ids(folder: Path):
 
 
 def test_any_text_has_tokens(folder: Path):
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "clip")
+    tokenizer = CLIPTokenizerFast.from_pretrained(folder / "clip")
     assert tokenizer.decode(tokenizer(ODD, add_special_tokens=False).input_ids).replace(" ", "") == (
         ODD.lower().replace(" ", "")
     )

@@ -32,8 +32,8 @@ def test_the_score_is_the_unscaled_cosine_of_the_model(whole):
     model, tokenizer = whole.towers.model, whole.towers.tokenizer
     inputs = tokenizer(prompts, padding=True, return_tensors="pt")
     with torch.no_grad():
-        text = model.get_text_features(**inputs).pooler_output
-        image = model.get_image_features(pixel_values=(images - 0.5) / 0.25).pooler_output
+        text = pooled(model.get_text_features(**inputs))
+        image = pooled(model.get_image_features(pixel_values=(images - 0.5) / 0.25))
     expected = torch.cosine_similarity(image, text)
     assert torch.allclose(whole.score(images, prompts), expected, atol=1e-6)
     assert torch.allclose(model(pixel_values=(images - 0.5) / 0.25, **inputs).logits_per_image.diag(),
