@@ -1,23 +1,81 @@
-"""The small T5 encoder: taught by a linear head that reads a caption's facts from the mean state.
+"""The small T5 encoder: taught by heads that read a caption's facts from the mean state and from the token states.
 
-Run: ``python recipes/mini/t5.py [steps]``.
+Each token also has to know what its own sentence tells, and of which place: without that a token finds what belongs
+together only by luck. Run: ``python recipes/mini/t5.py [steps]``.
 """
 
 from __future__ import annotations
 
 import sys
+from bisect import bisect_right
+from itertools import accumulate
 
 import numpy as np
 import torch
 from common import WEIGHTS, fit, scene_and_caption
-from facts import FactHead, TokenHead, labels_of_caption, tensor
+from facts import SIZES, UNTOLD, FactHead, TokenHead, labels_of_caption, tensor
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
+from longalign.mini.captions import Caption
 from longalign.mini.tokenizers import write_t5_tokenizer
 
-STEPS, WORDS = int(sys.argv[1]) if len(sys.argv) > 1 else 3000, 1600
+STEPS, WORDS = int(sys.argv[1]) if len(sys.argv) > 1 else 3000, 800
 """Steps, and words in a batch."""
+
+
+def labels_of_tokens(captions: list[Caption], offsets: Tensor) -> Tensor:
+    """For tokens with ``offsets`` ``(b, n, 2)`` in the captions' texts, what their sentence tells: ``(b, n, slots)``.
+
+    Special tokens and padding belong to no sentence.
+    """
+    rows, index = [[UNTOLD] * len(SIZES)], torch.zeros(offsets.shape[:2], dtype=torch.long)
+    for i, caption in enumerate(captions):
+        starts = [0, *accumulate(len(sentence.text) + 1 for sentence in caption.sentences)]
+        for j, (start, end) in enumerate(offsets[i].tolist()):
+            if end > start:
+                index[i, j] = len(rows) + bisect_right(starts, end - 1) - 1
+        rows += [labels_of_caption(Caption((sentence,))) for sentence in caption.sentences]
+    return tensor(rows)[index]
+
+
+class Scaled(nn.Module):
+    """A weight that is learned as ``weight / factor``, so that it moves ``factor`` times as fast as others do."""
+
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.factor * weight
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight / self.factor
+
+
+def prepare(encoder: T5EncoderModel) -> list[nn.Module]:
+    """Makes T5 quick to train; returns the modules whose weights are parametrised until it is trained.
+
+    T5 does not scale attention by 1 / sqrt(d), so its queries move that much more slowly here, or they would soon
+    saturate the softmax. Its only sense of place, the bias, starts from slopes of several widths (as ALiBi's, Press et
+    al., 2022) and moves faster.
+    """
+    config, stack = encoder.config, encoder.encoder
+    bias = stack.block[0].layer[0].SelfAttention.relative_attention_bias
+    # buckets of distances, backward and forward: single ones up to half of them, then coarser to max_distance
+    half = config.relative_attention_num_buckets // 2
+    single = half // 2
+    ratio = config.relative_attention_max_distance / single
+    distance = torch.tensor([i if i < single else single * ratio ** (i / single - 1) for i in range(half)])
+    slopes = 0.5 ** torch.arange(1, config.num_heads + 1)
+    with torch.no_grad():
+        bias.weight.copy_(-torch.cat([distance, distance])[:, None] * slopes)
+        encoder.shared.weight.mul_(0.2)
+    queries = [block.layer[0].SelfAttention.q for block in stack.block]
+    for module, factor in [(bias, 10.0), *((query, config.d_kv**-0.5) for query in queries)]:
+        parametrize.register_parametrization(module, "weight", Scaled(factor))
+    return [bias, *queries]
 
 
 def main() -> None:
@@ -30,36 +88,47 @@ def main() -> None:
         vocab_size=len(tokenizer), d_model=192, d_kv=32, d_ff=384, num_layers=3, num_heads=6, dropout_rate=0.0,
         feed_forward_proj="relu", is_encoder_decoder=False, use_cache=False,
     )  # fmt: skip
-    encoder, head, token_head = T5EncoderModel(config), FactHead(192), TokenHead(192)
+    encoder = T5EncoderModel._from_config(config, attn_implementation="eager")
+    head, token_head, sentence_head = FactHead(192), TokenHead(192), FactHead(192)
 
-    def batch(rng: np.random.Generator, words: int, size: int) -> tuple[list[str], Tensor]:
-        captions = [scene_and_caption(rng, (1, 9), (words, words), 0.5)[1] for _ in range(size)]
-        return [c.text for c in captions], tensor([labels_of_caption(c) for c in captions])
+    changed = prepare(encoder)
 
-    def read(texts: list[str], labels: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        tokens = tokenizer(texts, padding=True, return_tensors="pt")
+    def batch(rng: np.random.Generator, words: int, size: int) -> list[Caption]:
+        return [scene_and_caption(rng, (1, 9), (words, words), 0.5)[1] for _ in range(size)]
+
+    def read(captions: list[Caption]) -> dict[str, tuple[Tensor, Tensor]]:
+        tokens = tokenizer([c.text for c in captions], padding=True, return_offsets_mapping=True, return_tensors="pt")
+        own = labels_of_tokens(captions, tokens.pop("offset_mapping"))
         states, mask = encoder(**tokens).last_hidden_state, tokens.attention_mask[..., None]
-        pooled = head((states * mask).sum(1) / mask.sum(1), labels)
-        return pooled, token_head(states, tokens.attention_mask, labels)
+        labels = tensor([labels_of_caption(c) for c in captions])
+        return {
+            "pooled": head((states * mask).sum(1) / mask.sum(1), labels),
+            "tokens": token_head(states, tokens.attention_mask, labels),
+            "sentence": sentence_head(states.flatten(0, 1), own.flatten(0, 1)),
+        }
 
     def loss_of(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
         # one length a step: little padding; as many short captions as long ones are long
         words = round(8 * 20 ** rng.random())
-        pooled, by_token = read(*batch(rng, words, WORDS // words))
-        return {"loss": pooled[0] + by_token[0], "pooled_read": pooled[1], "tokens_read": by_token[1]}
+        found = read(batch(rng, words, WORDS // words))
+        loss = torch.stack([loss for loss, _ in found.values()]).sum()
+        return {"loss": loss, **{f"{name}_read": share for name, (_, share) in found.items()}}
 
     held_out = {words: batch(np.random.default_rng([5, words]), words, 100) for words in (15, 40, 80, 160)}
 
     def evaluate() -> dict[str, float]:
         out = {}
         for words, data in held_out.items():
-            pooled, by_token = read(*data)
-            out |= {f"held_pooled_{words}": pooled[1].item(), f"held_tokens_{words}": by_token[1].item()}
+            found = read(data)
+            out |= {f"held_{name}_{words}": found[name][1].item() for name in ("pooled", "tokens")}
         return out
 
-    fit("t5", nn.ModuleList([encoder, head, token_head]), loss_of, steps=STEPS, lr=2e-3, warmup=50, muon=8.0,
-        outer=("shared", "relative", "1.linear", "queries", "ground", "place"),
+    parts = nn.ModuleList([encoder, head, token_head, sentence_head])
+    fit("t5", parts, loss_of, steps=STEPS, lr=2e-3, warmup=50, muon=8.0,
+        outer=("shared", "relative", "1.linear", "3.linear", "queries", "ground", "place"),
         evaluate=evaluate, evaluate_every=200)  # fmt: skip
+    for module in changed:
+        parametrize.remove_parametrizations(module, "weight")
     encoder.half().save_pretrained(folder)
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from common import WEIGHTS, fit, images_of, scene_and_caption
 from diffusers import AutoencoderKL
-
 from torch import Tensor
 
 from longalign.mini import oracle
