@@ -21,7 +21,7 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 from longalign.mini.captions import Caption
 from longalign.mini.tokenizers import write_t5_tokenizer
 
-STEPS, WORDS = int(sys.argv[1]) if len(sys.argv) > 1 else 3000, 800
+STEPS, WORDS = int(sys.argv[1]) if len(sys.argv) > 1 else 2000, 800
 """Steps, and words in a batch."""
 
 

@@ -23,7 +23,7 @@ from longalign.mini import oracle
 from longalign.mini.captions import describe
 from longalign.mini.scenes import Scene, sample_scene
 
-STEPS, BATCH, POOL = int(sys.argv[1]) if len(sys.argv) > 1 else 2200, 32, 16000
+STEPS, BATCH, POOL = int(sys.argv[1]) if len(sys.argv) > 1 else 4300, 32, 16000
 
 
 def build() -> UNet2DConditionModel:

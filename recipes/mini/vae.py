@@ -13,7 +13,7 @@ from torch import Tensor
 from longalign.mini import oracle
 from longalign.mini.scenes import MASK_KEYS, PLACES, Scene, object_masks, sample_scene
 
-STEPS, BATCH = int(sys.argv[1]) if len(sys.argv) > 1 else 1500, 8
+STEPS, BATCH = int(sys.argv[1]) if len(sys.argv) > 1 else 2400, 8
 
 
 def build() -> AutoencoderKL:
