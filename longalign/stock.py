@@ -122,7 +122,8 @@ def set_scheduler(pipe: Any, name: str) -> None:
     """
     if name not in SCHEDULERS:
         raise ValueError(f"no scheduler '{name}'; there is {', '.join(SCHEDULERS)}")
-    own, kind = getattr(pipe, "scheduler", None), getattr(library, SOLVERS[name])
+    own: Any = getattr(pipe, "scheduler", None)
+    kind = getattr(library, SOLVERS[name])
     decoder = getattr(pipe, "decoder_pipe", None)  # what draws, where there is a prior; it gives generators to a step
     fits = own is not None and kind.__name__ in [other.__name__ for other in own.compatibles]
     if not fits or (decoder is not None and "generator" not in inspect.signature(kind.step).parameters):
