@@ -126,7 +126,9 @@ def set_scheduler(pipe: Any, name: str) -> None:
     kind = getattr(library, SOLVERS[name])
     decoder = getattr(pipe, "decoder_pipe", None)  # what draws, where there is a prior; it gives generators to a step
     fitting = [other.__name__ for other in getattr(own, "compatibles", ())]
-    if kind.__name__ not in fitting or (decoder is not None and "generator" not in inspect.signature(kind.step).parameters):
+    if kind.__name__ not in fitting or (
+        decoder is not None and "generator" not in inspect.signature(kind.step).parameters
+    ):
         raise ValueError(f"{type(pipe).__name__} cannot be drawn with '{name}'; leave out the scheduler to use its own")
     # of a learned variance, which goes with the scheduler that the model was trained for, the others know nothing
     fixed = {"variance_type": None} if "variance_type" in own.config else {}
