@@ -227,7 +227,8 @@ def _use(config: RunConfig, weights: Weights, base: str) -> str:
     return (
         f"{text}\n\nIn a diffusers pipeline:\n\n```python\n"
         "from diffusers import DiffusionPipeline\n\nfrom longalign import Model, condition\n\n"
-        f'pipe = DiffusionPipeline.from_pretrained("{base}")\npipe.load_lora_weights(".")\n'
+        f'pipe = DiffusionPipeline.from_pretrained("{base}")\n'
+        'pipe.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors")\n'
         'encoder = Model.from_pretrained(".").encoder\n'
         'image = pipe(**condition(pipe, "A long text.", encoder=encoder)).images[0]\n```'
     )

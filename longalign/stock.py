@@ -58,7 +58,8 @@ def load_pipeline(name: str, runtime: Runtime) -> Any:
             reason = str(error)
             pipe = library.DiffusionPipeline.from_pretrained(name, **settings)
     except (ImportError, OSError, ValueError) as error:
-        if any(word in str(error).lower() for word in ("sentencepiece", "protobuf", "tiktoken")):
+        # what stands for a class whose library is not here is called so in transformers 4
+        if any(word in str(error).lower() for word in ("sentencepiece", "protobuf", "tiktoken", "placeholder")):
             raise ValueError(
                 f"the tokenizer of '{name}' is a SentencePiece file, which cannot be read here; "
                 f"pip install 'longalign[baselines]' ({error})"

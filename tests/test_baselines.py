@@ -85,6 +85,7 @@ def tiny_playground(folder):
 def tiny_pixart(folder):
     """PixArt-alpha of 256 px, the smallest size that its pipeline has; the transformer's class has its older name."""
     t5 = tiny_t5(folder / "t5")
+    tokens = AutoTokenizer.from_pretrained(t5)
     torch.manual_seed(5)
     transformer = PixArtTransformer2DModel(
         num_attention_heads=2, attention_head_dim=4, cross_attention_dim=8, caption_channels=16, num_layers=1,
@@ -95,7 +96,7 @@ def tiny_pixart(folder):
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
     )  # fmt: skip
     PixArtAlphaPipeline(
-        AutoTokenizer.from_pretrained(t5), T5EncoderModel.from_pretrained(t5), vae, transformer,
+        tokens, T5EncoderModel.from_pretrained(t5), vae, transformer,
         DPMSolverMultistepScheduler(),
     ).save_pretrained(folder)  # fmt: skip
     shutil.rmtree(t5)
@@ -105,7 +106,7 @@ def tiny_pixart(folder):
     (folder / "transformer" / "config.json").write_text(json.dumps({**config, **published, **more}))
     return publish(
         folder, "PixArtAlphaPipeline", scheduler=["diffusers", "DPMSolverMultistepScheduler"],
-        text_encoder=["transformers", "T5EncoderModel"], tokenizer=["transformers", "T5Tokenizer"],
+        text_encoder=["transformers", "T5EncoderModel"], tokenizer=["transformers", type(tokens).__name__],
         transformer=["diffusers", "Transformer2DModel"], vae=["diffusers", "AutoencoderKL"],
     )  # fmt: skip
 

@@ -142,7 +142,7 @@ def test_stock_diffusers_loads_the_exported_lora(tmp_path):
     latents, states = torch.randn(1, 4, 8, 8), torch.randn(1, 3, 16)
     plain = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     before = plain.unet(latents, 500, states).sample
-    plain.load_lora_weights(tmp_path / "exported")
+    plain.load_lora_weights(tmp_path / "exported", weight_name="pytorch_lora_weights.safetensors")
     got = plain.unet(latents, 500, states).sample
     expected = backbone.eval().denoiser(latents, 500, states).sample
     assert not torch.allclose(got, before, atol=1e-2)

@@ -139,7 +139,7 @@ def test_the_adapter_is_in_the_checkpoint(world):
 
 def test_diffusers_loads_the_lora_with_its_settings(world):
     pipe = StableDiffusionPipeline.from_pretrained(world / "sd", safety_checker=None)
-    pipe.load_lora_weights(world / "out")
+    pipe.load_lora_weights(world / "out", weight_name="pytorch_lora_weights.safetensors")
     expected = answer(merged_by_hand(world, ["s28750_lora_vis.pt", "sd15-reward-3750.pt"]))
     torch.testing.assert_close(answer(pipe.unet), expected, atol=1e-4, rtol=1e-4)
     with safe_open(world / "out" / "pytorch_lora_weights.safetensors", "pt") as file:

@@ -83,7 +83,7 @@ def test_an_export_holds_all_that_is_needed(folder, tmp_path):
     config, backbone, encoder = load_for_sampling(out)
     pipe = StableDiffusionPipeline.from_pretrained(folder / "sd", safety_checker=None)
     before = answer(pipe.unet)
-    pipe.load_lora_weights(out)
+    pipe.load_lora_weights(out, weight_name="pytorch_lora_weights.safetensors")
     torch.testing.assert_close(answer(pipe.unet), answer(backbone), atol=1e-5, rtol=1e-4)
     assert (answer(pipe.unet) - before).abs().mean() > 1e-3
     adapter = TextAdapter.load(str(out / "adapter")).state_dict()

@@ -271,7 +271,8 @@ def test_loras_are_saved_loaded_and_read_by_plain_diffusers(folder, encoder, tmp
     assert (tmp_path / "images" / rows[0]["file_name"]).exists()
 
     pipe = stock(folder)
-    pipe.load_lora_weights(export_lora(tmp_path / "run", tmp_path / "lora").parent)
+    file = export_lora(tmp_path / "run", tmp_path / "lora")
+    pipe.load_lora_weights(file.parent, weight_name=file.name)
     states = {"encoder_hidden_states": told.states, "pooled_projections": told.pooled}
     with torch.no_grad():
         answer = pipe.transformer(latents, timestep=torch.tensor([500.0]), **states).sample
