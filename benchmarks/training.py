@@ -100,7 +100,10 @@ def write_models(folder: Path, size: Mapping[str, Any]) -> tuple[str, str, int]:
         block_out_channels=size["vae"], layers_per_block=2, latent_channels=4, sample_size=size["pixels"],
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
     )  # fmt: skip
-    levels = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+    levels = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1,
+    )  # fmt: skip
     text = CLIPTextModel(encoding.text_config(*size["text"], tokenizer))
     StableDiffusionPipeline(
         vae, text, tokenizer, unet, levels, safety_checker=None, feature_extractor=None, requires_safety_checker=False
