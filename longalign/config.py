@@ -58,8 +58,8 @@ class LoopConfig(Section):
         warmup: steps over which the learning rate rises linearly from zero.
         clip: largest norm of the gradient, or null for no clipping.
         precision: mixed precision, "no", "bf16" or "fp16"; frozen modules are kept in that dtype.
-        gradient_checkpointing: recompute the denoiser's activations, or a trained reward's, in the backward pass, to
-            save memory.
+        gradient_checkpointing: recompute activations in the backward pass to save memory: the denoiser's, and the
+            autoencoder's where rewards see what it decodes; or a trained reward's.
         channels_last: lay out the weights of denoiser and autoencoder with channels last; for backbones with a UNet.
         compile: compile the denoiser by ``torch.compile``: true is "inductor", or another of its backends.
         ema: decay of an exponential moving average of what is trained, or null for none.

@@ -187,7 +187,8 @@ def _draw(
             predicted = unwanted + guidance * (wanted - unwanted)
         latents = solver.step(predicted, t, latents, **extra, return_dict=False)[0]
         bar.update()
-    return backbone.decode(latents).float().cpu()
+    # one at a time, for the autoencoder takes more memory than the denoiser
+    return torch.cat([backbone.decode(latent).float().cpu() for latent in latents.split(1)])
 
 
 def load_model(source: Any) -> tuple[Any, Backbone, Encoder]:

@@ -68,6 +68,11 @@ class LatentBackbone(Backbone):
         pixels = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
         return (pixels.to(latents.dtype) / 2 + 0.5).clamp(0, 1)
 
+    def enable_gradient_checkpointing(self) -> None:
+        """As for any backbone, and in the autoencoder's backward pass, where images are decoded with gradient."""
+        super().enable_gradient_checkpointing()
+        self.vae.enable_gradient_checkpointing()
+
     @property
     def _shift(self) -> float:
         return getattr(self.vae.config, "shift_factor", None) or 0.0

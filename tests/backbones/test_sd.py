@@ -80,6 +80,26 @@ def test_latents_are_scaled_and_shifted():
     assert latents.grad is not None and latents.grad.abs().sum() > 0
 
 
+def test_checkpointing_keeps_less_of_unet_and_decoder_and_the_gradient():
+    backbone = tiny_backbone()
+    backbone.train_all()
+
+    def step():
+        kept, latents = [], torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(6)).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            decoded = backbone.decode(latents)
+            decoder = sum(kept)
+            answer = backbone.predict(latents, torch.tensor([10]), told(1))
+        (decoded.mean() + answer.square().mean()).backward()
+        return decoder, sum(kept) - decoder, latents.grad
+
+    decoder, unet, gradient = step()
+    backbone.enable_gradient_checkpointing()
+    less_decoder, less_unet, same = step()
+    assert less_decoder < decoder / 2 and less_unet < unet / 2
+    torch.testing.assert_close(same, gradient)
+
+
 def test_the_mask_reaches_the_unet():
     backbone = tiny_backbone()
     latents, times = torch.randn(1, 4, 4, 4), torch.tensor([500])
