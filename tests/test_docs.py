@@ -107,7 +107,7 @@ def test_commands_parse(path, monkeypatch, capsys):
 
 
 def check_command(words):
-    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     while re.fullmatch(r"\w+=.*", words[0]):
         words = words[1:]
     command = words[0].removeprefix(".venv/bin/")
