@@ -67,11 +67,17 @@ def save(folder: Path, config: RunConfig, backbone: Backbone | None, encoder: En
         encoder: its adapter is saved; None in a run without one.
         step: optimiser steps done.
     """
+    return write(folder, config, collect(backbone, encoder), step)
+
+
+def collect(backbone: Backbone | None, encoder: Encoder | None) -> Weights:
+    """What `save` writes, as copies on the CPU. All processes must call it where weights are split over them, and only
+    the first gets them."""
     trained = {} if encoder is None else adapter(encoder)
     parameters = {k: p.detach().to("cpu", copy=True).contiguous() for k, p in trained.items()}
     stacks = [] if backbone is None else backbone.lora_state()
     denoiser = backbone.full_state() if backbone is not None and backbone.full else {}
-    return write(folder, config, Weights(stacks, denoiser, parameters), step)
+    return Weights(stacks, denoiser, parameters)
 
 
 def write(folder: Path, config: RunConfig, weights: Weights, step: int) -> Path:

@@ -21,6 +21,7 @@ from longalign.backbones.lora import (
 )
 from longalign.diffusion import NoiseLevels, check_prediction
 from longalign.encoders.base import Conditioning
+from longalign.sharding import whole
 
 
 class Backbone(nn.Module):
@@ -150,7 +151,7 @@ class Backbone(nn.Module):
     def _active_stack(self) -> LoraStack:
         assert self._active is not None
         name, config = self._active
-        state = {k: v.to("cpu", copy=True).contiguous() for k, v in read_lora(self.denoiser, name).items()}
+        state = {k: whole(v).to("cpu", copy=True).contiguous() for k, v in read_lora(self.denoiser, name).items()}
         return LoraStack(name, config, state)
 
     def lora_state(self) -> list[LoraStack]:
@@ -177,7 +178,7 @@ class Backbone(nn.Module):
         state = {}
         for key, tensor in self.denoiser.state_dict().items():
             if ".lora_" not in key:
-                state[key.replace(".base_layer.", ".")] = tensor.detach().to("cpu", copy=True).contiguous()
+                state[key.replace(".base_layer.", ".")] = whole(tensor.detach()).to("cpu", copy=True).contiguous()
         return state
 
     def load_full(self, state: Mapping[str, Tensor]) -> None:

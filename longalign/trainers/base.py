@@ -59,6 +59,13 @@ class Trainer(nn.Module):
         """
         return []
 
+    def check_split(self) -> None:
+        """Raises ValueError unless the denoiser's weights may be split over processes, as FSDP does."""
+        raise ValueError(
+            f"FSDP splits a denoiser's weights over processes, and {type(self).__name__} trains none; use accelerate's "
+            "multi-GPU without FSDP"
+        )
+
     def enable_gradient_checkpointing(self) -> None:
         """Trades time for memory in the backward pass."""
         raise ValueError(f"{type(self).__name__} recomputes no activations; set loop.gradient_checkpointing to false")
@@ -82,6 +89,13 @@ class DiffusionTrainer(Trainer):
         self._encode: tuple[Callable[[Sequence[str]], Conditioning]] = (encoder.encode,)
         for parameter in adapter(encoder).values():
             parameter.requires_grad_(train_adapter)
+
+    def check_split(self) -> None:
+        if not any(p.requires_grad for p in self.backbone.denoiser.parameters()):
+            raise ValueError(
+                "FSDP splits a denoiser's weights over processes, and nothing of this one is trained; use accelerate's "
+                "multi-GPU without FSDP"
+            )
 
     def enable_gradient_checkpointing(self) -> None:
         self.backbone.enable_gradient_checkpointing()

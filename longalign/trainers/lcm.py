@@ -82,6 +82,14 @@ class LCMTrainer(DiffusionTrainer):
         settings = {k: getattr(config, k) for k in type(config).model_fields if k not in ("name", "lora")}
         return cls(backbone, encoder, **settings)
 
+    def check_split(self) -> None:
+        super().check_split()
+        if self.ema_decay is not None:
+            raise ValueError(
+                "the moving average of 'lcm' follows whole weights, and FSDP splits them over processes; set "
+                "trainer.ema_decay to null, or use accelerate's multi-GPU without FSDP"
+            )
+
     def losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         latents = latents_of(self.backbone, batch, "'lcm'")
         # one call for both branches of the teacher's guidance, so that both have the same length

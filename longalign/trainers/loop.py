@@ -24,6 +24,8 @@ from longalign.config import load_config, to_dict
 from longalign.encoders.base import Conditioning, Encoder
 from longalign.files import checkpoint_file
 from longalign.rewards.guard import NonFiniteReward
+from longalign.sharding import let_go
+from longalign.trainers import fsdp
 from longalign.trainers import resume as state
 from longalign.trainers.base import DiffusionTrainer
 from longalign.trainers.batches import load_batches, plan_batches
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("longalign")
 
-SPLIT = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+ENGINES = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 @dataclass(frozen=True)
@@ -100,20 +102,13 @@ class Run:
             self.trainer.enable_gradient_checkpointing()
         if self.loop.channels_last and self.backbone is not None:
             self.backbone.use_channels_last()
-        self.parameters = self.trainer.trainable()
-        self.optimizer: Any = torch.optim.AdamW(
-            self.parameters, self.loop.lr, betas=self.loop.betas, weight_decay=self.loop.weight_decay
-        )
-        self.rates = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: min(1.0, (step + 1) / max(self.loop.warmup, 1))
-        )
         self._prepare()
         # Processes start from the same weights and then draw different noise.
         self._seed(self.config.seed + self.accelerator.process_index)
         self.ema = None if self.loop.ema is None else EMAModel(self.parameters, decay=self.loop.ema)
         self.step = 0
         if resume is not None:
-            self._load(resume)
+            state.restore(self, resume)
         self.batches = load_batches(
             composition.data,
             plan_batches(
@@ -144,12 +139,15 @@ class Run:
             # The networks' buffers are constants, and one process alone may draw images.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
-        if accelerator.distributed_type in SPLIT:
+        if accelerator.distributed_type in ENGINES:
             raise ValueError(
-                f"{accelerator.distributed_type.value} splits weights over processes, which checkpoints here cannot "
-                "gather; expected one process, or several with whole copies (accelerate's multi-GPU or multi-CPU). "
-                "docs/processes.md says what is missing"
+                f"{accelerator.distributed_type.value} runs the backward pass and the optimiser by an engine of its "
+                "own, which this loop does not; expected one process, or several by accelerate's multi-GPU, multi-CPU "
+                "or FSDP. docs/processes.md says more"
             )
+        self.split = accelerator.distributed_type == DistributedType.FSDP
+        if self.split:
+            fsdp.check(accelerator.state.fsdp_plugin, accelerator.parallelism_config, composition.config)
         dynamo: Any = accelerator.state.dynamo_plugin
         if dynamo.backend.value != "NO":
             raise ValueError(
@@ -175,10 +173,24 @@ class Run:
     def _prepare(self) -> None:
         """Hands what is trained to accelerate: the denoiser, the encoder if its adapter is trained, or what the trainer
         has instead; and the optimiser."""
-        self.wrapped: list[Any] = self.trainer.prepare(self.accelerator.prepare)
-        if isinstance(self.trainer, DiffusionTrainer):
-            self._prepare_parts(self.trainer)
-        self.optimizer = self.accelerator.prepare(self.optimizer)
+        self.wrapped: list[Any]
+        self.optimizer: Any
+        self.apart: list[nn.Parameter] = []
+        if self.split:
+            denoiser, self.optimizer, self.apart = fsdp.prepare(self.accelerator, self.trainer, self._adamw)
+            self.wrapped = [denoiser]
+        else:
+            self.wrapped = self.trainer.prepare(self.accelerator.prepare)
+            if isinstance(self.trainer, DiffusionTrainer):
+                self._prepare_parts(self.trainer)
+            self.optimizer = self.accelerator.prepare(self._adamw(self.trainer.trainable()))
+        self.parameters = self.trainer.trainable()
+        self.rates = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer.optimizer, lambda step: min(1.0, (step + 1) / max(self.loop.warmup, 1))
+        )
+
+    def _adamw(self, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
+        return torch.optim.AdamW(parameters, self.loop.lr, betas=self.loop.betas, weight_decay=self.loop.weight_decay)
 
     def _prepare_parts(self, trainer: DiffusionTrainer) -> None:
         denoiser: Any = trainer.backbone.denoiser
@@ -224,10 +236,12 @@ class Run:
         for _ in range(self.loop.accumulation):
             with self.accelerator.accumulate(*self.wrapped):
                 found.append(self._step(next(self.batches)))
+                if self.split:
+                    fsdp.finish(self.accelerator, self.wrapped[0], self.apart)
                 if self.accelerator.sync_gradients and self.loop.clip is not None:
                     norm = self.accelerator.clip_grad_norm_(self.parameters, self.loop.clip)
                     if norm is not None:
-                        found[-1]["grad_norm"] = torch.as_tensor(norm)
+                        found[-1]["grad_norm"] = fsdp.number(norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         if not self.accelerator.optimizer_step_was_skipped:
@@ -240,7 +254,7 @@ class Run:
 
     def _step(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The trainer's step. Where that goes backward several times, processes exchange gradients once, at its end."""
-        exchanges = self.accelerator.num_processes > 1 and self.accelerator.sync_gradients
+        exchanges = self.accelerator.num_processes > 1 and self.accelerator.sync_gradients and not self.split
         if not (exchanges and self.trainer.several_backwards):
             return self.trainer.step(batch, self.accelerator.backward)
         with ExitStack() as apart:
@@ -277,21 +291,23 @@ class Run:
     @contextmanager
     def _averaged(self) -> Iterator[None]:
         """Inside, the trained weights are their moving average, if there is one."""
-        if self.ema is None:
-            yield
-            return
-        self.ema.store(self.parameters)
-        self.ema.copy_to(self.parameters)
+        if self.ema is not None:
+            self.ema.store(self.parameters)
+            self.ema.copy_to(self.parameters)
         try:
             yield
         finally:
-            self.ema.restore(self.parameters)
+            if self.split:
+                let_go(self.wrapped[0])
+            if self.ema is not None:
+                self.ema.restore(self.parameters)
 
     def _draw(self) -> None:
         """Draws the validation prompts into ``validation/<step>/`` and sends the images to the trackers."""
-        if self.accelerator.is_main_process:
+        first = self.accelerator.is_main_process
+        if first or self.split:
             assert self.config.validation is not None and self.backbone is not None and self.encoder is not None
-            folder = self.output / "validation" / f"{self.step:06d}"
+            folder = self.output / "validation" / f"{self.step:06d}" if first else None
             with self._averaged():
                 images = draw(self.backbone, self.encoder, self.config.validation, folder, self.step)
             for tracker in self.accelerator.trackers:
@@ -308,51 +324,21 @@ class Run:
         folder = unfinished / state.FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         rank = self.accelerator.process_index
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process or self.split:
             with self._averaged():
-                checkpoints.save(unfinished, self.config, self.backbone, self.encoder, self.step)
-                self.trainer.save(unfinished)
-            torch.save(self._shared(), folder / "shared.pt")
+                weights = checkpoints.collect(self.backbone, self.encoder)
+                if self.accelerator.is_main_process:
+                    checkpoints.write(unfinished, self.config, weights, self.step)
+                    self.trainer.save(unfinished)
+            shared = state.collect(self)
+            if self.accelerator.is_main_process:
+                torch.save(shared, folder / "shared.pt")
         torch.save(state.random_state(), folder / f"process-{rank}.pt")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             state.publish(unfinished, final, self.loop.keep)
         self.accelerator.wait_for_everyone()
         return final
-
-    def _shared(self) -> dict[str, Any]:
-        buffers = dict(self.trainer.named_buffers())
-        return {
-            "step": self.step,
-            "processes": self.accelerator.num_processes,
-            "parameters": [p.detach() for p in self.parameters],
-            "buffers": {k: v for k, v in self.trainer.state_dict().items() if k in buffers},
-            "optimizer": self.optimizer.state_dict(),
-            "rates": {k: v for k, v in self.rates.state_dict().items() if k != "lr_lambdas"},
-            "ema": None if self.ema is None else self.ema.state_dict(),
-            "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
-        }
-
-    def _load(self, folder: Path) -> None:
-        shared, own = state.load_state(folder, self.accelerator.process_index)
-        if shared["processes"] != self.accelerator.num_processes:
-            raise ValueError(
-                f"{folder} was written by {shared['processes']} processes, and {self.accelerator.num_processes} are "
-                "running; use as many"
-            )
-        with torch.no_grad():
-            for parameter, saved in zip(self.parameters, shared["parameters"], strict=True):
-                parameter.copy_(saved)
-        self.trainer.load_state_dict(shared["buffers"], strict=False)
-        self.optimizer.load_state_dict(shared["optimizer"])
-        self.rates.load_state_dict({**self.rates.state_dict(), **shared["rates"]})
-        if self.ema is not None:
-            self.ema.load_state_dict(shared["ema"])
-            self.ema.to(self.accelerator.device)
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(shared["scaler"])
-        self.step = shared["step"]
-        state.set_random_state(own)
 
     def close(self) -> None:
         """Ends trackers and the progress bar, and takes the wrappers off the parts."""

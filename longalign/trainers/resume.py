@@ -6,12 +6,16 @@ import random
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from longalign.config import RunConfig, diff
+from longalign.sharding import share, share_state, whole, whole_state
+
+if TYPE_CHECKING:
+    from longalign.trainers.loop import Run
 
 #: what may change between the two parts of a run without changing its numbers
 FREE = (
@@ -93,8 +97,55 @@ def load_state(checkpoint: Path, rank: int) -> tuple[dict[str, Any], dict[str, A
     folder = checkpoint / FOLDER
     if not (folder / "shared.pt").is_file():
         raise ValueError(f"{checkpoint} has no {FOLDER}/ folder, so it can only be started from, with init_from")
-    shared = torch.load(folder / "shared.pt", map_location="cpu", weights_only=True)
+    # Mapped, since each process of several reads it and keeps a share.
+    shared = torch.load(folder / "shared.pt", map_location="cpu", weights_only=True, mmap=True)
     own = folder / f"process-{rank}.pt"
     if not own.is_file():
         raise ValueError(f"{checkpoint} was written by fewer processes than are running; use as many")
     return shared, torch.load(own, map_location="cpu", weights_only=True)
+
+
+def collect(run: Run) -> dict[str, Any]:
+    """What the first process writes for all of them. Where weights are split over processes all must call it, and only
+    the first gets the whole of it."""
+    ema = None if run.ema is None else run.ema.state_dict()
+    buffers = dict(run.trainer.named_buffers())
+    scaler = run.accelerator.scaler
+    return {
+        "step": run.step,
+        "processes": run.accelerator.num_processes,
+        "parameters": [whole(p.detach()) for p in run.parameters],
+        "buffers": {k: v for k, v in run.trainer.state_dict().items() if k in buffers},
+        "optimizer": whole_state(run.optimizer.state_dict()),
+        "rates": {k: v for k, v in run.rates.state_dict().items() if k != "lr_lambdas"},
+        "ema": None if ema is None else {**ema, "shadow_params": [whole(p) for p in ema["shadow_params"]]},
+        "scaler": None if scaler is None else scaler.state_dict(),
+    }
+
+
+def restore(run: Run, checkpoint: Path) -> None:
+    """Brings a run to where it was when it wrote a checkpoint.
+
+    Raises:
+        ValueError: if the checkpoint cannot be resumed, or not on this number of processes.
+    """
+    shared, own = load_state(checkpoint, run.accelerator.process_index)
+    if shared["processes"] != run.accelerator.num_processes:
+        raise ValueError(
+            f"{checkpoint} was written by {shared['processes']} processes, and {run.accelerator.num_processes} are "
+            "running; use as many"
+        )
+    with torch.no_grad():
+        for parameter, saved in zip(run.parameters, shared["parameters"], strict=True):
+            parameter.copy_(share(saved, parameter))
+    run.trainer.load_state_dict(shared["buffers"], strict=False)
+    run.optimizer.load_state_dict(share_state(shared["optimizer"], run.parameters))
+    run.rates.load_state_dict({**run.rates.state_dict(), **shared["rates"]})
+    if run.ema is not None:
+        averages = zip(shared["ema"]["shadow_params"], run.parameters, strict=True)
+        run.ema.load_state_dict({**shared["ema"], "shadow_params": [share(p, like) for p, like in averages]})
+        run.ema.to(run.accelerator.device)
+    if run.accelerator.scaler is not None:
+        run.accelerator.scaler.load_state_dict(shared["scaler"])
+    run.step = shared["step"]
+    set_random_state(own)

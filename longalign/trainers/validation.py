@@ -13,8 +13,9 @@ from longalign.encoders.base import Encoder
 from longalign.rollout import RandomState
 
 
-def draw(backbone: Backbone, encoder: Encoder, settings: ValidationConfig, folder: Path, step: int) -> Tensor:
-    """Draws the validation prompts into ``folder/00.png``, ``01.png``...; the i-th with seed i.
+def draw(backbone: Backbone, encoder: Encoder, settings: ValidationConfig, folder: Path | None, step: int) -> Tensor:
+    """Draws the validation prompts into ``folder/00.png``, ``01.png``...; the i-th with seed i. Without a folder
+    nothing is written.
 
     The training's random numbers are left alone.
 
@@ -35,6 +36,8 @@ def draw(backbone: Backbone, encoder: Encoder, settings: ValidationConfig, folde
             guidance=settings.guidance,
             scheduler=settings.scheduler,
         )
+    if folder is None:
+        return images
     folder.mkdir(parents=True, exist_ok=True)
     for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
         write_png(folder / f"{i:02d}.png", image, {"prompt": prompt, "step": str(step), "seed": str(i)})

@@ -5,6 +5,7 @@ Noise is drawn for the whole batch, and each process takes its rows, so that it 
 
 import json
 import os
+import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,10 @@ from unittest import mock
 
 import torch
 import worlds
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
@@ -91,27 +95,56 @@ def configs(folder, processes):
     return {"cut": (cut, None), "align": (align, folder / "align" / "checkpoint-000002"), "reward": (reward, None)}
 
 
+def split_configs(folder, processes):
+    """As `configs`, and runs of all weights, alone and with a start model, and of a distillation."""
+    found = configs(folder, processes)
+    align, reward = found["align"][0], found["reward"][0]
+    short = {"steps": 2, "accumulation": 1, "ema": None}
+    reward = {**reward, "loop": {**reward["loop"], "steps": 2}}
+    full = {**align, "output": str(folder / "full"), "validation": None}
+    full |= {"loop": {**align["loop"], **short, "clip": 1e-3, "gradient_checkpointing": True}}
+    full |= {"trainer": {**align["trainer"], "lora": None, "train_adapter": False}}
+    drift = {"regularizer": "kl", "regularizer_weight": 0.1, "lora": None, "schedule": {"name": "draft-k", "k": 2}}
+    kl = {**reward, "output": str(folder / "kl"), "trainer": {**reward["trainer"], **drift}}
+    lcm = {**full, "output": str(folder / "lcm"), "loop": {**align["loop"], **short}}
+    lcm |= {"trainer": {"name": "lcm", "lora": {"rank": 2, "dropout": 0.0}}}
+    alone = {"reward": reward, "full": full, "kl": kl, "lcm": lcm}
+    return {**found, **{name: (config, None) for name, config in alone.items()}}
+
+
+def half_configs(folder, processes):
+    """A short align run in half precision."""
+    align = configs(folder, processes)["align"][0]
+    loop = {**align["loop"], "steps": 2, "accumulation": 1, "precision": "bf16"}
+    return {"half": ({**align, "output": str(folder / "half"), "validation": None, "loop": loop}, None)}
+
+
 def counted(exchanged, bucket):
     """Exchanges gradients as without a hook, and counts that."""
     exchanged.append(bucket.index())
     return allreduce_hook(None, bucket)
 
 
-def train(folder, rank=0, processes=1):
-    """Trains all; returns for each kind how often gradients were exchanged, and what torch was seeded with."""
+def train(folder, rank=0, processes=1, configs=configs):
+    """Trains all; returns for each kind how often gradients were exchanged, what torch was seeded with, how often the
+    denoiser was called, and how much of its weights this process keeps."""
     told, noise = {}, Noise(rank, processes)
     for name, (config, resume) in configs(folder, processes).items():
-        if name == "reward":
+        if name != "align":
             noise.drawn = 0
         exchanged = []
         run = Run(build_from_config(config), resume)
         for module in run.wrapped:
             if isinstance(module, DistributedDataParallel):
                 module.register_comm_hook(exchanged, counted)
+        weights, calls = list(run.backbone.denoiser.parameters()), []
+        kept = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in weights)
+        run.backbone.denoiser.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         with noise.drawing():
             run.train(lambda: False)
         run.close()
         told[name] = {"exchanged": len(exchanged), "modules": len(run.wrapped), "seed": noise.seed}
+        told[name] |= {"calls": len(calls), "kept": kept / sum(p.numel() for p in weights)}
         assert (run.accelerator.num_processes, run.accelerator.process_index) == (processes, rank)
     return told
 
@@ -128,9 +161,29 @@ def registered():
         worlds.unregister()
 
 
+def launch(folder, *settings):
+    """Starts this file in two processes by accelerate's launcher."""
+    here = Path(__file__)
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    paths = [str(here.parent), str(here.parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    command = [sys.executable, "-m", "accelerate.commands.launch", *settings, "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    done = subprocess.run(
+        [*command, str(here), str(folder)], env=environment, capture_output=True, text=True, check=False, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 if __name__ == "__main__":
     rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    told, split = {}, os.environ.get("ACCELERATE_USE_FSDP") == "true"
     with registered():
-        told = train(Path(sys.argv[1]), rank, processes)
+        for some in (split_configs, half_configs) if split else (configs,):
+            if split:
+                # accelerate splits weights on accelerators only; all that follows is as it would be there
+                PartialState(cpu=True)
+                PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+            told |= train(Path(sys.argv[1]), rank, processes, some)
     (Path(sys.argv[1]) / f"told-{rank}.json").write_text(json.dumps(told))
     torch.distributed.destroy_process_group()

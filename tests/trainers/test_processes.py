@@ -1,32 +1,18 @@
 """Two processes train as one does with the same whole batch."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import launched
 import pytest
 import torch
 from safetensors.torch import load_file
 
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-SETTINGS = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
     """The folders of two processes and of one."""
     two, one = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("one")
-    here = Path(launched.__file__)
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(here.parent), str(here.parents[1])])
-    done = subprocess.run(
-        [*LAUNCH, *SETTINGS, str(here), str(two)],
-        env=environment, capture_output=True, text=True, check=False, timeout=900,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    launched.launch(two, "--multi_gpu")
     with launched.registered():
         launched.train(one)
     return two, one

@@ -1,0 +1,151 @@
+"""Two processes with half of the denoiser's weights each train as one does with the same whole batch."""
+
+import json
+from types import SimpleNamespace
+
+import launched
+import numpy as np
+import pytest
+import torch
+import worlds
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import tiny_backbone
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
+
+from longalign.config import load_config
+from longalign.trainers.align import AlignTrainer
+from longalign.trainers.base import Trainer
+from longalign.trainers.fsdp import check, prepare
+from longalign.trainers.lcm import LCMTrainer
+
+WRAP = ["--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
+WRAP += ["--fsdp_transformer_layer_cls_to_wrap", "BasicTransformerBlock,ResnetBlock2D"]
+SETTINGS = ["--use_fsdp", "--fsdp_version", "2", *WRAP, "--fsdp_cpu_ram_efficient_loading", "false"]
+KINDS = ("align", "reward", "full", "kl", "lcm")
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    """The folders of two processes and of one."""
+    two, one = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("one")
+    launched.launch(two, *SETTINGS)
+    with launched.registered():
+        launched.train(one, configs=launched.split_configs)
+        launched.train(one, configs=launched.half_configs)
+    return two, one
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_and_weights_are_those_of_one_process(outputs, kind):
+    two, one = (lines(folder / kind) for folder in outputs)
+    assert [line.keys() for line in two] == [line.keys() for line in one]
+    for ours, theirs in zip(two, one, strict=True):
+        del ours["seconds"], theirs["seconds"]
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    # Where gradients are near AdamW's eps, as in a distillation that begins at its teacher, rounding moves weights.
+    atol = 1e-4 if kind == "lcm" else 1e-5
+    for checkpoint in sorted(p.name for p in (outputs[1] / kind).glob("checkpoint-*")):
+        ours, theirs = (load_file(folder / kind / checkpoint / "longalign.safetensors") for folder in outputs)
+        assert ours.keys() == theirs.keys() and len(ours) > 2
+        for key, weight in theirs.items():
+            torch.testing.assert_close(ours[key], weight, rtol=1e-3, atol=atol, msg=lambda text, k=key: f"{k}: {text}")
+
+
+def test_losses_in_half_precision_are_near_those_of_one_process(outputs):
+    two, one = ([line["loss"] for line in lines(folder / "half")] for folder in outputs)
+    assert two == pytest.approx(one, rel=0.02) and len(one) == 2
+
+
+def tensors(value, name=""):
+    """All tensors of a nested value, by their place in it."""
+    if isinstance(value, torch.Tensor):
+        return {name: value}
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return {k: v for key, child in children for k, v in tensors(child, f"{name}.{key}").items()}
+
+
+def test_what_a_run_goes_on_from_is_whole_too(outputs):
+    files = (folder / "align" / "checkpoint-000004" / "resume" / "shared.pt" for folder in outputs)
+    ours, theirs = (torch.load(file, weights_only=True) for file in files)
+    ours["optimizer"], theirs["optimizer"] = ours["optimizer"]["state"], theirs["optimizer"]["state"]
+    ours, theirs = tensors(ours), tensors(theirs)
+    assert ours.keys() == theirs.keys() and {".ema.shadow_params.0", ".optimizer.0.exp_avg"} <= ours.keys()
+    for key, tensor in theirs.items():
+        torch.testing.assert_close(ours[key], tensor, rtol=1e-3, atol=1e-5, msg=lambda text, k=key: f"{k}: {text}")
+
+
+def test_each_process_keeps_its_share_and_calls_the_denoiser_as_often(outputs):
+    first, second = (json.loads((outputs[0] / f"told-{rank}.json").read_text()) for rank in range(2))
+    for kind in KINDS:
+        assert first[kind]["calls"] == second[kind]["calls"] > 0
+        assert first[kind]["kept"] + second[kind]["kept"] == pytest.approx(1)
+        assert 0.4 < first[kind]["kept"] < 0.6
+
+
+def test_images_are_drawn_by_all_and_written_by_one(outputs):
+    ours, theirs = (sorted((folder / "align" / "validation").rglob("*.png")) for folder in outputs)
+    assert [p.parent.name for p in ours] == ["000002", "000004"]
+    assert [p.name for p in ours] == [p.name for p in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        assert np.abs(pixels(one) - pixels(other)).max() <= 1
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+PLUGIN = {"fsdp_version": 2, "cpu_ram_efficient_loading": False, "activation_checkpointing": False}
+PLUGIN |= {"cpu_offload": OffloadPolicy(), "ignored_modules": None}
+
+
+@pytest.mark.parametrize(
+    "changed, loop, message",
+    [
+        ({"fsdp_version": 1}, {}, "set it to 2"),
+        ({"cpu_ram_efficient_loading": True}, {}, "empty in all processes but the first"),
+        ({"activation_checkpointing": True}, {}, "gradient_checkpointing instead"),
+        ({"cpu_offload": CPUOffloadPolicy()}, {}, "fsdp_offload_params"),
+        ({"ignored_modules": "mid_block"}, {}, "leave it out"),
+        ({}, {"compile": True}, "compile is not provided"),
+        ({}, {"channels_last": True}, "channels_last is a layout"),
+        ({}, {"precision": "fp16"}, "use bf16 or no"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(world, tmp_path, changed, loop, message):
+    config = load_config(world.align_config(tmp_path, **loop))
+    with pytest.raises(ValueError, match=message):
+        check(SimpleNamespace(**{**PLUGIN, **changed}), None, config)
+
+
+def test_settings_that_fit_pass_and_another_mesh_does_not(world, tmp_path):
+    plugin, config = SimpleNamespace(**PLUGIN), load_config(world.align_config(tmp_path))
+    check(plugin, None, config)
+    with pytest.raises(ValueError, match="parallelism_config"):
+        check(plugin, object(), config)
+
+
+def test_half_precision_would_round_the_timesteps_of_a_flow():
+    backbone = tiny_backbone()
+    backbone.add_lora(worlds.LORA, "align")
+    backbone.prediction = "flow"
+    trainer = AlignTrainer(backbone, worlds.ToyEncoder())
+    with pytest.raises(ValueError, match="rounds the timesteps of a flow"):
+        prepare(SimpleNamespace(mixed_precision="bf16"), trainer, torch.optim.AdamW)
+
+
+def test_trainers_that_read_whole_weights_are_refused():
+    backbone, encoder = tiny_backbone(), worlds.ToyEncoder()
+    backbone.add_lora(worlds.LORA, "lcm")
+    LCMTrainer(backbone, encoder).check_split()
+    with pytest.raises(ValueError, match="ema_decay to null"):
+        LCMTrainer(backbone, encoder, ema_decay=0.9).check_split()
+    with pytest.raises(ValueError, match="Trainer trains none"):
+        Trainer().check_split()
+    backbone.denoiser.requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing of this one is trained"):
+        LCMTrainer(backbone, encoder).check_split()
