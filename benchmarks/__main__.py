@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 
 def main() -> int:
     """Runs what is asked for; returns 1 if one of them failed."""
-    names = sorted(path.stem for path in HERE.glob("*.py") if path.stem != "__main__")
+    names = sorted(path.stem for path in HERE.glob("*.py") if not path.stem.startswith("_"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(names)}")
     asked = parser.parse_args().names

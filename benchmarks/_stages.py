@@ -1,0 +1,224 @@
+"""The stages of a run at their published sizes on meta tensors, which have a shape and no content."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from _live import LikeCuda, Live
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+SD, SDXL = "Stable Diffusion 1.5", "Stable Diffusion XL"
+TEXTS = {SD: ("CLIP-L text", "T5-large encoder"), SDXL: ("CLIP-L text", "OpenCLIP-bigG text")}
+DENSCORE = "Denscore (CLIP-H)"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row: a stage of a model, and the settings of a run that its memory depends on.
+
+    Attributes:
+        model: `SD` or `SDXL`.
+        stage: ``texts``, ``images``, ``align``, ``reward``, ``plain`` or ``generate``; ``plain`` is a reward step by
+            autograd through the sampling.
+        batch: prompts or images.
+        unet: ``backbone.dtype``; ``loop.precision`` is bf16 throughout.
+        lora: whether a LoRA is trained, and not all weights of the UNet.
+        checkpointing: ``loop.gradient_checkpointing``.
+        single: ``denoise_batch: 1``, ``decode_batch: 1`` and ``micro_batch: 1`` of the reward.
+    """
+
+    model: str
+    stage: str
+    batch: int = 1
+    unet: str = "bfloat16"
+    lora: bool = True
+    checkpointing: bool = False
+    single: bool = False
+
+
+#: what is in memory, what of it is trained, and what is run, which returns the bytes of a call's graph if ``plain``
+Stage = tuple[list[nn.Module], list[nn.Parameter], Callable[[Live], int]]
+
+
+def stage(setting: Setting, cuda: LikeCuda) -> Stage:
+    """What a row is about, on meta tensors."""
+    kinds = {"texts": encode_texts, "images": encode_images, "generate": generate}
+    return kinds.get(setting.stage, train)(setting, cuda)
+
+
+def network(model: str, name: str, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """A part of a model, or the reward, at its published size and without weights."""
+    import diffusers
+    import transformers
+
+    from longalign.encoders.adapter import TextAdapter
+
+    def clip(width: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
+        sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
+        return {**sizes, "num_attention_heads": heads, **more}
+
+    unet: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+    if model == SDXL:
+        unet = {
+            "sample_size": 128, "cross_attention_dim": 2048, "attention_head_dim": (5, 10, 20),
+            "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": (1, 2, 10),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        }  # fmt: skip
+    vae: dict[str, Any] = {
+        "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4,
+        "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+    }  # fmt: skip
+    t5 = {"d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_layers": 24, "num_heads": 16, "is_encoder_decoder": False}
+    towers = {"text_config": clip(1024, 24, 16), "vision_config": clip(1280, 32, 16, patch_size=14)}
+    big = clip(1280, 32, 20, projection_dim=1280)
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "UNet": lambda: diffusers.UNet2DConditionModel(**unet),
+        "VAE": lambda: diffusers.AutoencoderKL(**vae),
+        "CLIP-L text": lambda: transformers.CLIPTextModel(transformers.CLIPTextConfig(**clip(768, 12, 12))),
+        "OpenCLIP-bigG text": lambda: transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**big)),
+        "T5-large encoder": lambda: transformers.T5EncoderModel(transformers.T5Config(**t5, use_cache=False)),
+        "adapter": lambda: TextAdapter(1024, 896, 768),
+        DENSCORE: lambda: transformers.CLIPModel(transformers.CLIPConfig(**towers, projection_dim=1024)),
+    }
+    with torch.device("meta"):
+        return nn.Module.to(makers[name](), dtype).requires_grad_(False).eval()
+
+
+def backbone(setting: Setting) -> Any:
+    """UNet and VAE; the VAE has the dtype of ``loop.precision``."""
+    from longalign.backbones.sd import SDBackbone
+    from longalign.backbones.sdxl import SDXLBackbone
+
+    kind = SDXLBackbone if setting.model == SDXL else SDBackbone
+    unet = network(setting.model, "UNet", getattr(torch, setting.unet))
+    return kind(unet, network(setting.model, "VAE"), torch.linspace(0.999, 0.005, 1000), "epsilon")
+
+
+def encoder(setting: Setting) -> Any:
+    """An encoder that reads a cache: states of the size that the text models give, and the adapter on T5's."""
+    from longalign.encoders.adapter import adapt
+    from longalign.encoders.base import Conditioning, Encoder
+    from longalign.encoders.concat import join
+
+    class Cached(Encoder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.adapter = None if setting.model == SDXL else network(setting.model, "adapter", torch.float32)
+            self.requires_grad_(True)
+
+        def encode(self, prompts: Sequence[Any]) -> Conditioning:
+            first, second = (
+                torch.empty(len(prompts), 240, width, dtype=torch.bfloat16, device="meta")
+                for width in ((2048, 1280) if setting.model == SDXL else (768, 1024))
+            )
+            if self.adapter is None:
+                return Conditioning(first, pooled=second[:, 0])
+            return join([Conditioning(first), adapt(self.adapter, Conditioning(second))])
+
+    return Cached()
+
+
+def reward(setting: Setting) -> Any:
+    """Denscore, whose texts' embeddings are constants here."""
+    from longalign.images import Pixels
+    from longalign.rewards.base import Reward, Scores
+    from longalign.rewards.clip import ClipTowers
+    from longalign.rewards.towers import TowerReward
+
+    class Denscore(Reward):
+        def __init__(self) -> None:
+            super().__init__()
+            towers = ClipTowers(network(setting.model, DENSCORE), None)
+            self.inner = TowerReward(towers, Pixels((224, 224)), micro_batch=1 if setting.single else None)
+
+        def scores(self, images: Tensor, prompts: Sequence[str]) -> Scores:
+            features = self.inner.image_features(images)
+            return Scores((features * torch.empty_like(features)).sum(-1))
+
+    return Denscore()
+
+
+def encode_texts(setting: Setting, _: LikeCuda) -> Stage:
+    """Prompts of four segments of 60 tokens through the frozen text models."""
+    large = setting.model == SDXL
+    models = [network(setting.model, name) for name in TEXTS[setting.model]]
+    shapes = [(4 * setting.batch, 62), (4 * setting.batch, 62) if large else (setting.batch, 240)]
+
+    @torch.no_grad()
+    def run(live: Live) -> int:
+        ids = [torch.zeros(shape, dtype=torch.long, device="meta") for shape in shapes]
+        told = [model(input_ids=i, output_hidden_states=large) for model, i in zip(models, ids, strict=True)]
+        return 0 * len(told)
+
+    return models, [], run
+
+
+def encode_images(setting: Setting, _: LikeCuda) -> Stage:
+    """Images through the VAE, as ``longalign cache`` sends them; the UNet is in memory."""
+    model = backbone(setting)
+    shape = (setting.batch, 3, model.resolution, model.resolution)
+    return [model], [], lambda live: 0 * len(model.posterior(torch.empty(shape, device="meta")))
+
+
+def generate(setting: Setting, _: LikeCuda) -> Stage:
+    """Drawing with guidance; the text models are in memory."""
+    from longalign.pipeline import sample
+
+    model, texts = backbone(setting), encoder(setting)
+    prompts, settings = ["a prompt"] * setting.batch, {"steps": 1, "scheduler": "ddim"}
+    held = [model, texts, *(network(setting.model, name) for name in TEXTS[setting.model])]
+    return held, [], lambda live: 0 * len(sample(model, texts, prompts, seeds=range(setting.batch), **settings))
+
+
+def train(setting: Setting, cuda: LikeCuda) -> Stage:
+    """A trainer's step, on cached prompts and latents."""
+    from longalign.backbones.configs import LoraConfig
+    from longalign.schedules.steps import GroupedRandom
+    from longalign.trainers.align import AlignTrainer
+    from longalign.trainers.configs import AlignConfig, RewardConfig
+    from longalign.trainers.reward import RewardTrainer
+
+    def prepared(module: Callable[..., Any]) -> Callable[..., Any]:
+        """As accelerate prepares what is trained."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with cuda.autocast(torch.bfloat16):
+                out = module(*args, **kwargs)
+            return tree_map(lambda v: v.float() if isinstance(v, Tensor) else v, out)
+
+        return call
+
+    model, texts, prompts = backbone(setting), encoder(setting), ["a prompt"] * setting.batch
+    lora, one = LoraConfig(dropout_placement="up") if setting.lora else None, 1 if setting.single else None
+    if setting.stage == "align":
+        trainer: Any = AlignTrainer.from_config(AlignConfig(lora=lora), model, texts)
+    else:
+        config = RewardConfig(lora=lora, num_steps=1, denoise_batch=one, decode_batch=one, schedule="all")
+        trainer = RewardTrainer.from_config(config, model, texts, [reward(setting)], GroupedRandom(1))
+    if setting.checkpointing:
+        trainer.enable_gradient_checkpointing()
+    model.wrap_denoiser(prepared(model.denoiser))
+    trainer.wrap_encoder(prepared(texts.encode))
+    trainer.train()
+
+    def step(live: Live) -> int:
+        posterior = torch.empty(setting.batch, 8, *model.latent_shape()[1:], device="meta")
+        trainer.step({"prompt": prompts, "posterior": posterior}, Tensor.backward)
+        return 0
+
+    def plain(live: Live) -> int:
+        told, noise = trainer.told(prompts), trainer.noise(setting.batch)
+        before, timesteps = live.now, torch.zeros(setting.batch, dtype=torch.long, device="meta")
+        latents = noise + trainer.predictor(model.predict, told, slice(0, setting.batch))(noise, timesteps)
+        graph = live.now - before
+        trainer.summary(trainer.score(latents, prompts))["reward_loss"].backward()
+        return graph
+
+    return [trainer], trainer.trainable(), plain if setting.stage == "plain" else step
