@@ -74,7 +74,7 @@ def test_training_has_the_same_numbers_with_and_without(config, tmp_path):
     plain = numbers(override(config, {"cache": None, "output": str(tmp_path / "plain")}))
     assert len(plain) == 3 and all(line["noise_loss"] > 0 for line in plain)
     for line, cached in zip(plain, numbers(config), strict=True):
-        assert line == pytest.approx(cached, rel=1e-6)
+        assert line == pytest.approx(cached, rel=1e-5)
     plain, cached = (load_model(tmp_path / name / "checkpoint-000003") for name in ("plain", "cached"))
     assert cached[0].cache is not None
     for a, b in zip(plain[2].parameters(), cached[2].parameters(), strict=True):

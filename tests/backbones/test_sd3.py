@@ -129,11 +129,12 @@ def test_pooled_and_states_are_the_stock_pipeline_s(folder, pipe):
     )
     assert told.states.shape == states.shape == (2, 77 + 60, 32) and encoder.dim == 32
     tokens = told.reports[0].parts[0].tokens[0] + 2
-    torch.testing.assert_close(told.states[0, :tokens], states[0, :tokens])
-    torch.testing.assert_close(told.states[1, :2], states[1, :2])
-    torch.testing.assert_close(told.states[:, 77:], states[:, 77:])
+    rounding = {"rtol": 1e-4, "atol": 1e-4}  # batches are put together otherwise
+    torch.testing.assert_close(told.states[0, :tokens], states[0, :tokens], **rounding)
+    torch.testing.assert_close(told.states[1, :2], states[1, :2], **rounding)
+    torch.testing.assert_close(told.states[:, 77:], states[:, 77:], **rounding)
     assert told.pooled.shape == (2, 20)
-    torch.testing.assert_close(told.pooled, pooled)
+    torch.testing.assert_close(told.pooled, pooled, **rounding)
 
 
 def test_t5_can_be_left_out_or_put_behind(folder, pipe, encoder):
