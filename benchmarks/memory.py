@@ -114,7 +114,9 @@ def main() -> None:
         "kernels, the allocator's rounding and gaps, and the CUDA context (about half a GiB) come on top.", "",
         "Images of 512 x 512 pixels for Stable Diffusion 1.5 and of 1024 x 1024 for Stable Diffusion XL, "
         "`loop.precision: bf16`, `backbone.dtype: bfloat16`, LoRAs of rank 32, prompts of 240 tokens, `reward` with "
-        "Denscore and guidance; prompts and latents cached, so that no text model is in memory while training.", "",
+        "Denscore and guidance; prompts and latents cached, so that no text model is in memory while training. Samples "
+        "are drawn in one step here; each further one that carries gradient keeps a latent, at most 256 KiB. With all "
+        "weights the peak is in AdamW's own step, which makes a copy of their size.", "",
         f"A step of a small UNet with a LoRA on the CPU takes {measured:.1f} MiB beyond its weights by torch's "
         f"profiler; counted in this way it is {counted:.1f} MiB.", "",
     ]  # fmt: skip
