@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from open_clip.tokenizer import SimpleTokenizer
 
@@ -49,7 +50,7 @@ def write_clip_tokenizer(folder: Path, words: Sequence[str] | None = None, max_l
         words: texts whose words must be split as by the full tokenizer; the small world's own vocabulary if None.
         max_length: length of the text model's window in tokens.
     """
-    from transformers import CLIPTokenizerFast
+    from transformers import CLIPTokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
 
     merges = reduced_merges(_default_words() if words is None else words)
     alphabet = list(SimpleTokenizer().byte_encoder.values())
@@ -87,7 +88,7 @@ def write_t5_tokenizer(folder: Path, texts: Sequence[str] | None = None, vocab_s
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     texts = _default_words() if texts is None else texts
-    words = {"replacement": "▁", "prepend_scheme": "always"}
+    words: dict[str, Any] = {"replacement": "▁", "prepend_scheme": "always"}
     trained = Tokenizer(models.Unigram())
     trained.pre_tokenizer = pre_tokenizers.Metaspace(**words)
     printable = [chr(c) for c in range(33, 127)]

@@ -193,8 +193,8 @@ def guided(
         scale: of guidance, one or ``(b, 1, 1, 1)``.
     """
     branches = told[torch.cat([rows, torch.full_like(rows, len(told.states) - 1)])]
-    answers = denoise(torch.cat([latents] * 2), torch.cat([timesteps] * 2), branches)
-    return guide(*answers.chunk(2), scale)
+    conditional, unconditional = denoise(torch.cat([latents] * 2), torch.cat([timesteps] * 2), branches).chunk(2)
+    return guide(conditional, unconditional, scale)
 
 
 def noise_loss(backbone: Backbone, latents: Tensor, conditioning: Conditioning, density: str | None = None) -> Tensor:
