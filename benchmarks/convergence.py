@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from reward_step import table
+from reward_step import given, table
 
 from longalign.charts import ticks
 from longalign.checkpoint import load_for_sampling
@@ -195,7 +195,9 @@ def _point(rows: Sequence[Mapping[str, Any]], metric: str) -> tuple[float, np.nd
     return float(np.mean([row["seconds"] for row in rows])), np.array([np.mean(row[metric]) for row in rows])
 
 
-def report(options: argparse.Namespace, first: Mapping[str, Any], runs: Mapping[str, Sequence[Rows]]) -> str:
+def report(
+    command: str, options: argparse.Namespace, first: Mapping[str, Any], runs: Mapping[str, Sequence[Rows]]
+) -> str:
     """The table, what it says of the best, and the chart, which is written beside it."""
     picture = options.output.with_suffix(".svg")
     picture.write_text(chart(first, runs))
@@ -214,7 +216,7 @@ def report(options: argparse.Namespace, first: Mapping[str, Any], runs: Mapping[
     length = f"{options.steps} steps" if options.steps else f"{options.budget:g} seconds of training"
     lines = [
         "# Convergence per cost on the small world", "",
-        "`python benchmarks/convergence.py" + "".join(f" {change}" for change in options.changes) + "`", "",
+        f"`python benchmarks/convergence.py{command}`", "",
         f"The demo's reward stage from one checkpoint of its first, {length}, {len(options.seeds)} seed(s). "
         f"{options.prompts} held-out captions from the same noise, {options.sampling} sampling steps. At the start: "
         f"{begins}. Differences to it are paired, with 95% bootstrap intervals over prompts and seeds.", "",
@@ -266,7 +268,8 @@ def main() -> None:
             here = {"init_from": str(start), "output": str(options.folder / "run"), "loop.steps": ENDLESS}
             make = partial(train, override(config, here), marks, options.steps is not None, look)
             runs[name].append(kept(options.folder / f"{name}-{seed}.jsonl", settings, make))
-    text = report(options, {"seconds": 0.0, **found}, runs)
+    command = "".join(f" {c}" for c in options.changes) + given(options, parser, ("changes", "start", "folder"))
+    text = report(command, options, {"seconds": 0.0, **found}, runs)
     options.output.write_text(text)
     print(text)
 

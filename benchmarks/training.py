@@ -46,7 +46,7 @@ FULL: dict[str, Any] = {
     "batches": (1, 2, 4, 8),
 }  # fmt: skip
 TINY: dict[str, Any] = {
-    "pixels": 64, "unet": (32, 32, 32, 32), "vae": (32, 32, 32, 32), "text": (1, 64), "reward pixels": 64,
+    "pixels": 128, "unet": (32, 32, 32, 32), "vae": (32, 32, 32, 32), "text": (1, 64), "reward pixels": 128,
     "encoder": (1, 64), "reward text": (1, 64), "reward image": (1, 64), "lengths": (20, 100), "batches": (1, 2),
 }  # fmt: skip
 CAPTION, IMAGES, IN_A_STEP = 200, 16, 4
