@@ -246,7 +246,11 @@ def main() -> None:
         common = {
             "backbone": {"name": "sd", "checkpoint": sd},
             "encoder": {"name": "clip-segment", "checkpoint": sd},
-            "data": {"name": "folder", "folder": write_images(folder / "images", size["pixels"])},
+            "data": {
+                "name": "folder",
+                "folder": write_images(folder / "images", size["pixels"]),
+                "resolution": size["pixels"],
+            },
             "loop": {"batch_size": IN_A_STEP},
             "output": str(folder / "run"),
         }
