@@ -37,7 +37,7 @@ from longalign.evaluate import DecomposedMetric, FactMetric, measure
 from longalign.files import checkpoint_file, parse_assignments
 from longalign.fingerprint import fingerprint, fingerprints
 from longalign.pipeline import sample
-from longalign.record import machine
+from longalign.record import machine_text
 from longalign.runtime import Runtime
 from longalign.table import Interval
 from longalign.trainers.base import evaluating
@@ -223,7 +223,7 @@ def report(
         *table(["schedule", "seconds", "steps", "seconds a step", *METRICS.values()], body),
         "At the end, by the paired differences between the ways:", "", *(verdict(m, ends[m]) for m in METRICS), "",
         f"![Means over seeds, with bars from the lowest to the highest]({picture.name})", "",
-        "Machine: " + ", ".join(f"{k} {v}" for k, v in machine().items()) + ".",
+        f"Machine: {machine_text()}.",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 

@@ -23,7 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
 
 from longalign.encoders.clip_segment import ClipSegmentEncoder
 from longalign.mini.tokenizers import write_clip_tokenizer
-from longalign.record import machine
+from longalign.record import machine_text
 from longalign.segment.parts import Sentence
 
 WORDS = "circle square red green the a top left right bottom large small stands near old house under two trees"
@@ -154,7 +154,7 @@ def main() -> None:
         speed = {name: len(batch) / value for name, value in took.items()}
         ratio = speed["longalign"] / speed["plain"]
         lines.append(f"| {segments} | {speed['plain']:.2f} | {speed['longalign']:.2f} | {ratio:.2f} |")
-    lines += ["", "Machine: " + ", ".join(f"{k} {v}" for k, v in machine().items()) + "."]
+    lines += ["", f"Machine: {machine_text()}."]
     Path(__file__).with_suffix(".md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

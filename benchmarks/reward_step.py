@@ -292,7 +292,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"), help="of the table")
     options = parser.parse_args()
 
-    from longalign.record import machine
+    from longalign.record import machine_text
 
     sizes = {key: getattr(options, key) for key in ("pixels", "width", "batch", "steps")}
     chosen = sorted({*options.chosen, options.at})
@@ -335,7 +335,7 @@ def main() -> None:
         memory = [f"{a.memory:.2f}", ratio(a.memory, base.memory), ratio(a.memory, reference.memory)]
         cells.append([name, f"{a.seconds:.2f}", ratio(a.seconds, base.seconds), *memory, f"{a.distance(base):.1e}"])
     lines += table(["setting", "seconds", "ratio", "GiB", "ratio", f"GiB / {PLAIN}", last], cells)
-    lines.append("Machine: " + ", ".join(f"{k} {v}" for k, v in machine().items()) + ".")
+    lines.append(f"Machine: {machine_text()}.")
     options.output.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

@@ -27,7 +27,7 @@ from longalign.mini import oracle
 from longalign.mini.captions import Caption, describe
 from longalign.mini.scenes import sample_scene
 from longalign.pipeline import sample
-from longalign.record import machine
+from longalign.record import machine_text
 from longalign.registry import backbones, encoders
 
 ROWS: list[tuple[str, str, str, str]] = []
@@ -142,8 +142,7 @@ def main() -> None:
     lines = ["# The small world, measured", "", "`python benchmarks/small_world.py`", ""]
     lines += ["| what | measured | target | on |", "|---|---|---|---|", *(f"| {' | '.join(r)} |" for r in ROWS)]
     megabytes = sum(f.stat().st_size for f in WEIGHTS.rglob("*") if f.is_file()) / 2**20
-    named = ", ".join(f"{key} {value}" for key, value in machine().items())
-    lines += ["", f"All weights and tokenizers together: {megabytes:.1f} MiB. Machine: {named}."]
+    lines += ["", f"All weights and tokenizers together: {megabytes:.1f} MiB. Machine: {machine_text()}."]
     lines += [f"Measured in {time.time() - began:.0f} s."]
     Path(__file__).with_suffix(".md").write_text("\n".join(lines) + "\n")
 

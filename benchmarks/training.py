@@ -34,7 +34,7 @@ from longalign import caching
 from longalign.compose import build_from_config
 from longalign.config import override
 from longalign.mini.tokenizers import write_clip_tokenizer
-from longalign.record import machine
+from longalign.record import machine_text
 from longalign.registry import rewards
 from longalign.rewards.towers import TowerReward
 from longalign.runtime import Runtime
@@ -270,7 +270,7 @@ def main() -> None:
             f"{size['pixels']} pixels, random weights, float32; medians of {rounds} round(s).", "",
             "## Scoring", "", *scored, "## Caches", "", *caches(rounds, align, folder / "cache"), "## Growth", "",
             *growth(rounds, trainers, encoding.clip_segment(*size["encoder"]), model, size),
-            "Machine: " + ", ".join(f"{k} {v}" for k, v in machine().items()) + ".",
+            f"Machine: {machine_text()}.",
         ]  # fmt: skip
     options.output.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

@@ -20,6 +20,20 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 BOOL, INT, FLOAT, TIME = (f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "timestamp"))
 
 
+def check_single_file(checkpoint: str, layout: str | None) -> bool:
+    """Whether a checkpoint is one ``.safetensors`` file, as by its name, instead of a folder or repository.
+
+    Raises:
+        ValueError: if it is a pickle, or has a ``layout`` although it is no single file.
+    """
+    if checkpoint.endswith(".ckpt"):
+        raise ValueError("a .ckpt file is a pickle, which can run code and is not read; convert it to .safetensors")
+    single = checkpoint.endswith(".safetensors")
+    if layout is not None and not single:
+        raise ValueError("'layout' describes a single .safetensors file; a folder or repository has its own")
+    return single
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's scalars: ``no`` is a word, ``1e-4`` a number, ``1:30`` is none. A repeated key is an error."""
 

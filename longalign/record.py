@@ -47,6 +47,11 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def machine_text() -> str:
+    """`machine` in one line."""
+    return ", ".join(f"{name} {value}" for name, value in machine().items())
+
+
 def machine() -> dict[str, str]:
     """The machine and the versions of what a run depends on."""
     cpu = platform.processor() or platform.machine()

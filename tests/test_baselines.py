@@ -39,7 +39,6 @@ from longalign import stock
 from longalign.cli import main
 from longalign.imagefiles import load_image
 from longalign.mini.tokenizers import write_clip_tokenizer
-from longalign.registry import rewards
 from longalign.runtime import Runtime
 
 pytestmark = [
@@ -178,13 +177,6 @@ def models(tmp_path_factory, hub):
     folder = tmp_path_factory.mktemp("baselines")
     playground, pixart = tiny_playground(folder / "playground"), tiny_pixart(folder / "pixart")
     return {"playground": str(playground), "pixart": str(pixart), "kandinsky": DECODER}
-
-
-@pytest.fixture
-def brightness():
-    rewards.register("brightness", lambda images, prompts: images.mean((1, 2, 3)))
-    yield "brightness"
-    rewards.unregister("brightness")
 
 
 KINDS = {

@@ -12,7 +12,6 @@ from longalign.cli import main
 from longalign.compose import Composition
 from longalign.config import load_config, to_yaml
 from longalign.imagefiles import write_png
-from longalign.registry import rewards
 from longalign.rewards import direction
 from longalign.trainers import loop
 
@@ -30,13 +29,6 @@ def yaml(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(to_yaml(load_config(CONFIG)))
     return str(path)
-
-
-@pytest.fixture
-def brightness():
-    rewards.register("brightness", lambda images, prompts: images.mean((1, 2, 3)))
-    yield "brightness"
-    rewards.unregister("brightness")
 
 
 def images(folder, values, prompts=None, seeds=None):

@@ -19,7 +19,6 @@ from tiny import tiny_sd, tiny_sdxl
 from longalign import stock
 from longalign.cli import main
 from longalign.imagefiles import load_image
-from longalign.registry import rewards
 from longalign.runtime import Runtime
 
 pytestmark = [
@@ -34,13 +33,6 @@ CPU = Runtime()
 def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stock")
     return {"sd": str(tiny_sd(folder / "sd")), "sdxl": str(tiny_sdxl(folder / "sdxl"))}
-
-
-@pytest.fixture
-def brightness():
-    rewards.register("brightness", lambda images, prompts: images.mean((1, 2, 3)))
-    yield "brightness"
-    rewards.unregister("brightness")
 
 
 def own(kind, folder, prompts, seeds, **settings):

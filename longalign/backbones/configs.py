@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from longalign.files import check_single_file
 from longalign.registry import PartConfig
 from longalign.runtime import Runtime
 
@@ -61,11 +62,7 @@ class SDConfig(PartConfig):
 
     @model_validator(mode="after")
     def _agree(self) -> SDConfig:
-        if self.checkpoint.endswith(".ckpt"):
-            raise ValueError("a .ckpt file is a pickle, which can run code and is not read; convert it to .safetensors")
-        if self.layout is not None and not self.single_file:
-            raise ValueError("'layout' describes a single .safetensors file; a folder or repository has its own")
-        if self.single_file and (self.revision or self.variant):
+        if check_single_file(self.checkpoint, self.layout) and (self.revision or self.variant):
             raise ValueError("'revision' and 'variant' choose files of a repository, and 'checkpoint' is one file")
         return self
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
+from longalign.files import check_single_file
 from longalign.registry import Part, PartConfig
 from longalign.runtime import Runtime
 from longalign.segment import SentenceConfig
@@ -53,12 +54,7 @@ class SingleFileConfig(PartConfig):
 
     @model_validator(mode="after")
     def _agree(self) -> SingleFileConfig:
-        if self.checkpoint.endswith(".ckpt"):
-            raise ValueError("a .ckpt file is a pickle, which can run code and is not read; convert it to .safetensors")
-        single = self.checkpoint.endswith(".safetensors")
-        if self.layout is not None and not single:
-            raise ValueError("'layout' describes a single .safetensors file; a folder or repository has its own")
-        if self.revision is not None and single:
+        if check_single_file(self.checkpoint, self.layout) and self.revision is not None:
             raise ValueError("'revision' chooses files of a repository, and 'checkpoint' is one file")
         return self
 

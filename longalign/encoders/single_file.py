@@ -40,7 +40,6 @@ def load_clip(
         FileNotFoundError: if there is no such file.
         ValueError: if the checkpoint holds no such text model, or ``layout`` describes another one.
     """
-    layout = getattr(config, "layout", None)
     if not config.checkpoint.endswith(".safetensors"):
         return load_text_model(kind, config.checkpoint, subfolder, config.revision, runtime)
     path = Path(config.checkpoint)

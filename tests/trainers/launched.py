@@ -11,10 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 import worlds
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from safetensors.torch import load_file
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import normalize
@@ -173,6 +175,27 @@ def launch(folder, *settings):
         [*command, str(here), str(folder)], env=environment, capture_output=True, text=True, check=False, timeout=900
     )
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+def lines(folder):
+    """The rows of a run's log."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same(ours, theirs, atol=1e-5):
+    """Two runs have the same log and weights but for rounding; returns the weights of each checkpoint by its name."""
+    logs = [[{k: v for k, v in line.items() if k != "seconds"} for line in lines(run)] for run in (ours, theirs)]
+    assert [line.keys() for line in logs[0]] == [line.keys() for line in logs[1]]
+    for one, other in zip(*logs, strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
+    found = {}
+    for name in sorted(p.name for p in theirs.glob("checkpoint-*")):
+        one, other = (load_file(run / name / "longalign.safetensors") for run in (ours, theirs))
+        assert one.keys() == other.keys()
+        for key, weight in other.items():
+            torch.testing.assert_close(one[key], weight, rtol=1e-3, atol=atol, msg=lambda text, k=key: f"{k}: {text}")
+        found[name] = one
+    return found
 
 
 if __name__ == "__main__":
