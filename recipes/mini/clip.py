@@ -13,7 +13,7 @@ import sys
 
 import numpy as np
 import torch
-from common import RUNS, WEIGHTS, bytes_of, fit, images_of, kept
+from common import RUNS, WEIGHTS, bytes_of, fit, images_of, kept, publish_text_encoder
 from facts import SIZES, UNTOLD, FactHead, TokenHead, all_true, contrast, labels_of_caption, labels_of_scene, tensor
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -117,6 +117,7 @@ def train_text(clip: CLIPModel, head: FactHead, tokenizer: CLIPTokenizer, steps:
     encoder = CLIPTextModel(clip.config.text_config)
     getattr(encoder, "text_model", encoder).load_state_dict(clip.text_model.state_dict())
     encoder.half().save_pretrained(WEIGHTS / "sd" / "text_encoder")
+    publish_text_encoder()
     write_clip_tokenizer(WEIGHTS / "sd" / "tokenizer")
 
 

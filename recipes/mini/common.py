@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from muon import Muon
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from longalign.mini.captions import Caption, describe
@@ -48,6 +49,14 @@ def bytes_of(scenes: list[Scene]) -> Tensor:
     """Renders scenes: ``(n, 3, 64, 64)`` uint8."""
     chunks = [scenes[i : i + 500] for i in range(0, len(scenes), 500)]
     return torch.cat([(images_of(chunk) * 255).round().to(torch.uint8) for chunk in chunks])
+
+
+def publish_text_encoder() -> None:
+    """Gives the text model's weights the names of published checkpoints, which all versions of transformers read;
+    version 5 saves them without the prefix, and 4 would then leave random ones in their place."""
+    path = WEIGHTS / "sd" / "text_encoder" / "model.safetensors"
+    weights = {f"text_model.{name.removeprefix('text_model.')}": weight for name, weight in load_file(path).items()}
+    save_file(weights, path, {"format": "pt"})
 
 
 def fit(

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import WEIGHTS, fit, images_of, kept
+from common import WEIGHTS, fit, images_of, kept, publish_text_encoder
 from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional as F
@@ -136,6 +136,7 @@ def main() -> None:
     vae.half()
     text_encoder.half()
     pipeline().save_pretrained(WEIGHTS / "sd")
+    publish_text_encoder()
     for config in (WEIGHTS / "sd").rglob("config.json"):  # diffusers notes the folder that a part was loaded from
         values = json.loads(config.read_text())
         if values.pop("_name_or_path", None):

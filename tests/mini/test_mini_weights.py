@@ -45,6 +45,11 @@ def test_all_weights_are_half_precision_and_small():
             assert {str(tensors.get_slice(k).get_dtype()) for k in tensors.keys()} <= {"F16", "I64"}, file  # noqa: SIM118
 
 
+def test_the_text_model_has_the_names_of_published_checkpoints():
+    with safe_open(WEIGHTS / "sd" / "text_encoder" / "model.safetensors", "pt") as tensors:
+        assert all(name.startswith("text_model.") for name in tensors.keys())  # noqa: SIM118
+
+
 def test_the_vae_keeps_the_facts():
     scenes, captions = worlds(40, (1, 9), 100)
     backbone = backbones.build({"name": "sd", "checkpoint": "mini/sd"})
