@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from reward_step import given
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
 
@@ -121,7 +122,7 @@ def main() -> None:
     torch.manual_seed(0)
     encoder = clip_segment(options.layers, options.width)
     rng = np.random.default_rng(0)
-    lines = ["# Encoding by segments", "", "`python benchmarks/encoding.py`", ""]
+    lines = ["# Encoding by segments", "", f"`python benchmarks/encoding.py{given(options, parser)}`", ""]
     size = f"{options.layers} layers of width {options.width}, float32"
     lines += [f"`clip-segment` with a CLIP text model of {size}; medians of {options.rounds} rounds.", ""]
 

@@ -1,7 +1,7 @@
 import pytest
 
 from longalign.registry import ConfigError, segmenters
-from longalign.segment import LongAlign, Manual, Packed, Sentence, Tokens, fit, sentences
+from longalign.segment import LongAlign, Manual, Packed, Sentence, Tokens, fit, group_by_length, sentences
 
 
 def words(text: str) -> int:
@@ -177,3 +177,29 @@ def test_segmenters_are_parts():
     assert segmenters.build({"name": "manual", "marker": "AND"})("a AND b", words) == ["a", "b"]
     with pytest.raises(ConfigError, match="n: Input should be greater than or equal to 1"):
         segmenters.validate({"name": "tokens", "n": 0})
+
+
+@pytest.mark.parametrize(
+    ("call_cost", "expected"),
+    [(0, [[1], [3], [0, 2], [4]]), (2, [[1, 3], [0, 2], [4]]), (3, [[1, 3, 0, 2], [4]]), (100, [[1, 3, 0, 2, 4]])],
+)
+def test_rows_share_a_call_as_far_as_their_padding_costs_less_than_the_call(call_cost, expected):
+    assert group_by_length([5, 3, 5, 4, 9], limit=100, call_cost=call_cost) == expected
+
+
+def test_calls_hold_at_most_so_many_positions():
+    assert group_by_length([4] * 7, limit=13) == [[0, 1], [2, 3], [4, 5, 6]]
+    assert group_by_length([30, 20], limit=13) == [[1], [0]]
+    assert group_by_length([], limit=13) == []
+
+
+def test_no_grouping_costs_less():
+    def cost(groups, lengths):
+        return sum(max(lengths[i] for i in group) * len(group) + 7 for group in groups)
+
+    lengths = [12, 1, 7, 3, 8, 8, 2, 11]
+    order = sorted(range(8), key=lengths.__getitem__)
+    cuts = [[i for i in range(1, 8) if mask >> (i - 1) & 1] for mask in range(128)]
+    every = [[order[a:b] for a, b in zip([0, *c], [*c, 8], strict=True)] for c in cuts]
+    least = min(cost(groups, lengths) for groups in every)
+    assert cost(group_by_length(lengths, limit=1000, call_cost=7), lengths) == least

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from longalign.encoders.adapter import TextAdapter, adapt
 from longalign.encoders.base import Conditioning, Encoder, PromptReport, check_prompts, handle_cuts, plain_text
-from longalign.encoders.tokens import GROUP, TextTokens, Tokenized, run_grouped
+from longalign.encoders.tokens import TextTokens, Tokenized, run_grouped
 from longalign.runtime import Runtime
-from longalign.segment import Prompt
+from longalign.segment import CALL_COST, Prompt
 
 if TYPE_CHECKING:
     from longalign.encoders.configs import T5Config
@@ -93,7 +93,7 @@ class T5Encoder(Encoder):
             pad_id=tokenizer.pad_token_id,
             device=device,
             max_batch_tokens=self.max_batch_tokens,
-            step=GROUP if self.mask else 1,
+            call_cost=CALL_COST if self.mask else 0,
         )
         length = max(self.max_tokens, *(len(row) for row in padded))
         last = torch.tensor([[len(row) - 1] for row in padded])

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-GROUP = 8
-"""Rows whose lengths round up to the same multiple of this run together."""
+from longalign.segment import CALL_COST, group_by_length
+
 _REMEMBERED = 20_000
 
 
@@ -90,7 +90,7 @@ def run_grouped(
     pad_id: int,
     device: torch.device,
     max_batch_tokens: int,
-    step: int = GROUP,
+    call_cost: int = CALL_COST,
 ) -> tuple[Tensor, list[int]]:
     """Runs a frozen text model over rows of tokens: equal rows once, rows of like length together.
 
@@ -101,19 +101,14 @@ def run_grouped(
             if ``run`` masks.
         device: where the model is.
         max_batch_tokens: most positions, padding included, in one call of ``run`` (one row always goes through).
-        step: rows whose lengths round up to the same multiple of it run together; 1 never pads.
+        call_cost: see `longalign.segment.group_by_length`; 0 never pads.
 
     Returns:
         All states ``(m, d)``, and for each row the position of its first state among them.
     """
-    unique = sorted(set(rows), key=len)
-    groups: list[list[tuple[int, ...]]] = []
-    for row in unique:
-        group = groups[-1] if groups else []
-        alike = bool(group) and -(-len(group[-1]) // step) == -(-len(row) // step)
-        if not alike or (len(group) + 1) * len(row) > max_batch_tokens:
-            groups.append(group := [])
-        group.append(row)
+    unique = list(dict.fromkeys(rows))
+    calls = group_by_length(list(map(len, unique)), limit=max_batch_tokens, call_cost=call_cost)
+    groups = [[unique[i] for i in call] for call in calls]
     ids, real, first, shapes = [], [], {}, []
     for group in groups:
         length = len(group[-1])

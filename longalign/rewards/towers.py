@@ -17,9 +17,9 @@ from longalign.images import Pixels, at_least_float32
 from longalign.rewards.base import EmbeddingReward
 from longalign.rewards.configs import TowerRewardConfig
 from longalign.runtime import Runtime
-from longalign.segment import Segmenter, fit
+from longalign.segment import Segmenter, fit, group_by_length
 
-NUM_TEXTS_PER_PASS = 64
+NUM_POSITIONS_PER_PASS = 64 * 77
 
 
 class Towers(nn.Module):
@@ -33,6 +33,11 @@ class Towers(nn.Module):
     def count_tokens(self, text: str) -> int:
         """Number of tokens of a text, without special tokens."""
         raise NotImplementedError
+
+    def num_positions(self, text: str) -> int:
+        """Positions that a text takes in a pass of the text tower; of a pass, the longest text counts. Here it is the
+        window: towers that do not pad every text to it say so."""
+        return self.window
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
         """Normalised pixels ``(b, 3, h, w)`` to embeddings ``(b, d)`` of any length, with gradient."""
@@ -168,12 +173,12 @@ class TowerReward(EmbeddingReward):
         self.towers.save(folder, self.pixels)
 
     def _unit_embeddings(self, texts: list[str]) -> Tensor:
-        # texts of similar length share a pass, so that little is padded
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        chunks = [order[i : i + NUM_TEXTS_PER_PASS] for i in range(0, len(order), NUM_TEXTS_PER_PASS)]
-        found = torch.cat([self.towers.embed_texts([texts[i] for i in chunk]) for chunk in chunks])
+        lengths = [self.towers.num_positions(text) for text in texts]
+        calls = group_by_length(lengths, limit=NUM_POSITIONS_PER_PASS)
+        found = torch.cat([self.towers.embed_texts([texts[i] for i in call]) for call in calls])
         unit = F.normalize(at_least_float32(found), dim=-1)
-        return unit[torch.tensor(order).argsort().to(unit.device)]
+        order = torch.tensor([i for call in calls for i in call])
+        return unit[order.argsort().to(unit.device)]
 
     def _warn_of_cuts(self, prompts: Sequence[str]) -> None:
         if self._warned:

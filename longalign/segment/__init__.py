@@ -1,6 +1,7 @@
-"""Text to segments: the splitters and their configs. Pure Python; importing this package does not import torch."""
+"""Text to segments: the splitters and their configs; rows to groups of like length. Pure Python, without torch."""
 
 from longalign.segment.fit import TokenCounter, fit
+from longalign.segment.groups import CALL_COST, group_by_length
 from longalign.segment.parts import (
     LongAlign,
     LongAlignConfig,
@@ -18,6 +19,7 @@ from longalign.segment.parts import (
 from longalign.segment.sentence import sentences
 
 __all__ = [
+    "CALL_COST",
     "LongAlign",
     "LongAlignConfig",
     "Manual",
@@ -32,5 +34,6 @@ __all__ = [
     "Tokens",
     "TokensConfig",
     "fit",
+    "group_by_length",
     "sentences",
 ]
