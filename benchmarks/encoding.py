@@ -3,8 +3,11 @@
 Plain: all segments of a batch padded to the longest, then the captions merged one after another in a Python loop, as
 the published code describes it. Real tokens alone: the same number of tokens in rows of one length, nothing padded.
 All three run one after another in each round, so that a noisy machine disturbs them alike; medians are reported.
+Beside them what duplicates, a cache and bfloat16 change, each by itself, and the share of the machine's speed that is
+reached, which is that of one large product of matrices.
 
-Run ``python benchmarks/encoding.py [--rounds 3] [--layers 12] [--width 768]``; it writes a table beside itself.
+Run ``python benchmarks/encoding.py [--rounds 3] [--layers 12] [--width 768]``; it writes a table beside itself; ten
+minutes on two cores with 0.13 TFLOP/s.
 """
 
 from __future__ import annotations
@@ -20,13 +23,17 @@ import numpy as np
 import torch
 from reward_step import given
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
 
+from longalign.encoders.cached import CachedEncoder, entries, prompt_key
 from longalign.encoders.clip_segment import ClipSegmentEncoder
 from longalign.mini.tokenizers import write_clip_tokenizer
 from longalign.record import machine_text
 from longalign.segment.parts import Sentence
+from longalign.store import Store
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WORDS = "circle square red green the a top left right bottom large small stands near old house under two trees"
 
 
@@ -42,9 +49,8 @@ def clip_segment(layers: int, width: int) -> ClipSegmentEncoder:
     """The encoder that is measured, with random weights."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = CLIPTokenizerFast.from_pretrained(write_clip_tokenizer(Path(folder), WORDS.split()))
-    return ClipSegmentEncoder(
-        CLIPTextModel(text_config(layers, width, tokenizer)), tokenizer, Sentence(), overflow="grow"
-    )
+    text_model = CLIPTextModel(text_config(layers, width, tokenizer)).to(DEVICE)
+    return ClipSegmentEncoder(text_model, tokenizer, Sentence(), overflow="grow")
 
 
 def sentence(rng: np.random.Generator, low: int = 6, high: int = 40) -> str:
@@ -65,7 +71,7 @@ def plain(encoder: ClipSegmentEncoder, prompts: Sequence[str]) -> Tensor:
     plans = encoder.checked_plans(prompts)
     rows = [row for plan in plans for row in plan.rows]
     longest = max(map(len, rows))
-    ids = torch.tensor([[*row, *[tokenizer.eos_token_id] * (longest - len(row))] for row in rows])
+    ids = torch.tensor([[*row, *[tokenizer.eos_token_id] * (longest - len(row))] for row in rows]).to(DEVICE)
     chunk = max(1, encoder.max_batch_tokens // longest)
     states = torch.cat([encoder.text_model(input_ids=part).last_hidden_state for part in ids.split(chunk)])
     filling, out, begin = encoder._fill(states), [], 0
@@ -83,7 +89,7 @@ def real_tokens(encoder: ClipSegmentEncoder, prompts: Sequence[str]) -> int:
     rows = [row for plan in encoder.checked_plans(prompts) for row in plan.rows]
     tokens = sum(map(len, rows))
     length = round(tokens / len(rows))
-    ids = torch.randint(0, 100, (round(tokens / length), length))
+    ids = torch.randint(0, 100, (round(tokens / length), length), device=DEVICE)
     for part in ids.split(max(1, encoder.max_batch_tokens // length)):
         encoder.text_model(input_ids=part)
     return tokens
@@ -101,15 +107,47 @@ WAYS: dict[str, Callable[[ClipSegmentEncoder, Sequence[str]], object]] = {
 }
 
 
+def timed(call: Callable[[], object]) -> float:
+    """Seconds of a call, the device's work included."""
+    began = time.perf_counter()
+    call()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
 def medians(rounds: int, encoder: ClipSegmentEncoder, prompts: Sequence[str]) -> dict[str, float]:
     """Median seconds of each way; one call of each in every round."""
     seconds: dict[str, list[float]] = {name: [] for name in WAYS}
     for _ in range(rounds):
         for name, way in WAYS.items():
-            began = time.perf_counter()
-            way(encoder, prompts)
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(timed(lambda way=way: way(encoder, prompts)))
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def matrix_speed(rounds: int, side: int = 4096) -> float:
+    """Operations a second of a product of two square float32 matrices: the most that this machine is asked to show."""
+    a = torch.randn(side, side, device=DEVICE)
+    timed(lambda: a @ a)
+    return 2 * side**3 / statistics.median(timed(lambda: a @ a) for _ in range(rounds))
+
+
+def operations(encoder: ClipSegmentEncoder, length: int) -> float:
+    """Of the text model, for each token of rows of so many tokens."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        encoder.text_model(input_ids=torch.zeros((1, length), dtype=torch.long, device=DEVICE))
+    return counter.get_total_flops() / length
+
+
+def cached(encoder: ClipSegmentEncoder, prompts: Sequence[str], folder: Path) -> CachedEncoder:
+    """The prompts' states in a store, as ``longalign cache`` writes them, and the encoder that reads them."""
+    filled = ClipSegmentEncoder(encoder.text_model, encoder.tokens.tokenizer, Sentence(), max_tokens=512)
+    store, length = Store(folder, {}, writes=True), 512
+    for prompt in ["", *prompts]:
+        (entry,) = entries(filled, [prompt], length if prompt else None)
+        store.add(prompt_key(prompt), entry)
+    store.flush()
+    return CachedEncoder(Store(folder, {}), device=str(DEVICE))
 
 
 def main() -> None:
@@ -118,6 +156,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12, help="of the text model (CLIP-L has 12)")
     parser.add_argument("--width", type=int, default=768, help="of the text model (CLIP-L has 768)")
     parser.add_argument("--prompts", type=int, default=64, help="in the mixed batch")
+    parser.add_argument("--half-prompts", type=int, default=8, help="of them, encoded in bfloat16 too")
     options = parser.parse_args()
     torch.manual_seed(0)
     encoder = clip_segment(options.layers, options.width)
@@ -141,6 +180,13 @@ def main() -> None:
         lines.append(f"| {name} | {value:.2f} | {relative} |")
     lines += ["", f"Largest difference of a state between the two: {difference:.1e}.", ""]
 
+    total = operations(encoder, round(sum(map(len, rows)) / len(rows))) * sum(map(len, rows))
+    most, reached = matrix_speed(options.rounds), total / took["longalign"]
+    lines += [
+        f"The real tokens take {total / 1e12:.2f} TFLOP, so longalign runs at {reached / 1e12:.3g} TFLOP/s: "
+        f"{100 * reached / most:.0f}% of the {most / 1e12:.3g} of a product of two matrices of 4096 x 4096.", "",
+    ]  # fmt: skip
+
     repeated = [*prompts[: len(prompts) // 4] * 4]
     took = medians(options.rounds, encoder, repeated)
     lines += [
@@ -148,6 +194,18 @@ def main() -> None:
         f"{took['plain'] / took['longalign']:.1f} times as long ({took['plain']:.2f} s, {took['longalign']:.2f} s).",
         "",
     ]
+    with tempfile.TemporaryDirectory() as folder:
+        reader = cached(encoder, prompts, Path(folder))
+        read = statistics.median(timed(lambda: reader.encode(prompts)) for _ in range(options.rounds))
+    lines += [f"From a cache (`longalign cache`) the mixed batch is read in {read:.2f} s, nothing encoded.", ""]
+
+    few = prompts[: options.half_prompts]
+    whole = statistics.median(timed(lambda: encoder.encode(few)) for _ in range(options.rounds))
+    encoder.text_model.bfloat16()
+    half = statistics.median(timed(lambda: encoder.encode(few)) for _ in range(options.rounds))
+    encoder.text_model.float()
+    lines += [f"In bfloat16 {len(few)} of the prompts take {half:.2f} s, in float32 {whole:.2f} s.", ""]
+
     lines += ["| segments in a prompt | prompts/s, plain | prompts/s, longalign | ratio |", "|---|---|---|---|"]
     for segments in (1, 5, 20, 60):
         batch = [" ".join(sentence(rng) for _ in range(segments)) for _ in range(max(2, 60 // segments))]
