@@ -139,9 +139,9 @@ class Composition:
 
     def _start(self, checkpoint: str) -> None:
         from longalign.checkpoint import load_into
-        from longalign.files import checkpoint_file
+        from longalign.files import find_checkpoint
 
-        path = checkpoint_file(Path(checkpoint))  # looked for before the weights of the parts are loaded
+        path = find_checkpoint(checkpoint)  # looked for before the weights of the parts are loaded
         backbone, encoder = self._build("backbone"), self._build("encoder")
         load_into(path, backbone, encoder)
         self._built.update(backbone=backbone, encoder=encoder)

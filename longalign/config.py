@@ -139,7 +139,8 @@ class RunConfig(Section):
         cache: latents and text states on disk, which `longalign cache` makes, or null for none.
         seed: seeds weights, noise and the order of the data.
         output: folder of checkpoints, logs and validation images.
-        init_from: a checkpoint to start from; its LoRA is kept, frozen, under the new one.
+        init_from: a checkpoint to start from: its file, its folder, a run's folder (the newest one), or ``owner/name``
+            on the hub; its LoRA is kept, frozen, under the new one.
     """
 
     backbone: Part("backbones") | None

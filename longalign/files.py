@@ -20,18 +20,28 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 BOOL, INT, FLOAT, TIME = (f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "timestamp"))
 
 
-def check_single_file(checkpoint: str, layout: str | None) -> bool:
-    """Whether a checkpoint is one ``.safetensors`` file, as by its name, instead of a folder or repository.
+def check_single_file(checkpoint: str, layout: str | None, **choosing: str | None) -> None:
+    """Checks the keys that go with a checkpoint, which is one ``.safetensors`` file by its name, or a folder or
+    repository.
+
+    Args:
+        checkpoint: what it is.
+        layout: describes a file.
+        **choosing: keys that choose among the files of a folder or repository.
 
     Raises:
-        ValueError: if it is a pickle, or has a ``layout`` although it is no single file.
+        ValueError: if it is a pickle, or a key that is given does not go with it.
     """
     if checkpoint.endswith(".ckpt"):
         raise ValueError("a .ckpt file is a pickle, which can run code and is not read; convert it to .safetensors")
     single = checkpoint.endswith(".safetensors")
     if layout is not None and not single:
         raise ValueError("'layout' describes a single .safetensors file; a folder or repository has its own")
-    return single
+    if single and (given := [f"'{key}'" for key, value in choosing.items() if value is not None]):
+        raise ValueError(
+            f"'checkpoint' is one file, and {' and '.join(given)} would choose among the files of a folder or "
+            "repository; leave out"
+        )
 
 
 class _Loader(yaml.SafeLoader):

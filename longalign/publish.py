@@ -181,6 +181,7 @@ def model_card(
     assert config.backbone is not None and config.encoder is not None
     base = str(getattr(config.backbone, "checkpoint", ""))
     on_hub = _on_hub(base)
+    loadable = on_hub and not getattr(config.backbone, "subfolder", None)  # by diffusers, of the repository's top
     head: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
     head |= {"base_model": base} if on_hub else {}
     head |= {"license": license} if license else {}
@@ -198,7 +199,7 @@ def model_card(
         f"{metadata.get('step', '?')} steps. Text is encoded by `{config.encoder.name}`; a pipeline's own encoder "
         "gives other images.",
         "What was trained, the first applied first:\n\n" + "\n".join(stages) if stages else "",
-        _use(config, weights, base if on_hub else "the base model"),
+        _use(config, weights, base if loadable else "the base model"),
         "## Training",
         f"Data: {_data(config)}" + (f" Rewards: {rewards}." if rewards else ""),
         f"It started from the checkpoint `{config.init_from}`." if config.init_from else "",

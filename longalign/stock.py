@@ -40,17 +40,22 @@ SOLVERS = {
 }
 
 
-def load_pipeline(name: str, runtime: Runtime) -> Any:
+def load_pipeline(name: str, runtime: Runtime, revision: str | None = None, variant: str | None = None) -> Any:
     """A text-to-image pipeline of diffusers. Kandinsky's decoder is joined with the prior that its README.md names.
 
     Args:
         name: hub id, or a folder with ``model_index.json``.
         runtime: device and dtype.
+        revision: branch, tag or commit on the hub, of a prior too.
+        variant: file variant, e.g. ``"fp16"``; parts that have no such files are read from those without.
 
     Raises:
-        ValueError: if there is none, or it takes no prompt.
+        ValueError: if there is none, or none of that variant, or it takes no prompt, or a folder has a ``revision``.
     """
-    settings, reason = {DTYPE: runtime.torch_dtype}, ""
+    if revision is not None and Path(name).is_dir():
+        raise ValueError(f"a revision is of a repository on the hub, and '{name}' is a folder here; leave it out")
+    settings: dict[str, Any] = {DTYPE: runtime.torch_dtype, "revision": revision, "variant": variant}
+    reason = ""
     try:
         try:
             pipe = library.AutoPipelineForText2Image.from_pretrained(name, **settings)
@@ -65,7 +70,8 @@ def load_pipeline(name: str, runtime: Runtime) -> Any:
                 f"pip install 'longalign[baselines]' ({error})"
             ) from error
         raise ValueError(
-            f"no diffusers pipeline '{name}'; expected a hub id or a folder with model_index.json: {error}"
+            f"no diffusers pipeline '{name}'" + (f" of the variant '{variant}'" if variant is not None else "") + "; "
+            f"expected a hub id or a folder with model_index.json, and a variant if its weights are of one: {error}"
         ) from error
     if "prompt" not in inspect.signature(pipe.__call__).parameters:
         raise ValueError(
@@ -149,6 +155,8 @@ def generate(
     progress: bool = False,
     scheduler: str | None = None,
     runtime: Runtime | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
     **settings: Any,
 ) -> list[dict[str, Any]]:
     """As `longalign.pipeline.generate`, by a stock pipeline with its own text handling and, where nothing else is said,
@@ -168,12 +176,14 @@ def generate(
         progress: whether to show a bar over the images.
         scheduler: "unipc", "ddim", "dpm++" or "lcm".
         runtime: device and dtype; this machine's, in float32, if None.
+        revision: branch, tag or commit on the hub.
+        variant: file variant, as for `load_pipeline`.
         **settings: ``steps``, ``guidance``, ``height``, ``width``.
 
     Raises:
         ValueError: if there is no such pipeline, or it does not take one of the settings, or not that size.
     """
-    pipe = load_pipeline(name, runtime or Runtime.detect())
+    pipe = load_pipeline(name, runtime or Runtime.detect(), revision, variant)
     if scheduler is not None:
         set_scheduler(pipe, scheduler)
     cleaned = cleaning(pipe)
@@ -199,7 +209,8 @@ def generate(
                 )
         return images
 
-    about = {"pipeline": name, "class": type(pipe).__name__}
+    chosen = {key: value for key, value in (("revision", revision), ("variant", variant)) if value is not None}
+    about = {"pipeline": name, "class": type(pipe).__name__, **chosen}
     told = {**settings, **cleaned, "scheduler": scheduler or type(getattr(pipe, "scheduler", None)).__name__}
     return write_images(
         output, prompts, draw, seeds=seeds, negative=negative, batch_size=batch_size, progress=progress,
@@ -220,5 +231,16 @@ def base_pipeline(backbone: Any, dtype: torch.dtype, components: dict[str, Any])
     name = getattr(backbone, "checkpoint", None)
     if name is None or getattr(backbone, "single_file", False):
         raise ValueError(f"'{backbone.name}' is not of a folder or hub id in diffusers layout, so it has no pipeline")
+    name = resolve_checkpoint(name)
     where = {key: value for key in ("revision", "variant") if (value := getattr(backbone, key, None)) is not None}
-    return library.DiffusionPipeline.from_pretrained(resolve_checkpoint(name), **where, **{DTYPE: dtype}, **components)
+    if subfolder := getattr(backbone, "subfolder", None):  # a pipeline is read from the top of a folder only
+        name = str(Path(_download(name, subfolder, where.pop("revision", None))) / subfolder)
+    return library.DiffusionPipeline.from_pretrained(name, **where, **{DTYPE: dtype}, **components)
+
+
+def _download(name: str, subfolder: str, revision: str | None) -> str:
+    if Path(name).exists():
+        return name
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(name, revision=revision, allow_patterns=f"{subfolder}/*")

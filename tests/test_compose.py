@@ -106,7 +106,7 @@ def test_a_run_and_its_checkpoint_file_are_composed_alike(tmp_path):
     assert Composition(config).config == build_from_config(config).config == config
 
 
-def test_init_from_puts_the_checkpoint_under_the_parts(tmp_path):
+def test_init_from_puts_the_checkpoint_under_the_parts(tmp_path, monkeypatch):
     folder = str(tiny_sd(tmp_path / "sd"))
     source = {
         "backbone": {"name": "sd", "checkpoint": folder},
@@ -117,11 +117,14 @@ def test_init_from_puts_the_checkpoint_under_the_parts(tmp_path):
     with torch.no_grad():
         for parameter in parameters:
             parameter.fill_(0.1)
-    checkpoint.save(tmp_path / "run" / "checkpoint-000005", first.config, first.backbone, first.encoder, 5)
-    second = build_from_config(override(source, {"init_from": str(tmp_path / "run")}), Runtime())
-    assert second.backbone.lora_names == ["align"]
-    for mine, theirs in zip(first.backbone.lora_state(), second.backbone.lora_state(), strict=True):
-        assert all(torch.equal(mine.state[key], theirs.state[key]) for key in mine.state)
+    saved = tmp_path / "run" / "checkpoint-000005"
+    checkpoint.save(saved, first.config, first.backbone, first.encoder, 5)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file, revision: str(saved / file))
+    for place in (str(tmp_path / "run"), "owner/name"):
+        second = build_from_config(override(source, {"init_from": place}), Runtime())
+        assert second.backbone.lora_names == ["align"]
+        for mine, theirs in zip(first.backbone.lora_state(), second.backbone.lora_state(), strict=True):
+            assert all(torch.equal(mine.state[key], theirs.state[key]) for key in mine.state)
 
 
 def test_init_from_a_checkpoint_that_is_not_there_is_found_before_weights_are_loaded(tmp_path):

@@ -40,8 +40,10 @@ class SDConfig(PartConfig):
             weights of UNet and VAE under the names of the original code.
         layout: for a single file, hub id or folder in diffusers layout of a model of the same architecture, of which
             only the configs are read; null takes the hub's for Stable Diffusion 1.5 and XL.
+        subfolder: where in a repository or folder those of diffusers' layout (``unet/``, ``vae/``...) are; null if
+            they are at its top.
         revision: branch, tag or commit on the hub.
-        variant: file variant, e.g. ``"fp16"``.
+        variant: file variant, e.g. ``"fp16"`` for weights in ``*.fp16.safetensors``.
         dtype: of the UNet's weights; what is trained is float32 in any case. The VAE takes the runtime's dtype.
     """
 
@@ -51,6 +53,7 @@ class SDConfig(PartConfig):
     name: Literal["sd"] = "sd"
     checkpoint: str
     layout: str | None = None
+    subfolder: str | None = None
     revision: str | None = None
     variant: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -60,10 +63,15 @@ class SDConfig(PartConfig):
         """Whether the checkpoint is one file instead of a folder or repository."""
         return self.checkpoint.endswith((".safetensors", ".ckpt"))
 
+    def place(self, folder: str) -> str:
+        """Where in the checkpoint a folder of diffusers' layout is."""
+        return f"{self.subfolder}/{folder}" if self.subfolder else folder
+
     @model_validator(mode="after")
     def _agree(self) -> SDConfig:
-        if check_single_file(self.checkpoint, self.layout) and (self.revision or self.variant):
-            raise ValueError("'revision' and 'variant' choose files of a repository, and 'checkpoint' is one file")
+        check_single_file(
+            self.checkpoint, self.layout, subfolder=self.subfolder, revision=self.revision, variant=self.variant
+        )
         return self
 
     def build(self, runtime: Runtime) -> Any:
@@ -78,10 +86,6 @@ class SDXLConfig(SDConfig):
     Attributes:
         checkpoint: hub id, e.g. ``stabilityai/stable-diffusion-xl-base-1.0``, local folder in diffusers layout, or a
             single ``.safetensors`` file with the weights of UNet and VAE under the names of the original code.
-        layout: for a single file, hub id or folder in diffusers layout of a model of the same architecture, of which
-            only the configs are read; null takes the hub's for Stable Diffusion 1.5 and XL.
-        revision: branch, tag or commit on the hub.
-        variant: file variant, e.g. ``"fp16"``.
         dtype: of the UNet's weights; what is trained is float32 in any case. The VAE takes the runtime's dtype, but
             float32 instead of float16, in which it overflows.
     """
@@ -103,8 +107,6 @@ class SD3Config(SDConfig):
         checkpoint: hub id, e.g. ``stabilityai/stable-diffusion-3-medium-diffusers``, or local folder in diffusers
             layout.
         layout: for a single file, as for ``sd``.
-        revision: branch, tag or commit on the hub.
-        variant: file variant, e.g. ``"fp16"``.
         dtype: of the transformer's weights; what is trained is float32 in any case. The VAE takes the runtime's dtype.
     """
 

@@ -86,18 +86,30 @@ def load_parts(config: SDConfig, runtime: Runtime, kind: Any, component: str) ->
         runtime: the autoencoder's dtype.
         kind: the denoiser's class.
         component: the folder that it is in.
+
+    Raises:
+        ValueError: if the checkpoint does not hold them.
     """
     if config.single_file:
         return _load_single_file(config, runtime, kind, component)
     checkpoint = resolve_checkpoint(config.checkpoint)
-    where: dict[str, Any] = {"revision": config.revision}
-    denoiser = kind.from_pretrained(
-        checkpoint, subfolder=component, variant=config.variant, torch_dtype=getattr(torch, config.dtype), **where
-    )
-    vae = AutoencoderKL.from_pretrained(
-        checkpoint, subfolder="vae", variant=config.variant, torch_dtype=runtime.torch_dtype, **where
-    )
-    constants: Any = DDIMScheduler.load_config(checkpoint, subfolder="scheduler", **where)
+
+    def load(part: Any, folder: str, dtype: torch.dtype) -> Any:
+        given = {"subfolder": config.place(folder), "revision": config.revision, "variant": config.variant}
+        return part.from_pretrained(checkpoint, torch_dtype=dtype, **given)
+
+    try:
+        denoiser = load(kind, component, getattr(torch, config.dtype))
+        vae = load(AutoencoderKL, "vae", runtime.torch_dtype)
+        constants: Any = DDIMScheduler.load_config(
+            checkpoint, subfolder=config.place("scheduler"), revision=config.revision
+        )
+    except OSError as error:
+        places = ", ".join(f"{config.place(folder)}/" for folder in (component, "vae", "scheduler"))
+        raise ValueError(
+            f"'{checkpoint}' does not hold {places} with a config and weights; see 'subfolder', and 'variant' for "
+            f"weights in files such as *.fp16.safetensors ({error})"
+        ) from error
     return denoiser, vae, constants
 
 

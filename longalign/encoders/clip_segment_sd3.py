@@ -54,9 +54,7 @@ class ClipSegmentSD3Encoder(Encoder):
 
         clips, t5 = load_clips(config, runtime, CLIPTextModelWithProjection, empty="encode"), None
         if config.t5 == "encode":
-            model, tokenizer = load_text_model(
-                T5EncoderModel, config.checkpoint, "text_encoder_3", config.revision, runtime
-            )
+            model, tokenizer = load_text_model(T5EncoderModel, config, config.place("text_encoder_3"), runtime)
             settings = {"overflow": config.overflow, "max_batch_tokens": config.max_batch_tokens}
             t5 = T5Encoder(model, tokenizer, max_tokens=config.t5_tokens, **settings)
             t5.setting = "t5_tokens"

@@ -126,7 +126,8 @@ def load_clips(config: TwoClipsConfig, runtime: Runtime, first: type, **settings
     from longalign.encoders.single_file import load_clip
 
     kinds = {"text_encoder": first, "text_encoder_2": CLIPTextModelWithProjection}
-    models, tokenizers = zip(*(load_clip(kind, config, at, runtime) for at, kind in kinds.items()), strict=True)
+    loaded = [load_clip(kind, config, config.place(folder), runtime) for folder, kind in kinds.items()]
+    models, tokenizers = zip(*loaded, strict=True)
     keys = ("pooled", "sot", "eot", "pad", "max_tokens", "overflow", "max_batch_tokens")
     settings |= {key: getattr(config, key) for key in keys}
     return ClipSegmentSDXLEncoder(models, tokenizers, config.segmenter.build(runtime), **settings)

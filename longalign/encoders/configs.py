@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -20,25 +20,35 @@ if TYPE_CHECKING:
     from longalign.encoders.t5 import T5Encoder
 
 
-class _Loaded(PartConfig):
+class CheckpointConfig(PartConfig):
     """What encoders that load a text model share.
 
     Attributes:
         checkpoint: a hub id or a local folder in diffusers layout (``text_encoder/``, ``tokenizer/``) or transformers
             layout; ``mini/...`` is one of the bundled small models.
-        subfolder: where in it the text model is, e.g. ``text_encoder_2``; None finds it. A tokenizer is looked for in
-            the subfolder that says ``tokenizer`` instead of ``text_encoder``.
         revision: branch, tag or commit of a hub repository.
-        max_batch_tokens: most positions in one call of the text model; lower it to save memory.
+        variant: file variant of the text model, e.g. ``"fp16"`` for weights in ``model.fp16.safetensors``.
+        max_batch_tokens: most positions in one call of a text model; lower it to save memory.
     """
 
     checkpoint: str = Field(min_length=1)
-    subfolder: str | None = None
     revision: str | None = None
+    variant: str | None = None
     max_batch_tokens: int = Field(16384, ge=1)
 
 
-class SingleFileConfig(PartConfig):
+class _Loaded(CheckpointConfig):
+    """What encoders that load one text model share.
+
+    Attributes:
+        subfolder: where in the checkpoint the text model is, e.g. ``text_encoder_2``; None finds it. A tokenizer is
+            looked for in the subfolder that says ``tokenizer`` instead of ``text_encoder``.
+    """
+
+    subfolder: str | None = None
+
+
+class SingleFileConfig(CheckpointConfig):
     """What encoders share that read a CLIP out of a single file, too.
 
     Attributes:
@@ -48,14 +58,14 @@ class SingleFileConfig(PartConfig):
             and XL.
     """
 
-    checkpoint: str
-    revision: str | None = None
+    #: keys that choose among the files of a folder or repository
+    choosing: ClassVar[tuple[str, ...]] = ("revision", "variant")
+
     layout: str | None = None
 
     @model_validator(mode="after")
     def _agree(self) -> SingleFileConfig:
-        if check_single_file(self.checkpoint, self.layout) and self.revision is not None:
-            raise ValueError("'revision' chooses files of a repository, and 'checkpoint' is one file")
+        check_single_file(self.checkpoint, self.layout, **{key: getattr(self, key) for key in self.choosing})
         return self
 
 
@@ -86,12 +96,12 @@ class ClipSegmentConfig(_Loaded, SingleFileConfig):
         return ClipSegmentEncoder.from_config(self, runtime)
 
 
-class TwoClipsConfig(PartConfig):
+class TwoClipsConfig(CheckpointConfig):
     """What encoders of segments with two CLIPs share.
 
     Attributes:
         checkpoint: a hub id or a local folder in diffusers layout: ``text_encoder/``, ``text_encoder_2/``, tokenizers.
-        revision: branch, tag or commit of a hub repository.
+        subfolder: where in the checkpoint these folders are; null if they are at its top.
         segmenter: how prompts are split.
         pooled: the pooled embedding: the "mean" over the segments, the "first" segment's, or "truncate": that of the
             prompt cut at 77 tokens. They agree on a prompt of one segment.
@@ -100,11 +110,9 @@ class TwoClipsConfig(PartConfig):
         pad: what fills up to ``max_tokens``: one ``<pad*>``, the empty prompt's plain padding, or nothing (and a mask).
         max_tokens: number of merged states.
         overflow: what happens to a longer prompt: an error, a cut with a warning, or the batch grows.
-        max_batch_tokens: most positions in one call of a text model; lower it to save memory.
     """
 
-    checkpoint: str = Field(min_length=1)
-    revision: str | None = None
+    subfolder: str | None = None
     segmenter: Part("segmenters") = SentenceConfig()  # type: ignore[valid-type]
     pooled: Literal["mean", "first", "truncate"] = "mean"
     sot: Literal["all", "first", "none"] = "all"
@@ -112,7 +120,10 @@ class TwoClipsConfig(PartConfig):
     pad: Literal["pad*", "pad", "none"] = "pad*"
     max_tokens: int = Field(240, ge=1)
     overflow: Literal["error", "cut", "grow"] = "cut"
-    max_batch_tokens: int = Field(16384, ge=1)
+
+    def place(self, folder: str) -> str:
+        """Where in the checkpoint a folder of diffusers' layout is."""
+        return f"{self.subfolder}/{folder}" if self.subfolder else folder
 
 
 class ClipSegmentSDXLConfig(TwoClipsConfig, SingleFileConfig):
@@ -121,6 +132,8 @@ class ClipSegmentSDXLConfig(TwoClipsConfig, SingleFileConfig):
     Attributes:
         empty: the empty prompt is told as "zeros", as SDXL's pipeline has it, or "encode": like any other.
     """
+
+    choosing: ClassVar[tuple[str, ...]] = ("subfolder", "revision", "variant")
 
     name: Literal["clip-segment-sdxl"] = "clip-segment-sdxl"
     checkpoint: str = Field("stabilityai/stable-diffusion-xl-base-1.0", min_length=1)
@@ -177,7 +190,7 @@ class LongClipConfig(_Loaded):
     Attributes:
         checkpoint: besides the usual, an original ``.pt`` file or a repository that has one.
         filename: the original file in a folder or repository; None takes ``longclip-L.pt`` if there is one, else
-            transformers' files.
+            transformers' files. These are also taken where ``subfolder`` or ``variant`` chooses among them.
         tokenizer: hub id or folder of CLIP's tokenizer; None takes the checkpoint's, or CLIP-L's where it has none.
         overflow: what happens to a longer prompt: a cut with a warning, or an error.
     """
@@ -187,6 +200,16 @@ class LongClipConfig(_Loaded):
     filename: str | None = None
     tokenizer: str | None = None
     overflow: Literal["cut", "error"] = "cut"
+
+    @model_validator(mode="after")
+    def _one_file(self) -> LongClipConfig:
+        single = self.checkpoint.endswith((".pt", ".safetensors"))
+        others = ("filename", "subfolder", "revision", "variant") if single else ("subfolder", "variant")
+        given = [f"'{key}'" for key in others if getattr(self, key) is not None]
+        if given and (single or self.filename is not None):
+            file = self.checkpoint if single else self.filename
+            raise ValueError(f"{' and '.join(given)} would choose another file than the original '{file}'; leave out")
+        return self
 
     def build(self, runtime: Runtime) -> ClipTruncateEncoder:
         from longalign.encoders.longclip import load_longclip

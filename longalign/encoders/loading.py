@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
@@ -11,6 +11,9 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from longalign.runtime import Runtime, resolve_checkpoint
+
+if TYPE_CHECKING:
+    from longalign.encoders.configs import CheckpointConfig
 
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 
@@ -41,7 +44,13 @@ def subfolders(checkpoint: str, subfolder: str | None, revision: str | None) -> 
 
 
 def load_model(
-    kind: type, checkpoint: str | None, subfolder: str, revision: str | None, runtime: Runtime, **given: Any
+    kind: type,
+    checkpoint: str | None,
+    subfolder: str,
+    revision: str | None,
+    runtime: Runtime,
+    variant: str | None = None,
+    **given: Any,
 ) -> Any:
     """A frozen transformers model in evaluation mode, on the runtime's device and in its dtype.
 
@@ -51,6 +60,7 @@ def load_model(
         subfolder: where in it.
         revision: branch, tag or commit on the hub.
         runtime: device and dtype.
+        variant: file variant, e.g. ``"fp16"``.
         **given: without a checkpoint, the ``config`` and ``state_dict``.
 
     Raises:
@@ -64,6 +74,7 @@ def load_model(
             checkpoint,
             subfolder=subfolder,
             revision=revision,
+            variant=variant,
             dtype=runtime.torch_dtype,
             output_loading_info=True,
             **_renaming(kind),
@@ -73,7 +84,8 @@ def load_model(
         place = f"'{checkpoint}'" + (f", subfolder '{subfolder}'" if subfolder else "")
         raise ValueError(
             f"no {kind.__name__} in {place}; expected a hub id or a folder with config.json and weights "
-            f"(or text_encoder/ and tokenizer/): {error}"
+            "(or text_encoder/ and tokenizer/); see 'variant' for weights in files such as model.fp16.safetensors: "
+            f"{error}"
         ) from error
     finally:
         logging.set_verbosity(verbosity)
@@ -110,11 +122,16 @@ def load_tokenizer(checkpoint: str, subfolder: str, revision: str | None) -> Any
         raise ValueError(f"the tokenizer in {place} cannot be read: {error}") from error
 
 
-def load_text_model(
-    kind: type, checkpoint: str, subfolder: str | None, revision: str | None, runtime: Runtime
-) -> tuple[Any, Any]:
-    """Text model and tokenizer of a checkpoint: a hub id, a folder, or ``mini/...`` for the bundled weights."""
-    checkpoint = resolve_checkpoint(checkpoint)
-    model_folder, tokenizer_folder = subfolders(checkpoint, subfolder, revision)
-    model = load_model(kind, checkpoint, model_folder, revision, runtime)
-    return model, load_tokenizer(checkpoint, tokenizer_folder, revision)
+def load_text_model(kind: type, config: CheckpointConfig, subfolder: str | None, runtime: Runtime) -> tuple[Any, Any]:
+    """Text model and tokenizer of the checkpoint that an encoder's config names.
+
+    Args:
+        kind: transformers' class of the text model.
+        config: of the encoder.
+        subfolder: where in the checkpoint the text model is; None finds it.
+        runtime: device and dtype.
+    """
+    checkpoint = resolve_checkpoint(config.checkpoint)
+    model_folder, tokenizer_folder = subfolders(checkpoint, subfolder, config.revision)
+    model = load_model(kind, checkpoint, model_folder, config.revision, runtime, config.variant)
+    return model, load_tokenizer(checkpoint, tokenizer_folder, config.revision)

@@ -110,19 +110,19 @@ def load_longclip(config: LongClipConfig, runtime: Runtime) -> ClipTruncateEncod
         ValueError: if there is neither, or the text model has no more than CLIP's 77 positions.
     """
     checkpoint, revision = resolve_checkpoint(config.checkpoint), config.revision
-    home = checkpoint
+    home, path = checkpoint, None
     if Path(checkpoint).is_file():
         path, home = Path(checkpoint), str(Path(checkpoint).parent)
     elif config.filename is not None:
         path = find_file(checkpoint, config.filename, revision)
         if path is None:
             raise ValueError(f"no file '{config.filename}' in '{checkpoint}'")
-    else:
+    elif config.subfolder is None and config.variant is None:
         path = find_file(checkpoint, "longclip-L.pt", revision)
     folder, tokenizer_folder = "", ""
     if path is None:
         folder, tokenizer_folder = subfolders(checkpoint, config.subfolder, revision)
-        model: Any = load_model(CLIPTextModel, checkpoint, folder, revision, runtime)
+        model: Any = load_model(CLIPTextModel, checkpoint, folder, revision, runtime, config.variant)
     else:
         model = read_original(path)
         model.requires_grad_(False).eval().to(device=runtime.device, dtype=runtime.torch_dtype)

@@ -12,7 +12,7 @@ from longalign.encoders.loading import load_model, load_text_model, load_tokeniz
 from longalign.runtime import Runtime, resolve_checkpoint
 
 if TYPE_CHECKING:
-    from longalign.encoders.configs import SingleFileConfig, TwoClipsConfig
+    from longalign.encoders.configs import CheckpointConfig
 
 #: where a text model is in a file, its folder in diffusers layout, and a repository in that layout
 PLACES = (
@@ -23,9 +23,7 @@ PLACES = (
 )
 
 
-def load_clip(
-    kind: Any, config: SingleFileConfig | TwoClipsConfig, subfolder: str | None, runtime: Runtime
-) -> tuple[Any, Any]:
+def load_clip(kind: Any, config: CheckpointConfig, subfolder: str | None, runtime: Runtime) -> tuple[Any, Any]:
     """Text model and tokenizer of an encoder's config: of a folder or repository, or of a single file.
 
     Of the latter, the architecture and the tokenizer are those of ``layout``.
@@ -41,7 +39,7 @@ def load_clip(
         ValueError: if the checkpoint holds no such text model, or ``layout`` describes another one.
     """
     if not config.checkpoint.endswith(".safetensors"):
-        return load_text_model(kind, config.checkpoint, subfolder, config.revision, runtime)
+        return load_text_model(kind, config, subfolder, runtime)
     path = Path(config.checkpoint)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; a single file must be on this machine")

@@ -70,9 +70,7 @@ class T5Encoder(Encoder):
 
         from longalign.encoders.loading import load_text_model
 
-        model, tokenizer = load_text_model(
-            T5EncoderModel, config.checkpoint, config.subfolder, config.revision, runtime
-        )
+        model, tokenizer = load_text_model(T5EncoderModel, config, config.subfolder, runtime)
         adapter = None if config.adapter is None else TextAdapter.from_config(config.adapter, runtime)
         keys = ("max_tokens", "overflow", "mask", "max_batch_tokens")
         return cls(model, tokenizer, adapter, **{key: getattr(config, key) for key in keys})

@@ -119,7 +119,7 @@ def load_clip(config: ClipLikeConfig, runtime: Runtime) -> TowerReward:
 
     checkpoint = resolve_checkpoint(config.checkpoint)
     own: dict[str, Any] = {"revision": config.revision, "subfolder": config.subfolder or ""}
-    loaded: Any = CLIPModel.from_pretrained(checkpoint, output_loading_info=True, **own)
+    loaded: Any = CLIPModel.from_pretrained(checkpoint, output_loading_info=True, variant=config.variant, **own)
     model, info = loaded
     if info["missing_keys"]:
         raise ValueError(

@@ -65,6 +65,7 @@ class ClipLikeConfig(TowerRewardConfig):
         checkpoint: hub id, or local folder in transformers layout.
         revision: of the hub repository.
         subfolder: of the checkpoint.
+        variant: file variant of the weights, e.g. ``"fp16"`` for ``model.fp16.safetensors``.
         processor: where tokenizer and image statistics come from: the checkpoint if it holds a tokenizer, else CLIP-H,
             from which PickScore and Denscore were trained.
     """
@@ -74,6 +75,7 @@ class ClipLikeConfig(TowerRewardConfig):
     checkpoint: str
     revision: str | None = None
     subfolder: str | None = None
+    variant: str | None = None
     processor: str | None = None
 
     def build(self, runtime: Runtime) -> Any:

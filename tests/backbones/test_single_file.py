@@ -111,8 +111,11 @@ def test_files_that_do_not_fit_are_named(single, tmp_path):
     [
         ({"checkpoint": "x.ckpt"}, "a .ckpt file is a pickle"),
         ({"checkpoint": "x", "layout": "y"}, "'layout' describes a single .safetensors file"),
-        ({"checkpoint": "x.safetensors", "variant": "fp16"}, "choose files of a repository"),
-        ({"checkpoint": "x.safetensors", "revision": "main"}, "choose files of a repository"),
+        ({"checkpoint": "x.safetensors", "variant": "fp16"}, "'checkpoint' is one file, and 'variant' would choose"),
+        (
+            {"checkpoint": "x.safetensors", "subfolder": "x", "revision": "y"},
+            "'subfolder' and 'revision' would choose",
+        ),
     ],
 )
 def test_keys_that_do_nothing_are_refused(keys, message):

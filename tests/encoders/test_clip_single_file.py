@@ -136,10 +136,19 @@ def test_files_that_do_not_fit_are_named(folder, layout, tmp_path):
     [
         ({"checkpoint": "x.ckpt"}, "a .ckpt file is a pickle"),
         ({"checkpoint": "x", "layout": "y"}, "'layout' describes a single .safetensors file"),
-        ({"checkpoint": "x.safetensors", "revision": "main"}, "'revision' chooses files of a repository"),
+        (
+            {"checkpoint": "x.safetensors", "revision": "main"},
+            "'checkpoint' is one file, and 'revision' would choose",
+        ),
+        ({"checkpoint": "x.safetensors", "variant": "fp16"}, "'checkpoint' is one file, and 'variant' would choose"),
     ],
 )
 @pytest.mark.parametrize("kind", [ClipSegmentConfig, ClipTruncateConfig, ClipSegmentSDXLConfig])
 def test_keys_that_do_nothing_are_refused(kind, keys, message):
     with pytest.raises(ValidationError, match=message):
         kind(**keys)
+
+
+def test_a_file_has_no_subfolders_for_two_clips():
+    with pytest.raises(ValidationError, match="'checkpoint' is one file, and 'subfolder' would choose"):
+        ClipSegmentSDXLConfig(checkpoint="x.safetensors", subfolder="models")

@@ -1,0 +1,82 @@
+"""Models of full size, built without weights, have as many parameters as the published ones."""
+
+import open_clip
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+)
+
+from longalign.rewards.hpsv2 import build_model
+
+
+def text(width, layers, heads, **more):
+    """A CLIP text model's config; those that are published differ in little more."""
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
+    return {**sizes, "num_attention_heads": heads, **more}
+
+
+def unet21():
+    return UNet2DConditionModel(
+        sample_size=96, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True,
+        upcast_attention=True,
+    )  # fmt: skip
+
+
+def vae():
+    return AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+
+
+def t5_large():
+    return T5EncoderModel(
+        T5Config(d_model=1024, d_kv=64, d_ff=4096, num_layers=24, num_heads=16, is_encoder_decoder=False)
+    )
+
+
+def clip_h():
+    towers = {"text_config": text(1024, 24, 16), "vision_config": text(1280, 32, 16, patch_size=14)}
+    return CLIPModel(CLIPConfig(**towers, projection_dim=1024))
+
+
+def hpsv2():
+    settings = open_clip.get_model_config("ViT-H-14")
+    state = open_clip.model.CLIP(**settings).state_dict()
+    published = {
+        "logit_scale": (), "positional_embedding": (77, 1024), "text_projection": (1024, 1024),
+        "token_embedding.weight": (49408, 1024), "transformer.resblocks.23.mlp.c_fc.weight": (4096, 1024),
+        "ln_final.bias": (1024,), "visual.class_embedding": (1280,), "visual.positional_embedding": (257, 1280),
+        "visual.conv1.weight": (1280, 3, 14, 14), "visual.ln_pre.weight": (1280,), "visual.proj": (1280, 1024),
+        "visual.transformer.resblocks.31.attn.in_proj_weight": (3840, 1280),
+    }  # fmt: skip
+    assert {name: tuple(state[name].shape) for name in published} == published
+    return build_model(settings, state, "here")
+
+
+@pytest.mark.parametrize(
+    ("make", "parameters"),
+    [
+        (unet21, 865_910_724),
+        (vae, 83_653_863),
+        (lambda: CLIPTextModel(CLIPTextConfig(**text(768, 12, 12))), 123_060_480),
+        (lambda: CLIPTextModel(CLIPTextConfig(**text(1024, 23, 16))), 340_387_840),
+        (lambda: CLIPTextModelWithProjection(CLIPTextConfig(**text(1280, 32, 20), projection_dim=1280)), 694_659_840),
+        (t5_large, 334_939_648),
+        (clip_h, 986_109_441),
+        (hpsv2, 986_109_441),
+    ],
+    ids=["unet-2.1", "vae", "clip-l", "clip-h-text-2.1", "clip-bigg", "t5-large", "clip-h", "hpsv2"],
+)
+def test_a_model_of_full_size_has_the_published_number_of_parameters(make, parameters):
+    with torch.device("meta"):
+        model = make()
+    assert sum(p.numel() for p in model.parameters()) == parameters
