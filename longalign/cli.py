@@ -140,12 +140,14 @@ def _sampling(command: argparse.ArgumentParser) -> None:
     command.add_argument("--steps", type=_positive, help=f"sampling steps (25; {own})")
     about = f"scale of classifier-free guidance; 1 is none (7.5; {own})"
     command.add_argument("--guidance", type=float, help=about)
-    command.add_argument("--scheduler", help=f"unipc, ddim, dpm++ or lcm (unipc; {own})")
-    command.add_argument("--seed", type=int, nargs="+", default=[0], help="each prompt is drawn once for each seed (0)")
+    names = ("unipc", "ddim", "dpm++", "lcm")
+    command.add_argument("--scheduler", choices=names, metavar="NAME", help=f"unipc, ddim, dpm++ or lcm (unipc; {own})")
+    command.add_argument("--seed", type=int, nargs="+", help="each prompt is drawn once for each seed (0)")
     command.add_argument("--size", type=_size, metavar="N|WxH", help="pixels (the backbone's own resolution)")
     command.add_argument("--batch", type=_positive, default=8, help="images drawn, or compared, at a time (8)")
     dtypes = ("float32", "bfloat16", "float16")
-    command.add_argument("--dtype", choices=dtypes, default="float32", help="of stock pipelines (float32)")
+    about = "float32, bfloat16 or float16, for all weights (by loop.precision; of a stock pipeline float32)"
+    command.add_argument("--dtype", choices=dtypes, metavar="DTYPE", help=about)
 
 
 def _score(add: Callable[..., argparse.ArgumentParser]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,13 +13,14 @@ from typing import Any
 
 from longalign import describe as descriptions
 from longalign.config import RunConfig, load_config, override, to_yaml
-from longalign.data.lines import read_jsonl, read_prompts, text_of
+from longalign.data.lines import new_index, read_jsonl, read_prompts, text_of
 from longalign.faults import PartError, suggestion
 from longalign.files import checkpoint_file, find_checkpoint, parse_assignments, parse_value, read_mapping
 from longalign.registry import REGISTRIES, PartConfig, rewards
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json", ".safetensors")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SEEDS = (0,)
 
 
 def train(args: Namespace) -> int:
@@ -58,46 +60,99 @@ def generate(args: Namespace) -> None:
 
 def _draw(args: Namespace, option: str, source: str, prompts: Sequence[str], output: str | Path) -> list[Any]:
     """Draws with what an option names into a folder; returns its rows."""
-    if option != "pipeline" and args.dtype != "float32":
-        raise ValueError("--dtype belongs to --pipeline; a checkpoint is drawn with in its loop.precision")
     height, width = args.size or (None, None)
-    settings = {"seeds": args.seed, "negative": args.negative, "batch_size": args.batch, "progress": True}
+    settings = {"seeds": args.seed or SEEDS, "negative": args.negative, "batch_size": args.batch, "progress": True}
     settings |= {key: value for key in ("steps", "guidance", "scheduler") if (value := getattr(args, key)) is not None}
     if option == "pipeline":
         from longalign import stock
         from longalign.runtime import Runtime
 
-        runtime = replace(Runtime.detect(), dtype=args.dtype)
+        runtime = replace(Runtime.detect(), dtype=args.dtype or "float32")
         return stock.generate(source, prompts, output, height=height, width=width, runtime=runtime, **settings)
     model = find_checkpoint(source).parent if option == "checkpoint" else load_config(source)
     from longalign import pipeline
 
-    return pipeline.generate(model, prompts, output, height=height, width=width, **settings)
+    return pipeline.generate(model, prompts, output, height=height, width=width, dtype=args.dtype, **settings)
 
 
 def score(args: Namespace) -> None:
     """Scores images and prints a table."""
     configs = _rewards(args.reward)
-    if args.images:
-        _refuse_drawing(args)
+    if not args.images:
+        _score_drawn(args, configs)
+        return
+    _refuse_drawing(args)
+    paths, prompts = _images(args.images)
+    if args.prompt or args.prompts:
+        prompts = _told(args)
+    if prompts is None:
+        raise ValueError("the images come without prompts; give --prompt or --prompts")
+    from longalign.evaluate import score_images
+
+    score_images(_built(configs), paths, prompts)
+
+
+def _score_drawn(args: Namespace, configs: Mapping[str, PartConfig]) -> None:
+    told, option = _told(args), "checkpoint" if args.checkpoint else "pipeline"
     with TemporaryDirectory() as temporary:
-        given = args.images or [args.output or temporary]
-        if not args.images:
-            option = "checkpoint" if args.checkpoint else "pipeline"
-            _draw(args, option, getattr(args, option), _told(args), given[0])
-        paths, prompts = _images(given)
-        if args.images and (args.prompt or args.prompts):
-            prompts = _told(args)
-        if prompts is None:
-            raise ValueError("the images come without prompts; give --prompt or --prompts")
+        folder = Path(args.output or temporary)
+        new_index(folder)
+        rewards = _built(configs)  # before the images, which may take hours
+        with _set_aside(rewards):
+            _draw(args, option, getattr(args, option), told, folder)
         from longalign.evaluate import score_images
 
-        score_images(_built(configs), paths, prompts)
+        rows = _rows(folder)
+        score_images(rewards, [path for path, _, _ in rows], [prompt for _, prompt, _ in rows])
 
 
 def evaluate(args: Namespace) -> None:
-    """Compares models by their images of the same prompts and seeds, which are drawn where they are not there."""
+    """Compares models by their images of the same prompts and seeds, which are drawn where they are not there.
+
+    What can be wrong is looked for before anything is drawn.
+    """
     configs = _rewards(args.reward)
+    models = _models(args)
+    drawn = [name for name, (option, _) in models.items() if option != "images"]
+    if not drawn:
+        _refuse_drawing(args, "prompt", "prompts")
+    elif args.output is None:
+        raise ValueError("give --output, a folder for what is drawn")
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise FileNotFoundError(f"no folder for --json {args.json}")
+    told = _told(args) if drawn else []
+    folders = {n: Path(args.output) / n if n in drawn else Path(source) for n, (_, source) in models.items()}
+    pairs = {
+        name: [(text.strip(), seed) for text in told for seed in args.seed or SEEDS]
+        if name in drawn
+        else [(prompt, seed) for _, prompt, seed in _rows(folder)]
+        for name, folder in folders.items()
+    }
+    first, *others = pairs
+    for name in others:
+        if pairs[name] != pairs[first]:
+            raise ValueError(f"the images of '{name}' are not of the same prompts and seeds as those of '{first}'")
+    for name in drawn:
+        _check_source(name, *models[name], folders[name])
+    from longalign.evaluate import evaluate as measure
+    from longalign.evaluate import reward_metrics
+    from longalign.imagefiles import ImageFiles
+
+    rewards, prompts = _built(configs), [prompt for prompt, _ in pairs[first]]
+    metrics = reward_metrics(rewards, prompts)
+    with _set_aside(rewards):
+        for name in drawn:
+            _draw(args, *models[name], told, folders[name])
+    images = {name: ImageFiles([path for path, _, _ in _rows(folder)]) for name, folder in folders.items()}
+    seeds = [seed for _, seed in pairs[first] if seed is not None]
+    table = measure(images, prompts, metrics, seeds, args.batch)
+    print(table.text(), end="")
+    if args.json:
+        Path(args.json).write_text(table.json(), encoding="utf-8")
+
+
+def _models(args: Namespace) -> dict[str, tuple[str, str]]:
+    """Name -> option and source of each model that is to be compared."""
     models: dict[str, tuple[str, str]] = {}
     for option, item in args.models:
         name, equals, source = item.partition("=")
@@ -106,38 +161,17 @@ def evaluate(args: Namespace) -> None:
         models[name] = option, source
     if not models:
         raise ValueError("give models to compare, with --images, --checkpoint or --pipeline")
-    if all(option == "images" for option, _ in models.values()):
-        _refuse_drawing(args, "prompt", "prompts")
-    elif args.output is None:
-        raise ValueError("give --output, a folder for what is drawn")
-    folders: dict[str, Path] = {}
-    for name, (option, source) in models.items():
-        folders[name] = Path(source) if option == "images" else Path(args.output) / name
-        if option != "images":
-            _draw(args, option, source, _told(args), folders[name])
-    rows = {name: _rows(folder) for name, folder in folders.items()}
-    first, *others = rows
-    for name in others:
-        if [r[1:] for r in rows[name]] != [r[1:] for r in rows[first]]:
-            raise ValueError(f"the images of '{name}' are not of the same prompts and seeds as those of '{first}'")
-    prompts = [prompt for _, prompt, _ in rows[first]]
-    import torch
+    return models
 
-    from longalign.evaluate import DecomposedMetric, RewardMetric
-    from longalign.evaluate import evaluate as measure
-    from longalign.imagefiles import load_image
-    from longalign.rewards.base import EmbeddingReward
 
-    metrics = [
-        DecomposedMetric(name, reward, prompts) if isinstance(reward, EmbeddingReward) else RewardMetric(name, reward)
-        for name, reward in _built(configs).items()
-    ]
-    images = {name: torch.stack([load_image(path) for path, _, _ in found]) for name, found in rows.items()}
-    seeds = [seed for _, _, seed in rows[first] if seed is not None]
-    table = measure(images, prompts, metrics, seeds, args.batch)
-    print(table.text(), end="")
-    if args.json:
-        Path(args.json).write_text(table.json(), encoding="utf-8")
+def _check_source(name: str, option: str, source: str, folder: Path) -> None:
+    """Raises an error where a model is not there, or its folder has images already."""
+    if option == "checkpoint":
+        find_checkpoint(source)
+    try:
+        new_index(folder)
+    except ValueError as error:
+        raise ValueError(f"{error}; to compare with these, give --images {name}={folder}, not --{option}") from error
 
 
 def direction(args: Namespace) -> None:
@@ -209,7 +243,7 @@ def demo(args: Namespace) -> None:
 
 def _refuse_drawing(args: Namespace, *more: str) -> None:
     """Raises ValueError for an option that says how to draw."""
-    for key in ("output", "negative", "steps", "guidance", "scheduler", "size", *more):
+    for key in ("output", "negative", "steps", "guidance", "scheduler", "seed", "size", "dtype", *more):
         if getattr(args, key) is not None:
             raise ValueError(f"--{key} is for drawing, and the images are there already; leave it out")
 
@@ -229,8 +263,10 @@ def _rewards(texts: Sequence[str]) -> dict[str, PartConfig]:
     for text in texts:
         value = read_mapping(Path(text)) if Path(text).suffix in CONFIG_SUFFIXES else parse_value(text)
         config = rewards.validate(value)
-        count = sum(other.name == config.name for other in out.values())
-        out[config.name if not count else f"{config.name}-{count + 1}"] = config
+        name, number = config.name, 2
+        while name in out:
+            name, number = f"{config.name}-{number}", number + 1
+        out[name] = config
     return out
 
 
@@ -240,6 +276,18 @@ def _built(configs: dict[str, PartConfig]) -> dict[str, Any]:
 
     runtime = Runtime.detect()
     return {name: as_reward(config.build(runtime)).eval() for name, config in configs.items()}
+
+
+@contextmanager
+def _set_aside(rewards: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, the rewards are on the CPU and leave the GPU's memory to what draws."""
+    from longalign.runtime import Runtime
+
+    for reward in rewards.values():
+        reward.to("cpu")
+    yield
+    for reward in rewards.values():
+        reward.to(Runtime.detect().device)
 
 
 def _images(given: Sequence[str]) -> tuple[list[Path], list[str] | None]:
@@ -264,7 +312,10 @@ def _rows(folder: Path) -> list[tuple[Path, str, Any]]:
     for where, row in read_jsonl(folder / "metadata.jsonl"):
         if not isinstance(row.get("file_name"), str):
             raise ValueError(f"{where} has no 'file_name'")
-        out.append((folder / row["file_name"], text_of(row, where), row.get("seed")))
+        path = folder / row["file_name"]
+        if not path.is_file():
+            raise FileNotFoundError(f"no image {path}, which {where} names")
+        out.append((path, text_of(row, where), row.get("seed")))
     if not out:
         raise ValueError(f"{folder / 'metadata.jsonl'} names no images")
     return out

@@ -5,7 +5,8 @@ A metric is any callable ``(images (b, 3, h, w) in [0, 1], prompts) -> {name: (b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -31,6 +32,7 @@ class RewardMetric:
 
     def __init__(self, name: str, reward: Reward | Callable[[Tensor, Sequence[str]], Tensor]):
         self.name, self.reward = name, reward
+        self.names = (name,)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         if not isinstance(self.reward, Reward):
@@ -52,15 +54,22 @@ class DecomposedMetric:
         corpus: prompts whose mean text embedding is the common direction, e.g. all prompts of the evaluation; at least
             two different ones, for the text-relevant part of a single prompt about itself is nothing.
         batch_size: prompts encoded at a time.
+        prefix: put before ``text_relevant`` and ``text_irrelevant``, where a table has those of several rewards.
     """
 
-    def __init__(self, name: str, reward: EmbeddingReward, corpus: Sequence[str], batch_size: int = 64):
+    def __init__(
+        self, name: str, reward: EmbeddingReward, corpus: Sequence[str], batch_size: int = 64, prefix: str = ""
+    ):
         if not isinstance(reward, EmbeddingReward):
             raise ValueError(f"only embedding rewards decompose; '{name}' is {type(reward).__name__}, use RewardMetric")
         corpus = list(dict.fromkeys(corpus))
         if len(corpus) < 2:
-            raise ValueError(f"the common direction needs at least two different prompts, got {len(corpus)}")
+            raise ValueError(
+                f"the common direction needs at least two different prompts, got {len(corpus)}; add prompts, or take "
+                "the plain score (RewardMetric, `longalign score`)"
+            )
         self.name, self.reward = name, reward
+        self.names = (name, f"{prefix}text_relevant", f"{prefix}text_irrelevant", f"{name}-o")
         with torch.no_grad():
             chunks = [reward.text_features(corpus[i : i + batch_size]) for i in range(0, len(corpus), batch_size)]
         self.direction = common_direction(torch.cat(chunks))
@@ -68,12 +77,9 @@ class DecomposedMetric:
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         image, text = self.reward.image_features(images), self.reward.text_features(prompts)
         parts = decompose(image, text, self.direction)
-        return {
-            self.name: parts.relevant + parts.irrelevant,
-            "text_relevant": parts.relevant,
-            "text_irrelevant": parts.irrelevant,
-            f"{self.name}-o": strict_relevance(image, text, self.direction),
-        }
+        strict = strict_relevance(image, text, self.direction)
+        found = (parts.relevant + parts.irrelevant, parts.relevant, parts.irrelevant, strict)
+        return dict(zip(self.names, found, strict=True))
 
 
 class FactMetric:
@@ -122,35 +128,75 @@ def _place(name: str) -> tuple[str, int, str]:
     return "/".join(group), int(digits) if digits.isdigit() else -1, last
 
 
+def reward_metrics(rewards: Mapping[str, Reward], prompts: Sequence[str]) -> list[RewardMetric | DecomposedMetric]:
+    """A metric for each reward: taken apart about the prompts' common direction where it is a product of embeddings.
+
+    Where several are, their parts are called ``name.text_relevant`` and ``name.text_irrelevant``.
+
+    Args:
+        rewards: name in the table -> reward.
+        prompts: of the evaluation.
+
+    Raises:
+        ValueError: if a reward is to be taken apart and there are no two different prompts, or two names are the same.
+    """
+    several = sum(isinstance(reward, EmbeddingReward) for reward in rewards.values()) > 1
+    metrics = [
+        DecomposedMetric(name, reward, prompts, prefix=f"{name}." if several else "")
+        if isinstance(reward, EmbeddingReward)
+        else RewardMetric(name, reward)
+        for name, reward in rewards.items()
+    ]
+    _check_names([metric.names for metric in metrics])
+    return metrics
+
+
+def _check_names(names: Sequence[Iterable[str]]) -> None:
+    counts = Counter(name for of_metric in names for name in of_metric)
+    if taken := sorted(name for name, count in counts.items() if count > 1):
+        raise ValueError(f"two metrics are called {', '.join(taken)}; give one of them another name")
+
+
 @torch.no_grad()
-def measure(images: Tensor, prompts: Sequence[str], metrics: Sequence[Metric], batch_size: int = 16) -> dict[str, Any]:
+def measure(
+    images: Tensor | Sequence[Tensor], prompts: Sequence[str], metrics: Sequence[Metric], batch_size: int = 16
+) -> dict[str, Any]:
     """All metrics of one model's images: name -> ``(n,)`` float64 array.
 
     Args:
-        images: ``(n, 3, h, w)`` in [0, 1].
+        images: ``(n, 3, h, w)`` in [0, 1], or a sequence of images ``(3, h, w)`` of any sizes, each asked for once, as
+            `longalign.imagefiles.ImageFiles`.
         prompts: one for each image.
         metrics: callables as described above; two that give the same name are refused.
-        batch_size: images a call.
+        batch_size: images a call, of one size.
     """
     if len(images) != len(prompts):
         raise ValueError(f"expected one prompt per image, got {len(images)} images and {len(prompts)} prompts")
-    out: dict[str, np.ndarray] = {}
-    for metric in metrics:
-        found: dict[str, np.ndarray] = {}
-        for start in range(0, len(prompts), batch_size):
-            rows = slice(start, start + batch_size)
-            for name, values in metric(images[rows], prompts[rows]).items():
-                values = values.double().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values, np.float64)
-                found.setdefault(name, np.full(len(prompts), np.nan))[rows] = values
-        taken = sorted(set(out) & set(found))
-        if taken:
-            raise ValueError(f"two metrics are called {', '.join(taken)}; give one of them another name")
-        out.update(found)
-    return out
+    found: list[dict[str, np.ndarray]] = [{} for _ in metrics]
+    for start in range(0, len(prompts), batch_size):
+        for rows, batch in _by_size(images, range(start, min(start + batch_size, len(prompts)))):
+            told = [prompts[i] for i in rows]
+            for metric, of_metric in zip(metrics, found, strict=True):
+                for name, values in metric(batch, told).items():
+                    if isinstance(values, Tensor):
+                        values = values.double().cpu().numpy()
+                    of_metric.setdefault(name, np.full(len(prompts), np.nan))[rows] = np.asarray(values, np.float64)
+        _check_names(found)
+    return {name: values for of_metric in found for name, values in of_metric.items()}
+
+
+def _by_size(images: Tensor | Sequence[Tensor], rows: Iterable[int]) -> Iterator[tuple[list[int], Tensor]]:
+    """Some of the images, those of one size together, with their places."""
+    groups: dict[torch.Size, list[tuple[int, Tensor]]] = {}
+    for i in rows:
+        image = images[i]
+        groups.setdefault(image.shape, []).append((i, image))
+    for group in groups.values():
+        yield [i for i, _ in group], torch.stack([image for _, image in group])
 
 
 def evaluate(
-    models: Mapping[str, Tensor],
+    models: Mapping[str, Tensor | Sequence[Tensor]],
     prompts: Sequence[str],
     metrics: Sequence[Metric],
     seeds: Sequence[int] = (),
@@ -159,7 +205,7 @@ def evaluate(
     """Measures several models' images of the same prompts and seeds; the first model is the base of all differences.
 
     Args:
-        models: name -> images ``(n, 3, h, w)`` in [0, 1], the i-th drawn from the i-th prompt and seed by each model.
+        models: name -> images as `measure` takes them, the i-th drawn from the i-th prompt and seed by each model.
         prompts: the ``n`` prompts.
         metrics: see `measure`.
         seeds: the ``n`` seeds, kept in the table.

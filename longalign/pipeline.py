@@ -7,6 +7,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from longalign.conditioning import condition, describe_cuts, per_prompt
+from longalign.config import load_config, override
+from longalign.data.lines import new_index
 from longalign.diffusion import NoiseLevels, check_prediction, trailing_timesteps
 from longalign.encoders.base import Encoder, TruncationWarning
 from longalign.imagefiles import write_png
+from longalign.runtime import Runtime
 
 if TYPE_CHECKING:
     from longalign.backbones.base import Backbone
@@ -191,17 +195,31 @@ def _draw(
     return torch.cat([backbone.decode(latent).float().cpu() for latent in latents.split(1)])
 
 
-def load_model(source: Any) -> tuple[Any, Backbone, Encoder]:
-    """Config, backbone and encoder of a checkpoint folder, or of a config (mapping, file or `RunConfig`), untrained."""
-    if isinstance(source, (str, Path)) and Path(source).is_dir():
+def load_model(source: Any, dtype: str | None = None) -> tuple[Any, Backbone, Encoder]:
+    """Config, backbone and encoder of a checkpoint folder, or of a config (mapping, file or `RunConfig`), untrained.
+
+    Args:
+        source: the checkpoint or the config.
+        dtype: "float32", "bfloat16" or "float16", of all weights but an adapter's; if None that of ``loop.precision``,
+            and of a config's denoiser ``backbone.dtype``.
+    """
+    is_checkpoint = isinstance(source, (str, Path)) and Path(source).is_dir()
+    # any prompt may be drawn, also with a cache
+    config = load_config(source) if is_checkpoint else override(source, {"cache": None})
+    runtime = Runtime.detect(config.loop.precision)
+    runtime = runtime if dtype is None else replace(runtime, dtype=dtype)
+    if is_checkpoint:
         from longalign.checkpoint import load_for_sampling
 
-        return load_for_sampling(source)
+        return load_for_sampling(source, runtime)
     from longalign.compose import build_from_config
-    from longalign.config import override
 
-    composition = build_from_config(override(source, {"cache": None}))  # any prompt may be drawn, also with a cache
-    return composition.config, composition.backbone, composition.encoder
+    composition = build_from_config(config, runtime)
+    backbone, encoder = composition.backbone, composition.encoder
+    if dtype is not None:
+        backbone.merge_lora()  # in full precision, as of a checkpoint
+        backbone.denoiser.to(runtime.torch_dtype)
+    return config, backbone, encoder
 
 
 def generate(
@@ -213,27 +231,33 @@ def generate(
     negative: str | None = None,
     batch_size: int = 8,
     progress: bool = False,
+    dtype: str | None = None,
     **settings: Any,
 ) -> list[dict[str, Any]]:
     """Draws every prompt with every seed into PNG files that say in their text metadata how they were made.
 
     Beside them ``metadata.jsonl`` makes the folder an image folder, which ``longalign score`` and the data kind
-    ``folder`` read. What the encoder leaves out of a prompt is logged and stands in the rows.
+    ``folder`` read. What the encoder leaves out of a prompt is logged and stands in the rows. A run that draws no image
+    leaves nothing.
 
     Args:
         source: a checkpoint folder, a config, or a ready ``(config, backbone, encoder)``.
         prompts: the prompts.
-        output: folder for the files; one that already has a ``metadata.jsonl`` is refused.
+        output: folder for the files; one whose ``metadata.jsonl`` lists images already is refused.
         seeds: each prompt is drawn once for each seed.
         negative: what to stay away from.
         batch_size: images drawn at a time.
         progress: whether to show a bar over the images.
+        dtype: see `load_model`; None for what is ready.
         **settings: ``steps``, ``guidance``, ``scheduler``, ``height``, ``width`` of `sample`.
 
     Returns:
         The rows of ``metadata.jsonl``: ``file_name, prompt, seed, negative_prompt, cut``.
     """
-    config, backbone, encoder = source if isinstance(source, tuple) else load_model(source)
+    new_index(output)  # before weights are loaded
+    if isinstance(source, tuple) and dtype is not None:
+        raise ValueError("dtype is that of a model which is loaded here; leave it out for one that is ready")
+    config, backbone, encoder = source if isinstance(source, tuple) else load_model(source, dtype)
     reports = encoder.cut(list(prompts))
     for text in describe_cuts(reports):
         log.warning(text)
@@ -251,7 +275,7 @@ def generate(
         negative=negative,
         cuts=[report.cut for report in reports],
         config=config,
-        settings={**_defaults(), **settings},
+        settings={**_defaults(), **settings, "dtype": dtype},
         batch_size=batch_size,
         progress=progress,
     )
@@ -273,7 +297,7 @@ def write_images(
     """Draws every prompt with every seed into a folder; for the files and the rows see `generate`.
 
     Args:
-        output: folder for the files; one that already has a ``metadata.jsonl`` is refused.
+        output: folder for the files; one whose ``metadata.jsonl`` lists images already is refused.
         prompts: the prompts.
         draw: takes texts and as many seeds; returns images ``(b, 3, h, w)`` in [0, 1].
         seeds: each prompt is drawn once for each seed.
@@ -284,17 +308,15 @@ def write_images(
         batch_size: images drawn at a time.
         progress: whether to show a bar over the images.
     """
-    output = Path(output)
-    index = output / "metadata.jsonl"
-    if index.exists():
-        raise ValueError(f"{index} exists; choose an empty folder for the new images")
-    output.mkdir(parents=True, exist_ok=True)
+    output, index = Path(output), new_index(output)
     jobs = [(i, seed) for i in range(len(prompts)) for seed in seeds]
     common = {"config": _config_text(config), "settings": json.dumps(settings), "software": _version()}
-    rows = []
-    with index.open("w") as lines, tqdm(total=len(jobs), desc="images", disable=not progress) as bar:
+    rows: list[dict[str, Any]] = []
+    with tqdm(total=len(jobs), desc="images", disable=not progress) as bar:
         for batch in _chunks(jobs, batch_size):
             images = draw([prompts[i] for i, _ in batch], [seed for _, seed in batch])
+            output.mkdir(parents=True, exist_ok=True)  # only now, so that a run that cannot draw leaves nothing
+            new: list[dict[str, Any]] = []
             for (i, seed), image in zip(batch, images, strict=True):
                 row = {
                     "file_name": f"{i:05d}-{seed}.png",
@@ -305,9 +327,10 @@ def write_images(
                 }
                 told = {key: str(row[key]) for key in ("prompt", "negative_prompt", "seed", "cut")}
                 write_png(output / row["file_name"], image, {**told, **common})
-                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
-                rows.append(row)
-            lines.flush()
+                new.append(row)
+            with index.open("a", encoding="utf-8") as lines:
+                lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in new)
+            rows += new
             bar.update(len(batch))
     return rows
 

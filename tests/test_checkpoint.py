@@ -14,6 +14,7 @@ from longalign.backbones.configs import LoraConfig
 from longalign.compose import build_from_config
 from longalign.config import load_config
 from longalign.files import read_metadata
+from longalign.pipeline import load_model, sample
 from longalign.registry import backbones, encoders
 from longalign.runtime import Runtime
 
@@ -74,6 +75,17 @@ def test_a_checkpoint_gives_the_same_predictions(world, tmp_path, lora):
     assert read == composition.config
     assert torch.allclose(asked(backbone, encoder), before, atol=1e-5)
     assert not any(p.requires_grad for m in (backbone, encoder) for p in m.parameters()) and not backbone.training
+
+
+@pytest.mark.parametrize(("dtype", "found"), [(None, torch.float32), ("bfloat16", torch.bfloat16)])
+def test_what_is_drawn_with_has_the_dtype_asked_for(world, tmp_path, dtype, found):
+    composition = trained(world.align_config(tmp_path))
+    saved(composition, tmp_path / "checkpoint-000001")
+    for source in (tmp_path, composition.config):
+        config, backbone, encoder = load_model(source, dtype)
+        assert config == composition.config and backbone.denoiser.dtype == found
+        images = sample(backbone, encoder, ["a"], seeds=[0], steps=2, guidance=1)
+        assert images.dtype == torch.float32 and images.isfinite().all()
 
 
 def test_sampling_builds_no_trainer_and_no_reward(world, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from longalign.cli import main
 from longalign.compose import Composition
 from longalign.config import load_config, to_yaml
 from longalign.imagefiles import write_png
+from longalign.registry import PartConfig, rewards
 from longalign.rewards import direction
+from longalign.rewards.base import EmbeddingReward
 from longalign.trainers import loop
 
 CONFIG = {
@@ -33,7 +36,7 @@ def yaml(tmp_path):
 
 def images(folder, values, prompts=None, seeds=None):
     """A folder of one-coloured images, with metadata if there are prompts."""
-    folder.mkdir()
+    folder.mkdir(parents=True, exist_ok=True)
     for i, value in enumerate(values):
         write_png(folder / f"{i}.png", torch.full((3, 4, 4), value))
     if prompts is not None:
@@ -155,6 +158,8 @@ def test_describe_a_config_shows_it_whole_and_changed(yaml, capsys, tmp_path):
         (["score", "--reward", "clip", "--images", "nowhere.png"], "no image nowhere.png"),
         (["score", "--reward", "{name: clip, chekpoint: x}", "--images", "a.png"], "did you mean 'checkpoint'?"),
         (["eval", "--reward", "clip", "--images", "folder"], "--images takes NAME=... with a name"),
+        (["score", "--reward", "clip", "--images", "a.png", "--seed", "1"], "--seed is for drawing"),
+        (["eval", "--reward", "clip", "--images", "a=b", "--dtype", "float16"], "--dtype is for drawing"),
         (["direction", "--reward", "clip", "--prompts", "a.csv", "--output", "x"], "a .txt or a .jsonl file"),
         (["generate", "--checkpoint", "nowhere", "--prompt", "a", "--output", "x"], "no checkpoint in nowhere"),
     ],
@@ -222,7 +227,13 @@ def test_generate_hands_prompts_and_settings_on(yaml, monkeypatch, tmp_path, cap
     assert "2 images in here" in capsys.readouterr().out
     assert main(["generate", "--config", yaml, "--prompt", "a", "--prompt", "b", "--output", "x"]) == 0
     assert seen["prompts"] == ["a", "b"]
-    assert (seen["height"], seen["width"]) == (None, None)
+    assert (seen["height"], seen["width"], seen["dtype"], list(seen["seeds"])) == (None, None, None, [0])
+    for name in pipeline.SCHEDULERS:
+        more = ["--scheduler", name, "--dtype", "float16"]
+        assert main(["generate", "--config", yaml, "--prompt", "a", "--output", "x", *more]) == 0
+        assert (seen["scheduler"], seen["dtype"]) == (name, "float16")
+    with pytest.raises(SystemExit):
+        main(["generate", "--config", yaml, "--prompt", "a", "--output", "x", "--scheduler", "euler"])
 
 
 def test_the_schedulers_named_in_help_are_those_there_are(capsys):
@@ -264,6 +275,95 @@ def test_eval_compares_folders_of_the_same_prompts(brightness, tmp_path, capsys)
     other = images(tmp_path / "other", [0.2, 0.4], ["a", "c"], [1, 2])
     assert main(["eval", "--images", pair[0], f"other={other}", "--reward", brightness]) == 2
     assert "'other' are not of the same prompts and seeds as those of 'base'" in capsys.readouterr().err
+
+
+class Hues(EmbeddingReward):
+    """A text points as its length says; an image along its mean colour."""
+
+    dim = 3
+
+    def image_features(self, images):
+        return torch.nn.functional.normalize(images.mean((2, 3)) + 0.1, dim=-1)
+
+    def text_features(self, prompts):
+        return torch.nn.functional.normalize(torch.tensor([[1.0, len(p), 0.0] for p in prompts]), dim=-1)
+
+
+class HuesConfig(PartConfig):
+    name: str = "hues"
+
+    def build(self, runtime):
+        return Hues()
+
+
+@pytest.fixture
+def hues():
+    rewards.register("hues", HuesConfig)
+    yield ["--reward", "hues"]
+    rewards.unregister("hues")
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What was drawn, by a model whose images are grey."""
+    calls = []
+
+    def generate(source, prompts, output, seeds, **settings):
+        calls.append({"source": source, "prompts": prompts, "seeds": seeds, **settings})
+        told = [(prompt, seed) for prompt in prompts for seed in seeds]
+        images(Path(output), [0.5] * len(told), *zip(*told, strict=True))
+        return told
+
+    monkeypatch.setattr(pipeline, "generate", generate)
+    return calls
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run's folder with a checkpoint in it."""
+    path = tmp_path / "run" / "checkpoint-000001" / "longalign.safetensors"
+    path.parent.mkdir(parents=True)
+    path.touch()
+    return str(tmp_path / "run")
+
+
+def test_eval_takes_several_embedding_rewards_and_draws_what_is_not_there(hues, drawn, run, tmp_path, capsys):
+    base = images(tmp_path / "base", [0.0, 0.2, 0.4, 0.6], ["a", "a", "bb", "bb"], [1, 2, 1, 2])
+    told = ["--prompt", "a", "--prompt", "bb", "--seed", "1", "2", "--dtype", "bfloat16"]
+    models = ["--images", f"base={base}", "--checkpoint", f"ours={run}", "--output", str(tmp_path / "out")]
+    assert main(["eval", *models, *told, *hues, *hues, "--json", str(tmp_path / "t.json")]) == 0
+    assert [(call["prompts"], call["seeds"], call["dtype"]) for call in drawn] == [(["a", "bb"], [1, 2], "bfloat16")]
+    assert "ours - base" in capsys.readouterr().out
+    table = json.loads((tmp_path / "t.json").read_text())
+    first = ["hues", "hues.text_relevant", "hues.text_irrelevant", "hues-o"]
+    second = ["hues-2", "hues-2.text_relevant", "hues-2.text_irrelevant", "hues-2-o"]
+    assert list(table["values"]["ours"]) == [*first, *second] and table["seeds"] == [1, 2, 1, 2]
+    assert table["values"]["ours"]["hues"] == table["values"]["ours"]["hues-2"]
+
+
+def test_eval_finds_out_what_is_wrong_before_it_draws(hues, drawn, run, tmp_path, capsys):
+    def told(*arguments):
+        out = ["--checkpoint", f"ours={run}", "--output", str(tmp_path / "out")]
+        assert main(["eval", *out, *hues, "--prompt", "a", *arguments]) == 2 and not drawn
+        return capsys.readouterr().err
+
+    assert "at least two different prompts, got 1; add prompts" in told()
+    assert "no folder for --json" in told("--prompt", "b", "--json", str(tmp_path / "none" / "t.json"))
+    assert "no checkpoint in nowhere" in told("--prompt", "b", "--checkpoint", "other=nowhere")
+    other = images(tmp_path / "other", [0.5], ["a"], [3])
+    assert "'other' are not of the same prompts and seeds as those of 'ours'" in told("--images", f"other={other}")
+    (other / "0.png").unlink()
+    assert "0.png, which" in told("--images", f"other={other}")
+    there = images(tmp_path / "out" / "ours", [0.5], ["a"])
+    assert f"to compare with these, give --images ours={there}, not --checkpoint" in told("--prompt", "b")
+    assert main(["score", "--checkpoint", run, *hues, "--prompt", "a", "--output", str(there)]) == 2 and not drawn
+    assert "lists 1 images; choose an empty folder" in capsys.readouterr().err
+
+
+def test_score_draws_first(hues, drawn, run, capsys):
+    assert main(["score", "--checkpoint", run, *hues, "--prompt", "a", "--seed", "4"]) == 0
+    assert drawn[0]["source"].name == "checkpoint-000001" and drawn[0]["dtype"] is None
+    assert capsys.readouterr().out.splitlines()[-1].endswith("mean of 1")
 
 
 def test_direction_hands_the_corpus_on_and_prints_the_report(monkeypatch, tmp_path, capsys):

@@ -9,7 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
-from longalign.evaluate import DecomposedMetric, FactMetric, RewardMetric, evaluate, measure, score_images
+from longalign.evaluate import (
+    DecomposedMetric,
+    FactMetric,
+    RewardMetric,
+    evaluate,
+    measure,
+    reward_metrics,
+    score_images,
+)
+from longalign.imagefiles import ImageFiles, load_image, write_png
 from longalign.rewards.base import EmbeddingReward, Reward, Scores
 
 
@@ -83,6 +92,62 @@ def test_a_plain_function_is_a_metric_and_names_must_differ():
         measure(images, ["a", "b"], [bright, bright])
     with pytest.raises(ValueError, match="2 images and 1 prompts"):
         measure(images, ["a"], [bright])
+
+
+def test_the_parts_of_several_embedding_rewards_are_told_apart():
+    prompts = ["east", "west"]
+    rewards = {"a": Compass(), "bright": Brightness(), "b": Compass()}
+    table = evaluate({"base": colours((1, 0, 0), (0, 1, 0))}, prompts, reward_metrics(rewards, prompts))
+    a, b = ([name, f"{name}.text_relevant", f"{name}.text_irrelevant", f"{name}-o"] for name in "ab")
+    assert table.metrics == [*a, "bright", "bright.red", *b]
+    np.testing.assert_allclose(table.row("base", a[1]) + table.row("base", a[2]), table.row("base", "a"), atol=1e-6)
+    (alone,) = reward_metrics({"a": Compass()}, prompts)
+    assert list(alone(colours((1, 0, 0)), ["east"])) == ["a", "text_relevant", "text_irrelevant", "a-o"]
+    with pytest.raises(ValueError, match="two metrics are called a-o"):
+        reward_metrics({"a": Compass(), "a-o": Brightness()}, prompts)
+
+
+def test_files_are_read_batch_by_batch_whatever_their_sizes(tmp_path):
+    images = [
+        torch.rand(3, 4, width, generator=torch.Generator().manual_seed(i)) for i, width in enumerate((4, 6, 4, 4))
+    ]
+    for i, image in enumerate(images):
+        write_png(tmp_path / f"{i}.png", image)
+    read, calls = [], []
+
+    class Counted(ImageFiles):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    def levels(images, prompts):
+        calls.append((tuple(images.shape), len(read)))
+        return {"level": images.mean((1, 2, 3)), "prompt": [float(p) for p in prompts]}
+
+    files = Counted([tmp_path / f"{i}.png" for i in range(4)])
+    found = measure(files, "0123", [levels], batch_size=3)
+    assert calls == [((2, 3, 4, 4), 3), ((1, 3, 4, 6), 3), ((1, 3, 4, 4), 4)] and read == [0, 1, 2, 3]
+    np.testing.assert_allclose(found["level"], [float(image.mean()) for image in images], atol=1 / 255)
+    assert found["prompt"].tolist() == [0, 1, 2, 3]
+    square = files[2:]
+    whole = measure(torch.stack([load_image(path) for path in square.paths]), "23", [levels])
+    np.testing.assert_array_equal(whole["level"], measure(square, "23", [levels])["level"])
+
+
+def test_a_file_is_read_upright_and_one_that_is_damaged_is_named(tmp_path):
+    half = Image.new("RGB", (4, 4), (0, 0, 0))
+    half.paste((255, 255, 255), (0, 0, 4, 2))
+    exif = half.getexif()
+    exif[0x0112] = 3  # turned by half
+    half.save(tmp_path / "turned.png", exif=exif)
+    assert load_image(tmp_path / "turned.png")[0, :, 0].tolist() == [0.0, 0.0, 1.0, 1.0]
+    (tmp_path / "cut.png").write_bytes((tmp_path / "turned.png").read_bytes()[:60])
+    half.save(tmp_path / "odd.png", exif=b"Exif\x00\x00II*\x00")
+    for name in ("cut.png", "odd.png"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read as an image: "):
+            load_image(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=r"none\.png"):
+        load_image(tmp_path / "none.png")
 
 
 @dataclass

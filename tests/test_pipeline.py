@@ -61,6 +61,10 @@ class NoisyBackbone(KnowingBackbone):
         return 0.5 * super().predict(latents, timesteps, conditioning) + 0.1 * latents
 
 
+def raise_(error):
+    raise error
+
+
 def draw(backbone, prompts, **settings):
     settings = {"seeds": list(range(len(prompts))), "steps": 5, "guidance": 1, **settings}
     return sample(backbone, NumberEncoder(), prompts, **settings)
@@ -177,3 +181,30 @@ def test_generate_writes_images_that_explain_themselves(tmp_path, caplog):
         assert settings["steps"] == 3 and settings["scheduler"] == "unipc"
     with pytest.raises(ValueError, match="choose an empty folder"):
         generate(source, ["0.25"], tmp_path / "out")
+
+
+def test_a_run_that_draws_nothing_leaves_nothing(tmp_path):
+    backbone = KnowingBackbone()
+    source = {}, backbone, NumberEncoder()
+    with pytest.raises(ValueError, match="no scheduler 'euler'"):
+        generate(source, ["0.5"], tmp_path / "out", scheduler="euler")
+    backbone.predict = lambda *args: raise_(MemoryError())
+    with pytest.raises(MemoryError):
+        generate(source, ["0.5"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metadata.jsonl").touch()
+    del backbone.predict
+    assert len(generate(source, ["0.5"], tmp_path / "out", steps=2)) == 1
+
+
+def test_an_interrupted_run_keeps_its_whole_batches_and_says_what_to_do(tmp_path):
+    source = {}, KnowingBackbone(), NumberEncoder()
+    with pytest.raises(ValueError, match="could not convert"):
+        generate(source, ["0.1", "0.2", "0.3", "x"], tmp_path, steps=2, guidance=1, batch_size=2)
+    lines = (tmp_path / "metadata.jsonl").read_text().splitlines()
+    assert [json.loads(line)["file_name"] for line in lines] == ["00000-0.png", "00001-0.png"]
+    with pytest.raises(ValueError, match="lists 2 images; choose an empty folder for the new ones, or remove "):
+        generate("a config that is not looked for", ["0.1"], tmp_path)
+    with pytest.raises(ValueError, match="leave it out for one that is ready"):
+        generate(source, ["0.1"], tmp_path / "new", dtype="bfloat16")

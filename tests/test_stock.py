@@ -93,7 +93,6 @@ def test_a_comparison_is_one_command(folders, brightness, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["generate", "--pipeline", "nowhere", "--prompt", "a", "--output", "x"], "no diffusers pipeline 'nowhere'"),
-        (["generate", "--checkpoint", "a", "--prompt", "a", "--output", "x", "--dtype", "float16"], "--dtype belongs"),
         (["score", "--pipeline", "nowhere", "--reward", "clip"], "give --prompt or --prompts"),
         (["score", "--images", "a", "--output", "x", "--reward", "clip"], "--output is for drawing"),
         (["eval", "--images", "a=b", "--steps", "3", "--reward", "clip"], "--steps is for drawing"),

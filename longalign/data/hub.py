@@ -79,7 +79,10 @@ def image_source(value: Any, folder: Path | None) -> Path | bytes:
         return Path(value) if folder is None else folder / value
     if isinstance(value, Image):  # decoded already, where a stream does not say that the column has images
         buffer = BytesIO()
-        value.save(buffer, "PNG")
+        try:
+            value.save(buffer, "PNG")
+        except Exception as error:  # it may be decoded here only, see `longalign.imagefiles.decode`
+            raise ValueError(f"{type(error).__name__}: {error}") from error
         return buffer.getvalue()
     raise ValueError(f"expected an image, its bytes or its path, got {value!r:.60}")
 

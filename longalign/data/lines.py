@@ -52,6 +52,22 @@ def text_of(row: Mapping[str, Any], where: str) -> str:
     return (row[key] or "").strip()
 
 
+def new_index(folder: Path | str) -> Path:
+    """The ``metadata.jsonl`` that a folder is to have.
+
+    Raises:
+        ValueError: if it lists images already, of another run or of one that was interrupted.
+    """
+    path = Path(folder) / "metadata.jsonl"
+    count = sum(bool(line.strip()) for line in path.read_bytes().split(b"\n")) if path.exists() else 0
+    if count:
+        raise ValueError(
+            f"{path} lists {count} images; choose an empty folder for the new ones, or remove {folder} if it is of "
+            "an interrupted run"
+        )
+    return path
+
+
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import logging
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from longalign.data.base import Data, check_index
+from longalign.imagefiles import decode, to_tensor
 from longalign.store import key_of
 
 log = logging.getLogger(__name__)
 
-# what Pillow raises on files that are missing, cut short, of no known format, or too large to be an image
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+# what reading an image raises where the image is at fault, see `decode`
+UNREADABLE = (OSError, ValueError)
 
 
 class Unreadable(dict[Any, str]):
@@ -102,8 +100,8 @@ class Pictures(Data):
 
 
 def load_square(source: Path | bytes, resolution: int) -> Tensor:
-    """The largest square in the middle of an image, upright and scaled: ``(3, resolution, resolution)`` in [0, 1]."""
-    with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
-        upright = ImageOps.exif_transpose(image).convert("RGB")
-        square = ImageOps.fit(upright, (resolution, resolution), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
+    """The largest square in the middle of an image, upright and scaled: ``(3, resolution, resolution)`` in [0, 1].
+
+    Raises OSError or ValueError if it cannot be read.
+    """
+    return to_tensor(ImageOps.fit(decode(source), (resolution, resolution), Image.Resampling.LANCZOS))

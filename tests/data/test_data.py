@@ -2,11 +2,12 @@
 
 import json
 import logging
+import struct
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
 from longalign.data.folder import Folder, load_square
@@ -31,6 +32,10 @@ def folder(tmp_path):
         picture(tmp_path / f"{name}.png", colour)
     write(tmp_path, [{"file_name": f"{n}.png", "text": f"All {n}."} for n in "rgb"])
     return tmp_path
+
+
+def raise_(error):
+    raise error
 
 
 def build(folder, **keys):
@@ -127,6 +132,20 @@ def test_unreadable_images_are_named_counted_and_replaced(folder, caplog):
     warned = [r.getMessage() for r in caplog.records]
     assert len(warned) == 2
     assert "r.png cannot be read and is replaced by the next image" in warned[0]
+
+
+def test_images_damaged_in_ways_of_their_own_are_replaced_too(folder, damaged, monkeypatch):
+    (folder / "r.png").write_bytes(damaged)
+    found = build(folder)
+    assert found[0]["prompt"] == "All g."
+    assert list(found.unreadable) == [folder / "r.png"]
+    for error in (TypeError, KeyError, RuntimeError, struct.error, EOFError):
+        monkeypatch.setattr(ImageOps, "exif_transpose", lambda image, error=error: raise_(error("odd")))
+        with pytest.raises(ValueError, match=f"{error.__name__}: .*odd"):
+            load_square(folder / "g.png", 4)
+    monkeypatch.setattr(ImageOps, "exif_transpose", lambda image: raise_(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        load_square(folder / "g.png", 4)
 
 
 def test_too_many_unreadable_images_stop_the_run(folder):

@@ -119,13 +119,15 @@ def test_pairs_without_a_label_or_a_text_are_left_out_and_counted(folder, caplog
         build(written(folder, row()))
 
 
-def test_an_unreadable_image_replaces_its_pair(folder, caplog):
+def test_an_unreadable_image_replaces_its_pair(folder, damaged, caplog):
     (folder / "b.png").write_bytes(b"no image")
     found = build(written(folder, row("r", "b", preference=1), row("g", "r", preference=0)))
     assert found[0]["preference"].item() == 0.0
     assert "the pair r.png and b.png cannot be read" in caplog.text
     with pytest.raises(ValueError, match="1 images cannot be read, more than max_unreadable=0"):
         _ = build(folder, max_unreadable=0)[0]
+    (folder / "b.png").write_bytes(damaged)
+    assert build(folder)[0]["preference"].item() == 0.0
 
 
 def test_lines_that_are_no_pairs(folder):

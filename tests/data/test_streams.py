@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from longalign.config import load_config
+from longalign.data.hub import image_source
 from longalign.data.stream import Record, Stream
 from longalign.data.webdataset import find_shards
 from longalign.registry import ConfigError, data
@@ -85,6 +86,18 @@ def test_an_unreadable_image_gives_its_place_to_the_next_one(caplog):
     with pytest.raises(ValueError, match="no image can be read: n0"):
         take(Numbers([1], bad=(0,), max_unreadable=3), 1)
     assert prompts(take(Numbers([2], bad=(0, 1)), 2, images=False)) != []
+
+
+def test_a_damaged_image_gives_its_place_to_the_next_one_too(damaged):
+    class Damaged(Numbers):
+        def read(self, shard):
+            yield Record("odd", "odd", damaged)
+            yield from super().read(shard)
+
+    stream = Damaged([2], shuffle_buffer=1)
+    assert prompts(take(stream, 3)) == ["0", "0", "1"] and list(stream.unreadable) == ["odd"]
+    with pytest.raises(ValueError, match="cannot write mode CMYK"):
+        image_source(Image.new("CMYK", (2, 2)), None)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
