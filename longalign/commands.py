@@ -270,7 +270,7 @@ def _rewards(texts: Sequence[str]) -> dict[str, PartConfig]:
     return out
 
 
-def _built(configs: dict[str, PartConfig]) -> dict[str, Any]:
+def _built(configs: Mapping[str, PartConfig]) -> dict[str, Any]:
     from longalign.rewards.base import as_reward
     from longalign.runtime import Runtime
 
