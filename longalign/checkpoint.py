@@ -171,7 +171,7 @@ def load_for_sampling(checkpoint: str | Path, runtime: Runtime | None = None) ->
     backbone, encoder = config.backbone.build(runtime), config.encoder.build(runtime)
     load_into(path, backbone, encoder)
     backbone.merge_lora()
-    # Merging in full precision first, so that small updates are not lost in rounding.
+    # Merged first, in the precision of training, so that what is drawn is what was trained.
     backbone.denoiser.to(runtime.torch_dtype)
     for part in (backbone, encoder):
         part.requires_grad_(False).eval()

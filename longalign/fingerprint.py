@@ -40,12 +40,13 @@ def _named(path: str, value: Any) -> Iterator[tuple[str, str, str | None]]:
 
 
 def fingerprint(checkpoint: str, revision: str | None, folders: Sequence[str]) -> str | None:
-    """Of local files their names, sizes and a part of their content; of a hub id its commit, as it was downloaded.
+    """Of local files their names, sizes and a part of their content; of a hub id its commit: the hub's, or without a
+    connection the one that was downloaded.
 
     Files up to 1 MiB are read whole, of larger ones 256 blocks spread over the file, which any training changes.
 
     Returns:
-        None for a hub id that has not been downloaded to this machine.
+        None for a hub id that is neither within reach nor downloaded to this machine.
     """
     place = Path(resolve_checkpoint(checkpoint))
     if not place.exists():
@@ -74,10 +75,16 @@ def _blocks(file: Path) -> Iterator[bytes]:
 
 
 def _commit(repository: str, revision: str | None) -> str | None:
-    from huggingface_hub import constants
+    from huggingface_hub import HfApi, constants
 
+    if revision is not None and len(revision) == 40:
+        return f"commit {revision}"
+    try:  # what loading would download, should the branch have moved
+        return f"commit {HfApi().model_info(repository, revision=revision, timeout=10).sha}"
+    except Exception:  # offline, or no access; loading then takes what is here, or says what is wrong
+        pass
     name = f"models--{repository.replace('/', '--')}"
     reference = Path(constants.HF_HUB_CACHE) / name / "refs" / (revision or "main")
     if reference.is_file():
         return f"commit {reference.read_text().strip()}"
-    return f"commit {revision}" if revision is not None and len(revision) == 40 else None
+    return None

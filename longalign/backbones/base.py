@@ -193,9 +193,9 @@ class Backbone(nn.Module):
 
     def keep_start(self) -> None:
         """Remembers the present weights, LoRAs merged, for `predict_start` where all of them are then trained: a second
-        copy in memory."""
+        copy in memory, in float32 as the weights that are trained are."""
         self.merge_lora()
-        self._start = (copy.deepcopy(self.denoiser).eval().requires_grad_(False),)
+        self._start = (copy.deepcopy(self.denoiser).float().eval().requires_grad_(False),)
 
     @torch.no_grad()
     def predict_start(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:

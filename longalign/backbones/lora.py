@@ -118,16 +118,33 @@ def check_same_names(what: str, expected: Mapping[str, Tensor], got: Mapping[str
             )
 
 
+@torch.no_grad()
 def fold_lora(denoiser: Any, name: str) -> None:
-    """Adds the LoRA ``name`` to the weights that it belongs to and takes its layers out of the network."""
+    """Adds the LoRA ``name`` to the weights that it belongs to and takes its layers out of the network.
+
+    Weights in half precision are rounded up or down at random, so that the sum is right in the mean: most of a LoRA is
+    smaller than their spacing, and rounding to the nearest would leave the old weights.
+    """
+    generator = torch.Generator().manual_seed(0)
     for key, layer in lora_layers(denoiser, name):
-        layer.merge(adapter_names=[name])
+        weight = layer.get_base_layer().weight
+        exact = weight.float() + layer.get_delta_weight(name).float()
+        weight.copy_(exact if weight.dtype == torch.float32 else dithered(exact, weight.dtype, generator))
         parent, _, child = key.rpartition(".")
         setattr(denoiser.get_submodule(parent), child, layer.get_base_layer())
     # diffusers remembers adapters beside the layers; forgetting them lets the next one start clean.
     del denoiser.peft_config
     denoiser._hf_peft_config_loaded = False
     denoiser.requires_grad_(False)
+
+
+def dithered(exact: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Float32 numbers in half precision, each rounded up with the probability of how far it is on the way up."""
+    limits = torch.finfo(dtype)
+    spacing = torch.ldexp(torch.full_like(exact, limits.eps), torch.frexp(exact).exponent - 1)
+    spacing = spacing.clamp(min=limits.smallest_normal * limits.eps)
+    draw = torch.rand(exact.shape, generator=generator).to(exact.device)
+    return (torch.floor(exact / spacing + draw) * spacing).to(dtype)
 
 
 @contextmanager

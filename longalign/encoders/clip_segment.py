@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from longalign.encoders.base import Conditioning, Encoder, PromptReport, check_prompts, handle_cuts
-from longalign.encoders.tokens import TextTokens, Tokenized, run_grouped
+from longalign.encoders.tokens import TextTokens, Tokenized, own_precision, run_grouped
 from longalign.runtime import Runtime
 from longalign.segment import Prompt, Segmenter, fit
 
@@ -155,7 +155,8 @@ class ClipSegmentEncoder(Encoder):
         tokenizer = self.tokens.tokenizer
         pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         ids = [tokenizer.bos_token_id, tokenizer.eos_token_id] + [pad_id] * (self.window - 2)
-        return self._run(torch.tensor([ids], device=device))[0, :, : self.dim]
+        with own_precision(device):
+            return self._run(torch.tensor([ids], device=device))[0, :, : self.dim]
 
     def _plans(self, prompts: Sequence[Prompt]) -> list[Plan]:
         room, count = self.window - 2, self.tokens.count

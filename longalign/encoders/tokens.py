@@ -82,6 +82,12 @@ class TextTokens:
         return [self._seen[text] for text in texts]
 
 
+def own_precision(device: torch.device) -> torch.autocast:
+    """Inside, a frozen model has the precision that it was loaded in, also where an adapter is trained in another: its
+    states are those that a cache holds, and T5 in half precision keeps the layers in float32 that it needs so."""
+    return torch.autocast(device.type, enabled=False)
+
+
 @torch.no_grad()
 def run_grouped(
     run: Callable[[Tensor, Tensor], Tensor],
@@ -121,5 +127,6 @@ def run_grouped(
     sizes = [r * length for r, length in shapes]
     all_ids = torch.tensor(ids).to(device, non_blocking=True).split(sizes)
     all_real = torch.tensor(real).to(device, non_blocking=True).split(sizes)
-    states = [run(i.view(s), m.view(s)).flatten(0, 1) for i, m, s in zip(all_ids, all_real, shapes, strict=True)]
+    with own_precision(device):
+        states = [run(i.view(s), m.view(s)).flatten(0, 1) for i, m, s in zip(all_ids, all_real, shapes, strict=True)]
     return torch.cat(states), [first[row] for row in rows]

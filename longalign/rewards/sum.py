@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from longalign import registry
@@ -36,11 +37,11 @@ class SumReward(Reward):
 
     def scores(self, images: Tensor, prompts: Sequence[str]) -> Scores:
         check_pairs(images, prompts)
-        total, parts = images.new_zeros(len(images)), {}
+        total, parts = images.new_zeros(len(images), dtype=torch.float32), {}
         for label, weight, reward in zip(self.labels, self.weights, self.rewards, strict=True):
             assert isinstance(reward, Reward)
             term = reward.scores(images, prompts).checked(images, prompts)
-            total = total + weight * term.total
+            total = total + weight * term.total.to(total.device)  # a plain function may score where the images are
             parts[label] = term.total.detach()
             parts.update({f"{label}/{name}": value.detach() for name, value in term.parts.items()})
         return Scores(total, parts).checked(images, prompts)

@@ -125,8 +125,9 @@ class TowerReward(EmbeddingReward):
         return any(p.requires_grad for p in self.towers.parameters())
 
     def image_features(self, images: Tensor, generator: Generator | None = None) -> Tensor:
-        """Unit embeddings ``(b, d)`` of images ``(b, 3, h, w)`` in [0, 1]; the generator places random crops."""
-        pixels = self.pixels(images, generator, random=self.training)
+        """Unit embeddings ``(b, d)`` of images ``(b, 3, h, w)`` in [0, 1], on any device; the generator places random
+        crops."""
+        pixels = self.pixels(images, generator, random=self.training).to(next(self.towers.parameters()).device)
         if self.micro_batch is None or len(pixels) <= self.micro_batch:
             features = self.towers.embed_pixels(pixels)
         else:

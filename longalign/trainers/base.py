@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch.nn.functional import mse_loss
 from longalign.backbones.base import Backbone
 from longalign.backbones.configs import LoraConfig
 from longalign.diffusion import add_noise, draw_timesteps, guide, training_target
-from longalign.encoders.base import Conditioning, Encoder
+from longalign.encoders.base import Conditioning, Encoder, TruncationWarning
 
 Backward = Callable[[Tensor], None]
 
@@ -87,6 +88,7 @@ class DiffusionTrainer(Trainer):
         super().__init__()
         self.backbone, self.encoder = backbone, encoder
         self._encode: tuple[Callable[[Sequence[str]], Conditioning]] = (encoder.encode,)
+        self.num_cut = 0
         for parameter in adapter(encoder).values():
             parameter.requires_grad_(train_adapter)
 
@@ -101,8 +103,16 @@ class DiffusionTrainer(Trainer):
         self.backbone.enable_gradient_checkpointing()
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """The encoder's conditioning, through the wrapper that the loop set, on the denoiser's device."""
-        return self._encode[0](prompts).to(self.backbone.device)
+        """The encoder's conditioning, through the wrapper that the loop set, on the denoiser's device.
+
+        The first prompt that is cut is warned of; from then on they are counted, in ``num_cut``, which is logged.
+        """
+        with warnings.catch_warnings():
+            if self.num_cut:
+                warnings.simplefilter("ignore", TruncationWarning)
+            told = self._encode[0](prompts)
+        self.num_cut += sum(bool(report.cut) for report in told.reports)
+        return told.to(self.backbone.device)
 
     def wrap_encoder(self, wrapped: Callable[[Sequence[str]], Conditioning]) -> None:
         """Makes `encode` go through ``wrapped``, the encoder prepared for several processes."""

@@ -176,6 +176,11 @@ class RewardConfig(TrainerConfig):
             )
         if self.regularizer == "none" and self.regularizer_weight is not None:
             raise ValueError("regularizer_weight has no effect without a regularizer; choose kl or pretraining")
+        if self.regularizer == "kl" and self.train_adapter:
+            raise ValueError(
+                "the regularizer 'kl' compares with the start model, which would read texts by the adapter as it is "
+                "trained; set train_adapter to false or choose 'pretraining'"
+            )
         if self.regularizer != "none" and self.regularizer_weight is None:
             raise ValueError(f"the regularizer '{self.regularizer}' needs a regularizer_weight")
         return self

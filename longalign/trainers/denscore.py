@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -123,7 +124,11 @@ class DenscoreTrainer(Trainer):
         if self.contrastive_weight:
             logits = scale * segments @ images.flatten(0, 1).T
             whose = torch.eye(len(texts), device=device) if told else torch.block_diag(*target.split(1))
-            out["contrastive_loss"] = self.contrastive_weight * divergence(logits, whose[owner])
+            # The same words tell of all their images alike; no image of theirs is a negative of another.
+            keys = self.everyone(self.keys(told or prompts))
+            alike = (keys[:, None] == keys).float()
+            wanted = alike @ whose[owner] / alike.sum(1, keepdim=True)
+            out["contrastive_loss"] = self.contrastive_weight * divergence(logits, wanted)
         with torch.no_grad():
             shown = images.flatten(0, 1) if told else images[torch.arange(len(images), device=device), target.argmax(1)]
             out["agreement"] = agreement(scores, first)
@@ -132,6 +137,12 @@ class DenscoreTrainer(Trainer):
             out["eta"] = preference.eta(prompt, preference.common_direction(prompt)).mean()
             out["scale"] = scale.detach()
         return out
+
+    def keys(self, texts: Sequence[str]) -> Tensor:
+        """A number ``(n,)`` for each segment of all texts, equal for equal words."""
+        segments = [segment for text in texts for segment in self.reward.segments(text)]
+        digests = [int.from_bytes(blake2b(s.encode(), digest_size=8).digest(), signed=True) for s in segments]
+        return torch.tensor(digests, device=self.runtime.device)
 
     def step(self, batch: Mapping[str, Any], backward: Backward) -> dict[str, Tensor]:
         losses = self.losses(batch)

@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from longalign import checkpoint as checkpoints
 from longalign.config import load_config, to_dict
+from longalign.data.stream import Stream
 from longalign.encoders.base import Conditioning, Encoder
 from longalign.files import checkpoint_file
 from longalign.rewards.guard import NonFiniteReward
@@ -91,7 +93,13 @@ class Run:
         if resume is None:
             check_unused(self.output)
         else:
-            for key, (old, new) in state.check_same_run(load_config(resume), self.config).items():
+            changes = state.check_same_run(load_config(resume), self.config)
+            if "loop.workers" in changes and isinstance(composition.data, Stream):
+                raise ValueError(
+                    f"loop.workers was {changes['loop.workers'][0]} before, and the items of a stream are dealt to "
+                    "workers, so others would be repeated or left out; change it back"
+                )
+            for key, (old, new) in changes.items():
                 log.warning("%s was %r before and is %r now", key, old, new)
         self.accelerator = self._accelerator(composition)
         self._seed(self.config.seed)
@@ -136,8 +144,11 @@ class Run:
             cpu=composition.runtime.device == "cpu",
             log_with=list(self.loop.trackers) or None,
             project_dir=str(self.output),
-            # The networks' buffers are constants, and one process alone may draw images.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            # The networks' buffers are constants. One process alone draws images and writes files; others wait.
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+                InitProcessGroupKwargs(timeout=timedelta(hours=6)),
+            ],
         )
         if accelerator.distributed_type in ENGINES:
             raise ValueError(
@@ -238,12 +249,11 @@ class Run:
                 found.append(self._step(next(self.batches)))
                 if self.split:
                     fsdp.finish(self.accelerator, self.wrapped[0], self.apart)
-                if self.accelerator.sync_gradients and self.loop.clip is not None:
-                    norm = self.accelerator.clip_grad_norm_(self.parameters, self.loop.clip)
-                    if norm is not None:
-                        found[-1]["grad_norm"] = fsdp.number(norm)
+                if self.accelerator.sync_gradients:
+                    found[-1]["grad_norm"] = self._clip()
                 self.optimizer.step()
                 self.optimizer.zero_grad()
+        self.rate = self.rates.get_last_lr()[0]
         if not self.accelerator.optimizer_step_was_skipped:
             self.rates.step()
             if self.ema is not None:
@@ -251,6 +261,18 @@ class Run:
             self.trainer.updated()
         keys = dict.fromkeys(key for values in found for key in values)
         return {k: torch.stack([v[k].detach().float() for v in found if k in v]).mean() for k in keys}
+
+    def _clip(self) -> Tensor:
+        """Norm of the gradient of all processes, before it is cut to ``loop.clip``."""
+        limit = math.inf if self.loop.clip is None else self.loop.clip
+        norm = fsdp.number(self.accelerator.clip_grad_norm_(self.parameters, limit))
+        # A scaler, which fp16 has, leaves such steps out and lowers its scale.
+        if self.accelerator.scaler is None and not norm.isfinite():
+            raise RuntimeError(
+                f"the gradient is not finite at step {self.step + 1}; the weights are as they were before it, and the "
+                f"last checkpoint is in {self.output}. Lower loop.lr or loop.clip, or use another loop.precision"
+            )
+        return norm
 
     def _step(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The trainer's step. Where that goes backward several times, processes exchange gradients once, at its end."""
@@ -275,10 +297,12 @@ class Run:
         losses = {k: v for k, v in numbers.items() if k.endswith("_loss")}
         if not all(math.isfinite(v) for v in losses.values()):
             raise RuntimeError(
-                f"the loss is not finite at step {self.step}: {losses}; the last good checkpoint is in {self.output}. "
+                f"the loss is not finite at step {self.step}: {losses}; the last checkpoint is in {self.output}. "
                 "Lower loop.lr or loop.clip, or use another loop.precision"
             )
-        numbers = {"loss": sum(losses.values()), **numbers, "lr": self.rates.get_last_lr()[0]}
+        numbers = {"loss": sum(losses.values()), **numbers, "lr": self.rate}
+        if cut := getattr(self.trainer, "num_cut", 0):
+            numbers["cut_prompts"] = cut
         self.log.write(self.step, numbers)
         if self.loop.trackers:
             self.accelerator.log(numbers, step=self.step)

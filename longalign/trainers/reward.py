@@ -119,6 +119,13 @@ class RewardTrainer(DiffusionTrainer):
         settings = {k: getattr(config, k) for k in type(config).model_fields if k not in ("name", "lora", "schedule")}
         return cls(backbone, encoder, rewards, schedule, **settings)
 
+    def train(self, mode: bool = True) -> RewardTrainer:
+        """Rewards know of training mode; the networks inside them are frozen and stay in eval mode."""
+        super().train(mode)
+        for module in self.rewards.modules():
+            module.training = mode and isinstance(module, Reward)
+        return self
+
     def losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Loss and metrics of fresh samples, without gradient, which `step` computes on its way."""
         prompts = batch["prompt"]
@@ -143,7 +150,7 @@ class RewardTrainer(DiffusionTrainer):
         latents = torch.cat([each.final for each in passes]).requires_grad_()
         with torch.enable_grad():
             summary = self.summary(self.score(latents, [p for each in passes for p in prompts[each.rows]]))
-            (gradient,) = torch.autograd.grad(summary["reward_loss"], latents)
+            gradient = self.pull(summary["reward_loss"], latents)
 
         drift = latents.new_zeros(())
         calls = sum(len(each.final) * len(each.visits) for each in passes)
@@ -243,6 +250,20 @@ class RewardTrainer(DiffusionTrainer):
         for i, scores in enumerate(scored):
             parts |= {f"{i}/{key}": value for key, value in {"reward": scores.total.detach(), **scores.parts}.items()}
         return Scores(torch.stack([scores.total for scores in scored]).sum(0), parts)
+
+    def pull(self, loss: Tensor, latents: Tensor) -> Tensor:
+        """The loss's gradient at the final latents.
+
+        Where something is in float16, the gradient of a single pixel would be rounded to nothing. There the loss is
+        scaled, as far as all stays finite (arXiv 1710.03740, section 3.2).
+        """
+        half = any(parameter.dtype == torch.float16 for parameter in self.parameters())
+        scale = 2.0**16 if half else 1.0
+        while True:
+            (gradient,) = torch.autograd.grad(scale * loss, latents, retain_graph=half)
+            if scale == 1 or gradient.isfinite().all():
+                return gradient / scale
+            scale /= 4
 
     def summary(self, scores: Scores) -> dict[str, Tensor]:
         """The loss ``0.5 (1 - mean score)``, the mean score, and the mean of each of its parts."""

@@ -7,7 +7,7 @@ from diffusers import UNet2DConditionModel
 from tiny import tiny_backbone, tiny_sd, tiny_unet
 
 from longalign.backbones.configs import LoraConfig, SDConfig
-from longalign.backbones.lora import inject_lora, lora_targets
+from longalign.backbones.lora import dithered, inject_lora, lora_layers, lora_targets
 from longalign.backbones.sd import SDBackbone, scheduler_constants
 from longalign.encoders.base import Conditioning
 from longalign.registry import backbones
@@ -194,6 +194,40 @@ def test_the_start_model_is_remembered(full):
     start = backbone.predict_start(latents, torch.tensor([10, 900]), told())
     assert torch.allclose(start, before, atol=1e-5) and not start.requires_grad
     assert torch.equal(asked(backbone), after)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_lora_that_is_finer_than_half_precision_is_merged_in_the_mean(dtype):
+    backbone, eps = tiny_backbone(), torch.finfo(dtype).eps
+    backbone.denoiser.to(dtype)
+    parameters = backbone.add_lora(LORA, "x")
+    layers = [layer.get_base_layer() for _, layer in lora_layers(backbone.denoiser, "x")]
+    with torch.no_grad():
+        for weight in (*parameters, *(layer.weight for layer in layers)):
+            weight.fill_(1.0)
+        for up in parameters[1::2]:
+            up.fill_(eps / 16 / LORA.rank)
+    backbone.merge_lora()
+    merged = torch.cat([layer.weight.flatten() for layer in layers]).float()
+    assert set(merged.unique().tolist()) == {1.0, 1.0 + eps}
+    assert (merged - 1).mean() == pytest.approx(eps / 16, rel=0.2)
+
+
+def test_half_precision_of_what_it_can_hold_is_exact():
+    exact = torch.tensor([0.0, 1.0, -1.5, 2.0**-20, -3.0, 1000.0])
+    generator = torch.Generator().manual_seed(0)
+    assert all(torch.equal(dithered(exact, torch.bfloat16, generator).float(), exact) for _ in range(20))
+
+
+def test_the_start_model_of_a_half_precision_network_answers_one_that_is_trained_whole():
+    backbone = tiny_backbone()
+    backbone.denoiser.to(torch.bfloat16)
+    backbone.keep_start()
+    before = asked(backbone)
+    backbone.train_all()
+    latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(6))
+    start = backbone.predict_start(latents, torch.tensor([10, 900]), told())
+    assert torch.allclose(start, before, atol=0.05)
 
 
 def test_weights_of_another_model_are_refused():

@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from longalign.images import Pixels
 from longalign.registry import ConfigError, rewards
 from longalign.rewards.clip import ClipTowers, pooled
 from longalign.rewards.configs import ClipConfig, DenscoreConfig, PickScoreConfig
-from longalign.rewards.towers import TowerReward
+from longalign.rewards.towers import TowerReward, Towers
 from longalign.runtime import Runtime
 
 TWO = "A red fox sleeps on a wall. The sky is green."
@@ -116,6 +117,21 @@ def test_micro_batches_change_neither_score_nor_gradient(clip_folder):
         found.append((scores.detach(), x.grad))
     assert torch.allclose(found[0][0], found[1][0], atol=1e-6)
     assert torch.allclose(found[0][1], found[1][1], atol=1e-6)
+
+
+def test_images_go_to_where_the_towers_are():
+    class Elsewhere(Towers):
+        dim, window = 4, 8
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.empty(12, 4, device="meta"))
+
+        def embed_pixels(self, pixels):
+            return pixels.flatten(1) @ self.weight
+
+    features = TowerReward(Elsewhere(), Pixels((2, 2))).image_features(torch.rand(3, 3, 8, 8))
+    assert features.shape == (3, 4) and features.device.type == "meta"
 
 
 def test_a_micro_batch_is_one_pass_of_the_tower(clip_folder, monkeypatch):

@@ -81,7 +81,7 @@ class Noise:
 
 
 def configs(folder, processes):
-    """An align run that is cut after half of its steps, the same to its end, and a reward run."""
+    """An align run that is cut after half of its steps, the same to its end, a reward run and a distillation."""
     lora, encoder = {"rank": 2, "dropout": 0.0}, {"name": "toy-encoder", "dropout": 0.0}
     loop = {"batch_size": BATCH // processes, "steps": STEPS, "save_every": 2, "keep": None, "lr": 1e-2}
     align = worlds.align_config(folder / "align", **loop, accumulation=2, ema=0.5, warmup=2)
@@ -94,11 +94,24 @@ def configs(folder, processes):
     scores = [{"name": "reweighted", "inner": "colours", "direction": direction} for direction in ("batch", "running")]
     reward |= {"encoder": encoder, "data": "squares", "rewards": scores}
     cut = {**align, "loop": {**align["loop"], "steps": STEPS // 2}}
-    return {"cut": (cut, None), "align": (align, folder / "align" / "checkpoint-000002"), "reward": (reward, None)}
+    lcm = {**align, "output": str(folder / "lcm"), "validation": None}
+    lcm |= {"loop": {**align["loop"], "steps": 2, "accumulation": 1, "ema": None}}
+    lcm |= {"trainer": {"name": "lcm", "lora": lora}}
+    resumed = (align, folder / "align" / "checkpoint-000002")
+    return {"cut": (cut, None), "align": resumed, "reward": (reward, None), "lcm": (lcm, None)}
+
+
+def pair_configs(folder, processes):
+    """Training of a preference model, the CLIP that lies in the folder."""
+    loop = {"batch_size": BATCH // processes, "steps": 2, "log_every": 1, "lr": 1e-2}
+    data = {"name": "scene-pairs", "size": 8, "objects": [1, 3], "words": [10, 40], "captions": True}
+    reward = {"name": "denscore", "checkpoint": str(folder / "clip")}
+    config = {"rewards": [reward], "trainer": "denscore", "data": data, "loop": loop}
+    return {"denscore": ({**config, "output": str(folder / "denscore")}, None)}
 
 
 def split_configs(folder, processes):
-    """As `configs`, and runs of all weights, alone and with a start model, and of a distillation."""
+    """As `configs`, and runs of all weights, alone and with a start model."""
     found = configs(folder, processes)
     align, reward = found["align"][0], found["reward"][0]
     short = {"steps": 2, "accumulation": 1, "ema": None}
@@ -108,9 +121,7 @@ def split_configs(folder, processes):
     full |= {"trainer": {**align["trainer"], "lora": None, "train_adapter": False}}
     drift = {"regularizer": "kl", "regularizer_weight": 0.1, "lora": None, "schedule": {"name": "draft-k", "k": 2}}
     kl = {**reward, "output": str(folder / "kl"), "trainer": {**reward["trainer"], **drift}}
-    lcm = {**full, "output": str(folder / "lcm"), "loop": {**align["loop"], **short}}
-    lcm |= {"trainer": {"name": "lcm", "lora": {"rank": 2, "dropout": 0.0}}}
-    alone = {"reward": reward, "full": full, "kl": kl, "lcm": lcm}
+    alone = {"reward": reward, "full": full, "kl": kl}
     return {**found, **{name: (config, None) for name, config in alone.items()}}
 
 
@@ -139,9 +150,10 @@ def train(folder, rank=0, processes=1, configs=configs):
         for module in run.wrapped:
             if isinstance(module, DistributedDataParallel):
                 module.register_comm_hook(exchanged, counted)
-        weights, calls = list(run.backbone.denoiser.parameters()), []
+        trained = run.trainer if run.backbone is None else run.backbone.denoiser
+        weights, calls = list(trained.parameters()), []
         kept = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in weights)
-        run.backbone.denoiser.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        trained.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         with noise.drawing():
             run.train(lambda: False)
         run.close()
@@ -202,7 +214,7 @@ if __name__ == "__main__":
     rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     told, split = {}, os.environ.get("ACCELERATE_USE_FSDP") == "true"
     with registered():
-        for some in (split_configs, half_configs) if split else (configs,):
+        for some in (split_configs, half_configs) if split else (configs, pair_configs):
             if split:
                 # accelerate splits weights on accelerators only; all that follows is as it would be there
                 PartialState(cpu=True)

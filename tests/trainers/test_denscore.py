@@ -119,10 +119,17 @@ def test_captions_are_told_of_their_own_image_only(clip):
     out = trainer.losses(given)
     assert "preference_loss" not in out
     images = features(trainer, given)[0].flatten(0, 1)
-    rows, texts = [], [text for pair in given["captions"] for text in pair]
-    for i, text in enumerate(texts):
-        for segment in trainer.reward.segment_features([text])[0]:
-            rows.append(-(trainer.reward.towers.logit_scale.exp() * images @ segment).log_softmax(0)[i])
+    texts = [text for pair in given["captions"] for text in pair]
+    told = {  # which of the four texts each segment is in; one may be in a text twice
+        "A red fox sleeps on a wall.": [0], "The sky is green.": [0], "A wall.": [0, 2, 2], "Green.": [1, 3],
+        "Red.": [1, 3], "Sky.": [1, 3], "The sky.": [2], "A fox.": [2],
+    }  # fmt: skip
+    rows = []
+    for segment, places in told.items():
+        (unit,), _ = trainer.reward.segment_features([segment])
+        log = (trainer.reward.towers.logit_scale.exp() * images @ unit).log_softmax(0)
+        share = torch.bincount(torch.tensor(places), minlength=4) / len(places)
+        rows += [(torch.special.entr(share).neg() - share * log).sum()] * len(places)
     assert len(rows) == 3 + 3 + 4 + 3
     assert torch.allclose(out["contrastive_loss"], torch.stack(rows).mean(), atol=1e-5)
     text = trainer.reward.text_features(texts)

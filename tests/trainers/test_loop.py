@@ -1,9 +1,11 @@
 """A run from its first step to its last: logs, checkpoints, resuming, interruption."""
 
+import itertools
 import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,10 @@ from tiny import tiny_backbone
 
 from longalign.compose import build_from_config
 from longalign.config import load_config, override
+from longalign.data.stream import Stream
+from longalign.encoders.base import PromptReport, TruncationWarning, handle_cuts
 from longalign.faults import ConfigError
-from longalign.registry import rewards
+from longalign.registry import PartConfig, data, encoders, rewards
 from longalign.rewards.guard import NonFiniteReward
 from longalign.trainers import logs
 from longalign.trainers.batches import Batches, collate, load_batches
@@ -65,7 +69,7 @@ def test_log_and_weights_of_an_align_run(world, tmp_path):
     first = lines(tmp_path)[0]
     assert set(first) == {"step", "loss", "noise_loss", "grad_norm", "lr"}
     assert first["loss"] == first["noise_loss"]
-    assert [line["lr"] for line in lines(tmp_path)] == [1e-2, 1e-2, 1e-2]
+    assert [line["lr"] for line in lines(tmp_path)] == [5e-3, 1e-2, 1e-2]
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-000002", "checkpoint-000003"]
     assert not list(tmp_path.glob(".checkpoint*"))
     saved = weights(result.checkpoint)
@@ -219,9 +223,61 @@ def test_a_missing_tracker_is_named(monkeypatch, world, tmp_path):
         run(world.align_config(tmp_path, trackers=["wandb"]))
 
 
-def test_weights_that_are_not_finite_stop_the_run(world, tmp_path):
-    with pytest.raises(RuntimeError, match="the loss is not finite at step"):
-        run(world.align_config(tmp_path, lr=1e30, clip=None, steps=4))
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_applied(world, tmp_path, clip):
+    composition = build_from_config(world.align_config(tmp_path, lr=1e30, clip=clip, steps=4))
+    with pytest.raises(RuntimeError, match="the gradient is not finite at step 2"):
+        composition.fit()
+    assert all(p.isfinite().all() for p in composition.trainer.trainable())
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_what_is_cut_of_prompts_is_warned_of_once_and_counted(world, tmp_path):
+    class Short(world.ToyEncoder):
+        """Says that it leaves out the end of every second prompt."""
+
+        def encode(self, prompts):
+            reports = [PromptReport((p,), (1,), "end" if i % 2 else "") for i, p in enumerate(prompts)]
+            handle_cuts(reports, "cut", 4, f"call them otherwise than {prompts}")
+            return replace(super().encode(prompts), reports=tuple(reports))
+
+    class ShortConfig(PartConfig):
+        name: str = "short"
+
+        def build(self, runtime):
+            return Short()
+
+    encoders.register("short", ShortConfig)
+    try:
+        with pytest.warns(TruncationWarning) as told:
+            run({**world.align_config(tmp_path), "encoder": "short"})
+    finally:
+        encoders.unregister("short")
+    assert len([w for w in told if w.category is TruncationWarning]) == 1
+    assert [line["cut_prompts"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_workers_of_a_stream_stay_as_they_were(world, tmp_path):
+    class Endless(Stream):
+        num_shards = 2
+
+        def items(self, seed, share=0, shares=1, skip=0, images=True):
+            yield from (world.Squares()[i % 10] for i in itertools.count(skip))
+
+    class EndlessConfig(PartConfig):
+        name: str = "endless"
+
+        def build(self, runtime):
+            return Endless()
+
+    data.register("endless", EndlessConfig)
+    try:
+        config = {**world.align_config(tmp_path, steps=2), "data": "endless"}
+        run(config)
+        with pytest.raises(ValueError, match=r"loop\.workers was 0 before"):
+            run(override(config, {"loop.workers": 2, "loop.steps": 4}), resume=tmp_path)
+    finally:
+        data.unregister("endless")
 
 
 def test_processes_share_out_each_pass():

@@ -4,24 +4,43 @@ import json
 
 import launched
 import pytest
+import torch
 from launched import lines
+from safetensors.torch import load_file
+from tiny import tiny_clip
 
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
     """The folders of two processes and of one."""
     two, one = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("one")
+    for folder in (two, one):
+        tiny_clip(folder / "clip", width=8)
     launched.launch(two, "--multi_gpu")
     with launched.registered():
-        launched.train(one)
+        for configs in (launched.configs, launched.pair_configs):
+            launched.train(one, configs=configs)
     return two, one
 
 
-@pytest.mark.parametrize("kind", ["align", "reward"])
+@pytest.mark.parametrize("kind", ["align", "reward", "lcm", "denscore"])
 def test_losses_and_weights_are_those_of_one_process(outputs, kind):
     checkpoints = launched.assert_same(*(folder / kind for folder in outputs))
-    assert checkpoints.keys() >= {"checkpoint-000002", "checkpoint-000004"}
-    assert all(any(k.startswith("encoder.") for k in weights) for weights in checkpoints.values())
+    long = kind in ("align", "reward")
+    assert set(checkpoints) == ({"checkpoint-000002", "checkpoint-000004"} if long else {"checkpoint-000002"})
+    if long:
+        assert all(any(k.startswith("encoder.") for k in weights) for weights in checkpoints.values())
+
+
+def test_the_preference_model_is_that_of_one_process(outputs):
+    start = load_file(outputs[0] / "clip" / "model.safetensors")
+    two, one = (
+        load_file(folder / "denscore" / "checkpoint-000002" / "reward" / "model.safetensors") for folder in outputs
+    )
+    assert one.keys() == two.keys()
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-5)
+    assert any((one[name] - start[name]).abs().max() > 1e-3 for name in one)
 
 
 def test_the_common_direction_is_that_of_all_prompts(outputs):
@@ -35,6 +54,7 @@ def test_gradients_are_exchanged_once_in_each_step(outputs):
     for kind, steps in (("cut", 2), ("align", 2), ("reward", 4)):
         assert told[kind]["modules"] == 2
         assert told[kind]["exchanged"] == steps * told[kind]["modules"]
+    assert (told["denscore"]["modules"], told["denscore"]["exchanged"]) == (1, 2)
 
 
 def test_each_process_has_its_own_random_numbers_and_one_writes(outputs):

@@ -271,11 +271,45 @@ def test_contradictory_configs():
         ({"replay_batch": 2, "lora": None, "schedule": {"name": "all", "detach": False}}, "set replay_batch to 1"),
         ({"regularizer_weight": 1.0}, "no effect without a regularizer"),
         ({"regularizer": "kl"}, "needs a regularizer_weight"),
+        ({"regularizer": "kl", "regularizer_weight": 1.0, "train_adapter": True}, "set train_adapter to false"),
         ({"guidance": 0.5}, "guidance"),
     ):
         with pytest.raises(ConfigError, match=message):
             trainers.validate({"name": "reward", **keys})
     assert trainers.validate({"name": "reward", "replay_batch": 2, "lora": None}).replay_batch == 2
+
+
+def test_half_precision_keeps_the_gradient_of_single_pixels():
+    def faint(images, prompts):
+        return 1e-3 * red(images, prompts)
+
+    found = []
+    for half in (False, True):
+        trainer = build(rewards=[faint])
+        if half:
+            trainer.backbone.vae.half()
+        found.append(gradient(trainer)[0])
+    whole, halved = found
+    assert torch.cosine_similarity(whole, halved, dim=0) > 0.99
+    assert halved.norm() / whole.norm() == pytest.approx(1, abs=0.02)
+    # a reward so steep that the scaled loss is infinite is scaled less
+    steep = build(rewards=[lambda images, prompts: 1e5 * red(images, prompts)])
+    steep.backbone.vae.half()
+    assert gradient(steep)[0].isfinite().all()
+
+
+def test_networks_of_rewards_stay_in_eval_mode():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dropout = nn.Dropout(0.5)
+
+        def forward(self, images, prompts):
+            return self.dropout(images).mean((1, 2, 3))
+
+    trainer = build(rewards=[Network()])
+    network = trainer.rewards[0].function
+    assert trainer.rewards[0].training and not network.training and not network.dropout.training
 
 
 def test_no_reward_is_refused():
