@@ -51,7 +51,9 @@ class ClipSegmentSDXLEncoder(Encoder):
     lie side by side (768 + 1280 wide) and come from the layer before the last.
 
     A prompt has one pooled embedding, of bigG; of both, side by side, where both have a projection, as in Stable
-    Diffusion 3. For a prompt of one segment all rules give what diffusers gives.
+    Diffusion 3. For a prompt of one segment all rules give what diffusers gives, unless it has an exclamation mark.
+    With this token bigG is padded, so that diffusers tells it of padding where one stands in a text; here both CLIPs
+    read the tokens of the first tokenizer.
 
     Args:
         text_models: a ``CLIPTextModel`` and a ``CLIPTextModelWithProjection``, or two of the latter.
