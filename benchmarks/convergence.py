@@ -250,7 +250,7 @@ def main() -> None:
 
     demo = override(default_config("reward"), {**parse_assignments(options.changes), "init_from": None})
     common = {
-        "start": fingerprint(str(start), None, ()), "prompts": options.prompts, "sampling": options.sampling,
+        "start": fingerprint(str(start), None, None, ()), "prompts": options.prompts, "sampling": options.sampling,
         "weights": fingerprints(to_dict(demo), ("unet", "vae", "text_encoder", "tokenizer")),
     }  # fmt: skip
     look = Look(load_config(start), demo, options.prompts, options.sampling)

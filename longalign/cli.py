@@ -148,6 +148,8 @@ def _sampling(command: argparse.ArgumentParser) -> None:
     dtypes = ("float32", "bfloat16", "float16")
     about = "float32, bfloat16 or float16, for all weights (by loop.precision; of a stock pipeline float32)"
     command.add_argument("--dtype", choices=dtypes, metavar="DTYPE", help=about)
+    command.add_argument("--revision", help="branch, tag or commit on the hub, of stock pipelines")
+    command.add_argument("--variant", help="which of the weights, e.g. fp16, of stock pipelines")
 
 
 def _score(add: Callable[..., argparse.ArgumentParser]) -> None:

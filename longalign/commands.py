@@ -55,6 +55,7 @@ def generate(args: Namespace) -> None:
     """Draws images into a folder."""
     prompts = _told(args)
     option = next(key for key in ("checkpoint", "config", "pipeline") if getattr(args, key))
+    _check_pipelines(args, option)
     print(f"{len(_draw(args, option, getattr(args, option), prompts, args.output))} images in {args.output}")
 
 
@@ -68,6 +69,7 @@ def _draw(args: Namespace, option: str, source: str, prompts: Sequence[str], out
         from longalign.runtime import Runtime
 
         runtime = replace(Runtime.detect(), dtype=args.dtype or "float32")
+        settings |= {"revision": args.revision, "variant": args.variant}
         return stock.generate(source, prompts, output, height=height, width=width, runtime=runtime, **settings)
     model = find_checkpoint(source).parent if option == "checkpoint" else load_config(source)
     from longalign import pipeline
@@ -94,6 +96,7 @@ def score(args: Namespace) -> None:
 
 def _score_drawn(args: Namespace, configs: Mapping[str, PartConfig]) -> None:
     told, option = _told(args), "checkpoint" if args.checkpoint else "pipeline"
+    _check_pipelines(args, option)
     with TemporaryDirectory() as temporary:
         folder = Path(args.output or temporary)
         new_index(folder)
@@ -118,6 +121,7 @@ def evaluate(args: Namespace) -> None:
         _refuse_drawing(args, "prompt", "prompts")
     elif args.output is None:
         raise ValueError("give --output, a folder for what is drawn")
+    _check_pipelines(args, *(option for option, _ in models.values()))
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise FileNotFoundError(f"no folder for --json {args.json}")
     told = _told(args) if drawn else []
@@ -243,9 +247,21 @@ def demo(args: Namespace) -> None:
 
 def _refuse_drawing(args: Namespace, *more: str) -> None:
     """Raises ValueError for an option that says how to draw."""
-    for key in ("output", "negative", "steps", "guidance", "scheduler", "seed", "size", "dtype", *more):
+    keys = ("output", "negative", "steps", "guidance", "scheduler", "seed", "size", "dtype", "revision", "variant")
+    _refuse(args, *keys, *more, why="is for drawing, and the images are there already")
+
+
+def _check_pipelines(args: Namespace, *options: str) -> None:
+    """Raises ValueError for an option about stock pipelines where there is none."""
+    if "pipeline" not in options:
+        _refuse(args, "revision", "variant", why="is of stock pipelines; a config says itself which weights it has")
+
+
+def _refuse(args: Namespace, *keys: str, why: str) -> None:
+    """Raises ValueError for the first of some options that was given."""
+    for key in keys:
         if getattr(args, key) is not None:
-            raise ValueError(f"--{key} is for drawing, and the images are there already; leave it out")
+            raise ValueError(f"--{key} {why}; leave it out")
 
 
 def _told(args: Namespace) -> list[str]:

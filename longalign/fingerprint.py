@@ -24,22 +24,23 @@ def fingerprints(config: Any, folders: Sequence[str]) -> dict[str, str | None]:
             "tokenizer"]``, which stands for ``text_encoder_2`` too. Of a folder that has none of them the files at its
             top count.
     """
-    return {path: fingerprint(name, revision, folders) for path, name, revision in _named("", config)}
+    return {path: fingerprint(*named, folders) for path, *named in _named("", config)}
 
 
-def _named(path: str, value: Any) -> Iterator[tuple[str, str, str | None]]:
+def _named(path: str, value: Any) -> Iterator[tuple[str, str, str | None, str | None]]:
     if isinstance(value, dict):
         for key, child in value.items():
             here = f"{path}.{key}" if path else key
             if key in KEYS and isinstance(child, str):
-                yield here, child, value.get("revision") if key == "checkpoint" else None
+                about = value if key == "checkpoint" else {}
+                yield here, child, about.get("revision"), about.get("subfolder")
             yield from _named(here, child)
     elif isinstance(value, list):
         for i, child in enumerate(value):
             yield from _named(f"{path}.{i}", child)
 
 
-def fingerprint(checkpoint: str, revision: str | None, folders: Sequence[str]) -> str | None:
+def fingerprint(checkpoint: str, revision: str | None, subfolder: str | None, folders: Sequence[str]) -> str | None:
     """Of local files their names, sizes and a part of their content; of a hub id its commit: the hub's, or without a
     connection the one that was downloaded.
 
@@ -51,6 +52,10 @@ def fingerprint(checkpoint: str, revision: str | None, folders: Sequence[str]) -
     place = Path(resolve_checkpoint(checkpoint))
     if not place.exists():
         return _commit(checkpoint, revision)
+    if subfolder and (place / subfolder).is_dir():
+        place = place / subfolder
+        if place.name.startswith(tuple(folders)):  # a text model's own folder, beside which its tokenizer is
+            place = place.parent
     files = [place]
     if place.is_dir():
         wanted = [p for p in place.iterdir() if p.is_dir() and p.name.startswith(tuple(folders))]

@@ -17,7 +17,7 @@ from longalign.compose import build_from_config
 from longalign.config import load_config, override, to_yaml
 from longalign.data.cached import CachedImages
 from longalign.faults import ConfigError
-from longalign.fingerprint import fingerprint
+from longalign.fingerprint import fingerprint, fingerprints
 from longalign.imagefiles import write_png
 from longalign.pipeline import load_model
 from longalign.runtime import Runtime
@@ -78,7 +78,7 @@ def test_training_has_the_same_numbers_with_and_without(config, tmp_path):
     assert len(plain) == 3 and all(line["noise_loss"] > 0 for line in plain)
     for line, cached in zip(plain, numbers(config), strict=True):
         line.pop("cut_prompts", None)  # a cache does not know
-        assert line == pytest.approx(cached, rel=1e-5)
+        assert line == pytest.approx(cached, rel=1e-4)
     plain, cached = (load_model(tmp_path / name / "checkpoint-000003") for name in ("plain", "cached"))
     assert cached[0].cache is not None
     for a, b in zip(plain[2].parameters(), cached[2].parameters(), strict=True):
@@ -219,7 +219,7 @@ def test_reward_training_reads_prompts(config, tmp_path):
         caching.make(changed, CPU)
         plain = numbers(override(changed, {"cache": None, "output": str(tmp_path / "plain")}))
         for line, cached in zip(plain, numbers(changed), strict=True):
-            assert line == pytest.approx(cached, rel=1e-5)
+            assert line == pytest.approx(cached, rel=1e-4)
     finally:
         rewards.unregister("red")
 
@@ -288,10 +288,21 @@ def test_a_hub_id_is_told_by_the_commit_that_loading_would_take(tmp_path, monkey
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", answer)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     online = False
-    assert fingerprint("owner/name", None, ["vae"]) is None
-    assert fingerprint("owner/name", "c" * 40, ["vae"]) == f"commit {'c' * 40}"
+    assert fingerprint("owner/name", None, None, ["vae"]) is None
+    assert fingerprint("owner/name", "c" * 40, None, ["vae"]) == f"commit {'c' * 40}"
     (tmp_path / "models--owner--name" / "refs").mkdir(parents=True)
     (tmp_path / "models--owner--name" / "refs" / "main").write_text("b" * 40)
-    assert fingerprint("owner/name", None, ["vae"]) == f"commit {'b' * 40}"
+    assert fingerprint("owner/name", None, None, ["vae"]) == f"commit {'b' * 40}"
     online = True  # and the branch has moved
-    assert fingerprint("owner/name", None, ["vae"]) == f"commit {'a' * 40}"
+    assert fingerprint("owner/name", None, None, ["vae"]) == f"commit {'a' * 40}"
+
+
+@pytest.mark.parametrize("given", ["", "inner", "inner/vae"])
+def test_weights_in_a_subfolder_are_told_apart(tmp_path, given):
+    weights = tmp_path / given.removesuffix("/vae") / "vae" / "model.safetensors"
+    weights.parent.mkdir(parents=True)
+    told = set()
+    for content in (b"one", b"two"):
+        weights.write_bytes(content)
+        told |= set(fingerprints({"checkpoint": str(tmp_path), "subfolder": given or None}, ["vae"]).values())
+    assert len(told) == 2

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from longalign import evaluate, pipeline
+from longalign import evaluate, pipeline, stock
 from longalign.cli import main
 from longalign.compose import Composition
 from longalign.config import load_config, to_yaml
@@ -358,6 +358,18 @@ def test_eval_finds_out_what_is_wrong_before_it_draws(hues, drawn, run, tmp_path
     assert f"to compare with these, give --images ours={there}, not --checkpoint" in told("--prompt", "b")
     assert main(["score", "--checkpoint", run, *hues, "--prompt", "a", "--output", str(there)]) == 2 and not drawn
     assert "lists 1 images; choose an empty folder" in capsys.readouterr().err
+
+
+def test_revision_and_variant_are_of_stock_pipelines(hues, drawn, run, monkeypatch, tmp_path, capsys):
+    seen = []
+    monkeypatch.setattr(stock, "generate", lambda *_, **settings: seen.append(settings) or [])
+    told = ["--prompt", "a", "--output", str(tmp_path / "out"), "--variant", "fp16", "--revision", "main"]
+    assert main(["generate", "--pipeline", "owner/name", *told]) == 0
+    assert (seen[0]["variant"], seen[0]["revision"]) == ("fp16", "main")
+    for command in (["generate", "--checkpoint", run], ["score", "--checkpoint", run, *hues],
+                    ["eval", "--checkpoint", f"ours={run}", *hues]):  # fmt: skip
+        assert main([*command, *told]) == 2 and not drawn
+        assert "--revision is of stock pipelines" in capsys.readouterr().err
 
 
 def test_score_draws_first(hues, drawn, run, capsys):
