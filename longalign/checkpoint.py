@@ -172,7 +172,8 @@ def load_for_sampling(checkpoint: str | Path, runtime: Runtime | None = None) ->
     load_into(path, backbone, encoder)
     backbone.merge_lora()
     # Merged first, in the precision of training, so that what is drawn is what was trained.
-    backbone.denoiser.to(runtime.torch_dtype)
+    if backbone.denoiser.dtype != runtime.torch_dtype:  # diffusers warns of any cast
+        backbone.denoiser.to(runtime.torch_dtype)
     for part in (backbone, encoder):
         part.requires_grad_(False).eval()
     return config, backbone, encoder
