@@ -53,6 +53,7 @@ class Setting:
     decode_batch: int | None = None
     gradient_checkpointing: bool = False
     channels_last: bool = False
+    compile: bool = False
 
 
 def build(setting: Setting) -> Any:
@@ -103,6 +104,8 @@ def build(setting: Setting) -> Any:
         trainer.enable_gradient_checkpointing()
     if setting.channels_last:
         backbone.use_channels_last()
+    if setting.compile:
+        backbone.wrap_denoiser(torch.compile(backbone.denoiser))
     return trainer.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -152,11 +155,13 @@ def measure(setting: Setting, pipe: Any) -> None:
     parameters."""
     import torch
 
-    tiny = replace(setting, chosen=1, pixels=64, width=32, batch=2, steps=2)
+    tiny = replace(setting, chosen=1, pixels=64, width=32, batch=2, steps=2, compile=False)
     step(build(tiny), tiny)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what is freed is given back, not kept for the steps that are measured
     trainer = build(setting)
+    if setting.compile:
+        step(trainer, setting)  # in which it is compiled
     before = _held()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -266,9 +271,9 @@ def given(options: argparse.Namespace, parser: argparse.ArgumentParser, skipped:
     found = ""
     for key, value in vars(options).items():
         if value != parser.get_default(key) and key not in ("output", *skipped):
-            values = value if isinstance(value, list) else [value]
+            values = value if isinstance(value, list) else [] if value is True else [value]
             told = (f"{v:g}" if isinstance(v, float) else str(v) for v in values)
-            found += f" --{key.replace('_', '-')} {' '.join(told)}"
+            found += " ".join([f" --{key.replace('_', '-')}", *told])
     return found
 
 
@@ -288,6 +293,7 @@ def main() -> None:
     )
     parser.add_argument("--cap", type=float, default=8.0, help="GiB that autograd without checkpoints may take (8)")
     parser.add_argument("--replay-batch", type=int, default=5, help="calls repeated in one, for the settings (5)")
+    parser.add_argument("--compile", action="store_true", help="also by torch.compile, which needs a C++ compiler here")
     parser.add_argument("--at", type=int, default=5, help="steps with gradient for the settings (5)")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"), help="of the table")
     options = parser.parse_args()
@@ -303,6 +309,7 @@ def main() -> None:
         "one call at a time": first,
         f"replay_batch {options.replay_batch}": replace(first, replay_batch=options.replay_batch),
         "channels last": replace(first, channels_last=True),
+        **({"compiled": replace(first, compile=True)} if options.compile else {}),
         "decode_batch 1": replace(first, decode_batch=1),
         "decode_batch 1, denoise_batch 1": small,
         "the same, gradient_checkpointing": replace(small, gradient_checkpointing=True),
