@@ -127,9 +127,11 @@ def fold_lora(denoiser: Any, name: str) -> None:
     """
     generator = torch.Generator().manual_seed(0)
     for key, layer in lora_layers(denoiser, name):
-        weight = layer.get_base_layer().weight
-        exact = weight.float() + layer.get_delta_weight(name).float()
-        weight.copy_(exact if weight.dtype == torch.float32 else dithered(exact, weight.dtype, generator))
+        weight, change = layer.get_base_layer().weight, layer.get_delta_weight(name)
+        if weight.dtype in (torch.float16, torch.bfloat16):
+            weight.copy_(dithered(weight.float() + change.float(), weight.dtype, generator))
+        else:
+            weight.add_(change)
         parent, _, child = key.rpartition(".")
         setattr(denoiser.get_submodule(parent), child, layer.get_base_layer())
     # diffusers remembers adapters beside the layers; forgetting them lets the next one start clean.

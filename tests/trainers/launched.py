@@ -119,7 +119,8 @@ def split_configs(folder, processes):
     full = {**align, "output": str(folder / "full"), "validation": None}
     full |= {"loop": {**align["loop"], **short, "clip": 1e-3, "gradient_checkpointing": True}}
     full |= {"trainer": {**align["trainer"], "lora": None, "train_adapter": False}}
-    drift = {"regularizer": "kl", "regularizer_weight": 0.1, "lora": None, "schedule": {"name": "draft-k", "k": 2}}
+    drift = {"regularizer": "kl", "regularizer_weight": 0.1, "lora": None, "train_adapter": False}
+    drift |= {"schedule": {"name": "draft-k", "k": 2}}
     kl = {**reward, "output": str(folder / "kl"), "trainer": {**reward["trainer"], **drift}}
     alone = {"reward": reward, "full": full, "kl": kl}
     return {**found, **{name: (config, None) for name, config in alone.items()}}
