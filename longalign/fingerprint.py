@@ -24,7 +24,9 @@ def fingerprints(config: Any, folders: Sequence[str]) -> dict[str, str | None]:
             "tokenizer"]``, which stands for ``text_encoder_2`` too. Of a folder that has none of them the files at its
             top count.
     """
-    return {path: fingerprint(*named, folders) for path, *named in _named("", config)}
+    return {
+        path: fingerprint(name, revision, subfolder, folders) for path, name, revision, subfolder in _named("", config)
+    }
 
 
 def _named(path: str, value: Any) -> Iterator[tuple[str, str, str | None, str | None]]:
