@@ -16,8 +16,10 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,13 +118,19 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def medians(rounds: int, encoder: ClipSegmentEncoder, prompts: Sequence[str]) -> dict[str, float]:
-    """Median seconds of each way; one call of each in every round."""
-    seconds: dict[str, list[float]] = {name: [] for name in WAYS}
-    for _ in range(rounds):
-        for name, way in WAYS.items():
-            seconds[name].append(timed(lambda way=way: way(encoder, prompts)))
-    return {name: statistics.median(values) for name, values in seconds.items()}
+def medians(rounds: int, calls: Mapping[Any, Callable[[], object]]) -> dict[Any, float]:
+    """Median seconds of each call; one of each in every round."""
+    seconds: dict[Any, list[float]] = {key: [] for key in calls}
+    for i in range(rounds):
+        for key, call in calls.items():
+            seconds[key].append(timed(call))
+            print(f"round {i + 1}, {key}: {seconds[key][-1]:.2f} s", flush=True)
+    return {key: statistics.median(values) for key, values in seconds.items()}
+
+
+def compared(rounds: int, encoder: ClipSegmentEncoder, prompts: Sequence[str]) -> dict[str, float]:
+    """Median seconds of each way of encoding the prompts."""
+    return medians(rounds, {name: partial(way, encoder, prompts) for name, way in WAYS.items()})
 
 
 def matrix_speed(rounds: int, side: int = 4096) -> float:
@@ -167,7 +175,7 @@ def main() -> None:
 
     prompts = mixed(rng, options.prompts)
     difference = (plain(encoder, prompts) - encoder.encode(prompts).states).abs().max().item()
-    took = medians(options.rounds, encoder, prompts)
+    took = compared(options.rounds, encoder, prompts)
     rows = [row for plan in encoder.checked_plans(prompts) for row in plan.rows]
     share = sum(map(len, rows)) / (len(rows) * max(map(len, rows)))
     lines += [
@@ -188,7 +196,7 @@ def main() -> None:
     ]  # fmt: skip
 
     repeated = [*prompts[: len(prompts) // 4] * 4]
-    took = medians(options.rounds, encoder, repeated)
+    took = compared(options.rounds, encoder, repeated)
     lines += [
         "Duplicates, which are encoded once: a batch in which every prompt comes four times takes the plain way "
         f"{took['plain'] / took['longalign']:.1f} times as long ({took['plain']:.2f} s, {took['longalign']:.2f} s).",
@@ -209,7 +217,7 @@ def main() -> None:
     lines += ["| segments in a prompt | prompts/s, plain | prompts/s, longalign | ratio |", "|---|---|---|---|"]
     for segments in (1, 5, 20, 60):
         batch = [" ".join(sentence(rng) for _ in range(segments)) for _ in range(max(2, 60 // segments))]
-        took = medians(options.rounds, encoder, batch)
+        took = compared(options.rounds, encoder, batch)
         speed = {name: len(batch) / value for name, value in took.items()}
         ratio = speed["longalign"] / speed["plain"]
         lines.append(f"| {segments} | {speed['plain']:.2f} | {speed['longalign']:.2f} | {ratio:.2f} |")

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 import warnings
@@ -25,6 +24,7 @@ import encoding
 import numpy as np
 import reward_step
 import torch
+from encoding import medians
 from PIL import Image
 from reward_step import table
 from torch import Tensor
@@ -71,18 +71,6 @@ def _sentences(rng: np.random.Generator, left: int) -> Iterable[str]:
 def frozen(call: Callable[..., Any]) -> Callable[..., Any]:
     """The same call without gradient."""
     return torch.no_grad()(call)
-
-
-def medians(rounds: int, calls: Mapping[Any, Callable[[], object]]) -> dict[Any, float]:
-    """Median seconds of each call; one of each in every round."""
-    seconds: dict[Any, list[float]] = {key: [] for key in calls}
-    for i in range(rounds):
-        for key, call in calls.items():
-            began = time.perf_counter()
-            call()
-            seconds[key].append(time.perf_counter() - began)
-            print(f"round {i + 1}, {key}: {seconds[key][-1]:.2f} s", flush=True)
-    return {key: statistics.median(values) for key, values in seconds.items()}
 
 
 def write_models(folder: Path, size: Mapping[str, Any]) -> tuple[str, str, int]:

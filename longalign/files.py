@@ -20,6 +20,11 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 BOOL, INT, FLOAT, TIME = (f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "timestamp"))
 
 
+def place(subfolder: str | None, folder: str) -> str:
+    """Where in a checkpoint a folder of diffusers' layout is, if all of them are in ``subfolder``."""
+    return f"{subfolder}/{folder}" if subfolder else folder
+
+
 def check_single_file(checkpoint: str, layout: str | None, **choosing: str | None) -> None:
     """Checks the keys that go with a checkpoint, which is one ``.safetensors`` file by its name, or a folder or
     repository.

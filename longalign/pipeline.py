@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from longalign.conditioning import condition, describe_cuts, per_prompt
-from longalign.config import load_config, override
+from longalign.config import override
 from longalign.data.lines import new_index
 from longalign.diffusion import NoiseLevels, check_prediction, trailing_timesteps
 from longalign.encoders.base import Encoder, TruncationWarning
@@ -203,23 +203,19 @@ def load_model(source: Any, dtype: str | None = None) -> tuple[Any, Backbone, En
         dtype: "float32", "bfloat16" or "float16", of all weights but an adapter's; if None that of ``loop.precision``,
             and of a config's denoiser ``backbone.dtype``.
     """
-    is_checkpoint = isinstance(source, (str, Path)) and Path(source).is_dir()
-    # any prompt may be drawn, also with a cache
-    config = load_config(source) if is_checkpoint else override(source, {"cache": None})
-    runtime = Runtime.detect(config.loop.precision)
-    runtime = runtime if dtype is None else replace(runtime, dtype=dtype)
-    if is_checkpoint:
+    runtime = None if dtype is None else replace(Runtime.detect(), dtype=dtype)
+    if isinstance(source, (str, Path)) and Path(source).is_dir():
         from longalign.checkpoint import load_for_sampling
 
         return load_for_sampling(source, runtime)
     from longalign.compose import build_from_config
 
-    composition = build_from_config(config, runtime)
+    composition = build_from_config(override(source, {"cache": None}), runtime)  # any prompt may be drawn
     backbone, encoder = composition.backbone, composition.encoder
-    if dtype is not None:
+    if runtime is not None:
         backbone.merge_lora()  # in full precision, as of a checkpoint
         backbone.denoiser.to(runtime.torch_dtype)
-    return config, backbone, encoder
+    return composition.config, backbone, encoder
 
 
 def generate(

@@ -63,10 +63,6 @@ class SDConfig(PartConfig):
         """Whether the checkpoint is one file instead of a folder or repository."""
         return self.checkpoint.endswith((".safetensors", ".ckpt"))
 
-    def place(self, folder: str) -> str:
-        """Where in the checkpoint a folder of diffusers' layout is."""
-        return f"{self.subfolder}/{folder}" if self.subfolder else folder
-
     @model_validator(mode="after")
     def _agree(self) -> SDConfig:
         check_single_file(

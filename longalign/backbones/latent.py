@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from longalign.backbones.base import Backbone
 from longalign.backbones.configs import SDConfig
 from longalign.diffusion import NoiseLevels
+from longalign.files import place
 from longalign.runtime import Runtime, resolve_checkpoint
 
 
@@ -95,17 +96,17 @@ def load_parts(config: SDConfig, runtime: Runtime, kind: Any, component: str) ->
     checkpoint = resolve_checkpoint(config.checkpoint)
 
     def load(part: Any, folder: str, dtype: torch.dtype) -> Any:
-        given = {"subfolder": config.place(folder), "revision": config.revision, "variant": config.variant}
+        given = {"subfolder": place(config.subfolder, folder), "revision": config.revision, "variant": config.variant}
         return part.from_pretrained(checkpoint, torch_dtype=dtype, **given)
 
     try:
         denoiser = load(kind, component, getattr(torch, config.dtype))
         vae = load(AutoencoderKL, "vae", runtime.torch_dtype)
         constants: Any = DDIMScheduler.load_config(
-            checkpoint, subfolder=config.place("scheduler"), revision=config.revision
+            checkpoint, subfolder=place(config.subfolder, "scheduler"), revision=config.revision
         )
     except OSError as error:
-        places = ", ".join(f"{config.place(folder)}/" for folder in (component, "vae", "scheduler"))
+        places = ", ".join(f"{place(config.subfolder, folder)}/" for folder in (component, "vae", "scheduler"))
         raise ValueError(
             f"'{checkpoint}' does not hold {places} with a config and weights; see 'subfolder', and 'variant' for "
             f"weights in files such as *.fp16.safetensors ({error})"

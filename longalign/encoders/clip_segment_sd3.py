@@ -12,6 +12,7 @@ from longalign.encoders.base import Conditioning, Encoder, PromptReport
 from longalign.encoders.clip_segment_sdxl import ClipSegmentSDXLEncoder, load_clips
 from longalign.encoders.concat import join, merge_reports
 from longalign.encoders.t5 import T5Encoder
+from longalign.files import place
 from longalign.runtime import Runtime
 from longalign.segment import Prompt
 
@@ -54,7 +55,8 @@ class ClipSegmentSD3Encoder(Encoder):
 
         clips, t5 = load_clips(config, runtime, CLIPTextModelWithProjection, empty="encode"), None
         if config.t5 == "encode":
-            model, tokenizer = load_text_model(T5EncoderModel, config, config.place("text_encoder_3"), runtime)
+            folder = place(config.subfolder, "text_encoder_3")
+            model, tokenizer = load_text_model(T5EncoderModel, config, folder, runtime)
             settings = {"overflow": config.overflow, "max_batch_tokens": config.max_batch_tokens}
             t5 = T5Encoder(model, tokenizer, max_tokens=config.t5_tokens, **settings)
             t5.setting = "t5_tokens"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from longalign.encoders.base import Conditioning, Encoder, PromptReport, check_prompts, plain_text
 from longalign.encoders.clip_segment import ClipSegmentEncoder, Plan
+from longalign.files import place
 from longalign.runtime import Runtime
 from longalign.segment import Prompt, Segmenter
 
@@ -128,7 +129,7 @@ def load_clips(config: TwoClipsConfig, runtime: Runtime, first: type, **settings
     from longalign.encoders.single_file import load_clip
 
     kinds = {"text_encoder": first, "text_encoder_2": CLIPTextModelWithProjection}
-    loaded = [load_clip(kind, config, config.place(folder), runtime) for folder, kind in kinds.items()]
+    loaded = [load_clip(kind, config, place(config.subfolder, folder), runtime) for folder, kind in kinds.items()]
     models, tokenizers = zip(*loaded, strict=True)
     keys = ("pooled", "sot", "eot", "pad", "max_tokens", "overflow", "max_batch_tokens")
     settings |= {key: getattr(config, key) for key in keys}

@@ -121,10 +121,6 @@ class TwoClipsConfig(CheckpointConfig):
     max_tokens: int = Field(240, ge=1)
     overflow: Literal["error", "cut", "grow"] = "cut"
 
-    def place(self, folder: str) -> str:
-        """Where in the checkpoint a folder of diffusers' layout is."""
-        return f"{self.subfolder}/{folder}" if self.subfolder else folder
-
 
 class ClipSegmentSDXLConfig(TwoClipsConfig, SingleFileConfig):
     """Segment-level encoding with the two CLIPs of Stable Diffusion XL.

@@ -41,8 +41,9 @@ class ClipTowers(Towers):
     def count_tokens(self, text: str) -> int:
         return len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    def num_positions(self, text: str) -> int:
-        return min(self.count_tokens(text), self.window) + NUM_SPECIAL_TOKENS
+    def num_positions(self, texts: Sequence[str]) -> list[int]:
+        ids = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        return [min(len(of), self.window) + NUM_SPECIAL_TOKENS for of in ids]
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
         return pooled(self.model.get_image_features(pixel_values=pixels.to(self.model.dtype)))

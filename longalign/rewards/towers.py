@@ -34,10 +34,10 @@ class Towers(nn.Module):
         """Number of tokens of a text, without special tokens."""
         raise NotImplementedError
 
-    def num_positions(self, text: str) -> int:
-        """Positions that a text takes in a pass of the text tower; of a pass, the longest text counts. Here it is the
-        window: towers that do not pad every text to it say so."""
-        return self.window
+    def num_positions(self, texts: Sequence[str]) -> list[int]:
+        """Positions that each text takes in a pass of the text tower; of a pass, the longest text counts. Here it is
+        the window: towers that do not pad every text to it say so."""
+        return [self.window] * len(texts)
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
         """Normalised pixels ``(b, 3, h, w)`` to embeddings ``(b, d)`` of any length, with gradient."""
@@ -152,11 +152,11 @@ class TowerReward(EmbeddingReward):
         return [s for s in found if s] or [""]
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
-        unit, lengths = self.segment_features(prompts)
-        return torch.stack([segments.mean(0) for segments in unit.split(lengths)])
+        unit, split = self.segment_features(prompts)
+        return torch.stack([segments.mean(0) for segments in unit.split([len(segments) for segments in split])])
 
-    def segment_features(self, prompts: Sequence[str]) -> tuple[Tensor, list[int]]:
-        """Unit embeddings ``(n, d)`` of the segments of all prompts in their order, and how many each prompt has.
+    def segment_features(self, prompts: Sequence[str]) -> tuple[Tensor, list[list[str]]]:
+        """Unit embeddings ``(n, d)`` of the segments of all prompts in their order, and the segments of each prompt.
 
         With gradient where the towers are trained.
         """
@@ -167,15 +167,14 @@ class TowerReward(EmbeddingReward):
             self._warn_of_cuts(prompts)
         places = {text: i for i, text in enumerate(dict.fromkeys(s for segments in split for s in segments))}
         unit = self._unit_embeddings(list(places))
-        return unit[[places[s] for segments in split for s in segments]], [len(segments) for segments in split]
+        return unit[[places[s] for segments in split for s in segments]], split
 
     def save(self, folder: Path) -> None:
         """Writes the model into a folder, which is made if it is missing, for this kind of reward to be loaded from."""
         self.towers.save(folder, self.pixels)
 
     def _unit_embeddings(self, texts: list[str]) -> Tensor:
-        lengths = [self.towers.num_positions(text) for text in texts]
-        calls = group_by_length(lengths, limit=NUM_POSITIONS_PER_PASS)
+        calls = group_by_length(self.towers.num_positions(texts), limit=NUM_POSITIONS_PER_PASS)
         found = torch.cat([self.towers.embed_texts([texts[i] for i in call]) for call in calls])
         unit = F.normalize(at_least_float32(found), dim=-1)
         order = torch.tensor([i for call in calls for i in call])

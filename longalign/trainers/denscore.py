@@ -31,11 +31,11 @@ class Embed(nn.Module):
         super().__init__()
         self.reward = reward
 
-    def forward(self, images: Tensor, texts: Sequence[str]) -> tuple[Tensor, Tensor, list[int], Tensor]:
-        """Unit embeddings of the images and of the texts' segments, how many segments each text has, and the inverse
+    def forward(self, images: Tensor, texts: Sequence[str]) -> tuple[Tensor, Tensor, list[list[str]], Tensor]:
+        """Unit embeddings of the images and of the texts' segments, the segments of each text, and the inverse
         temperature."""
-        segments, lengths = self.reward.segment_features(texts)
-        return self.reward.image_features(images), segments, lengths, self.reward.towers.logit_scale.exp()
+        segments, split = self.reward.segment_features(texts)
+        return self.reward.image_features(images), segments, split, self.reward.towers.logit_scale.exp()
 
 
 class DenscoreTrainer(Trainer):
@@ -103,7 +103,8 @@ class DenscoreTrainer(Trainer):
         prompts, captions = list(batch["prompt"]), batch.get("captions")
         b, device = len(prompts), self.runtime.device
         told = [text for pair in captions for text in pair] if captions is not None else []
-        found, segments, lengths, scale = self._embed[0](batch["image"].to(device).flatten(0, 1), [*prompts, *told])
+        found, segments, split, scale = self._embed[0](batch["image"].to(device).flatten(0, 1), [*prompts, *told])
+        lengths = [len(of) for of in split]
         images = self.everyone(found.view(b, 2, -1))
         first = self.everyone(batch["preference"].to(device))
         means = torch.stack([part.mean(0) for part in segments.split(lengths)])
@@ -125,7 +126,7 @@ class DenscoreTrainer(Trainer):
             logits = scale * segments @ images.flatten(0, 1).T
             whose = torch.eye(len(texts), device=device) if told else torch.block_diag(*target.split(1))
             # The same words tell of all their images alike; no image of theirs is a negative of another.
-            keys = self.everyone(self.keys(told or prompts))
+            keys = self.everyone(self.keys([segment for of in split[b if told else 0 :] for segment in of]))
             alike = (keys[:, None] == keys).float()
             wanted = alike @ whose[owner] / alike.sum(1, keepdim=True)
             out["contrastive_loss"] = self.contrastive_weight * divergence(logits, wanted)
@@ -138,9 +139,8 @@ class DenscoreTrainer(Trainer):
             out["scale"] = scale.detach()
         return out
 
-    def keys(self, texts: Sequence[str]) -> Tensor:
-        """A number ``(n,)`` for each segment of all texts, equal for equal words."""
-        segments = [segment for text in texts for segment in self.reward.segments(text)]
+    def keys(self, segments: Sequence[str]) -> Tensor:
+        """A number ``(n,)`` for each segment, equal for equal words."""
         digests = [int.from_bytes(blake2b(s.encode(), digest_size=8).digest(), signed=True) for s in segments]
         return torch.tensor(digests, device=self.runtime.device)
 
