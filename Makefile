@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
 
-.PHONY: setup demo test test-transformers4 check
+.PHONY: setup demo test test-reliability test-transformers4 check
 
 setup: $(STAMP)
 
@@ -22,6 +22,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests $(wildcard plugins/*/tests)
+
+# What was attacked and how it went: docs/reliability.md.
+test-reliability: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests -m reliability
 
 # In an environment of its own: transformers 4 needs huggingface_hub 0, which no later diffusers takes.
 test-transformers4:
