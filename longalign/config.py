@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from longalign.faults import ConfigError, Fault, flatten, nested, shorten
+from longalign.faults import ConfigError, Fault, check_size, flatten, nested, shorten
 from longalign.files import read_mapping
 from longalign.registry import Part, PartError, trainers
 
@@ -235,6 +236,7 @@ def load_config(source: Mapping[str, Any] | str | Path | RunConfig) -> RunConfig
         source = to_dict(source)
     if not isinstance(source, Mapping):
         raise ConfigError([("", f"expected a mapping or a path, got {shorten(source)}")])
+    check_size(source)
     try:
         return RunConfig.model_validate(dict(source))
     except ValidationError as error:
@@ -274,7 +276,7 @@ def override(config: Mapping[str, Any] | str | Path | RunConfig, changes: Mappin
         try:
             _put(tree, path, _plain(value))
         except LookupError as error:
-            faults.append((path, str(error.args[0])))
+            faults.append((shorten(path) if not isinstance(path, str) else path, str(error.args[0])))
     if faults:
         raise ConfigError(faults)
     return load_config(tree)
@@ -304,6 +306,8 @@ def _plain(value: Any) -> Any:
 
 
 def _put(tree: Any, path: str, value: Any) -> None:
+    if not isinstance(path, str):
+        raise LookupError("expected a path of keys with dots between them")
     *way, last = path.split(".")
     for depth, step in enumerate(way):
         tree = tree[_step(tree, step, ".".join(way[:depth]))]
@@ -318,10 +322,13 @@ def _put(tree: Any, path: str, value: Any) -> None:
 def _step(tree: Any, step: str, where: str) -> Any:
     if isinstance(tree, dict):
         if step not in tree:
-            raise LookupError(f"there is no '{step}'{f' in {where}' if where else ''}; there is {', '.join(tree)}")
+            raise LookupError(
+                f"there is no '{step}'{f' in {where}' if where else ''}; available: {', '.join(map(str, tree))}"
+            )
         return step
     if isinstance(tree, list):
-        if not step.isdigit() or int(step) >= len(tree):
-            raise LookupError(f"there is no entry '{step}' in {where}, which has {len(tree)}, counted from 0")
+        if not re.fullmatch("[0-9]{1,9}", step) or int(step) >= len(tree):
+            have = f"has {len(tree)}, counted from 0" if tree else f"is empty; set {where} as a whole"
+            raise LookupError(f"there is no entry '{step}' in {where}, which {have}")
         return int(step)
     raise LookupError(f"there is nothing inside {where}, which is {shorten(tree)}; set {where} as a whole")

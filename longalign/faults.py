@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -27,12 +28,25 @@ PLAIN = {
 }
 
 
+#: most levels that a value may be nested, and most values in it, one that stands in several places counted at each
+DEEPEST, LARGEST = 64, 100_000
+#: most faults that the text of an error names
+SHOWN = 50
+
+_USER = re.compile(r"(\w+://)[^/\s?#@'\"]+@")
+_SECRET = re.compile(
+    r"([?&][\w.-]*(?:token|key|secret|signature|sig|password|passwd|credential|auth)[\w.-]*=)[^&#\s'\"]+", re.IGNORECASE
+)
+
+
 class ConfigError(ValueError):
     """A config that cannot be used. ``errors`` holds ``(path, message)`` for every fault that was found."""
 
     def __init__(self, errors: list[Fault]):
         self.errors = errors
-        lines = "\n".join(f"  {path or '(config)'}: {message}" for path, message in errors)
+        lines = "\n".join(f"  {path or '(config)'}: {message}" for path, message in errors[:SHOWN])
+        if len(errors) > SHOWN:
+            lines += f"\n  and {len(errors) - SHOWN} more"
         super().__init__(f"{len(errors)} error{'s' if len(errors) > 1 else ''} in the config:\n{lines}")
 
 
@@ -74,9 +88,73 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 
 
 def shorten(value: Any, limit: int = 80) -> str:
-    """``repr`` of a value, cut in the middle of nowhere rather than filling the screen."""
-    text = repr(value)
+    """``repr`` of a value without credentials, truncated to ``limit`` characters; only so much of it is looked at."""
+    text = ""
+    for piece in _pieces(value, limit):
+        text += piece
+        if len(text) > limit + 1000:  # enough to find an address that goes on behind the limit
+            break
+    text = redact_url(text)
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def redact_url(text: str) -> str:
+    """A text with ``***`` in place of the credentials in addresses: user and password, and secrets of the query."""
+    return _SECRET.sub(r"\1***", _USER.sub(r"\1***@", text))
+
+
+def check_size(value: Any) -> None:
+    """Raises `ConfigError` for a value that is nested too deeply, contains itself, or is too large written out.
+
+    YAML's anchors let a short text stand for a value that no memory holds; one that is shared is counted wherever it
+    stands.
+    """
+    seen: dict[int, tuple[int, int]] = {}
+
+    def measure(inner: Any, level: int) -> tuple[int, int]:
+        """Number of values, and of levels."""
+        if not isinstance(inner, (Mapping, list, tuple, set, frozenset)):
+            return 1, 0
+        if id(inner) not in seen:
+            if level > DEEPEST:
+                raise ConfigError([("", f"expected at most {DEEPEST} levels of lists and mappings in each other")])
+            parts = (*inner.keys(), *inner.values()) if isinstance(inner, Mapping) else tuple(inner)
+            sizes = [measure(part, level + 1) for part in parts]
+            seen[id(inner)] = 1 + sum(size for size, _ in sizes), 1 + max((deep for _, deep in sizes), default=0)
+        size, deep = seen[id(inner)]
+        if level + deep > DEEPEST + 1:
+            raise ConfigError([("", f"expected at most {DEEPEST} levels of lists and mappings in each other")])
+        if size > LARGEST:
+            raise ConfigError(
+                [("", f"expected at most {LARGEST} values, those shared by anchors counted where they are used")]
+            )
+        return size, deep
+
+    measure(value, 1)
+
+
+def _pieces(value: Any, limit: int) -> Iterator[str]:
+    """``repr`` of a value, piece by piece: a value may be larger than memory once it is written out."""
+    if isinstance(value, (dict, list, tuple)):
+        start, end = "{}" if isinstance(value, dict) else "[]" if isinstance(value, list) else "()"
+        yield start
+        for number, key in enumerate(value):
+            if number:
+                yield ", "
+            yield from _pieces(key, limit)
+            if isinstance(value, dict):
+                yield ": "
+                yield from _pieces(value[key], limit)
+        yield f",{end}" if isinstance(value, tuple) and len(value) == 1 else end
+    elif isinstance(value, (str, bytes)):
+        yield repr(value[: limit + 1000])
+    elif isinstance(value, int) and value.bit_length() > 1000:
+        yield f"a number of about {round(value.bit_length() * 0.30103)} digits"
+    else:
+        try:
+            yield repr(value)
+        except Exception:
+            yield f"a {type(value).__name__} that cannot be shown"
 
 
 def _message(detail: ErrorDetails, steps: list[Any], holder: type[BaseModel] | None) -> tuple[str, str]:

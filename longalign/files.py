@@ -11,13 +11,18 @@ from typing import Any
 
 import yaml
 
-from longalign.faults import ConfigError, shorten
+from longalign.faults import LARGEST, ConfigError, check_size, shorten, suggestion
 
 CHECKPOINT = "longalign.safetensors"
 #: folder of the reward in a checkpoint of a run that trained one
 REWARD = "reward"
+CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-BOOL, INT, FLOAT, TIME = (f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "timestamp"))
+BOOL, INT, FLOAT, TIME, VALUE, MERGE = (
+    f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "timestamp", "value", "merge")
+)
+#: most characters of a config file
+LONGEST = 2**22
 
 
 def place(subfolder: str | None, folder: str) -> str:
@@ -50,31 +55,65 @@ def check_single_file(checkpoint: str, layout: str | None, **choosing: str | Non
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars: ``no`` is a word, ``1e-4`` a number, ``1:30`` is none. A repeated key is an error."""
+    """YAML 1.2's scalars: ``no`` is a word, ``1e-4`` a number, ``1:30`` is none. Repeated keys and tags are errors."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [(tag, pattern) for tag, pattern in known if tag not in (BOOL, INT, FLOAT, TIME)]
+        first: [(tag, pattern) for tag, pattern in known if tag not in (BOOL, INT, FLOAT, TIME, VALUE)]
         for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+    _merged = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if getattr(event, "tag", None) is not None:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the tag '{event.tag}' is not read; write the value without it", event.start_mark
+            )
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key, _ in node.value:
-            if key.tag != "tag:yaml.org,2002:merge":
+            if key.tag != MERGE:
                 name = self.construct_object(key, deep=True)
                 if isinstance(name, (list, dict)):
-                    raise yaml.constructor.ConstructorError(None, None, f"{name} cannot be a key", key.start_mark)
+                    message = f"{shorten(name)} cannot be a key"
+                    raise yaml.constructor.ConstructorError(None, None, message, key.start_mark)
                 if name in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"the key '{name}' is repeated", key.start_mark)
+                    message = f"the key {shorten(name)} is repeated"
+                    raise yaml.constructor.ConstructorError(None, None, message, key.start_mark)
                 seen.add(name)
         return super().construct_mapping(node, deep)
+
+    def flatten_mapping(self, node: Any) -> None:
+        """Puts what ``<<`` names before a mapping's own keys, each key once: merged mappings that are merged again
+        would double."""
+        own = [(key, value) for key, value in node.value if key.tag != MERGE]
+        merges = [value for key, value in node.value if key.tag == MERGE]
+        if not merges:
+            return
+        node.value = own
+        parts = [part for value in merges for part in (value.value if value.id == "sequence" else [value])]
+        pairs: dict[Any, Any] = {}
+        for part in reversed(parts):  # of a list the first wins
+            if part.id != "mapping":
+                raise yaml.constructor.ConstructorError(None, None, "'<<' takes mappings", part.start_mark)
+            self.flatten_mapping(part)
+            self._merged += len(part.value)
+            if self._merged > LARGEST:
+                raise yaml.constructor.ConstructorError(None, None, "too much is merged", part.start_mark)
+            pairs |= {key.value if key.id == "scalar" else id(key): (key, value) for key, value in part.value}
+        pairs |= {key.value if key.id == "scalar" else id(key): (key, value) for key, value in own}
+        node.value = list(pairs.values())
 
 
 _Loader.add_implicit_resolver(BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _Loader.add_implicit_resolver(INT, re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
     FLOAT,
-    re.compile(r"^[-+]?(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"),
+    re.compile(
+        r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+    ),
     list("-+.0123456789"),
 )
 
@@ -93,14 +132,23 @@ def read_mapping(path: Path) -> dict[str, Any]:
             raise ConfigError([("", f"{path} carries no config; expected a checkpoint written by longalign")])
         return _mapping(_json(text, path), path)
     if not path.exists():
-        raise FileNotFoundError(f"no config file {path}")
-    if path.suffix not in (".yaml", ".yml", ".json"):
-        raise ConfigError([("", f"{path} is neither .yaml, .yml, .json nor a checkpoint")])
+        raise FileNotFoundError(_no_config(path))
+    if path.suffix not in CONFIG_SUFFIXES:
+        raise ConfigError([("", f"{path} is neither {', '.join(CONFIG_SUFFIXES)} nor a checkpoint")])
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(LONGEST + 1)
     except UnicodeDecodeError as error:
         raise ConfigError([("", f"{path} is not UTF-8 text: {error}")]) from error
+    if len(text) > LONGEST:
+        raise ConfigError([("", f"{path} is no config: it has more than {LONGEST} characters")])
     return _mapping(_json(text, path) if path.suffix == ".json" else _yaml(text, path), path)
+
+
+def _no_config(path: Path) -> str:
+    """That a file is missing, with those of similar names beside it."""
+    there = [p.name for p in path.parent.glob("*") if p.suffix in CONFIG_SUFFIXES] if path.parent.is_dir() else []
+    return f"no config file {path}{suggestion(path.name, there)}"
 
 
 def checkpoint_file(path: Path) -> Path:
@@ -141,22 +189,30 @@ def find_checkpoint(checkpoint: str, revision: str | None = None) -> Path:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file: 8 bytes of header length, the header in JSON, its ``__metadata__``."""
+    """The metadata of a safetensors file: 8 bytes of header length, the header in JSON, its ``__metadata__``.
+
+    Raises:
+        ConfigError: if it has none that is whole, or some that is not text.
+    """
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > path.stat().st_size:
                 raise ValueError("its header is longer than the file")
-            return json.loads(file.read(length)).get("__metadata__", {})
-    except (struct.error, ValueError, AttributeError) as error:
-        raise ConfigError([("", f"{path} is not a safetensors file, or is cut short: {error}")]) from error
+            header = json.loads(file.read(length))
+    except (struct.error, ValueError, RecursionError) as error:
+        raise ConfigError([("", f"{path} is not a safetensors file, or is truncated: {error}")]) from error
+    metadata = header.get("__metadata__", {}) if isinstance(header, dict) else header
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ConfigError([("", f"{path} is damaged: expected texts by name as metadata, got {shorten(metadata)}")])
+    return metadata
 
 
 def parse_value(text: str) -> Any:
     """A value written on the command line: a YAML scalar, list ``[..]`` or mapping ``{..}``; other text is itself."""
     try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
+        value = _load_yaml(text)
+    except (yaml.YAMLError, ValueError):
         value = text
     if text[:1] in "[{\"'" and value != text:
         return value
@@ -184,10 +240,21 @@ def parse_assignments(items: Sequence[str]) -> dict[str, Any]:
     return out
 
 
+def _load_yaml(text: str) -> Any:
+    try:
+        value = yaml.load(text, _Loader)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    check_size(value)
+    return value
+
+
 def _yaml(text: str, path: Path) -> Any:
     try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+        return _load_yaml(text)
+    except ConfigError as error:
+        raise ConfigError([("", f"{path}: {message}") for _, message in error.errors]) from error
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark else str(path)
         raise ConfigError([("", f"{where}: {getattr(error, 'problem', None) or error}")]) from error
@@ -195,14 +262,17 @@ def _yaml(text: str, path: Path) -> Any:
 
 def _json(text: str, path: Path) -> Any:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"the key '{name}' is repeated")
-        return dict(pairs)
+        out: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in out:
+                raise ValueError(f"the key {shorten(name)} is repeated")
+            out[name] = value
+        return out
 
     try:
         return json.loads(text, object_pairs_hook=once)
+    except RecursionError:
+        raise ConfigError([("", f"{path}: it is nested too deeply")]) from None
     except ValueError as error:
         raise ConfigError([("", f"{path}: {error}")]) from error
 
@@ -211,5 +281,5 @@ def _mapping(value: Any, path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError([("", f"{path}: expected a mapping of keys to values, got {shorten(value)}")])
     if odd := [k for k in value if not isinstance(k, str)]:
-        raise ConfigError([(str(k), f"{path}: a key must be a word, got {k!r}") for k in odd])
+        raise ConfigError([(shorten(k), f"{path}: a key must be a word, got {shorten(k)}") for k in odd])
     return value

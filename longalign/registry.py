@@ -17,7 +17,7 @@ import catalogue
 from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationError
 
 from longalign.discovery import PREFIX, offers, owner
-from longalign.faults import ConfigError, Fault, PartError, flatten, nested, shorten, suggestion
+from longalign.faults import ConfigError, Fault, PartError, check_size, flatten, nested, shorten, suggestion
 from longalign.runtime import Runtime
 
 __all__ = [
@@ -200,6 +200,10 @@ class Registry:
 
     def validate(self, value: Any) -> PartConfig:
         """Turns ``{"name": ..., ...}``, a bare name or a config into a checked config. Raises `ConfigError`."""
+        check_size(value)
+        return self._validate(value)
+
+    def _validate(self, value: Any) -> PartConfig:
         given = type(value) if isinstance(value, PartConfig) else None
         if isinstance(value, PartConfig):
             value = value.model_dump(warnings=False)  # model_copy(update=...) does not validate, so it is done here
@@ -264,7 +268,7 @@ def Part(kind: str) -> Any:
 
     def check(value: Any) -> PartConfig:
         try:
-            return REGISTRIES[kind].validate(value)
+            return REGISTRIES[kind]._validate(value)  # its size has been checked with what holds it
         except ConfigError as error:
             raise nested(error.errors) from error
 

@@ -2,14 +2,16 @@
 
 import json
 import struct
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
 from longalign.config import LoopConfig, RunConfig, diff, load_config, override, to_dict, to_json, to_yaml
-from longalign.faults import ConfigError
+from longalign.faults import ConfigError, redact_url, shorten
 from longalign.files import checkpoint_file, parse_assignments, parse_value
+from longalign.registry import encoders
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.y*ml"))
 
@@ -150,7 +152,7 @@ def test_a_part_replaced_by_name_has_only_its_own_defaults_and_can_be_set_furthe
     [
         ("loop.step", "did you mean 'steps'"),
         ("lop.steps", "there is no 'lop'"),
-        ("rewards.0.omega", "there is no entry '0' in rewards, which has 0"),
+        ("rewards.0.omega", "there is no entry '0' in rewards, which is empty; set rewards as a whole"),
         ("validation.every", "there is nothing inside validation, which is None; set validation as a whole"),
         ("seed.x", "there is nothing inside seed"),
     ],
@@ -212,7 +214,130 @@ def test_files_that_cannot_be_used(tmp_path, name, text, message):
     assert message in str(error.value)
 
 
+LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 30)
+)
+MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}\n" for i in range(1, 40))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.yaml", "seed: !!bool x", "the tag 'tag:yaml.org,2002:bool'"),
+        ("a.yaml", "seed: !!timestamp x", "the tag"),
+        ("a.yaml", "seed: !!int ''", "the tag"),
+        ("a.yaml", "seed: !!python/object:os.system {}", "the tag"),
+        ("a.yaml", "? !!set {a}\n: b", "the tag"),
+        ("a.yaml", "? [a]\n: b", "cannot be a key"),
+        ("a.yaml", f"seed: {'9' * 5000}", "4300"),
+        ("a.json", f'{{"seed": {"9" * 5000}}}', "4300"),
+        ("a.yaml", f"seed: {'[' * 3000}", "nested too deeply"),
+        ("a.yaml", f"seed: {'[' * 70}{']' * 70}", "64 levels"),
+        ("a.json", f'{{"seed": {"[" * 100_000}', "nested too deeply"),
+        ("a.json", f'{{"seed": {"[" * 70}{"]" * 70}}}', "64 levels"),
+        ("a.yaml", f"{LAUGHS}seed: *a29", "100000 values"),
+        ("a.yaml", f"{MERGES}seed: *a39", "a0: this key does not exist"),
+        ("a.yaml", "seed: &a [*a]", "64 levels"),
+        ("a.yaml", "a: &a {<<: *a}", "a: this key does not exist"),
+        ("a.yaml", "seed: =", "got '='"),
+        ("a.yaml", "seed: \u0665", "got '\u0665'"),
+        ("a.yaml", "<<: 3", "takes mappings"),
+        ("a.yaml", "\0" * 100, "a.yaml"),
+    ],
+)
+def test_texts_made_to_break_the_reader_are_config_errors(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as error:
+        load_config(tmp_path / name)
+    assert message in str(error.value)
+    assert len(str(error.value)) < 7000
+
+
+def test_a_config_without_end_is_no_config(tmp_path):
+    (tmp_path / "a.yaml").symlink_to("/dev/zero")
+    with pytest.raises(ConfigError, match="more than 4194304 characters"):
+        load_config(tmp_path / "a.yaml")
+
+
+def test_merged_mappings_keep_the_first_and_their_own_keys(tmp_path):
+    text = to_yaml(load_config(ALIGN)).replace(
+        "loop:\n", "loop:\n  <<: [{workers: 2, keep: 7}, {keep: 9, log_every: 3}]\n"
+    )
+    (tmp_path / "a.yaml").write_text(text.replace("  keep: 2\n", "").replace("  workers: 0\n", ""))
+    loop = load_config(tmp_path / "a.yaml").loop
+    assert (loop.workers, loop.keep, loop.log_every) == (2, 7, 10)
+
+
+def test_many_keys_are_read_in_linear_time(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({f"key{i}": i for i in range(40_000)}))
+    before = time.process_time()
+    with pytest.raises(ConfigError, match="key0: this key does not exist") as error:
+        load_config(tmp_path / "a.json")
+    assert len(error.value.errors) > 40_000
+    assert len(str(error.value)) < 10_000
+    assert time.process_time() - before < 10
+
+
+def test_mappings_that_hold_themselves_or_share_too_much_are_config_errors():
+    itself = {"name": "concat", "parts": []}
+    itself["parts"] += [itself, itself]
+    shared = {"name": "clip-segment"}
+    for _ in range(30):
+        shared = {"name": "concat", "parts": [shared, shared]}
+    for encoder, message in ((itself, "64 levels"), (shared, "100000 values")):
+        with pytest.raises(ConfigError, match=message):
+            load_config({**ALIGN, "encoder": encoder})
+        with pytest.raises(ConfigError, match=message):
+            encoders.validate(encoder)
+
+
+@pytest.mark.parametrize("metadata", [None, [1], 3, {"config": 3}, {"config": None}, "x"])
+def test_damaged_metadata_is_an_error_that_names_the_file(tmp_path, metadata):
+    write_checkpoint(tmp_path / "c", metadata)
+    with pytest.raises(ConfigError, match=r"longalign\.safetensors is damaged"):
+        load_config(tmp_path / "c")
+
+
+def test_a_header_nested_without_end_is_an_error_that_names_the_file(tmp_path):
+    header = b"[" * 100_000
+    (tmp_path / "longalign.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(ConfigError, match=r"longalign\.safetensors is not a safetensors file"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rewards.\u00b2.omega": 1},
+        {3: 1},
+        {"loop": {1: 2}, "loop.x.y": 3},
+        {"rewards": [1], "rewards." + "9" * 5000: 2},
+    ],
+)
+def test_paths_that_are_none_are_config_errors(changes):
+    with pytest.raises(ConfigError):
+        override(ALIGN, changes)
+
+
+def test_what_came_is_shown_in_bounded_time_and_without_credentials():
+    laughs = ["x"]
+    for _ in range(100):
+        laughs = [laughs] * 10
+    assert len(shorten(laughs)) == 80
+    assert shorten((1,)) == "(1,)"
+    assert shorten({"a": [1, "b"]}) == repr({"a": [1, "b"]})
+    assert shorten(10**9999) == "a number of about 9999 digits"
+    assert "secret" not in shorten({"files": f"https://user:secret@host/{'x' * 100}"})
+    assert "secret" not in shorten("https://" + "u" * 75 + ":secret@host")
+    url = "https://me:secret@host:8080/a/b.parquet?X-Amz-Signature=secret&part=3&token=secret"
+    assert redact_url(url) == "https://***@host:8080/a/b.parquet?X-Amz-Signature=***&part=3&token=***"
+    assert redact_url("s3://bucket/a@b.parquet, a@b.c") == "s3://bucket/a@b.parquet, a@b.c"
+
+
 def test_files_that_are_not_there(tmp_path):
+    (tmp_path / "mini-align.yaml").touch()
+    with pytest.raises(FileNotFoundError, match=r"mini-aling\.yaml; did you mean 'mini-align\.yaml'\?"):
+        load_config(tmp_path / "mini-aling.yaml")
     with pytest.raises(FileNotFoundError, match="no config file"):
         load_config(tmp_path / "run.yaml")
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
