@@ -1,6 +1,9 @@
 # Needs Python 3.11 or later and make. PIP_ARGS is handed to pip, e.g. to pick another build of torch.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_ARGS ?=
+# Processes that run tests at the same time, each with one thread of torch; PYTEST_ARGS is handed to pytest.
+WORKERS ?= 2
+PYTEST_ARGS ?=
 VENV := .venv
 PINS :=
 BIN := $(VENV)/bin
@@ -21,11 +24,11 @@ demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/longalign demo --output runs/demo
 
 test: $(STAMP)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests $(wildcard plugins/*/tests)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests $(wildcard plugins/*/tests) $(PYTEST_ARGS)
 
 # What was attacked and how it went: docs/reliability.md.
 test-reliability: $(STAMP)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests -m reliability
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests -m reliability $(PYTEST_ARGS)
 
 # In an environment of its own: transformers 4 needs huggingface_hub 0, which no later diffusers takes.
 test-transformers4:

@@ -141,6 +141,7 @@ def test_more_processes_than_there_is_to_do(config, alone, tmp_path):
     assert_same(tmp_path, alone)
 
 
+@pytest.mark.processes
 def test_the_command_in_two_processes(config, alone, tmp_path):
     config = into(config, tmp_path / "cache")
     (tmp_path / "run.yaml").write_text(to_yaml(config))

@@ -37,6 +37,7 @@ NEEDED = ("sd/unet/config.json", "clip/config.json", "denscore/config.json")
 BLOCK = re.compile(r"^```(\w+)[ ]?(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PLACES = r"(?:longalign|examples|docs|recipes|tests|plugins|benchmarks)/"
 
+pytestmark = pytest.mark.docs
 documents = pytest.mark.parametrize("path", DOCS, ids=lambda path: path.stem)
 needs_weights = pytest.mark.skipif(
     not all((WEIGHTS / name).exists() for name in NEEDED), reason="the bundled weights are not there"

@@ -107,47 +107,67 @@ def level(module):
     return PART
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m != "__init__"])
-def test_modules_import_from_lower_levels(module):
-    kind = module.split(".")[0]
-    for imported, inside in own_imports(MODULES[module]):
-        if (module, imported) in UPWARDS or (inside and module == f"{kind}.configs" and imported.startswith(kind)):
-            assert inside, f"{module} must import {imported} inside a function"
-            continue
-        same = level(imported) == level(module) and (level(module) in (0, 1, 2, 3) or imported.startswith(f"{kind}."))
-        assert level(imported) < level(module) or same, f"{module} (level {level(module)}) imports {imported}"
+def wrong(modules, offends, imports=own_imports):
+    """``module imports another`` for each import of the modules that a rule does not allow."""
+    return [
+        f"{module} imports {imported}" + (" inside a function" if inside else "")
+        for module in modules
+        for imported, inside in sorted(imports(MODULES[module]))
+        if offends(module, imported, inside)
+    ]
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m.split(".")[0] in KINDS and m != "trainers.loop"])
-def test_a_part_imports_no_concrete_part_of_another_kind(module):
+def upwards(module, imported, inside):
     kind = module.split(".")[0]
-    for imported, _ in own_imports(MODULES[module]):
+    if (module, imported) in UPWARDS or (inside and module == f"{kind}.configs" and imported.startswith(kind)):
+        return not inside
+    own, other = level(module), level(imported)
+    return not (other < own or (own == other and (own < PART or imported.startswith(f"{kind}."))))
+
+
+def test_modules_import_from_lower_levels():
+    assert not wrong([m for m in MODULES if m != "__init__"], upwards)
+
+
+def test_a_part_imports_no_concrete_part_of_another_kind():
+    """It takes them from the registry, or as arguments."""
+
+    def offends(module, imported, inside):
         other, _, name = imported.partition(".")
-        if other in KINDS and other != kind and name:
-            assert name in SHARED, f"{module} imports {imported}; take it from the registry, or as an argument"
+        return other in KINDS and other != module.split(".")[0] and bool(name) and name not in SHARED
+
+    assert not wrong([m for m in MODULES if m.split(".")[0] in KINDS and m != "trainers.loop"], offends)
 
 
-@pytest.mark.parametrize("module", ["preference", "diffusion", "images"])
-def test_tensor_maths_imports_nothing_of_ours(module):
-    assert not own_imports(MODULES[module])
+def test_tensor_maths_imports_nothing_of_ours():
+    assert not wrong(["preference", "diffusion", "images"], lambda module, imported, inside: True)
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if within(m, NO_TORCH)])
-def test_light_modules_import_nothing_heavy(module):
-    for imported, inside in imports_of(MODULES[module]):
-        assert inside or not within(imported, HEAVY), f"{module} imports {imported} when it is imported"
+def test_light_modules_import_nothing_heavy():
+    light = [m for m in MODULES if within(m, NO_TORCH)]
+    assert not wrong(light, lambda module, imported, inside: not inside and within(imported, HEAVY), imports_of)
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_libraries_stay_where_they_belong(module):
-    for imported, _ in imports_of(MODULES[module]):
+def test_libraries_stay_where_they_belong():
+    def offends(module, imported, inside):
         rules = [places for library, places in ONLY_IN.items() if within(imported, [library])]
-        assert not rules or any(within(module, places) for places in rules), f"{module} imports {imported}"
+        return bool(rules) and not any(within(module, places) for places in rules)
+
+    assert not wrong(MODULES, offends, imports_of)
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("trainers.") and m != "trainers.configs"])
-def test_a_trainer_does_not_look_anything_up(module):
-    assert "registry" not in MODULES[module].read_text(encoding="utf-8")
+def test_a_trainer_does_not_look_anything_up():
+    trainers = [m for m in MODULES if m.startswith("trainers.") and m != "trainers.configs"]
+    assert not [m for m in trainers if "registry" in MODULES[m].read_text(encoding="utf-8")]
+
+
+def test_offenders_are_named():
+    assert wrong(["diffusion"], lambda *about: True, lambda path: {("torch", False), ("peft", True)}) == [
+        "diffusion imports peft inside a function",
+        "diffusion imports torch",
+    ]
+    assert upwards("registry", "config", False) and not upwards("config", "registry", False)
+    assert not upwards("compose", "trainers.loop", True) and upwards("compose", "trainers.loop", False)
 
 
 def test_the_rules_see_imports(tmp_path):

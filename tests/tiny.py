@@ -1,16 +1,56 @@
-"""Builders of tiny random checkpoints in the published formats, shared by the tests."""
+"""Builders of tiny random checkpoints in the published formats, shared by the tests.
+
+A folder is built once in a process for each choice of settings; later calls copy it, so a test may change its own.
+"""
 
 from __future__ import annotations
 
+import atexit
+import inspect
 import json
 import shutil
+import tempfile
+from collections.abc import Callable
+from functools import cache, wraps
 from pathlib import Path
 
 import torch
 
+Builder = Callable[..., Path]
+
+
+@cache
+def _built() -> Path:
+    """The folder of what was built in this process."""
+    folder = tempfile.mkdtemp(prefix="tiny-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def once(build: Builder) -> Builder:
+    """``build(folder, ...)`` runs once for the same other arguments; each call's folder gets a copy."""
+    known: dict[str, Path] = {}
+
+    @wraps(build)
+    def copied(folder: Path, *args, **settings) -> Path:
+        given = inspect.signature(build).bind(folder, *args, **settings)
+        given.apply_defaults()
+        key = repr([(name, value) for name, value in given.arguments.items() if name != "folder"])
+        if key not in known:
+            place = _built() / f"{build.__name__}-{len(known)}"
+            with torch.random.fork_rng(devices=[]):
+                build(place, *args, **settings)
+            known[key] = place
+        shutil.copytree(known[key], folder, dirs_exist_ok=True)
+        return folder
+
+    return copied
+
+
 WORDS = ("A red fox sleeps on a wall. The sky is green.",)
 
 
+@once
 def tiny_clip(folder: Path, seed: int = 0, tokenizer: bool = True, width: int = 16) -> Path:
     """A transformers ``CLIPModel`` that reads 32 px, with its processor unless ``tokenizer`` is False."""
     from transformers import AutoTokenizer, CLIPConfig, CLIPModel
@@ -39,6 +79,7 @@ def tiny_clip(folder: Path, seed: int = 0, tokenizer: bool = True, width: int = 
     return folder
 
 
+@once
 def tiny_hpsv2(folder: Path, name: str = "HPS_v2.1_compressed.pt") -> Path:
     """An open_clip model in the layout of HPSv2's files, with its architecture and vocabulary beside the weights."""
     from open_clip.model import CLIP
@@ -60,6 +101,7 @@ def tiny_hpsv2(folder: Path, name: str = "HPS_v2.1_compressed.pt") -> Path:
     return folder
 
 
+@once
 def tiny_clip_text(folder: Path, layout: str = "diffusers", positions: int = 77, width: int = 16) -> Path:
     """A CLIP text model with its tokenizer, in diffusers layout, or in transformers layout as a whole CLIP."""
     from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
@@ -85,6 +127,7 @@ def tiny_clip_text(folder: Path, layout: str = "diffusers", positions: int = 77,
     return folder
 
 
+@once
 def tiny_t5(folder: Path, width: int = 16) -> Path:
     """A T5 encoder with its tokenizer in transformers layout."""
     from transformers import AutoTokenizer, T5Config, T5EncoderModel
@@ -143,6 +186,7 @@ def _noisy(model: torch.nn.Module):
     return model
 
 
+@once
 def tiny_sd(folder: Path, width: int = 16) -> Path:
     """A whole Stable Diffusion in diffusers layout: UNet, VAE of factor 8, CLIP text model, scheduler; 64 px."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -212,6 +256,7 @@ SD15_NARROW = {
 """Stable Diffusion 1.5's UNet, which has diffusers' default blocks, with few channels."""
 
 
+@once
 def tiny_sd15(folder: Path) -> Path:
     """As `tiny_sd`, with the blocks and layers of Stable Diffusion 1.5 in the UNet."""
     from diffusers import UNet2DConditionModel
@@ -222,6 +267,7 @@ def tiny_sd15(folder: Path) -> Path:
     return folder
 
 
+@once
 def tiny_adapter(folder: Path, in_dim: int = 16, int_dim: int = 12, out_dim: int = 16) -> Path:
     """LaVi-Bridge's adapter as diffusers writes it."""
     from longalign.encoders.adapter import TextAdapter
@@ -231,6 +277,7 @@ def tiny_adapter(folder: Path, in_dim: int = 16, int_dim: int = 12, out_dim: int
     return folder
 
 
+@once
 def tiny_sdxl(folder: Path) -> Path:
     """Stable Diffusion XL in the layout of its hub page: two text models (16 and 24 wide), Euler's scheduler; 64 px."""
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -265,6 +312,7 @@ def tiny_sdxl(folder: Path) -> Path:
     return folder
 
 
+@once
 def tiny_sd3(folder: Path, **transformer_settings) -> Path:
     """Stable Diffusion 3 in the layout of its hub page, in half precision: CLIPs 8 and 12 wide, T5 32 wide; 64 px."""
     from diffusers import (

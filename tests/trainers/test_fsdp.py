@@ -36,6 +36,7 @@ def outputs(tmp_path_factory):
     return two, one
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_and_weights_are_those_of_one_process(outputs, kind):
     # Where gradients are near AdamW's eps, as in a distillation that begins at its teacher, rounding moves weights.
@@ -44,6 +45,7 @@ def test_losses_and_weights_are_those_of_one_process(outputs, kind):
     assert all(len(weights) > 2 for weights in checkpoints.values())
 
 
+@pytest.mark.processes
 def test_losses_in_half_precision_are_near_those_of_one_process(outputs):
     two, one = ([line["loss"] for line in lines(folder / "half")] for folder in outputs)
     assert two == pytest.approx(one, rel=0.02) and len(one) == 2
@@ -57,6 +59,7 @@ def tensors(value, name=""):
     return {k: v for key, child in children for k, v in tensors(child, f"{name}.{key}").items()}
 
 
+@pytest.mark.processes
 def test_what_a_run_goes_on_from_is_whole_too(outputs):
     files = (folder / "align" / "checkpoint-000004" / "resume" / "shared.pt" for folder in outputs)
     ours, theirs = (torch.load(file, weights_only=True) for file in files)
@@ -67,6 +70,7 @@ def test_what_a_run_goes_on_from_is_whole_too(outputs):
         torch.testing.assert_close(ours[key], tensor, rtol=1e-3, atol=1e-5, msg=lambda text, k=key: f"{k}: {text}")
 
 
+@pytest.mark.processes
 def test_each_process_keeps_its_share_and_calls_the_denoiser_as_often(outputs):
     first, second = (json.loads((outputs[0] / f"told-{rank}.json").read_text()) for rank in range(2))
     for kind in KINDS:
@@ -75,6 +79,7 @@ def test_each_process_keeps_its_share_and_calls_the_denoiser_as_often(outputs):
         assert 0.4 < first[kind]["kept"] < 0.6
 
 
+@pytest.mark.processes
 def test_images_are_drawn_by_all_and_written_by_one(outputs):
     ours, theirs = (sorted((folder / "align" / "validation").rglob("*.png")) for folder in outputs)
     assert [p.parent.name for p in ours] == ["000002", "000004"]

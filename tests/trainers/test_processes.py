@@ -9,6 +9,8 @@ from launched import lines
 from safetensors.torch import load_file
 from tiny import tiny_clip
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
