@@ -12,7 +12,6 @@ import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -22,9 +21,13 @@ from pydantic import (
     model_validator,
 )
 
-from longalign.faults import ConfigError, Fault, check_size, flatten, nested, shorten
+from longalign.faults import ConfigError, Fault, check_size, flatten, nested, shorten, suggestion
 from longalign.files import read_mapping
-from longalign.registry import Part, PartError, trainers
+from longalign.registry import Part, PartError, Section, trainers
+
+
+def _names(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
 
 
 def _listed(value: Any) -> Any:
@@ -38,12 +41,6 @@ TRAINED = ("backbone", "encoder")
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
-
-
-class Section(BaseModel):
-    """Base of the config's own sections: frozen, with extra keys, infinities and NaN refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
 
 class LoopConfig(Section):
@@ -67,13 +64,13 @@ class LoopConfig(Section):
         save_every: steps between checkpoints, or null for one at the end only.
         keep: how many checkpoints to keep, the newest ones, or null for all.
         log_every: steps between logged values.
-        trackers: where values are logged besides the progress bar: "tensorboard", "wandb".
+        trackers: where values are logged besides the progress bar: "tensorboard", "wandb"; one or a list.
         workers: processes that load data; 0 loads in the training process.
     """
 
     steps: PositiveInt = 1000
-    batch_size: PositiveInt = 8
-    accumulation: PositiveInt = 1
+    batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 8
+    accumulation: Annotated[int, Field(ge=1, le=1_000_000)] = 1
     lr: PositiveFloat = 3e-5
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     weight_decay: NonNegativeFloat = 1e-2
@@ -87,8 +84,8 @@ class LoopConfig(Section):
     save_every: PositiveInt | None = 500
     keep: PositiveInt | None = 2
     log_every: PositiveInt = 10
-    trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_listed)] = ()
-    workers: NonNegativeInt = 0
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_names)] = ()
+    workers: Annotated[int, Field(ge=0, le=1000)] = 0
 
 
 class ValidationConfig(Section):
@@ -322,9 +319,8 @@ def _put(tree: Any, path: str, value: Any) -> None:
 def _step(tree: Any, step: str, where: str) -> Any:
     if isinstance(tree, dict):
         if step not in tree:
-            raise LookupError(
-                f"there is no '{step}'{f' in {where}' if where else ''}; available: {', '.join(map(str, tree))}"
-            )
+            near = suggestion(step, map(str, tree)) or f"; available: {', '.join(map(str, tree))}"
+            raise LookupError(f"there is no '{step}'{f' in {where}' if where else ''}{near}")
         return step
     if isinstance(tree, list):
         if not re.fullmatch("[0-9]{1,9}", step) or int(step) >= len(tree):

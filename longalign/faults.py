@@ -158,15 +158,38 @@ def _pieces(value: Any, limit: int) -> Iterator[str]:
 
 
 def _message(detail: ErrorDetails, steps: list[Any], holder: type[BaseModel] | None) -> tuple[str, str]:
+    """What is wrong, and what came."""
     if detail["type"] == "extra_forbidden":
-        known = list(holder.model_fields) if holder else []
-        hint = suggestion(str(steps[-1]), known) or (f"; there is {', '.join(known)}" if known else "")
-        return f"this key does not exist{hint}", ""
+        return f"this key does not exist{_meant(str(steps[-1]), holder) if holder else ''}", ""
     if detail["type"] == "missing":
         return "this key is required", ""
     if detail["type"] == "value_error":  # our own validators say themselves what came
         return str(detail["ctx"]["error"]) if "ctx" in detail else detail["msg"], ""
-    return PLAIN.get(detail["type"], detail["msg"]), f", got {shorten(detail['input'])}"
+    came = f", got {shorten(detail['input'])}"
+    if detail["type"] == "literal_error":
+        allowed = detail["ctx"]["expected"] if "ctx" in detail else ""
+        near = suggestion(detail["input"], re.findall("'([^']*)'", allowed)) if isinstance(detail["input"], str) else ""
+        return f"expected {allowed}", came + near
+    return PLAIN.get(detail["type"], detail["msg"]), came
+
+
+def _meant(word: str, holder: type[BaseModel]) -> str:
+    """What a key that does not exist may have been: one inside a section, or a similar one."""
+    inside = {
+        f"{key}.{name}": name
+        for key, field in holder.model_fields.items()
+        for section in _members(field.annotation)
+        if isinstance(section, type) and issubclass(section, BaseModel)
+        for name in section.model_fields
+        if name not in holder.model_fields and name != "name"
+    }
+    known = list(holder.model_fields)
+    # the best match of all; a key is one of its own level where both are equally near
+    close = [word] if word in inside.values() else difflib.get_close_matches(word, [*known, *inside.values()], 1, 0.5)
+    if not close:
+        return f"; available: {', '.join(known)}"
+    found = close if close[0] in known else [path for path, name in inside.items() if name == close[0]]
+    return f"; did you mean {' or '.join(map(repr, found))}?"
 
 
 def _follow(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[Any], type[BaseModel] | None]:

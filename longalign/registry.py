@@ -14,7 +14,8 @@ from importlib.metadata import EntryPoint
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 import catalogue
-from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, SerializeAsAny, ValidationError
+from pydantic_core import PydanticCustomError, core_schema
 
 from longalign.discovery import PREFIX, offers, owner
 from longalign.faults import ConfigError, Fault, PartError, check_size, flatten, nested, shorten, suggestion
@@ -40,10 +41,43 @@ __all__ = [
 KEBAB = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 
-class PartConfig(BaseModel):
-    """Base of every part's config: frozen, with extra keys, infinities and NaN refused."""
+def _no_truth(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise PydanticCustomError("float_type", "expected a number")
+    return value
+
+
+def _strict(schema: Any) -> Any:
+    """A core schema in which true and false are no numbers, and texts neither whole numbers nor true or false.
+
+    A text may be a number with a point or an exponent: other readers of YAML take ``1e-4`` for one. pydantic's own
+    ``strict`` would also take no list where a tuple is meant, which is all that YAML has.
+    """
+    if isinstance(schema, list):
+        return [_strict(value) for value in schema]
+    if not isinstance(schema, dict) or schema.get("function") == {"type": "no-info", "function": _no_truth}:
+        return schema
+    schema = {key: value if key == "default" else _strict(value) for key, value in schema.items()}
+    if schema.get("type") in ("int", "bool"):
+        schema["strict"] = True
+    if schema.get("type") == "int" and not {"le", "lt"} & schema.keys():
+        schema["le"] = 2**63 - 1
+    return core_schema.no_info_before_validator_function(_no_truth, schema) if schema.get("type") == "float" else schema
+
+
+class Section(BaseModel):
+    """Base of everything in a config: frozen; extra keys, infinities and NaN are errors, and so are texts for whole
+    numbers, true and false for numbers, and whole numbers beyond 64 bits."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        return _strict(handler(source))
+
+
+class PartConfig(Section):
+    """Base of every part's config."""
 
     name: str
 

@@ -101,7 +101,27 @@ def test_all_faults_at_once_each_with_its_path():
         ({"validation": {"prompts": 3}}, "validation.prompts", "expected a list or expected text, got 3"),
         ({"loop": 3}, "loop", "expected a mapping, got 3"),
         ({"loop": {"steps": 1.5}}, "loop.steps", "expected a whole number, got 1.5"),
-        ({"loop": {"trackers": "wandb"}}, "loop.trackers", "expected a list, one entry per item"),
+        ({"loop": {"trackers": "wandbb"}}, "loop.trackers.0", "did you mean 'wandb'?"),
+        ({"loop": {"steps": True}}, "loop.steps", "expected a whole number, got True"),
+        ({"loop": {"steps": "5"}}, "loop.steps", "expected a whole number, got '5'"),
+        ({"loop": {"steps": 5.0}}, "loop.steps", "expected a whole number, got 5.0"),
+        ({"loop": {"steps": 10**30}}, "loop.steps", "got 1000000000000000000000000000000"),
+        ({"loop": {"batch_size": 10**12}}, "loop.batch_size", "less than or equal to 1000000, got 1000000000000"),
+        ({"loop": {"lr": "fast"}}, "loop.lr", "expected a number, got 'fast'"),
+        ({"loop": {"lr": True}}, "loop.lr", "expected a number, got True"),
+        ({"loop": {"gradient_checkpointing": "yes"}}, "loop.gradient_checkpointing", "expected true or false"),
+        (
+            {"trainer": {"name": "align", "lora": {"rank": "3"}}},
+            "trainer.lora.rank",
+            "expected a whole number, got '3'",
+        ),
+        ({"data": {"name": "scenes", "words": ["1", 2]}}, "data.words.0", "expected a whole number, got '1'"),
+        ({"loop": {"precision": "bfloat16"}}, "loop.precision", "got 'bfloat16'; did you mean 'bf16'?"),
+        ({"backbone": {**ALIGN["backbone"], "dtype": "bf16"}}, "backbone.dtype", "did you mean 'bfloat16'?"),
+        ({"lr": 1}, "lr", "this key does not exist; did you mean 'loop.lr'?"),
+        ({"steps": 1}, "steps", "did you mean 'loop.steps' or 'validation.steps'?"),
+        ({"batch_size": 1}, "batch_size", "did you mean 'loop.batch_size'?"),
+        ({"batchsize": 1}, "batchsize", "did you mean 'loop.batch_size'?"),
         ({"trainer": {"name": "align", "lora": {"rnk": 3}}}, "trainer.lora.rnk", "did you mean 'rank'?"),
         (
             {"rewards": [{"name": "sum", "terms": [{"reward": {"name": "clip", "chekpoint": "x"}}]}]},
@@ -131,9 +151,13 @@ def test_parts_that_do_not_go_together_are_refused_before_anything_is_loaded():
     assert "required where there is a trainer" in faults({**ALIGN, "data": None})["data"]
 
 
+def test_one_tracker_is_a_list_of_one():
+    assert load_config({**ALIGN, "loop": {"trackers": "wandb"}}).loop.trackers == ("wandb",)
+
+
 def test_override_changes_leaves_parts_and_list_entries():
     config = load_config(REWARD)
-    changed = override(config, {"encoder": "t5", "rewards.0.omega": 0.0, "loop.lr": "1e-4"})
+    changed = override(config, {"encoder": "t5", "rewards.0.omega": 0.0, "loop.lr": 1e-4})
     assert changed.encoder.name == "t5"
     assert (changed.rewards[0].omega, config.rewards[0].omega) == (0.0, 0.3)
     assert changed.loop.lr == 1e-4
@@ -151,7 +175,8 @@ def test_a_part_replaced_by_name_has_only_its_own_defaults_and_can_be_set_furthe
     ("path", "message"),
     [
         ("loop.step", "did you mean 'steps'"),
-        ("lop.steps", "there is no 'lop'"),
+        ("lop.steps", "there is no 'lop'; did you mean 'loop'?"),
+        ("qqq.steps", "there is no 'qqq'; available: backbone, "),
         ("rewards.0.omega", "there is no entry '0' in rewards, which is empty; set rewards as a whole"),
         ("validation.every", "there is nothing inside validation, which is None; set validation as a whole"),
         ("seed.x", "there is nothing inside seed"),

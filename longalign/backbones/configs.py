@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from longalign.files import check_single_file
-from longalign.registry import PartConfig
+from longalign.registry import PartConfig, Section
 from longalign.runtime import Runtime
 
 
-class LoraConfig(BaseModel):
+class LoraConfig(Section):
     """Low-rank updates of every Linear and Conv2d inside ResnetBlock2D, Attention and GEGLU (arXiv 2106.09685).
 
     ``down`` starts as N(0, 1/rank^2) and ``up`` as zero, so training starts at the model itself.
@@ -23,8 +23,6 @@ class LoraConfig(BaseModel):
         dropout_placement: ``"down"`` drops inputs before the down projection, as peft does; ``"up"`` drops outputs of
             the up projection, as the authors of LongAlign did.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     rank: int = Field(default=32, ge=1)
     scale: float = Field(default=1.0, gt=0)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from longalign.registry import Part, PartConfig
+from longalign.registry import Part, PartConfig, Section
 from longalign.runtime import Runtime
 
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -151,7 +151,7 @@ class ReweightedConfig(PartConfig):
         return load_reweighted(self, runtime)
 
 
-class TermConfig(BaseModel):
+class TermConfig(Section):
     """One term of a sum.
 
     Attributes:
@@ -159,8 +159,6 @@ class TermConfig(BaseModel):
         weight: its factor; a negative one turns a reward into a penalty.
         label: names its curves; the reward's name if it is left out, numbered where that is taken.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     reward: Part("rewards")  # type: ignore[valid-type]
     weight: float = Field(1.0, allow_inf_nan=False)
