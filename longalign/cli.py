@@ -198,6 +198,7 @@ def _eval(add: Callable[..., argparse.ArgumentParser]) -> None:
     _sampling(command)
     command.add_argument("--output", metavar="DIR", help="a folder for what is drawn, in it one for each model")
     command.add_argument("--json", metavar="FILE", help="also write the table, with each image's values, as JSON")
+    command.add_argument("--markdown", metavar="FILE", help="also write the table as Markdown")
 
 
 def _direction(add: Callable[..., argparse.ArgumentParser]) -> None:

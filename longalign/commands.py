@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -122,8 +123,9 @@ def evaluate(args: Namespace) -> None:
     elif args.output is None:
         raise ValueError("give --output, a folder for what is drawn")
     _check_pipelines(args, *(option for option, _ in models.values()))
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise FileNotFoundError(f"no folder for --json {args.json}")
+    for key in ("json", "markdown"):
+        if (file := getattr(args, key)) and not Path(file).absolute().parent.is_dir():
+            raise FileNotFoundError(f"no folder for --{key} {file}")
     told = _told(args) if drawn else []
     folders = {n: Path(args.output) / n if n in drawn else Path(source) for n, (_, source) in models.items()}
     pairs = {
@@ -150,9 +152,11 @@ def evaluate(args: Namespace) -> None:
     images = {name: ImageFiles([path for path, _, _ in _rows(folder)]) for name, folder in folders.items()}
     seeds = [seed for _, seed in pairs[first] if seed is not None]
     table = measure(images, prompts, metrics, seeds, args.batch)
-    print(table.text(), end="")
+    print(table.text(shutil.get_terminal_size().columns if sys.stdout.isatty() else None), end="")
     if args.json:
         Path(args.json).write_text(table.json(), encoding="utf-8")
+    if args.markdown:
+        Path(args.markdown).write_text(table.markdown(), encoding="utf-8")
 
 
 def _models(args: Namespace) -> dict[str, tuple[str, str]]:

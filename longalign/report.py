@@ -18,7 +18,7 @@ from torch import Tensor
 from longalign import charts
 from longalign.imagefiles import to_pil
 from longalign.record import changed, machine, read_log
-from longalign.table import Interval, MetricTable, label, number
+from longalign.table import MIN_PROMPTS, Interval, MetricTable, label, number
 
 LONGEST_SIDE = 384
 """Pixels; larger images are embedded reduced to this."""
@@ -119,7 +119,7 @@ def _cell(interval: Interval, metric: str, difference: bool = False) -> str:
     if not interval.count:
         return "<td>-</td>"
     mean, low, high = (number(v, metric, difference) for v in (interval.mean, interval.low, interval.high))
-    style = ' class="clear"' if difference and interval.excludes_zero else ""
+    style = ' class="clear"' if difference and interval.significant else ""
     return f'<td><span{style}>{mean}</span><span class="range">{low} to {high}</span></td>'
 
 
@@ -143,7 +143,7 @@ def _metrics(table: MetricTable) -> str:
     if differences:
         out.append(
             "<h3>Differences</h3><p class='soft'>Paired over prompts and seeds; bold where the "
-            f"interval excludes zero.</p><div class='scroll'><table><thead>{head}</thead>"
+            f"interval excludes zero; from {MIN_PROMPTS} prompts.</p><div class='scroll'><table><thead>{head}</thead>"
             f"<tbody>{''.join(differences)}</tbody></table></div>"
         )
     return "".join(out) + "</section>"

@@ -11,21 +11,25 @@ from typing import Any
 import numpy as np
 
 LENGTH_EDGES = (30, 60, 120, 240)
+MIN_PROMPTS = 10
+"""Fewer prompts give a bootstrap interval that is too narrow to call a difference significant."""
 CHUNK = 1_000_000
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its bootstrap interval; ``count`` images have a value. All are NaN where none has one."""
+    """A mean and its bootstrap interval, of ``count`` images of ``prompts`` prompts. All NaN without values."""
 
     mean: float
     low: float
     high: float
     count: int
+    prompts: int = 0
 
     @property
-    def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
+    def significant(self) -> bool:
+        """Whether the interval excludes zero and comes from at least `MIN_PROMPTS` prompts."""
+        return self.prompts >= MIN_PROMPTS and (self.low > 0 or self.high < 0)
 
 
 def bootstrap(
@@ -54,7 +58,7 @@ def bootstrap(
     drawn = (rng.integers(len(sums), size=(min(rows, samples - i), len(sums))) for i in range(0, samples, rows))
     means = np.concatenate([sums[index].sum(1) / counts[index].sum(1) for index in drawn])
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(values[known].mean()), float(low), float(high), int(known.sum()))
+    return Interval(float(values[known].mean()), float(low), float(high), int(known.sum()), len(sums))
 
 
 def length_labels(
@@ -132,6 +136,25 @@ class MetricTable:
         """Mean difference to another model on the same prompts and seeds, with its paired 95% interval."""
         return self._bootstrap(self.row(model, metric) - self.row(base or self.base, metric), rows)
 
+    def significant(self, model: str, base: str | None = None) -> tuple[dict[str, Interval], dict[str, Interval]]:
+        """The significant paired differences of a model to another one, shares included.
+
+        Args:
+            model: one of the models.
+            base: the model to compare with; the first one if None.
+
+        Returns:
+            Gains and losses, each metric -> difference.
+        """
+        gains: dict[str, Interval] = {}
+        losses: dict[str, Interval] = {}
+        for metric in self.values[model]:
+            if metric in self.values[base or self.base]:
+                found = self.difference(model, metric, base)
+                if found.significant:
+                    (gains if found.mean > 0 else losses)[metric] = found
+        return gains, losses
+
     def _bootstrap(self, values: np.ndarray, rows: np.ndarray | None) -> Interval:
         rows = np.ones(len(values), dtype=bool) if rows is None else rows
         return bootstrap(values[rows], np.asarray(self.prompts, dtype=object)[rows].tolist())
@@ -151,7 +174,13 @@ class MetricTable:
         if len(self.models) > 1:
             rows = [[f"{m} - {other}", *(show_difference(self.difference(m, k, other), k) for k in self.metrics)]
                     for m, other in self.pairs]  # fmt: skip
-            blocks.append(("paired differences (* interval excludes zero)", [head, *rows]))
+            few = len(set(self.prompts)) < MIN_PROMPTS
+            note = f"none marked *: fewer than {MIN_PROMPTS} prompts" if few else "* interval excludes zero"
+            blocks.append((f"paired differences ({note})", [head, *rows]))
+            lost = [[f"{m} - {other}", label(k), show_difference(change, k)]
+                    for m, other in self.pairs for k, change in self.significant(m, other)[1].items()]  # fmt: skip
+            if lost:
+                blocks.append(("significant losses", [["", "metric", "difference"], *lost]))
         # one metric's breakdowns fill a screen: those of the metrics that have shares, else of the first
         for metric in [m for m in self.metrics if self.shares(m)] or self.metrics[:1]:
             for title, groups in self.breakdowns(metric).items():
@@ -175,10 +204,17 @@ class MetricTable:
             found.setdefault(title, {})[name] = {m: self.interval(m, share) for m in self.models}
         return found
 
-    def text(self) -> str:
-        """The table for a terminal."""
-        return f"{self._caption()}\n" + "".join(f"\n{title}\n{_aligned(grid)}\n" if title else f"\n{_aligned(grid)}\n"
-                                                 for title, grid in self._blocks())  # fmt: skip
+    def text(self, width: int | None = None) -> str:
+        """The table for a terminal.
+
+        Args:
+            width: columns of the terminal; wider grids are split into several, one below the other. None splits none.
+        """
+        out = [self._caption()]
+        for title, grid in self._blocks():
+            parts = "\n\n".join(_aligned(part) for part in _fitting(grid, width))
+            out.append(f"{title}\n{parts}" if title else parts)
+        return "\n\n".join(out) + "\n"
 
     def markdown(self) -> str:
         """The table as Markdown."""
@@ -204,6 +240,10 @@ class MetricTable:
             "means": {m: {k: _plain(self.interval(m, k)) for k in ks} for m, ks in metrics.items()},
             "differences": {
                 f"{m} - {other}": {k: _plain(self.difference(m, k, other)) for k in metrics[m] if k in metrics[other]}
+                for m, other in self.pairs
+            },
+            "significant": {
+                f"{m} - {other}": dict(zip(("gains", "losses"), map(list, self.significant(m, other)), strict=True))
                 for m, other in self.pairs
             },
             "values": {
@@ -250,16 +290,15 @@ def show(interval: Interval, metric: str) -> str:
 
 
 def show_difference(interval: Interval, metric: str) -> str:
-    """``+mean [+low, +high]``, with a star where the interval excludes zero."""
+    """``+mean [+low, +high]``, with a star if it is significant."""
     if not interval.count:
         return "-"
     mean, low, high = (number(v, metric, sign=True) for v in (interval.mean, interval.low, interval.high))
-    return f"{mean} [{low}, {high}]" + (" *" if interval.excludes_zero else "")
+    return f"{mean} [{low}, {high}]" + (" *" if interval.significant else "")
 
 
 def _plain(interval: Interval) -> dict[str, Any]:
-    floats = {k: None if math.isnan(v) else v for k, v in vars(interval).items() if k != "count"}
-    return {**floats, "count": interval.count}
+    return {k: None if math.isnan(v) else v for k, v in vars(interval).items()}
 
 
 def _natural(labels: Sequence[str]) -> list[str]:
@@ -272,6 +311,24 @@ def _natural(labels: Sequence[str]) -> list[str]:
     return sorted(set(labels), key=key)
 
 
+def _fitting(grid: list[list[str]], width: int | None) -> list[list[list[str]]]:
+    """The grid, or several that are as narrow as asked where possible: each has the first column and some others."""
+    first, *others = _widths(grid)
+    parts: list[list[int]] = [[]]
+    used = first
+    for i, size in enumerate(others, start=1):
+        if width is not None and parts[-1] and used + 2 + size > width:
+            parts.append([])
+            used = first
+        parts[-1].append(i)
+        used += 2 + size
+    return [[[row[i] for i in (0, *columns)] for row in grid] for columns in parts]
+
+
+def _widths(grid: list[list[str]]) -> list[int]:
+    return [max(len(row[i]) for row in grid) for i in range(len(grid[0]))]
+
+
 def _aligned(grid: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in grid) for i in range(len(grid[0]))]
+    widths = _widths(grid)
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in grid)

@@ -267,7 +267,9 @@ def test_eval_compares_folders_of_the_same_prompts(brightness, tmp_path, capsys)
     tuned = images(tmp_path / "tuned", [0.2, 0.4], ["a", "b"], [1, 2])
     out = tmp_path / "table.json"
     pair = [f"base={base}", f"tuned={tuned}"]
-    assert main(["eval", "--images", *pair, "--reward", brightness, "--json", str(out)]) == 0
+    files = ["--json", str(out), "--markdown", str(tmp_path / "table.md")]
+    assert main(["eval", "--images", *pair, "--reward", brightness, *files]) == 0
+    assert "| tuned - base |" in (tmp_path / "table.md").read_text()
     assert "tuned - base" in capsys.readouterr().out
     table = json.loads(out.read_text())
     assert table["values"]["tuned"]["brightness"] == pytest.approx([0.2, 0.4], abs=0.01)

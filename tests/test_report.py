@@ -12,8 +12,8 @@ from PIL import Image
 from pydantic import BaseModel
 
 from longalign.record import changed, machine, read_log
-from longalign.report import Example, data_url, write_report
-from longalign.table import MetricTable
+from longalign.report import Example, _cell, data_url, write_report
+from longalign.table import Interval, MetricTable
 
 
 class Part(BaseModel):
@@ -101,7 +101,8 @@ def test_texts_are_escaped(page):
 def test_the_page_tells_means_differences_and_verdicts(page):
     text, _ = page
     assert "<b>base</b> 37.5; <b>tuned</b> 87.5, that is <b>+50.0</b> points [+50.0, +50.0]" in text
-    assert '<span class="clear">+50.0</span>' in text
+    assert "<td><span>+50.0</span>" in text  # two prompts are too few to call it significant
+    assert '<span class="clear">+50.0</span>' in _cell(Interval(0.5, 0.5, 0.5, 10, prompts=10), "facts", True)
     chips = re.findall(r'<span class="chip ([a-z ]*)">(.*?)</span></td>', text)
     assert chips == [
         ("part", "1/2<small>0.100</small>"),

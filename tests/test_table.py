@@ -15,11 +15,11 @@ def table(**metrics):
 
 
 def test_the_interval_of_equal_values_is_a_point():
-    assert bootstrap(np.array([2.0, 2.0, 2.0])) == Interval(2.0, 2.0, 2.0, 3)
+    assert bootstrap(np.array([2.0, 2.0, 2.0])) == Interval(2.0, 2.0, 2.0, 3, prompts=3)
 
 
 def test_missing_values_are_left_out():
-    assert bootstrap(np.array([1.0, NAN, 1.0])) == Interval(1.0, 1.0, 1.0, 2)
+    assert bootstrap(np.array([1.0, NAN, 1.0])) == Interval(1.0, 1.0, 1.0, 2, prompts=2)
     nothing = bootstrap(np.array([NAN]))
     assert nothing.count == 0 and math.isnan(nothing.mean)
 
@@ -47,8 +47,7 @@ def test_paired_differences_see_what_separate_intervals_hide():
     found = table(base={"facts": base}, tuned={"facts": base + 0.05})
     assert found.interval("tuned", "facts").low < found.interval("base", "facts").mean
     gain = found.difference("tuned", "facts")
-    assert gain.excludes_zero and gain.low == pytest.approx(0.05) and gain.high == pytest.approx(0.05)
-    assert not found.difference("base", "facts").excludes_zero
+    assert gain.low == pytest.approx(0.05) and gain.high == pytest.approx(0.05)
 
 
 def test_each_model_is_compared_with_the_base_and_with_the_one_before_it():
@@ -57,7 +56,7 @@ def test_each_model_is_compared_with_the_base_and_with_the_one_before_it():
     assert found.pairs == [("first", "base"), ("second", "base"), ("second", "first")]
     means = {name: row["facts"]["mean"] for name, row in found.to_dict()["differences"].items()}
     assert means == {"first - base": 0.5, "second - base": 0.75, "second - first": 0.25}
-    assert "second - first  +25.0 [+25.0, +25.0] *" in found.text()
+    assert "second - first  +25.0 [+25.0, +25.0]" in found.text()
 
 
 def test_lengths_fall_into_buckets():
@@ -81,7 +80,7 @@ def test_the_texts_hold_means_differences_and_shares():
     assert "4 prompts; mean [95% bootstrap interval]" in text
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert "base 50.0 [50.0, 50.0] 0.2500 [0.2500, 0.2500]" in lines
-    assert "tuned - base +25.0 [+25.0, +25.0] * +0.0000 [+0.0000, +0.0000]" in lines
+    assert "tuned - base +25.0 [+25.0, +25.0] +0.0000 [+0.0000, +0.0000]" in lines
     assert "fact accuracy, % by attribute" in lines
     assert "colour 50.0 [50.0, 50.0] 100.0 [100.0, 100.0]" in lines
     assert "| tuned | 75.0 [75.0, 75.0] | 0.2500 [0.2500, 0.2500] |" in found.markdown()
@@ -101,3 +100,43 @@ def test_wrong_sizes_and_names_are_refused():
         table(base={"facts": np.ones(3)})
     with pytest.raises(ValueError, match="no 'beauty' of 'base'; there is facts of base"):
         table(base={"facts": np.ones(4)}).row("base", "beauty")
+
+
+def compared(prompts, images=1):
+    """Two models of which the second gains, loses in one share, and does not change in a second metric."""
+    half = np.full(prompts * images, 0.5)
+    base = {"facts": half, "facts/attribute/fill": half, "facts/attribute/ground": half, "denscore": half}
+    tuned = {**base, "facts": half + 0.1, "facts/attribute/ground": half - 0.2}
+    texts = [f"prompt {i}" for i in range(prompts) for _ in range(images)]
+    return MetricTable({"base": base, "tuned": tuned}, texts, list(range(images)) * prompts)
+
+
+def test_no_difference_is_significant_below_ten_prompts():
+    for few in (compared(2), compared(9), compared(2, images=16)):
+        assert few.significant("tuned") == ({}, {})
+        assert "+10.0 [+10.0, +10.0]" in few.text() and "] *" not in few.text()
+        assert "fewer than 10 prompts" in few.text() and "fewer than 10 prompts" in few.markdown()
+    assert "+10.0 [+10.0, +10.0] *" in compared(10).text() and "fewer than" not in compared(10).text()
+
+
+def test_significant_losses_are_named_beside_gains():
+    found = compared(10)
+    gains, losses = found.significant("tuned")
+    assert list(gains) == ["facts"] and list(losses) == ["facts/attribute/ground"]
+    assert losses["facts/attribute/ground"].mean == pytest.approx(-0.2)
+    assert found.to_dict()["significant"] == {
+        "tuned - base": {"gains": ["facts"], "losses": ["facts/attribute/ground"]}
+    }
+    lines = [" ".join(line.split()) for line in found.text().splitlines()]
+    assert "tuned - base fact accuracy/attribute/ground, % -20.0 [-20.0, -20.0] *" in lines
+    assert "significant losses" in found.markdown()
+
+
+def test_a_table_fits_the_terminal():
+    values = {f"metric-{i}": np.arange(12.0) for i in range(6)}
+    found = MetricTable({"base": values, "tuned": values}, [str(i) for i in range(12)])
+    assert max(map(len, found.text().splitlines())) > 80
+    narrow = found.text(width=80)
+    assert max(map(len, narrow.splitlines())) <= 80
+    assert all(narrow.count(f"metric-{i} ") + narrow.count(f"metric-{i}\n") >= 2 for i in range(6))
+    assert max(map(len, found.text(width=10).splitlines())) < 50  # one column each, however narrow
