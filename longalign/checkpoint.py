@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from longalign.backbones.base import Backbone
@@ -29,6 +28,7 @@ from longalign.files import CHECKPOINT, REWARD, checkpoint_file, read_metadata
 from longalign.registry import REGISTRIES, PartConfig
 from longalign.runtime import Runtime
 from longalign.trainers.base import adapter
+from longalign.weights import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -96,14 +96,8 @@ def write(folder: Path, config: RunConfig, weights: Weights, step: int) -> Path:
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / CHECKPOINT
-    _write(path, tensors, metadata)
+    save_tensors(path, tensors, metadata)
     return path
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    save_file(dict(tensors), unfinished, metadata)
-    unfinished.replace(path)
 
 
 def load_weights(checkpoint: str | Path) -> Weights:
@@ -125,7 +119,7 @@ def load_weights(checkpoint: str | Path) -> Weights:
             f"{path} is of a run that trained a reward, which is in {path.parent / REWARD}; expected a checkpoint of a "
             "backbone"
         )
-    tensors = load_file(path)
+    tensors = load_tensors(path)
     stacks = [
         LoraStack(entry["name"], LoraConfig.model_validate(entry["config"]), _under(tensors, f"lora.{i}."))
         for i, entry in enumerate(json.loads(metadata["loras"]))
@@ -202,7 +196,7 @@ def export_lora(checkpoint: str | Path, folder: str | Path) -> Path:
     adapter_metadata = {f"{component}.{key}": value for key, value in peft_settings(joined).items()}
     path = Path(folder) / DIFFUSERS_LORA
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, tensors, {"format": "pt", ADAPTER_METADATA: json.dumps(adapter_metadata)})
+    save_tensors(path, tensors, {"format": "pt", ADAPTER_METADATA: json.dumps(adapter_metadata)})
     return path
 
 

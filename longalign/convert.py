@@ -16,6 +16,7 @@ from longalign.checkpoint import Weights, export_lora, write
 from longalign.config import RunConfig, load_config
 from longalign.encoders.adapter import TextAdapter
 from longalign.files import CHECKPOINT
+from longalign.weights import load_pickle
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 T5 = "google-t5/t5-large"
@@ -117,13 +118,7 @@ def read_stack(path: Path, unet: nn.Module, name: str) -> LoraStack:
 
 def read_tensors(path: Path) -> list[Tensor]:
     """The list of tensors in a pickle, read without running any code in it. Raises ValueError if it is none."""
-    try:
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"{path} is not a file of tensors alone, so it is not read, for a pickle can run any code: {reason}"
-        ) from error
+    found = load_pickle(path)
     if not isinstance(found, (list, tuple)) or not found or not all(isinstance(t, Tensor) for t in found):
         held = f"a mapping with keys such as {list(found)[:2]}" if isinstance(found, Mapping) else repr(type(found))
         raise ValueError(f"{path} should hold a list of tensors [up, down, up, down, ...], it holds {held}")

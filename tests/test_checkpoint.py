@@ -193,7 +193,7 @@ def test_a_write_that_fails_leaves_the_old_file(world, tmp_path, monkeypatch):
         Path(target).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint, "save_file", fail)
+    monkeypatch.setattr("longalign.weights.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         saved(composition, tmp_path / "c")
     assert path.read_bytes() == before

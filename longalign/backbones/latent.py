@@ -10,7 +10,6 @@ from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.utils.torch_utils import randn_tensor
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from longalign.backbones.base import Backbone
@@ -18,6 +17,7 @@ from longalign.backbones.configs import SDConfig
 from longalign.diffusion import NoiseLevels
 from longalign.files import place
 from longalign.runtime import Runtime, resolve_checkpoint
+from longalign.weights import load_tensors, reading
 
 
 class LatentBackbone(Backbone):
@@ -97,7 +97,8 @@ def load_parts(config: SDConfig, runtime: Runtime, kind: Any, component: str) ->
 
     def load(part: Any, folder: str, dtype: torch.dtype) -> Any:
         given = {"subfolder": place(config.subfolder, folder), "revision": config.revision, "variant": config.variant}
-        return part.from_pretrained(checkpoint, torch_dtype=dtype, **given)
+        with reading(f"a file of weights in '{checkpoint}'"):
+            return part.from_pretrained(checkpoint, torch_dtype=dtype, **given)
 
     try:
         denoiser = load(kind, component, getattr(torch, config.dtype))
@@ -119,7 +120,7 @@ def _load_single_file(config: SDConfig, runtime: Runtime, kind: Any, component: 
     path = Path(config.checkpoint)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; a single file must be on this machine")
-    state = load_file(path)
+    state = load_tensors(path)
     layout = resolve_checkpoint(config.layout) if config.layout is not None else _layout_of(path, state)
     parts = []
     kinds: list[tuple[Any, str, torch.dtype]] = [

@@ -7,13 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longalign.encoders.base import Conditioning
 from longalign.runtime import Runtime, resolve_checkpoint
+from longalign.weights import load_pickle, load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from longalign.encoders.configs import AdapterConfig
@@ -99,13 +98,10 @@ class TextAdapter(nn.Module):
         if lacking:
             raise ValueError(f"{config} does not give {', '.join(lacking)}; it is not a text adapter's")
         adapter = cls(values["in_dim"], values["int_dim"], values["out_dim"])
-        if weights.suffix == ".safetensors":
-            state = load_file(weights)
-        else:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
+        state = load_tensors(weights) if weights.suffix == ".safetensors" else load_pickle(weights)
         try:
             adapter.load_state_dict(state)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:
             raise ValueError(f"{weights} does not hold a text adapter of the widths in config.json: {error}") from error
         return adapter
 
@@ -116,7 +112,7 @@ class TextAdapter(nn.Module):
         values = {"_class_name": "TextAdapter", "in_dim": self.in_dim, "int_dim": self.int_dim, "out_dim": self.out_dim}
         (path / "config.json").write_text(json.dumps(values, indent=2) + "\n")
         state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
-        save_file(state, path / f"{_WEIGHTS}.safetensors", metadata={"format": "pt"})
+        save_tensors(path / f"{_WEIGHTS}.safetensors", state, {"format": "pt"})
 
 
 def adapt(adapter: TextAdapter, told: Conditioning) -> Conditioning:

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from longalign.runtime import Runtime, resolve_checkpoint
+from longalign.weights import reading
 
 if TYPE_CHECKING:
     from longalign.encoders.configs import CheckpointConfig
@@ -69,19 +70,20 @@ def load_model(
     # transformers lists every weight that is left out, such as a whole image tower; what is missing is checked here
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
+    place = f"'{checkpoint}'" + (f", subfolder '{subfolder}'" if subfolder else "")
     try:
-        model, info = kind.from_pretrained(  # type: ignore[attr-defined]
-            checkpoint,
-            subfolder=subfolder,
-            revision=revision,
-            variant=variant,
-            dtype=runtime.torch_dtype,
-            output_loading_info=True,
-            **_renaming(kind),
-            **given,
-        )
+        with reading(f"a file of weights in {place}"):
+            model, info = kind.from_pretrained(  # type: ignore[attr-defined]
+                checkpoint,
+                subfolder=subfolder,
+                revision=revision,
+                variant=variant,
+                dtype=runtime.torch_dtype,
+                output_loading_info=True,
+                **_renaming(kind),
+                **given,
+            )
     except OSError as error:
-        place = f"'{checkpoint}'" + (f", subfolder '{subfolder}'" if subfolder else "")
         raise ValueError(
             f"no {kind.__name__} in {place}; expected a hub id or a folder with config.json and weights "
             "(or text_encoder/ and tokenizer/); see 'variant' for weights in files such as model.fp16.safetensors: "

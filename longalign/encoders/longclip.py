@@ -12,6 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from longalign.encoders.clip_truncate import ClipTruncateEncoder
 from longalign.encoders.loading import find_file, load_model, load_tokenizer, subfolders
 from longalign.runtime import Runtime, resolve_checkpoint
+from longalign.weights import load_pickle, load_tensors
 
 if TYPE_CHECKING:
     from longalign.encoders.configs import LongClipConfig
@@ -71,15 +72,7 @@ def read_original(path: Path) -> CLIPTextModel:
     Raises:
         ValueError: if the file holds anything but tensors, or tensors of another model.
     """
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        state: Any = load_file(path)
-    else:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise ValueError(f"{path} is not a file of tensors only, so it is not read: {error}") from error
+    state: Any = load_tensors(path) if path.suffix == ".safetensors" else load_pickle(path)
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from longalign.encoders.loading import load_model, load_text_model, load_tokenizer
 from longalign.runtime import Runtime, resolve_checkpoint
+from longalign.weights import reading
 
 if TYPE_CHECKING:
     from longalign.encoders.configs import CheckpointConfig
@@ -68,7 +69,7 @@ def read_clip(path: Path, folder: str) -> tuple[dict[str, Tensor], str]:
     Raises:
         ValueError: if it is not in the file.
     """
-    with safe_open(path, "pt") as file:
+    with reading(path), safe_open(path, "pt") as file:
         names = list(file.keys())
         for prefix, place, repository in PLACES:
             own = [name for name in names if name.startswith(prefix)] if place == folder else []

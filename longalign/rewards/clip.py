@@ -13,6 +13,7 @@ from longalign.images import Pixels
 from longalign.rewards.hub import holds_tokenizer, image_statistics
 from longalign.rewards.towers import ImageInput, TowerReward, Towers
 from longalign.runtime import Runtime, resolve_checkpoint
+from longalign.weights import reading
 
 if TYPE_CHECKING:
     from longalign.rewards.configs import ClipLikeConfig
@@ -120,7 +121,8 @@ def load_clip(config: ClipLikeConfig, runtime: Runtime) -> TowerReward:
 
     checkpoint = resolve_checkpoint(config.checkpoint)
     own: dict[str, Any] = {"revision": config.revision, "subfolder": config.subfolder or ""}
-    loaded: Any = CLIPModel.from_pretrained(checkpoint, output_loading_info=True, variant=config.variant, **own)
+    with reading(f"a file of weights in '{checkpoint}'"):
+        loaded: Any = CLIPModel.from_pretrained(checkpoint, output_loading_info=True, variant=config.variant, **own)
     model, info = loaded
     if info["missing_keys"]:
         raise ValueError(

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
 from longalign import preference, registry
 from longalign.registry import PartConfig
 from longalign.rewards.base import EmbeddingReward
 from longalign.runtime import Runtime, resolve_checkpoint
+from longalign.weights import load_tensors, reading, save_tensors
 
 FORMAT = "longalign-direction-1"
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -58,7 +58,7 @@ class Direction:
         path.parent.mkdir(parents=True, exist_ok=True)
         about = {"num_prompts": self.num_prompts, "eta": self.eta, "inner": self.inner}
         metadata = {"format": FORMAT, **{key: json.dumps(value) for key, value in about.items()}}
-        save_file({"V": self.vector.cpu().contiguous(), "probe": self.probe.cpu().contiguous()}, path, metadata)
+        save_tensors(path, {"V": self.vector.cpu().contiguous(), "probe": self.probe.cpu().contiguous()}, metadata)
         return path
 
     def vector_for(self, reward: EmbeddingReward, config: PartConfig | None = None) -> Tensor:
@@ -111,15 +111,14 @@ def load_direction(path: str | Path) -> Direction:
         raise ValueError(
             f"a direction is 'batch', 'running' or a file that `longalign direction` wrote; no file '{path}'"
         )
-    try:
+    with reading(found, "write one with `longalign direction`"):
         with safe_open(found, "pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"'{path}' is not a direction file ({FORMAT}); write one with `longalign direction`")
-            about = {key: json.loads(metadata[key]) for key in ("num_prompts", "eta", "inner")}
-            return Direction(file.get_tensor("V"), file.get_tensor("probe"), **about)
-    except SafetensorError as error:
-        raise ValueError(f"'{path}' is not a safetensors file: {error}") from error
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"'{path}' is not a direction file ({FORMAT}); write one with `longalign direction`")
+        about = {key: json.loads(metadata[key]) for key in ("num_prompts", "eta", "inner")}
+        tensors = load_tensors(found)
+        return Direction(tensors["V"], tensors["probe"], **about)
 
 
 def compute_direction(

@@ -40,7 +40,8 @@ class NonFiniteReward(RuntimeError):
         that are not finite are black; the tensor has them as they were.
         """
         from PIL import Image
-        from safetensors.torch import save_file
+
+        from longalign.weights import save_tensors
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +49,7 @@ class NonFiniteReward(RuntimeError):
         Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(folder / "image.png")
         (folder / "prompt.txt").write_text(self.prompt, encoding="utf-8")
         tensors = {"image": self.image.contiguous(), "scores": self.scores.contiguous()}
-        save_file(tensors, folder / "tensors.safetensors", {"index": str(self.index)})
+        save_tensors(folder / "tensors.safetensors", tensors, {"index": str(self.index)})
         self.args = (self._message(folder),)
         return folder
 

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from longalign.images import CLIP_MEAN, CLIP_STD
 from longalign.rewards.clip import NUM_SPECIAL_TOKENS, check_tokenizer
 from longalign.rewards.towers import ImageInput, TowerReward, Towers
 from longalign.runtime import Runtime, resolve_checkpoint
+from longalign.weights import load_pickle
 
 if TYPE_CHECKING:
     from longalign.rewards.configs import Hpsv2Config
@@ -94,7 +94,7 @@ def find_weights(checkpoint: str, version: str | None = None, revision: str | No
 
 def read_state(weights: Path) -> dict[str, Tensor]:
     """The tensors under ``state_dict`` of a ``.pt`` file; nothing but tensors is unpickled."""
-    content = torch.load(weights, map_location="cpu", weights_only=True)
+    content = load_pickle(weights)
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         keys = f"a dict with {sorted(map(str, content))[:5]}" if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"expected the weights of '{weights}' under 'state_dict', as in HPSv2's files; found {keys}")
