@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from longalign.encoders.base import Conditioning, Encoder, PromptReport, TruncationWarning
+
+#: of each pipeline, the encoder that was built last for it, and from what
+_built: WeakKeyDictionary[Any, tuple[Any, Encoder]] = WeakKeyDictionary()
 
 
 def per_prompt(negative: str | Sequence[str] | None, count: int) -> list[str]:
@@ -23,9 +28,9 @@ def per_prompt(negative: str | Sequence[str] | None, count: int) -> list[str]:
 
 
 def condition(
-    pipe: Any, prompts: str | Sequence[str], negative_prompts: str | Sequence[str] | None = None, *, encoder: Any
+    pipe: Any, prompts: str | Sequence[str], negative_prompts: str | Sequence[str] | None = None, *, encoder: Any = None
 ) -> dict[str, Any]:
-    """Conditioning that splats into a stock diffusers pipeline: ``pipe(**condition(pipe, prompts, encoder=...))``.
+    """Conditioning that splats into a stock diffusers pipeline: ``pipe(**condition(pipe, prompts))``.
 
     Both branches are encoded in one call and have equal lengths. What the pipeline cannot take, or the encoder did not
     read of a prompt, is said in a warning.
@@ -34,37 +39,36 @@ def condition(
         pipe: a diffusers pipeline whose call takes ``prompt_embeds``.
         prompts: one prompt or several.
         negative_prompts: one for all or one per prompt; the empty prompt if None.
-        encoder: an `Encoder`, or the name or config of one, which is then built on the pipeline's device.
+        encoder: None for the segments of the prompts through the pipeline's own text encoders, see
+            `longalign.encoders.own.own_encoder`; or an `Encoder`, or the name or config of one, which is then built on
+            the pipeline's device and kept for its next call.
 
     Returns:
         ``prompt_embeds`` ``(b, n, d)`` and, where the pipeline takes them, ``negative_prompt_embeds``,
-        ``pooled_prompt_embeds``, ``negative_pooled_prompt_embeds`` and the masks.
+        ``pooled_prompt_embeds``, ``negative_pooled_prompt_embeds`` and the masks; in the denoiser's dtype.
 
     Raises:
-        ValueError: if the pipeline takes no embeddings, needs pooled ones that the encoder does not give, or expects
-            states of another width.
+        ValueError: if the pipeline takes no embeddings, needs pooled ones that the encoder does not give, expects
+            states of another width, or has text encoders of other kinds and ``encoder`` is None.
     """
     name = type(pipe).__name__
     takes = inspect.signature(pipe.__call__).parameters
     if "prompt_embeds" not in takes:
         raise ValueError(f"{name} takes no 'prompt_embeds'; its text can only be given as a prompt")
     device = getattr(pipe, "_execution_device", None) or pipe.device
-    if not isinstance(encoder, Encoder):
-        from longalign.registry import encoders
-        from longalign.runtime import Runtime
-
-        encoder = encoders.build(encoder, Runtime(str(device), str(pipe.dtype).removeprefix("torch.")))
+    dtype = _dtype(pipe)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     negatives = per_prompt(negative_prompts, len(prompts))
     if "negative_prompt_embeds" not in takes and negative_prompts is not None:
         warnings.warn(f"{name} takes no negative prompt; it is left out", stacklevel=2)
-    with torch.no_grad(), warnings.catch_warnings():
+    texts = [*prompts, *negatives]
+    with torch.no_grad(), warnings.catch_warnings(), _ready(encoder, pipe, device, dtype) as ready:
         warnings.simplefilter("ignore", TruncationWarning)  # said below, prompt by prompt
-        told = encoder.encode([*prompts, *negatives])
+        told = ready.encode(_with_learned_tokens(pipe, texts) if encoder is None else texts)
     _check(pipe, told, takes)
     for text in describe_cuts(told.reports):
         warnings.warn(text, stacklevel=2)
-    told = told.to(device, pipe.dtype)
+    told = told.to(device, dtype)
     out: dict[str, Any] = {}
     halves = {"": told[: len(prompts)], "negative_": told[len(prompts) :]}
     for branch, half in halves.items():
@@ -79,6 +83,46 @@ def condition(
     if "negative_prompt_embeds" in out and takes["negative_prompt"].default is not None:
         out["negative_prompt"] = None
     return out
+
+
+@contextmanager
+def _ready(encoder: Any, pipe: Any, device: torch.device, dtype: torch.dtype) -> Iterator[Encoder]:
+    """The encoder that `condition` is given, or the pipeline's own, or the one that is built from a name or config."""
+    if encoder is None:
+        from longalign.encoders.own import own_encoder
+
+        with own_encoder(pipe) as own:
+            yield own
+        return
+    if isinstance(encoder, Encoder):
+        yield encoder
+        return
+    from longalign.registry import encoders
+    from longalign.runtime import Runtime
+
+    config = encoders.validate(encoder)
+    asked = config, str(device), str(dtype).removeprefix("torch.")
+    kept = _built.get(pipe)
+    if kept is None or kept[0] != asked:
+        _built.pop(pipe, None)  # before the next one takes memory
+        kept = _built[pipe] = asked, encoders.build(config, Runtime(*asked[1:]))
+    yield kept[1]
+
+
+def _denoiser(pipe: Any) -> Any:
+    return getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+
+
+def _dtype(pipe: Any) -> torch.dtype:
+    """The denoiser's, for transformers may load a text encoder in another; the pipeline's where that says nothing."""
+    dtype = getattr(_denoiser(pipe), "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else pipe.dtype
+
+
+def _with_learned_tokens(pipe: Any, texts: list[str]) -> list[str]:
+    """Tokens of textual inversion that stand for several vectors, written out as the pipeline does itself."""
+    convert = getattr(pipe, "maybe_convert_prompt", None)
+    return texts if convert is None else convert(texts, pipe.tokenizer)
 
 
 def _check(pipe: Any, told: Conditioning, takes: Any) -> None:
@@ -96,7 +140,7 @@ def _check(pipe: Any, told: Conditioning, takes: Any) -> None:
             "length (clip-segment's max_tokens) or draw one prompt at a time",
             stacklevel=3,
         )
-    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    denoiser = _denoiser(pipe)
     for key in ("joint_attention_dim", "cross_attention_dim"):
         width = getattr(getattr(denoiser, "config", None), key, None)
         if isinstance(width, int) and width != told.states.shape[-1]:

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from tiny import tiny_sd
+from tiny import tiny_sd, tiny_sd3, tiny_sdxl
 
 from longalign import condition
+from longalign.encoders.own import own_encoder
 from longalign.pipeline import generate, load_model, make_scheduler, sample
 
 PROMPTS = ["A red fox sleeps on a wall. The sky is green. A wall is red.", "The sky."]
@@ -52,3 +53,119 @@ def test_generate_draws_from_a_config(tiny, tmp_path):
     _, config = tiny
     rows = generate(config, PROMPTS, tmp_path / "out", steps=1, guidance=1, height=64, width=128)
     assert [row["cut"] for row in rows] == ["", ""] and (tmp_path / "out" / rows[1]["file_name"]).exists()
+
+
+def load(folder, name="DiffusionPipeline", **settings):
+    import diffusers
+
+    from longalign.stock import DTYPE
+
+    pipe = getattr(diffusers, name).from_pretrained(folder, **{DTYPE: torch.float32, **settings})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # between diffusers' solvers and numpy 2
+@pytest.mark.parametrize(
+    ("build", "config"),
+    [
+        (tiny_sd, {"name": "clip-segment"}),
+        (tiny_sdxl, {"name": "clip-segment-sdxl"}),
+        (tiny_sd3, {"name": "clip-segment-sd3", "width": 32}),
+    ],
+)
+def test_the_pipelines_own_text_encoders_are_the_default(tmp_path, build, config):
+    pipe = load(build(tmp_path))
+    for prompt in ("A red fox sleeps on a wall.", PROMPTS[0]):
+        own = condition(pipe, prompt)
+        built = condition(pipe, prompt, encoder={**config, "checkpoint": str(tmp_path), "overflow": "grow"})
+        assert own.keys() == built.keys()
+        for key in own:
+            torch.testing.assert_close(own[key], built[key], atol=1e-5, rtol=1e-5)
+    assert pipe(**own, num_inference_steps=1, output_type="pt").images.shape == (1, 3, 64, 64)
+    assert condition(pipe, PROMPTS[0] * 80)["prompt_embeds"].shape[1] > 1000
+
+
+def test_sd3_without_t5_and_xl_without_zeros_follow_the_pipeline(tmp_path):
+    pipe = load(tiny_sd3(tmp_path / "sd3"), text_encoder_3=None, tokenizer_3=None)
+    own = condition(pipe, "A red fox.")
+    assert own["prompt_embeds"].shape == (1, 496, 32) and own["prompt_embeds"][:, 240:].abs().sum() == 0
+    pipe = load(tiny_sdxl(tmp_path / "sdxl"))
+    assert condition(pipe, "A fox.")["negative_pooled_prompt_embeds"].abs().sum() == 0
+    pipe.register_to_config(force_zeros_for_empty_prompt=False)
+    assert condition(pipe, "A fox.")["negative_pooled_prompt_embeds"].abs().sum() > 0
+
+
+def test_what_becomes_of_the_pipelines_text_encoder_is_followed(tmp_path):
+    pipe = load(tiny_sd(tmp_path))
+    first = condition(pipe, "A fox.")["prompt_embeds"]
+    pipe.text_encoder.train()
+    embeddings = pipe.text_encoder.get_input_embeddings().weight
+    embeddings.requires_grad_(False)
+    with torch.no_grad():
+        next(p for n, p in pipe.text_encoder.named_parameters() if "fc1.weight" in n).mul_(2)
+    second = condition(pipe, "A fox.")["prompt_embeds"]
+    assert not torch.allclose(first, second) and not torch.allclose(first[:, 100], second[:, 100])
+    # a text encoder that is in training stays so
+    assert pipe.text_encoder.training and not embeddings.requires_grad
+    assert sum(p.requires_grad for p in pipe.text_encoder.parameters()) > 5
+    pipe.text_encoder = load(tmp_path).text_encoder
+    assert torch.equal(first, condition(pipe, "A fox.")["prompt_embeds"])
+    pipe.text_encoder.bfloat16()
+    assert condition(pipe, "A fox.")["prompt_embeds"].dtype == torch.float32  # the denoiser's
+
+
+def test_learned_tokens_of_several_vectors_are_written_out(tmp_path):
+    pipe = load(tiny_sd(tmp_path), "StableDiffusionPipeline")
+    pipe.load_textual_inversion(torch.randn(3, 16), token="<fox>")
+    told = condition(pipe, "A <fox> sleeps.")["prompt_embeds"]
+    with own_encoder(pipe) as encoder:
+        expected = encoder.encode(["A <fox> <fox>_1 <fox>_2 sleeps.", ""])
+    assert expected.reports[0].tokens == (6,)
+    torch.testing.assert_close(told, expected.states[:1])
+
+
+def test_offloaded_text_encoders_run(tmp_path):
+    from accelerate import cpu_offload
+
+    pipe = load(tiny_sd(tmp_path))
+    expected = condition(pipe, PROMPTS)["prompt_embeds"]
+    for part in (pipe.text_encoder, pipe.unet, pipe.vae):
+        cpu_offload(part, torch.device("cpu"))
+    assert pipe.text_encoder.device.type == "meta"
+    torch.testing.assert_close(condition(pipe, PROMPTS)["prompt_embeds"], expected)
+
+
+def test_an_encoder_from_a_config_is_built_once(tiny, monkeypatch):
+    from longalign.encoders.clip_segment import ClipSegmentEncoder
+
+    pipe, config = tiny
+    built, load = [], ClipSegmentEncoder.from_config.__func__
+    monkeypatch.setattr(
+        ClipSegmentEncoder, "from_config", classmethod(lambda cls, *a: (built.append(a), load(cls, *a))[1])
+    )
+    config = {**config["encoder"], "max_tokens": 41}
+    for _ in range(3):
+        condition(pipe, PROMPTS, encoder=config)
+    assert len(built) == 1
+    condition(pipe, PROMPTS, encoder={**config, "max_tokens": 42})
+    assert len(built) == 2
+
+
+def test_pipelines_with_other_text_encoders_are_told_what_to_pass(tmp_path):
+    pipe = load(tiny_sdxl(tmp_path), text_encoder=None, tokenizer=None)
+    with pytest.raises(ValueError, match=r"text_encoder: not loaded, text_encoder_2: CLIP.*XL.*encoder="):
+        condition(pipe, "A fox.")
+
+
+def test_the_small_stable_diffusion_is_called_as_it_is_loaded():
+    """Without a dtype transformers loads the one that a config names, and diffusers float32."""
+    from diffusers import StableDiffusionPipeline
+
+    from longalign.runtime import resolve_checkpoint
+
+    pipe = StableDiffusionPipeline.from_pretrained(resolve_checkpoint("mini/sd"))
+    pipe.set_progress_bar_config(disable=True)
+    assert {pipe.text_encoder.dtype, pipe.unet.dtype, pipe.vae.dtype} == {torch.float32}
+    for told in ({"prompt": "A red circle."}, condition(pipe, "A red circle.")):
+        assert pipe(**told, num_inference_steps=1, output_type="pt").images.shape == (1, 3, 64, 64)

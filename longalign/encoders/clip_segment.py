@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from longalign.encoders.base import Conditioning, Encoder, PromptReport, check_prompts, handle_cuts
-from longalign.encoders.tokens import TextTokens, Tokenized, own_precision, run_grouped
+from longalign.encoders.tokens import TextTokens, Tokenized, device_of, own_precision, run_grouped
 from longalign.runtime import Runtime
 from longalign.segment import Prompt, Segmenter, fit
 
@@ -110,7 +110,7 @@ class ClipSegmentEncoder(Encoder):
             self._run,
             [*(row for plan in plans for row in plan.rows), *more],
             pad_id=self.tokens.tokenizer.eos_token_id,
-            device=next(self.text_model.parameters()).device,
+            device=device_of(self.text_model),
             max_batch_tokens=self.max_batch_tokens,
         )
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from longalign.encoders.adapter import TextAdapter, adapt
 from longalign.encoders.base import Conditioning, Encoder, PromptReport, check_prompts, handle_cuts, plain_text
-from longalign.encoders.tokens import TextTokens, Tokenized, run_grouped
+from longalign.encoders.tokens import TextTokens, Tokenized, device_of, run_grouped
 from longalign.runtime import Runtime
 from longalign.segment import CALL_COST, Prompt
 
@@ -84,7 +84,7 @@ class T5Encoder(Encoder):
         rows = [(*text.ids[: self._num_read(text)], tokenizer.eos_token_id) for text in texts]
         real = torch.tensor([len(row) for row in rows])
         padded = rows if self.mask else [row + (tokenizer.pad_token_id,) * (self.max_tokens - len(row)) for row in rows]
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         states, first = run_grouped(
             self._run,
             padded,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from longalign.segment import CALL_COST, group_by_length
 
@@ -80,6 +80,16 @@ class TextTokens:
             for text, ids, offsets in zip(new, read["input_ids"], read["offset_mapping"], strict=True):
                 self._seen[text] = Tokenized(text, tuple(ids), tuple(start for start, _ in offsets))
         return [self._seen[text] for text in texts]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model takes its input: where its weights are, or where accelerate's offloading moves them to run."""
+    device = next(model.parameters()).device
+    if device.type != "meta":
+        return device
+    hooks = [getattr(module, "_hf_hook", None) for module in model.modules()]
+    moved_to = [hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None]
+    return torch.device(moved_to[0]) if moved_to else device
 
 
 def own_precision(device: torch.device) -> torch.autocast:

@@ -53,10 +53,14 @@ def bytes_of(scenes: list[Scene]) -> Tensor:
 
 def publish_text_encoder() -> None:
     """Gives the text model's weights the names of published checkpoints, which all versions of transformers read;
-    version 5 saves them without the prefix, and 4 would then leave random ones in their place."""
+    version 5 saves them without the prefix, and 4 would then leave random ones in their place. The config asks for
+    float32, for transformers 5 loads the dtype that it names and diffusers the other parts in float32."""
     path = WEIGHTS / "sd" / "text_encoder" / "model.safetensors"
     weights = {f"text_model.{name.removeprefix('text_model.')}": weight for name, weight in load_file(path).items()}
     save_file(weights, path, {"format": "pt"})
+    config = path.with_name("config.json")
+    told = {**json.loads(config.read_text()), "dtype": "float32"}
+    config.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n")
 
 
 def fit(

@@ -1,0 +1,119 @@
+"""Segment encoders over the text encoders that a diffusers pipeline has already loaded."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from longalign.encoders.base import Encoder
+from longalign.segment import Sentence
+
+SUPPORTED = (
+    "pipelines of Stable Diffusion 1.x and 2.x (a UNet and one CLIP), XL (a UNet and two CLIPs) and 3 (two CLIPs, with "
+    "T5 or without)"
+)
+NAMES = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+_fast_tokenizers: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+
+@contextmanager
+def own_encoder(pipe: Any) -> Iterator[Encoder]:
+    """A segment encoder over a pipeline's own text encoders and tokenizers: nothing is loaded or copied.
+
+    Inside, the text encoders are frozen and in evaluation mode; afterwards they have their modes again. The encoder is
+    made anew each time, which is cheap, so that it follows a text encoder that is replaced, trained or given a LoRA.
+
+    Args:
+        pipe: a diffusers pipeline of Stable Diffusion 1.x, 2.x, XL or 3, or one of its relatives (ControlNet, ...).
+
+    Raises:
+        ValueError: if its text encoders are others, or one is not loaded.
+    """
+    models = [model for name in NAMES if isinstance(model := getattr(pipe, name, None), nn.Module)]
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    trained = [parameter for model in models for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        yield _build(pipe)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _build(pipe: Any) -> Encoder:
+    slots = [name for name in NAMES if hasattr(pipe, name)]
+    models = [getattr(pipe, name) for name in slots]
+    kinds = tuple(_kind(model) for model in models)
+    tokenizers = [fast(getattr(pipe, name.replace("text_encoder", "tokenizer"), None)) for name in slots]
+    settings: dict[str, Any] = {"overflow": "grow"}
+    segmenter = Sentence()
+    if kinds == ("clip",) and hasattr(pipe, "unet"):
+        from longalign.encoders.clip_segment import ClipSegmentEncoder
+
+        return ClipSegmentEncoder(models[0], tokenizers[0], segmenter, **settings)
+    two: Any = tuple(models[:2]), tuple(tokenizers[:2]), segmenter
+    if kinds in (("clip", "projected"), ("projected", "projected")) and hasattr(pipe, "unet"):
+        from longalign.encoders.clip_segment_sdxl import ClipSegmentSDXLEncoder
+
+        zeros = getattr(pipe.config, "force_zeros_for_empty_prompt", False)
+        return ClipSegmentSDXLEncoder(*two, empty="zeros" if zeros else "encode", **settings)
+    width = getattr(getattr(getattr(pipe, "transformer", None), "config", None), "joint_attention_dim", None)
+    if kinds in (("projected", "projected", "t5"), ("projected", "projected", None)) and width is not None:
+        from longalign.encoders.clip_segment_sd3 import ClipSegmentSD3Encoder
+        from longalign.encoders.clip_segment_sdxl import ClipSegmentSDXLEncoder
+        from longalign.encoders.configs import ClipSegmentSD3Config
+        from longalign.encoders.t5 import T5Encoder
+
+        clips = ClipSegmentSDXLEncoder(*two, empty="encode", **settings)
+        length = ClipSegmentSD3Config().t5_tokens
+        if models[2] is None:
+            return ClipSegmentSD3Encoder(clips, zeros=length, width=width)
+        t5 = T5Encoder(models[2], tokenizers[2], max_tokens=length, **settings)
+        return ClipSegmentSD3Encoder(clips, t5, width=width)
+    raise ValueError(_unsupported(pipe, slots, models))
+
+
+def _kind(model: Any) -> str | None:
+    """Which text encoder it is: "clip", "projected" (CLIP with a projection), "t5", another, or None for none."""
+    if model is None:
+        return None
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind == "clip_text_model":
+        return "projected" if hasattr(model, "text_projection") else "clip"
+    return str(kind)
+
+
+def _unsupported(pipe: Any, slots: Sequence[str], models: Sequence[Any]) -> str:
+    found = [
+        f"{name}: {'not loaded' if model is None else type(model).__name__}"
+        for name, model in zip(slots, models, strict=True)
+    ]
+    return (
+        f"segments are not known for the text encoders of {type(pipe).__name__} ({', '.join(found) or 'none'}); "
+        f"supported without 'encoder' are {SUPPORTED}. For others pass encoder=..., an Encoder, or the name or config "
+        "of one, e.g. encoder={'name': 'clip-segment', 'checkpoint': 'hub id or folder'}; "
+        "`longalign list encoders` shows them"
+    )
+
+
+def fast(tokenizer: Any) -> Any:
+    """A tokenizer as a fast one, which knows where in a text its tokens are; with transformers 4 pipelines have slow
+    ones."""
+    if tokenizer is None or tokenizer.is_fast:
+        return tokenizer
+    kept = _fast_tokenizers.get(tokenizer)
+    if kept is None or len(kept) != len(tokenizer):
+        from transformers import AutoTokenizer
+
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            kept = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        _fast_tokenizers[tokenizer] = kept
+    return kept
