@@ -25,7 +25,7 @@ from longalign.backbones.lora import LoraStack, check_same_names, join_stacks, p
 from longalign.config import RunConfig, load_config, to_json
 from longalign.encoders.base import Encoder
 from longalign.files import CHECKPOINT, REWARD, checkpoint_file, read_metadata
-from longalign.registry import REGISTRIES, PartConfig
+from longalign.registry import REGISTRIES, PartConfig, backbones, encoders
 from longalign.runtime import Runtime
 from longalign.trainers.base import adapter
 from longalign.weights import load_tensors, save_tensors
@@ -162,7 +162,7 @@ def load_for_sampling(checkpoint: str | Path, runtime: Runtime | None = None) ->
     if config.backbone is None or config.encoder is None:
         raise ValueError(f"{path} is of a run that trained a reward, which draws nothing; expected one with a backbone")
     runtime = runtime or Runtime.detect(config.loop.precision)
-    backbone, encoder = config.backbone.build(runtime), config.encoder.build(runtime)
+    backbone, encoder = backbones.construct(config.backbone, runtime), encoders.construct(config.encoder, runtime)
     load_into(path, backbone, encoder)
     backbone.merge_lora()
     # Merged first, in the precision of training, so that what is drawn is what was trained.

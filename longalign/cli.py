@@ -229,7 +229,8 @@ def _list(add: Callable[..., argparse.ArgumentParser]) -> None:
         """,
     )
     command.add_argument("kinds", nargs="*", metavar="KIND", help="only these kinds")
-    command.add_argument("--check", action="store_true", help="import each part's config and report those that fail")
+    command.add_argument("--check", action="store_true", help="as --verbose, with status 1 if a part is broken")
+    command.add_argument("--verbose", action="store_true", help="show where each part's config is")
 
 
 def _describe(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -245,7 +246,7 @@ def _describe(add: Callable[..., argparse.ArgumentParser]) -> None:
         longalign describe runs/align/checkpoint-000500
         """,
     )
-    command.add_argument("what", help="a kind, 'run', a config file, or a checkpoint")
+    command.add_argument("what", help="a kind, a part, 'run' or a key of it, a config file, or a checkpoint")
     command.add_argument(
         "more", nargs="*", metavar="NAME|key=value", help="a part's name after a kind, or changes to a config"
     )

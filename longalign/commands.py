@@ -13,11 +13,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from longalign import describe as descriptions
-from longalign.config import RunConfig, load_config, override, to_yaml
+from longalign.config import load_config, override, to_yaml
 from longalign.data.lines import new_index, read_jsonl, read_prompts, text_of
-from longalign.faults import PartError, suggestion
 from longalign.files import checkpoint_file, find_checkpoint, parse_assignments, parse_value, read_mapping
-from longalign.registry import REGISTRIES, PartConfig, rewards
+from longalign.registry import PartConfig, rewards
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json", ".safetensors")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -194,7 +193,7 @@ def direction(args: Namespace) -> None:
 
 def list_parts(args: Namespace) -> int:
     """Prints the parts; 1 if some are broken."""
-    table, faults = descriptions.list_parts(args.kinds, args.check)
+    table, faults = descriptions.list_parts(args.kinds, args.check or args.verbose)
     print(table)
     for fault in faults:
         print(f"broken: {fault}", file=sys.stderr)
@@ -206,18 +205,8 @@ def describe(args: Namespace) -> None:
     what, more = args.what, args.more
     if Path(what).suffix in CONFIG_SUFFIXES or Path(what).is_dir():
         print(to_yaml(override(what, parse_assignments(more))), end="")
-    elif what == "run" and not more:
-        print(descriptions.describe_model(RunConfig))
-    elif what in REGISTRIES and len(more) < 2:
-        print(descriptions.describe_part(what, more[0]) if more else descriptions.describe_kind(what))
-    elif what in REGISTRIES or what == "run":
-        raise ValueError(f"expected 'run' alone, or a kind and one part's name, got {what} {' '.join(more)}")
     else:
-        known = ("run", *REGISTRIES)
-        raise PartError(
-            f"cannot describe '{what}'{suggestion(what, known) or '.'} It can be a kind ({', '.join(REGISTRIES)}), "
-            "'run', a .yaml or .json config, or a checkpoint."
-        )
+        print(descriptions.explain([what, *more]))
 
 
 def convert(args: Namespace) -> None:
@@ -295,7 +284,7 @@ def _built(configs: Mapping[str, PartConfig]) -> dict[str, Any]:
     from longalign.runtime import Runtime
 
     runtime = Runtime.detect()
-    return {name: as_reward(config.build(runtime)).eval() for name, config in configs.items()}
+    return {name: as_reward(rewards.construct(config, runtime), name).eval() for name, config in configs.items()}
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from longalign.config import TRAINED, RunConfig, load_config
 from longalign.faults import ConfigError
+from longalign.registry import backbones, encoders, rewards, trainers
+from longalign.registry import data as datasets
 from longalign.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -32,6 +34,14 @@ class Composition:
         self.config = config
         self._runtime = runtime
         self._built: dict[str, Any] = {}
+
+    def __repr__(self) -> str:
+        names = {key: getattr(self.config, key) for key in ("backbone", "encoder", "trainer", "data")}
+        parts = [f"{key}={part.name}" for key, part in names.items() if part is not None]
+        parts += (
+            [f"rewards=[{', '.join(reward.name for reward in self.config.rewards)}]"] if self.config.rewards else []
+        )
+        return f"Composition({', '.join(parts)}; built: {', '.join(self._built) or 'nothing'})"
 
     @property
     def runtime(self) -> Runtime:
@@ -72,7 +82,9 @@ class Composition:
             runtime = self.runtime
             if getattr(self.config.trainer, "trains_rewards", False):
                 runtime = replace(runtime, dtype="float32")  # what is trained is loaded in full precision
-            self._built["rewards"] = [as_reward(config.build(runtime)) for config in self.config.rewards]
+            self._built["rewards"] = [
+                as_reward(rewards.construct(config, runtime), config.name) for config in self.config.rewards
+            ]
         return self._built["rewards"]
 
     @property
@@ -81,7 +93,7 @@ class Composition:
         if "trainer" not in self._built:
             config = self._needed("trainer")
             parts = {key: getattr(self, key) for key in getattr(config, "needs", TRAINED)}
-            self._built["trainer"] = config.build(self.runtime, **parts, rewards=self.rewards)
+            self._built["trainer"] = trainers.construct(config, self.runtime, **parts, rewards=self.rewards)
         return self._built["trainer"]
 
     @property
@@ -91,7 +103,7 @@ class Composition:
         Raises `ConfigError` if the config has none.
         """
         if "data" not in self._built:
-            data = self._needed("data").build(self.runtime)
+            data = datasets.construct(self._needed("data"), self.runtime)
             if self.config.cache is not None:
                 from longalign.caching import by_index, cached_data
 
@@ -135,7 +147,8 @@ class Composition:
 
             data: Any = self.data  # not a stream, which cannot be cached
             return cached_encoder(self.config, data, self.runtime)
-        return getattr(self.config, key).build(self.runtime)
+        registry = {"backbone": backbones, "encoder": encoders}[key]
+        return registry.construct(getattr(self.config, key), self.runtime)
 
     def _start(self, checkpoint: str) -> None:
         from longalign.checkpoint import load_into

@@ -170,7 +170,7 @@ class RunConfig(Section):
         if self.cache is not None:
             faults += self._cache_faults(self.cache)
         for part in (self.backbone, self.encoder, *self.rewards, self.trainer, self.data):
-            faults += part.check_run(self) if part is not None else []
+            faults += _checked(part, self) if part is not None else []
         if faults:
             raise nested(faults)
         return self
@@ -186,12 +186,16 @@ class RunConfig(Section):
         for key in ("channels_last", "compile"):
             if "backbone" not in needs and getattr(self.loop, key):
                 faults.append((f"loop.{key}", f"it is for a backbone, and '{name}' uses none; set it to false"))
+        if self.trainer is not None and self.rewards and not getattr(self.trainer, "uses_rewards", False):
+            message = f"'{name}' uses no rewards, got {len(self.rewards)}; expected none, or a trainer such as 'reward'"
+            faults.append(("rewards", message))
         compares = getattr(self.trainer, "compares_pairs", False)
         if self.data is not None and getattr(self.data, "has_pairs", False) != compares:
             if compares:
                 message = f"'{name}' compares two images of a prompt, and '{self.data.name}' has one; choose 'pairs'"
             else:
-                message = f"'{self.data.name}' has two images of each prompt, which only 'denscore' compares"
+                who = f"'{name}' does not compare them" if name else "there is no trainer to compare them"
+                message = f"'{self.data.name}' has two images of each prompt, and {who}; 'denscore' does"
             faults.append(("data", message))
         return faults
 
@@ -205,6 +209,18 @@ class RunConfig(Section):
         if not cache.prompts and cache.latents is False:
             return [("cache", "expected latents or prompts to be cached, and both are false")]
         return []
+
+
+def _checked(part: Any, run: RunConfig) -> list[Fault]:
+    """What stands against a part in a run, or what went wrong in asking it."""
+    try:
+        faults = list(part.check_run(run))
+        if all(isinstance(path, str) and isinstance(message, str) for path, message in faults):
+            return faults
+        fault = f"it must give pairs of texts, (path, message), not {shorten(faults)}"
+    except Exception as error:
+        fault = f"{type(error).__name__}: {error}"
+    return [("", f"check_run of '{part.name}' ({type(part).__module__}.{type(part).__name__}) failed: {fault}")]
 
 
 def _needs(trainer: Any) -> tuple[str, ...]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import shutil
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import annotated_types
@@ -14,52 +15,78 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from longalign.config import RunConfig
 from longalign.discovery import offers
 from longalign.faults import suggestion
-from longalign.registry import REGISTRIES, PartConfig, PartError, PartInfo, PartOf, Registry
+from longalign.registry import REGISTRIES, PartConfig, PartError, PartOf, Registry, misnamed
 
-WIDTH = 100
 BOUNDS = ((annotated_types.Ge, "ge", ">="), (annotated_types.Gt, "gt", ">"))
 CEILINGS = ((annotated_types.Le, "le", "<="), (annotated_types.Lt, "lt", "<"))
 
 
-def list_parts(kinds: Iterable[str] = (), check: bool = False) -> tuple[str, list[str]]:
-    """A table of the parts, and what is wrong with them.
+def list_parts(kinds: Iterable[str] = (), targets: bool = False) -> tuple[str, list[str]]:
+    """A table of the parts, and what is wrong with them. Each part's config is loaded.
 
     Args:
         kinds: the kinds to list; all if empty.
-        check: whether to load each part's config, which is otherwise left alone, and report those that fail.
+        targets: whether to show where each part's config is, instead of the beginning of its description.
 
     Returns:
-        The table, with kind, name, owner and target; and one message for each fault.
+        The table, with kind, name, owner and description or target; and one message for each fault.
     """
-    rows: list[PartInfo] = []
+    rows: list[tuple[str, ...]] = [("kind", "name", "owner", "target" if targets else "description")]
     faults = [f"the entry points of {who} cannot be read: {why}" for who, why in offers().malformed]
+    faults += [fault for _, fault in misnamed()]
     for registry in _kinds(kinds):
         for name in registry.names():
-            infos = registry.infos(name)
-            rows += infos
             try:
-                if len(infos) > 1:
-                    registry.info(name)
-                elif check:
-                    registry.get(name)
+                about = _beginning(registry.get(name))
             except PartError as error:
+                about = "broken"
                 faults.append(str(error))
-    return _table([("kind", "name", "owner", "target"), *((r.kind, r.name, r.owner, r.target) for r in rows)]), faults
+            for info in registry.infos(name):
+                who = info.owner if targets else info.owner.rpartition(" ")[0]
+                rows.append((info.kind, name, who, info.target if targets else about))
+    return _table(rows, fill=not targets), faults
 
 
 def describe_kind(kind: str) -> str:
     """The parts of a kind, each with the first sentence of its description; a broken one with its error."""
     (registry,) = _kinds([kind])
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name in registry.names():
         try:
-            paragraph = _summary(registry.get(name))[0].split("\n\n")[0]
-            rows.append((name, textwrap.shorten(paragraph, WIDTH, placeholder="...")))
+            rows.append((name, _beginning(registry.get(name))))
         except PartError as error:
-            rows.append((name, str(error)))
-    return _table(rows)
+            rows.append((name, f"broken: {error}"))
+    return _table(rows, fill=True)
+
+
+def explain(words: Sequence[str]) -> str:
+    """What ``longalign describe`` prints of words: a kind or a key of a config, a part, or both.
+
+    Raises:
+        PartError: if there is nothing of that name.
+    """
+    what, more = words[0], words[1:]
+    kind = what if what in REGISTRIES else f"{what}s"
+    sections = {key: model for key, field in RunConfig.model_fields.items() for model in _sections(field.annotation)}
+    owners = [registry.kind for registry in REGISTRIES.values() if what in registry]
+    if kind in REGISTRIES and len(more) < 2:
+        return describe_part(kind, more[0]) if more else describe_kind(kind)
+    if kind in REGISTRIES or (more and (what == "run" or what in sections or owners)):
+        raise PartError(f"expected a kind and one part's name, or one word, got {' '.join(words)}")
+    if what == "run":
+        return describe_model(RunConfig)
+    if what in sections:
+        return describe_model(sections[what])
+    if owners:
+        return "\n\n".join(describe_part(kind, what) for kind in owners)
+    known = ("run", *sections, *REGISTRIES, *(name for registry in REGISTRIES.values() for name in registry.names()))
+    raise PartError(
+        f"cannot describe '{what}'{suggestion(what, known) or '.'} It can be a kind ({', '.join(REGISTRIES)}), a part, "
+        f"'run', a key of it ({', '.join(sections)}), a .yaml or .json config, or a checkpoint."
+    )
 
 
 def describe_part(kind: str, name: str) -> str:
@@ -83,12 +110,28 @@ def _kinds(kinds: Iterable[str]) -> list[Registry]:
     return [REGISTRIES[kind] for kind in kinds or REGISTRIES]
 
 
-def _table(rows: list[tuple[str, ...]]) -> str:
+def _width() -> int:
+    """Columns of the terminal, of which very few or very many read badly; 100 where there is none."""
+    return min(max(shutil.get_terminal_size((100, 24)).columns, 40), 120)
+
+
+def _beginning(model: type) -> str:
+    return " ".join(_summary(model)[0].split("\n\n")[0].split())
+
+
+def _table(rows: list[tuple[str, ...]], fill: bool = False) -> str:
+    """Rows in columns; with ``fill`` the last column is shortened to the terminal."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)] if rows else []
-    return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]) for row in rows)
+    lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
+    if fill:
+        head, width = sum(widths) + 2 * len(widths), _width()
+        lines = [
+            line[:head] + textwrap.shorten(line[head:], max(width - head, 20), placeholder="...") for line in lines
+        ]
+    return "\n".join(lines)
 
 
-def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def _keys(model: type[BaseModel], prefix: str = "", defaults: BaseModel | None = None) -> Iterator[str]:
     about = {}
     for base in reversed(model.__mro__):
         about.update(_summary(base)[1] if issubclass(base, BaseModel) else {})
@@ -97,12 +140,14 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
         if key == "name" and issubclass(model, PartConfig):
             continue
         annotation = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
-        yield f"{prefix}{key}: {type_text(annotation)}{_default(field)}"
+        default = _default_of(field) if defaults is None else getattr(defaults, key)
+        yield f"{prefix}{key}: {type_text(annotation)}{_default(field, default)}"
         if about.get(key):
-            yield textwrap.fill(about[key], WIDTH, initial_indent="    ", subsequent_indent="    ")
+            yield textwrap.fill(about[key], _width(), initial_indent="    ", subsequent_indent="    ")
         for section in _sections(field.annotation):
             many = get_origin(field.annotation) in (list, tuple)
-            yield from _keys(section, f"{prefix}{key}.{'0.' if many else ''}")
+            inner = default if isinstance(default, section) else None
+            yield from _keys(section, f"{prefix}{key}.{'0.' if many else ''}", inner)
 
 
 def _sections(annotation: Any) -> list[type[BaseModel]]:
@@ -112,10 +157,13 @@ def _sections(annotation: Any) -> list[type[BaseModel]]:
     return [section for a in get_args(annotation) for section in _sections(a)]
 
 
-def _default(field: FieldInfo) -> str:
-    if field.is_required():
+def _default_of(field: FieldInfo) -> Any:
+    return PydanticUndefined if field.is_required() else field.get_default(call_default_factory=True, validated_data={})
+
+
+def _default(field: FieldInfo, value: Any) -> str:
+    if value is PydanticUndefined and field.is_required():
         return " (required)"
-    value = field.get_default(call_default_factory=True, validated_data={})
     if isinstance(value, BaseModel):
         return "" if _sections(field.annotation) else f" = {json.dumps(value.model_dump(mode='json'))}"
     return "" if value is PydanticUndefined else f" = {json.dumps(value, default=str, ensure_ascii=False)}"

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
-from importlib.metadata import Distribution, EntryPoint, distributions
+from importlib.metadata import Distribution, EntryPoint, EntryPoints, distributions
 from pathlib import Path
+from typing import Any
 
 PREFIX = "longalign_"
 
@@ -21,12 +22,15 @@ class Offers:
     Attributes:
         groups: entry-point group to part name to everyone who offers it.
         malformed: owner and error of each distribution whose entry-point metadata cannot be read.
+        misnamed: entry points whose group is like one of ours in its beginning only, such as ``longalign.encoders``.
     """
 
     groups: dict[str, dict[str, list[EntryPoint]]] = field(default_factory=dict)
     malformed: list[tuple[str, str]] = field(default_factory=list)
+    misnamed: list[EntryPoint] = field(default_factory=list)
 
 
+_entry_points: Any = Distribution.entry_points.fget  # type: ignore[attr-defined]
 _kept: tuple[object, Offers] | None = None
 
 
@@ -37,6 +41,22 @@ def offers() -> Offers:
     if _kept is None or _kept[0] != state:
         _kept = (state, _read())
     return _kept[1]
+
+
+def pass_over_unreadable() -> None:
+    """Makes this process take distributions whose entry points cannot be read for such as have none.
+
+    catalogue, pydantic and torch read the entry points of all distributions when they are imported, and would fail over
+    a file that none of them needs. `offers` names it.
+    """
+
+    def entry_points(dist: Distribution) -> EntryPoints:
+        try:
+            return _entry_points(dist)
+        except Exception:
+            return EntryPoints()
+
+    Distribution.entry_points = property(entry_points)  # type: ignore[assignment,misc]
 
 
 def owner(entry: EntryPoint) -> str:
@@ -55,17 +75,21 @@ def _read() -> Offers:
     out, seen = Offers(), set()
     for dist in distributions():
         try:
-            if PREFIX not in (dist.read_text("entry_points.txt") or ""):
+            if PREFIX[:-1] not in (dist.read_text("entry_points.txt") or ""):
                 continue
             # The first of a name on the path is the one that Python imports; a second is a stale copy, not a rival.
-            if (key := _name(dist).rpartition(" ")[0].lower().replace("_", "-")) in seen:
+            key = str(dist.metadata["Name"] or getattr(dist, "_path", id(dist))).lower().replace("_", "-")
+            if key in seen:
                 continue
             seen.add(key)
-            entries = [e for e in dist.entry_points if e.group.startswith(PREFIX)]
+            entries = [e for e in _entry_points(dist) if e.group.startswith(PREFIX[:-1])]
         except Exception as error:
             out.malformed.append((_name(dist), f"{type(error).__name__}: {error}"))
             continue
         for entry in entries:
+            if not entry.group.startswith(PREFIX):
+                out.misnamed.append(entry)
+                continue
             same = out.groups.setdefault(entry.group, {}).setdefault(entry.name, [])
             if entry.value not in [e.value for e in same if e.dist is entry.dist]:
                 same.append(entry)

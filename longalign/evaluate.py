@@ -17,6 +17,7 @@ from torch import Tensor
 from longalign.imagefiles import load_image
 from longalign.preference import common_direction, decompose, strict_relevance
 from longalign.rewards.base import EmbeddingReward, Reward
+from longalign.rewards.guard import guarded
 from longalign.table import MetricTable
 
 Metric = Callable[[Tensor, Sequence[str]], Mapping[str, Any]]
@@ -37,7 +38,7 @@ class RewardMetric:
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         if not isinstance(self.reward, Reward):
             return {self.name: self.reward(images, prompts)}
-        scores = self.reward.scores(images, prompts)
+        scores = guarded(self.reward, images, prompts)
         return {self.name: scores.total, **{f"{self.name}.{k}": v for k, v in scores.parts.items()}}
 
 

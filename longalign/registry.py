@@ -7,17 +7,18 @@ read and checked before anything heavy is imported.
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import EntryPoint
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
-import catalogue
 from pydantic import BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, SerializeAsAny, ValidationError
 from pydantic_core import PydanticCustomError, core_schema
 
-from longalign.discovery import PREFIX, offers, owner
+from longalign.discovery import PREFIX, offers, owner, pass_over_unreadable
 from longalign.faults import ConfigError, Fault, PartError, check_size, flatten, nested, shorten, suggestion
 from longalign.runtime import Runtime
 
@@ -37,6 +38,12 @@ __all__ = [
     "segmenters",
     "trainers",
 ]
+
+try:
+    import catalogue
+except Exception:  # it reads the entry points of all distributions when it is imported
+    pass_over_unreadable()
+    import catalogue
 
 KEBAB = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
@@ -76,6 +83,10 @@ class Section(BaseModel):
         return _strict(handler(source))
 
 
+#: what a plugin with a mistake raises, rather than a user's input or the machine
+MISTAKES = (TypeError, AttributeError, LookupError, NameError, NotImplementedError, AssertionError, RecursionError)
+
+
 class PartConfig(Section):
     """Base of every part's config."""
 
@@ -100,6 +111,7 @@ class _InCodeConfig(PartConfig):
     """Config of a part that is a ready callable: it has no keys."""
 
     part: ClassVar[Any] = None
+    embeds: ClassVar[bool] = False  # of a reward
 
     def build(self, runtime: Runtime) -> Any:
         return type(self).part
@@ -120,11 +132,16 @@ class Registry:
 
     Args:
         kind: plural name of the kind, e.g. ``"encoders"``; entry points are read from ``longalign_<kind>``.
+        bases: ``module:class`` of what a part must be an instance of, any of them; anything if there are none.
+        function: the arguments of a plain function that may be a part of this kind; none may if it is empty.
     """
 
-    def __init__(self, kind: str):
-        self.kind = kind
+    def __init__(self, kind: str, bases: Sequence[str] = (), function: Sequence[str] = ()):
+        self.kind, self.bases, self.function = kind, tuple(bases), tuple(function)
         self._in_code = catalogue.create("longalign", kind)
+
+    def __repr__(self) -> str:
+        return f"Registry({self.kind!r}: {', '.join(self.names())})"
 
     # catalogue reads entry points once, overwrites duplicates silently and loads all of them on a miss; so metadata is
     # read by us, and catalogue keeps what is registered in code.
@@ -154,6 +171,7 @@ class Registry:
         found = self.infos(name)
         if not found:
             bad = "".join(f" (The entry points of {who} cannot be read: {why})" for who, why in offers().malformed)
+            bad += "".join(f" ({fault})" for entry, fault in misnamed() if entry.name == name)
             raise PartError(
                 f"no part {shorten(name)} among {self.kind}{suggestion(str(name), self.names()) or '.'}"
                 f" There is: {', '.join(self.names()) or 'nothing'}.{bad}"
@@ -189,10 +207,13 @@ class Registry:
         if not KEBAB.fullmatch(name):
             raise PartError(f"the name {name!r} must be in kebab case, like 'clip-segment'")
         if isinstance(target, type) and issubclass(target, PartConfig):
-            _inspect(name, target)
+            _inspect(name, target, self.kind)
             return target
-        if isinstance(target, type) or not callable(target):
-            raise PartError(f"the part must be a PartConfig class with a build method, or a function, not {target!r}")
+        if isinstance(target, type) or not callable(target) or not self.function:
+            function = f", or a function ({', '.join(self.function)})" if self.function else ""
+            raise PartError(f"the part must be a PartConfig class with a build method{function}, not {target!r}")
+        if fault := _fault_of_call(target, *self.function):
+            raise PartError(f"the function must take ({', '.join(self.function)}): {fault}")
         made = type(
             getattr(target, "__name__", type(target).__name__), (_InCodeConfig,), {"part": staticmethod(target)}
         )
@@ -265,20 +286,83 @@ class Registry:
 
         Args:
             config: e.g. ``{"name": "clip-segment", "checkpoint": "mini/clip"}``.
-            runtime: device, dtype and processes; one process on the CPU in float32 by default.
+            runtime: device, dtype and processes; this machine's (`Runtime.detect`) if None, and the CPU for segmenters.
             parts: the ready parts that a trainer is built from (``backbone``, ``encoder``, ``rewards``).
+
+        Raises:
+            ConfigError: if the config is not valid.
+            PartError: if what is built is no part of this kind, or building it fails by a mistake of its plugin.
         """
-        return self.validate(config).build(runtime or Runtime(), **parts)
+        checked = self.validate(config)
+        if runtime is None:
+            runtime = Runtime() if self is segmenters else Runtime.detect()
+        return self.construct(checked, runtime, **parts)
+
+    def construct(self, config: PartConfig, runtime: Runtime, **parts: Any) -> Any:
+        """As `build`, from a config that is checked."""
+        name = config.name
+        whose = self.infos(name)[0].owner if name in self else f"{type(config).__module__}"
+        try:
+            made = config.build(runtime, **parts)
+        except MISTAKES as error:
+            if whose.startswith("longalign "):
+                raise
+            raise PartError(
+                f"'{name}' among {self.kind}, from {whose}, failed to build: {type(error).__name__}: {error}"
+            ) from error
+        if (self.function and callable(made)) or not self.bases:
+            return made
+        bases = [getattr(import_module(module), kind) for module, _, kind in (b.partition(":") for b in self.bases)]
+        if not isinstance(made, tuple(bases)):
+            wanted = " or ".join(base.replace(":", ".") for base in self.bases)
+            what = "a function" if inspect.isfunction(made) else f"a {type(made).__name__}"
+            raise PartError(f"'{name}' among {self.kind}, from {whose}, was built as {what}, which is no {wanted}")
+        return made
+
+
+def misnamed() -> list[tuple[EntryPoint, str]]:
+    """Entry points in groups that no kind has, such as ``longalign_encoder``, each with what is wrong with it."""
+    unknown = [
+        e
+        for group, parts in offers().groups.items()
+        for several in parts.values()
+        for e in several
+        if group.removeprefix(PREFIX) not in REGISTRIES
+    ]
+    groups = [PREFIX + kind for kind in REGISTRIES]
+    return [
+        (
+            entry,
+            f"{owner(entry)} offers '{entry.name}' in the group '{entry.group}', which is not read"
+            f"{suggestion(entry.group, groups) or '; the groups are ' + ', '.join(groups)}",
+        )
+        for entry in (*unknown, *offers().misnamed)
+    ]
+
+
+def _fault_of_call(function: Any, *values: Any, **named: Any) -> str:
+    """Why a function cannot be called so, or an empty text."""
+    try:
+        inspect.signature(function).bind(*values, **named)
+    except TypeError as error:
+        return str(error)
+    except ValueError:  # functions of C do not always say what they take
+        return ""
+    return ""
 
 
 def _place(model: type) -> tuple[str, str]:
     return model.__module__, model.__qualname__
 
 
-def _inspect(name: str, model: type[PartConfig]) -> None:
+def _inspect(name: str, model: type[PartConfig], kind: str) -> None:
     """Refuses a config class that would go wrong later, with what its author should do."""
     if model.build is PartConfig.build:
         raise PartError(f"{model.__name__} has no build(self, runtime) method")
+    parts = (*getattr(model, "needs", ("backbone", "encoder")), "rewards") if kind == "trainers" else ()
+    if fault := _fault_of_call(model.build, "self", "runtime", **dict.fromkeys(parts)):
+        wanted = ", ".join(("self", "runtime", *(("*", *parts) if parts else ())))
+        raise PartError(f"{model.__name__}.build must take ({wanted}): {fault}")
     if not model.model_config.get("frozen") or model.model_config.get("extra") != "forbid":
         raise PartError(f"{model.__name__} must keep frozen=True and extra='forbid' of PartConfig's model_config")
     field = model.model_fields["name"]
@@ -310,13 +394,13 @@ def Part(kind: str) -> Any:
     return Annotated[SerializeAsAny[PartConfig], BeforeValidator(check), PartOf(kind)]
 
 
-encoders = Registry("encoders")
-rewards = Registry("rewards")
-trainers = Registry("trainers")
-backbones = Registry("backbones")
-data = Registry("data")
-segmenters = Registry("segmenters")
-schedules = Registry("schedules")
+encoders = Registry("encoders", ["longalign.encoders.base:Encoder"])
+rewards = Registry("rewards", ["longalign.rewards.base:Reward"], function=("images", "prompts"))
+trainers = Registry("trainers", ["longalign.trainers.base:Trainer"])
+backbones = Registry("backbones", ["longalign.backbones.base:Backbone"])
+data = Registry("data", ["longalign.data.base:Data", "longalign.data.stream:Stream"])
+segmenters = Registry("segmenters", function=("prompt", "count"))
+schedules = Registry("schedules", ["longalign.schedules.base:Schedule"])
 
 REGISTRIES: dict[str, Registry] = {
     r.kind: r for r in (backbones, data, encoders, rewards, schedules, segmenters, trainers)

@@ -4,19 +4,22 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 
 from longalign import evaluate, pipeline, stock
+from longalign.backbones.configs import LoraConfig
 from longalign.cli import main
 from longalign.compose import Composition
 from longalign.config import load_config, to_yaml
 from longalign.imagefiles import write_png
-from longalign.registry import PartConfig, rewards
+from longalign.registry import PartConfig, rewards, trainers
 from longalign.rewards import direction
 from longalign.rewards.base import EmbeddingReward
 from longalign.trainers import loop
+from longalign.trainers.configs import AlignConfig
 
 CONFIG = {
     "backbone": {"name": "sd", "checkpoint": "mini/sd"},
@@ -65,6 +68,7 @@ def test_no_torch_where_none_is_needed(yaml):
     code = f"""
 import sys
 import longalign
+from longalign.backbones.configs import LoraConfig
 from longalign.cli import main
 for arguments in {light!r}:
     try:
@@ -96,13 +100,60 @@ def test_python_m_longalign():
 
 
 def test_list_shows_kind_name_owner_and_target(capsys):
-    assert main(["list", "encoders", "rewards"]) == 0
+    assert main(["list", "encoders", "rewards", "--verbose"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["kind", "name", "owner", "target"]
     row = next(line for line in lines if line.startswith("encoders") and " t5 " in line)
     assert row.split()[-1] == "longalign.encoders.configs:T5Config"
     assert not any(line.startswith("trainers") for line in lines)
     assert main(["list", "--check"]) == 0
+    capsys.readouterr()
+    assert main(["list", "encoders"]) == 0
+    out = capsys.readouterr().out
+    assert "T5's encoder over the" in out
+    assert "longalign.encoders" not in out
+
+
+def test_list_and_describe_fit_the_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "72")
+    for command in (["list"], ["describe", "trainers"]):
+        assert main(command) == 0
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= 72
+    assert main(["describe", "loop"]) == 0
+    assert max(len(line) for line in capsys.readouterr().out.splitlines() if line.startswith("  ")) <= 72
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["encoder"], "clip-segment-sdxl"),
+        (["encoder", "t5"], "t5 (encoders), from longalign"),
+        (["clip-segment"], "clip-segment (encoders), from longalign"),
+        (["denscore"], "denscore (trainers), from longalign"),
+        (["loop"], "batch_size: int >= 1"),
+        (["run"], "loop.batch_size: int >= 1"),
+    ],
+)
+def test_describe_takes_the_keys_of_a_config_and_the_names_of_parts(words, shown, capsys):
+    assert main(["describe", *words]) == 0
+    assert shown in capsys.readouterr().out
+
+
+def test_describe_shows_the_defaults_of_a_plugin_not_those_of_a_class(capsys):
+    class MineConfig(AlignConfig):
+        """Mine."""
+
+        name: Literal["mine"] = "mine"
+        lora: LoraConfig | None = LoraConfig(rank=4)
+
+    trainers.register("mine", MineConfig)
+    try:
+        assert main(["describe", "mine"]) == 0
+    finally:
+        trainers.unregister("mine")
+    shown = capsys.readouterr().out
+    assert "lora.rank: int >= 1 = 4" in shown
+    assert "lora.scale: float > 0 = 1.0" in shown
 
 
 def test_describe_a_part_shows_each_key_with_type_default_and_words(capsys):
@@ -147,9 +198,9 @@ def test_describe_a_config_shows_it_whole_and_changed(yaml, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["describe", "encoder"], "cannot describe 'encoder'; did you mean 'encoders'?"),
+        (["describe", "encodder"], "cannot describe 'encodder'; did you mean 'encoders'?"),
         (["describe", "encoders", "clip-segmen"], "did you mean 'clip-segment'?"),
-        (["describe", "encoders", "t5", "longclip"], "expected 'run' alone, or a kind and one part's name"),
+        (["describe", "encoders", "t5", "longclip"], "expected a kind and one part's name, or one word"),
         (["list", "reward"], "no kind 'reward'; did you mean 'rewards'?"),
         (["train", "nowhere.yaml"], "no config file nowhere.yaml"),
         (["train", "YAML", "steps"], "expected path=value"),

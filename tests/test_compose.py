@@ -7,13 +7,18 @@ import torch
 from tiny import tiny_sd
 
 from longalign import checkpoint
+from longalign.backbones.base import Backbone
 from longalign.backbones.configs import LoraConfig
 from longalign.compose import Composition, build_from_config
 from longalign.config import load_config, override
+from longalign.data.base import Data
+from longalign.encoders.base import Encoder
 from longalign.faults import ConfigError
 from longalign.registry import PartConfig, backbones, data, encoders, rewards, trainers
 from longalign.rewards.base import Reward
 from longalign.runtime import Runtime, resolve_checkpoint
+from longalign.trainers.base import Trainer
+from longalign.trainers.configs import TrainerConfig
 
 BUILT: list[str] = []
 
@@ -25,15 +30,25 @@ class RecordedConfig(PartConfig):
 
     def build(self, runtime):
         BUILT.append(self.part)
-        return (self.part, self.label, runtime)
+        return made(self.part, label=self.label, runtime=runtime)
 
 
-class RecordedTrainerConfig(PartConfig):
+class RecordedTrainerConfig(TrainerConfig):
+    uses_rewards: ClassVar[bool] = True
+
     name: Literal["recorded"] = "recorded"
 
     def build(self, runtime, *, backbone, encoder, rewards):
         BUILT.append("trainer")
-        return (backbone, encoder, rewards)
+        return made("trainer", given=(backbone, encoder, rewards))
+
+
+def made(part, **remembered):
+    """A part that does nothing."""
+    base = {"backbone": Backbone, "encoder": Encoder, "trainer": Trainer, "data": Data}[part]
+    init = object.__init__ if base is Data else torch.nn.Module.__init__
+    thing = type(f"Recorded{base.__name__}", (base,), {"__init__": init, **remembered})
+    return thing()
 
 
 @pytest.fixture(autouse=True)
@@ -62,18 +77,22 @@ def test_parts_are_built_when_asked_for_and_once():
     assert BUILT == ["encoder"]
     assert composition.trainer is composition.trainer
     assert BUILT == ["encoder", "backbone", "trainer"]
-    assert composition.data[0] == "data"
+    assert composition.data.label == ""
+    assert repr(composition) == (
+        "Composition(backbone=recorded, encoder=recorded, trainer=recorded, data=recorded; "
+        "built: encoder, backbone, rewards, trainer, data)"
+    )
 
 
 def test_the_trainer_gets_the_same_parts_and_all_rewards_in_order():
     composition = build_from_config({**CONFIG, "rewards": ["second", "first"]}, Runtime())
-    backbone, encoder, scored = composition.trainer
+    backbone, encoder, scored = composition.trainer.given
     assert backbone is composition.backbone
     assert encoder is composition.encoder
     assert scored is composition.rewards
     assert all(isinstance(reward, Reward) for reward in scored)
     assert [reward.score(torch.ones(1, 3, 2, 2), ["p"]).item() for reward in scored] == [-1.0, 1.0]
-    assert build_from_config(CONFIG, Runtime()).trainer[2] == []
+    assert build_from_config(CONFIG, Runtime()).trainer.given[2] == []
 
 
 def test_a_fault_anywhere_is_found_before_any_part_is_built():
@@ -87,7 +106,7 @@ def test_the_runtime_follows_the_precision_and_can_be_set_until_a_part_is_built(
     assert composition.runtime.dtype == "bfloat16"
     assert composition.runtime.device == ("cuda" if torch.cuda.is_available() else "cpu")
     composition.runtime = Runtime("meta")
-    assert composition.encoder[2].device == "meta"
+    assert composition.encoder.runtime.device == "meta"
     with pytest.raises(ValueError, match="already parts on it: encoder"):
         composition.runtime = Runtime("cpu")
 

@@ -1,12 +1,17 @@
 """Parts by name, with distributions that exist only as metadata in a temporary folder."""
 
+import os
+import subprocess
 import sys
+from pathlib import Path
 from typing import Literal
 
 import pytest
 
 from longalign import discovery
+from longalign.describe import list_parts
 from longalign.registry import REGISTRIES, ConfigError, Part, PartConfig, PartError, Registry, encoders, rewards
+from longalign.runtime import Runtime
 
 GOOD = """
 from typing import Literal
@@ -17,7 +22,8 @@ class BlurConfig(PartConfig):
     radius: float = 1.0
 
     def build(self, runtime):
-        return ("blur", self.radius, runtime.device)
+        made = (self.radius, runtime.device)
+        return lambda images, prompts: made
 """
 
 
@@ -68,8 +74,8 @@ def test_a_plugin_is_found_by_name_and_built_with_its_keys(install):
     assert "blur" in rewards
     assert rewards.info("blur").owner == "fake-blur 1.0"
     assert "fake_blur" not in sys.modules, "listing must not import the plugin"
-    assert rewards.build({"name": "blur", "radius": 2}) == ("blur", 2.0, "cpu")
-    assert rewards.build("blur") == ("blur", 1.0, "cpu")
+    assert rewards.build({"name": "blur", "radius": 2}, Runtime())([], []) == (2.0, "cpu")
+    assert rewards.build("blur", Runtime("meta"))([], []) == (1.0, "meta")
 
 
 def test_a_lookup_loads_exactly_one_part(install):
@@ -111,6 +117,12 @@ def test_a_broken_plugin_is_named_with_its_real_error_and_hides_nothing(install)
         ("fake_bad:X", "class X: pass", "must be a PartConfig class"),
         ("fake_bad:BlurConfig", GOOD, "calls itself 'blur', but is registered as 'bad'; write name: Literal"),
         ("fake_bad:X", "from longalign.registry import PartConfig\nclass X(PartConfig): pass", "no build"),
+        (
+            "fake_bad:X",
+            GOOD + "\nclass X(BlurConfig):\n    def build(self): pass",
+            "X.build must take (self, runtime): too many",
+        ),
+        ("fake_bad:x", "def x(images): pass", "must take (images, prompts): too many"),
         (
             "fake_bad:X",
             GOOD.replace('"blur"', '"bad"') + "\nclass X(BlurConfig, extra='ignore'): pass",
@@ -162,6 +174,67 @@ def test_malformed_metadata_of_one_distribution_leaves_the_others(install):
         rewards.get("mangled")
 
 
+def test_a_distribution_without_a_name_hides_no_other(install):
+    for name in ("one", "two"):
+        install(f"fake-{name}", rewards_of(**{name: f"fake_{name}:BlurConfig"}))
+        next(Path(p) for p in sys.path if p.endswith(f"fake-{name}")).joinpath(
+            f"fake_{name}-1.0.dist-info/METADATA"
+        ).unlink()
+    assert {"one", "two"} <= set(rewards.names())
+
+
+def test_entry_points_that_are_not_text_disable_nothing(tmp_path):
+    """As catalogue reads all of them when it is imported, in a process of its own."""
+    mangled = tmp_path / "fake_mangled-1.0.dist-info"
+    mangled.mkdir()
+    (mangled / "METADATA").write_text("Metadata-Version: 2.1\nName: fake-mangled\nVersion: 1.0\n")
+    (mangled / "entry_points.txt").write_text("[longalign_rewards]\nno equals sign here\n")
+    info = tmp_path / "fake_latin-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fake-latin\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_bytes("[console_scripts]\nd\u00e9mo = x:y\n".encode("latin-1"))
+    path = os.pathsep.join((str(tmp_path), str(Path(discovery.__file__).parents[1])))
+    command = [sys.executable, "-m", "longalign", "list", "rewards", "--check"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "longalign.rewards.configs:DenscoreConfig" in done.stdout
+    assert "entry points of fake-latin 1.0 cannot be read: UnicodeDecodeError" in done.stderr
+    assert "entry points of fake-mangled 1.0 cannot be read:" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_misspelt_group_is_reported_with_the_one_that_is_meant(install):
+    install("fake-typo", "[longalign_reward]\nblurry = fake_typo:X\n[longalign.encoders]\nother = fake_typo:X\n")
+    faults = list_parts()[1]
+    assert (
+        "fake-typo 1.0 offers 'blurry' in the group 'longalign_reward', which is not read; "
+        "did you mean 'longalign_rewards'?"
+    ) in faults
+    assert any("'longalign.encoders'" in fault and "'longalign_encoders'" in fault for fault in faults)
+    with pytest.raises(PartError, match=r"fake-typo 1\.0 offers 'blurry' in the group 'longalign_reward'"):
+        rewards.get("blurry")
+
+
+def test_a_name_claimed_twice_is_reported_by_list(install):
+    for who in ("one", "two"):
+        install(f"fake-{who}", rewards_of(blur=f"fake_{who}:BlurConfig"), **{f"fake_{who}": GOOD})
+    table, faults = list_parts(["rewards"])
+    assert table.count(" blur ") == 2
+    assert any("claimed by fake-" in fault for fault in faults)
+
+
+def test_a_part_is_checked_when_it_is_built(install):
+    text = GOOD.replace(
+        "return lambda images, prompts: made",
+        "return self.radius / 0 if self.radius < 0 else [].x if self.radius > 9 else 3",
+    )
+    install("fake-blur", rewards_of(blur="fake_blur:BlurConfig"), fake_blur=text)
+    with pytest.raises(PartError, match=r"'blur' among rewards, from fake-blur 1\.0, was built as a int, .*\.Reward"):
+        rewards.build("blur", Runtime())
+    with pytest.raises(PartError, match=r"from fake-blur 1\.0, failed to build: AttributeError"):
+        rewards.build({"name": "blur", "radius": 10}, Runtime())
+
+
 def test_metadata_is_read_once_and_again_after_an_installation(install, monkeypatch):
     reads = []
     real = discovery.distributions
@@ -192,7 +265,7 @@ class ThingConfig(PartConfig):
 
 def test_registration_in_code(local):
     assert local.register("thing")(ThingConfig) is ThingConfig
-    assert local.build({"name": "thing", "size": 3}) == 3
+    assert local.build({"name": "thing", "size": 3}, Runtime()) == 3
     assert local.info("thing").owner == "this process"
     local.unregister("thing")
     assert "thing" not in local
@@ -204,11 +277,17 @@ def test_a_plain_function_is_a_part_without_keys(local):
     def brightness(images, prompts):
         return "scored"
 
-    local.register("brightness", brightness)
-    assert local.build("brightness") is brightness
-    assert local.info("brightness").target.endswith("brightness")
+    scoring = Registry("scoring-things", function=("images", "prompts"))
+    scoring.register("brightness", brightness)
+    assert scoring.build("brightness", Runtime()) is brightness
+    assert scoring.info("brightness").target.endswith("brightness")
     with pytest.raises(ConfigError, match="this key does not exist"):
-        local.validate({"name": "brightness", "size": 1})
+        scoring.validate({"name": "brightness", "size": 1})
+    with pytest.raises(PartError, match=r"must take \(images, prompts\): too many positional"):
+        scoring.register("other", lambda images: images)
+    with pytest.raises(PartError, match="must be a PartConfig class with a build method, not <function"):
+        local.register("brightness", brightness)
+    scoring.unregister("brightness")
 
 
 def test_running_a_cell_again_replaces_but_another_class_is_refused(local):

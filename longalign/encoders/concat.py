@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from longalign.encoders.base import Conditioning, Encoder, PromptReport, check_prompts
+from longalign.registry import encoders
 from longalign.runtime import Runtime
 from longalign.segment import Prompt
 
@@ -43,7 +44,7 @@ class ConcatEncoder(Encoder):
     @classmethod
     def from_config(cls, config: ConcatConfig, runtime: Runtime) -> ConcatEncoder:
         """Builds the parts."""
-        return cls([part.build(runtime) for part in config.parts])
+        return cls([encoders.construct(part, runtime) for part in config.parts])
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
         checked = check_prompts(prompts)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from longalign.rewards.guard import check_scores
+from longalign.rewards.guard import check_scores, guarded
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,16 @@ class Reward(nn.Module):
     direction); in eval mode the same images and prompts always have the same score.
     """
 
+    #: what it is called in messages: its name in the config, or its class where it is empty
+    label: str = ""
+
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores images ``(b, 3, h, w)`` in [0, 1] against one prompt each; returns ``(b,)``, higher is better.
 
         Raises:
             NonFiniteReward: if a score is not finite.
         """
-        return self.scores(images, prompts).checked(images, prompts).total
+        return guarded(self, images, prompts).total
 
     def scores(self, images: Tensor, prompts: Sequence[str]) -> Scores:
         """As `score`, with the parts of the score beside the total. Concrete rewards end it with `Scores.checked`."""
@@ -86,23 +89,27 @@ class CallableReward(Reward):
     def __init__(self, function: Callable[[Tensor, Sequence[str]], Any]):
         super().__init__()
         self.function = function
+        self.label = getattr(function, "__qualname__", type(function).__name__)
 
     def scores(self, images: Tensor, prompts: Sequence[str]) -> Scores:
         check_pairs(images, prompts)
         total = self.function(images, prompts)
-        if not isinstance(total, Tensor):
-            name = getattr(self.function, "__qualname__", repr(self.function))
-            raise ValueError(f"reward function '{name}' must return a tensor (b,), not {type(total).__name__}")
-        return Scores(total).checked(images, prompts)
+        check_scores(total, images, prompts, self.label)
+        return Scores(total)
 
 
-def as_reward(part: Any) -> Reward:
-    """What the registry built as a `Reward`: rewards as they are, plain callables wrapped."""
-    if isinstance(part, Reward):
-        return part
-    if not callable(part):
+def as_reward(part: Any, name: str = "") -> Reward:
+    """What the registry built as a `Reward`: rewards as they are, plain callables wrapped.
+
+    Args:
+        part: a reward, or a function ``(images, prompts) -> (b,)``.
+        name: what it is called in messages; its own name if empty.
+    """
+    if not isinstance(part, Reward) and not callable(part):
         raise ValueError(f"expected a Reward or a function (images, prompts) -> scores, got {part!r}")
-    return CallableReward(part)
+    reward = part if isinstance(part, Reward) else CallableReward(part)
+    reward.label = name or reward.label
+    return reward
 
 
 def check_pairs(images: Tensor, prompts: Sequence[str]) -> None:

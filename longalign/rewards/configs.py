@@ -14,7 +14,19 @@ CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 Aspect = Literal["crop", "pad", "squash"]
 
 
-class TowerRewardConfig(PartConfig):
+class RewardConfig(PartConfig):
+    """Base of rewards' configs.
+
+    What a run may be checked for before anything is loaded: ``embeds`` says whether the reward is an
+    `longalign.rewards.base.EmbeddingReward`, which alone can be reweighted; ``differentiable`` whether its scores have
+    a gradient in the images.
+    """
+
+    embeds: ClassVar[bool] = False
+    differentiable: ClassVar[bool] = True
+
+
+class TowerRewardConfig(RewardConfig):
     """What rewards with an image and a text tower have in common; plugins may build on it.
 
     Attributes:
@@ -27,6 +39,8 @@ class TowerRewardConfig(PartConfig):
             paper) or as a fraction of each side (a float); none if it is left out.
         micro_batch: images in one pass of the image tower; all at once if it is left out.
     """
+
+    embeds: ClassVar[bool] = True
 
     text: Literal["whole", "segments"] = "whole"
     segmenter: Part("segmenters") | None = None  # type: ignore[valid-type]
@@ -129,7 +143,7 @@ class Hpsv2Config(TowerRewardConfig):
         return load_hpsv2(self, runtime)
 
 
-class ReweightedConfig(PartConfig):
+class ReweightedConfig(RewardConfig):
     """An embedding reward with its text-irrelevant part scaled (LongAlign, paper section 4).
 
     Attributes:
@@ -144,6 +158,20 @@ class ReweightedConfig(PartConfig):
     inner: Part("rewards")  # type: ignore[valid-type]
     omega: float = Field(0.3, ge=0, allow_inf_nan=False)
     direction: str = "batch"
+
+    @field_validator("inner")
+    @classmethod
+    def _check_inner(cls, inner: PartConfig) -> PartConfig:
+        if not getattr(inner, "embeds", True):  # a plugin's that does not say is looked at when it is built
+            raise ValueError(
+                f"'{inner.name}' is no product of embeddings, so it has no text-irrelevant part; "
+                "around a sum, put `reweighted` inside it, around each term"
+            )
+        return inner
+
+    @property
+    def differentiable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return getattr(self.inner, "differentiable", True)
 
     def build(self, runtime: Runtime) -> Any:
         from longalign.rewards.reweighted import load_reweighted
@@ -165,7 +193,7 @@ class TermConfig(Section):
     label: str | None = Field(None, min_length=1)
 
 
-class SumConfig(PartConfig):
+class SumConfig(RewardConfig):
     """A weighted sum of rewards.
 
     Attributes:
@@ -174,6 +202,10 @@ class SumConfig(PartConfig):
 
     name: Literal["sum"] = "sum"
     terms: tuple[TermConfig, ...]
+
+    @property
+    def differentiable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return all(getattr(term.reward, "differentiable", True) for term in self.terms)
 
     @field_validator("terms")
     @classmethod

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from longalign import registry
 from longalign.rewards.base import Reward, Scores, as_reward, check_pairs
+from longalign.rewards.guard import guarded
 from longalign.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class SumReward(Reward):
         total, parts = images.new_zeros(len(images), dtype=torch.float32), {}
         for label, weight, reward in zip(self.labels, self.weights, self.rewards, strict=True):
             assert isinstance(reward, Reward)
-            term = reward.scores(images, prompts).checked(images, prompts)
+            term = guarded(reward, images, prompts)
             total = total + weight * term.total.to(total.device)  # a plain function may score where the images are
             parts[label] = term.total.detach()
             parts.update({f"{label}/{name}": value.detach() for name, value in term.parts.items()})
@@ -54,7 +55,7 @@ def load_sum(config: SumConfig, runtime: Runtime) -> SumReward:
     for term in config.terms:
         label = term.label or _free(term.reward.name, taken)
         taken.add(label)
-        rewards[label] = as_reward(registry.rewards.build(term.reward, runtime))
+        rewards[label] = as_reward(registry.rewards.build(term.reward, runtime), label)
     return SumReward(rewards, [term.weight for term in config.terms])
 
 

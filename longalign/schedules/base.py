@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Choice:
     copies: int = 0
 
 
+@runtime_checkable
 class Schedule(Protocol):
     """Chooses anew for each batch."""
 

@@ -42,6 +42,9 @@ class Trainer(nn.Module):
     def step(self, batch: Mapping[str, Any], backward: Backward) -> dict[str, Tensor]:
         """Computes a batch's gradient by calling ``backward`` on scalars, whose gradients add up; returns `losses`."""
         losses = self.losses(batch)
+        if not any(key.endswith("_loss") for key in losses):
+            got = ", ".join(losses) or "nothing"
+            raise ValueError(f"{type(self).__name__}.losses must give a value whose key ends in '_loss'; got {got}")
         backward(torch.stack([v for k, v in losses.items() if k.endswith("_loss")]).sum())
         return {key: value.detach() for key, value in losses.items()}
 
@@ -111,6 +114,9 @@ class DiffusionTrainer(Trainer):
             if self.num_cut:
                 warnings.simplefilter("ignore", TruncationWarning)
             told = self._encode[0](prompts)
+        if not isinstance(told, Conditioning):
+            who = f"{type(self.encoder).__module__}.{type(self.encoder).__name__}"
+            raise ValueError(f"the encoder {who} must return a Conditioning, not a {type(told).__name__}")
         self.num_cut += sum(bool(report.cut) for report in told.reports)
         return told.to(self.backbone.device)
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from longalign.backbones.configs import LoraConfig
-from longalign.registry import Part, PartConfig
+from longalign.registry import Part, PartConfig, schedules
 from longalign.rewards.configs import ClipLikeConfig
 from longalign.runtime import Runtime
 from longalign.schedules.configs import ScheduleConfig
@@ -17,11 +17,13 @@ class TrainerConfig(PartConfig):
     """Base of trainers' configs: a trainer is built from ready parts, not from their configs.
 
     What it asks of a run, which is checked before anything is loaded: ``needs`` are the keys that must be there of
-    ``backbone`` and ``encoder``, the other must be left out; ``trains_rewards`` says whether the rewards are what is
-    trained, ``compares_pairs`` whether the data must have two images of each prompt.
+    ``backbone`` and ``encoder``, the other must be left out; ``uses_rewards`` says whether the run may have rewards,
+    ``trains_rewards`` whether they are what is trained, ``compares_pairs`` whether the data must have two images of
+    each prompt.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("backbone", "encoder")
+    uses_rewards: ClassVar[bool] = False
     trains_rewards: ClassVar[bool] = False
     compares_pairs: ClassVar[bool] = False
 
@@ -36,11 +38,10 @@ class TrainerConfig(PartConfig):
         """
         raise NotImplementedError
 
-
-def _with_rewards(config: PartConfig, rewards: Any, other: str) -> list[tuple[str, str]]:
-    if not rewards:
-        return []
-    return [("rewards", f"'{config.name}' uses no rewards, got {len(rewards)}; expected none, or {other}")]
+    def _without(self, rewards: Any) -> None:
+        """Raises ValueError if there are rewards."""
+        if rewards:
+            raise ValueError(f"'{self.name}' uses no rewards, got {len(rewards)}")
 
 
 def _without_images(run: Any, what: str) -> list[tuple[str, str]]:
@@ -67,13 +68,12 @@ class AlignConfig(TrainerConfig):
     timesteps: Literal["uniform", "logit-normal"] | None = None
 
     def check_run(self, run: Any) -> list[tuple[str, str]]:
-        return _with_rewards(self, run.rewards, "another trainer") + _without_images(run, "'align'")
+        return _without_images(run, "'align'")
 
     def build(self, runtime: Runtime, *, backbone: Any = None, encoder: Any = None, rewards: Any = ()) -> Any:
         from longalign.trainers.align import AlignTrainer
 
-        for _, fault in _with_rewards(self, rewards, "another trainer"):
-            raise ValueError(fault)
+        self._without(rewards)
         return AlignTrainer.from_config(self, backbone, encoder)
 
 
@@ -112,13 +112,12 @@ class LCMConfig(TrainerConfig):
         return self
 
     def check_run(self, run: Any) -> list[tuple[str, str]]:
-        return _with_rewards(self, run.rewards, "'lcm-reward'") + _without_images(run, "'lcm'")
+        return _without_images(run, "'lcm'")
 
     def build(self, runtime: Runtime, *, backbone: Any = None, encoder: Any = None, rewards: Any = ()) -> Any:
         from longalign.trainers.lcm import LCMTrainer
 
-        for _, fault in _with_rewards(self, rewards, "'lcm-reward'"):
-            raise ValueError(fault)
+        self._without(rewards)
         return LCMTrainer.from_config(self, backbone, encoder)
 
 
@@ -143,6 +142,8 @@ class RewardConfig(TrainerConfig):
             ``"pretraining"`` is the noise-prediction loss on the data's images.
         regularizer_weight: its factor.
     """
+
+    uses_rewards: ClassVar[bool] = True
 
     name: Literal["reward"] = "reward"
     lora: LoraConfig | None = LoraConfig()
@@ -187,6 +188,11 @@ class RewardConfig(TrainerConfig):
 
     def check_run(self, run: Any) -> list[tuple[str, str]]:
         faults = [] if run.rewards else [("rewards", f"'{self.name}' needs at least one reward")]
+        faults += [
+            (f"rewards.{i}", f"'{reward.name}' has no gradient in its images, by which '{self.name}' trains")
+            for i, reward in enumerate(run.rewards)
+            if not getattr(reward, "differentiable", True)
+        ]
         return faults + (
             _without_images(run, "the regularizer 'pretraining'") if self.regularizer == "pretraining" else []
         )
@@ -194,7 +200,7 @@ class RewardConfig(TrainerConfig):
     def build(self, runtime: Runtime, *, backbone: Any = None, encoder: Any = None, rewards: Any = ()) -> Any:
         from longalign.trainers.reward import RewardTrainer
 
-        schedule = self.schedule.build(runtime)
+        schedule = schedules.construct(self.schedule, runtime)
         return RewardTrainer.from_config(self, backbone, encoder, rewards, schedule)
 
 
@@ -233,6 +239,7 @@ class DenscoreTrainerConfig(TrainerConfig):
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
+    uses_rewards: ClassVar[bool] = True
     trains_rewards: ClassVar[bool] = True
     compares_pairs: ClassVar[bool] = True
 

@@ -15,6 +15,7 @@ from longalign.backbones.base import Backbone
 from longalign.diffusion import Solver, add_noise, ddim, lcm, trailing_timesteps
 from longalign.encoders.base import Conditioning, Encoder
 from longalign.rewards.base import Reward, Scores, as_reward
+from longalign.rewards.guard import guarded
 from longalign.rollout import Predict, Visit, replay, retrace, rollout
 from longalign.schedules.base import Choice, Schedule
 from longalign.trainers.base import (
@@ -243,7 +244,7 @@ class RewardTrainer(DiffusionTrainer):
         else:
             decoded = [checkpoint(self.backbone.decode, latents[rows], use_reentrant=False) for rows in chunks]
             images = torch.cat([d for d in decoded if d is not None])
-        scored = [reward.scores(images, prompts) for reward in self.rewards if isinstance(reward, Reward)]
+        scored = [guarded(reward, images, prompts) for reward in self.rewards if isinstance(reward, Reward)]
         if len(scored) == 1:
             return scored[0]
         parts = {}

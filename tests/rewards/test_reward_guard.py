@@ -7,7 +7,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from longalign.rewards.base import CallableReward, Reward, Scores, as_reward
-from longalign.rewards.guard import NonFiniteReward
+from longalign.rewards.guard import NonFiniteReward, guarded
 
 
 def caught(bad: float) -> NonFiniteReward:
@@ -26,7 +26,7 @@ def test_the_image_and_prompt_are_kept(bad):
     assert (error.index, error.prompt) == (1, "two")
     assert torch.equal(error.image[:, 0, 0], torch.tensor([1.0, 0.0, 0.0]))
     assert not error.image.requires_grad
-    assert "1 of 3 rewards" in str(error)
+    assert "1 of 3 scores of the reward 'caught.<locals>.<lambda>'" in str(error)
     assert "'two'" in str(error)
     assert "pixels are finite" in str(error)
 
@@ -65,10 +65,39 @@ def test_functions_must_return_one_score_per_image():
     images = torch.zeros(2, 3, 2, 2)
     with pytest.raises(ValueError, match=r"one score for each of 2 images, got shape \(\)"):
         as_reward(lambda images, prompts: images.sum()).score(images, ["a", "b"])
-    with pytest.raises(ValueError, match=r"must return a tensor \(b,\), not list"):
+    with pytest.raises(ValueError, match=r"must return a tensor of scores, not list"):
         as_reward(lambda images, prompts: [1.0, 2.0]).score(images, ["a", "b"])
     with pytest.raises(ValueError, match="expected a Reward or a function"):
         as_reward("clip")
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda images, prompts: images.mean((1, 2, 3)).detach(), "'faulty' has no gradient in its images"),
+        (
+            lambda images, prompts: torch.ones(2, dtype=torch.long),
+            r"'faulty' must return floating-point .* torch\.int64",
+        ),
+        (lambda images, prompts: images.sum(), r"'faulty' must return one score for each of 2 images, got shape \(\)"),
+        (lambda images, prompts: images.mul_(2).mean((1, 2, 3)), "'faulty' writes into its images"),
+        (lambda images, prompts: images[0].fill_(1).mean() + images.mean((1, 2, 3)), "'faulty' writes into its images"),
+        (lambda images, prompts: (images.sum((1, 2, 3)), 1), "'faulty' must return a tensor of scores, not tuple"),
+    ],
+)
+def test_a_faulty_reward_is_named_with_its_fault(function, message):
+    images = torch.zeros(2, 3, 2, 2, requires_grad=True) + 0.5
+    with pytest.raises(ValueError, match=message):
+        guarded(as_reward(function, "faulty"), images, ["a", "b"])
+
+
+def test_a_reward_without_gradient_scores_where_none_is_asked_for():
+    images = torch.zeros(2, 3, 2, 2)
+    assert guarded(
+        as_reward(lambda images, prompts: images.mean((1, 2, 3)).detach()), images, ["a", "b"]
+    ).total.shape == (2,)
+    with torch.inference_mode():
+        as_reward(lambda images, prompts: images.mean((1, 2, 3))).score(torch.zeros(1, 3, 2, 2), ["a"])
 
 
 def test_rewards_are_left_as_they_are():

@@ -337,7 +337,9 @@ def test_what_the_trainer_does_not_use_is_refused(clip, tmp_path):
     assert found["data"] == "'denscore' compares two images of a prompt, and 'scenes' has one; choose 'pairs'"
     parts = {"backbone": {"name": "sd", "checkpoint": "mini/sd"}, "encoder": "clip-segment"}
     found = faults({**parts, "trainer": "align", "data": "scene-pairs"})
-    assert found == {"data": "'scene-pairs' has two images of each prompt, which only 'denscore' compares"}
+    assert found == {
+        "data": "'scene-pairs' has two images of each prompt, and 'align' does not compare them; 'denscore' does"
+    }
     with pytest.raises(ValueError, match="both 0, so there is no loss"):
         DenscoreTrainerConfig(preference_weight=0, contrastive_weight=0)
     with pytest.raises(ValueError, match="trains one reward, got 0"):
