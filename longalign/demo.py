@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from longalign.evaluate import DecomposedMetric, FactMetric, evaluate
 from longalign.mini.captions import Caption
 from longalign.pipeline import sample
 from longalign.report import Example, write_report
-from longalign.runtime import Runtime
+from longalign.runtime import Runtime, examples_folder
 from longalign.table import MetricTable
 
 MARKER = ".longalign-demo"
@@ -48,8 +47,8 @@ class DemoResult:
 
 
 def default_config(name: str) -> Path:
-    """The YAML of a demo stage, ``align`` or ``reward``, as it ships with the package (and stands in ``examples/``)."""
-    return Path(str(resources.files("longalign.mini"))) / f"mini-{name}.yaml"
+    """The YAML of a demo stage, ``align`` or ``reward``: ``mini-<name>.yaml`` of the examples."""
+    return examples_folder() / f"mini-{name}.yaml"
 
 
 def run_demo(

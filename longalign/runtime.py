@@ -89,6 +89,20 @@ def launched(precision: str = "no") -> Iterator[Runtime]:
         distributed.destroy_process_group()
 
 
+def examples_folder() -> Path:
+    """The folder of the example configs: in the installed package, or beside it in a checkout of the repository.
+
+    Raises:
+        ValueError: if neither is there.
+    """
+    package = Path(str(resources.files("longalign")))
+    folders = [package / "examples", package.parent / "examples"]
+    for folder in folders:
+        if (folder / "mini-align.yaml").is_file():
+            return folder
+    raise ValueError(f"expected the example configs in {folders[0]} or {folders[1]}; install longalign again")
+
+
 def resolve_checkpoint(checkpoint: str) -> str:
     """Turns ``mini`` or ``mini/<folder>`` into the folder of the bundled small weights; returns others as they are.
 

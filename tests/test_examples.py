@@ -13,6 +13,7 @@ from longalign.checkpoint import load_weights
 from longalign.config import to_dict
 from longalign.demo import default_config
 from longalign.registry import rewards
+from longalign.runtime import examples_folder
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 YAMLS = sorted(EXAMPLES.glob("*.yaml"))
@@ -24,9 +25,17 @@ def test_examples_survive_dump_and_load(path):
     assert load_config(to_dict(config)) == config
 
 
-def test_the_demos_examples_are_the_ones_that_ship():
-    for name in ("align", "reward"):
-        assert (EXAMPLES / f"mini-{name}.yaml").read_text() == default_config(name).read_text()
+def test_examples_are_found_beside_a_checkout_or_in_the_installed_package(monkeypatch, tmp_path):
+    assert examples_folder().samefile(EXAMPLES)
+    assert default_config("align") == examples_folder() / "mini-align.yaml"
+    package = tmp_path / "site-packages" / "longalign"
+    monkeypatch.setattr("longalign.runtime.resources.files", lambda name: package)
+    with pytest.raises(ValueError, match=r"expected the example configs in .*site-packages"):
+        examples_folder()
+    for folder in (package.parent / "examples", package / "examples"):
+        folder.mkdir(parents=True)
+        (folder / "mini-align.yaml").touch()
+        assert examples_folder() == folder
 
 
 def test_the_papers_settings():
