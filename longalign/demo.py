@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import time
 import warnings
@@ -20,12 +22,14 @@ from longalign.config import RunConfig, override
 from longalign.data.configs import ScenesConfig
 from longalign.encoders.base import Encoder, PromptReport, TruncationWarning
 from longalign.evaluate import DecomposedMetric, FactMetric, evaluate
+from longalign.imagefiles import write_png
 from longalign.mini.captions import Caption
 from longalign.pipeline import sample
-from longalign.report import Example, write_report
+from longalign.report import Example, findings, write_report
 from longalign.runtime import Runtime, examples_folder
 from longalign.table import MetricTable
 
+BASE, SEGMENTS, ALIGN, REWARD = "base", "segments, untrained", "align", "align+reward"
 MARKER = ".longalign-demo"
 HELD_OUT = 1_000_000
 """Added to the largest seed of the training data to give the seed of the held-out captions."""
@@ -36,7 +40,7 @@ class DemoResult:
     """What the demo found.
 
     Attributes:
-        table: metrics of ``base``, ``align`` and ``align+reward``.
+        table: metrics of ``base``, ``segments, untrained``, ``align`` and ``align+reward``.
         report: the HTML page.
         seconds: stage -> seconds.
     """
@@ -61,14 +65,16 @@ def run_demo(
     batch_size: int = 64,
     examples: int = 6,
 ) -> DemoResult:
-    """Trains both stages, draws held-out captions with the model before, between and after, and writes the report.
+    """Trains both stages, samples held-out captions with four models, and writes the report.
 
-    ``base`` is the backbone as it is bundled, its captions cut at CLIP's window as Stable Diffusion does; ``align`` has
-    been fine-tuned on long captions, and ``align+reward`` on a preference model after that. All draw the same captions
-    from the same noise.
+    ``base`` is the bundled backbone with captions truncated at CLIP's window, as Stable Diffusion does. ``segments,
+    untrained`` is the same backbone with the first stage's encoder, so it shows what encoding by segments does alone.
+    ``align`` has been fine-tuned on long captions with that encoder, and ``align+reward`` on a preference model after
+    that. All sample the same captions from the same noise, so each model differs from the one before it in one thing.
 
     Args:
-        output: folder for both runs, ``report.html``, ``table.json`` and ``table.md``; an earlier demo is replaced.
+        output: folder for both runs, ``report.html``, ``table.json``, ``table.md`` and all images, in
+            ``images/<model>``; an earlier demo is replaced.
         align: config of the first stage, the bundled one if None; its data must be ``scenes``.
         reward: config of the second stage, the bundled one if None. Its first reward, without reweighting, is measured.
         prompts: number of held-out captions.
@@ -85,7 +91,8 @@ def run_demo(
     first = override(align or default_config("align"), {"output": str(output / "align")})
     second = override(reward or default_config("reward"), {"output": str(output / "reward"), "init_from": None})
     captions = held_out_captions([first, second], prompts)
-    claim_output(output, [Path(first.output), Path(second.output)])
+    pictures = output / "images"
+    claim_output(output, [Path(first.output), Path(second.output), pictures])
     seconds: dict[str, float] = {}
 
     with _timed("align: training", seconds):
@@ -101,15 +108,22 @@ def run_demo(
     runtime = Runtime.detect()
     texts, seeds = [c.text for c in captions], list(range(len(captions)))
     guidance = getattr(second.trainer, "guidance", 7.5)
+    settings = {"steps": steps, "guidance": guidance, "batch_size": batch_size}
     images: dict[str, Tensor] = {}
     unread: dict[str, list[frozenset[int]]] = {}
-    for name, source in {"base": None, "align": trained.checkpoint, "align+reward": rewarded.checkpoint}.items():
-        with _timed(f"{name}: drawing", seconds), warnings.catch_warnings():
-            warnings.simplefilter("ignore", TruncationWarning)  # the report says which sentences were not read
-            backbone, encoder = _base(first, runtime) if source is None else load_for_sampling(source, runtime)[1:]
-            settings = {"seeds": seeds, "steps": steps, "guidance": guidance, "batch_size": batch_size}
-            images[name] = sample(backbone, encoder, texts, **settings, progress=True)
-            unread[name] = _unread(encoder, captions)
+    for name in (BASE, SEGMENTS, ALIGN, REWARD):
+        # the report says which sentences were truncated
+        with _timed(f"{name}: sampling", seconds), warnings.catch_warnings():
+            warnings.simplefilter("ignore", TruncationWarning)
+            if name in (BASE, SEGMENTS):
+                backbone, encoder = _untrained(first, runtime, truncated=name == BASE)
+            else:
+                checkpoint = trained.checkpoint if name == ALIGN else rewarded.checkpoint
+                backbone, encoder = load_for_sampling(checkpoint, runtime)[1:]
+            images[name] = sample(backbone, encoder, texts, seeds=seeds, **settings, progress=True)
+            reports = encoder.cut(texts)
+            unread[name] = [unread_sentences(c, report) for c, report in zip(captions, reports, strict=True)]
+            _save(pictures / image_folder(name), images[name], texts, reports, {"model": name, **settings})
 
     with _timed("measuring", seconds):
         inner = getattr(second.rewards[0], "inner", second.rewards[0])
@@ -131,8 +145,9 @@ def run_demo(
     )
     (output / "table.json").write_text(table.json(), encoding="utf-8")
     (output / "table.md").write_text(table.markdown(), encoding="utf-8")
-    print(f"\n{table.text()}\n" + "\n".join(f"{stage:24}{value:6.0f} s" for stage, value in seconds.items()))
-    print(f"\nreport: {report}")
+    print("\n" + table.text() + "\n" + "\n".join(findings(table)) + "\n")
+    print("\n".join(f"{stage:32}{value:6.0f} s" for stage, value in seconds.items()))
+    print(f"\nreport: {report}\nimages: {pictures}")
     return DemoResult(table, report, seconds)
 
 
@@ -153,20 +168,39 @@ def held_out_captions(configs: Sequence[RunConfig], count: int) -> list[Caption]
     return [held_out.scene(i)[1] for i in range(count)]
 
 
-def _base(align: RunConfig, runtime: Runtime) -> tuple[Any, Encoder]:
-    """The backbone before training, with the text model that it was trained with, cut at its window."""
+def _untrained(align: RunConfig, runtime: Runtime, truncated: bool) -> tuple[Any, Encoder]:
+    """The backbone before training, with the first stage's encoder, or truncated at its own text model's window."""
     checkpoint = getattr(align.backbone, "checkpoint", None)
     if checkpoint is None:
         raise ValueError(
             f"the demo needs a backbone with a checkpoint that holds its text encoder, not {align.backbone}"
         )
-    encoder = {"name": "clip-truncate", "checkpoint": checkpoint}
+    encoder = {"name": "clip-truncate", "checkpoint": checkpoint} if truncated else align.encoder
     composition = build_from_config({"backbone": align.backbone, "encoder": encoder}, runtime)
     return composition.backbone, composition.encoder
 
 
+def image_folder(model: str) -> str:
+    """Name of the folder in ``images`` with a model's images."""
+    return re.sub(r"\W+", "-", model)
+
+
+def _save(
+    folder: Path, images: Tensor, texts: Sequence[str], reports: Sequence[PromptReport], settings: Mapping[str, Any]
+) -> None:
+    """Writes images and ``metadata.jsonl`` as `longalign.pipeline.generate` does; the seed is the caption's number."""
+    folder.mkdir(parents=True)
+    rows = []
+    for i, (image, text, report) in enumerate(zip(images, texts, reports, strict=True)):
+        row = {"file_name": f"{i:05d}-{i}.png", "prompt": text, "seed": i, "negative_prompt": "", "cut": report.cut}
+        told = {key: str(value) for key, value in row.items() if key != "file_name"}
+        write_png(folder / row["file_name"], image, {**told, "settings": json.dumps(settings)})
+        rows.append(json.dumps(row, ensure_ascii=False) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(rows), encoding="utf-8")
+
+
 def claim_output(output: Path, runs: Sequence[Path]) -> None:
-    """Takes a folder for the demo, removing an earlier demo's runs but nothing else."""
+    """Takes a folder for the demo, removing an earlier demo's runs and images but nothing else."""
     marker = output / MARKER
     if output.exists() and any(output.iterdir()) and not marker.exists():
         raise ValueError(f"{output} is not empty and not an earlier demo's; choose another output")
@@ -183,12 +217,6 @@ def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[stage] = time.perf_counter() - start
-
-
-def _unread(encoder: Encoder, captions: Sequence[Caption]) -> list[frozenset[int]]:
-    """For each caption, the sentences of which the encoder does not read the end."""
-    reports = encoder.cut([c.text for c in captions])
-    return [unread_sentences(caption, report) for caption, report in zip(captions, reports, strict=True)]
 
 
 def unread_sentences(caption: Caption, report: PromptReport) -> frozenset[int]:
@@ -231,10 +259,11 @@ def _example(
 def _lead(first: RunConfig, second: RunConfig, captions: Sequence[Caption], guidance: float, steps: int) -> str:
     words = sorted(caption.num_words for caption in captions)
     return (
-        f"The bundled model learned to draw from short captions. It was fine-tuned on long ones for {first.loop.steps} "
-        f"steps (align), then on a preference model for {second.loop.steps} steps (align+reward). Here it draws "
-        f"{len(captions)} held-out captions of {words[0]} to {words[-1]} words before, between and after, with {steps} "
-        f"sampling steps and guidance {guidance:g}. The base reads a caption up to its text encoder's window, as "
-        "Stable Diffusion does. Facts are read from the pixels without any learned model. The images shown are those "
-        "of the first captions, not chosen."
+        f"The bundled model was trained on short captions. Here it samples {len(captions)} held-out captions of "
+        f"{words[0]} to {words[-1]} words in four states, from the same noise, with {steps} sampling steps and "
+        f"guidance {guidance:g}. {BASE}: captions are truncated at the text encoder's window, as in Stable Diffusion. "
+        f"{SEGMENTS}: the same weights, with captions encoded in segments. {ALIGN}: fine-tuned on long captions for "
+        f"{first.loop.steps} steps. {REWARD}: then fine-tuned on a preference model for {second.loop.steps} steps. "
+        "Facts are read from the pixels without any learned model. The images below are those of the first captions, "
+        "not chosen; all are in the folder images beside this page."
     )

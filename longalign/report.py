@@ -18,8 +18,10 @@ from torch import Tensor
 from longalign import charts
 from longalign.imagefiles import to_pil
 from longalign.record import changed, machine, read_log
-from longalign.table import MIN_PROMPTS, Interval, MetricTable, label, number
+from longalign.table import MIN_PROMPTS, Interval, MetricTable, is_share, label, number
 
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+"""The page loads nothing and runs no script, whatever text came into it."""
 LONGEST_SIDE = 384
 """Pixels; larger images are embedded reduced to this."""
 
@@ -82,6 +84,7 @@ def write_report(
     style = resources.files("longalign").joinpath("report.css").read_text()
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>\n{style}</style></head>\n<body><main>\n"
         + "\n".join(s for s in sections if s)
@@ -93,22 +96,66 @@ def write_report(
     return path
 
 
-def _result(table: MetricTable) -> str:
-    """The first metric's differences to the base, as a sentence each."""
+def findings(table: MetricTable) -> list[str]:
+    """Each model against the one before it, a sentence each in plain text, losses named beside gains.
+
+    The first metric's mean and paired difference come first. Then come the shares of it (`MetricTable.breakdowns`) and
+    the other metrics whose difference is significant.
+    """
     metric = table.metrics[0]
-    unit = " points" if metric == "facts" else ""
-    told = []
-    for model in table.models[1:]:
-        gain = table.difference(model, metric)
-        low, high = (number(v, metric, sign=True) for v in (gain.low, gain.high))
-        told.append(
-            f"<b>{escape(model)}</b> {number(table.interval(model, metric).mean, metric)}, that is "
-            f"<b>{number(gain.mean, metric, sign=True)}</b>{unit} [{low}, {high}]"
-        )
-    if not told:
+    title, unit = label(metric).removesuffix(", %"), "%" if is_share(metric) else ""
+    few = len(set(table.prompts)) < MIN_PROMPTS
+    out = [f"{table.base}: {title} {_range(table.interval(table.base, metric), metric, unit)}."]
+    for other, model in zip(table.models, table.models[1:], strict=False):
+        name = f"{model} - {other}"
+        gain = table.difference(model, metric, other)
+        told = [
+            f"{model} against {other}: {title} {number(table.interval(model, metric).mean, metric)}{unit}, "
+            + _change(gain, metric)
+            + (" points" if unit else "")
+            + ("" if gain.significant or few else ", no significant difference")
+        ]
+        changes = {
+            share: row[name]
+            for groups in table.breakdowns(metric, paired=True).values()
+            for share, row in groups.items()
+            if row[name].significant
+        }
+        if changes:
+            worse = [f"{share} {_change(v, metric)}" for share, v in changes.items() if v.mean < 0]
+            better = [share for share, v in changes.items() if v.mean > 0]
+            told.append("worse: " + (", ".join(worse) or "none"))
+            told.append("better: " + (", ".join(better) or "none"))
+        moved = {m: v for m in table.metrics[1:] if (v := table.difference(model, m, other)).significant}
+        told += [f"{label(m)} {_change(v, m)}" for m, v in moved.items()]
+        for m, relevant in moved.items():
+            irrelevant = moved.get(m.replace("text_relevant", "text_irrelevant"))
+            if m.endswith("text_relevant") and irrelevant and irrelevant.mean > relevant.mean > 0:
+                ratio = irrelevant.mean / relevant.mean
+                told.append(f"the text-irrelevant part rises {ratio:.1f} times as much as the text-relevant one")
+        out.append("; ".join(told) + ".")
+    return [*out, f"note: fewer than {MIN_PROMPTS} prompts, so no difference is called significant."] if few else out
+
+
+def _range(interval: Interval, metric: str, unit: str = "") -> str:
+    mean, low, high = (number(v, metric) for v in (interval.mean, interval.low, interval.high))
+    return f"{mean}{unit} [{low}, {high}]"
+
+
+def _change(interval: Interval, metric: str) -> str:
+    mean, low, high = (number(v, metric, sign=True) for v in (interval.mean, interval.low, interval.high))
+    return f"{mean} [{low}, {high}]"
+
+
+def _result(table: MetricTable) -> str:
+    """`findings` as a list."""
+    if len(table.models) < 2:
         return ""
-    base = number(table.interval(table.base, metric).mean, metric)
-    return f"<p>{escape(label(metric).capitalize())}: <b>{escape(table.base)}</b> {base}; {'; '.join(told)}.</p>"
+    rows = []
+    for text in findings(table):
+        head, colon, rest = text.partition(": ")
+        rows.append(f"<li><b>{escape(head)}</b>{colon}{escape(rest)}</li>")
+    return f"<ul class='findings'>{''.join(rows)}</ul>"
 
 
 def _dot(index: int) -> str:
@@ -125,28 +172,42 @@ def _cell(interval: Interval, metric: str, difference: bool = False) -> str:
 
 def _metrics(table: MetricTable) -> str:
     head = "<tr><th></th>" + "".join(f"<th>{escape(label(m))}</th>" for m in table.metrics) + "</tr>"
-    rows, differences = [], []
+    rows = []
     for i, model in enumerate(table.models):
         name = f'<th><span class="key">{_dot(i)}{escape(model)}</span></th>'
         rows.append(f"<tr>{name}{''.join(_cell(table.interval(model, m), m) for m in table.metrics)}</tr>")
-    for model, other in table.pairs:
-        name = f"<th>{escape(model)} - {escape(other)}</th>"
-        cells = "".join(_cell(table.difference(model, m, other), m, True) for m in table.metrics)
-        differences.append(f"<tr>{name}{cells}</tr>")
     prompts, images = len(set(table.prompts)), len(table.prompts)
     each = "one image each" if images == prompts else f"{images} images"
     out = [
-        f"<section><h2>Measured</h2><p class='soft'>{prompts} prompts, {each}. Every model draws the same prompts with "
-        "the same seeds. Ranges are 95% bootstrap intervals of the mean.</p>",
+        f"<section><h2>Metrics</h2><p class='soft'>{prompts} prompts, {each}. All models share prompts and seeds. "
+        "Ranges are 95% bootstrap intervals of the mean.</p>",
         f'<div class="scroll"><table><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table></div>',
     ]
-    if differences:
+    if len(table.models) > 1:
+        names = {f"{model} - {other}": (model, other) for model, other in table.pairs}
+        columns = {
+            label(m): {n: table.difference(model, m, other) for n, (model, other) in names.items()}
+            for m in table.metrics
+        }
         out.append(
-            "<h3>Differences</h3><p class='soft'>Paired over prompts and seeds; bold where the "
-            f"interval excludes zero; from {MIN_PROMPTS} prompts.</p><div class='scroll'><table><thead>{head}</thead>"
-            f"<tbody>{''.join(differences)}</tbody></table></div>"
+            "<h3>Differences</h3><p class='soft'>Paired over prompts and seeds; bold where the interval excludes "
+            f"zero, from {MIN_PROMPTS} prompts.</p>"
+            + _differences(columns, dict(zip(columns, table.metrics, strict=True)))
         )
     return "".join(out) + "</section>"
+
+
+def _differences(columns: Mapping[str, Mapping[str, Interval]], metrics: Mapping[str, str]) -> str:
+    """A table of paired differences: one row for each pair of models, one column for each label."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    rows = [
+        f"<tr><th>{escape(pair)}</th>"
+        + "".join(_cell(row[pair], metrics[name], True) for name, row in columns.items())
+        + "</tr>"
+        for pair in next(iter(columns.values()))
+    ]
+    body = f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+    return f"<div class='scroll'><table>{body}</table></div>"
 
 
 def _breakdowns(table: MetricTable) -> str:
@@ -159,7 +220,12 @@ def _breakdowns(table: MetricTable) -> str:
     if not figures:
         return ""
     body = f"<p>{_keys(table.models)}</p><div class='charts'>{''.join(figures)}</div>"
-    return f"<section><h2>Where it comes from</h2>{body}</section>"
+    body += "".join(
+        f"<h3>Paired differences, {escape(title)}</h3>{_differences(groups, dict.fromkeys(groups, metric))}"
+        for metric in shown
+        for title, groups in table.breakdowns(metric, paired=True).items()
+    )
+    return f"<section><h2>Breakdown</h2>{body}</section>"
 
 
 def _keys(models: Sequence[str]) -> str:
@@ -246,7 +312,7 @@ def _configs(configs: Mapping[str, BaseModel]) -> str:
     parts = [
         f"<details><summary>{escape(stage)}</summary>"
         f"<h3>What differs from the defaults</h3><pre>{dump(changed(config))}</pre>"
-        f"<h3>All of it</h3><pre>{dump(config.model_dump(mode='json'))}</pre></details>"
+        f"<h3>Full config</h3><pre>{dump(config.model_dump(mode='json'))}</pre></details>"
         for stage, config in configs.items()
     ]
     return f"<section><h2>Configs</h2>{''.join(parts)}</section>" if parts else ""

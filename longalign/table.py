@@ -159,12 +159,17 @@ class MetricTable:
         rows = np.ones(len(values), dtype=bool) if rows is None else rows
         return bootstrap(values[rows], np.asarray(self.prompts, dtype=object)[rows].tolist())
 
-    def by(self, metric: str, labels: Sequence[str] | None = None) -> dict[str, dict[str, Interval]]:
-        """A metric by groups of images, label -> model -> interval; by the prompt's length in words if no labels."""
+    def by(
+        self, metric: str, labels: Sequence[str] | None = None, paired: bool = False
+    ) -> dict[str, dict[str, Interval]]:
+        """A metric by groups of images, label -> model -> interval; by the prompt's length in words if no labels.
+
+        ``paired`` gives the differences of `pairs` in place of the models' own values.
+        """
         labels = length_labels(self.prompts) if labels is None else labels
         order = _natural(labels)
         masks = {name: np.asarray([label == name for label in labels]) for name in order}
-        return {name: {m: self.interval(m, metric, mask) for m in self.models} for name, mask in masks.items()}
+        return {name: self._columns(metric, paired, mask) for name, mask in masks.items()}
 
     def _blocks(self) -> list[tuple[str, list[list[str]]]]:
         """The main table, the differences and the breakdowns, as titled grids of cells."""
@@ -187,22 +192,40 @@ class MetricTable:
                 grid = [["", *self.models]]
                 grid += [[name, *(show(row[m], metric) for m in self.models)] for name, row in groups.items()]
                 blocks.append((title, grid))
+            for title, groups in self.breakdowns(metric, paired=True).items():
+                grid = [["", *groups]]
+                grid += [[pair, *(show_difference(row[pair], metric) for row in groups.values())]
+                         for pair in next(iter(groups.values()))]  # fmt: skip
+                blocks.append((f"paired differences, {title}", grid))
         return blocks
 
-    def breakdowns(self, metric: str) -> dict[str, dict[str, dict[str, Interval]]]:
+    def breakdowns(self, metric: str, paired: bool = False) -> dict[str, dict[str, dict[str, Interval]]]:
         """All breakdowns of a metric, title -> label -> model -> interval: by length, and by each of its shares.
 
         Shares are named ``metric/label`` or ``metric/group/label``; one title gathers the labels of a group.
+
+        Args:
+            metric: name of the metric.
+            paired: paired differences of `pairs`, keyed ``"model - other"``, in place of each model's own values; none
+                where there is one model.
         """
         found: dict[str, dict[str, dict[str, Interval]]] = {}
-        lengths = self.by(metric)
+        if paired and len(self.models) < 2:
+            return found
+        lengths = self.by(metric, paired=paired)
         if len(lengths) > 1:
             found[f"{label(metric)} by length of the prompt in words"] = lengths
         for share in self.shares(metric):
             *group, name = share.split("/")[1:]
             title = f"{label(metric)} by {group[0] if group else 'part'}"
-            found.setdefault(title, {})[name] = {m: self.interval(m, share) for m in self.models}
+            found.setdefault(title, {})[name] = self._columns(share, paired)
         return found
+
+    def _columns(self, metric: str, paired: bool, rows: np.ndarray | None = None) -> dict[str, Interval]:
+        """Model -> interval, or ``"model - other"`` -> interval of the paired difference."""
+        if paired:
+            return {f"{m} - {other}": self.difference(m, metric, other, rows) for m, other in self.pairs}
+        return {m: self.interval(m, metric, rows) for m in self.models}
 
     def text(self, width: int | None = None) -> str:
         """The table for a terminal.

@@ -1,13 +1,26 @@
 import json
+from html import escape
 
 import numpy as np
 import pytest
+from PIL import Image
 from tiny import tiny_clip, tiny_sd
 
 from longalign.config import override
-from longalign.demo import HELD_OUT, claim_output, default_config, held_out_captions, run_demo, unread_sentences
+from longalign.demo import (
+    HELD_OUT,
+    claim_output,
+    default_config,
+    held_out_captions,
+    image_folder,
+    run_demo,
+    unread_sentences,
+)
 from longalign.encoders.base import PromptReport
 from longalign.mini.captions import Caption, Sentence
+from longalign.report import findings
+
+MODELS = ["base", "segments, untrained", "align", "align+reward"]
 
 
 @pytest.fixture(scope="module")
@@ -36,22 +49,48 @@ def demo(configs, tmp_path_factory):
     return run_demo(output, *configs, prompts=4, steps=2, batch_size=4, examples=2), output
 
 
-def test_the_demo_measures_all_three_models_on_the_same_captions(demo, configs):
+def test_the_demo_measures_all_models_on_the_same_captions(demo, configs):
     result, _ = demo
-    assert result.table.models == ["base", "align", "align+reward"]
+    assert result.table.models == MODELS
     assert result.table.metrics == ["facts", "denscore", "text_relevant", "text_irrelevant", "denscore-o"]
     assert result.table.prompts == [c.text for c in held_out_captions(configs, 4)]
     for model in result.table.models:
         parts = result.table.row(model, "text_relevant") + result.table.row(model, "text_irrelevant")
         np.testing.assert_allclose(parts, result.table.row(model, "denscore"), atol=1e-5)
-    stages = ["align: training", "reward: training", "base: drawing", "align: drawing", "align+reward: drawing"]
+    stages = ["align: training", "reward: training", *(f"{model}: sampling" for model in MODELS)]
     assert list(result.seconds) == [*stages, "measuring", "total"]
+
+
+def test_every_stage_is_compared_with_the_one_before_it(demo):
+    table = demo[0].table
+    assert [pair for pair in table.pairs if pair[1] != "base"] == [
+        ("align", "segments, untrained"),
+        ("align+reward", "align"),
+    ]
+    # same weights and noise, so only what the encoder reads differs
+    assert not np.array_equal(table.row("base", "denscore"), table.row("segments, untrained", "denscore"))
+
+
+def test_the_demo_keeps_all_images(demo, configs):
+    _, output = demo
+    texts = [c.text for c in held_out_captions(configs, 4)]
+    for model in MODELS:
+        folder = output / "images" / image_folder(model)
+        rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+        assert [(row["prompt"], row["seed"]) for row in rows] == list(zip(texts, range(4), strict=True))
+        for row in rows:
+            with Image.open(folder / row["file_name"]) as image:
+                assert image.text["prompt"] == row["prompt"] and model in image.text["settings"]
+        assert any(row["cut"] for row in rows) == (model == "base")
+    assert {image_folder(model) for model in MODELS} == {p.name for p in (output / "images").iterdir()}
 
 
 def test_the_demo_leaves_a_report_and_its_numbers(demo):
     result, output = demo
     page = result.report.read_text()
-    assert page.count('<article class="example">') == 2 and page.count("<img") == 6
+    assert page.count('<article class="example">') == 2 and page.count("<img") == 8
+    assert findings(result.table)[1].startswith("segments, untrained against base: fact accuracy ")
+    assert all(escape(text.partition(": ")[2]) in page for text in findings(result.table))
     assert "not read" in page and "reward: training" in page and "rank: 2" in page
     saved = json.loads((output / "table.json").read_text())
     assert saved["means"]["align"]["facts"]["count"] == 4

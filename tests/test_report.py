@@ -12,7 +12,7 @@ from PIL import Image
 from pydantic import BaseModel
 
 from longalign.record import changed, machine, read_log
-from longalign.report import Example, _cell, data_url, write_report
+from longalign.report import Example, _cell, data_url, findings, write_report
 from longalign.table import Interval, MetricTable
 
 
@@ -88,7 +88,7 @@ def page(tmp_path):
 def test_the_page_needs_nothing_else(page):
     text, parser = page
     assert parser.sources and all(s.startswith("data:image/png;base64,") for s in parser.sources)
-    assert "<script" not in text and "@import" not in text and "url(" not in text and "http" not in text
+    assert "<script" not in text and "@import" not in text and "url(" not in text and "://" not in text
     assert "prefers-color-scheme: dark" in text and "width=device-width" in text
 
 
@@ -100,7 +100,8 @@ def test_texts_are_escaped(page):
 
 def test_the_page_tells_means_differences_and_verdicts(page):
     text, _ = page
-    assert "<b>base</b> 37.5; <b>tuned</b> 87.5, that is <b>+50.0</b> points [+50.0, +50.0]" in text
+    assert "<b>base</b>: fact accuracy 37.5% [25.0, 50.0]." in text
+    assert "<b>tuned against base</b>: fact accuracy 87.5%, +50.0 [+50.0, +50.0] points." in text
     assert "<td><span>+50.0</span>" in text  # two prompts are too few to call it significant
     assert '<span class="clear">+50.0</span>' in _cell(Interval(0.5, 0.5, 0.5, 10, prompts=10), "facts", True)
     chips = re.findall(r'<span class="chip ([a-z ]*)">(.*?)</span></td>', text)
@@ -158,3 +159,37 @@ def test_a_resumed_log_counts_the_last_value_of_a_step(tmp_path):
 
 def test_the_machine_names_versions():
     assert {"system", "processor", "Python", "longalign", "torch", "diffusers"} <= set(machine())
+
+
+def rows(mean, spread=0.01, count=40):
+    """Values with a given mean and a small spread."""
+    return mean + spread * np.linspace(-1, 1, count)
+
+
+def test_losses_stand_beside_gains_and_each_stage_is_compared_with_the_one_before():
+    shape, ground = "facts/attribute/shape", "facts/attribute/ground"
+    noise = 0.2 * np.sin(np.arange(40))
+    table = MetricTable(
+        {
+            "base": {"facts": rows(0.3), shape: rows(0.3), ground: rows(0.9), "text_relevant": rows(0.1, 0.001),
+                     "text_irrelevant": rows(0.1, 0.001)},
+            "segments": {"facts": rows(0.8), shape: rows(0.8), ground: rows(0.9) + noise, "text_relevant":
+                         rows(0.11, 0.001), "text_irrelevant": rows(0.123, 0.001)},
+            "reward": {"facts": rows(0.8) + noise, shape: rows(0.9), ground: rows(0.8), "text_relevant":
+                       rows(0.11, 0.001), "text_irrelevant": rows(0.12, 0.001)},
+        },
+        [f"prompt {i}" for i in range(40)],
+    )  # fmt: skip
+    base, segments, reward = findings(table)
+    assert base.startswith("base: fact accuracy 30.0% [29.8, 30.2]")
+    assert "segments against base: fact accuracy 80.0%, +50.0 [+50.0, +50.0] points" in segments
+    assert "worse: none; better: shape;" in segments and "rises 2.3 times" in segments
+    assert "reward against segments: fact accuracy 80.6%" in reward and "no significant difference" in reward
+    assert re.search(r"worse: ground -10\.\d \[-1\d\.\d, -\d\.\d\]; better: shape", reward)
+    assert "text-irrelevant -0.0030" in reward and "rises" not in reward and "text-relevant" not in reward
+
+
+def test_the_page_shows_paired_differences_of_parts_and_may_load_nothing(page):
+    text, _ = page
+    assert "Paired differences, fact accuracy, % by attribute" in text
+    assert text.index('http-equiv="Content-Security-Policy" content="default-src \'none\'') < text.index("<style")

@@ -140,3 +140,16 @@ def test_a_table_fits_the_terminal():
     assert max(map(len, narrow.splitlines())) <= 80
     assert all(narrow.count(f"metric-{i} ") + narrow.count(f"metric-{i}\n") >= 2 for i in range(6))
     assert max(map(len, found.text(width=10).splitlines())) < 50  # one column each, however narrow
+
+
+def test_breakdowns_have_paired_differences():
+    found = table(
+        base={"facts": np.array([0.1, 0.9, 0.3, 0.7]), "facts/attribute/size": np.array([1.0, NAN, 1.0, 1.0])},
+        b={"facts": np.array([0.2, 1.0, 0.4, 0.8]), "facts/attribute/size": np.array([0.5, NAN, 0.5, 0.5])},
+    )
+    (title,) = found.breakdowns("facts", paired=True)
+    assert found.breakdowns("facts", paired=True)[title] == {"size": {"b - base": Interval(-0.5, -0.5, -0.5, 3, 3)}}
+    lengths = found.by("facts", ["x", "x", "y", "y"], paired=True)
+    assert lengths["y"]["b - base"].mean == pytest.approx(0.1)
+    assert f"paired differences, {title}" in found.text() and "| b - base | -50.0" in found.markdown()
+    assert table(base={"facts": np.zeros(4)}).breakdowns("facts", paired=True) == {}
