@@ -1,3 +1,5 @@
+import time
+
 import pytest
 
 from longalign.registry import ConfigError, segmenters
@@ -101,6 +103,18 @@ def test_a_very_long_quotation_is_split_inside():
 
 
 @pytest.mark.parametrize(
+    "text",
+    ["U.S. ", "a" * 40000, "[", '("Ab.") ', "! ", "1.", "a.", "Ab.Cd", '"', "。", "( . ", " • a", "Mr.\n", "a!"],
+)
+def test_the_time_of_splitting_is_linear(text):
+    whole = text * (40000 // len(text)) + ")" * 20000 + " a. B"
+    begun = time.process_time()
+    found = sentences(whole)
+    assert time.process_time() - begun < 3  # what is quadratic takes from 10 s to minutes
+    assert "".join("".join(found).split()) == "".join(whole.split())
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("One. Two. ", ["One.", " Two.", " ."]),
@@ -160,6 +174,25 @@ def test_fit_counts_little_of_a_long_text():
     pieces = fit([" ".join(["word"] * 3000)], 50, count)
     assert [words(piece) for piece in pieces] == [50] * 60
     assert sum(seen) < 60 * 20 * 64 * 5 + 15000
+
+
+@pytest.mark.parametrize("text", ["a" * 40000, "好" * 40000, "word " * 8000, "a" + " " * 40000 + "b"])
+def test_fit_counts_a_text_a_bounded_number_of_times(text):
+    counted = []
+
+    def count(piece):
+        counted.append(len(piece))
+        return len(piece.encode()) - piece.count(" ")
+
+    found = fit([text], 75, count)
+    assert "".join("".join(found).split()) == "".join(text.split())
+    assert sum(counted) < 100 * len(text)
+
+
+def test_fit_parts_a_character_that_has_more_marks_than_the_window_holds():
+    text = "a" + "\u0301" * 1000 + "b"
+    found = fit([text], 75, len)
+    assert "".join(found) == text and max(map(len, found)) <= 75
 
 
 def test_fit_says_that_a_window_is_too_small():

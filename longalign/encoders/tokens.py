@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from longalign.segment import CALL_COST, group_by_length
 
-_REMEMBERED = 20_000
+_REMEMBERED = 1_000_000
+"""Characters and tokens together of the texts that are remembered: about 80 MB."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class TextTokens:
             )
         self.tokenizer = tokenizer
         self._seen: dict[str, Tokenized] = {}
+        self._size = 0
 
     def __call__(self, text: str) -> Tokenized:
         return self.batch([text])[0]
@@ -70,16 +72,25 @@ class TextTokens:
 
     def batch(self, texts: Sequence[str]) -> list[Tokenized]:
         """Tokens of several texts in one call of the tokenizer."""
-        if len(self._seen) + len(texts) > _REMEMBERED:
-            self._seen.clear()
-        new = list(dict.fromkeys(text for text in texts if text not in self._seen))
+        found = {text: self._seen[text] for text in texts if text in self._seen}
+        new = list(dict.fromkeys(text for text in texts if text not in found))
         if new:
             read = self.tokenizer(
                 new, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
             )
             for text, ids, offsets in zip(new, read["input_ids"], read["offset_mapping"], strict=True):
-                self._seen[text] = Tokenized(text, tuple(ids), tuple(start for start, _ in offsets))
-        return [self._seen[text] for text in texts]
+                found[text] = Tokenized(text, tuple(ids), tuple(start for start, _ in offsets))
+                self._remember(found[text])
+        return [found[text] for text in texts]
+
+    def _remember(self, read: Tokenized) -> None:
+        size = len(read.text) + len(read)
+        if self._size + size > _REMEMBERED:
+            self._seen.clear()
+            self._size = 0
+        if size <= _REMEMBERED:
+            self._seen[read.text] = read
+            self._size += size
 
 
 def device_of(model: nn.Module) -> torch.device:

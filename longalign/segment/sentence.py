@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter, deque
 from collections.abc import Iterator
 
 
@@ -37,20 +38,25 @@ _OPENERS = r"""\s"'“‘«„(\[{¿¡「『（【《〈—–-"""
 _CLOSERS = r"""["'”’»)\]}」』）】》〉]*"""
 _WIDE = "。！？；｡．؟۔।॥"
 _STOP = re.compile(rf"(?:\.(?:\s\.){{2,}}|[.!?…‼⁇⁈⁉{_WIDE}]+)(?P<closers>{_CLOSERS})")
-_LAST_WORD = re.compile(rf"[^{_OPENERS}][^\s]*$|[^{_OPENERS}]+$")
+_RUN = re.compile(r"\S+")
+_NO_BLANK = re.compile(r"\S")
+_NO_OPENER = re.compile(rf"[^{_OPENERS}]")
 _NEXT_WORD = re.compile(rf"[{_OPENERS}]*(\S*)")
 _ACRONYM = re.compile(r"(?:[^\W\d_]{1,2}\.)+[^\W\d_]{1,2}")
 _JOINED = re.compile(r"[A-Z][a-z']*(?=[\s,])")
-_MARKER = re.compile(r"\s*\(?(?:\d{1,3}|[A-Za-z]|(?=[ivx])x{0,3}(?:ix|iv|v?i{0,3}))")
+_MARKER = re.compile(r"\(?(?:\d{1,3}|[A-Za-z]|(?=[ivx])x{0,3}(?:ix|iv|v?i{0,3}))")
 _ITEM = re.compile(r"\s*(?:[-*+•●▪‣◦–—]\s|\(?(?:\d{1,3}|[A-Za-z]|[ivx]{1,4})[.)]\s|#+\s)")
 _BULLET = re.compile(r"\s(?=[•●▪‣◦]\s)")
 _CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uff66-\uff9f]")
 _PAIRS = dict(zip(")]}”»」』）】》〉", "([{“«「『（【《〈", strict=True))
+_OPENING = frozenset(_PAIRS.values())
+_WORD = re.compile(r"\w")
 
 _WRAPPED = 40
 """Lines of at least this length may be wrapped text: the next line goes on if it starts in lower case."""
 _LONG_QUOTE = 300
 """A quotation or bracket longer than this is split inside; a shorter one is kept whole."""
+_LONGEST_MARKER = len("(xxxviii")
 
 
 def sentences(text: str) -> list[str]:
@@ -60,6 +66,7 @@ def sentences(text: str) -> list[str]:
     a list marker, an ellipsis or a quotation that goes on. Closing quotes and brackets stay with the sentence that
     they close, short quotations and brackets are not split inside. A line break ends a sentence unless the line is
     long and the next one starts in lower case (wrapped text). Full-width stops 。！？； end sentences without a blank.
+    The time is linear in the length, whatever the text.
 
     Returns:
         Stripped, non-empty sentences. Nothing but whitespace is lost: joined, they give the text's other characters.
@@ -69,15 +76,15 @@ def sentences(text: str) -> list[str]:
 
 def _blocks(text: str) -> list[str]:
     """Lines, wrapped ones joined."""
-    blocks: list[str] = []
+    blocks: list[list[str]] = []
     last = ""
     for line in map(str.strip, text.splitlines()):
         if last and line and not _ITEM.match(line) and _goes_on(last, line):
-            blocks[-1] += " " + line
+            blocks[-1].append(line)
         elif line:
-            blocks.append(line)
+            blocks.append([line])
         last = line
-    return blocks
+    return [" ".join(lines) for lines in blocks]
 
 
 def _goes_on(line: str, following: str) -> bool:
@@ -88,15 +95,15 @@ def _goes_on(line: str, following: str) -> bool:
 
 def _split(block: str) -> list[str]:
     out: list[str] = []
-    start = 0
+    start = seen = 0
     for end in _boundaries(block):
-        piece = block[start:end].strip()
-        if not re.search(r"\w", piece):
-            continue
-        out.append(piece)
-        start = end
+        says_something = _WORD.search(block, seen, end)
+        seen = end
+        if says_something:
+            out.append(block[start:end].strip())
+            start = end
     rest = block[start:].strip()
-    if rest and out and not re.search(r"\w", rest):
+    if rest and out and not _WORD.search(rest):
         out[-1] = f"{out[-1]} {rest}"
     elif rest:
         out.append(rest)
@@ -104,17 +111,13 @@ def _split(block: str) -> list[str]:
 
 
 def _boundaries(block: str) -> Iterator[int]:
-    enclosed = _enclosures(block)
-    bullets = [match.end() for match in _BULLET.finditer(block)]
-    start = 0
+    scan = _Scan(block)
+    bullets = deque(match.end() for match in _BULLET.finditer(block))
     for stop in _STOP.finditer(block):
         while bullets and bullets[0] <= stop.start():
-            start = bullets.pop(0)
-            yield start
-        inside = any(a < stop.start() and b >= stop.end() for a, b in enclosed)
-        if not inside and stop.end() < len(block) and _ends(block, start, stop):
-            start = stop.end()
-            yield start
+            yield scan.begin(bullets.popleft())
+        if scan.ends(stop) and not scan.enclosed(stop):
+            yield scan.begin(stop.end())
     yield from bullets
 
 
@@ -122,58 +125,98 @@ def _enclosures(block: str) -> list[tuple[int, int]]:
     """Quotations and brackets as ``(open, close)`` positions; unbalanced marks, long ones and inches do not count."""
     found: list[tuple[int, int]] = []
     stack: list[tuple[str, int]] = []
+    open_marks: Counter[str] = Counter()
     for i, char in enumerate(block):
         opener = _PAIRS.get(char)
-        if char == '"':
-            inch = i > 0 and block[i - 1].isdigit()
-            opener = '"' if any(c == '"' for c, _ in stack) else None
-            if opener is None and not inch:
-                stack.append(('"', i))
-        elif char in _PAIRS.values():
+        if char == '"' and open_marks['"']:
+            opener = '"'
+        elif char in _OPENING or (char == '"' and not (i > 0 and block[i - 1].isdigit())):
             stack.append((char, i))
-        if opener and any(c == opener for c, _ in stack):
-            while stack[-1][0] != opener:
-                stack.pop()
-            found.append((stack.pop()[1], i))
+            open_marks[char] += 1
+        while opener and open_marks[opener]:
+            mark, place = stack.pop()
+            open_marks[mark] -= 1
+            if mark == opener:
+                found.append((place, i))
+                break
     whole = (0, len(block) - 1)
     return [span for span in found if span != whole and span[1] - span[0] <= _LONG_QUOTE]
 
 
-def _ends(block: str, start: int, stop: re.Match[str]) -> bool:
-    """Whether a stop ends the sentence that began at ``start``; something follows it in the block."""
-    marks = stop.group().removesuffix(stop["closers"])
-    before, after = block[: stop.start()], block[stop.end() :]
-    if any(mark in _WIDE for mark in marks):
-        return not (marks == "．" and before[-1:].isdigit() and after[0].isdigit())
-    found = _LAST_WORD.search(before[start:])
-    word = found.group() if found else ""
-    if not after[0].isspace():
-        return _ends_joined(marks, word, after)
-    following = _NEXT_WORD.match(after)[1]  # type: ignore[index]
-    if not following:
-        return True
-    if following[0] in ",;:)]}%":
-        return False
-    lower = following[0].islower()
-    if lower and (stop["closers"] or marks.count(".") > 1 or "…" in marks):
-        return False
-    if marks != "." or stop["closers"]:
-        return True
-    if _MARKER.fullmatch(block[start : stop.start()]):
-        return False
-    return _ends_at_word(word, before, following)
+class _Scan:
+    """The stops of a block, in order. Places only move forward, so that no part of the block is read again and again.
+
+    Args:
+        block: text without line breaks.
+    """
+
+    def __init__(self, block: str):
+        self.block = block
+        self.enclosures = deque(sorted(_enclosures(block)))
+        self.enclosed_to = -1  # where the last of the enclosures ends that began before
+        self.runs = _RUN.finditer(block)
+        self.run = next(self.runs, None)  # the run of characters that are no blanks in which the stop is
+        self.word = 0  # where the word before the stop begins
+        self.stop_end = 0  # of the last stop
+        self.begin(0)
+
+    def begin(self, start: int) -> int:
+        """A sentence begins here; returns the place."""
+        self.start = start
+        found = _NO_BLANK.search(self.block, start)
+        self.first = found.start() if found else len(self.block)
+        return start
+
+    def enclosed(self, stop: re.Match[str]) -> bool:
+        while self.enclosures and self.enclosures[0][0] < stop.start():
+            self.enclosed_to = max(self.enclosed_to, self.enclosures.popleft()[1])
+        return self.enclosed_to >= stop.end()
+
+    def ends(self, stop: re.Match[str]) -> bool:
+        """Whether a stop, which no quotation or bracket encloses, ends the sentence that has begun."""
+        block, at, after = self.block, stop.start(), stop.end()
+        while self.run and self.run.end() <= at:
+            self.run = next(self.runs, None)
+        self.word = max(self.word, self.start, self.run.start() if self.run else at)
+        found = _NO_OPENER.search(block, self.word, at)
+        self.word = found.start() if found else at
+        other_stops, self.stop_end = self.word < self.stop_end, after
+        if after == len(block):
+            return False
+        marks = stop.group().removesuffix(stop["closers"])
+        if any(mark in _WIDE for mark in marks):
+            return not (marks == "．" and block[at - 1 : at].isdigit() and block[after].isdigit())
+        if not block[after].isspace():
+            return self._ends_joined(marks, at, after, other_stops)
+        following = _NEXT_WORD.match(block, after)[1]  # type: ignore[index]
+        if not following:
+            return True
+        if following[0] in ",;:)]}%":
+            return False
+        if following[0].islower() and (stop["closers"] or marks.count(".") > 1 or "…" in marks):
+            return False
+        if marks != "." or stop["closers"]:
+            return True
+        if at - self.first <= _LONGEST_MARKER and _MARKER.fullmatch(block, self.first, at):
+            return False
+        return _ends_at_word(block[self.word : at], block, self.word, following)
+
+    def _ends_joined(self, marks: str, at: int, after: int, other_stops: bool) -> bool:
+        """No blank after the stop, as between joined paragraphs: ``a tree.The sky``; not ``3.5`` or ``a.JPG``."""
+        block = self.block
+        if self.word == at:
+            return False
+        if _CJK.match(block, at - 1) and _CJK.match(block, after):
+            return True
+        if other_stops or not block[at - 1].islower() or not (marks == "." or not set(marks) - set("!?")):
+            return False
+        word = block[self.word : at]
+        plain = len(word) > 1 and word.isalpha() and word.lower() not in _TITLES | _NEVER | _NUMBERED
+        return plain and bool(_JOINED.match(block, after))
 
 
-def _ends_joined(marks: str, word: str, after: str) -> bool:
-    """No blank after the stop, as between joined paragraphs: ``a tree.The sky``; not ``3.5`` or ``a.JPG``."""
-    if word and _CJK.match(word[-1]) and _CJK.match(after[0]):
-        return True
-    plain = len(word) > 1 and word.isalpha() and word[-1].islower() and word.lower() not in _TITLES | _NEVER | _NUMBERED
-    return plain and (marks == "." or not set(marks) - set("!?")) and bool(_JOINED.match(after))
-
-
-def _ends_at_word(word: str, before: str, following: str) -> bool:
-    """The rules for one stop after ``word`` and before a blank and ``following``."""
+def _ends_at_word(word: str, block: str, place: int, following: str) -> bool:
+    """The rules for one stop after ``word``, at ``place`` in the block, and before a blank and ``following``."""
     key = word.lower()
     name = following.rstrip(",;:!?…\"'”’)")
     starter = name[:1].isupper() and name.lower() in _STARTERS
@@ -189,10 +232,16 @@ def _ends_at_word(word: str, before: str, following: str) -> bool:
         return False
     if key == "etc":
         return not lower
-    if key in _UNITS and re.search(r"\d\s*$", before[: -len(word)]):
+    if key in _UNITS and _follows_number(block, place):
         return not lower
     if key in _CALENDAR and word[0].isupper() and len(word) <= 5:
         return not (lower or following[0].isdigit())
     if key in _MAY_END or _ACRONYM.fullmatch(word) or (len(word) == 1 and word.isupper()):
         return starter
     return True
+
+
+def _follows_number(block: str, place: int) -> bool:
+    while place and block[place - 1].isspace():
+        place -= 1
+    return block[place - 1 : place].isdecimal()
