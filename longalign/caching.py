@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from longalign.config import RunConfig
-from longalign.data.base import Data
+from longalign.data.base import Data, sized
 from longalign.data.cached import ITEMS, UNREADABLE, CachedImages, read_items, write_items
 from longalign.data.lines import read_prompts
 from longalign.data.stream import Stream
@@ -57,7 +57,7 @@ def make(
     """
     if config.cache is None or config.data is None:
         raise ValueError("expected a config with 'data' and 'cache', e.g. cache: {folder: runs/cache}")
-    data = by_index(config.data.build(runtime), config)
+    data = by_index(sized(config).build(runtime), config)
     progress = progress and runtime.rank == 0
     made = {}
     if _has_latents(config):
@@ -144,7 +144,7 @@ def _latents(config: RunConfig, runtime: Runtime, **options: Any) -> Store:
     backbone = config.backbone.model_dump(mode="json", exclude={"dtype"})
     identity = {
         "backbone": backbone,
-        "data": config.data.model_dump(mode="json"),
+        "data": sized(config).model_dump(mode="json"),
         "dtype": runtime.dtype,
         "weights": fingerprints(backbone, IMAGE_FOLDERS),
     }

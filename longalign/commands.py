@@ -14,12 +14,11 @@ from typing import Any
 
 from longalign import describe as descriptions
 from longalign.config import load_config, override, to_yaml
-from longalign.data.lines import new_index, read_jsonl, read_prompts, text_of
+from longalign.data.lines import IMAGE_SUFFIXES, inside, new_index, read_jsonl, read_prompts, text_of
 from longalign.files import checkpoint_file, find_checkpoint, parse_assignments, parse_value, read_mapping
 from longalign.registry import PartConfig, rewards
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json", ".safetensors")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SEEDS = (0,)
 
 
@@ -321,7 +320,7 @@ def _rows(folder: Path) -> list[tuple[Path, str, Any]]:
     for where, row in read_jsonl(folder / "metadata.jsonl"):
         if not isinstance(row.get("file_name"), str):
             raise ValueError(f"{where} has no 'file_name'")
-        path = folder / row["file_name"]
+        path = inside(folder, row["file_name"], where)
         if not path.is_file():
             raise FileNotFoundError(f"no image {path}, which {where} names")
         out.append((path, text_of(row, where), row.get("seed")))

@@ -103,7 +103,10 @@ class Composition:
         Raises `ConfigError` if the config has none.
         """
         if "data" not in self._built:
-            data = datasets.construct(self._needed("data"), self.runtime)
+            from longalign.data.base import sized
+
+            self._needed("data")
+            data = datasets.construct(sized(self.config), self.runtime)
             if self.config.cache is not None:
                 from longalign.caching import by_index, cached_data
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Sequence
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -35,17 +38,67 @@ def write_png(path: Path, image: Tensor, texts: dict[str, str] | None = None) ->
 def decode(source: Path | str | bytes) -> Image.Image:
     """An image file, or its bytes, as a PIL image in RGB, turned as its EXIF data say; transparency is dropped.
 
+    16 bits a channel are scaled to 8. Of several pictures in a file it is the first. Formats are those of `FORMATS`, so
+    that no file is handed to another program, as PostScript would be.
+
     Raises:
-        OSError: if there is no such file, or it is cut short or of no known format.
-        ValueError: if it is damaged in another way, or too large to be an image.
+        OSError: if there is no such file, or it is truncated or of no known format.
+        ValueError: if it is damaged in another way, no regular file (a pipe, a device, a folder), has more pixels than
+            ``PIL.Image.MAX_IMAGE_PIXELS``, or values whose range is not known.
     """
+    if not isinstance(source, bytes):
+        check_regular(source)
     try:
-        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except OSError:
+        with Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=_formats()) as image:
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit is not None and image.width * image.height > limit:
+                raise ValueError(
+                    f"{image.width} by {image.height} pixels are more than the limit of {limit}; scale it down, or "
+                    "raise PIL.Image.MAX_IMAGE_PIXELS"
+                )
+            return _eight_bits(ImageOps.exif_transpose(image), image.format).convert("RGB")
+    except (OSError, ValueError):
         raise
     except Exception as error:  # on damaged files Pillow raises struct.error, TypeError, KeyError and many more
         raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+#: what images are read from, as far as the installed Pillow can
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "GIF", "BMP", "PPM", "JPEG2000", "MPO")
+
+
+@cache
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def check_regular(path: Path | str) -> None:
+    """Raises ValueError unless a path is a regular file, or FileNotFoundError: a pipe would be waited for, for ever."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device or socket"
+        raise ValueError(f"it is {what}, not a regular file")
+
+
+def _eight_bits(image: Image.Image, kind: str | None) -> Image.Image:
+    """Grey images of 16 bits, which Pillow would clip to white, and floats in [0, 1] as 8 bits; others as they are.
+
+    Raises:
+        ValueError: for integers of 32 bits, and floats outside of [0, 1].
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
+        values = np.asarray(image).astype(np.float64) / 65535
+    elif image.mode == "F":
+        values = np.asarray(image)
+        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+            found = f"{values.min():.4g} to {values.max():.4g}"
+            raise ValueError(f"its values are floats from {found}; expected 0 to 1, or a file of 8 or 16 bits")
+    elif image.mode == "I":
+        raise ValueError("its values are integers of 32 bits, whose range is not known; save it with 8 or 16 bits")
+    else:
+        return image
+    return Image.fromarray((values * 255).round().astype(np.uint8))
 
 
 def load_image(path: Path | str) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +73,16 @@ def check_images(images: Tensor) -> None:
             f"expected float images (b, 3, h, w) in [0, 1], got {images.dtype} of shape {tuple(images.shape)}; "
             "add a batch axis with images[None], and divide 8-bit images by 255"
         )
+
+
+def check_range(images: Tensor) -> None:
+    """Raises ValueError for finite images with values far outside of [0, 1]; a resize may overshoot by a little."""
+    if not images.numel():
+        return
+    low, high = torch.stack(images.detach().aminmax()).tolist()
+    if math.isfinite(low + high) and (low < -0.1 or high > 1.1):
+        advice = "divide 8-bit values by 255" if high > 3 else "map [-1, 1] by images / 2 + 0.5, or undo normalisation"
+        raise ValueError(f"expected images in [0, 1], got values from {low:.4g} to {high:.4g}; {advice}")
 
 
 def check_crop(crop: int | float) -> None:

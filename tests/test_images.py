@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from longalign.images import CLIP_MEAN, CLIP_STD, Pixels, fit, random_crop, resize
+from longalign.images import CLIP_MEAN, CLIP_STD, Pixels, check_range, fit, random_crop, resize
 
 
 def ramp(height: int, width: int) -> torch.Tensor:
@@ -97,3 +97,12 @@ def test_wrong_settings_are_refused():
         Pixels((4, 4), crop=0)
     with pytest.raises(ValueError, match="cannot crop 504x504 pixels from images of 64x64"):
         random_crop(torch.rand(1, 3, 64, 64), 504)
+
+
+def test_values_far_outside_of_the_range_are_refused():
+    check_range(torch.rand(2, 3, 4, 4) * 1.1 - 0.05)  # as a bicubic resize leaves them
+    check_range(torch.full((1, 3, 2, 2), float("nan")))  # which the score's own check names
+    check_range(torch.rand(0, 3, 4, 4))
+    for images, advice in ((torch.rand(1, 3, 4, 4) * 255, "divide 8-bit values by 255"), (ramp(2, 2) * 2 - 1, "-1, 1")):
+        with pytest.raises(ValueError, match=rf"in \[0, 1\], got values from .*{advice}"):
+            check_range(images)

@@ -61,6 +61,12 @@ class SDConfig(PartConfig):
         """Whether the checkpoint is one file instead of a folder or repository."""
         return self.checkpoint.endswith((".safetensors", ".ckpt"))
 
+    def resolution(self) -> int:
+        """Native width and height of an image in pixels, from the checkpoint's configs; weights are not loaded."""
+        from longalign.backbones.latent import native_resolution
+
+        return native_resolution(self)
+
     @model_validator(mode="after")
     def _agree(self) -> SDConfig:
         check_single_file(

@@ -115,6 +115,26 @@ def load_parts(config: SDConfig, runtime: Runtime, kind: Any, component: str) ->
     return denoiser, vae, constants
 
 
+def native_resolution(config: SDConfig) -> int:
+    """Width and height in pixels that a checkpoint's denoiser is made for, of whose parts only the configs are read.
+
+    Raises:
+        ValueError: if the checkpoint does not hold them.
+    """
+    home, settings = resolve_checkpoint(config.checkpoint), {"revision": config.revision}
+    if config.single_file:
+        path, settings = Path(config.checkpoint), {}
+        home = resolve_checkpoint(config.layout) if config.layout else _layout_of(path, load_tensors(path))
+    try:
+        denoiser, vae = (
+            AutoencoderKL.load_config(home, subfolder=place(config.subfolder, folder), **settings)
+            for folder in (config.component, "vae")
+        )
+    except OSError as error:
+        raise ValueError(f"'{home}' does not hold the configs of {config.component}/ and vae/ ({error})") from error
+    return int(denoiser["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+
+
 def _load_single_file(config: SDConfig, runtime: Runtime, kind: Any, component: str) -> tuple[Any, Any, dict[str, Any]]:
     """As `load_parts`, of a file that has all weights under the names of the original code."""
     path = Path(config.checkpoint)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
 
+from longalign.faults import ConfigError
 from longalign.store import key_of
+
+if TYPE_CHECKING:
+    from longalign.config import RunConfig
+    from longalign.registry import PartConfig
 
 
 class Data(Dataset[dict[str, Any]]):
@@ -50,3 +55,20 @@ def check_index(index: int, length: int) -> int:
     if not -length <= index < length:
         raise IndexError(f"item {index} of {length}")
     return index % length
+
+
+def sized(run: RunConfig) -> PartConfig:
+    """The config of a run's data, with the backbone's own resolution where it has none.
+
+    Raises:
+        ConfigError: if the backbone does not tell its own.
+    """
+    config, backbone = run.data, run.backbone
+    assert config is not None
+    if getattr(config, "resolution", 0) is not None or not getattr(config, "has_images", True):
+        return config
+    own = getattr(backbone, "resolution", None)
+    if own is None:
+        who = "there is no backbone" if backbone is None else f"the backbone '{backbone.name}' does not tell its own"
+        raise ConfigError([("data.resolution", f"{who}; give a number of pixels, e.g. 512")])
+    return config.model_copy(update={"resolution": own() if callable(own) else own})

@@ -10,6 +10,7 @@ from typing import Any
 from longalign.data.base import check_index
 from longalign.data.configs import LongAlignCaptionsConfig
 from longalign.data.hub import files_of, load, text
+from longalign.data.lines import inside
 from longalign.data.pictures import Pictures
 from longalign.runtime import Runtime
 
@@ -71,7 +72,7 @@ class LongAlignCaptions(Pictures):
 
 
 def _place(folder: Path, path: str) -> Path:
-    return folder / path.lstrip("/")
+    return inside(folder, path.lstrip("/"))
 
 
 def _with_images(rows: Any, folders: dict[str, Path], config: LongAlignCaptionsConfig) -> list[int]:

@@ -37,13 +37,14 @@ class ImagesConfig(DataConfig):
     """Base of configs of images that are stored somewhere.
 
     Attributes:
-        resolution: side in pixels of the square that is cut out of the middle of each image and scaled.
+        resolution: side in pixels of the square that is cut out of the middle of each image and scaled; null is the
+            backbone's own. Smaller images are scaled up, with a warning.
         empty: what to do with an empty caption: "skip" its image, or "keep" it as an unconditional example.
         max_unreadable: how many unreadable images, or shards and captions that are files of their own, are named in a
             warning and replaced by the next one; one more stops the run. Each loading process counts its own.
     """
 
-    resolution: PositiveInt = 512
+    resolution: PositiveInt | None = None
     empty: Literal["skip", "keep"] = "skip"
     max_unreadable: NonNegativeInt = 10
 
@@ -74,7 +75,8 @@ class TableConfig(DataConfig):
         revision: branch, tag or commit on the hub.
         files: paths or URLs, ``*`` allowed, of the files to read.
         caption: column of the captions, or prompts.
-        image_folder: where paths of images begin.
+        image_folder: where paths of images begin, which may not lead out of it; needed where images are paths. ``/``
+            allows any absolute path.
         cache: folder for what ``datasets`` stores; null is its own.
     """
 
@@ -143,10 +145,13 @@ class ScenePairsConfig(ScenesConfig):
 
 
 class FolderConfig(ImagesConfig):
-    """Images of a folder, each with a caption, in the layout that ``longalign generate`` writes.
+    """Images of a folder, each with a caption.
 
     Attributes:
-        folder: the folder; ``metadata.jsonl`` in it has one line per image, with "file_name" and "text" (or "prompt").
+        folder: the folder; ``metadata.jsonl`` in it has one line per image, with "file_name" and "text" (or "prompt"),
+            as ``longalign generate`` writes it, or ``metadata.csv`` has these columns; without either, a .txt of the
+            same name beside each image, also in subfolders, is its caption. File names are relative to the folder and
+            may not lead out of it; links are followed.
     """
 
     name: Literal["folder"] = "folder"
@@ -235,7 +240,8 @@ class HubPairsConfig(TableConfig, PairedImagesConfig):
 
 
 class WebDatasetConfig(ImagesConfig):
-    """Local tar files in webdataset's layout, read as a stream: files of one stem are an item.
+    """Local tar files in webdataset's layout, read as a stream: files of one stem are an item. Of these, files of more
+    than 256 MiB are not read.
 
     Attributes:
         shards: paths of the tar files, with ``{0000..0123}`` for a range or ``*``; one or a list.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from longalign.data.base import check_index
 from longalign.data.configs import FolderConfig
-from longalign.data.lines import read_jsonl, text_of
+from longalign.data.lines import inside, read_captions, text_of
 from longalign.data.pictures import Pictures, load_square
 from longalign.runtime import Runtime
 
@@ -37,26 +37,26 @@ class Folder(Pictures):
 
     @classmethod
     def from_config(cls, config: FolderConfig, runtime: Runtime) -> Folder:
-        """Reads ``metadata.jsonl``; images are read when asked for.
+        """Reads the captions, see `longalign.data.lines.read_captions`; images are read when asked for.
 
         Raises:
             ValueError: if a line lacks its file name or caption, or no image is left.
-            FileNotFoundError: if there is no ``metadata.jsonl``.
+            FileNotFoundError: if there are no captions.
         """
         folder = Path(config.folder)
         files, prompts, empty = [], [], 0
-        for where, row in read_jsonl(folder / "metadata.jsonl"):
+        for where, row in read_captions(folder):
             if not isinstance(row.get("file_name"), str):
                 raise ValueError(f"{where} has no 'file_name'; there is {', '.join(row) or 'nothing'}")
             prompt = text_of(row, where)
             empty += not prompt
             if prompt or config.empty == "keep":
-                files.append(folder / row["file_name"])
+                files.append(inside(folder, row["file_name"], where))
                 prompts.append(prompt)
         if empty:
             log.warning("%d of %d captions in %s are empty: %s", empty, empty + len(prompts), folder, config.empty)
         if not files:
-            raise ValueError(f"{folder / 'metadata.jsonl'} names no image with a caption")
+            raise ValueError(f"no image in {folder} has a caption")
         return cls(files, prompts, config.resolution, config.max_unreadable)
 
     def __len__(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL.Image import Image
 
 from longalign.data.base import Data, check_index
 from longalign.data.configs import HubConfig, HubPairsConfig
+from longalign.data.lines import inside
 from longalign.data.pictures import Pictures
 from longalign.data.stream import Record, Stream
 from longalign.runtime import Runtime
@@ -31,7 +33,14 @@ def load(what: str, path: str, **settings: Any) -> Any:
         raise ValueError(
             f"the data '{what}' is read by the package datasets, which is not installed: pip install 'longalign[hf]'"
         ) from error
-    return datasets.load_dataset(path, **{key: value for key, value in settings.items() if value is not None})
+    if int(datasets.__version__.split(".")[0]) < 4:  # which would ask whether to run a repository's code
+        settings["trust_remote_code"] = False
+    try:
+        return datasets.load_dataset(path, **{key: value for key, value in settings.items() if value is not None})
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # what datasets raises of a script, and of files that it cannot read
+        raise ValueError(f"datasets cannot read '{path}': {type(error).__name__}: {error}") from error
 
 
 def open_columns(config: HubConfig | HubPairsConfig, texts: Sequence[str], images: Sequence[str]) -> Any:
@@ -69,14 +78,31 @@ def open_columns(config: HubConfig | HubPairsConfig, texts: Sequence[str], image
     return found
 
 
+def folder_of(config: HubConfig | HubPairsConfig, rows: Any) -> Path | None:
+    """Where the paths of a table's images begin; None where the table may not have any.
+
+    A table may come from anyone, so its paths are not to choose freely what is read from this machine. Those of a
+    folder of images are made by ``datasets`` itself.
+    """
+    if config.image_folder is not None:
+        return Path(config.image_folder)
+    return Path(os.sep) if getattr(rows, "builder_name", None) == "imagefolder" else None
+
+
 def image_source(value: Any, folder: Path | None) -> Path | bytes:
-    """Where the image in a cell is: encoded bytes, a path (in ``folder``), both as a mapping, or a decoded image."""
+    """Where the image in a cell is: encoded bytes, a path in ``folder``, both as a mapping, or a decoded image.
+
+    Raises:
+        ValueError: if it is none of these, or a path that leads out of the folder, or there is no folder.
+    """
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
         return value
     if isinstance(value, str) and value:
-        return Path(value) if folder is None else folder / value
+        if folder is None:
+            raise ValueError(f"{value!r:.200} is a path; set image_folder to the folder that the images are in")
+        return inside(folder, value)
     if isinstance(value, Image):  # decoded already, where a stream does not say that the column has images
         buffer = BytesIO()
         try:
@@ -132,7 +158,7 @@ class HubRows(Pictures):
     def __init__(self, rows: Any, config: HubConfig):
         super().__init__(config.resolution, config.max_unreadable)
         self.rows, self.config, self.captions = rows, config, _Captions(rows, config)
-        self.folder = None if config.image_folder is None else Path(config.image_folder)
+        self.folder = folder_of(config, rows)
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -174,10 +200,9 @@ class HubStream(Stream):
     """
 
     def __init__(self, rows: Any, config: HubConfig):
-        super().__init__(config.resolution, config.empty, config.max_unreadable, config.shuffle_buffer or 1000)
-        self.rows, self.config = rows, config
         self.has_images = config.image is not None
-        self.folder = None if config.image_folder is None else Path(config.image_folder)
+        super().__init__(config.resolution, config.empty, config.max_unreadable, config.shuffle_buffer or 1000)
+        self.rows, self.config, self.folder = rows, config, folder_of(config, rows)
 
     @property
     def num_shards(self) -> int:

@@ -2,10 +2,42 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import logging
+import os
 from collections.abc import Mapping
+from io import StringIO
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def inside(folder: Path | str, name: str, where: str = "") -> Path:
+    """The file that data call ``name`` in a folder.
+
+    Names come with data, from whoever made them, so none may lead elsewhere with ``..`` or an absolute path. Links are
+    followed: they are made by whoever has the folder, and the hub's cache consists of them.
+
+    Args:
+        folder: the folder.
+        name: relative to it; an absolute path is taken if it begins with the folder.
+        where: place of the name, for the message.
+
+    Raises:
+        ValueError: if the name leads out of the folder.
+    """
+    if ".." not in name and not os.path.isabs(name):
+        return Path(folder) / name
+    home = os.path.abspath(folder)
+    path = os.path.normpath(os.path.join(home, name))
+    if os.path.commonpath([home, path]) != home:
+        told = f"{where}: " if where else ""
+        raise ValueError(f"{told}{name!r:.200} leads out of {folder}; expected a file in that folder")
+    return Path(folder) / os.path.relpath(path, home)
 
 
 def read_prompts(path: Path | str) -> list[str]:
@@ -24,8 +56,19 @@ def read_prompts(path: Path | str) -> list[str]:
     return [line.strip() for line in (lines[:-1] if not lines[-1] else lines)]
 
 
-def read_jsonl(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
-    """The mappings of a ``.jsonl`` file, each with its place ("file, line n"); blank lines are left out."""
+def read_jsonl(path: Path, example: str = "") -> list[tuple[str, Mapping[str, Any]]]:
+    """The mappings of a ``.jsonl`` file, each with its place ("file, line n"); blank lines are left out.
+
+    Args:
+        path: the file.
+        example: a line of such a file, for the message where there is none.
+
+    Raises:
+        ValueError: if a line is no mapping; it is named.
+        FileNotFoundError: if there is no such file.
+    """
+    if example and not path.exists():
+        raise FileNotFoundError(f"no file {path}; expected a line for each item, e.g. {example}")
     rows: list[tuple[str, Mapping[str, Any]]] = []
     # not str.splitlines, which would also part at U+2028 and others that a caption may hold
     for number, line in enumerate(_read(path).split("\n"), 1):
@@ -34,11 +77,63 @@ def read_jsonl(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{where}: expected a mapping, got {line.strip()[:80]}")
         rows.append((where, row))
+    return rows
+
+
+def read_captions(folder: Path) -> list[tuple[str, Mapping[str, Any]]]:
+    """What a folder says of its images: rows with "file_name" and "text" (or "prompt"), each with its place.
+
+    They come from ``metadata.jsonl``, or ``metadata.csv``, or else from a ``.txt`` of the same name beside each image
+    of the folder and its subfolders, sorted by path.
+
+    Raises:
+        ValueError: if there is a ``metadata.jsonl`` and a ``metadata.csv``, or one cannot be read.
+        FileNotFoundError: if there is none of the three.
+    """
+    lines, table = folder / "metadata.jsonl", folder / "metadata.csv"
+    if lines.exists() and table.exists():
+        raise ValueError(f"there are {lines} and {table}; remove one of them")
+    if lines.exists():
+        return read_jsonl(lines)
+    if table.exists():
+        return _read_csv(table)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}")
+    found = [path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES]
+    images = sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    captioned = [path for path in images if path.with_suffix(".txt").is_file()]
+    if not captioned:
+        raise FileNotFoundError(
+            f"no file {lines}; it has a line for each image, e.g. "
+            '{"file_name": "0001.png", "text": "A red fox."}. A metadata.csv with these columns is read, too, or a '
+            f".txt of the same name beside each image, and of the {len(images)} images none has one"
+        )
+    if len(captioned) < len(images):
+        without = len(images) - len(captioned)
+        log.warning("%d of %d images in %s have no .txt and are left out", without, len(images), folder)
+    texts = [path.with_suffix(".txt") for path in captioned]
+    return [
+        (str(text), {"file_name": str(path.relative_to(folder)), "text": _read(text)})
+        for path, text in zip(captioned, texts, strict=True)
+    ]
+
+
+def _read_csv(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
+    rows: list[tuple[str, Mapping[str, Any]]] = []
+    reader = csv.DictReader(StringIO(_read(path), newline=""))
+    try:
+        for row in reader:
+            where = f"{path}, line {reader.line_num}"
+            if None in row:
+                raise ValueError(f"{where} has more cells than there are columns; quote texts that hold commas")
+            rows.append((where, row))
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
     return rows
 
 

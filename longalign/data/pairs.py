@@ -15,12 +15,14 @@ import torch
 
 from longalign.data.base import check_index
 from longalign.data.configs import HubPairsConfig, PairsConfig
-from longalign.data.hub import image_source, open_columns, text
-from longalign.data.lines import read_jsonl, text_of
-from longalign.data.pictures import UNREADABLE, Pictures, load_square
+from longalign.data.hub import folder_of, image_source, open_columns, text
+from longalign.data.lines import inside, read_jsonl, text_of
+from longalign.data.pictures import UNREADABLE, Pictures
 from longalign.runtime import Runtime
 
 log = logging.getLogger(__name__)
+
+EXAMPLE = '{"image_0": "a.png", "image_1": "b.png", "text": "A red fox.", "label_0": 1, "label_1": 0}'
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Pairs(Pictures):
         if label in self.unreadable:
             return None
         try:
-            images = [load_square(source, self.resolution) for source in self.sources(index)]
+            images = [self.squares.load(label, source) for source in self.sources(index)]
         except UNREADABLE as error:
             self.unreadable.note(label, error)
             return None
@@ -109,12 +111,14 @@ class FolderPairs(Pairs):
         """
         folder = Path(config.folder)
         files, found = [], []
-        for where, row in read_jsonl(folder / "metadata.jsonl"):
+        for where, row in read_jsonl(folder / "metadata.jsonl", EXAMPLE):
             names = [row.get(key) for key in ("image_0", "image_1")]
             if not all(isinstance(name, str) for name in names):
                 raise ValueError(f"{where}: expected files 'image_0' and 'image_1'; there is {', '.join(row)}")
             labels = [row[key] for key in ("label_0", "label_1", "preference") if key in row]
             captions = [row[key] for key in ("caption_0", "caption_1") if key in row]
+            for name in names:
+                inside(folder, name, where)
             files.append((names[0], names[1]))
             found.append(_pair(text_of(row, where), labels, captions, where))
         kept, pairs = _kept(found, str(folder))
@@ -124,7 +128,7 @@ class FolderPairs(Pairs):
         return f"the pair {' and '.join(self.files[index])}"
 
     def sources(self, index: int) -> Sequence[Path]:
-        return [self.folder / name for name in self.files[index]]
+        return [inside(self.folder, name) for name in self.files[index]]
 
 
 class HubPairs(Pairs):
@@ -140,7 +144,7 @@ class HubPairs(Pairs):
     def __init__(self, rows: Any, kept: Sequence[int], pairs: Sequence[Pair], config: HubPairsConfig):
         super().__init__(pairs, config.resolution, config.max_unreadable)
         self.rows, self.kept, self.config = rows, kept, config
-        self.folder = None if config.image_folder is None else Path(config.image_folder)
+        self.folder = folder_of(config, rows)
 
     @classmethod
     def from_config(cls, config: HubPairsConfig, runtime: Runtime) -> HubPairs:

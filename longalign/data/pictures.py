@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from longalign.data.base import Data, check_index
-from longalign.imagefiles import decode, to_tensor
+from longalign.imagefiles import check_regular, decode, to_tensor
 from longalign.store import key_of
 
 log = logging.getLogger(__name__)
@@ -46,6 +46,35 @@ class Unreadable(dict[Any, str]):
         return "; ".join(f"{name} ({what})" for name, what in self.items())
 
 
+class Squares:
+    """Loads images as squares of one size, and says in a warning how many were smaller: the 1st, 10th, 100th...
+
+    Args:
+        resolution: side in pixels.
+
+    Raises:
+        ValueError: if it is None.
+    """
+
+    def __init__(self, resolution: int | None):
+        if resolution is None:
+            raise ValueError("resolution null is the backbone's own and needs a run with one; give a number of pixels")
+        self.resolution, self.small = resolution, 0
+
+    def load(self, name: Any, source: Path | bytes) -> Tensor:
+        """The image as `load_square` gives it; ``name`` is what it is called in messages."""
+        image = decode(source)
+        if min(image.size) < self.resolution:
+            self.small += 1
+            if set(str(self.small)[1:]) <= {"0"} and str(self.small)[0] == "1":
+                log.warning(
+                    "%d of the images read so far are smaller than resolution=%d and are scaled up; the last is %s of "
+                    "%d by %d pixels",
+                    self.small, self.resolution, name, *image.size,
+                )  # fmt: skip
+        return _square(image, self.resolution)
+
+
 class Pictures(Data):
     """Base of data whose items are read by index, each with its image in a file or in bytes.
 
@@ -54,8 +83,8 @@ class Pictures(Data):
         max_unreadable: how many unreadable images are replaced by the next readable one before the run is stopped.
     """
 
-    def __init__(self, resolution: int = 512, max_unreadable: int = 10):
-        self.resolution = resolution
+    def __init__(self, resolution: int | None = 512, max_unreadable: int = 10):
+        self.squares = Squares(resolution)
         #: unreadable images met so far, with what was wrong
         self.unreadable = Unreadable(max_unreadable)
 
@@ -80,14 +109,17 @@ class Pictures(Data):
         if label in self.unreadable:
             return None
         try:
-            return {"prompt": self.prompt(index), "image": load_square(self.source(index), self.resolution)}
+            return {"prompt": self.prompt(index), "image": self.squares.load(label, self.source(index))}
         except UNREADABLE as error:
             self.unreadable.note(label, error)
             return None
 
     def image_key(self, index: int) -> bytes:
         source = self.source(index)
-        return key_of(source if isinstance(source, bytes) else source.read_bytes())
+        if isinstance(source, bytes):
+            return key_of(source)
+        check_regular(source)
+        return key_of(source.read_bytes())
 
     def image_stamp(self, index: int) -> int:
         source = self.source(index)
@@ -104,4 +136,8 @@ def load_square(source: Path | bytes, resolution: int) -> Tensor:
 
     Raises OSError or ValueError if it cannot be read.
     """
-    return to_tensor(ImageOps.fit(decode(source), (resolution, resolution), Image.Resampling.LANCZOS))
+    return _square(decode(source), resolution)
+
+
+def _square(image: Image.Image, resolution: int) -> Tensor:
+    return to_tensor(ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longalign.data.pictures import UNREADABLE, Unreadable, load_square
+from longalign.data.pictures import UNREADABLE, Squares, Unreadable
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +49,10 @@ class Stream:
     has_images: bool = True
 
     def __init__(
-        self, resolution: int = 512, empty: str = "skip", max_unreadable: int = 10, shuffle_buffer: int = 1000
+        self, resolution: int | None = 512, empty: str = "skip", max_unreadable: int = 10, shuffle_buffer: int = 1000
     ):
-        self.resolution, self.empty, self.shuffle_buffer = resolution, empty, shuffle_buffer
+        self.squares = Squares(resolution) if self.has_images else None
+        self.empty, self.shuffle_buffer = empty, shuffle_buffer
         self.unreadable = Unreadable(max_unreadable)
         self._told_of_empty = False
 
@@ -92,9 +93,9 @@ class Stream:
                 if record.fault:
                     raise ValueError(record.fault)
                 if images:
-                    if record.image is None:
+                    if record.image is None or self.squares is None:
                         raise ValueError("it has no image")
-                    item["image"] = load_square(record.image, self.resolution)
+                    item["image"] = self.squares.load(record.name, record.image)
             except UNREADABLE as error:
                 self.unreadable.note(record.name, error)
                 # no more than the limit can end a pass and begin the next one, so there is a pass with nothing else
@@ -114,8 +115,9 @@ class Stream:
                 some = True
                 yield record
             if not some:
+                cause = f"; {self.unreadable.named()}" if self.unreadable else ""
                 raise ValueError(
-                    f"there is nothing to read in part {share} of {shares} of the data: no item with a caption"
+                    f"there is nothing to read in part {share} of {shares} of the data: no item with a caption{cause}"
                 )
             number_of_pass += 1
 

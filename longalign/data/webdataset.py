@@ -15,6 +15,25 @@ from longalign.data.stream import Record, Stream
 from longalign.runtime import Runtime
 
 BROKEN = (tarfile.TarError, EOFError, OSError, zlib.error)
+#: most bytes of an image or caption, and of a member's header, which a few compressed bytes can claim to be
+MAX_BYTES = 256 * 2**20
+MAX_HEADER_BYTES = 2**20
+HEADERS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose header is read only if it is of a usual size: tarfile would take it into memory at once."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in HEADERS and self.size > MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {self.size} bytes, more than the limit of {MAX_HEADER_BYTES}")
+        return super()._proc_member(tar)  # type: ignore[misc]
 
 
 class WebDataset(Stream):
@@ -54,9 +73,9 @@ class WebDataset(Stream):
     def read(self, shard: int) -> Iterator[Record]:
         path = self.shards[shard]
         wanted = {self.caption, *self.image}
-        stem, parts = "", {}
+        stem, parts, fault = "", {}, ""
         try:
-            with tarfile.open(path, "r|*") as tar:
+            with tarfile.open(path, "r|*", tarinfo=_Member) as tar:
                 for member in tar:
                     place = PurePosixPath(member.name)
                     if not member.isfile() or place.name.startswith("."):
@@ -64,19 +83,23 @@ class WebDataset(Stream):
                     name, _, ending = place.name.partition(".")
                     key = str(place.with_name(name))
                     if parts and key != stem:
-                        yield self._record(path, stem, parts)
-                        parts = {}
-                    stem = key
-                    file = tar.extractfile(member) if ending.lower() in wanted else None
-                    parts[ending.lower()] = file.read() if file is not None else b""
+                        yield self._record(path, stem, parts, fault)
+                        parts, fault = {}, ""
+                    stem, ending = key, ending.lower()
+                    if ending in wanted and member.size > MAX_BYTES:
+                        fault = f"its .{ending} has {member.size} bytes, more than the limit of {MAX_BYTES}"
+                    file = tar.extractfile(member) if ending in wanted and not fault else None
+                    parts[ending] = file.read() if file is not None else b""
         except BROKEN as error:
             self.unreadable.note(f"the rest of {path}", error)
             parts = {}
         if parts:
-            yield self._record(path, stem, parts)
+            yield self._record(path, stem, parts, fault)
 
-    def _record(self, path: Path, stem: str, parts: dict[str, bytes]) -> Record:
+    def _record(self, path: Path, stem: str, parts: dict[str, bytes], fault: str) -> Record:
         name = f"{stem} in {path}"
+        if fault:
+            return Record(name, fault=fault)
         if self.caption not in parts:
             return Record(name, fault=f"it has no .{self.caption}; there is {', '.join(sorted(parts))}")
         image = next((parts[ending] for ending in self.image if ending in parts), None)
@@ -84,7 +107,7 @@ class WebDataset(Stream):
             text = parts[self.caption].decode("utf-8-sig")
             if self.field is not None:
                 text = json.loads(text)[self.field] or ""
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             what = f" with '{self.field}'" if self.field else ""
             return Record(name, fault=f"its .{self.caption} is not a text{what} ({type(error).__name__}: {error})")
         if not isinstance(text, str):
@@ -101,11 +124,10 @@ def find_shards(given: str) -> list[Path]:
     span = re.search(r"\{(\d+)\.\.(\d+)\}", given)
     if span:
         first, last = span.groups()
-        names = [
-            f"{given[: span.start()]}{number:0{len(first)}d}{given[span.end() :]}"
-            for number in range(int(first), int(last) + 1)
-        ]
-        return [path for name in names for path in find_shards(name)]
+        paths = []
+        for number in range(int(first), int(last) + 1):  # ends at the first that is missing, however long the range
+            paths += find_shards(f"{given[: span.start()]}{number:0{len(first)}d}{given[span.end() :]}")
+        return paths
     paths = sorted(glob(given)) if any(sign in given for sign in "*?[") else [given]
     missing = [path for path in paths if not Path(path).is_file()]
     if missing or not paths:

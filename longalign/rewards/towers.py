@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from longalign import registry
-from longalign.images import Pixels, at_least_float32
+from longalign.images import Pixels, at_least_float32, check_images, check_range
 from longalign.rewards.base import EmbeddingReward
 from longalign.rewards.configs import TowerRewardConfig
 from longalign.runtime import Runtime
@@ -101,7 +101,7 @@ class TowerReward(EmbeddingReward):
         self.segmenter = segmenter
         self.micro_batch = micro_batch
         self.dim = towers.dim
-        self._warned = False
+        self._warned = self._range_seen = False
 
     @classmethod
     def from_towers(cls, towers: Towers, image: ImageInput, config: TowerRewardConfig, runtime: Runtime) -> TowerReward:
@@ -126,7 +126,16 @@ class TowerReward(EmbeddingReward):
 
     def image_features(self, images: Tensor, generator: Generator | None = None) -> Tensor:
         """Unit embeddings ``(b, d)`` of images ``(b, 3, h, w)`` in [0, 1], on any device; the generator places random
-        crops."""
+        crops.
+
+        Raises:
+            ValueError: for images of another shape, integers, or values far outside of [0, 1]. On a GPU the values of
+                the first batch alone are looked at, for looking waits for the GPU.
+        """
+        check_images(images)
+        if images.device.type == "cpu" or not self._range_seen:
+            check_range(images)
+            self._range_seen = True
         pixels = self.pixels(images, generator, random=self.training).to(next(self.towers.parameters()).device)
         if self.micro_batch is None or len(pixels) <= self.micro_batch:
             features = self.towers.embed_pixels(pixels)

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import re
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +12,9 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
+from longalign.config import override
 from longalign.data.folder import Folder, load_square
-from longalign.data.lines import read_prompts
+from longalign.data.lines import inside, read_prompts
 from longalign.data.prompts import Prompts
 from longalign.data.scenes import Scenes
 from longalign.mini import oracle
@@ -183,7 +186,7 @@ def test_empty_captions_are_skipped_or_kept_and_counted(folder, caplog):
         ('{"file_name": "r.png", "text": 3}', "line 1: 'text' must be text, got 3"),
         ("{", "line 1 is not JSON"),
         ("[1]", "line 1: expected a mapping"),
-        ("", "names no image with a caption"),
+        ("", "no image in .* has a caption"),
     ],
 )
 def test_metadata_that_cannot_be_used(tmp_path, text, message):
@@ -231,3 +234,106 @@ def test_prompt_files_that_cannot_be_used(tmp_path):
         data.build({"name": "prompts", "file": str(tmp_path / "a.txt")})
     with pytest.raises(ValueError, match="there are no prompts"):
         Prompts([])
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "a/../../secret.png", "/{outside}/secret.png", ".."])
+def test_names_that_lead_out_of_the_folder(tmp_path, name):
+    picture(tmp_path / "secret.png", "red")
+    folder = tmp_path / "in"
+    folder.mkdir()
+    name = name.replace("/{outside}", str(tmp_path))
+    with pytest.raises(ValueError, match=f"{re.escape(name)}' leads out of"):
+        inside(folder, name)
+    write(folder, [{"file_name": name, "text": "A."}])
+    with pytest.raises(ValueError, match=r"line 1: .* leads out of"):
+        build(folder)
+    write(folder, [{"image_0": "a.png", "image_1": name, "text": "A.", "label_0": 1, "label_1": 0}])
+    with pytest.raises(ValueError, match=r"line 1: .* leads out of"):
+        data.build({"name": "pairs", "folder": str(folder)})
+
+
+def test_names_inside_a_folder_and_links(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert inside("a", "b/../c..png") == Path("a/c..png")
+    assert inside("a", str(tmp_path / "a" / "c.png")) == Path("a/c.png")
+    assert inside(tmp_path, "x.png") == tmp_path / "x.png"
+    assert inside("/", "/etc/x") == Path("/etc/x")
+    with pytest.raises(ValueError, match="leads out"):
+        inside("a", str(tmp_path / "ab" / "c.png"))
+    (tmp_path / "farm").mkdir()
+    picture(tmp_path / "far.png", "red")
+    (tmp_path / "farm" / "near.png").symlink_to(tmp_path / "far.png")
+    write(tmp_path / "farm", [{"file_name": "near.png", "text": "A."}])
+    assert build(tmp_path / "farm")[0]["image"][0].min() == 1
+
+
+def test_captions_in_a_table(folder):
+    (folder / "metadata.jsonl").unlink()
+    (folder / "metadata.csv").write_text('file_name,text\nr.png,"Red, all."\ng.png,\nb.png,Blue.\n', "utf-8-sig")
+    found = build(folder)
+    assert [found.prompt(i) for i in range(2)] == ["Red, all.", "Blue."] and len(found) == 2
+    (folder / "metadata.csv").write_text("file_name,text\nr.png,Red, all.\n")
+    with pytest.raises(ValueError, match="line 2 has more cells"):
+        build(folder)
+    (folder / "metadata.csv").write_text("file,text\nr.png,Red.\n")
+    with pytest.raises(ValueError, match="line 2 has no 'file_name'; there is file, text"):
+        build(folder)
+    (folder / "metadata.jsonl").touch()
+    with pytest.raises(ValueError, match=r"metadata\.jsonl and .*metadata\.csv; remove one"):
+        build(folder)
+
+
+def test_captions_beside_images(folder, caplog):
+    (folder / "metadata.jsonl").unlink()
+    (folder / "more").mkdir()
+    (folder / ".hidden").mkdir()
+    for name in ("more/y.jpg", ".hidden/z.png"):
+        picture(folder / name, "yellow")
+        (folder / name).with_suffix(".txt").write_text("Yellow.")
+    (folder / "r.txt").write_text(" Red.\nAll of it.\n")
+    (folder / "g.txt").write_text("")
+    found = build(folder)
+    assert [found.prompt(i) for i in range(len(found))] == ["Yellow.", "Red.\nAll of it."]
+    assert "1 of 4 images" in caplog.text and "1 of 3 captions" in caplog.text
+    assert len(build(folder, empty="keep")) == 3
+
+
+def test_a_deeply_nested_line_is_no_json(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="line 1 is not JSON"):
+        build(tmp_path)
+
+
+def test_missing_metadata_say_what_they_should_hold(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r'metadata\.jsonl; .*"file_name": .*metadata\.csv.*\.txt'):
+        build(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r'metadata\.jsonl; .*"image_0": '):
+        data.build({"name": "pairs", "folder": str(tmp_path)})
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        build(tmp_path / "none")
+
+
+def test_images_that_are_scaled_up_are_counted(folder, caplog):
+    found = build(folder, resolution=9)
+    for i in range(12):
+        _ = found[i % 3]
+    told = [r.getMessage() for r in caplog.records]
+    assert len(told) == 2 and told[0].startswith("1 of the images") and told[1].startswith("10 of the images")
+    assert "resolution=9" in told[0] and "8 by 8" in told[0]
+    caplog.clear()
+    _ = build(folder, resolution=8)[0]
+    assert not caplog.records
+
+
+def test_the_resolution_is_the_backbones_own(folder, tmp_path_factory):
+    from tiny import tiny_sd
+
+    from longalign.compose import build_from_config
+
+    base = str(tiny_sd(tmp_path_factory.mktemp("sd")))
+    run = {"backbone": {"name": "sd", "checkpoint": base}, "data": {"name": "folder", "folder": str(folder)}}
+    run |= {"encoder": {"name": "clip-segment", "checkpoint": base}, "trainer": "align", "output": "x"}
+    assert build_from_config(run).data[0]["image"].shape == (3, 64, 64)
+    assert build_from_config(override(run, {"data.resolution": 16})).data[0]["image"].shape == (3, 16, 16)
+    with pytest.raises(ValueError, match="resolution null is the backbone's own"):
+        build(folder, resolution=None)

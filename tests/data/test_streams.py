@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from longalign.config import load_config
+from longalign.data import webdataset
 from longalign.data.hub import image_source
 from longalign.data.stream import Record, Stream
 from longalign.data.webdataset import find_shards
@@ -192,6 +193,75 @@ def test_broken_tar_shards_and_samples(tmp_path, caplog):
     assert len(found.unreadable) == 4
 
 
+def test_members_that_claim_to_be_huge_are_not_read(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(webdataset, "MAX_BYTES", 4000)
+    with tarfile.open(tmp_path / "s.tar.gz", "w:gz") as tar:
+        for name, content in (("a.png", bytes(5000)), ("a.txt", b"A."), ("b.png", png(1)), ("b.txt", b"B.")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    assert prompts(take(web(tmp_path, "s.tar.gz"), 2)) == ["B.", "B."]
+    assert re.search("a in .*its .png has 5000 bytes, more than the limit of 4000", caplog.text)
+    # a file with holes: 512 bytes that claim 200 GB
+    member = tarfile.TarInfo("c.png")
+    member.type, member.size = tarfile.GNUTYPE_SPARSE, 0
+    head = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    head[386:398] = head[398:410] = b"00000000000\0"
+    head[483:495] = tarfile.itn(200 * 2**30, 12, tarfile.GNU_FORMAT)
+    head[148:156] = b"%06o\0 " % (256 + sum(head[:148]) + sum(head[156:512]))
+    (tmp_path / "h.tar").write_bytes(bytes(head) + bytes(1024))
+    with tarfile.open(tmp_path / "h.tar") as tar:
+        assert tar.getmembers()[0].size == 200 * 2**30
+    with pytest.raises(ValueError, match=r"no image can be read: c in .*its .png has 214748364800 bytes"):
+        take(web(tmp_path, "h.tar"), 1)
+
+
+def test_headers_that_claim_to_be_huge_are_not_read(tmp_path):
+    """tarfile takes the header of a member, such as its long name, into memory as a whole."""
+    with tarfile.open(tmp_path / "s.tar.gz", "w:gz") as tar:
+        member = tarfile.TarInfo("././@LongLink")
+        member.type, member.size = tarfile.GNUTYPE_LONGNAME, 2**21
+        tar.addfile(member, io.BytesIO(b"a" * member.size))
+    with pytest.raises(ValueError, match=r"nothing to read.*the rest of .*a header of 2097152 bytes"):
+        take(web(tmp_path, "s.tar.gz"), 1)
+
+
+def test_paths_in_a_table_need_their_folder(table):
+    import datasets
+
+    (table / "in").mkdir()
+    (table / "in" / "a.png").write_bytes(png(3))
+    (table / "secret.png").write_bytes(png(4))
+    paths = ["a.png", str(table / "in" / "a.png"), "../secret.png", str(table / "secret.png")]
+    rows = datasets.Dataset.from_dict({"caption": list("ABCD"), "image": paths})
+    rows.to_parquet(table / "paths.parquet")
+    keys = {"files": str(table / "paths.parquet"), "image_folder": str(table / "in")}
+    found = hub(table, **keys)
+    assert [found.own(i) and shade(found[i]) for i in range(4)] == [3, 3, None, None]
+    assert "leads out of" in found.unreadable["row 2 of parquet"] and len(found.unreadable) == 2
+    stream = hub(table, streaming=True, **keys)
+    assert set(prompts(take(stream, 4))) == {"A", "B"}
+    with pytest.raises(ValueError, match=r"none of the 4 images can be read: .*is a path; set image_folder"):
+        _ = hub(table, **{**keys, "image_folder": None})[0]
+    # what the owner of the machine asks for
+    assert shade(hub(table, **{**keys, "image_folder": "/"})[3]) == 4
+
+
+def test_a_folder_that_datasets_reads_needs_no_image_folder(table):
+    (table / "in").mkdir()
+    (table / "in" / "a.png").write_bytes(png(3))
+    (table / "in" / "metadata.jsonl").write_text('{"file_name": "a.png", "caption": "A."}')
+    found = hub(table, dataset="imagefolder", files=str(table / "in" / "*"))
+    assert (found[0]["prompt"], shade(found[0])) == ("A.", 3)
+
+
+def test_what_datasets_raises_is_a_value_error(tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "mine.py").write_text("raise SystemExit")
+    with pytest.raises(ValueError, match=r"datasets cannot read .*mine\.py"):
+        data.build({"name": "hf", "dataset": str(tmp_path / "mine.py"), "cache": str(tmp_path), "resolution": 4})
+
+
 @pytest.fixture
 def table(tmp_path):
     datasets = pytest.importorskip("datasets")
@@ -302,3 +372,10 @@ def test_longalign_captions_are_joined_with_their_images(captions, caplog):
         joined(captions, folders={"coco": str(captions)})
     with pytest.raises(ValueError, match=r"no image of .* is in the folders given, the first of 1 missing"):
         joined(captions, folders={"LLaVA": str(captions)})
+
+
+def test_a_path_of_the_captions_that_leads_out_of_its_folder(captions):
+    with (captions / "captions.jsonl").open("a") as file:
+        file.write('\n{"caption": "A.", "path": "../../secret.png", "source": "SAM"}')
+    with pytest.raises(ValueError, match=r"'\.\./\.\./secret.png' leads out of .*sam"):
+        joined(captions)

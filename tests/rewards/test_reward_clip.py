@@ -48,6 +48,16 @@ def test_any_resolution(whole, shape):
     assert scores.abs().max() <= 1
 
 
+def test_images_of_another_range_or_type_are_refused(segments):
+    images = torch.rand(2, 3, 40, 40)
+    with pytest.raises(ValueError, match=r"got values from -0.9.* to 0.9"):
+        segments.score(images * 2 - 1, [TWO, "the sky"])
+    with pytest.raises(ValueError, match="divide 8-bit"):
+        segments.score(images * 255, [TWO, "the sky"])
+    with pytest.raises(ValueError, match=r"expected float images .* got torch.uint8"):
+        segments.score((images * 255).byte(), [TWO, "the sky"])
+
+
 def test_gradient_reaches_images_and_no_parameter(segments):
     images = torch.rand(2, 3, 40, 40, requires_grad=True)
     segments.score(images, [TWO, "the sky"]).sum().backward()
