@@ -24,7 +24,7 @@ from longalign.backbones.configs import LoraConfig
 from longalign.backbones.lora import LoraStack, check_same_names, join_stacks, peft_settings
 from longalign.config import RunConfig, load_config, to_json
 from longalign.encoders.base import Encoder
-from longalign.files import CHECKPOINT, REWARD, checkpoint_file, read_metadata
+from longalign.files import CHECKPOINT, DIFFUSERS_LORA, REWARD, checkpoint_file, read_metadata
 from longalign.registry import REGISTRIES, PartConfig, backbones, encoders
 from longalign.runtime import Runtime
 from longalign.trainers.base import adapter
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 FORMAT = "1"
-DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"
 # where diffusers keeps the settings that it otherwise guesses from the shapes of the weights
 ADAPTER_METADATA = "lora_adapter_metadata"
 PACKAGES = ("longalign", "torch", "diffusers", "transformers", "peft", "accelerate", "open_clip_torch", "pydantic")
@@ -150,24 +149,27 @@ def load_into(checkpoint: str | Path, backbone: Backbone, encoder: Encoder) -> N
         parameter.data.copy_(weights.adapter[name])
 
 
-def load_for_sampling(checkpoint: str | Path, runtime: Runtime | None = None) -> tuple[RunConfig, Backbone, Encoder]:
+def load_for_sampling(
+    checkpoint: str | Path, runtime: Runtime | None = None, *, device: str | None = None, dtype: str | None = None
+) -> tuple[RunConfig, Backbone, Encoder]:
     """Config, backbone and encoder of a checkpoint, frozen and in eval mode; no trainer and no reward is built.
 
     Args:
         checkpoint: its file, its folder, or a run's folder (the newest one).
         runtime: where to load them; this machine's, in the precision of training, if None.
+        device: a torch device, in the place of a runtime's.
+        dtype: "float32", "bfloat16" or "float16", in the place of a runtime's.
     """
     path = checkpoint_file(Path(checkpoint))
     config = load_config(path)
     if config.backbone is None or config.encoder is None:
         raise ValueError(f"{path} is of a run that trained a reward, which draws nothing; expected one with a backbone")
-    runtime = runtime or Runtime.detect(config.loop.precision)
+    runtime = runtime or Runtime.detect(config.loop.precision, device).with_dtype(dtype)
     backbone, encoder = backbones.construct(config.backbone, runtime), encoders.construct(config.encoder, runtime)
     load_into(path, backbone, encoder)
     backbone.merge_lora()
     # Merged first, in the precision of training, so that what is drawn is what was trained.
-    if backbone.denoiser.dtype != runtime.torch_dtype:  # diffusers warns of any cast
-        backbone.denoiser.to(runtime.torch_dtype)
+    backbone.cast(runtime.torch_dtype)
     for part in (backbone, encoder):
         part.requires_grad_(False).eval()
     return config, backbone, encoder

@@ -5,19 +5,22 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
-from textwrap import dedent
+from importlib.util import find_spec
+from itertools import takewhile
+from textwrap import dedent, fill
 from typing import Any
 
 OVERRIDES = "changes to the config, as dotted path and value, e.g. encoder=t5 rewards.0.omega=0.0 loop.lr=1e-4"
-PIPELINE = "a stock diffusers pipeline, hub id or folder, drawn with by its own text encoders and settings"
+PIPELINE = "a stock diffusers pipeline, hub id or folder, run with its own text encoders and settings"
 REWARD = "a reward's name, or its config as {name: ..., key: value} or as a .yaml or .json file; may be repeated"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit status: 0, or 2 where what the user gave cannot be used."""
-    args = build_parser().parse_args(argv)
+    args = _parse(list(sys.argv[1:] if argv is None else argv))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     from longalign import commands
 
@@ -29,46 +32,146 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
-        if args.traceback:
+    except Exception as error:
+        message = _message(error, args)
+        if args.traceback or message is None:
             raise
-        print(f"longalign {args.command}: {error}", file=sys.stderr)
+        if _speaks():
+            print(f"longalign {args.command}: {message}", file=sys.stderr)
         return 2
 
 
-def build_parser() -> argparse.ArgumentParser:
+def _message(error: Exception, args: argparse.Namespace) -> str | None:
+    """What the user can do about an error; None for one that is a bug."""
+    from longalign.faults import is_out_of_memory
+
+    if isinstance(error, (ValueError, OSError)):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition(".")[0]
+        if find_spec(package) is None:
+            return f"this command needs the package '{package}', which is not installed here"
+    if is_out_of_memory(error):
+        advice = [f"--batch below {args.batch}"] if getattr(args, "batch", 1) > 1 else []
+        advice += ["a smaller --size"] if hasattr(args, "size") else []
+        advice += ["--dtype bfloat16"] if hasattr(args, "dtype") and args.dtype is None else []
+        first = str(error).strip().partition("\n")[0]
+        return f"out of memory ({first or type(error).__name__})" + (f"; try {', '.join(advice)}" if advice else "")
+    return None
+
+
+def _speaks() -> bool:
+    """Whether this process reports an error. Before processes have met, all on a machine fail alike: the first does."""
+    met = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
+    return met or os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what was expected of an argument that is missing, unknown or misspelt."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        self.add_argument("--traceback", action="store_true", help="show where an error comes from")
+
+    def parse(self, argv: list[str]) -> argparse.Namespace:
+        """The arguments, options and others in any order."""
+        for text in takewhile(lambda text: text != "--", argv):
+            name = text.partition("=")[0]
+            if name.startswith("--") and not any(known.startswith(name) for known in self._option_string_actions):
+                self.error(self._unknown(name))  # before what is missing, which may be the misspelt option
+        return self.parse_intermixed_args(argv)
+
+    def error(self, message: str) -> Any:
+        if not _speaks():
+            sys.exit(2)
+        super().error(message)
+
+    def _unknown(self, name: str) -> str:
+        from longalign.faults import suggestion
+
+        takes_keys = any(action.dest == "overrides" for action in self._actions)
+        if takes_keys and (path := _path(name.lstrip("-"))):
+            return f"no option {name}; keys of the config are set as path=value, here {path}=..."
+        near = suggestion(name, self._option_string_actions)
+        return f"no option {name}{near or f'; {self.prog} --help lists those available'}"
+
+
+def _path(key: str) -> str | None:
+    """The dotted path of a key of a run, which may be given by its last step alone; None if there is no such key."""
+    from longalign.config import RunConfig
+
+    key = key.replace("-", "_")
+    for name, field in RunConfig.model_fields.items():
+        inner = getattr(field.annotation, "model_fields", {})
+        if key == name or key.startswith(f"{name}.") or key in inner:
+            return f"{name}.{key}" if key in inner else key
+    return None
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    """What a command is called with; ends the process for --help, --version and whatever is no call of a command."""
+    parser = build_parser()
+    known = parser.commands
+    at = next((i for i, text in enumerate(argv) if not text.startswith("-")), len(argv))
+    if at == len(argv):
+        parser.parse_args(argv)
+        parser.error(f"expected a command: {', '.join(known)}")
+    if argv[at] not in known:
+        from longalign.faults import suggestion
+
+        parser.error(f"no command '{argv[at]}'{suggestion(argv[at], known) or '; available: ' + ', '.join(known)}")
+    return known[argv[at]].parse([*argv[:at], *argv[at + 1 :]])
+
+
+class _Version(argparse.Action):
+    """Prints the version, which is read only then, and ends the process."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *given: Any) -> None:
+        from importlib.metadata import version
+
+        print(f"longalign {version('longalign')}")
+        parser.exit()
+
+
+class _Commands(_Parser):
+    """The parser of what stands before a command; ``commands`` are those of the commands."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        self.add_argument("--version", action=_Version, nargs=0, help="show the version")
+        self.commands: dict[str, _Parser] = {}
+
+
+def build_parser() -> _Commands:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = _Commands(
         prog="longalign",
+        usage="longalign COMMAND ...",
         description="Long-text alignment of text-to-image diffusion models.",
-        epilog="`longalign COMMAND --help` shows a command's options and examples.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
-    commands_of = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    about_of: dict[str, str] = {}
 
     def add(name: str, run: str, about: str, examples: str) -> argparse.ArgumentParser:
         text = "\n".join(f"  {line}" for line in dedent(examples).strip().splitlines())
-        command = commands_of.add_parser(
-            name,
-            help=about,
+        command = _Parser(
+            prog=f"longalign {name}",
             description=about[0].upper() + about[1:].replace("%%", "%") + ".",
             epilog=f"examples:\n{text}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, command=name)
+        parser.commands[name], about_of[name] = command, about.replace("%%", "%")
         return command
 
-    _train(add)
-    _cache(add)
-    _generate(add)
-    _score(add)
-    _eval(add)
-    _direction(add)
-    _list(add)
-    _describe(add)
-    _convert(add)
-    _export(add)
-    _demo(add)
+    for define in (_train, _cache, _generate, _score, _eval, _direction, _list, _describe, _examples, _convert,
+                   _export, _demo, _env):  # fmt: skip
+        define(add)
+    lines = [fill(about, 100, initial_indent=f"  {name:10} ", subsequent_indent=" " * 13)
+             for name, about in about_of.items()]  # fmt: skip
+    parser.epilog = "\n".join(
+        ["commands:", *lines, "", "`longalign COMMAND --help` shows a command's options and examples."]
+    )
     return parser
 
 
@@ -85,19 +188,20 @@ def _train(add: Callable[..., argparse.ArgumentParser]) -> None:
         """,
     )
     command.add_argument("config", help="a .yaml or .json file, or a checkpoint whose config is run again")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
+    command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=OVERRIDES)
     which = command.add_mutually_exclusive_group()
     which.add_argument(
-        "--resume", action="store_true", help="go on from the newest checkpoint in the run's output folder"
+        "--resume", action="store_true", help="resume from the newest checkpoint in the run's output folder"
     )
-    which.add_argument("--resume-from", metavar="CHECKPOINT", help="go on from this checkpoint of the run")
+    which.add_argument("--resume-from", metavar="CHECKPOINT", help="resume from this checkpoint of the run")
+    _device(command)
 
 
 def _cache(add: Callable[..., argparse.ArgumentParser]) -> None:
     command = add(
         "cache",
         "cache",
-        "compute once what training reads instead of running the autoencoder and the text models",
+        "precompute latents and text states for training",
         """
         longalign cache run.yaml 'cache={folder: runs/cache}'
         torchrun --nproc_per_node 8 -m longalign cache run.yaml 'cache={folder: runs/cache}'
@@ -105,15 +209,16 @@ def _cache(add: Callable[..., argparse.ArgumentParser]) -> None:
         """,
     )
     command.add_argument("config", help="a .yaml or .json file whose 'cache' says what is cached and where")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
+    command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=OVERRIDES)
     command.add_argument("--batch", type=_positive, default=16, help="images, or prompts, encoded at a time (16)")
+    _device(command)
 
 
 def _generate(add: Callable[..., argparse.ArgumentParser]) -> None:
     command = add(
         "generate",
         "generate",
-        "draw images from prompts with a checkpoint, an untrained config or a stock diffusers pipeline",
+        "generate images from prompts with a checkpoint, an untrained config or a stock diffusers pipeline",
         """
         longalign generate --checkpoint runs/align --prompt "A red circle at the top. It is large." --output out
         longalign generate --checkpoint runs/align/checkpoint-000500 --prompts prompts.txt --seed 0 1 2 --output out
@@ -126,37 +231,44 @@ def _generate(add: Callable[..., argparse.ArgumentParser]) -> None:
         "--checkpoint", metavar="DIR", help="a checkpoint, a run's folder for its newest one, or OWNER/NAME"
     )
     source.add_argument(
-        "--config", metavar="FILE", help="a .yaml or .json config, whose backbone is drawn with as it is"
+        "--config", metavar="FILE", help="a .yaml or .json config, to sample from its model without training"
     )
     source.add_argument("--pipeline", metavar="NAME", help=PIPELINE)
     _prompts(command, "a prompt; may be repeated")
     _sampling(command)
     command.add_argument("--output", required=True, metavar="DIR", help="an empty or new folder for the images")
+    command.add_argument("--overwrite", action="store_true", help="replace the images that are in the folder")
 
 
 def _sampling(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--negative", metavar="TEXT", help="what to stay away from")
-    own = "of a stock pipeline its own"
-    command.add_argument("--steps", type=_positive, help=f"sampling steps (25; {own})")
-    about = f"scale of classifier-free guidance; 1 is none (7.5; {own})"
+    command.add_argument("--negative", metavar="TEXT", help="negative prompt")
+    command.add_argument("--steps", type=_positive, help="sampling steps (25, or the pipeline's own with --pipeline)")
+    about = "scale of classifier-free guidance; 1 is none (7.5, or the pipeline's own with --pipeline)"
     command.add_argument("--guidance", type=float, help=about)
     names = ("unipc", "ddim", "dpm++", "lcm")
-    command.add_argument("--scheduler", choices=names, metavar="NAME", help=f"unipc, ddim, dpm++ or lcm (unipc; {own})")
-    command.add_argument("--seed", type=int, nargs="+", help="each prompt is drawn once for each seed (0)")
+    about = "unipc, ddim, dpm++ or lcm (unipc, or the pipeline's own with --pipeline)"
+    command.add_argument("--scheduler", choices=names, metavar="NAME", help=about)
+    command.add_argument("--seed", type=int, nargs="+", help="one image for each prompt and seed (0)")
     command.add_argument("--size", type=_size, metavar="N|WxH", help="pixels (the backbone's own resolution)")
-    command.add_argument("--batch", type=_positive, default=8, help="images drawn, or compared, at a time (8)")
+    command.add_argument("--batch", type=_positive, default=8, help="images sampled, or compared, at a time (8)")
     dtypes = ("float32", "bfloat16", "float16")
-    about = "float32, bfloat16 or float16, for all weights (by loop.precision; of a stock pipeline float32)"
+    about = "float32, bfloat16 or float16, for all weights (by loop.precision; float32 with --pipeline)"
     command.add_argument("--dtype", choices=dtypes, metavar="DTYPE", help=about)
-    command.add_argument("--revision", help="branch, tag or commit on the hub, of stock pipelines")
-    command.add_argument("--variant", help="which of the weights, e.g. fp16, of stock pipelines")
+    _device(command)
+    command.add_argument("--revision", help="branch, tag or commit on the hub (only with --pipeline)")
+    command.add_argument("--variant", help="weight variant, e.g. fp16 (only with --pipeline)")
+
+
+def _device(command: argparse.ArgumentParser) -> None:
+    about = "cpu, cuda, cuda:1 or mps (the best that is there)"
+    command.add_argument("--device", type=_device_name, metavar="DEVICE", help=about)
 
 
 def _score(add: Callable[..., argparse.ArgumentParser]) -> None:
     command = add(
         "score",
         "score",
-        "score images against their prompts with rewards; those of a model are drawn first",
+        "score images against their prompts with rewards, optionally generating them first",
         """
         longalign score --reward denscore --images out
         longalign score --reward clip --reward pickscore --images a.png b.png --prompt "A red fox."
@@ -167,11 +279,11 @@ def _score(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--reward", action="append", required=True, metavar="REWARD", help=REWARD)
     source = command.add_mutually_exclusive_group(required=True)
     source.add_argument("--images", nargs="+", metavar="PATH", help="image files, or one folder of them")
-    source.add_argument("--checkpoint", metavar="DIR", help="a checkpoint to draw with")
+    source.add_argument("--checkpoint", metavar="DIR", help="a checkpoint to sample from")
     source.add_argument("--pipeline", metavar="NAME", help=PIPELINE)
     _prompts(command, "one prompt for all images, or one for each; may be repeated", required=False)
     _sampling(command)
-    command.add_argument("--output", metavar="DIR", help="a folder to keep the drawn images in (none are kept)")
+    command.add_argument("--output", metavar="DIR", help="a folder to keep the generated images in (none are kept)")
 
 
 def _eval(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -188,15 +300,15 @@ def _eval(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     about = "folders that `longalign generate` wrote; differences are to the first model given and to the one before"
     command.add_argument("--images", nargs="+", action=_Model, metavar="NAME=DIR", help=about)
-    about = "checkpoints to draw with"
+    about = "checkpoints to sample from"
     command.add_argument("--checkpoint", nargs="+", action=_Model, metavar="NAME=DIR", help=about)
-    about = "stock diffusers pipelines to draw with, hub ids or folders"
+    about = "stock diffusers pipelines to sample from, hub ids or folders"
     command.add_argument("--pipeline", nargs="+", action=_Model, metavar="NAME=MODEL", help=about)
     command.set_defaults(models=[])
     command.add_argument("--reward", action="append", required=True, metavar="REWARD", help=REWARD)
-    _prompts(command, "a prompt to draw; may be repeated", required=False)
+    _prompts(command, "a prompt; may be repeated", required=False)
     _sampling(command)
-    command.add_argument("--output", metavar="DIR", help="a folder for what is drawn, in it one for each model")
+    command.add_argument("--output", metavar="DIR", help="a folder for the generated images, one inside for each model")
     command.add_argument("--json", metavar="FILE", help="also write the table, with each image's values, as JSON")
     command.add_argument("--markdown", metavar="FILE", help="also write the table as Markdown")
 
@@ -214,21 +326,22 @@ def _direction(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--reward", required=True, metavar="REWARD", help=REWARD.removesuffix("; may be repeated"))
     command.add_argument("--prompts", required=True, metavar="FILE", help="the corpus: .txt, one per line, or .jsonl")
     command.add_argument("--batch", type=_positive, default=64, help="prompts encoded at a time (64)")
-    command.add_argument("--output", required=True, metavar="FILE", help="where to write the direction, .safetensors")
+    command.add_argument("--output", required=True, metavar="FILE", help="the .safetensors file to write")
+    _device(command)
 
 
 def _list(add: Callable[..., argparse.ArgumentParser]) -> None:
     command = add(
         "list",
         "list_parts",
-        "list the parts there are: kind, name, who provides it, and where it is",
+        "list available parts: kind, name, who provides it, and what it is",
         """
         longalign list
         longalign list encoders rewards
         longalign list --check
         """,
     )
-    command.add_argument("kinds", nargs="*", metavar="KIND", help="only these kinds")
+    command.add_argument("kinds", nargs="*", default=[], metavar="KIND", help="only these kinds")
     command.add_argument("--check", action="store_true", help="as --verbose, with status 1 if a part is broken")
     command.add_argument("--verbose", action="store_true", help="show where each part's config is")
 
@@ -248,7 +361,11 @@ def _describe(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     command.add_argument("what", help="a kind, a part, 'run' or a key of it, a config file, or a checkpoint")
     command.add_argument(
-        "more", nargs="*", metavar="NAME|key=value", help="a part's name after a kind, or changes to a config"
+        "more",
+        nargs="*",
+        default=[],
+        metavar="NAME|key=value",
+        help="a part's name after a kind, or changes to a config",
     )
 
 
@@ -267,7 +384,7 @@ def _convert(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("what", choices=["longsd"], help="longsd: the files of luping-liu/LongSD")
     command.add_argument("source", metavar="DIR", help="the folder of the published files")
     command.add_argument("output", metavar="OUT", help="a folder without a checkpoint, for the new files")
-    command.add_argument("--align-only", action="store_true", help="leave the reward stage out")
+    command.add_argument("--align-only", action="store_true", help="omit the reward stage")
     about = "hub id or folder of the base model (stable-diffusion-v1-5/stable-diffusion-v1-5)"
     command.add_argument("--backbone", metavar="CHECKPOINT", help=about)
     command.add_argument("--t5", metavar="CHECKPOINT", help="hub id or folder of T5 (google-t5/t5-large)")
@@ -286,6 +403,7 @@ def _export(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     command.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run's folder for its newest one")
     command.add_argument("output", metavar="OUT", help="a folder without a checkpoint, for the new files")
+    command.add_argument("--overwrite", action="store_true", help="replace the checkpoint that is in OUT")
     about = "a table that `longalign eval --json` wrote, for the model card"
     command.add_argument("--metrics", metavar="FILE", help=about)
     command.add_argument("--license", metavar="NAME", help="for the model card, as the hub spells it")
@@ -310,6 +428,34 @@ def _demo(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--reward", metavar="FILE", help="config of the second stage (the bundled one)")
     about = "number of held-out captions (128)"
     command.add_argument("--prompts", type=_positive, default=128, metavar="N", help=about)
+    _device(command)
+
+
+def _examples(add: Callable[..., argparse.ArgumentParser]) -> None:
+    command = add(
+        "examples",
+        "examples",
+        "list the bundled example configs, print one, or copy them",
+        """
+        longalign examples
+        longalign examples mini-align.yaml
+        longalign examples mini-align.yaml --to .
+        longalign examples --to examples
+        """,
+    )
+    command.add_argument("name", nargs="?", default=None, metavar="NAME", help="one of them")
+    command.add_argument("--to", metavar="FOLDER", help="copy it, or all of them, into this folder")
+
+
+def _env(add: Callable[..., argparse.ArgumentParser]) -> None:
+    add(
+        "env",
+        "env",
+        "show versions, devices and settings, for bug reports",
+        """
+        longalign env
+        """,
+    )
 
 
 class _Model(argparse.Action):
@@ -323,6 +469,12 @@ def _prompts(command: argparse.ArgumentParser, about: str, required: bool = True
     prompts = command.add_mutually_exclusive_group(required=required)
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help=about)
     prompts.add_argument("--prompts", metavar="FILE", help="a .txt file, one per line, or a .jsonl file with 'prompt'")
+
+
+def _device_name(text: str) -> str:
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda, cuda:1 or mps, got '{text}'")
+    return text
 
 
 def _positive(text: str) -> int:

@@ -5,18 +5,29 @@ from __future__ import annotations
 import shutil
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from textwrap import shorten
 from typing import Any
 
 from longalign import describe as descriptions
 from longalign.config import load_config, override, to_yaml
 from longalign.data.lines import IMAGE_SUFFIXES, inside, new_index, read_jsonl, read_prompts, text_of
-from longalign.files import checkpoint_file, find_checkpoint, parse_assignments, parse_value, read_mapping
+from longalign.faults import suggestion
+from longalign.files import (
+    check_unexported,
+    checkpoint_file,
+    find_checkpoint,
+    parse_assignments,
+    parse_value,
+    read_mapping,
+)
 from longalign.registry import PartConfig, rewards
+from longalign.runtime import examples_folder
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json", ".safetensors")
 SEEDS = (0,)
@@ -29,8 +40,9 @@ def train(args: Namespace) -> int:
     if resume is not None:
         resume = checkpoint_file(resume).parent
     from longalign.compose import build_from_config
+    from longalign.runtime import Runtime
 
-    result = build_from_config(config).fit(resume=resume)
+    result = build_from_config(config, Runtime.detect(config.loop.precision, args.device)).fit(resume=resume)
     print(f"step {result.step} of {config.loop.steps}: {result.checkpoint}")
     return 130 if result.interrupted else 0
 
@@ -43,37 +55,41 @@ def cache(args: Namespace) -> None:
     from longalign import caching
     from longalign.runtime import launched
 
-    with launched(config.loop.precision) as runtime:
+    with launched(config.loop.precision, args.device) as runtime:
         made = caching.make(config, runtime, args.batch, progress=True)
     for name, (there, new) in made.items():
         if runtime.rank == 0:
-            print(f"{config.cache.folder}/{name}: {there}, of which {new} are new")
+            print(f"{config.cache.folder}/{name}: {there} entries, {new} of them new")
 
 
 def generate(args: Namespace) -> None:
-    """Draws images into a folder."""
+    """Generates images into a folder."""
     prompts = _told(args)
     option = next(key for key in ("checkpoint", "config", "pipeline") if getattr(args, key))
     _check_pipelines(args, option)
-    print(f"{len(_draw(args, option, getattr(args, option), prompts, args.output))} images in {args.output}")
+    count = len(_draw(args, option, getattr(args, option), prompts, args.output, overwrite=args.overwrite))
+    print(f"{_count(count, 'image')} in {args.output}")
 
 
-def _draw(args: Namespace, option: str, source: str, prompts: Sequence[str], output: str | Path) -> list[Any]:
-    """Draws with what an option names into a folder; returns its rows."""
+def _draw(
+    args: Namespace, option: str, source: str, prompts: Sequence[str], output: str | Path, overwrite: bool = False
+) -> list[Any]:
+    """Samples from what an option names into a folder; returns its rows."""
     height, width = args.size or (None, None)
     settings = {"seeds": args.seed or SEEDS, "negative": args.negative, "batch_size": args.batch, "progress": True}
+    settings |= {"height": height, "width": width, "overwrite": overwrite}
     settings |= {key: value for key in ("steps", "guidance", "scheduler") if (value := getattr(args, key)) is not None}
     if option == "pipeline":
         from longalign import stock
         from longalign.runtime import Runtime
 
-        runtime = replace(Runtime.detect(), dtype=args.dtype or "float32")
+        runtime = Runtime.detect(device=args.device).with_dtype(args.dtype)
         settings |= {"revision": args.revision, "variant": args.variant}
-        return stock.generate(source, prompts, output, height=height, width=width, runtime=runtime, **settings)
+        return stock.generate(source, prompts, output, runtime=runtime, **settings)
     model = find_checkpoint(source).parent if option == "checkpoint" else load_config(source)
     from longalign import pipeline
 
-    return pipeline.generate(model, prompts, output, height=height, width=width, dtype=args.dtype, **settings)
+    return pipeline.generate(model, prompts, output, dtype=args.dtype, device=args.device, **settings)
 
 
 def score(args: Namespace) -> None:
@@ -88,9 +104,12 @@ def score(args: Namespace) -> None:
         prompts = _told(args)
     if prompts is None:
         raise ValueError("the images come without prompts; give --prompt or --prompts")
+    if len(prompts) not in (1, len(paths)):
+        raise ValueError(f"expected one prompt, or one for each of {_count(len(paths), 'image')}, got {len(prompts)}")
+    _check_images(paths)
     from longalign.evaluate import score_images
 
-    score_images(_built(configs), paths, prompts)
+    score_images(_built(configs, args.device), paths, prompts)
 
 
 def _score_drawn(args: Namespace, configs: Mapping[str, PartConfig]) -> None:
@@ -99,8 +118,8 @@ def _score_drawn(args: Namespace, configs: Mapping[str, PartConfig]) -> None:
     with TemporaryDirectory() as temporary:
         folder = Path(args.output or temporary)
         new_index(folder)
-        rewards = _built(configs)  # before the images, which may take hours
-        with _set_aside(rewards):
+        rewards = _built(configs, args.device)  # before the images, which may take hours
+        with _set_aside(rewards, args.device):
             _draw(args, option, getattr(args, option), told, folder)
         from longalign.evaluate import score_images
 
@@ -111,7 +130,7 @@ def _score_drawn(args: Namespace, configs: Mapping[str, PartConfig]) -> None:
 def evaluate(args: Namespace) -> None:
     """Compares models by their images of the same prompts and seeds, which are drawn where they are not there.
 
-    What can be wrong is looked for before anything is drawn.
+    All inputs are checked before sampling starts.
     """
     configs = _rewards(args.reward)
     models = _models(args)
@@ -138,13 +157,16 @@ def evaluate(args: Namespace) -> None:
             raise ValueError(f"the images of '{name}' are not of the same prompts and seeds as those of '{first}'")
     for name in drawn:
         _check_source(name, *models[name], folders[name])
+    for name, folder in folders.items():
+        if name not in drawn:
+            _check_images([path for path, _, _ in _rows(folder)])
     from longalign.evaluate import evaluate as measure
     from longalign.evaluate import reward_metrics
     from longalign.imagefiles import ImageFiles
 
-    rewards, prompts = _built(configs), [prompt for prompt, _ in pairs[first]]
+    rewards, prompts = _built(configs, args.device), [prompt for prompt, _ in pairs[first]]
     metrics = reward_metrics(rewards, prompts)
-    with _set_aside(rewards):
+    with _set_aside(rewards, args.device):
         for name in drawn:
             _draw(args, *models[name], told, folders[name])
     images = {name: ImageFiles([path for path, _, _ in _rows(folder)]) for name, folder in folders.items()}
@@ -187,7 +209,7 @@ def direction(args: Namespace) -> None:
     from longalign.rewards.direction import write_direction
     from longalign.runtime import Runtime
 
-    print(write_direction(config, prompts, args.output, Runtime.detect(), args.batch).report())
+    print(write_direction(config, prompts, args.output, Runtime.detect(device=args.device), args.batch).report())
 
 
 def list_parts(args: Namespace) -> int:
@@ -221,9 +243,11 @@ def export(args: Namespace) -> None:
     if args.private and not args.push_to_hub:
         raise ValueError("--private belongs to --push-to-hub")
     checkpoint_file(Path(args.checkpoint))  # looked for before what is heavy is imported
+    if not args.overwrite:
+        check_unexported(Path(args.output))
     from longalign import publish
 
-    for path in publish.export(args.checkpoint, args.output, args.metrics, args.license):
+    for path in publish.export(args.checkpoint, args.output, args.metrics, args.license, overwrite=args.overwrite):
         print(path)
     if args.push_to_hub:
         print(publish.push_to_hub(args.output, args.push_to_hub, args.private))
@@ -234,31 +258,78 @@ def demo(args: Namespace) -> None:
     align, reward = (load_config(path) if path else None for path in (args.align, args.reward))
     from longalign.demo import run_demo
 
-    run_demo(args.output, align, reward, args.prompts)
+    run_demo(args.output, align, reward, args.prompts, device=args.device)
+
+
+def examples(args: Namespace) -> None:
+    """Lists the bundled example configs, prints one, or copies one or all."""
+    folder = examples_folder()
+    found = {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix != ".py"}
+    if args.name is not None and args.name not in found:
+        near = suggestion(args.name, found) or f"; available: {', '.join(found)}"
+        raise ValueError(f"no example '{args.name}'{near}")
+    chosen = found if args.name is None else {args.name: found[args.name]}
+    if args.to is not None:
+        _copy(chosen.values(), Path(args.to))
+    elif args.name is not None:
+        print(found[args.name].read_text(encoding="utf-8"), end="")
+    else:
+        width = max(map(len, found))
+        room = max(40, shutil.get_terminal_size().columns - width - 2)
+        for name, path in found.items():
+            print(f"{name:{width}}  {shorten(_first_comment(path), room, placeholder=' ...')}".rstrip())
+
+
+def _copy(files: Iterable[Path], folder: Path) -> None:
+    """Copies files into a folder, none if one of them is there with something else in it."""
+    targets = {path: folder / path.name for path in files}
+    for path, target in targets.items():
+        if target.exists() and target.read_bytes() != path.read_bytes():
+            raise ValueError(f"{target} exists and differs; choose another folder, or remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, target in targets.items():
+        shutil.copyfile(path, target)
+        print(target)
+
+
+def _first_comment(path: Path) -> str:
+    """The comment that a config starts with, up to the end of its first sentence."""
+    lines = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+    return " ".join(line.lstrip("# ").strip() for line in lines).partition(". ")[0].removesuffix(".")
+
+
+def env(args: Namespace) -> None:
+    """Prints what a bug report should say."""
+    from longalign.environment import environment
+
+    facts = environment()
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:{width}}  {value}")
 
 
 def _refuse_drawing(args: Namespace, *more: str) -> None:
-    """Raises ValueError for an option that says how to draw."""
+    """Raises ValueError for an option that only applies when images are generated."""
     keys = ("output", "negative", "steps", "guidance", "scheduler", "seed", "size", "dtype", "revision", "variant")
-    _refuse(args, *keys, *more, why="is for drawing, and the images are there already")
+    _refuse(args, *keys, *more, why="only applies when generating images")
 
 
 def _check_pipelines(args: Namespace, *options: str) -> None:
     """Raises ValueError for an option about stock pipelines where there is none."""
     if "pipeline" not in options:
-        _refuse(args, "revision", "variant", why="is of stock pipelines; a config says itself which weights it has")
+        _refuse(args, "revision", "variant", why="only applies to --pipeline; set it in the config instead")
 
 
 def _refuse(args: Namespace, *keys: str, why: str) -> None:
     """Raises ValueError for the first of some options that was given."""
     for key in keys:
         if getattr(args, key) is not None:
-            raise ValueError(f"--{key} {why}; leave it out")
+            raise ValueError(f"--{key} {why}; remove it")
 
 
 def _told(args: Namespace) -> list[str]:
     if not args.prompt and not args.prompts:
-        raise ValueError("give --prompt or --prompts, to be drawn")
+        raise ValueError("give --prompt or --prompts, to generate images from")
     prompts = args.prompt if args.prompt else read_prompts(args.prompts)
     if not prompts:
         raise ValueError(f"{args.prompts} holds no prompts")
@@ -278,24 +349,46 @@ def _rewards(texts: Sequence[str]) -> dict[str, PartConfig]:
     return out
 
 
-def _built(configs: Mapping[str, PartConfig]) -> dict[str, Any]:
+def _built(configs: Mapping[str, PartConfig], device: str | None) -> dict[str, Any]:
     from longalign.rewards.base import as_reward
     from longalign.runtime import Runtime
 
-    runtime = Runtime.detect()
+    runtime = Runtime.detect(device=device)
     return {name: as_reward(rewards.construct(config, runtime), name).eval() for name, config in configs.items()}
 
 
 @contextmanager
-def _set_aside(rewards: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, the rewards are on the CPU and leave the GPU's memory to what draws."""
+def _set_aside(rewards: Mapping[str, Any], device: str | None) -> Iterator[None]:
+    """Inside, the rewards are on the CPU and leave the GPU's memory to the sampled model."""
     from longalign.runtime import Runtime
 
     for reward in rewards.values():
         reward.to("cpu")
     yield
     for reward in rewards.values():
-        reward.to(Runtime.detect().device)
+        reward.to(Runtime.detect(device=device).device)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _check_images(paths: Sequence[Path]) -> None:
+    """Reads all images, several at a time. Raises ValueError naming those that cannot be read."""
+    from longalign.imagefiles import load_image
+
+    def fault(path: Path) -> str | None:
+        try:
+            load_image(path)
+        except (OSError, ValueError) as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        faults = [text for text in pool.map(fault, paths) if text]
+    if faults:
+        more = f"\n  and {len(faults) - 10} more" if len(faults) > 10 else ""
+        raise ValueError(f"{_count(len(faults), 'image')} cannot be read:\n  " + "\n  ".join(faults[:10]) + more)
 
 
 def _images(given: Sequence[str]) -> tuple[list[Path], list[str] | None]:

@@ -64,6 +64,7 @@ def run_demo(
     steps: int = 15,
     batch_size: int = 64,
     examples: int = 6,
+    device: str | None = None,
 ) -> DemoResult:
     """Trains both stages, samples held-out captions with four models, and writes the report.
 
@@ -81,6 +82,7 @@ def run_demo(
         steps: sampling steps; the guidance is the one that the reward stage samples with.
         batch_size: images drawn at a time.
         examples: how many captions are shown with their images, the first ones.
+        device: a torch device; the best of this machine if None.
 
     Raises:
         ValueError: if the output holds something else, or the configs do not fit the demo.
@@ -96,16 +98,16 @@ def run_demo(
     seconds: dict[str, float] = {}
 
     with _timed("align: training", seconds):
-        trained = build_from_config(first).fit()
+        trained = build_from_config(first, Runtime.detect(first.loop.precision, device)).fit()
     if trained.interrupted:
         raise KeyboardInterrupt
     second = override(second, {"init_from": str(trained.checkpoint)})
     with _timed("reward: training", seconds):
-        rewarded = build_from_config(second).fit()
+        rewarded = build_from_config(second, Runtime.detect(second.loop.precision, device)).fit()
     if rewarded.interrupted:
         raise KeyboardInterrupt
 
-    runtime = Runtime.detect()
+    runtime = Runtime.detect(device=device)
     texts, seeds = [c.text for c in captions], list(range(len(captions)))
     guidance = getattr(second.trainer, "guidance", 7.5)
     settings = {"steps": steps, "guidance": guidance, "batch_size": batch_size}

@@ -180,7 +180,7 @@ def measure(
             for metric, of_metric in zip(metrics, found, strict=True):
                 for name, values in metric(batch, told).items():
                     if isinstance(values, Tensor):
-                        values = values.double().cpu().numpy()
+                        values = values.cpu().double().numpy()  # in this order, for MPS has no float64
                     of_metric.setdefault(name, np.full(len(prompts), np.nan))[rows] = np.asarray(values, np.float64)
         _check_names(found)
     return {name: values for of_metric in found for name, values in of_metric.items()}

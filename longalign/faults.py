@@ -81,6 +81,14 @@ def flatten(error: ValidationError, model: type[BaseModel]) -> list[Fault]:
     return [(path, " or ".join(dict.fromkeys(messages)) + got.get(path, "")) for path, messages in out.items()]
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there was no memory left, on a GPU or on the CPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    words = ("can't allocate memory", "out of memory", "not enough memory")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
 def suggestion(word: str, known: Iterable[str]) -> str:
     """``; did you mean '...'?`` for a misspelt word, or an empty string where nothing known is close."""
     close = difflib.get_close_matches(word, list(known), 1, 0.5)

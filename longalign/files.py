@@ -12,8 +12,12 @@ from typing import Any
 import yaml
 
 from longalign.faults import LARGEST, ConfigError, check_size, shorten, suggestion
+from longalign.runtime import examples_folder
 
 CHECKPOINT = "longalign.safetensors"
+DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"
+#: model card of an exported checkpoint
+CARD = "README.md"
 #: folder of the reward in a checkpoint of a run that trained one
 REWARD = "reward"
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
@@ -148,7 +152,16 @@ def read_mapping(path: Path) -> dict[str, Any]:
 def _no_config(path: Path) -> str:
     """That a file is missing, with those of similar names beside it."""
     there = [p.name for p in path.parent.glob("*") if p.suffix in CONFIG_SUFFIXES] if path.parent.is_dir() else []
-    return f"no config file {path}{suggestion(path.name, there)}"
+    bundled = examples_folder() / path.name
+    hint = f"; bundled: longalign examples {path.name} --to ." if bundled.is_file() else ""
+    return f"no config file {path}{hint or suggestion(path.name, there)}"
+
+
+def check_unexported(folder: Path) -> None:
+    """Raises ValueError if a folder has the files that an exported checkpoint consists of."""
+    for name in (CHECKPOINT, CARD):
+        if (folder / name).exists():
+            raise ValueError(f"{folder / name} exists; choose another folder, or overwrite it")
 
 
 def checkpoint_file(path: Path) -> Path:
@@ -160,6 +173,11 @@ def checkpoint_file(path: Path) -> Path:
     if path.is_file() or (path.suffix == ".safetensors" and not path.is_dir()):
         if not path.is_file():
             raise FileNotFoundError(f"no checkpoint {path}")
+        if path.name == DIFFUSERS_LORA:
+            raise ValueError(
+                f"{path} is an exported LoRA for plain diffusers, without config and adapter; expected "
+                f"{path.parent}, or {path.with_name(CHECKPOINT)}"
+            )
         return path
     if (path / CHECKPOINT).is_file():
         return path / CHECKPOINT

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from longalign import publish
 from longalign.checkpoint import denoiser_folder, load_for_sampling
-from longalign.config import RunConfig, load_config
+from longalign.config import RunConfig
 from longalign.files import find_checkpoint
 from longalign.imagefiles import to_pil
 from longalign.pipeline import sample
-from longalign.runtime import Runtime
 from longalign.stock import base_pipeline
 
 if TYPE_CHECKING:
@@ -21,6 +20,22 @@ if TYPE_CHECKING:
 
     from longalign.backbones.base import Backbone
     from longalign.encoders.base import Encoder
+
+
+class Images(list["Image"]):
+    """A list of PIL images, which code written for diffusers reads as ``.images``."""
+
+    @property
+    def images(self) -> Images:
+        return self
+
+
+def _either(**given: Any) -> Any:
+    """The one of two names' values that is not None, or None. Raises ValueError if both are given."""
+    values = {name: value for name, value in given.items() if value is not None}
+    if len(values) > 1:
+        raise ValueError(f"{' and '.join(given)} are the same setting; give one of them")
+    return next(iter(values.values()), None)
 
 
 class Model:
@@ -50,30 +65,92 @@ class Model:
         Args:
             checkpoint: its file, its folder, a run's folder (the newest one), or ``owner/name`` on the hub.
             revision: branch, tag or commit on the hub.
-            device: a torch device; CUDA if there is one, else the CPU, if None.
+            device: a torch device; the best of this machine if None.
             dtype: "float32", "bfloat16" or "float16"; that of the training if None.
 
         Raises:
             FileNotFoundError: if there is none.
-            ValueError: if it was not written by longalign.
+            ValueError: if it was not written by longalign, or the device is not available.
         """
         path = find_checkpoint(str(checkpoint), revision)
-        found = Runtime.detect(load_config(path).loop.precision)
-        runtime = Runtime(device or found.device, dtype or found.dtype)
-        return cls(*load_for_sampling(path, runtime), path)
+        return cls(*load_for_sampling(path, device=device, dtype=dtype), path)
 
-    def __call__(self, prompts: str | Sequence[str], *, seeds: int | Sequence[int] = 0, **settings: Any) -> list[Image]:
-        """Draws one image for each prompt.
+    def __repr__(self) -> str:
+        parts = (("backbone", self.config.backbone), ("encoder", self.config.encoder))
+        told = [f"{key}={part and part.name!r}" for key, part in parts]
+        denoiser = self.backbone.denoiser
+        return f"Model({str(self.checkpoint)!r}, {', '.join(told)}, {denoiser.dtype}, device='{self.backbone.device}')"
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        seeds: int | Sequence[int] = 0,
+        negative: str | Sequence[str] | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        scheduler: str = "unipc",
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int = 8,
+        progress: bool = False,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+    ) -> Images:
+        """Generates one image for each prompt, or for each seed of one prompt.
+
+        The arguments have this library's names. Those of diffusers do as well: ``negative_prompt`` is ``negative``,
+        ``num_inference_steps`` is ``steps``, ``guidance_scale`` is ``guidance``. ``seeds`` replaces ``generator``.
 
         Args:
-            prompts: one or several.
-            seeds: one for all, or one for each.
-            **settings: ``negative, steps, guidance, scheduler, height, width, batch_size, progress`` of
-                `longalign.pipeline.sample`.
+            prompt: one or several.
+            seeds: one for all prompts, one for each, or any number for a single prompt.
+            negative: one text for all, or one for each image; the empty prompt if None.
+            steps: sampling steps; 25 if None.
+            guidance: scale of classifier-free guidance; 7.5 if None, and 1 is none.
+            scheduler: "unipc", "ddim", "dpm++" or "lcm".
+            height: pixels; the backbone's own resolution if None.
+            width: pixels; the backbone's own resolution if None.
+            batch_size: images sampled at a time.
+            progress: whether to show a bar.
+            negative_prompt: the same as ``negative``.
+            num_inference_steps: the same as ``steps``.
+            guidance_scale: the same as ``guidance``.
+
+        Returns:
+            A list of PIL images, which is also its own ``images``.
+
+        Raises:
+            ValueError: if the numbers of prompts and seeds do not fit, or a setting is given by both of its names.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
         numbers = [seeds] * len(texts) if isinstance(seeds, int) else list(seeds)
-        return [to_pil(image) for image in sample(self.backbone, self.encoder, texts, seeds=numbers, **settings)]
+        if len(texts) == 1:
+            texts *= len(numbers)
+        if not texts or len(texts) != len(numbers):
+            raise ValueError(
+                "expected one seed, one for each prompt, or any number for a single prompt, "
+                f"got {len(numbers)} seeds and {len(texts)} prompts"
+            )
+        settings = {
+            "negative": _either(negative=negative, negative_prompt=negative_prompt),
+            "steps": _either(steps=steps, num_inference_steps=num_inference_steps),
+            "guidance": _either(guidance=guidance, guidance_scale=guidance_scale),
+        }
+        images = sample(
+            self.backbone,
+            self.encoder,
+            texts,
+            seeds=numbers,
+            scheduler=scheduler,
+            height=height,
+            width=width,
+            batch_size=batch_size,
+            progress=progress,
+            **{key: value for key, value in settings.items() if value is not None},
+        )
+        return Images(to_pil(image) for image in images)
 
     def to_pipeline(self, **components: Any) -> Any:
         """The base model's stock diffusers pipeline with this model's denoiser, sharing its weights.

@@ -7,7 +7,6 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from longalign.conditioning import condition, describe_cuts, per_prompt
 from longalign.config import override
-from longalign.data.lines import new_index
+from longalign.data.lines import new_index, remove_listed
 from longalign.diffusion import NoiseLevels, check_prediction, trailing_timesteps
 from longalign.encoders.base import Encoder, TruncationWarning
 from longalign.imagefiles import write_png
@@ -195,26 +194,28 @@ def _draw(
     return torch.cat([backbone.decode(latent).float().cpu() for latent in latents.split(1)])
 
 
-def load_model(source: Any, dtype: str | None = None) -> tuple[Any, Backbone, Encoder]:
+def load_model(source: Any, dtype: str | None = None, device: str | None = None) -> tuple[Any, Backbone, Encoder]:
     """Config, backbone and encoder of a checkpoint folder, or of a config (mapping, file or `RunConfig`), untrained.
 
     Args:
         source: the checkpoint or the config.
         dtype: "float32", "bfloat16" or "float16", of all weights but an adapter's; if None that of ``loop.precision``,
             and of a config's denoiser ``backbone.dtype``.
+        device: a torch device; the best of this machine if None.
     """
-    runtime = None if dtype is None else replace(Runtime.detect(), dtype=dtype)
     if isinstance(source, (str, Path)) and Path(source).is_dir():
         from longalign.checkpoint import load_for_sampling
 
-        return load_for_sampling(source, runtime)
+        return load_for_sampling(source, device=device, dtype=dtype)
     from longalign.compose import build_from_config
 
-    composition = build_from_config(override(source, {"cache": None}), runtime)  # any prompt may be drawn
+    config = override(source, {"cache": None})  # any prompt may be sampled
+    runtime = Runtime.detect(config.loop.precision, device).with_dtype(dtype)
+    composition = build_from_config(config, runtime)
     backbone, encoder = composition.backbone, composition.encoder
-    if runtime is not None:
+    if dtype is not None:
         backbone.merge_lora()  # in full precision, as of a checkpoint
-        backbone.denoiser.to(runtime.torch_dtype)
+        backbone.cast(runtime.torch_dtype)
     return composition.config, backbone, encoder
 
 
@@ -228,6 +229,8 @@ def generate(
     batch_size: int = 8,
     progress: bool = False,
     dtype: str | None = None,
+    device: str | None = None,
+    overwrite: bool = False,
     **settings: Any,
 ) -> list[dict[str, Any]]:
     """Draws every prompt with every seed into PNG files that say in their text metadata how they were made.
@@ -245,15 +248,17 @@ def generate(
         batch_size: images drawn at a time.
         progress: whether to show a bar over the images.
         dtype: see `load_model`; None for what is ready.
+        device: see `load_model`; None for what is ready.
+        overwrite: whether the images that the folder's ``metadata.jsonl`` lists are replaced instead of rejected.
         **settings: ``steps``, ``guidance``, ``scheduler``, ``height``, ``width`` of `sample`.
 
     Returns:
         The rows of ``metadata.jsonl``: ``file_name, prompt, seed, negative_prompt, cut``.
     """
-    new_index(output)  # before weights are loaded
-    if isinstance(source, tuple) and dtype is not None:
-        raise ValueError("dtype is that of a model which is loaded here; leave it out for one that is ready")
-    config, backbone, encoder = source if isinstance(source, tuple) else load_model(source, dtype)
+    new_index(output, overwrite)  # before weights are loaded
+    if isinstance(source, tuple) and (dtype is not None or device is not None):
+        raise ValueError("dtype and device only apply to a model that is loaded here; omit them for a ready one")
+    config, backbone, encoder = source if isinstance(source, tuple) else load_model(source, dtype, device)
     reports = encoder.cut(list(prompts))
     for text in describe_cuts(reports):
         log.warning(text)
@@ -274,6 +279,7 @@ def generate(
         settings={**_defaults(), **settings, "dtype": dtype},
         batch_size=batch_size,
         progress=progress,
+        overwrite=overwrite,
     )
 
 
@@ -289,6 +295,7 @@ def write_images(
     cuts: Sequence[str | None] = (),
     batch_size: int = 8,
     progress: bool = False,
+    overwrite: bool = False,
 ) -> list[dict[str, Any]]:
     """Draws every prompt with every seed into a folder; for the files and the rows see `generate`.
 
@@ -303,8 +310,10 @@ def write_images(
         cuts: what is not read of each prompt; None for all of them if that is not known.
         batch_size: images drawn at a time.
         progress: whether to show a bar over the images.
+        overwrite: whether the images that the folder's ``metadata.jsonl`` lists are replaced, once the first of the new
+            ones are there.
     """
-    output, index = Path(output), new_index(output)
+    output, index = Path(output), new_index(output, overwrite)
     jobs = [(i, seed) for i in range(len(prompts)) for seed in seeds]
     common = {"config": _config_text(config), "settings": json.dumps(settings), "software": _version()}
     rows: list[dict[str, Any]] = []
@@ -312,6 +321,8 @@ def write_images(
         for batch in _chunks(jobs, batch_size):
             images = draw([prompts[i] for i, _ in batch], [seed for _, seed in batch])
             output.mkdir(parents=True, exist_ok=True)  # only now, so that a run that cannot draw leaves nothing
+            if not rows:
+                remove_listed(index)
             new: list[dict[str, Any]] = []
             for (i, seed), image in zip(batch, images, strict=True):
                 row = {

@@ -14,15 +14,27 @@ from torch import Tensor
 from longalign.checkpoint import Weights, denoiser_folder, export_lora, load_weights
 from longalign.config import RunConfig, load_config, to_yaml
 from longalign.encoders.adapter import TextAdapter
-from longalign.files import CHECKPOINT, HUB_ID, REWARD, checkpoint_file, read_metadata
+from longalign.files import (
+    CARD,
+    CHECKPOINT,
+    DIFFUSERS_LORA,
+    HUB_ID,
+    REWARD,
+    check_unexported,
+    checkpoint_file,
+    read_metadata,
+)
 from longalign.runtime import Runtime
 from longalign.table import MetricTable
 
-CARD = "README.md"
-
 
 def export(
-    checkpoint: str | Path, output: str | Path, metrics: str | Path | None = None, license: str | None = None
+    checkpoint: str | Path,
+    output: str | Path,
+    metrics: str | Path | None = None,
+    license: str | None = None,
+    *,
+    overwrite: bool = False,
 ) -> list[Path]:
     """Writes what others need to use a checkpoint.
 
@@ -40,6 +52,7 @@ def export(
         output: a folder without files of these names.
         metrics: a table that ``longalign eval --json`` or the demo wrote.
         license: for the card, e.g. ``"openrail++"``; left out if None.
+        overwrite: whether an export that is in the folder is replaced.
 
     Returns:
         The files and folders written.
@@ -49,14 +62,17 @@ def export(
     """
     source, output = checkpoint_file(Path(checkpoint)), Path(output)
     table = None if metrics is None else read_table(Path(metrics))
-    for name in (CHECKPOINT, CARD):
-        if (output / name).exists():
-            raise ValueError(f"{output / name} exists; choose another folder")
+    if source.parent.resolve() == output.resolve():
+        raise ValueError(f"{output} is the checkpoint's own folder; choose another folder")
+    if not overwrite:
+        check_unexported(output)
     config = load_config(source)
     if config.backbone is None:
-        return _export_reward(source, output, config, table, license)
+        return _export_reward(source, output, config, table, license, overwrite)
     weights = load_weights(source)
     output.mkdir(parents=True, exist_ok=True)
+    if overwrite:
+        _remove_optional_files(output)
     shutil.copyfile(source, output / CHECKPOINT)
     written = [output / CHECKPOINT]
     if weights.denoiser:
@@ -71,15 +87,22 @@ def export(
     return [*written, output / CARD]
 
 
+def _remove_optional_files(output: Path) -> None:
+    """Removes what only some exports consist of, so that none of an earlier one is left."""
+    (output / DIFFUSERS_LORA).unlink(missing_ok=True)
+    for folder in ("unet", "transformer", *(path.name for path in output.glob("adapter*"))):
+        shutil.rmtree(output / folder, ignore_errors=True)
+
+
 def _export_reward(
-    source: Path, output: Path, config: RunConfig, table: MetricTable | None, license: str | None
+    source: Path, output: Path, config: RunConfig, table: MetricTable | None, license: str | None, overwrite: bool
 ) -> list[Path]:
     folder = source.parent / REWARD
     if not folder.is_dir():
         raise ValueError(f"there is no {folder}, where the trained reward should be; is this an export already?")
     files = sorted(folder.iterdir())
     for file in files:
-        if (output / file.name).exists():
+        if not overwrite and (output / file.name).exists():
             raise ValueError(f"{output / file.name} exists; choose another folder")
     output.mkdir(parents=True, exist_ok=True)
     for file in (source, *files):

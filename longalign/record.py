@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
+from longalign.environment import processor
+
 PACKAGES = ("longalign", "torch", "diffusers", "transformers", "accelerate", "peft")
 
 
@@ -54,14 +56,7 @@ def machine_text() -> str:
 
 def machine() -> dict[str, str]:
     """The machine and the versions of what a run depends on."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = models[0] if models else cpu
-    out = {"system": platform.platform(terse=True), "processor": f"{cpu}, {torch.get_num_threads()} threads"}
+    out = {"system": platform.platform(terse=True), "processor": f"{processor()}, {torch.get_num_threads()} threads"}
     if torch.cuda.is_available():
         out["accelerator"] = torch.cuda.get_device_name()
     out["Python"] = platform.python_version()

@@ -38,8 +38,9 @@ class RandomState:
     @classmethod
     def now(cls, device: torch.device) -> RandomState:
         """The present state, for computations on ``device``."""
-        on_cuda = device.type == "cuda"
-        return cls(torch.get_rng_state(), device, torch.cuda.get_rng_state(device) if on_cuda else None)
+        states = {"cuda": lambda: torch.cuda.get_rng_state(device), "mps": torch.mps.get_rng_state}
+        state = states.get(device.type)
+        return cls(torch.get_rng_state(), device, state() if state else None)
 
     def is_now(self) -> bool:
         """Whether no random number was drawn since the state was taken."""
@@ -50,11 +51,19 @@ class RandomState:
     @contextmanager
     def replayed(self) -> Iterator[None]:
         """Inside, random numbers are those drawn after the state was taken; outside, nothing has changed."""
-        with torch.random.fork_rng([self.device] if self.accelerator is not None else []):
-            torch.set_rng_state(self.cpu)
-            if self.accelerator is not None:
-                torch.cuda.set_rng_state(self.accelerator, self.device)
+        before = RandomState.now(self.device)
+        self._restore()
+        try:
             yield
+        finally:
+            before._restore()
+
+    def _restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(self.accelerator, self.device)
+        elif self.device.type == "mps":
+            torch.mps.set_rng_state(self.accelerator)
 
 
 @dataclass(frozen=True)

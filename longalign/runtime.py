@@ -43,11 +43,28 @@ class Runtime:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES.values())}, not {self.dtype!r}")
 
     @classmethod
-    def detect(cls, precision: str = "no") -> Runtime:
-        """CUDA if there is one, else the CPU, with the dtype of a ``loop.precision``. Imports torch."""
+    def detect(cls, precision: str = "no", device: str | None = None) -> Runtime:
+        """This machine's device, with the dtype of a ``loop.precision``. Imports torch.
+
+        Args:
+            precision: a ``loop.precision``.
+            device: a torch device; if None, CUDA where available, else Apple's MPS, else the CPU. A numbered GPU
+                becomes the current one, on which training runs too.
+
+        Raises:
+            ValueError: if the device is not available.
+        """
         import torch
 
-        return cls("cuda" if torch.cuda.is_available() else "cpu", DTYPES[precision])
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        else:
+            _check_device(device)
+        return cls(device, DTYPES[precision])
+
+    def with_dtype(self, dtype: str | None) -> Runtime:
+        """The same with another dtype; itself if None."""
+        return self if dtype is None else replace(self, dtype=dtype)
 
     @property
     def torch_dtype(self) -> Any:
@@ -57,8 +74,32 @@ class Runtime:
         return getattr(torch, self.dtype)
 
 
+def devices() -> list[str]:
+    """The names of this machine's devices. Imports torch."""
+    import torch
+
+    mps = ["mps"] if torch.backends.mps.is_available() else []
+    return ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *mps]
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises each of them
+        first = str(error).partition("\n")[0]
+        raise ValueError(
+            f"expected an available device, got '{device}'; available: {', '.join(devices())} ({first})"
+        ) from error
+    if torch.device(device).type == "cuda" and ":" in device:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(f"expected 'cuda' for several processes, each of which takes its own GPU, got '{device}'")
+        torch.cuda.set_device(device)
+
+
 @contextmanager
-def launched(precision: str = "no") -> Iterator[Runtime]:
+def launched(precision: str = "no", device: str | None = None) -> Iterator[Runtime]:
     """Inside, this process is one of those that ``torchrun`` or ``accelerate launch`` started, and talks to them.
 
     A process that was started alone gets what `Runtime.detect` gives. Of a machine's GPUs each takes its own. What is
@@ -66,8 +107,9 @@ def launched(precision: str = "no") -> Iterator[Runtime]:
 
     Args:
         precision: a ``loop.precision``.
+        device: as for `Runtime.detect`.
     """
-    runtime = Runtime.detect(precision)
+    runtime = Runtime.detect(precision, device)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes == 1 or "LOCAL_RANK" not in os.environ:
         yield runtime
@@ -83,7 +125,7 @@ def launched(precision: str = "no") -> Iterator[Runtime]:
 
     distributed.init_process_group("gloo", timeout=timedelta(days=7))
     try:
-        device = runtime.device if runtime.device == "cpu" else f"cuda:{os.environ['LOCAL_RANK']}"
+        device = f"cuda:{os.environ['LOCAL_RANK']}" if runtime.device == "cuda" else runtime.device
         yield replace(runtime, device=device, gather=gather, rank=distributed.get_rank(), processes=processes)
     finally:
         distributed.destroy_process_group()

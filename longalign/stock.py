@@ -13,8 +13,11 @@ import diffusers
 import numpy as np
 import torch
 from diffusers.utils import deprecation_utils
+from huggingface_hub import constants, try_to_load_from_cache
 from torch import Tensor
 
+from longalign.data.lines import new_index
+from longalign.files import HUB_ID
 from longalign.pipeline import SCHEDULERS, write_images
 from longalign.runtime import Runtime, resolve_checkpoint
 
@@ -54,6 +57,7 @@ def load_pipeline(name: str, runtime: Runtime, revision: str | None = None, vari
     """
     if revision is not None and Path(name).is_dir():
         raise ValueError(f"a revision is of a repository on the hub, and '{name}' is a folder here; leave it out")
+    _announce_download(name, revision, runtime)
     settings: dict[str, Any] = {DTYPE: runtime.torch_dtype, "revision": revision, "variant": variant}
     reason = ""
     try:
@@ -80,6 +84,15 @@ def load_pipeline(name: str, runtime: Runtime, revision: str | None = None, vari
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(runtime.device)
+
+
+def _announce_download(name: str, revision: str | None, runtime: Runtime) -> None:
+    """Says that weights come from the hub, and where to, if they are not on this machine."""
+    if Path(name).exists() or not HUB_ID.fullmatch(name) or constants.HF_HUB_OFFLINE:
+        return
+    if not isinstance(try_to_load_from_cache(name, "model_index.json", revision=revision), str):
+        slow = "; sampling on a CPU may then take minutes an image" if runtime.device == "cpu" else ""
+        log.info("downloading the weights of %s, often many GB, to %s%s", name, constants.HF_HUB_CACHE, slow)
 
 
 def arguments(pipe: Any, **settings: Any) -> dict[str, Any]:
@@ -157,6 +170,7 @@ def generate(
     runtime: Runtime | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    overwrite: bool = False,
     **settings: Any,
 ) -> list[dict[str, Any]]:
     """As `longalign.pipeline.generate`, by a stock pipeline with its own text handling and, where nothing else is said,
@@ -178,11 +192,13 @@ def generate(
         runtime: device and dtype; this machine's, in float32, if None.
         revision: branch, tag or commit on the hub.
         variant: file variant, as for `load_pipeline`.
+        overwrite: as for `longalign.pipeline.generate`.
         **settings: ``steps``, ``guidance``, ``height``, ``width``.
 
     Raises:
         ValueError: if there is no such pipeline, or it does not take one of the settings, or not that size.
     """
+    new_index(output, overwrite)  # before weights are loaded
     pipe = load_pipeline(name, runtime or Runtime.detect(), revision, variant)
     if scheduler is not None:
         set_scheduler(pipe, scheduler)
@@ -214,7 +230,7 @@ def generate(
     told = {**settings, **cleaned, "scheduler": scheduler or type(getattr(pipe, "scheduler", None)).__name__}
     return write_images(
         output, prompts, draw, seeds=seeds, negative=negative, batch_size=batch_size, progress=progress,
-        config=about, settings=told,
+        config=about, settings=told, overwrite=overwrite,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +19,7 @@ from longalign.imagefiles import write_png
 from longalign.registry import PartConfig, rewards, trainers
 from longalign.rewards import direction
 from longalign.rewards.base import EmbeddingReward
+from longalign.runtime import examples_folder
 from longalign.trainers import loop
 from longalign.trainers.configs import AlignConfig
 
@@ -27,7 +29,21 @@ CONFIG = {
     "trainer": "align",
     "data": "scenes",
 }
-COMMANDS = ("train", "cache", "generate", "score", "eval", "direction", "list", "describe", "convert", "export", "demo")
+COMMANDS = (
+    "train",
+    "cache",
+    "generate",
+    "score",
+    "eval",
+    "direction",
+    "list",
+    "describe",
+    "convert",
+    "export",
+    "demo",
+    "examples",
+    "env",
+)
 
 
 @pytest.fixture
@@ -59,6 +75,10 @@ def test_no_torch_where_none_is_needed(yaml):
         ["describe", "encoders"],
         ["describe", "encoders", "clip-segment"],
         ["describe", "run"],
+        ["--version"],
+        ["examples"],
+        ["train", "mini-align.yaml"],
+        ["train", "--lr", "1e-4"],
         ["describe", yaml, "loop.steps=3"],
         ["train", yaml, "loop.stepz=3"],
         ["train", yaml, "trainer=reward"],
@@ -209,8 +229,8 @@ def test_describe_a_config_shows_it_whole_and_changed(yaml, capsys, tmp_path):
         (["score", "--reward", "clip", "--images", "nowhere.png"], "no image nowhere.png"),
         (["score", "--reward", "{name: clip, chekpoint: x}", "--images", "a.png"], "did you mean 'checkpoint'?"),
         (["eval", "--reward", "clip", "--images", "folder"], "--images takes NAME=... with a name"),
-        (["score", "--reward", "clip", "--images", "a.png", "--seed", "1"], "--seed is for drawing"),
-        (["eval", "--reward", "clip", "--images", "a=b", "--dtype", "float16"], "--dtype is for drawing"),
+        (["score", "--reward", "clip", "--images", "a.png", "--seed", "1"], "--seed only applies when generating"),
+        (["eval", "--reward", "clip", "--images", "a=b", "--dtype", "float16"], "--dtype only applies when generating"),
         (["direction", "--reward", "clip", "--prompts", "a.csv", "--output", "x"], "a .txt or a .jsonl file"),
         (["generate", "--checkpoint", "nowhere", "--prompt", "a", "--output", "x"], "no checkpoint in nowhere"),
     ],
@@ -223,9 +243,151 @@ def test_mistakes_are_told_in_one_message_without_traceback(arguments, message, 
     assert "Traceback" not in told
 
 
-def test_traceback_on_demand():
+@pytest.mark.parametrize(
+    "arguments", [["--traceback", "train", "nowhere.yaml"], ["train", "nowhere.yaml", "--traceback"]]
+)
+def test_traceback_on_demand(arguments):
     with pytest.raises(FileNotFoundError):
-        main(["--traceback", "train", "nowhere.yaml"])
+        main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian", "run.yaml"], "no command 'trian'; did you mean 'train'?"),
+        ([], "expected a command: train, "),
+        (["train"], "required: config\n"),
+        (
+            ["train", "run.yaml", "--lr", "1e-4"],
+            "no option --lr; keys of the config are set as path=value",
+        ),
+        (["train", "run.yaml", "--loop.lr=1e-4"], "here loop.lr=..."),
+        (["train", "run.yaml", "--resme"], "no option --resme; did you mean '--resume'?"),
+        (["generate", "--promts", "a.txt"], "no option --promts; did you mean '--prompts'?"),
+        (["train", "run.yaml", "--device", "gpu"], "expected cpu, cuda, cuda:1 or mps, got 'gpu'"),
+    ],
+)
+def test_misspelt_calls_say_what_was_expected(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"longalign {version('longalign')}\n"
+
+
+def test_one_process_of_a_machine_reports_what_all_have(monkeypatch, capsys):
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert main(["train", "nowhere.yaml"]) == 2
+        assert capsys.readouterr().err.count("no config file") == lines
+
+
+def test_no_memory_says_what_to_lower(yaml, monkeypatch, capsys):
+    def generate(*args, **settings):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nDetails")
+
+    monkeypatch.setattr(pipeline, "generate", generate)
+    assert main(["generate", "--config", yaml, "--prompt", "a", "--output", "x"]) == 2
+    told = capsys.readouterr().err
+    assert "Tried to allocate 2 GiB" in told and "--batch below 8" in told and "--dtype bfloat16" in told
+    assert "Details" not in told
+
+
+def test_a_package_that_is_not_installed_is_named(yaml, monkeypatch, capsys):
+    def generate(*args, **settings):
+        import no_such_package.inside  # noqa: F401  # type: ignore[import-not-found]
+
+    monkeypatch.setattr(pipeline, "generate", generate)
+    assert main(["generate", "--config", yaml, "--prompt", "a", "--output", "x"]) == 2
+    assert "needs the package 'no_such_package'" in capsys.readouterr().err
+
+
+def test_an_error_that_is_a_bug_keeps_its_traceback(yaml, monkeypatch):
+    def generate(*args, **settings):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(pipeline, "generate", generate)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        main(["generate", "--config", yaml, "--prompt", "a", "--output", "x"])
+
+
+def test_examples_are_listed_printed_and_copied(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {path.name for path in examples_folder().glob("*.yaml")}
+    assert main(["examples"]) == 0
+    rows = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert {row[0] for row in rows} >= names
+    assert all(len(row) == 2 for row in rows if row[0].endswith(".yaml"))
+    assert main(["examples", "mini-align.yaml"]) == 0
+    assert capsys.readouterr().out == (examples_folder() / "mini-align.yaml").read_text()
+    assert main(["train", "mini-align.yaml"]) == 2
+    assert "bundled: longalign examples mini-align.yaml --to ." in capsys.readouterr().err
+    assert main(["examples", "mini-align.yaml", "--to", "."]) == 0
+    assert load_config("mini-align.yaml").encoder.name == "clip-segment"
+    Path("mini-align.yaml").write_text("mine: true")
+    assert main(["examples", "--to", "."]) == 2
+    assert "mini-align.yaml exists and differs" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mini-align.yaml"]
+    assert main(["examples", "--to", "all"]) == 0
+    assert {path.name for path in (tmp_path / "all").iterdir()} >= names
+    assert main(["examples", "mini-alig.yaml"]) == 2
+    assert "did you mean 'mini-align.yaml'?" in capsys.readouterr().err
+
+
+def test_env_says_versions_devices_and_settings_without_secrets(monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["env"]) == 0
+    text = capsys.readouterr().out
+    rows = dict(line.split(maxsplit=1) for line in text.splitlines() if not line.startswith("plugin"))
+    assert rows["torch"] == torch.__version__ and rows["longalign"] == version("longalign")
+    assert "threads" in rows["cpu"] and rows["HF_HUB_OFFLINE"] == "1"
+    assert "secret" not in text
+
+
+def test_unreadable_images_are_all_named_before_any_is_scored(brightness, tmp_path, capsys):
+    folder = images(tmp_path / "images", [0.0, 0.5, 1.0], ["a", "b", "c"])
+    for name in ("1.png", "2.png"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:40])
+    for command in (["score", "--images", str(folder)], ["eval", "--images", f"a={folder}"]):
+        assert main([*command, "--reward", brightness]) == 2
+        told = capsys.readouterr()
+        assert told.out == "" and "2 images cannot be read" in told.err
+        assert "1.png" in told.err and "2.png" in told.err
+
+
+def test_the_device_is_handed_on(yaml, hues, monkeypatch, tmp_path, capsys):
+    assert main(["train", yaml, "--device", "cuda:99"]) == 2
+    assert "expected an available device, got 'cuda:99'; available: cpu" in capsys.readouterr().err
+    seen = []
+    monkeypatch.setattr(pipeline, "generate", lambda *_, **settings: seen.append(settings["device"]) or [{}])
+    assert main(["generate", "--config", yaml, "--prompt", "a", "--output", "x", "--device", "cpu"]) == 0
+    assert seen == ["cpu"] and "1 image in x" in capsys.readouterr().out
+
+    def fit(composition, resume=None):
+        seen.append(composition.runtime.device)
+        return loop.FitResult(1, tmp_path, False)
+
+    monkeypatch.setattr(loop, "fit", fit)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    main(["train", yaml])
+    assert main(["train", yaml, "--device", "cpu"]) == 0
+    assert seen == ["cpu", "mps", "cpu"]
+
+
+def test_overrides_stand_before_and_after_options(yaml, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(
+        loop, "fit", lambda run, resume=None: seen.append(run.config) or loop.FitResult(1, tmp_path, False)
+    )
+    assert main(["train", "--device", "cpu", yaml, "loop.steps=9", "--traceback", "loop.lr=0.5"]) == 0
+    assert (seen[0].loop.steps, seen[0].loop.lr) == (9, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -422,7 +584,7 @@ def test_revision_and_variant_are_of_stock_pipelines(hues, drawn, run, monkeypat
     for command in (["generate", "--checkpoint", run], ["score", "--checkpoint", run, *hues],
                     ["eval", "--checkpoint", f"ours={run}", *hues]):  # fmt: skip
         assert main([*command, *told]) == 2 and not drawn
-        assert "--revision is of stock pipelines" in capsys.readouterr().err
+        assert "--revision only applies to --pipeline" in capsys.readouterr().err
 
 
 def test_score_draws_first(hues, drawn, run, capsys):

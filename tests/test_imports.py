@@ -16,7 +16,7 @@ KINDS = ("backbones", "data", "encoders", "rewards", "schedules", "trainers")
 PART = 4
 LEVELS = {
     0: "runtime faults discovery files registry segment data.lines",
-    1: "config describe backbones.configs data.configs encoders.configs rewards.configs schedules.configs "
+    1: "config describe environment backbones.configs data.configs encoders.configs rewards.configs schedules.configs "
     "trainers.configs",
     2: "preference diffusion rollout images imagefiles table record mini store fingerprint sharding weights",
     3: "backbones.base backbones.lora data.base data.pictures data.stream encoders.base rewards.base rewards.guard "

@@ -206,5 +206,5 @@ def test_an_interrupted_run_keeps_its_whole_batches_and_says_what_to_do(tmp_path
     assert [json.loads(line)["file_name"] for line in lines] == ["00000-0.png", "00001-0.png"]
     with pytest.raises(ValueError, match="lists 2 images; choose an empty folder for the new ones, or remove "):
         generate("a config that is not looked for", ["0.1"], tmp_path)
-    with pytest.raises(ValueError, match="leave it out for one that is ready"):
+    with pytest.raises(ValueError, match="omit them for a ready one"):
         generate(source, ["0.1"], tmp_path / "new", dtype="bfloat16")

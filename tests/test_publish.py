@@ -71,6 +71,19 @@ def head_of(card):
     return yaml.safe_load(head), text
 
 
+def test_an_export_is_replaced_only_where_that_is_asked_for(folder, tmp_path, capsys):
+    run, out = trained(folder), tmp_path / "out"
+    publish.export(run, out)
+    (out / "unet").mkdir()
+    assert main(["export", str(run), str(out)]) == 2
+    assert "longalign.safetensors exists; choose another folder, or overwrite it" in capsys.readouterr().err
+    assert main(["export", str(trained(folder, adapter=False)), str(out), "--overwrite"]) == 0
+    names = {path.name for path in out.iterdir()}
+    assert names == {"longalign.safetensors", "pytorch_lora_weights.safetensors", "README.md"}
+    with pytest.raises(ValueError, match="the checkpoint's own folder"):
+        publish.export(out, out, overwrite=True)
+
+
 def test_an_export_holds_all_that_is_needed(folder, tmp_path):
     run = trained(folder)
     values = {"base": {"denscore": np.array([0.1, 0.2])}, "ours": {"denscore": np.array([0.3, 0.4])}}

@@ -94,8 +94,8 @@ def test_a_comparison_is_one_command(folders, brightness, tmp_path, capsys):
     [
         (["generate", "--pipeline", "nowhere", "--prompt", "a", "--output", "x"], "no diffusers pipeline 'nowhere'"),
         (["score", "--pipeline", "nowhere", "--reward", "clip"], "give --prompt or --prompts"),
-        (["score", "--images", "a", "--output", "x", "--reward", "clip"], "--output is for drawing"),
-        (["eval", "--images", "a=b", "--steps", "3", "--reward", "clip"], "--steps is for drawing"),
+        (["score", "--images", "a", "--output", "x", "--reward", "clip"], "--output only applies when generating"),
+        (["eval", "--images", "a=b", "--steps", "3", "--reward", "clip"], "--steps only applies when generating"),
         (["eval", "--pipeline", "a=b", "--prompt", "a", "--reward", "clip"], "give --output"),
         (["eval", "--reward", "clip"], "give models to compare"),
     ],

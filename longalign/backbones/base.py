@@ -129,6 +129,13 @@ class Backbone(nn.Module):
         # Full weights contain what was merged into them; listing it again would apply it twice.
         self._merged += [] if self.full else [stack]
 
+    def cast(self, dtype: torch.dtype) -> None:
+        """Casts the denoiser."""
+        if self.denoiser.dtype != dtype:
+            # diffusers' own method warns of any cast, also where no module has to stay in float32
+            kept = getattr(self.denoiser, "_keep_in_fp32_modules", None)
+            self.denoiser.to(dtype) if kept else nn.Module.to(self.denoiser, dtype)
+
     def train_all(self) -> list[nn.Parameter]:
         """Makes every weight of the denoiser trainable, in float32, and returns them."""
         self.merge_lora()

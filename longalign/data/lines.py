@@ -147,13 +147,18 @@ def text_of(row: Mapping[str, Any], where: str) -> str:
     return (row[key] or "").strip()
 
 
-def new_index(folder: Path | str) -> Path:
+def new_index(folder: Path | str, overwrite: bool = False) -> Path:
     """The ``metadata.jsonl`` that a folder is to have.
 
     Raises:
-        ValueError: if it lists images already, of another run or of one that was interrupted.
+        ValueError: if it lists images already, of another run or of one that was interrupted, unless they may be
+            overwritten.
     """
     path = Path(folder) / "metadata.jsonl"
+    if overwrite:
+        if path.exists():
+            list(read_jsonl(path))  # what lists the images to replace must be readable
+        return path
     count = sum(bool(line.strip()) for line in path.read_bytes().split(b"\n")) if path.exists() else 0
     if count:
         raise ValueError(
@@ -161,6 +166,17 @@ def new_index(folder: Path | str) -> Path:
             "an interrupted run"
         )
     return path
+
+
+def remove_listed(index: Path) -> None:
+    """Removes a ``metadata.jsonl`` and the images beside it that it lists."""
+    if not index.exists():
+        return
+    for _, row in read_jsonl(index):
+        name = row.get("file_name")
+        if isinstance(name, str) and Path(name).name == name:
+            (index.parent / name).unlink(missing_ok=True)
+    index.unlink()
 
 
 def _read(path: Path) -> str:
