@@ -72,7 +72,7 @@ def numbers(config):
 
 
 @pytest.mark.filterwarnings("ignore::longalign.encoders.base.TruncationWarning")
-def test_training_has_the_same_numbers_with_and_without(config, tmp_path):
+def test_training_has_the_same_numbers_with_and_without(config, tmp_path, smooth_adamw):
     assert caching.make(config, CPU, 2) == {"latents": (4, 4), "prompts-clip-segment": (6, 6), "prompts-t5": (6, 6)}
     plain = numbers(override(config, {"cache": None, "output": str(tmp_path / "plain")}))
     assert len(plain) == 3 and all(line["noise_loss"] > 0 for line in plain)
@@ -201,8 +201,9 @@ def test_pooled_and_masked_states_come_back_as_the_encoder_gives_them(tmp_path):
     cached, plain = build_from_config(config, CPU).encoder, config.encoder.build(CPU)
     for prompts in (["A red fox. A wall.", "", "A green sky."], ["", "The sky."]):
         read, told = cached.encode(prompts), plain.encode(prompts)
-        torch.testing.assert_close(read.states, told.states * told.mask[..., None], rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(read.pooled, told.pooled, rtol=1e-5, atol=1e-6)
+        for one, other in ((read.states, told.states * told.mask[..., None]), (read.pooled, told.pooled)):
+            # rounding depends on which prompts share a call, and is that of the largest terms of a sum
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * other.abs().max().item())
         assert torch.equal(read.mask, told.mask)
 
 

@@ -27,8 +27,7 @@ def outputs(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["align", "reward", "lcm", "denscore"])
 def test_losses_and_weights_are_those_of_one_process(outputs, kind):
-    # Adam makes whole steps of what rounding leaves where the pseudo-Huber loss has no gradient.
-    checkpoints = launched.assert_same(*(folder / kind for folder in outputs), atol=1e-4 if kind == "lcm" else 1e-5)
+    checkpoints = launched.assert_same(*(folder / kind for folder in outputs))
     long = kind in ("align", "reward")
     assert set(checkpoints) == ({"checkpoint-000002", "checkpoint-000004"} if long else {"checkpoint-000002"})
     if long:
@@ -42,8 +41,7 @@ def test_the_preference_model_is_that_of_one_process(outputs):
     )
     assert one.keys() == two.keys()
     for name, weight in one.items():
-        if not name.endswith("k_proj.bias"):  # it changes no attention, so its gradient is rounding alone
-            torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
     assert any((one[name] - start[name]).abs().max() > 1e-3 for name in one)
 
 
