@@ -15,7 +15,8 @@ from textwrap import shorten
 from typing import Any
 
 from longalign import describe as descriptions
-from longalign.config import load_config, override, to_yaml
+from longalign.checks import check_files, check_parts
+from longalign.config import RunConfig, load_config, override, to_yaml
 from longalign.data.lines import IMAGE_SUFFIXES, inside, new_index, read_jsonl, read_prompts, text_of
 from longalign.faults import suggestion
 from longalign.files import (
@@ -39,6 +40,7 @@ def train(args: Namespace) -> int:
     resume = Path(args.resume_from) if args.resume_from else Path(config.output) if args.resume else None
     if resume is not None:
         resume = checkpoint_file(resume).parent
+    check_files(config, resumed=resume is not None)  # again by `fit`, which cannot do so before torch finds the device
     from longalign.compose import build_from_config
     from longalign.runtime import Runtime
 
@@ -52,6 +54,7 @@ def cache(args: Namespace) -> None:
     config = override(args.config, parse_assignments(args.overrides))
     if config.cache is None:
         raise ValueError("the config has no cache; add to it, for example, cache: {folder: runs/cache}")
+    check_files(config, resumed=True)
     from longalign import caching
     from longalign.runtime import launched
 
@@ -87,6 +90,8 @@ def _draw(
         settings |= {"revision": args.revision, "variant": args.variant}
         return stock.generate(source, prompts, output, runtime=runtime, **settings)
     model = find_checkpoint(source).parent if option == "checkpoint" else load_config(source)
+    if isinstance(model, RunConfig):
+        check_files(model, training=False, sizes={"--size": width, "--size (height)": height})
     from longalign import pipeline
 
     return pipeline.generate(model, prompts, output, dtype=args.dtype, device=args.device, **settings)
@@ -206,6 +211,7 @@ def direction(args: Namespace) -> None:
     """Computes and writes a common direction."""
     (config,) = _rewards([args.reward]).values()
     prompts = [p for p in read_prompts(args.prompts) if p]
+    check_parts({config.name: config})
     from longalign.rewards.direction import write_direction
     from longalign.runtime import Runtime
 
@@ -350,6 +356,7 @@ def _rewards(texts: Sequence[str]) -> dict[str, PartConfig]:
 
 
 def _built(configs: Mapping[str, PartConfig], device: str | None) -> dict[str, Any]:
+    check_parts(configs)
     from longalign.rewards.base import as_reward
     from longalign.runtime import Runtime
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from longalign.checks import check_files
 from longalign.config import TRAINED, RunConfig, load_config
 from longalign.faults import ConfigError
 from longalign.registry import backbones, encoders, rewards, trainers
@@ -121,6 +122,7 @@ class Composition:
             resume: a checkpoint of this run to go on from, exactly as if it had not been interrupted.
         """
         self._needed("trainer")
+        check_files(self.config, resumed=resume is not None)
         if self.config.cache is not None:
             from longalign.caching import check
 

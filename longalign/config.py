@@ -186,6 +186,11 @@ class RunConfig(Section):
         for key in ("channels_last", "compile"):
             if "backbone" not in needs and getattr(self.loop, key):
                 faults.append((f"loop.{key}", f"it is for a backbone, and '{name}' uses none; set it to false"))
+        takes, gives = (getattr(part, "has_pooled", None) for part in (self.backbone, self.encoder))
+        if self.backbone is not None and self.encoder is not None and None not in (takes, gives) and takes != gives:
+            which = "needs a pooled embedding, and" if takes else "takes no pooled embedding, as"
+            message = f"'{self.backbone.name}' {which} '{self.encoder.name}' gives {'none' if takes else 'one'}"
+            faults.append(("encoder", f"{message}; choose an encoder made for it"))
         if self.trainer is not None and self.rewards and not getattr(self.trainer, "uses_rewards", False):
             message = f"'{name}' uses no rewards, got {len(self.rewards)}; expected none, or a trainer such as 'reward'"
             faults.append(("rewards", message))

@@ -195,7 +195,11 @@ def find_checkpoint(checkpoint: str, revision: str | None = None) -> Path:
     Raises:
         FileNotFoundError: if there is neither.
     """
+    from longalign import hub
+
     path = Path(checkpoint)
+    if hub.is_base_model(checkpoint):
+        raise FileNotFoundError(hub.BASE_MODEL.format(f"'{checkpoint}'"))
     if not HUB_ID.fullmatch(checkpoint) or Path(path.parts[0]).exists():
         return checkpoint_file(path)
     from huggingface_hub import hf_hub_download
@@ -203,7 +207,8 @@ def find_checkpoint(checkpoint: str, revision: str | None = None) -> Path:
     try:
         return Path(hf_hub_download(checkpoint, CHECKPOINT, revision=revision))
     except Exception as error:
-        raise FileNotFoundError(f"no checkpoint {checkpoint} here, and the hub answered: {error}") from error
+        why = hub.why(error, CHECKPOINT)
+        raise FileNotFoundError(f"no checkpoint '{checkpoint}' in this folder or on the hub: {why}") from error
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -106,6 +106,19 @@ class PartConfig(Section):
         """
         return []
 
+    def check_files(self) -> list[Fault]:
+        """What of the files that this part names is not there or of no use, as ``(key, message)``; nothing by default.
+
+        A part overrides this, so that a run stops before anything is loaded. It must not import torch nor ask the hub.
+        Parts inside are asked themselves.
+        """
+        return []
+
+    def widths(self) -> tuple[int | None, int | None]:
+        """Widths of the states and of the pooled embedding that an encoder gives or a backbone takes: as far as the
+        config and small files on this machine tell, None where they do not."""
+        return None, None
+
 
 class _InCodeConfig(PartConfig):
     """Config of a part that is a ready callable: it has no keys."""

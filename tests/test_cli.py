@@ -409,7 +409,8 @@ def test_train_hands_the_changed_config_to_the_loop(yaml, monkeypatch, tmp_path,
         return loop.FitResult(3, tmp_path / "checkpoint-000003", interrupted)
 
     monkeypatch.setattr(loop, "fit", fit)
-    assert main(["train", yaml, "loop.steps=3", "loop.lr=1e-4", "encoder=clip-truncate"]) == (130 if interrupted else 0)
+    encoder = "encoder={name: clip-truncate, checkpoint: mini/sd}"
+    assert main(["train", yaml, "loop.steps=3", "loop.lr=1e-4", encoder]) == (130 if interrupted else 0)
     assert isinstance(seen["composition"], Composition)
     config = seen["composition"].config
     assert (config.loop.steps, config.loop.lr, config.encoder.name) == (3, 1e-4, "clip-truncate")
@@ -602,7 +603,8 @@ def test_direction_hands_the_corpus_on_and_prints_the_report(monkeypatch, tmp_pa
     monkeypatch.setattr(direction, "write_direction", lambda *args: seen.append(args) or Report())
     (tmp_path / "corpus.txt").write_text("one\n\ntwo\n")
     out = str(tmp_path / "d.safetensors")
-    assert main(["direction", "--reward", "clip", "--prompts", str(tmp_path / "corpus.txt"), "--output", out]) == 0
+    reward = "{name: clip, checkpoint: mini/clip}"
+    assert main(["direction", "--reward", reward, "--prompts", str(tmp_path / "corpus.txt"), "--output", out]) == 0
     assert seen[0][0].name == "clip"
     assert seen[0][1:3] == (["one", "two"], out)
     assert "eta 0.9" in capsys.readouterr().out

@@ -15,13 +15,13 @@ KINDS = ("backbones", "data", "encoders", "rewards", "schedules", "trainers")
 # A module imports from lower levels only. Modules that are not listed are concrete parts, or the helpers of such.
 PART = 4
 LEVELS = {
-    0: "runtime faults discovery files registry segment data.lines",
+    0: "runtime faults discovery files hub registry segment data.lines",
     1: "config describe environment backbones.configs data.configs encoders.configs rewards.configs schedules.configs "
     "trainers.configs",
     2: "preference diffusion rollout images imagefiles table record mini store fingerprint sharding weights",
     3: "backbones.base backbones.lora data.base data.pictures data.stream encoders.base rewards.base rewards.guard "
     "schedules.base trainers.base",
-    5: "checkpoint conditioning charts caching",
+    5: "checks checkpoint conditioning charts caching",
     6: "compose",
     7: "pipeline evaluate report convert publish",
     8: "trainers.loop trainers.validation stock",

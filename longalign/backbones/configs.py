@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from longalign.files import check_single_file
+from longalign.faults import Fault
+from longalign.files import check_single_file, place
+from longalign.hub import absent, incomplete, read_json
 from longalign.registry import PartConfig, Section
 from longalign.runtime import Runtime
 
@@ -47,6 +50,8 @@ class SDConfig(PartConfig):
 
     #: the denoiser's folder in a checkpoint, and its prefix in LoRA files
     component: ClassVar[str] = "unet"
+    #: whether the denoiser takes a pooled embedding of the prompt
+    has_pooled: ClassVar[bool] = False
 
     name: Literal["sd"] = "sd"
     checkpoint: str
@@ -74,6 +79,37 @@ class SDConfig(PartConfig):
         )
         return self
 
+    def _config_of(self, folder: str) -> dict[str, Any]:
+        """The config of a network of the checkpoint, as far as it is on this machine."""
+        checkpoint = self.layout or "" if self.single_file else self.checkpoint
+        return (
+            read_json(checkpoint, place(self.subfolder, f"{folder}/config.json"), self.revision) if checkpoint else {}
+        )
+
+    @property
+    def divisor(self) -> int | None:
+        """What an image's height and width must be divisible by; None if no file on this machine tells."""
+        blocks = self._config_of("vae").get("block_out_channels")
+        return 2 ** (len(blocks) - 1) if isinstance(blocks, list) and blocks else None
+
+    def widths(self) -> tuple[int | None, int | None]:
+        config = self._config_of(self.component)
+        width = config.get("cross_attention_dim")
+        return width if isinstance(width, int) and not config.get("encoder_hid_dim") else None, None
+
+    def check_files(self) -> list[Fault]:
+        if self.single_file:
+            there = Path(self.checkpoint).is_file()
+            faults = (
+                [] if there else [("checkpoint", f"no file {self.checkpoint}; a single file must be on this machine")]
+            )
+            return faults + ([("layout", fault)] if self.layout and (fault := absent(self.layout)) else [])
+        if fault := absent(self.checkpoint, self.revision):
+            return [("checkpoint", fault)]
+        wanted = [place(self.subfolder, f"{folder}/config.json") for folder in (self.component, "vae")]
+        lacking = [fault for file in wanted if (fault := incomplete(self.checkpoint, [file], self.revision))]
+        return [("checkpoint", f"{lacking[0]}, as '{self.name}' needs; see 'subfolder'")] if lacking else []
+
     def build(self, runtime: Runtime) -> Any:
         from longalign.backbones.sd import SDBackbone
 
@@ -90,7 +126,14 @@ class SDXLConfig(SDConfig):
             float32 instead of float16, in which it overflows.
     """
 
+    has_pooled: ClassVar[bool] = True
+
     name: Literal["sdxl"] = "sdxl"  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def widths(self) -> tuple[int | None, int | None]:
+        config = self._config_of(self.component)
+        total, size = config.get("projection_class_embeddings_input_dim"), config.get("addition_time_embed_dim")
+        return super().widths()[0], total - 6 * size if isinstance(total, int) and isinstance(size, int) else None
 
     def build(self, runtime: Runtime) -> Any:
         from longalign.backbones.sdxl import SDXLBackbone
@@ -111,8 +154,20 @@ class SD3Config(SDConfig):
     """
 
     component: ClassVar[str] = "transformer"
+    has_pooled: ClassVar[bool] = True
 
     name: Literal["sd3"] = "sd3"  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    @property
+    def divisor(self) -> int | None:
+        patch = self._config_of(self.component).get("patch_size")
+        factor = super().divisor
+        return factor * patch if factor is not None and isinstance(patch, int) else None
+
+    def widths(self) -> tuple[int | None, int | None]:
+        config = self._config_of(self.component)
+        states, pooled = config.get("joint_attention_dim"), config.get("pooled_projection_dim")
+        return states if isinstance(states, int) else None, pooled if isinstance(pooled, int) else None
 
     def check_run(self, run: Any) -> list[tuple[str, str]]:
         if not run.loop.channels_last:

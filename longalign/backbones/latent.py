@@ -12,6 +12,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
+from longalign import hub
 from longalign.backbones.base import Backbone
 from longalign.backbones.configs import SDConfig
 from longalign.diffusion import NoiseLevels
@@ -94,6 +95,8 @@ def load_parts(config: SDConfig, runtime: Runtime, kind: Any, component: str) ->
     if config.single_file:
         return _load_single_file(config, runtime, kind, component)
     checkpoint = resolve_checkpoint(config.checkpoint)
+    if fault := hub.absent(checkpoint, config.revision):
+        raise ValueError(f"backbone.checkpoint: {fault}")
 
     def load(part: Any, folder: str, dtype: torch.dtype) -> Any:
         given = {"subfolder": place(config.subfolder, folder), "revision": config.revision, "variant": config.variant}
@@ -108,9 +111,13 @@ def load_parts(config: SDConfig, runtime: Runtime, kind: Any, component: str) ->
         )
     except OSError as error:
         places = ", ".join(f"{place(config.subfolder, folder)}/" for folder in (component, "vae", "scheduler"))
+        if Path(checkpoint).exists() or hub.is_base_model(checkpoint):
+            raise ValueError(
+                f"'{checkpoint}' does not hold {places} with a config and weights; see 'subfolder', and 'variant' for "
+                f"weights in files such as *.fp16.safetensors ({error})"
+            ) from error
         raise ValueError(
-            f"'{checkpoint}' does not hold {places} with a config and weights; see 'subfolder', and 'variant' for "
-            f"weights in files such as *.fp16.safetensors ({error})"
+            f"backbone.checkpoint '{checkpoint}' cannot be read from the hub: {hub.why(error)}; expected {places} there"
         ) from error
     return denoiser, vae, constants
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from glob import glob
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
+from longalign.data.lines import missing_shard
+from longalign.faults import Fault, redact_url
 from longalign.registry import PartConfig
 from longalign.runtime import Runtime
 
@@ -23,6 +27,15 @@ def _rising(value: tuple[int, int], what: str) -> tuple[int, int]:
     if value[0] > value[1]:
         raise ValueError(f"{what} must be [lowest, highest], got {list(value)}")
     return value
+
+
+def _no_folder(key: str, folder: str | None) -> list[Fault]:
+    return [(key, f"no folder {folder}")] if folder is not None and not Path(folder).is_dir() else []
+
+
+def _no_metadata(folder: str, keys: str) -> list[Fault]:
+    path = Path(folder) / "metadata.jsonl"
+    return [] if path.is_file() else [("folder", f"no file {path}; expected one mapping per line with {keys}")]
 
 
 class DataConfig(PartConfig):
@@ -88,6 +101,11 @@ class TableConfig(DataConfig):
     caption: Text = "caption"
     image_folder: Text | None = None
     cache: Text | None = None
+
+    def check_files(self) -> list[Fault]:
+        faults = _no_folder("image_folder", self.image_folder)
+        missing = [f for f in self.files if "://" not in f and not glob(f, recursive=True)]
+        return faults + [("files", f"no file {redact_url(f)}") for f in missing]
 
 
 class ScenesConfig(DataConfig):
@@ -157,6 +175,14 @@ class FolderConfig(ImagesConfig):
     name: Literal["folder"] = "folder"
     folder: Text
 
+    def check_files(self) -> list[Fault]:
+        folder = Path(self.folder)
+        indexed = any((folder / name).is_file() for name in ("metadata.jsonl", "metadata.csv"))
+        if indexed or next(folder.rglob("*.txt"), None) is not None:
+            return []
+        message = f"{folder} has neither metadata.jsonl nor metadata.csv nor a .txt beside an image"
+        return _no_folder("folder", self.folder) or [("folder", message)]
+
     def build(self, runtime: Runtime) -> Any:
         from longalign.data.folder import Folder
 
@@ -210,6 +236,9 @@ class PairsConfig(PairedImagesConfig):
     name: Literal["pairs"] = "pairs"
     folder: Text
 
+    def check_files(self) -> list[Fault]:
+        return _no_folder("folder", self.folder) or _no_metadata(self.folder, '"image_0", "image_1", "text"')
+
     def build(self, runtime: Runtime) -> Any:
         from longalign.data.pairs import FolderPairs
 
@@ -258,6 +287,9 @@ class WebDatasetConfig(ImagesConfig):
     field: Text | None = None
     shuffle_buffer: PositiveInt = 1000
 
+    def check_files(self) -> list[Fault]:
+        return [("shards", fault) for given in self.shards if (fault := missing_shard(given))]
+
     @property
     def caption_field(self) -> str | None:
         """Key of the caption in a JSON file, None where the file is the caption."""
@@ -297,6 +329,9 @@ class LongAlignCaptionsConfig(ImagesConfig):
     cache: Text | None = None
     max_missing: NonNegativeInt | None = None
 
+    def check_files(self) -> list[Fault]:
+        return [fault for key, folder in self.folders.items() for fault in _no_folder(f"folders.{key}", folder)]
+
     def build(self, runtime: Runtime) -> Any:
         from longalign.data.captions import LongAlignCaptions
 
@@ -317,6 +352,9 @@ class PromptsConfig(DataConfig):
     name: Literal["prompts"] = "prompts"
     file: Text
     empty: Literal["skip", "keep"] = "skip"
+
+    def check_files(self) -> list[Fault]:
+        return [] if Path(self.file).is_file() else [("file", f"no file {self.file}")]
 
     def build(self, runtime: Runtime) -> Any:
         from longalign.data.prompts import Prompts

@@ -6,7 +6,10 @@ import csv
 import json
 import logging
 import os
-from collections.abc import Mapping
+import re
+from collections import deque
+from collections.abc import Iterator, Mapping
+from glob import glob
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -186,3 +189,37 @@ def _read(path: Path) -> str:
         raise FileNotFoundError(f"no file {path}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def find_shards(given: str) -> list[Path]:
+    """The tar files that a path with ``{0000..0123}`` (both ends included) or with ``*`` stands for, in order.
+
+    Raises:
+        FileNotFoundError: if there are none, or at the first one of a range that is missing.
+    """
+    return list(_shards(given))
+
+
+def _shards(given: str) -> Iterator[Path]:
+    span = re.search(r"\{(\d{1,18})\.\.(\d{1,18})\}", given)
+    if span:
+        first, last = span.groups()
+        if int(first) > int(last):
+            raise FileNotFoundError(f"no shard {given}: {first} is more than {last}")
+        for number in range(int(first), int(last) + 1):
+            yield from _shards(f"{given[: span.start()]}{number:0{len(first)}d}{given[span.end() :]}")
+        return
+    paths = sorted(glob(given)) if any(sign in given for sign in "*?[") else [given]
+    missing = [path for path in paths if not Path(path).is_file()]
+    if missing or not paths:
+        raise FileNotFoundError(f"no shard {missing[0] if missing else given}")
+    yield from map(Path, paths)
+
+
+def missing_shard(given: str) -> str:
+    """Which shard of a path is missing, as a message; an empty text if none is."""
+    try:
+        deque(_shards(given), maxlen=0)
+    except FileNotFoundError as error:
+        return str(error)
+    return ""

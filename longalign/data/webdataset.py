@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
-from glob import glob
 from pathlib import Path, PurePosixPath
 
 from longalign.data.configs import WebDatasetConfig
+from longalign.data.lines import find_shards
 from longalign.data.stream import Record, Stream
 from longalign.runtime import Runtime
 
@@ -113,23 +112,3 @@ class WebDataset(Stream):
         if not isinstance(text, str):
             return Record(name, fault=f"'{self.field}' must be a text, got {text!r:.60}")
         return Record(name, text.strip(), image)
-
-
-def find_shards(given: str) -> list[Path]:
-    """The tar files that a path with ``{0000..0123}`` (both ends included) or with ``*`` stands for, in order.
-
-    Raises:
-        FileNotFoundError: if there are none, or one of a range is missing.
-    """
-    span = re.search(r"\{(\d+)\.\.(\d+)\}", given)
-    if span:
-        first, last = span.groups()
-        paths = []
-        for number in range(int(first), int(last) + 1):  # ends at the first that is missing, however long the range
-            paths += find_shards(f"{given[: span.start()]}{number:0{len(first)}d}{given[span.end() :]}")
-        return paths
-    paths = sorted(glob(given)) if any(sign in given for sign in "*?[") else [given]
-    missing = [path for path in paths if not Path(path).is_file()]
-    if missing or not paths:
-        raise FileNotFoundError(f"no shard {missing[0] if missing else given}")
-    return [Path(path) for path in paths]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from longalign.files import check_single_file
+from longalign.faults import Fault
+from longalign.files import check_single_file, place
+from longalign.hub import absent, incomplete, read_json
 from longalign.registry import Part, PartConfig
 from longalign.runtime import Runtime
 from longalign.segment import SentenceConfig
@@ -36,6 +39,26 @@ class CheckpointConfig(PartConfig):
     variant: str | None = None
     max_batch_tokens: int = Field(16384, ge=1)
 
+    def check_files(self) -> list[Fault]:
+        if self.checkpoint.endswith((".safetensors", ".pt")):
+            return [] if Path(self.checkpoint).is_file() else [("checkpoint", f"no file {self.checkpoint}")]
+        fault = absent(self.checkpoint, self.revision) or incomplete(self.checkpoint, self._configs(), self.revision)
+        return [("checkpoint", fault)] if fault else []
+
+    def _configs(self) -> list[str]:
+        """The text model's config, in each of the places where it may be."""
+        return ["text_encoder/config.json", "config.json"]
+
+    def _width_of(self, *keys: str, inside: str | None = None) -> int | None:
+        """The first of some keys of the text model's config, as far as it is on this machine."""
+        for file in [f"{inside}/config.json"] if inside else [f for f in self._configs() if f.endswith(".json")]:
+            config = read_json(self.checkpoint, file, self.revision)
+            for key in keys:
+                width = config.get("text_config", config).get(key)
+                if isinstance(width, int):
+                    return width
+        return None
+
 
 class _Loaded(CheckpointConfig):
     """What encoders that load one text model share.
@@ -45,7 +68,16 @@ class _Loaded(CheckpointConfig):
             looked for in the subfolder that says ``tokenizer`` instead of ``text_encoder``.
     """
 
+    #: whether the conditioning has a pooled embedding
+    has_pooled: ClassVar[bool] = False
+
     subfolder: str | None = None
+
+    def _configs(self) -> list[str]:
+        return super()._configs() if self.subfolder is None else [place(self.subfolder, "config.json")]
+
+    def widths(self) -> tuple[int | None, int | None]:
+        return self._width_of("hidden_size"), None
 
 
 class SingleFileConfig(CheckpointConfig):
@@ -112,6 +144,8 @@ class TwoClipsConfig(CheckpointConfig):
         overflow: what happens to a longer prompt: an error, a cut with a warning, or the batch grows.
     """
 
+    has_pooled: ClassVar[bool] = True
+
     subfolder: str | None = None
     segmenter: Part("segmenters") = SentenceConfig()  # type: ignore[valid-type]
     pooled: Literal["mean", "first", "truncate"] = "mean"
@@ -120,6 +154,14 @@ class TwoClipsConfig(CheckpointConfig):
     pad: Literal["pad*", "pad", "none"] = "pad*"
     max_tokens: int = Field(240, ge=1)
     overflow: Literal["error", "cut", "grow"] = "cut"
+
+    def _configs(self) -> list[str]:
+        return [place(self.subfolder, "text_encoder/config.json")]
+
+    def _both(self, key: str) -> tuple[int | None, int | None]:
+        """A key of the two CLIPs' configs."""
+        first, second = (self._width_of(key, inside=place(self.subfolder, f"text_encoder{n}")) for n in ("", "_2"))
+        return first, second
 
 
 class ClipSegmentSDXLConfig(TwoClipsConfig, SingleFileConfig):
@@ -134,6 +176,10 @@ class ClipSegmentSDXLConfig(TwoClipsConfig, SingleFileConfig):
     name: Literal["clip-segment-sdxl"] = "clip-segment-sdxl"
     checkpoint: str = Field("stabilityai/stable-diffusion-xl-base-1.0", min_length=1)
     empty: Literal["zeros", "encode"] = "zeros"
+
+    def widths(self) -> tuple[int | None, int | None]:
+        first, second = self._both("hidden_size")
+        return first + second if first and second else None, self._both("projection_dim")[1]
 
     def build(self, runtime: Runtime) -> ClipSegmentSDXLEncoder:
         from longalign.encoders.clip_segment_sdxl import ClipSegmentSDXLEncoder
@@ -156,6 +202,10 @@ class ClipSegmentSD3Config(TwoClipsConfig):
     t5: Literal["encode", "zeros", "none"] = "encode"
     t5_tokens: int = Field(256, ge=1)
     width: int = Field(4096, ge=1)
+
+    def widths(self) -> tuple[int | None, int | None]:
+        first, second = self._both("projection_dim")
+        return self.width, first + second if first and second else None
 
     def build(self, runtime: Runtime) -> ClipSegmentSD3Encoder:
         from longalign.encoders.clip_segment_sd3 import ClipSegmentSD3Encoder
@@ -197,6 +247,13 @@ class LongClipConfig(_Loaded):
     tokenizer: str | None = None
     overflow: Literal["cut", "error"] = "cut"
 
+    def check_files(self) -> list[Fault]:
+        fault = self.tokenizer and absent(self.tokenizer)
+        return super().check_files() + ([("tokenizer", fault)] if fault else [])
+
+    def _configs(self) -> list[str]:
+        return [self.filename] if self.filename else ["longclip-L.pt", *super()._configs()]
+
     @model_validator(mode="after")
     def _one_file(self) -> LongClipConfig:
         single = self.checkpoint.endswith((".pt", ".safetensors"))
@@ -235,6 +292,20 @@ class AdapterConfig(PartConfig):
     out_dim: int | None = Field(None, ge=1)
     trainable: bool = True
 
+    def width(self) -> int | None:
+        """Of what comes out, as far as files on this machine tell."""
+        if self.checkpoint is None:
+            return self.out_dim
+        width = read_json(self.checkpoint, place(self.subfolder, "config.json"), self.revision).get("out_dim")
+        return width if isinstance(width, int) else None
+
+    def check_files(self) -> list[Fault]:
+        if self.checkpoint is None:
+            return []
+        config = [place(self.subfolder, "config.json")]
+        fault = absent(self.checkpoint, self.revision) or incomplete(self.checkpoint, config, self.revision)
+        return [("checkpoint", fault)] if fault else []
+
     @model_validator(mode="after")
     def _one_source(self) -> AdapterConfig:
         given = [key for key in ("in_dim", "int_dim", "out_dim") if getattr(self, key) is not None]
@@ -264,6 +335,9 @@ class T5Config(_Loaded):
     overflow: Literal["error", "cut", "grow"] = "cut"
     mask: bool = False
 
+    def widths(self) -> tuple[int | None, int | None]:
+        return self._width_of("d_model") if self.adapter is None else self.adapter.width(), None
+
     def build(self, runtime: Runtime) -> T5Encoder:
         from longalign.encoders.t5 import T5Encoder
 
@@ -279,6 +353,33 @@ class ConcatConfig(PartConfig):
 
     name: Literal["concat"] = "concat"
     parts: list[Part("encoders")] = Field(min_length=1)  # type: ignore[valid-type]
+
+    @property
+    def has_pooled(self) -> bool | None:
+        """Whether a part gives a pooled embedding; None if one does not say."""
+        told = [getattr(part, "has_pooled", None) for part in self.parts]
+        return True if True in told else None if None in told else False
+
+    @model_validator(mode="after")
+    def _one_pooled(self) -> ConcatConfig:
+        named = [part.name for part in self.parts if getattr(part, "has_pooled", None)]
+        if len(named) > 1:
+            raise ValueError(f"expected at most one part with a pooled embedding, got {', '.join(named)}")
+        return self
+
+    def check_files(self) -> list[Fault]:
+        widths = {part.name: width for part in self.parts if (width := part.widths()[0]) is not None}
+        if len(set(widths.values())) < 2:
+            return []
+        told = ", ".join(f"{width} of '{name}'" for name, width in widths.items())
+        return [("parts", f"their states must have one width, got {told}; give one an adapter")]
+
+    def widths(self) -> tuple[int | None, int | None]:
+        known = [part.widths() for part in self.parts]
+        return (
+            next((states for states, _ in known if states is not None), None),
+            next((pooled for _, pooled in known if pooled is not None), None),
+        )
 
     def build(self, runtime: Runtime) -> ConcatEncoder:
         from longalign.encoders.concat import ConcatEncoder

@@ -10,6 +10,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
+from longalign.hub import why
 from longalign.runtime import Runtime, resolve_checkpoint
 from longalign.weights import reading
 
@@ -29,7 +30,7 @@ def find_file(checkpoint: str, file: str, revision: str | None = None) -> Path |
     except EntryNotFoundError:
         return None
     except Exception as error:
-        raise ValueError(f"no local folder '{checkpoint}', and the hub answered: {error}") from error
+        raise ValueError(f"no local folder '{checkpoint}', and on the hub: {why(error, file)}") from error
 
 
 def subfolders(checkpoint: str, subfolder: str | None, revision: str | None) -> tuple[str, str]:
@@ -87,7 +88,7 @@ def load_model(
         raise ValueError(
             f"no {kind.__name__} in {place}; expected a hub id or a folder with config.json and weights "
             "(or text_encoder/ and tokenizer/); see 'variant' for weights in files such as model.fp16.safetensors: "
-            f"{error}"
+            f"{error if Path(str(checkpoint)).exists() else why(error)}"
         ) from error
     finally:
         logging.set_verbosity(verbosity)

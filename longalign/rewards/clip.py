@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from longalign.hub import why
 from longalign.images import Pixels
 from longalign.rewards.hub import holds_tokenizer, image_statistics
 from longalign.rewards.towers import ImageInput, TowerReward, Towers
@@ -121,8 +122,13 @@ def load_clip(config: ClipLikeConfig, runtime: Runtime) -> TowerReward:
 
     checkpoint = resolve_checkpoint(config.checkpoint)
     own: dict[str, Any] = {"revision": config.revision, "subfolder": config.subfolder or ""}
-    with reading(f"a file of weights in '{checkpoint}'"):
-        loaded: Any = CLIPModel.from_pretrained(checkpoint, output_loading_info=True, variant=config.variant, **own)
+    try:
+        with reading(f"a file of weights in '{checkpoint}'"):
+            loaded: Any = CLIPModel.from_pretrained(checkpoint, output_loading_info=True, variant=config.variant, **own)
+    except OSError as error:
+        if Path(checkpoint).exists():
+            raise
+        raise ValueError(f"checkpoint '{checkpoint}' of '{config.name}' is not to be had: {why(error)}") from error
     model, info = loaded
     if info["missing_keys"]:
         raise ValueError(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from longalign.faults import Fault
+from longalign.files import place
+from longalign.hub import absent, incomplete
 from longalign.registry import Part, PartConfig, Section
 from longalign.runtime import Runtime
 
@@ -92,6 +96,12 @@ class ClipLikeConfig(TowerRewardConfig):
     variant: str | None = None
     processor: str | None = None
 
+    def check_files(self) -> list[Fault]:
+        config = [place(self.subfolder, "config.json")]
+        fault = absent(self.checkpoint, self.revision) or incomplete(self.checkpoint, config, self.revision)
+        faults = [("checkpoint", fault)] if fault else []
+        return faults + ([("processor", fault)] if self.processor and (fault := absent(self.processor)) else [])
+
     def build(self, runtime: Runtime) -> Any:
         from longalign.rewards.clip import load_clip
 
@@ -137,6 +147,10 @@ class Hpsv2Config(TowerRewardConfig):
     version: Literal["v2", "v2.1"] | None = None
     aspect: Aspect = "pad"
 
+    def check_files(self) -> list[Fault]:
+        fault = absent(self.checkpoint, self.revision)
+        return [("checkpoint", fault)] if fault else []
+
     def build(self, runtime: Runtime) -> Any:
         from longalign.rewards.hpsv2 import load_hpsv2
 
@@ -168,6 +182,12 @@ class ReweightedConfig(RewardConfig):
                 "around a sum, put `reweighted` inside it, around each term"
             )
         return inner
+
+    def check_files(self) -> list[Fault]:
+        if self.direction in ("batch", "running") or Path(self.direction).is_file():
+            return []
+        message = f"no file {self.direction}; expected batch, running, or a file written by `longalign direction`"
+        return [("direction", message)]
 
     @property
     def differentiable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from longalign.hub import why
 from longalign.images import CLIP_MEAN, CLIP_STD
 from longalign.rewards.clip import NUM_SPECIAL_TOKENS, check_tokenizer
 from longalign.rewards.towers import ImageInput, TowerReward, Towers
@@ -89,7 +90,10 @@ def find_weights(checkpoint: str, version: str | None = None, revision: str | No
         return path / name
     from huggingface_hub import hf_hub_download
 
-    return Path(hf_hub_download(checkpoint, name, revision=revision))
+    try:
+        return Path(hf_hub_download(checkpoint, name, revision=revision))
+    except Exception as error:
+        raise ValueError(f"checkpoint '{checkpoint}' of 'hpsv2' is not to be had: {why(error, name)}") from error
 
 
 def read_state(weights: Path) -> dict[str, Tensor]:

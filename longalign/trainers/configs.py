@@ -19,13 +19,14 @@ class TrainerConfig(PartConfig):
     What it asks of a run, which is checked before anything is loaded: ``needs`` are the keys that must be there of
     ``backbone`` and ``encoder``, the other must be left out; ``uses_rewards`` says whether the run may have rewards,
     ``trains_rewards`` whether they are what is trained, ``compares_pairs`` whether the data must have two images of
-    each prompt.
+    each prompt, ``needs_images`` whether it needs images at all.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("backbone", "encoder")
     uses_rewards: ClassVar[bool] = False
     trains_rewards: ClassVar[bool] = False
     compares_pairs: ClassVar[bool] = False
+    needs_images: ClassVar[bool] = True
 
     def build(self, runtime: Runtime, *, backbone: Any = None, encoder: Any = None, rewards: Any = ()) -> Any:
         """Makes the trainer and sets what is trained in its parts.
@@ -185,6 +186,10 @@ class RewardConfig(TrainerConfig):
         if self.regularizer != "none" and self.regularizer_weight is None:
             raise ValueError(f"the regularizer '{self.regularizer}' needs a regularizer_weight")
         return self
+
+    @property
+    def needs_images(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.regularizer == "pretraining"
 
     def check_run(self, run: Any) -> list[tuple[str, str]]:
         faults = [] if run.rewards else [("rewards", f"'{self.name}' needs at least one reward")]
