@@ -104,3 +104,25 @@ def test_texts_that_unpack_to_much_are_refused(tmp_path):
     assert (tmp_path / "a.png").stat().st_size < 10_000
     with pytest.raises(ValueError, match=r"a\.png"):
         load_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP", "GIF"])
+def test_damaged_files_are_read_or_named(tmp_path, kind):
+    """The long form is in tests/reliability/test_images_and_data.py."""
+    buffer = BytesIO()
+    Image.fromarray((RAMP * 255).astype(np.uint8)).convert("RGB").save(buffer, kind)
+    chance, rejected = np.random.default_rng(0), 0
+    for number in range(40):
+        content = bytearray(buffer.getvalue())
+        at = int(chance.integers(len(content)))
+        if number % 2:
+            del content[at:]
+        else:
+            content[at] ^= int(chance.integers(1, 256))
+        (tmp_path / "a").write_bytes(content)
+        try:
+            assert load_image(tmp_path / "a").shape[0] == 3
+        except ValueError as error:
+            assert f"{tmp_path / 'a'} cannot be read as an image" in str(error)
+            rejected += 1
+    assert rejected > 5

@@ -13,7 +13,7 @@ from PIL.Image import Image
 
 from longalign.data.base import Data, check_index
 from longalign.data.configs import HubConfig, HubPairsConfig
-from longalign.data.lines import inside
+from longalign.data.lines import check_text, inside
 from longalign.data.pictures import Pictures
 from longalign.data.stream import Record, Stream
 from longalign.runtime import Runtime
@@ -117,7 +117,7 @@ def text(value: Any) -> str:
     """The caption in a cell; null is empty. Raises ValueError for what is no text."""
     if value is not None and not isinstance(value, str):
         raise ValueError(f"a caption must be a text, got {value!r:.60}")
-    return (value or "").strip()
+    return check_text(value or "", "a caption").strip()
 
 
 def build(config: HubConfig, runtime: Runtime) -> HubRows | HubPrompts | HubStream:

@@ -147,7 +147,18 @@ def text_of(row: Mapping[str, Any], where: str) -> str:
         raise ValueError(f"{where} has neither 'text' nor 'prompt'; there is {', '.join(row) or 'nothing'}")
     if row[key] is not None and not isinstance(row[key], str):
         raise ValueError(f"{where}: '{key}' must be text, got {row[key]!r}")
-    return (row[key] or "").strip()
+    return check_text(row[key] or "", f"{where}: '{key}'").strip()
+
+
+def check_text(text: str, where: str) -> str:
+    """The text. Raises ValueError if it holds half of a surrogate pair, as a broken escape in JSON leaves it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where} is no valid text: {text[error.start]!r} at character {error.start} is half of a surrogate pair"
+        ) from None
+    return text
 
 
 def new_index(folder: Path | str, overwrite: bool = False) -> Path:

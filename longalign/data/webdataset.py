@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import tarfile
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from longalign.data.configs import WebDatasetConfig
-from longalign.data.lines import find_shards
+from longalign.data.lines import check_text, find_shards
 from longalign.data.stream import Record, Stream
 from longalign.runtime import Runtime
 
-BROKEN = (tarfile.TarError, EOFError, OSError, zlib.error)
 #: most bytes of an image or caption, and of a member's header, which a few compressed bytes can claim to be
 MAX_BYTES = 256 * 2**20
 MAX_HEADER_BYTES = 2**20
@@ -89,7 +87,7 @@ class WebDataset(Stream):
                         fault = f"its .{ending} has {member.size} bytes, more than the limit of {MAX_BYTES}"
                     file = tar.extractfile(member) if ending in wanted and not fault else None
                     parts[ending] = file.read() if file is not None else b""
-        except BROKEN as error:
+        except Exception as error:  # on damaged files tarfile raises TypeError, zlib.error and others beside its own
             self.unreadable.note(f"the rest of {path}", error)
             parts = {}
         if parts:
@@ -111,4 +109,7 @@ class WebDataset(Stream):
             return Record(name, fault=f"its .{self.caption} is not a text{what} ({type(error).__name__}: {error})")
         if not isinstance(text, str):
             return Record(name, fault=f"'{self.field}' must be a text, got {text!r:.60}")
-        return Record(name, text.strip(), image)
+        try:
+            return Record(name, check_text(text, f"its .{self.caption}").strip(), image)
+        except ValueError as error:
+            return Record(name, fault=str(error))

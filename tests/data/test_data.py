@@ -337,3 +337,11 @@ def test_the_resolution_is_the_backbones_own(folder, tmp_path_factory):
     assert build_from_config(override(run, {"data.resolution": 16})).data[0]["image"].shape == (3, 16, 16)
     with pytest.raises(ValueError, match="resolution null is the backbone's own"):
         build(folder, resolution=None)
+
+
+def test_half_a_surrogate_pair_is_no_text(folder):
+    (folder / "metadata.jsonl").write_text(
+        '{"file_name": "r.png", "text": "A."}\n{"file_name": "g.png", "text": "\\ud800"}'
+    )
+    with pytest.raises(ValueError, match=r"line 2: 'text' is no.* valid text: '.ud800' at character 0"):
+        build(folder)

@@ -379,3 +379,18 @@ def test_a_path_of_the_captions_that_leads_out_of_its_folder(captions):
         file.write('\n{"caption": "A.", "path": "../../secret.png", "source": "SAM"}')
     with pytest.raises(ValueError, match=r"'\.\./\.\./secret.png' leads out of .*sam"):
         joined(captions)
+
+
+def test_damaged_compression_is_named_whatever_tarfile_raises(tmp_path):
+    for number, content in enumerate((b"\x1f\x8b\x08", b"BZh9", b"\xfd7zXZ\0", b"")):
+        (tmp_path / f"{number}.tar").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"nothing to read in part 0 of 1.*the rest of .*{number}\.tar \("):
+            take(web(tmp_path, f"{number}.tar"), 1)
+
+
+def test_json_captions_that_are_no_text(tmp_path):
+    captions = (b"[" * 100_000, b'{"caption": "\\ud800"}', b'{"caption": "A."}')
+    samples = [part for i, c in enumerate(captions) for part in ((f"{i}.png", png(i)), (f"{i}.json", c))]
+    write_shard(tmp_path / "s.tar", samples)
+    found = web(tmp_path, "s.tar", caption="json")
+    assert prompts(take(found, 2)) == ["A.", "A."] and len(found.unreadable) == 2

@@ -1,0 +1,273 @@
+"""Attacks on what reads images and data: whatever a file holds, it is read, or rejected with a ValueError or OSError.
+
+Counts are in docs/reliability.md.
+"""
+
+import io
+import json
+import os
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from longalign.data.lines import inside, read_captions
+from longalign.data.pictures import UNREADABLE, load_square
+from longalign.imagefiles import FORMATS, load_image
+from longalign.registry import data
+
+pytestmark = [
+    pytest.mark.reliability,
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # Pillow warns of damaged metadata
+    pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+MANY = settings(max_examples=2000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+SOME = settings(MANY, max_examples=500)
+
+
+def encoded(kind, mode="RGB", size=(24, 16), **keys):
+    values = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(values).convert(mode).save(buffer, kind, **keys)
+    return buffer.getvalue()
+
+
+SEEDS = {
+    kind: encoded(kind) for kind in FORMATS if kind in Image.registered_extensions().values() and kind in Image.SAVE
+}
+SEEDS["PNG, palette"] = encoded("PNG", "P")
+Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8)).save(sixteen := io.BytesIO(), "PNG")
+SEEDS["PNG, 16 bits"] = sixteen.getvalue()
+SEEDS["TIFF, LZW"] = encoded("TIFF", compression="tiff_lzw")
+SEEDS["JPEG, EXIF"] = encoded(
+    "JPEG", exif=b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x01\x00\x12\x01\x03\x00\x01\x00\x00\x00\x06"
+)
+SEEDS["JPEG, CMYK"] = encoded("JPEG", "CMYK")
+
+
+def read(content):
+    """An image from bytes, or None where it is rejected as it should be."""
+    try:
+        image = load_square(content, 8)
+    except UNREADABLE as error:
+        assert str(error) or isinstance(error, OSError)
+        return None
+    assert image.shape == (3, 8, 8) and 0 <= image.min() <= image.max() <= 1
+    return image
+
+
+@st.composite
+def damaged(draw, seeds):
+    """A file that is truncated, has bytes changed, removed, repeated or inserted, or is joined to another one."""
+    content = bytearray(draw(st.sampled_from(seeds)))
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, max(0, len(content) - 1)))
+        how = draw(st.sampled_from(["truncate", "flip", "head", "remove", "repeat", "insert", "join", "number"]))
+        if how == "truncate":
+            del content[at:]
+        elif how in ("flip", "head") and content:
+            content[at % 64 if how == "head" and len(content) > 64 else at] ^= draw(st.integers(1, 255))
+        elif how == "remove":
+            del content[at : at + draw(st.integers(1, 64))]
+        elif how == "repeat":
+            content[at:at] = content[at : at + draw(st.integers(1, 64))]
+        elif how == "insert":
+            content[at:at] = draw(st.binary(min_size=1, max_size=16))
+        elif how == "number":
+            content[at : at + 4] = draw(st.sampled_from([b"\xff" * 4, b"\0" * 4, b"\x7f\xff\xff\xff", b"\0\0\xff\xff"]))
+        else:
+            content += draw(st.sampled_from(seeds))
+    return bytes(content)
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_every_format_is_read(name):
+    assert read(SEEDS[name]) is not None
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_every_truncation_ends_well(name):
+    content = SEEDS[name]
+    for length in range(0, len(content), max(1, len(content) // 400)):
+        read(content[:length])
+
+
+@MANY
+@given(damaged(list(SEEDS.values())))
+def test_damaged_images(content):
+    started = time.monotonic()
+    read(content)
+    assert time.monotonic() - started < 20
+
+
+@SOME
+@given(st.binary(max_size=300))
+def test_bytes_that_are_no_image(content):
+    read(content)
+
+
+@SOME
+@given(
+    st.sampled_from(["L", "I;16", "I;16B", "RGB", "CMYK", "F", "I", "LAB", "YCbCr", "1", "P", "LA", "RGBA"]), st.data()
+)
+def test_modes_in_tiff(mode, chosen):
+    size = chosen.draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
+    values = chosen.draw(st.binary(min_size=9 * 9 * 4, max_size=9 * 9 * 4))
+    image = Image.new(mode, size)
+    image.frombytes(values[: len(image.tobytes())])
+    buffer = io.BytesIO()
+    image.save(buffer, "TIFF")
+    found = read(buffer.getvalue())
+    if mode in ("I;16", "I;16B"):
+        first = int.from_bytes(image.tobytes()[:2], "big" if mode.endswith("B") else "little")
+        whole = load_image_of(buffer.getvalue())
+        assert abs(whole[0, 0, 0].item() - first / 65535) < 1 / 255
+    assert mode != "I" or found is None
+
+
+def load_image_of(content):
+    with tempfile.NamedTemporaryFile(suffix=".tiff") as file:
+        file.write(content)
+        file.flush()
+        return load_image(file.name)
+
+
+def archive(members, compression=""):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=f"w:{compression}") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+PICTURE = SEEDS["PNG"]
+PLAIN = [(f"{i:03}.{ending}", content) for i in range(4) for ending, content in (("png", PICTURE), ("txt", b"A fox."))]
+ARCHIVES = [archive(PLAIN), archive(PLAIN, "gz"), archive(PLAIN, "xz"), archive([("a" * 300 + ".png", PICTURE)])]
+
+
+def shard(content, **keys):
+    """Items of a shard, or None where there are none to be had."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "s.tar")
+        path.write_bytes(content)
+        try:
+            found = data.build(
+                {"name": "webdataset", "shards": str(path), "resolution": 8, "max_unreadable": 3, **keys}
+            )
+            items = found.items(seed=0)
+            return [next(items) for _ in range(6)]
+        except UNREADABLE as error:
+            assert str(error)
+            return None
+
+
+@SOME
+@given(damaged(ARCHIVES))
+def test_damaged_shards(content):
+    for item in shard(content) or ():
+        assert item["image"].shape == (3, 8, 8) and item["prompt"].encode()
+
+
+FORMS = ["{}.png", "{}.txt", "{}.json", "../{}.png", "/{}.txt"]
+CAPTIONS = [b'{"caption": "A fox."}', b'{"caption": 3}', b'{"caption": "\\ud800"}', b"[" * 100_000]
+CONTENTS = [PICTURE, b"A fox.", b"\xff", b"", *CAPTIONS]
+
+
+@SOME
+@given(
+    st.lists(
+        st.tuples(
+            st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20).flatmap(
+                lambda stem: st.sampled_from([form.format(stem) for form in FORMS])
+            ),
+            st.sampled_from(CONTENTS),
+        ),
+        max_size=8,
+    ),
+    st.sampled_from(["txt", "json"]),
+)
+def test_members_of_all_names_and_contents(members, caption):
+    for item in shard(archive(members), caption=caption) or ():
+        assert item["image"].shape == (3, 8, 8) and item["prompt"].encode()
+
+
+ROWS = st.dictionaries(
+    st.sampled_from(["file_name", "text", "prompt", "image_0", "image_1", "label_0", "label_1", "preference", "x"]),
+    st.one_of(
+        st.sampled_from(["a.png", "b.png", "A fox.", "../a.png", "/etc/passwd", "", "\0", "\ud800", "a.png/..", "."]),
+        st.text(max_size=10),
+        st.none(), st.booleans(), st.integers(), st.floats(), st.lists(st.text(max_size=3), max_size=2),
+    ),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("in") / "images"
+    folder.mkdir()
+    for name in ("a.png", "b.png", "../secret.png"):
+        (folder / name).write_bytes(PICTURE)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["folder", "pairs"])
+def test_metadata(folder, name):
+    @MANY
+    @given(st.lists(ROWS, max_size=5), st.data())
+    def attack(rows, chosen):
+        text = "\n".join(map(json.dumps, rows)).encode()
+        if chosen.draw(st.booleans()):
+            text = chosen.draw(damaged([text or b"{}"]))
+        (folder / "metadata.jsonl").write_bytes(text)
+        try:
+            found = data.build({"name": name, "folder": str(folder), "resolution": 8})
+            items = [found[i] for i in range(len(found))]
+        except UNREADABLE as error:
+            assert str(error)
+            return
+        for item in items:
+            assert item["image"].shape[-3:] == (3, 8, 8) and item["prompt"].encode()
+
+    attack()
+
+
+def test_tables_of_captions(tmp_path):
+    @SOME
+    @given(
+        damaged(
+            [b'file_name,text\na.png,"A fox, red."\nb.png,B.\n', b"file_name;text\na.png;A", b'a,b\n"', b"\xef\xbb\xbf"]
+        )
+    )
+    def attack(content):
+        (tmp_path / "metadata.csv").write_bytes(content)
+        try:
+            read_captions(tmp_path)
+        except UNREADABLE as error:
+            assert str(error)
+
+    attack()
+
+
+@settings(MANY, max_examples=5000)
+@given(
+    st.lists(st.sampled_from(["..", ".", "a", "b.png", "", "/", "a..", "...", "\\", "~", "etc", "in"])).map("/".join)
+)
+def test_no_name_leads_out_of_a_folder(name):
+    for folder in ("in", "/tmp/in", "in/../in", "/"):
+        try:
+            path = inside(folder, name)
+        except ValueError as error:
+            assert "leads out of" in str(error)
+            continue
+        home = os.path.normpath(os.path.abspath(folder))
+        assert os.path.commonpath([home, os.path.normpath(os.path.abspath(path))]) == home
+        assert ".." not in Path(os.path.relpath(path, folder)).parts or folder == "in/../in"
