@@ -7,8 +7,8 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from pydantic import ValidationError
-from safetensors.torch import load_file, save_file
-from tiny import tiny_clip, tiny_clip_text, tiny_hpsv2, tiny_sd, tiny_sd3
+from safetensors.torch import save_file
+from tiny import tiny_clip, tiny_clip_text, tiny_hpsv2, tiny_sd, tiny_sd3, weights_of
 from transformers import CLIPModel
 
 from longalign import stock
@@ -184,7 +184,7 @@ def publish_tokenizer(folder, pad):
 
 def publish_text_model(folder, act):
     """Weights with their first names and one that is none, and a config whose end of text is an old mark."""
-    state = load_file(folder / "model.safetensors")
+    state = weights_of(folder / "model.safetensors")
     named = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in state.items()}
     position_ids = {"text_model.embeddings.position_ids": torch.arange(77)[None]}
     save_file({**named, **position_ids}, folder / "model.safetensors", {"format": "pt"})
@@ -194,7 +194,7 @@ def publish_text_model(folder, act):
 
 def publish_vae(folder):
     """Attention with its first names, and a config without the factor of latents."""
-    state = load_file(folder / "diffusion_pytorch_model.safetensors")
+    state = weights_of(folder / "diffusion_pytorch_model.safetensors")
     for new, old in ATTENTION.items():
         state = {name.replace(f".attentions.0.{new}.", f".attentions.0.{old}."): v for name, v in state.items()}
     assert sum(".query." in name for name in state) == 4
@@ -203,20 +203,20 @@ def publish_vae(folder):
 
 
 def test_stable_diffusion_15(tmp_path):
-    folder = tiny_sd(tmp_path)
+    plain, folder = tiny_sd(tmp_path / "plain"), tiny_sd(tmp_path / "published")
 
-    def built():
+    def built(folder):
         place = {"checkpoint": str(folder)}
         clips = [encoders.build({"name": name, **place}) for name in ("clip-segment", "clip-truncate")]
         return backbones.build({"name": "sd", **place}), *clips
 
-    expected, *clips = built()
+    expected, *clips = built(plain)
     publish_tokenizer(folder / "tokenizer", "<|endoftext|>")
     publish_text_model(folder / "text_encoder", "quick_gelu")
     publish_vae(folder / "vae")
     rewrite(folder / "unet" / "config.json", UNET, _diffusers_version="0.6.0")
     rewrite(folder / "scheduler" / "scheduler_config.json", (), _class_name="PNDMScheduler", **SCHEDULER)
-    backbone, *others = built()
+    backbone, *others = built(folder)
     weights, found = expected.state_dict(), backbone.state_dict()
     assert found.keys() == weights.keys() and all(torch.equal(found[name], value) for name, value in weights.items())
     assert backbone.prediction == "epsilon" and backbone.vae.config.scaling_factor == 0.18215

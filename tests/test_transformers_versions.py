@@ -6,7 +6,8 @@ import math
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from tiny import weights_of
 
 from longalign.registry import encoders, rewards
 
@@ -23,7 +24,7 @@ def spread(shape, start=0):
 def folder(tmp_path_factory):
     """A CLIP of known weights, by the names that published files have."""
     folder = tiny.tiny_clip(tmp_path_factory.mktemp("known"))
-    weights = load_file(folder / "model.safetensors")
+    weights = weights_of(folder / "model.safetensors")
     for i, name in enumerate(sorted(weights)):
         weights[name] = spread(weights[name].shape, 1000 * i) - 0.5 + ("norm" in name)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
@@ -67,7 +68,7 @@ def test_text_states(folder, name, expected):
 def test_text_models_saved_by_either(tmp_path):
     folder = tiny.tiny_clip_text(tmp_path)
     file = folder / "text_encoder" / "model.safetensors"
-    bare = {name.removeprefix("text_model."): value for name, value in load_file(file).items()}
+    bare = {name.removeprefix("text_model."): value for name, value in weights_of(file).items()}
     states = []
     for prefix in ("", "text_model."):
         save_file({prefix + name: value for name, value in bare.items()}, file, {"format": "pt"})

@@ -15,6 +15,7 @@ from functools import cache, wraps
 from pathlib import Path
 
 import torch
+from safetensors.torch import load
 
 Builder = Callable[..., Path]
 
@@ -45,6 +46,16 @@ def once(build: Builder) -> Builder:
         return folder
 
     return copied
+
+
+def beside(folder: Path) -> Path:
+    """Where a builder puts what its folder is made of; weights are not written into the file they are mapped from."""
+    return folder.with_name(f"{folder.name}-parts")
+
+
+def weights_of(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, in memory: those that are mapped from a file change when it is written."""
+    return load(file.read_bytes())
 
 
 WORDS = ("A red fox sleeps on a wall. The sky is green.",)
@@ -192,7 +203,7 @@ def tiny_sd(folder: Path, width: int = 16) -> Path:
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizerFast
 
-    tiny_clip_text(folder, width=width)
+    text = tiny_clip_text(beside(folder), width=width)
     torch.manual_seed(0)
     blocks = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1, "sample_size": 8}
     unet = UNet2DConditionModel(
@@ -209,14 +220,15 @@ def tiny_sd(folder: Path, width: int = 16) -> Path:
     )  # fmt: skip
     pipe = StableDiffusionPipeline(
         vae=vae,
-        text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder"),
-        tokenizer=CLIPTokenizerFast.from_pretrained(folder / "tokenizer"),
+        text_encoder=CLIPTextModel.from_pretrained(text / "text_encoder"),
+        tokenizer=CLIPTokenizerFast.from_pretrained(text / "tokenizer"),
         unet=unet,
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
+    shutil.copytree(text / "tokenizer", folder / "tokenizer")
     pipe.save_pretrained(folder)
     return folder
 
@@ -283,10 +295,10 @@ def tiny_sdxl(folder: Path) -> Path:
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizerFast
 
-    tiny_clip_text(folder)
-    first = CLIPTokenizerFast.from_pretrained(folder / "tokenizer")
+    clip = tiny_clip_text(beside(folder))
+    first = CLIPTokenizerFast.from_pretrained(clip / "tokenizer")
     # bigG's tokenizer pads with "!", the first of the vocabulary, and not with <eot>
-    second = CLIPTokenizerFast.from_pretrained(folder / "tokenizer", pad_token="!")
+    second = CLIPTokenizerFast.from_pretrained(clip / "tokenizer", pad_token="!")
     torch.manual_seed(3)
     text = CLIPTextConfig(
         vocab_size=len(first), hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
@@ -305,8 +317,9 @@ def tiny_sdxl(folder: Path) -> Path:
     scheduler = EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading",
     )  # fmt: skip
+    shutil.copytree(clip / "tokenizer", folder / "tokenizer")
     StableDiffusionXLPipeline(
-        vae, CLIPTextModel.from_pretrained(folder / "text_encoder"), _noisy(CLIPTextModelWithProjection(text)), first,
+        vae, CLIPTextModel.from_pretrained(clip / "text_encoder"), _noisy(CLIPTextModelWithProjection(text)), first,
         second, unet, scheduler, add_watermarker=False,
     ).save_pretrained(folder)  # fmt: skip
     return folder

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from longalign.images import Pixels
@@ -200,7 +200,7 @@ def test_half_precision_modules_give_float32_scores(clip_folder):
 def test_a_tokenizer_of_another_vocabulary_is_refused(clip_folder, tmp_path):
     copy = shutil.copytree(clip_folder, tmp_path / "copy")
     config = json.loads((copy / "config.json").read_text())
-    weights = load_file(copy / "model.safetensors")
+    weights = tiny.weights_of(copy / "model.safetensors")
     size = config["text_config"]["vocab_size"] - 10
     weights["text_model.embeddings.token_embedding.weight"] = torch.zeros(size, 16)
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
