@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 from unittest.mock import patch
 
@@ -94,6 +94,7 @@ class LikeCuda:
         functions["scaled_dot_product_attention"] = _casting(_attention, self._narrow)
         self._patches.enter_context(patch.multiple(F, **functions))
         self._patches.enter_context(patch.object(Tensor, "cpu", _read))
+        self._patches.enter_context(patch.object(torch, "isfinite", _finite(torch.isfinite)))
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -122,6 +123,15 @@ class LikeCuda:
 
 def _widen(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) else value
+
+
+def _finite(isfinite: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    @wraps(isfinite)
+    def call(tensor: Tensor) -> Tensor:
+        # meta tensors have no content: what asks about it gets a tensor on the CPU, which says that all is finite
+        return torch.ones(tensor.shape, dtype=torch.bool) if tensor.is_meta else isfinite(tensor)
+
+    return call
 
 
 def _read(tensor: Tensor) -> Tensor:

@@ -95,6 +95,44 @@ def rows(model: str) -> list[Setting]:
     ]  # fmt: skip
 
 
+def recipe(path: Path) -> dict[str, float]:
+    """As `measure`, and ``batch``, of an example's config without caches: text models are in memory, and images are
+    encoded too."""
+    from longalign import load_config
+
+    config: Any = load_config(path)
+    model = {"sd": SD, "sdxl": SDXL}[config.backbone.name]
+    stage, batch = config.trainer.name, config.loop.batch_size
+    checkpointing = config.loop.gradient_checkpointing
+    found = measure(Setting(model, stage, batch, config.backbone.dtype, checkpointing=checkpointing))
+    rest = found["peak"] - found["weights"] - found["state"]
+    if stage == "align":
+        images = measure(Setting(model, "images", batch))
+        rest = max(rest, images["peak"] - images["weights"])
+    found["weights"] += measure(Setting(model, "texts"))["weights"]
+    return {**found, "peak": found["weights"] + found["state"] + rest, "batch": batch}
+
+
+def recipes() -> list[str]:
+    """The table of the examples for GPUs of 24 GB."""
+    lines = [
+        "## Examples for one GPU of 24 GB", "",
+        "Batch and settings are those of the files in `examples/`; text models are in memory, for nothing is cached.", "",
+        "| example | batch | weights | AdamW's state | all else at the peak | peak |", "|---" * 6 + "|",
+    ]  # fmt: skip
+    for path in sorted((Path(__file__).parents[1] / "examples").glob("*-24gb.yaml")):
+        found = recipe(path)
+        lines.append(f"| `{path.name}` | {found['batch']} | {columns(found)} |")
+        print(lines[-1], flush=True)
+    return [*lines, ""]
+
+
+def columns(found: dict[str, float]) -> str:
+    """The last columns of a row."""
+    rest = found["peak"] - found["weights"] - found["state"]
+    return " | ".join(f"{n:.1f}" for n in (found["weights"], found["state"], rest, found["peak"]))
+
+
 def described(setting: Setting, calls: int) -> str:
     """The first columns of a row."""
     trains = setting.stage in ("align", "reward", "plain")
@@ -134,10 +172,10 @@ def main() -> None:
         for setting in rows(model):
             found, calls = measure(setting), 5
             found["peak"] += (calls - 1) * found["graph"]  # each further call keeps one graph more
-            numbers = found["weights"], found["state"], found["peak"] - found["weights"] - found["state"], found["peak"]
-            lines.append(f"| {described(setting, calls)} | " + " | ".join(f"{n:.1f}" for n in numbers) + " |")
+            lines.append(f"| {described(setting, calls)} | {columns(found)} |")
             print(lines[-1], flush=True)
         lines.append("")
+    lines += recipes()
     Path(__file__).with_suffix(".md").write_text("\n".join(lines))
 
 

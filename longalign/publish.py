@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
-from pathlib import Path
+from html import escape
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import yaml
 from torch import Tensor
 
 from longalign.checkpoint import Weights, denoiser_folder, export_lora, load_weights
-from longalign.config import RunConfig, load_config, to_yaml
+from longalign.config import RunConfig, load_config, to_dict
 from longalign.encoders.adapter import TextAdapter
+from longalign.faults import redact_url
 from longalign.files import (
     CARD,
     CHECKPOINT,
@@ -26,6 +29,24 @@ from longalign.files import (
 )
 from longalign.runtime import Runtime
 from longalign.table import MetricTable
+from longalign.weights import load_tensors, save_tensors
+
+MODEL = "diffusion_pytorch_model"
+#: what `export` writes of a model and of a reward, which is all that is uploaded
+MODEL_FILES = (
+    CHECKPOINT,
+    CARD,
+    DIFFUSERS_LORA,
+    *(f"{folder}/{name}" for folder in ("unet", "transformer", "adapter", "adapter-*")
+      for name in ("config.json", f"{MODEL}*.safetensors", f"{MODEL}.safetensors.index.json")),
+)  # fmt: skip
+REWARD_FILES = (
+    CHECKPOINT, CARD, "config.json", "model*.safetensors", "model.safetensors.index.json", "preprocessor_config.json",
+    "processor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt",
+)  # fmt: skip
+#: keys of a config whose paths are of no use to others; what the model is built from stays in the file
+OWN_KEYS = ("output", "init_from", "data", "cache", "validation")
 
 
 def export(
@@ -38,7 +59,8 @@ def export(
 ) -> list[Path]:
     """Writes what others need to use a checkpoint.
 
-    - ``longalign.safetensors``, the checkpoint itself;
+    - ``longalign.safetensors``, the checkpoint itself, without credentials and without the paths of what it was trained
+      on;
     - ``pytorch_lora_weights.safetensors``, for ``load_lora_weights`` of a diffusers pipeline, or, where all weights
       were trained, the denoiser as diffusers saves it, in ``unet/`` or ``transformer/``;
     - ``adapter/``, where the encoder has a LaVi-Bridge adapter, as diffusers saves it;
@@ -67,14 +89,18 @@ def export(
     if not overwrite:
         check_unexported(output)
     config = load_config(source)
+    for pattern in REWARD_FILES if config.backbone is None else MODEL_FILES:
+        for taken in sorted(output.glob(pattern)):
+            if not overwrite:
+                raise ValueError(f"{taken} exists; choose another folder, or overwrite it")
+            taken.unlink()
+            if taken.parent != output and not any(taken.parent.iterdir()):
+                taken.parent.rmdir()
     if config.backbone is None:
-        return _export_reward(source, output, config, table, license, overwrite)
+        return _export_reward(source, output, config, table, license)
     weights = load_weights(source)
     output.mkdir(parents=True, exist_ok=True)
-    if overwrite:
-        _remove_optional_files(output)
-    shutil.copyfile(source, output / CHECKPOINT)
-    written = [output / CHECKPOINT]
+    written = [_copy(source, output)]
     if weights.denoiser:
         written.append(_save_denoiser(config, weights, output))
     elif weights.stacks:
@@ -87,28 +113,111 @@ def export(
     return [*written, output / CARD]
 
 
-def _remove_optional_files(output: Path) -> None:
-    """Removes what only some exports consist of, so that none of an earlier one is left."""
-    (output / DIFFUSERS_LORA).unlink(missing_ok=True)
-    for folder in ("unet", "transformer", *(path.name for path in output.glob("adapter*"))):
-        shutil.rmtree(output / folder, ignore_errors=True)
-
-
 def _export_reward(
-    source: Path, output: Path, config: RunConfig, table: MetricTable | None, license: str | None, overwrite: bool
+    source: Path, output: Path, config: RunConfig, table: MetricTable | None, license: str | None
 ) -> list[Path]:
     folder = source.parent / REWARD
     if not folder.is_dir():
         raise ValueError(f"there is no {folder}, where the trained reward should be; is this an export already?")
     files = sorted(folder.iterdir())
-    for file in files:
-        if not overwrite and (output / file.name).exists():
-            raise ValueError(f"{output / file.name} exists; choose another folder")
     output.mkdir(parents=True, exist_ok=True)
-    for file in (source, *files):
+    _copy(source, output)
+    for file in files:
         shutil.copyfile(file, output / file.name)
     (output / CARD).write_text(reward_card(config, read_metadata(source), table, license), encoding="utf-8")
     return [output / file.name for file in (source, *files)] + [output / CARD]
+
+
+def _copy(source: Path, output: Path) -> Path:
+    """The checkpoint's file, without the paths and credentials of the machine that it was trained on."""
+    metadata = read_metadata(source)
+    tree = json.loads(metadata["config"])
+    tree = {key: _without_paths(value) if key in OWN_KEYS else _hidden(value) for key, value in tree.items()}
+    save_tensors(output / CHECKPOINT, load_tensors(source), {**metadata, "config": json.dumps(tree)})
+    return output / CHECKPOINT
+
+
+def _hidden(value: Any) -> Any:
+    """A plain value without the credentials in its addresses."""
+    if isinstance(value, dict):
+        return {key: _hidden(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_hidden(v) for v in value]
+    return redact_url(value) if isinstance(value, str) else value
+
+
+def _without_paths(value: Any) -> Any:
+    """As `_hidden`; of absolute paths, and of those in a home folder, only the last name is kept."""
+    if isinstance(value, dict):
+        return {key: _without_paths(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(v) for v in value]
+    if isinstance(value, str) and "\n" not in value and "://" not in value:
+        for kind in (PurePosixPath, PureWindowsPath):
+            path = kind(value)
+            if path.is_absolute() or value.startswith("~"):
+                return path.name or "data"
+    return _hidden(value)
+
+
+def _public(config: RunConfig) -> Any:
+    """A config as it is shown to others."""
+    return _without_paths(to_dict(config))
+
+
+def _text(value: object) -> str:
+    """Text from outside as one line of Markdown without markup of its own."""
+    return re.sub(r"([\\`*_\[\]|#])", r"\\\1", escape(" ".join(str(value).split()), quote=False))
+
+
+def _code(value: object) -> str:
+    """Text from outside as code within a line."""
+    text = " ".join(str(value).split())
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{ticks} {text} {ticks}" if "`" in text else f"`{text}`"
+
+
+def _block(text: str, language: str) -> str:
+    """A block of code that nothing in the text can end."""
+    ticks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{ticks}{language}\n{text.rstrip()}\n{ticks}"
+
+
+def _yaml(shown: Mapping[str, Any]) -> str:
+    return _block(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, width=120), "yaml")
+
+
+def _metrics(table: MetricTable | None) -> str:
+    if table is None:
+        return ""
+    values = {_name(model): {_name(m): v for m, v in metrics.items()} for model, metrics in table.values.items()}
+    shown = MetricTable(values, table.prompts, table.seeds).markdown().strip()
+    return f"## Metrics\n\n{shown}"
+
+
+def _name(value: str) -> str:
+    """A name from outside, as a cell of a table."""
+    return escape(" ".join(value.split()), quote=False).replace("|", "&#124;").replace("`", "&#96;")
+
+
+def _versions(metadata: Mapping[str, str]) -> str:
+    found = json.loads(metadata.get("versions", "{}"))
+    return "Versions: " + ", ".join(_text(f"{name} {number}") for name, number in found.items()) + "." if found else ""
+
+
+def _plugins(metadata: Mapping[str, str]) -> str:
+    """The packages that a part of the run comes from, other than longalign itself."""
+    found = json.loads(metadata.get("providers", "{}"))
+    owners = {owner: path for path, owner in found.items() if owner.split(" ")[0] != "longalign"}
+    if not owners:
+        return ""
+    named = [f"{_code(owner)} (for {_code(path)})" for owner, path in owners.items()]
+    return "Parts of the run come from plugins, to be installed beside longalign: " + ", ".join(named) + "."
+
+
+def _steps(metadata: Mapping[str, str]) -> str:
+    step = metadata.get("step", "")
+    return "1 step" if step == "1" else f"{step if step.isdecimal() else '?'} steps"
 
 
 def reward_card(
@@ -123,26 +232,27 @@ def reward_card(
         license: as the hub spells it; left out if None.
     """
     (reward,) = config.rewards
-    base = str(getattr(reward, "checkpoint", reward.name))
+    shown = _public(config)
+    base = str(shown["rewards"][0].get("checkpoint", reward.name))
     head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "zero-shot-image-classification"}
     head |= {"base_model": base} if _on_hub(base) else {}
     head |= {"license": license} if license else {}
     head["tags"] = ["clip", "longalign", "preference"]
-    versions = json.loads(metadata.get("versions", "{}"))
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
-        f"# {base}, trained on preferences",
-        f"A CLIP that says how well people like an image for a text, trained from `{base}` by the trainer "
-        f"`{config.trainer and config.trainer.name}` of longalign (the method: arXiv 2410.11817, section 3.2, and "
-        f"arXiv 2305.01569) for {metadata.get('step', '?')} steps. Its score is the mean over a text's segments of the "
-        "cosine with the image.",
+        f"# {_text(base)}, trained on preferences",
+        f"A CLIP that scores how well people like an image for a text, trained from {_code(base)} by the trainer "
+        f"{_code(config.trainer and config.trainer.name)} of longalign (the method: arXiv 2410.11817, section 3.2, and "
+        f"arXiv 2305.01569) for {_steps(metadata)}. Its score is the mean over a text's segments of the cosine with "
+        "the image.",
         "## Use\n\nIn the folder of these files:\n\n```python\nfrom longalign.registry import rewards\n\n"
         f'reward = rewards.build({{"name": "{reward.name}", "checkpoint": "."}})\n'
         "scores = reward.score(images, prompts)  # (b, 3, h, w) in [0, 1] and b texts\n```\n\n"
         "transformers' `CLIPModel` loads it too, and then reads 77 tokens.",
-        f"## Training\n\nData: {_data(config)}\n\n```yaml\n{to_yaml(config)}```",
-        "Versions: " + ", ".join(f"{name} {number}" for name, number in versions.items()) + "." if versions else "",
-        f"## Metrics\n\n{table.markdown().strip()}" if table is not None else "",
+        _metrics(table),
+        f"## Training\n\nData: {_data(shown)}\n\n{_yaml(shown)}",
+        _plugins(metadata),
+        _versions(metadata),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -202,44 +312,44 @@ def model_card(
         license: as the hub spells it; left out if None.
     """
     assert config.backbone is not None and config.encoder is not None
-    base = str(getattr(config.backbone, "checkpoint", ""))
-    on_hub = _on_hub(base)
+    shown = _public(config)
+    source = str(getattr(config.backbone, "checkpoint", ""))
+    on_hub = _on_hub(source)
+    base = source if on_hub or source.startswith("mini/") else str(shown["backbone"].get("checkpoint") or "")
     loadable = on_hub and not getattr(config.backbone, "subfolder", None)  # by diffusers, of the repository's top
     head: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
-    head |= {"base_model": base} if on_hub else {}
+    head |= {"base_model": source} if on_hub else {}
     head |= {"license": license} if license else {}
     head["tags"] = ["text-to-image", "longalign", *(["lora"] if weights.stacks and not weights.denoiser else [])]
-    stages = [f"- `{s.name}`: LoRA of rank {s.config.rank}, scale {s.config.scale:g}" for s in weights.stacks]
+    stages = [f"- {_code(s.name)}: LoRA of rank {s.config.rank}, scale {s.config.scale:g}" for s in weights.stacks]
     stages += ["- all weights of the denoiser"] if weights.denoiser else []
     stages += [f"- the encoder's {name}" for name in adapters(weights.adapter)]
-    rewards = ", ".join(f"`{reward.name}`" for reward in config.rewards)
-    trainer = f"by the trainer `{config.trainer.name}`" if config.trainer is not None else "(converted weights)"
-    versions = json.loads(metadata.get("versions", "{}"))
+    rewards = ", ".join(_code(reward.name) for reward in config.rewards)
+    trainer = f"by the trainer {_code(config.trainer.name)}" if config.trainer is not None else "(converted weights)"
+    named = base or config.backbone.name
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
-        f"# {base or config.backbone.name} for long prompts",
-        f"`{base or config.backbone.name}`, trained {trainer} of longalign (the method: arXiv 2410.11817) for "
-        f"{metadata.get('step', '?')} steps. Text is encoded by `{config.encoder.name}`; a pipeline's own encoder "
-        "gives other images.",
+        f"# {_text(named)} for long prompts",
+        f"{_code(named)}, trained {trainer} of longalign (the method: arXiv 2410.11817) for {_steps(metadata)}. "
+        f"Text is encoded by {_code(config.encoder.name)}; a pipeline's own encoder gives other images.",
         "What was trained, the first applied first:\n\n" + "\n".join(stages) if stages else "",
-        _use(config, weights, base if loadable else "the base model"),
+        _use(weights, base, loadable),
+        _plugins(metadata),
+        _metrics(table),
         "## Training",
-        f"Data: {_data(config)}" + (f" Rewards: {rewards}." if rewards else ""),
-        f"It started from the checkpoint `{config.init_from}`." if config.init_from else "",
-        f"```yaml\n{to_yaml(config)}```",
-        "Versions: " + ", ".join(f"{name} {number}" for name, number in versions.items()) + "." if versions else "",
-        f"## Metrics\n\n{table.markdown().strip()}" if table is not None else "",
+        f"Data: {_data(shown)}" + (f" Rewards: {rewards}." if rewards else ""),
+        f"It started from the checkpoint {_code(shown['init_from'])}." if config.init_from else "",
+        _yaml(shown),
+        _versions(metadata),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _data(config: RunConfig) -> str:
-    return (
-        "none." if config.data is None else f"`{json.dumps(config.data.model_dump(mode='json'), ensure_ascii=False)}`."
-    )
+def _data(shown: Mapping[str, Any]) -> str:
+    return "none." if shown["data"] is None else f"{_code(json.dumps(shown['data'], ensure_ascii=False))}."
 
 
-def _use(config: RunConfig, weights: Weights, base: str) -> str:
+def _use(weights: Weights, base: str, loadable: bool) -> str:
     text = (
         "## Use\n\nWith longalign, in the folder of these files, or with `owner/name` of this repository for `.`:\n\n"
         '```sh\nlongalign generate --checkpoint . --prompt "A long text." --output out\n```\n\n'
@@ -248,14 +358,15 @@ def _use(config: RunConfig, weights: Weights, base: str) -> str:
     )
     if weights.denoiser or not weights.stacks:
         return text
-    return (
-        f"{text}\n\nIn a diffusers pipeline:\n\n```python\n"
+    note = "" if loadable else "  # the base model, as a folder or hub id that diffusers loads"
+    code = (
         "from diffusers import DiffusionPipeline\n\nfrom longalign import Model, condition\n\n"
-        f'pipe = DiffusionPipeline.from_pretrained("{base}")\n'
+        f"pipe = DiffusionPipeline.from_pretrained({json.dumps(base or 'the base model')}){note}\n"
         'pipe.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors")\n'
         'encoder = Model.from_pretrained(".").encoder\n'
-        'image = pipe(**condition(pipe, "A long text.", encoder=encoder)).images[0]\n```'
+        'image = pipe(**condition(pipe, "A long text.", encoder=encoder)).images[0]'
     )
+    return f"{text}\n\nIn a diffusers pipeline:\n\n{_block(code, 'python')}"
 
 
 def push_to_hub(
@@ -268,6 +379,8 @@ def push_to_hub(
     message: str = "Upload a longalign checkpoint",
 ) -> str:
     """Uploads an exported folder to a repository of the hub, which is made if it is not there; returns its address.
+
+    Only files of the kinds that `export` writes are uploaded, whatever else is in the folder.
 
     Args:
         folder: what `export` wrote.
@@ -285,12 +398,19 @@ def push_to_hub(
 
     if not (Path(folder) / CHECKPOINT).is_file():
         raise ValueError(f"{folder} holds no {CHECKPOINT}; export a checkpoint into it first")
+    patterns = REWARD_FILES if load_config(Path(folder) / CHECKPOINT).backbone is None else MODEL_FILES
     api = HfApi(token=token)
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message=message, revision=revision)
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=str(folder),
+            allow_patterns=list(patterns),
+            commit_message=message,
+            revision=revision,
+        )
     except HfHubHTTPError as error:
         raise ValueError(
             f"the hub does not take '{repository}': {error}; are you logged in (hf auth login)?"

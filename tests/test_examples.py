@@ -1,12 +1,13 @@
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_clip, tiny_sd, tiny_sd3, tiny_t5
+from tiny import tiny_clip, tiny_sd, tiny_sd3, tiny_sdxl, tiny_t5
 
 from longalign import build_from_config, load_config, override
 from longalign.checkpoint import load_weights
@@ -207,3 +208,44 @@ def test_the_ablation_compares_variants_on_the_same_captions(ablation, weights, 
     assert table.models == ["segments", "no-sot"] and table.interval("no-sot", "facts").count == 2
     assert "== no-sot: encoder.sot = none, output =" in capsys.readouterr().out
     assert (tmp_path / "table.json").exists()
+
+
+SINGLE = sorted(EXAMPLES.glob("*-24gb.yaml"))
+
+
+@pytest.mark.parametrize("path", SINGLE, ids=lambda path: path.stem)
+def test_examples_for_one_gpu_fit_in_24_gib_as_computed(path):
+    """The number in the file is that of the table, with at least 4 GiB to spare for what the table does not count."""
+    table = (EXAMPLES.parent / "benchmarks" / "memory.md").read_text()
+    (row,) = re.findall(rf"^\| `{path.name}` \| (\d+) \|.*\| ([\d.]+) \|$", table, re.MULTILINE)
+    config = load_config(path)
+    assert int(row[0]) == config.loop.batch_size and float(row[1]) <= 20
+    assert f"computed: {row[1]} GiB" in path.read_text()
+    assert config.backbone.dtype == "bfloat16" and config.loop.precision == "bf16"
+
+
+def test_examples_for_one_gpu_train_on_tiny_checkpoints(weights, tmp_path):
+    common = {
+        "loop.steps": 1, "loop.batch_size": 2, "loop.accumulation": 1, "loop.workers": 0, "loop.precision": "no",
+        "backbone.dtype": "float32",
+    }  # fmt: skip
+    folder = {"data.folder": weights["folder"], "data.resolution": 64}
+    tiny = {
+        **common, "backbone.checkpoint": weights["sd"], "encoder.parts.0.checkpoint": weights["sd"],
+        "encoder.parts.1.checkpoint": weights["t5"],
+        "encoder.parts.1.adapter": {"name": "lavi-bridge", "in_dim": 16, "int_dim": 24, "out_dim": 16},
+    }  # fmt: skip
+    align, reward = (load_config(EXAMPLES / f"sd15-{stage}-24gb.yaml") for stage in ("align", "reward"))
+    assert reward.init_from == align.output and reward.encoder == align.encoder and reward.backbone == align.backbone
+    aligned = build_from_config(override(align, {**tiny, **folder, "output": str(tmp_path / "align")})).fit()
+    sampled = {
+        "rewards.0.inner.checkpoint": weights["clip"], "trainer.num_steps": 5, "output": str(tmp_path / "reward"),
+        "data.file": str(Path(weights["folder"]) / "prompts.txt"), "init_from": str(aligned.checkpoint),
+    }  # fmt: skip
+    rewarded = build_from_config(override(reward, {**tiny, **sampled})).fit()
+    assert [stack.name for stack in load_weights(rewarded.checkpoint).stacks] == ["align", "reward"]
+
+    sdxl = str(tiny_sdxl(tmp_path / "sdxl"))
+    changes = {**common, **folder, "backbone.checkpoint": sdxl, "encoder.checkpoint": sdxl}
+    large = override(EXAMPLES / "sdxl-align-24gb.yaml", {**changes, "output": str(tmp_path / "sdxl-run")})
+    assert build_from_config(large).fit().step == 1

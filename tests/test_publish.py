@@ -1,6 +1,8 @@
 """A checkpoint as a folder for others: its files, its card, and what is sent to the hub."""
 
+import ast
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +10,12 @@ import pytest
 import torch
 import yaml
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from huggingface_hub.utils import filter_repo_objects
 from tiny import tiny_adapter, tiny_sd, tiny_t5
 
-from longalign import Model, condition, publish
+from longalign import Model, condition, override, publish
+from longalign.backbones.configs import LoraConfig
+from longalign.backbones.lora import LoraStack
 from longalign.checkpoint import load_for_sampling, save
 from longalign.cli import main
 from longalign.config import load_config
@@ -75,6 +80,7 @@ def test_an_export_is_replaced_only_where_that_is_asked_for(folder, tmp_path, ca
     run, out = trained(folder), tmp_path / "out"
     publish.export(run, out)
     (out / "unet").mkdir()
+    (out / "unet" / "config.json").write_text("{}")
     assert main(["export", str(run), str(out)]) == 2
     assert "longalign.safetensors exists; choose another folder, or overwrite it" in capsys.readouterr().err
     assert main(["export", str(trained(folder, adapter=False)), str(out), "--overwrite"]) == 0
@@ -106,7 +112,8 @@ def test_an_export_holds_all_that_is_needed(folder, tmp_path):
     for told in ("`align`: LoRA of rank 2", "`reward`: LoRA", '"size": 7', "0.3500", "12 steps", "load_lora_weights"):
         assert told in text, told
     inside = text.split("```yaml\n")[1].split("```")[0]
-    assert load_config(yaml.safe_load(inside)) == config
+    assert load_config(yaml.safe_load(inside)).data == config.data and str(folder) not in text
+    assert text.index("0.3500") < text.index("```yaml")
     with pytest.raises(ValueError, match="choose another folder"):
         publish.export(run, out)
 
@@ -147,7 +154,8 @@ def fake_hub(calls):
             calls.append(("branch", args, keys))
 
         def upload_folder(self, **keys):
-            files = sorted(path.name for path in Path(keys["folder_path"]).iterdir())
+            paths = [p.relative_to(keys["folder_path"]).as_posix() for p in Path(keys["folder_path"]).rglob("*")]
+            files = sorted(filter_repo_objects(paths, allow_patterns=keys["allow_patterns"]))
             calls.append(("upload", keys["repo_id"], files, keys["revision"], keys["commit_message"], self.token))
 
     return Api
@@ -229,3 +237,85 @@ def test_a_model_is_pushed_to_a_branch(folder, monkeypatch):
         ("branch", ("me/x",), {"branch": "next", "exist_ok": True}),
         ("upload", "me/x", [*FILES], "next", "Longer training", "t"),
     ]
+
+
+def test_only_what_an_export_writes_is_uploaded(folder, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("huggingface_hub.HfApi", fake_hub(calls))
+    for number, (lora, own) in enumerate(((True, "pytorch_lora_weights.safetensors"), (False, "unet"))):
+        out = tmp_path / str(number)
+        (out / ".ssh").mkdir(parents=True)
+        for name in (".env", "id_rsa", ".ssh/id_ed25519", "config.json", "notes.txt"):
+            (out / name).write_text("secret")
+        written = publish.export(trained(folder, lora=lora, adapter=lora), out)
+        publish.push_to_hub(out, "me/x")
+        assert own in [path.name for path in written]
+        files = {p for path in written for p in ([path] if path.is_file() else path.iterdir())}
+        assert calls[-1][2] == sorted(path.relative_to(out).as_posix() for path in files)
+    (tmp_path / "2" / "unet").mkdir(parents=True)
+    (tmp_path / "2" / "unet" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"unet/config\.json exists"):
+        publish.export(trained(folder), tmp_path / "2")
+
+
+def test_paths_and_credentials_stay_here(folder, tmp_path):
+    run = trained(folder, adapter=False)
+    config, backbone, encoder = load_for_sampling(run)
+    changes = {
+        "output": "/home/me/runs/mine", "init_from": r"C:\Users\me\first",
+        "data": {"name": "webdataset", "shards": "https://user:hunter2@host/x.tar?token=hunter2"},
+        "validation": {"prompts": "/home/me/prompts.txt"},
+    }  # fmt: skip
+    save(tmp_path / "run", override(config, changes), backbone, encoder, 1)
+    publish.export(tmp_path / "run", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    file = (tmp_path / "out" / "longalign.safetensors").read_bytes()
+    for secret in ("hunter2", "/home/me", "Users"):
+        assert secret not in card and secret.encode() not in file
+    assert str(folder) not in card and "for 1 step." in card
+    again, unet, _ = load_for_sampling(tmp_path / "out")
+    assert (again.output, again.init_from, again.validation.prompts) == ("mine", "first", "prompts.txt")
+    torch.testing.assert_close(answer(unet), answer(load_for_sampling(run)[1]))
+
+
+def test_nothing_from_outside_becomes_markup(tmp_path):
+    from longalign.checkpoint import Weights
+
+    evil = 'x"); import os\n```\n<script>alert(1)</script>'
+    config = load_config(
+        {
+            "backbone": {"name": "sd", "checkpoint": evil},
+            "encoder": "clip-segment",
+            "validation": {"prompts": ["A fox.\n```\n<script>alert(2)</script>\n````"]},
+        }
+    )
+    lora = LoraStack("align", LoraConfig(), {})
+    bad = "<script>alert(3)</script>"
+    metadata = {"step": bad, "versions": json.dumps({bad: bad}), "providers": json.dumps({"rewards.0": f"{bad} 1.0"})}
+    table = MetricTable({f"a|{bad}": {f"`{bad}\n# x": np.array([0.1])}, "b": {f"`{bad}\n# x": np.array([0.1])}}, ["a"])
+    _, card = head_of(publish.model_card(config, Weights([lora], {}, {}), metadata, table))
+    outside, fence = [], None
+    for line in card.splitlines():
+        ticks = re.match("`{3,}", line)
+        if fence is None and ticks:
+            fence = ticks[0]
+        elif fence is not None and line == fence:
+            fence = None
+        elif fence is None:
+            outside.append(re.sub(r"(?<!`)(`+)(?!`).*?(?<!`)\1(?!`)", "", line))
+    assert fence is None and "<script" not in "\n".join(outside) and "? steps" in card
+    python = re.findall("^(`{3,})python\n(.*?)^\\1$", card, re.MULTILINE | re.DOTALL)
+    for _, code in python:
+        names = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Import)]
+        assert not names
+
+
+def test_the_card_names_plugins_and_the_base_model(folder):
+    from longalign.checkpoint import Weights
+
+    config = load_config({"backbone": {"name": "sd", "checkpoint": "/models/dreamy"}, "encoder": "clip-segment"})
+    metadata = {"providers": json.dumps({"encoder": "longalign-ella 1.2", "backbone": "longalign 0.1.0"})}
+    weights = Weights([LoraStack("align", LoraConfig(), {})], {}, {})
+    text = publish.model_card(config, weights, metadata)
+    assert "`longalign-ella 1.2` (for `encoder`)" in text and "0.1.0" not in text
+    assert 'from_pretrained("dreamy")' in text and "# dreamy for long prompts" in text
