@@ -68,6 +68,10 @@ def cache(args: Namespace) -> None:
 def generate(args: Namespace) -> None:
     """Generates images into a folder."""
     prompts = _told(args)
+    try:
+        new_index(args.output, args.overwrite)
+    except ValueError as error:
+        raise ValueError(f"{error}, or replace them with --overwrite") from error
     option = next(key for key in ("checkpoint", "config", "pipeline") if getattr(args, key))
     _check_pipelines(args, option)
     count = len(_draw(args, option, getattr(args, option), prompts, args.output, overwrite=args.overwrite))

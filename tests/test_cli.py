@@ -450,6 +450,15 @@ def test_generate_hands_prompts_and_settings_on(yaml, monkeypatch, tmp_path, cap
         main(["generate", "--config", yaml, "--prompt", "a", "--output", "x", "--scheduler", "euler"])
 
 
+def test_generate_says_early_how_images_are_replaced(yaml, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(pipeline, "generate", lambda *_, **settings: [settings["overwrite"]])
+    there = images(tmp_path / "there", [0.5], ["a"])
+    command = ["generate", "--config", yaml, "--prompt", "a", "--output", str(there)]
+    assert main(command) == 2
+    assert "lists 1 image;" in (told := capsys.readouterr().err) and "--overwrite" in told
+    assert main([*command, "--overwrite"]) == 0
+
+
 def test_the_schedulers_named_in_help_are_those_there_are(capsys):
     with pytest.raises(SystemExit):
         main(["generate", "--help"])
@@ -573,7 +582,7 @@ def test_eval_finds_out_what_is_wrong_before_it_draws(hues, drawn, run, tmp_path
     there = images(tmp_path / "out" / "ours", [0.5], ["a"])
     assert f"to compare with these, give --images ours={there}, not --checkpoint" in told("--prompt", "b")
     assert main(["score", "--checkpoint", run, *hues, "--prompt", "a", "--output", str(there)]) == 2 and not drawn
-    assert "lists 1 images; choose an empty folder" in capsys.readouterr().err
+    assert "lists 1 image; choose an empty folder" in capsys.readouterr().err
 
 
 def test_revision_and_variant_are_of_stock_pipelines(hues, drawn, run, monkeypatch, tmp_path, capsys):

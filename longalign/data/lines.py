@@ -176,8 +176,8 @@ def new_index(folder: Path | str, overwrite: bool = False) -> Path:
     count = sum(bool(line.strip()) for line in path.read_bytes().split(b"\n")) if path.exists() else 0
     if count:
         raise ValueError(
-            f"{path} lists {count} images; choose an empty folder for the new ones, or remove {folder} if it is of "
-            "an interrupted run"
+            f"{path} lists {count} image{'s' if count > 1 else ''}; choose an empty folder for the new ones, or remove "
+            f"{folder} if it is of an interrupted run"
         )
     return path
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -183,13 +184,14 @@ def _distribution(eta: Tensor) -> dict[str, Any]:
     quantiles = torch.quantile(eta, torch.tensor(QUANTILES, dtype=torch.float64))
     low, high = float(eta.min()), float(eta.max())
     high = high if high > low else low + 1e-6
+    bins = min(NUM_BINS, math.ceil(math.sqrt(len(eta))))  # so that a few prompts do not leave most of them empty
     return {
         "num_prompts": len(eta),
         "mean": eta.mean().item(),
         "std": eta.std().item(),
         "quantiles": {str(q): v for q, v in zip(QUANTILES, quantiles.tolist(), strict=True)},
-        "edges": torch.linspace(low, high, NUM_BINS + 1, dtype=torch.float64).tolist(),
-        "counts": torch.histc(eta, NUM_BINS, low, high).long().tolist(),
+        "edges": torch.linspace(low, high, bins + 1, dtype=torch.float64).tolist(),
+        "counts": torch.histc(eta, bins, low, high).long().tolist(),
     }
 
 

@@ -40,6 +40,7 @@ def test_etas_distribution(known):
     assert found.eta["quantiles"]["1.0"] == pytest.approx(1.0)
     assert (found.eta["counts"][0], found.eta["counts"][-1], sum(found.eta["counts"])) == (2, 1, 3)
     report = found.report()
+    assert len(found.eta["counts"]) == 2  # bins, for three prompts
     assert "common direction of 3 prompts, width 3" in report
     assert "mean 0.7333" in report
     assert "100% 1.0000" in report
