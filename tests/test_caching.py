@@ -16,6 +16,7 @@ from longalign.cli import main
 from longalign.compose import build_from_config
 from longalign.config import load_config, override, to_yaml
 from longalign.data.cached import CachedImages
+from longalign.encoders.cached import CachedEncoder, entries, frozen, prompt_key
 from longalign.faults import ConfigError
 from longalign.fingerprint import fingerprint, fingerprints
 from longalign.imagefiles import write_png
@@ -225,11 +226,28 @@ def test_reward_training_reads_prompts(config, tmp_path):
         rewards.unregister("red")
 
 
+@pytest.mark.parametrize("part", [0, 1])
+@pytest.mark.parametrize("settings", [{}, {"overflow": "cut"}, {"pad": "none", "mask": True}])
+@pytest.mark.filterwarnings("ignore::longalign.encoders.base.TruncationWarning")
+def test_prompts_of_any_length_have_the_states_that_the_encoder_gives_in_any_batch(config, tmp_path, part, settings):
+    keys = type(config.encoder.parts[part]).model_fields
+    known = {key: value for key, value in settings.items() if key in keys}
+    encoder = frozen(config.encoder.parts[part]).model_copy(update=known).build(CPU)
+    # CLIP's 20 states: one sentence of 19 tokens fills them
+    prompts = ["", "A fox.", "A red fox " * 6 + "sky", "A wall. " * 40, "The sky is green. " * 20, "A red wall"]
+    store, length = Store(tmp_path / "states", {"a": 1}, writes=True), int(entries(encoder, [""], None)[0]["length"])
+    for prompt, entry in zip(prompts, entries(encoder, prompts, length), strict=True):
+        store.add(prompt_key(prompt), entry)
+    store.flush()
+    cached = CachedEncoder(Store(tmp_path / "states", {"a": 1}))
+    for batch in (prompts, prompts[:2], prompts[:3], prompts[2:4], [prompts[3]], prompts[1:5:3]):
+        told, expected = cached.encode(batch), encoder.encode(batch)
+        torch.testing.assert_close(told.states, expected.states, rtol=1e-4, atol=1e-5)
+        assert (told.mask is None) == (expected.mask is None)
+        assert told.mask is None or torch.equal(told.mask, expected.mask)
+
+
 def test_what_cannot_be_cached_is_refused(config, tmp_path):
-    data = {"name": "scenes", "size": 3, "words": [5, 9], "objects": [1, 1]}
-    grows = override(config, {"encoder.parts.0.max_tokens": 4, "encoder.parts.0.overflow": "grow", "data": data})
-    with pytest.raises(ValueError, match=r"set the encoder's overflow to 'cut' or 'error'"):
-        caching.make(override(grows, {"cache.latents": False}), CPU)
     tars = {"name": "webdataset", "shards": str(tmp_path / "a.tar")}
     (tmp_path / "a.tar").write_bytes(b"")
     for act in (lambda run: caching.make(run, CPU), lambda run: build_from_config(run, CPU).data):
@@ -259,9 +277,10 @@ def test_items_that_are_drawn_anew_are_refused(config, monkeypatch):
 def test_the_command(config, tmp_path, capsys, caplog):
     path = tmp_path / "run.yaml"
     path.write_text(to_yaml(config))
+    cut = ["encoder.parts.0.max_tokens=18", "encoder.parts.0.overflow=cut"]
     with caplog.at_level(logging.ERROR), pytest.warns(match=r"do not fit"):
-        assert main(["cache", str(path), "encoder.parts.0.max_tokens=18", "--batch", "3"]) == 0
-    assert "latents: 4, of which 4 are new" in capsys.readouterr().out
+        assert main(["cache", str(path), *cut, "--batch", "3"]) == 0
+    assert "latents: 4 entries, 4 of them new" in capsys.readouterr().out
     assert main(["cache", str(path), "cache=null"]) == 2
 
 

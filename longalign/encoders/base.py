@@ -10,7 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longalign.segment import Prompt
+from longalign.segment import Prompt, check_prompts, plain_text
+from longalign.tokens import Tokenized
+
+__all__ = [
+    "GROW",
+    "Conditioning",
+    "Encoder",
+    "PromptReport",
+    "TruncationWarning",
+    "check_prompts",
+    "equal_lengths",
+    "handle_cuts",
+    "plain_text",
+    "report_passes",
+]
 
 
 @dataclass(frozen=True)
@@ -93,31 +107,22 @@ def equal_lengths(*conditionings: Conditioning) -> tuple[Conditioning, ...]:
     return tuple(out)
 
 
+GROW = "raise {}, or set overflow to 'grow'"
+"""What `handle_cuts` advises for encoders that can read all of a prompt; the setting of their length is filled in."""
+
+
 class TruncationWarning(UserWarning):
     """Part of a prompt was not encoded."""
 
 
-def check_prompts(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The prompts as a list; each is a text, or a list of texts that are its segments.
-
-    Raises:
-        ValueError: for one text instead of a sequence, an empty sequence, or a prompt that is neither.
-    """
-    if isinstance(prompts, str):
-        raise ValueError(f"expected a sequence of prompts, got one text {prompts[:40]!r}; write [prompt]")
-    checked = list(prompts)
-    if not checked:
-        raise ValueError("expected at least one prompt, got none")
-    for i, prompt in enumerate(checked):
-        parts = [prompt] if isinstance(prompt, str) else prompt
-        if not isinstance(parts, Sequence) or not all(isinstance(part, str) for part in parts):
-            raise ValueError(f"prompt {i} must be a text or a list of texts, got {prompt!r}")
-    return checked
-
-
-def plain_text(prompt: Prompt) -> str:
-    """A prompt as one text; given segments are joined with blanks."""
-    return prompt if isinstance(prompt, str) else " ".join(prompt)
+def report_passes(passes: Sequence[Tokenized], most: int) -> PromptReport:
+    """What of a prompt is read in passes of at most ``most`` tokens each."""
+    read = [(*text.split(most), min(len(text), most)) for text in passes]
+    return PromptReport(
+        tuple(part for part, _, count in read if count),
+        tuple(count for _, _, count in read if count),
+        " ".join(unread for _, unread, _ in read if unread),
+    )
 
 
 def handle_cuts(reports: Sequence[PromptReport], overflow: str, limit: int, advice: str, stacklevel: int = 3) -> None:

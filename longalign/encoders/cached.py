@@ -129,18 +129,38 @@ def entries(encoder: Encoder, prompts: Sequence[str], length: int | None) -> lis
             states, entry["real"] = states[:real], torch.tensor([real])
         else:
             own = len(states)
-            if length not in (None, own):
-                raise ValueError(
-                    f"a prompt has {own} states and the empty one {length}, and there is no mask: how a batch is "
-                    "filled up would depend on its longest prompt; set the encoder's overflow to 'cut' or 'error'"
-                )
+            if length not in (None, own) and len(prompts) > 1:
+                # the batch has grown to its longest prompt; alone each has its own length
+                return [entries(encoder, [prompt], length)[0] for prompt in prompts]
             differs = (states != states[-1]).any(1).nonzero()
-            states = states[: int(differs[-1]) + 2 if len(differs) else 1]
+            last = int(differs[-1]) + 1 if len(differs) else 0  # from here on the states are equal
+            if length is not None and last == own - 1:
+                states = torch.cat([states, _filling(encoder, prompts[i], states)])
+            else:
+                states = states[: last + 1]
         entry |= {"states": states, "length": torch.tensor([own])}
         if told.pooled is not None:
             entry["pooled"] = told.pooled[i]
         found.append(entry)
     return found
+
+
+def _filling(encoder: Encoder, prompt: str, states: Tensor) -> Tensor:
+    """What follows the states ``(n, d)`` of a prompt in a batch that is longer, ``(1, d)``, or nothing ``(0, d)`` where
+    no batch is."""
+    longer = f"{prompt} {prompt}"
+    if any(report.cut for report in encoder.cut([longer])):
+        return states[:0]
+    beside = encoder.encode([prompt, longer]).states[0]
+    own, after = beside.split([len(states), len(beside) - len(states)])
+    if not len(after):
+        return after
+    if not torch.allclose(own, states, rtol=1e-3, atol=1e-4) or not torch.equal(after, after[:1].expand_as(after)):
+        raise ValueError(
+            f"the states of {prompt[:60]!r} depend on the prompts that it is encoded with, so they cannot be cached; "
+            "set cache.prompts to false"
+        )
+    return after[:1]
 
 
 def collate(found: Sequence[dict[str, Tensor]], least: int) -> Conditioning:
@@ -151,7 +171,7 @@ def collate(found: Sequence[dict[str, Tensor]], least: int) -> Conditioning:
     for entry in found:
         states = entry["states"]
         filling = states.new_zeros(1, states.shape[1]) if masked else states[-1:]
-        rows.append(torch.cat([states, filling.expand(length - len(states), -1)]))
+        rows.append(torch.cat([states[:length], filling.expand(max(0, length - len(states)), -1)]))
     told = Conditioning(torch.stack(rows))
     if masked:
         real = torch.stack([entry["real"] for entry in found])

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from longalign.encoders.base import Conditioning, Encoder, PromptReport, check_prompts, handle_cuts
-from longalign.encoders.tokens import TextTokens, Tokenized, device_of, own_precision, run_grouped
+from longalign.encoders.base import GROW, Conditioning, Encoder, PromptReport, check_prompts, handle_cuts
+from longalign.encoders.tokens import device_of, own_precision, run_grouped
 from longalign.runtime import Runtime
-from longalign.segment import Prompt, Segmenter, fit
+from longalign.segment import Prompt, Segmenter, fit, split
+from longalign.tokens import TextTokens, Tokenized
 
 if TYPE_CHECKING:
     from longalign.encoders.configs import ClipSegmentConfig
@@ -53,8 +54,8 @@ class ClipSegmentEncoder(Encoder):
         pad: what fills up to ``max_tokens``: ``"pad*"``; ``"pad"``, the empty prompt's state at the same position (its
             last one beyond the window); ``"none"``, nothing: states end with the batch's longest prompt and there is a
             mask.
-        max_tokens: number of merged states.
-        overflow: a longer prompt is an ``"error"``, is ``"cut"`` with a warning, or lets the batch ``"grow"``.
+        max_tokens: number of merged states; shorter prompts are filled up to it.
+        overflow: a longer prompt lets the batch ``"grow"``, is ``"cut"`` with a warning, or is an ``"error"``.
         max_batch_tokens: most positions in one call of the text model.
     """
 
@@ -68,7 +69,7 @@ class ClipSegmentEncoder(Encoder):
         eot: Literal["none", "all", "last"] = "none",
         pad: Literal["pad*", "pad", "none"] = "pad*",
         max_tokens: int = 240,
-        overflow: Literal["error", "cut", "grow"] = "cut",
+        overflow: Literal["grow", "cut", "error"] = "grow",
         max_batch_tokens: int = 16384,
     ):
         super().__init__()
@@ -100,8 +101,8 @@ class ClipSegmentEncoder(Encoder):
     def checked_plans(self, prompts: Sequence[Prompt]) -> list[Plan]:
         """For `encode`: what of each prompt is encoded and kept; a prompt that is cut is warned of or refused."""
         plans = self._plans(prompts)
-        advice = "raise max_tokens, or set overflow to 'cut' or 'grow'"
-        handle_cuts([plan.report for plan in plans], self.overflow, self.max_tokens, advice, stacklevel=4)
+        reports = [plan.report for plan in plans]
+        handle_cuts(reports, self.overflow, self.max_tokens, GROW.format("max_tokens"), stacklevel=4)
         return plans
 
     def run(self, plans: Sequence[Plan], more: Sequence[tuple[int, ...]] = ()) -> tuple[Tensor, list[int]]:
@@ -160,9 +161,9 @@ class ClipSegmentEncoder(Encoder):
 
     def _plans(self, prompts: Sequence[Prompt]) -> list[Plan]:
         room, count = self.window - 2, self.tokens.count
-        split = [list(self.segmenter(prompt, count)) for prompt in check_prompts(prompts)]
-        self.tokens.batch([segment for segments in split for segment in segments])
-        return [self._plan(self.tokens.batch(fit(segments, room, count))) for segments in split]
+        found = [split(self.segmenter, prompt, count) for prompt in check_prompts(prompts)]
+        self.tokens.batch([segment for segments in found for segment in segments])
+        return [self._plan(self.tokens.batch(fit(segments, room, count))) for segments in found]
 
     def _plan(self, segments: Sequence[Tokenized]) -> Plan:
         tokenizer = self.tokens.tokenizer

@@ -8,10 +8,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from longalign.encoders.base import Conditioning, Encoder, PromptReport, check_prompts, handle_cuts, plain_text
-from longalign.encoders.tokens import TextTokens, Tokenized, run_grouped
+from longalign.encoders.base import (
+    Conditioning,
+    Encoder,
+    PromptReport,
+    check_prompts,
+    handle_cuts,
+    plain_text,
+    report_passes,
+)
+from longalign.encoders.tokens import device_of, fill_with_last, run_grouped
 from longalign.runtime import Runtime
 from longalign.segment import Prompt
+from longalign.tokens import TextTokens, Tokenized
 
 if TYPE_CHECKING:
     from longalign.encoders.configs import ClipTruncateConfig
@@ -20,13 +29,16 @@ if TYPE_CHECKING:
 class ClipTruncateEncoder(Encoder):
     """What a diffusers pipeline does: last hidden state of the prompt, padded to the window and cut there.
 
-    The window is the text model's number of positions: 77, or 248 for LongCLIP. States are ``(b, window, d)``; there is
+    The window is the text model's number of positions: 77, or 248 for LongCLIP. States are ``(b, window, d)``, or of
+    several windows where the batch grows; there is
     no mask, the padding is attended to as in Stable Diffusion.
 
     Args:
         text_model: a transformers ``CLIPTextModel``.
         tokenizer: its fast tokenizer; its pad token fills the window.
-        overflow: a longer prompt is ``"cut"`` with a warning, or an ``"error"``.
+        overflow: a longer prompt is ``"cut"`` with a warning, is an ``"error"``, or lets the batch ``"grow"``: it is
+            read in windows of whole sentences, whose states follow one another, and the last state of a shorter prompt
+            is repeated up to the length of the longest.
         max_batch_tokens: most positions in one call of the text model.
     """
 
@@ -35,7 +47,7 @@ class ClipTruncateEncoder(Encoder):
         text_model: nn.Module,
         tokenizer: Any,
         *,
-        overflow: Literal["cut", "error"] = "cut",
+        overflow: Literal["cut", "error", "grow"] = "cut",
         max_batch_tokens: int = 16384,
     ):
         super().__init__()
@@ -58,31 +70,33 @@ class ClipTruncateEncoder(Encoder):
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
         texts = self._texts(prompts)
-        reports = tuple(self._report(text) for text in texts)
+        reports = tuple(self._report(passes) for passes in texts)
         handle_cuts(reports, self.overflow, self.window, "use an encoder for long text, such as 'clip-segment'")
         tokenizer = self.tokens.tokenizer
         pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         rows = []
-        for text in texts:
+        for text in (text for passes in texts for text in passes):
             row = (tokenizer.bos_token_id, *text.ids[: self.window - 2], tokenizer.eos_token_id)
             rows.append(row + (pad_id,) * (self.window - len(row)))
-        device = next(self.text_model.parameters()).device
+        device = device_of(self.text_model)
         states, first = run_grouped(
             self._run, rows, pad_id=pad_id, device=device, max_batch_tokens=self.max_batch_tokens
         )
-        index = torch.tensor(first)[:, None] + torch.arange(self.window)
+        begins = iter(first)
+        places = [torch.cat([torch.arange(self.window) + next(begins) for _ in passes]) for passes in texts]
+        index = torch.stack(fill_with_last(places))
         return Conditioning(states[index.to(device)], reports=reports)
 
     def cut(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
-        return [self._report(text) for text in self._texts(prompts)]
+        return [self._report(passes) for passes in self._texts(prompts)]
 
     def _run(self, ids: Tensor, real: Tensor) -> Tensor:
         return self.text_model(input_ids=ids).last_hidden_state
 
-    def _texts(self, prompts: Sequence[Prompt]) -> list[Tokenized]:
-        return self.tokens.batch([plain_text(prompt) for prompt in check_prompts(prompts)])
+    def _texts(self, prompts: Sequence[Prompt]) -> list[list[Tokenized]]:
+        """Of each prompt the texts that are read in one pass each."""
+        texts = [plain_text(prompt) for prompt in check_prompts(prompts)]
+        return self.tokens.in_passes(texts, self.window - 2 if self.overflow == "grow" else None)
 
-    def _report(self, text: Tokenized) -> PromptReport:
-        read, unread = text.split(self.window - 2)
-        num_read = min(len(text), self.window - 2)
-        return PromptReport((read,), (num_read,), unread) if num_read else PromptReport((), ())
+    def _report(self, passes: Sequence[Tokenized]) -> PromptReport:
+        return report_passes(passes, self.window - 2)

@@ -109,8 +109,9 @@ class ClipSegmentConfig(_Loaded, SingleFileConfig):
         sot: which segments keep their ``<sot>``.
         eot: which segments keep their ``<eot>``.
         pad: what fills up to ``max_tokens``: one ``<pad*>``, the empty prompt's plain padding, or nothing (and a mask).
-        max_tokens: number of merged states.
-        overflow: what happens to a longer prompt: an error, a cut with a warning, or the batch grows.
+        max_tokens: number of merged states, up to which shorter prompts are filled.
+        overflow: what becomes of a longer prompt: it is read to its end and the batch "grow"s to its length, it is
+            truncated with a warning ("cut"), as in the published models, or it is an "error".
     """
 
     name: Literal["clip-segment"] = "clip-segment"
@@ -120,7 +121,7 @@ class ClipSegmentConfig(_Loaded, SingleFileConfig):
     eot: Literal["none", "all", "last"] = "none"
     pad: Literal["pad*", "pad", "none"] = "pad*"
     max_tokens: int = Field(240, ge=1)
-    overflow: Literal["error", "cut", "grow"] = "cut"
+    overflow: Literal["grow", "cut", "error"] = "grow"
 
     def build(self, runtime: Runtime) -> ClipSegmentEncoder:
         from longalign.encoders.clip_segment import ClipSegmentEncoder
@@ -140,8 +141,9 @@ class TwoClipsConfig(CheckpointConfig):
         sot: which segments keep their ``<sot>``.
         eot: which segments keep their ``<eot>``.
         pad: what fills up to ``max_tokens``: one ``<pad*>``, the empty prompt's plain padding, or nothing (and a mask).
-        max_tokens: number of merged states.
-        overflow: what happens to a longer prompt: an error, a cut with a warning, or the batch grows.
+        max_tokens: number of merged states, up to which shorter prompts are filled.
+        overflow: what becomes of a longer prompt: it is read to its end and the batch "grow"s to its length, it is
+            truncated with a warning ("cut"), as in the published models, or it is an "error".
     """
 
     has_pooled: ClassVar[bool] = True
@@ -153,7 +155,7 @@ class TwoClipsConfig(CheckpointConfig):
     eot: Literal["none", "all", "last"] = "none"
     pad: Literal["pad*", "pad", "none"] = "pad*"
     max_tokens: int = Field(240, ge=1)
-    overflow: Literal["error", "cut", "grow"] = "cut"
+    overflow: Literal["grow", "cut", "error"] = "grow"
 
     def _configs(self) -> list[str]:
         return [place(self.subfolder, "text_encoder/config.json")]
@@ -193,7 +195,7 @@ class ClipSegmentSD3Config(TwoClipsConfig):
     Attributes:
         t5: "encode" with ``text_encoder_3``; "zeros" in the place of its states, as diffusers' pipeline without T5 has
             it; or "none", nothing, so that `concat` can put a T5 of other settings behind.
-        t5_tokens: number of T5's states, or of zeros.
+        t5_tokens: number of T5's states, up to which shorter prompts are padded, or of zeros. ``overflow`` is T5's too.
         width: of the states, which the transformer expects; CLIP's are filled up with zeros.
     """
 
@@ -217,12 +219,13 @@ class ClipTruncateConfig(_Loaded, SingleFileConfig):
     """CLIP over the whole prompt, cut at 77 tokens: what Stable Diffusion does.
 
     Attributes:
-        overflow: what happens to a longer prompt: a cut with a warning, or an error.
+        overflow: what becomes of a longer prompt: it is truncated with a warning ("cut"), it is an "error", or it is
+            read in windows of whole sentences and the batch "grow"s to their states.
     """
 
     name: Literal["clip-truncate"] = "clip-truncate"
     checkpoint: str = Field("stable-diffusion-v1-5/stable-diffusion-v1-5", min_length=1)
-    overflow: Literal["cut", "error"] = "cut"
+    overflow: Literal["cut", "error", "grow"] = "cut"
 
     def build(self, runtime: Runtime) -> ClipTruncateEncoder:
         from longalign.encoders.clip_truncate import ClipTruncateEncoder
@@ -231,21 +234,22 @@ class ClipTruncateConfig(_Loaded, SingleFileConfig):
 
 
 class LongClipConfig(_Loaded):
-    """LongCLIP over the whole prompt, cut at 248 tokens.
+    """LongCLIP over the whole prompt, in one pass of 248 tokens or in as many as it needs.
 
     Attributes:
         checkpoint: besides the usual, an original ``.pt`` file or a repository that has one.
         filename: the original file in a folder or repository; None takes ``longclip-L.pt`` if there is one, else
             transformers' files. These are also taken where ``subfolder`` or ``variant`` chooses among them.
         tokenizer: hub id or folder of CLIP's tokenizer; None takes the checkpoint's, or CLIP-L's where it has none.
-        overflow: what happens to a longer prompt: a cut with a warning, or an error.
+        overflow: what becomes of a longer prompt: it is read in windows of whole sentences and the batch "grow"s to
+            their states, it is truncated with a warning ("cut"), or it is an "error".
     """
 
     name: Literal["longclip"] = "longclip"
     checkpoint: str = Field("BeichenZhang/LongCLIP-L", min_length=1)
     filename: str | None = None
     tokenizer: str | None = None
-    overflow: Literal["cut", "error"] = "cut"
+    overflow: Literal["grow", "cut", "error"] = "grow"
 
     def check_files(self) -> list[Fault]:
         fault = self.tokenizer and absent(self.tokenizer)
@@ -323,8 +327,12 @@ class T5Config(_Loaded):
 
     Attributes:
         adapter: maps T5's states to the denoiser's width; None leaves them as they are.
-        max_tokens: number of states, the end-of-text token included.
-        overflow: what happens to a longer prompt: an error, a cut with a warning, or the batch grows.
+        max_tokens: number of states, the end-of-text token included, up to which shorter prompts are padded.
+        overflow: what becomes of a longer prompt: it is read to its end and the batch "grow"s to its length, it is
+            truncated with a warning ("cut"), as in the published model, or it is an "error".
+        window: most tokens in one pass, the end-of-text token included; a prompt that grows beyond it, and beyond
+            ``max_tokens``, is read in windows of whole sentences, so that memory is linear in its length. T5 was
+            trained with 512.
         mask: whether padding is masked; the published model does not.
     """
 
@@ -332,7 +340,8 @@ class T5Config(_Loaded):
     checkpoint: str = Field("google-t5/t5-large", min_length=1)
     adapter: AdapterConfig | None = None
     max_tokens: int = Field(240, ge=1)
-    overflow: Literal["error", "cut", "grow"] = "cut"
+    overflow: Literal["grow", "cut", "error"] = "grow"
+    window: int = Field(512, ge=2)
     mask: bool = False
 
     def widths(self) -> tuple[int | None, int | None]:

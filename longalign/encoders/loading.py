@@ -114,13 +114,13 @@ def load_tokenizer(checkpoint: str, subfolder: str, revision: str | None) -> Any
     # without these transformers makes a tokenizer with no vocabulary and says nothing
     if not any(find_file(checkpoint, inside + name, revision) for name in _VOCABULARIES):
         raise ValueError(f"no tokenizer in {place}; expected one of {', '.join(_VOCABULARIES)}")
+    # without the last one transformers asks whether code in the checkpoint shall run
+    where: dict[str, Any] = {"subfolder": subfolder, "revision": revision, "trust_remote_code": False}
     try:
         try:
-            return AutoTokenizer.from_pretrained(checkpoint, subfolder=subfolder, revision=revision)
+            return AutoTokenizer.from_pretrained(checkpoint, **where)
         except AttributeError:  # transformers 4 wants a mapping where 5 has written a list
-            return AutoTokenizer.from_pretrained(
-                checkpoint, subfolder=subfolder, revision=revision, extra_special_tokens={}
-            )
+            return AutoTokenizer.from_pretrained(checkpoint, **where, extra_special_tokens={})
     except (OSError, ValueError) as error:
         raise ValueError(f"the tokenizer in {place} cannot be read: {error}") from error
 

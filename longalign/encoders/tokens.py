@@ -1,96 +1,13 @@
-"""Tokens of texts with their places in the text, and frozen text models run over rows of tokens in groups of length."""
+"""Frozen text models run over rows of tokens in groups of length."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from longalign.segment import CALL_COST, group_by_length
-
-_REMEMBERED = 1_000_000
-"""Characters and tokens together of the texts that are remembered: about 80 MB."""
-
-
-@dataclass(frozen=True)
-class Tokenized:
-    """A text and its tokens, without special tokens.
-
-    Attributes:
-        text: the text.
-        ids: token ids.
-        starts: where in the text each token begins.
-    """
-
-    text: str
-    ids: tuple[int, ...]
-    starts: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def split(self, num_tokens: int) -> tuple[str, str]:
-        """The text of the first ``num_tokens`` tokens and the text after them."""
-        if num_tokens >= len(self.ids):
-            return self.text, ""
-        at = self.starts[num_tokens]
-        return self.text[:at].rstrip(), self.text[at:]
-
-
-class TextTokens:
-    """A transformers tokenizer as a function from text to `Tokenized`. It remembers the texts it has seen lately.
-
-    Args:
-        tokenizer: a fast transformers tokenizer.
-        vocab_size: rows of the text model's embedding.
-
-    Raises:
-        ValueError: if the tokenizer is a slow one, or has ids that the text model has no embedding for.
-    """
-
-    def __init__(self, tokenizer: Any, vocab_size: int):
-        if not tokenizer.is_fast:
-            raise ValueError(f"{type(tokenizer).__name__} is a slow tokenizer; a fast one (tokenizer.json) is needed")
-        if tokenizer.eos_token_id is None or tokenizer.eos_token_id >= vocab_size:
-            raise ValueError(
-                f"the tokenizer ends a text with id {tokenizer.eos_token_id}, the text model has {vocab_size} "
-                "embeddings; they do not belong together, load both from one checkpoint"
-            )
-        self.tokenizer = tokenizer
-        self._seen: dict[str, Tokenized] = {}
-        self._size = 0
-
-    def __call__(self, text: str) -> Tokenized:
-        return self.batch([text])[0]
-
-    def count(self, text: str) -> int:
-        """Number of tokens of a text; the token counter that segmenters take."""
-        return len(self(text))
-
-    def batch(self, texts: Sequence[str]) -> list[Tokenized]:
-        """Tokens of several texts in one call of the tokenizer."""
-        found = {text: self._seen[text] for text in texts if text in self._seen}
-        new = list(dict.fromkeys(text for text in texts if text not in found))
-        if new:
-            read = self.tokenizer(
-                new, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
-            )
-            for text, ids, offsets in zip(new, read["input_ids"], read["offset_mapping"], strict=True):
-                found[text] = Tokenized(text, tuple(ids), tuple(start for start, _ in offsets))
-                self._remember(found[text])
-        return [found[text] for text in texts]
-
-    def _remember(self, read: Tokenized) -> None:
-        size = len(read.text) + len(read)
-        if self._size + size > _REMEMBERED:
-            self._seen.clear()
-            self._size = 0
-        if size <= _REMEMBERED:
-            self._seen[read.text] = read
-            self._size += size
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -101,6 +18,12 @@ def device_of(model: nn.Module) -> torch.device:
     hooks = [getattr(module, "_hf_hook", None) for module in model.modules()]
     moved_to = [hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None]
     return torch.device(moved_to[0]) if moved_to else device
+
+
+def fill_with_last(places: Sequence[Tensor], least: int = 0) -> list[Tensor]:
+    """Places of states ``(n,)``, one tensor for each prompt, with the last place repeated up to the longest."""
+    length = max(least, *map(len, places))
+    return [torch.cat([place, place[-1:].expand(length - len(place))]) for place in places]
 
 
 def own_precision(device: torch.device) -> torch.autocast:

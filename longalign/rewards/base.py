@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from longalign.rewards.guard import check_scores, guarded
+from longalign.segment import check_prompts
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,9 @@ def as_reward(part: Any, name: str = "") -> Reward:
 
 
 def check_pairs(images: Tensor, prompts: Sequence[str]) -> None:
-    """Raises ValueError unless there is exactly one prompt for each image."""
+    """Raises ValueError unless there is exactly one prompt, which is a text, for each image."""
     if isinstance(prompts, str):
         raise ValueError("expected a sequence of prompts, one for each image, got one string; pass [prompt]")
     if len(images) != len(prompts):
         raise ValueError(f"expected one prompt for each image, got {len(images)} images and {len(prompts)} prompts")
+    check_prompts(prompts, lists=False)

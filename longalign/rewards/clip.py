@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from longalign.hub import why
@@ -14,6 +15,7 @@ from longalign.images import Pixels
 from longalign.rewards.hub import holds_tokenizer, image_statistics
 from longalign.rewards.towers import ImageInput, TowerReward, Towers
 from longalign.runtime import Runtime, resolve_checkpoint
+from longalign.tokens import TextTokens
 from longalign.weights import reading
 
 if TYPE_CHECKING:
@@ -37,24 +39,26 @@ class ClipTowers(Towers):
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
+        self.tokens = TextTokens(tokenizer, model.config.text_config.vocab_size)
         self.dim = model.config.projection_dim
         self.window = model.config.text_config.max_position_embeddings - NUM_SPECIAL_TOKENS
 
     def count_tokens(self, text: str) -> int:
-        return len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return self.tokens.count(text)
 
     def num_positions(self, texts: Sequence[str]) -> list[int]:
-        ids = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-        return [min(len(of), self.window) + NUM_SPECIAL_TOKENS for of in ids]
+        return [min(len(read), self.window) + NUM_SPECIAL_TOKENS for read in self.tokens.batch(texts)]
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
         return pooled(self.model.get_image_features(pixel_values=pixels.to(self.model.dtype)))
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        tokens = self.tokenizer(
-            list(texts), padding=True, truncation=True, max_length=self.window + NUM_SPECIAL_TOKENS, return_tensors="pt"
-        )
-        return pooled(self.model.get_text_features(input_ids=tokens["input_ids"].to(self.model.device)))
+        sot, eot = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        pad = eot if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        rows = [[sot, *read.ids[: self.window], eot] for read in self.tokens.batch(texts)]
+        length = max(map(len, rows))
+        ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows])
+        return pooled(self.model.get_text_features(input_ids=ids.to(self.model.device)))
 
     def train_only(self, what: str) -> None:
         text = (self.model.text_model, self.model.text_projection)
@@ -136,7 +140,7 @@ def load_clip(config: ClipLikeConfig, runtime: Runtime) -> TowerReward:
             f"({len(info['missing_keys'])} in all); expected both towers and their projections"
         )
     processor, where = _processor(config, checkpoint, own)
-    tokenizer = AutoTokenizer.from_pretrained(processor, **where)
+    tokenizer = AutoTokenizer.from_pretrained(processor, trust_remote_code=False, **where)
     check_tokenizer(len(tokenizer), model.config.text_config.vocab_size, processor, checkpoint)
     _check_end(tokenizer.eos_token_id, model.config.text_config.eos_token_id, processor, checkpoint)
     mean, std = image_statistics(processor, **where)

@@ -34,7 +34,9 @@ class TowerRewardConfig(RewardConfig):
     """What rewards with an image and a text tower have in common; plugins may build on it.
 
     Attributes:
-        text: ``"whole"`` reads the prompt in one pass, up to the text tower's window; ``"segments"`` reads all of it
+        text: ``"auto"`` reads a prompt that fits the text tower's window in one pass, as published, and a longer one in
+            as few windows of whole sentences as hold it, of whose unit embeddings it takes the mean; ``"whole"`` reads
+            one window and truncates, with a warning, as published scores do; ``"segments"`` reads all of a prompt
             segment by segment and takes the mean of the segments' unit embeddings.
         segmenter: how the prompt is split, with ``text: segments``; whole sentences if it is left out.
         aspect: what becomes of images that are not square: ``"crop"`` keeps the centre, ``"pad"`` adds black borders,
@@ -46,7 +48,7 @@ class TowerRewardConfig(RewardConfig):
 
     embeds: ClassVar[bool] = True
 
-    text: Literal["whole", "segments"] = "whole"
+    text: Literal["auto", "whole", "segments"] = "auto"
     segmenter: Part("segmenters") | None = None  # type: ignore[valid-type]
     aspect: Aspect = "crop"
     crop: int | float | None = None
@@ -62,8 +64,8 @@ class TowerRewardConfig(RewardConfig):
 
     @model_validator(mode="after")
     def _check_segmenter(self) -> TowerRewardConfig:
-        if self.text == "whole" and self.segmenter is not None:
-            raise ValueError("a segmenter has no use with `text: whole`; set `text: segments` or remove it")
+        if self.text != "segments" and self.segmenter is not None:
+            raise ValueError(f"a segmenter has no use with `text: {self.text}`; set `text: segments` or remove it")
         return self
 
     @field_validator("crop")
@@ -127,7 +129,7 @@ class DenscoreConfig(ClipLikeConfig):
 
     name: Literal["denscore"] = "denscore"
     checkpoint: str = "luping-liu/Denscore"
-    text: Literal["whole", "segments"] = "segments"
+    text: Literal["auto", "whole", "segments"] = "segments"
 
 
 class Hpsv2Config(TowerRewardConfig):

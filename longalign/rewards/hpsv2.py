@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 ARCHITECTURE = "ViT-H-14"
 FILES = {"v2": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 CONFIG_FILE = "open_clip_config.json"
+_SPECIAL = re.compile("<((?:start|end)_of_text>)")
 BPE_FILE = "bpe_simple_vocab.txt.gz"
 
 
@@ -42,13 +44,18 @@ class OpenClipTowers(Towers):
 
     def count_tokens(self, text: str) -> int:
         # encode() leaves the cleaning to the caller
-        return len(self.tokenizer.encode(self.tokenizer.clean_fn(text)))
+        return len(self.tokenizer.encode(self.tokenizer.clean_fn(self._plain(text))))
+
+    def _plain(self, text: str) -> str:
+        """A text in which what looks like a special token is text; the same tokens otherwise."""
+        clean = self.tokenizer.clean_fn(text)
+        return _SPECIAL.sub(r"< \1", clean) if _SPECIAL.search(clean) else text
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
         return self.model.encode_image(pixels.to(self.model.positional_embedding.dtype))
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        tokens = self.tokenizer(list(texts), context_length=self.model.context_length)
+        tokens = self.tokenizer([self._plain(text) for text in texts], context_length=self.model.context_length)
         return self.model.encode_text(tokens.to(self.model.positional_embedding.device))
 
 

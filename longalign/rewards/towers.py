@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -14,10 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from longalign import registry
 from longalign.images import Pixels, at_least_float32, check_images, check_range
-from longalign.rewards.base import EmbeddingReward
+from longalign.rewards.base import EmbeddingReward, check_pairs
 from longalign.rewards.configs import TowerRewardConfig
 from longalign.runtime import Runtime
-from longalign.segment import Segmenter, fit, group_by_length
+from longalign.segment import Segmenter, Sentence, check_prompts, group_by_length, split, windows
 
 NUM_POSITIONS_PER_PASS = 64 * 77
 
@@ -84,21 +85,25 @@ class TowerReward(EmbeddingReward):
         towers: the model; it is frozen, and kept in eval mode as long as it is.
         pixels: turns images in [0, 1] into what the image tower reads. A random crop is taken in training mode only.
         segmenter: splits prompts; the text embedding is then the mean over segments of their unit embeddings, not
-            normalised again (Denscore, paper 3.2). Segments longer than the window are split further. None reads the
-            prompt in one pass; what exceeds the window is then not read, of which a warning is given once.
+            normalised again (Denscore, paper 3.2). Segments longer than the window are split further. None reads a
+            prompt in one pass if it fits the window, and a longer one in windows of whole sentences, of which it takes
+            the mean likewise.
+        truncate: without a segmenter, reads one window of a longer prompt; of what is not read a warning is given once.
         micro_batch: images in one pass of the image tower, None for all. Under autograd each pass is recomputed in
             the backward, so that the memory of one pass is needed at a time; the gradient is the same.
     """
 
     def __init__(
-        self, towers: Towers, pixels: Pixels, *, segmenter: Segmenter | None = None, micro_batch: int | None = None
-    ):
+        self, towers: Towers, pixels: Pixels, *, segmenter: Segmenter | None = None, micro_batch: int | None = None,
+        truncate: bool = False,
+    ):  # fmt: skip
         super().__init__()
         if micro_batch is not None and micro_batch < 1:
             raise ValueError(f"micro_batch must be at least 1 image, not {micro_batch}; leave it out for all at once")
         self.towers = towers.requires_grad_(False).eval()
         self.pixels = pixels
         self.segmenter = segmenter
+        self.truncate = truncate
         self.micro_batch = micro_batch
         self.dim = towers.dim
         self._warned = self._range_seen = False
@@ -112,6 +117,7 @@ class TowerReward(EmbeddingReward):
             Pixels((height, width), tuple(image.mean), tuple(image.std), aspect=config.aspect, crop=config.crop),
             segmenter=registry.segmenters.build(config.segmenter, runtime) if config.segmenter else None,
             micro_batch=config.micro_batch,
+            truncate=config.text == "whole",
         )
 
     def train(self, mode: bool = True) -> TowerReward:
@@ -153,11 +159,14 @@ class TowerReward(EmbeddingReward):
 
     def segments(self, prompt: str) -> list[str]:
         """The texts that are encoded for one prompt, in order; at least one, which is empty for an empty prompt."""
-        if self.segmenter is None:
-            return [prompt]
-        split = self.segmenter(prompt, self.towers.count_tokens)
+        return self._segments(prompt, self.segmenter)
+
+    def _segments(self, prompt: str, segmenter: Segmenter | None) -> list[str]:
+        window, count = self.towers.window, self.towers.count_tokens
+        if segmenter is None:
+            return [prompt] if self.truncate else windows(prompt, window, count)
         # blanks around a segment say where it stood, not what it says
-        found = [s.strip() for s in fit(split, self.towers.window, self.towers.count_tokens)]
+        found = [s.strip() for s in split(segmenter, prompt, count, window)]
         return [s for s in found if s] or [""]
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
@@ -169,14 +178,38 @@ class TowerReward(EmbeddingReward):
 
         With gradient where the towers are trained.
         """
-        if isinstance(prompts, str):
-            raise ValueError("expected a sequence of prompts, got one string; pass [prompt]")
-        split = [self.segments(prompt) for prompt in prompts]
-        if self.segmenter is None:
-            self._warn_of_cuts(prompts)
-        places = {text: i for i, text in enumerate(dict.fromkeys(s for segments in split for s in segments))}
+        checked: list[Any] = check_prompts(prompts, lists=False)
+        if self.segmenter is None and self.truncate:
+            self._warn_of_cuts(checked)
+        return self._embed([self.segments(prompt) for prompt in checked])
+
+    @torch.no_grad()
+    def by_segment(
+        self, images: Tensor, prompts: Sequence[str], segmenter: Segmenter | None = None
+    ) -> list[list[tuple[str, float]]]:
+        """Which part of each prompt its image shows: the segments with their scores.
+
+        Args:
+            images: ``(b, 3, h, w)`` in [0, 1].
+            prompts: one for each image.
+            segmenter: splits prompts; None takes the reward's own, or sentences where it has none.
+
+        Returns:
+            For each prompt its segments in order, each with its text and its cosine with the image. With the reward's
+            own segmenter their mean is the reward's score.
+        """
+        check_pairs(images, prompts)
+        checked: list[Any] = check_prompts(prompts, lists=False)
+        segmenter = segmenter or self.segmenter or Sentence()
+        text, found = self._embed([self._segments(prompt, segmenter) for prompt in checked])
+        owner = [i for i, segments in enumerate(found) for _ in segments]
+        scores = iter((self.image_features(images)[owner] * text).sum(-1).tolist())
+        return [[(segment, next(scores)) for segment in segments] for segments in found]
+
+    def _embed(self, found: list[list[str]]) -> tuple[Tensor, list[list[str]]]:
+        places = {text: i for i, text in enumerate(dict.fromkeys(s for segments in found for s in segments))}
         unit = self._unit_embeddings(list(places))
-        return unit[[places[s] for segments in split for s in segments]], split
+        return unit[[places[s] for segments in found for s in segments]], found
 
     def save(self, folder: Path) -> None:
         """Writes the model into a folder, which is made if it is missing, for this kind of reward to be loaded from."""
@@ -199,7 +232,7 @@ class TowerReward(EmbeddingReward):
                 self._warned = True
                 warnings.warn(
                     f"a prompt has {count} tokens and the reward's text tower reads {window}: its end is not scored; "
-                    "set `text: segments` to score the whole prompt (further prompts are cut without a warning)",
+                    "set `text: auto` or `segments` to score all of it (this warning is given once)",
                     stacklevel=5,
                 )
                 return

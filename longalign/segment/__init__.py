@@ -9,13 +9,14 @@ from longalign.segment.parts import (
     ManualConfig,
     Packed,
     PackedConfig,
-    Prompt,
     Segmenter,
     Sentence,
     SentenceConfig,
     Tokens,
     TokensConfig,
 )
+from longalign.segment.prompts import Prompt, check_prompts, check_text, plain_text
+from longalign.segment.reading import split, windows
 from longalign.segment.sentence import sentences
 
 __all__ = [
@@ -33,7 +34,12 @@ __all__ = [
     "TokenCounter",
     "Tokens",
     "TokensConfig",
+    "check_prompts",
+    "check_text",
     "fit",
     "group_by_length",
+    "plain_text",
     "sentences",
+    "split",
+    "windows",
 ]

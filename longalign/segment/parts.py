@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -12,10 +11,8 @@ from pydantic import Field
 from longalign.registry import PartConfig
 from longalign.runtime import Runtime
 from longalign.segment.fit import TokenCounter, pieces
+from longalign.segment.prompts import Prompt, check_prompts
 from longalign.segment.sentence import sentences
-
-Prompt = str | Sequence[str]
-"""A text, or a list of texts that are its segments (understood by the segmenter ``manual``)."""
 
 
 class Segmenter(Protocol):
@@ -143,7 +140,7 @@ class Manual:
     marker: str = "BREAK"
 
     def __call__(self, prompt: Prompt, count: TokenCounter) -> list[str]:
-        given = prompt
+        (given,) = check_prompts([prompt])
         if isinstance(prompt, str):
             left = r"(?<!\w)" if self.marker[0].isalnum() else ""
             right = r"(?!\w)" if self.marker[-1].isalnum() else ""

@@ -8,10 +8,10 @@ from transformers import AutoTokenizer
 
 from longalign.encoders.base import TruncationWarning
 from longalign.encoders.clip_segment import ClipSegmentEncoder
-from longalign.encoders.tokens import Tokenized
 from longalign.registry import encoders
 from longalign.runtime import Runtime
 from longalign.segment import LongAlign, Manual, Sentence
+from longalign.tokens import Tokenized
 
 LONG = "a red fox, a wall and the sky " * 12
 PROMPTS = ["A fox. The sky is green!", "", LONG, "A fox.", "Walls? " + LONG + ". A fox.", "A fox. A fox. The wall"]
@@ -107,10 +107,11 @@ def test_plain_padding_is_the_empty_prompts_at_the_same_place(tokenizer):
 
 
 def test_cut_warns_once_and_reports_the_text(tokenizer):
-    encoder = known(tokenizer, max_tokens=6)
+    encoder = known(tokenizer, max_tokens=6, overflow="cut")
     with pytest.warns(TruncationWarning, match=r"2 of 3 prompts do not fit into 6 .* 'green\. Fox\.'") as caught:
         told = encoder.encode(["A fox. A green. Fox.", "Fox.", "A fox. A fox."])
     assert len(caught) == 1 and caught[0].filename == __file__
+    assert "set overflow to 'grow'" in str(caught[0].message) and "'cut'" not in str(caught[0].message)
     assert told.states.shape == (3, 6, 2)
     assert told.states[0, :, 1].tolist() == [0, 1, 2, 3, 0, 1]
     report = told.reports[0]
@@ -119,13 +120,13 @@ def test_cut_warns_once_and_reports_the_text(tokenizer):
 
 
 def test_a_cut_that_loses_only_eot_is_none(tokenizer):
-    assert known(tokenizer, max_tokens=4, eot="all").encode(["A fox."]).reports[0].cut == ""
+    assert known(tokenizer, max_tokens=4, eot="all", overflow="cut").encode(["A fox."]).reports[0].cut == ""
 
 
-def test_overflow_can_be_an_error_or_grow(tokenizer):
+def test_all_of_a_prompt_is_read_unless_overflow_is_an_error(tokenizer):
     with pytest.raises(ValueError, match=r"1 of 1 prompts.*'fox\.'.*raise max_tokens"):
         known(tokenizer, max_tokens=3, overflow="error").encode(["Fox. fox."])
-    told = known(tokenizer, max_tokens=3, overflow="grow").encode(["Fox. fox.", "Fox."])
+    told = known(tokenizer, max_tokens=3).encode(["Fox. fox.", "Fox."])
     assert told.states[:, :, 1].tolist() == [[0, 1, 2, 0, 1, 2], [0, 1, 2, 46.5, 46.5, 46.5]]
     assert told.reports[0].cut == ""
 

@@ -95,7 +95,14 @@ def test_longclip_takes_its_first_20_positions_from_the_first_table(original):
 
 def test_longclip_in_transformers_layout(tmp_path):
     folder = tiny_clip_text(tmp_path, "transformers", positions=248)
-    encoder = encoders.build({"name": "longclip", "checkpoint": str(folder)})
+    whole = encoders.build({"name": "longclip", "checkpoint": str(folder)})
+    prompts = [" ".join(["A red fox."] * 100), "A red fox."]
+    told = whole.encode(prompts)
+    assert told.states.shape[1] == 2 * 248 and told.reports[0].cut == "" and sum(told.reports[0].tokens) == 400
+    parts = whole.encode(list(told.reports[0].segments)).states
+    assert torch.allclose(told.states[0], parts.flatten(0, 1), atol=1e-5)
+    assert torch.equal(told.states[1, 248:], told.states[1, 247:248].expand(248, -1))
+    encoder = encoders.build({"name": "longclip", "checkpoint": str(folder), "overflow": "cut"})
     assert encoder.encode([LONG]).reports[0].cut == ""
     with pytest.warns(TruncationWarning, match="248"):
         assert encoder.encode([" ".join(["fox"] * 247)]).reports[0].cut == "fox"

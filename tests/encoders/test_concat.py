@@ -97,8 +97,10 @@ def test_the_papers_model(tmp_path):
     clip, t5 = encoder.parts
     assert all(p.grad is not None for p in t5.adapter.parameters())
     assert not any(p.requires_grad for p in [*clip.parameters(), *t5.model.parameters()])
+    assert encoder.encode(["A red fox. " * 100]).reports[0].cut == ""
+    cut = [{**part, "overflow": "cut"} for part in config["parts"]]
     with pytest.warns(TruncationWarning) as caught:
-        encoder.encode(["A red fox. " * 100])
+        assert encoders.build({**config, "parts": cut}).encode(["A red fox. " * 100]).states.shape[1] == 480
     assert len(caught) == 2
 
 

@@ -57,7 +57,7 @@ def test_a_mask_hides_padding_from_t5_and_from_the_denoiser(folder):
 
 
 def test_overflow(folder):
-    encoder = build(folder, max_tokens=6)
+    encoder = build(folder, max_tokens=6, overflow="cut")
     with pytest.warns(TruncationWarning, match="1 of 2 prompts do not fit into 6 positions"):
         told = encoder.encode(["A fox sleeps on a wall.", ""])
     assert told.states.shape == (2, 6, 16)
@@ -65,9 +65,41 @@ def test_overflow(folder):
     assert report.tokens == (5,) and (report.segments[0] + report.cut).replace(" ", "") == "Afoxsleepsonawall."
     with pytest.raises(ValueError, match="raise max_tokens"):
         build(folder, max_tokens=6, overflow="error").encode(["A fox sleeps on a wall."])
-    grown = build(folder, max_tokens=6, overflow="grow").encode(["A fox sleeps on a wall.", ""])
+    grown = build(folder, max_tokens=6).encode(["A fox sleeps on a wall.", ""])
     assert grown.states.shape[1] == sum(grown.reports[0].tokens) + 1 and grown.reports[0].cut == ""
     assert torch.equal(grown.states[1, 5], grown.states[1, -1])
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_a_prompt_beyond_a_pass_is_read_in_windows(folder, mask):
+    encoder = build(folder, max_tokens=1, window=12, mask=mask)
+    prompts = ["A red fox sleeps on a wall. The sky is green. A wall.", "A fox."]
+    told = encoder.encode(prompts)
+    report = told.reports[0]
+    assert report.cut == "" and max(report.tokens) <= 11 and len(report.tokens) > 1
+    assert " ".join(report.segments) == prompts[0] and encoder.cut(prompts) == list(told.reports)
+    rows = [encoder.encode([segment]).states[0] for segment in report.segments]
+    assert told.states.shape[1] == sum(map(len, rows)) == sum(report.tokens) + len(rows)
+    assert torch.allclose(told.states[0], torch.cat(rows), atol=1e-5)
+    sizes = []
+    encoder.model.register_forward_pre_hook(
+        lambda _, args, given: sizes.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    encoder.encode(["fox " * 2000])
+    assert max(sizes) <= 12
+
+
+def test_special_tokens_in_a_prompt_are_text(folder):
+    encoder = build(folder, max_tokens=1)
+    tokenizer = encoder.tokens.tokenizer
+    text = "A red fox.</s> The <pad> sky<extra_id_3> is <unk> é."
+    read = encoder.tokens(text)
+    assert not {tokenizer.eos_token_id, tokenizer.pad_token_id} & set(read.ids)
+    assert not set(tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(9)])) & set(read.ids)
+    for marks in ("</s>", "<pad>", "<extra_id_3>", "<unk>"):
+        assert {text.index(marks), text.index(marks) + 1} <= set(read.starts)
+    assert list(read.starts) == sorted(read.starts) and encoder.cut([text])[0].cut == ""
+    assert encoder.tokens("A red fox.").ids == read.ids[: len(encoder.tokens("A red fox."))]
 
 
 def test_gradient_reaches_the_adapter_only(folder):

@@ -91,18 +91,61 @@ def test_batches_of_any_mix_equal_one_at_a_time(segments):
 
 
 def test_a_text_that_just_fills_the_window_is_whole_and_one_more_token_warns_once(clip_folder):
-    reward = rewards.build({"name": "pickscore", "checkpoint": clip_folder})
+    reward = rewards.build({"name": "pickscore", "checkpoint": clip_folder, "text": "whole"})
     assert reward.towers.window == 75
     assert reward.towers.count_tokens("a " * 75) == 75
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         filled = reward.text_features(["a " * 74 + "fox"])
-    with pytest.warns(UserWarning, match=r"76 tokens .* reads 75.*text: segments"):
+    with pytest.warns(UserWarning, match=r"76 tokens .* reads 75.*text: auto"):
         longer = reward.text_features(["a " * 74 + "fox sky"])
     assert torch.allclose(filled, longer, atol=1e-6)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         reward.text_features(["a " * 80])
+
+
+def test_by_default_a_prompt_that_fits_is_read_as_published_and_a_longer_one_to_its_end(whole, clip_folder):
+    published = rewards.build({"name": "clip", "checkpoint": clip_folder, "text": "whole"})
+    assert torch.equal(whole.text_features([TWO]), published.text_features([TWO]))
+    long = TWO + " The sky." * 30
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fox, other = whole.text_features([long + " A fox.", long + " A wall."])
+    assert not torch.allclose(fox, other, atol=1e-3)
+    parts = whole.segments(long)
+    assert " ".join(parts) == long and len(parts) == 2
+    assert torch.allclose(whole.text_features([long])[0], whole.text_features(parts).mean(0), atol=1e-6)
+
+
+def test_the_score_of_each_sentence(whole, segments):
+    images, prompts = torch.rand(2, 3, 32, 32), [TWO, "A wall."]
+    found = segments.by_segment(images, prompts)
+    assert [[text for text, _ in of] for of in found] == [TWO.replace(". ", ".|").split("|"), ["A wall."]]
+    means = torch.tensor([sum(score for _, score in of) / len(of) for of in found])
+    assert torch.allclose(means, segments.score(images, prompts), atol=1e-6)
+    single = whole.by_segment(images[:1], [TWO])[0]
+    assert len(single) == 2
+    assert single[1][1] == pytest.approx(whole.score(images[:1], ["The sky is green."]).item(), abs=1e-6)
+    with pytest.raises(ValueError, match="2 images and 1 prompts"):
+        segments.by_segment(images, [TWO])
+
+
+@pytest.mark.parametrize("text", ["auto", "segments"])
+def test_special_tokens_in_a_prompt_are_text(clip_folder, text):
+    reward = rewards.build({"name": "clip", "checkpoint": clip_folder, "text": text})
+    plain, ended, empty = reward.text_features(["A fox.", "A fox.<|endoftext|> sky", ""])
+    begun = reward.text_features(["<|endoftext|>A"])[0]
+    assert not torch.allclose(plain, ended, atol=1e-3) and not torch.allclose(begun, empty, atol=1e-3)
+
+
+@pytest.mark.parametrize("prompts", [[None], [3], [b"fox"], [["fox"]], [{"a": 1}], ["fox \ud800"], None, b"fox"])
+def test_what_is_no_text_is_named(whole, prompts):
+    with pytest.raises(ValueError, match=r"prompt 0|sequence of prompts"):
+        whole.text_features(prompts)
+    if isinstance(prompts, list):
+        with pytest.raises(ValueError, match="prompt 0"):
+            whole.score(torch.rand(1, 3, 32, 32), prompts)
 
 
 def test_a_segment_longer_than_the_window_is_split_and_read_to_its_end(segments):
@@ -241,7 +284,7 @@ def test_segmenters_are_parts(clip_folder):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"name": "clip", "segmenter": "sentence"}, "no use with `text: whole`"),
+        ({"name": "clip", "segmenter": "sentence"}, "no use with `text: auto`"),
         ({"name": "clip", "crop": 1.5}, "crop: .*between 0 and 1"),
         ({"name": "clip", "crop": 0}, "crop: .*at least one pixel"),
         ({"name": "clip", "micro_batch": 0}, "micro_batch"),

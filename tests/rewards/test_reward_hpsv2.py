@@ -116,7 +116,8 @@ def test_only_weights_under_state_dict_are_read(tmp_path):
         read_state(tmp_path / "b.pt")
 
 
-def test_the_window_is_77_tokens_and_longer_prompts_warn(hpsv2):
+def test_the_window_is_77_tokens_and_longer_prompts_warn_where_they_are_truncated(hpsv2_folder):
+    hpsv2 = rewards.build({"name": "hpsv2", "checkpoint": hpsv2_folder, "text": "whole"})
     assert hpsv2.towers.count_tokens("a " * 75) == 75
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -37,14 +37,21 @@ class SiglipTowers(Towers):
         self.window = self.length - tokenizer.num_special_tokens_to_add()
 
     def count_tokens(self, text: str) -> int:
-        return len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return len(
+            self.tokenizer(text, add_special_tokens=False, verbose=False, split_special_tokens=True)["input_ids"]
+        )
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
         return pooled(self.model.get_image_features(pixel_values=pixels.to(self.model.dtype)))
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         tokens = self.tokenizer(
-            list(texts), padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
+            list(texts),
+            padding="max_length",
+            truncation=True,
+            max_length=self.length,
+            return_tensors="pt",
+            split_special_tokens=True,
         )
         return pooled(self.model.get_text_features(input_ids=tokens["input_ids"].to(self.model.device)))
 
@@ -62,7 +69,7 @@ def load_siglip(config: SiglipConfig, runtime: Runtime) -> TowerReward:
             f"'{checkpoint}' is not a whole SiglipModel: {len(info['missing_keys'])} weights are missing, such as "
             f"{sorted(info['missing_keys'])[0]}; expected a checkpoint with both towers"
         )
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, **where)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False, **where)
     check_tokenizer(len(tokenizer), model.config.text_config.vocab_size, checkpoint, checkpoint)
     mean, std = image_statistics(checkpoint, config.revision, default=(HALF, HALF))
     image = ImageInput(model.config.vision_config.image_size, mean, std)

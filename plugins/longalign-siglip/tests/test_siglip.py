@@ -75,8 +75,10 @@ def test_long_prompts_warn_or_are_read_in_segments(siglip, checkpoint):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         siglip.text_features(["sky " * 63])
-    with pytest.warns(UserWarning, match=r"64 tokens .* reads 63.*text: segments"):
-        siglip.text_features(["sky " * 64])
+        assert not torch.allclose(*siglip.text_features(["sky " * 64 + "fox", "sky " * 64 + "red"]), atol=1e-4)
+    whole = rewards.build({"name": "siglip", "checkpoint": checkpoint, "text": "whole"})
+    with pytest.warns(UserWarning, match=r"64 tokens .* reads 63.*text: auto"):
+        whole.text_features(["sky " * 64])
     segments = rewards.build({"name": "siglip", "checkpoint": checkpoint, "text": "segments"})
     first, second, both = segments.text_features(["A red fox sleeps.", "The sky is green.", TWO])
     assert torch.allclose(both, (first + second) / 2, atol=1e-6)
