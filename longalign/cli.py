@@ -7,11 +7,14 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from itertools import takewhile
 from textwrap import dedent, fill
 from typing import Any
+
+WAIT = 10
+"""Seconds after which a process reports an error that the first one of the machine did not end with."""
 
 OVERRIDES = "changes to the config, as dotted path and value, e.g. encoder=t5 rewards.0.omega=0.0 loop.lr=1e-4"
 PIPELINE = "a stock diffusers pipeline, hub id or folder, run with its own text encoders and settings"
@@ -36,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = _message(error, args)
         if args.traceback or message is None:
             raise
-        if _speaks():
-            print(f"longalign {args.command}: {message}", file=sys.stderr)
+        _await_turn()
+        print(f"longalign {args.command}: {message}", file=sys.stderr)
         return 2
 
 
@@ -47,10 +50,8 @@ def _message(error: Exception, args: argparse.Namespace) -> str | None:
 
     if isinstance(error, (ValueError, OSError)):
         return str(error)
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        package = error.name.partition(".")[0]
-        if find_spec(package) is None:
-            return f"this command needs the package '{package}', which is not installed here"
+    if isinstance(error, ModuleNotFoundError) and error.name and "." not in error.name:
+        return f"this command needs the package '{error.name}', which is not installed here"
     if is_out_of_memory(error):
         advice = [f"--batch below {args.batch}"] if getattr(args, "batch", 1) > 1 else []
         advice += ["a smaller --size"] if hasattr(args, "size") else []
@@ -60,10 +61,15 @@ def _message(error: Exception, args: argparse.Namespace) -> str | None:
     return None
 
 
-def _speaks() -> bool:
-    """Whether this process reports an error. Before processes have met, all on a machine fail alike: the first does."""
+def _await_turn() -> None:
+    """Waits until this process is to report its error.
+
+    Before processes have met, all on a machine fail alike. The first one reports, and its end ends the others, which
+    wait for that. A process that is still there then has an error of its own.
+    """
     met = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
-    return met or os.environ.get("LOCAL_RANK", "0") == "0"
+    if not met and os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(WAIT)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -82,8 +88,7 @@ class _Parser(argparse.ArgumentParser):
         return self.parse_intermixed_args(argv)
 
     def error(self, message: str) -> Any:
-        if not _speaks():
-            sys.exit(2)
+        _await_turn()
         super().error(message)
 
     def _unknown(self, name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from argparse import Namespace
@@ -183,9 +184,22 @@ def evaluate(args: Namespace) -> None:
     table = measure(images, prompts, metrics, seeds, args.batch)
     print(table.text(shutil.get_terminal_size().columns if sys.stdout.isatty() else None), end="")
     if args.json:
-        Path(args.json).write_text(table.json(), encoding="utf-8")
+        origins = {name: _origin(images[name].paths[0]) for name in images}
+        text = json.dumps({**table.to_dict(), "configs": origins}, indent=1)
+        Path(args.json).write_text(text, encoding="utf-8")
     if args.markdown:
         Path(args.markdown).write_text(table.markdown(), encoding="utf-8")
+
+
+def _origin(image: Path | str) -> Any:
+    """The config that an image says it was generated with; None if it says nothing."""
+    from PIL import Image
+
+    with Image.open(image) as opened:
+        try:
+            return json.loads(opened.info["config"])
+        except (KeyError, TypeError, ValueError):
+            return None
 
 
 def _models(args: Namespace) -> dict[str, tuple[str, str]]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import platform
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 
 from longalign.discovery import PREFIX, offers, owner
 
+MISSING = "not installed"
 PACKAGES = (
     "longalign", "torch", "transformers", "diffusers", "accelerate", "peft", "open_clip_torch", "safetensors",
     "huggingface_hub", "datasets", "pydantic", "catalogue", "numpy",
@@ -28,7 +28,7 @@ def environment() -> dict[str, str]:
     out["python"] = f"{platform.python_version()} ({platform.python_implementation()})"
     out["system"] = platform.platform()
     out["processor"] = processor()
-    out |= _devices() if find_spec("torch") is not None else {"devices": "torch is not installed"}
+    out |= _devices() if out["torch"] != MISSING else {}
     for who, parts in _plugins().items():
         out[f"plugin {who}"] = ", ".join(parts)
     for who, why in offers().malformed:
@@ -48,13 +48,13 @@ def _version(name: str) -> str:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
-        return "not installed"
+        return MISSING
 
 
 def _devices() -> dict[str, str]:
     import torch
 
-    out = {"torch": torch.__version__}  # with what it is built for, which the metadata of its package lacks
+    out = {"torch": str(torch.__version__)}  # with what it is built for, which the metadata of its package lacks
     out["cpu"] = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     out["cuda"] = f"built for {torch.version.cuda}, {torch.cuda.device_count()} devices"
     for i in range(torch.cuda.device_count()):

@@ -80,15 +80,15 @@ def export(
         The files and folders written.
 
     Raises:
-        ValueError: if the folder has such files, or ``metrics`` is no table.
+        ValueError: if the folder has such files, or ``metrics`` is no table, or is one of other models.
     """
     source, output = checkpoint_file(Path(checkpoint)), Path(output)
-    table = None if metrics is None else read_table(Path(metrics))
     if source.parent.resolve() == output.resolve():
         raise ValueError(f"{output} is the checkpoint's own folder; choose another folder")
     if not overwrite:
         check_unexported(output)
     config = load_config(source)
+    table = None if metrics is None else read_table(Path(metrics), config)
     for pattern in REWARD_FILES if config.backbone is None else MODEL_FILES:
         for taken in sorted(output.glob(pattern)):
             if not overwrite:
@@ -287,12 +287,37 @@ def adapters(state: Mapping[str, Tensor]) -> dict[str, TextAdapter]:
     return found
 
 
-def read_table(path: Path) -> MetricTable:
-    """The metrics in a JSON file. Raises ValueError if it holds something else."""
+def _own(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a config is the same in a run's checkpoint and in its export."""
+    return {key: value for key, value in config.items() if key not in OWN_KEYS}
+
+
+def read_table(path: Path, config: RunConfig | None = None) -> MetricTable:
+    """The metrics in a JSON file.
+
+    Args:
+        path: of the file.
+        config: of a run, which one of the table's models must be of if the table says what each is of.
+
+    Raises:
+        ValueError: if the file holds something else, or the table is of other models.
+    """
     try:
-        return MetricTable.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        data = json.loads(path.read_text(encoding="utf-8"))
+        table = MetricTable.from_dict(data)
+        known = {name: about for name, about in (data.get("configs") or {}).items() if about is not None}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is no table of metrics; expected what `longalign eval --json` writes") from error
+    if (
+        config is not None
+        and len(known) == len(table.models)
+        and _own(to_dict(config)) not in map(_own, known.values())
+    ):
+        raise ValueError(
+            f"{path} is a table of other models, {', '.join(known)}: none of them has the config of this checkpoint; "
+            "expected what `longalign eval --json` writes for images of it"
+        )
+    return table
 
 
 def model_card(

@@ -60,9 +60,11 @@ class RandomState:
 
     def _restore(self) -> None:
         torch.set_rng_state(self.cpu)
+        if self.accelerator is None:
+            return
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(self.accelerator, self.device)
-        elif self.device.type == "mps":
+        else:
             torch.mps.set_rng_state(self.accelerator)
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 import pytest
 import torch
 
-from longalign import evaluate, pipeline, stock
+from longalign import cli, evaluate, pipeline, stock
 from longalign.backbones.configs import LoraConfig
 from longalign.cli import main
 from longalign.compose import Composition
@@ -281,11 +281,14 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"longalign {version('longalign')}\n"
 
 
-def test_one_process_of_a_machine_reports_what_all_have(monkeypatch, capsys):
-    for rank, lines in (("0", 1), ("1", 0)):
+def test_processes_wait_for_the_first_one_to_report_what_all_have(monkeypatch, capsys):
+    events = []
+    monkeypatch.setattr(cli.time, "sleep", lambda seconds: events.append(capsys.readouterr().err))
+    for rank, waits in (("0", 0), ("1", 1)):
         monkeypatch.setenv("LOCAL_RANK", rank)
         assert main(["train", "nowhere.yaml"]) == 2
-        assert capsys.readouterr().err.count("no config file") == lines
+        assert events == [""] * waits  # nothing was said before
+        assert capsys.readouterr().err.count("no config file") == 1
 
 
 def test_no_memory_says_what_to_lower(yaml, monkeypatch, capsys):
@@ -492,6 +495,7 @@ def test_eval_compares_folders_of_the_same_prompts(brightness, tmp_path, capsys)
     pair = [f"base={base}", f"tuned={tuned}"]
     files = ["--json", str(out), "--markdown", str(tmp_path / "table.md")]
     assert main(["eval", "--images", *pair, "--reward", brightness, *files]) == 0
+    assert json.loads(out.read_text())["configs"] == {"base": None, "tuned": None}
     assert "| tuned - base |" in (tmp_path / "table.md").read_text()
     assert "tuned - base" in capsys.readouterr().out
     table = json.loads(out.read_text())

@@ -18,7 +18,7 @@ from longalign.backbones.configs import LoraConfig
 from longalign.backbones.lora import LoraStack
 from longalign.checkpoint import load_for_sampling, save
 from longalign.cli import main
-from longalign.config import load_config
+from longalign.config import load_config, to_dict
 from longalign.encoders.adapter import TextAdapter
 from longalign.encoders.base import Conditioning
 from longalign.files import find_checkpoint
@@ -74,6 +74,25 @@ def answer(unet):
 def head_of(card):
     _, head, text = card.split("---\n", 2)
     return yaml.safe_load(head), text
+
+
+def test_metrics_of_another_model_are_rejected(folder, tmp_path, capsys):
+    run = trained(folder)
+    config = to_dict(load_config(run / "longalign.safetensors"))
+    values = {"base": {"denscore": np.array([0.1, 0.2])}, "ours": {"denscore": np.array([0.3, 0.4])}}
+    table = MetricTable(values, ["a", "b"], [0, 0]).to_dict()
+    path = tmp_path / "table.json"
+
+    def given(ours):
+        path.write_text(json.dumps({**table, "configs": {"base": {"pipeline": "owner/name"}, "ours": ours}}))
+        return publish.read_table(path, load_config(config))
+
+    assert given({**config, "output": "elsewhere"}).models == ["base", "ours"]
+    assert given(None).models == ["base", "ours"]  # images that do not say what they are of
+    with pytest.raises(ValueError, match="a table of other models, base, ours"):
+        given({**config, "seed": 77})
+    assert main(["export", str(run), str(tmp_path / "out"), "--metrics", str(path)]) == 2
+    assert "a table of other models" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_an_export_is_replaced_only_where_that_is_asked_for(folder, tmp_path, capsys):
