@@ -22,8 +22,9 @@ from torch import Tensor
 from longalign.backbones.base import Backbone
 from longalign.backbones.configs import LoraConfig
 from longalign.backbones.lora import LoraStack, check_same_names, join_stacks, peft_settings
-from longalign.config import RunConfig, load_config, to_json
+from longalign.config import RunConfig, load_config, to_dict
 from longalign.encoders.base import Encoder
+from longalign.faults import redact_url
 from longalign.files import CHECKPOINT, DIFFUSERS_LORA, REWARD, checkpoint_file, read_metadata
 from longalign.registry import REGISTRIES, PartConfig, backbones, encoders
 from longalign.runtime import Runtime
@@ -87,7 +88,7 @@ def write(folder: Path, config: RunConfig, weights: Weights, step: int) -> Path:
     tensors |= {f"encoder.{key}": tensor for key, tensor in weights.adapter.items()}
     metadata = {
         "format": FORMAT,
-        "config": to_json(config),
+        "config": json.dumps(redacted(to_dict(config)), ensure_ascii=False),
         "step": str(step),
         "loras": json.dumps([{"name": s.name, "config": s.config.model_dump(mode="json")} for s in stacks]),
         "versions": json.dumps(versions()),
@@ -97,6 +98,15 @@ def write(folder: Path, config: RunConfig, weights: Weights, step: int) -> Path:
     path = folder / CHECKPOINT
     save_tensors(path, tensors, metadata)
     return path
+
+
+def redacted(value: Any) -> Any:
+    """A dumped config without the credentials in its addresses."""
+    if isinstance(value, dict):
+        return {key: redacted(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [redacted(child) for child in value]
+    return redact_url(value) if isinstance(value, str) else value
 
 
 def load_weights(checkpoint: str | Path) -> Weights:

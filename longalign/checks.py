@@ -13,8 +13,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from longalign.config import RunConfig
-from longalign.faults import ConfigError, Fault
+from longalign.config import RunConfig, diff, load_config
+from longalign.faults import ConfigError, Fault, shorten
 from longalign.files import HUB_ID, checkpoint_file
 from longalign.hub import BASE_MODEL, is_base_model
 from longalign.registry import PartConfig
@@ -130,13 +130,27 @@ def _size_faults(config: RunConfig, sizes: Mapping[str, Any]) -> list[Fault]:
     ]
 
 
+def used(config: RunConfig) -> str | None:
+    """What is wrong with a run's ``output`` if a run has left checkpoints there: two are never mixed."""
+    try:
+        newest = checkpoint_file(Path(config.output))
+    except FileNotFoundError:
+        return None
+    try:
+        changes = {key: values for key, values in diff(load_config(newest), config).items() if key != "output"}
+    except ValueError as error:
+        about = f"its newest checkpoint cannot be read ({error})"
+    else:
+        lines = [f"\n    {key}: {shorten(old)} there, {shorten(new)} now" for key, (old, new) in changes.items()]
+        about = f"with another config:{''.join(lines)}\n   " if lines else "with the same config"
+    return f"there is a run in {config.output} already, {about}; resume it, choose another, or remove the folder"
+
+
 def _folder_faults(config: RunConfig, resumed: bool) -> list[Fault]:
     faults: list[Fault] = []
     output = Path(config.output)
-    if not resumed and any(output.glob("checkpoint-*/longalign.safetensors")):
-        faults.append(
-            ("output", f"there is a run in {output} already; resume it, choose another, or remove the folder")
-        )
+    if not resumed and (fault := used(config)):
+        faults.append(("output", fault))
     above = next((p for p in (output, *output.parents) if p.exists()), output)
     if above.exists() and not above.is_dir():
         faults.append(("output", f"{above} is a file; expected a folder"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -36,18 +37,26 @@ SEEDS = (0,)
 
 
 def train(args: Namespace) -> int:
-    """Runs a config; 130, as a shell has it, if Ctrl-C stopped it early."""
+    """Runs a config; 130, 143 or 129, as a shell has it, if Ctrl-C, SIGTERM or SIGHUP stopped it early."""
     config = override(args.config, parse_assignments(args.overrides))
     resume = Path(args.resume_from) if args.resume_from else Path(config.output) if args.resume else None
-    if resume is not None:
-        resume = checkpoint_file(resume).parent
+    from_checkpoint = Path(args.config).suffix not in (".yaml", ".yml", ".json")
+    if resume is not None and (args.resume_from or from_checkpoint):
+        checkpoint_file(resume)  # a run of a config file is started where it has none yet
     check_files(config, resumed=resume is not None)  # again by `fit`, which cannot do so before torch finds the device
     from longalign.compose import build_from_config
     from longalign.runtime import Runtime
 
     result = build_from_config(config, Runtime.detect(config.loop.precision, args.device)).fit(resume=resume)
     print(f"step {result.step} of {config.loop.steps}: {result.checkpoint}")
-    return 130 if result.interrupted else 0
+    if result.interrupted:
+        return 128 + (result.signal or signal.SIGINT)
+    if config.backbone is not None:
+        where = f"--checkpoint {result.checkpoint} --output {config.output}/images"
+        print(f'next: longalign generate {where} --prompt "..."')
+    else:
+        print(f"next: longalign export {result.checkpoint} {config.output}/model")
+    return 0
 
 
 def cache(args: Namespace) -> None:

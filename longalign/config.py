@@ -63,7 +63,7 @@ class LoopConfig(Section):
         ema: decay of an exponential moving average of what is trained, or null for none.
         save_every: steps between checkpoints, or null for one at the end only.
         keep: how many checkpoints to keep, the newest ones, or null for all.
-        log_every: steps between logged values.
+        log_every: steps between logged values, which are means over these steps.
         trackers: where values are logged besides the progress bar: "tensorboard", "wandb"; one or a list.
         workers: processes that load data; 0 loads in the training process.
     """
@@ -93,7 +93,7 @@ class ValidationConfig(Section):
 
     Attributes:
         prompts: the prompts, or a file with one per line (.txt) or one mapping with "prompt" per line (.jsonl).
-        every: steps between drawings.
+        every: steps between samplings; there is one at the start and one at the end too.
         steps: sampling steps.
         guidance: scale of classifier-free guidance; 1 is none.
         scheduler: "unipc", "ddim", "dpm++", or "lcm" for a consistency-distilled model, with 4 steps and guidance 1.

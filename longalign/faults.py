@@ -50,6 +50,10 @@ class ConfigError(ValueError):
         super().__init__(f"{len(errors)} error{'s' if len(errors) > 1 else ''} in the config:\n{lines}")
 
 
+class RunError(ValueError):
+    """A run that had to stop; the message says why, what to change, and how it is resumed."""
+
+
 class PartError(ValueError):
     """A part that is unknown, broken or claimed twice."""
 

@@ -15,7 +15,7 @@ SUFFIXES = (".safetensors", ".bin", ".pt", ".ckpt", ".json", ".txt", ".model")
 BLOCK, BLOCKS = 4096, 256
 
 
-def fingerprints(config: Any, folders: Sequence[str]) -> dict[str, str | None]:
+def fingerprints(config: Any, folders: Sequence[str], ask_hub: bool = True) -> dict[str, str | None]:
     """A fingerprint for each checkpoint that a config names, by its path in the config.
 
     Args:
@@ -23,9 +23,11 @@ def fingerprints(config: Any, folders: Sequence[str]) -> dict[str, str | None]:
         folders: how the folders are called that matter of a checkpoint in diffusers layout, e.g. ``["text_encoder",
             "tokenizer"]``, which stands for ``text_encoder_2`` too. Of a folder that has none of them the files at its
             top count.
+        ask_hub: whether the hub is asked for its commit, see `fingerprint`.
     """
     return {
-        path: fingerprint(name, revision, subfolder, folders) for path, name, revision, subfolder in _named("", config)
+        path: fingerprint(name, revision, subfolder, folders, ask_hub)
+        for path, name, revision, subfolder in _named("", config)
     }
 
 
@@ -42,9 +44,11 @@ def _named(path: str, value: Any) -> Iterator[tuple[str, str, str | None, str | 
             yield from _named(f"{path}.{i}", child)
 
 
-def fingerprint(checkpoint: str, revision: str | None, subfolder: str | None, folders: Sequence[str]) -> str | None:
+def fingerprint(
+    checkpoint: str, revision: str | None, subfolder: str | None, folders: Sequence[str], ask_hub: bool = True
+) -> str | None:
     """Of local files their names, sizes and a part of their content; of a hub id its commit: the hub's, or without a
-    connection the one that was downloaded.
+    connection, or if it is not to be asked, the one that was downloaded.
 
     Files up to 1 MiB are read whole, of larger ones 256 blocks spread over the file, which any training changes.
 
@@ -53,7 +57,7 @@ def fingerprint(checkpoint: str, revision: str | None, subfolder: str | None, fo
     """
     place = Path(resolve_checkpoint(checkpoint))
     if not place.exists():
-        return _commit(checkpoint, revision)
+        return _commit(checkpoint, revision, ask_hub)
     if subfolder and (place / subfolder).is_dir():
         place = place / subfolder
         if place.name.startswith(tuple(folders)):  # a text model's own folder, beside which its tokenizer is
@@ -81,13 +85,14 @@ def _blocks(file: Path) -> Iterator[bytes]:
             yield content.read(BLOCK)
 
 
-def _commit(repository: str, revision: str | None) -> str | None:
+def _commit(repository: str, revision: str | None, ask_hub: bool) -> str | None:
     from huggingface_hub import HfApi, constants
 
     if revision is not None and len(revision) == 40:
         return f"commit {revision}"
     try:  # what loading would download, should the branch have moved
-        return f"commit {HfApi().model_info(repository, revision=revision, timeout=10).sha}"
+        if ask_hub:
+            return f"commit {HfApi().model_info(repository, revision=revision, timeout=10).sha}"
     except Exception:  # offline, or no access; loading then takes what is here, or says what is wrong
         pass
     name = f"models--{repository.replace('/', '--')}"

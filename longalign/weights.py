@@ -9,6 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from errno import EINVAL
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -69,8 +70,10 @@ def load_pickle(path: str | Path, mmap: bool = False) -> Any:
                     if bad := archive.testzip():
                         raise EOFError(f"the checksum of {bad} differs")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (ValueError, OSError):
-        raise
+    except (ValueError, OSError) as error:
+        if not isinstance(error, OSError) or error.errno != EINVAL:  # which torch gives for a file that is cut
+            raise
+        raise ValueError(_unreadable(path, error, "get it anew")) from None
     except Exception as error:  # a pickle that is cut or changed can raise anything
         raise ValueError(_unreadable(path, error, "get it anew")) from None
 
@@ -142,5 +145,5 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     value = 0
     for name, tensor in sorted(tensors.items()):
         value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode(), value)
-        value = zlib.crc32(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy(), value)
+        value = zlib.crc32(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data, value)
     return f"crc32:{value:08x}"

@@ -403,28 +403,28 @@ def test_missing_options_end_with_usage(arguments, capsys):
     assert "usage: longalign" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("interrupted", [False, True])
-def test_train_hands_the_changed_config_to_the_loop(yaml, monkeypatch, tmp_path, capsys, interrupted):
+@pytest.mark.parametrize("signal", [None, 2, 15, 1])
+def test_train_hands_the_changed_config_to_the_loop(yaml, monkeypatch, tmp_path, capsys, signal):
     seen = {}
 
     def fit(composition, resume=None):
         seen.update(composition=composition, resume=resume)
-        return loop.FitResult(3, tmp_path / "checkpoint-000003", interrupted)
+        return loop.FitResult(3, tmp_path / "checkpoint-000003", signal is not None, signal)
 
     monkeypatch.setattr(loop, "fit", fit)
     encoder = "encoder={name: clip-truncate, checkpoint: mini/sd}"
-    assert main(["train", yaml, "loop.steps=3", "loop.lr=1e-4", encoder]) == (130 if interrupted else 0)
+    status = main(["train", yaml, "loop.steps=3", "loop.lr=1e-4", encoder])
+    assert status == (128 + signal if signal else 0)
     assert isinstance(seen["composition"], Composition)
     config = seen["composition"].config
     assert (config.loop.steps, config.loop.lr, config.encoder.name) == (3, 1e-4, "clip-truncate")
     assert seen["resume"] is None
-    assert "step 3 of 3: " in capsys.readouterr().out
-
-    checkpoint = tmp_path / "out" / "checkpoint-000002"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "longalign.safetensors").touch()
+    told = capsys.readouterr().out
+    assert "step 3 of 3: " in told
+    generate = f"next: longalign generate --checkpoint {tmp_path}/checkpoint-000003 "
+    assert (generate in told) == (signal is None)
     main(["train", yaml, f"output={tmp_path / 'out'}", "--resume"])
-    assert seen["resume"] == checkpoint
+    assert seen["resume"] == tmp_path / "out"
 
 
 def test_generate_hands_prompts_and_settings_on(yaml, monkeypatch, tmp_path, capsys):

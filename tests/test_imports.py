@@ -24,7 +24,7 @@ LEVELS = {
     5: "checks checkpoint conditioning charts caching",
     6: "compose",
     7: "pipeline evaluate report convert publish",
-    8: "trainers.loop trainers.validation stock",
+    8: "trainers.loop trainers.resume trainers.validation stock",
     9: "demo model",
     10: "commands",
     11: "cli",

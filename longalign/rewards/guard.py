@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from longalign.faults import RunError
+
 if TYPE_CHECKING:
     from longalign.rewards.base import Reward, Scores
 
 
-class NonFiniteReward(ValueError):
+class NonFiniteReward(RunError):
     """A reward is NaN or infinite; training with it would spoil the model at the next step.
 
     Attributes:

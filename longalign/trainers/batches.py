@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_
 
 from longalign.data.base import Data
 from longalign.data.stream import Stream
+from longalign.trainers.interrupt import outlive_signals
 
 
 class Batches(Sampler[list[int]]):
@@ -122,12 +123,17 @@ def load_batches(data: Data | Stream, batches: Batches, needs_images: bool, work
     generator = torch.Generator().manual_seed(batches.seed)
     if isinstance(data, Stream):
         streamed = StreamedBatches(data, batches, needs_images)
-        return iter(DataLoader(streamed, batch_size=None, num_workers=workers, generator=generator))
+        return iter(
+            DataLoader(
+                streamed, batch_size=None, num_workers=workers, worker_init_fn=outlive_signals, generator=generator
+            )
+        )
     loader = DataLoader(
         data if needs_images else Prompts(data),
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=workers,
+        worker_init_fn=outlive_signals,
         generator=generator,
     )
     return iter(loader)

@@ -20,20 +20,25 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, Ini
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from longalign import checkpoint as checkpoints
-from longalign.config import load_config, to_dict
+from longalign import checkpoint as checkpointing
+from longalign.checkpoint import redacted
+from longalign.checks import used
+from longalign.config import to_dict
 from longalign.data.stream import Stream
 from longalign.encoders.base import Conditioning, Encoder
-from longalign.files import checkpoint_file
+from longalign.faults import RunError
 from longalign.rewards.guard import NonFiniteReward
 from longalign.sharding import let_go
 from longalign.trainers import fsdp
 from longalign.trainers import resume as state
 from longalign.trainers.base import DiffusionTrainer
 from longalign.trainers.batches import load_batches, plan_batches
-from longalign.trainers.interrupt import until_interrupted
-from longalign.trainers.logs import Log, check_trackers, check_unused, flat
-from longalign.trainers.validation import draw
+from longalign.trainers.folder import Lock, new_checkpoint, publish, recover, resume_hint
+from longalign.trainers.header import announce
+from longalign.trainers.interrupt import Interruption, until_interrupted
+from longalign.trainers.logs import Log, Means, check_trackers, flat
+from longalign.trainers.stops import explained, keep_batch
+from longalign.trainers.validation import draw, read
 
 if TYPE_CHECKING:
     from longalign.compose import Composition
@@ -51,36 +56,47 @@ class FitResult:
         step: optimiser steps done.
         checkpoint: folder of the last checkpoint.
         interrupted: whether it was stopped before its last step.
+        signal: number of the signal that stopped this process; None where another one, or none, was asked to stop.
     """
 
     step: int
     checkpoint: Path
     interrupted: bool
+    signal: int | None = None
 
 
 def fit(composition: Composition, resume: str | Path | None = None) -> FitResult:
     """Trains a composition.
 
-    Writes into the config's ``output``: ``log.jsonl``, ``checkpoint-<step>/``, ``validation/<step>/``. Ctrl-C finishes
-    the step, writes a checkpoint and returns.
+    Writes into the config's ``output``: ``log.jsonl``, ``checkpoint-<step>/``, ``validation/<step>/``. Ctrl-C, SIGTERM
+    and SIGHUP finish the step, write a checkpoint and return.
 
     Args:
         composition: the run; its parts are built here, for this process.
-        resume: a checkpoint of this run, or the run's folder, to go on from as if it had not been interrupted.
+        resume: a checkpoint of this run, or the run's folder, to resume as if it had not been interrupted. Of a folder
+            it is the newest whole checkpoint; a folder without any yet starts the run.
 
     Raises:
-        ValueError: if a tracker is missing, the data does not fit the trainer, or the checkpoint is of another run.
+        ValueError: if a tracker or the prompts of the validation are missing, the data does not fit the trainer,
+            another process trains into the folder, there is a run in it already, or the checkpoint is of another run.
+        RunError: if the run had to stop: out of memory, or a number was not finite.
         NonFiniteReward: after its image and prompt were saved in ``output/non-finite``.
     """
-    run = Run(composition, None if resume is None else checkpoint_file(Path(resume)).parent)
-    try:
-        with until_interrupted() as interrupted:
-            return run.train(interrupted)
-    except NonFiniteReward as error:
-        error.save(run.output / "non-finite" / f"process-{run.accelerator.process_index}")
-        raise
-    finally:
-        run.close()
+    with explained(composition.config):
+        run = Run(composition, None if resume is None else Path(resume))
+        try:
+            with until_interrupted() as interrupted:
+                return run.train(interrupted)
+        except NonFiniteReward as error:
+            error.save(run.output / "non-finite" / f"process-{run.accelerator.process_index}")
+            error.args = (f"{error}; {resume_hint(run.output)}",)
+            raise
+        except Exception as error:
+            if not isinstance(error, RunError):
+                error.add_note(f"the run in {run.output} stopped; {resume_hint(run.output)}")
+            raise
+        finally:
+            run.close()
 
 
 class Run:
@@ -90,18 +106,23 @@ class Run:
         self.config = composition.config
         self.loop, self.output = self.config.loop, Path(self.config.output)
         check_trackers(self.loop.trackers)
-        if resume is None:
-            check_unused(self.output)
-        else:
-            changes = state.check_same_run(load_config(resume), self.config)
-            if "loop.workers" in changes and isinstance(composition.data, Stream):
-                raise ValueError(
-                    f"loop.workers was {changes['loop.workers'][0]} before, and the items of a stream are dealt to "
-                    "workers, so others would be repeated or left out; change it back"
-                )
-            for key, (old, new) in changes.items():
-                log.warning("%s was %r before and is %r now", key, old, new)
+        self.validation = read(self.config.validation)
         self.accelerator = self._accelerator(composition)
+        self.lock: Lock | None = None
+        try:
+            self._claim(resume)
+            self._build(composition, resume)
+        except BaseException:
+            self._release()
+            raise
+
+    def _build(self, composition: Composition, resume: Path | None) -> None:
+        self.resumed = None if resume is None else state.find(resume, self.output)
+        if self.resumed is not None:
+            self._check_resumed(self.resumed, composition)
+        elif resume is not None:
+            log.warning("there is no checkpoint in %s yet, so the run is started", resume)
+        self.dtype = composition.runtime.dtype
         self._seed(self.config.seed)
         self.trainer = composition.trainer
         self.backbone = composition.backbone if self.config.backbone is not None else None
@@ -110,13 +131,16 @@ class Run:
             self.trainer.enable_gradient_checkpointing()
         if self.loop.channels_last and self.backbone is not None:
             self.backbone.use_channels_last()
+        self.origin = state.origin(self.config, composition.data)
+        if self.resumed is not None:
+            state.check_same_origin(self.resumed, self.origin)
         self._prepare()
         # Processes start from the same weights and then draw different noise.
         self._seed(self.config.seed + self.accelerator.process_index)
         self.ema = None if self.loop.ema is None else EMAModel(self.parameters, decay=self.loop.ema)
-        self.step = 0
-        if resume is not None:
-            state.restore(self, resume)
+        self.step, self.means = 0, Means()
+        if self.resumed is not None:
+            state.restore(self, self.resumed)
         self.batches = load_batches(
             composition.data,
             plan_batches(
@@ -130,10 +154,38 @@ class Run:
             self.trainer.needs_images,
             self.loop.workers,
         )
-        self.output.mkdir(parents=True, exist_ok=True)
+        if self.accelerator.is_main_process:
+            announce(self, composition.data)
         self.log = Log(self.output, self.step, self.loop.steps, self.accelerator.is_main_process)
         if self.loop.trackers:
-            self.accelerator.init_trackers("longalign", dict(flat("", to_dict(self.config))))
+            settings = dict(flat("", redacted(to_dict(self.config))))
+            self._track("cannot be started", lambda: self.accelerator.init_trackers("longalign", settings))
+
+    def _claim(self, resume: Path | None) -> None:
+        """Makes the folder this run's own; the first process does so for all."""
+        fault: Exception | None = None
+        if self.accelerator.is_main_process:
+            try:
+                self.lock = Lock(self.output)
+                recover(self.output)
+                own = resume is not None and self.output.resolve() in (resume.resolve(), *resume.resolve().parents)
+                if not own and (found := used(self.config)):
+                    raise ValueError(found)
+            except (ValueError, OSError) as error:
+                fault = error
+        if self._any(fault is not None):
+            raise fault or ValueError(f"the first process cannot use {self.output}; it says why")
+
+    def _check_resumed(self, resumed: state.State, composition: Composition) -> None:
+        changes = state.check_same_run(resumed.config, self.config)
+        if "loop.workers" in changes and isinstance(composition.data, Stream):
+            raise ValueError(
+                f"loop.workers was {changes['loop.workers'][0]} before, and the items of a stream are dealt to "
+                "workers, so others would be repeated or omitted; change it back"
+            )
+        state.check_processes(resumed, self.accelerator.num_processes)
+        for key, (old, new) in changes.items():
+            log.warning("%s was %r before and is %r now", key, old, new)
 
     def _accelerator(self, composition: Composition) -> Accelerator:
         if AcceleratorState._shared_state and AcceleratorState().mixed_precision != self.loop.precision:
@@ -214,39 +266,45 @@ class Run:
             self.wrapped.append(self.accelerator.prepare(_Encode(trainer.encoder)))
             trainer.wrap_encoder(self.wrapped[-1])
 
-    def train(self, interrupted: Callable[[], bool]) -> FitResult:
+    def train(self, interrupted: Interruption) -> FitResult:
         """Runs to the last step, or to the end of the step in which it was interrupted."""
-        folder = None
+        folder = None if self.resumed is None else self.resumed.checkpoint
+        if self.step == 0:
+            self._draw()
         while self.step < self.loop.steps:
             self.trainer.train()
-            values = self._optimise()
+            self._optimise()
             self.step += 1
             self.log.advance()
-            if self.step % self.loop.log_every == 0 or self.step == self.loop.steps:
-                self._report(values)
+            last = self.step == self.loop.steps
+            if self.step % self.loop.log_every == 0 or last:
+                self._report()
             stop = self._any(interrupted())
-            drawing = self.config.validation
-            if drawing is not None and self.step % drawing.every == 0 and not stop:
-                self._draw()
-            due = self.loop.save_every is not None and self.step % self.loop.save_every == 0
-            folder = self._save() if due or stop or self.step == self.loop.steps else None
-            if stop and self.step < self.loop.steps:
-                log.warning(
-                    "stopped after step %d of %d; to go on: longalign train %s --resume, or "
-                    "build_from_config('%s').fit(resume='%s')",
-                    *(self.step, self.loop.steps, folder, folder, folder),
-                )
+            if last or stop or (self.loop.save_every is not None and self.step % self.loop.save_every == 0):
+                folder = self._save()
+            if stop:
                 break
-        if folder is None:  # resumed after the last step
-            folder = self._save()
-        return FitResult(self.step, folder, self.step < self.loop.steps)
+            # after the checkpoint, so that what goes wrong here loses nothing
+            if last or (self.config.validation is not None and self.step % self.config.validation.every == 0):
+                self._draw()
+        assert folder is not None  # steps are positive
+        unfinished = self.step < self.loop.steps
+        if unfinished:
+            log.warning(
+                "stopped after step %d of %d; to resume: longalign train %s --resume, or "
+                "build_from_config('%s').fit(resume='%s')",
+                *(self.step, self.loop.steps, folder, folder, folder),
+            )
+        return FitResult(self.step, folder, unfinished, interrupted.number if unfinished else None)
 
-    def _optimise(self) -> dict[str, Tensor]:
-        """One optimiser step; returns losses and metrics averaged over its micro-steps."""
+    def _optimise(self) -> None:
+        """One optimiser step; adds its losses and metrics, averaged over its micro-steps, to what is logged."""
         found: list[dict[str, Tensor]] = []
+        self.seen: list[Mapping[str, Any]] = []
         for _ in range(self.loop.accumulation):
             with self.accelerator.accumulate(*self.wrapped):
-                found.append(self._step(next(self.batches)))
+                self.seen.append(next(self.batches))
+                found.append(self._step(self.seen[-1]))
                 if self.split:
                     fsdp.finish(self.accelerator, self.wrapped[0], self.apart)
                 if self.accelerator.sync_gradients:
@@ -254,13 +312,15 @@ class Run:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         self.rate = self.rates.get_last_lr()[0]
-        if not self.accelerator.optimizer_step_was_skipped:
-            self.rates.step()
-            if self.ema is not None:
-                self.ema.step(self.parameters)
-            self.trainer.updated()
+        if self.accelerator.optimizer_step_was_skipped:
+            self.means.skipped += 1
+            return
+        self.rates.step()
+        if self.ema is not None:
+            self.ema.step(self.parameters)
+        self.trainer.updated()
         keys = dict.fromkeys(key for values in found for key in values)
-        return {k: torch.stack([v[k].detach().float() for v in found if k in v]).mean() for k in keys}
+        self.means.add({k: torch.stack([v[k].detach().float() for v in found if k in v]).mean() for k in keys})
 
     def _clip(self) -> Tensor:
         """Norm of the gradient of all processes, before it is cut to ``loop.clip``."""
@@ -268,11 +328,16 @@ class Run:
         norm = fsdp.number(self.accelerator.clip_grad_norm_(self.parameters, limit))
         # A scaler, which fp16 has, leaves such steps out and lowers its scale.
         if self.accelerator.scaler is None and not norm.isfinite():
-            raise RuntimeError(
-                f"the gradient is not finite at step {self.step + 1}; the weights are as they were before it, and the "
-                f"last checkpoint is in {self.output}. Lower loop.lr or loop.clip, or use another loop.precision"
-            )
+            self._stop("the gradient is not finite", self.step + 1)
         return norm
+
+    def _stop(self, what: str, step: int) -> None:
+        """Ends a run whose numbers are not finite; what led to it is kept."""
+        path = keep_batch(self.output, self.accelerator.process_index, step, self.seen)
+        raise RunError(
+            f"{what} at step {step}; its prompts are in {path}. No checkpoint was written since, and "
+            f"{resume_hint(self.output)}. Lower loop.lr or loop.clip, or use another loop.precision"
+        )
 
     def _step(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The trainer's step. Where that goes backward several times, processes exchange gradients once, at its end."""
@@ -290,22 +355,32 @@ class Run:
             (0.0 * torch.stack([p.sum() for p in self.parameters]).sum()).backward()
         return values
 
-    def _report(self, values: dict[str, Tensor]) -> None:
-        stacked = torch.stack([v.to(self.accelerator.device) for v in values.values()])
-        mean = self.accelerator.reduce(stacked, "mean").tolist()  # type: ignore[union-attr]
-        numbers = dict(zip(values, mean, strict=True))
+    def _means(self) -> dict[str, float]:
+        """What is logged, of all processes, since the last line. Raises RunError if a loss was not finite."""
+        numbers = self.means.get(lambda means: self.accelerator.reduce(means.to(self.accelerator.device), "mean"))
         losses = {k: v for k, v in numbers.items() if k.endswith("_loss")}
         if not all(math.isfinite(v) for v in losses.values()):
-            raise RuntimeError(
-                f"the loss is not finite at step {self.step}: {losses}; the last checkpoint is in {self.output}. "
-                "Lower loop.lr or loop.clip, or use another loop.precision"
-            )
-        numbers = {"loss": sum(losses.values()), **numbers, "lr": self.rate}
+            self._stop(f"the loss is not finite ({losses})", self.step)
+        return {"loss": sum(losses.values()), **numbers} if losses else numbers
+
+    def _report(self) -> None:
+        numbers = {**self._means(), "lr": self.rate}
+        if self.means.skipped:
+            numbers["skipped_steps"] = self.means.skipped
         if cut := getattr(self.trainer, "num_cut", 0):
             numbers["cut_prompts"] = cut
+        self.means = Means()
         self.log.write(self.step, numbers)
-        if self.loop.trackers:
-            self.accelerator.log(numbers, step=self.step)
+        for tracker in self.accelerator.trackers:
+            self._track("did not take the numbers", lambda to=tracker: to.log(numbers, step=self.step))
+
+    @staticmethod
+    def _track(what: str, action: Callable[[], Any]) -> None:
+        """Does what a tracker is asked to; training does not end where that fails."""
+        try:
+            action()
+        except Exception as error:
+            log.warning("a tracker %s (%s: %s); training continues", what, type(error).__name__, error)
 
     def _any(self, flag: bool) -> bool:
         if self.accelerator.num_processes == 1:
@@ -327,48 +402,52 @@ class Run:
                 self.ema.restore(self.parameters)
 
     def _draw(self) -> None:
-        """Draws the validation prompts into ``validation/<step>/`` and sends the images to the trackers."""
+        """Samples the validation prompts, if there are any, into ``validation/<step>/`` and sends the images to the
+        trackers."""
+        if self.config.validation is None:
+            return
         first = self.accelerator.is_main_process
         if first or self.split:
-            assert self.config.validation is not None and self.backbone is not None and self.encoder is not None
+            assert self.backbone is not None and self.encoder is not None
             folder = self.output / "validation" / f"{self.step:06d}" if first else None
             with self._averaged():
-                images = draw(self.backbone, self.encoder, self.config.validation, folder, self.step)
+                images = draw(self.backbone, self.encoder, self.config.validation, self.validation, folder, self.step)
             for tracker in self.accelerator.trackers:
-                shown = images.permute(0, 2, 3, 1).numpy()
-                pictures: Any = shown if tracker.name == "tensorboard" else list((shown * 255).round().astype("uint8"))
-                if hasattr(tracker, "log_images"):
-                    tracker.log_images({"validation": pictures}, step=self.step)
+                self._track("did not take the images", lambda to=tracker: _show(to, images, self.step))
         self.accelerator.wait_for_everyone()
 
     def _save(self) -> Path:
         """Writes a checkpoint; it appears under its name when every process has written its part."""
-        final = self.output / f"checkpoint-{self.step:06d}"
-        unfinished = self.output / f".{final.name}.unfinished"
-        folder = unfinished / state.FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
-        rank = self.accelerator.process_index
-        if self.accelerator.is_main_process or self.split:
-            with self._averaged():
-                weights = checkpoints.collect(self.backbone, self.encoder)
+        self._means()  # of losses that are not finite no checkpoint is made
+        with new_checkpoint(self.output, self.step) as (unfinished, final):
+            folder = unfinished / state.FOLDER
+            folder.mkdir(exist_ok=True)
+            if self.accelerator.is_main_process or self.split:
+                with self._averaged():
+                    weights = checkpointing.collect(self.backbone, self.encoder)
+                    if self.accelerator.is_main_process:
+                        checkpointing.write(unfinished, self.config, weights, self.step)
+                        self.trainer.save(unfinished)
+                shared = state.collect(self)
                 if self.accelerator.is_main_process:
-                    checkpoints.write(unfinished, self.config, weights, self.step)
-                    self.trainer.save(unfinished)
-            shared = state.collect(self)
+                    torch.save(shared, folder / "shared.pt")
+            torch.save(state.own_state(self), folder / f"process-{self.accelerator.process_index}.pt")
+            self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
-                torch.save(shared, folder / "shared.pt")
-        torch.save(state.random_state(), folder / f"process-{rank}.pt")
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            state.publish(unfinished, final, self.loop.keep)
+                publish(unfinished, final, self.loop.keep)
         self.accelerator.wait_for_everyone()
         return final
 
+    def _release(self) -> None:
+        if self.lock is not None:
+            self.lock.release()
+
     def close(self) -> None:
-        """Ends trackers and the progress bar, and takes the wrappers off the parts."""
+        """Ends trackers and the progress bar, lets others into the folder, and takes the wrappers off the parts."""
         self.log.close()
+        self._release()
         for tracker in self.accelerator.trackers:
-            tracker.finish()
+            self._track("cannot be ended", tracker.finish)
         self.trainer.prepare(lambda module: module)
         if isinstance(self.trainer, DiffusionTrainer):
             self.trainer.backbone.wrap_denoiser(self.trainer.backbone.denoiser)
@@ -376,6 +455,15 @@ class Run:
         for module in self.wrapped:
             self.accelerator.unwrap_model(module, keep_fp32_wrapper=False)
         self.accelerator.free_memory()
+
+
+def _show(tracker: Any, images: Tensor, step: int) -> None:
+    """Sends images ``(b, 3, h, w)`` in [0, 1] to a tracker of accelerate's."""
+    if tracker.name == "tensorboard":
+        tracker.log_images({"validation": images.numpy()}, step=step)
+    elif hasattr(tracker, "log_images"):
+        shown = (images.permute(0, 2, 3, 1) * 255).round().byte().numpy()
+        tracker.log_images({"validation": list(shown)}, step=step)
 
 
 def _compiled(denoiser: Any, how: bool | str) -> Any:

@@ -13,8 +13,15 @@ from longalign.encoders.base import Encoder
 from longalign.rollout import RandomState
 
 
-def draw(backbone: Backbone, encoder: Encoder, settings: ValidationConfig, folder: Path | None, step: int) -> Tensor:
-    """Draws the validation prompts into ``folder/00.png``, ``01.png``...; the i-th with seed i. Without a folder
+def draw(
+    backbone: Backbone,
+    encoder: Encoder,
+    settings: ValidationConfig,
+    prompts: Sequence[str],
+    folder: Path | None,
+    step: int,
+) -> Tensor:
+    """Samples the validation prompts into ``folder/00.png``, ``01.png``...; the i-th with seed i. Without a folder
     nothing is written.
 
     The training's random numbers are left alone.
@@ -25,7 +32,6 @@ def draw(backbone: Backbone, encoder: Encoder, settings: ValidationConfig, folde
     from longalign.imagefiles import write_png
     from longalign.pipeline import sample
 
-    prompts = _prompts(settings.prompts)
     with RandomState.now(backbone.device).replayed():
         images = sample(
             backbone,
@@ -44,10 +50,21 @@ def draw(backbone: Backbone, encoder: Encoder, settings: ValidationConfig, folde
     return images
 
 
-def _prompts(prompts: Sequence[str] | str) -> list[str]:
-    """The validation prompts themselves, or those of a file, as the data kind ``prompts`` reads it."""
+def read(settings: ValidationConfig | None) -> list[str]:
+    """The validation prompts themselves, or those of a file, as the data kind ``prompts`` reads it.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it holds none.
+    """
+    if settings is None:
+        return []
+    prompts = settings.prompts
     if not isinstance(prompts, str):
         return list(prompts)
     from longalign.data.lines import read_prompts
 
-    return read_prompts(Path(prompts))
+    found = read_prompts(Path(prompts))
+    if not found:
+        raise ValueError(f"validation.prompts: {prompts} holds no prompts")
+    return found

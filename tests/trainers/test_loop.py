@@ -18,7 +18,7 @@ from longalign.compose import build_from_config
 from longalign.config import load_config, override
 from longalign.data.stream import Stream
 from longalign.encoders.base import PromptReport, TruncationWarning, handle_cuts
-from longalign.faults import ConfigError
+from longalign.faults import ConfigError, RunError
 from longalign.registry import PartConfig, data, encoders, rewards
 from longalign.rewards.guard import NonFiniteReward
 from longalign.trainers import logs
@@ -81,25 +81,27 @@ def test_log_and_weights_of_an_align_run(world, tmp_path):
     assert not any(any(torch.equal(saved[name], p) for p in raw if p.shape == saved[name].shape) for name in names)
 
 
-def test_ctrl_c_finishes_the_step_and_writes_a_checkpoint(world, tmp_path, caplog):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_finishes_the_step_and_writes_a_checkpoint(world, tmp_path, caplog, number):
     calls = []
 
     def pressing(images, prompts):
         calls.append(1)
         if len(calls) == 1:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return world.red(images, prompts)
 
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(number)
     rewards.register("pressing", pressing)
     try:
         config = {**world.reward_config(tmp_path, save_every=None), "rewards": ["pressing"]}
         result = run(config)
-        assert (result.step, result.interrupted) == (1, True)
+        assert (result.step, result.interrupted, result.signal) == (1, True, number)
         assert result.checkpoint == tmp_path / "checkpoint-000001"
-        assert "stopped after step 1 of 4; to go on: longalign train" in caplog.text
-        assert signal.getsignal(signal.SIGINT) is before
-        assert run(config, resume=result.checkpoint).step == 4
+        assert "stopped after step 1 of 4; to resume: longalign train" in caplog.text
+        assert signal.getsignal(number) is before
+        rest = run(config, resume=result.checkpoint)
+        assert (rest.step, rest.signal) == (4, None)
     finally:
         rewards.unregister("pressing")
 
@@ -112,7 +114,7 @@ def test_a_changed_config_is_not_resumed(world, tmp_path, caplog):
     assert run(override(config, {"loop.steps": 2}), resume=tmp_path).step == 2
     assert "loop.steps was 1 before and is 2 now" in caplog.text
     assert check_same_run(config, override(config, {"output": "elsewhere"})) == {}
-    with pytest.raises(ValueError, match=r"there is a run in .* already; resume it"):
+    with pytest.raises(ValueError, match=r"there is a run in .* already, with another config:\n    loop.st"):
         run(config)
 
 
@@ -132,8 +134,185 @@ def test_validation_images_leave_the_training_alone(world, tmp_path):
     config = world.align_config(with_images, steps=2)
     run({**config, "validation": {"prompts": ["ab", "cd"], "every": 1, "steps": 2, "guidance": 2.0}})
     run(world.align_config(without, steps=2))
+    assert sorted(p.name for p in (with_images / "validation").iterdir()) == ["000000", "000001", "000002"]
     assert sorted(p.name for p in (with_images / "validation" / "000001").iterdir()) == ["00.png", "01.png"]
     assert lines(with_images) == lines(without)
+
+
+def test_validation_is_sampled_at_the_start_and_the_end_and_after_the_checkpoint(world, tmp_path, monkeypatch):
+    saved = []
+
+    def sampling(backbone, encoder, settings, prompts, folder, step):
+        saved.append((step, sorted(int(p.name[-6:]) for p in tmp_path.glob("checkpoint-*"))))
+        if step == 4:
+            raise RuntimeError("no image")
+
+    monkeypatch.setattr("longalign.trainers.loop.draw", sampling)
+    config = {**world.align_config(tmp_path), "validation": {"prompts": ["ab"], "every": 100}}
+    with pytest.raises(RuntimeError, match="no image") as caught:
+        run(config)
+    assert saved == [(0, []), (4, [2, 4])]
+    assert (
+        "to resume: longalign train" in caught.value.__notes__[0] and "checkpoint-000004" in caught.value.__notes__[0]
+    )
+
+
+def test_a_missing_file_of_validation_prompts_is_found_before_anything_is_built(world, tmp_path):
+    composition = build_from_config({**world.align_config(tmp_path), "validation": {"prompts": "nope.txt"}})
+    with pytest.raises(FileNotFoundError, match=r"nope\.txt"):
+        composition.fit()
+    assert not composition._built and not list(tmp_path.iterdir())
+
+
+def test_tensorboard_takes_the_images_of_the_validation(world, tmp_path, caplog):
+    config = world.align_config(tmp_path, steps=1, trackers=["tensorboard"])
+    run({**config, "validation": {"prompts": ["ab", "cd"], "steps": 1, "guidance": 1}})
+    assert "tracker" not in caplog.text
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folders = sorted({path.parent for path in tmp_path.rglob("events.out.tfevents*")})
+    read = [EventAccumulator(str(folder)).Reload() for folder in folders]
+    (found,) = [events for events in read if events.Tags()["images"]]
+    assert [(image.step, image.width, image.height) for image in found.Images("validation")] == [(0, 16, 8), (1, 16, 8)]
+    assert [scalar.step for scalar in found.Scalars("loss")] == [1]
+
+
+def test_a_tracker_that_fails_does_not_end_the_run(world, tmp_path, caplog, monkeypatch):
+    from accelerate.tracking import TensorBoardTracker
+
+    def fail(*args, **kwargs):
+        raise AssertionError("no tracker today")
+
+    for name in ("log", "log_images", "finish"):
+        monkeypatch.setattr(TensorBoardTracker, name, fail)
+    config = world.align_config(tmp_path, steps=1, trackers=["tensorboard"])
+    assert run({**config, "validation": {"prompts": ["ab"], "steps": 1, "guidance": 1}}).step == 1
+    monkeypatch.setattr(TensorBoardTracker, "start", fail, raising=False)
+    monkeypatch.setattr("accelerate.Accelerator.init_trackers", fail)
+    assert run(world.align_config(tmp_path / "2", steps=1, trackers=["tensorboard"])).step == 1
+    assert [record.getMessage().split(" (")[0] for record in caplog.records if "tracker" in record.getMessage()] == [
+        "a tracker did not take the images",
+        "a tracker did not take the numbers",
+        "a tracker did not take the images",
+        "a tracker cannot be ended",
+        "a tracker cannot be started",
+    ]
+
+
+def test_what_is_logged_is_the_mean_since_the_last_line(world, tmp_path):
+    run(world.align_config(tmp_path / "each", steps=5))
+    run(world.align_config(tmp_path / "some", steps=3, log_every=2, save_every=1))
+    run(world.align_config(tmp_path / "some", steps=5, log_every=2), resume=tmp_path / "some")
+    each, some = lines(tmp_path / "each"), lines(tmp_path / "some")
+    assert [line["step"] for line in some] == [2, 3, 4, 5]
+    for line, of in zip(some, ([0, 1], [2], [3], [4]), strict=True):
+        for key in ("loss", "noise_loss", "grad_norm"):
+            assert line[key] == pytest.approx(sum(each[i][key] for i in of) / len(of))
+        assert line["lr"] == each[of[-1]]["lr"]
+
+
+def test_means_survive_a_checkpoint_between_two_lines(world, tmp_path):
+    whole = world.align_config(tmp_path / "whole", steps=4, log_every=4)
+    run(whole)
+    cut = {"output": str(tmp_path / "cut"), "loop.save_every": 1, "loop.keep": None}
+    run(override(load_config(whole), cut))
+    again = override(load_config(whole), {"output": str(tmp_path / "again")})
+    run(again, resume=tmp_path / "cut" / "checkpoint-000003")
+    assert lines(tmp_path / "again") == lines(tmp_path / "whole") == lines(tmp_path / "cut")
+
+
+def test_an_infinite_loss_with_a_finite_gradient_is_found_before_the_next_checkpoint(world, tmp_path, monkeypatch):
+    from longalign.trainers.align import AlignTrainer
+
+    losses, calls = AlignTrainer.losses, []
+
+    def infinite(trainer, batch):
+        calls.append(1)
+        return {**losses(trainer, batch), "other_loss": torch.tensor(float("inf") if len(calls) == 3 else 0.0)}
+
+    monkeypatch.setattr(AlignTrainer, "losses", infinite)
+    with pytest.raises(
+        RunError, match=r"the loss is not finite .*'other_loss': inf.* at step 4.*checkpoint-000002"
+    ) as told:
+        run(world.align_config(tmp_path, steps=8, log_every=8, save_every=2))
+    assert "batch.json" in str(told.value)
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-000002"]
+    assert not list(tmp_path.glob(".checkpoint*"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tri"
+        ),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_says_what_to_lower(world, tmp_path, error):
+    calls = []
+
+    def greedy(images, prompts):
+        calls.append(1)
+        if len(calls) == 4:
+            raise error
+        return world.red(images, prompts)
+
+    rewards.register("greedy", greedy)
+    try:
+        with pytest.raises(RunError) as caught:
+            run({**world.reward_config(tmp_path), "rewards": ["greedy"]})
+    finally:
+        rewards.unregister("greedy")
+    told = str(caught.value)
+    for key in ("loop.batch_size", "loop.gradient_checkpointing", "trainer.denoise_batch", "trainer.decode_batch"):
+        assert key in told
+    assert f"longalign train {tmp_path}/checkpoint-000002 --resume" in told and caught.value.__cause__ is error
+
+
+def test_a_reward_that_fails_keeps_its_error_and_says_how_to_resume(world, tmp_path):
+    def failing(images, prompts):
+        raise LookupError("mine")
+
+    rewards.register("failing", failing)
+    try:
+        with pytest.raises(LookupError, match="mine") as caught:
+            run({**world.reward_config(tmp_path), "rewards": ["failing"]})
+    finally:
+        rewards.unregister("failing")
+    assert "there is no checkpoint in" in caught.value.__notes__[0]
+
+
+def test_a_process_that_loads_data_and_is_killed_is_named(world, tmp_path, monkeypatch):
+    def killed(squares, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(world.Squares, "__getitem__", killed)
+    with pytest.raises(RunError, match=r"DataLoader worker.*lower loop\.workers \(now 1\)"):
+        run(world.align_config(tmp_path, workers=1))
+
+
+def test_a_run_says_what_it_is_before_it_starts(world, tmp_path, caplog):
+    caplog.set_level("INFO", "longalign")
+    run(world.align_config(tmp_path, steps=2, batch_size=12, accumulation=2))
+    told = caplog.text
+    for part in (
+        "cpu",
+        "10 items; 2 steps are 4.8 epochs",
+        "12 items x 2 micro-steps x 1 processes = 24 a step",
+        str(tmp_path),
+    ):
+        assert part in told
+    trained = sum(p.numel() for p in build_from_config(world.align_config(tmp_path / "x")).trainer.trainable())
+    assert f"{trained:,} of " in told
+    assert "a batch holds 12 items and the data 10" in told
+
+
+def test_a_large_model_on_a_cpu_is_warned_of(world, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("longalign.trainers.header.LARGE", 100)
+    run(world.align_config(tmp_path, steps=1))
+    assert "on a CPU takes days" in caplog.text
 
 
 def test_tensorboard_and_half_precision_with_checkpointed_gradients(world, tmp_path):
@@ -226,8 +405,10 @@ def test_a_missing_tracker_is_named(monkeypatch, world, tmp_path):
 @pytest.mark.parametrize("clip", [None, 1.0])
 def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_applied(world, tmp_path, clip):
     composition = build_from_config(world.align_config(tmp_path, lr=1e30, clip=clip, steps=4))
-    with pytest.raises(RuntimeError, match="the gradient is not finite at step 2"):
+    with pytest.raises(RunError, match=r"the gradient is not finite at step 2; its prompts are in .*no checkpoint"):
         composition.fit()
+    kept = json.loads((tmp_path / "non-finite" / "process-0" / "batch.json").read_text())
+    assert kept["step"] == 2 and len(kept["prompts"][0]) == 3
     assert all(p.isfinite().all() for p in composition.trainer.trainable())
     assert not list(tmp_path.glob("checkpoint-*"))
 

@@ -64,6 +64,6 @@ def test_each_process_has_its_own_random_numbers_and_one_writes(outputs):
     seeds = [json.loads((folder / f"told-{rank}.json").read_text())["reward"]["seed"] for rank in range(2)]
     assert seeds == [0, 1]
     assert [line["step"] for line in lines(folder / "align")] == [1, 2, 3, 4]
-    assert [p.name for p in sorted((folder / "align" / "validation").iterdir())] == ["000002", "000004"]
+    assert [p.name for p in sorted((folder / "align" / "validation").iterdir())] == ["000000", "000002", "000004"]
     resume = folder / "align" / "checkpoint-000004" / "resume"
     assert sorted(p.name for p in resume.iterdir()) == ["process-0.pt", "process-1.pt", "shared.pt"]

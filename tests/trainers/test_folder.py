@@ -1,0 +1,260 @@
+"""A run's folder: one process at a time, whole checkpoints at each moment, damage named and passed over."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+from longalign import weights
+from longalign.compose import build_from_config
+from longalign.config import load_config, override
+from longalign.trainers import folder, loop
+from longalign.trainers.folder import Lock, checkpoints
+
+
+def run(config, resume=None):
+    return build_from_config(config).fit(resume=resume)
+
+
+def names(output):
+    return [p.name for p in checkpoints(output)]
+
+
+def content(output):
+    return {
+        p.relative_to(output): (p.stat().st_ino, p.stat().st_mtime_ns) for p in output.rglob("*") if p.name != ".lock"
+    }
+
+
+def steps(output):
+    return [json.loads(line)["step"] for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_do_not_train_into_one_folder_and_a_killed_one_does_not_block_it(world, tmp_path):
+    code = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); "
+    code += "f.write('process 7 on x'); f.flush(); print('locked', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / ".lock")], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline()
+        with pytest.raises(ValueError, match=f"process 7 on x is training into {tmp_path}"):
+            run(world.align_config(tmp_path, steps=1))
+        assert [p.name for p in tmp_path.iterdir()] == [".lock"]
+        other.send_signal(signal.SIGKILL)
+    assert run(world.align_config(tmp_path, steps=1)).step == 1
+    lock = Lock(tmp_path)  # the run has let go of it
+    assert (tmp_path / ".lock").read_text().startswith("process ")
+    lock.release()
+
+
+def test_a_run_that_fails_lets_go_of_its_folder(world, tmp_path):
+    config = world.align_config(tmp_path, steps=1)
+    with pytest.raises(ValueError, match="the data has prompts only"):
+        run({**config, "data": "bare-words"})
+    assert run(config).step == 1
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
+    def none(*args):
+        raise OSError("No locks available")
+
+    monkeypatch.setattr(folder.fcntl, "flock", none)
+    Lock(tmp_path).release()
+    assert "No locks available" in caplog.text
+
+
+def test_a_run_killed_before_its_first_checkpoint_can_be_started_and_resumed(world, tmp_path, caplog):
+    for name, resumed in (("started", False), ("resumed", True)):
+        output = tmp_path / name
+        output.mkdir()
+        (output / "log.jsonl").write_text('{"step": 1, "loss": 5}\n{"st')
+        result = run(world.align_config(output, steps=2), resume=output if resumed else None)
+        assert result.step == 2 and steps(output) == [1, 2]
+    assert "there is no checkpoint in" in caplog.text
+    assert run(world.align_config(tmp_path / "new", steps=1), resume=tmp_path / "new").step == 1
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        run(world.align_config(tmp_path / "other"), resume=tmp_path / "nowhere")
+
+
+def test_a_used_folder_is_recognised_by_its_checkpoints(world, tmp_path):
+    run(world.align_config(tmp_path, steps=2, log_every=10, save_every=1, keep=None))
+    (tmp_path / "log.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"with another config:\n    loop.lr: 0.01 there, 0.5 now\n   ; resume it"):
+        run(world.align_config(tmp_path, steps=2, log_every=10, save_every=1, keep=None, lr=0.5))
+    assert names(tmp_path) == ["checkpoint-000001", "checkpoint-000002"]
+
+
+def test_later_checkpoints_of_the_run_are_not_removed_in_the_place_of_older_ones(world, tmp_path):
+    config = load_config(world.align_config(tmp_path, steps=4, save_every=1, keep=2))
+    run(override(config, {"loop.keep": None}))
+    run(override(config, {"loop.steps": 3}), resume=tmp_path / "checkpoint-000001")
+    assert names(tmp_path) == ["checkpoint-000002", "checkpoint-000003", "checkpoint-000004"]
+
+
+def test_resuming_a_finished_run_changes_nothing(world, tmp_path):
+    config = world.align_config(tmp_path, steps=2)
+    run(config)
+    before = content(tmp_path)
+    result = run(config, resume=tmp_path)
+    assert (result.step, result.checkpoint) == (2, tmp_path / "checkpoint-000002")
+    assert content(tmp_path) == before
+
+
+class Killed(BaseException):
+    pass
+
+
+@contextmanager
+def killed_at(monkeypatch, number):
+    """Inside, the ``number``-th operation on files of a save never happens, nor does anything after it."""
+    done = []
+
+    def guard(owner, name):
+        real = getattr(owner, name)
+
+        def operation(*args, **kwargs):
+            done.append(name)
+            if len(done) > number:
+                raise Killed
+            return real(*args, **kwargs)
+
+        patch.setattr(owner, name, operation)
+
+    with monkeypatch.context() as patch:
+        for owner, name in ((Path, "rename"), (Path, "replace"), (Path, "chmod"), (Path, "touch"), (Path, "unlink")):
+            guard(owner, name)
+        for owner, name in ((shutil, "rmtree"), (torch, "save"), (weights, "save_file"), (weights.os, "fsync")):
+            guard(owner, name)
+        yield done
+
+
+def written(output, step, text):
+    """A checkpoint under the name that it has while it is written."""
+    path = output / f".checkpoint-{step:06d}.unfinished" / "resume"
+    path.mkdir(parents=True)
+    (path / "shared.pt").write_text(text)
+    (path.parent / "longalign.safetensors").write_text(text)
+    return path.parent, output / f"checkpoint-{step:06d}"
+
+
+@pytest.mark.parametrize(("step", "keep"), [(3, 1), (3, 2), (2, 1), (2, None)])
+def test_the_newest_checkpoint_is_whole_wherever_publishing_is_killed(tmp_path, monkeypatch, step, keep):
+    for number in range(100):
+        output = tmp_path / f"{number}"
+        for old in (1, 2):
+            folder.publish(*written(output, old, f"{old}"), None)
+        with killed_at(monkeypatch, number) as done, suppress(Killed):
+            folder.publish(*written(output, step, "new"), keep)
+        folder.recover(output)
+        for checkpoint in checkpoints(output):
+            texts = {(checkpoint / name).read_text() for name in ("longalign.safetensors", "resume/shared.pt")}
+            assert len(texts) == 1 and texts <= {str(folder.step_of(checkpoint)), "new"}
+        assert folder.step_of(checkpoints(output)[-1]) >= 2 and not list(output.glob(".checkpoint*"))
+        if len(done) <= number:
+            break
+    assert 5 < number < 99
+    assert len(checkpoints(output)) == (keep or 2)
+    assert (checkpoints(output)[-1] / "longalign.safetensors").read_text() == "new"
+
+
+def test_a_checkpoint_that_was_being_replaced_comes_back(world, tmp_path):
+    run(world.align_config(tmp_path, steps=1))
+    (tmp_path / "checkpoint-000001").rename(tmp_path / ".checkpoint-000001.replaced")
+    (tmp_path / ".checkpoint-000001.unfinished").mkdir()
+    (tmp_path / ".checkpoint-000000.removed" / "resume").mkdir(parents=True)
+    folder.recover(tmp_path)
+    assert names(tmp_path) == ["checkpoint-000001"] and not list(tmp_path.glob(".checkpoint*"))
+
+
+@pytest.mark.parametrize("name", ["longalign.safetensors", "resume/shared.pt", "resume/process-0.pt"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_resumed_from(world, tmp_path, caplog, name):
+    config = world.align_config(tmp_path, steps=2, save_every=1)
+    run(config)
+    damaged = tmp_path / "checkpoint-000002" / name
+    damaged.write_bytes(damaged.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=Path(name).name):
+        run(config, resume=tmp_path / "checkpoint-000002")
+    assert run(config, resume=tmp_path).step == 2 and steps(tmp_path) == [1, 2]
+    assert f"checkpoint-000002 cannot be resumed from: {damaged}" in caplog.text
+    for checkpoint in checkpoints(tmp_path):
+        (checkpoint / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"checkpoint-000002.*{Path(name).name}"):
+        run(config, resume=tmp_path)
+
+
+def test_damaged_lines_of_the_log_are_omitted_and_named(world, tmp_path, caplog):
+    config = load_config(world.align_config(tmp_path, steps=2))
+    run(config)
+    with (tmp_path / "log.jsonl").open("ab") as file:
+        file.write(b"\0" * 40 + b"\n[1]\n\xff{}\n" + b'{"step": 9}\n{"step": 2')
+    run(override(config, {"loop.steps": 3}), resume=tmp_path)
+    assert steps(tmp_path) == [1, 2, 3]
+    assert [
+        int(r.getMessage().split("line ")[1].split()[0]) for r in caplog.records if "damaged" in r.getMessage()
+    ] == [
+        *(3, 4, 5, 7),
+    ]
+
+
+def test_other_data_or_weights_under_the_same_config_are_not_resumed(world, tmp_path, monkeypatch, caplog):
+    config = world.align_config(tmp_path, steps=2)
+    run({**config, "loop": {**config["loop"], "steps": 1}})
+    with monkeypatch.context() as patch:
+        patch.setattr(world.Squares, "__len__", lambda squares: 5)
+        with pytest.raises(ValueError, match=r"changed on disk since:\n  data.items: 10 then, 5 now\n"):
+            run(config, resume=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(world.Squares, "prompt", lambda squares, index: f"other {index}")
+        with pytest.raises(ValueError, match=r"changed on disk since:\n  data.prompts: \w+ then, \w+ now\n"):
+            run(config, resume=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.state, "versions", lambda: {"torch": "1.0"})
+        assert run(config, resume=tmp_path).step == 2
+    assert f"torch was {torch.__version__.split('+')[0]}" in caplog.text and "is 1.0 now" in caplog.text
+
+
+def test_the_weights_that_a_run_starts_from_are_compared(world, tmp_path):
+    run(world.align_config(tmp_path / "first", steps=1))
+    config = {**world.align_config(tmp_path / "second", steps=2, save_every=1), "init_from": str(tmp_path / "first")}
+    run({**config, "loop": {**config["loop"], "steps": 1}})
+    run(world.align_config(tmp_path / "first", steps=2), resume=tmp_path / "first")
+    with pytest.raises(ValueError, match=r"changed on disk since:\n  weights.init_from: \w+ then, \w+ now\n"):
+        run(config, resume=tmp_path / "second")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+    ],
+)
+def test_a_full_disk_is_named_and_leaves_nothing_half(world, tmp_path, monkeypatch, error):
+    config = world.align_config(tmp_path, steps=2, save_every=1)
+    run({**config, "loop": {**config["loop"], "steps": 1}})
+
+    def full(*args):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(
+            OSError, match=rf"step 2 cannot be written into {tmp_path}: .*Make room.*checkpoint-000001 --res"
+        ):
+            run(config, resume=tmp_path)
+    assert names(tmp_path) == ["checkpoint-000001"] and not list(tmp_path.glob(".checkpoint*"))
+    assert run(config, resume=tmp_path).step == 2
+
+
+def test_credentials_stay_out_of_checkpoints(world, tmp_path):
+    run(world.align_config(tmp_path / "start", steps=1))
+    start = str(tmp_path / "start" / "checkpoint-000001")
+    config = {**world.align_config(tmp_path / "run", steps=1), "init_from": start, "validation": None}
+    config["validation"] = {"prompts": ["see https://me:secret@host/x?token=abc"], "steps": 1, "guidance": 1}
+    result = run(config)
+    assert b"secret" not in (result.checkpoint / "longalign.safetensors").read_bytes()
+    assert run(config, resume=result.checkpoint).step == 1
