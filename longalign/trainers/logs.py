@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,6 @@ from longalign.weights import writing
 log = logging.getLogger("longalign")
 
 LOG = "log.jsonl"
-
-
-def check_trackers(trackers: Sequence[str]) -> None:
-    """Raises ValueError for a tracker whose package is not installed."""
-    for tracker in trackers:
-        if importlib.util.find_spec(tracker) is None:
-            raise ValueError(
-                f"the tracker '{tracker}' needs a package that is not installed; install it with: pip install "
-                f"{tracker}, or take it out of loop.trackers"
-            )
 
 
 class Means:

@@ -36,7 +36,7 @@ from longalign.trainers.batches import load_batches, plan_batches
 from longalign.trainers.folder import Lock, new_checkpoint, publish, recover, resume_hint
 from longalign.trainers.header import announce
 from longalign.trainers.interrupt import Interruption, until_interrupted
-from longalign.trainers.logs import Log, Means, check_trackers, flat
+from longalign.trainers.logs import Log, Means, flat
 from longalign.trainers.stops import explained, keep_batch
 from longalign.trainers.validation import draw, read
 
@@ -105,7 +105,6 @@ class Run:
     def __init__(self, composition: Composition, resume: Path | None):
         self.config = composition.config
         self.loop, self.output = self.config.loop, Path(self.config.output)
-        check_trackers(self.loop.trackers)
         self.validation = read(self.config.validation)
         self.accelerator = self._accelerator(composition)
         self.lock: Lock | None = None

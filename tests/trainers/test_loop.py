@@ -159,8 +159,9 @@ def test_validation_is_sampled_at_the_start_and_the_end_and_after_the_checkpoint
 
 def test_a_missing_file_of_validation_prompts_is_found_before_anything_is_built(world, tmp_path):
     composition = build_from_config({**world.align_config(tmp_path), "validation": {"prompts": "nope.txt"}})
-    with pytest.raises(FileNotFoundError, match=r"nope\.txt"):
-        composition.fit()
+    for training in (composition.fit, lambda: fit(composition)):
+        with pytest.raises((ConfigError, FileNotFoundError), match=r"nope\.txt"):
+            training()
     assert not composition._built and not list(tmp_path.iterdir())
 
 
