@@ -21,7 +21,6 @@ from longalign.encoders.base import PromptReport, TruncationWarning, handle_cuts
 from longalign.faults import ConfigError, RunError
 from longalign.registry import PartConfig, data, encoders, rewards
 from longalign.rewards.guard import NonFiniteReward
-from longalign.trainers import logs
 from longalign.trainers.batches import Batches, collate, load_batches
 from longalign.trainers.loop import _compiled, fit
 from longalign.trainers.resume import check_same_run, random_state, set_random_state
@@ -398,7 +397,7 @@ def test_dynamo_of_accelerate_is_refused(world, tmp_path, monkeypatch):
 
 def test_a_missing_tracker_is_named(monkeypatch, world, tmp_path):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.setattr(logs.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"tracker 'wandb' needs a package that is not installed.*pip install wandb"):
         run(world.align_config(tmp_path, trackers=["wandb"]))
 
