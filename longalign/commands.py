@@ -20,7 +20,7 @@ from longalign import describe as descriptions
 from longalign.checks import check_files, check_parts
 from longalign.config import RunConfig, load_config, override, to_yaml
 from longalign.data.lines import IMAGE_SUFFIXES, inside, new_index, read_jsonl, read_prompts, text_of
-from longalign.faults import suggestion
+from longalign.faults import redact_url, suggestion
 from longalign.files import (
     check_unexported,
     checkpoint_file,
@@ -258,7 +258,7 @@ def describe(args: Namespace) -> None:
     """Explains a kind, a part, the keys of a run, or a config."""
     what, more = args.what, args.more
     if Path(what).suffix in CONFIG_SUFFIXES or Path(what).is_dir():
-        print(to_yaml(override(what, parse_assignments(more))), end="")
+        print(redact_url(to_yaml(override(what, parse_assignments(more)))), end="")
     else:
         print(descriptions.explain([what, *more]))
 

@@ -84,7 +84,16 @@ class Section(BaseModel):
 
 
 #: what a plugin with a mistake raises, rather than a user's input or the machine
-MISTAKES = (TypeError, AttributeError, LookupError, NameError, NotImplementedError, AssertionError, RecursionError)
+MISTAKES = (
+    TypeError,
+    AttributeError,
+    LookupError,
+    NameError,
+    ImportError,
+    NotImplementedError,
+    AssertionError,
+    RecursionError,
+)
 
 
 class PartConfig(Section):
@@ -323,7 +332,12 @@ class Registry:
             raise PartError(
                 f"'{name}' among {self.kind}, from {whose}, failed to build: {type(error).__name__}: {error}"
             ) from error
-        if (self.function and callable(made)) or not self.bases:
+        if self.function and callable(made):
+            if fault := _fault_of_call(made, *self.function):
+                wanted = f"the function must take ({', '.join(self.function)})"
+                raise PartError(f"'{name}' among {self.kind}, from {whose}: {wanted}: {fault}")
+            return made
+        if not self.bases:
             return made
         bases = [getattr(import_module(module), kind) for module, _, kind in (b.partition(":") for b in self.bases)]
         if not isinstance(made, tuple(bases)):

@@ -5,6 +5,7 @@ import logging
 import os
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import huggingface_hub
 import pytest
@@ -16,11 +17,15 @@ from longalign.cli import main
 from longalign.compose import build_from_config
 from longalign.config import load_config, override, to_yaml
 from longalign.data.cached import CachedImages
+from longalign.encoders.adapter import TextAdapter, adapt
+from longalign.encoders.base import Encoder
 from longalign.encoders.cached import CachedEncoder, entries, frozen, prompt_key
+from longalign.encoders.configs import AdapterConfig
 from longalign.faults import ConfigError
 from longalign.fingerprint import fingerprint, fingerprints
 from longalign.imagefiles import write_png
 from longalign.pipeline import load_model
+from longalign.registry import PartConfig, encoders
 from longalign.runtime import Runtime
 from longalign.store import StaleCache, Store, key_of
 
@@ -206,6 +211,46 @@ def test_pooled_and_masked_states_come_back_as_the_encoder_gives_them(tmp_path):
             # rounding depends on which prompts share a call, and is that of the largest terms of a sum
             torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * other.abs().max().item())
         assert torch.equal(read.mask, told.mask)
+
+
+@pytest.mark.filterwarnings("ignore::longalign.encoders.base.TruncationWarning")
+def test_the_adapter_of_a_plugins_encoder_may_be_under_any_key(config, models, tmp_path):
+    class MappedConfig(PartConfig):
+        name: Literal["mapped"] = "mapped"
+        mapper: AdapterConfig | None = None
+
+        def build(self, runtime):
+            inner = encoders.build({"name": "t5", "checkpoint": str(models / "t5"), "max_tokens": 12}, runtime)
+            return Mapped(inner, self.mapper and TextAdapter.from_config(self.mapper, runtime))
+
+    class Mapped(Encoder):
+        def __init__(self, inner, mapper):
+            super().__init__()
+            self.inner, self.mapper, self.dim = inner, mapper, inner.dim if mapper is None else mapper.out_dim
+
+        def encode(self, prompts):
+            told = self.inner.encode(prompts)
+            return told if self.mapper is None else adapt(self.mapper, told)
+
+        def cut(self, prompts):
+            return self.inner.cut(prompts)
+
+    encoders.register("mapped", MappedConfig)
+    try:
+        encoder = {"name": "mapped", "mapper": {"checkpoint": str(models / "adapter")}}
+        changed = override(config, {"encoder": encoder})
+        caching.make(changed, CPU)
+        cached, plain = (
+            build_from_config(run, CPU).encoder.eval()
+            for run in (changed, override(changed, {"cache": None, "output": str(tmp_path / "plain")}))
+        )
+    finally:
+        encoders.unregister("mapped")
+    prompts = [CAPTIONS[0], ""]
+    torch.testing.assert_close(cached.encode(prompts).states, plain.encode(prompts).states, rtol=0, atol=1e-5)
+    names = [{name for name, p in encoder.named_parameters() if p.requires_grad} for encoder in (cached, plain)]
+    assert names[0] == names[1]
+    assert all(name.startswith("mapper.") for name in names[0])
 
 
 def test_reward_training_reads_prompts(config, tmp_path):

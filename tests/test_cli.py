@@ -207,6 +207,14 @@ def test_every_part_describes_itself_and_every_key(kind, capsys):
                 assert lines[at + 1].startswith("    "), f"'{key}' of {name} is not described"
 
 
+def test_describe_hides_the_credentials_of_addresses(yaml, capsys):
+    data = "data={name: hf, dataset: parquet, files: ['https://me:secret@host/a.parquet?token=secret']}"
+    assert main(["describe", yaml, data]) == 0
+    shown = capsys.readouterr().out
+    assert "https://***@host/a.parquet?token=***" in shown
+    assert "secret" not in shown
+
+
 def test_describe_a_config_shows_it_whole_and_changed(yaml, capsys, tmp_path):
     assert main(["describe", yaml, "trainer.lora.rank=4"]) == 0
     (tmp_path / "shown.yaml").write_text(capsys.readouterr().out)

@@ -35,10 +35,28 @@ def leaves(config: PartConfig) -> list[PartConfig]:
     return [config]
 
 
+def adapter_key(config: PartConfig) -> str | None:
+    """The key of an encoder's config that holds an adapter, whatever its name; None if there is no adapter.
+
+    An encoder of a plugin can be cached if it applies the adapter as its last step, is built without it where the key
+    is null, and keeps it as an attribute of the key's name.
+
+    Raises:
+        ValueError: if there are several.
+    """
+    keys = [key for key in type(config).model_fields if isinstance(getattr(config, key), AdapterConfig)]
+    if len(keys) > 1:
+        raise ValueError(
+            f"'{config.name}' has adapters in {' and '.join(keys)}, and an encoder with one at most can be cached; set "
+            "cache.prompts to false"
+        )
+    return keys[0] if keys else None
+
+
 def frozen(config: PartConfig) -> PartConfig:
     """The config of what of an encoder training cannot change: the encoder without its adapter."""
-    has_adapter = isinstance(getattr(config, "adapter", None), AdapterConfig)
-    return config.model_copy(update={"adapter": None}) if has_adapter else config
+    key = adapter_key(config)
+    return config if key is None else config.model_copy(update={key: None})
 
 
 def settings(config: PartConfig) -> dict[str, Any]:
@@ -56,9 +74,10 @@ def build_cached(config: PartConfig, store: Callable[[PartConfig], Store], runti
     """
     if isinstance(config, ConcatConfig):
         return ConcatEncoder([build_cached(part, store, runtime) for part in config.parts])
-    adapter = getattr(config, "adapter", None)
-    made = TextAdapter.from_config(adapter, runtime) if isinstance(adapter, AdapterConfig) else None
-    return CachedEncoder(store(config), made, runtime.device)
+    key = adapter_key(config)
+    if key is None:
+        return CachedEncoder(store(config), device=runtime.device)
+    return CachedEncoder(store(config), TextAdapter.from_config(getattr(config, key), runtime), runtime.device, key)
 
 
 class CachedEncoder(Encoder):
@@ -71,18 +90,21 @@ class CachedEncoder(Encoder):
         store: entries as `entries` makes them; the empty prompt is among them.
         adapter: maps the states to the denoiser's width; its parameters are the trainable ones.
         device: where the conditioning is wanted.
+        key: attribute of the adapter, by which its weights are named in checkpoints.
     """
 
-    def __init__(self, store: Store, adapter: TextAdapter | None = None, device: str = "cpu"):
+    def __init__(self, store: Store, adapter: TextAdapter | None = None, device: str = "cpu", key: str = "adapter"):
         super().__init__()
-        self.store, self.adapter, self.to_device = store, adapter, device
+        self.store, self.key, self.to_device = store, key, device
+        self.add_module(key, adapter)
         empty = self._entry("")
         self.length = int(empty["length"])
         self.dim = empty["states"].shape[1] if adapter is None else adapter.out_dim
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
         told = collate([self._entry(prompt) for prompt in check_prompts(prompts)], self.length).to(self.to_device)
-        return told if self.adapter is None else adapt(self.adapter, told)
+        adapter = getattr(self, self.key)
+        return told if adapter is None else adapt(adapter, told)
 
     def cut(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
         raise ValueError("a cache of prompts does not say what was cut; build the encoder from a config without cache")

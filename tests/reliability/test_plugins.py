@@ -1,0 +1,276 @@
+"""Plugins with mistakes, as distributions that are installed for one test: each is named, nothing else is disturbed.
+
+All run by `pytest tests/reliability/test_plugins.py -m ""`, some of each kind with all tests.
+"""
+
+import sys
+
+import pytest
+import torch
+from tiny import tiny_backbone
+
+from longalign.compose import build_from_config
+from longalign.data.base import Data
+from longalign.describe import list_parts
+from longalign.encoders.base import Conditioning, Encoder
+from longalign.registry import PartConfig, backbones, data, encoders, rewards
+from longalign.rewards.guard import NonFiniteReward
+from longalign.runtime import Runtime
+
+P, T = "PartConfig", "TrainerConfig"
+HEAD = """
+from typing import ClassVar, Literal
+
+from longalign.registry import PartConfig
+from longalign.rewards.configs import RewardConfig
+from longalign.trainers.configs import TrainerConfig
+
+class FaultyConfig({base}):
+    name: Literal["faulty"] = "faulty"
+"""
+
+
+class Letters(Encoder):
+    dim = 8
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Embedding(32, 8).requires_grad_(False)
+
+    def encode(self, prompts):
+        return Conditioning(self.table(torch.tensor([[ord(c) % 32 for c in p[:4].ljust(4)] for p in prompts])))
+
+
+class Squares(Data):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return {"prompt": str(index), "image": torch.full((3, 8, 8), index / 10)}
+
+
+GOOD = {backbones: lambda: tiny_backbone("epsilon"), encoders: Letters, data: Squares}
+
+
+@pytest.fixture(autouse=True)
+def good():
+    def part(make):
+        return type("GoodConfig", (PartConfig,), {"build": lambda self, runtime: make(), "__module__": __name__})
+
+    for registry, make in GOOD.items():
+        registry.register("good", part(make))
+    yield
+    for registry in GOOD:
+        registry.unregister("good")
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    """Installs a distribution with one part called ``faulty``, or with the given entry points."""
+
+    def install(kind, text, base=P, entries=None):
+        info = tmp_path / "fake_faulty-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fake-faulty\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(
+            entries or f"[longalign_{kind}]\nfaulty = fake_faulty:FaultyConfig\n", encoding="utf-8"
+        )
+        indented = "".join(f"    {line}\n" for line in text.strip().splitlines())
+        (tmp_path / "fake_faulty.py").write_text(HEAD.format(base=base) + indented)
+        monkeypatch.syspath_prepend(str(tmp_path))
+
+    yield install
+    sys.modules.pop("fake_faulty", None)
+
+
+def fit(tmp_path, **changes):
+    config = {
+        "backbone": "good",
+        "encoder": "good",
+        "trainer": {"name": "align", "lora": {"rank": 2}},
+        "data": "good",
+        "output": str(tmp_path / "out"),
+        "loop": {"steps": 1, "batch_size": 2},
+        **changes,
+    }
+    return build_from_config(config, Runtime()).fit()
+
+
+REWARD = {"trainer": {"name": "reward", "lora": {"rank": 2}, "num_steps": 2, "guidance": 1.0, "schedule": "all"}}
+BUILD = "def build(self, runtime):\n    "
+TRAINER = "def build(self, runtime, *, backbone, encoder, rewards):\n    "
+SCORES = BUILD + "return lambda images, prompts: {}"
+FAKE = r"fake[-_]faulty"
+
+
+def few(*cases):
+    """The cases, of which each third runs with all tests."""
+    return [case if i % 3 == 0 else pytest.param(*case, marks=pytest.mark.reliability) for i, case in enumerate(cases)]
+
+
+PARTS = few(
+    (
+        "encoders",
+        BUILD + "return 3",
+        P,
+        rf"'faulty' .*{FAKE} 1\.0.*was built as a int",
+    ),
+    (
+        "encoders",
+        BUILD + "return lambda prompts: prompts",
+        P,
+        "was built as a function",
+    ),
+    ("encoders", "def build(self):\n    return 3", P, rf"{FAKE} 1\.0 .*must take \(self, runtime\)"),
+    (
+        "encoders",
+        BUILD + "return [][0]",
+        P,
+        rf"{FAKE} 1\.0, failed to build: IndexError",
+    ),
+    ("encoders", BUILD + "import nothing_at_all", P, "nothing_at_all"),
+    (
+        "encoders",
+        f"{BUILD}from longalign.encoders.base import Encoder\n    import torch\n"
+        "    class Tensors(Encoder):\n        dim = 8\n"
+        "        def encode(self, prompts):\n            return torch.zeros(len(prompts), 4, 8)\n    return Tensors()",
+        P,
+        rf"{FAKE}\.Tensors must return a Conditioning, not a Tensor",
+    ),
+    ("data", BUILD + "return [{'prompt': 'a'}]", P, "was built as a list"),
+    ("backbones", BUILD + "return None", P, "was built as a NoneType"),
+    ("trainers", BUILD + "return None", T, "must take .*'backbone'"),
+    (
+        "trainers",
+        TRAINER + "return backbone",
+        T,
+        r"was built as a \w*Backbone, which is no longalign\.trainers\.base\.Trainer",
+    ),
+    (
+        "trainers",
+        f"{TRAINER}from longalign.trainers.base import DiffusionTrainer\n"
+        "    class Lossless(DiffusionTrainer):\n        def losses(self, batch):\n            return {'score': 1}\n"
+        "    backbone.train_all()\n    return Lossless(backbone, encoder, False)",
+        T,
+        r"Lossless\.losses must give a value whose key ends in '_loss'; got score",
+    ),
+    (
+        "trainers",
+        "def check_run(self, run):\n    return run.nothing\n" + TRAINER + "return None",
+        T,
+        rf"check_run of 'faulty' \({FAKE}\.FaultyConfig\) failed: AttributeError",
+    ),
+    (
+        "trainers",
+        "def check_run(self, run):\n    return ['wrong']\n" + TRAINER + "return None",
+        T,
+        "check_run of 'faulty'",
+    ),
+    (
+        "data",
+        "def check_files(self):\n    return [3]\n" + BUILD + "return []",
+        P,
+        "check_files of",
+    ),
+    (
+        "data",
+        "def widths(self):\n    raise OSError('x')\n" + BUILD + "return 1",
+        P,
+        "built as a int",
+    ),
+    (
+        "encoders",
+        "def widths(self):\n    return 3\n" + BUILD + "return 1",
+        P,
+        "its width is not",
+    ),
+)
+
+
+@pytest.mark.parametrize(("kind", "text", "base", "message"), PARTS)
+def test_a_faulty_part_is_an_error_that_names_it(plugin, tmp_path, kind, text, base, message):
+    plugin(kind, text, base)
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, **{kind if kind == "data" else kind.removesuffix("s"): "faulty"})
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+REWARDS = few(
+    (SCORES.format("images.mean((1, 2, 3)).detach()"), "'faulty' has no gradient in its images"),
+    (
+        SCORES.format("(images.mean((1, 2, 3)) * 9).long()"),
+        r"'faulty' must return floating-point numbers, got torch\.int64",
+    ),
+    (SCORES.format("images.mean()"), r"'faulty' must return one score for each of 2 images"),
+    (SCORES.format("images.mean((1, 2, 3))[:, None]"), r"got shape \(2, 1\)"),
+    (SCORES.format("0.5"), "'faulty' must return a tensor of scores, not float"),
+    (SCORES.format("(images.mean((1, 2, 3)), 1)"), "not tuple"),
+    (SCORES.format("None"), "not NoneType"),
+    (SCORES.format("images.mul_(2).mean((1, 2, 3))"), "'faulty' writes into its images"),
+    (SCORES.format("images.mean((1, 2, 3)) / 0"), "of the reward 'faulty' are not finite"),
+    (SCORES.format("images.mean((1, 2, 3)) * float('nan')"), "of the reward 'faulty' are not finite"),
+    ("differentiable: ClassVar[bool] = False\n" + SCORES.format("images"), r"rewards\.0: 'faulty' has no gradient"),
+    (BUILD + "return lambda images: images", "must take .images, prompts."),
+    (BUILD + "return 3", "was built as a int"),
+)
+
+
+@pytest.mark.parametrize(("text", "message"), REWARDS)
+def test_a_faulty_reward_is_an_error_that_names_it(plugin, tmp_path, text, message):
+    plugin("rewards", text, "RewardConfig")
+    with pytest.raises(ValueError, match=message) as error:
+        fit(tmp_path, **REWARD, rewards=["faulty"])
+    if isinstance(error.value, NonFiniteReward):
+        assert (error.value.reward, error.value.prompt in "0123") == ("faulty", True)
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (SCORES.format("images"), "is no product of embeddings"),
+        ("embeds: ClassVar[bool] = True\n" + SCORES.format("images"), "an EmbeddingReward"),
+    ],
+)
+def test_what_is_no_product_of_embeddings_cannot_be_reweighted(plugin, tmp_path, text, message):
+    plugin("rewards", text, "RewardConfig")
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, **REWARD, rewards=[{"name": "reweighted", "inner": "faulty"}])
+
+
+def test_a_trainer_that_does_not_say_that_it_uses_rewards_gets_none(plugin, tmp_path):
+    plugin("trainers", TRAINER + "return None", "TrainerConfig")
+    rewards.register("red", lambda images, prompts: images[:, 0].mean((1, 2)))
+    try:
+        with pytest.raises(ValueError, match="rewards: 'faulty' uses no rewards, got 1"):
+            fit(tmp_path, trainer="faulty", rewards=["red"])
+    finally:
+        rewards.unregister("red")
+
+
+@pytest.mark.parametrize(
+    ("module", "entries", "message"),
+    few(
+        ("import nothing_at_all", None, "ModuleNotFoundError"),
+        ("x = (", None, "SyntaxError"),
+        ("import sys; sys.exit(3)", None, "SystemExit: 3"),
+        ("raise MemoryError", None, "MemoryError"),
+        ("def f(): f()\nf()", None, "RecursionError"),
+        ("", "[longalign_rewards]\nfaulty = fake_faulty:Nothing\n", "has no attribute 'Nothing'"),
+        ("", "[longalign_rewards]\nfaulty = fake_faulty\n", "must be a PartConfig class"),
+        ("", "[longalign_rewards]\nfaulty\n", "cannot be read"),
+        ("", "[longalign_reward]\nfaulty = fake_faulty:FaultyConfig\n", "did you mean 'longalign_rewards'"),
+        ("", "[longalign_rewards]\nclip = fake_faulty:FaultyConfig\n", "'clip' among rewards is claimed by"),
+        ("", "[longalign_rewards]\nFaulty = fake_faulty:FaultyConfig\n", "kebab case"),
+        ("", "[longalign_rewards]\nother = fake_faulty:FaultyConfig\n", "calls itself 'faulty'"),
+    ),
+)
+def test_a_plugin_that_cannot_be_loaded_is_listed_and_the_others_work(plugin, tmp_path, module, entries, message):
+    plugin("rewards", SCORES.format("images"), entries=entries)
+    with (tmp_path / "fake_faulty.py").open("a") as file:
+        file.write(module)
+    faults = list_parts(targets=True)[1]
+    assert len(faults) == 1
+    assert message in faults[0]
+    assert "fake-faulty 1.0" in faults[0]
+    assert encoders.build("good", Runtime()).dim == 8
