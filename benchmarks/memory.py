@@ -117,7 +117,7 @@ def recipes() -> list[str]:
     """The table of the examples for GPUs of 24 GB."""
     lines = [
         "## Examples for one GPU of 24 GB", "",
-        "Batch and settings are those of the files in `examples/`; text models are in memory, for nothing is cached.", "",
+        "Batch and settings are those of the files in `examples/`; text models are in memory, nothing is cached.", "",
         "| example | batch | weights | AdamW's state | all else at the peak | peak |", "|---" * 6 + "|",
     ]  # fmt: skip
     for path in sorted((Path(__file__).parents[1] / "examples").glob("*-24gb.yaml")):

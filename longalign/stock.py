@@ -71,7 +71,7 @@ def load_pipeline(name: str, runtime: Runtime, revision: str | None = None, vari
         if any(word in str(error).lower() for word in ("sentencepiece", "protobuf", "tiktoken", "placeholder")):
             raise ValueError(
                 f"the tokenizer of '{name}' is a SentencePiece file, which cannot be read here; "
-                f"pip install 'longalign[baselines]' ({error})"
+                f"pip install sentencepiece protobuf ({error})"
             ) from error
         raise ValueError(
             f"no diffusers pipeline '{name}'" + (f" of the variant '{variant}'" if variant is not None else "") + "; "
@@ -129,7 +129,7 @@ def cleaning(pipe: Any) -> dict[str, bool]:
         return {}
     log.warning(
         "%s would clean captions (markup, addresses) but %s is not installed, so it reads them as they are; "
-        "pip install 'longalign[baselines]'", type(pipe).__name__, " and ".join(lacking),
+        "pip install %s", type(pipe).__name__, " and ".join(lacking), " ".join(lacking),
     )  # fmt: skip
     return {"clean_caption": False}
 

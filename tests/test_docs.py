@@ -3,8 +3,9 @@
 ``python tests/test_docs.py`` writes the generated parts anew: the reference of parts and keys in docs/config.md, and
 the recipes and what their logs say in docs/small-world.md.
 
-Python runs with tiny random checkpoints in the place of the bundled weights; of blocks marked ``python hub``, which
-need downloads, only the syntax is checked. The comment behind a one-line ``print(...)`` is what it prints.
+Python runs with tiny random checkpoints in the place of the bundled weights. README and the quickstart are followed one
+after the other in one folder, their commands included, with fewer steps. Of blocks marked ``hub``, which need
+downloads, only the syntax is checked. The comment behind a one-line ``print(...)`` is what it prints.
 """
 
 import ast
@@ -21,7 +22,7 @@ import yaml
 from tiny import tiny_clip, tiny_sd
 
 from longalign import load_config, override
-from longalign.cli import build_parser, main
+from longalign.cli import _parse, main
 from longalign.config import RunConfig
 from longalign.describe import describe_model, describe_part
 from longalign.files import parse_assignments, parse_value
@@ -71,6 +72,7 @@ def tiny(tmp_path_factory):
 def workplace(tmp_path, monkeypatch, tiny):
     """A folder to run in that has the examples and weights, and registries that are afterwards as they were."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     for folder in (ROOT / "examples", tiny):
         (tmp_path / folder.name).symlink_to(folder)
     before = dict(catalogue.REGISTRY)
@@ -79,20 +81,62 @@ def workplace(tmp_path, monkeypatch, tiny):
     catalogue.REGISTRY.update(before)
 
 
-# the tiny tokenizer makes more tokens of the captions than the bundled one
-@pytest.mark.filterwarnings("ignore::longalign.encoders.base.TruncationWarning")
-@documents
+FOLLOWED = [ROOT / "README.md", ROOT / "docs" / "quickstart.md"]
+
+
+def run_python(path, body, names, capsys):
+    """Runs a block in a namespace and compares what it prints with its comments."""
+    capsys.readouterr()
+    exec(compile(body, f"{path.name}: {body.splitlines()[0]}", "exec"), names)
+    printed = re.findall(r"^ *print\(.*\)  # (.*)$", body, re.MULTILINE)
+    assert not printed or capsys.readouterr().out.splitlines() == printed
+
+
+@pytest.mark.parametrize("path", [d for d in DOCS if d not in FOLLOWED], ids=lambda path: path.stem)
 def test_python_runs(path, workplace, capsys):
     names = {}
     for mark, body in blocks(path, "python"):
-        code = compile(body, f"{path.name}: {body.splitlines()[0]}", "exec")
         assert mark in ("", "hub")
         if mark == "hub":
-            continue
-        capsys.readouterr()
-        exec(code, names)
-        told = re.findall(r"^ *print\(.*\)  # (.*)$", body, re.MULTILINE)
-        assert not told or capsys.readouterr().out.splitlines() == told
+            compile(body, path.name, "exec")
+        else:
+            run_python(path, body, names, capsys)
+
+
+def test_readme_and_quickstart_are_followed_in_one_folder(workplace, capsys):
+    done = []
+    for path in FOLLOWED:
+        names = {}
+        for language, mark, body in BLOCK.findall(path.read_text(encoding="utf-8")):
+            if mark != "hub" and language == "python":
+                run_python(path, body, names, capsys)
+            elif mark != "hub" and language == "sh":
+                for words in commands(body):
+                    if words[0] == "longalign" and words[1] != "demo":  # tests/test_demo.py runs that
+                        assert main(shortened(words[1:])) == 0, f"{path.name}: {words}\n{capsys.readouterr().err}"
+                        done.append(words[1])
+    assert set(done) == {"list", "describe", "train", "generate", "score", "eval", "export", "cache", "direction"}
+
+
+def test_blocks_of_the_quickstart_can_be_run_again(workplace, capsys):
+    """As in a notebook whose cells are run twice."""
+    path = ROOT / "docs" / "quickstart.md"
+    names = {}
+    for mark, body in blocks(path, "python"):
+        for _ in range(2 if mark != "hub" else 0):
+            run_python(path, body, names, capsys)
+
+
+def shortened(arguments):
+    """A command with fewer steps and smaller batches."""
+    command, *rest = arguments
+    rest = [re.sub(r"(?<=^loop\.steps=)\d+", lambda n: str(int(n[0]) // 100), word) for word in rest]
+    rest = [re.sub(r"(?<=^data\.size=)\d+", "6", word) for word in rest]
+    if command == "train":
+        rest[1:1] = ["loop.batch_size=2", "trainer.lora.rank=2"]
+        rest[1:1] = [] if any(word.startswith("loop.steps=") for word in rest) else ["loop.steps=1"]
+        rest[1:1] = ["trainer.num_steps=2"] if "reward" in rest[0] else []
+    return [command, *rest, *(["--steps", "2"] if command == "generate" else [])]
 
 
 # Commands and configs
@@ -102,9 +146,14 @@ def test_python_runs(path, workplace, capsys):
 def test_commands_parse(path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     for _, body in blocks(path, "sh"):
-        for line in body.replace("\\\n", " ").splitlines():
-            if words := shlex.split(line, comments=True):
-                check_command(words)
+        for words in commands(body):
+            check_command(words)
+
+
+def commands(body):
+    """The words of each command of a block."""
+    lines = body.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 def check_command(words):
@@ -120,12 +169,28 @@ def check_command(words):
         assert {w for w in words[1:] if "=" not in w} <= set(targets), words
     elif command == "python" and words[1] != "-m":
         assert (ROOT / words[1]).is_file(), words
+    elif command == "pip" or words[:2] == ["uv", "pip"]:
+        check_installable(words[words.index("install") + 1 :])
     else:
-        assert command in ("python", "pip", "hf", "ruff"), words
+        assert command in ("python", "hf", "ruff", "uv", "."), words
+
+
+def check_installable(arguments):
+    """What pip is given is a folder with a package, whose extras exist, or a distribution that is on an index."""
+    projects = [
+        tomllib.loads(path.read_text()) for path in (ROOT / "pyproject.toml", *ROOT.glob("plugins/*/pyproject.toml"))
+    ]
+    unpublished = {project["project"]["name"] for project in projects}
+    for word in (w for w in arguments if not w.startswith("-") and "://" not in w and w != "cpu"):
+        name, _, extras = word.rstrip("]").partition("[")
+        assert name not in unpublished, f"{name} is on no index: pip install -e ."
+        if name.startswith(".") or "/" in name:
+            project = tomllib.loads((ROOT / name / "pyproject.toml").read_text())["project"]
+            assert set(filter(None, extras.split(","))) <= set(project.get("optional-dependencies", {})), word
 
 
 def check_longalign(arguments):
-    args = build_parser().parse_args(arguments)
+    args = _parse(arguments)
     if args.command == "train":
         changes = parse_assignments(args.overrides)
         if Path(args.config).is_relative_to("examples"):

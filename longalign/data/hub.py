@@ -31,7 +31,7 @@ def load(what: str, path: str, **settings: Any) -> Any:
         import datasets
     except ImportError as error:
         raise ValueError(
-            f"the data '{what}' is read by the package datasets, which is not installed: pip install 'longalign[hf]'"
+            f"the data '{what}' is read by the package datasets, which is not installed: pip install datasets"
         ) from error
     if int(datasets.__version__.split(".")[0]) < 4:  # which would ask whether to run a repository's code
         settings["trust_remote_code"] = False
