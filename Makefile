@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
 
-.PHONY: setup demo test test-reliability test-transformers4 check
+.PHONY: setup demo test test-reliability test-transformers4 test-lowest check
 
 setup: $(STAMP)
 
@@ -33,6 +33,10 @@ test-reliability: $(STAMP)
 # In an environment of its own: transformers 4 needs huggingface_hub 0, which no later diffusers takes.
 test-transformers4:
 	$(MAKE) test VENV=.venv-transformers4 PINS="'transformers<5' 'diffusers<0.40'"
+
+# The lowest versions that pyproject.toml states, but of torch.
+test-lowest:
+	$(MAKE) test VENV=.venv-lowest PINS="$$($(PYTHON) -c 'import tomllib; wanted = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]; print(*(w.split(",")[0].replace(">=", "==") for w in wanted if not w.startswith("torch")))')"
 
 check: $(STAMP)
 	$(BIN)/ruff check .

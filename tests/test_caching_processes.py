@@ -153,7 +153,7 @@ def test_the_command_in_two_processes(config, alone, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     for part, count in PARTS.items():
-        assert done.stdout.count(f"{part}: {count}, of which {count} are new") == 1
+        assert done.stdout.count(f"{part}: {count} entries, {count} of them new") == 1
         shards = sorted((tmp_path / "cache" / part).glob("0*.safetensors"))
         assert [path.stem for path in shards] == ["000000", "000001"]  # one of each process
     assert_same(tmp_path / "cache", alone)
