@@ -21,7 +21,11 @@ from longalign.registry import PartConfig
 
 
 def check_files(
-    config: RunConfig, training: bool = True, resumed: bool = False, sizes: Mapping[str, int | None] | None = None
+    config: RunConfig,
+    training: bool = True,
+    resumed: bool = False,
+    cached: bool = True,
+    sizes: Mapping[str, int | None] | None = None,
 ) -> None:
     """Raises `ConfigError` with all that is missing for a run on this machine, or does not go together.
 
@@ -29,10 +33,11 @@ def check_files(
         config: the run.
         training: whether all of it is needed; backbone and encoder alone are otherwise.
         resumed: whether the output folder may have a run.
+        cached: whether a cache of prompts, if the run has one, takes the place of the encoder's text models.
         sizes: sides in pixels of images to be sampled, by what they are called in messages.
     """
     keys = ("backbone", "encoder", *(("rewards", "trainer", "data") if training else ()))
-    if training and config.cache is not None and config.cache.prompts:
+    if training and cached and config.cache is not None and config.cache.prompts:
         keys = tuple(key for key in keys if key != "encoder")  # what it would say is in the cache
     faults = parts_faults({key: getattr(config, key) for key in keys})
     faults += _conditioning_faults(config)

@@ -46,10 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _message(error: Exception, args: argparse.Namespace) -> str | None:
     """What the user can do about an error; None for one that is a bug."""
-    from longalign.faults import is_out_of_memory
+    from longalign.faults import is_out_of_memory, redact_url
 
     if isinstance(error, (ValueError, OSError)):
-        return str(error)
+        return redact_url(str(error))
     if isinstance(error, ModuleNotFoundError) and error.name and "." not in error.name:
         return f"this command needs the package '{error.name}', which is not installed here"
     if is_out_of_memory(error):

@@ -64,7 +64,7 @@ def cache(args: Namespace) -> None:
     config = override(args.config, parse_assignments(args.overrides))
     if config.cache is None:
         raise ValueError("the config has no cache; add to it, for example, cache: {folder: runs/cache}")
-    check_files(config, resumed=True)
+    check_files(config, resumed=True, cached=False)
     from longalign import caching
     from longalign.runtime import launched
 

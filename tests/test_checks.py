@@ -169,6 +169,15 @@ def test_a_used_output_folder_and_a_missing_tracker(monkeypatch):
     assert "file is a file" in found({"output": "file/out"})["output"]
 
 
+def test_a_cache_of_prompts_takes_the_place_of_text_models():
+    config = override(ALIGN, {"encoder.checkpoint": "mini/nothing", "cache": {"folder": "cache"}, "output": "out"})
+    check_files(config)
+    with pytest.raises(ConfigError, match=r"encoder\.checkpoint: no bundled weights"):
+        check_files(config, cached=False)
+    with pytest.raises(ConfigError, match=r"encoder\.checkpoint: no bundled weights"):
+        check_files(override(config, {"cache.prompts": False}))
+
+
 def test_the_size_of_sampled_images_is_looked_at():
     with pytest.raises(ConfigError, match="--size: expected a multiple of 8, as 'sd' needs, got 63"):
         check_files(load_config(ALIGN), training=False, sizes={"--size": 63, "height": 64})

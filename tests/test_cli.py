@@ -215,6 +215,15 @@ def test_describe_hides_the_credentials_of_addresses(yaml, capsys):
     assert "secret" not in shown
 
 
+def test_no_error_shows_the_credentials_of_addresses(monkeypatch, yaml, capsys):
+    def fit(composition, resume=None):
+        raise OSError("nothing at https://me:secret@host/a.parquet")
+
+    monkeypatch.setattr(loop, "fit", fit)
+    assert main(["train", yaml, "encoder.checkpoint=mini/sd"]) == 2
+    assert "nothing at https://***@host/a.parquet" in capsys.readouterr().err
+
+
 def test_describe_a_config_shows_it_whole_and_changed(yaml, capsys, tmp_path):
     assert main(["describe", yaml, "trainer.lora.rank=4"]) == 0
     (tmp_path / "shown.yaml").write_text(capsys.readouterr().out)
