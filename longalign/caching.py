@@ -19,6 +19,7 @@ from longalign.encoders.base import Encoder
 from longalign.encoders.cached import build_cached, entries, leaves, prompt_key, refuse_missing, settings
 from longalign.encoders.cached import frozen as frozen_config
 from longalign.fingerprint import fingerprints
+from longalign.locks import Lock
 from longalign.registry import PartConfig
 from longalign.runtime import Runtime
 from longalign.store import SHARD_BYTES, Store
@@ -52,13 +53,25 @@ def make(
 
     Raises:
         StaleCache: if there is a cache made with other settings.
-        ValueError: if there is no ``cache`` or no ``data`` in the config, the data is a stream or draws its items anew,
-            or an encoder cannot be cached.
+        ValueError: if another process is making the cache, there is no ``cache`` or no ``data`` in the config, the data
+            is a stream or draws its items anew, or an encoder cannot be cached.
     """
     if config.cache is None or config.data is None:
         raise ValueError("expected a config with 'data' and 'cache', e.g. cache: {folder: runs/cache}")
     data = by_index(sized(config).build(runtime), config)
     progress = progress and runtime.rank == 0
+    lock = Lock(Path(config.cache.folder)) if runtime.rank == 0 else None
+    try:
+        return _make(config, data, runtime, batch_size, shard_bytes, progress)
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _make(
+    config: RunConfig, data: Data, runtime: Runtime, batch_size: int, shard_bytes: int, progress: bool
+) -> dict[str, tuple[int, int]]:
+    assert config.cache is not None
     made = {}
     if _has_latents(config):
         made["latents"] = _make_latents(config, data, runtime, batch_size, shard_bytes, progress)

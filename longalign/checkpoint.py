@@ -9,6 +9,7 @@ Its metadata hold the config, the LoRAs' names and configs, the step, the versio
 from __future__ import annotations
 
 import json
+import logging
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,8 +25,8 @@ from longalign.backbones.configs import LoraConfig
 from longalign.backbones.lora import LoraStack, check_same_names, join_stacks, peft_settings
 from longalign.config import RunConfig, load_config, to_dict
 from longalign.encoders.base import Encoder
-from longalign.faults import redact_url
-from longalign.files import CHECKPOINT, DIFFUSERS_LORA, REWARD, checkpoint_file, read_metadata
+from longalign.faults import ConfigError, redact_url
+from longalign.files import CHECKPOINT, DIFFUSERS_LORA, REWARD, checkpoint_file, read_mapping, read_metadata
 from longalign.registry import REGISTRIES, PartConfig, backbones, encoders
 from longalign.runtime import Runtime
 from longalign.trainers.base import adapter
@@ -33,6 +34,8 @@ from longalign.weights import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+log = logging.getLogger("longalign")
 
 FORMAT = "1"
 # where diffusers keeps the settings that it otherwise guesses from the shapes of the weights
@@ -114,7 +117,8 @@ def load_weights(checkpoint: str | Path) -> Weights:
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if the file was not written by longalign, or by a later format, or holds no backbone's weights.
+        ValueError: if the file is damaged, was not written by longalign, or by a later format, holds no backbone's
+            weights, or tensors that its metadata do not tell of, or that are no finite floats.
     """
     path = checkpoint_file(Path(checkpoint))
     metadata = read_metadata(path)
@@ -123,17 +127,58 @@ def load_weights(checkpoint: str | Path) -> Weights:
             f"{path} has format {metadata.get('format')!r}, expected {FORMAT!r}; it was not written by this version of "
             "longalign: update longalign, or make the checkpoint anew"
         )
-    if json.loads(metadata["config"]).get("backbone", "") is None:
+    if read_mapping(path).get("backbone", "") is None:
         raise ValueError(
             f"{path} is of a run that trained a reward, which is in {path.parent / REWARD}; expected a checkpoint of a "
             "backbone"
         )
     tensors = load_tensors(path)
-    stacks = [
-        LoraStack(entry["name"], LoraConfig.model_validate(entry["config"]), _under(tensors, f"lora.{i}."))
-        for i, entry in enumerate(json.loads(metadata["loras"]))
-    ]
+    try:
+        told = [(entry["name"], LoraConfig.model_validate(entry["config"])) for entry in json.loads(metadata["loras"])]
+    except (ValueError, TypeError, LookupError) as error:
+        raise ValueError(f"{path} does not say which LoRAs it holds ({error}); get it anew") from error
+    stacks = [LoraStack(name, config, _under(tensors, f"lora.{i}.")) for i, (name, config) in enumerate(told)]
+    _check_complete(path, tensors, stacks)
     return Weights(stacks, _under(tensors, "denoiser."), _under(tensors, "encoder."))
+
+
+def _check_complete(path: Path, tensors: Mapping[str, Tensor], stacks: Sequence[LoraStack]) -> None:
+    """Raises ValueError if a part of a checkpoint would be omitted, or cannot be weights."""
+    prefixes = ("denoiser.", "encoder.", *(f"lora.{i}." for i in range(len(stacks))))
+    if unknown := [name for name in tensors if not name.startswith(prefixes)]:
+        raise ValueError(
+            f"{path} holds {len(unknown)} tensors that its metadata do not tell of, e.g. '{unknown[0]}'; expected "
+            f"names that start with {', '.join(prefixes)}"
+        )
+    if empty := [stack.name for stack in stacks if not stack.state]:
+        raise ValueError(f"{path} tells of the LoRA '{empty[0]}' and holds no tensor of it")
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            what = "numbers that are not finite" if tensor.is_floating_point() else f"{tensor.dtype}"
+            raise ValueError(f"{path}: expected finite floats in '{name}', found {what}")
+
+
+def read_config(checkpoint: str | Path) -> RunConfig:
+    """The config of a checkpoint, to sample with it: what only training needs may be of plugins that are missing here.
+
+    Rewards, trainer, data and cache are then omitted, with a warning.
+
+    Raises:
+        ConfigError: if its backbone or encoder cannot be read.
+    """
+    path = checkpoint_file(Path(checkpoint))
+    try:
+        return load_config(path)
+    except ConfigError as error:
+        raw = {**read_mapping(path), "rewards": [], "trainer": None, "data": None, "cache": None}
+        try:
+            config = load_config(raw)
+        except ConfigError:
+            raise error from None
+        log.warning(
+            "%s was trained with parts that are not used for sampling, and cannot be read here: %s", path, error
+        )
+        return config
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -171,7 +216,7 @@ def load_for_sampling(
         dtype: "float32", "bfloat16" or "float16", in the place of a runtime's.
     """
     path = checkpoint_file(Path(checkpoint))
-    config = load_config(path)
+    config = read_config(path)
     if config.backbone is None or config.encoder is None:
         raise ValueError(f"{path} is of a run that trained a reward, which draws nothing; expected one with a backbone")
     runtime = runtime or Runtime.detect(config.loop.precision, device).with_dtype(dtype)
@@ -203,7 +248,7 @@ def export_lora(checkpoint: str | Path, folder: str | Path) -> Path:
             "whose denoiser was trained by LoRA alone can be exported as a LoRA"
         )
     joined = join_stacks(weights.stacks)
-    component = denoiser_folder(load_config(checkpoint))
+    component = denoiser_folder(read_config(checkpoint))
     tensors = {f"{component}.{key}": tensor for key, tensor in joined.items()}
     adapter_metadata = {f"{component}.{key}": value for key, value in peft_settings(joined).items()}
     path = Path(folder) / DIFFUSERS_LORA

@@ -49,7 +49,7 @@ def _message(error: Exception, args: argparse.Namespace) -> str | None:
     from longalign.faults import is_out_of_memory, redact_url
 
     if isinstance(error, (ValueError, OSError)):
-        return redact_url(str(error))
+        return redact_url("\n".join([str(error), *getattr(error, "__notes__", ())]))
     if isinstance(error, ModuleNotFoundError) and error.name and "." not in error.name:
         return f"this command needs the package '{error.name}', which is not installed here"
     if is_out_of_memory(error):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,7 +23,7 @@ from pydantic import (
 )
 
 from longalign.faults import ConfigError, Fault, check_size, flatten, nested, shorten, suggestion
-from longalign.files import read_mapping
+from longalign.files import checkpoint_file, read_mapping, read_metadata
 from longalign.registry import Part, PartError, Section, trainers
 
 
@@ -248,8 +249,9 @@ def load_config(source: Mapping[str, Any] | str | Path | RunConfig) -> RunConfig
         ConfigError: all faults at once, each with its path, e.g. ``encoder.parts.1.modle``.
         FileNotFoundError: if the file does not exist.
     """
-    if isinstance(source, (str, Path)):
-        source = read_mapping(Path(source))
+    path = Path(source) if isinstance(source, (str, Path)) else None
+    if path is not None:
+        source = read_mapping(path)
     if isinstance(source, RunConfig):
         source = to_dict(source)
     if not isinstance(source, Mapping):
@@ -258,7 +260,35 @@ def load_config(source: Mapping[str, Any] | str | Path | RunConfig) -> RunConfig
     try:
         return RunConfig.model_validate(dict(source))
     except ValidationError as error:
-        raise ConfigError(flatten(error, RunConfig)) from error
+        raise ConfigError([*flatten(error, RunConfig), *_made_with(path)]) from error
+
+
+def _made_with(path: Path | None) -> list[Fault]:
+    """Which packages a checkpoint was made with that are missing here or of another version."""
+    if path is None or path.suffix in (".yaml", ".yml", ".json"):
+        return []
+    path = checkpoint_file(path)
+    metadata = read_metadata(path)
+    owners: dict[str, list[str]] = {}
+    try:
+        for part, owner in json.loads(metadata.get("providers", "{}")).items():
+            if owner != "this process":
+                owners.setdefault(str(owner), []).append(part)
+        owners.setdefault(f"longalign {json.loads(metadata['versions'])['longalign']}", [])
+    except (ValueError, TypeError, LookupError, AttributeError):
+        pass
+    out = []
+    for owner, parts in owners.items():
+        package, _, then = owner.partition(" ")
+        try:
+            now = version(package) if then else then
+        except PackageNotFoundError:
+            now = None
+        if now != then:
+            here = "is not installed here; install it" if now is None else f"is {now} here"
+            of = f", which provided {', '.join(parts)}" if parts else ""
+            out.append(("", f"the checkpoint was made with {owner}{of}; {package} {here}"))
+    return out
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from longalign.checkpoint import Weights, denoiser_folder, export_lora, load_weights
-from longalign.config import RunConfig, load_config, to_dict
+from longalign.checkpoint import Weights, denoiser_folder, export_lora, load_weights, read_config
+from longalign.config import RunConfig, to_dict
 from longalign.encoders.adapter import TextAdapter
 from longalign.faults import redact_url
 from longalign.files import (
@@ -87,7 +87,7 @@ def export(
         raise ValueError(f"{output} is the checkpoint's own folder; choose another folder")
     if not overwrite:
         check_unexported(output)
-    config = load_config(source)
+    config = read_config(source)
     table = None if metrics is None else read_table(Path(metrics), config)
     for pattern in REWARD_FILES if config.backbone is None else MODEL_FILES:
         for taken in sorted(output.glob(pattern)):
@@ -423,7 +423,7 @@ def push_to_hub(
 
     if not (Path(folder) / CHECKPOINT).is_file():
         raise ValueError(f"{folder} holds no {CHECKPOINT}; export a checkpoint into it first")
-    patterns = REWARD_FILES if load_config(Path(folder) / CHECKPOINT).backbone is None else MODEL_FILES
+    patterns = REWARD_FILES if read_config(Path(folder) / CHECKPOINT).backbone is None else MODEL_FILES
     api = HfApi(token=token)
     try:
         api.create_repo(repository, private=private, exist_ok=True)

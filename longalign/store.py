@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from hashlib import blake2b
@@ -11,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
+from longalign.weights import crc, reading, save_tensors, writing
+
 IDENTITY = "identity.json"
-FORMAT = 1
+FORMAT = 2
 SHARD_BYTES = 256 * 2**20
 KEY_BYTES = 16
 OPEN_SHARDS = 128
+#: how a damaged file of a cache is put right
+ADVICE = "remove it and run: longalign cache CONFIG"
 
 
 def key_of(content: bytes | str) -> bytes:
@@ -36,7 +38,7 @@ class Store:
 
     An entry is a mapping of names to tensors ``(k, ...)``; k may differ between entries, the rest of the shape, the
     dtype and the names may not. A shard holds the entries' tensors one after the other, ``<name>.starts`` (where each
-    begins), and ``keys`` ``(m, 16)``.
+    begins), ``keys`` ``(m, 16)`` and ``checks`` ``(m,)``, the CRC-32 of each entry.
 
     Args:
         folder: where it is; made if ``writes``.
@@ -78,10 +80,13 @@ class Store:
             if not writes:
                 raise FileNotFoundError(f"there is no cache in {self.folder}; make it with: longalign cache CONFIG")
             self.folder.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_name(f".{IDENTITY}.{os.getpid()}.unfinished")
-            unfinished.write_text(json.dumps(identity, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            unfinished.replace(path)
-        found = json.loads(path.read_text(encoding="utf-8"))
+            with writing(path) as unfinished:
+                unfinished.write_text(json.dumps(identity, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            advice = f"remove the folder {self.folder} and run: longalign cache CONFIG"
+            raise ValueError(f"{path} is damaged ({error}); {advice}") from error
         if differing := list(_differences("", found, identity)):
             raise StaleCache(
                 f"the cache {self.folder} was made with other settings:\n"
@@ -90,7 +95,8 @@ class Store:
             )
 
     def _index(self, number: int) -> None:
-        raw = self._file(number).get_tensor("keys").numpy().tobytes()
+        with reading(self._shards[number], ADVICE):
+            raw = self._file(number).get_tensor("keys").numpy().tobytes()
         for row in range(len(raw) // KEY_BYTES):
             self._places.setdefault(raw[row * KEY_BYTES : (row + 1) * KEY_BYTES], (number, row))
 
@@ -98,11 +104,8 @@ class Store:
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
-        try:
+        with reading(self._shards[number], ADVICE):
             self._open[number] = safe_open(self._shards[number], "pt")
-        except SafetensorError as error:
-            path = self._shards[number]
-            raise ValueError(f"{path} is damaged ({error}); remove it and run: longalign cache CONFIG") from error
         if len(self._open) > OPEN_SHARDS:
             self._open.popitem(last=False)
         return self._open[number]
@@ -118,13 +121,16 @@ class Store:
         yield from self._pending
 
     def __getitem__(self, key: bytes) -> dict[str, Tensor]:
-        """A written entry, read from its shard."""
+        """A written entry, read from its shard. Raises ValueError if it is not what was written."""
         number, row = self._places[key]
         file = self._file(number)
         out = {}
-        for name in (name for name in file.keys() if f"{name}.starts" in file.keys()):  # noqa: SIM118
-            start, stop = file.get_slice(f"{name}.starts")[row : row + 2].tolist()
-            out[name] = file.get_slice(name)[start:stop]
+        with reading(self._shards[number], ADVICE):
+            for name in (name for name in file.keys() if f"{name}.starts" in file.keys()):  # noqa: SIM118
+                start, stop = file.get_slice(f"{name}.starts")[row : row + 2].tolist()
+                out[name] = file.get_slice(name)[start:stop]
+            if file.get_slice("checks")[row : row + 1].tolist() != [crc(out)]:
+                raise EOFError(f"the checksum of entry {row} differs")
         return out
 
     def add(self, key: bytes, entry: Mapping[str, Tensor]) -> None:
@@ -148,10 +154,9 @@ class Store:
                 raise ValueError(f"expected '{name}' of one shape and dtype in a cache, got {shapes}")
             tensors[name] = torch.cat(parts).contiguous()
             tensors[f"{name}.starts"] = torch.tensor([0, *(len(part) for part in parts)]).cumsum(0)
+        tensors["checks"] = torch.tensor([crc(entry) for entry in entries], dtype=torch.int64)
         path = self.folder / f"{self._number:06d}.safetensors"
-        unfinished = path.with_name(f".{path.name}.unfinished")
-        save_file(tensors, unfinished)
-        unfinished.replace(path)
+        save_tensors(path, tensors)
         self._shards.append(path)
         self._number += self.processes
         self._pending, self._pending_bytes = {}, 0

@@ -141,9 +141,14 @@ def flush(path: Path) -> None:
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """`crc` as text."""
+    return f"crc32:{crc(tensors):08x}"
+
+
+def crc(tensors: Mapping[str, Tensor]) -> int:
     """CRC-32 of names, dtypes, shapes and contents; 4 GB/s on one core."""
     value = 0
     for name, tensor in sorted(tensors.items()):
         value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode(), value)
         value = zlib.crc32(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data, value)
-    return f"crc32:{value:08x}"
+    return value

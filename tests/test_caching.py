@@ -24,6 +24,7 @@ from longalign.encoders.configs import AdapterConfig
 from longalign.faults import ConfigError
 from longalign.fingerprint import fingerprint, fingerprints
 from longalign.imagefiles import write_png
+from longalign.locks import Lock
 from longalign.pipeline import load_model
 from longalign.registry import PartConfig, encoders
 from longalign.runtime import Runtime
@@ -342,6 +343,73 @@ def test_a_store_keeps_ragged_tensors_over_shards(tmp_path):
     (tmp_path / "000000.safetensors").write_bytes(b"12345678")
     with pytest.raises(ValueError, match=r"is damaged"):
         Store(tmp_path, {"a": 1})
+
+
+def test_what_is_damaged_in_a_store_is_named(tmp_path):
+    entries_of = {key_of(f"{i}"): {"states": torch.full((4, 8), float(i)), "n": torch.tensor([i])} for i in range(5)}
+
+    def written():
+        store = Store(tmp_path / "store", {"a": 1}, writes=True)
+        for key, entry in entries_of.items():
+            store.add(key, entry)
+        store.flush()
+        return store
+
+    shard = tmp_path / "store" / "000000.safetensors"
+    written()
+    assert oct(shard.stat().st_mode & 0o777) == oct(0o666 & ~_umask())
+    whole = shard.read_bytes()
+    flipped = bytearray(whole)
+    flipped[whole.find(torch.full((4, 8), 3.0).numpy().tobytes()) + 5] ^= 4
+    shard.write_bytes(flipped)
+    store = Store(tmp_path / "store", {"a": 1})
+    assert all(torch.equal(store[key]["states"], entries_of[key]["states"]) for key in list(entries_of)[:3])
+    with pytest.raises(ValueError, match=r"000000\.safetensors is damaged.*entry 3.*run: longalign cache"):
+        store[key_of("3")]
+    for damaged in (
+        whole[:200],
+        whole[:-1],
+        whole.replace(b'"checks"', b'"checkz"'),
+        whole.replace(b'"keys"', b'"keyz"'),
+        b"",
+    ):
+        shard.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"000000\.safetensors is damaged"):
+            list(map(Store(tmp_path / "store", {"a": 1}).__getitem__, entries_of))
+    shard.unlink()
+    assert len(written()) == 5
+    (tmp_path / "store" / "identity.json").write_text("{")
+    with pytest.raises(ValueError, match=r"identity\.json is damaged.*remove the folder"):
+        Store(tmp_path / "store", {"a": 1})
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_the_list_of_images_is_named_where_it_is_damaged(config, caplog):
+    caching.make(config, CPU)
+    assert config.cache is not None
+    items = Path(config.cache.folder) / "latents" / "items.safetensors"
+    whole = items.read_bytes()
+    for damaged in (b"", whole[:100], whole[:-1], whole[:-1] + b"x"):
+        items.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"items\.safetensors is damaged"):
+            _ = build_from_config(config).data
+    items.unlink()
+    caching.make(config, CPU)
+    assert len(build_from_config(config).data) == 5
+
+
+def test_two_processes_do_not_make_one_cache_at_once(config):
+    assert config.cache is not None
+    lock = Lock(Path(config.cache.folder))
+    with pytest.raises(ValueError, match=f"process {os.getpid()} on .* is writing to"):
+        caching.make(config, CPU)
+    lock.release()
+    assert caching.make(config, CPU)
 
 
 def test_a_hub_id_is_told_by_the_commit_that_loading_would_take(tmp_path, monkeypatch):

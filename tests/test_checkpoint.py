@@ -13,6 +13,7 @@ from longalign import checkpoint
 from longalign.backbones.configs import LoraConfig
 from longalign.compose import build_from_config
 from longalign.config import load_config
+from longalign.faults import ConfigError
 from longalign.files import read_metadata
 from longalign.pipeline import load_model, sample
 from longalign.registry import backbones, encoders
@@ -197,3 +198,63 @@ def test_a_write_that_fails_leaves_the_old_file(world, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         saved(composition, tmp_path / "c")
     assert path.read_bytes() == before
+
+
+def rewritten(path, tensors=None, **metadata):
+    """The checkpoint with other tensors or metadata, as a tool of somebody's would write it."""
+    told = {key: value for key, value in read_metadata(path).items() if key != "checksum"}
+    save_file(tensors or load_file(path), path, {**told, **metadata})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, key: {**t, key: t[key] * float("nan")}, "expected finite floats in 'lora.0.*', found numbers"),
+        (lambda t, key: {**t, key: t[key].int()}, "expected finite floats in 'lora.0.*', found torch.int32"),
+        (
+            lambda t, key: {**t, "lora.1.x": t[key].clone()},
+            "1 tensors that its metadata do not .* 'lora.1.x'",
+        ),
+        (lambda t, key: {f"unet.{k}": v for k, v in t.items()}, "tensors that its metadata do not tell of"),
+        (lambda t, key: {k: v for k, v in t.items() if not k.startswith("lora.")}, "of the LoRA 'align' and holds no"),
+    ],
+)
+def test_weights_are_not_half_loaded(world, tmp_path, change, message):
+    path = saved(trained(world.align_config(tmp_path)), tmp_path / "c")
+    tensors = load_file(path)
+    rewritten(path, change(tensors, next(key for key in tensors if key.startswith("lora."))))
+    with pytest.raises(ValueError, match=message) as caught:
+        checkpoint.load_weights(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "loras", ["", "{}", "[]", "[1]", '[{"name": "a"}]', '[{"name": "a", "config": {"rank": "x"}}]', "5"]
+)
+def test_metadata_of_another_form_is_named(world, tmp_path, loras):
+    path = saved(trained(world.align_config(tmp_path)), tmp_path / "c")
+    rewritten(path, loras=loras)
+    with pytest.raises(ValueError, match=r"does not say which LoRAs|its metadata do not tell of") as caught:
+        checkpoint.load_weights(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_checkpoint_is_sampled_without_the_plugins_that_only_training_needs(world, tmp_path, caplog):
+    path = saved(trained(world.reward_config(tmp_path)), tmp_path / "c")
+    config = json.loads(read_metadata(path)["config"])
+    config["rewards"], config["trainer"]["schedule"] = [{"name": "missing", "key": 1}], {"name": "absent"}
+    providers = {"rewards.0": "longalign-missing 1.2", "encoder": "this process"}
+    rewritten(path, config=json.dumps(config), providers=json.dumps(providers))
+    read, backbone, encoder = checkpoint.load_for_sampling(path, Runtime())
+    assert read.rewards == () and read.trainer is None and read.backbone.name == "tiny-backbone"
+    assert torch.isfinite(asked(backbone, encoder)).all()
+    assert "longalign-missing 1.2, which provided rewards.0" in caplog.text and "missing" in caplog.text
+
+    config["encoder"] = {"name": "gone"}
+    versions = {**json.loads(read_metadata(path)["versions"]), "longalign": "99.0"}
+    providers["encoder"] = "longalign-gone 3"
+    rewritten(path, config=json.dumps(config), providers=json.dumps(providers), versions=json.dumps(versions))
+    with pytest.raises(ConfigError) as caught:
+        checkpoint.load_for_sampling(path, Runtime())
+    assert "longalign-gone 3, which provided encoder; longalign-gone is not installed here" in str(caught.value)
+    assert "made with longalign 99.0" in str(caught.value)

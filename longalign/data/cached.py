@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from longalign.data.base import Data, check_index
+from longalign.store import ADVICE as REMOVE
 from longalign.store import Store
+from longalign.weights import load_tensors, reading, save_tensors
 
 ITEMS = "items.safetensors"
 #: the key of an image that could not be read
@@ -74,15 +75,12 @@ def read_items(folder: Path) -> tuple[list[bytes], Tensor]:
     """Key of each item's image and its stamp, as `CachedImages` takes them. Raises ValueError if they are missing."""
     if not (folder / ITEMS).is_file():
         raise ValueError(f"the cache {folder} is not complete; {ADVICE}")
-    found = load_file(folder / ITEMS)
-    return [row.numpy().tobytes() for row in found["keys"]], found["stamps"]
+    with reading(folder / ITEMS, REMOVE):
+        found = load_tensors(folder / ITEMS)
+        return [row.numpy().tobytes() for row in found["keys"]], found["stamps"]
 
 
 def write_items(folder: Path, keys: list[bytes], stamps: list[int]) -> None:
     """Writes what `read_items` reads."""
-    from safetensors.torch import save_file
-
-    unfinished = folder / f".{ITEMS}.unfinished"
     raw = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(len(keys), -1)
-    save_file({"keys": raw, "stamps": torch.tensor(stamps, dtype=torch.int64)}, unfinished)
-    unfinished.replace(folder / ITEMS)
+    save_tensors(folder / ITEMS, {"keys": raw, "stamps": torch.tensor(stamps, dtype=torch.int64)})

@@ -2,60 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 from longalign.weights import flush
 
-try:
-    import fcntl
-except ImportError:  # Windows, where two runs in one folder are not noticed
-    fcntl = None
-
-log = logging.getLogger("longalign")
-
-LOCK = ".lock"
 PREFIX = "checkpoint-"
-
-
-class Lock:
-    """Keeps other processes out of a run's folder until it is released or this process ends, however it ends.
-
-    Args:
-        output: the folder; made if it is missing.
-
-    Raises:
-        ValueError: naming the process that is training into it.
-    """
-
-    def __init__(self, output: Path):
-        output.mkdir(parents=True, exist_ok=True)
-        self.file: IO[str] = (output / LOCK).open("a+", encoding="utf-8")
-        try:
-            if fcntl is not None:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.file.seek(0)
-            owner = self.file.read().strip() or "another process"
-            self.file.close()
-            raise ValueError(
-                f"{owner} is training into {output}; wait until it ends, stop it, or choose another output"
-            ) from None
-        except OSError as error:  # a file system without locks
-            log.warning("%s cannot be locked (%s); see to it that no other run writes to it", output, error)
-        self.file.truncate(0)
-        self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self.file.flush()
-
-    def release(self) -> None:
-        """Lets others in. The file stays, for removing it would let two processes lock two files of its name."""
-        self.file.close()
 
 
 def checkpoints(output: Path) -> list[Path]:

@@ -27,13 +27,14 @@ from longalign.config import to_dict
 from longalign.data.stream import Stream
 from longalign.encoders.base import Conditioning, Encoder
 from longalign.faults import RunError
+from longalign.locks import Lock
 from longalign.rewards.guard import NonFiniteReward
 from longalign.sharding import let_go
 from longalign.trainers import fsdp
 from longalign.trainers import resume as state
 from longalign.trainers.base import DiffusionTrainer
 from longalign.trainers.batches import load_batches, plan_batches
-from longalign.trainers.folder import Lock, new_checkpoint, publish, recover, resume_hint
+from longalign.trainers.folder import new_checkpoint, publish, recover, resume_hint
 from longalign.trainers.header import announce
 from longalign.trainers.interrupt import Interruption, until_interrupted
 from longalign.trainers.logs import Log, Means, flat

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from longalign import weights
+from longalign import locks, weights
 from longalign.compose import build_from_config
 from longalign.config import load_config, override
+from longalign.locks import Lock
 from longalign.trainers import folder, loop
-from longalign.trainers.folder import Lock, checkpoints
+from longalign.trainers.folder import checkpoints
 
 
 def run(config, resume=None):
@@ -41,7 +42,7 @@ def test_two_processes_do_not_train_into_one_folder_and_a_killed_one_does_not_bl
     code += "f.write('process 7 on x'); f.flush(); print('locked', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / ".lock")], stdout=subprocess.PIPE) as other:
         assert other.stdout.readline()
-        with pytest.raises(ValueError, match=f"process 7 on x is training into {tmp_path}"):
+        with pytest.raises(ValueError, match=f"process 7 on x is writing to {tmp_path}"):
             run(world.align_config(tmp_path, steps=1))
         assert [p.name for p in tmp_path.iterdir()] == [".lock"]
         other.send_signal(signal.SIGKILL)
@@ -62,7 +63,7 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog)
     def none(*args):
         raise OSError("No locks available")
 
-    monkeypatch.setattr(folder.fcntl, "flock", none)
+    monkeypatch.setattr(locks.fcntl, "flock", none)
     Lock(tmp_path).release()
     assert "No locks available" in caplog.text
 
