@@ -27,7 +27,7 @@ def test_examples_survive_dump_and_load(path):
 
 
 def test_examples_are_found_beside_a_checkout_or_in_the_installed_package(monkeypatch, tmp_path):
-    assert examples_folder().samefile(EXAMPLES)
+    assert sorted(p.name for p in examples_folder().glob("*.yaml")) == [p.name for p in YAMLS]
     assert default_config("align") == examples_folder() / "mini-align.yaml"
     package = tmp_path / "site-packages" / "longalign"
     monkeypatch.setattr("longalign.runtime.resources.files", lambda name: package)

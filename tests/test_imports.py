@@ -71,7 +71,8 @@ def name_of(path):
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
 
-MODULES = {name_of(path): path for path in sorted(ROOT.rglob("*.py"))}
+# In an installed package the examples are inside.
+MODULES = {name_of(path): path for path in sorted(ROOT.rglob("*.py")) if "examples" not in path.relative_to(ROOT).parts}
 
 
 def imports_of(path):
