@@ -75,6 +75,22 @@ def check_images(images: Tensor) -> None:
         )
 
 
+class ImageCheck:
+    """Raises ValueError for images of another shape, integers, or values far outside of [0, 1].
+
+    On a GPU the values of the first batch alone are looked at, for looking waits for the GPU.
+    """
+
+    def __init__(self) -> None:
+        self._seen = False
+
+    def __call__(self, images: Tensor) -> None:
+        check_images(images)
+        if images.device.type == "cpu" or not self._seen:
+            check_range(images)
+            self._seen = True
+
+
 def check_range(images: Tensor) -> None:
     """Raises ValueError for finite images with values far outside of [0, 1]; a resize may overshoot by a little."""
     if not images.numel():

@@ -648,3 +648,14 @@ def test_ctrl_c_and_a_closed_pipe_are_no_tracebacks(monkeypatch, yaml, capsys):
     monkeypatch.setattr(loop, "fit", stop)
     assert main(["train", yaml]) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "{}/secret.png"])
+def test_scored_folders_name_no_image_elsewhere(brightness, tmp_path, capsys, name):
+    images(tmp_path, [1.0]).joinpath("0.png").rename(tmp_path / "secret.png")
+    folder = images(tmp_path / "in", [0.0], ["a"])
+    row = {"file_name": name.format(tmp_path), "text": "a"}
+    (folder / "metadata.jsonl").write_text(json.dumps(row))
+    for command in (["score", "--images", str(folder)], ["eval", "--images", f"a={folder}"]):
+        assert main([*command, "--reward", brightness]) == 2
+        assert "leads out of" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from longalign.backbones.base import Backbone
 from longalign.backbones.configs import SDConfig
 from longalign.diffusion import NoiseLevels
 from longalign.files import place
+from longalign.images import ImageCheck
 from longalign.runtime import Runtime, resolve_checkpoint
 from longalign.weights import load_tensors, reading
 
@@ -38,6 +39,7 @@ class LatentBackbone(Backbone):
         settings: Any = vae.config
         factor = 2 ** (len(settings.block_out_channels) - 1)
         super().__init__(denoiser, prediction, levels, int(config.sample_size) * factor)
+        self._check_images = ImageCheck()
         self.vae: Any = vae.requires_grad_(False).eval()
         self.factor = factor
 
@@ -54,6 +56,7 @@ class LatentBackbone(Backbone):
 
     @torch.no_grad()
     def posterior(self, images: Tensor) -> Tensor:
+        self._check_images(images)
         self.latent_shape(*images.shape[-2:])
         pixels = (2 * images - 1).to(self.device, self.vae.dtype)
         told = self.vae.encode(pixels).latent_dist

@@ -71,8 +71,8 @@ class LongAlignCaptions(Pictures):
         return _place(self.folders[row["source"]], row["path"])
 
 
-def _place(folder: Path, path: str) -> Path:
-    return inside(folder, path.lstrip("/"))
+def _place(folder: Path, path: str, where: str = "") -> Path:
+    return inside(folder, path.lstrip("/"), where)
 
 
 def _with_images(rows: Any, folders: dict[str, Path], config: LongAlignCaptionsConfig) -> list[int]:
@@ -83,11 +83,14 @@ def _with_images(rows: Any, folders: dict[str, Path], config: LongAlignCaptionsC
         of_source[source] += 1
         if source not in folders:
             continue
-        if not text(caption):
+        where = f"row {i} of {config.captions}"
+        if not isinstance(path, str):
+            raise ValueError(f"{where}: the path must be a text, got {path!r:.60}")
+        if not text(caption, where):
             empty += 1
             if config.empty == "skip":
                 continue
-        place = _place(folders[source], path)
+        place = _place(folders[source], path, where)
         if place.is_file():
             kept.append(i)
         else:

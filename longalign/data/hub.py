@@ -65,7 +65,7 @@ def open_columns(config: HubConfig | HubPairsConfig, texts: Sequence[str], image
         streaming=config.streaming if isinstance(config, HubConfig) else None,
     )
     wanted = [*texts, *images]
-    there = found.column_names or list(next(iter(found)))
+    there = found.column_names or list(next(iter(found), {}))
     if missing := [column for column in wanted if column not in there]:
         raise ValueError(f"'{config.dataset}' has no column '{missing[0]}'; there is {', '.join(there)}")
     found = found.select_columns(wanted)
@@ -113,11 +113,12 @@ def image_source(value: Any, folder: Path | None) -> Path | bytes:
     raise ValueError(f"expected an image, its bytes or its path, got {value!r:.60}")
 
 
-def text(value: Any) -> str:
-    """The caption in a cell; null is empty. Raises ValueError for what is no text."""
+def text(value: Any, where: str = "") -> str:
+    """The caption in a cell; null is empty. Raises ValueError, with ``where`` it is, for what is no text."""
+    what = f"{where}: the caption" if where else "a caption"
     if value is not None and not isinstance(value, str):
-        raise ValueError(f"a caption must be a text, got {value!r:.60}")
-    return check_text(value or "", "a caption").strip()
+        raise ValueError(f"{what} must be a text, got {value!r:.60}")
+    return check_text(value or "", what).strip()
 
 
 def build(config: HubConfig, runtime: Runtime) -> HubRows | HubPrompts | HubStream:
@@ -135,7 +136,7 @@ class _Captions:
         captions = rows[config.caption]
         kept = range(len(captions))
         if config.empty == "skip":
-            kept = [i for i, caption in enumerate(captions) if text(caption)]
+            kept = [i for i, caption in enumerate(captions) if text(caption, f"row {i} of {config.dataset}")]
         if not kept:
             raise ValueError(f"'{config.dataset}' has no caption in its column '{config.caption}'")
         self.captions, self.kept = captions, kept
@@ -209,13 +210,19 @@ class HubStream(Stream):
         return self.rows.num_shards
 
     def read(self, shard: int) -> Iterator[Record]:
-        for number, row in enumerate(self.rows.shard(num_shards=self.num_shards, index=shard)):
-            name = f"row {number} of shard {shard} of {self.config.dataset}"
-            try:
-                image = None if self.config.image is None else image_source(row[self.config.image], self.folder)
-                yield Record(name, text(row[self.config.caption]), image)
-            except ValueError as error:
-                yield Record(name, fault=str(error))
+        where = f"shard {shard} of {self.config.dataset}"
+        try:
+            for number, row in enumerate(self.rows.shard(num_shards=self.num_shards, index=shard)):
+                yield self._record(f"row {number} of {where}", row)
+        except Exception as error:  # each format has errors of its own for a damaged file
+            self.unreadable.note(f"the rest of {where}", error)
+
+    def _record(self, name: str, row: Any) -> Record:
+        try:
+            image = None if self.config.image is None else image_source(row[self.config.image], self.folder)
+            return Record(name, text(row[self.config.caption]), image)
+        except ValueError as error:
+            return Record(name, fault=str(error))
 
 
 def files_of(path: Path) -> tuple[str, list[str]]:

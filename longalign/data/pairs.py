@@ -159,7 +159,7 @@ class HubPairs(Pairs):
         for i, row in enumerate(rows.select_columns([*told])):
             labels, captions = ([row[column] for column in columns] for columns in (config.labels, config.captions))
             where = f"row {i} of {config.dataset}"
-            found.append(_pair(text(row[config.caption]), _flat(labels), _flat(captions), where))
+            found.append(_pair(text(row[config.caption], where), _flat(labels), _flat(captions), where))
         kept, pairs = _kept(found, config.dataset)
         return cls(rows.select_columns([*config.images]), kept, pairs, config)
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from longalign import registry
-from longalign.images import Pixels, at_least_float32, check_images, check_range
+from longalign.images import ImageCheck, Pixels, at_least_float32
 from longalign.rewards.base import EmbeddingReward, check_pairs
 from longalign.rewards.configs import TowerRewardConfig
 from longalign.runtime import Runtime
@@ -106,7 +106,8 @@ class TowerReward(EmbeddingReward):
         self.truncate = truncate
         self.micro_batch = micro_batch
         self.dim = towers.dim
-        self._warned = self._range_seen = False
+        self._check_images = ImageCheck()
+        self._warned = False
 
     @classmethod
     def from_towers(cls, towers: Towers, image: ImageInput, config: TowerRewardConfig, runtime: Runtime) -> TowerReward:
@@ -135,13 +136,9 @@ class TowerReward(EmbeddingReward):
         crops.
 
         Raises:
-            ValueError: for images of another shape, integers, or values far outside of [0, 1]. On a GPU the values of
-                the first batch alone are looked at, for looking waits for the GPU.
+            ValueError: for images that `ImageCheck` rejects.
         """
-        check_images(images)
-        if images.device.type == "cpu" or not self._range_seen:
-            check_range(images)
-            self._range_seen = True
+        self._check_images(images)
         pixels = self.pixels(images, generator, random=self.training).to(next(self.towers.parameters()).device)
         if self.micro_batch is None or len(pixels) <= self.micro_batch:
             features = self.towers.embed_pixels(pixels)

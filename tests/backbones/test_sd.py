@@ -284,3 +284,12 @@ def test_config_is_checked_without_torch():
         SDConfig(checkpoint="x", dtype="int8")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="rank"):
         LoraConfig(rank=0)
+
+
+def test_images_of_another_range_or_type_have_no_latents():
+    backbone = tiny_backbone()
+    images = torch.rand(1, 3, 8, 8)
+    backbone.posterior(images)
+    for wrong in (images * 255, images * 4 - 2, (images * 255).byte()):
+        with pytest.raises(ValueError, match=r"in \[0, 1\]"):
+            backbone.posterior(wrong)

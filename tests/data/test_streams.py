@@ -394,3 +394,23 @@ def test_json_captions_that_are_no_text(tmp_path):
     write_shard(tmp_path / "s.tar", samples)
     found = web(tmp_path, "s.tar", caption="json")
     assert prompts(take(found, 2)) == ["A.", "A."] and len(found.unreadable) == 2
+
+
+def test_a_damaged_file_of_a_streamed_table_is_named(table, caplog):
+    whole = (table / "p-1.parquet").read_bytes()
+    (table / "p-1.parquet").write_bytes(whole[:4] + bytes(60) + whole[64:])
+    found = hub(table, streaming=True)
+    assert set(prompts(take(found, 4))) == {"Zero.", "One."}
+    assert "the rest of shard 1 of parquet cannot be read" in caplog.text
+
+
+def test_cells_that_are_no_text_are_named_by_their_row(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"caption": [1, 2], "image": [png(1)] * 2}).to_parquet(tmp_path / "n.parquet")
+    keys = {"dataset": "parquet", "files": str(tmp_path / "n.parquet"), "cache": str(tmp_path), "resolution": 4}
+    with pytest.raises(ValueError, match="row 0 of parquet: the caption must be a text, got 1"):
+        data.build({"name": "hf", **keys})
+    (tmp_path / "c.jsonl").write_text(json.dumps({"caption": "A.", "path": None, "source": "s"}))
+    config = {"name": "longalign-captions", "captions": str(tmp_path / "c.jsonl"), "folders": {"s": str(tmp_path)}}
+    with pytest.raises(ValueError, match=r"row 0 of .*: the path must be a text, got None"):
+        data.build({**config, "cache": str(tmp_path / "cache"), "resolution": 4})
