@@ -13,10 +13,11 @@ from PIL.Image import Image
 
 from longalign.data.base import Data, check_index
 from longalign.data.configs import HubConfig, HubPairsConfig
-from longalign.data.lines import check_text, inside
+from longalign.data.lines import inside
 from longalign.data.pictures import Pictures
 from longalign.data.stream import Record, Stream
 from longalign.runtime import Runtime
+from longalign.segment import check_text
 
 
 def load(what: str, path: str, **settings: Any) -> Any:

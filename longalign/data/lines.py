@@ -14,6 +14,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from longalign.segment import check_text
+
 log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
@@ -148,17 +150,6 @@ def text_of(row: Mapping[str, Any], where: str) -> str:
     if row[key] is not None and not isinstance(row[key], str):
         raise ValueError(f"{where}: '{key}' must be text, got {row[key]!r}")
     return check_text(row[key] or "", f"{where}: '{key}'").strip()
-
-
-def check_text(text: str, where: str) -> str:
-    """The text. Raises ValueError if it holds half of a surrogate pair, as a broken escape in JSON leaves it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{where} is no valid text: {text[error.start]!r} at character {error.start} is half of a surrogate pair"
-        ) from None
-    return text
 
 
 def new_index(folder: Path | str, overwrite: bool = False) -> Path:

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from longalign.data.configs import WebDatasetConfig
-from longalign.data.lines import check_text, find_shards
+from longalign.data.lines import find_shards
 from longalign.data.stream import Record, Stream
 from longalign.runtime import Runtime
+from longalign.segment import check_text
 
 #: most bytes of an image or caption, and of a member's header, which a few compressed bytes can claim to be
 MAX_BYTES = 256 * 2**20

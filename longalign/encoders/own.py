@@ -52,18 +52,17 @@ def _build(pipe: Any) -> Encoder:
     models = [getattr(pipe, name) for name in slots]
     kinds = tuple(_kind(model) for model in models)
     tokenizers = [fast(getattr(pipe, name.replace("text_encoder", "tokenizer"), None)) for name in slots]
-    settings: dict[str, Any] = {"overflow": "grow"}
     segmenter = Sentence()
     if kinds == ("clip",) and hasattr(pipe, "unet"):
         from longalign.encoders.clip_segment import ClipSegmentEncoder
 
-        return ClipSegmentEncoder(models[0], tokenizers[0], segmenter, **settings)
+        return ClipSegmentEncoder(models[0], tokenizers[0], segmenter)
     two: Any = tuple(models[:2]), tuple(tokenizers[:2]), segmenter
     if kinds in (("clip", "projected"), ("projected", "projected")) and hasattr(pipe, "unet"):
         from longalign.encoders.clip_segment_sdxl import ClipSegmentSDXLEncoder
 
         zeros = getattr(pipe.config, "force_zeros_for_empty_prompt", False)
-        return ClipSegmentSDXLEncoder(*two, empty="zeros" if zeros else "encode", **settings)
+        return ClipSegmentSDXLEncoder(*two, empty="zeros" if zeros else "encode")
     width = getattr(getattr(getattr(pipe, "transformer", None), "config", None), "joint_attention_dim", None)
     if kinds in (("projected", "projected", "t5"), ("projected", "projected", None)) and width is not None:
         from longalign.encoders.clip_segment_sd3 import ClipSegmentSD3Encoder
@@ -71,11 +70,11 @@ def _build(pipe: Any) -> Encoder:
         from longalign.encoders.configs import ClipSegmentSD3Config
         from longalign.encoders.t5 import T5Encoder
 
-        clips = ClipSegmentSDXLEncoder(*two, empty="encode", **settings)
+        clips = ClipSegmentSDXLEncoder(*two, empty="encode")
         length = ClipSegmentSD3Config().t5_tokens
         if models[2] is None:
             return ClipSegmentSD3Encoder(clips, zeros=length, width=width)
-        t5 = T5Encoder(models[2], tokenizers[2], max_tokens=length, **settings)
+        t5 = T5Encoder(models[2], tokenizers[2], max_tokens=length)
         return ClipSegmentSD3Encoder(clips, t5, width=width)
     raise ValueError(_unsupported(pipe, slots, models))
 

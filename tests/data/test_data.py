@@ -343,5 +343,5 @@ def test_half_a_surrogate_pair_is_no_text(folder):
     (folder / "metadata.jsonl").write_text(
         '{"file_name": "r.png", "text": "A."}\n{"file_name": "g.png", "text": "\\ud800"}'
     )
-    with pytest.raises(ValueError, match=r"line 2: 'text' is no.* valid text: '.ud800' at character 0"):
+    with pytest.raises(ValueError, match="line 2: 'text' is not valid text"):
         build(folder)
