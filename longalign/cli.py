@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import re
 import sys
@@ -249,11 +250,11 @@ def _sampling(command: argparse.ArgumentParser) -> None:
     command.add_argument("--negative", metavar="TEXT", help="negative prompt")
     command.add_argument("--steps", type=_positive, help="sampling steps (25, or the pipeline's own with --pipeline)")
     about = "scale of classifier-free guidance; 1 is none (7.5, or the pipeline's own with --pipeline)"
-    command.add_argument("--guidance", type=float, help=about)
+    command.add_argument("--guidance", type=_finite, help=about)
     names = ("unipc", "ddim", "dpm++", "lcm")
     about = "unipc, ddim, dpm++ or lcm (unipc, or the pipeline's own with --pipeline)"
     command.add_argument("--scheduler", choices=names, metavar="NAME", help=about)
-    command.add_argument("--seed", type=int, nargs="+", help="one image for each prompt and seed (0)")
+    command.add_argument("--seed", type=_seed, nargs="+", help="one image for each prompt and seed (0)")
     command.add_argument("--size", type=_size, metavar="N|WxH", help="pixels (the backbone's own resolution)")
     command.add_argument("--batch", type=_positive, default=8, help="images sampled, or compared, at a time (8)")
     dtypes = ("float32", "bfloat16", "float16")
@@ -480,6 +481,21 @@ def _device_name(text: str) -> str:
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"expected cpu, cuda, cuda:1 or mps, got '{text}'")
     return text
+
+
+def _finite(text: str) -> float:
+    try:
+        if math.isfinite(value := float(text)):
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected a number, got '{text}'")
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**64:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2^64 - 1, got '{text}'")
+    return int(text)
 
 
 def _positive(text: str) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 from longalign import describe as descriptions
 from longalign.checks import check_files, check_parts
 from longalign.config import RunConfig, load_config, override, to_yaml
-from longalign.data.lines import IMAGE_SUFFIXES, inside, new_index, read_jsonl, read_prompts, text_of
+from longalign.data.lines import IMAGE_SUFFIXES, check_seeds, inside, new_index, read_jsonl, read_prompts, text_of
 from longalign.faults import redact_url, suggestion
 from longalign.files import (
     check_unexported,
@@ -81,7 +81,8 @@ def generate(args: Namespace) -> None:
     try:
         new_index(args.output, args.overwrite)
     except ValueError as error:
-        raise ValueError(f"{error}, or replace them with --overwrite") from error
+        listed = (Path(args.output) / "metadata.jsonl").exists()
+        raise ValueError(f"{error}{', or replace them with --overwrite' if listed else ''}") from error
     option = next(key for key in ("checkpoint", "config", "pipeline") if getattr(args, key))
     _check_pipelines(args, option)
     count = len(_draw(args, option, getattr(args, option), prompts, args.output, overwrite=args.overwrite))
@@ -93,7 +94,7 @@ def _draw(
 ) -> list[Any]:
     """Samples from what an option names into a folder; returns its rows."""
     height, width = args.size or (None, None)
-    settings = {"seeds": args.seed or SEEDS, "negative": args.negative, "batch_size": args.batch, "progress": True}
+    settings = {"seeds": _seeds(args), "negative": args.negative, "batch_size": args.batch, "progress": True}
     settings |= {"height": height, "width": width, "overwrite": overwrite}
     settings |= {key: value for key in ("steps", "guidance", "scheduler") if (value := getattr(args, key)) is not None}
     if option == "pipeline":
@@ -165,7 +166,7 @@ def evaluate(args: Namespace) -> None:
     told = _told(args) if drawn else []
     folders = {n: Path(args.output) / n if n in drawn else Path(source) for n, (_, source) in models.items()}
     pairs = {
-        name: [(text.strip(), seed) for text in told for seed in args.seed or SEEDS]
+        name: [(text.strip(), seed) for text in told for seed in _seeds(args)]
         if name in drawn
         else [(prompt, seed) for _, prompt, seed in _rows(folder)]
         for name, folder in folders.items()
@@ -358,6 +359,12 @@ def _refuse(args: Namespace, *keys: str, why: str) -> None:
     for key in keys:
         if getattr(args, key) is not None:
             raise ValueError(f"--{key} {why}; remove it")
+
+
+def _seeds(args: Namespace) -> Sequence[int]:
+    seeds = args.seed or SEEDS
+    check_seeds(seeds)
+    return seeds
 
 
 def _told(args: Namespace) -> list[str]:

@@ -157,8 +157,18 @@ def _no_config(path: Path) -> str:
     return f"no config file {path}{hint or suggestion(path.name, there)}"
 
 
+def check_folder(folder: Path) -> None:
+    """Raises ValueError if a file stands where a folder is to be, or where one above it is."""
+    for path in (folder, *folder.parents):
+        if path.exists():
+            if not path.is_dir():
+                raise ValueError(f"{path} is a file; expected a folder")
+            return
+
+
 def check_unexported(folder: Path) -> None:
-    """Raises ValueError if a folder has the files that an exported checkpoint consists of."""
+    """Raises ValueError if a folder has the files that an exported checkpoint consists of, or is a file."""
+    check_folder(folder)
     for name in (CHECKPOINT, CARD):
         if (folder / name).exists():
             raise ValueError(f"{folder / name} exists; choose another folder, or overwrite it")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from longalign.conditioning import condition, describe_cuts, per_prompt
 from longalign.config import override
-from longalign.data.lines import new_index, remove_listed
+from longalign.data.lines import check_seeds, new_index, remove_listed
 from longalign.diffusion import NoiseLevels, check_prediction, trailing_timesteps
 from longalign.encoders.base import Encoder, TruncationWarning
 from longalign.imagefiles import write_png
@@ -136,6 +137,8 @@ def sample(
     """
     if len(seeds) != len(prompts):
         raise ValueError(f"expected one seed per prompt, got {len(seeds)} seeds and {len(prompts)} prompts")
+    if not math.isfinite(guidance):
+        raise ValueError(f"expected a finite guidance, got {guidance}")
     if negative is not None and guidance == 1:
         raise ValueError("a negative prompt does nothing at guidance 1; raise the guidance or leave the prompt out")
     negatives = per_prompt(negative, len(prompts))
@@ -313,6 +316,7 @@ def write_images(
         overwrite: whether the images that the folder's ``metadata.jsonl`` lists are replaced, once the first of the new
             ones are there.
     """
+    check_seeds(seeds)
     output, index = Path(output), new_index(output, overwrite)
     jobs = [(i, seed) for i in range(len(prompts)) for seed in seeds]
     common = {"config": _config_text(config), "settings": json.dumps(settings), "software": _version()}

@@ -13,11 +13,11 @@ import diffusers
 import numpy as np
 import torch
 from diffusers.utils import deprecation_utils
-from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub import constants
 from torch import Tensor
 
 from longalign.data.lines import new_index
-from longalign.files import HUB_ID
+from longalign.hub import absent, local_file, why
 from longalign.pipeline import SCHEDULERS, write_images
 from longalign.runtime import Runtime, resolve_checkpoint
 
@@ -57,6 +57,7 @@ def load_pipeline(name: str, runtime: Runtime, revision: str | None = None, vari
     """
     if revision is not None and Path(name).is_dir():
         raise ValueError(f"a revision is of a repository on the hub, and '{name}' is a folder here; leave it out")
+    name = resolve_checkpoint(name)
     _announce_download(name, revision, runtime)
     settings: dict[str, Any] = {DTYPE: runtime.torch_dtype, "revision": revision, "variant": variant}
     reason = ""
@@ -75,7 +76,8 @@ def load_pipeline(name: str, runtime: Runtime, revision: str | None = None, vari
             ) from error
         raise ValueError(
             f"no diffusers pipeline '{name}'" + (f" of the variant '{variant}'" if variant is not None else "") + "; "
-            f"expected a hub id or a folder with model_index.json, and a variant if its weights are of one: {error}"
+            "expected a hub id or a folder with model_index.json, and a variant if its weights are of one: "
+            + (str(error) if Path(name).exists() else why(error, "model_index.json"))
         ) from error
     if "prompt" not in inspect.signature(pipe.__call__).parameters:
         raise ValueError(
@@ -88,9 +90,9 @@ def load_pipeline(name: str, runtime: Runtime, revision: str | None = None, vari
 
 def _announce_download(name: str, revision: str | None, runtime: Runtime) -> None:
     """Says that weights come from the hub, and where to, if they are not on this machine."""
-    if Path(name).exists() or not HUB_ID.fullmatch(name) or constants.HF_HUB_OFFLINE:
+    if Path(name).exists() or absent(name, revision):
         return
-    if not isinstance(try_to_load_from_cache(name, "model_index.json", revision=revision), str):
+    if local_file(name, "model_index.json", revision) is None:
         slow = "; sampling on a CPU may then take minutes an image" if runtime.device == "cpu" else ""
         log.info("downloading the weights of %s, often many GB, to %s%s", name, constants.HF_HUB_CACHE, slow)
 

@@ -240,6 +240,18 @@ def test_describe_a_config_shows_it_whole_and_changed(yaml, capsys, tmp_path):
         (["describe", "encoders", "t5", "longclip"], "expected a kind and one part's name, or one word"),
         (["list", "reward"], "no kind 'reward'; did you mean 'rewards'?"),
         (["train", "nowhere.yaml"], "no config file nowhere.yaml"),
+        (
+            ["generate", "--config", "YAML", "--prompt", "a", "--output", "YAML"],
+            "run.yaml is a file; expected a folder",
+        ),
+        (
+            ["generate", "--config", "YAML", "--prompt", "a", "--output", "YAML/x"],
+            "run.yaml is a file; expected a folder",
+        ),
+        (
+            ["generate", "--config", "YAML", "--prompt", "a", "--output", "x", "--seed", "3", "3"],
+            "expected different seeds, got 3 more than once",
+        ),
         (["train", "YAML", "steps"], "expected path=value"),
         (["train", "YAML", "loop.stepz=3"], "loop.stepz: this key does not exist; did you mean 'steps'?"),
         (["train", "YAML", "--resume-from", "nowhere"], "no checkpoint in nowhere"),
@@ -253,7 +265,7 @@ def test_describe_a_config_shows_it_whole_and_changed(yaml, capsys, tmp_path):
     ],
 )
 def test_mistakes_are_told_in_one_message_without_traceback(arguments, message, yaml, capsys):
-    assert main([yaml if a == "YAML" else a for a in arguments]) == 2
+    assert main([a.replace("YAML", yaml) for a in arguments]) == 2
     told = capsys.readouterr().err
     assert message in told
     assert told.startswith(f"longalign {arguments[0]}: ")
@@ -281,6 +293,9 @@ def test_traceback_on_demand(arguments):
         (["train", "run.yaml", "--loop.lr=1e-4"], "here loop.lr=..."),
         (["train", "run.yaml", "--resme"], "no option --resme; did you mean '--resume'?"),
         (["generate", "--promts", "a.txt"], "no option --promts; did you mean '--prompts'?"),
+        (["generate", "--seed", "-1"], "expected a whole number from 0 to 2^64 - 1, got '-1'"),
+        (["generate", "--seed", str(2**64)], "expected a whole number from 0"),
+        (["generate", "--guidance", "nan"], "expected a number, got 'nan'"),
         (["train", "run.yaml", "--device", "gpu"], "expected cpu, cuda, cuda:1 or mps, got 'gpu'"),
     ],
 )

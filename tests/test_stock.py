@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from diffusers import (
 from PIL import Image
 from tiny import tiny_sd, tiny_sdxl
 
-from longalign import stock
+from longalign import hub, stock
 from longalign.cli import main
 from longalign.imagefiles import load_image
 from longalign.runtime import Runtime
@@ -153,3 +154,22 @@ def test_blackened_images_are_told(folders, tmp_path, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING, "longalign"):
         stock.generate(folders["sd"], PROMPTS, tmp_path / "out", steps=1, runtime=CPU)
     assert "blackened seed 0 of the prompt 'The sky is green.'" in caplog.text
+
+
+def test_a_download_is_announced_before_it_starts(monkeypatch, caplog):
+    caplog.set_level("INFO", "longalign")
+    monkeypatch.setattr(hub, "offline", lambda: False)
+    asked = []
+
+    def from_pretrained(name, **settings):
+        asked.append([name, len(caplog.messages)])
+        raise OSError("no network here")
+
+    for kind in ("AutoPipelineForText2Image", "DiffusionPipeline"):
+        monkeypatch.setattr(getattr(stock.library, kind), "from_pretrained", from_pretrained)
+    with pytest.raises(ValueError, match="no diffusers pipeline 'owner/name'"):
+        stock.load_pipeline("owner/name", Runtime())
+    assert asked == [["owner/name", 1]] and "downloading the weights of owner/name" in caplog.messages[0]
+    with pytest.raises(ValueError, match="no diffusers pipeline"):
+        stock.load_pipeline("mini/sd", Runtime())  # bundled: nothing to download
+    assert Path(asked[1][0]).is_dir() and len(caplog.messages) == 1

@@ -7,13 +7,14 @@ import json
 import logging
 import os
 import re
-from collections import deque
-from collections.abc import Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
 from glob import glob
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from longalign.files import check_folder
 from longalign.segment import check_text
 
 log = logging.getLogger(__name__)
@@ -159,6 +160,7 @@ def new_index(folder: Path | str, overwrite: bool = False) -> Path:
         ValueError: if it lists images already, of another run or of one that was interrupted, unless they may be
             overwritten.
     """
+    check_folder(Path(folder))
     path = Path(folder) / "metadata.jsonl"
     if overwrite:
         if path.exists():
@@ -171,6 +173,12 @@ def new_index(folder: Path | str, overwrite: bool = False) -> Path:
             f"{folder} if it is of an interrupted run"
         )
     return path
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raises ValueError if a seed occurs twice: each image's file is named after its prompt and seed."""
+    if twice := [seed for seed, count in Counter(seeds).items() if count > 1]:
+        raise ValueError(f"expected different seeds, got {', '.join(map(str, twice))} more than once")
 
 
 def remove_listed(index: Path) -> None:
