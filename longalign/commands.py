@@ -298,7 +298,7 @@ def demo(args: Namespace) -> None:
 def examples(args: Namespace) -> None:
     """Lists the bundled example configs, prints one, or copies one or all."""
     folder = examples_folder()
-    found = {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix != ".py"}
+    found = {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and path.name != "__init__.py"}
     if args.name is not None and args.name not in found:
         near = suggestion(args.name, found) or f"; available: {', '.join(found)}"
         raise ValueError(f"no example '{args.name}'{near}")
@@ -327,7 +327,9 @@ def _copy(files: Iterable[Path], folder: Path) -> None:
 
 
 def _first_comment(path: Path) -> str:
-    """The comment that a config starts with, up to the end of its first sentence."""
+    """The comment that a config starts with, up to the end of its first sentence; what a script or text starts with."""
+    if path.suffix != ".yaml":
+        return path.read_text(encoding="utf-8").strip('"').partition("\n")[0]
     lines = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
     return " ".join(line.lstrip("# ").strip() for line in lines).partition(". ")[0].removesuffix(".")
 

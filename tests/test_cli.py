@@ -358,7 +358,7 @@ def test_examples_are_listed_printed_and_copied(tmp_path, capsys, monkeypatch):
     assert main(["examples"]) == 0
     rows = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     assert {row[0] for row in rows} >= names
-    assert all(len(row) == 2 for row in rows if row[0].endswith(".yaml"))
+    assert all(len(row) == 2 for row in rows) and {"prompts.txt", "ablate_encoder.py"} <= {row[0] for row in rows}
     assert main(["examples", "mini-align.yaml"]) == 0
     assert capsys.readouterr().out == (examples_folder() / "mini-align.yaml").read_text()
     assert main(["train", "mini-align.yaml"]) == 2
