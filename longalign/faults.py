@@ -29,7 +29,7 @@ PLAIN = {
 
 
 #: most levels that a value may be nested, and most values in it, one that stands in several places counted at each
-DEEPEST, LARGEST = 64, 100_000
+DEEPEST, LARGEST = 64, 20_000
 #: most faults that the text of an error names
 SHOWN = 50
 

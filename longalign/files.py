@@ -26,7 +26,7 @@ BOOL, INT, FLOAT, TIME, VALUE, MERGE = (
     f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "timestamp", "value", "merge")
 )
 #: most characters of a config file
-LONGEST = 2**22
+LONGEST = 2**20
 
 
 def place(subfolder: str | None, folder: str) -> str:
@@ -145,7 +145,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError([("", f"{path} is not UTF-8 text: {error}")]) from error
     if len(text) > LONGEST:
-        raise ConfigError([("", f"{path} is no config: it has more than {LONGEST} characters")])
+        raise ConfigError(
+            [("", f"{path} is no config: it has more than {LONGEST} characters; long lists of prompts go into a file")]
+        )
     return _mapping(_json(text, path) if path.suffix == ".json" else _yaml(text, path), path)
 
 

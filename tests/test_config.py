@@ -260,7 +260,7 @@ MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]
         ("a.yaml", f"seed: {'[' * 70}{']' * 70}", "64 levels"),
         ("a.json", f'{{"seed": {"[" * 100_000}', "nested too deeply"),
         ("a.json", f'{{"seed": {"[" * 70}{"]" * 70}}}', "64 levels"),
-        ("a.yaml", f"{LAUGHS}seed: *a29", "100000 values"),
+        ("a.yaml", f"{LAUGHS}seed: *a29", "20000 values"),
         ("a.yaml", f"{MERGES}seed: *a39", "a0: this key does not exist"),
         ("a.yaml", "seed: &a [*a]", "64 levels"),
         ("a.yaml", "a: &a {<<: *a}", "a: this key does not exist"),
@@ -280,7 +280,7 @@ def test_texts_made_to_break_the_reader_are_config_errors(tmp_path, name, text, 
 
 def test_a_config_without_end_is_no_config(tmp_path):
     (tmp_path / "a.yaml").symlink_to("/dev/zero")
-    with pytest.raises(ConfigError, match="more than 4194304 characters"):
+    with pytest.raises(ConfigError, match="more than 1048576 characters"):
         load_config(tmp_path / "a.yaml")
 
 
@@ -294,12 +294,15 @@ def test_merged_mappings_keep_the_first_and_their_own_keys(tmp_path):
 
 
 def test_many_keys_are_read_in_linear_time(tmp_path):
-    (tmp_path / "a.json").write_text(json.dumps({f"key{i}": i for i in range(40_000)}))
+    (tmp_path / "b.json").write_text(json.dumps({f"key{i}": i for i in range(40_000)}))
+    (tmp_path / "a.json").write_text(json.dumps({f"key{i}": i for i in range(9_000)}))
     before = time.process_time()
     with pytest.raises(ConfigError, match="key0: this key does not exist") as error:
         load_config(tmp_path / "a.json")
-    assert len(error.value.errors) > 40_000
+    assert len(error.value.errors) > 9_000
     assert len(str(error.value)) < 10_000
+    with pytest.raises(ConfigError, match="at most 20000 values"):
+        load_config(tmp_path / "b.json")
     assert time.process_time() - before < 10
 
 
@@ -309,7 +312,7 @@ def test_mappings_that_hold_themselves_or_share_too_much_are_config_errors():
     shared = {"name": "clip-segment"}
     for _ in range(30):
         shared = {"name": "concat", "parts": [shared, shared]}
-    for encoder, message in ((itself, "64 levels"), (shared, "100000 values")):
+    for encoder, message in ((itself, "64 levels"), (shared, "20000 values")):
         with pytest.raises(ConfigError, match=message):
             load_config({**ALIGN, "encoder": encoder})
         with pytest.raises(ConfigError, match=message):
