@@ -279,6 +279,7 @@ def _score(add: Callable[..., argparse.ArgumentParser]) -> None:
         longalign score --reward denscore --images out
         longalign score --reward clip --reward pickscore --images a.png b.png --prompt "A red fox."
         longalign score --reward '{name: clip, checkpoint: mini/clip, text: segments}' --images out
+        longalign score --reward denscore --images out --by-sentence
         longalign score --reward denscore --pipeline PixArt-alpha/PixArt-XL-2-512x512 --prompts prompts.txt
         """,
     )
@@ -287,6 +288,7 @@ def _score(add: Callable[..., argparse.ArgumentParser]) -> None:
     source.add_argument("--images", nargs="+", metavar="PATH", help="image files, or one folder of them")
     source.add_argument("--checkpoint", metavar="DIR", help="a checkpoint to sample from")
     source.add_argument("--pipeline", metavar="NAME", help=PIPELINE)
+    command.add_argument("--by-sentence", action="store_true", help="score each sentence of a prompt by itself")
     _prompts(command, "one prompt for all images, or one for each; may be repeated", required=False)
     _sampling(command)
     command.add_argument("--output", metavar="DIR", help="a folder to keep the generated images in (none are kept)")

@@ -31,6 +31,7 @@ from longalign.files import (
 )
 from longalign.registry import PartConfig, rewards
 from longalign.runtime import examples_folder
+from longalign.segment import check_text
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json", ".safetensors")
 SEEDS = (0,)
@@ -115,6 +116,8 @@ def _draw(
 def score(args: Namespace) -> None:
     """Scores images and prints a table."""
     configs = _rewards(args.reward)
+    if args.by_sentence and not args.images:
+        raise ValueError("--by-sentence scores --images; generate them first, with `longalign generate`")
     if not args.images:
         _score_drawn(args, configs)
         return
@@ -127,9 +130,10 @@ def score(args: Namespace) -> None:
     if len(prompts) not in (1, len(paths)):
         raise ValueError(f"expected one prompt, or one for each of {_count(len(paths), 'image')}, got {len(prompts)}")
     _check_images(paths)
-    from longalign.evaluate import score_images
+    from longalign.evaluate import score_images, score_sentences
 
-    score_images(_built(configs, args.device), paths, prompts)
+    scored_by = score_sentences if args.by_sentence else score_images
+    scored_by(_built(configs, args.device), paths, prompts)
 
 
 def _score_drawn(args: Namespace, configs: Mapping[str, PartConfig]) -> None:
@@ -372,7 +376,8 @@ def _seeds(args: Namespace) -> Sequence[int]:
 def _told(args: Namespace) -> list[str]:
     if not args.prompt and not args.prompts:
         raise ValueError("give --prompt or --prompts, to generate images from")
-    prompts = args.prompt if args.prompt else read_prompts(args.prompts)
+    given = args.prompt or ()
+    prompts = [check_text(text, f"--prompt {i}") for i, text in enumerate(given)] or read_prompts(args.prompts)
     if not prompts:
         raise ValueError(f"{args.prompts} holds no prompts")
     return list(prompts)

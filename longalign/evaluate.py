@@ -252,3 +252,35 @@ def score_images(
     means = [np.mean([float(row[k]) for row in rows]) for k in names]
     print("\t".join([*(f"{m:.4f}" for m in means), f"mean of {len(rows)}"]), file=out)
     return rows
+
+
+def score_sentences(
+    rewards: Mapping[str, Any], paths: Sequence[Path | str], prompts: Sequence[str], out: TextIO | None = None
+) -> list[dict[str, float | str]]:
+    """Scores image files against each sentence of their prompts and prints one line for each, tab-separated.
+
+    Args:
+        rewards: name -> `Reward` with ``by_segment``, or one around such a reward (``inner``), whose plain score it is.
+        paths: image files.
+        prompts: one for each file, or one for all of them.
+        out: where to print; standard output if None.
+
+    Returns:
+        One dict for each sentence: ``score``, ``reward``, ``image`` and ``sentence``.
+    """
+    prompts = list(prompts) * len(paths) if len(prompts) == 1 else list(prompts)
+    if len(paths) != len(prompts):
+        raise ValueError(f"expected one prompt per image or one for all, got {len(prompts)} for {len(paths)} images")
+    inner = {name: getattr(reward, "inner", reward) for name, reward in rewards.items()}
+    without = [name for name, reward in inner.items() if not hasattr(reward, "by_segment")]
+    if without:
+        raise ValueError(f"{', '.join(without)} cannot score sentences; a reward with two towers can, such as denscore")
+    rows: list[dict[str, float | str]] = []
+    print("\t".join(["score", "reward", "image", "sentence"]), file=out)
+    for path, prompt in zip(paths, prompts, strict=True):
+        image = load_image(path)[None]
+        for name, reward in inner.items():
+            for sentence, score in reward.by_segment(image, [prompt])[0]:
+                print("\t".join([f"{score:.4f}", name, str(path), " ".join(sentence.split())]), file=out, flush=True)
+                rows.append({"score": score, "reward": name, "image": str(path), "sentence": sentence})
+    return rows
