@@ -131,18 +131,19 @@ def native_resolution(config: SDConfig) -> int:
     Raises:
         ValueError: if the checkpoint does not hold them.
     """
-    home, settings = resolve_checkpoint(config.checkpoint), {"revision": config.revision}
+    settings: dict[str, Any] = {"revision": config.revision}
+    home = resolve_checkpoint(config.checkpoint)
     if config.single_file:
         path, settings = Path(config.checkpoint), {}
         home = resolve_checkpoint(config.layout) if config.layout else _layout_of(path, load_tensors(path))
     try:
-        denoiser, vae = (
+        parts: list[Any] = [
             AutoencoderKL.load_config(home, subfolder=place(config.subfolder, folder), **settings)
             for folder in (config.component, "vae")
-        )
+        ]
     except OSError as error:
         raise ValueError(f"'{home}' does not hold the configs of {config.component}/ and vae/ ({error})") from error
-    return int(denoiser["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+    return int(parts[0]["sample_size"]) * 2 ** (len(parts[1]["block_out_channels"]) - 1)
 
 
 def _load_single_file(config: SDConfig, runtime: Runtime, kind: Any, component: str) -> tuple[Any, Any, dict[str, Any]]:

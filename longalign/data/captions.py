@@ -35,7 +35,7 @@ class LongAlignCaptions(Pictures):
         rows: Any,
         kept: list[int],
         folders: dict[str, Path],
-        resolution: int = 512,
+        resolution: int | None = 512,
         max_unreadable: int = 10,
     ):
         super().__init__(resolution, max_unreadable)

@@ -27,7 +27,9 @@ class Folder(Pictures):
         max_unreadable: how many unreadable files are replaced by the next readable one before the run is stopped.
     """
 
-    def __init__(self, files: Sequence[Path], prompts: Sequence[str], resolution: int = 512, max_unreadable: int = 10):
+    def __init__(
+        self, files: Sequence[Path], prompts: Sequence[str], resolution: int | None = 512, max_unreadable: int = 10
+    ):
         if len(files) != len(prompts):
             raise ValueError(f"expected one prompt per file, got {len(files)} files and {len(prompts)} prompts")
         if not files:

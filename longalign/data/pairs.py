@@ -112,7 +112,7 @@ class FolderPairs(Pairs):
         folder = Path(config.folder)
         files, found = [], []
         for where, row in read_jsonl(folder / "metadata.jsonl", EXAMPLE):
-            names = [row.get(key) for key in ("image_0", "image_1")]
+            names: list[Any] = [row.get(key) for key in ("image_0", "image_1")]
             if not all(isinstance(name, str) for name in names):
                 raise ValueError(f"{where}: expected files 'image_0' and 'image_1'; there is {', '.join(row)}")
             labels = [row[key] for key in ("label_0", "label_1", "preference") if key in row]

@@ -71,7 +71,7 @@ def _build(pipe: Any) -> Encoder:
         from longalign.encoders.t5 import T5Encoder
 
         clips = ClipSegmentSDXLEncoder(*two, empty="encode")
-        length = ClipSegmentSD3Config().t5_tokens
+        length: int = ClipSegmentSD3Config.model_fields["t5_tokens"].default
         if models[2] is None:
             return ClipSegmentSD3Encoder(clips, zeros=length, width=width)
         t5 = T5Encoder(models[2], tokenizers[2], max_tokens=length)

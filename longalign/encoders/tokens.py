@@ -16,7 +16,7 @@ def device_of(model: nn.Module) -> torch.device:
     if device.type != "meta":
         return device
     hooks = [getattr(module, "_hf_hook", None) for module in model.modules()]
-    moved_to = [hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None]
+    moved_to = [place for hook in hooks if (place := getattr(hook, "execution_device", None)) is not None]
     return torch.device(moved_to[0]) if moved_to else device
 
 

@@ -10,6 +10,7 @@ import tarfile
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
-MANY = settings(max_examples=2000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
+MANY = settings(
+    max_examples=2000,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 SOME = settings(MANY, max_examples=500)
 
 
@@ -141,7 +148,8 @@ def load_image_of(content):
 
 def archive(members, compression=""):
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode=f"w:{compression}") as tar:
+    mode: Any = f"w:{compression}"
+    with tarfile.open(fileobj=buffer, mode=mode) as tar:
         for name, content in members:
             member = tarfile.TarInfo(name)
             member.size = len(content)
