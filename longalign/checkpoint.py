@@ -218,7 +218,9 @@ def load_for_sampling(
     path = checkpoint_file(Path(checkpoint))
     config = read_config(path)
     if config.backbone is None or config.encoder is None:
-        raise ValueError(f"{path} is of a run that trained a reward, which draws nothing; expected one with a backbone")
+        raise ValueError(
+            f"{path} is of a run that trained a reward, and has no backbone to sample with; expected one that has"
+        )
     runtime = runtime or Runtime.detect(config.loop.precision, device).with_dtype(dtype)
     backbone, encoder = backbones.construct(config.backbone, runtime), encoders.construct(config.encoder, runtime)
     load_into(path, backbone, encoder)

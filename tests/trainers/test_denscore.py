@@ -351,7 +351,7 @@ def test_its_checkpoint_is_none_of_a_backbone(clip, tmp_path):
     assert load_config(result.checkpoint).trainer == DenscoreTrainerConfig()
     with pytest.raises(ValueError, match=r"trained a reward, which is in .*/reward; expected a checkpoint"):
         load_weights(result.checkpoint)
-    with pytest.raises(ValueError, match="trained a reward, which draws nothing"):
+    with pytest.raises(ValueError, match="trained a reward, and has no backbone to sample with"):
         load_for_sampling(result.checkpoint)
 
     # an export of it is the reward itself, with a card

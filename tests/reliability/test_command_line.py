@@ -1,0 +1,59 @@
+"""Calls of the command line made of random words: each ends in a checked call, or in one message and status 2.
+
+The long form runs by `pytest tests/reliability/test_command_line.py -m reliability`, a short form with all tests.
+"""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longalign import cli, commands
+
+PARSER = cli.build_parser()
+OPTIONS = sorted(
+    {name for parser in PARSER.commands.values() for name in parser._option_string_actions} | {"--version"}
+)
+WORDS = st.one_of(
+    st.sampled_from(sorted(PARSER.commands)),
+    st.sampled_from(OPTIONS),
+    st.sampled_from(
+        ["run.yaml", "loop.lr=1e-4", "a=b", "cpu", "512", "3x4", "1e-4", "--", "-", "--lr", "--loop.lr=1", ""]
+    ),
+    st.text(max_size=8),
+    st.builds("--{}={}".format, st.text(max_size=5), st.text(max_size=5)),
+)
+
+
+def check(words, monkeypatch, capsys):
+    """No command runs: each only says that it was called."""
+    called = []
+    for name in {parser.get_default("run") for parser in PARSER.commands.values()}:
+        monkeypatch.setattr(commands, name, lambda args: called.append(args) or 0)
+    try:
+        status = cli.main(words)
+    except SystemExit as stop:
+        status = stop.code
+        told = capsys.readouterr()
+        assert status == 0 or (status == 2 and "error: " in told.err and "usage: " in told.err), words
+        assert not called
+    else:
+        assert status == 0 and len(called) == 1, words
+        assert called[0].command in words
+
+
+def run(examples):
+    @settings(max_examples=examples, deadline=None, derandomize=True)
+    @given(words=st.lists(WORDS, max_size=8))
+    def attack(monkeypatch, capsys, words):
+        check(words, monkeypatch, capsys)
+
+    return attack
+
+
+def test_random_calls(monkeypatch, capsys):
+    run(150)(monkeypatch=monkeypatch, capsys=capsys)
+
+
+@pytest.mark.reliability
+def test_many_random_calls(monkeypatch, capsys):
+    run(5000)(monkeypatch=monkeypatch, capsys=capsys)
