@@ -364,7 +364,7 @@ def test_its_checkpoint_is_none_of_a_backbone(clip, tmp_path):
     )
     assert torch.equal(saved, exported)
     card = (out / "README.md").read_text()
-    assert "library_name: transformers\n" in card and "license: mit\n" in card and "for 1 steps" in card
+    assert "library_name: transformers\n" in card and "license: mit\n" in card and "for 1 step" in card
     for again in (result.checkpoint, out):
         with pytest.raises(ValueError, match=r"exists; choose another folder|is this an export already"):
             export(again, out if again != out else tmp_path / "other")
