@@ -277,7 +277,7 @@ def _made_with(path: Path | None) -> list[Fault]:
         owners.setdefault(f"longalign {json.loads(metadata['versions'])['longalign']}", [])
     except (ValueError, TypeError, LookupError, AttributeError):
         pass
-    out = []
+    out = [("", f"this is the config of {path}")]
     for owner, parts in owners.items():
         package, _, then = owner.partition(" ")
         try:

@@ -50,12 +50,13 @@ def _unreadable(what: str | Path, error: Exception, advice: str) -> str:
     return f"{what} is damaged, or holds something else than tensors ({type(error).__name__}: {reason}); {advice}"
 
 
-def load_pickle(path: str | Path, mmap: bool = False) -> Any:
+def load_pickle(path: str | Path, checked: bool = False) -> Any:
     """The tensors and plain values in a file that ``torch.save`` wrote, on the CPU; nothing in it is run.
 
     Args:
         path: of the file.
-        mmap: leaves tensors on the disk until they are used, after their checksums were compared.
+        checked: compares the checksums in the file, which torch does not, and leaves tensors on the disk until they
+            are used.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -64,17 +65,16 @@ def load_pickle(path: str | Path, mmap: bool = False) -> Any:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}")
     try:
-        with reading(path):
-            if mmap:  # torch compares no checksums of what it maps
-                with zipfile.ZipFile(path) as archive:
-                    if bad := archive.testzip():
-                        raise EOFError(f"the checksum of {bad} differs")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (ValueError, OSError) as error:
-        if not isinstance(error, OSError) or error.errno != EINVAL:  # which torch gives for a file that is cut
-            raise
-        raise ValueError(_unreadable(path, error, "get it anew")) from None
+        if checked:
+            with zipfile.ZipFile(path) as archive:
+                if bad := archive.testzip():
+                    raise EOFError(f"the checksum of {bad} differs")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=checked)
+    except MemoryError:
+        raise
     except Exception as error:  # a pickle that is cut or changed can raise anything
+        if isinstance(error, OSError) and error.errno != EINVAL:  # which torch gives for a file that is cut
+            raise
         raise ValueError(_unreadable(path, error, "get it anew")) from None
 
 

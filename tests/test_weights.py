@@ -32,30 +32,30 @@ def test_a_pickle_runs_nothing_and_no_one_is_advised_to_let_it(tmp_path, raw, pl
         path.write_bytes(pickle.dumps(held[place], protocol=2))
     else:
         torch.save(held[place], path)
-    for mmap in {False, not raw}:
+    for checked in {False, not raw}:
         with pytest.raises(ValueError) as caught:
-            load_pickle(path, mmap)
+            load_pickle(path, checked)
         assert str(path) in str(caught.value) and "mkdir" in str(caught.value) and "code" in str(caught.value)
         assert "weights_only" not in str(caught.value) and caught.value.__cause__ is None
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("mmap", [False, True])
-def test_a_damaged_pickle_is_named(tmp_path, mmap):
+@pytest.mark.parametrize("checked", [False, True])
+def test_a_damaged_pickle_is_named(tmp_path, checked):
     path = tmp_path / "shared.pt"
     torch.save({"a": torch.randn(500), "step": 3}, path)
     whole = path.read_bytes()
-    assert load_pickle(path, mmap)["step"] == 3
+    assert load_pickle(path, checked)["step"] == 3
     for size in (0, 1, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
         with pytest.raises(ValueError, match=r"shared\.pt is damaged"):
-            load_pickle(path, mmap)
+            load_pickle(path, checked)
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
         archive.writestr("a", "b")
     with pytest.raises(ValueError, match=r"other\.zip is damaged"):
-        load_pickle(tmp_path / "other.zip", mmap)
+        load_pickle(tmp_path / "other.zip", checked)
     with pytest.raises(FileNotFoundError, match=r"no file .*nothing\.pt"):
-        load_pickle(tmp_path / "nothing.pt", mmap)
+        load_pickle(tmp_path / "nothing.pt", checked)
 
 
 def test_a_flipped_bit_of_the_content_is_noticed(tmp_path):
@@ -63,7 +63,7 @@ def test_a_flipped_bit_of_the_content_is_noticed(tmp_path):
     content = {"a": torch.arange(1000, dtype=torch.float32), "b": torch.tensor(1.0), "c": torch.ones(3).bfloat16()}
     torch.save(content, pickled)
     save_tensors(tensors, content)
-    for path, read in ((pickled, lambda p: load_pickle(p, mmap=True)), (tensors, load_tensors)):
+    for path, read in ((pickled, lambda p: load_pickle(p, checked=True)), (tensors, load_tensors)):
         assert all(torch.equal(read(path)[k], v) for k, v in content.items())
         whole = bytearray(path.read_bytes())
         whole[whole.find(content["a"].numpy().tobytes()) + 2000] ^= 1

@@ -21,7 +21,7 @@ from longalign.fingerprint import fingerprint, fingerprints
 from longalign.sharding import share, share_state, whole, whole_state
 from longalign.store import key_of
 from longalign.trainers.folder import checkpoints
-from longalign.weights import load_pickle, load_tensors
+from longalign.weights import load_pickle, load_tensors, reading
 
 if TYPE_CHECKING:
     from longalign.trainers.loop import Run
@@ -152,7 +152,7 @@ def load_state(checkpoint: Path) -> State:
         raise ValueError(f"{checkpoint} has no {FOLDER}/ folder, so it can only be started from, with init_from")
     load_tensors(path)
     # Mapped, since each process of several reads it and keeps a share.
-    shared = load_pickle(folder / "shared.pt", mmap=True)
+    shared = load_pickle(folder / "shared.pt", checked=True)
     if not isinstance(shared, dict) or not shared.keys() >= SHARED:
         raise ValueError(f"{folder / 'shared.pt'} is not the state of a run; expected {', '.join(sorted(SHARED))}")
     own = []
@@ -160,10 +160,11 @@ def load_state(checkpoint: Path) -> State:
         file = folder / f"process-{rank}.pt"
         if not file.is_file():
             raise ValueError(f"{folder} has no {file.name}; it was written by {shared['processes']} processes")
-        own.append(load_pickle(file))
+        own.append(load_pickle(file, checked=True))
         if not isinstance(own[-1], dict) or not own[-1].keys() >= OWN:
             raise ValueError(f"{file} is not the state of a process; expected {', '.join(sorted(OWN))}")
-    return State(checkpoint, config, json.loads(read_metadata(path).get("versions", "{}")), shared, own)
+    with reading(path):
+        return State(checkpoint, config, json.loads(read_metadata(path).get("versions", "{}")), shared, own)
 
 
 def collect(run: Run) -> dict[str, Any]:
