@@ -116,8 +116,8 @@ def findings(table: MetricTable) -> list[str]:
             + ("" if gain.significant or few else ", no significant difference")
         ]
         changes = {
-            share: row[name]
-            for groups in table.breakdowns(metric, paired=True).values()
+            (f"{heading.partition(' by ')[2]} {share}" if share[0].isdigit() else share): row[name]
+            for heading, groups in table.breakdowns(metric, paired=True).items()
             for share, row in groups.items()
             if row[name].significant
         }

@@ -167,23 +167,24 @@ def rows(mean, spread=0.01, count=40):
 
 
 def test_losses_stand_beside_gains_and_each_stage_is_compared_with_the_one_before():
+    first = "facts/place in the prompt/0-25%"
     shape, ground = "facts/attribute/shape", "facts/attribute/ground"
     noise = 0.2 * np.sin(np.arange(40))
-    table = MetricTable(
-        {
-            "base": {"facts": rows(0.3), shape: rows(0.3), ground: rows(0.9), "text_relevant": rows(0.1, 0.001),
-                     "text_irrelevant": rows(0.1, 0.001)},
-            "segments": {"facts": rows(0.8), shape: rows(0.8), ground: rows(0.9) + noise, "text_relevant":
-                         rows(0.11, 0.001), "text_irrelevant": rows(0.123, 0.001)},
-            "reward": {"facts": rows(0.8) + noise, shape: rows(0.9), ground: rows(0.8), "text_relevant":
-                       rows(0.11, 0.001), "text_irrelevant": rows(0.12, 0.001)},
-        },
-        [f"prompt {i}" for i in range(40)],
-    )  # fmt: skip
+    values = {
+        "base": (rows(0.3), rows(0.9), rows(0.3), rows(0.9), rows(0.1, 0.001), rows(0.1, 0.001)),
+        "segments": (rows(0.8), rows(0.7), rows(0.8), rows(0.9) + noise, rows(0.11, 0.001), rows(0.123, 0.001)),
+        "reward": (rows(0.8) + noise, rows(0.7), rows(0.9), rows(0.8), rows(0.11, 0.001), rows(0.12, 0.001)),
+    }
+    names = ("facts", first, shape, ground, "text_relevant", "text_irrelevant")
+    models = {model: dict(zip(names, found, strict=True)) for model, found in values.items()}
+    table = MetricTable(models, [f"prompt {i}" for i in range(40)])
     base, segments, reward = findings(table)
     assert base.startswith("base: fact accuracy 30.0% [29.8, 30.2]")
     assert "segments against base: fact accuracy 80.0%, +50.0 [+50.0, +50.0] points" in segments
-    assert "worse: none; better: shape;" in segments and "rises 2.3 times" in segments
+    assert (
+        "worse: place in the prompt 0-25% -20.0 [-20.0, -20.0]; better: shape;" in segments
+        and "rises 2.3 times" in segments
+    )
     assert "reward against segments: fact accuracy 80.6%" in reward and "no significant difference" in reward
     assert re.search(r"worse: ground -10\.\d \[-1\d\.\d, -\d\.\d\]; better: shape", reward)
     assert "text-irrelevant -0.0030" in reward and "rises" not in reward and "text-relevant" not in reward
