@@ -23,6 +23,7 @@ from torch import Tensor
 from longalign.backbones.base import Backbone
 from longalign.backbones.configs import LoraConfig
 from longalign.backbones.lora import LoraStack, check_same_names, join_stacks, peft_settings
+from longalign.checks import check_parts
 from longalign.config import RunConfig, load_config, to_dict
 from longalign.encoders.base import Encoder
 from longalign.faults import ConfigError, redact_url
@@ -221,6 +222,7 @@ def load_for_sampling(
         raise ValueError(
             f"{path} is of a run that trained a reward, and has no backbone to sample with; expected one that has"
         )
+    check_parts({"backbone": config.backbone, "encoder": config.encoder})
     runtime = runtime or Runtime.detect(config.loop.precision, device).with_dtype(dtype)
     backbone, encoder = backbones.construct(config.backbone, runtime), encoders.construct(config.encoder, runtime)
     load_into(path, backbone, encoder)

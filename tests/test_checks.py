@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,10 @@ import yaml
 from huggingface_hub import errors
 
 from longalign import hub
+from longalign.checkpoint import load_for_sampling
 from longalign.checks import check_files, check_parts
 from longalign.compose import build_from_config
-from longalign.config import load_config, override
+from longalign.config import load_config, override, to_json
 from longalign.faults import ConfigError
 from longalign.files import find_checkpoint
 from longalign.registry import REGISTRIES, PartConfig, rewards
@@ -303,3 +305,14 @@ def test_a_checkpoint_that_cannot_be_downloaded_is_named_with_the_cause(part):
         REGISTRIES[kind].build(config, Runtime())
     with pytest.raises(FileNotFoundError, match=r"'owner/name'.*HF_HUB_OFFLINE forbids"):
         find_checkpoint("owner/name")
+
+
+def test_a_checkpoint_whose_base_model_is_gone_names_it(tmp_path):
+    folder = tmp_path / "run" / "checkpoint-000001"
+    folder.mkdir(parents=True)
+    config = load_config({**ALIGN, "backbone": {"name": "sd", "checkpoint": "gone/away"}, "init_from": "not-needed"})
+    header = json.dumps({"__metadata__": {"config": to_json(config)}}).encode()
+    (folder / "longalign.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(ConfigError) as error:
+        load_for_sampling(folder)
+    assert [path for path, _ in error.value.errors] == ["backbone.checkpoint"]

@@ -16,13 +16,13 @@ KINDS = ("backbones", "data", "encoders", "rewards", "schedules", "trainers")
 PART = 4
 LEVELS = {
     0: "runtime faults discovery files hub registry segment data.lines",
-    1: "config describe environment backbones.configs data.configs encoders.configs rewards.configs schedules.configs "
-    "trainers.configs",
+    1: "config checks describe environment backbones.configs data.configs encoders.configs rewards.configs "
+    "schedules.configs trainers.configs",
     2: "preference diffusion rollout images imagefiles table record mini store fingerprint sharding weights locks "
     "tokens",
     3: "backbones.base backbones.lora data.base data.pictures data.stream encoders.base rewards.base rewards.guard "
     "schedules.base trainers.base",
-    5: "checks checkpoint conditioning charts caching",
+    5: "checkpoint conditioning charts caching",
     6: "compose",
     7: "pipeline evaluate report convert publish",
     8: "trainers.loop trainers.resume trainers.validation stock",
