@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -43,9 +44,9 @@ class Lock:
             ) from None
         except OSError as error:  # a file system without locks
             log.warning("%s cannot be locked (%s); see to it that no other process writes to it", output, error)
-        self.file.truncate(0)
-        self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self.file.flush()
+        with suppress(OSError):  # on a full disk nobody is named, and the lock holds all the same
+            self.file.truncate(0)
+            os.write(self.file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
     def release(self) -> None:
         """Lets others in. The file stays, for removing it would let two processes lock two files of its name."""

@@ -57,6 +57,7 @@ def forked(action):
         result = action()
         status = 128 + (result.signal or 0) if result.interrupted else 0
     except BaseException as error:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         Path(f"{action.output}.error").write_text(f"{type(error).__name__}: {error}")
     finally:
         os._exit(status)
@@ -190,11 +191,11 @@ def test_signals_at_random_moments(tmp_path, whole, number):
 def test_a_full_disk(tmp_path, whole):
     sizes = [p.stat().st_size for p in (tmp_path / "whole").rglob("*") if p.is_file()]
     stopped = 0
-    for number, limit in enumerate(sorted({1, 100, *(max(sizes) * i // 12 for i in range(1, 13))})):
+    for number, limit in enumerate(sorted({1, 100, *(max(sizes) * i // 12 for i in (2, 6, 10))})):
         output = tmp_path / f"{number}"
         half = {**config(output), "loop": {**config(output)["loop"], "steps": 2}}
         assert status(forked(Train(half))) == 0
-        full = lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # noqa: E731
+        full = lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))  # noqa: E731
         if status(forked(Train(config(output), before=full))) == 3:
             stopped += 1
             told = Path(f"{output}.error").read_text()
@@ -205,7 +206,7 @@ def test_a_full_disk(tmp_path, whole):
         found = ended(output)
         assert all(torch.equal(a, b) for a, b in zip(found[0], whole[0], strict=True))
     print(f"stopped {stopped} times")
-    assert stopped > 8
+    assert stopped > 2
 
 
 def test_two_processes_in_one_folder(tmp_path):
