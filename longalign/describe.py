@@ -143,7 +143,9 @@ def _keys(model: type[BaseModel], prefix: str = "", defaults: BaseModel | None =
         default = _default_of(field) if defaults is None else getattr(defaults, key)
         yield f"{prefix}{key}: {type_text(annotation)}{_default(field, default)}"
         if about.get(key):
-            yield textwrap.fill(about[key], _width(), initial_indent="    ", subsequent_indent="    ")
+            yield textwrap.fill(
+                about[key], _width(), initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False
+            )
         for section in _sections(field.annotation):
             many = get_origin(field.annotation) in (list, tuple)
             inner = default if isinstance(default, section) else None

@@ -108,15 +108,15 @@ class Together:
 @pytest.mark.parametrize("cut", [False, True])
 def test_each_writes_files_of_its_own(config, alone, tmp_path, monkeypatch, cut):
     """With a shard for each entry; ``cut`` after one process has written three."""
-    config, real, written = into(config, tmp_path), store.save_file, []
+    config, real, written = into(config, tmp_path), store.save_tensors, []
 
-    def save(tensors, path):
+    def save(path, tensors):
         if cut and threading.current_thread() is threading.main_thread() and len(written) == 3:
             raise KeyboardInterrupt
         written.append((threading.current_thread().name, path.parent.name, path.name))
-        real(tensors, path)
+        real(path, tensors)
 
-    monkeypatch.setattr(store, "save_file", save)
+    monkeypatch.setattr(store, "save_tensors", save)
     before = {}
     if cut:
         with pytest.raises(KeyboardInterrupt):
