@@ -90,7 +90,9 @@ def test_a_signal_finishes_the_step_and_writes_a_checkpoint(world, tmp_path, cap
             os.kill(os.getpid(), number)
         return world.red(images, prompts)
 
-    before = signal.getsignal(number)
+    # Started by nohup, or in a shell's background, these signals are ignored.
+    handler = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    outside = signal.signal(number, handler)
     rewards.register("pressing", pressing)
     try:
         config = {**world.reward_config(tmp_path, save_every=None), "rewards": ["pressing"]}
@@ -98,10 +100,11 @@ def test_a_signal_finishes_the_step_and_writes_a_checkpoint(world, tmp_path, cap
         assert (result.step, result.interrupted, result.signal) == (1, True, number)
         assert result.checkpoint == tmp_path / "checkpoint-000001"
         assert "stopped after step 1 of 4; to resume: longalign train" in caplog.text
-        assert signal.getsignal(number) is before
+        assert signal.getsignal(number) is handler
         rest = run(config, resume=result.checkpoint)
         assert (rest.step, rest.signal) == (4, None)
     finally:
+        signal.signal(number, outside)
         rewards.unregister("pressing")
 
 
