@@ -137,7 +137,7 @@ def load_weights(checkpoint: str | Path) -> Weights:
     try:
         told = [(entry["name"], LoraConfig.model_validate(entry["config"])) for entry in json.loads(metadata["loras"])]
     except (ValueError, TypeError, LookupError) as error:
-        raise ValueError(f"{path} does not say which LoRAs it holds ({error}); get it anew") from error
+        raise ValueError(f"{path} does not list its LoRAs ({error}); get it again") from error
     stacks = [LoraStack(name, config, _under(tensors, f"lora.{i}.")) for i, (name, config) in enumerate(told)]
     _check_complete(path, tensors, stacks)
     return Weights(stacks, _under(tensors, "denoiser."), _under(tensors, "encoder."))
@@ -152,7 +152,7 @@ def _check_complete(path: Path, tensors: Mapping[str, Tensor], stacks: Sequence[
             f"names that start with {', '.join(prefixes)}"
         )
     if empty := [stack.name for stack in stacks if not stack.state]:
-        raise ValueError(f"{path} tells of the LoRA '{empty[0]}' and holds no tensor of it")
+        raise ValueError(f"{path} lists the LoRA '{empty[0]}' and holds no tensor of it")
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
             what = "numbers that are not finite" if tensor.is_floating_point() else f"{tensor.dtype}"

@@ -24,7 +24,7 @@ CHECKSUM = "checksum"
 
 
 @contextmanager
-def reading(what: str | Path, advice: str = "get it anew") -> Iterator[None]:
+def reading(what: str | Path, advice: str = "get it again") -> Iterator[None]:
     """Inside, libraries' errors about damaged or foreign files become a ValueError that names ``what``.
 
     Their own text never reaches the user where it advises to allow a pickle to run code.
@@ -75,7 +75,7 @@ def load_pickle(path: str | Path, checked: bool = False) -> Any:
     except Exception as error:  # a pickle that is cut or changed can raise anything
         if isinstance(error, OSError) and error.errno != EINVAL:  # which torch gives for a file that is cut
             raise
-        raise ValueError(_unreadable(path, error, "get it anew")) from None
+        raise ValueError(_unreadable(path, error, "get it again")) from None
 
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -91,7 +91,7 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
         told = (file.metadata() or {}).get(CHECKSUM)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if told is not None and told != checksum(tensors):
-        raise ValueError(f"{path} is damaged: its tensors are not those that were written into it; get it anew")
+        raise ValueError(f"{path} is damaged: its tensors are not those that were written into it; get it again")
     return tensors
 
 
