@@ -4,7 +4,7 @@ Each encoder gets its own fine-tuning of the bundled UNet on long captions and d
 same noise. Measured: fact accuracy (read from the pixels by the oracle), overall, by length and by place in the prompt,
 each with a 95% interval, and the paired difference to the first encoder.
 
-Hardware: two CPU cores. Time: about 3 minutes per encoder with the default 300 steps and 128 prompts, 0.4 hours in all.
+Hardware: two CPU cores. Time: a few minutes per encoder with the default steps of mini-align.yaml and 128 prompts.
 
     python examples/ablate_encoder.py                          # all variants
     python examples/ablate_encoder.py segments no-sot          # some of them

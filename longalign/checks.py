@@ -144,11 +144,14 @@ def used(config: RunConfig) -> str | None:
     try:
         changes = {key: values for key, values in diff(load_config(newest), config).items() if key != "output"}
     except ValueError as error:
-        about = f"its newest checkpoint cannot be read ({error})"
+        about = f"whose newest checkpoint cannot be read ({error})"
     else:
         lines = [f"\n    {key}: {shorten(old)} there, {shorten(new)} now" for key, (old, new) in changes.items()]
-        about = f"with another config:{''.join(lines)}\n   " if lines else "with the same config"
-    return f"there is a run in {config.output} already, {about}; resume it, choose another, or remove the folder"
+        if not lines:
+            advice = "resume it, choose a different output, or remove the folder"
+            return f"there is a run in {config.output} already, with the same config; {advice}"
+        about = f"with a different config:{''.join(lines)}\n   "
+    return f"there is a run in {config.output} already, {about} choose a different output, or remove the folder"
 
 
 def _folder_faults(config: RunConfig, resumed: bool) -> list[Fault]:

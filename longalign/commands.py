@@ -463,7 +463,8 @@ def _rows(folder: Path) -> list[tuple[Path, str, Any]]:
             raise ValueError(f"{where} has no 'file_name'")
         path = inside(folder, row["file_name"], where)
         if not path.is_file():
-            raise FileNotFoundError(f"no image {path}, which {where} names")
+            what = "is no regular file" if path.exists() else "does not exist"
+            raise FileNotFoundError(f"the image {path}, which {where} names, {what}")
         out.append((path, text_of(row, where), row.get("seed")))
     if not out:
         raise ValueError(f"{folder / 'metadata.jsonl'} names no images")

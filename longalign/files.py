@@ -173,7 +173,7 @@ def check_unexported(folder: Path) -> None:
     check_folder(folder)
     for name in (CHECKPOINT, CARD):
         if (folder / name).exists():
-            raise ValueError(f"{folder / name} exists; choose another folder, or overwrite it")
+            raise ValueError(f"{folder / name} exists; choose another folder, or set overwrite (--overwrite)")
 
 
 def checkpoint_file(path: Path) -> Path:
@@ -280,8 +280,17 @@ def _load_yaml(text: str) -> Any:
         value = yaml.load(text, _Loader)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ValueError(_no_number(error)) from None
     check_size(value)
     return value
+
+
+def _no_number(error: ValueError) -> str:
+    """What is wrong with a text that reads like a number; of too long ones Python speaks of a setting of its own."""
+    return "a number has too many digits" if "set_int_max_str_digits" in str(error) else str(error)
 
 
 def _yaml(text: str, path: Path) -> Any:
@@ -309,7 +318,7 @@ def _json(text: str, path: Path) -> Any:
     except RecursionError:
         raise ConfigError([("", f"{path}: it is nested too deeply")]) from None
     except ValueError as error:
-        raise ConfigError([("", f"{path}: {error}")]) from error
+        raise ConfigError([("", f"{path}: {_no_number(error)}")]) from error
 
 
 def _mapping(value: Any, path: Path) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def export(
     for pattern in REWARD_FILES if config.backbone is None else MODEL_FILES:
         for taken in sorted(output.glob(pattern)):
             if not overwrite:
-                raise ValueError(f"{taken} exists; choose another folder, or overwrite it")
+                raise ValueError(f"{taken} exists; choose another folder, or set overwrite (--overwrite)")
             taken.unlink()
             if taken.parent != output and not any(taken.parent.iterdir()):
                 taken.parent.rmdir()

@@ -101,7 +101,7 @@ def test_an_export_is_replaced_only_where_that_is_asked_for(folder, tmp_path, ca
     (out / "unet").mkdir()
     (out / "unet" / "config.json").write_text("{}")
     assert main(["export", str(run), str(out)]) == 2
-    assert "longalign.safetensors exists; choose another folder, or overwrite it" in capsys.readouterr().err
+    assert "longalign.safetensors exists; choose another folder, or set overwrite" in capsys.readouterr().err
     assert main(["export", str(trained(folder, adapter=False)), str(out), "--overwrite"]) == 0
     names = {path.name for path in out.iterdir()}
     assert names == {"longalign.safetensors", "pytorch_lora_weights.safetensors", "README.md"}

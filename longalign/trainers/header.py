@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from longalign.data.stream import Stream
+from longalign.runtime import DTYPES
 
 if TYPE_CHECKING:
     from longalign.data.base import Data
@@ -29,13 +30,15 @@ def describe(run: Run, data: Data | Stream) -> list[str]:
     if isinstance(data, Stream):
         items = f"a stream; {loop.steps} steps see {loop.steps * batch:,} items"
     else:
-        items = f"{len(data):,} items; {loop.steps} steps are {loop.steps * batch / len(data):.3g} epochs"
+        items = f"{len(data):,} items; {loop.steps} steps are {loop.steps * batch / len(data):.2f} epochs"
     saves = "at the end" if loop.save_every is None else f"every {loop.save_every} steps"
     kept = "all are kept" if loop.keep is None else f"the newest {loop.keep} are kept"
     share = f"{loop.batch_size} items x {loop.accumulation} micro-steps x {processes} processes = {batch} a step"
+    resumed = [f"resumed    after step {run.step} of {loop.steps}"] if run.step else []
     return [
+        *resumed,
         f"device     {_device(run.accelerator.device)}",
-        f"precision  {loop.precision}; frozen parts in {run.dtype}",
+        f"precision  {DTYPES[loop.precision]}; frozen parts in {run.dtype}",
         f"trained    {trained:,} of {total:,} parameters, {size:,.1f} MiB",
         f"data       {items}",
         f"batch      {share}",

@@ -84,7 +84,7 @@ def test_a_run_killed_before_its_first_checkpoint_can_be_started_and_resumed(wor
 def test_a_used_folder_is_recognised_by_its_checkpoints(world, tmp_path):
     run(world.align_config(tmp_path, steps=2, log_every=10, save_every=1, keep=None))
     (tmp_path / "log.jsonl").unlink()
-    with pytest.raises(ValueError, match=r"with another config:\n    loop.lr: 0.01 there, 0.5 now\n   ; resume it"):
+    with pytest.raises(ValueError, match=r"loop.lr: 0.01 there, 0.5 now\n    choose a different output"):
         run(world.align_config(tmp_path, steps=2, log_every=10, save_every=1, keep=None, lr=0.5))
     assert names(tmp_path) == ["checkpoint-000001", "checkpoint-000002"]
 

@@ -116,7 +116,7 @@ def test_a_changed_config_is_not_resumed(world, tmp_path, caplog):
     assert run(override(config, {"loop.steps": 2}), resume=tmp_path).step == 2
     assert "loop.steps was 1 before and is 2 now" in caplog.text
     assert check_same_run(config, override(config, {"output": "elsewhere"})) == {}
-    with pytest.raises(ValueError, match=r"there is a run in .* already, with another config:\n    loop.st"):
+    with pytest.raises(ValueError, match=r"there is a run in .* already, with a different config:\n    loop.st"):
         run(config)
 
 
@@ -302,7 +302,7 @@ def test_a_run_says_what_it_is_before_it_starts(world, tmp_path, caplog):
     told = caplog.text
     for part in (
         "cpu",
-        "10 items; 2 steps are 4.8 epochs",
+        "10 items; 2 steps are 4.80 epochs",
         "12 items x 2 micro-steps x 1 processes = 24 a step",
         str(tmp_path),
     ):
