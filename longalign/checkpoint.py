@@ -11,24 +11,23 @@ from __future__ import annotations
 import json
 import logging
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel
 from torch import Tensor
 
 from longalign.backbones.base import Backbone
 from longalign.backbones.configs import LoraConfig
 from longalign.backbones.lora import LoraStack, check_same_names, join_stacks, peft_settings
-from longalign.checks import check_parts
+from longalign.checks import check_parts, parts_of
 from longalign.config import RunConfig, load_config, to_dict
 from longalign.encoders.base import Encoder
 from longalign.faults import ConfigError, redact_url
 from longalign.files import CHECKPOINT, DIFFUSERS_LORA, REWARD, checkpoint_file, read_mapping, read_metadata
-from longalign.registry import REGISTRIES, PartConfig, backbones, encoders
+from longalign.registry import REGISTRIES, backbones, encoders
 from longalign.runtime import Runtime
 from longalign.trainers.base import adapter
 from longalign.weights import load_tensors, save_tensors
@@ -280,22 +279,8 @@ def versions() -> dict[str, str]:
 def providers(config: RunConfig) -> dict[str, str]:
     """Who provides each part of a run, by its path in the config, e.g. ``{"rewards.0.inner": "longalign 0.1.0"}``."""
     owners = {}
-    for path, part in _parts("", config):
+    for path, part in parts_of(config):
         for registry in REGISTRIES.values():
             if part.name in registry and registry.get(part.name) is type(part):
                 owners[path] = registry.info(part.name).owner
     return owners
-
-
-def _parts(path: str, value: Any) -> Iterator[tuple[str, PartConfig]]:
-    if isinstance(value, PartConfig):
-        yield path, value
-    children: Sequence[tuple[Any, Any]] = ()
-    if isinstance(value, BaseModel):
-        children = [(name, getattr(value, name)) for name in type(value).model_fields]
-    elif isinstance(value, (list, tuple)):
-        children = list(enumerate(value))
-    elif isinstance(value, Mapping):
-        children = list(value.items())
-    for name, child in children:
-        yield from _parts(f"{path}.{name}" if path else str(name), child)

@@ -68,14 +68,20 @@ def check_parts(parts: Mapping[str, Any]) -> None:
 def parts_faults(value: Any, path: str = "") -> list[Fault]:
     """What `PartConfig.check_files` of each part says, of parts inside of parts too, with whole paths."""
     faults: list[Fault] = []
-    if isinstance(value, PartConfig):
+    for place, part in parts_of(value, path):
         try:
-            faults += [(f"{path}.{key}" if key else path, message) for key, message in value.check_files()]
+            faults += [(f"{place}.{key}" if key else place, message) for key, message in part.check_files()]
         except Exception as error:  # a plugin's
-            faults.append((path, f"check_files of '{value.name}' failed: {type(error).__name__}: {error}"))
-    for key, inner in _inside(value):
-        faults += parts_faults(inner, f"{path}.{key}" if path else key)
+            faults.append((place, f"check_files of '{part.name}' failed: {type(error).__name__}: {error}"))
     return faults
+
+
+def parts_of(value: Any, path: str = "") -> Iterator[tuple[str, PartConfig]]:
+    """Every config of a part in a run, a part or a mapping of them, behind its path, e.g. ``rewards.0.inner``."""
+    if isinstance(value, PartConfig):
+        yield path, value
+    for key, inner in _inside(value):
+        yield from parts_of(inner, f"{path}.{key}" if path else key)
 
 
 def _inside(value: Any) -> Iterator[tuple[str, Any]]:
