@@ -95,6 +95,16 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
     return tensors
 
 
+def save_pickle(path: str | Path, value: Any) -> None:
+    """Writes a value with ``torch.save``; the file has its name only when all of it is on the disk.
+
+    Raises:
+        OSError: if it cannot be written, such as on a full disk, which torch reports as a RuntimeError.
+    """
+    with writing(Path(path)) as unfinished:
+        torch.save(value, unfinished)
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Writes a safetensors file with a checksum. It has its name only when all of it is on the disk.
 

@@ -47,11 +47,8 @@ def new_checkpoint(output: Path, step: int) -> Iterator[tuple[Path, Path]]:
     try:
         unfinished.mkdir(parents=True, exist_ok=True)
         yield unfinished, final
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        # torch tells of a full disk by a RuntimeError
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
-            raise
         reason = str(error).strip().split("\n")[0]
         raise OSError(
             f"the checkpoint of step {step} cannot be written into {output}: {reason}. Make room there, or lower "
@@ -60,7 +57,7 @@ def new_checkpoint(output: Path, step: int) -> Iterator[tuple[Path, Path]]:
 
 
 def publish(unfinished: Path, final: Path, keep: int | None) -> None:
-    """Gives a complete checkpoint its name, and removes all but the newest ``keep`` up to it.
+    """Gives a complete checkpoint its name, and removes what `prune` does.
 
     At each moment the newest checkpoint is whole, or `recover` makes it so: what is replaced or removed loses its name
     before its files.
@@ -74,8 +71,13 @@ def publish(unfinished: Path, final: Path, keep: int | None) -> None:
     flush(final.parent)
     if replaced.exists():
         shutil.rmtree(replaced)
+    prune(final, keep)
+
+
+def prune(checkpoint: Path, keep: int | None) -> None:
+    """Removes all checkpoints but the newest ``keep`` up to ``checkpoint``; none if ``keep`` is None."""
     if keep is not None:
-        up_to = [p for p in checkpoints(final.parent) if step_of(p) <= step_of(final)]
+        up_to = [p for p in checkpoints(checkpoint.parent) if step_of(p) <= step_of(checkpoint)]
         for old in up_to[:-keep]:
             shutil.rmtree(old.rename(old.with_name(f".{old.name}.removed")))
 

@@ -34,12 +34,13 @@ from longalign.trainers import fsdp
 from longalign.trainers import resume as state
 from longalign.trainers.base import DiffusionTrainer
 from longalign.trainers.batches import load_batches, plan_batches
-from longalign.trainers.folder import new_checkpoint, publish, recover, resume_hint
+from longalign.trainers.folder import new_checkpoint, prune, publish, recover, resume_hint
 from longalign.trainers.header import announce
 from longalign.trainers.interrupt import Interruption, until_interrupted
 from longalign.trainers.logs import Log, Means, flat
 from longalign.trainers.stops import explained, keep_batch
 from longalign.trainers.validation import draw, read
+from longalign.weights import save_pickle
 
 if TYPE_CHECKING:
     from longalign.compose import Composition
@@ -141,6 +142,8 @@ class Run:
         self.step, self.means = 0, Means()
         if self.resumed is not None:
             state.restore(self, self.resumed)
+            if self.accelerator.is_main_process and self.resumed.checkpoint.parent.resolve() == self.output.resolve():
+                prune(self.resumed.checkpoint, self.loop.keep)  # a kill may have come between the checkpoint and this
         self.batches = load_batches(
             composition.data,
             plan_batches(
@@ -430,8 +433,8 @@ class Run:
                         self.trainer.save(unfinished)
                 shared = state.collect(self)
                 if self.accelerator.is_main_process:
-                    torch.save(shared, folder / "shared.pt")
-            torch.save(state.own_state(self), folder / f"process-{self.accelerator.process_index}.pt")
+                    save_pickle(folder / "shared.pt", shared)
+            save_pickle(folder / f"process-{self.accelerator.process_index}.pt", state.own_state(self))
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
                 publish(unfinished, final, self.loop.keep)

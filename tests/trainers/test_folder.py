@@ -232,6 +232,7 @@ def test_the_weights_that_a_run_starts_from_are_compared(world, tmp_path):
     [
         OSError(28, "No space left on device"),
         RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+        RuntimeError("basic_ios::clear: iostream error"),
     ],
 )
 def test_a_full_disk_is_named_and_leaves_nothing_half(world, tmp_path, monkeypatch, error):
@@ -249,6 +250,12 @@ def test_a_full_disk_is_named_and_leaves_nothing_half(world, tmp_path, monkeypat
             run(config, resume=tmp_path)
     assert names(tmp_path) == ["checkpoint-000001"] and not list(tmp_path.glob(".checkpoint*"))
     assert run(config, resume=tmp_path).step == 2
+
+
+def test_old_checkpoints_that_a_kill_left_go_when_the_run_is_resumed(world, tmp_path):
+    run(world.align_config(tmp_path, steps=2, save_every=1, keep=None))
+    assert run(world.align_config(tmp_path, steps=2, save_every=1, keep=1), resume=tmp_path).step == 2
+    assert names(tmp_path) == ["checkpoint-000002"]
 
 
 def test_credentials_stay_out_of_checkpoints(world, tmp_path):
