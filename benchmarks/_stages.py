@@ -127,7 +127,7 @@ def encoder(setting: Setting) -> Any:
 
 def reward(setting: Setting) -> Any:
     """Denscore, whose texts' embeddings are constants here."""
-    from longalign.images import Pixels
+    from longalign.images import ImagePreprocessor
     from longalign.rewards.base import Reward, Scores
     from longalign.rewards.clip import ClipTowers
     from longalign.rewards.towers import TowerReward
@@ -136,7 +136,7 @@ def reward(setting: Setting) -> Any:
         def __init__(self) -> None:
             super().__init__()
             towers = ClipTowers(network(setting.model, DENSCORE), None)
-            self.inner = TowerReward(towers, Pixels((224, 224)), micro_batch=1 if setting.single else None)
+            self.inner = TowerReward(towers, ImagePreprocessor((224, 224)), micro_batch=1 if setting.single else None)
 
         def scores(self, images: Tensor, prompts: Sequence[str]) -> Scores:
             features = self.inner.image_features(images)
@@ -154,8 +154,8 @@ def encode_texts(setting: Setting, _: LikeCuda) -> Stage:
     @torch.no_grad()
     def run(live: Live) -> int:
         ids = [torch.zeros(shape, dtype=torch.long, device="meta") for shape in shapes]
-        told = [model(input_ids=i, output_hidden_states=large) for model, i in zip(models, ids, strict=True)]
-        return 0 * len(told)
+        conditioning = [model(input_ids=i, output_hidden_states=large) for model, i in zip(models, ids, strict=True)]
+        return 0 * len(conditioning)
 
     return models, [], run
 
@@ -172,7 +172,7 @@ def generate(setting: Setting, _: LikeCuda) -> Stage:
     from longalign.pipeline import sample
 
     model, texts = backbone(setting), encoder(setting)
-    prompts, settings = ["a prompt"] * setting.batch, {"steps": 1, "scheduler": "ddim"}
+    prompts, settings = ["a prompt"] * setting.batch, {"num_steps": 1, "solver": "ddim"}
     held = [model, texts, *(network(setting.model, name) for name in TEXTS[setting.model])]
     return held, [], lambda live: 0 * len(sample(model, texts, prompts, seeds=range(setting.batch), **settings))
 
@@ -180,7 +180,7 @@ def generate(setting: Setting, _: LikeCuda) -> Stage:
 def train(setting: Setting, cuda: LikeCuda) -> Stage:
     """A trainer's step, on cached prompts and latents."""
     from longalign.backbones.configs import LoraConfig
-    from longalign.schedules.steps import GroupedRandom
+    from longalign.gradient_steps.steps import GroupedRandom
     from longalign.trainers.align import AlignTrainer
     from longalign.trainers.configs import AlignConfig, RewardConfig
     from longalign.trainers.reward import RewardTrainer
@@ -200,7 +200,7 @@ def train(setting: Setting, cuda: LikeCuda) -> Stage:
     if setting.stage == "align":
         trainer: Any = AlignTrainer.from_config(AlignConfig(lora=lora), model, texts)
     else:
-        config = RewardConfig(lora=lora, num_steps=1, denoise_batch=one, decode_batch=one, schedule="all")
+        config = RewardConfig(lora=lora, num_steps=1, denoise_batch=one, decode_batch=one, gradient_steps="all")
         trainer = RewardTrainer.from_config(config, model, texts, [reward(setting)], GroupedRandom(1))
     if setting.checkpointing:
         trainer.enable_gradient_checkpointing()
@@ -214,11 +214,11 @@ def train(setting: Setting, cuda: LikeCuda) -> Stage:
         return 0
 
     def plain(live: Live) -> int:
-        told, noise = trainer.told(prompts), trainer.noise(setting.batch)
+        conditioning, noise = trainer.encode_with_uncond(prompts), trainer.noise(setting.batch)
         before, timesteps = live.now, torch.zeros(setting.batch, dtype=torch.long, device="meta")
-        latents = noise + trainer.predictor(model.predict, told, slice(0, setting.batch))(noise, timesteps)
+        latents = noise + trainer.predictor(model.predict, conditioning, slice(0, setting.batch))(noise, timesteps)
         graph = live.now - before
-        trainer.summary(trainer.score(latents, prompts))["reward_loss"].backward()
+        trainer.reward_loss(trainer.score(latents, prompts))["reward_loss"].backward()
         return graph
 
     return [trainer], trainer.trainable(), plain if setting.stage == "plain" else step

@@ -79,7 +79,7 @@ class Look:
         """Each metric's values, one for each caption."""
         with evaluating(backbone), evaluating(encoder), torch.random.fork_rng(), warnings.catch_warnings():
             warnings.simplefilter("ignore", TruncationWarning)
-            settings = {"steps": self.steps, "guidance": self.guidance, "batch_size": 64}
+            settings = {"num_steps": self.steps, "guidance": self.guidance, "batch_size": 64}
             images = sample(backbone, encoder, self.texts, seeds=range(len(self.texts)), **settings)
         found = measure(images, self.texts, self.metrics)
         named = {"facts": 100 * found["facts"], "score": found["score"], "relevant": found["text_relevant"]}
@@ -149,8 +149,8 @@ def verdict(metric: str, ends: Mapping[str, np.ndarray]) -> str:
     best = max(ends, key=lambda name: ends[name].mean())
     apart = {name: interval(ends[best] - ends[name]).low > 0 for name in ends if name != best}
     same, below = ([f"`{name}`" for name, yes in apart.items() if yes == wanted] for wanted in (False, True))
-    told = f"not told apart from it: {', '.join(same) or 'none'}; below it: {', '.join(below) or 'none'}."
-    return f"- {METRICS[metric].split(',')[0]}: highest with `{best}`; {told}"
+    summary = f"not told apart from it: {', '.join(same) or 'none'}; below it: {', '.join(below) or 'none'}."
+    return f"- {METRICS[metric].split(',')[0]}: highest with `{best}`; {summary}"
 
 
 def panel(metric: str, left: int, lines: Mapping[str, Sequence[tuple[float, np.ndarray]]]) -> list[str]:
@@ -205,13 +205,13 @@ def report(
     body = []
     for name, each in runs.items():
         steps, seconds = (np.mean([rows[-1][key] for rows in each]) for key in ("step", "seconds"))
-        told = ", ".join(f"{key}: {value}" for key, value in {"name": name, **SCHEDULES[name]}.items())
+        summary = ", ".join(f"{key}: {value}" for key, value in {"name": name, **SCHEDULES[name]}.items())
         cells = []
         for m, digits in DIGITS.items():
             found = interval(ends[m][name] - np.array(first[m]))
             mean, low, high = (f"{value:+.{digits}f}" for value in (found.mean, found.low, found.high))
             cells.append(f"{mean} [{low}, {high}]")
-        body.append([f"`{{{told}}}`", f"{seconds:.0f}", f"{steps:.1f}", f"{seconds / steps:.2f}", *cells])
+        body.append([f"`{{{summary}}}`", f"{seconds:.0f}", f"{steps:.1f}", f"{seconds / steps:.2f}", *cells])
     begins = ", ".join(f"{METRICS[m]} {np.mean(first[m]):.{digits}f}" for m, digits in DIGITS.items())
     length = f"{options.steps} steps" if options.steps else f"{options.budget:g} seconds of training"
     lines = [
@@ -220,7 +220,7 @@ def report(
         f"The demo's reward stage from one checkpoint of its first, {length}, {len(options.seeds)} seed(s). "
         f"{options.prompts} held-out captions from the same noise, {options.sampling} sampling steps. At the start: "
         f"{begins}. Differences to it are paired, with 95% bootstrap intervals over prompts and seeds.", "",
-        *table(["schedule", "seconds", "steps", "seconds a step", *METRICS.values()], body),
+        *table(["gradient_steps", "seconds", "steps", "seconds a step", *METRICS.values()], body),
         "At the end, by the paired differences between the ways:", "", *(verdict(m, ends[m]) for m in METRICS), "",
         f"![Means over seeds, with bars from the lowest to the highest]({picture.name})", "",
         f"Machine: {machine_text()}.",
@@ -259,10 +259,10 @@ def main() -> None:
     for seed in options.seeds:
         for name in options.schedules:
             print(f"== {name}, seed {seed}", flush=True)
-            schedule = {"name": name, **SCHEDULES[name]}
-            config = override(demo, {"trainer.schedule": schedule, "trainer.replay_batch": 1, "seed": seed})
+            gradient_steps = {"name": name, **SCHEDULES[name]}
+            config = override(demo, {"trainer.gradient_steps": gradient_steps, "trainer.replay_batch": 1, "seed": seed})
             trainer: Any = config.trainer
-            if trainer.schedule.detaches():
+            if trainer.gradient_steps.detaches():
                 config = override(config, {"trainer.replay_batch": getattr(demo.trainer, "replay_batch", 1)})
             settings = {**common, "config": to_dict(config), "marks": marks, "in steps": options.steps is not None}
             here = {"init_from": str(start), "output": str(options.folder / "run"), "loop.steps": ENDLESS}

@@ -32,7 +32,7 @@ from longalign.encoders.cached import CachedEncoder, entries, prompt_key
 from longalign.encoders.clip_segment import ClipSegmentEncoder
 from longalign.mini.tokenizers import write_clip_tokenizer
 from longalign.record import machine_text
-from longalign.segment.parts import Sentence
+from longalign.segment.segmenters import Sentence
 from longalign.store import Store
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -188,7 +188,7 @@ def main() -> None:
     reward = {
         **local, **short, "loop.batch_size": 2, "data.file": str(folder / "prompts.jsonl"),
         "rewards.0.inner.checkpoint": str(models / "denscore"), "rewards.0.inner.crop": size - 8,
-        "trainer.resolution": size, "trainer.num_steps": 4, "trainer.schedule.groups": 2,
+        "trainer.resolution": size, "trainer.num_steps": 4, "trainer.gradient_steps.groups": 2,
         "init_from": str(folder / "align"),
     }  # fmt: skip
     python, longalign = sys.executable, [sys.executable, "-m", "longalign"]
@@ -199,7 +199,7 @@ def main() -> None:
 
     example = str(ROOT / "examples" / "longalign-sd15-align.yaml")
     prompts, pixels = str(folder / "prompts.jsonl"), str(size)
-    draw = ["--prompts", prompts, "--steps", "2", "--size", pixels, "--batch", "1"]
+    draw = ["--prompts", prompts, "--num-steps", "2", "--size", pixels, "--batch", "1"]
     stages = {
         "encode 4 captions of 120 words": [python, "-c", ENCODE, example, json.dumps(local), prompts],
         "one align step, batch 1, checkpoint": train("longalign-sd15-align.yaml", align, folder / "align"),

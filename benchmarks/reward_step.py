@@ -64,7 +64,7 @@ def build(setting: Setting) -> Any:
     from longalign.backbones.configs import LoraConfig
     from longalign.backbones.sd import SDBackbone
     from longalign.encoders.base import Conditioning, Encoder
-    from longalign.schedules.steps import GroupedRandom
+    from longalign.gradient_steps.steps import GroupedRandom
     from longalign.trainers.configs import RewardConfig
     from longalign.trainers.reward import RewardTrainer
 
@@ -94,8 +94,10 @@ def build(setting: Setting) -> Any:
     levels = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
     backbone = SDBackbone(unet, vae, levels, "epsilon")
     calls = {key: getattr(setting, key) for key in ("replay_batch", "denoise_batch", "decode_batch")}
-    schedule: Any = {"name": "grouped-random", "groups": setting.chosen}
-    config = RewardConfig(lora=LoraConfig(rank=16, dropout=0), num_steps=setting.steps, schedule=schedule, **calls)
+    gradient_steps: Any = {"name": "grouped-random", "groups": setting.chosen}
+    config = RewardConfig(
+        lora=LoraConfig(rank=16, dropout=0), num_steps=setting.steps, gradient_steps=gradient_steps, **calls
+    )
     trainer = RewardTrainer.from_config(config, backbone, Random(), [warm], GroupedRandom(setting.chosen))
     for name, parameter in trainer.named_parameters():
         if ".lora_B." in name:  # zero at first, which would leave the other factor without gradient
@@ -114,9 +116,9 @@ def plain(trainer: Any, prompts: Sequence[str], checkpoints: bool = True) -> Non
     import torch
     from torch.utils.checkpoint import checkpoint
 
-    told, latents, solver = trainer.told(prompts), trainer.noise(len(prompts)), trainer.solver
-    chosen = trainer.schedule.pick(len(solver)).steps
-    predict = trainer.predictor(trainer.backbone.predict, told, slice(0, len(prompts)))
+    conditioning, latents, solver = trainer.encode_with_uncond(prompts), trainer.noise(len(prompts)), trainer.solver
+    chosen = trainer.gradient_steps.select(len(solver)).steps
+    predict = trainer.predictor(trainer.backbone.predict, conditioning, slice(0, len(prompts)))
     for index, timestep in enumerate(solver.timesteps):
         seen, timesteps = latents.detach(), torch.full((len(prompts),), timestep, device=latents.device)
         if index not in chosen:
@@ -272,8 +274,8 @@ def given(options: argparse.Namespace, parser: argparse.ArgumentParser, skipped:
     for key, value in vars(options).items():
         if value != parser.get_default(key) and key not in ("output", *skipped):
             values = value if isinstance(value, list) else [] if value is True else [value]
-            told = (f"{v:g}" if isinstance(v, float) else str(v) for v in values)
-            found += " ".join([f" --{key.replace('_', '-')}", *told])
+            words = (f"{v:g}" if isinstance(v, float) else str(v) for v in values)
+            found += " ".join([f" --{key.replace('_', '-')}", *words])
     return found
 
 

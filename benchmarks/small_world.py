@@ -66,7 +66,9 @@ def measure_unet(backbone: SDBackbone) -> None:
             describe(s, np.random.default_rng([103, i]), words=12 * len(s.things)) for i, s in enumerate(scenes)
         ]
         texts = [c.text for c in captions]
-        images = sample(backbone, encoder, texts, steps=25, guidance=guidance, seeds=list(range(count)), batch_size=64)
+        images = sample(
+            backbone, encoder, texts, num_steps=25, guidance=guidance, seeds=list(range(count)), batch_size=64
+        )
         row(f"UNet draws {things[0]} to {things[1]} objects", accuracy(images.numpy(), captions), target,
             f"{count} short captions, UniPC 25 steps, guidance {guidance:g}")  # fmt: skip
         if guidance == 2:

@@ -102,8 +102,10 @@ def write_models(folder: Path, size: Mapping[str, Any]) -> tuple[str, str, int]:
         "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
         "num_attention_heads": width // 64, "image_size": 224, "patch_size": 32,
     }  # fmt: skip
-    told = encoding.text_config(*size["reward text"], tokenizer).to_dict()
-    CLIPModel(CLIPConfig(text_config=told, vision_config=image, projection_dim=512)).save_pretrained(folder / "clip")
+    text_config = encoding.text_config(*size["reward text"], tokenizer).to_dict()
+    CLIPModel(CLIPConfig(text_config=text_config, vision_config=image, projection_dim=512)).save_pretrained(
+        folder / "clip"
+    )
     normal = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
     (folder / "clip" / "preprocessor_config.json").write_text(json.dumps(normal))
     return str(folder / "sd"), str(folder / "clip"), sum(p.numel() for p in unet.parameters())
@@ -181,8 +183,10 @@ def scoring(rounds: int, clip: str, count: int, pixels: int) -> tuple[list[str],
         "image tower alone": lambda: frozen(segments.image_features)(images),
     }
     rows = [[key, f"{count / value:.1f}"] for key, value in medians(rounds, calls).items()]
-    told = f"CLIP-B/32's sizes, {count} images of {pixels} pixels, prompts of 3 to 12 sentences of 6 to 40 words:"
-    return [told, "", *table(["scored", "images a second"], rows)], segments
+    text_config = (
+        f"CLIP-B/32's sizes, {count} images of {pixels} pixels, prompts of 3 to 12 sentences of 6 to 40 words:"
+    )
+    return [text_config, "", *table(["scored", "images a second"], rows)], segments
 
 
 def growth(
@@ -244,7 +248,7 @@ def main() -> None:
         }
         lora = {"rank": 32, "dropout": 0.0}
         align = override(common, {"trainer": {"name": "align", "lora": lora}})
-        steps = {"num_steps": SAMPLING, "schedule": {"name": "grouped-random", "groups": CHOSEN}}
+        steps = {"num_steps": SAMPLING, "gradient_steps": {"name": "grouped-random", "groups": CHOSEN}}
         trainer = {"name": "reward", "lora": lora, "resolution": size["reward pixels"], **steps}
         reward = override(common, {"trainer": trainer, "rewards": [{"name": "denscore", "checkpoint": clip}]})
         grow = {"encoder.max_tokens": 77, "encoder.overflow": "grow"}

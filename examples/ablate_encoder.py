@@ -42,7 +42,7 @@ def ablate(
     base: Any,
     output: Path,
     prompts: int = 128,
-    steps: int = 20,
+    num_steps: int = 20,
     guidance: float = 4.0,
     batch_size: int = 32,
 ) -> MetricTable:
@@ -53,7 +53,7 @@ def ablate(
         base: config of the runs; its data must be ``scenes``.
         output: folder of the runs.
         prompts: number of held-out captions.
-        steps: sampling steps.
+        num_steps: sampling steps.
         guidance: scale of classifier-free guidance.
         batch_size: images drawn at a time.
     """
@@ -75,7 +75,7 @@ def ablate(
                 encoder,
                 texts,
                 seeds=seeds,
-                steps=steps,
+                num_steps=num_steps,
                 guidance=guidance,
                 batch_size=batch_size,
                 progress=True,

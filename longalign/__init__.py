@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from longalign.config import diff as diff
     from longalign.config import load_config as load_config
     from longalign.config import override as override
-    from longalign.faults import ConfigError as ConfigError
-    from longalign.faults import PartError as PartError
+    from longalign.errors import ConfigError as ConfigError
+    from longalign.errors import PartError as PartError
     from longalign.model import Model as Model
     from longalign.runtime import Runtime as Runtime
 
 _HOMES = {
     "Composition": "compose",
-    "ConfigError": "faults",
+    "ConfigError": "errors",
     "Model": "model",
-    "PartError": "faults",
+    "PartError": "errors",
     "RunConfig": "config",
     "Runtime": "runtime",
     "build_from_config": "compose",

@@ -16,7 +16,7 @@ from longalign.data.cached import ITEMS, UNREADABLE, CachedImages, read_items, w
 from longalign.data.lines import read_prompts
 from longalign.data.stream import Stream
 from longalign.encoders.base import Encoder
-from longalign.encoders.cached import build_cached, entries, leaves, prompt_key, refuse_missing, settings
+from longalign.encoders.cached import build_cached, entries, leaves, prompt_key, require_cached, settings
 from longalign.encoders.cached import frozen as frozen_config
 from longalign.fingerprint import fingerprints
 from longalign.locks import Lock
@@ -122,7 +122,7 @@ def cached_encoder(config: RunConfig, data: Data, runtime: Runtime) -> Encoder:
     some = [data.prompt(i) for i in sorted({i * last // (CHECKED - 1) for i in range(CHECKED)})]
     for prompt in ["", *_validation_prompts(config), *some]:
         for store in stores:
-            refuse_missing(store, prompt)
+            require_cached(store, prompt)
     remaining = iter(stores)
     assert config.encoder is not None
     return build_cached(config.encoder, lambda leaf: next(remaining), runtime)
@@ -200,7 +200,7 @@ class _Rows(Dataset[dict[str, Any]]):
             pass  # reading the item names and counts what is wrong
         image = None
         if key not in self.there:
-            item = self.data.own(index)
+            item = self.data.load_item(index)
             key, image = (UNREADABLE, None) if item is None else (key, item["image"])
         return {"key": key, "stamp": stamp, "image": image}
 
@@ -210,7 +210,7 @@ def _make_latents(
 ) -> tuple[int, int]:
     store = _latents(config, runtime, **_shared(runtime, shard_bytes=shard_bytes))
     _wait(runtime)  # a shard that is written from here on is nobody's in the store as it was opened
-    _refuse_new_items(data)
+    _check_deterministic(data)
     old_keys, old_stamps = [], torch.zeros(0, dtype=torch.int64)
     if (store.folder / ITEMS).is_file():
         old_keys, old_stamps = read_items(store.folder)
@@ -265,10 +265,10 @@ def _of_all(keys: list[bytes], stamps: list[int], count: int, runtime: Runtime) 
     return [row.numpy().tobytes() for row in in_order(raw)], in_order(numbers).tolist()
 
 
-def _refuse_new_items(data: Data) -> None:
+def _check_deterministic(data: Data) -> None:
     """Raises ValueError for data whose items are not the same ones each time, such as randomly flipped images."""
     for index in range(min(len(data), 2)):
-        first, second = data.own(index), data.own(index)
+        first, second = data.load_item(index), data.load_item(index)
         if first is None or second is None:
             continue
         if first["prompt"] != second["prompt"] or not torch.equal(first["image"], second["image"]):

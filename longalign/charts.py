@@ -87,9 +87,9 @@ def intervals(title: str, rows: Mapping[str, Mapping[str, Interval]], number: Ca
             if not value.count:
                 continue
             y = middle + (j - (len(row) - 1) / 2) * 11
-            told = f"{escape(model)}: {number(value.mean)} [{number(value.low)}, {number(value.high)}]"
+            title_text = f"{escape(model)}: {number(value.mean)} [{number(value.low)}, {number(value.high)}]"
             parts.append(
-                f'<g class="model-{j}"><title>{told}</title>'
+                f'<g class="model-{j}"><title>{title_text}</title>'
                 f'<line x1="{x_of(value.low):.1f}" x2="{x_of(value.high):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
                 f'<circle cx="{x_of(value.mean):.1f}" cy="{y:.1f}" r="4"/></g>'
             )

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from longalign.backbones.base import Backbone
 from longalign.backbones.configs import LoraConfig
-from longalign.backbones.lora import LoraStack, check_same_names, join_stacks, peft_settings
+from longalign.backbones.lora import LoraWeights, check_same_names, concat_loras, peft_settings
 from longalign.checks import check_parts, parts_of
 from longalign.config import RunConfig, load_config, to_dict
 from longalign.encoders.base import Encoder
-from longalign.faults import ConfigError, redact_url
+from longalign.errors import ConfigError, redact_url
 from longalign.files import CHECKPOINT, DIFFUSERS_LORA, REWARD, checkpoint_file, read_mapping, read_metadata
 from longalign.registry import REGISTRIES, backbones, encoders
 from longalign.runtime import Runtime
@@ -53,7 +53,7 @@ class Weights:
         adapter: the encoder's adapter, or empty where it has none.
     """
 
-    stacks: list[LoraStack]
+    loras: list[LoraWeights]
     denoiser: dict[str, Tensor]
     adapter: dict[str, Tensor]
 
@@ -78,22 +78,22 @@ def collect(backbone: Backbone | None, encoder: Encoder | None) -> Weights:
     the first gets them."""
     trained = {} if encoder is None else adapter(encoder)
     parameters = {k: p.detach().to("cpu", copy=True).contiguous() for k, p in trained.items()}
-    stacks = [] if backbone is None else backbone.lora_state()
-    denoiser = backbone.full_state() if backbone is not None and backbone.full else {}
-    return Weights(stacks, denoiser, parameters)
+    loras = [] if backbone is None else backbone.lora_state()
+    denoiser = backbone.full_state() if backbone is not None and backbone.full_finetune else {}
+    return Weights(loras, denoiser, parameters)
 
 
 def write(folder: Path, config: RunConfig, weights: Weights, step: int) -> Path:
     """As `save`, for weights that are at hand; all of them on the CPU and contiguous."""
-    stacks = weights.stacks
-    tensors = {f"lora.{i}.{key}": tensor for i, stack in enumerate(stacks) for key, tensor in stack.state.items()}
+    loras = weights.loras
+    tensors = {f"lora.{i}.{key}": tensor for i, lora in enumerate(loras) for key, tensor in lora.state.items()}
     tensors |= {f"denoiser.{key}": tensor for key, tensor in weights.denoiser.items()}
     tensors |= {f"encoder.{key}": tensor for key, tensor in weights.adapter.items()}
     metadata = {
         "format": FORMAT,
         "config": json.dumps(redacted(to_dict(config)), ensure_ascii=False),
         "step": str(step),
-        "loras": json.dumps([{"name": s.name, "config": s.config.model_dump(mode="json")} for s in stacks]),
+        "loras": json.dumps([{"name": s.name, "config": s.config.model_dump(mode="json")} for s in loras]),
         "versions": json.dumps(versions()),
         "providers": json.dumps(providers(config)),
     }
@@ -134,23 +134,25 @@ def load_weights(checkpoint: str | Path) -> Weights:
         )
     tensors = load_tensors(path)
     try:
-        told = [(entry["name"], LoraConfig.model_validate(entry["config"])) for entry in json.loads(metadata["loras"])]
+        loras_by_name = [
+            (entry["name"], LoraConfig.model_validate(entry["config"])) for entry in json.loads(metadata["loras"])
+        ]
     except (ValueError, TypeError, LookupError) as error:
         raise ValueError(f"{path} does not list its LoRAs ({error}); get it again") from error
-    stacks = [LoraStack(name, config, _under(tensors, f"lora.{i}.")) for i, (name, config) in enumerate(told)]
-    _check_complete(path, tensors, stacks)
-    return Weights(stacks, _under(tensors, "denoiser."), _under(tensors, "encoder."))
+    loras = [LoraWeights(name, config, _under(tensors, f"lora.{i}.")) for i, (name, config) in enumerate(loras_by_name)]
+    _check_complete(path, tensors, loras)
+    return Weights(loras, _under(tensors, "denoiser."), _under(tensors, "encoder."))
 
 
-def _check_complete(path: Path, tensors: Mapping[str, Tensor], stacks: Sequence[LoraStack]) -> None:
+def _check_complete(path: Path, tensors: Mapping[str, Tensor], loras: Sequence[LoraWeights]) -> None:
     """Raises ValueError if a part of a checkpoint would be omitted, or cannot be weights."""
-    prefixes = ("denoiser.", "encoder.", *(f"lora.{i}." for i in range(len(stacks))))
+    prefixes = ("denoiser.", "encoder.", *(f"lora.{i}." for i in range(len(loras))))
     if unknown := [name for name in tensors if not name.startswith(prefixes)]:
         raise ValueError(
             f"{path} holds {len(unknown)} tensors that its metadata do not tell of, e.g. '{unknown[0]}'; expected "
             f"names that start with {', '.join(prefixes)}"
         )
-    if empty := [stack.name for stack in stacks if not stack.state]:
+    if empty := [lora.name for lora in loras if not lora.state]:
         raise ValueError(f"{path} lists the LoRA '{empty[0]}' and holds no tensor of it")
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
@@ -197,7 +199,7 @@ def load_into(checkpoint: str | Path, backbone: Backbone, encoder: Encoder) -> N
     weights = load_weights(checkpoint)
     if weights.denoiser:
         backbone.load_full(weights.denoiser)
-    backbone.load_lora(weights.stacks)
+    backbone.load_lora(weights.loras)
     parameters = adapter(encoder)
     check_same_names("the encoder's adapter", parameters, weights.adapter)
     for name, parameter in parameters.items():
@@ -245,12 +247,12 @@ def export_lora(checkpoint: str | Path, folder: str | Path) -> Path:
         ValueError: if all weights were trained, or no LoRA was.
     """
     weights = load_weights(checkpoint)
-    if weights.denoiser or not weights.stacks:
+    if weights.denoiser or not weights.loras:
         raise ValueError(
             f"{checkpoint} holds {'all weights of the denoiser' if weights.denoiser else 'no LoRA'}; only a checkpoint "
             "whose denoiser was trained by LoRA alone can be exported as a LoRA"
         )
-    joined = join_stacks(weights.stacks)
+    joined = concat_loras(weights.loras)
     component = denoiser_folder(read_config(checkpoint))
     tensors = {f"{component}.{key}": tensor for key, tensor in joined.items()}
     adapter_metadata = {f"{component}.{key}": value for key, value in peft_settings(joined).items()}

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from longalign.config import RunConfig, diff, load_config
-from longalign.faults import ConfigError, Fault, shorten
+from longalign.errors import ConfigError, ConfigProblem, shorten
 from longalign.files import HUB_ID, checkpoint_file
 from longalign.hub import BASE_MODEL, is_base_model
 from longalign.registry import PartConfig
@@ -39,14 +39,14 @@ def check_files(
     keys = ("backbone", "encoder", *(("rewards", "trainer", "data") if training else ()))
     if training and cached and config.cache is not None and config.cache.prompts:
         keys = tuple(key for key in keys if key != "encoder")  # what it would say is in the cache
-    faults = parts_faults({key: getattr(config, key) for key in keys})
-    faults += _conditioning_faults(config)
+    problems = parts_problems({key: getattr(config, key) for key in keys})
+    problems += _conditioning_problems(config)
     if config.init_from is not None:
-        faults += [("init_from", fault) for fault in start_faults(config.init_from)]
-    faults += _size_faults(config, {**(_sizes(config) if training else {}), **(sizes or {})})
+        problems += [("init_from", problem) for problem in start_problems(config.init_from)]
+    problems += _size_problems(config, {**(_sizes(config) if training else {}), **(sizes or {})})
     if training:
-        faults += _folder_faults(config, resumed)
-        faults += [
+        problems += _folder_problems(config, resumed)
+        problems += [
             (
                 "loop.trackers",
                 f"the tracker '{tracker}' needs a package that is not installed; install it with: pip install "
@@ -55,25 +55,25 @@ def check_files(
             for tracker in config.loop.trackers
             if importlib.util.find_spec(tracker) is None
         ]
-    if faults:
-        raise ConfigError(list(dict.fromkeys(faults)))
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
 
 
 def check_parts(parts: Mapping[str, Any]) -> None:
     """Raises `ConfigError` with all files that configs of parts name and that are not there."""
-    if faults := parts_faults(parts):
-        raise ConfigError(faults)
+    if problems := parts_problems(parts):
+        raise ConfigError(problems)
 
 
-def parts_faults(value: Any, path: str = "") -> list[Fault]:
+def parts_problems(value: Any, path: str = "") -> list[ConfigProblem]:
     """What `PartConfig.check_files` of each part says, of parts inside of parts too, with whole paths."""
-    faults: list[Fault] = []
+    problems: list[ConfigProblem] = []
     for place, part in parts_of(value, path):
         try:
-            faults += [(f"{place}.{key}" if key else place, message) for key, message in part.check_files()]
+            problems += [(f"{place}.{key}" if key else place, message) for key, message in part.check_files()]
         except Exception as error:  # a plugin's
-            faults.append((place, f"check_files of '{part.name}' failed: {type(error).__name__}: {error}"))
-    return faults
+            problems.append((place, f"check_files of '{part.name}' failed: {type(error).__name__}: {error}"))
+    return problems
 
 
 def parts_of(value: Any, path: str = "") -> Iterator[tuple[str, PartConfig]]:
@@ -93,7 +93,7 @@ def _inside(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((str(i), inner) for i, inner in enumerate(value))
 
 
-def start_faults(checkpoint: str) -> Iterator[str]:
+def start_problems(checkpoint: str) -> Iterator[str]:
     """Why a local checkpoint of longalign cannot be started from; one of the hub is not looked for."""
     path = Path(checkpoint)
     if is_base_model(checkpoint):
@@ -105,7 +105,7 @@ def start_faults(checkpoint: str) -> Iterator[str]:
             yield str(error)
 
 
-def _conditioning_faults(config: RunConfig) -> list[Fault]:
+def _conditioning_problems(config: RunConfig) -> list[ConfigProblem]:
     if config.backbone is None or config.encoder is None:
         return []
     backbone, encoder = config.backbone, config.encoder
@@ -113,14 +113,14 @@ def _conditioning_faults(config: RunConfig) -> list[Fault]:
         (takes, takes_pooled), (gives, gives_pooled) = backbone.widths(), encoder.widths()
     except Exception as error:
         return [("encoder", f"its width is not known: {type(error).__name__}: {error}")]
-    faults = []
+    problems = []
     if takes and gives and takes != gives:
         message = f"'{encoder.name}' gives states of width {gives}, and the denoiser of '{backbone.name}' takes {takes}"
-        faults.append(("encoder", f"{message}; choose an encoder made for it, or give it an adapter"))
+        problems.append(("encoder", f"{message}; choose an encoder made for it, or give it an adapter"))
     if takes_pooled and gives_pooled and takes_pooled != gives_pooled:
         message = f"'{encoder.name}' gives a pooled embedding of width {gives_pooled}"
-        faults.append(("encoder", f"{message}, and the denoiser of '{backbone.name}' takes {takes_pooled}"))
-    return faults
+        problems.append(("encoder", f"{message}, and the denoiser of '{backbone.name}' takes {takes_pooled}"))
+    return problems
 
 
 def _sizes(config: RunConfig) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def _sizes(config: RunConfig) -> dict[str, Any]:
     return sizes
 
 
-def _size_faults(config: RunConfig, sizes: Mapping[str, Any]) -> list[Fault]:
+def _size_problems(config: RunConfig, sizes: Mapping[str, Any]) -> list[ConfigProblem]:
     """Sizes in pixels that the backbone has no latents of."""
     divisor = getattr(config.backbone, "divisor", None)
     return [
@@ -160,17 +160,17 @@ def used(config: RunConfig) -> str | None:
     return f"there is a run in {config.output} already, {about} choose a different output, or remove the folder"
 
 
-def _folder_faults(config: RunConfig, resumed: bool) -> list[Fault]:
-    faults: list[Fault] = []
+def _folder_problems(config: RunConfig, resumed: bool) -> list[ConfigProblem]:
+    problems: list[ConfigProblem] = []
     output = Path(config.output)
-    if not resumed and (fault := used(config)):
-        faults.append(("output", fault))
+    if not resumed and (problem := used(config)):
+        problems.append(("output", problem))
     above = next((p for p in (output, *output.parents) if p.exists()), output)
     if above.exists() and not above.is_dir():
-        faults.append(("output", f"{above} is a file; expected a folder"))
+        problems.append(("output", f"{above} is a file; expected a folder"))
     prompts = config.validation.prompts if config.validation is not None else ()
     if isinstance(prompts, str) and not Path(prompts).is_file():
-        faults.append(
+        problems.append(
             ("validation.prompts", f"no file {prompts}; expected a .txt or .jsonl file, or a list of prompts")
         )
-    return faults
+    return problems

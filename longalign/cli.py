@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _message(error: Exception, args: argparse.Namespace) -> str | None:
     """What the user can do about an error; None for one that is a bug."""
-    from longalign.faults import is_out_of_memory, redact_url
+    from longalign.errors import is_out_of_memory, redact_url
 
     if isinstance(error, (ValueError, OSError)):
         return redact_url("\n".join([str(error), *getattr(error, "__notes__", ())]))
@@ -93,7 +93,7 @@ class _Parser(argparse.ArgumentParser):
         super().error(message)
 
     def _unknown(self, name: str) -> str:
-        from longalign.faults import suggestion
+        from longalign.errors import suggestion
 
         takes_keys = any(action.dest == "overrides" for action in self._actions)
         if takes_keys and (path := _path(name.lstrip("-"))):
@@ -123,7 +123,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         parser.parse_args(argv)
         parser.error(f"expected a command: {', '.join(known)}")
     if argv[at] not in known:
-        from longalign.faults import suggestion
+        from longalign.errors import suggestion
 
         parser.error(f"no command '{argv[at]}'{suggestion(argv[at], known) or '; available: ' + ', '.join(known)}")
     return known[argv[at]].parse([*argv[:at], *argv[at + 1 :]])
@@ -228,7 +228,7 @@ def _generate(add: Callable[..., argparse.ArgumentParser]) -> None:
         """
         longalign generate --checkpoint runs/align --prompt "A red circle at the top. It is large." --output out
         longalign generate --checkpoint runs/align/checkpoint-000500 --prompts prompts.txt --seed 0 1 2 --output out
-        longalign generate --config run.yaml --prompts prompts.jsonl --steps 50 --scheduler ddim --output out
+        longalign generate --config run.yaml --prompts prompts.jsonl --num-steps 50 --solver ddim --output out
         longalign generate --pipeline PixArt-alpha/PixArt-XL-2-512x512 --prompts prompts.txt --output out/pixart
         """,
     )
@@ -248,12 +248,14 @@ def _generate(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 def _sampling(command: argparse.ArgumentParser) -> None:
     command.add_argument("--negative", metavar="TEXT", help="negative prompt")
-    command.add_argument("--steps", type=_positive, help="sampling steps (25, or the pipeline's own with --pipeline)")
+    command.add_argument(
+        "--num-steps", type=_positive, help="sampling steps (25, or the pipeline's own with --pipeline)"
+    )
     about = "scale of classifier-free guidance; 1 is none (7.5, or the pipeline's own with --pipeline)"
     command.add_argument("--guidance", type=_finite, help=about)
     names = ("unipc", "ddim", "dpm++", "lcm")
     about = "unipc, ddim, dpm++ or lcm (unipc, or the pipeline's own with --pipeline)"
-    command.add_argument("--scheduler", choices=names, metavar="NAME", help=about)
+    command.add_argument("--solver", choices=names, metavar="NAME", help=about)
     command.add_argument("--seed", type=_seed, nargs="+", help="one image for each prompt and seed (0)")
     command.add_argument("--size", type=_size, metavar="N|WxH", help="pixels (the backbone's own resolution)")
     command.add_argument("--batch", type=_positive, default=8, help="images sampled, or compared, at a time (8)")

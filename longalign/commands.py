@@ -20,7 +20,7 @@ from longalign import describe as descriptions
 from longalign.checks import check_files, check_parts
 from longalign.config import RunConfig, load_config, override, to_yaml
 from longalign.data.lines import IMAGE_SUFFIXES, check_seeds, inside, new_index, read_jsonl, read_prompts, text_of
-from longalign.faults import redact_url, suggestion
+from longalign.errors import redact_url, suggestion
 from longalign.files import (
     check_unexported,
     checkpoint_file,
@@ -61,15 +61,15 @@ def train(args: Namespace) -> int:
 
 
 def cache(args: Namespace) -> None:
-    """Computes what a run's caches lack, with all processes that were launched together."""
+    """Computes what a run's caches lack, with all processes that were distributed_runtime together."""
     config = override(args.config, parse_assignments(args.overrides))
     if config.cache is None:
         raise ValueError("the config has no cache; add to it, for example, cache: {folder: runs/cache}")
     check_files(config, resumed=True, cached=False)
     from longalign import caching
-    from longalign.runtime import launched
+    from longalign.runtime import distributed_runtime
 
-    with launched(config.loop.precision, args.device) as runtime:
+    with distributed_runtime(config.loop.precision, args.device) as runtime:
         made = caching.make(config, runtime, args.batch, progress=True)
     for name, (there, new) in made.items():
         if runtime.rank == 0:
@@ -78,7 +78,7 @@ def cache(args: Namespace) -> None:
 
 def generate(args: Namespace) -> None:
     """Generates images into a folder."""
-    prompts = _told(args)
+    prompts = _prompts_from_args(args)
     try:
         new_index(args.output, args.overwrite)
     except ValueError as error:
@@ -97,14 +97,14 @@ def _draw(
     height, width = args.size or (None, None)
     settings = {"seeds": _seeds(args), "negative": args.negative, "batch_size": args.batch, "progress": True}
     settings |= {"height": height, "width": width, "overwrite": overwrite}
-    settings |= {key: value for key in ("steps", "guidance", "scheduler") if (value := getattr(args, key)) is not None}
+    settings |= {key: value for key in ("num_steps", "guidance", "solver") if (value := getattr(args, key)) is not None}
     if option == "pipeline":
-        from longalign import stock
+        from longalign import baselines
         from longalign.runtime import Runtime
 
         runtime = Runtime.detect(device=args.device).with_dtype(args.dtype)
         settings |= {"revision": args.revision, "variant": args.variant}
-        return stock.generate(source, prompts, output, runtime=runtime, **settings)
+        return baselines.generate(source, prompts, output, runtime=runtime, **settings)
     model = find_checkpoint(source).parent if option == "checkpoint" else load_config(source)
     if isinstance(model, RunConfig):
         check_files(model, training=False, sizes={"--size": width, "--size (height)": height})
@@ -121,10 +121,10 @@ def score(args: Namespace) -> None:
     if not args.images:
         _score_drawn(args, configs)
         return
-    _refuse_drawing(args)
+    _reject_sampling_options(args)
     paths, prompts = _images(args.images)
     if args.prompt or args.prompts:
-        prompts = _told(args)
+        prompts = _prompts_from_args(args)
     if prompts is None:
         raise ValueError("the images come without prompts; give --prompt or --prompts")
     if len(prompts) not in (1, len(paths)):
@@ -137,14 +137,14 @@ def score(args: Namespace) -> None:
 
 
 def _score_drawn(args: Namespace, configs: Mapping[str, PartConfig]) -> None:
-    told, option = _told(args), "checkpoint" if args.checkpoint else "pipeline"
+    prompts, option = _prompts_from_args(args), "checkpoint" if args.checkpoint else "pipeline"
     _check_pipelines(args, option)
     with TemporaryDirectory() as temporary:
         folder = Path(args.output or temporary)
         new_index(folder)
         rewards = _built(configs, args.device)  # before the images, which may take hours
-        with _set_aside(rewards, args.device):
-            _draw(args, option, getattr(args, option), told, folder)
+        with _offloaded_to_cpu(rewards, args.device):
+            _draw(args, option, getattr(args, option), prompts, folder)
         from longalign.evaluate import score_images
 
         rows = _rows(folder)
@@ -160,17 +160,17 @@ def evaluate(args: Namespace) -> None:
     models = _models(args)
     drawn = [name for name, (option, _) in models.items() if option != "images"]
     if not drawn:
-        _refuse_drawing(args, "prompt", "prompts")
+        _reject_sampling_options(args, "prompt", "prompts")
     elif args.output is None:
         raise ValueError("give --output, a folder for what is drawn")
     _check_pipelines(args, *(option for option, _ in models.values()))
     for key in ("json", "markdown"):
         if (file := getattr(args, key)) and not Path(file).absolute().parent.is_dir():
             raise FileNotFoundError(f"no folder for --{key} {file}")
-    told = _told(args) if drawn else []
+    given = _prompts_from_args(args) if drawn else []
     folders = {n: Path(args.output) / n if n in drawn else Path(source) for n, (_, source) in models.items()}
     pairs = {
-        name: [(text.strip(), seed) for text in told for seed in _seeds(args)]
+        name: [(text.strip(), seed) for text in given for seed in _seeds(args)]
         if name in drawn
         else [(prompt, seed) for _, prompt, seed in _rows(folder)]
         for name, folder in folders.items()
@@ -186,13 +186,13 @@ def evaluate(args: Namespace) -> None:
             _check_images([path for path, _, _ in _rows(folder)])
     from longalign.evaluate import evaluate as measure
     from longalign.evaluate import reward_metrics
-    from longalign.imagefiles import ImageFiles
+    from longalign.image_io import ImageFiles
 
     rewards, prompts = _built(configs, args.device), [prompt for prompt, _ in pairs[first]]
     metrics = reward_metrics(rewards, prompts)
-    with _set_aside(rewards, args.device):
+    with _offloaded_to_cpu(rewards, args.device):
         for name in drawn:
-            _draw(args, *models[name], told, folders[name])
+            _draw(args, *models[name], given, folders[name])
     images = {name: ImageFiles([path for path, _, _ in _rows(folder)]) for name, folder in folders.items()}
     seeds = [seed for _, seed in pairs[first] if seed is not None]
     table = measure(images, prompts, metrics, seeds, args.batch)
@@ -252,11 +252,11 @@ def direction(args: Namespace) -> None:
 
 def list_parts(args: Namespace) -> int:
     """Prints the parts; 1 if some are broken."""
-    table, faults = descriptions.list_parts(args.kinds, args.check or args.verbose)
+    table, problems = descriptions.list_parts(args.kinds, args.check or args.verbose)
     print(table)
-    for fault in faults:
-        print(f"broken: {fault}", file=sys.stderr)
-    return 1 if faults and args.check else 0
+    for problem in problems:
+        print(f"broken: {problem}", file=sys.stderr)
+    return 1 if problems and args.check else 0
 
 
 def describe(args: Namespace) -> None:
@@ -348,9 +348,9 @@ def env(args: Namespace) -> None:
         print(f"{name:{width}}  {value}")
 
 
-def _refuse_drawing(args: Namespace, *more: str) -> None:
+def _reject_sampling_options(args: Namespace, *more: str) -> None:
     """Raises ValueError for an option that only applies when images are generated."""
-    keys = ("output", "negative", "steps", "guidance", "scheduler", "seed", "size", "dtype", "revision", "variant")
+    keys = ("output", "negative", "num_steps", "guidance", "solver", "seed", "size", "dtype", "revision", "variant")
     _refuse(args, *keys, *more, why="only applies when generating images")
 
 
@@ -364,7 +364,7 @@ def _refuse(args: Namespace, *keys: str, why: str) -> None:
     """Raises ValueError for the first of some options that was given."""
     for key in keys:
         if getattr(args, key) is not None:
-            raise ValueError(f"--{key} {why}; remove it")
+            raise ValueError(f"--{key.replace('_', '-')} {why}; remove it")
 
 
 def _seeds(args: Namespace) -> Sequence[int]:
@@ -373,7 +373,7 @@ def _seeds(args: Namespace) -> Sequence[int]:
     return seeds
 
 
-def _told(args: Namespace) -> list[str]:
+def _prompts_from_args(args: Namespace) -> list[str]:
     if not args.prompt and not args.prompts:
         raise ValueError("give --prompt or --prompts, to generate images from")
     given = args.prompt or ()
@@ -406,7 +406,7 @@ def _built(configs: Mapping[str, PartConfig], device: str | None) -> dict[str, A
 
 
 @contextmanager
-def _set_aside(rewards: Mapping[str, Any], device: str | None) -> Iterator[None]:
+def _offloaded_to_cpu(rewards: Mapping[str, Any], device: str | None) -> Iterator[None]:
     """Inside, the rewards are on the CPU and leave the GPU's memory to the sampled model."""
     from longalign.runtime import Runtime
 
@@ -423,9 +423,9 @@ def _count(number: int, what: str) -> str:
 
 def _check_images(paths: Sequence[Path]) -> None:
     """Reads all images, several at a time. Raises ValueError naming those that cannot be read."""
-    from longalign.imagefiles import load_image
+    from longalign.image_io import load_image
 
-    def fault(path: Path) -> str | None:
+    def problem(path: Path) -> str | None:
         try:
             load_image(path)
         except (OSError, ValueError) as error:
@@ -433,10 +433,10 @@ def _check_images(paths: Sequence[Path]) -> None:
         return None
 
     with ThreadPoolExecutor() as pool:
-        faults = [text for text in pool.map(fault, paths) if text]
-    if faults:
-        more = f"\n  and {len(faults) - 10} more" if len(faults) > 10 else ""
-        raise ValueError(f"{_count(len(faults), 'image')} cannot be read:\n  " + "\n  ".join(faults[:10]) + more)
+        problems = [text for text in pool.map(problem, paths) if text]
+    if problems:
+        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise ValueError(f"{_count(len(problems), 'image')} cannot be read:\n  " + "\n  ".join(problems[:10]) + more)
 
 
 def _images(given: Sequence[str]) -> tuple[list[Path], list[str] | None]:

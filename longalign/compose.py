@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from longalign.checks import check_files
 from longalign.config import TRAINED, RunConfig, load_config
-from longalign.faults import ConfigError
+from longalign.errors import ConfigError
 from longalign.registry import backbones, encoders, rewards, trainers
 from longalign.registry import data as datasets
 from longalign.runtime import Runtime

@@ -64,13 +64,13 @@ def condition(
     texts = [*prompts, *negatives]
     with torch.no_grad(), warnings.catch_warnings(), _ready(encoder, pipe, device, dtype) as ready:
         warnings.simplefilter("ignore", TruncationWarning)  # said below, prompt by prompt
-        told = ready.encode(_with_learned_tokens(pipe, texts) if encoder is None else texts)
-    _check(pipe, told, takes)
-    for text in describe_cuts(told.reports):
+        conditioning = ready.encode(_with_learned_tokens(pipe, texts) if encoder is None else texts)
+    _check(pipe, conditioning, takes)
+    for text in truncation_messages(conditioning.reports):
         warnings.warn(text, stacklevel=2)
-    told = told.to(device, dtype)
+    conditioning = conditioning.to(device, dtype)
     out: dict[str, Any] = {}
-    halves = {"": told[: len(prompts)], "negative_": told[len(prompts) :]}
+    halves = {"": conditioning[: len(prompts)], "negative_": conditioning[len(prompts) :]}
     for branch, half in halves.items():
         values = {
             f"{branch}prompt_embeds": half.states,
@@ -125,16 +125,16 @@ def _with_learned_tokens(pipe: Any, texts: list[str]) -> list[str]:
     return texts if convert is None else convert(texts, pipe.tokenizer)
 
 
-def _check(pipe: Any, told: Conditioning, takes: Any) -> None:
+def _check(pipe: Any, conditioning: Conditioning, takes: Any) -> None:
     name = type(pipe).__name__
-    if type(told).at is not Conditioning.at:
+    if type(conditioning).at is not Conditioning.at:
         raise ValueError(f"{name} cannot follow a conditioning that changes with the timestep; use longalign's sampler")
-    if "pooled_prompt_embeds" in takes and told.pooled is None:
+    if "pooled_prompt_embeds" in takes and conditioning.pooled is None:
         raise ValueError(f"{name} needs pooled embeddings, which this encoder does not give; choose one made for it")
-    if "pooled_prompt_embeds" not in takes and told.pooled is not None:
+    if "pooled_prompt_embeds" not in takes and conditioning.pooled is not None:
         warnings.warn(f"{name} takes no pooled embeddings; they are left out", stacklevel=3)
     masks = {"prompt_attention_mask", "prompt_embeds_mask"} & set(takes)
-    if told.mask is not None and not masks and not bool(told.mask.all()):
+    if conditioning.mask is not None and not masks and not bool(conditioning.mask.all()):
         warnings.warn(
             f"{name} takes no attention mask, so the padding of shorter prompts is attended to; pad with <pad*> to one "
             "length (clip-segment's max_tokens) or draw one prompt at a time",
@@ -143,17 +143,17 @@ def _check(pipe: Any, told: Conditioning, takes: Any) -> None:
     denoiser = _denoiser(pipe)
     for key in ("joint_attention_dim", "cross_attention_dim"):
         width = getattr(getattr(denoiser, "config", None), key, None)
-        if isinstance(width, int) and width != told.states.shape[-1]:
+        if isinstance(width, int) and width != conditioning.states.shape[-1]:
             raise ValueError(
-                f"{name} expects text states of width {width}, this encoder's are {told.states.shape[-1]} wide"
+                f"{name} expects text states of width {width}, this encoder's are {conditioning.states.shape[-1]} wide"
             )
 
 
-def describe_cuts(reports: Sequence[PromptReport]) -> list[str]:
+def truncation_messages(reports: Sequence[PromptReport]) -> list[str]:
     """One line for each prompt of which something was not read."""
     return [
-        f"prompt {i}: the encoder read {sum(report.tokens)} tokens and left out {len(report.cut.split())} words: "
-        f"{report.cut.strip()[:60]!r}"
+        f"prompt {i}: the encoder read {sum(report.tokens)} tokens and left out {len(report.truncated.split())} words: "
+        f"{report.truncated.strip()[:60]!r}"
         for i, report in enumerate(reports)
-        if report.cut.strip()
+        if report.truncated.strip()
     ]

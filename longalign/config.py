@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from longalign.faults import ConfigError, Fault, check_size, flatten, nested, shorten, suggestion
+from longalign.errors import ConfigError, ConfigProblem, check_size, flatten, nested, shorten, suggestion
 from longalign.files import checkpoint_file, read_mapping, read_metadata
 from longalign.registry import Part, PartError, Section, trainers
 
@@ -95,16 +95,16 @@ class ValidationConfig(Section):
     Attributes:
         prompts: the prompts, or a file with one per line (.txt) or one mapping with "prompt" per line (.jsonl).
         every: steps between samplings; there is one at the start and one at the end too.
-        steps: sampling steps.
+        num_steps: sampling steps.
         guidance: scale of classifier-free guidance; 1 is none.
-        scheduler: "unipc", "ddim", "dpm++", or "lcm" for a consistency-distilled model, with 4 steps and guidance 1.
+        solver: "unipc", "ddim", "dpm++", or "lcm" for a consistency-distilled model, with 4 steps and guidance 1.
     """
 
     prompts: Annotated[tuple[str, ...], Field(min_length=1)] | Text
     every: PositiveInt = 500
-    steps: PositiveInt = 25
+    num_steps: PositiveInt = 25
     guidance: Annotated[float, Field(ge=1)] = 7.5
-    scheduler: Literal["unipc", "ddim", "dpm++", "lcm"] = "unipc"
+    solver: Literal["unipc", "ddim", "dpm++", "lcm"] = "unipc"
 
 
 class CacheConfig(Section):
@@ -156,7 +156,7 @@ class RunConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _leave_out(cls, values: Any) -> Any:
+    def _default_unused_parts(cls, values: Any) -> Any:
         """Null for the parts that the trainer is built without; the others stay required."""
         if not isinstance(values, Mapping):
             return values
@@ -165,36 +165,36 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _parts_agree(self) -> RunConfig:
-        faults = self._needed_faults()
+        problems = self._needed_problems()
         if self.trainer is not None and self.data is None:
-            faults.append(("data", "this key is required where there is a trainer"))
+            problems.append(("data", "this key is required where there is a trainer"))
         if self.cache is not None:
-            faults += self._cache_faults(self.cache)
+            problems += self._cache_problems(self.cache)
         for part in (self.backbone, self.encoder, *self.rewards, self.trainer, self.data):
-            faults += _checked(part, self) if part is not None else []
-        if faults:
-            raise nested(faults)
+            problems += _checked(part, self) if part is not None else []
+        if problems:
+            raise nested(problems)
         return self
 
-    def _needed_faults(self) -> list[Fault]:
-        faults: list[Fault] = []
+    def _needed_problems(self) -> list[ConfigProblem]:
+        problems: list[ConfigProblem] = []
         needs, name = getattr(self.trainer, "needs", TRAINED), self.trainer and self.trainer.name
         for key in TRAINED:
             given = getattr(self, key) is not None
             if given != (key in needs):
                 message = f"'{name}' uses no {key}; leave it out" if given else "this key is required"
-                faults.append((key, message))
+                problems.append((key, message))
         for key in ("channels_last", "compile"):
             if "backbone" not in needs and getattr(self.loop, key):
-                faults.append((f"loop.{key}", f"it is for a backbone, and '{name}' uses none; set it to false"))
+                problems.append((f"loop.{key}", f"it is for a backbone, and '{name}' uses none; set it to false"))
         takes, gives = (getattr(part, "has_pooled", None) for part in (self.backbone, self.encoder))
         if self.backbone is not None and self.encoder is not None and None not in (takes, gives) and takes != gives:
             which = "needs a pooled embedding, and" if takes else "takes no pooled embedding, as"
             message = f"'{self.backbone.name}' {which} '{self.encoder.name}' gives {'none' if takes else 'one'}"
-            faults.append(("encoder", f"{message}; choose an encoder made for it"))
+            problems.append(("encoder", f"{message}; choose an encoder made for it"))
         if self.trainer is not None and self.rewards and not getattr(self.trainer, "uses_rewards", False):
             message = f"'{name}' uses no rewards, got {len(self.rewards)}; expected none, or a trainer such as 'reward'"
-            faults.append(("rewards", message))
+            problems.append(("rewards", message))
         compares = getattr(self.trainer, "compares_pairs", False)
         if self.data is not None and getattr(self.data, "has_pairs", False) != compares:
             if compares:
@@ -202,10 +202,10 @@ class RunConfig(Section):
             else:
                 who = f"'{name}' does not compare them" if name else "there is no trainer to compare them"
                 message = f"'{self.data.name}' has two images of each prompt, and {who}; 'denscore' does"
-            faults.append(("data", message))
-        return faults
+            problems.append(("data", message))
+        return problems
 
-    def _cache_faults(self, cache: CacheConfig) -> list[Fault]:
+    def _cache_problems(self, cache: CacheConfig) -> list[ConfigProblem]:
         if self.data is None:
             return [("data", "this key is required where there is a cache")]
         if self.backbone is None or self.encoder is None:
@@ -217,16 +217,16 @@ class RunConfig(Section):
         return []
 
 
-def _checked(part: Any, run: RunConfig) -> list[Fault]:
+def _checked(part: Any, run: RunConfig) -> list[ConfigProblem]:
     """What stands against a part in a run, or what went wrong in asking it."""
     try:
-        faults = list(part.check_run(run))
-        if all(isinstance(path, str) and isinstance(message, str) for path, message in faults):
-            return faults
-        fault = f"it must give pairs of texts, (path, message), not {shorten(faults)}"
+        problems = list(part.check_run(run))
+        if all(isinstance(path, str) and isinstance(message, str) for path, message in problems):
+            return problems
+        problem = f"it must give pairs of texts, (path, message), not {shorten(problems)}"
     except Exception as error:
-        fault = f"{type(error).__name__}: {error}"
-    return [("", f"check_run of '{part.name}' ({type(part).__module__}.{type(part).__name__}) failed: {fault}")]
+        problem = f"{type(error).__name__}: {error}"
+    return [("", f"check_run of '{part.name}' ({type(part).__module__}.{type(part).__name__}) failed: {problem}")]
 
 
 def _needs(trainer: Any) -> tuple[str, ...]:
@@ -263,7 +263,7 @@ def load_config(source: Mapping[str, Any] | str | Path | RunConfig) -> RunConfig
         raise ConfigError([*flatten(error, RunConfig), *_made_with(path)]) from error
 
 
-def _made_with(path: Path | None) -> list[Fault]:
+def _made_with(path: Path | None) -> list[ConfigProblem]:
     """Which packages a checkpoint was made with that are missing here or of another version."""
     if path is None or path.suffix in (".yaml", ".yml", ".json"):
         return []
@@ -319,14 +319,14 @@ def override(config: Mapping[str, Any] | str | Path | RunConfig, changes: Mappin
         ConfigError: if a path leads through something that is not there, or the changed config is not valid.
     """
     tree = to_dict(load_config(config))
-    faults: list[Fault] = []
+    problems: list[ConfigProblem] = []
     for path, value in changes.items():
         try:
             _put(tree, path, _plain(value))
         except LookupError as error:
-            faults.append((shorten(path) if not isinstance(path, str) else path, str(error.args[0])))
-    if faults:
-        raise ConfigError(faults)
+            problems.append((shorten(path) if not isinstance(path, str) else path, str(error.args[0])))
+    if problems:
+        raise ConfigError(problems)
     return load_config(tree)
 
 

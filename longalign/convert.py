@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from longalign.backbones.configs import LoraConfig
-from longalign.backbones.lora import LoraStack, lora_targets
+from longalign.backbones.lora import LoraWeights, lora_targets
 from longalign.backbones.sd import empty_unet
 from longalign.checkpoint import Weights, export_lora, write
 from longalign.config import RunConfig, load_config
@@ -62,11 +62,11 @@ def convert_longsd(
         raise ValueError(f"{output / CHECKPOINT} exists; choose another folder")
     text_adapter = TextAdapter.load(str(source / ADAPTER))
     unet = empty_unet(backbone, _UNET if backbone == SD15 else None)
-    stacks = [read_stack(source / file, unet, name) for name, (file, _) in stages.items()]
+    loras = [read_lora_file(source / file, unet, name) for name, (file, _) in stages.items()]
     # "parts.1" is the place of T5 in the encoder that `longsd_config` composes
     adapter = {f"parts.1.adapter.{key}": tensor.contiguous() for key, tensor in text_adapter.state_dict().items()}
     step = sum(steps for _, steps in stages.values())
-    path = write(output, longsd_config(backbone, t5, text_adapter), Weights(stacks, {}, adapter), step)
+    path = write(output, longsd_config(backbone, t5, text_adapter), Weights(loras, {}, adapter), step)
     export_lora(path, output)
     return path
 
@@ -77,13 +77,13 @@ def longsd_config(backbone: str, t5: str, adapter: TextAdapter) -> RunConfig:
     widths = {key: getattr(adapter, key) for key in ("in_dim", "int_dim", "out_dim")}
     clip = {"name": "clip-segment", "checkpoint": backbone, "segmenter": "longalign", "max_tokens": 240}
     text = {"name": "t5", "checkpoint": t5, "max_tokens": 240, "adapter": widths}
-    parts = [{**part, "overflow": "cut"} for part in (clip, text)]
+    parts = [{**part, "overflow": "truncate"} for part in (clip, text)]
     return load_config(
         {"backbone": {"name": "sd", "checkpoint": backbone}, "encoder": {"name": "concat", "parts": parts}}
     )
 
 
-def read_stack(path: Path, unet: nn.Module, name: str) -> LoraStack:
+def read_lora_file(path: Path, unet: nn.Module, name: str) -> LoraWeights:
     """One stage's LoRA, from its pickled flat list ``[up, down, up, down, ...]``.
 
     A pair belongs to each Linear and Conv2d inside Attention, ResnetBlock2D and GEGLU in the order in which
@@ -113,7 +113,7 @@ def read_stack(path: Path, unet: nn.Module, name: str) -> LoraStack:
                 )
         state[f"{target}.lora_A.weight"] = down.detach().clone(memory_format=torch.contiguous_format)
         state[f"{target}.lora_B.weight"] = up.detach().clone(memory_format=torch.contiguous_format)
-    return LoraStack(name, LoraConfig(rank=rank, scale=1.0, dropout=0.1, dropout_placement="up"), state)
+    return LoraWeights(name, LoraConfig(rank=rank, scale=1.0, dropout=0.1, dropout_placement="up"), state)
 
 
 def read_tensors(path: Path) -> list[Tensor]:

@@ -22,7 +22,7 @@ from longalign.config import RunConfig, override
 from longalign.data.configs import ScenesConfig
 from longalign.encoders.base import Encoder, PromptReport, TruncationWarning
 from longalign.evaluate import DecomposedMetric, FactMetric, evaluate
-from longalign.imagefiles import write_png
+from longalign.image_io import write_png
 from longalign.mini.captions import Caption
 from longalign.pipeline import sample
 from longalign.report import Example, findings, write_report
@@ -61,7 +61,7 @@ def run_demo(
     reward: Mapping[str, Any] | Path | str | RunConfig | None = None,
     prompts: int = 128,
     *,
-    steps: int = 15,
+    num_steps: int = 15,
     batch_size: int = 64,
     examples: int = 6,
     device: str | None = None,
@@ -79,7 +79,7 @@ def run_demo(
         align: config of the first stage, the bundled one if None; its data must be ``scenes``.
         reward: config of the second stage, the bundled one if None. Its first reward, without reweighting, is measured.
         prompts: number of held-out captions.
-        steps: sampling steps; the guidance is the one that the reward stage samples with.
+        num_steps: sampling steps; the guidance is the one that the reward stage samples with.
         batch_size: images drawn at a time.
         examples: how many captions are shown with their images, the first ones.
         device: a torch device; the best of this machine if None.
@@ -94,7 +94,7 @@ def run_demo(
     second = override(reward or default_config("reward"), {"output": str(output / "reward"), "init_from": None})
     captions = held_out_captions([first, second], prompts)
     pictures = output / "images"
-    claim_output(output, [Path(first.output), Path(second.output), pictures])
+    prepare_output_dir(output, [Path(first.output), Path(second.output), pictures])
     seconds: dict[str, float] = {}
 
     with _timed("align: training", seconds):
@@ -110,7 +110,7 @@ def run_demo(
     runtime = Runtime.detect(device=device)
     texts, seeds = [c.text for c in captions], list(range(len(captions)))
     guidance = getattr(second.trainer, "guidance", 7.5)
-    settings = {"steps": steps, "guidance": guidance, "batch_size": batch_size}
+    settings = {"num_steps": num_steps, "guidance": guidance, "batch_size": batch_size}
     images: dict[str, Tensor] = {}
     unread: dict[str, list[frozenset[int]]] = {}
     for name in (BASE, SEGMENTS, ALIGN, REWARD):
@@ -123,8 +123,8 @@ def run_demo(
                 checkpoint = trained.checkpoint if name == ALIGN else rewarded.checkpoint
                 backbone, encoder = load_for_sampling(checkpoint, runtime)[1:]
             images[name] = sample(backbone, encoder, texts, seeds=seeds, **settings, progress=True)
-            reports = encoder.cut(texts)
-            unread[name] = [unread_sentences(c, report) for c, report in zip(captions, reports, strict=True)]
+            reports = encoder.report(texts)
+            unread[name] = [truncated_sentences(c, report) for c, report in zip(captions, reports, strict=True)]
             _save(pictures / image_folder(name), images[name], texts, reports, {"model": name, **settings})
 
     with _timed("measuring", seconds):
@@ -137,7 +137,7 @@ def run_demo(
     report = write_report(
         output / "report.html",
         title="LongAlign on the small world",
-        lead=_lead(first, second, captions, guidance, steps),
+        lead=_lead(first, second, captions, guidance, num_steps),
         table=table,
         examples=shown,
         logs={"align": Path(first.output) / "log.jsonl", "reward": Path(second.output) / "log.jsonl"},
@@ -194,14 +194,20 @@ def _save(
     folder.mkdir(parents=True)
     rows = []
     for i, (image, text, report) in enumerate(zip(images, texts, reports, strict=True)):
-        row = {"file_name": f"{i:05d}-{i}.png", "prompt": text, "seed": i, "negative_prompt": "", "cut": report.cut}
-        told = {key: str(value) for key, value in row.items() if key != "file_name"}
-        write_png(folder / row["file_name"], image, {**told, "settings": json.dumps(settings)})
+        row = {
+            "file_name": f"{i:05d}-{i}.png",
+            "prompt": text,
+            "seed": i,
+            "negative_prompt": "",
+            "truncated": report.truncated,
+        }
+        metadata = {key: str(value) for key, value in row.items() if key != "file_name"}
+        write_png(folder / row["file_name"], image, {**metadata, "settings": json.dumps(settings)})
         rows.append(json.dumps(row, ensure_ascii=False) + "\n")
     (folder / "metadata.jsonl").write_text("".join(rows), encoding="utf-8")
 
 
-def claim_output(output: Path, runs: Sequence[Path]) -> None:
+def prepare_output_dir(output: Path, runs: Sequence[Path]) -> None:
     """Takes a folder for the demo, removing an earlier demo's runs and images but nothing else."""
     marker = output / MARKER
     if output.exists() and any(output.iterdir()) and not marker.exists():
@@ -221,13 +227,13 @@ def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
     seconds[stage] = time.perf_counter() - start
 
 
-def unread_sentences(caption: Caption, report: PromptReport) -> frozenset[int]:
+def truncated_sentences(caption: Caption, report: PromptReport) -> frozenset[int]:
     """Indices of the sentences that reach into what was cut; the cut is the end of the text."""
-    if not report.cut.strip():
+    if not report.truncated.strip():
         return frozenset()
     # counted without blanks, which encoders keep or drop as they split
     total = len("".join(caption.text.split()))
-    read = total - len("".join(report.cut.split()))
+    read = total - len("".join(report.truncated.split()))
     found, end = set(), 0
     for i, sentence in enumerate(caption.sentences):
         end += len("".join(sentence.text.split()))
@@ -258,11 +264,11 @@ def _example(
     )
 
 
-def _lead(first: RunConfig, second: RunConfig, captions: Sequence[Caption], guidance: float, steps: int) -> str:
+def _lead(first: RunConfig, second: RunConfig, captions: Sequence[Caption], guidance: float, num_steps: int) -> str:
     words = sorted(caption.num_words for caption in captions)
     return (
         f"The bundled model was trained on short captions. Here it samples {len(captions)} held-out captions of "
-        f"{words[0]} to {words[-1]} words in four states, from the same noise, with {steps} sampling steps and "
+        f"{words[0]} to {words[-1]} words in four states, from the same noise, with {num_steps} sampling steps and "
         f"guidance {guidance:g}. {BASE}: captions are truncated at the text encoder's window, as in Stable Diffusion. "
         f"{SEGMENTS}: the same weights, with captions encoded in segments. {ALIGN}: fine-tuned on long captions for "
         f"{first.loop.steps} steps. {REWARD}: then fine-tuned on a preference model for {second.loop.steps} steps. "

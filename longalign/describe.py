@@ -16,8 +16,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from longalign.config import RunConfig
-from longalign.discovery import offers
-from longalign.faults import suggestion
+from longalign.discovery import discover
+from longalign.errors import suggestion
 from longalign.registry import REGISTRIES, PartConfig, PartError, PartOf, Registry, misnamed
 
 BOUNDS = ((annotated_types.Ge, "ge", ">="), (annotated_types.Gt, "gt", ">"))
@@ -35,19 +35,19 @@ def list_parts(kinds: Iterable[str] = (), targets: bool = False) -> tuple[str, l
         The table, with kind, name, owner and description or target; and one message for each fault.
     """
     rows: list[tuple[str, ...]] = [("kind", "name", "owner", "target" if targets else "description")]
-    faults = [f"the entry points of {who} cannot be read: {why}" for who, why in offers().malformed]
-    faults += [fault for _, fault in misnamed()]
+    problems = [f"the entry points of {who} cannot be read: {why}" for who, why in discover().malformed]
+    problems += [problem for _, problem in misnamed()]
     for registry in _kinds(kinds):
         for name in registry.names():
             try:
                 about = _beginning(registry.get(name))
             except PartError as error:
                 about = "broken"
-                faults.append(str(error))
+                problems.append(str(error))
             for info in registry.infos(name):
                 who = info.owner if targets else info.owner.rpartition(" ")[0]
                 rows.append((info.kind, name, who, info.target if targets else about))
-    return _table(rows, fill=not targets), faults
+    return _table(rows, fill=not targets), problems
 
 
 def describe_kind(kind: str) -> str:
@@ -126,7 +126,7 @@ def _table(rows: list[tuple[str, ...]], fill: bool = False) -> str:
     if fill:
         head, width = sum(widths) + 2 * len(widths), _width()
         lines = [
-            line[:head] + textwrap.shorten(line[head:], max(width - head, 20), placeholder="...") for line in lines
+            line[:head] + textwrap.shorten(line[head:], max(width - head, 18), placeholder="...") for line in lines
         ]
     return "\n".join(lines)
 

@@ -76,7 +76,7 @@ def training_target(prediction: str, levels: NoiseLevels, latents: Tensor, noise
 DENSITIES = ("uniform", "logit-normal")
 
 
-def draw_timesteps(density: str, levels: NoiseLevels, count: int, device: torch.device) -> Tensor:
+def sample_timesteps(density: str, levels: NoiseLevels, count: int, device: torch.device) -> Tensor:
     """Random timesteps ``(count,)`` to train at.
 
     Args:
@@ -100,7 +100,7 @@ def check_prediction(prediction: str) -> None:
         raise ValueError(f"unknown prediction '{prediction}'; expected one of {', '.join(PREDICTIONS)}")
 
 
-def refuse_nonlinear(scheduler: Mapping[str, Any]) -> None:
+def check_linear_sampling(scheduler: Mapping[str, Any]) -> None:
     """Refuses scheduler constants that clip the predicted image: a clipped step is not linear.
 
     Args:
@@ -167,8 +167,8 @@ def _readout(prediction: str, signal: float, noise: float) -> tuple[float, float
 
 
 def _coefficients(levels: NoiseLevels, timesteps: Sequence[int], prediction: str) -> Iterator[tuple[int, Any, Any]]:
-    following = [*((float(levels.signal[t]), float(levels.noise[t])) for t in timesteps[1:]), (1.0, 0.0)]
-    for t, after in zip(timesteps, following, strict=True):
+    next_levels = [*((float(levels.signal[t]), float(levels.noise[t])) for t in timesteps[1:]), (1.0, 0.0)]
+    for t, after in zip(timesteps, next_levels, strict=True):
         yield t, _readout(prediction, float(levels.signal[t]), float(levels.noise[t])), after
 
 

@@ -16,11 +16,11 @@ PREFIX = "longalign_"
 
 
 @dataclass
-class Offers:
+class Discovered:
     """What the installed distributions offer.
 
     Attributes:
-        groups: entry-point group to part name to everyone who offers it.
+        groups: entry-point group to part name to all that register it.
         malformed: owner and error of each distribution whose entry-point metadata cannot be read.
         misnamed: entry points whose group is like one of ours in its beginning only, such as ``longalign.encoders``.
     """
@@ -31,11 +31,11 @@ class Offers:
 
 
 _entry_points: Any = Distribution.entry_points.fget  # type: ignore[attr-defined]
-_kept: tuple[object, Offers] | None = None
+_kept: tuple[object, Discovered] | None = None
 
 
-def offers() -> Offers:
-    """The offers of all distributions on ``sys.path``; read again only when that path or one of its folders changed."""
+def discover() -> Discovered:
+    """The parts of all distributions on ``sys.path``; read again only when that path or one of its folders changed."""
     global _kept
     state = tuple((entry, _changed(entry)) for entry in sys.path)
     if _kept is None or _kept[0] != state:
@@ -43,11 +43,11 @@ def offers() -> Offers:
     return _kept[1]
 
 
-def pass_over_unreadable() -> None:
+def skip_unreadable() -> None:
     """Makes this process take distributions whose entry points cannot be read for such as have none.
 
     catalogue, pydantic and torch read the entry points of all distributions when they are imported, and would fail over
-    a file that none of them needs. `offers` names it.
+    a file that none of them needs. `discover` names it.
     """
 
     def entry_points(dist: Distribution) -> EntryPoints:
@@ -71,8 +71,8 @@ def _changed(entry: str) -> int:
         return 0
 
 
-def _read() -> Offers:
-    out, seen = Offers(), set()
+def _read() -> Discovered:
+    out, seen = Discovered(), set()
     for dist in distributions():
         try:
             if PREFIX[:-1] not in (dist.read_text("entry_points.txt") or ""):

@@ -7,7 +7,7 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
-from longalign.discovery import PREFIX, offers, owner
+from longalign.discovery import PREFIX, discover, owner
 
 MISSING = "not installed"
 PACKAGES = (
@@ -31,7 +31,7 @@ def environment() -> dict[str, str]:
     out |= _devices() if out["torch"] != MISSING else {}
     for who, parts in _plugins().items():
         out[f"plugin {who}"] = ", ".join(parts)
-    for who, why in offers().malformed:
+    for who, why in discover().malformed:
         out[f"unreadable plugin {who}"] = why
     return out | {name: os.environ[name] for name in VARIABLES if name in os.environ}
 
@@ -70,7 +70,7 @@ def _devices() -> dict[str, str]:
 def _plugins() -> dict[str, list[str]]:
     """Owner -> kind and name of the parts that other distributions provide."""
     found: dict[str, list[str]] = {}
-    for group, names in offers().groups.items():
+    for group, names in discover().groups.items():
         for name, entries in names.items():
             for entry in entries:
                 if not owner(entry).startswith("longalign "):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longalign.imagefiles import load_image
+from longalign.image_io import load_image
 from longalign.preference import common_direction, decompose, strict_relevance
 from longalign.rewards.base import EmbeddingReward, Reward
 from longalign.rewards.guard import guarded
@@ -166,7 +166,7 @@ def measure(
 
     Args:
         images: ``(n, 3, h, w)`` in [0, 1], or a sequence of images ``(3, h, w)`` of any sizes, each asked for once, as
-            `longalign.imagefiles.ImageFiles`.
+            `longalign.image_io.ImageFiles`.
         prompts: one for each image.
         metrics: callables as described above; two that give the same name are refused.
         batch_size: images a call, of one size.
@@ -176,9 +176,9 @@ def measure(
     found: list[dict[str, np.ndarray]] = [{} for _ in metrics]
     for start in range(0, len(prompts), batch_size):
         for rows, batch in _by_size(images, range(start, min(start + batch_size, len(prompts)))):
-            told = [prompts[i] for i in rows]
+            batch_prompts = [prompts[i] for i in rows]
             for metric, of_metric in zip(metrics, found, strict=True):
-                for name, values in metric(batch, told).items():
+                for name, values in metric(batch, batch_prompts).items():
                     if isinstance(values, Tensor):
                         values = values.cpu().double().numpy()  # in this order, for MPS has no float64
                     of_metric.setdefault(name, np.full(len(prompts), np.nan))[rows] = np.asarray(values, np.float64)

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from longalign.faults import LARGEST, ConfigError, check_size, shorten, suggestion
+from longalign.errors import LARGEST, ConfigError, check_size, shorten, suggestion
 from longalign.runtime import examples_folder
 
 CHECKPOINT = "longalign.safetensors"
@@ -261,17 +261,17 @@ def parse_assignments(items: Sequence[str]) -> dict[str, Any]:
         ConfigError: all items that are not ``path=value``, or repeat a path.
     """
     out: dict[str, Any] = {}
-    faults = []
+    problems = []
     for item in items:
         path, equals, text = item.partition("=")
         if not equals or not path:
-            faults.append((item, "expected path=value, e.g. loop.lr=1e-4"))
+            problems.append((item, "expected path=value, e.g. loop.lr=1e-4"))
         elif path in out:
-            faults.append((path, "this path is given twice"))
+            problems.append((path, "this path is given twice"))
         else:
             out[path] = parse_value(text)
-    if faults:
-        raise ConfigError(faults)
+    if problems:
+        raise ConfigError(problems)
     return out
 
 

@@ -66,12 +66,12 @@ def fingerprint(
     if place.is_dir():
         wanted = [p for p in place.iterdir() if p.is_dir() and p.name.startswith(tuple(folders))]
         files = [f for p in wanted for f in p.rglob("*")] if wanted else list(place.iterdir())
-    told = blake2b(digest_size=8)
+    digest = blake2b(digest_size=8)
     for file in sorted(f for f in files if f.is_file() and f.suffix in SUFFIXES):
-        told.update(f"{file.relative_to(place)} {file.stat().st_size} ".encode())
+        digest.update(f"{file.relative_to(place)} {file.stat().st_size} ".encode())
         for block in _blocks(file):
-            told.update(block)
-    return told.hexdigest()
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _blocks(file: Path) -> Iterator[bytes]:

@@ -17,7 +17,7 @@ ASPECTS = ("crop", "pad", "squash")
 
 
 @dataclass(frozen=True)
-class Pixels:
+class ImagePreprocessor:
     """What a vision model reads. Calling it turns images into its pixels.
 
     Attributes:
@@ -134,7 +134,7 @@ def random_crop(images: Tensor, crop: int | float, generator: Generator | None =
 
 
 def fit(images: Tensor, size: tuple[int, int], aspect: str = "crop") -> Tensor:
-    """Resizes images ``(b, c, h, w)`` to ``(b, c, *size)``; see `Pixels.aspect` for other shapes.
+    """Resizes images ``(b, c, h, w)`` to ``(b, c, *size)``; see `ImagePreprocessor.aspect` for other shapes.
 
     Bicubic with antialiasing, as PIL and the published processors do; values are not clamped afterwards, so gradient
     reaches every pixel.

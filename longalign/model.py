@@ -8,12 +8,12 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from longalign import publish
+from longalign.baselines import base_pipeline
 from longalign.checkpoint import denoiser_folder, load_for_sampling
 from longalign.config import RunConfig
 from longalign.files import find_checkpoint
-from longalign.imagefiles import to_pil
+from longalign.image_io import to_pil
 from longalign.pipeline import sample
-from longalign.stock import base_pipeline
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -77,9 +77,9 @@ class Model:
 
     def __repr__(self) -> str:
         parts = (("backbone", self.config.backbone), ("encoder", self.config.encoder))
-        told = [f"{key}={part and part.name!r}" for key, part in parts]
+        shown = [f"{key}={part and part.name!r}" for key, part in parts]
         denoiser = self.backbone.denoiser
-        return f"Model({str(self.checkpoint)!r}, {', '.join(told)}, {denoiser.dtype}, device='{self.backbone.device}')"
+        return f"Model({str(self.checkpoint)!r}, {', '.join(shown)}, {denoiser.dtype}, device='{self.backbone.device}')"
 
     def __call__(
         self,
@@ -87,9 +87,9 @@ class Model:
         *,
         seeds: int | Sequence[int] = 0,
         negative: str | Sequence[str] | None = None,
-        steps: int | None = None,
+        num_steps: int | None = None,
         guidance: float | None = None,
-        scheduler: str = "unipc",
+        solver: str = "unipc",
         height: int | None = None,
         width: int | None = None,
         batch_size: int = 8,
@@ -135,7 +135,7 @@ class Model:
             )
         settings = {
             "negative": _either(negative=negative, negative_prompt=negative_prompt),
-            "steps": _either(steps=steps, num_inference_steps=num_inference_steps),
+            "num_steps": _either(num_steps=num_steps, num_inference_steps=num_inference_steps),
             "guidance": _either(guidance=guidance, guidance_scale=guidance_scale),
         }
         images = sample(
@@ -143,7 +143,7 @@ class Model:
             self.encoder,
             texts,
             seeds=numbers,
-            scheduler=scheduler,
+            solver=solver,
             height=height,
             width=width,
             batch_size=batch_size,

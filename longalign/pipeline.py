@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from longalign.conditioning import condition, describe_cuts, per_prompt
+from longalign.conditioning import condition, per_prompt, truncation_messages
 from longalign.config import override
 from longalign.data.lines import check_seeds, new_index, remove_listed
 from longalign.diffusion import NoiseLevels, check_prediction, trailing_timesteps
 from longalign.encoders.base import Encoder, TruncationWarning
-from longalign.imagefiles import write_png
+from longalign.image_io import write_png
 from longalign.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
 log = logging.getLogger("longalign")
 
 __all__ = [
-    "SCHEDULERS",
+    "SOLVERS",
     "condition",
-    "describe_cuts",
     "generate",
     "load_model",
     "make_scheduler",
     "sample",
+    "truncation_messages",
     "write_images",
 ]
 
-SCHEDULERS = ("unipc", "ddim", "dpm++", "lcm")
+SOLVERS = ("unipc", "ddim", "dpm++", "lcm")
 
 
-def make_scheduler(name: str, levels: NoiseLevels, prediction: str, steps: int) -> Any:
+def make_scheduler(name: str, levels: NoiseLevels, prediction: str, num_steps: int) -> Any:
     """A diffusers scheduler with a backbone's own noise levels, its timesteps set.
 
     Args:
@@ -50,19 +50,19 @@ def make_scheduler(name: str, levels: NoiseLevels, prediction: str, steps: int) 
             ``dpm++`` (not for flows) and ``lcm`` (999, 749, 499, 249 for 4 steps).
         levels: signal and noise at each of the T timesteps.
         prediction: what the denoiser predicts, ``epsilon``, ``v_prediction`` or ``flow``.
-        steps: number of sampling steps, 1 to T.
+        num_steps: number of sampling steps, 1 to T.
     """
     import diffusers
 
     library: Any = diffusers  # its classes are made on demand, which type checkers cannot see
-    if name not in SCHEDULERS:
-        raise ValueError(f"no scheduler '{name}'; there is {', '.join(SCHEDULERS)}")
+    if name not in SOLVERS:
+        raise ValueError(f"no solver '{name}'; available: {', '.join(SOLVERS)}")
     check_prediction(prediction)
     length = len(levels)
-    if not 1 <= steps <= length:
-        raise ValueError(f"steps must be between 1 and {length}, got {steps}")
+    if not 1 <= num_steps <= length:
+        raise ValueError(f"steps must be between 1 and {length}, got {num_steps}")
     if prediction == "flow":
-        return _flow_scheduler(library, name, levels, steps)
+        return _flow_scheduler(library, name, levels, num_steps)
     # no signal at all at the last timestep has no finite sigma; this is the smallest that the solvers can hold
     kept = levels.signal.square().clamp(min=2.0**-24)
     betas = (1 - kept / torch.cat([torch.ones(1, dtype=kept.dtype), kept[:-1]])).tolist()
@@ -75,17 +75,17 @@ def make_scheduler(name: str, levels: NoiseLevels, prediction: str, steps: int) 
         scheduler = library.DDIMScheduler(**common, timestep_spacing="trailing", clip_sample=False)
     else:
         scheduler = library.LCMScheduler(**common)
-        timesteps = [round(length * (steps - i) / steps) - 1 for i in range(steps)]
+        timesteps = [round(length * (num_steps - i) / num_steps) - 1 for i in range(num_steps)]
         scheduler.set_timesteps(timesteps=timesteps, original_inference_steps=length)
         return scheduler
     with warnings.catch_warnings():
         # diffusers hands torch tensors to numpy in a way that numpy 2 deprecates
         warnings.simplefilter("ignore", DeprecationWarning)
-        scheduler.set_timesteps(steps)
+        scheduler.set_timesteps(num_steps)
     return scheduler
 
 
-def _flow_scheduler(library: Any, name: str, levels: NoiseLevels, steps: int) -> Any:
+def _flow_scheduler(library: Any, name: str, levels: NoiseLevels, num_steps: int) -> Any:
     """A scheduler whose own timesteps are ``T`` times the noise, as the networks of flows are told them."""
     length = len(levels)
     if name == "ddim":
@@ -96,7 +96,7 @@ def _flow_scheduler(library: Any, name: str, levels: NoiseLevels, steps: int) ->
         scheduler = library.FlowMatchLCMScheduler(length)
     else:
         raise ValueError(f"'{name}' does not sample flows; expected unipc, ddim (which is Euler's method) or lcm")
-    scheduler.set_timesteps(sigmas=levels.noise[list(trailing_timesteps(steps, length))].numpy())
+    scheduler.set_timesteps(sigmas=levels.noise[list(trailing_timesteps(num_steps, length))].numpy())
     return scheduler
 
 
@@ -108,9 +108,9 @@ def sample(
     *,
     seeds: Sequence[int],
     negative: str | Sequence[str] | None = None,
-    steps: int = 25,
+    num_steps: int = 25,
     guidance: float = 7.5,
-    scheduler: str = "unipc",
+    solver: str = "unipc",
     height: int | None = None,
     width: int | None = None,
     batch_size: int = 8,
@@ -124,9 +124,9 @@ def sample(
         prompts: one per image.
         seeds: one per image.
         negative: what to stay away from, one text for all or one per image; the empty prompt if None.
-        steps: number of solver steps.
+        num_steps: number of solver steps.
         guidance: scale of classifier-free guidance; 1 draws without, with one denoiser call a step instead of two.
-        scheduler: see `make_scheduler`.
+        solver: see `make_scheduler`.
         height: pixels; the backbone's own resolution if None.
         width: pixels; the backbone's own resolution if None.
         batch_size: images drawn at a time.
@@ -148,13 +148,15 @@ def sample(
     for module in training:
         module.eval()
     try:
-        with tqdm(total=len(batches) * steps, desc="drawing", disable=not progress) as bar:
+        with tqdm(total=len(batches) * num_steps, desc="drawing", disable=not progress) as bar:
             for start in batches:
                 rows = slice(start, start + batch_size)
-                solver = make_scheduler(scheduler, backbone.levels, backbone.prediction, steps)
+                scheduler = make_scheduler(solver, backbone.noise_levels, backbone.prediction, num_steps)
                 shape = backbone.latent_shape(height, width)
                 out.append(
-                    _draw(backbone, encoder, prompts[rows], negatives[rows], seeds[rows], solver, guidance, shape, bar)
+                    _draw(
+                        backbone, encoder, prompts[rows], negatives[rows], seeds[rows], scheduler, guidance, shape, bar
+                    )
                 )
     finally:
         for module in training:
@@ -176,7 +178,7 @@ def _draw(
     device = backbone.device
     guided = guidance != 1
     # one call for both branches, so that both have the same length
-    told = encoder.encode([*prompts, *negatives] if guided else list(prompts))
+    conditioning = encoder.encode([*prompts, *negatives] if guided else list(prompts))
     # noise is drawn on the CPU, one generator an image, so that it is the same on every device and in every batch
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     latents = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
@@ -184,10 +186,10 @@ def _draw(
     extra = {"generator": generators} if takes_generator else {}
     places = solver.timesteps
     if backbone.prediction == "flow":
-        places = torch.tensor(trailing_timesteps(len(places), len(backbone.levels)))
+        places = torch.tensor(trailing_timesteps(len(places), len(backbone.noise_levels)))
     for t, place in zip(solver.timesteps, places, strict=True):
         x = torch.cat([latents, latents]) if guided else latents
-        predicted = backbone.predict(x, place.to(device).expand(len(x)), told).float()
+        predicted = backbone.predict(x, place.to(device).expand(len(x)), conditioning).float()
         if guided:
             wanted, unwanted = predicted.chunk(2)
             predicted = unwanted + guidance * (wanted - unwanted)
@@ -256,14 +258,14 @@ def generate(
         **settings: ``steps``, ``guidance``, ``scheduler``, ``height``, ``width`` of `sample`.
 
     Returns:
-        The rows of ``metadata.jsonl``: ``file_name, prompt, seed, negative_prompt, cut``.
+        The rows of ``metadata.jsonl``: ``file_name, prompt, seed, negative_prompt, truncated``.
     """
     new_index(output, overwrite)  # before weights are loaded
     if isinstance(source, tuple) and (dtype is not None or device is not None):
         raise ValueError("dtype and device only apply to a model that is loaded here; omit them for a ready one")
     config, backbone, encoder = source if isinstance(source, tuple) else load_model(source, dtype, device)
-    reports = encoder.cut(list(prompts))
-    for text in describe_cuts(reports):
+    reports = encoder.report(list(prompts))
+    for text in truncation_messages(reports):
         log.warning(text)
 
     def draw(texts: list[str], numbers: list[int]) -> Tensor:
@@ -277,7 +279,7 @@ def generate(
         draw,
         seeds=seeds,
         negative=negative,
-        cuts=[report.cut for report in reports],
+        cuts=[report.truncated for report in reports],
         config=config,
         settings={**_defaults(), **settings, "dtype": dtype},
         batch_size=batch_size,
@@ -334,10 +336,10 @@ def write_images(
                     "prompt": prompts[i],
                     "seed": seed,
                     "negative_prompt": negative or "",
-                    "cut": cuts[i] if cuts else None,
+                    "truncated": cuts[i] if cuts else None,
                 }
-                told = {key: str(row[key]) for key in ("prompt", "negative_prompt", "seed", "cut")}
-                write_png(output / row["file_name"], image, {**told, **common})
+                conditioning = {key: str(row[key]) for key in ("prompt", "negative_prompt", "seed", "truncated")}
+                write_png(output / row["file_name"], image, {**conditioning, **common})
                 new.append(row)
             with index.open("a", encoding="utf-8") as lines:
                 lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in new)
@@ -347,7 +349,7 @@ def write_images(
 
 
 def _defaults() -> dict[str, Any]:
-    names = ("steps", "guidance", "scheduler", "height", "width")
+    names = ("num_steps", "guidance", "solver", "height", "width")
     return {name: inspect.signature(sample).parameters[name].default for name in names}
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from longalign.checkpoint import Weights, denoiser_folder, export_lora, load_weights, read_config
 from longalign.config import RunConfig, to_dict
 from longalign.encoders.adapter import TextAdapter
-from longalign.faults import redact_url
+from longalign.errors import redact_url
 from longalign.files import (
     CARD,
     CHECKPOINT,
@@ -103,7 +103,7 @@ def export(
     written = [_copy(source, output)]
     if weights.denoiser:
         written.append(_save_denoiser(config, weights, output))
-    elif weights.stacks:
+    elif weights.loras:
         written.append(export_lora(source, output))
     for name, adapter in adapters(weights.adapter).items():
         adapter.save(output / name)
@@ -265,7 +265,7 @@ def _save_denoiser(config: RunConfig, weights: Weights, output: Path) -> Path:
     assert config.backbone is not None
     backbone = config.backbone.build(Runtime())
     backbone.load_full(weights.denoiser)
-    backbone.load_lora(weights.stacks)
+    backbone.load_lora(weights.loras)
     backbone.merge_lora()
     folder = output / denoiser_folder(config)
     backbone.denoiser.save_pretrained(folder)
@@ -345,8 +345,8 @@ def model_card(
     head: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
     head |= {"base_model": source} if on_hub else {}
     head |= {"license": license} if license else {}
-    head["tags"] = ["text-to-image", "longalign", *(["lora"] if weights.stacks and not weights.denoiser else [])]
-    stages = [f"- {_code(s.name)}: LoRA of rank {s.config.rank}, scale {s.config.scale:g}" for s in weights.stacks]
+    head["tags"] = ["text-to-image", "longalign", *(["lora"] if weights.loras and not weights.denoiser else [])]
+    stages = [f"- {_code(s.name)}: LoRA of rank {s.config.rank}, scale {s.config.scale:g}" for s in weights.loras]
     stages += ["- all weights of the denoiser"] if weights.denoiser else []
     stages += [f"- the encoder's {name}" for name in adapters(weights.adapter)]
     rewards = ", ".join(_code(reward.name) for reward in config.rewards)
@@ -381,7 +381,7 @@ def _use(weights: Weights, base: str, loadable: bool) -> str:
         "```python\nfrom longalign import Model\n\n"
         'model = Model.from_pretrained(".")\nimage = model("A long text.", seeds=0)[0]\n```'
     )
-    if weights.denoiser or not weights.stacks:
+    if weights.denoiser or not weights.loras:
         return text
     note = "" if loadable else "  # the base model, as a folder or hub id that diffusers loads"
     code = (

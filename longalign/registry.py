@@ -18,8 +18,8 @@ from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 from pydantic import BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, SerializeAsAny, ValidationError
 from pydantic_core import PydanticCustomError, core_schema
 
-from longalign.discovery import PREFIX, offers, owner, pass_over_unreadable
-from longalign.faults import ConfigError, Fault, PartError, check_size, flatten, nested, shorten, suggestion
+from longalign.discovery import PREFIX, discover, owner, skip_unreadable
+from longalign.errors import ConfigError, ConfigProblem, PartError, check_size, flatten, nested, shorten, suggestion
 from longalign.runtime import Runtime
 
 __all__ = [
@@ -33,8 +33,8 @@ __all__ = [
     "backbones",
     "data",
     "encoders",
+    "gradient_steps",
     "rewards",
-    "schedules",
     "segmenters",
     "trainers",
 ]
@@ -42,7 +42,7 @@ __all__ = [
 try:
     import catalogue
 except Exception:  # it reads the entry points of all distributions when it is imported
-    pass_over_unreadable()
+    skip_unreadable()
     import catalogue
 
 KEBAB = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
@@ -105,7 +105,7 @@ class PartConfig(Section):
         """Makes the part, loading its weights. Imports what it needs only here."""
         raise NotImplementedError(f"{type(self).__name__} does not say how to build the part '{self.name}'")
 
-    def check_run(self, run: Any) -> list[Fault]:
+    def check_run(self, run: Any) -> list[ConfigProblem]:
         """What stands against this part in a whole run, as ``(path, message)``; nothing by default.
 
         A part overrides this to say what it needs of the others, so that the run is refused before any is loaded.
@@ -115,7 +115,7 @@ class PartConfig(Section):
         """
         return []
 
-    def check_files(self) -> list[Fault]:
+    def check_files(self) -> list[ConfigProblem]:
         """What of the files that this part names is not there or of no use, as ``(key, message)``; nothing by default.
 
         A part overrides this, so that a run stops before anything is loaded. It must not import torch nor ask the hub.
@@ -168,7 +168,7 @@ class Registry:
     # catalogue reads entry points once, overwrites duplicates silently and loads all of them on a miss; so metadata is
     # read by us, and catalogue keeps what is registered in code.
     def _entries(self) -> dict[str, list[EntryPoint]]:
-        return offers().groups.get(PREFIX + self.kind, {})
+        return discover().groups.get(PREFIX + self.kind, {})
 
     def _local(self) -> dict[str, type[PartConfig]]:
         return self._in_code.get_all()
@@ -181,7 +181,7 @@ class Registry:
         return name in self._entries() or name in self._local()
 
     def infos(self, name: str) -> list[PartInfo]:
-        """Everyone who offers a name, without importing it: one, unless distributions quarrel about it."""
+        """Everyone who discover a name, without importing it: one, unless distributions quarrel about it."""
         local = self._local().get(name)
         found = [PartInfo(name, self.kind, e.value, owner(e)) for e in self._entries().get(name, [])]
         if local is not None:
@@ -192,8 +192,8 @@ class Registry:
         """Where a part comes from, without importing it. Raises `PartError` if the name is unknown or claimed twice."""
         found = self.infos(name)
         if not found:
-            bad = "".join(f" (The entry points of {who} cannot be read: {why})" for who, why in offers().malformed)
-            bad += "".join(f" ({fault})" for entry, fault in misnamed() if entry.name == name)
+            bad = "".join(f" (The entry points of {who} cannot be read: {why})" for who, why in discover().malformed)
+            bad += "".join(f" ({problem})" for entry, problem in misnamed() if entry.name == name)
             raise PartError(
                 f"no part {shorten(name)} among {self.kind}{suggestion(str(name), self.names()) or '.'}"
                 f" There is: {', '.join(self.names()) or 'nothing'}.{bad}"
@@ -234,8 +234,8 @@ class Registry:
         if isinstance(target, type) or not callable(target) or not self.function:
             function = f", or a function ({', '.join(self.function)})" if self.function else ""
             raise PartError(f"the part must be a PartConfig class with a build method{function}, not {target!r}")
-        if fault := _fault_of_call(target, *self.function):
-            raise PartError(f"the function must take ({', '.join(self.function)}): {fault}")
+        if problem := _problem_of_call(target, *self.function):
+            raise PartError(f"the function must take ({', '.join(self.function)}): {problem}")
         made = type(
             getattr(target, "__name__", type(target).__name__), (_InCodeConfig,), {"part": staticmethod(target)}
         )
@@ -333,9 +333,9 @@ class Registry:
                 f"'{name}' among {self.kind}, from {whose}, failed to build: {type(error).__name__}: {error}"
             ) from error
         if self.function and callable(made):
-            if fault := _fault_of_call(made, *self.function):
+            if problem := _problem_of_call(made, *self.function):
                 wanted = f"the function must take ({', '.join(self.function)})"
-                raise PartError(f"'{name}' among {self.kind}, from {whose}: {wanted}: {fault}")
+                raise PartError(f"'{name}' among {self.kind}, from {whose}: {wanted}: {problem}")
             return made
         if not self.bases:
             return made
@@ -351,7 +351,7 @@ def misnamed() -> list[tuple[EntryPoint, str]]:
     """Entry points in groups that no kind has, such as ``longalign_encoder``, each with what is wrong with it."""
     unknown = [
         e
-        for group, parts in offers().groups.items()
+        for group, parts in discover().groups.items()
         for several in parts.values()
         for e in several
         if group.removeprefix(PREFIX) not in REGISTRIES
@@ -360,14 +360,14 @@ def misnamed() -> list[tuple[EntryPoint, str]]:
     return [
         (
             entry,
-            f"{owner(entry)} offers '{entry.name}' in the group '{entry.group}', which is not read"
+            f"{owner(entry)} discover '{entry.name}' in the group '{entry.group}', which is not read"
             f"{suggestion(entry.group, groups) or '; the groups are ' + ', '.join(groups)}",
         )
-        for entry in (*unknown, *offers().misnamed)
+        for entry in (*unknown, *discover().misnamed)
     ]
 
 
-def _fault_of_call(function: Any, *values: Any, **named: Any) -> str:
+def _problem_of_call(function: Any, *values: Any, **named: Any) -> str:
     """Why a function cannot be called so, or an empty text."""
     try:
         inspect.signature(function).bind(*values, **named)
@@ -387,9 +387,9 @@ def _inspect(name: str, model: type[PartConfig], kind: str) -> None:
     if model.build is PartConfig.build:
         raise PartError(f"{model.__name__} has no build(self, runtime) method")
     parts = (*getattr(model, "needs", ("backbone", "encoder")), "rewards") if kind == "trainers" else ()
-    if fault := _fault_of_call(model.build, "self", "runtime", **dict.fromkeys(parts)):
+    if problem := _problem_of_call(model.build, "self", "runtime", **dict.fromkeys(parts)):
         wanted = ", ".join(("self", "runtime", *(("*", *parts) if parts else ())))
-        raise PartError(f"{model.__name__}.build must take ({wanted}): {fault}")
+        raise PartError(f"{model.__name__}.build must take ({wanted}): {problem}")
     if not model.model_config.get("frozen") or model.model_config.get("extra") != "forbid":
         raise PartError(f"{model.__name__} must keep frozen=True and extra='forbid' of PartConfig's model_config")
     field = model.model_fields["name"]
@@ -427,8 +427,8 @@ trainers = Registry("trainers", ["longalign.trainers.base:Trainer"])
 backbones = Registry("backbones", ["longalign.backbones.base:Backbone"])
 data = Registry("data", ["longalign.data.base:Data", "longalign.data.stream:Stream"])
 segmenters = Registry("segmenters", function=("prompt", "count"))
-schedules = Registry("schedules", ["longalign.schedules.base:Schedule"])
+gradient_steps = Registry("gradient_steps", ["longalign.gradient_steps.base:GradientStepSelector"])
 
 REGISTRIES: dict[str, Registry] = {
-    r.kind: r for r in (backbones, data, encoders, rewards, schedules, segmenters, trainers)
+    r.kind: r for r in (backbones, data, encoders, rewards, gradient_steps, segmenters, trainers)
 }

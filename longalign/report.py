@@ -16,14 +16,14 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from longalign import charts
-from longalign.imagefiles import to_pil
+from longalign.image_io import to_pil
 from longalign.record import changed, machine, read_log
 from longalign.table import MIN_PROMPTS, Interval, MetricTable, is_share, label, number
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 """The page loads nothing and runs no script, whatever text came into it."""
 LONGEST_SIDE = 384
-"""Pixels; larger images are embedded reduced to this."""
+"""ImagePreprocessor; larger images are embedded reduced to this."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def findings(table: MetricTable) -> list[str]:
     for other, model in zip(table.models, table.models[1:], strict=False):
         name = f"{model} - {other}"
         gain = table.difference(model, metric, other)
-        told = [
+        lines = [
             f"{model} against {other}: {title} {number(table.interval(model, metric).mean, metric)}{unit}, "
             + _change(gain, metric)
             + (" points" if unit else "")
@@ -124,16 +124,16 @@ def findings(table: MetricTable) -> list[str]:
         if changes:
             worse = [f"{share} {_change(v, metric)}" for share, v in changes.items() if v.mean < 0]
             better = [share for share, v in changes.items() if v.mean > 0]
-            told.append("worse: " + (", ".join(worse) or "none"))
-            told.append("better: " + (", ".join(better) or "none"))
+            lines.append("worse: " + (", ".join(worse) or "none"))
+            lines.append("better: " + (", ".join(better) or "none"))
         moved = {m: v for m in table.metrics[1:] if (v := table.difference(model, m, other)).significant}
-        told += [f"{label(m)} {_change(v, m)}" for m, v in moved.items()]
+        lines += [f"{label(m)} {_change(v, m)}" for m, v in moved.items()]
         for m, relevant in moved.items():
             irrelevant = moved.get(m.replace("text_relevant", "text_irrelevant"))
             if m.endswith("text_relevant") and irrelevant and irrelevant.mean > relevant.mean > 0:
                 ratio = irrelevant.mean / relevant.mean
-                told.append(f"the text-irrelevant part rises {ratio:.1f} times as much as the text-relevant one")
-        out.append("; ".join(told) + ".")
+                lines.append(f"the text-irrelevant part rises {ratio:.1f} times as much as the text-relevant one")
+        out.append("; ".join(lines) + ".")
     return [*out, f"note: fewer than {MIN_PROMPTS} prompts, so no difference is called significant."] if few else out
 
 
@@ -235,15 +235,17 @@ def _keys(models: Sequence[str]) -> str:
 def _examples(examples: Sequence[Example], models: Sequence[str], score_name: str) -> str:
     if not examples:
         return ""
-    told = "Each row is one sentence of the prompt."
+    caption = "Each row is one sentence of the prompt."
     if any(e.verdicts for e in examples):
-        told += " Chips count the facts of the sentence that the image shows: all (green), some (yellow), none (red)."
+        caption += (
+            " Chips count the facts of the sentence that the image shows: all (green), some (yellow), none (red)."
+        )
     if any(e.scores for e in examples):
-        told += f" The small number is the image's {score_name} with that sentence alone."
+        caption += f" The small number is the image's {score_name} with that sentence alone."
     if any(e.unread and any(e.unread.values()) for e in examples):
-        told += " A dashed chip marks a sentence that the model's encoder did not read to its end."
+        caption += " A dashed chip marks a sentence that the model's encoder did not read to its end."
     body = "".join(_example(e, [m for m in models if m in e.images]) for e in examples)
-    return f"<section><h2>Images</h2><p class='soft'>{escape(told)}</p>{body}</section>"
+    return f"<section><h2>Images</h2><p class='soft'>{escape(caption)}</p>{body}</section>"
 
 
 def _example(example: Example, models: Sequence[str]) -> str:

@@ -69,7 +69,7 @@ class RandomState:
 
 
 @dataclass(frozen=True)
-class Visit:
+class RecordedStep:
     """A call of the network during a rollout that is to be repeated with gradient.
 
     Attributes:
@@ -90,9 +90,9 @@ def rollout(
     predict: Predict,
     noise: Tensor,
     solver: Solver,
-    chosen: Collection[int] = (),
-    predict_elsewhere: Predict | None = None,
-) -> tuple[Tensor, list[Visit]]:
+    grad_steps: Collection[int] = (),
+    predict_no_grad: Predict | None = None,
+) -> tuple[Tensor, list[RecordedStep]]:
     """Samples without gradient and remembers the chosen calls.
 
     Args:
@@ -100,27 +100,27 @@ def rollout(
         noise: ``(b, c, h, w)`` pure noise.
         solver: the steps.
         chosen: indices of the steps whose calls are to be repeated.
-        predict_elsewhere: the network at the other steps, where it differs (e.g. without dropout).
+        predict_no_grad: the network at the other steps, where it differs (e.g. without dropout).
 
     Returns:
         The final latents ``(b, c, h, w)`` and the visits, in the order of the steps.
     """
-    outside = sorted(i for i in chosen if not 0 <= i < len(solver))
+    outside = sorted(i for i in grad_steps if not 0 <= i < len(solver))
     if outside:
         raise ValueError(f"there is no step {outside[0]} among {len(solver)} sampling steps; expected 0 to the last")
-    latents, visits = noise, []
+    latents, recorded = noise, []
     for index, timestep in enumerate(solver.timesteps):
         timesteps = torch.full((len(noise),), timestep, device=noise.device)
-        if index in chosen:
-            visits.append(Visit(index, latents, timesteps, RandomState.now(noise.device)))
-        call = predict if index in chosen or predict_elsewhere is None else predict_elsewhere
+        if index in grad_steps:
+            recorded.append(RecordedStep(index, latents, timesteps, RandomState.now(noise.device)))
+        call = predict if index in grad_steps or predict_no_grad is None else predict_no_grad
         output = call(latents, timesteps)
         fresh = torch.randn_like(latents) if solver.c[index] else None
         latents = solver.step(index, latents, output, fresh)
-    return latents, visits
+    return latents, recorded
 
 
-def replay(predict: Predict, visits: Sequence[Visit], latents: Tensor | None = None) -> Tensor:
+def replay(predict: Predict, recorded: Sequence[RecordedStep], latents: Tensor | None = None) -> Tensor:
     """Repeats visits with gradient in one call.
 
     Args:
@@ -134,21 +134,26 @@ def replay(predict: Predict, visits: Sequence[Visit], latents: Tensor | None = N
     Raises:
         ValueError: if the network draws random numbers (dropout), which cannot repeat for several visits at once.
     """
-    seen = torch.cat([v.latents for v in visits]) if latents is None else latents
-    timesteps, random = torch.cat([v.timesteps for v in visits]), visits[0].random
+    seen = torch.cat([v.latents for v in recorded]) if latents is None else latents
+    timesteps, random = torch.cat([v.timesteps for v in recorded]), recorded[0].random
     with torch.enable_grad(), random.replayed():
         outputs = predict(seen, timesteps)
-        if len(visits) > 1 and not random.is_now():
+        if len(recorded) > 1 and not random.is_now():
             raise ValueError(
-                f"the network draws random numbers (dropout), which differ when {len(visits)} calls are repeated in "
+                f"the network draws random numbers (dropout), which differ when {len(recorded)} calls are repeated in "
                 "one; expected a network without dropout, or calls repeated one by one (replay_batch: 1)"
             )
     return outputs
 
 
-def retrace(
-    predict: Predict, solver: Solver, visits: Sequence[Visit], gradient: Tensor, detach: bool = True, together: int = 1
-) -> Iterator[tuple[Sequence[Visit], Tensor, Tensor]]:
+def replay_backward(
+    predict: Predict,
+    solver: Solver,
+    recorded: Sequence[RecordedStep],
+    gradient: Tensor,
+    detach: bool = True,
+    calls_per_batch: int = 1,
+) -> Iterator[tuple[Sequence[RecordedStep], Tensor, Tensor]]:
     """Repeats the visits of a rollout from the last to the first.
 
     Call ``backward`` on each scalar, or on a sum with it, before taking the next. It may be scaled there, as for half
@@ -166,19 +171,19 @@ def retrace(
         For each call its visits, their outputs ``(v * b, c, h, w)``, and a scalar whose gradient in the parameters is
         the loss's through these outputs.
     """
-    if together > 1 and not detach:
+    if calls_per_batch > 1 and not detach:
         raise ValueError(
             f"where the gradient flows through the network's inputs each call needs the gradient of the next, so "
-            f"{together} cannot be repeated in one; expected together = 1, or detached inputs"
+            f"{calls_per_batch} cannot be repeated in one; expected together = 1, or detached inputs"
         )
     following = len(solver)  # the step that takes the latent which `gradient` belongs to
-    for end in range(len(visits), 0, -together):
-        some, vectors = visits[max(end - together, 0) : end], []
-        for visit in reversed(some):
-            gradient = math.prod(solver.a[visit.index + 1 : following]) * gradient
-            vectors.insert(0, solver.b[visit.index] * gradient)
-            gradient, following = solver.a[visit.index] * gradient, visit.index
-        through = not detach and some[0] is not visits[0]
+    for end in range(len(recorded), 0, -calls_per_batch):
+        some, vectors = recorded[max(end - calls_per_batch, 0) : end], []
+        for step in reversed(some):
+            gradient = math.prod(solver.a[step.index + 1 : following]) * gradient
+            vectors.insert(0, solver.b[step.index] * gradient)
+            gradient, following = solver.a[step.index] * gradient, step.index
+        through = not detach and some[0] is not recorded[0]
         latents = torch.cat([v.latents for v in some]).requires_grad_(through)
         outputs = replay(predict, some, latents)
         scalar = (outputs * torch.cat(vectors).to(outputs.dtype)).sum()

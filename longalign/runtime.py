@@ -99,7 +99,7 @@ def _check_device(device: str) -> None:
 
 
 @contextmanager
-def launched(precision: str = "no", device: str | None = None) -> Iterator[Runtime]:
+def distributed_runtime(precision: str = "no", device: str | None = None) -> Iterator[Runtime]:
     """Inside, this process is one of those that ``torchrun`` or ``accelerate launch`` started, and talks to them.
 
     A process that was started alone gets what `Runtime.detect` gives. Of a machine's GPUs each takes its own. What is

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather_full(tensor: Tensor) -> Tensor:
     """A tensor in one piece; one that is in one piece is returned as it is.
 
     One that is split is gathered on the CPU of the first process, and is empty in the others, so that it is held once.
@@ -24,14 +24,14 @@ def whole(tensor: Tensor) -> Tensor:
     return gathered.cpu() if torch.distributed.get_rank() == 0 else gathered.new_empty(0, device="cpu")
 
 
-def share(tensor: Tensor, like: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     """This process's share of a whole tensor, split as ``like`` is; if that is not split, the tensor as it is."""
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def let_go(module: nn.Module) -> None:
+def reshard(module: nn.Module) -> None:
     """Keeps only this process's share of weights that a call gathered.
 
     Calls without a backward pass after them leave them gathered, and the next call would not see a change of them.
@@ -41,21 +41,24 @@ def let_go(module: nn.Module) -> None:
             part.reshard()
 
 
-def whole_state(state: dict[str, Any]) -> dict[str, Any]:
+def gather_optimizer_state(state: dict[str, Any]) -> dict[str, Any]:
     """An optimiser's `state_dict` with its tensors in one piece, see `whole`."""
     moments = {
-        i: {k: whole(v) if isinstance(v, Tensor) else v for k, v in of.items()} for i, of in state["state"].items()
+        i: {k: gather_full(v) if isinstance(v, Tensor) else v for k, v in of.items()}
+        for i, of in state["state"].items()
     }
     return {**state, "state": moments}
 
 
-def share_state(state: dict[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
-    """This process's share of what `whole_state` gave, for an optimiser of ``parameters``."""
+def shard_optimizer_state(state: dict[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
+    """This process's share of what `gather_optimizer_state` gave, for an optimiser of ``parameters``."""
 
     def dealt(i: int, value: Any) -> Any:
         # what has another shape than the parameter, a number of steps, is not split
         return (
-            share(value, parameters[i]) if isinstance(value, Tensor) and value.shape == parameters[i].shape else value
+            shard_like(value, parameters[i])
+            if isinstance(value, Tensor) and value.shape == parameters[i].shape
+            else value
         )
 
     moments = {i: {k: dealt(i, v) for k, v in of.items()} for i, of in state["state"].items()}

@@ -88,9 +88,9 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}")
     with reading(path), safe_open(path, "pt") as file:
-        told = (file.metadata() or {}).get(CHECKSUM)
+        expected = (file.metadata() or {}).get(CHECKSUM)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if told is not None and told != checksum(tensors):
+    if expected is not None and expected != checksum(tensors):
         raise ValueError(f"{path} is damaged: its tensors are not those that were written into it; get it again")
     return tensors
 

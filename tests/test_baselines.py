@@ -35,9 +35,9 @@ from transformers import (
     T5EncoderModel,
 )
 
-from longalign import stock
+from longalign import baselines
 from longalign.cli import main
-from longalign.imagefiles import load_image
+from longalign.image_io import load_image
 from longalign.mini.tokenizers import write_clip_tokenizer
 from longalign.runtime import Runtime
 
@@ -167,7 +167,7 @@ def hub(tmp_path_factory):
     tiny_kandinsky(*folders)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "HF_HUB_CACHE", str(home))
-        patch.setattr(stock, "load_pipeline", cache(stock.load_pipeline))
+        patch.setattr(baselines, "load_pipeline", cache(baselines.load_pipeline))
         yield home
 
 
@@ -189,11 +189,11 @@ KINDS = {
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("negative", [None, "green"])
 def test_images_are_the_pipelines_own_in_any_batch(models, tmp_path, name, negative):
-    output, size = tmp_path / "out", ["--size", "64", "--steps", "2", "--guidance", "3"]
-    told = [] if negative is None else ["--negative", negative]
+    output, size = tmp_path / "out", ["--size", "64", "--num-steps", "2", "--guidance", "3"]
+    negatives = [] if negative is None else ["--negative", negative]
     prompts = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
-    assert main(["generate", "--pipeline", models[name], *prompts, *size, *told, "--output", str(output)]) == 0
-    pipe = stock.load_pipeline(models[name], CPU)
+    assert main(["generate", "--pipeline", models[name], *prompts, *size, *negatives, "--output", str(output)]) == 0
+    pipe = baselines.load_pipeline(models[name], CPU)
     assert type(pipe).__name__ == KINDS[name]
     own = {} if negative is None else {"negative_prompt": negative}
     drawn = [load_image(output / f"{i:05d}-0.png") for i in range(2)]
@@ -203,7 +203,7 @@ def test_images_are_the_pipelines_own_in_any_batch(models, tmp_path, name, negat
             prompt, generator=generator, height=64, width=64, num_inference_steps=2, guidance_scale=3.0, **own
         ).images[0]
         # rounding moves single pixels by a step of 8 bits, another prompt the whole image
-        assert steps(ours, stock._tensor(image)) < 0.01 < 0.3 < steps(other, stock._tensor(image))
+        assert steps(ours, baselines._tensor(image)) < 0.01 < 0.3 < steps(other, baselines._tensor(image))
 
 
 def steps(one, other):
@@ -213,7 +213,7 @@ def steps(one, other):
 
 def test_a_comparison_is_one_command(models, brightness, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    given = ["--prompts", str(tmp_path / "prompts.txt"), "--reward", brightness, "--steps", "2", "--size", "64"]
+    given = ["--prompts", str(tmp_path / "prompts.txt"), "--reward", brightness, "--num-steps", "2", "--size", "64"]
     names = [f"{name}={where}" for name, where in models.items()]
     output = tmp_path / "compared"
     assert main(["eval", "--pipeline", *names, *given, "--output", str(output), "--json", str(tmp_path / "t")]) == 0
@@ -224,18 +224,18 @@ def test_a_comparison_is_one_command(models, brightness, tmp_path, capsys):
 
 
 def test_a_decoder_is_drawn_with_by_the_scheduler_asked_for(models):
-    pipe = stock.load_pipeline(models["kandinsky"], CPU)
+    pipe = baselines.load_pipeline(models["kandinsky"], CPU)
     own, prior = pipe.scheduler, pipe.prior_pipe.scheduler
 
     def draw():
         generator = torch.Generator().manual_seed(0)
         image = pipe(PROMPTS[0], height=64, width=64, num_inference_steps=2, generator=generator).images[0]
-        return stock._tensor(image)
+        return baselines._tensor(image)
 
     drawn = {"own": draw()}
     for name in ("dpm++", "ddim"):
-        stock.set_scheduler(pipe, name)
-        assert type(pipe.decoder_pipe.scheduler).__name__ == stock.SOLVERS[name]
+        baselines.set_scheduler(pipe, name)
+        assert type(pipe.decoder_pipe.scheduler).__name__ == baselines.SCHEDULER_CLASSES[name]
         assert pipe.prior_pipe.scheduler is prior
         drawn[name] = draw()
         pipe.scheduler = own
@@ -245,12 +245,12 @@ def test_a_decoder_is_drawn_with_by_the_scheduler_asked_for(models):
     assert torch.equal(drawn["own"], draw()) and not torch.equal(drawn["own"], drawn["ddim"])
     for name in ("lcm", "unipc"):  # of other models; it takes no generators
         with pytest.raises(ValueError, match=f"KandinskyV22CombinedPipeline cannot be drawn with '{name}'"):
-            stock.set_scheduler(pipe, name)
+            baselines.set_scheduler(pipe, name)
 
 
 def test_a_size_that_a_pipeline_does_not_have_is_refused(models, tmp_path):
     with pytest.raises(ValueError, match=r"KandinskyV22CombinedPipeline drew images of height 128 instead of 72"):
-        stock.generate(models["kandinsky"], PROMPTS[:1], tmp_path, steps=1, height=72, width=64, runtime=CPU)
+        baselines.generate(models["kandinsky"], PROMPTS[:1], tmp_path, num_steps=1, height=72, width=64, runtime=CPU)
 
 
 def test_a_decoder_without_its_prior_is_refused(hub, tmp_path, monkeypatch):
@@ -258,28 +258,30 @@ def test_a_decoder_without_its_prior_is_refused(hub, tmp_path, monkeypatch):
     alone = tmp_path / "decoder"
     shutil.copytree(decoder, alone, ignore=shutil.ignore_patterns("README.md"))
     with pytest.raises(ValueError, match=r"a decoder whose README.md names its prior, .*prior_prior"):
-        stock.load_pipeline(str(alone), CPU)
+        baselines.load_pipeline(str(alone), CPU)
     (alone / "README.md").write_text(CARD.replace(PRIOR, "nobody/nothing"))
     with pytest.raises(ValueError, match=r"no diffusers pipeline .*decoder'.*nobody/nothing"):
-        stock.load_pipeline(str(alone), CPU)
+        baselines.load_pipeline(str(alone), CPU)
     (prior,) = hub.glob("*prior/snapshots/*")
     (alone / "README.md").write_text(CARD.replace(PRIOR, str(prior)))
-    assert type(stock.load_pipeline(str(alone), CPU)).__name__ == KINDS["kandinsky"]
+    assert type(baselines.load_pipeline(str(alone), CPU)).__name__ == KINDS["kandinsky"]
 
 
 def test_a_tokenizer_that_cannot_be_read_is_told(models, tmp_path):
     shutil.copytree(models["pixart"], tmp_path / "pixart", ignore=shutil.ignore_patterns("tokenizer.json"))
     (tmp_path / "pixart" / "tokenizer" / "spiece.model").write_bytes(b"not a vocabulary")
     with pytest.raises(ValueError, match="pip install sentencepiece protobuf"):
-        stock.load_pipeline(str(tmp_path / "pixart"), CPU)
+        baselines.load_pipeline(str(tmp_path / "pixart"), CPU)
 
 
 def test_captions_that_are_not_cleaned_are_told_once(models, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(stock, "find_spec", lambda name: None if name == "bs4" else True)
+    monkeypatch.setattr(baselines, "find_spec", lambda name: None if name == "bs4" else True)
     with caplog.at_level(logging.WARNING, "longalign"):
-        stock.generate(models["pixart"], PROMPTS, tmp_path, batch_size=1, steps=2, height=64, width=64, runtime=CPU)
-    (told,) = caplog.messages
-    assert "beautifulsoup4 is not installed" in told and "pip install beautifulsoup4" in told
-    monkeypatch.setattr(stock, "find_spec", lambda name: True)
-    assert stock.cleaning(stock.load_pipeline(models["pixart"], CPU)) == {}
-    assert stock.cleaning(stock.load_pipeline(models["playground"], CPU)) == {}
+        baselines.generate(
+            models["pixart"], PROMPTS, tmp_path, batch_size=1, num_steps=2, height=64, width=64, runtime=CPU
+        )
+    (negatives,) = caplog.messages
+    assert "beautifulsoup4 is not installed" in negatives and "pip install beautifulsoup4" in negatives
+    monkeypatch.setattr(baselines, "find_spec", lambda name: True)
+    assert baselines.cleaning(baselines.load_pipeline(models["pixart"], CPU)) == {}
+    assert baselines.cleaning(baselines.load_pipeline(models["playground"], CPU)) == {}

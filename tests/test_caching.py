@@ -21,9 +21,9 @@ from longalign.encoders.adapter import TextAdapter, adapt
 from longalign.encoders.base import Encoder
 from longalign.encoders.cached import CachedEncoder, entries, frozen, prompt_key
 from longalign.encoders.configs import AdapterConfig
-from longalign.faults import ConfigError
+from longalign.errors import ConfigError
 from longalign.fingerprint import fingerprint, fingerprints
-from longalign.imagefiles import write_png
+from longalign.image_io import write_png
 from longalign.locks import Lock
 from longalign.pipeline import load_model
 from longalign.registry import PartConfig, encoders
@@ -84,7 +84,7 @@ def test_training_has_the_same_numbers_with_and_without(config, tmp_path, smooth
     plain = numbers(override(config, {"cache": None, "output": str(tmp_path / "plain")}))
     assert len(plain) == 3 and all(line["noise_loss"] > 0 for line in plain)
     for line, cached in zip(plain, numbers(config), strict=True):
-        line.pop("cut_prompts", None)  # a cache does not know
+        line.pop("truncated_prompts", None)  # a cache does not know
         assert line == pytest.approx(cached, rel=1e-4)
     plain, cached = (load_model(tmp_path / name / "checkpoint-000003") for name in ("plain", "cached"))
     assert cached[0].cache is not None
@@ -102,7 +102,7 @@ def test_no_text_model_is_built(config, monkeypatch):
     with pytest.raises(ValueError, match=r"the prompt 'A new one' is not in the cache .*prompts-clip-segment"):
         composition.encoder.encode(["A new one"])
     with pytest.raises(ValueError, match=r"does not say what was cut"):
-        composition.encoder.parts[0].cut(["A fox."])
+        composition.encoder.parts[0].report(["A fox."])
     item = composition.data[3]  # it cannot be read, so the next one takes its place, as without a cache
     assert item["prompt"] == "A fox." and item["posterior"].shape == (8, 2, 2) and "image" not in item
 
@@ -207,11 +207,14 @@ def test_pooled_and_masked_states_come_back_as_the_encoder_gives_them(tmp_path):
     assert caching.make(config, CPU) == {"prompts-clip-segment-sdxl": (4, 4)}
     cached, plain = build_from_config(config, CPU).encoder, config.encoder.build(CPU)
     for prompts in (["A red fox. A wall.", "", "A green sky."], ["", "The sky."]):
-        read, told = cached.encode(prompts), plain.encode(prompts)
-        for one, other in ((read.states, told.states * told.mask[..., None]), (read.pooled, told.pooled)):
+        read, conditioning = cached.encode(prompts), plain.encode(prompts)
+        for one, other in (
+            (read.states, conditioning.states * conditioning.mask[..., None]),
+            (read.pooled, conditioning.pooled),
+        ):
             # rounding depends on which prompts share a call, and is that of the largest terms of a sum
             torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * other.abs().max().item())
-        assert torch.equal(read.mask, told.mask)
+        assert torch.equal(read.mask, conditioning.mask)
 
 
 @pytest.mark.filterwarnings("ignore::longalign.encoders.base.TruncationWarning")
@@ -230,11 +233,11 @@ def test_the_adapter_of_a_plugins_encoder_may_be_under_any_key(config, models, t
             self.inner, self.mapper, self.dim = inner, mapper, inner.dim if mapper is None else mapper.out_dim
 
         def encode(self, prompts):
-            told = self.inner.encode(prompts)
-            return told if self.mapper is None else adapt(self.mapper, told)
+            conditioning = self.inner.encode(prompts)
+            return conditioning if self.mapper is None else adapt(self.mapper, conditioning)
 
-        def cut(self, prompts):
-            return self.inner.cut(prompts)
+        def report(self, prompts):
+            return self.inner.report(prompts)
 
     encoders.register("mapped", MappedConfig)
     try:
@@ -260,7 +263,7 @@ def test_reward_training_reads_prompts(config, tmp_path):
     rewards.register("red", lambda images, prompts: images[:, 0].mean((1, 2)))
     (tmp_path / "prompts.txt").write_text("A red fox.\nA wall.\nThe sky.")
     trainer = {"name": "reward", "lora": {"rank": 2}, "num_steps": 2, "resolution": 16}
-    trainer["schedule"] = {"name": "grouped-random", "groups": 1}
+    trainer["gradient_steps"] = {"name": "grouped-random", "groups": 1}
     data = {"name": "prompts", "file": str(tmp_path / "prompts.txt")}
     try:
         changed = override(config, {"trainer": trainer, "rewards": ["red"], "data": data, "loop.steps": 2})
@@ -273,7 +276,7 @@ def test_reward_training_reads_prompts(config, tmp_path):
 
 
 @pytest.mark.parametrize("part", [0, 1])
-@pytest.mark.parametrize("settings", [{}, {"overflow": "cut"}, {"pad": "none", "mask": True}])
+@pytest.mark.parametrize("settings", [{}, {"overflow": "truncate"}, {"pad": "none", "mask": True}])
 @pytest.mark.filterwarnings("ignore::longalign.encoders.base.TruncationWarning")
 def test_prompts_of_any_length_have_the_states_that_the_encoder_gives_in_any_batch(config, tmp_path, part, settings):
     keys = type(config.encoder.parts[part]).model_fields
@@ -287,10 +290,10 @@ def test_prompts_of_any_length_have_the_states_that_the_encoder_gives_in_any_bat
     store.flush()
     cached = CachedEncoder(Store(tmp_path / "states", {"a": 1}))
     for batch in (prompts, prompts[:2], prompts[:3], prompts[2:4], [prompts[3]], prompts[1:5:3]):
-        told, expected = cached.encode(batch), encoder.encode(batch)
-        torch.testing.assert_close(told.states, expected.states, rtol=1e-4, atol=1e-5)
-        assert (told.mask is None) == (expected.mask is None)
-        assert told.mask is None or torch.equal(told.mask, expected.mask)
+        conditioning, expected = cached.encode(batch), encoder.encode(batch)
+        torch.testing.assert_close(conditioning.states, expected.states, rtol=1e-4, atol=1e-5)
+        assert (conditioning.mask is None) == (expected.mask is None)
+        assert conditioning.mask is None or torch.equal(conditioning.mask, expected.mask)
 
 
 def test_what_cannot_be_cached_is_refused(config, tmp_path):
@@ -312,10 +315,10 @@ def test_what_cannot_be_cached_is_refused(config, tmp_path):
 def test_items_that_are_drawn_anew_are_refused(config, monkeypatch):
     from longalign.data.folder import Folder
 
-    def own(self, index):
+    def load_item(self, index):
         return {"prompt": "A fox.", "image": torch.rand(3, 16, 16)}
 
-    monkeypatch.setattr(Folder, "own", own)
+    monkeypatch.setattr(Folder, "load_item", load_item)
     with pytest.raises(ValueError, match=r"draws its item 0 anew each time"):
         caching.make(config, CPU)
 
@@ -323,7 +326,7 @@ def test_items_that_are_drawn_anew_are_refused(config, monkeypatch):
 def test_the_command(config, tmp_path, capsys, caplog):
     path = tmp_path / "run.yaml"
     path.write_text(to_yaml(config))
-    cut = ["encoder.parts.0.max_tokens=18", "encoder.parts.0.overflow=cut"]
+    cut = ["encoder.parts.0.max_tokens=18", "encoder.parts.0.overflow=truncate"]
     with caplog.at_level(logging.ERROR), pytest.warns(match=r"do not fit"):
         assert main(["cache", str(path), *cut, "--batch", "3"]) == 0
     assert "latents: 4 entries, 4 of them new" in capsys.readouterr().out
@@ -434,8 +437,8 @@ def test_a_hub_id_is_told_by_the_commit_that_loading_would_take(tmp_path, monkey
 def test_weights_in_a_subfolder_are_told_apart(tmp_path, given):
     weights = tmp_path / given.removesuffix("/vae") / "vae" / "model.safetensors"
     weights.parent.mkdir(parents=True)
-    told = set()
+    conditioning = set()
     for content in (b"one", b"two"):
         weights.write_bytes(content)
-        told |= set(fingerprints({"checkpoint": str(tmp_path), "subfolder": given or None}, ["vae"]).values())
-    assert len(told) == 2
+        conditioning |= set(fingerprints({"checkpoint": str(tmp_path), "subfolder": given or None}, ["vae"]).values())
+    assert len(conditioning) == 2

@@ -16,7 +16,7 @@ from longalign import caching, store
 from longalign.compose import build_from_config
 from longalign.config import load_config, override, to_yaml
 from longalign.data.cached import UNREADABLE, read_items
-from longalign.imagefiles import write_png
+from longalign.image_io import write_png
 from longalign.runtime import Runtime
 
 CAPTIONS = ("A red fox sleeps on a wall.", "A wall.", "The sky.", "A fox is red.", "A fox.", "The sky is red.", "Red.")

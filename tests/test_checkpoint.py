@@ -13,7 +13,7 @@ from longalign import checkpoint
 from longalign.backbones.configs import LoraConfig
 from longalign.compose import build_from_config
 from longalign.config import load_config
-from longalign.faults import ConfigError
+from longalign.errors import ConfigError
 from longalign.files import read_metadata
 from longalign.pipeline import load_model, sample
 from longalign.registry import backbones, encoders
@@ -85,7 +85,7 @@ def test_what_is_drawn_with_has_the_dtype_asked_for(world, tmp_path, dtype, foun
     for source in (tmp_path, composition.config):
         config, backbone, encoder = load_model(source, dtype)
         assert config == composition.config and backbone.denoiser.dtype == found
-        images = sample(backbone, encoder, ["a"], seeds=[0], steps=2, guidance=1)
+        images = sample(backbone, encoder, ["a"], seeds=[0], num_steps=2, guidance=1)
         assert images.dtype == torch.float32 and images.isfinite().all()
 
 
@@ -108,7 +108,7 @@ def test_a_checkpoint_explains_itself(world, tmp_path):
     assert {"python", "torch", "diffusers", "longalign"} <= set(json.loads(metadata["versions"]))
     owners = json.loads(metadata["providers"])
     assert owners["backbone"] == "this process" and owners["trainer"].startswith("longalign ")
-    assert owners["trainer.schedule"].startswith("longalign ") and owners["rewards.0"] == "this process"
+    assert owners["trainer.gradient_steps"].startswith("longalign ") and owners["rewards.0"] == "this process"
     assert json.loads(metadata["loras"]) == [{"name": "reward", "config": {**LORA.model_dump(), "dropout": 0.1}}]
 
 
@@ -202,8 +202,8 @@ def test_a_write_that_fails_leaves_the_old_file(world, tmp_path, monkeypatch):
 
 def rewritten(path, tensors=None, **metadata):
     """The checkpoint with other tensors or metadata, as a tool of somebody's would write it."""
-    told = {key: value for key, value in read_metadata(path).items() if key != "checksum"}
-    save_file(tensors or load_file(path), path, {**told, **metadata})
+    metadata_read = {key: value for key, value in read_metadata(path).items() if key != "checksum"}
+    save_file(tensors or load_file(path), path, {**metadata_read, **metadata})
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_metadata_of_another_form_is_named(world, tmp_path, loras):
 def test_a_checkpoint_is_sampled_without_the_plugins_that_only_training_needs(world, tmp_path, caplog):
     path = saved(trained(world.reward_config(tmp_path)), tmp_path / "c")
     config = json.loads(read_metadata(path)["config"])
-    config["rewards"], config["trainer"]["schedule"] = [{"name": "missing", "key": 1}], {"name": "absent"}
+    config["rewards"], config["trainer"]["gradient_steps"] = [{"name": "missing", "key": 1}], {"name": "absent"}
     providers = {"rewards.0": "longalign-missing 1.2", "encoder": "this process"}
     rewritten(path, config=json.dumps(config), providers=json.dumps(providers))
     read, backbone, encoder = checkpoint.load_for_sampling(path, Runtime())

@@ -17,7 +17,7 @@ from longalign.checkpoint import load_for_sampling
 from longalign.checks import check_files, check_parts
 from longalign.compose import build_from_config
 from longalign.config import load_config, override, to_json
-from longalign.faults import ConfigError
+from longalign.errors import ConfigError
 from longalign.files import find_checkpoint
 from longalign.registry import REGISTRIES, PartConfig, rewards
 from longalign.runtime import Runtime
@@ -79,9 +79,9 @@ def test_a_run_of_bundled_weights_is_all_there():
 def test_what_is_missing_or_does_not_fit_is_named_by_its_key(changes, path, message):
     if "resolution" in str(changes):
         Path("a.txt").touch()
-    faults = found(changes)
-    assert list(faults) == [path]
-    assert message in faults[path]
+    problems = found(changes)
+    assert list(problems) == [path]
+    assert message in problems[path]
 
 
 REWARD = {"trainer": "reward", "data": {"name": "prompts", "file": "p.txt"}}
@@ -100,13 +100,13 @@ REWARD = {"trainer": "reward", "data": {"name": "prompts", "file": "p.txt"}}
     ],
 )  # fmt: skip
 def test_files_of_rewards(reward, path, message):
-    faults = found({**REWARD, "rewards": [reward], "trainer.resolution": 63})
-    assert list(faults) == [path, "data.file", "trainer.resolution"] or set(faults) == {
+    problems = found({**REWARD, "rewards": [reward], "trainer.resolution": 63})
+    assert list(problems) == [path, "data.file", "trainer.resolution"] or set(problems) == {
         path,
         "data.file",
         "trainer.resolution",
     }
-    assert message in faults[path]
+    assert message in problems[path]
     with pytest.raises(ConfigError, match=path.replace("rewards.0", "mine")):
         check_parts({"mine": rewards.validate(reward)})
 
@@ -146,9 +146,9 @@ def test_widths_of_two_clips_and_of_pooled_embeddings(tmp_path):
         "backbone": {"name": "sdxl", "checkpoint": "m"},
         "encoder": {"name": "clip-segment-sdxl", "checkpoint": "m"},
     }
-    faults = found(sdxl)
-    assert list(faults) == ["encoder"]
-    assert "pooled embedding of width 7, and the denoiser of 'sdxl' takes 6" in faults["encoder"]
+    problems = found(sdxl)
+    assert list(problems) == ["encoder"]
+    assert "pooled embedding of width 7, and the denoiser of 'sdxl' takes 6" in problems["encoder"]
     sd3 = {"backbone": {"name": "sd3", "checkpoint": "m"}, "encoder": {"name": "clip-segment-sd3", "checkpoint": "m"}}
     check_files(override(ALIGN, {**sd3, "output": "out"}))
     assert "width 9, and" in found({**sd3, "encoder.width": 9})["encoder"]
@@ -163,9 +163,9 @@ def test_a_used_output_folder_and_a_missing_tracker(monkeypatch):
     (folder / "longalign.safetensors").touch()
     real = __import__("importlib.util").util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else real(name))
-    faults = found({"loop.trackers": "wandb"})
-    assert "there is a run in out already" in faults["output"]
-    assert "pip install wandb" in faults["loop.trackers"]
+    problems = found({"loop.trackers": "wandb"})
+    assert "there is a run in out already" in problems["output"]
+    assert "pip install wandb" in problems["loop.trackers"]
     check_files(override(ALIGN, {"output": "out"}), resumed=True)
     Path("file").touch()
     assert "file is a file" in found({"output": "file/out"})["output"]
@@ -225,10 +225,10 @@ def test_a_plugins_check_that_fails_is_named():
 
     rewards.register("mine", MineConfig)
     try:
-        faults = found({**REWARD, "data": ALIGN["data"], "rewards": ["mine"]})
+        problems = found({**REWARD, "data": ALIGN["data"], "rewards": ["mine"]})
     finally:
         rewards.unregister("mine")
-    assert faults == {"rewards.0": "check_files of 'mine' failed: ZeroDivisionError: division by zero"}
+    assert problems == {"rewards.0": "check_files of 'mine' failed: ZeroDivisionError: division by zero"}
 
 
 @pytest.mark.parametrize("command", ["train", "generate", "python"])

@@ -10,12 +10,12 @@ from typing import Literal
 import pytest
 import torch
 
-from longalign import cli, evaluate, pipeline, stock
+from longalign import baselines, cli, evaluate, pipeline
 from longalign.backbones.configs import LoraConfig
 from longalign.cli import main
 from longalign.compose import Composition
 from longalign.config import load_config, to_yaml
-from longalign.imagefiles import write_png
+from longalign.image_io import write_png
 from longalign.registry import PartConfig, rewards, trainers
 from longalign.rewards import direction
 from longalign.rewards.base import EmbeddingReward
@@ -190,7 +190,9 @@ def test_describe_a_part_shows_each_key_with_type_default_and_words(capsys):
     assert "lora.rank: int >= 1 = 32" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", ["encoders", "rewards", "trainers", "data", "segmenters", "schedules", "backbones"])
+@pytest.mark.parametrize(
+    "kind", ["encoders", "rewards", "trainers", "data", "segmenters", "gradient_steps", "backbones"]
+)
 def test_every_part_describes_itself_and_every_key(kind, capsys):
     from longalign.registry import REGISTRIES
 
@@ -469,20 +471,20 @@ def test_generate_hands_prompts_and_settings_on(yaml, monkeypatch, tmp_path, cap
     monkeypatch.setattr(pipeline, "generate", generate)
     (tmp_path / "prompts.txt").write_text("one\ntwo\n")
     options = ["--prompts", str(tmp_path / "prompts.txt"), "--seed", "3", "4", "--size", "96x64", "--guidance", "2"]
-    assert main(["generate", "--config", yaml, *options, "--output", "here", "--scheduler", "ddim"]) == 0
+    assert main(["generate", "--config", yaml, *options, "--output", "here", "--solver", "ddim"]) == 0
     assert seen["source"] == load_config(yaml)
     assert (seen["prompts"], seen["seeds"], seen["output"]) == (["one", "two"], [3, 4], "here")
-    assert (seen["width"], seen["height"], seen["guidance"], seen["scheduler"]) == (96, 64, 2.0, "ddim")
+    assert (seen["width"], seen["height"], seen["guidance"], seen["solver"]) == (96, 64, 2.0, "ddim")
     assert "2 images in here" in capsys.readouterr().out
     assert main(["generate", "--config", yaml, "--prompt", "a", "--prompt", "b", "--output", "x"]) == 0
     assert seen["prompts"] == ["a", "b"]
     assert (seen["height"], seen["width"], seen["dtype"], list(seen["seeds"])) == (None, None, None, [0])
-    for name in pipeline.SCHEDULERS:
-        more = ["--scheduler", name, "--dtype", "float16"]
+    for name in pipeline.SOLVERS:
+        more = ["--solver", name, "--dtype", "float16"]
         assert main(["generate", "--config", yaml, "--prompt", "a", "--output", "x", *more]) == 0
-        assert (seen["scheduler"], seen["dtype"]) == (name, "float16")
+        assert (seen["solver"], seen["dtype"]) == (name, "float16")
     with pytest.raises(SystemExit):
-        main(["generate", "--config", yaml, "--prompt", "a", "--output", "x", "--scheduler", "euler"])
+        main(["generate", "--config", yaml, "--prompt", "a", "--output", "x", "--solver", "euler"])
 
 
 def test_generate_says_early_how_images_are_replaced(yaml, monkeypatch, tmp_path, capsys):
@@ -498,7 +500,7 @@ def test_the_schedulers_named_in_help_are_those_there_are(capsys):
     with pytest.raises(SystemExit):
         main(["generate", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert all(name in text for name in pipeline.SCHEDULERS)
+    assert all(name in text for name in pipeline.SOLVERS)
 
 
 @pytest.mark.parametrize("size", ["0", "axb", "64x", "x64", "64x64x64"])
@@ -623,7 +625,7 @@ def test_eval_finds_out_what_is_wrong_before_it_draws(hues, drawn, run, tmp_path
 
 def test_revision_and_variant_are_of_stock_pipelines(hues, drawn, run, monkeypatch, tmp_path, capsys):
     seen = []
-    monkeypatch.setattr(stock, "generate", lambda *_, **settings: seen.append(settings) or [])
+    monkeypatch.setattr(baselines, "generate", lambda *_, **settings: seen.append(settings) or [])
     told = ["--prompt", "a", "--output", str(tmp_path / "out"), "--variant", "fp16", "--revision", "main"]
     assert main(["generate", "--pipeline", "owner/name", *told]) == 0
     assert (seen[0]["variant"], seen[0]["revision"]) == ("fp16", "main")

@@ -13,7 +13,7 @@ from longalign.compose import Composition, build_from_config
 from longalign.config import load_config, override
 from longalign.data.base import Data
 from longalign.encoders.base import Encoder
-from longalign.faults import ConfigError
+from longalign.errors import ConfigError
 from longalign.registry import PartConfig, backbones, data, encoders, rewards, trainers
 from longalign.rewards.base import Reward
 from longalign.runtime import Runtime, resolve_checkpoint

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from longalign.conditioning import condition, describe_cuts
+from longalign.conditioning import condition, truncation_messages
 from longalign.encoders.base import Conditioning, Encoder, PromptReport
 
 
@@ -54,22 +54,24 @@ class OneBranchPipe(Pipe):
 
 
 def test_both_branches_have_one_length_and_the_pipelines_dtype():
-    told = condition(PlainPipe(), ["a b", "c"], encoder=WordEncoder())
-    assert set(told) == {"prompt_embeds", "negative_prompt_embeds"}
-    assert told["prompt_embeds"].shape == told["negative_prompt_embeds"].shape == (2, 2, 2)
-    assert told["prompt_embeds"].dtype == torch.float16
-    assert told["prompt_embeds"][:, :, 0].tolist() == [[1, 1], [1, 0]]
-    assert told["negative_prompt_embeds"].abs().sum() == 0
+    conditioning = condition(PlainPipe(), ["a b", "c"], encoder=WordEncoder())
+    assert set(conditioning) == {"prompt_embeds", "negative_prompt_embeds"}
+    assert conditioning["prompt_embeds"].shape == conditioning["negative_prompt_embeds"].shape == (2, 2, 2)
+    assert conditioning["prompt_embeds"].dtype == torch.float16
+    assert conditioning["prompt_embeds"][:, :, 0].tolist() == [[1, 1], [1, 0]]
+    assert conditioning["negative_prompt_embeds"].abs().sum() == 0
 
 
 def test_one_negative_prompt_serves_all():
-    told = condition(PlainPipe(), ["a b", "c"], "x", encoder=WordEncoder())
-    assert told["negative_prompt_embeds"][:, :, 0].tolist() == [[1, 0], [1, 0]]
+    conditioning = condition(PlainPipe(), ["a b", "c"], "x", encoder=WordEncoder())
+    assert conditioning["negative_prompt_embeds"][:, :, 0].tolist() == [[1, 0], [1, 0]]
 
 
 def test_pooled_embeddings_go_where_they_are_taken():
-    told = condition(PooledPipe(), "a b", "c", encoder=WordEncoder(pooled=True))
-    assert told["pooled_prompt_embeds"].tolist() == [[2]] and told["negative_pooled_prompt_embeds"].tolist() == [[1]]
+    conditioning = condition(PooledPipe(), "a b", "c", encoder=WordEncoder(pooled=True))
+    assert conditioning["pooled_prompt_embeds"].tolist() == [[2]] and conditioning[
+        "negative_pooled_prompt_embeds"
+    ].tolist() == [[1]]
     with pytest.raises(ValueError, match="PooledPipe needs pooled embeddings"):
         condition(PooledPipe(), "a b", encoder=WordEncoder())
     with pytest.warns(UserWarning, match="PlainPipe takes no pooled embeddings"):
@@ -77,9 +79,9 @@ def test_pooled_embeddings_go_where_they_are_taken():
 
 
 def test_masks_go_where_they_are_taken():
-    told = condition(MaskedPipe(), ["a b", "c"], "d", encoder=WordEncoder(masked=True))
-    assert told["prompt_attention_mask"].tolist() == [[True, True], [True, False]]
-    assert told["negative_prompt"] is None
+    conditioning = condition(MaskedPipe(), ["a b", "c"], "d", encoder=WordEncoder(masked=True))
+    assert conditioning["prompt_attention_mask"].tolist() == [[True, True], [True, False]]
+    assert conditioning["negative_prompt"] is None
     with pytest.warns(UserWarning, match="PlainPipe takes no attention mask"):
         condition(PlainPipe(), ["a b", "c"], "d", encoder=WordEncoder(masked=True))
     condition(PlainPipe(), ["a b"], "c d", encoder=WordEncoder(masked=True))
@@ -89,9 +91,9 @@ def test_what_cannot_be_said_is_said():
     with pytest.warns(UserWarning, match=r"prompt 0: the encoder read 2 tokens and left out 2 words: 'c d'"):
         condition(PlainPipe(), "a b c d", encoder=WordEncoder())
     with pytest.warns(UserWarning, match="takes no negative prompt"):
-        told = condition(OneBranchPipe(), "a", "b", encoder=WordEncoder())
-    assert set(told) == {"prompt_embeds"}
-    assert describe_cuts([PromptReport(("a",), (1,))]) == []
+        conditioning = condition(OneBranchPipe(), "a", "b", encoder=WordEncoder())
+    assert set(conditioning) == {"prompt_embeds"}
+    assert truncation_messages([PromptReport(("a",), (1,))]) == []
 
 
 def test_wrong_widths_and_pipelines_without_embeddings_are_refused():

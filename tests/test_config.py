@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from longalign.config import LoopConfig, RunConfig, diff, load_config, override, to_dict, to_json, to_yaml
-from longalign.faults import ConfigError, redact_url, shorten
+from longalign.errors import ConfigError, redact_url, shorten
 from longalign.files import checkpoint_file, parse_assignments, parse_value
 from longalign.registry import encoders
 
@@ -25,14 +25,14 @@ REWARD = {
     **ALIGN,
     "encoder": {"name": "concat", "parts": [{"name": "clip-segment", "checkpoint": "mini/sd"}, "t5"]},
     "rewards": [{"name": "reweighted", "inner": {"name": "denscore", "checkpoint": "x"}}, "hpsv2"],
-    "trainer": {"name": "reward", "schedule": {"name": "last", "k": 2}},
+    "trainer": {"name": "reward", "gradient_steps": {"name": "last", "k": 2}},
     "data": {"name": "prompts", "file": "prompts.txt"},
     "validation": {"prompts": ["a", "b"]},
     "loop": {"trackers": ["tensorboard"], "ema": 0.99},
 }
 
 
-def faults(source):
+def problems(source):
     with pytest.raises(ConfigError) as error:
         load_config(source)
     return dict(error.value.errors)
@@ -63,7 +63,7 @@ def test_a_dump_holds_all_defaults_down_to_the_leaves():
     assert tree["rewards"][0]["inner"]["text"] == "segments"
     assert tree["encoder"]["parts"][0]["segmenter"]["name"] == "sentence"
     assert tree["trainer"]["lora"]["rank"] == 32
-    assert tree["trainer"]["schedule"] == {"name": "last", "k": 2, "detach": True}
+    assert tree["trainer"]["gradient_steps"] == {"name": "last", "k": 2, "detach": True}
     assert tree["loop"]["betas"] == [0.9, 0.999]
 
 
@@ -82,7 +82,7 @@ def test_all_faults_at_once_each_with_its_path():
         "trianer": "align",
         "seed": -1,
     }
-    found = faults(source)
+    found = problems(source)
     assert found["encoder.parts.0.modle"].startswith("this key does not exist")
     assert "did you mean 't5'" in found["encoder.parts.1.name"]
     assert found["rewards.0.inner.chekpoint"] == "this key does not exist; did you mean 'checkpoint'?"
@@ -119,7 +119,7 @@ def test_all_faults_at_once_each_with_its_path():
         ({"loop": {"precision": "bfloat16"}}, "loop.precision", "got 'bfloat16'; did you mean 'bf16'?"),
         ({"backbone": {**ALIGN["backbone"], "dtype": "bf16"}}, "backbone.dtype", "did you mean 'bfloat16'?"),
         ({"lr": 1}, "lr", "this key does not exist; did you mean 'loop.lr'?"),
-        ({"steps": 1}, "steps", "did you mean 'loop.steps' or 'validation.steps'?"),
+        ({"steps": 1}, "steps", "did you mean 'loop.steps'?"),
         ({"batch_size": 1}, "batch_size", "did you mean 'loop.batch_size'?"),
         ({"batchsize": 1}, "batchsize", "did you mean 'loop.batch_size'?"),
         ({"trainer": {"name": "align", "lora": {"rnk": 3}}}, "trainer.lora.rnk", "did you mean 'rank'?"),
@@ -132,23 +132,23 @@ def test_all_faults_at_once_each_with_its_path():
     ],
 )
 def test_paths_and_words_are_those_of_the_file(keys, path, message):
-    found = faults({**ALIGN, **keys})
+    found = problems({**ALIGN, **keys})
     assert list(found) == [path]
     assert message in found[path]
     assert len(found[path]) < 200
 
 
 def test_missing_and_unknown_parts():
-    assert faults({"encoder": "clip-segment"})["backbone"] == "this key is required"
-    assert "expected a name or a mapping with 'name'" in faults({**ALIGN, "backbone": 3})["backbone"]
-    assert faults({**ALIGN, "rewards": {"name": "clip"}})["rewards"].startswith("expected a list")
-    assert faults({**ALIGN, "validation": {"prompts": []}})["validation.prompts"]
+    assert problems({"encoder": "clip-segment"})["backbone"] == "this key is required"
+    assert "expected a name or a mapping with 'name'" in problems({**ALIGN, "backbone": 3})["backbone"]
+    assert problems({**ALIGN, "rewards": {"name": "clip"}})["rewards"].startswith("expected a list")
+    assert problems({**ALIGN, "validation": {"prompts": []}})["validation.prompts"]
 
 
 def test_parts_that_do_not_go_together_are_refused_before_anything_is_loaded():
-    assert faults({**ALIGN, "trainer": "reward"}) == {"rewards": "'reward' needs at least one reward"}
-    assert "uses no rewards" in faults({**ALIGN, "rewards": ["clip"]})["rewards"]
-    assert "required where there is a trainer" in faults({**ALIGN, "data": None})["data"]
+    assert problems({**ALIGN, "trainer": "reward"}) == {"rewards": "'reward' needs at least one reward"}
+    assert "uses no rewards" in problems({**ALIGN, "rewards": ["clip"]})["rewards"]
+    assert "required where there is a trainer" in problems({**ALIGN, "data": None})["data"]
 
 
 def test_one_tracker_is_a_list_of_one():

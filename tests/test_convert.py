@@ -118,8 +118,8 @@ def test_predictions_are_those_of_merging_by_hand(world):
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
     assert (expected - answer(merged_by_hand(world, ["s28750_lora_vis.pt"]))).abs().mean() > 0.01
     assert config.trainer is None and [p.name for p in config.encoder.parts] == ["clip-segment", "t5"]
-    stacks = load_weights(world / "out").stacks
-    assert [(s.name, s.config.rank, s.config.dropout_placement) for s in stacks] == [
+    loras = load_weights(world / "out").loras
+    assert [(s.name, s.config.rank, s.config.dropout_placement) for s in loras] == [
         ("align", RANK, "up"),
         ("reward", RANK, "up"),
     ]
@@ -133,7 +133,7 @@ def test_the_adapter_is_in_the_checkpoint(world):
     found = encoder.parts[1].adapter.state_dict()
     assert all(torch.equal(found[key], value) for key, value in expected.items())
     with pytest.warns(UserWarning, match="do not fit"):
-        images = sample(backbone, encoder, ["A red fox. " * 90], seeds=[0], steps=1, guidance=1)
+        images = sample(backbone, encoder, ["A red fox. " * 90], seeds=[0], num_steps=1, guidance=1)
     assert images.shape == (1, 3, 64, 64)
 
 
@@ -152,7 +152,7 @@ def test_the_command_converts_the_first_stage_alone(world, tmp_path, capsys):
     bases = ["--backbone", str(world / "sd"), "--t5", str(world / "t5")]
     command = ["convert", "longsd", str(world / "LongSD"), str(tmp_path / "out"), *bases]
     assert main([*command, "--align-only"]) == 0
-    assert [s.name for s in load_weights(tmp_path / "out").stacks] == ["align"]
+    assert [s.name for s in load_weights(tmp_path / "out").loras] == ["align"]
     assert capsys.readouterr().out.strip().endswith("longalign.safetensors")
     assert main(command) == 2
     assert "choose another folder" in capsys.readouterr().err

@@ -9,12 +9,12 @@ from tiny import tiny_clip, tiny_sd
 from longalign.config import override
 from longalign.demo import (
     HELD_OUT,
-    claim_output,
     default_config,
     held_out_captions,
     image_folder,
+    prepare_output_dir,
     run_demo,
-    unread_sentences,
+    truncated_sentences,
 )
 from longalign.encoders.base import PromptReport
 from longalign.mini.captions import Caption, Sentence
@@ -46,7 +46,7 @@ def configs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def demo(configs, tmp_path_factory):
     output = tmp_path_factory.mktemp("demo") / "out"
-    return run_demo(output, *configs, prompts=4, steps=2, batch_size=4, examples=2), output
+    return run_demo(output, *configs, prompts=4, num_steps=2, batch_size=4, examples=2), output
 
 
 def test_the_demo_measures_all_models_on_the_same_captions(demo, configs):
@@ -81,7 +81,7 @@ def test_the_demo_keeps_all_images(demo, configs):
         for row in rows:
             with Image.open(folder / row["file_name"]) as image:
                 assert image.text["prompt"] == row["prompt"] and model in image.text["settings"]
-        assert any(row["cut"] for row in rows) == (model == "base")
+        assert any(row["truncated"] for row in rows) == (model == "base")
     assert {image_folder(model) for model in MODELS} == {p.name for p in (output / "images").iterdir()}
 
 
@@ -100,14 +100,14 @@ def test_the_demo_leaves_a_report_and_its_numbers(demo):
 def test_an_earlier_demo_is_replaced_and_nothing_else(tmp_path):
     output = tmp_path / "out"
     runs = [output / "align", output / "reward"]
-    claim_output(output, runs)
+    prepare_output_dir(output, runs)
     runs[0].mkdir()
     (output / "mine.txt").write_text("kept")
-    claim_output(output, runs)
+    prepare_output_dir(output, runs)
     assert not runs[0].exists() and (output / "mine.txt").read_text() == "kept"
     (tmp_path / "other" / "align").mkdir(parents=True)
     with pytest.raises(ValueError, match="not an earlier demo's"):
-        claim_output(tmp_path / "other", [tmp_path / "other" / "align"])
+        prepare_output_dir(tmp_path / "other", [tmp_path / "other" / "align"])
     assert (tmp_path / "other" / "align").exists()
 
 
@@ -123,10 +123,10 @@ def test_held_out_scenes_have_a_seed_of_their_own(configs):
 
 def test_sentences_behind_the_cut_are_unread():
     caption = Caption(tuple(Sentence(text, ()) for text in ("One two.", "Three four.", "Five.")))
-    assert unread_sentences(caption, PromptReport(("One two.",), (2,), " Three four. Five.")) == {1, 2}
-    assert unread_sentences(caption, PromptReport(("One two. Three",), (3,), "four. Five.")) == {1, 2}
-    assert unread_sentences(caption, PromptReport(("One two. Three four.",), (4,), "Five.")) == {2}
-    assert unread_sentences(caption, PromptReport(("...",), (5,))) == frozenset()
+    assert truncated_sentences(caption, PromptReport(("One two.",), (2,), " Three four. Five.")) == {1, 2}
+    assert truncated_sentences(caption, PromptReport(("One two. Three",), (3,), "four. Five.")) == {1, 2}
+    assert truncated_sentences(caption, PromptReport(("One two. Three four.",), (4,), "Five.")) == {2}
+    assert truncated_sentences(caption, PromptReport(("...",), (5,))) == frozenset()
 
 
 def test_one_prompt_is_too_few(tmp_path):

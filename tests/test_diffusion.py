@@ -8,11 +8,11 @@ import torch
 from longalign.diffusion import (
     NoiseLevels,
     add_noise,
+    check_linear_sampling,
     ddim,
-    draw_timesteps,
     guide,
     lcm,
-    refuse_nonlinear,
+    sample_timesteps,
     trailing_timesteps,
     training_target,
 )
@@ -86,7 +86,7 @@ def test_levels_of_a_flow_by_hand():
 
 def test_densities_of_timesteps():
     torch.manual_seed(0)
-    uniform, normal = (draw_timesteps(d, LEVELS, 20_000, torch.device("cpu")) for d in ("uniform", "logit-normal"))
+    uniform, normal = (sample_timesteps(d, LEVELS, 20_000, torch.device("cpu")) for d in ("uniform", "logit-normal"))
     for drawn in (uniform, normal):
         assert drawn.dtype == torch.int64 and drawn.min() >= 0 and drawn.max() <= 999
         assert (drawn < 500).float().mean().item() == pytest.approx(0.5, abs=0.02)
@@ -94,7 +94,7 @@ def test_densities_of_timesteps():
     shares = [((drawn >= 269) & (drawn < 731)).float().mean().item() for drawn in (uniform, normal)]
     assert shares == pytest.approx([0.462, 0.683], abs=0.02)
     with pytest.raises(ValueError, match="unknown density of timesteps 'cosine'; expected one of uniform"):
-        draw_timesteps("cosine", LEVELS, 1, torch.device("cpu"))
+        sample_timesteps("cosine", LEVELS, 1, torch.device("cpu"))
 
 
 def test_levels_without_signal_are_refused_for_noise_prediction():
@@ -108,6 +108,6 @@ def test_levels_without_signal_are_refused_for_noise_prediction():
 
 @pytest.mark.parametrize("key", ["clip_sample", "thresholding"])
 def test_clipping_schedulers_are_refused(key):
-    refuse_nonlinear({key: False, "beta_start": 0.1})
+    check_linear_sampling({key: False, "beta_start": 0.1})
     with pytest.raises(ValueError, match=f"the scheduler sets {key}=true"):
-        refuse_nonlinear({key: True})
+        check_linear_sampling({key: True})

@@ -138,7 +138,7 @@ def shortened(arguments):
         rest[1:1] = ["loop.batch_size=2", "trainer.lora.rank=2"]
         rest[1:1] = [] if any(word.startswith("loop.steps=") for word in rest) else ["loop.steps=1"]
         rest[1:1] = ["trainer.num_steps=2"] if "reward" in rest[0] else []
-    return [command, *rest, *(["--steps", "2"] if command == "generate" else [])]
+    return [command, *rest, *(["--num-steps", "2"] if command == "generate" else [])]
 
 
 # Commands and configs

@@ -18,7 +18,7 @@ from longalign.evaluate import (
     reward_metrics,
     score_images,
 )
-from longalign.imagefiles import ImageFiles, load_image, write_png
+from longalign.image_io import ImageFiles, load_image, write_png
 from longalign.rewards.base import EmbeddingReward, Reward, Scores
 
 

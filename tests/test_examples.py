@@ -50,7 +50,7 @@ def test_the_papers_settings():
             "rank": 32, "scale": 1.0, "dropout": 0.1, "dropout_placement": "up"
         }  # fmt: skip
     assert (align.trainer.caption_dropout, align.trainer.train_adapter, align.loop.warmup) == (0.1, True, 2000)
-    assert (reward.trainer.num_steps, reward.trainer.guidance, reward.trainer.schedule.groups) == (50, 7.5, 5)
+    assert (reward.trainer.num_steps, reward.trainer.guidance, reward.trainer.gradient_steps.groups) == (50, 7.5, 5)
     assert not reward.trainer.train_adapter and reward.rewards[0].omega == 0.3
     assert reward.init_from == align.output and reward.encoder == align.encoder
     distilled = lcm.trainer
@@ -58,7 +58,7 @@ def test_the_papers_settings():
     assert (1 + distilled.w_min, 1 + distilled.w_max) == (7.5, 7.5)
     assert (distilled.huber_c, distilled.ema_decay, distilled.timestep_scaling_factor) == (0.001, None, 10.0)
     few = lcm_reward.trainer
-    assert (few.num_steps, few.guidance, few.schedule.name, few.train_adapter) == (4, 1.0, "all", False)
+    assert (few.num_steps, few.guidance, few.gradient_steps.name, few.train_adapter) == (4, 1.0, "all", False)
     assert lcm.init_from == align.output and lcm_reward.init_from == lcm.output
     assert lcm_reward.rewards == reward.rewards and lcm.encoder == lcm_reward.encoder == align.encoder
 
@@ -92,12 +92,12 @@ def test_the_papers_configs_train_on_tiny_checkpoints(weights, tmp_path):
     }
     data = {"data.folder": weights["folder"], "data.resolution": 64, "output": str(tmp_path / "align")}
     align = build_from_config(override(EXAMPLES / "longalign-sd15-align.yaml", {**tiny, **data}))
-    told = align.encoder.encode(["A red fox sleeps on a wall. The sky is green."])
-    assert told.states.shape == (1, 480, 16) and told.mask is None
+    conditioning = align.encoder.encode(["A red fox sleeps on a wall. The sky is green."])
+    assert conditioning.states.shape == (1, 480, 16) and conditioning.mask is None
     before = {k: p.detach().clone() for k, p in align.encoder.named_parameters() if p.requires_grad}
     aligned = align.fit()
     stage_one = load_weights(aligned.checkpoint)
-    assert [stack.name for stack in stage_one.stacks] == ["align"] and before.keys() == stage_one.adapter.keys()
+    assert [stack.name for stack in stage_one.loras] == ["align"] and before.keys() == stage_one.adapter.keys()
     assert any(not torch.equal(before[k], v) for k, v in stage_one.adapter.items())
 
     sampled = {
@@ -110,7 +110,7 @@ def test_the_papers_configs_train_on_tiny_checkpoints(weights, tmp_path):
     }
     rewarded = build_from_config(override(EXAMPLES / "longalign-sd15-reward.yaml", {**tiny, **sampled})).fit()
     stage_two = load_weights(rewarded.checkpoint)
-    assert [stack.name for stack in stage_two.stacks] == ["align", "reward"]
+    assert [stack.name for stack in stage_two.loras] == ["align", "reward"]
     for key, value in stage_one.adapter.items():
         torch.testing.assert_close(stage_two.adapter[key], value)
 
@@ -119,7 +119,7 @@ def test_the_papers_configs_train_on_tiny_checkpoints(weights, tmp_path):
     last = {**sampled, "trainer.num_steps": 4, "output": str(tmp_path / "few"), "init_from": str(distilled.checkpoint)}
     few = build_from_config(override(EXAMPLES / "longalign-sd15-lcm-reward.yaml", {**tiny, **last})).fit()
     stage_three = load_weights(few.checkpoint)
-    assert [stack.name for stack in stage_three.stacks] == ["align", "lcm", "reward"]
+    assert [stack.name for stack in stage_three.loras] == ["align", "lcm", "reward"]
     for key, value in stage_one.adapter.items():
         torch.testing.assert_close(stage_three.adapter[key], value)
 
@@ -144,9 +144,9 @@ def test_stable_diffusion_3_is_trained_in_both_stages(weights, tmp_path):
         "output": str(tmp_path / "reward"), "init_from": str(aligned),
     }  # fmt: skip
     rewarded = build_from_config(override(reward, {**tiny, **sampled})).fit().checkpoint
-    stacks = load_weights(rewarded).stacks
-    assert [stack.name for stack in stacks] == ["align", "reward"]
-    assert all(any("lora_B" in k and v.any() for k, v in stack.state.items()) for stack in stacks)
+    loras = load_weights(rewarded).loras
+    assert [stack.name for stack in loras] == ["align", "reward"]
+    assert all(any("lora_B" in k and v.any() for k, v in stack.state.items()) for stack in loras)
 
 
 # the tiny tokenizer makes more tokens of the captions than the bundled one
@@ -161,7 +161,7 @@ def test_the_small_worlds_model_is_distilled_and_tuned(weights, tmp_path):
         config = override(EXAMPLES / f"mini-{name}.yaml", {**tiny, "output": str(tmp_path / name)})
         reward = {"rewards.0.inner.checkpoint": weights["clip"]} if config.rewards else {}
         start = build_from_config(override(config, {**reward, "init_from": str(start.checkpoint)})).fit()
-    assert [stack.name for stack in load_weights(start.checkpoint).stacks] == ["align", "lcm", "reward"]
+    assert [stack.name for stack in load_weights(start.checkpoint).loras] == ["align", "lcm", "reward"]
 
 
 def test_preference_models_are_trained_on_tiny_checkpoints(weights, tmp_path):
@@ -204,7 +204,7 @@ def test_the_ablation_compares_variants_on_the_same_captions(ablation, weights, 
     }  # fmt: skip
     variants = {"segments": {}, "no-sot": {"encoder.sot": "none"}}
     config = override(default_config("align"), tiny)
-    table = ablation.ablate(variants, config, tmp_path, prompts=2, steps=1, guidance=2.0, batch_size=2)
+    table = ablation.ablate(variants, config, tmp_path, prompts=2, num_steps=1, guidance=2.0, batch_size=2)
     assert table.models == ["segments", "no-sot"] and table.interval("no-sot", "facts").count == 2
     assert "== no-sot: encoder.sot = none, output =" in capsys.readouterr().out
     assert (tmp_path / "table.json").exists()
@@ -243,7 +243,7 @@ def test_examples_for_one_gpu_train_on_tiny_checkpoints(weights, tmp_path):
         "data.file": str(Path(weights["folder"]) / "prompts.txt"), "init_from": str(aligned.checkpoint),
     }  # fmt: skip
     rewarded = build_from_config(override(reward, {**tiny, **sampled})).fit()
-    assert [stack.name for stack in load_weights(rewarded.checkpoint).stacks] == ["align", "reward"]
+    assert [stack.name for stack in load_weights(rewarded.checkpoint).loras] == ["align", "reward"]
 
     sdxl = str(tiny_sdxl(tmp_path / "sdxl"))
     changes = {**common, **folder, "backbone.checkpoint": sdxl, "encoder.checkpoint": sdxl}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from longalign.imagefiles import FORMATS, load_image
+from longalign.image_io import FORMATS, load_image
 
 RAMP = np.linspace(0, 1, 256)[None].repeat(8, 0)
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from longalign.images import CLIP_MEAN, CLIP_STD, Pixels, check_range, fit, random_crop, resize
+from longalign.images import CLIP_MEAN, CLIP_STD, ImagePreprocessor, check_range, fit, random_crop, resize
 
 
 def ramp(height: int, width: int) -> torch.Tensor:
@@ -12,12 +12,12 @@ def ramp(height: int, width: int) -> torch.Tensor:
 
 
 def test_normalisation_by_hand():
-    pixels = Pixels((2, 2), mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 2.0))(torch.full((1, 3, 2, 2), 0.75))
+    pixels = ImagePreprocessor((2, 2), mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 2.0))(torch.full((1, 3, 2, 2), 0.75))
     assert torch.allclose(pixels[0, :, 0, 0], torch.tensor([0.5, 2.0, 0.375]))
 
 
 def test_clip_statistics_are_the_default():
-    pixels = Pixels((1, 1))(torch.ones(1, 3, 1, 1)).flatten()
+    pixels = ImagePreprocessor((1, 1))(torch.ones(1, 3, 1, 1)).flatten()
     assert torch.allclose(pixels, (1 - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD))
 
 
@@ -47,12 +47,12 @@ def test_other_shapes_crop_pad_or_squash():
 @pytest.mark.parametrize("aspect", ["crop", "pad", "squash"])
 @pytest.mark.parametrize("shape", [(17, 64), (64, 17), (33, 32), (1, 1), (223, 224), (299, 301)])
 def test_any_resolution_comes_out_in_the_models_size(shape, aspect):
-    assert Pixels((32, 32), aspect=aspect)(torch.rand(1, 3, *shape)).shape == (1, 3, 32, 32)
+    assert ImagePreprocessor((32, 32), aspect=aspect)(torch.rand(1, 3, *shape)).shape == (1, 3, 32, 32)
 
 
 def test_gradient_reaches_every_pixel():
     images = torch.rand(2, 3, 20, 20, requires_grad=True)
-    Pixels((8, 8))(images).square().sum().backward()
+    ImagePreprocessor((8, 8))(images).square().sum().backward()
     assert images.grad is not None
     assert (images.grad != 0).float().mean() > 0.99
 
@@ -69,7 +69,7 @@ def test_random_crops_are_windows_of_their_own_image():
 
 def test_only_a_random_crop_is_random():
     images = torch.rand(3, 3, 16, 16)
-    plain, cropped = Pixels((8, 8)), Pixels((8, 8), crop=12)
+    plain, cropped = ImagePreprocessor((8, 8)), ImagePreprocessor((8, 8), crop=12)
     assert torch.equal(plain(images), plain(images))
     assert torch.equal(cropped(images, random=False), plain(images))
     first, again, other = (cropped(images, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
@@ -78,23 +78,23 @@ def test_only_a_random_crop_is_random():
 
 
 def test_double_precision_is_kept():
-    assert Pixels((4, 4))(torch.rand(1, 3, 8, 8, dtype=torch.float64)).dtype == torch.float64
-    assert Pixels((4, 4))(torch.rand(1, 3, 8, 8, dtype=torch.bfloat16)).dtype == torch.float32
+    assert ImagePreprocessor((4, 4))(torch.rand(1, 3, 8, 8, dtype=torch.float64)).dtype == torch.float64
+    assert ImagePreprocessor((4, 4))(torch.rand(1, 3, 8, 8, dtype=torch.bfloat16)).dtype == torch.float32
 
 
 @pytest.mark.parametrize("images", [torch.rand(3, 8, 8), torch.rand(1, 4, 8, 8), torch.zeros(1, 3, 8, 8).byte()])
 def test_wrong_images_are_refused(images):
     with pytest.raises(ValueError, match=r"\(b, 3, h, w\)"):
-        Pixels((4, 4))(images)
+        ImagePreprocessor((4, 4))(images)
 
 
 def test_wrong_settings_are_refused():
     with pytest.raises(ValueError, match="aspect must be one of crop, pad, squash"):
-        Pixels((4, 4), aspect="fill")
+        ImagePreprocessor((4, 4), aspect="fill")
     with pytest.raises(ValueError, match=r"between 0 and 1, not 1\.5"):
-        Pixels((4, 4), crop=1.5)
+        ImagePreprocessor((4, 4), crop=1.5)
     with pytest.raises(ValueError, match="at least one pixel"):
-        Pixels((4, 4), crop=0)
+        ImagePreprocessor((4, 4), crop=0)
     with pytest.raises(ValueError, match="cannot crop 504x504 pixels from images of 64x64"):
         random_crop(torch.rand(1, 3, 64, 64), 504)
 

@@ -10,22 +10,21 @@ import pytest
 import longalign
 
 ROOT = Path(longalign.__file__).parent
-KINDS = ("backbones", "data", "encoders", "rewards", "schedules", "trainers")
+KINDS = ("backbones", "data", "encoders", "rewards", "gradient_steps", "trainers")
 
 # A module imports from lower levels only. Modules that are not listed are concrete parts, or the helpers of such.
 PART = 4
 LEVELS = {
-    0: "runtime faults discovery files hub registry segment data.lines",
-    1: "config checks describe environment backbones.configs data.configs encoders.configs rewards.configs "
-    "schedules.configs trainers.configs",
-    2: "preference diffusion rollout images imagefiles table record mini store fingerprint sharding weights locks "
-    "tokens",
-    3: "backbones.base backbones.lora data.base data.pictures data.stream encoders.base rewards.base rewards.guard "
-    "schedules.base trainers.base",
+    0: "runtime errors discovery files hub registry segment data.lines",
+    1: "config checks describe environment backbones.configs data.configs encoders.configs "
+    "rewards.configs gradient_steps.configs trainers.configs",
+    2: "preference diffusion rollout images image_io table record mini store fingerprint sharding weights locks tokens",
+    3: "backbones.base backbones.lora data.base data.image_dataset data.stream encoders.base rewards.base "
+    "rewards.guard gradient_steps.base trainers.base",
     5: "checkpoint conditioning charts caching",
     6: "compose",
     7: "pipeline evaluate report convert publish",
-    8: "trainers.loop trainers.resume trainers.validation stock",
+    8: "trainers.loop trainers.resume trainers.validation baselines",
     9: "demo model",
     10: "commands",
     11: "cli",
@@ -53,7 +52,7 @@ HEAVY = (
 ONLY_IN = {
     "transformers": ("encoders", "rewards", "mini"),
     "open_clip": ("encoders", "rewards", "mini"),
-    "diffusers": ("backbones", "pipeline", "stock"),
+    "diffusers": ("backbones", "pipeline", "baselines"),
     "diffusers.training_utils": ("backbones", "pipeline", "trainers.loop"),
     "peft": ("backbones",),
     "accelerate": ("trainers.loop",),

@@ -14,7 +14,7 @@ from longalign.files import checkpoint_file
 from longalign.pipeline import generate, load_model
 from longalign.runtime import Runtime, devices
 
-SHORT = {"steps": 1, "height": 32, "width": 32}
+SHORT = {"num_steps": 1, "height": 32, "width": 32}
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +44,13 @@ def test_prompts_and_seeds_that_do_not_fit(model, prompts, seeds):
 
 def test_names_of_diffusers_mean_the_same(model):
     size = {"height": 32, "width": 32}
-    ours = model("A fox.", negative="grey", steps=2, guidance=3.0, **size)
+    ours = model("A fox.", negative="grey", num_steps=2, guidance=3.0, **size)
     theirs = model(prompt="A fox.", negative_prompt="grey", num_inference_steps=2, guidance_scale=3.0, **size)
     assert same(ours, theirs)
     assert theirs.images is theirs and theirs.images[0] is theirs[0]
-    assert not same(ours, model("A fox.", negative="grey", steps=2, guidance=9.0, **size))
+    assert not same(ours, model("A fox.", negative="grey", num_steps=2, guidance=9.0, **size))
     with pytest.raises(ValueError, match="steps and num_inference_steps are the same setting"):
-        model("A fox.", steps=1, num_inference_steps=1)
+        model("A fox.", num_steps=1, num_inference_steps=1)
     with pytest.raises(TypeError, match="generator"):
         model("A fox.", generator=torch.Generator())
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from longalign.diffusion import NoiseLevels, training_target
 from longalign.encoders.base import Conditioning, Encoder, PromptReport
-from longalign.pipeline import SCHEDULERS, generate, make_scheduler, sample
+from longalign.pipeline import SOLVERS, generate, make_scheduler, sample
 
 
 class NumberEncoder(Encoder):
@@ -20,9 +20,9 @@ class NumberEncoder(Encoder):
 
     def encode(self, prompts):
         values = [float((p.split() or ["0"])[0]) for p in prompts]
-        return Conditioning(torch.tensor(values).reshape(-1, 1, 1), reports=tuple(self.cut(prompts)))
+        return Conditioning(torch.tensor(values).reshape(-1, 1, 1), reports=tuple(self.report(prompts)))
 
-    def cut(self, prompts):
+    def report(self, prompts):
         return [PromptReport((p.split(" ")[0],), (1,), p.partition(" ")[2]) for p in prompts]
 
 
@@ -38,7 +38,7 @@ class KnowingBackbone(nn.Module):
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
         kept = (1 - betas).cumprod(0) * torch.linspace(1, 1 if last is None else last, 1000, dtype=torch.float64)
         flow = prediction == "flow"
-        self.levels = NoiseLevels.from_flow(1000, 3.0) if flow else NoiseLevels.from_alphas_cumprod(kept)
+        self.noise_levels = NoiseLevels.from_flow(1000, 3.0) if flow else NoiseLevels.from_alphas_cumprod(kept)
         self.calls = []
 
     def latent_shape(self, height=None, width=None):
@@ -47,8 +47,8 @@ class KnowingBackbone(nn.Module):
     def predict(self, latents, timesteps, conditioning):
         self.calls.append(len(latents))
         x0 = conditioning.states.expand(-1, 4, 4)[:, None].expand_as(latents)
-        signal, noise = self.levels.at(timesteps, latents)
-        return training_target(self.prediction, self.levels, x0, (latents - signal * x0) / noise, timesteps)
+        signal, noise = self.noise_levels.at(timesteps, latents)
+        return training_target(self.prediction, self.noise_levels, x0, (latents - signal * x0) / noise, timesteps)
 
     def decode(self, latents):
         return latents.clamp(0, 1)
@@ -66,25 +66,25 @@ def raise_(error):
 
 
 def draw(backbone, prompts, **settings):
-    settings = {"seeds": list(range(len(prompts))), "steps": 5, "guidance": 1, **settings}
+    settings = {"seeds": list(range(len(prompts))), "num_steps": 5, "guidance": 1, **settings}
     return sample(backbone, NumberEncoder(), prompts, **settings)
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow"])
-def test_every_scheduler_reaches_the_known_image(scheduler, prediction):
-    if (prediction, scheduler) == ("flow", "dpm++"):
+def test_every_scheduler_reaches_the_known_image(solver, prediction):
+    if (prediction, solver) == ("flow", "dpm++"):
         with pytest.raises(ValueError, match=r"'dpm\+\+' does not sample flows; expected unipc, ddim"):
-            draw(KnowingBackbone(prediction), ["0.3"], scheduler=scheduler)
+            draw(KnowingBackbone(prediction), ["0.3"], solver=solver)
         return
-    images = draw(KnowingBackbone(prediction), ["0.3", "0.8"], scheduler=scheduler)
+    images = draw(KnowingBackbone(prediction), ["0.3", "0.8"], solver=solver)
     assert images.shape == (2, 3, 4, 4) and images.dtype == torch.float32
     torch.testing.assert_close(images.mean((1, 2, 3)), torch.tensor([0.3, 0.8]), atol=2e-4, rtol=0)
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "unipc"])
-def test_a_last_timestep_without_signal_is_sampled(scheduler):
-    images = draw(KnowingBackbone("v_prediction", last=0.0), ["0.3"], scheduler=scheduler)
+@pytest.mark.parametrize("solver", ["ddim", "unipc"])
+def test_a_last_timestep_without_signal_is_sampled(solver):
+    images = draw(KnowingBackbone("v_prediction", last=0.0), ["0.3"], solver=solver)
     torch.testing.assert_close(images.mean(), torch.tensor(0.3), atol=2e-3, rtol=0)
 
 
@@ -98,20 +98,20 @@ def test_guidance_goes_beyond_the_prompt_and_away_from_the_negative_one():
     torch.testing.assert_close(images.mean(), torch.tensor(0.4), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_an_image_depends_on_its_seed_and_not_on_its_batch(scheduler):
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_an_image_depends_on_its_seed_and_not_on_its_batch(solver):
     prompts, seeds = ["0.3", "0.5", "0.7"], [11, 12, 11]
-    together = draw(NoisyBackbone(), prompts, seeds=seeds, scheduler=scheduler, batch_size=3)
-    alone = draw(NoisyBackbone(), prompts, seeds=seeds, scheduler=scheduler, batch_size=1)
+    together = draw(NoisyBackbone(), prompts, seeds=seeds, solver=solver, batch_size=3)
+    alone = draw(NoisyBackbone(), prompts, seeds=seeds, solver=solver, batch_size=1)
     torch.testing.assert_close(together, alone)
-    turned = draw(NoisyBackbone(), prompts[::-1], seeds=seeds[::-1], scheduler=scheduler, batch_size=2)
+    turned = draw(NoisyBackbone(), prompts[::-1], seeds=seeds[::-1], solver=solver, batch_size=2)
     torch.testing.assert_close(together, turned.flip(0))
-    same = draw(NoisyBackbone(), ["0.3", "0.3"], seeds=[1, 2], scheduler=scheduler)
+    same = draw(NoisyBackbone(), ["0.3", "0.3"], seeds=[1, 2], solver=solver)
     assert not torch.allclose(same[0], same[1])
 
 
 def test_timesteps_are_those_of_the_paper():
-    levels = KnowingBackbone().levels
+    levels = KnowingBackbone().noise_levels
     assert make_scheduler("ddim", levels, "epsilon", 50).timesteps.tolist() == list(range(999, 0, -20))
     assert make_scheduler("lcm", levels, "epsilon", 4).timesteps.tolist() == [999, 749, 499, 249]
     torch.testing.assert_close(
@@ -119,7 +119,7 @@ def test_timesteps_are_those_of_the_paper():
     )
     # u = 1, 3/4, 2/4, 1/4 and s = 3 u / (1 + 2 u)
     for name in ("ddim", "lcm"):
-        flow = make_scheduler(name, KnowingBackbone("flow").levels, "flow", 4)
+        flow = make_scheduler(name, KnowingBackbone("flow").noise_levels, "flow", 4)
         torch.testing.assert_close(flow.timesteps, torch.tensor([1000, 900, 750, 500.0]))
 
 
@@ -142,18 +142,18 @@ def test_a_module_in_training_mode_is_put_back():
 
 def test_wrong_settings_are_named():
     backbone = KnowingBackbone()
-    with pytest.raises(ValueError, match="no scheduler 'euler'; there is unipc"):
-        draw(backbone, ["0.1"], scheduler="euler")
+    with pytest.raises(ValueError, match="no solver 'euler'; available: unipc"):
+        draw(backbone, ["0.1"], solver="euler")
     with pytest.raises(ValueError, match="1 seeds and 2 prompts"):
         draw(backbone, ["0.1", "0.2"], seeds=[0])
     with pytest.raises(ValueError, match="steps must be between 1 and 1000, got 0"):
-        draw(backbone, ["0.1"], steps=0)
+        draw(backbone, ["0.1"], num_steps=0)
     with pytest.raises(ValueError, match="got 1 for 2 prompts"):
         draw(backbone, ["0.1", "0.2"], negative=["0"], guidance=2)
     with pytest.raises(ValueError, match="does nothing at guidance 1"):
         draw(backbone, ["0.1"], negative="0.5")
     with pytest.raises(ValueError, match="unknown prediction 'sample'"):
-        make_scheduler("ddim", backbone.levels, "sample", 5)
+        make_scheduler("ddim", backbone.noise_levels, "sample", 5)
 
 
 def test_generate_writes_images_that_explain_themselves(tmp_path, caplog):
@@ -164,21 +164,21 @@ def test_generate_writes_images_that_explain_themselves(tmp_path, caplog):
             ["0.25", "0.75 and a tail — ünïcode"],
             tmp_path / "out",
             seeds=[4, 5],
-            steps=3,
+            num_steps=3,
             guidance=1,
             batch_size=3,
         )
     lines = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]
     assert lines == rows
     assert [row["file_name"] for row in rows] == ["00000-4.png", "00000-5.png", "00001-4.png", "00001-5.png"]
-    assert rows[2]["cut"] == "and a tail — ünïcode" and rows[0]["cut"] == ""
+    assert rows[2]["truncated"] == "and a tail — ünïcode" and rows[0]["truncated"] == ""
     assert "prompt 1: the encoder read 1 tokens and left out 5 words" in caplog.text
     with Image.open(tmp_path / "out" / "00001-5.png") as image:
         assert image.size == (4, 4) and image.getpixel((0, 0)) == (191, 191, 191)
         assert image.text["prompt"] == "0.75 and a tail — ünïcode" and image.text["seed"] == "5"
         assert json.loads(image.text["config"]) == {"backbone": "toy"}
         settings = json.loads(image.text["settings"])
-        assert settings["steps"] == 3 and settings["scheduler"] == "unipc"
+        assert settings["num_steps"] == 3 and settings["solver"] == "unipc"
     with pytest.raises(ValueError, match="choose an empty folder"):
         generate(source, ["0.25"], tmp_path / "out")
 
@@ -186,8 +186,8 @@ def test_generate_writes_images_that_explain_themselves(tmp_path, caplog):
 def test_a_run_that_draws_nothing_leaves_nothing(tmp_path):
     backbone = KnowingBackbone()
     source = {}, backbone, NumberEncoder()
-    with pytest.raises(ValueError, match="no scheduler 'euler'"):
-        generate(source, ["0.5"], tmp_path / "out", scheduler="euler")
+    with pytest.raises(ValueError, match="no solver 'euler'"):
+        generate(source, ["0.5"], tmp_path / "out", solver="euler")
     backbone.predict = lambda *args: raise_(MemoryError())
     with pytest.raises(MemoryError):
         generate(source, ["0.5"], tmp_path / "out")
@@ -195,13 +195,13 @@ def test_a_run_that_draws_nothing_leaves_nothing(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "metadata.jsonl").touch()
     del backbone.predict
-    assert len(generate(source, ["0.5"], tmp_path / "out", steps=2)) == 1
+    assert len(generate(source, ["0.5"], tmp_path / "out", num_steps=2)) == 1
 
 
 def test_an_interrupted_run_keeps_its_whole_batches_and_says_what_to_do(tmp_path):
     source = {}, KnowingBackbone(), NumberEncoder()
     with pytest.raises(ValueError, match="could not convert"):
-        generate(source, ["0.1", "0.2", "0.3", "x"], tmp_path, steps=2, guidance=1, batch_size=2)
+        generate(source, ["0.1", "0.2", "0.3", "x"], tmp_path, num_steps=2, guidance=1, batch_size=2)
     lines = (tmp_path / "metadata.jsonl").read_text().splitlines()
     assert [json.loads(line)["file_name"] for line in lines] == ["00000-0.png", "00001-0.png"]
     with pytest.raises(ValueError, match="lists 2 images; choose an empty folder for the new ones, or remove "):

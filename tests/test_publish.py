@@ -15,7 +15,7 @@ from tiny import tiny_adapter, tiny_sd, tiny_t5
 
 from longalign import Model, condition, override, publish
 from longalign.backbones.configs import LoraConfig
-from longalign.backbones.lora import LoraStack
+from longalign.backbones.lora import LoraWeights
 from longalign.checkpoint import load_for_sampling, save
 from longalign.cli import main
 from longalign.config import load_config, to_dict
@@ -128,8 +128,15 @@ def test_an_export_holds_all_that_is_needed(folder, tmp_path):
     assert all(torch.equal(adapter[k], v) for k, v in encoder.parts[1].adapter.state_dict().items())
     head, text = head_of((out / "README.md").read_text())
     assert head["license"] == "openrail++" and "lora" in head["tags"] and "base_model" not in head
-    for told in ("`align`: LoRA of rank 2", "`reward`: LoRA", '"size": 7', "0.3500", "12 steps", "load_lora_weights"):
-        assert told in text, told
+    for conditioning in (
+        "`align`: LoRA of rank 2",
+        "`reward`: LoRA",
+        '"size": 7',
+        "0.3500",
+        "12 steps",
+        "load_lora_weights",
+    ):
+        assert conditioning in text, conditioning
     inside = text.split("```yaml\n")[1].split("```")[0]
     assert load_config(yaml.safe_load(inside)).data == config.data and str(folder) not in text
     assert text.index("0.3500") < text.index("```yaml")
@@ -215,7 +222,7 @@ def test_checkpoints_are_found_here_and_on_the_hub(folder, tmp_path, monkeypatch
 
 def test_a_model_is_loaded_called_saved_and_loaded_again(folder, tmp_path):
     model = Model.from_pretrained(trained(folder), device="cpu")
-    prompts, settings = ["A red fox sleeps.", "The sky."], {"steps": 2, "guidance": 2.0, "height": 64, "width": 64}
+    prompts, settings = ["A red fox sleeps.", "The sky."], {"num_steps": 2, "guidance": 2.0, "height": 64, "width": 64}
     images = model(prompts, seeds=[1, 2], **settings)
     assert [image.size for image in images] == [(64, 64)] * 2
     written = model.save_pretrained(tmp_path / "saved", license="mit")
@@ -236,8 +243,8 @@ def test_a_model_as_a_stock_pipeline(folder):
     pipe = model.to_pipeline(safety_checker=None)
     assert type(pipe) is StableDiffusionPipeline and pipe.unet is model.backbone.denoiser
     pipe.set_progress_bar_config(disable=True)
-    told = condition(pipe, ["A red fox sleeps."], encoder=model.encoder)
-    image = pipe(**told, num_inference_steps=1, output_type="pt").images
+    conditioning = condition(pipe, ["A red fox sleeps."], encoder=model.encoder)
+    image = pipe(**conditioning, num_inference_steps=1, output_type="pt").images
     assert image.shape == (1, 3, 64, 64)
     single = model.config.backbone.model_copy(update={"checkpoint": "x.safetensors"})
     model.config = model.config.model_copy(update={"backbone": single})
@@ -308,7 +315,7 @@ def test_nothing_from_outside_becomes_markup(tmp_path):
             "validation": {"prompts": ["A fox.\n```\n<script>alert(2)</script>\n````"]},
         }
     )
-    lora = LoraStack("align", LoraConfig(), {})
+    lora = LoraWeights("align", LoraConfig(), {})
     bad = "<script>alert(3)</script>"
     metadata = {"step": bad, "versions": json.dumps({bad: bad}), "providers": json.dumps({"rewards.0": f"{bad} 1.0"})}
     table = MetricTable({f"a|{bad}": {f"`{bad}\n# x": np.array([0.1])}, "b": {f"`{bad}\n# x": np.array([0.1])}}, ["a"])
@@ -334,7 +341,7 @@ def test_the_card_names_plugins_and_the_base_model(folder):
 
     config = load_config({"backbone": {"name": "sd", "checkpoint": "/models/dreamy"}, "encoder": "clip-segment"})
     metadata = {"providers": json.dumps({"encoder": "longalign-ella 1.2", "backbone": "longalign 0.1.0"})}
-    weights = Weights([LoraStack("align", LoraConfig(), {})], {}, {})
+    weights = Weights([LoraWeights("align", LoraConfig(), {})], {}, {})
     text = publish.model_card(config, weights, metadata)
     assert "`longalign-ella 1.2` (for `encoder`)" in text and "0.1.0" not in text
     assert 'from_pretrained("dreamy")' in text and "# dreamy for long prompts" in text

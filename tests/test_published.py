@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tiny import tiny_clip, tiny_clip_text, tiny_hpsv2, tiny_sd, tiny_sd3, weights_of
 from transformers import CLIPModel
 
-from longalign import stock
+from longalign import baselines
 from longalign.backbones.configs import SDConfig
 from longalign.encoders.configs import LongClipConfig
 from longalign.registry import backbones, encoders, rewards
@@ -44,11 +44,11 @@ def in_half(folder, out):
 
 def check_rounded(module, expected):
     """The same weights, rounded to half precision, in full precision."""
-    state, told = expected.state_dict(), module.state_dict()
-    assert told.keys() == state.keys()
+    state, got = expected.state_dict(), module.state_dict()
+    assert got.keys() == state.keys()
     for name, value in state.items():
-        assert told[name].dtype == torch.float32
-        assert torch.equal(told[name], value.half().float()), name
+        assert got[name].dtype == torch.float32
+        assert torch.equal(got[name], value.half().float()), name
 
 
 def test_a_variant_of_stable_diffusion(sd, tmp_path):
@@ -61,25 +61,25 @@ def test_a_variant_of_stable_diffusion(sd, tmp_path):
         encoder, plain = (encoders.build({"name": name, **c}) for c in (place, {"checkpoint": str(sd)}))
         check_rounded(encoder.text_model, plain.text_model)
         assert encoder.encode(PROMPTS).states.std() > 0.1
-    check_rounded(stock.load_pipeline(half, CPU, variant="fp16").unet, expected.denoiser)
+    check_rounded(baselines.load_pipeline(half, CPU, variant="fp16").unet, expected.denoiser)
     with pytest.raises(ValueError, match=r"does not hold unet/, vae/, scheduler/ .* see 'subfolder', and 'variant'"):
         backbones.build({"name": "sd", "checkpoint": half})
     with pytest.raises(ValueError, match=r"no CLIPTextModel in .*see 'variant' for weights in"):
         encoders.build({"name": "clip-segment", "checkpoint": half})
     with pytest.raises(ValueError, match=r"no diffusers pipeline .* and a variant if its weights are of one"):
-        stock.load_pipeline(half, CPU)
+        baselines.load_pipeline(half, CPU)
     with pytest.raises(ValueError, match="of the variant 'ema'; expected"):
-        stock.load_pipeline(half, CPU, variant="ema")
+        baselines.load_pipeline(half, CPU, variant="ema")
     with pytest.raises(ValueError, match="a revision is of a repository on the hub"):
-        stock.load_pipeline(half, CPU, revision="main")
+        baselines.load_pipeline(half, CPU, revision="main")
 
 
 def test_a_variant_of_two_clips_and_t5(sd3, tmp_path):
     place = {"checkpoint": str(in_half(sd3, tmp_path)), "variant": "fp16"}
     sizes = {"name": "clip-segment-sd3", "width": 32, "max_tokens": 40, "t5_tokens": 60}
     # the folder's own weights are in half precision
-    told, expected = (encoders.build({**sizes, **c}).encode(PROMPTS) for c in (place, {"checkpoint": str(sd3)}))
-    assert torch.equal(told.states, expected.states) and torch.equal(told.pooled, expected.pooled)
+    got, expected = (encoders.build({**sizes, **c}).encode(PROMPTS) for c in (place, {"checkpoint": str(sd3)}))
+    assert torch.equal(got.states, expected.states) and torch.equal(got.pooled, expected.pooled)
     t5 = encoders.build({"name": "t5", "subfolder": "text_encoder_3", "max_tokens": 60, **place})
     torch.testing.assert_close(t5.encode(PROMPTS).states, expected.states[:, 40:])
     backbone, plain = (backbones.build({"name": "sd3", **c}) for c in (place, {"checkpoint": str(sd3)}))
@@ -118,8 +118,8 @@ def test_a_subfolder(sd, sd3, tmp_path, monkeypatch):
     found = backbones.build({"name": "sd", **place}).state_dict()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     sizes = {"name": "clip-segment-sd3", "width": 32, "max_tokens": 40, "t5_tokens": 60}
-    told = encoders.build({**sizes, "checkpoint": str(tmp_path), "subfolder": "models/sd3"}).encode(PROMPTS)
-    assert torch.equal(told.states, encoders.build({**sizes, "checkpoint": str(sd3)}).encode(PROMPTS).states)
+    got = encoders.build({**sizes, "checkpoint": str(tmp_path), "subfolder": "models/sd3"}).encode(PROMPTS)
+    assert torch.equal(got.states, encoders.build({**sizes, "checkpoint": str(sd3)}).encode(PROMPTS).states)
     with pytest.raises(ValueError, match=r"does not hold models/none/unet/, models/none/vae/, models/none/scheduler/"):
         backbones.build({"name": "sd", **place, "subfolder": "models/none"})
     asked = []
@@ -131,7 +131,7 @@ def test_a_subfolder(sd, sd3, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     for checkpoint in (str(tmp_path), "owner/name"):
         config = SDConfig(checkpoint=checkpoint, subfolder="models/sd", revision="v1")
-        assert type(stock.base_pipeline(config, torch.float32, {})).__name__ == "StableDiffusionPipeline"
+        assert type(baselines.base_pipeline(config, torch.float32, {})).__name__ == "StableDiffusionPipeline"
     assert asked == [(("owner/name",), {"revision": "v1", "allow_patterns": "models/sd/*"})]
 
 
@@ -220,7 +220,7 @@ def test_stable_diffusion_15(tmp_path):
     weights, found = expected.state_dict(), backbone.state_dict()
     assert found.keys() == weights.keys() and all(torch.equal(found[name], value) for name, value in weights.items())
     assert backbone.prediction == "epsilon" and backbone.vae.config.scaling_factor == 0.18215
-    assert torch.equal(backbone.levels.noise, expected.levels.noise)
+    assert torch.equal(backbone.noise_levels.noise, expected.noise_levels.noise)
     for clip, other in zip(clips, others, strict=True):
         assert other.tokens.tokenizer.is_fast
         assert torch.equal(clip.encode(PROMPTS).states, other.encode(PROMPTS).states)
@@ -240,17 +240,17 @@ def test_stable_diffusion_21(tmp_path):
     kind = {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
     rewrite(folder / "scheduler" / "scheduler_config.json", (), **SCHEDULER, **kind)
     backbone = backbones.build({"name": "sd", "checkpoint": str(folder)})
-    assert backbone.prediction == "v_prediction" and backbone.levels.signal[0] ** 2 == pytest.approx(1 - 0.00085)
+    assert backbone.prediction == "v_prediction" and backbone.noise_levels.signal[0] ** 2 == pytest.approx(1 - 0.00085)
     encoder = encoders.build({"name": "clip-truncate", "checkpoint": str(folder)})
     assert encoder.tokens.tokenizer.is_fast and encoder.tokens.tokenizer.pad_token_id == 0
-    told = encoder.encode(PROMPTS)
-    pipe = stock.load_pipeline(str(folder), CPU)
-    torch.testing.assert_close(told.states, pipe.encode_prompt(PROMPTS, "cpu", 1, False)[0])
-    assert backbone.predict(torch.randn(3, 4, 8, 8), torch.tensor([1, 500, 999]), told).std() > 0.01
+    got = encoder.encode(PROMPTS)
+    pipe = baselines.load_pipeline(str(folder), CPU)
+    torch.testing.assert_close(got.states, pipe.encode_prompt(PROMPTS, "cpu", 1, False)[0])
+    assert backbone.predict(torch.randn(3, 4, 8, 8), torch.tensor([1, 500, 999]), got).std() > 0.01
     segments = encoders.build({"name": "clip-segment", "checkpoint": str(folder), "max_tokens": 40}).encode(PROMPTS)
     row = encoder.tokens.tokenizer("", padding="max_length", max_length=77, return_tensors="pt").input_ids
     assert row[0, 2:].tolist() == [0] * 75
-    torch.testing.assert_close(segments.states[1, 1], told.states[1, -60:].mean(0))
+    torch.testing.assert_close(segments.states[1, 1], got.states[1, -60:].mean(0))
 
 
 def test_hpsv2_in_half_precision_with_the_rest_of_its_training(tmp_path):

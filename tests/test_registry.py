@@ -169,7 +169,7 @@ def test_a_second_copy_of_a_distribution_is_no_rival(install, tmp_path):
 def test_malformed_metadata_of_one_distribution_leaves_the_others(install):
     install("fake-mangled", "[longalign_rewards]\nno equals sign here\n")
     assert "clip" in rewards
-    assert [who for who, _ in discovery.offers().malformed] == ["fake-mangled 1.0"]
+    assert [who for who, _ in discovery.discover().malformed] == ["fake-mangled 1.0"]
     with pytest.raises(PartError, match=r"entry points of fake-mangled 1\.0 cannot be read"):
         rewards.get("mangled")
 
@@ -205,22 +205,22 @@ def test_entry_points_that_are_not_text_disable_nothing(tmp_path):
 
 def test_a_misspelt_group_is_reported_with_the_one_that_is_meant(install):
     install("fake-typo", "[longalign_reward]\nblurry = fake_typo:X\n[longalign.encoders]\nother = fake_typo:X\n")
-    faults = list_parts()[1]
+    problems = list_parts()[1]
     assert (
-        "fake-typo 1.0 offers 'blurry' in the group 'longalign_reward', which is not read; "
+        "fake-typo 1.0 discover 'blurry' in the group 'longalign_reward', which is not read; "
         "did you mean 'longalign_rewards'?"
-    ) in faults
-    assert any("'longalign.encoders'" in fault and "'longalign_encoders'" in fault for fault in faults)
-    with pytest.raises(PartError, match=r"fake-typo 1\.0 offers 'blurry' in the group 'longalign_reward'"):
+    ) in problems
+    assert any("'longalign.encoders'" in problem and "'longalign_encoders'" in problem for problem in problems)
+    with pytest.raises(PartError, match=r"fake-typo 1\.0 discover 'blurry' in the group 'longalign_reward'"):
         rewards.get("blurry")
 
 
 def test_a_name_claimed_twice_is_reported_by_list(install):
     for who in ("one", "two"):
         install(f"fake-{who}", rewards_of(blur=f"fake_{who}:BlurConfig"), **{f"fake_{who}": GOOD})
-    table, faults = list_parts(["rewards"])
+    table, problems = list_parts(["rewards"])
     assert table.count(" blur ") == 2
-    assert any("claimed by fake-" in fault for fault in faults)
+    assert any("claimed by fake-" in problem for problem in problems)
 
 
 def test_a_part_is_checked_when_it_is_built(install):
@@ -339,11 +339,11 @@ def test_all_faults_of_a_part_come_at_once_with_their_paths(local):
     local.register("outer", OuterConfig)
     with pytest.raises(ConfigError) as error:
         local.validate({"name": "outer", "inner": {"name": "clip", "chekpoint": "x"}, "count": "many", "cuont": 2})
-    faults = dict(error.value.errors)
-    assert faults["inner.chekpoint"] == "this key does not exist; did you mean 'checkpoint'?"
-    assert faults["cuont"] == "this key does not exist; did you mean 'count'?"
-    assert faults["count"].endswith("got 'many'")
-    assert len(faults) == 3
+    problems = dict(error.value.errors)
+    assert problems["inner.chekpoint"] == "this key does not exist; did you mean 'checkpoint'?"
+    assert problems["cuont"] == "this key does not exist; did you mean 'count'?"
+    assert problems["count"].endswith("got 'many'")
+    assert len(problems) == 3
 
 
 def test_a_config_value_is_checked_again_and_must_be_the_registered_class(local):

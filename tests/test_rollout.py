@@ -10,7 +10,7 @@ from torch import nn
 from longalign.backbones.configs import LoraConfig
 from longalign.backbones.lora import inject_lora
 from longalign.diffusion import NoiseLevels, ddim, guide, lcm, trailing_timesteps
-from longalign.rollout import replay, retrace, rollout
+from longalign.rollout import replay, replay_backward, rollout
 
 LEVELS = NoiseLevels.from_alphas_cumprod((1 - torch.linspace(0.03, 0.11, 1000, dtype=torch.float64) ** 2).cumprod(0))
 TIMES = torch.arange(1, 1001, dtype=torch.float64) / 1000
@@ -19,22 +19,22 @@ FOUR = trailing_timesteps(4)
 SIX = ddim(LEVELS, trailing_timesteps(6), "epsilon")
 
 
-def plain(predict, noise, solver, chosen, detach=True):
+def plain(predict, noise, solver, grad_steps, detach=True):
     """The reference: one graph through the whole rollout."""
     latents = noise
     for i, t in enumerate(solver.timesteps):
-        with torch.set_grad_enabled(i in chosen):
+        with torch.set_grad_enabled(i in grad_steps):
             output = predict(latents.detach() if detach else latents, torch.full((len(noise),), t))
         fresh = torch.randn_like(latents) if solver.c[i] else None
         latents = solver.step(i, latents, output, fresh)
     return latents
 
 
-def exact(predict, noise, solver, chosen, loss, detach=True, together=1, scale=1.0):
-    final, visits = rollout(predict, noise, solver, chosen)
+def exact(predict, noise, solver, grad_steps, loss, detach=True, calls_per_batch=1, scale=1.0):
+    final, recorded = rollout(predict, noise, solver, grad_steps)
     final = final.requires_grad_()
     (gradient,) = torch.autograd.grad(loss(final), final)
-    for _, _, scalar in retrace(predict, solver, visits, gradient, detach, together):
+    for _, _, scalar in replay_backward(predict, solver, recorded, gradient, detach, calls_per_batch):
         (scale * scalar).backward()
     return final
 
@@ -55,9 +55,9 @@ def network(full=False, dtype=torch.float64, dropout=0.0, placement="down"):
     states = torch.randn(4, 3, 8, dtype=dtype)
 
     def predict(latents, timesteps):
-        visits = len(latents) // 2
-        told = torch.cat([states[:2].repeat(visits, 1, 1), states[2:].repeat(visits, 1, 1)])
-        out = unet(torch.cat([latents] * 2), torch.cat([timesteps] * 2), told, return_dict=False)[0]
+        recorded = len(latents) // 2
+        conditioning = torch.cat([states[:2].repeat(recorded, 1, 1), states[2:].repeat(recorded, 1, 1)])
+        out = unet(torch.cat([latents] * 2), torch.cat([timesteps] * 2), conditioning, return_dict=False)[0]
         return guide(*out.chunk(2), 7.5)
 
     return predict, parameters
@@ -92,7 +92,7 @@ SOLVERS = {
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 @pytest.mark.parametrize("name", SOLVERS)
 def test_the_gradient_is_that_of_autograd_through_the_rollout(name, full, detach, dtype):
-    solver, chosen = SOLVERS[name], (0, 1, 3)
+    solver, grad_steps = SOLVERS[name], (0, 1, 3)
     predict, parameters = network(full, dtype, dropout=0.2)
     noise, weights = torch.randn(2, 2, 4, 4, 4, dtype=dtype)
 
@@ -100,11 +100,11 @@ def test_the_gradient_is_that_of_autograd_through_the_rollout(name, full, detach
         return (x * weights).sin().mean()
 
     torch.manual_seed(2)
-    reference = plain(predict, noise, solver, chosen, detach)
+    reference = plain(predict, noise, solver, grad_steps, detach)
     loss(reference).backward()
     expected = gradients(parameters)
     torch.manual_seed(2)
-    final = exact(predict, noise, solver, chosen, loss, detach)
+    final = exact(predict, noise, solver, grad_steps, loss, detach)
     assert torch.equal(final, reference)
     assert distance(gradients(parameters), expected) < (1e-6 if dtype == torch.float64 else 1e-4)
 
@@ -142,8 +142,8 @@ def test_steps_repeated_together():
     noise = torch.randn(2, 4, 4, 4, dtype=torch.float64)
     square(plain(predict, noise, SIX, (0, 3, 5))).backward()
     expected = gradients(parameters)
-    for together in (2, 4):
-        exact(predict, noise, SIX, (0, 3, 5), square, together=together)
+    for calls_per_batch in (2, 4):
+        exact(predict, noise, SIX, (0, 3, 5), square, calls_per_batch=calls_per_batch)
         assert distance(gradients(parameters), expected) < 1e-6
 
 
@@ -160,25 +160,25 @@ def test_a_scale_put_on_backward_scales_the_gradient_once(detach):
 def test_calls_that_draw_random_numbers_are_not_repeated_together():
     predict, _ = network(dropout=0.5)
     noise = torch.randn(2, 4, 4, 4, dtype=torch.float64)
-    _, visits = rollout(predict, noise, SIX, [0, 1])
+    _, recorded = rollout(predict, noise, SIX, [0, 1])
     with pytest.raises(ValueError, match="which differ when 2 calls are repeated in one"):
-        replay(predict, visits)
+        replay(predict, recorded)
 
 
 def test_undetached_calls_are_not_repeated_together_and_wait_for_backward():
     predict, _ = network()
-    final, visits = rollout(predict, torch.randn(2, 4, 4, 4, dtype=torch.float64), SIX, [0, 1])
+    final, recorded = rollout(predict, torch.randn(2, 4, 4, 4, dtype=torch.float64), SIX, [0, 1])
     with pytest.raises(ValueError, match="2 cannot be repeated in one"):
-        next(retrace(predict, SIX, visits, final, detach=False, together=2))
+        next(replay_backward(predict, SIX, recorded, final, detach=False, calls_per_batch=2))
     with pytest.raises(RuntimeError, match="expected backward first"):
-        list(retrace(predict, SIX, visits, final, detach=False))
+        list(replay_backward(predict, SIX, recorded, final, detach=False))
 
 
 def test_replaying_leaves_the_random_numbers_alone():
     predict, _ = network(dropout=0.5)
-    _, visits = rollout(predict, torch.randn(2, 4, 4, 4, dtype=torch.float64), SIX, [0, 1])
+    _, recorded = rollout(predict, torch.randn(2, 4, 4, 4, dtype=torch.float64), SIX, [0, 1])
     before = torch.get_rng_state()
-    first, again = replay(predict, visits[:1]), replay(predict, visits[:1])
+    first, again = replay(predict, recorded[:1]), replay(predict, recorded[:1])
     assert torch.equal(first, again) and first.requires_grad
     assert torch.equal(torch.get_rng_state(), before)
 

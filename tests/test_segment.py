@@ -66,8 +66,8 @@ def words(text: str) -> int:
         ("高３．５米。好.再见!好", ["高３．５米。", "好.", "再见!", "好"]),
         ("A tall tree.The sky is blue.A dog", ["A tall tree.", "The sky is blue.", "A dog"]),
         (
-            "Visit www.Example.com or a.JPG. Then e.g.this. End",
-            ["Visit www.Example.com or a.JPG.", "Then e.g.this.", "End"],
+            "RecordedStep www.Example.com or a.JPG. Then e.g.this. End",
+            ["RecordedStep www.Example.com or a.JPG.", "Then e.g.this.", "End"],
         ),
         ("... and then. !!", ["... and then. !!"]),
         ("?!", ["?!"]),

@@ -26,39 +26,37 @@ def tiny(tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # between diffusers' solvers and numpy 2
-@pytest.mark.parametrize("scheduler", ["ddim", "unipc", "dpm++"])
-def test_a_stock_pipeline_draws_the_same_images(tiny, scheduler):
+@pytest.mark.parametrize("solver", ["ddim", "unipc", "dpm++"])
+def test_a_stock_pipeline_draws_the_same_images(tiny, solver):
     pipe, config = tiny
     _, backbone, encoder = load_model(config)
-    ours = sample(
-        backbone, encoder, PROMPTS, seeds=[3, 4], steps=4, guidance=3.0, scheduler=scheduler, negative="green"
-    )
-    pipe.scheduler = make_scheduler(scheduler, backbone.levels, backbone.prediction, 4)
-    told = condition(pipe, PROMPTS, "green", encoder=encoder)
-    assert told["prompt_embeds"].shape == told["negative_prompt_embeds"].shape == (2, 40, 16)
+    ours = sample(backbone, encoder, PROMPTS, seeds=[3, 4], num_steps=4, guidance=3.0, solver=solver, negative="green")
+    pipe.scheduler = make_scheduler(solver, backbone.noise_levels, backbone.prediction, 4)
+    conditioning = condition(pipe, PROMPTS, "green", encoder=encoder)
+    assert conditioning["prompt_embeds"].shape == conditioning["negative_prompt_embeds"].shape == (2, 40, 16)
     noise = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (3, 4)])
-    drawn = pipe(**told, latents=noise, num_inference_steps=4, guidance_scale=3.0, output_type="pt").images
+    drawn = pipe(**conditioning, latents=noise, num_inference_steps=4, guidance_scale=3.0, output_type="pt").images
     torch.testing.assert_close(ours, drawn, atol=1e-4, rtol=0)
     assert ours.std() > 0.01
 
 
 def test_an_encoder_is_built_from_its_config(tiny):
     pipe, config = tiny
-    told = condition(pipe, PROMPTS[1], encoder=config["encoder"])
+    conditioning = condition(pipe, PROMPTS[1], encoder=config["encoder"])
     again = condition(pipe, [PROMPTS[1]], encoder=load_model(config)[2])
-    torch.testing.assert_close(told["prompt_embeds"], again["prompt_embeds"])
+    torch.testing.assert_close(conditioning["prompt_embeds"], again["prompt_embeds"])
 
 
 def test_generate_draws_from_a_config(tiny, tmp_path):
     _, config = tiny
-    rows = generate(config, PROMPTS, tmp_path / "out", steps=1, guidance=1, height=64, width=128)
-    assert [row["cut"] for row in rows] == ["", ""] and (tmp_path / "out" / rows[1]["file_name"]).exists()
+    rows = generate(config, PROMPTS, tmp_path / "out", num_steps=1, guidance=1, height=64, width=128)
+    assert [row["truncated"] for row in rows] == ["", ""] and (tmp_path / "out" / rows[1]["file_name"]).exists()
 
 
 def load(folder, name="DiffusionPipeline", **settings):
     import diffusers
 
-    from longalign.stock import DTYPE
+    from longalign.baselines import DTYPE
 
     pipe = getattr(diffusers, name).from_pretrained(folder, **{DTYPE: torch.float32, **settings})
     pipe.set_progress_bar_config(disable=True)
@@ -118,11 +116,11 @@ def test_what_becomes_of_the_pipelines_text_encoder_is_followed(tmp_path):
 def test_learned_tokens_of_several_vectors_are_written_out(tmp_path):
     pipe = load(tiny_sd(tmp_path), "StableDiffusionPipeline")
     pipe.load_textual_inversion(torch.randn(3, 16), token="<fox>")
-    told = condition(pipe, "A <fox> sleeps.")["prompt_embeds"]
+    conditioning = condition(pipe, "A <fox> sleeps.")["prompt_embeds"]
     with own_encoder(pipe) as encoder:
         expected = encoder.encode(["A <fox> <fox>_1 <fox>_2 sleeps.", ""])
     assert expected.reports[0].tokens == (6,)
-    torch.testing.assert_close(told, expected.states[:1])
+    torch.testing.assert_close(conditioning, expected.states[:1])
 
 
 def test_offloaded_text_encoders_run(tmp_path):
@@ -167,5 +165,5 @@ def test_the_small_stable_diffusion_is_called_as_it_is_loaded():
     pipe = StableDiffusionPipeline.from_pretrained(resolve_checkpoint("mini/sd"))
     pipe.set_progress_bar_config(disable=True)
     assert {pipe.text_encoder.dtype, pipe.unet.dtype, pipe.vae.dtype} == {torch.float32}
-    for told in ({"prompt": "A red circle."}, condition(pipe, "A red circle.")):
-        assert pipe(**told, num_inference_steps=1, output_type="pt").images.shape == (1, 3, 64, 64)
+    for conditioning in ({"prompt": "A red circle."}, condition(pipe, "A red circle.")):
+        assert pipe(**conditioning, num_inference_steps=1, output_type="pt").images.shape == (1, 3, 64, 64)

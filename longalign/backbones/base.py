@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 from longalign.backbones.configs import LoraConfig
 from longalign.backbones.lora import (
-    LoraStack,
+    LoraWeights,
     check_same_names,
-    fold_lora,
     inject_lora,
+    merge_into_base,
     read_lora,
     without_lora,
     write_lora,
 )
 from longalign.diffusion import NoiseLevels, check_prediction
 from longalign.encoders.base import Conditioning
-from longalign.sharding import whole
+from longalign.sharding import gather_full
 
 
 class Backbone(nn.Module):
@@ -37,19 +37,19 @@ class Backbone(nn.Module):
         resolution: native width and height of an image in pixels.
     """
 
-    def __init__(self, denoiser: nn.Module, prediction: str, levels: NoiseLevels, resolution: int):
+    def __init__(self, denoiser: nn.Module, prediction: str, noise_levels: NoiseLevels, resolution: int):
         super().__init__()
         check_prediction(prediction)
         self.denoiser: Any = denoiser.requires_grad_(False)
         self.prediction = prediction
-        self.levels = levels
+        self.noise_levels = noise_levels
         self.resolution = resolution
-        self.full = False
-        self._merged: list[LoraStack] = []
+        self.full_finetune = False
+        self._merged: list[LoraWeights] = []
         self._active: tuple[str, LoraConfig] | None = None
         # In tuples, so that they are no submodules: the wrapped network holds the denoiser itself.
         self._call: tuple[Callable[..., Any]] = (self.denoiser,)
-        self._start: tuple[nn.Module, ...] = ()
+        self._reference: tuple[nn.Module, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -62,13 +62,13 @@ class Backbone(nn.Module):
 
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Images ``(b, 3, h, w)`` in [0, 1] to scaled latents, sampled from the VAE's posterior, without gradient."""
-        return self.draw_latents(self.posterior(images), generator)
+        return self.sample_latents(self.posterior(images), generator)
 
     def posterior(self, images: Tensor) -> Tensor:
         """What `encode_images` samples from, ``(b, 2c, h, w)`` without gradient: it can be kept in their place."""
         raise NotImplementedError
 
-    def draw_latents(self, posterior: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def sample_latents(self, posterior: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Scaled latents ``(b, c, h, w)`` from what `posterior` gave."""
         raise NotImplementedError
 
@@ -101,7 +101,7 @@ class Backbone(nn.Module):
             raise ValueError(
                 f"channels_last is a layout of convolutions, and {type(self.denoiser).__name__} has none; leave it out"
             )
-        for module in (self, *self._start):
+        for module in (self, *self._reference):
             module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     # What is trained
@@ -123,11 +123,11 @@ class Backbone(nn.Module):
         """Merges the LoRA that is apart, if any, into the weights; nothing is trainable afterwards."""
         if self._active is None:
             return
-        stack = self._active_stack()
-        fold_lora(self.denoiser, stack.name)
+        stack = self._active_lora()
+        merge_into_base(self.denoiser, stack.name)
         self._active = None
         # Full weights contain what was merged into them; listing it again would apply it twice.
-        self._merged += [] if self.full else [stack]
+        self._merged += [] if self.full_finetune else [stack]
 
     def cast(self, dtype: torch.dtype) -> None:
         """Casts the denoiser."""
@@ -139,7 +139,7 @@ class Backbone(nn.Module):
     def train_all(self) -> list[nn.Parameter]:
         """Makes every weight of the denoiser trainable, in float32, and returns them."""
         self.merge_lora()
-        self._merged, self.full = [], True
+        self._merged, self.full_finetune = [], True
         self.denoiser.float().requires_grad_(True)
         return list(self.denoiser.parameters())
 
@@ -155,21 +155,21 @@ class Backbone(nn.Module):
         """Names of the LoRAs, the first applied first."""
         return [stack.name for stack in self._merged] + ([self._active[0]] if self._active else [])
 
-    def _active_stack(self) -> LoraStack:
+    def _active_lora(self) -> LoraWeights:
         assert self._active is not None
         name, config = self._active
-        state = {k: whole(v).to("cpu", copy=True).contiguous() for k, v in read_lora(self.denoiser, name).items()}
-        return LoraStack(name, config, state)
+        state = {k: gather_full(v).to("cpu", copy=True).contiguous() for k, v in read_lora(self.denoiser, name).items()}
+        return LoraWeights(name, config, state)
 
-    def lora_state(self) -> list[LoraStack]:
+    def lora_state(self) -> list[LoraWeights]:
         """All LoRAs, merged or not, on the CPU, the first applied first."""
-        return self._merged + ([self._active_stack()] if self._active else [])
+        return self._merged + ([self._active_lora()] if self._active else [])
 
-    def load_lora(self, stacks: Sequence[LoraStack]) -> None:
+    def load_lora(self, loras: Sequence[LoraWeights]) -> None:
         """Puts LoRAs on a backbone that has none, in order; the last stays apart, frozen."""
         if self.lora_names:
             raise ValueError(f"expected a backbone without LoRA, this one has {self.lora_names}; build it anew")
-        for stack in stacks:
+        for stack in loras:
             self.add_lora(stack.config, stack.name)
             write_lora(self.denoiser, stack.name, stack.state)
         self.denoiser.requires_grad_(False)
@@ -185,7 +185,7 @@ class Backbone(nn.Module):
         state = {}
         for key, tensor in self.denoiser.state_dict().items():
             if ".lora_" not in key:
-                state[key.replace(".base_layer.", ".")] = whole(tensor.detach()).to("cpu", copy=True).contiguous()
+                state[key.replace(".base_layer.", ".")] = gather_full(tensor.detach()).to("cpu", copy=True).contiguous()
         return state
 
     def load_full(self, state: Mapping[str, Tensor]) -> None:
@@ -194,22 +194,21 @@ class Backbone(nn.Module):
             raise ValueError(f"expected a backbone without LoRA, this one has {self.lora_names}; build it anew")
         check_same_names("the denoiser", self.denoiser.state_dict(), state)
         self.denoiser.float().load_state_dict(dict(state))
-        self.full = True
+        self.full_finetune = True
 
     # The model that training started from
 
-    def keep_start(self) -> None:
-        """Remembers the present weights, LoRAs merged, for `predict_start` where all of them are then trained: a second
-        copy in memory, in float32 as the weights that are trained are."""
+    def keep_reference_model(self) -> None:
+        """Keeps a float32 copy of the current weights, LoRAs merged, for `predict_reference` in full fine-tuning."""
         self.merge_lora()
-        self._start = (copy.deepcopy(self.denoiser).float().eval().requires_grad_(False),)
+        self._reference = (copy.deepcopy(self.denoiser).float().eval().requires_grad_(False),)
 
     @torch.no_grad()
-    def predict_start(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    def predict_reference(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """As `predict`, by the model that training started from and without gradient."""
         if self._active is not None:
             with without_lora(self.denoiser, self._active[0]):
                 return self.call(self.denoiser, latents, timesteps, conditioning)
-        if not self._start:
-            raise ValueError("the start model was not kept; call keep_start before training all weights")
-        return self.call(self._start[0], latents, timesteps, conditioning)
+        if not self._reference:
+            raise ValueError("the start model was not kept; call keep_reference_model before training all weights")
+        return self.call(self._reference[0], latents, timesteps, conditioning)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from longalign.faults import Fault
+from longalign.errors import ConfigProblem
 from longalign.files import check_single_file, place
 from longalign.hub import absent, incomplete, read_json
 from longalign.registry import PartConfig, Section
@@ -97,17 +97,17 @@ class SDConfig(PartConfig):
         width = config.get("cross_attention_dim")
         return width if isinstance(width, int) and not config.get("encoder_hid_dim") else None, None
 
-    def check_files(self) -> list[Fault]:
+    def check_files(self) -> list[ConfigProblem]:
         if self.single_file:
             there = Path(self.checkpoint).is_file()
-            faults = (
+            problems = (
                 [] if there else [("checkpoint", f"no file {self.checkpoint}; a single file must be on this machine")]
             )
-            return faults + ([("layout", fault)] if self.layout and (fault := absent(self.layout)) else [])
-        if fault := absent(self.checkpoint, self.revision):
-            return [("checkpoint", fault)]
+            return problems + ([("layout", problem)] if self.layout and (problem := absent(self.layout)) else [])
+        if problem := absent(self.checkpoint, self.revision):
+            return [("checkpoint", problem)]
         wanted = [place(self.subfolder, f"{folder}/config.json") for folder in (self.component, "vae")]
-        lacking = [fault for file in wanted if (fault := incomplete(self.checkpoint, [file], self.revision))]
+        lacking = [problem for file in wanted if (problem := incomplete(self.checkpoint, [file], self.revision))]
         return [("checkpoint", f"{lacking[0]}, as '{self.name}' needs; see 'subfolder'")] if lacking else []
 
     def build(self, runtime: Runtime) -> Any:

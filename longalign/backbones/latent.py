@@ -34,11 +34,11 @@ class LatentBackbone(Backbone):
         levels: signal and noise at each timestep.
     """
 
-    def __init__(self, denoiser: nn.Module, vae: nn.Module, prediction: str, levels: NoiseLevels):
+    def __init__(self, denoiser: nn.Module, vae: nn.Module, prediction: str, noise_levels: NoiseLevels):
         config: Any = denoiser.config
         settings: Any = vae.config
         factor = 2 ** (len(settings.block_out_channels) - 1)
-        super().__init__(denoiser, prediction, levels, int(config.sample_size) * factor)
+        super().__init__(denoiser, prediction, noise_levels, int(config.sample_size) * factor)
         self._check_images = ImageCheck()
         self.vae: Any = vae.requires_grad_(False).eval()
         self.factor = factor
@@ -59,11 +59,11 @@ class LatentBackbone(Backbone):
         self._check_images(images)
         self.latent_shape(*images.shape[-2:])
         pixels = (2 * images - 1).to(self.device, self.vae.dtype)
-        told = self.vae.encode(pixels).latent_dist
+        conditioning = self.vae.encode(pixels).latent_dist
         # in one memory layout, in which noise of this shape is then drawn, whatever the convolutions chose
-        return torch.cat([told.mean, told.std], dim=1).contiguous()
+        return torch.cat([conditioning.mean, conditioning.std], dim=1).contiguous()
 
-    def draw_latents(self, posterior: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def sample_latents(self, posterior: Tensor, generator: torch.Generator | None = None) -> Tensor:
         mean, std = posterior.to(self.device).chunk(2, dim=1)
         noise = randn_tensor(mean.shape, generator, mean.device, mean.dtype)
         return ((mean + std * noise).float() - self._shift) * self.vae.config.scaling_factor
@@ -98,8 +98,8 @@ def load_parts(config: SDConfig, runtime: Runtime, kind: Any, component: str) ->
     if config.single_file:
         return _load_single_file(config, runtime, kind, component)
     checkpoint = resolve_checkpoint(config.checkpoint)
-    if fault := hub.absent(checkpoint, config.revision):
-        raise ValueError(f"backbone.checkpoint: {fault}")
+    if problem := hub.absent(checkpoint, config.revision):
+        raise ValueError(f"backbone.checkpoint: {problem}")
 
     def load(part: Any, folder: str, dtype: torch.dtype) -> Any:
         given = {"subfolder": place(config.subfolder, folder), "revision": config.revision, "variant": config.variant}

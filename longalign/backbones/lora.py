@@ -22,7 +22,7 @@ ANCESTORS = (Attention, ResnetBlock2D, GEGLU)
 
 
 @dataclass(frozen=True)
-class LoraStack:
+class LoraWeights:
     """One LoRA: its name, its config, and its weights ``<module>.lora_A.weight`` (down), ``<module>.lora_B.weight``."""
 
     name: str
@@ -119,7 +119,7 @@ def check_same_names(what: str, expected: Mapping[str, Tensor], got: Mapping[str
 
 
 @torch.no_grad()
-def fold_lora(denoiser: Any, name: str) -> None:
+def merge_into_base(denoiser: Any, name: str) -> None:
     """Adds the LoRA ``name`` to the weights that it belongs to and takes its layers out of the network.
 
     Weights in half precision are rounded up or down at random, so that the sum is right in the mean: most of a LoRA is
@@ -129,7 +129,7 @@ def fold_lora(denoiser: Any, name: str) -> None:
     for key, layer in lora_layers(denoiser, name):
         weight, change = layer.get_base_layer().weight, layer.get_delta_weight(name)
         if weight.dtype in (torch.float16, torch.bfloat16):
-            weight.copy_(dithered(weight.float() + change.float(), weight.dtype, generator))
+            weight.copy_(stochastic_round(weight.float() + change.float(), weight.dtype, generator))
         else:
             weight.add_(change)
         parent, _, child = key.rpartition(".")
@@ -140,7 +140,7 @@ def fold_lora(denoiser: Any, name: str) -> None:
     denoiser.requires_grad_(False)
 
 
-def dithered(exact: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+def stochastic_round(exact: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Float32 numbers in half precision, each rounded up with the probability of how far it is on the way up."""
     limits = torch.finfo(dtype)
     spacing = torch.ldexp(torch.full_like(exact, limits.eps), torch.frexp(exact).exponent - 1)
@@ -163,15 +163,15 @@ def without_lora(denoiser: nn.Module, name: str) -> Iterator[None]:
             layer.scaling[name] = scale
 
 
-def join_stacks(stacks: Sequence[LoraStack]) -> dict[str, Tensor]:
+def concat_loras(loras: Sequence[LoraWeights]) -> dict[str, Tensor]:
     """One LoRA equal to the sum of several, their scales folded into ``up``.
 
     ``B1 A1 + B2 A2 = [B1 B2] [A1; A2]``, so the ranks add up and nothing is lost, for convolutions too.
     """
     joined: dict[str, Tensor] = {}
-    modules = dict.fromkeys(key.rsplit(".lora_", 1)[0] for stack in stacks for key in stack.state)
+    modules = dict.fromkeys(key.rsplit(".lora_", 1)[0] for stack in loras for key in stack.state)
     for module in modules:
-        holders = [s for s in stacks if f"{module}.lora_A.weight" in s.state]
+        holders = [s for s in loras if f"{module}.lora_A.weight" in s.state]
         downs = [s.state[f"{module}.lora_A.weight"] for s in holders]
         ups = [s.state[f"{module}.lora_B.weight"] * s.config.scale for s in holders]
         joined[f"{module}.lora_A.weight"] = torch.cat(downs, dim=0).contiguous()

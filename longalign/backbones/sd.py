@@ -11,7 +11,7 @@ from torch import Tensor
 
 from longalign.backbones.configs import SDConfig
 from longalign.backbones.latent import LatentBackbone, load_parts
-from longalign.diffusion import NoiseLevels, refuse_nonlinear
+from longalign.diffusion import NoiseLevels, check_linear_sampling
 from longalign.encoders.base import Conditioning
 from longalign.runtime import Runtime, resolve_checkpoint
 
@@ -52,30 +52,30 @@ class SDBackbone(LatentBackbone):
         return cls(unet, vae, alphas_cumprod, prediction).to(runtime.device)
 
     def call(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        told = conditioning.at(timesteps)
-        self.check_width(told)
+        conditioning = conditioning.at(timesteps)
+        self.check_width(conditioning)
         dtype = self.denoiser.dtype
         output = denoiser(
             latents.to(dtype),
             timesteps,
-            encoder_hidden_states=told.states.to(dtype),
-            encoder_attention_mask=told.mask,
+            encoder_hidden_states=conditioning.states.to(dtype),
+            encoder_attention_mask=conditioning.mask,
             return_dict=False,
-            **self.added(told, latents),
+            **self.extra_model_kwargs(conditioning, latents),
         )[0]
         return output.to(latents.dtype)
 
-    def added(self, told: Conditioning, latents: Tensor) -> dict[str, Any]:
+    def extra_model_kwargs(self, conditioning: Conditioning, latents: Tensor) -> dict[str, Any]:
         """What the UNet is told beside the states, as keyword arguments: nothing for this family."""
         return {}
 
-    def check_width(self, told: Conditioning) -> None:
+    def check_width(self, conditioning: Conditioning) -> None:
         """Raises ValueError if the states are not of the width that the UNet's cross-attention takes."""
         expected = self.denoiser.config.cross_attention_dim
-        if told.states.shape[-1] != expected:
+        if conditioning.states.shape[-1] != expected:
             raise ValueError(
-                f"the UNet's cross-attention takes states of width {expected}, the encoder gives width "
-                f"{told.states.shape[-1]}; choose the encoder of this model, or one with an adapter to its width"
+                f"the UNet's cross-attention takes states of width {expected}, the encoder gives "
+                f"width {conditioning.states.shape[-1]}; choose its own encoder, or one with an adapter to its width"
             )
 
 
@@ -90,7 +90,7 @@ def scheduler_constants(config: dict[str, Any]) -> tuple[Tensor, str]:
     if scheduler_class is None:
         raise ValueError(f"diffusers has no scheduler '{name}', which scheduler_config.json names")
     scheduler = scheduler_class.from_config(config)
-    refuse_nonlinear({**config, **scheduler.config})
+    check_linear_sampling({**config, **scheduler.config})
     if not hasattr(scheduler, "alphas_cumprod"):
         raise ValueError(
             f"'sd' expects a scheduler with cumulated alphas, and {name} has none; for Stable Diffusion 3 use 'sd3'"

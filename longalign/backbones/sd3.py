@@ -30,14 +30,14 @@ class SD3Backbone(LatentBackbone):
         ValueError: if the transformer and the VAE do not belong together.
     """
 
-    def __init__(self, transformer: Any, vae: Any, levels: NoiseLevels):
+    def __init__(self, transformer: Any, vae: Any, noise_levels: NoiseLevels):
         config, channels = transformer.config, vae.config.latent_channels
         if not config.in_channels == transformer.out_channels == channels:
             raise ValueError(
                 f"the transformer takes {config.in_channels} channels and gives {transformer.out_channels}, the VAE "
                 f"has {channels}; 'sd3' expects a text-to-image model of the layout of Stable Diffusion 3"
             )
-        super().__init__(transformer, vae, "flow", levels)
+        super().__init__(transformer, vae, "flow", noise_levels)
 
     @classmethod
     def from_config(cls, config: SDConfig, runtime: Runtime) -> SD3Backbone:
@@ -50,29 +50,29 @@ class SD3Backbone(LatentBackbone):
         return self.factor * self.denoiser.config.patch_size
 
     def call(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        told = conditioning.at(timesteps)
-        self.check(told)
-        dtype, times = self.denoiser.dtype, len(self.levels) * self.levels.noise
+        conditioning = conditioning.at(timesteps)
+        self.check(conditioning)
+        dtype, times = self.denoiser.dtype, len(self.noise_levels) * self.noise_levels.noise
         output = denoiser(
             hidden_states=latents.to(dtype),
-            encoder_hidden_states=told.states.to(dtype),
-            pooled_projections=told.pooled.to(dtype),  # pyright: ignore[reportOptionalMemberAccess]
+            encoder_hidden_states=conditioning.states.to(dtype),
+            pooled_projections=conditioning.pooled.to(dtype),  # pyright: ignore[reportOptionalMemberAccess]
             timestep=times.to(timesteps.device, torch.float32)[timesteps],
             return_dict=False,
         )[0]
         return output.to(latents.dtype)
 
-    def check(self, told: Conditioning) -> None:
+    def check(self, conditioning: Conditioning) -> None:
         """Raises ValueError for a conditioning that the transformer cannot take."""
-        config, pooled = self.denoiser.config, told.pooled
-        widths = (told.states.shape[-1], None if pooled is None else pooled.shape[-1])
+        config, pooled = self.denoiser.config, conditioning.pooled
+        widths = (conditioning.states.shape[-1], None if pooled is None else pooled.shape[-1])
         expected = (config.joint_attention_dim, config.pooled_projection_dim)
         if widths != expected:
             raise ValueError(
                 f"SD3's transformer takes states of width {expected[0]} and a pooled embedding of width {expected[1]}, "
                 f"the encoder gives {widths[0]} and {widths[1]}; choose the encoder 'clip-segment-sd3'"
             )
-        if told.mask is not None and not bool(told.mask.all()):
+        if conditioning.mask is not None and not bool(conditioning.mask.all()):
             raise ValueError(
                 "SD3's transformer takes no attention mask, so the padding of shorter prompts would be attended to; "
                 "pad with <pad*> (clip-segment-sd3's pad), and let T5 be without mask"

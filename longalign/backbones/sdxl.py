@@ -50,15 +50,15 @@ class SDXLBackbone(SDBackbone):
         config = self.denoiser.config
         return config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
 
-    def added(self, told: Conditioning, latents: Tensor) -> dict[str, Any]:
+    def extra_model_kwargs(self, conditioning: Conditioning, latents: Tensor) -> dict[str, Any]:
         """The pooled embedding, and the time ids of an image that is drawn at its own size and not cropped."""
-        if told.pooled is None or told.pooled.shape[-1] != self.pooled_width:
-            got = "none" if told.pooled is None else f"one of width {told.pooled.shape[-1]}"
+        if conditioning.pooled is None or conditioning.pooled.shape[-1] != self.pooled_width:
+            got = "none" if conditioning.pooled is None else f"one of width {conditioning.pooled.shape[-1]}"
             raise ValueError(
                 f"SDXL's UNet takes a pooled embedding of width {self.pooled_width} and the encoder gives {got}; "
                 "choose the encoder 'clip-segment-sdxl'"
             )
         height, width = (self.factor * side for side in latents.shape[-2:])
         sizes = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=latents.device)
-        pooled = told.pooled.to(self.denoiser.dtype)
+        pooled = conditioning.pooled.to(self.denoiser.dtype)
         return {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes.expand(len(latents), 6)}}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
 
-from longalign.faults import ConfigError
+from longalign.errors import ConfigError
 from longalign.store import key_of
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Data(Dataset[dict[str, Any]]):
 
     # What caches ask for
 
-    def own(self, index: int) -> dict[str, Any] | None:
+    def load_item(self, index: int) -> dict[str, Any] | None:
         """Item ``index`` itself: None where it cannot be read, so that another takes its place."""
         return self[index]
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from longalign.data.base import check_index
 from longalign.data.configs import LongAlignCaptionsConfig
-from longalign.data.hub import files_of, load, text
+from longalign.data.hub import caption_from_cell, files_of, load
+from longalign.data.image_dataset import ImageDataset
 from longalign.data.lines import inside
-from longalign.data.pictures import Pictures
 from longalign.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 COLUMNS = ("caption", "path", "source")
 
 
-class LongAlignCaptions(Pictures):
+class LongAlignCaptions(ImageDataset):
     """Rows ``caption, path, source`` whose image is there.
 
     Args:
@@ -64,7 +64,7 @@ class LongAlignCaptions(Pictures):
         return len(self.kept)
 
     def prompt(self, index: int) -> str:
-        return text(self.rows[self.kept[check_index(index, len(self))]]["caption"])
+        return caption_from_cell(self.rows[self.kept[check_index(index, len(self))]]["caption"])
 
     def source(self, index: int) -> Path:
         row = self.rows[self.kept[index]]
@@ -86,7 +86,7 @@ def _with_images(rows: Any, folders: dict[str, Path], config: LongAlignCaptionsC
         where = f"row {i} of {config.captions}"
         if not isinstance(path, str):
             raise ValueError(f"{where}: the path must be a text, got {path!r:.60}")
-        if not text(caption, where):
+        if not caption_from_cell(caption, where):
             empty += 1
             if config.empty == "skip":
                 continue

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from longalign.data.lines import missing_shard
-from longalign.faults import Fault, redact_url
+from longalign.errors import ConfigProblem, redact_url
 from longalign.registry import PartConfig
 from longalign.runtime import Runtime
 
@@ -29,11 +29,11 @@ def _rising(value: tuple[int, int], what: str) -> tuple[int, int]:
     return value
 
 
-def _no_folder(key: str, folder: str | None) -> list[Fault]:
+def _no_folder(key: str, folder: str | None) -> list[ConfigProblem]:
     return [(key, f"no folder {folder}")] if folder is not None and not Path(folder).is_dir() else []
 
 
-def _no_metadata(folder: str, keys: str) -> list[Fault]:
+def _no_metadata(folder: str, keys: str) -> list[ConfigProblem]:
     path = Path(folder) / "metadata.jsonl"
     return [] if path.is_file() else [("folder", f"no file {path}; expected one mapping per line with {keys}")]
 
@@ -102,10 +102,10 @@ class TableConfig(DataConfig):
     image_folder: Text | None = None
     cache: Text | None = None
 
-    def check_files(self) -> list[Fault]:
-        faults = _no_folder("image_folder", self.image_folder)
+    def check_files(self) -> list[ConfigProblem]:
+        problems = _no_folder("image_folder", self.image_folder)
         missing = [f for f in self.files if "://" not in f and not glob(f, recursive=True)]
-        return faults + [("files", f"no file {redact_url(f)}") for f in missing]
+        return problems + [("files", f"no file {redact_url(f)}") for f in missing]
 
 
 class ScenesConfig(DataConfig):
@@ -175,7 +175,7 @@ class FolderConfig(ImagesConfig):
     name: Literal["folder"] = "folder"
     folder: Text
 
-    def check_files(self) -> list[Fault]:
+    def check_files(self) -> list[ConfigProblem]:
         folder = Path(self.folder)
         indexed = any((folder / name).is_file() for name in ("metadata.jsonl", "metadata.csv"))
         if indexed or next(folder.rglob("*.txt"), None) is not None:
@@ -236,7 +236,7 @@ class PairsConfig(PairedImagesConfig):
     name: Literal["pairs"] = "pairs"
     folder: Text
 
-    def check_files(self) -> list[Fault]:
+    def check_files(self) -> list[ConfigProblem]:
         return _no_folder("folder", self.folder) or _no_metadata(self.folder, '"image_0", "image_1", "text"')
 
     def build(self, runtime: Runtime) -> Any:
@@ -287,8 +287,8 @@ class WebDatasetConfig(ImagesConfig):
     field: Text | None = None
     shuffle_buffer: PositiveInt = 1000
 
-    def check_files(self) -> list[Fault]:
-        return [("shards", fault) for given in self.shards if (fault := missing_shard(given))]
+    def check_files(self) -> list[ConfigProblem]:
+        return [("shards", problem) for given in self.shards if (problem := missing_shard(given))]
 
     @property
     def caption_field(self) -> str | None:
@@ -329,8 +329,8 @@ class LongAlignCaptionsConfig(ImagesConfig):
     cache: Text | None = None
     max_missing: NonNegativeInt | None = None
 
-    def check_files(self) -> list[Fault]:
-        return [fault for key, folder in self.folders.items() for fault in _no_folder(f"folders.{key}", folder)]
+    def check_files(self) -> list[ConfigProblem]:
+        return [problem for key, folder in self.folders.items() for problem in _no_folder(f"folders.{key}", folder)]
 
     def build(self, runtime: Runtime) -> Any:
         from longalign.data.captions import LongAlignCaptions
@@ -353,7 +353,7 @@ class PromptsConfig(DataConfig):
     file: Text
     empty: Literal["skip", "keep"] = "skip"
 
-    def check_files(self) -> list[Fault]:
+    def check_files(self) -> list[ConfigProblem]:
         return [] if Path(self.file).is_file() else [("file", f"no file {self.file}")]
 
     def build(self, runtime: Runtime) -> Any:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from longalign.data.base import check_index
 from longalign.data.configs import FolderConfig
+from longalign.data.image_dataset import ImageDataset, load_square
 from longalign.data.lines import inside, read_captions, text_of
-from longalign.data.pictures import Pictures, load_square
 from longalign.runtime import Runtime
 
 __all__ = ["Folder", "load_square"]
@@ -17,7 +17,7 @@ __all__ = ["Folder", "load_square"]
 log = logging.getLogger(__name__)
 
 
-class Folder(Pictures):
+class Folder(ImageDataset):
     """Image files with one caption each.
 
     Args:

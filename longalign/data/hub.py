@@ -13,8 +13,8 @@ from PIL.Image import Image
 
 from longalign.data.base import Data, check_index
 from longalign.data.configs import HubConfig, HubPairsConfig
+from longalign.data.image_dataset import ImageDataset
 from longalign.data.lines import inside
-from longalign.data.pictures import Pictures
 from longalign.data.stream import Record, Stream
 from longalign.runtime import Runtime
 from longalign.segment import check_text
@@ -108,13 +108,13 @@ def image_source(value: Any, folder: Path | None) -> Path | bytes:
         buffer = BytesIO()
         try:
             value.save(buffer, "PNG")
-        except Exception as error:  # it may be decoded here only, see `longalign.imagefiles.decode`
+        except Exception as error:  # it may be decoded here only, see `longalign.image_io.decode`
             raise ValueError(f"{type(error).__name__}: {error}") from error
         return buffer.getvalue()
     raise ValueError(f"expected an image, its bytes or its path, got {value!r:.60}")
 
 
-def text(value: Any, where: str = "") -> str:
+def caption_from_cell(value: Any, where: str = "") -> str:
     """The caption in a cell; null is empty. Raises ValueError, with ``where`` it is, for what is no text."""
     what = f"{where}: the caption" if where else "a caption"
     if value is not None and not isinstance(value, str):
@@ -137,7 +137,9 @@ class _Captions:
         captions = rows[config.caption]
         kept = range(len(captions))
         if config.empty == "skip":
-            kept = [i for i, caption in enumerate(captions) if text(caption, f"row {i} of {config.dataset}")]
+            kept = [
+                i for i, caption in enumerate(captions) if caption_from_cell(caption, f"row {i} of {config.dataset}")
+            ]
         if not kept:
             raise ValueError(f"'{config.dataset}' has no caption in its column '{config.caption}'")
         self.captions, self.kept = captions, kept
@@ -146,10 +148,10 @@ class _Captions:
         return len(self.kept)
 
     def __getitem__(self, index: int) -> str:
-        return text(self.captions[self.kept[check_index(index, len(self))]])
+        return caption_from_cell(self.captions[self.kept[check_index(index, len(self))]])
 
 
-class HubRows(Pictures):
+class HubRows(ImageDataset):
     """Rows of a table with an image each, by index.
 
     Args:
@@ -221,9 +223,9 @@ class HubStream(Stream):
     def _record(self, name: str, row: Any) -> Record:
         try:
             image = None if self.config.image is None else image_source(row[self.config.image], self.folder)
-            return Record(name, text(row[self.config.caption]), image)
+            return Record(name, caption_from_cell(row[self.config.caption]), image)
         except ValueError as error:
-            return Record(name, fault=str(error))
+            return Record(name, problem=str(error))
 
 
 def files_of(path: Path) -> tuple[str, list[str]]:

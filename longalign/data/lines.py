@@ -41,8 +41,8 @@ def inside(folder: Path | str, name: str, where: str = "") -> Path:
     home = os.path.abspath(folder)
     path = os.path.normpath(os.path.join(home, name))
     if os.path.commonpath([home, path]) != home:
-        told = f"{where}: " if where else ""
-        raise ValueError(f"{told}{name!r:.200} leads out of {folder}; expected a file in that folder")
+        prefix = f"{where}: " if where else ""
+        raise ValueError(f"{prefix}{name!r:.200} leads out of {folder}; expected a file in that folder")
     return Path(folder) / os.path.relpath(path, home)
 
 

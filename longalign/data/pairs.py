@@ -15,9 +15,9 @@ import torch
 
 from longalign.data.base import check_index
 from longalign.data.configs import HubPairsConfig, PairsConfig
-from longalign.data.hub import folder_of, image_source, open_columns, text
+from longalign.data.hub import caption_from_cell, folder_of, image_source, open_columns
+from longalign.data.image_dataset import UNREADABLE, ImageDataset
 from longalign.data.lines import inside, read_jsonl, text_of
-from longalign.data.pictures import UNREADABLE, Pictures
 from longalign.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class Pair:
     captions: tuple[str, str] | None = None
 
 
-class Pairs(Pictures):
+class Pairs(ImageDataset):
     """Base of data whose items are ``{"prompt": str, "image": (2, 3, resolution, resolution) in [0, 1], "preference":
     ()}``, with ``captions``, a text for each image, where there are some.
 
@@ -65,7 +65,7 @@ class Pairs(Pictures):
     def prompt(self, index: int) -> str:
         return self.pairs[check_index(index, len(self))].prompt
 
-    def own(self, index: int) -> dict[str, Any] | None:
+    def load_item(self, index: int) -> dict[str, Any] | None:
         label = self.label(index)
         if label in self.unreadable:
             return None
@@ -153,13 +153,13 @@ class HubPairs(Pairs):
         Raises:
             ValueError: if a column is missing, a cell holds something else, or no pair is left.
         """
-        told = (config.caption, *config.labels, *config.captions)
-        rows = open_columns(config, told, config.images)
+        columns = (config.caption, *config.labels, *config.captions)
+        rows = open_columns(config, columns, config.images)
         found = []
-        for i, row in enumerate(rows.select_columns([*told])):
+        for i, row in enumerate(rows.select_columns([*columns])):
             labels, captions = ([row[column] for column in columns] for columns in (config.labels, config.captions))
             where = f"row {i} of {config.dataset}"
-            found.append(_pair(text(row[config.caption], where), _flat(labels), _flat(captions), where))
+            found.append(_pair(caption_from_cell(row[config.caption], where), _flat(labels), _flat(captions), where))
         kept, pairs = _kept(found, config.dataset)
         return cls(rows.select_columns([*config.images]), kept, pairs, config)
 
@@ -185,10 +185,10 @@ def _pair(prompt: str, labels: Sequence[Any], captions: Sequence[Any], where: st
         return "an empty prompt"
     if not labels or any(label is None for label in labels):
         return "no label"
-    if captions and (len(captions) != 2 or not all(map(text, captions))):
+    if captions and (len(captions) != 2 or not all(map(caption_from_cell, captions))):
         return "an empty caption"
-    told = (text(captions[0]), text(captions[1])) if captions else None
-    return Pair(prompt, preference_of(labels, where), told)
+    both = (caption_from_cell(captions[0]), caption_from_cell(captions[1])) if captions else None
+    return Pair(prompt, preference_of(labels, where), both)
 
 
 def preference_of(labels: Sequence[Any], where: str) -> float:
@@ -213,11 +213,11 @@ def _kept(found: Sequence[Pair | str], where: str) -> tuple[list[int], list[Pair
     """Numbers of the rows that are pairs, and these; what is left out is counted in a warning."""
     kept = [(i, pair) for i, pair in enumerate(found) if isinstance(pair, Pair)]
     lacking = Counter(what for what in found if isinstance(what, str))
-    told = ", ".join(f"{count} with {what}" for what, count in lacking.items())
+    skipped = ", ".join(f"{count} with {what}" for what, count in lacking.items())
     if lacking:
-        log.warning("left out of %d pairs in %s: %s", len(found), where, told)
+        log.warning("left out of %d pairs in %s: %s", len(found), where, skipped)
     if not kept:
-        raise ValueError(f"{where} holds no pairs{f', only {told}' if told else ''}")
+        raise ValueError(f"{where} holds no pairs{f', only {skipped}' if skipped else ''}")
     with_captions = sum(pair.captions is not None for _, pair in kept)
     if with_captions not in (0, len(kept)):
         raise ValueError(

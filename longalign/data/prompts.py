@@ -28,11 +28,11 @@ class Prompts(Data):
     def from_config(cls, config: PromptsConfig, runtime: Runtime) -> Prompts:
         """Reads the file. Raises `ValueError` if no prompt is left, `FileNotFoundError` if there is no file."""
         prompts = read_prompts(config.file)
-        told = [p for p in prompts if p]
-        if len(told) < len(prompts):
-            empty = len(prompts) - len(told)
+        non_empty = [p for p in prompts if p]
+        if len(non_empty) < len(prompts):
+            empty = len(prompts) - len(non_empty)
             log.warning("%d of %d prompts in %s are empty: %s", empty, len(prompts), config.file, config.empty)
-        kept = prompts if config.empty == "keep" else told
+        kept = prompts if config.empty == "keep" else non_empty
         if not kept:
             raise ValueError(f"{config.file} holds no prompts")
         return cls(kept)

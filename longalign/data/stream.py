@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longalign.data.pictures import UNREADABLE, Squares, Unreadable
+from longalign.data.image_dataset import UNREADABLE, Squares, Unreadable
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class Record:
     name: str
     prompt: str = ""
     image: Path | bytes | None = None
-    fault: str = ""
+    problem: str = ""
 
 
 class Stream:
@@ -54,7 +54,7 @@ class Stream:
         self.squares = Squares(resolution) if self.has_images else None
         self.empty, self.shuffle_buffer = empty, shuffle_buffer
         self.unreadable = Unreadable(max_unreadable)
-        self._told_of_empty = False
+        self._warned_empty = False
 
     @property
     def num_shards(self) -> int:
@@ -90,8 +90,8 @@ class Stream:
             try:
                 if record.name in self.unreadable:
                     raise ValueError(self.unreadable[record.name])
-                if record.fault:
-                    raise ValueError(record.fault)
+                if record.problem:
+                    raise ValueError(record.problem)
                 if images:
                     if record.image is None or self.squares is None:
                         raise ValueError("it has no image")
@@ -109,9 +109,9 @@ class Stream:
     def _records(self, seed: int, share: int, shares: int) -> Iterator[Record]:
         number_of_pass = 0
         while True:
-            chance = random.Random(f"{seed} {share} {shares} {number_of_pass}")
+            rng = random.Random(f"{seed} {share} {shares} {number_of_pass}")
             some = False
-            for record in self._shuffled(self._in_order(chance, share, shares), chance):
+            for record in self._shuffled(self._in_order(rng, share, shares), rng):
                 some = True
                 yield record
             if not some:
@@ -121,29 +121,29 @@ class Stream:
                 )
             number_of_pass += 1
 
-    def _in_order(self, chance: random.Random, share: int, shares: int) -> Iterator[Record]:
+    def _in_order(self, rng: random.Random, share: int, shares: int) -> Iterator[Record]:
         dealt = self.num_shards >= shares
         shards = list(range(self.num_shards))[share::shares] if dealt else list(range(self.num_shards))
-        chance.shuffle(shards)
+        rng.shuffle(shards)
         for shard in shards:
             for number, record in enumerate(self.read(shard)):
                 if not dealt and number % shares != share:
                     continue
-                if not record.prompt and not record.fault and self.empty == "skip":
-                    if not self._told_of_empty:
+                if not record.prompt and not record.problem and self.empty == "skip":
+                    if not self._warned_empty:
                         log.warning("%s has an empty caption; such items are skipped", record.name)
-                    self._told_of_empty = True
+                    self._warned_empty = True
                     continue
                 yield record
 
-    def _shuffled(self, records: Iterator[Record], chance: random.Random) -> Iterator[Record]:
+    def _shuffled(self, records: Iterator[Record], rng: random.Random) -> Iterator[Record]:
         buffer: list[Record] = []
         for record in records:
             if len(buffer) < self.shuffle_buffer:
                 buffer.append(record)
                 continue
-            at = chance.randrange(len(buffer))
+            at = rng.randrange(len(buffer))
             buffer[at], record = record, buffer[at]
             yield record
-        chance.shuffle(buffer)
+        rng.shuffle(buffer)
         yield from buffer

@@ -71,7 +71,7 @@ class WebDataset(Stream):
     def read(self, shard: int) -> Iterator[Record]:
         path = self.shards[shard]
         wanted = {self.caption, *self.image}
-        stem, parts, fault = "", {}, ""
+        stem, parts, problem = "", {}, ""
         try:
             with tarfile.open(path, "r|*", tarinfo=_Member) as tar:
                 for member in tar:
@@ -81,25 +81,25 @@ class WebDataset(Stream):
                     name, _, ending = place.name.partition(".")
                     key = str(place.with_name(name))
                     if parts and key != stem:
-                        yield self._record(path, stem, parts, fault)
-                        parts, fault = {}, ""
+                        yield self._record(path, stem, parts, problem)
+                        parts, problem = {}, ""
                     stem, ending = key, ending.lower()
                     if ending in wanted and member.size > MAX_BYTES:
-                        fault = f"its .{ending} has {member.size} bytes, more than the limit of {MAX_BYTES}"
-                    file = tar.extractfile(member) if ending in wanted and not fault else None
+                        problem = f"its .{ending} has {member.size} bytes, more than the limit of {MAX_BYTES}"
+                    file = tar.extractfile(member) if ending in wanted and not problem else None
                     parts[ending] = file.read() if file is not None else b""
         except Exception as error:  # on damaged files tarfile raises TypeError, zlib.error and others beside its own
             self.unreadable.note(f"the rest of {path}", error)
             parts = {}
         if parts:
-            yield self._record(path, stem, parts, fault)
+            yield self._record(path, stem, parts, problem)
 
-    def _record(self, path: Path, stem: str, parts: dict[str, bytes], fault: str) -> Record:
+    def _record(self, path: Path, stem: str, parts: dict[str, bytes], problem: str) -> Record:
         name = f"{stem} in {path}"
-        if fault:
-            return Record(name, fault=fault)
+        if problem:
+            return Record(name, problem=problem)
         if self.caption not in parts:
-            return Record(name, fault=f"it has no .{self.caption}; there is {', '.join(sorted(parts))}")
+            return Record(name, problem=f"it has no .{self.caption}; there is {', '.join(sorted(parts))}")
         image = next((parts[ending] for ending in self.image if ending in parts), None)
         try:
             text = parts[self.caption].decode("utf-8-sig")
@@ -107,10 +107,10 @@ class WebDataset(Stream):
                 text = json.loads(text)[self.field] or ""
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             what = f" with '{self.field}'" if self.field else ""
-            return Record(name, fault=f"its .{self.caption} is not a text{what} ({type(error).__name__}: {error})")
+            return Record(name, problem=f"its .{self.caption} is not a text{what} ({type(error).__name__}: {error})")
         if not isinstance(text, str):
-            return Record(name, fault=f"'{self.field}' must be a text, got {text!r:.60}")
+            return Record(name, problem=f"'{self.field}' must be a text, got {text!r:.60}")
         try:
             return Record(name, check_text(text, f"its .{self.caption}").strip(), image)
         except ValueError as error:
-            return Record(name, fault=str(error))
+            return Record(name, problem=str(error))

@@ -115,7 +115,7 @@ class TextAdapter(nn.Module):
         save_tensors(path / f"{_WEIGHTS}.safetensors", state, {"format": "pt"})
 
 
-def adapt(adapter: TextAdapter, told: Conditioning) -> Conditioning:
+def adapt(adapter: TextAdapter, conditioning: Conditioning) -> Conditioning:
     """A language model's conditioning through an adapter; masked states are zero."""
-    states = adapter(told.states.to(next(adapter.parameters()).dtype))
-    return replace(told, states=states if told.mask is None else states * told.mask[..., None])
+    states = adapter(conditioning.states.to(next(adapter.parameters()).dtype))
+    return replace(conditioning, states=states if conditioning.mask is None else states * conditioning.mask[..., None])

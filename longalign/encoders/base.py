@@ -21,8 +21,8 @@ __all__ = [
     "TruncationWarning",
     "check_prompts",
     "equal_lengths",
-    "handle_cuts",
     "plain_text",
+    "raise_or_warn_truncated",
     "report_passes",
 ]
 
@@ -34,13 +34,13 @@ class PromptReport:
     Attributes:
         segments: the texts that were encoded, in order.
         tokens: number of tokens of each segment, without ``<sot>``/``<eot>`` or other special tokens.
-        cut: the text that was not encoded, empty if all of it was.
-        parts: the reports of the inner encoders where there are several; ``cut`` is then what any of them left out.
+        truncated: the text that was not encoded; empty if the whole prompt was.
+        parts: the reports of the inner encoders where there are several; ``truncated`` joins what any of them dropped.
     """
 
     segments: tuple[str, ...]
     tokens: tuple[int, ...]
-    cut: str = ""
+    truncated: str = ""
     parts: tuple[PromptReport, ...] = ()
 
 
@@ -108,7 +108,7 @@ def equal_lengths(*conditionings: Conditioning) -> tuple[Conditioning, ...]:
 
 
 GROW = "raise {}, or set overflow to 'grow'"
-"""What `handle_cuts` advises for encoders that can read all of a prompt; the setting of their length is filled in."""
+"""Advice of encoders without a limit, for `raise_or_warn_truncated`; ``{}`` is the setting of their length."""
 
 
 class TruncationWarning(UserWarning):
@@ -125,7 +125,9 @@ def report_passes(passes: Sequence[Tokenized], most: int) -> PromptReport:
     )
 
 
-def handle_cuts(reports: Sequence[PromptReport], overflow: str, limit: int, advice: str, stacklevel: int = 3) -> None:
+def raise_or_warn_truncated(
+    reports: Sequence[PromptReport], overflow: str, limit: int, advice: str, stacklevel: int = 3
+) -> None:
     """Raises (``overflow="error"``) or warns, once, if any prompt was cut.
 
     Args:
@@ -135,12 +137,12 @@ def handle_cuts(reports: Sequence[PromptReport], overflow: str, limit: int, advi
         advice: what the user can do.
         stacklevel: of the warning; the default is whoever called the caller.
     """
-    cut = [i for i, report in enumerate(reports) if report.cut]
+    cut = [i for i, report in enumerate(reports) if report.truncated]
     if not cut:
         return
     text = (
         f"{len(cut)} of {len(reports)} prompts do not fit into {limit} positions; "
-        f"of prompt {cut[0]} this is not encoded: {reports[cut[0]].cut[:80]!r}"
+        f"of prompt {cut[0]} this is not encoded: {reports[cut[0]].truncated[:80]!r}"
     )
     if overflow == "error":
         raise ValueError(f"{text}. Shorten it, or {advice}")
@@ -166,7 +168,7 @@ class Encoder(nn.Module):
         """
         raise NotImplementedError
 
-    def cut(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
+    def report(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
         """What `encode` would read of each prompt, without running a model, warning or refusing."""
         raise NotImplementedError
 

@@ -20,7 +20,7 @@ from longalign.segment import Prompt
 from longalign.store import Store, key_of
 
 #: keys of configs that change no state
-FREE = ("max_batch_tokens",)
+IGNORED_KEYS = ("max_batch_tokens",)
 
 
 def prompt_key(prompt: Prompt) -> bytes:
@@ -61,7 +61,7 @@ def frozen(config: PartConfig) -> PartConfig:
 
 def settings(config: PartConfig) -> dict[str, Any]:
     """The keys of an encoder's config that its frozen states depend on."""
-    return {key: value for key, value in frozen(config).model_dump(mode="json").items() if key not in FREE}
+    return {key: value for key, value in frozen(config).model_dump(mode="json").items() if key not in IGNORED_KEYS}
 
 
 def build_cached(config: PartConfig, store: Callable[[PartConfig], Store], runtime: Runtime) -> Encoder:
@@ -102,19 +102,21 @@ class CachedEncoder(Encoder):
         self.dim = empty["states"].shape[1] if adapter is None else adapter.out_dim
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
-        told = collate([self._entry(prompt) for prompt in check_prompts(prompts)], self.length).to(self.to_device)
+        conditioning = collate_states([self._entry(prompt) for prompt in check_prompts(prompts)], self.length).to(
+            self.to_device
+        )
         adapter = getattr(self, self.key)
-        return told if adapter is None else adapt(adapter, told)
+        return conditioning if adapter is None else adapt(adapter, conditioning)
 
-    def cut(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
+    def report(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
         raise ValueError("a cache of prompts does not say what was cut; build the encoder from a config without cache")
 
     def _entry(self, prompt: Prompt) -> dict[str, Tensor]:
-        refuse_missing(self.store, prompt)
+        require_cached(self.store, prompt)
         return self.store[prompt_key(prompt)]
 
 
-def refuse_missing(store: Store, prompt: Prompt) -> None:
+def require_cached(store: Store, prompt: Prompt) -> None:
     """Raises ValueError for a prompt that is not in the store."""
     if prompt_key(prompt) not in store:
         raise ValueError(
@@ -136,16 +138,16 @@ def entries(encoder: Encoder, prompts: Sequence[str], length: int | None) -> lis
     Raises:
         ValueError: if the states of a prompt depend on the timestep, or on the prompts that it is encoded with.
     """
-    told = encoder.encode(prompts)
-    if type(told).at is not Conditioning.at:
+    conditioning = encoder.encode(prompts)
+    if type(conditioning).at is not Conditioning.at:
         raise ValueError("a conditioning that changes with the timestep cannot be cached; set cache.prompts to false")
     found = []
     for i in range(len(prompts)):
-        states = told.states[i]
+        states = conditioning.states[i]
         entry: dict[str, Tensor] = {}
-        if told.mask is not None:
-            real = int(told.mask[i].sum())
-            if not bool(told.mask[i, :real].all()):
+        if conditioning.mask is not None:
+            real = int(conditioning.mask[i].sum())
+            if not bool(conditioning.mask[i, :real].all()):
                 raise ValueError("only masks that end with the padding can be cached; set cache.prompts to false")
             own = max(real, length or states.shape[0])
             states, entry["real"] = states[:real], torch.tensor([real])
@@ -161,8 +163,8 @@ def entries(encoder: Encoder, prompts: Sequence[str], length: int | None) -> lis
             else:
                 states = states[: last + 1]
         entry |= {"states": states, "length": torch.tensor([own])}
-        if told.pooled is not None:
-            entry["pooled"] = told.pooled[i]
+        if conditioning.pooled is not None:
+            entry["pooled"] = conditioning.pooled[i]
         found.append(entry)
     return found
 
@@ -171,7 +173,7 @@ def _filling(encoder: Encoder, prompt: str, states: Tensor) -> Tensor:
     """What follows the states ``(n, d)`` of a prompt in a batch that is longer, ``(1, d)``, or nothing ``(0, d)`` where
     no batch is."""
     longer = f"{prompt} {prompt}"
-    if any(report.cut for report in encoder.cut([longer])):
+    if any(report.truncated for report in encoder.report([longer])):
         return states[:0]
     beside = encoder.encode([prompt, longer]).states[0]
     own, after = beside.split([len(states), len(beside) - len(states)])
@@ -185,7 +187,7 @@ def _filling(encoder: Encoder, prompt: str, states: Tensor) -> Tensor:
     return after[:1]
 
 
-def collate(found: Sequence[dict[str, Tensor]], least: int) -> Conditioning:
+def collate_states(found: Sequence[dict[str, Tensor]], least: int) -> Conditioning:
     """A conditioning of the entries, at least ``least`` states long."""
     length = max(least, *(int(entry["length"]) for entry in found))
     masked = "real" in found[0]
@@ -194,8 +196,12 @@ def collate(found: Sequence[dict[str, Tensor]], least: int) -> Conditioning:
         states = entry["states"]
         filling = states.new_zeros(1, states.shape[1]) if masked else states[-1:]
         rows.append(torch.cat([states[:length], filling.expand(max(0, length - len(states)), -1)]))
-    told = Conditioning(torch.stack(rows))
+    conditioning = Conditioning(torch.stack(rows))
     if masked:
         real = torch.stack([entry["real"] for entry in found])
-        told = replace(told, mask=torch.arange(length) < real)
-    return replace(told, pooled=torch.stack([e["pooled"] for e in found])) if "pooled" in found[0] else told
+        conditioning = replace(conditioning, mask=torch.arange(length) < real)
+    return (
+        replace(conditioning, pooled=torch.stack([e["pooled"] for e in found]))
+        if "pooled" in found[0]
+        else conditioning
+    )

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from longalign.encoders.base import GROW, Conditioning, Encoder, PromptReport, check_prompts, handle_cuts
-from longalign.encoders.tokens import device_of, own_precision, run_grouped
+from longalign.encoders.base import GROW, Conditioning, Encoder, PromptReport, check_prompts, raise_or_warn_truncated
+from longalign.encoders.tokens import autocast_disabled, device_of, run_grouped
 from longalign.runtime import Runtime
 from longalign.segment import Prompt, Segmenter, fit, split
 from longalign.tokens import TextTokens, Tokenized
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SegmentPlan:
     """What of a prompt is encoded and kept: rows of ids, and of each row the positions ``start:stop``."""
 
     rows: tuple[tuple[int, ...], ...]
@@ -55,7 +55,7 @@ class ClipSegmentEncoder(Encoder):
             last one beyond the window); ``"none"``, nothing: states end with the batch's longest prompt and there is a
             mask.
         max_tokens: number of merged states; shorter prompts are filled up to it.
-        overflow: a longer prompt lets the batch ``"grow"``, is ``"cut"`` with a warning, or is an ``"error"``.
+        overflow: a longer prompt lets the batch ``"grow"``, is ``"truncate"`` with a warning, or is an ``"error"``.
         max_batch_tokens: most positions in one call of the text model.
     """
 
@@ -69,7 +69,7 @@ class ClipSegmentEncoder(Encoder):
         eot: Literal["none", "all", "last"] = "none",
         pad: Literal["pad*", "pad", "none"] = "pad*",
         max_tokens: int = 240,
-        overflow: Literal["grow", "cut", "error"] = "grow",
+        overflow: Literal["grow", "truncate", "error"] = "grow",
         max_batch_tokens: int = 16384,
     ):
         super().__init__()
@@ -81,16 +81,16 @@ class ClipSegmentEncoder(Encoder):
         self.segmenter = segmenter
         self.sot, self.eot, self.pad = sot, eot, pad
         self.max_tokens, self.overflow, self.max_batch_tokens = max_tokens, overflow, max_batch_tokens
-        self._filling: Tensor | None = None
+        self._padding: Tensor | None = None
 
     @classmethod
     def from_config(cls, config: ClipSegmentConfig, runtime: Runtime) -> ClipSegmentEncoder:
         """Loads text model and tokenizer, and builds the segmenter."""
         from transformers import CLIPTextModel
 
-        from longalign.encoders.single_file import load_clip
+        from longalign.encoders.single_file import load_clip_text_model
 
-        model, tokenizer = load_clip(CLIPTextModel, config, config.subfolder, runtime)
+        model, tokenizer = load_clip_text_model(CLIPTextModel, config, config.subfolder, runtime)
         keys = ("sot", "eot", "pad", "max_tokens", "overflow", "max_batch_tokens")
         return cls(model, tokenizer, config.segmenter.build(runtime), **{key: getattr(config, key) for key in keys})
 
@@ -98,14 +98,14 @@ class ClipSegmentEncoder(Encoder):
         plans = self.checked_plans(prompts)
         return self.merge(plans, *self.run(plans))
 
-    def checked_plans(self, prompts: Sequence[Prompt]) -> list[Plan]:
+    def checked_plans(self, prompts: Sequence[Prompt]) -> list[SegmentPlan]:
         """For `encode`: what of each prompt is encoded and kept; a prompt that is cut is warned of or refused."""
         plans = self._plans(prompts)
         reports = [plan.report for plan in plans]
-        handle_cuts(reports, self.overflow, self.max_tokens, GROW.format("max_tokens"), stacklevel=4)
+        raise_or_warn_truncated(reports, self.overflow, self.max_tokens, GROW.format("max_tokens"), stacklevel=4)
         return plans
 
-    def run(self, plans: Sequence[Plan], more: Sequence[tuple[int, ...]] = ()) -> tuple[Tensor, list[int]]:
+    def run(self, plans: Sequence[SegmentPlan], more: Sequence[tuple[int, ...]] = ()) -> tuple[Tensor, list[int]]:
         """All states ``(m, d)`` of the plans' rows and then of ``more`` rows, and where among them each row begins."""
         return run_grouped(
             self._run,
@@ -115,9 +115,9 @@ class ClipSegmentEncoder(Encoder):
             max_batch_tokens=self.max_batch_tokens,
         )
 
-    def merge(self, plans: Sequence[Plan], states: Tensor, first: Sequence[int]) -> Conditioning:
+    def merge(self, plans: Sequence[SegmentPlan], states: Tensor, first: Sequence[int]) -> Conditioning:
         """What is kept of the states ``(m, d)`` that `run` gave, in order and filled up."""
-        filling = self._fill(states)
+        filling = self._pad_states(states)
         longest = max(plan.length for plan in plans)
         length = longest if self.pad == "none" else max(self.max_tokens, longest)
         index = np.empty((len(plans), length), dtype=np.int64)
@@ -133,22 +133,22 @@ class ClipSegmentEncoder(Encoder):
         merged = torch.cat([states, filling])[torch.from_numpy(index).to(states.device)]
         return Conditioning(merged, mask, reports=tuple(plan.report for plan in plans))
 
-    def cut(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
+    def report(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
         return [plan.report for plan in self._plans(prompts)]
 
     def _run(self, ids: Tensor, real: Tensor | None = None) -> Tensor:
         return self.text_model(input_ids=ids).last_hidden_state
 
     @torch.no_grad()
-    def _fill(self, like: Tensor) -> Tensor:
+    def _pad_states(self, like: Tensor) -> Tensor:
         """States ``(k, d)`` for filling: position i takes state ``min(i, k - 1)``. Kept, since the model is frozen."""
-        kept = self._filling
+        kept = self._padding
         if kept is None or kept.device != like.device or kept.dtype != like.dtype:
             kept = like.new_zeros(1, self.dim) if self.pad == "none" else self._empty(like.device)
             if self.pad == "pad*":
                 share = max(1, round(self.window * 60 / 77))
                 kept = kept[-share:].mean(0, keepdim=True)
-            self._filling = kept
+            self._padding = kept
         return kept
 
     def _empty(self, device: torch.device) -> Tensor:
@@ -156,16 +156,16 @@ class ClipSegmentEncoder(Encoder):
         tokenizer = self.tokens.tokenizer
         pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         ids = [tokenizer.bos_token_id, tokenizer.eos_token_id] + [pad_id] * (self.window - 2)
-        with own_precision(device):
+        with autocast_disabled(device):
             return self._run(torch.tensor([ids], device=device))[0, :, : self.dim]
 
-    def _plans(self, prompts: Sequence[Prompt]) -> list[Plan]:
+    def _plans(self, prompts: Sequence[Prompt]) -> list[SegmentPlan]:
         room, count = self.window - 2, self.tokens.count
         found = [split(self.segmenter, prompt, count) for prompt in check_prompts(prompts)]
         self.tokens.batch([segment for segments in found for segment in segments])
         return [self._plan(self.tokens.batch(fit(segments, room, count))) for segments in found]
 
-    def _plan(self, segments: Sequence[Tokenized]) -> Plan:
+    def _plan(self, segments: Sequence[Tokenized]) -> SegmentPlan:
         tokenizer = self.tokens.tokenizer
         segments = [s for s in segments if s.ids] or [Tokenized("", (), ())]
         left = sys.maxsize if self.overflow == "grow" else self.max_tokens
@@ -188,4 +188,4 @@ class ClipSegmentEncoder(Encoder):
         if not rows:
             # attention needs something to attend to, whatever the strategy
             rows, kept = [(tokenizer.bos_token_id, tokenizer.eos_token_id)], [(0, 1)]
-        return Plan(tuple(rows), tuple(kept), PromptReport(tuple(texts), tuple(tokens), " ".join(cut)))
+        return SegmentPlan(tuple(rows), tuple(kept), PromptReport(tuple(texts), tuple(tokens), " ".join(cut)))

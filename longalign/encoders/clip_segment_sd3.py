@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch.nn.functional import pad
 
 from longalign.encoders.base import Conditioning, Encoder, PromptReport
-from longalign.encoders.clip_segment_sdxl import ClipSegmentSDXLEncoder, load_clips
+from longalign.encoders.clip_segment_sdxl import ClipSegmentSDXLEncoder, load_clip_pair
 from longalign.encoders.concat import join, merge_reports
 from longalign.encoders.t5 import T5Encoder
 from longalign.files import place
@@ -39,8 +39,12 @@ class ClipSegmentSD3Encoder(Encoder):
     ):
         super().__init__()
         if clips.dim > width or (t5 is not None and t5.dim != width):
-            told = f"the two CLIPs' states are {clips.dim} wide" + (f", T5's {t5.dim}" if t5 is not None else "")
-            raise ValueError(f"expected states of T5 of width {width} and narrower ones of CLIP; {told}; set width")
+            conditioning = f"the two CLIPs' states are {clips.dim} wide" + (
+                f", T5's {t5.dim}" if t5 is not None else ""
+            )
+            raise ValueError(
+                f"expected states of T5 of width {width} and narrower ones of CLIP; {conditioning}; set width"
+            )
         if t5 is not None and zeros:
             raise ValueError("zeros stand in the place of T5's states; give T5 or zeros, not both")
         self.clips, self.t5, self.zeros = clips, t5, zeros
@@ -53,7 +57,7 @@ class ClipSegmentSD3Encoder(Encoder):
 
         from longalign.encoders.loading import load_text_model
 
-        clips, t5 = load_clips(config, runtime, CLIPTextModelWithProjection, empty="encode"), None
+        clips, t5 = load_clip_pair(config, runtime, CLIPTextModelWithProjection, empty="encode"), None
         if config.t5 == "encode":
             folder = place(config.subfolder, "text_encoder_3")
             model, tokenizer = load_text_model(T5EncoderModel, config, folder, runtime)
@@ -63,15 +67,15 @@ class ClipSegmentSD3Encoder(Encoder):
         return cls(clips, t5, zeros=config.t5_tokens if config.t5 == "zeros" else 0, width=config.width)
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
-        told = self.clips.encode(prompts)
-        told = replace(told, states=pad(told.states, (0, self.dim - self.clips.dim)))
+        conditioning = self.clips.encode(prompts)
+        conditioning = replace(conditioning, states=pad(conditioning.states, (0, self.dim - self.clips.dim)))
         if self.t5 is not None:
-            return join([told, self.t5.encode(prompts)])
-        blank = Conditioning(told.states.new_zeros(len(told.states), self.zeros, self.dim))
-        return replace(join([told, blank]), reports=told.reports)
+            return join([conditioning, self.t5.encode(prompts)])
+        blank = Conditioning(conditioning.states.new_zeros(len(conditioning.states), self.zeros, self.dim))
+        return replace(join([conditioning, blank]), reports=conditioning.reports)
 
-    def cut(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
-        reports = self.clips.cut(prompts)
+    def report(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
+        reports = self.clips.report(prompts)
         if self.t5 is None:
             return reports
-        return [merge_reports(of_one) for of_one in zip(reports, self.t5.cut(prompts), strict=True)]
+        return [merge_reports(of_one) for of_one in zip(reports, self.t5.report(prompts), strict=True)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from longalign.encoders.base import Conditioning, Encoder, PromptReport, check_prompts, plain_text
-from longalign.encoders.clip_segment import ClipSegmentEncoder, Plan
+from longalign.encoders.clip_segment import ClipSegmentEncoder, SegmentPlan
 from longalign.files import place
 from longalign.runtime import Runtime
 from longalign.segment import Prompt, Segmenter
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 class _Penultimate(ClipSegmentEncoder):
     """Segments in the states before the last layer, which no norm follows: what SDXL is told."""
 
-    def tell(self, plans: Sequence[Plan], pools: Sequence[Sequence[tuple[int, ...]]]) -> Conditioning:
+    def states_and_pooled(
+        self, plans: Sequence[SegmentPlan], pools: Sequence[Sequence[tuple[int, ...]]]
+    ) -> Conditioning:
         """The merged states of prompts; with a projection also the mean pooled output of each prompt's rows of ids."""
         return self.merge(plans, *self.run(plans))
 
@@ -34,7 +36,9 @@ class _Projected(_Penultimate):
     """As `_Penultimate`; beside each state is the last layer's, normed and projected, of which ``<eot>``'s is the
     pooled output."""
 
-    def tell(self, plans: Sequence[Plan], pools: Sequence[Sequence[tuple[int, ...]]]) -> Conditioning:
+    def states_and_pooled(
+        self, plans: Sequence[SegmentPlan], pools: Sequence[Sequence[tuple[int, ...]]]
+    ) -> Conditioning:
         states, first = self.run(plans, [row for rows in pools for row in rows])
         ends = iter(first[sum(len(plan.rows) for plan in plans) :])
         projected = states[:, self.dim :]
@@ -42,9 +46,9 @@ class _Projected(_Penultimate):
         return replace(self.merge(plans, states[:, : self.dim], first), pooled=torch.stack(pooled))
 
     def _run(self, ids: Tensor, real: Tensor | None = None) -> Tensor:
-        told = self.text_model(input_ids=ids, output_hidden_states=True)
+        conditioning = self.text_model(input_ids=ids, output_hidden_states=True)
         projection: Any = self.text_model.text_projection
-        return torch.cat([told.hidden_states[-2], projection(told.last_hidden_state)], dim=-1)
+        return torch.cat([conditioning.hidden_states[-2], projection(conditioning.last_hidden_state)], dim=-1)
 
 
 class ClipSegmentSDXLEncoder(Encoder):
@@ -94,25 +98,25 @@ class ClipSegmentSDXLEncoder(Encoder):
         """Loads ``text_encoder``, ``text_encoder_2`` and their tokenizers, and builds the segmenter."""
         from transformers import CLIPTextModel
 
-        return load_clips(config, runtime, CLIPTextModel, empty=config.empty)
+        return load_clip_pair(config, runtime, CLIPTextModel, empty=config.empty)
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
         prompts = check_prompts(prompts)
         plans = self.first.checked_plans(prompts)
         pools = [self._pool_rows(prompt, plan) for prompt, plan in zip(prompts, plans, strict=True)]
-        told = [part.tell(plans, pools) for part in (self.first, self.second)]
-        merged = torch.cat([part.states for part in told], dim=-1)
-        pooled = torch.cat([part.pooled for part in told if part.pooled is not None], dim=-1)
+        conditioning = [part.states_and_pooled(plans, pools) for part in (self.first, self.second)]
+        merged = torch.cat([part.states for part in conditioning], dim=-1)
+        pooled = torch.cat([part.pooled for part in conditioning if part.pooled is not None], dim=-1)
         if self.empty == "zeros":
             blank = torch.tensor([not plain_text(prompt).strip() for prompt in prompts], device=merged.device)
             merged = merged.masked_fill(blank[:, None, None], 0)
             pooled = pooled.masked_fill(blank[:, None], 0)
-        return replace(told[0], states=merged, pooled=pooled)
+        return replace(conditioning[0], states=merged, pooled=pooled)
 
-    def cut(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
-        return self.first.cut(prompts)
+    def report(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
+        return self.first.report(prompts)
 
-    def _pool_rows(self, prompt: Prompt, plan: Plan) -> Sequence[tuple[int, ...]]:
+    def _pool_rows(self, prompt: Prompt, plan: SegmentPlan) -> Sequence[tuple[int, ...]]:
         if self.pooled == "mean":
             return plan.rows
         if self.pooled == "first":
@@ -122,14 +126,16 @@ class ClipSegmentSDXLEncoder(Encoder):
         return [(tokens.tokenizer.bos_token_id, *ids, tokens.tokenizer.eos_token_id)]
 
 
-def load_clips(config: TwoClipsConfig, runtime: Runtime, first: type, **settings: Any) -> ClipSegmentSDXLEncoder:
+def load_clip_pair(config: TwoClipsConfig, runtime: Runtime, first: type, **settings: Any) -> ClipSegmentSDXLEncoder:
     """Loads ``text_encoder``, a ``first``, ``text_encoder_2`` and their tokenizers, and builds the segmenter."""
     from transformers import CLIPTextModelWithProjection
 
-    from longalign.encoders.single_file import load_clip
+    from longalign.encoders.single_file import load_clip_text_model
 
     kinds = {"text_encoder": first, "text_encoder_2": CLIPTextModelWithProjection}
-    loaded = [load_clip(kind, config, place(config.subfolder, folder), runtime) for folder, kind in kinds.items()]
+    loaded = [
+        load_clip_text_model(kind, config, place(config.subfolder, folder), runtime) for folder, kind in kinds.items()
+    ]
     models, tokenizers = zip(*loaded, strict=True)
     keys = ("pooled", "sot", "eot", "pad", "max_tokens", "overflow", "max_batch_tokens")
     settings |= {key: getattr(config, key) for key in keys}

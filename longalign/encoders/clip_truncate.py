@@ -13,11 +13,11 @@ from longalign.encoders.base import (
     Encoder,
     PromptReport,
     check_prompts,
-    handle_cuts,
     plain_text,
+    raise_or_warn_truncated,
     report_passes,
 )
-from longalign.encoders.tokens import device_of, fill_with_last, run_grouped
+from longalign.encoders.tokens import device_of, pad_with_last, run_grouped
 from longalign.runtime import Runtime
 from longalign.segment import Prompt
 from longalign.tokens import TextTokens, Tokenized
@@ -36,7 +36,7 @@ class ClipTruncateEncoder(Encoder):
     Args:
         text_model: a transformers ``CLIPTextModel``.
         tokenizer: its fast tokenizer; its pad token fills the window.
-        overflow: a longer prompt is ``"cut"`` with a warning, is an ``"error"``, or lets the batch ``"grow"``: it is
+        overflow: ``"truncate"`` a longer prompt with a warning, raise an ``"error"``, or ``"grow"`` the batch: it is
             read in windows of whole sentences, whose states follow one another, and the last state of a shorter prompt
             is repeated up to the length of the longest.
         max_batch_tokens: most positions in one call of the text model.
@@ -47,7 +47,7 @@ class ClipTruncateEncoder(Encoder):
         text_model: nn.Module,
         tokenizer: Any,
         *,
-        overflow: Literal["cut", "error", "grow"] = "cut",
+        overflow: Literal["truncate", "error", "grow"] = "truncate",
         max_batch_tokens: int = 16384,
     ):
         super().__init__()
@@ -63,15 +63,17 @@ class ClipTruncateEncoder(Encoder):
         """Loads text model and tokenizer."""
         from transformers import CLIPTextModel
 
-        from longalign.encoders.single_file import load_clip
+        from longalign.encoders.single_file import load_clip_text_model
 
-        model, tokenizer = load_clip(CLIPTextModel, config, config.subfolder, runtime)
+        model, tokenizer = load_clip_text_model(CLIPTextModel, config, config.subfolder, runtime)
         return cls(model, tokenizer, overflow=config.overflow, max_batch_tokens=config.max_batch_tokens)
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
         texts = self._texts(prompts)
         reports = tuple(self._report(passes) for passes in texts)
-        handle_cuts(reports, self.overflow, self.window, "use an encoder for long text, such as 'clip-segment'")
+        raise_or_warn_truncated(
+            reports, self.overflow, self.window, "use an encoder for long text, such as 'clip-segment'"
+        )
         tokenizer = self.tokens.tokenizer
         pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         rows = []
@@ -84,10 +86,10 @@ class ClipTruncateEncoder(Encoder):
         )
         begins = iter(first)
         places = [torch.cat([torch.arange(self.window) + next(begins) for _ in passes]) for passes in texts]
-        index = torch.stack(fill_with_last(places))
+        index = torch.stack(pad_with_last(places))
         return Conditioning(states[index.to(device)], reports=reports)
 
-    def cut(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
+    def report(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
         return [self._report(passes) for passes in self._texts(prompts)]
 
     def _run(self, ids: Tensor, real: Tensor) -> Tensor:

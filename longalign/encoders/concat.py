@@ -50,9 +50,9 @@ class ConcatEncoder(Encoder):
         checked = check_prompts(prompts)
         return join([part.encode(checked) for part in self.parts])  # type: ignore[operator]
 
-    def cut(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
+    def report(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
         checked = check_prompts(prompts)
-        reports = [part.cut(checked) for part in self.parts]  # type: ignore[operator]
+        reports = [part.report(checked) for part in self.parts]  # type: ignore[operator]
         return [merge_reports(of_one) for of_one in zip(*reports, strict=True)]
 
 
@@ -61,31 +61,33 @@ def merge_reports(reports: Sequence[PromptReport]) -> PromptReport:
     return PromptReport(
         tuple(segment for report in reports for segment in report.segments),
         tuple(count for report in reports for count in report.tokens),
-        "\n".join(dict.fromkeys(report.cut for report in reports if report.cut)),
+        "\n".join(dict.fromkeys(report.truncated for report in reports if report.truncated)),
         tuple(reports),
     )
 
 
-def join(told: Sequence[Conditioning]) -> Conditioning:
+def join(conditioning: Sequence[Conditioning]) -> Conditioning:
     """Conditionings of the same prompts as one, their states one after the other.
 
     Raises:
         ValueError: if more than one has a pooled embedding.
     """
-    pooled = [c.pooled for c in told if c.pooled is not None]
+    pooled = [c.pooled for c in conditioning if c.pooled is not None]
     if len(pooled) > 1:
         raise ValueError(f"{len(pooled)} parts give a pooled embedding, the denoiser takes one; leave one such part")
     mask = None
-    if any(c.mask is not None for c in told):
-        masks = [torch.ones_like(c.states[..., 0], dtype=torch.bool) if c.mask is None else c.mask for c in told]
+    if any(c.mask is not None for c in conditioning):
+        masks = [
+            torch.ones_like(c.states[..., 0], dtype=torch.bool) if c.mask is None else c.mask for c in conditioning
+        ]
         mask = torch.cat(masks, dim=1)
     reports = ()
-    if all(c.reports for c in told):
-        reports = tuple(merge_reports(of_one) for of_one in zip(*(c.reports for c in told), strict=True))
-    states = torch.cat([c.states for c in told], dim=1)
+    if all(c.reports for c in conditioning):
+        reports = tuple(merge_reports(of_one) for of_one in zip(*(c.reports for c in conditioning), strict=True))
+    states = torch.cat([c.states for c in conditioning], dim=1)
     whole = Conditioning(states, mask, pooled[0] if pooled else None, reports)
-    if any(type(c).at is not Conditioning.at for c in told):
-        return JoinedConditioning(whole.states, whole.mask, whole.pooled, whole.reports, tuple(told))
+    if any(type(c).at is not Conditioning.at for c in conditioning):
+        return JoinedConditioning(whole.states, whole.mask, whole.pooled, whole.reports, tuple(conditioning))
     return whole
 
 
@@ -94,16 +96,16 @@ class JoinedConditioning(Conditioning):
     """A joined conditioning of which some part depends on the timestep.
 
     Attributes:
-        told: the parts.
+        parts: the conditionings that were joined.
     """
 
-    told: tuple[Conditioning, ...] = ()
+    parts: tuple[Conditioning, ...] = ()
 
     def at(self, timestep: Tensor) -> Conditioning:
-        return join([c.at(timestep) for c in self.told])
+        return join([c.at(timestep) for c in self.parts])
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
-        return replace(super().to(device, dtype), told=tuple(c.to(device, dtype) for c in self.told))
+        return replace(super().to(device, dtype), parts=tuple(c.to(device, dtype) for c in self.parts))
 
     def __getitem__(self, index: slice | Tensor) -> Conditioning:
-        return replace(super().__getitem__(index), told=tuple(c[index] for c in self.told))
+        return replace(super().__getitem__(index), parts=tuple(c[index] for c in self.parts))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from longalign.faults import Fault
+from longalign.errors import ConfigProblem
 from longalign.files import check_single_file, place
 from longalign.hub import absent, incomplete, read_json
 from longalign.registry import Part, PartConfig
@@ -39,11 +39,11 @@ class CheckpointConfig(PartConfig):
     variant: str | None = None
     max_batch_tokens: int = Field(16384, ge=1)
 
-    def check_files(self) -> list[Fault]:
+    def check_files(self) -> list[ConfigProblem]:
         if self.checkpoint.endswith((".safetensors", ".pt")):
             return [] if Path(self.checkpoint).is_file() else [("checkpoint", f"no file {self.checkpoint}")]
-        fault = absent(self.checkpoint, self.revision) or incomplete(self.checkpoint, self._configs(), self.revision)
-        return [("checkpoint", fault)] if fault else []
+        problem = absent(self.checkpoint, self.revision) or incomplete(self.checkpoint, self._configs(), self.revision)
+        return [("checkpoint", problem)] if problem else []
 
     def _configs(self) -> list[str]:
         """The text model's config, in each of the places where it may be."""
@@ -111,7 +111,7 @@ class ClipSegmentConfig(_Loaded, SingleFileConfig):
         pad: what fills up to ``max_tokens``: one ``<pad*>``, the empty prompt's plain padding, or nothing (and a mask).
         max_tokens: number of merged states, up to which shorter prompts are filled.
         overflow: what becomes of a longer prompt: it is read to its end and the batch "grow"s to its length, it is
-            truncated with a warning ("cut"), as in the published models, or it is an "error".
+            truncated with a warning ("truncate"), as in the published models, or it is an "error".
     """
 
     name: Literal["clip-segment"] = "clip-segment"
@@ -121,7 +121,7 @@ class ClipSegmentConfig(_Loaded, SingleFileConfig):
     eot: Literal["none", "all", "last"] = "none"
     pad: Literal["pad*", "pad", "none"] = "pad*"
     max_tokens: int = Field(240, ge=1)
-    overflow: Literal["grow", "cut", "error"] = "grow"
+    overflow: Literal["grow", "truncate", "error"] = "grow"
 
     def build(self, runtime: Runtime) -> ClipSegmentEncoder:
         from longalign.encoders.clip_segment import ClipSegmentEncoder
@@ -143,7 +143,7 @@ class TwoClipsConfig(CheckpointConfig):
         pad: what fills up to ``max_tokens``: one ``<pad*>``, the empty prompt's plain padding, or nothing (and a mask).
         max_tokens: number of merged states, up to which shorter prompts are filled.
         overflow: what becomes of a longer prompt: it is read to its end and the batch "grow"s to its length, it is
-            truncated with a warning ("cut"), as in the published models, or it is an "error".
+            truncated with a warning ("truncate"), as in the published models, or it is an "error".
     """
 
     has_pooled: ClassVar[bool] = True
@@ -155,7 +155,7 @@ class TwoClipsConfig(CheckpointConfig):
     eot: Literal["none", "all", "last"] = "none"
     pad: Literal["pad*", "pad", "none"] = "pad*"
     max_tokens: int = Field(240, ge=1)
-    overflow: Literal["grow", "cut", "error"] = "grow"
+    overflow: Literal["grow", "truncate", "error"] = "grow"
 
     def _configs(self) -> list[str]:
         return [place(self.subfolder, "text_encoder/config.json")]
@@ -219,13 +219,13 @@ class ClipTruncateConfig(_Loaded, SingleFileConfig):
     """CLIP over the whole prompt, cut at 77 tokens: what Stable Diffusion does.
 
     Attributes:
-        overflow: what becomes of a longer prompt: it is truncated with a warning ("cut"), it is an "error", or it is
+        overflow: what happens to a longer prompt: "truncate" it with a warning, raise an "error", or "grow": it is
             read in windows of whole sentences and the batch "grow"s to their states.
     """
 
     name: Literal["clip-truncate"] = "clip-truncate"
     checkpoint: str = Field("stable-diffusion-v1-5/stable-diffusion-v1-5", min_length=1)
-    overflow: Literal["cut", "error", "grow"] = "cut"
+    overflow: Literal["truncate", "error", "grow"] = "truncate"
 
     def build(self, runtime: Runtime) -> ClipTruncateEncoder:
         from longalign.encoders.clip_truncate import ClipTruncateEncoder
@@ -242,18 +242,18 @@ class LongClipConfig(_Loaded):
             transformers' files. These are also taken where ``subfolder`` or ``variant`` chooses among them.
         tokenizer: hub id or folder of CLIP's tokenizer; None takes the checkpoint's, or CLIP-L's where it has none.
         overflow: what becomes of a longer prompt: it is read in windows of whole sentences and the batch "grow"s to
-            their states, it is truncated with a warning ("cut"), or it is an "error".
+            their states, it is truncated with a warning ("truncate"), or it is an "error".
     """
 
     name: Literal["longclip"] = "longclip"
     checkpoint: str = Field("BeichenZhang/LongCLIP-L", min_length=1)
     filename: str | None = None
     tokenizer: str | None = None
-    overflow: Literal["grow", "cut", "error"] = "grow"
+    overflow: Literal["grow", "truncate", "error"] = "grow"
 
-    def check_files(self) -> list[Fault]:
-        fault = self.tokenizer and absent(self.tokenizer)
-        return super().check_files() + ([("tokenizer", fault)] if fault else [])
+    def check_files(self) -> list[ConfigProblem]:
+        problem = self.tokenizer and absent(self.tokenizer)
+        return super().check_files() + ([("tokenizer", problem)] if problem else [])
 
     def _configs(self) -> list[str]:
         return [self.filename] if self.filename else ["longclip-L.pt", *super()._configs()]
@@ -303,12 +303,12 @@ class AdapterConfig(PartConfig):
         width = read_json(self.checkpoint, place(self.subfolder, "config.json"), self.revision).get("out_dim")
         return width if isinstance(width, int) else None
 
-    def check_files(self) -> list[Fault]:
+    def check_files(self) -> list[ConfigProblem]:
         if self.checkpoint is None:
             return []
         config = [place(self.subfolder, "config.json")]
-        fault = absent(self.checkpoint, self.revision) or incomplete(self.checkpoint, config, self.revision)
-        return [("checkpoint", fault)] if fault else []
+        problem = absent(self.checkpoint, self.revision) or incomplete(self.checkpoint, config, self.revision)
+        return [("checkpoint", problem)] if problem else []
 
     @model_validator(mode="after")
     def _one_source(self) -> AdapterConfig:
@@ -329,7 +329,7 @@ class T5Config(_Loaded):
         adapter: maps T5's states to the denoiser's width; None leaves them as they are.
         max_tokens: number of states, the end-of-text token included, up to which shorter prompts are padded.
         overflow: what becomes of a longer prompt: it is read to its end and the batch "grow"s to its length, it is
-            truncated with a warning ("cut"), as in the published model, or it is an "error".
+            truncated with a warning ("truncate"), as in the published model, or it is an "error".
         window: most tokens in one pass, the end-of-text token included; a prompt that grows beyond it, and beyond
             ``max_tokens``, is read in windows of whole sentences, so that memory is linear in its length. T5 was
             trained with 512.
@@ -340,7 +340,7 @@ class T5Config(_Loaded):
     checkpoint: str = Field("google-t5/t5-large", min_length=1)
     adapter: AdapterConfig | None = None
     max_tokens: int = Field(240, ge=1)
-    overflow: Literal["grow", "cut", "error"] = "grow"
+    overflow: Literal["grow", "truncate", "error"] = "grow"
     window: int = Field(512, ge=2)
     mask: bool = False
 
@@ -366,8 +366,8 @@ class ConcatConfig(PartConfig):
     @property
     def has_pooled(self) -> bool | None:
         """Whether a part gives a pooled embedding; None if one does not say."""
-        told = [getattr(part, "has_pooled", None) for part in self.parts]
-        return True if True in told else None if None in told else False
+        conditioning = [getattr(part, "has_pooled", None) for part in self.parts]
+        return True if True in conditioning else None if None in conditioning else False
 
     @model_validator(mode="after")
     def _one_pooled(self) -> ConcatConfig:
@@ -376,12 +376,12 @@ class ConcatConfig(PartConfig):
             raise ValueError(f"expected at most one part with a pooled embedding, got {', '.join(named)}")
         return self
 
-    def check_files(self) -> list[Fault]:
+    def check_files(self) -> list[ConfigProblem]:
         widths = {part.name: width for part in self.parts if (width := part.widths()[0]) is not None}
         if len(set(widths.values())) < 2:
             return []
-        told = ", ".join(f"{width} of '{name}'" for name, width in widths.items())
-        return [("parts", f"their states must have one width, got {told}; give one an adapter")]
+        conditioning = ", ".join(f"{width} of '{name}'" for name, width in widths.items())
+        return [("parts", f"their states must have one width, got {conditioning}; give one an adapter")]
 
     def widths(self) -> tuple[int | None, int | None]:
         known = [part.widths() for part in self.parts]

@@ -24,7 +24,9 @@ PLACES = (
 )
 
 
-def load_clip(kind: Any, config: CheckpointConfig, subfolder: str | None, runtime: Runtime) -> tuple[Any, Any]:
+def load_clip_text_model(
+    kind: Any, config: CheckpointConfig, subfolder: str | None, runtime: Runtime
+) -> tuple[Any, Any]:
     """Text model and tokenizer of an encoder's config: of a folder or repository, or of a single file.
 
     Of the latter, the architecture and the tokenizer are those of ``layout``.

@@ -16,11 +16,11 @@ from longalign.encoders.base import (
     Encoder,
     PromptReport,
     check_prompts,
-    handle_cuts,
     plain_text,
+    raise_or_warn_truncated,
     report_passes,
 )
-from longalign.encoders.tokens import device_of, fill_with_last, run_grouped
+from longalign.encoders.tokens import device_of, pad_with_last, run_grouped
 from longalign.runtime import Runtime
 from longalign.segment import CALL_COST, Prompt
 from longalign.tokens import TextTokens, Tokenized
@@ -42,7 +42,7 @@ class T5Encoder(Encoder):
         tokenizer: its fast tokenizer.
         adapter: maps the states to the denoiser's width; its parameters are the trainable ones. None leaves them.
         max_tokens: number of states, the end-of-text token included; shorter prompts are padded up to it.
-        overflow: a longer prompt lets the batch ``"grow"``, is ``"cut"`` with a warning, or is an ``"error"``.
+        overflow: a longer prompt lets the batch ``"grow"``, is ``"truncate"`` with a warning, or is an ``"error"``.
         window: most tokens in one pass, the end-of-text token included, if ``max_tokens`` is not more: attention needs
             memory with the square of this. 512 is the length that T5 was trained with.
         mask: whether padding is masked, in T5 and in the conditioning (whose masked states are zero).
@@ -62,7 +62,7 @@ class T5Encoder(Encoder):
         adapter: TextAdapter | None = None,
         *,
         max_tokens: int = 240,
-        overflow: Literal["grow", "cut", "error"] = "grow",
+        overflow: Literal["grow", "truncate", "error"] = "grow",
         window: int = 512,
         mask: bool = False,
         max_batch_tokens: int = 16384,
@@ -93,7 +93,7 @@ class T5Encoder(Encoder):
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
         texts = self._texts(prompts)
         reports = tuple(self._report(passes) for passes in texts)
-        handle_cuts(reports, self.overflow, self.max_tokens, GROW.format(self.setting))
+        raise_or_warn_truncated(reports, self.overflow, self.max_tokens, GROW.format(self.setting))
         tokenizer = self.tokens.tokenizer
         rows = [[(*text.ids[: self._most], tokenizer.eos_token_id) for text in passes] for passes in texts]
         real = torch.tensor([sum(map(len, of_one)) for of_one in rows])
@@ -115,15 +115,15 @@ class T5Encoder(Encoder):
         )
         begins = iter(first)
         places = [torch.cat([torch.arange(len(row)) + next(begins) for row in of_one]) for of_one in rows]
-        index = torch.stack(fill_with_last(places, self.max_tokens))
+        index = torch.stack(pad_with_last(places, self.max_tokens))
         length = index.shape[1]
-        told = Conditioning(states[index.to(device)], reports=reports)
+        conditioning = Conditioning(states[index.to(device)], reports=reports)
         if self.mask:
             mask = (torch.arange(length) < real[:, None]).to(device)
-            told = replace(told, states=told.states * mask[..., None], mask=mask)
-        return told if self.adapter is None else adapt(self.adapter, told)
+            conditioning = replace(conditioning, states=conditioning.states * mask[..., None], mask=mask)
+        return conditioning if self.adapter is None else adapt(self.adapter, conditioning)
 
-    def cut(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
+    def report(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
         return [self._report(passes) for passes in self._texts(prompts)]
 
     def _run(self, ids: Tensor, real: Tensor) -> Tensor:

@@ -20,13 +20,13 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device(moved_to[0]) if moved_to else device
 
 
-def fill_with_last(places: Sequence[Tensor], least: int = 0) -> list[Tensor]:
+def pad_with_last(places: Sequence[Tensor], least: int = 0) -> list[Tensor]:
     """Places of states ``(n,)``, one tensor for each prompt, with the last place repeated up to the longest."""
     length = max(least, *map(len, places))
     return [torch.cat([place, place[-1:].expand(length - len(place))]) for place in places]
 
 
-def own_precision(device: torch.device) -> torch.autocast:
+def autocast_disabled(device: torch.device) -> torch.autocast:
     """Inside, a frozen model has the precision that it was loaded in, also where an adapter is trained in another: its
     states are those that a cache holds, and T5 in half precision keeps the layers in float32 that it needs so."""
     return torch.autocast(device.type, enabled=False)
@@ -71,6 +71,6 @@ def run_grouped(
     sizes = [r * length for r, length in shapes]
     all_ids = torch.tensor(ids).to(device, non_blocking=True).split(sizes)
     all_real = torch.tensor(real).to(device, non_blocking=True).split(sizes)
-    with own_precision(device):
+    with autocast_disabled(device):
         states = [run(i.view(s), m.view(s)).flatten(0, 1) for i, m, s in zip(all_ids, all_real, shapes, strict=True)]
     return torch.cat(states), [first[row] for row in rows]

@@ -57,7 +57,7 @@ def _read_place(images: np.ndarray, place: int, ground: np.ndarray, light: np.nd
 
 @cache
 def _never_covered() -> np.ndarray:
-    """Pixels that no object can cover: bool ``(64, 64)``."""
+    """ImagePreprocessor that no object can cover: bool ``(64, 64)``."""
     return object_masks().max((0, 1)) < 1e-3
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from longalign.hub import why
-from longalign.images import Pixels
+from longalign.images import ImagePreprocessor
 from longalign.rewards.hub import holds_tokenizer, image_statistics
 from longalign.rewards.towers import ImageInput, TowerReward, Towers
 from longalign.runtime import Runtime, resolve_checkpoint
@@ -78,7 +78,7 @@ class ClipTowers(Towers):
         enable = getattr(self.model, name if hasattr(self.model, name) else "gradient_checkpointing_enable")
         enable({"use_reentrant": False})
 
-    def save(self, folder: Path, pixels: Pixels) -> None:
+    def save(self, folder: Path, pixels: ImagePreprocessor) -> None:
         self.model.save_pretrained(folder)
         if backend := getattr(self.tokenizer, "backend_tokenizer", None):  # it would save how it was last called
             backend.no_truncation()
@@ -87,7 +87,7 @@ class ClipTowers(Towers):
         (folder / "preprocessor_config.json").write_text(json.dumps(_image_settings(pixels), indent=1) + "\n")
 
 
-def _image_settings(pixels: Pixels) -> dict[str, Any]:
+def _image_settings(pixels: ImagePreprocessor) -> dict[str, Any]:
     """What transformers' ``CLIPImageProcessor`` is told of a model's images."""
     height, width = pixels.size
     return {
@@ -120,7 +120,7 @@ def check_tokenizer(num_tokens: int, num_embeddings: int, processor: str, checkp
         )
 
 
-def load_clip(config: ClipLikeConfig, runtime: Runtime) -> TowerReward:
+def load_clip_reward(config: ClipLikeConfig, runtime: Runtime) -> TowerReward:
     """Loads a `TowerReward` from a hub id or a local folder in transformers layout."""
     from transformers import AutoTokenizer, CLIPModel
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from longalign.faults import Fault
+from longalign.errors import ConfigProblem
 from longalign.files import place
 from longalign.hub import absent, incomplete
 from longalign.registry import Part, PartConfig, Section
@@ -98,16 +98,16 @@ class ClipLikeConfig(TowerRewardConfig):
     variant: str | None = None
     processor: str | None = None
 
-    def check_files(self) -> list[Fault]:
+    def check_files(self) -> list[ConfigProblem]:
         config = [place(self.subfolder, "config.json")]
-        fault = absent(self.checkpoint, self.revision) or incomplete(self.checkpoint, config, self.revision)
-        faults = [("checkpoint", fault)] if fault else []
-        return faults + ([("processor", fault)] if self.processor and (fault := absent(self.processor)) else [])
+        problem = absent(self.checkpoint, self.revision) or incomplete(self.checkpoint, config, self.revision)
+        problems = [("checkpoint", problem)] if problem else []
+        return problems + ([("processor", problem)] if self.processor and (problem := absent(self.processor)) else [])
 
     def build(self, runtime: Runtime) -> Any:
-        from longalign.rewards.clip import load_clip
+        from longalign.rewards.clip import load_clip_reward
 
-        return load_clip(self, runtime)
+        return load_clip_reward(self, runtime)
 
 
 class ClipConfig(ClipLikeConfig):
@@ -149,9 +149,9 @@ class Hpsv2Config(TowerRewardConfig):
     version: Literal["v2", "v2.1"] | None = None
     aspect: Aspect = "pad"
 
-    def check_files(self) -> list[Fault]:
-        fault = absent(self.checkpoint, self.revision)
-        return [("checkpoint", fault)] if fault else []
+    def check_files(self) -> list[ConfigProblem]:
+        problem = absent(self.checkpoint, self.revision)
+        return [("checkpoint", problem)] if problem else []
 
     def build(self, runtime: Runtime) -> Any:
         from longalign.rewards.hpsv2 import load_hpsv2
@@ -185,7 +185,7 @@ class ReweightedConfig(RewardConfig):
             )
         return inner
 
-    def check_files(self) -> list[Fault]:
+    def check_files(self) -> list[ConfigProblem]:
         if self.direction in ("batch", "running") or Path(self.direction).is_file():
             return []
         message = f"no file {self.direction}; expected batch, running, or a file written by `longalign direction`"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from longalign.faults import RunError
+from longalign.errors import RunError
 
 if TYPE_CHECKING:
     from longalign.rewards.base import Reward, Scores

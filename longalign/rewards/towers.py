@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from longalign import registry
-from longalign.images import ImageCheck, Pixels, at_least_float32
+from longalign.images import ImageCheck, ImagePreprocessor, at_least_float32
 from longalign.rewards.base import EmbeddingReward, check_pairs
 from longalign.rewards.configs import TowerRewardConfig
 from longalign.runtime import Runtime
@@ -64,7 +64,7 @@ class Towers(nn.Module):
         """Trades time for memory in the backward pass through both towers."""
         raise NotImplementedError
 
-    def save(self, folder: Path, pixels: Pixels) -> None:
+    def save(self, folder: Path, pixels: ImagePreprocessor) -> None:
         """Writes the model into a folder that the reward can be loaded from; ``pixels`` is what it reads."""
         raise NotImplementedError
 
@@ -94,8 +94,8 @@ class TowerReward(EmbeddingReward):
     """
 
     def __init__(
-        self, towers: Towers, pixels: Pixels, *, segmenter: Segmenter | None = None, micro_batch: int | None = None,
-        truncate: bool = False,
+        self, towers: Towers, pixels: ImagePreprocessor, *, segmenter: Segmenter | None = None,
+        micro_batch: int | None = None, truncate: bool = False,
     ):  # fmt: skip
         super().__init__()
         if micro_batch is not None and micro_batch < 1:
@@ -115,7 +115,9 @@ class TowerReward(EmbeddingReward):
         height, width = (image.size, image.size) if isinstance(image.size, int) else image.size
         return cls(
             towers.to(device=runtime.device, dtype=runtime.torch_dtype),
-            Pixels((height, width), tuple(image.mean), tuple(image.std), aspect=config.aspect, crop=config.crop),
+            ImagePreprocessor(
+                (height, width), tuple(image.mean), tuple(image.std), aspect=config.aspect, crop=config.crop
+            ),
             segmenter=registry.segmenters.build(config.segmenter, runtime) if config.segmenter else None,
             micro_batch=config.micro_batch,
             truncate=config.text == "whole",
@@ -177,7 +179,7 @@ class TowerReward(EmbeddingReward):
         """
         checked: list[Any] = check_prompts(prompts, lists=False)
         if self.segmenter is None and self.truncate:
-            self._warn_of_cuts(checked)
+            self._warn_if_truncated(checked)
         return self._embed([self.segments(prompt) for prompt in checked])
 
     @torch.no_grad()
@@ -219,7 +221,7 @@ class TowerReward(EmbeddingReward):
         order = torch.tensor([i for call in calls for i in call])
         return unit[order.argsort().to(unit.device)]
 
-    def _warn_of_cuts(self, prompts: Sequence[str]) -> None:
+    def _warn_if_truncated(self, prompts: Sequence[str]) -> None:
         if self._warned:
             return
         window = self.towers.window

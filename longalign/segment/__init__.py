@@ -1,8 +1,9 @@
 """Text to segments: the splitters and their configs; rows to groups of like length. Pure Python, without torch."""
 
-from longalign.segment.fit import TokenCounter, fit
 from longalign.segment.groups import CALL_COST, group_by_length
-from longalign.segment.parts import (
+from longalign.segment.prompts import Prompt, check_prompts, check_text, plain_text
+from longalign.segment.reading import split, windows
+from longalign.segment.segmenters import (
     LongAlign,
     LongAlignConfig,
     Manual,
@@ -15,9 +16,8 @@ from longalign.segment.parts import (
     Tokens,
     TokensConfig,
 )
-from longalign.segment.prompts import Prompt, check_prompts, check_text, plain_text
-from longalign.segment.reading import split, windows
 from longalign.segment.sentence import sentences
+from longalign.segment.windows import TokenCounter, fit
 
 __all__ = [
     "CALL_COST",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from longalign.segment.fit import TokenCounter, fit
-from longalign.segment.parts import Packed, Segmenter
 from longalign.segment.prompts import Prompt, check_text, plain_text
+from longalign.segment.segmenters import Packed, Segmenter
+from longalign.segment.windows import TokenCounter, fit
 
 _WORD = re.compile(r"\w")
 

@@ -45,5 +45,5 @@ class AlignTrainer(DiffusionTrainer):
     def losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         dropped = torch.rand(len(batch["prompt"])) < self.caption_dropout
         prompts = ["" if drop else p for p, drop in zip(batch["prompt"], dropped.tolist(), strict=True)]
-        latents, told = latents_of(self.backbone, batch, "'align'"), self.encode(prompts)
-        return {"noise_loss": noise_loss(self.backbone, latents, told, self.timesteps)}
+        latents, conditioning = latents_of(self.backbone, batch, "'align'"), self.encode(prompts)
+        return {"noise_loss": noise_loss(self.backbone, latents, conditioning, self.timesteps)}

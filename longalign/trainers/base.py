@@ -14,7 +14,7 @@ from torch.nn.functional import mse_loss
 
 from longalign.backbones.base import Backbone
 from longalign.backbones.configs import LoraConfig
-from longalign.diffusion import add_noise, draw_timesteps, guide, training_target
+from longalign.diffusion import add_noise, guide, sample_timesteps, training_target
 from longalign.encoders.base import Conditioning, Encoder, TruncationWarning
 
 Backward = Callable[[Tensor], None]
@@ -29,7 +29,7 @@ class Trainer(nn.Module):
     #: whether a batch must have images; prompts alone are loaded otherwise
     needs_images: bool = True
     #: whether `step` goes backward several times, after which processes exchange their gradients once
-    several_backwards: bool = False
+    multiple_backward: bool = False
 
     def losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Losses and metrics of a batch ``{"prompt": list[str], "image": (b, 3, h, w) in [0, 1]}``; a run with a cache
@@ -48,7 +48,7 @@ class Trainer(nn.Module):
         backward(torch.stack([v for k, v in losses.items() if k.endswith("_loss")]).sum())
         return {key: value.detach() for key, value in losses.items()}
 
-    def updated(self) -> None:
+    def on_optimizer_step(self) -> None:
         """Told after each step of the optimiser; for what follows the trained weights."""
 
     def trainable(self) -> list[nn.Parameter]:
@@ -63,7 +63,7 @@ class Trainer(nn.Module):
         """
         return []
 
-    def check_split(self) -> None:
+    def check_fsdp_support(self) -> None:
         """Raises ValueError unless the denoiser's weights may be split over processes, as FSDP does."""
         raise ValueError(
             f"FSDP splits a denoiser's weights over processes, and {type(self).__name__} trains none; use accelerate's "
@@ -91,11 +91,11 @@ class DiffusionTrainer(Trainer):
         super().__init__()
         self.backbone, self.encoder = backbone, encoder
         self._encode: tuple[Callable[[Sequence[str]], Conditioning]] = (encoder.encode,)
-        self.num_cut = 0
+        self.num_truncated = 0
         for parameter in adapter(encoder).values():
             parameter.requires_grad_(train_adapter)
 
-    def check_split(self) -> None:
+    def check_fsdp_support(self) -> None:
         if not any(p.requires_grad for p in self.backbone.denoiser.parameters()):
             raise ValueError(
                 "FSDP splits a denoiser's weights over processes, and nothing of this one is trained; use accelerate's "
@@ -108,17 +108,17 @@ class DiffusionTrainer(Trainer):
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """The encoder's conditioning, through the wrapper that the loop set, on the denoiser's device.
 
-        The first prompt that is cut is warned of; from then on they are counted, in ``num_cut``, which is logged.
+        The first prompt that is cut is warned of; from then on they are counted, in ``num_truncated``, which is logged.
         """
         with warnings.catch_warnings():
-            if self.num_cut:
+            if self.num_truncated:
                 warnings.simplefilter("ignore", TruncationWarning)
-            told = self._encode[0](prompts)
-        if not isinstance(told, Conditioning):
+            conditioning = self._encode[0](prompts)
+        if not isinstance(conditioning, Conditioning):
             who = f"{type(self.encoder).__module__}.{type(self.encoder).__name__}"
-            raise ValueError(f"the encoder {who} must return a Conditioning, not a {type(told).__name__}")
-        self.num_cut += sum(bool(report.cut) for report in told.reports)
-        return told.to(self.backbone.device)
+            raise ValueError(f"the encoder {who} must return a Conditioning, not a {type(conditioning).__name__}")
+        self.num_truncated += sum(bool(report.truncated) for report in conditioning.reports)
+        return conditioning.to(self.backbone.device)
 
     def wrap_encoder(self, wrapped: Callable[[Sequence[str]], Conditioning]) -> None:
         """Makes `encode` go through ``wrapped``, the encoder prepared for several processes."""
@@ -184,7 +184,7 @@ def latents_of(backbone: Backbone, batch: Mapping[str, Any], what: str) -> Tenso
         what: who needs them, for the ValueError where there are neither.
     """
     if "posterior" in batch:
-        return backbone.draw_latents(batch["posterior"])
+        return backbone.sample_latents(batch["posterior"])
     if "image" not in batch:
         raise ValueError(f"{what} needs images, and the data has prompts only; choose data with images")
     return backbone.encode_images(batch["image"])
@@ -194,21 +194,21 @@ def guided(
     denoise: Callable[[Tensor, Tensor, Conditioning], Tensor],
     latents: Tensor,
     timesteps: Tensor,
-    told: Conditioning,
+    conditioning: Conditioning,
     rows: Tensor,
     scale: float | Tensor,
 ) -> Tensor:
     """The answer ``(b, c, h, w)`` under classifier-free guidance, both branches in one call.
 
     Args:
-        denoise: `Backbone.predict` or `Backbone.predict_start`.
+        denoise: `Backbone.predict` or `Backbone.predict_reference`.
         latents: ``(b, c, h, w)``.
         timesteps: ``(b,)``.
         told: conditioning of prompts and, as its last row, of the empty prompt, so that both have the same length.
         rows: ``(b,)`` which of ``told`` belongs to each of the latents.
         scale: of guidance, one or ``(b, 1, 1, 1)``.
     """
-    branches = told[torch.cat([rows, torch.full_like(rows, len(told.states) - 1)])]
+    branches = conditioning[torch.cat([rows, torch.full_like(rows, len(conditioning.states) - 1)])]
     conditional, unconditional = denoise(torch.cat([latents] * 2), torch.cat([timesteps] * 2), branches).chunk(2)
     return guide(conditional, unconditional, scale)
 
@@ -220,12 +220,12 @@ def noise_loss(backbone: Backbone, latents: Tensor, conditioning: Conditioning, 
         backbone: whose denoiser answers, noise, velocity or flow as it was trained.
         latents: ``(b, c, h, w)`` of images.
         conditioning: of their captions.
-        density: of the timesteps, see `draw_timesteps`; None is ``"logit-normal"`` for flows, else ``"uniform"``.
+        density: of the timesteps, see `sample_timesteps`; None is ``"logit-normal"`` for flows, else ``"uniform"``.
     """
     if density is None:
         density = "logit-normal" if backbone.prediction == "flow" else "uniform"
     noise = torch.randn_like(latents)
-    timesteps = draw_timesteps(density, backbone.levels, len(latents), latents.device)
-    noisy = add_noise(backbone.levels, latents, noise, timesteps)
-    target = training_target(backbone.prediction, backbone.levels, latents, noise, timesteps)
+    timesteps = sample_timesteps(density, backbone.noise_levels, len(latents), latents.device)
+    noisy = add_noise(backbone.noise_levels, latents, noise, timesteps)
+    target = training_target(backbone.prediction, backbone.noise_levels, latents, noise, timesteps)
     return mse_loss(backbone.predict(noisy, timesteps, conditioning).float(), target.float())

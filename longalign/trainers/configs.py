@@ -7,10 +7,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from longalign.backbones.configs import LoraConfig
-from longalign.registry import Part, PartConfig, schedules
+from longalign.gradient_steps.configs import GradientStepsConfig
+from longalign.registry import REGISTRIES, Part, PartConfig
 from longalign.rewards.configs import ClipLikeConfig
 from longalign.runtime import Runtime
-from longalign.schedules.configs import ScheduleConfig
 
 
 class TrainerConfig(PartConfig):
@@ -131,7 +131,7 @@ class RewardConfig(TrainerConfig):
         solver: ``"ddim"``, or ``"lcm"`` for a consistency-distilled model.
         num_steps: sampling steps.
         guidance: scale of classifier-free guidance, whose both branches carry gradient; 1 is none.
-        schedule: which steps carry gradient, and whether through their inputs.
+        gradient_steps: which steps carry gradient, and whether through their inputs.
         dropout_steps: whether the LoRA's dropout is active at ``"all"`` steps, or at the ``"chosen"`` ones only.
         resolution: width and height of the samples in pixels; the backbone's own if null.
         denoise_batch: images in one rollout, or null for all; less needs less memory.
@@ -152,7 +152,7 @@ class RewardConfig(TrainerConfig):
     solver: Literal["ddim", "lcm"] = "ddim"
     num_steps: int = Field(50, ge=1)
     guidance: float = Field(7.5, ge=1)
-    schedule: Part("schedules") = "grouped-random"  # type: ignore[valid-type]
+    gradient_steps: Part("gradient_steps") = "grouped-random"  # type: ignore[valid-type]
     dropout_steps: Literal["all", "chosen"] = "all"
     resolution: int | None = Field(None, ge=1)
     denoise_batch: int | None = Field(None, ge=1)
@@ -163,13 +163,13 @@ class RewardConfig(TrainerConfig):
 
     @model_validator(mode="after")
     def _agree(self) -> RewardConfig:
-        if isinstance(self.schedule, ScheduleConfig):
-            self.schedule.check_steps(self.num_steps)
-            if self.replay_batch > 1 and not self.schedule.detaches():
+        if isinstance(self.gradient_steps, GradientStepsConfig):
+            self.gradient_steps.check_steps(self.num_steps)
+            if self.replay_batch > 1 and not self.gradient_steps.detaches():
                 raise ValueError(
-                    f"with '{self.schedule.name}' the gradient flows through the denoiser's inputs, so each chosen "
-                    "step must be repeated after the one that follows it; set replay_batch to 1 or choose a schedule "
-                    "with constant inputs"
+                    f"with '{self.gradient_steps.name}' the gradient flows through the denoiser's inputs, so each "
+                    "chosen step must be repeated after the one that follows it; set replay_batch to 1 or choose "
+                    "gradient_steps with constant inputs"
                 )
         if self.replay_batch > 1 and self.lora is not None and self.lora.dropout:
             raise ValueError(
@@ -192,21 +192,21 @@ class RewardConfig(TrainerConfig):
         return self.regularizer == "pretraining"
 
     def check_run(self, run: Any) -> list[tuple[str, str]]:
-        faults = [] if run.rewards else [("rewards", f"'{self.name}' needs at least one reward")]
-        faults += [
+        problems = [] if run.rewards else [("rewards", f"'{self.name}' needs at least one reward")]
+        problems += [
             (f"rewards.{i}", f"'{reward.name}' has no gradient in its images, by which '{self.name}' trains")
             for i, reward in enumerate(run.rewards)
             if not getattr(reward, "differentiable", True)
         ]
-        return faults + (
+        return problems + (
             _without_images(run, "the regularizer 'pretraining'") if self.regularizer == "pretraining" else []
         )
 
     def build(self, runtime: Runtime, *, backbone: Any = None, encoder: Any = None, rewards: Any = ()) -> Any:
         from longalign.trainers.reward import RewardTrainer
 
-        schedule = schedules.construct(self.schedule, runtime)
-        return RewardTrainer.from_config(self, backbone, encoder, rewards, schedule)
+        gradient_steps = REGISTRIES["gradient_steps"].construct(self.gradient_steps, runtime)
+        return RewardTrainer.from_config(self, backbone, encoder, rewards, gradient_steps)
 
 
 class LCMRewardConfig(RewardConfig):
@@ -223,7 +223,7 @@ class LCMRewardConfig(RewardConfig):
     solver: Literal["lcm"] = "lcm"  # pyright: ignore[reportIncompatibleVariableOverride]
     num_steps: int = Field(4, ge=1)
     guidance: float = Field(1.0, ge=1)
-    schedule: Part("schedules") = "all"  # type: ignore[valid-type]
+    gradient_steps: Part("gradient_steps") = "all"  # type: ignore[valid-type]
 
 
 class DenscoreTrainerConfig(TrainerConfig):
@@ -260,15 +260,15 @@ class DenscoreTrainerConfig(TrainerConfig):
         return self
 
     def check_run(self, run: Any) -> list[tuple[str, str]]:
-        faults = []
+        problems = []
         if len(run.rewards) != 1 or not isinstance(run.rewards[0], ClipLikeConfig):
             got = ", ".join(f"'{reward.name}'" for reward in run.rewards) or "none"
-            faults.append(("rewards", f"'denscore' trains one reward: 'denscore', 'pickscore' or 'clip'; got {got}"))
+            problems.append(("rewards", f"'denscore' trains one reward: 'denscore', 'pickscore' or 'clip'; got {got}"))
         unused = {
             "validation": "'denscore' draws no images; leave it out",
             "init_from": "'denscore' starts from its reward: give the folder as rewards.0.checkpoint",
         }
-        return faults + [(key, message) for key, message in unused.items() if getattr(run, key) is not None]
+        return problems + [(key, message) for key, message in unused.items() if getattr(run, key) is not None]
 
     def build(self, runtime: Runtime, *, backbone: Any = None, encoder: Any = None, rewards: Any = ()) -> Any:
         from longalign.trainers.denscore import DenscoreTrainer

@@ -83,7 +83,7 @@ class DenscoreTrainer(Trainer):
         self.reward.save(folder / REWARD)
 
     @torch.no_grad()
-    def updated(self) -> None:
+    def on_optimizer_step(self) -> None:
         # Not in the loss, where a clamp would stop the gradient of a temperature at its limit, where CLIP's start.
         self.reward.towers.logit_scale.clamp_(max=math.log(MAX_SCALE))
 
@@ -102,17 +102,19 @@ class DenscoreTrainer(Trainer):
         """
         prompts, captions = list(batch["prompt"]), batch.get("captions")
         b, device = len(prompts), self.runtime.device
-        told = [text for pair in captions for text in pair] if captions is not None else []
-        found, segments, split, scale = self._embed[0](batch["image"].to(device).flatten(0, 1), [*prompts, *told])
+        conditioning = [text for pair in captions for text in pair] if captions is not None else []
+        found, segments, split, scale = self._embed[0](
+            batch["image"].to(device).flatten(0, 1), [*prompts, *conditioning]
+        )
         lengths = [len(of) for of in split]
-        images = self.everyone(found.view(b, 2, -1))
-        first = self.everyone(batch["preference"].to(device))
+        images = self.all_gather(found.view(b, 2, -1))
+        first = self.all_gather(batch["preference"].to(device))
         means = torch.stack([part.mean(0) for part in segments.split(lengths)])
-        prompt = self.everyone(means[:b])
-        own = sum(lengths[:b]) if told else 0
-        texts = self.everyone(means[b:]) if told else prompt
-        segments = self.everyone(segments[own:])
-        counts = self.everyone(torch.tensor(lengths[b if told else 0 :], device=device))
+        prompt = self.all_gather(means[:b])
+        own = sum(lengths[:b]) if conditioning else 0
+        texts = self.all_gather(means[b:]) if conditioning else prompt
+        segments = self.all_gather(segments[own:])
+        counts = self.all_gather(torch.tensor(lengths[b if conditioning else 0 :], device=device))
         owner = torch.arange(len(texts), device=device).repeat_interleave(counts)
         # Each process has the whole gradient of the temperature, and of the embeddings that of its own ones.
         scale = scale.detach() + (scale - scale.detach()) / self.runtime.processes
@@ -124,15 +126,19 @@ class DenscoreTrainer(Trainer):
             out["preference_loss"] = self.preference_weight * divergence(scale * scores, target)
         if self.contrastive_weight:
             logits = scale * segments @ images.flatten(0, 1).T
-            whose = torch.eye(len(texts), device=device) if told else torch.block_diag(*target.split(1))
+            whose = torch.eye(len(texts), device=device) if conditioning else torch.block_diag(*target.split(1))
             # The same words tell of all their images alike; no image of theirs is a negative of another.
-            keys = self.everyone(self.keys([segment for of in split[b if told else 0 :] for segment in of]))
+            keys = self.all_gather(self.keys([segment for of in split[b if conditioning else 0 :] for segment in of]))
             alike = (keys[:, None] == keys).float()
             wanted = alike @ whose[owner] / alike.sum(1, keepdim=True)
             out["contrastive_loss"] = self.contrastive_weight * divergence(logits, wanted)
         with torch.no_grad():
-            shown = images.flatten(0, 1) if told else images[torch.arange(len(images), device=device), target.argmax(1)]
-            out["agreement"] = agreement(scores, first)
+            shown = (
+                images.flatten(0, 1)
+                if conditioning
+                else images[torch.arange(len(images), device=device), target.argmax(1)]
+            )
+            out["agreement"] = pairwise_accuracy(scores, first)
             out["r_at_1"] = ((texts @ shown.T).argmax(1) == torch.arange(len(texts), device=device)).float().mean()
             out["segment_r_at_1"] = ((segments @ shown.T).argmax(1) == owner).float().mean()
             out["eta"] = preference.eta(prompt, preference.common_direction(prompt)).mean()
@@ -151,7 +157,7 @@ class DenscoreTrainer(Trainer):
         backward(self.runtime.processes * total)
         return {key: value.detach() for key, value in losses.items()}
 
-    def everyone(self, local: Tensor) -> Tensor:
+    def all_gather(self, local: Tensor) -> Tensor:
         """The rows ``(n, ...)`` of all processes, whose n may differ; with gradient through this process's own."""
         counts = self.runtime.gather(torch.tensor([len(local)], device=local.device)).tolist()
         padded = local.new_zeros((max(counts), *local.shape[1:]))
@@ -168,7 +174,7 @@ def divergence(logits: Tensor, target: Tensor) -> Tensor:
     return F.kl_div(logits.log_softmax(-1), target, reduction="batchmean")
 
 
-def agreement(scores: Tensor, first: Tensor) -> Tensor:
+def pairwise_accuracy(scores: Tensor, first: Tensor) -> Tensor:
     """Share of pairs whose scores ``(b, 2)`` are ordered as the preferences ``first`` ``(b,)`` for the first image are;
     pairs without preference count half."""
     right = (scores[:, 0] > scores[:, 1]) == (first > 0.5)

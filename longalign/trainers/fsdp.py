@@ -11,7 +11,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 
 from longalign.config import RunConfig
-from longalign.sharding import let_go
+from longalign.sharding import reshard
 from longalign.trainers.base import DiffusionTrainer, Trainer
 
 
@@ -65,7 +65,7 @@ def prepare(
     Raises:
         ValueError: if the trainer's weights cannot be split.
     """
-    trainer.check_split()
+    trainer.check_fsdp_support()
     assert isinstance(trainer, DiffusionTrainer)
     if accelerator.mixed_precision != "no" and trainer.backbone.prediction == "flow":
         raise ValueError(
@@ -86,7 +86,7 @@ def prepare(
 def finish(accelerator: Any, denoiser: nn.Module, apart: Sequence[nn.Parameter]) -> None:
     """What is to be done between the backward pass and the optimiser: gathered weights are let go, and at the last of
     several micro-steps processes exchange the gradients of whole weights."""
-    let_go(denoiser)
+    reshard(denoiser)
     if accelerator.sync_gradients:
         for parameter in apart:
             if parameter.grad is not None:

@@ -53,7 +53,7 @@ class LCMTrainer(DiffusionTrainer):
         timestep_scaling_factor: float = 10.0,
     ):
         super().__init__(backbone, encoder, train_adapter=False)
-        levels, total = backbone.levels, len(backbone.levels)
+        levels, total = backbone.noise_levels, len(backbone.noise_levels)
         self.skip, rest = divmod(total, num_ddim_timesteps)
         if rest:
             raise ValueError(
@@ -77,13 +77,13 @@ class LCMTrainer(DiffusionTrainer):
     def from_config(cls, config: LCMConfig, backbone: Backbone, encoder: Encoder) -> LCMTrainer:
         """Puts a new LoRA on the backbone, or makes all of it trainable, and takes the parts together."""
         if config.lora is None:
-            backbone.keep_start()
+            backbone.keep_reference_model()
         train_denoiser(backbone, config.lora, "lcm")
         settings = {k: getattr(config, k) for k in type(config).model_fields if k not in ("name", "lora")}
         return cls(backbone, encoder, **settings)
 
-    def check_split(self) -> None:
-        super().check_split()
+    def check_fsdp_support(self) -> None:
+        super().check_fsdp_support()
         if self.ema_decay is not None:
             raise ValueError(
                 "the moving average of 'lcm' follows whole weights, and FSDP splits them over processes; set "
@@ -93,19 +93,19 @@ class LCMTrainer(DiffusionTrainer):
     def losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         latents = latents_of(self.backbone, batch, "'lcm'")
         # one call for both branches of the teacher's guidance, so that both have the same length
-        told = self.encode([*batch["prompt"], ""])
+        conditioning = self.encode([*batch["prompt"], ""])
         start = self.starts[torch.randint(len(self.starts), (len(latents),))].to(latents.device)
-        noisy = add_noise(self.backbone.levels, latents, torch.randn_like(latents), start)
+        noisy = add_noise(self.backbone.noise_levels, latents, torch.randn_like(latents), start)
         guidance = 1 + self.w_min + (self.w_max - self.w_min) * torch.rand((len(latents), 1, 1, 1)).to(latents)
-        target = self.target(noisy, start, told, guidance)
-        output = self.backbone.predict(noisy, start, told[: len(latents)]).float()
+        target = self.target(noisy, start, conditioning, guidance)
+        output = self.backbone.predict(noisy, start, conditioning[: len(latents)]).float()
         away = self.consistency(start, noisy, output) - target
         if self.huber_c is None:
             return {"consistency_loss": away.square().mean()}
         return {"consistency_loss": ((away.square() + self.huber_c**2).sqrt() - self.huber_c).mean()}
 
     @torch.no_grad()
-    def target(self, noisy: Tensor, start: Tensor, told: Conditioning, guidance: Tensor) -> Tensor:
+    def target(self, noisy: Tensor, start: Tensor, conditioning: Conditioning, guidance: Tensor) -> Tensor:
         """The consistency function's value where one guided step of the teacher leads.
 
         Args:
@@ -116,26 +116,26 @@ class LCMTrainer(DiffusionTrainer):
         """
         with evaluating(self.backbone.denoiser):
             rows = torch.arange(len(noisy), device=noisy.device)
-            answer = guided(self.backbone.predict_start, noisy, start, told, rows, guidance)
+            answer = guided(self.backbone.predict_reference, noisy, start, conditioning, rows, guidance)
             earlier = self.solve(start, noisy, answer.float())
             end = (start - self.skip).clamp(min=0)
-            return self.consistency(end, earlier, self.predict_target(earlier, end, told[: len(noisy)]).float())
+            return self.consistency(end, earlier, self.predict_target(earlier, end, conditioning[: len(noisy)]).float())
 
-    def predict_target(self, latents: Tensor, timesteps: Tensor, told: Conditioning) -> Tensor:
+    def predict_target(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """As `Backbone.predict`, by the average of the student's weights where there is one."""
         averages = dict(zip(self.names, self.averages(), strict=True))
 
         def denoise(*args: Any, **kwargs: Any) -> Any:
             return functional_call(self.backbone.denoiser, averages, args, kwargs)
 
-        return self.backbone.call(denoise, latents, timesteps, told)
+        return self.backbone.call(denoise, latents, timesteps, conditioning)
 
     def averages(self) -> list[Tensor]:
         """The moving averages of the denoiser's trained weights; none without ``ema_decay``."""
         return [self.get_buffer(f"target_{i}") for i in range(len(self.names))]
 
     @torch.no_grad()
-    def updated(self) -> None:
+    def on_optimizer_step(self) -> None:
         if self.ema_decay is not None:
             parameters = dict(self.backbone.denoiser.named_parameters())
             for average, name in zip(self.averages(), self.names, strict=True):

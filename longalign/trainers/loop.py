@@ -26,10 +26,10 @@ from longalign.checks import used
 from longalign.config import to_dict
 from longalign.data.stream import Stream
 from longalign.encoders.base import Conditioning, Encoder
-from longalign.faults import RunError
+from longalign.errors import RunError
 from longalign.locks import Lock
 from longalign.rewards.guard import NonFiniteReward
-from longalign.sharding import let_go
+from longalign.sharding import reshard
 from longalign.trainers import fsdp
 from longalign.trainers import resume as state
 from longalign.trainers.base import DiffusionTrainer
@@ -166,7 +166,7 @@ class Run:
 
     def _claim(self, resume: Path | None) -> None:
         """Makes the folder this run's own; the first process does so for all."""
-        fault: Exception | None = None
+        problem: Exception | None = None
         if self.accelerator.is_main_process:
             try:
                 self.lock = Lock(self.output)
@@ -175,9 +175,9 @@ class Run:
                 if not own and (found := used(self.config)):
                     raise ValueError(found)
             except (ValueError, OSError) as error:
-                fault = error
-        if self._any(fault is not None):
-            raise fault or ValueError(f"the first process cannot use {self.output}; it says why")
+                problem = error
+        if self._any(problem is not None):
+            raise problem or ValueError(f"the first process cannot use {self.output}; it says why")
 
     def _check_resumed(self, resumed: state.State, composition: Composition) -> None:
         changes = state.check_same_run(resumed.config, self.config)
@@ -321,7 +321,7 @@ class Run:
         self.rates.step()
         if self.ema is not None:
             self.ema.step(self.parameters)
-        self.trainer.updated()
+        self.trainer.on_optimizer_step()
         keys = dict.fromkeys(key for values in found for key in values)
         self.means.add({k: torch.stack([v[k].detach().float() for v in found if k in v]).mean() for k in keys})
 
@@ -345,7 +345,7 @@ class Run:
     def _step(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The trainer's step. Where that goes backward several times, processes exchange gradients once, at its end."""
         exchanges = self.accelerator.num_processes > 1 and self.accelerator.sync_gradients and not self.split
-        if not (exchanges and self.trainer.several_backwards):
+        if not (exchanges and self.trainer.multiple_backward):
             return self.trainer.step(batch, self.accelerator.backward)
         with ExitStack() as apart:
             for module in self.wrapped:
@@ -370,8 +370,8 @@ class Run:
         numbers = {**self._means(), "lr": self.rate}
         if self.means.skipped:
             numbers["skipped_steps"] = self.means.skipped
-        if cut := getattr(self.trainer, "num_cut", 0):
-            numbers["cut_prompts"] = cut
+        if cut := getattr(self.trainer, "num_truncated", 0):
+            numbers["truncated_prompts"] = cut
         self.means = Means()
         self.log.write(self.step, numbers)
         for tracker in self.accelerator.trackers:
@@ -400,7 +400,7 @@ class Run:
             yield
         finally:
             if self.split:
-                let_go(self.wrapped[0])
+                reshard(self.wrapped[0])
             if self.ema is not None:
                 self.ema.restore(self.parameters)
 

@@ -18,7 +18,7 @@ from longalign.config import RunConfig, diff, load_config, to_dict
 from longalign.data.base import Data
 from longalign.files import CHECKPOINT, find_checkpoint, read_metadata
 from longalign.fingerprint import fingerprint, fingerprints
-from longalign.sharding import share, share_state, whole, whole_state
+from longalign.sharding import gather_full, gather_optimizer_state, shard_like, shard_optimizer_state
 from longalign.store import key_of
 from longalign.trainers.folder import checkpoints
 from longalign.weights import load_pickle, load_tensors, reading
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("longalign")
 
 #: what may change between the two parts of a run without changing its numbers
-FREE = (
+RESUMABLE_KEYS = (
     "loop.steps",
     "loop.save_every",
     "loop.keep",
@@ -83,7 +83,9 @@ def check_same_run(saved: RunConfig, config: RunConfig) -> dict[str, tuple[Any, 
     # A checkpoint has no credentials, so they are not compared.
     now = load_config(redacted(to_dict(config)))
     changes = {k: v for k, v in diff(saved, now).items() if k != "output"}
-    refused = {k: v for k, v in changes.items() if not any(k == free or k.startswith(f"{free}.") for free in FREE)}
+    refused = {
+        k: v for k, v in changes.items() if not any(k == free or k.startswith(f"{free}.") for free in RESUMABLE_KEYS)
+    }
     if refused:
         lines = "\n".join(f"  {key}: {old!r} in the checkpoint, {new!r} now" for key, (old, new) in refused.items())
         raise ValueError(
@@ -177,11 +179,11 @@ def collect(run: Run) -> dict[str, Any]:
         "step": run.step,
         "origin": run.origin,
         "processes": run.accelerator.num_processes,
-        "parameters": [whole(p.detach()) for p in run.parameters],
+        "parameters": [gather_full(p.detach()) for p in run.parameters],
         "buffers": {k: v for k, v in run.trainer.state_dict().items() if k in buffers},
-        "optimizer": whole_state(run.optimizer.state_dict()),
+        "optimizer": gather_optimizer_state(run.optimizer.state_dict()),
         "rates": {k: v for k, v in run.rates.state_dict().items() if k != "lr_lambdas"},
-        "ema": None if ema is None else {**ema, "shadow_params": [whole(p) for p in ema["shadow_params"]]},
+        "ema": None if ema is None else {**ema, "shadow_params": [gather_full(p) for p in ema["shadow_params"]]},
         "scaler": None if scaler is None else scaler.state_dict(),
     }
 
@@ -259,13 +261,13 @@ def restore(run: Run, state: State) -> None:
         raise ValueError(f"{state.checkpoint} holds the state of other parameters than this config trains")
     with torch.no_grad():
         for parameter, saved in zip(run.parameters, shared["parameters"], strict=True):
-            parameter.copy_(share(saved, parameter))
+            parameter.copy_(shard_like(saved, parameter))
     run.trainer.load_state_dict(shared["buffers"], strict=False)
-    run.optimizer.load_state_dict(share_state(shared["optimizer"], run.parameters))
+    run.optimizer.load_state_dict(shard_optimizer_state(shared["optimizer"], run.parameters))
     run.rates.load_state_dict({**run.rates.state_dict(), **shared["rates"]})
     if run.ema is not None:
         averages = zip(shared["ema"]["shadow_params"], run.parameters, strict=True)
-        run.ema.load_state_dict({**shared["ema"], "shadow_params": [share(p, like) for p, like in averages]})
+        run.ema.load_state_dict({**shared["ema"], "shadow_params": [shard_like(p, like) for p, like in averages]})
         run.ema.to(run.accelerator.device)
     if run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(shared["scaler"])

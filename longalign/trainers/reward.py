@@ -14,10 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from longalign.backbones.base import Backbone
 from longalign.diffusion import Solver, add_noise, ddim, lcm, trailing_timesteps
 from longalign.encoders.base import Conditioning, Encoder
+from longalign.gradient_steps.base import GradientSteps, GradientStepSelector
 from longalign.rewards.base import Reward, Scores, as_reward
 from longalign.rewards.guard import guarded
-from longalign.rollout import Predict, Visit, replay, retrace, rollout
-from longalign.schedules.base import Choice, Schedule
+from longalign.rollout import Predict, RecordedStep, replay, replay_backward, rollout
 from longalign.trainers.base import (
     Backward,
     DiffusionTrainer,
@@ -44,7 +44,7 @@ class Pass:
     rows: slice
     solver: Solver
     final: Tensor
-    visits: list[Visit]
+    recorded: list[RecordedStep]
 
 
 class RewardTrainer(DiffusionTrainer):
@@ -58,7 +58,7 @@ class RewardTrainer(DiffusionTrainer):
         backbone: with what is trained of it already set.
         encoder: encodes the prompts.
         rewards: rewards, or functions ``(images, prompts) -> (b,)``.
-        schedule: chooses the steps that carry gradient, see `longalign.schedules.base.Choice`.
+        gradient_steps: chooses the steps that carry gradient, see `longalign.gradient_steps.base.GradientSteps`.
         solver: ``"ddim"`` or ``"lcm"``.
         num_steps: sampling steps.
         guidance: scale of classifier-free guidance; 1 is none.
@@ -72,14 +72,14 @@ class RewardTrainer(DiffusionTrainer):
         regularizer_weight: its factor.
     """
 
-    several_backwards = True
+    multiple_backward = True
 
     def __init__(
         self,
         backbone: Backbone,
         encoder: Encoder,
         rewards: Sequence[Any],
-        schedule: Schedule,
+        gradient_steps: GradientStepSelector,
         *,
         solver: Literal["ddim", "lcm"] = "ddim",
         num_steps: int = 50,
@@ -97,11 +97,11 @@ class RewardTrainer(DiffusionTrainer):
         if not rewards:
             raise ValueError("reward fine-tuning expects at least one reward, got none")
         self.rewards = nn.ModuleList([as_reward(reward).requires_grad_(False) for reward in rewards])
-        self.schedule = schedule
+        self.gradient_steps = gradient_steps
         self.solve: Callable[[Sequence[int]], Solver] = partial(
-            {"ddim": ddim, "lcm": lcm}[solver], backbone.levels, prediction=backbone.prediction
+            {"ddim": ddim, "lcm": lcm}[solver], backbone.noise_levels, prediction=backbone.prediction
         )
-        self.solver = self.solve(trailing_timesteps(num_steps, len(backbone.levels)))
+        self.solver = self.solve(trailing_timesteps(num_steps, len(backbone.noise_levels)))
         self.guidance = guidance
         self.dropout_steps = dropout_steps
         self.resolution = resolution
@@ -111,14 +111,21 @@ class RewardTrainer(DiffusionTrainer):
 
     @classmethod
     def from_config(
-        cls, config: RewardConfig, backbone: Backbone, encoder: Encoder, rewards: Sequence[Any], schedule: Schedule
+        cls,
+        config: RewardConfig,
+        backbone: Backbone,
+        encoder: Encoder,
+        rewards: Sequence[Any],
+        gradient_steps: GradientStepSelector,
     ) -> RewardTrainer:
         """Puts a new LoRA on the backbone, or makes all of it trainable, and takes the parts together."""
         if config.regularizer == "kl" and config.lora is None:
-            backbone.keep_start()
+            backbone.keep_reference_model()
         train_denoiser(backbone, config.lora, "reward")
-        settings = {k: getattr(config, k) for k in type(config).model_fields if k not in ("name", "lora", "schedule")}
-        return cls(backbone, encoder, rewards, schedule, **settings)
+        settings = {
+            k: getattr(config, k) for k in type(config).model_fields if k not in ("name", "lora", "gradient_steps")
+        }
+        return cls(backbone, encoder, rewards, gradient_steps, **settings)
 
     def train(self, mode: bool = True) -> RewardTrainer:
         """Rewards know of training mode; the networks inside them are frozen and stay in eval mode."""
@@ -131,9 +138,9 @@ class RewardTrainer(DiffusionTrainer):
         """Loss and metrics of fresh samples, without gradient, which `step` computes on its way."""
         prompts = batch["prompt"]
         with torch.no_grad():
-            predict = self.predictor(self.backbone.predict, self.told(prompts), slice(0, len(prompts)))
+            predict = self.predictor(self.backbone.predict, self.encode_with_uncond(prompts), slice(0, len(prompts)))
             latents, _ = rollout(predict, self.noise(len(prompts)), self.solver)
-            return self.summary(self.score(latents, prompts))
+            return self.reward_loss(self.score(latents, prompts))
 
     def step(self, batch: Mapping[str, Any], backward: Backward) -> dict[str, Tensor]:
         prompts = batch["prompt"]
@@ -142,51 +149,51 @@ class RewardTrainer(DiffusionTrainer):
             real = latents_of(self.backbone, batch, "the regularizer 'pretraining'")
 
         # Each repeated call has its own graph, so the gradient of the conditioning is gathered at a leaf.
-        encoded = self.told(prompts)
-        told = replace(encoded, states=encoded.states.detach().requires_grad_(encoded.states.requires_grad))
-        noise, choice = self.noise(len(prompts)), self.schedule.pick(len(self.solver))
+        encoded = self.encode_with_uncond(prompts)
+        conditioning = replace(encoded, states=encoded.states.detach().requires_grad_(encoded.states.requires_grad))
+        noise, choice = self.noise(len(prompts)), self.gradient_steps.select(len(self.solver))
         chunks = _chunks(len(prompts), self.denoise_batch)
-        passes = [each for rows in chunks for each in self.sample(choice, noise[rows], told, rows)]
+        passes = [each for rows in chunks for each in self.sample(choice, noise[rows], conditioning, rows)]
 
         latents = torch.cat([each.final for each in passes]).requires_grad_()
         with torch.enable_grad():
-            summary = self.summary(self.score(latents, [p for each in passes for p in prompts[each.rows]]))
-            gradient = self.pull(summary["reward_loss"], latents)
+            losses = self.reward_loss(self.score(latents, [p for each in passes for p in prompts[each.rows]]))
+            gradient = self.latent_gradient(losses["reward_loss"], latents)
 
         drift = latents.new_zeros(())
-        calls = sum(len(each.final) * len(each.visits) for each in passes)
+        calls = sum(len(each.final) * len(each.recorded) for each in passes)
         for each, vector in zip(passes, gradient.split([len(each.final) for each in passes]), strict=True):
-            predict = self.predictor(self.backbone.predict, told, each.rows)
-            repeated = retrace(predict, each.solver, each.visits, vector, choice.detach, self.replay_batch)
-            for visits, outputs, pulled in repeated:
+            predict = self.predictor(self.backbone.predict, conditioning, each.rows)
+            repeated = replay_backward(predict, each.solver, each.recorded, vector, choice.detach, self.replay_batch)
+            for recorded, outputs, pulled in repeated:
                 if self.regularizer == "kl":
                     # It takes the latents as they are, also where the reward's gradient flows through them.
-                    answers = outputs if choice.detach else replay(predict, visits)
+                    answers = outputs if choice.detach else replay(predict, recorded)
                     share = self.regularizer_weight * len(answers) / calls
-                    away = share * self.drift(answers, visits, told, each.rows)
+                    away = share * self.drift(answers, recorded, conditioning, each.rows)
                     pulled, drift = pulled + away, drift + away.detach()
                 backward(pulled)
-        if told.states.grad is not None:
+        if conditioning.states.grad is not None:
             # Not by `backward`, which may scale: what was gathered is scaled already.
-            encoded.states.backward(told.states.grad)
+            encoded.states.backward(conditioning.states.grad)
 
         if self.regularizer == "kl":
-            summary["kl_loss"] = drift
+            losses["kl_loss"] = drift
         if real is not None:
             loss = self.regularizer_weight * noise_loss(self.backbone, real, self.encode(prompts))
             backward(loss)
-            summary["pretraining_loss"] = loss
-        return {key: value.detach() for key, value in summary.items()}
+            losses["pretraining_loss"] = loss
+        return {key: value.detach() for key, value in losses.items()}
 
-    def sample(self, choice: Choice, noise: Tensor, told: Conditioning, rows: slice) -> Iterator[Pass]:
+    def sample(self, choice: GradientSteps, noise: Tensor, conditioning: Conditioning, rows: slice) -> Iterator[Pass]:
         """Samples some of the prompts from ``noise`` ``(b, c, h, w)`` without gradient; after them their copies."""
-        predict = self.predictor(self.backbone.predict, told, rows)
+        predict = self.predictor(self.backbone.predict, conditioning, rows)
         solver = self.solve(self.solver.timesteps[: choice.length])
-        final, visits = rollout(predict, noise, solver, choice.steps, self.quiet(predict))
-        yield Pass(rows, solver, final, visits)
+        final, recorded = rollout(predict, noise, solver, choice.steps, self.predict_no_dropout(predict))
+        yield Pass(rows, solver, final, recorded)
         last = self.solve(solver.timesteps[-1:])
         for _ in range(choice.copies):
-            noisy = add_noise(self.backbone.levels, final, torch.randn_like(final), torch.tensor(last.timesteps))
+            noisy = add_noise(self.backbone.noise_levels, final, torch.randn_like(final), torch.tensor(last.timesteps))
             yield Pass(rows, last, *rollout(predict, noisy, last, [0]))
 
     def noise(self, count: int) -> Tensor:
@@ -194,47 +201,49 @@ class RewardTrainer(DiffusionTrainer):
         shape = self.backbone.latent_shape(self.resolution, self.resolution)
         return torch.randn((count, *shape), device=self.backbone.device)
 
-    def told(self, prompts: Sequence[str]) -> Conditioning:
+    def encode_with_uncond(self, prompts: Sequence[str]) -> Conditioning:
         """The conditioning of the prompts, and after them that of the empty prompt if there is guidance: one call, so
         that both have the same length."""
         return self.encode([*prompts, ""] if self.guidance != 1 else list(prompts))
 
     def predictor(
-        self, denoise: Callable[[Tensor, Tensor, Conditioning], Tensor], told: Conditioning, rows: slice
+        self, denoise: Callable[[Tensor, Tensor, Conditioning], Tensor], conditioning: Conditioning, rows: slice
     ) -> Predict:
         """The guided answer of ``denoise`` for some of the prompts.
 
         Args:
-            denoise: `Backbone.predict` or `Backbone.predict_start`.
-            told: from `told`.
+            denoise: `Backbone.predict` or `Backbone.predict_reference`.
+            told: from `encode_with_uncond`.
             rows: which b of the prompts. The latents are those of one or more visits, ``(v * b, c, h, w)``.
         """
-        prompts = torch.arange(rows.start, rows.stop, device=told.states.device)
+        prompts = torch.arange(rows.start, rows.stop, device=conditioning.states.device)
 
         def predict(latents: Tensor, timesteps: Tensor) -> Tensor:
             of = prompts.repeat(len(latents) // len(prompts))
             if self.guidance == 1:
-                return denoise(latents, timesteps, told[of])
-            return guided(denoise, latents, timesteps, told, of, self.guidance)
+                return denoise(latents, timesteps, conditioning[of])
+            return guided(denoise, latents, timesteps, conditioning, of, self.guidance)
 
         return predict
 
-    def drift(self, outputs: Tensor, visits: Sequence[Visit], told: Conditioning, rows: slice) -> Tensor:
+    def drift(
+        self, outputs: Tensor, recorded: Sequence[RecordedStep], conditioning: Conditioning, rows: slice
+    ) -> Tensor:
         """Mean squared difference of ``outputs`` to the start model's answers at the same visits; a scalar."""
-        start = self.predictor(self.backbone.predict_start, told, rows)
-        before = start(torch.cat([v.latents for v in visits]), torch.cat([v.timesteps for v in visits]))
+        start = self.predictor(self.backbone.predict_reference, conditioning, rows)
+        before = start(torch.cat([v.latents for v in recorded]), torch.cat([v.timesteps for v in recorded]))
         return (outputs - before).square().mean()
 
-    def quiet(self, predict: Predict) -> Predict | None:
+    def predict_no_dropout(self, predict: Predict) -> Predict | None:
         """The denoiser for the steps that are not chosen, if it differs there."""
         if self.dropout_steps == "all":
             return None
 
-        def predict_quietly(latents: Tensor, timesteps: Tensor) -> Tensor:
+        def predict_in_eval_mode(latents: Tensor, timesteps: Tensor) -> Tensor:
             with evaluating(self.backbone.denoiser):
                 return predict(latents, timesteps)
 
-        return predict_quietly
+        return predict_in_eval_mode
 
     def score(self, latents: Tensor, prompts: Sequence[str]) -> Scores:
         """The added scores of final latents ``(b, c, h, w)``, with all of their parts."""
@@ -252,7 +261,7 @@ class RewardTrainer(DiffusionTrainer):
             parts |= {f"{i}/{key}": value for key, value in {"reward": scores.total.detach(), **scores.parts}.items()}
         return Scores(torch.stack([scores.total for scores in scored]).sum(0), parts)
 
-    def pull(self, loss: Tensor, latents: Tensor) -> Tensor:
+    def latent_gradient(self, loss: Tensor, latents: Tensor) -> Tensor:
         """The loss's gradient at the final latents.
 
         Where something is in float16, the gradient of a single pixel would be rounded to nothing. There the loss is
@@ -266,7 +275,7 @@ class RewardTrainer(DiffusionTrainer):
                 return gradient / scale
             scale /= 4
 
-    def summary(self, scores: Scores) -> dict[str, Tensor]:
+    def reward_loss(self, scores: Scores) -> dict[str, Tensor]:
         """The loss ``0.5 (1 - mean score)``, the mean score, and the mean of each of its parts."""
         mean = scores.total.mean()
         parts = {key: value.float().mean() for key, value in scores.parts.items()}

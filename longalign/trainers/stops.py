@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from longalign.config import RunConfig
-from longalign.faults import RunError, is_out_of_memory
+from longalign.errors import RunError, is_out_of_memory
 from longalign.trainers.folder import resume_hint
 
 #: keys of trainers that trade time for memory

@@ -29,7 +29,7 @@ def draw(
     Returns:
         Images ``(b, 3, h, w)`` in [0, 1].
     """
-    from longalign.imagefiles import write_png
+    from longalign.image_io import write_png
     from longalign.pipeline import sample
 
     with RandomState.now(backbone.device).replayed():
@@ -38,9 +38,9 @@ def draw(
             encoder,
             prompts,
             seeds=range(len(prompts)),
-            steps=settings.steps,
+            num_steps=settings.num_steps,
             guidance=settings.guidance,
-            scheduler=settings.scheduler,
+            solver=settings.solver,
         )
     if folder is None:
         return images

@@ -145,11 +145,11 @@ def train_image(clip: CLIPModel, head: FactHead, tokenizer: CLIPTokenizer, steps
     def make() -> dict[str, Tensor]:
         scenes, rng = pool_scenes(), np.random.default_rng(14)
         texts = [sample_text(scene, rng) for scene in scenes for _ in range(TEXTS)]
-        told = tensor([labels_of_caption(c) for c in texts]).short()
+        described = tensor([labels_of_caption(c) for c in texts]).short()
         embedded = torch.cat([embed_texts(texts[i : i + 128]) for i in range(0, len(texts), 128)])
         return {
             "pixels": bytes_of(scenes), "looks": looks(scenes), "shown": tensor([labels_of_scene(s) for s in scenes]),
-            "told": told.view(POOL, TEXTS, -1), "embedded": embedded.view(POOL, TEXTS, -1),
+            "told": described.view(POOL, TEXTS, -1), "embedded": embedded.view(POOL, TEXTS, -1),
         }  # fmt: skip
 
     pool = kept("clip-pool", make)
@@ -157,12 +157,12 @@ def train_image(clip: CLIPModel, head: FactHead, tokenizer: CLIPTokenizer, steps
     def loss_of(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
         index = torch.from_numpy(rng.choice(POOL, IMAGE_BATCH, replace=False))
         which = torch.from_numpy(rng.integers(TEXTS, size=IMAGE_BATCH))
-        shown, told = pool["shown"][index], pool["told"][index, which].long()
+        shown, described = pool["shown"][index], pool["told"][index, which].long()
         out = clip.vision_model(normalise(pool["pixels"][index].float() / 255))
         image = clip.visual_projection(out.pooler_output)
         text = pool["embedded"][index, which]
         scores = clip.logit_scale.exp().clamp(max=100) * text @ F.normalize(image, dim=-1).T
-        nce = contrast(scores, all_true(told, shown).float())
+        nce = contrast(scores, all_true(described, shown).float())
         fact_loss, read = head(image, shown)
         look = F.mse_loss(look_head(image), pool["looks"][index])
         loss = nce + 2 * fact_loss + patch_head(out.last_hidden_state[:, 1:], shown) + look

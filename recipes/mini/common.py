@@ -59,8 +59,8 @@ def publish_text_encoder() -> None:
     weights = {f"text_model.{name.removeprefix('text_model.')}": weight for name, weight in load_file(path).items()}
     save_file(weights, path, {"format": "pt"})
     config = path.with_name("config.json")
-    told = {**json.loads(config.read_text()), "dtype": "float32"}
-    config.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n")
+    settings = {**json.loads(config.read_text()), "dtype": "float32"}
+    config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def fit(
@@ -102,7 +102,7 @@ def fit(
         state = torch.load(state_path, weights_only=True)
         modules.load_state_dict(state["modules"])
         optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
+        schedule.load_state_dict(state["gradient_steps"])
         average, start, seconds = state["average"], state["step"], state["seconds"]
     else:
         log_path.unlink(missing_ok=True)
@@ -139,7 +139,11 @@ def fit(
                 file.write(json.dumps(row) + "\n")
         if (step + 1) % save_every == 0 or last:
             state = {"modules": modules.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            state |= {"schedule": schedule.state_dict(), "average": average, "seconds": seconds + time.time() - began}
+            state |= {
+                "gradient_steps": schedule.state_dict(),
+                "average": average,
+                "seconds": seconds + time.time() - began,
+            }
             torch.save(state, state_path.with_suffix(".tmp"))
             state_path.with_suffix(".tmp").replace(state_path)
     _swap(parameters, average)

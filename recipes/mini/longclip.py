@@ -96,15 +96,15 @@ def main() -> None:
         index = torch.from_numpy(rng.choice(POOL, size + OTHERS, replace=False))
         style = "referring" if rng.random() < 0.3 else "plain"
         captions = [describe(scenes[i], rng, words=words, style=style) for i in index[:size]]
-        told = tensor([labels_of_caption(c) for c in captions])
+        described = tensor([labels_of_caption(c) for c in captions])
         tokens = tokenise([c.text for c in captions], LENGTH)
         out = clip.text_model(**tokens)
         text = clip.text_projection(out.pooler_output)
         scores = clip.logit_scale.exp().clamp(max=100) * F.normalize(text, dim=-1) @ gallery[index].T
-        match = all_true(told, shown[index]).float()
+        match = all_true(described, shown[index]).float()
         nce = F.cross_entropy(scores, match / match.sum(1, keepdim=True))
-        text_loss, text_read = head(text, told)
-        token_loss, tokens_read = token_head(out.last_hidden_state, tokens["attention_mask"], told)
+        text_loss, text_read = head(text, described)
+        token_loss, tokens_read = token_head(out.last_hidden_state, tokens["attention_mask"], described)
         loss = nce + text_loss + token_loss
         return {"loss": loss, "nce": nce, "text_read": text_read, "tokens_read": tokens_read}
 

@@ -65,12 +65,12 @@ def main(name: str, steps: int) -> None:
             parts = [Caption((s,)) for s in caption.sentences] if by_sentence else [caption]
             texts += parts
             owner += [i] * len(parts)
-        told, seen = ([f(x) for x in xs] for f, xs in ((labels_of_caption, texts), (labels_of_scene, shown)))
+        described, seen = ([f(x) for x in xs] for f, xs in ((labels_of_caption, texts), (labels_of_scene, shown)))
         return {
             "pixels": bytes_of(shown).view(size, IMAGES, 3, 64, 64), "shown": tensor(seen).view(size, IMAGES, -1),
             "true": torch.tensor(true).view(size, IMAGES),
             "nice": torch.tensor([taste(s) for s in shown]).view(size, IMAGES),
-            "states": text_states(texts), "told": tensor(told).short(), "owner": torch.tensor(owner),
+            "states": text_states(texts), "told": tensor(described).short(), "owner": torch.tensor(owner),
         }  # fmt: skip
 
     kind = "long" if by_sentence else "short"

@@ -121,11 +121,11 @@ def main() -> None:
         texts = [c.text for c in held_out]
         out = pipe(texts, num_inference_steps=20, guidance_scale=3.0, generator=generator, output_type="np").images
         images = out.transpose(0, 3, 1, 2)
-        told = [f for c in held_out for f in c.facts]
+        described = [f for c in held_out for f in c.facts]
         right = [f for image in oracle.verdicts(images, held_out) for s in image for f in s]
         result = {"facts_1_to_3": float(np.mean(right))}
         for kind in ("ground", "shape", "colour", "size", "fill"):
-            result[kind] = float(np.mean([r for f, r in zip(told, right, strict=True) if f.kind == kind]))
+            result[kind] = float(np.mean([r for f, r in zip(described, right, strict=True) if f.kind == kind]))
         return result
 
     fit(

@@ -7,7 +7,7 @@ from diffusers import UNet2DConditionModel
 from tiny import tiny_backbone, tiny_sd, tiny_unet
 
 from longalign.backbones.configs import LoraConfig, SDConfig
-from longalign.backbones.lora import dithered, inject_lora, lora_layers, lora_targets
+from longalign.backbones.lora import inject_lora, lora_layers, lora_targets, stochastic_round
 from longalign.backbones.sd import SDBackbone, scheduler_constants
 from longalign.encoders.base import Conditioning
 from longalign.registry import backbones
@@ -15,13 +15,13 @@ from longalign.registry import backbones
 LORA = LoraConfig(rank=2, dropout=0.0)
 
 
-def told(count=2, width=8):
+def conditioning(count=2, width=8):
     return Conditioning(torch.randn(count, 3, width, generator=torch.Generator().manual_seed(5)))
 
 
 def asked(backbone, count=2):
     latents = torch.randn(count, 4, 4, 4, generator=torch.Generator().manual_seed(6))
-    return backbone.predict(latents, torch.tensor([10, 900][:count]), told(count))
+    return backbone.predict(latents, torch.tensor([10, 900][:count]), conditioning(count))
 
 
 def move(parameters, std=0.3):
@@ -56,8 +56,8 @@ def test_loads_a_folder_in_diffusers_layout(folder):
     assert isinstance(backbone, SDBackbone)
     assert backbone.prediction == "epsilon" and backbone.resolution == 64
     assert backbone.latent_shape() == (4, 8, 8) and backbone.latent_shape(128, 64) == (4, 16, 8)
-    assert len(backbone.levels) == 1000
-    assert backbone.levels.signal[0] ** 2 == pytest.approx(1 - 0.00085)
+    assert len(backbone.noise_levels) == 1000
+    assert backbone.noise_levels.signal[0] ** 2 == pytest.approx(1 - 0.00085)
     assert not any(p.requires_grad for p in backbone.parameters())
     with pytest.raises(ValueError, match="divisible by 8, got 60 x 64"):
         backbone.latent_shape(60, 64)
@@ -89,7 +89,7 @@ def test_checkpointing_keeps_less_of_unet_and_decoder_and_the_gradient():
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
             decoded = backbone.decode(latents)
             decoder = sum(kept)
-            answer = backbone.predict(latents, torch.tensor([10]), told(1))
+            answer = backbone.predict(latents, torch.tensor([10]), conditioning(1))
         (decoded.mean() + answer.square().mean()).backward()
         return decoder, sum(kept) - decoder, latents.grad
 
@@ -108,7 +108,7 @@ def test_the_mask_reaches_the_unet():
     cut = Conditioning(states[:, :2])
     assert torch.allclose(backbone.predict(latents, times, masked), backbone.predict(latents, times, cut), atol=1e-5)
     with pytest.raises(ValueError, match="takes states of width 8, the encoder gives width 5"):
-        backbone.predict(latents, times, told(1, 5))
+        backbone.predict(latents, times, conditioning(1, 5))
 
 
 def test_lora_starts_at_the_model_itself_and_only_it_is_trainable():
@@ -183,7 +183,7 @@ def test_the_start_model_is_remembered(full):
     move(backbone.add_lora(LORA, "align"))
     before = asked(backbone)
     if full:
-        backbone.keep_start()
+        backbone.keep_reference_model()
         parameters = backbone.train_all()
     else:
         parameters = backbone.add_lora(LORA, "x")
@@ -191,7 +191,7 @@ def test_the_start_model_is_remembered(full):
     after = asked(backbone)
     assert not torch.allclose(after, before, atol=1e-3)
     latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(6))
-    start = backbone.predict_start(latents, torch.tensor([10, 900]), told())
+    start = backbone.predict_reference(latents, torch.tensor([10, 900]), conditioning())
     assert torch.allclose(start, before, atol=1e-5) and not start.requires_grad
     assert torch.equal(asked(backbone), after)
 
@@ -216,17 +216,17 @@ def test_a_lora_that_is_finer_than_half_precision_is_merged_in_the_mean(dtype):
 def test_half_precision_of_what_it_can_hold_is_exact():
     exact = torch.tensor([0.0, 1.0, -1.5, 2.0**-20, -3.0, 1000.0])
     generator = torch.Generator().manual_seed(0)
-    assert all(torch.equal(dithered(exact, torch.bfloat16, generator).float(), exact) for _ in range(20))
+    assert all(torch.equal(stochastic_round(exact, torch.bfloat16, generator).float(), exact) for _ in range(20))
 
 
 def test_the_start_model_of_a_half_precision_network_answers_one_that_is_trained_whole():
     backbone = tiny_backbone()
     backbone.denoiser.to(torch.bfloat16)
-    backbone.keep_start()
+    backbone.keep_reference_model()
     before = asked(backbone)
     backbone.train_all()
     latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(6))
-    start = backbone.predict_start(latents, torch.tensor([10, 900]), told())
+    start = backbone.predict_reference(latents, torch.tensor([10, 900]), conditioning())
     assert torch.allclose(start, before, atol=0.05)
 
 

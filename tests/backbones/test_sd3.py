@@ -92,7 +92,7 @@ def test_loads_a_folder_in_the_published_layout(folder, backbone):
 
 
 def test_levels_are_the_scheduler_s(backbone):
-    levels = backbone.levels
+    levels = backbone.noise_levels
     assert levels.noise[999] == 1 and levels.signal[999] == 0
     assert levels.noise[249].item() == pytest.approx(0.5)  # 3 / 4 over 1 + 2 / 4
     schedule = FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -109,32 +109,32 @@ def test_latents_are_shifted_and_scaled(backbone):
 
 
 def test_an_answer_is_the_transformer_s_own(backbone, encoder):
-    told, latents = encoder.encode([LONG, "A fox."]), torch.randn(2, 16, 8, 8)
-    answer = backbone.predict(latents, torch.tensor([249, 999]), told)
+    conditioning, latents = encoder.encode([LONG, "A fox."]), torch.randn(2, 16, 8, 8)
+    answer = backbone.predict(latents, torch.tensor([249, 999]), conditioning)
     expected = backbone.denoiser(
         latents,
         timestep=torch.tensor([500.0, 1000.0]),
-        encoder_hidden_states=told.states,
-        pooled_projections=told.pooled,
+        encoder_hidden_states=conditioning.states,
+        pooled_projections=conditioning.pooled,
     ).sample
     torch.testing.assert_close(answer, expected)
-    assert not torch.allclose(answer, backbone.predict(latents, torch.tensor([249, 500]), told))
+    assert not torch.allclose(answer, backbone.predict(latents, torch.tensor([249, 500]), conditioning))
 
 
 def test_pooled_and_states_are_the_stock_pipeline_s(folder, pipe):
     encoder = told_by(folder, max_tokens=77, eot="all")
-    told = encoder.encode(["A red fox.", ""])
+    conditioning = encoder.encode(["A red fox.", ""])
     states, _, pooled, _ = pipe.encode_prompt(
         ["A red fox.", ""], None, None, do_classifier_free_guidance=False, max_sequence_length=60
     )
-    assert told.states.shape == states.shape == (2, 77 + 60, 32) and encoder.dim == 32
-    tokens = told.reports[0].parts[0].tokens[0] + 2
+    assert conditioning.states.shape == states.shape == (2, 77 + 60, 32) and encoder.dim == 32
+    tokens = conditioning.reports[0].parts[0].tokens[0] + 2
     rounding = {"rtol": 1e-4, "atol": 1e-4}  # batches are put together otherwise
-    torch.testing.assert_close(told.states[0, :tokens], states[0, :tokens], **rounding)
-    torch.testing.assert_close(told.states[1, :2], states[1, :2], **rounding)
-    torch.testing.assert_close(told.states[:, 77:], states[:, 77:], **rounding)
-    assert told.pooled.shape == (2, 20)
-    torch.testing.assert_close(told.pooled, pooled, **rounding)
+    torch.testing.assert_close(conditioning.states[0, :tokens], states[0, :tokens], **rounding)
+    torch.testing.assert_close(conditioning.states[1, :2], states[1, :2], **rounding)
+    torch.testing.assert_close(conditioning.states[:, 77:], states[:, 77:], **rounding)
+    assert conditioning.pooled.shape == (2, 20)
+    torch.testing.assert_close(conditioning.pooled, pooled, **rounding)
 
 
 def test_t5_can_be_left_out_or_put_behind(folder, pipe, encoder):
@@ -147,10 +147,10 @@ def test_t5_can_be_left_out_or_put_behind(folder, pipe, encoder):
     t5 = {"name": "t5", "checkpoint": str(folder), "subfolder": "text_encoder_3", "max_tokens": 60}
     composed = encoders.build({"name": "concat", "parts": [clips, t5]})
     torch.testing.assert_close(composed.encode([LONG]).states, whole.states)
-    assert encoder.cut([LONG]) == list(whole.reports)
+    assert encoder.report([LONG]) == list(whole.reports)
     assert [len(part.segments) for part in whole.reports[0].parts] == [3, 1]
     with pytest.warns(TruncationWarning, match=r"1 of 1 prompts do not fit into 8 positions; .* raise t5_tokens"):
-        told_by(folder, t5_tokens=8, overflow="cut").encode([LONG])
+        told_by(folder, t5_tokens=8, overflow="truncate").encode([LONG])
     with pytest.raises(ValueError, match="the two CLIPs' states are 20 wide, T5's 32; set width"):
         told_by(folder, width=24)
 
@@ -167,14 +167,14 @@ def test_the_pooled_embedding_has_both_clips(folder, pipe):
 
 
 def test_a_stock_pipeline_draws_the_same_images(backbone, encoder, pipe):
-    settings = {"seeds": [3, 4], "steps": 4, "guidance": 3.0, "scheduler": "ddim", "negative": "green"}
+    settings = {"seeds": [3, 4], "num_steps": 4, "guidance": 3.0, "solver": "ddim", "negative": "green"}
     ours = sample(backbone, encoder, [LONG, "The sky."], **settings)
-    told = condition(pipe, [LONG, "The sky."], "green", encoder=encoder)
-    assert set(told) == {f"{a}{b}prompt_embeds" for a in ("", "negative_") for b in ("", "pooled_")}
-    assert told["prompt_embeds"].shape == told["negative_prompt_embeds"].shape == (2, 100, 32)
+    conditioning = condition(pipe, [LONG, "The sky."], "green", encoder=encoder)
+    assert set(conditioning) == {f"{a}{b}prompt_embeds" for a in ("", "negative_") for b in ("", "pooled_")}
+    assert conditioning["prompt_embeds"].shape == conditioning["negative_prompt_embeds"].shape == (2, 100, 32)
     noise = torch.stack([torch.randn(16, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (3, 4)])
     drawn = pipe(
-        **told,
+        **conditioning,
         latents=noise,
         num_inference_steps=4,
         sigmas=[1, 0.75, 0.5, 0.25],  # the pipeline shifts them
@@ -189,7 +189,7 @@ def red(images, prompts):
     return images[:, 0].mean((1, 2))
 
 
-REWARD = {"name": "reward", "num_steps": 3, "guidance": 3.0, "schedule": "all"}
+REWARD = {"name": "reward", "num_steps": 3, "guidance": 3.0, "gradient_steps": "all"}
 
 
 @pytest.mark.parametrize("config", [{"name": "align"}, REWARD], ids=["align", "reward"])
@@ -219,14 +219,16 @@ def test_the_reward_s_gradient_is_that_of_plain_autograd(folder, encoder):
     backbone = trainer.backbone.double()
     for i, p in enumerate(trainer.trainable()):
         torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(i))
-    told = trainer.told([LONG, "The sky."])
+    conditioning = trainer.encode_with_uncond([LONG, "The sky."])
     noise = torch.randn(2, 16, 8, 8, dtype=torch.float64)
     trainer.noise = lambda count: noise
     latents = noise
     for t, after in zip((999, 666, 332), (666, 332, None), strict=True):
         seen = torch.cat([latents.detach()] * 2)
-        output = guide(*backbone.predict(seen, torch.full((4,), t), told[torch.tensor([0, 1, 2, 2])]).chunk(2), 3.0)
-        noises = [0.0 if place is None else backbone.levels.noise[place].item() for place in (t, after)]
+        output = guide(
+            *backbone.predict(seen, torch.full((4,), t), conditioning[torch.tensor([0, 1, 2, 2])]).chunk(2), 3.0
+        )
+        noises = [0.0 if place is None else backbone.noise_levels.noise[place].item() for place in (t, after)]
         latents = latents + (noises[1] - noises[0]) * output  # Euler's step
     (0.5 * (1 - red(backbone.decode(latents), None).mean())).backward()
     expected = torch.cat([p.grad.flatten() for p in trainer.trainable()])
@@ -257,24 +259,24 @@ def moved(parameters):
 
 def test_loras_are_saved_loaded_and_read_by_plain_diffusers(folder, encoder, tmp_path):
     config, backbone = run_config(folder, lora={"rank": 2, "dropout": 0.0}), built(folder)
-    told, latents, timesteps = encoder.encode([LONG]), torch.randn(1, 16, 8, 8), torch.tensor([249])
-    plain = backbone.predict(latents, timesteps, told)
+    conditioning, latents, timesteps = encoder.encode([LONG]), torch.randn(1, 16, 8, 8), torch.tensor([249])
+    plain = backbone.predict(latents, timesteps, conditioning)
     for name in ("align", "reward"):
         moved(backbone.add_lora(config.trainer.lora, name))
-    trained = backbone.predict(latents, timesteps, told).detach()
+    trained = backbone.predict(latents, timesteps, conditioning).detach()
     assert not torch.allclose(trained, plain, atol=1e-2)
     save(tmp_path / "run", config, backbone, encoder, 3)
 
     again_config, again, again_encoder = load_for_sampling(tmp_path / "run")
     assert again_config == config and again.lora_names == ["align", "reward"]
-    torch.testing.assert_close(again.predict(latents, timesteps, told), trained, atol=1e-5, rtol=1e-5)
-    rows = generate((again_config, again, again_encoder), [LONG], tmp_path / "images", steps=2)
+    torch.testing.assert_close(again.predict(latents, timesteps, conditioning), trained, atol=1e-5, rtol=1e-5)
+    rows = generate((again_config, again, again_encoder), [LONG], tmp_path / "images", num_steps=2)
     assert (tmp_path / "images" / rows[0]["file_name"]).exists()
 
     pipe = stock(folder)
     file = export_lora(tmp_path / "run", tmp_path / "lora")
     pipe.load_lora_weights(file.parent, weight_name=file.name)
-    states = {"encoder_hidden_states": told.states, "pooled_projections": told.pooled}
+    states = {"encoder_hidden_states": conditioning.states, "pooled_projections": conditioning.pooled}
     with torch.no_grad():
         answer = pipe.transformer(latents, timestep=torch.tensor([500.0]), **states).sample
     torch.testing.assert_close(answer, trained, atol=1e-5, rtol=1e-5)
@@ -293,14 +295,14 @@ def test_all_weights_are_exported_as_a_transformer(folder, encoder, tmp_path):
 def test_a_second_attention_has_a_lora_too(tmp_path):
     backbone = built(tiny_sd3(tmp_path, qk_norm="rms_norm", dual_attention_layers=(0,)))
     assert len(lora_targets(backbone.denoiser)) == 2 * 8 - 1 + 4  # Stable Diffusion 3.5 Medium's blocks
-    told = Conditioning(torch.randn(1, 3, 32), pooled=torch.randn(1, 20))
-    assert backbone.predict(torch.randn(1, 16, 8, 8), torch.tensor([5]), told).shape == (1, 16, 8, 8)
+    conditioning = Conditioning(torch.randn(1, 3, 32), pooled=torch.randn(1, 20))
+    assert backbone.predict(torch.randn(1, 16, 8, 8), torch.tensor([5]), conditioning).shape == (1, 16, 8, 8)
 
 
 def test_what_does_not_fit_is_refused(backbone, encoder):
     def ask(states, mask=None, pooled=20):
-        told = Conditioning(states, mask, None if pooled is None else torch.zeros(1, pooled))
-        return backbone.predict(torch.zeros(1, 16, 8, 8), torch.tensor([5]), told)
+        conditioning = Conditioning(states, mask, None if pooled is None else torch.zeros(1, pooled))
+        return backbone.predict(torch.zeros(1, 16, 8, 8), torch.tensor([5]), conditioning)
 
     with pytest.raises(ValueError, match="the encoder gives 16 and 20; choose the encoder 'clip-segment-sd3'"):
         ask(torch.zeros(1, 3, 16))
@@ -310,7 +312,7 @@ def test_what_does_not_fit_is_refused(backbone, encoder):
         ask(torch.zeros(1, 3, 32), torch.tensor([[True, True, False]]))
     assert torch.equal(ask(torch.zeros(1, 3, 32), torch.ones(1, 3, dtype=torch.bool)), ask(torch.zeros(1, 3, 32)))
     with pytest.raises(ValueError, match="takes 16 channels and gives 16, the VAE has 4"):
-        SD3Backbone(backbone.denoiser, tiny_backbone().vae, backbone.levels)
+        SD3Backbone(backbone.denoiser, tiny_backbone().vae, backbone.noise_levels)
     flow = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
     assert flow_levels({**flow, "num_train_timesteps": 4}).noise.tolist() == [0.25, 0.5, 0.75, 1]
     with pytest.raises(ValueError, match="use_dynamic_shifting=True; 'sd3' expects levels with a constant shift"):
@@ -320,5 +322,5 @@ def test_what_does_not_fit_is_refused(backbone, encoder):
 
 
 def test_states_of_clip_are_filled_up_with_zeros(encoder):
-    told = encoder.encode([LONG])
-    torch.testing.assert_close(told.states[:, :40], pad(encoder.clips.encode([LONG]).states, (0, 12)))
+    conditioning = encoder.encode([LONG])
+    torch.testing.assert_close(conditioning.states[:, :40], pad(encoder.clips.encode([LONG]).states, (0, 12)))

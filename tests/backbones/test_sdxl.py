@@ -64,13 +64,13 @@ def test_the_full_unet_has_the_published_numbers():
 
 def test_pooled_and_states_are_the_stock_pipeline_s(folder, pipe):
     encoder = told_by(folder, max_tokens=77, eot="all")
-    told = encoder.encode(["A red fox.", ""])
+    conditioning = encoder.encode(["A red fox.", ""])
     states, zeros, pooled, no_pooled = pipe.encode_prompt(["A red fox."], do_classifier_free_guidance=True)
-    tokens = told.reports[0].tokens[0] + 2
-    assert told.states.shape == (2, 77, 40) and encoder.dim == 40 and told.pooled.shape == (2, 12)
-    torch.testing.assert_close(told.states[:1, :tokens], states[:, :tokens])
-    torch.testing.assert_close(told.pooled[:1], pooled)
-    assert torch.equal(told.states[1:], zeros) and torch.equal(told.pooled[1:], no_pooled)
+    tokens = conditioning.reports[0].tokens[0] + 2
+    assert conditioning.states.shape == (2, 77, 40) and encoder.dim == 40 and conditioning.pooled.shape == (2, 12)
+    torch.testing.assert_close(conditioning.states[:1, :tokens], states[:, :tokens])
+    torch.testing.assert_close(conditioning.pooled[:1], pooled)
+    assert torch.equal(conditioning.states[1:], zeros) and torch.equal(conditioning.pooled[1:], no_pooled)
 
 
 def test_rules_of_the_pooled_embedding(folder, pipe):
@@ -88,37 +88,39 @@ def test_rules_of_the_pooled_embedding(folder, pipe):
 
 def test_the_empty_prompt_and_the_filling(folder):
     encoder = told_by(folder, empty="encode")
-    told = encoder.encode(["", "A fox."])
-    assert told.pooled[0].abs().sum() > 0 and told.states[0].abs().sum() > 0
-    assert torch.equal(told.states[0, 1], told.states[0, 39]) and not torch.equal(told.states[0, 0], told.states[0, 1])
+    conditioning = encoder.encode(["", "A fox."])
+    assert conditioning.pooled[0].abs().sum() > 0 and conditioning.states[0].abs().sum() > 0
+    assert torch.equal(conditioning.states[0, 1], conditioning.states[0, 39]) and not torch.equal(
+        conditioning.states[0, 0], conditioning.states[0, 1]
+    )
     masked = told_by(folder, pad="none")
-    told = masked.encode(["A fox.", "A red fox. A wall."])
-    assert told.mask.sum(1).tolist() == [4, told.states.shape[1]]
+    conditioning = masked.encode(["A fox.", "A red fox. A wall."])
+    assert conditioning.mask.sum(1).tolist() == [4, conditioning.states.shape[1]]
 
 
 @pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # between diffusers' solvers and numpy 2
 def test_a_stock_pipeline_draws_the_same_images(backbone, encoder, pipe):
-    settings = {"seeds": [3, 4], "steps": 3, "guidance": 3.0, "scheduler": "ddim", "negative": "green"}
+    settings = {"seeds": [3, 4], "num_steps": 3, "guidance": 3.0, "solver": "ddim", "negative": "green"}
     ours = sample(backbone, encoder, [LONG, "The sky."], **settings)
-    pipe.scheduler = make_scheduler("ddim", backbone.levels, backbone.prediction, 3)
-    told = condition(pipe, [LONG, "The sky."], "green", encoder=encoder)
-    assert set(told) == {f"{a}{b}prompt_embeds" for a in ("", "negative_") for b in ("", "pooled_")}
+    pipe.scheduler = make_scheduler("ddim", backbone.noise_levels, backbone.prediction, 3)
+    conditioning = condition(pipe, [LONG, "The sky."], "green", encoder=encoder)
+    assert set(conditioning) == {f"{a}{b}prompt_embeds" for a in ("", "negative_") for b in ("", "pooled_")}
     noise = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (3, 4)])
-    drawn = pipe(**told, latents=noise, num_inference_steps=3, guidance_scale=3.0, output_type="pt").images
+    drawn = pipe(**conditioning, latents=noise, num_inference_steps=3, guidance_scale=3.0, output_type="pt").images
     torch.testing.assert_close(ours, drawn, atol=1e-4, rtol=0)
     assert ours.std() > 0.01
 
 
 def test_the_unet_is_told_the_size(backbone, encoder):
-    told, seen = encoder.encode(["A fox.", "The sky."]), []
+    conditioning, seen = encoder.encode(["A fox.", "The sky."]), []
 
     def denoiser(latents, timesteps, **keys):
         seen.append(keys["added_cond_kwargs"])
         return (latents,)
 
-    backbone.call(denoiser, torch.zeros(2, 4, 8, 12), torch.tensor([5, 5]), told)
+    backbone.call(denoiser, torch.zeros(2, 4, 8, 12), torch.tensor([5, 5]), conditioning)
     assert seen[0]["time_ids"].tolist() == [[64, 96, 0, 0, 64, 96]] * 2
-    assert torch.equal(seen[0]["text_embeds"], told.pooled)
+    assert torch.equal(seen[0]["text_embeds"], conditioning.pooled)
 
 
 def test_another_conditioning_or_layout_is_refused(folder, backbone, tmp_path):
@@ -150,7 +152,7 @@ def test_trainers_take_a_step(folder, encoder, name):
     layers = len(lora_targets(backbone.denoiser))
     config = {"name": name, "lora": {"rank": 2, "dropout": 0.0}}
     if name == "reward":
-        config |= {"num_steps": 2, "guidance": 3.0, "schedule": {"name": "grouped-random", "groups": 1}}
+        config |= {"num_steps": 2, "guidance": 3.0, "gradient_steps": {"name": "grouped-random", "groups": 1}}
     torch.manual_seed(0)
     trainer = trainers.build(config, backbone=backbone, encoder=encoder, rewards=[red] if name == "reward" else [])
     losses = trainer.train().step({"prompt": [LONG, ""], "image": torch.rand(2, 3, 64, 64)}, torch.Tensor.backward)

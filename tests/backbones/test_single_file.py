@@ -85,7 +85,9 @@ def test_the_weights_are_those_of_the_folder(single):
         found = getattr(backbone, part).state_dict()
         assert found.keys() == weights.keys()
         assert all(torch.equal(found[key], value) for key, value in weights.items())
-    assert backbone.prediction == expected.prediction and torch.equal(backbone.levels.noise, expected.levels.noise)
+    assert backbone.prediction == expected.prediction and torch.equal(
+        backbone.noise_levels.noise, expected.noise_levels.noise
+    )
     half = config.model_copy(update={"dtype": "float16"}).build(CPU)
     assert half.denoiser.dtype == torch.float16 and half.vae.dtype == torch.float32
 

@@ -317,9 +317,13 @@ def test_images_that_are_scaled_up_are_counted(folder, caplog):
     found = build(folder, resolution=9)
     for i in range(12):
         _ = found[i % 3]
-    told = [r.getMessage() for r in caplog.records]
-    assert len(told) == 2 and told[0].startswith("1 of the images") and told[1].startswith("10 of the images")
-    assert "resolution=9" in told[0] and "8 by 8" in told[0]
+    conditioning = [r.getMessage() for r in caplog.records]
+    assert (
+        len(conditioning) == 2
+        and conditioning[0].startswith("1 of the images")
+        and conditioning[1].startswith("10 of the images")
+    )
+    assert "resolution=9" in conditioning[0] and "8 by 8" in conditioning[0]
     caplog.clear()
     _ = build(folder, resolution=8)[0]
     assert not caplog.records

@@ -68,8 +68,8 @@ def test_each_images_own_caption_is_true_of_it_and_not_of_the_other():
     pairs = data.build({"name": "scene-pairs", "size": 30, "words": [40, 60], "captions": True})
     scenes = [pairs.pair(i)[0] for i in range(30)]
     assert sum(first.things != second.things for first, second in scenes) > 20
-    told = [pairs[i]["captions"] for i in range(30)]
-    assert sum(a != b for a, b in told) == 30
+    conditioning = [pairs[i]["captions"] for i in range(30)]
+    assert sum(a != b for a, b in conditioning) == 30
 
 
 def test_the_share_that_prefers_the_first_by_hand():

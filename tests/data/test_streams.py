@@ -187,8 +187,13 @@ def test_broken_tar_shards_and_samples(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert set(prompts(take(found, 12))) == {"A."}
     messages = " ".join(r.message for r in caplog.records)
-    for told in ("b in .* has no .txt; there is png", "c in .*it has no image", "d in ", "the rest of .*s-1.tar"):
-        assert re.search(told, messages), told
+    for conditioning in (
+        "b in .* has no .txt; there is png",
+        "c in .*it has no image",
+        "d in ",
+        "the rest of .*s-1.tar",
+    ):
+        assert re.search(conditioning, messages), conditioning
     assert "e in" in messages and "empty caption" in messages
     assert len(found.unreadable) == 4
 
@@ -237,7 +242,7 @@ def test_paths_in_a_table_need_their_folder(table):
     rows.to_parquet(table / "paths.parquet")
     keys = {"files": str(table / "paths.parquet"), "image_folder": str(table / "in")}
     found = hub(table, **keys)
-    assert [found.own(i) and shade(found[i]) for i in range(4)] == [3, 3, None, None]
+    assert [found.load_item(i) and shade(found[i]) for i in range(4)] == [3, 3, None, None]
     assert "leads out of" in found.unreadable["row 2 of parquet"] and len(found.unreadable) == 2
     stream = hub(table, streaming=True, **keys)
     assert set(prompts(take(stream, 4))) == {"A", "B"}

@@ -64,10 +64,10 @@ def test_merge_keeps_every_sot_drops_every_eot_and_fills_with_one_pad(tokenizer)
 
 
 def test_the_empty_prompt_is_one_sot_and_239_pads(tokenizer):
-    told = known(tokenizer).encode(["", " \n"])
+    conditioning = known(tokenizer).encode(["", " \n"])
     sot, eot = tokenizer.bos_token_id, tokenizer.eos_token_id
-    assert numbers(told.states[0]) == numbers(told.states[1]) == [(sot, 0), *[(eot, 46.5)] * 239]
-    assert told.mask is None and told.reports[0].segments == ()
+    assert numbers(conditioning.states[0]) == numbers(conditioning.states[1]) == [(sot, 0), *[(eot, 46.5)] * 239]
+    assert conditioning.mask is None and conditioning.reports[0].segments == ()
 
 
 def test_pad_keeps_its_share_of_another_window(tokenizer):
@@ -89,15 +89,18 @@ def test_pad_keeps_its_share_of_another_window(tokenizer):
 )
 def test_strategies(tokenizer, sot, eot, expected):
     encoder = known(tokenizer, segmenter=Manual(), sot=sot, eot=eot, pad="none")
-    told = encoder.encode([["fox", "green"], "", "fox"])
+    conditioning = encoder.encode([["fox", "green"], "", "fox"])
     fox, green = ids(tokenizer, "fox")[0], ids(tokenizer, "green")[0]
     names = {tokenizer.bos_token_id: "S", tokenizer.eos_token_id: "E", fox: "f", green: "g"}
-    read = ["".join(names[int(i)] for i in row[mask, 0]) for row, mask in zip(told.states, told.mask, strict=True)]
+    read = [
+        "".join(names[int(i)] for i in row[mask, 0])
+        for row, mask in zip(conditioning.states, conditioning.mask, strict=True)
+    ]
     assert read[0] == expected
     empty = {"all": "E", "last": "E", "none": ""}[eot]
     assert read[1] == (("" if sot == "none" else "S") + empty or "S")
-    assert told.states[~told.mask].abs().sum() == 0
-    assert told.states.shape[1] == len(expected)
+    assert conditioning.states[~conditioning.mask].abs().sum() == 0
+    assert conditioning.states.shape[1] == len(expected)
 
 
 def test_plain_padding_is_the_empty_prompts_at_the_same_place(tokenizer):
@@ -107,34 +110,34 @@ def test_plain_padding_is_the_empty_prompts_at_the_same_place(tokenizer):
 
 
 def test_cut_warns_once_and_reports_the_text(tokenizer):
-    encoder = known(tokenizer, max_tokens=6, overflow="cut")
+    encoder = known(tokenizer, max_tokens=6, overflow="truncate")
     with pytest.warns(TruncationWarning, match=r"2 of 3 prompts do not fit into 6 .* 'green\. Fox\.'") as caught:
-        told = encoder.encode(["A fox. A green. Fox.", "Fox.", "A fox. A fox."])
+        conditioning = encoder.encode(["A fox. A green. Fox.", "Fox.", "A fox. A fox."])
     assert len(caught) == 1 and caught[0].filename == __file__
     assert "set overflow to 'grow'" in str(caught[0].message) and "'cut'" not in str(caught[0].message)
-    assert told.states.shape == (3, 6, 2)
-    assert told.states[0, :, 1].tolist() == [0, 1, 2, 3, 0, 1]
-    report = told.reports[0]
-    assert (report.segments, report.tokens, report.cut) == (("A fox.", "A"), (3, 1), "green. Fox.")
-    assert told.reports[1].cut == "" and encoder.cut(["A fox. A fox."]) == [told.reports[2]]
+    assert conditioning.states.shape == (3, 6, 2)
+    assert conditioning.states[0, :, 1].tolist() == [0, 1, 2, 3, 0, 1]
+    report = conditioning.reports[0]
+    assert (report.segments, report.tokens, report.truncated) == (("A fox.", "A"), (3, 1), "green. Fox.")
+    assert conditioning.reports[1].truncated == "" and encoder.report(["A fox. A fox."]) == [conditioning.reports[2]]
 
 
 def test_a_cut_that_loses_only_eot_is_none(tokenizer):
-    assert known(tokenizer, max_tokens=4, eot="all", overflow="cut").encode(["A fox."]).reports[0].cut == ""
+    assert known(tokenizer, max_tokens=4, eot="all", overflow="truncate").encode(["A fox."]).reports[0].truncated == ""
 
 
 def test_all_of_a_prompt_is_read_unless_overflow_is_an_error(tokenizer):
     with pytest.raises(ValueError, match=r"1 of 1 prompts.*'fox\.'.*raise max_tokens"):
         known(tokenizer, max_tokens=3, overflow="error").encode(["Fox. fox."])
-    told = known(tokenizer, max_tokens=3).encode(["Fox. fox.", "Fox."])
-    assert told.states[:, :, 1].tolist() == [[0, 1, 2, 0, 1, 2], [0, 1, 2, 46.5, 46.5, 46.5]]
-    assert told.reports[0].cut == ""
+    conditioning = known(tokenizer, max_tokens=3).encode(["Fox. fox.", "Fox."])
+    assert conditioning.states[:, :, 1].tolist() == [[0, 1, 2, 0, 1, 2], [0, 1, 2, 46.5, 46.5, 46.5]]
+    assert conditioning.reports[0].truncated == ""
 
 
 def test_a_segment_longer_than_the_window_is_split_not_cut(tokenizer):
     encoder = known(tokenizer, max_tokens=600)
     report = encoder.encode([LONG]).reports[0]
-    assert len(report.segments) > 1 and max(report.tokens) <= 75 and report.cut == ""
+    assert len(report.segments) > 1 and max(report.tokens) <= 75 and report.truncated == ""
     assert " ".join(report.segments) == LONG.strip()
     assert all(segment.endswith(",") for segment in report.segments[:-1])
 
@@ -207,7 +210,7 @@ def test_wrong_checkpoints_are_named(tmp_path, tokenizer):
 
 
 def test_a_bare_text_is_refused(tokenizer):
-    for method in (known(tokenizer).encode, known(tokenizer).cut):
+    for method in (known(tokenizer).encode, known(tokenizer).report):
         with pytest.raises(ValueError, match="got one text"):
             method("A fox.")
 

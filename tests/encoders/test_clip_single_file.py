@@ -84,8 +84,8 @@ def test_states_are_those_of_the_folder(folder, layout, tmp_path, kind, family):
     file = tmp_path / "model.safetensors"
     save_file({**held, **OTHERS}, file)
     single = kind(checkpoint=str(file), layout=layout).build(CPU)
-    told, expected = single.encode(PROMPTS), kind(checkpoint=str(folder)).build(CPU).encode(PROMPTS)
-    assert torch.equal(told.states, expected.states) and told.reports == expected.reports
+    conditioning, expected = single.encode(PROMPTS), kind(checkpoint=str(folder)).build(CPU).encode(PROMPTS)
+    assert torch.equal(conditioning.states, expected.states) and conditioning.reports == expected.reports
     assert not any(p.requires_grad for p in single.parameters())
 
 
@@ -96,9 +96,9 @@ def test_both_clips_of_sdxl(tmp_path):
     file = tmp_path / "model.safetensors"
     save_file({**first, **second, **OTHERS}, file)
     config = ClipSegmentSDXLConfig(checkpoint=str(file), layout=str(bare(folder, tmp_path / "layout")))
-    told = config.build(CPU).encode(PROMPTS)
+    conditioning = config.build(CPU).encode(PROMPTS)
     expected = ClipSegmentSDXLConfig(checkpoint=str(folder)).build(CPU).encode(PROMPTS)
-    assert torch.equal(told.states, expected.states) and torch.equal(told.pooled, expected.pooled)
+    assert torch.equal(conditioning.states, expected.states) and torch.equal(conditioning.pooled, expected.pooled)
     alone = ClipTruncateConfig(checkpoint=str(file), layout=config.layout).build(CPU)
     assert torch.equal(
         alone.encode(PROMPTS).states, ClipTruncateConfig(checkpoint=str(folder)).build(CPU).encode(PROMPTS).states

@@ -20,20 +20,22 @@ def encoder(tmp_path_factory):
 def test_states_are_those_of_a_diffusers_pipeline(encoder):
     prompts = ["A red fox. The sky", "", "a wall"]
     tokens = encoder.tokens.tokenizer(prompts, padding="max_length", max_length=77, return_tensors="pt")
-    told = encoder.encode(prompts)
-    assert told.states.shape == (3, 77, 16) and told.mask is None
-    assert torch.allclose(told.states, encoder.text_model(tokens.input_ids).last_hidden_state, atol=1e-5)
-    assert not told.states.requires_grad
+    conditioning = encoder.encode(prompts)
+    assert conditioning.states.shape == (3, 77, 16) and conditioning.mask is None
+    assert torch.allclose(conditioning.states, encoder.text_model(tokens.input_ids).last_hidden_state, atol=1e-5)
+    assert not conditioning.states.requires_grad
 
 
 def test_what_is_cut_is_reported_and_warned_of_once(encoder):
     with pytest.warns(TruncationWarning, match="1 of 2 prompts do not fit into 77 positions") as caught:
-        told = encoder.encode([LONG + " end", "fox"])
+        conditioning = encoder.encode([LONG + " end", "fox"])
     assert len(caught) == 1
-    report = told.reports[0]
+    report = conditioning.reports[0]
     assert report.tokens == (75,) and report.segments[0].split() == ["fox"] * 75
-    assert report.cut == "fox fox fox fox fox end"
-    assert encoder.cut([LONG + " end", "fox"]) == list(told.reports) and told.reports[1].cut == ""
+    assert report.truncated == "fox fox fox fox fox end"
+    assert (
+        encoder.report([LONG + " end", "fox"]) == list(conditioning.reports) and conditioning.reports[1].truncated == ""
+    )
 
 
 def test_cutting_can_be_refused_and_segments_are_joined(encoder):
@@ -97,15 +99,19 @@ def test_longclip_in_transformers_layout(tmp_path):
     folder = tiny_clip_text(tmp_path, "transformers", positions=248)
     whole = encoders.build({"name": "longclip", "checkpoint": str(folder)})
     prompts = [" ".join(["A red fox."] * 100), "A red fox."]
-    told = whole.encode(prompts)
-    assert told.states.shape[1] == 2 * 248 and told.reports[0].cut == "" and sum(told.reports[0].tokens) == 400
-    parts = whole.encode(list(told.reports[0].segments)).states
-    assert torch.allclose(told.states[0], parts.flatten(0, 1), atol=1e-5)
-    assert torch.equal(told.states[1, 248:], told.states[1, 247:248].expand(248, -1))
-    encoder = encoders.build({"name": "longclip", "checkpoint": str(folder), "overflow": "cut"})
-    assert encoder.encode([LONG]).reports[0].cut == ""
+    conditioning = whole.encode(prompts)
+    assert (
+        conditioning.states.shape[1] == 2 * 248
+        and conditioning.reports[0].truncated == ""
+        and sum(conditioning.reports[0].tokens) == 400
+    )
+    parts = whole.encode(list(conditioning.reports[0].segments)).states
+    assert torch.allclose(conditioning.states[0], parts.flatten(0, 1), atol=1e-5)
+    assert torch.equal(conditioning.states[1, 248:], conditioning.states[1, 247:248].expand(248, -1))
+    encoder = encoders.build({"name": "longclip", "checkpoint": str(folder), "overflow": "truncate"})
+    assert encoder.encode([LONG]).reports[0].truncated == ""
     with pytest.warns(TruncationWarning, match="248"):
-        assert encoder.encode([" ".join(["fox"] * 247)]).reports[0].cut == "fox"
+        assert encoder.encode([" ".join(["fox"] * 247)]).reports[0].truncated == "fox"
 
 
 def test_longclip_says_what_is_wrong(tmp_path, original):

@@ -23,9 +23,9 @@ class Constant(Encoder):
         mask = None if self.mask is None else torch.tensor([self.mask] * b)
         pooled = None if self.pooled is None else torch.full((b, 1), float(self.pooled))
         states = self.value.expand(b, self.length, self.dim)
-        return self.kind(states, mask, pooled, tuple(self.cut(prompts)))
+        return self.kind(states, mask, pooled, tuple(self.report(prompts)))
 
-    def cut(self, prompts):
+    def report(self, prompts):
         return [PromptReport((prompt,), (len(prompt),), self.left) for prompt in prompts]
 
 
@@ -35,11 +35,11 @@ class Rising(Conditioning):
 
 
 def test_states_follow_each_other_and_masks_are_merged():
-    told = ConcatEncoder([Constant(1, 2), Constant(3, 2, mask=[True, False], pooled=7)]).encode(["a", "b"])
-    assert told.states[..., 0].tolist() == [[1, 1, 3, 3]] * 2
-    assert told.mask.tolist() == [[True, True, True, False]] * 2
-    assert told.pooled.tolist() == [[7], [7]]
-    assert type(told) is Conditioning
+    conditioning = ConcatEncoder([Constant(1, 2), Constant(3, 2, mask=[True, False], pooled=7)]).encode(["a", "b"])
+    assert conditioning.states[..., 0].tolist() == [[1, 1, 3, 3]] * 2
+    assert conditioning.mask.tolist() == [[True, True, True, False]] * 2
+    assert conditioning.pooled.tolist() == [[7], [7]]
+    assert type(conditioning) is Conditioning
     assert ConcatEncoder([Constant(1, 2), Constant(3, 1)]).encode(["a"]).mask is None
 
 
@@ -47,15 +47,15 @@ def test_reports_lose_nothing():
     encoder = ConcatEncoder([Constant(1, 1, cut=cut) for cut in ("x y", "", "y", "y")])
     report = encoder.encode(["ab"]).reports[0]
     assert report.segments == ("ab",) * 4 and report.tokens == (2,) * 4
-    assert report.cut == "x y\ny"
-    assert [part.cut for part in report.parts] == ["x y", "", "y", "y"]
-    assert encoder.cut(["ab"]) == [report]
+    assert report.truncated == "x y\ny"
+    assert [part.truncated for part in report.parts] == ["x y", "", "y", "y"]
+    assert encoder.report(["ab"]) == [report]
 
 
 def test_parts_that_depend_on_the_timestep():
-    told = ConcatEncoder([Constant(1, 1), Constant(2, 1, kind=Rising)]).encode(["a", "b", "c"])
-    assert told.at(torch.tensor([0, 10, 20])).states[..., 0].tolist() == [[1, 2], [1, 12], [1, 22]]
-    some = told[torch.tensor([2])].to(dtype=torch.float64)
+    conditioning = ConcatEncoder([Constant(1, 1), Constant(2, 1, kind=Rising)]).encode(["a", "b", "c"])
+    assert conditioning.at(torch.tensor([0, 10, 20])).states[..., 0].tolist() == [[1, 2], [1, 12], [1, 22]]
+    some = conditioning[torch.tensor([2])].to(dtype=torch.float64)
     later = some.at(torch.tensor([5]))
     assert later.states[..., 0].tolist() == [[1, 7]] and later.states.dtype == torch.float64
     assert [report.segments for report in later.reports] == [("c", "c")]
@@ -90,15 +90,15 @@ def test_the_papers_model(tmp_path):
         ],
     }  # fmt: skip
     encoder = encoders.build(config).train()
-    told = encoder.encode(["A red fox. The sky is green.", ""])
-    assert told.states.shape == (2, 480, 16) and told.mask is None
-    assert told.reports[0].segments == ("A red fox.", " The sky is green.", "A red fox. The sky is green.")
-    told.states.sum().backward()
+    conditioning = encoder.encode(["A red fox. The sky is green.", ""])
+    assert conditioning.states.shape == (2, 480, 16) and conditioning.mask is None
+    assert conditioning.reports[0].segments == ("A red fox.", " The sky is green.", "A red fox. The sky is green.")
+    conditioning.states.sum().backward()
     clip, t5 = encoder.parts
     assert all(p.grad is not None for p in t5.adapter.parameters())
     assert not any(p.requires_grad for p in [*clip.parameters(), *t5.model.parameters()])
-    assert encoder.encode(["A red fox. " * 100]).reports[0].cut == ""
-    cut = [{**part, "overflow": "cut"} for part in config["parts"]]
+    assert encoder.encode(["A red fox. " * 100]).reports[0].truncated == ""
+    cut = [{**part, "overflow": "truncate"} for part in config["parts"]]
     with pytest.warns(TruncationWarning) as caught:
         assert encoders.build({**config, "parts": cut}).encode(["A red fox. " * 100]).states.shape[1] == 480
     assert len(caught) == 2

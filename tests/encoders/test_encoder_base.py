@@ -17,13 +17,13 @@ def test_equal_lengths_masks_what_it_adds():
 
 def test_conditioning_picks_rows_and_moves():
     reports = tuple(PromptReport((name,), (1,)) for name in "abc")
-    told = Conditioning(torch.arange(3.0).view(3, 1, 1), pooled=torch.arange(3.0).view(3, 1), reports=reports)
+    conditioning = Conditioning(torch.arange(3.0).view(3, 1, 1), pooled=torch.arange(3.0).view(3, 1), reports=reports)
     for index in (slice(1, 3), torch.tensor([1, 2]), torch.tensor([False, True, True]), slice(-2, None)):
-        some = told[index]
+        some = conditioning[index]
         assert some.states.flatten().tolist() == some.pooled.flatten().tolist() == [1, 2]
         assert some.reports == reports[1:]
-    assert told.to(dtype=torch.float16).states.dtype == torch.float16
-    assert told.at(torch.tensor([5])) is told
+    assert conditioning.to(dtype=torch.float16).states.dtype == torch.float16
+    assert conditioning.at(torch.tensor([5])) is conditioning
 
 
 def test_prompts_are_checked():

@@ -11,7 +11,7 @@ from tiny import tiny_clip, tiny_clip_text, tiny_hpsv2, tiny_sd3, tiny_sdxl, tin
 from longalign.cli import main
 from longalign.data.lines import read_prompts
 from longalign.evaluate import score_sentences
-from longalign.imagefiles import write_png
+from longalign.image_io import write_png
 from longalign.registry import encoders, rewards, segmenters
 
 SCENES = (
@@ -62,10 +62,12 @@ def test_no_text_is_lost_by_default(folder, name, checkpoint, settings):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for prompt in PROMPTS:
-            told = encoder.encode([prompt])
-            for report in told.reports[0].parts or told.reports:
-                assert report.cut == "" and tight("".join(report.segments)) == tight(prompt)
-            assert told.states.isfinite().all() and told.states.shape[1] >= sum(told.reports[0].tokens)
+            conditioning = encoder.encode([prompt])
+            for report in conditioning.reports[0].parts or conditioning.reports:
+                assert report.truncated == "" and tight("".join(report.segments)) == tight(prompt)
+            assert conditioning.states.isfinite().all() and conditioning.states.shape[1] >= sum(
+                conditioning.reports[0].tokens
+            )
 
 
 @pytest.mark.parametrize("name", ["clip", "pickscore", "denscore", "hpsv2"])
@@ -97,7 +99,7 @@ def test_no_text_is_lost_when_scored_by_default(folder, name):
 @pytest.mark.parametrize("segmenter", ["sentence", "manual"])
 def test_what_is_no_text_is_named(folder, segmenter, prompts, message):
     encoder = encoders.build({"name": "clip-segment", "checkpoint": str(folder / "sd"), "segmenter": segmenter})
-    for act in (encoder.encode, encoder.cut):
+    for act in (encoder.encode, encoder.report):
         with pytest.raises(ValueError, match=message):
             act(prompts)
 
@@ -138,7 +140,7 @@ def test_a_segmenter_that_returns_something_else_is_named(folder, segmenter, mes
         reward = rewards.build({"name": "denscore", "checkpoint": str(folder / "clip"), "segmenter": "own"})
     finally:
         segmenters.unregister("own")
-    for act in (encoder.encode, encoder.cut, reward.text_features):
+    for act in (encoder.encode, encoder.report, reward.text_features):
         with pytest.raises(ValueError, match=message):
             act(["A fox."])
 
@@ -148,7 +150,7 @@ def test_special_tokens_in_a_prompt_are_text(folder):
     ends = {encoder.tokens.tokenizer.bos_token_id, encoder.tokens.tokenizer.eos_token_id}
     text = "A fox.<|endoftext|> A wall <|startoftext|>."
     assert not ends & set(encoder.tokens(text).ids)
-    assert tight("".join(encoder.cut([text])[0].segments)) == tight(text)
+    assert tight("".join(encoder.report([text])[0].segments)) == tight(text)
 
 
 @pytest.mark.parametrize("kind", ["encoder", "reward"])

@@ -25,11 +25,11 @@ def build(folder, **settings):
 
 def test_published_mode_pads_to_240_and_masks_nothing(folder):
     encoder = build(folder)
-    told = encoder.encode(PROMPTS)
+    conditioning = encoder.encode(PROMPTS)
     tokens = encoder.tokens.tokenizer(PROMPTS, padding="max_length", max_length=240, return_tensors="pt")
-    assert told.states.shape == (4, 240, 16) and told.mask is None
-    assert torch.allclose(told.states, encoder.model(tokens.input_ids).last_hidden_state, atol=1e-5)
-    assert told.reports[0].segments == ("A red fox.",) and told.reports[1].tokens == ()
+    assert conditioning.states.shape == (4, 240, 16) and conditioning.mask is None
+    assert torch.allclose(conditioning.states, encoder.model(tokens.input_ids).last_hidden_state, atol=1e-5)
+    assert conditioning.reports[0].segments == ("A red fox.",) and conditioning.reports[1].tokens == ()
 
 
 @pytest.mark.parametrize("settings", [{}, {"mask": True}, {"overflow": "grow"}, {"overflow": "grow", "mask": True}])
@@ -47,26 +47,26 @@ def test_a_batch_gives_the_numbers_of_one_prompt_at_a_time(folder, settings):
 
 def test_a_mask_hides_padding_from_t5_and_from_the_denoiser(folder):
     encoder = build(folder, max_tokens=60, mask=True)
-    told = encoder.encode(PROMPTS)
+    conditioning = encoder.encode(PROMPTS)
     row = torch.tensor([encoder.tokens.tokenizer(PROMPTS[0])["input_ids"]])
     n = row.shape[1]
-    assert told.mask[0].tolist() == [True] * n + [False] * (60 - n)
-    assert torch.allclose(told.states[0, :n], encoder.model(row).last_hidden_state[0], atol=1e-5)
-    assert told.states[0, n:].abs().sum() == 0
-    assert (build(folder, max_tokens=60).encode(PROMPTS).states[0, :n] - told.states[0, :n]).abs().max() > 1e-3
+    assert conditioning.mask[0].tolist() == [True] * n + [False] * (60 - n)
+    assert torch.allclose(conditioning.states[0, :n], encoder.model(row).last_hidden_state[0], atol=1e-5)
+    assert conditioning.states[0, n:].abs().sum() == 0
+    assert (build(folder, max_tokens=60).encode(PROMPTS).states[0, :n] - conditioning.states[0, :n]).abs().max() > 1e-3
 
 
 def test_overflow(folder):
-    encoder = build(folder, max_tokens=6, overflow="cut")
+    encoder = build(folder, max_tokens=6, overflow="truncate")
     with pytest.warns(TruncationWarning, match="1 of 2 prompts do not fit into 6 positions"):
-        told = encoder.encode(["A fox sleeps on a wall.", ""])
-    assert told.states.shape == (2, 6, 16)
-    report = told.reports[0]
-    assert report.tokens == (5,) and (report.segments[0] + report.cut).replace(" ", "") == "Afoxsleepsonawall."
+        conditioning = encoder.encode(["A fox sleeps on a wall.", ""])
+    assert conditioning.states.shape == (2, 6, 16)
+    report = conditioning.reports[0]
+    assert report.tokens == (5,) and (report.segments[0] + report.truncated).replace(" ", "") == "Afoxsleepsonawall."
     with pytest.raises(ValueError, match="raise max_tokens"):
         build(folder, max_tokens=6, overflow="error").encode(["A fox sleeps on a wall."])
     grown = build(folder, max_tokens=6).encode(["A fox sleeps on a wall.", ""])
-    assert grown.states.shape[1] == sum(grown.reports[0].tokens) + 1 and grown.reports[0].cut == ""
+    assert grown.states.shape[1] == sum(grown.reports[0].tokens) + 1 and grown.reports[0].truncated == ""
     assert torch.equal(grown.states[1, 5], grown.states[1, -1])
 
 
@@ -74,13 +74,13 @@ def test_overflow(folder):
 def test_a_prompt_beyond_a_pass_is_read_in_windows(folder, mask):
     encoder = build(folder, max_tokens=1, window=12, mask=mask)
     prompts = ["A red fox sleeps on a wall. The sky is green. A wall.", "A fox."]
-    told = encoder.encode(prompts)
-    report = told.reports[0]
-    assert report.cut == "" and max(report.tokens) <= 11 and len(report.tokens) > 1
-    assert " ".join(report.segments) == prompts[0] and encoder.cut(prompts) == list(told.reports)
+    conditioning = encoder.encode(prompts)
+    report = conditioning.reports[0]
+    assert report.truncated == "" and max(report.tokens) <= 11 and len(report.tokens) > 1
+    assert " ".join(report.segments) == prompts[0] and encoder.report(prompts) == list(conditioning.reports)
     rows = [encoder.encode([segment]).states[0] for segment in report.segments]
-    assert told.states.shape[1] == sum(map(len, rows)) == sum(report.tokens) + len(rows)
-    assert torch.allclose(told.states[0], torch.cat(rows), atol=1e-5)
+    assert conditioning.states.shape[1] == sum(map(len, rows)) == sum(report.tokens) + len(rows)
+    assert torch.allclose(conditioning.states[0], torch.cat(rows), atol=1e-5)
     sizes = []
     encoder.model.register_forward_pre_hook(
         lambda _, args, given: sizes.append(given["input_ids"].shape[1]), with_kwargs=True
@@ -98,7 +98,7 @@ def test_special_tokens_in_a_prompt_are_text(folder):
     assert not set(tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(9)])) & set(read.ids)
     for marks in ("</s>", "<pad>", "<extra_id_3>", "<unk>"):
         assert {text.index(marks), text.index(marks) + 1} <= set(read.starts)
-    assert list(read.starts) == sorted(read.starts) and encoder.cut([text])[0].cut == ""
+    assert list(read.starts) == sorted(read.starts) and encoder.report([text])[0].truncated == ""
     assert encoder.tokens("A red fox.").ids == read.ids[: len(encoder.tokens("A red fox."))]
 
 

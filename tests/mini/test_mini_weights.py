@@ -63,7 +63,7 @@ def test_the_unet_draws_short_captions():
     backbone = backbones.build({"name": "sd", "checkpoint": "mini/sd"})
     encoder = encoders.build({"name": "clip-truncate", "checkpoint": "mini/sd"})
     texts = [c.text for c in captions]
-    images = sample(backbone, encoder, texts, steps=12, guidance=4.0, seeds=list(range(24)), batch_size=24)
+    images = sample(backbone, encoder, texts, num_steps=12, guidance=4.0, seeds=list(range(24)), batch_size=24)
     shuffled = oracle.fact_accuracy(images.numpy(), captions[1:] + captions[:1]).mean()
     assert oracle.fact_accuracy(images.numpy(), captions).mean() >= shuffled + 0.3
 
@@ -72,15 +72,15 @@ def test_the_unet_draws_short_captions():
     "config",
     [
         {"name": "clip-segment", "checkpoint": "mini/sd", "overflow": "grow"},
-        {"name": "longclip", "checkpoint": "mini/longclip", "overflow": "cut"},
+        {"name": "longclip", "checkpoint": "mini/longclip", "overflow": "truncate"},
         {"name": "t5", "checkpoint": "mini/t5", "overflow": "grow"},
     ],
     ids=lambda config: config["name"],
 )
 def test_encoders_read_beyond_one_window(config: dict[str, object]):
     encoder = encoders.build(config)
-    (report,) = encoder.cut([LONG[:600]])
-    assert report.cut == ""
+    (report,) = encoder.report([LONG[:600]])
+    assert report.truncated == ""
     assert sum(report.tokens) > 77
     states = encoder.encode([LONG[:600]]).states
     assert states.isfinite().all()

@@ -120,8 +120,8 @@ def test_plain_sentences_name_their_object_and_referring_ones_do_not():
 
 def test_phrases_vary_with_the_generator_only():
     scene = scenes(1, (4, 4))[0]
-    told = {describe(scene, np.random.default_rng(i), words=80).text for i in range(10)}
-    assert len(told) == 10
+    captions = {describe(scene, np.random.default_rng(i), words=80).text for i in range(10)}
+    assert len(captions) == 10
     assert describe(scene, np.random.default_rng(3)).text == describe(scene, np.random.default_rng(3)).text
 
 

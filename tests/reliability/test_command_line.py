@@ -33,8 +33,8 @@ def check(words, monkeypatch, capsys):
         status = cli.main(words)
     except SystemExit as stop:
         status = stop.code
-        told = capsys.readouterr()
-        assert status == 0 or (status == 2 and "error: " in told.err and "usage: " in told.err), words
+        printed = capsys.readouterr()
+        assert status == 0 or (status == 2 and "error: " in printed.err and "usage: " in printed.err), words
         assert not called
     else:
         assert status == 0 and len(called) == 1, words

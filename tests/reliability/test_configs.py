@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from longalign.config import load_config, override, to_dict, to_yaml
-from longalign.faults import ConfigError
+from longalign.errors import ConfigError
 from longalign.files import parse_assignments
 from longalign.registry import REGISTRIES
 
@@ -30,7 +30,7 @@ BASES = [
                 {"name": "reweighted", "inner": "denscore"},
                 {"name": "sum", "terms": [{"reward": "hpsv2", "weight": -1}]},
             ],
-            "trainer": {"name": "reward", "schedule": {"name": "last", "k": 2}},
+            "trainer": {"name": "reward", "gradient_steps": {"name": "last", "k": 2}},
             "data": {"name": "prompts", "file": "prompts.txt"},
             "validation": {"prompts": ["a", "b"]},
             "cache": {"folder": "cache"},

@@ -66,7 +66,7 @@ def test_a_damaged_checkpoint_is_named_or_gives_what_was_written(checkpoint, tmp
     shutil.copytree(checkpoint, copy)
     path, before = copy / name, load_state(checkpoint)
     weights = load_weights(checkpoint)
-    tensors = [*(stack.state for stack in weights.stacks), weights.adapter]
+    tensors = [*(stack.state for stack in weights.loras), weights.adapter]
     counts = {"named": 0, "unharmed": 0}
     for what, content in damages((checkpoint / name).read_bytes(), random.Random(0)):
         path.write_bytes(content)
@@ -80,7 +80,7 @@ def test_a_damaged_checkpoint_is_named_or_gives_what_was_written(checkpoint, tmp
             counts["named"] += 1
             continue
         # e.g. a flip in an unused field of a zip's directory, or in the metadata's text
-        assert equal([*(stack.state for stack in loaded.stacks), loaded.adapter], tensors), what
+        assert equal([*(stack.state for stack in loaded.loras), loaded.adapter], tensors), what
         assert equal(found.shared["parameters"], before.shared["parameters"]), what
         assert equal(found.own[0]["torch"], before.own[0]["torch"]), what
         counts["unharmed"] += 1
@@ -102,7 +102,7 @@ def test_foreign_metadata_are_named(tmp_path):
             read_config(path)
         assert path.name in str(caught.value), metadata
         try:
-            assert load_weights(path).stacks == []  # a checkpoint of nothing
+            assert load_weights(path).loras == []  # a checkpoint of nothing
         except (ValueError, OSError) as error:
             assert path.name in str(error), metadata
     print(len(METADATA), "kinds of metadata")

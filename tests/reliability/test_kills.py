@@ -198,8 +198,10 @@ def test_a_full_disk(tmp_path, whole):
         full = lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))  # noqa: E731
         if status(forked(Train(config(output), before=full))) == 3:
             stopped += 1
-            told = Path(f"{output}.error").read_text()
-            assert told.startswith("OSError: the checkpoint of step 3 cannot be written into") and "--resume" in told
+            message = Path(f"{output}.error").read_text()
+            assert (
+                message.startswith("OSError: the checkpoint of step 3 cannot be written into") and "--resume" in message
+            )
             assert [p.name for p in checkpoints(output)] == ["checkpoint-000002"]
             assert not list(output.glob(".checkpoint*"))
         assert status(forked(Train(config(output)))) == 0
@@ -221,8 +223,8 @@ def test_two_processes_in_one_folder(tmp_path):
         assert sorted(codes.values()) == [0, 3]
         (winner,) = (seed for seed, code in codes.items() if code == 0)
         assert same(ended(output), clean[winner])
-        told = Path(f"{output}.error").read_text()
-        assert "is writing to" in told or "there is a run in" in told
+        message = Path(f"{output}.error").read_text()
+        assert "is writing to" in message or "there is a run in" in message
 
 
 def test_two_processes_that_resume(tmp_path, whole):

@@ -51,11 +51,11 @@ def test_odd_prompts_are_encoded_to_their_end(config):
             with pytest.raises(ValueError, match="returned no text"):
                 encoder.encode([prompt])
             continue
-        told = encoder.encode([prompt, "A fox."])
-        assert told.states.isfinite().all() and told.reports[0].cut == ""
+        conditioning = encoder.encode([prompt, "A fox."])
+        assert conditioning.states.isfinite().all() and conditioning.reports[0].truncated == ""
         tokens = encoder.tokens(prompt)
         if tokens.ids and config["name"] != "t5":  # T5 has one token for any run of characters it does not know
-            read = "".join(told.reports[0].segments)
+            read = "".join(conditioning.reports[0].segments)
             assert tight(read) == tight(prompt) or not any(
                 encoder.tokens(c).ids for c in set(tight(prompt)) - set(read)
             )
@@ -89,8 +89,8 @@ def test_segmenters_lose_nothing_of_any_text(name, text):
 @given(text=st.text(st.characters(codec="utf-8"), max_size=300))
 def test_any_text_is_encoded(text):
     encoder = test_any_text_is_encoded.__dict__.setdefault("encoder", encoders.build(ENCODERS[0]))
-    told = encoder.encode([text])
-    assert told.states.isfinite().all() and told.reports[0].cut == ""
+    conditioning = encoder.encode([text])
+    assert conditioning.states.isfinite().all() and conditioning.reports[0].truncated == ""
 
 
 ROWS = {
@@ -124,6 +124,6 @@ def test_splitting_takes_linear_time(name, capsys):
 def test_a_text_without_stops_is_encoded_in_bounded_time(text):
     encoder = encoders.build(ENCODERS[0])
     begun = time.process_time()
-    encoder.cut([text])
+    encoder.report([text])
     assert time.process_time() - begun < 60
     assert encoder.tokens._size <= 1_000_000

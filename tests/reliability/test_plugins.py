@@ -96,7 +96,7 @@ def fit(tmp_path, **changes):
     return build_from_config(config, Runtime()).fit()
 
 
-REWARD = {"trainer": {"name": "reward", "lora": {"rank": 2}, "num_steps": 2, "guidance": 1.0, "schedule": "all"}}
+REWARD = {"trainer": {"name": "reward", "lora": {"rank": 2}, "num_steps": 2, "guidance": 1.0, "gradient_steps": "all"}}
 BUILD = "def build(self, runtime):\n    "
 TRAINER = "def build(self, runtime, *, backbone, encoder, rewards):\n    "
 SCORES = BUILD + "return lambda images, prompts: {}"
@@ -269,8 +269,8 @@ def test_a_plugin_that_cannot_be_loaded_is_listed_and_the_others_work(plugin, tm
     plugin("rewards", SCORES.format("images"), entries=entries)
     with (tmp_path / "fake_faulty.py").open("a") as file:
         file.write(module)
-    faults = list_parts(targets=True)[1]
-    assert len(faults) == 1
-    assert message in faults[0]
-    assert "fake-faulty 1.0" in faults[0]
+    problems = list_parts(targets=True)[1]
+    assert len(problems) == 1
+    assert message in problems[0]
+    assert "fake-faulty 1.0" in problems[0]
     assert encoders.build("good", Runtime()).dim == 8

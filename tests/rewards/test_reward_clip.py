@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from longalign.images import Pixels
+from longalign.images import ImagePreprocessor
 from longalign.registry import ConfigError, rewards
 from longalign.rewards.clip import ClipTowers, pooled
 from longalign.rewards.configs import ClipConfig, DenscoreConfig, PickScoreConfig
@@ -183,7 +183,7 @@ def test_images_go_to_where_the_towers_are():
         def embed_pixels(self, pixels):
             return pixels.flatten(1) @ self.weight
 
-    features = TowerReward(Elsewhere(), Pixels((2, 2))).image_features(torch.rand(3, 3, 8, 8))
+    features = TowerReward(Elsewhere(), ImagePreprocessor((2, 2))).image_features(torch.rand(3, 3, 8, 8))
     assert features.shape == (3, 4) and features.device.type == "meta"
 
 

@@ -89,9 +89,9 @@ def configs(folder, processes):
     loop = {"batch_size": BATCH // processes, "steps": STEPS, "save_every": 2, "keep": None, "lr": 1e-2}
     align = worlds.align_config(folder / "align", **loop, accumulation=2, ema=0.5, warmup=2)
     align |= {"encoder": encoder, "trainer": {**align["trainer"], "lora": lora}}
-    align["validation"] = {"prompts": ["ab"], "every": 2, "steps": 2, "guidance": 2.0}
-    schedule = {"name": "grouped-random", "groups": 2}
-    trainer = {"lora": lora, "num_steps": 4, "schedule": schedule, "train_adapter": True}
+    align["validation"] = {"prompts": ["ab"], "every": 2, "num_steps": 2, "guidance": 2.0}
+    gradient_steps = {"name": "grouped-random", "groups": 2}
+    trainer = {"lora": lora, "num_steps": 4, "gradient_steps": gradient_steps, "train_adapter": True}
     trainer |= {"regularizer": "pretraining", "regularizer_weight": 0.1}
     reward = worlds.reward_config(folder / "reward", trainer, **loop)
     scores = [{"name": "reweighted", "inner": "colours", "direction": direction} for direction in ("batch", "running")]
@@ -124,7 +124,7 @@ def split_configs(folder, processes):
     full |= {"loop": {**align["loop"], **short, "clip": 1e-3, "gradient_checkpointing": True}}
     full |= {"trainer": {**align["trainer"], "lora": None, "train_adapter": False}}
     drift = {"regularizer": "kl", "regularizer_weight": 0.1, "lora": None, "train_adapter": False}
-    drift |= {"schedule": {"name": "draft-k", "k": 2}}
+    drift |= {"gradient_steps": {"name": "draft-k", "k": 2}}
     kl = {**reward, "output": str(folder / "kl"), "trainer": {**reward["trainer"], **drift}}
     alone = {"reward": reward, "full": full, "kl": kl}
     return {**found, **{name: (config, None) for name, config in alone.items()}}
@@ -146,7 +146,7 @@ def counted(exchanged, bucket):
 def train(folder, rank=0, processes=1, configs=configs):
     """Trains all; returns for each kind how often gradients were exchanged, what torch was seeded with, how often the
     denoiser was called, and how much of its weights this process keeps."""
-    told, noise = {}, Noise(rank, processes)
+    results, noise = {}, Noise(rank, processes)
     for name, (config, resume) in configs(folder, processes).items():
         if name != "align":
             noise.drawn = 0
@@ -164,10 +164,10 @@ def train(folder, rank=0, processes=1, configs=configs):
         with noise.drawing():
             run.train(lambda: False)
         run.close()
-        told[name] = {"exchanged": len(exchanged), "modules": len(run.wrapped), "seed": noise.seed}
-        told[name] |= {"calls": len(calls), "kept": kept / sum(p.numel() for p in weights)}
+        results[name] = {"exchanged": len(exchanged), "modules": len(run.wrapped), "seed": noise.seed}
+        results[name] |= {"calls": len(calls), "kept": kept / sum(p.numel() for p in weights)}
         assert (run.accelerator.num_processes, run.accelerator.process_index) == (processes, rank)
-    return told
+    return results
 
 
 @contextmanager
@@ -219,13 +219,13 @@ def assert_same(ours, theirs):
 
 if __name__ == "__main__":
     rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    told, split = {}, os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    results, split = {}, os.environ.get("ACCELERATE_USE_FSDP") == "true"
     with registered():
         for some in (split_configs, half_configs) if split else (configs, pair_configs):
             if split:
                 # accelerate splits weights on accelerators only; all that follows is as it would be there
                 PartialState(cpu=True)
                 PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-            told |= train(Path(sys.argv[1]), rank, processes, some)
-    (Path(sys.argv[1]) / f"told-{rank}.json").write_text(json.dumps(told))
+            results |= train(Path(sys.argv[1]), rank, processes, some)
+    (Path(sys.argv[1]) / f"told-{rank}.json").write_text(json.dumps(results))
     torch.distributed.destroy_process_group()

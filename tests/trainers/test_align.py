@@ -6,8 +6,8 @@ from tiny import tiny_backbone
 from worlds import LORA, Squares, ToyEncoder
 
 from longalign.backbones.base import Backbone
-from longalign.diffusion import draw_timesteps, training_target
-from longalign.faults import ConfigError
+from longalign.diffusion import sample_timesteps, training_target
+from longalign.errors import ConfigError
 from longalign.registry import trainers
 from longalign.trainers.align import AlignTrainer
 from longalign.trainers.base import adapter
@@ -43,7 +43,7 @@ def test_gradient_flows_into_all_weights_of_the_denoiser():
     trainer = build(lora=None)
     trainer.step(BATCH, torch.Tensor.backward)
     assert graded(trainer.backbone) == {f"denoiser.{n}" for n, _ in trainer.backbone.denoiser.named_parameters()}
-    assert trainer.backbone.full
+    assert trainer.backbone.full_finetune
 
 
 def test_what_is_frozen_stays_in_eval_mode():
@@ -67,9 +67,9 @@ def test_the_loss_is_zero_for_a_denoiser_that_knows(prediction):
             backbone.encode_images = lambda images: encoded
 
             def predict(noisy, timesteps, conditioning):
-                signal, sigma = backbone.levels.at(timesteps, noisy)
+                signal, sigma = backbone.noise_levels.at(timesteps, noisy)
                 noise = (noisy - signal * encoded) / sigma
-                return training_target(prediction, backbone.levels, encoded, noise, timesteps)
+                return training_target(prediction, backbone.noise_levels, encoded, noise, timesteps)
 
             backbone.predict = predict
             return super().losses(batch)
@@ -88,9 +88,9 @@ def test_flows_are_trained_at_logit_normal_timesteps_by_default(monkeypatch, pre
 
     def draw(density, *rest):
         drawn.append(density)
-        return draw_timesteps(density, *rest)
+        return sample_timesteps(density, *rest)
 
-    monkeypatch.setattr("longalign.trainers.base.draw_timesteps", draw)
+    monkeypatch.setattr("longalign.trainers.base.sample_timesteps", draw)
     config = AlignConfig(lora=LORA, timesteps=setting)
     AlignTrainer.from_config(config, tiny_backbone(prediction), ToyEncoder()).losses(BATCH)
     assert drawn == [expected]

@@ -13,12 +13,12 @@ from transformers import CLIPModel, CLIPProcessor
 from longalign import build_from_config, load_config
 from longalign.checkpoint import load_for_sampling, load_weights
 from longalign.config import to_dict
-from longalign.faults import ConfigError
+from longalign.errors import ConfigError
 from longalign.publish import export
 from longalign.registry import rewards
 from longalign.runtime import Runtime
 from longalign.trainers.configs import DenscoreTrainerConfig
-from longalign.trainers.denscore import DenscoreTrainer, agreement, divergence
+from longalign.trainers.denscore import DenscoreTrainer, divergence, pairwise_accuracy
 
 TWO = "A red fox sleeps on a wall. The sky is green."
 
@@ -41,8 +41,8 @@ def batch(b=3, captions=False, seed=0):
         "image": torch.rand((b, 2, 3, 32, 32), generator=generator),
         "preference": torch.tensor([1.0, 0.2, 0.5, 0.9][:b]),
     }
-    told = [(f"{p} A wall.", "Green. Red. Sky.") for p in prompts]
-    return {**out, "captions": told} if captions else out
+    captioned = [(f"{p} A wall.", "Green. Red. Sky.") for p in prompts]
+    return {**out, "captions": captioned} if captions else out
 
 
 def config(clip, output, **keys):
@@ -79,7 +79,7 @@ def test_the_divergence_by_hand():
 
 def test_agreement_counts_pairs_without_preference_half():
     scores = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
-    assert agreement(scores, torch.tensor([0.9, 0.1, 0.0, 0.5])).item() == (1 + 0 + 1 + 0.5) / 4
+    assert pairwise_accuracy(scores, torch.tensor([0.9, 0.1, 0.0, 0.5])).item() == (1 + 0 + 1 + 0.5) / 4
 
 
 def test_losses_and_metrics_are_those_of_the_rewards_own_scores(clip):
@@ -120,12 +120,12 @@ def test_captions_are_told_of_their_own_image_only(clip):
     assert "preference_loss" not in out
     images = features(trainer, given)[0].flatten(0, 1)
     texts = [text for pair in given["captions"] for text in pair]
-    told = {  # which of the four texts each segment is in; one may be in a text twice
+    expected_texts = {  # which of the four texts each segment is in; one may be in a text twice
         "A red fox sleeps on a wall.": [0], "The sky is green.": [0], "A wall.": [0, 2, 2], "Green.": [1, 3],
         "Red.": [1, 3], "Sky.": [1, 3], "The sky.": [2], "A fox.": [2],
     }  # fmt: skip
     rows = []
-    for segment, places in told.items():
+    for segment, places in expected_texts.items():
         (unit,), _ = trainer.reward.segment_features([segment])
         log = (trainer.reward.towers.logit_scale.exp() * images @ unit).log_softmax(0)
         share = torch.bincount(torch.tensor(places), minlength=4) / len(places)
@@ -188,7 +188,7 @@ def test_the_temperature_stays_at_its_limit_and_can_leave_it(clip):
     scale = trainer.reward.towers.logit_scale
     with torch.no_grad():
         scale.fill_(9.0)
-    trainer.updated()
+    trainer.on_optimizer_step()
     assert scale.exp().item() == pytest.approx(100, rel=1e-5)
     trainer.step(batch(), torch.Tensor.backward)
     assert scale.grad != 0
@@ -223,11 +223,11 @@ def test_two_processes_have_the_gradient_of_one(clip):
         return exchange
 
     both = [build(clip, Runtime(gather=gather(rank), rank=rank, processes=2)) for rank in range(2)]
-    told = [None, None]
+    results = [None, None]
 
     def work(rank):
         part = {key: value[2 * rank : 2 * rank + 2] for key, value in whole.items()}
-        told[rank] = both[rank].step(part, torch.Tensor.backward)
+        results[rank] = both[rank].step(part, torch.Tensor.backward)
 
     threads = [Thread(target=work, args=(rank,)) for rank in range(2)]
     for thread in threads:
@@ -235,7 +235,9 @@ def test_two_processes_have_the_gradient_of_one(clip):
     for thread in threads:
         thread.join(30)
     for key, value in values.items():
-        assert torch.allclose(told[0][key], value, atol=1e-5) and torch.allclose(told[1][key], value, atol=1e-5), key
+        assert torch.allclose(results[0][key], value, atol=1e-5) and torch.allclose(
+            results[1][key], value, atol=1e-5
+        ), key
     for p, a, b in zip(*(t.trainable() for t in (alone, *both)), strict=True):
         assert torch.allclose(p.grad, (a.grad + b.grad) / 2, atol=1e-4 * p.grad.abs().max().item() + 1e-6)
 
@@ -302,7 +304,7 @@ def test_half_precision_keeps_the_trained_weights_whole(clip, tmp_path):
 # Configs
 
 
-def faults(value):
+def problems(value):
     with pytest.raises(ConfigError) as error:
         load_config(value)
     return dict(error.value.errors)
@@ -314,12 +316,12 @@ def test_a_run_needs_no_backbone_and_no_encoder_and_says_so(clip, tmp_path):
     with pytest.raises(ConfigError, match="backbone: this run has no backbone"):
         _ = build_from_config(good).backbone
     parts = {"backbone": {"name": "sd", "checkpoint": "mini/sd"}, "encoder": {"name": "t5"}}
-    found = faults({**to_dict(good), **parts})
+    found = problems({**to_dict(good), **parts})
     assert found == {key: f"'denscore' uses no {key}; leave it out" for key in parts}
-    assert faults({**config(clip, tmp_path), "trainer": "align", "rewards": []})["backbone"] == "this key is required"
+    assert problems({**config(clip, tmp_path), "trainer": "align", "rewards": []})["backbone"] == "this key is required"
     null = {**config(clip, tmp_path), **parts, "trainer": "align", "rewards": [], "data": "scenes", "backbone": None}
-    assert faults(null) == {"backbone": "this key is required"}
-    assert "did you mean 'denscore'" in faults({**config(clip, tmp_path), "trainer": "denscor"})["trainer.name"]
+    assert problems(null) == {"backbone": "this key is required"}
+    assert "did you mean 'denscore'" in problems({**config(clip, tmp_path), "trainer": "denscor"})["trainer.name"]
 
 
 def test_what_the_trainer_does_not_use_is_refused(clip, tmp_path):
@@ -331,12 +333,12 @@ def test_what_the_trainer_does_not_use_is_refused(clip, tmp_path):
         "rewards": ["hpsv2", "clip"],
         "data": "scenes",
     }
-    found = faults(config(clip, tmp_path, **given))
+    found = problems(config(clip, tmp_path, **given))
     assert {"validation", "cache", "init_from", "loop.channels_last", "loop.compile", "rewards", "data"} == set(found)
     assert found["rewards"] == "'denscore' trains one reward: 'denscore', 'pickscore' or 'clip'; got 'hpsv2', 'clip'"
     assert found["data"] == "'denscore' compares two images of a prompt, and 'scenes' has one; choose 'pairs'"
     parts = {"backbone": {"name": "sd", "checkpoint": "mini/sd"}, "encoder": "clip-segment"}
-    found = faults({**parts, "trainer": "align", "data": "scene-pairs"})
+    found = problems({**parts, "trainer": "align", "data": "scene-pairs"})
     assert found == {
         "data": "'scene-pairs' has two images of each prompt, and 'align' does not compare them; 'denscore' does"
     }

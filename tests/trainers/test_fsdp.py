@@ -132,11 +132,11 @@ def test_half_precision_would_round_the_timesteps_of_a_flow():
 def test_trainers_that_read_whole_weights_are_refused():
     backbone, encoder = tiny_backbone(), worlds.ToyEncoder()
     backbone.add_lora(worlds.LORA, "lcm")
-    LCMTrainer(backbone, encoder).check_split()
+    LCMTrainer(backbone, encoder).check_fsdp_support()
     with pytest.raises(ValueError, match="ema_decay to null"):
-        LCMTrainer(backbone, encoder, ema_decay=0.9).check_split()
+        LCMTrainer(backbone, encoder, ema_decay=0.9).check_fsdp_support()
     with pytest.raises(ValueError, match="Trainer trains none"):
-        Trainer().check_split()
+        Trainer().check_fsdp_support()
     backbone.denoiser.requires_grad_(False)
     with pytest.raises(ValueError, match="nothing of this one is trained"):
-        LCMTrainer(backbone, encoder).check_split()
+        LCMTrainer(backbone, encoder).check_fsdp_support()

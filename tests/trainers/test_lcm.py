@@ -11,7 +11,7 @@ from longalign.backbones.configs import LoraConfig
 from longalign.checkpoint import load_for_sampling, load_weights
 from longalign.compose import build_from_config
 from longalign.diffusion import add_noise, training_target
-from longalign.faults import ConfigError
+from longalign.errors import ConfigError
 from longalign.pipeline import sample
 from longalign.registry import trainers
 from longalign.runtime import Runtime
@@ -62,7 +62,7 @@ def both(prediction, alpha, x, output):
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_the_consistency_function(prediction):
     trainer = build(prediction)
-    levels = trainer.backbone.levels
+    levels = trainer.backbone.noise_levels
     image, noise = torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(1)).unbind(0)
     timesteps = torch.tensor([0, 1, 999])
     noisy = add_noise(levels, image, noise, timesteps)
@@ -81,16 +81,16 @@ def test_the_consistency_function(prediction):
 def test_the_target_is_the_students_own_value_after_a_guided_step_of_the_teacher(prediction, start):
     trainer, teacher = build(prediction), aligned(prediction)
     noisy = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(2))
-    told, empty = (trainer.encoder.eval().encode(prompts) for prompts in (["ab", "cd"], [""] * 2))
+    conditioning, empty = (trainer.encoder.eval().encode(prompts) for prompts in (["ab", "cd"], [""] * 2))
     scale = torch.tensor([7.5, 2.0]).view(2, 1, 1, 1)
-    alphas = trainer.backbone.levels.signal.square().tolist()
+    alphas = trainer.backbone.noise_levels.signal.square().tolist()
 
     timesteps, end = torch.full((2,), start), max(start - 20, 0)
-    cond = both(prediction, alphas[start], noisy, teacher.predict(noisy, timesteps, told))
+    cond = both(prediction, alphas[start], noisy, teacher.predict(noisy, timesteps, conditioning))
     uncond = both(prediction, alphas[start], noisy, teacher.predict(noisy, timesteps, empty))
     image, noise = (u + scale * (c - u) for c, u in zip(cond, uncond, strict=True))
     earlier = math.sqrt(alphas[end]) * image + math.sqrt(1 - alphas[end]) * noise
-    output = trainer.backbone.predict(earlier, torch.full((2,), end), told)
+    output = trainer.backbone.predict(earlier, torch.full((2,), end), conditioning)
     skip, out = scalings(end)
     expected = skip * earlier + out * both(prediction, alphas[end], earlier, output)[0]
 
@@ -106,11 +106,11 @@ def test_the_loss_compares_the_student_with_the_target(huber_c, monkeypatch):
     monkeypatch.setattr(trainer, "target", lambda *given: seen.append((*given, target(*given))) or seen[-1][-1])
     torch.manual_seed(3)
     loss = trainer.losses(BATCH)["consistency_loss"]
-    noisy, start, told, guidance, wanted = seen[0]
-    assert len(told.states) == 4 and torch.equal(told.states[3:], trainer.encode([""]).states)
+    noisy, start, conditioning, guidance, wanted = seen[0]
+    assert len(conditioning.states) == 4 and torch.equal(conditioning.states[3:], trainer.encode([""]).states)
     assert guidance.shape == (3, 1, 1, 1) and guidance.unique().numel() == 3
     assert guidance.min() >= 3.0 and guidance.max() <= 6.0
-    away = trainer.consistency(start, noisy, trainer.backbone.predict(noisy, start, told[:3])) - wanted
+    away = trainer.consistency(start, noisy, trainer.backbone.predict(noisy, start, conditioning[:3])) - wanted
     values = [a**2 if huber_c is None else math.sqrt(a**2 + huber_c**2) - huber_c for a in away.flatten().tolist()]
     assert loss.item() == pytest.approx(sum(values) / len(values), rel=1e-4)
 
@@ -139,9 +139,14 @@ def test_gradient_flows_into_the_student_alone_and_the_teacher_stays(lora):
         assert graded == expected and len(trainer.trainable()) == len(expected)
         assert trainer.backbone.lora_names == ["align", "lcm"]
     noisy, timesteps = torch.randn(3, 4, 4, 4), torch.tensor([19, 519, 999])
-    told = trainer.encode(BATCH["prompt"])
-    before, after = teacher.predict(noisy, timesteps, told), trainer.backbone.predict(noisy, timesteps, told)
-    torch.testing.assert_close(trainer.backbone.predict_start(noisy, timesteps, told), before, atol=1e-5, rtol=1e-4)
+    conditioning = trainer.encode(BATCH["prompt"])
+    before, after = (
+        teacher.predict(noisy, timesteps, conditioning),
+        trainer.backbone.predict(noisy, timesteps, conditioning),
+    )
+    torch.testing.assert_close(
+        trainer.backbone.predict_reference(noisy, timesteps, conditioning), before, atol=1e-5, rtol=1e-4
+    )
     assert not torch.allclose(after, before, atol=1e-4)
     assert trainer.backbone.denoiser.training  # also after the target, which is computed without dropout
 
@@ -164,7 +169,7 @@ def test_the_target_can_come_from_a_moving_average(lora):
     before = [p.detach().clone() for p in trainer.trainable()]
     move(trainer.trainable(), 0.1)
     torch.testing.assert_close(trainer.target(*given, scales), start)  # the average has not followed yet
-    trainer.updated()
+    trainer.on_optimizer_step()
     for average, old, new in zip(trainer.averages(), before, trainer.trainable(), strict=True):
         torch.testing.assert_close(average, 0.75 * old + 0.25 * new.detach())
     followed = trainer.target(*given, scales)
@@ -173,7 +178,7 @@ def test_the_target_can_come_from_a_moving_average(lora):
         for parameter, average in zip(plain.trainable(), trainer.averages(), strict=True):
             parameter.copy_(average)
     torch.testing.assert_close(plain.target(*given, scales), followed)
-    assert not list(plain.buffers(recurse=False)) and plain.updated() is None
+    assert not list(plain.buffers(recurse=False)) and plain.on_optimizer_step() is None
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -214,21 +219,21 @@ def runs(world, tmp_path):
 def test_from_align_to_images_of_four_steps(world, runs, tmp_path):
     start, distilled = runs
     one, two = load_weights(start), load_weights(distilled)
-    assert [stack.name for stack in two.stacks] == ["align", "lcm"]
-    assert all(torch.equal(two.stacks[0].state[k], v) for k, v in one.stacks[0].state.items())
-    assert any(v.abs().sum() > 0 for k, v in two.stacks[1].state.items() if ".lora_B." in k)
+    assert [stack.name for stack in two.loras] == ["align", "lcm"]
+    assert all(torch.equal(two.loras[0].state[k], v) for k, v in one.loras[0].state.items())
+    assert any(v.abs().sum() > 0 for k, v in two.loras[1].state.items() if ".lora_B." in k)
     assert one.adapter and all(torch.equal(two.adapter[k], v) for k, v in one.adapter.items())
 
     _, backbone, encoder = load_for_sampling(distilled, Runtime())
-    images = sample(backbone, encoder, ["ab", "cd"], seeds=[0, 1], scheduler="lcm", steps=4, guidance=1.0)
+    images = sample(backbone, encoder, ["ab", "cd"], seeds=[0, 1], solver="lcm", num_steps=4, guidance=1.0)
     assert images.shape == (2, 3, 8, 8) and images.isfinite().all()
     _, earlier, _ = load_for_sampling(start, Runtime())
-    assert not torch.equal(images, sample(earlier, encoder, ["ab", "cd"], seeds=[0, 1], scheduler="lcm", steps=4))
+    assert not torch.equal(images, sample(earlier, encoder, ["ab", "cd"], seeds=[0, 1], solver="lcm", num_steps=4))
 
     config = {**world.reward_config(tmp_path / "reward", steps=1), "init_from": str(distilled)}
     config["trainer"] = {"name": "lcm-reward", "lora": {"rank": 2}}
     rewarded = load_weights(build_from_config(config).fit().checkpoint)
-    assert [stack.name for stack in rewarded.stacks] == ["align", "lcm", "reward"]
+    assert [stack.name for stack in rewarded.loras] == ["align", "lcm", "reward"]
 
 
 def test_resumed_is_uninterrupted_with_a_moving_average(world, runs, tmp_path):
@@ -256,8 +261,8 @@ def test_lcm_reward_is_reward_with_four_steps_without_guidance():
     move(trainer.trainable())
     calls, prompts = [], []
     predict, encode = trainer.backbone.predict, trainer.encoder.encode
-    trainer.backbone.predict = lambda x, t, told: (
-        calls.append((*t.tolist(), torch.is_grad_enabled())) or predict(x, t, told)
+    trainer.backbone.predict = lambda x, t, conditioning: (
+        calls.append((*t.tolist(), torch.is_grad_enabled())) or predict(x, t, conditioning)
     )
     trainer.wrap_encoder(lambda given: prompts.extend(given) or encode(given))
     trainer.step({"prompt": ["ab"]}, torch.Tensor.backward)

@@ -17,8 +17,8 @@ from tiny import tiny_backbone
 from longalign.compose import build_from_config
 from longalign.config import load_config, override
 from longalign.data.stream import Stream
-from longalign.encoders.base import PromptReport, TruncationWarning, handle_cuts
-from longalign.faults import ConfigError, RunError
+from longalign.encoders.base import PromptReport, TruncationWarning, raise_or_warn_truncated
+from longalign.errors import ConfigError, RunError
 from longalign.registry import PartConfig, data, encoders, rewards
 from longalign.rewards.guard import NonFiniteReward
 from longalign.trainers.batches import Batches, collate, load_batches
@@ -134,7 +134,7 @@ def test_a_broken_reward_is_kept_for_inspection(world, tmp_path):
 def test_validation_images_leave_the_training_alone(world, tmp_path):
     with_images, without = tmp_path / "with", tmp_path / "without"
     config = world.align_config(with_images, steps=2)
-    run({**config, "validation": {"prompts": ["ab", "cd"], "every": 1, "steps": 2, "guidance": 2.0}})
+    run({**config, "validation": {"prompts": ["ab", "cd"], "every": 1, "num_steps": 2, "guidance": 2.0}})
     run(world.align_config(without, steps=2))
     assert sorted(p.name for p in (with_images / "validation").iterdir()) == ["000000", "000001", "000002"]
     assert sorted(p.name for p in (with_images / "validation" / "000001").iterdir()) == ["00.png", "01.png"]
@@ -169,7 +169,7 @@ def test_a_missing_file_of_validation_prompts_is_found_before_anything_is_built(
 
 def test_tensorboard_takes_the_images_of_the_validation(world, tmp_path, caplog):
     config = world.align_config(tmp_path, steps=1, trackers=["tensorboard"])
-    run({**config, "validation": {"prompts": ["ab", "cd"], "steps": 1, "guidance": 1}})
+    run({**config, "validation": {"prompts": ["ab", "cd"], "num_steps": 1, "guidance": 1}})
     assert "tracker" not in caplog.text
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -189,7 +189,7 @@ def test_a_tracker_that_fails_does_not_end_the_run(world, tmp_path, caplog, monk
     for name in ("log", "log_images", "finish"):
         monkeypatch.setattr(TensorBoardTracker, name, fail)
     config = world.align_config(tmp_path, steps=1, trackers=["tensorboard"])
-    assert run({**config, "validation": {"prompts": ["ab"], "steps": 1, "guidance": 1}}).step == 1
+    assert run({**config, "validation": {"prompts": ["ab"], "num_steps": 1, "guidance": 1}}).step == 1
     monkeypatch.setattr(TensorBoardTracker, "start", fail, raising=False)
     monkeypatch.setattr("accelerate.Accelerator.init_trackers", fail)
     assert run(world.align_config(tmp_path / "2", steps=1, trackers=["tensorboard"])).step == 1
@@ -422,7 +422,7 @@ def test_what_is_cut_of_prompts_is_warned_of_once_and_counted(world, tmp_path):
 
         def encode(self, prompts):
             reports = [PromptReport((p,), (1,), "end" if i % 2 else "") for i, p in enumerate(prompts)]
-            handle_cuts(reports, "cut", 4, f"call them otherwise than {prompts}")
+            raise_or_warn_truncated(reports, "truncate", 4, f"call them otherwise than {prompts}")
             return replace(super().encode(prompts), reports=tuple(reports))
 
     class ShortConfig(PartConfig):
@@ -438,7 +438,7 @@ def test_what_is_cut_of_prompts_is_warned_of_once_and_counted(world, tmp_path):
     finally:
         encoders.unregister("short")
     assert len([w for w in told if w.category is TruncationWarning]) == 1
-    assert [line["cut_prompts"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+    assert [line["truncated_prompts"] for line in lines(tmp_path)] == [1, 2, 3, 4]
 
 
 def test_workers_of_a_stream_stay_as_they_were(world, tmp_path):

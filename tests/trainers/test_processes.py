@@ -52,11 +52,11 @@ def test_the_common_direction_is_that_of_all_prompts(outputs):
 
 
 def test_gradients_are_exchanged_once_in_each_step(outputs):
-    told = json.loads((outputs[0] / "told-0.json").read_text())
+    results = json.loads((outputs[0] / "told-0.json").read_text())
     for kind, steps in (("cut", 2), ("align", 2), ("reward", 4)):
-        assert told[kind]["modules"] == 2
-        assert told[kind]["exchanged"] == steps * told[kind]["modules"]
-    assert (told["denscore"]["modules"], told["denscore"]["exchanged"]) == (1, 2)
+        assert results[kind]["modules"] == 2
+        assert results[kind]["exchanged"] == steps * results[kind]["modules"]
+    assert (results["denscore"]["modules"], results["denscore"]["exchanged"]) == (1, 2)
 
 
 def test_each_process_has_its_own_random_numbers_and_one_writes(outputs):

@@ -8,11 +8,11 @@ from worlds import LORA, Squares, ToyEncoder, red
 
 from longalign.backbones.configs import LoraConfig
 from longalign.diffusion import add_noise, guide
-from longalign.faults import ConfigError
-from longalign.registry import schedules, trainers
+from longalign.errors import ConfigError
+from longalign.gradient_steps.steps import All, Last
+from longalign.registry import gradient_steps, trainers
 from longalign.rewards.base import Reward, Scores
 from longalign.rewards.guard import NonFiniteReward
-from longalign.schedules.steps import All, Last
 from longalign.trainers.batches import collate
 from longalign.trainers.configs import RewardConfig
 from longalign.trainers.reward import RewardTrainer
@@ -29,12 +29,12 @@ class Contrast(Reward):
         return Scores(warm - cold, {"text_relevant": warm.detach(), "text_irrelevant": cold.detach()})
 
 
-def build(lora=QUIET, rewards=(red,), schedule=None, prediction="epsilon", dtype=torch.float32, **keys):
+def build(lora=QUIET, rewards=(red,), gradient_steps=None, prediction="epsilon", dtype=torch.float32, **keys):
     torch.manual_seed(0)
     keys = {"num_steps": 4, "guidance": 3.0, **keys}
-    config = RewardConfig(lora=lora, schedule="all", **keys)
+    config = RewardConfig(lora=lora, gradient_steps="all", **keys)
     trainer = RewardTrainer.from_config(
-        config, tiny_backbone(prediction), ToyEncoder(), list(rewards), schedule or Last(2)
+        config, tiny_backbone(prediction), ToyEncoder(), list(rewards), gradient_steps or Last(2)
     )
     with torch.no_grad():
         for i, p in enumerate(p for n, p in trainer.backbone.named_parameters() if ".lora_B." in n):
@@ -55,7 +55,7 @@ def plain_gradient(trainer, seed=1):
     """The reference: one graph through all steps that are taken, decoder and reward."""
     torch.manual_seed(seed)
     prompts = PROMPTS["prompt"]
-    told = trainer.encode([*prompts, ""])
+    conditioning = trainer.encode([*prompts, ""])
     index = torch.tensor([0, 1, 2, 3, 3, 3])
 
     def sample(latents, timesteps, chosen, detach):
@@ -63,18 +63,18 @@ def plain_gradient(trainer, seed=1):
         for i, t in enumerate(timesteps):
             with torch.set_grad_enabled(i in chosen):
                 seen = torch.cat([latents.detach() if detach else latents] * 2)
-                output = trainer.backbone.predict(seen, torch.full((6,), t), told[index])
+                output = trainer.backbone.predict(seen, torch.full((6,), t), conditioning[index])
                 output = guide(*output.chunk(2), trainer.guidance)
             latents = solver.step(i, latents, output)
         return latents
 
     noise = torch.randn(3, 4, 4, 4, dtype=torch.get_default_dtype())
-    choice = trainer.schedule.pick(len(trainer.solver))
+    choice = trainer.gradient_steps.select(len(trainer.solver))
     timesteps = trainer.solver.timesteps[: choice.length]
     finals = [sample(noise, timesteps, choice.steps, choice.detach)]
     for _ in range(choice.copies):
         start, last = finals[0].detach(), timesteps[-1:]
-        noisy = add_noise(trainer.backbone.levels, start, torch.randn_like(start), torch.tensor(last))
+        noisy = add_noise(trainer.backbone.noise_levels, start, torch.randn_like(start), torch.tensor(last))
         finals.append(sample(noisy, last, (0,), True))
     loss = 0.5 * (1 - torch.stack([red(trainer.backbone.decode(x), prompts).mean() for x in finals]).mean())
     loss.backward()
@@ -96,7 +96,7 @@ def double():
     [
         (LORA, {}),
         (LORA, {"prediction": "v_prediction", "train_adapter": True}),
-        (None, {"schedule": All()}),
+        (None, {"gradient_steps": All()}),
         (LORA, {"decode_batch": 2}),
         (QUIET, {"denoise_batch": 2, "decode_batch": 1, "replay_batch": 2}),
     ],
@@ -126,7 +126,7 @@ SCHEDULES = [
 
 @pytest.mark.parametrize("config", SCHEDULES, ids=str)
 def test_every_schedule_gives_the_gradient_of_plain_autograd(double, config):
-    trainer = build(lora=LORA, dtype=double, schedule=schedules.build(config), train_adapter=True)
+    trainer = build(lora=LORA, dtype=double, gradient_steps=gradient_steps.build(config), train_adapter=True)
     expected, loss = plain_gradient(trainer)
     got, summary = gradient(trainer)
     assert expected.norm() > 0
@@ -141,13 +141,13 @@ def test_copies_are_scored_with_the_prompts_of_their_samples():
         seen.append(list(prompts))
         return red(images, prompts)
 
-    gradient(build(rewards=[noting], schedule=Last(1, copies=1), denoise_batch=2))
+    gradient(build(rewards=[noting], gradient_steps=Last(1, copies=1), denoise_batch=2))
     assert seen == [["ab", "cd", "ab", "cd", "e", "e"]]
 
 
-@pytest.mark.parametrize("schedule", [Last(3), Last(3, detach=False)], ids=["detached", "undetached"])
-def test_a_scale_put_on_backward_scales_the_gradient_once(double, schedule):
-    trainer = build(lora=LORA, dtype=double, schedule=schedule, train_adapter=True)
+@pytest.mark.parametrize("gradient_steps", [Last(3), Last(3, detach=False)], ids=["detached", "undetached"])
+def test_a_scale_put_on_backward_scales_the_gradient_once(double, gradient_steps):
+    trainer = build(lora=LORA, dtype=double, gradient_steps=gradient_steps, train_adapter=True)
     expected, _ = gradient(trainer)
     got, _ = gradient(trainer, backward=lambda loss: (64 * loss).backward())
     assert (got / 64 - expected).norm() / expected.norm() < 1e-9
@@ -216,9 +216,11 @@ def test_kl_pulls_towards_the_start_model(lora):
 def test_kl_takes_the_latents_as_they_are(double):
     parts = []
     for detach in (True, False):
-        schedule = Last(3, detach=detach)
-        with_kl, _ = gradient(build(dtype=double, schedule=schedule, regularizer="kl", regularizer_weight=2.0))
-        without, _ = gradient(build(dtype=double, schedule=schedule))
+        gradient_steps = Last(3, detach=detach)
+        with_kl, _ = gradient(
+            build(dtype=double, gradient_steps=gradient_steps, regularizer="kl", regularizer_weight=2.0)
+        )
+        without, _ = gradient(build(dtype=double, gradient_steps=gradient_steps))
         parts.append(with_kl - without)
     assert parts[0].norm() > 0
     assert (parts[0] - parts[1]).norm() / parts[0].norm() < 1e-9
@@ -267,8 +269,11 @@ def test_dropout_of_the_denoiser_itself_is_not_repeated_for_several_steps_at_onc
 def test_contradictory_configs():
     for keys, message in (
         ({"replay_batch": 2}, "set replay_batch to 1 or lora.dropout to 0"),
-        ({"replay_batch": 2, "lora": None, "schedule": "draft-k"}, "with 'draft-k' the gradient flows through"),
-        ({"replay_batch": 2, "lora": None, "schedule": {"name": "all", "detach": False}}, "set replay_batch to 1"),
+        ({"replay_batch": 2, "lora": None, "gradient_steps": "draft-k"}, "with 'draft-k' the gradient flows through"),
+        (
+            {"replay_batch": 2, "lora": None, "gradient_steps": {"name": "all", "detach": False}},
+            "set replay_batch to 1",
+        ),
         ({"regularizer_weight": 1.0}, "no effect without a regularizer"),
         ({"regularizer": "kl"}, "needs a regularizer_weight"),
         ({"regularizer": "kl", "regularizer_weight": 1.0, "train_adapter": True}, "set train_adapter to false"),
@@ -320,7 +325,7 @@ def test_no_reward_is_refused():
 @pytest.mark.parametrize("solver", ["ddim", "lcm"])
 def test_the_reward_rises(solver):
     guidance = 1.0 if solver == "lcm" else 2.0
-    trainer = build(lora=QUIET, solver=solver, guidance=guidance, num_steps=2, schedule=All(), resolution=8)
+    trainer = build(lora=QUIET, solver=solver, guidance=guidance, num_steps=2, gradient_steps=All(), resolution=8)
     nn.init.normal_(trainer.backbone.vae.decoder.conv_out.weight, std=0.3)
     optimizer = torch.optim.Adam(trainer.trainable(), lr=3e-2)
 

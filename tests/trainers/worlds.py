@@ -122,5 +122,10 @@ def align_config(output, **loop):
 def reward_config(output, trainer=None, **loop):
     config = align_config(output, **loop)
     defaults = {"name": "reward", "lora": {"rank": 2}, "num_steps": 2, "guidance": 3.0}
-    schedule = {"schedule": {"name": "grouped-random", "groups": 1}}
-    return {**config, "data": "bare-words", "rewards": ["red"], "trainer": {**defaults, **schedule, **(trainer or {})}}
+    gradient_steps = {"gradient_steps": {"name": "grouped-random", "groups": 1}}
+    return {
+        **config,
+        "data": "bare-words",
+        "rewards": ["red"],
+        "trainer": {**defaults, **gradient_steps, **(trainer or {})},
+    }

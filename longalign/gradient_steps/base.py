@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 
 @dataclass(frozen=True)
-class Choice:
+class GradientSteps:
     """What is done with one batch.
 
     Attributes:
@@ -26,13 +26,13 @@ class Choice:
 
 
 @runtime_checkable
-class Schedule(Protocol):
+class GradientStepSelector(Protocol):
     """Chooses anew for each batch."""
 
-    def pick(self, num_steps: int) -> Choice:
+    def select(self, num_steps: int) -> GradientSteps:
         """The choice for ``num_steps`` sampling steps.
 
         In several processes all must choose equally many steps, since they wait for each other at each repeated call;
-        `longalign.schedules.steps.agreed` draws the same number in all of them.
+        `longalign.gradient_steps.steps.synced_randint` draws the same number in all of them.
         """
         ...

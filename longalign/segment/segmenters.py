@@ -10,9 +10,9 @@ from pydantic import Field
 
 from longalign.registry import PartConfig
 from longalign.runtime import Runtime
-from longalign.segment.fit import TokenCounter, pieces
 from longalign.segment.prompts import Prompt, check_prompts
 from longalign.segment.sentence import sentences
+from longalign.segment.windows import TokenCounter, pieces
 
 
 class Segmenter(Protocol):

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from longalign.data.base import Data, check_index
-from longalign.imagefiles import check_regular, decode, to_tensor
+from longalign.image_io import check_regular, decode, to_tensor
 from longalign.store import key_of
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class Squares:
         return _square(image, self.resolution)
 
 
-class Pictures(Data):
+class ImageDataset(Data):
     """Base of data whose items are read by index, each with its image in a file or in bytes.
 
     Args:
@@ -99,12 +99,12 @@ class Pictures(Data):
     def __getitem__(self, index: int) -> dict[str, Any]:
         start = check_index(index, len(self))
         for step in range(len(self)):
-            item = self.own((start + step) % len(self))
+            item = self.load_item((start + step) % len(self))
             if item is not None:
                 return item
         raise ValueError(f"none of the {len(self)} images can be read: {self.unreadable.named()}")
 
-    def own(self, index: int) -> dict[str, Any] | None:
+    def load_item(self, index: int) -> dict[str, Any] | None:
         label = self.label(index)
         if label in self.unreadable:
             return None

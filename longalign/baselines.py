@@ -18,7 +18,7 @@ from torch import Tensor
 
 from longalign.data.lines import new_index
 from longalign.hub import absent, local_file, why
-from longalign.pipeline import SCHEDULERS, write_images
+from longalign.pipeline import SOLVERS, write_images
 from longalign.runtime import Runtime, resolve_checkpoint
 
 log = logging.getLogger("longalign")
@@ -27,7 +27,7 @@ library: Any = diffusers  # its classes are made on demand, which type checkers 
 # diffusers renames it, and warns of the old name where it takes both
 DTYPE = "dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype"
 ARGUMENTS = {
-    "steps": "num_inference_steps",
+    "num_steps": "num_inference_steps",
     "guidance": "guidance_scale",
     "height": "height",
     "width": "width",
@@ -35,7 +35,7 @@ ARGUMENTS = {
 }
 #: what cleans captions, with the names that they are installed by
 CLEANERS = {"bs4": "beautifulsoup4", "ftfy": "ftfy"}
-SOLVERS = {
+SCHEDULER_CLASSES = {
     "unipc": "UniPCMultistepScheduler",
     "ddim": "DDIMScheduler",
     "dpm++": "DPMSolverMultistepScheduler",
@@ -142,10 +142,10 @@ def set_scheduler(pipe: Any, name: str) -> None:
     Raises:
         ValueError: if there is no scheduler of that name, or it does not go with the pipeline.
     """
-    if name not in SCHEDULERS:
-        raise ValueError(f"no scheduler '{name}'; there is {', '.join(SCHEDULERS)}")
+    if name not in SOLVERS:
+        raise ValueError(f"no solver '{name}'; available: {', '.join(SOLVERS)}")
     own: Any = getattr(pipe, "scheduler", None)
-    kind = getattr(library, SOLVERS[name])
+    kind = getattr(library, SCHEDULER_CLASSES[name])
     decoder = getattr(pipe, "decoder_pipe", None)  # what draws, where there is a prior; it gives generators to a step
     fitting = [other.__name__ for other in getattr(own, "compatibles", ())]
     if kind.__name__ not in fitting or (
@@ -168,7 +168,7 @@ def generate(
     negative: str | None = None,
     batch_size: int = 8,
     progress: bool = False,
-    scheduler: str | None = None,
+    solver: str | None = None,
     runtime: Runtime | None = None,
     revision: str | None = None,
     variant: str | None = None,
@@ -180,7 +180,7 @@ def generate(
 
     An image's noise follows from its seed alone. What the pipeline does not read of a prompt is not known, so ``cut``
     is None in the rows. Images that a pipeline blackens as unsafe are named in a warning. A pipeline with a prior takes
-    ``steps`` and ``guidance`` for its decoder; the prior keeps its own.
+    ``num_steps`` and ``guidance`` for its decoder; the prior keeps its own.
 
     Args:
         name: hub id, or a folder with ``model_index.json``.
@@ -190,20 +190,20 @@ def generate(
         negative: what to stay away from.
         batch_size: images drawn at a time.
         progress: whether to show a bar over the images.
-        scheduler: "unipc", "ddim", "dpm++" or "lcm".
+        solver: "unipc", "ddim", "dpm++" or "lcm".
         runtime: device and dtype; this machine's, in float32, if None.
         revision: branch, tag or commit on the hub.
         variant: file variant, as for `load_pipeline`.
         overwrite: as for `longalign.pipeline.generate`.
-        **settings: ``steps``, ``guidance``, ``height``, ``width``.
+        **settings: ``num_steps``, ``guidance``, ``height``, ``width``.
 
     Raises:
         ValueError: if there is no such pipeline, or it does not take one of the settings, or not that size.
     """
     new_index(output, overwrite)  # before weights are loaded
     pipe = load_pipeline(name, runtime or Runtime.detect(), revision, variant)
-    if scheduler is not None:
-        set_scheduler(pipe, scheduler)
+    if solver is not None:
+        set_scheduler(pipe, solver)
     cleaned = cleaning(pipe)
     given = {**arguments(pipe, negative=negative, **settings), **cleaned}
     if negative is not None and hasattr(pipe, "prior_pipe"):
@@ -229,10 +229,10 @@ def generate(
 
     chosen = {key: value for key, value in (("revision", revision), ("variant", variant)) if value is not None}
     about = {"pipeline": name, "class": type(pipe).__name__, **chosen}
-    told = {**settings, **cleaned, "scheduler": scheduler or type(getattr(pipe, "scheduler", None)).__name__}
+    about_settings = {**settings, **cleaned, "solver": solver or type(getattr(pipe, "scheduler", None)).__name__}
     return write_images(
         output, prompts, draw, seeds=seeds, negative=negative, batch_size=batch_size, progress=progress,
-        config=about, settings=told, overwrite=overwrite,
+        config=about, settings=about_settings, overwrite=overwrite,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-Fault = tuple[str, str]
+ConfigProblem = tuple[str, str]
 
 #: pydantic's words for types, in those of a config file
 PLAIN = {
@@ -42,7 +42,7 @@ _SECRET = re.compile(
 class ConfigError(ValueError):
     """A config that cannot be used. ``errors`` holds ``(path, message)`` for every fault that was found."""
 
-    def __init__(self, errors: list[Fault]):
+    def __init__(self, errors: list[ConfigProblem]):
         self.errors = errors
         lines = "\n".join(f"  {path or '(config)'}: {message}" for path, message in errors[:SHOWN])
         if len(errors) > SHOWN:
@@ -58,12 +58,14 @@ class PartError(ValueError):
     """A part that is unknown, broken or claimed twice."""
 
 
-def nested(faults: list[Fault]) -> PydanticCustomError:
+def nested(problems: list[ConfigProblem]) -> PydanticCustomError:
     """The faults as an error for a pydantic validator to raise; `flatten` takes them out again, paths complete."""
-    return PydanticCustomError("longalign_faults", "{text}", {"faults": faults, "text": str(ConfigError(faults))})
+    return PydanticCustomError(
+        "longalign_problems", "{text}", {"problems": problems, "text": str(ConfigError(problems))}
+    )
 
 
-def flatten(error: ValidationError, model: type[BaseModel]) -> list[Fault]:
+def flatten(error: ValidationError, model: type[BaseModel]) -> list[ConfigProblem]:
     """All faults of a pydantic error as ``(path, message)``, those inside nested parts with their full path.
 
     Args:
@@ -75,8 +77,8 @@ def flatten(error: ValidationError, model: type[BaseModel]) -> list[Fault]:
     for detail in error.errors(include_url=False):
         steps, holder = _follow(model, detail["loc"])
         path = ".".join(map(str, steps))
-        if detail["type"] == "longalign_faults":
-            for inner, message in detail["ctx"]["faults"]:  # type: ignore[index]
+        if detail["type"] == "longalign_problems":
+            for inner, message in detail["ctx"]["problems"]:  # type: ignore[index]
                 out.setdefault(".".join(filter(None, (path, inner))), []).append(message)
         else:
             message, shown = _message(detail, steps, holder)

@@ -24,10 +24,10 @@ def check_groups(num_steps: int, groups: int, early_stop: int = 1) -> None:
         )
 
 
-def check_last(num_steps: int, k: int, least: int | None = None, early_stop: int = 1) -> None:
+def check_last(num_steps: int, k: int, min_steps: int | None = None, early_stop: int = 1) -> None:
     """Raises ValueError if there are not so many steps."""
-    if max(k, least or 1) > num_steps:
-        raise ValueError(f"there are {num_steps} sampling steps, fewer than the last {max(k, least or 1)}")
+    if max(k, min_steps or 1) > num_steps:
+        raise ValueError(f"there are {num_steps} sampling steps, fewer than the last {max(k, min_steps or 1)}")
     if k > num_steps - early_stop + 1:
         raise ValueError(
             f"an early stop within the last {early_stop} of {num_steps} sampling steps can leave fewer than {k}; "
@@ -35,7 +35,7 @@ def check_last(num_steps: int, k: int, least: int | None = None, early_stop: int
         )
 
 
-class ScheduleConfig(PartConfig):
+class GradientStepsConfig(PartConfig):
     """Base of the ways to choose the sampling steps that carry gradient."""
 
     def check_steps(self, num_steps: int) -> None:
@@ -46,7 +46,7 @@ class ScheduleConfig(PartConfig):
         return getattr(self, "detach", True)
 
 
-class GroupedRandomConfig(ScheduleConfig):
+class GroupedRandomConfig(GradientStepsConfig):
     """One step in each of equal groups, at the same random offset (LongAlign, section 4): of 50 steps in 5 groups
     r, 10 + r, 20 + r, 30 + r and 40 + r with r in 0..9.
 
@@ -63,12 +63,12 @@ class GroupedRandomConfig(ScheduleConfig):
         check_groups(num_steps, self.groups)
 
     def build(self, runtime: Runtime) -> Any:
-        from longalign.schedules.steps import GroupedRandom, agreed
+        from longalign.gradient_steps.steps import GroupedRandom, synced_randint
 
-        return GroupedRandom(self.groups, detach=self.detach, draw=agreed(runtime))
+        return GroupedRandom(self.groups, detach=self.detach, randint=synced_randint(runtime))
 
 
-class DRTuneConfig(ScheduleConfig):
+class DRTuneConfig(GradientStepsConfig):
     """DRTune (arXiv 2405.00760): steps at equal distances from a random offset, with constant inputs; sampling ends at
     a random late step, whose predicted image is scored.
 
@@ -85,12 +85,12 @@ class DRTuneConfig(ScheduleConfig):
         check_groups(num_steps, self.groups, self.early_stop)
 
     def build(self, runtime: Runtime) -> Any:
-        from longalign.schedules.steps import GroupedRandom, agreed
+        from longalign.gradient_steps.steps import GroupedRandom, synced_randint
 
-        return GroupedRandom(self.groups, early_stop=self.early_stop, draw=agreed(runtime))
+        return GroupedRandom(self.groups, early_stop=self.early_stop, randint=synced_randint(runtime))
 
 
-class LastConfig(ScheduleConfig):
+class LastConfig(GradientStepsConfig):
     """The last steps.
 
     Attributes:
@@ -106,12 +106,12 @@ class LastConfig(ScheduleConfig):
         check_last(num_steps, self.k)
 
     def build(self, runtime: Runtime) -> Any:
-        from longalign.schedules.steps import Last
+        from longalign.gradient_steps.steps import Last
 
         return Last(self.k, detach=self.detach)
 
 
-class DraftKConfig(ScheduleConfig):
+class DraftKConfig(GradientStepsConfig):
     """DRaFT-K (arXiv 2309.17400): the last steps, with gradient through their inputs; ``all`` with ``detach: false`` is
     DRaFT.
 
@@ -129,12 +129,12 @@ class DraftKConfig(ScheduleConfig):
         return False
 
     def build(self, runtime: Runtime) -> Any:
-        from longalign.schedules.steps import Last
+        from longalign.gradient_steps.steps import Last
 
         return Last(self.k, detach=False)
 
 
-class DraftLVConfig(ScheduleConfig):
+class DraftLVConfig(GradientStepsConfig):
     """DRaFT-LV (arXiv 2309.17400): the last step, of the sample and of copies that are noised again to its level, for a
     gradient of lower variance. Here it is the mean over sample and copies, so that learning rates stay comparable; the
     paper takes the sum.
@@ -147,42 +147,44 @@ class DraftLVConfig(ScheduleConfig):
     copies: int = Field(2, ge=1)
 
     def build(self, runtime: Runtime) -> Any:
-        from longalign.schedules.steps import Last
+        from longalign.gradient_steps.steps import Last
 
         return Last(1, copies=self.copies)
 
 
-class AlignPropConfig(ScheduleConfig):
+class AlignPropConfig(GradientStepsConfig):
     """AlignProp (arXiv 2310.03739): a random number of last steps, with gradient through their inputs.
 
     Attributes:
-        least: steps with gradient at least.
-        most: steps with gradient at most, or null for all.
+        min_steps: steps with gradient at least.
+        max_steps: steps with gradient at most, or null for all.
     """
 
     name: Literal["align-prop"] = "align-prop"
-    least: int = Field(1, ge=1)
-    most: int | None = Field(None, ge=1)
+    min_steps: int = Field(1, ge=1)
+    max_steps: int | None = Field(None, ge=1)
 
     @model_validator(mode="after")
     def _ordered(self) -> AlignPropConfig:
-        if self.most is not None and self.most < self.least:
-            raise ValueError(f"expected most to be at least {self.least}, as least is, got {self.most}")
+        if self.max_steps is not None and self.max_steps < self.min_steps:
+            raise ValueError(
+                f"expected max_steps to be at least {self.min_steps}, as min_steps is, got {self.max_steps}"
+            )
         return self
 
     def check_steps(self, num_steps: int) -> None:
-        check_last(num_steps, self.most or num_steps, self.least)
+        check_last(num_steps, self.max_steps or num_steps, self.min_steps)
 
     def detaches(self) -> bool:
         return False
 
     def build(self, runtime: Runtime) -> Any:
-        from longalign.schedules.steps import Last, agreed
+        from longalign.gradient_steps.steps import Last, synced_randint
 
-        return Last(self.most, least=self.least, detach=False, draw=agreed(runtime))
+        return Last(self.max_steps, min_steps=self.min_steps, detach=False, randint=synced_randint(runtime))
 
 
-class ReFLConfig(ScheduleConfig):
+class ReFLConfig(GradientStepsConfig):
     """ReFL (arXiv 2304.05977, algorithm 1): sampling ends at a random late step, which alone carries gradient and whose
     predicted image is scored.
 
@@ -197,12 +199,12 @@ class ReFLConfig(ScheduleConfig):
         check_last(num_steps, 1, early_stop=self.early_stop)
 
     def build(self, runtime: Runtime) -> Any:
-        from longalign.schedules.steps import Last, agreed
+        from longalign.gradient_steps.steps import Last, synced_randint
 
-        return Last(1, early_stop=self.early_stop, draw=agreed(runtime))
+        return Last(1, early_stop=self.early_stop, randint=synced_randint(runtime))
 
 
-class AllConfig(ScheduleConfig):
+class AllConfig(GradientStepsConfig):
     """Every step.
 
     Attributes:
@@ -213,6 +215,6 @@ class AllConfig(ScheduleConfig):
     detach: bool = True
 
     def build(self, runtime: Runtime) -> Any:
-        from longalign.schedules.steps import All
+        from longalign.gradient_steps.steps import All
 
         return All(detach=self.detach)
