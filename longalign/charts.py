@@ -1,4 +1,4 @@
-"""Small charts as SVG text: curves over steps, and means with their intervals. Colours come from the page's CSS."""
+"""Small SVG charts: curves over steps, and means with intervals. Colours come from the page's CSS."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WIDTH = 400
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """About ``count`` round numbers (1, 2 or 5 times a power of ten apart) within ``[low, high]``."""
+    """About ``count`` round numbers within ``[low, high]``, spaced by 1, 2 or 5 times a power of ten."""
     span = high - low
     if not span > 0 or not math.isfinite(span):
         return [low]
@@ -23,19 +23,19 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Mean over up to ``window`` values around each value; at the ends over those that there are."""
+    """Moving mean over ``window`` values, centred; the window shrinks at the ends."""
     half = window // 2
-    out = []
+    means = []
     for i in range(len(values)):
         near = values[max(0, i - half) : i + half + 1]
-        out.append(sum(near) / len(near))
-    return out
+        means.append(sum(near) / len(near))
+    return means
 
 
 def curve(title: str, steps: Sequence[float], values: Sequence[float], height: int = 170) -> str:
     """One curve over steps: the values as a thin line, their moving mean as a thick one.
 
-    Values that are not finite are left out; without any, the chart says so.
+    Non-finite values are skipped. Without finite values the chart shows "no values".
     """
     points = [(x, y) for x, y in zip(steps, values, strict=True) if math.isfinite(y)]
     if not points:
@@ -59,12 +59,12 @@ def curve(title: str, steps: Sequence[float], values: Sequence[float], height: i
 
 
 def intervals(title: str, rows: Mapping[str, Mapping[str, Interval]], number: Callable[[float], str]) -> str:
-    """Means with their intervals, one row per label and in it one line per model, in the models' order and colours.
+    """Means with intervals: one row per label, in it one line per model, in the models' order and colours.
 
     Args:
         title: caption of the chart.
-        rows: label -> model -> interval; intervals without a value are left out.
-        number: how a value is written.
+        rows: label -> model -> interval; intervals without values are skipped.
+        number: formats a value.
     """
     known = [v for row in rows.values() for v in row.values() if v.count]
     if not known:

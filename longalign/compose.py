@@ -1,4 +1,4 @@
-"""From a config to objects: the only place where the parts of a run meet."""
+"""Builds the parts of a run from its config."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 
 class Composition:
-    """The parts of a run, each built when it is first asked for and then kept.
+    """The parts of a run. Each is built on first access and then reused.
 
     Args:
-        config: the run.
-        runtime: device, dtype and processes; this machine's (`Runtime.detect`) if None.
+        config: config of the run.
+        runtime: device, dtype and processes; detected on this machine (`Runtime.detect`) if None.
     """
 
     def __init__(self, config: RunConfig, runtime: Runtime | None = None):
@@ -46,7 +46,7 @@ class Composition:
 
     @property
     def runtime(self) -> Runtime:
-        """Where parts are built. May be set as long as none is."""
+        """Device, dtype and processes of the parts. Settable until the first part is built."""
         if self._runtime is None:
             self._runtime = Runtime.detect(self.config.loop.precision)
         return self._runtime
@@ -54,12 +54,15 @@ class Composition:
     @runtime.setter
     def runtime(self, runtime: Runtime) -> None:
         if runtime != self._runtime and self._built:
-            raise ValueError(f"the runtime cannot change, for there are already parts on it: {', '.join(self._built)}")
+            raise ValueError(
+                f"the runtime cannot change after parts are built, already built: {', '.join(self._built)}; "
+                "set it before accessing any part"
+            )
         self._runtime = runtime
 
     @property
     def backbone(self) -> Backbone:
-        """What is fine-tuned. With ``init_from`` it has that checkpoint's weights.
+        """The model to fine-tune. With ``init_from`` it has that checkpoint's weights.
 
         Raises `ConfigError` if the config has none.
         """
@@ -67,8 +70,9 @@ class Composition:
 
     @property
     def encoder(self) -> Encoder:
-        """How prompts are encoded. With ``init_from`` it has that checkpoint's adapter; with ``cache.prompts`` it reads
-        what its text models said, which are not loaded.
+        """The prompt encoder. With ``init_from`` it has that checkpoint's adapter.
+
+        With ``cache.prompts`` it reads cached text states; the text models are not loaded.
 
         Raises `ConfigError` if the config has none.
         """
@@ -76,13 +80,13 @@ class Composition:
 
     @property
     def rewards(self) -> list[Reward]:
-        """What images are scored with, in the config's order; empty if it names none."""
+        """The rewards, in the config's order; empty if the config has none."""
         if "rewards" not in self._built:
             from longalign.rewards.base import as_reward
 
             runtime = self.runtime
             if getattr(self.config.trainer, "trains_rewards", False):
-                runtime = replace(runtime, dtype="float32")  # what is trained is loaded in full precision
+                runtime = replace(runtime, dtype="float32")  # trainable weights are loaded in full precision
             self._built["rewards"] = [
                 as_reward(rewards.construct(config, runtime), config.name) for config in self.config.rewards
             ]
@@ -90,23 +94,23 @@ class Composition:
 
     @property
     def trainer(self) -> Trainer:
-        """How the run's parts are trained. Raises `ConfigError` if the config has none."""
+        """The trainer. Raises `ConfigError` if the config has none."""
         if "trainer" not in self._built:
-            config = self._needed("trainer")
+            config = self._require("trainer")
             parts = {key: getattr(self, key) for key in getattr(config, "needs", TRAINED)}
             self._built["trainer"] = trainers.construct(config, self.runtime, **parts, rewards=self.rewards)
         return self._built["trainer"]
 
     @property
     def data(self) -> Data | Stream:
-        """What it is trained on, with latents for images where the run caches those.
+        """The training data; latents replace images if the run caches them.
 
         Raises `ConfigError` if the config has none.
         """
         if "data" not in self._built:
             from longalign.data.base import sized
 
-            self._needed("data")
+            self._require("data")
             data = datasets.construct(sized(self.config), self.runtime)
             if self.config.cache is not None:
                 from longalign.caching import by_index, cached_data
@@ -116,12 +120,12 @@ class Composition:
         return self._built["data"]
 
     def fit(self, resume: str | Path | None = None) -> Any:
-        """Trains; see `longalign.trainers.loop.fit`.
+        """Trains the model; see `longalign.trainers.loop.fit`.
 
         Args:
-            resume: a checkpoint of this run to go on from, exactly as if it had not been interrupted.
+            resume: a checkpoint of this run to resume from; the result equals that of an uninterrupted run.
         """
-        self._needed("trainer")
+        self._require("trainer")
         check_files(self.config, resumed=resume is not None)
         if self.config.cache is not None:
             from longalign.caching import check
@@ -131,35 +135,35 @@ class Composition:
 
         return fit(self, resume=resume)
 
-    def _needed(self, key: Literal["backbone", "encoder", "trainer", "data"]) -> Any:
+    def _require(self, key: Literal["backbone", "encoder", "trainer", "data"]) -> Any:
         config = getattr(self.config, key)
         if config is None:
-            raise ConfigError([(key, f"this run has no {key}; give one to use it")])
+            raise ConfigError([(key, f"this run has no {key}; add '{key}' to the config")])
         return config
 
     def _part(self, key: Literal["backbone", "encoder"]) -> Any:
         if key not in self._built:
-            self._needed(key)
+            self._require(key)
             if self.config.init_from is None:
                 self._built[key] = self._build(key)
             else:
-                self._start(self.config.init_from)
+                self._build_from_checkpoint(self.config.init_from)
         return self._built[key]
 
     def _build(self, key: Literal["backbone", "encoder"]) -> Any:
         if key == "encoder" and self.config.cache is not None and self.config.cache.prompts:
             from longalign.caching import cached_encoder
 
-            data: Any = self.data  # not a stream, which cannot be cached
+            data: Any = self.data  # never a stream: streams cannot be cached
             return cached_encoder(self.config, data, self.runtime)
         registry = {"backbone": backbones, "encoder": encoders}[key]
         return registry.construct(getattr(self.config, key), self.runtime)
 
-    def _start(self, checkpoint: str) -> None:
+    def _build_from_checkpoint(self, checkpoint: str) -> None:
         from longalign.checkpoint import load_into
         from longalign.files import find_checkpoint
 
-        path = find_checkpoint(checkpoint)  # looked for before the weights of the parts are loaded
+        path = find_checkpoint(checkpoint)  # fail before the weights of the parts are loaded
         backbone, encoder = self._build("backbone"), self._build("encoder")
         load_into(path, backbone, encoder)
         self._built.update(backbone=backbone, encoder=encoder)
@@ -168,13 +172,13 @@ class Composition:
 def build_from_config(
     config: Mapping[str, Any] | str | Path | RunConfig, runtime: Runtime | None = None
 ) -> Composition:
-    """Checks a config as a whole and returns its composition; weights are loaded when a part is first asked for.
+    """Validates a config and returns its composition. Weights are loaded when a part is first accessed.
 
     Args:
         config: a mapping, a YAML or JSON file, a checkpoint, or a `RunConfig`; see `load_config`.
-        runtime: device, dtype and processes; this machine's if None.
+        runtime: device, dtype and processes; detected on this machine if None.
 
     Raises:
-        ConfigError: all faults at once, each with its path.
+        ConfigError: with all problems of the config, each with its path.
     """
     return Composition(load_config(config), runtime)

@@ -1,4 +1,4 @@
-"""The published longSD weights (hub: luping-liu/LongSD) as a checkpoint of ours, and as a LoRA for plain diffusers."""
+"""Converts the published longSD weights (Hub: luping-liu/LongSD) to a longalign checkpoint and a diffusers LoRA."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from longalign.backbones.configs import LoraConfig
 from longalign.backbones.lora import LoraWeights, lora_targets
 from longalign.backbones.sd import empty_unet
-from longalign.checkpoint import Weights, export_lora, write
+from longalign.checkpoint import Weights, export_lora, write_weights
 from longalign.config import RunConfig, load_config
 from longalign.encoders.adapter import TextAdapter
 from longalign.files import CHECKPOINT
@@ -22,58 +22,62 @@ SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 T5 = "google-t5/t5-large"
 ADAPTER = "s28750_adapter"
 LORAS = {"align": ("s28750_lora_vis.pt", 28750), "reward": ("sd15-reward-3750.pt", 3750)}
-"""File of each stage, in the order in which they are applied, and the steps it was trained for."""
+"""File of each stage, in the order of application, and its number of training steps."""
 
-# what a UNet of Stable Diffusion 1.5 differs in from diffusers' defaults, so that its hub page is not needed
+# non-default config values of the UNet of Stable Diffusion 1.5; spares the download of its config
 _UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 
 
 def convert_longsd(
     source: str | Path, output: str | Path, backbone: str = SD15, t5: str = T5, align_only: bool = False
 ) -> Path:
-    """Turns a folder of the published files into a checkpoint that ``generate`` and ``init_from`` read.
+    """Converts the published files to a checkpoint for ``generate`` and ``init_from``.
 
-    Beside ``longalign.safetensors`` it writes ``pytorch_lora_weights.safetensors``, the sum of both LoRAs, which a
-    diffusers pipeline reads with ``load_lora_weights``.
+    Also writes ``pytorch_lora_weights.safetensors``, the sum of both LoRAs, for ``load_lora_weights`` of a diffusers
+    pipeline.
 
     Args:
-        source: holds ``s28750_adapter/``, ``s28750_lora_vis.pt`` and ``sd15-reward-3750.pt``.
-        output: folder for both files; one that has a checkpoint already is refused.
-        backbone: hub id or folder of the base model, whose CLIP encodes the segments too.
-        t5: hub id or folder of T5.
-        align_only: leaves the reward stage out; its file is then not needed.
+        source: folder with ``s28750_adapter/``, ``s28750_lora_vis.pt`` and ``sd15-reward-3750.pt``.
+        output: folder for both files; must not have a checkpoint.
+        backbone: Hub id or folder of the base model; its CLIP also encodes the segments.
+        t5: Hub id or folder of T5.
+        align_only: skip the reward stage; its file is then not needed.
 
     Returns:
         The path of ``longalign.safetensors``.
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if a file holds something else than its tensors, or not as many, or of other shapes.
+        ValueError: if a file's content, number of tensors or shapes are not as expected, or ``output`` has a
+            checkpoint.
     """
     source, output = Path(source), Path(output)
     stages = {name: entry for name, entry in LORAS.items() if name == "align" or not align_only}
     missing = [f for f in (ADAPTER, *(file for file, _ in stages.values())) if not (source / f).exists()]
     if missing:
         raise FileNotFoundError(
-            f"{source} lacks {', '.join(missing)}; expected the files of luping-liu/LongSD"
-            + (" (--align-only does without the reward stage)" if missing == [LORAS["reward"][0]] else "")
+            f"missing in {source}: {', '.join(missing)}; expected the files of luping-liu/LongSD"
+            + (" (--align-only skips the reward stage)" if missing == [LORAS["reward"][0]] else "")
         )
     if (output / CHECKPOINT).exists():
-        raise ValueError(f"{output / CHECKPOINT} exists; choose another folder")
+        raise ValueError(f"{output / CHECKPOINT} exists; choose a different folder")
     text_adapter = TextAdapter.load(str(source / ADAPTER))
     unet = empty_unet(backbone, _UNET if backbone == SD15 else None)
     loras = [read_lora_file(source / file, unet, name) for name, (file, _) in stages.items()]
-    # "parts.1" is the place of T5 in the encoder that `longsd_config` composes
+    # T5 is part 1 of the encoder in `longsd_config`
     adapter = {f"parts.1.adapter.{key}": tensor.contiguous() for key, tensor in text_adapter.state_dict().items()}
     step = sum(steps for _, steps in stages.values())
-    path = write(output, longsd_config(backbone, t5, text_adapter), Weights(loras, {}, adapter), step)
+    path = write_weights(output, longsd_config(backbone, t5, text_adapter), Weights(loras, {}, adapter), step)
     export_lora(path, output)
     return path
 
 
 def longsd_config(backbone: str, t5: str, adapter: TextAdapter) -> RunConfig:
-    """The composition that the weights were trained in (paper 3.1, appendix A): CLIP's segments in 240 states, then
-    T5's 240 through the adapter, whose weights come from the checkpoint."""
+    """The config that the weights were trained with (paper, section 3.1, appendix A).
+
+    The encoder concatenates CLIP's segments in 240 states and T5's 240 states through the adapter. The adapter's
+    weights come from the checkpoint.
+    """
     widths = {key: getattr(adapter, key) for key in ("in_dim", "int_dim", "out_dim")}
     clip = {"name": "clip-segment", "checkpoint": backbone, "segmenter": "longalign", "max_tokens": 240}
     text = {"name": "t5", "checkpoint": t5, "max_tokens": 240, "adapter": widths}
@@ -84,31 +88,31 @@ def longsd_config(backbone: str, t5: str, adapter: TextAdapter) -> RunConfig:
 
 
 def read_lora_file(path: Path, unet: nn.Module, name: str) -> LoraWeights:
-    """One stage's LoRA, from its pickled flat list ``[up, down, up, down, ...]``.
+    """Reads one stage's LoRA from its pickled flat list ``[up, down, up, down, ...]``.
 
-    A pair belongs to each Linear and Conv2d inside Attention, ResnetBlock2D and GEGLU in the order in which
-    ``named_modules`` meets them, each once: 224 pairs in Stable Diffusion 1.5.
+    The list has one pair per Linear and Conv2d inside Attention, ResnetBlock2D and GEGLU, in the order of
+    ``named_modules``, without duplicates: 224 pairs in Stable Diffusion 1.5.
 
     Raises:
-        ValueError: if the list has another length, or a tensor another shape, than these layers ask for.
+        ValueError: if the number of tensors or a tensor's shape or dtype does not fit these layers.
     """
     tensors = read_tensors(path)
     layers = {target: unet.get_submodule(target) for target in lora_targets(unet)}
     if len(tensors) != 2 * len(layers):
         raise ValueError(
-            f"{path} holds {len(tensors)} tensors; this UNet has {len(layers)} layers with a LoRA, which makes "
-            f"{2 * len(layers)}. Is it the right base model?"
+            f"{path} has {len(tensors)} tensors; expected {2 * len(layers)} for the {len(layers)} LoRA layers of this "
+            "UNet. Is this the right base model?"
         )
     rank = tensors[0].shape[1] if tensors[0].dim() > 1 else 0
     state: dict[str, Tensor] = {}
     pairs = zip(tensors[::2], tensors[1::2], strict=True)
     for i, ((target, layer), (up, down)) in enumerate(zip(layers.items(), pairs, strict=True)):
         expected = _shapes(layer, rank)
-        for place, (what, tensor) in enumerate((("up", up), ("down", down))):
-            if tuple(tensor.shape) != expected[what] or not tensor.is_floating_point():
+        for offset, (kind, tensor) in enumerate((("up", up), ("down", down))):
+            if tuple(tensor.shape) != expected[kind] or not tensor.is_floating_point():
                 raise ValueError(
-                    f"{path}: tensor {2 * i + place}, '{what}' of '{target}', should be floats of shape "
-                    f"{expected[what]}, got {tensor.dtype} {tuple(tensor.shape)}; expected the list [up, down, up, "
+                    f"{path}: tensor {2 * i + offset}, '{kind}' of '{target}': expected floats of shape "
+                    f"{expected[kind]}, got {tensor.dtype} {tuple(tensor.shape)}; the list must be [up, down, up, "
                     "down, ...] in the order of the UNet's layers"
                 )
         state[f"{target}.lora_A.weight"] = down.detach().clone(memory_format=torch.contiguous_format)
@@ -117,12 +121,12 @@ def read_lora_file(path: Path, unet: nn.Module, name: str) -> LoraWeights:
 
 
 def read_tensors(path: Path) -> list[Tensor]:
-    """The list of tensors in a pickle, read without running any code in it. Raises ValueError if it is none."""
-    found = load_pickle(path)
-    if not isinstance(found, (list, tuple)) or not found or not all(isinstance(t, Tensor) for t in found):
-        held = f"a mapping with keys such as {list(found)[:2]}" if isinstance(found, Mapping) else repr(type(found))
-        raise ValueError(f"{path} should hold a list of tensors [up, down, up, down, ...], it holds {held}")
-    return list(found)
+    """Reads a list of tensors from a pickle, without executing code in it. Raises ValueError if it is no such list."""
+    content = load_pickle(path)
+    if not isinstance(content, (list, tuple)) or not content or not all(isinstance(t, Tensor) for t in content):
+        kind = f"a mapping with keys {list(content)[:2]}" if isinstance(content, Mapping) else repr(type(content))
+        raise ValueError(f"{path}: expected a list of tensors [up, down, up, down, ...], got {kind}")
+    return list(content)
 
 
 def _shapes(layer: Any, rank: int) -> dict[str, tuple[int, ...]]:

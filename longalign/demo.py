@@ -1,4 +1,4 @@
-"""The demo: LongAlign's two stages on the small world, and what they change on held-out long captions."""
+"""The demo: LongAlign's two stages on the synthetic scenes, evaluated on held-out long captions."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ from longalign.table import MetricTable
 BASE, SEGMENTS, ALIGN, REWARD = "base", "segments, untrained", "align", "align+reward"
 MARKER = ".longalign-demo"
 HELD_OUT = 1_000_000
-"""Added to the largest seed of the training data to give the seed of the held-out captions."""
+"""Offset from the largest seed of the training data to the seed of the held-out captions."""
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found.
+    """Results of the demo.
 
     Attributes:
         table: metrics of ``base``, ``segments, untrained``, ``align`` and ``align+reward``.
-        report: the HTML page.
-        seconds: stage -> seconds.
+        report: path of the HTML report.
+        seconds: stage -> duration in seconds.
     """
 
     table: MetricTable
@@ -51,7 +51,7 @@ class DemoResult:
 
 
 def default_config(name: str) -> Path:
-    """The YAML of a demo stage, ``align`` or ``reward``: ``mini-<name>.yaml`` of the examples."""
+    """The config file of a demo stage, ``align`` or ``reward``: ``mini-<name>.yaml`` of the examples."""
     return examples_folder() / f"mini-{name}.yaml"
 
 
@@ -68,80 +68,81 @@ def run_demo(
 ) -> DemoResult:
     """Trains both stages, samples held-out captions with four models, and writes the report.
 
-    ``base`` is the bundled backbone with captions truncated at CLIP's window, as Stable Diffusion does. ``segments,
-    untrained`` is the same backbone with the first stage's encoder, so it shows what encoding by segments does alone.
-    ``align`` has been fine-tuned on long captions with that encoder, and ``align+reward`` on a preference model after
-    that. All sample the same captions from the same noise, so each model differs from the one before it in one thing.
+    ``base`` is the bundled backbone with captions truncated at CLIP's window, as in Stable Diffusion. ``segments,
+    untrained`` is the same backbone with the first stage's encoder: the effect of encoding by segments alone.
+    ``align`` is fine-tuned on long captions with that encoder. ``align+reward`` is then fine-tuned on a preference
+    model. All models sample the same captions from the same noise, so consecutive models differ in one respect.
 
     Args:
-        output: folder for both runs, ``report.html``, ``table.json``, ``table.md`` and all images, in
+        output: folder for both runs, ``report.html``, ``table.json``, ``table.md``, and the images in
             ``images/<model>``; an earlier demo is replaced.
         align: config of the first stage, the bundled one if None; its data must be ``scenes``.
         reward: config of the second stage, the bundled one if None. Its first reward, without reweighting, is measured.
         prompts: number of held-out captions.
-        num_steps: sampling steps; the guidance is the one that the reward stage samples with.
-        batch_size: images drawn at a time.
-        examples: how many captions are shown with their images, the first ones.
-        device: a torch device; the best of this machine if None.
+        num_steps: sampling steps; the guidance is that of the reward stage.
+        batch_size: images per batch.
+        examples: number of captions, from the first on, that the report shows with their images.
+        device: a torch device; the fastest available one if None.
 
     Raises:
-        ValueError: if the output holds something else, or the configs do not fit the demo.
+        ValueError: if ``output`` is not empty and not an earlier demo's, or the configs do not fit the demo.
+        KeyboardInterrupt: if training was interrupted.
     """
     if prompts < 2:
-        raise ValueError(f"expected at least 2 prompts, which differences and their intervals need, got {prompts}")
+        raise ValueError(f"expected at least 2 prompts, to compute differences and their intervals, got {prompts}")
     output = Path(output)
-    first = override(align or default_config("align"), {"output": str(output / "align")})
-    second = override(reward or default_config("reward"), {"output": str(output / "reward"), "init_from": None})
-    captions = held_out_captions([first, second], prompts)
-    pictures = output / "images"
-    prepare_output_dir(output, [Path(first.output), Path(second.output), pictures])
+    align_config = override(align or default_config("align"), {"output": str(output / "align")})
+    reward_config = override(reward or default_config("reward"), {"output": str(output / "reward"), "init_from": None})
+    captions = held_out_captions([align_config, reward_config], prompts)
+    images_dir = output / "images"
+    prepare_output_dir(output, [Path(align_config.output), Path(reward_config.output), images_dir])
     seconds: dict[str, float] = {}
 
     with _timed("align: training", seconds):
-        trained = build_from_config(first, Runtime.detect(first.loop.precision, device)).fit()
-    if trained.interrupted:
+        aligned = build_from_config(align_config, Runtime.detect(align_config.loop.precision, device)).fit()
+    if aligned.interrupted:
         raise KeyboardInterrupt
-    second = override(second, {"init_from": str(trained.checkpoint)})
+    reward_config = override(reward_config, {"init_from": str(aligned.checkpoint)})
     with _timed("reward: training", seconds):
-        rewarded = build_from_config(second, Runtime.detect(second.loop.precision, device)).fit()
+        rewarded = build_from_config(reward_config, Runtime.detect(reward_config.loop.precision, device)).fit()
     if rewarded.interrupted:
         raise KeyboardInterrupt
 
     runtime = Runtime.detect(device=device)
     texts, seeds = [c.text for c in captions], list(range(len(captions)))
-    guidance = getattr(second.trainer, "guidance", 7.5)
+    guidance = getattr(reward_config.trainer, "guidance", 7.5)
     settings = {"num_steps": num_steps, "guidance": guidance, "batch_size": batch_size}
     images: dict[str, Tensor] = {}
-    unread: dict[str, list[frozenset[int]]] = {}
+    truncated: dict[str, list[frozenset[int]]] = {}
     for name in (BASE, SEGMENTS, ALIGN, REWARD):
-        # the report says which sentences were truncated
+        # the report shows which sentences were truncated
         with _timed(f"{name}: sampling", seconds), warnings.catch_warnings():
             warnings.simplefilter("ignore", TruncationWarning)
             if name in (BASE, SEGMENTS):
-                backbone, encoder = _untrained(first, runtime, truncated=name == BASE)
+                backbone, encoder = _untrained(align_config, runtime, truncated=name == BASE)
             else:
-                checkpoint = trained.checkpoint if name == ALIGN else rewarded.checkpoint
+                checkpoint = aligned.checkpoint if name == ALIGN else rewarded.checkpoint
                 backbone, encoder = load_for_sampling(checkpoint, runtime)[1:]
             images[name] = sample(backbone, encoder, texts, seeds=seeds, **settings, progress=True)
             reports = encoder.report(texts)
-            unread[name] = [truncated_sentences(c, report) for c, report in zip(captions, reports, strict=True)]
-            _save(pictures / image_folder(name), images[name], texts, reports, {"model": name, **settings})
+            truncated[name] = [truncated_sentences(c, report) for c, report in zip(captions, reports, strict=True)]
+            _save_images(images_dir / image_folder(name), images[name], texts, reports, {"model": name, **settings})
 
     with _timed("measuring", seconds):
-        inner = getattr(second.rewards[0], "inner", second.rewards[0])
+        inner = getattr(reward_config.rewards[0], "inner", reward_config.rewards[0])
         facts, scores = FactMetric(captions), DecomposedMetric(inner.name, inner.build(runtime), texts)
         table = evaluate(images, texts, [facts, scores], seeds)
-        shown = [_example(i, captions[i], images, unread, facts, scores) for i in range(min(examples, prompts))]
+        shown = [_example(i, captions[i], images, truncated, facts, scores) for i in range(min(examples, prompts))]
 
     seconds["total"] = sum(seconds.values())
     report = write_report(
         output / "report.html",
-        title="LongAlign on the small world",
-        lead=_lead(first, second, captions, guidance, num_steps),
+        title="LongAlign on the synthetic scenes",
+        lead=_lead(align_config, reward_config, captions, guidance, num_steps),
         table=table,
         examples=shown,
-        logs={"align": Path(first.output) / "log.jsonl", "reward": Path(second.output) / "log.jsonl"},
-        configs={"align": first, "reward": second},
+        logs={"align": Path(align_config.output) / "log.jsonl", "reward": Path(reward_config.output) / "log.jsonl"},
+        configs={"align": align_config, "reward": reward_config},
         seconds=seconds,
         score_name=scores.name,
     )
@@ -149,21 +150,21 @@ def run_demo(
     (output / "table.md").write_text(table.markdown(), encoding="utf-8")
     print("\n" + table.text() + "\n" + "\n".join(findings(table)) + "\n")
     print("\n".join(f"{stage:32}{value:6.0f} s" for stage, value in seconds.items()))
-    print(f"\nreport: {report}\nimages: {pictures}")
+    print(f"\nreport: {report}\nimages: {images_dir}")
     return DemoResult(table, report, seconds)
 
 
 def held_out_captions(configs: Sequence[RunConfig], count: int) -> list[Caption]:
-    """Captions of the same kind as the first config's data, of scenes that none of the configs trains on.
+    """Captions distributed as the first config's data, of scenes that none of the configs trains on.
 
     Raises:
-        ValueError: if a config's data are not scenes of the small world.
+        ValueError: if a config's data is not ``scenes``.
     """
     data = [config.data for config in configs]
     for config in data:
         if not isinstance(config, ScenesConfig):
-            found = None if config is None else config.name
-            raise ValueError(f"the demo measures facts, which only the data 'scenes' has; got {found!r}")
+            name = None if config is None else config.name
+            raise ValueError(f"the demo measures facts, which only the data 'scenes' provides; got {name!r}")
     scenes: Any = data[0]
     seed = HELD_OUT + max(config.seed for config in data if isinstance(config, ScenesConfig))
     held_out = ScenesConfig.model_validate({**scenes.model_dump(), "size": count, "seed": seed}).build(Runtime())
@@ -171,26 +172,24 @@ def held_out_captions(configs: Sequence[RunConfig], count: int) -> list[Caption]
 
 
 def _untrained(align: RunConfig, runtime: Runtime, truncated: bool) -> tuple[Any, Encoder]:
-    """The backbone before training, with the first stage's encoder, or truncated at its own text model's window."""
+    """The untrained backbone with the first stage's encoder, or with truncation at its text model's window."""
     checkpoint = getattr(align.backbone, "checkpoint", None)
     if checkpoint is None:
-        raise ValueError(
-            f"the demo needs a backbone with a checkpoint that holds its text encoder, not {align.backbone}"
-        )
+        raise ValueError(f"expected a backbone whose checkpoint contains a text encoder, got {align.backbone}")
     encoder = {"name": "clip-truncate", "checkpoint": checkpoint} if truncated else align.encoder
     composition = build_from_config({"backbone": align.backbone, "encoder": encoder}, runtime)
     return composition.backbone, composition.encoder
 
 
 def image_folder(model: str) -> str:
-    """Name of the folder in ``images`` with a model's images."""
+    """Name of a model's folder in ``images``."""
     return re.sub(r"\W+", "-", model)
 
 
-def _save(
+def _save_images(
     folder: Path, images: Tensor, texts: Sequence[str], reports: Sequence[PromptReport], settings: Mapping[str, Any]
 ) -> None:
-    """Writes images and ``metadata.jsonl`` as `longalign.pipeline.generate` does; the seed is the caption's number."""
+    """Writes images and ``metadata.jsonl`` as `longalign.pipeline.generate` does; the seed is the caption's index."""
     folder.mkdir(parents=True)
     rows = []
     for i, (image, text, report) in enumerate(zip(images, texts, reports, strict=True)):
@@ -208,10 +207,14 @@ def _save(
 
 
 def prepare_output_dir(output: Path, runs: Sequence[Path]) -> None:
-    """Takes a folder for the demo, removing an earlier demo's runs and images but nothing else."""
+    """Creates the demo's folder; removes the runs and images of an earlier demo and nothing else.
+
+    Raises:
+        ValueError: if the folder is not empty and not an earlier demo's.
+    """
     marker = output / MARKER
     if output.exists() and any(output.iterdir()) and not marker.exists():
-        raise ValueError(f"{output} is not empty and not an earlier demo's; choose another output")
+        raise ValueError(f"{output} is not empty and not an earlier demo's; choose a different output")
     for run in runs:
         if run.exists():
             shutil.rmtree(run)
@@ -228,18 +231,18 @@ def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
 
 
 def truncated_sentences(caption: Caption, report: PromptReport) -> frozenset[int]:
-    """Indices of the sentences that reach into what was cut; the cut is the end of the text."""
+    """Indices of the sentences that are truncated, partly or completely."""
     if not report.truncated.strip():
         return frozenset()
-    # counted without blanks, which encoders keep or drop as they split
-    total = len("".join(caption.text.split()))
-    read = total - len("".join(report.truncated.split()))
-    found, end = set(), 0
+    # truncated text is the end of the caption; lengths are without spaces, since encoders may drop spaces at splits
+    length = len("".join(caption.text.split()))
+    encoded_length = length - len("".join(report.truncated.split()))
+    indices, end = set(), 0
     for i, sentence in enumerate(caption.sentences):
         end += len("".join(sentence.text.split()))
-        if end > read:
-            found.add(i)
-    return frozenset(found)
+        if end > encoded_length:
+            indices.add(i)
+    return frozenset(indices)
 
 
 @torch.no_grad()
@@ -247,31 +250,31 @@ def _example(
     index: int,
     caption: Caption,
     images: Mapping[str, Tensor],
-    unread: Mapping[str, Sequence[frozenset[int]]],
+    truncated: Mapping[str, Sequence[frozenset[int]]],
     facts: FactMetric,
     scores: DecomposedMetric,
 ) -> Example:
     sentences = [sentence.text for sentence in caption.sentences]
     embed, texts = scores.reward.image_features, scores.reward.text_features(sentences)
-    shown = {name: drawn[index] for name, drawn in images.items()}
+    example_images = {name: batch[index] for name, batch in images.items()}
     return Example(
         sentences=sentences,
         seed=index,
-        images=shown,
-        verdicts={name: facts.verdicts(image[None], [caption.text])[0] for name, image in shown.items()},
-        scores={name: (embed(image[None]) * texts).sum(-1).tolist() for name, image in shown.items()},
-        unread={name: rows[index] for name, rows in unread.items()},
+        images=example_images,
+        verdicts={name: facts.verdicts(image[None], [caption.text])[0] for name, image in example_images.items()},
+        scores={name: (embed(image[None]) * texts).sum(-1).tolist() for name, image in example_images.items()},
+        truncated={name: rows[index] for name, rows in truncated.items()},
     )
 
 
-def _lead(first: RunConfig, second: RunConfig, captions: Sequence[Caption], guidance: float, num_steps: int) -> str:
+def _lead(align: RunConfig, reward: RunConfig, captions: Sequence[Caption], guidance: float, num_steps: int) -> str:
     words = sorted(caption.num_words for caption in captions)
     return (
-        f"The bundled model was trained on short captions. Here it samples {len(captions)} held-out captions of "
-        f"{words[0]} to {words[-1]} words in four states, from the same noise, with {num_steps} sampling steps and "
-        f"guidance {guidance:g}. {BASE}: captions are truncated at the text encoder's window, as in Stable Diffusion. "
+        f"The bundled model was trained on short captions. Four models sample {len(captions)} held-out captions of "
+        f"{words[0]} to {words[-1]} words from the same noise, with {num_steps} sampling steps and guidance "
+        f"{guidance:g}. {BASE}: captions are truncated at the text encoder's window, as in Stable Diffusion. "
         f"{SEGMENTS}: the same weights, with captions encoded in segments. {ALIGN}: fine-tuned on long captions for "
-        f"{first.loop.steps} steps. {REWARD}: then fine-tuned on a preference model for {second.loop.steps} steps. "
-        "Facts are read from the pixels without any learned model. The images below are those of the first captions, "
-        "not chosen; all are in the folder images beside this page."
+        f"{align.loop.steps} steps. {REWARD}: then fine-tuned on a preference model for {reward.loop.steps} steps. "
+        "Facts are read from the pixels without a learned model. The images below are those of the first captions, "
+        "not selected; all images are in the folder 'images' beside this page."
     )

@@ -1,4 +1,4 @@
-"""A trained model as users of diffusers know one: `from_pretrained`, a call, `save_pretrained`, `push_to_hub`."""
+"""A trained model with the interface of diffusers: `from_pretrained`, a call, `save_pretrained`, `push_to_hub`."""
 
 from __future__ import annotations
 
@@ -23,29 +23,31 @@ if TYPE_CHECKING:
 
 
 class Images(list["Image"]):
-    """A list of PIL images, which code written for diffusers reads as ``.images``."""
+    """A list of PIL images with diffusers' attribute ``images``."""
 
     @property
     def images(self) -> Images:
         return self
 
 
-def _either(**given: Any) -> Any:
-    """The one of two names' values that is not None, or None. Raises ValueError if both are given."""
-    values = {name: value for name, value in given.items() if value is not None}
+def _resolve_alias(**aliases: Any) -> Any:
+    """The value that is not None, or None. Raises ValueError if several are set."""
+    values = {name: value for name, value in aliases.items() if value is not None}
     if len(values) > 1:
-        raise ValueError(f"{' and '.join(given)} are the same setting; give one of them")
+        raise ValueError(f"{' and '.join(aliases)} are the same setting; pass one of them")
     return next(iter(values.values()), None)
 
 
 class Model:
-    """What a checkpoint draws with, frozen: its backbone with all LoRAs merged, and its encoder with its adapter.
+    """A trained model for inference: the backbone with all LoRAs merged, and the encoder with its adapter.
+
+    All weights are frozen.
 
     Args:
-        config: of the run.
+        config: config of the run.
         backbone: denoiser and autoencoder.
-        encoder: of prompts.
-        checkpoint: the file that they are from.
+        encoder: prompt encoder.
+        checkpoint: file of the checkpoint.
     """
 
     def __init__(self, config: RunConfig, backbone: Backbone, encoder: Encoder, checkpoint: Path):
@@ -60,16 +62,17 @@ class Model:
         device: str | None = None,
         dtype: str | None = None,
     ) -> Model:
-        """Loads a checkpoint, and the base model and the text encoders that it names.
+        """Loads a checkpoint with its base model and text encoders.
 
         Args:
-            checkpoint: its file, its folder, a run's folder (the newest one), or ``owner/name`` on the hub.
-            revision: branch, tag or commit on the hub.
-            device: a torch device; the best of this machine if None.
-            dtype: "float32", "bfloat16" or "float16"; that of the training if None.
+            checkpoint: the checkpoint's file or folder, a run's folder (the newest checkpoint), or ``owner/name`` on
+                the Hub.
+            revision: branch, tag or commit on the Hub.
+            device: a torch device; the fastest available one if None.
+            dtype: "float32", "bfloat16" or "float16"; the training dtype if None.
 
         Raises:
-            FileNotFoundError: if there is none.
+            FileNotFoundError: if the checkpoint does not exist.
             ValueError: if it was not written by longalign, or the device is not available.
         """
         path = find_checkpoint(str(checkpoint), revision)
@@ -98,31 +101,31 @@ class Model:
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
     ) -> Images:
-        """Generates one image for each prompt, or for each seed of one prompt.
+        """Generates one image per prompt, or one per seed of a single prompt.
 
-        The arguments have this library's names. Those of diffusers do as well: ``negative_prompt`` is ``negative``,
-        ``num_inference_steps`` is ``steps``, ``guidance_scale`` is ``guidance``. ``seeds`` replaces ``generator``.
+        The names of diffusers work too: ``negative_prompt``, ``num_inference_steps`` and ``guidance_scale``. ``seeds``
+        replaces ``generator``.
 
         Args:
-            prompt: one or several.
-            seeds: one for all prompts, one for each, or any number for a single prompt.
-            negative: one text for all, or one for each image; the empty prompt if None.
-            steps: sampling steps; 25 if None.
-            guidance: scale of classifier-free guidance; 7.5 if None, and 1 is none.
-            scheduler: "unipc", "ddim", "dpm++" or "lcm".
+            prompt: one or several prompts.
+            seeds: one for all prompts, one per prompt, or any number for a single prompt.
+            negative: negative prompt, one for all images or one per image; the empty prompt if None.
+            num_steps: sampling steps; 25 if None.
+            guidance: scale of classifier-free guidance; 7.5 if None. 1 disables guidance.
+            solver: "unipc", "ddim", "dpm++" or "lcm".
             height: pixels; the backbone's own resolution if None.
             width: pixels; the backbone's own resolution if None.
-            batch_size: images sampled at a time.
-            progress: whether to show a bar.
-            negative_prompt: the same as ``negative``.
-            num_inference_steps: the same as ``steps``.
-            guidance_scale: the same as ``guidance``.
+            batch_size: images per batch.
+            progress: whether to show a progress bar.
+            negative_prompt: alias of ``negative``.
+            num_inference_steps: alias of ``num_steps``.
+            guidance_scale: alias of ``guidance``.
 
         Returns:
-            A list of PIL images, which is also its own ``images``.
+            A list of PIL images. Its attribute ``images`` is the list itself.
 
         Raises:
-            ValueError: if the numbers of prompts and seeds do not fit, or a setting is given by both of its names.
+            ValueError: if the numbers of prompts and seeds do not match, or a setting is passed under both names.
         """
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         numbers = [seeds] * len(texts) if isinstance(seeds, int) else list(seeds)
@@ -130,13 +133,13 @@ class Model:
             texts *= len(numbers)
         if not texts or len(texts) != len(numbers):
             raise ValueError(
-                "expected one seed, one for each prompt, or any number for a single prompt, "
+                "expected one seed, one seed per prompt, or any number of seeds for a single prompt, "
                 f"got {len(numbers)} seeds and {len(texts)} prompts"
             )
         settings = {
-            "negative": _either(negative=negative, negative_prompt=negative_prompt),
-            "num_steps": _either(num_steps=num_steps, num_inference_steps=num_inference_steps),
-            "guidance": _either(guidance=guidance, guidance_scale=guidance_scale),
+            "negative": _resolve_alias(negative=negative, negative_prompt=negative_prompt),
+            "num_steps": _resolve_alias(num_steps=num_steps, num_inference_steps=num_inference_steps),
+            "guidance": _resolve_alias(guidance=guidance, guidance_scale=guidance_scale),
         }
         images = sample(
             self.backbone,
@@ -153,16 +156,16 @@ class Model:
         return Images(to_pil(image) for image in images)
 
     def to_pipeline(self, **components: Any) -> Any:
-        """The base model's stock diffusers pipeline with this model's denoiser, sharing its weights.
+        """The base model's diffusers pipeline with this model's denoiser, sharing its weights.
 
-        Its own text encoders know nothing of this model's: call it with what `longalign.condition` makes of prompts and
-        this model's ``encoder``.
+        The pipeline's own text encoders are unchanged. Pass it the output of `longalign.condition` with this model's
+        ``encoder``.
 
         Args:
-            **components: handed to ``DiffusionPipeline.from_pretrained``, e.g. ``text_encoder=None`` to load none.
+            **components: passed to ``DiffusionPipeline.from_pretrained``, e.g. ``text_encoder=None`` to load none.
 
         Raises:
-            ValueError: if the base model has no pipeline, because it is in a single file or made in code.
+            ValueError: if the base model has no pipeline: it is a single file, or was built in code.
         """
         denoiser = self.backbone.denoiser
         components = {denoiser_folder(self.config): denoiser, **components}
@@ -171,7 +174,7 @@ class Model:
     def save_pretrained(
         self, folder: str | Path, *, metrics: str | Path | None = None, license: str | None = None
     ) -> list[Path]:
-        """Writes what `from_pretrained`, plain diffusers and a reader need; see `longalign.publish.export`."""
+        """Writes the files for `from_pretrained` and diffusers, and a model card; see `longalign.publish.export`."""
         return publish.export(self.checkpoint, folder, metrics, license)
 
     def push_to_hub(
@@ -185,7 +188,7 @@ class Model:
         metrics: str | Path | None = None,
         license: str | None = None,
     ) -> str:
-        """Saves and uploads, see `longalign.publish.push_to_hub`; returns the address."""
+        """Saves and uploads the model; returns its URL. See `longalign.publish.push_to_hub`."""
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, metrics=metrics, license=license)
             return publish.push_to_hub(folder, repository, private, token=token, revision=revision, message=message)

@@ -1,4 +1,4 @@
-"""What a run leaves behind, read for people: its log, what its config changes, the machine it ran on."""
+"""Human-readable run records: the log's curves, non-default config values, the machine."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ PACKAGES = ("longalign", "torch", "diffusers", "transformers", "accelerate", "pe
 
 
 def read_log(path: Path | str) -> dict[str, tuple[list[float], list[float]]]:
-    """The curves of a ``log.jsonl``: name -> (steps, values). A resumed run may repeat steps; the last value counts."""
-    found: dict[str, dict[float, float]] = {}
+    """The curves of a ``log.jsonl``: name -> (steps, values). Of a repeated step, as after resuming, the last value."""
+    curves: dict[str, dict[float, float]] = {}
     for line in Path(path).read_text().splitlines():
         row = json.loads(line)
         for name, value in row.items():
             if name not in ("step", "seconds") and isinstance(value, (int, float)) and not isinstance(value, bool):
-                found.setdefault(name, {})[row["step"]] = float(value)
-    return {name: (sorted(values), [values[s] for s in sorted(values)]) for name, values in found.items()}
+                curves.setdefault(name, {})[row["step"]] = float(value)
+    return {name: (sorted(values), [values[s] for s in sorted(values)]) for name, values in curves.items()}
 
 
-def changed(config: BaseModel) -> dict[str, Any]:
-    """What of a config differs from its defaults, parts with their names."""
-    out = {}
+def non_defaults(config: BaseModel) -> dict[str, Any]:
+    """The config's values that differ from their defaults, and the names of its parts."""
+    values = {}
     for key, info in type(config).model_fields.items():
         value = getattr(config, key)
         if key != "name" and value == info.get_default(call_default_factory=True, validated_data={}):
             continue
-        out[key] = _plain(value)
-    return out
+        values[key] = _plain(value)
+    return values
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, BaseModel):
-        return changed(value)
+        return non_defaults(value)
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
     if isinstance(value, Mapping):
@@ -55,9 +55,9 @@ def machine_text() -> str:
 
 
 def machine() -> dict[str, str]:
-    """The machine and the versions of what a run depends on."""
-    out = {"system": platform.platform(terse=True), "processor": f"{processor()}, {torch.get_num_threads()} threads"}
+    """The machine and the versions of the packages that a run depends on."""
+    info = {"system": platform.platform(terse=True), "processor": f"{processor()}, {torch.get_num_threads()} threads"}
     if torch.cuda.is_available():
-        out["accelerator"] = torch.cuda.get_device_name()
-    out["Python"] = platform.python_version()
-    return out | {name: metadata.version(name) for name in PACKAGES}
+        info["accelerator"] = torch.cuda.get_device_name()
+    info["Python"] = platform.python_version()
+    return info | {name: metadata.version(name) for name in PACKAGES}

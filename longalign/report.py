@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a run: the metric table, image grids with verdicts, curves, configs, machine."""
+"""A self-contained HTML report of a run: metrics, image grids with verdicts, training curves, configs, machine."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from torch import Tensor
 
 from longalign import charts
 from longalign.image_io import to_pil
-from longalign.record import changed, machine, read_log
-from longalign.table import MIN_PROMPTS, Interval, MetricTable, is_share, label, number
+from longalign.record import machine, non_defaults, read_log
+from longalign.table import MIN_PROMPTS, Interval, MetricTable, is_fraction, label, number
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-"""The page loads nothing and runs no script, whatever text came into it."""
+"""The page loads nothing and runs no script, even if its texts contain markup."""
 LONGEST_SIDE = 384
-"""ImagePreprocessor; larger images are embedded reduced to this."""
+"""Pixels; larger images are downscaled to this before embedding."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt drawn by every model with the same seed.
+    """One prompt with the image of every model, from the same seed.
 
     Attributes:
-        sentences: the prompt, sentence by sentence.
-        seed: of the noise.
+        sentences: the sentences of the prompt.
+        seed: seed of the noise.
         images: model -> image ``(3, h, w)`` in [0, 1].
-        verdicts: model -> for each sentence, for each fact told in it, whether the image shows it.
-        scores: model -> for each sentence, a reward's score.
-        unread: model -> indices of the sentences that its encoder did not read, or not to their end.
+        verdicts: model -> sentence -> fact -> whether the image shows the fact.
+        scores: model -> sentence -> a reward's score.
+        truncated: model -> indices of the sentences that its encoder truncated, partly or completely.
     """
 
     sentences: Sequence[str]
@@ -44,7 +44,7 @@ class Example:
     images: Mapping[str, Tensor]
     verdicts: Mapping[str, Sequence[Sequence[bool]]] = field(default_factory=dict)
     scores: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    unread: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    truncated: Mapping[str, frozenset[int]] = field(default_factory=dict)
 
 
 def write_report(
@@ -59,21 +59,24 @@ def write_report(
     seconds: Mapping[str, float] | None = None,
     score_name: str = "score",
 ) -> Path:
-    """Writes the page: one file without scripts that needs no network.
+    """Writes the report: one HTML file without scripts, viewable offline.
 
     Args:
-        path: of the HTML file; missing folders are made.
+        path: path of the HTML file; missing folders are created.
         title: heading.
-        lead: a paragraph below it; plain text.
+        lead: plain text below the heading.
         table: metrics of the models; the first model is the base.
         examples: image grids.
-        logs: stage -> its ``log.jsonl``, one JSON object a line with ``step`` and numbers.
+        logs: stage -> its ``log.jsonl``, one JSON object per line with ``step`` and numbers.
         configs: stage -> its config.
-        seconds: stage -> how long it took.
-        score_name: what the examples' scores are called.
+        seconds: stage -> duration in seconds.
+        score_name: name of the examples' scores.
+
+    Returns:
+        The path of the HTML file.
     """
     sections = [
-        f"<header><h1>{escape(title)}</h1><p class='lead'>{escape(lead)}</p>{_result(table)}</header>",
+        f"<header><h1>{escape(title)}</h1><p class='lead'>{escape(lead)}</p>{_findings_list(table)}</header>",
         _metrics(table),
         _breakdowns(table),
         _examples(examples, table.models, score_name),
@@ -97,15 +100,15 @@ def write_report(
 
 
 def findings(table: MetricTable) -> list[str]:
-    """Each model against the one before it, a sentence each in plain text, losses named beside gains.
+    """Compares each model with the previous one, one plain-text sentence per model, with losses beside gains.
 
-    The first metric's mean and paired difference come first. Then come the shares of it (`MetricTable.breakdowns`) and
-    the other metrics whose difference is significant.
+    A sentence starts with the first metric's mean and paired difference. Significant differences of its breakdowns
+    (`MetricTable.breakdowns`) and of the other metrics follow.
     """
     metric = table.metrics[0]
-    title, unit = label(metric).removesuffix(", %"), "%" if is_share(metric) else ""
+    title, unit = label(metric).removesuffix(", %"), "%" if is_fraction(metric) else ""
     few = len(set(table.prompts)) < MIN_PROMPTS
-    out = [f"{table.base}: {title} {_range(table.interval(table.base, metric), metric, unit)}."]
+    sentences = [f"{table.base}: {title} {_range(table.interval(table.base, metric), metric, unit)}."]
     for other, model in zip(table.models, table.models[1:], strict=False):
         name = f"{model} - {other}"
         gain = table.difference(model, metric, other)
@@ -116,25 +119,27 @@ def findings(table: MetricTable) -> list[str]:
             + ("" if gain.significant or few else ", no significant difference")
         ]
         changes = {
-            (f"{heading.partition(' by ')[2]} {share}" if share[0].isdigit() else share): row[name]
+            (f"{heading.partition(' by ')[2]} {group}" if group[0].isdigit() else group): row[name]
             for heading, groups in table.breakdowns(metric, paired=True).items()
-            for share, row in groups.items()
+            for group, row in groups.items()
             if row[name].significant
         }
         if changes:
-            worse = [f"{share} {_change(v, metric)}" for share, v in changes.items() if v.mean < 0]
-            better = [share for share, v in changes.items() if v.mean > 0]
+            worse = [f"{group} {_change(v, metric)}" for group, v in changes.items() if v.mean < 0]
+            better = [group for group, v in changes.items() if v.mean > 0]
             lines.append("worse: " + (", ".join(worse) or "none"))
             lines.append("better: " + (", ".join(better) or "none"))
-        moved = {m: v for m in table.metrics[1:] if (v := table.difference(model, m, other)).significant}
-        lines += [f"{label(m)} {_change(v, m)}" for m, v in moved.items()]
-        for m, relevant in moved.items():
-            irrelevant = moved.get(m.replace("text_relevant", "text_irrelevant"))
+        others = {m: v for m in table.metrics[1:] if (v := table.difference(model, m, other)).significant}
+        lines += [f"{label(m)} {_change(v, m)}" for m, v in others.items()]
+        for m, relevant in others.items():
+            irrelevant = others.get(m.replace("text_relevant", "text_irrelevant"))
             if m.endswith("text_relevant") and irrelevant and irrelevant.mean > relevant.mean > 0:
                 ratio = irrelevant.mean / relevant.mean
-                lines.append(f"the text-irrelevant part rises {ratio:.1f} times as much as the text-relevant one")
-        out.append("; ".join(lines) + ".")
-    return [*out, f"note: fewer than {MIN_PROMPTS} prompts, so no difference is called significant."] if few else out
+                lines.append(f"the text-irrelevant part rises {ratio:.1f} times as much as the text-relevant part")
+        sentences.append("; ".join(lines) + ".")
+    if few:
+        sentences.append(f"note: fewer than {MIN_PROMPTS} prompts, no difference is significant.")
+    return sentences
 
 
 def _range(interval: Interval, metric: str, unit: str = "") -> str:
@@ -147,8 +152,8 @@ def _change(interval: Interval, metric: str) -> str:
     return f"{mean} [{low}, {high}]"
 
 
-def _result(table: MetricTable) -> str:
-    """`findings` as a list."""
+def _findings_list(table: MetricTable) -> str:
+    """`findings` as an HTML list."""
     if len(table.models) < 2:
         return ""
     rows = []
@@ -177,9 +182,9 @@ def _metrics(table: MetricTable) -> str:
         name = f'<th><span class="key">{_dot(i)}{escape(model)}</span></th>'
         rows.append(f"<tr>{name}{''.join(_cell(table.interval(model, m), m) for m in table.metrics)}</tr>")
     prompts, images = len(set(table.prompts)), len(table.prompts)
-    each = "one image each" if images == prompts else f"{images} images"
-    out = [
-        f"<section><h2>Metrics</h2><p class='soft'>{prompts} prompts, {each}. All models share prompts and seeds. "
+    counts = f"{prompts} prompts, {'one image each' if images == prompts else f'{images} images'}"
+    parts = [
+        f"<section><h2>Metrics</h2><p class='soft'>{counts}. All models share prompts and seeds. "
         "Ranges are 95% bootstrap intervals of the mean.</p>",
         f'<div class="scroll"><table><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table></div>',
     ]
@@ -189,16 +194,16 @@ def _metrics(table: MetricTable) -> str:
             label(m): {n: table.difference(model, m, other) for n, (model, other) in names.items()}
             for m in table.metrics
         }
-        out.append(
-            "<h3>Differences</h3><p class='soft'>Paired over prompts and seeds; bold where the interval excludes "
-            f"zero, from {MIN_PROMPTS} prompts.</p>"
+        parts.append(
+            "<h3>Differences</h3><p class='soft'>Paired over prompts and seeds; bold if the interval excludes zero "
+            f"(at least {MIN_PROMPTS} prompts).</p>"
             + _differences(columns, dict(zip(columns, table.metrics, strict=True)))
         )
-    return "".join(out) + "</section>"
+    return "".join(parts) + "</section>"
 
 
 def _differences(columns: Mapping[str, Mapping[str, Interval]], metrics: Mapping[str, str]) -> str:
-    """A table of paired differences: one row for each pair of models, one column for each label."""
+    """A table of paired differences: one row per pair of models, one column per label."""
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
     rows = [
         f"<tr><th>{escape(pair)}</th>"
@@ -211,24 +216,24 @@ def _differences(columns: Mapping[str, Mapping[str, Interval]], metrics: Mapping
 
 
 def _breakdowns(table: MetricTable) -> str:
-    shown = [m for m in table.metrics if table.shares(m)] or table.metrics[:1]
+    metrics = [m for m in table.metrics if table.submetrics(m)] or table.metrics[:1]
     figures = [
         charts.intervals(title, rows, lambda value, metric=metric: number(value, metric))
-        for metric in shown
+        for metric in metrics
         for title, rows in table.breakdowns(metric).items()
     ]
     if not figures:
         return ""
-    body = f"<p>{_keys(table.models)}</p><div class='charts'>{''.join(figures)}</div>"
+    body = f"<p>{_legend(table.models)}</p><div class='charts'>{''.join(figures)}</div>"
     body += "".join(
         f"<h3>Paired differences, {escape(title)}</h3>{_differences(groups, dict.fromkeys(groups, metric))}"
-        for metric in shown
+        for metric in metrics
         for title, groups in table.breakdowns(metric, paired=True).items()
     )
     return f"<section><h2>Breakdown</h2>{body}</section>"
 
 
-def _keys(models: Sequence[str]) -> str:
+def _legend(models: Sequence[str]) -> str:
     return "".join(f'<span class="key">{_dot(i)}{escape(m)}</span>' for i, m in enumerate(models))
 
 
@@ -242,8 +247,8 @@ def _examples(examples: Sequence[Example], models: Sequence[str], score_name: st
         )
     if any(e.scores for e in examples):
         caption += f" The small number is the image's {score_name} with that sentence alone."
-    if any(e.unread and any(e.unread.values()) for e in examples):
-        caption += " A dashed chip marks a sentence that the model's encoder did not read to its end."
+    if any(e.truncated and any(e.truncated.values()) for e in examples):
+        caption += " A dashed chip marks a sentence that the model's encoder truncated."
     body = "".join(_example(e, [m for m in models if m in e.images]) for e in examples)
     return f"<section><h2>Images</h2><p class='soft'>{escape(caption)}</p>{body}</section>"
 
@@ -254,7 +259,8 @@ def _example(example: Example, models: Sequence[str]) -> str:
         facts = [f for s in example.verdicts.get(model, ()) for f in s]
         count = f"<br>{sum(facts)} of {len(facts)} facts" if facts else ""
         figures.append(
-            f'<figure><img src="{data_url(example.images[model])}" alt="drawn by {escape(model)}, seed {example.seed}">'
+            f'<figure><img src="{data_url(example.images[model])}" '
+            f'alt="generated by {escape(model)}, seed {example.seed}">'
             f"<figcaption>{_dot(i)} <b>{escape(model)}</b>{count}</figcaption></figure>"
         )
     head = "".join(f'<th class="verdict">{escape(m).replace("+", "+<wbr>")}</th>' for m in models)
@@ -276,20 +282,20 @@ def _chip(example: Example, model: str, sentence: int) -> str:
         lines.append(f"{sum(facts)}/{len(facts)}" if facts else "-")
     if model in example.scores:
         lines.append(f"<small>{example.scores[model][sentence]:.3f}</small>")
-    if sentence in example.unread.get(model, ()):
-        kind += " unread"
-        lines.append("<small>not read</small>")
+    if sentence in example.truncated.get(model, ()):
+        kind += " truncated"
+        lines.append("<small>truncated</small>")
     return (
         f'<td class="verdict"><span class="chip {kind.strip()}">{"".join(lines)}</span></td>' if lines else "<td></td>"
     )
 
 
 def data_url(image: Tensor) -> str:
-    """An image ``(3, h, w)`` in [0, 1] as a PNG in a ``data:`` address, at most `LONGEST_SIDE` wide or high."""
-    picture = to_pil(image)
-    picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    """An image ``(3, h, w)`` in [0, 1] as a PNG ``data:`` URL, at most `LONGEST_SIDE` pixels wide and high."""
+    pil_image = to_pil(image)
+    pil_image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
+    pil_image.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -297,7 +303,7 @@ def _curves(logs: Mapping[str, Path | str]) -> str:
     parts = []
     for stage, path in logs.items():
         if not Path(path).exists():
-            parts.append(f"<h3>{escape(stage)}</h3><p class='soft'>{escape(str(path))} was not written.</p>")
+            parts.append(f"<h3>{escape(stage)}</h3><p class='soft'>No log: {escape(str(path))} does not exist.</p>")
             continue
         curves = {name.replace("_", "-"): curve for name, curve in read_log(path).items()}
         constant = [f"{name} {values[0]:g}" for name, (_, values) in curves.items() if len(set(values)) == 1]
@@ -313,7 +319,7 @@ def _configs(configs: Mapping[str, BaseModel]) -> str:
 
     parts = [
         f"<details><summary>{escape(stage)}</summary>"
-        f"<h3>What differs from the defaults</h3><pre>{dump(changed(config))}</pre>"
+        f"<h3>Non-default values</h3><pre>{dump(non_defaults(config))}</pre>"
         f"<h3>Full config</h3><pre>{dump(config.model_dump(mode='json'))}</pre></details>"
         for stage, config in configs.items()
     ]

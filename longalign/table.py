@@ -1,4 +1,4 @@
-"""Per-image metric values of several models on the same prompts and seeds: means with intervals, paired differences."""
+"""Metric tables: means with intervals and paired differences of several models on the same prompts and seeds."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ import numpy as np
 
 LENGTH_EDGES = (30, 60, 120, 240)
 MIN_PROMPTS = 10
-"""Fewer prompts give a bootstrap interval that is too narrow to call a difference significant."""
+"""Minimum number of prompts for significance; with fewer, bootstrap intervals are too narrow."""
 CHUNK = 1_000_000
+GROUP_LABELS = {"by_position": "position in the prompt"}
+"""Display names of groups of submetrics."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its bootstrap interval, of ``count`` images of ``prompts`` prompts. All NaN without values."""
+    """A mean and its bootstrap interval over ``count`` images of ``prompts`` prompts; NaN without values."""
 
     mean: float
     low: float
@@ -35,15 +37,15 @@ class Interval:
 def bootstrap(
     values: np.ndarray, groups: Sequence[str] | None = None, samples: int = 2000, level: float = 0.95, seed: int = 0
 ) -> Interval:
-    """The mean of ``values`` with its percentile bootstrap interval. Given differences, this is the paired bootstrap.
+    """The mean of ``values`` with its percentile bootstrap interval. Of differences, this is the paired bootstrap.
 
     Args:
-        values: ``(n,)``; NaN where there is none, which is left out.
-        groups: what is drawn with replacement, one label a value: images of one prompt are not independent of each
-            other, so the prompt is drawn and all of its images with it. None draws the values one by one.
-        samples: number of draws.
+        values: ``(n,)``; NaN values are skipped.
+        groups: one label per value. Groups are resampled instead of values: images of one prompt are not independent,
+            so a prompt is resampled with all its images. None resamples single values.
+        samples: number of bootstrap samples.
         level: coverage of the interval.
-        seed: of the draws, so that the same values always give the same interval.
+        seed: seed of the resampling; the same values always give the same interval.
     """
     values = np.asarray(values, dtype=np.float64)
     known = ~np.isnan(values)
@@ -55,8 +57,8 @@ def bootstrap(
     sums, counts = sums[counts > 0], counts[counts > 0]
     rng = np.random.default_rng(seed)
     rows = max(1, CHUNK // len(sums))
-    drawn = (rng.integers(len(sums), size=(min(rows, samples - i), len(sums))) for i in range(0, samples, rows))
-    means = np.concatenate([sums[index].sum(1) / counts[index].sum(1) for index in drawn])
+    resampled = (rng.integers(len(sums), size=(min(rows, samples - i), len(sums))) for i in range(0, samples, rows))
+    means = np.concatenate([sums[index].sum(1) / counts[index].sum(1) for index in resampled])
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(values[known].mean()), float(low), float(high), int(known.sum()), len(sums))
 
@@ -64,7 +66,7 @@ def bootstrap(
 def length_labels(
     prompts: Sequence[str], edges: Sequence[int] = LENGTH_EDGES, count: Callable[[str], int] | None = None
 ) -> list[str]:
-    """The length bucket of each prompt, e.g. ``"31-60"``; lengths are words unless ``count`` says otherwise."""
+    """The length bucket of each prompt, e.g. ``"31-60"``. ``count`` measures the length, in words by default."""
     count = count or (lambda text: len(text.split()))
     names = [f"{low + 1}-{high}" for low, high in zip((0, *edges[:-1]), edges, strict=True)] + [f"over {edges[-1]}"]
     return [names[int(np.searchsorted(edges, count(prompt)))] for prompt in prompts]
@@ -72,13 +74,13 @@ def length_labels(
 
 @dataclass(frozen=True)
 class MetricTable:
-    """Metric values of models over the same images' prompts and seeds; the first model is the base.
+    """Metric values of several models on the same prompts and seeds. The first model is the base.
 
-    A metric whose name holds ``/`` is a share of the one before the slash (``facts/colour``): it is shown as a
+    A metric with ``/`` in its name (``facts/colour``) is a submetric of the one before the slash. It is shown in a
     breakdown, not in the main table.
 
     Attributes:
-        values: model -> metric -> ``(n,)`` values, NaN where an image has none.
+        values: model -> metric -> ``(n,)`` values, NaN where an image has no value.
         prompts: the ``n`` prompts.
         seeds: the ``n`` seeds.
     """
@@ -92,8 +94,8 @@ class MetricTable:
             for metric, values in metrics.items():
                 if np.shape(values) != (len(self.prompts),):
                     raise ValueError(
-                        f"'{metric}' of '{model}' has shape {np.shape(values)}; expected one value for each of the "
-                        f"{len(self.prompts)} prompts"
+                        f"'{metric}' of '{model}' has shape {np.shape(values)}; expected one value per prompt, "
+                        f"({len(self.prompts)},)"
                     )
 
     @property
@@ -106,7 +108,7 @@ class MetricTable:
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """The models that are compared: each with the base, then each with the one before it."""
+        """The compared pairs ``(model, other)``: each model with the base, then each with the previous one."""
         neighbours = zip(self.models[2:], self.models[1:], strict=False)
         return [*((model, self.base) for model in self.models[1:]), *neighbours]
 
@@ -115,8 +117,8 @@ class MetricTable:
         """The metrics of the main table, in order."""
         return [m for m in dict.fromkeys(m for v in self.values.values() for m in v) if "/" not in m]
 
-    def shares(self, metric: str) -> list[str]:
-        """The names of the shares of a metric, e.g. ``facts/colour``."""
+    def submetrics(self, metric: str) -> list[str]:
+        """The names of a metric's submetrics, e.g. ``facts/colour``."""
         names = dict.fromkeys(m for v in self.values.values() for m in v)
         return [m for m in names if m.startswith(metric + "/")]
 
@@ -124,20 +126,21 @@ class MetricTable:
         """The ``(n,)`` values of one model."""
         if model not in self.values or metric not in self.values[model]:
             raise ValueError(
-                f"no '{metric}' of '{model}'; there is {', '.join(self.metrics)} of {', '.join(self.models)}"
+                f"no '{metric}' of '{model}'; available: metrics {', '.join(self.metrics)}, "
+                f"models {', '.join(self.models)}"
             )
         return np.asarray(self.values[model][metric], dtype=np.float64)
 
     def interval(self, model: str, metric: str, rows: np.ndarray | None = None) -> Interval:
-        """Mean and 95% interval, of all images or of those that the boolean ``rows`` picks."""
+        """Mean and 95% interval over all images, or over those selected by the boolean mask ``rows``."""
         return self._bootstrap(self.row(model, metric), rows)
 
     def difference(self, model: str, metric: str, base: str | None = None, rows: np.ndarray | None = None) -> Interval:
-        """Mean difference to another model on the same prompts and seeds, with its paired 95% interval."""
+        """Mean paired difference to the model ``base`` (the first one if None), with its 95% interval."""
         return self._bootstrap(self.row(model, metric) - self.row(base or self.base, metric), rows)
 
     def significant(self, model: str, base: str | None = None) -> tuple[dict[str, Interval], dict[str, Interval]]:
-        """The significant paired differences of a model to another one, shares included.
+        """The significant paired differences between two models, including submetrics.
 
         Args:
             model: one of the models.
@@ -150,24 +153,27 @@ class MetricTable:
         losses: dict[str, Interval] = {}
         for metric in self.values[model]:
             if metric in self.values[base or self.base]:
-                found = self.difference(model, metric, base)
-                if found.significant:
-                    (gains if found.mean > 0 else losses)[metric] = found
+                difference = self.difference(model, metric, base)
+                if difference.significant:
+                    (gains if difference.mean > 0 else losses)[metric] = difference
         return gains, losses
 
     def _bootstrap(self, values: np.ndarray, rows: np.ndarray | None) -> Interval:
         rows = np.ones(len(values), dtype=bool) if rows is None else rows
         return bootstrap(values[rows], np.asarray(self.prompts, dtype=object)[rows].tolist())
 
-    def by(
+    def by_group(
         self, metric: str, labels: Sequence[str] | None = None, paired: bool = False
     ) -> dict[str, dict[str, Interval]]:
-        """A metric by groups of images, label -> model -> interval; by the prompt's length in words if no labels.
+        """A metric by groups of images: label -> model -> interval.
 
-        ``paired`` gives the differences of `pairs` in place of the models' own values.
+        Args:
+            metric: name of the metric.
+            labels: one group label per image; the prompt's length in words if None.
+            paired: return the differences of `pairs` instead of the models' values.
         """
         labels = length_labels(self.prompts) if labels is None else labels
-        order = _natural(labels)
+        order = _natural_order(labels)
         masks = {name: np.asarray([label == name for label in labels]) for name in order}
         return {name: self._columns(metric, paired, mask) for name, mask in masks.items()}
 
@@ -182,12 +188,12 @@ class MetricTable:
             few = len(set(self.prompts)) < MIN_PROMPTS
             note = f"none marked *: fewer than {MIN_PROMPTS} prompts" if few else "* interval excludes zero"
             blocks.append((f"paired differences ({note})", [head, *rows]))
-            lost = [[f"{m} - {other}", label(k), show_difference(change, k)]
-                    for m, other in self.pairs for k, change in self.significant(m, other)[1].items()]  # fmt: skip
-            if lost:
-                blocks.append(("significant losses", [["", "metric", "difference"], *lost]))
-        # one metric's breakdowns fill a screen: those of the metrics that have shares, else of the first
-        for metric in [m for m in self.metrics if self.shares(m)] or self.metrics[:1]:
+            losses = [[f"{m} - {other}", label(k), show_difference(change, k)]
+                      for m, other in self.pairs for k, change in self.significant(m, other)[1].items()]  # fmt: skip
+            if losses:
+                blocks.append(("significant losses", [["", "metric", "difference"], *losses]))
+        # breakdowns are long: show those of metrics with submetrics, else of the first metric
+        for metric in [m for m in self.metrics if self.submetrics(m)] or self.metrics[:1]:
             for title, groups in self.breakdowns(metric).items():
                 grid = [["", *self.models]]
                 grid += [[name, *(show(row[m], metric) for m in self.models)] for name, row in groups.items()]
@@ -200,26 +206,26 @@ class MetricTable:
         return blocks
 
     def breakdowns(self, metric: str, paired: bool = False) -> dict[str, dict[str, dict[str, Interval]]]:
-        """All breakdowns of a metric, title -> label -> model -> interval: by length, and by each of its shares.
+        """All breakdowns of a metric, by prompt length and by submetrics: title -> label -> model -> interval.
 
-        Shares are named ``metric/label`` or ``metric/group/label``; one title gathers the labels of a group.
+        Submetrics are named ``metric/label`` or ``metric/group/label``. Each group has one title.
 
         Args:
             metric: name of the metric.
-            paired: paired differences of `pairs`, keyed ``"model - other"``, in place of each model's own values; none
-                where there is one model.
+            paired: return the differences of `pairs`, keyed ``"model - other"``, instead of the models' values; empty
+                with a single model.
         """
-        found: dict[str, dict[str, dict[str, Interval]]] = {}
+        breakdowns: dict[str, dict[str, dict[str, Interval]]] = {}
         if paired and len(self.models) < 2:
-            return found
-        lengths = self.by(metric, paired=paired)
+            return breakdowns
+        lengths = self.by_group(metric, paired=paired)
         if len(lengths) > 1:
-            found[f"{label(metric)} by length of the prompt in words"] = lengths
-        for share in self.shares(metric):
-            *group, name = share.split("/")[1:]
-            title = f"{label(metric)} by {group[0] if group else 'part'}"
-            found.setdefault(title, {})[name] = self._columns(share, paired)
-        return found
+            breakdowns[f"{label(metric)} by length of the prompt in words"] = lengths
+        for submetric in self.submetrics(metric):
+            *group, name = submetric.split("/")[1:]
+            title = f"{label(metric)} by {GROUP_LABELS.get(group[0], group[0]) if group else 'part'}"
+            breakdowns.setdefault(title, {})[name] = self._columns(submetric, paired)
+        return breakdowns
 
     def _columns(self, metric: str, paired: bool, rows: np.ndarray | None = None) -> dict[str, Interval]:
         """Model -> interval, or ``"model - other"`` -> interval of the paired difference."""
@@ -231,31 +237,31 @@ class MetricTable:
         """The table for a terminal.
 
         Args:
-            width: columns of the terminal; wider grids are split into several, one below the other. None splits none.
+            width: columns of the terminal; wider grids are split into several, stacked vertically. No split if None.
         """
-        out = [self._caption()]
+        blocks = [self._caption()]
         for title, grid in self._blocks():
-            parts = "\n\n".join(_aligned(part) for part in _fitting(grid, width))
-            out.append(f"{title}\n{parts}" if title else parts)
-        return "\n\n".join(out) + "\n"
+            parts = "\n\n".join(_aligned(part) for part in _split_columns(grid, width))
+            blocks.append(f"{title}\n{parts}" if title else parts)
+        return "\n\n".join(blocks) + "\n"
 
     def markdown(self) -> str:
         """The table as Markdown."""
-        out = [self._caption()]
+        blocks = [self._caption()]
         for title, grid in self._blocks():
             head, *rows = grid
             lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
             lines += ["| " + " | ".join(row) + " |" for row in rows]
-            out.append((f"**{title}**\n\n" if title else "") + "\n".join(lines))
-        return "\n\n".join(out) + "\n"
+            blocks.append((f"**{title}**\n\n" if title else "") + "\n".join(lines))
+        return "\n\n".join(blocks) + "\n"
 
     def _caption(self) -> str:
         prompts = len(set(self.prompts))
-        each = f", {len(self.prompts)} images a model" if len(self.prompts) != prompts else ""
-        return f"{prompts} prompts{each}; mean [95% bootstrap interval]"
+        images = f", {len(self.prompts)} images per model" if len(self.prompts) != prompts else ""
+        return f"{prompts} prompts{images}; mean [95% bootstrap interval]"
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, values of each image included, as plain values for JSON; NaN becomes None."""
+        """The table with the values of each image, as plain values for JSON; NaN becomes None."""
         metrics = {m: list(v) for m, v in self.values.items()}
         return {
             "prompts": list(self.prompts),
@@ -281,39 +287,42 @@ class MetricTable:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MetricTable:
-        """The table that `to_dict` wrote."""
+        """The table from the output of `to_dict`."""
         values = {m: {k: np.array([math.nan if x is None else x for x in v]) for k, v in ks.items()}
                   for m, ks in data["values"].items()}  # fmt: skip
         return cls(values, list(data["prompts"]), list(data["seeds"]))
 
 
-def is_share(metric: str) -> bool:
-    """Whether a metric is a fraction that is shown in percent."""
+def is_fraction(metric: str) -> bool:
+    """Whether a metric is a fraction, shown in percent."""
     return metric.split("/")[0] == "facts"
 
 
 def label(metric: str) -> str:
-    """What a metric is called in a table."""
-    return ("fact accuracy" + metric.removeprefix("facts") + ", %") if is_share(metric) else metric.replace("_", "-")
+    """The display name of a metric."""
+    if not is_fraction(metric):
+        return metric.replace("_", "-")
+    groups = [GROUP_LABELS.get(part, part) for part in metric.split("/")[1:]]
+    return "/".join(["fact accuracy", *groups]) + ", %"
 
 
 def number(value: float, metric: str, sign: bool = False) -> str:
-    """One value as it is shown: percent for fractions, four decimals for the rest."""
+    """Formats one value: percent for fractions, four decimals otherwise."""
     if math.isnan(value):
         return "-"
     plus = "+" if sign else ""
-    return f"{100 * value:{plus}.1f}" if is_share(metric) else f"{value:{plus}.4f}"
+    return f"{100 * value:{plus}.1f}" if is_fraction(metric) else f"{value:{plus}.4f}"
 
 
 def show(interval: Interval, metric: str) -> str:
-    """``mean [low, high]``."""
+    """Formats an interval: ``mean [low, high]``."""
     if not interval.count:
         return "-"
     return f"{number(interval.mean, metric)} [{number(interval.low, metric)}, {number(interval.high, metric)}]"
 
 
 def show_difference(interval: Interval, metric: str) -> str:
-    """``+mean [+low, +high]``, with a star if it is significant."""
+    """Formats a difference: ``+mean [+low, +high]``, with a star if significant."""
     if not interval.count:
         return "-"
     mean, low, high = (number(v, metric, sign=True) for v in (interval.mean, interval.low, interval.high))
@@ -324,8 +333,8 @@ def _plain(interval: Interval) -> dict[str, Any]:
     return {k: None if math.isnan(v) else v for k, v in vars(interval).items()}
 
 
-def _natural(labels: Sequence[str]) -> list[str]:
-    """Distinct labels; those that start with a number by that number, ``over n`` last."""
+def _natural_order(labels: Sequence[str]) -> list[str]:
+    """Distinct labels, sorted by leading number; labels without one, such as ``over n``, are last."""
 
     def key(name: str) -> tuple[int, float, str]:
         digits = name.split("-")[0]
@@ -334,15 +343,15 @@ def _natural(labels: Sequence[str]) -> list[str]:
     return sorted(set(labels), key=key)
 
 
-def _fitting(grid: list[list[str]], width: int | None) -> list[list[list[str]]]:
-    """The grid, or several that are as narrow as asked where possible: each has the first column and some others."""
-    first, *others = _widths(grid)
+def _split_columns(grid: list[list[str]], width: int | None) -> list[list[list[str]]]:
+    """Splits a grid into grids of at most ``width`` characters where possible; each repeats the first column."""
+    label_width, *widths = _widths(grid)
     parts: list[list[int]] = [[]]
-    used = first
-    for i, size in enumerate(others, start=1):
+    used = label_width
+    for i, size in enumerate(widths, start=1):
         if width is not None and parts[-1] and used + 2 + size > width:
             parts.append([])
-            used = first
+            used = label_width
         parts[-1].append(i)
         used += 2 + size
     return [[[row[i] for i in (0, *columns)] for row in grid] for columns in parts]
