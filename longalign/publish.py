@@ -116,7 +116,7 @@ def _export_reward(
 ) -> list[Path]:
     folder = source.parent / REWARD
     if not folder.is_dir():
-        raise ValueError(f"the folder {folder} with the trained reward is missing; is this already an export?")
+        raise ValueError(f"the folder {folder} with the trained reward is missing; is this an export already?")
     files = sorted(folder.iterdir())
     output.mkdir(parents=True, exist_ok=True)
     _copy_checkpoint(source, output)

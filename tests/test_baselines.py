@@ -1,4 +1,4 @@
-"""The models that the paper compares with, in the layouts that they are published in, through our commands."""
+"""Baselines of the paper in their published layouts, through the commands."""
 
 import json
 import logging
@@ -42,9 +42,9 @@ from longalign.mini.tokenizers import write_clip_tokenizer
 from longalign.runtime import Runtime
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning"),  # between diffusers' solvers and numpy 2
-    pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument"),  # between diffusers and its hub client
-    pytest.mark.filterwarnings("ignore:`callback_steps` is deprecated:FutureWarning"),  # of diffusers by diffusers
+    pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning"),  # diffusers' solvers with numpy 2
+    pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument"),  # diffusers with its Hub client
+    pytest.mark.filterwarnings("ignore:`callback_steps` is deprecated:FutureWarning"),  # diffusers with itself
 ]
 PROMPTS = ["A red fox sleeps on a wall.", "The sky is green."]
 CPU = Runtime()
@@ -52,15 +52,15 @@ DECODER, PRIOR = "kandinsky-community/kandinsky-2-2-decoder", "kandinsky-communi
 CARD = f"---\nlicense: apache-2.0\nprior:\n- {PRIOR}\ntags:\n- text-to-image\n- kandinsky\ninference: false\n---\n"
 
 
-def publish(folder, kind, **components):
-    """Writes ``model_index.json`` as it is on the hub: the class and the components by their published classes."""
-    index = {"_class_name": kind, "_diffusers_version": "0.22.0.dev0"}
+def publish(folder, class_name, **components):
+    """Writes ``model_index.json`` as on the Hub, with the published class names."""
+    index = {"_class_name": class_name, "_diffusers_version": "0.22.0.dev0"}
     (folder / "model_index.json").write_text(json.dumps({**index, **components}))
     return folder
 
 
-def lively(module):
-    """Weights large enough that a prompt changes the image."""
+def scale_weights(module):
+    """Makes the weights large enough for a prompt to change the image."""
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if "norm" not in name:
@@ -82,7 +82,7 @@ def tiny_playground(folder):
 
 
 def tiny_pixart(folder):
-    """PixArt-alpha of 256 px, the smallest size that its pipeline has; the transformer's class has its older name."""
+    """PixArt-alpha of 256 px, the smallest size of its pipeline; the transformer's class has its old name."""
     t5 = tiny_t5(folder / "t5")
     tokens = AutoTokenizer.from_pretrained(t5)
     torch.manual_seed(5)
@@ -101,8 +101,8 @@ def tiny_pixart(folder):
     shutil.rmtree(t5)
     config = json.loads((folder / "transformer" / "config.json").read_text())
     published = {"_class_name": "Transformer2DModel", "double_self_attention": False, "num_vector_embeds": None}
-    more = {"only_cross_attention": False, "use_linear_projection": False, "norm_type": "ada_norm_single"}
-    (folder / "transformer" / "config.json").write_text(json.dumps({**config, **published, **more}))
+    unused = {"only_cross_attention": False, "use_linear_projection": False, "norm_type": "ada_norm_single"}
+    (folder / "transformer" / "config.json").write_text(json.dumps({**config, **published, **unused}))
     return publish(
         folder, "PixArtAlphaPipeline", scheduler=["diffusers", "DPMSolverMultistepScheduler"],
         text_encoder=["transformers", "T5EncoderModel"], tokenizer=["transformers", type(tokens).__name__],
@@ -111,16 +111,16 @@ def tiny_pixart(folder):
 
 
 def tiny_kandinsky(decoder, prior):
-    """Kandinsky 2.2: a decoder that reads an image embedding, and the prior that makes one of a text."""
+    """Kandinsky 2.2: a decoder conditioned on an image embedding, and the prior that predicts one from text."""
     tokens = CLIPTokenizerFast.from_pretrained(write_clip_tokenizer(prior / "tokenizer", PROMPTS))
     torch.manual_seed(6)
-    tower = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    ends = {"bos_token_id": tokens.bos_token_id, "eos_token_id": tokens.eos_token_id}
-    text = CLIPTextConfig(**tower, **ends, vocab_size=len(tokens), projection_dim=8)
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    special_tokens = {"bos_token_id": tokens.bos_token_id, "eos_token_id": tokens.eos_token_id}
+    text = CLIPTextConfig(**sizes, **special_tokens, vocab_size=len(tokens), projection_dim=8)
     KandinskyV22PriorPipeline(
-        lively(PriorTransformer(num_attention_heads=2, attention_head_dim=4, num_layers=1, embedding_dim=8)),
-        CLIPVisionModelWithProjection(CLIPVisionConfig(**tower, image_size=16, patch_size=8, projection_dim=8)),
-        lively(CLIPTextModelWithProjection(text)), tokens,
+        scale_weights(PriorTransformer(num_attention_heads=2, attention_head_dim=4, num_layers=1, embedding_dim=8)),
+        CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes, image_size=16, patch_size=8, projection_dim=8)),
+        scale_weights(CLIPTextModelWithProjection(text)), tokens,
         UnCLIPScheduler(prediction_type="sample", variance_type="fixed_small_log", clip_sample_range=5.0),
         CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16),
     ).save_pretrained(prior)  # fmt: skip
@@ -138,7 +138,7 @@ def tiny_kandinsky(decoder, prior):
         encoder_hid_dim_type="image_proj", resnet_time_scale_shift="scale_shift",
     )  # fmt: skip
     for part in (unet.add_embedding, unet.encoder_hid_proj):
-        lively(part)
+        scale_weights(part)
     movq = VQModel(
         block_out_channels=(32,) * 4, latent_channels=4, num_vq_embeddings=8, vq_embed_dim=4,
         norm_type="spatial", down_block_types=("DownEncoderBlock2D",) * 3 + ("AttnDownEncoderBlock2D",),
@@ -157,7 +157,7 @@ def tiny_kandinsky(decoder, prior):
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """A cache of the hub as a download leaves it, with both of Kandinsky's repositories."""
+    """A local Hub cache with both of Kandinsky's repositories."""
     home, folders = tmp_path_factory.mktemp("hub"), []
     for name, commit in ((DECODER, "d" * 40), (PRIOR, "e" * 40)):
         repository = home / f"models--{name.replace('/', '--')}"
@@ -173,115 +173,122 @@ def hub(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, hub):
-    """What ``--pipeline`` is given for each model."""
+    """Value of ``--pipeline`` for each model."""
     folder = tmp_path_factory.mktemp("baselines")
     playground, pixart = tiny_playground(folder / "playground"), tiny_pixart(folder / "pixart")
     return {"playground": str(playground), "pixart": str(pixart), "kandinsky": DECODER}
 
 
-KINDS = {
+CLASSES = {
     "playground": "StableDiffusionXLPipeline",
     "pixart": "PixArtAlphaPipeline",
     "kandinsky": "KandinskyV22CombinedPipeline",
 }
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("negative", [None, "green"])
-def test_images_are_the_pipelines_own_in_any_batch(models, tmp_path, name, negative):
+def test_baselines_match_pipeline_in_any_batch(models, tmp_path, name, negative):
     output, size = tmp_path / "out", ["--size", "64", "--num-steps", "2", "--guidance", "3"]
     negatives = [] if negative is None else ["--negative", negative]
     prompts = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
     assert main(["generate", "--pipeline", models[name], *prompts, *size, *negatives, "--output", str(output)]) == 0
     pipe = baselines.load_pipeline(models[name], CPU)
-    assert type(pipe).__name__ == KINDS[name]
-    own = {} if negative is None else {"negative_prompt": negative}
-    drawn = [load_image(output / f"{i:05d}-0.png") for i in range(2)]
-    for prompt, ours, other in zip(PROMPTS, drawn, reversed(drawn), strict=True):
+    assert type(pipe).__name__ == CLASSES[name]
+    negative_kwargs = {} if negative is None else {"negative_prompt": negative}
+    images = [load_image(output / f"{i:05d}-0.png") for i in range(2)]
+    for prompt, image, other in zip(PROMPTS, images, reversed(images), strict=True):
         generator = torch.Generator().manual_seed(0)
-        image = pipe(
-            prompt, generator=generator, height=64, width=64, num_inference_steps=2, guidance_scale=3.0, **own
+        expected = pipe(
+            prompt,
+            generator=generator,
+            height=64,
+            width=64,
+            num_inference_steps=2,
+            guidance_scale=3.0,
+            **negative_kwargs,
         ).images[0]
-        # rounding moves single pixels by a step of 8 bits, another prompt the whole image
-        assert steps(ours, baselines._tensor(image)) < 0.01 < 0.3 < steps(other, baselines._tensor(image))
+        # rounding changes single pixels by one 8-bit step, a different prompt changes the whole image
+        expected = baselines._to_tensor(expected)
+        assert pixel_difference(image, expected) < 0.01 < 0.3 < pixel_difference(other, expected)
 
 
-def steps(one, other):
-    """The mean difference of two images, in steps of 8 bits."""
-    return 255 * (one - other).abs().mean().item()
+def pixel_difference(a, b):
+    """The mean difference of two images, in 8-bit steps."""
+    return 255 * (a - b).abs().mean().item()
 
 
-def test_a_comparison_is_one_command(models, brightness, tmp_path, capsys):
+def test_eval_and_score_pipelines(models, brightness, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    given = ["--prompts", str(tmp_path / "prompts.txt"), "--reward", brightness, "--num-steps", "2", "--size", "64"]
-    names = [f"{name}={where}" for name, where in models.items()]
+    options = ["--prompts", str(tmp_path / "prompts.txt"), "--reward", brightness, "--num-steps", "2", "--size", "64"]
+    named = [f"{name}={pipeline}" for name, pipeline in models.items()]
     output = tmp_path / "compared"
-    assert main(["eval", "--pipeline", *names, *given, "--output", str(output), "--json", str(tmp_path / "t")]) == 0
+    assert main(["eval", "--pipeline", *named, *options, "--output", str(output), "--json", str(tmp_path / "t")]) == 0
     assert "kandinsky - playground" in capsys.readouterr().out
     assert list(json.loads((tmp_path / "t").read_text())["values"]) == list(models)
-    assert main(["score", "--pipeline", models["kandinsky"], *given]) == 0
+    assert main(["score", "--pipeline", models["kandinsky"], *options]) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith("mean of 2")
 
 
-def test_a_decoder_is_drawn_with_by_the_scheduler_asked_for(models):
+def test_set_scheduler_kandinsky_decoder(models):
     pipe = baselines.load_pipeline(models["kandinsky"], CPU)
-    own, prior = pipe.scheduler, pipe.prior_pipe.scheduler
+    default, prior = pipe.scheduler, pipe.prior_pipe.scheduler
 
-    def draw():
+    def generate():
         generator = torch.Generator().manual_seed(0)
         image = pipe(PROMPTS[0], height=64, width=64, num_inference_steps=2, generator=generator).images[0]
-        return baselines._tensor(image)
+        return baselines._to_tensor(image)
 
-    drawn = {"own": draw()}
+    images = {"default": generate()}
     for name in ("dpm++", "ddim"):
         baselines.set_scheduler(pipe, name)
         assert type(pipe.decoder_pipe.scheduler).__name__ == baselines.SCHEDULER_CLASSES[name]
         assert pipe.prior_pipe.scheduler is prior
-        drawn[name] = draw()
-        pipe.scheduler = own
+        images[name] = generate()
+        pipe.scheduler = default
     pipe.decoder_pipe.scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, clip_sample=False)
-    assert torch.equal(drawn["ddim"], draw())
-    pipe.decoder_pipe.scheduler = own
-    assert torch.equal(drawn["own"], draw()) and not torch.equal(drawn["own"], drawn["ddim"])
-    for name in ("lcm", "unipc"):  # of other models; it takes no generators
-        with pytest.raises(ValueError, match=f"KandinskyV22CombinedPipeline cannot be drawn with '{name}'"):
+    assert torch.equal(images["ddim"], generate())
+    pipe.decoder_pipe.scheduler = default
+    assert torch.equal(images["default"], generate()) and not torch.equal(images["default"], images["ddim"])
+    for name in ("lcm", "unipc"):  # incompatible (lcm), or a step without generator (unipc)
+        with pytest.raises(ValueError, match=f"KandinskyV22CombinedPipeline.*'{name}'"):
             baselines.set_scheduler(pipe, name)
 
 
-def test_a_size_that_a_pipeline_does_not_have_is_refused(models, tmp_path):
-    with pytest.raises(ValueError, match=r"KandinskyV22CombinedPipeline drew images of height 128 instead of 72"):
+def test_baselines_generate_unsupported_size_raises(models, tmp_path):
+    with pytest.raises(ValueError, match=r"KandinskyV22CombinedPipeline.*height 128.* 72;"):
         baselines.generate(models["kandinsky"], PROMPTS[:1], tmp_path, num_steps=1, height=72, width=64, runtime=CPU)
 
 
-def test_a_decoder_without_its_prior_is_refused(hub, tmp_path, monkeypatch):
+def test_load_pipeline_decoder_without_prior_raises(hub, tmp_path, monkeypatch):
     (decoder,) = hub.glob("*decoder/snapshots/*")
-    alone = tmp_path / "decoder"
-    shutil.copytree(decoder, alone, ignore=shutil.ignore_patterns("README.md"))
-    with pytest.raises(ValueError, match=r"a decoder whose README.md names its prior, .*prior_prior"):
-        baselines.load_pipeline(str(alone), CPU)
-    (alone / "README.md").write_text(CARD.replace(PRIOR, "nobody/nothing"))
-    with pytest.raises(ValueError, match=r"no diffusers pipeline .*decoder'.*nobody/nothing"):
-        baselines.load_pipeline(str(alone), CPU)
+    decoder_only = tmp_path / "decoder"
+    shutil.copytree(decoder, decoder_only, ignore=shutil.ignore_patterns("README.md"))
+    with pytest.raises(ValueError, match=r"prompt.*README\.md.*prior_prior"):
+        baselines.load_pipeline(str(decoder_only), CPU)
+    (decoder_only / "README.md").write_text(CARD.replace(PRIOR, "nobody/nothing"))
+    with pytest.raises(ValueError, match=r"decoder'.*nobody/nothing"):
+        baselines.load_pipeline(str(decoder_only), CPU)
     (prior,) = hub.glob("*prior/snapshots/*")
-    (alone / "README.md").write_text(CARD.replace(PRIOR, str(prior)))
-    assert type(baselines.load_pipeline(str(alone), CPU)).__name__ == KINDS["kandinsky"]
+    (decoder_only / "README.md").write_text(CARD.replace(PRIOR, str(prior)))
+    assert type(baselines.load_pipeline(str(decoder_only), CPU)).__name__ == CLASSES["kandinsky"]
 
 
-def test_a_tokenizer_that_cannot_be_read_is_told(models, tmp_path):
+def test_load_pipeline_unreadable_sentencepiece_raises(models, tmp_path):
     shutil.copytree(models["pixart"], tmp_path / "pixart", ignore=shutil.ignore_patterns("tokenizer.json"))
     (tmp_path / "pixart" / "tokenizer" / "spiece.model").write_bytes(b"not a vocabulary")
     with pytest.raises(ValueError, match="pip install sentencepiece protobuf"):
         baselines.load_pipeline(str(tmp_path / "pixart"), CPU)
 
 
-def test_captions_that_are_not_cleaned_are_told_once(models, tmp_path, monkeypatch, caplog):
+def test_caption_cleaning_missing_library_warns_once(models, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(baselines, "find_spec", lambda name: None if name == "bs4" else True)
     with caplog.at_level(logging.WARNING, "longalign"):
         baselines.generate(
             models["pixart"], PROMPTS, tmp_path, batch_size=1, num_steps=2, height=64, width=64, runtime=CPU
         )
-    (negatives,) = caplog.messages
-    assert "beautifulsoup4 is not installed" in negatives and "pip install beautifulsoup4" in negatives
+    (message,) = caplog.messages
+    assert "PixArtAlphaPipeline" in message and "pip install beautifulsoup4" in message and "ftfy" not in message
     monkeypatch.setattr(baselines, "find_spec", lambda name: True)
-    assert baselines.cleaning(baselines.load_pipeline(models["pixart"], CPU)) == {}
-    assert baselines.cleaning(baselines.load_pipeline(models["playground"], CPU)) == {}
+    assert baselines.caption_cleaning_kwargs(baselines.load_pipeline(models["pixart"], CPU)) == {}
+    assert baselines.caption_cleaning_kwargs(baselines.load_pipeline(models["playground"], CPU)) == {}

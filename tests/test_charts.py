@@ -6,14 +6,14 @@ from longalign.table import Interval
 NAN = float("nan")
 
 
-def test_ticks_are_round_numbers_inside():
+def test_ticks_are_round_and_within_range():
     assert ticks(0, 10) == [0, 5, 10]
     assert ticks(-0.13, 0.42) == [0, 0.2, 0.4]
     assert ticks(0, 100, 5) == [0, 20, 40, 60, 80, 100]
     assert ticks(3, 3) == [3]
 
 
-def test_the_moving_mean_uses_what_there_is_at_the_ends():
+def test_smooth_shrinks_window_at_ends():
     assert smooth([0, 3, 6, 9], 3) == [1.5, 3, 6, 7.5]
     assert smooth([1, 5], 1) == [1, 5]
 
@@ -23,20 +23,20 @@ def points(svg, name):
     return [tuple(float(v) for v in p.split(",")) for p in line.get("points").split()]
 
 
-def test_a_curve_goes_from_left_to_right_and_up_for_more():
-    found = points(curve("loss & more", [0, 10, 20], [1.0, 3.0, 2.0]), "raw")
-    assert [x for x, _ in found] == [52, 222, 392]
-    (_, first), (_, second), (_, third) = found
-    assert second < third < first
-    assert third - second == first - third
+def test_curve_axis_directions():
+    pixels = points(curve("loss & more", [0, 10, 20], [1.0, 3.0, 2.0]), "raw")
+    assert [x for x, _ in pixels] == [52, 222, 392]
+    (_, low), (_, high), (_, middle) = pixels
+    assert high < middle < low  # y grows downwards
+    assert middle - high == low - middle
 
 
-def test_values_that_are_not_finite_are_left_out():
+def test_curve_skips_non_finite_values():
     assert len(points(curve("loss", [0, 1, 2], [1.0, NAN, 2.0]), "raw")) == 2
     assert "no values" in curve("loss", [0], [NAN]) and "no values" in curve("loss", [], [])
 
 
-def test_each_interval_has_its_place_and_its_words():
+def test_intervals_positions_and_titles():
     rows = {"short": {"base": Interval(0.2, 0.1, 0.3, 5), "tuned": Interval(0.6, 0.5, 0.7, 5)},
             "long <b>": {"base": Interval(NAN, NAN, NAN, 0), "tuned": Interval(0.5, 0.4, 0.6, 5)}}  # fmt: skip
     svg = intervals("facts", rows, lambda v: f"{v:.1f}")

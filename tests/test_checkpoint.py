@@ -59,7 +59,7 @@ def saved(composition, folder, step=7):
 
 
 @pytest.mark.parametrize("lora", [{"rank": 2}, None])
-def test_a_checkpoint_gives_the_same_predictions(world, tmp_path, lora):
+def test_checkpoint_round_trip_predictions(world, tmp_path, lora):
     config = world.align_config(tmp_path)
     config["trainer"]["lora"] = lora
     composition = trained(config)
@@ -79,7 +79,7 @@ def test_a_checkpoint_gives_the_same_predictions(world, tmp_path, lora):
 
 
 @pytest.mark.parametrize(("dtype", "found"), [(None, torch.float32), ("bfloat16", torch.bfloat16)])
-def test_what_is_drawn_with_has_the_dtype_asked_for(world, tmp_path, dtype, found):
+def test_load_model_dtype(world, tmp_path, dtype, found):
     composition = trained(world.align_config(tmp_path))
     saved(composition, tmp_path / "checkpoint-000001")
     for source in (tmp_path, composition.config):
@@ -89,7 +89,7 @@ def test_what_is_drawn_with_has_the_dtype_asked_for(world, tmp_path, dtype, foun
         assert images.dtype == torch.float32 and images.isfinite().all()
 
 
-def test_sampling_builds_no_trainer_and_no_reward(world, tmp_path, monkeypatch):
+def test_load_for_sampling_builds_no_trainer_or_reward(world, tmp_path, monkeypatch):
     path = saved(trained(world.reward_config(tmp_path)), tmp_path / "checkpoint-000001")
 
     def refuse(*args, **kwargs):
@@ -101,7 +101,7 @@ def test_sampling_builds_no_trainer_and_no_reward(world, tmp_path, monkeypatch):
     assert config.trainer is not None and config.trainer.name == "reward"
 
 
-def test_a_checkpoint_explains_itself(world, tmp_path):
+def test_checkpoint_metadata(world, tmp_path):
     metadata = read_metadata(saved(trained(world.reward_config(tmp_path)), tmp_path / "c"))
     assert load_config(json.loads(metadata["config"])) == load_config(world.reward_config(tmp_path))
     assert metadata["step"] == "7" and metadata["format"] == "1"
@@ -112,7 +112,7 @@ def test_a_checkpoint_explains_itself(world, tmp_path):
     assert json.loads(metadata["loras"]) == [{"name": "reward", "config": {**LORA.model_dump(), "dropout": 0.1}}]
 
 
-def test_reward_on_top_of_align_keeps_both(world, tmp_path):
+def test_reward_stage_checkpoint_keeps_align_lora(world, tmp_path):
     align = trained(world.align_config(tmp_path / "align"))
     with_align = asked(align.backbone, align.encoder)
     start = saved(align, tmp_path / "align" / "checkpoint-000001").parent
@@ -137,7 +137,7 @@ def test_reward_on_top_of_align_keeps_both(world, tmp_path):
     assert torch.allclose(asked(backbone, encoder), with_both, atol=1e-5)
 
 
-def test_stock_diffusers_loads_the_exported_lora(tmp_path):
+def test_export_lora_loads_in_diffusers(tmp_path):
     from diffusers import StableDiffusionPipeline
 
     folder = tiny_sd(tmp_path / "sd")
@@ -162,7 +162,7 @@ def test_stock_diffusers_loads_the_exported_lora(tmp_path):
     assert torch.allclose(got, expected, atol=1e-4)
 
 
-def test_what_cannot_be_exported_is_refused(world, tmp_path):
+def test_export_lora_without_lora_raises(world, tmp_path):
     config = world.align_config(tmp_path)
     config["trainer"]["lora"] = None
     saved(trained(config), tmp_path / "full")
@@ -174,7 +174,7 @@ def test_what_cannot_be_exported_is_refused(world, tmp_path):
         checkpoint.export_lora(tmp_path / "none", tmp_path)
 
 
-def test_a_checkpoint_that_does_not_fit_is_refused(world, tmp_path):
+def test_load_mismatched_checkpoint_raises(world, tmp_path):
     path = saved(trained(world.align_config(tmp_path)), tmp_path / "c")
     with pytest.raises(ValueError, match=r"the encoder's adapter do not fit: 'adapter.0.\w+' is unknown"):
         checkpoint.load_into(path, tiny_backbone(), worlds.ToyEncoder(with_adapter=False))
@@ -185,7 +185,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(world, tmp_path):
         checkpoint.load_weights(tmp_path / "nowhere")
 
 
-def test_a_write_that_fails_leaves_the_old_file(world, tmp_path, monkeypatch):
+def test_save_failing_keeps_old_file(world, tmp_path, monkeypatch):
     composition = trained(world.align_config(tmp_path))
     path = saved(composition, tmp_path / "c")
     before = path.read_bytes()
@@ -219,7 +219,7 @@ def rewritten(path, tensors=None, **metadata):
         (lambda t, key: {k: v for k, v in t.items() if not k.startswith("lora.")}, "the LoRA 'align' and holds no"),
     ],
 )
-def test_weights_are_not_half_loaded(world, tmp_path, change, message):
+def test_load_weights_invalid_tensors_raise(world, tmp_path, change, message):
     path = saved(trained(world.align_config(tmp_path)), tmp_path / "c")
     tensors = load_file(path)
     rewritten(path, change(tensors, next(key for key in tensors if key.startswith("lora."))))
@@ -231,7 +231,7 @@ def test_weights_are_not_half_loaded(world, tmp_path, change, message):
 @pytest.mark.parametrize(
     "loras", ["", "{}", "[]", "[1]", '[{"name": "a"}]', '[{"name": "a", "config": {"rank": "x"}}]', "5"]
 )
-def test_metadata_of_another_form_is_named(world, tmp_path, loras):
+def test_load_weights_invalid_lora_metadata_raises(world, tmp_path, loras):
     path = saved(trained(world.align_config(tmp_path)), tmp_path / "c")
     rewritten(path, loras=loras)
     with pytest.raises(ValueError, match=r"does not list its LoRAs|its metadata do not tell of") as caught:
@@ -239,7 +239,7 @@ def test_metadata_of_another_form_is_named(world, tmp_path, loras):
     assert str(path) in str(caught.value)
 
 
-def test_a_checkpoint_is_sampled_without_the_plugins_that_only_training_needs(world, tmp_path, caplog):
+def test_load_for_sampling_without_training_plugins(world, tmp_path, caplog):
     path = saved(trained(world.reward_config(tmp_path)), tmp_path / "c")
     config = json.loads(read_metadata(path)["config"])
     config["rewards"], config["trainer"]["gradient_steps"] = [{"name": "missing", "key": 1}], {"name": "absent"}

@@ -100,7 +100,7 @@ def answer(unet):
         return unet(latents, torch.tensor([7, 900]), encoder_hidden_states=states).sample
 
 
-def test_the_published_order_is_that_of_the_full_unet():
+def test_lora_targets_match_published_order():
     unet = empty_unet("nothing is read", _UNET)
     names = list(published_order())
     assert sum(p.numel() for p in unet.parameters()) == 859_520_964
@@ -109,7 +109,7 @@ def test_the_published_order_is_that_of_the_full_unet():
     assert names[-1] == "mid_block.resnets.1.conv2"
 
 
-def test_predictions_are_those_of_merging_by_hand(world):
+def test_convert_longsd_matches_manual_merge(world):
     config, backbone, _ = load_for_sampling(world / "out")
     latents, states = asked()
     with torch.no_grad():
@@ -125,7 +125,7 @@ def test_predictions_are_those_of_merging_by_hand(world):
     ]
 
 
-def test_the_adapter_is_in_the_checkpoint(world):
+def test_convert_longsd_keeps_adapter(world):
     from longalign.encoders.adapter import TextAdapter
 
     _, backbone, encoder = load_for_sampling(world / "out")
@@ -137,7 +137,7 @@ def test_the_adapter_is_in_the_checkpoint(world):
     assert images.shape == (1, 3, 64, 64)
 
 
-def test_diffusers_loads_the_lora_with_its_settings(world):
+def test_convert_longsd_lora_loads_in_diffusers(world):
     pipe = StableDiffusionPipeline.from_pretrained(world / "sd", safety_checker=None)
     pipe.load_lora_weights(world / "out", weight_name="pytorch_lora_weights.safetensors")
     expected = answer(merged_by_hand(world, ["s28750_lora_vis.pt", "sd15-reward-3750.pt"]))
@@ -148,7 +148,7 @@ def test_diffusers_loads_the_lora_with_its_settings(world):
     assert settings["unet.target_modules"] == sorted(published_order())
 
 
-def test_the_command_converts_the_first_stage_alone(world, tmp_path, capsys):
+def test_convert_command_align_only(world, tmp_path, capsys):
     bases = ["--backbone", str(world / "sd"), "--t5", str(world / "t5")]
     command = ["convert", "longsd", str(world / "LongSD"), str(tmp_path / "out"), *bases]
     assert main([*command, "--align-only"]) == 0
@@ -169,7 +169,7 @@ def test_the_command_converts_the_first_stage_alone(world, tmp_path, capsys):
         (lambda t: [*t, len], "is not read: it holds"),
     ],
 )
-def test_other_files_are_refused(world, tmp_path, change, message):
+def test_convert_longsd_invalid_file_raises(world, tmp_path, change, message):
     source = tmp_path / "LongSD"
     tiny_adapter(source / "s28750_adapter")
     torch.save(change(torch.load(world / "LongSD" / "sd15-reward-3750.pt")), source / "s28750_lora_vis.pt")
@@ -178,7 +178,7 @@ def test_other_files_are_refused(world, tmp_path, change, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_missing_files_are_named(world, tmp_path):
+def test_convert_longsd_missing_files_raise(world, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"lacks s28750_adapter, s28750_lora_vis\.pt, sd15"):
         convert_longsd(tmp_path, tmp_path / "out")
     with pytest.raises(ValueError, match="is damaged, or holds something else"):

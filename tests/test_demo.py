@@ -49,7 +49,7 @@ def demo(configs, tmp_path_factory):
     return run_demo(output, *configs, prompts=4, num_steps=2, batch_size=4, examples=2), output
 
 
-def test_the_demo_measures_all_models_on_the_same_captions(demo, configs):
+def test_run_demo_measures_all_models_on_same_captions(demo, configs):
     result, _ = demo
     assert result.table.models == MODELS
     assert result.table.metrics == ["facts", "denscore", "text_relevant", "text_irrelevant", "denscore-o"]
@@ -61,7 +61,7 @@ def test_the_demo_measures_all_models_on_the_same_captions(demo, configs):
     assert list(result.seconds) == [*stages, "measuring", "total"]
 
 
-def test_every_stage_is_compared_with_the_one_before_it(demo):
+def test_run_demo_compares_with_previous_stage(demo):
     table = demo[0].table
     assert [pair for pair in table.pairs if pair[1] != "base"] == [
         ("align", "segments, untrained"),
@@ -71,7 +71,7 @@ def test_every_stage_is_compared_with_the_one_before_it(demo):
     assert not np.array_equal(table.row("base", "denscore"), table.row("segments, untrained", "denscore"))
 
 
-def test_the_demo_keeps_all_images(demo, configs):
+def test_run_demo_writes_all_images(demo, configs):
     _, output = demo
     texts = [c.text for c in held_out_captions(configs, 4)]
     for model in MODELS:
@@ -85,7 +85,7 @@ def test_the_demo_keeps_all_images(demo, configs):
     assert {image_folder(model) for model in MODELS} == {p.name for p in (output / "images").iterdir()}
 
 
-def test_the_demo_leaves_a_report_and_its_numbers(demo):
+def test_run_demo_writes_report_and_tables(demo):
     result, output = demo
     page = result.report.read_text()
     assert page.count('<article class="example">') == 2 and page.count("<img") == 8
@@ -97,7 +97,7 @@ def test_the_demo_leaves_a_report_and_its_numbers(demo):
     assert "| align+reward |" in (output / "table.md").read_text()
 
 
-def test_an_earlier_demo_is_replaced_and_nothing_else(tmp_path):
+def test_prepare_output_dir_replaces_only_earlier_demo(tmp_path):
     output = tmp_path / "out"
     runs = [output / "align", output / "reward"]
     prepare_output_dir(output, runs)
@@ -111,7 +111,7 @@ def test_an_earlier_demo_is_replaced_and_nothing_else(tmp_path):
     assert (tmp_path / "other" / "align").exists()
 
 
-def test_held_out_scenes_have_a_seed_of_their_own(configs):
+def test_held_out_captions_use_separate_seed(configs):
     captions = held_out_captions(configs, 3)
     largest = max(config.data.seed for config in configs)
     held_out = configs[0].data.model_copy(update={"seed": largest + HELD_OUT, "size": 3}).build(None)
@@ -121,7 +121,7 @@ def test_held_out_scenes_have_a_seed_of_their_own(configs):
         held_out_captions([override(configs[0], {"data": {"name": "folder", "folder": "x"}})], 3)
 
 
-def test_sentences_behind_the_cut_are_unread():
+def test_truncated_sentences():
     caption = Caption(tuple(Sentence(text, ()) for text in ("One two.", "Three four.", "Five.")))
     assert truncated_sentences(caption, PromptReport(("One two.",), (2,), " Three four. Five.")) == {1, 2}
     assert truncated_sentences(caption, PromptReport(("One two. Three",), (3,), "four. Five.")) == {1, 2}
@@ -129,6 +129,6 @@ def test_sentences_behind_the_cut_are_unread():
     assert truncated_sentences(caption, PromptReport(("...",), (5,))) == frozenset()
 
 
-def test_one_prompt_is_too_few(tmp_path):
+def test_run_demo_single_prompt_raises(tmp_path):
     with pytest.raises(ValueError, match="at least 2 prompts"):
         run_demo(tmp_path, prompts=1)

@@ -21,12 +21,12 @@ YAMLS = sorted(EXAMPLES.glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
-def test_examples_survive_dump_and_load(path):
+def test_example_configs_round_trip(path):
     config = load_config(path)
     assert load_config(to_dict(config)) == config
 
 
-def test_examples_are_found_beside_a_checkout_or_in_the_installed_package(monkeypatch, tmp_path):
+def test_examples_folder_in_checkout_or_package(monkeypatch, tmp_path):
     assert sorted(p.name for p in examples_folder().glob("*.yaml")) == [p.name for p in YAMLS]
     assert default_config("align") == examples_folder() / "mini-align.yaml"
     package = tmp_path / "site-packages" / "longalign"
@@ -39,7 +39,7 @@ def test_examples_are_found_beside_a_checkout_or_in_the_installed_package(monkey
         assert examples_folder() == folder
 
 
-def test_the_papers_settings():
+def test_longalign_sd15_configs_match_paper():
     stages = ("align", "reward", "lcm", "lcm-reward")
     align, reward, lcm, lcm_reward = (load_config(EXAMPLES / f"longalign-sd15-{stage}.yaml") for stage in stages)
     for config, batch, steps in ((align, 192, 28750), (reward, 48, 3750), (lcm, 192, 28750), (lcm_reward, 48, 3750)):
@@ -78,7 +78,7 @@ def weights(tmp_path_factory):
     }  # fmt: skip
 
 
-def test_the_papers_configs_train_on_tiny_checkpoints(weights, tmp_path):
+def test_longalign_sd15_configs_train_on_tiny_checkpoints(weights, tmp_path):
     tiny = {
         "backbone.checkpoint": weights["sd"],
         "encoder.parts.0.checkpoint": weights["sd"],
@@ -124,7 +124,7 @@ def test_the_papers_configs_train_on_tiny_checkpoints(weights, tmp_path):
         torch.testing.assert_close(stage_three.adapter[key], value)
 
 
-def test_stable_diffusion_3_is_trained_in_both_stages(weights, tmp_path):
+def test_longalign_sd3_configs_train_on_tiny_checkpoints(weights, tmp_path):
     align, reward = (load_config(EXAMPLES / f"longalign-sd3-{stage}.yaml") for stage in ("align", "reward"))
     for config, batch, steps in ((align, 192, 28750), (reward, 48, 3750)):
         assert 8 * config.loop.batch_size * config.loop.accumulation == batch and config.loop.steps == steps
@@ -151,7 +151,7 @@ def test_stable_diffusion_3_is_trained_in_both_stages(weights, tmp_path):
 
 # the tiny tokenizer makes more tokens of the captions than the bundled one
 @pytest.mark.filterwarnings("ignore::longalign.encoders.base.TruncationWarning")
-def test_the_small_worlds_model_is_distilled_and_tuned(weights, tmp_path):
+def test_mini_lcm_configs_train_on_tiny_checkpoints(weights, tmp_path):
     tiny = {
         "backbone.checkpoint": weights["sd"], "encoder.checkpoint": weights["sd"], "trainer.lora.rank": 2,
         "loop.steps": 1, "loop.batch_size": 2,
@@ -164,7 +164,7 @@ def test_the_small_worlds_model_is_distilled_and_tuned(weights, tmp_path):
     assert [stack.name for stack in load_weights(start.checkpoint).loras] == ["align", "lcm", "reward"]
 
 
-def test_preference_models_are_trained_on_tiny_checkpoints(weights, tmp_path):
+def test_denscore_configs_train_on_tiny_checkpoints(weights, tmp_path):
     tiny = {"rewards.0.checkpoint": weights["clip"], "loop.steps": 1, "loop.batch_size": 2, "loop.workers": 0}
     config = override(EXAMPLES / "mini-denscore.yaml", {**tiny, "output": str(tmp_path / "mini")})
     trained = build_from_config(config).fit().checkpoint / "reward"
@@ -192,12 +192,12 @@ def ablation():
     return module
 
 
-def test_every_variant_of_the_ablation_is_a_config_of_its_own(ablation):
+def test_ablate_encoder_variants_are_distinct(ablation):
     configs = [override(default_config("align"), changes) for changes in ablation.VARIANTS.values()]
     assert all(a != b for i, a in enumerate(configs) for b in configs[:i])
 
 
-def test_the_ablation_compares_variants_on_the_same_captions(ablation, weights, tmp_path, capsys):
+def test_ablate_encoder_compares_variants(ablation, weights, tmp_path, capsys):
     tiny = {
         "backbone.checkpoint": weights["sd"], "encoder.checkpoint": weights["sd"], "trainer.lora.rank": 2,
         "encoder.max_tokens": 400, "data.words": [40, 50], "loop.steps": 1, "loop.batch_size": 2,
@@ -214,7 +214,7 @@ SINGLE = sorted(EXAMPLES.glob("*-24gb.yaml"))
 
 
 @pytest.mark.parametrize("path", SINGLE, ids=lambda path: path.stem)
-def test_examples_for_one_gpu_fit_in_24_gib_as_computed(path):
+def test_24gb_configs_match_memory_table(path):
     """The number in the file is that of the table, with at least 4 GiB to spare for what the table does not count."""
     table = (EXAMPLES.parent / "benchmarks" / "memory.md").read_text()
     (row,) = re.findall(rf"^\| `{path.name}` \| (\d+) \|.*\| ([\d.]+) \|$", table, re.MULTILINE)
@@ -224,7 +224,7 @@ def test_examples_for_one_gpu_fit_in_24_gib_as_computed(path):
     assert config.backbone.dtype == "bfloat16" and config.loop.precision == "bf16"
 
 
-def test_examples_for_one_gpu_train_on_tiny_checkpoints(weights, tmp_path):
+def test_24gb_configs_train_on_tiny_checkpoints(weights, tmp_path):
     common = {
         "loop.steps": 1, "loop.batch_size": 2, "loop.accumulation": 1, "loop.workers": 0, "loop.precision": "no",
         "backbone.dtype": "float32",

@@ -76,7 +76,7 @@ def hpsv2():
     ],
     ids=["unet-2.1", "vae", "clip-l", "clip-h-text-2.1", "clip-bigg", "t5-large", "clip-h", "hpsv2"],
 )
-def test_a_model_of_full_size_has_the_published_number_of_parameters(make, parameters):
+def test_full_size_parameter_count(make, parameters):
     with torch.device("meta"):
         model = make()
     assert sum(p.numel() for p in model.parameters()) == parameters

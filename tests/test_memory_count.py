@@ -15,7 +15,7 @@ Live, LikeCuda = live_module.Live, live_module.LikeCuda
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_two_linears_forward_and_backward(device):
+def test_live_memory_two_linears_forward_backward(device):
     """Rows of width 8 through layers to 16 and to 4: float32, 10 rows, 4 bytes a number."""
     net = nn.Sequential(nn.Linear(8, 16, bias=False), nn.Linear(16, 4, bias=False)).to(device)
     weights = 4 * (8 * 16 + 16 * 4)
@@ -38,7 +38,7 @@ def test_two_linears_forward_and_backward(device):
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_views_share_and_changes_in_place_add_nothing(device):
+def test_live_memory_views_and_inplace_ops_are_free(device):
     with Live() as live:
         x = torch.zeros(6, 4, device=device)
         views = [x.view(24), x[:2], x.t(), *x.chunk(2)]
@@ -51,7 +51,7 @@ def test_views_share_and_changes_in_place_add_nothing(device):
         assert live.now == 0
 
 
-def test_what_is_known_from_before_has_the_same_shape_and_layout():
+def test_live_cached_ops_keep_shape_and_layout():
     def run():
         x = torch.zeros(2, 3, 4, 5, device="meta").to(memory_format=torch.channels_last)
         mean, deviation = torch.var_mean(x.half(), 1)
@@ -63,7 +63,7 @@ def test_what_is_known_from_before_has_the_same_shape_and_layout():
     assert not first[0].is_contiguous()
 
 
-def test_mixed_precision_is_that_of_cuda():
+def test_like_cuda_autocast():
     with LikeCuda() as cuda, Live() as live:
         layer, norm = nn.Linear(8, 8, bias=False, device="meta"), nn.LayerNorm(8, device="meta")
         with cuda.autocast(torch.bfloat16):
@@ -75,7 +75,7 @@ def test_mixed_precision_is_that_of_cuda():
         assert layer(torch.ones(1, 8, device="meta")).dtype == torch.float32
 
 
-def test_attention_keeps_no_weights():
+def test_like_cuda_attention_keeps_no_weights():
     with LikeCuda(), Live() as live:
         q = torch.ones(1, 2, 512, 16, device="meta", requires_grad=True)
         out = F.scaled_dot_product_attention(q, q, q)
@@ -84,7 +84,7 @@ def test_attention_keeps_no_weights():
     assert 4 * 2 * 512 * (16 + 16 + 1) <= live.peak < 4 * 2 * 512 * (16 + 16 + 2)
 
 
-def test_numbers_of_meta_tensors_are_read_as_zero():
+def test_like_cuda_reads_meta_tensors_as_zero():
     with LikeCuda():
         assert torch.ones(3, dtype=torch.long, device="meta").cpu().tolist() == [0, 0, 0]
         assert torch.ones(1).cpu().item() == 1

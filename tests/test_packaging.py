@@ -10,18 +10,18 @@ ROOT = Path(__file__).parent.parent
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
-def test_every_package_is_listed():
+def test_pyproject_lists_all_packages():
     found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "longalign").rglob("__init__.py")}
     assert sorted(SETTINGS["tool"]["setuptools"]["packages"]) == sorted(found | {"longalign.examples"})
 
 
-def test_no_file_is_a_symlink():
+def test_repository_has_no_symlinks():
     """Copies, zip files and Windows lose them."""
     folders = ("longalign", "examples", "tests", "docs", "plugins", "recipes", "benchmarks")
     assert not [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_symlink()]
 
 
 @pytest.mark.parametrize("kind", sorted(SETTINGS["project"]["entry-points"]))
-def test_entry_points_name_what_is_there(kind):
+def test_entry_points_resolve_to_their_names(kind):
     for name, target in SETTINGS["project"]["entry-points"][kind].items():
         assert pkgutil.resolve_name(target).model_fields["name"].default == name

@@ -76,7 +76,7 @@ def head_of(card):
     return yaml.safe_load(head), text
 
 
-def test_metrics_of_another_model_are_rejected(folder, tmp_path, capsys):
+def test_read_table_of_different_model_raises(folder, tmp_path, capsys):
     run = trained(folder)
     config = to_dict(load_config(run / "longalign.safetensors"))
     values = {"base": {"denscore": np.array([0.1, 0.2])}, "ours": {"denscore": np.array([0.3, 0.4])}}
@@ -95,7 +95,7 @@ def test_metrics_of_another_model_are_rejected(folder, tmp_path, capsys):
     assert "a table of other models" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_an_export_is_replaced_only_where_that_is_asked_for(folder, tmp_path, capsys):
+def test_export_replaces_only_with_overwrite(folder, tmp_path, capsys):
     run, out = trained(folder), tmp_path / "out"
     publish.export(run, out)
     (out / "unet").mkdir()
@@ -109,7 +109,7 @@ def test_an_export_is_replaced_only_where_that_is_asked_for(folder, tmp_path, ca
         publish.export(out, out, overwrite=True)
 
 
-def test_an_export_holds_all_that_is_needed(folder, tmp_path):
+def test_export_lora_and_adapter_files_and_card(folder, tmp_path):
     run = trained(folder)
     values = {"base": {"denscore": np.array([0.1, 0.2])}, "ours": {"denscore": np.array([0.3, 0.4])}}
     table = MetricTable(values, ["a", "b"], [0, 0])
@@ -144,7 +144,7 @@ def test_an_export_holds_all_that_is_needed(folder, tmp_path):
         publish.export(run, out)
 
 
-def test_all_weights_are_exported_as_diffusers_saves_them(folder, tmp_path, capsys):
+def test_export_full_finetune_in_diffusers_format(folder, tmp_path, capsys):
     run = trained(folder, lora=False, adapter=False)
     assert main(["export", str(run), str(tmp_path / "out")]) == 0
     assert [line.rsplit("/", 1)[1] for line in capsys.readouterr().out.split()] == [
@@ -158,7 +158,7 @@ def test_all_weights_are_exported_as_diffusers_saves_them(folder, tmp_path, caps
     assert "lora" not in head["tags"] and "all weights" in text and "load_lora_weights" not in text
 
 
-def test_the_card_names_a_base_model_of_the_hub():
+def test_model_card_base_model_on_hub():
     from longalign.checkpoint import Weights
 
     config = load_config({"backbone": {"name": "sd", "checkpoint": "owner/model"}, "encoder": "clip-segment"})
@@ -187,7 +187,7 @@ def fake_hub(calls):
     return Api
 
 
-def test_uploading_happens_only_when_asked_for(folder, tmp_path, monkeypatch, capsys):
+def test_export_uploads_only_with_push_to_hub(folder, tmp_path, monkeypatch, capsys):
     calls = []
     monkeypatch.setattr("huggingface_hub.HfApi", fake_hub(calls))
     run = trained(folder, adapter=False)
@@ -203,13 +203,13 @@ def test_uploading_happens_only_when_asked_for(folder, tmp_path, monkeypatch, ca
         publish.push_to_hub(tmp_path, "me/x")
 
 
-def test_what_is_no_table_is_refused(folder, tmp_path):
+def test_read_table_invalid_file_raises(folder, tmp_path):
     (tmp_path / "x.json").write_text(json.dumps({"values": 3}))
     with pytest.raises(ValueError, match="no table of metrics"):
         publish.read_table(tmp_path / "x.json")
 
 
-def test_checkpoints_are_found_here_and_on_the_hub(folder, tmp_path, monkeypatch):
+def test_find_checkpoint_local_and_hub(folder, tmp_path, monkeypatch):
     run = trained(folder, adapter=False)
     assert find_checkpoint(str(run)) == run / "longalign.safetensors"
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *given, revision: f"/hub/{'/'.join(given)}")
@@ -220,7 +220,7 @@ def test_checkpoints_are_found_here_and_on_the_hub(folder, tmp_path, monkeypatch
         find_checkpoint("runs/missing")
 
 
-def test_a_model_is_loaded_called_saved_and_loaded_again(folder, tmp_path):
+def test_model_from_pretrained_and_save_pretrained_round_trip(folder, tmp_path):
     model = Model.from_pretrained(trained(folder), device="cpu")
     prompts, settings = ["A red fox sleeps.", "The sky."], {"num_steps": 2, "guidance": 2.0, "height": 64, "width": 64}
     images = model(prompts, seeds=[1, 2], **settings)
@@ -238,7 +238,7 @@ def test_a_model_is_loaded_called_saved_and_loaded_again(folder, tmp_path):
         Model.from_pretrained(tmp_path)
 
 
-def test_a_model_as_a_stock_pipeline(folder):
+def test_model_to_pipeline(folder):
     model = Model.from_pretrained(trained(folder), device="cpu")
     pipe = model.to_pipeline(safety_checker=None)
     assert type(pipe) is StableDiffusionPipeline and pipe.unet is model.backbone.denoiser
@@ -252,7 +252,7 @@ def test_a_model_as_a_stock_pipeline(folder):
         model.to_pipeline()
 
 
-def test_a_model_is_pushed_to_a_branch(folder, monkeypatch):
+def test_model_push_to_hub_branch(folder, monkeypatch):
     calls = []
     monkeypatch.setattr("huggingface_hub.HfApi", fake_hub(calls))
     model = Model.from_pretrained(trained(folder, adapter=False), device="cpu")
@@ -265,7 +265,7 @@ def test_a_model_is_pushed_to_a_branch(folder, monkeypatch):
     ]
 
 
-def test_only_what_an_export_writes_is_uploaded(folder, tmp_path, monkeypatch):
+def test_push_to_hub_uploads_only_exported_files(folder, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr("huggingface_hub.HfApi", fake_hub(calls))
     for number, (lora, own) in enumerate(((True, "pytorch_lora_weights.safetensors"), (False, "unet"))):
@@ -284,7 +284,7 @@ def test_only_what_an_export_writes_is_uploaded(folder, tmp_path, monkeypatch):
         publish.export(trained(folder), tmp_path / "2")
 
 
-def test_paths_and_credentials_stay_here(folder, tmp_path):
+def test_export_removes_paths_and_credentials(folder, tmp_path):
     run = trained(folder, adapter=False)
     config, backbone, encoder = load_for_sampling(run)
     changes = {
@@ -304,7 +304,7 @@ def test_paths_and_credentials_stay_here(folder, tmp_path):
     torch.testing.assert_close(answer(unet), answer(load_for_sampling(run)[1]))
 
 
-def test_nothing_from_outside_becomes_markup(tmp_path):
+def test_model_card_escapes_untrusted_text(tmp_path):
     from longalign.checkpoint import Weights
 
     evil = 'x"); import os\n```\n<script>alert(1)</script>'
@@ -336,7 +336,7 @@ def test_nothing_from_outside_becomes_markup(tmp_path):
         assert not names
 
 
-def test_the_card_names_plugins_and_the_base_model(folder):
+def test_model_card_plugins_and_local_base_model(folder):
     from longalign.checkpoint import Weights
 
     config = load_config({"backbone": {"name": "sd", "checkpoint": "/models/dreamy"}, "encoder": "clip-segment"})

@@ -51,7 +51,7 @@ def check_rounded(module, expected):
         assert torch.equal(got[name], value.half().float()), name
 
 
-def test_a_variant_of_stable_diffusion(sd, tmp_path):
+def test_sd_variant_fp16(sd, tmp_path):
     half = str(in_half(sd, tmp_path))
     place = {"checkpoint": half, "variant": "fp16"}
     backbone, expected = (backbones.build({"name": "sd", **c}) for c in (place, {"checkpoint": str(sd)}))
@@ -74,7 +74,7 @@ def test_a_variant_of_stable_diffusion(sd, tmp_path):
         baselines.load_pipeline(half, CPU, revision="main")
 
 
-def test_a_variant_of_two_clips_and_t5(sd3, tmp_path):
+def test_sd3_variant_fp16(sd3, tmp_path):
     place = {"checkpoint": str(in_half(sd3, tmp_path)), "variant": "fp16"}
     sizes = {"name": "clip-segment-sd3", "width": 32, "max_tokens": 40, "t5_tokens": 60}
     # the folder's own weights are in half precision
@@ -86,7 +86,7 @@ def test_a_variant_of_two_clips_and_t5(sd3, tmp_path):
     check_rounded(backbone.denoiser, plain.denoiser)
 
 
-def test_a_variant_of_a_whole_clip(tmp_path):
+def test_clip_variant_fp16(tmp_path):
     clip, long = tiny_clip(tmp_path / "clip"), tiny_clip_text(tmp_path / "long", "transformers", positions=248)
     for registry, name, folder in ((rewards, "pickscore", clip), (encoders, "longclip", long)):
         plain = registry.build({"name": name, "checkpoint": str(folder)})
@@ -104,12 +104,12 @@ def test_a_variant_of_a_whole_clip(tmp_path):
         ({"filename": "y.pt", "subfolder": "text_encoder"}, "'subfolder' would choose .* the original 'y.pt'"),
     ],
 )
-def test_keys_that_choose_two_files_are_refused(keys, message):
+def test_longclip_config_conflicting_keys_raise(keys, message):
     with pytest.raises(ValidationError, match=message):
         LongClipConfig(**keys)
 
 
-def test_a_subfolder(sd, sd3, tmp_path, monkeypatch):
+def test_subfolder_of_checkpoint(sd, sd3, tmp_path, monkeypatch):
     (tmp_path / "models").mkdir()
     for name, folder in (("sd", sd), ("sd3", sd3)):
         (tmp_path / "models" / name).symlink_to(folder)
@@ -202,7 +202,7 @@ def publish_vae(folder):
     rewrite(folder / "config.json", VAE, _diffusers_version="0.6.0")
 
 
-def test_stable_diffusion_15(tmp_path):
+def test_stable_diffusion_15_published_layout(tmp_path):
     plain, folder = tiny_sd(tmp_path / "plain"), tiny_sd(tmp_path / "published")
 
     def built(folder):
@@ -227,7 +227,7 @@ def test_stable_diffusion_15(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:The configuration file of the unet:FutureWarning")  # of so small a sample_size
-def test_stable_diffusion_21(tmp_path):
+def test_stable_diffusion_21_published_layout(tmp_path):
     folder = tiny_sd(tmp_path)
     old = UNet2DConditionModel.from_pretrained(folder / "unet").config
     more = {"use_linear_projection": True, "upcast_attention": True, "attention_head_dim": [2, 4]}
@@ -253,7 +253,7 @@ def test_stable_diffusion_21(tmp_path):
     torch.testing.assert_close(segments.states[1, 1], got.states[1, -60:].mean(0))
 
 
-def test_hpsv2_in_half_precision_with_the_rest_of_its_training(tmp_path):
+def test_hpsv2_half_precision_with_optimizer_state(tmp_path):
     file = tiny_hpsv2(tmp_path) / "HPS_v2.1_compressed.pt"
     state = torch.load(file, weights_only=True)["state_dict"]
     plain = rewards.build({"name": "hpsv2", "checkpoint": str(tmp_path)})
@@ -264,7 +264,7 @@ def test_hpsv2_in_half_precision_with_the_rest_of_its_training(tmp_path):
     check_rounded(reward, plain)
 
 
-def test_a_repository_s_other_files_do_no_harm(sd, tmp_path):
+def test_checkpoint_ignores_other_files_of_repository(sd, tmp_path):
     folder, half = shutil.copytree(sd, tmp_path / "all"), in_half(sd, tmp_path / "half")
     for file in half.rglob("*.fp16.safetensors"):
         shutil.copy(file, folder / file.relative_to(half))

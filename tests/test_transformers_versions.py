@@ -43,12 +43,12 @@ def images():
         ("denscore", [-0.0112935, 0.0530534]),
     ],
 )
-def test_scores(folder, name, expected):
+def test_reward_scores_match_transformers_5(folder, name, expected):
     reward = rewards.build({"name": name, "checkpoint": folder})
     assert reward.score(images(), PROMPTS).tolist() == pytest.approx(expected, abs=1e-6)
 
 
-def test_gradient(folder):
+def test_reward_gradient_matches_transformers_5(folder):
     reward, pixels = rewards.build({"name": "denscore", "checkpoint": folder}), images().requires_grad_()
     reward.score(pixels, PROMPTS).sum().backward()
     assert pixels.grad is not None
@@ -60,12 +60,12 @@ def test_gradient(folder):
     ("name", "expected"),
     [("clip-segment", [2.033442, 1.922464, 112.7988]), ("clip-truncate", [2.033442, 2.059202, 66.34303])],
 )
-def test_text_states(folder, name, expected):
+def test_text_states_match_transformers_5(folder, name, expected):
     states = encoders.build({"name": name, "checkpoint": folder}).encode(PROMPTS).states
     assert [states[0, 7, 3].item(), states[1, 5, 2].item(), states.norm().item()] == pytest.approx(expected, rel=1e-5)
 
 
-def test_text_models_saved_by_either(tmp_path):
+def test_text_encoder_loads_either_weight_naming(tmp_path):
     folder = tiny.tiny_clip_text(tmp_path)
     file = folder / "text_encoder" / "model.safetensors"
     bare = {name.removeprefix("text_model."): value for name, value in weights_of(file).items()}
@@ -77,7 +77,7 @@ def test_text_models_saved_by_either(tmp_path):
     assert states[0].std() > 0.1
 
 
-def test_tokenizers_saved_by_either(tmp_path):
+def test_tokenizer_loads_either_special_token_format(tmp_path):
     folder = tiny.tiny_t5(tmp_path)
     config = folder / "tokenizer_config.json"
     settings = json.loads(config.read_text())
