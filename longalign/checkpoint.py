@@ -138,8 +138,8 @@ def load_weights(checkpoint: str | Path) -> Weights:
         )
     if read_mapping(path).get("backbone", "") is None:
         raise ValueError(
-            f"{path} has no backbone: its run trained a reward, which is in {path.parent / REWARD}; expected a checkpoint "
-            "with a backbone"
+            f"{path} has no backbone: its run trained a reward, which is in {path.parent / REWARD}; expected a "
+            "checkpoint with a backbone"
         )
     tensors = load_tensors(path)
     try:
@@ -239,7 +239,8 @@ def load_for_sampling(
     config = read_config(path)
     if config.backbone is None or config.encoder is None:
         raise ValueError(
-            f"{path}: the run trained a reward, and has no backbone to sample with; expected a checkpoint with a backbone"
+            f"{path}: the run trained a reward, and has no backbone to sample with; "
+            "expected a checkpoint with a backbone"
         )
     check_parts({"backbone": config.backbone, "encoder": config.encoder})
     runtime = runtime or Runtime.detect(config.loop.precision, device).with_dtype(dtype)

@@ -1,4 +1,4 @@
-"""Checkpoints: what they hold, that it comes back, and that stock diffusers can read it."""
+"""Checkpoints: contents, round trips, and export to diffusers."""
 
 import json
 import sys
@@ -39,14 +39,14 @@ def move(module, std=0.3):
             p.add_(std * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
 
 
-def asked(backbone, encoder):
+def predict(backbone, encoder):
     latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(6))
     with torch.no_grad():
         return backbone.eval().predict(latents, torch.tensor([10, 900]), encoder.eval().encode(["ab", "c"]))
 
 
 def trained(config):
-    """Parts whose trained weights are far from where they began."""
+    """A composition with large random changes of the trainable weights."""
     composition = build_from_config(config)
     composition.trainer.trainable()
     move(composition.backbone.denoiser)
@@ -63,28 +63,28 @@ def test_checkpoint_round_trip_predictions(world, tmp_path, lora):
     config = world.align_config(tmp_path)
     config["trainer"]["lora"] = lora
     composition = trained(config)
-    before = asked(composition.backbone, composition.encoder)
+    before = predict(composition.backbone, composition.encoder)
     path = saved(composition, tmp_path / "checkpoint-000007")
     assert path == tmp_path / "checkpoint-000007" / "longalign.safetensors"
     assert [p.name for p in path.parent.iterdir()] == ["longalign.safetensors"]
 
     backbone, encoder = backbones.build("tiny-backbone"), encoders.build("toy-encoder")
     checkpoint.load_into(path, backbone, encoder)
-    assert torch.equal(asked(backbone, encoder), before)
+    assert torch.equal(predict(backbone, encoder), before)
 
     read, backbone, encoder = checkpoint.load_for_sampling(tmp_path, Runtime())
     assert read == composition.config
-    assert torch.allclose(asked(backbone, encoder), before, atol=1e-5)
+    assert torch.allclose(predict(backbone, encoder), before, atol=1e-5)
     assert not any(p.requires_grad for m in (backbone, encoder) for p in m.parameters()) and not backbone.training
 
 
-@pytest.mark.parametrize(("dtype", "found"), [(None, torch.float32), ("bfloat16", torch.bfloat16)])
-def test_load_model_dtype(world, tmp_path, dtype, found):
+@pytest.mark.parametrize(("dtype", "expected"), [(None, torch.float32), ("bfloat16", torch.bfloat16)])
+def test_load_model_dtype(world, tmp_path, dtype, expected):
     composition = trained(world.align_config(tmp_path))
     saved(composition, tmp_path / "checkpoint-000001")
     for source in (tmp_path, composition.config):
         config, backbone, encoder = load_model(source, dtype)
-        assert config == composition.config and backbone.denoiser.dtype == found
+        assert config == composition.config and backbone.denoiser.dtype == expected
         images = sample(backbone, encoder, ["a"], seeds=[0], num_steps=2, guidance=1)
         assert images.dtype == torch.float32 and images.isfinite().all()
 
@@ -92,11 +92,11 @@ def test_load_model_dtype(world, tmp_path, dtype, found):
 def test_load_for_sampling_builds_no_trainer_or_reward(world, tmp_path, monkeypatch):
     path = saved(trained(world.reward_config(tmp_path)), tmp_path / "checkpoint-000001")
 
-    def refuse(*args, **kwargs):
+    def fail(*args, **kwargs):
         raise AssertionError("built")
 
-    monkeypatch.setattr("longalign.trainers.configs.RewardConfig.build", refuse)
-    monkeypatch.setattr("longalign.rewards.base.as_reward", refuse)
+    monkeypatch.setattr("longalign.trainers.configs.RewardConfig.build", fail)
+    monkeypatch.setattr("longalign.rewards.base.as_reward", fail)
     config, _, _ = checkpoint.load_for_sampling(path)
     assert config.trainer is not None and config.trainer.name == "reward"
 
@@ -114,27 +114,27 @@ def test_checkpoint_metadata(world, tmp_path):
 
 def test_reward_stage_checkpoint_keeps_align_lora(world, tmp_path):
     align = trained(world.align_config(tmp_path / "align"))
-    with_align = asked(align.backbone, align.encoder)
+    with_align = predict(align.backbone, align.encoder)
     start = saved(align, tmp_path / "align" / "checkpoint-000001").parent
 
     reward = build_from_config({**world.reward_config(tmp_path / "reward"), "init_from": str(start)})
     reward.trainer.train()
-    assert torch.allclose(asked(reward.backbone, reward.encoder), with_align, atol=1e-5)
+    assert torch.allclose(predict(reward.backbone, reward.encoder), with_align, atol=1e-5)
     assert reward.backbone.lora_names == ["align", "reward"]
     assert not any(p.requires_grad for p in reward.encoder.parameters())
     assert all(".reward." in n for n, p in reward.backbone.denoiser.named_parameters() if p.requires_grad)
 
     move(reward.backbone.denoiser)
-    with_both = asked(reward.backbone, reward.encoder)
+    with_both = predict(reward.backbone, reward.encoder)
     path = saved(reward, tmp_path / "reward" / "checkpoint-000001")
     tensors = load_file(path)
     assert {k.split(".")[1] for k in tensors if k.startswith("lora.")} == {"0", "1"}
     assert {k for k in tensors if k.startswith("encoder.")} == {"encoder.adapter.0.weight", "encoder.adapter.0.bias"}
 
     for p in start.iterdir():
-        p.unlink()  # the reward checkpoint needs nothing of the other one
+        p.unlink()  # the reward checkpoint is self-contained
     _, backbone, encoder = checkpoint.load_for_sampling(path, Runtime())
-    assert torch.allclose(asked(backbone, encoder), with_both, atol=1e-5)
+    assert torch.allclose(predict(backbone, encoder), with_both, atol=1e-5)
 
 
 def test_export_lora_loads_in_diffusers(tmp_path):
@@ -156,32 +156,32 @@ def test_export_lora_loads_in_diffusers(tmp_path):
     plain = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     before = plain.unet(latents, 500, states).sample
     plain.load_lora_weights(tmp_path / "exported", weight_name="pytorch_lora_weights.safetensors")
-    got = plain.unet(latents, 500, states).sample
+    output = plain.unet(latents, 500, states).sample
     expected = backbone.eval().denoiser(latents, 500, states).sample
-    assert not torch.allclose(got, before, atol=1e-2)
-    assert torch.allclose(got, expected, atol=1e-4)
+    assert not torch.allclose(output, before, atol=1e-2)
+    assert torch.allclose(output, expected, atol=1e-4)
 
 
 def test_export_lora_without_lora_raises(world, tmp_path):
     config = world.align_config(tmp_path)
     config["trainer"]["lora"] = None
     saved(trained(config), tmp_path / "full")
-    with pytest.raises(ValueError, match="holds all weights of the denoiser"):
+    with pytest.raises(ValueError, match=r"/full .*all weights.*LoRA"):
         checkpoint.export_lora(tmp_path / "full", tmp_path)
     composition = build_from_config(config)
     saved(composition, tmp_path / "none")
-    with pytest.raises(ValueError, match="holds no LoRA"):
+    with pytest.raises(ValueError, match=r"/none .*no LoRA"):
         checkpoint.export_lora(tmp_path / "none", tmp_path)
 
 
 def test_load_mismatched_checkpoint_raises(world, tmp_path):
     path = saved(trained(world.align_config(tmp_path)), tmp_path / "c")
-    with pytest.raises(ValueError, match=r"the encoder's adapter do not fit: 'adapter.0.\w+' is unknown"):
+    with pytest.raises(ValueError, match=r"encoder's adapter.*'adapter\.0\.\w+'"):
         checkpoint.load_into(path, tiny_backbone(), worlds.ToyEncoder(with_adapter=False))
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="has format None, expected '1'"):
+    with pytest.raises(ValueError, match=r"other\.safetensors.* None.* '1'"):
         checkpoint.load_weights(tmp_path / "other.safetensors")
-    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
         checkpoint.load_weights(tmp_path / "nowhere")
 
 
@@ -201,7 +201,7 @@ def test_save_failing_keeps_old_file(world, tmp_path, monkeypatch):
 
 
 def rewritten(path, tensors=None, **metadata):
-    """The checkpoint with other tensors or metadata, as a tool of somebody's would write it."""
+    """Rewrites a checkpoint with different tensors or metadata, without the checksum."""
     metadata_read = {key: value for key, value in read_metadata(path).items() if key != "checksum"}
     save_file(tensors or load_file(path), path, {**metadata_read, **metadata})
 
@@ -209,14 +209,14 @@ def rewritten(path, tensors=None, **metadata):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t, key: {**t, key: t[key] * float("nan")}, "expected finite floats in 'lora.0.*', found numbers"),
-        (lambda t, key: {**t, key: t[key].int()}, "expected finite floats in 'lora.0.*', found torch.int32"),
+        (lambda t, key: {**t, key: t[key] * float("nan")}, "finite.* 'lora.0.*non-finite"),
+        (lambda t, key: {**t, key: t[key].int()}, "finite.* 'lora.0.*torch.int32"),
         (
             lambda t, key: {**t, "lora.1.x": t[key].clone()},
-            "1 tensors that its metadata do not .* 'lora.1.x'",
+            r" 1 tensors .*metadata.* 'lora\.1\.x'",
         ),
-        (lambda t, key: {f"unet.{k}": v for k, v in t.items()}, "tensors that its metadata do not tell of"),
-        (lambda t, key: {k: v for k, v in t.items() if not k.startswith("lora.")}, "the LoRA 'align' and holds no"),
+        (lambda t, key: {f"unet.{k}": v for k, v in t.items()}, r" \d+ tensors .*metadata.* 'unet\."),
+        (lambda t, key: {k: v for k, v in t.items() if not k.startswith("lora.")}, "the LoRA 'align'.* no tensors"),
     ],
 )
 def test_load_weights_invalid_tensors_raise(world, tmp_path, change, message):
@@ -234,7 +234,7 @@ def test_load_weights_invalid_tensors_raise(world, tmp_path, change, message):
 def test_load_weights_invalid_lora_metadata_raises(world, tmp_path, loras):
     path = saved(trained(world.align_config(tmp_path)), tmp_path / "c")
     rewritten(path, loras=loras)
-    with pytest.raises(ValueError, match=r"does not list its LoRAs|its metadata do not tell of") as caught:
+    with pytest.raises(ValueError, match=r"metadata 'loras'|\d+ tensors .*metadata") as caught:
         checkpoint.load_weights(path)
     assert str(path) in str(caught.value)
 
@@ -247,8 +247,8 @@ def test_load_for_sampling_without_training_plugins(world, tmp_path, caplog):
     rewritten(path, config=json.dumps(config), providers=json.dumps(providers))
     read, backbone, encoder = checkpoint.load_for_sampling(path, Runtime())
     assert read.rewards == () and read.trainer is None and read.backbone.name == "tiny-backbone"
-    assert torch.isfinite(asked(backbone, encoder)).all()
-    assert "longalign-missing 1.2, which provided rewards.0" in caplog.text and "missing" in caplog.text
+    assert torch.isfinite(predict(backbone, encoder)).all()
+    assert "longalign-missing 1.2, which provided rewards.0" in caplog.text and str(path) in caplog.text
 
     config["encoder"] = {"name": "gone"}
     versions = {**json.loads(read_metadata(path)["versions"]), "longalign": "99.0"}
@@ -256,5 +256,5 @@ def test_load_for_sampling_without_training_plugins(world, tmp_path, caplog):
     rewritten(path, config=json.dumps(config), providers=json.dumps(providers), versions=json.dumps(versions))
     with pytest.raises(ConfigError) as caught:
         checkpoint.load_for_sampling(path, Runtime())
-    assert "longalign-gone 3, which provided encoder; longalign-gone is not installed here" in str(caught.value)
-    assert "made with longalign 99.0" in str(caught.value)
+    assert "longalign-gone 3, which provided encoder" in str(caught.value)
+    assert "longalign 99.0" in str(caught.value)

@@ -67,7 +67,7 @@ def test_run_demo_compares_with_previous_stage(demo):
         ("align", "segments, untrained"),
         ("align+reward", "align"),
     ]
-    # same weights and noise, so only what the encoder reads differs
+    # same weights and noise; only the encoded text differs
     assert not np.array_equal(table.row("base", "denscore"), table.row("segments, untrained", "denscore"))
 
 
@@ -91,7 +91,7 @@ def test_run_demo_writes_report_and_tables(demo):
     assert page.count('<article class="example">') == 2 and page.count("<img") == 8
     assert findings(result.table)[1].startswith("segments, untrained against base: fact accuracy ")
     assert all(escape(text.partition(": ")[2]) in page for text in findings(result.table))
-    assert "not read" in page and "reward: training" in page and "rank: 2" in page
+    assert "<small>truncated</small>" in page and "reward: training" in page and "rank: 2" in page
     saved = json.loads((output / "table.json").read_text())
     assert saved["means"]["align"]["facts"]["count"] == 4
     assert "| align+reward |" in (output / "table.md").read_text()
@@ -102,11 +102,11 @@ def test_prepare_output_dir_replaces_only_earlier_demo(tmp_path):
     runs = [output / "align", output / "reward"]
     prepare_output_dir(output, runs)
     runs[0].mkdir()
-    (output / "mine.txt").write_text("kept")
+    (output / "mine.txt").write_text("mine")
     prepare_output_dir(output, runs)
-    assert not runs[0].exists() and (output / "mine.txt").read_text() == "kept"
+    assert not runs[0].exists() and (output / "mine.txt").read_text() == "mine"
     (tmp_path / "other" / "align").mkdir(parents=True)
-    with pytest.raises(ValueError, match="not an earlier demo's"):
+    with pytest.raises(ValueError, match="/other is not empty"):
         prepare_output_dir(tmp_path / "other", [tmp_path / "other" / "align"])
     assert (tmp_path / "other" / "align").exists()
 
@@ -117,7 +117,7 @@ def test_held_out_captions_use_separate_seed(configs):
     held_out = configs[0].data.model_copy(update={"seed": largest + HELD_OUT, "size": 3}).build(None)
     assert [c.text for c in captions] == [held_out.prompt(i) for i in range(3)]
     assert not {c.text for c in captions} & {configs[0].data.build(None).prompt(i) for i in range(3)}
-    with pytest.raises(ValueError, match="only the data 'scenes' has; got 'folder'"):
+    with pytest.raises(ValueError, match=r"'scenes'.*'folder'"):
         held_out_captions([override(configs[0], {"data": {"name": "folder", "folder": "x"}})], 3)
 
 
@@ -130,5 +130,5 @@ def test_truncated_sentences():
 
 
 def test_run_demo_single_prompt_raises(tmp_path):
-    with pytest.raises(ValueError, match="at least 2 prompts"):
+    with pytest.raises(ValueError, match=r"2 prompts.* 1$"):
         run_demo(tmp_path, prompts=1)

@@ -31,7 +31,7 @@ def test_examples_folder_in_checkout_or_package(monkeypatch, tmp_path):
     assert default_config("align") == examples_folder() / "mini-align.yaml"
     package = tmp_path / "site-packages" / "longalign"
     monkeypatch.setattr("longalign.runtime.resources.files", lambda name: package)
-    with pytest.raises(ValueError, match=r"expected the example configs in .*site-packages"):
+    with pytest.raises(ValueError, match=r"example configs.*site-packages"):
         examples_folder()
     for folder in (package.parent / "examples", package / "examples"):
         folder.mkdir(parents=True)
@@ -57,8 +57,13 @@ def test_longalign_sd15_configs_match_paper():
     assert (distilled.num_ddim_timesteps, distilled.start_timesteps) == (50, "all")
     assert (1 + distilled.w_min, 1 + distilled.w_max) == (7.5, 7.5)
     assert (distilled.huber_c, distilled.ema_decay, distilled.timestep_scaling_factor) == (0.001, None, 10.0)
-    few = lcm_reward.trainer
-    assert (few.num_steps, few.guidance, few.gradient_steps.name, few.train_adapter) == (4, 1.0, "all", False)
+    few_step = lcm_reward.trainer
+    assert (few_step.num_steps, few_step.guidance, few_step.gradient_steps.name, few_step.train_adapter) == (
+        4,
+        1.0,
+        "all",
+        False,
+    )
     assert lcm.init_from == align.output and lcm_reward.init_from == lcm.output
     assert lcm_reward.rewards == reward.rewards and lcm.encoder == lcm_reward.encoder == align.encoder
 
@@ -97,7 +102,7 @@ def test_longalign_sd15_configs_train_on_tiny_checkpoints(weights, tmp_path):
     before = {k: p.detach().clone() for k, p in align.encoder.named_parameters() if p.requires_grad}
     aligned = align.fit()
     stage_one = load_weights(aligned.checkpoint)
-    assert [stack.name for stack in stage_one.loras] == ["align"] and before.keys() == stage_one.adapter.keys()
+    assert [lora.name for lora in stage_one.loras] == ["align"] and before.keys() == stage_one.adapter.keys()
     assert any(not torch.equal(before[k], v) for k, v in stage_one.adapter.items())
 
     sampled = {
@@ -110,16 +115,23 @@ def test_longalign_sd15_configs_train_on_tiny_checkpoints(weights, tmp_path):
     }
     rewarded = build_from_config(override(EXAMPLES / "longalign-sd15-reward.yaml", {**tiny, **sampled})).fit()
     stage_two = load_weights(rewarded.checkpoint)
-    assert [stack.name for stack in stage_two.loras] == ["align", "reward"]
+    assert [lora.name for lora in stage_two.loras] == ["align", "reward"]
     for key, value in stage_one.adapter.items():
         torch.testing.assert_close(stage_two.adapter[key], value)
 
-    distil = {**tiny, **data, "output": str(tmp_path / "lcm"), "init_from": str(aligned.checkpoint)}
-    distilled = build_from_config(override(EXAMPLES / "longalign-sd15-lcm.yaml", distil)).fit()
-    last = {**sampled, "trainer.num_steps": 4, "output": str(tmp_path / "few"), "init_from": str(distilled.checkpoint)}
-    few = build_from_config(override(EXAMPLES / "longalign-sd15-lcm-reward.yaml", {**tiny, **last})).fit()
-    stage_three = load_weights(few.checkpoint)
-    assert [stack.name for stack in stage_three.loras] == ["align", "lcm", "reward"]
+    lcm_changes = {**tiny, **data, "output": str(tmp_path / "lcm"), "init_from": str(aligned.checkpoint)}
+    distilled = build_from_config(override(EXAMPLES / "longalign-sd15-lcm.yaml", lcm_changes)).fit()
+    lcm_reward_changes = {
+        **sampled,
+        "trainer.num_steps": 4,
+        "output": str(tmp_path / "few"),
+        "init_from": str(distilled.checkpoint),
+    }
+    lcm_rewarded = build_from_config(
+        override(EXAMPLES / "longalign-sd15-lcm-reward.yaml", {**tiny, **lcm_reward_changes})
+    ).fit()
+    stage_three = load_weights(lcm_rewarded.checkpoint)
+    assert [lora.name for lora in stage_three.loras] == ["align", "lcm", "reward"]
     for key, value in stage_one.adapter.items():
         torch.testing.assert_close(stage_three.adapter[key], value)
 
@@ -145,23 +157,25 @@ def test_longalign_sd3_configs_train_on_tiny_checkpoints(weights, tmp_path):
     }  # fmt: skip
     rewarded = build_from_config(override(reward, {**tiny, **sampled})).fit().checkpoint
     loras = load_weights(rewarded).loras
-    assert [stack.name for stack in loras] == ["align", "reward"]
-    assert all(any("lora_B" in k and v.any() for k, v in stack.state.items()) for stack in loras)
+    assert [lora.name for lora in loras] == ["align", "reward"]
+    assert all(any("lora_B" in k and v.any() for k, v in lora.state.items()) for lora in loras)
 
 
-# the tiny tokenizer makes more tokens of the captions than the bundled one
+# the tiny tokenizer splits captions into more tokens than the bundled one
 @pytest.mark.filterwarnings("ignore::longalign.encoders.base.TruncationWarning")
 def test_mini_lcm_configs_train_on_tiny_checkpoints(weights, tmp_path):
     tiny = {
         "backbone.checkpoint": weights["sd"], "encoder.checkpoint": weights["sd"], "trainer.lora.rank": 2,
         "loop.steps": 1, "loop.batch_size": 2,
     }  # fmt: skip
-    start = build_from_config(override(EXAMPLES / "mini-align.yaml", {**tiny, "output": str(tmp_path / "align")})).fit()
+    result = build_from_config(
+        override(EXAMPLES / "mini-align.yaml", {**tiny, "output": str(tmp_path / "align")})
+    ).fit()
     for name in ("lcm", "lcm-reward"):
         config = override(EXAMPLES / f"mini-{name}.yaml", {**tiny, "output": str(tmp_path / name)})
         reward = {"rewards.0.inner.checkpoint": weights["clip"]} if config.rewards else {}
-        start = build_from_config(override(config, {**reward, "init_from": str(start.checkpoint)})).fit()
-    assert [stack.name for stack in load_weights(start.checkpoint).loras] == ["align", "lcm", "reward"]
+        result = build_from_config(override(config, {**reward, "init_from": str(result.checkpoint)})).fit()
+    assert [lora.name for lora in load_weights(result.checkpoint).loras] == ["align", "lcm", "reward"]
 
 
 def test_denscore_configs_train_on_tiny_checkpoints(weights, tmp_path):
@@ -210,12 +224,12 @@ def test_ablate_encoder_compares_variants(ablation, weights, tmp_path, capsys):
     assert (tmp_path / "table.json").exists()
 
 
-SINGLE = sorted(EXAMPLES.glob("*-24gb.yaml"))
+SINGLE_GPU = sorted(EXAMPLES.glob("*-24gb.yaml"))
 
 
-@pytest.mark.parametrize("path", SINGLE, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SINGLE_GPU, ids=lambda path: path.stem)
 def test_24gb_configs_match_memory_table(path):
-    """The number in the file is that of the table, with at least 4 GiB to spare for what the table does not count."""
+    """The file states the table's value, which leaves at least 4 GiB for memory that the table does not count."""
     table = (EXAMPLES.parent / "benchmarks" / "memory.md").read_text()
     (row,) = re.findall(rf"^\| `{path.name}` \| (\d+) \|.*\| ([\d.]+) \|$", table, re.MULTILINE)
     config = load_config(path)
@@ -243,7 +257,7 @@ def test_24gb_configs_train_on_tiny_checkpoints(weights, tmp_path):
         "data.file": str(Path(weights["folder"]) / "prompts.txt"), "init_from": str(aligned.checkpoint),
     }  # fmt: skip
     rewarded = build_from_config(override(reward, {**tiny, **sampled})).fit()
-    assert [stack.name for stack in load_weights(rewarded.checkpoint).loras] == ["align", "reward"]
+    assert [lora.name for lora in load_weights(rewarded.checkpoint).loras] == ["align", "reward"]
 
     sdxl = str(tiny_sdxl(tmp_path / "sdxl"))
     changes = {**common, **folder, "backbone.checkpoint": sdxl, "encoder.checkpoint": sdxl}

@@ -1,4 +1,4 @@
-"""Models of full size, built without weights, have as many parameters as the published ones."""
+"""Full-size models, built without weights, have the published number of parameters."""
 
 import open_clip
 import pytest
@@ -17,10 +17,10 @@ from transformers import (
 from longalign.rewards.hpsv2 import build_model
 
 
-def text(width, layers, heads, **more):
-    """A CLIP text model's config; those that are published differ in little more."""
+def clip_config(width, layers, heads, **overrides):
+    """Config of a CLIP text or vision model."""
     sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
-    return {**sizes, "num_attention_heads": heads, **more}
+    return {**sizes, "num_attention_heads": heads, **overrides}
 
 
 def unet21():
@@ -44,7 +44,7 @@ def t5_large():
 
 
 def clip_h():
-    towers = {"text_config": text(1024, 24, 16), "vision_config": text(1280, 32, 16, patch_size=14)}
+    towers = {"text_config": clip_config(1024, 24, 16), "vision_config": clip_config(1280, 32, 16, patch_size=14)}
     return CLIPModel(CLIPConfig(**towers, projection_dim=1024))
 
 
@@ -63,20 +63,23 @@ def hpsv2():
 
 
 @pytest.mark.parametrize(
-    ("make", "parameters"),
+    ("build", "parameters"),
     [
         (unet21, 865_910_724),
         (vae, 83_653_863),
-        (lambda: CLIPTextModel(CLIPTextConfig(**text(768, 12, 12))), 123_060_480),
-        (lambda: CLIPTextModel(CLIPTextConfig(**text(1024, 23, 16))), 340_387_840),
-        (lambda: CLIPTextModelWithProjection(CLIPTextConfig(**text(1280, 32, 20), projection_dim=1280)), 694_659_840),
+        (lambda: CLIPTextModel(CLIPTextConfig(**clip_config(768, 12, 12))), 123_060_480),
+        (lambda: CLIPTextModel(CLIPTextConfig(**clip_config(1024, 23, 16))), 340_387_840),
+        (
+            lambda: CLIPTextModelWithProjection(CLIPTextConfig(**clip_config(1280, 32, 20), projection_dim=1280)),
+            694_659_840,
+        ),
         (t5_large, 334_939_648),
         (clip_h, 986_109_441),
         (hpsv2, 986_109_441),
     ],
     ids=["unet-2.1", "vae", "clip-l", "clip-h-text-2.1", "clip-bigg", "t5-large", "clip-h", "hpsv2"],
 )
-def test_full_size_parameter_count(make, parameters):
+def test_full_size_parameter_count(build, parameters):
     with torch.device("meta"):
-        model = make()
+        model = build()
     assert sum(p.numel() for p in model.parameters()) == parameters

@@ -1,4 +1,4 @@
-"""The counting behind `benchmarks/memory.py`, on numbers that can be worked out by hand."""
+"""Memory counting of `benchmarks/memory.py`, on cases computed by hand."""
 
 import importlib.util
 from pathlib import Path
@@ -16,7 +16,7 @@ Live, LikeCuda = live_module.Live, live_module.LikeCuda
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_live_memory_two_linears_forward_backward(device):
-    """Rows of width 8 through layers to 16 and to 4: float32, 10 rows, 4 bytes a number."""
+    """Layers 8 -> 16 -> 4, 10 rows, float32 (4 bytes per value)."""
     net = nn.Sequential(nn.Linear(8, 16, bias=False), nn.Linear(16, 4, bias=False)).to(device)
     weights = 4 * (8 * 16 + 16 * 4)
     with Live() as live:
@@ -24,12 +24,12 @@ def test_live_memory_two_linears_forward_backward(device):
         assert live.now == weights
         x = torch.ones(10, 8, device=device)
         out = net(x)
-        # the input, what lies between the layers, the output
-        kept = 4 * 10 * (8 + 16 + 4)
-        assert live.now == live.peak == weights + kept
+        # input, hidden states, output
+        activations = 4 * 10 * (8 + 16 + 4)
+        assert live.now == live.peak == weights + activations
         (gradient,) = torch.autograd.grad(out, net[0].weight, torch.ones_like(out))
-        # at most: the gradients in what both layers gave; what lies between them is gone before the weight's is made
-        assert live.peak == weights + kept + 4 * 10 * (4 + 16)
+        # peak: gradients of both layers' outputs; hidden states are freed before the weight's gradient is allocated
+        assert live.peak == weights + activations + 4 * 10 * (4 + 16)
         assert live.now == weights + 4 * 10 * (8 + 4) + 4 * 8 * 16
         del gradient, out
         assert live.now == weights + 4 * 10 * 8
@@ -58,9 +58,9 @@ def test_live_cached_ops_keep_shape_and_layout():
         return [x.half(), x.half().bfloat16(), mean, deviation, x.sum(1), x.sum(1, keepdim=True)]
 
     with Live():
-        first, again = run(), run()
-    assert [(t.shape, t.stride(), t.dtype) for t in first] == [(t.shape, t.stride(), t.dtype) for t in again]
-    assert not first[0].is_contiguous()
+        first_run, cached_run = run(), run()
+    assert [(t.shape, t.stride(), t.dtype) for t in first_run] == [(t.shape, t.stride(), t.dtype) for t in cached_run]
+    assert not first_run[0].is_contiguous()
 
 
 def test_like_cuda_autocast():
@@ -71,7 +71,7 @@ def test_like_cuda_autocast():
             assert narrow.dtype == torch.bfloat16 and norm(narrow).dtype == torch.float32
             before = live.now
             layer(narrow)
-            assert live.now == before  # the weight's copy was there already
+            assert live.now == before  # autocast caches the weight's copy
         assert layer(torch.ones(1, 8, device="meta")).dtype == torch.float32
 
 
@@ -80,7 +80,7 @@ def test_like_cuda_attention_keeps_no_weights():
         q = torch.ones(1, 2, 512, 16, device="meta", requires_grad=True)
         out = F.scaled_dot_product_attention(q, q, q)
     assert out.shape == q.shape and out.requires_grad
-    # without the 2 x 512 x 512 weights: input, output, and one number for each query
+    # no 2 x 512 x 512 weights: input, output, and one value per query
     assert 4 * 2 * 512 * (16 + 16 + 1) <= live.peak < 4 * 2 * 512 * (16 + 16 + 2)
 
 

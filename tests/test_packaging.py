@@ -1,4 +1,4 @@
-"""What pyproject.toml says about the package is what is there."""
+"""pyproject.toml matches the package's files and classes."""
 
 import pkgutil
 import tomllib
@@ -11,12 +11,12 @@ SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 def test_pyproject_lists_all_packages():
-    found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "longalign").rglob("__init__.py")}
-    assert sorted(SETTINGS["tool"]["setuptools"]["packages"]) == sorted(found | {"longalign.examples"})
+    packages = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "longalign").rglob("__init__.py")}
+    assert sorted(SETTINGS["tool"]["setuptools"]["packages"]) == sorted(packages | {"longalign.examples"})
 
 
 def test_repository_has_no_symlinks():
-    """Copies, zip files and Windows lose them."""
+    """Copies, zip files and Windows do not preserve symlinks."""
     folders = ("longalign", "examples", "tests", "docs", "plugins", "recipes", "benchmarks")
     assert not [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_symlink()]
 

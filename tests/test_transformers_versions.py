@@ -1,4 +1,4 @@
-"""Versions 4 and 5 of transformers give the same numbers: those of version 5 are written here."""
+"""transformers 4 and 5 give the same values; the expected ones are from version 5."""
 
 import json
 import math
@@ -15,14 +15,14 @@ PROMPTS = ["A red fox sleeps on a wall. The sky is green.", "The sky. A wall."]
 
 
 def spread(shape, start=0):
-    """Values in [0, 1) that look random and are the same everywhere."""
+    """Pseudo-random values in [0, 1), identical on every machine."""
     steps = torch.arange(start, start + math.prod(shape), dtype=torch.float64)
     return ((0.381966 * steps**2) % 1).float().view(shape)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A CLIP of known weights, by the names that published files have."""
+    """A CLIP with deterministic weights, under the published names."""
     folder = tiny.tiny_clip(tmp_path_factory.mktemp("known"))
     weights = weights_of(folder / "model.safetensors")
     for i, name in enumerate(sorted(weights)):
@@ -82,10 +82,10 @@ def test_tokenizer_loads_either_special_token_format(tmp_path):
     config = folder / "tokenizer_config.json"
     settings = json.loads(config.read_text())
     ids = []
-    for more in ({}, {"extra_special_tokens": [f"<extra_id_{i}>" for i in range(100)]}):
-        config.write_text(json.dumps({**settings, **more}))
+    for extra in ({}, {"extra_special_tokens": [f"<extra_id_{i}>" for i in range(100)]}):
+        config.write_text(json.dumps({**settings, **extra}))
         ids.append(encoders.build({"name": "t5", "checkpoint": str(folder)}).tokens("a fox <extra_id_7>").ids)
     assert ids[0] == ids[1]
-    # in a prompt they are text, and split like any other
+    # special tokens in a prompt are split as plain text
     special = encoders.build({"name": "t5", "checkpoint": str(folder)}).tokens.tokenizer.convert_tokens_to_ids
     assert special("<extra_id_7>") not in ids[0] and len(ids[0]) > len("a fox ")
