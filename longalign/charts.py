@@ -66,10 +66,10 @@ def intervals(title: str, rows: Mapping[str, Mapping[str, Interval]], number: Ca
         rows: label -> model -> interval; intervals without values are skipped.
         number: formats a value.
     """
-    known = [v for row in rows.values() for v in row.values() if v.count]
-    if not known:
+    non_empty = [v for row in rows.values() for v in row.values() if v.count]
+    if not non_empty:
         return f'<figure class="chart"><figcaption>{escape(title)}</figcaption><p>no values</p></figure>'
-    low, high = min(v.low for v in known), max(v.high for v in known)
+    low, high = min(v.low for v in non_empty), max(v.high for v in non_empty)
     pad = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
     lines = max(len(row) for row in rows.values())
     left = min(150, 14 + 7 * max(len(label) for label in rows))

@@ -74,10 +74,10 @@ def save(folder: Path, config: RunConfig, backbone: Backbone | None, encoder: En
         encoder: saves its adapter; None if the run has none.
         step: number of completed optimiser steps.
     """
-    return write_weights(folder, config, collect_weights(backbone, encoder), step)
+    return write(folder, config, collect(backbone, encoder), step)
 
 
-def collect_weights(backbone: Backbone | None, encoder: Encoder | None) -> Weights:
+def collect(backbone: Backbone | None, encoder: Encoder | None) -> Weights:
     """The weights that `save` writes, as copies on the CPU.
 
     With sharded weights all processes must call it; only the first process receives them.
@@ -89,7 +89,7 @@ def collect_weights(backbone: Backbone | None, encoder: Encoder | None) -> Weigh
     return Weights(loras, denoiser, adapter_state)
 
 
-def write_weights(folder: Path, config: RunConfig, weights: Weights, step: int) -> Path:
+def write(folder: Path, config: RunConfig, weights: Weights, step: int) -> Path:
     """As `save`, for already collected weights; all tensors must be on the CPU and contiguous."""
     loras = weights.loras
     tensors = {f"lora.{i}.{key}": tensor for i, lora in enumerate(loras) for key, tensor in lora.state.items()}
@@ -97,7 +97,7 @@ def write_weights(folder: Path, config: RunConfig, weights: Weights, step: int) 
     tensors |= {f"encoder.{key}": tensor for key, tensor in weights.adapter.items()}
     metadata = {
         "format": FORMAT,
-        "config": json.dumps(redact_urls(to_dict(config)), ensure_ascii=False),
+        "config": json.dumps(redacted(to_dict(config)), ensure_ascii=False),
         "step": str(step),
         "loras": json.dumps([{"name": s.name, "config": s.config.model_dump(mode="json")} for s in loras]),
         "versions": json.dumps(versions()),
@@ -109,12 +109,12 @@ def write_weights(folder: Path, config: RunConfig, weights: Weights, step: int) 
     return path
 
 
-def redact_urls(value: Any) -> Any:
+def redacted(value: Any) -> Any:
     """A dumped config without the credentials in its URLs."""
     if isinstance(value, dict):
-        return {key: redact_urls(child) for key, child in value.items()}
+        return {key: redacted(child) for key, child in value.items()}
     if isinstance(value, list):
-        return [redact_urls(child) for child in value]
+        return [redacted(child) for child in value]
     return redact_url(value) if isinstance(value, str) else value
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from longalign.backbones.configs import LoraConfig
 from longalign.backbones.lora import LoraWeights, lora_targets
 from longalign.backbones.sd import empty_unet
-from longalign.checkpoint import Weights, export_lora, write_weights
+from longalign.checkpoint import Weights, export_lora, write
 from longalign.config import RunConfig, load_config
 from longalign.encoders.adapter import TextAdapter
 from longalign.files import CHECKPOINT
@@ -67,7 +67,7 @@ def convert_longsd(
     # T5 is part 1 of the encoder in `longsd_config`
     adapter = {f"parts.1.adapter.{key}": tensor.contiguous() for key, tensor in text_adapter.state_dict().items()}
     step = sum(steps for _, steps in stages.values())
-    path = write_weights(output, longsd_config(backbone, t5, text_adapter), Weights(loras, {}, adapter), step)
+    path = write(output, longsd_config(backbone, t5, text_adapter), Weights(loras, {}, adapter), step)
     export_lora(path, output)
     return path
 

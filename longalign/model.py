@@ -80,9 +80,10 @@ class Model:
 
     def __repr__(self) -> str:
         parts = (("backbone", self.config.backbone), ("encoder", self.config.encoder))
-        shown = [f"{key}={part and part.name!r}" for key, part in parts]
+        components = [f"{key}={part and part.name!r}" for key, part in parts]
         denoiser = self.backbone.denoiser
-        return f"Model({str(self.checkpoint)!r}, {', '.join(shown)}, {denoiser.dtype}, device='{self.backbone.device}')"
+        name, device = str(self.checkpoint), self.backbone.device
+        return f"Model({name!r}, {', '.join(components)}, {denoiser.dtype}, device='{device}')"
 
     def __call__(
         self,

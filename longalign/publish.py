@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from longalign.checkpoint import Weights, denoiser_folder, export_lora, load_weights, read_config, redact_urls
+from longalign.checkpoint import Weights, denoiser_folder, export_lora, load_weights, read_config, redacted
 from longalign.config import RunConfig, to_dict
 from longalign.encoders.adapter import TextAdapter
 from longalign.files import (
@@ -130,13 +130,13 @@ def _copy_checkpoint(source: Path, output: Path) -> Path:
     """Copies the checkpoint file without local paths and credentials."""
     metadata = read_metadata(source)
     tree = json.loads(metadata["config"])
-    tree = {key: _redact_paths(value) if key in PRIVATE_KEYS else redact_urls(value) for key, value in tree.items()}
+    tree = {key: _redact_paths(value) if key in PRIVATE_KEYS else redacted(value) for key, value in tree.items()}
     save_tensors(output / CHECKPOINT, load_tensors(source), {**metadata, "config": json.dumps(tree)})
     return output / CHECKPOINT
 
 
 def _redact_paths(value: Any) -> Any:
-    """As `redact_urls`; absolute paths and paths in a home folder are also shortened to their last part."""
+    """As `redacted`; absolute paths and paths in a home folder are also shortened to their last part."""
     if isinstance(value, dict):
         return {key: _redact_paths(v) for key, v in value.items()}
     if isinstance(value, list):
@@ -146,7 +146,7 @@ def _redact_paths(value: Any) -> Any:
             path = path_class(value)
             if path.is_absolute() or value.startswith("~"):
                 return path.name or "data"
-    return redact_urls(value)
+    return redacted(value)
 
 
 def _public_config(config: RunConfig) -> Any:

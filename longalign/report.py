@@ -107,7 +107,7 @@ def findings(table: MetricTable) -> list[str]:
     """
     metric = table.metrics[0]
     title, unit = label(metric).removesuffix(", %"), "%" if is_fraction(metric) else ""
-    few = len(set(table.prompts)) < MIN_PROMPTS
+    too_few = len(set(table.prompts)) < MIN_PROMPTS
     sentences = [f"{table.base}: {title} {_range(table.interval(table.base, metric), metric, unit)}."]
     for other, model in zip(table.models, table.models[1:], strict=False):
         name = f"{model} - {other}"
@@ -116,7 +116,7 @@ def findings(table: MetricTable) -> list[str]:
             f"{model} against {other}: {title} {number(table.interval(model, metric).mean, metric)}{unit}, "
             + _change(gain, metric)
             + (" points" if unit else "")
-            + ("" if gain.significant or few else ", no significant difference")
+            + ("" if gain.significant or too_few else ", no significant difference")
         ]
         changes = {
             (f"{heading.partition(' by ')[2]} {group}" if group[0].isdigit() else group): row[name]
@@ -137,7 +137,7 @@ def findings(table: MetricTable) -> list[str]:
                 ratio = irrelevant.mean / relevant.mean
                 lines.append(f"the text-irrelevant part rises {ratio:.1f} times as much as the text-relevant part")
         sentences.append("; ".join(lines) + ".")
-    if few:
+    if too_few:
         sentences.append(f"note: fewer than {MIN_PROMPTS} prompts, no difference is significant.")
     return sentences
 

@@ -48,19 +48,19 @@ def bootstrap(
         seed: seed of the resampling; the same values always give the same interval.
     """
     values = np.asarray(values, dtype=np.float64)
-    known = ~np.isnan(values)
-    if not known.any():
+    valid = ~np.isnan(values)
+    if not valid.any():
         return Interval(math.nan, math.nan, math.nan, 0)
     labels = np.arange(len(values)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
-    sums = np.bincount(labels[known], weights=values[known])
-    counts = np.bincount(labels[known])
+    sums = np.bincount(labels[valid], weights=values[valid])
+    counts = np.bincount(labels[valid])
     sums, counts = sums[counts > 0], counts[counts > 0]
     rng = np.random.default_rng(seed)
     rows = max(1, CHUNK // len(sums))
     resampled = (rng.integers(len(sums), size=(min(rows, samples - i), len(sums))) for i in range(0, samples, rows))
     means = np.concatenate([sums[index].sum(1) / counts[index].sum(1) for index in resampled])
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(values[known].mean()), float(low), float(high), int(known.sum()), len(sums))
+    return Interval(float(values[valid].mean()), float(low), float(high), int(valid.sum()), len(sums))
 
 
 def length_labels(
@@ -185,8 +185,8 @@ class MetricTable:
         if len(self.models) > 1:
             rows = [[f"{m} - {other}", *(show_difference(self.difference(m, k, other), k) for k in self.metrics)]
                     for m, other in self.pairs]  # fmt: skip
-            few = len(set(self.prompts)) < MIN_PROMPTS
-            note = f"none marked *: fewer than {MIN_PROMPTS} prompts" if few else "* interval excludes zero"
+            too_few = len(set(self.prompts)) < MIN_PROMPTS
+            note = f"none marked *: fewer than {MIN_PROMPTS} prompts" if too_few else "* interval excludes zero"
             blocks.append((f"paired differences ({note})", [head, *rows]))
             losses = [[f"{m} - {other}", label(k), show_difference(change, k)]
                       for m, other in self.pairs for k, change in self.significant(m, other)[1].items()]  # fmt: skip

@@ -127,7 +127,7 @@ def test_eval_and_score_pipelines(folders, brightness, tmp_path, capsys):
             "--num-steps",
         ),
         (["eval", "--pipeline", "a=b", "--prompt", "a", "--reward", "clip"], "--output"),
-        (["eval", "--reward", "clip"], "models"),
+        (["eval", "--reward", "clip"], "--images, --checkpoint or --pipeline"),
     ],
 )
 def test_pipeline_commands_invalid_arguments(arguments, key, capsys):

@@ -51,11 +51,11 @@ def test_model_call_mismatched_prompts_and_seeds_raises(model, prompts, seeds, c
 
 def test_model_call_accepts_diffusers_argument_names(model):
     size = {"height": 32, "width": 32}
-    ours = model("A fox.", negative="grey", num_steps=2, guidance=3.0, **size)
-    theirs = model(prompt="A fox.", negative_prompt="grey", num_inference_steps=2, guidance_scale=3.0, **size)
-    assert images_equal(ours, theirs)
-    assert theirs.images is theirs and theirs.images[0] is theirs[0]
-    assert not images_equal(ours, model("A fox.", negative="grey", num_steps=2, guidance=9.0, **size))
+    images = model("A fox.", negative="grey", num_steps=2, guidance=3.0, **size)
+    aliased = model(prompt="A fox.", negative_prompt="grey", num_inference_steps=2, guidance_scale=3.0, **size)
+    assert images_equal(images, aliased)
+    assert aliased.images is aliased and aliased.images[0] is aliased[0]
+    assert not images_equal(images, model("A fox.", negative="grey", num_steps=2, guidance=9.0, **size))
     with pytest.raises(ValueError, match=r"\bnum_steps\b.*\bnum_inference_steps\b"):
         model("A fox.", num_steps=1, num_inference_steps=1)
     with pytest.raises(TypeError, match="generator"):

@@ -83,8 +83,8 @@ def test_read_table_of_different_model_raises(folder, tmp_path, capsys):
     table = MetricTable(values, ["a", "b"], [0, 0]).to_dict()
     path = tmp_path / "table.json"
 
-    def read_with_config(ours):
-        path.write_text(json.dumps({**table, "configs": {"base": {"pipeline": "owner/name"}, "ours": ours}}))
+    def read_with_config(config_of_ours):
+        path.write_text(json.dumps({**table, "configs": {"base": {"pipeline": "owner/name"}, "ours": config_of_ours}}))
         return publish.read_table(path, load_config(config))
 
     assert read_with_config({**config, "output": "elsewhere"}).models == ["base", "ours"]
@@ -120,10 +120,10 @@ def test_export_lora_and_adapter_files_and_card(folder, tmp_path):
     assert [path.name for path in written] == names and all(path.exists() for path in written)
     config, backbone, encoder = load_for_sampling(out)
     pipe = StableDiffusionPipeline.from_pretrained(folder / "sd", safety_checker=None)
-    before = predict(pipe.unet)
+    base_output = predict(pipe.unet)
     pipe.load_lora_weights(out, weight_name="pytorch_lora_weights.safetensors")
     torch.testing.assert_close(predict(pipe.unet), predict(backbone), atol=1e-5, rtol=1e-4)
-    assert (predict(pipe.unet) - before).abs().mean() > 1e-3
+    assert (predict(pipe.unet) - base_output).abs().mean() > 1e-3
     adapter = TextAdapter.load(str(out / "adapter")).state_dict()
     assert all(torch.equal(adapter[k], v) for k, v in encoder.parts[1].adapter.state_dict().items())
     head, text = head_of((out / "README.md").read_text())
@@ -298,7 +298,7 @@ def test_export_removes_paths_and_credentials(folder, tmp_path):
     file = (tmp_path / "out" / "longalign.safetensors").read_bytes()
     for secret in ("hunter2", "/home/me", "Users"):
         assert secret not in card and secret.encode() not in file
-    assert str(folder) not in card and "for 1 step." in card
+    assert str(folder) not in card and re.search(r"\b1 step\b", card)
     loaded, unet, _ = load_for_sampling(tmp_path / "out")
     assert (loaded.output, loaded.init_from, loaded.validation.prompts) == ("mine", "first", "prompts.txt")
     torch.testing.assert_close(predict(unet), predict(load_for_sampling(run)[1]))
@@ -307,10 +307,10 @@ def test_export_removes_paths_and_credentials(folder, tmp_path):
 def test_model_card_escapes_untrusted_text(tmp_path):
     from longalign.checkpoint import Weights
 
-    evil = 'x"); import os\n```\n<script>alert(1)</script>'
+    malicious = 'x"); import os\n```\n<script>alert(1)</script>'
     config = load_config(
         {
-            "backbone": {"name": "sd", "checkpoint": evil},
+            "backbone": {"name": "sd", "checkpoint": malicious},
             "encoder": "clip-segment",
             "validation": {"prompts": ["A fox.\n```\n<script>alert(2)</script>\n````"]},
         }

@@ -21,7 +21,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from longalign import checkpoint as checkpointing
-from longalign.checkpoint import redact_urls
+from longalign.checkpoint import redacted
 from longalign.checks import used
 from longalign.config import to_dict
 from longalign.data.stream import Stream
@@ -161,7 +161,7 @@ class Run:
             announce(self, composition.data)
         self.log = Log(self.output, self.step, self.loop.steps, self.accelerator.is_main_process)
         if self.loop.trackers:
-            settings = dict(flat("", redact_urls(to_dict(self.config))))
+            settings = dict(flat("", redacted(to_dict(self.config))))
             self._track("cannot be started", lambda: self.accelerator.init_trackers("longalign", settings))
 
     def _claim(self, resume: Path | None) -> None:
@@ -427,9 +427,9 @@ class Run:
             folder.mkdir(exist_ok=True)
             if self.accelerator.is_main_process or self.split:
                 with self._averaged():
-                    weights = checkpointing.collect_weights(self.backbone, self.encoder)
+                    weights = checkpointing.collect(self.backbone, self.encoder)
                     if self.accelerator.is_main_process:
-                        checkpointing.write_weights(unfinished, self.config, weights, self.step)
+                        checkpointing.write(unfinished, self.config, weights, self.step)
                         self.trainer.save(unfinished)
                 shared = state.collect(self)
                 if self.accelerator.is_main_process:
