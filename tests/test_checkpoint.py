@@ -1,6 +1,7 @@
 """Checkpoints: contents, round trips, and export to diffusers."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -248,7 +249,7 @@ def test_load_for_sampling_without_training_plugins(world, tmp_path, caplog):
     read, backbone, encoder = checkpoint.load_for_sampling(path, Runtime())
     assert read.rewards == () and read.trainer is None and read.backbone.name == "tiny-backbone"
     assert torch.isfinite(predict(backbone, encoder)).all()
-    assert "longalign-missing 1.2, which provided rewards.0" in caplog.text and str(path) in caplog.text
+    assert re.search(r"longalign-missing 1\.2.*rewards\.0", caplog.text) and str(path) in caplog.text
 
     config["encoder"] = {"name": "gone"}
     versions = {**json.loads(read_metadata(path)["versions"]), "longalign": "99.0"}
@@ -256,5 +257,5 @@ def test_load_for_sampling_without_training_plugins(world, tmp_path, caplog):
     rewritten(path, config=json.dumps(config), providers=json.dumps(providers), versions=json.dumps(versions))
     with pytest.raises(ConfigError) as caught:
         checkpoint.load_for_sampling(path, Runtime())
-    assert "longalign-gone 3, which provided encoder" in str(caught.value)
+    assert re.search(r"longalign-gone 3.*encoder", str(caught.value))
     assert "longalign 99.0" in str(caught.value)

@@ -31,7 +31,7 @@ def test_examples_folder_in_checkout_or_package(monkeypatch, tmp_path):
     assert default_config("align") == examples_folder() / "mini-align.yaml"
     package = tmp_path / "site-packages" / "longalign"
     monkeypatch.setattr("longalign.runtime.resources.files", lambda name: package)
-    with pytest.raises(ValueError, match=r"example configs.*site-packages"):
+    with pytest.raises(ValueError, match="site-packages"):
         examples_folder()
     for folder in (package.parent / "examples", package / "examples"):
         folder.mkdir(parents=True)
