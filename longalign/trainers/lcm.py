@@ -12,7 +12,7 @@ from torch.func import functional_call
 from longalign.backbones.base import Backbone
 from longalign.diffusion import Solver, add_noise, ddim, lcm
 from longalign.encoders.base import Conditioning, Encoder
-from longalign.trainers.base import DiffusionTrainer, evaluating, guided, latents_of, train_denoiser
+from longalign.trainers.base import DiffusionTrainer, evaluating, guided_prediction, batch_latents, train_denoiser
 from longalign.trainers.configs import LCMConfig
 
 
@@ -91,7 +91,7 @@ class LCMTrainer(DiffusionTrainer):
             )
 
     def losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        latents = latents_of(self.backbone, batch, "'lcm'")
+        latents = batch_latents(self.backbone, batch, "'lcm'")
         # one call for both branches of the teacher's guidance, so that both have the same length
         conditioning = self.encode([*batch["prompt"], ""])
         start = self.starts[torch.randint(len(self.starts), (len(latents),))].to(latents.device)
@@ -116,7 +116,7 @@ class LCMTrainer(DiffusionTrainer):
         """
         with evaluating(self.backbone.denoiser):
             rows = torch.arange(len(noisy), device=noisy.device)
-            answer = guided(self.backbone.predict_reference, noisy, start, conditioning, rows, guidance)
+            answer = guided_prediction(self.backbone.predict_reference, noisy, start, conditioning, rows, guidance)
             earlier = self.solve(start, noisy, answer.float())
             end = (start - self.skip).clamp(min=0)
             return self.consistency(end, earlier, self.predict_target(earlier, end, conditioning[: len(noisy)]).float())

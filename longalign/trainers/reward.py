@@ -22,8 +22,8 @@ from longalign.trainers.base import (
     Backward,
     DiffusionTrainer,
     evaluating,
-    guided,
-    latents_of,
+    guided_prediction,
+    batch_latents,
     noise_loss,
     train_denoiser,
 )
@@ -146,7 +146,7 @@ class RewardTrainer(DiffusionTrainer):
         prompts = batch["prompt"]
         real = None
         if self.regularizer == "pretraining":
-            real = latents_of(self.backbone, batch, "the regularizer 'pretraining'")
+            real = batch_latents(self.backbone, batch, "the regularizer 'pretraining'")
 
         # Each repeated call has its own graph, so the gradient of the conditioning is gathered at a leaf.
         encoded = self.encode_with_uncond(prompts)
@@ -222,7 +222,7 @@ class RewardTrainer(DiffusionTrainer):
             of = prompts.repeat(len(latents) // len(prompts))
             if self.guidance == 1:
                 return denoise(latents, timesteps, conditioning[of])
-            return guided(denoise, latents, timesteps, conditioning, of, self.guidance)
+            return guided_prediction(denoise, latents, timesteps, conditioning, of, self.guidance)
 
         return predict
 
