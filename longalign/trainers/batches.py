@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_
 
 from longalign.data.base import Data
 from longalign.data.stream import Stream
-from longalign.trainers.interrupt import outlive_signals
+from longalign.trainers.interrupt import ignore_signals
 
 
 class Batches(Sampler[list[int]]):
@@ -126,7 +126,7 @@ def load_batches(data: Data | Stream, batches: Batches, needs_images: bool, work
         streamed = StreamedBatches(data, batches, needs_images)
         return iter(
             DataLoader(
-                streamed, batch_size=None, num_workers=workers, worker_init_fn=outlive_signals, generator=generator
+                streamed, batch_size=None, num_workers=workers, worker_init_fn=ignore_signals, generator=generator
             )
         )
     loader = DataLoader(
@@ -134,7 +134,7 @@ def load_batches(data: Data | Stream, batches: Batches, needs_images: bool, work
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=workers,
-        worker_init_fn=outlive_signals,
+        worker_init_fn=ignore_signals,
         generator=generator,
     )
     return iter(loader)
