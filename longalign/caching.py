@@ -38,7 +38,7 @@ def make(
 ) -> dict[str, tuple[int, int]]:
     """Computes what a run's caches lack. What is on disk already is kept, so an interrupted call can be repeated.
 
-    Several processes (``runtime.world_size``) share images and prompts; each writes shards of its own, and together they
+    Several processes (``runtime.world_size``) share images and prompts; each writes its own shards, and together they
     make what one would. An image that is there twice may be encoded by two of them; one of the results is read.
 
     Args:

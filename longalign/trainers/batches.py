@@ -107,7 +107,7 @@ class StreamedBatches(IterableDataset[dict[str, Any]]):
 
 
 def plan_batches(data: Data | Stream, batch_size: int, seed: int, start: int, rank: int, world_size: int) -> Batches:
-    """Returns the `Batches` of a dataset. A stream has no indices, so only size, start and rank of its batches count."""
+    """Returns the `Batches` of a dataset. For a stream, only their size, start and rank are used, not their indices."""
     length = 1 if isinstance(data, Stream) else len(data)
     return Batches(length, batch_size, seed, start, rank, world_size)
 

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from longalign.backbones.base import Backbone
 from longalign.diffusion import Solver, add_noise, ddim, lcm
 from longalign.encoders.base import Conditioning, Encoder
-from longalign.trainers.base import DiffusionTrainer, evaluating, guided_prediction, batch_latents, train_denoiser
+from longalign.trainers.base import DiffusionTrainer, batch_latents, evaluating, guided_prediction, train_denoiser
 from longalign.trainers.configs import LCMConfig
 
 

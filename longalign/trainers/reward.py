@@ -21,9 +21,9 @@ from longalign.rollout import Predict, RecordedStep, replay, replay_backward, ro
 from longalign.trainers.base import (
     Backward,
     DiffusionTrainer,
+    batch_latents,
     evaluating,
     guided_prediction,
-    batch_latents,
     noise_loss,
     train_denoiser,
 )
