@@ -62,6 +62,4 @@ def log_run_summary(run: Run, data: Data | Stream) -> None:
         log.warning("training %.1f billion parameters on a CPU takes days; use a GPU", total / 1e9)
     batch_size = run.loop.batch_size * run.accelerator.num_processes
     if not isinstance(data, Stream) and batch_size > len(data):
-        log.warning(
-            "a batch has %d items and the data only %d, so batches repeat items", batch_size, len(data)
-        )
+        log.warning("a batch has %d items and the data only %d, so batches repeat items", batch_size, len(data))
