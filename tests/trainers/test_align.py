@@ -28,7 +28,7 @@ def graded(module):
 
 
 @pytest.mark.parametrize("train_adapter", [True, False])
-def test_gradient_flows_into_lora_and_adapter_alone(train_adapter):
+def test_step_gradient_reaches_only_lora_and_adapter(train_adapter):
     trainer = build(train_adapter=train_adapter)
     losses = trainer.step(BATCH, torch.Tensor.backward)
     assert set(losses) == {"noise_loss"} and losses["noise_loss"] > 0 and not losses["noise_loss"].requires_grad
@@ -39,14 +39,14 @@ def test_gradient_flows_into_lora_and_adapter_alone(train_adapter):
     assert len(trainer.trainable()) == len(expected) and all(p.requires_grad for p in trainer.trainable())
 
 
-def test_gradient_flows_into_all_weights_of_the_denoiser():
+def test_full_finetune_gradient_reaches_all_denoiser_weights():
     trainer = build(lora=None)
     trainer.step(BATCH, torch.Tensor.backward)
     assert graded(trainer.backbone) == {f"denoiser.{n}" for n, _ in trainer.backbone.denoiser.named_parameters()}
     assert trainer.backbone.full_finetune
 
 
-def test_what_is_frozen_stays_in_eval_mode():
+def test_train_keeps_frozen_modules_in_eval_mode():
     trainer = build()
     assert trainer.training and trainer.encoder.adapter[1].training
     assert not trainer.encoder.frozen[1].training and not trainer.backbone.vae.training
@@ -59,7 +59,7 @@ def test_what_is_frozen_stays_in_eval_mode():
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_the_loss_is_zero_for_a_denoiser_that_knows(prediction):
+def test_noise_loss_is_zero_for_perfect_prediction(prediction):
     class Knowing(AlignTrainer):
         def losses(self, batch):
             backbone = self.backbone
@@ -83,7 +83,7 @@ def test_the_loss_is_zero_for_a_denoiser_that_knows(prediction):
     ("prediction", "setting", "expected"),
     [("epsilon", None, "uniform"), ("flow", None, "logit-normal"), ("flow", "uniform", "uniform")],
 )
-def test_flows_are_trained_at_logit_normal_timesteps_by_default(monkeypatch, prediction, setting, expected):
+def test_timesteps_default_is_logit_normal_for_flows(monkeypatch, prediction, setting, expected):
     drawn = []
 
     def draw(density, *rest):
@@ -97,7 +97,7 @@ def test_flows_are_trained_at_logit_normal_timesteps_by_default(monkeypatch, pre
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.0, ["1", "7"]), (1.0, ["", ""])])
-def test_dropped_captions_become_the_empty_prompt(share, expected):
+def test_caption_dropout_encodes_empty_prompt(share, expected):
     read = []
 
     class Reading(ToyEncoder):
@@ -109,12 +109,12 @@ def test_dropped_captions_become_the_empty_prompt(share, expected):
     assert read == [expected]
 
 
-def test_prompts_alone_are_refused():
+def test_losses_reject_batch_without_images():
     with pytest.raises(ValueError, match="'align' needs images, and the data has prompts only"):
         build().losses({"prompt": ["a"]})
 
 
-def test_unused_rewards_are_refused(world):
+def test_align_rejects_rewards(world):
     config = world.align_config("x")
     from longalign.config import load_config
 
@@ -124,7 +124,7 @@ def test_unused_rewards_are_refused(world):
         trainers.build("align", backbone=tiny_backbone(), encoder=ToyEncoder(), rewards=[world.red])
 
 
-def test_built_by_name():
+def test_registry_builds_align_by_name():
     trainer = trainers.build({"name": "align", "lora": {"rank": 3}}, backbone=tiny_backbone(), encoder=ToyEncoder())
     assert isinstance(trainer, AlignTrainer) and isinstance(trainer.backbone, Backbone)
     assert trainer.backbone.lora_names == ["align"] and trainer.caption_dropout == 0.1

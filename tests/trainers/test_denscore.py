@@ -69,7 +69,7 @@ def features(trainer, given):
 # The losses
 
 
-def test_the_divergence_by_hand():
+def test_divergence_equals_manual_kl():
     target = torch.tensor([[0.5, 0.5], [1.0, 0.0]])
     logits = torch.tensor([[math.log(0.25), math.log(0.75)], [0.0, 0.0]])
     first = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
@@ -77,12 +77,12 @@ def test_the_divergence_by_hand():
     assert divergence(torch.tensor([[3.0, 3.0]]), target[:1]).item() == pytest.approx(0, abs=1e-6)
 
 
-def test_agreement_counts_pairs_without_preference_half():
+def test_pairwise_accuracy_counts_ties_half():
     scores = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
     assert pairwise_accuracy(scores, torch.tensor([0.9, 0.1, 0.0, 0.5])).item() == (1 + 0 + 1 + 0.5) / 4
 
 
-def test_losses_and_metrics_are_those_of_the_rewards_own_scores(clip):
+def test_losses_and_metrics_match_reward_scores(clip):
     trainer, given = build(clip, contrastive_weight=2.0), batch()
     out = trainer.losses(given)
     images, segments, text = features(trainer, given)
@@ -114,7 +114,7 @@ def test_losses_and_metrics_are_those_of_the_rewards_own_scores(clip):
     assert out["scale"] == scale and not out["scale"].requires_grad
 
 
-def test_captions_are_told_of_their_own_image_only(clip):
+def test_contrastive_loss_of_captions_targets_their_own_image(clip):
     trainer, given = build(clip, preference_weight=0.0, contrastive_weight=1.0), batch(2, captions=True)
     out = trainer.losses(given)
     assert "preference_loss" not in out
@@ -139,7 +139,7 @@ def test_captions_are_told_of_their_own_image_only(clip):
     assert torch.equal(trainer.losses(other)["contrastive_loss"], out["contrastive_loss"])
 
 
-def test_a_text_longer_than_the_window_is_read_to_its_end(clip):
+def test_losses_depend_on_text_beyond_the_token_window(clip):
     trainer, given = build(clip), batch(2)
     scores = []
     for end in ("fox", "sky"):
@@ -160,7 +160,7 @@ def test_a_text_longer_than_the_window_is_read_to_its_end(clip):
         ("projections", {"text_projection", "visual_projection", "logit_scale"}),
     ],
 )
-def test_gradient_reaches_what_is_trained_and_nothing_else(clip, train, expected):
+def test_train_setting_selects_parameters_with_gradient(clip, train, expected):
     trainer = build(clip, train=train)
     trainer.step(batch(captions=True), torch.Tensor.backward)
     model = trainer.reward.towers.model
@@ -171,7 +171,7 @@ def test_gradient_reaches_what_is_trained_and_nothing_else(clip, train, expected
     assert all((p.grad is None) != p.requires_grad for p in model.parameters())
 
 
-def test_micro_batches_and_recomputed_activations_change_no_gradient(clip):
+def test_micro_batch_and_checkpointing_keep_gradient(clip):
     found = []
     for reward, recomputed in (({}, False), ({"micro_batch": 4}, False), ({}, True)):
         trainer = build(clip, reward=reward)
@@ -183,7 +183,7 @@ def test_micro_batches_and_recomputed_activations_change_no_gradient(clip):
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found[0], other, strict=True))
 
 
-def test_the_temperature_stays_at_its_limit_and_can_leave_it(clip):
+def test_temperature_is_clamped_and_keeps_gradient(clip):
     trainer = build(clip)
     scale = trainer.reward.towers.logit_scale
     with torch.no_grad():
@@ -194,7 +194,7 @@ def test_the_temperature_stays_at_its_limit_and_can_leave_it(clip):
     assert scale.grad != 0
 
 
-def test_an_untrainable_reward_is_refused():
+def test_trainer_rejects_towers_that_cannot_be_trained():
     class Other(torch.nn.Module):
         pass
 
@@ -206,7 +206,7 @@ def test_an_untrainable_reward_is_refused():
         DenscoreTrainer(reward)
 
 
-def test_two_processes_have_the_gradient_of_one(clip):
+def test_step_gradient_of_two_processes_equals_one(clip):
     whole = batch(4, captions=True)
     alone = build(clip)
     values = alone.step(whole, torch.Tensor.backward)
@@ -250,7 +250,7 @@ def lines(output):
     return [{k: v for k, v in line.items() if k != "seconds"} for line in found]
 
 
-def test_a_run_resumes_exactly_and_its_folder_is_a_clip_that_rewards_load(clip, tmp_path):
+def test_fit_resumes_exactly_and_saves_clip_loadable_by_rewards(clip, tmp_path):
     ema = {"steps": 4, "batch_size": 3, "lr": 1e-3, "save_every": 2, "log_every": 1, "ema": 0.5}
     whole = build_from_config(config(clip, tmp_path / "whole", loop=ema)).fit()
     build_from_config(config(clip, tmp_path / "cut", loop={**ema, "steps": 2})).fit()
@@ -282,7 +282,7 @@ def test_a_run_resumes_exactly_and_its_folder_is_a_clip_that_rewards_load(clip, 
         assert reward.pixels.mean == (0.5, 0.5, 0.5) and reward.pixels.size == (32, 32)
 
 
-def test_a_run_brings_the_loss_down(clip, tmp_path):
+def test_fit_reduces_loss(clip, tmp_path):
     loop = {"steps": 40, "batch_size": 8, "lr": 3e-3, "save_every": None, "log_every": 1, "clip": 1.0}
     data = {"name": "scene-pairs", "size": 8, "objects": [1, 2], "words": [10, 20], "captions": True}
     build_from_config(config(clip, tmp_path, loop=loop, data=data)).fit()
@@ -291,7 +291,7 @@ def test_a_run_brings_the_loss_down(clip, tmp_path):
     assert lines(tmp_path)[-1]["agreement"] > 0.7
 
 
-def test_half_precision_keeps_the_trained_weights_whole(clip, tmp_path):
+def test_bf16_keeps_trainable_weights_in_float32(clip, tmp_path):
     loop = {"steps": 1, "batch_size": 2, "precision": "bf16", "gradient_checkpointing": True}
     composition = build_from_config(config(clip, tmp_path, loop=loop))
     composition.fit()
@@ -310,7 +310,7 @@ def problems(value):
     return dict(error.value.errors)
 
 
-def test_a_run_needs_no_backbone_and_no_encoder_and_says_so(clip, tmp_path):
+def test_config_rejects_backbone_and_encoder(clip, tmp_path):
     good = load_config(config(clip, tmp_path))
     assert good.backbone is None and good.encoder is None and load_config(to_dict(good)) == good
     with pytest.raises(ConfigError, match="backbone: this run has no backbone"):
@@ -324,7 +324,7 @@ def test_a_run_needs_no_backbone_and_no_encoder_and_says_so(clip, tmp_path):
     assert "did you mean 'denscore'" in problems({**config(clip, tmp_path), "trainer": "denscor"})["trainer.name"]
 
 
-def test_what_the_trainer_does_not_use_is_refused(clip, tmp_path):
+def test_config_rejects_unused_keys(clip, tmp_path):
     given = {
         "validation": {"prompts": ["a"]},
         "cache": {"folder": "x"},
@@ -348,7 +348,7 @@ def test_what_the_trainer_does_not_use_is_refused(clip, tmp_path):
         DenscoreTrainerConfig().build(Runtime())
 
 
-def test_its_checkpoint_is_none_of_a_backbone(clip, tmp_path):
+def test_checkpoint_is_rejected_for_sampling_and_can_be_exported(clip, tmp_path):
     result = build_from_config(config(clip, tmp_path, loop={"steps": 1, "batch_size": 2})).fit()
     assert load_config(result.checkpoint).trainer == DenscoreTrainerConfig()
     with pytest.raises(ValueError, match=r"trained a reward, which is in .*/reward; expected a checkpoint"):

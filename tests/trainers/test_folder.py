@@ -37,7 +37,7 @@ def steps(output):
     return [json.loads(line)["step"] for line in (output / "log.jsonl").read_text().splitlines()]
 
 
-def test_two_processes_do_not_train_into_one_folder_and_a_killed_one_does_not_block_it(world, tmp_path):
+def test_fit_rejects_locked_folder_until_its_process_is_killed(world, tmp_path):
     code = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); "
     code += "f.write('process 7 on x'); f.flush(); print('locked', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / ".lock")], stdout=subprocess.PIPE) as other:
@@ -52,14 +52,14 @@ def test_two_processes_do_not_train_into_one_folder_and_a_killed_one_does_not_bl
     lock.release()
 
 
-def test_a_run_that_fails_lets_go_of_its_folder(world, tmp_path):
+def test_fit_releases_lock_after_error(world, tmp_path):
     config = world.align_config(tmp_path, steps=1)
     with pytest.raises(ValueError, match="the data has prompts only"):
         run({**config, "data": "bare-words"})
     assert run(config).step == 1
 
 
-def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
+def test_lock_warns_on_file_system_without_locks(tmp_path, monkeypatch, caplog):
     def none(*args):
         raise OSError("No locks available")
 
@@ -68,7 +68,7 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog)
     assert "No locks available" in caplog.text
 
 
-def test_a_run_killed_before_its_first_checkpoint_can_be_started_and_resumed(world, tmp_path, caplog):
+def test_fit_starts_and_resumes_in_folder_without_checkpoint(world, tmp_path, caplog):
     for name, resumed in (("started", False), ("resumed", True)):
         output = tmp_path / name
         output.mkdir()
@@ -81,7 +81,7 @@ def test_a_run_killed_before_its_first_checkpoint_can_be_started_and_resumed(wor
         run(world.align_config(tmp_path / "other"), resume=tmp_path / "nowhere")
 
 
-def test_a_used_folder_is_recognised_by_its_checkpoints(world, tmp_path):
+def test_fit_rejects_folder_with_checkpoints_of_another_config(world, tmp_path):
     run(world.align_config(tmp_path, steps=2, log_every=10, save_every=1, keep=None))
     (tmp_path / "log.jsonl").unlink()
     with pytest.raises(ValueError, match=r"loop.lr: 0.01 there, 0.5 now\n    choose a different output"):
@@ -89,14 +89,14 @@ def test_a_used_folder_is_recognised_by_its_checkpoints(world, tmp_path):
     assert names(tmp_path) == ["checkpoint-000001", "checkpoint-000002"]
 
 
-def test_later_checkpoints_of_the_run_are_not_removed_in_the_place_of_older_ones(world, tmp_path):
+def test_prune_keeps_checkpoints_later_than_the_resumed_one(world, tmp_path):
     config = load_config(world.align_config(tmp_path, steps=4, save_every=1, keep=2))
     run(override(config, {"loop.keep": None}))
     run(override(config, {"loop.steps": 3}), resume=tmp_path / "checkpoint-000001")
     assert names(tmp_path) == ["checkpoint-000002", "checkpoint-000003", "checkpoint-000004"]
 
 
-def test_resuming_a_finished_run_changes_nothing(world, tmp_path):
+def test_resume_finished_run_changes_no_file(world, tmp_path):
     config = world.align_config(tmp_path, steps=2)
     run(config)
     before = content(tmp_path)
@@ -143,7 +143,7 @@ def written(output, step, text):
 
 
 @pytest.mark.parametrize(("step", "keep"), [(3, 1), (3, 2), (2, 1), (2, None)])
-def test_the_newest_checkpoint_is_whole_wherever_publishing_is_killed(tmp_path, monkeypatch, step, keep):
+def test_publish_killed_midway_keeps_newest_checkpoint(tmp_path, monkeypatch, step, keep):
     for number in range(100):
         output = tmp_path / f"{number}"
         for old in (1, 2):
@@ -162,7 +162,7 @@ def test_the_newest_checkpoint_is_whole_wherever_publishing_is_killed(tmp_path, 
     assert (checkpoints(output)[-1] / "longalign.safetensors").read_text() == "new"
 
 
-def test_a_checkpoint_that_was_being_replaced_comes_back(world, tmp_path):
+def test_recover_restores_checkpoint_being_replaced(world, tmp_path):
     run(world.align_config(tmp_path, steps=1))
     (tmp_path / "checkpoint-000001").rename(tmp_path / ".checkpoint-000001.replaced")
     (tmp_path / ".checkpoint-000001.unfinished").mkdir()
@@ -172,7 +172,7 @@ def test_a_checkpoint_that_was_being_replaced_comes_back(world, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["longalign.safetensors", "resume/shared.pt", "resume/process-0.pt"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_resumed_from(world, tmp_path, caplog, name):
+def test_resume_skips_damaged_checkpoint_with_warning(world, tmp_path, caplog, name):
     config = world.align_config(tmp_path, steps=2, save_every=1)
     run(config)
     damaged = tmp_path / "checkpoint-000002" / name
@@ -187,7 +187,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_resumed_from(wor
         run(config, resume=tmp_path)
 
 
-def test_damaged_lines_of_the_log_are_omitted_and_named(world, tmp_path, caplog):
+def test_log_jsonl_damaged_lines_are_removed_with_warning(world, tmp_path, caplog):
     config = load_config(world.align_config(tmp_path, steps=2))
     run(config)
     with (tmp_path / "log.jsonl").open("ab") as file:
@@ -201,7 +201,7 @@ def test_damaged_lines_of_the_log_are_omitted_and_named(world, tmp_path, caplog)
     ]
 
 
-def test_other_data_or_weights_under_the_same_config_are_not_resumed(world, tmp_path, monkeypatch, caplog):
+def test_resume_rejects_changed_data_and_warns_of_changed_versions(world, tmp_path, monkeypatch, caplog):
     config = world.align_config(tmp_path, steps=2)
     run({**config, "loop": {**config["loop"], "steps": 1}})
     with monkeypatch.context() as patch:
@@ -218,7 +218,7 @@ def test_other_data_or_weights_under_the_same_config_are_not_resumed(world, tmp_
     assert f"torch was {torch.__version__.split('+')[0]}" in caplog.text and "is 1.0 now" in caplog.text
 
 
-def test_the_weights_that_a_run_starts_from_are_compared(world, tmp_path):
+def test_resume_rejects_changed_init_from_weights(world, tmp_path):
     run(world.align_config(tmp_path / "first", steps=1))
     config = {**world.align_config(tmp_path / "second", steps=2, save_every=1), "init_from": str(tmp_path / "first")}
     run({**config, "loop": {**config["loop"], "steps": 1}})
@@ -235,7 +235,7 @@ def test_the_weights_that_a_run_starts_from_are_compared(world, tmp_path):
         RuntimeError("basic_ios::clear: iostream error"),
     ],
 )
-def test_a_full_disk_is_named_and_leaves_nothing_half(world, tmp_path, monkeypatch, error):
+def test_save_on_full_disk_raises_and_removes_partial_checkpoint(world, tmp_path, monkeypatch, error):
     config = world.align_config(tmp_path, steps=2, save_every=1)
     run({**config, "loop": {**config["loop"], "steps": 1}})
 
@@ -252,13 +252,13 @@ def test_a_full_disk_is_named_and_leaves_nothing_half(world, tmp_path, monkeypat
     assert run(config, resume=tmp_path).step == 2
 
 
-def test_old_checkpoints_that_a_kill_left_go_when_the_run_is_resumed(world, tmp_path):
+def test_resume_prunes_checkpoints_left_by_a_kill(world, tmp_path):
     run(world.align_config(tmp_path, steps=2, save_every=1, keep=None))
     assert run(world.align_config(tmp_path, steps=2, save_every=1, keep=1), resume=tmp_path).step == 2
     assert names(tmp_path) == ["checkpoint-000002"]
 
 
-def test_credentials_stay_out_of_checkpoints(world, tmp_path):
+def test_checkpoint_contains_no_credentials(world, tmp_path):
     run(world.align_config(tmp_path / "start", steps=1))
     start = str(tmp_path / "start" / "checkpoint-000001")
     config = {**world.align_config(tmp_path / "run", steps=1), "init_from": start, "validation": None}

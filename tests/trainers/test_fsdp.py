@@ -38,13 +38,13 @@ def outputs(tmp_path_factory):
 
 @pytest.mark.processes
 @pytest.mark.parametrize("kind", KINDS)
-def test_losses_and_weights_are_those_of_one_process(outputs, kind):
+def test_losses_and_weights_equal_one_process(outputs, kind):
     checkpoints = launched.assert_same(*(folder / kind for folder in outputs))
     assert all(len(weights) > 2 for weights in checkpoints.values())
 
 
 @pytest.mark.processes
-def test_losses_in_half_precision_are_near_those_of_one_process(outputs):
+def test_bf16_losses_are_close_to_one_process(outputs):
     two, one = ([line["loss"] for line in lines(folder / "half")] for folder in outputs)
     assert two == pytest.approx(one, rel=0.02) and len(one) == 2
 
@@ -58,7 +58,7 @@ def tensors(value, name=""):
 
 
 @pytest.mark.processes
-def test_what_a_run_goes_on_from_is_whole_too(outputs):
+def test_resume_state_contains_full_tensors(outputs):
     files = (folder / "align" / "checkpoint-000004" / "resume" / "shared.pt" for folder in outputs)
     ours, theirs = (torch.load(file, weights_only=True) for file in files)
     ours["optimizer"], theirs["optimizer"] = ours["optimizer"]["state"], theirs["optimizer"]["state"]
@@ -69,7 +69,7 @@ def test_what_a_run_goes_on_from_is_whole_too(outputs):
 
 
 @pytest.mark.processes
-def test_each_process_keeps_its_share_and_calls_the_denoiser_as_often(outputs):
+def test_processes_hold_one_shard_and_call_denoiser_equally_often(outputs):
     first, second = (json.loads((outputs[0] / f"told-{rank}.json").read_text()) for rank in range(2))
     for kind in KINDS:
         assert first[kind]["calls"] == second[kind]["calls"] > 0
@@ -78,7 +78,7 @@ def test_each_process_keeps_its_share_and_calls_the_denoiser_as_often(outputs):
 
 
 @pytest.mark.processes
-def test_images_are_drawn_by_all_and_written_by_one(outputs):
+def test_validation_images_equal_one_process(outputs):
     ours, theirs = (sorted((folder / "align" / "validation").rglob("*.png")) for folder in outputs)
     assert [p.parent.name for p in ours] == ["000000", "000002", "000004"]
     assert [p.name for p in ours] == [p.name for p in theirs]
@@ -107,20 +107,20 @@ PLUGIN |= {"cpu_offload": OffloadPolicy(), "ignored_modules": None}
         ({}, {"precision": "fp16"}, "use bf16 or no"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(world, tmp_path, changed, loop, message):
+def test_check_fsdp_config_rejects_unsupported_settings(world, tmp_path, changed, loop, message):
     config = load_config(world.align_config(tmp_path, **loop))
     with pytest.raises(ValueError, match=message):
         check(SimpleNamespace(**{**PLUGIN, **changed}), None, config)
 
 
-def test_settings_that_fit_pass_and_another_mesh_does_not(world, tmp_path):
+def test_check_fsdp_config_accepts_defaults_but_no_parallelism(world, tmp_path):
     plugin, config = SimpleNamespace(**PLUGIN), load_config(world.align_config(tmp_path))
     check(plugin, None, config)
     with pytest.raises(ValueError, match="parallelism_config"):
         check(plugin, object(), config)
 
 
-def test_half_precision_would_round_the_timesteps_of_a_flow():
+def test_prepare_fsdp_rejects_bf16_for_flows():
     backbone = tiny_backbone()
     backbone.add_lora(worlds.LORA, "align")
     backbone.prediction = "flow"
@@ -129,7 +129,7 @@ def test_half_precision_would_round_the_timesteps_of_a_flow():
         prepare(SimpleNamespace(mixed_precision="bf16"), trainer, torch.optim.AdamW)
 
 
-def test_trainers_that_read_whole_weights_are_refused():
+def test_check_fsdp_support_rejects_unsupported_trainers():
     backbone, encoder = tiny_backbone(), worlds.ToyEncoder()
     backbone.add_lora(worlds.LORA, "lcm")
     LCMTrainer(backbone, encoder).check_fsdp_support()

@@ -60,7 +60,7 @@ def both(prediction, alpha, x, output):
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_the_consistency_function(prediction):
+def test_consistency_function_matches_paper(prediction):
     trainer = build(prediction)
     levels = trainer.backbone.noise_levels
     image, noise = torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(1)).unbind(0)
@@ -78,7 +78,7 @@ def test_the_consistency_function(prediction):
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("start", [999, 519, 13])
-def test_the_target_is_the_students_own_value_after_a_guided_step_of_the_teacher(prediction, start):
+def test_target_is_student_value_after_guided_teacher_step(prediction, start):
     trainer, teacher = build(prediction), aligned(prediction)
     noisy = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(2))
     conditioning, empty = (trainer.encoder.eval().encode(prompts) for prompts in (["ab", "cd"], [""] * 2))
@@ -100,7 +100,7 @@ def test_the_target_is_the_students_own_value_after_a_guided_step_of_the_teacher
 
 
 @pytest.mark.parametrize("huber_c", [0.001, 0.5, None])
-def test_the_loss_compares_the_student_with_the_target(huber_c, monkeypatch):
+def test_consistency_loss_compares_student_with_target(huber_c, monkeypatch):
     trainer, seen = build(huber_c=huber_c, w_min=2.0, w_max=5.0), []
     target = trainer.target
     monkeypatch.setattr(trainer, "target", lambda *given: seen.append((*given, target(*given))) or seen[-1][-1])
@@ -115,7 +115,7 @@ def test_the_loss_compares_the_student_with_the_target(huber_c, monkeypatch):
     assert loss.item() == pytest.approx(sum(values) / len(values), rel=1e-4)
 
 
-def test_start_timesteps():
+def test_start_timesteps_all_and_ddim():
     assert build().starts.tolist() == list(range(10, 1000))
     assert build(start_timesteps="ddim").starts.tolist() == list(range(19, 1000, 20))
     assert build(start_timesteps="ddim", num_ddim_timesteps=4).starts.tolist() == [249, 499, 749, 999]
@@ -123,7 +123,7 @@ def test_start_timesteps():
 
 
 @pytest.mark.parametrize("lora", [LoraConfig(rank=2, dropout=0.1), None])
-def test_gradient_flows_into_the_student_alone_and_the_teacher_stays(lora):
+def test_step_gradient_reaches_only_student_and_teacher_is_frozen(lora):
     trainer, teacher = build(lora=lora, moved=False), aligned()
     assert not trainer.encoder.adapter[1].training and trainer.backbone.denoiser.training
     optimizer = torch.optim.SGD(trainer.trainable(), lr=0.1)
@@ -151,7 +151,7 @@ def test_gradient_flows_into_the_student_alone_and_the_teacher_stays(lora):
     assert trainer.backbone.denoiser.training  # also after the target, which is computed without dropout
 
 
-def test_dropout_does_not_reach_the_target():
+def test_target_is_computed_without_dropout():
     trainer = build(lora=LoraConfig(rank=2, dropout=0.5))
     given = torch.randn(3, 4, 4, 4), torch.tensor([19, 519, 999]), trainer.encode([*BATCH["prompt"], ""])
     first, second = (trainer.target(*given, torch.ones(3, 1, 1, 1)) for _ in range(2))
@@ -160,7 +160,7 @@ def test_dropout_does_not_reach_the_target():
 
 
 @pytest.mark.parametrize("lora", [QUIET, None])
-def test_the_target_can_come_from_a_moving_average(lora):
+def test_ema_decay_computes_target_from_moving_average(lora):
     trainer, plain = build(lora=lora, moved=False, ema_decay=0.75), build(lora=lora, moved=False)
     given = torch.randn(3, 4, 4, 4), torch.tensor([19, 519, 999]), trainer.encode([*BATCH["prompt"], ""])
     scales = torch.full((3, 1, 1, 1), 3.0)
@@ -182,7 +182,7 @@ def test_the_target_can_come_from_a_moving_average(lora):
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_the_loss_falls(prediction):
+def test_training_reduces_loss(prediction):
     trainer = build(prediction, moved=False, huber_c=None, w_min=1.0, w_max=2.0)
     optimizer = torch.optim.Adam(trainer.trainable(), lr=1e-2)
 
@@ -216,7 +216,7 @@ def runs(world, tmp_path):
     return start, build_from_config(distil_config(world, tmp_path / "lcm", start)).fit().checkpoint
 
 
-def test_from_align_to_images_of_four_steps(world, runs, tmp_path):
+def test_fit_from_align_checkpoint_samples_in_four_steps(world, runs, tmp_path):
     start, distilled = runs
     one, two = load_weights(start), load_weights(distilled)
     assert [stack.name for stack in two.loras] == ["align", "lcm"]
@@ -236,7 +236,7 @@ def test_from_align_to_images_of_four_steps(world, runs, tmp_path):
     assert [stack.name for stack in rewarded.loras] == ["align", "lcm", "reward"]
 
 
-def test_resumed_is_uninterrupted_with_a_moving_average(world, runs, tmp_path):
+def test_resume_with_ema_decay_equals_uninterrupted(world, runs, tmp_path):
     start, whole = runs
     config = distil_config(world, tmp_path / "cut", start)
     build_from_config({**config, "loop": {**config["loop"], "steps": 1}}).fit()
@@ -252,7 +252,7 @@ def test_resumed_is_uninterrupted_with_a_moving_average(world, runs, tmp_path):
 # Preference optimisation of the distilled model
 
 
-def test_lcm_reward_is_reward_with_four_steps_without_guidance():
+def test_lcm_reward_trains_four_steps_without_guidance():
     config = trainers.validate("lcm-reward")
     assert isinstance(config, LCMRewardConfig)
     torch.manual_seed(0)
@@ -276,7 +276,7 @@ def test_lcm_reward_is_reward_with_four_steps_without_guidance():
 # Errors
 
 
-def test_what_does_not_fit_together_is_refused(world, tmp_path):
+def test_config_rejects_contradictory_keys(world, tmp_path):
     with pytest.raises(ValueError, match="1000 timesteps cannot be divided into 30 equal DDIM steps"):
         build(num_ddim_timesteps=30)
     with pytest.raises(ConfigError, match=r"expected w_min to be at most w_max, got 5\.0 and 2\.0"):

@@ -44,7 +44,7 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("trainer", ["align", "reward"])
-def test_resumed_is_uninterrupted_bit_by_bit(world, tmp_path, trainer):
+def test_resume_equals_uninterrupted_bit_by_bit(world, tmp_path, trainer):
     make = getattr(world, f"{trainer}_config")
     settings = {"accumulation": 2, "ema": 0.9, "warmup": 3} if trainer == "align" else {}
     whole = run(make(tmp_path / "whole", **settings))
@@ -63,7 +63,7 @@ def test_resumed_is_uninterrupted_bit_by_bit(world, tmp_path, trainer):
     assert all(torch.equal(p, q) for p, q in zip(one["parameters"], two["parameters"], strict=True))
 
 
-def test_log_and_weights_of_an_align_run(world, tmp_path):
+def test_fit_align_writes_log_and_averaged_weights(world, tmp_path):
     result = run(world.align_config(tmp_path, steps=3, keep=2, save_every=1, ema=0.9, warmup=2))
     first = lines(tmp_path)[0]
     assert set(first) == {"step", "loss", "noise_loss", "grad_norm", "lr"}
@@ -81,7 +81,7 @@ def test_log_and_weights_of_an_align_run(world, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_finishes_the_step_and_writes_a_checkpoint(world, tmp_path, caplog, number):
+def test_signal_finishes_step_and_writes_checkpoint(world, tmp_path, caplog, number):
     calls = []
 
     def pressing(images, prompts):
@@ -108,7 +108,7 @@ def test_a_signal_finishes_the_step_and_writes_a_checkpoint(world, tmp_path, cap
         rewards.unregister("pressing")
 
 
-def test_a_changed_config_is_not_resumed(world, tmp_path, caplog):
+def test_resume_rejects_changed_config(world, tmp_path, caplog):
     config = load_config(world.align_config(tmp_path, steps=1))
     run(config)
     with pytest.raises(ValueError, match=r"another config:\n  loop.lr: 0.01 in the checkpoint, 0.5 now\n"):
@@ -120,7 +120,7 @@ def test_a_changed_config_is_not_resumed(world, tmp_path, caplog):
         run(config)
 
 
-def test_a_broken_reward_is_kept_for_inspection(world, tmp_path):
+def test_fit_non_finite_reward_saves_image_and_prompt(world, tmp_path):
     rewards.register("broken", lambda images, prompts: images.mean((1, 2, 3)) * float("inf"))
     try:
         with pytest.raises(NonFiniteReward, match="kept in"):
@@ -131,7 +131,7 @@ def test_a_broken_reward_is_kept_for_inspection(world, tmp_path):
     assert (folder / "image.png").is_file() and (folder / "prompt.txt").read_text()
 
 
-def test_validation_images_leave_the_training_alone(world, tmp_path):
+def test_validation_does_not_change_training(world, tmp_path):
     with_images, without = tmp_path / "with", tmp_path / "without"
     config = world.align_config(with_images, steps=2)
     run({**config, "validation": {"prompts": ["ab", "cd"], "every": 1, "num_steps": 2, "guidance": 2.0}})
@@ -141,7 +141,7 @@ def test_validation_images_leave_the_training_alone(world, tmp_path):
     assert lines(with_images) == lines(without)
 
 
-def test_validation_is_sampled_at_the_start_and_the_end_and_after_the_checkpoint(world, tmp_path, monkeypatch):
+def test_validation_runs_at_start_and_end_after_checkpoint(world, tmp_path, monkeypatch):
     saved = []
 
     def sampling(backbone, encoder, settings, prompts, folder, step):
@@ -159,7 +159,7 @@ def test_validation_is_sampled_at_the_start_and_the_end_and_after_the_checkpoint
     )
 
 
-def test_a_missing_file_of_validation_prompts_is_found_before_anything_is_built(world, tmp_path):
+def test_fit_missing_validation_file_raises_before_building(world, tmp_path):
     composition = build_from_config({**world.align_config(tmp_path), "validation": {"prompts": "nope.txt"}})
     for training in (composition.fit, lambda: fit(composition)):
         with pytest.raises((ConfigError, FileNotFoundError), match=r"nope\.txt"):
@@ -167,7 +167,7 @@ def test_a_missing_file_of_validation_prompts_is_found_before_anything_is_built(
     assert not composition._built and not list(tmp_path.iterdir())
 
 
-def test_tensorboard_takes_the_images_of_the_validation(world, tmp_path, caplog):
+def test_tensorboard_logs_validation_images(world, tmp_path, caplog):
     config = world.align_config(tmp_path, steps=1, trackers=["tensorboard"])
     run({**config, "validation": {"prompts": ["ab", "cd"], "num_steps": 1, "guidance": 1}})
     assert "tracker" not in caplog.text
@@ -180,7 +180,7 @@ def test_tensorboard_takes_the_images_of_the_validation(world, tmp_path, caplog)
     assert [scalar.step for scalar in found.Scalars("loss")] == [1]
 
 
-def test_a_tracker_that_fails_does_not_end_the_run(world, tmp_path, caplog, monkeypatch):
+def test_failing_tracker_only_warns(world, tmp_path, caplog, monkeypatch):
     from accelerate.tracking import TensorBoardTracker
 
     def fail(*args, **kwargs):
@@ -202,7 +202,7 @@ def test_a_tracker_that_fails_does_not_end_the_run(world, tmp_path, caplog, monk
     ]
 
 
-def test_what_is_logged_is_the_mean_since_the_last_line(world, tmp_path):
+def test_log_every_logs_mean_since_last_line(world, tmp_path):
     run(world.align_config(tmp_path / "each", steps=5))
     run(world.align_config(tmp_path / "some", steps=3, log_every=2, save_every=1))
     run(world.align_config(tmp_path / "some", steps=5, log_every=2), resume=tmp_path / "some")
@@ -214,7 +214,7 @@ def test_what_is_logged_is_the_mean_since_the_last_line(world, tmp_path):
         assert line["lr"] == each[of[-1]]["lr"]
 
 
-def test_means_survive_a_checkpoint_between_two_lines(world, tmp_path):
+def test_resume_restores_means_between_log_lines(world, tmp_path):
     whole = world.align_config(tmp_path / "whole", steps=4, log_every=4)
     run(whole)
     cut = {"output": str(tmp_path / "cut"), "loop.save_every": 1, "loop.keep": None}
@@ -224,7 +224,7 @@ def test_means_survive_a_checkpoint_between_two_lines(world, tmp_path):
     assert lines(tmp_path / "again") == lines(tmp_path / "whole") == lines(tmp_path / "cut")
 
 
-def test_an_infinite_loss_with_a_finite_gradient_is_found_before_the_next_checkpoint(world, tmp_path, monkeypatch):
+def test_infinite_loss_raises_before_next_checkpoint(world, tmp_path, monkeypatch):
     from longalign.trainers.align import AlignTrainer
 
     losses, calls = AlignTrainer.losses, []
@@ -253,7 +253,7 @@ def test_an_infinite_loss_with_a_finite_gradient_is_found_before_the_next_checkp
         MemoryError(),
     ],
 )
-def test_out_of_memory_says_what_to_lower(world, tmp_path, error):
+def test_out_of_memory_error_lists_keys_to_lower(world, tmp_path, error):
     calls = []
 
     def greedy(images, prompts):
@@ -274,7 +274,7 @@ def test_out_of_memory_says_what_to_lower(world, tmp_path, error):
     assert f"longalign train {tmp_path}/checkpoint-000002 --resume" in told and caught.value.__cause__ is error
 
 
-def test_a_reward_that_fails_keeps_its_error_and_says_how_to_resume(world, tmp_path):
+def test_reward_error_is_reraised_with_resume_note(world, tmp_path):
     def failing(images, prompts):
         raise LookupError("mine")
 
@@ -287,7 +287,7 @@ def test_a_reward_that_fails_keeps_its_error_and_says_how_to_resume(world, tmp_p
     assert "there is no checkpoint in" in caught.value.__notes__[0]
 
 
-def test_a_process_that_loads_data_and_is_killed_is_named(world, tmp_path, monkeypatch):
+def test_killed_data_worker_raises_with_loop_workers(world, tmp_path, monkeypatch):
     def killed(squares, index):
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -296,7 +296,7 @@ def test_a_process_that_loads_data_and_is_killed_is_named(world, tmp_path, monke
         run(world.align_config(tmp_path, workers=1))
 
 
-def test_a_run_says_what_it_is_before_it_starts(world, tmp_path, caplog):
+def test_log_run_summary(world, tmp_path, caplog):
     caplog.set_level("INFO", "longalign")
     run(world.align_config(tmp_path, steps=2, batch_size=12, accumulation=2))
     told = caplog.text
@@ -312,13 +312,13 @@ def test_a_run_says_what_it_is_before_it_starts(world, tmp_path, caplog):
     assert "a batch holds 12 items and the data 10" in told
 
 
-def test_a_large_model_on_a_cpu_is_warned_of(world, tmp_path, caplog, monkeypatch):
+def test_log_run_summary_warns_of_large_model_on_cpu(world, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr("longalign.trainers.header.LARGE", 100)
     run(world.align_config(tmp_path, steps=1))
     assert "on a CPU takes days" in caplog.text
 
 
-def test_tensorboard_and_half_precision_with_checkpointed_gradients(world, tmp_path):
+def test_fit_bf16_with_gradient_checkpointing_and_tensorboard(world, tmp_path):
     loop = {"steps": 1, "precision": "bf16", "gradient_checkpointing": True, "trackers": ["tensorboard"]}
     composition = build_from_config(world.align_config(tmp_path, **loop))
     assert fit(composition).step == 1
@@ -339,7 +339,7 @@ class Compiled(torch.nn.Module):
         return self._orig_mod(*inputs, **named)
 
 
-def test_a_compiled_denoiser_is_trained_and_saved_under_its_own_names(world, tmp_path, monkeypatch):
+def test_compile_trains_and_keeps_weight_names(world, tmp_path, monkeypatch):
     made = []
     plain = run(world.reward_config(tmp_path / "plain", steps=1))
     composition = build_from_config(world.reward_config(tmp_path / "compiled", steps=1, compile=True))
@@ -351,7 +351,7 @@ def test_a_compiled_denoiser_is_trained_and_saved_under_its_own_names(world, tmp
     assert same(weights(result.checkpoint), weights(plain.checkpoint))
 
 
-def test_compiling_by_a_backend_of_torch():
+def test_compiled_uses_torch_backend():
     module = torch.nn.Linear(2, 2)
     compiled = _compiled(module, "eager")
     assert torch.equal(compiled(torch.ones(1, 2)), module(torch.ones(1, 2))) and compiled is not module
@@ -359,7 +359,7 @@ def test_compiling_by_a_backend_of_torch():
 
 
 @pytest.mark.parametrize("lora", [{"rank": 2, "dropout": 0}, None])
-def test_channels_last_is_the_same_training_and_is_saved_as_usual(world, tmp_path, lora):
+def test_channels_last_keeps_losses_and_checkpoint(world, tmp_path, lora):
     losses, saved = [], {}
     for name, settings in (("plain", {}), ("last", {"channels_last": True})):
         config = world.align_config(tmp_path / name, steps=2, lr=1e-3, **settings)
@@ -376,7 +376,7 @@ def test_channels_last_is_the_same_training_and_is_saved_as_usual(world, tmp_pat
     assert named and all(torch.equal(saved[key], parameter) for key, parameter in named.items())
 
 
-def test_channels_last_and_compilers_that_do_not_fit(world, tmp_path):
+def test_config_rejects_unsupported_channels_last_and_compile(world, tmp_path):
     config = world.align_config(tmp_path, channels_last=True)
     with pytest.raises(ConfigError, match=r"loop.channels_last: it is a layout of convolutions, and 'sd3' is a trans"):
         load_config({**config, "backbone": {"name": "sd3", "checkpoint": "x"}})
@@ -391,14 +391,14 @@ def test_channels_last_and_compilers_that_do_not_fit(world, tmp_path):
         load_config(world.align_config(tmp_path, compile="fast"))
 
 
-def test_dynamo_of_accelerate_is_refused(world, tmp_path, monkeypatch):
+def test_fit_rejects_accelerate_dynamo_backend(world, tmp_path, monkeypatch):
     monkeypatch.setattr(AcceleratorState, "_shared_state", {})
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
     with pytest.raises(ValueError, match=r"set loop\.compile"):
         run(world.align_config(tmp_path))
 
 
-def test_a_missing_tracker_is_named(monkeypatch, world, tmp_path):
+def test_fit_missing_tracker_package_raises(monkeypatch, world, tmp_path):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"tracker 'wandb' needs a package that is not installed.*pip install wandb"):
@@ -406,7 +406,7 @@ def test_a_missing_tracker_is_named(monkeypatch, world, tmp_path):
 
 
 @pytest.mark.parametrize("clip", [None, 1.0])
-def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_applied(world, tmp_path, clip):
+def test_non_finite_gradient_raises_before_optimizer_step(world, tmp_path, clip):
     composition = build_from_config(world.align_config(tmp_path, lr=1e30, clip=clip, steps=4))
     with pytest.raises(RunError, match=r"the gradient is not finite at step 2; its prompts are in .*no checkpoint"):
         composition.fit()
@@ -416,7 +416,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_applied(world,
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
-def test_what_is_cut_of_prompts_is_warned_of_once_and_counted(world, tmp_path):
+def test_truncated_prompts_warn_once_and_are_counted(world, tmp_path):
     class Short(world.ToyEncoder):
         """Says that it leaves out the end of every second prompt."""
 
@@ -441,7 +441,7 @@ def test_what_is_cut_of_prompts_is_warned_of_once_and_counted(world, tmp_path):
     assert [line["truncated_prompts"] for line in lines(tmp_path)] == [1, 2, 3, 4]
 
 
-def test_workers_of_a_stream_stay_as_they_were(world, tmp_path):
+def test_resume_rejects_changed_workers_of_stream(world, tmp_path):
     class Endless(Stream):
         num_shards = 2
 
@@ -464,7 +464,7 @@ def test_workers_of_a_stream_stay_as_they_were(world, tmp_path):
         data.unregister("endless")
 
 
-def test_processes_share_out_each_pass():
+def test_batches_split_each_epoch_over_processes():
     alone = iter(Batches(12, 4, seed=0))
     both = [iter(Batches(12, 2, seed=0, rank=r, processes=2)) for r in range(2)]
     for _ in range(7):
@@ -476,7 +476,7 @@ def test_processes_share_out_each_pass():
     assert sorted(first_pass) == sorted(second_pass) == list(range(12)) and first_pass != second_pass
 
 
-def test_batches_can_start_anywhere():
+def test_batches_start_at_any_step():
     batches = iter(Batches(5, 2, seed=1))
     whole = [next(batches) for _ in range(6)]
     later = iter(Batches(5, 2, seed=1, start=4))
@@ -487,7 +487,7 @@ def test_batches_can_start_anywhere():
         Batches(0, 2, seed=0)
 
 
-def test_batches_of_data(world):
+def test_load_batches_with_and_without_images(world):
     before = torch.get_rng_state()
     batch = next(load_batches(world.Squares(), Batches(10, 2, seed=0), True, 0))
     assert batch["image"].shape == (2, 3, 8, 8) and len(batch["prompt"]) == 2
@@ -499,7 +499,7 @@ def test_batches_of_data(world):
         collate([{"prompt": "a", "image": torch.zeros(3, 8, 8)}, {"prompt": "b", "image": torch.zeros(3, 4, 4)}])
 
 
-def test_random_state_comes_back():
+def test_set_random_state_restores_generators():
     import random
 
     import numpy as np

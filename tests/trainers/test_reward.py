@@ -102,7 +102,7 @@ def double():
     ],
     ids=["lora-dropout", "v-adapter", "full", "decode-batch", "micro-batches"],
 )
-def test_the_gradient_is_that_of_plain_autograd(double, lora, keys):
+def test_step_gradient_equals_autograd(double, lora, keys):
     trainer = build(lora=lora, dtype=double, **keys)
     expected, loss = plain_gradient(trainer)
     got, summary = gradient(trainer)
@@ -125,7 +125,7 @@ SCHEDULES = [
 
 
 @pytest.mark.parametrize("config", SCHEDULES, ids=str)
-def test_every_schedule_gives_the_gradient_of_plain_autograd(double, config):
+def test_step_gradient_equals_autograd_for_each_gradient_steps(double, config):
     trainer = build(lora=LORA, dtype=double, gradient_steps=gradient_steps.build(config), train_adapter=True)
     expected, loss = plain_gradient(trainer)
     got, summary = gradient(trainer)
@@ -134,7 +134,7 @@ def test_every_schedule_gives_the_gradient_of_plain_autograd(double, config):
     assert torch.isclose(summary["reward_loss"], loss)
 
 
-def test_copies_are_scored_with_the_prompts_of_their_samples():
+def test_score_uses_prompts_of_copied_samples():
     seen = []
 
     def noting(images, prompts):
@@ -146,14 +146,14 @@ def test_copies_are_scored_with_the_prompts_of_their_samples():
 
 
 @pytest.mark.parametrize("gradient_steps", [Last(3), Last(3, detach=False)], ids=["detached", "undetached"])
-def test_a_scale_put_on_backward_scales_the_gradient_once(double, gradient_steps):
+def test_scaled_backward_scales_gradient_once(double, gradient_steps):
     trainer = build(lora=LORA, dtype=double, gradient_steps=gradient_steps, train_adapter=True)
     expected, _ = gradient(trainer)
     got, _ = gradient(trainer, backward=lambda loss: (64 * loss).backward())
     assert (got / 64 - expected).norm() / expected.norm() < 1e-9
 
 
-def test_without_guidance_one_branch_is_run():
+def test_guidance_1_runs_one_branch():
     trainer = build(guidance=1.0)
     seen = []
     call = trainer.backbone.call
@@ -168,7 +168,7 @@ def test_without_guidance_one_branch_is_run():
     assert seen == [(3, 3)] * (4 + 2)
 
 
-def test_gradient_flows_into_what_is_trained_alone():
+def test_step_gradient_reaches_only_trainable_parameters():
     trainer = build(rewards=[Contrast()])
     gradient_before = [p.requires_grad for p in trainer.encoder.parameters()]
     assert not any(gradient_before)
@@ -177,7 +177,7 @@ def test_gradient_flows_into_what_is_trained_alone():
     assert graded and all(".lora_" in n for n in graded)
 
 
-def test_parts_are_logged_and_several_rewards_are_added():
+def test_metrics_include_parts_and_sum_several_rewards():
     _, summary = gradient(build(rewards=[Contrast()]))
     assert set(summary) == {"reward_loss", "reward", "text_relevant", "text_irrelevant"}
     assert torch.isclose(summary["reward"], summary["text_relevant"] - summary["text_irrelevant"])
@@ -187,7 +187,7 @@ def test_parts_are_logged_and_several_rewards_are_added():
     assert torch.isclose(both["0/text_relevant"], summary["text_relevant"])
 
 
-def test_dropout_is_active_at_all_steps_or_at_the_chosen_ones():
+def test_dropout_steps_all_and_chosen():
     active = {}
     for where in ("all", "chosen"):
         trainer = build(lora=LORA, dropout_steps=where)
@@ -200,7 +200,7 @@ def test_dropout_is_active_at_all_steps_or_at_the_chosen_ones():
 
 
 @pytest.mark.parametrize("lora", [QUIET, None])
-def test_kl_pulls_towards_the_start_model(lora):
+def test_kl_penalises_distance_to_reference_model(lora):
     trainer = build(lora=lora, regularizer="kl", regularizer_weight=2.0)
     if lora is None:
         with torch.no_grad():
@@ -213,7 +213,7 @@ def test_kl_pulls_towards_the_start_model(lora):
     assert (got - without).norm() > 1e-6
 
 
-def test_kl_takes_the_latents_as_they_are(double):
+def test_kl_gradient_does_not_flow_through_latents(double):
     parts = []
     for detach in (True, False):
         gradient_steps = Last(3, detach=detach)
@@ -232,7 +232,7 @@ def _moved(trainer):
     return trainer
 
 
-def test_pretraining_needs_images_and_adds_its_loss():
+def test_pretraining_requires_images_and_adds_its_loss():
     trainer = build(regularizer="pretraining", regularizer_weight=0.5)
     with pytest.raises(ValueError, match="the regularizer 'pretraining' needs images"):
         trainer.step(PROMPTS, torch.Tensor.backward)
@@ -244,13 +244,13 @@ def test_pretraining_needs_images_and_adds_its_loss():
     assert (got - without).norm() > 1e-6
 
 
-def test_losses_are_values_without_gradient():
+def test_losses_have_no_gradient():
     trainer = build()
     losses = trainer.losses(PROMPTS)
     assert set(losses) == {"reward_loss", "reward"} and not losses["reward_loss"].requires_grad
 
 
-def test_a_reward_that_is_not_finite_stops_with_its_image():
+def test_non_finite_reward_raises_with_image_and_prompt():
     def broken(images, prompts):
         return images[:, 0].mean((1, 2)) * torch.tensor([1.0, float("nan"), 1.0])
 
@@ -259,14 +259,14 @@ def test_a_reward_that_is_not_finite_stops_with_its_image():
     assert caught.value.prompt == "cd" and caught.value.image.shape == (3, 8, 8)
 
 
-def test_dropout_of_the_denoiser_itself_is_not_repeated_for_several_steps_at_once():
+def test_replay_batch_2_rejects_denoiser_with_dropout():
     trainer = build(lora=None, replay_batch=2)
     trainer.backbone.denoiser.conv_out.register_forward_hook(lambda m, i, output: nn.functional.dropout(output, 0.1))
     with pytest.raises(ValueError, match="replay_batch: 1"):
         trainer.step(PROMPTS, torch.Tensor.backward)
 
 
-def test_contradictory_configs():
+def test_config_rejects_contradictory_keys():
     for keys, message in (
         ({"replay_batch": 2}, "set replay_batch to 1 or lora.dropout to 0"),
         ({"replay_batch": 2, "lora": None, "gradient_steps": "draft-k"}, "with 'draft-k' the gradient flows through"),
@@ -284,7 +284,7 @@ def test_contradictory_configs():
     assert trainers.validate({"name": "reward", "replay_batch": 2, "lora": None}).replay_batch == 2
 
 
-def test_half_precision_keeps_the_gradient_of_single_pixels():
+def test_latent_gradient_in_float16_does_not_underflow():
     def faint(images, prompts):
         return 1e-3 * red(images, prompts)
 
@@ -303,7 +303,7 @@ def test_half_precision_keeps_the_gradient_of_single_pixels():
     assert gradient(steep)[0].isfinite().all()
 
 
-def test_networks_of_rewards_stay_in_eval_mode():
+def test_train_keeps_reward_networks_in_eval_mode():
     class Network(nn.Module):
         def __init__(self):
             super().__init__()
@@ -317,13 +317,13 @@ def test_networks_of_rewards_stay_in_eval_mode():
     assert trainer.rewards[0].training and not network.training and not network.dropout.training
 
 
-def test_no_reward_is_refused():
+def test_trainer_rejects_empty_rewards():
     with pytest.raises(ValueError, match="at least one reward, got none"):
         build(rewards=[])
 
 
 @pytest.mark.parametrize("solver", ["ddim", "lcm"])
-def test_the_reward_rises(solver):
+def test_training_increases_reward(solver):
     guidance = 1.0 if solver == "lcm" else 2.0
     trainer = build(lora=QUIET, solver=solver, guidance=guidance, num_steps=2, gradient_steps=All(), resolution=8)
     nn.init.normal_(trainer.backbone.vae.decoder.conv_out.weight, std=0.3)
