@@ -159,13 +159,13 @@ def train(folder, rank=0, processes=1, configs=configs):
                 module.register_comm_hook(exchanged, counted)
         trained = run.trainer if run.backbone is None else run.backbone.denoiser
         weights, calls = list(trained.parameters()), []
-        kept = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in weights)
+        held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in weights)
         trained.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         with noise.drawing():
             run.train(lambda: False)
         run.close()
         results[name] = {"exchanged": len(exchanged), "modules": len(run.wrapped), "seed": noise.seed}
-        results[name] |= {"calls": len(calls), "kept": kept / sum(p.numel() for p in weights)}
+        results[name] |= {"calls": len(calls), "shard": held / sum(p.numel() for p in weights)}
         assert (run.accelerator.num_processes, run.accelerator.process_index) == (processes, rank)
     return results
 
@@ -227,5 +227,5 @@ if __name__ == "__main__":
                 PartialState(cpu=True)
                 PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
             results |= train(Path(sys.argv[1]), rank, processes, some)
-    (Path(sys.argv[1]) / f"told-{rank}.json").write_text(json.dumps(results))
+    (Path(sys.argv[1]) / f"results-{rank}.json").write_text(json.dumps(results))
     torch.distributed.destroy_process_group()

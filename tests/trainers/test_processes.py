@@ -1,4 +1,4 @@
-"""Two processes train as one does with the same whole batch."""
+"""Two processes train as one process does with the same global batch."""
 
 import json
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.processes
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
-    """The folders of two processes and of one."""
+    """Output folders of the runs with two processes and with one."""
     two, one = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("one")
     for folder in (two, one):
         tiny_clip(folder / "clip", width=8)
@@ -52,7 +52,7 @@ def test_common_direction_spans_all_processes(outputs):
 
 
 def test_gradients_are_exchanged_once_per_step(outputs):
-    results = json.loads((outputs[0] / "told-0.json").read_text())
+    results = json.loads((outputs[0] / "results-0.json").read_text())
     for kind, steps in (("cut", 2), ("align", 2), ("reward", 4)):
         assert results[kind]["modules"] == 2
         assert results[kind]["exchanged"] == steps * results[kind]["modules"]
@@ -61,7 +61,7 @@ def test_gradients_are_exchanged_once_per_step(outputs):
 
 def test_seeds_differ_by_process_and_only_main_process_writes(outputs):
     folder = outputs[0]
-    seeds = [json.loads((folder / f"told-{rank}.json").read_text())["reward"]["seed"] for rank in range(2)]
+    seeds = [json.loads((folder / f"results-{rank}.json").read_text())["reward"]["seed"] for rank in range(2)]
     assert seeds == [0, 1]
     assert [line["step"] for line in lines(folder / "align")] == [1, 2, 3, 4]
     assert [p.name for p in sorted((folder / "align" / "validation").iterdir())] == ["000000", "000002", "000004"]
