@@ -31,15 +31,15 @@ def outputs(tmp_path_factory):
     two, one = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("one")
     launched.launch(two, *SETTINGS)
     with launched.registered():
-        launched.train(one, configs=launched.split_configs)
-        launched.train(one, configs=launched.half_configs)
+        launched.train(one, configs=launched.fsdp_configs)
+        launched.train(one, configs=launched.bf16_configs)
     return two, one
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_and_weights_equal_one_process(outputs, kind):
-    checkpoints = launched.assert_same(*(folder / kind for folder in outputs))
+    checkpoints = launched.assert_equal_runs(*(folder / kind for folder in outputs))
     assert all(len(weights) > 2 for weights in checkpoints.values())
 
 

@@ -273,7 +273,7 @@ def test_config_rejects_contradictory_keys():
         ({"regularizer_weight": 1.0}, "regularizer_weight.*'kl' or 'pretraining'"),
         ({"regularizer": "kl"}, "'kl'.*regularizer_weight"),
         ({"regularizer": "kl", "regularizer_weight": 1.0, "train_adapter": True}, "'kl'.*train_adapter.*'pretraining'"),
-        ({"guidance": 0.5}, r"trainers?\.guidance|guidance:"),
+        ({"guidance": 0.5}, r"guidance.*0\.5"),
     ):
         with pytest.raises(ConfigError, match=message):
             trainers.validate({"name": "reward", **keys})
