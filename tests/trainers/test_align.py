@@ -110,7 +110,7 @@ def test_caption_dropout_encodes_empty_prompt(caption_dropout, expected):
 
 
 def test_losses_reject_batch_without_images():
-    with pytest.raises(ValueError, match="'align'.*images"):
+    with pytest.raises(ValueError, match=r"'align'.*images"):
         build().losses({"prompt": ["a"]})
 
 
@@ -120,7 +120,7 @@ def test_align_rejects_rewards(world):
 
     with pytest.raises(ConfigError, match="rewards: 'align'"):
         load_config({**config, "rewards": ["red"]})
-    with pytest.raises(ValueError, match="'align'.*rewards.*got 1"):
+    with pytest.raises(ValueError, match=r"'align'.*rewards.*got 1"):
         trainers.build("align", backbone=tiny_backbone(), encoder=ToyEncoder(), rewards=[world.red])
 
 

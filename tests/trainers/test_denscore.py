@@ -343,7 +343,7 @@ def test_config_rejects_unused_keys(clip, tmp_path):
     assert messages.keys() == {"data"} and re.search("'scene-pairs'.*'align'.*'denscore'", messages["data"])
     with pytest.raises(ValueError, match=r"preference_weight and contrastive_weight.*\b0\b"):
         DenscoreTrainerConfig(preference_weight=0, contrastive_weight=0)
-    with pytest.raises(ValueError, match="'denscore'.*one reward.*got 0"):
+    with pytest.raises(ValueError, match=r"'denscore'.*one reward.*got 0"):
         DenscoreTrainerConfig().build(Runtime())
 
 

@@ -283,14 +283,14 @@ def test_config_rejects_contradictory_keys(world, tmp_path):
         trainers.validate({"name": "lcm", "w_min": 5, "w_max": 2})
     with pytest.raises(ConfigError, match="solver"):
         trainers.validate({"name": "lcm-reward", "solver": "ddim"})
-    with pytest.raises(ValueError, match="'lcm'.*rewards.*got 1"):
+    with pytest.raises(ValueError, match=r"'lcm'.*rewards.*got 1"):
         LCMConfig().build(Runtime(), backbone=tiny_backbone(), encoder=ToyEncoder(), rewards=[red])
-    with pytest.raises(ValueError, match="'lcm'.*images"):
+    with pytest.raises(ValueError, match=r"'lcm'.*images"):
         build().losses({"prompt": ["ab"]})
     config = world.align_config(tmp_path)
     with pytest.raises(ConfigError, match="rewards: 'lcm'"):
         build_from_config({**config, "trainer": "lcm", "rewards": ["red"]})
     with pytest.raises(ConfigError, match="rewards: 'lcm-reward'"):
         build_from_config({**config, "trainer": "lcm-reward"})
-    with pytest.raises(ConfigError, match="data: 'lcm'.*images.*'prompts'"):
+    with pytest.raises(ConfigError, match=r"data: 'lcm'.*images.*'prompts'"):
         build_from_config({**config, "trainer": "lcm", "data": {"name": "prompts", "file": "a.txt"}})

@@ -232,7 +232,7 @@ def _with_shifted_bias(trainer):
 
 def test_pretraining_requires_images_and_adds_its_loss():
     trainer = build(regularizer="pretraining", regularizer_weight=0.5)
-    with pytest.raises(ValueError, match="'pretraining'.*images"):
+    with pytest.raises(ValueError, match=r"'pretraining'.*images"):
         trainer.step(PROMPTS, torch.Tensor.backward)
     assert trainer.needs_images and not build().needs_images
     batch = collate([Squares()[i] for i in (1, 5, 7)])
@@ -314,7 +314,7 @@ def test_train_keeps_reward_networks_in_eval_mode():
 
 
 def test_trainer_rejects_empty_rewards():
-    with pytest.raises(ValueError, match="at least one reward.*got none"):
+    with pytest.raises(ValueError, match=r"at least one reward.*got none"):
         build(rewards=[])
 
 
