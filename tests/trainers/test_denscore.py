@@ -73,8 +73,8 @@ def features(trainer, inputs):
 def test_divergence_equals_manual_kl():
     target = torch.tensor([[0.5, 0.5], [1.0, 0.0]])
     logits = torch.tensor([[math.log(0.25), math.log(0.75)], [0.0, 0.0]])
-    first = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
-    assert divergence(logits, target).item() == pytest.approx((first + math.log(2)) / 2, abs=1e-6)
+    expected = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    assert divergence(logits, target).item() == pytest.approx((expected + math.log(2)) / 2, abs=1e-6)
     assert divergence(torch.tensor([[3.0, 3.0]]), target[:1]).item() == pytest.approx(0, abs=1e-6)
 
 
@@ -205,9 +205,9 @@ def test_trainer_rejects_towers_that_cannot_be_trained():
 
 
 def test_step_gradient_of_two_processes_equals_one(clip):
-    whole = batch(4, captions=True)
+    full_batch = batch(4, captions=True)
     single = build(clip)
-    values = single.step(whole, torch.Tensor.backward)
+    values = single.step(full_batch, torch.Tensor.backward)
     barrier, tensors = Barrier(2), [None, None]
 
     def gather(rank):
@@ -224,7 +224,7 @@ def test_step_gradient_of_two_processes_equals_one(clip):
     results = [None, None]
 
     def work(rank):
-        part = {key: value[2 * rank : 2 * rank + 2] for key, value in whole.items()}
+        part = {key: value[2 * rank : 2 * rank + 2] for key, value in full_batch.items()}
         results[rank] = pair[rank].step(part, torch.Tensor.backward)
 
     threads = [Thread(target=work, args=(rank,)) for rank in range(2)]

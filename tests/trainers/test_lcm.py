@@ -237,11 +237,11 @@ def test_fit_from_align_checkpoint_samples_in_four_steps(world, runs, tmp_path):
 
 
 def test_resume_with_ema_decay_equals_uninterrupted(world, runs, tmp_path):
-    start, whole = runs
+    start, uninterrupted = runs
     config = distil_config(world, tmp_path / "cut", start)
     build_from_config({**config, "loop": {**config["loop"], "steps": 1}}).fit()
-    rest = build_from_config(config).fit(resume=tmp_path / "cut").checkpoint
-    one, two = (torch.load(c / "resume" / "shared.pt", weights_only=True) for c in (whole, rest))
+    resumed = build_from_config(config).fit(resume=tmp_path / "cut").checkpoint
+    one, two = (torch.load(c / "resume" / "shared.pt", weights_only=True) for c in (uninterrupted, resumed))
     assert one["buffers"] and one["buffers"].keys() == two["buffers"].keys()
     assert all(torch.equal(one["buffers"][k], two["buffers"][k]) for k in one["buffers"])
     assert all(torch.equal(p, q) for p, q in zip(one["parameters"], two["parameters"], strict=True))
