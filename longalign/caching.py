@@ -38,7 +38,7 @@ def make(
 ) -> dict[str, tuple[int, int]]:
     """Computes what a run's caches lack. What is on disk already is kept, so an interrupted call can be repeated.
 
-    Several processes (``runtime.processes``) share images and prompts; each writes shards of its own, and together they
+    Several processes (``runtime.world_size``) share images and prompts; each writes its own shards, and together they
     make what one would. An image that is there twice may be encoded by two of them; one of the results is read.
 
     Args:
@@ -173,7 +173,7 @@ def _prompts(config: RunConfig, name: str, leaf: PartConfig, runtime: Runtime, *
 
 def _shared(runtime: Runtime, **options: Any) -> dict[str, Any]:
     """Options of a store that all processes write to."""
-    return {"writes": True, "rank": runtime.rank, "processes": runtime.processes, **options}
+    return {"writes": True, "rank": runtime.rank, "processes": runtime.world_size, **options}
 
 
 def _wait(runtime: Runtime) -> None:
@@ -215,7 +215,7 @@ def _make_latents(
     if (store.folder / ITEMS).is_file():
         old_keys, old_stamps = read_items(store.folder)
     before, there = len(store), set(store)
-    items = range(runtime.rank, len(data), runtime.processes)
+    items = range(runtime.rank, len(data), runtime.world_size)
     rows = _Rows(data, items, there, old_keys, old_stamps.tolist())
     loader = DataLoader(rows, batch_size=None, num_workers=config.loop.workers)
     keys, stamps, waiting = [], [], {}
@@ -253,14 +253,14 @@ def _make_latents(
 
 def _of_all(keys: list[bytes], stamps: list[int], count: int, runtime: Runtime) -> tuple[list[bytes], list[int]]:
     """Keys and stamps of all ``count`` items, of which process r of n has those of r, r + n, r + 2n, ..."""
-    most = -(-count // runtime.processes)
+    most = -(-count // runtime.world_size)
     filling = most - len(keys)
     joined = bytearray(b"".join([*keys, *[UNREADABLE] * filling]))
     raw = torch.frombuffer(joined, dtype=torch.uint8).view(most, -1)
     numbers = torch.tensor([*stamps, *[0] * filling], dtype=torch.int64)
 
     def in_order(own: torch.Tensor) -> torch.Tensor:
-        return runtime.gather(own).unflatten(0, (runtime.processes, most)).transpose(0, 1).flatten(0, 1)[:count]
+        return runtime.gather(own).unflatten(0, (runtime.world_size, most)).transpose(0, 1).flatten(0, 1)[:count]
 
     return [row.numpy().tobytes() for row in in_order(raw)], in_order(numbers).tolist()
 
@@ -292,7 +292,7 @@ def _make_prompts(
     _wait(runtime)  # as above: all have found the same ones missing
     missing = [prompt for prompt in prompts if prompt_key(prompt) not in store]
     chunks = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
-    if own := chunks[runtime.rank :: runtime.processes]:
+    if own := chunks[runtime.rank :: runtime.world_size]:
         _encode_prompts(name, leaf, own, store, runtime, progress)
     _wait(runtime)
     return len(_prompts(config, name, leaf, runtime)), len(missing)

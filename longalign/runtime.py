@@ -1,4 +1,4 @@
-"""What a part needs to know about the machine it runs on; importing this module does not import torch."""
+"""The device, dtype and processes that parts are built for. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from typing import Any
 DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-def _alone(tensor: Any) -> Any:
+def _identity(tensor: Any) -> Any:
     return tensor
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where parts are built and how processes talk.
+    """Device and dtype that parts are built with, and communication between processes.
 
     Attributes:
         device: a torch device string, e.g. ``"cuda"``.
-        dtype: the dtype of frozen modules: ``"float32"``, ``"bfloat16"`` or ``"float16"``. Whatever is trained
-            stays in float32.
-        gather: takes a tensor ``(b, ...)`` of this process and returns ``(b * processes, ...)`` of all of them,
-            without gradient, the processes in order. Alone it is the identity.
-        rank: number of this process.
-        processes: how many there are.
+        dtype: the dtype of frozen modules: ``"float32"``, ``"bfloat16"`` or ``"float16"``. Trainable parameters
+            are always float32.
+        gather: maps this process's tensor ``(b, ...)`` to the tensors of all processes ``(b * world_size, ...)``,
+            in the order of their ranks and without gradient. With a single process, the identity.
+        rank: index of this process.
+        world_size: number of processes.
     """
 
     device: str = "cpu"
     dtype: str = "float32"
-    gather: Callable[[Any], Any] = _alone
+    gather: Callable[[Any], Any] = _identity
     rank: int = 0
-    processes: int = 1
+    world_size: int = 1
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES.values():
@@ -44,12 +44,12 @@ class Runtime:
 
     @classmethod
     def detect(cls, precision: str = "no", device: str | None = None) -> Runtime:
-        """This machine's device, with the dtype of a ``loop.precision``. Imports torch.
+        """Detects this machine's device and sets the dtype of a ``loop.precision``. Imports torch.
 
         Args:
             precision: a ``loop.precision``.
-            device: a torch device; if None, CUDA where available, else Apple's MPS, else the CPU. A numbered GPU
-                becomes the current one, on which training runs too.
+            device: a torch device. None selects CUDA if available, else Apple's MPS, else the CPU. A numbered GPU
+                becomes the current CUDA device, so training runs on it too.
 
         Raises:
             ValueError: if the device is not available.
@@ -63,7 +63,7 @@ class Runtime:
         return cls(device, DTYPES[precision])
 
     def with_dtype(self, dtype: str | None) -> Runtime:
-        """The same with another dtype; itself if None."""
+        """Returns a copy with this dtype, or this runtime if ``dtype`` is None."""
         return self if dtype is None else replace(self, dtype=dtype)
 
     @property
@@ -75,7 +75,7 @@ class Runtime:
 
 
 def devices() -> list[str]:
-    """The names of this machine's devices. Imports torch."""
+    """Names of this machine's devices. Imports torch."""
     import torch
 
     mps = ["mps"] if torch.backends.mps.is_available() else []
@@ -88,70 +88,72 @@ def _check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises each of them
-        first = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"expected an available device, got '{device}'; available: {', '.join(devices())} ({first})"
+            f"expected an available device, got '{device}'; available: {', '.join(devices())} ({reason})"
         ) from error
     if torch.device(device).type == "cuda" and ":" in device:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError(f"expected 'cuda' for several processes, each of which takes its own GPU, got '{device}'")
+            raise ValueError(
+                f"expected 'cuda' with several processes, got '{device}'; each process selects its own GPU"
+            )
         torch.cuda.set_device(device)
 
 
 @contextmanager
 def distributed_runtime(precision: str = "no", device: str | None = None) -> Iterator[Runtime]:
-    """Inside, this process is one of those that ``torchrun`` or ``accelerate launch`` started, and talks to them.
+    """Context manager: joins the process group started by ``torchrun`` or ``accelerate launch``.
 
-    A process that was started alone gets what `Runtime.detect` gives. Of a machine's GPUs each takes its own. What is
-    gathered goes through the CPU (gloo), and waits for the slowest process for up to a week.
+    Without a launcher, yields `Runtime.detect`. Each process uses the GPU of its local rank. Tensors are gathered on
+    the CPU (gloo), with a timeout of one week for the slowest process.
 
     Args:
         precision: a ``loop.precision``.
         device: as for `Runtime.detect`.
     """
     runtime = Runtime.detect(precision, device)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes == 1 or "LOCAL_RANK" not in os.environ:
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1 or "LOCAL_RANK" not in os.environ:
         yield runtime
         return
     import torch
     from torch import distributed
 
     def gather(tensor: Any) -> Any:
-        own = tensor.detach().cpu().contiguous()
-        parts = [torch.empty_like(own) for _ in range(processes)]
-        distributed.all_gather(parts, own)
-        return torch.cat(parts).to(tensor.device)
+        local = tensor.detach().cpu().contiguous()
+        gathered = [torch.empty_like(local) for _ in range(world_size)]
+        distributed.all_gather(gathered, local)
+        return torch.cat(gathered).to(tensor.device)
 
     distributed.init_process_group("gloo", timeout=timedelta(days=7))
     try:
         device = f"cuda:{os.environ['LOCAL_RANK']}" if runtime.device == "cuda" else runtime.device
-        yield replace(runtime, device=device, gather=gather, rank=distributed.get_rank(), processes=processes)
+        yield replace(runtime, device=device, gather=gather, rank=distributed.get_rank(), world_size=world_size)
     finally:
         distributed.destroy_process_group()
 
 
 def examples_folder() -> Path:
-    """The folder of the example configs: in the installed package, or beside it in a checkout of the repository.
+    """Returns the folder of the example configs, in the installed package or in a checkout of the repository.
 
     Raises:
-        ValueError: if neither is there.
+        ValueError: if neither exists.
     """
     package = Path(str(resources.files("longalign")))
     folders = [package / "examples", package.parent / "examples"]
     for folder in folders:
         if (folder / "mini-align.yaml").is_file():
             return folder
-    raise ValueError(f"expected the example configs in {folders[0]} or {folders[1]}; install longalign again")
+    raise ValueError(f"expected the example configs in {folders[0]} or {folders[1]}; reinstall longalign")
 
 
 def resolve_checkpoint(checkpoint: str) -> str:
-    """Turns ``mini`` or ``mini/<folder>`` into the folder of the bundled small weights; returns others as they are.
+    """Resolves ``mini`` or ``mini/<folder>`` to the folder of the bundled weights; returns other names unchanged.
 
-    An existing local path of the same name wins, so nothing that a user has on disk is hidden.
+    An existing local path of the same name takes precedence.
 
     Raises:
-        ValueError: if there are no bundled weights of that name.
+        ValueError: if no bundled weights have that name.
     """
     if checkpoint.split("/")[0] != "mini" or Path(checkpoint).exists():
         return checkpoint

@@ -102,7 +102,7 @@ class Together:
 
         threading.current_thread().name = f"process {rank}"
         with self.turn:
-            return act(Runtime(gather=gather, rank=rank, processes=self.processes))
+            return act(Runtime(gather=gather, rank=rank, world_size=self.processes))
 
 
 @pytest.mark.parametrize("cut", [False, True])

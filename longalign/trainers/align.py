@@ -10,19 +10,19 @@ from torch import Tensor
 
 from longalign.backbones.base import Backbone
 from longalign.encoders.base import Encoder
-from longalign.trainers.base import DiffusionTrainer, latents_of, noise_loss, train_denoiser
+from longalign.trainers.base import DiffusionTrainer, batch_latents, noise_loss, train_denoiser
 from longalign.trainers.configs import AlignConfig
 
 
 class AlignTrainer(DiffusionTrainer):
-    """Teaches the denoiser, and the encoder's adapter, to follow long captions.
+    """Trains the denoiser and the encoder's adapter to follow long captions.
 
     Args:
-        backbone: with what is trained of it already set.
+        backbone: its trainable parameters are already set.
         encoder: encodes the captions.
-        caption_dropout: share of captions replaced by the empty prompt.
-        train_adapter: whether the encoder's adapter is trained.
-        timesteps: density of the timesteps, see `noise_loss`.
+        caption_dropout: fraction of captions replaced by the empty prompt.
+        train_adapter: whether to train the encoder's adapter.
+        timesteps: sampling density of the timesteps, see `noise_loss`.
     """
 
     def __init__(
@@ -38,12 +38,12 @@ class AlignTrainer(DiffusionTrainer):
 
     @classmethod
     def from_config(cls, config: AlignConfig, backbone: Backbone, encoder: Encoder) -> AlignTrainer:
-        """Puts the LoRA on the backbone, or makes all of it trainable, and takes the parts together."""
+        """Adds the LoRA to the backbone, or makes all of its weights trainable, and builds the trainer."""
         train_denoiser(backbone, config.lora, "align")
         return cls(backbone, encoder, config.caption_dropout, config.train_adapter, config.timesteps)
 
     def losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         dropped = torch.rand(len(batch["prompt"])) < self.caption_dropout
         prompts = ["" if drop else p for p, drop in zip(batch["prompt"], dropped.tolist(), strict=True)]
-        latents, conditioning = latents_of(self.backbone, batch, "'align'"), self.encode(prompts)
+        latents, conditioning = batch_latents(self.backbone, batch, "'align'"), self.encode(prompts)
         return {"noise_loss": noise_loss(self.backbone, latents, conditioning, self.timesteps)}

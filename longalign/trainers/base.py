@@ -1,4 +1,4 @@
-"""The interface of trainers: a batch in, losses out. How they are run is the loop's business."""
+"""The interface of trainers, which compute the losses of a batch. `longalign.trainers.loop` runs them."""
 
 from __future__ import annotations
 
@@ -18,29 +18,30 @@ from longalign.diffusion import add_noise, guide, sample_timesteps, training_tar
 from longalign.encoders.base import Conditioning, Encoder, TruncationWarning
 
 Backward = Callable[[Tensor], None]
-
-
 Wrap = Callable[[nn.Module], Any]
 
 
 class Trainer(nn.Module):
-    """Base of trainers: says what is optimised, and of which parameters."""
+    """Base class of trainers: defines the losses and the trainable parameters."""
 
-    #: whether a batch must have images; prompts alone are loaded otherwise
+    #: whether batches contain images; otherwise only prompts are loaded
     needs_images: bool = True
-    #: whether `step` goes backward several times, after which processes exchange their gradients once
+    #: whether `step` calls backward several times; processes then exchange gradients once, after the last call
     multiple_backward: bool = False
 
     def losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Losses and metrics of a batch ``{"prompt": list[str], "image": (b, 3, h, w) in [0, 1]}``; a run with a cache
-        has ``posterior`` ``(b, 2c, h, w)`` for ``image``, see `latents_of`.
+        """Computes losses and metrics of a batch.
 
-        Values whose key ends in ``_loss`` are summed and minimised, the others are logged.
+        Values with a key that ends in ``_loss`` are summed and minimised. The others are only logged.
+
+        Args:
+            batch: ``{"prompt": list[str], "image": (b, 3, h, w) in [0, 1]}``. With a cache, ``posterior``
+                ``(b, 2c, h, w)`` replaces ``image``, see `batch_latents`.
         """
         raise NotImplementedError
 
     def step(self, batch: Mapping[str, Any], backward: Backward) -> dict[str, Tensor]:
-        """Computes a batch's gradient by calling ``backward`` on scalars, whose gradients add up; returns `losses`."""
+        """Computes a batch's gradient by calling ``backward`` on one or more scalars; returns `losses`, detached."""
         losses = self.losses(batch)
         if not any(key.endswith("_loss") for key in losses):
             got = ", ".join(losses) or "nothing"
@@ -49,42 +50,44 @@ class Trainer(nn.Module):
         return {key: value.detach() for key, value in losses.items()}
 
     def on_optimizer_step(self) -> None:
-        """Told after each step of the optimiser; for what follows the trained weights."""
+        """Hook called after each optimizer step, e.g. to update a moving average of the weights."""
 
     def trainable(self) -> list[nn.Parameter]:
-        """What is optimised."""
+        """Returns the trainable parameters."""
         return [p for p in self.parameters() if p.requires_grad]
 
     def prepare(self, wrap: Wrap) -> list[Any]:
-        """Makes calls that carry gradient go through ``wrap(module)``, which readies a module for several processes and
-        for mixed precision; returns what it gave. Once more, with the identity, when the run ends.
+        """Wraps the modules that are called with gradient, and returns the wrapped modules.
 
-        The denoiser and the encoder of a `DiffusionTrainer` are the loop's business.
+        ``wrap`` prepares a module for distributed training and mixed precision. When the run ends, `prepare` is
+        called again with the identity. The loop itself wraps denoiser and encoder of a `DiffusionTrainer`.
         """
         return []
 
     def check_fsdp_support(self) -> None:
-        """Raises ValueError unless the denoiser's weights may be split over processes, as FSDP does."""
+        """Raises ValueError if FSDP cannot shard the denoiser's weights with this trainer."""
         raise ValueError(
-            f"FSDP splits a denoiser's weights over processes, and {type(self).__name__} trains none; use accelerate's "
+            f"FSDP shards the weights of a denoiser, and {type(self).__name__} trains none; use accelerate's "
             "multi-GPU without FSDP"
         )
 
     def enable_gradient_checkpointing(self) -> None:
-        """Trades time for memory in the backward pass."""
-        raise ValueError(f"{type(self).__name__} recomputes no activations; set loop.gradient_checkpointing to false")
+        """Recomputes activations in the backward pass to save memory."""
+        raise ValueError(
+            f"{type(self).__name__} does not support gradient checkpointing; set loop.gradient_checkpointing to false"
+        )
 
     def save(self, folder: Path) -> None:
-        """Adds to the checkpoint in ``folder`` what its file does not hold; nothing by default."""
+        """Writes additional files to the checkpoint in ``folder``; none by default."""
 
 
 class DiffusionTrainer(Trainer):
-    """Base of trainers of a backbone.
+    """Base class of trainers of a backbone.
 
     Args:
-        backbone: with what is trained of it already set, by `train_denoiser`.
+        backbone: its trainable parameters are already set by `train_denoiser`.
         encoder: its parameters with ``requires_grad`` are its adapter.
-        train_adapter: whether the adapter is trained; it is frozen otherwise.
+        train_adapter: whether to train the adapter; otherwise it is frozen.
     """
 
     def __init__(self, backbone: Backbone, encoder: Encoder, train_adapter: bool):
@@ -98,56 +101,56 @@ class DiffusionTrainer(Trainer):
     def check_fsdp_support(self) -> None:
         if not any(p.requires_grad for p in self.backbone.denoiser.parameters()):
             raise ValueError(
-                "FSDP splits a denoiser's weights over processes, and nothing of this one is trained; use accelerate's "
-                "multi-GPU without FSDP"
+                "FSDP shards the weights of a denoiser, and this denoiser has no trainable parameters; use "
+                "accelerate's multi-GPU without FSDP"
             )
 
     def enable_gradient_checkpointing(self) -> None:
         self.backbone.enable_gradient_checkpointing()
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """The encoder's conditioning, through the wrapper that the loop set, on the denoiser's device.
+        """Encodes prompts and moves the conditioning to the denoiser's device.
 
-        The first prompt that is cut is warned of; from then on they are counted, in ``num_truncated``, which is logged.
+        Warns of the first truncated prompt only. ``num_truncated``, which is logged, counts all of them.
         """
         with warnings.catch_warnings():
             if self.num_truncated:
                 warnings.simplefilter("ignore", TruncationWarning)
             conditioning = self._encode[0](prompts)
         if not isinstance(conditioning, Conditioning):
-            who = f"{type(self.encoder).__module__}.{type(self.encoder).__name__}"
-            raise ValueError(f"the encoder {who} must return a Conditioning, not a {type(conditioning).__name__}")
+            name = f"{type(self.encoder).__module__}.{type(self.encoder).__name__}"
+            raise ValueError(f"the encoder {name} must return a Conditioning, not a {type(conditioning).__name__}")
         self.num_truncated += sum(bool(report.truncated) for report in conditioning.reports)
         return conditioning.to(self.backbone.device)
 
     def wrap_encoder(self, wrapped: Callable[[Sequence[str]], Conditioning]) -> None:
-        """Makes `encode` go through ``wrapped``, the encoder prepared for several processes."""
+        """Sets the callable that `encode` uses, e.g. the encoder wrapped for distributed training."""
         self._encode = (wrapped,)
 
     def trainable(self) -> list[nn.Parameter]:
-        """Of the denoiser, then of the encoder."""
+        """Returns the trainable parameters of the denoiser, then of the encoder."""
         parts = (self.backbone.denoiser, self.encoder)
         return [p for part in parts for p in part.parameters() if p.requires_grad]
 
     def train(self, mode: bool = True) -> DiffusionTrainer:
-        """As for any module, but what is frozen stays in eval mode, so that its dropout stays off."""
+        """Sets training mode as usual, but keeps frozen modules in eval mode, so that their dropout is inactive."""
         super().train(mode)
         for part in (self.backbone, self.encoder):
-            _train(part, mode)
+            _set_training(part, mode)
         return self
 
 
-def _train(module: nn.Module, mode: bool) -> None:
+def _set_training(module: nn.Module, mode: bool) -> None:
     parameters = list(module.parameters())
-    # A module without parameters, such as dropout, follows the one that it is part of.
+    # Modules without parameters, such as dropout, take the mode of their parent.
     module.training = mode and (not parameters or any(p.requires_grad for p in parameters))
     for child in module.children():
-        _train(child, module.training)
+        _set_training(child, module.training)
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Inside, a module and all that it holds is in eval mode; outside, each is as it was."""
+    """Context manager: puts a module and its submodules in eval mode and restores each one's mode on exit."""
     modes = [(m, m.training) for m in module.modules()]
     module.eval()
     try:
@@ -158,7 +161,10 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def adapter(encoder: Encoder) -> dict[str, nn.Parameter]:
-    """The encoder's adapter by name: what could be trained when the encoder was built, also if it is frozen now."""
+    """Returns the encoder's adapter parameters by name.
+
+    These are the parameters that required gradients when this function was first called, also if frozen since.
+    """
     names = encoder.__dict__.setdefault(
         "_adapter_names", tuple(name for name, p in encoder.named_parameters() if p.requires_grad)
     )
@@ -167,30 +173,35 @@ def adapter(encoder: Encoder) -> dict[str, nn.Parameter]:
 
 
 def train_denoiser(backbone: Backbone, lora: LoraConfig | None, name: str) -> None:
-    """Makes a new LoRA trainable, named ``name`` or ``name-2``, ``name-3``... where that is taken; or all weights."""
+    """Adds a trainable LoRA to the backbone, or makes all weights trainable if ``lora`` is None.
+
+    The LoRA is named ``name``, or ``name-2``, ``name-3``... if the name is taken.
+    """
     if lora is None:
         backbone.train_all()
     else:
         backbone.add_lora(lora, backbone.unused_name(name))
 
 
-def latents_of(backbone: Backbone, batch: Mapping[str, Any], what: str) -> Tensor:
-    """Latents ``(b, c, h, w)`` of the batch's images, sampled from the posterior that the autoencoder gives them, or
-    gave them when they were cached.
+def batch_latents(backbone: Backbone, batch: Mapping[str, Any], caller: str) -> Tensor:
+    """Samples latents ``(b, c, h, w)`` of a batch's images from their autoencoder posterior, cached or computed.
 
     Args:
-        backbone: has the autoencoder.
+        backbone: its autoencoder encodes the images.
         batch: with ``image`` ``(b, 3, h, w)`` in [0, 1], or ``posterior`` ``(b, 2c, h, w)``.
-        what: who needs them, for the ValueError where there are neither.
+        caller: name used in the error message.
+
+    Raises:
+        ValueError: if the batch has neither.
     """
     if "posterior" in batch:
         return backbone.sample_latents(batch["posterior"])
     if "image" not in batch:
-        raise ValueError(f"{what} needs images, and the data has prompts only; choose data with images")
+        raise ValueError(f"{caller} needs images, and the data has prompts only; choose data with images")
     return backbone.encode_images(batch["image"])
 
 
-def guided(
+def guided_prediction(
     denoise: Callable[[Tensor, Tensor, Conditioning], Tensor],
     latents: Tensor,
     timesteps: Tensor,
@@ -198,15 +209,15 @@ def guided(
     rows: Tensor,
     scale: float | Tensor,
 ) -> Tensor:
-    """The answer ``(b, c, h, w)`` under classifier-free guidance, both branches in one call.
+    """Classifier-free-guided prediction ``(b, c, h, w)``, with both branches in one call.
 
     Args:
         denoise: `Backbone.predict` or `Backbone.predict_reference`.
         latents: ``(b, c, h, w)``.
         timesteps: ``(b,)``.
-        told: conditioning of prompts and, as its last row, of the empty prompt, so that both have the same length.
-        rows: ``(b,)`` which of ``told`` belongs to each of the latents.
-        scale: of guidance, one or ``(b, 1, 1, 1)``.
+        conditioning: the prompts and, as the last row, the empty prompt, so that both have the same length.
+        rows: ``(b,)`` row of ``conditioning`` for each latent.
+        scale: guidance scale, a scalar or ``(b, 1, 1, 1)``.
     """
     branches = conditioning[torch.cat([rows, torch.full_like(rows, len(conditioning.states) - 1)])]
     conditional, unconditional = denoise(torch.cat([latents] * 2), torch.cat([timesteps] * 2), branches).chunk(2)
@@ -214,13 +225,14 @@ def guided(
 
 
 def noise_loss(backbone: Backbone, latents: Tensor, conditioning: Conditioning, density: str | None = None) -> Tensor:
-    """Mean squared error of the denoiser's answer at random timesteps (arXiv 2006.11239, eq. 14); a scalar.
+    """Mean squared error of the denoiser's prediction at random timesteps (arXiv 2006.11239, eq. 14); a scalar.
 
     Args:
-        backbone: whose denoiser answers, noise, velocity or flow as it was trained.
-        latents: ``(b, c, h, w)`` of images.
-        conditioning: of their captions.
-        density: of the timesteps, see `sample_timesteps`; None is ``"logit-normal"`` for flows, else ``"uniform"``.
+        backbone: its denoiser predicts noise, velocity or flow.
+        latents: ``(b, c, h, w)`` clean latents of images.
+        conditioning: conditioning of their captions.
+        density: sampling density of the timesteps, see `sample_timesteps`. None is ``"logit-normal"`` for flows and
+            ``"uniform"`` otherwise.
     """
     if density is None:
         density = "logit-normal" if backbone.prediction == "flow" else "uniform"

@@ -1,4 +1,4 @@
-"""Which items make which batch: the same on any number of processes, and from any step on."""
+"""Batch order and loading. The order does not depend on the number of processes, and can start at any step."""
 
 from __future__ import annotations
 
@@ -10,47 +10,47 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_
 
 from longalign.data.base import Data
 from longalign.data.stream import Stream
-from longalign.trainers.interrupt import outlive_signals
+from longalign.trainers.interrupt import ignore_signals
 
 
 class Batches(Sampler[list[int]]):
-    """Endless batches of indices out of shuffled passes over the data.
+    """Infinite batches of indices, reshuffled every epoch.
 
-    All processes read one stream of permutations, each its own part of every global batch, so no item is seen twice
-    in a pass. Batch ``k`` depends on the seed alone, so a run can start at any ``k``.
+    All processes share one sequence of permutations, and each takes its part of every global batch. So no item is
+    repeated within an epoch. Batch ``k`` depends only on the seed, so a run can start at any ``k``.
 
     Args:
         length: number of items.
         batch_size: items per batch and process.
-        seed: of the shuffles.
-        start: batches of each process to leave out.
-        rank: number of this process.
-        processes: how many there are.
+        seed: seed of the permutations.
+        start: number of batches to skip, per process.
+        rank: index of this process.
+        world_size: number of processes.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, start: int = 0, rank: int = 0, processes: int = 1):
+    def __init__(self, length: int, batch_size: int, seed: int, start: int = 0, rank: int = 0, world_size: int = 1):
         if length < 1:
             raise ValueError("the data is empty; expected at least one item")
         self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.start, self.rank, self.processes = start, rank, processes
+        self.start, self.rank, self.world_size = start, rank, world_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        position = (self.start * self.processes + self.rank) * self.batch_size
-        shuffled_pass, order = -1, []
+        offset = (self.start * self.world_size + self.rank) * self.batch_size
+        epoch, permutation = -1, []
         while True:
             batch = []
-            for place in range(position, position + self.batch_size):
-                if place // self.length != shuffled_pass:
-                    shuffled_pass = place // self.length
-                    generator = torch.Generator().manual_seed((self.seed * 1_000_003 + shuffled_pass) % 2**63)
-                    order = torch.randperm(self.length, generator=generator).tolist()
-                batch.append(order[place % self.length])
+            for position in range(offset, offset + self.batch_size):
+                if position // self.length != epoch:
+                    epoch = position // self.length
+                    generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+                    permutation = torch.randperm(self.length, generator=generator).tolist()
+                batch.append(permutation[position % self.length])
             yield batch
-            position += self.batch_size * self.processes
+            offset += self.batch_size * self.world_size
 
 
-class Prompts(Dataset[dict[str, Any]]):
-    """The prompts of data, without loading its images."""
+class PromptDataset(Dataset[dict[str, Any]]):
+    """The prompts of a dataset, without its images."""
 
     def __init__(self, data: Data):
         self.data = data
@@ -63,9 +63,10 @@ class Prompts(Dataset[dict[str, Any]]):
 
 
 def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Items as a batch ``{"prompt": list[str], "image": (b, 3, h, w)}``, with ``posterior`` ``(b, 2c, h, w)`` in the
-    place of ``image`` where that is cached, and with neither where there are prompts alone. Whatever else items have is
-    batched likewise: tensors stacked, other values as a list.
+    """Collates items into a batch ``{"prompt": list[str], "image": (b, 3, h, w)}``.
+
+    Cached items have ``posterior`` ``(b, 2c, h, w)`` instead of ``image``; prompt-only items have neither. Tensors of
+    any key are stacked, other values become lists.
 
     Raises:
         ValueError: if the images' sizes differ.
@@ -82,12 +83,12 @@ def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 class StreamedBatches(IterableDataset[dict[str, Any]]):
-    """Batches of a stream, of which each worker makes every so manieth, so that they come in one fixed order.
+    """Batches of a stream. Each of n workers makes every n-th batch, so their order is fixed.
 
     Args:
         data: the stream.
-        batches: says how large they are, where to start, and which process this is.
-        images: whether items have their image.
+        batches: batch size, first batch, and rank of this process; its indices are not used.
+        images: whether to load the images.
     """
 
     def __init__(self, data: Stream, batches: Batches, images: bool):
@@ -96,44 +97,44 @@ class StreamedBatches(IterableDataset[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info, plan = get_worker_info(), self.batches
         workers = 1 if info is None else info.num_workers
-        # the batch to start at belongs to the worker that would have made it in an uninterrupted run
+        # as in an uninterrupted run, worker k makes the batches whose number is k modulo the number of workers
         worker = ((0 if info is None else info.id) + plan.start) % workers
-        made = (plan.start - worker + workers - 1) // workers
-        share, shares = plan.rank * workers + worker, plan.processes * workers
-        items = self.data.items(plan.seed, share, shares, made * plan.batch_size, self.images)
+        num_skipped = (plan.start - worker + workers - 1) // workers
+        reader, num_readers = plan.rank * workers + worker, plan.world_size * workers
+        items = self.data.items(plan.seed, reader, num_readers, num_skipped * plan.batch_size, self.images)
         while True:
             yield collate([next(items) for _ in range(plan.batch_size)])
 
 
-def plan_batches(data: Data | Stream, batch_size: int, seed: int, start: int, rank: int, processes: int) -> Batches:
-    """The `Batches` of data; those of a stream say where to start, not which items, for a stream has no indices."""
+def plan_batches(data: Data | Stream, batch_size: int, seed: int, start: int, rank: int, world_size: int) -> Batches:
+    """Returns the `Batches` of a dataset. For a stream, only their size, start and rank are used, not their indices."""
     length = 1 if isinstance(data, Stream) else len(data)
-    return Batches(length, batch_size, seed, start, rank, processes)
+    return Batches(length, batch_size, seed, start, rank, world_size)
 
 
 def load_batches(data: Data | Stream, batches: Batches, needs_images: bool, workers: int) -> Iterator[dict[str, Any]]:
-    """Endless batches of data, loaded by ``workers`` processes.
+    """Yields batches without end, loaded by ``workers`` processes.
 
     Raises:
-        ValueError: if images are needed and there are none.
+        ValueError: if images are needed and the data has none.
     """
     if needs_images and not data.has_images:
         raise ValueError("the trainer needs images, and the data has prompts only; choose data with images")
-    # its own generator, so that starting to load leaves the training's random numbers alone
+    # separate generator: creating the loader must not consume the training RNG
     generator = torch.Generator().manual_seed(batches.seed)
     if isinstance(data, Stream):
         streamed = StreamedBatches(data, batches, needs_images)
         return iter(
             DataLoader(
-                streamed, batch_size=None, num_workers=workers, worker_init_fn=outlive_signals, generator=generator
+                streamed, batch_size=None, num_workers=workers, worker_init_fn=ignore_signals, generator=generator
             )
         )
     loader = DataLoader(
-        data if needs_images else Prompts(data),
+        data if needs_images else PromptDataset(data),
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=workers,
-        worker_init_fn=outlive_signals,
+        worker_init_fn=ignore_signals,
         generator=generator,
     )
     return iter(loader)

@@ -1,4 +1,4 @@
-"""Configs of the built-in trainers; no torch here."""
+"""Configs of the built-in trainers. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from longalign.runtime import Runtime
 
 
 class TrainerConfig(PartConfig):
-    """Base of trainers' configs: a trainer is built from ready parts, not from their configs.
+    """Base class of trainer configs. A trainer is built from parts that are already built, not from their configs.
 
-    What it asks of a run, which is checked before anything is loaded: ``needs`` are the keys that must be there of
-    ``backbone`` and ``encoder``, the other must be left out; ``uses_rewards`` says whether the run may have rewards,
-    ``trains_rewards`` whether they are what is trained, ``compares_pairs`` whether the data must have two images of
-    each prompt, ``needs_images`` whether it needs images at all.
+    Class variables state what a trainer requires of a run. They are checked before anything is loaded.
+
+    - ``needs``: which of ``backbone`` and ``encoder`` are required; the others must be omitted.
+    - ``uses_rewards``: whether the run may have rewards.
+    - ``trains_rewards``: whether the rewards are what is trained.
+    - ``compares_pairs``: whether the data must have two images of each prompt.
+    - ``needs_images``: whether the data must have images.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("backbone", "encoder")
@@ -29,37 +32,38 @@ class TrainerConfig(PartConfig):
     needs_images: ClassVar[bool] = True
 
     def build(self, runtime: Runtime, *, backbone: Any = None, encoder: Any = None, rewards: Any = ()) -> Any:
-        """Makes the trainer and sets what is trained in its parts.
+        """Builds the trainer and sets the trainable parameters of its parts.
 
         Args:
-            runtime: where the parts live.
+            runtime: device, dtype and processes of the parts.
             backbone: a `longalign.backbones.base.Backbone`.
             encoder: a `longalign.encoders.base.Encoder`.
             rewards: rewards, or plain functions ``(images, prompts) -> scores``.
         """
         raise NotImplementedError
 
-    def _without(self, rewards: Any) -> None:
-        """Raises ValueError if there are rewards."""
+    def _reject_rewards(self, rewards: Any) -> None:
         if rewards:
             raise ValueError(f"'{self.name}' uses no rewards, got {len(rewards)}")
 
 
-def _without_images(run: Any, what: str) -> list[tuple[str, str]]:
+def _image_problems(run: Any, caller: str) -> list[tuple[str, str]]:
+    """A problem if the run's data has no images."""
     if getattr(run.data, "has_images", True):
         return []
-    return [("data", f"{what} needs images, and '{run.data.name}' has prompts only; choose data with images")]
+    return [("data", f"{caller} needs images, and '{run.data.name}' has prompts only; choose data with images")]
 
 
 class AlignConfig(TrainerConfig):
     """Noise-prediction fine-tuning on images with long captions.
 
     Attributes:
-        lora: the LoRA that is trained, or null to train all weights of the denoiser.
-        train_adapter: whether the encoder's adapter, if it has one, is trained too.
-        caption_dropout: share of captions replaced by the empty prompt, which classifier-free guidance needs.
-        timesteps: how those to train at are drawn: ``"uniform"``, or ``"logit-normal"``, more from the middle
-            (arXiv 2403.03206, section 3.1); null is logit-normal for flows and uniform for others.
+        lora: the LoRA to train, or null to train all weights of the denoiser.
+        train_adapter: whether to train the encoder's adapter too, if it has one.
+        caption_dropout: fraction of captions replaced by the empty prompt, as classifier-free guidance requires.
+        timesteps: sampling density of the training timesteps: ``"uniform"``, or ``"logit-normal"``, which concentrates
+            on intermediate noise levels (arXiv 2403.03206, section 3.1). null is logit-normal for flows and uniform
+            otherwise.
     """
 
     name: Literal["align"] = "align"
@@ -69,31 +73,31 @@ class AlignConfig(TrainerConfig):
     timesteps: Literal["uniform", "logit-normal"] | None = None
 
     def check_run(self, run: Any) -> list[tuple[str, str]]:
-        return _without_images(run, "'align'")
+        return _image_problems(run, "'align'")
 
     def build(self, runtime: Runtime, *, backbone: Any = None, encoder: Any = None, rewards: Any = ()) -> Any:
         from longalign.trainers.align import AlignTrainer
 
-        self._without(rewards)
+        self._reject_rewards(rewards)
         return AlignTrainer.from_config(self, backbone, encoder)
 
 
 class LCMConfig(TrainerConfig):
-    """Consistency distillation, so that a few steps without guidance draw an image (LCM, arXiv 2310.04378; LCM-LoRA,
-    arXiv 2311.05556). The teacher is the model of ``init_from``; it and the encoder stay as they are.
+    """Consistency distillation for sampling in a few steps without guidance (LCM, arXiv 2310.04378; LCM-LoRA,
+    arXiv 2311.05556). The teacher is the ``init_from`` model; teacher and encoder are frozen.
 
     Attributes:
-        lora: the LoRA that is trained, or null to train all weights of the denoiser.
-        num_ddim_timesteps: DDIM steps from noise to image, a divisor of the model's timesteps. The teacher takes one of
-            them: 50 of 1000 skip 20 timesteps.
-        start_timesteps: where it starts: ``"all"`` timesteps from half a skip on, as the authors of LongAlign do, or
-            those of the ``"ddim"`` steps alone, as the paper does.
-        w_min: least guidance of the teacher, whose scale is 1 + w, drawn anew for each image: 6.5 is a scale of 7.5.
-        w_max: largest guidance of the teacher.
+        lora: the LoRA to train, or null to train all weights of the denoiser.
+        num_ddim_timesteps: number of DDIM steps from noise to image; must divide the model's timesteps. The teacher
+            takes one of these steps: 50 of 1000 timesteps skip 20.
+        start_timesteps: timesteps that the teacher starts from: ``"all"`` from half a skip on, as in the code of
+            LongAlign's authors, or only those of the ``"ddim"`` steps, as in the paper.
+        w_min: minimum guidance w of the teacher. Its scale is 1 + w (6.5 is a scale of 7.5), with w sampled per image.
+        w_max: maximum guidance w of the teacher.
         huber_c: c of the pseudo-Huber loss; null is the squared error (l2).
-        ema_decay: of the moving average of the student that gives the target, as in the first paper; null takes the
-            student itself, as LCM-LoRA does. It is not ``loop.ema``, which averages what is saved.
-        timestep_scaling_factor: factor of the timestep in the boundary condition; samplers take 10.
+        ema_decay: decay of the moving average of the student that computes the target, as in the LCM paper. null uses
+            the student itself, as LCM-LoRA does. Independent of ``loop.ema``, which averages the saved weights.
+        timestep_scaling_factor: factor of the timestep in the boundary condition; samplers use 10.
     """
 
     name: Literal["lcm"] = "lcm"
@@ -107,18 +111,18 @@ class LCMConfig(TrainerConfig):
     timestep_scaling_factor: float = Field(10.0, gt=0)
 
     @model_validator(mode="after")
-    def _in_order(self) -> LCMConfig:
+    def _check_guidance_range(self) -> LCMConfig:
         if self.w_min > self.w_max:
             raise ValueError(f"expected w_min to be at most w_max, got {self.w_min} and {self.w_max}")
         return self
 
     def check_run(self, run: Any) -> list[tuple[str, str]]:
-        return _without_images(run, "'lcm'")
+        return _image_problems(run, "'lcm'")
 
     def build(self, runtime: Runtime, *, backbone: Any = None, encoder: Any = None, rewards: Any = ()) -> Any:
         from longalign.trainers.lcm import LCMTrainer
 
-        self._without(rewards)
+        self._reject_rewards(rewards)
         return LCMTrainer.from_config(self, backbone, encoder)
 
 
@@ -126,22 +130,24 @@ class RewardConfig(TrainerConfig):
     """Reward fine-tuning by the gradient of rewards through sampling (LongAlign, section 4; DRTune, arXiv 2405.00760).
 
     Attributes:
-        lora: the LoRA that is trained, or null to train all weights of the denoiser.
-        train_adapter: whether the encoder's adapter, if it has one, is trained too; the paper freezes it.
+        lora: the LoRA to train, or null to train all weights of the denoiser.
+        train_adapter: whether to train the encoder's adapter too, if it has one; the paper freezes it.
         solver: ``"ddim"``, or ``"lcm"`` for a consistency-distilled model.
-        num_steps: sampling steps.
-        guidance: scale of classifier-free guidance, whose both branches carry gradient; 1 is none.
-        gradient_steps: which steps carry gradient, and whether through their inputs.
-        dropout_steps: whether the LoRA's dropout is active at ``"all"`` steps, or at the ``"chosen"`` ones only.
-        resolution: width and height of the samples in pixels; the backbone's own if null.
-        denoise_batch: images in one rollout, or null for all; less needs less memory.
-        decode_batch: images decoded at a time, or null for all. Less needs less memory and decodes twice.
-        replay_batch: chosen steps that are repeated in one call, at most. More than one asks for a denoiser and LoRA
-            without dropout and a schedule with constant inputs.
-        regularizer: against drift from the start model: ``"kl"`` is the squared difference of the two models' answers
-            at the chosen steps, the divergence of their sampling distributions up to a factor per step;
-            ``"pretraining"`` is the noise-prediction loss on the data's images.
-        regularizer_weight: its factor.
+        num_steps: number of sampling steps.
+        guidance: classifier-free guidance scale; 1 disables guidance. Both branches carry gradient.
+        gradient_steps: which sampling steps carry gradient, and whether the gradient flows through their inputs.
+        dropout_steps: whether the LoRA's dropout is active at ``"all"`` steps, or only at the ``"chosen"`` steps, those
+            with gradient.
+        resolution: width and height of the samples in pixels; null is the backbone's default.
+        denoise_batch: images per rollout, or null for all. Smaller values save memory.
+        decode_batch: images decoded at a time, or null for all. Smaller values save memory, but images are then decoded
+            twice.
+        replay_batch: maximum number of gradient steps that are recomputed in one call. Values above 1 require a
+            denoiser and LoRA without dropout, and ``gradient_steps`` with constant inputs.
+        regularizer: limits the drift from the reference model. ``"kl"`` is the squared difference of the two models'
+            predictions at the gradient steps, which is the divergence of their sampling distributions up to a factor
+            per step. ``"pretraining"`` is the noise-prediction loss on the data's images.
+        regularizer_weight: factor of the regularizer.
     """
 
     uses_rewards: ClassVar[bool] = True
@@ -162,25 +168,28 @@ class RewardConfig(TrainerConfig):
     regularizer_weight: float | None = Field(None, gt=0)
 
     @model_validator(mode="after")
-    def _agree(self) -> RewardConfig:
+    def _check_compatible(self) -> RewardConfig:
         if isinstance(self.gradient_steps, GradientStepsConfig):
             self.gradient_steps.check_steps(self.num_steps)
             if self.replay_batch > 1 and not self.gradient_steps.detaches():
                 raise ValueError(
-                    f"with '{self.gradient_steps.name}' the gradient flows through the denoiser's inputs, so each "
-                    "chosen step must be repeated after the one that follows it; set replay_batch to 1 or choose "
-                    "gradient_steps with constant inputs"
+                    f"replay_batch is {self.replay_batch}, but with '{self.gradient_steps.name}' the gradient flows "
+                    "through the denoiser's inputs, so gradient steps must be recomputed one at a time; set "
+                    "replay_batch to 1 or choose gradient_steps with constant inputs"
                 )
         if self.replay_batch > 1 and self.lora is not None and self.lora.dropout:
             raise ValueError(
-                "with a LoRA that has dropout each chosen step must be repeated by itself, with its own random "
-                "numbers; set replay_batch to 1 or lora.dropout to 0"
+                f"replay_batch is {self.replay_batch} and lora.dropout {self.lora.dropout}, but with dropout each "
+                "gradient step must be recomputed with its own random numbers; set replay_batch to 1 or lora.dropout "
+                "to 0"
             )
         if self.regularizer == "none" and self.regularizer_weight is not None:
-            raise ValueError("regularizer_weight has no effect without a regularizer; choose kl or pretraining")
+            raise ValueError(
+                "regularizer_weight has no effect without a regularizer; set regularizer to 'kl' or 'pretraining'"
+            )
         if self.regularizer == "kl" and self.train_adapter:
             raise ValueError(
-                "the regularizer 'kl' compares with the start model, which would read texts by the adapter as it is "
+                "the regularizer 'kl' compares with the reference model, which would use the adapter while it is "
                 "trained; set train_adapter to false or choose 'pretraining'"
             )
         if self.regularizer != "none" and self.regularizer_weight is None:
@@ -194,12 +203,12 @@ class RewardConfig(TrainerConfig):
     def check_run(self, run: Any) -> list[tuple[str, str]]:
         problems = [] if run.rewards else [("rewards", f"'{self.name}' needs at least one reward")]
         problems += [
-            (f"rewards.{i}", f"'{reward.name}' has no gradient in its images, by which '{self.name}' trains")
+            (f"rewards.{i}", f"'{reward.name}' has no gradient in its images, which '{self.name}' requires")
             for i, reward in enumerate(run.rewards)
             if not getattr(reward, "differentiable", True)
         ]
         return problems + (
-            _without_images(run, "the regularizer 'pretraining'") if self.regularizer == "pretraining" else []
+            _image_problems(run, "the regularizer 'pretraining'") if self.regularizer == "pretraining" else []
         )
 
     def build(self, runtime: Runtime, *, backbone: Any = None, encoder: Any = None, rewards: Any = ()) -> Any:
@@ -210,13 +219,13 @@ class RewardConfig(TrainerConfig):
 
 
 class LCMRewardConfig(RewardConfig):
-    """Reward fine-tuning of a consistency-distilled model: four steps without guidance, at timesteps 999, 749, 499 and
-    249 of 1000, with fresh noise between them, all of which carry gradient (LongAlign's LCM variant). As `reward`
-    otherwise; ``init_from`` gives what `lcm` trained.
+    """Reward fine-tuning of a consistency-distilled model (LongAlign's LCM variant). It samples four steps without
+    guidance, at timesteps 999, 749, 499 and 249 of 1000, with fresh noise between them. All steps carry gradient.
+    Otherwise as `reward`. ``init_from`` is a model trained by `lcm`.
 
     Attributes:
-        solver: ``"lcm"``; other models are for `reward`.
-        guidance: scale of classifier-free guidance; 1 is none, since distillation has put it into the weights.
+        solver: ``"lcm"``; use `reward` for other models.
+        guidance: classifier-free guidance scale; 1 disables guidance, which is distilled into the weights.
     """
 
     name: Literal["lcm-reward"] = "lcm-reward"  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -227,20 +236,20 @@ class LCMRewardConfig(RewardConfig):
 
 
 class DenscoreTrainerConfig(TrainerConfig):
-    """Training of the run's reward, a CLIP, as a preference model of long texts (Denscore, LongAlign, section 3.2),
-    from pairs of images. There is no backbone and no encoder. Texts are read as the reward reads them: segment by
-    segment, or whole, which trains a PickScore. A checkpoint's folder ``reward/`` is a transformers ``CLIPModel`` that
-    the rewards `denscore`, `pickscore` and `clip` load.
+    """Trains the run's reward, a CLIP, as a preference model of long texts on pairs of images (Denscore, LongAlign,
+    section 3.2). The run has no backbone and no encoder. Texts are encoded as the reward encodes them: segment by
+    segment, or as a whole, which trains a PickScore. A checkpoint's folder ``reward/`` is a transformers ``CLIPModel``
+    for the rewards `denscore`, `pickscore` and `clip`.
 
     Attributes:
-        train: what is trained: ``"all"`` weights, the ``"text"`` or the ``"vision"`` tower with its projection, or the
-            two ``"projections"`` alone; the temperature always.
-        preference_weight: factor of the divergence from which image of a pair is preferred to the softmax of their
-            scores (PickScore, arXiv 2305.01569, section 3), a text's score being the mean over its segments; 0 leaves
-            it out.
-        contrastive_weight: factor of a contrastive loss over segments: each finds the image that it tells of among all
-            images of the batch. The texts are the images' captions; where the data has none, the prompts, which tell of
-            both images, of each as far as it is preferred. 0 leaves it out.
+        train: trainable parameters: ``"all"`` weights, the ``"text"`` or ``"vision"`` tower with its projection, or
+            only the two ``"projections"``. The temperature is always trained.
+        preference_weight: factor of the KL divergence from the annotated preference of a pair to the softmax of the two
+            scores (PickScore, arXiv 2305.01569, section 3). A text's score is the mean over its segments. 0 disables
+            the loss.
+        contrastive_weight: factor of a contrastive loss over segments. Each segment must retrieve the image it
+            describes among all images of the batch. The texts are the images' captions. Without captions they are the
+            prompts, whose targets are both images of the pair, weighted by preference. 0 disables the loss.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
@@ -254,9 +263,9 @@ class DenscoreTrainerConfig(TrainerConfig):
     contrastive_weight: float = Field(0.5, ge=0)
 
     @model_validator(mode="after")
-    def _some_loss(self) -> DenscoreTrainerConfig:
+    def _check_any_loss(self) -> DenscoreTrainerConfig:
         if not self.preference_weight and not self.contrastive_weight:
-            raise ValueError("preference_weight and contrastive_weight are both 0, so there is no loss; raise one")
+            raise ValueError("preference_weight and contrastive_weight are both 0, so there is no loss; increase one")
         return self
 
     def check_run(self, run: Any) -> list[tuple[str, str]]:
@@ -265,8 +274,8 @@ class DenscoreTrainerConfig(TrainerConfig):
             got = ", ".join(f"'{reward.name}'" for reward in run.rewards) or "none"
             problems.append(("rewards", f"'denscore' trains one reward: 'denscore', 'pickscore' or 'clip'; got {got}"))
         unused = {
-            "validation": "'denscore' draws no images; leave it out",
-            "init_from": "'denscore' starts from its reward: give the folder as rewards.0.checkpoint",
+            "validation": "'denscore' generates no images; remove this key",
+            "init_from": "'denscore' starts from its reward; set rewards.0.checkpoint to the folder instead",
         }
         return problems + [(key, message) for key, message in unused.items() if getattr(run, key) is not None]
 

@@ -1,4 +1,4 @@
-"""A run's folder: one process writes to it at a time, and each checkpoint in it is whole."""
+"""Checkpoint folders of a run: written atomically, rotated, and recovered after a kill."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ PREFIX = "checkpoint-"
 
 
 def checkpoints(output: Path) -> list[Path]:
-    """The checkpoints of a run, the oldest first."""
+    """Returns the checkpoints of a run, oldest first."""
     return sorted((p for p in output.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdecimal()), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step of a checkpoint, from its name."""
+    """Returns the step of a checkpoint, from its name."""
     return int(checkpoint.name.removeprefix(PREFIX))
 
 
 def recover(output: Path) -> None:
-    """Puts right what a process left that was killed while it wrote, replaced or removed a checkpoint."""
+    """Cleans up after a process that was killed while it wrote, replaced or removed a checkpoint."""
     for path in output.glob(f".{PREFIX}*.replaced"):
         final = output / path.name.removeprefix(".").removesuffix(".replaced")
         if final.exists():
             shutil.rmtree(path)
         else:
             path.rename(final)
-    for ending in ("unfinished", "removed"):
-        for path in output.glob(f".{PREFIX}*.{ending}"):
+    for suffix in ("unfinished", "removed"):
+        for path in output.glob(f".{PREFIX}*.{suffix}"):
             shutil.rmtree(path)
 
 
 @contextmanager
 def new_checkpoint(output: Path, step: int) -> Iterator[tuple[Path, Path]]:
-    """Gives the folder to write a checkpoint to, and the one that `publish` makes of it.
+    """Context manager: yields the temporary folder to write a checkpoint to, and its final path for `publish`.
 
     Raises:
-        OSError: if it cannot be written, with what is left to resume from. What was written of it is removed.
+        OSError: if writing fails. The message names the checkpoint to resume from, and the temporary folder is removed.
     """
     final = output / f"{PREFIX}{step:06d}"
     unfinished = output / f".{final.name}.unfinished"
@@ -51,16 +51,16 @@ def new_checkpoint(output: Path, step: int) -> Iterator[tuple[Path, Path]]:
         shutil.rmtree(unfinished, ignore_errors=True)
         reason = str(error).strip().split("\n")[0]
         raise OSError(
-            f"the checkpoint of step {step} cannot be written into {output}: {reason}. Make room there, or lower "
+            f"the checkpoint of step {step} cannot be written into {output}: {reason}. Free disk space, or lower "
             f"loop.keep; {resume_hint(output)}"
         ) from error
 
 
 def publish(unfinished: Path, final: Path, keep: int | None) -> None:
-    """Gives a complete checkpoint its name, and removes what `prune` does.
+    """Renames a complete checkpoint to its final name and removes old ones with `prune`.
 
-    At each moment the newest checkpoint is whole, or `recover` makes it so: what is replaced or removed loses its name
-    before its files.
+    Checkpoints are renamed before their files are deleted. So the newest checkpoint is complete at any time, if
+    necessary after `recover`.
     """
     for path in (*unfinished.rglob("*"), unfinished):
         flush(path)
@@ -75,16 +75,16 @@ def publish(unfinished: Path, final: Path, keep: int | None) -> None:
 
 
 def prune(checkpoint: Path, keep: int | None) -> None:
-    """Removes all checkpoints but the newest ``keep`` up to ``checkpoint``; none if ``keep`` is None."""
+    """Removes all but the newest ``keep`` checkpoints up to ``checkpoint``; None keeps all. Later ones are kept."""
     if keep is not None:
-        up_to = [p for p in checkpoints(checkpoint.parent) if step_of(p) <= step_of(checkpoint)]
-        for old in up_to[:-keep]:
+        candidates = [p for p in checkpoints(checkpoint.parent) if step_of(p) <= step_of(checkpoint)]
+        for old in candidates[:-keep]:
             shutil.rmtree(old.rename(old.with_name(f".{old.name}.removed")))
 
 
 def resume_hint(output: Path) -> str:
-    """How to resume the run in a folder."""
-    found = checkpoints(output)
-    if not found:
-        return f"there is no checkpoint in {output} yet"
-    return f"the last checkpoint is {found[-1]}; to resume: longalign train {found[-1]} --resume"
+    """Returns a hint, for messages, on how to resume the run in a folder."""
+    saved = checkpoints(output)
+    if not saved:
+        return f"no checkpoint in {output} yet"
+    return f"the last checkpoint is {saved[-1]}; to resume: longalign train {saved[-1]} --resume"

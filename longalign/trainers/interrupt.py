@@ -1,4 +1,4 @@
-"""Signals as requests that are granted at the end of a step."""
+"""Graceful handling of Ctrl-C and termination signals: finish the current step, then stop."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ from typing import Any
 
 log = logging.getLogger("longalign")
 
-#: Ctrl-C; what clusters and spot machines send before they kill; a terminal that was closed
+#: Ctrl-C; sent by clusters and spot machines before they kill; sent when a terminal is closed
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-#: seconds within which a second Ctrl-C is the first one, sent on by a launcher
-SAME = 0.5
-#: seconds that a process which loads data lives on after it was told to end, while the step is finished
-GRACE = 60
+#: a second Ctrl-C within so many seconds is the first one, forwarded by a launcher
+FORWARD_SECONDS = 0.5
+#: seconds a data-loading worker survives SIGTERM, so that the step can finish
+GRACE_SECONDS = 60
 
 
 class Interruption:
-    """Whether a run was asked to stop, and by which signal."""
+    """Whether a signal requested the run to stop, and which one.
+
+    Attributes:
+        number: number of the first signal, or None.
+    """
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -30,36 +34,39 @@ class Interruption:
     def __call__(self) -> bool:
         return self.number is not None
 
-    def ask(self, number: int, frame: Any) -> None:
-        """Handles a signal. A second Ctrl-C interrupts at once; others come twice where a launcher sends them on."""
+    def handle(self, number: int, frame: Any) -> None:
+        """Signal handler. A second Ctrl-C raises KeyboardInterrupt; other repeated signals are ignored."""
         if self.number is None:
             self.number, self.time = number, time.monotonic()
             advice = "; press Ctrl-C again to stop at once" if number == signal.SIGINT else ""
             log.warning("%s: finishing this step and writing a checkpoint%s", signal.Signals(number).name, advice)
-        elif number == signal.SIGINT and time.monotonic() - self.time > SAME:
+        elif number == signal.SIGINT and time.monotonic() - self.time > FORWARD_SECONDS:
             raise KeyboardInterrupt
 
 
 @contextmanager
-def until_interrupted() -> Iterator[Interruption]:
-    """Gives what says whether the process was asked to stop. Signals it ignores, as under ``nohup``, stay ignored."""
-    asked = Interruption()
-    before = {}
+def catch_signals() -> Iterator[Interruption]:
+    """Context manager: records `SIGNALS` in the yielded `Interruption` and restores the handlers on exit.
+
+    Signals that the process ignores, as under ``nohup``, stay ignored.
+    """
+    interruption = Interruption()
+    previous = {}
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
-                before[number] = signal.signal(number, asked.ask)
+                previous[number] = signal.signal(number, interruption.handle)
     try:
-        yield asked
+        yield interruption
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def outlive_signals(worker: int = 0) -> None:
-    """For a process that loads data: signals to the whole group must not take its batches from the step in progress."""
+def ignore_signals(worker: int = 0) -> None:
+    """``worker_init_fn`` of data loaders: workers ignore signals to the process group, so that the step can finish."""
     for number in SIGNALS:
         if number == signal.SIGTERM and hasattr(signal, "alarm"):
-            signal.signal(number, lambda *_: signal.alarm(GRACE))  # then it is ended, should it hang
+            signal.signal(number, lambda *_: signal.alarm(GRACE_SECONDS))  # ends a worker that hangs
         else:
             signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: the progress bar, ``log.jsonl``, and the trackers that are asked for."""
+"""Metrics of a run: the progress bar, ``log.jsonl``, and config values for trackers."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ log = logging.getLogger("longalign")
 LOG = "log.jsonl"
 
 
-class Means:
-    """Means of what is logged, over the steps since the last line; they stay on the device until they are asked for."""
+class MetricMeans:
+    """Means of logged metrics over the steps since the last log line. Sums stay on the device until `get`."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -35,90 +35,90 @@ class Means:
             self.counts[key] = self.counts.get(key, 0) + 1
 
     def get(self, reduce: Callable[[Tensor], Any]) -> dict[str, float]:
-        """The means, over all processes by ``reduce``."""
+        """Returns the means, reduced over all processes by ``reduce``."""
         if not self.sums:
             return {}
         means = torch.stack([total / self.counts[key] for key, total in self.sums.items()])
         return dict(zip(self.sums, reduce(means).tolist(), strict=True))
 
     def state(self) -> dict[str, Any]:
-        """What `load` takes, so that a resumed run logs the same means."""
+        """Returns the state for `load`, so that a resumed run logs the same means."""
         return {"sums": {k: v.cpu() for k, v in self.sums.items()}, "counts": self.counts, "skipped": self.skipped}
 
     def load(self, state: Mapping[str, Any], device: Any) -> None:
-        """Sets what `state` gave."""
+        """Restores the result of `state`."""
         self.sums = {key: value.to(device) for key, value in state["sums"].items()}
         self.counts, self.skipped = dict(state["counts"]), state["skipped"]
 
 
 class Log:
-    """One writer of a run's numbers.
+    """Writes a run's metrics to ``log.jsonl`` and shows a progress bar.
 
     Args:
-        output: the run's folder. Lines of ``log.jsonl`` after ``step``, left by an interruption, are removed.
-        step: steps done.
-        steps: steps in all.
-        writes: whether this process writes.
+        output: the run's folder. Lines of ``log.jsonl`` after ``step``, from before an interruption, are removed.
+        step: number of completed steps.
+        steps: total number of steps.
+        enabled: whether this process writes and shows the bar.
     """
 
-    def __init__(self, output: Path, step: int, steps: int, writes: bool):
-        self.path, self.writes = output / LOG, writes
+    def __init__(self, output: Path, step: int, steps: int, enabled: bool):
+        self.path, self.enabled = output / LOG, enabled
         self.start = time.perf_counter()
-        if writes:
-            self._forget_after(step)
-        self.bar = tqdm(initial=step, total=steps, desc="training", disable=not writes, dynamic_ncols=True)
+        if enabled:
+            self._truncate_after(step)
+        self.bar = tqdm(initial=step, total=steps, desc="training", disable=not enabled, dynamic_ncols=True)
 
-    def _forget_after(self, step: int) -> None:
+    def _truncate_after(self, step: int) -> None:
         if not self.path.exists():
             return
         content = self.path.read_bytes()
-        kept = []
+        lines = []
         for number, line in enumerate(content.splitlines(keepends=True), 1):
-            at = _step(line)
-            if at is None:
-                log.warning("%s, line %d is damaged and is omitted", self.path, number)
-            elif at <= step:
-                kept.append(line)
-        if (new := b"".join(kept)) != content:
+            line_step = _step_of_line(line)
+            if line_step is None:
+                log.warning("%s, line %d is damaged and is removed", self.path, number)
+            elif line_step <= step:
+                lines.append(line)
+        if (truncated := b"".join(lines)) != content:
             with writing(self.path) as unfinished:
-                unfinished.write_bytes(new)
+                unfinished.write_bytes(truncated)
 
     def advance(self) -> None:
-        """One step is done."""
+        """Advances the bar by one step."""
         self.bar.update()
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Adds a line ``{"step", "seconds", ...values}`` and shows loss, rewards and memory on the bar."""
-        if not self.writes:
+        """Appends a line ``{"step", "seconds", ...values}`` and shows loss, rewards and GPU memory on the bar."""
+        if not self.enabled:
             return
         line: dict[str, Any] = {"step": step, "seconds": round(time.perf_counter() - self.start, 3), **values}
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-        except OSError as error:  # such as a full disk, on which there may be room again at the next checkpoint
-            log.warning("cannot write %s (%s); this line of it is lost: %s", self.path, error, json.dumps(line))
+        except OSError as error:  # e.g. a full disk, which may have room again for the next checkpoint
+            log.warning("cannot write to %s (%s); this line is lost: %s", self.path, error, json.dumps(line))
         shown = {k: f"{v:.4g}" for k, v in values.items() if k != "grad_norm" and not k.endswith("_loss")}
         if torch.cuda.is_available():
             shown["GiB"] = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"
         self.bar.set_postfix(shown, refresh=False)
 
     def close(self) -> None:
-        """Ends the bar."""
+        """Closes the bar."""
         self.bar.close()
 
 
-def _step(line: bytes) -> int | None:
-    """The step of a whole line of the log; None of a damaged one."""
+def _step_of_line(line: bytes) -> int | None:
+    """Returns the step of a log line, or None if the line is damaged."""
     try:
         return int(json.loads(line)["step"]) if line.endswith(b"\n") else None
     except (ValueError, LookupError, TypeError):
         return None
 
 
-def flat(path: str, value: Any) -> Iterator[tuple[str, int | float | str | bool]]:
-    """Nested values as dotted paths and plain values, which is what trackers keep of a config."""
+def flatten_config(path: str, value: Any) -> Iterator[tuple[str, int | float | str | bool]]:
+    """Yields the nested values of a config as dotted paths and scalars, as trackers expect."""
     if isinstance(value, dict):
         for key, child in value.items():
-            yield from flat(f"{path}.{key}" if path else key, child)
+            yield from flatten_config(f"{path}.{key}" if path else key, child)
     else:
         yield path, value if isinstance(value, (int, float, str, bool)) else str(value)

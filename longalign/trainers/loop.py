@@ -1,4 +1,4 @@
-"""Runs a trainer on accelerate: what is optimised is the trainer's business, how it runs is said here."""
+"""The training loop on accelerate. Trainers define the losses; this module runs them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, Ini
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from longalign import checkpoint as checkpointing
-from longalign.checkpoint import redacted
+from longalign import checkpoint
 from longalign.checks import used
 from longalign.config import to_dict
 from longalign.data.stream import Stream
@@ -30,16 +29,27 @@ from longalign.errors import RunError
 from longalign.locks import Lock
 from longalign.rewards.guard import NonFiniteReward
 from longalign.sharding import reshard
-from longalign.trainers import fsdp
-from longalign.trainers import resume as state
 from longalign.trainers.base import DiffusionTrainer
 from longalign.trainers.batches import load_batches, plan_batches
 from longalign.trainers.folder import new_checkpoint, prune, publish, recover, resume_hint
-from longalign.trainers.header import announce
-from longalign.trainers.interrupt import Interruption, until_interrupted
-from longalign.trainers.logs import Log, Means, flat
-from longalign.trainers.stops import explained, keep_batch
-from longalign.trainers.validation import draw, read
+from longalign.trainers.fsdp import check_fsdp_config, finish_backward, prepare_fsdp, to_local_scalar
+from longalign.trainers.header import log_run_summary
+from longalign.trainers.interrupt import Interruption, catch_signals
+from longalign.trainers.logs import Log, MetricMeans, flatten_config
+from longalign.trainers.resume import (
+    FOLDER,
+    ResumeState,
+    check_num_processes,
+    check_same_inputs,
+    check_same_run,
+    find_state,
+    input_fingerprints,
+    process_state,
+    restore_state,
+    shared_state,
+)
+from longalign.trainers.stops import explain_errors, save_failed_batch
+from longalign.trainers.validation import read_validation_prompts, sample_validation
 from longalign.weights import save_pickle
 
 if TYPE_CHECKING:
@@ -52,13 +62,14 @@ ENGINES = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 @dataclass(frozen=True)
 class FitResult:
-    """How a run ended.
+    """Result of a run.
 
     Attributes:
-        step: optimiser steps done.
+        step: number of completed optimizer steps.
         checkpoint: folder of the last checkpoint.
-        interrupted: whether it was stopped before its last step.
-        signal: number of the signal that stopped this process; None where another one, or none, was asked to stop.
+        interrupted: whether the run was stopped before its last step.
+        signal: number of the signal that stopped the run; None if it was not interrupted, or if only another process
+            received the signal.
     """
 
     step: int
@@ -70,24 +81,24 @@ class FitResult:
 def fit(composition: Composition, resume: str | Path | None = None) -> FitResult:
     """Trains a composition.
 
-    Writes into the config's ``output``: ``log.jsonl``, ``checkpoint-<step>/``, ``validation/<step>/``. Ctrl-C, SIGTERM
-    and SIGHUP finish the step, write a checkpoint and return.
+    Writes to the config's ``output``: ``log.jsonl``, ``checkpoint-<step>/``, ``validation/<step>/``. On Ctrl-C,
+    SIGTERM and SIGHUP, finishes the current step, writes a checkpoint and returns.
 
     Args:
         composition: the run; its parts are built here, for this process.
-        resume: a checkpoint of this run, or the run's folder, to resume as if it had not been interrupted. Of a folder
-            it is the newest whole checkpoint; a folder without any yet starts the run.
+        resume: a checkpoint of this run, or the run's folder, to resume exactly. A folder stands for its newest intact
+            checkpoint; the run's own output without a checkpoint starts the run.
 
     Raises:
-        ValueError: if a tracker or the prompts of the validation are missing, the data does not fit the trainer,
-            another process trains into the folder, there is a run in it already, or the checkpoint is of another run.
-        RunError: if the run had to stop: out of memory, or a number was not finite.
-        NonFiniteReward: after its image and prompt were saved in ``output/non-finite``.
+        ValueError: if a tracker or the validation prompts are missing, the data does not fit the trainer, another
+            process trains into the folder, the folder contains a run, or the checkpoint belongs to a different run.
+        RunError: if the run had to stop: out of memory, or a non-finite loss or gradient.
+        NonFiniteReward: if a score is not finite. Its image and prompt are saved in ``output/non-finite``.
     """
-    with explained(composition.config):
+    with explain_errors(composition.config):
         run = Run(composition, None if resume is None else Path(resume))
         try:
-            with until_interrupted() as interrupted:
+            with catch_signals() as interrupted:
                 return run.train(interrupted)
         except NonFiniteReward as error:
             error.save(run.output / "non-finite" / f"process-{run.accelerator.process_index}")
@@ -107,7 +118,7 @@ class Run:
     def __init__(self, composition: Composition, resume: Path | None):
         self.config = composition.config
         self.loop, self.output = self.config.loop, Path(self.config.output)
-        self.validation = read(self.config.validation)
+        self.validation_prompts = read_validation_prompts(self.config.validation)
         self.accelerator = self._accelerator(composition)
         self.lock: Lock | None = None
         try:
@@ -118,11 +129,11 @@ class Run:
             raise
 
     def _build(self, composition: Composition, resume: Path | None) -> None:
-        self.resumed = None if resume is None else state.find(resume, self.output)
+        self.resumed = None if resume is None else find_state(resume, self.output)
         if self.resumed is not None:
             self._check_resumed(self.resumed, composition)
         elif resume is not None:
-            log.warning("there is no checkpoint in %s yet, so the run is started", resume)
+            log.warning("no checkpoint in %s yet; starting the run", resume)
         self.dtype = composition.runtime.dtype
         self._seed(self.config.seed)
         self.trainer = composition.trainer
@@ -132,18 +143,19 @@ class Run:
             self.trainer.enable_gradient_checkpointing()
         if self.loop.channels_last and self.backbone is not None:
             self.backbone.use_channels_last()
-        self.origin = state.origin(self.config, composition.data)
+        self.origin = input_fingerprints(self.config, composition.data)
         if self.resumed is not None:
-            state.check_same_origin(self.resumed, self.origin)
+            check_same_inputs(self.resumed, self.origin)
         self._prepare()
-        # Processes start from the same weights and then draw different noise.
+        # Processes start from the same weights, but sample different noise.
         self._seed(self.config.seed + self.accelerator.process_index)
         self.ema = None if self.loop.ema is None else EMAModel(self.parameters, decay=self.loop.ema)
-        self.step, self.means = 0, Means()
+        self.step, self.means = 0, MetricMeans()
         if self.resumed is not None:
-            state.restore(self, self.resumed)
+            restore_state(self, self.resumed)
             if self.accelerator.is_main_process and self.resumed.checkpoint.parent.resolve() == self.output.resolve():
-                prune(self.resumed.checkpoint, self.loop.keep)  # a kill may have come between the checkpoint and this
+                # the run may have been killed after writing the checkpoint and before removing old ones
+                prune(self.resumed.checkpoint, self.loop.keep)
         self.batches = load_batches(
             composition.data,
             plan_batches(
@@ -152,54 +164,54 @@ class Run:
                 self.config.seed,
                 start=self.step * self.loop.accumulation,
                 rank=self.accelerator.process_index,
-                processes=self.accelerator.num_processes,
+                world_size=self.accelerator.num_processes,
             ),
             self.trainer.needs_images,
             self.loop.workers,
         )
         if self.accelerator.is_main_process:
-            announce(self, composition.data)
+            log_run_summary(self, composition.data)
         self.log = Log(self.output, self.step, self.loop.steps, self.accelerator.is_main_process)
         if self.loop.trackers:
-            settings = dict(flat("", redacted(to_dict(self.config))))
-            self._track("cannot be started", lambda: self.accelerator.init_trackers("longalign", settings))
+            settings = dict(flatten_config("", checkpoint.redacted(to_dict(self.config))))
+            self._track("failed to start", lambda: self.accelerator.init_trackers("longalign", settings))
 
     def _claim(self, resume: Path | None) -> None:
-        """Makes the folder this run's own; the first process does so for all."""
-        problem: Exception | None = None
+        """Locks and checks the output folder; the first process does so for all."""
+        failure: Exception | None = None
         if self.accelerator.is_main_process:
             try:
                 self.lock = Lock(self.output)
                 recover(self.output)
-                own = resume is not None and self.output.resolve() in (resume.resolve(), *resume.resolve().parents)
-                if not own and (found := used(self.config)):
-                    raise ValueError(found)
+                resumed = resume is not None and self.output.resolve() in (resume.resolve(), *resume.resolve().parents)
+                if not resumed and (problem := used(self.config)):
+                    raise ValueError(problem)
             except (ValueError, OSError) as error:
-                problem = error
-        if self._any(problem is not None):
-            raise problem or ValueError(f"the first process cannot use {self.output}; it says why")
+                failure = error
+        if self._any_process(failure is not None):
+            raise failure or ValueError(f"the first process cannot use {self.output}; see its error message")
 
-    def _check_resumed(self, resumed: state.State, composition: Composition) -> None:
-        changes = state.check_same_run(resumed.config, self.config)
+    def _check_resumed(self, resumed: ResumeState, composition: Composition) -> None:
+        changes = check_same_run(resumed.config, self.config)
         if "loop.workers" in changes and isinstance(composition.data, Stream):
             raise ValueError(
-                f"loop.workers was {changes['loop.workers'][0]} before, and the items of a stream are dealt to "
-                "workers, so others would be repeated or omitted; change it back"
+                f"loop.workers was {changes['loop.workers'][0]} before and is {changes['loop.workers'][1]} now, which "
+                "would repeat and omit items of a stream; change it back"
             )
-        state.check_processes(resumed, self.accelerator.num_processes)
+        check_num_processes(resumed, self.accelerator.num_processes)
         for key, (old, new) in changes.items():
             log.warning("%s was %r before and is %r now", key, old, new)
 
     def _accelerator(self, composition: Composition) -> Accelerator:
         if AcceleratorState._shared_state and AcceleratorState().mixed_precision != self.loop.precision:
-            AcceleratorState._reset_state()  # an earlier run of this process had another precision
+            AcceleratorState._reset_state()  # an earlier run in this process had a different precision
         accelerator = Accelerator(
             mixed_precision=self.loop.precision,
             gradient_accumulation_steps=self.loop.accumulation,
             cpu=composition.runtime.device == "cpu",
             log_with=list(self.loop.trackers) or None,
             project_dir=str(self.output),
-            # The networks' buffers are constants. One process alone draws images and writes files; others wait.
+            # Buffers are constant. Processes wait while one samples images and writes files, hence the long timeout.
             kwargs_handlers=[
                 DistributedDataParallelKwargs(broadcast_buffers=False),
                 InitProcessGroupKwargs(timeout=timedelta(hours=6)),
@@ -207,18 +219,17 @@ class Run:
         )
         if accelerator.distributed_type in ENGINES:
             raise ValueError(
-                f"{accelerator.distributed_type.value} runs the backward pass and the optimiser by an engine of its "
-                "own, which this loop does not; expected one process, or several by accelerate's multi-GPU, multi-CPU "
-                "or FSDP. docs/processes.md says more"
+                f"{accelerator.distributed_type.value} is not supported; use one process, or accelerate's multi-GPU, "
+                "multi-CPU or FSDP. See docs/processes.md"
             )
-        self.split = accelerator.distributed_type == DistributedType.FSDP
-        if self.split:
-            fsdp.check(accelerator.state.fsdp_plugin, accelerator.parallelism_config, composition.config)
+        self.sharded = accelerator.distributed_type == DistributedType.FSDP
+        if self.sharded:
+            check_fsdp_config(accelerator.state.fsdp_plugin, accelerator.parallelism_config, composition.config)
         dynamo: Any = accelerator.state.dynamo_plugin
         if dynamo.backend.value != "NO":
             raise ValueError(
-                "accelerate's dynamo_backend would compile the reading of texts too; expected 'no' there. To compile "
-                "the denoiser set loop.compile"
+                f"accelerate's dynamo_backend is {dynamo.backend.value}, which would compile text encoding too; set it "
+                "to 'no'. To compile only the denoiser, set loop.compile"
             )
         if accelerator.num_processes > 1:
             composition.runtime = replace(
@@ -226,7 +237,7 @@ class Run:
                 device=str(accelerator.device),
                 gather=accelerator.gather,
                 rank=accelerator.process_index,
-                processes=accelerator.num_processes,
+                world_size=accelerator.num_processes,
             )
         return accelerator
 
@@ -237,13 +248,15 @@ class Run:
         torch.manual_seed(seed)
 
     def _prepare(self) -> None:
-        """Hands what is trained to accelerate: the denoiser, the encoder if its adapter is trained, or what the trainer
-        has instead; and the optimiser."""
+        """Wraps the trainable modules and the optimizer with accelerate.
+
+        The modules are the denoiser, the encoder if its adapter is trained, and those of `Trainer.prepare`.
+        """
         self.wrapped: list[Any]
         self.optimizer: Any
-        self.apart: list[nn.Parameter] = []
-        if self.split:
-            denoiser, self.optimizer, self.apart = fsdp.prepare(self.accelerator, self.trainer, self._adamw)
+        self.unsharded: list[nn.Parameter] = []
+        if self.sharded:
+            denoiser, self.optimizer, self.unsharded = prepare_fsdp(self.accelerator, self.trainer, self._adamw)
             self.wrapped = [denoiser]
         else:
             self.wrapped = self.trainer.prepare(self.accelerator.prepare)
@@ -251,7 +264,7 @@ class Run:
                 self._prepare_parts(self.trainer)
             self.optimizer = self.accelerator.prepare(self._adamw(self.trainer.trainable()))
         self.parameters = self.trainer.trainable()
-        self.rates = torch.optim.lr_scheduler.LambdaLR(
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer.optimizer, lambda step: min(1.0, (step + 1) / max(self.loop.warmup, 1))
         )
 
@@ -263,33 +276,33 @@ class Run:
         if any(p.requires_grad for p in denoiser.parameters()):
             denoiser = self.accelerator.prepare(denoiser)
             self.wrapped.append(denoiser)
-        # The backbone keeps the network itself, so names of weights are those without wrapper or compiler.
+        # The backbone keeps the unwrapped network, so that weight names have no prefix of a wrapper or compiler.
         trainer.backbone.wrap_denoiser(_compiled(denoiser, self.loop.compile))
         if any(p.requires_grad for p in trainer.encoder.parameters()):
             self.wrapped.append(self.accelerator.prepare(_Encode(trainer.encoder)))
             trainer.wrap_encoder(self.wrapped[-1])
 
     def train(self, interrupted: Interruption) -> FitResult:
-        """Runs to the last step, or to the end of the step in which it was interrupted."""
+        """Trains to the last step, or to the end of the step in which the run is interrupted."""
         folder = None if self.resumed is None else self.resumed.checkpoint
         if self.step == 0:
-            self._draw()
+            self._validate()
         while self.step < self.loop.steps:
             self.trainer.train()
-            self._optimise()
+            self._optimizer_step()
             self.step += 1
             self.log.advance()
             last = self.step == self.loop.steps
             if self.step % self.loop.log_every == 0 or last:
-                self._report()
-            stop = self._any(interrupted())
+                self._log_metrics()
+            stop = self._any_process(interrupted())
             if last or stop or (self.loop.save_every is not None and self.step % self.loop.save_every == 0):
                 folder = self._save()
             if stop:
                 break
-            # after the checkpoint, so that what goes wrong here loses nothing
+            # after the checkpoint, so that an error here loses no training
             if last or (self.config.validation is not None and self.step % self.config.validation.every == 0):
-                self._draw()
+                self._validate()
         assert folder is not None  # steps are positive
         unfinished = self.step < self.loop.steps
         if unfinished:
@@ -300,141 +313,144 @@ class Run:
             )
         return FitResult(self.step, folder, unfinished, interrupted.number if unfinished else None)
 
-    def _optimise(self) -> None:
-        """One optimiser step; adds its losses and metrics, averaged over its micro-steps, to what is logged."""
-        found: list[dict[str, Tensor]] = []
-        self.seen: list[Mapping[str, Any]] = []
+    def _optimizer_step(self) -> None:
+        """Takes one optimizer step and records its losses and metrics, averaged over micro-steps."""
+        metrics: list[dict[str, Tensor]] = []
+        self.step_batches: list[Mapping[str, Any]] = []
         for _ in range(self.loop.accumulation):
             with self.accelerator.accumulate(*self.wrapped):
-                self.seen.append(next(self.batches))
-                found.append(self._step(self.seen[-1]))
-                if self.split:
-                    fsdp.finish(self.accelerator, self.wrapped[0], self.apart)
+                self.step_batches.append(next(self.batches))
+                metrics.append(self._micro_step(self.step_batches[-1]))
+                if self.sharded:
+                    finish_backward(self.accelerator, self.wrapped[0], self.unsharded)
                 if self.accelerator.sync_gradients:
-                    found[-1]["grad_norm"] = self._clip()
+                    metrics[-1]["grad_norm"] = self._clip_gradient()
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-        self.rate = self.rates.get_last_lr()[0]
+        self.lr = self.lr_scheduler.get_last_lr()[0]
         if self.accelerator.optimizer_step_was_skipped:
             self.means.skipped += 1
             return
-        self.rates.step()
+        self.lr_scheduler.step()
         if self.ema is not None:
             self.ema.step(self.parameters)
         self.trainer.on_optimizer_step()
-        keys = dict.fromkeys(key for values in found for key in values)
-        self.means.add({k: torch.stack([v[k].detach().float() for v in found if k in v]).mean() for k in keys})
+        keys = dict.fromkeys(key for values in metrics for key in values)
+        self.means.add({k: torch.stack([v[k].detach().float() for v in metrics if k in v]).mean() for k in keys})
 
-    def _clip(self) -> Tensor:
-        """Norm of the gradient of all processes, before it is cut to ``loop.clip``."""
+    def _clip_gradient(self) -> Tensor:
+        """Clips the gradient norm to ``loop.clip``; returns the norm before clipping, over all processes."""
         limit = math.inf if self.loop.clip is None else self.loop.clip
-        norm = fsdp.number(self.accelerator.clip_grad_norm_(self.parameters, limit))
-        # A scaler, which fp16 has, leaves such steps out and lowers its scale.
+        norm = to_local_scalar(self.accelerator.clip_grad_norm_(self.parameters, limit))
+        # With fp16, the gradient scaler skips steps with a non-finite gradient.
         if self.accelerator.scaler is None and not norm.isfinite():
-            self._stop("the gradient is not finite", self.step + 1)
+            self._stop_non_finite("the gradient is not finite", self.step + 1)
         return norm
 
-    def _stop(self, what: str, step: int) -> None:
-        """Ends a run whose numbers are not finite; what led to it is kept."""
-        path = keep_batch(self.output, self.accelerator.process_index, step, self.seen)
+    def _stop_non_finite(self, problem: str, step: int) -> None:
+        """Saves the step's prompts and raises RunError."""
+        path = save_failed_batch(self.output, self.accelerator.process_index, step, self.step_batches)
         raise RunError(
-            f"{what} at step {step}; its prompts are in {path}. No checkpoint was written since, and "
-            f"{resume_hint(self.output)}. Lower loop.lr or loop.clip, or use another loop.precision"
+            f"{problem} at step {step}; its prompts are in {path}. No checkpoint was written since; "
+            f"{resume_hint(self.output)}. Lower loop.lr or loop.clip, or change loop.precision"
         )
 
-    def _step(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The trainer's step. Where that goes backward several times, processes exchange gradients once, at its end."""
-        exchanges = self.accelerator.num_processes > 1 and self.accelerator.sync_gradients and not self.split
+    def _micro_step(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Runs the trainer's step. Processes exchange gradients once at the end, also after several backward calls."""
+        exchanges = self.accelerator.num_processes > 1 and self.accelerator.sync_gradients and not self.sharded
         if not (exchanges and self.trainer.multiple_backward):
             return self.trainer.step(batch, self.accelerator.backward)
-        with ExitStack() as apart:
+        with ExitStack() as no_sync:
             for module in self.wrapped:
-                apart.enter_context(self.accelerator.no_sync(module))
+                no_sync.enter_context(self.accelerator.no_sync(module))
             values = self.trainer.step(batch, self.accelerator.backward)
-        with ExitStack() as together:
+        with ExitStack() as sync:
             for module in self.wrapped:
-                together.enter_context(self.accelerator.trigger_sync_in_backward(module))
-            # Zero changes no gradient, and comes to every parameter, which is when its gradient is exchanged.
+                sync.enter_context(self.accelerator.trigger_sync_in_backward(module))
+            # A zero loss over all parameters leaves gradients unchanged and triggers their exchange.
             (0.0 * torch.stack([p.sum() for p in self.parameters]).sum()).backward()
         return values
 
-    def _means(self) -> dict[str, float]:
-        """What is logged, of all processes, since the last line. Raises RunError if a loss was not finite."""
-        numbers = self.means.get(lambda means: self.accelerator.reduce(means.to(self.accelerator.device), "mean"))
-        losses = {k: v for k, v in numbers.items() if k.endswith("_loss")}
+    def _reduced_metrics(self) -> dict[str, float]:
+        """Returns the means since the last log line over all processes. Raises RunError if a loss is not finite."""
+        metrics = self.means.get(lambda means: self.accelerator.reduce(means.to(self.accelerator.device), "mean"))
+        losses = {k: v for k, v in metrics.items() if k.endswith("_loss")}
         if not all(math.isfinite(v) for v in losses.values()):
-            self._stop(f"the loss is not finite ({losses})", self.step)
-        return {"loss": sum(losses.values()), **numbers} if losses else numbers
+            self._stop_non_finite(f"the loss is not finite ({losses})", self.step)
+        return {"loss": sum(losses.values()), **metrics} if losses else metrics
 
-    def _report(self) -> None:
-        numbers = {**self._means(), "lr": self.rate}
+    def _log_metrics(self) -> None:
+        metrics = {**self._reduced_metrics(), "lr": self.lr}
         if self.means.skipped:
-            numbers["skipped_steps"] = self.means.skipped
-        if cut := getattr(self.trainer, "num_truncated", 0):
-            numbers["truncated_prompts"] = cut
-        self.means = Means()
-        self.log.write(self.step, numbers)
+            metrics["skipped_steps"] = self.means.skipped
+        if num_truncated := getattr(self.trainer, "num_truncated", 0):
+            metrics["truncated_prompts"] = num_truncated
+        self.means = MetricMeans()
+        self.log.write(self.step, metrics)
         for tracker in self.accelerator.trackers:
-            self._track("did not take the numbers", lambda to=tracker: to.log(numbers, step=self.step))
+            self._track("failed to log metrics", lambda to=tracker: to.log(metrics, step=self.step))
 
     @staticmethod
-    def _track(what: str, action: Callable[[], Any]) -> None:
-        """Does what a tracker is asked to; training does not end where that fails."""
+    def _track(failure: str, action: Callable[[], Any]) -> None:
+        """Runs an action of a tracker. If it fails, logs a warning and continues training."""
         try:
             action()
         except Exception as error:
-            log.warning("a tracker %s (%s: %s); training continues", what, type(error).__name__, error)
+            log.warning("a tracker %s (%s: %s); training continues", failure, type(error).__name__, error)
 
-    def _any(self, flag: bool) -> bool:
+    def _any_process(self, flag: bool) -> bool:
+        """Returns whether ``flag`` is true in any process."""
         if self.accelerator.num_processes == 1:
             return flag
         return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device)) > 0)  # type: ignore[operator]
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        """Inside, the trained weights are their moving average, if there is one."""
+        """Context manager: replaces the trainable weights by their moving average, if the run has one."""
         if self.ema is not None:
             self.ema.store(self.parameters)
             self.ema.copy_to(self.parameters)
         try:
             yield
         finally:
-            if self.split:
+            if self.sharded:
                 reshard(self.wrapped[0])
             if self.ema is not None:
                 self.ema.restore(self.parameters)
 
-    def _draw(self) -> None:
-        """Samples the validation prompts, if there are any, into ``validation/<step>/`` and sends the images to the
-        trackers."""
-        if self.config.validation is None:
+    def _validate(self) -> None:
+        """Samples the validation prompts into ``validation/<step>/`` and sends the images to the trackers."""
+        settings = self.config.validation
+        if settings is None:
             return
-        first = self.accelerator.is_main_process
-        if first or self.split:
+        is_main = self.accelerator.is_main_process
+        if is_main or self.sharded:
             assert self.backbone is not None and self.encoder is not None
-            folder = self.output / "validation" / f"{self.step:06d}" if first else None
+            folder = self.output / "validation" / f"{self.step:06d}" if is_main else None
             with self._averaged():
-                images = draw(self.backbone, self.encoder, self.config.validation, self.validation, folder, self.step)
+                images = sample_validation(
+                    self.backbone, self.encoder, settings, self.validation_prompts, folder, self.step
+                )
             for tracker in self.accelerator.trackers:
-                self._track("did not take the images", lambda to=tracker: _show(to, images, self.step))
+                self._track("failed to log images", lambda to=tracker: _log_images(to, images, self.step))
         self.accelerator.wait_for_everyone()
 
     def _save(self) -> Path:
-        """Writes a checkpoint; it appears under its name when every process has written its part."""
-        self._means()  # of losses that are not finite no checkpoint is made
+        """Writes a checkpoint, which gets its final name after every process has written its state."""
+        self._reduced_metrics()  # raises if a loss is not finite, so no such checkpoint is written
         with new_checkpoint(self.output, self.step) as (unfinished, final):
-            folder = unfinished / state.FOLDER
+            folder = unfinished / FOLDER
             folder.mkdir(exist_ok=True)
-            if self.accelerator.is_main_process or self.split:
+            if self.accelerator.is_main_process or self.sharded:
                 with self._averaged():
-                    weights = checkpointing.collect(self.backbone, self.encoder)
+                    weights = checkpoint.collect(self.backbone, self.encoder)
                     if self.accelerator.is_main_process:
-                        checkpointing.write(unfinished, self.config, weights, self.step)
+                        checkpoint.write(unfinished, self.config, weights, self.step)
                         self.trainer.save(unfinished)
-                shared = state.collect(self)
+                shared = shared_state(self)
                 if self.accelerator.is_main_process:
                     save_pickle(folder / "shared.pt", shared)
-            save_pickle(folder / f"process-{self.accelerator.process_index}.pt", state.own_state(self))
+            save_pickle(folder / f"process-{self.accelerator.process_index}.pt", process_state(self))
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
                 publish(unfinished, final, self.loop.keep)
@@ -446,11 +462,11 @@ class Run:
             self.lock.release()
 
     def close(self) -> None:
-        """Ends trackers and the progress bar, lets others into the folder, and takes the wrappers off the parts."""
+        """Closes trackers and the progress bar, unlocks the output folder, and unwraps the modules."""
         self.log.close()
         self._release()
         for tracker in self.accelerator.trackers:
-            self._track("cannot be ended", tracker.finish)
+            self._track("failed to finish", tracker.finish)
         self.trainer.prepare(lambda module: module)
         if isinstance(self.trainer, DiffusionTrainer):
             self.trainer.backbone.wrap_denoiser(self.trainer.backbone.denoiser)
@@ -460,27 +476,27 @@ class Run:
         self.accelerator.free_memory()
 
 
-def _show(tracker: Any, images: Tensor, step: int) -> None:
-    """Sends images ``(b, 3, h, w)`` in [0, 1] to a tracker of accelerate's."""
+def _log_images(tracker: Any, images: Tensor, step: int) -> None:
+    """Sends images ``(b, 3, h, w)`` in [0, 1] to a tracker of accelerate."""
     if tracker.name == "tensorboard":
         tracker.log_images({"validation": images.numpy()}, step=step)
     elif hasattr(tracker, "log_images"):
-        shown = (images.permute(0, 2, 3, 1) * 255).round().byte().numpy()
-        tracker.log_images({"validation": list(shown)}, step=step)
+        arrays = (images.permute(0, 2, 3, 1) * 255).round().byte().numpy()
+        tracker.log_images({"validation": list(arrays)}, step=step)
 
 
-def _compiled(denoiser: Any, how: bool | str) -> Any:
-    """The denoiser compiled when it is first called, by a backend of torch's; True is inductor, False leaves it."""
-    if not how:
+def _compiled(denoiser: Any, setting: bool | str) -> Any:
+    """Returns the denoiser with `torch.compile` applied: True is the backend inductor, False does not compile."""
+    if not setting:
         return denoiser
-    backend = "inductor" if how is True else how
-    # Random numbers as without compiling, so that a call that is repeated with gradient has the dropout of its first.
+    backend = "inductor" if setting is True else setting
+    # eager random numbers, so that a call replayed with gradient has the same dropout as the recorded call
     options: Any = {"fallback_random": True} if backend == "inductor" else None
     return torch.compile(denoiser, backend=backend, options=options)
 
 
 class _Encode(nn.Module):
-    """An encoder whose forward pass is `encode`, as wrappers of accelerate call it."""
+    """Wraps an encoder so that its forward pass is `encode`, as accelerate's wrappers expect."""
 
     def __init__(self, encoder: Encoder):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Reward fine-tuning with the exact gradient through sampling at a constant cost in memory (LongAlign, section 4)."""
+"""Reward fine-tuning by the exact gradient through sampling, with constant memory (LongAlign, section 4)."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from longalign.rollout import Predict, RecordedStep, replay, replay_backward, ro
 from longalign.trainers.base import (
     Backward,
     DiffusionTrainer,
+    batch_latents,
     evaluating,
-    guided,
-    latents_of,
+    guided_prediction,
     noise_loss,
     train_denoiser,
 )
@@ -32,13 +32,13 @@ from longalign.trainers.configs import RewardConfig
 
 @dataclass(frozen=True)
 class Pass:
-    """A rollout of some of the prompts, or one more prediction of their re-noised samples.
+    """A rollout of a slice of the prompts, or the prediction from their re-noised samples.
 
     Attributes:
-        rows: which b of the prompts.
-        solver: its steps.
+        rows: slice of b prompts.
+        solver: the steps of the rollout.
         final: ``(b, c, h, w)`` latents to decode.
-        visits: the calls that are to be repeated.
+        recorded: the calls to replay with gradient.
     """
 
     rows: slice
@@ -48,28 +48,31 @@ class Pass:
 
 
 class RewardTrainer(DiffusionTrainer):
-    """Raises rewards of images sampled from the data's prompts.
+    """Maximises rewards of images sampled from the data's prompts.
 
-    A step samples without gradient, differentiates ``0.5 (1 - mean score)`` at the final latents, and repeats only the
-    chosen calls of the denoiser, each with its share of that gradient (see `longalign.rollout`). Several rewards are
-    added; `sum` weighs them.
+    Each training step samples without gradient and differentiates ``0.5 (1 - mean score)`` at the final latents. Only
+    the selected calls of the denoiser are replayed with gradient, each with its part of the latent gradient (see
+    `longalign.rollout`). Several rewards are added; the reward `sum` adds them with weights.
 
     Args:
-        backbone: with what is trained of it already set.
+        backbone: its trainable parameters are already set.
         encoder: encodes the prompts.
         rewards: rewards, or functions ``(images, prompts) -> (b,)``.
-        gradient_steps: chooses the steps that carry gradient, see `longalign.gradient_steps.base.GradientSteps`.
+        gradient_steps: selects the steps that carry gradient, see `longalign.gradient_steps.base.GradientSteps`.
         solver: ``"ddim"`` or ``"lcm"``.
-        num_steps: sampling steps.
-        guidance: scale of classifier-free guidance; 1 is none.
-        train_adapter: whether the encoder's adapter is trained.
-        dropout_steps: ``"all"`` or ``"chosen"``: where the denoiser's dropout is active.
-        resolution: of the samples in pixels, or None for the backbone's own.
-        denoise_batch: images in one rollout, or None for all.
+        num_steps: number of sampling steps.
+        guidance: classifier-free guidance scale; 1 disables guidance.
+        train_adapter: whether to train the encoder's adapter.
+        dropout_steps: steps at which the denoiser's dropout is active: ``"all"`` or ``"chosen"``, those with gradient.
+        resolution: width and height of the samples in pixels, or None for the backbone's default.
+        denoise_batch: images per rollout, or None for all.
         decode_batch: images decoded at a time, or None for all.
-        replay_batch: chosen steps repeated in one call, at most.
+        replay_batch: maximum number of gradient steps replayed in one call.
         regularizer: ``"none"``, ``"kl"`` or ``"pretraining"``.
-        regularizer_weight: its factor.
+        regularizer_weight: factor of the regularizer.
+
+    Raises:
+        ValueError: if there are no rewards.
     """
 
     multiple_backward = True
@@ -118,7 +121,7 @@ class RewardTrainer(DiffusionTrainer):
         rewards: Sequence[Any],
         gradient_steps: GradientStepSelector,
     ) -> RewardTrainer:
-        """Puts a new LoRA on the backbone, or makes all of it trainable, and takes the parts together."""
+        """Adds a new LoRA to the backbone, or makes all of its weights trainable, and builds the trainer."""
         if config.regularizer == "kl" and config.lora is None:
             backbone.keep_reference_model()
         train_denoiser(backbone, config.lora, "reward")
@@ -128,14 +131,14 @@ class RewardTrainer(DiffusionTrainer):
         return cls(backbone, encoder, rewards, gradient_steps, **settings)
 
     def train(self, mode: bool = True) -> RewardTrainer:
-        """Rewards know of training mode; the networks inside them are frozen and stay in eval mode."""
+        """Sets training mode on the `Reward` modules only; the frozen networks inside them stay in eval mode."""
         super().train(mode)
         for module in self.rewards.modules():
             module.training = mode and isinstance(module, Reward)
         return self
 
     def losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Loss and metrics of fresh samples, without gradient, which `step` computes on its way."""
+        """Loss and metrics of new samples, without gradient. `step` computes its own."""
         prompts = batch["prompt"]
         with torch.no_grad():
             predict = self.predictor(self.backbone.predict, self.encode_with_uncond(prompts), slice(0, len(prompts)))
@@ -146,96 +149,99 @@ class RewardTrainer(DiffusionTrainer):
         prompts = batch["prompt"]
         real = None
         if self.regularizer == "pretraining":
-            real = latents_of(self.backbone, batch, "the regularizer 'pretraining'")
+            real = batch_latents(self.backbone, batch, "the regularizer 'pretraining'")
 
-        # Each repeated call has its own graph, so the gradient of the conditioning is gathered at a leaf.
+        # Each replayed call has its own graph, so the gradient of the conditioning is accumulated in a leaf.
         encoded = self.encode_with_uncond(prompts)
         conditioning = replace(encoded, states=encoded.states.detach().requires_grad_(encoded.states.requires_grad))
-        noise, choice = self.noise(len(prompts)), self.gradient_steps.select(len(self.solver))
+        noise, selected = self.noise(len(prompts)), self.gradient_steps.select(len(self.solver))
         chunks = _chunks(len(prompts), self.denoise_batch)
-        passes = [each for rows in chunks for each in self.sample(choice, noise[rows], conditioning, rows)]
+        passes = [pass_ for rows in chunks for pass_ in self.sample(selected, noise[rows], conditioning, rows)]
 
-        latents = torch.cat([each.final for each in passes]).requires_grad_()
+        latents = torch.cat([pass_.final for pass_ in passes]).requires_grad_()
         with torch.enable_grad():
-            losses = self.reward_loss(self.score(latents, [p for each in passes for p in prompts[each.rows]]))
+            losses = self.reward_loss(self.score(latents, [p for pass_ in passes for p in prompts[pass_.rows]]))
             gradient = self.latent_gradient(losses["reward_loss"], latents)
 
-        drift = latents.new_zeros(())
-        calls = sum(len(each.final) * len(each.recorded) for each in passes)
-        for each, vector in zip(passes, gradient.split([len(each.final) for each in passes]), strict=True):
-            predict = self.predictor(self.backbone.predict, conditioning, each.rows)
-            repeated = replay_backward(predict, each.solver, each.recorded, vector, choice.detach, self.replay_batch)
-            for recorded, outputs, pulled in repeated:
+        kl_loss = latents.new_zeros(())
+        num_predictions = sum(len(pass_.final) * len(pass_.recorded) for pass_ in passes)
+        for pass_, grad in zip(passes, gradient.split([len(pass_.final) for pass_ in passes]), strict=True):
+            predict = self.predictor(self.backbone.predict, conditioning, pass_.rows)
+            replayed = replay_backward(predict, pass_.solver, pass_.recorded, grad, selected.detach, self.replay_batch)
+            for recorded, outputs, scalar in replayed:
                 if self.regularizer == "kl":
-                    # It takes the latents as they are, also where the reward's gradient flows through them.
-                    answers = outputs if choice.detach else replay(predict, recorded)
-                    share = self.regularizer_weight * len(answers) / calls
-                    away = share * self.drift(answers, recorded, conditioning, each.rows)
-                    pulled, drift = pulled + away, drift + away.detach()
-                backward(pulled)
+                    # The regularizer's latents are constants, even if the reward's gradient flows through them.
+                    outputs = outputs if selected.detach else replay(predict, recorded)
+                    weight = self.regularizer_weight * len(outputs) / num_predictions
+                    kl_term = weight * self.kl(outputs, recorded, conditioning, pass_.rows)
+                    scalar, kl_loss = scalar + kl_term, kl_loss + kl_term.detach()
+                backward(scalar)
         if conditioning.states.grad is not None:
-            # Not by `backward`, which may scale: what was gathered is scaled already.
+            # Not through `backward`, which may scale the loss: the accumulated gradient is already scaled.
             encoded.states.backward(conditioning.states.grad)
 
         if self.regularizer == "kl":
-            losses["kl_loss"] = drift
+            losses["kl_loss"] = kl_loss
         if real is not None:
             loss = self.regularizer_weight * noise_loss(self.backbone, real, self.encode(prompts))
             backward(loss)
             losses["pretraining_loss"] = loss
         return {key: value.detach() for key, value in losses.items()}
 
-    def sample(self, choice: GradientSteps, noise: Tensor, conditioning: Conditioning, rows: slice) -> Iterator[Pass]:
-        """Samples some of the prompts from ``noise`` ``(b, c, h, w)`` without gradient; after them their copies."""
+    def sample(self, selected: GradientSteps, noise: Tensor, conditioning: Conditioning, rows: slice) -> Iterator[Pass]:
+        """Samples a slice of the prompts from ``noise`` ``(b, c, h, w)`` without gradient, then the copies."""
         predict = self.predictor(self.backbone.predict, conditioning, rows)
-        solver = self.solve(self.solver.timesteps[: choice.length])
-        final, recorded = rollout(predict, noise, solver, choice.steps, self.predict_no_dropout(predict))
+        solver = self.solve(self.solver.timesteps[: selected.length])
+        final, recorded = rollout(predict, noise, solver, selected.steps, self.predict_no_dropout(predict))
         yield Pass(rows, solver, final, recorded)
         last = self.solve(solver.timesteps[-1:])
-        for _ in range(choice.copies):
+        for _ in range(selected.copies):
             noisy = add_noise(self.backbone.noise_levels, final, torch.randn_like(final), torch.tensor(last.timesteps))
             yield Pass(rows, last, *rollout(predict, noisy, last, [0]))
 
     def noise(self, count: int) -> Tensor:
-        """Pure noise ``(count, c, h, w)`` to sample from."""
+        """Samples initial noise ``(count, c, h, w)``."""
         shape = self.backbone.latent_shape(self.resolution, self.resolution)
         return torch.randn((count, *shape), device=self.backbone.device)
 
     def encode_with_uncond(self, prompts: Sequence[str]) -> Conditioning:
-        """The conditioning of the prompts, and after them that of the empty prompt if there is guidance: one call, so
-        that both have the same length."""
+        """Encodes the prompts and, if guidance is enabled, the empty prompt as the last row.
+
+        They share one call, so that all are padded to the same length.
+        """
         return self.encode([*prompts, ""] if self.guidance != 1 else list(prompts))
 
     def predictor(
         self, denoise: Callable[[Tensor, Tensor, Conditioning], Tensor], conditioning: Conditioning, rows: slice
     ) -> Predict:
-        """The guided answer of ``denoise`` for some of the prompts.
+        """Returns the guided prediction of ``denoise`` for a slice of the prompts, as a function.
+
+        It accepts latents ``(s * b, c, h, w)`` of one or more steps s.
 
         Args:
             denoise: `Backbone.predict` or `Backbone.predict_reference`.
-            told: from `encode_with_uncond`.
-            rows: which b of the prompts. The latents are those of one or more visits, ``(v * b, c, h, w)``.
+            conditioning: from `encode_with_uncond`.
+            rows: slice of b prompts.
         """
-        prompts = torch.arange(rows.start, rows.stop, device=conditioning.states.device)
+        indices = torch.arange(rows.start, rows.stop, device=conditioning.states.device)
 
         def predict(latents: Tensor, timesteps: Tensor) -> Tensor:
-            of = prompts.repeat(len(latents) // len(prompts))
+            prompt_rows = indices.repeat(len(latents) // len(indices))
             if self.guidance == 1:
-                return denoise(latents, timesteps, conditioning[of])
-            return guided(denoise, latents, timesteps, conditioning, of, self.guidance)
+                return denoise(latents, timesteps, conditioning[prompt_rows])
+            return guided_prediction(denoise, latents, timesteps, conditioning, prompt_rows, self.guidance)
 
         return predict
 
-    def drift(
-        self, outputs: Tensor, recorded: Sequence[RecordedStep], conditioning: Conditioning, rows: slice
-    ) -> Tensor:
-        """Mean squared difference of ``outputs`` to the start model's answers at the same visits; a scalar."""
-        start = self.predictor(self.backbone.predict_reference, conditioning, rows)
-        before = start(torch.cat([v.latents for v in recorded]), torch.cat([v.timesteps for v in recorded]))
-        return (outputs - before).square().mean()
+    def kl(self, outputs: Tensor, recorded: Sequence[RecordedStep], conditioning: Conditioning, rows: slice) -> Tensor:
+        """Mean squared difference between ``outputs`` and the reference model's predictions at the same steps."""
+        predict = self.predictor(self.backbone.predict_reference, conditioning, rows)
+        latents = torch.cat([step.latents for step in recorded])
+        reference = predict(latents, torch.cat([step.timesteps for step in recorded]))
+        return (outputs - reference).square().mean()
 
     def predict_no_dropout(self, predict: Predict) -> Predict | None:
-        """The denoiser for the steps that are not chosen, if it differs there."""
+        """Returns the denoiser without dropout for steps without gradient; None if they keep dropout too."""
         if self.dropout_steps == "all":
             return None
 
@@ -246,7 +252,7 @@ class RewardTrainer(DiffusionTrainer):
         return predict_in_eval_mode
 
     def score(self, latents: Tensor, prompts: Sequence[str]) -> Scores:
-        """The added scores of final latents ``(b, c, h, w)``, with all of their parts."""
+        """Decodes final latents ``(b, c, h, w)`` and returns the summed scores with all of their parts."""
         chunks = list(_chunks(len(latents), self.decode_batch))
         if len(chunks) == 1:
             images = self.backbone.decode(latents)
@@ -262,10 +268,10 @@ class RewardTrainer(DiffusionTrainer):
         return Scores(torch.stack([scores.total for scores in scored]).sum(0), parts)
 
     def latent_gradient(self, loss: Tensor, latents: Tensor) -> Tensor:
-        """The loss's gradient at the final latents.
+        """Gradient of the loss at the final latents, with loss scaling if any parameter is float16.
 
-        Where something is in float16, the gradient of a single pixel would be rounded to nothing. There the loss is
-        scaled, as far as all stays finite (arXiv 1710.03740, section 3.2).
+        Without scaling, float16 would round the gradient of single pixels to zero. The scale is reduced until the
+        gradient is finite (arXiv 1710.03740, section 3.2).
         """
         half = any(parameter.dtype == torch.float16 for parameter in self.parameters())
         scale = 2.0**16 if half else 1.0
@@ -276,7 +282,7 @@ class RewardTrainer(DiffusionTrainer):
             scale /= 4
 
     def reward_loss(self, scores: Scores) -> dict[str, Tensor]:
-        """The loss ``0.5 (1 - mean score)``, the mean score, and the mean of each of its parts."""
+        """Returns the loss ``0.5 (1 - mean score)``, the mean score, and the mean of each part."""
         mean = scores.total.mean()
         parts = {key: value.float().mean() for key, value in scores.parts.items()}
         return {"reward_loss": 0.5 * (1 - mean), "reward": mean, **parts}

@@ -1,4 +1,4 @@
-"""Errors that end a run, in words that say what to change and how it is resumed."""
+"""Errors that end a run, with advice on what to change and how to resume."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from longalign.config import RunConfig
 from longalign.errors import RunError, is_out_of_memory
 from longalign.trainers.folder import resume_hint
 
-#: keys of trainers that trade time for memory
-SPARING = ("denoise_batch", "decode_batch", "replay_batch")
+#: trainer keys that save memory when lowered
+MEMORY_KEYS = ("denoise_batch", "decode_batch", "replay_batch")
 
 
 @contextmanager
-def explained(config: RunConfig) -> Iterator[None]:
-    """Inside, what ends a run for want of memory, or of a process that loads data, becomes a `RunError`."""
+def explain_errors(config: RunConfig) -> Iterator[None]:
+    """Context manager: converts out-of-memory errors and failures of data-loading workers to `RunError`."""
     output = Path(config.output)
     try:
         yield
@@ -29,8 +29,8 @@ def explained(config: RunConfig) -> Iterator[None]:
             raise RunError(f"{_first_line(error)}\n{_memory_advice(config)}; {resume_hint(output)}") from error
         if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
             raise RunError(
-                f"{_first_line(error)}. A process that loads data was ended from outside, often for want of memory; "
-                f"lower loop.workers (now {config.loop.workers}), or set it to 0 to see the error itself; "
+                f"{_first_line(error)}. A data-loading worker was killed, often because memory ran out; lower "
+                f"loop.workers (now {config.loop.workers}), or set it to 0 to see the original error; "
                 f"{resume_hint(output)}"
             ) from error
         raise
@@ -49,19 +49,19 @@ def _memory_advice(config: RunConfig) -> str:
         )
     if not loop.gradient_checkpointing:
         advice.append("set loop.gradient_checkpointing to true")
-    for key in SPARING:
+    for key in MEMORY_KEYS:
         value = getattr(config.trainer, key, 1)
         if value is None or value > 1:
             advice.append(f"set trainer.{key} to a small number (now {'null' if value is None else value})")
     if loop.precision == "no":
         advice.append("set loop.precision to bf16")
     if config.cache is None:
-        advice.append("keep latents and text states on disk with 'cache'")
-    return "the memory is full. To need less: " + "; ".join(advice)
+        advice.append("cache latents and text states on disk with 'cache'")
+    return "out of memory. To reduce memory use: " + "; ".join(advice)
 
 
-def keep_batch(output: Path, rank: int, step: int, batches: Sequence[Mapping[str, Any]]) -> Path:
-    """Writes step and prompts that led to numbers that are not finite into ``non-finite/``; returns the file."""
+def save_failed_batch(output: Path, rank: int, step: int, batches: Sequence[Mapping[str, Any]]) -> Path:
+    """Saves step and prompts of a batch with a non-finite loss or gradient in ``non-finite/``; returns the file."""
     path = output / "non-finite" / f"process-{rank}" / "batch.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     prompts = [[str(prompt) for prompt in batch.get("prompt", ())] for batch in batches]

@@ -1,4 +1,4 @@
-"""Images drawn while training, always from the same noise."""
+"""Validation images, sampled with fixed seeds during training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from longalign.encoders.base import Encoder
 from longalign.rollout import RandomState
 
 
-def draw(
+def sample_validation(
     backbone: Backbone,
     encoder: Encoder,
     settings: ValidationConfig,
@@ -21,10 +21,17 @@ def draw(
     folder: Path | None,
     step: int,
 ) -> Tensor:
-    """Samples the validation prompts into ``folder/00.png``, ``01.png``...; the i-th with seed i. Without a folder
-    nothing is written.
+    """Samples the validation prompts and writes ``folder/00.png``, ``01.png``...; image i has seed i.
 
-    The training's random numbers are left alone.
+    The random state of the training is not changed.
+
+    Args:
+        backbone: the model.
+        encoder: encodes the prompts.
+        settings: number of steps, guidance and solver.
+        prompts: one prompt per image.
+        folder: where to write the images; None writes none.
+        step: training step, for the metadata of the images.
 
     Returns:
         Images ``(b, 3, h, w)`` in [0, 1].
@@ -50,12 +57,12 @@ def draw(
     return images
 
 
-def read(settings: ValidationConfig | None) -> list[str]:
-    """The validation prompts themselves, or those of a file, as the data kind ``prompts`` reads it.
+def read_validation_prompts(settings: ValidationConfig | None) -> list[str]:
+    """Returns the validation prompts of the config or of the file it names, read as the data ``prompts`` reads it.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it holds none.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file contains no prompts.
     """
     if settings is None:
         return []
@@ -64,7 +71,7 @@ def read(settings: ValidationConfig | None) -> list[str]:
         return list(prompts)
     from longalign.data.lines import read_prompts
 
-    found = read_prompts(Path(prompts))
-    if not found:
-        raise ValueError(f"validation.prompts: {prompts} holds no prompts")
-    return found
+    file_prompts = read_prompts(Path(prompts))
+    if not file_prompts:
+        raise ValueError(f"validation.prompts: {prompts} contains no prompts")
+    return file_prompts

@@ -1,4 +1,4 @@
-"""Noise-prediction fine-tuning: what is learned, and of which parameters."""
+"""Noise-prediction fine-tuning: loss, trainable parameters, caption dropout."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def graded(module):
 
 
 @pytest.mark.parametrize("train_adapter", [True, False])
-def test_gradient_flows_into_lora_and_adapter_alone(train_adapter):
+def test_step_gradient_reaches_only_lora_and_adapter(train_adapter):
     trainer = build(train_adapter=train_adapter)
     losses = trainer.step(BATCH, torch.Tensor.backward)
     assert set(losses) == {"noise_loss"} and losses["noise_loss"] > 0 and not losses["noise_loss"].requires_grad
@@ -39,14 +39,14 @@ def test_gradient_flows_into_lora_and_adapter_alone(train_adapter):
     assert len(trainer.trainable()) == len(expected) and all(p.requires_grad for p in trainer.trainable())
 
 
-def test_gradient_flows_into_all_weights_of_the_denoiser():
+def test_full_finetune_gradient_reaches_all_denoiser_weights():
     trainer = build(lora=None)
     trainer.step(BATCH, torch.Tensor.backward)
     assert graded(trainer.backbone) == {f"denoiser.{n}" for n, _ in trainer.backbone.denoiser.named_parameters()}
     assert trainer.backbone.full_finetune
 
 
-def test_what_is_frozen_stays_in_eval_mode():
+def test_train_keeps_frozen_modules_in_eval_mode():
     trainer = build()
     assert trainer.training and trainer.encoder.adapter[1].training
     assert not trainer.encoder.frozen[1].training and not trainer.backbone.vae.training
@@ -59,8 +59,8 @@ def test_what_is_frozen_stays_in_eval_mode():
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_the_loss_is_zero_for_a_denoiser_that_knows(prediction):
-    class Knowing(AlignTrainer):
+def test_noise_loss_is_zero_for_perfect_prediction(prediction):
+    class PerfectTrainer(AlignTrainer):
         def losses(self, batch):
             backbone = self.backbone
             encoded = backbone.encode_images(batch["image"])
@@ -76,55 +76,55 @@ def test_the_loss_is_zero_for_a_denoiser_that_knows(prediction):
 
     backbone = tiny_backbone(prediction)
     backbone.add_lora(LORA, "align")
-    assert Knowing(backbone, ToyEncoder()).losses(BATCH)["noise_loss"] < 1e-3
+    assert PerfectTrainer(backbone, ToyEncoder()).losses(BATCH)["noise_loss"] < 1e-3
 
 
 @pytest.mark.parametrize(
     ("prediction", "setting", "expected"),
     [("epsilon", None, "uniform"), ("flow", None, "logit-normal"), ("flow", "uniform", "uniform")],
 )
-def test_flows_are_trained_at_logit_normal_timesteps_by_default(monkeypatch, prediction, setting, expected):
-    drawn = []
+def test_timesteps_default_is_logit_normal_for_flows(monkeypatch, prediction, setting, expected):
+    densities = []
 
-    def draw(density, *rest):
-        drawn.append(density)
-        return sample_timesteps(density, *rest)
+    def recorded(density, *args):
+        densities.append(density)
+        return sample_timesteps(density, *args)
 
-    monkeypatch.setattr("longalign.trainers.base.sample_timesteps", draw)
+    monkeypatch.setattr("longalign.trainers.base.sample_timesteps", recorded)
     config = AlignConfig(lora=LORA, timesteps=setting)
     AlignTrainer.from_config(config, tiny_backbone(prediction), ToyEncoder()).losses(BATCH)
-    assert drawn == [expected]
+    assert densities == [expected]
 
 
-@pytest.mark.parametrize(("share", "expected"), [(0.0, ["1", "7"]), (1.0, ["", ""])])
-def test_dropped_captions_become_the_empty_prompt(share, expected):
-    read = []
+@pytest.mark.parametrize(("caption_dropout", "expected"), [(0.0, ["1", "7"]), (1.0, ["", ""])])
+def test_caption_dropout_encodes_empty_prompt(caption_dropout, expected):
+    encoded = []
 
-    class Reading(ToyEncoder):
+    class RecordingEncoder(ToyEncoder):
         def encode(self, prompts):
-            read.append(list(prompts))
+            encoded.append(list(prompts))
             return super().encode(prompts)
 
-    build(encoder=Reading(), caption_dropout=share).losses(BATCH)
-    assert read == [expected]
+    build(encoder=RecordingEncoder(), caption_dropout=caption_dropout).losses(BATCH)
+    assert encoded == [expected]
 
 
-def test_prompts_alone_are_refused():
-    with pytest.raises(ValueError, match="'align' needs images, and the data has prompts only"):
+def test_losses_reject_batch_without_images():
+    with pytest.raises(ValueError, match=r"'align'.*images"):
         build().losses({"prompt": ["a"]})
 
 
-def test_unused_rewards_are_refused(world):
+def test_align_rejects_rewards(world):
     config = world.align_config("x")
     from longalign.config import load_config
 
-    with pytest.raises(ConfigError, match="rewards: 'align' uses no rewards"):
+    with pytest.raises(ConfigError, match="rewards: 'align'"):
         load_config({**config, "rewards": ["red"]})
-    with pytest.raises(ValueError, match="'align' uses no rewards, got 1"):
+    with pytest.raises(ValueError, match=r"'align'.*rewards.*got 1"):
         trainers.build("align", backbone=tiny_backbone(), encoder=ToyEncoder(), rewards=[world.red])
 
 
-def test_built_by_name():
+def test_registry_builds_align_by_name():
     trainer = trainers.build({"name": "align", "lora": {"rank": 3}}, backbone=tiny_backbone(), encoder=ToyEncoder())
     assert isinstance(trainer, AlignTrainer) and isinstance(trainer.backbone, Backbone)
     assert trainer.backbone.lora_names == ["align"] and trainer.caption_dropout == 0.1

@@ -1,4 +1,4 @@
-"""A tiny encoder with an adapter, toy rewards, and compositions for the trainers' tests."""
+"""A tiny encoder with an adapter, tiny data, a reward, and configs for the trainers' tests."""
 
 import torch
 from tiny import tiny_backbone
@@ -13,7 +13,7 @@ LORA = LoraConfig(rank=2, dropout=0.1)
 
 
 class ToyEncoder(Encoder):
-    """Each prompt's letters through a frozen table and an adapter with dropout."""
+    """Embeds a prompt's first four letters with a frozen table and an adapter with dropout."""
 
     dim = 8
 
@@ -32,7 +32,7 @@ class ToyEncoder(Encoder):
 
 
 class Squares(Data):
-    """Grey squares, each with its own brightness and its number as the prompt."""
+    """Grey squares of different brightness, with their index as the prompt."""
 
     def __len__(self):
         return 10
