@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from longalign.encoders.base import GROW, Conditioning, Encoder, PromptReport, check_prompts, raise_or_warn_truncated
 from longalign.encoders.tokens import autocast_disabled, device_of, run_grouped
 from longalign.runtime import Runtime
-from longalign.segment import Prompt, Segmenter, fit, split
+from longalign.segment import Prompt, Segmenter, split, split_to_window
 from longalign.tokens import TextTokens, Tokenized
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ class ClipSegmentEncoder(Encoder):
         room, count = self.window - 2, self.tokens.count
         found = [split(self.segmenter, prompt, count) for prompt in check_prompts(prompts)]
         self.tokens.batch([segment for segments in found for segment in segments])
-        return [self._plan(self.tokens.batch(fit(segments, room, count))) for segments in found]
+        return [self._plan(self.tokens.batch(split_to_window(segments, room, count))) for segments in found]
 
     def _plan(self, segments: Sequence[Tokenized]) -> SegmentPlan:
         tokenizer = self.tokens.tokenizer
