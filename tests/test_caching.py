@@ -19,7 +19,7 @@ from longalign.config import load_config, override, to_yaml
 from longalign.data.cached import CachedImages
 from longalign.encoders.adapter import TextAdapter, adapt
 from longalign.encoders.base import Encoder
-from longalign.encoders.cached import CachedEncoder, entries, frozen, prompt_key
+from longalign.encoders.cached import CachedEncoder, entries, frozen_config, prompt_key
 from longalign.encoders.configs import AdapterConfig
 from longalign.errors import ConfigError
 from longalign.fingerprint import fingerprint, fingerprints
@@ -281,7 +281,7 @@ def test_reward_training_reads_prompts(config, tmp_path):
 def test_prompts_of_any_length_have_the_states_that_the_encoder_gives_in_any_batch(config, tmp_path, part, settings):
     keys = type(config.encoder.parts[part]).model_fields
     known = {key: value for key, value in settings.items() if key in keys}
-    encoder = frozen(config.encoder.parts[part]).model_copy(update=known).build(CPU)
+    encoder = frozen_config(config.encoder.parts[part]).model_copy(update=known).build(CPU)
     # CLIP's 20 states: one sentence of 19 tokens fills them
     prompts = ["", "A fox.", "A red fox " * 6 + "sky", "A wall. " * 40, "The sky is green. " * 20, "A red wall"]
     store, length = Store(tmp_path / "states", {"a": 1}, writes=True), int(entries(encoder, [""], None)[0]["length"])

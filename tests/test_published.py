@@ -99,9 +99,9 @@ def test_a_variant_of_a_whole_clip(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"checkpoint": "x.pt", "variant": "fp16"}, "'variant' would choose another file than the original 'x.pt'"),
-        ({"checkpoint": "x.pt", "filename": "y.pt", "revision": "main"}, "'filename' and 'revision' would choose"),
-        ({"filename": "y.pt", "subfolder": "text_encoder"}, "'subfolder' would choose .* the original 'y.pt'"),
+        ({"checkpoint": "x.pt", "variant": "fp16"}, r"'variant' .*'x\.pt'"),
+        ({"checkpoint": "x.pt", "filename": "y.pt", "revision": "main"}, r"'filename' and 'revision' .*'x\.pt'"),
+        ({"filename": "y.pt", "subfolder": "text_encoder"}, r"'subfolder' .*'y\.pt'"),
     ],
 )
 def test_keys_that_choose_two_files_are_refused(keys, message):
