@@ -72,7 +72,7 @@ def test_condition_passes_pooled_embeddings_if_accepted():
     assert conditioning["pooled_prompt_embeds"].tolist() == [[2]] and conditioning[
         "negative_pooled_prompt_embeds"
     ].tolist() == [[1]]
-    with pytest.raises(ValueError, match="PooledPipe .*'pooled_prompt_embeds'"):
+    with pytest.raises(ValueError, match=r"PooledPipe .*'pooled_prompt_embeds'"):
         condition(PooledPipe(), "a b", encoder=WordEncoder())
     with pytest.warns(UserWarning, match="PlainPipe .*'pooled_prompt_embeds'"):
         condition(PlainPipe(), "a b", encoder=WordEncoder(pooled=True))
@@ -111,7 +111,7 @@ def test_condition_rejects_wrong_width_and_pipeline_without_embeds():
     class TextPipe(Pipe):
         def __call__(self, prompt): ...
 
-    with pytest.raises(ValueError, match="'prompt_embeds'.*TextPipe"):
+    with pytest.raises(ValueError, match=r"'prompt_embeds'.*TextPipe"):
         condition(TextPipe(), "a", encoder=WordEncoder())
 
 
@@ -124,5 +124,5 @@ def test_condition_rejects_timestep_dependent_conditioning():
         def encode(self, prompts):
             return TimestepConditioning(super().encode(prompts).states)
 
-    with pytest.raises(ValueError, match="PlainPipe .*timestep"):
+    with pytest.raises(ValueError, match=r"PlainPipe .*timestep"):
         condition(PlainPipe(), "a", encoder=TimestepEncoder())

@@ -178,7 +178,7 @@ def test_clip_segment_states_match_text_model(folder):
 
 def test_clip_segment_keeps_token_equal_to_padding(folder):
     other = AutoTokenizer.from_pretrained(folder / "tokenizer", pad_token="!")
-    states = known(other, max_tokens=5).encode(["fox!"]).states
+    states = position_encoder(other, max_tokens=5).encode(["fox!"]).states
     assert states[0, 2].tolist() == [other.pad_token_id, 2]
     assert states[0, 3].tolist() == [other.pad_token_id, 46.5]
 
@@ -212,7 +212,7 @@ def test_clip_segment_rejects_wrong_checkpoints(tmp_path, tokenizer):
         encoders.build({"name": "clip-segment", "checkpoint": str(tiny_clip(tmp_path / "bare", tokenizer=False))})
     model = PositionTextModel()
     model.config.vocab_size = 10
-    with pytest.raises(ValueError, match="eos_token_id=.*vocab_size=10"):
+    with pytest.raises(ValueError, match=r"eos_token_id=.*vocab_size=10"):
         ClipSegmentEncoder(model, tokenizer, Sentence())
 
 

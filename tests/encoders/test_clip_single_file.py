@@ -150,5 +150,5 @@ def test_clip_configs_reject_unused_keys(kind, keys, message):
 
 
 def test_sdxl_config_rejects_subfolder_of_single_file():
-    with pytest.raises(ValidationError, match="'checkpoint' .*'subfolder'"):
+    with pytest.raises(ValidationError, match=r"'checkpoint' .*'subfolder'"):
         ClipSegmentSDXLConfig(checkpoint="x.safetensors", subfolder="models")

@@ -32,7 +32,7 @@ def test_check_prompts_rejects_invalid_prompts():
         check_prompts("a cat")
     with pytest.raises(ValueError, match=r"\bone prompt\b.* none"):
         check_prompts([])
-    with pytest.raises(ValueError, match="prompt 1 .* got 3"):
+    with pytest.raises(ValueError, match=r"prompt 1 .* got 3"):
         check_prompts(["a", 3])
 
 

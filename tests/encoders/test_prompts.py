@@ -182,5 +182,5 @@ def test_score_command_scores_by_sentence(folder, tmp_path, capsys):
     assert [line.split("\t")[2:] for line in lines] == [[str(p), s] for p in images for s in ("A fox.", "A wall.")]
     assert main(["score", *options, "--prompt", "\udcff red"]) == 2
     assert re.search(r"--prompt 0 .*udcff", capsys.readouterr().err)
-    with pytest.raises(ValueError, match="plain.*sentences"):
+    with pytest.raises(ValueError, match=r"plain.*sentences"):
         score_sentences({"plain": lambda images, prompts: images.mean((1, 2, 3))}, images, ["A fox."], StringIO())

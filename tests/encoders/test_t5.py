@@ -164,7 +164,7 @@ def test_adapter_rejects_invalid_files_and_configs(tmp_path: Path, folder):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"config\.json: .*in_dim, int_dim, out_dim"):
         TextAdapter.load(str(tmp_path))
-    with pytest.raises(ValueError, match="in_dim=16.*got 8"):
+    with pytest.raises(ValueError, match=r"in_dim=16.*got 8"):
         build(folder, adapter={"in_dim": 8, "int_dim": 8, "out_dim": 6})
     for wrong in ({}, {"in_dim": 8, "int_dim": 8}, {"checkpoint": "x", "in_dim": 8}):
         with pytest.raises(ConfigError, match="adapter: "):
