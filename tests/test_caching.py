@@ -327,7 +327,7 @@ def test_the_command(config, tmp_path, capsys, caplog):
     path = tmp_path / "run.yaml"
     path.write_text(to_yaml(config))
     cut = ["encoder.parts.0.max_tokens=18", "encoder.parts.0.overflow=truncate"]
-    with caplog.at_level(logging.ERROR), pytest.warns(match=r"do not fit"):
+    with caplog.at_level(logging.ERROR), pytest.warns(match=r"\b1 of 3 prompts .*\b18\b"):
         assert main(["cache", str(path), *cut, "--batch", "3"]) == 0
     assert "latents: 4 entries, 4 of them new" in capsys.readouterr().out
     assert main(["cache", str(path), "cache=null"]) == 2

@@ -141,9 +141,10 @@ def load_clip_pair(
 
     from longalign.encoders.single_file import load_clip_text_model
 
-    kinds = {"text_encoder": first_class, "text_encoder_2": CLIPTextModelWithProjection}
+    classes = {"text_encoder": first_class, "text_encoder_2": CLIPTextModelWithProjection}
     loaded = [
-        load_clip_text_model(kind, config, place(config.subfolder, folder), runtime) for folder, kind in kinds.items()
+        load_clip_text_model(model_class, config, place(config.subfolder, folder), runtime)
+        for folder, model_class in classes.items()
     ]
     models, tokenizers = zip(*loaded, strict=True)
     keys = ("pooled", "sot", "eot", "pad", "max_tokens", "overflow", "max_batch_tokens")

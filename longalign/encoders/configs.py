@@ -161,7 +161,7 @@ class TwoClipsConfig(CheckpointConfig):
     def _configs(self) -> list[str]:
         return [place(self.subfolder, "text_encoder/config.json")]
 
-    def _both(self, key: str) -> tuple[int | None, int | None]:
+    def _from_both_configs(self, key: str) -> tuple[int | None, int | None]:
         """Returns a key of the configs of both CLIPs."""
         first, second = (self._width_of(key, folder=place(self.subfolder, f"text_encoder{n}")) for n in ("", "_2"))
         return first, second
@@ -181,8 +181,8 @@ class ClipSegmentSDXLConfig(TwoClipsConfig, SingleFileConfig):
     empty: Literal["zeros", "encode"] = "zeros"
 
     def widths(self) -> tuple[int | None, int | None]:
-        first, second = self._both("hidden_size")
-        return first + second if first and second else None, self._both("projection_dim")[1]
+        first, second = self._from_both_configs("hidden_size")
+        return first + second if first and second else None, self._from_both_configs("projection_dim")[1]
 
     def build(self, runtime: Runtime) -> ClipSegmentSDXLEncoder:
         from longalign.encoders.clip_segment_sdxl import ClipSegmentSDXLEncoder
@@ -208,7 +208,7 @@ class ClipSegmentSD3Config(TwoClipsConfig):
     width: int = Field(4096, ge=1)
 
     def widths(self) -> tuple[int | None, int | None]:
-        first, second = self._both("projection_dim")
+        first, second = self._from_both_configs("projection_dim")
         return self.width, first + second if first and second else None
 
     def build(self, runtime: Runtime) -> ClipSegmentSD3Encoder:
