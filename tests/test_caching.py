@@ -101,7 +101,7 @@ def test_no_text_model_is_built(config, monkeypatch):
     assert names and all(name.startswith("parts.1.adapter.") for name in names)
     with pytest.raises(ValueError, match=r"the prompt 'A new one' is not in the cache .*prompts-clip-segment"):
         composition.encoder.encode(["A new one"])
-    with pytest.raises(ValueError, match=r"does not say what was cut"):
+    with pytest.raises(ValueError, match=r"truncation reports.*without cache"):
         composition.encoder.parts[0].report(["A fox."])
     item = composition.data[3]  # it cannot be read, so the next one takes its place, as without a cache
     assert item["prompt"] == "A fox." and item["posterior"].shape == (8, 2, 2) and "image" not in item
