@@ -76,9 +76,9 @@ def plain(encoder: ClipSegmentEncoder, prompts: Sequence[str]) -> Tensor:
     ids = torch.tensor([[*row, *[tokenizer.eos_token_id] * (longest - len(row))] for row in rows]).to(DEVICE)
     chunk = max(1, encoder.max_batch_tokens // longest)
     states = torch.cat([encoder.text_model(input_ids=part).last_hidden_state for part in ids.split(chunk)])
-    filling, out, begin = encoder._fill(states), [], 0
+    filling, out, begin = encoder._pad_states(states), [], 0
     for plan in plans:
-        kept = [states[begin + i, start:stop] for i, (start, stop) in enumerate(plan.kept)]
+        kept = [states[begin + i, start:stop] for i, (start, stop) in enumerate(plan.spans)]
         begin += len(plan.rows)
         out.append(torch.cat(kept))
     length = max(encoder.max_tokens, max(map(len, out)))

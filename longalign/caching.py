@@ -16,8 +16,15 @@ from longalign.data.cached import ITEMS, UNREADABLE, CachedImages, read_items, w
 from longalign.data.lines import read_prompts
 from longalign.data.stream import Stream
 from longalign.encoders.base import Encoder
-from longalign.encoders.cached import build_cached, entries, leaves, prompt_key, require_cached, settings
-from longalign.encoders.cached import frozen as frozen_config
+from longalign.encoders.cached import (
+    build_cached,
+    entries,
+    frozen_config,
+    leaves,
+    prompt_key,
+    require_cached,
+    settings,
+)
 from longalign.fingerprint import fingerprints
 from longalign.locks import Lock
 from longalign.registry import PartConfig

@@ -19,7 +19,7 @@ from longalign.config import load_config, override, to_yaml
 from longalign.data.cached import CachedImages
 from longalign.encoders.adapter import TextAdapter, adapt
 from longalign.encoders.base import Encoder
-from longalign.encoders.cached import CachedEncoder, entries, frozen, prompt_key
+from longalign.encoders.cached import CachedEncoder, entries, frozen_config, prompt_key
 from longalign.encoders.configs import AdapterConfig
 from longalign.errors import ConfigError
 from longalign.fingerprint import fingerprint, fingerprints
@@ -101,7 +101,7 @@ def test_no_text_model_is_built(config, monkeypatch):
     assert names and all(name.startswith("parts.1.adapter.") for name in names)
     with pytest.raises(ValueError, match=r"the prompt 'A new one' is not in the cache .*prompts-clip-segment"):
         composition.encoder.encode(["A new one"])
-    with pytest.raises(ValueError, match=r"does not say what was cut"):
+    with pytest.raises(ValueError, match=r"truncation reports.*without cache"):
         composition.encoder.parts[0].report(["A fox."])
     item = composition.data[3]  # it cannot be read, so the next one takes its place, as without a cache
     assert item["prompt"] == "A fox." and item["posterior"].shape == (8, 2, 2) and "image" not in item
@@ -281,7 +281,7 @@ def test_reward_training_reads_prompts(config, tmp_path):
 def test_prompts_of_any_length_have_the_states_that_the_encoder_gives_in_any_batch(config, tmp_path, part, settings):
     keys = type(config.encoder.parts[part]).model_fields
     known = {key: value for key, value in settings.items() if key in keys}
-    encoder = frozen(config.encoder.parts[part]).model_copy(update=known).build(CPU)
+    encoder = frozen_config(config.encoder.parts[part]).model_copy(update=known).build(CPU)
     # CLIP's 20 states: one sentence of 19 tokens fills them
     prompts = ["", "A fox.", "A red fox " * 6 + "sky", "A wall. " * 40, "The sky is green. " * 20, "A red wall"]
     store, length = Store(tmp_path / "states", {"a": 1}, writes=True), int(entries(encoder, [""], None)[0]["length"])
@@ -327,7 +327,7 @@ def test_the_command(config, tmp_path, capsys, caplog):
     path = tmp_path / "run.yaml"
     path.write_text(to_yaml(config))
     cut = ["encoder.parts.0.max_tokens=18", "encoder.parts.0.overflow=truncate"]
-    with caplog.at_level(logging.ERROR), pytest.warns(match=r"do not fit"):
+    with caplog.at_level(logging.ERROR), pytest.warns(match=r"\b1 of 3 prompts .*\b18\b"):
         assert main(["cache", str(path), *cut, "--batch", "3"]) == 0
     assert "latents: 4 entries, 4 of them new" in capsys.readouterr().out
     assert main(["cache", str(path), "cache=null"]) == 2

@@ -5,7 +5,7 @@ import torch
 from tiny import tiny_sd, tiny_sd3, tiny_sdxl
 
 from longalign import condition
-from longalign.encoders.own import own_encoder
+from longalign.encoders.pipeline_encoder import pipeline_encoder
 from longalign.pipeline import generate, load_model, make_scheduler, sample
 
 PROMPTS = ["A red fox sleeps on a wall. The sky is green. A wall is red.", "The sky."]
@@ -119,7 +119,7 @@ def test_condition_expands_textual_inversion_tokens(tmp_path):
     pipe = load(tiny_sd(tmp_path), "StableDiffusionPipeline")
     pipe.load_textual_inversion(torch.randn(3, 16), token="<fox>")
     conditioning = condition(pipe, "A <fox> sleeps.")["prompt_embeds"]
-    with own_encoder(pipe) as encoder:
+    with pipeline_encoder(pipe) as encoder:
         expected = encoder.encode(["A <fox> <fox>_1 <fox>_2 sleeps.", ""])
     assert expected.reports[0].tokens == (6,)
     torch.testing.assert_close(conditioning, expected.states[:1])

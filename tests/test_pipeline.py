@@ -177,7 +177,7 @@ def test_generate_writes_png_metadata_and_index(tmp_path, caplog):
     assert lines == rows
     assert [row["file_name"] for row in rows] == ["00000-4.png", "00000-5.png", "00001-4.png", "00001-5.png"]
     assert rows[2]["truncated"] == "and a tail — ünïcode" and rows[0]["truncated"] == ""
-    assert re.search("prompt 1: .*1 tokens.*5 words", caplog.text)
+    assert re.search(r"prompt 1: .*\b1 tokens.*\b5 words", caplog.text)
     with Image.open(tmp_path / "out" / "00001-5.png") as image:
         assert image.size == (4, 4) and image.getpixel((0, 0)) == (191, 191, 191)
         assert image.text["prompt"] == "0.75 and a tail — ünïcode" and image.text["seed"] == "5"

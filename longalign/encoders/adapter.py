@@ -1,4 +1,4 @@
-"""LaVi-Bridge's adapter (arXiv 2403.07860) from a language model's states to the width that a denoiser expects."""
+"""LaVi-Bridge's adapter (arXiv 2403.07860): maps a language model's states to the width of a denoiser."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _WEIGHTS = "diffusion_pytorch_model"
 
 
 class GEGLU(nn.Module):
-    """``x W1 * gelu(x W2)``, from ``(..., in)`` to ``(..., out)``; both matrices lie in ``proj``."""
+    """``x W1 * gelu(x W2)``, from ``(..., in)`` to ``(..., out)``; ``proj`` holds both matrices."""
 
     def __init__(self, in_dim: int, out_dim: int):
         super().__init__()
@@ -33,7 +33,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GEGLU to ``mult`` times the width of the input, dropout, linear to the width of the output."""
+    """GEGLU to ``mult`` times the input width, dropout, linear to the output width."""
 
     def __init__(self, in_dim: int, out_dim: int, mult: int = 4, dropout: float = 0.1):
         super().__init__()
@@ -44,13 +44,13 @@ class FeedForward(nn.Module):
 
 
 class TextAdapter(nn.Module):
-    """LayerNorm, feed-forward to ``int_dim``, LayerNorm, feed-forward to ``out_dim``; each position on its own.
+    """LayerNorm, feed-forward to ``int_dim``, LayerNorm, feed-forward to ``out_dim``; applied position-wise.
 
-    The keys are those of the published weights: ``norm1``, ``ff1.net.*``, ``norm2``, ``ff2.net.*``.
+    State-dict keys match the published weights: ``norm1``, ``ff1.net.*``, ``norm2``, ``ff2.net.*``.
 
     Args:
         in_dim: width of the language model; 1024 for T5-large.
-        int_dim: width between the two; 896 in the published weights.
+        int_dim: width between the two feed-forwards; 896 in the published weights.
         out_dim: width that the denoiser expects; 768 for SD 1.5.
     """
 
@@ -63,12 +63,12 @@ class TextAdapter(nn.Module):
         self.ff2 = FeedForward(int_dim, out_dim)
 
     def forward(self, states: Tensor) -> Tensor:
-        """States ``(b, n, in_dim)`` to ``(b, n, out_dim)``."""
+        """Maps states ``(b, n, in_dim)`` to ``(b, n, out_dim)``."""
         return self.ff2(self.norm2(self.ff1(self.norm1(states))))
 
     @classmethod
     def from_config(cls, config: AdapterConfig, runtime: Runtime) -> TextAdapter:
-        """Loads a published or saved adapter, or makes a fresh one; float32 whatever the runtime's dtype."""
+        """Loads a published or saved adapter, or initializes a new one; always in float32."""
         if config.checkpoint is not None:
             adapter = cls.load(resolve_checkpoint(config.checkpoint), config.subfolder, config.revision)
         else:
@@ -77,36 +77,36 @@ class TextAdapter(nn.Module):
 
     @classmethod
     def load(cls, checkpoint: str, subfolder: str | None = None, revision: str | None = None) -> TextAdapter:
-        """Reads a folder as diffusers writes it: ``config.json``, ``diffusion_pytorch_model.safetensors`` or ``.bin``.
+        """Loads an adapter in diffusers layout: ``config.json``, ``diffusion_pytorch_model.safetensors`` or ``.bin``.
 
         Raises:
-            ValueError: if a file or a key is missing, or there are keys of another model.
+            ValueError: if a file or a key is missing, or the weights do not match the config.
         """
-        from longalign.encoders.loading import find_file
+        from longalign.encoders.loading import find_checkpoint_file
 
-        inside = f"{subfolder}/" if subfolder else ""
-        config = find_file(checkpoint, f"{inside}config.json", revision)
-        weights = find_file(checkpoint, f"{inside}{_WEIGHTS}.safetensors", revision) or find_file(
-            checkpoint, f"{inside}{_WEIGHTS}.bin", revision
+        prefix = f"{subfolder}/" if subfolder else ""
+        config = find_checkpoint_file(checkpoint, f"{prefix}config.json", revision)
+        weights = find_checkpoint_file(checkpoint, f"{prefix}{_WEIGHTS}.safetensors", revision) or find_checkpoint_file(
+            checkpoint, f"{prefix}{_WEIGHTS}.bin", revision
         )
         if config is None or weights is None:
             raise ValueError(
-                f"no adapter in '{checkpoint}/{inside}'; expected config.json and {_WEIGHTS}.safetensors or .bin"
+                f"no adapter in '{checkpoint}/{prefix}'; expected config.json and {_WEIGHTS}.safetensors or .bin"
             )
         values = json.loads(config.read_text())
-        lacking = [key for key in ("in_dim", "int_dim", "out_dim") if key not in values]
-        if lacking:
-            raise ValueError(f"{config} does not give {', '.join(lacking)}; it is not a text adapter's")
+        missing = [key for key in ("in_dim", "int_dim", "out_dim") if key not in values]
+        if missing:
+            raise ValueError(f"{config}: missing {', '.join(missing)}; expected the config of a text adapter")
         adapter = cls(values["in_dim"], values["int_dim"], values["out_dim"])
         state = load_tensors(weights) if weights.suffix == ".safetensors" else load_pickle(weights)
         try:
             adapter.load_state_dict(state)
         except (RuntimeError, TypeError) as error:
-            raise ValueError(f"{weights} does not hold a text adapter of the widths in config.json: {error}") from error
+            raise ValueError(f"{weights}: expected a text adapter with the widths of config.json: {error}") from error
         return adapter
 
     def save(self, folder: str | Path) -> None:
-        """Writes the adapter in the format that `load` and diffusers' ``ModelMixin`` read."""
+        """Saves the adapter in diffusers layout, as read by `load` and diffusers' ``ModelMixin``."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         values = {"_class_name": "TextAdapter", "in_dim": self.in_dim, "int_dim": self.int_dim, "out_dim": self.out_dim}
@@ -116,6 +116,6 @@ class TextAdapter(nn.Module):
 
 
 def adapt(adapter: TextAdapter, conditioning: Conditioning) -> Conditioning:
-    """A language model's conditioning through an adapter; masked states are zero."""
+    """Applies an adapter to a language model's conditioning; masked states are zero."""
     states = adapter(conditioning.states.to(next(adapter.parameters()).dtype))
     return replace(conditioning, states=states if conditioning.mask is None else states * conditioning.mask[..., None])

@@ -1,4 +1,4 @@
-"""The interface of text encoders: prompts in, a `Conditioning` for the denoiser out."""
+"""The interface of text encoders: prompts -> `Conditioning` for the denoiser."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from longalign.segment import Prompt, check_prompts, plain_text
 from longalign.tokens import Tokenized
 
 __all__ = [
-    "GROW",
+    "GROW_ADVICE",
     "Conditioning",
     "Encoder",
     "PromptReport",
@@ -29,13 +29,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class PromptReport:
-    """What an encoder read of one prompt.
+    """The encoded and the truncated text of one prompt.
 
     Attributes:
-        segments: the texts that were encoded, in order.
-        tokens: number of tokens of each segment, without ``<sot>``/``<eot>`` or other special tokens.
-        truncated: the text that was not encoded; empty if the whole prompt was.
-        parts: the reports of the inner encoders where there are several; ``truncated`` joins what any of them dropped.
+        segments: encoded texts, in order.
+        tokens: number of tokens of each segment, without special tokens such as ``<sot>`` and ``<eot>``.
+        truncated: text dropped by truncation; empty if the whole prompt was encoded.
+        parts: reports of the inner encoders, if there are several; ``truncated`` joins the text dropped by any of them.
     """
 
     segments: tuple[str, ...]
@@ -46,13 +46,13 @@ class PromptReport:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the denoiser is told.
+    """Text conditioning passed to the denoiser.
 
     Attributes:
         states: ``(b, n, d)`` hidden states for cross-attention.
-        mask: ``(b, n)`` bool, True where a state is to be attended, or None for all of them.
-        pooled: ``(b, p)`` pooled embedding, or None where the denoiser takes none.
-        reports: one `PromptReport` per prompt (empty where an encoder gives none).
+        mask: ``(b, n)`` bool, True for states to attend to; None attends to all.
+        pooled: ``(b, p)`` pooled embedding, or None.
+        reports: one `PromptReport` per prompt; may be empty.
     """
 
     states: Tensor
@@ -61,11 +61,11 @@ class Conditioning:
     reports: tuple[PromptReport, ...] = field(default=())
 
     def at(self, timestep: Tensor) -> Conditioning:
-        """The conditioning at a timestep ``(b,)``. Encoders whose output depends on the timestep override this."""
+        """Returns the conditioning at timesteps ``(b,)``. Override it if the conditioning depends on the timestep."""
         return self
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
-        """The same conditioning with its tensors moved; the mask keeps its dtype."""
+        """Moves and casts the tensors; the mask keeps its dtype."""
         return replace(
             self,
             states=self.states.to(device=device, dtype=dtype),
@@ -74,7 +74,7 @@ class Conditioning:
         )
 
     def __getitem__(self, index: slice | Tensor) -> Conditioning:
-        """Some prompts of the batch, by a slice, a tensor of positions or a bool tensor ``(b,)``."""
+        """Selects prompts by a slice, an index tensor or a bool tensor ``(b,)``."""
         rows: Sequence[int] = ()
         if self.reports:
             rows = torch.arange(len(self.reports))[index.cpu() if isinstance(index, Tensor) else index].tolist()
@@ -88,92 +88,92 @@ class Conditioning:
 
 
 def equal_lengths(*conditionings: Conditioning) -> tuple[Conditioning, ...]:
-    """Fills shorter conditionings with masked zeros up to the longest one's number of states.
+    """Pads shorter conditionings with masked zeros to the length of the longest.
 
-    All are returned as they are if their lengths agree; otherwise all have a mask. Encoding the prompts of both
-    guidance branches in one call gives equal lengths without a mask.
+    Conditionings of equal length are returned unchanged; otherwise all get a mask. No mask is needed if the prompts of
+    both guidance branches are encoded in one call.
     """
     lengths = [c.states.shape[1] for c in conditionings]
     if len(set(lengths)) < 2:
         return conditionings
     out = []
     for conditioning, length in zip(conditionings, lengths, strict=True):
-        missing = max(lengths) - length
+        padding = max(lengths) - length
         mask = conditioning.mask
         if mask is None:
             mask = torch.ones(conditioning.states.shape[:2], dtype=torch.bool, device=conditioning.states.device)
-        states = F.pad(conditioning.states, (0, 0, 0, missing))
-        out.append(replace(conditioning, states=states, mask=F.pad(mask, (0, missing))))
+        states = F.pad(conditioning.states, (0, 0, 0, padding))
+        out.append(replace(conditioning, states=states, mask=F.pad(mask, (0, padding))))
     return tuple(out)
 
 
-GROW = "raise {}, or set overflow to 'grow'"
-"""Advice of encoders without a limit, for `raise_or_warn_truncated`; ``{}`` is the setting of their length."""
+GROW_ADVICE = "raise {}, or set overflow to 'grow'"
+"""Advice for `raise_or_warn_truncated`, for encoders that can grow; ``{}`` is the config key of their length."""
 
 
 class TruncationWarning(UserWarning):
     """Part of a prompt was not encoded."""
 
 
-def report_passes(passes: Sequence[Tokenized], most: int) -> PromptReport:
-    """What of a prompt is read in passes of at most ``most`` tokens each."""
-    read = [(*text.split(most), min(len(text), most)) for text in passes]
+def report_passes(passes: Sequence[Tokenized], max_tokens: int) -> PromptReport:
+    """Reports one prompt whose passes encode at most ``max_tokens`` tokens each."""
+    parts = [(*text.split_at(max_tokens), min(len(text), max_tokens)) for text in passes]
     return PromptReport(
-        tuple(part for part, _, count in read if count),
-        tuple(count for _, _, count in read if count),
-        " ".join(unread for _, unread, _ in read if unread),
+        tuple(encoded for encoded, _, count in parts if count),
+        tuple(count for _, _, count in parts if count),
+        " ".join(truncated for _, truncated, _ in parts if truncated),
     )
 
 
 def raise_or_warn_truncated(
     reports: Sequence[PromptReport], overflow: str, limit: int, advice: str, stacklevel: int = 3
 ) -> None:
-    """Raises (``overflow="error"``) or warns, once, if any prompt was cut.
+    """Raises (``overflow="error"``) or warns, once, if any prompt was truncated.
 
     Args:
         reports: one report per prompt.
-        overflow: ``"error"`` or anything else.
-        limit: the number of positions there are, for the message.
-        advice: what the user can do.
-        stacklevel: of the warning; the default is whoever called the caller.
+        overflow: ``"error"`` raises, any other value warns.
+        limit: maximum number of states, for the message.
+        advice: what the user can do, for the message.
+        stacklevel: passed to `warnings.warn`; the default points at the caller of the encoder.
     """
-    cut = [i for i, report in enumerate(reports) if report.truncated]
-    if not cut:
+    indices = [i for i, report in enumerate(reports) if report.truncated]
+    if not indices:
         return
-    text = (
-        f"{len(cut)} of {len(reports)} prompts do not fit into {limit} positions; "
-        f"of prompt {cut[0]} this is not encoded: {reports[cut[0]].truncated[:80]!r}"
+    message = (
+        f"{len(indices)} of {len(reports)} prompts exceed {limit} tokens; "
+        f"text dropped from prompt {indices[0]}: {reports[indices[0]].truncated[:80]!r}"
     )
     if overflow == "error":
-        raise ValueError(f"{text}. Shorten it, or {advice}")
-    warnings.warn(f"{text}. To avoid this {advice}", TruncationWarning, stacklevel=stacklevel)
+        raise ValueError(f"{message}. Shorten it, or {advice}")
+    warnings.warn(f"{message}. To avoid this, {advice}", TruncationWarning, stacklevel=stacklevel)
 
 
 class Encoder(nn.Module):
-    """Base of text encoders.
+    """Base class of text encoders.
 
-    A concrete encoder takes ready modules in ``__init__`` and loads them in ``from_config(config, runtime)``. Frozen
-    text models have ``requires_grad`` off and are run under ``torch.no_grad``; what is trained (an adapter) is the
-    rest of the parameters, so ``[p for p in encoder.parameters() if p.requires_grad]`` is exactly the trainable part.
+    Subclasses take loaded modules in ``__init__`` and load them in ``from_config(config, runtime)``. Frozen text
+    models have ``requires_grad=False`` and run under ``torch.no_grad``. All other parameters are trainable (adapters):
+    ``[p for p in encoder.parameters() if p.requires_grad]``.
     """
 
     #: width of the states
     dim: int
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
-        """Encodes a batch of prompts; gradient flows only into trainable parameters (adapters).
+        """Encodes a batch of prompts; gradients reach only trainable parameters (adapters).
 
         Raises:
-            ValueError: if ``prompts`` is a bare text or empty, or a prompt is too long and that is to be an error.
+            ValueError: if ``prompts`` is a single text or empty, or a prompt is too long and ``overflow="error"``.
         """
         raise NotImplementedError
 
     def report(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
-        """What `encode` would read of each prompt, without running a model, warning or refusing."""
+        """Dry run of `encode`: one report per prompt, without running a model, warning or raising."""
         raise NotImplementedError
 
     def train(self, mode: bool = True) -> Encoder:
-        """Sets the mode; modules without trainable parameters stay in evaluation mode, so their dropout stays off."""
+        """Sets the mode. Modules without trainable parameters stay in evaluation mode, without dropout."""
         super().train(mode)
         for child in self.children():
             if not any(p.requires_grad for p in child.parameters()):

@@ -1,4 +1,4 @@
-"""Encoders whose frozen text model ran before: its states are read from a store, and adapters run on top."""
+"""Encoders that read precomputed text-model states from a store; adapters run on top."""
 
 from __future__ import annotations
 
@@ -19,58 +19,60 @@ from longalign.runtime import Runtime
 from longalign.segment import Prompt
 from longalign.store import Store, key_of
 
-#: keys of configs that change no state
+#: config keys that do not affect the states
 IGNORED_KEYS = ("max_batch_tokens",)
 
 
 def prompt_key(prompt: Prompt) -> bytes:
-    """The key of a prompt's states; a prompt given as segments is another one than its text."""
+    """Returns the store key of a prompt. A list of segments has a different key than its joined text."""
     return key_of(prompt if isinstance(prompt, str) else json.dumps(list(prompt)))
 
 
 def leaves(config: PartConfig) -> list[PartConfig]:
-    """The encoders that each have a cache of their own: the parts of ``concat``, or the one there is."""
+    """Returns the encoders that are cached separately: the parts of ``concat``, or the encoder itself."""
     if isinstance(config, ConcatConfig):
         return [leaf for part in config.parts for leaf in leaves(part)]
     return [config]
 
 
 def adapter_key(config: PartConfig) -> str | None:
-    """The key of an encoder's config that holds an adapter, whatever its name; None if there is no adapter.
+    """Returns the key of an encoder's config that holds an adapter, or None.
 
-    An encoder of a plugin can be cached if it applies the adapter as its last step, is built without it where the key
-    is null, and keeps it as an attribute of the key's name.
+    A plugin's encoder can be cached under three conditions: the adapter is its last step, a null key builds it without
+    the adapter, and the adapter is an attribute named like the key.
 
     Raises:
-        ValueError: if there are several.
+        ValueError: if there are several adapters.
     """
     keys = [key for key in type(config).model_fields if isinstance(getattr(config, key), AdapterConfig)]
     if len(keys) > 1:
         raise ValueError(
-            f"'{config.name}' has adapters in {' and '.join(keys)}, and an encoder with one at most can be cached; set "
+            f"expected at most one adapter to cache the encoder '{config.name}', got {' and '.join(keys)}; set "
             "cache.prompts to false"
         )
     return keys[0] if keys else None
 
 
-def frozen(config: PartConfig) -> PartConfig:
-    """The config of what of an encoder training cannot change: the encoder without its adapter."""
+def frozen_config(config: PartConfig) -> PartConfig:
+    """Returns the config of the frozen part of an encoder, that is, without its adapter."""
     key = adapter_key(config)
     return config if key is None else config.model_copy(update={key: None})
 
 
 def settings(config: PartConfig) -> dict[str, Any]:
-    """The keys of an encoder's config that its frozen states depend on."""
-    return {key: value for key, value in frozen(config).model_dump(mode="json").items() if key not in IGNORED_KEYS}
+    """Returns the config entries that the frozen states of an encoder depend on."""
+    return {
+        key: value for key, value in frozen_config(config).model_dump(mode="json").items() if key not in IGNORED_KEYS
+    }
 
 
 def build_cached(config: PartConfig, store: Callable[[PartConfig], Store], runtime: Runtime) -> Encoder:
-    """The encoder of a config without its text models; what is trained of it has the names that it has with them.
+    """Builds an encoder without its text models. Trainable parameters keep the names they have in the full encoder.
 
     Args:
-        config: of the encoder.
-        store: gives the store of each of its `leaves`.
-        runtime: where it is built.
+        config: the encoder's config.
+        store: returns the store of each of its `leaves`.
+        runtime: device and dtype.
     """
     if isinstance(config, ConcatConfig):
         return ConcatEncoder([build_cached(part, store, runtime) for part in config.parts])
@@ -81,16 +83,16 @@ def build_cached(config: PartConfig, store: Callable[[PartConfig], Store], runti
 
 
 class CachedEncoder(Encoder):
-    """States of prompts from a store, through an adapter if there is one.
+    """Reads the states of prompts from a store and applies the adapter, if any.
 
-    A batch has the shape that the encoder itself would give it: a batch without a mask is of one length, and one with a
-    mask is as long as its longest prompt.
+    A batch has the same shape as from the full encoder: without a mask all prompts have one length, with a mask the
+    batch is as long as its longest prompt.
 
     Args:
-        store: entries as `entries` makes them; the empty prompt is among them.
-        adapter: maps the states to the denoiser's width; its parameters are the trainable ones.
-        device: where the conditioning is wanted.
-        key: attribute of the adapter, by which its weights are named in checkpoints.
+        store: entries made by `entries`, including the empty prompt's.
+        adapter: trainable map from the states to the denoiser's width.
+        device: device of the conditioning.
+        key: attribute name of the adapter, used in the names of its weights in checkpoints.
     """
 
     def __init__(self, store: Store, adapter: TextAdapter | None = None, device: str = "cpu", key: str = "adapter"):
@@ -109,7 +111,7 @@ class CachedEncoder(Encoder):
         return conditioning if adapter is None else adapt(adapter, conditioning)
 
     def report(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
-        raise ValueError("a cache of prompts does not say what was cut; build the encoder from a config without cache")
+        raise ValueError("a cache of prompts has no truncation reports; build the encoder from a config without cache")
 
     def _entry(self, prompt: Prompt) -> dict[str, Tensor]:
         require_cached(self.store, prompt)
@@ -127,81 +129,85 @@ def require_cached(store: Store, prompt: Prompt) -> None:
 
 @torch.no_grad()
 def entries(encoder: Encoder, prompts: Sequence[str], length: int | None) -> list[dict[str, Tensor]]:
-    """What a store keeps of each prompt: ``states`` ``(k, d)`` up to where the last one only repeats, the ``length``
-    that they are filled up to, the number of ``real`` ones where there is a mask, and ``pooled`` ``(p,)``.
+    """Encodes prompts into store entries.
 
     Args:
-        encoder: without trainable parameters.
-        prompts: to encode, in one call.
-        length: of the encoded empty prompt; None if that is being asked.
+        encoder: an encoder without trainable parameters.
+        prompts: prompts to encode in one call.
+        length: length of the encoded empty prompt; None when encoding the empty prompt itself.
+
+    Returns:
+        Per prompt: ``states`` ``(k, d)`` with trailing repeats of the last state removed, the ``length`` to which they
+        are padded, the number of ``real`` states if there is a mask, and ``pooled`` ``(p,)`` if there is one.
 
     Raises:
-        ValueError: if the states of a prompt depend on the timestep, or on the prompts that it is encoded with.
+        ValueError: if the states of a prompt depend on the timestep, or on other prompts in the batch.
     """
     conditioning = encoder.encode(prompts)
     if type(conditioning).at is not Conditioning.at:
-        raise ValueError("a conditioning that changes with the timestep cannot be cached; set cache.prompts to false")
-    found = []
+        raise ValueError("conditioning that depends on the timestep cannot be cached; set cache.prompts to false")
+    rows = []
     for i in range(len(prompts)):
         states = conditioning.states[i]
         entry: dict[str, Tensor] = {}
         if conditioning.mask is not None:
             real = int(conditioning.mask[i].sum())
             if not bool(conditioning.mask[i, :real].all()):
-                raise ValueError("only masks that end with the padding can be cached; set cache.prompts to false")
-            own = max(real, length or states.shape[0])
+                raise ValueError("only masks with padding at the end can be cached; set cache.prompts to false")
+            padded_length = max(real, length or states.shape[0])
             states, entry["real"] = states[:real], torch.tensor([real])
         else:
-            own = len(states)
-            if length not in (None, own) and len(prompts) > 1:
-                # the batch has grown to its longest prompt; alone each has its own length
+            padded_length = len(states)
+            if length not in (None, padded_length) and len(prompts) > 1:
+                # the batch has grown to its longest prompt; encode separately for the length of each prompt
                 return [entries(encoder, [prompt], length)[0] for prompt in prompts]
             differs = (states != states[-1]).any(1).nonzero()
-            last = int(differs[-1]) + 1 if len(differs) else 0  # from here on the states are equal
-            if length is not None and last == own - 1:
-                states = torch.cat([states, _filling(encoder, prompts[i], states)])
+            last = int(differs[-1]) + 1 if len(differs) else 0  # all states from here on are equal
+            if length is not None and last == padded_length - 1:
+                states = torch.cat([states, _padding_state(encoder, prompts[i], states)])
             else:
                 states = states[: last + 1]
-        entry |= {"states": states, "length": torch.tensor([own])}
+        entry |= {"states": states, "length": torch.tensor([padded_length])}
         if conditioning.pooled is not None:
             entry["pooled"] = conditioning.pooled[i]
-        found.append(entry)
-    return found
+        rows.append(entry)
+    return rows
 
 
-def _filling(encoder: Encoder, prompt: str, states: Tensor) -> Tensor:
-    """What follows the states ``(n, d)`` of a prompt in a batch that is longer, ``(1, d)``, or nothing ``(0, d)`` where
-    no batch is."""
+def _padding_state(encoder: Encoder, prompt: str, states: Tensor) -> Tensor:
+    """Returns the state ``(1, d)`` that pads a prompt with states ``(n, d)`` in a longer batch.
+
+    Empty ``(0, d)`` if no batch is longer.
+    """
     longer = f"{prompt} {prompt}"
     if any(report.truncated for report in encoder.report([longer])):
         return states[:0]
-    beside = encoder.encode([prompt, longer]).states[0]
-    own, after = beside.split([len(states), len(beside) - len(states)])
-    if not len(after):
-        return after
-    if not torch.allclose(own, states, rtol=1e-3, atol=1e-4) or not torch.equal(after, after[:1].expand_as(after)):
+    batched = encoder.encode([prompt, longer]).states[0]
+    unpadded, padding = batched.split([len(states), len(batched) - len(states)])
+    if not len(padding):
+        return padding
+    equal_states = torch.allclose(unpadded, states, rtol=1e-3, atol=1e-4)
+    if not equal_states or not torch.equal(padding, padding[:1].expand_as(padding)):
         raise ValueError(
-            f"the states of {prompt[:60]!r} depend on the prompts that it is encoded with, so they cannot be cached; "
-            "set cache.prompts to false"
+            f"the states of {prompt[:60]!r} depend on other prompts in the batch, so they cannot be cached; set "
+            "cache.prompts to false"
         )
-    return after[:1]
+    return padding[:1]
 
 
-def collate_states(found: Sequence[dict[str, Tensor]], least: int) -> Conditioning:
-    """A conditioning of the entries, at least ``least`` states long."""
-    length = max(least, *(int(entry["length"]) for entry in found))
-    masked = "real" in found[0]
-    rows = []
-    for entry in found:
+def collate_states(rows: Sequence[dict[str, Tensor]], min_length: int) -> Conditioning:
+    """Collates store entries into a conditioning of at least ``min_length`` states."""
+    length = max(min_length, *(int(entry["length"]) for entry in rows))
+    masked = "real" in rows[0]
+    padded = []
+    for entry in rows:
         states = entry["states"]
-        filling = states.new_zeros(1, states.shape[1]) if masked else states[-1:]
-        rows.append(torch.cat([states[:length], filling.expand(max(0, length - len(states)), -1)]))
-    conditioning = Conditioning(torch.stack(rows))
+        padding = states.new_zeros(1, states.shape[1]) if masked else states[-1:]
+        padded.append(torch.cat([states[:length], padding.expand(max(0, length - len(states)), -1)]))
+    conditioning = Conditioning(torch.stack(padded))
     if masked:
-        real = torch.stack([entry["real"] for entry in found])
+        real = torch.stack([entry["real"] for entry in rows])
         conditioning = replace(conditioning, mask=torch.arange(length) < real)
-    return (
-        replace(conditioning, pooled=torch.stack([e["pooled"] for e in found]))
-        if "pooled" in found[0]
-        else conditioning
-    )
+    if "pooled" in rows[0]:
+        conditioning = replace(conditioning, pooled=torch.stack([entry["pooled"] for entry in rows]))
+    return conditioning

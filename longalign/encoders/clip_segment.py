@@ -11,10 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from longalign.encoders.base import GROW, Conditioning, Encoder, PromptReport, check_prompts, raise_or_warn_truncated
+from longalign.encoders.base import (
+    GROW_ADVICE,
+    Conditioning,
+    Encoder,
+    PromptReport,
+    check_prompts,
+    raise_or_warn_truncated,
+)
 from longalign.encoders.tokens import autocast_disabled, device_of, run_grouped
 from longalign.runtime import Runtime
-from longalign.segment import Prompt, Segmenter, fit, split
+from longalign.segment import Prompt, Segmenter, split, split_to_window
 from longalign.tokens import TextTokens, Tokenized
 
 if TYPE_CHECKING:
@@ -23,40 +30,46 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SegmentPlan:
-    """What of a prompt is encoded and kept: rows of ids, and of each row the positions ``start:stop``."""
+    """How one prompt is encoded.
+
+    Attributes:
+        rows: token ids to encode, one row per segment.
+        spans: the positions ``start:stop`` of each row whose states are merged.
+        report: the encoded and the truncated text.
+    """
 
     rows: tuple[tuple[int, ...], ...]
-    kept: tuple[tuple[int, int], ...]
+    spans: tuple[tuple[int, int], ...]
     report: PromptReport
 
     @property
     def length(self) -> int:
-        return sum(stop - start for start, stop in self.kept)
+        """Number of merged states."""
+        return sum(stop - start for start, stop in self.spans)
 
 
 class ClipSegmentEncoder(Encoder):
-    """Encodes each segment of a prompt on its own with a frozen CLIP text model and merges the states in order.
+    """Encodes each segment of a prompt separately with a frozen CLIP text model and merges the states in order.
 
-    Every segment becomes ``<sot> tokens <eot>``; what of it is kept is chosen by ``sot`` and ``eot``, and the merged
-    states are filled up to ``max_tokens``. The published model keeps every ``<sot>``, drops every ``<eot>`` and fills
-    with one vector ``<pad*>``: the mean of the last 60 of the 77 states of the encoded empty prompt (of another window,
-    the same share of it). The empty prompt is one ``<sot>`` and ``<pad*>`` for the rest.
+    Every segment becomes ``<sot> tokens <eot>``; ``sot`` and ``eot`` select which special-token states are kept. The
+    merged states are padded to ``max_tokens``. The published model keeps every ``<sot>``, drops every ``<eot>`` and
+    pads with one vector ``<pad*>``: the mean of the last 60 of the 77 states of the empty prompt (for a different
+    window, the same fraction). The empty prompt is encoded as one ``<sot>`` followed by ``<pad*>``.
 
     The text model is causal and used without a mask, so a prompt's states do not depend on the rest of the batch. With
-    ``overflow="grow"`` a longer prompt makes the whole batch longer: the others get more filling.
+    ``overflow="grow"`` a longer prompt pads the whole batch to its length.
 
     Args:
         text_model: a transformers ``CLIPTextModel``.
         tokenizer: its fast tokenizer.
-        segmenter: splits a prompt; a segment longer than the window is split further, never cut.
+        segmenter: splits a prompt; a segment longer than the window is split further, never truncated.
         sot: which segments keep their ``<sot>``.
         eot: which segments keep their ``<eot>``.
-        pad: what fills up to ``max_tokens``: ``"pad*"``; ``"pad"``, the empty prompt's state at the same position (its
-            last one beyond the window); ``"none"``, nothing: states end with the batch's longest prompt and there is a
-            mask.
-        max_tokens: number of merged states; shorter prompts are filled up to it.
-        overflow: a longer prompt lets the batch ``"grow"``, is ``"truncate"`` with a warning, or is an ``"error"``.
-        max_batch_tokens: most positions in one call of the text model.
+        pad: the padding. ``"pad*"`` repeats ``<pad*>``. ``"pad"`` takes the empty prompt's state at the same position
+            (its last one beyond the window). ``"none"`` pads to the longest prompt of the batch, with a mask.
+        max_tokens: number of merged states; shorter prompts are padded to it.
+        overflow: for a longer prompt, ``"grow"`` the batch, ``"truncate"`` with a warning, or raise an ``"error"``.
+        max_batch_tokens: maximum number of positions per call of the text model.
     """
 
     def __init__(
@@ -81,11 +94,11 @@ class ClipSegmentEncoder(Encoder):
         self.segmenter = segmenter
         self.sot, self.eot, self.pad = sot, eot, pad
         self.max_tokens, self.overflow, self.max_batch_tokens = max_tokens, overflow, max_batch_tokens
-        self._padding: Tensor | None = None
+        self._cached_padding: Tensor | None = None
 
     @classmethod
     def from_config(cls, config: ClipSegmentConfig, runtime: Runtime) -> ClipSegmentEncoder:
-        """Loads text model and tokenizer, and builds the segmenter."""
+        """Loads the text model and tokenizer, and builds the segmenter."""
         from transformers import CLIPTextModel
 
         from longalign.encoders.single_file import load_clip_text_model
@@ -99,59 +112,63 @@ class ClipSegmentEncoder(Encoder):
         return self.merge(plans, *self.run(plans))
 
     def checked_plans(self, prompts: Sequence[Prompt]) -> list[SegmentPlan]:
-        """For `encode`: what of each prompt is encoded and kept; a prompt that is cut is warned of or refused."""
+        """Plans the encoding of each prompt; warns about or rejects truncated prompts, depending on ``overflow``."""
         plans = self._plans(prompts)
         reports = [plan.report for plan in plans]
-        raise_or_warn_truncated(reports, self.overflow, self.max_tokens, GROW.format("max_tokens"), stacklevel=4)
+        raise_or_warn_truncated(reports, self.overflow, self.max_tokens, GROW_ADVICE.format("max_tokens"), stacklevel=4)
         return plans
 
-    def run(self, plans: Sequence[SegmentPlan], more: Sequence[tuple[int, ...]] = ()) -> tuple[Tensor, list[int]]:
-        """All states ``(m, d)`` of the plans' rows and then of ``more`` rows, and where among them each row begins."""
+    def run(self, plans: Sequence[SegmentPlan], extra_rows: Sequence[tuple[int, ...]] = ()) -> tuple[Tensor, list[int]]:
+        """Runs the text model on the rows of the plans, then on ``extra_rows``.
+
+        Returns:
+            All states ``(m, d)``, and the index of each row's first state.
+        """
         return run_grouped(
             self._run,
-            [*(row for plan in plans for row in plan.rows), *more],
+            [*(row for plan in plans for row in plan.rows), *extra_rows],
             pad_id=self.tokens.tokenizer.eos_token_id,
             device=device_of(self.text_model),
             max_batch_tokens=self.max_batch_tokens,
         )
 
-    def merge(self, plans: Sequence[SegmentPlan], states: Tensor, first: Sequence[int]) -> Conditioning:
-        """What is kept of the states ``(m, d)`` that `run` gave, in order and filled up."""
-        filling = self._pad_states(states)
+    def merge(self, plans: Sequence[SegmentPlan], states: Tensor, row_starts: Sequence[int]) -> Conditioning:
+        """Merges the states ``(m, d)`` returned by `run` in order and pads them."""
+        padding = self._pad_states(states)
         longest = max(plan.length for plan in plans)
         length = longest if self.pad == "none" else max(self.max_tokens, longest)
         index = np.empty((len(plans), length), dtype=np.int64)
-        index[:] = len(states) + np.minimum(np.arange(length), len(filling) - 1)
-        begins = iter(first)
+        index[:] = len(states) + np.minimum(np.arange(length), len(padding) - 1)
+        starts = iter(row_starts)
         for row, plan in zip(index, plans, strict=True):
-            kept = [np.arange(start, stop) + begin for (start, stop), begin in zip(plan.kept, begins, strict=False)]
-            row[: plan.length] = np.concatenate(kept)
+            spans = [np.arange(*span) + row_start for span, row_start in zip(plan.spans, starts, strict=False)]
+            row[: plan.length] = np.concatenate(spans)
         mask = None
         if self.pad == "none":
             lengths = np.array([[plan.length] for plan in plans])
             mask = torch.from_numpy(np.arange(length) < lengths).to(states.device)
-        merged = torch.cat([states, filling])[torch.from_numpy(index).to(states.device)]
+        merged = torch.cat([states, padding])[torch.from_numpy(index).to(states.device)]
         return Conditioning(merged, mask, reports=tuple(plan.report for plan in plans))
 
     def report(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
         return [plan.report for plan in self._plans(prompts)]
 
-    def _run(self, ids: Tensor, real: Tensor | None = None) -> Tensor:
+    def _run(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         return self.text_model(input_ids=ids).last_hidden_state
 
     @torch.no_grad()
     def _pad_states(self, like: Tensor) -> Tensor:
-        """States ``(k, d)`` for filling: position i takes state ``min(i, k - 1)``. Kept, since the model is frozen."""
-        kept = self._padding
-        if kept is None or kept.device != like.device or kept.dtype != like.dtype:
-            kept = like.new_zeros(1, self.dim) if self.pad == "none" else self._empty(like.device)
+        """Padding states ``(k, d)``: position i is padded with state ``min(i, k - 1)``. Cached: the model is frozen."""
+        padding = self._cached_padding
+        if padding is None or padding.device != like.device or padding.dtype != like.dtype:
+            padding = like.new_zeros(1, self.dim) if self.pad == "none" else self._empty_prompt_states(like.device)
             if self.pad == "pad*":
-                share = max(1, round(self.window * 60 / 77))
-                kept = kept[-share:].mean(0, keepdim=True)
-            self._padding = kept
-        return kept
+                num_states = max(1, round(self.window * 60 / 77))
+                padding = padding[-num_states:].mean(0, keepdim=True)
+            self._cached_padding = padding
+        return padding
 
-    def _empty(self, device: torch.device) -> Tensor:
+    def _empty_prompt_states(self, device: torch.device) -> Tensor:
         """States ``(window, d)`` of the empty prompt."""
         tokenizer = self.tokens.tokenizer
         pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -160,32 +177,33 @@ class ClipSegmentEncoder(Encoder):
             return self._run(torch.tensor([ids], device=device))[0, :, : self.dim]
 
     def _plans(self, prompts: Sequence[Prompt]) -> list[SegmentPlan]:
-        room, count = self.window - 2, self.tokens.count
-        found = [split(self.segmenter, prompt, count) for prompt in check_prompts(prompts)]
-        self.tokens.batch([segment for segments in found for segment in segments])
-        return [self._plan(self.tokens.batch(fit(segments, room, count))) for segments in found]
+        limit, count = self.window - 2, self.tokens.count
+        prompt_segments = [split(self.segmenter, prompt, count) for prompt in check_prompts(prompts)]
+        # tokenize all segments in one call; later calls take them from the cache
+        self.tokens.batch([segment for segments in prompt_segments for segment in segments])
+        return [self._plan(self.tokens.batch(split_to_window(segments, limit, count))) for segments in prompt_segments]
 
     def _plan(self, segments: Sequence[Tokenized]) -> SegmentPlan:
         tokenizer = self.tokens.tokenizer
         segments = [s for s in segments if s.ids] or [Tokenized("", (), ())]
-        left = sys.maxsize if self.overflow == "grow" else self.max_tokens
-        rows, kept, texts, tokens, cut = [], [], [], [], []
+        budget = sys.maxsize if self.overflow == "grow" else self.max_tokens
+        rows, spans, texts, tokens, truncated = [], [], [], [], []
         for i, segment in enumerate(segments):
             start = 0 if self.sot == "all" or (self.sot == "first" and i == 0) else 1
             with_eot = self.eot == "all" or (self.eot == "last" and i == len(segments) - 1)
-            stop = min(len(segment) + 1 + with_eot, start + left)
-            num_read = max(0, min(stop - 1, len(segment)))
-            read, unread = segment.split(num_read)
+            stop = min(len(segment) + 1 + with_eot, start + budget)
+            num_encoded = max(0, min(stop - 1, len(segment)))
+            head, tail = segment.split_at(num_encoded)
             if stop > start:
                 rows.append((tokenizer.bos_token_id, *segment.ids, tokenizer.eos_token_id))
-                kept.append((start, stop))
-                left -= stop - start
-            if num_read:
-                texts.append(read)
-                tokens.append(num_read)
-            if unread:
-                cut.append(unread)
+                spans.append((start, stop))
+                budget -= stop - start
+            if num_encoded:
+                texts.append(head)
+                tokens.append(num_encoded)
+            if tail:
+                truncated.append(tail)
         if not rows:
-            # attention needs something to attend to, whatever the strategy
-            rows, kept = [(tokenizer.bos_token_id, tokenizer.eos_token_id)], [(0, 1)]
-        return SegmentPlan(tuple(rows), tuple(kept), PromptReport(tuple(texts), tuple(tokens), " ".join(cut)))
+            # keep at least one state so that cross-attention is defined
+            rows, spans = [(tokenizer.bos_token_id, tokenizer.eos_token_id)], [(0, 1)]
+        return SegmentPlan(tuple(rows), tuple(spans), PromptReport(tuple(texts), tuple(tokens), " ".join(truncated)))

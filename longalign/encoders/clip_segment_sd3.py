@@ -1,4 +1,4 @@
-"""Segment-level encoding for Stable Diffusion 3: two CLIPs side by side, then T5 (arXiv 2403.03206, section 4)."""
+"""Segment-level encoding for Stable Diffusion 3: two CLIPs and T5 (arXiv 2403.03206, section 4)."""
 
 from __future__ import annotations
 
@@ -21,38 +21,36 @@ if TYPE_CHECKING:
 
 
 class ClipSegmentSD3Encoder(Encoder):
-    """The segments of a prompt through CLIP-L and OpenCLIP-bigG, filled up with zeros to the width of T5's states and
-    followed by those: T5 reads the prompt as a whole. The pooled embedding is that of both CLIPs side by side.
+    """Segments encoded with CLIP-L and OpenCLIP-bigG, followed by T5's states of the whole prompt.
+
+    The CLIPs' states are concatenated along the channel axis and zero-padded to the width of T5's. T5's states follow
+    along the sequence axis. The pooled embeddings of both CLIPs are concatenated too.
 
     Args:
         clips: the two CLIPs, both with a projection.
         t5: T5's encoder, or None.
-        zeros: without T5, how many states of zeros are in their place: 256 in diffusers' pipeline.
-        width: of the states; 4096 in the published models.
+        num_zeros: without T5, number of zero states used instead; 256 in the diffusers pipeline.
+        width: width of the states; 4096 in the published models.
 
     Raises:
-        ValueError: if T5's states have another width, the CLIPs' are wider, or there are both T5 and zeros.
+        ValueError: if T5's states do not have this width, the CLIPs' are wider, or both T5 and zeros are given.
     """
 
     def __init__(
-        self, clips: ClipSegmentSDXLEncoder, t5: T5Encoder | None = None, *, zeros: int = 0, width: int = 4096
+        self, clips: ClipSegmentSDXLEncoder, t5: T5Encoder | None = None, *, num_zeros: int = 0, width: int = 4096
     ):
         super().__init__()
         if clips.dim > width or (t5 is not None and t5.dim != width):
-            conditioning = f"the two CLIPs' states are {clips.dim} wide" + (
-                f", T5's {t5.dim}" if t5 is not None else ""
-            )
-            raise ValueError(
-                f"expected states of T5 of width {width} and narrower ones of CLIP; {conditioning}; set width"
-            )
-        if t5 is not None and zeros:
-            raise ValueError("zeros stand in the place of T5's states; give T5 or zeros, not both")
-        self.clips, self.t5, self.zeros = clips, t5, zeros
+            widths = f"{clips.dim} from the two CLIPs" + (f" and {t5.dim} from T5" if t5 is not None else "")
+            raise ValueError(f"expected T5 states of width {width} and CLIP states no wider, got {widths}; set 'width'")
+        if t5 is not None and num_zeros:
+            raise ValueError(f"num_zeros replaces T5's states, got both T5 and num_zeros={num_zeros}; pass one of them")
+        self.clips, self.t5, self.num_zeros = clips, t5, num_zeros
         self.dim = width
 
     @classmethod
     def from_config(cls, config: ClipSegmentSD3Config, runtime: Runtime) -> ClipSegmentSD3Encoder:
-        """Loads ``text_encoder``, ``text_encoder_2``, if it is wanted ``text_encoder_3`` (T5), and their tokenizers."""
+        """Loads ``text_encoder``, ``text_encoder_2``, with ``t5="encode"`` ``text_encoder_3``, and their tokenizers."""
         from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
         from longalign.encoders.loading import load_text_model
@@ -64,18 +62,18 @@ class ClipSegmentSD3Encoder(Encoder):
             settings = {"overflow": config.overflow, "max_batch_tokens": config.max_batch_tokens}
             t5 = T5Encoder(model, tokenizer, max_tokens=config.t5_tokens, **settings)
             t5.setting = "t5_tokens"
-        return cls(clips, t5, zeros=config.t5_tokens if config.t5 == "zeros" else 0, width=config.width)
+        return cls(clips, t5, num_zeros=config.t5_tokens if config.t5 == "zeros" else 0, width=config.width)
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
         conditioning = self.clips.encode(prompts)
         conditioning = replace(conditioning, states=pad(conditioning.states, (0, self.dim - self.clips.dim)))
         if self.t5 is not None:
             return join([conditioning, self.t5.encode(prompts)])
-        blank = Conditioning(conditioning.states.new_zeros(len(conditioning.states), self.zeros, self.dim))
-        return replace(join([conditioning, blank]), reports=conditioning.reports)
+        zeros = Conditioning(conditioning.states.new_zeros(len(conditioning.states), self.num_zeros, self.dim))
+        return replace(join([conditioning, zeros]), reports=conditioning.reports)
 
     def report(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
         reports = self.clips.report(prompts)
         if self.t5 is None:
             return reports
-        return [merge_reports(of_one) for of_one in zip(reports, self.t5.report(prompts), strict=True)]
+        return [merge_reports(prompt_reports) for prompt_reports in zip(reports, self.t5.report(prompts), strict=True)]

@@ -1,4 +1,4 @@
-"""Segment-level encoding for Stable Diffusion XL, whose states come from two CLIPs side by side."""
+"""Segment-level encoding for Stable Diffusion XL: states of two CLIPs, concatenated along the channel axis."""
 
 from __future__ import annotations
 
@@ -20,53 +20,57 @@ if TYPE_CHECKING:
 
 
 class _Penultimate(ClipSegmentEncoder):
-    """Segments in the states before the last layer, which no norm follows: what SDXL is told."""
+    """Segments encoded by the penultimate layer, without the final layer norm, as SDXL expects."""
 
     def states_and_pooled(
         self, plans: Sequence[SegmentPlan], pools: Sequence[Sequence[tuple[int, ...]]]
     ) -> Conditioning:
-        """The merged states of prompts; with a projection also the mean pooled output of each prompt's rows of ids."""
+        """Returns the merged states; with a projection also the mean pooled output of each prompt's rows ``pools``."""
         return self.merge(plans, *self.run(plans))
 
-    def _run(self, ids: Tensor, real: Tensor | None = None) -> Tensor:
+    def _run(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         return self.text_model(input_ids=ids, output_hidden_states=True).hidden_states[-2]
 
 
 class _Projected(_Penultimate):
-    """As `_Penultimate`; beside each state is the last layer's, normed and projected, of which ``<eot>``'s is the
-    pooled output."""
+    """Like `_Penultimate`, with a pooled output.
+
+    Each state is concatenated with the normed and projected state of the last layer; at ``<eot>`` the latter is the
+    pooled output.
+    """
 
     def states_and_pooled(
         self, plans: Sequence[SegmentPlan], pools: Sequence[Sequence[tuple[int, ...]]]
     ) -> Conditioning:
-        states, first = self.run(plans, [row for rows in pools for row in rows])
-        ends = iter(first[sum(len(plan.rows) for plan in plans) :])
+        states, row_starts = self.run(plans, [row for rows in pools for row in rows])
+        pool_starts = iter(row_starts[sum(len(plan.rows) for plan in plans) :])
         projected = states[:, self.dim :]
-        pooled = [torch.stack([projected[next(ends) + len(row) - 1] for row in rows]).mean(0) for rows in pools]
-        return replace(self.merge(plans, states[:, : self.dim], first), pooled=torch.stack(pooled))
+        pooled = [torch.stack([projected[next(pool_starts) + len(row) - 1] for row in rows]).mean(0) for rows in pools]
+        return replace(self.merge(plans, states[:, : self.dim], row_starts), pooled=torch.stack(pooled))
 
-    def _run(self, ids: Tensor, real: Tensor | None = None) -> Tensor:
-        conditioning = self.text_model(input_ids=ids, output_hidden_states=True)
+    def _run(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        output = self.text_model(input_ids=ids, output_hidden_states=True)
         projection: Any = self.text_model.text_projection
-        return torch.cat([conditioning.hidden_states[-2], projection(conditioning.last_hidden_state)], dim=-1)
+        return torch.cat([output.hidden_states[-2], projection(output.last_hidden_state)], dim=-1)
 
 
 class ClipSegmentSDXLEncoder(Encoder):
-    """Each segment of a prompt through CLIP-L and OpenCLIP-bigG, merged as by `ClipSegmentEncoder`; the states of both
-    lie side by side (768 + 1280 wide) and come from the layer before the last.
+    """Segments encoded with CLIP-L and OpenCLIP-bigG, merged as in `ClipSegmentEncoder`.
 
-    A prompt has one pooled embedding, of bigG; of both, side by side, where both have a projection, as in Stable
-    Diffusion 3. For a prompt of one segment all rules give what diffusers gives, unless it has an exclamation mark.
-    With this token bigG is padded, so that diffusers tells it of padding where one stands in a text; here both CLIPs
-    read the tokens of the first tokenizer.
+    The states of both penultimate layers are concatenated along the channel axis (768 + 1280 wide). The pooled
+    embedding is bigG's. If both CLIPs have a projection, as in Stable Diffusion 3, both pooled embeddings are
+    concatenated.
+
+    For a prompt of one segment all pooling rules match diffusers, unless it contains an exclamation mark. ``!`` is
+    bigG's padding token, so diffusers treats a literal ``!`` as padding; here both CLIPs get the first tokenizer's ids.
 
     Args:
         text_models: a ``CLIPTextModel`` and a ``CLIPTextModelWithProjection``, or two of the latter.
-        tokenizers: their fast tokenizers, which differ in their padding alone.
+        tokenizers: their fast tokenizers, which differ only in padding.
         segmenter: splits a prompt.
-        pooled: the rule: ``"mean"`` of the pooled outputs of all segments that were read, that of the ``"first"``
-            segment, or ``"truncate"``: that of the whole prompt cut at 77 tokens, as diffusers has it.
-        empty: the empty prompt is told as ``"zeros"``, as SDXL's pipeline has it, or is ``"encode"``-d like others.
+        pooled: the pooling rule: ``"mean"`` of the pooled outputs of all encoded segments, that of the ``"first"``
+            segment, or ``"truncate"``: that of the whole prompt truncated to 77 tokens, as in diffusers.
+        empty: the empty prompt is encoded as ``"zeros"``, as in the SDXL pipeline, or ``"encode"``-d like any other.
         **settings: ``sot, eot, pad, max_tokens, overflow, max_batch_tokens`` of `ClipSegmentEncoder`.
 
     Raises:
@@ -85,7 +89,9 @@ class ClipSegmentSDXLEncoder(Encoder):
     ):
         super().__init__()
         if tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
-            raise ValueError("the two tokenizers have different vocabularies; expected those of one checkpoint")
+            raise ValueError(
+                "expected two tokenizers with the same vocabulary, got different ones; load both from one checkpoint"
+            )
         self.first, self.second = (
             (_Projected if hasattr(model, "text_projection") else _Penultimate)(model, tokenizer, segmenter, **settings)
             for model, tokenizer in zip(text_models, tokenizers, strict=True)
@@ -104,19 +110,20 @@ class ClipSegmentSDXLEncoder(Encoder):
         prompts = check_prompts(prompts)
         plans = self.first.checked_plans(prompts)
         pools = [self._pool_rows(prompt, plan) for prompt, plan in zip(prompts, plans, strict=True)]
-        conditioning = [part.states_and_pooled(plans, pools) for part in (self.first, self.second)]
-        merged = torch.cat([part.states for part in conditioning], dim=-1)
-        pooled = torch.cat([part.pooled for part in conditioning if part.pooled is not None], dim=-1)
+        parts = [encoder.states_and_pooled(plans, pools) for encoder in (self.first, self.second)]
+        states = torch.cat([part.states for part in parts], dim=-1)
+        pooled = torch.cat([part.pooled for part in parts if part.pooled is not None], dim=-1)
         if self.empty == "zeros":
-            blank = torch.tensor([not plain_text(prompt).strip() for prompt in prompts], device=merged.device)
-            merged = merged.masked_fill(blank[:, None, None], 0)
-            pooled = pooled.masked_fill(blank[:, None], 0)
-        return replace(conditioning[0], states=merged, pooled=pooled)
+            is_empty = torch.tensor([not plain_text(prompt).strip() for prompt in prompts], device=states.device)
+            states = states.masked_fill(is_empty[:, None, None], 0)
+            pooled = pooled.masked_fill(is_empty[:, None], 0)
+        return replace(parts[0], states=states, pooled=pooled)
 
     def report(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
         return self.first.report(prompts)
 
     def _pool_rows(self, prompt: Prompt, plan: SegmentPlan) -> Sequence[tuple[int, ...]]:
+        """Returns the rows whose pooled outputs are averaged."""
         if self.pooled == "mean":
             return plan.rows
         if self.pooled == "first":
@@ -126,15 +133,18 @@ class ClipSegmentSDXLEncoder(Encoder):
         return [(tokens.tokenizer.bos_token_id, *ids, tokens.tokenizer.eos_token_id)]
 
 
-def load_clip_pair(config: TwoClipsConfig, runtime: Runtime, first: type, **settings: Any) -> ClipSegmentSDXLEncoder:
-    """Loads ``text_encoder``, a ``first``, ``text_encoder_2`` and their tokenizers, and builds the segmenter."""
+def load_clip_pair(
+    config: TwoClipsConfig, runtime: Runtime, first_class: type, **settings: Any
+) -> ClipSegmentSDXLEncoder:
+    """Loads ``text_encoder`` as ``first_class``, ``text_encoder_2`` and their tokenizers; builds the segmenter."""
     from transformers import CLIPTextModelWithProjection
 
     from longalign.encoders.single_file import load_clip_text_model
 
-    kinds = {"text_encoder": first, "text_encoder_2": CLIPTextModelWithProjection}
+    classes = {"text_encoder": first_class, "text_encoder_2": CLIPTextModelWithProjection}
     loaded = [
-        load_clip_text_model(kind, config, place(config.subfolder, folder), runtime) for folder, kind in kinds.items()
+        load_clip_text_model(model_class, config, place(config.subfolder, folder), runtime)
+        for folder, model_class in classes.items()
     ]
     models, tokenizers = zip(*loaded, strict=True)
     keys = ("pooled", "sot", "eot", "pad", "max_tokens", "overflow", "max_batch_tokens")

@@ -1,4 +1,4 @@
-"""CLIP's text model over the whole prompt in one pass, cut at the window: the baseline, and LongCLIP."""
+"""CLIP's text model over the whole prompt, truncated at its window: the baseline, and LongCLIP."""
 
 from __future__ import annotations
 
@@ -27,19 +27,18 @@ if TYPE_CHECKING:
 
 
 class ClipTruncateEncoder(Encoder):
-    """What a diffusers pipeline does: last hidden state of the prompt, padded to the window and cut there.
+    """Last hidden states of the prompt, padded or truncated to the window, as in a diffusers pipeline.
 
-    The window is the text model's number of positions: 77, or 248 for LongCLIP. States are ``(b, window, d)``, or of
-    several windows where the batch grows; there is
-    no mask, the padding is attended to as in Stable Diffusion.
+    The window is the text model's number of positions: 77, or 248 for LongCLIP. States are ``(b, window, d)``, or
+    those of several windows if the batch grows. There is no mask: padding is attended to, as in Stable Diffusion.
 
     Args:
         text_model: a transformers ``CLIPTextModel``.
-        tokenizer: its fast tokenizer; its pad token fills the window.
-        overflow: ``"truncate"`` a longer prompt with a warning, raise an ``"error"``, or ``"grow"`` the batch: it is
-            read in windows of whole sentences, whose states follow one another, and the last state of a shorter prompt
-            is repeated up to the length of the longest.
-        max_batch_tokens: most positions in one call of the text model.
+        tokenizer: its fast tokenizer; the window is padded with its pad token.
+        overflow: ``"truncate"`` a longer prompt with a warning, raise an ``"error"``, or ``"grow"`` the batch. In the
+            latter case the prompt is encoded in windows of whole sentences with concatenated states, and the last state
+            of a shorter prompt is repeated to the length of the longest.
+        max_batch_tokens: maximum number of positions per call of the text model.
     """
 
     def __init__(
@@ -60,7 +59,7 @@ class ClipTruncateEncoder(Encoder):
 
     @classmethod
     def from_config(cls, config: ClipTruncateConfig, runtime: Runtime) -> ClipTruncateEncoder:
-        """Loads text model and tokenizer."""
+        """Loads the text model and tokenizer."""
         from transformers import CLIPTextModel
 
         from longalign.encoders.single_file import load_clip_text_model
@@ -81,24 +80,24 @@ class ClipTruncateEncoder(Encoder):
             row = (tokenizer.bos_token_id, *text.ids[: self.window - 2], tokenizer.eos_token_id)
             rows.append(row + (pad_id,) * (self.window - len(row)))
         device = device_of(self.text_model)
-        states, first = run_grouped(
+        states, row_starts = run_grouped(
             self._run, rows, pad_id=pad_id, device=device, max_batch_tokens=self.max_batch_tokens
         )
-        begins = iter(first)
-        places = [torch.cat([torch.arange(self.window) + next(begins) for _ in passes]) for passes in texts]
-        index = torch.stack(pad_with_last(places))
+        starts = iter(row_starts)
+        indices = [torch.cat([torch.arange(self.window) + next(starts) for _ in passes]) for passes in texts]
+        index = torch.stack(pad_with_last(indices))
         return Conditioning(states[index.to(device)], reports=reports)
 
     def report(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
         return [self._report(passes) for passes in self._texts(prompts)]
 
-    def _run(self, ids: Tensor, real: Tensor) -> Tensor:
+    def _run(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
         return self.text_model(input_ids=ids).last_hidden_state
 
     def _texts(self, prompts: Sequence[Prompt]) -> list[list[Tokenized]]:
-        """Of each prompt the texts that are read in one pass each."""
+        """Returns the texts of each prompt, one per forward pass."""
         texts = [plain_text(prompt) for prompt in check_prompts(prompts)]
-        return self.tokens.in_passes(texts, self.window - 2 if self.overflow == "grow" else None)
+        return self.tokens.split_into_passes(texts, self.window - 2 if self.overflow == "grow" else None)
 
     def _report(self, passes: Sequence[Tokenized]) -> PromptReport:
         return report_passes(passes, self.window - 2)

@@ -1,4 +1,4 @@
-"""Several encoders side by side: the paper's model is CLIP segments followed by adapted T5 (arXiv 2410.11817)."""
+"""Concatenation of encoders along the sequence axis, such as CLIP segments and adapted T5 (arXiv 2410.11817)."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 class ConcatEncoder(Encoder):
-    """States of all parts one after the other: ``(b, n1 + n2 + ..., d)``.
+    """Concatenates the states of all parts along the sequence axis: ``(b, n1 + n2 + ..., d)``.
 
-    If any part has a mask the merged one is True for the states of parts without. At most one part may give a pooled
-    embedding. A report keeps the parts' reports; its ``cut`` is what any of them left out.
+    If any part has a mask, the merged mask is True for the states of parts without one. At most one part may have a
+    pooled embedding. Reports of the parts are nested; ``truncated`` joins the text dropped by any of them.
 
     Args:
-        parts: encoders whose states have one width.
+        parts: encoders with states of equal width.
 
     Raises:
         ValueError: if there is no part, or the widths differ.
@@ -37,7 +37,7 @@ class ConcatEncoder(Encoder):
             raise ValueError("expected at least one part, got none")
         widths = [part.dim for part in parts]
         if len(set(widths)) > 1:
-            raise ValueError(f"parts give states of widths {widths}; give the wider or narrower ones an adapter")
+            raise ValueError(f"expected parts with states of equal width, got widths {widths}; add an adapter")
         self.parts = nn.ModuleList(parts)
         self.dim = widths[0]
 
@@ -53,11 +53,11 @@ class ConcatEncoder(Encoder):
     def report(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
         checked = check_prompts(prompts)
         reports = [part.report(checked) for part in self.parts]  # type: ignore[operator]
-        return [merge_reports(of_one) for of_one in zip(*reports, strict=True)]
+        return [merge_reports(prompt_reports) for prompt_reports in zip(*reports, strict=True)]
 
 
 def merge_reports(reports: Sequence[PromptReport]) -> PromptReport:
-    """One prompt's reports of several encoders as one: segments and tokens in order, distinct cuts on lines."""
+    """Merges one prompt's reports of several encoders; distinct truncated texts are joined with newlines."""
     return PromptReport(
         tuple(segment for report in reports for segment in report.segments),
         tuple(count for report in reports for count in report.tokens),
@@ -66,37 +66,38 @@ def merge_reports(reports: Sequence[PromptReport]) -> PromptReport:
     )
 
 
-def join(conditioning: Sequence[Conditioning]) -> Conditioning:
-    """Conditionings of the same prompts as one, their states one after the other.
+def join(parts: Sequence[Conditioning]) -> Conditioning:
+    """Concatenates conditionings of the same prompts along the sequence axis.
 
     Raises:
         ValueError: if more than one has a pooled embedding.
     """
-    pooled = [c.pooled for c in conditioning if c.pooled is not None]
+    pooled = [part.pooled for part in parts if part.pooled is not None]
     if len(pooled) > 1:
-        raise ValueError(f"{len(pooled)} parts give a pooled embedding, the denoiser takes one; leave one such part")
+        raise ValueError(f"expected at most one part with a pooled embedding, got {len(pooled)}; remove the others")
     mask = None
-    if any(c.mask is not None for c in conditioning):
+    if any(part.mask is not None for part in parts):
         masks = [
-            torch.ones_like(c.states[..., 0], dtype=torch.bool) if c.mask is None else c.mask for c in conditioning
+            torch.ones_like(part.states[..., 0], dtype=torch.bool) if part.mask is None else part.mask for part in parts
         ]
         mask = torch.cat(masks, dim=1)
     reports = ()
-    if all(c.reports for c in conditioning):
-        reports = tuple(merge_reports(of_one) for of_one in zip(*(c.reports for c in conditioning), strict=True))
-    states = torch.cat([c.states for c in conditioning], dim=1)
-    whole = Conditioning(states, mask, pooled[0] if pooled else None, reports)
-    if any(type(c).at is not Conditioning.at for c in conditioning):
-        return JoinedConditioning(whole.states, whole.mask, whole.pooled, whole.reports, tuple(conditioning))
-    return whole
+    if all(part.reports for part in parts):
+        prompt_reports = zip(*(part.reports for part in parts), strict=True)
+        reports = tuple(map(merge_reports, prompt_reports))
+    states = torch.cat([part.states for part in parts], dim=1)
+    joined = Conditioning(states, mask, pooled[0] if pooled else None, reports)
+    if any(type(part).at is not Conditioning.at for part in parts):
+        return JoinedConditioning(joined.states, joined.mask, joined.pooled, joined.reports, tuple(parts))
+    return joined
 
 
 @dataclass(frozen=True)
 class JoinedConditioning(Conditioning):
-    """A joined conditioning of which some part depends on the timestep.
+    """A concatenated conditioning with at least one part that depends on the timestep.
 
     Attributes:
-        parts: the conditionings that were joined.
+        parts: the concatenated conditionings.
     """
 
     parts: tuple[Conditioning, ...] = ()

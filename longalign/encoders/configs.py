@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 
 class CheckpointConfig(PartConfig):
-    """What encoders that load a text model share.
+    """Shared by encoders that load a text model.
 
     Attributes:
-        checkpoint: a hub id or a local folder in diffusers layout (``text_encoder/``, ``tokenizer/``) or transformers
+        checkpoint: Hub id or local folder in diffusers layout (``text_encoder/``, ``tokenizer/``) or transformers
             layout; ``mini/...`` is one of the bundled small models.
-        revision: branch, tag or commit of a hub repository.
+        revision: branch, tag or commit of a Hub repository.
         variant: file variant of the text model, e.g. ``"fp16"`` for weights in ``model.fp16.safetensors``.
-        max_batch_tokens: most positions in one call of a text model; lower it to save memory.
+        max_batch_tokens: maximum number of positions per call of a text model; lower it to save memory.
     """
 
     checkpoint: str = Field(min_length=1)
@@ -46,12 +46,12 @@ class CheckpointConfig(PartConfig):
         return [("checkpoint", problem)] if problem else []
 
     def _configs(self) -> list[str]:
-        """The text model's config, in each of the places where it may be."""
+        """Candidate paths of the text model's config."""
         return ["text_encoder/config.json", "config.json"]
 
-    def _width_of(self, *keys: str, inside: str | None = None) -> int | None:
-        """The first of some keys of the text model's config, as far as it is on this machine."""
-        for file in [f"{inside}/config.json"] if inside else [f for f in self._configs() if f.endswith(".json")]:
+    def _width_of(self, *keys: str, folder: str | None = None) -> int | None:
+        """Returns the first of ``keys`` in the text model's config, or None if it is not on this machine."""
+        for file in [f"{folder}/config.json"] if folder else [f for f in self._configs() if f.endswith(".json")]:
             config = read_json(self.checkpoint, file, self.revision)
             for key in keys:
                 width = config.get("text_config", config).get(key)
@@ -61,11 +61,11 @@ class CheckpointConfig(PartConfig):
 
 
 class _Loaded(CheckpointConfig):
-    """What encoders that load one text model share.
+    """Shared by encoders that load one text model.
 
     Attributes:
-        subfolder: where in the checkpoint the text model is, e.g. ``text_encoder_2``; None finds it. A tokenizer is
-            looked for in the subfolder that says ``tokenizer`` instead of ``text_encoder``.
+        subfolder: subfolder of the text model, e.g. ``text_encoder_2``; None detects it. The tokenizer's subfolder has
+            ``tokenizer`` in place of ``text_encoder``.
     """
 
     #: whether the conditioning has a pooled embedding
@@ -81,23 +81,22 @@ class _Loaded(CheckpointConfig):
 
 
 class SingleFileConfig(CheckpointConfig):
-    """What encoders share that read a CLIP out of a single file, too.
+    """Shared by encoders that can also read a CLIP from a single-file checkpoint.
 
     Attributes:
-        layout: where ``checkpoint`` is one ``.safetensors`` file, which holds text models, UNet and VAE under the names
-            of the original code: hub id or folder in diffusers layout of a model of the same architecture, of which
-            the text models' configs and the tokenizers are read; null takes the hub's for Stable Diffusion 1.5, 2.1
-            and XL.
+        layout: for a single ``.safetensors`` checkpoint with the weight names of the original code: Hub id or folder in
+            diffusers layout of a model of the same architecture. Its text-model configs and tokenizers are used; null
+            takes those of Stable Diffusion 1.5, 2.1 or XL from the Hub.
     """
 
-    #: keys that choose among the files of a folder or repository
-    choosing: ClassVar[tuple[str, ...]] = ("revision", "variant")
+    #: keys that select files of a folder or repository
+    selection_keys: ClassVar[tuple[str, ...]] = ("revision", "variant")
 
     layout: str | None = None
 
     @model_validator(mode="after")
     def _agree(self) -> SingleFileConfig:
-        check_single_file(self.checkpoint, self.layout, **{key: getattr(self, key) for key in self.choosing})
+        check_single_file(self.checkpoint, self.layout, **{key: getattr(self, key) for key in self.selection_keys})
         return self
 
 
@@ -108,10 +107,11 @@ class ClipSegmentConfig(_Loaded, SingleFileConfig):
         segmenter: how prompts are split.
         sot: which segments keep their ``<sot>``.
         eot: which segments keep their ``<eot>``.
-        pad: what fills up to ``max_tokens``: one ``<pad*>``, the empty prompt's plain padding, or nothing (and a mask).
-        max_tokens: number of merged states, up to which shorter prompts are filled.
-        overflow: what becomes of a longer prompt: it is read to its end and the batch "grow"s to its length, it is
-            truncated with a warning ("truncate"), as in the published models, or it is an "error".
+        pad: how states are padded to ``max_tokens``: the mean padding state ``<pad*>`` ("pad*"), the empty prompt's
+            states ("pad"), or not at all, with a mask ("none").
+        max_tokens: number of merged states; shorter prompts are padded to it.
+        overflow: for a longer prompt, "grow" the batch to its length, "truncate" it with a warning, as in the published
+            models, or raise an "error".
     """
 
     name: Literal["clip-segment"] = "clip-segment"
@@ -130,20 +130,21 @@ class ClipSegmentConfig(_Loaded, SingleFileConfig):
 
 
 class TwoClipsConfig(CheckpointConfig):
-    """What encoders of segments with two CLIPs share.
+    """Shared by segment encoders with two CLIPs.
 
     Attributes:
-        checkpoint: a hub id or a local folder in diffusers layout: ``text_encoder/``, ``text_encoder_2/``, tokenizers.
-        subfolder: where in the checkpoint these folders are; null if they are at its top.
+        checkpoint: Hub id or local folder in diffusers layout: ``text_encoder/``, ``text_encoder_2/``, tokenizers.
+        subfolder: subfolder of the checkpoint that contains these folders; null for the top level.
         segmenter: how prompts are split.
         pooled: the pooled embedding: the "mean" over the segments, the "first" segment's, or "truncate": that of the
-            prompt cut at 77 tokens. They agree on a prompt of one segment.
+            prompt truncated to 77 tokens. They are equal for a prompt of one segment.
         sot: which segments keep their ``<sot>``.
         eot: which segments keep their ``<eot>``.
-        pad: what fills up to ``max_tokens``: one ``<pad*>``, the empty prompt's plain padding, or nothing (and a mask).
-        max_tokens: number of merged states, up to which shorter prompts are filled.
-        overflow: what becomes of a longer prompt: it is read to its end and the batch "grow"s to its length, it is
-            truncated with a warning ("truncate"), as in the published models, or it is an "error".
+        pad: how states are padded to ``max_tokens``: the mean padding state ``<pad*>`` ("pad*"), the empty prompt's
+            states ("pad"), or not at all, with a mask ("none").
+        max_tokens: number of merged states; shorter prompts are padded to it.
+        overflow: for a longer prompt, "grow" the batch to its length, "truncate" it with a warning, as in the published
+            models, or raise an "error".
     """
 
     has_pooled: ClassVar[bool] = True
@@ -160,9 +161,9 @@ class TwoClipsConfig(CheckpointConfig):
     def _configs(self) -> list[str]:
         return [place(self.subfolder, "text_encoder/config.json")]
 
-    def _both(self, key: str) -> tuple[int | None, int | None]:
-        """A key of the two CLIPs' configs."""
-        first, second = (self._width_of(key, inside=place(self.subfolder, f"text_encoder{n}")) for n in ("", "_2"))
+    def _from_both_configs(self, key: str) -> tuple[int | None, int | None]:
+        """Returns a key of the configs of both CLIPs."""
+        first, second = (self._width_of(key, folder=place(self.subfolder, f"text_encoder{n}")) for n in ("", "_2"))
         return first, second
 
 
@@ -170,18 +171,18 @@ class ClipSegmentSDXLConfig(TwoClipsConfig, SingleFileConfig):
     """Segment-level encoding with the two CLIPs of Stable Diffusion XL.
 
     Attributes:
-        empty: the empty prompt is told as "zeros", as SDXL's pipeline has it, or "encode": like any other.
+        empty: the empty prompt is encoded as "zeros", as in the SDXL pipeline, or "encode": like any other.
     """
 
-    choosing: ClassVar[tuple[str, ...]] = ("subfolder", "revision", "variant")
+    selection_keys: ClassVar[tuple[str, ...]] = ("subfolder", "revision", "variant")
 
     name: Literal["clip-segment-sdxl"] = "clip-segment-sdxl"
     checkpoint: str = Field("stabilityai/stable-diffusion-xl-base-1.0", min_length=1)
     empty: Literal["zeros", "encode"] = "zeros"
 
     def widths(self) -> tuple[int | None, int | None]:
-        first, second = self._both("hidden_size")
-        return first + second if first and second else None, self._both("projection_dim")[1]
+        first, second = self._from_both_configs("hidden_size")
+        return first + second if first and second else None, self._from_both_configs("projection_dim")[1]
 
     def build(self, runtime: Runtime) -> ClipSegmentSDXLEncoder:
         from longalign.encoders.clip_segment_sdxl import ClipSegmentSDXLEncoder
@@ -193,10 +194,11 @@ class ClipSegmentSD3Config(TwoClipsConfig):
     """Segment-level encoding with the two CLIPs of Stable Diffusion 3, followed by T5 over the whole prompt.
 
     Attributes:
-        t5: "encode" with ``text_encoder_3``; "zeros" in the place of its states, as diffusers' pipeline without T5 has
-            it; or "none", nothing, so that `concat` can put a T5 of other settings behind.
-        t5_tokens: number of T5's states, up to which shorter prompts are padded, or of zeros. ``overflow`` is T5's too.
-        width: of the states, which the transformer expects; CLIP's are filled up with zeros.
+        t5: "encode" with ``text_encoder_3``; "zeros": zero states instead, as in the diffusers pipeline without T5; or
+            "none": no T5 states, so that `concat` can append a T5 with different settings.
+        t5_tokens: number of T5 states, to which shorter prompts are padded, or of zero states. ``overflow`` also
+            applies to T5.
+        width: width of the states that the transformer expects; CLIP's states are zero-padded to it.
     """
 
     name: Literal["clip-segment-sd3"] = "clip-segment-sd3"
@@ -206,7 +208,7 @@ class ClipSegmentSD3Config(TwoClipsConfig):
     width: int = Field(4096, ge=1)
 
     def widths(self) -> tuple[int | None, int | None]:
-        first, second = self._both("projection_dim")
+        first, second = self._from_both_configs("projection_dim")
         return self.width, first + second if first and second else None
 
     def build(self, runtime: Runtime) -> ClipSegmentSD3Encoder:
@@ -216,11 +218,11 @@ class ClipSegmentSD3Config(TwoClipsConfig):
 
 
 class ClipTruncateConfig(_Loaded, SingleFileConfig):
-    """CLIP over the whole prompt, cut at 77 tokens: what Stable Diffusion does.
+    """CLIP over the whole prompt, truncated to 77 tokens, as in Stable Diffusion.
 
     Attributes:
-        overflow: what happens to a longer prompt: "truncate" it with a warning, raise an "error", or "grow": it is
-            read in windows of whole sentences and the batch "grow"s to their states.
+        overflow: for a longer prompt, "truncate" it with a warning, raise an "error", or "grow": encode it in windows
+            of whole sentences and extend the batch to their states.
     """
 
     name: Literal["clip-truncate"] = "clip-truncate"
@@ -234,15 +236,15 @@ class ClipTruncateConfig(_Loaded, SingleFileConfig):
 
 
 class LongClipConfig(_Loaded):
-    """LongCLIP over the whole prompt, in one pass of 248 tokens or in as many as it needs.
+    """LongCLIP over the whole prompt, in one or more passes of 248 tokens.
 
     Attributes:
-        checkpoint: besides the usual, an original ``.pt`` file or a repository that has one.
-        filename: the original file in a folder or repository; None takes ``longclip-L.pt`` if there is one, else
-            transformers' files. These are also taken where ``subfolder`` or ``variant`` chooses among them.
-        tokenizer: hub id or folder of CLIP's tokenizer; None takes the checkpoint's, or CLIP-L's where it has none.
-        overflow: what becomes of a longer prompt: it is read in windows of whole sentences and the batch "grow"s to
-            their states, it is truncated with a warning ("truncate"), or it is an "error".
+        checkpoint: a Hub id or local folder, an original ``.pt`` file, or a repository that contains one.
+        filename: the original file in a folder or repository; None takes ``longclip-L.pt`` if it exists, else
+            transformers' files. Transformers' files are also used if ``subfolder`` or ``variant`` is set.
+        tokenizer: Hub id or folder of CLIP's tokenizer; None takes the checkpoint's, or CLIP-L's if it has none.
+        overflow: for a longer prompt, "grow": encode it in windows of whole sentences and extend the batch to their
+            states, "truncate" it with a warning, or raise an "error".
     """
 
     name: Literal["longclip"] = "longclip"
@@ -262,10 +264,10 @@ class LongClipConfig(_Loaded):
     def _one_file(self) -> LongClipConfig:
         single = self.checkpoint.endswith((".pt", ".safetensors"))
         others = ("filename", "subfolder", "revision", "variant") if single else ("subfolder", "variant")
-        given = [f"'{key}'" for key in others if getattr(self, key) is not None]
-        if given and (single or self.filename is not None):
+        conflicts = [f"'{key}'" for key in others if getattr(self, key) is not None]
+        if conflicts and (single or self.filename is not None):
             file = self.checkpoint if single else self.filename
-            raise ValueError(f"{' and '.join(given)} would choose another file than the original '{file}'; leave out")
+            raise ValueError(f"{' and '.join(conflicts)} cannot be combined with the original file '{file}'; remove it")
         return self
 
     def build(self, runtime: Runtime) -> ClipTruncateEncoder:
@@ -275,16 +277,16 @@ class LongClipConfig(_Loaded):
 
 
 class AdapterConfig(PartConfig):
-    """A LaVi-Bridge adapter: loaded from ``checkpoint``, or fresh with the three widths.
+    """A LaVi-Bridge adapter: loaded from ``checkpoint``, or newly initialized with the three widths.
 
     Attributes:
-        checkpoint: hub id or folder as diffusers writes it, e.g. ``shihaozhao/LaVi-Bridge``.
-        subfolder: where in it, e.g. ``t5_unet/adapter``.
-        revision: branch, tag or commit of a hub repository.
-        in_dim: width of the language model, for a fresh adapter.
-        int_dim: width between its two feed-forward blocks, for a fresh adapter.
-        out_dim: width that the denoiser expects, for a fresh adapter.
-        trainable: whether training changes it.
+        checkpoint: Hub id or folder in diffusers layout, e.g. ``shihaozhao/LaVi-Bridge``.
+        subfolder: subfolder of the checkpoint, e.g. ``t5_unet/adapter``.
+        revision: branch, tag or commit of a Hub repository.
+        in_dim: width of the language model, for a new adapter.
+        int_dim: width between the two feed-forward blocks, for a new adapter.
+        out_dim: width that the denoiser expects, for a new adapter.
+        trainable: whether the adapter is trained.
     """
 
     name: Literal["lavi-bridge"] = "lavi-bridge"
@@ -297,7 +299,7 @@ class AdapterConfig(PartConfig):
     trainable: bool = True
 
     def width(self) -> int | None:
-        """Of what comes out, as far as files on this machine tell."""
+        """Output width, or None if the adapter's config is not on this machine."""
         if self.checkpoint is None:
             return self.out_dim
         width = read_json(self.checkpoint, place(self.subfolder, "config.json"), self.revision).get("out_dim")
@@ -314,11 +316,11 @@ class AdapterConfig(PartConfig):
     def _one_source(self) -> AdapterConfig:
         given = [key for key in ("in_dim", "int_dim", "out_dim") if getattr(self, key) is not None]
         if self.checkpoint is not None and given:
-            raise ValueError(f"'checkpoint' fixes the widths; leave out {', '.join(given)}")
+            raise ValueError(f"'checkpoint' determines the widths; remove {', '.join(given)}")
         if self.checkpoint is None and len(given) < 3:
-            raise ValueError("expected 'checkpoint', or in_dim, int_dim and out_dim for a fresh adapter")
+            raise ValueError("expected 'checkpoint', or in_dim, int_dim and out_dim for a new adapter")
         if self.checkpoint is None and (self.subfolder or self.revision):
-            raise ValueError("'subfolder' and 'revision' belong to a 'checkpoint'")
+            raise ValueError("'subfolder' and 'revision' need a 'checkpoint'; set it or remove them")
         return self
 
 
@@ -326,14 +328,14 @@ class T5Config(_Loaded):
     """T5's encoder over the whole prompt.
 
     Attributes:
-        adapter: maps T5's states to the denoiser's width; None leaves them as they are.
-        max_tokens: number of states, the end-of-text token included, up to which shorter prompts are padded.
-        overflow: what becomes of a longer prompt: it is read to its end and the batch "grow"s to its length, it is
-            truncated with a warning ("truncate"), as in the published model, or it is an "error".
-        window: most tokens in one pass, the end-of-text token included; a prompt that grows beyond it, and beyond
-            ``max_tokens``, is read in windows of whole sentences, so that memory is linear in its length. T5 was
+        adapter: maps T5's states to the denoiser's width; None keeps T5's width.
+        max_tokens: number of states, including the end-of-text token; shorter prompts are padded to it.
+        overflow: for a longer prompt, "grow" the batch to its length, "truncate" it with a warning, as in the published
+            model, or raise an "error".
+        window: maximum number of tokens per pass, including the end-of-text token. With "grow", a prompt longer than
+            this and ``max_tokens`` is encoded in windows of whole sentences, so memory is linear in its length. T5 was
             trained with 512.
-        mask: whether padding is masked; the published model does not.
+        mask: whether to mask padding; the published model does not.
     """
 
     name: Literal["t5"] = "t5"
@@ -354,7 +356,7 @@ class T5Config(_Loaded):
 
 
 class ConcatConfig(PartConfig):
-    """Several encoders, their states one after the other.
+    """Several encoders, with states concatenated along the sequence axis.
 
     Attributes:
         parts: the encoders, in order.
@@ -365,23 +367,23 @@ class ConcatConfig(PartConfig):
 
     @property
     def has_pooled(self) -> bool | None:
-        """Whether a part gives a pooled embedding; None if one does not say."""
-        conditioning = [getattr(part, "has_pooled", None) for part in self.parts]
-        return True if True in conditioning else None if None in conditioning else False
+        """Whether a part has a pooled embedding; None if unknown."""
+        pooled = [getattr(part, "has_pooled", None) for part in self.parts]
+        return True if True in pooled else None if None in pooled else False
 
     @model_validator(mode="after")
     def _one_pooled(self) -> ConcatConfig:
-        named = [part.name for part in self.parts if getattr(part, "has_pooled", None)]
-        if len(named) > 1:
-            raise ValueError(f"expected at most one part with a pooled embedding, got {', '.join(named)}")
+        names = [part.name for part in self.parts if getattr(part, "has_pooled", None)]
+        if len(names) > 1:
+            raise ValueError(f"expected at most one part with a pooled embedding, got {', '.join(names)}")
         return self
 
     def check_files(self) -> list[ConfigProblem]:
         widths = {part.name: width for part in self.parts if (width := part.widths()[0]) is not None}
         if len(set(widths.values())) < 2:
             return []
-        conditioning = ", ".join(f"{width} of '{name}'" for name, width in widths.items())
-        return [("parts", f"their states must have one width, got {conditioning}; give one an adapter")]
+        shown = ", ".join(f"{width} from '{name}'" for name, width in widths.items())
+        return [("parts", f"expected states of equal width, got {shown}; add an adapter")]
 
     def widths(self) -> tuple[int | None, int | None]:
         known = [part.widths() for part in self.parts]

@@ -1,4 +1,4 @@
-"""Loading frozen text models and tokenizers from a hub id or a local folder, in diffusers or transformers layout."""
+"""Loads frozen text models and tokenizers from the Hub or a local folder, in diffusers or transformers layout."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 
 
-def find_file(checkpoint: str, file: str, revision: str | None = None) -> Path | None:
-    """A file of a local folder or of a hub repository (downloaded if need be); None if there is no such file."""
+def find_checkpoint_file(checkpoint: str, file: str, revision: str | None = None) -> Path | None:
+    """Returns a file of a local folder or Hub repository, downloaded if needed; None if it does not exist."""
     if Path(checkpoint).exists():
         path = Path(checkpoint) / file
         return path if path.is_file() else None
@@ -30,111 +30,114 @@ def find_file(checkpoint: str, file: str, revision: str | None = None) -> Path |
     except EntryNotFoundError:
         return None
     except Exception as error:
-        raise ValueError(f"no local folder '{checkpoint}', and on the hub: {why(error, file)}") from error
+        raise ValueError(f"no local folder '{checkpoint}', and the Hub returned: {why(error, file)}") from error
 
 
 def subfolders(checkpoint: str, subfolder: str | None, revision: str | None) -> tuple[str, str]:
-    """Subfolders of text model and tokenizer.
+    """Returns the subfolders of the text model and the tokenizer.
 
     A diffusers checkpoint has ``text_encoder`` and ``tokenizer`` (and ``text_encoder_2``, ``tokenizer_2``); a
-    transformers one has both at its top. A given ``subfolder`` is the text model's.
+    transformers checkpoint has both at the top level. ``subfolder`` is that of the text model, None to detect it.
     """
     if subfolder is None:
-        diffusers = find_file(checkpoint, "text_encoder/config.json", revision) is not None
-        subfolder = "text_encoder" if diffusers else ""
+        is_diffusers = find_checkpoint_file(checkpoint, "text_encoder/config.json", revision) is not None
+        subfolder = "text_encoder" if is_diffusers else ""
     return subfolder, subfolder.replace("text_encoder", "tokenizer")
 
 
-def load_model(
-    kind: type,
+def load_frozen_model(
+    model_class: type,
     checkpoint: str | None,
     subfolder: str,
     revision: str | None,
     runtime: Runtime,
     variant: str | None = None,
-    **given: Any,
+    **weights: Any,
 ) -> Any:
-    """A frozen transformers model in evaluation mode, on the runtime's device and in its dtype.
+    """Loads a frozen transformers model in evaluation mode, on the runtime's device and in its dtype.
 
     Args:
-        kind: its class.
-        checkpoint: hub id or folder; None for ``given`` weights.
-        subfolder: where in it.
-        revision: branch, tag or commit on the hub.
+        model_class: transformers class of the model.
+        checkpoint: Hub id or folder; None to use ``weights``.
+        subfolder: subfolder of the checkpoint.
+        revision: branch, tag or commit on the Hub.
         runtime: device and dtype.
         variant: file variant, e.g. ``"fp16"``.
-        **given: without a checkpoint, the ``config`` and ``state_dict``.
+        **weights: ``config`` and ``state_dict``, if ``checkpoint`` is None.
 
     Raises:
-        ValueError: if there is no such checkpoint, or weights of the model are missing in it.
+        ValueError: if the checkpoint does not exist or weights are missing.
     """
-    # transformers lists every weight that is left out, such as a whole image tower; what is missing is checked here
+    # silence transformers' report of unused weights, e.g. an image tower; missing weights are checked below
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
-    place = f"'{checkpoint}'" + (f", subfolder '{subfolder}'" if subfolder else "")
+    location = f"'{checkpoint}'" + (f", subfolder '{subfolder}'" if subfolder else "")
     try:
-        with reading(f"a file of weights in {place}"):
-            model, info = kind.from_pretrained(  # type: ignore[attr-defined]
+        with reading(f"a weights file in {location}"):
+            model, info = model_class.from_pretrained(  # type: ignore[attr-defined]
                 checkpoint,
                 subfolder=subfolder,
                 revision=revision,
                 variant=variant,
                 dtype=runtime.torch_dtype,
                 output_loading_info=True,
-                **_renaming(kind),
-                **given,
+                **_key_mapping(model_class),
+                **weights,
             )
     except OSError as error:
         raise ValueError(
-            f"no {kind.__name__} in {place}; expected a hub id or a folder with config.json and weights "
-            "(or text_encoder/ and tokenizer/); see 'variant' for weights in files such as model.fp16.safetensors: "
+            f"no {model_class.__name__} in {location}; expected a Hub id or a folder with config.json and weights "
+            "(or text_encoder/ and tokenizer/); set 'variant' for files such as model.fp16.safetensors: "
             f"{error if Path(str(checkpoint)).exists() else why(error)}"
         ) from error
     finally:
         logging.set_verbosity(verbosity)
-    lacking = sorted(info["missing_keys"])
-    if lacking:
-        what = f"'{checkpoint}' is not a {kind.__name__}" if checkpoint else f"expected a whole {kind.__name__}"
-        raise ValueError(f"{what}: {len(lacking)} weights are missing, e.g. '{lacking[0]}'")
+    missing = sorted(info["missing_keys"])
+    if missing:
+        name = model_class.__name__
+        problem = f"'{checkpoint}' is not a {name}" if checkpoint else f"expected a complete {name}"
+        raise ValueError(f"{problem}: {len(missing)} weights are missing, e.g. '{missing[0]}'")
     return model.requires_grad_(False).eval().to(runtime.device)
 
 
-def _renaming(kind: type) -> dict[str, Any]:
-    """For transformers 4, whose CLIP text model has its weights one module deeper than 5 has, and saves, them."""
+def _key_mapping(model_class: type) -> dict[str, Any]:
+    """Maps weight names for transformers 4, whose CLIP text model has one more module level than that of 5."""
     from transformers.models.clip import modeling_clip
 
-    nested = kind is modeling_clip.CLIPTextModel and hasattr(modeling_clip, "CLIPTextTransformer")
+    nested = model_class is modeling_clip.CLIPTextModel and hasattr(modeling_clip, "CLIPTextTransformer")
     return {"key_mapping": {r"^(?=embeddings\.|encoder\.|final_layer_norm\.)": "text_model."}} if nested else {}
 
 
 def load_tokenizer(checkpoint: str, subfolder: str, revision: str | None) -> Any:
-    """The checkpoint's fast tokenizer. Raises ValueError if there is none."""
-    place = f"'{checkpoint}'" + (f", subfolder '{subfolder}'" if subfolder else "")
-    inside = f"{subfolder}/" if subfolder else ""
-    # without these transformers makes a tokenizer with no vocabulary and says nothing
-    if not any(find_file(checkpoint, inside + name, revision) for name in _VOCABULARIES):
-        raise ValueError(f"no tokenizer in {place}; expected one of {', '.join(_VOCABULARIES)}")
-    # without the last one transformers asks whether code in the checkpoint shall run
-    where: dict[str, Any] = {"subfolder": subfolder, "revision": revision, "trust_remote_code": False}
+    """Loads the checkpoint's fast tokenizer. Raises ValueError if there is none."""
+    location = f"'{checkpoint}'" + (f", subfolder '{subfolder}'" if subfolder else "")
+    prefix = f"{subfolder}/" if subfolder else ""
+    # without a vocabulary file transformers silently creates a tokenizer with an empty vocabulary
+    if not any(find_checkpoint_file(checkpoint, prefix + name, revision) for name in _VOCABULARIES):
+        raise ValueError(f"no tokenizer in {location}; expected one of {', '.join(_VOCABULARIES)}")
+    # without trust_remote_code=False transformers prompts whether to run code of the checkpoint
+    options: dict[str, Any] = {"subfolder": subfolder, "revision": revision, "trust_remote_code": False}
     try:
         try:
-            return AutoTokenizer.from_pretrained(checkpoint, **where)
-        except AttributeError:  # transformers 4 wants a mapping where 5 has written a list
-            return AutoTokenizer.from_pretrained(checkpoint, **where, extra_special_tokens={})
+            return AutoTokenizer.from_pretrained(checkpoint, **options)
+        except AttributeError:  # transformers 4 expects a mapping, transformers 5 saves a list
+            return AutoTokenizer.from_pretrained(checkpoint, **options, extra_special_tokens={})
     except (OSError, ValueError) as error:
-        raise ValueError(f"the tokenizer in {place} cannot be read: {error}") from error
+        raise ValueError(f"cannot load the tokenizer in {location}: {error}") from error
 
 
-def load_text_model(kind: type, config: CheckpointConfig, subfolder: str | None, runtime: Runtime) -> tuple[Any, Any]:
-    """Text model and tokenizer of the checkpoint that an encoder's config names.
+def load_text_model(
+    model_class: type, config: CheckpointConfig, subfolder: str | None, runtime: Runtime
+) -> tuple[Any, Any]:
+    """Loads the text model and tokenizer of an encoder's checkpoint.
 
     Args:
-        kind: transformers' class of the text model.
-        config: of the encoder.
-        subfolder: where in the checkpoint the text model is; None finds it.
+        model_class: transformers class of the text model.
+        config: the encoder's config.
+        subfolder: subfolder of the text model; None detects it.
         runtime: device and dtype.
     """
     checkpoint = resolve_checkpoint(config.checkpoint)
     model_folder, tokenizer_folder = subfolders(checkpoint, subfolder, config.revision)
-    model = load_model(kind, checkpoint, model_folder, config.revision, runtime, config.variant)
+    model = load_frozen_model(model_class, checkpoint, model_folder, config.revision, runtime, config.variant)
     return model, load_tokenizer(checkpoint, tokenizer_folder, config.revision)

@@ -10,15 +10,15 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from longalign.encoders.clip_truncate import ClipTruncateEncoder
-from longalign.encoders.loading import find_file, load_model, load_tokenizer, subfolders
+from longalign.encoders.loading import find_checkpoint_file, load_frozen_model, load_tokenizer, subfolders
 from longalign.runtime import Runtime, resolve_checkpoint
 from longalign.weights import load_pickle, load_tensors
 
 if TYPE_CHECKING:
     from longalign.encoders.configs import LongClipConfig
 
-_KEPT = 20
-"""Positions that LongCLIP keeps from CLIP; the others are those of the second, trained table."""
+_NUM_CLIP_POSITIONS = 20
+"""Number of positions that LongCLIP keeps from CLIP; the others are in the trained ``positional_embedding_res``."""
 
 _NAMES = {
     "ln_1.": "layer_norm1.",
@@ -30,21 +30,23 @@ _NAMES = {
 
 
 def text_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a transformers ``CLIPTextModel`` from those of an OpenAI-style CLIP, LongCLIP's positions merged.
+    """Converts OpenAI-style CLIP weights to a transformers ``CLIPTextModel`` and merges LongCLIP's positions.
 
     Args:
         state: a state dict with ``token_embedding``, ``positional_embedding``, ``transformer.resblocks.*``,
-            ``ln_final``, and for LongCLIP ``positional_embedding_res``; other keys (the image tower) are left out.
+            ``ln_final``, and for LongCLIP ``positional_embedding_res``; other keys (the image tower) are ignored.
 
     Raises:
         ValueError: if these keys are missing.
     """
-    lacking = [k for k in ("token_embedding.weight", "positional_embedding", "ln_final.weight") if k not in state]
-    if lacking:
-        raise ValueError(f"expected the keys of an OpenAI-style CLIP, found no {lacking} among {sorted(state)[:5]}...")
+    missing = [k for k in ("token_embedding.weight", "positional_embedding", "ln_final.weight") if k not in state]
+    if missing:
+        raise ValueError(f"expected the keys of an OpenAI-style CLIP, missing {missing}, got {sorted(state)[:5]}...")
     positions = state["positional_embedding"]
     if "positional_embedding_res" in state:
-        positions = torch.cat([positions[:_KEPT], state["positional_embedding_res"][_KEPT:]])
+        positions = torch.cat(
+            [positions[:_NUM_CLIP_POSITIONS], state["positional_embedding_res"][_NUM_CLIP_POSITIONS:]]
+        )
     out = {
         "embeddings.token_embedding.weight": state["token_embedding.weight"],
         "embeddings.position_embedding.weight": positions,
@@ -67,16 +69,16 @@ def text_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_original(path: Path) -> CLIPTextModel:
-    """The text model in an original ``longclip-L.pt`` or ``-B.pt`` (pickled state dict) or the same as safetensors.
+    """Loads the text model of an original ``longclip-L.pt`` or ``-B.pt`` (pickled state dict), or of safetensors.
 
     Raises:
-        ValueError: if the file holds anything but tensors, or tensors of another model.
+        ValueError: if the file contains more than tensors, or tensors of a different model.
     """
     state: Any = load_tensors(path) if path.suffix == ".safetensors" else load_pickle(path)
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}; expected a state dict")
+        raise ValueError(f"{path}: expected a state dict, got a {type(state).__name__}")
     weights = text_state(state)
     vocab_size, width = weights["embeddings.token_embedding.weight"].shape
     model = CLIPTextModel(
@@ -92,42 +94,42 @@ def read_original(path: Path) -> CLIPTextModel:
             eos_token_id=vocab_size - 1,
         )
     )
-    getattr(model, "text_model", model).load_state_dict(weights)  # transformers 4 has the weights one module deeper
+    getattr(model, "text_model", model).load_state_dict(weights)  # transformers 4 has one more module level
     return model
 
 
 def load_longclip(config: LongClipConfig, runtime: Runtime) -> ClipTruncateEncoder:
-    """Builds the encoder from an original file, a folder or a hub repository.
+    """Builds the encoder from an original file, a folder or a Hub repository.
 
     Raises:
-        ValueError: if there is neither, or the text model has no more than CLIP's 77 positions.
+        ValueError: if the checkpoint does not exist, or the text model has at most CLIP's 77 positions.
     """
     checkpoint, revision = resolve_checkpoint(config.checkpoint), config.revision
-    home, path = checkpoint, None
+    tokenizer_source, path = checkpoint, None
     if Path(checkpoint).is_file():
-        path, home = Path(checkpoint), str(Path(checkpoint).parent)
+        path, tokenizer_source = Path(checkpoint), str(Path(checkpoint).parent)
     elif config.filename is not None:
-        path = find_file(checkpoint, config.filename, revision)
+        path = find_checkpoint_file(checkpoint, config.filename, revision)
         if path is None:
             raise ValueError(f"no file '{config.filename}' in '{checkpoint}'")
     elif config.subfolder is None and config.variant is None:
-        path = find_file(checkpoint, "longclip-L.pt", revision)
+        path = find_checkpoint_file(checkpoint, "longclip-L.pt", revision)
     folder, tokenizer_folder = "", ""
     if path is None:
         folder, tokenizer_folder = subfolders(checkpoint, config.subfolder, revision)
-        model: Any = load_model(CLIPTextModel, checkpoint, folder, revision, runtime, config.variant)
+        model: Any = load_frozen_model(CLIPTextModel, checkpoint, folder, revision, runtime, config.variant)
     else:
         model = read_original(path)
         model.requires_grad_(False).eval().to(device=runtime.device, dtype=runtime.torch_dtype)
     if model.config.max_position_embeddings <= 77:
         raise ValueError(
-            f"'{config.checkpoint}' has {model.config.max_position_embeddings} positions, a LongCLIP has 248; "
-            "for an ordinary CLIP use 'clip-truncate' or 'clip-segment'"
+            f"expected a LongCLIP with 248 positions, got {model.config.max_position_embeddings} in "
+            f"'{config.checkpoint}'; use 'clip-truncate' or 'clip-segment' for a CLIP"
         )
     if config.tokenizer is not None:
         tokenizer = load_tokenizer(resolve_checkpoint(config.tokenizer), "", None)
-    elif path is not None and find_file(home, "tokenizer_config.json", revision) is None:
+    elif path is not None and find_checkpoint_file(tokenizer_source, "tokenizer_config.json", revision) is None:
         tokenizer = load_tokenizer("openai/clip-vit-large-patch14", "", None)
     else:
-        tokenizer = load_tokenizer(home, tokenizer_folder, revision)
+        tokenizer = load_tokenizer(tokenizer_source, tokenizer_folder, revision)
     return ClipTruncateEncoder(model, tokenizer, overflow=config.overflow, max_batch_tokens=config.max_batch_tokens)

@@ -1,4 +1,4 @@
-"""T5's encoder over the whole prompt in one pass, with a trainable adapter (LongAlign, arXiv 2410.11817, 3.1)."""
+"""T5's encoder over the whole prompt, with a trainable adapter (LongAlign, arXiv 2410.11817, section 3.1)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from longalign.encoders.adapter import TextAdapter, adapt
 from longalign.encoders.base import (
-    GROW,
+    GROW_ADVICE,
     Conditioning,
     Encoder,
     PromptReport,
@@ -30,29 +30,29 @@ if TYPE_CHECKING:
 
 
 class T5Encoder(Encoder):
-    """Frozen T5 encoder states of the whole prompt, mapped by an adapter if there is one.
+    """Frozen T5 encoder states of the whole prompt, optionally mapped by an adapter.
 
-    As published, a prompt is padded to ``max_tokens`` and nothing is masked: T5 and the denoiser attend to the padding.
-    A prompt's states never depend on the rest of the batch. Where the batch grows beyond ``max_tokens`` the last state
-    of a shorter prompt is repeated up to the length of the longest. A prompt that is longer than a pass holds is read
-    in windows of whole sentences, each with its end-of-text token, and their states follow one another.
+    As published, prompts are padded to ``max_tokens`` without a mask: T5 and the denoiser attend to the padding. A
+    prompt's states never depend on the rest of the batch. If the batch grows beyond ``max_tokens``, the last state of a
+    shorter prompt is repeated to the length of the longest. A prompt longer than ``window`` is encoded in windows of
+    whole sentences, each with its own end-of-text token, and the states are concatenated.
 
     Args:
         model: a transformers ``T5EncoderModel``.
         tokenizer: its fast tokenizer.
-        adapter: maps the states to the denoiser's width; its parameters are the trainable ones. None leaves them.
-        max_tokens: number of states, the end-of-text token included; shorter prompts are padded up to it.
-        overflow: a longer prompt lets the batch ``"grow"``, is ``"truncate"`` with a warning, or is an ``"error"``.
-        window: most tokens in one pass, the end-of-text token included, if ``max_tokens`` is not more: attention needs
-            memory with the square of this. 512 is the length that T5 was trained with.
-        mask: whether padding is masked, in T5 and in the conditioning (whose masked states are zero).
-        max_batch_tokens: most positions in one call of the model.
+        adapter: trainable map from T5's states to the denoiser's width; None returns T5's states.
+        max_tokens: number of states, including the end-of-text token; shorter prompts are padded to it.
+        overflow: for a longer prompt, ``"grow"`` the batch, ``"truncate"`` with a warning, or raise an ``"error"``.
+        window: maximum number of tokens per pass, including the end-of-text token; at least ``max_tokens``. Memory of
+            attention is quadratic in it. T5 was trained with 512.
+        mask: whether to mask padding in T5 and in the conditioning, where masked states are zero.
+        max_batch_tokens: maximum number of positions per call of the model.
 
     Raises:
-        ValueError: if the adapter does not take states of T5's width.
+        ValueError: if the adapter's input width is not T5's.
     """
 
-    #: what messages call `max_tokens`, for encoders that hold this one
+    #: config key named in truncation messages; an outer encoder may expose `max_tokens` under a different name
     setting = "max_tokens"
 
     def __init__(
@@ -71,7 +71,9 @@ class T5Encoder(Encoder):
         self.model = model.requires_grad_(False).eval()
         config: Any = model.config
         if adapter is not None and adapter.in_dim != config.d_model:
-            raise ValueError(f"the adapter takes states of width {adapter.in_dim}, this T5's are {config.d_model} wide")
+            raise ValueError(
+                f"expected an adapter with in_dim={config.d_model}, the width of this T5, got {adapter.in_dim}"
+            )
         self.adapter = adapter
         self.dim = config.d_model if adapter is None else adapter.out_dim
         self.tokens = TextTokens(tokenizer, config.vocab_size)
@@ -80,7 +82,7 @@ class T5Encoder(Encoder):
 
     @classmethod
     def from_config(cls, config: T5Config, runtime: Runtime) -> T5Encoder:
-        """Loads model and tokenizer, and loads or makes the adapter."""
+        """Loads the model and tokenizer, and loads or initializes the adapter."""
         from transformers import T5EncoderModel
 
         from longalign.encoders.loading import load_text_model
@@ -93,51 +95,51 @@ class T5Encoder(Encoder):
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
         texts = self._texts(prompts)
         reports = tuple(self._report(passes) for passes in texts)
-        raise_or_warn_truncated(reports, self.overflow, self.max_tokens, GROW.format(self.setting))
+        raise_or_warn_truncated(reports, self.overflow, self.max_tokens, GROW_ADVICE.format(self.setting))
         tokenizer = self.tokens.tokenizer
-        rows = [[(*text.ids[: self._most], tokenizer.eos_token_id) for text in passes] for passes in texts]
-        real = torch.tensor([sum(map(len, of_one)) for of_one in rows])
+        rows = [[(*text.ids[: self._max_pass_tokens], tokenizer.eos_token_id) for text in passes] for passes in texts]
+        lengths = torch.tensor([sum(map(len, prompt_rows)) for prompt_rows in rows])
         if not self.mask:
             rows = [
-                [row + (tokenizer.pad_token_id,) * (self.max_tokens - len(row)) for row in of_one]
-                if len(of_one) == 1
-                else of_one
-                for of_one in rows
+                [row + (tokenizer.pad_token_id,) * (self.max_tokens - len(row)) for row in prompt_rows]
+                if len(prompt_rows) == 1
+                else prompt_rows
+                for prompt_rows in rows
             ]
         device = device_of(self.model)
-        states, first = run_grouped(
+        states, row_starts = run_grouped(
             self._run,
-            [row for of_one in rows for row in of_one],
+            [row for prompt_rows in rows for row in prompt_rows],
             pad_id=tokenizer.pad_token_id,
             device=device,
             max_batch_tokens=self.max_batch_tokens,
             call_cost=CALL_COST if self.mask else 0,
         )
-        begins = iter(first)
-        places = [torch.cat([torch.arange(len(row)) + next(begins) for row in of_one]) for of_one in rows]
-        index = torch.stack(pad_with_last(places, self.max_tokens))
-        length = index.shape[1]
+        starts = iter(row_starts)
+        indices = [torch.cat([torch.arange(len(row)) + next(starts) for row in prompt_rows]) for prompt_rows in rows]
+        index = torch.stack(pad_with_last(indices, self.max_tokens))
         conditioning = Conditioning(states[index.to(device)], reports=reports)
         if self.mask:
-            mask = (torch.arange(length) < real[:, None]).to(device)
+            mask = (torch.arange(index.shape[1]) < lengths[:, None]).to(device)
             conditioning = replace(conditioning, states=conditioning.states * mask[..., None], mask=mask)
         return conditioning if self.adapter is None else adapt(self.adapter, conditioning)
 
     def report(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
         return [self._report(passes) for passes in self._texts(prompts)]
 
-    def _run(self, ids: Tensor, real: Tensor) -> Tensor:
-        return self.model(input_ids=ids, attention_mask=real.long() if self.mask else None).last_hidden_state
+    def _run(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        mask = attention_mask.long() if self.mask else None
+        return self.model(input_ids=ids, attention_mask=mask).last_hidden_state
 
     def _texts(self, prompts: Sequence[Prompt]) -> list[list[Tokenized]]:
-        """Of each prompt the texts that are read in one pass each."""
+        """Returns the texts of each prompt, one per forward pass."""
         texts = [plain_text(prompt) for prompt in check_prompts(prompts)]
-        return self.tokens.in_passes(texts, self.window - 1 if self.overflow == "grow" else None)
+        return self.tokens.split_into_passes(texts, self.window - 1 if self.overflow == "grow" else None)
 
     @property
-    def _most(self) -> int:
-        """Tokens of one pass that are read."""
+    def _max_pass_tokens(self) -> int:
+        """Maximum number of encoded tokens per pass, without the end-of-text token."""
         return (self.window if self.overflow == "grow" else self.max_tokens) - 1
 
     def _report(self, passes: Sequence[Tokenized]) -> PromptReport:
-        return report_passes(passes, self._most)
+        return report_passes(passes, self._max_pass_tokens)

@@ -1,4 +1,4 @@
-"""Frozen text models run over rows of tokens in groups of length."""
+"""Length-bucketed batches of token rows through a frozen text model."""
 
 from __future__ import annotations
 
@@ -11,24 +11,26 @@ from longalign.segment import CALL_COST, group_by_length
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model takes its input: where its weights are, or where accelerate's offloading moves them to run."""
+    """Returns the device on which a model runs, also if accelerate offloads its weights."""
     device = next(model.parameters()).device
     if device.type != "meta":
         return device
     hooks = [getattr(module, "_hf_hook", None) for module in model.modules()]
-    moved_to = [place for hook in hooks if (place := getattr(hook, "execution_device", None)) is not None]
-    return torch.device(moved_to[0]) if moved_to else device
+    devices = [target for hook in hooks if (target := getattr(hook, "execution_device", None)) is not None]
+    return torch.device(devices[0]) if devices else device
 
 
-def pad_with_last(places: Sequence[Tensor], least: int = 0) -> list[Tensor]:
-    """Places of states ``(n,)``, one tensor for each prompt, with the last place repeated up to the longest."""
-    length = max(least, *map(len, places))
-    return [torch.cat([place, place[-1:].expand(length - len(place))]) for place in places]
+def pad_with_last(indices: Sequence[Tensor], min_length: int = 0) -> list[Tensor]:
+    """Pads state indices ``(n,)``, one tensor per prompt, to the longest by repeating the last index."""
+    length = max(min_length, *map(len, indices))
+    return [torch.cat([index, index[-1:].expand(length - len(index))]) for index in indices]
 
 
 def autocast_disabled(device: torch.device) -> torch.autocast:
-    """Inside, a frozen model has the precision that it was loaded in, also where an adapter is trained in another: its
-    states are those that a cache holds, and T5 in half precision keeps the layers in float32 that it needs so."""
+    """Disables autocast so that a frozen model runs in the dtype it was loaded in.
+
+    Its states then equal those in a cache, and T5 in half precision keeps its float32 layers.
+    """
     return torch.autocast(device.type, enabled=False)
 
 
@@ -42,35 +44,36 @@ def run_grouped(
     max_batch_tokens: int,
     call_cost: int = CALL_COST,
 ) -> tuple[Tensor, list[int]]:
-    """Runs a frozen text model over rows of tokens: equal rows once, rows of like length together.
+    """Runs a frozen text model over rows of tokens: equal rows once, rows of similar length together.
 
     Args:
-        run: takes ids ``(r, l)`` and a bool mask ``(r, l)`` of what is not padding; returns states ``(r, l, d)``.
-        rows: token ids, special ones included; none is empty.
-        pad_id: fills the shorter rows of a group up to its longest; this is exact for a causal model, and for others
-            if ``run`` masks.
-        device: where the model is.
-        max_batch_tokens: most positions, padding included, in one call of ``run`` (one row always goes through).
+        run: takes ids ``(r, l)`` and a bool attention mask ``(r, l)``; returns states ``(r, l, d)``.
+        rows: non-empty token ids, including special tokens.
+        pad_id: pads the shorter rows of a group to its longest. This is exact for a causal model, and for other models
+            if ``run`` applies the mask.
+        device: device of the model.
+        max_batch_tokens: maximum number of positions, padding included, per call of ``run``; a single longer row is a
+            call of its own.
         call_cost: see `longalign.segment.group_by_length`; 0 never pads.
 
     Returns:
-        All states ``(m, d)``, and for each row the position of its first state among them.
+        All states ``(m, d)``, and the index of each row's first state.
     """
     unique = list(dict.fromkeys(rows))
     calls = group_by_length(list(map(len, unique)), limit=max_batch_tokens, call_cost=call_cost)
     groups = [[unique[i] for i in call] for call in calls]
-    ids, real, first, shapes = [], [], {}, []
+    ids, attention_mask, first_state, shapes = [], [], {}, []
     for group in groups:
         length = len(group[-1])
         shapes.append((len(group), length))
         for row in group:
-            first[row] = len(ids)
+            first_state[row] = len(ids)
             ids += [*row, *[pad_id] * (length - len(row))]
-            real += [True] * len(row) + [False] * (length - len(row))
-    # one copy to the device for all groups
+            attention_mask += [True] * len(row) + [False] * (length - len(row))
+    # a single copy to the device for all groups
     sizes = [r * length for r, length in shapes]
     all_ids = torch.tensor(ids).to(device, non_blocking=True).split(sizes)
-    all_real = torch.tensor(real).to(device, non_blocking=True).split(sizes)
+    all_masks = torch.tensor(attention_mask).to(device, non_blocking=True).split(sizes)
     with autocast_disabled(device):
-        states = [run(i.view(s), m.view(s)).flatten(0, 1) for i, m, s in zip(all_ids, all_real, shapes, strict=True)]
-    return torch.cat(states), [first[row] for row in rows]
+        states = [run(i.view(s), m.view(s)).flatten(0, 1) for i, m, s in zip(all_ids, all_masks, shapes, strict=True)]
+    return torch.cat(states), [first_state[row] for row in rows]

@@ -1,4 +1,4 @@
-"""Text to segments: the splitters and their configs; rows to groups of like length. Pure Python, without torch."""
+"""Segmenters and their configs, and grouping of rows by length. Pure Python, without torch."""
 
 from longalign.segment.groups import CALL_COST, group_by_length
 from longalign.segment.prompts import Prompt, check_prompts, check_text, plain_text
@@ -17,7 +17,7 @@ from longalign.segment.segmenters import (
     TokensConfig,
 )
 from longalign.segment.sentence import sentences
-from longalign.segment.windows import TokenCounter, fit
+from longalign.segment.windows import TokenCounter, split_to_window
 
 __all__ = [
     "CALL_COST",
@@ -36,10 +36,10 @@ __all__ = [
     "TokensConfig",
     "check_prompts",
     "check_text",
-    "fit",
     "group_by_length",
     "plain_text",
     "sentences",
     "split",
+    "split_to_window",
     "windows",
 ]

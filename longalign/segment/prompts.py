@@ -1,23 +1,23 @@
-"""What a prompt may be, checked in one place."""
+"""The type of a prompt and its validation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 Prompt = str | Sequence[str]
-"""A text, or a list of texts that are its segments (understood by the segmenter ``manual``)."""
+"""A text, or a list of texts: the segments, as taken by the segmenter ``manual``."""
 
 
 def check_prompts(prompts: Sequence[Prompt], lists: bool = True) -> list[Prompt]:
-    """The prompts as a list; each is a text, or a list of texts that are its segments.
+    """Validates prompts and returns them as a list.
 
     Args:
-        prompts: what was given.
+        prompts: a sequence of texts, or of lists of texts (segments).
         lists: whether a prompt may be a list of texts.
 
     Raises:
-        ValueError: for one text instead of a sequence, an empty sequence, a prompt that is neither, or one that
-            `check_text` rejects. The prompt is named by its place.
+        ValueError: if ``prompts`` is a single text, no sequence or empty, if a prompt has a wrong type, or if
+            `check_text` rejects it. The message names the index of the prompt.
     """
     if isinstance(prompts, str):
         raise ValueError(f"expected a sequence of prompts, got one text {prompts[:40]!r}; write [prompt]")
@@ -37,20 +37,25 @@ def check_prompts(prompts: Sequence[Prompt], lists: bool = True) -> list[Prompt]
 
 
 def check_text(text: str, where: str) -> str:
-    """The text. Raises ValueError, with ``where`` in its message, if it holds half a surrogate pair: a byte that was
-    not UTF-8, or a broken escape in a file. No tokenizer can read it."""
+    """Returns the text if it can be encoded as UTF-8, as tokenizers require.
+
+    A lone surrogate comes from a byte that is not UTF-8, or from a broken escape in a file.
+
+    Raises:
+        ValueError: if it contains a lone surrogate; the message starts with ``where``.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{where} is not valid text: character {error.start} of {_shown(text)}, {text[error.start]!r}, is half of "
-            "a surrogate pair, or a byte that is not UTF-8; write the text as UTF-8"
+            f"{where} is not valid text: character {error.start} of {_shown(text)}, {text[error.start]!r}, is a "
+            "lone surrogate or a byte that is not UTF-8; write the text as UTF-8"
         ) from None
     return text
 
 
 def plain_text(prompt: Prompt) -> str:
-    """A prompt as one text; given segments are joined with blanks."""
+    """Returns a prompt as one text; a list of segments is joined with spaces."""
     return prompt if isinstance(prompt, str) else " ".join(prompt)
 
 

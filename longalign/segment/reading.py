@@ -1,4 +1,4 @@
-"""Prompts into segments for a model with a window: checked segmenters, and windows of whole sentences."""
+"""Splits prompts into segments or windows that fit the text model; validates the output of segmenters."""
 
 from __future__ import annotations
 
@@ -6,43 +6,44 @@ import re
 
 from longalign.segment.prompts import Prompt, check_text, plain_text
 from longalign.segment.segmenters import Packed, Segmenter
-from longalign.segment.windows import TokenCounter, fit
+from longalign.segment.windows import TokenCounter, split_to_window
 
 _WORD = re.compile(r"\w")
 
 
 def split(segmenter: Segmenter, prompt: Prompt, count: TokenCounter, window: int | None = None) -> list[str]:
-    """The segments of a prompt, each of at most ``window`` tokens.
+    """Splits a prompt with a segmenter and validates the result.
 
     Args:
-        segmenter: splits it.
-        prompt: a checked prompt.
+        segmenter: splits the prompt.
+        prompt: a prompt that `check_prompts` accepted.
         count: the encoder's token counter.
-        window: tokens that the encoder reads in one pass; longer segments are split further. None leaves them.
+        window: maximum number of tokens per segment; longer segments are split further. None keeps them.
 
     Raises:
-        ValueError: with the segmenter's name, if it returns anything but a list of texts, or no text at all for a
-            prompt that has some.
+        ValueError: if the segmenter does not return a list of texts, or returns no text for a non-empty prompt. The
+            message names the segmenter.
     """
-    found = segmenter(prompt, count)
+    segments = segmenter(prompt, count)
     name = f"the segmenter '{_name(segmenter)}'"
-    if not isinstance(found, (list, tuple)) or not all(isinstance(segment, str) for segment in found):
-        kinds = sorted({type(segment).__name__ for segment in found}) if isinstance(found, (list, tuple)) else []
-        what = f"a {type(found).__name__}" + (f" of {', '.join(kinds)}" if kinds else "")
-        raise ValueError(f"{name} must return a list of texts, got {what} for the prompt {_shown(prompt)}")
-    if not any(map(_WORD.search, found)) and _WORD.search(plain_text(prompt)):
-        raise ValueError(f"{name} returned no text for the prompt {_shown(prompt)}; expected its segments")
-    for segment in found:
+    if not isinstance(segments, (list, tuple)) or not all(isinstance(segment, str) for segment in segments):
+        kinds = sorted({type(segment).__name__ for segment in segments}) if isinstance(segments, (list, tuple)) else []
+        returned = f"a {type(segments).__name__}" + (f" of {', '.join(kinds)}" if kinds else "")
+        raise ValueError(f"{name} must return a list of texts, got {returned} for the prompt {_shown(prompt)}")
+    if not any(map(_WORD.search, segments)) and _WORD.search(plain_text(prompt)):
+        raise ValueError(f"{name} returned no text for the prompt {_shown(prompt)}; expected at least one segment")
+    for segment in segments:
         check_text(segment, f"a segment of {name}")
-    return list(found) if window is None else fit(found, window, count)
+    return list(segments) if window is None else split_to_window(segments, window, count)
 
 
 def windows(text: str, window: int, count: TokenCounter) -> list[str]:
-    """A text as it is where a model's window holds it, else whole sentences in as few windows as hold them in order.
+    """Splits a text into windows of at most ``window`` tokens, each packed with whole sentences in order.
 
-    A sentence of more than ``window`` tokens is split after a clause where possible. Nothing but blanks is lost.
+    A text that fits is returned unchanged. A sentence of more than ``window`` tokens is split after a clause where
+    possible. Only whitespace is lost.
     """
-    return [text] if count(text) <= window else fit(Packed(window)(text, count), window, count)
+    return [text] if count(text) <= window else split_to_window(Packed(window)(text, count), window, count)
 
 
 def _name(segmenter: Segmenter) -> str:

@@ -1,4 +1,4 @@
-"""The segmenters, each with its config beside it."""
+"""The segmenters and their configs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from longalign.segment.windows import TokenCounter, pieces
 
 
 class Segmenter(Protocol):
-    """Splits a prompt into segments, in order. A plain function of this form can be registered as a segmenter."""
+    """Splits a prompt into segments, in order. A function with this signature can be registered as a segmenter."""
 
     def __call__(self, prompt: Prompt, count: TokenCounter, /) -> list[str]: ...
 
@@ -25,8 +25,8 @@ def _text(prompt: Prompt, name: str) -> str:
     if isinstance(prompt, str):
         return prompt
     raise ValueError(
-        f"the segmenter '{name}' splits a text and got a {type(prompt).__name__}; "
-        f"to give segments as a list use the segmenter 'manual'"
+        f"the segmenter '{name}' expects a text, got a {type(prompt).__name__}; "
+        "for lists of segments use the segmenter 'manual'"
     )
 
 
@@ -39,7 +39,7 @@ class Sentence:
 
 
 class SentenceConfig(PartConfig):
-    """Segments are sentences."""
+    """Splits into sentences."""
 
     name: Literal["sentence"] = "sentence"
 
@@ -52,11 +52,11 @@ _PUBLISHED = re.compile(r'"!|\.|\?|;"')
 
 @dataclass(frozen=True)
 class LongAlign:
-    """The splitter of the published LongAlign models, faults included.
+    """The splitter of the published LongAlign models, bugs included. Use it to reproduce published numbers.
 
-    It splits at every ``.`` and ``?``, at ``!`` only after and at ``;`` only before a double quote, and gives each
-    piece that is not empty a ``.`` back: ``'One. Two. '`` gives ``['One.', ' Two.', ' .']``. Decimals are split and
-    what it split at is lost. Use it to reproduce published numbers.
+    It splits at every ``.`` and ``?``, at ``!`` only after a double quote and at ``;`` only before one. Delimiters are
+    dropped and ``.`` is appended to each non-empty piece: ``'One. Two. '`` gives ``['One.', ' Two.', ' .']``.
+    Decimals are split too.
     """
 
     def __call__(self, prompt: Prompt, count: TokenCounter) -> list[str]:
@@ -64,7 +64,7 @@ class LongAlign:
 
 
 class LongAlignConfig(PartConfig):
-    """Segments as in the published LongAlign models."""
+    """Splits as the published LongAlign models do."""
 
     name: Literal["longalign"] = "longalign"
 
@@ -74,7 +74,7 @@ class LongAlignConfig(PartConfig):
 
 @dataclass(frozen=True)
 class Tokens:
-    """Windows of ``n`` tokens regardless of sentences: as many whole words as fit, a longer word in pieces."""
+    """Windows of ``n`` tokens, ignoring sentences: as many whole words as fit; a longer word is split."""
 
     n: int = 75
 
@@ -83,10 +83,10 @@ class Tokens:
 
 
 class TokensConfig(PartConfig):
-    """Segments are windows of tokens.
+    """Splits into windows of tokens.
 
     Attributes:
-        n: tokens in a window, without special tokens; 75 fill CLIP's window.
+        n: maximum number of tokens per window, without special tokens; 75 fill CLIP's window.
     """
 
     name: Literal["tokens"] = "tokens"
@@ -100,7 +100,7 @@ class TokensConfig(PartConfig):
 class Packed:
     """Whole sentences packed, in order, into segments of at most ``n`` tokens.
 
-    A sentence that is longer than ``n`` stays whole, a segment of its own.
+    A longer sentence is not split; it becomes one segment.
     """
 
     n: int = 75
@@ -117,10 +117,10 @@ class Packed:
 
 
 class PackedConfig(PartConfig):
-    """Segments are groups of whole sentences.
+    """Splits into groups of whole sentences.
 
     Attributes:
-        n: most tokens in a segment, without special tokens; 75 fill CLIP's window.
+        n: maximum number of tokens per segment, without special tokens; 75 fill CLIP's window.
     """
 
     name: Literal["packed"] = "packed"
@@ -132,27 +132,27 @@ class PackedConfig(PartConfig):
 
 @dataclass(frozen=True)
 class Manual:
-    """Segments as the user gives them: a list of texts, or one text with a marker between segments.
+    """Segments given by the user: a list of texts, or one text with a marker between segments.
 
-    Encoders that read the whole text join a list with blanks, but read the marker as a word; beside them use lists.
+    Encoders of the whole text join a list with spaces, but encode the marker as a word. Use lists with them.
     """
 
     marker: str = "BREAK"
 
     def __call__(self, prompt: Prompt, count: TokenCounter) -> list[str]:
-        (given,) = check_prompts([prompt])
+        (segments,) = check_prompts([prompt])
         if isinstance(prompt, str):
             left = r"(?<!\w)" if self.marker[0].isalnum() else ""
             right = r"(?!\w)" if self.marker[-1].isalnum() else ""
-            given = re.split(left + re.escape(self.marker) + right, prompt)
-        return [segment.strip() for segment in given if segment.strip()]
+            segments = re.split(left + re.escape(self.marker) + right, prompt)
+        return [segment.strip() for segment in segments if segment.strip()]
 
 
 class ManualConfig(PartConfig):
-    """Segments are given by the user.
+    """Takes segments from the user.
 
     Attributes:
-        marker: the word that separates segments in a text; upper and lower case differ.
+        marker: word that separates segments in a text, case-sensitive.
     """
 
     name: Literal["manual"] = "manual"

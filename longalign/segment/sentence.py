@@ -1,4 +1,4 @@
-"""Splitting text into sentences by rules: abbreviations, numbers, initials, quotes, lists, line breaks, CJK."""
+"""Rule-based sentence splitting: abbreviations, numbers, initials, quotes, lists, line breaks, CJK."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# before a name: the stop never ends a sentence
+# titles before a name; their period never ends a sentence
 _TITLES = _words(
     "mr mrs ms mx dr prof rev fr gen col maj capt cpl sgt lt adm cmdr gov sen rep hon pres mt messrs mme mlle mgr"
 )
-# a stop after these never ends a sentence, whatever follows
+# abbreviations whose period never ends a sentence
 _NEVER = _words("e.g i.e eg ie vs viz cf ca approx resp incl esp excl")
-# before a number: "No. 5", "Fig. 3", "pp. 4"
+# abbreviations before a number: "No. 5", "Fig. 3", "pp. 4"
 _NUMBERED = _words("no nos fig figs vol vols pp p ch sec eq eqs op pt nr ver ref")
-# these may end a sentence, and do before a word that starts sentences
+# abbreviations that end a sentence only before a typical first word (`_STARTERS`)
 _MAY_END = _words("st sr jr inc ltd co corp bros ave blvd rd dept est ft bldg univ assn ph.d m.d b.a m.a misc orig")
 _UNITS = _words("in ft yd mi mm cm km m kg g mg lb lbs oz hr hrs min sec sq gal pt qt deg")
 _CALENDAR = _words(
@@ -37,9 +37,9 @@ _STARTERS = _words(
 _OPENERS = r"""\s"'“‘«„(\[{¿¡「『（【《〈—–-"""
 _CLOSERS = r"""["'”’»)\]}」』）】》〉]*"""
 _WIDE = "。！？；｡．؟۔।॥"
-_STOP = re.compile(rf"(?:\.(?:\s\.){{2,}}|[.!?…‼⁇⁈⁉{_WIDE}]+)(?P<closers>{_CLOSERS})")
+_END_MARK = re.compile(rf"(?:\.(?:\s\.){{2,}}|[.!?…‼⁇⁈⁉{_WIDE}]+)(?P<closers>{_CLOSERS})")
 _RUN = re.compile(r"\S+")
-_NO_BLANK = re.compile(r"\S")
+_NON_SPACE = re.compile(r"\S")
 _NO_OPENER = re.compile(rf"[^{_OPENERS}]")
 _NEXT_WORD = re.compile(rf"[{_OPENERS}]*(\S*)")
 _ACRONYM = re.compile(r"(?:[^\W\d_]{1,2}\.)+[^\W\d_]{1,2}")
@@ -53,33 +53,33 @@ _OPENING = frozenset(_PAIRS.values())
 _WORD = re.compile(r"\w")
 
 _WRAPPED = 40
-"""Lines of at least this length may be wrapped text: the next line goes on if it starts in lower case."""
+"""Minimum length of a wrapped line: the next line continues the sentence if it starts in lower case."""
 _LONG_QUOTE = 300
-"""A quotation or bracket longer than this is split inside; a shorter one is kept whole."""
+"""Quotations and brackets longer than this are split inside; shorter ones are not."""
 _LONGEST_MARKER = len("(xxxviii")
 
 
 def sentences(text: str) -> list[str]:
     """Splits a text into sentences.
 
-    A stop ends a sentence unless it belongs to an abbreviation (Mr., e.g., U.S., No. 5, a.m.), a number, an initial,
-    a list marker, an ellipsis or a quotation that goes on. Closing quotes and brackets stay with the sentence that
-    they close, short quotations and brackets are not split inside. A line break ends a sentence unless the line is
-    long and the next one starts in lower case (wrapped text). Full-width stops 。！？； end sentences without a blank.
-    The time is linear in the length, whatever the text.
+    A period, question mark or exclamation mark ends a sentence. Exceptions: abbreviations (Mr., e.g., U.S., No. 5,
+    a.m.), numbers, initials, list markers, ellipses, and quotations within a sentence. Closing quotes and brackets
+    stay with their sentence; short quotations and brackets are not split inside. A line break ends a sentence unless
+    the line is long and the next one starts in lower case (wrapped text). Full-width marks 。！？； need no space after
+    them. The time is linear in the length of the text.
 
     Returns:
-        Stripped, non-empty sentences. Nothing but whitespace is lost: joined, they give the text's other characters.
+        Stripped, non-empty sentences. Only whitespace is lost: joined, they contain all other characters of the text.
     """
     return [sentence for block in _blocks(text) for sentence in _split(block)]
 
 
 def _blocks(text: str) -> list[str]:
-    """Lines, wrapped ones joined."""
+    """Lines, with wrapped lines joined."""
     blocks: list[list[str]] = []
     last = ""
     for line in map(str.strip, text.splitlines()):
-        if last and line and not _ITEM.match(line) and _goes_on(last, line):
+        if last and line and not _ITEM.match(line) and _is_continued(last, line):
             blocks[-1].append(line)
         elif line:
             blocks.append([line])
@@ -87,7 +87,7 @@ def _blocks(text: str) -> list[str]:
     return [" ".join(lines) for lines in blocks]
 
 
-def _goes_on(line: str, following: str) -> bool:
+def _is_continued(line: str, following: str) -> bool:
     if len(line) >= _WRAPPED and following[0].islower():
         return True
     return line.endswith(".") and line.split()[-1][:-1].lower() in _TITLES | _NEVER
@@ -97,9 +97,9 @@ def _split(block: str) -> list[str]:
     out: list[str] = []
     start = seen = 0
     for end in _boundaries(block):
-        says_something = _WORD.search(block, seen, end)
+        has_word = _WORD.search(block, seen, end)
         seen = end
-        if says_something:
+        if has_word:
             out.append(block[start:end].strip())
             start = end
     rest = block[start:].strip()
@@ -113,17 +113,17 @@ def _split(block: str) -> list[str]:
 def _boundaries(block: str) -> Iterator[int]:
     scan = _Scan(block)
     bullets = deque(match.end() for match in _BULLET.finditer(block))
-    for stop in _STOP.finditer(block):
-        while bullets and bullets[0] <= stop.start():
+    for mark in _END_MARK.finditer(block):
+        while bullets and bullets[0] <= mark.start():
             yield scan.begin(bullets.popleft())
-        if scan.ends(stop) and not scan.enclosed(stop):
-            yield scan.begin(stop.end())
+        if scan.ends(mark) and not scan.enclosed(mark):
+            yield scan.begin(mark.end())
     yield from bullets
 
 
 def _enclosures(block: str) -> list[tuple[int, int]]:
-    """Quotations and brackets as ``(open, close)`` positions; unbalanced marks, long ones and inches do not count."""
-    found: list[tuple[int, int]] = []
+    """Positions ``(open, close)`` of quotations and brackets, without unbalanced ones, long ones and inch marks."""
+    spans: list[tuple[int, int]] = []
     stack: list[tuple[str, int]] = []
     open_marks: Counter[str] = Counter()
     for i, char in enumerate(block):
@@ -134,17 +134,17 @@ def _enclosures(block: str) -> list[tuple[int, int]]:
             stack.append((char, i))
             open_marks[char] += 1
         while opener and open_marks[opener]:
-            mark, place = stack.pop()
+            mark, position = stack.pop()
             open_marks[mark] -= 1
             if mark == opener:
-                found.append((place, i))
+                spans.append((position, i))
                 break
     whole = (0, len(block) - 1)
-    return [span for span in found if span != whole and span[1] - span[0] <= _LONG_QUOTE]
+    return [span for span in spans if span != whole and span[1] - span[0] <= _LONG_QUOTE]
 
 
 class _Scan:
-    """The stops of a block, in order. Places only move forward, so that no part of the block is read again and again.
+    """Decides which end marks of a block end a sentence. All positions only move forward, for linear time.
 
     Args:
         block: text without line breaks.
@@ -153,70 +153,71 @@ class _Scan:
     def __init__(self, block: str):
         self.block = block
         self.enclosures = deque(sorted(_enclosures(block)))
-        self.enclosed_to = -1  # where the last of the enclosures ends that began before
+        self.enclosed_to = -1  # largest end of the enclosures opened so far
         self.runs = _RUN.finditer(block)
-        self.run = next(self.runs, None)  # the run of characters that are no blanks in which the stop is
-        self.word = 0  # where the word before the stop begins
-        self.stop_end = 0  # of the last stop
+        self.run = next(self.runs, None)  # run of non-space characters that contains the current mark
+        self.word = 0  # start of the word before the current mark
+        self.mark_end = 0  # end of the previous mark
         self.begin(0)
 
     def begin(self, start: int) -> int:
-        """A sentence begins here; returns the place."""
+        """Starts a sentence at ``start`` and returns it."""
         self.start = start
-        found = _NO_BLANK.search(self.block, start)
-        self.first = found.start() if found else len(self.block)
+        match = _NON_SPACE.search(self.block, start)
+        self.first_char = match.start() if match else len(self.block)
         return start
 
-    def enclosed(self, stop: re.Match[str]) -> bool:
-        while self.enclosures and self.enclosures[0][0] < stop.start():
+    def enclosed(self, mark: re.Match[str]) -> bool:
+        """Whether a quotation or bracket encloses the mark."""
+        while self.enclosures and self.enclosures[0][0] < mark.start():
             self.enclosed_to = max(self.enclosed_to, self.enclosures.popleft()[1])
-        return self.enclosed_to >= stop.end()
+        return self.enclosed_to >= mark.end()
 
-    def ends(self, stop: re.Match[str]) -> bool:
-        """Whether a stop, which no quotation or bracket encloses, ends the sentence that has begun."""
-        block, at, after = self.block, stop.start(), stop.end()
+    def ends(self, mark: re.Match[str]) -> bool:
+        """Whether the mark ends the current sentence, ignoring enclosures."""
+        block, at, after = self.block, mark.start(), mark.end()
         while self.run and self.run.end() <= at:
             self.run = next(self.runs, None)
         self.word = max(self.word, self.start, self.run.start() if self.run else at)
-        found = _NO_OPENER.search(block, self.word, at)
-        self.word = found.start() if found else at
-        other_stops, self.stop_end = self.word < self.stop_end, after
+        match = _NO_OPENER.search(block, self.word, at)
+        self.word = match.start() if match else at
+        other_marks, self.mark_end = self.word < self.mark_end, after
         if after == len(block):
             return False
-        marks = stop.group().removesuffix(stop["closers"])
-        if any(mark in _WIDE for mark in marks):
+        marks = mark.group().removesuffix(mark["closers"])
+        if any(char in _WIDE for char in marks):
             return not (marks == "．" and block[at - 1 : at].isdigit() and block[after].isdigit())
         if not block[after].isspace():
-            return self._ends_joined(marks, at, after, other_stops)
+            return self._ends_joined(marks, at, after, other_marks)
         following = _NEXT_WORD.match(block, after)[1]  # type: ignore[index]
         if not following:
             return True
         if following[0] in ",;:)]}%":
             return False
-        if following[0].islower() and (stop["closers"] or marks.count(".") > 1 or "…" in marks):
+        if following[0].islower() and (mark["closers"] or marks.count(".") > 1 or "…" in marks):
             return False
-        if marks != "." or stop["closers"]:
+        if marks != "." or mark["closers"]:
             return True
-        if at - self.first <= _LONGEST_MARKER and _MARKER.fullmatch(block, self.first, at):
+        if at - self.first_char <= _LONGEST_MARKER and _MARKER.fullmatch(block, self.first_char, at):
             return False
         return _ends_at_word(block[self.word : at], block, self.word, following)
 
-    def _ends_joined(self, marks: str, at: int, after: int, other_stops: bool) -> bool:
-        """No blank after the stop, as between joined paragraphs: ``a tree.The sky``; not ``3.5`` or ``a.JPG``."""
+    def _ends_joined(self, marks: str, at: int, after: int, other_marks: bool) -> bool:
+        """Whether a mark without a following space ends a sentence: ``a tree.The sky``, but not ``3.5``, ``a.JPG``."""
         block = self.block
         if self.word == at:
             return False
         if _CJK.match(block, at - 1) and _CJK.match(block, after):
             return True
-        if other_stops or not block[at - 1].islower() or not (marks == "." or not set(marks) - set("!?")):
+        if other_marks or not block[at - 1].islower() or not (marks == "." or not set(marks) - set("!?")):
             return False
         word = block[self.word : at]
         plain = len(word) > 1 and word.isalpha() and word.lower() not in _TITLES | _NEVER | _NUMBERED
         return plain and bool(_JOINED.match(block, after))
 
 
-def _ends_at_word(word: str, block: str, place: int, following: str) -> bool:
-    """The rules for one stop after ``word``, at ``place`` in the block, and before a blank and ``following``."""
+def _ends_at_word(word: str, block: str, start: int, following: str) -> bool:
+    """Whether a period between ``word``, which starts at ``start``, and a space with ``following`` ends a sentence."""
     key = word.lower()
     name = following.rstrip(",;:!?…\"'”’)")
     starter = name[:1].isupper() and name.lower() in _STARTERS
@@ -232,7 +233,7 @@ def _ends_at_word(word: str, block: str, place: int, following: str) -> bool:
         return False
     if key == "etc":
         return not lower
-    if key in _UNITS and _follows_number(block, place):
+    if key in _UNITS and _follows_number(block, start):
         return not lower
     if key in _CALENDAR and word[0].isupper() and len(word) <= 5:
         return not (lower or following[0].isdigit())
@@ -241,7 +242,7 @@ def _ends_at_word(word: str, block: str, place: int, following: str) -> bool:
     return True
 
 
-def _follows_number(block: str, place: int) -> bool:
-    while place and block[place - 1].isspace():
-        place -= 1
-    return block[place - 1 : place].isdecimal()
+def _follows_number(block: str, position: int) -> bool:
+    while position and block[position - 1].isspace():
+        position -= 1
+    return block[position - 1 : position].isdecimal()

@@ -1,4 +1,4 @@
-"""Cutting text that is longer than a window of tokens into pieces that fit, losing nothing."""
+"""Splits text that exceeds a token window into pieces that fit, without losing text."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 
 TokenCounter = Callable[[str], int]
-"""Number of tokens of a text, without special tokens."""
+"""Returns the number of tokens of a text, without special tokens."""
 
 _CLAUSE_END = re.compile(r"""[,;:.!?…—–)\]”"]+(?=\s)|[，、；：。！？）」』】]+""")
 _WORD = re.compile(r"\S+")
-_NO_BLANK = re.compile(r"\S")
+_NON_SPACE = re.compile(r"\S")
 _JOINERS = "\u200d\ufe0e\ufe0f"
 
 
@@ -25,7 +25,7 @@ def _word_ends(text: str, start: int) -> Iterator[int]:
 
 
 def _character_ends(text: str, start: int) -> Iterator[int]:
-    # a combining mark or a joiner stays with the character it belongs to
+    # do not separate a combining mark or a joiner from its base character
     for i in range(start + 1, len(text)):
         if not unicodedata.combining(text[i]) and text[i] not in _JOINERS and text[i - 1] != "\u200d":
             yield i
@@ -33,11 +33,13 @@ def _character_ends(text: str, start: int) -> Iterator[int]:
 
 
 def _fits(text: str, start: int, stop: int, limit: int, count: TokenCounter) -> bool:
-    """Whether ``text[start:stop]`` has at most ``limit`` tokens; where it is far too long, only its beginning is
-    counted."""
+    """Whether ``text[start:stop]`` has at most ``limit`` tokens.
+
+    Of a text that is far too long only the beginning is tokenized.
+    """
     size = 16 * limit + 256
     while size < stop - start:
-        # a longer text may have a few tokens fewer than its beginning, where they merge into others
+        # margin: a text may have slightly fewer tokens than its prefix, where tokens merge
         if count(text[start : start + size]) > 2 * limit + 16:
             return False
         size *= 2
@@ -45,41 +47,43 @@ def _fits(text: str, start: int, stop: int, limit: int, count: TokenCounter) -> 
 
 
 def _longest(text: str, start: int, ends: Iterable[int], limit: int, count: TokenCounter) -> int:
-    """The last of the ascending ``ends`` up to which ``text`` has at most ``limit`` tokens from ``start`` on; 0 if
-    there is none. No more of the ends are asked for than about twice as many as fit."""
-    rest, known = iter(ends), []
+    """Returns the last of the ascending ``ends`` such that ``text[start:end]`` has at most ``limit`` tokens, or 0.
+
+    Consumes at most about twice as many of the ends as fit.
+    """
+    remaining, known = iter(ends), []
 
     def fits(i: int) -> bool:
-        known.extend(islice(rest, max(0, i + 1 - len(known))))
+        known.extend(islice(remaining, max(0, i + 1 - len(known))))
         return i < len(known) and _fits(text, start, known[i], limit, count)
 
     last, step = -1, 1
-    # doubling first: a long text is never counted as a whole for each of its pieces
+    # doubling before bisection: the whole remaining text is not tokenized again for each piece
     while fits(last + step):
         last += step
         step *= 2
-    fails = min(last + step, len(known))
-    while fails - last > 1:
-        middle = (last + fails) // 2
+    too_long = min(last + step, len(known))
+    while too_long - last > 1:
+        middle = (last + too_long) // 2
         if fits(middle):
             last = middle
         else:
-            fails = middle
+            too_long = middle
     return known[last] if last >= 0 else 0
 
 
 def pieces(text: str, limit: int, count: TokenCounter, *, clauses: bool = True) -> list[str]:
-    """Cuts one text into stripped pieces of at most ``limit`` tokens, each as long as its boundary allows.
+    """Splits one text into stripped pieces of at most ``limit`` tokens, each as long as possible.
 
-    Boundaries are ends of clauses (if ``clauses``), else of words, else of characters: the last only where one word
-    alone is longer than the limit. A character with more combining marks than the limit holds is parted from some of
-    them. Time and the longest text that is counted grow with the pieces, not with the square of the text.
+    Pieces end after a clause (if ``clauses``), else after a word. A single word of more than ``limit`` tokens is split
+    between characters. A character is separated from its combining marks only if they exceed ``limit``. Time is not
+    quadratic in the length of the text, and no text much longer than a piece is tokenized.
 
     Raises:
-        ValueError: if a single code point has more tokens than ``limit``.
+        ValueError: if ``limit`` is below 1, or a single code point has more tokens.
     """
     if limit < 1:
-        raise ValueError(f"a window needs at least 1 token, got {limit}")
+        raise ValueError(f"expected a window of at least 1 token, got {limit}")
     text = text.strip()
     out, start, word = [], 0, 0
     while start < len(text):
@@ -96,21 +100,21 @@ def pieces(text: str, limit: int, count: TokenCounter, *, clauses: bool = True) 
                 "window"
             )
         out.append(text[start:end].rstrip())
-        found = _NO_BLANK.search(text, end)
-        start = found.start() if found else len(text)
+        match = _NON_SPACE.search(text, end)
+        start = match.start() if match else len(text)
     return out
 
 
-def fit(segments: Sequence[str], limit: int, count: TokenCounter) -> list[str]:
-    """Splits those segments that have more than ``limit`` tokens; the others are returned untouched.
+def split_to_window(segments: Sequence[str], limit: int, count: TokenCounter) -> list[str]:
+    """Splits segments of more than ``limit`` tokens; the others are returned unchanged.
 
     Args:
         segments: texts in order.
-        limit: tokens that the encoder's window holds, without special tokens.
+        limit: size of the encoder's window in tokens, without special tokens.
         count: the encoder's token counter.
 
     Returns:
-        Segments of at most ``limit`` tokens; a long one was split after a clause where possible, else between words.
+        Segments of at most ``limit`` tokens, split after clauses where possible, else between words.
     """
     out: list[str] = []
     for segment in segments:

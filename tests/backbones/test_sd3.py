@@ -149,9 +149,9 @@ def test_t5_can_be_left_out_or_put_behind(folder, pipe, encoder):
     torch.testing.assert_close(composed.encode([LONG]).states, whole.states)
     assert encoder.report([LONG]) == list(whole.reports)
     assert [len(part.segments) for part in whole.reports[0].parts] == [3, 1]
-    with pytest.warns(TruncationWarning, match=r"1 of 1 prompts do not fit into 8 positions; .* raise t5_tokens"):
+    with pytest.warns(TruncationWarning, match=r"1 of 1 prompts .*\b8\b.* raise t5_tokens"):
         told_by(folder, t5_tokens=8, overflow="truncate").encode([LONG])
-    with pytest.raises(ValueError, match="the two CLIPs' states are 20 wide, T5's 32; set width"):
+    with pytest.raises(ValueError, match=r"width 24\b.*\b20\b.*\b32\b.*'width'"):
         told_by(folder, width=24)
 
 

@@ -17,7 +17,7 @@ def encoder(tmp_path_factory):
     return encoders.build({"name": "clip-truncate", "checkpoint": str(tiny_clip_text(tmp_path_factory.mktemp("clip")))})
 
 
-def test_states_are_those_of_a_diffusers_pipeline(encoder):
+def test_clip_truncate_states_match_diffusers(encoder):
     prompts = ["A red fox. The sky", "", "a wall"]
     tokens = encoder.tokens.tokenizer(prompts, padding="max_length", max_length=77, return_tensors="pt")
     conditioning = encoder.encode(prompts)
@@ -26,8 +26,8 @@ def test_states_are_those_of_a_diffusers_pipeline(encoder):
     assert not conditioning.states.requires_grad
 
 
-def test_what_is_cut_is_reported_and_warned_of_once(encoder):
-    with pytest.warns(TruncationWarning, match="1 of 2 prompts do not fit into 77 positions") as caught:
+def test_clip_truncate_warns_once_and_reports_text(encoder):
+    with pytest.warns(TruncationWarning, match=r"1 of 2 prompts .*\b77\b") as caught:
         conditioning = encoder.encode([LONG + " end", "fox"])
     assert len(caught) == 1
     report = conditioning.reports[0]
@@ -38,12 +38,12 @@ def test_what_is_cut_is_reported_and_warned_of_once(encoder):
     )
 
 
-def test_cutting_can_be_refused_and_segments_are_joined(encoder):
+def test_clip_truncate_raises_on_overflow_error_and_joins_segments(encoder):
     strict = type(encoder)(encoder.text_model, encoder.tokens.tokenizer, overflow="error")
-    with pytest.raises(ValueError, match="clip-segment"):
+    with pytest.raises(ValueError, match=r"1 of 1 prompts .*\b77\b.*clip-segment"):
         strict.encode([LONG])
     assert torch.equal(strict.encode([["a", "fox"]]).states, strict.encode(["a fox"]).states)
-    with pytest.raises(ValueError, match="got one text"):
+    with pytest.raises(ValueError, match=r"'a fox'.*\[prompt\]"):
         strict.encode("a fox")
 
 
@@ -54,7 +54,7 @@ def original(tmp_path_factory):
 
 
 def reference(state, ids):
-    """OpenAI's text transformer, written out with torch's own attention."""
+    """OpenAI's text transformer with torch's attention."""
     positions = torch.cat([state["positional_embedding"][:20], state["positional_embedding_res"][20:]])
     x = state["token_embedding.weight"][ids] + positions[: len(ids)]
     width = x.shape[-1]
@@ -76,7 +76,7 @@ def reference(state, ids):
     return norm(x, "ln_final")
 
 
-def test_longclip_from_the_original_file(original):
+def test_longclip_loads_original_file(original):
     encoder = encoders.build({"name": "longclip", "checkpoint": str(original)})
     with torch.no_grad():
         state = torch.load(original, weights_only=True)
@@ -88,14 +88,14 @@ def test_longclip_from_the_original_file(original):
     assert torch.equal(in_folder.encode(["fox"]).states, encoder.encode(["fox"]).states)
 
 
-def test_longclip_takes_its_first_20_positions_from_the_first_table(original):
+def test_longclip_first_20_positions_are_clips(original):
     state = torch.load(original, weights_only=True)
     positions = text_state(state)["embeddings.position_embedding.weight"]
     assert torch.equal(positions[19], state["positional_embedding"][19])
     assert torch.equal(positions[20], state["positional_embedding_res"][20])
 
 
-def test_longclip_in_transformers_layout(tmp_path):
+def test_longclip_loads_transformers_layout(tmp_path):
     folder = tiny_clip_text(tmp_path, "transformers", positions=248)
     whole = encoders.build({"name": "longclip", "checkpoint": str(folder)})
     prompts = [" ".join(["A red fox."] * 100), "A red fox."]
@@ -110,18 +110,18 @@ def test_longclip_in_transformers_layout(tmp_path):
     assert torch.equal(conditioning.states[1, 248:], conditioning.states[1, 247:248].expand(248, -1))
     encoder = encoders.build({"name": "longclip", "checkpoint": str(folder), "overflow": "truncate"})
     assert encoder.encode([LONG]).reports[0].truncated == ""
-    with pytest.warns(TruncationWarning, match="248"):
+    with pytest.warns(TruncationWarning, match=r"1 of 1 prompts .*\b248\b"):
         assert encoder.encode([" ".join(["fox"] * 247)]).reports[0].truncated == "fox"
 
 
-def test_longclip_says_what_is_wrong(tmp_path, original):
-    with pytest.raises(ValueError, match="has 77 positions, a LongCLIP has 248"):
+def test_longclip_rejects_wrong_checkpoints(tmp_path, original):
+    with pytest.raises(ValueError, match=r"\b248\b.*\b77\b.*short'"):
         encoders.build({"name": "longclip", "checkpoint": str(tiny_clip_text(tmp_path / "short"))})
     torch.save({"weight": torch.ones(1)}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="expected the keys of an OpenAI-style CLIP"):
+    with pytest.raises(ValueError, match=r"'token_embedding\.weight'.*\['weight'\]"):
         encoders.build({"name": "longclip", "checkpoint": str(tmp_path / "other.pt")})
     torch.save(nn.Linear(1, 1), tmp_path / "code.pt")
-    with pytest.raises(ValueError, match=r"is not read: it holds 'torch\.nn"):
+    with pytest.raises(ValueError, match=r"code\.pt .*'torch\.nn"):
         encoders.build({"name": "longclip", "checkpoint": str(tmp_path / "code.pt")})
-    with pytest.raises(ValueError, match=r"no file 'longclip-B\.pt'"):
+    with pytest.raises(ValueError, match=r"'longclip-B\.pt'"):
         encoders.build({"name": "longclip", "checkpoint": str(original.parent), "filename": "longclip-B.pt"})

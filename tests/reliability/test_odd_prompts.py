@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longalign.registry import encoders, rewards, segmenters
-from longalign.segment import fit, sentences
+from longalign.segment import sentences, split_to_window
 
 pytestmark = pytest.mark.reliability
 
@@ -82,7 +82,7 @@ def test_odd_prompts_are_scored_to_their_end(config):
 def test_segmenters_lose_nothing_of_any_text(name, text):
     found = segmenters.build(name)(text, lambda piece: len(piece.encode()))
     assert tight("".join(found)) == tight(text) and all(segment.strip() for segment in found)
-    assert tight("".join(fit(found, 7, lambda piece: len(piece.encode())))) == tight(text)
+    assert tight("".join(split_to_window(found, 7, lambda piece: len(piece.encode())))) == tight(text)
 
 
 @settings(derandomize=True, deadline=None, max_examples=200)

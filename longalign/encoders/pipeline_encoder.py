@@ -1,4 +1,4 @@
-"""Segment encoders over the text encoders that a diffusers pipeline has already loaded."""
+"""Segment encoders that use the text encoders of a loaded diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ _fast_tokenizers: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
 @contextmanager
-def own_encoder(pipe: Any) -> Iterator[Encoder]:
-    """A segment encoder over a pipeline's own text encoders and tokenizers: nothing is loaded or copied.
+def pipeline_encoder(pipe: Any) -> Iterator[Encoder]:
+    """Context manager: a segment encoder over a pipeline's text encoders and tokenizers, without loading or copying.
 
-    Inside, the text encoders are frozen and in evaluation mode; afterwards they have their modes again. The encoder is
-    made anew each time, which is cheap, so that it follows a text encoder that is replaced, trained or given a LoRA.
+    Within the context the text encoders are frozen and in evaluation mode; on exit both are restored. The encoder is
+    rebuilt for each use, which is cheap, so it reflects a text encoder that was replaced, trained or given a LoRA.
 
     Args:
-        pipe: a diffusers pipeline of Stable Diffusion 1.x, 2.x, XL or 3, or one of its relatives (ControlNet, ...).
+        pipe: a diffusers pipeline of Stable Diffusion 1.x, 2.x, XL or 3, or a variant (ControlNet, ...).
 
     Raises:
-        ValueError: if its text encoders are others, or one is not loaded.
+        ValueError: if the text encoders are not supported, or one is not loaded.
     """
     models = [model for name in NAMES if isinstance(model := getattr(pipe, name, None), nn.Module)]
     modes = [(module, module.training) for model in models for module in model.modules()]
-    trained = [parameter for model in models for parameter in model.parameters() if parameter.requires_grad]
+    trainable = [parameter for model in models for parameter in model.parameters() if parameter.requires_grad]
     try:
         yield _build(pipe)
     finally:
         for module, mode in modes:
             module.training = mode
-        for parameter in trained:
+        for parameter in trainable:
             parameter.requires_grad_(True)
 
 
@@ -51,18 +51,18 @@ def _build(pipe: Any) -> Encoder:
     slots = [name for name in NAMES if hasattr(pipe, name)]
     models = [getattr(pipe, name) for name in slots]
     kinds = tuple(_kind(model) for model in models)
-    tokenizers = [fast(getattr(pipe, name.replace("text_encoder", "tokenizer"), None)) for name in slots]
+    tokenizers = [to_fast_tokenizer(getattr(pipe, name.replace("text_encoder", "tokenizer"), None)) for name in slots]
     segmenter = Sentence()
     if kinds == ("clip",) and hasattr(pipe, "unet"):
         from longalign.encoders.clip_segment import ClipSegmentEncoder
 
         return ClipSegmentEncoder(models[0], tokenizers[0], segmenter)
-    two: Any = tuple(models[:2]), tuple(tokenizers[:2]), segmenter
+    clip_pair: Any = tuple(models[:2]), tuple(tokenizers[:2]), segmenter
     if kinds in (("clip", "projected"), ("projected", "projected")) and hasattr(pipe, "unet"):
         from longalign.encoders.clip_segment_sdxl import ClipSegmentSDXLEncoder
 
         zeros = getattr(pipe.config, "force_zeros_for_empty_prompt", False)
-        return ClipSegmentSDXLEncoder(*two, empty="zeros" if zeros else "encode")
+        return ClipSegmentSDXLEncoder(*clip_pair, empty="zeros" if zeros else "encode")
     width = getattr(getattr(getattr(pipe, "transformer", None), "config", None), "joint_attention_dim", None)
     if kinds in (("projected", "projected", "t5"), ("projected", "projected", None)) and width is not None:
         from longalign.encoders.clip_segment_sd3 import ClipSegmentSD3Encoder
@@ -70,17 +70,17 @@ def _build(pipe: Any) -> Encoder:
         from longalign.encoders.configs import ClipSegmentSD3Config
         from longalign.encoders.t5 import T5Encoder
 
-        clips = ClipSegmentSDXLEncoder(*two, empty="encode")
-        length: int = ClipSegmentSD3Config.model_fields["t5_tokens"].default
+        clips = ClipSegmentSDXLEncoder(*clip_pair, empty="encode")
+        num_t5_states: int = ClipSegmentSD3Config.model_fields["t5_tokens"].default
         if models[2] is None:
-            return ClipSegmentSD3Encoder(clips, zeros=length, width=width)
-        t5 = T5Encoder(models[2], tokenizers[2], max_tokens=length)
+            return ClipSegmentSD3Encoder(clips, num_zeros=num_t5_states, width=width)
+        t5 = T5Encoder(models[2], tokenizers[2], max_tokens=num_t5_states)
         return ClipSegmentSD3Encoder(clips, t5, width=width)
     raise ValueError(_unsupported(pipe, slots, models))
 
 
 def _kind(model: Any) -> str | None:
-    """Which text encoder it is: "clip", "projected" (CLIP with a projection), "t5", another, or None for none."""
+    """The type of a text encoder: "clip", "projected" (CLIP with a projection), its model type, or None for none."""
     if model is None:
         return None
     kind = getattr(getattr(model, "config", None), "model_type", None)
@@ -90,29 +90,28 @@ def _kind(model: Any) -> str | None:
 
 
 def _unsupported(pipe: Any, slots: Sequence[str], models: Sequence[Any]) -> str:
-    found = [
+    descriptions = [
         f"{name}: {'not loaded' if model is None else type(model).__name__}"
         for name, model in zip(slots, models, strict=True)
     ]
     return (
-        f"segments are not known for the text encoders of {type(pipe).__name__} ({', '.join(found) or 'none'}); "
-        f"supported without 'encoder' are {SUPPORTED}. For others pass encoder=..., an Encoder, or the name or config "
-        "of one, e.g. encoder={'name': 'clip-segment', 'checkpoint': 'hub id or folder'}; "
-        "`longalign list encoders` shows them"
+        f"the text encoders of {type(pipe).__name__} are not supported ({', '.join(descriptions) or 'none'}); "
+        f"expected {SUPPORTED}. For other pipelines pass an Encoder, or the name or config of one, e.g. "
+        "encoder={'name': 'clip-segment', 'checkpoint': 'hub id or folder'}; "
+        "`longalign list encoders` lists them"
     )
 
 
-def fast(tokenizer: Any) -> Any:
-    """A tokenizer as a fast one, which knows where in a text its tokens are; with transformers 4 pipelines have slow
-    ones."""
+def to_fast_tokenizer(tokenizer: Any) -> Any:
+    """Converts a slow tokenizer, as in pipelines under transformers 4, to a fast one with character offsets."""
     if tokenizer is None or tokenizer.is_fast:
         return tokenizer
-    kept = _fast_tokenizers.get(tokenizer)
-    if kept is None or len(kept) != len(tokenizer):
+    converted = _fast_tokenizers.get(tokenizer)
+    if converted is None or len(converted) != len(tokenizer):
         from transformers import AutoTokenizer
 
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save_pretrained(folder)
-            kept = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        _fast_tokenizers[tokenizer] = kept
-    return kept
+            converted = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        _fast_tokenizers[tokenizer] = converted
+    return converted
