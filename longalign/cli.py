@@ -319,7 +319,9 @@ def _eval(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--reward", action="append", required=True, metavar="REWARD", help=REWARD_HELP)
     _prompts(command, "a prompt; may be repeated", required=False)
     _sampling(command)
-    command.add_argument("--output", metavar="DIR", help="a folder for the generated images, with a subfolder per model")
+    command.add_argument(
+        "--output", metavar="DIR", help="a folder for the generated images, with a subfolder per model"
+    )
     command.add_argument("--json", metavar="FILE", help="also write the table, with the values per image, as JSON")
     command.add_argument("--markdown", metavar="FILE", help="also write the table as Markdown")
 
@@ -334,7 +336,9 @@ def _direction(add: Callable[..., argparse.ArgumentParser]) -> None:
         longalign train run.yaml rewards.0.direction=denscore-direction.safetensors
         """,
     )
-    command.add_argument("--reward", required=True, metavar="REWARD", help=REWARD_HELP.removesuffix("; may be repeated"))
+    command.add_argument(
+        "--reward", required=True, metavar="REWARD", help=REWARD_HELP.removesuffix("; may be repeated")
+    )
     command.add_argument("--prompts", required=True, metavar="FILE", help="the corpus: .txt, one per line, or .jsonl")
     command.add_argument("--batch", type=_positive, default=64, help="prompts encoded at a time (64)")
     command.add_argument("--output", required=True, metavar="FILE", help="the .safetensors file to write")
@@ -353,7 +357,9 @@ def _list(add: Callable[..., argparse.ArgumentParser]) -> None:
         """,
     )
     command.add_argument("kinds", nargs="*", default=[], metavar="KIND", help="only these kinds")
-    command.add_argument("--check", action="store_true", help="like --verbose, but exit with status 1 if a part is broken")
+    command.add_argument(
+        "--check", action="store_true", help="like --verbose, but exit with status 1 if a part is broken"
+    )
     command.add_argument("--verbose", action="store_true", help="show the module and class of each part's config")
 
 

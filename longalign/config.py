@@ -214,7 +214,7 @@ class RunConfig(Section):
         if self.backbone is None or self.encoder is None:
             return [("cache", "a cache needs a backbone and an encoder; remove this key")]
         if cache.latents and not getattr(self.data, "has_images", True):
-            return [("cache.latents", f"'{self.data.name}' has no images to encode; set it to false")]
+            return [("cache.latents", f"'{self.data.name}' has prompts only, no images; set it to false")]
         if not cache.prompts and cache.latents is False:
             return [("cache", "latents and prompts are both false; set at least one to true")]
         return []
@@ -288,8 +288,8 @@ def _version_differences(path: Path | None) -> list[ConfigProblem]:
         except PackageNotFoundError:
             installed = None
         if installed != saved_version:
-            state = "is not installed; install it" if installed is None else f"{installed} is installed"
-            provided = f", which provides {', '.join(parts)}" if parts else ""
+            state = "is not installed here; install it" if installed is None else f"{installed} is installed here"
+            provided = f", which provided {', '.join(parts)}" if parts else ""
             out.append(("", f"the checkpoint was made with {owner}{provided}; {package} {state}"))
     return out
 

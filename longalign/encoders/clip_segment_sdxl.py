@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from longalign.encoders.base import Conditioning, Encoder, PromptReport, check_prompts, plain_text
 from longalign.encoders.clip_segment import ClipSegmentEncoder, SegmentPlan
-from longalign.files import place
+from longalign.files import join_subfolder
 from longalign.runtime import Runtime
 from longalign.segment import Prompt, Segmenter
 
@@ -134,7 +134,8 @@ def load_clip_pair(config: TwoClipsConfig, runtime: Runtime, first: type, **sett
 
     kinds = {"text_encoder": first, "text_encoder_2": CLIPTextModelWithProjection}
     loaded = [
-        load_clip_text_model(kind, config, place(config.subfolder, folder), runtime) for folder, kind in kinds.items()
+        load_clip_text_model(kind, config, join_subfolder(config.subfolder, folder), runtime)
+        for folder, kind in kinds.items()
     ]
     models, tokenizers = zip(*loaded, strict=True)
     keys = ("pooled", "sot", "eot", "pad", "max_tokens", "overflow", "max_batch_tokens")

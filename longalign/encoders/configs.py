@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from longalign.errors import ConfigProblem
-from longalign.files import check_single_file, place
+from longalign.files import check_single_file, join_subfolder
 from longalign.hub import absent, incomplete, read_json
 from longalign.registry import Part, PartConfig
 from longalign.runtime import Runtime
@@ -74,7 +74,7 @@ class _Loaded(CheckpointConfig):
     subfolder: str | None = None
 
     def _configs(self) -> list[str]:
-        return super()._configs() if self.subfolder is None else [place(self.subfolder, "config.json")]
+        return super()._configs() if self.subfolder is None else [join_subfolder(self.subfolder, "config.json")]
 
     def widths(self) -> tuple[int | None, int | None]:
         return self._width_of("hidden_size"), None
@@ -158,11 +158,13 @@ class TwoClipsConfig(CheckpointConfig):
     overflow: Literal["grow", "truncate", "error"] = "grow"
 
     def _configs(self) -> list[str]:
-        return [place(self.subfolder, "text_encoder/config.json")]
+        return [join_subfolder(self.subfolder, "text_encoder/config.json")]
 
     def _both(self, key: str) -> tuple[int | None, int | None]:
         """A key of the two CLIPs' configs."""
-        first, second = (self._width_of(key, inside=place(self.subfolder, f"text_encoder{n}")) for n in ("", "_2"))
+        first, second = (
+            self._width_of(key, inside=join_subfolder(self.subfolder, f"text_encoder{n}")) for n in ("", "_2")
+        )
         return first, second
 
 
@@ -300,13 +302,13 @@ class AdapterConfig(PartConfig):
         """Of what comes out, as far as files on this machine tell."""
         if self.checkpoint is None:
             return self.out_dim
-        width = read_json(self.checkpoint, place(self.subfolder, "config.json"), self.revision).get("out_dim")
+        width = read_json(self.checkpoint, join_subfolder(self.subfolder, "config.json"), self.revision).get("out_dim")
         return width if isinstance(width, int) else None
 
     def check_files(self) -> list[ConfigProblem]:
         if self.checkpoint is None:
             return []
-        config = [place(self.subfolder, "config.json")]
+        config = [join_subfolder(self.subfolder, "config.json")]
         problem = absent(self.checkpoint, self.revision) or incomplete(self.checkpoint, config, self.revision)
         return [("checkpoint", problem)] if problem else []
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from longalign import checkpoint as checkpointing
 from longalign.checkpoint import redacted
-from longalign.checks import used
+from longalign.checks import output_problem
 from longalign.config import to_dict
 from longalign.data.stream import Stream
 from longalign.encoders.base import Conditioning, Encoder
@@ -172,7 +172,7 @@ class Run:
                 self.lock = Lock(self.output)
                 recover(self.output)
                 own = resume is not None and self.output.resolve() in (resume.resolve(), *resume.resolve().parents)
-                if not own and (found := used(self.config)):
+                if not own and (found := output_problem(self.config)):
                     raise ValueError(found)
             except (ValueError, OSError) as error:
                 problem = error
