@@ -50,10 +50,10 @@ def run(examples):
     return attack
 
 
-def test_random_calls(monkeypatch, capsys):
+def test_cli_random_arguments(monkeypatch, capsys):
     run(150)(monkeypatch=monkeypatch, capsys=capsys)
 
 
 @pytest.mark.reliability
-def test_many_random_calls(monkeypatch, capsys):
+def test_cli_many_random_arguments(monkeypatch, capsys):
     run(5000)(monkeypatch=monkeypatch, capsys=capsys)

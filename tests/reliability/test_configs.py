@@ -151,7 +151,7 @@ kinds = st.sampled_from(["replace", "remove", "list", "itself", "add"])
 
 
 @sizes(100, 10_000)
-def test_mutated_mappings(count, tmp_path):
+def test_load_config_mutated_mappings(count, tmp_path):
     seen = []
 
     def test(source, data):
@@ -167,7 +167,7 @@ def test_mutated_mappings(count, tmp_path):
 
 
 @sizes(100, 10_000)
-def test_overrides(count):
+def test_override_random_changes(count):
     seen = []
 
     def test(source, data):
@@ -186,7 +186,7 @@ PIECES += ["%YAML 1.1", "---", "...", "\t", "\0", "²", "٥", "é", "\ud800", "1
 
 
 @sizes(60, 5_000)
-def test_assignments(count):
+def test_parse_assignments_random_text(count):
     def test(source, data):
         path = ".".join(map(str, data.draw(st.sampled_from(PATHS[source]))))
         value = "".join(data.draw(st.lists(st.one_of(st.sampled_from(PIECES), texts), max_size=4)))
@@ -197,7 +197,7 @@ def test_assignments(count):
 
 
 @sizes(40, 5_000)
-def test_yaml_mutated_by_characters(count, tmp_path):
+def test_load_config_mutated_yaml(count, tmp_path):
     originals = [to_yaml(load_config(base)) for base in BASES]
 
     def test(source, data):
@@ -217,7 +217,7 @@ def test_yaml_mutated_by_characters(count, tmp_path):
 
 
 @sizes(60, 10_000)
-def test_json_mutated_by_bytes(count, tmp_path):
+def test_load_config_mutated_json(count, tmp_path):
     import json
 
     originals = [json.dumps(base).encode() for base in BASES]

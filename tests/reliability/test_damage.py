@@ -61,7 +61,7 @@ def equal(one, other):
 
 
 @pytest.mark.parametrize("name", ["longalign.safetensors", "resume/shared.pt", "resume/process-0.pt"])
-def test_a_damaged_checkpoint_is_named_or_gives_what_was_written(checkpoint, tmp_path, name):
+def test_load_damaged_checkpoint_fails_or_is_unchanged(checkpoint, tmp_path, name):
     copy = tmp_path / "checkpoint-000001"
     shutil.copytree(checkpoint, copy)
     path, before = copy / name, load_state(checkpoint)
@@ -93,7 +93,7 @@ METADATA += [{"format": "1", "config": c, "loras": "[]"} for c in ("", "[]", "nu
 METADATA += [{"config": 5}, {"config": None}, {"format": "1", "config": "{}", "loras": "null"}, {"a": {"b": 1}}]
 
 
-def test_foreign_metadata_are_named(tmp_path):
+def test_read_config_names_file_with_invalid_metadata(tmp_path):
     for number, metadata in enumerate(METADATA):
         path = tmp_path / f"{number}.safetensors"
         header = json.dumps({"__metadata__": metadata}).encode()
@@ -151,7 +151,7 @@ def places(folder, checkpoint):
         yield sd / part / "diffusion_pytorch_model.bin", build
 
 
-def test_a_pickle_runs_nothing_in_any_place_that_reads_one(checkpoint, tmp_path):
+def test_loading_pickles_executes_no_code(checkpoint, tmp_path):
     mark = tmp_path / "executed"
     calls = {"mkdir": (os.mkdir, (str(mark),)), "eval": (eval, (f"__import__('os').mkdir({str(mark)!r})",))}
     tried = 0

@@ -95,12 +95,12 @@ def damaged(draw, seeds):
 
 
 @pytest.mark.parametrize("name", SEEDS)
-def test_every_format_is_read(name):
+def test_load_square_reads_all_formats(name):
     assert read(SEEDS[name]) is not None
 
 
 @pytest.mark.parametrize("name", SEEDS)
-def test_every_truncation_ends_well(name):
+def test_load_square_truncated_files(name):
     content = SEEDS[name]
     for length in range(0, len(content), max(1, len(content) // 400)):
         read(content[:length])
@@ -108,7 +108,7 @@ def test_every_truncation_ends_well(name):
 
 @MANY
 @given(damaged(list(SEEDS.values())))
-def test_damaged_images(content):
+def test_load_square_damaged_files(content):
     started = time.monotonic()
     read(content)
     assert time.monotonic() - started < 20
@@ -116,7 +116,7 @@ def test_damaged_images(content):
 
 @SOME
 @given(st.binary(max_size=300))
-def test_bytes_that_are_no_image(content):
+def test_load_square_random_bytes(content):
     read(content)
 
 
@@ -124,7 +124,7 @@ def test_bytes_that_are_no_image(content):
 @given(
     st.sampled_from(["L", "I;16", "I;16B", "RGB", "CMYK", "F", "I", "LAB", "YCbCr", "1", "P", "LA", "RGBA"]), st.data()
 )
-def test_modes_in_tiff(mode, chosen):
+def test_load_square_tiff_modes(mode, chosen):
     size = chosen.draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
     values = chosen.draw(st.binary(min_size=9 * 9 * 4, max_size=9 * 9 * 4))
     image = Image.new(mode, size)
@@ -180,7 +180,7 @@ def shard(content, **keys):
 
 @SOME
 @given(damaged(ARCHIVES))
-def test_damaged_shards(content):
+def test_webdataset_damaged_shards(content):
     for item in shard(content) or ():
         assert item["image"].shape == (3, 8, 8) and item["prompt"].encode()
 
@@ -203,7 +203,7 @@ CONTENTS = [PICTURE, b"A fox.", b"\xff", b"", *CAPTIONS]
     ),
     st.sampled_from(["txt", "json"]),
 )
-def test_members_of_all_names_and_contents(members, caption):
+def test_webdataset_random_members(members, caption):
     for item in shard(archive(members), caption=caption) or ():
         assert item["image"].shape == (3, 8, 8) and item["prompt"].encode()
 
@@ -228,7 +228,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["folder", "pairs"])
-def test_metadata(folder, name):
+def test_folder_and_pairs_random_metadata(folder, name):
     @MANY
     @given(st.lists(ROWS, max_size=5), st.data())
     def attack(rows, chosen):
@@ -248,7 +248,7 @@ def test_metadata(folder, name):
     attack()
 
 
-def test_tables_of_captions(tmp_path):
+def test_read_captions_damaged_csv(tmp_path):
     @SOME
     @given(
         damaged(
@@ -269,7 +269,7 @@ def test_tables_of_captions(tmp_path):
 @given(
     st.lists(st.sampled_from(["..", ".", "a", "b.png", "", "/", "a..", "...", "\\", "~", "etc", "in"])).map("/".join)
 )
-def test_no_name_leads_out_of_a_folder(name):
+def test_inside_rejects_names_outside_folder(name):
     for folder in ("in", "/tmp/in", "in/../in", "/"):
         try:
             path = inside(folder, name)

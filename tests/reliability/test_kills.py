@@ -130,7 +130,7 @@ def killed_before(number):
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_killed_before_each_operation_on_a_file(tmp_path, whole, finished):
+def test_resume_after_kill_before_each_file_operation(tmp_path, whole, finished):
     kills = 0
     for number in range(0, 1000, 4):
         output = tmp_path / f"{number}"
@@ -148,7 +148,7 @@ def test_killed_before_each_operation_on_a_file(tmp_path, whole, finished):
     assert kills > (0 if finished else 10)
 
 
-def test_killed_at_random_moments(tmp_path, whole):
+def test_resume_after_kill_at_random_time(tmp_path, whole):
     generator, kills = random.Random(0), 0
     for number in range(8):
         output = tmp_path / f"{number}"
@@ -167,7 +167,7 @@ def test_killed_at_random_moments(tmp_path, whole):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_signals_at_random_moments(tmp_path, whole, number):
+def test_resume_after_signal_at_random_time(tmp_path, whole, number):
     generator, saved = random.Random(number), 0
     for run in range(6):
         output, twice = tmp_path / f"{run}", run % 3 == 0
@@ -188,7 +188,7 @@ def test_signals_at_random_moments(tmp_path, whole, number):
     print(f"{saved} of 6 wrote a checkpoint")
 
 
-def test_a_full_disk(tmp_path, whole):
+def test_fit_full_disk_keeps_last_checkpoint(tmp_path, whole):
     sizes = [p.stat().st_size for p in (tmp_path / "whole").rglob("*") if p.is_file()]
     stopped = 0
     for number, limit in enumerate(sorted({1, 100, *(max(sizes) * i // 12 for i in (2, 6, 10))})):
@@ -211,7 +211,7 @@ def test_a_full_disk(tmp_path, whole):
     assert stopped > 2
 
 
-def test_two_processes_in_one_folder(tmp_path):
+def test_fit_two_processes_in_one_folder(tmp_path):
     clean = {}
     for seed in (0, 7):
         assert status(forked(Train(config(tmp_path / f"seed-{seed}", seed=seed)))) == 0
@@ -227,7 +227,7 @@ def test_two_processes_in_one_folder(tmp_path):
         assert "is writing to" in message or "there is a run in" in message
 
 
-def test_two_processes_that_resume(tmp_path, whole):
+def test_resume_two_processes_of_one_run(tmp_path, whole):
     for number in range(5):
         output = tmp_path / f"{number}"
         half = {**config(output), "loop": {**config(output)["loop"], "steps": 2}}
@@ -239,14 +239,14 @@ def test_two_processes_that_resume(tmp_path, whole):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_cannot_be_written_to(tmp_path):
+def test_fit_read_only_folder_fails(tmp_path):
     tmp_path.chmod(0o500)
     child = forked(Train(config(tmp_path / "run")))
     tmp_path.chmod(0o700)
     assert status(child) == 3
 
 
-def test_memory_stays_flat_in_a_long_run(tmp_path):
+def test_fit_memory_is_constant_in_long_run(tmp_path):
     def resident():
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 

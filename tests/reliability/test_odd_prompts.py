@@ -44,7 +44,7 @@ def tight(text):
 
 
 @pytest.mark.parametrize("config", ENCODERS, ids=lambda config: "-".join(map(str, config.values())).replace("/", ""))
-def test_odd_prompts_are_encoded_to_their_end(config):
+def test_encode_odd_prompts_without_truncation(config):
     encoder = encoders.build(config)
     for prompt in ODD:
         if config.get("segmenter") == "manual" and prompt == "BREAK":
@@ -62,7 +62,7 @@ def test_odd_prompts_are_encoded_to_their_end(config):
 
 
 @pytest.mark.parametrize("config", REWARDS, ids=lambda config: config["name"])
-def test_odd_prompts_are_scored_to_their_end(config):
+def test_score_odd_prompts_without_truncation(config):
     reward = rewards.build(config)
     image = torch.rand(1, 3, 64, 64)
     for prompt in ODD:
@@ -79,7 +79,7 @@ def test_odd_prompts_are_scored_to_their_end(config):
         st.sampled_from("aBx1 .!?\"'()[]“”。！，\n\t•-—…éÉ\u0301\u200d😀") | st.characters(codec="utf-8"), max_size=200
     )
 )
-def test_segmenters_lose_nothing_of_any_text(name, text):
+def test_segmenters_keep_all_text(name, text):
     found = segmenters.build(name)(text, lambda piece: len(piece.encode()))
     assert tight("".join(found)) == tight(text) and all(segment.strip() for segment in found)
     assert tight("".join(fit(found, 7, lambda piece: len(piece.encode())))) == tight(text)
@@ -87,8 +87,8 @@ def test_segmenters_lose_nothing_of_any_text(name, text):
 
 @settings(derandomize=True, deadline=None, max_examples=200)
 @given(text=st.text(st.characters(codec="utf-8"), max_size=300))
-def test_any_text_is_encoded(text):
-    encoder = test_any_text_is_encoded.__dict__.setdefault("encoder", encoders.build(ENCODERS[0]))
+def test_encode_random_text(text):
+    encoder = test_encode_random_text.__dict__.setdefault("encoder", encoders.build(ENCODERS[0]))
     conditioning = encoder.encode([text])
     assert conditioning.states.isfinite().all() and conditioning.reports[0].truncated == ""
 
@@ -107,7 +107,7 @@ ROWS = {
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_splitting_takes_linear_time(name, capsys):
+def test_sentences_takes_linear_time(name, capsys):
     seconds = []
     for n in (10_000, 100_000, 200_000):
         text = ROWS[name](n)
@@ -121,7 +121,7 @@ def test_splitting_takes_linear_time(name, capsys):
 
 
 @pytest.mark.parametrize("text", ["a" * 100_000, "好" * 20_000, "😀" * 20_000, "fox " * 10_000])
-def test_a_text_without_stops_is_encoded_in_bounded_time(text):
+def test_report_text_without_periods_takes_bounded_time(text):
     encoder = encoders.build(ENCODERS[0])
     begun = time.process_time()
     encoder.report([text])

@@ -11,7 +11,7 @@ from tiny import tiny_backbone
 
 from longalign.compose import build_from_config
 from longalign.data.base import Data
-from longalign.describe import list_parts
+from longalign.describe import parts_table
 from longalign.encoders.base import Conditioning, Encoder
 from longalign.registry import PartConfig, backbones, data, encoders, rewards
 from longalign.rewards.guard import NonFiniteReward
@@ -188,7 +188,7 @@ PARTS = few(
 
 
 @pytest.mark.parametrize(("kind", "text", "base", "message"), PARTS)
-def test_a_faulty_part_is_an_error_that_names_it(plugin, tmp_path, kind, text, base, message):
+def test_fit_names_faulty_part(plugin, tmp_path, kind, text, base, message):
     plugin(kind, text, base)
     with pytest.raises(ValueError, match=message):
         fit(tmp_path, **{kind if kind == "data" else kind.removesuffix("s"): "faulty"})
@@ -216,7 +216,7 @@ REWARDS = few(
 
 
 @pytest.mark.parametrize(("text", "message"), REWARDS)
-def test_a_faulty_reward_is_an_error_that_names_it(plugin, tmp_path, text, message):
+def test_fit_names_faulty_reward(plugin, tmp_path, text, message):
     plugin("rewards", text, "RewardConfig")
     with pytest.raises(ValueError, match=message) as error:
         fit(tmp_path, **REWARD, rewards=["faulty"])
@@ -232,13 +232,13 @@ def test_a_faulty_reward_is_an_error_that_names_it(plugin, tmp_path, text, messa
         ("embeds: ClassVar[bool] = True\n" + SCORES.format("images"), "an EmbeddingReward"),
     ],
 )
-def test_what_is_no_product_of_embeddings_cannot_be_reweighted(plugin, tmp_path, text, message):
+def test_reweighted_rejects_reward_without_embeddings(plugin, tmp_path, text, message):
     plugin("rewards", text, "RewardConfig")
     with pytest.raises(ValueError, match=message):
         fit(tmp_path, **REWARD, rewards=[{"name": "reweighted", "inner": "faulty"}])
 
 
-def test_a_trainer_that_does_not_say_that_it_uses_rewards_gets_none(plugin, tmp_path):
+def test_fit_rejects_rewards_for_trainer_without_rewards(plugin, tmp_path):
     plugin("trainers", TRAINER + "return None", "TrainerConfig")
     rewards.register("red", lambda images, prompts: images[:, 0].mean((1, 2)))
     try:
@@ -265,11 +265,11 @@ def test_a_trainer_that_does_not_say_that_it_uses_rewards_gets_none(plugin, tmp_
         ("", "[longalign_rewards]\nother = fake_faulty:FaultyConfig\n", "calls itself 'faulty'"),
     ),
 )
-def test_a_plugin_that_cannot_be_loaded_is_listed_and_the_others_work(plugin, tmp_path, module, entries, message):
+def test_parts_table_lists_broken_plugin(plugin, tmp_path, module, entries, message):
     plugin("rewards", SCORES.format("images"), entries=entries)
     with (tmp_path / "fake_faulty.py").open("a") as file:
         file.write(module)
-    problems = list_parts(targets=True)[1]
+    problems = parts_table(targets=True)[1]
     assert len(problems) == 1
     assert message in problems[0]
     assert "fake-faulty 1.0" in problems[0]
