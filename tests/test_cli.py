@@ -672,4 +672,5 @@ def test_score_and_eval_reject_images_outside_folder(brightness, tmp_path, capsy
     (folder / "metadata.jsonl").write_text(json.dumps(row))
     for command in (["score", "--images", str(folder)], ["eval", "--images", f"a={folder}"]):
         assert main([*command, "--reward", brightness]) == 2
-        assert "leads out of" in capsys.readouterr().err
+        err = capsys.readouterr().err
+        assert "metadata.jsonl, line 1: " in err and f"{row['file_name']!r} " in err
