@@ -165,7 +165,7 @@ PARTS = every_third(
         "trainers",
         "def check_run(self, run):\n    return ['wrong']\n" + TRAINER + "return None",
         T,
-        r"check_run of 'faulty' .*\(path, message\).*'wrong'",
+        r"check_run of 'faulty' .*ValueError",
     ),
     (
         "data",
