@@ -139,7 +139,7 @@ class RunConfig(Section):
         seed: random seed of weights, noise and data order.
         output: folder for checkpoints, logs and validation images.
         init_from: a checkpoint to start from: its file, its folder, a run's folder (the newest one), or ``owner/name``
-            on the Hub; its LoRA stays active and frozen under the new one.
+            on the Hub; a new LoRA is trained on top of its frozen LoRA.
     """
 
     backbone: Part("backbones") | None
