@@ -1,6 +1,6 @@
 """Long-text alignment of text-to-image diffusion models.
 
-The public names are loaded when they are first used, so ``import longalign`` imports no torch.
+Public names are loaded on first use, so ``import longalign`` does not import torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from longalign.model import Model as Model
     from longalign.runtime import Runtime as Runtime
 
-_HOMES = {
+_MODULES = {
     "Composition": "compose",
     "ConfigError": "errors",
     "Model": "model",
@@ -55,10 +55,10 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("longalign")
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'longalign' has no attribute '{name}'")
-    return getattr(import_module(f"longalign.{_HOMES[name]}"), name)
+    return getattr(import_module(f"longalign.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *_MODULES})

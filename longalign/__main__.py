@@ -1,4 +1,4 @@
-"""``python -m longalign``: the same as the command ``longalign``."""
+"""Runs the command ``longalign`` as ``python -m longalign``."""
 
 from longalign.cli import main
 

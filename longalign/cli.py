@@ -1,4 +1,4 @@
-"""The command ``longalign``; ``--help``, ``list``, ``describe`` and config errors need no torch."""
+"""The command ``longalign``. ``--help``, ``list``, ``describe`` and config errors do not import torch."""
 
 from __future__ import annotations
 
@@ -14,96 +14,96 @@ from itertools import takewhile
 from textwrap import dedent, fill
 from typing import Any
 
-WAIT = 10
-"""Seconds after which a process reports an error that the first one of the machine did not end with."""
+REPORT_DELAY = 10
+"""Seconds that other processes wait for the first one on the machine to report an error."""
 
-OVERRIDES = "changes to the config, as dotted path and value, e.g. encoder=t5 rewards.0.omega=0.0 loop.lr=1e-4"
-PIPELINE = "a stock diffusers pipeline, hub id or folder, run with its own text encoders and settings"
-REWARD = "a reward's name, or its config as {name: ..., key: value} or as a .yaml or .json file; may be repeated"
+OVERRIDES_HELP = "changes to the config, as dotted path and value, e.g. encoder=t5 rewards.0.omega=0.0 loop.lr=1e-4"
+PIPELINE_HELP = "a stock diffusers pipeline, Hub id or folder, run with its own text encoders and settings"
+REWARD_HELP = "a reward's name, or its config as {name: ..., key: value} or as a .yaml or .json file; may be repeated"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit status: 0, or 2 where what the user gave cannot be used."""
+    """Runs a command and returns its exit status: 0, or 2 for invalid input."""
     args = _parse(list(sys.argv[1:] if argv is None else argv))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     from longalign import commands
 
     try:
         return getattr(commands, args.run)(args) or 0
-    except BrokenPipeError:  # the reader, e.g. head, had enough
+    except BrokenPipeError:  # the reader, e.g. head, closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        message = _message(error, args)
+        message = _user_message(error, args)
         if args.traceback or message is None:
             raise
-        _await_turn()
+        _wait_for_first_process()
         print(f"longalign {args.command}: {message}", file=sys.stderr)
         return 2
 
 
-def _message(error: Exception, args: argparse.Namespace) -> str | None:
-    """What the user can do about an error; None for one that is a bug."""
+def _user_message(error: Exception, args: argparse.Namespace) -> str | None:
+    """Message for an error that the user can fix; None for a bug."""
     from longalign.errors import is_out_of_memory, redact_url
 
     if isinstance(error, (ValueError, OSError)):
         return redact_url("\n".join([str(error), *getattr(error, "__notes__", ())]))
     if isinstance(error, ModuleNotFoundError) and error.name and "." not in error.name:
-        return f"this command needs the package '{error.name}', which is not installed here"
+        return f"this command needs the package '{error.name}', which is not installed"
     if is_out_of_memory(error):
         advice = [f"--batch below {args.batch}"] if getattr(args, "batch", 1) > 1 else []
         advice += ["a smaller --size"] if hasattr(args, "size") else []
         advice += ["--dtype bfloat16"] if hasattr(args, "dtype") and args.dtype is None else []
-        first = str(error).strip().partition("\n")[0]
-        return f"out of memory ({first or type(error).__name__})" + (f"; try {', '.join(advice)}" if advice else "")
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        return f"out of memory ({reason})" + (f"; try {', '.join(advice)}" if advice else "")
     return None
 
 
-def _await_turn() -> None:
-    """Waits until this process is to report its error.
+def _wait_for_first_process() -> None:
+    """Delays the error report of all processes but the first one on the machine.
 
-    Before processes have met, all on a machine fail alike. The first one reports, and its end ends the others, which
-    wait for that. A process that is still there then has an error of its own.
+    Before the process group is initialized, all processes usually fail with the same error. The first one reports it,
+    and the launcher then ends the others. A process that survives the delay has an error of its own.
     """
-    met = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
-    if not met and os.environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(WAIT)
+    initialized = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
+    if not initialized and os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(REPORT_DELAY)
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what was expected of an argument that is missing, unknown or misspelt."""
+    """Parser with suggestions for unknown or misspelt options."""
 
     def __init__(self, **settings: Any):
         super().__init__(**settings)
-        self.add_argument("--traceback", action="store_true", help="show where an error comes from")
+        self.add_argument("--traceback", action="store_true", help="show the traceback of an error")
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
-        """The arguments, options and others in any order."""
+        """Parses options and positional arguments in any order."""
         for text in takewhile(lambda text: text != "--", argv):
             name = text.partition("=")[0]
-            if name.startswith("--") and not any(known.startswith(name) for known in self._option_string_actions):
-                self.error(self._unknown(name))  # before what is missing, which may be the misspelt option
+            if name.startswith("--") and not any(option.startswith(name) for option in self._option_string_actions):
+                self.error(self._unknown_option(name))  # checked before missing options: one may be misspelt
         return self.parse_intermixed_args(argv)
 
     def error(self, message: str) -> Any:
-        _await_turn()
+        _wait_for_first_process()
         super().error(message)
 
-    def _unknown(self, name: str) -> str:
+    def _unknown_option(self, name: str) -> str:
         from longalign.errors import suggestion
 
         takes_keys = any(action.dest == "overrides" for action in self._actions)
-        if takes_keys and (path := _path(name.lstrip("-"))):
-            return f"no option {name}; keys of the config are set as path=value, here {path}=..."
-        near = suggestion(name, self._option_string_actions)
-        return f"no option {name}{near or f'; {self.prog} --help lists those available'}"
+        if takes_keys and (path := _config_path(name.lstrip("-"))):
+            return f"no option {name}; set config keys as path=value, here {path}=..."
+        hint = suggestion(name, self._option_string_actions)
+        return f"no option {name}{hint or f'; {self.prog} --help lists the available options'}"
 
 
-def _path(key: str) -> str | None:
-    """The dotted path of a key of a run, which may be given by its last step alone; None if there is no such key."""
+def _config_path(key: str) -> str | None:
+    """Dotted path of a config key, given in full or by its last step; None if there is no such key."""
     from longalign.config import RunConfig
 
     key = key.replace("-", "_")
@@ -115,24 +115,25 @@ def _path(key: str) -> str | None:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    """What a command is called with; ends the process for --help, --version and whatever is no call of a command."""
+    """Parses the command line. Exits for --help, --version and invalid calls."""
     parser = build_parser()
-    known = parser.commands
+    commands = parser.commands
     at = next((i for i, text in enumerate(argv) if not text.startswith("-")), len(argv))
     if at == len(argv):
         parser.parse_args(argv)
-        parser.error(f"expected a command: {', '.join(known)}")
-    if argv[at] not in known:
+        parser.error(f"expected a command: {', '.join(commands)}")
+    if argv[at] not in commands:
         from longalign.errors import suggestion
 
-        parser.error(f"no command '{argv[at]}'{suggestion(argv[at], known) or '; available: ' + ', '.join(known)}")
-    return known[argv[at]].parse([*argv[:at], *argv[at + 1 :]])
+        hint = suggestion(argv[at], commands) or f"; available: {', '.join(commands)}"
+        parser.error(f"no command '{argv[at]}'{hint}")
+    return commands[argv[at]].parse([*argv[:at], *argv[at + 1 :]])
 
 
 class _Version(argparse.Action):
-    """Prints the version, which is read only then, and ends the process."""
+    """Prints the version and exits; the version is only read here."""
 
-    def __call__(self, parser: argparse.ArgumentParser, *given: Any) -> None:
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
         from importlib.metadata import version
 
         print(f"longalign {version('longalign')}")
@@ -140,7 +141,7 @@ class _Version(argparse.Action):
 
 
 class _Commands(_Parser):
-    """The parser of what stands before a command; ``commands`` are those of the commands."""
+    """Top-level parser; ``commands`` maps each command to its own parser."""
 
     def __init__(self, **settings: Any):
         super().__init__(**settings)
@@ -149,14 +150,14 @@ class _Commands(_Parser):
 
 
 def build_parser() -> _Commands:
-    """The parser of all commands."""
+    """Builds the parsers of all commands."""
     parser = _Commands(
         prog="longalign",
         usage="longalign COMMAND ...",
         description="Long-text alignment of text-to-image diffusion models.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    about_of: dict[str, str] = {}
+    summaries: dict[str, str] = {}
 
     def add(name: str, run: str, about: str, examples: str) -> argparse.ArgumentParser:
         text = "\n".join(f"  {line}" for line in dedent(examples).strip().splitlines())
@@ -167,16 +168,16 @@ def build_parser() -> _Commands:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.set_defaults(run=run, command=name)
-        parser.commands[name], about_of[name] = command, about.replace("%%", "%")
+        parser.commands[name], summaries[name] = command, about.replace("%%", "%")
         return command
 
     for define in (_train, _cache, _generate, _score, _eval, _direction, _list, _describe, _examples, _convert,
                    _export, _demo, _env):  # fmt: skip
         define(add)
     lines = [fill(about, 100, initial_indent=f"  {name:10} ", subsequent_indent=" " * 13)
-             for name, about in about_of.items()]  # fmt: skip
+             for name, about in summaries.items()]  # fmt: skip
     parser.epilog = "\n".join(
-        ["commands:", *lines, "", "`longalign COMMAND --help` shows a command's options and examples."]
+        ["commands:", *lines, "", "Run `longalign COMMAND --help` for the options and examples of a command."]
     )
     return parser
 
@@ -185,7 +186,7 @@ def _train(add: Callable[..., argparse.ArgumentParser]) -> None:
     command = add(
         "train",
         "train",
-        "run a config: build its parts, train, write checkpoints",
+        "train from a config: build its parts, train, write checkpoints",
         """
         longalign train examples/mini-align.yaml
         longalign train run.yaml loop.steps=200 output=runs/short
@@ -193,13 +194,13 @@ def _train(add: Callable[..., argparse.ArgumentParser]) -> None:
         longalign train run.yaml --resume
         """,
     )
-    command.add_argument("config", help="a .yaml or .json file, or a checkpoint whose config is run again")
-    command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=OVERRIDES)
-    which = command.add_mutually_exclusive_group()
-    which.add_argument(
+    command.add_argument("config", help="a .yaml or .json file, or a checkpoint to take the config from")
+    command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=OVERRIDES_HELP)
+    resuming = command.add_mutually_exclusive_group()
+    resuming.add_argument(
         "--resume", action="store_true", help="resume from the newest checkpoint in the run's output folder"
     )
-    which.add_argument("--resume-from", metavar="CHECKPOINT", help="resume from this checkpoint of the run")
+    resuming.add_argument("--resume-from", metavar="CHECKPOINT", help="resume from this checkpoint of the run")
     _device(command)
 
 
@@ -214,8 +215,8 @@ def _cache(add: Callable[..., argparse.ArgumentParser]) -> None:
         longalign train run.yaml 'cache={folder: runs/cache}'
         """,
     )
-    command.add_argument("config", help="a .yaml or .json file whose 'cache' says what is cached and where")
-    command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=OVERRIDES)
+    command.add_argument("config", help="a .yaml or .json file with a 'cache' section")
+    command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=OVERRIDES_HELP)
     command.add_argument("--batch", type=_positive, default=16, help="images, or prompts, encoded at a time (16)")
     _device(command)
 
@@ -239,11 +240,11 @@ def _generate(add: Callable[..., argparse.ArgumentParser]) -> None:
     source.add_argument(
         "--config", metavar="FILE", help="a .yaml or .json config, to sample from its model without training"
     )
-    source.add_argument("--pipeline", metavar="NAME", help=PIPELINE)
+    source.add_argument("--pipeline", metavar="NAME", help=PIPELINE_HELP)
     _prompts(command, "a prompt; may be repeated")
     _sampling(command)
     command.add_argument("--output", required=True, metavar="DIR", help="an empty or new folder for the images")
-    command.add_argument("--overwrite", action="store_true", help="replace the images that are in the folder")
+    command.add_argument("--overwrite", action="store_true", help="replace the images in the folder")
 
 
 def _sampling(command: argparse.ArgumentParser) -> None:
@@ -251,24 +252,24 @@ def _sampling(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--num-steps", type=_positive, help="sampling steps (25, or the pipeline's own with --pipeline)"
     )
-    about = "scale of classifier-free guidance; 1 is none (7.5, or the pipeline's own with --pipeline)"
+    about = "classifier-free guidance scale; 1 disables it (7.5, or the pipeline's own with --pipeline)"
     command.add_argument("--guidance", type=_finite, help=about)
     names = ("unipc", "ddim", "dpm++", "lcm")
     about = "unipc, ddim, dpm++ or lcm (unipc, or the pipeline's own with --pipeline)"
     command.add_argument("--solver", choices=names, metavar="NAME", help=about)
     command.add_argument("--seed", type=_seed, nargs="+", help="one image for each prompt and seed (0)")
-    command.add_argument("--size", type=_size, metavar="N|WxH", help="pixels (the backbone's own resolution)")
+    command.add_argument("--size", type=_size, metavar="N|WxH", help="pixels (the backbone's native resolution)")
     command.add_argument("--batch", type=_positive, default=8, help="images sampled, or compared, at a time (8)")
     dtypes = ("float32", "bfloat16", "float16")
-    about = "float32, bfloat16 or float16, for all weights (by loop.precision; float32 with --pipeline)"
+    about = "float32, bfloat16 or float16, for all weights (set by loop.precision; float32 with --pipeline)"
     command.add_argument("--dtype", choices=dtypes, metavar="DTYPE", help=about)
     _device(command)
-    command.add_argument("--revision", help="branch, tag or commit on the hub (only with --pipeline)")
+    command.add_argument("--revision", help="branch, tag or commit on the Hub (only with --pipeline)")
     command.add_argument("--variant", help="weight variant, e.g. fp16 (only with --pipeline)")
 
 
 def _device(command: argparse.ArgumentParser) -> None:
-    about = "cpu, cuda, cuda:1 or mps (the best that is there)"
+    about = "cpu, cuda, cuda:1 or mps (the best one available)"
     command.add_argument("--device", type=_device_name, metavar="DEVICE", help=about)
 
 
@@ -285,22 +286,22 @@ def _score(add: Callable[..., argparse.ArgumentParser]) -> None:
         longalign score --reward denscore --pipeline PixArt-alpha/PixArt-XL-2-512x512 --prompts prompts.txt
         """,
     )
-    command.add_argument("--reward", action="append", required=True, metavar="REWARD", help=REWARD)
+    command.add_argument("--reward", action="append", required=True, metavar="REWARD", help=REWARD_HELP)
     source = command.add_mutually_exclusive_group(required=True)
     source.add_argument("--images", nargs="+", metavar="PATH", help="image files, or one folder of them")
     source.add_argument("--checkpoint", metavar="DIR", help="a checkpoint to sample from")
-    source.add_argument("--pipeline", metavar="NAME", help=PIPELINE)
-    command.add_argument("--by-sentence", action="store_true", help="score each sentence of a prompt by itself")
+    source.add_argument("--pipeline", metavar="NAME", help=PIPELINE_HELP)
+    command.add_argument("--by-sentence", action="store_true", help="score each sentence of a prompt separately")
     _prompts(command, "one prompt for all images, or one for each; may be repeated", required=False)
     _sampling(command)
-    command.add_argument("--output", metavar="DIR", help="a folder to keep the generated images in (none are kept)")
+    command.add_argument("--output", metavar="DIR", help="a folder for the generated images (not kept by default)")
 
 
 def _eval(add: Callable[..., argparse.ArgumentParser]) -> None:
     command = add(
         "eval",
         "evaluate",
-        "compare models by their images of the same prompts and seeds, with 95%% intervals",
+        "compare models on the same prompts and seeds, with 95%% confidence intervals",
         """
         longalign eval --images base=out/base tuned=out/tuned --reward denscore
         longalign eval --images base=out/base tuned=out/tuned --reward denscore --reward hpsv2 --json table.json
@@ -308,18 +309,20 @@ def _eval(add: Callable[..., argparse.ArgumentParser]) -> None:
           --prompts prompts.txt --output out/compared --reward denscore
         """,
     )
-    about = "folders that `longalign generate` wrote; differences are to the first model given and to the one before"
+    about = "folders written by `longalign generate`; each model is compared with the first and the previous one"
     command.add_argument("--images", nargs="+", action=_Model, metavar="NAME=DIR", help=about)
     about = "checkpoints to sample from"
     command.add_argument("--checkpoint", nargs="+", action=_Model, metavar="NAME=DIR", help=about)
-    about = "stock diffusers pipelines to sample from, hub ids or folders"
+    about = "stock diffusers pipelines to sample from, Hub ids or folders"
     command.add_argument("--pipeline", nargs="+", action=_Model, metavar="NAME=MODEL", help=about)
     command.set_defaults(models=[])
-    command.add_argument("--reward", action="append", required=True, metavar="REWARD", help=REWARD)
+    command.add_argument("--reward", action="append", required=True, metavar="REWARD", help=REWARD_HELP)
     _prompts(command, "a prompt; may be repeated", required=False)
     _sampling(command)
-    command.add_argument("--output", metavar="DIR", help="a folder for the generated images, one inside for each model")
-    command.add_argument("--json", metavar="FILE", help="also write the table, with each image's values, as JSON")
+    command.add_argument(
+        "--output", metavar="DIR", help="a folder for the generated images, with a subfolder per model"
+    )
+    command.add_argument("--json", metavar="FILE", help="also write the table, with the values per image, as JSON")
     command.add_argument("--markdown", metavar="FILE", help="also write the table as Markdown")
 
 
@@ -327,13 +330,15 @@ def _direction(add: Callable[..., argparse.ArgumentParser]) -> None:
     command = add(
         "direction",
         "direction",
-        "compute the common direction of a reward's text embeddings over a corpus, and show how eta is distributed",
+        "compute the common direction of a reward's text embeddings over a corpus, and print the distribution of eta",
         """
         longalign direction --reward denscore --prompts corpus.txt --output denscore-direction.safetensors
         longalign train run.yaml rewards.0.direction=denscore-direction.safetensors
         """,
     )
-    command.add_argument("--reward", required=True, metavar="REWARD", help=REWARD.removesuffix("; may be repeated"))
+    command.add_argument(
+        "--reward", required=True, metavar="REWARD", help=REWARD_HELP.removesuffix("; may be repeated")
+    )
     command.add_argument("--prompts", required=True, metavar="FILE", help="the corpus: .txt, one per line, or .jsonl")
     command.add_argument("--batch", type=_positive, default=64, help="prompts encoded at a time (64)")
     command.add_argument("--output", required=True, metavar="FILE", help="the .safetensors file to write")
@@ -344,7 +349,7 @@ def _list(add: Callable[..., argparse.ArgumentParser]) -> None:
     command = add(
         "list",
         "list_parts",
-        "list available parts: kind, name, who provides it, and what it is",
+        "list available parts: kind, name, providing package and description",
         """
         longalign list
         longalign list encoders rewards
@@ -352,15 +357,17 @@ def _list(add: Callable[..., argparse.ArgumentParser]) -> None:
         """,
     )
     command.add_argument("kinds", nargs="*", default=[], metavar="KIND", help="only these kinds")
-    command.add_argument("--check", action="store_true", help="as --verbose, with status 1 if a part is broken")
-    command.add_argument("--verbose", action="store_true", help="show where each part's config is")
+    command.add_argument(
+        "--check", action="store_true", help="like --verbose, but exit with status 1 if a part is broken"
+    )
+    command.add_argument("--verbose", action="store_true", help="show the module and class of each part's config")
 
 
 def _describe(add: Callable[..., argparse.ArgumentParser]) -> None:
     command = add(
         "describe",
         "describe",
-        "explain a kind, a part and its keys, the keys of a run, or a whole config with all defaults filled in",
+        "describe a kind, a part and its keys, the keys of a run, or a config with all its defaults",
         """
         longalign describe encoders
         longalign describe encoders clip-segment
@@ -369,9 +376,9 @@ def _describe(add: Callable[..., argparse.ArgumentParser]) -> None:
         longalign describe runs/align/checkpoint-000500
         """,
     )
-    command.add_argument("what", help="a kind, a part, 'run' or a key of it, a config file, or a checkpoint")
+    command.add_argument("topic", help="a kind, a part, 'run' or a key of it, a config file, or a checkpoint")
     command.add_argument(
-        "more",
+        "details",
         nargs="*",
         default=[],
         metavar="NAME|key=value",
@@ -383,7 +390,7 @@ def _convert(add: Callable[..., argparse.ArgumentParser]) -> None:
     command = add(
         "convert",
         "convert",
-        "turn published weights into a checkpoint, and into a LoRA that plain diffusers loads",
+        "convert published weights to a checkpoint, and to a LoRA that diffusers loads",
         """
         hf download luping-liu/LongSD --local-dir LongSD
         longalign convert longsd LongSD runs/longsd
@@ -391,20 +398,20 @@ def _convert(add: Callable[..., argparse.ArgumentParser]) -> None:
         longalign generate --checkpoint runs/longsd --prompts prompts.txt --output out
         """,
     )
-    command.add_argument("what", choices=["longsd"], help="longsd: the files of luping-liu/LongSD")
+    command.add_argument("model", choices=["longsd"], help="longsd: the files of luping-liu/LongSD")
     command.add_argument("source", metavar="DIR", help="the folder of the published files")
     command.add_argument("output", metavar="OUT", help="a folder without a checkpoint, for the new files")
     command.add_argument("--align-only", action="store_true", help="omit the reward stage")
-    about = "hub id or folder of the base model (stable-diffusion-v1-5/stable-diffusion-v1-5)"
+    about = "Hub id or folder of the base model (stable-diffusion-v1-5/stable-diffusion-v1-5)"
     command.add_argument("--backbone", metavar="CHECKPOINT", help=about)
-    command.add_argument("--t5", metavar="CHECKPOINT", help="hub id or folder of T5 (google-t5/t5-large)")
+    command.add_argument("--t5", metavar="CHECKPOINT", help="Hub id or folder of T5 (google-t5/t5-large)")
 
 
 def _export(add: Callable[..., argparse.ArgumentParser]) -> None:
     command = add(
         "export",
         "export",
-        "write a checkpoint for plain diffusers, with its adapter and a model card, and upload it if asked to",
+        "export a checkpoint for diffusers, with its adapter and a model card, and optionally upload it",
         """
         longalign export runs/reward out/model
         longalign export runs/reward out/model --metrics table.json --license openrail++
@@ -413,10 +420,10 @@ def _export(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     command.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run's folder for its newest one")
     command.add_argument("output", metavar="OUT", help="a folder without a checkpoint, for the new files")
-    command.add_argument("--overwrite", action="store_true", help="replace the checkpoint that is in OUT")
-    about = "a table that `longalign eval --json` wrote, for the model card"
+    command.add_argument("--overwrite", action="store_true", help="replace the checkpoint in OUT")
+    about = "a table written by `longalign eval --json`, for the model card"
     command.add_argument("--metrics", metavar="FILE", help=about)
-    command.add_argument("--license", metavar="NAME", help="for the model card, as the hub spells it")
+    command.add_argument("--license", metavar="NAME", help="license identifier for the model card, as on the Hub")
     command.add_argument("--push-to-hub", metavar="OWNER/NAME", help="also upload it to this repository")
     command.add_argument("--private", action="store_true", help="make a new repository private")
 
@@ -425,7 +432,7 @@ def _demo(add: Callable[..., argparse.ArgumentParser]) -> None:
     command = add(
         "demo",
         "demo",
-        "train on the bundled small world and compare held-out long captions before and after",
+        "train on the synthetic scenes and compare held-out long captions before and after",
         """
         longalign demo
         longalign demo --output runs/other --prompts 256
@@ -434,8 +441,8 @@ def _demo(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     about = "folder for both runs, report.html and tables (runs/demo)"
     command.add_argument("--output", default="runs/demo", metavar="DIR", help=about)
-    command.add_argument("--align", metavar="FILE", help="config of the first stage (the bundled one)")
-    command.add_argument("--reward", metavar="FILE", help="config of the second stage (the bundled one)")
+    command.add_argument("--align", metavar="FILE", help="config of the first stage (bundled by default)")
+    command.add_argument("--reward", metavar="FILE", help="config of the second stage (bundled by default)")
     about = "number of held-out captions (128)"
     command.add_argument("--prompts", type=_positive, default=128, metavar="N", help=about)
     _device(command)
@@ -453,8 +460,8 @@ def _examples(add: Callable[..., argparse.ArgumentParser]) -> None:
         longalign examples --to examples
         """,
     )
-    command.add_argument("name", nargs="?", default=None, metavar="NAME", help="one of them")
-    command.add_argument("--to", metavar="FOLDER", help="copy it, or all of them, into this folder")
+    command.add_argument("name", nargs="?", default=None, metavar="NAME", help="one of the examples")
+    command.add_argument("--to", metavar="FOLDER", help="copy the example, or all of them, into this folder")
 
 
 def _env(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -469,7 +476,7 @@ def _env(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 class _Model(argparse.Action):
-    """Gathers the models of several options in ``models``, as ``(option, NAME=...)``, in the order they are given."""
+    """Collects the models of several options in ``models``, as ``(option, NAME=...)``, in their order."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
         namespace.models = [*namespace.models, *((self.dest, value) for value in values)]
@@ -498,13 +505,13 @@ def _finite(text: str) -> float:
 
 def _seed(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**64:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2^64 - 1, got '{text}'")
+        raise argparse.ArgumentTypeError(f"expected an integer from 0 to 2^64 - 1, got '{text}'")
     return int(text)
 
 
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got '{text}'")
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got '{text}'")
     return int(text)
 
 
@@ -514,5 +521,5 @@ def _size(text: str) -> tuple[int, int]:
         return _positive(height if cross else width), _positive(width)
     except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(
-            f"expected pixels as 512 or as width and height, 768x512; got '{text}'"
+            f"expected pixels, as 512 or as width x height, 768x512, got '{text}'"
         ) from None

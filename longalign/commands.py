@@ -1,4 +1,4 @@
-"""What each command of ``longalign`` does. What is heavy is imported after the user's input has been checked."""
+"""Implementations of the ``longalign`` commands. Heavy modules are imported after the input has been checked."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ SEEDS = (0,)
 
 
 def train(args: Namespace) -> int:
-    """Runs a config; 130, 143 or 129, as a shell has it, if Ctrl-C, SIGTERM or SIGHUP stopped it early."""
+    """Trains from a config. Returns 0, or 130, 143 or 129 after Ctrl-C, SIGTERM or SIGHUP."""
     config = override(args.config, parse_assignments(args.overrides))
     resume = Path(args.resume_from) if args.resume_from else Path(config.output) if args.resume else None
     from_checkpoint = Path(args.config).suffix not in (".yaml", ".yml", ".json")
     if resume is not None and (args.resume_from or from_checkpoint):
-        checkpoint_file(resume)  # a run of a config file is started where it has none yet
-    check_files(config, resumed=resume is not None)  # again by `fit`, which cannot do so before torch finds the device
+        checkpoint_file(resume)  # with --resume, a config file without a checkpoint starts a new run
+    check_files(config, resumed=resume is not None)  # `fit` checks again, but only after importing torch
     from longalign.compose import build_from_config
     from longalign.runtime import Runtime
 
@@ -53,15 +53,15 @@ def train(args: Namespace) -> int:
     if result.interrupted:
         return 128 + (result.signal or signal.SIGINT)
     if config.backbone is not None:
-        where = f"--checkpoint {result.checkpoint} --output {config.output}/images"
-        print(f'next: longalign generate {where} --prompt "..."')
+        options = f"--checkpoint {result.checkpoint} --output {config.output}/images"
+        print(f'next: longalign generate {options} --prompt "..."')
     else:
         print(f"next: longalign export {result.checkpoint} {config.output}/model")
     return 0
 
 
 def cache(args: Namespace) -> None:
-    """Computes what a run's caches lack, with all processes that were distributed_runtime together."""
+    """Computes missing cache entries, on all processes of the launch."""
     config = override(args.config, parse_assignments(args.overrides))
     if config.cache is None:
         raise ValueError("the config has no cache; add to it, for example, cache: {folder: runs/cache}")
@@ -70,10 +70,10 @@ def cache(args: Namespace) -> None:
     from longalign.runtime import distributed_runtime
 
     with distributed_runtime(config.loop.precision, args.device) as runtime:
-        made = caching.make(config, runtime, args.batch, progress=True)
-    for name, (there, new) in made.items():
+        counts = caching.make(config, runtime, args.batch, progress=True)
+    for name, (total, new) in counts.items():
         if runtime.rank == 0:
-            print(f"{config.cache.folder}/{name}: {there} entries, {new} of them new")
+            print(f"{config.cache.folder}/{name}: {total} entries, {new} of them new")
 
 
 def generate(args: Namespace) -> None:
@@ -82,18 +82,18 @@ def generate(args: Namespace) -> None:
     try:
         new_index(args.output, args.overwrite)
     except ValueError as error:
-        listed = (Path(args.output) / "metadata.jsonl").exists()
-        raise ValueError(f"{error}{', or replace them with --overwrite' if listed else ''}") from error
+        replaceable = (Path(args.output) / "metadata.jsonl").exists()
+        raise ValueError(f"{error}{', or replace them with --overwrite' if replaceable else ''}") from error
     option = next(key for key in ("checkpoint", "config", "pipeline") if getattr(args, key))
     _check_pipelines(args, option)
-    count = len(_draw(args, option, getattr(args, option), prompts, args.output, overwrite=args.overwrite))
+    count = len(_generate(args, option, getattr(args, option), prompts, args.output, overwrite=args.overwrite))
     print(f"{_count(count, 'image')} in {args.output}")
 
 
-def _draw(
+def _generate(
     args: Namespace, option: str, source: str, prompts: Sequence[str], output: str | Path, overwrite: bool = False
 ) -> list[Any]:
-    """Samples from what an option names into a folder; returns its rows."""
+    """Generates images into a folder with the model of ``option``; returns the metadata rows."""
     height, width = args.size or (None, None)
     settings = {"seeds": _seeds(args), "negative": args.negative, "batch_size": args.batch, "progress": True}
     settings |= {"height": height, "width": width, "overwrite": overwrite}
@@ -119,32 +119,32 @@ def score(args: Namespace) -> None:
     if args.by_sentence and not args.images:
         raise ValueError("--by-sentence scores --images; generate them first, with `longalign generate`")
     if not args.images:
-        _score_drawn(args, configs)
+        _generate_and_score(args, configs)
         return
     _reject_sampling_options(args)
     paths, prompts = _images(args.images)
     if args.prompt or args.prompts:
         prompts = _prompts_from_args(args)
     if prompts is None:
-        raise ValueError("the images come without prompts; give --prompt or --prompts")
+        raise ValueError("the images have no prompts; give --prompt or --prompts")
     if len(prompts) not in (1, len(paths)):
         raise ValueError(f"expected one prompt, or one for each of {_count(len(paths), 'image')}, got {len(prompts)}")
     _check_images(paths)
     from longalign.evaluate import score_images, score_sentences
 
-    scored_by = score_sentences if args.by_sentence else score_images
-    scored_by(_built(configs, args.device), paths, prompts)
+    score_function = score_sentences if args.by_sentence else score_images
+    score_function(_build_rewards(configs, args.device), paths, prompts)
 
 
-def _score_drawn(args: Namespace, configs: Mapping[str, PartConfig]) -> None:
+def _generate_and_score(args: Namespace, configs: Mapping[str, PartConfig]) -> None:
     prompts, option = _prompts_from_args(args), "checkpoint" if args.checkpoint else "pipeline"
     _check_pipelines(args, option)
     with TemporaryDirectory() as temporary:
         folder = Path(args.output or temporary)
         new_index(folder)
-        rewards = _built(configs, args.device)  # before the images, which may take hours
+        rewards = _build_rewards(configs, args.device)  # fail before generating, which may take hours
         with _offloaded_to_cpu(rewards, args.device):
-            _draw(args, option, getattr(args, option), prompts, folder)
+            _generate(args, option, getattr(args, option), prompts, folder)
         from longalign.evaluate import score_images
 
         rows = _rows(folder)
@@ -152,61 +152,61 @@ def _score_drawn(args: Namespace, configs: Mapping[str, PartConfig]) -> None:
 
 
 def evaluate(args: Namespace) -> None:
-    """Compares models by their images of the same prompts and seeds, which are drawn where they are not there.
+    """Compares models on the same prompts and seeds, generating missing images.
 
-    All inputs are checked before sampling starts.
+    All inputs are checked before generation starts.
     """
     configs = _rewards(args.reward)
     models = _models(args)
-    drawn = [name for name, (option, _) in models.items() if option != "images"]
-    if not drawn:
+    generated = [name for name, (option, _) in models.items() if option != "images"]
+    if not generated:
         _reject_sampling_options(args, "prompt", "prompts")
     elif args.output is None:
-        raise ValueError("give --output, a folder for what is drawn")
+        raise ValueError("give --output, a folder for the generated images")
     _check_pipelines(args, *(option for option, _ in models.values()))
     for key in ("json", "markdown"):
         if (file := getattr(args, key)) and not Path(file).absolute().parent.is_dir():
             raise FileNotFoundError(f"no folder for --{key} {file}")
-    given = _prompts_from_args(args) if drawn else []
-    folders = {n: Path(args.output) / n if n in drawn else Path(source) for n, (_, source) in models.items()}
+    new_prompts = _prompts_from_args(args) if generated else []
+    folders = {n: Path(args.output) / n if n in generated else Path(source) for n, (_, source) in models.items()}
     pairs = {
-        name: [(text.strip(), seed) for text in given for seed in _seeds(args)]
-        if name in drawn
+        name: [(text.strip(), seed) for text in new_prompts for seed in _seeds(args)]
+        if name in generated
         else [(prompt, seed) for _, prompt, seed in _rows(folder)]
         for name, folder in folders.items()
     }
-    first, *others = pairs
+    base, *others = pairs
     for name in others:
-        if pairs[name] != pairs[first]:
-            raise ValueError(f"the images of '{name}' are not of the same prompts and seeds as those of '{first}'")
-    for name in drawn:
+        if pairs[name] != pairs[base]:
+            raise ValueError(f"the prompts and seeds of '{name}' differ from those of '{base}'")
+    for name in generated:
         _check_source(name, *models[name], folders[name])
     for name, folder in folders.items():
-        if name not in drawn:
+        if name not in generated:
             _check_images([path for path, _, _ in _rows(folder)])
-    from longalign.evaluate import evaluate as measure
+    from longalign.evaluate import evaluate as compare
     from longalign.evaluate import reward_metrics
     from longalign.image_io import ImageFiles
 
-    rewards, prompts = _built(configs, args.device), [prompt for prompt, _ in pairs[first]]
+    rewards, prompts = _build_rewards(configs, args.device), [prompt for prompt, _ in pairs[base]]
     metrics = reward_metrics(rewards, prompts)
     with _offloaded_to_cpu(rewards, args.device):
-        for name in drawn:
-            _draw(args, *models[name], given, folders[name])
+        for name in generated:
+            _generate(args, *models[name], new_prompts, folders[name])
     images = {name: ImageFiles([path for path, _, _ in _rows(folder)]) for name, folder in folders.items()}
-    seeds = [seed for _, seed in pairs[first] if seed is not None]
-    table = measure(images, prompts, metrics, seeds, args.batch)
+    seeds = [seed for _, seed in pairs[base] if seed is not None]
+    table = compare(images, prompts, metrics, seeds, args.batch)
     print(table.text(shutil.get_terminal_size().columns if sys.stdout.isatty() else None), end="")
     if args.json:
-        origins = {name: _origin(images[name].paths[0]) for name in images}
-        text = json.dumps({**table.to_dict(), "configs": origins}, indent=1)
+        model_configs = {name: _config_of_image(images[name].paths[0]) for name in images}
+        text = json.dumps({**table.to_dict(), "configs": model_configs}, indent=1)
         Path(args.json).write_text(text, encoding="utf-8")
     if args.markdown:
         Path(args.markdown).write_text(table.markdown(), encoding="utf-8")
 
 
-def _origin(image: Path | str) -> Any:
-    """The config that an image says it was generated with; None if it says nothing."""
+def _config_of_image(image: Path | str) -> Any:
+    """Config stored in an image's metadata; None if there is none."""
     from PIL import Image
 
     with Image.open(image) as opened:
@@ -217,12 +217,12 @@ def _origin(image: Path | str) -> Any:
 
 
 def _models(args: Namespace) -> dict[str, tuple[str, str]]:
-    """Name -> option and source of each model that is to be compared."""
+    """Name -> option and source of each model to compare."""
     models: dict[str, tuple[str, str]] = {}
     for option, item in args.models:
         name, equals, source = item.partition("=")
         if not equals or not name or name in models:
-            raise ValueError(f"--{option} takes NAME=... with a name for each model, not '{item}'")
+            raise ValueError(f"--{option} takes NAME=... with a unique name for each model, got '{item}'")
         models[name] = option, source
     if not models:
         raise ValueError("give models to compare, with --images, --checkpoint or --pipeline")
@@ -230,13 +230,13 @@ def _models(args: Namespace) -> dict[str, tuple[str, str]]:
 
 
 def _check_source(name: str, option: str, source: str, folder: Path) -> None:
-    """Raises an error where a model is not there, or its folder has images already."""
+    """Raises an error if a model does not exist, or its folder already has images."""
     if option == "checkpoint":
         find_checkpoint(source)
     try:
         new_index(folder)
     except ValueError as error:
-        raise ValueError(f"{error}; to compare with these, give --images {name}={folder}, not --{option}") from error
+        raise ValueError(f"{error}; to compare these images, give --images {name}={folder}, not --{option}") from error
 
 
 def direction(args: Namespace) -> None:
@@ -251,8 +251,8 @@ def direction(args: Namespace) -> None:
 
 
 def list_parts(args: Namespace) -> int:
-    """Prints the parts; 1 if some are broken."""
-    table, problems = descriptions.list_parts(args.kinds, args.check or args.verbose)
+    """Prints the available parts. With ``--check``, returns 1 if any part is broken."""
+    table, problems = descriptions.parts_table(args.kinds, args.check or args.verbose)
     print(table)
     for problem in problems:
         print(f"broken: {problem}", file=sys.stderr)
@@ -260,27 +260,27 @@ def list_parts(args: Namespace) -> int:
 
 
 def describe(args: Namespace) -> None:
-    """Explains a kind, a part, the keys of a run, or a config."""
-    what, more = args.what, args.more
-    if Path(what).suffix in CONFIG_SUFFIXES or Path(what).is_dir():
-        print(redact_url(to_yaml(override(what, parse_assignments(more)))), end="")
+    """Describes a kind, a part, the keys of a run, or a config."""
+    topic, details = args.topic, args.details
+    if Path(topic).suffix in CONFIG_SUFFIXES or Path(topic).is_dir():
+        print(redact_url(to_yaml(override(topic, parse_assignments(details)))), end="")
     else:
-        print(descriptions.explain([what, *more]))
+        print(descriptions.describe_topic([topic, *details]))
 
 
 def convert(args: Namespace) -> None:
     """Converts published weights."""
     from longalign.convert import convert_longsd
 
-    given = {key: value for key in ("backbone", "t5") if (value := getattr(args, key)) is not None}
-    print(convert_longsd(args.source, args.output, align_only=args.align_only, **given))
+    checkpoints = {key: value for key in ("backbone", "t5") if (value := getattr(args, key)) is not None}
+    print(convert_longsd(args.source, args.output, align_only=args.align_only, **checkpoints))
 
 
 def export(args: Namespace) -> None:
-    """Writes a checkpoint for others, and uploads it if asked to."""
+    """Exports a checkpoint for diffusers, and uploads it with ``--push-to-hub``."""
     if args.private and not args.push_to_hub:
-        raise ValueError("--private belongs to --push-to-hub")
-    checkpoint_file(Path(args.checkpoint))  # looked for before what is heavy is imported
+        raise ValueError("--private only applies to --push-to-hub; remove it, or add --push-to-hub OWNER/NAME")
+    checkpoint_file(Path(args.checkpoint))  # fail before heavy imports
     if not args.overwrite:
         check_unexported(Path(args.output))
     from longalign import publish
@@ -302,24 +302,23 @@ def demo(args: Namespace) -> None:
 def examples(args: Namespace) -> None:
     """Lists the bundled example configs, prints one, or copies one or all."""
     folder = examples_folder()
-    found = {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and path.name != "__init__.py"}
-    if args.name is not None and args.name not in found:
-        near = suggestion(args.name, found) or f"; available: {', '.join(found)}"
-        raise ValueError(f"no example '{args.name}'{near}")
-    chosen = found if args.name is None else {args.name: found[args.name]}
+    paths = {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and path.name != "__init__.py"}
+    if args.name is not None and args.name not in paths:
+        hint = suggestion(args.name, paths) or f"; available: {', '.join(paths)}"
+        raise ValueError(f"no example '{args.name}'{hint}")
     if args.to is not None:
-        _copy(chosen.values(), Path(args.to))
+        _copy(paths.values() if args.name is None else [paths[args.name]], Path(args.to))
     elif args.name is not None:
-        print(found[args.name].read_text(encoding="utf-8"), end="")
+        print(paths[args.name].read_text(encoding="utf-8"), end="")
     else:
-        width = max(map(len, found))
-        room = max(40, shutil.get_terminal_size().columns - width - 2)
-        for name, path in found.items():
-            print(f"{name:{width}}  {shorten(_first_comment(path), room, placeholder=' ...')}".rstrip())
+        width = max(map(len, paths))
+        summary_width = max(40, shutil.get_terminal_size().columns - width - 2)
+        for name, path in paths.items():
+            print(f"{name:{width}}  {shorten(_summary(path), summary_width, placeholder=' ...')}".rstrip())
 
 
 def _copy(files: Iterable[Path], folder: Path) -> None:
-    """Copies files into a folder, none if one of them is there with something else in it."""
+    """Copies files into a folder; copies none if a different file of the same name exists."""
     targets = {path: folder / path.name for path in files}
     for path, target in targets.items():
         if target.exists() and target.read_bytes() != path.read_bytes():
@@ -330,8 +329,8 @@ def _copy(files: Iterable[Path], folder: Path) -> None:
         print(target)
 
 
-def _first_comment(path: Path) -> str:
-    """The comment that a config starts with, up to the end of its first sentence; what a script or text starts with."""
+def _summary(path: Path) -> str:
+    """First sentence of a config's leading comment; first line of a script or text."""
     if path.suffix != ".yaml":
         return path.read_text(encoding="utf-8").strip('"').partition("\n")[0]
     lines = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
@@ -339,7 +338,7 @@ def _first_comment(path: Path) -> str:
 
 
 def env(args: Namespace) -> None:
-    """Prints what a bug report should say."""
+    """Prints the environment, for bug reports."""
     from longalign.environment import environment
 
     facts = environment()
@@ -348,23 +347,23 @@ def env(args: Namespace) -> None:
         print(f"{name:{width}}  {value}")
 
 
-def _reject_sampling_options(args: Namespace, *more: str) -> None:
-    """Raises ValueError for an option that only applies when images are generated."""
+def _reject_sampling_options(args: Namespace, *extra_keys: str) -> None:
+    """Raises ValueError for an option that only applies when generating images."""
     keys = ("output", "negative", "num_steps", "guidance", "solver", "seed", "size", "dtype", "revision", "variant")
-    _refuse(args, *keys, *more, why="only applies when generating images")
+    _reject_options(args, *keys, *extra_keys, reason="only applies when generating images")
 
 
 def _check_pipelines(args: Namespace, *options: str) -> None:
-    """Raises ValueError for an option about stock pipelines where there is none."""
+    """Raises ValueError for an option that only applies to stock pipelines if no pipeline is given."""
     if "pipeline" not in options:
-        _refuse(args, "revision", "variant", why="only applies to --pipeline; set it in the config instead")
+        _reject_options(args, "revision", "variant", reason="only applies to --pipeline; set it in the config instead")
 
 
-def _refuse(args: Namespace, *keys: str, why: str) -> None:
-    """Raises ValueError for the first of some options that was given."""
+def _reject_options(args: Namespace, *keys: str, reason: str) -> None:
+    """Raises ValueError if any of the options is given."""
     for key in keys:
         if getattr(args, key) is not None:
-            raise ValueError(f"--{key.replace('_', '-')} {why}; remove it")
+            raise ValueError(f"--{key.replace('_', '-')} {reason}; remove it")
 
 
 def _seeds(args: Namespace) -> Sequence[int]:
@@ -376,15 +375,15 @@ def _seeds(args: Namespace) -> Sequence[int]:
 def _prompts_from_args(args: Namespace) -> list[str]:
     if not args.prompt and not args.prompts:
         raise ValueError("give --prompt or --prompts, to generate images from")
-    given = args.prompt or ()
-    prompts = [check_text(text, f"--prompt {i}") for i, text in enumerate(given)] or read_prompts(args.prompts)
+    texts = args.prompt or ()
+    prompts = [check_text(text, f"--prompt {i}") for i, text in enumerate(texts)] or read_prompts(args.prompts)
     if not prompts:
-        raise ValueError(f"{args.prompts} holds no prompts")
+        raise ValueError(f"{args.prompts} contains no prompts")
     return list(prompts)
 
 
 def _rewards(texts: Sequence[str]) -> dict[str, PartConfig]:
-    """Checked configs under the names that their scores are shown by."""
+    """Validated reward configs by display name; repeated names get a number."""
     out: dict[str, PartConfig] = {}
     for text in texts:
         value = read_mapping(Path(text)) if Path(text).suffix in CONFIG_SUFFIXES else parse_value(text)
@@ -396,7 +395,7 @@ def _rewards(texts: Sequence[str]) -> dict[str, PartConfig]:
     return out
 
 
-def _built(configs: Mapping[str, PartConfig], device: str | None) -> dict[str, Any]:
+def _build_rewards(configs: Mapping[str, PartConfig], device: str | None) -> dict[str, Any]:
     check_parts(configs)
     from longalign.rewards.base import as_reward
     from longalign.runtime import Runtime
@@ -407,7 +406,7 @@ def _built(configs: Mapping[str, PartConfig], device: str | None) -> dict[str, A
 
 @contextmanager
 def _offloaded_to_cpu(rewards: Mapping[str, Any], device: str | None) -> Iterator[None]:
-    """Inside, the rewards are on the CPU and leave the GPU's memory to the sampled model."""
+    """Context manager: moves rewards to the CPU, to free GPU memory for generation."""
     from longalign.runtime import Runtime
 
     for reward in rewards.values():
@@ -417,12 +416,12 @@ def _offloaded_to_cpu(rewards: Mapping[str, Any], device: str | None) -> Iterato
         reward.to(Runtime.detect(device=device).device)
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _check_images(paths: Sequence[Path]) -> None:
-    """Reads all images, several at a time. Raises ValueError naming those that cannot be read."""
+    """Reads all images in parallel. Raises ValueError that lists the unreadable ones."""
     from longalign.image_io import load_image
 
     def problem(path: Path) -> str | None:
@@ -435,20 +434,20 @@ def _check_images(paths: Sequence[Path]) -> None:
     with ThreadPoolExecutor() as pool:
         problems = [text for text in pool.map(problem, paths) if text]
     if problems:
-        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise ValueError(f"{_count(len(problems), 'image')} cannot be read:\n  " + "\n  ".join(problems[:10]) + more)
+        rest = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise ValueError(f"{_count(len(problems), 'image')} cannot be read:\n  " + "\n  ".join(problems[:10]) + rest)
 
 
-def _images(given: Sequence[str]) -> tuple[list[Path], list[str] | None]:
-    """Image files, and their prompts where a folder's ``metadata.jsonl`` has them."""
-    paths = [Path(path) for path in given]
+def _images(arguments: Sequence[str]) -> tuple[list[Path], list[str] | None]:
+    """Image files, with their prompts if the folder has a ``metadata.jsonl``, else None."""
+    paths = [Path(path) for path in arguments]
     if len(paths) == 1 and paths[0].is_dir():
         if (paths[0] / "metadata.jsonl").exists():
             rows = _rows(paths[0])
             return [path for path, _, _ in rows], [prompt for _, prompt, _ in rows]
         paths = sorted(p for p in paths[0].iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
         if not paths:
-            raise ValueError(f"{given[0]} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+            raise ValueError(f"{arguments[0]} contains no images ({', '.join(IMAGE_SUFFIXES)})")
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(f"no image {path}")
@@ -456,16 +455,16 @@ def _images(given: Sequence[str]) -> tuple[list[Path], list[str] | None]:
 
 
 def _rows(folder: Path) -> list[tuple[Path, str, Any]]:
-    """File, prompt and seed of each image of a folder that ``longalign generate`` wrote."""
+    """File, prompt and seed of each image in a folder written by ``longalign generate``."""
     out = []
     for where, row in read_jsonl(folder / "metadata.jsonl"):
         if not isinstance(row.get("file_name"), str):
             raise ValueError(f"{where} has no 'file_name'")
         path = inside(folder, row["file_name"], where)
         if not path.is_file():
-            what = "is no regular file" if path.exists() else "does not exist"
-            raise FileNotFoundError(f"the image {path}, which {where} names, {what}")
+            problem = "is not a regular file" if path.exists() else "does not exist"
+            raise FileNotFoundError(f"the image {path} of {where} {problem}")
         out.append((path, text_of(row, where), row.get("seed")))
     if not out:
-        raise ValueError(f"{folder / 'metadata.jsonl'} names no images")
+        raise ValueError(f"{folder / 'metadata.jsonl'} lists no images")
     return out

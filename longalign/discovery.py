@@ -1,7 +1,7 @@
-"""Which installed distributions offer parts, read from entry-point metadata alone: nothing is imported.
+"""Discovers parts in the entry-point metadata of installed distributions, without importing them.
 
-`importlib.metadata.entry_points` reads all metadata anew at each call and fails as a whole when one distribution's
-file is malformed; here the result is kept until the search path changes, and a malformed file is set aside by name.
+`importlib.metadata.entry_points` re-reads all metadata on each call and fails if one file is malformed. Here the
+result is cached until the search path changes, and a malformed file is skipped and recorded.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ PREFIX = "longalign_"
 
 @dataclass
 class Discovered:
-    """What the installed distributions offer.
+    """Entry points of the installed distributions.
 
     Attributes:
-        groups: entry-point group to part name to all that register it.
+        groups: entry-point group to part name to the entry points of that name.
         malformed: owner and error of each distribution whose entry-point metadata cannot be read.
-        misnamed: entry points whose group is like one of ours in its beginning only, such as ``longalign.encoders``.
+        misnamed: entry points in groups with a wrong separator, such as ``longalign.encoders``.
     """
 
     groups: dict[str, dict[str, list[EntryPoint]]] = field(default_factory=dict)
@@ -31,23 +31,23 @@ class Discovered:
 
 
 _entry_points: Any = Distribution.entry_points.fget  # type: ignore[attr-defined]
-_kept: tuple[object, Discovered] | None = None
+_cache: tuple[object, Discovered] | None = None
 
 
 def discover() -> Discovered:
-    """The parts of all distributions on ``sys.path``; read again only when that path or one of its folders changed."""
-    global _kept
-    state = tuple((entry, _changed(entry)) for entry in sys.path)
-    if _kept is None or _kept[0] != state:
-        _kept = (state, _read())
-    return _kept[1]
+    """Entry points of all distributions on ``sys.path``; re-read when that path or one of its folders changes."""
+    global _cache
+    state = tuple((entry, _modified(entry)) for entry in sys.path)
+    if _cache is None or _cache[0] != state:
+        _cache = (state, _read())
+    return _cache[1]
 
 
 def skip_unreadable() -> None:
-    """Makes this process take distributions whose entry points cannot be read for such as have none.
+    """Patches this process to treat distributions with unreadable entry points as having none.
 
-    catalogue, pydantic and torch read the entry points of all distributions when they are imported, and would fail over
-    a file that none of them needs. `discover` names it.
+    catalogue, pydantic and torch read the entry points of all distributions on import, and would fail because of a file
+    that they do not need. `discover` records the file.
     """
 
     def entry_points(dist: Distribution) -> EntryPoints:
@@ -60,11 +60,11 @@ def skip_unreadable() -> None:
 
 
 def owner(entry: EntryPoint) -> str:
-    """Name and version of the distribution that an entry point belongs to."""
+    """Name and version of an entry point's distribution."""
     return _name(entry.dist) if entry.dist else "an unknown distribution"
 
 
-def _changed(entry: str) -> int:
+def _modified(entry: str) -> int:
     try:
         return Path(entry or ".").stat().st_mtime_ns
     except OSError:
@@ -77,7 +77,7 @@ def _read() -> Discovered:
         try:
             if PREFIX[:-1] not in (dist.read_text("entry_points.txt") or ""):
                 continue
-            # The first of a name on the path is the one that Python imports; a second is a stale copy, not a rival.
+            # Python imports the first distribution of a name on the path; later ones are stale copies, not conflicts.
             key = str(dist.metadata["Name"] or getattr(dist, "_path", id(dist))).lower().replace("_", "-")
             if key in seen:
                 continue
@@ -90,9 +90,9 @@ def _read() -> Discovered:
             if not entry.group.startswith(PREFIX):
                 out.misnamed.append(entry)
                 continue
-            same = out.groups.setdefault(entry.group, {}).setdefault(entry.name, [])
-            if entry.value not in [e.value for e in same if e.dist is entry.dist]:
-                same.append(entry)
+            registered = out.groups.setdefault(entry.group, {}).setdefault(entry.name, [])
+            if entry.value not in [e.value for e in registered if e.dist is entry.dist]:
+                registered.append(entry)
     return out
 
 

@@ -1,4 +1,4 @@
-"""What a bug report should say of a machine: versions, devices, plugins and settings; importing it imports no torch."""
+"""Environment for bug reports: versions, devices, plugins and settings. Importing it does not import torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGES = (
     "longalign", "torch", "transformers", "diffusers", "accelerate", "peft", "open_clip_torch", "safetensors",
     "huggingface_hub", "datasets", "pydantic", "catalogue", "numpy",
 )  # fmt: skip
-#: settings that change what is loaded and how; their values are no secrets
+#: environment variables that affect loading; none of them holds a secret
 VARIABLES = (
     "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "CUDA_VISIBLE_DEVICES",
     "OMP_NUM_THREADS", "ATEN_CPU_CAPABILITY", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF",
@@ -23,21 +23,21 @@ VARIABLES = (
 
 
 def environment() -> dict[str, str]:
-    """Names and values in the order they are shown. Imports torch, if it is installed."""
+    """Names and values in display order. Imports torch if it is installed."""
     out = {name: _version(name) for name in PACKAGES}
     out["python"] = f"{platform.python_version()} ({platform.python_implementation()})"
     out["system"] = platform.platform()
     out["processor"] = processor()
     out |= _devices() if out["torch"] != MISSING else {}
-    for who, parts in _plugins().items():
-        out[f"plugin {who}"] = ", ".join(parts)
-    for who, why in discover().malformed:
-        out[f"unreadable plugin {who}"] = why
+    for dist, parts in _plugins().items():
+        out[f"plugin {dist}"] = ", ".join(parts)
+    for dist, error in discover().malformed:
+        out[f"unreadable plugin {dist}"] = error
     return out | {name: os.environ[name] for name in VARIABLES if name in os.environ}
 
 
 def processor() -> str:
-    """The processor's model, or what else is known of it."""
+    """Model name of the processor, or its architecture if the model is unknown."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -54,25 +54,25 @@ def _version(name: str) -> str:
 def _devices() -> dict[str, str]:
     import torch
 
-    out = {"torch": str(torch.__version__)}  # with what it is built for, which the metadata of its package lacks
+    out = {"torch": str(torch.__version__)}  # includes the build, e.g. +cpu, unlike the package metadata
     out["cpu"] = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     out["cuda"] = f"built for {torch.version.cuda}, {torch.cuda.device_count()} devices"
     for i in range(torch.cuda.device_count()):
-        about = torch.cuda.get_device_properties(i)
+        properties = torch.cuda.get_device_properties(i)
         major, minor = torch.cuda.get_device_capability(i)
-        memory = f"{about.total_memory / 2**30:.1f} GiB"
-        out[f"cuda:{i}"] = f"{about.name}, {memory}, compute capability {major}.{minor}"
+        memory = f"{properties.total_memory / 2**30:.1f} GiB"
+        out[f"cuda:{i}"] = f"{properties.name}, {memory}, compute capability {major}.{minor}"
     if torch.backends.mps.is_available():
         out["mps"] = f"{torch.mps.recommended_max_memory() / 2**30:.1f} GiB"
     return out
 
 
 def _plugins() -> dict[str, list[str]]:
-    """Owner -> kind and name of the parts that other distributions provide."""
-    found: dict[str, list[str]] = {}
+    """Owner -> kind and name of parts from other distributions."""
+    plugins: dict[str, list[str]] = {}
     for group, names in discover().groups.items():
         for name, entries in names.items():
             for entry in entries:
                 if not owner(entry).startswith("longalign "):
-                    found.setdefault(owner(entry), []).append(f"{group.removeprefix(PREFIX)}/{name}")
-    return {who: sorted(parts) for who, parts in sorted(found.items())}
+                    plugins.setdefault(owner(entry), []).append(f"{group.removeprefix(PREFIX)}/{name}")
+    return {dist: sorted(parts) for dist, parts in sorted(plugins.items())}

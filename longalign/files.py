@@ -1,4 +1,4 @@
-"""Mappings from files: YAML, JSON and the metadata of checkpoints. Importing this module does not import torch."""
+"""Config files in YAML and JSON, and checkpoint files with their metadata. Importing it does not import torch."""
 
 from __future__ import annotations
 
@@ -11,59 +11,61 @@ from typing import Any
 
 import yaml
 
-from longalign.errors import LARGEST, ConfigError, check_size, shorten, suggestion
+from longalign.errors import MAX_VALUES, ConfigError, check_size, shorten, suggestion
 from longalign.runtime import examples_folder
 
 CHECKPOINT = "longalign.safetensors"
 DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"
 #: model card of an exported checkpoint
 CARD = "README.md"
-#: folder of the reward in a checkpoint of a run that trained one
+#: folder of a trained reward inside a checkpoint
 REWARD = "reward"
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 BOOL, INT, FLOAT, TIME, VALUE, MERGE = (
     f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "timestamp", "value", "merge")
 )
-#: most characters of a config file
-LONGEST = 2**20
+#: maximum number of characters in a config file
+MAX_CHARACTERS = 2**20
 
 
-def place(subfolder: str | None, folder: str) -> str:
-    """Where in a checkpoint a folder of diffusers' layout is, if all of them are in ``subfolder``."""
+def join_subfolder(subfolder: str | None, folder: str) -> str:
+    """Path of a component folder in a checkpoint whose components are all inside ``subfolder``."""
     return f"{subfolder}/{folder}" if subfolder else folder
 
 
-def check_single_file(checkpoint: str, layout: str | None, **choosing: str | None) -> None:
-    """Checks the keys that go with a checkpoint, which is one ``.safetensors`` file by its name, or a folder or
-    repository.
+def check_single_file(checkpoint: str, layout: str | None, **selection: str | None) -> None:
+    """Checks that config keys match the type of a checkpoint: a ``.safetensors`` file, or a folder or repository.
 
     Args:
-        checkpoint: what it is.
-        layout: describes a file.
-        **choosing: keys that choose among the files of a folder or repository.
+        checkpoint: file, folder or repository.
+        layout: layout of a single file.
+        **selection: keys that select files of a folder or repository.
 
     Raises:
-        ValueError: if it is a pickle, or a key that is given does not go with it.
+        ValueError: if the checkpoint is a pickle, or a key does not apply to it.
     """
     if checkpoint.endswith(".ckpt"):
         raise ValueError("a .ckpt file is a pickle, which can run code and is not read; convert it to .safetensors")
-    single = checkpoint.endswith(".safetensors")
-    if layout is not None and not single:
-        raise ValueError("'layout' describes a single .safetensors file; a folder or repository has its own")
-    if single and (given := [f"'{key}'" for key, value in choosing.items() if value is not None]):
+    is_file = checkpoint.endswith(".safetensors")
+    if layout is not None and not is_file:
+        raise ValueError("'layout' describes a single .safetensors file; remove it for a folder or repository")
+    if is_file and (keys := [f"'{key}'" for key, value in selection.items() if value is not None]):
         raise ValueError(
-            f"'checkpoint' is one file, and {' and '.join(given)} would choose among the files of a folder or "
-            "repository; leave out"
+            f"'checkpoint' is a single file, and {' and '.join(keys)} only apply to a folder or Hub repository; "
+            "remove them"
         )
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars: ``no`` is a word, ``1e-4`` a number, ``1:30`` is none. Repeated keys and tags are errors."""
+    """Loader with the scalars of YAML 1.2: ``no`` and ``1:30`` are strings, ``1e-4`` is a number.
+
+    Repeated keys and tags are errors.
+    """
 
     yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [(tag, pattern) for tag, pattern in known if tag not in (BOOL, INT, FLOAT, TIME, VALUE)]
-        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        character: [(tag, pattern) for tag, pattern in resolvers if tag not in (BOOL, INT, FLOAT, TIME, VALUE)]
+        for character, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
     _merged = 0
 
@@ -71,7 +73,7 @@ class _Loader(yaml.SafeLoader):
         event = self.peek_event()
         if getattr(event, "tag", None) is not None:
             raise yaml.constructor.ConstructorError(
-                None, None, f"the tag '{event.tag}' is not read; write the value without it", event.start_mark
+                None, None, f"the tag '{event.tag}' is not supported; remove it", event.start_mark
             )
         return super().compose_node(parent, index)
 
@@ -90,24 +92,27 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def flatten_mapping(self, node: Any) -> None:
-        """Puts what ``<<`` names before a mapping's own keys, each key once: merged mappings that are merged again
-        would double."""
-        own = [(key, value) for key, value in node.value if key.tag != MERGE]
+        """Merges the mappings of ``<<`` into a mapping, with each key once.
+
+        PyYAML repeats keys, so that chains of merges grow exponentially.
+        """
+        own_pairs = [(key, value) for key, value in node.value if key.tag != MERGE]
         merges = [value for key, value in node.value if key.tag == MERGE]
         if not merges:
             return
-        node.value = own
-        parts = [part for value in merges for part in (value.value if value.id == "sequence" else [value])]
+        node.value = own_pairs
+        merged = [part for value in merges for part in (value.value if value.id == "sequence" else [value])]
         pairs: dict[Any, Any] = {}
-        for part in reversed(parts):  # of a list the first wins
+        for part in reversed(merged):  # the first mapping of a list takes precedence
             if part.id != "mapping":
                 raise yaml.constructor.ConstructorError(None, None, "'<<' takes mappings", part.start_mark)
             self.flatten_mapping(part)
             self._merged += len(part.value)
-            if self._merged > LARGEST:
-                raise yaml.constructor.ConstructorError(None, None, "too much is merged", part.start_mark)
+            if self._merged > MAX_VALUES:
+                message = f"expected at most {MAX_VALUES} merged keys"
+                raise yaml.constructor.ConstructorError(None, None, message, part.start_mark)
             pairs |= {key.value if key.id == "scalar" else id(key): (key, value) for key, value in part.value}
-        pairs |= {key.value if key.id == "scalar" else id(key): (key, value) for key, value in own}
+        pairs |= {key.value if key.id == "scalar" else id(key): (key, value) for key, value in own_pairs}
         node.value = list(pairs.values())
 
 
@@ -123,44 +128,43 @@ _Loader.add_implicit_resolver(
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """Reads a mapping from a ``.yaml``, ``.yml`` or ``.json`` file, or the config that a checkpoint carries.
+    """Reads a mapping from a ``.yaml``, ``.yml`` or ``.json`` file, or from the metadata of a checkpoint.
 
     Raises:
-        ConfigError: if the file is not readable as such, is not a mapping, or repeats a key.
-        FileNotFoundError: if there is no such file.
+        ConfigError: if the file is invalid, is not a mapping, or repeats a key.
+        FileNotFoundError: if the file does not exist.
     """
     if path.is_dir() or path.suffix == ".safetensors":
         path = checkpoint_file(path)
         text = read_metadata(path).get("config")
         if text is None:
-            raise ConfigError([("", f"{path} carries no config; expected a checkpoint written by longalign")])
-        return _mapping(_json(text, path), path)
+            raise ConfigError([("", f"{path} contains no config; expected a checkpoint written by longalign")])
+        return _check_mapping(_load_json_file(text, path), path)
     if not path.exists():
-        raise FileNotFoundError(_no_config(path))
+        raise FileNotFoundError(_missing_config_message(path))
     if path.suffix not in CONFIG_SUFFIXES:
         raise ConfigError([("", f"{path} is neither {', '.join(CONFIG_SUFFIXES)} nor a checkpoint")])
     try:
         with path.open(encoding="utf-8") as file:
-            text = file.read(LONGEST + 1)
+            text = file.read(MAX_CHARACTERS + 1)
     except UnicodeDecodeError as error:
         raise ConfigError([("", f"{path} is not UTF-8 text: {error}")]) from error
-    if len(text) > LONGEST:
-        raise ConfigError(
-            [("", f"{path} is no config: it has more than {LONGEST} characters; long lists of prompts go into a file")]
-        )
-    return _mapping(_json(text, path) if path.suffix == ".json" else _yaml(text, path), path)
+    if len(text) > MAX_CHARACTERS:
+        message = f"{path} has more than {MAX_CHARACTERS} characters; move long lists of prompts to their own file"
+        raise ConfigError([("", message)])
+    return _check_mapping(_load_json_file(text, path) if path.suffix == ".json" else _load_yaml_file(text, path), path)
 
 
-def _no_config(path: Path) -> str:
-    """That a file is missing, with those of similar names beside it."""
-    there = [p.name for p in path.parent.glob("*") if p.suffix in CONFIG_SUFFIXES] if path.parent.is_dir() else []
+def _missing_config_message(path: Path) -> str:
+    """Message for a missing file, with a bundled example or a file of a similar name."""
+    names = [p.name for p in path.parent.glob("*") if p.suffix in CONFIG_SUFFIXES] if path.parent.is_dir() else []
     bundled = examples_folder() / path.name
     hint = f"; bundled: longalign examples {path.name} --to ." if bundled.is_file() else ""
-    return f"no config file {path}{hint or suggestion(path.name, there)}"
+    return f"no config file {path}{hint or suggestion(path.name, names)}"
 
 
 def check_folder(folder: Path) -> None:
-    """Raises ValueError if a file stands where a folder is to be, or where one above it is."""
+    """Raises ValueError if the path of a folder, or one of its parents, is a file."""
     for path in (folder, *folder.parents):
         if path.exists():
             if not path.is_dir():
@@ -169,7 +173,7 @@ def check_folder(folder: Path) -> None:
 
 
 def check_unexported(folder: Path) -> None:
-    """Raises ValueError if a folder has the files that an exported checkpoint consists of, or is a file."""
+    """Raises ValueError if a folder contains an exported checkpoint, or is a file."""
     check_folder(folder)
     for name in (CHECKPOINT, CARD):
         if (folder / name).exists():
@@ -177,35 +181,36 @@ def check_unexported(folder: Path) -> None:
 
 
 def checkpoint_file(path: Path) -> Path:
-    """The ``longalign.safetensors`` of a checkpoint given as its file, its folder, or a run's folder (the newest one).
+    """Returns the ``longalign.safetensors`` of a checkpoint file, a checkpoint folder, or a run's newest checkpoint.
 
     Raises:
-        FileNotFoundError: if there is none.
+        FileNotFoundError: if there is no checkpoint.
+        ValueError: if the file is an exported LoRA for diffusers.
     """
     if path.is_file() or (path.suffix == ".safetensors" and not path.is_dir()):
         if not path.is_file():
             raise FileNotFoundError(f"no checkpoint {path}")
         if path.name == DIFFUSERS_LORA:
             raise ValueError(
-                f"{path} is an exported LoRA for plain diffusers, without config and adapter; expected "
+                f"{path} is an exported LoRA for diffusers, without config and adapter; expected "
                 f"{path.parent}, or {path.with_name(CHECKPOINT)}"
             )
         return path
     if (path / CHECKPOINT).is_file():
         return path / CHECKPOINT
-    inside = [p for p in path.glob(f"checkpoint-*/{CHECKPOINT}") if p.parent.name.rpartition("-")[2].isdigit()]
-    if not inside:
-        raise FileNotFoundError(
-            f"no checkpoint in {path}; expected {CHECKPOINT} or checkpoint-<step>/{CHECKPOINT} there"
-        )
-    return max(inside, key=lambda p: int(p.parent.name.rpartition("-")[2]))
+    checkpoints = [p for p in path.glob(f"checkpoint-*/{CHECKPOINT}") if p.parent.name.rpartition("-")[2].isdigit()]
+    if not checkpoints:
+        raise FileNotFoundError(f"no checkpoint in {path}; expected {CHECKPOINT} or checkpoint-<step>/{CHECKPOINT}")
+    return max(checkpoints, key=lambda p: int(p.parent.name.rpartition("-")[2]))
 
 
 def find_checkpoint(checkpoint: str, revision: str | None = None) -> Path:
-    """As `checkpoint_file`, or the file of a repository ``owner/name`` of the hub, where there is no folder ``owner``.
+    """Returns a local checkpoint as `checkpoint_file` does, or downloads it from the Hub repository ``owner/name``.
+
+    The Hub is only used if there is no local folder ``owner``.
 
     Raises:
-        FileNotFoundError: if there is neither.
+        FileNotFoundError: if there is no checkpoint.
     """
     from longalign import hub
 
@@ -219,15 +224,17 @@ def find_checkpoint(checkpoint: str, revision: str | None = None) -> Path:
     try:
         return Path(hf_hub_download(checkpoint, CHECKPOINT, revision=revision))
     except Exception as error:
-        why = hub.why(error, CHECKPOINT)
-        raise FileNotFoundError(f"no checkpoint '{checkpoint}' in this folder or on the hub: {why}") from error
+        reason = hub.why(error, CHECKPOINT)
+        raise FileNotFoundError(f"no checkpoint '{checkpoint}' in this folder or on the Hub: {reason}") from error
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file: 8 bytes of header length, the header in JSON, its ``__metadata__``.
+    """Reads the metadata of a safetensors file without its tensors.
+
+    The file starts with the header length in 8 bytes and a JSON header with ``__metadata__``.
 
     Raises:
-        ConfigError: if it has none that is whole, or some that is not text.
+        ConfigError: if the header is invalid or truncated, or a value is not a string.
     """
     try:
         with path.open("rb") as file:
@@ -239,12 +246,12 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise ConfigError([("", f"{path} is not a safetensors file, or is truncated: {error}")]) from error
     metadata = header.get("__metadata__", {}) if isinstance(header, dict) else header
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ConfigError([("", f"{path} is damaged: expected texts by name as metadata, got {shorten(metadata)}")])
+        raise ConfigError([("", f"{path} is damaged: expected strings as metadata, got {shorten(metadata)}")])
     return metadata
 
 
 def parse_value(text: str) -> Any:
-    """A value written on the command line: a YAML scalar, list ``[..]`` or mapping ``{..}``; other text is itself."""
+    """Parses a command-line value: a YAML scalar, list ``[..]`` or mapping ``{..}``; other text stays a string."""
     try:
         value = _load_yaml(text)
     except (yaml.YAMLError, ValueError):
@@ -255,10 +262,10 @@ def parse_value(text: str) -> Any:
 
 
 def parse_assignments(items: Sequence[str]) -> dict[str, Any]:
-    """``["encoder=t5", "loop.lr=1e-4"]`` as the changes that `longalign.config.override` takes.
+    """Parses ``["encoder=t5", "loop.lr=1e-4"]`` into changes for `longalign.config.override`.
 
     Raises:
-        ConfigError: all items that are not ``path=value``, or repeat a path.
+        ConfigError: if items are not ``path=value``, or repeat a path; lists all of them.
     """
     out: dict[str, Any] = {}
     problems = []
@@ -283,17 +290,17 @@ def _load_yaml(text: str) -> Any:
     except ConfigError:
         raise
     except ValueError as error:
-        raise ValueError(_no_number(error)) from None
+        raise ValueError(_number_problem(error)) from None
     check_size(value)
     return value
 
 
-def _no_number(error: ValueError) -> str:
-    """What is wrong with a text that reads like a number; of too long ones Python speaks of a setting of its own."""
+def _number_problem(error: ValueError) -> str:
+    """Message for an invalid number. Python's message for too many digits only names an interpreter setting."""
     return "a number has too many digits" if "set_int_max_str_digits" in str(error) else str(error)
 
 
-def _yaml(text: str, path: Path) -> Any:
+def _load_yaml_file(text: str, path: Path) -> Any:
     try:
         return _load_yaml(text)
     except ConfigError as error:
@@ -304,8 +311,8 @@ def _yaml(text: str, path: Path) -> Any:
         raise ConfigError([("", f"{where}: {getattr(error, 'problem', None) or error}")]) from error
 
 
-def _json(text: str, path: Path) -> Any:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _load_json_file(text: str, path: Path) -> Any:
+    def reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         out: dict[str, Any] = {}
         for name, value in pairs:
             if name in out:
@@ -314,16 +321,16 @@ def _json(text: str, path: Path) -> Any:
         return out
 
     try:
-        return json.loads(text, object_pairs_hook=once)
+        return json.loads(text, object_pairs_hook=reject_duplicates)
     except RecursionError:
         raise ConfigError([("", f"{path}: it is nested too deeply")]) from None
     except ValueError as error:
-        raise ConfigError([("", f"{path}: {_no_number(error)}")]) from error
+        raise ConfigError([("", f"{path}: {_number_problem(error)}")]) from error
 
 
-def _mapping(value: Any, path: Path) -> dict[str, Any]:
+def _check_mapping(value: Any, path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError([("", f"{path}: expected a mapping of keys to values, got {shorten(value)}")])
-    if odd := [k for k in value if not isinstance(k, str)]:
-        raise ConfigError([(shorten(k), f"{path}: a key must be a word, got {shorten(k)}") for k in odd])
+    if invalid := [key for key in value if not isinstance(key, str)]:
+        raise ConfigError([(shorten(key), f"{path}: keys must be strings, got {shorten(key)}") for key in invalid])
     return value

@@ -1,8 +1,8 @@
-"""Parts by name: one `Registry` per kind, filled from entry points and from code; importing this module is cheap.
+"""Registries of parts, one `Registry` per kind, filled from entry points and from code.
 
-A part is found by a *config class*: a frozen pydantic model whose ``build(runtime)`` makes the part. An entry point
-(group ``longalign_<kind>``) points at the config class, which lives in a module that imports no torch, so a config is
-read and checked before anything heavy is imported.
+Each part has a *config class*: a frozen pydantic model whose ``build(runtime)`` builds the part. An entry point in the
+group ``longalign_<kind>`` points at the config class. Modules of config classes do not import torch, so that configs
+are validated before heavy imports.
 """
 
 from __future__ import annotations
@@ -41,40 +41,44 @@ __all__ = [
 
 try:
     import catalogue
-except Exception:  # it reads the entry points of all distributions when it is imported
+except Exception:  # on import, catalogue reads the entry points of all distributions
     skip_unreadable()
     import catalogue
 
 KEBAB = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 
-def _no_truth(value: Any) -> Any:
+def _reject_bool(value: Any) -> Any:
     if isinstance(value, bool):
         raise PydanticCustomError("float_type", "expected a number")
     return value
 
 
 def _strict(schema: Any) -> Any:
-    """A core schema in which true and false are no numbers, and texts neither whole numbers nor true or false.
+    """Core schema that rejects booleans as numbers, and strings as integers or booleans.
 
-    A text may be a number with a point or an exponent: other readers of YAML take ``1e-4`` for one. pydantic's own
-    ``strict`` would also take no list where a tuple is meant, which is all that YAML has.
+    Strings are accepted as floats, because some YAML parsers read ``1e-4`` as a string. pydantic's ``strict`` mode is
+    not used because it also rejects lists for tuples, and YAML has no tuples.
     """
     if isinstance(schema, list):
         return [_strict(value) for value in schema]
-    if not isinstance(schema, dict) or schema.get("function") == {"type": "no-info", "function": _no_truth}:
+    if not isinstance(schema, dict) or schema.get("function") == {"type": "no-info", "function": _reject_bool}:
         return schema
     schema = {key: value if key == "default" else _strict(value) for key, value in schema.items()}
     if schema.get("type") in ("int", "bool"):
         schema["strict"] = True
     if schema.get("type") == "int" and not {"le", "lt"} & schema.keys():
         schema["le"] = 2**63 - 1
-    return core_schema.no_info_before_validator_function(_no_truth, schema) if schema.get("type") == "float" else schema
+    if schema.get("type") == "float":
+        return core_schema.no_info_before_validator_function(_reject_bool, schema)
+    return schema
 
 
 class Section(BaseModel):
-    """Base of everything in a config: frozen; extra keys, infinities and NaN are errors, and so are texts for whole
-    numbers, true and false for numbers, and whole numbers beyond 64 bits."""
+    """Base class of all config classes: frozen and strict.
+
+    Extra keys, infinities, NaN, strings for integers, booleans for numbers and integers beyond 64 bits are errors.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
@@ -83,8 +87,8 @@ class Section(BaseModel):
         return _strict(handler(source))
 
 
-#: what a plugin with a mistake raises, rather than a user's input or the machine
-MISTAKES = (
+#: errors that indicate a bug in a plugin rather than invalid input or a failure of the machine
+PLUGIN_BUGS = (
     TypeError,
     AttributeError,
     LookupError,
@@ -97,43 +101,46 @@ MISTAKES = (
 
 
 class PartConfig(Section):
-    """Base of every part's config."""
+    """Base class of part configs."""
 
     name: str
 
     def build(self, runtime: Runtime) -> Any:
-        """Makes the part, loading its weights. Imports what it needs only here."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how to build the part '{self.name}'")
+        """Builds the part and loads its weights. Heavy imports belong in this method."""
+        raise NotImplementedError(f"{type(self).__name__} has no build method for the part '{self.name}'")
 
     def check_run(self, run: Any) -> list[ConfigProblem]:
-        """What stands against this part in a whole run, as ``(path, message)``; nothing by default.
+        """Cross-checks with the rest of the run; returns problems as ``(path, message)``.
 
-        A part overrides this to say what it needs of the others, so that the run is refused before any is loaded.
+        Override it to check what the part needs from other parts, before any of them is loaded. The default returns
+        no problems.
 
         Args:
-            run: the `longalign.config.RunConfig`, each of its keys already valid on its own.
+            run: the `longalign.config.RunConfig`, each of its keys already validated.
         """
         return []
 
     def check_files(self) -> list[ConfigProblem]:
-        """What of the files that this part names is not there or of no use, as ``(key, message)``; nothing by default.
+        """Checks the files that the config refers to; returns problems as ``(key, message)``.
 
-        A part overrides this, so that a run stops before anything is loaded. It must not import torch nor ask the hub.
-        Parts inside are asked themselves.
+        Override it so that a run fails before anything is loaded. It must not import torch or access the Hub. Nested
+        parts are checked separately. The default returns no problems.
         """
         return []
 
     def widths(self) -> tuple[int | None, int | None]:
-        """Widths of the states and of the pooled embedding that an encoder gives or a backbone takes: as far as the
-        config and small files on this machine tell, None where they do not."""
+        """Widths of the states and of the pooled embedding that an encoder returns or a backbone takes.
+
+        They are read from the config and small local files. None if unknown.
+        """
         return None, None
 
 
 class _InCodeConfig(PartConfig):
-    """Config of a part that is a ready callable: it has no keys."""
+    """Config of a part that is a plain callable; it has no keys."""
 
     part: ClassVar[Any] = None
-    embeds: ClassVar[bool] = False  # of a reward
+    embeds: ClassVar[bool] = False  # only used by rewards
 
     def build(self, runtime: Runtime) -> Any:
         return type(self).part
@@ -141,7 +148,7 @@ class _InCodeConfig(PartConfig):
 
 @dataclass(frozen=True)
 class PartInfo:
-    """Where a part comes from: ``target`` is ``module:attribute``, ``owner`` its distribution and version."""
+    """Origin of a part: ``target`` is ``module:attribute``, ``owner`` its distribution and version."""
 
     name: str
     kind: str
@@ -154,8 +161,8 @@ class Registry:
 
     Args:
         kind: plural name of the kind, e.g. ``"encoders"``; entry points are read from ``longalign_<kind>``.
-        bases: ``module:class`` of what a part must be an instance of, any of them; anything if there are none.
-        function: the arguments of a plain function that may be a part of this kind; none may if it is empty.
+        bases: accepted base classes of built parts, as ``module:class``; empty to accept any object.
+        function: argument names of plain functions that are accepted as parts; empty to accept no functions.
     """
 
     def __init__(self, kind: str, bases: Sequence[str] = (), function: Sequence[str] = ()):
@@ -165,8 +172,8 @@ class Registry:
     def __repr__(self) -> str:
         return f"Registry({self.kind!r}: {', '.join(self.names())})"
 
-    # catalogue reads entry points once, overwrites duplicates silently and loads all of them on a miss; so metadata is
-    # read by us, and catalogue keeps what is registered in code.
+    # catalogue reads entry points only once, silently overwrites duplicates and loads all of them on a miss. So entry
+    # points are read in `longalign.discovery`, and catalogue only holds parts registered in code.
     def _entries(self) -> dict[str, list[EntryPoint]]:
         return discover().groups.get(PREFIX + self.kind, {})
 
@@ -181,33 +188,39 @@ class Registry:
         return name in self._entries() or name in self._local()
 
     def infos(self, name: str) -> list[PartInfo]:
-        """Everyone who discover a name, without importing it: one, unless distributions quarrel about it."""
+        """All registrations of a name, without importing them. More than one is a conflict."""
         local = self._local().get(name)
-        found = [PartInfo(name, self.kind, e.value, owner(e)) for e in self._entries().get(name, [])]
+        infos = [PartInfo(name, self.kind, e.value, owner(e)) for e in self._entries().get(name, [])]
         if local is not None:
-            found.insert(0, PartInfo(name, self.kind, f"{local.__module__}:{local.__qualname__}", "this process"))
-        return found
+            infos.insert(0, PartInfo(name, self.kind, f"{local.__module__}:{local.__qualname__}", "this process"))
+        return infos
 
     def info(self, name: str) -> PartInfo:
-        """Where a part comes from, without importing it. Raises `PartError` if the name is unknown or claimed twice."""
-        found = self.infos(name)
-        if not found:
-            bad = "".join(f" (The entry points of {who} cannot be read: {why})" for who, why in discover().malformed)
-            bad += "".join(f" ({problem})" for entry, problem in misnamed() if entry.name == name)
-            raise PartError(
-                f"no part {shorten(name)} among {self.kind}{suggestion(str(name), self.names()) or '.'}"
-                f" There is: {', '.join(self.names()) or 'nothing'}.{bad}"
-            )
-        if len(found) > 1:
-            claims = " and ".join(f"{i.owner} ({i.target})" for i in found)
-            raise PartError(f"'{name}' among {self.kind} is claimed by {claims}; uninstall or unregister one of them")
-        return found[0]
-
-    def get(self, name: str) -> type[PartConfig]:
-        """The config class of a part. Loads this part's config and no other.
+        """Origin of a part, without importing it.
 
         Raises:
-            PartError: if the name is unknown, claimed twice, or its plugin fails to import or is no part.
+            PartError: if the name is unknown or registered twice.
+        """
+        infos = self.infos(name)
+        if not infos:
+            notes = "".join(f" (The entry points of {dist} cannot be read: {e})" for dist, e in discover().malformed)
+            notes += "".join(f" ({problem})" for entry, problem in misnamed_entry_points() if entry.name == name)
+            raise PartError(
+                f"no part {shorten(name)} among {self.kind}{suggestion(str(name), self.names()) or '.'}"
+                f" Available: {', '.join(self.names()) or 'none'}.{notes}"
+            )
+        if len(infos) > 1:
+            owners = " and ".join(f"{i.owner} ({i.target})" for i in infos)
+            raise PartError(
+                f"'{name}' among {self.kind} is registered by {owners}; uninstall or unregister one of them"
+            )
+        return infos[0]
+
+    def get(self, name: str) -> type[PartConfig]:
+        """Returns the config class of a part. Imports only this part's config.
+
+        Raises:
+            PartError: if the name is unknown or registered twice, or its plugin fails to import or is invalid.
         """
         info = self.info(name)
         local = self._local()
@@ -219,81 +232,78 @@ class Registry:
                 raise ValueError(f"the target of an entry point must be 'module:attribute', not {entry.value!r}")
             return self._as_config(name, entry.load())
         except (Exception, SystemExit) as error:
-            # A refusal of ours already says all; what the plugin raised itself is named by its type.
-            what = error if isinstance(error, PartError) else f"{type(error).__name__}: {error}"
+            # a PartError is complete; errors of the plugin are prefixed with their type
+            reason = error if isinstance(error, PartError) else f"{type(error).__name__}: {error}"
             raise PartError(
-                f"'{name}' among {self.kind}, from {info.owner} ({info.target}), failed to load: {what}"
+                f"'{name}' among {self.kind}, from {info.owner} ({info.target}), failed to load: {reason}"
             ) from error
 
     def _as_config(self, name: str, target: Any) -> type[PartConfig]:
         if not KEBAB.fullmatch(name):
             raise PartError(f"the name {name!r} must be in kebab case, like 'clip-segment'")
         if isinstance(target, type) and issubclass(target, PartConfig):
-            _inspect(name, target, self.kind)
+            _check_config_class(name, target, self.kind)
             return target
         if isinstance(target, type) or not callable(target) or not self.function:
             function = f", or a function ({', '.join(self.function)})" if self.function else ""
-            raise PartError(f"the part must be a PartConfig class with a build method{function}, not {target!r}")
-        if problem := _problem_of_call(target, *self.function):
+            raise PartError(f"a part must be a PartConfig class with a build method{function}, got {target!r}")
+        if problem := _call_problem(target, *self.function):
             raise PartError(f"the function must take ({', '.join(self.function)}): {problem}")
-        made = type(
+        config = type(
             getattr(target, "__name__", type(target).__name__), (_InCodeConfig,), {"part": staticmethod(target)}
         )
-        made.__module__ = getattr(target, "__module__", made.__module__)
-        made.__qualname__ = getattr(target, "__qualname__", made.__name__)
-        made.__doc__ = target.__doc__
-        return made
+        config.__module__ = getattr(target, "__module__", config.__module__)
+        config.__qualname__ = getattr(target, "__qualname__", config.__name__)
+        config.__doc__ = target.__doc__
+        return config
 
     def register(self, name: str, part: Any = None) -> Any:
         """Registers a part in code, for notebooks and tests; usable as a decorator.
 
-        Defining the same class or function once more, as running a notebook's cell again does, replaces it.
+        Defining the same class or function again, e.g. by re-running a notebook cell, replaces it.
 
         Args:
             name: the name, in kebab case.
-            part: a `PartConfig` class, or a plain callable used as the part itself (it has no config).
+            part: a `PartConfig` class, or a plain callable that is the part itself (without config keys).
 
         Raises:
-            PartError: if the name is taken, is not in kebab case, or the part is neither of these.
+            PartError: if the name is taken or not in kebab case, or the part is invalid.
         """
         if part is None:
             return lambda p: self.register(name, p)
         config = self._as_config(name, part)
-        before = self._local().get(name)
-        again = before is not None and (before.__module__, before.__qualname__) == (
-            config.__module__,
-            config.__qualname__,
-        )
-        if name in self and (not again or "<" in config.__qualname__):
-            raise PartError(f"'{name}' among {self.kind} is already owned by {self.infos(name)[0].owner}")
+        previous = self._local().get(name)
+        redefined = previous is not None and _location(previous) == _location(config)
+        if name in self and (not redefined or "<" in config.__qualname__):
+            raise PartError(f"'{name}' among {self.kind} is already registered by {self.infos(name)[0].owner}")
         self._in_code.register(name, func=config)
         return part
 
     def unregister(self, name: str) -> None:
-        """Removes a part registered in code."""
+        """Removes a part that was registered in code."""
         if name not in self._local():
             raise PartError(f"'{name}' among {self.kind} was not registered in code; nothing to remove")
         catalogue.REGISTRY.pop(("longalign", self.kind, name))
 
     def validate(self, value: Any) -> PartConfig:
-        """Turns ``{"name": ..., ...}``, a bare name or a config into a checked config. Raises `ConfigError`."""
+        """Validates ``{"name": ..., ...}``, a bare name or a config. Raises `ConfigError`."""
         check_size(value)
         return self._validate(value)
 
     def _validate(self, value: Any) -> PartConfig:
-        given = type(value) if isinstance(value, PartConfig) else None
+        config_class = type(value) if isinstance(value, PartConfig) else None
         if isinstance(value, PartConfig):
-            value = value.model_dump(warnings=False)  # model_copy(update=...) does not validate, so it is done here
+            value = value.model_dump(warnings=False)  # validate again, because model_copy(update=...) does not
         if isinstance(value, str):
             value = {"name": value}
         if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
-            known = ", ".join(self.names())
-            raise ConfigError([("", f"expected a name or a mapping with 'name', one of {known}; got {shorten(value)}")])
+            names = ", ".join(self.names())
+            raise ConfigError([("", f"expected a name or a mapping with 'name', one of {names}; got {shorten(value)}")])
         name = value["name"]
         try:
             model = self.get(name)
-            if given not in (None, model):
-                raise PartError(f"'{name}' among {self.kind} is {model.__name__}, not {given.__name__}")
+            if config_class not in (None, model):
+                raise PartError(f"'{name}' among {self.kind} is {model.__name__}, got {config_class.__name__}")
             return model.model_validate(dict(value))
         except ValidationError as error:
             raise ConfigError(flatten(error, self.get(name))) from error
@@ -308,117 +318,117 @@ class Registry:
 
         Args:
             config: e.g. ``{"name": "clip-segment", "checkpoint": "mini/clip"}``.
-            runtime: device, dtype and processes; this machine's (`Runtime.detect`) if None, and the CPU for segmenters.
-            parts: the ready parts that a trainer is built from (``backbone``, ``encoder``, ``rewards``).
+            runtime: device, dtype and processes; defaults to `Runtime.detect`, or to the CPU for segmenters.
+            parts: the parts that a trainer is built from (``backbone``, ``encoder``, ``rewards``).
 
         Raises:
-            ConfigError: if the config is not valid.
-            PartError: if what is built is no part of this kind, or building it fails by a mistake of its plugin.
+            ConfigError: if the config is invalid.
+            PartError: if the result is not a part of this kind, or a plugin fails because of a bug.
         """
-        checked = self.validate(config)
+        validated = self.validate(config)
         if runtime is None:
             runtime = Runtime() if self is segmenters else Runtime.detect()
-        return self.construct(checked, runtime, **parts)
+        return self.construct(validated, runtime, **parts)
 
     def construct(self, config: PartConfig, runtime: Runtime, **parts: Any) -> Any:
-        """As `build`, from a config that is checked."""
+        """Builds a part as `build` does, from a validated config."""
         name = config.name
-        whose = self.infos(name)[0].owner if name in self else f"{type(config).__module__}"
+        origin = self.infos(name)[0].owner if name in self else f"{type(config).__module__}"
         try:
-            made = config.build(runtime, **parts)
-        except MISTAKES as error:
-            if whose.startswith("longalign "):
+            part = config.build(runtime, **parts)
+        except PLUGIN_BUGS as error:
+            if origin.startswith("longalign "):
                 raise
             raise PartError(
-                f"'{name}' among {self.kind}, from {whose}, failed to build: {type(error).__name__}: {error}"
+                f"'{name}' among {self.kind}, from {origin}, failed to build: {type(error).__name__}: {error}"
             ) from error
-        if self.function and callable(made):
-            if problem := _problem_of_call(made, *self.function):
-                wanted = f"the function must take ({', '.join(self.function)})"
-                raise PartError(f"'{name}' among {self.kind}, from {whose}: {wanted}: {problem}")
-            return made
+        if self.function and callable(part):
+            if problem := _call_problem(part, *self.function):
+                expected = f"the function must take ({', '.join(self.function)})"
+                raise PartError(f"'{name}' among {self.kind}, from {origin}: {expected}: {problem}")
+            return part
         if not self.bases:
-            return made
+            return part
         bases = [getattr(import_module(module), kind) for module, _, kind in (b.partition(":") for b in self.bases)]
-        if not isinstance(made, tuple(bases)):
-            wanted = " or ".join(base.replace(":", ".") for base in self.bases)
-            what = "a function" if inspect.isfunction(made) else f"a {type(made).__name__}"
-            raise PartError(f"'{name}' among {self.kind}, from {whose}, was built as {what}, which is no {wanted}")
-        return made
+        if not isinstance(part, tuple(bases)):
+            expected = " or ".join(base.replace(":", ".") for base in self.bases)
+            actual = "function" if inspect.isfunction(part) else type(part).__name__
+            raise PartError(f"'{name}' among {self.kind}, from {origin}: build must return {expected}, got {actual}")
+        return part
 
 
-def misnamed() -> list[tuple[EntryPoint, str]]:
-    """Entry points in groups that no kind has, such as ``longalign_encoder``, each with what is wrong with it."""
+def misnamed_entry_points() -> list[tuple[EntryPoint, str]]:
+    """Entry points in unknown groups, such as ``longalign_encoder``, each with an error message."""
     unknown = [
-        e
-        for group, parts in discover().groups.items()
-        for several in parts.values()
-        for e in several
+        entry
+        for group, names in discover().groups.items()
+        for entries in names.values()
+        for entry in entries
         if group.removeprefix(PREFIX) not in REGISTRIES
     ]
     groups = [PREFIX + kind for kind in REGISTRIES]
     return [
         (
             entry,
-            f"{owner(entry)} discover '{entry.name}' in the group '{entry.group}', which is not read"
-            f"{suggestion(entry.group, groups) or '; the groups are ' + ', '.join(groups)}",
+            f"{owner(entry)} registers '{entry.name}' in the unknown group '{entry.group}'"
+            f"{suggestion(entry.group, groups) or '; expected one of ' + ', '.join(groups)}",
         )
         for entry in (*unknown, *discover().misnamed)
     ]
 
 
-def _problem_of_call(function: Any, *values: Any, **named: Any) -> str:
-    """Why a function cannot be called so, or an empty text."""
+def _call_problem(function: Any, *args: Any, **kwargs: Any) -> str:
+    """Why a function cannot be called with these arguments; empty if it can."""
     try:
-        inspect.signature(function).bind(*values, **named)
+        inspect.signature(function).bind(*args, **kwargs)
     except TypeError as error:
         return str(error)
-    except ValueError:  # functions of C do not always say what they take
+    except ValueError:  # some C functions have no signature
         return ""
     return ""
 
 
-def _place(model: type) -> tuple[str, str]:
+def _location(model: type) -> tuple[str, str]:
     return model.__module__, model.__qualname__
 
 
-def _inspect(name: str, model: type[PartConfig], kind: str) -> None:
-    """Refuses a config class that would go wrong later, with what its author should do."""
+def _check_config_class(name: str, model: type[PartConfig], kind: str) -> None:
+    """Rejects malformed config classes early, with a hint for the plugin author."""
     if model.build is PartConfig.build:
         raise PartError(f"{model.__name__} has no build(self, runtime) method")
     parts = (*getattr(model, "needs", ("backbone", "encoder")), "rewards") if kind == "trainers" else ()
-    if problem := _problem_of_call(model.build, "self", "runtime", **dict.fromkeys(parts)):
-        wanted = ", ".join(("self", "runtime", *(("*", *parts) if parts else ())))
-        raise PartError(f"{model.__name__}.build must take ({wanted}): {problem}")
+    if problem := _call_problem(model.build, "self", "runtime", **dict.fromkeys(parts)):
+        expected = ", ".join(("self", "runtime", *(("*", *parts) if parts else ())))
+        raise PartError(f"{model.__name__}.build must take ({expected}): {problem}")
     if not model.model_config.get("frozen") or model.model_config.get("extra") != "forbid":
         raise PartError(f"{model.__name__} must keep frozen=True and extra='forbid' of PartConfig's model_config")
     field = model.model_fields["name"]
     allowed = get_args(field.annotation) if get_origin(field.annotation) is Literal else None
     if (allowed and name not in allowed) or (not field.is_required() and field.default not in (name, *(allowed or ()))):
         raise PartError(
-            f"{model.__name__} calls itself {field.default!r}, but is registered as '{name}'; "
+            f"{model.__name__} declares name={field.default!r}, but is registered as '{name}'; "
             f"write name: Literal['{name}'] = '{name}'"
         )
 
 
 @dataclass(frozen=True)
 class PartOf:
-    """Mark on an annotation that `Part` made, read by `longalign.describe`."""
+    """Annotation metadata set by `Part` and read by `longalign.describe`."""
 
     kind: str
 
 
 def Part(kind: str) -> Any:
-    """The annotation of a config field that holds a part: ``inner: Part("rewards")``."""
+    """Annotation of a config field that holds a part, e.g. ``inner: Part("rewards")``."""
 
-    def check(value: Any) -> PartConfig:
+    def validate(value: Any) -> PartConfig:
         try:
-            return REGISTRIES[kind]._validate(value)  # its size has been checked with what holds it
+            return REGISTRIES[kind]._validate(value)  # the size was checked with the outer config
         except ConfigError as error:
             raise nested(error.errors) from error
 
-    # SerializeAsAny: without it a dump keeps the fields of PartConfig only.
-    return Annotated[SerializeAsAny[PartConfig], BeforeValidator(check), PartOf(kind)]
+    # SerializeAsAny: otherwise a dump only contains the fields of PartConfig
+    return Annotated[SerializeAsAny[PartConfig], BeforeValidator(validate), PartOf(kind)]
 
 
 encoders = Registry("encoders", ["longalign.encoders.base:Encoder"])

@@ -1,4 +1,4 @@
-"""No network in tests: a download is a failure, not a delay. One thread, and the same random numbers in each test."""
+"""Test setup: no network access, one thread, and a fixed random seed for each test."""
 
 import os
 import sys
@@ -12,16 +12,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
-def same_random_numbers():
-    """Each test starts with the same state of torch's generator, whatever ran before it."""
+def fixed_seed():
+    """Seeds torch's generator before each test, independent of test order."""
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture
 def smooth_adamw(monkeypatch):
-    """AdamW with an eps far above what rounding makes of a gradient, so that equal runs reach equal weights. With its
-    own, 1e-8, the sign of a rounding error is a whole step."""
+    """AdamW with an eps far above rounding errors of gradients, so that equivalent runs reach equal weights.
+
+    With the default eps of 1e-8, the sign of a rounding error changes a weight by a full step.
+    """
     import torch
 
     monkeypatch.setattr(torch.optim, "AdamW", partial(torch.optim.AdamW, eps=1e-2))
@@ -29,7 +31,7 @@ def smooth_adamw(monkeypatch):
 
 @pytest.fixture
 def brightness():
-    """The name of a reward that is there for one test."""
+    """Name of a reward that is registered for one test."""
     from longalign.registry import rewards
 
     rewards.register("brightness", lambda images, prompts: images.mean((1, 2, 3)))

@@ -1,6 +1,7 @@
-"""The command line: what it prints, what it hands on, and how it fails."""
+"""The command line: output, arguments passed on, and error messages."""
 
 import json
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -15,6 +16,8 @@ from longalign.backbones.configs import LoraConfig
 from longalign.cli import main
 from longalign.compose import Composition
 from longalign.config import load_config, to_yaml
+from longalign.data.configs import ScenesConfig
+from longalign.encoders.configs import T5Config
 from longalign.image_io import write_png
 from longalign.registry import PartConfig, rewards, trainers
 from longalign.rewards import direction
@@ -54,7 +57,7 @@ def yaml(tmp_path):
 
 
 def images(folder, values, prompts=None, seeds=None):
-    """A folder of one-coloured images, with metadata if there are prompts."""
+    """Writes a folder of single-colour images, with metadata if prompts are given."""
     folder.mkdir(parents=True, exist_ok=True)
     for i, value in enumerate(values):
         write_png(folder / f"{i}.png", torch.full((3, 4, 4), value))
@@ -66,8 +69,8 @@ def images(folder, values, prompts=None, seeds=None):
     return folder
 
 
-def test_no_torch_where_none_is_needed(yaml):
-    light = [
+def test_light_commands_do_not_import_torch(yaml):
+    commands = [
         ["--help"],
         *([command, "--help"] for command in COMMANDS),
         ["list"],
@@ -90,7 +93,7 @@ import sys
 import longalign
 from longalign.backbones.configs import LoraConfig
 from longalign.cli import main
-for arguments in {light!r}:
+for arguments in {commands!r}:
     try:
         main(arguments)
     except SystemExit:
@@ -104,7 +107,7 @@ for arguments in {light!r}:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_has_examples_that_parse(command, capsys):
+def test_help_shows_examples(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0
@@ -113,7 +116,7 @@ def test_help_has_examples_that_parse(command, capsys):
     assert "%%" not in text
 
 
-def test_python_m_longalign():
+def test_python_m_longalign_runs_command():
     result = subprocess.run([sys.executable, "-m", "longalign", "list", "trainers"], capture_output=True, text=True)
     assert result.returncode == 0
     assert "align" in result.stdout
@@ -130,11 +133,11 @@ def test_list_shows_kind_name_owner_and_target(capsys):
     capsys.readouterr()
     assert main(["list", "encoders"]) == 0
     out = capsys.readouterr().out
-    assert "T5's encoder over the" in out
+    assert T5Config.__doc__[:12] in out
     assert "longalign.encoders" not in out
 
 
-def test_list_and_describe_fit_the_terminal(capsys, monkeypatch):
+def test_list_and_describe_fit_terminal_width(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "72")
     for command in (["list"], ["describe", "trainers"]):
         assert main(command) == 0
@@ -154,14 +157,14 @@ def test_list_and_describe_fit_the_terminal(capsys, monkeypatch):
         (["run"], "loop.batch_size: int >= 1"),
     ],
 )
-def test_describe_takes_the_keys_of_a_config_and_the_names_of_parts(words, shown, capsys):
+def test_describe_accepts_config_keys_and_part_names(words, shown, capsys):
     assert main(["describe", *words]) == 0
     assert shown in capsys.readouterr().out
 
 
-def test_describe_shows_the_defaults_of_a_plugin_not_those_of_a_class(capsys):
+def test_describe_shows_defaults_of_plugin_not_of_base_class(capsys):
     class MineConfig(AlignConfig):
-        """Mine."""
+        """A trainer."""
 
         name: Literal["mine"] = "mine"
         lora: LoraConfig | None = LoraConfig(rank=4)
@@ -176,12 +179,12 @@ def test_describe_shows_the_defaults_of_a_plugin_not_those_of_a_class(capsys):
     assert "lora.scale: float > 0 = 1.0" in shown
 
 
-def test_describe_a_part_shows_each_key_with_type_default_and_words(capsys):
+def test_describe_part_shows_type_default_and_description(capsys):
     assert main(["describe", "data", "scenes"]) == 0
     text = capsys.readouterr().out
     assert 'style: "plain" | "referring" | "mixed" = "plain"' in text
     assert "words: [int > 0, int > 0] = [20, 250]" in text
-    assert "another seed gives other scenes" in text
+    assert "\n    " + ScenesConfig.__doc__.partition(" seed: ")[2][:20] in text
     main(["describe", "rewards", "reweighted"])
     text = capsys.readouterr().out
     assert "inner: one of rewards (required)" in text
@@ -193,15 +196,15 @@ def test_describe_a_part_shows_each_key_with_type_default_and_words(capsys):
 @pytest.mark.parametrize(
     "kind", ["encoders", "rewards", "trainers", "data", "segmenters", "gradient_steps", "backbones"]
 )
-def test_every_part_describes_itself_and_every_key(kind, capsys):
+def test_describe_covers_all_parts_and_keys(kind, capsys):
     from longalign.registry import REGISTRIES
 
     for name in REGISTRIES[kind].names():
         assert main(["describe", kind, name]) == 0
-        about = REGISTRIES[kind].get(name).__doc__
-        assert about
+        doc = REGISTRIES[kind].get(name).__doc__
+        assert doc
         shown = capsys.readouterr().out
-        assert about.split(".")[0].split("``")[0].split("\n")[0] in shown, name
+        assert doc.split(".")[0].split("``")[0].split("\n")[0] in shown, name
         lines = [*shown.splitlines(), ""]
         for key in REGISTRIES[kind].get(name).model_fields:
             if key != "name":
@@ -209,7 +212,7 @@ def test_every_part_describes_itself_and_every_key(kind, capsys):
                 assert lines[at + 1].startswith("    "), f"'{key}' of {name} is not described"
 
 
-def test_describe_hides_the_credentials_of_addresses(yaml, capsys):
+def test_describe_redacts_url_credentials(yaml, capsys):
     data = "data={name: hf, dataset: parquet, files: ['https://me:secret@host/a.parquet?token=secret']}"
     assert main(["describe", yaml, data]) == 0
     shown = capsys.readouterr().out
@@ -217,7 +220,7 @@ def test_describe_hides_the_credentials_of_addresses(yaml, capsys):
     assert "secret" not in shown
 
 
-def test_no_error_shows_the_credentials_of_addresses(monkeypatch, yaml, capsys):
+def test_error_message_redacts_url_credentials(monkeypatch, yaml, capsys):
     def fit(composition, resume=None):
         raise OSError("nothing at https://me:secret@host/a.parquet")
 
@@ -226,7 +229,7 @@ def test_no_error_shows_the_credentials_of_addresses(monkeypatch, yaml, capsys):
     assert "nothing at https://***@host/a.parquet" in capsys.readouterr().err
 
 
-def test_describe_a_config_shows_it_whole_and_changed(yaml, capsys, tmp_path):
+def test_describe_config_shows_defaults_and_overrides(yaml, capsys, tmp_path):
     assert main(["describe", yaml, "trainer.lora.rank=4"]) == 0
     (tmp_path / "shown.yaml").write_text(capsys.readouterr().out)
     config = load_config(tmp_path / "shown.yaml")
@@ -237,47 +240,41 @@ def test_describe_a_config_shows_it_whole_and_changed(yaml, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["describe", "encodder"], "cannot describe 'encodder'; did you mean 'encoders'?"),
-        (["describe", "encoders", "clip-segmen"], "did you mean 'clip-segment'?"),
-        (["describe", "encoders", "t5", "longclip"], "expected a kind and one part's name, or one word"),
-        (["list", "reward"], "no kind 'reward'; did you mean 'rewards'?"),
-        (["train", "nowhere.yaml"], "no config file nowhere.yaml"),
-        (
-            ["generate", "--config", "YAML", "--prompt", "a", "--output", "YAML"],
-            "run.yaml is a file; expected a folder",
-        ),
-        (
-            ["generate", "--config", "YAML", "--prompt", "a", "--output", "YAML/x"],
-            "run.yaml is a file; expected a folder",
-        ),
+        (["describe", "encodder"], "'encodder'.*'encoders'"),
+        (["describe", "encoders", "clip-segmen"], "'clip-segmen'.*'clip-segment'"),
+        (["describe", "encoders", "t5", "longclip"], "got encoders t5 longclip"),
+        (["list", "reward"], "'reward'.*'rewards'"),
+        (["train", "nowhere.yaml"], r"no config file nowhere\.yaml"),
+        (["generate", "--config", "YAML", "--prompt", "a", "--output", "YAML"], r"run\.yaml .*expected a folder"),
+        (["generate", "--config", "YAML", "--prompt", "a", "--output", "YAML/x"], r"run\.yaml .*expected a folder"),
         (
             ["generate", "--config", "YAML", "--prompt", "a", "--output", "x", "--seed", "3", "3"],
-            "expected different seeds, got 3 more than once",
+            r"seeds.*\b3\b",
         ),
-        (["train", "YAML", "steps"], "expected path=value"),
-        (["train", "YAML", "loop.stepz=3"], "loop.stepz: this key does not exist; did you mean 'steps'?"),
-        (["train", "YAML", "--resume-from", "nowhere"], "no checkpoint in nowhere"),
-        (["score", "--reward", "clip", "--images", "nowhere.png"], "no image nowhere.png"),
-        (["score", "--reward", "{name: clip, chekpoint: x}", "--images", "a.png"], "did you mean 'checkpoint'?"),
-        (["eval", "--reward", "clip", "--images", "folder"], "--images takes NAME=... with a name"),
-        (["score", "--reward", "clip", "--images", "a.png", "--seed", "1"], "--seed only applies when generating"),
-        (["eval", "--reward", "clip", "--images", "a=b", "--dtype", "float16"], "--dtype only applies when generating"),
-        (["direction", "--reward", "clip", "--prompts", "a.csv", "--output", "x"], "a .txt or a .jsonl file"),
-        (["generate", "--checkpoint", "nowhere", "--prompt", "a", "--output", "x"], "no checkpoint in nowhere"),
+        (["train", "YAML", "steps"], "steps: .*path=value"),
+        (["train", "YAML", "loop.stepz=3"], r"loop\.stepz: .*'steps'"),
+        (["train", "YAML", "--resume-from", "nowhere"], r"no checkpoint in nowhere\b"),
+        (["score", "--reward", "clip", "--images", "nowhere.png"], r"no image nowhere\.png"),
+        (["score", "--reward", "{name: clip, chekpoint: x}", "--images", "a.png"], "chekpoint: .*'checkpoint'"),
+        (["eval", "--reward", "clip", "--images", "folder"], r"--images .*NAME=.*'folder'"),
+        (["score", "--reward", "clip", "--images", "a.png", "--seed", "1"], "--seed .*generating"),
+        (["eval", "--reward", "clip", "--images", "a=b", "--dtype", "float16"], "--dtype .*generating"),
+        (["direction", "--reward", "clip", "--prompts", "a.csv", "--output", "x"], r"\.txt .*\.jsonl"),
+        (["generate", "--checkpoint", "nowhere", "--prompt", "a", "--output", "x"], r"no checkpoint in nowhere\b"),
     ],
 )
-def test_mistakes_are_told_in_one_message_without_traceback(arguments, message, yaml, capsys):
+def test_invalid_input_exits_with_one_message(arguments, message, yaml, capsys):
     assert main([a.replace("YAML", yaml) for a in arguments]) == 2
-    told = capsys.readouterr().err
-    assert message in told
-    assert told.startswith(f"longalign {arguments[0]}: ")
-    assert "Traceback" not in told
+    err = capsys.readouterr().err
+    assert re.search(message, err)
+    assert err.startswith(f"longalign {arguments[0]}: ")
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize(
     "arguments", [["--traceback", "train", "nowhere.yaml"], ["train", "nowhere.yaml", "--traceback"]]
 )
-def test_traceback_on_demand(arguments):
+def test_traceback_option_raises_the_error(arguments):
     with pytest.raises(FileNotFoundError):
         main(arguments)
 
@@ -285,67 +282,64 @@ def test_traceback_on_demand(arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian", "run.yaml"], "no command 'trian'; did you mean 'train'?"),
+        (["trian", "run.yaml"], "'trian'.*'train'"),
         ([], "expected a command: train, "),
         (["train"], "required: config\n"),
-        (
-            ["train", "run.yaml", "--lr", "1e-4"],
-            "no option --lr; keys of the config are set as path=value",
-        ),
-        (["train", "run.yaml", "--loop.lr=1e-4"], "here loop.lr=..."),
-        (["train", "run.yaml", "--resme"], "no option --resme; did you mean '--resume'?"),
-        (["generate", "--promts", "a.txt"], "no option --promts; did you mean '--prompts'?"),
-        (["generate", "--seed", "-1"], "expected a whole number from 0 to 2^64 - 1, got '-1'"),
-        (["generate", "--seed", str(2**64)], "expected a whole number from 0"),
-        (["generate", "--guidance", "nan"], "expected a number, got 'nan'"),
-        (["train", "run.yaml", "--device", "gpu"], "expected cpu, cuda, cuda:1 or mps, got 'gpu'"),
+        (["train", "run.yaml", "--lr", "1e-4"], r"no option --lr; .*path=value, .*loop\.lr="),
+        (["train", "run.yaml", "--loop.lr=1e-4"], r"no option --loop\.lr; .* loop\.lr="),
+        (["train", "run.yaml", "--resme"], "--resme; .*'--resume'"),
+        (["generate", "--promts", "a.txt"], "--promts; .*'--prompts'"),
+        (["generate", "--seed", "-1"], r"--seed: .*0 to 2\^64 - 1, got '-1'"),
+        (["generate", "--seed", str(2**64)], rf"--seed: .*0 to 2\^64 - 1, got '{2**64}'"),
+        (["generate", "--guidance", "nan"], "--guidance: .*got 'nan'"),
+        (["train", "run.yaml", "--device", "gpu"], "--device: .*cpu, cuda, cuda:1 or mps, got 'gpu'"),
     ],
 )
-def test_misspelt_calls_say_what_was_expected(arguments, message, capsys):
+def test_misspelt_arguments_exit_with_suggestion(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err)
 
 
-def test_version(capsys):
+def test_version_option_prints_version(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--version"])
     assert stop.value.code == 0
     assert capsys.readouterr().out == f"longalign {version('longalign')}\n"
 
 
-def test_processes_wait_for_the_first_one_to_report_what_all_have(monkeypatch, capsys):
+def test_error_report_waits_for_first_process(monkeypatch, capsys):
     events = []
     monkeypatch.setattr(cli.time, "sleep", lambda seconds: events.append(capsys.readouterr().err))
     for rank, waits in (("0", 0), ("1", 1)):
         monkeypatch.setenv("LOCAL_RANK", rank)
         assert main(["train", "nowhere.yaml"]) == 2
-        assert events == [""] * waits  # nothing was said before
+        assert events == [""] * waits  # the sleep comes before the report
         assert capsys.readouterr().err.count("no config file") == 1
 
 
-def test_no_memory_says_what_to_lower(yaml, monkeypatch, capsys):
+def test_out_of_memory_message_suggests_options(yaml, monkeypatch, capsys):
     def generate(*args, **settings):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nDetails")
 
     monkeypatch.setattr(pipeline, "generate", generate)
     assert main(["generate", "--config", yaml, "--prompt", "a", "--output", "x"]) == 2
-    told = capsys.readouterr().err
-    assert "Tried to allocate 2 GiB" in told and "--batch below 8" in told and "--dtype bfloat16" in told
-    assert "Details" not in told
+    err = capsys.readouterr().err
+    assert "Tried to allocate 2 GiB" in err and "--batch below 8" in err and "--dtype bfloat16" in err
+    assert "Details" not in err
 
 
-def test_a_package_that_is_not_installed_is_named(yaml, monkeypatch, capsys):
+def test_missing_package_is_named(yaml, monkeypatch, capsys):
     def generate(*args, **settings):
         import no_such_package.inside  # noqa: F401  # type: ignore[import-not-found]
 
     monkeypatch.setattr(pipeline, "generate", generate)
     assert main(["generate", "--config", yaml, "--prompt", "a", "--output", "x"]) == 2
-    assert "needs the package 'no_such_package'" in capsys.readouterr().err
+    assert "'no_such_package'" in capsys.readouterr().err
 
 
-def test_an_error_that_is_a_bug_keeps_its_traceback(yaml, monkeypatch):
+def test_unexpected_error_keeps_traceback(yaml, monkeypatch):
     def generate(*args, **settings):
         raise RuntimeError("shapes differ")
 
@@ -354,7 +348,7 @@ def test_an_error_that_is_a_bug_keeps_its_traceback(yaml, monkeypatch):
         main(["generate", "--config", yaml, "--prompt", "a", "--output", "x"])
 
 
-def test_examples_are_listed_printed_and_copied(tmp_path, capsys, monkeypatch):
+def test_examples_lists_prints_and_copies_configs(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {path.name for path in examples_folder().glob("*.yaml")}
     assert main(["examples"]) == 0
@@ -364,20 +358,20 @@ def test_examples_are_listed_printed_and_copied(tmp_path, capsys, monkeypatch):
     assert main(["examples", "mini-align.yaml"]) == 0
     assert capsys.readouterr().out == (examples_folder() / "mini-align.yaml").read_text()
     assert main(["train", "mini-align.yaml"]) == 2
-    assert "bundled: longalign examples mini-align.yaml --to ." in capsys.readouterr().err
+    assert "longalign examples mini-align.yaml --to ." in capsys.readouterr().err
     assert main(["examples", "mini-align.yaml", "--to", "."]) == 0
     assert load_config("mini-align.yaml").encoder.name == "clip-segment"
     Path("mini-align.yaml").write_text("mine: true")
     assert main(["examples", "--to", "."]) == 2
-    assert "mini-align.yaml exists and differs" in capsys.readouterr().err
+    assert "mini-align.yaml exists" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mini-align.yaml"]
     assert main(["examples", "--to", "all"]) == 0
     assert {path.name for path in (tmp_path / "all").iterdir()} >= names
     assert main(["examples", "mini-alig.yaml"]) == 2
-    assert "did you mean 'mini-align.yaml'?" in capsys.readouterr().err
+    assert "'mini-align.yaml'" in capsys.readouterr().err
 
 
-def test_env_says_versions_devices_and_settings_without_secrets(monkeypatch, capsys):
+def test_env_shows_versions_and_settings_without_secrets(monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert main(["env"]) == 0
@@ -388,20 +382,20 @@ def test_env_says_versions_devices_and_settings_without_secrets(monkeypatch, cap
     assert "secret" not in text
 
 
-def test_unreadable_images_are_all_named_before_any_is_scored(brightness, tmp_path, capsys):
+def test_score_and_eval_list_unreadable_images_before_scoring(brightness, tmp_path, capsys):
     folder = images(tmp_path / "images", [0.0, 0.5, 1.0], ["a", "b", "c"])
     for name in ("1.png", "2.png"):
         (folder / name).write_bytes((folder / name).read_bytes()[:40])
     for command in (["score", "--images", str(folder)], ["eval", "--images", f"a={folder}"]):
         assert main([*command, "--reward", brightness]) == 2
-        told = capsys.readouterr()
-        assert told.out == "" and "2 images cannot be read" in told.err
-        assert "1.png" in told.err and "2.png" in told.err
+        printed = capsys.readouterr()
+        assert printed.out == "" and "2 images cannot be read" in printed.err
+        assert "1.png" in printed.err and "2.png" in printed.err
 
 
-def test_the_device_is_handed_on(yaml, hues, monkeypatch, tmp_path, capsys):
+def test_device_option_reaches_generate_and_fit(yaml, hues, monkeypatch, tmp_path, capsys):
     assert main(["train", yaml, "--device", "cuda:99"]) == 2
-    assert "expected an available device, got 'cuda:99'; available: cpu" in capsys.readouterr().err
+    assert re.search(r"got 'cuda:99'.*\bcpu\b", capsys.readouterr().err)
     seen = []
     monkeypatch.setattr(pipeline, "generate", lambda *_, **settings: seen.append(settings["device"]) or [{}])
     assert main(["generate", "--config", yaml, "--prompt", "a", "--output", "x", "--device", "cpu"]) == 0
@@ -418,7 +412,7 @@ def test_the_device_is_handed_on(yaml, hues, monkeypatch, tmp_path, capsys):
     assert seen == ["cpu", "mps", "cpu"]
 
 
-def test_overrides_stand_before_and_after_options(yaml, monkeypatch, tmp_path):
+def test_train_parses_overrides_around_options(yaml, monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(
         loop, "fit", lambda run, resume=None: seen.append(run.config) or loop.FitResult(1, tmp_path, False)
@@ -430,7 +424,7 @@ def test_overrides_stand_before_and_after_options(yaml, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "arguments", [["generate", "--prompt", "a", "--output", "x"], ["score", "--images", "a"], ["nothing"], []]
 )
-def test_missing_options_end_with_usage(arguments, capsys):
+def test_missing_options_print_usage(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
@@ -438,7 +432,7 @@ def test_missing_options_end_with_usage(arguments, capsys):
 
 
 @pytest.mark.parametrize("signal", [None, 2, 15, 1])
-def test_train_hands_the_changed_config_to_the_loop(yaml, monkeypatch, tmp_path, capsys, signal):
+def test_train_passes_overridden_config_to_fit(yaml, monkeypatch, tmp_path, capsys, signal):
     seen = {}
 
     def fit(composition, resume=None):
@@ -453,15 +447,15 @@ def test_train_hands_the_changed_config_to_the_loop(yaml, monkeypatch, tmp_path,
     config = seen["composition"].config
     assert (config.loop.steps, config.loop.lr, config.encoder.name) == (3, 1e-4, "clip-truncate")
     assert seen["resume"] is None
-    told = capsys.readouterr().out
-    assert "step 3 of 3: " in told
-    generate = f"next: longalign generate --checkpoint {tmp_path}/checkpoint-000003 "
-    assert (generate in told) == (signal is None)
+    out = capsys.readouterr().out
+    assert "step 3 of 3: " in out
+    next_command = f"longalign generate --checkpoint {tmp_path}/checkpoint-000003 "
+    assert (next_command in out) == (signal is None)
     main(["train", yaml, f"output={tmp_path / 'out'}", "--resume"])
     assert seen["resume"] == tmp_path / "out"
 
 
-def test_generate_hands_prompts_and_settings_on(yaml, monkeypatch, tmp_path, capsys):
+def test_generate_passes_prompts_and_settings_to_pipeline(yaml, monkeypatch, tmp_path, capsys):
     seen = {}
 
     def generate(source, prompts, output, **settings):
@@ -480,23 +474,23 @@ def test_generate_hands_prompts_and_settings_on(yaml, monkeypatch, tmp_path, cap
     assert seen["prompts"] == ["a", "b"]
     assert (seen["height"], seen["width"], seen["dtype"], list(seen["seeds"])) == (None, None, None, [0])
     for name in pipeline.SOLVERS:
-        more = ["--solver", name, "--dtype", "float16"]
-        assert main(["generate", "--config", yaml, "--prompt", "a", "--output", "x", *more]) == 0
+        settings = ["--solver", name, "--dtype", "float16"]
+        assert main(["generate", "--config", yaml, "--prompt", "a", "--output", "x", *settings]) == 0
         assert (seen["solver"], seen["dtype"]) == (name, "float16")
     with pytest.raises(SystemExit):
         main(["generate", "--config", yaml, "--prompt", "a", "--output", "x", "--solver", "euler"])
 
 
-def test_generate_says_early_how_images_are_replaced(yaml, monkeypatch, tmp_path, capsys):
+def test_generate_suggests_overwrite_before_sampling(yaml, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(pipeline, "generate", lambda *_, **settings: [settings["overwrite"]])
-    there = images(tmp_path / "there", [0.5], ["a"])
-    command = ["generate", "--config", yaml, "--prompt", "a", "--output", str(there)]
+    existing = images(tmp_path / "existing", [0.5], ["a"])
+    command = ["generate", "--config", yaml, "--prompt", "a", "--output", str(existing)]
     assert main(command) == 2
-    assert "lists 1 image;" in (told := capsys.readouterr().err) and "--overwrite" in told
+    assert "1 image;" in (err := capsys.readouterr().err) and "--overwrite" in err
     assert main([*command, "--overwrite"]) == 0
 
 
-def test_the_schedulers_named_in_help_are_those_there_are(capsys):
+def test_generate_help_lists_all_solvers(capsys):
     with pytest.raises(SystemExit):
         main(["generate", "--help"])
     text = " ".join(capsys.readouterr().out.split())
@@ -504,31 +498,32 @@ def test_the_schedulers_named_in_help_are_those_there_are(capsys):
 
 
 @pytest.mark.parametrize("size", ["0", "axb", "64x", "x64", "64x64x64"])
-def test_sizes_that_are_none(size, yaml):
+def test_size_option_rejects_invalid_values(size, yaml):
     with pytest.raises(SystemExit):
         main(["generate", "--config", yaml, "--prompt", "a", "--output", "x", "--size", size])
 
 
-def test_score_reads_prompts_beside_the_images_or_takes_them(brightness, tmp_path, capsys):
-    told = images(tmp_path / "told", [0.0, 1.0], ["a", "b"])
-    assert main(["score", "--reward", brightness, "--images", str(told)]) == 0
+def test_score_reads_prompts_from_metadata_or_options(brightness, tmp_path, capsys):
+    captioned = images(tmp_path / "captioned", [0.0, 1.0], ["a", "b"])
+    assert main(["score", "--reward", brightness, "--images", str(captioned)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("\t")[0] for line in lines] == ["brightness", "0.0000", "1.0000", "0.5000"]
-    bare = images(tmp_path / "bare", [1.0])
-    assert main(["score", "--reward", brightness, "--images", str(bare)]) == 2
-    assert "come without prompts" in capsys.readouterr().err
-    arguments = ["--reward", brightness, "--reward", brightness, "--images", str(bare / "0.png"), "--prompt", "a"]
+    uncaptioned = images(tmp_path / "uncaptioned", [1.0])
+    assert main(["score", "--reward", brightness, "--images", str(uncaptioned)]) == 2
+    assert "--prompt or --prompts" in capsys.readouterr().err
+    image = str(uncaptioned / "0.png")
+    arguments = ["--reward", brightness, "--reward", brightness, "--images", image, "--prompt", "a"]
     assert main(["score", *arguments]) == 0
     assert capsys.readouterr().out.splitlines()[0].split("\t")[:2] == ["brightness", "brightness-2"]
 
 
-def test_eval_compares_folders_of_the_same_prompts(brightness, tmp_path, capsys):
+def test_eval_compares_folders_with_same_prompts(brightness, tmp_path, capsys):
     base = images(tmp_path / "base", [0.0, 0.2], ["a", "b"], [1, 2])
     tuned = images(tmp_path / "tuned", [0.2, 0.4], ["a", "b"], [1, 2])
     out = tmp_path / "table.json"
-    pair = [f"base={base}", f"tuned={tuned}"]
+    models = [f"base={base}", f"tuned={tuned}"]
     files = ["--json", str(out), "--markdown", str(tmp_path / "table.md")]
-    assert main(["eval", "--images", *pair, "--reward", brightness, *files]) == 0
+    assert main(["eval", "--images", *models, "--reward", brightness, *files]) == 0
     assert json.loads(out.read_text())["configs"] == {"base": None, "tuned": None}
     assert "| tuned - base |" in (tmp_path / "table.md").read_text()
     assert "tuned - base" in capsys.readouterr().out
@@ -536,12 +531,12 @@ def test_eval_compares_folders_of_the_same_prompts(brightness, tmp_path, capsys)
     assert table["values"]["tuned"]["brightness"] == pytest.approx([0.2, 0.4], abs=0.01)
     assert table["seeds"] == [1, 2]
     other = images(tmp_path / "other", [0.2, 0.4], ["a", "c"], [1, 2])
-    assert main(["eval", "--images", pair[0], f"other={other}", "--reward", brightness]) == 2
-    assert "'other' are not of the same prompts and seeds as those of 'base'" in capsys.readouterr().err
+    assert main(["eval", "--images", models[0], f"other={other}", "--reward", brightness]) == 2
+    assert re.search("prompts and seeds.*'other'.*'base'", capsys.readouterr().err)
 
 
 class Hues(EmbeddingReward):
-    """A text points as its length says; an image along its mean colour."""
+    """A reward that embeds texts by their length and images by their mean colour."""
 
     dim = 3
 
@@ -567,15 +562,15 @@ def hues():
 
 
 @pytest.fixture
-def drawn(monkeypatch):
-    """What was drawn, by a model whose images are grey."""
+def generate_calls(monkeypatch):
+    """Settings of all generation calls; the fake model generates grey images."""
     calls = []
 
     def generate(source, prompts, output, seeds, **settings):
         calls.append({"source": source, "prompts": prompts, "seeds": seeds, **settings})
-        told = [(prompt, seed) for prompt in prompts for seed in seeds]
-        images(Path(output), [0.5] * len(told), *zip(*told, strict=True))
-        return told
+        rows = [(prompt, seed) for prompt in prompts for seed in seeds]
+        images(Path(output), [0.5] * len(rows), *zip(*rows, strict=True))
+        return rows
 
     monkeypatch.setattr(pipeline, "generate", generate)
     return calls
@@ -583,65 +578,67 @@ def drawn(monkeypatch):
 
 @pytest.fixture
 def run(tmp_path):
-    """A run's folder with a checkpoint in it."""
+    """Folder of a run with one checkpoint."""
     path = tmp_path / "run" / "checkpoint-000001" / "longalign.safetensors"
     path.parent.mkdir(parents=True)
     path.touch()
     return str(tmp_path / "run")
 
 
-def test_eval_takes_several_embedding_rewards_and_draws_what_is_not_there(hues, drawn, run, tmp_path, capsys):
+def test_eval_with_two_embedding_rewards_generates_missing_images(hues, generate_calls, run, tmp_path, capsys):
     base = images(tmp_path / "base", [0.0, 0.2, 0.4, 0.6], ["a", "a", "bb", "bb"], [1, 2, 1, 2])
-    told = ["--prompt", "a", "--prompt", "bb", "--seed", "1", "2", "--dtype", "bfloat16"]
+    settings = ["--prompt", "a", "--prompt", "bb", "--seed", "1", "2", "--dtype", "bfloat16"]
     models = ["--images", f"base={base}", "--checkpoint", f"ours={run}", "--output", str(tmp_path / "out")]
-    assert main(["eval", *models, *told, *hues, *hues, "--json", str(tmp_path / "t.json")]) == 0
-    assert [(call["prompts"], call["seeds"], call["dtype"]) for call in drawn] == [(["a", "bb"], [1, 2], "bfloat16")]
+    assert main(["eval", *models, *settings, *hues, *hues, "--json", str(tmp_path / "t.json")]) == 0
+    calls = [(call["prompts"], call["seeds"], call["dtype"]) for call in generate_calls]
+    assert calls == [(["a", "bb"], [1, 2], "bfloat16")]
     assert "ours - base" in capsys.readouterr().out
     table = json.loads((tmp_path / "t.json").read_text())
-    first = ["hues", "hues.text_relevant", "hues.text_irrelevant", "hues-o"]
-    second = ["hues-2", "hues-2.text_relevant", "hues-2.text_irrelevant", "hues-2-o"]
-    assert list(table["values"]["ours"]) == [*first, *second] and table["seeds"] == [1, 2, 1, 2]
+    names = ["hues", "hues.text_relevant", "hues.text_irrelevant", "hues-o"]
+    names += ["hues-2", "hues-2.text_relevant", "hues-2.text_irrelevant", "hues-2-o"]
+    assert list(table["values"]["ours"]) == names and table["seeds"] == [1, 2, 1, 2]
     assert table["values"]["ours"]["hues"] == table["values"]["ours"]["hues-2"]
 
 
-def test_eval_finds_out_what_is_wrong_before_it_draws(hues, drawn, run, tmp_path, capsys):
-    def told(*arguments):
+def test_eval_rejects_invalid_input_before_generating(hues, generate_calls, run, tmp_path, capsys):
+    def message(*arguments):
         out = ["--checkpoint", f"ours={run}", "--output", str(tmp_path / "out")]
-        assert main(["eval", *out, *hues, "--prompt", "a", *arguments]) == 2 and not drawn
+        assert main(["eval", *out, *hues, "--prompt", "a", *arguments]) == 2 and not generate_calls
         return capsys.readouterr().err
 
-    assert "at least two different prompts, got 1; add prompts" in told()
-    assert "no folder for --json" in told("--prompt", "b", "--json", str(tmp_path / "none" / "t.json"))
-    assert "no checkpoint in nowhere" in told("--prompt", "b", "--checkpoint", "other=nowhere")
+    assert re.search("at least two .*prompts, got 1", message())
+    assert "--json" in message("--prompt", "b", "--json", str(tmp_path / "none" / "t.json"))
+    assert "no checkpoint in nowhere" in message("--prompt", "b", "--checkpoint", "other=nowhere")
     other = images(tmp_path / "other", [0.5], ["a"], [3])
-    assert "'other' are not of the same prompts and seeds as those of 'ours'" in told("--images", f"other={other}")
+    assert re.search("prompts and seeds.*'other'.*'ours'", message("--images", f"other={other}"))
     (other / "0.png").unlink()
-    assert "0.png, which" in told("--images", f"other={other}")
-    there = images(tmp_path / "out" / "ours", [0.5], ["a"])
-    assert f"to compare with these, give --images ours={there}, not --checkpoint" in told("--prompt", "b")
-    assert main(["score", "--checkpoint", run, *hues, "--prompt", "a", "--output", str(there)]) == 2 and not drawn
-    assert "lists 1 image; choose an empty folder" in capsys.readouterr().err
+    assert re.search(r"0\.png .*metadata\.jsonl, line 1 does not exist", message("--images", f"other={other}"))
+    existing = images(tmp_path / "out" / "ours", [0.5], ["a"])
+    assert f"give --images ours={existing}, not --checkpoint" in message("--prompt", "b")
+    command = ["score", "--checkpoint", run, *hues, "--prompt", "a", "--output", str(existing)]
+    assert main(command) == 2 and not generate_calls
+    assert "1 image; choose an empty folder" in capsys.readouterr().err
 
 
-def test_revision_and_variant_are_of_stock_pipelines(hues, drawn, run, monkeypatch, tmp_path, capsys):
+def test_revision_and_variant_only_apply_to_pipelines(hues, generate_calls, run, monkeypatch, tmp_path, capsys):
     seen = []
     monkeypatch.setattr(baselines, "generate", lambda *_, **settings: seen.append(settings) or [])
-    told = ["--prompt", "a", "--output", str(tmp_path / "out"), "--variant", "fp16", "--revision", "main"]
-    assert main(["generate", "--pipeline", "owner/name", *told]) == 0
+    options = ["--prompt", "a", "--output", str(tmp_path / "out"), "--variant", "fp16", "--revision", "main"]
+    assert main(["generate", "--pipeline", "owner/name", *options]) == 0
     assert (seen[0]["variant"], seen[0]["revision"]) == ("fp16", "main")
     for command in (["generate", "--checkpoint", run], ["score", "--checkpoint", run, *hues],
                     ["eval", "--checkpoint", f"ours={run}", *hues]):  # fmt: skip
-        assert main([*command, *told]) == 2 and not drawn
-        assert "--revision only applies to --pipeline" in capsys.readouterr().err
+        assert main([*command, *options]) == 2 and not generate_calls
+        assert re.search("--revision .*--pipeline", capsys.readouterr().err)
 
 
-def test_score_draws_first(hues, drawn, run, capsys):
+def test_score_generates_images_of_checkpoint(hues, generate_calls, run, capsys):
     assert main(["score", "--checkpoint", run, *hues, "--prompt", "a", "--seed", "4"]) == 0
-    assert drawn[0]["source"].name == "checkpoint-000001" and drawn[0]["dtype"] is None
+    assert generate_calls[0]["source"].name == "checkpoint-000001" and generate_calls[0]["dtype"] is None
     assert capsys.readouterr().out.splitlines()[-1].endswith("mean of 1")
 
 
-def test_direction_hands_the_corpus_on_and_prints_the_report(monkeypatch, tmp_path, capsys):
+def test_direction_passes_corpus_and_prints_report(monkeypatch, tmp_path, capsys):
     class Report:
         def report(self):
             return "eta 0.9"
@@ -657,7 +654,7 @@ def test_direction_hands_the_corpus_on_and_prints_the_report(monkeypatch, tmp_pa
     assert "eta 0.9" in capsys.readouterr().out
 
 
-def test_ctrl_c_and_a_closed_pipe_are_no_tracebacks(monkeypatch, yaml, capsys):
+def test_keyboard_interrupt_exits_with_130(monkeypatch, yaml, capsys):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -668,11 +665,12 @@ def test_ctrl_c_and_a_closed_pipe_are_no_tracebacks(monkeypatch, yaml, capsys):
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "{}/secret.png"])
-def test_scored_folders_name_no_image_elsewhere(brightness, tmp_path, capsys, name):
+def test_score_and_eval_reject_images_outside_folder(brightness, tmp_path, capsys, name):
     images(tmp_path, [1.0]).joinpath("0.png").rename(tmp_path / "secret.png")
     folder = images(tmp_path / "in", [0.0], ["a"])
     row = {"file_name": name.format(tmp_path), "text": "a"}
     (folder / "metadata.jsonl").write_text(json.dumps(row))
     for command in (["score", "--images", str(folder)], ["eval", "--images", f"a={folder}"]):
         assert main([*command, "--reward", brightness]) == 2
-        assert "leads out of" in capsys.readouterr().err
+        err = capsys.readouterr().err
+        assert "metadata.jsonl, line 1: " in err and f"{row['file_name']!r} " in err

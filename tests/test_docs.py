@@ -200,7 +200,7 @@ def check_longalign(arguments):
     given = getattr(args, "reward", None)
     for reward in [] if args.command == "demo" or not given else [given] if isinstance(given, str) else given:
         rewards.validate(parse_value(reward))
-    if args.command == "list" or (args.command == "describe" and args.what in ("run", *REGISTRIES)):
+    if args.command == "list" or (args.command == "describe" and args.topic in ("run", *REGISTRIES)):
         assert main(arguments) == 0
 
 

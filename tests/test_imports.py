@@ -1,4 +1,4 @@
-"""Who may import whom, read from the source; and the public names."""
+"""Import rules between modules, checked on the source; and the public names."""
 
 import ast
 import subprocess
@@ -12,7 +12,7 @@ import longalign
 ROOT = Path(longalign.__file__).parent
 KINDS = ("backbones", "data", "encoders", "rewards", "gradient_steps", "trainers")
 
-# A module imports from lower levels only. Modules that are not listed are concrete parts, or the helpers of such.
+# A module imports from lower levels only. Unlisted modules are concrete parts, or helpers of parts.
 PART = 4
 LEVELS = {
     0: "runtime errors discovery files hub registry segment data.lines",
@@ -30,9 +30,9 @@ LEVELS = {
     11: "cli",
     12: "__main__",
 }
-# What is imported inside a function and stands higher, because a config or a composition makes it.
+# Imports of a higher level that are allowed inside functions.
 UPWARDS = {("compose", "trainers.loop")}
-# What modules of another kind may import of a kind.
+# Modules of a kind that modules of other kinds may import.
 SHARED = ("base", "configs", "guard", "lines", "stream")
 
 NO_TORCH = ("__init__", "__main__", "cli", "commands", "compose", *f"{LEVELS[0]} {LEVELS[1]}".split())
@@ -61,8 +61,8 @@ ONLY_IN = {
 }
 
 
-def within(module, places):
-    return any(module == place or module.startswith(f"{place}.") for place in places)
+def within(module, packages):
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
 
 
 def name_of(path):
@@ -70,12 +70,12 @@ def name_of(path):
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
 
-# In an installed package the examples are inside.
+# An installed package contains the examples.
 MODULES = {name_of(path): path for path in sorted(ROOT.rglob("*.py")) if "examples" not in path.relative_to(ROOT).parts}
 
 
 def imports_of(path):
-    """``(imported module, whether inside a function)``, without what only type checkers import."""
+    """``(imported module, whether inside a function)``, without imports under TYPE_CHECKING."""
 
     def walk(node, inside):
         for child in ast.iter_child_nodes(node):
@@ -92,8 +92,8 @@ def imports_of(path):
     yield from walk(ast.parse(path.read_text(encoding="utf-8")), False)
 
 
-def own_imports(path):
-    """The imported modules of ours."""
+def package_imports(path):
+    """Imported modules of longalign."""
     names = {(name.removeprefix("longalign."), inside) for name, inside in imports_of(path)}
     return {(name, inside) for name, inside in names if name in MODULES and name != "__init__"}
 
@@ -108,13 +108,13 @@ def level(module):
     return PART
 
 
-def wrong(modules, offends, imports=own_imports):
-    """``module imports another`` for each import of the modules that a rule does not allow."""
+def violations(modules, is_violation, imports=package_imports):
+    """One message for each import that violates a rule."""
     return [
         f"{module} imports {imported}" + (" inside a function" if inside else "")
         for module in modules
         for imported, inside in sorted(imports(MODULES[module]))
-        if offends(module, imported, inside)
+        if is_violation(module, imported, inside)
     ]
 
 
@@ -122,48 +122,49 @@ def upwards(module, imported, inside):
     kind = module.split(".")[0]
     if (module, imported) in UPWARDS or (inside and module == f"{kind}.configs" and imported.startswith(kind)):
         return not inside
-    own, other = level(module), level(imported)
-    return not (other < own or (own == other and (own < PART or imported.startswith(f"{kind}."))))
+    importer_level, imported_level = level(module), level(imported)
+    same_level_allowed = importer_level < PART or imported.startswith(f"{kind}.")
+    return not (imported_level < importer_level or (importer_level == imported_level and same_level_allowed))
 
 
 def test_modules_import_from_lower_levels():
-    assert not wrong([m for m in MODULES if m != "__init__"], upwards)
+    assert not violations([m for m in MODULES if m != "__init__"], upwards)
 
 
-def test_a_part_imports_no_concrete_part_of_another_kind():
-    """It takes them from the registry, or as arguments."""
+def test_parts_import_no_parts_of_other_kinds():
+    """Parts get other parts from the registry, or as arguments."""
 
-    def offends(module, imported, inside):
-        other, _, name = imported.partition(".")
-        return other in KINDS and other != module.split(".")[0] and bool(name) and name not in SHARED
+    def is_violation(module, imported, inside):
+        kind, _, name = imported.partition(".")
+        return kind in KINDS and kind != module.split(".")[0] and bool(name) and name not in SHARED
 
-    assert not wrong([m for m in MODULES if m.split(".")[0] in KINDS and m != "trainers.loop"], offends)
-
-
-def test_tensor_maths_imports_nothing_of_ours():
-    assert not wrong(["preference", "diffusion", "images"], lambda module, imported, inside: True)
+    assert not violations([m for m in MODULES if m.split(".")[0] in KINDS and m != "trainers.loop"], is_violation)
 
 
-def test_light_modules_import_nothing_heavy():
+def test_tensor_maths_imports_no_longalign_modules():
+    assert not violations(["preference", "diffusion", "images"], lambda module, imported, inside: True)
+
+
+def test_light_modules_import_no_heavy_libraries():
     light = [m for m in MODULES if within(m, NO_TORCH)]
-    assert not wrong(light, lambda module, imported, inside: not inside and within(imported, HEAVY), imports_of)
+    assert not violations(light, lambda module, imported, inside: not inside and within(imported, HEAVY), imports_of)
 
 
-def test_libraries_stay_where_they_belong():
-    def offends(module, imported, inside):
-        rules = [places for library, places in ONLY_IN.items() if within(imported, [library])]
-        return bool(rules) and not any(within(module, places) for places in rules)
+def test_libraries_are_imported_only_where_allowed():
+    def is_violation(module, imported, inside):
+        rules = [packages for library, packages in ONLY_IN.items() if within(imported, [library])]
+        return bool(rules) and not any(within(module, packages) for packages in rules)
 
-    assert not wrong(MODULES, offends, imports_of)
+    assert not violations(MODULES, is_violation, imports_of)
 
 
-def test_a_trainer_does_not_look_anything_up():
+def test_trainers_do_not_use_registry():
     trainers = [m for m in MODULES if m.startswith("trainers.") and m != "trainers.configs"]
     assert not [m for m in trainers if "registry" in MODULES[m].read_text(encoding="utf-8")]
 
 
-def test_offenders_are_named():
-    assert wrong(["diffusion"], lambda *about: True, lambda path: {("torch", False), ("peft", True)}) == [
+def test_violations_name_both_modules():
+    assert violations(["diffusion"], lambda *_: True, lambda path: {("torch", False), ("peft", True)}) == [
         "diffusion imports peft inside a function",
         "diffusion imports torch",
     ]
@@ -171,36 +172,36 @@ def test_offenders_are_named():
     assert not upwards("compose", "trainers.loop", True) and upwards("compose", "trainers.loop", False)
 
 
-def test_the_rules_see_imports(tmp_path):
+def test_imports_of_finds_nested_imports(tmp_path):
     path = tmp_path / "module.py"
     path.write_text(
         "from typing import TYPE_CHECKING\nimport torch\nif TYPE_CHECKING:\n    import peft\n"
         "class A:\n    def f(self):\n        from longalign.rewards import base\n"
     )
-    found = set(imports_of(path))
-    assert ("torch", False) in found
-    assert ("longalign.rewards.base", True) in found
-    assert not any(name == "peft" for name, _ in found)
-    assert own_imports(path) == {("rewards", True), ("rewards.base", True)}
+    imports = set(imports_of(path))
+    assert ("torch", False) in imports
+    assert ("longalign.rewards.base", True) in imports
+    assert not any(name == "peft" for name, _ in imports)
+    assert package_imports(path) == {("rewards", True), ("rewards.base", True)}
 
 
-def test_the_public_names_are_all_there_and_listed():
+def test_public_names_exist_and_are_listed():
     for name in longalign.__all__:
         assert getattr(longalign, name).__name__ == name
     assert set(longalign.__all__) <= set(dir(longalign))
     assert {"build_from_config", "load_config", "override", "diff", "condition"} <= set(longalign.__all__)
     assert longalign.__version__.count(".") >= 1
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+    with pytest.raises(AttributeError, match=r"'longalign' .*'nothing'"):
         _ = longalign.nothing
 
 
-def test_importing_longalign_and_its_config_names_imports_nothing_heavy():
+def test_import_longalign_imports_no_heavy_libraries():
     code = (
         "import sys, longalign\n"
         "assert 'pydantic' not in sys.modules\n"
         "from longalign import load_config, override, diff, build_from_config, ConfigError\n"
-        f"found = set({HEAVY!r}) & set(sys.modules)\n"
-        "assert not found, found"
+        f"heavy = set({HEAVY!r}) & set(sys.modules)\n"
+        "assert not heavy, heavy"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -1,6 +1,7 @@
-"""Parts by name, with distributions that exist only as metadata in a temporary folder."""
+"""Registries of parts, tested with fake distributions in a temporary folder."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Literal
 import pytest
 
 from longalign import discovery
-from longalign.describe import list_parts
+from longalign.describe import parts_table
 from longalign.registry import REGISTRIES, ConfigError, Part, PartConfig, PartError, Registry, encoders, rewards
 from longalign.runtime import Runtime
 
@@ -22,14 +23,14 @@ class BlurConfig(PartConfig):
     radius: float = 1.0
 
     def build(self, runtime):
-        made = (self.radius, runtime.device)
-        return lambda images, prompts: made
+        settings = (self.radius, runtime.device)
+        return lambda images, prompts: settings
 """
 
 
 @pytest.fixture
 def install(tmp_path, monkeypatch):
-    """Writes a distribution: its metadata, and modules named after it so that no two tests share one."""
+    """Function that writes a distribution: metadata and modules. Modules named ``fake_*`` are unloaded afterwards."""
     before = set(sys.modules)
 
     def write(name, entries, version="1.0", **modules):
@@ -52,10 +53,10 @@ def rewards_of(**parts):
     return "[longalign_rewards]\n" + "".join(f"{name} = {target}\n" for name, target in parts.items())
 
 
-def test_the_built_in_parts_are_those_of_the_entry_points():
-    ours = {name for name in encoders.names() if encoders.info(name).owner.startswith("longalign ")}
+def test_registry_lists_built_in_entry_points():
+    built_in = {name for name in encoders.names() if encoders.info(name).owner.startswith("longalign ")}
     families = {"clip-segment", "clip-segment-sd3", "clip-segment-sdxl"}
-    assert ours == families | {"clip-truncate", "concat", "longclip", "t5"}
+    assert built_in == families | {"clip-truncate", "concat", "longclip", "t5"}
     assert set(rewards.names()) >= {"clip", "denscore", "hpsv2", "pickscore", "reweighted", "sum"}
     assert {r.kind for r in REGISTRIES.values()} == set(REGISTRIES)
     info = encoders.info("t5")
@@ -64,12 +65,12 @@ def test_the_built_in_parts_are_those_of_the_entry_points():
 
 
 @pytest.mark.parametrize("kind", REGISTRIES)
-def test_every_built_in_part_loads_and_calls_itself_by_its_name(kind):
+def test_registry_loads_every_built_in_part(kind):
     for name in REGISTRIES[kind].names():
         assert issubclass(REGISTRIES[kind].get(name), PartConfig)
 
 
-def test_a_plugin_is_found_by_name_and_built_with_its_keys(install):
+def test_registry_builds_plugin_with_its_keys(install):
     install("fake-blur", rewards_of(blur="fake_blur:BlurConfig"), fake_blur=GOOD)
     assert "blur" in rewards
     assert rewards.info("blur").owner == "fake-blur 1.0"
@@ -78,7 +79,7 @@ def test_a_plugin_is_found_by_name_and_built_with_its_keys(install):
     assert rewards.build("blur", Runtime("meta"))([], []) == (1.0, "meta")
 
 
-def test_a_lookup_loads_exactly_one_part(install):
+def test_get_imports_only_one_part(install):
     entries = rewards_of(one="fake_one:BlurConfig", two="fake_two:BlurConfig")
     one = GOOD.replace('"blur"', '"one"')
     install("fake-pair", entries, fake_one=one, fake_two=GOOD.replace('"blur"', '"two"'))
@@ -89,65 +90,65 @@ def test_a_lookup_loads_exactly_one_part(install):
     assert "fake_two" not in sys.modules
 
 
-def test_a_miss_says_what_was_meant_and_what_there_is():
-    with pytest.raises(PartError, match=r"no part 'denscor' .*; did you mean 'denscore'\? There is: clip, "):
+def test_get_unknown_name_suggests_and_lists_names():
+    with pytest.raises(PartError, match=r"'denscor' .*'denscore'.* Available: clip, "):
         rewards.get("denscor")
-    with pytest.raises(PartError, match=r"no part 'qqq' among encoders\. There is: .*t5\.$"):
+    with pytest.raises(PartError, match=r"'qqq' .*encoders\. Available: .*t5\.$"):
         encoders.get("qqq")
 
 
-def test_a_broken_plugin_is_named_with_its_real_error_and_hides_nothing(install):
+def test_get_names_broken_plugin_and_its_error(install):
     install("fake-broken", rewards_of(wreck="fake_wreck:X"), fake_wreck="raise ImportError('needs libfoo')")
     install("fake-blur", rewards_of(blur="fake_blur:BlurConfig"), fake_blur=GOOD)
     assert {"blur", "wreck", "clip"} <= set(rewards.names())
     assert rewards.get("blur").__name__ == "BlurConfig"
     with pytest.raises(PartError, match=r"'wreck' .* from fake-broken 1\.0 .*ImportError: needs libfoo"):
         rewards.get("wreck")
-    with pytest.raises(PartError, match="did you mean 'blur'"):
+    with pytest.raises(PartError, match=r"'blurr' .*'blur'"):
         rewards.get("blurr")
 
 
 @pytest.mark.parametrize(
     ("target", "text", "message"),
     [
-        ("fake_bad:Missing", "", "has no attribute 'Missing'"),
-        ("fake_bad:X:Y", "", "must be 'module:attribute'"),
+        ("fake_bad:Missing", "", "AttributeError: .*'Missing'"),
+        ("fake_bad:X:Y", "", "'module:attribute'.*'fake_bad:X:Y'"),
         ("fake_bad:X", "import sys; sys.exit(3)", "SystemExit: 3"),
-        ("fake_bad:X", "X = 3", "must be a PartConfig class"),
-        ("fake_bad:X", "class X: pass", "must be a PartConfig class"),
-        ("fake_bad:BlurConfig", GOOD, "calls itself 'blur', but is registered as 'bad'; write name: Literal"),
-        ("fake_bad:X", "from longalign.registry import PartConfig\nclass X(PartConfig): pass", "no build"),
+        ("fake_bad:X", "X = 3", "PartConfig class .*got 3"),
+        ("fake_bad:X", "class X: pass", r"PartConfig class .*got <class 'fake_bad\.X'>"),
+        ("fake_bad:BlurConfig", GOOD, r"BlurConfig .*'blur'.*'bad'.*name: Literal\['bad'\] = 'bad'"),
+        ("fake_bad:X", "from longalign.registry import PartConfig\nclass X(PartConfig): pass", "X has no build"),
         (
             "fake_bad:X",
             GOOD + "\nclass X(BlurConfig):\n    def build(self): pass",
-            "X.build must take (self, runtime): too many",
+            r"X\.build .*\(self, runtime\): too many",
         ),
-        ("fake_bad:x", "def x(images): pass", "must take (images, prompts): too many"),
+        ("fake_bad:x", "def x(images): pass", r"\(images, prompts\): too many"),
         (
             "fake_bad:X",
             GOOD.replace('"blur"', '"bad"') + "\nclass X(BlurConfig, extra='ignore'): pass",
-            "must keep frozen=True and extra='forbid'",
+            "X .*frozen=True and extra='forbid'",
         ),
     ],
 )
-def test_a_part_with_mistakes_is_refused_with_what_to_do(install, target, text, message):
+def test_get_rejects_invalid_part(install, target, text, message):
     install("fake-bad", rewards_of(bad=target), fake_bad=text)
     with pytest.raises(PartError, match=r"from fake-bad 1\.0") as error:
         rewards.get("bad")
-    assert message in str(error.value)
+    assert re.search(message, str(error.value))
 
 
-def test_a_config_class_that_fails_while_checking_values_is_named(install):
+def test_validate_names_failing_config_class(install):
     text = GOOD + "    def model_post_init(self, context):\n        raise KeyError('oops')\n"
     install("fake-blur", rewards_of(blur="fake_blur:BlurConfig"), fake_blur=text)
-    with pytest.raises(ConfigError, match=r"the config class from fake-blur 1\.0 failed: KeyError: 'oops'"):
+    with pytest.raises(ConfigError, match=r"fake-blur 1\.0 .*KeyError: 'oops'"):
         rewards.validate("blur")
 
 
-def test_two_owners_of_a_name_are_refused_and_both_named(install):
+def test_get_rejects_name_with_two_owners(install):
     for name in ("fake-a", "fake-b"):
         install(name, rewards_of(blur=f"{name.replace('-', '_')}:BlurConfig"), **{name.replace("-", "_"): GOOD})
-    with pytest.raises(PartError, match=r"claimed by .*fake-[ab] 1\.0 .* and fake-[ab] 1\.0") as error:
+    with pytest.raises(PartError, match=r"'blur' .*fake-[ab] 1\.0 .* and fake-[ab] 1\.0") as error:
         rewards.get("blur")
     assert "fake-a" in str(error.value)
     assert "fake-b" in str(error.value)
@@ -155,7 +156,7 @@ def test_two_owners_of_a_name_are_refused_and_both_named(install):
     assert rewards.get("clip")
 
 
-def test_a_second_copy_of_a_distribution_is_no_rival(install, tmp_path):
+def test_registry_ignores_stale_copy_of_distribution(install, tmp_path):
     install("fake-blur", rewards_of(blur="fake_blur:BlurConfig"), fake_blur=GOOD)
     (tmp_path / "fake-blur").rename(tmp_path / "stale")
     install("fake-blur", rewards_of(blur="fake_blur:BlurConfig"), version="2.0", fake_blur=GOOD)
@@ -166,15 +167,15 @@ def test_a_second_copy_of_a_distribution_is_no_rival(install, tmp_path):
         sys.path.remove(str(tmp_path / "stale"))
 
 
-def test_malformed_metadata_of_one_distribution_leaves_the_others(install):
+def test_registry_skips_malformed_distribution(install):
     install("fake-mangled", "[longalign_rewards]\nno equals sign here\n")
     assert "clip" in rewards
-    assert [who for who, _ in discovery.discover().malformed] == ["fake-mangled 1.0"]
-    with pytest.raises(PartError, match=r"entry points of fake-mangled 1\.0 cannot be read"):
+    assert [dist for dist, _ in discovery.discover().malformed] == ["fake-mangled 1.0"]
+    with pytest.raises(PartError, match=r"'mangled' .*entry points of fake-mangled 1\.0"):
         rewards.get("mangled")
 
 
-def test_a_distribution_without_a_name_hides_no_other(install):
+def test_registry_reads_distributions_without_name(install):
     for name in ("one", "two"):
         install(f"fake-{name}", rewards_of(**{name: f"fake_{name}:BlurConfig"}))
         next(Path(p) for p in sys.path if p.endswith(f"fake-{name}")).joinpath(
@@ -183,8 +184,8 @@ def test_a_distribution_without_a_name_hides_no_other(install):
     assert {"one", "two"} <= set(rewards.names())
 
 
-def test_entry_points_that_are_not_text_disable_nothing(tmp_path):
-    """As catalogue reads all of them when it is imported, in a process of its own."""
+def test_list_reports_unreadable_entry_points(tmp_path):
+    """Runs in a subprocess, because catalogue reads all entry points on import."""
     mangled = tmp_path / "fake_mangled-1.0.dist-info"
     mangled.mkdir()
     (mangled / "METADATA").write_text("Metadata-Version: 2.1\nName: fake-mangled\nVersion: 1.0\n")
@@ -198,44 +199,42 @@ def test_entry_points_that_are_not_text_disable_nothing(tmp_path):
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "longalign.rewards.configs:DenscoreConfig" in done.stdout
-    assert "entry points of fake-latin 1.0 cannot be read: UnicodeDecodeError" in done.stderr
-    assert "entry points of fake-mangled 1.0 cannot be read:" in done.stderr
+    assert re.search(r"entry points of fake-latin 1\.0 .*UnicodeDecodeError", done.stderr)
+    assert "entry points of fake-mangled 1.0 " in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_misspelt_group_is_reported_with_the_one_that_is_meant(install):
+def test_misspelt_group_is_reported_with_suggestion(install):
     install("fake-typo", "[longalign_reward]\nblurry = fake_typo:X\n[longalign.encoders]\nother = fake_typo:X\n")
-    problems = list_parts()[1]
-    assert (
-        "fake-typo 1.0 discover 'blurry' in the group 'longalign_reward', which is not read; "
-        "did you mean 'longalign_rewards'?"
-    ) in problems
+    problems = parts_table()[1]
+    pattern = r"fake-typo 1\.0 .*'blurry' .*'longalign_reward'.*'longalign_rewards'"
+    assert any(re.search(pattern, problem) for problem in problems)
     assert any("'longalign.encoders'" in problem and "'longalign_encoders'" in problem for problem in problems)
-    with pytest.raises(PartError, match=r"fake-typo 1\.0 discover 'blurry' in the group 'longalign_reward'"):
+    with pytest.raises(PartError, match=pattern):
         rewards.get("blurry")
 
 
-def test_a_name_claimed_twice_is_reported_by_list(install):
-    for who in ("one", "two"):
-        install(f"fake-{who}", rewards_of(blur=f"fake_{who}:BlurConfig"), **{f"fake_{who}": GOOD})
-    table, problems = list_parts(["rewards"])
+def test_parts_table_reports_name_with_two_owners(install):
+    for suffix in ("one", "two"):
+        install(f"fake-{suffix}", rewards_of(blur=f"fake_{suffix}:BlurConfig"), **{f"fake_{suffix}": GOOD})
+    table, problems = parts_table(["rewards"])
     assert table.count(" blur ") == 2
-    assert any("claimed by fake-" in problem for problem in problems)
+    assert any(re.search(r"'blur' .*fake-\w+ 1\.0 .* and fake-", problem) for problem in problems)
 
 
-def test_a_part_is_checked_when_it_is_built(install):
+def test_build_rejects_wrong_type_and_wraps_plugin_bugs(install):
     text = GOOD.replace(
-        "return lambda images, prompts: made",
+        "return lambda images, prompts: settings",
         "return self.radius / 0 if self.radius < 0 else [].x if self.radius > 9 else 3",
     )
     install("fake-blur", rewards_of(blur="fake_blur:BlurConfig"), fake_blur=text)
-    with pytest.raises(PartError, match=r"'blur' among rewards, from fake-blur 1\.0, was built as a int, .*\.Reward"):
+    with pytest.raises(PartError, match=r"'blur' .*fake-blur 1\.0.*longalign\.rewards\.base\.Reward, got int"):
         rewards.build("blur", Runtime())
-    with pytest.raises(PartError, match=r"from fake-blur 1\.0, failed to build: AttributeError"):
+    with pytest.raises(PartError, match=r"'blur' .*fake-blur 1\.0.*AttributeError"):
         rewards.build({"name": "blur", "radius": 10}, Runtime())
 
 
-def test_metadata_is_read_once_and_again_after_an_installation(install, monkeypatch):
+def test_discover_caches_until_installation(install, monkeypatch):
     reads = []
     real = discovery.distributions
     monkeypatch.setattr(discovery, "distributions", lambda: reads.append(1) or real())
@@ -248,7 +247,7 @@ def test_metadata_is_read_once_and_again_after_an_installation(install, monkeypa
 
 @pytest.fixture
 def local():
-    """A registry of a kind of its own, left empty."""
+    """An empty registry of a test kind, emptied again afterwards."""
     registry = Registry("test-kind")
     yield registry
     for name in registry.names():
@@ -263,17 +262,17 @@ class ThingConfig(PartConfig):
         return self.size
 
 
-def test_registration_in_code(local):
+def test_register_and_unregister_in_code(local):
     assert local.register("thing")(ThingConfig) is ThingConfig
     assert local.build({"name": "thing", "size": 3}, Runtime()) == 3
     assert local.info("thing").owner == "this process"
     local.unregister("thing")
     assert "thing" not in local
-    with pytest.raises(PartError, match="nothing to remove"):
+    with pytest.raises(PartError, match=r"'thing' .*test-kind"):
         local.unregister("thing")
 
 
-def test_a_plain_function_is_a_part_without_keys(local):
+def test_register_plain_function(local):
     def brightness(images, prompts):
         return "scored"
 
@@ -281,40 +280,40 @@ def test_a_plain_function_is_a_part_without_keys(local):
     scoring.register("brightness", brightness)
     assert scoring.build("brightness", Runtime()) is brightness
     assert scoring.info("brightness").target.endswith("brightness")
-    with pytest.raises(ConfigError, match="this key does not exist"):
+    with pytest.raises(ConfigError, match=r"size: .*available: name"):
         scoring.validate({"name": "brightness", "size": 1})
-    with pytest.raises(PartError, match=r"must take \(images, prompts\): too many positional"):
+    with pytest.raises(PartError, match=r"\(images, prompts\): too many positional"):
         scoring.register("other", lambda images: images)
-    with pytest.raises(PartError, match="must be a PartConfig class with a build method, not <function"):
+    with pytest.raises(PartError, match=r"PartConfig class .*got <function"):
         local.register("brightness", brightness)
     scoring.unregister("brightness")
 
 
-def test_running_a_cell_again_replaces_but_another_class_is_refused(local):
+def test_register_replaces_redefined_class_only(local):
     local.register("thing", ThingConfig)
-    again = type("ThingConfig", (ThingConfig,), {"__module__": __name__, "__qualname__": "ThingConfig"})
-    local.register("thing", again)
-    assert local.get("thing") is again
+    redefined = type("ThingConfig", (ThingConfig,), {"__module__": __name__, "__qualname__": "ThingConfig"})
+    local.register("thing", redefined)
+    assert local.get("thing") is redefined
     other = type("OtherConfig", (ThingConfig,), {"__module__": __name__})
-    with pytest.raises(PartError, match="already owned by this process"):
+    with pytest.raises(PartError, match=r"'thing' .*already .*this process"):
         local.register("thing", other)
 
 
-def test_a_built_in_name_cannot_be_taken_in_code():
+def test_register_rejects_built_in_name():
     class MineConfig(ThingConfig):
         name: Literal["clip"] = "clip"
 
-    with pytest.raises(PartError, match="'clip' among rewards is already owned by longalign "):
+    with pytest.raises(PartError, match=r"'clip' among rewards is already .* longalign "):
         rewards.register("clip", MineConfig)
 
 
 @pytest.mark.parametrize("name", ["Thing", "a_b", "a--b", "-a", "a b", ""])
-def test_names_are_in_kebab_case(local, name):
+def test_register_rejects_names_not_in_kebab_case(local, name):
     with pytest.raises(PartError, match="kebab case"):
         local.register(name, ThingConfig)
 
 
-def test_a_name_in_code_and_an_entry_point_that_came_later_are_both_named(install):
+def test_get_names_code_and_entry_point_with_same_name(install):
     class BlurConfig(ThingConfig):
         name: Literal["blur"] = "blur"
 
@@ -327,7 +326,7 @@ def test_a_name_in_code_and_an_entry_point_that_came_later_are_both_named(instal
         rewards.unregister("blur")
 
 
-def test_all_faults_of_a_part_come_at_once_with_their_paths(local):
+def test_validate_reports_all_problems_with_paths(local):
     class OuterConfig(PartConfig):
         name: Literal["outer"] = "outer"
         inner: Part("rewards")
@@ -340,13 +339,13 @@ def test_all_faults_of_a_part_come_at_once_with_their_paths(local):
     with pytest.raises(ConfigError) as error:
         local.validate({"name": "outer", "inner": {"name": "clip", "chekpoint": "x"}, "count": "many", "cuont": 2})
     problems = dict(error.value.errors)
-    assert problems["inner.chekpoint"] == "this key does not exist; did you mean 'checkpoint'?"
-    assert problems["cuont"] == "this key does not exist; did you mean 'count'?"
+    assert "'checkpoint'" in problems["inner.chekpoint"]
+    assert "'count'" in problems["cuont"]
     assert problems["count"].endswith("got 'many'")
     assert len(problems) == 3
 
 
-def test_a_config_value_is_checked_again_and_must_be_the_registered_class(local):
+def test_validate_rechecks_config_objects(local):
     local.register("thing", ThingConfig)
     assert local.validate(ThingConfig(size=2)) == ThingConfig(size=2)
     with pytest.raises(ConfigError, match="size"):
@@ -355,17 +354,17 @@ def test_a_config_value_is_checked_again_and_must_be_the_registered_class(local)
     class OtherConfig(ThingConfig):
         pass
 
-    with pytest.raises(ConfigError, match="'thing' among test-kind is ThingConfig, not OtherConfig"):
+    with pytest.raises(ConfigError, match=r"'thing' .*ThingConfig.*OtherConfig"):
         local.validate(OtherConfig())
 
 
 @pytest.mark.parametrize("value", [None, 3, {"checkpoint": "x"}, {"name": 3}, ["clip"]])
-def test_what_is_neither_name_nor_mapping_is_refused(value):
-    with pytest.raises(ConfigError, match="expected a name or a mapping with 'name', one of clip"):
+def test_validate_rejects_values_without_name(value):
+    with pytest.raises(ConfigError, match=r"'name', one of clip, .*got "):
         rewards.validate(value)
 
 
-def test_infinities_are_refused(local):
+def test_validate_rejects_nan(local):
     class RateConfig(PartConfig):
         name: Literal["rate"] = "rate"
         rate: float = 1.0

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from longalign.errors import ConfigProblem
-from longalign.files import check_single_file, place
+from longalign.files import check_single_file, join_subfolder
 from longalign.hub import absent, incomplete, read_json
 from longalign.registry import PartConfig, Section
 from longalign.runtime import Runtime
@@ -83,7 +83,9 @@ class SDConfig(PartConfig):
         """The config of a network of the checkpoint, as far as it is on this machine."""
         checkpoint = self.layout or "" if self.single_file else self.checkpoint
         return (
-            read_json(checkpoint, place(self.subfolder, f"{folder}/config.json"), self.revision) if checkpoint else {}
+            read_json(checkpoint, join_subfolder(self.subfolder, f"{folder}/config.json"), self.revision)
+            if checkpoint
+            else {}
         )
 
     @property
@@ -106,7 +108,7 @@ class SDConfig(PartConfig):
             return problems + ([("layout", problem)] if self.layout and (problem := absent(self.layout)) else [])
         if problem := absent(self.checkpoint, self.revision):
             return [("checkpoint", problem)]
-        wanted = [place(self.subfolder, f"{folder}/config.json") for folder in (self.component, "vae")]
+        wanted = [join_subfolder(self.subfolder, f"{folder}/config.json") for folder in (self.component, "vae")]
         lacking = [problem for file in wanted if (problem := incomplete(self.checkpoint, [file], self.revision))]
         return [("checkpoint", f"{lacking[0]}, as '{self.name}' needs; see 'subfolder'")] if lacking else []
 

@@ -16,7 +16,7 @@ from longalign import hub
 from longalign.backbones.base import Backbone
 from longalign.backbones.configs import SDConfig
 from longalign.diffusion import NoiseLevels
-from longalign.files import place
+from longalign.files import join_subfolder
 from longalign.images import ImageCheck
 from longalign.runtime import Runtime, resolve_checkpoint
 from longalign.weights import load_tensors, reading
@@ -102,7 +102,11 @@ def load_parts(config: SDConfig, runtime: Runtime, kind: Any, component: str) ->
         raise ValueError(f"backbone.checkpoint: {problem}")
 
     def load(part: Any, folder: str, dtype: torch.dtype) -> Any:
-        given = {"subfolder": place(config.subfolder, folder), "revision": config.revision, "variant": config.variant}
+        given = {
+            "subfolder": join_subfolder(config.subfolder, folder),
+            "revision": config.revision,
+            "variant": config.variant,
+        }
         with reading(f"a file of weights in '{checkpoint}'"):
             return part.from_pretrained(checkpoint, torch_dtype=dtype, **given)
 
@@ -110,10 +114,10 @@ def load_parts(config: SDConfig, runtime: Runtime, kind: Any, component: str) ->
         denoiser = load(kind, component, getattr(torch, config.dtype))
         vae = load(AutoencoderKL, "vae", runtime.torch_dtype)
         constants: Any = DDIMScheduler.load_config(
-            checkpoint, subfolder=place(config.subfolder, "scheduler"), revision=config.revision
+            checkpoint, subfolder=join_subfolder(config.subfolder, "scheduler"), revision=config.revision
         )
     except OSError as error:
-        places = ", ".join(f"{place(config.subfolder, folder)}/" for folder in (component, "vae", "scheduler"))
+        places = ", ".join(f"{join_subfolder(config.subfolder, folder)}/" for folder in (component, "vae", "scheduler"))
         if Path(checkpoint).exists() or hub.is_base_model(checkpoint):
             raise ValueError(
                 f"'{checkpoint}' does not hold {places} with a config and weights; see 'subfolder', and 'variant' for "
@@ -138,7 +142,7 @@ def native_resolution(config: SDConfig) -> int:
         home = resolve_checkpoint(config.layout) if config.layout else _layout_of(path, load_tensors(path))
     try:
         parts: list[Any] = [
-            AutoencoderKL.load_config(home, subfolder=place(config.subfolder, folder), **settings)
+            AutoencoderKL.load_config(home, subfolder=join_subfolder(config.subfolder, folder), **settings)
             for folder in (config.component, "vae")
         ]
     except OSError as error:

@@ -12,7 +12,7 @@ from longalign.encoders.base import Conditioning, Encoder, PromptReport
 from longalign.encoders.clip_segment_sdxl import ClipSegmentSDXLEncoder, load_clip_pair
 from longalign.encoders.concat import join, merge_reports
 from longalign.encoders.t5 import T5Encoder
-from longalign.files import place
+from longalign.files import join_subfolder
 from longalign.runtime import Runtime
 from longalign.segment import Prompt
 
@@ -57,7 +57,7 @@ class ClipSegmentSD3Encoder(Encoder):
 
         clips, t5 = load_clip_pair(config, runtime, CLIPTextModelWithProjection, empty="encode"), None
         if config.t5 == "encode":
-            folder = place(config.subfolder, "text_encoder_3")
+            folder = join_subfolder(config.subfolder, "text_encoder_3")
             model, tokenizer = load_text_model(T5EncoderModel, config, folder, runtime)
             settings = {"overflow": config.overflow, "max_batch_tokens": config.max_batch_tokens}
             t5 = T5Encoder(model, tokenizer, max_tokens=config.t5_tokens, **settings)

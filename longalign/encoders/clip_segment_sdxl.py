@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from longalign.encoders.base import Conditioning, Encoder, PromptReport, check_prompts, plain_text
 from longalign.encoders.clip_segment import ClipSegmentEncoder, SegmentPlan
-from longalign.files import place
+from longalign.files import join_subfolder
 from longalign.runtime import Runtime
 from longalign.segment import Prompt, Segmenter
 
@@ -143,7 +143,7 @@ def load_clip_pair(
 
     classes = {"text_encoder": first_class, "text_encoder_2": CLIPTextModelWithProjection}
     loaded = [
-        load_clip_text_model(model_class, config, place(config.subfolder, folder), runtime)
+        load_clip_text_model(model_class, config, join_subfolder(config.subfolder, folder), runtime)
         for folder, model_class in classes.items()
     ]
     models, tokenizers = zip(*loaded, strict=True)

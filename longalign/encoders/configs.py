@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from longalign.errors import ConfigProblem
-from longalign.files import check_single_file, place
+from longalign.files import check_single_file, join_subfolder
 from longalign.hub import absent, incomplete, read_json
 from longalign.registry import Part, PartConfig
 from longalign.runtime import Runtime
@@ -74,7 +74,7 @@ class _Loaded(CheckpointConfig):
     subfolder: str | None = None
 
     def _configs(self) -> list[str]:
-        return super()._configs() if self.subfolder is None else [place(self.subfolder, "config.json")]
+        return super()._configs() if self.subfolder is None else [join_subfolder(self.subfolder, "config.json")]
 
     def widths(self) -> tuple[int | None, int | None]:
         return self._width_of("hidden_size"), None
@@ -159,11 +159,11 @@ class TwoClipsConfig(CheckpointConfig):
     overflow: Literal["grow", "truncate", "error"] = "grow"
 
     def _configs(self) -> list[str]:
-        return [place(self.subfolder, "text_encoder/config.json")]
+        return [join_subfolder(self.subfolder, "text_encoder/config.json")]
 
     def _from_both_configs(self, key: str) -> tuple[int | None, int | None]:
         """Returns a key of the configs of both CLIPs."""
-        first, second = (self._width_of(key, folder=place(self.subfolder, f"text_encoder{n}")) for n in ("", "_2"))
+        first, second = (self._width_of(key, folder=join_subfolder(self.subfolder, f"text_encoder{n}")) for n in ("", "_2"))
         return first, second
 
 
@@ -302,13 +302,13 @@ class AdapterConfig(PartConfig):
         """Output width, or None if the adapter's config is not on this machine."""
         if self.checkpoint is None:
             return self.out_dim
-        width = read_json(self.checkpoint, place(self.subfolder, "config.json"), self.revision).get("out_dim")
+        width = read_json(self.checkpoint, join_subfolder(self.subfolder, "config.json"), self.revision).get("out_dim")
         return width if isinstance(width, int) else None
 
     def check_files(self) -> list[ConfigProblem]:
         if self.checkpoint is None:
             return []
-        config = [place(self.subfolder, "config.json")]
+        config = [join_subfolder(self.subfolder, "config.json")]
         problem = absent(self.checkpoint, self.revision) or incomplete(self.checkpoint, config, self.revision)
         return [("checkpoint", problem)] if problem else []
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from longalign.errors import ConfigProblem
-from longalign.files import place
+from longalign.files import join_subfolder
 from longalign.hub import absent, incomplete
 from longalign.registry import Part, PartConfig, Section
 from longalign.runtime import Runtime
@@ -99,7 +99,7 @@ class ClipLikeConfig(TowerRewardConfig):
     processor: str | None = None
 
     def check_files(self) -> list[ConfigProblem]:
-        config = [place(self.subfolder, "config.json")]
+        config = [join_subfolder(self.subfolder, "config.json")]
         problem = absent(self.checkpoint, self.revision) or incomplete(self.checkpoint, config, self.revision)
         problems = [("checkpoint", problem)] if problem else []
         return problems + ([("processor", problem)] if self.processor and (problem := absent(self.processor)) else [])

@@ -21,7 +21,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from longalign import checkpoint
-from longalign.checks import used
+from longalign.checks import output_problem
 from longalign.config import to_dict
 from longalign.data.stream import Stream
 from longalign.encoders.base import Conditioning, Encoder
@@ -184,7 +184,7 @@ class Run:
                 self.lock = Lock(self.output)
                 recover(self.output)
                 resumed = resume is not None and self.output.resolve() in (resume.resolve(), *resume.resolve().parents)
-                if not resumed and (problem := used(self.config)):
+                if not resumed and (problem := output_problem(self.config)):
                     raise ValueError(problem)
             except (ValueError, OSError) as error:
                 failure = error

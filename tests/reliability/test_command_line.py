@@ -1,6 +1,6 @@
-"""Calls of the command line made of random words: each ends in a checked call, or in one message and status 2.
+"""Random command lines: each is a valid call, or exits with one message and status 2.
 
-The long form runs by `pytest tests/reliability/test_command_line.py -m reliability`, a short form with all tests.
+`pytest tests/reliability/test_command_line.py -m reliability` runs the long form; the test suite runs a short form.
 """
 
 import pytest
@@ -25,20 +25,20 @@ WORDS = st.one_of(
 
 
 def check(words, monkeypatch, capsys):
-    """No command runs: each only says that it was called."""
-    called = []
+    """Parses a command line; the commands are replaced by functions that record their calls."""
+    calls = []
     for name in {parser.get_default("run") for parser in PARSER.commands.values()}:
-        monkeypatch.setattr(commands, name, lambda args: called.append(args) or 0)
+        monkeypatch.setattr(commands, name, lambda args: calls.append(args) or 0)
     try:
         status = cli.main(words)
     except SystemExit as stop:
         status = stop.code
         printed = capsys.readouterr()
         assert status == 0 or (status == 2 and "error: " in printed.err and "usage: " in printed.err), words
-        assert not called
+        assert not calls
     else:
-        assert status == 0 and len(called) == 1, words
-        assert called[0].command in words
+        assert status == 0 and len(calls) == 1, words
+        assert calls[0].command in words
 
 
 def run(examples):
@@ -50,10 +50,10 @@ def run(examples):
     return attack
 
 
-def test_random_calls(monkeypatch, capsys):
+def test_cli_random_arguments(monkeypatch, capsys):
     run(150)(monkeypatch=monkeypatch, capsys=capsys)
 
 
 @pytest.mark.reliability
-def test_many_random_calls(monkeypatch, capsys):
+def test_cli_many_random_arguments(monkeypatch, capsys):
     run(5000)(monkeypatch=monkeypatch, capsys=capsys)

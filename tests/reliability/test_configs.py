@@ -1,6 +1,6 @@
-"""Configs of every kind of nonsense: what reads them ends in a config or in `ConfigError`, in bounded time.
+"""Random and mutated configs: reading them returns a config or raises `ConfigError`, in bounded time.
 
-The long forms run by `pytest tests/reliability/test_configs.py -m reliability`, a short form of each with all tests.
+`pytest tests/reliability/test_configs.py -m reliability` runs the long forms; the test suite runs short forms.
 """
 
 import signal
@@ -40,7 +40,7 @@ BASES = [
 ]
 NAMES = sorted({name for registry in REGISTRIES.values() for name in registry.names()})
 
-texts = st.text(st.characters(exclude_categories=()), max_size=12)  # lone surrogates too
+texts = st.text(st.characters(exclude_categories=()), max_size=12)  # includes lone surrogates
 scalars = st.one_of(
     st.none(),
     st.booleans(),
@@ -60,26 +60,26 @@ values = st.one_of(
 )
 
 
-def places(tree, path=()):
-    """The path of everything in a tree."""
+def all_paths(tree, path=()):
+    """Yields the path of each node of a tree."""
     yield path
-    inside = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    for key, value in inside:
-        yield from places(value, (*path, key))
+    children = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in children:
+        yield from all_paths(value, (*path, key))
 
 
-PATHS = [[path for path in places(base) if path] for base in BASES]
+PATHS = [[path for path in all_paths(base) if path] for base in BASES]
 sources = st.sampled_from(range(len(BASES)))
 
 
-def copied(tree):
+def copy_tree(tree):
     if isinstance(tree, dict):
-        return {key: copied(value) for key, value in tree.items()}
-    return [copied(value) for value in tree] if isinstance(tree, list) else tree
+        return {key: copy_tree(value) for key, value in tree.items()}
+    return [copy_tree(value) for value in tree] if isinstance(tree, list) else tree
 
 
-def change(tree, path, kind, value):
-    """One mutation of a tree, where the path is still there."""
+def mutate(tree, path, kind, value):
+    """Applies one mutation to a tree, if the path still exists."""
     holder = tree
     for key in path[:-1]:
         if not isinstance(holder, (dict, list)) or (isinstance(holder, dict) and key not in holder):
@@ -97,31 +97,34 @@ def change(tree, path, kind, value):
             del holder[last]
         elif kind == "list":
             holder[last] = [holder[last], holder[last]]
-        elif kind == "itself":
+        elif kind == "cycle":
             holder[last] = tree
         elif isinstance(holder, dict):
-            holder[value if isinstance(value, str) else "more"] = value
+            holder[value if isinstance(value, str) else "extra"] = value
 
 
 @contextmanager
-def limited():
-    """Inside, an endless case is an error."""
+def time_limit():
+    """Context manager: fails after `SECONDS`."""
 
-    def late(*_):
+    def fail(*_):
         raise AssertionError(f"took more than {SECONDS} seconds")
 
-    before = signal.signal(signal.SIGALRM, late)
+    previous = signal.signal(signal.SIGALRM, fail)
     signal.alarm(SECONDS)
     try:
         yield
     finally:
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, previous)
 
 
-def ends_well(read, folder=None):
-    """Whether a config was read; a rejected one has its faults by path, an accepted one survives dump and load."""
-    with limited():
+def is_accepted(read, folder=None):
+    """Reads a config and returns whether it is valid.
+
+    Asserts that a `ConfigError` lists its problems by path, and that a valid config round-trips.
+    """
+    with time_limit():
         try:
             config = read()
         except ConfigError as error:
@@ -131,73 +134,73 @@ def ends_well(read, folder=None):
             return False
         assert load_config(to_dict(config)) == config
         if folder is not None:
-            (folder / "again.yaml").write_text(to_yaml(config), encoding="utf-8")
-            assert load_config(folder / "again.yaml") == config
+            (folder / "copy.yaml").write_text(to_yaml(config), encoding="utf-8")
+            assert load_config(folder / "copy.yaml") == config
         return True
 
 
 def run(count, test, **strategies):
-    limits = settings(
+    configure = settings(
         max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
     )
-    limits(given(**strategies)(test))()
+    configure(given(**strategies)(test))()
 
 
-def sizes(short, long):
+def counts(short, long):
     return pytest.mark.parametrize("count", [short, pytest.param(long, marks=pytest.mark.reliability)])
 
 
-kinds = st.sampled_from(["replace", "remove", "list", "itself", "add"])
+kinds = st.sampled_from(["replace", "remove", "list", "cycle", "add"])
 
 
-@sizes(100, 10_000)
-def test_mutated_mappings(count, tmp_path):
-    seen = []
+@counts(100, 10_000)
+def test_load_config_mutated_mappings(count, tmp_path):
+    outcomes = []
 
     def test(source, data):
-        tree = copied(BASES[source])
+        tree = copy_tree(BASES[source])
         for path, kind, value in data.draw(
             st.lists(st.tuples(st.sampled_from(PATHS[source]), kinds, values), min_size=1, max_size=3)
         ):
-            change(tree, path, kind, value)
-        seen.append(ends_well(lambda: load_config(tree), tmp_path))
+            mutate(tree, path, kind, value)
+        outcomes.append(is_accepted(lambda: load_config(tree), tmp_path))
 
     run(count, test, source=sources, data=st.data())
-    assert {True, False} == set(seen)
+    assert {True, False} == set(outcomes)
 
 
-@sizes(100, 10_000)
-def test_overrides(count):
-    seen = []
+@counts(100, 10_000)
+def test_override_random_changes(count):
+    outcomes = []
 
     def test(source, data):
-        known = st.sampled_from(PATHS[source]).map(lambda path: ".".join(map(str, path)))
-        more = st.tuples(known, st.sampled_from([".", ".0", ".²", ".x", "." + "9" * 5000, "é"])).map("".join)
-        paths = st.one_of(known, known, more, texts, st.integers())
+        existing = st.sampled_from(PATHS[source]).map(lambda path: ".".join(map(str, path)))
+        extended = st.tuples(existing, st.sampled_from([".", ".0", ".²", ".x", "." + "9" * 5000, "é"])).map("".join)
+        paths = st.one_of(existing, existing, extended, texts, st.integers())
         changes = data.draw(st.dictionaries(paths, values, min_size=1, max_size=3))
-        seen.append(ends_well(lambda: override(BASES[source], changes)))
+        outcomes.append(is_accepted(lambda: override(BASES[source], changes)))
 
     run(count, test, source=sources, data=st.data())
-    assert {True, False} == set(seen)
+    assert {True, False} == set(outcomes)
 
 
 PIECES = ["!!bool x", "!!int ''", "!!set {a}", "&a [*a]", "*a", "<<: ", "? ", ": ", "- ", "[" * 400, "9" * 5000]
 PIECES += ["%YAML 1.1", "---", "...", "\t", "\0", "²", "٥", "é", "\ud800", "1_0", "0x1", "1:30", *"{}[]'\"|>#=~@`"]
 
 
-@sizes(60, 5_000)
-def test_assignments(count):
+@counts(60, 5_000)
+def test_parse_assignments_random_text(count):
     def test(source, data):
         path = ".".join(map(str, data.draw(st.sampled_from(PATHS[source]))))
         value = "".join(data.draw(st.lists(st.one_of(st.sampled_from(PIECES), texts), max_size=4)))
         item = data.draw(st.sampled_from([f"{path}={value}", value, f"{path}{value}=1"]))
-        ends_well(lambda: override(BASES[source], parse_assignments([item])))
+        is_accepted(lambda: override(BASES[source], parse_assignments([item])))
 
     run(count, test, source=sources, data=st.data())
 
 
-@sizes(40, 5_000)
-def test_yaml_mutated_by_characters(count, tmp_path):
+@counts(40, 5_000)
+def test_load_config_mutated_yaml(count, tmp_path):
     originals = [to_yaml(load_config(base)) for base in BASES]
 
     def test(source, data):
@@ -205,31 +208,31 @@ def test_yaml_mutated_by_characters(count, tmp_path):
         pieces = st.one_of(
             st.sampled_from([p for p in PIECES if p != "\ud800"]), st.sampled_from(list(":{}[]&*!,-?\n '\""))
         )
-        for where, removed, piece in data.draw(
+        for position, removed, piece in data.draw(
             st.lists(st.tuples(st.floats(0, 1), st.sampled_from([0, 0, 1, 5]), pieces), min_size=1, max_size=3)
         ):
-            at = int(where * len(text))
+            at = int(position * len(text))
             text = text[:at] + piece + text[at + removed :]
         (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
-        ends_well(lambda: load_config(tmp_path / "run.yaml"))
+        is_accepted(lambda: load_config(tmp_path / "run.yaml"))
 
     run(count, test, source=sources, data=st.data())
 
 
-@sizes(60, 10_000)
-def test_json_mutated_by_bytes(count, tmp_path):
+@counts(60, 10_000)
+def test_load_config_mutated_json(count, tmp_path):
     import json
 
     originals = [json.dumps(base).encode() for base in BASES]
 
     def test(source, data):
         text = originals[source]
-        for where, removed, piece in data.draw(
+        for position, removed, piece in data.draw(
             st.lists(st.tuples(st.floats(0, 1), st.integers(0, 4), st.binary(max_size=4)), min_size=1, max_size=3)
         ):
-            at = int(where * len(text))
+            at = int(position * len(text))
             text = text[:at] + piece + text[at + removed :]
         (tmp_path / "run.json").write_bytes(text)
-        ends_well(lambda: load_config(tmp_path / "run.json"))
+        is_accepted(lambda: load_config(tmp_path / "run.json"))
 
     run(count, test, source=sources, data=st.data())

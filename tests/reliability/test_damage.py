@@ -1,4 +1,4 @@
-"""Damaged, foreign and malicious files in each place that reads one."""
+"""Damaged, invalid and malicious files, for each function that reads files."""
 
 import json
 import os
@@ -36,56 +36,56 @@ def checkpoint(tmp_path_factory):
     worlds.unregister()
 
 
-def damages(content, generator, flips=400):
-    """Contents that a disk or a transfer may make of a file's content: cut, lengthened, with flipped bits."""
+def damages(content, rng, flips=400):
+    """Yields descriptions and damaged copies of a file: truncated, extended, or with a flipped bit."""
     for length in sorted({0, 1, 7, 8, 9, 100, len(content) - 1, *(len(content) * i // 12 for i in range(12))}):
-        yield f"cut to {length}", content[:length]
-    for more in (1, 8, 1000):
-        yield f"{more} bytes more", content + bytes(more)
+        yield f"truncated to {length}", content[:length]
+    for extra in (1, 8, 1000):
+        yield f"{extra} extra bytes", content + bytes(extra)
     for number in range(flips):
-        changed = bytearray(content)
-        # half of them in the first bytes, where headers are
-        at = generator.randrange(min(len(content), 4000) if number % 2 else len(content))
-        changed[at] ^= 1 << generator.randrange(8)
-        yield f"bit of byte {at}", bytes(changed)
+        damaged = bytearray(content)
+        # half of the flips are in the first bytes, which contain the headers
+        at = rng.randrange(min(len(content), 4000) if number % 2 else len(content))
+        damaged[at] ^= 1 << rng.randrange(8)
+        yield f"bit of byte {at}", bytes(damaged)
 
 
-def equal(one, other):
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(one[k], other[k]) for k in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(equal, one, other))
-    return one == other
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
 
 
 @pytest.mark.parametrize("name", ["longalign.safetensors", "resume/shared.pt", "resume/process-0.pt"])
-def test_a_damaged_checkpoint_is_named_or_gives_what_was_written(checkpoint, tmp_path, name):
+def test_load_damaged_checkpoint_fails_or_is_unchanged(checkpoint, tmp_path, name):
     copy = tmp_path / "checkpoint-000001"
     shutil.copytree(checkpoint, copy)
-    path, before = copy / name, load_state(checkpoint)
+    path, original = copy / name, load_state(checkpoint)
     weights = load_weights(checkpoint)
-    tensors = [*(stack.state for stack in weights.loras), weights.adapter]
-    counts = {"named": 0, "unharmed": 0}
-    for what, content in damages((checkpoint / name).read_bytes(), random.Random(0)):
+    tensors = [*(lora.state for lora in weights.loras), weights.adapter]
+    counts = {"rejected": 0, "unchanged": 0}
+    for damage, content in damages((checkpoint / name).read_bytes(), random.Random(0)):
         path.write_bytes(content)
         try:
-            found = load_state(copy)
+            state = load_state(copy)
             loaded = load_weights(copy)
             read_config(copy)
         except (ValueError, OSError) as error:
-            assert path.name in str(error), what
-            assert "weights_only" not in str(error), what
-            counts["named"] += 1
+            assert path.name in str(error), damage
+            assert "weights_only" not in str(error), damage
+            counts["rejected"] += 1
             continue
-        # e.g. a flip in an unused field of a zip's directory, or in the metadata's text
-        assert equal([*(stack.state for stack in loaded.loras), loaded.adapter], tensors), what
-        assert equal(found.shared["parameters"], before.shared["parameters"]), what
-        assert equal(found.own[0]["torch"], before.own[0]["torch"]), what
-        counts["unharmed"] += 1
+        # e.g. a flip in an unused field of a zip directory, or in the text of the metadata
+        assert equal([*(lora.state for lora in loaded.loras), loaded.adapter], tensors), damage
+        assert equal(state.shared["parameters"], original.shared["parameters"]), damage
+        assert equal(state.own[0]["torch"], original.own[0]["torch"]), damage
+        counts["unchanged"] += 1
     print(name, counts)
-    assert counts["named"] > 200
+    assert counts["rejected"] > 200
 
 
 METADATA = [None, [], 1, "x", {}, {"format": "1"}, {"format": 1}, {"format": "1", "config": "{}", "loras": "[]"}]
@@ -93,7 +93,7 @@ METADATA += [{"format": "1", "config": c, "loras": "[]"} for c in ("", "[]", "nu
 METADATA += [{"config": 5}, {"config": None}, {"format": "1", "config": "{}", "loras": "null"}, {"a": {"b": 1}}]
 
 
-def test_foreign_metadata_are_named(tmp_path):
+def test_read_config_names_file_with_invalid_metadata(tmp_path):
     for number, metadata in enumerate(METADATA):
         path = tmp_path / f"{number}.safetensors"
         header = json.dumps({"__metadata__": metadata}).encode()
@@ -102,7 +102,7 @@ def test_foreign_metadata_are_named(tmp_path):
             read_config(path)
         assert path.name in str(caught.value), metadata
         try:
-            assert load_weights(path).loras == []  # a checkpoint of nothing
+            assert load_weights(path).loras == []  # a checkpoint without weights
         except (ValueError, OSError) as error:
             assert path.name in str(error), metadata
     print(len(METADATA), "kinds of metadata")
@@ -116,8 +116,8 @@ class Payload:
         return self.call
 
 
-def places(folder, checkpoint):
-    """Each file that may be a pickle: its path and what reads it."""
+def pickle_readers(folder, checkpoint):
+    """Yields the path of each file that may be a pickle, and the function that reads it."""
     copy = folder / "checkpoint-000001"
     shutil.copytree(checkpoint, copy)
     yield copy / "resume" / "shared.pt", lambda: load_state(copy)
@@ -151,20 +151,20 @@ def places(folder, checkpoint):
         yield sd / part / "diffusion_pytorch_model.bin", build
 
 
-def test_a_pickle_runs_nothing_in_any_place_that_reads_one(checkpoint, tmp_path):
-    mark = tmp_path / "executed"
-    calls = {"mkdir": (os.mkdir, (str(mark),)), "eval": (eval, (f"__import__('os').mkdir({str(mark)!r})",))}
+def test_loading_pickles_executes_no_code(checkpoint, tmp_path):
+    marker = tmp_path / "executed"
+    calls = {"mkdir": (os.mkdir, (str(marker),)), "eval": (eval, (f"__import__('os').mkdir({str(marker)!r})",))}
     tried = 0
-    for path, read in places(tmp_path, checkpoint):
+    for path, read in pickle_readers(tmp_path, checkpoint):
         path.parent.mkdir(parents=True, exist_ok=True)
         for call in calls.values():
             for raw in (False, True):
-                held = {"state_dict": {"a": Payload(call)}, "b": [Payload(call)]}
-                path.write_bytes(pickle.dumps(held, protocol=2)) if raw else torch.save(held, path)
+                content = {"state_dict": {"a": Payload(call)}, "b": [Payload(call)]}
+                path.write_bytes(pickle.dumps(content, protocol=2)) if raw else torch.save(content, path)
                 with pytest.raises((ValueError, OSError)) as caught:
                     read()
                 assert "weights_only" not in str(caught.value), (path, str(caught.value))
-                assert not mark.exists(), path
+                assert not marker.exists(), path
                 tried += 1
     print(tried, "payloads, none executed")
     assert tried == 52

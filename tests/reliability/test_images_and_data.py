@@ -1,4 +1,4 @@
-"""Attacks on what reads images and data: whatever a file holds, it is read, or rejected with a ValueError or OSError.
+"""Random and damaged images and data: each file is read, or rejected with a ValueError or OSError.
 
 Counts are in docs/reliability.md.
 """
@@ -21,11 +21,11 @@ from PIL import Image
 from longalign.data.image_dataset import UNREADABLE, load_square
 from longalign.data.lines import inside, read_captions
 from longalign.image_io import FORMATS, load_image
-from longalign.registry import data
+from longalign.registry import data as data_registry
 
 pytestmark = [
     pytest.mark.reliability,
-    pytest.mark.filterwarnings("ignore::UserWarning"),  # Pillow warns of damaged metadata
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # Pillow warns about damaged metadata
     pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
@@ -60,7 +60,7 @@ SEEDS["JPEG, CMYK"] = encoded("JPEG", "CMYK")
 
 
 def read(content):
-    """An image from bytes, or None where it is rejected as it should be."""
+    """Returns the image, or None if it is rejected with an expected error."""
     try:
         image = load_square(content, 8)
     except UNREADABLE as error:
@@ -72,22 +72,22 @@ def read(content):
 
 @st.composite
 def damaged(draw, seeds):
-    """A file that is truncated, has bytes changed, removed, repeated or inserted, or is joined to another one."""
+    """A file that is truncated, has bytes changed, removed, repeated or inserted, or is joined to a second file."""
     content = bytearray(draw(st.sampled_from(seeds)))
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, max(0, len(content) - 1)))
-        how = draw(st.sampled_from(["truncate", "flip", "head", "remove", "repeat", "insert", "join", "number"]))
-        if how == "truncate":
+        damage = draw(st.sampled_from(["truncate", "flip", "head", "remove", "repeat", "insert", "join", "number"]))
+        if damage == "truncate":
             del content[at:]
-        elif how in ("flip", "head") and content:
-            content[at % 64 if how == "head" and len(content) > 64 else at] ^= draw(st.integers(1, 255))
-        elif how == "remove":
+        elif damage in ("flip", "head") and content:
+            content[at % 64 if damage == "head" and len(content) > 64 else at] ^= draw(st.integers(1, 255))
+        elif damage == "remove":
             del content[at : at + draw(st.integers(1, 64))]
-        elif how == "repeat":
+        elif damage == "repeat":
             content[at:at] = content[at : at + draw(st.integers(1, 64))]
-        elif how == "insert":
+        elif damage == "insert":
             content[at:at] = draw(st.binary(min_size=1, max_size=16))
-        elif how == "number":
+        elif damage == "number":
             content[at : at + 4] = draw(st.sampled_from([b"\xff" * 4, b"\0" * 4, b"\x7f\xff\xff\xff", b"\0\0\xff\xff"]))
         else:
             content += draw(st.sampled_from(seeds))
@@ -95,12 +95,12 @@ def damaged(draw, seeds):
 
 
 @pytest.mark.parametrize("name", SEEDS)
-def test_every_format_is_read(name):
+def test_load_square_reads_all_formats(name):
     assert read(SEEDS[name]) is not None
 
 
 @pytest.mark.parametrize("name", SEEDS)
-def test_every_truncation_ends_well(name):
+def test_load_square_truncated_files(name):
     content = SEEDS[name]
     for length in range(0, len(content), max(1, len(content) // 400)):
         read(content[:length])
@@ -108,7 +108,7 @@ def test_every_truncation_ends_well(name):
 
 @MANY
 @given(damaged(list(SEEDS.values())))
-def test_damaged_images(content):
+def test_load_square_damaged_files(content):
     started = time.monotonic()
     read(content)
     assert time.monotonic() - started < 20
@@ -116,7 +116,7 @@ def test_damaged_images(content):
 
 @SOME
 @given(st.binary(max_size=300))
-def test_bytes_that_are_no_image(content):
+def test_load_square_random_bytes(content):
     read(content)
 
 
@@ -124,22 +124,22 @@ def test_bytes_that_are_no_image(content):
 @given(
     st.sampled_from(["L", "I;16", "I;16B", "RGB", "CMYK", "F", "I", "LAB", "YCbCr", "1", "P", "LA", "RGBA"]), st.data()
 )
-def test_modes_in_tiff(mode, chosen):
-    size = chosen.draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
-    values = chosen.draw(st.binary(min_size=9 * 9 * 4, max_size=9 * 9 * 4))
+def test_load_square_tiff_modes(mode, data):
+    size = data.draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
+    values = data.draw(st.binary(min_size=9 * 9 * 4, max_size=9 * 9 * 4))
     image = Image.new(mode, size)
     image.frombytes(values[: len(image.tobytes())])
     buffer = io.BytesIO()
     image.save(buffer, "TIFF")
-    found = read(buffer.getvalue())
+    square = read(buffer.getvalue())
     if mode in ("I;16", "I;16B"):
-        first = int.from_bytes(image.tobytes()[:2], "big" if mode.endswith("B") else "little")
-        whole = load_image_of(buffer.getvalue())
-        assert abs(whole[0, 0, 0].item() - first / 65535) < 1 / 255
-    assert mode != "I" or found is None
+        corner = int.from_bytes(image.tobytes()[:2], "big" if mode.endswith("B") else "little")
+        loaded = load_image_from_bytes(buffer.getvalue())
+        assert abs(loaded[0, 0, 0].item() - corner / 65535) < 1 / 255
+    assert mode != "I" or square is None
 
 
-def load_image_of(content):
+def load_image_from_bytes(content):
     with tempfile.NamedTemporaryFile(suffix=".tiff") as file:
         file.write(content)
         file.flush()
@@ -163,15 +163,15 @@ ARCHIVES = [archive(PLAIN), archive(PLAIN, "gz"), archive(PLAIN, "xz"), archive(
 
 
 def shard(content, **keys):
-    """Items of a shard, or None where there are none to be had."""
+    """Reads items of a shard; None if it is rejected with an expected error."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "s.tar")
         path.write_bytes(content)
         try:
-            found = data.build(
+            stream = data_registry.build(
                 {"name": "webdataset", "shards": str(path), "resolution": 8, "max_unreadable": 3, **keys}
             )
-            items = found.items(seed=0)
+            items = stream.items(seed=0)
             return [next(items) for _ in range(6)]
         except UNREADABLE as error:
             assert str(error)
@@ -180,7 +180,7 @@ def shard(content, **keys):
 
 @SOME
 @given(damaged(ARCHIVES))
-def test_damaged_shards(content):
+def test_webdataset_damaged_shards(content):
     for item in shard(content) or ():
         assert item["image"].shape == (3, 8, 8) and item["prompt"].encode()
 
@@ -203,7 +203,7 @@ CONTENTS = [PICTURE, b"A fox.", b"\xff", b"", *CAPTIONS]
     ),
     st.sampled_from(["txt", "json"]),
 )
-def test_members_of_all_names_and_contents(members, caption):
+def test_webdataset_random_members(members, caption):
     for item in shard(archive(members), caption=caption) or ():
         assert item["image"].shape == (3, 8, 8) and item["prompt"].encode()
 
@@ -228,17 +228,17 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["folder", "pairs"])
-def test_metadata(folder, name):
+def test_folder_and_pairs_random_metadata(folder, name):
     @MANY
     @given(st.lists(ROWS, max_size=5), st.data())
-    def attack(rows, chosen):
+    def attack(rows, data):
         text = "\n".join(map(json.dumps, rows)).encode()
-        if chosen.draw(st.booleans()):
-            text = chosen.draw(damaged([text or b"{}"]))
+        if data.draw(st.booleans()):
+            text = data.draw(damaged([text or b"{}"]))
         (folder / "metadata.jsonl").write_bytes(text)
         try:
-            found = data.build({"name": name, "folder": str(folder), "resolution": 8})
-            items = [found[i] for i in range(len(found))]
+            dataset = data_registry.build({"name": name, "folder": str(folder), "resolution": 8})
+            items = [dataset[i] for i in range(len(dataset))]
         except UNREADABLE as error:
             assert str(error)
             return
@@ -248,7 +248,7 @@ def test_metadata(folder, name):
     attack()
 
 
-def test_tables_of_captions(tmp_path):
+def test_read_captions_damaged_csv(tmp_path):
     @SOME
     @given(
         damaged(
@@ -269,13 +269,13 @@ def test_tables_of_captions(tmp_path):
 @given(
     st.lists(st.sampled_from(["..", ".", "a", "b.png", "", "/", "a..", "...", "\\", "~", "etc", "in"])).map("/".join)
 )
-def test_no_name_leads_out_of_a_folder(name):
+def test_inside_rejects_names_outside_folder(name):
     for folder in ("in", "/tmp/in", "in/../in", "/"):
         try:
             path = inside(folder, name)
         except ValueError as error:
-            assert "leads out of" in str(error)
+            assert str(error).startswith(f"{name!r:.200} ") and str(folder) in str(error)
             continue
-        home = os.path.normpath(os.path.abspath(folder))
-        assert os.path.commonpath([home, os.path.normpath(os.path.abspath(path))]) == home
+        root = os.path.normpath(os.path.abspath(folder))
+        assert os.path.commonpath([root, os.path.normpath(os.path.abspath(path))]) == root
         assert ".." not in Path(os.path.relpath(path, folder)).parts or folder == "in/../in"

@@ -1,4 +1,4 @@
-"""Odd prompts through all encoders, rewards and segmenters: nothing stops, nothing is lost, all is finite."""
+"""Unusual prompts for all encoders, rewards and segmenters: no errors, no lost text, finite outputs."""
 
 import time
 
@@ -39,36 +39,36 @@ REWARDS = [
 ]
 
 
-def tight(text):
+def without_spaces(text):
     return "".join(text.split())
 
 
 @pytest.mark.parametrize("config", ENCODERS, ids=lambda config: "-".join(map(str, config.values())).replace("/", ""))
-def test_odd_prompts_are_encoded_to_their_end(config):
+def test_encode_odd_prompts_without_truncation(config):
     encoder = encoders.build(config)
     for prompt in ODD:
         if config.get("segmenter") == "manual" and prompt == "BREAK":
-            with pytest.raises(ValueError, match="returned no text"):
+            with pytest.raises(ValueError, match="no text"):
                 encoder.encode([prompt])
             continue
         conditioning = encoder.encode([prompt, "A fox."])
         assert conditioning.states.isfinite().all() and conditioning.reports[0].truncated == ""
         tokens = encoder.tokens(prompt)
-        if tokens.ids and config["name"] != "t5":  # T5 has one token for any run of characters it does not know
-            read = "".join(conditioning.reports[0].segments)
-            assert tight(read) == tight(prompt) or not any(
-                encoder.tokens(c).ids for c in set(tight(prompt)) - set(read)
+        if tokens.ids and config["name"] != "t5":  # T5 maps any sequence of unknown characters to one token
+            encoded = "".join(conditioning.reports[0].segments)
+            assert without_spaces(encoded) == without_spaces(prompt) or not any(
+                encoder.tokens(c).ids for c in set(without_spaces(prompt)) - set(encoded)
             )
 
 
 @pytest.mark.parametrize("config", REWARDS, ids=lambda config: config["name"])
-def test_odd_prompts_are_scored_to_their_end(config):
+def test_score_odd_prompts_without_truncation(config):
     reward = rewards.build(config)
     image = torch.rand(1, 3, 64, 64)
     for prompt in ODD:
         assert reward.score(image, [prompt]).isfinite().all()
         segments = reward.segments(prompt)
-        assert tight("".join(segments)) == tight(prompt)
+        assert without_spaces("".join(segments)) == without_spaces(prompt)
         assert max(map(reward.towers.count_tokens, segments)) <= reward.towers.window
 
 
@@ -79,16 +79,16 @@ def test_odd_prompts_are_scored_to_their_end(config):
         st.sampled_from("aBx1 .!?\"'()[]“”。！，\n\t•-—…éÉ\u0301\u200d😀") | st.characters(codec="utf-8"), max_size=200
     )
 )
-def test_segmenters_lose_nothing_of_any_text(name, text):
-    found = segmenters.build(name)(text, lambda piece: len(piece.encode()))
-    assert tight("".join(found)) == tight(text) and all(segment.strip() for segment in found)
-    assert tight("".join(split_to_window(found, 7, lambda piece: len(piece.encode())))) == tight(text)
+def test_segmenters_keep_all_text(name, text):
+    segments = segmenters.build(name)(text, lambda piece: len(piece.encode()))
+    assert without_spaces("".join(segments)) == without_spaces(text) and all(segment.strip() for segment in segments)
+    assert without_spaces("".join(split_to_window(segments, 7, lambda piece: len(piece.encode())))) == without_spaces(text)
 
 
 @settings(derandomize=True, deadline=None, max_examples=200)
 @given(text=st.text(st.characters(codec="utf-8"), max_size=300))
-def test_any_text_is_encoded(text):
-    encoder = test_any_text_is_encoded.__dict__.setdefault("encoder", encoders.build(ENCODERS[0]))
+def test_encode_random_text(text):
+    encoder = test_encode_random_text.__dict__.setdefault("encoder", encoders.build(ENCODERS[0]))
     conditioning = encoder.encode([text])
     assert conditioning.states.isfinite().all() and conditioning.reports[0].truncated == ""
 
@@ -107,23 +107,23 @@ ROWS = {
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_splitting_takes_linear_time(name, capsys):
+def test_sentences_takes_linear_time(name, capsys):
     seconds = []
     for n in (10_000, 100_000, 200_000):
         text = ROWS[name](n)
-        begun = time.process_time()
-        found = sentences(text)
-        seconds.append(time.process_time() - begun)
-        assert tight("".join(found)) == tight(text)
+        start = time.process_time()
+        segments = sentences(text)
+        seconds.append(time.process_time() - start)
+        assert without_spaces("".join(segments)) == without_spaces(text)
     with capsys.disabled():
         print(f"\n| `{name}` | " + " | ".join(f"{s:.3f}" for s in seconds) + " |")
     assert seconds[1] < 2 and seconds[2] < 4
 
 
 @pytest.mark.parametrize("text", ["a" * 100_000, "好" * 20_000, "😀" * 20_000, "fox " * 10_000])
-def test_a_text_without_stops_is_encoded_in_bounded_time(text):
+def test_report_text_without_periods_takes_bounded_time(text):
     encoder = encoders.build(ENCODERS[0])
-    begun = time.process_time()
+    start = time.process_time()
     encoder.report([text])
-    assert time.process_time() - begun < 60
+    assert time.process_time() - start < 60
     assert encoder.tokens._size <= 1_000_000

@@ -1,8 +1,9 @@
-"""Plugins with mistakes, as distributions that are installed for one test: each is named, nothing else is disturbed.
+"""Faulty plugins, as distributions installed for one test: errors name the plugin, other parts keep working.
 
-All run by `pytest tests/reliability/test_plugins.py -m ""`, some of each kind with all tests.
+`pytest tests/reliability/test_plugins.py -m ""` runs all cases; the test suite runs some of each kind.
 """
 
+import re
 import sys
 
 import pytest
@@ -11,7 +12,7 @@ from tiny import tiny_backbone
 
 from longalign.compose import build_from_config
 from longalign.data.base import Data
-from longalign.describe import list_parts
+from longalign.describe import parts_table
 from longalign.encoders.base import Conditioning, Encoder
 from longalign.registry import PartConfig, backbones, data, encoders, rewards
 from longalign.rewards.guard import NonFiniteReward
@@ -66,7 +67,7 @@ def good():
 
 @pytest.fixture
 def plugin(tmp_path, monkeypatch):
-    """Installs a distribution with one part called ``faulty``, or with the given entry points."""
+    """Function that installs a distribution with one part named ``faulty``, or with the given entry points."""
 
     def install(kind, text, base=P, entries=None):
         info = tmp_path / "fake_faulty-1.0.dist-info"
@@ -103,30 +104,30 @@ SCORES = BUILD + "return lambda images, prompts: {}"
 FAKE = r"fake[-_]faulty"
 
 
-def few(*cases):
-    """The cases, of which each third runs with all tests."""
+def every_third(*cases):
+    """The cases; every third one runs in the test suite, the others are marked ``reliability``."""
     return [case if i % 3 == 0 else pytest.param(*case, marks=pytest.mark.reliability) for i, case in enumerate(cases)]
 
 
-PARTS = few(
+PARTS = every_third(
     (
         "encoders",
         BUILD + "return 3",
         P,
-        rf"'faulty' .*{FAKE} 1\.0.*was built as a int",
+        rf"'faulty' .*{FAKE} 1\.0.*got int",
     ),
     (
         "encoders",
         BUILD + "return lambda prompts: prompts",
         P,
-        "was built as a function",
+        r"longalign\.encoders\.base\.Encoder, got function",
     ),
-    ("encoders", "def build(self):\n    return 3", P, rf"{FAKE} 1\.0 .*must take \(self, runtime\)"),
+    ("encoders", "def build(self):\n    return 3", P, rf"{FAKE} 1\.0 .*build .*\(self, runtime\)"),
     (
         "encoders",
         BUILD + "return [][0]",
         P,
-        rf"{FAKE} 1\.0, failed to build: IndexError",
+        rf"'faulty' .*{FAKE} 1\.0.*IndexError",
     ),
     ("encoders", BUILD + "import nothing_at_all", P, "nothing_at_all"),
     (
@@ -135,16 +136,16 @@ PARTS = few(
         "    class Tensors(Encoder):\n        dim = 8\n"
         "        def encode(self, prompts):\n            return torch.zeros(len(prompts), 4, 8)\n    return Tensors()",
         P,
-        rf"{FAKE}\.Tensors must return a Conditioning, not a Tensor",
+        rf"{FAKE}\.Tensors .*Conditioning.*Tensor",
     ),
-    ("data", BUILD + "return [{'prompt': 'a'}]", P, "was built as a list"),
-    ("backbones", BUILD + "return None", P, "was built as a NoneType"),
-    ("trainers", BUILD + "return None", T, "must take .*'backbone'"),
+    ("data", BUILD + "return [{'prompt': 'a'}]", P, r"longalign\.data\.base\.Data .*, got list"),
+    ("backbones", BUILD + "return None", P, r"longalign\.backbones\.base\.Backbone, got NoneType"),
+    ("trainers", BUILD + "return None", T, "FaultyConfig.build .*'backbone'"),
     (
         "trainers",
         TRAINER + "return backbone",
         T,
-        r"was built as a \w*Backbone, which is no longalign\.trainers\.base\.Trainer",
+        r"longalign\.trainers\.base\.Trainer, got \w*Backbone",
     ),
     (
         "trainers",
@@ -152,71 +153,68 @@ PARTS = few(
         "    class Lossless(DiffusionTrainer):\n        def losses(self, batch):\n            return {'score': 1}\n"
         "    backbone.train_all()\n    return Lossless(backbone, encoder, False)",
         T,
-        r"Lossless\.losses must give a value whose key ends in '_loss'; got score",
+        r"Lossless\.losses .*'_loss'.*got score",
     ),
     (
         "trainers",
         "def check_run(self, run):\n    return run.nothing\n" + TRAINER + "return None",
         T,
-        rf"check_run of 'faulty' \({FAKE}\.FaultyConfig\) failed: AttributeError",
+        rf"check_run of 'faulty' \({FAKE}\.FaultyConfig\) .*AttributeError",
     ),
     (
         "trainers",
         "def check_run(self, run):\n    return ['wrong']\n" + TRAINER + "return None",
         T,
-        "check_run of 'faulty'",
+        r"check_run of 'faulty' .*ValueError",
     ),
     (
         "data",
         "def check_files(self):\n    return [3]\n" + BUILD + "return []",
         P,
-        "check_files of",
+        "data: check_files of 'faulty'",
     ),
     (
         "data",
         "def widths(self):\n    raise OSError('x')\n" + BUILD + "return 1",
         P,
-        "built as a int",
+        r"longalign\.data\.base\.Data .*, got int",
     ),
     (
         "encoders",
         "def widths(self):\n    return 3\n" + BUILD + "return 1",
         P,
-        "its width is not",
+        r"encoder: .*widths.*'faulty'.*TypeError",
     ),
 )
 
 
 @pytest.mark.parametrize(("kind", "text", "base", "message"), PARTS)
-def test_a_faulty_part_is_an_error_that_names_it(plugin, tmp_path, kind, text, base, message):
+def test_fit_names_faulty_part(plugin, tmp_path, kind, text, base, message):
     plugin(kind, text, base)
     with pytest.raises(ValueError, match=message):
         fit(tmp_path, **{kind if kind == "data" else kind.removesuffix("s"): "faulty"})
     assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
-REWARDS = few(
-    (SCORES.format("images.mean((1, 2, 3)).detach()"), "'faulty' has no gradient in its images"),
-    (
-        SCORES.format("(images.mean((1, 2, 3)) * 9).long()"),
-        r"'faulty' must return floating-point numbers, got torch\.int64",
-    ),
-    (SCORES.format("images.mean()"), r"'faulty' must return one score for each of 2 images"),
-    (SCORES.format("images.mean((1, 2, 3))[:, None]"), r"got shape \(2, 1\)"),
-    (SCORES.format("0.5"), "'faulty' must return a tensor of scores, not float"),
-    (SCORES.format("(images.mean((1, 2, 3)), 1)"), "not tuple"),
-    (SCORES.format("None"), "not NoneType"),
-    (SCORES.format("images.mul_(2).mean((1, 2, 3))"), "'faulty' writes into its images"),
-    (SCORES.format("images.mean((1, 2, 3)) / 0"), "of the reward 'faulty' are not finite"),
-    (SCORES.format("images.mean((1, 2, 3)) * float('nan')"), "of the reward 'faulty' are not finite"),
-    ("differentiable: ClassVar[bool] = False\n" + SCORES.format("images"), r"rewards\.0: 'faulty' has no gradient"),
-    (BUILD + "return lambda images: images", "must take .images, prompts."),
-    (BUILD + "return 3", "was built as a int"),
+REWARDS = every_third(
+    (SCORES.format("images.mean((1, 2, 3)).detach()"), "'faulty' .*gradient"),
+    (SCORES.format("(images.mean((1, 2, 3)) * 9).long()"), r"'faulty' .*torch\.int64"),
+    (SCORES.format("images.mean()"), r"'faulty' .*\b2 images.*shape"),
+    (SCORES.format("images.mean((1, 2, 3))[:, None]"), r"'faulty' .*shape \(2, 1\)"),
+    (SCORES.format("0.5"), r"'faulty' .*tensor.*\bfloat\b"),
+    (SCORES.format("(images.mean((1, 2, 3)), 1)"), r"'faulty' .*tensor.*\btuple\b"),
+    (SCORES.format("None"), r"'faulty' .*tensor.*\bNoneType\b"),
+    (SCORES.format("images.mul_(2).mean((1, 2, 3))"), r"'faulty' .*(writ|modif|change)\w* .*images"),
+    (SCORES.format("images.mean((1, 2, 3)) / 0"), "'faulty' .*finite"),
+    (SCORES.format("images.mean((1, 2, 3)) * float('nan')"), "'faulty' .*finite"),
+    ("differentiable: ClassVar[bool] = False\n" + SCORES.format("images"), r"rewards\.0: 'faulty' .*gradient"),
+    (BUILD + "return lambda images: images", r"'faulty' .*\(images, prompts\)"),
+    (BUILD + "return 3", r"longalign\.rewards\.base\.Reward, got int"),
 )
 
 
 @pytest.mark.parametrize(("text", "message"), REWARDS)
-def test_a_faulty_reward_is_an_error_that_names_it(plugin, tmp_path, text, message):
+def test_fit_names_faulty_reward(plugin, tmp_path, text, message):
     plugin("rewards", text, "RewardConfig")
     with pytest.raises(ValueError, match=message) as error:
         fit(tmp_path, **REWARD, rewards=["faulty"])
@@ -228,21 +226,21 @@ def test_a_faulty_reward_is_an_error_that_names_it(plugin, tmp_path, text, messa
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (SCORES.format("images"), "is no product of embeddings"),
-        ("embeds: ClassVar[bool] = True\n" + SCORES.format("images"), "an EmbeddingReward"),
+        (SCORES.format("images"), "'faulty' .*embeddings"),
+        ("embeds: ClassVar[bool] = True\n" + SCORES.format("images"), "EmbeddingReward"),
     ],
 )
-def test_what_is_no_product_of_embeddings_cannot_be_reweighted(plugin, tmp_path, text, message):
+def test_reweighted_rejects_reward_without_embeddings(plugin, tmp_path, text, message):
     plugin("rewards", text, "RewardConfig")
     with pytest.raises(ValueError, match=message):
         fit(tmp_path, **REWARD, rewards=[{"name": "reweighted", "inner": "faulty"}])
 
 
-def test_a_trainer_that_does_not_say_that_it_uses_rewards_gets_none(plugin, tmp_path):
+def test_fit_rejects_rewards_for_trainer_without_rewards(plugin, tmp_path):
     plugin("trainers", TRAINER + "return None", "TrainerConfig")
     rewards.register("red", lambda images, prompts: images[:, 0].mean((1, 2)))
     try:
-        with pytest.raises(ValueError, match="rewards: 'faulty' uses no rewards, got 1"):
+        with pytest.raises(ValueError, match=r"rewards: 'faulty' .*no rewards, got 1"):
             fit(tmp_path, trainer="faulty", rewards=["red"])
     finally:
         rewards.unregister("red")
@@ -250,27 +248,27 @@ def test_a_trainer_that_does_not_say_that_it_uses_rewards_gets_none(plugin, tmp_
 
 @pytest.mark.parametrize(
     ("module", "entries", "message"),
-    few(
+    every_third(
         ("import nothing_at_all", None, "ModuleNotFoundError"),
         ("x = (", None, "SyntaxError"),
         ("import sys; sys.exit(3)", None, "SystemExit: 3"),
         ("raise MemoryError", None, "MemoryError"),
         ("def f(): f()\nf()", None, "RecursionError"),
-        ("", "[longalign_rewards]\nfaulty = fake_faulty:Nothing\n", "has no attribute 'Nothing'"),
-        ("", "[longalign_rewards]\nfaulty = fake_faulty\n", "must be a PartConfig class"),
-        ("", "[longalign_rewards]\nfaulty\n", "cannot be read"),
-        ("", "[longalign_reward]\nfaulty = fake_faulty:FaultyConfig\n", "did you mean 'longalign_rewards'"),
-        ("", "[longalign_rewards]\nclip = fake_faulty:FaultyConfig\n", "'clip' among rewards is claimed by"),
-        ("", "[longalign_rewards]\nFaulty = fake_faulty:FaultyConfig\n", "kebab case"),
-        ("", "[longalign_rewards]\nother = fake_faulty:FaultyConfig\n", "calls itself 'faulty'"),
+        ("", "[longalign_rewards]\nfaulty = fake_faulty:Nothing\n", "AttributeError: .*'Nothing'"),
+        ("", "[longalign_rewards]\nfaulty = fake_faulty\n", "PartConfig class .*got <module 'fake_faulty'"),
+        ("", "[longalign_rewards]\nfaulty\n", "entry points of fake-faulty"),
+        ("", "[longalign_reward]\nfaulty = fake_faulty:FaultyConfig\n", "'longalign_reward'.*'longalign_rewards'"),
+        ("", "[longalign_rewards]\nclip = fake_faulty:FaultyConfig\n", "'clip' among rewards .* longalign "),
+        ("", "[longalign_rewards]\nFaulty = fake_faulty:FaultyConfig\n", "'Faulty' must be in kebab case"),
+        ("", "[longalign_rewards]\nother = fake_faulty:FaultyConfig\n", "FaultyConfig .*'faulty'.*'other'"),
     ),
 )
-def test_a_plugin_that_cannot_be_loaded_is_listed_and_the_others_work(plugin, tmp_path, module, entries, message):
+def test_parts_table_lists_broken_plugin(plugin, tmp_path, module, entries, message):
     plugin("rewards", SCORES.format("images"), entries=entries)
     with (tmp_path / "fake_faulty.py").open("a") as file:
         file.write(module)
-    problems = list_parts(targets=True)[1]
+    problems = parts_table(targets=True)[1]
     assert len(problems) == 1
-    assert message in problems[0]
+    assert re.search(message, problems[0])
     assert "fake-faulty 1.0" in problems[0]
     assert encoders.build("good", Runtime()).dim == 8
