@@ -36,7 +36,7 @@ test-transformers4:
 
 # The lowest versions in pyproject.toml, except for torch.
 test-lowest:
-	$(MAKE) test VENV=.venv-lowest PINS="$$($(PYTHON) -c 'import tomllib; names = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]; print(*(n.split(",")[0].replace(">=", "==") for n in names if not n.startswith("torch")))')"
+	$(MAKE) test VENV=.venv-lowest PINS="$$($(PYTHON) -c 'import tomllib; requirements = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]; print(*(r.split(",")[0].replace(">=", "==") for r in requirements if not r.startswith("torch")))')"
 
 check: $(STAMP)
 	$(BIN)/ruff check .
