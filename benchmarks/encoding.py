@@ -76,7 +76,7 @@ def plain(encoder: ClipSegmentEncoder, prompts: Sequence[str]) -> Tensor:
     ids = torch.tensor([[*row, *[tokenizer.eos_token_id] * (longest - len(row))] for row in rows]).to(DEVICE)
     chunk = max(1, encoder.max_batch_tokens // longest)
     states = torch.cat([encoder.text_model(input_ids=part).last_hidden_state for part in ids.split(chunk)])
-    padding, merged, begin = encoder._fill(states), [], 0
+    padding, merged, begin = encoder._pad_states(states), [], 0
     for plan in plans:
         spans = [states[begin + i, start:stop] for i, (start, stop) in enumerate(plan.kept)]
         begin += len(plan.rows)

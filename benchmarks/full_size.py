@@ -5,8 +5,8 @@ adapter, Denscore (a CLIP ViT-H/14). The models are written once. Then the comma
 its own process. Time and peak memory are measured for: encode, one align step, one reward step, checkpoint, reload,
 generate, and the exported LoRA in plain diffusers.
 
-Run ``python benchmarks/full_size.py [--size 256] [--folder runs/full-size]``. It writes a table next to itself. It needs
-8 GiB of disk, and 20 GiB of memory at 256 pixels.
+Run ``python benchmarks/full_size.py [--size 256] [--folder runs/full-size]``. It writes a table next to itself and
+needs 8 GiB of disk, and 20 GiB of memory at 256 pixels.
 """
 
 from __future__ import annotations
