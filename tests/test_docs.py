@@ -61,7 +61,7 @@ def prose(path):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A folder ``mini`` of tiny checkpoints with the bundled widths. Local paths take precedence over bundled weights."""
+    """A folder ``mini`` of tiny checkpoints with the bundled widths. Local paths win over the bundled weights."""
     folder = tmp_path_factory.mktemp("docs") / "mini"
     tiny_sd(folder / "sd", width=128)
     tiny_clip(folder / "denscore")
