@@ -1,7 +1,7 @@
-# Needs Python 3.11 or later and make. PIP_ARGS is handed to pip, e.g. to pick another build of torch.
+# Requires Python 3.11 or later and make. PIP_ARGS is passed to pip, e.g. to choose a different build of torch.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_ARGS ?=
-# Processes that run tests at the same time, each with one thread of torch; PYTEST_ARGS is handed to pytest.
+# Number of parallel test processes, each with one torch thread. PYTEST_ARGS is passed to pytest.
 WORKERS ?= 2
 PYTEST_ARGS ?=
 VENV := .venv
@@ -26,17 +26,17 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests $(wildcard plugins/*/tests) $(PYTEST_ARGS)
 
-# What was attacked and how it went: docs/reliability.md.
+# Slow robustness tests; docs/reliability.md lists the results.
 test-reliability: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests -m reliability $(PYTEST_ARGS)
 
-# In an environment of its own: transformers 4 needs huggingface_hub 0, which no later diffusers takes.
+# In its own environment: transformers 4 needs huggingface_hub 0, which later versions of diffusers do not support.
 test-transformers4:
 	$(MAKE) test VENV=.venv-transformers4 PINS="'transformers<5' 'diffusers<0.40'"
 
-# The lowest versions that pyproject.toml states, but of torch.
+# The lowest versions in pyproject.toml, except for torch.
 test-lowest:
-	$(MAKE) test VENV=.venv-lowest PINS="$$($(PYTHON) -c 'import tomllib; wanted = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]; print(*(w.split(",")[0].replace(">=", "==") for w in wanted if not w.startswith("torch")))')"
+	$(MAKE) test VENV=.venv-lowest PINS="$$($(PYTHON) -c 'import tomllib; requirements = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]; print(*(r.split(",")[0].replace(">=", "==") for r in requirements if not r.startswith("torch")))')"
 
 check: $(STAMP)
 	$(BIN)/ruff check .

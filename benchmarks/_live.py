@@ -1,4 +1,4 @@
-"""Counts the bytes of tensors as they come and go, and runs networks without arithmetic as a GPU would run them."""
+"""Counts the bytes of live tensors, and runs networks on meta tensors with the allocations of CUDA."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from torch.utils._pytree import tree_leaves
 
 
 class Live(TorchDispatchMode):
-    """Inside, ``now`` is how many bytes of tensors there are, and ``peak`` the most that there were at any time.
+    """Context manager that tracks the bytes of live tensors: ``now`` and ``peak``.
 
-    Memory counts from the operation that makes it, or first uses it, until nothing refers to it, forward and backward;
-    views share that of their base. Tensors may be meta tensors: what an operation gives is then only asked once for the
-    same shapes, which is several times as fast.
+    A storage counts from the operation that allocates or first uses it until it is no longer referenced, in forward and
+    backward passes. Views share the storage of their base. Tensors may be meta tensors. The output shapes of their
+    operations are then cached by input shapes, which is several times as fast.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
         self._storages: dict[int, weakref.ref] = {}
-        self._known: dict[Any, Any] = {}
+        self._outputs: dict[Any, Any] = {}
 
     def hold(self, tensors: Any) -> None:
-        """Counts tensors that are there already, in any nesting of lists and mappings."""
+        """Counts existing tensors, in any nesting of lists and mappings."""
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, Tensor):
                 self._add(tensor)
@@ -55,42 +55,45 @@ class Live(TorchDispatchMode):
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         self.hold(tensors)
         if func._schema.is_mutable and not func._schema.returns and all(t.is_meta for t in tensors):
-            return None  # changes nothing that is not there
-        key = (func, *map(_described, leaves))
-        if known := self._known.get(key):
+            return None  # in-place operations on meta tensors have no effect
+        key = (func, *map(_signature, leaves))
+        if outputs := self._outputs.get(key):
             out: Any = tuple(
-                None if d is None else torch.empty_strided(*d[1:], dtype=d[0], device="meta") for d in known
+                None if d is None else torch.empty_strided(*d[1:], dtype=d[0], device="meta") for d in outputs
             )
             self.hold(out)
             return out if len(out) > 1 else out[0]
         out = func(*args, **(kwargs or {}))
-        made = out if isinstance(out, tuple) else (out,)
-        fresh = [isinstance(t, Tensor) and self._add(t) and t.is_meta and t.untyped_storage().nbytes() == t.nbytes
-                 for t in made if t is not None]  # fmt: skip
-        if fresh and all(fresh):
-            self._known[key] = tuple(None if t is None else (t.dtype, t.shape, t.stride()) for t in made)
+        tensors_out = out if isinstance(out, tuple) else (out,)
+        allocated = [isinstance(t, Tensor) and self._add(t) and t.is_meta and t.untyped_storage().nbytes() == t.nbytes
+                 for t in tensors_out if t is not None]  # fmt: skip
+        if allocated and all(allocated):
+            self._outputs[key] = tuple(None if t is None else (t.dtype, t.shape, t.stride()) for t in tensors_out)
         elif isinstance(out, list):
             self.hold(out)
         return out
 
 
-def _described(leaf: Any) -> Any:
+def _signature(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return leaf.dtype, leaf.shape, leaf.stride()
     return type(leaf), leaf
 
 
 class LikeCuda:
-    """Inside, networks of meta tensors run as on CUDA: ``torch.autocast("cpu")`` narrows and widens what CUDA's does,
-    attention is one kernel that keeps no weights, and numbers that are read back are zero."""
+    """Context manager that runs networks on meta tensors as on CUDA.
+
+    ``torch.autocast("cpu")`` casts the operations that CUDA's autocast casts. Attention is one kernel that does not
+    store the attention weights. Values that are read back are zero.
+    """
 
     def __init__(self) -> None:
         self._casts: dict[int, Tensor] | None = None
         self._patches = ExitStack()
 
     def __enter__(self) -> LikeCuda:
-        ways = {"linear": self._narrow, "conv2d": self._narrow, "layer_norm": _widen, "group_norm": _widen}
-        functions = {name: _casting(getattr(F, name), cast) for name, cast in ways.items()}
+        casts = {"linear": self._narrow, "conv2d": self._narrow, "layer_norm": _widen, "group_norm": _widen}
+        functions = {name: _casting(getattr(F, name), cast) for name, cast in casts.items()}
         functions["scaled_dot_product_attention"] = _casting(_attention, self._narrow)
         self._patches.enter_context(patch.multiple(F, **functions))
         self._patches.enter_context(patch.object(Tensor, "cpu", _read))
@@ -102,7 +105,7 @@ class LikeCuda:
 
     @contextmanager
     def autocast(self, dtype: torch.dtype) -> Iterator[None]:
-        """Mixed precision. Copies of trained weights are kept till its end, as in CUDA."""
+        """Mixed precision. Casts of trainable weights are cached until the end, as on CUDA."""
         self._casts = {}
         try:
             with torch.autocast("cpu", dtype):
@@ -128,7 +131,7 @@ def _widen(value: Any) -> Any:
 def _finite(isfinite: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     @wraps(isfinite)
     def call(tensor: Tensor) -> Tensor:
-        # meta tensors have no content: what asks about it gets a tensor on the CPU, which says that all is finite
+        # meta tensors have no values: report all of them as finite, in a tensor on the CPU
         return torch.ones(tensor.shape, dtype=torch.bool) if tensor.is_meta else isfinite(tensor)
 
     return call
@@ -149,6 +152,6 @@ def _casting(function: Callable[..., Tensor], cast: Callable[[Any], Any]) -> Cal
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
                scale: float | None = None, **_: Any) -> Tensor:  # fmt: skip
-    kept = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    compute_log_sumexp = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     kernel = torch.ops.aten._scaled_dot_product_efficient_attention
-    return kernel(q, k, v, attn_mask, kept, dropout_p, is_causal, scale=scale)[0]
+    return kernel(q, k, v, attn_mask, compute_log_sumexp, dropout_p, is_causal, scale=scale)[0]

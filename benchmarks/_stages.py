@@ -1,4 +1,4 @@
-"""The stages of a run at their published sizes on meta tensors, which have a shape and no content."""
+"""The stages of a run at their published sizes on meta tensors, which have a shape and no values."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ DENSCORE = "Denscore (CLIP-H)"
 
 @dataclass(frozen=True)
 class Setting:
-    """One row: a stage of a model, and the settings of a run that its memory depends on.
+    """One table row: a stage of a model, and the run settings that affect its memory.
 
     Attributes:
         model: `SD` or `SDXL`.
-        stage: ``texts``, ``images``, ``align``, ``reward``, ``plain`` or ``generate``; ``plain`` is a reward step by
+        stage: ``texts``, ``images``, ``align``, ``reward``, ``plain`` or ``generate``. ``plain`` is a reward step with
             autograd through the sampling.
-        batch: prompts or images.
+        batch: number of prompts or images.
         unet: ``backbone.dtype``; ``loop.precision`` is bf16 throughout.
-        lora: whether a LoRA is trained, and not all weights of the UNet.
+        lora: train a LoRA instead of all weights of the UNet.
         checkpointing: ``loop.gradient_checkpointing``.
         single: ``denoise_batch: 1``, ``decode_batch: 1`` and ``micro_batch: 1`` of the reward.
     """
@@ -40,26 +40,26 @@ class Setting:
     single: bool = False
 
 
-#: what is in memory, what of it is trained, and what is run, which returns the bytes of a call's graph if ``plain``
+#: modules in memory, trainable parameters, and the function to run; it returns the bytes of a call's graph (``plain``)
 Stage = tuple[list[nn.Module], list[nn.Parameter], Callable[[Live], int]]
 
 
 def stage(setting: Setting, cuda: LikeCuda) -> Stage:
-    """What a row is about, on meta tensors."""
+    """Builds the stage of a row on meta tensors."""
     kinds = {"texts": encode_texts, "images": encode_images, "generate": generate}
     return kinds.get(setting.stage, train)(setting, cuda)
 
 
 def network(model: str, name: str, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """A part of a model, or the reward, at its published size and without weights."""
+    """A network of a model, or the reward, at its published size on meta tensors."""
     import diffusers
     import transformers
 
     from longalign.encoders.adapter import TextAdapter
 
-    def clip(width: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
+    def clip(width: int, layers: int, heads: int, **extra: Any) -> dict[str, Any]:
         sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
-        return {**sizes, "num_attention_heads": heads, **more}
+        return {**sizes, "num_attention_heads": heads, **extra}
 
     unet: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
     if model == SDXL:
@@ -102,7 +102,7 @@ def backbone(setting: Setting) -> Any:
 
 
 def encoder(setting: Setting) -> Any:
-    """An encoder that reads a cache: states of the size that the text models give, and the adapter on T5's."""
+    """An encoder that reads a cache: states of the text models' sizes, and the adapter on T5's states."""
     from longalign.encoders.adapter import adapt
     from longalign.encoders.base import Conditioning, Encoder
     from longalign.encoders.concat import join
@@ -114,19 +114,19 @@ def encoder(setting: Setting) -> Any:
             self.requires_grad_(True)
 
         def encode(self, prompts: Sequence[Any]) -> Conditioning:
-            first, second = (
+            states, second = (
                 torch.empty(len(prompts), 240, width, dtype=torch.bfloat16, device="meta")
                 for width in ((2048, 1280) if setting.model == SDXL else (768, 1024))
             )
             if self.adapter is None:
-                return Conditioning(first, pooled=second[:, 0])
-            return join([Conditioning(first), adapt(self.adapter, Conditioning(second))])
+                return Conditioning(states, pooled=second[:, 0])
+            return join([Conditioning(states), adapt(self.adapter, Conditioning(second))])
 
     return Cached()
 
 
 def reward(setting: Setting) -> Any:
-    """Denscore, whose texts' embeddings are constants here."""
+    """Denscore, with constant text embeddings."""
     from longalign.images import ImagePreprocessor
     from longalign.rewards.base import Reward, Scores
     from longalign.rewards.clip import ClipTowers
@@ -161,24 +161,24 @@ def encode_texts(setting: Setting, _: LikeCuda) -> Stage:
 
 
 def encode_images(setting: Setting, _: LikeCuda) -> Stage:
-    """Images through the VAE, as ``longalign cache`` sends them; the UNet is in memory."""
+    """Images through the VAE as in ``longalign cache``; the UNet is in memory."""
     model = backbone(setting)
     shape = (setting.batch, 3, model.resolution, model.resolution)
     return [model], [], lambda live: 0 * len(model.posterior(torch.empty(shape, device="meta")))
 
 
 def generate(setting: Setting, _: LikeCuda) -> Stage:
-    """Drawing with guidance; the text models are in memory."""
+    """Sampling with guidance; the text models are in memory."""
     from longalign.pipeline import sample
 
     model, texts = backbone(setting), encoder(setting)
     prompts, settings = ["a prompt"] * setting.batch, {"num_steps": 1, "solver": "ddim"}
-    held = [model, texts, *(network(setting.model, name) for name in TEXTS[setting.model])]
-    return held, [], lambda live: 0 * len(sample(model, texts, prompts, seeds=range(setting.batch), **settings))
+    modules = [model, texts, *(network(setting.model, name) for name in TEXTS[setting.model])]
+    return modules, [], lambda live: 0 * len(sample(model, texts, prompts, seeds=range(setting.batch), **settings))
 
 
 def train(setting: Setting, cuda: LikeCuda) -> Stage:
-    """A trainer's step, on cached prompts and latents."""
+    """A training step on cached prompts and latents."""
     from longalign.backbones.configs import LoraConfig
     from longalign.gradient_steps.steps import GroupedRandom
     from longalign.trainers.align import AlignTrainer
@@ -186,7 +186,7 @@ def train(setting: Setting, cuda: LikeCuda) -> Stage:
     from longalign.trainers.reward import RewardTrainer
 
     def prepared(module: Callable[..., Any]) -> Callable[..., Any]:
-        """As accelerate prepares what is trained."""
+        """Wraps a call as accelerate wraps trainable modules."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             with cuda.autocast(torch.bfloat16):
@@ -196,11 +196,12 @@ def train(setting: Setting, cuda: LikeCuda) -> Stage:
         return call
 
     model, texts, prompts = backbone(setting), encoder(setting), ["a prompt"] * setting.batch
-    lora, one = LoraConfig(dropout_placement="up") if setting.lora else None, 1 if setting.single else None
+    lora = LoraConfig(dropout_placement="up") if setting.lora else None
+    chunk = 1 if setting.single else None
     if setting.stage == "align":
         trainer: Any = AlignTrainer.from_config(AlignConfig(lora=lora), model, texts)
     else:
-        config = RewardConfig(lora=lora, num_steps=1, denoise_batch=one, decode_batch=one, gradient_steps="all")
+        config = RewardConfig(lora=lora, num_steps=1, denoise_batch=chunk, decode_batch=chunk, gradient_steps="all")
         trainer = RewardTrainer.from_config(config, model, texts, [reward(setting)], GroupedRandom(1))
     if setting.checkpointing:
         trainer.enable_gradient_checkpointing()

@@ -1,13 +1,13 @@
-"""How fast segments are encoded, against the plain way and against what the real tokens alone would take.
+"""Speed of encoding segments, against the plain method and against the real tokens alone.
 
-Plain: all segments of a batch padded to the longest, then the captions merged one after another in a Python loop, as
-the published code describes it. Real tokens alone: the same number of tokens in rows of one length, nothing padded.
-All three run one after another in each round, so that a noisy machine disturbs them alike; medians are reported.
-Beside them what duplicates, a cache and bfloat16 change, each by itself, and the share of the machine's speed that is
-reached, which is that of one large product of matrices.
+Plain: all segments of a batch are padded to the longest, then the captions are merged one by one in a Python loop, as
+the published code describes it. Real tokens alone: the same number of tokens in rows of one length, without padding.
+All three run in sequence in each round, so that noise of the machine affects them equally. Medians are reported.
+Also measured are the effects of duplicates, a cache and bfloat16, each by itself. The throughput is compared with that
+of one large matrix product.
 
-Run ``python benchmarks/encoding.py [--rounds 3] [--layers 12] [--width 768]``; it writes a table beside itself; ten
-minutes on two cores with 0.13 TFLOP/s.
+Run ``python benchmarks/encoding.py [--rounds 3] [--layers 12] [--width 768]``. It writes a table next to itself and
+takes ten minutes on two cores with 0.13 TFLOP/s.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from reward_step import given
+from reward_step import non_default_options
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
@@ -40,7 +40,7 @@ WORDS = "circle square red green the a top left right bottom large small stands 
 
 
 def text_config(layers: int, width: int, tokenizer: CLIPTokenizerFast) -> CLIPTextConfig:
-    """Of a CLIP text model."""
+    """Config of a CLIP text model."""
     return CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
         num_attention_heads=width // 64, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
@@ -48,7 +48,7 @@ def text_config(layers: int, width: int, tokenizer: CLIPTokenizerFast) -> CLIPTe
 
 
 def clip_segment(layers: int, width: int) -> ClipSegmentEncoder:
-    """The encoder that is measured, with random weights."""
+    """Builds the measured encoder with random weights."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = CLIPTokenizerFast.from_pretrained(write_clip_tokenizer(Path(folder), WORDS.split()))
     text_model = CLIPTextModel(text_config(layers, width, tokenizer)).to(DEVICE)
@@ -56,19 +56,19 @@ def clip_segment(layers: int, width: int) -> ClipSegmentEncoder:
 
 
 def sentence(rng: np.random.Generator, low: int = 6, high: int = 40) -> str:
-    """A sentence of ``low`` to ``high`` words."""
+    """Samples a sentence of ``low`` to ``high`` words."""
     words = rng.choice(WORDS.split(), int(rng.integers(low, high + 1)))
     return " ".join(words).capitalize() + "."
 
 
 def mixed(rng: np.random.Generator, count: int) -> list[str]:
-    """Prompts of 3 to 12 sentences of 6 to 40 words."""
+    """Samples prompts of 3 to 12 sentences of 6 to 40 words."""
     return [" ".join(sentence(rng) for _ in range(int(rng.integers(3, 13)))) for _ in range(count)]
 
 
 @torch.no_grad()
 def plain(encoder: ClipSegmentEncoder, prompts: Sequence[str]) -> Tensor:
-    """The reference: every segment padded to the batch's longest, merged prompt by prompt."""
+    """Reference: every segment padded to the batch's longest, merged prompt by prompt."""
     tokenizer = encoder.tokens.tokenizer
     plans = encoder.checked_plans(prompts)
     rows = [row for plan in plans for row in plan.rows]
@@ -76,18 +76,18 @@ def plain(encoder: ClipSegmentEncoder, prompts: Sequence[str]) -> Tensor:
     ids = torch.tensor([[*row, *[tokenizer.eos_token_id] * (longest - len(row))] for row in rows]).to(DEVICE)
     chunk = max(1, encoder.max_batch_tokens // longest)
     states = torch.cat([encoder.text_model(input_ids=part).last_hidden_state for part in ids.split(chunk)])
-    filling, out, begin = encoder._pad_states(states), [], 0
+    padding, merged, begin = encoder._pad_states(states), [], 0
     for plan in plans:
-        kept = [states[begin + i, start:stop] for i, (start, stop) in enumerate(plan.spans)]
+        spans = [states[begin + i, start:stop] for i, (start, stop) in enumerate(plan.spans)]
         begin += len(plan.rows)
-        out.append(torch.cat(kept))
-    length = max(encoder.max_tokens, max(map(len, out)))
-    return torch.stack([torch.cat([m, filling.expand(length - len(m), -1)]) for m in out])
+        merged.append(torch.cat(spans))
+    length = max(encoder.max_tokens, max(map(len, merged)))
+    return torch.stack([torch.cat([m, padding.expand(length - len(m), -1)]) for m in merged])
 
 
 @torch.no_grad()
 def real_tokens(encoder: ClipSegmentEncoder, prompts: Sequence[str]) -> int:
-    """Runs as many tokens as the prompts have, in rows of their mean length; returns their number."""
+    """Encodes the same number of tokens in rows of the mean length; returns the number of tokens."""
     rows = [row for plan in encoder.checked_plans(prompts) for row in plan.rows]
     tokens = sum(map(len, rows))
     length = round(tokens / len(rows))
@@ -97,29 +97,29 @@ def real_tokens(encoder: ClipSegmentEncoder, prompts: Sequence[str]) -> int:
     return tokens
 
 
-def ours(encoder: ClipSegmentEncoder, prompts: Sequence[str]) -> Tensor:
-    """The encoder itself."""
+def encode(encoder: ClipSegmentEncoder, prompts: Sequence[str]) -> Tensor:
+    """The method of longalign."""
     return encoder.encode(prompts).states
 
 
-WAYS: dict[str, Callable[[ClipSegmentEncoder, Sequence[str]], object]] = {
+METHODS: dict[str, Callable[[ClipSegmentEncoder, Sequence[str]], object]] = {
     "plain": plain,
-    "longalign": ours,
+    "longalign": encode,
     "real tokens alone": real_tokens,
 }
 
 
 def timed(call: Callable[[], object]) -> float:
-    """Seconds of a call, the device's work included."""
-    began = time.perf_counter()
+    """Seconds of a call, including the work on the device."""
+    start = time.perf_counter()
     call()
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def medians(rounds: int, calls: Mapping[Any, Callable[[], object]]) -> dict[Any, float]:
-    """Median seconds of each call; one of each in every round."""
+    """Median seconds of each call. Every round runs each call once."""
     seconds: dict[Any, list[float]] = {key: [] for key in calls}
     for i in range(rounds):
         for key, call in calls.items():
@@ -128,31 +128,31 @@ def medians(rounds: int, calls: Mapping[Any, Callable[[], object]]) -> dict[Any,
     return {key: statistics.median(values) for key, values in seconds.items()}
 
 
-def compared(rounds: int, encoder: ClipSegmentEncoder, prompts: Sequence[str]) -> dict[str, float]:
-    """Median seconds of each way of encoding the prompts."""
-    return medians(rounds, {name: partial(way, encoder, prompts) for name, way in WAYS.items()})
+def compare(rounds: int, encoder: ClipSegmentEncoder, prompts: Sequence[str]) -> dict[str, float]:
+    """Median seconds of each method for the prompts."""
+    return medians(rounds, {name: partial(method, encoder, prompts) for name, method in METHODS.items()})
 
 
 def matrix_speed(rounds: int, side: int = 4096) -> float:
-    """Operations a second of a product of two square float32 matrices: the most that this machine is asked to show."""
+    """Operations per second of a product of two square float32 matrices, as the reference speed of the machine."""
     a = torch.randn(side, side, device=DEVICE)
     timed(lambda: a @ a)
     return 2 * side**3 / statistics.median(timed(lambda: a @ a) for _ in range(rounds))
 
 
-def operations(encoder: ClipSegmentEncoder, length: int) -> float:
-    """Of the text model, for each token of rows of so many tokens."""
+def operations_per_token(encoder: ClipSegmentEncoder, length: int) -> float:
+    """Operations of the text model per token, in rows of ``length`` tokens."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         encoder.text_model(input_ids=torch.zeros((1, length), dtype=torch.long, device=DEVICE))
     return counter.get_total_flops() / length
 
 
-def cached(encoder: ClipSegmentEncoder, prompts: Sequence[str], folder: Path) -> CachedEncoder:
-    """The prompts' states in a store, as ``longalign cache`` writes them, and the encoder that reads them."""
-    filled = ClipSegmentEncoder(encoder.text_model, encoder.tokens.tokenizer, Sentence(), max_tokens=512)
+def cached_encoder(encoder: ClipSegmentEncoder, prompts: Sequence[str], folder: Path) -> CachedEncoder:
+    """Writes the prompts' states to a store as ``longalign cache`` does; returns the encoder that reads them."""
+    padded = ClipSegmentEncoder(encoder.text_model, encoder.tokens.tokenizer, Sentence(), max_tokens=512)
     store, length = Store(folder, {}, writes=True), 512
     for prompt in ["", *prompts]:
-        (entry,) = entries(filled, [prompt], length if prompt else None)
+        (entry,) = entries(padded, [prompt], length if prompt else None)
         store.add(prompt_key(prompt), entry)
     store.flush()
     return CachedEncoder(Store(folder, {}), device=str(DEVICE))
@@ -161,64 +161,64 @@ def cached(encoder: ClipSegmentEncoder, prompts: Sequence[str], folder: Path) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=12, help="of the text model (CLIP-L has 12)")
-    parser.add_argument("--width", type=int, default=768, help="of the text model (CLIP-L has 768)")
-    parser.add_argument("--prompts", type=int, default=64, help="in the mixed batch")
-    parser.add_argument("--half-prompts", type=int, default=8, help="of them, encoded in bfloat16 too")
+    parser.add_argument("--layers", type=int, default=12, help="layers of the text model (CLIP-L has 12)")
+    parser.add_argument("--width", type=int, default=768, help="width of the text model (CLIP-L has 768)")
+    parser.add_argument("--prompts", type=int, default=64, help="prompts in the mixed batch")
+    parser.add_argument("--half-prompts", type=int, default=8, help="prompts that are also encoded in bfloat16")
     options = parser.parse_args()
     torch.manual_seed(0)
     encoder = clip_segment(options.layers, options.width)
     rng = np.random.default_rng(0)
-    lines = ["# Encoding by segments", "", f"`python benchmarks/encoding.py{given(options, parser)}`", ""]
+    lines = ["# Encoding by segments", "", f"`python benchmarks/encoding.py{non_default_options(options, parser)}`", ""]
     size = f"{options.layers} layers of width {options.width}, float32"
     lines += [f"`clip-segment` with a CLIP text model of {size}; medians of {options.rounds} rounds.", ""]
 
     prompts = mixed(rng, options.prompts)
     difference = (plain(encoder, prompts) - encoder.encode(prompts).states).abs().max().item()
-    took = compared(options.rounds, encoder, prompts)
+    seconds = compare(options.rounds, encoder, prompts)
     rows = [row for plan in encoder.checked_plans(prompts) for row in plan.rows]
-    share = sum(map(len, rows)) / (len(rows) * max(map(len, rows)))
+    real = sum(map(len, rows)) / (len(rows) * max(map(len, rows)))
     lines += [
         f"A mixed batch of {len(prompts)} prompts of 3 to 12 sentences of 6 to 40 words ({len(rows)} segments; "
-        f"{100 * share:.0f}% of the plain way's positions are real tokens):", "",
-        "| way | seconds | of plain | of real tokens alone |", "|---|---|---|---|",
+        f"{100 * real:.0f}% of the plain method's positions are real tokens):", "",
+        "| method | seconds | relative to plain | relative to real tokens alone |", "|---|---|---|---|",
     ]  # fmt: skip
-    for name, value in took.items():
-        relative = f"{value / took['plain']:.2f} | {value / took['real tokens alone']:.2f}"
+    for name, value in seconds.items():
+        relative = f"{value / seconds['plain']:.2f} | {value / seconds['real tokens alone']:.2f}"
         lines.append(f"| {name} | {value:.2f} | {relative} |")
-    lines += ["", f"Largest difference of a state between the two: {difference:.1e}.", ""]
+    lines += ["", f"Largest difference of a state between plain and longalign: {difference:.1e}.", ""]
 
-    total = operations(encoder, round(sum(map(len, rows)) / len(rows))) * sum(map(len, rows))
-    most, reached = matrix_speed(options.rounds), total / took["longalign"]
+    total = operations_per_token(encoder, round(sum(map(len, rows)) / len(rows))) * sum(map(len, rows))
+    peak, reached = matrix_speed(options.rounds), total / seconds["longalign"]
     lines += [
         f"The real tokens take {total / 1e12:.2f} TFLOP, so longalign runs at {reached / 1e12:.3g} TFLOP/s: "
-        f"{100 * reached / most:.0f}% of the {most / 1e12:.3g} of a product of two matrices of 4096 x 4096.", "",
+        f"{100 * reached / peak:.0f}% of the {peak / 1e12:.3g} TFLOP/s of a product of two 4096 x 4096 matrices.", "",
     ]  # fmt: skip
 
     repeated = [*prompts[: len(prompts) // 4] * 4]
-    took = compared(options.rounds, encoder, repeated)
+    seconds = compare(options.rounds, encoder, repeated)
     lines += [
-        "Duplicates, which are encoded once: a batch in which every prompt comes four times takes the plain way "
-        f"{took['plain'] / took['longalign']:.1f} times as long ({took['plain']:.2f} s, {took['longalign']:.2f} s).",
-        "",
-    ]
+        "Duplicates are encoded once: for a batch that contains every prompt four times, the plain method takes "
+        f"{seconds['plain'] / seconds['longalign']:.1f} times as long ({seconds['plain']:.2f} s, "
+        f"{seconds['longalign']:.2f} s).", "",
+    ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        reader = cached(encoder, prompts, Path(folder))
+        reader = cached_encoder(encoder, prompts, Path(folder))
         read = statistics.median(timed(lambda: reader.encode(prompts)) for _ in range(options.rounds))
-    lines += [f"From a cache (`longalign cache`) the mixed batch is read in {read:.2f} s, nothing encoded.", ""]
+    lines += [f"From a cache (`longalign cache`) the mixed batch is read in {read:.2f} s, without encoding.", ""]
 
-    few = prompts[: options.half_prompts]
-    whole = statistics.median(timed(lambda: encoder.encode(few)) for _ in range(options.rounds))
+    subset = prompts[: options.half_prompts]
+    full = statistics.median(timed(lambda: encoder.encode(subset)) for _ in range(options.rounds))
     encoder.text_model.bfloat16()
-    half = statistics.median(timed(lambda: encoder.encode(few)) for _ in range(options.rounds))
+    half = statistics.median(timed(lambda: encoder.encode(subset)) for _ in range(options.rounds))
     encoder.text_model.float()
-    lines += [f"In bfloat16 {len(few)} of the prompts take {half:.2f} s, in float32 {whole:.2f} s.", ""]
+    lines += [f"{len(subset)} of the prompts take {half:.2f} s in bfloat16 and {full:.2f} s in float32.", ""]
 
     lines += ["| segments in a prompt | prompts/s, plain | prompts/s, longalign | ratio |", "|---|---|---|---|"]
     for segments in (1, 5, 20, 60):
         batch = [" ".join(sentence(rng) for _ in range(segments)) for _ in range(max(2, 60 // segments))]
-        took = compared(options.rounds, encoder, batch)
-        speed = {name: len(batch) / value for name, value in took.items()}
+        seconds = compare(options.rounds, encoder, batch)
+        speed = {name: len(batch) / value for name, value in seconds.items()}
         ratio = speed["longalign"] / speed["plain"]
         lines.append(f"| {segments} | {speed['plain']:.2f} | {speed['longalign']:.2f} | {ratio:.2f} |")
     lines += ["", f"Machine: {machine_text()}."]

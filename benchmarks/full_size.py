@@ -1,12 +1,12 @@
-"""Stable Diffusion 1.5 and all that LongAlign adds to it, at full size with random weights, on the CPU.
+"""Stable Diffusion 1.5 with LongAlign's models, at full size with random weights, on the CPU.
 
 Every model has the published size and layout: the UNet, VAE and text model of SD 1.5, T5-large with LaVi-Bridge's
-adapter, Denscore (a CLIP ViT-H/14). They are written once, then the commands of the README run on them, each as a
-process of its own, and each one's time and peak memory are measured: encode, one align step, one reward step,
-checkpoint, reload, generate, and the exported LoRA in plain diffusers.
+adapter, Denscore (a CLIP ViT-H/14). The models are written once. Then the commands of the README run on them, each in
+its own process. Time and peak memory are measured for: encode, one align step, one reward step, checkpoint, reload,
+generate, and the exported LoRA in plain diffusers.
 
-Run ``python benchmarks/full_size.py [--size 256] [--folder runs/full-size]``; it writes a table beside itself. It needs
-8 GiB of disk, and 20 GiB of memory at 256 pixels.
+Run ``python benchmarks/full_size.py [--size 256] [--folder runs/full-size]``. It writes a table next to itself and
+needs 8 GiB of disk, and 20 GiB of memory at 256 pixels.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ config = override(sys.argv[1], json.loads(sys.argv[2]))
 encoder = config.encoder.build(Runtime.detect())
 prompts = [json.loads(line)["prompt"] for line in open(sys.argv[3])]
 with torch.no_grad():
-    began = time.perf_counter()
+    start = time.perf_counter()
     states = encoder.encode(prompts).states
-print(json.dumps({"shape": list(states.shape), "seconds": time.perf_counter() - began}))
+print(json.dumps({"shape": list(states.shape), "seconds": time.perf_counter() - start}))
 """
 
 PLAIN = """
@@ -50,7 +50,7 @@ print(image.size, sorted(pipe.get_active_adapters()))
 
 
 def write_models(folder: Path) -> dict[str, int]:
-    """Writes the checkpoints with random weights in half precision; returns their numbers of parameters."""
+    """Writes checkpoints with random weights in half precision; returns their parameter counts."""
     import torch
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import (
@@ -131,7 +131,7 @@ def write_models(folder: Path) -> dict[str, int]:
 
 
 def write_data(folder: Path, size: int) -> None:
-    """Four images with a long caption each, and a file of prompts."""
+    """Writes four images with a long caption each, and a file of prompts."""
     import numpy as np
     from PIL import Image
 
@@ -147,14 +147,14 @@ def write_data(folder: Path, size: int) -> None:
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def measured(command: list[str]) -> tuple[float, float]:
-    """Seconds and peak GiB of a process of its own."""
-    began = time.perf_counter()
+def measure(command: list[str]) -> tuple[float, float]:
+    """Runs a command; returns its seconds and peak GiB."""
+    start = time.perf_counter()
     process = subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"failed: {' '.join(command)}")
-    return time.perf_counter() - began, usage.ru_maxrss / 2**20
+    return time.perf_counter() - start, usage.ru_maxrss / 2**20
 
 
 def step_seconds(run: Path) -> float:
@@ -164,8 +164,8 @@ def step_seconds(run: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=256, help="pixels (256)")
-    parser.add_argument("--folder", type=Path, default=Path("runs/full-size"), help="for the models and runs")
+    parser.add_argument("--size", type=int, default=256, help="image size in pixels (256)")
+    parser.add_argument("--folder", type=Path, default=Path("runs/full-size"), help="folder for the models and runs")
     options = parser.parse_args()
     size, folder = options.size, options.folder
     models, sd15 = folder / "models", str(folder / "models" / "sd15")
@@ -199,7 +199,7 @@ def main() -> None:
 
     example = str(ROOT / "examples" / "longalign-sd15-align.yaml")
     prompts, pixels = str(folder / "prompts.jsonl"), str(size)
-    draw = ["--prompts", prompts, "--num-steps", "2", "--size", pixels, "--batch", "1"]
+    sampling = ["--prompts", prompts, "--num-steps", "2", "--size", pixels, "--batch", "1"]
     stages = {
         "encode 4 captions of 120 words": [python, "-c", ENCODE, example, json.dumps(local), prompts],
         "one align step, batch 1, checkpoint": train("longalign-sd15-align.yaml", align, folder / "align"),
@@ -207,7 +207,7 @@ def main() -> None:
             "longalign-sd15-reward.yaml", reward, folder / "reward"
         ),
         "reload and generate 4 images, 2 steps": [
-            *longalign, "generate", "--checkpoint", str(folder / "reward"), *draw, "--output", str(folder / "out"),
+            *longalign, "generate", "--checkpoint", str(folder / "reward"), *sampling, "--output", str(folder / "out"),
         ],
         "export for diffusers": [
             *longalign, "export", str(folder / "reward"), str(folder / "export"),
@@ -219,16 +219,16 @@ def main() -> None:
     rows = []
     for name, command in stages.items():
         print(f"== {name}", flush=True)
-        seconds, peak = measured(command)
+        seconds, peak = measure(command)
         run = {"one align": folder / "align", "one rewar": folder / "reward"}.get(name[:9])
-        inside = f"{step_seconds(run):.1f}" if run else ""
-        rows.append((name, f"{seconds:.1f}", inside, f"{peak:.1f}"))
+        in_step = f"{step_seconds(run):.1f}" if run else ""
+        rows.append((name, f"{seconds:.1f}", in_step, f"{peak:.1f}"))
         print(*rows[-1], sep=" | ", flush=True)
 
     lines = [
         "# Stable Diffusion 1.5 at full size on the CPU", "", f"`python benchmarks/full_size.py --size {size}`", "",
-        f"Random weights, float32, {size} x {size} pixels; each row is a process of its own, loading included.", "",
-        "| stage | seconds | of these, from the first step's start | peak memory, GiB |", "|---|---|---|---|",
+        f"Random weights, float32, {size} x {size} pixels; each row is a separate process, including loading.", "",
+        "| stage | seconds | seconds from the start of the first step | peak memory, GiB |", "|---|---|---|---|",
         *(f"| {' | '.join(row)} |" for row in rows), "", "Parameters: "
         + ", ".join(f"{name} {count:,}" for name, count in counts.items()) + ".",
     ]  # fmt: skip

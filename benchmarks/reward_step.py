@@ -1,18 +1,18 @@
-"""What a reward step takes, by how many sampling steps carry gradient, against plain autograd.
+"""Time and memory of a reward step against plain autograd, by the number of sampling steps that carry gradient.
 
-Plain is autograd through the whole rollout: without checkpoints, which keeps the activations of every chosen call of
-the UNet, and with each chosen call in torch's checkpointing of its own, as the published code describes it. The second
-holds little more than longalign, which repeats these calls itself; what can be less is a part of the batch at a time,
-which autograd through one rollout cannot have. It is measured by itself, with other settings, at one number of steps.
+Plain is autograd through the whole rollout. Without checkpoints it keeps the activations of every chosen UNet call.
+With checkpoints each chosen call is checkpointed by torch, as the published code describes it. The latter holds little
+more than longalign, which replays these calls itself. Only longalign can process a part of the batch at a time, because
+autograd needs one rollout. This is measured separately, with other settings, at one number of steps.
 
-Every measurement is a process of its own; all wait for each other and take turns, one step in each round, so that a
-noisy machine disturbs them alike. Each first takes a step of a tiny model, which loads code and starts threads. Seconds
-are medians over the rounds; memory is a process's peak less what it held before its first step. All gradients are
+Each measurement runs in its own process. The processes alternate, one step per round, so that noise of the machine
+affects all of them equally. Each first runs a step of a tiny model, which loads code and starts threads. Seconds are
+medians over the rounds. Memory is the peak of a process minus its memory before the first step. All gradients are
 compared.
 
-UNet, VAE and reward have random weights; guidance is on, and a LoRA is trained. Run
-``python benchmarks/reward_step.py [--rounds 2] [--pixels 128] [--width 32]``; it writes a table beside itself. It takes
-eight minutes on two cores with 0.13 TFLOP/s. Linux only.
+UNet, VAE and reward have random weights. Guidance is on, and a LoRA is trained. Run
+``python benchmarks/reward_step.py [--rounds 2] [--pixels 128] [--width 32]``. It writes a table next to itself and
+takes eight minutes on two cores with 0.13 TFLOP/s. Linux only.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from pathlib import Path
 from typing import Any
 
 TEXT = (77, 128)
-"""Tokens of a prompt and their width."""
+"""Number of tokens of a prompt and their width."""
 BARE, PLAIN, OURS = "plain, no checkpoints", "plain, checkpoints", "longalign"
 
 SERVER = multiprocessing.get_context("forkserver")
-"""Processes are forked from one that has imported everything and computed nothing."""
+"""Processes are forked from a server that has imported all modules and run no computation."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One measurement: a way of computing the gradient, how many steps carry it, sizes, and settings of longalign."""
+    """One measurement: the gradient method, the number of gradient steps, sizes, and settings of longalign."""
 
-    way: str
+    method: str
     chosen: int
     pixels: int
     width: int
@@ -57,7 +57,7 @@ class Setting:
 
 
 def build(setting: Setting) -> Any:
-    """A reward trainer on random weights."""
+    """Builds a reward trainer with random weights."""
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
@@ -100,7 +100,7 @@ def build(setting: Setting) -> Any:
     )
     trainer = RewardTrainer.from_config(config, backbone, Random(), [warm], GroupedRandom(setting.chosen))
     for name, parameter in trainer.named_parameters():
-        if ".lora_B." in name:  # zero at first, which would leave the other factor without gradient
+        if ".lora_B." in name:  # initialised to zero, so lora_A would have no gradient
             torch.nn.init.normal_(parameter, std=0.01)
     if setting.gradient_checkpointing:
         trainer.enable_gradient_checkpointing()
@@ -112,7 +112,7 @@ def build(setting: Setting) -> Any:
 
 
 def plain(trainer: Any, prompts: Sequence[str], checkpoints: bool = True) -> None:
-    """The reference: autograd through the rollout, with or without a checkpoint for each chosen call."""
+    """Reference: autograd through the rollout, with or without a checkpoint for each chosen call."""
     import torch
     from torch.utils.checkpoint import checkpoint
 
@@ -120,51 +120,53 @@ def plain(trainer: Any, prompts: Sequence[str], checkpoints: bool = True) -> Non
     chosen = trainer.gradient_steps.select(len(solver)).steps
     predict = trainer.predictor(trainer.backbone.predict, conditioning, slice(0, len(prompts)))
     for index, timestep in enumerate(solver.timesteps):
-        seen, timesteps = latents.detach(), torch.full((len(prompts),), timestep, device=latents.device)
+        inputs, timesteps = latents.detach(), torch.full((len(prompts),), timestep, device=latents.device)
         if index not in chosen:
             with torch.no_grad():
-                output = predict(seen, timesteps)
+                output = predict(inputs, timesteps)
         elif checkpoints:
-            output = checkpoint(predict, seen, timesteps, use_reentrant=False)
+            output = checkpoint(predict, inputs, timesteps, use_reentrant=False)
         else:
-            output = predict(seen, timesteps)
+            output = predict(inputs, timesteps)
         latents = solver.a[index] * latents + solver.b[index] * output
     images = trainer.backbone.decode(latents)
     (0.5 * (1 - trainer.rewards[0].score(images, prompts).mean())).backward()
 
 
 def step(trainer: Any, setting: Setting) -> float:
-    """One step with the same noise each time; returns its seconds."""
+    """Runs one step, always with the same noise; returns its seconds."""
     import torch
 
     prompts = ["a prompt"] * setting.batch
     trainer.train()
     trainer.zero_grad()
     torch.manual_seed(1)
-    began = time.perf_counter()
-    if setting.way == OURS:
+    start = time.perf_counter()
+    if setting.method == OURS:
         trainer.step({"prompt": prompts}, torch.Tensor.backward)
     else:
-        plain(trainer, prompts, setting.way == PLAIN)
+        plain(trainer, prompts, setting.method == PLAIN)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def measure(setting: Setting, pipe: Any) -> None:
-    """A process of its own: says when it is ready, takes a step each time that it is told True and answers with its
-    seconds and with the GiB at the peak so far beyond what was held before; at last the gradient and the UNet's
-    parameters."""
+    """Worker process. It sends True when it is ready and runs one step for each True that it receives.
+
+    For each step it sends the seconds and the peak GiB so far, minus the memory before the first step. After False it
+    sends the gradient and the number of parameters of the UNet.
+    """
     import torch
 
     tiny = replace(setting, chosen=1, pixels=64, width=32, batch=2, steps=2, compile=False)
     step(build(tiny), tiny)
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what is freed is given back, not kept for the steps that are measured
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory would hide allocations of the measured steps
     trainer = build(setting)
     if setting.compile:
-        step(trainer, setting)  # in which it is compiled
-    before = _held()
+        step(trainer, setting)  # compiles
+    before = _allocated()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     pipe.send(True)
@@ -175,7 +177,7 @@ def measure(setting: Setting, pipe: Any) -> None:
     pipe.send((gradient, parameters))
 
 
-def _held() -> float:
+def _allocated() -> float:
     import torch
 
     if torch.cuda.is_available():
@@ -193,35 +195,42 @@ def _peak() -> float:
 
 
 class Measurement:
-    """A process that is under way, and what it found: ``seconds`` of its steps, ``memory`` in GiB, and at the end
-    ``gradient`` and ``parameters``."""
+    """A worker process and its results.
+
+    Attributes:
+        seconds: median over its steps.
+        memory: peak in GiB.
+        gradient: set by `end`.
+        parameters: number of parameters of the UNet, set by `end`.
+    """
 
     def __init__(self, setting: Setting):
         self.setting, self.steps, self.memory = setting, [], 0.0
         self.gradient: Any = None
         self.parameters = 0
-        self.pipe, other = SERVER.Pipe()
-        self.process = SERVER.Process(target=measure, args=(setting, other))
+        self.pipe, child_pipe = SERVER.Pipe()
+        self.process = SERVER.Process(target=measure, args=(setting, child_pipe))
         self.process.start()
-        other.close()
-        self._hear()
+        child_pipe.close()
+        self._receive()
 
-    def _hear(self) -> Any:
+    def _receive(self) -> Any:
         try:
             return self.pipe.recv()
         except EOFError:
             raise SystemExit(f"a measurement failed: {self.setting}") from None
 
     def step(self) -> None:
-        """Takes one step and notes its seconds."""
+        """Runs one step and records its seconds."""
         self.pipe.send(True)
-        seconds, self.memory = self._hear()
+        seconds, self.memory = self._receive()
         self.steps.append(seconds)
         print(self.setting, f"{seconds:.2f} s, {self.memory:.2f} GiB", flush=True)
 
     def end(self) -> None:
+        """Stops the process and receives the gradient."""
         self.pipe.send(False)
-        self.gradient, self.parameters = self._hear()
+        self.gradient, self.parameters = self._receive()
         self.process.join()
 
     @property
@@ -235,48 +244,50 @@ class Measurement:
         return float((difference @ difference) ** 0.5 / (other.gradient @ other.gradient) ** 0.5)
 
 
-def expected(chosen: int, measured: Mapping[int, float]) -> float:
-    """GiB that ``chosen`` graphs will take, by the line through the two largest measured numbers of them."""
+def expected_memory(chosen: int, measured: Mapping[int, float]) -> float:
+    """Extrapolates the GiB of ``chosen`` graphs from the two largest measured numbers of graphs."""
     if not measured:
         return 0.0
-    (most, high), *rest = sorted(measured.items(), reverse=True)
-    less, low = rest[0] if rest else (0, 0.0)
-    return high + (chosen - most) * (high - low) / (most - less)
+    (count, memory), *rest = sorted(measured.items(), reverse=True)
+    lower_count, lower_memory = rest[0] if rest else (0, 0.0)
+    return memory + (chosen - count) * (memory - lower_memory) / (count - lower_count)
 
 
 def run(settings: Sequence[Setting], rounds: int, cap: float) -> dict[Setting, Measurement]:
-    """Measures all settings, but not those without checkpoints that would take more than ``cap`` GiB."""
+    """Measures all settings. Skips those without checkpoints that would take more than ``cap`` GiB."""
     SERVER.set_forkserver_preload(["longalign.backbones.sd", "longalign.trainers.reward"])
-    found: dict[Setting, Measurement] = {}
+    measurements: dict[Setting, Measurement] = {}
     for setting in settings:
-        graphs = {s.chosen: m.memory for s, m in found.items() if s.way == BARE}
-        if setting.way == BARE and expected(setting.chosen, graphs) > cap:
-            print(setting, f"left out: about {expected(setting.chosen, graphs):.1f} GiB", flush=True)
+        graphs = {s.chosen: m.memory for s, m in measurements.items() if s.method == BARE}
+        if setting.method == BARE and expected_memory(setting.chosen, graphs) > cap:
+            print(setting, f"skipped: about {expected_memory(setting.chosen, graphs):.1f} GiB", flush=True)
             continue
-        found[setting] = Measurement(setting)
-        found[setting].step()
+        measurements[setting] = Measurement(setting)
+        measurements[setting].step()
     for _ in range(rounds - 1):
-        for measurement in found.values():
+        for measurement in measurements.values():
             measurement.step()
-    for measurement in found.values():
+    for measurement in measurements.values():
         measurement.end()
-    return found
+    return measurements
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table in Markdown, with an empty one after it."""
+    """Lines of a Markdown table, followed by an empty line."""
     return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)] + [""]
 
 
-def given(options: argparse.Namespace, parser: argparse.ArgumentParser, skipped: Sequence[str] = ()) -> str:
-    """The options that are not the defaults, as they were given."""
-    found = ""
+def non_default_options(
+    options: argparse.Namespace, parser: argparse.ArgumentParser, skipped: Sequence[str] = ()
+) -> str:
+    """Options that differ from the defaults, as on the command line."""
+    text = ""
     for key, value in vars(options).items():
         if value != parser.get_default(key) and key not in ("output", *skipped):
             values = value if isinstance(value, list) else [] if value is True else [value]
             words = (f"{v:g}" if isinstance(v, float) else str(v) for v in values)
-            found += " ".join([f" --{key.replace('_', '-')}", *words])
-    return found
+            text += " ".join([f" --{key.replace('_', '-')}", *words])
+    return text
 
 
 def ratio(a: float, b: float | None) -> str:
@@ -286,64 +297,64 @@ def ratio(a: float, b: float | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--pixels", type=int, default=128, help="of the images, eight times those of the latents (128)")
+    parser.add_argument("--pixels", type=int, default=128, help="image size, eight times the latent size (128)")
     parser.add_argument("--width", type=int, default=32, help="channels of the UNet's first level (32)")
-    parser.add_argument("--batch", type=int, default=4, help="images in a step (4)")
+    parser.add_argument("--batch", type=int, default=4, help="images per step (4)")
     parser.add_argument("--steps", type=int, default=50, help="sampling steps (50)")
-    parser.add_argument(
-        "--chosen", type=int, nargs="+", default=[1, 5, 10, 50], help="of them with gradient (1 5 10 50)"
-    )
-    parser.add_argument("--cap", type=float, default=8.0, help="GiB that autograd without checkpoints may take (8)")
-    parser.add_argument("--replay-batch", type=int, default=5, help="calls repeated in one, for the settings (5)")
-    parser.add_argument("--compile", action="store_true", help="also by torch.compile, which needs a C++ compiler here")
-    parser.add_argument("--at", type=int, default=5, help="steps with gradient for the settings (5)")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"), help="of the table")
+    parser.add_argument("--chosen", type=int, nargs="+", default=[1, 5, 10, 50], help="steps with gradient (1 5 10 50)")
+    parser.add_argument("--cap", type=float, default=8.0, help="maximum GiB for autograd without checkpoints (8)")
+    parser.add_argument("--replay-batch", type=int, default=5, help="calls replayed in one, in the settings (5)")
+    parser.add_argument("--compile", action="store_true", help="also measure torch.compile, which needs a C++ compiler")
+    parser.add_argument("--at", type=int, default=5, help="steps with gradient for the comparison of settings (5)")
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"), help="file for the table")
     options = parser.parse_args()
 
     from longalign.record import machine_text
 
     sizes = {key: getattr(options, key) for key in ("pixels", "width", "batch", "steps")}
     chosen = sorted({*options.chosen, options.at})
-    ways = {k: [Setting(way, k, **sizes) for way in (BARE, PLAIN, OURS)] for k in chosen}
-    first = ways[options.at][-1]
-    small = replace(first, denoise_batch=1, decode_batch=1)
+    by_steps = {k: [Setting(method, k, **sizes) for method in (BARE, PLAIN, OURS)] for k in chosen}
+    default = by_steps[options.at][-1]
+    small = replace(default, denoise_batch=1, decode_batch=1)
     variants = {
-        "one call at a time": first,
-        f"replay_batch {options.replay_batch}": replace(first, replay_batch=options.replay_batch),
-        "channels last": replace(first, channels_last=True),
-        **({"compiled": replace(first, compile=True)} if options.compile else {}),
-        "decode_batch 1": replace(first, decode_batch=1),
+        "one call at a time": default,
+        f"replay_batch {options.replay_batch}": replace(default, replay_batch=options.replay_batch),
+        "channels last": replace(default, channels_last=True),
+        **({"compiled": replace(default, compile=True)} if options.compile else {}),
+        "decode_batch 1": replace(default, decode_batch=1),
         "decode_batch 1, denoise_batch 1": small,
         "the same, gradient_checkpointing": replace(small, gradient_checkpointing=True),
     }
-    settings = dict.fromkeys([s for three in ways.values() for s in three] + list(variants.values()))
-    found = run(list(settings), options.rounds, options.cap)
+    settings = dict.fromkeys([s for group in by_steps.values() for s in group] + list(variants.values()))
+    measurements = run(list(settings), options.rounds, options.cap)
 
+    parameters = measurements[default].parameters
     lines = [
-        "# A reward step", "", f"`python benchmarks/reward_step.py{given(options, parser)}`", "",
-        f"A UNet of {found[first].parameters / 1e6:.1f}M parameters with random weights and a LoRA of rank 16, "
+        "# A reward step", "", f"`python benchmarks/reward_step.py{non_default_options(options, parser)}`", "",
+        f"A UNet of {parameters / 1e6:.1f}M parameters with random weights and a LoRA of rank 16, "
         f"{options.batch} images of {options.pixels} x {options.pixels} pixels, {options.steps} DDIM steps with "
-        f"guidance, float32. Medians of {options.rounds} round(s). Plain is autograd through the rollout: it keeps the "
-        "activations of all calls with gradient, or, with a checkpoint for each of them, those of one at a time, and "
-        f"then it makes the same calls as longalign. Left out is what would take more than {options.cap:g} GiB.", "",
-        "Peak memory in GiB, beyond what the process held before its first step:", "",
+        f"guidance, float32. Medians of {options.rounds} round(s). Plain is autograd through the rollout. It keeps the "
+        "activations of all calls with gradient. With a checkpoint for each of these calls, it keeps those of one at a "
+        "time and makes the same calls as longalign. Settings that would take more than "
+        f"{options.cap:g} GiB are skipped.", "",
+        "Peak memory in GiB, minus the memory of the process before its first step:", "",
     ]  # fmt: skip
     head = ["steps with gradient", BARE, PLAIN, OURS, f"{OURS} / no checkpoints", f"{OURS} / checkpoints"]
     rows: dict[str, list[list[str]]] = {"memory": [], "seconds": []}
-    for k, (bare, plain_, ours) in ways.items():
+    for k, (bare, plain_, ours) in by_steps.items():
         for key, cells in rows.items():
-            a, b, c = (getattr(found.get(s), key, None) for s in (bare, plain_, ours))
+            a, b, c = (getattr(measurements.get(s), key, None) for s in (bare, plain_, ours))
             cells.append([str(k), *("-" if v is None else f"{v:.2f}" for v in (a, b, c)), ratio(c, a), ratio(c, b)])
-        rows["seconds"][-1].append(f"{found[ours].distance(found[plain_]):.1e}")
-    last = "relative difference of the gradients"
-    lines += [*table(head, rows["memory"]), "Seconds:", "", *table([*head, last], rows["seconds"])]
+        rows["seconds"][-1].append(f"{measurements[ours].distance(measurements[plain_]):.1e}")
+    difference = "relative difference of the gradients"
+    lines += [*table(head, rows["memory"]), "Seconds:", "", *table([*head, difference], rows["seconds"])]
 
-    lines += [f"What settings of longalign change with {options.at} steps that carry gradient:", ""]
-    base, reference, cells = found[first], found[ways[options.at][1]], []
-    for name, a in ((name, found[setting]) for name, setting in variants.items()):
+    lines += [f"Effect of longalign's settings with {options.at} steps that carry gradient:", ""]
+    base, reference, cells = measurements[default], measurements[by_steps[options.at][1]], []
+    for name, a in ((name, measurements[setting]) for name, setting in variants.items()):
         memory = [f"{a.memory:.2f}", ratio(a.memory, base.memory), ratio(a.memory, reference.memory)]
         cells.append([name, f"{a.seconds:.2f}", ratio(a.seconds, base.seconds), *memory, f"{a.distance(base):.1e}"])
-    lines += table(["setting", "seconds", "ratio", "GiB", "ratio", f"GiB / {PLAIN}", last], cells)
+    lines += table(["setting", "seconds", "ratio", "GiB", "ratio", f"GiB / {PLAIN}", difference], cells)
     lines.append(f"Machine: {machine_text()}.")
     options.output.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

@@ -1,8 +1,8 @@
-"""What the small world's oracle and weights are worth.
+"""Accuracy of the oracle and the bundled weights on the synthetic scenes.
 
-Run ``python benchmarks/small_world.py``; it writes a table beside itself.
+Run ``python benchmarks/small_world.py``. It writes a table next to itself.
 
-Nothing here is drawn from the seeds that the weights were trained on.
+All samples use seeds that the weights were not trained on.
 """
 
 from __future__ import annotations
@@ -33,27 +33,32 @@ from longalign.registry import backbones, encoders
 ROWS: list[tuple[str, str, str, str]] = []
 
 
-def row(what: str, value: float, target: str, how: str) -> None:
-    ROWS.append((what, f"{100 * value:.2f}%", target, how))
+def add_row(name: str, value: float, target: str, setting: str) -> None:
+    """Adds a row with a fraction as a percentage to the table."""
+    ROWS.append((name, f"{100 * value:.2f}%", target, setting))
     print(*ROWS[-1], sep=" | ", flush=True)
 
 
 def accuracy(images: np.ndarray, captions: list[Caption]) -> float:
+    """Fraction of the captions' facts that the images show."""
     return float(np.mean([f for image in oracle.verdicts(images, captions) for s in image for f in s]))
 
 
-def told(count: int, things: tuple[int, int], words: tuple[int, int], seed: int) -> tuple[list, list[Caption]]:
+def sample_captions(
+    count: int, things: tuple[int, int], words: tuple[int, int], seed: int
+) -> tuple[list, list[Caption]]:
+    """Samples scenes with their captions."""
     pairs = [scene_and_caption(np.random.default_rng([seed, i]), things, words) for i in range(count)]
     return [s for s, _ in pairs], [c for _, c in pairs]
 
 
 @torch.no_grad()
 def measure_oracle(backbone: SDBackbone) -> None:
-    scenes, captions = told(1000, (1, 9), (120, 120), 101)
+    scenes, captions = sample_captions(1000, (1, 9), (120, 120), 101)
     images = images_of(scenes)
-    row("oracle on true renders", accuracy(images.numpy(), captions), ">= 99.5%", "1000 scenes of 1 to 9 objects")
+    add_row("oracle on true renders", accuracy(images.numpy(), captions), ">= 99.5%", "1000 scenes of 1 to 9 objects")
     decoded = torch.cat([backbone.decode(backbone.encode_images(chunk)) for chunk in images.split(50)])
-    row("oracle on VAE reconstructions", accuracy(decoded.numpy(), captions), ">= 97%", "the same scenes")
+    add_row("oracle on VAE reconstructions", accuracy(decoded.numpy(), captions), ">= 97%", "the same scenes")
 
 
 @torch.no_grad()
@@ -69,12 +74,12 @@ def measure_unet(backbone: SDBackbone) -> None:
         images = sample(
             backbone, encoder, texts, num_steps=25, guidance=guidance, seeds=list(range(count)), batch_size=64
         )
-        row(f"UNet draws {things[0]} to {things[1]} objects", accuracy(images.numpy(), captions), target,
-            f"{count} short captions, UniPC 25 steps, guidance {guidance:g}")  # fmt: skip
+        add_row(f"UNet generates {things[0]} to {things[1]} objects", accuracy(images.numpy(), captions), target,
+                f"{count} short captions, UniPC 25 steps, guidance {guidance:g}")  # fmt: skip
         if guidance == 2:
             decoded = [backbone.decode(backbone.encode_images(chunk)) for chunk in images_of(scenes).split(64)]
-            row("their true renders through the VAE", accuracy(torch.cat(decoded).numpy(), captions), "none",
-                "the same scenes")  # fmt: skip
+            add_row("their true renders through the VAE", accuracy(torch.cat(decoded).numpy(), captions), "none",
+                    "the same scenes")  # fmt: skip
 
 
 def measure_t5() -> None:
@@ -93,7 +98,7 @@ def measure_t5() -> None:
         return torch.cat(out)
 
     torch.manual_seed(0)
-    train, test = (told(n, (1, 9), (8, 140), seed)[1] for n, seed in ((6000, 104), (500, 105)))
+    train, test = (sample_captions(n, (1, 9), (8, 140), seed)[1] for n, seed in ((6000, 104), (500, 105)))
     x, y = states(train), tensor([labels_of_caption(c) for c in train])
     head = FactHead(x.shape[1])
     mean, std = x.mean(0), x.std(0)
@@ -106,7 +111,9 @@ def measure_t5() -> None:
         optimizer.step()
     with torch.no_grad():
         _, read = head((states(test) - mean) / std, tensor([labels_of_caption(c) for c in test]))
-    row("a linear probe reads the facts from T5's mean state", float(read), ">= 90%", "500 captions, 8 to 140 words")
+    add_row(
+        "a linear probe reads the facts from T5's mean state", float(read), ">= 90%", "500 captions, 8 to 140 words"
+    )
 
 
 @torch.no_grad()
@@ -130,22 +137,22 @@ def measure_longclip() -> None:
         images = F.normalize(images, dim=-1).view(200, 8, -1)
         best = torch.einsum("qd,qvd->qv", text, images).argmax(-1)
         target = "above truncation" if limit == 248 else "(chance 12.5%)"
-        row(f"R@1 of 8 by what is told after 77 tokens, {limit} tokens read", float((best == 0).float().mean()), target,
-            f"{name}, 200 captions of 150 words")  # fmt: skip
+        add_row(f"R@1 of 8 by facts after 77 tokens, {limit} tokens encoded", float((best == 0).float().mean()), target,
+                f"{name}, 200 captions of 150 words")  # fmt: skip
 
 
 def main() -> None:
-    began = time.time()
+    start = time.time()
     backbone = backbones.build({"name": "sd", "checkpoint": "mini/sd"})
     measure_oracle(backbone)
     measure_unet(backbone)
     measure_t5()
     measure_longclip()
-    lines = ["# The small world, measured", "", "`python benchmarks/small_world.py`", ""]
-    lines += ["| what | measured | target | on |", "|---|---|---|---|", *(f"| {' | '.join(r)} |" for r in ROWS)]
+    lines = ["# Oracle and bundled weights", "", "`python benchmarks/small_world.py`", ""]
+    lines += ["| measurement | result | target | data |", "|---|---|---|---|", *(f"| {' | '.join(r)} |" for r in ROWS)]
     megabytes = sum(f.stat().st_size for f in WEIGHTS.rglob("*") if f.is_file()) / 2**20
     lines += ["", f"All weights and tokenizers together: {megabytes:.1f} MiB. Machine: {machine_text()}."]
-    lines += [f"Measured in {time.time() - began:.0f} s."]
+    lines += [f"Measured in {time.time() - start:.0f} s."]
     Path(__file__).with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 

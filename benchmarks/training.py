@@ -1,12 +1,12 @@
-"""Scoring, align steps with and without caches, and what a longer prompt or a larger batch costs each part of training.
+"""Speed of scoring, of align steps with and without caches, and of all steps by prompt length and batch size.
 
-A Stable Diffusion of a fifth of the width and half the depth, and a preference model of CLIP-B/32's sizes, both with
-random weights. What is compared runs one after another in each round, so that a noisy machine disturbs
-all alike; medians are reported. Plain ways: all segments padded to the longest and merged in a Python loop
-(`encoding.py`), autograd through the rollout with a checkpoint for each call with gradient (`reward_step.py`).
+The models are a Stable Diffusion of a fifth of the width and half the depth, and a preference model of CLIP-B/32's
+sizes, both with random weights. Compared methods run in sequence in each round, so that noise of the machine affects
+them equally. Medians are reported. The plain methods pad all segments to the longest and merge them in a Python loop
+(`encoding.py`), and use autograd through the rollout with a checkpoint per call with gradient (`reward_step.py`).
 
-Run ``python benchmarks/training.py [--rounds 2]``; it writes a table beside itself. It takes five minutes on two cores
-with 0.13 TFLOP/s; with ``--tiny`` it only shows that it runs.
+Run ``python benchmarks/training.py [--rounds 2]``. It writes a table next to itself and takes five minutes on two cores
+with 0.13 TFLOP/s. ``--tiny`` is a smoke test.
 """
 
 from __future__ import annotations
@@ -49,32 +49,32 @@ TINY: dict[str, Any] = {
     "pixels": 128, "unet": (32, 32, 32, 32), "vae": (32, 32, 32, 32), "text": (1, 64), "reward pixels": 128,
     "encoder": (1, 64), "reward text": (1, 64), "reward image": (1, 64), "lengths": (20, 100), "batches": (1, 2),
 }  # fmt: skip
-CAPTION, IMAGES, IN_A_STEP = 200, 16, 4
-"""Tokens of a caption, and images, in the comparison of caches."""
+CAPTION, IMAGES, BATCH = 200, 16, 4
+"""Tokens of a caption, number of images, and images per step, in the comparison of caches."""
 SAMPLING, CHOSEN = 4, 2
 """Sampling steps of a reward step, and how many of them carry gradient."""
 
 
 def prompts(tokens: int, count: int, seed: int = 0) -> list[str]:
-    """Different prompts of so many tokens, special ones not counted: each word and each full stop is one."""
+    """Samples prompts of ``tokens`` tokens without special ones. Each word and each full stop is one token."""
     rng = np.random.default_rng([seed, tokens])
     return [" ".join(_sentences(rng, tokens)) for _ in range(count)]
 
 
-def _sentences(rng: np.random.Generator, left: int) -> Iterable[str]:
-    while left > 0:
-        words = left - 1 if left < 30 else int(rng.integers(8, 23))
+def _sentences(rng: np.random.Generator, tokens: int) -> Iterable[str]:
+    while tokens > 0:
+        words = tokens - 1 if tokens < 30 else int(rng.integers(8, 23))
         yield " ".join(rng.choice(encoding.WORDS.split(), words)) + "."
-        left -= words + 1
+        tokens -= words + 1
 
 
-def frozen(call: Callable[..., Any]) -> Callable[..., Any]:
-    """The same call without gradient."""
+def no_grad(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps a call in `torch.no_grad`."""
     return torch.no_grad()(call)
 
 
 def write_models(folder: Path, size: Mapping[str, Any]) -> tuple[str, str, int]:
-    """Writes a Stable Diffusion and a CLIP; returns their folders and the UNet's number of parameters."""
+    """Writes a Stable Diffusion and a CLIP model; returns their folders and the parameter count of the UNet."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizerFast
 
@@ -112,7 +112,7 @@ def write_models(folder: Path, size: Mapping[str, Any]) -> tuple[str, str, int]:
 
 
 def write_images(folder: Path, pixels: int) -> str:
-    """Writes images with long captions, as the data kind ``folder`` reads them."""
+    """Writes images with long captions in the format of the data kind ``folder``."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     with (folder / "metadata.jsonl").open("w") as rows:
@@ -122,8 +122,8 @@ def write_images(folder: Path, pixels: int) -> str:
     return str(folder)
 
 
-def stepper(config: Any) -> Callable[[], None]:
-    """Steps of a run on its own data, the optimiser's included."""
+def make_step(config: Any) -> Callable[[], None]:
+    """Returns a function that runs one training step on the run's data, including the optimiser."""
     composition = build_from_config(config, Runtime())
     trainer, size = composition.trainer.train(), config.loop.batch_size
     optimizer = torch.optim.AdamW(trainer.trainable(), config.loop.lr)
@@ -138,7 +138,7 @@ def stepper(config: Any) -> Callable[[], None]:
 
 
 def caches(rounds: int, config: Any, folder: Path) -> list[str]:
-    """An align step of one config without a cache, with each and with both."""
+    """Times an align step without a cache, with each cache, and with both."""
     kinds = {
         "nothing": None,
         "text states": {"folder": str(folder), "latents": False},
@@ -146,22 +146,22 @@ def caches(rounds: int, config: Any, folder: Path) -> list[str]:
         "both": {"folder": str(folder)},
     }
     configs = {kind: override(config, {"cache": cache}) for kind, cache in kinds.items()}
-    began = time.perf_counter()
+    start = time.perf_counter()
     caching.make(configs["both"], Runtime())
-    made = (time.perf_counter() - began) / IMAGES
-    took = medians(rounds, {kind: stepper(config) for kind, config in configs.items()})
-    saved = (took["nothing"] - took["both"]) / IN_A_STEP
-    rows = [[kind, f"{seconds:.2f}", f"{seconds / took['nothing']:.2f}"] for kind, seconds in took.items()]
+    per_image = (time.perf_counter() - start) / IMAGES
+    times = medians(rounds, {kind: make_step(config) for kind, config in configs.items()})
+    saved = (times["nothing"] - times["both"]) / BATCH
+    rows = [[kind, f"{seconds:.2f}", f"{seconds / times['nothing']:.2f}"] for kind, seconds in times.items()]
     return [
-        f"An align step with {IN_A_STEP} images and captions of {CAPTION} tokens, the same run otherwise:", "",
+        f"An align step with {BATCH} images and captions of {CAPTION} tokens. The runs differ only in the cache:", "",
         *table(["cached", "seconds", "ratio"], rows),
-        f"Making both caches took {made:.2f} s an image; a step with both saves {saved:.2f} s an image.", "",
+        f"Making both caches took {per_image:.2f} s per image. A step with both saves {saved:.2f} s per image.", "",
     ]  # fmt: skip
 
 
 @torch.no_grad()
 def plain_scores(reward: TowerReward, images: Tensor, texts: Sequence[str]) -> Tensor:
-    """Scores by segments, all padded to the longest and averaged prompt by prompt."""
+    """Reference: scores by segments, padded to the longest and averaged prompt by prompt."""
     split = [reward.segments(text) for text in texts]
     unit = F.normalize(reward.towers.embed_texts([s for segments in split for s in segments]), dim=-1)
     means = [part.mean(0) for part in unit.split([len(segments) for segments in split])]
@@ -169,30 +169,28 @@ def plain_scores(reward: TowerReward, images: Tensor, texts: Sequence[str]) -> T
 
 
 def scoring(rounds: int, clip: str, count: int, pixels: int) -> tuple[list[str], TowerReward]:
-    """Images that a preference model scores in a second; and the model."""
+    """Images that a preference model scores per second. Also returns the model."""
     config = {"name": "denscore", "checkpoint": clip}
     whole, segments = (rewards.build({**config, "text": text}) for text in ("whole", "segments"))
     images, texts = torch.rand(count, 3, pixels, pixels), encoding.mixed(np.random.default_rng(1), count)
     calls = {
-        "text whole": lambda: frozen(whole.score)(images, texts),
-        "text by segments": lambda: frozen(segments.score)(images, texts),
+        "text whole": lambda: no_grad(whole.score)(images, texts),
+        "text by segments": lambda: no_grad(segments.score)(images, texts),
         "text by segments, plain": lambda: plain_scores(segments, images, texts),
         "text by segments, with the images' gradient": lambda: (
             segments.score(images.clone().requires_grad_(), texts).sum().backward()
         ),
-        "image tower alone": lambda: frozen(segments.image_features)(images),
+        "image tower alone": lambda: no_grad(segments.image_features)(images),
     }
     rows = [[key, f"{count / value:.1f}"] for key, value in medians(rounds, calls).items()]
-    text_config = (
-        f"CLIP-B/32's sizes, {count} images of {pixels} pixels, prompts of 3 to 12 sentences of 6 to 40 words:"
-    )
-    return [text_config, "", *table(["scored", "images a second"], rows)], segments
+    intro = f"CLIP-B/32's sizes, {count} images of {pixels} pixels, prompts of 3 to 12 sentences of 6 to 40 words:"
+    return [intro, "", *table(["method", "images per second"], rows)], segments
 
 
 def growth(
     rounds: int, trainers: Mapping[str, Any], encoder: Any, reward: TowerReward, size: Mapping[str, Any]
 ) -> list[str]:
-    """Seconds of each part by the prompts' length, and by the batch."""
+    """Seconds of each operation by prompt length and by batch size."""
     pixels = size["pixels"]
 
     def calls(tokens: int, count: int) -> dict[str, Callable[[], object]]:
@@ -200,8 +198,8 @@ def growth(
         batch = {"prompt": texts, "image": images}
         return {
             "encoding, plain": lambda: encoding.plain(encoder, texts),
-            "encoding": lambda: frozen(encoder.encode)(texts),
-            "scoring": lambda: frozen(reward.score)(images, texts),
+            "encoding": lambda: no_grad(encoder.encode)(texts),
+            "scoring": lambda: no_grad(reward.score)(images, texts),
             "align step": lambda: trainers["align"].step(batch, Tensor.backward),
             "reward step, plain": lambda: reward_step.plain(trainers["reward"], texts),
             "reward step": lambda: trainers["reward"].step({"prompt": texts}, Tensor.backward),
@@ -209,15 +207,15 @@ def growth(
 
     points = [("length", n, calls(n, 1)) for n in size["lengths"]]
     points += [("batch", n, calls(77, n)) for n in size["batches"]]
-    took = medians(rounds, {(by, n, name): call for by, n, parts in points for name, call in parts.items()})
+    times = medians(rounds, {(by, n, name): call for by, n, group in points for name, call in group.items()})
     names = list(points[0][2])
     lines = [
-        f"Seconds; encoding with a CLIP text model of {size['encoder'][0]} layers of width {size['encoder'][1]}, a "
-        f"reward step at {size['reward pixels']} pixels with {SAMPLING} sampling steps of which {CHOSEN} carry "
-        "gradient. The conditioning is as long as the prompts need, 77 states at least.", "",
+        f"Seconds. Encoding uses a CLIP text model of {size['encoder'][0]} layers of width {size['encoder'][1]}. A "
+        f"reward step has {size['reward pixels']} pixels and {SAMPLING} sampling steps, {CHOSEN} of them with "
+        "gradient. The conditioning is as long as the prompts need, at least 77 states.", "",
     ]  # fmt: skip
-    for by, head in (("length", "tokens of the prompt, one prompt"), ("batch", "prompts of 77 tokens")):
-        rows = [[str(n), *(f"{took[by, n, name]:.2f}" for name in names)] for which, n, _ in points if which == by]
+    for by, head in (("length", "prompt tokens, one prompt"), ("batch", "prompts of 77 tokens")):
+        rows = [[str(n), *(f"{times[by, n, name]:.2f}" for name in names)] for axis, n, _ in points if axis == by]
         lines += table([head, *names], rows)
     return lines
 
@@ -225,12 +223,12 @@ def growth(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--images", type=int, default=8, help="scored at a time (8)")
-    parser.add_argument("--tiny", action="store_true", help="models so small that the numbers mean nothing")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"), help="of the table")
+    parser.add_argument("--images", type=int, default=8, help="images scored at a time (8)")
+    parser.add_argument("--tiny", action="store_true", help="smoke test with tiny models; the numbers are meaningless")
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"), help="file for the table")
     options = parser.parse_args()
     size, rounds = TINY if options.tiny else FULL, options.rounds
-    warnings.filterwarnings("ignore", message="a prompt has .* tokens")  # read whole, a long prompt is cut
+    warnings.filterwarnings("ignore", message=r".*\btokens\b")  # `text: whole` truncates long prompts
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -243,7 +241,7 @@ def main() -> None:
                 "folder": write_images(folder / "images", size["pixels"]),
                 "resolution": size["pixels"],
             },
-            "loop": {"batch_size": IN_A_STEP},
+            "loop": {"batch_size": BATCH},
             "output": str(folder / "run"),
         }
         lora = {"rank": 32, "dropout": 0.0}

@@ -1,8 +1,8 @@
-"""How should a long prompt be encoded? Encoders compared on the small world, everything else equal.
+"""Compares encoders for long prompts on the synthetic scenes, with everything else equal.
 
-Each encoder gets its own fine-tuning of the bundled UNet on long captions and draws the same held-out captions from the
-same noise. Measured: fact accuracy (read from the pixels by the oracle), overall, by length and by place in the prompt,
-each with a 95% interval, and the paired difference to the first encoder.
+For each encoder the bundled UNet is fine-tuned on long captions. All models generate images for the same held-out
+captions from the same noise. Measured is fact accuracy (read from the pixels by the oracle), overall, by length and by
+position in the prompt. Each value has a 95% interval and the paired difference to the first encoder.
 
 Hardware: two CPU cores. Time: a few minutes per encoder with the default steps of mini-align.yaml and 128 prompts.
 
@@ -46,30 +46,30 @@ def ablate(
     guidance: float = 4.0,
     batch_size: int = 32,
 ) -> MetricTable:
-    """Trains and measures one run for each variant; the first is what the others are compared with.
+    """Trains and evaluates one run per variant; the first variant is the baseline.
 
     Args:
         variants: name -> changes to the base config, as `override` takes them.
-        base: config of the runs; its data must be ``scenes``.
+        base: config of the runs; its data kind must be ``scenes``.
         output: folder of the runs.
         prompts: number of held-out captions.
         num_steps: sampling steps.
         guidance: scale of classifier-free guidance.
-        batch_size: images drawn at a time.
+        batch_size: images generated at a time.
     """
-    plain = load_config(base)
-    captions = held_out_captions([plain], prompts)
+    base_config = load_config(base)
+    captions = held_out_captions([base_config], prompts)
     texts, seeds = [caption.text for caption in captions], list(range(prompts))
     images = {}
     for name, changes in variants.items():
-        config = override(plain, {**changes, "output": str(output / name)})
-        print(f"== {name}: " + (", ".join(f"{k} = {b}" for k, (_, b) in diff(plain, config).items())))
+        config = override(base_config, {**changes, "output": str(output / name)})
+        print(f"== {name}: " + ", ".join(f"{key} = {new}" for key, (_, new) in diff(base_config, config).items()))
         result = build_from_config(config).fit()
         if result.interrupted:
             raise KeyboardInterrupt
         _, backbone, encoder = load_for_sampling(result.checkpoint)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", TruncationWarning)  # that is what is measured
+            warnings.simplefilter("ignore", TruncationWarning)  # truncation is what is measured
             images[name] = sample(
                 backbone,
                 encoder,
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/ablate-encoder"))
     args = parser.parse_args()
     if unknown := [name for name in args.variants if name not in VARIANTS]:
-        parser.error(f"no variant {', '.join(unknown)}; there is {', '.join(VARIANTS)}")
+        parser.error(f"unknown variant: {', '.join(unknown)}; available: {', '.join(VARIANTS)}")
     config = override(args.config, {"loop.steps": args.steps} if args.steps else {})
     ablate({name: VARIANTS[name] for name in args.variants}, config, args.output, args.prompts)
 

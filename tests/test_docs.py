@@ -1,11 +1,11 @@
-"""The documents: their Python runs, their commands parse, what they name exists, what is generated is fresh.
+"""The documents: Python blocks run, commands parse, named objects exist, generated blocks are up to date.
 
-``python tests/test_docs.py`` writes the generated parts anew: the reference of parts and keys in docs/config.md, and
-the recipes and what their logs say in docs/small-world.md.
+``python tests/test_docs.py`` regenerates the reference of parts and keys in docs/config.md, and the tables of recipes
+and their logs in docs/small-world.md.
 
-Python runs with tiny random checkpoints in the place of the bundled weights. README and the quickstart are followed one
-after the other in one folder, their commands included, with fewer steps. Of blocks marked ``hub``, which need
-downloads, only the syntax is checked. The comment behind a one-line ``print(...)`` is what it prints.
+Python runs with tiny random checkpoints instead of the bundled weights. README and the quickstart run one after the
+other in one folder, including their commands, with fewer steps. Blocks marked ``hub`` need downloads, so only their
+syntax is checked. The comment after a one-line ``print(...)`` is its expected output.
 """
 
 import ast
@@ -36,12 +36,12 @@ WEIGHTS = ROOT / "longalign" / "mini" / "weights"
 NEEDED = ("sd/unet/config.json", "clip/config.json", "denscore/config.json")
 
 BLOCK = re.compile(r"^```(\w+)[ ]?(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-PLACES = r"(?:longalign|examples|docs|recipes|tests|plugins|benchmarks)/"
+FOLDERS = r"(?:longalign|examples|docs|recipes|tests|plugins|benchmarks)/"
 
 pytestmark = pytest.mark.docs
 documents = pytest.mark.parametrize("path", DOCS, ids=lambda path: path.stem)
 needs_weights = pytest.mark.skipif(
-    not all((WEIGHTS / name).exists() for name in NEEDED), reason="the bundled weights are not there"
+    not all((WEIGHTS / name).exists() for name in NEEDED), reason="the bundled weights are missing"
 )
 
 
@@ -61,7 +61,7 @@ def prose(path):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A folder ``mini`` of tiny checkpoints of the bundled ones' widths; a local path wins over the bundled weights."""
+    """A folder ``mini`` of tiny checkpoints with the bundled widths. Local paths win over the bundled weights."""
     folder = tmp_path_factory.mktemp("docs") / "mini"
     tiny_sd(folder / "sd", width=128)
     tiny_clip(folder / "denscore")
@@ -69,8 +69,8 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture
-def workplace(tmp_path, monkeypatch, tiny):
-    """A folder to run in that has the examples and weights, and registries that are afterwards as they were."""
+def workdir(tmp_path, monkeypatch, tiny):
+    """A working directory with the examples and weights. Restores the registries afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     for folder in (ROOT / "examples", tiny):
@@ -81,7 +81,7 @@ def workplace(tmp_path, monkeypatch, tiny):
     catalogue.REGISTRY.update(before)
 
 
-FOLLOWED = [ROOT / "README.md", ROOT / "docs" / "quickstart.md"]
+EXECUTED = [ROOT / "README.md", ROOT / "docs" / "quickstart.md"]
 
 
 def run_python(path, body, names, capsys):
@@ -92,8 +92,8 @@ def run_python(path, body, names, capsys):
     assert not printed or capsys.readouterr().out.splitlines() == printed
 
 
-@pytest.mark.parametrize("path", [d for d in DOCS if d not in FOLLOWED], ids=lambda path: path.stem)
-def test_python_runs(path, workplace, capsys):
+@pytest.mark.parametrize("path", [d for d in DOCS if d not in EXECUTED], ids=lambda path: path.stem)
+def test_python_blocks_run(path, workdir, capsys):
     names = {}
     for mark, body in blocks(path, "python"):
         assert mark in ("", "hub")
@@ -103,9 +103,9 @@ def test_python_runs(path, workplace, capsys):
             run_python(path, body, names, capsys)
 
 
-def test_readme_and_quickstart_are_followed_in_one_folder(workplace, capsys):
-    done = []
-    for path in FOLLOWED:
+def test_readme_and_quickstart_run_in_one_folder(workdir, capsys):
+    commands_run = []
+    for path in EXECUTED:
         names = {}
         for language, mark, body in BLOCK.findall(path.read_text(encoding="utf-8")):
             if language == "python" and mark == "hub":
@@ -116,12 +116,22 @@ def test_readme_and_quickstart_are_followed_in_one_folder(workplace, capsys):
                 for words in commands(body):
                     if words[0] == "longalign" and words[1] != "demo":  # tests/test_demo.py runs that
                         assert main(shortened(words[1:])) == 0, f"{path.name}: {words}\n{capsys.readouterr().err}"
-                        done.append(words[1])
-    assert set(done) == {"list", "describe", "train", "generate", "score", "eval", "export", "cache", "direction"}
+                        commands_run.append(words[1])
+    assert set(commands_run) == {
+        "list",
+        "describe",
+        "train",
+        "generate",
+        "score",
+        "eval",
+        "export",
+        "cache",
+        "direction",
+    }
 
 
-def test_blocks_of_the_quickstart_can_be_run_again(workplace, capsys):
-    """As in a notebook whose cells are run twice."""
+def test_quickstart_blocks_run_twice(workdir, capsys):
+    """As in a notebook where each cell is run twice."""
     path = ROOT / "docs" / "quickstart.md"
     names = {}
     for mark, body in blocks(path, "python"):
@@ -178,14 +188,14 @@ def check_command(words):
 
 
 def check_installable(arguments):
-    """What pip is given is a folder with a package, whose extras exist, or a distribution that is on an index."""
+    """Checks that pip arguments are package folders with existing extras, or published distributions."""
     projects = [
         tomllib.loads(path.read_text()) for path in (ROOT / "pyproject.toml", *ROOT.glob("plugins/*/pyproject.toml"))
     ]
     unpublished = {project["project"]["name"] for project in projects}
     for word in (w for w in arguments if not w.startswith("-") and "://" not in w and w != "cpu"):
         name, _, extras = word.rstrip("]").partition("[")
-        assert name not in unpublished, f"{name} is on no index: pip install -e ."
+        assert name not in unpublished, f"{name} is not published: use pip install -e ."
         if name.startswith(".") or "/" in name:
             project = tomllib.loads((ROOT / name / "pyproject.toml").read_text())["project"]
             assert set(filter(None, extras.split(","))) <= set(project.get("optional-dependencies", {})), word
@@ -197,15 +207,15 @@ def check_longalign(arguments):
         changes = parse_assignments(args.overrides)
         if Path(args.config).is_relative_to("examples"):
             override(args.config, changes)
-    given = getattr(args, "reward", None)
-    for reward in [] if args.command == "demo" or not given else [given] if isinstance(given, str) else given:
+    specs = getattr(args, "reward", None)
+    for reward in [] if args.command == "demo" or not specs else [specs] if isinstance(specs, str) else specs:
         rewards.validate(parse_value(reward))
     if args.command == "list" or (args.command == "describe" and args.topic in ("run", *REGISTRIES)):
         assert main(arguments) == 0
 
 
 @documents
-def test_configs_are_valid(path):
+def test_config_blocks_are_valid(path):
     for _, body in blocks(path, "yaml"):
         tree = yaml.safe_load(body)
         if "backbone" in tree:
@@ -214,11 +224,11 @@ def test_configs_are_valid(path):
         assert tomllib.loads(body)
 
 
-# What is named
+# Named objects
 
 
 @documents
-def test_links_lead_somewhere(path):
+def test_link_targets_exist(path):
     for target, anchor in re.findall(r"\]\(([^)\s#]*)(?:#([^)\s]*))?\)", prose(path)):
         if target.startswith("https://"):
             continue
@@ -231,7 +241,7 @@ def test_links_lead_somewhere(path):
 
 @documents
 def test_named_files_exist(path):
-    for name in re.findall(rf"`({PLACES}[\w./*-]*)`", prose(path)):
+    for name in re.findall(rf"`({FOLDERS}[\w./*-]*)`", prose(path)):
         assert list(ROOT.glob(name)), f"{path.name} names {name}"
 
 
@@ -249,23 +259,23 @@ def test_named_weights_exist(path):
         assert Path(resolve_checkpoint(name)).is_dir()
 
 
-def test_the_readme_names_every_part():
+def test_readme_lists_every_part():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    missing = [f"{kind}: {name}" for kind, name in own_parts() if f"`{name}`" not in text]
+    missing = [f"{kind}: {name}" for kind, name in builtin_parts() if f"`{name}`" not in text]
     assert not missing
 
 
-def test_the_licence_is_the_packages():
+def test_license_file_matches_pyproject():
     text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert "Apache License" in text and "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["license"] == "Apache-2.0"
 
 
-# What is generated
+# Generated blocks
 
 
-def own_parts():
-    """``(kind, name)`` of the parts of this package, without those of plugins."""
+def builtin_parts():
+    """``(kind, name)`` of the parts of this package, without plugins."""
     return [
         (kind, name)
         for kind, registry in REGISTRIES.items()
@@ -275,13 +285,13 @@ def own_parts():
 
 
 def reference():
-    """Every part and every key, as `longalign describe` explains them."""
+    """Every part and every key, as printed by `longalign describe`."""
     out = ["## A run", "", *entry(describe_model(RunConfig))]
-    kind_before = None
-    for kind, name in own_parts():
-        if kind != kind_before:
+    last_kind = None
+    for kind, name in builtin_parts():
+        if kind != last_kind:
             out += [f"## {kind}", ""]
-        kind_before = kind
+        last_kind = kind
         out += [f"### `{name}`", "", *entry(describe_part(kind, name).partition("\n\n")[2])]
     return "\n".join(out)
 
@@ -300,13 +310,13 @@ def entry(text):
 
 
 def recipes():
-    """The recipes, each with the first paragraph of its docstring."""
+    """Table of the recipes with the first paragraph of each docstring."""
     rows = ["| recipe | what it trains |", "|---|---|"]
     for path in sorted(RECIPES.glob("*.py")):
         about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
         if "Run:" in about:
-            first = about.split("\n\n")[0].split("Run:")[0]
-            rows.append(f"| `{path.relative_to(ROOT)}` | {' '.join(first.split())} |")
+            summary = about.split("\n\n")[0].split("Run:")[0]
+            rows.append(f"| `{path.relative_to(ROOT)}` | {' '.join(summary.split())} |")
     return "\n".join([*rows, ""])
 
 
@@ -319,12 +329,12 @@ def logs():
 
 
 def measured():
-    """The last evaluation in each log; what is measured then only is what the shortest row near the end lacks."""
+    """The last evaluation in each log. Evaluation keys are those missing from the shortest of the last rows."""
     out = ["| log | steps | minutes | measured on held-out data |", "|---|---|---|---|"]
     for name, rows in logs().items():
-        trained = min(rows[-10:], key=len)
-        if last := [row for row in rows if row.keys() - trained.keys()]:
-            values = ", ".join(f"{k} {v}" for k, v in last[-1].items() if k not in trained)
+        training_row = min(rows[-10:], key=len)
+        if last := [row for row in rows if row.keys() - training_row.keys()]:
+            values = ", ".join(f"{k} {v}" for k, v in last[-1].items() if k not in training_row)
             out.append(f"| {name} | {last[-1]['step']} | {last[-1]['seconds'] / 60:.0f} | {values} |")
     return "\n".join([*out, ""])
 
@@ -336,8 +346,8 @@ GENERATED = {
 }
 
 
-def parts_of(name):
-    """What stands before, between and after the marks of a generated part."""
+def split_at_markers(name):
+    """Text before, between and after the markers of a generated block."""
     text = GENERATED[name][0].read_text(encoding="utf-8")
     begin, end = f"<!-- {name}: written by tests/test_docs.py -->\n", f"<!-- end of {name} -->\n"
     before, _, rest = text.partition(begin)
@@ -346,26 +356,28 @@ def parts_of(name):
 
 
 @pytest.mark.parametrize("name", ["reference", "recipes"])
-def test_generated_parts_are_fresh(name):
-    assert parts_of(name)[1] == GENERATED[name][1](), "run: python tests/test_docs.py"
+def test_generated_blocks_are_up_to_date(name):
+    assert split_at_markers(name)[1] == GENERATED[name][1](), "run: python tests/test_docs.py"
 
 
-def test_measured_numbers_are_those_of_the_logs():
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in parts_of("measured")[1].splitlines()[2:]]
-    found = logs()
+def test_measured_table_matches_logs():
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in split_at_markers("measured")[1].splitlines()[2:]
+    ]
+    log_rows = logs()
     for name, step, minutes, values in rows:
-        (row,) = [row for row in found[name] if str(row["step"]) == step]
+        (row,) = [row for row in log_rows[name] if str(row["step"]) == step]
         assert f"{row['seconds'] / 60:.0f}" == minutes
         for key, value in (item.split(" ") for item in values.split(", ")):
             assert str(row[key]) == value, f"{name}, step {step}: run: python tests/test_docs.py"
 
 
 @needs_weights
-def test_every_log_is_in_the_table():
-    assert {line.split("|")[1].strip() for line in parts_of("measured")[1].splitlines()[2:]} == set(logs())
+def test_measured_table_lists_every_log():
+    assert {line.split("|")[1].strip() for line in split_at_markers("measured")[1].splitlines()[2:]} == set(logs())
 
 
 if __name__ == "__main__":
     for generated, (document, write) in GENERATED.items():
-        head, _, tail = parts_of(generated)
+        head, _, tail = split_at_markers(generated)
         document.write_text(head + write() + tail, encoding="utf-8")
