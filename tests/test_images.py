@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from longalign.images import CLIP_MEAN, CLIP_STD, ImagePreprocessor, check_range, fit, random_crop, resize
+from longalign.images import CLIP_MEAN, CLIP_STD, ImagePreprocessor, check_range, random_crop, resize, resize_to_input
 
 
 def ramp(height: int, width: int) -> torch.Tensor:
@@ -31,15 +31,15 @@ def test_resize_agrees_with_pil():
 
 def test_an_image_of_the_models_size_is_left_as_it_is():
     images = torch.rand(2, 3, 8, 8)
-    assert fit(images, (8, 8)) is images
+    assert resize_to_input(images, (8, 8)) is images
 
 
 def test_other_shapes_crop_pad_or_squash():
     wide = ramp(4, 8)
-    assert torch.equal(fit(wide, (4, 4), "crop"), wide[..., 2:6])
-    padded = fit(torch.ones(1, 3, 4, 8), (8, 8), "pad")
+    assert torch.equal(resize_to_input(wide, (4, 4), "crop"), wide[..., 2:6])
+    padded = resize_to_input(torch.ones(1, 3, 4, 8), (8, 8), "pad")
     assert torch.equal(padded[0, 0, :, 0], torch.tensor([0.0, 0, 1, 1, 1, 1, 0, 0]))
-    squashed = fit(wide, (4, 4), "squash")
+    squashed = resize_to_input(wide, (4, 4), "squash")
     assert squashed.shape == (1, 3, 4, 4)
     assert squashed[0, 0, 0, 0] < 2 < 5 < squashed[0, 0, 0, -1]
 

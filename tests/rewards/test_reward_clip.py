@@ -205,8 +205,8 @@ def test_a_random_crop_is_taken_in_training_mode_only(clip_folder):
 
 
 def test_settings_come_from_the_checkpoint(whole):
-    assert whole.pixels.size == (32, 32)
-    assert whole.pixels.mean == (0.5, 0.5, 0.5)
+    assert whole.preprocessor.size == (32, 32)
+    assert whole.preprocessor.mean == (0.5, 0.5, 0.5)
     assert whole.dim == 16
 
 
@@ -306,11 +306,11 @@ def test_a_config_survives_a_round_trip_with_its_defaults_filled_in():
 
 
 def test_a_ready_model_needs_no_files(whole):
-    reward = TowerReward(ClipTowers(whole.towers.model, whole.towers.tokenizer), whole.pixels)
+    reward = TowerReward(ClipTowers(whole.towers.model, whole.towers.tokenizer), whole.preprocessor)
     images = torch.rand(1, 3, 32, 32)
     assert torch.equal(reward.score(images, ["fox"]), whole.score(images, ["fox"]))
     with pytest.raises(ValueError, match="at least 1 image"):
-        TowerReward(reward.towers, whole.pixels, micro_batch=0)
+        TowerReward(reward.towers, whole.preprocessor, micro_batch=0)
 
 
 def test_one_prompt_for_each_image(whole):

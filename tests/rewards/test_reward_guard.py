@@ -47,7 +47,7 @@ def test_saving_writes_what_was_seen_and_names_the_folder(tmp_path):
 
 def test_a_reward_that_forgets_to_check_is_checked_by_score():
     class Forgetful(Reward):
-        def scores(self, images, prompts):
+        def score_components(self, images, prompts):
             return Scores(images.new_full((len(images),), math.nan))
 
     with pytest.raises(NonFiniteReward):

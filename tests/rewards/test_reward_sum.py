@@ -24,7 +24,7 @@ def test_weights_and_prefixed_parts_by_hand(known):
     images = torch.tensor([[0.0, 1.0, 0.0], [0.8, 0.0, 0.6]])[:, :, None, None].expand(-1, -1, 2, 2).contiguous()
     mean = CallableReward(lambda images, prompts: images.mean((1, 2, 3)))
     total = SumReward({"known": ReweightedReward(known, 0.5), "mean": mean}, [2.0, -3.0])
-    scores = total.scores(images, ["up", "down"])
+    scores = total.score_components(images, ["up", "down"])
     assert torch.allclose(scores.total, torch.tensor([2 * 0.8 - 1.0, 2 * 0.24 - 1.4]))
     assert torch.allclose(scores.parts["known"], torch.tensor([0.8, 0.24]))
     assert torch.allclose(scores.parts["known/text_irrelevant"], torch.tensor([0.0, 0.48]))
@@ -38,7 +38,7 @@ def test_terms_by_name_and_a_function_registered_in_code(clip_folder, brightness
     )
     images = torch.rand(2, 3, 32, 32, requires_grad=True)
     plain = rewards.build(clip).score(images, ["fox", "sky"])
-    scores = reward.scores(images, ["fox", "sky"])
+    scores = reward.score_components(images, ["fox", "sky"])
     assert torch.allclose(scores.total, 0.5 * plain + 2 * images.mean((1, 2, 3)), atol=1e-6)
     assert set(scores.parts) == {"clip", "test-brightness"}
     scores.total.sum().backward()
@@ -54,7 +54,11 @@ def test_labels_name_the_curves_and_repeated_names_are_numbered(clip_folder, bri
         {"reward": "test-brightness"},
     ]
     reward = rewards.build({"name": "sum", "terms": terms})
-    assert list(reward.scores(torch.rand(1, 3, 4, 4), ["a"]).parts) == ["test-brightness", "mine", "test-brightness-2"]
+    assert list(reward.score_components(torch.rand(1, 3, 4, 4), ["a"]).parts) == [
+        "test-brightness",
+        "mine",
+        "test-brightness-2",
+    ]
 
 
 def test_a_running_direction_inside_a_sum_is_part_of_its_state(known):

@@ -18,7 +18,7 @@ IMAGES = colours([0.0, 1.0, 0.0], [0.8, 0.0, 0.6])
 
 
 def test_both_parts_by_hand(known):
-    scores = ReweightedReward(known, 0.5).scores(IMAGES, ["up", "down"])
+    scores = ReweightedReward(known, 0.5).score_components(IMAGES, ["up", "down"])
     assert torch.allclose(scores.parts["text_relevant"], torch.tensor([0.8, 0.0]))
     assert torch.allclose(scores.parts["text_irrelevant"], torch.tensor([0.0, 0.48]))
     assert torch.allclose(scores.parts["eta"], torch.tensor([0.6, 0.6]))
@@ -28,7 +28,7 @@ def test_both_parts_by_hand(known):
 @pytest.mark.parametrize("direction", ["batch", "running", torch.tensor([0.0, 0.6, 0.8])])
 def test_omega_one_is_the_plain_score(known, direction):
     prompts = ["up", "in"]
-    scores = ReweightedReward(known, 1.0, direction).scores(IMAGES, prompts)
+    scores = ReweightedReward(known, 1.0, direction).score_components(IMAGES, prompts)
     assert torch.equal(scores.total, known.score(IMAGES, prompts))
     assert torch.allclose(scores.parts["text_relevant"] + scores.parts["text_irrelevant"], scores.total)
 
@@ -36,13 +36,13 @@ def test_omega_one_is_the_plain_score(known, direction):
 def test_omega_zero_has_no_component_along_the_direction(known):
     reward = ReweightedReward(known, 0.0)
     assert torch.allclose(reward.score(colours([1.0, 0.0, 0.0], [1.0, 0.0, 0.0]), ["up", "down"]), torch.zeros(2))
-    scores = reward.scores(IMAGES, ["up", "down"])
+    scores = reward.score_components(IMAGES, ["up", "down"])
     assert torch.allclose(scores.total, scores.parts["text_relevant"])
 
 
 def test_gradient_reaches_images_through_the_total_alone(known):
     images = IMAGES.clone().requires_grad_()
-    scores = ReweightedReward(known, 0.0, V).scores(images, ["up", "down"])
+    scores = ReweightedReward(known, 0.0, V).score_components(images, ["up", "down"])
     assert not any(part.requires_grad for part in scores.parts.values())
     scores.total.sum().backward()
     assert images.grad is not None
@@ -62,12 +62,12 @@ def test_a_batch_of_one_is_refused(known):
 @pytest.mark.parametrize("direction", ["batch", "running"])
 def test_two_processes_equal_the_joint_batch(known, direction):
     images, prompts = torch.rand(4, 3, 4, 4), ["up", "in", "along", "down"]
-    joint = ReweightedReward(known, 0.3, direction).scores(images, prompts)
+    joint = ReweightedReward(known, 0.3, direction).score_components(images, prompts)
     all_text = known.text_features(prompts)
     for rows in (slice(0, 2), slice(2, 4)):
         sent = []
         one = ReweightedReward(known, 0.3, direction, lambda text, sent=sent: sent.append(text) or all_text)
-        scores = one.scores(images[rows], prompts[rows])
+        scores = one.score_components(images[rows], prompts[rows])
         assert torch.equal(sent[0], all_text[rows])
         assert torch.allclose(scores.total, joint.total[rows])
         for name, part in scores.parts.items():
@@ -76,14 +76,14 @@ def test_two_processes_equal_the_joint_batch(known, direction):
 
 def test_a_batch_of_one_on_each_of_two_processes_is_fine(known):
     both = known.text_features(["up", "down"])
-    scores = ReweightedReward(known, gather=lambda text: both).scores(IMAGES[:1], ["up"])
+    scores = ReweightedReward(known, gather=lambda text: both).score_components(IMAGES[:1], ["up"])
     assert torch.allclose(scores.parts["text_relevant"], torch.tensor([0.8]))
 
 
 def test_a_running_direction_is_the_mean_over_all_batches(known):
     reward = ReweightedReward(known, 0.0, "running")
     reward.score(IMAGES[:1], ["up"])
-    scores = reward.scores(IMAGES[:1], ["down"])
+    scores = reward.score_components(IMAGES[:1], ["down"])
     assert torch.allclose(reward.running_mean, torch.tensor([0.6, 0.0, 0.0]))
     assert reward.running_count.item() == 2
     assert torch.allclose(scores.parts["eta"], torch.tensor([0.6]))
@@ -116,7 +116,7 @@ def test_it_wraps_any_embedding_reward_by_name(clip_folder, hpsv2_folder):
     for inner in ({"name": "clip", "checkpoint": clip_folder}, {"name": "denscore", "checkpoint": clip_folder},
                   {"name": "hpsv2", "checkpoint": hpsv2_folder}):  # fmt: skip
         plain = rewards.build(inner).score(images, prompts)
-        scores = rewards.build({"name": "reweighted", "omega": 1.0, "inner": inner}).scores(images, prompts)
+        scores = rewards.build({"name": "reweighted", "omega": 1.0, "inner": inner}).score_components(images, prompts)
         assert torch.allclose(scores.total, plain, atol=1e-6)
         assert torch.allclose(scores.parts["text_relevant"] + scores.parts["text_irrelevant"], plain, atol=1e-6)
     reweighted = rewards.build({"name": "reweighted", "inner": {"name": "denscore", "checkpoint": clip_folder}})

@@ -279,7 +279,7 @@ def test_a_run_resumes_exactly_and_its_folder_is_a_clip_that_rewards_load(clip, 
     for name in ("denscore", "pickscore", "clip"):
         reward = rewards.build({"name": name, "checkpoint": folder})
         assert torch.allclose(reward.score(images, prompts) * models[0].logit_scale.exp(), logits, atol=1e-4)
-        assert reward.pixels.mean == (0.5, 0.5, 0.5) and reward.pixels.size == (32, 32)
+        assert reward.preprocessor.mean == (0.5, 0.5, 0.5) and reward.preprocessor.size == (32, 32)
 
 
 def test_a_run_brings_the_loss_down(clip, tmp_path):

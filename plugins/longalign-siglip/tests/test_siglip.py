@@ -88,14 +88,18 @@ def test_it_is_reweighted_like_any_other(checkpoint):
     config = {"name": "reweighted", "omega": 1.0, "inner": {"name": "siglip", "checkpoint": checkpoint}}
     reward = rewards.build(config)
     images, prompts = torch.rand(2, 3, 32, 32), ["a red fox", "the sky"]
-    scores = reward.scores(images, prompts)
+    scores = reward.score_components(images, prompts)
     assert torch.allclose(scores.total, reward.inner.score(images, prompts), atol=1e-6)
     assert torch.allclose(scores.parts["text_relevant"] + scores.parts["text_irrelevant"], scores.total, atol=1e-6)
 
 
 def test_settings_come_from_the_checkpoint(siglip):
     assert isinstance(siglip.towers, SiglipTowers)
-    assert (siglip.pixels.size, siglip.pixels.mean, siglip.pixels.std) == ((32, 32), (0.5,) * 3, (0.5,) * 3)
+    assert (siglip.preprocessor.size, siglip.preprocessor.mean, siglip.preprocessor.std) == (
+        (32, 32),
+        (0.5,) * 3,
+        (0.5,) * 3,
+    )
 
 
 def test_half_a_model_and_wrong_keys_are_refused(checkpoint, tmp_path):
