@@ -72,9 +72,9 @@ def test_preprocessor_random_only_with_random_crop():
     plain, cropped = ImagePreprocessor((8, 8)), ImagePreprocessor((8, 8), crop=12)
     assert torch.equal(plain(images), plain(images))
     assert torch.equal(cropped(images, random=False), plain(images))
-    first, again, other = (cropped(images, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+    crops, same_seed, other_seed = (cropped(images, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(crops, same_seed)
+    assert not torch.equal(crops, other_seed)
 
 
 def test_preprocessor_keeps_float64():

@@ -178,8 +178,8 @@ def test_replay_restores_random_state():
     predict, _ = network(dropout=0.5)
     _, recorded = rollout(predict, torch.randn(2, 4, 4, 4, dtype=torch.float64), SIX, [0, 1])
     before = torch.get_rng_state()
-    first, again = replay(predict, recorded[:1]), replay(predict, recorded[:1])
-    assert torch.equal(first, again) and first.requires_grad
+    outputs, repeated = replay(predict, recorded[:1]), replay(predict, recorded[:1])
+    assert torch.equal(outputs, repeated) and outputs.requires_grad
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -189,7 +189,7 @@ def test_rollout_rejects_grad_steps_out_of_range():
 
 
 class SavedTensors:
-    """Counts the elements of tensors saved for backward, at present and at most."""
+    """Counts the elements of tensors saved for backward: current and peak."""
 
     def __init__(self):
         self.current = self.peak = 0

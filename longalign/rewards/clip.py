@@ -27,7 +27,7 @@ NUM_SPECIAL_TOKENS = 2
 class ClipTowers(Towers):
     """Both towers of a ``transformers.CLIPModel``.
 
-    The text tower is causal and its embedding is read at ``<eot>``, so padding after it has no effect and needs no
+    The text tower is causal and its embedding is pooled at ``<eot>``, so padding after it has no effect and needs no
     mask.
 
     Args:

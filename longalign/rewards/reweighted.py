@@ -29,7 +29,7 @@ class ReweightedReward(Reward):
         inner: the reward to decompose.
         omega: weight of the text-irrelevant part.
         direction: ``"batch"``, ``"running"``, or a fixed vector ``(d,)``, which is normalised. A running direction is
-            the mean over all prompts seen in training mode; eval mode does not update it. Its state is in
+            the mean over all prompts scored in training mode; eval mode does not update it. Its state is in
             ``state_dict()`` (``running_mean``, ``running_count``).
         gather: see `Runtime.gather`; V is computed from the prompts of all processes.
     """
@@ -89,7 +89,7 @@ class ReweightedReward(Reward):
             self.running_mean.copy_(mean)
             self.running_count.copy_(count)
         elif not self.running_count:
-            raise ValueError("the running direction has seen no prompts; score in training mode first, or use a file")
+            raise ValueError("the running direction has no prompts yet; score in training mode first, or use a file")
         return preference.normalise(self.running_mean).to(text.device)
 
     def score_components(self, images: Tensor, prompts: Sequence[str]) -> Scores:

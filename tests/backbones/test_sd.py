@@ -166,16 +166,16 @@ def test_add_lora_merges_previous_lora():
     with_both = predict(backbone)
     assert not torch.allclose(with_both, with_align, atol=1e-3)
     assert backbone.lora_names == ["align", "reward"] and backbone.unused_name("reward") == "reward-2"
-    again = tiny_backbone()
-    again.load_lora(backbone.lora_state())
-    assert torch.equal(predict(again), with_both)
+    reloaded = tiny_backbone()
+    reloaded.load_lora(backbone.lora_state())
+    assert torch.equal(predict(reloaded), with_both)
     backbone.merge_lora()
     assert torch.allclose(predict(backbone), with_both, atol=1e-5)
     assert [lora.name for lora in backbone.lora_state()] == ["align", "reward"]
     with pytest.raises(ValueError, match=r"LoRA 'align'; .*\['align', 'reward'\]"):
         backbone.add_lora(LORA, "align")
     with pytest.raises(ValueError, match=r"without LoRA.*\['align', 'reward'\]"):
-        again.load_lora([])
+        reloaded.load_lora([])
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -250,10 +250,10 @@ def test_full_state_contains_merged_lora():
     perturb(backbone.train_all(), 0.01)
     assert backbone.lora_names == [] and all(p.requires_grad for p in backbone.denoiser.parameters())
     perturb(backbone.add_lora(LORA, "reward"))
-    again = tiny_backbone()
-    again.load_full(backbone.full_state())
-    again.load_lora(backbone.lora_state())
-    assert torch.equal(predict(again), predict(backbone))
+    reloaded = tiny_backbone()
+    reloaded.load_full(backbone.full_state())
+    reloaded.load_lora(backbone.lora_state())
+    assert torch.equal(predict(reloaded), predict(backbone))
 
 
 def test_sd_rejects_unsupported_unets():

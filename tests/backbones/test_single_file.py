@@ -111,12 +111,12 @@ def test_single_file_rejects_missing_or_mismatched_weights(single, tmp_path):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"checkpoint": "x.ckpt"}, "a .ckpt file is a pickle"),
-        ({"checkpoint": "x", "layout": "y"}, "'layout' describes a single .safetensors file"),
-        ({"checkpoint": "x.safetensors", "variant": "fp16"}, "'checkpoint' is one file, and 'variant' would choose"),
+        ({"checkpoint": "x.ckpt"}, r"\.ckpt.*pickle"),
+        ({"checkpoint": "x", "layout": "y"}, r"'layout' .*\.safetensors"),
+        ({"checkpoint": "x.safetensors", "variant": "fp16"}, "'checkpoint' .*'variant'"),
         (
             {"checkpoint": "x.safetensors", "subfolder": "x", "revision": "y"},
-            "'subfolder' and 'revision' would choose",
+            "'checkpoint' .*'subfolder' and 'revision'",
         ),
     ],
 )

@@ -78,12 +78,12 @@ def test_direction_file_is_self_describing(direction_file, inner):
 def test_reweighted_with_direction_file_scores_batch_of_one(direction_file, inner):
     reward = rewards.build({"name": "reweighted", "direction": str(direction_file), "omega": 0.0, "inner": inner})
     image = torch.rand(1, 3, 32, 32)
-    alone = reward.score(image, PROMPTS[:1])
-    assert torch.allclose(alone, reward.score(image.repeat(2, 1, 1, 1), PROMPTS[:2])[:1], atol=1e-6)
+    single = reward.score(image, PROMPTS[:1])
+    assert torch.allclose(single, reward.score(image.repeat(2, 1, 1, 1), PROMPTS[:2])[:1], atol=1e-6)
     vector = load_direction(direction_file).vector
     text = reward.inner.text_features(PROMPTS[:1])
     perpendicular = text - (text @ vector)[:, None] * vector
-    assert torch.allclose(alone, (reward.inner.image_features(image) * perpendicular).sum(-1), atol=1e-6)
+    assert torch.allclose(single, (reward.inner.image_features(image) * perpendicular).sum(-1), atol=1e-6)
 
 
 def test_write_direction_accepts_reweighted_config(direction_file, inner, tmp_path):
