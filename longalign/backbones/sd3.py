@@ -19,8 +19,8 @@ class SD3Backbone(LatentBackbone):
     """SD3's transformer and VAE.
 
     At timestep t of T, latents are ``(1 - s) x_0 + s n`` with ``s = shift u / (1 + (shift - 1) u)`` and
-    ``u = (t + 1) / T`` (section 5.3.2 of the paper, eq. 23). The network is conditioned on ``T s`` and takes no attention
-    mask.
+    ``u = (t + 1) / T`` (section 5.3.2 of the paper, eq. 23). The network is conditioned on ``T s``, and takes no
+    attention mask.
 
     Args:
         transformer: the denoiser.
