@@ -138,7 +138,7 @@ def reward(setting: Setting) -> Any:
             towers = ClipTowers(network(setting.model, DENSCORE), None)
             self.inner = TowerReward(towers, ImagePreprocessor((224, 224)), micro_batch=1 if setting.single else None)
 
-        def scores(self, images: Tensor, prompts: Sequence[str]) -> Scores:
+        def score_components(self, images: Tensor, prompts: Sequence[str]) -> Scores:
             features = self.inner.image_features(images)
             return Scores((features * torch.empty_like(features)).sum(-1))
 

@@ -1,7 +1,7 @@
-"""Diffusion as tensor maths: noise levels, what a network answers, and samplers as linear steps.
+"""Diffusion as tensor maths: noise levels, prediction types, and samplers as linear steps.
 
-A sampling step is linear in the latent and in the network's output, ``x' = a x + b o + c n``, whatever the output
-stands for (noise, velocity, flow).
+A sampling step is linear in the latent and in the network's output, ``x' = a x + b o + c n``, for each prediction type
+(noise, velocity, flow).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ PREDICTIONS = ("epsilon", "v_prediction", "flow")
 
 @dataclass(frozen=True)
 class NoiseLevels:
-    """What is left of the image and what there is of noise at each timestep: ``x_t = signal[t] x_0 + noise[t] n``.
+    """Scales of signal and noise at each timestep: ``x_t = signal[t] x_0 + noise[t] n``.
 
     Attributes:
-        signal: ``(T,)`` float64; the root of the cumulated alphas for variance-preserving models, ``1 - s`` for flows.
+        signal: ``(T,)`` float64; square root of ``alphas_cumprod`` for variance-preserving models, ``1 - s`` for flows.
         noise: ``(T,)`` float64.
     """
 
@@ -31,18 +31,18 @@ class NoiseLevels:
 
     @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: Tensor) -> NoiseLevels:
-        """Levels of a variance-preserving model from its cumulated alphas ``(T,)``."""
+        """Levels of a variance-preserving model from its ``alphas_cumprod`` ``(T,)``."""
         alphas = alphas_cumprod.double().cpu()
         return cls(alphas.sqrt(), (1 - alphas).sqrt())
 
     @classmethod
-    def from_flow(cls, length: int, shift: float = 1.0) -> NoiseLevels:
-        """Levels ``1 - s`` and ``s`` of a rectified flow at ``length`` timesteps, the last of which is pure noise.
+    def from_flow(cls, num_timesteps: int, shift: float = 1.0) -> NoiseLevels:
+        """Levels ``1 - s`` and ``s`` of a rectified flow; the last timestep is pure noise.
 
-        ``s = shift u / (1 + (shift - 1) u)`` with ``u = (t + 1) / length``; ``shift`` moves steps towards noise, as
-        larger images need it (arXiv 2403.03206, eq. 23, where it is the root of the ratio of pixels).
+        ``s = shift u / (1 + (shift - 1) u)`` with ``u = (t + 1) / num_timesteps``. A larger ``shift`` moves steps
+        towards noise, for larger images (arXiv 2403.03206, eq. 23; there it is the square root of the ratio of pixels).
         """
-        u = torch.arange(1, length + 1, dtype=torch.float64) / length
+        u = torch.arange(1, num_timesteps + 1, dtype=torch.float64) / num_timesteps
         noise = shift * u / (1 + (shift - 1) * u)
         return cls(1 - noise, noise)
 
@@ -50,20 +50,20 @@ class NoiseLevels:
         return len(self.signal)
 
     def at(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Signal and noise at ``timesteps`` ``(b,)``, shaped to multiply ``like`` ``(b, ...)``."""
+        """Scales of signal and noise at ``timesteps`` ``(b,)``, broadcastable to ``like`` ``(b, ...)``."""
         shape = (-1, *[1] * (like.ndim - 1))
         index = timesteps.cpu()
         return self.signal[index].to(like).view(shape), self.noise[index].to(like).view(shape)
 
 
 def add_noise(levels: NoiseLevels, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """Latents ``(b, ...)`` brought to ``timesteps`` ``(b,)`` with ``noise`` of the same shape."""
+    """Adds ``noise`` to latents ``(b, ...)`` of the same shape at the levels of ``timesteps`` ``(b,)``."""
     signal, sigma = levels.at(timesteps, latents)
     return signal * latents + sigma * noise
 
 
 def training_target(prediction: str, levels: NoiseLevels, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """What the network should answer: the noise, the velocity (arXiv 2202.00512, eq. 11), or the flow ``n - x_0``."""
+    """Regression target: the noise, the velocity (arXiv 2202.00512, eq. 11), or the flow ``n - x_0``."""
     if prediction == "epsilon":
         return noise
     if prediction == "flow":
@@ -77,50 +77,51 @@ DENSITIES = ("uniform", "logit-normal")
 
 
 def sample_timesteps(density: str, levels: NoiseLevels, count: int, device: torch.device) -> Tensor:
-    """Random timesteps ``(count,)`` to train at.
+    """Samples random training timesteps ``(count,)``.
 
     Args:
-        density: ``"uniform"``, or ``"logit-normal"``, ``sigmoid(n)`` with normal n, which favours the middle, where a
-            flow is hardest to predict (arXiv 2403.03206, section 3.1, eq. 19 with m = 0 and s = 1).
-        levels: whose timesteps.
-        count: how many.
-        device: where to draw.
+        density: ``"uniform"``, or ``"logit-normal"``: ``sigmoid(n)`` with normal n. It concentrates on intermediate
+            noise levels, where a flow is hardest to predict (arXiv 2403.03206, section 3.1, eq. 19, m = 0 and s = 1).
+        levels: gives the number of timesteps.
+        count: number of samples.
+        device: device on which they are sampled.
     """
     if density == "uniform":
         return torch.randint(len(levels), (count,), device=device)
     if density not in DENSITIES:
         raise ValueError(f"unknown density of timesteps '{density}'; expected one of {', '.join(DENSITIES)}")
-    share = torch.randn(count, device=device).sigmoid()
-    return (share * len(levels)).long().clamp(max=len(levels) - 1)
+    position = torch.randn(count, device=device).sigmoid()
+    return (position * len(levels)).long().clamp(max=len(levels) - 1)
 
 
 def check_prediction(prediction: str) -> None:
-    """Raises ValueError for a kind of output that is not known."""
+    """Raises ValueError for an unknown prediction type."""
     if prediction not in PREDICTIONS:
         raise ValueError(f"unknown prediction '{prediction}'; expected one of {', '.join(PREDICTIONS)}")
 
 
 def check_linear_sampling(scheduler: Mapping[str, Any]) -> None:
-    """Refuses scheduler constants that clip the predicted image: a clipped step is not linear.
+    """Rejects scheduler configs that clip the predicted image, which makes a step non-linear.
 
     Args:
-        scheduler: the values of a diffusers scheduler config.
+        scheduler: a diffusers scheduler config.
 
     Raises:
-        ValueError: naming the setting.
+        ValueError: if such a setting is on; the message names it.
     """
     for key in ("clip_sample", "thresholding"):
         if scheduler.get(key):
             raise ValueError(
-                f"the scheduler sets {key}=true, which makes a sampling step non-linear in the network's output; "
-                f"expected latents that are not clipped. Set {key} to false in scheduler_config.json if the model "
-                "was not trained with it"
+                f"the scheduler sets {key}=true, which is not supported: it makes a sampling step non-linear in the "
+                f"network's output. Set {key} to false in scheduler_config.json if the model was not trained with it"
             )
 
 
 def trailing_timesteps(num_steps: int, num_timesteps: int = 1000) -> tuple[int, ...]:
-    """Timesteps spaced from the end, ``trailing`` in diffusers: 50 of 1000 are 999, 979, ..., 19; 4 are 999, 749, 499,
-    249 (arXiv 2305.08891, table 2)."""
+    """Timesteps of sampling, spaced from the end (``trailing`` in diffusers; arXiv 2305.08891, table 2).
+
+    50 of 1000 are 999, 979, ..., 19; 4 are 999, 749, 499, 249.
+    """
     if not 1 <= num_steps <= num_timesteps:
         raise ValueError(f"expected between 1 and {num_timesteps} sampling steps, got {num_steps}")
     return tuple(round(num_timesteps - i * num_timesteps / num_steps) - 1 for i in range(num_steps))
@@ -131,10 +132,10 @@ class Solver:
     """A sampler as linear steps ``x' = a x + b o + c n`` from pure noise to the image's latent.
 
     Attributes:
-        timesteps: of each step, descending.
-        a: factor of the latent.
-        b: factor of the network's output.
-        c: factor of fresh noise; 0 for a deterministic step.
+        timesteps: timestep of each step, descending.
+        a: factor of the latent in each step.
+        b: factor of the network's output in each step.
+        c: factor of new noise in each step; 0 for a deterministic step.
     """
 
     timesteps: tuple[int, ...]
@@ -146,18 +147,18 @@ class Solver:
         return len(self.timesteps)
 
     def step(self, index: int, latents: Tensor, output: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Step ``index`` (0 is the first); ``noise`` is needed where ``c`` is not 0."""
+        """Takes step ``index``, counted from 0; ``noise`` is required if its ``c`` is not 0."""
         latents = self.a[index] * latents + self.b[index] * output
         return latents if noise is None else latents + self.c[index] * noise
 
 
-def _readout(prediction: str, signal: float, noise: float) -> tuple[float, float, float, float]:
-    """p, q, r, s with ``x_0 = p x + q o`` and ``n = r x + s o``."""
+def _output_factors(prediction: str, signal: float, noise: float) -> tuple[float, float, float, float]:
+    """Factors p, q, r, s with ``x_0 = p x + q o`` and ``n = r x + s o``."""
     if prediction == "epsilon":
         if signal < 1e-6:
             raise ValueError(
-                "the noise schedule has no signal at its last timestep, where noise prediction says nothing about the "
-                "image; expected a v-prediction model with such a schedule"
+                "the noise schedule has no signal at its last timestep, so a noise prediction does not determine the "
+                "image; expected prediction 'v_prediction' with such a schedule"
             )
         return 1 / signal, -noise / signal, 0.0, 1.0
     if prediction == "v_prediction":
@@ -168,14 +169,14 @@ def _readout(prediction: str, signal: float, noise: float) -> tuple[float, float
 
 def _coefficients(levels: NoiseLevels, timesteps: Sequence[int], prediction: str) -> Iterator[tuple[int, Any, Any]]:
     next_levels = [*((float(levels.signal[t]), float(levels.noise[t])) for t in timesteps[1:]), (1.0, 0.0)]
-    for t, after in zip(timesteps, next_levels, strict=True):
-        yield t, _readout(prediction, float(levels.signal[t]), float(levels.noise[t])), after
+    for t, next_level in zip(timesteps, next_levels, strict=True):
+        yield t, _output_factors(prediction, float(levels.signal[t]), float(levels.noise[t])), next_level
 
 
 def ddim(levels: NoiseLevels, timesteps: Sequence[int], prediction: str) -> Solver:
-    """DDIM without noise (arXiv 2010.02502, eq. 12); its last step gives the predicted ``x_0``.
+    """Deterministic DDIM (arXiv 2010.02502, eq. 12); its last step gives the predicted ``x_0``.
 
-    For flows the same step is Euler's.
+    For flows, this is an Euler step.
     """
     a, b = [], []
     for _, (p, q, r, s), (signal, noise) in _coefficients(levels, timesteps, prediction):
@@ -191,7 +192,7 @@ def lcm(
     sigma_data: float = 0.5,
     timestep_scaling: float = 10.0,
 ) -> Solver:
-    """Multistep consistency sampling (arXiv 2310.04378, algorithm 3), with fresh noise between steps.
+    """Multistep consistency sampling (arXiv 2310.04378, algorithm 3), with new noise between steps.
 
     The consistency function is ``c_skip x + c_out x_0`` with ``c_skip = d^2 / (u^2 + d^2)``,
     ``c_out = u / sqrt(u^2 + d^2)``, ``u = timestep_scaling * t`` and ``d = sigma_data``.
@@ -208,5 +209,5 @@ def lcm(
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
-    """Classifier-free guidance (arXiv 2207.12598, eq. 6 with w = scale - 1); one scale, or one per item."""
+    """Classifier-free guidance (arXiv 2207.12598, eq. 6 with w = scale - 1); ``scale`` is a number, or one per item."""
     return unconditional + scale * (conditional - unconditional)

@@ -1,4 +1,4 @@
-"""Images in [0, 1] to the pixels a vision model reads: crop, antialiased resize, normalisation; differentiable."""
+"""Differentiable preprocessing of images for vision models: crop, antialiased resize, normalisation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-#: mean and standard deviation of CLIP's training images, for RGB in [0, 1]
+#: RGB mean and standard deviation of CLIP's training images in [0, 1]
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -18,18 +18,17 @@ ASPECTS = ("crop", "pad", "squash")
 
 @dataclass(frozen=True)
 class ImagePreprocessor:
-    """What a vision model reads. Calling it turns images into its pixels.
+    """Preprocesses images for a vision model.
 
     Attributes:
         size: height and width of the model's input.
-        mean: per channel, of images in [0, 1].
+        mean: per channel, for images in [0, 1].
         std: per channel.
-        aspect: what becomes of images of another shape: ``"crop"`` scales the shorter side and keeps the centre (CLIP),
-            ``"pad"`` scales the longer side and fills with black (HPSv2), ``"squash"`` scales both sides (SigLIP).
-            For images of the model's own shape the three are the same.
-        crop: side of a random crop taken before the resize, against blocky artefacts that a reward would otherwise
-            exploit (the paper's authors take 504 of 512): an int in pixels or a float as a fraction of each side;
-            None for no crop.
+        aspect: how images of a different aspect ratio are resized: ``"crop"`` scales the shorter side and keeps the
+            centre (CLIP), ``"pad"`` scales the longer side and pads with black (HPSv2), ``"squash"`` scales both sides
+            (SigLIP). For images of the model's aspect ratio all three are the same.
+        crop: side of a random crop before the resize: an int in pixels, or a float as a fraction of each side; None for
+            no crop. It discourages reward hacking through blocky artefacts (504 of 512 in the paper authors' code).
     """
 
     size: tuple[int, int]
@@ -45,104 +44,106 @@ class ImagePreprocessor:
             check_crop(self.crop)
 
     def __call__(self, images: Tensor, generator: Generator | None = None, random: bool = True) -> Tensor:
-        """Images ``(b, 3, h, w)`` in [0, 1] to pixels ``(b, 3, *size)``, in float32 unless images are in float64.
+        """Images ``(b, 3, h, w)`` in [0, 1] to pixels ``(b, 3, *size)``: float32, or float64 for float64 images.
 
         Args:
-            images: any resolution; gradient flows through.
-            generator: source of the crop's place, one place for each image; torch's global CPU generator if None.
-            random: False leaves the random crop out.
+            images: images of any resolution; gradient flows through.
+            generator: CPU generator for the crop positions, one per image; torch's global one if None.
+            random: False disables the random crop.
         """
         check_images(images)
         images = at_least_float32(images)
         if self.crop is not None and random:
             images = random_crop(images, self.crop, generator)
-        images = fit(images, self.size, self.aspect)
+        images = resize_to_input(images, self.size, self.aspect)
         mean, std = (images.new_tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
         return (images - mean) / std
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """The tensor in float32; in float64 if it was."""
+    """Casts a tensor to float32; float64 is kept."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def check_images(images: Tensor) -> None:
-    """Raises ValueError unless ``images`` is a floating point batch ``(b, 3, h, w)``."""
+    """Raises ValueError unless ``images`` is a floating-point batch ``(b, 3, h, w)``."""
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(
             f"expected float images (b, 3, h, w) in [0, 1], got {images.dtype} of shape {tuple(images.shape)}; "
-            "add a batch axis with images[None], and divide 8-bit images by 255"
+            "add a batch dimension with images[None], and divide 8-bit images by 255"
         )
 
 
 class ImageCheck:
-    """Raises ValueError for images of another shape, integers, or values far outside of [0, 1].
+    """Raises ValueError for images of a wrong shape, integers, or values far outside [0, 1].
 
-    On a GPU the values of the first batch alone are looked at, for looking waits for the GPU.
+    On a GPU, values of the first batch only are checked, because the check synchronises with the GPU.
     """
 
     def __init__(self) -> None:
-        self._seen = False
+        self._range_checked = False
 
     def __call__(self, images: Tensor) -> None:
         check_images(images)
-        if images.device.type == "cpu" or not self._seen:
+        if images.device.type == "cpu" or not self._range_checked:
             check_range(images)
-            self._seen = True
+            self._range_checked = True
 
 
 def check_range(images: Tensor) -> None:
-    """Raises ValueError for finite images with values far outside of [0, 1]; a resize may overshoot by a little."""
+    """Raises ValueError for finite images with values far outside [0, 1]; a resize may overshoot slightly."""
     if not images.numel():
         return
     low, high = torch.stack(images.detach().aminmax()).tolist()
     if math.isfinite(low + high) and (low < -0.1 or high > 1.1):
-        advice = "divide 8-bit values by 255" if high > 3 else "map [-1, 1] by images / 2 + 0.5, or undo normalisation"
-        raise ValueError(f"expected images in [0, 1], got values from {low:.4g} to {high:.4g}; {advice}")
+        hint = "divide 8-bit values by 255" if high > 3 else "map [-1, 1] by images / 2 + 0.5, or undo normalisation"
+        raise ValueError(f"expected images in [0, 1], got values from {low:.4g} to {high:.4g}; {hint}")
 
 
 def check_crop(crop: int | float) -> None:
     """Raises ValueError unless ``crop`` is a number of pixels or a fraction in (0, 1)."""
     if isinstance(crop, float) and not 0 < crop < 1:
-        raise ValueError(f"a crop given as a fraction must be between 0 and 1, not {crop}; give pixels as an int")
+        raise ValueError(f"expected a crop fraction between 0 and 1, got {crop}; for pixels, use an int")
     if isinstance(crop, int) and crop < 1:
-        raise ValueError(f"a crop must be at least one pixel, not {crop}; leave it out for no crop")
+        raise ValueError(f"expected a crop of at least 1 pixel, got {crop}; for no crop, use None")
 
 
 def random_crop(images: Tensor, crop: int | float, generator: Generator | None = None) -> Tensor:
-    """Cuts a randomly placed window out of each image ``(b, c, h, w)``.
+    """Crops each image ``(b, c, h, w)`` at its own random position.
 
     Args:
-        images: the batch.
-        crop: side of the square window in pixels (int), or the fraction of each side that is kept (float).
+        images: batch of images.
+        crop: side of the square crop in pixels (int), or as a fraction of each side (float).
         generator: a CPU generator; torch's global one if None.
     """
     check_crop(crop)
     size = [crop if isinstance(crop, int) else max(1, round(crop * side)) for side in images.shape[-2:]]
-    if any(want > have for want, have in zip(size, images.shape[-2:], strict=True)):
+    if any(target > side for target, side in zip(size, images.shape[-2:], strict=True)):
         raise ValueError(
             f"cannot crop {size[0]}x{size[1]} pixels from images of {images.shape[-2]}x{images.shape[-1]}; "
             "use a smaller crop, or a fraction such as 0.984"
         )
     height, width = size
-    rows, columns = (
-        torch.randint(have - want + 1, (len(images),), generator=generator).tolist()
-        for want, have in zip(size, images.shape[-2:], strict=True)
+    tops, lefts = (
+        torch.randint(side - target + 1, (len(images),), generator=generator).tolist()
+        for target, side in zip(size, images.shape[-2:], strict=True)
     )
-    windows = [i[:, y : y + height, x : x + width] for i, y, x in zip(images, rows, columns, strict=True)]
-    return torch.stack(windows) if windows else images[..., :height, :width]
+    crops = [
+        image[:, top : top + height, left : left + width] for image, top, left in zip(images, tops, lefts, strict=True)
+    ]
+    return torch.stack(crops) if crops else images[..., :height, :width]
 
 
-def fit(images: Tensor, size: tuple[int, int], aspect: str = "crop") -> Tensor:
-    """Resizes images ``(b, c, h, w)`` to ``(b, c, *size)``; see `ImagePreprocessor.aspect` for other shapes.
+def resize_to_input(images: Tensor, size: tuple[int, int], aspect: str = "crop") -> Tensor:
+    """Resizes images ``(b, c, h, w)`` to ``(b, c, *size)``, with crop or padding; see `ImagePreprocessor.aspect`.
 
-    Bicubic with antialiasing, as PIL and the published processors do; values are not clamped afterwards, so gradient
-    reaches every pixel.
+    Bicubic with antialiasing, as in PIL and the published processors. Values are not clamped, so gradient reaches every
+    pixel.
     """
     height, width = images.shape[-2:]
     if aspect == "squash" or height * size[1] == width * size[0]:
         return resize(images, size)
-    # roundings as in the published processors; max and min keep the deciding side exact
+    # rounding as in the published processors; max and min keep the limiting side exact
     if aspect == "crop":
         scale = max(size[0] / height, size[1] / width)
         scaled = max(size[0], int(height * scale)), max(size[1], int(width * scale))
@@ -155,7 +156,7 @@ def fit(images: Tensor, size: tuple[int, int], aspect: str = "crop") -> Tensor:
 
 
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Antialiased bicubic resize of ``(b, c, h, w)``; images that have the size already are returned as they are."""
+    """Antialiased bicubic resize of ``(b, c, h, w)``; images of that size are returned unchanged."""
     if tuple(images.shape[-2:]) == tuple(size):
         return images
     return F.interpolate(images, size, mode="bicubic", align_corners=False, antialias=True)

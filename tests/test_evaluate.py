@@ -40,7 +40,7 @@ class Compass(EmbeddingReward):
 
 
 class Brightness(Reward):
-    def scores(self, images, prompts):
+    def score_components(self, images, prompts):
         mean = images.mean((1, 2, 3))
         return Scores(mean, {"red": images[:, 0].mean((1, 2))})
 

@@ -1,4 +1,4 @@
-"""The exact gradient of a rollout beside plain autograd through all of it."""
+"""The exact gradient of a rollout, compared with plain autograd through the whole rollout."""
 
 from functools import cache
 
@@ -19,18 +19,18 @@ FOUR = trailing_timesteps(4)
 SIX = ddim(LEVELS, trailing_timesteps(6), "epsilon")
 
 
-def plain(predict, noise, solver, grad_steps, detach=True):
-    """The reference: one graph through the whole rollout."""
+def autograd_rollout(predict, noise, solver, grad_steps, detach=True):
+    """Reference: one graph through the whole rollout."""
     latents = noise
     for i, t in enumerate(solver.timesteps):
         with torch.set_grad_enabled(i in grad_steps):
             output = predict(latents.detach() if detach else latents, torch.full((len(noise),), t))
-        fresh = torch.randn_like(latents) if solver.c[i] else None
-        latents = solver.step(i, latents, output, fresh)
+        new_noise = torch.randn_like(latents) if solver.c[i] else None
+        latents = solver.step(i, latents, output, new_noise)
     return latents
 
 
-def exact(predict, noise, solver, grad_steps, loss, detach=True, calls_per_batch=1, scale=1.0):
+def replayed_rollout(predict, noise, solver, grad_steps, loss, detach=True, calls_per_batch=1, scale=1.0):
     final, recorded = rollout(predict, noise, solver, grad_steps)
     final = final.requires_grad_()
     (gradient,) = torch.autograd.grad(loss(final), final)
@@ -41,7 +41,7 @@ def exact(predict, noise, solver, grad_steps, loss, detach=True, calls_per_batch
 
 @cache
 def network(full=False, dtype=torch.float64, dropout=0.0, placement="down"):
-    """A guided UNet and its trainable parameters; the LoRA's up projection is moved away from zero."""
+    """A guided UNet and its trainable parameters; the LoRA's up projections are non-zero."""
     unet = tiny_unet().to(dtype)
     if full:
         parameters = list(unet.parameters())
@@ -55,27 +55,27 @@ def network(full=False, dtype=torch.float64, dropout=0.0, placement="down"):
     states = torch.randn(4, 3, 8, dtype=dtype)
 
     def predict(latents, timesteps):
-        recorded = len(latents) // 2
-        conditioning = torch.cat([states[:2].repeat(recorded, 1, 1), states[2:].repeat(recorded, 1, 1)])
-        out = unet(torch.cat([latents] * 2), torch.cat([timesteps] * 2), conditioning, return_dict=False)[0]
-        return guide(*out.chunk(2), 7.5)
+        copies = len(latents) // 2
+        conditioning = torch.cat([states[:2].repeat(copies, 1, 1), states[2:].repeat(copies, 1, 1)])
+        output = unet(torch.cat([latents] * 2), torch.cat([timesteps] * 2), conditioning, return_dict=False)[0]
+        return guide(*output.chunk(2), 7.5)
 
     return predict, parameters
 
 
-def gradients(parameters):
-    out = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
+def pop_gradients(parameters):
+    gradient = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
     for p in parameters:
         p.grad = None
-    return out
+    return gradient
 
 
-def distance(got, expected):
+def relative_error(got, expected):
     assert expected.norm() > 0
     return ((got - expected).norm() / expected.norm()).item()
 
 
-def square(x):
+def mean_square(x):
     return x.square().mean()
 
 
@@ -91,7 +91,7 @@ SOLVERS = {
 @pytest.mark.parametrize("detach", [True, False], ids=["detached", "undetached"])
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 @pytest.mark.parametrize("name", SOLVERS)
-def test_the_gradient_is_that_of_autograd_through_the_rollout(name, full, detach, dtype):
+def test_replay_backward_equals_autograd_through_rollout(name, full, detach, dtype):
     solver, grad_steps = SOLVERS[name], (0, 1, 3)
     predict, parameters = network(full, dtype, dropout=0.2)
     noise, weights = torch.randn(2, 2, 4, 4, 4, dtype=dtype)
@@ -100,127 +100,129 @@ def test_the_gradient_is_that_of_autograd_through_the_rollout(name, full, detach
         return (x * weights).sin().mean()
 
     torch.manual_seed(2)
-    reference = plain(predict, noise, solver, grad_steps, detach)
+    reference = autograd_rollout(predict, noise, solver, grad_steps, detach)
     loss(reference).backward()
-    expected = gradients(parameters)
+    expected = pop_gradients(parameters)
     torch.manual_seed(2)
-    final = exact(predict, noise, solver, grad_steps, loss, detach)
+    final = replayed_rollout(predict, noise, solver, grad_steps, loss, detach)
     assert torch.equal(final, reference)
-    assert distance(gradients(parameters), expected) < (1e-6 if dtype == torch.float64 else 1e-4)
+    assert relative_error(pop_gradients(parameters), expected) < (1e-6 if dtype == torch.float64 else 1e-4)
 
 
 @pytest.mark.parametrize("detach", [True, False])
-def test_dropout_after_up_is_repeated_too(detach):
+def test_replay_backward_repeats_dropout_after_up(detach):
     predict, parameters = network(dropout=0.5, placement="up")
     noise = torch.randn(2, 4, 4, 4, dtype=torch.float64)
     torch.manual_seed(2)
-    square(plain(predict, noise, SIX, (0, 2), detach)).backward()
-    expected = gradients(parameters)
+    mean_square(autograd_rollout(predict, noise, SIX, (0, 2), detach)).backward()
+    expected = pop_gradients(parameters)
     torch.manual_seed(2)
-    exact(predict, noise, SIX, (0, 2), square, detach)
-    assert distance(gradients(parameters), expected) < 1e-6
-    torch.manual_seed(3)  # other dropout, other gradient
-    exact(predict, noise, SIX, (0, 2), square, detach)
-    assert distance(gradients(parameters), expected) > 1e-2
+    replayed_rollout(predict, noise, SIX, (0, 2), mean_square, detach)
+    assert relative_error(pop_gradients(parameters), expected) < 1e-6
+    torch.manual_seed(3)  # different dropout, different gradient
+    replayed_rollout(predict, noise, SIX, (0, 2), mean_square, detach)
+    assert relative_error(pop_gradients(parameters), expected) > 1e-2
 
 
-def test_what_flows_through_inputs_is_part_of_the_gradient():
+def test_replay_backward_undetached_includes_input_gradient():
     predict, parameters = network()
     noise = torch.randn(2, 4, 4, 4, dtype=torch.float64)
-    exact(predict, noise, SIX, (3, 5), square, detach=True)
-    detached = gradients(parameters)
-    exact(predict, noise, SIX, (3, 5), square, detach=False)
-    assert distance(gradients(parameters), detached) > 1e-3
-    exact(predict, noise, SIX, (5,), square, detach=True)  # nothing of it with a single call
-    alone = gradients(parameters)
-    exact(predict, noise, SIX, (5,), square, detach=False)
-    assert torch.equal(gradients(parameters), alone)
+    replayed_rollout(predict, noise, SIX, (3, 5), mean_square, detach=True)
+    detached = pop_gradients(parameters)
+    replayed_rollout(predict, noise, SIX, (3, 5), mean_square, detach=False)
+    assert relative_error(pop_gradients(parameters), detached) > 1e-3
+    replayed_rollout(predict, noise, SIX, (5,), mean_square, detach=True)  # a single call has no input gradient
+    single = pop_gradients(parameters)
+    replayed_rollout(predict, noise, SIX, (5,), mean_square, detach=False)
+    assert torch.equal(pop_gradients(parameters), single)
 
 
-def test_steps_repeated_together():
+def test_replay_backward_calls_per_batch_keeps_gradient():
     predict, parameters = network()
     noise = torch.randn(2, 4, 4, 4, dtype=torch.float64)
-    square(plain(predict, noise, SIX, (0, 3, 5))).backward()
-    expected = gradients(parameters)
+    mean_square(autograd_rollout(predict, noise, SIX, (0, 3, 5))).backward()
+    expected = pop_gradients(parameters)
     for calls_per_batch in (2, 4):
-        exact(predict, noise, SIX, (0, 3, 5), square, calls_per_batch=calls_per_batch)
-        assert distance(gradients(parameters), expected) < 1e-6
+        replayed_rollout(predict, noise, SIX, (0, 3, 5), mean_square, calls_per_batch=calls_per_batch)
+        assert relative_error(pop_gradients(parameters), expected) < 1e-6
 
 
 @pytest.mark.parametrize("detach", [True, False])
-def test_a_scale_put_on_backward_scales_the_gradient_once(detach):
+def test_replay_backward_scaled_scalar_scales_gradient_once(detach):
     predict, parameters = network()
     noise = torch.randn(2, 4, 4, 4, dtype=torch.float64)
-    exact(predict, noise, SIX, (2, 3, 4), square, detach)
-    expected = gradients(parameters)
-    exact(predict, noise, SIX, (2, 3, 4), square, detach, scale=1024.0)
-    assert distance(gradients(parameters) / 1024, expected) < 1e-9
+    replayed_rollout(predict, noise, SIX, (2, 3, 4), mean_square, detach)
+    expected = pop_gradients(parameters)
+    replayed_rollout(predict, noise, SIX, (2, 3, 4), mean_square, detach, scale=1024.0)
+    assert relative_error(pop_gradients(parameters) / 1024, expected) < 1e-9
 
 
-def test_calls_that_draw_random_numbers_are_not_repeated_together():
+def test_replay_rejects_several_calls_with_dropout():
     predict, _ = network(dropout=0.5)
     noise = torch.randn(2, 4, 4, 4, dtype=torch.float64)
     _, recorded = rollout(predict, noise, SIX, [0, 1])
-    with pytest.raises(ValueError, match="which differ when 2 calls are repeated in one"):
+    with pytest.raises(ValueError, match=r"dropout.* 2 calls.*replay_batch: 1"):
         replay(predict, recorded)
 
 
-def test_undetached_calls_are_not_repeated_together_and_wait_for_backward():
+def test_replay_backward_undetached_needs_single_calls_and_backward():
     predict, _ = network()
     final, recorded = rollout(predict, torch.randn(2, 4, 4, 4, dtype=torch.float64), SIX, [0, 1])
-    with pytest.raises(ValueError, match="2 cannot be repeated in one"):
+    with pytest.raises(ValueError, match="calls_per_batch=1 with detach=False, got 2"):
         next(replay_backward(predict, SIX, recorded, final, detach=False, calls_per_batch=2))
-    with pytest.raises(RuntimeError, match="expected backward first"):
+    with pytest.raises(RuntimeError, match=r"backward\(\)"):
         list(replay_backward(predict, SIX, recorded, final, detach=False))
 
 
-def test_replaying_leaves_the_random_numbers_alone():
+def test_replay_restores_random_state():
     predict, _ = network(dropout=0.5)
     _, recorded = rollout(predict, torch.randn(2, 4, 4, 4, dtype=torch.float64), SIX, [0, 1])
     before = torch.get_rng_state()
-    first, again = replay(predict, recorded[:1]), replay(predict, recorded[:1])
-    assert torch.equal(first, again) and first.requires_grad
+    outputs, repeated = replay(predict, recorded[:1]), replay(predict, recorded[:1])
+    assert torch.equal(outputs, repeated) and outputs.requires_grad
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_steps_that_are_not_there_are_refused():
-    with pytest.raises(ValueError, match="no step 6 among 6 sampling steps"):
+def test_rollout_rejects_grad_steps_out_of_range():
+    with pytest.raises(ValueError, match=r"grad_steps.* 6; expected 0 to 5"):
         rollout(lambda x, t: x, torch.zeros(1, 1, 1, 1), SIX, [1, 6])
 
 
-class Held:
-    """Counts what graphs hold at the same time, in elements."""
+class SavedTensors:
+    """Counts the elements of tensors saved for backward: current and peak."""
 
     def __init__(self):
-        self.now = self.peak = 0
+        self.current = self.peak = 0
 
     def pack(self, tensor):
         return _Box(self, tensor)
 
 
 class _Box:
-    def __init__(self, held, tensor):
-        self.held, self.tensor = held, tensor
-        held.now += tensor.numel()
-        held.peak = max(held.peak, held.now)
+    def __init__(self, saved, tensor):
+        self.saved, self.tensor = saved, tensor
+        saved.current += tensor.numel()
+        saved.peak = max(saved.peak, saved.current)
 
     def __del__(self):
-        self.held.now -= self.tensor.numel()
+        self.saved.current -= self.tensor.numel()
 
 
 @pytest.mark.parametrize("detach", [True, False])
-def test_memory_does_not_grow_with_the_steps_that_carry_gradient(detach):
+def test_replay_backward_memory_independent_of_grad_steps(detach):
     predict, parameters = network()
     noise = torch.randn(2, 4, 4, 4, dtype=torch.float64)
 
     def peak(run):
-        held = Held()
-        with torch.autograd.graph.saved_tensors_hooks(held.pack, lambda box: box.tensor):
+        saved = SavedTensors()
+        with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda box: box.tensor):
             run()
-        gradients(parameters)
-        return held.peak
+        pop_gradients(parameters)
+        return saved.peak
 
-    two, six = (peak(lambda k=k: exact(predict, noise, SIX, range(6 - k, 6), square, detach)) for k in (2, 6))
-    whole = peak(lambda: square(plain(predict, noise, SIX, range(6), detach)).backward())
+    two, six = (
+        peak(lambda k=k: replayed_rollout(predict, noise, SIX, range(6 - k, 6), mean_square, detach)) for k in (2, 6)
+    )
+    full_graph = peak(lambda: mean_square(autograd_rollout(predict, noise, SIX, range(6), detach)).backward())
     assert six < 1.1 * two
-    assert whole > 4 * six
+    assert full_graph > 4 * six

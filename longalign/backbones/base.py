@@ -1,4 +1,4 @@
-"""The interface of backbones: latents and a conditioning in, the denoiser's answer out; and what of it is trained."""
+"""The interface of backbones: predictions from latents and a conditioning, LoRAs and full fine-tuning."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from longalign.sharding import gather_full
 
 
 class Backbone(nn.Module):
-    """Base of backbones: a denoiser in a latent space, its noise levels, and the stack of LoRAs on it.
+    """Base of backbones: a denoiser in a latent space, its noise levels, and the LoRAs on it.
 
-    Nothing is trainable until `add_lora` or `train_all` is called. Of several LoRAs only the last is kept apart in the
-    network; the earlier ones are merged into its weights, and remembered so that a checkpoint holds them all.
+    Nothing is trainable until `add_lora` or `train_all` is called. Only the last LoRA stays unmerged (the active LoRA).
+    Earlier ones are merged into the base weights and also stored, so that a checkpoint contains all of them.
 
     Args:
         denoiser: a diffusers network.
-        prediction: what it answers: ``"epsilon"``, ``"v_prediction"`` or ``"flow"``.
-        levels: what there is of signal and noise at each of the timesteps that it was trained with.
+        prediction: prediction type: ``"epsilon"``, ``"v_prediction"`` or ``"flow"``.
+        noise_levels: scales of signal and noise at each training timestep.
         resolution: native width and height of an image in pixels.
     """
 
@@ -47,104 +47,104 @@ class Backbone(nn.Module):
         self.full_finetune = False
         self._merged: list[LoraWeights] = []
         self._active: tuple[str, LoraConfig] | None = None
-        # In tuples, so that they are no submodules: the wrapped network holds the denoiser itself.
+        # Tuples keep nn.Module from registering these as submodules; a wrapper already contains the denoiser.
         self._call: tuple[Callable[..., Any]] = (self.denoiser,)
         self._reference: tuple[nn.Module, ...] = ()
 
     @property
     def device(self) -> torch.device:
-        """Where the denoiser is."""
+        """Device of the denoiser."""
         return next(self.denoiser.parameters()).device
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        """``(c, h, w)`` of the latents of an image of ``height`` by ``width`` pixels (native resolution if None)."""
+        """Shape ``(c, h, w)`` of the latents of a ``height`` by ``width`` image in pixels; None: native resolution."""
         raise NotImplementedError
 
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Images ``(b, 3, h, w)`` in [0, 1] to scaled latents, sampled from the VAE's posterior, without gradient."""
+        """Encodes images ``(b, 3, h, w)`` in [0, 1] to scaled latents sampled from the VAE's posterior; no gradient."""
         return self.sample_latents(self.posterior(images), generator)
 
     def posterior(self, images: Tensor) -> Tensor:
-        """What `encode_images` samples from, ``(b, 2c, h, w)`` without gradient: it can be kept in their place."""
+        """Mean and standard deviation ``(b, 2c, h, w)`` of the VAE's posterior, without gradient; can be cached."""
         raise NotImplementedError
 
     def sample_latents(self, posterior: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Scaled latents ``(b, c, h, w)`` from what `posterior` gave."""
+        """Samples scaled latents ``(b, c, h, w)`` from the output of `posterior`."""
         raise NotImplementedError
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents to images ``(b, 3, h, w)`` clamped to [0, 1], with gradient."""
+        """Decodes scaled latents to images ``(b, 3, h, w)`` clamped to [0, 1], with gradient."""
         raise NotImplementedError
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """The denoiser's answer ``(b, c, h, w)`` to latents at ``timesteps`` ``(b,)``, which are places in `levels`."""
+        """The denoiser's prediction ``(b, c, h, w)`` at ``timesteps`` ``(b,)``, which index `noise_levels`."""
         return self.call(self._call[0], latents, timesteps, conditioning)
 
     def call(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """How ``denoiser`` is asked; concrete backbones say this once for all uses."""
+        """Calls ``denoiser`` with the model-specific arguments; implemented by subclasses."""
         raise NotImplementedError
 
     def wrap_denoiser(self, wrapped: Callable[..., Any]) -> None:
-        """Makes `predict` go through ``wrapped``, the denoiser prepared for several processes."""
+        """Makes `predict` call ``wrapped``, the denoiser prepared for several processes."""
         self._call = (wrapped,)
 
     def enable_gradient_checkpointing(self) -> None:
-        """Trades time for memory in the denoiser's backward pass."""
+        """Recomputes the denoiser's activations in the backward pass, to save memory."""
         self.denoiser.enable_gradient_checkpointing()
 
     def use_channels_last(self) -> None:
-        """Lays the weights of all convolutions out with channels last, as tensor cores and many CPUs like them.
+        """Stores convolution weights in the channels-last format, which is faster on tensor cores and many CPUs.
 
-        What is saved has the usual layout. Raises ValueError for a denoiser without convolutions.
+        Checkpoints keep the default layout. Raises ValueError for a denoiser without convolutions.
         """
         if not any(isinstance(module, nn.Conv2d) for module in self.denoiser.modules()):
             raise ValueError(
-                f"channels_last is a layout of convolutions, and {type(self.denoiser).__name__} has none; leave it out"
+                f"channels_last needs convolutions, and {type(self.denoiser).__name__} has none; set it to false"
             )
         for module in (self, *self._reference):
             module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
-    # What is trained
+    # Trainable parameters
 
-    def add_lora(self, lora: LoraConfig, name: str) -> list[nn.Parameter]:
-        """Puts one more LoRA on top, merging an earlier one, and returns its parameters, which are trainable.
+    def add_lora(self, config: LoraConfig, name: str) -> list[nn.Parameter]:
+        """Merges the active LoRA, adds a new one and returns its trainable parameters.
 
         Raises:
-            ValueError: if the name is taken.
+            ValueError: if a LoRA of this name exists.
         """
         self.merge_lora()
-        if name in (stack.name for stack in self._merged):
-            raise ValueError(f"there is a LoRA '{name}' already; expected a name other than {self.lora_names}")
-        parameters = inject_lora(self.denoiser, lora, name)
-        self._active = (name, lora)
+        if name in (lora.name for lora in self._merged):
+            raise ValueError(f"the backbone already has a LoRA '{name}'; expected a name other than {self.lora_names}")
+        parameters = inject_lora(self.denoiser, config, name)
+        self._active = (name, config)
         return parameters
 
     def merge_lora(self) -> None:
-        """Merges the LoRA that is apart, if any, into the weights; nothing is trainable afterwards."""
+        """Merges the active LoRA, if any, into the base weights; nothing is trainable afterwards."""
         if self._active is None:
             return
-        stack = self._active_lora()
-        merge_into_base(self.denoiser, stack.name)
+        lora = self._active_lora()
+        merge_into_base(self.denoiser, lora.name)
         self._active = None
-        # Full weights contain what was merged into them; listing it again would apply it twice.
-        self._merged += [] if self.full_finetune else [stack]
+        # A full state already contains the merged LoRA; storing it too would apply it twice.
+        self._merged += [] if self.full_finetune else [lora]
 
     def cast(self, dtype: torch.dtype) -> None:
-        """Casts the denoiser."""
+        """Casts the denoiser to ``dtype``."""
         if self.denoiser.dtype != dtype:
-            # diffusers' own method warns of any cast, also where no module has to stay in float32
-            kept = getattr(self.denoiser, "_keep_in_fp32_modules", None)
-            self.denoiser.to(dtype) if kept else nn.Module.to(self.denoiser, dtype)
+            # diffusers' `to` warns at every cast, even if no module must stay in float32
+            keeps_float32 = getattr(self.denoiser, "_keep_in_fp32_modules", None)
+            self.denoiser.to(dtype) if keeps_float32 else nn.Module.to(self.denoiser, dtype)
 
     def train_all(self) -> list[nn.Parameter]:
-        """Makes every weight of the denoiser trainable, in float32, and returns them."""
+        """Makes all weights of the denoiser trainable, in float32, and returns them."""
         self.merge_lora()
         self._merged, self.full_finetune = [], True
         self.denoiser.float().requires_grad_(True)
         return list(self.denoiser.parameters())
 
     def unused_name(self, name: str) -> str:
-        """``name``, or ``name-2``, ``name-3``... where LoRAs of that name are there."""
+        """``name``, or the first of ``name-2``, ``name-3``... that no LoRA has."""
         names, number = self.lora_names, 1
         while (name if number == 1 else f"{name}-{number}") in names:
             number += 1
@@ -152,8 +152,8 @@ class Backbone(nn.Module):
 
     @property
     def lora_names(self) -> list[str]:
-        """Names of the LoRAs, the first applied first."""
-        return [stack.name for stack in self._merged] + ([self._active[0]] if self._active else [])
+        """Names of the LoRAs, in the order in which they were added."""
+        return [lora.name for lora in self._merged] + ([self._active[0]] if self._active else [])
 
     def _active_lora(self) -> LoraWeights:
         assert self._active is not None
@@ -162,26 +162,25 @@ class Backbone(nn.Module):
         return LoraWeights(name, config, state)
 
     def lora_state(self) -> list[LoraWeights]:
-        """All LoRAs, merged or not, on the CPU, the first applied first."""
+        """All LoRAs, merged or active, on the CPU, in the order in which they were added."""
         return self._merged + ([self._active_lora()] if self._active else [])
 
     def load_lora(self, loras: Sequence[LoraWeights]) -> None:
-        """Puts LoRAs on a backbone that has none, in order; the last stays apart, frozen."""
-        if self.lora_names:
-            raise ValueError(f"expected a backbone without LoRA, this one has {self.lora_names}; build it anew")
-        for stack in loras:
-            self.add_lora(stack.config, stack.name)
-            write_lora(self.denoiser, stack.name, stack.state)
+        """Adds LoRAs, in order, to a backbone without any; the last one stays active. All are frozen."""
+        self._require_no_lora()
+        for lora in loras:
+            self.add_lora(lora.config, lora.name)
+            write_lora(self.denoiser, lora.name, lora.state)
         self.denoiser.requires_grad_(False)
 
     def set_lora(self, state: Mapping[str, Tensor]) -> None:
-        """Copies weights into the LoRA that is apart."""
+        """Copies weights into the active LoRA."""
         if self._active is None:
-            raise ValueError("there is no LoRA to copy weights into; call add_lora first")
+            raise ValueError("the backbone has no active LoRA to copy weights into; call add_lora first")
         write_lora(self.denoiser, self._active[0], state)
 
     def full_state(self) -> dict[str, Tensor]:
-        """The denoiser's own weights on the CPU, without the LoRA that is apart."""
+        """The denoiser's base weights on the CPU, without the active LoRA."""
         state = {}
         for key, tensor in self.denoiser.state_dict().items():
             if ".lora_" not in key:
@@ -189,26 +188,29 @@ class Backbone(nn.Module):
         return state
 
     def load_full(self, state: Mapping[str, Tensor]) -> None:
-        """Replaces the denoiser's own weights; what is saved from now on holds them all."""
-        if self.lora_names:
-            raise ValueError(f"expected a backbone without LoRA, this one has {self.lora_names}; build it anew")
+        """Replaces all weights of the denoiser; checkpoints saved afterwards contain them."""
+        self._require_no_lora()
         check_same_names("the denoiser", self.denoiser.state_dict(), state)
         self.denoiser.float().load_state_dict(dict(state))
         self.full_finetune = True
 
-    # The model that training started from
+    def _require_no_lora(self) -> None:
+        if self.lora_names:
+            raise ValueError(f"expected a backbone without LoRA, this one has {self.lora_names}; build a new backbone")
+
+    # The reference model, at which training starts
 
     def keep_reference_model(self) -> None:
-        """Keeps a float32 copy of the current weights, LoRAs merged, for `predict_reference` in full fine-tuning."""
+        """Copies the current weights, LoRAs merged, in float32 for `predict_reference` in full fine-tuning."""
         self.merge_lora()
         self._reference = (copy.deepcopy(self.denoiser).float().eval().requires_grad_(False),)
 
     @torch.no_grad()
     def predict_reference(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """As `predict`, by the model that training started from and without gradient."""
+        """As `predict`, but with the reference model and without gradient."""
         if self._active is not None:
             with without_lora(self.denoiser, self._active[0]):
                 return self.call(self.denoiser, latents, timesteps, conditioning)
         if not self._reference:
-            raise ValueError("the start model was not kept; call keep_reference_model before training all weights")
+            raise ValueError("no reference model was kept; call keep_reference_model before train_all")
         return self.call(self._reference[0], latents, timesteps, conditioning)

@@ -1,4 +1,4 @@
-"""Configs of backbones and of the LoRA that is trained on them; no torch here."""
+"""Configs of backbones and of LoRA; importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from longalign.runtime import Runtime
 class LoraConfig(Section):
     """Low-rank updates of every Linear and Conv2d inside ResnetBlock2D, Attention and GEGLU (arXiv 2106.09685).
 
-    ``down`` starts as N(0, 1/rank^2) and ``up`` as zero, so training starts at the model itself.
+    ``down`` is initialised from N(0, 1/rank^2) and ``up`` with zeros, so the update is zero at the start.
 
     Attributes:
         rank: width of the bottleneck.
         scale: factor of the update.
-        dropout: probability of dropout in the update while training.
-        dropout_placement: ``"down"`` drops inputs before the down projection, as peft does; ``"up"`` drops outputs of
-            the up projection, as the authors of LongAlign did.
+        dropout: dropout probability in the update during training.
+        dropout_placement: ``"down"`` drops inputs of the down projection, as in peft; ``"up"`` drops outputs of the up
+            projection, as in the LongAlign authors' code.
     """
 
     rank: int = Field(default=32, ge=1)
@@ -37,18 +37,17 @@ class SDConfig(PartConfig):
     """Stable Diffusion 1.x and 2.x, or any model of that layout.
 
     Attributes:
-        checkpoint: hub id, local folder in diffusers layout, ``mini/sd``, or a single ``.safetensors`` file with the
-            weights of UNet and VAE under the names of the original code.
-        layout: for a single file, hub id or folder in diffusers layout of a model of the same architecture, of which
-            only the configs are read; null takes the hub's for Stable Diffusion 1.5 and XL.
-        subfolder: where in a repository or folder those of diffusers' layout (``unet/``, ``vae/``...) are; null if
-            they are at its top.
-        revision: branch, tag or commit on the hub.
+        checkpoint: Hub id, local folder in diffusers layout, ``mini/sd``, or a single ``.safetensors`` file. A single
+            file contains the weights of UNet and VAE under the names of the original code.
+        layout: for a single file, Hub id or folder in diffusers layout of a model of the same architecture; only its
+            configs are read. null uses the Hub's configs for Stable Diffusion 1.5 and XL.
+        subfolder: folder in the checkpoint that contains ``unet/``, ``vae/`` and so on; null for its root.
+        revision: branch, tag or commit on the Hub.
         variant: file variant, e.g. ``"fp16"`` for weights in ``*.fp16.safetensors``.
-        dtype: of the UNet's weights; what is trained is float32 in any case. The VAE takes the runtime's dtype.
+        dtype: dtype of the UNet's weights; trainable weights are always float32. The VAE has the runtime's dtype.
     """
 
-    #: the denoiser's folder in a checkpoint, and its prefix in LoRA files
+    #: folder of the denoiser in a checkpoint, and its prefix in LoRA files
     component: ClassVar[str] = "unet"
     #: whether the denoiser takes a pooled embedding of the prompt
     has_pooled: ClassVar[bool] = False
@@ -67,20 +66,20 @@ class SDConfig(PartConfig):
         return self.checkpoint.endswith((".safetensors", ".ckpt"))
 
     def resolution(self) -> int:
-        """Native width and height of an image in pixels, from the checkpoint's configs; weights are not loaded."""
+        """Native width and height of an image in pixels, read from the checkpoint's configs without its weights."""
         from longalign.backbones.latent import native_resolution
 
         return native_resolution(self)
 
     @model_validator(mode="after")
-    def _agree(self) -> SDConfig:
+    def _check_single_file(self) -> SDConfig:
         check_single_file(
             self.checkpoint, self.layout, subfolder=self.subfolder, revision=self.revision, variant=self.variant
         )
         return self
 
     def _config_of(self, folder: str) -> dict[str, Any]:
-        """The config of a network of the checkpoint, as far as it is on this machine."""
+        """Config of one network of the checkpoint; empty if it is not on this machine."""
         checkpoint = self.layout or "" if self.single_file else self.checkpoint
         return (
             read_json(checkpoint, join_subfolder(self.subfolder, f"{folder}/config.json"), self.revision)
@@ -90,7 +89,7 @@ class SDConfig(PartConfig):
 
     @property
     def divisor(self) -> int | None:
-        """What an image's height and width must be divisible by; None if no file on this machine tells."""
+        """Divisor of an image's height and width in pixels; None if the VAE's config is not on this machine."""
         blocks = self._config_of("vae").get("block_out_channels")
         return 2 ** (len(blocks) - 1) if isinstance(blocks, list) and blocks else None
 
@@ -101,16 +100,15 @@ class SDConfig(PartConfig):
 
     def check_files(self) -> list[ConfigProblem]:
         if self.single_file:
-            there = Path(self.checkpoint).is_file()
-            problems = (
-                [] if there else [("checkpoint", f"no file {self.checkpoint}; a single file must be on this machine")]
-            )
+            problems: list[ConfigProblem] = []
+            if not Path(self.checkpoint).is_file():
+                problems.append(("checkpoint", f"no file {self.checkpoint}; a single file must be on this machine"))
             return problems + ([("layout", problem)] if self.layout and (problem := absent(self.layout)) else [])
         if problem := absent(self.checkpoint, self.revision):
             return [("checkpoint", problem)]
-        wanted = [join_subfolder(self.subfolder, f"{folder}/config.json") for folder in (self.component, "vae")]
-        lacking = [problem for file in wanted if (problem := incomplete(self.checkpoint, [file], self.revision))]
-        return [("checkpoint", f"{lacking[0]}, as '{self.name}' needs; see 'subfolder'")] if lacking else []
+        files = [join_subfolder(self.subfolder, f"{folder}/config.json") for folder in (self.component, "vae")]
+        missing = [problem for file in files if (problem := incomplete(self.checkpoint, [file], self.revision))]
+        return [("checkpoint", f"{missing[0]}, as '{self.name}' needs; see 'subfolder'")] if missing else []
 
     def build(self, runtime: Runtime) -> Any:
         from longalign.backbones.sd import SDBackbone
@@ -119,12 +117,12 @@ class SDConfig(PartConfig):
 
 
 class SDXLConfig(SDConfig):
-    """Stable Diffusion XL, or any model of that layout. Images are told to be uncropped and of their own size.
+    """Stable Diffusion XL, or any model of that layout. The size conditioning is fixed to the true size without a crop.
 
     Attributes:
-        checkpoint: hub id, e.g. ``stabilityai/stable-diffusion-xl-base-1.0``, local folder in diffusers layout, or a
+        checkpoint: Hub id, e.g. ``stabilityai/stable-diffusion-xl-base-1.0``, local folder in diffusers layout, or a
             single ``.safetensors`` file with the weights of UNet and VAE under the names of the original code.
-        dtype: of the UNet's weights; what is trained is float32 in any case. The VAE takes the runtime's dtype, but
+        dtype: dtype of the UNet's weights; trainable weights are always float32. The VAE has the runtime's dtype, but
             float32 instead of float16, in which it overflows.
     """
 
@@ -146,13 +144,14 @@ class SDXLConfig(SDConfig):
 class SD3Config(SDConfig):
     """Stable Diffusion 3 and 3.5, or any model of that layout: a transformer that predicts a flow.
 
-    A LoRA goes on the attention's projections, of text and image, as in diffusers' LoRA training of SD3.
+    A LoRA is added to the attention projections of text and image, as in diffusers' LoRA training of SD3.
 
     Attributes:
-        checkpoint: hub id, e.g. ``stabilityai/stable-diffusion-3-medium-diffusers``, or local folder in diffusers
+        checkpoint: Hub id, e.g. ``stabilityai/stable-diffusion-3-medium-diffusers``, or local folder in diffusers
             layout.
         layout: for a single file, as for ``sd``.
-        dtype: of the transformer's weights; what is trained is float32 in any case. The VAE takes the runtime's dtype.
+        dtype: dtype of the transformer's weights; trainable weights are always float32. The VAE has the runtime's
+            dtype.
     """
 
     component: ClassVar[str] = "transformer"
@@ -174,7 +173,7 @@ class SD3Config(SDConfig):
     def check_run(self, run: Any) -> list[tuple[str, str]]:
         if not run.loop.channels_last:
             return []
-        return [("loop.channels_last", "it is a layout of convolutions, and 'sd3' is a transformer; set it to false")]
+        return [("loop.channels_last", "channels_last needs convolutions, and 'sd3' is a transformer; set it to false")]
 
     def build(self, runtime: Runtime) -> Any:
         from longalign.backbones.sd3 import SD3Backbone

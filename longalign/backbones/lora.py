@@ -1,4 +1,4 @@
-"""LoRA on a diffusers network: where it goes, how it is added, read, merged and joined."""
+"""LoRA on a diffusers network: target modules, adding, reading, merging and concatenation."""
 
 from __future__ import annotations
 
@@ -31,24 +31,26 @@ class LoraWeights:
 
 
 def lora_targets(denoiser: nn.Module) -> list[str]:
-    """Names of every Linear and Conv2d inside ResnetBlock2D, Attention and GEGLU, each once, in the order in which
-    those ancestors are walked: 224 of them in Stable Diffusion 1.5."""
-    found: dict[str, None] = {}
+    """Names of every Linear and Conv2d inside ResnetBlock2D, Attention and GEGLU, each once, in module order.
+
+    Stable Diffusion 1.5 has 224 of them.
+    """
+    targets: dict[str, None] = {}
     for ancestor, module in denoiser.named_modules():
         if isinstance(module, ANCESTORS):
             for name, child in module.named_modules():
                 if isinstance(child, (nn.Linear, nn.Conv2d)):
-                    found[f"{ancestor}.{name}"] = None
-    return list(found)
+                    targets[f"{ancestor}.{name}"] = None
+    return list(targets)
 
 
 def lora_layers(denoiser: nn.Module, name: str) -> list[tuple[str, Any]]:
-    """The layers that carry the LoRA ``name``, with the names of the modules that they stand for."""
+    """Layers with the LoRA ``name``, each as its module name and the layer."""
     return [(key, m) for key, m in denoiser.named_modules() if isinstance(m, LoraLayer) and name in m.lora_A]
 
 
 def inject_lora(denoiser: Any, config: LoraConfig, name: str) -> list[nn.Parameter]:
-    """Adds a LoRA by diffusers' adapter API; returns its parameters, float32, down and up in turn."""
+    """Adds a LoRA with diffusers' adapter API; returns its float32 parameters, alternating down and up."""
     targets = lora_targets(denoiser)
     if not targets:
         raise ValueError(
@@ -80,7 +82,7 @@ def inject_lora(denoiser: Any, config: LoraConfig, name: str) -> list[nn.Paramet
 
 
 def read_lora(denoiser: nn.Module, name: str) -> dict[str, Tensor]:
-    """The weights of the LoRA ``name``, detached, under the names of the modules that they belong to."""
+    """Detached weights of the LoRA ``name``, keyed by module name; see `LoraWeights`."""
     state = {}
     for key, layer in lora_layers(denoiser, name):
         state[f"{key}.lora_A.weight"] = layer.lora_A[name].weight.detach()
@@ -93,65 +95,66 @@ def write_lora(denoiser: nn.Module, name: str, state: Mapping[str, Tensor]) -> N
     """Copies weights into the LoRA ``name``.
 
     Raises:
-        ValueError: if the names or shapes are not those of this network's LoRA.
+        ValueError: if names or shapes differ from this network's LoRA.
     """
-    present = read_lora(denoiser, name)
-    check_same_names(f"LoRA '{name}'", present, state)
-    for key, tensor in present.items():
+    weights = read_lora(denoiser, name)
+    check_same_names(f"LoRA '{name}'", weights, state)
+    for key, tensor in weights.items():
         tensor.copy_(state[key])
 
 
 def check_same_names(what: str, expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> None:
-    """Refuses weights whose names or shapes differ, naming the first one."""
+    """Raises ValueError if names or shapes of weights differ; the message names the first difference."""
     missing, unknown = [k for k in expected if k not in got], [k for k in got if k not in expected]
     if missing or unknown:
-        first = f"'{missing[0]}' is missing" if missing else f"'{unknown[0]}' is unknown"
+        problem = f"'{missing[0]}' is missing" if missing else f"'{unknown[0]}' is unknown"
         raise ValueError(
-            f"the weights of {what} do not fit: {first} ({len(missing)} missing, {len(unknown)} unknown); "
-            "was the checkpoint made with another base model?"
+            f"the weights of {what} do not match: {problem} ({len(missing)} missing, {len(unknown)} unknown); "
+            "was the checkpoint made with a different base model?"
         )
     for key, tensor in expected.items():
         if tensor.shape != got[key].shape:
             raise ValueError(
-                f"the weights of {what} do not fit: '{key}' should have shape {tuple(tensor.shape)}, "
-                f"got {tuple(got[key].shape)}; was the checkpoint made with another base model or rank?"
+                f"the weights of {what} do not match: '{key}' should have shape {tuple(tensor.shape)}, "
+                f"got {tuple(got[key].shape)}; was the checkpoint made with a different base model or rank?"
             )
 
 
 @torch.no_grad()
 def merge_into_base(denoiser: Any, name: str) -> None:
-    """Adds the LoRA ``name`` to the weights that it belongs to and takes its layers out of the network.
+    """Adds the LoRA ``name`` to the base weights and removes its layers from the network.
 
-    Weights in half precision are rounded up or down at random, so that the sum is right in the mean: most of a LoRA is
-    smaller than their spacing, and rounding to the nearest would leave the old weights.
+    Half-precision weights are rounded stochastically, so that the merge is unbiased. Most LoRA updates are smaller than
+    the spacing of half-precision numbers, and rounding to nearest would discard them.
     """
     generator = torch.Generator().manual_seed(0)
     for key, layer in lora_layers(denoiser, name):
-        weight, change = layer.get_base_layer().weight, layer.get_delta_weight(name)
+        weight, update = layer.get_base_layer().weight, layer.get_delta_weight(name)
         if weight.dtype in (torch.float16, torch.bfloat16):
-            weight.copy_(stochastic_round(weight.float() + change.float(), weight.dtype, generator))
+            weight.copy_(stochastic_round(weight.float() + update.float(), weight.dtype, generator))
         else:
-            weight.add_(change)
+            weight.add_(update)
         parent, _, child = key.rpartition(".")
         setattr(denoiser.get_submodule(parent), child, layer.get_base_layer())
-    # diffusers remembers adapters beside the layers; forgetting them lets the next one start clean.
+    # diffusers also records adapters on the model; without this the next LoRA could not be added.
     del denoiser.peft_config
     denoiser._hf_peft_config_loaded = False
     denoiser.requires_grad_(False)
 
 
 def stochastic_round(exact: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Float32 numbers in half precision, each rounded up with the probability of how far it is on the way up."""
+    """Rounds float32 numbers to half precision; the probability of rounding up is the distance to the lower neighbour
+    as a fraction of the spacing."""
     limits = torch.finfo(dtype)
     spacing = torch.ldexp(torch.full_like(exact, limits.eps), torch.frexp(exact).exponent - 1)
     spacing = spacing.clamp(min=limits.smallest_normal * limits.eps)
-    draw = torch.rand(exact.shape, generator=generator).to(exact.device)
-    return (torch.floor(exact / spacing + draw) * spacing).to(dtype)
+    offset = torch.rand(exact.shape, generator=generator).to(exact.device)
+    return (torch.floor(exact / spacing + offset) * spacing).to(dtype)
 
 
 @contextmanager
 def without_lora(denoiser: nn.Module, name: str) -> Iterator[None]:
-    """Inside, the network answers as if the LoRA ``name`` were not there."""
+    """Context manager: disables the LoRA ``name``."""
     layers = [layer for _, layer in lora_layers(denoiser, name)]
     scales = [layer.scaling[name] for layer in layers]
     try:
@@ -164,31 +167,31 @@ def without_lora(denoiser: nn.Module, name: str) -> Iterator[None]:
 
 
 def concat_loras(loras: Sequence[LoraWeights]) -> dict[str, Tensor]:
-    """One LoRA equal to the sum of several, their scales folded into ``up``.
+    """Concatenates LoRAs into one that equals their sum, with the scales multiplied into ``up``.
 
-    ``B1 A1 + B2 A2 = [B1 B2] [A1; A2]``, so the ranks add up and nothing is lost, for convolutions too.
+    ``B1 A1 + B2 A2 = [B1 B2] [A1; A2]``, so the ranks add up and the result is exact, also for convolutions.
     """
     joined: dict[str, Tensor] = {}
-    modules = dict.fromkeys(key.rsplit(".lora_", 1)[0] for stack in loras for key in stack.state)
+    modules = dict.fromkeys(key.rsplit(".lora_", 1)[0] for lora in loras for key in lora.state)
     for module in modules:
-        holders = [s for s in loras if f"{module}.lora_A.weight" in s.state]
-        downs = [s.state[f"{module}.lora_A.weight"] for s in holders]
-        ups = [s.state[f"{module}.lora_B.weight"] * s.config.scale for s in holders]
+        loras_here = [lora for lora in loras if f"{module}.lora_A.weight" in lora.state]
+        downs = [lora.state[f"{module}.lora_A.weight"] for lora in loras_here]
+        ups = [lora.state[f"{module}.lora_B.weight"] * lora.config.scale for lora in loras_here]
         joined[f"{module}.lora_A.weight"] = torch.cat(downs, dim=0).contiguous()
         joined[f"{module}.lora_B.weight"] = torch.cat(ups, dim=1).contiguous()
     return joined
 
 
 def peft_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What peft's ``LoraConfig`` needs to know of a LoRA of scale 1, in values that JSON can hold."""
+    """Arguments of peft's ``LoraConfig`` for a LoRA of scale 1, as JSON-serialisable values."""
     ranks = {key.rsplit(".lora_", 1)[0]: len(down) for key, down in state.items() if ".lora_A." in key}
-    usual = max(ranks.values())
-    others = {module: rank for module, rank in ranks.items() if rank != usual}
+    max_rank = max(ranks.values())
+    smaller = {module: rank for module, rank in ranks.items() if rank != max_rank}
     return {
-        "r": usual,
-        "lora_alpha": usual,
+        "r": max_rank,
+        "lora_alpha": max_rank,
         "target_modules": sorted(ranks),
         "lora_dropout": 0.0,
-        "rank_pattern": others,
-        "alpha_pattern": others,
+        "rank_pattern": smaller,
+        "alpha_pattern": smaller,
     }

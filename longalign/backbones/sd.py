@@ -17,12 +17,12 @@ from longalign.runtime import Runtime, resolve_checkpoint
 
 
 class SDBackbone(LatentBackbone):
-    """A UNet conditioned by cross-attention alone, and its VAE.
+    """A UNet conditioned through cross-attention only, and its VAE.
 
     Args:
         unet: the denoiser.
-        vae: frozen here.
-        alphas_cumprod: ``(T,)``.
+        vae: the autoencoder; frozen by this class.
+        alphas_cumprod: ``(T,)`` cumulative products of the noise schedule's alphas.
         prediction: ``"epsilon"`` or ``"v_prediction"``.
     """
 
@@ -35,8 +35,8 @@ class SDBackbone(LatentBackbone):
         if unet.config.addition_embed_type or unet.config.class_embed_type:
             raise ValueError(
                 f"this UNet takes more than a text conditioning (addition_embed_type="
-                f"{unet.config.addition_embed_type}, class_embed_type={unet.config.class_embed_type}); 'sd' expects "
-                "the layout of Stable Diffusion 1.x or 2.x"
+                f"{unet.config.addition_embed_type}, class_embed_type={unet.config.class_embed_type}); 'sd' expects a "
+                "UNet of Stable Diffusion 1.x or 2.x"
             )
         if unet.config.in_channels != vae.config.latent_channels:
             raise ValueError(
@@ -46,7 +46,7 @@ class SDBackbone(LatentBackbone):
 
     @classmethod
     def from_config(cls, config: SDConfig, runtime: Runtime) -> SDBackbone:
-        """Loads UNet, VAE and the scheduler's constants from a folder or the hub."""
+        """Loads UNet, VAE and scheduler config from a folder, the Hub or a single file."""
         unet, vae, constants = load_parts(config, runtime, UNet2DConditionModel, "unet")
         alphas_cumprod, prediction = scheduler_constants(constants)
         return cls(unet, vae, alphas_cumprod, prediction).to(runtime.device)
@@ -66,45 +66,45 @@ class SDBackbone(LatentBackbone):
         return output.to(latents.dtype)
 
     def extra_model_kwargs(self, conditioning: Conditioning, latents: Tensor) -> dict[str, Any]:
-        """What the UNet is told beside the states, as keyword arguments: nothing for this family."""
+        """Keyword arguments of the UNet beyond the text states: none for Stable Diffusion 1.x and 2.x."""
         return {}
 
     def check_width(self, conditioning: Conditioning) -> None:
-        """Raises ValueError if the states are not of the width that the UNet's cross-attention takes."""
+        """Raises ValueError if the width of the states differs from that of the UNet's cross-attention."""
         expected = self.denoiser.config.cross_attention_dim
         if conditioning.states.shape[-1] != expected:
             raise ValueError(
                 f"the UNet's cross-attention takes states of width {expected}, the encoder gives "
-                f"width {conditioning.states.shape[-1]}; choose its own encoder, or one with an adapter to its width"
+                f"width {conditioning.states.shape[-1]}; use the model's own encoder, or an adapter of width {expected}"
             )
 
 
 def scheduler_constants(config: dict[str, Any]) -> tuple[Tensor, str]:
-    """Cumulated alphas ``(T,)`` and the kind of prediction, from a diffusers scheduler config.
+    """``alphas_cumprod`` ``(T,)`` and the prediction type, from a diffusers scheduler config.
 
     Raises:
-        ValueError: if the scheduler is unknown, has no cumulated alphas, or clips what it predicts.
+        ValueError: if the scheduler is unknown, has no ``alphas_cumprod``, or clips its predictions.
     """
     name = config.get("_class_name", "DDIMScheduler")
     scheduler_class: Any = getattr(diffusers, name, None)
     if scheduler_class is None:
-        raise ValueError(f"diffusers has no scheduler '{name}', which scheduler_config.json names")
+        raise ValueError(f"diffusers has no scheduler '{name}'; see _class_name in scheduler_config.json")
     scheduler = scheduler_class.from_config(config)
     check_linear_sampling({**config, **scheduler.config})
     if not hasattr(scheduler, "alphas_cumprod"):
         raise ValueError(
-            f"'sd' expects a scheduler with cumulated alphas, and {name} has none; for Stable Diffusion 3 use 'sd3'"
+            f"'sd' expects a scheduler with alphas_cumprod, and {name} has none; for Stable Diffusion 3 use 'sd3'"
         )
     return scheduler.alphas_cumprod, scheduler.config.get("prediction_type", "epsilon")
 
 
 def empty_unet(checkpoint: str, settings: dict[str, Any] | None = None, revision: str | None = None) -> Any:
-    """A checkpoint's UNet on the meta device: its layers and shapes without their weights.
+    """A checkpoint's UNet on the meta device: its layers and shapes without weights.
 
     Args:
-        checkpoint: hub id or local folder, of which only ``unet/config.json`` is read.
-        settings: its config where that is known, so that nothing is read.
-        revision: branch, tag or commit on the hub.
+        checkpoint: Hub id or local folder; only ``unet/config.json`` is read.
+        settings: config of the UNet; if given, no file is read.
+        revision: branch, tag or commit on the Hub.
     """
     if settings is None:
         config: Any = UNet2DConditionModel.load_config(

@@ -18,40 +18,41 @@ from longalign.runtime import Runtime
 class SD3Backbone(LatentBackbone):
     """SD3's transformer and VAE.
 
-    Timestep t of T holds ``(1 - s) x_0 + s n`` with ``s = shift u / (1 + (shift - 1) u)``, ``u = (t + 1) / T`` (section
-    5.3.2 of the paper, eq. 23), and the network is told ``T s``. The transformer takes no attention mask.
+    At timestep t of T, latents are ``(1 - s) x_0 + s n`` with ``s = shift u / (1 + (shift - 1) u)`` and
+    ``u = (t + 1) / T`` (section 5.3.2 of the paper, eq. 23). The network is conditioned on ``T s``, and takes no
+    attention mask.
 
     Args:
         transformer: the denoiser.
-        vae: frozen here.
-        levels: of the flow; see `flow_levels`.
+        vae: the autoencoder; frozen by this class.
+        noise_levels: levels of the flow; see `flow_levels`.
 
     Raises:
-        ValueError: if the transformer and the VAE do not belong together.
+        ValueError: if transformer and VAE have different numbers of channels.
     """
 
     def __init__(self, transformer: Any, vae: Any, noise_levels: NoiseLevels):
         config, channels = transformer.config, vae.config.latent_channels
         if not config.in_channels == transformer.out_channels == channels:
             raise ValueError(
-                f"the transformer takes {config.in_channels} channels and gives {transformer.out_channels}, the VAE "
-                f"has {channels}; 'sd3' expects a text-to-image model of the layout of Stable Diffusion 3"
+                f"the transformer takes {config.in_channels} channels and outputs {transformer.out_channels}, the VAE "
+                f"has {channels}; 'sd3' expects a text-to-image model in the layout of Stable Diffusion 3"
             )
         super().__init__(transformer, vae, "flow", noise_levels)
 
     @classmethod
     def from_config(cls, config: SDConfig, runtime: Runtime) -> SD3Backbone:
-        """Loads transformer, VAE and the scheduler's constants from a folder or the hub."""
+        """Loads transformer, VAE and scheduler config from a folder or the Hub."""
         transformer, vae, constants = load_parts(config, runtime, SD3Transformer2DModel, "transformer")
         return cls(transformer, vae, flow_levels(constants)).to(runtime.device)
 
     @property
     def divisor(self) -> int:
-        return self.factor * self.denoiser.config.patch_size
+        return self.vae_scale_factor * self.denoiser.config.patch_size
 
     def call(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         conditioning = conditioning.at(timesteps)
-        self.check(conditioning)
+        self.check_conditioning(conditioning)
         dtype, times = self.denoiser.dtype, len(self.noise_levels) * self.noise_levels.noise
         output = denoiser(
             hidden_states=latents.to(dtype),
@@ -62,8 +63,8 @@ class SD3Backbone(LatentBackbone):
         )[0]
         return output.to(latents.dtype)
 
-    def check(self, conditioning: Conditioning) -> None:
-        """Raises ValueError for a conditioning that the transformer cannot take."""
+    def check_conditioning(self, conditioning: Conditioning) -> None:
+        """Raises ValueError for a conditioning of the wrong width or with masked positions."""
         config, pooled = self.denoiser.config, conditioning.pooled
         widths = (conditioning.states.shape[-1], None if pooled is None else pooled.shape[-1])
         expected = (config.joint_attention_dim, config.pooled_projection_dim)
@@ -75,27 +76,27 @@ class SD3Backbone(LatentBackbone):
         if conditioning.mask is not None and not bool(conditioning.mask.all()):
             raise ValueError(
                 "SD3's transformer takes no attention mask, so the padding of shorter prompts would be attended to; "
-                "pad with <pad*> (clip-segment-sd3's pad), and let T5 be without mask"
+                "set the encoder's pad to <pad*>, and use T5 without a mask"
             )
 
 
 def flow_levels(scheduler: dict[str, Any]) -> NoiseLevels:
-    """The levels of a flow from diffusers' constants: ``FlowMatchEulerDiscreteScheduler`` with a constant shift.
+    """Noise levels of a flow from the config of diffusers' ``FlowMatchEulerDiscreteScheduler`` with a constant shift.
 
     Raises:
-        ValueError: if the scheduler is not one of flows, or its levels depend on the image's size.
+        ValueError: if the scheduler is not a flow-matching scheduler, or its levels depend on the image's size.
     """
     name = scheduler.get("_class_name", "")
     if not name.startswith("FlowMatch"):
         raise ValueError(
-            f"'sd3' expects the scheduler of a flow (FlowMatchEulerDiscreteScheduler), got '{name}'; "
+            f"'sd3' expects a flow-matching scheduler (FlowMatchEulerDiscreteScheduler), got '{name}'; "
             "for Stable Diffusion 1, 2 or XL use 'sd' or 'sdxl'"
         )
     for key in ("use_dynamic_shifting", "shift_terminal", "invert_sigmas"):
         if scheduler.get(key):
             raise ValueError(
-                f"the scheduler sets {key}={scheduler[key]}; 'sd3' expects levels with a constant shift, as Stable "
-                "Diffusion 3 and 3.5 have them. Set 'shift' in scheduler_config.json instead"
+                f"the scheduler sets {key}={scheduler[key]}; 'sd3' expects a constant shift, as in Stable Diffusion 3 "
+                "and 3.5. Set 'shift' in scheduler_config.json instead"
             )
-    length, shift = int(scheduler.get("num_train_timesteps", 1000)), float(scheduler.get("shift", 1.0))
-    return NoiseLevels.from_flow(length, shift)
+    num_timesteps, shift = int(scheduler.get("num_train_timesteps", 1000)), float(scheduler.get("shift", 1.0))
+    return NoiseLevels.from_flow(num_timesteps, shift)

@@ -1,1 +1,1 @@
-"""Ways to send the reward's gradient back through sampling: the kind ``schedules``."""
+"""Selection of the sampling steps that carry the reward's gradient: the kind ``gradient_steps``."""

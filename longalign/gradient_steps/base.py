@@ -1,4 +1,4 @@
-"""The interface of schedules: how a batch is sampled and where its gradient goes back through the sampling."""
+"""The interface of the kind ``gradient_steps``: which sampling steps carry gradient."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Protocol, runtime_checkable
 
 @dataclass(frozen=True)
 class GradientSteps:
-    """What is done with one batch.
+    """The gradient-carrying steps of one batch.
 
     Attributes:
-        steps: indices in ascending order of the steps whose calls of the denoiser carry gradient; 0 is the first
-            step, at the most noise. The other calls' outputs are constants.
-        detach: whether the latents that enter these calls are constants.
-        length: the number of steps that are taken, the last of which gives the predicted ``x_0``; None for all.
-        copies: how often each sample is noised again to the level of the last step and predicted once more, with
-            gradient; the scores of the copies count as much as the sample's.
+        steps: ascending indices of the steps whose denoiser calls carry gradient; 0 is the first step, with the most
+            noise. The outputs of all other calls are constants.
+        detach: whether the inputs of these calls are constants.
+        length: number of steps to take; the last one gives the predicted ``x_0``. None takes all steps.
+        copies: number of copies of each sample that are noised again to the level of the last step and predicted again,
+            with gradient. The score of each copy has the same weight as that of the sample.
     """
 
     steps: tuple[int, ...]
@@ -27,12 +27,12 @@ class GradientSteps:
 
 @runtime_checkable
 class GradientStepSelector(Protocol):
-    """Chooses anew for each batch."""
+    """Selects the gradient-carrying steps for each batch."""
 
     def select(self, num_steps: int) -> GradientSteps:
-        """The choice for ``num_steps`` sampling steps.
+        """Selects steps among ``num_steps`` sampling steps.
 
-        In several processes all must choose equally many steps, since they wait for each other at each repeated call;
-        `longalign.gradient_steps.steps.synced_randint` draws the same number in all of them.
+        All processes must select the same number of steps, because they synchronise at each replayed call;
+        `longalign.gradient_steps.steps.synced_randint` samples the same number in all of them.
         """
         ...

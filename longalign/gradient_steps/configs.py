@@ -1,6 +1,6 @@
-"""Configs of the ways to send the gradient back through sampling; no torch here.
+"""Configs of the kind ``gradient_steps``; importing this module does not import torch.
 
-`grouped-random`, `last` and `all` are general; the others are what papers do, under the papers' names.
+`grouped-random`, `last` and `all` are general; the others are methods of papers, under the papers' names.
 """
 
 from __future__ import annotations
@@ -14,20 +14,23 @@ from longalign.runtime import Runtime
 
 
 def check_groups(num_steps: int, groups: int, early_stop: int = 1) -> None:
-    """Raises ValueError if the steps cannot be divided, or an early stop can leave none that is chosen."""
+    """Raises ValueError if the steps cannot be divided, or an early stop can leave no selected step."""
     if num_steps % groups:
         raise ValueError(f"{num_steps} sampling steps cannot be divided into {groups} equal groups")
     if num_steps - early_stop + 1 < num_steps // groups:
         raise ValueError(
-            f"an early stop within the last {early_stop} of {num_steps} sampling steps can leave no chosen step; "
+            f"an early stop within the last {early_stop} of {num_steps} sampling steps can leave no selected step; "
             f"expected early_stop of at most {num_steps - num_steps // groups + 1}"
         )
 
 
 def check_last(num_steps: int, k: int, min_steps: int | None = None, early_stop: int = 1) -> None:
-    """Raises ValueError if there are not so many steps."""
-    if max(k, min_steps or 1) > num_steps:
-        raise ValueError(f"there are {num_steps} sampling steps, fewer than the last {max(k, min_steps or 1)}")
+    """Raises ValueError if there are fewer than ``k`` steps, or an early stop can leave fewer."""
+    required = max(k, min_steps or 1)
+    if required > num_steps:
+        raise ValueError(
+            f"cannot select the last {required} of {num_steps} sampling steps; expected at most {num_steps}"
+        )
     if k > num_steps - early_stop + 1:
         raise ValueError(
             f"an early stop within the last {early_stop} of {num_steps} sampling steps can leave fewer than {k}; "
@@ -36,23 +39,24 @@ def check_last(num_steps: int, k: int, min_steps: int | None = None, early_stop:
 
 
 class GradientStepsConfig(PartConfig):
-    """Base of the ways to choose the sampling steps that carry gradient."""
+    """Base of configs of methods that select the gradient-carrying steps."""
 
     def check_steps(self, num_steps: int) -> None:
-        """Raises ValueError if there is no choice among ``num_steps`` sampling steps."""
+        """Raises ValueError if the config does not allow ``num_steps`` sampling steps."""
 
     def detaches(self) -> bool:
-        """Whether the latents that enter the chosen calls are constants; then several can be repeated in one."""
+        """Whether the inputs of the selected calls are constants; several can then be replayed in one call."""
         return getattr(self, "detach", True)
 
 
 class GroupedRandomConfig(GradientStepsConfig):
-    """One step in each of equal groups, at the same random offset (LongAlign, section 4): of 50 steps in 5 groups
-    r, 10 + r, 20 + r, 30 + r and 40 + r with r in 0..9.
+    """One step in each of several equal groups, at the same random offset (LongAlign, section 4).
+
+    For 50 steps in 5 groups: r, 10 + r, 20 + r, 30 + r and 40 + r with r in 0..9.
 
     Attributes:
-        groups: number of groups, which is the number of steps with gradient.
-        detach: whether the latents that enter these steps are constants, as in the paper.
+        groups: number of groups, equal to the number of gradient-carrying steps.
+        detach: whether the inputs of these steps are constants, as in the paper.
     """
 
     name: Literal["grouped-random"] = "grouped-random"
@@ -69,12 +73,13 @@ class GroupedRandomConfig(GradientStepsConfig):
 
 
 class DRTuneConfig(GradientStepsConfig):
-    """DRTune (arXiv 2405.00760): steps at equal distances from a random offset, with constant inputs; sampling ends at
-    a random late step, whose predicted image is scored.
+    """DRTune (arXiv 2405.00760): equidistant steps from a random offset, with constant inputs.
+
+    Sampling stops at a random late step, and its predicted image is scored.
 
     Attributes:
-        groups: the number of steps with gradient; one that comes after the end falls away.
-        early_stop: the end is one of so many last steps, at random; 1 samples to the end.
+        groups: number of gradient-carrying steps; those after the stop are dropped.
+        early_stop: sampling stops uniformly among the last ``early_stop`` steps; 1 means no early stop.
     """
 
     name: Literal["drtune"] = "drtune"
@@ -94,8 +99,8 @@ class LastConfig(GradientStepsConfig):
     """The last steps.
 
     Attributes:
-        k: how many.
-        detach: whether the latents that enter these steps are constants.
+        k: number of gradient-carrying steps.
+        detach: whether the inputs of these steps are constants.
     """
 
     name: Literal["last"] = "last"
@@ -112,11 +117,12 @@ class LastConfig(GradientStepsConfig):
 
 
 class DraftKConfig(GradientStepsConfig):
-    """DRaFT-K (arXiv 2309.17400): the last steps, with gradient through their inputs; ``all`` with ``detach: false`` is
-    DRaFT.
+    """DRaFT-K (arXiv 2309.17400): the last steps, with gradient through their inputs.
+
+    For DRaFT, use ``all`` with ``detach: false``.
 
     Attributes:
-        k: how many.
+        k: number of gradient-carrying steps.
     """
 
     name: Literal["draft-k"] = "draft-k"
@@ -135,12 +141,12 @@ class DraftKConfig(GradientStepsConfig):
 
 
 class DraftLVConfig(GradientStepsConfig):
-    """DRaFT-LV (arXiv 2309.17400): the last step, of the sample and of copies that are noised again to its level, for a
-    gradient of lower variance. Here it is the mean over sample and copies, so that learning rates stay comparable; the
-    paper takes the sum.
+    """DRaFT-LV (arXiv 2309.17400): the last step, also of re-noised copies of the sample, for lower gradient variance.
+
+    The gradient is the mean over sample and copies, so that learning rates stay comparable; the paper uses the sum.
 
     Attributes:
-        copies: of each sample.
+        copies: number of copies of each sample.
     """
 
     name: Literal["draft-lv"] = "draft-lv"
@@ -156,8 +162,8 @@ class AlignPropConfig(GradientStepsConfig):
     """AlignProp (arXiv 2310.03739): a random number of last steps, with gradient through their inputs.
 
     Attributes:
-        min_steps: steps with gradient at least.
-        max_steps: steps with gradient at most, or null for all.
+        min_steps: minimum number of gradient-carrying steps.
+        max_steps: maximum number of gradient-carrying steps; null means all.
     """
 
     name: Literal["align-prop"] = "align-prop"
@@ -165,11 +171,9 @@ class AlignPropConfig(GradientStepsConfig):
     max_steps: int | None = Field(None, ge=1)
 
     @model_validator(mode="after")
-    def _ordered(self) -> AlignPropConfig:
+    def _check_range(self) -> AlignPropConfig:
         if self.max_steps is not None and self.max_steps < self.min_steps:
-            raise ValueError(
-                f"expected max_steps to be at least {self.min_steps}, as min_steps is, got {self.max_steps}"
-            )
+            raise ValueError(f"expected max_steps of at least min_steps, {self.min_steps}, got {self.max_steps}")
         return self
 
     def check_steps(self, num_steps: int) -> None:
@@ -185,11 +189,12 @@ class AlignPropConfig(GradientStepsConfig):
 
 
 class ReFLConfig(GradientStepsConfig):
-    """ReFL (arXiv 2304.05977, algorithm 1): sampling ends at a random late step, which alone carries gradient and whose
-    predicted image is scored.
+    """ReFL (arXiv 2304.05977, algorithm 1): only the last step carries gradient.
+
+    Sampling stops at a random late step, and its predicted image is scored.
 
     Attributes:
-        early_stop: the end is one of so many last steps, at random.
+        early_stop: sampling stops uniformly among the last ``early_stop`` steps; 1 means no early stop.
     """
 
     name: Literal["refl"] = "refl"
@@ -208,7 +213,7 @@ class AllConfig(GradientStepsConfig):
     """Every step.
 
     Attributes:
-        detach: whether the latents that enter the steps are constants; if not, this is DRaFT (arXiv 2309.17400).
+        detach: whether the inputs of the steps are constants; false gives DRaFT (arXiv 2309.17400).
     """
 
     name: Literal["all"] = "all"

@@ -1,4 +1,4 @@
-"""The built-in schedules: steps spread over the sampling, or the last ones."""
+"""The built-in methods of the kind ``gradient_steps``."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from longalign.gradient_steps.base import GradientSteps
 from longalign.gradient_steps.configs import check_groups, check_last
 from longalign.runtime import Runtime
 
-#: ``(low, high) -> a random integer from low to high``, both included
+#: ``(low, high)`` -> a random integer from low to high, both inclusive
 RandInt = Callable[[int, int], int]
 
 
 def synced_randint(runtime: Runtime) -> RandInt:
-    """Random integers by torch's global CPU generator, in several processes those of the first one."""
+    """Random integers from torch's global CPU generator; all processes get those of the first process."""
 
     def randint(low: int, high: int) -> int:
         number = torch.randint(low, high + 1, (1,))
@@ -25,14 +25,13 @@ def synced_randint(runtime: Runtime) -> RandInt:
 
 
 class GroupedRandom:
-    """One step in each of equal groups, at the same random offset.
+    """One step in each of several equal groups, at the same random offset.
 
     Args:
-        groups: how many.
-        detach: whether the latents that enter the chosen calls are constants.
-        early_stop: the last step that is taken is one of so many last steps, at random; chosen steps behind it fall
-            away.
-        randint: draws the offset and the last step.
+        groups: number of groups.
+        detach: whether the inputs of the selected calls are constants.
+        early_stop: sampling stops uniformly among the last ``early_stop`` steps; later steps are dropped.
+        randint: samples the offset and the last step.
     """
 
     def __init__(
@@ -52,12 +51,12 @@ class Last:
     """The last steps.
 
     Args:
-        k: how many; None for all.
-        min_steps: if given, their number is random, from ``least`` to ``k``.
-        detach: whether the latents that enter the chosen calls are constants.
-        early_stop: the last step that is taken is one of so many last steps, at random.
-        copies: how often each sample is noised again and predicted once more.
-        randint: draws the number of steps and the last step.
+        k: number of steps; None for all.
+        min_steps: if given, the number of steps is random, from ``min_steps`` to ``k``.
+        detach: whether the inputs of the selected calls are constants.
+        early_stop: sampling stops uniformly among the last ``early_stop`` steps.
+        copies: number of re-noised copies of each sample; see `GradientSteps`.
+        randint: samples the number of steps and the last step.
     """
 
     def __init__(
@@ -85,7 +84,7 @@ class All(Last):
     """Every step.
 
     Args:
-        detach: whether the latents that enter the calls are constants.
+        detach: whether the inputs of the calls are constants.
     """
 
     def __init__(self, *, detach: bool = True):

@@ -19,11 +19,11 @@ Aspect = Literal["crop", "pad", "squash"]
 
 
 class RewardConfig(PartConfig):
-    """Base of rewards' configs.
+    """Base of configs of rewards.
 
-    What a run may be checked for before anything is loaded: ``embeds`` says whether the reward is an
-    `longalign.rewards.base.EmbeddingReward`, which alone can be reweighted; ``differentiable`` whether its scores have
-    a gradient in the images.
+    Both class variables are checked before anything is loaded. ``embeds``: whether the reward is a
+    `longalign.rewards.base.EmbeddingReward`; only those can be reweighted. ``differentiable``: whether its scores have
+    gradient with respect to the images.
     """
 
     embeds: ClassVar[bool] = False
@@ -31,19 +31,19 @@ class RewardConfig(PartConfig):
 
 
 class TowerRewardConfig(RewardConfig):
-    """What rewards with an image and a text tower have in common; plugins may build on it.
+    """Settings of rewards with an image and a text tower; plugins may inherit from it.
 
     Attributes:
-        text: ``"auto"`` reads a prompt that fits the text tower's window in one pass, as published, and a longer one in
-            as few windows of whole sentences as hold it, of whose unit embeddings it takes the mean; ``"whole"`` reads
-            one window and truncates, with a warning, as published scores do; ``"segments"`` reads all of a prompt
-            segment by segment and takes the mean of the segments' unit embeddings.
-        segmenter: how the prompt is split, with ``text: segments``; whole sentences if it is left out.
-        aspect: what becomes of images that are not square: ``"crop"`` keeps the centre, ``"pad"`` adds black borders,
-            ``"squash"`` changes their proportions.
-        crop: side of a random crop taken before the resize in training mode, in pixels (an int, 504 of 512 in the
-            paper) or as a fraction of each side (a float); none if it is left out.
-        micro_batch: images in one pass of the image tower; all at once if it is left out.
+        text: how prompts are encoded. ``"auto"``: in one pass if the prompt fits the text tower's window, as published;
+            otherwise as the mean of the unit embeddings of as few windows of whole sentences as possible. ``"whole"``:
+            one window, truncated with a warning, as published scores do. ``"segments"``: as the mean of the unit
+            embeddings of all segments.
+        segmenter: how prompts are split with ``text: segments``; null splits into sentences.
+        aspect: how non-square images are resized: ``"crop"`` keeps the centre, ``"pad"`` adds black borders,
+            ``"squash"`` changes the aspect ratio.
+        crop: side of a random crop before the resize in training mode: an int in pixels (504 of 512 in the paper), or a
+            float as a fraction of each side; null for no crop.
+        micro_batch: number of images per pass of the image tower; null for all at once.
     """
 
     embeds: ClassVar[bool] = True
@@ -56,7 +56,7 @@ class TowerRewardConfig(RewardConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_segmenter(cls, values: Any) -> Any:
+    def _default_segmenter(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("segmenter") is None:
             text = values.get("text", cls.model_fields["text"].default)
             return {**values, "segmenter": "sentence" if text == "segments" else None}
@@ -65,16 +65,16 @@ class TowerRewardConfig(RewardConfig):
     @model_validator(mode="after")
     def _check_segmenter(self) -> TowerRewardConfig:
         if self.text != "segments" and self.segmenter is not None:
-            raise ValueError(f"a segmenter has no use with `text: {self.text}`; set `text: segments` or remove it")
+            raise ValueError(f"a segmenter has no effect with `text: {self.text}`; set `text: segments` or remove it")
         return self
 
     @field_validator("crop")
     @classmethod
     def _check_crop(cls, crop: int | float | None) -> int | float | None:
         if isinstance(crop, float) and not 0 < crop < 1:
-            raise ValueError(f"a crop given as a fraction must be between 0 and 1, not {crop}; give pixels as an int")
+            raise ValueError(f"expected a crop fraction between 0 and 1, got {crop}; for pixels, use an int")
         if isinstance(crop, int) and crop < 1:
-            raise ValueError(f"a crop must be at least one pixel, not {crop}; leave it out for no crop")
+            raise ValueError(f"expected a crop of at least 1 pixel, got {crop}; for no crop, use null")
         return crop
 
 
@@ -82,12 +82,12 @@ class ClipLikeConfig(TowerRewardConfig):
     """A reward from a transformers ``CLIPModel``.
 
     Attributes:
-        checkpoint: hub id, or local folder in transformers layout.
-        revision: of the hub repository.
-        subfolder: of the checkpoint.
+        checkpoint: Hub id, or local folder in transformers layout.
+        revision: branch, tag or commit of the Hub repository.
+        subfolder: subfolder of the checkpoint.
         variant: file variant of the weights, e.g. ``"fp16"`` for ``model.fp16.safetensors``.
-        processor: where tokenizer and image statistics come from: the checkpoint if it holds a tokenizer, else CLIP-H,
-            from which PickScore and Denscore were trained.
+        processor: checkpoint with tokenizer and image statistics; null means ``checkpoint`` if it has a tokenizer, else
+            CLIP-H, from which PickScore and Denscore were trained.
     """
 
     default_processor: ClassVar[str] = CLIP_H
@@ -118,14 +118,14 @@ class ClipConfig(ClipLikeConfig):
 
 
 class PickScoreConfig(ClipLikeConfig):
-    """PickScore (Kirstain et al. 2023, arXiv 2305.01569): CLIP-H trained on Pick-a-Pic's preferences."""
+    """PickScore (Kirstain et al. 2023, arXiv 2305.01569): CLIP-H fine-tuned on the preferences of Pick-a-Pic."""
 
     name: Literal["pickscore"] = "pickscore"
     checkpoint: str = "yuvalkirstain/PickScore_v1"
 
 
 class DenscoreConfig(ClipLikeConfig):
-    """Denscore (LongAlign, paper 3.2): a preference model for long prompts, read segment by segment."""
+    """Denscore (LongAlign, paper 3.2): a preference model for long prompts, encoded segment by segment."""
 
     name: Literal["denscore"] = "denscore"
     checkpoint: str = "luping-liu/Denscore"
@@ -136,11 +136,11 @@ class Hpsv2Config(TowerRewardConfig):
     """HPSv2 and v2.1 (Wu et al. 2023, arXiv 2306.09341), through open_clip.
 
     Attributes:
-        checkpoint: hub id, a ``.pt`` file, or a folder that holds one. An ``open_clip_config.json`` and a
-            ``bpe_simple_vocab.txt.gz`` beside the weights replace the architecture ViT-H-14 and CLIP's vocabulary.
-        revision: of the hub repository.
-        version: which file of the hub repository or folder is read; ``"v2.1"`` if it is left out. A ``.pt`` file is
-            the version that it is, so it takes none.
+        checkpoint: Hub id, a ``.pt`` file, or a folder with one. An ``open_clip_config.json`` or
+            ``bpe_simple_vocab.txt.gz`` in the folder of the weights replaces the architecture ViT-H-14 or CLIP's
+            vocabulary.
+        revision: branch, tag or commit of the Hub repository.
+        version: file of the Hub repository or folder; null means ``"v2.1"``. Not allowed with a ``.pt`` file.
     """
 
     name: Literal["hpsv2"] = "hpsv2"
@@ -163,11 +163,11 @@ class ReweightedConfig(RewardConfig):
     """An embedding reward with its text-irrelevant part scaled (LongAlign, paper section 4).
 
     Attributes:
-        inner: the reward; any whose score is a product of embeddings.
+        inner: the reward to decompose; its score must be a dot product of embeddings.
         omega: weight of the text-irrelevant part: 1 is the plain score, 0 alignment only, 0.3 the paper's choice.
-        direction: where the common direction V of text embeddings comes from: ``"batch"`` (this batch over all
-            processes, as in the paper), ``"running"`` (all batches seen in training, this one included), or a file
-            that ``longalign direction`` wrote.
+        direction: source of the common direction V of text embeddings: ``"batch"`` (this batch over all processes, as
+            in the paper), ``"running"`` (all training batches so far, including this one), or a file written by
+            ``longalign direction``.
     """
 
     name: Literal["reweighted"] = "reweighted"
@@ -178,10 +178,10 @@ class ReweightedConfig(RewardConfig):
     @field_validator("inner")
     @classmethod
     def _check_inner(cls, inner: PartConfig) -> PartConfig:
-        if not getattr(inner, "embeds", True):  # a plugin's that does not say is looked at when it is built
+        if not getattr(inner, "embeds", True):  # a plugin without `embeds` is checked when it is built
             raise ValueError(
-                f"'{inner.name}' is no product of embeddings, so it has no text-irrelevant part; "
-                "around a sum, put `reweighted` inside it, around each term"
+                f"'{inner.name}' is not a product of embeddings, so it has no text-irrelevant part; "
+                "to reweight a sum, wrap each of its terms in `reweighted`"
             )
         return inner
 
@@ -207,7 +207,7 @@ class TermConfig(Section):
     Attributes:
         reward: the reward.
         weight: its factor; a negative one turns a reward into a penalty.
-        label: names its curves; the reward's name if it is left out, numbered where that is taken.
+        label: name of its curves; null means the reward's name, with a number if it is already used.
     """
 
     reward: Part("rewards")  # type: ignore[valid-type]
@@ -234,10 +234,10 @@ class SumConfig(RewardConfig):
     def _check_terms(cls, terms: tuple[TermConfig, ...]) -> tuple[TermConfig, ...]:
         if not terms:
             raise ValueError("a sum needs at least one term, such as {reward: clip, weight: 1.0}")
-        given = [t.label for t in terms if t.label is not None]
-        twice = sorted({label for label in given if given.count(label) > 1})
-        if twice:
-            raise ValueError(f"labels must differ, but {', '.join(map(repr, twice))} is given more than once")
+        labels = [t.label for t in terms if t.label is not None]
+        repeated = sorted({label for label in labels if labels.count(label) > 1})
+        if repeated:
+            raise ValueError(f"labels must be unique, got {', '.join(map(repr, repeated))} more than once")
         return terms
 
     def build(self, runtime: Runtime) -> Any:

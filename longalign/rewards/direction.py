@@ -1,4 +1,4 @@
-"""Common directions computed over a corpus of prompts: the file, how it is made, and whether it fits a reward."""
+"""Common directions of text embeddings over a corpus: computation, files, and checks against a reward."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from longalign.weights import load_tensors, reading, save_tensors
 FORMAT = "longalign-direction-1"
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 NUM_BINS = 20
-#: eta's distribution is that of a random sample of so many prompts, so that a corpus of millions fits in memory
+#: eta's distribution is estimated from a random sample of this many prompts, so that memory use is bounded
 NUM_SAMPLED = 20_000
-#: their embeddings tell rewards apart: other weights, another splitter or another reading of long texts move them
+#: probe prompts; their embeddings identify a reward (weights, segmenter, handling of long texts)
 PROBE = (
     "A red fox sleeps on a stone wall, 3.5 m above the road; behind it, the sky is pale green. It is raining.",
     "Three glass bottles and a lemon on a wooden table. Soft light comes from the left. Is the door open?",
@@ -36,15 +36,15 @@ PROBE_TOLERANCE = 0.05
 
 @dataclass(frozen=True)
 class Direction:
-    """A common direction and where it comes from.
+    """A common direction and its provenance.
 
     Attributes:
         vector: ``V``, a unit vector ``(d,)``.
-        probe: ``(k, d)`` embeddings of `PROBE` by the reward that made it.
+        probe: ``(k, d)`` embeddings of `PROBE` by the reward that computed the direction.
         num_prompts: number of prompts of the corpus.
-        eta: distribution of ``eta = C_P . V`` over the corpus: ``mean``, ``std``, ``quantiles`` (of `QUANTILES`),
-            ``edges`` and ``counts`` of a histogram, and ``num_prompts``, the number of prompts it was taken over.
-        inner: config of that reward; empty where it was made without one.
+        eta: distribution of ``eta = C_P . V`` over the corpus: ``mean``, ``std``, ``quantiles`` (at `QUANTILES`),
+            ``edges`` and ``counts`` of a histogram, and ``num_prompts``, the number of sampled prompts.
+        inner: config of that reward; empty if it had none.
     """
 
     vector: Tensor
@@ -54,38 +54,38 @@ class Direction:
     inner: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> Path:
-        """Writes a safetensors file with ``V`` and ``probe``, and the rest as metadata."""
+        """Writes a safetensors file with ``V`` and ``probe``, and the other attributes as metadata."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        about = {"num_prompts": self.num_prompts, "eta": self.eta, "inner": self.inner}
-        metadata = {"format": FORMAT, **{key: json.dumps(value) for key, value in about.items()}}
+        attributes = {"num_prompts": self.num_prompts, "eta": self.eta, "inner": self.inner}
+        metadata = {"format": FORMAT, **{key: json.dumps(value) for key, value in attributes.items()}}
         save_tensors(path, {"V": self.vector.cpu().contiguous(), "probe": self.probe.cpu().contiguous()}, metadata)
         return path
 
     def vector_for(self, reward: EmbeddingReward, config: PartConfig | None = None) -> Tensor:
-        """``V (d,)`` for a reward that it fits.
+        """``V (d,)``, after checking that ``reward`` is the one that computed it.
 
         Raises:
-            ValueError: if the width is another, or if the reward embeds `PROBE` in another way than the one that made
-                the direction did (other weights, another way of reading long texts).
+            ValueError: if the width differs, or if the reward embeds `PROBE` differently (other weights, segmenter or
+                handling of long texts).
         """
-        made_by, asked = _describe(self.inner), _describe(_dump(config))
+        expected, got = _describe(self.inner), _describe(_dump(config))
         if self.vector.shape != (reward.dim,):
             raise ValueError(
-                f"the direction has width {len(self.vector)}, made with {made_by}; the reward {asked} has width "
-                f"{reward.dim}; compute it anew with `longalign direction`"
+                f"the direction has width {len(self.vector)}, computed with {expected}; the reward {got} has width "
+                f"{reward.dim}; recompute it with `longalign direction`"
             )
-        mine = reward.text_features(PROBE).cpu()
-        distance = ((mine - self.probe).norm() / self.probe.norm()).item()
+        probe = reward.text_features(PROBE).cpu()
+        distance = ((probe - self.probe).norm() / self.probe.norm()).item()
         if not distance <= PROBE_TOLERANCE:
             raise ValueError(
-                f"the direction was made with another reward, {made_by}, than {asked}: their embeddings of the same "
-                f"texts differ by {distance:.0%}; compute it anew with `longalign direction`"
+                f"the direction was computed with a different reward: expected {expected}; got {got}. Their embeddings "
+                f"of the same texts differ by {distance:.0%}; recompute it with `longalign direction`"
             )
         return self.vector
 
     def report(self) -> str:
-        """eta's distribution as text: mean, quantiles and a histogram."""
+        """Summary of the distribution of eta as text: mean, quantiles and a histogram."""
         sampled = self.eta["num_prompts"]
         lines = [
             f"common direction of {self.num_prompts} prompts, width {len(self.vector)}, by {_describe(self.inner)}",
@@ -101,39 +101,42 @@ class Direction:
 
 
 def load_direction(path: str | Path) -> Direction:
-    """Reads what `Direction.save` wrote. ``mini/<folder>/<file>`` is a file of the bundled weights.
+    """Reads a file written by `Direction.save`. ``mini/<folder>/<file>`` is a file of the bundled weights.
 
     Raises:
-        ValueError: if there is no such file, or it is of another kind.
+        ValueError: if there is no such file, or it is not a direction file.
     """
-    given = Path(path)
-    found = Path(resolve_checkpoint(given.parent.as_posix())) / given.name
-    if not found.is_file():
+    folder, name = Path(path).parent.as_posix(), Path(path).name
+    resolved = Path(resolve_checkpoint(folder)) / name
+    if not resolved.is_file():
         raise ValueError(
-            f"a direction is 'batch', 'running' or a file that `longalign direction` wrote; no file '{path}'"
+            f"no file '{path}'; expected a direction: 'batch', 'running' or a file written by `longalign direction`"
         )
-    with reading(found, "write one with `longalign direction`"):
-        with safe_open(found, "pt") as file:
+    with reading(resolved, "write one with `longalign direction`"):
+        with safe_open(resolved, "pt") as file:
             metadata = file.metadata() or {}
         if metadata.get("format") != FORMAT:
             raise ValueError(f"'{path}' is not a direction file ({FORMAT}); write one with `longalign direction`")
-        about = {key: json.loads(metadata[key]) for key in ("num_prompts", "eta", "inner")}
-        tensors = load_tensors(found)
-        return Direction(tensors["V"], tensors["probe"], **about)
+        attributes = {key: json.loads(metadata[key]) for key in ("num_prompts", "eta", "inner")}
+        tensors = load_tensors(resolved)
+        return Direction(tensors["V"], tensors["probe"], **attributes)
 
 
 def compute_direction(
     reward: EmbeddingReward, prompts: Iterable[str], batch_size: int = 64, config: PartConfig | None = None
 ) -> Direction:
-    """The common direction of a corpus (LongAlign, paper 3.2), over all prompts in one pass.
+    """Computes the common direction of a corpus (LongAlign, paper 3.2) in one pass over its prompts.
 
     Args:
-        reward: whose text embeddings are taken.
-        prompts: the corpus, at least two different prompts; it may be a generator of millions.
-        batch_size: prompts encoded at a time.
-        config: the reward's config, kept in the file.
+        reward: reward that gives the text embeddings.
+        prompts: the corpus, with at least two different prompts; may be a generator.
+        batch_size: number of prompts encoded at a time.
+        config: config of the reward, stored in the file.
+
+    Raises:
+        ValueError: for fewer than two different prompts.
     """
-    sampler = random.Random(0)
+    rng = random.Random(0)
     total = torch.zeros(reward.dim, dtype=torch.float64)
     sample: list[Tensor] = []
     count = 0
@@ -143,11 +146,11 @@ def compute_direction(
         for row in text:
             if len(sample) < NUM_SAMPLED:
                 sample.append(row)
-            elif (place := sampler.randrange(count + 1)) < NUM_SAMPLED:
-                sample[place] = row
+            elif (index := rng.randrange(count + 1)) < NUM_SAMPLED:
+                sample[index] = row
             count += 1
     if len(torch.unique(torch.stack(sample), dim=0) if sample else ()) < 2:
-        raise ValueError(f"a common direction needs at least two different prompts, got {count} in all")
+        raise ValueError(f"a common direction needs at least 2 different prompts, got {count} prompts")
     vector = preference.normalise((total / count).float())
     eta = preference.eta(torch.stack(sample), vector)
     return Direction(vector, reward.text_features(PROBE).cpu(), count, _distribution(eta), _dump(config))
@@ -156,24 +159,27 @@ def compute_direction(
 def write_direction(
     config: Any, prompts: Iterable[str], output: str | Path, runtime: Runtime | None = None, batch_size: int = 64
 ) -> Direction:
-    """What ``longalign direction`` does: builds the reward, computes its direction over the prompts, writes the file.
+    """Builds a reward, computes its common direction and writes it to a file (the command ``longalign direction``).
 
     Args:
-        config: a reward: name, mapping or config. Of ``reweighted`` its inner reward is taken.
+        config: a reward: name, mapping or config. For ``reweighted``, its inner reward is used.
         prompts: the corpus.
-        output: the file, usually ``*.safetensors``.
-        runtime: where the reward runs.
-        batch_size: prompts encoded at a time.
+        output: output file, usually ``*.safetensors``.
+        runtime: device and dtype of the reward.
+        batch_size: number of prompts encoded at a time.
 
     Returns:
-        The direction, whose `Direction.report` is worth printing.
+        The direction; see `Direction.report` for a summary.
+
+    Raises:
+        ValueError: if the reward has no text embeddings, or for fewer than two different prompts.
     """
     config = registry.rewards.validate(config)
     while config.name == "reweighted":
         config = config.inner  # type: ignore[attr-defined]
     reward = registry.rewards.build(config, runtime)
     if not isinstance(reward, EmbeddingReward):
-        raise ValueError(f"'{config.name}' has no text embeddings; name one of its terms, or another reward")
+        raise ValueError(f"'{config.name}' has no text embeddings; use one of its terms, or a different reward")
     direction = compute_direction(reward, prompts, batch_size, config)
     direction.save(output)
     return direction
@@ -184,7 +190,7 @@ def _distribution(eta: Tensor) -> dict[str, Any]:
     quantiles = torch.quantile(eta, torch.tensor(QUANTILES, dtype=torch.float64))
     low, high = float(eta.min()), float(eta.max())
     high = high if high > low else low + 1e-6
-    bins = min(NUM_BINS, math.ceil(math.sqrt(len(eta))))  # so that a few prompts do not leave most of them empty
+    bins = min(NUM_BINS, math.ceil(math.sqrt(len(eta))))  # avoids mostly empty bins for few prompts
     return {
         "num_prompts": len(eta),
         "mean": eta.mean().item(),
@@ -196,8 +202,8 @@ def _distribution(eta: Tensor) -> dict[str, Any]:
 
 
 def _batches(prompts: Iterable[str], size: int) -> Iterator[Sequence[str]]:
-    rest = iter(prompts)
-    while batch := list(islice(rest, size)):
+    iterator = iter(prompts)
+    while batch := list(islice(iterator, size)):
         yield batch
 
 

@@ -1,4 +1,4 @@
-"""What is checked of a reward's scores. Where one is not finite, the image and prompt that caused it are kept."""
+"""Checks of a reward's scores, and the error for non-finite scores, which keeps the offending image and prompt."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 class NonFiniteReward(RunError):
-    """A reward is NaN or infinite; training with it would spoil the model at the next step.
+    """A score is NaN or infinite; continuing would corrupt the weights at the next step.
 
     Attributes:
-        reward: what the reward is called.
-        index: place of the first such image in the batch.
-        prompt: its prompt.
-        image: the image ``(3, h, w)``, on the CPU and without gradient.
+        reward: name of the reward.
+        index: index in the batch of the first image with a non-finite score.
+        prompt: the prompt of that image.
+        image: that image ``(3, h, w)``, on the CPU and without gradient.
         scores: ``(b,)`` all scores of the batch.
     """
 
@@ -31,21 +31,22 @@ class NonFiniteReward(RunError):
         super().__init__(self._message())
 
     def _message(self, folder: Path | None = None) -> str:
-        bad = int((~torch.isfinite(self.scores)).sum())
-        state = "finite" if bool(torch.isfinite(self.image).all()) else "not finite either"
+        num_bad = int((~torch.isfinite(self.scores)).sum())
+        pixels = "finite" if bool(torch.isfinite(self.image).all()) else "not finite either"
         prompt = self.prompt if len(self.prompt) <= 80 else self.prompt[:77] + "..."
-        whose = f" of the reward '{self.reward}'" if self.reward else ""
+        reward = f" of the reward '{self.reward}'" if self.reward else ""
         return (
-            f"{bad} of {len(self.scores)} scores{whose} are not finite; the first is {self.scores[self.index].item()} "
-            f"at index {self.index}, prompt {prompt!r}; the image's pixels are {state}"
-            + (f"; image, prompt and tensors are kept in {folder}" if folder else "")
+            f"{num_bad} of {len(self.scores)} scores{reward} are not finite; "
+            f"the first is {self.scores[self.index].item()} at index {self.index}, prompt {prompt!r}; "
+            f"the image's pixels are {pixels}"
+            + (f"; image, prompt and tensors were saved in {folder}" if folder else "")
         )
 
     def save(self, folder: str | Path) -> Path:
         """Writes ``image.png``, ``prompt.txt`` and ``tensors.safetensors`` (``image``, ``scores``) into a folder.
 
-        The folder is made if it is missing, and named in the message of this error from then on. In the PNG, pixels
-        that are not finite are black; the tensor has them as they were.
+        Creates the folder if needed and adds its path to the message of this error. Non-finite pixels are black in the
+        PNG and unchanged in the tensor.
         """
         from PIL import Image
 
@@ -63,55 +64,55 @@ class NonFiniteReward(RunError):
 
 
 def check_scores(total: Any, images: Tensor, prompts: Sequence[str], reward: str = "") -> None:
-    """Raises unless ``total`` holds one finite score for each image.
+    """Checks that ``total`` has one finite score for each image.
 
     Args:
         total: ``(b,)`` scores.
         images: ``(b, 3, h, w)``.
         prompts: one for each image.
-        reward: what the reward is called in messages.
+        reward: name of the reward in messages.
 
     Raises:
         NonFiniteReward: if a score is NaN or infinite.
-        ValueError: if it is no tensor of floating-point numbers, or its shape is another.
+        ValueError: if it is not a floating-point tensor, or its shape is wrong.
     """
-    who = f"the reward '{reward}' must return" if reward else "a reward must return"
+    subject = f"the reward '{reward}' must return" if reward else "a reward must return"
     if not isinstance(total, Tensor):
-        raise ValueError(f"{who} a tensor of scores, not {type(total).__name__}")
+        raise ValueError(f"{subject} a tensor of scores, not {type(total).__name__}")
     if total.shape != (len(images),):
-        raise ValueError(f"{who} one score for each of {len(images)} images, got shape {tuple(total.shape)}")
+        raise ValueError(f"{subject} one score for each of {len(images)} images, got shape {tuple(total.shape)}")
     if not total.is_floating_point():
-        raise ValueError(f"{who} floating-point numbers, got {total.dtype}")
+        raise ValueError(f"{subject} floating-point numbers, got {total.dtype}")
     finite = torch.isfinite(total.detach())
     if not finite.all():
         index = int((~finite).nonzero()[0])
-        # clones: what was seen must not change when the batch's memory is used again
+        # clones, because the memory of the batch may be reused
         image, scores = (t.detach().cpu().clone() for t in (images[index], total))
         raise NonFiniteReward(index, prompts[index], image, scores, reward)
 
 
 def guarded(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Scores:
-    """The scores of a reward that may be a plugin's, checked.
+    """Computes the scores of a reward and checks them; plugins may violate the interface.
 
     Args:
-        reward: what scores.
-        images: ``(b, 3, h, w)`` in [0, 1]; where they carry gradient, so must the scores.
+        reward: the reward.
+        images: ``(b, 3, h, w)`` in [0, 1]; if they require gradient, so must the scores.
         prompts: one for each image.
 
     Raises:
         NonFiniteReward: if a score is NaN or infinite.
-        ValueError: if the scores are not one floating-point number for each image, have no gradient in images that
-            carry some, or the reward has written into the images.
+        ValueError: if there is not one floating-point score per image, if the scores have no gradient although the
+            images require it, or if the reward modified the images.
     """
-    who = reward.label or type(reward).__name__
+    name = reward.label or type(reward).__name__
     before = None if images.is_inference() else images._version
-    scores = reward.scores(images, prompts)
+    scores = reward.score_components(images, prompts)
     if before is not None and images._version != before:
-        raise ValueError(f"the reward '{who}' writes into its images; let it work on a copy (images.clone())")
-    check_scores(getattr(scores, "total", scores), images, prompts, who)
+        raise ValueError(f"the reward '{name}' modifies its images in place; use a copy (images.clone())")
+    check_scores(getattr(scores, "total", scores), images, prompts, name)
     if images.requires_grad and torch.is_grad_enabled() and not scores.total.requires_grad:
         raise ValueError(
-            f"the reward '{who}' has no gradient in its images, so nothing can be trained by it; let it compute "
-            "with the tensors that it gets, without detach, numpy or torch.no_grad"
+            f"the scores of the reward '{name}' have no gradient with respect to the images, which training needs; "
+            "compute them without detach, numpy or torch.no_grad"
         )
     return scores

@@ -31,7 +31,7 @@ class OpenClipTowers(Towers):
     """Both towers of an ``open_clip`` model.
 
     Args:
-        model: the model, an ``open_clip.model.CLIP``.
+        model: an ``open_clip.model.CLIP``.
         tokenizer: an ``open_clip.tokenizer.SimpleTokenizer``.
     """
 
@@ -43,11 +43,11 @@ class OpenClipTowers(Towers):
         self.window = model.context_length - NUM_SPECIAL_TOKENS
 
     def count_tokens(self, text: str) -> int:
-        # encode() leaves the cleaning to the caller
-        return len(self.tokenizer.encode(self.tokenizer.clean_fn(self._plain(text))))
+        # unlike calling the tokenizer, encode() does not clean the text
+        return len(self.tokenizer.encode(self.tokenizer.clean_fn(self._escape_special(text))))
 
-    def _plain(self, text: str) -> str:
-        """A text in which what looks like a special token is text; the same tokens otherwise."""
+    def _escape_special(self, text: str) -> str:
+        """Changes the names of special tokens in a text so that they are tokenized as text."""
         clean = self.tokenizer.clean_fn(text)
         return _SPECIAL.sub(r"< \1", clean) if _SPECIAL.search(clean) else text
 
@@ -55,12 +55,14 @@ class OpenClipTowers(Towers):
         return self.model.encode_image(pixels.to(self.model.positional_embedding.dtype))
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        tokens = self.tokenizer([self._plain(text) for text in texts], context_length=self.model.context_length)
+        tokens = self.tokenizer(
+            [self._escape_special(text) for text in texts], context_length=self.model.context_length
+        )
         return self.model.encode_text(tokens.to(self.model.positional_embedding.device))
 
 
 def load_hpsv2(config: Hpsv2Config, runtime: Runtime) -> TowerReward:
-    """Loads a `TowerReward` from the hub, a ``.pt`` file or a folder that holds one."""
+    """Loads a `TowerReward` from the Hub, a ``.pt`` file or a folder with one."""
     weights = find_weights(config.checkpoint, config.version, config.revision)
     settings = _settings(weights.parent)
     model = build_model(settings["model_cfg"], read_state(weights), str(weights))
@@ -72,48 +74,53 @@ def load_hpsv2(config: Hpsv2Config, runtime: Runtime) -> TowerReward:
 
 
 def find_weights(checkpoint: str, version: str | None = None, revision: str | None = None) -> Path:
-    """The ``.pt`` file of a checkpoint.
+    """Path of the ``.pt`` file of a checkpoint, downloaded if needed.
 
     Args:
-        checkpoint: hub id, ``.pt`` file or folder.
-        version: ``"v2"`` or ``"v2.1"``, for a hub id or a folder; v2.1 if None.
-        revision: for a hub id.
+        checkpoint: Hub id, ``.pt`` file or folder.
+        version: ``"v2"`` or ``"v2.1"``, for a Hub id or a folder; v2.1 if None.
+        revision: branch, tag or commit, for a Hub id.
+
+    Raises:
+        ValueError: if there is no such file, or ``version`` or ``revision`` does not apply.
     """
     path = Path(resolve_checkpoint(checkpoint))
     local = path.exists() or path.suffix == ".pt"
     if local and revision is not None:
-        raise ValueError(f"`revision` is for hub repositories, and '{checkpoint}' is on this machine; remove it")
+        raise ValueError(f"`revision` only applies to Hub repositories, '{checkpoint}' is a local path; remove it")
     if path.suffix == ".pt":
         if not path.is_file():
-            raise ValueError(f"there is no file '{checkpoint}'; give a .pt file, a folder that holds one, or a hub id")
+            raise ValueError(f"no file '{checkpoint}'; expected a .pt file, a folder with one, or a Hub id")
         if version is not None:
-            raise ValueError(f"`version` picks a file of a folder or hub repository; '{checkpoint}' is one; remove it")
+            raise ValueError(
+                f"`version` only applies to a folder or Hub repository, '{checkpoint}' is a file; remove it"
+            )
         return path
     name = FILES[version or "v2.1"]
     if path.is_dir():
         if not (path / name).is_file():
-            there = sorted(p.name for p in path.glob("*.pt")) or ["no .pt file"]
-            raise ValueError(f"'{checkpoint}' does not hold {name}; it holds {', '.join(there)}; see `version`")
+            files = sorted(p.name for p in path.glob("*.pt")) or ["no .pt file"]
+            raise ValueError(f"'{checkpoint}' does not contain {name}; it contains {', '.join(files)}; see `version`")
         return path / name
     from huggingface_hub import hf_hub_download
 
     try:
         return Path(hf_hub_download(checkpoint, name, revision=revision))
     except Exception as error:
-        raise ValueError(f"checkpoint '{checkpoint}' of 'hpsv2' is not to be had: {why(error, name)}") from error
+        raise ValueError(f"checkpoint '{checkpoint}' of 'hpsv2' cannot be loaded: {why(error, name)}") from error
 
 
 def read_state(weights: Path) -> dict[str, Tensor]:
-    """The tensors under ``state_dict`` of a ``.pt`` file; nothing but tensors is unpickled."""
+    """Loads the tensors under ``state_dict`` of a ``.pt`` file; only tensors are unpickled."""
     content = load_pickle(weights)
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-        keys = f"a dict with {sorted(map(str, content))[:5]}" if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"expected the weights of '{weights}' under 'state_dict', as in HPSv2's files; found {keys}")
+        got = f"a dict with {sorted(map(str, content))[:5]}" if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"expected weights under 'state_dict' in '{weights}', as in HPSv2's files; got {got}")
     return content["state_dict"]
 
 
 def build_model(model_cfg: dict[str, Any], state: dict[str, Tensor], origin: str) -> Any:
-    """An ``open_clip.model.CLIP`` of a given architecture with given weights, in float32."""
+    """Builds an ``open_clip.model.CLIP`` from its config and weights, in float32; ``origin`` is used in messages."""
     from open_clip.model import CLIP
 
     model = CLIP(**model_cfg)
@@ -121,14 +128,14 @@ def build_model(model_cfg: dict[str, Any], state: dict[str, Tensor], origin: str
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(
-            f"the weights of '{origin}' do not fit the architecture {model_cfg}: {error}; "
-            f"put the right {CONFIG_FILE} beside the weights"
+            f"the weights of '{origin}' do not match the architecture {model_cfg}: {error}; "
+            f"put the matching {CONFIG_FILE} into the folder of the weights"
         ) from error
     return model
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """``model_cfg`` and ``preprocess_cfg``: the file beside the weights, else open_clip's ViT-H-14."""
+    """``model_cfg`` and ``preprocess_cfg`` from the config file in ``folder``, else open_clip's ViT-H-14."""
     if (folder / CONFIG_FILE).is_file():
         settings = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         return settings if "model_cfg" in settings else {"model_cfg": settings}
@@ -140,6 +147,6 @@ def _settings(folder: Path) -> dict[str, Any]:
 def _tokenizer(folder: Path, context_length: int) -> Any:
     from open_clip.tokenizer import SimpleTokenizer, default_bpe
 
-    beside = folder / BPE_FILE
-    bpe_path = str(beside) if beside.is_file() else default_bpe()
+    vocabulary = folder / BPE_FILE
+    bpe_path = str(vocabulary) if vocabulary.is_file() else default_bpe()
     return SimpleTokenizer(bpe_path, context_length=context_length)

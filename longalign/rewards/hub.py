@@ -1,4 +1,4 @@
-"""Files of a checkpoint that is a hub id or a local folder, and the image settings they hold."""
+"""Optional files of a checkpoint on the Hub or in a local folder, and the image statistics in them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Any
 from longalign.images import CLIP_MEAN, CLIP_STD
 
 
-def find_file(checkpoint: str, name: str, revision: str | None = None, subfolder: str | None = None) -> Path | None:
-    """A file of a checkpoint on this machine, downloaded if need be; None where the checkpoint does not hold it."""
+def find_optional_file(
+    checkpoint: str, name: str, revision: str | None = None, subfolder: str | None = None
+) -> Path | None:
+    """Local path of a file of a checkpoint, downloaded if needed; None if the checkpoint does not have it."""
     from transformers.utils.hub import cached_file
 
-    found = cached_file(
+    path = cached_file(
         checkpoint,
         name,
         revision=revision,
@@ -22,13 +24,13 @@ def find_file(checkpoint: str, name: str, revision: str | None = None, subfolder
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
-    return Path(found) if isinstance(found, str) else None
+    return Path(path) if isinstance(path, str) else None
 
 
-def holds_tokenizer(checkpoint: str, revision: str | None = None, subfolder: str | None = None) -> bool:
-    """Whether a checkpoint comes with a tokenizer of its own."""
+def has_tokenizer(checkpoint: str, revision: str | None = None, subfolder: str | None = None) -> bool:
+    """Whether a checkpoint contains a tokenizer."""
     files = ("tokenizer.json", "vocab.json", "spiece.model")
-    return any(find_file(checkpoint, name, revision, subfolder) for name in files)
+    return any(find_optional_file(checkpoint, name, revision, subfolder) for name in files)
 
 
 def image_statistics(
@@ -37,9 +39,12 @@ def image_statistics(
     subfolder: str | None = None,
     default: tuple[tuple[float, ...], tuple[float, ...]] = (CLIP_MEAN, CLIP_STD),
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation from a checkpoint's ``preprocessor_config.json`` (or ``processor_config.json``)."""
+    """Image mean and standard deviation from a checkpoint's ``preprocessor_config.json`` or ``processor_config.json``.
+
+    Returns ``default`` if neither file has them.
+    """
     for name in ("preprocessor_config.json", "processor_config.json"):
-        path = find_file(checkpoint, name, revision, subfolder)
+        path = find_optional_file(checkpoint, name, revision, subfolder)
         if path is None:
             continue
         values: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))

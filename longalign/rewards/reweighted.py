@@ -20,17 +20,18 @@ _HINT = "use `direction: running`, or a file written by `longalign direction`"
 
 
 class ReweightedReward(Reward):
-    """``C_X . (C_P_perp + omega eta V)``, with both parts of the plain score beside it.
+    """The reweighted score ``C_X . (C_P_perp + omega eta V)`` of an embedding reward.
 
-    `Scores.parts` are ``text_relevant`` (``C_X . C_P_perp``), ``text_irrelevant`` (``C_X . eta V``) and ``eta``.
+    `Scores.parts` are those of the plain score: ``text_relevant`` (``C_X . C_P_perp``), ``text_irrelevant``
+    (``C_X . eta V``) and ``eta``.
 
     Args:
-        inner: the reward that is taken apart.
+        inner: the reward to decompose.
         omega: weight of the text-irrelevant part.
-        direction: ``"batch"``, ``"running"``, or a fixed unit vector ``(d,)``. A running direction is the mean over
-            all prompts seen in training mode; eval mode uses it and leaves it as it is. Its state is part of
+        direction: ``"batch"``, ``"running"``, or a fixed vector ``(d,)``, which is normalised. A running direction is
+            the mean over all prompts scored in training mode; eval mode does not update it. Its state is in
             ``state_dict()`` (``running_mean``, ``running_count``).
-        gather: see `Runtime.gather`; V is that of the prompts of all processes.
+        gather: see `Runtime.gather`; V is computed from the prompts of all processes.
     """
 
     running_mean: Tensor
@@ -45,7 +46,7 @@ class ReweightedReward(Reward):
         gather: Callable[[Any], Any] = Runtime.gather,
     ):
         super().__init__()
-        self.inner, self.omega, self.gather = _checked(inner), omega, gather
+        self.inner, self.omega, self.gather = _require_embedding_reward(inner), omega, gather
         self.mode = direction if isinstance(direction, str) else "fixed"
         if self.mode == "running":
             self.register_buffer("running_mean", torch.zeros(inner.dim))
@@ -54,9 +55,9 @@ class ReweightedReward(Reward):
             assert isinstance(direction, Tensor)
             if direction.shape != (inner.dim,):
                 raise ValueError(
-                    f"expected a direction ({inner.dim},), the reward's width, got {tuple(direction.shape)}"
+                    f"expected a direction of shape ({inner.dim},), the reward's width, got {tuple(direction.shape)}"
                 )
-            # it comes from its file again, so checkpoints need not carry it
+            # not persistent: it is reloaded from its file
             self.register_buffer("fixed", torch.nn.functional.normalize(direction.float(), dim=0), persistent=False)
         elif self.mode != "batch":
             raise ValueError(f"direction must be 'batch', 'running' or a vector, not '{self.mode}'")
@@ -65,8 +66,8 @@ class ReweightedReward(Reward):
         """``V (d,)`` for a batch of text embeddings ``(b, d)`` of this process.
 
         Raises:
-            ValueError: for a batch direction of fewer than two different prompts: V would be the prompt itself and
-                nothing text-relevant would remain; for a running direction in eval mode before any training.
+            ValueError: for a batch direction with fewer than two different prompts, where V would be the prompt itself
+                and the text-relevant part would vanish; for a running direction in eval mode before any training.
         """
         if self.mode == "fixed":
             return self.fixed.to(text.device)
@@ -75,9 +76,9 @@ class ReweightedReward(Reward):
         gathered = self.gather(text.detach())
         if len(gathered) < 2 or torch.allclose(gathered, gathered[:1].expand_as(gathered), rtol=0, atol=1e-6):
             raise ValueError(
-                f"the common direction of a batch needs two different prompts at least, and this batch has "
+                f"the common direction of a batch needs at least 2 different prompts, got "
                 f"{len(gathered)} {'prompt' if len(gathered) == 1 else 'times the same prompt'} over all processes: "
-                f"its text-relevant part would vanish; {_HINT}"
+                f"the text-relevant part would vanish; {_HINT}"
             )
         return preference.common_direction(gathered)
 
@@ -88,10 +89,10 @@ class ReweightedReward(Reward):
             self.running_mean.copy_(mean)
             self.running_count.copy_(count)
         elif not self.running_count:
-            raise ValueError("a running direction has seen no prompts yet: score in training mode first, or use a file")
+            raise ValueError("the running direction has no prompts yet; score in training mode first, or use a file")
         return preference.normalise(self.running_mean).to(text.device)
 
-    def scores(self, images: Tensor, prompts: Sequence[str]) -> Scores:
+    def score_components(self, images: Tensor, prompts: Sequence[str]) -> Scores:
         check_pairs(images, prompts)
         text = self.inner.text_features(prompts)
         direction = self.direction(text)
@@ -104,8 +105,8 @@ class ReweightedReward(Reward):
 
 
 def load_reweighted(config: ReweightedConfig, runtime: Runtime) -> ReweightedReward:
-    """Builds the inner reward and wraps it; a direction file is checked against the inner reward."""
-    inner = _checked(registry.rewards.build(config.inner, runtime))
+    """Builds a `ReweightedReward`; a direction file is checked against the inner reward."""
+    inner = _require_embedding_reward(registry.rewards.build(config.inner, runtime))
     direction: str | Tensor = config.direction
     if direction not in ("batch", "running"):
         direction = load_direction(config.direction).vector_for(inner, config.inner)
@@ -113,10 +114,10 @@ def load_reweighted(config: ReweightedConfig, runtime: Runtime) -> ReweightedRew
     return reward.to(runtime.device)
 
 
-def _checked(inner: Any) -> EmbeddingReward:
+def _require_embedding_reward(inner: Any) -> EmbeddingReward:
     if not isinstance(inner, EmbeddingReward):
         raise ValueError(
-            f"reweighted needs a reward that is a product of embeddings (an EmbeddingReward), not "
-            f"{type(inner).__name__}; around a sum, put `reweighted` inside it, around each term"
+            f"reweighted needs a reward that is a product of embeddings (an EmbeddingReward), got "
+            f"{type(inner).__name__}; to reweight a sum, wrap each of its terms in `reweighted`"
         )
     return inner

@@ -18,49 +18,50 @@ if TYPE_CHECKING:
 
 
 class SumReward(Reward):
-    """``sum_i weight_i reward_i``.
+    """A weighted sum of rewards, ``sum_i weight_i reward_i``.
 
-    `Scores.parts` hold each term's unweighted total as ``<label>`` and its parts as ``<label>/<part>``.
+    `Scores.parts` contain each term's unweighted total as ``<label>`` and its parts as ``<label>/<part>``.
 
     Args:
-        rewards: the terms by label.
-        weights: one for each term, in the same order.
+        rewards: label and reward of each term.
+        weights: weight of each term, in the same order.
     """
 
     def __init__(self, rewards: dict[str, Reward], weights: Sequence[float]):
         super().__init__()
         if not rewards or len(rewards) != len(weights):
             raise ValueError(
-                f"expected one weight for each of at least one reward, got {len(rewards)} and {len(weights)}"
+                f"expected at least one reward and one weight for each, got {len(rewards)} rewards and {len(weights)} "
+                "weights"
             )
         self.labels, self.weights = tuple(rewards), tuple(weights)
         self.rewards = nn.ModuleList(rewards.values())
 
-    def scores(self, images: Tensor, prompts: Sequence[str]) -> Scores:
+    def score_components(self, images: Tensor, prompts: Sequence[str]) -> Scores:
         check_pairs(images, prompts)
         total, parts = images.new_zeros(len(images), dtype=torch.float32), {}
         for label, weight, reward in zip(self.labels, self.weights, self.rewards, strict=True):
             assert isinstance(reward, Reward)
             term = guarded(reward, images, prompts)
-            total = total + weight * term.total.to(total.device)  # a plain function may score where the images are
+            total = total + weight * term.total.to(total.device)  # a function may score on the device of the images
             parts[label] = term.total.detach()
             parts.update({f"{label}/{name}": value.detach() for name, value in term.parts.items()})
         return Scores(total, parts).checked(images, prompts)
 
 
 def load_sum(config: SumConfig, runtime: Runtime) -> SumReward:
-    """Builds all terms; plain functions registered as rewards are terms like any other."""
-    taken = {term.label for term in config.terms if term.label}
+    """Builds a `SumReward`; terms may also be functions registered as rewards."""
+    labels = {term.label for term in config.terms if term.label}
     rewards: dict[str, Reward] = {}
     for term in config.terms:
-        label = term.label or _free(term.reward.name, taken)
-        taken.add(label)
+        label = term.label or _unique_label(term.reward.name, labels)
+        labels.add(label)
         rewards[label] = as_reward(registry.rewards.build(term.reward, runtime), label)
     return SumReward(rewards, [term.weight for term in config.terms])
 
 
-def _free(name: str, taken: set[str]) -> str:
+def _unique_label(name: str, labels: set[str]) -> str:
     label, number = name, 2
-    while label in taken:
+    while label in labels:
         label, number = f"{name}-{number}", number + 1
     return label

@@ -1,4 +1,4 @@
-"""Rewards with two towers: any pair of an image and a text encoder that share an embedding space."""
+"""Rewards from dual-encoder models: an image tower and a text tower with a shared embedding space."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ NUM_POSITIONS_PER_PASS = 64 * 77
 
 
 class Towers(nn.Module):
-    """What `TowerReward` needs of a model; one small subclass for each library that models come from."""
+    """Interface of a dual-encoder model for `TowerReward`; one subclass for each model library."""
 
     #: width of the embeddings
     dim: int
-    #: number of tokens the text tower reads, without special tokens
+    #: maximum number of tokens of the text tower, without special tokens
     window: int
 
     def count_tokens(self, text: str) -> int:
@@ -36,42 +36,46 @@ class Towers(nn.Module):
         raise NotImplementedError
 
     def num_positions(self, texts: Sequence[str]) -> list[int]:
-        """Positions that each text takes in a pass of the text tower; of a pass, the longest text counts. Here it is
-        the window: towers that do not pad every text to it say so."""
+        """Number of positions of each text in a pass of the text tower.
+
+        The cost of a pass depends on its longest text. Override it in towers that do not pad every text to the window.
+        """
         return [self.window] * len(texts)
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
-        """Normalised pixels ``(b, 3, h, w)`` to embeddings ``(b, d)`` of any length, with gradient."""
+        """Embeddings ``(b, d)``, not normalised, of preprocessed images ``(b, 3, h, w)``, with gradient."""
         raise NotImplementedError
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Texts to embeddings ``(n, d)`` of any length; what exceeds the window is cut (callers see to it)."""
+        """Embeddings ``(n, d)``, not normalised, of texts; longer texts are truncated (callers split beforehand)."""
         raise NotImplementedError
 
-    # What the trainer `denscore` asks for
+    # Hooks used by the trainer `denscore`
 
-    def train_only(self, what: str) -> None:
-        """Makes ``"all"`` weights trainable, those of the ``"text"`` or the ``"vision"`` tower with its projection, or
-        both ``"projections"`` alone; the temperature always."""
+    def train_only(self, which: str) -> None:
+        """Makes the temperature and some weights trainable, and freezes the others.
+
+        ``which`` is ``"all"``, ``"text"`` or ``"vision"`` (one tower with its projection), or ``"projections"``.
+        """
         raise ValueError(f"{type(self).__name__} cannot be trained; expected a reward from a transformers CLIPModel")
 
     @property
     def logit_scale(self) -> nn.Parameter:
-        """Logarithm of the inverse temperature of the model's softmax, a scalar."""
+        """Logarithm of the inverse softmax temperature, a scalar."""
         raise NotImplementedError
 
     def enable_gradient_checkpointing(self) -> None:
-        """Trades time for memory in the backward pass through both towers."""
+        """Recomputes activations of both towers in the backward pass, to save memory."""
         raise NotImplementedError
 
-    def save(self, folder: Path, pixels: ImagePreprocessor) -> None:
-        """Writes the model into a folder that the reward can be loaded from; ``pixels`` is what it reads."""
+    def save(self, folder: Path, preprocessor: ImagePreprocessor) -> None:
+        """Writes the model and its image settings into a folder from which the reward can be loaded."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class ImageInput:
-    """What the image tower of a checkpoint reads: size in pixels (one side or both), mean and standard deviation."""
+    """Image settings of a checkpoint: size in pixels (one side or both), mean and standard deviation."""
 
     size: int | Sequence[int]
     mean: Sequence[float]
@@ -79,29 +83,29 @@ class ImageInput:
 
 
 class TowerReward(EmbeddingReward):
-    """The unscaled cosine of an image and its prompt, the prompt read in one pass or segment by segment.
+    """The unscaled cosine similarity of an image and its prompt, with the prompt encoded whole or in segments.
 
     Args:
-        towers: the model; it is frozen, and kept in eval mode as long as it is.
-        pixels: turns images in [0, 1] into what the image tower reads. A random crop is taken in training mode only.
-        segmenter: splits prompts; the text embedding is then the mean over segments of their unit embeddings, not
-            normalised again (Denscore, paper 3.2). Segments longer than the window are split further. None reads a
-            prompt in one pass if it fits the window, and a longer one in windows of whole sentences, of which it takes
-            the mean likewise.
-        truncate: without a segmenter, reads one window of a longer prompt; of what is not read a warning is given once.
-        micro_batch: images in one pass of the image tower, None for all. Under autograd each pass is recomputed in
-            the backward, so that the memory of one pass is needed at a time; the gradient is the same.
+        towers: the model; frozen, and in eval mode as long as it is frozen.
+        preprocessor: preprocesses images in [0, 1] for the image tower. Random crops are used in training mode only.
+        segmenter: splits prompts; the text embedding is then the mean of the unit embeddings of all segments, not
+            normalised again (Denscore, paper 3.2). Segments longer than the window are split further. None encodes a
+            prompt in one pass if it fits the window; for a longer one, it takes the mean over windows of whole
+            sentences in the same way.
+        truncate: without a segmenter, encodes only the first window of a longer prompt and warns once.
+        micro_batch: number of images per pass of the image tower; None for all. With gradient, each pass is recomputed
+            in the backward pass, which needs the memory of one pass only; the gradient is the same.
     """
 
     def __init__(
-        self, towers: Towers, pixels: ImagePreprocessor, *, segmenter: Segmenter | None = None,
+        self, towers: Towers, preprocessor: ImagePreprocessor, *, segmenter: Segmenter | None = None,
         micro_batch: int | None = None, truncate: bool = False,
     ):  # fmt: skip
         super().__init__()
         if micro_batch is not None and micro_batch < 1:
-            raise ValueError(f"micro_batch must be at least 1 image, not {micro_batch}; leave it out for all at once")
+            raise ValueError(f"expected micro_batch of at least 1, got {micro_batch}; for all images at once, use None")
         self.towers = towers.requires_grad_(False).eval()
-        self.pixels = pixels
+        self.preprocessor = preprocessor
         self.segmenter = segmenter
         self.truncate = truncate
         self.micro_batch = micro_batch
@@ -111,7 +115,7 @@ class TowerReward(EmbeddingReward):
 
     @classmethod
     def from_towers(cls, towers: Towers, image: ImageInput, config: TowerRewardConfig, runtime: Runtime) -> TowerReward:
-        """Puts loaded towers on the runtime's device in its dtype, with what a config says of images and texts."""
+        """Builds the reward from loaded towers, with the settings of a config, on the runtime's device in its dtype."""
         height, width = (image.size, image.size) if isinstance(image.size, int) else image.size
         return cls(
             towers.to(device=runtime.device, dtype=runtime.torch_dtype),
@@ -124,58 +128,62 @@ class TowerReward(EmbeddingReward):
         )
 
     def train(self, mode: bool = True) -> TowerReward:
-        """Switches the reward's own behaviour; frozen towers stay in eval mode."""
+        """Sets training mode; frozen towers stay in eval mode."""
         super().train(mode)
-        if not self._trained():
+        if not self._trainable():
             self.towers.eval()
         return self
 
-    def _trained(self) -> bool:
+    def _trainable(self) -> bool:
         return any(p.requires_grad for p in self.towers.parameters())
 
     def image_features(self, images: Tensor, generator: Generator | None = None) -> Tensor:
-        """Unit embeddings ``(b, d)`` of images ``(b, 3, h, w)`` in [0, 1], on any device; the generator places random
-        crops.
+        """Unit embeddings ``(b, d)`` of images ``(b, 3, h, w)`` in [0, 1], on any device.
+
+        Args:
+            images: images of any resolution.
+            generator: CPU generator for the positions of random crops; torch's global one if None.
 
         Raises:
             ValueError: for images that `ImageCheck` rejects.
         """
         self._check_images(images)
-        pixels = self.pixels(images, generator, random=self.training).to(next(self.towers.parameters()).device)
+        device = next(self.towers.parameters()).device
+        pixels = self.preprocessor(images, generator, random=self.training).to(device)
         if self.micro_batch is None or len(pixels) <= self.micro_batch:
             features = self.towers.embed_pixels(pixels)
         else:
-            features = torch.cat([self._pass(chunk) for chunk in pixels.split(self.micro_batch)])
+            features = torch.cat([self._embed_checkpointed(chunk) for chunk in pixels.split(self.micro_batch)])
         return F.normalize(at_least_float32(features), dim=-1)
 
-    def _pass(self, pixels: Tensor) -> Tensor:
-        trained = self._trained()
-        if not (torch.is_grad_enabled() and (pixels.requires_grad or trained)):
+    def _embed_checkpointed(self, pixels: Tensor) -> Tensor:
+        trainable = self._trainable()
+        if not (torch.is_grad_enabled() and (pixels.requires_grad or trainable)):
             return self.towers.embed_pixels(pixels)
-        features = checkpoint(self.towers.embed_pixels, pixels, use_reentrant=False, preserve_rng_state=trained)
+        features = checkpoint(self.towers.embed_pixels, pixels, use_reentrant=False, preserve_rng_state=trainable)
         assert isinstance(features, Tensor)
         return features
 
     def segments(self, prompt: str) -> list[str]:
-        """The texts that are encoded for one prompt, in order; at least one, which is empty for an empty prompt."""
+        """Texts encoded for one prompt, in order; one empty text for an empty prompt."""
         return self._segments(prompt, self.segmenter)
 
     def _segments(self, prompt: str, segmenter: Segmenter | None) -> list[str]:
         window, count = self.towers.window, self.towers.count_tokens
         if segmenter is None:
             return [prompt] if self.truncate else windows(prompt, window, count)
-        # blanks around a segment say where it stood, not what it says
-        found = [s.strip() for s in split(segmenter, prompt, count, window)]
-        return [s for s in found if s] or [""]
+        # strip: surrounding whitespace carries no content
+        segments = [s.strip() for s in split(segmenter, prompt, count, window)]
+        return [s for s in segments if s] or [""]
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
-        unit, split = self.segment_features(prompts)
-        return torch.stack([segments.mean(0) for segments in unit.split([len(segments) for segments in split])])
+        embeddings, segments = self.segment_features(prompts)
+        return torch.stack([rows.mean(0) for rows in embeddings.split([len(texts) for texts in segments])])
 
     def segment_features(self, prompts: Sequence[str]) -> tuple[Tensor, list[list[str]]]:
-        """Unit embeddings ``(n, d)`` of the segments of all prompts in their order, and the segments of each prompt.
+        """Unit embeddings ``(n, d)`` of the segments of all prompts, in order, and the segments of each prompt.
 
-        With gradient where the towers are trained.
+        The embeddings have gradient if the towers are trainable.
         """
         checked: list[Any] = check_prompts(prompts, lists=False)
         if self.segmenter is None and self.truncate:
@@ -186,40 +194,40 @@ class TowerReward(EmbeddingReward):
     def by_segment(
         self, images: Tensor, prompts: Sequence[str], segmenter: Segmenter | None = None
     ) -> list[list[tuple[str, float]]]:
-        """Which part of each prompt its image shows: the segments with their scores.
+        """Scores each segment of a prompt against the image, to show which parts of the prompt the image depicts.
 
         Args:
             images: ``(b, 3, h, w)`` in [0, 1].
             prompts: one for each image.
-            segmenter: splits prompts; None takes the reward's own, or sentences where it has none.
+            segmenter: splits prompts; None uses the reward's segmenter, or sentences if it has none.
 
         Returns:
-            For each prompt its segments in order, each with its text and its cosine with the image. With the reward's
-            own segmenter their mean is the reward's score.
+            For each prompt, its segments in order: text and cosine similarity with the image. With the reward's own
+            segmenter, their mean is the reward's score.
         """
         check_pairs(images, prompts)
         checked: list[Any] = check_prompts(prompts, lists=False)
         segmenter = segmenter or self.segmenter or Sentence()
-        text, found = self._embed([self._segments(prompt, segmenter) for prompt in checked])
-        owner = [i for i, segments in enumerate(found) for _ in segments]
-        scores = iter((self.image_features(images)[owner] * text).sum(-1).tolist())
-        return [[(segment, next(scores)) for segment in segments] for segments in found]
+        embeddings, segments = self._embed([self._segments(prompt, segmenter) for prompt in checked])
+        image_index = [i for i, texts in enumerate(segments) for _ in texts]
+        scores = iter((self.image_features(images)[image_index] * embeddings).sum(-1).tolist())
+        return [[(text, next(scores)) for text in texts] for texts in segments]
 
-    def _embed(self, found: list[list[str]]) -> tuple[Tensor, list[list[str]]]:
-        places = {text: i for i, text in enumerate(dict.fromkeys(s for segments in found for s in segments))}
-        unit = self._unit_embeddings(list(places))
-        return unit[[places[s] for segments in found for s in segments]], found
+    def _embed(self, segments: list[list[str]]) -> tuple[Tensor, list[list[str]]]:
+        index = {text: i for i, text in enumerate(dict.fromkeys(text for texts in segments for text in texts))}
+        embeddings = self._unit_embeddings(list(index))
+        return embeddings[[index[text] for texts in segments for text in texts]], segments
 
     def save(self, folder: Path) -> None:
-        """Writes the model into a folder, which is made if it is missing, for this kind of reward to be loaded from."""
-        self.towers.save(folder, self.pixels)
+        """Writes the model into a folder, created if needed, from which the reward can be loaded."""
+        self.towers.save(folder, self.preprocessor)
 
     def _unit_embeddings(self, texts: list[str]) -> Tensor:
         calls = group_by_length(self.towers.num_positions(texts), limit=NUM_POSITIONS_PER_PASS)
-        found = torch.cat([self.towers.embed_texts([texts[i] for i in call]) for call in calls])
-        unit = F.normalize(at_least_float32(found), dim=-1)
+        embeddings = torch.cat([self.towers.embed_texts([texts[i] for i in call]) for call in calls])
+        embeddings = F.normalize(at_least_float32(embeddings), dim=-1)
         order = torch.tensor([i for call in calls for i in call])
-        return unit[order.argsort().to(unit.device)]
+        return embeddings[order.argsort().to(embeddings.device)]
 
     def _warn_if_truncated(self, prompts: Sequence[str]) -> None:
         if self._warned:
@@ -230,8 +238,8 @@ class TowerReward(EmbeddingReward):
             if count > window:
                 self._warned = True
                 warnings.warn(
-                    f"a prompt has {count} tokens and the reward's text tower reads {window}: its end is not scored; "
-                    "set `text: auto` or `segments` to score all of it (this warning is given once)",
+                    f"a prompt has {count} tokens, the reward's text tower takes {window}: the rest is not scored; "
+                    "set `text: auto` or `text: segments` to score all of it (this warning is given once)",
                     stacklevel=5,
                 )
                 return

@@ -1,4 +1,4 @@
-"""Stable Diffusion as a backbone: layout, scaling, LoRA."""
+"""The backbone `sd`: layout, latent scaling, LoRA, full fine-tuning."""
 
 import diffusers
 import pytest
@@ -19,18 +19,18 @@ def conditioning(count=2, width=8):
     return Conditioning(torch.randn(count, 3, width, generator=torch.Generator().manual_seed(5)))
 
 
-def asked(backbone, count=2):
+def predict(backbone, count=2):
     latents = torch.randn(count, 4, 4, 4, generator=torch.Generator().manual_seed(6))
     return backbone.predict(latents, torch.tensor([10, 900][:count]), conditioning(count))
 
 
-def move(parameters, std=0.3):
+def perturb(parameters, std=0.3):
     with torch.no_grad():
         for p in parameters:
             p.add_(std * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
 
 
-def test_stable_diffusion_15_has_the_published_numbers():
+def test_lora_targets_of_sd15_published_numbers():
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
         assert sum(p.numel() for p in unet.parameters()) == 859_520_964
@@ -51,7 +51,7 @@ def folder(tmp_path_factory):
     return tiny_sd(tmp_path_factory.mktemp("sd"))
 
 
-def test_loads_a_folder_in_diffusers_layout(folder):
+def test_sd_loads_diffusers_folder(folder):
     backbone = backbones.build({"name": "sd", "checkpoint": str(folder)})
     assert isinstance(backbone, SDBackbone)
     assert backbone.prediction == "epsilon" and backbone.resolution == 64
@@ -67,7 +67,7 @@ def test_loads_a_folder_in_diffusers_layout(folder):
     assert {p.dtype for p in parameters} == {torch.float32}
 
 
-def test_latents_are_scaled_and_shifted():
+def test_encode_and_decode_scale_and_shift_latents():
     backbone = tiny_backbone(scaling_factor=0.5, shift_factor=0.25)
     images = torch.rand(2, 3, 8, 8)
     latents = backbone.encode_images(images, torch.Generator().manual_seed(0))
@@ -80,56 +80,57 @@ def test_latents_are_scaled_and_shifted():
     assert latents.grad is not None and latents.grad.abs().sum() > 0
 
 
-def test_checkpointing_keeps_less_of_unet_and_decoder_and_the_gradient():
+def test_gradient_checkpointing_saves_memory_keeps_gradient():
     backbone = tiny_backbone()
     backbone.train_all()
 
     def step():
-        kept, latents = [], torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(6)).requires_grad_()
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        saved, latents = [], torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(6)).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
             decoded = backbone.decode(latents)
-            decoder = sum(kept)
-            answer = backbone.predict(latents, torch.tensor([10]), conditioning(1))
-        (decoded.mean() + answer.square().mean()).backward()
-        return decoder, sum(kept) - decoder, latents.grad
+            decoder = sum(saved)
+            prediction = backbone.predict(latents, torch.tensor([10]), conditioning(1))
+        (decoded.mean() + prediction.square().mean()).backward()
+        return decoder, sum(saved) - decoder, latents.grad
 
     decoder, unet, gradient = step()
     backbone.enable_gradient_checkpointing()
-    less_decoder, less_unet, same = step()
-    assert less_decoder < decoder / 2 and less_unet < unet / 2
-    torch.testing.assert_close(same, gradient)
+    checkpointed_decoder, checkpointed_unet, checkpointed_gradient = step()
+    assert checkpointed_decoder < decoder / 2 and checkpointed_unet < unet / 2
+    torch.testing.assert_close(checkpointed_gradient, gradient)
 
 
-def test_the_mask_reaches_the_unet():
+def test_predict_passes_mask_to_unet():
     backbone = tiny_backbone()
     latents, times = torch.randn(1, 4, 4, 4), torch.tensor([500])
     states = torch.randn(1, 3, 8)
     masked = Conditioning(states, mask=torch.tensor([[True, True, False]]))
-    cut = Conditioning(states[:, :2])
-    assert torch.allclose(backbone.predict(latents, times, masked), backbone.predict(latents, times, cut), atol=1e-5)
-    with pytest.raises(ValueError, match="takes states of width 8, the encoder gives width 5"):
+    shorter = Conditioning(states[:, :2])
+    expected = backbone.predict(latents, times, shorter)
+    assert torch.allclose(backbone.predict(latents, times, masked), expected, atol=1e-5)
+    with pytest.raises(ValueError, match=r"width 8, .*width 5"):
         backbone.predict(latents, times, conditioning(1, 5))
 
 
-def test_lora_starts_at_the_model_itself_and_only_it_is_trainable():
+def test_add_lora_starts_at_zero_update_and_only_it_is_trainable():
     backbone = tiny_backbone()
-    before = asked(backbone)
+    before = predict(backbone)
     parameters = backbone.add_lora(LoraConfig(rank=64, dropout=0.0), "align")
-    assert torch.equal(asked(backbone), before)
+    assert torch.equal(predict(backbone), before)
     downs, ups = parameters[0::2], parameters[1::2]
     assert all((p == 0).all() for p in ups)
     assert torch.cat([p.flatten() for p in downs]).std().item() == pytest.approx(1 / 64, rel=0.03)
     assert [p for p in backbone.parameters() if p.requires_grad] == parameters
-    asked(backbone).square().mean().backward()
+    predict(backbone).square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in ups)
     assert all(p.grad is None for p in backbone.vae.parameters())
 
 
-def test_scale_and_rank_are_those_of_the_update():
+def test_lora_scale_multiplies_update():
     backbone, double = tiny_backbone(), tiny_backbone()
     for b, scale in ((backbone, 1.0), (double, 2.0)):
         torch.manual_seed(0)
-        move(b.add_lora(LoraConfig(rank=2, scale=scale, dropout=0.0), "x"))
+        perturb(b.add_lora(LoraConfig(rank=2, scale=scale, dropout=0.0), "x"))
     name, layer = next((n, m) for n, m in backbone.denoiser.named_modules() if hasattr(m, "lora_A"))
     x = torch.randn(1, layer.in_features)
     update = layer(x) - layer.base_layer(x)
@@ -139,65 +140,65 @@ def test_scale_and_rank_are_those_of_the_update():
 
 
 @pytest.mark.parametrize("placement", ["down", "up"])
-def test_dropout_sits_where_it_is_asked_for_and_only_while_training(placement):
+def test_lora_dropout_placement_and_only_in_training(placement):
     backbone = tiny_backbone()
-    move(backbone.add_lora(LoraConfig(rank=2, dropout=0.5, dropout_placement=placement), "x"))
+    perturb(backbone.add_lora(LoraConfig(rank=2, dropout=0.5, dropout_placement=placement), "x"))
     layer = next(m for m in backbone.denoiser.modules() if hasattr(m, "lora_A") and hasattr(m, "in_features"))
     x = torch.ones(1, layer.in_features)
-    quiet = (layer.eval()(x) - layer.base_layer(x)).flatten()
+    without = (layer.eval()(x) - layer.base_layer(x)).flatten()
     noisy = (layer.train()(x) - layer.base_layer(x)).flatten()
     dropped_or_doubled = [
         bool(torch.isclose(n, torch.tensor(0.0), atol=1e-6) or torch.isclose(n, 2 * q, rtol=1e-3))
-        for n, q in zip(noisy, quiet, strict=True)
+        for n, q in zip(noisy, without, strict=True)
     ]
     assert all(dropped_or_doubled) == (placement == "up")
-    assert not torch.allclose(noisy, quiet)
+    assert not torch.allclose(noisy, without)
 
 
-def test_a_second_lora_merges_the_first():
+def test_add_lora_merges_previous_lora():
     backbone = tiny_backbone()
-    move(backbone.add_lora(LORA, "align"))
-    with_align = asked(backbone)
+    perturb(backbone.add_lora(LORA, "align"))
+    with_align = predict(backbone)
     parameters = backbone.add_lora(LORA, "reward")
-    assert torch.allclose(asked(backbone), with_align, atol=1e-5)
+    assert torch.allclose(predict(backbone), with_align, atol=1e-5)
     assert [p for p in backbone.parameters() if p.requires_grad] == parameters
-    move(parameters)
-    with_both = asked(backbone)
+    perturb(parameters)
+    with_both = predict(backbone)
     assert not torch.allclose(with_both, with_align, atol=1e-3)
     assert backbone.lora_names == ["align", "reward"] and backbone.unused_name("reward") == "reward-2"
-    again = tiny_backbone()
-    again.load_lora(backbone.lora_state())
-    assert torch.equal(asked(again), with_both)
+    reloaded = tiny_backbone()
+    reloaded.load_lora(backbone.lora_state())
+    assert torch.equal(predict(reloaded), with_both)
     backbone.merge_lora()
-    assert torch.allclose(asked(backbone), with_both, atol=1e-5)
-    assert [stack.name for stack in backbone.lora_state()] == ["align", "reward"]
-    with pytest.raises(ValueError, match="there is a LoRA 'align' already"):
+    assert torch.allclose(predict(backbone), with_both, atol=1e-5)
+    assert [lora.name for lora in backbone.lora_state()] == ["align", "reward"]
+    with pytest.raises(ValueError, match=r"LoRA 'align'; .*\['align', 'reward'\]"):
         backbone.add_lora(LORA, "align")
-    with pytest.raises(ValueError, match="expected a backbone without LoRA"):
-        again.load_lora([])
+    with pytest.raises(ValueError, match=r"without LoRA.*\['align', 'reward'\]"):
+        reloaded.load_lora([])
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_the_start_model_is_remembered(full):
+def test_predict_reference_after_training(full):
     backbone = tiny_backbone()
-    move(backbone.add_lora(LORA, "align"))
-    before = asked(backbone)
+    perturb(backbone.add_lora(LORA, "align"))
+    before = predict(backbone)
     if full:
         backbone.keep_reference_model()
         parameters = backbone.train_all()
     else:
         parameters = backbone.add_lora(LORA, "x")
-    move(parameters)
-    after = asked(backbone)
+    perturb(parameters)
+    after = predict(backbone)
     assert not torch.allclose(after, before, atol=1e-3)
     latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(6))
     start = backbone.predict_reference(latents, torch.tensor([10, 900]), conditioning())
     assert torch.allclose(start, before, atol=1e-5) and not start.requires_grad
-    assert torch.equal(asked(backbone), after)
+    assert torch.equal(predict(backbone), after)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_lora_that_is_finer_than_half_precision_is_merged_in_the_mean(dtype):
+def test_merge_lora_in_half_precision_is_unbiased(dtype):
     backbone, eps = tiny_backbone(), torch.finfo(dtype).eps
     backbone.denoiser.to(dtype)
     parameters = backbone.add_lora(LORA, "x")
@@ -213,80 +214,80 @@ def test_a_lora_that_is_finer_than_half_precision_is_merged_in_the_mean(dtype):
     assert (merged - 1).mean() == pytest.approx(eps / 16, rel=0.2)
 
 
-def test_half_precision_of_what_it_can_hold_is_exact():
+def test_stochastic_round_keeps_representable_numbers():
     exact = torch.tensor([0.0, 1.0, -1.5, 2.0**-20, -3.0, 1000.0])
     generator = torch.Generator().manual_seed(0)
     assert all(torch.equal(stochastic_round(exact, torch.bfloat16, generator).float(), exact) for _ in range(20))
 
 
-def test_the_start_model_of_a_half_precision_network_answers_one_that_is_trained_whole():
+def test_predict_reference_of_bfloat16_network_after_train_all():
     backbone = tiny_backbone()
     backbone.denoiser.to(torch.bfloat16)
     backbone.keep_reference_model()
-    before = asked(backbone)
+    before = predict(backbone)
     backbone.train_all()
     latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(6))
     start = backbone.predict_reference(latents, torch.tensor([10, 900]), conditioning())
     assert torch.allclose(start, before, atol=0.05)
 
 
-def test_weights_of_another_model_are_refused():
+def test_set_lora_rejects_weights_of_different_model():
     backbone, other = tiny_backbone(), tiny_backbone()
     backbone.add_lora(LoraConfig(rank=3), "x")
     other.add_lora(LORA, "x")
     state = other.lora_state()[0].state
-    with pytest.raises(ValueError, match=r"'.*lora_A.weight' should have shape \(3, 8.*\), got \(2, 8"):
+    with pytest.raises(ValueError, match=r"'.*lora_A.weight' .*\(3, 8.*\), got \(2, 8"):
         backbone.set_lora(state)
-    with pytest.raises(ValueError, match=r"is missing \(1 missing, 0 unknown\)"):
+    with pytest.raises(ValueError, match=r"'.*lora_.\.weight' .*\(1 missing, 0 unknown\)"):
         other.set_lora(dict(list(state.items())[1:]))
-    with pytest.raises(ValueError, match="call add_lora first"):
+    with pytest.raises(ValueError, match="add_lora"):
         tiny_backbone().set_lora(state)
 
 
-def test_all_weights_are_saved_with_what_was_merged():
+def test_full_state_contains_merged_lora():
     backbone = tiny_backbone()
-    move(backbone.add_lora(LORA, "align"))
-    move(backbone.train_all(), 0.01)
+    perturb(backbone.add_lora(LORA, "align"))
+    perturb(backbone.train_all(), 0.01)
     assert backbone.lora_names == [] and all(p.requires_grad for p in backbone.denoiser.parameters())
-    move(backbone.add_lora(LORA, "reward"))
-    again = tiny_backbone()
-    again.load_full(backbone.full_state())
-    again.load_lora(backbone.lora_state())
-    assert torch.equal(asked(again), asked(backbone))
+    perturb(backbone.add_lora(LORA, "reward"))
+    reloaded = tiny_backbone()
+    reloaded.load_full(backbone.full_state())
+    reloaded.load_lora(backbone.lora_state())
+    assert torch.equal(predict(reloaded), predict(backbone))
 
 
-def test_unfit_networks_are_refused():
+def test_sd_rejects_unsupported_unets():
     vae = tiny_backbone().vae
-    with pytest.raises(ValueError, match="takes 9 channels and the VAE has 4"):
+    with pytest.raises(ValueError, match=r"9 channels .*VAE has 4"):
         SDBackbone(tiny_unet(channels=9), vae, torch.linspace(1, 0.1, 10), "epsilon")
     with pytest.raises(ValueError, match="class_embed_type=timestep"):
         SDBackbone(tiny_unet(class_embed_type="timestep"), vae, torch.linspace(1, 0.1, 10), "epsilon")
 
 
-def test_scheduler_constants():
+def test_scheduler_constants_values_and_rejections():
     pndm = {"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
     alphas, prediction = scheduler_constants({**pndm, "beta_start": 0.00085, "beta_end": 0.012})
     assert prediction == "v_prediction" and alphas[0] == pytest.approx(1 - 0.00085)
-    # DDIM clips unless it is told not to
+    # diffusers' DDIM clips by default
     with pytest.raises(ValueError, match="clip_sample=true"):
         scheduler_constants({"_class_name": "DDIMScheduler"})
     with pytest.raises(ValueError, match="thresholding=true"):
         scheduler_constants({**pndm, "thresholding": True})
-    with pytest.raises(ValueError, match="diffusers has no scheduler 'Nonesuch'"):
+    with pytest.raises(ValueError, match="'Nonesuch'"):
         scheduler_constants({"_class_name": "Nonesuch"})
     assert hasattr(diffusers, "FlowMatchEulerDiscreteScheduler")
-    with pytest.raises(ValueError, match="expects a scheduler with cumulated alphas"):
+    with pytest.raises(ValueError, match=r"alphas_cumprod.*FlowMatchEulerDiscreteScheduler.*'sd3'"):
         scheduler_constants({"_class_name": "FlowMatchEulerDiscreteScheduler"})
 
 
-def test_config_is_checked_without_torch():
+def test_sd_and_lora_config_reject_wrong_values():
     with pytest.raises(ValueError, match="dtype"):
         SDConfig(checkpoint="x", dtype="int8")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="rank"):
         LoraConfig(rank=0)
 
 
-def test_images_of_another_range_or_type_have_no_latents():
+def test_posterior_rejects_images_of_wrong_range_or_dtype():
     backbone = tiny_backbone()
     images = torch.rand(1, 3, 8, 8)
     backbone.posterior(images)

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: its numbers, its layout, its conditioning beside the stock pipeline's, both trainers."""
+"""The backbone `sdxl`: sizes, layout, conditioning compared with diffusers' pipeline, trainers."""
 
 import pytest
 import torch
@@ -35,14 +35,14 @@ def backbone(folder):
 
 @pytest.fixture(scope="module")
 def encoder(folder):
-    return told_by(folder)
+    return build_encoder(folder)
 
 
-def told_by(folder, **settings):
+def build_encoder(folder, **settings):
     return encoders.build({"name": "clip-segment-sdxl", "checkpoint": str(folder), "max_tokens": 40, **settings})
 
 
-def test_the_full_unet_has_the_published_numbers():
+def test_sdxl_unet_published_numbers():
     with torch.device("meta"):
         unet = UNet2DConditionModel(
             sample_size=128,
@@ -62,8 +62,8 @@ def test_the_full_unet_has_the_published_numbers():
     assert len(lora_targets(unet)) == 70 * 9 + 17 * 3 + 11
 
 
-def test_pooled_and_states_are_the_stock_pipeline_s(folder, pipe):
-    encoder = told_by(folder, max_tokens=77, eot="all")
+def test_sdxl_conditioning_equals_diffusers_pipeline(folder, pipe):
+    encoder = build_encoder(folder, max_tokens=77, eot="all")
     conditioning = encoder.encode(["A red fox.", ""])
     states, zeros, pooled, no_pooled = pipe.encode_prompt(["A red fox."], do_classifier_free_guidance=True)
     tokens = conditioning.reports[0].tokens[0] + 2
@@ -73,91 +73,93 @@ def test_pooled_and_states_are_the_stock_pipeline_s(folder, pipe):
     assert torch.equal(conditioning.states[1:], zeros) and torch.equal(conditioning.pooled[1:], no_pooled)
 
 
-def test_rules_of_the_pooled_embedding(folder, pipe):
+def test_sdxl_encoder_pooled_rules(folder, pipe):
     parts = ["A red fox sleeps on a wall.", "The sky is green.", "A wall is red."]
-    each = torch.cat([pipe.encode_prompt([part], do_classifier_free_guidance=False)[2] for part in parts])
+    per_part = torch.cat([pipe.encode_prompt([part], do_classifier_free_guidance=False)[2] for part in parts])
     whole = pipe.encode_prompt([LONG], do_classifier_free_guidance=False)[2]
-    expected = {"mean": each.mean(0), "first": each[0], "truncate": whole[0]}
-    encoder = told_by(folder, segmenter={"name": "manual"})
+    expected = {"mean": per_part.mean(0), "first": per_part[0], "truncate": whole[0]}
+    encoder = build_encoder(folder, segmenter={"name": "manual"})
     for rule, pooled in expected.items():
         encoder.pooled = rule
         prompt = LONG if rule == "truncate" else parts
         torch.testing.assert_close(encoder.encode([prompt, "The sky."]).pooled[0], pooled, atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(each[0], whole[0], atol=1e-2)
+    assert not torch.allclose(per_part[0], whole[0], atol=1e-2)
 
 
-def test_the_empty_prompt_and_the_filling(folder):
-    encoder = told_by(folder, empty="encode")
+def test_sdxl_encoder_empty_prompt_and_padding(folder):
+    encoder = build_encoder(folder, empty="encode")
     conditioning = encoder.encode(["", "A fox."])
     assert conditioning.pooled[0].abs().sum() > 0 and conditioning.states[0].abs().sum() > 0
     assert torch.equal(conditioning.states[0, 1], conditioning.states[0, 39]) and not torch.equal(
         conditioning.states[0, 0], conditioning.states[0, 1]
     )
-    masked = told_by(folder, pad="none")
+    masked = build_encoder(folder, pad="none")
     conditioning = masked.encode(["A fox.", "A red fox. A wall."])
     assert conditioning.mask.sum(1).tolist() == [4, conditioning.states.shape[1]]
 
 
 @pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # between diffusers' solvers and numpy 2
-def test_a_stock_pipeline_draws_the_same_images(backbone, encoder, pipe):
+def test_sdxl_images_equal_diffusers_pipeline(backbone, encoder, pipe):
     settings = {"seeds": [3, 4], "num_steps": 3, "guidance": 3.0, "solver": "ddim", "negative": "green"}
-    ours = sample(backbone, encoder, [LONG, "The sky."], **settings)
+    images = sample(backbone, encoder, [LONG, "The sky."], **settings)
     pipe.scheduler = make_scheduler("ddim", backbone.noise_levels, backbone.prediction, 3)
     conditioning = condition(pipe, [LONG, "The sky."], "green", encoder=encoder)
     assert set(conditioning) == {f"{a}{b}prompt_embeds" for a in ("", "negative_") for b in ("", "pooled_")}
     noise = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (3, 4)])
-    drawn = pipe(**conditioning, latents=noise, num_inference_steps=3, guidance_scale=3.0, output_type="pt").images
-    torch.testing.assert_close(ours, drawn, atol=1e-4, rtol=0)
-    assert ours.std() > 0.01
+    expected = pipe(**conditioning, latents=noise, num_inference_steps=3, guidance_scale=3.0, output_type="pt").images
+    torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)
+    assert images.std() > 0.01
 
 
-def test_the_unet_is_told_the_size(backbone, encoder):
-    conditioning, seen = encoder.encode(["A fox.", "The sky."]), []
+def test_sdxl_call_passes_time_ids_and_pooled(backbone, encoder):
+    conditioning, received = encoder.encode(["A fox.", "The sky."]), []
 
     def denoiser(latents, timesteps, **keys):
-        seen.append(keys["added_cond_kwargs"])
+        received.append(keys["added_cond_kwargs"])
         return (latents,)
 
     backbone.call(denoiser, torch.zeros(2, 4, 8, 12), torch.tensor([5, 5]), conditioning)
-    assert seen[0]["time_ids"].tolist() == [[64, 96, 0, 0, 64, 96]] * 2
-    assert torch.equal(seen[0]["text_embeds"], conditioning.pooled)
+    assert received[0]["time_ids"].tolist() == [[64, 96, 0, 0, 64, 96]] * 2
+    assert torch.equal(received[0]["text_embeds"], conditioning.pooled)
 
 
-def test_another_conditioning_or_layout_is_refused(folder, backbone, tmp_path):
+def test_sdxl_rejects_wrong_conditioning_or_layout(folder, backbone, tmp_path):
     latents, timesteps = torch.zeros(1, 4, 8, 8), torch.tensor([5])
-    for pooled, got in ((None, "gives none"), (torch.zeros(1, 7), "gives one of width 7")):
-        with pytest.raises(ValueError, match=f"pooled embedding of width 12 and the encoder {got}"):
+    for pooled, got in ((None, "none"), (torch.zeros(1, 7), "one of width 7")):
+        with pytest.raises(ValueError, match=f"pooled embedding of width 12 .*gives {got}"):
             backbone.predict(latents, timesteps, Conditioning(torch.zeros(1, 2, 40), pooled=pooled))
-    with pytest.raises(ValueError, match="takes states of width 40, the encoder gives width 16"):
+    with pytest.raises(ValueError, match=r"width 40, .*width 16"):
         backbone.predict(latents, timesteps, Conditioning(torch.zeros(1, 2, 16)))
-    with pytest.raises(ValueError, match="'sdxl' expects 'text_time'"):
+    with pytest.raises(ValueError, match=r"addition_embed_type=None; 'sdxl' .*'text_time'"):
         backbones.build({"name": "sdxl", "checkpoint": str(tiny_sd(tmp_path))})
-    with pytest.raises(ValueError, match="'sd' expects the layout of Stable Diffusion 1"):
+    with pytest.raises(ValueError, match=r"addition_embed_type=text_time.*'sd'"):
         backbones.build({"name": "sd", "checkpoint": str(folder)})
 
 
-def test_a_vae_that_overflows_in_half_precision_stays_in_float32(folder):
+def test_sdxl_force_upcast_vae_stays_in_float32(folder):
     half = backbones.build({"name": "sdxl", "checkpoint": str(folder)}, Runtime("cpu", "float16"))
     assert isinstance(half, SDXLBackbone) and half.vae.dtype == torch.float32
     assert half.resolution == 64 and half.prediction == "epsilon" and half.pooled_width == 12
 
 
-def red(images, prompts):
+def red_reward(images, prompts):
     return images[:, 0].mean((1, 2))
 
 
 @pytest.mark.parametrize("name", ["align", "reward"])
-def test_trainers_take_a_step(folder, encoder, name):
+def test_sdxl_trainer_step(folder, encoder, name):
     backbone = backbones.build({"name": "sdxl", "checkpoint": str(folder)})
     layers = len(lora_targets(backbone.denoiser))
     config = {"name": name, "lora": {"rank": 2, "dropout": 0.0}}
     if name == "reward":
         config |= {"num_steps": 2, "guidance": 3.0, "gradient_steps": {"name": "grouped-random", "groups": 1}}
     torch.manual_seed(0)
-    trainer = trainers.build(config, backbone=backbone, encoder=encoder, rewards=[red] if name == "reward" else [])
+    trainer = trainers.build(
+        config, backbone=backbone, encoder=encoder, rewards=[red_reward] if name == "reward" else []
+    )
     losses = trainer.train().step({"prompt": [LONG, ""], "image": torch.rand(2, 3, 64, 64)}, torch.Tensor.backward)
     (loss,) = (value for key, value in losses.items() if key.endswith("_loss"))
     assert torch.isfinite(loss) and loss > 0
-    graded = {n for n, p in trainer.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-    assert graded and all(".lora_B." in n for n in graded)
+    with_gradient = {n for n, p in trainer.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert with_gradient and all(".lora_B." in n for n in with_gradient)
     assert len(trainer.trainable()) == 2 * layers

@@ -1,4 +1,4 @@
-"""Checkpoints in one file with the names of the original code, written here from tiny models in diffusers layout."""
+"""Single-file checkpoints with the original weight names, converted here from tiny models in diffusers layout."""
 
 import re
 import shutil
@@ -26,21 +26,21 @@ ENDS = {
 
 
 def original_unet(unet):
-    """The UNet's weights under the names of the latent-diffusion code: all blocks are numbered in one row."""
+    """The UNet's weights under the names of the latent-diffusion code, which numbers all blocks consecutively."""
     per_block, state = unet.config.layers_per_block + 1, {}
-    attends = [block.startswith("CrossAttn") for block in unet.config.up_block_types]
+    has_attention = [block.startswith("CrossAttn") for block in unet.config.up_block_types]
     for key, value in unet.state_dict().items():
         name = next((new + key.removeprefix(old) for old, new in ENDS.items() if key.startswith(f"{old}.")), key)
-        found = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.*)", key)
-        if found:
-            way, block, kind, layer, rest = found.groups()
-            row, base = ("input_blocks", 1) if way == "down" else ("output_blocks", 0)
-            at = base + int(block) * per_block + (per_block - 1 if kind.endswith("samplers") else int(layer))
-            place = {"resnets": "0", "attentions": "1", "downsamplers": "0.op"}.get(kind)
+        match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.*)", key)
+        if match:
+            direction, block, kind, layer, rest = match.groups()
+            group, offset = ("input_blocks", 1) if direction == "down" else ("output_blocks", 0)
+            index = offset + int(block) * per_block + (per_block - 1 if kind.endswith("samplers") else int(layer))
+            part = {"resnets": "0", "attentions": "1", "downsamplers": "0.op"}.get(kind)
             if kind == "upsamplers":
-                place = f"{2 if attends[int(block)] else 1}.conv"
+                part = f"{2 if has_attention[int(block)] else 1}.conv"
             rest = rest.removeprefix("conv.") if kind.endswith("samplers") else rest
-            name = f"{row}.{at}.{place}.{rest}"
+            name = f"{group}.{index}.{part}.{rest}"
         if ".resnets." in key:
             name = re.sub(r"\b(" + "|".join(RESNET) + r")\b", lambda m: RESNET[m[1]], name)
         state[f"model.diffusion_model.{name}"] = value.contiguous()
@@ -48,7 +48,7 @@ def original_unet(unet):
 
 
 def original_vae(vae):
-    """The autoencoder's weights under their first names: its decoder's blocks are counted from the other end."""
+    """The autoencoder's weights under their original names; the decoder's blocks are numbered in reverse."""
     blocks, state = len(vae.config.block_out_channels), {}
     for key, value in vae.state_dict().items():
         name = key.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
@@ -67,7 +67,7 @@ def original_vae(vae):
 
 @pytest.fixture(params=[("sd", SDConfig, tiny_sd), ("sdxl", SDXLConfig, tiny_sdxl)], ids=["sd", "sdxl"])
 def single(request, tmp_path):
-    """A model's config with a folder, and with a file and a folder of nothing but configs."""
+    """A backbone loaded from a folder, and a config of the same model as a single file with a folder of configs."""
     _, kind, make = request.param
     folder = make(tmp_path / "model")
     backbone = kind(checkpoint=str(folder)).build(CPU)
@@ -77,14 +77,14 @@ def single(request, tmp_path):
     return backbone, kind(checkpoint=str(tmp_path / "model.safetensors"), layout=str(tmp_path / "layout"))
 
 
-def test_the_weights_are_those_of_the_folder(single):
+def test_single_file_loads_weights_of_folder(single):
     expected, config = single
     backbone = config.build(CPU)
     for part in ("denoiser", "vae"):
         weights = getattr(expected, part).state_dict()
-        found = getattr(backbone, part).state_dict()
-        assert found.keys() == weights.keys()
-        assert all(torch.equal(found[key], value) for key, value in weights.items())
+        loaded = getattr(backbone, part).state_dict()
+        assert loaded.keys() == weights.keys()
+        assert all(torch.equal(loaded[key], value) for key, value in weights.items())
     assert backbone.prediction == expected.prediction and torch.equal(
         backbone.noise_levels.noise, expected.noise_levels.noise
     )
@@ -92,34 +92,34 @@ def test_the_weights_are_those_of_the_folder(single):
     assert half.denoiser.dtype == torch.float16 and half.vae.dtype == torch.float32
 
 
-def test_files_that_do_not_fit_are_named(single, tmp_path):
+def test_single_file_rejects_missing_or_mismatched_weights(single, tmp_path):
     _, config = single
     state = load_file(config.checkpoint)
     state.popitem()
-    cut = tmp_path / "cut.safetensors"
-    save_file(state, cut)
-    with pytest.raises(ValueError, match=r"does not hold a .* as '.*layout.*' describes it; set layout"):
-        config.model_copy(update={"checkpoint": str(cut)}).build(CPU)
-    with pytest.raises(FileNotFoundError, match="a single file must be on this machine"):
+    incomplete = tmp_path / "incomplete.safetensors"
+    save_file(state, incomplete)
+    with pytest.raises(ValueError, match=r"incomplete\.safetensors .*'.*/layout/.*config\.json'; set layout"):
+        config.model_copy(update={"checkpoint": str(incomplete)}).build(CPU)
+    with pytest.raises(FileNotFoundError, match=r"owner/name/x\.safetensors"):
         config.model_copy(update={"checkpoint": "owner/name/x.safetensors"}).build(CPU)
-    second = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
-    save_file({second: torch.zeros(1, 1024)}, cut)
-    with pytest.raises(ValueError, match="taken for a model of the kind 'v2', whose kind of prediction"):
-        config.model_copy(update={"checkpoint": str(cut), "layout": None}).build(CPU)
+    v2_key = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
+    save_file({v2_key: torch.zeros(1, 1024)}, incomplete)
+    with pytest.raises(ValueError, match=r"'v2'.*prediction type.*layout"):
+        config.model_copy(update={"checkpoint": str(incomplete), "layout": None}).build(CPU)
 
 
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"checkpoint": "x.ckpt"}, "a .ckpt file is a pickle"),
-        ({"checkpoint": "x", "layout": "y"}, "'layout' describes a single .safetensors file"),
-        ({"checkpoint": "x.safetensors", "variant": "fp16"}, "'checkpoint' is one file, and 'variant' would choose"),
+        ({"checkpoint": "x.ckpt"}, r"\.ckpt.*pickle"),
+        ({"checkpoint": "x", "layout": "y"}, r"'layout' .*\.safetensors"),
+        ({"checkpoint": "x.safetensors", "variant": "fp16"}, "'checkpoint' .*'variant'"),
         (
             {"checkpoint": "x.safetensors", "subfolder": "x", "revision": "y"},
-            "'subfolder' and 'revision' would choose",
+            "'checkpoint' .*'subfolder' and 'revision'",
         ),
     ],
 )
-def test_keys_that_do_nothing_are_refused(keys, message):
+def test_sd_config_rejects_keys_without_effect(keys, message):
     with pytest.raises(ValidationError, match=message):
         SDConfig(**keys)

@@ -106,7 +106,7 @@ def test_reweighting_takes_the_text_irrelevant_part_out_of_the_bundled_denscore(
     config = {"name": "reweighted", "omega": 0.3, "inner": {"name": "denscore", "checkpoint": "mini/denscore"}}
     reward = rewards.build(config)
     with torch.no_grad():
-        scores = reward.scores(torch.from_numpy(render_batch(scenes)), [c.text for c in captions])
+        scores = reward.score_components(torch.from_numpy(render_batch(scenes)), [c.text for c in captions])
     relevant, irrelevant = scores.parts["text_relevant"], scores.parts["text_irrelevant"]
     torch.testing.assert_close(scores.total, relevant + 0.3 * irrelevant)
     # the two parts add up to what the plain reward says
@@ -130,7 +130,7 @@ def test_the_parts_of_a_preference_are_truth_and_taste(name: str, words: int, ti
     reward = rewards.build({"name": "reweighted", "omega": 0.3, "direction": "batch", "inner": inner})
     texts = [c.text for c in captions]
     with torch.no_grad():
-        parts = {k: reward.scores(torch.from_numpy(render_batch(v)), texts).parts for k, v in changed.items()}
+        parts = {k: reward.score_components(torch.from_numpy(render_batch(v)), texts).parts for k, v in changed.items()}
     by_truth = {p: parts["right"][p] - parts["wrong"][p] for p in ("text_relevant", "text_irrelevant")}
     by_taste = {p: parts["pleasing"][p] - parts["plain"][p] for p in ("text_relevant", "text_irrelevant")}
     assert (by_truth["text_relevant"] > 0).float().mean() >= 0.8

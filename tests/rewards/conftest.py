@@ -1,4 +1,4 @@
-"""Checkpoints that are built once, and a reward whose embeddings are known."""
+"""Tiny checkpoints, built once per session, and a reward with known embeddings."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def hpsv2_folder(tmp_path_factory):
     return str(tiny.tiny_hpsv2(tmp_path_factory.mktemp("hpsv2")))
 
 
-class Known(EmbeddingReward):
-    """Text embeddings from a table, or from the letters of unknown texts; an image's is its mean colour, normalised."""
+class TableReward(EmbeddingReward):
+    """Text embeddings from a table, or letter counts for other texts; image embeddings are normalised mean colours."""
 
     dim = 3
 
@@ -43,4 +43,6 @@ class Known(EmbeddingReward):
 
 @pytest.fixture
 def known():
-    return Known({"up": [0.6, 0.8, 0.0], "down": [0.6, -0.8, 0.0], "along": [1.0, 0.0, 0.0], "in": [0.0, 0.6, 0.8]})
+    return TableReward(
+        {"up": [0.6, 0.8, 0.0], "down": [0.6, -0.8, 0.0], "along": [1.0, 0.0, 0.0], "in": [0.0, 0.6, 0.8]}
+    )

@@ -18,7 +18,7 @@ def hpsv2(hpsv2_folder):
     return rewards.build({"name": "hpsv2", "checkpoint": hpsv2_folder})
 
 
-def test_the_score_is_the_unscaled_cosine_of_the_model(hpsv2, hpsv2_folder):
+def test_hpsv2_score_is_unscaled_cosine(hpsv2, hpsv2_folder):
     images, prompts = torch.rand(2, 3, 32, 32), ["a red fox", "the sky"]
     folder = Path(hpsv2_folder)
     settings = json.loads((folder / "open_clip_config.json").read_text())
@@ -30,7 +30,7 @@ def test_the_score_is_the_unscaled_cosine_of_the_model(hpsv2, hpsv2_folder):
     assert torch.allclose(hpsv2.score(images, prompts), torch.cosine_similarity(image, text), atol=1e-6)
 
 
-def test_any_resolution_with_gradient_to_images_and_no_parameter(hpsv2):
+def test_hpsv2_gradient_reaches_images_only(hpsv2):
     images = torch.rand(2, 3, 20, 50, requires_grad=True)
     hpsv2.score(images, ["a red fox", "the sky"]).sum().backward()
     assert images.grad is not None
@@ -38,26 +38,26 @@ def test_any_resolution_with_gradient_to_images_and_no_parameter(hpsv2):
     assert all(p.grad is None and not p.requires_grad for p in hpsv2.parameters())
 
 
-def test_images_that_are_not_square_are_padded_as_published(hpsv2):
+def test_hpsv2_pads_non_square_images(hpsv2):
     image = torch.rand(1, 3, 16, 32)
     square = torch.cat([torch.zeros(1, 3, 8, 32), image, torch.zeros(1, 3, 8, 32)], 2)
     assert torch.allclose(hpsv2.score(image, ["fox"]), hpsv2.score(square, ["fox"]), atol=1e-6)
 
 
-def test_the_file_alone_takes_what_lies_beside_it(hpsv2, hpsv2_folder):
+def test_hpsv2_file_uses_config_in_its_folder(hpsv2, hpsv2_folder):
     file = rewards.build({"name": "hpsv2", "checkpoint": f"{hpsv2_folder}/HPS_v2.1_compressed.pt"})
     images = torch.rand(1, 3, 32, 32)
     assert torch.equal(file.score(images, ["fox"]), hpsv2.score(images, ["fox"]))
 
 
-def test_the_version_picks_the_file(tmp_path):
+def test_find_weights_version_selects_file(tmp_path):
     tiny.tiny_hpsv2(tmp_path, "HPS_v2_compressed.pt")
     assert find_weights(str(tmp_path), "v2") == tmp_path / "HPS_v2_compressed.pt"
-    with pytest.raises(ValueError, match=r"does not hold HPS_v2\.1_compressed\.pt; it holds HPS_v2_compressed\.pt"):
+    with pytest.raises(ValueError, match=r"HPS_v2\.1_compressed\.pt.* HPS_v2_compressed\.pt.*`version`"):
         find_weights(str(tmp_path))
-    with pytest.raises(ValueError, match="`version` picks a file"):
+    with pytest.raises(ValueError, match=r"`version` .*HPS_v2_compressed\.pt"):
         find_weights(str(tmp_path / "HPS_v2_compressed.pt"), "v2")
-    with pytest.raises(ValueError, match="`revision` is for hub repositories"):
+    with pytest.raises(ValueError, match=r"`revision` .*local"):
         find_weights(str(tmp_path), "v2", "main")
     with pytest.raises(ValueError, match=r"no file .*missing\.pt"):
         find_weights(str(tmp_path / "missing.pt"))
@@ -65,58 +65,58 @@ def test_the_version_picks_the_file(tmp_path):
         rewards.validate({"name": "hpsv2", "version": "v3"})
 
 
-def test_a_hub_id_downloads_the_file_of_its_version(monkeypatch):
-    asked = []
+def test_find_weights_downloads_version_from_hub(monkeypatch):
+    downloads = []
 
     def download(repo, name, revision=None):
-        asked.append((repo, name, revision))
+        downloads.append((repo, name, revision))
         return f"/cache/{name}"
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     assert find_weights("xswu/HPSv2") == Path("/cache/HPS_v2.1_compressed.pt")
     assert find_weights("xswu/HPSv2", "v2", "abc") == Path("/cache/HPS_v2_compressed.pt")
-    assert asked == [
+    assert downloads == [
         ("xswu/HPSv2", "HPS_v2.1_compressed.pt", None),
         ("xswu/HPSv2", "HPS_v2_compressed.pt", "abc"),
     ]
 
 
-def test_without_files_beside_it_the_architecture_is_vit_h_14(hpsv2_folder, tmp_path):
+def test_hpsv2_default_architecture_is_vit_h_14(hpsv2_folder, tmp_path):
     shutil.copy(f"{hpsv2_folder}/HPS_v2.1_compressed.pt", tmp_path)
-    built = []
+    configs = []
 
     class Stop(Exception):
         pass
 
     def build(model_cfg, state, origin):
-        built.append(model_cfg)
+        configs.append(model_cfg)
         raise Stop
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
         patch.setattr("longalign.rewards.hpsv2.build_model", build)
         rewards.build({"name": "hpsv2", "checkpoint": str(tmp_path)})
-    assert built == [open_clip.get_model_config("ViT-H-14")]
-    assert built[0]["embed_dim"] == 1024
+    assert configs == [open_clip.get_model_config("ViT-H-14")]
+    assert configs[0]["embed_dim"] == 1024
 
 
-def test_weights_of_another_architecture_are_refused(hpsv2_folder):
+def test_build_model_rejects_weights_of_different_architecture(hpsv2_folder):
     folder = Path(hpsv2_folder)
     settings = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
     state = read_state(folder / "HPS_v2.1_compressed.pt")
-    with pytest.raises(ValueError, match="do not fit the architecture"):
+    with pytest.raises(ValueError, match=r"(?s)'here'.*'embed_dim': 8.*open_clip_config\.json"):
         build_model({**settings, "embed_dim": 8}, state, "here")
 
 
-def test_only_weights_under_state_dict_are_read(tmp_path):
+def test_read_state_rejects_other_content(tmp_path):
     torch.save({"weights": {}}, tmp_path / "a.pt")
     with pytest.raises(ValueError, match=r"under 'state_dict'.*\['weights'\]"):
         read_state(tmp_path / "a.pt")
     torch.save({"state_dict": {}, "code": Path("a")}, tmp_path / "b.pt")
-    with pytest.raises(ValueError, match=r"b\.pt is not read: it holds 'pathlib"):
+    with pytest.raises(ValueError, match=r"b\.pt.*'pathlib"):
         read_state(tmp_path / "b.pt")
 
 
-def test_the_window_is_77_tokens_and_longer_prompts_warn_where_they_are_truncated(hpsv2_folder):
+def test_hpsv2_whole_warns_above_window(hpsv2_folder):
     hpsv2 = rewards.build({"name": "hpsv2", "checkpoint": hpsv2_folder, "text": "whole"})
     assert hpsv2.towers.count_tokens("a " * 75) == 75
     with warnings.catch_warnings():
@@ -127,7 +127,7 @@ def test_the_window_is_77_tokens_and_longer_prompts_warn_where_they_are_truncate
     assert torch.allclose(filled, longer, atol=1e-6)
 
 
-def test_segments(hpsv2_folder):
+def test_hpsv2_text_segments_is_mean(hpsv2_folder):
     reward = rewards.build({"name": "hpsv2", "checkpoint": hpsv2_folder, "text": "segments"})
     first, second, both = reward.text_features(["A fox.", "The sky.", "A fox. The sky."])
     assert torch.allclose(both, (first + second) / 2, atol=1e-6)

@@ -20,25 +20,25 @@ def brightness():
     rewards.unregister("test-brightness")
 
 
-def test_weights_and_prefixed_parts_by_hand(known):
+def test_sum_values_and_prefixed_parts(known):
     images = torch.tensor([[0.0, 1.0, 0.0], [0.8, 0.0, 0.6]])[:, :, None, None].expand(-1, -1, 2, 2).contiguous()
     mean = CallableReward(lambda images, prompts: images.mean((1, 2, 3)))
     total = SumReward({"known": ReweightedReward(known, 0.5), "mean": mean}, [2.0, -3.0])
-    scores = total.scores(images, ["up", "down"])
+    scores = total.score_components(images, ["up", "down"])
     assert torch.allclose(scores.total, torch.tensor([2 * 0.8 - 1.0, 2 * 0.24 - 1.4]))
     assert torch.allclose(scores.parts["known"], torch.tensor([0.8, 0.24]))
     assert torch.allclose(scores.parts["known/text_irrelevant"], torch.tensor([0.0, 0.48]))
     assert list(scores.parts) == ["known", "known/text_relevant", "known/text_irrelevant", "known/eta", "mean"]
 
 
-def test_terms_by_name_and_a_function_registered_in_code(clip_folder, brightness):
+def test_sum_of_named_and_registered_rewards(clip_folder, brightness):
     clip = {"name": "clip", "checkpoint": clip_folder}
     reward = rewards.build(
         {"name": "sum", "terms": [{"reward": clip, "weight": 0.5}, {"reward": "test-brightness", "weight": 2.0}]}
     )
     images = torch.rand(2, 3, 32, 32, requires_grad=True)
     plain = rewards.build(clip).score(images, ["fox", "sky"])
-    scores = reward.scores(images, ["fox", "sky"])
+    scores = reward.score_components(images, ["fox", "sky"])
     assert torch.allclose(scores.total, 0.5 * plain + 2 * images.mean((1, 2, 3)), atol=1e-6)
     assert set(scores.parts) == {"clip", "test-brightness"}
     scores.total.sum().backward()
@@ -47,42 +47,46 @@ def test_terms_by_name_and_a_function_registered_in_code(clip_folder, brightness
     assert all(p.grad is None for p in reward.parameters())
 
 
-def test_labels_name_the_curves_and_repeated_names_are_numbered(clip_folder, brightness):
+def test_sum_labels_name_parts_and_are_numbered(clip_folder, brightness):
     terms = [
         {"reward": "test-brightness"},
         {"reward": "test-brightness", "label": "mine"},
         {"reward": "test-brightness"},
     ]
     reward = rewards.build({"name": "sum", "terms": terms})
-    assert list(reward.scores(torch.rand(1, 3, 4, 4), ["a"]).parts) == ["test-brightness", "mine", "test-brightness-2"]
+    assert list(reward.score_components(torch.rand(1, 3, 4, 4), ["a"]).parts) == [
+        "test-brightness",
+        "mine",
+        "test-brightness-2",
+    ]
 
 
-def test_a_running_direction_inside_a_sum_is_part_of_its_state(known):
+def test_sum_state_dict_contains_running_direction(known):
     reward = SumReward({"known": ReweightedReward(known, 0.5, "running")}, [1.0])
     reward.score(torch.rand(1, 3, 4, 4), ["up"])
     assert reward.state_dict()["rewards.0.running_count"].item() == 1
 
 
-def test_a_term_that_is_not_finite_stops_even_with_weight_zero():
+def test_sum_rejects_non_finite_term_of_weight_zero():
     images = torch.zeros(1, 3, 2, 2)
     bad = CallableReward(lambda images, prompts: images.mean((1, 2, 3)) + math.nan)
     with pytest.raises(NonFiniteReward):
         SumReward({"bad": bad}, [0.0]).score(images, ["a"])
 
 
-def test_wrong_terms_are_refused():
-    with pytest.raises(ConfigError, match="at least one term"):
+def test_sum_rejects_wrong_terms():
+    with pytest.raises(ConfigError, match=r"terms: .*at least one term"):
         rewards.validate({"name": "sum", "terms": []})
     with pytest.raises(ConfigError, match=r"terms\.0\.reward\.chekpoint: .*(.|\n)*terms\.1\.weigth"):
         wrong = [{"reward": {"name": "clip", "chekpoint": "x"}}, {"reward": "clip", "weigth": 2}]
         rewards.validate({"name": "sum", "terms": wrong})
-    with pytest.raises(ConfigError, match="labels must differ, but 'a' is given more than once"):
+    with pytest.raises(ConfigError, match=r"labels .*'a'"):
         rewards.validate({"name": "sum", "terms": [{"reward": "clip", "label": "a"}] * 2})
-    with pytest.raises(ValueError, match="one weight for each of at least one reward, got 0 and 0"):
+    with pytest.raises(ValueError, match="got 0 rewards and 0 weights"):
         SumReward({}, [])
 
 
-def test_a_config_survives_a_round_trip():
+def test_sum_config_round_trip():
     terms = [{"reward": {"name": "reweighted", "inner": "denscore"}, "weight": 0.5}, {"reward": "pickscore"}]
     config = rewards.validate({"name": "sum", "terms": terms})
     assert rewards.validate(config.model_dump(mode="json")) == config

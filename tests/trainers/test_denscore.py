@@ -277,7 +277,7 @@ def test_fit_resumes_exactly_and_saves_clip_loadable_by_rewards(clip, tmp_path):
     for name in ("denscore", "pickscore", "clip"):
         reward = rewards.build({"name": name, "checkpoint": folder})
         assert torch.allclose(reward.score(images, prompts) * models[0].logit_scale.exp(), logits, atol=1e-4)
-        assert reward.pixels.mean == (0.5, 0.5, 0.5) and reward.pixels.size == (32, 32)
+        assert reward.preprocessor.mean == (0.5, 0.5, 0.5) and reward.preprocessor.size == (32, 32)
 
 
 def test_fit_reduces_loss(clip, tmp_path):

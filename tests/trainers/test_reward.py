@@ -24,7 +24,7 @@ NO_DROPOUT = LoraConfig(rank=2, dropout=0.0)
 class Contrast(Reward):
     """Red minus blue, with both as parts."""
 
-    def scores(self, images, prompts):
+    def score_components(self, images, prompts):
         warm, cold = images[:, 0].mean((1, 2)), images[:, 2].mean((1, 2))
         return Scores(warm - cold, {"text_relevant": warm.detach(), "text_irrelevant": cold.detach()})
 

@@ -9,11 +9,11 @@ from longalign.runtime import Runtime
 
 
 class SiglipConfig(TowerRewardConfig):
-    """The cosine of SigLIP's image and text embeddings (Zhai et al. 2023, arXiv 2303.15343).
+    """The cosine similarity of SigLIP's image and text embeddings (Zhai et al. 2023, arXiv 2303.15343).
 
     Attributes:
-        checkpoint: hub id, or local folder in transformers layout, of a ``SiglipModel`` with its tokenizer.
-        revision: of the hub repository.
+        checkpoint: Hub id, or local folder in transformers layout, of a ``SiglipModel`` with its tokenizer.
+        revision: branch, tag or commit of the Hub repository.
     """
 
     name: Literal["siglip"] = "siglip"

@@ -1,4 +1,4 @@
-"""SigLIP's towers from transformers, as `longalign.rewards.towers` wants them."""
+"""SigLIP's towers from transformers, with the interface of `longalign.rewards.towers`."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ HALF = (0.5, 0.5, 0.5)
 class SiglipTowers(Towers):
     """Both towers of a ``transformers.SiglipModel``.
 
-    Every text is padded to the whole window and read without a mask, because SigLIP was trained so: its text
-    embedding sits at the last position, and a shorter input would move it.
+    Every text is padded to the whole window and encoded without a mask, as in SigLIP's training. Its text embedding is
+    read at the last position, so it depends on the input length.
 
     Args:
-        model: the model.
-        tokenizer: its tokenizer.
+        model: a ``SiglipModel``.
+        tokenizer: the tokenizer of the model.
     """
 
     def __init__(self, model: Any, tokenizer: Any):
@@ -57,19 +57,19 @@ class SiglipTowers(Towers):
 
 
 def load_siglip(config: SiglipConfig, runtime: Runtime) -> TowerReward:
-    """Loads the reward from a hub id or a local folder in transformers layout."""
+    """Loads the reward from a Hub id or a local folder in transformers layout."""
     from transformers import AutoTokenizer, SiglipModel
 
     checkpoint = resolve_checkpoint(config.checkpoint)
-    where: dict[str, Any] = {"revision": config.revision}
-    loaded: Any = SiglipModel.from_pretrained(checkpoint, output_loading_info=True, **where)
+    source: dict[str, Any] = {"revision": config.revision}
+    loaded: Any = SiglipModel.from_pretrained(checkpoint, output_loading_info=True, **source)
     model, info = loaded
     if info["missing_keys"]:
         raise ValueError(
-            f"'{checkpoint}' is not a whole SiglipModel: {len(info['missing_keys'])} weights are missing, such as "
+            f"'{checkpoint}' is not a complete SiglipModel: {len(info['missing_keys'])} weights are missing, e.g. "
             f"{sorted(info['missing_keys'])[0]}; expected a checkpoint with both towers"
         )
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False, **where)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False, **source)
     check_tokenizer(len(tokenizer), model.config.text_config.vocab_size, checkpoint, checkpoint)
     mean, std = image_statistics(checkpoint, config.revision, default=(HALF, HALF))
     image = ImageInput(model.config.vision_config.image_size, mean, std)

@@ -16,8 +16,8 @@ WORDS = ["a", "red", "fox", "sleeps", "on", "wall", "the", "sky", "is", "green"]
 def checkpoint(tmp_path_factory):
     """A folder with a ``SiglipModel``, a tokenizer and image settings.
 
-    The published tokenizer is a sentencepiece model. This one is made with ``tokenizers`` and does what matters here
-    in the same way: lower case, no punctuation, ``</s>`` at the end and as padding.
+    The published tokenizer is a sentencepiece model. This one is built with ``tokenizers`` and has the same relevant
+    behaviour: lower case, no punctuation, ``</s>`` at the end and as padding.
     """
     import torch
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
