@@ -102,7 +102,11 @@ def load_parts(config: SDConfig, runtime: Runtime, kind: Any, component: str) ->
         raise ValueError(f"backbone.checkpoint: {problem}")
 
     def load(part: Any, folder: str, dtype: torch.dtype) -> Any:
-        source = {"subfolder": join_subfolder(config.subfolder, folder), "revision": config.revision, "variant": config.variant}
+        source = {
+            "subfolder": join_subfolder(config.subfolder, folder),
+            "revision": config.revision,
+            "variant": config.variant,
+        }
         with reading(f"a file of weights in '{checkpoint}'"):
             return part.from_pretrained(checkpoint, torch_dtype=dtype, **source)
 
@@ -113,7 +117,9 @@ def load_parts(config: SDConfig, runtime: Runtime, kind: Any, component: str) ->
             checkpoint, subfolder=join_subfolder(config.subfolder, "scheduler"), revision=config.revision
         )
     except OSError as error:
-        folders = ", ".join(f"{join_subfolder(config.subfolder, folder)}/" for folder in (component, "vae", "scheduler"))
+        folders = ", ".join(
+            f"{join_subfolder(config.subfolder, folder)}/" for folder in (component, "vae", "scheduler")
+        )
         if Path(checkpoint).exists() or hub.is_base_model(checkpoint):
             raise ValueError(
                 f"'{checkpoint}' does not contain {folders} with a config and weights; see 'subfolder', and 'variant' "

@@ -163,7 +163,9 @@ class TwoClipsConfig(CheckpointConfig):
 
     def _from_both_configs(self, key: str) -> tuple[int | None, int | None]:
         """Returns a key of the configs of both CLIPs."""
-        first, second = (self._width_of(key, folder=join_subfolder(self.subfolder, f"text_encoder{n}")) for n in ("", "_2"))
+        first, second = (
+            self._width_of(key, folder=join_subfolder(self.subfolder, f"text_encoder{n}")) for n in ("", "_2")
+        )
         return first, second
 
 

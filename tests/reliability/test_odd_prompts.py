@@ -82,7 +82,9 @@ def test_score_odd_prompts_without_truncation(config):
 def test_segmenters_keep_all_text(name, text):
     segments = segmenters.build(name)(text, lambda piece: len(piece.encode()))
     assert without_spaces("".join(segments)) == without_spaces(text) and all(segment.strip() for segment in segments)
-    assert without_spaces("".join(split_to_window(segments, 7, lambda piece: len(piece.encode())))) == without_spaces(text)
+    assert without_spaces("".join(split_to_window(segments, 7, lambda piece: len(piece.encode())))) == without_spaces(
+        text
+    )
 
 
 @settings(derandomize=True, deadline=None, max_examples=200)
