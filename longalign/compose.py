@@ -104,10 +104,10 @@ class Composition:
         Raises `ConfigError` if the config has none.
         """
         if "data" not in self._built:
-            from longalign.data.base import sized
+            from longalign.data.base import resolve_resolution
 
             self._needed("data")
-            data = datasets.construct(sized(self.config), self.runtime)
+            data = datasets.construct(resolve_resolution(self.config), self.runtime)
             if self.config.cache is not None:
                 from longalign.caching import by_index, cached_data
 
