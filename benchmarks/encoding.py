@@ -150,7 +150,7 @@ def operations(encoder: ClipSegmentEncoder, length: int) -> float:
 def cached(encoder: ClipSegmentEncoder, prompts: Sequence[str], folder: Path) -> CachedEncoder:
     """The prompts' states in a store, as ``longalign cache`` writes them, and the encoder that reads them."""
     filled = ClipSegmentEncoder(encoder.text_model, encoder.tokens.tokenizer, Sentence(), max_tokens=512)
-    store, length = Store(folder, {}, writes=True), 512
+    store, length = Store(folder, {}, writable=True), 512
     for prompt in ["", *prompts]:
         (entry,) = entries(filled, [prompt], length if prompt else None)
         store.add(prompt_key(prompt), entry)

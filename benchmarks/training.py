@@ -147,7 +147,7 @@ def caches(rounds: int, config: Any, folder: Path) -> list[str]:
     }
     configs = {kind: override(config, {"cache": cache}) for kind, cache in kinds.items()}
     began = time.perf_counter()
-    caching.make(configs["both"], Runtime())
+    caching.make_caches(configs["both"], Runtime())
     made = (time.perf_counter() - began) / IMAGES
     took = medians(rounds, {kind: stepper(config) for kind, config in configs.items()})
     saved = (took["nothing"] - took["both"]) / IN_A_STEP

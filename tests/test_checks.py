@@ -55,7 +55,7 @@ def test_a_run_of_bundled_weights_is_all_there():
     [
         ({"backbone.checkpoint": "mini/nothing"}, "backbone.checkpoint", "no bundled weights 'mini/nothing'"),
         ({"backbone.checkpoint": "/no/where"}, "backbone.checkpoint", "there is no file or folder '/no/where'"),
-        ({"backbone.checkpoint": "owner/name"}, "backbone.checkpoint", "HF_HUB_OFFLINE forbids"),
+        ({"backbone.checkpoint": "owner/name"}, "backbone.checkpoint", "HF_HUB_OFFLINE"),
         ({"backbone.checkpoint": "mini/clip"}, "backbone.checkpoint", "'mini/clip' does not hold unet/config.json"),
         ({"backbone.checkpoint": "no.safetensors"}, "backbone.checkpoint", "no file no.safetensors"),
         ({"encoder.checkpoint": "mini/nothing"}, "encoder.checkpoint", "no bundled weights"),
@@ -264,7 +264,7 @@ def test_what_stood_against_a_download_is_said_in_one_sentence(monkeypatch):
         except Exception as error:
             return hub.why(error)
 
-    assert "asks for a consent" in raised(errors.GatedRepoError)
+    assert "gated" in raised(errors.GatedRepoError)
     assert "no such repository" in raised(errors.RepositoryNotFoundError)
     assert "no such revision" in raised(errors.RevisionNotFoundError)
     assert "cannot be reached" in raised(errors.LocalEntryNotFoundError)
@@ -272,7 +272,7 @@ def test_what_stood_against_a_download_is_said_in_one_sentence(monkeypatch):
     assert "does not hold the files" in raised(errors.EntryNotFoundError)
     assert raised(KeyError) == "long text"
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert "HF_HUB_OFFLINE forbids" in raised(errors.LocalEntryNotFoundError)
+    assert "HF_HUB_OFFLINE" in raised(errors.LocalEntryNotFoundError)
 
 
 def test_fit_checks_before_it_builds():
@@ -301,9 +301,9 @@ def test_a_base_model_is_no_checkpoint_of_longalign(source, tmp_path, monkeypatc
 )
 def test_a_checkpoint_that_cannot_be_downloaded_is_named_with_the_cause(part):
     ((kind, config),) = part.items()
-    with pytest.raises(ValueError, match=r"'owner/name'.*HF_HUB_OFFLINE forbids"):
+    with pytest.raises(ValueError, match=r"'owner/name'.*HF_HUB_OFFLINE"):
         REGISTRIES[kind].build(config, Runtime())
-    with pytest.raises(FileNotFoundError, match=r"'owner/name'.*HF_HUB_OFFLINE forbids"):
+    with pytest.raises(FileNotFoundError, match=r"'owner/name'.*HF_HUB_OFFLINE"):
         find_checkpoint("owner/name")
 
 

@@ -291,17 +291,17 @@ class WebDatasetConfig(ImagesConfig):
     shuffle_buffer: PositiveInt = 1000
 
     def check_files(self) -> list[ConfigProblem]:
-        return [("shards", problem) for given in self.shards if (problem := missing_shard(given))]
+        return [("shards", problem) for pattern in self.shards if (problem := missing_shard(pattern))]
 
     @property
     def caption_field(self) -> str | None:
-        """Key of the caption in a JSON file, None where the file is the caption."""
+        """Key of the caption in a JSON file; None for a text file."""
         return (self.field or "caption") if self.caption.endswith("json") else None
 
     @model_validator(mode="after")
-    def _agree(self) -> WebDatasetConfig:
+    def _check_keys(self) -> WebDatasetConfig:
         if self.field is not None and self.caption_field is None:
-            raise ValueError(f"'field' is a key of JSON, and '{self.caption}' is read as text; leave it out")
+            raise ValueError(f"'field' is a key of JSON files, but '{self.caption}' is read as text; remove it")
         return self
 
     def build(self, runtime: Runtime) -> Any:
@@ -345,8 +345,8 @@ class PromptsConfig(DataConfig):
     """Prompts of a file, without images, for reward fine-tuning.
 
     Attributes:
-        file: .txt file with one prompt per line, or .jsonl file with "prompt" (or "text") in each line, for prompts with
-            several paragraphs.
+        file: .txt file with one prompt per line, or .jsonl file with "prompt" (or "text") in each line. Prompts with
+            several paragraphs need .jsonl.
         empty: "skip" or "keep" empty prompts.
     """
 

@@ -112,7 +112,7 @@ def test_only_weights_under_state_dict_are_read(tmp_path):
     with pytest.raises(ValueError, match=r"under 'state_dict'.*\['weights'\]"):
         read_state(tmp_path / "a.pt")
     torch.save({"state_dict": {}, "code": Path("a")}, tmp_path / "b.pt")
-    with pytest.raises(ValueError, match=r"b\.pt is not read: it holds 'pathlib"):
+    with pytest.raises(ValueError, match=r"b\.pt.*'pathlib"):
         read_state(tmp_path / "b.pt")
 
 
