@@ -33,7 +33,7 @@ def build() -> AutoencoderKL:
 
 
 def colour_error(error: Tensor, scenes: list[Scene]) -> Tensor:
-    """Mean squared error of the mean colour of objects, for errors ``(b, 3, 64, 64)``; penalises wrong hues, not blur."""
+    """Mean squared error of the mean colour of objects, for errors ``(b, 3, 64, 64)``; measures hue, not blur."""
     keys = [
         (i, PLACES.index(t.place), MASK_KEYS.index((t.shape, t.size, t.fill)))
         for i, scene in enumerate(scenes)
