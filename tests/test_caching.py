@@ -1,4 +1,4 @@
-"""Caches: the same train_metrics as without, what is kept and what is refused."""
+"""Caches of latents and text states: equal results, reuse of entries, rejection of stale caches."""
 
 import json
 import logging
@@ -105,7 +105,7 @@ def test_cached_encoder_builds_no_text_model(config, monkeypatch):
     assert names and all(name.startswith("parts.1.adapter.") for name in names)
     with pytest.raises(ValueError, match=r"'A new one'.*prompts-clip-segment"):
         composition.encoder.encode(["A new one"])
-    with pytest.raises(ValueError, match=r"does not say what was cut"):
+    with pytest.raises(ValueError, match=r"\bcache\b"):
         composition.encoder.parts[0].report(["A fox."])
     item = composition.data[3]  # unreadable, so the next item replaces it, as without a cache
     assert item["prompt"] == "A fox." and item["posterior"].shape == (8, 2, 2) and "image" not in item
@@ -171,7 +171,7 @@ def test_caches_reject_changed_weights_images_and_captions(config, models, tmp_p
     with pytest.raises(ValueError, match=r"item 1 .*longalign cache"):
         data[1]
     (images / "1.png").unlink()
-    with pytest.raises(ValueError, match=r"item 1 .*FileNotFoundError|item 1 .*No such file"):
+    with pytest.raises(ValueError, match=r"item 1 .*No such file"):
         data[1]
     text = (images / "metadata.jsonl").read_text()
     (images / "metadata.jsonl").write_text(text.replace("A wall.", "A dog."))

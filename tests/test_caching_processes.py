@@ -1,4 +1,4 @@
-"""Several processes make one cache: as one process makes it, each with files of its own, and one after a interrupted."""
+"""Building one cache in several processes: separate shards, the content of a single process, interruptions."""
 
 import json
 import os
@@ -52,17 +52,15 @@ def config(tmp_path_factory):
 PARTS = {"latents": len(CAPTIONS) - 1, "prompts-clip-segment": len(CAPTIONS) + 1}
 
 
-def with_cache_folder(config, folder):
+def cache_in(config, folder):
     return override(config, {"cache.folder": str(folder)})
 
 
 @pytest.fixture(scope="module")
-def single_process_cache(config, tmp_path_factory):
+def reference(config, tmp_path_factory):
     """The cache built by a single process."""
-    folder = tmp_path_factory.mktemp("single_process_cache")
-    assert caching.make_caches(with_cache_folder(config, folder), Runtime(), 2) == {
-        part: (n, n) for part, n in PARTS.items()
-    }
+    folder = tmp_path_factory.mktemp("reference")
+    assert caching.make_caches(cache_in(config, folder), Runtime(), 2) == {part: (n, n) for part, n in PARTS.items()}
     return folder
 
 
@@ -108,11 +106,9 @@ class ProcessThreads:
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
-def test_make_caches_in_threads_writes_separate_shards(
-    config, single_process_cache, tmp_path, monkeypatch, interrupted
-):
+def test_make_caches_in_threads_writes_separate_shards(config, reference, tmp_path, monkeypatch, interrupted):
     """One entry per shard; with ``interrupted``, a first call stops after three shards."""
-    config, real, saved = with_cache_folder(config, tmp_path), store.save_tensors, []
+    config, real, saved = cache_in(config, tmp_path), store.save_tensors, []
 
     def save(path, tensors):
         if interrupted and threading.current_thread() is threading.main_thread() and len(saved) == 3:
@@ -135,21 +131,19 @@ def test_make_caches_in_threads_writes_separate_shards(
     assert {thread for thread, _, _ in saved} == {f"process {rank}" for rank in range(3)}
     assert all(path.read_bytes() == content for path, content in before.items())
     monkeypatch.undo()
-    assert_same(tmp_path, single_process_cache)
+    assert_same(tmp_path, reference)
     again = ProcessThreads(2).run(lambda runtime: caching.make_caches(config, runtime, 4))
     assert again == [{part: (n, 0) for part, n in PARTS.items()}] * 2
 
 
-def test_make_caches_with_more_processes_than_items(config, single_process_cache, tmp_path):
-    ProcessThreads(len(CAPTIONS) + 3).run(
-        lambda runtime: caching.make_caches(with_cache_folder(config, tmp_path), runtime, 16)
-    )
-    assert_same(tmp_path, single_process_cache)
+def test_make_caches_with_more_processes_than_items(config, reference, tmp_path):
+    ProcessThreads(len(CAPTIONS) + 3).run(lambda runtime: caching.make_caches(cache_in(config, tmp_path), runtime, 16))
+    assert_same(tmp_path, reference)
 
 
 @pytest.mark.processes
-def test_cache_command_in_two_processes(config, single_process_cache, tmp_path):
-    config = with_cache_folder(config, tmp_path / "cache")
+def test_cache_command_in_two_processes(config, reference, tmp_path):
+    config = cache_in(config, tmp_path / "cache")
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     environment["PYTHONPATH"] = str(Path(caching.__file__).parents[1])
@@ -162,6 +156,6 @@ def test_cache_command_in_two_processes(config, single_process_cache, tmp_path):
         assert done.stdout.count(f"{part}: {count} entries, {count} of them new") == 1
         shards = sorted((tmp_path / "cache" / part).glob("0*.safetensors"))
         assert [path.stem for path in shards] == ["000000", "000001"]  # one per process
-    assert_same(tmp_path / "cache", single_process_cache)
+    assert_same(tmp_path / "cache", reference)
     item = build_from_config(config, Runtime()).data[0]
     assert item["prompt"] == CAPTIONS[0] and item["posterior"].shape == (8, 2, 2)

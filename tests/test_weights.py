@@ -44,10 +44,10 @@ def test_load_pickle_runs_no_code_and_advises_safetensors(tmp_path, raw, positio
 def test_load_pickle_names_damaged_files(tmp_path, checked):
     path = tmp_path / "shared.pt"
     torch.save({"a": torch.randn(500), "step": 3}, path)
-    content_bytes = path.read_bytes()
+    raw_file = path.read_bytes()
     assert load_pickle(path, checked)["step"] == 3
-    for size in (0, 1, 100, len(content_bytes) // 2, len(content_bytes) - 1):
-        path.write_bytes(content_bytes[:size])
+    for size in (0, 1, 100, len(raw_file) // 2, len(raw_file) - 1):
+        path.write_bytes(raw_file[:size])
         with pytest.raises(ValueError, match=r"shared\.pt.*damaged"):
             load_pickle(path, checked)
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
@@ -65,9 +65,9 @@ def test_load_detects_flipped_bits(tmp_path):
     save_tensors(tensors, content)
     for path, read in ((pickled, lambda p: load_pickle(p, checked=True)), (tensors, load_tensors)):
         assert all(torch.equal(read(path)[k], v) for k, v in content.items())
-        content_bytes = bytearray(path.read_bytes())
-        content_bytes[content_bytes.find(content["a"].numpy().tobytes()) + 2000] ^= 1
-        path.write_bytes(content_bytes)
+        raw_file = bytearray(path.read_bytes())
+        raw_file[raw_file.find(content["a"].numpy().tobytes()) + 2000] ^= 1
+        path.write_bytes(raw_file)
         with pytest.raises(ValueError, match=rf"{path.name}.*damaged"):
             read(path)
 
@@ -75,14 +75,14 @@ def test_load_detects_flipped_bits(tmp_path):
 def test_load_tensors_names_damaged_files(tmp_path):
     path = tmp_path / "x.safetensors"
     save_file({"a": torch.ones(8)}, path)
-    content_bytes = path.read_bytes()
+    raw_file = path.read_bytes()
     assert torch.equal(load_tensors(path)["a"], torch.ones(8))  # a foreign file without checksum
     for content in (
         b"",
-        content_bytes[:4],
-        content_bytes[:40],
-        content_bytes[:-1],
-        content_bytes + b"0",
+        raw_file[:4],
+        raw_file[:40],
+        raw_file[:-1],
+        raw_file + b"0",
         b"\xff" * 100,
     ):
         path.write_bytes(content)

@@ -88,10 +88,10 @@ def test_mini_encoders_encode_more_than_one_window(config: dict[str, object]):
 
 
 @pytest.mark.parametrize(
-    ("name", "words", "min_accuracy"),
+    ("name", "words", "accuracy"),
     [("clip", 20, 0.7), ("pickscore", 20, 0.7), ("hpsv2", 20, 0.7), ("denscore", 80, 0.8)],
 )
-def test_mini_rewards_prefer_the_described_image(name: str, words: int, min_accuracy: float):
+def test_mini_rewards_prefer_the_described_image(name: str, words: int, accuracy: float):
     scenes, captions = sample_scenes(60, (1, 3), words)
     reward = rewards.build({"name": name, "checkpoint": f"mini/{name}"})
     texts = [c.text for c in captions]
@@ -99,7 +99,7 @@ def test_mini_rewards_prefer_the_described_image(name: str, words: int, min_accu
     with torch.no_grad():
         true = reward.score(torch.from_numpy(render_batch(scenes)), texts)
         false = reward.score(torch.from_numpy(render_batch([change_facts(s, rng) for s in scenes])), texts)
-    assert (true > false).float().mean() >= min_accuracy
+    assert (true > false).float().mean() >= accuracy
 
 
 def test_reweighted_mini_denscore_scales_the_irrelevant_part():
