@@ -445,7 +445,7 @@ def test_workers_of_a_stream_stay_as_they_were(world, tmp_path):
     class Endless(Stream):
         num_shards = 2
 
-        def items(self, seed, share=0, shares=1, skip=0, images=True):
+        def items(self, seed, part=0, num_parts=1, skip=0, images=True):
             yield from (world.Squares()[i % 10] for i in itertools.count(skip))
 
     class EndlessConfig(PartConfig):
