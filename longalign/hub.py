@@ -111,7 +111,7 @@ def why(error: BaseException, file: str = "") -> str:
     if caused("LocalEntryNotFoundError") or any(isinstance(e, (ConnectionError, TimeoutError)) for e in chain):
         return "it is not on this machine, and the Hub cannot be reached"
     if caused("EntryNotFoundError"):
-        return f"it does not hold {file or 'the required files'}"
+        return f"it does not hold {file or 'the files that are needed'}"
     return str(error)
 
 
