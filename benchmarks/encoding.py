@@ -150,7 +150,7 @@ def operations_per_token(encoder: ClipSegmentEncoder, length: int) -> float:
 def cached_encoder(encoder: ClipSegmentEncoder, prompts: Sequence[str], folder: Path) -> CachedEncoder:
     """Writes the prompts' states to a store as ``longalign cache`` does; returns the encoder that reads them."""
     padded = ClipSegmentEncoder(encoder.text_model, encoder.tokens.tokenizer, Sentence(), max_tokens=512)
-    store, length = Store(folder, {}, writes=True), 512
+    store, length = Store(folder, {}, writable=True), 512
     for prompt in ["", *prompts]:
         (entry,) = entries(padded, [prompt], length if prompt else None)
         store.add(prompt_key(prompt), entry)

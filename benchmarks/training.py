@@ -147,7 +147,7 @@ def caches(rounds: int, config: Any, folder: Path) -> list[str]:
     }
     configs = {kind: override(config, {"cache": cache}) for kind, cache in kinds.items()}
     start = time.perf_counter()
-    caching.make(configs["both"], Runtime())
+    caching.make_caches(configs["both"], Runtime())
     per_image = (time.perf_counter() - start) / IMAGES
     times = medians(rounds, {kind: make_step(config) for kind, config in configs.items()})
     saved = (times["nothing"] - times["both"]) / BATCH

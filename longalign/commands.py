@@ -70,7 +70,7 @@ def cache(args: Namespace) -> None:
     from longalign.runtime import distributed_runtime
 
     with distributed_runtime(config.loop.precision, args.device) as runtime:
-        counts = caching.make(config, runtime, args.batch, progress=True)
+        counts = caching.make_caches(config, runtime, args.batch, progress=True)
     for name, (total, new) in counts.items():
         if runtime.rank == 0:
             print(f"{config.cache.folder}/{name}: {total} entries, {new} of them new")

@@ -108,14 +108,14 @@ class Composition:
         Raises `ConfigError` if the config has none.
         """
         if "data" not in self._built:
-            from longalign.data.base import sized
+            from longalign.data.base import resolve_resolution
 
             self._require("data")
-            data = datasets.construct(sized(self.config), self.runtime)
+            data = datasets.construct(resolve_resolution(self.config), self.runtime)
             if self.config.cache is not None:
-                from longalign.caching import by_index, cached_data
+                from longalign.caching import cached_data, require_indexed
 
-                data = cached_data(self.config, by_index(data, self.config), self.runtime)
+                data = cached_data(self.config, require_indexed(data, self.config), self.runtime)
             self._built["data"] = data
         return self._built["data"]
 
@@ -128,9 +128,9 @@ class Composition:
         self._require("trainer")
         check_files(self.config, resumed=resume is not None)
         if self.config.cache is not None:
-            from longalign.caching import check
+            from longalign.caching import check_caches
 
-            check(self.config, self.runtime)
+            check_caches(self.config, self.runtime)
         from longalign.trainers.loop import fit
 
         return fit(self, resume=resume)

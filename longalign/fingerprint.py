@@ -1,4 +1,4 @@
-"""Which weights a part's config stands for, told without loading them."""
+"""Fingerprints of the weights that a config refers to, without loading them."""
 
 from __future__ import annotations
 
@@ -9,66 +9,67 @@ from typing import Any
 
 from longalign.runtime import resolve_checkpoint
 
-#: keys of configs that name weights or a vocabulary
+#: config keys of weights and vocabularies
 KEYS = ("checkpoint", "tokenizer", "layout")
 SUFFIXES = (".safetensors", ".bin", ".pt", ".ckpt", ".json", ".txt", ".model")
 BLOCK, BLOCKS = 4096, 256
 
 
 def fingerprints(config: Any, folders: Sequence[str], ask_hub: bool = True) -> dict[str, str | None]:
-    """A fingerprint for each checkpoint that a config names, by its path in the config.
+    """Fingerprint of each checkpoint in a config, by its path in the config.
 
     Args:
         config: a dumped config.
-        folders: how the folders are called that matter of a checkpoint in diffusers layout, e.g. ``["text_encoder",
-            "tokenizer"]``, which stands for ``text_encoder_2`` too. Of a folder that has none of them the files at its
-            top count.
-        ask_hub: whether the hub is asked for its commit, see `fingerprint`.
+        folders: name prefixes of the relevant subfolders of a diffusers checkpoint, e.g. ``["text_encoder",
+            "tokenizer"]``, which includes ``text_encoder_2``. A checkpoint without any of them counts with its
+            top-level files.
+        ask_hub: whether to query the Hub for the commit, see `fingerprint`.
     """
     return {
         path: fingerprint(name, revision, subfolder, folders, ask_hub)
-        for path, name, revision, subfolder in _named("", config)
+        for path, name, revision, subfolder in _checkpoints("", config)
     }
 
 
-def _named(path: str, value: Any) -> Iterator[tuple[str, str, str | None, str | None]]:
+def _checkpoints(path: str, value: Any) -> Iterator[tuple[str, str, str | None, str | None]]:
     if isinstance(value, dict):
         for key, child in value.items():
-            here = f"{path}.{key}" if path else key
+            child_path = f"{path}.{key}" if path else key
             if key in KEYS and isinstance(child, str):
-                about = value if key == "checkpoint" else {}
-                yield here, child, about.get("revision"), about.get("subfolder")
-            yield from _named(here, child)
+                options = value if key == "checkpoint" else {}
+                yield child_path, child, options.get("revision"), options.get("subfolder")
+            yield from _checkpoints(child_path, child)
     elif isinstance(value, list):
         for i, child in enumerate(value):
-            yield from _named(f"{path}.{i}", child)
+            yield from _checkpoints(f"{path}.{i}", child)
 
 
 def fingerprint(
     checkpoint: str, revision: str | None, subfolder: str | None, folders: Sequence[str], ask_hub: bool = True
 ) -> str | None:
-    """Of local files their names, sizes and a part of their content; of a hub id its commit: the hub's, or without a
-    connection, or if it is not to be asked, the one that was downloaded.
+    """Fingerprint of one checkpoint.
 
-    Files up to 1 MiB are read whole, of larger ones 256 blocks spread over the file, which any training changes.
+    For local files: a hash of names, sizes and content. Files up to 1 MiB are hashed completely, larger ones in 256
+    blocks spread over the file, which any training changes. For a Hub id: the commit on the Hub, or that of the local
+    cache if offline or if ``ask_hub`` is False.
 
     Returns:
-        None for a hub id that is neither within reach nor downloaded to this machine.
+        None for a Hub id that is neither reachable nor cached.
     """
-    place = Path(resolve_checkpoint(checkpoint))
-    if not place.exists():
+    root = Path(resolve_checkpoint(checkpoint))
+    if not root.exists():
         return _commit(checkpoint, revision, ask_hub)
-    if subfolder and (place / subfolder).is_dir():
-        place = place / subfolder
-        if place.name.startswith(tuple(folders)):  # a text model's own folder, beside which its tokenizer is
-            place = place.parent
-    files = [place]
-    if place.is_dir():
-        wanted = [p for p in place.iterdir() if p.is_dir() and p.name.startswith(tuple(folders))]
-        files = [f for p in wanted for f in p.rglob("*")] if wanted else list(place.iterdir())
+    if subfolder and (root / subfolder).is_dir():
+        root = root / subfolder
+        if root.name.startswith(tuple(folders)):  # a text model's folder; its tokenizer is next to it
+            root = root.parent
+    files = [root]
+    if root.is_dir():
+        subfolders = [p for p in root.iterdir() if p.is_dir() and p.name.startswith(tuple(folders))]
+        files = [f for p in subfolders for f in p.rglob("*")] if subfolders else list(root.iterdir())
     digest = blake2b(digest_size=8)
     for file in sorted(f for f in files if f.is_file() and f.suffix in SUFFIXES):
-        digest.update(f"{file.relative_to(place)} {file.stat().st_size} ".encode())
+        digest.update(f"{file.relative_to(root)} {file.stat().st_size} ".encode())
         for block in _blocks(file):
             digest.update(block)
     return digest.hexdigest()
@@ -90,10 +91,10 @@ def _commit(repository: str, revision: str | None, ask_hub: bool) -> str | None:
 
     if revision is not None and len(revision) == 40:
         return f"commit {revision}"
-    try:  # what loading would download, should the branch have moved
+    try:  # the commit that loading would download, even if the branch has moved
         if ask_hub:
             return f"commit {HfApi().model_info(repository, revision=revision, timeout=10).sha}"
-    except Exception:  # offline, or no access; loading then takes what is here, or says what is wrong
+    except Exception:  # offline or no access; loading then uses the cache, or raises
         pass
     name = f"models--{repository.replace('/', '--')}"
     reference = Path(constants.HF_HUB_CACHE) / name / "refs" / (revision or "main")

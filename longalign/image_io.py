@@ -1,4 +1,4 @@
-"""Images on disk: PNG files that carry text, and image files as tensors."""
+"""Image file reading and writing: PNG files with text metadata, and image files as tensors."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from torch import Tensor
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """An image ``(3, h, w)`` in [0, 1] as a PIL image of 8 bits."""
+    """Converts an image ``(3, h, w)`` in [0, 1] to an 8-bit PIL image."""
     return Image.fromarray((image.detach().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """A PIL image in RGB as a float32 tensor ``(3, h, w)`` in [0, 1]."""
+    """Converts an RGB PIL image to a float32 tensor ``(3, h, w)`` in [0, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
 def write_png(path: Path, image: Tensor, texts: dict[str, str] | None = None) -> None:
-    """Writes an image ``(3, h, w)`` in [0, 1] with text metadata of any length and script."""
+    """Writes an image ``(3, h, w)`` in [0, 1] as PNG with Unicode text metadata."""
     info = PngInfo()
     for key, value in (texts or {}).items():
         info.add_itxt(key, value)
@@ -36,15 +36,15 @@ def write_png(path: Path, image: Tensor, texts: dict[str, str] | None = None) ->
 
 
 def decode(source: Path | str | bytes) -> Image.Image:
-    """An image file, or its bytes, as a PIL image in RGB, turned as its EXIF data say; transparency is dropped.
+    """Decodes an image file or its bytes to an RGB PIL image, EXIF-rotated and without alpha channel.
 
-    16 bits a channel are scaled to 8. Of several pictures in a file it is the first. Formats are those of `FORMATS`, so
-    that no file is handed to another program, as PostScript would be.
+    16-bit channels are scaled to 8 bits. Of a file with several images, the first is used. Only `FORMATS` are accepted,
+    so that no file reaches an external program, as PostScript would.
 
     Raises:
-        OSError: if there is no such file, or it is truncated or of no known format.
-        ValueError: if it is damaged in another way, no regular file (a pipe, a device, a folder), has more pixels than
-            ``PIL.Image.MAX_IMAGE_PIXELS``, or values whose range is not known.
+        OSError: if the file does not exist, is truncated or has an unsupported format.
+        ValueError: if the file is otherwise damaged, not a regular file (a pipe, device or folder), has more pixels
+            than ``PIL.Image.MAX_IMAGE_PIXELS``, or values of unknown range.
     """
     if not isinstance(source, bytes):
         check_regular(source)
@@ -53,7 +53,7 @@ def decode(source: Path | str | bytes) -> Image.Image:
             limit = Image.MAX_IMAGE_PIXELS
             if limit is not None and image.width * image.height > limit:
                 raise ValueError(
-                    f"{image.width} by {image.height} pixels are more than the limit of {limit}; scale it down, or "
+                    f"{image.width} by {image.height} pixels exceed the limit of {limit}; scale it down, or "
                     "raise PIL.Image.MAX_IMAGE_PIXELS"
                 )
             return _eight_bits(ImageOps.exif_transpose(image), image.format).convert("RGB")
@@ -63,7 +63,7 @@ def decode(source: Path | str | bytes) -> Image.Image:
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
-#: what images are read from, as far as the installed Pillow can
+#: accepted image formats, if the installed Pillow supports them
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "GIF", "BMP", "PPM", "JPEG2000", "MPO")
 
 
@@ -74,39 +74,41 @@ def _formats() -> list[str]:
 
 
 def check_regular(path: Path | str) -> None:
-    """Raises ValueError unless a path is a regular file, or FileNotFoundError: a pipe would be waited for, for ever."""
+    """Raises ValueError or FileNotFoundError unless a path is a regular file; reading a pipe would block."""
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
-        what = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device or socket"
-        raise ValueError(f"it is {what}, not a regular file")
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device or socket"
+        raise ValueError(f"expected a regular file, got {kind}")
 
 
 def _eight_bits(image: Image.Image, kind: str | None) -> Image.Image:
-    """Grey images of 16 bits, which Pillow would clip to white, and floats in [0, 1] as 8 bits; others as they are.
+    """Converts 16-bit greyscale, which Pillow would clip to white, and floats in [0, 1] to 8 bits.
+
+    Other modes are returned unchanged.
 
     Raises:
-        ValueError: for integers of 32 bits, and floats outside of [0, 1].
+        ValueError: for 32-bit integers, and floats outside of [0, 1].
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
         values = np.asarray(image).astype(np.float64) / 65535
     elif image.mode == "F":
         values = np.asarray(image)
         if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
-            found = f"{values.min():.4g} to {values.max():.4g}"
-            raise ValueError(f"its values are floats from {found}; expected 0 to 1, or a file of 8 or 16 bits")
+            values_range = f"{values.min():.4g} to {values.max():.4g}"
+            raise ValueError(f"expected float values from 0 to 1, got {values_range}; or use 8 or 16 bits")
     elif image.mode == "I":
-        raise ValueError("its values are integers of 32 bits, whose range is not known; save it with 8 or 16 bits")
+        raise ValueError("32-bit integers have no known range; save the image with 8 or 16 bits")
     else:
         return image
     return Image.fromarray((values * 255).round().astype(np.uint8))
 
 
 def load_image(path: Path | str) -> Tensor:
-    """Reads an image file as a float32 tensor ``(3, h, w)`` in [0, 1]; see `decode`.
+    """Reads an image file with `decode` as a float32 tensor ``(3, h, w)`` in [0, 1].
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it cannot be read; the file is named.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file cannot be read; the message has the path.
     """
     try:
         return to_tensor(decode(path))
@@ -117,7 +119,7 @@ def load_image(path: Path | str) -> Tensor:
 
 
 class ImageFiles(Sequence[Tensor]):
-    """Image files as images ``(3, h, w)`` in [0, 1] of any sizes, each read when it is asked for.
+    """Sequence of images ``(3, h, w)`` in [0, 1] of any size, read from files on access.
 
     Args:
         paths: the files.
@@ -130,5 +132,5 @@ class ImageFiles(Sequence[Tensor]):
         return len(self.paths)
 
     def __getitem__(self, index: Any) -> Any:
-        """The image at an index, or those of a slice as `ImageFiles`."""
+        """Image at an index, or `ImageFiles` for a slice."""
         return ImageFiles(self.paths[index]) if isinstance(index, slice) else load_image(self.paths[index])

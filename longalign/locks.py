@@ -1,4 +1,4 @@
-"""Folders that one process writes to at a time."""
+"""Locks for folders that only one process may write to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import IO
 
 try:
     import fcntl
-except ImportError:  # Windows, where two processes in one folder are not noticed
+except ImportError:  # Windows: no locking
     fcntl = None
 
 log = logging.getLogger("longalign")
@@ -20,13 +20,13 @@ LOCK = ".lock"
 
 
 class Lock:
-    """Keeps other processes out of a folder until it is released or this process ends, however it ends.
+    """Exclusive lock of a folder, held until `release` or the end of this process, even if it is killed.
 
     Args:
-        output: the folder; made if it is missing.
+        output: the folder; created if missing.
 
     Raises:
-        ValueError: naming the process that is writing to it.
+        ValueError: if a different process holds the lock; the message names it.
     """
 
     def __init__(self, output: Path):
@@ -40,14 +40,14 @@ class Lock:
             owner = self.file.read().strip() or "another process"
             self.file.close()
             raise ValueError(
-                f"{owner} is writing to {output}; wait until it ends, stop it, or choose another folder"
+                f"{owner} is writing to {output}; wait until it ends, stop it, or choose a different folder"
             ) from None
         except OSError as error:  # a file system without locks
-            log.warning("%s cannot be locked (%s); see to it that no other process writes to it", output, error)
-        with suppress(OSError):  # on a full disk nobody is named, and the lock holds all the same
+            log.warning("%s cannot be locked (%s); make sure that no other process writes to it", output, error)
+        with suppress(OSError):  # on a full disk the name is missing, but the lock holds
             self.file.truncate(0)
             os.write(self.file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
     def release(self) -> None:
-        """Lets others in. The file stays, for removing it would let two processes lock two files of its name."""
+        """Releases the lock. The file stays: after a removal, two processes could lock different files of this name."""
         self.file.close()

@@ -1,4 +1,4 @@
-"""Files of tensors: written whole or not at all, and read without running anything that is in them."""
+"""Tensor files: atomic writes, and reads that execute no code from the file."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-#: key of the metadata that holds the checksum of the tensors
+#: metadata key of the tensors' checksum
 CHECKSUM = "checksum"
 
 
 @contextmanager
 def reading(what: str | Path, advice: str = "get it again") -> Iterator[None]:
-    """Inside, libraries' errors about damaged or foreign files become a ValueError that names ``what``.
+    """Context manager that turns library errors about damaged or foreign files into a ValueError that names ``what``.
 
-    Their own text never reaches the user where it advises to allow a pickle to run code.
+    The library's text is omitted if it recommends allowing a pickle to run code.
     """
     try:
         yield
@@ -35,32 +35,31 @@ def reading(what: str | Path, advice: str = "get it again") -> Iterator[None]:
         raise ValueError(_unreadable(what, error, advice)) from None
     except RuntimeError as error:
         if not re.search("PytorchStreamReader|mmap can only|zip archive|storage|file in archive", str(error)):
-            raise  # of the model, not of its file
+            raise  # an error of the model, not of its file
         raise ValueError(_unreadable(what, error, advice)) from None
 
 
 def _unreadable(what: str | Path, error: Exception, advice: str) -> str:
-    named = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if named:
+    global_name = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if global_name:
         return (
-            f"{what} is not read: it holds '{named[1]}', and a pickle of more than tensors and plain values can run "
-            "any code; expected the tensors alone, best as .safetensors"
+            f"{what} contains '{global_name[1]}'; expected only tensors and plain values, since unpickling anything "
+            "else can run arbitrary code. Use a .safetensors file"
         )
     reason = str(error).strip().split("\n")[0] if not isinstance(error, UnpicklingError) else "not a pickle of tensors"
-    return f"{what} is damaged, or holds something else than tensors ({type(error).__name__}: {reason}); {advice}"
+    return f"{what} is damaged or does not contain tensors ({type(error).__name__}: {reason}); {advice}"
 
 
 def load_pickle(path: str | Path, checked: bool = False) -> Any:
-    """The tensors and plain values in a file that ``torch.save`` wrote, on the CPU; nothing in it is run.
+    """Loads tensors and plain values from a ``torch.save`` file to the CPU, without executing code from it.
 
     Args:
-        path: of the file.
-        checked: compares the checksums in the file, which torch does not, and leaves tensors on the disk until they
-            are used.
+        path: path of the file.
+        checked: verify the checksums of the archive, which torch does not, and memory-map the tensors.
 
     Raises:
-        FileNotFoundError: if there is none.
-        ValueError: naming the file, if it is damaged or holds something else.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file is damaged or contains anything else; the message has the path.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}")
@@ -72,18 +71,18 @@ def load_pickle(path: str | Path, checked: bool = False) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=checked)
     except MemoryError:
         raise
-    except Exception as error:  # a pickle that is cut or changed can raise anything
-        if isinstance(error, OSError) and error.errno != EINVAL:  # which torch gives for a file that is cut
+    except Exception as error:  # a damaged pickle can raise anything
+        if isinstance(error, OSError) and error.errno != EINVAL:  # torch raises EINVAL for truncated files
             raise
         raise ValueError(_unreadable(path, error, "get it again")) from None
 
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU, compared with the checksum that `save_tensors` left in it.
+    """Loads a safetensors file to the CPU and verifies the checksum of `save_tensors`, if the file has one.
 
     Raises:
-        FileNotFoundError: if there is none.
-        ValueError: naming the file, if it is damaged or its tensors are not those that were written.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file is damaged or the checksum differs; the message has the path.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}")
@@ -91,40 +90,41 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
         expected = (file.metadata() or {}).get(CHECKSUM)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if expected is not None and expected != checksum(tensors):
-        raise ValueError(f"{path} is damaged: its tensors are not those that were written into it; get it again")
+        raise ValueError(f"{path} is damaged: the checksum of its tensors differs; get it again")
     return tensors
 
 
 def save_pickle(path: str | Path, value: Any) -> None:
-    """Writes a value with ``torch.save``; the file has its name only when all of it is on the disk.
+    """Writes a value atomically with ``torch.save``.
 
     Raises:
-        OSError: if it cannot be written, such as on a full disk, which torch reports as a RuntimeError.
+        OSError: if the file cannot be written, e.g. on a full disk, which torch reports as a RuntimeError.
     """
     with writing(Path(path)) as unfinished:
         torch.save(value, unfinished)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file with a checksum. It has its name only when all of it is on the disk.
-
-    Its permissions are those of any new file. What is left of a failed attempt is removed.
+    """Writes a safetensors file atomically, with a checksum and default permissions.
 
     Args:
-        path: of the file; one that is there is replaced.
-        tensors: contiguous, on the CPU.
-        metadata: added to it.
+        path: path of the file; an existing file is replaced.
+        tensors: contiguous CPU tensors.
+        metadata: metadata to add.
+
+    Raises:
+        OSError: if the file cannot be written; the unfinished file is removed.
     """
     with writing(path) as unfinished:
         unfinished.touch()
-        mode = unfinished.stat().st_mode  # safetensors makes a file that is its owner's alone
+        mode = unfinished.stat().st_mode  # safetensors writes with owner-only permissions
         save_file(dict(tensors), unfinished, {**(metadata or {}), CHECKSUM: checksum(tensors)})
         unfinished.chmod(mode)
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Gives a path beside ``path`` to write to; the file gets its name when all of it is on the disk."""
+    """Context manager for atomic writes: yields a temporary path that is synced to disk and renamed to ``path``."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         yield unfinished
@@ -132,17 +132,17 @@ def writing(path: Path) -> Iterator[Path]:
         unfinished.replace(path)
     except BaseException as error:
         unfinished.unlink(missing_ok=True)
-        if isinstance(error, (SafetensorError, RuntimeError)):  # how libraries tell of a full disk
+        if isinstance(error, (SafetensorError, RuntimeError)):  # libraries report a full disk this way
             raise OSError(f"cannot write {path}: {str(error).strip()}") from error
         raise
     flush(path.parent)
 
 
 def flush(path: Path) -> None:
-    """Returns when a file, or the names in a folder, would survive a power cut."""
+    """Syncs a file, or the names in a folder, to disk."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
-    except OSError:  # Windows opens no folders
+    except OSError:  # Windows cannot open folders
         return
     try:
         os.fsync(descriptor)
@@ -151,7 +151,7 @@ def flush(path: Path) -> None:
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """`crc` as text."""
+    """`crc` as a string."""
     return f"crc32:{crc(tensors):08x}"
 
 

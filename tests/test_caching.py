@@ -1,4 +1,4 @@
-"""Caches: the same numbers as without, what is kept and what is refused."""
+"""Caches of latents and text states: equal results, reuse of entries, rejection of stale caches."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ from longalign.compose import build_from_config
 from longalign.config import load_config, override, to_yaml
 from longalign.data.cached import CachedImages
 from longalign.encoders.adapter import TextAdapter, adapt
-from longalign.encoders.base import Encoder
+from longalign.encoders.base import Encoder, TruncationWarning
 from longalign.encoders.cached import CachedEncoder, entries, frozen_config, prompt_key
 from longalign.encoders.configs import AdapterConfig
 from longalign.errors import ConfigError
@@ -45,7 +45,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def config(models, tmp_path):
-    """A run of CLIP segments beside adapted T5 on five images, one of which cannot be read."""
+    """A run with CLIP segments and adapted T5 on five images; image 3 is unreadable."""
     images = tmp_path / "images"
     images.mkdir()
     generator = torch.Generator().manual_seed(0)
@@ -71,20 +71,24 @@ def config(models, tmp_path):
     )
 
 
-def numbers(config):
-    """The lines of a run's log, without the time."""
+def train_metrics(config):
+    """Lines of a run's log, without the times."""
     build_from_config(config, CPU).fit()
     lines = Path(config.output, "log.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
 
 @pytest.mark.filterwarnings("ignore::longalign.encoders.base.TruncationWarning")
-def test_training_has_the_same_numbers_with_and_without(config, tmp_path, smooth_adamw):
-    assert caching.make(config, CPU, 2) == {"latents": (4, 4), "prompts-clip-segment": (6, 6), "prompts-t5": (6, 6)}
-    plain = numbers(override(config, {"cache": None, "output": str(tmp_path / "plain")}))
+def test_training_gives_equal_numbers_with_and_without_cache(config, tmp_path, smooth_adamw):
+    assert caching.make_caches(config, CPU, 2) == {
+        "latents": (4, 4),
+        "prompts-clip-segment": (6, 6),
+        "prompts-t5": (6, 6),
+    }
+    plain = train_metrics(override(config, {"cache": None, "output": str(tmp_path / "plain")}))
     assert len(plain) == 3 and all(line["noise_loss"] > 0 for line in plain)
-    for line, cached in zip(plain, numbers(config), strict=True):
-        line.pop("truncated_prompts", None)  # a cache does not know
+    for line, cached in zip(plain, train_metrics(config), strict=True):
+        line.pop("truncated_prompts", None)  # not stored in a cache
         assert line == pytest.approx(cached, rel=1e-4)
     plain, cached = (load_model(tmp_path / name / "checkpoint-000003") for name in ("plain", "cached"))
     assert cached[0].cache is not None
@@ -93,104 +97,106 @@ def test_training_has_the_same_numbers_with_and_without(config, tmp_path, smooth
 
 
 @pytest.mark.filterwarnings("ignore::longalign.encoders.base.TruncationWarning")
-def test_no_text_model_is_built(config, monkeypatch):
-    caching.make(config, CPU)
+def test_cached_encoder_builds_no_text_model(config, monkeypatch):
+    caching.make_caches(config, CPU)
     monkeypatch.setattr("longalign.encoders.loading.load_text_model", lambda *_: pytest.fail("a text model is loaded"))
     composition = build_from_config(config, CPU)
     names = set(dict(composition.encoder.named_parameters()))
     assert names and all(name.startswith("parts.1.adapter.") for name in names)
-    with pytest.raises(ValueError, match=r"the prompt 'A new one' is not in the cache .*prompts-clip-segment"):
+    with pytest.raises(ValueError, match=r"'A new one'.*prompts-clip-segment"):
         composition.encoder.encode(["A new one"])
-    with pytest.raises(ValueError, match=r"truncation reports.*without cache"):
+    with pytest.raises(ValueError, match=r"\bcache\b"):
         composition.encoder.parts[0].report(["A fox."])
-    item = composition.data[3]  # it cannot be read, so the next one takes its place, as without a cache
+    item = composition.data[3]  # unreadable, so the next item replaces it, as without a cache
     assert item["prompt"] == "A fox." and item["posterior"].shape == (8, 2, 2) and "image" not in item
 
 
 @pytest.mark.filterwarnings("ignore::longalign.encoders.base.TruncationWarning")
-def test_what_is_there_is_not_computed_again(config, monkeypatch, caplog):
-    def fail(*args, **keys):
+def test_make_caches_reuses_existing_entries(config, monkeypatch, caplog):
+    def interrupt(*args, **keys):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("longalign.caching.write_items", fail)
+        patch.setattr("longalign.caching.write_items", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            caching.make(config, CPU, 2, shard_bytes=1)
-    with pytest.raises(ValueError, match=r"is not complete"):
+            caching.make_caches(config, CPU, 2, shard_bytes=1)
+    with pytest.raises(ValueError, match=r"cache/latents.*longalign cache"):
         build_from_config(config, CPU).data  # noqa: B018
-    assert caching.make(config, CPU)["latents"] == (4, 0)
+    assert caching.make_caches(config, CPU)["latents"] == (4, 0)
     with monkeypatch.context() as patch:
-        patch.setattr("longalign.backbones.sd.SDBackbone.from_config", fail)
-        patch.setattr("longalign.encoders.loading.load_text_model", fail)
-        assert caching.make(config, CPU)["prompts-t5"] == (6, 0)
+        patch.setattr("longalign.backbones.sd.SDBackbone.from_config", interrupt)
+        patch.setattr("longalign.encoders.loading.load_text_model", interrupt)
+        assert caching.make_caches(config, CPU)["prompts-t5"] == (6, 0)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"encoder.parts.0.max_tokens": 30}, r"encoder.max_tokens: 20 in the cache, 30 now"),
+        ({"encoder.parts.0.max_tokens": 30}, r"encoder\.max_tokens: 20 .*30"),
         (
             {"encoder.parts.0.segmenter": "longalign"},
-            r"encoder.segmenter.name: 'sentence' in the cache, 'longalign' now",
+            r"encoder\.segmenter\.name: 'sentence' .*'longalign'",
         ),
-        ({"data.resolution": 32}, r"data.resolution: 16 in the cache, 32 now"),
-        ({"loop.precision": "bf16"}, r"dtype: 'float32' in the cache, 'bfloat16' now"),
+        ({"data.resolution": 32}, r"data\.resolution: 16 .*32"),
+        ({"loop.precision": "bf16"}, r"dtype: 'float32' .*'bfloat16'"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::longalign.encoders.base.TruncationWarning")
-def test_another_config_is_refused(config, change, message):
-    caching.make(config, CPU)
+def test_check_caches_rejects_a_different_config(config, change, message):
+    caching.make_caches(config, CPU)
     changed = override(config, change)
     runtime = Runtime.detect(changed.loop.precision)
     with pytest.raises(StaleCache, match=message):
         build_from_config(changed, runtime).fit()
     with pytest.raises(StaleCache, match=message):
-        caching.make(changed, runtime)
-    caching.check(override(config, {"encoder.parts.1.adapter": None, "encoder.parts.0.max_batch_tokens": 9}), CPU)
+        caching.make_caches(changed, runtime)
+    caching.check_caches(
+        override(config, {"encoder.parts.1.adapter": None, "encoder.parts.0.max_batch_tokens": 9}), CPU
+    )
 
 
 @pytest.mark.filterwarnings("ignore::longalign.encoders.base.TruncationWarning")
-def test_changed_weights_images_and_captions_are_refused(config, models, tmp_path):
-    caching.make(config, CPU)
+def test_caches_reject_changed_weights_images_and_captions(config, models, tmp_path):
+    caching.make_caches(config, CPU)
     images = tmp_path / "images"
-    os.utime(images / "0.png", (1, 1))  # a copied file has another time and the same content
+    os.utime(images / "0.png", (1, 1))  # a copied file has a different time and the same content
     build_from_config(config, CPU).data[0]
     write_png(images / "0.png", torch.zeros(3, 20, 24))
-    with pytest.raises(ValueError, match=r"item 0 is not the one that is in .*run `longalign cache` again"):
+    with pytest.raises(ValueError, match=r"item 0 .*longalign cache"):
         build_from_config(config, CPU).data  # noqa: B018
-    assert caching.make(config, CPU)["latents"] == (5, 1)
+    assert caching.make_caches(config, CPU)["latents"] == (5, 1)
     data = build_from_config(config, CPU).data
     assert isinstance(data, CachedImages)
     write_png(images / "1.png", torch.zeros(3, 20, 24))
-    with pytest.raises(ValueError, match=r"the image of item 1"):
+    with pytest.raises(ValueError, match=r"item 1 .*longalign cache"):
         data[1]
     (images / "1.png").unlink()
-    with pytest.raises(ValueError, match=r"the image of item 1 can no longer be read"):
+    with pytest.raises(ValueError, match=r"item 1 .*No such file"):
         data[1]
     text = (images / "metadata.jsonl").read_text()
     (images / "metadata.jsonl").write_text(text.replace("A wall.", "A dog."))
-    other = override(config, {"cache.latents": False})
-    with pytest.raises(ValueError, match=r"the prompt 'A dog.' is not in the cache"):
-        build_from_config(other, CPU).encoder  # noqa: B018
+    prompts_only = override(config, {"cache.latents": False})
+    with pytest.raises(ValueError, match=r"'A dog\.'"):
+        build_from_config(prompts_only, CPU).encoder  # noqa: B018
     (images / "metadata.jsonl").write_text(text + '\n{"file_name": "0.png", "text": "A fox."}')
-    with pytest.raises(ValueError, match=r"the data has 6 items and the cache .* 5"):
+    with pytest.raises(ValueError, match=r" 6 items.* 5;"):
         build_from_config(config, CPU).data  # noqa: B018
     weights = tmp_path / "t5"
     tiny_t5(weights, width=16)
     moved = override(config, {"encoder.parts.1.checkpoint": str(weights)})
-    with pytest.raises(StaleCache, match=r"encoder.checkpoint: .*models.*/t5' in the cache, .*/t5' now"):
-        caching.check(moved, CPU)
+    with pytest.raises(StaleCache, match=r"encoder\.checkpoint: .*models.*/t5' .*/t5'"):
+        caching.check_caches(moved, CPU)
     moved = override(moved, {"cache.folder": str(tmp_path / "other"), "cache.latents": False})
-    caching.make(moved, CPU)
+    caching.make_caches(moved, CPU)
     file = weights / "model.safetensors"
     raw = bytearray(file.read_bytes())
     raw[-1] ^= 1
     file.write_bytes(raw)
-    with pytest.raises(StaleCache, match=r"weights.checkpoint"):
-        caching.check(moved, CPU)
+    with pytest.raises(StaleCache, match=r"weights\.checkpoint"):
+        caching.check_caches(moved, CPU)
 
 
-def test_pooled_and_masked_states_come_back_as_the_encoder_gives_them(tmp_path):
+def test_cached_encoder_restores_pooled_and_masked_states(tmp_path):
     tiny_sdxl(tmp_path / "sdxl")
     encoder = {"name": "clip-segment-sdxl", "checkpoint": str(tmp_path / "sdxl"), "pad": "none"}
     file = tmp_path / "prompts.txt"
@@ -204,21 +210,21 @@ def test_pooled_and_masked_states_come_back_as_the_encoder_gives_them(tmp_path):
             "cache": {"folder": str(tmp_path / "cache")},
         }
     )
-    assert caching.make(config, CPU) == {"prompts-clip-segment-sdxl": (4, 4)}
+    assert caching.make_caches(config, CPU) == {"prompts-clip-segment-sdxl": (4, 4)}
     cached, plain = build_from_config(config, CPU).encoder, config.encoder.build(CPU)
     for prompts in (["A red fox. A wall.", "", "A green sky."], ["", "The sky."]):
-        read, conditioning = cached.encode(prompts), plain.encode(prompts)
-        for one, other in (
-            (read.states, conditioning.states * conditioning.mask[..., None]),
-            (read.pooled, conditioning.pooled),
+        actual, expected = cached.encode(prompts), plain.encode(prompts)
+        for a, b in (
+            (actual.states, expected.states * expected.mask[..., None]),
+            (actual.pooled, expected.pooled),
         ):
-            # rounding depends on which prompts share a call, and is that of the largest terms of a sum
-            torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * other.abs().max().item())
-        assert torch.equal(read.mask, conditioning.mask)
+            # rounding errors depend on the batch and scale with the largest terms of a sum
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * b.abs().max().item())
+        assert torch.equal(actual.mask, expected.mask)
 
 
 @pytest.mark.filterwarnings("ignore::longalign.encoders.base.TruncationWarning")
-def test_the_adapter_of_a_plugins_encoder_may_be_under_any_key(config, models, tmp_path):
+def test_cached_encoder_finds_plugin_adapter_under_any_key(config, models, tmp_path):
     class MappedConfig(PartConfig):
         name: Literal["mapped"] = "mapped"
         mapper: AdapterConfig | None = None
@@ -243,7 +249,7 @@ def test_the_adapter_of_a_plugins_encoder_may_be_under_any_key(config, models, t
     try:
         encoder = {"name": "mapped", "mapper": {"checkpoint": str(models / "adapter")}}
         changed = override(config, {"encoder": encoder})
-        caching.make(changed, CPU)
+        caching.make_caches(changed, CPU)
         cached, plain = (
             build_from_config(run, CPU).encoder.eval()
             for run in (changed, override(changed, {"cache": None, "output": str(tmp_path / "plain")}))
@@ -257,7 +263,7 @@ def test_the_adapter_of_a_plugins_encoder_may_be_under_any_key(config, models, t
     assert all(name.startswith("mapper.") for name in names[0])
 
 
-def test_reward_training_reads_prompts(config, tmp_path):
+def test_reward_training_gives_equal_numbers_with_cache(config, tmp_path):
     from longalign.registry import rewards
 
     rewards.register("red", lambda images, prompts: images[:, 0].mean((1, 2)))
@@ -267,9 +273,9 @@ def test_reward_training_reads_prompts(config, tmp_path):
     data = {"name": "prompts", "file": str(tmp_path / "prompts.txt")}
     try:
         changed = override(config, {"trainer": trainer, "rewards": ["red"], "data": data, "loop.steps": 2})
-        caching.make(changed, CPU)
-        plain = numbers(override(changed, {"cache": None, "output": str(tmp_path / "plain")}))
-        for line, cached in zip(plain, numbers(changed), strict=True):
+        caching.make_caches(changed, CPU)
+        plain = train_metrics(override(changed, {"cache": None, "output": str(tmp_path / "plain")}))
+        for line, cached in zip(plain, train_metrics(changed), strict=True):
             assert line == pytest.approx(cached, rel=1e-4)
     finally:
         rewards.unregister("red")
@@ -278,63 +284,63 @@ def test_reward_training_reads_prompts(config, tmp_path):
 @pytest.mark.parametrize("part", [0, 1])
 @pytest.mark.parametrize("settings", [{}, {"overflow": "truncate"}, {"pad": "none", "mask": True}])
 @pytest.mark.filterwarnings("ignore::longalign.encoders.base.TruncationWarning")
-def test_prompts_of_any_length_have_the_states_that_the_encoder_gives_in_any_batch(config, tmp_path, part, settings):
+def test_cached_encoder_matches_encoder_for_any_length_and_batch(config, tmp_path, part, settings):
     keys = type(config.encoder.parts[part]).model_fields
-    known = {key: value for key, value in settings.items() if key in keys}
-    encoder = frozen_config(config.encoder.parts[part]).model_copy(update=known).build(CPU)
-    # CLIP's 20 states: one sentence of 19 tokens fills them
+    supported = {key: value for key, value in settings.items() if key in keys}
+    encoder = frozen_config(config.encoder.parts[part]).model_copy(update=supported).build(CPU)
+    # one sentence of 19 tokens fills CLIP's 20 states
     prompts = ["", "A fox.", "A red fox " * 6 + "sky", "A wall. " * 40, "The sky is green. " * 20, "A red wall"]
-    store, length = Store(tmp_path / "states", {"a": 1}, writes=True), int(entries(encoder, [""], None)[0]["length"])
+    store, length = Store(tmp_path / "states", {"a": 1}, writable=True), int(entries(encoder, [""], None)[0]["length"])
     for prompt, entry in zip(prompts, entries(encoder, prompts, length), strict=True):
         store.add(prompt_key(prompt), entry)
     store.flush()
     cached = CachedEncoder(Store(tmp_path / "states", {"a": 1}))
     for batch in (prompts, prompts[:2], prompts[:3], prompts[2:4], [prompts[3]], prompts[1:5:3]):
-        conditioning, expected = cached.encode(batch), encoder.encode(batch)
-        torch.testing.assert_close(conditioning.states, expected.states, rtol=1e-4, atol=1e-5)
-        assert (conditioning.mask is None) == (expected.mask is None)
-        assert conditioning.mask is None or torch.equal(conditioning.mask, expected.mask)
+        actual, expected = cached.encode(batch), encoder.encode(batch)
+        torch.testing.assert_close(actual.states, expected.states, rtol=1e-4, atol=1e-5)
+        assert (actual.mask is None) == (expected.mask is None)
+        assert actual.mask is None or torch.equal(actual.mask, expected.mask)
 
 
-def test_what_cannot_be_cached_is_refused(config, tmp_path):
+def test_make_caches_rejects_streams_and_invalid_configs(config, tmp_path):
     tars = {"name": "webdataset", "shards": str(tmp_path / "a.tar")}
     (tmp_path / "a.tar").write_bytes(b"")
-    for act in (lambda run: caching.make(run, CPU), lambda run: build_from_config(run, CPU).data):
-        with pytest.raises(ValueError, match=r"the data 'webdataset' is read as a stream"):
-            act(override(config, {"data": tars}))
-    with pytest.raises(FileNotFoundError, match=r"there is no cache in .*longalign cache CONFIG"):
+    for call in (lambda run: caching.make_caches(run, CPU), lambda run: build_from_config(run, CPU).data):
+        with pytest.raises(ValueError, match=r"'webdataset'.*stream"):
+            call(override(config, {"data": tars}))
+    with pytest.raises(FileNotFoundError, match=r"cache/latents.*longalign cache CONFIG"):
         build_from_config(config, CPU).fit()
-    with pytest.raises(ConfigError, match=r"cache.latents: 'prompts' has prompts only"):
+    with pytest.raises(ConfigError, match=r"cache\.latents: 'prompts'"):
         override(config, {"trainer": None, "data": {"name": "prompts", "file": "x"}, "cache.latents": True})
-    with pytest.raises(ConfigError, match=r"both are false"):
+    with pytest.raises(ConfigError, match=r"cache: .*both.*false"):
         override(config, {"cache.latents": False, "cache.prompts": False})
-    with pytest.raises(ConfigError, match=r"data: this key is required where there is a cache"):
+    with pytest.raises(ConfigError, match=r"data: .*required.*cache"):
         override(config, {"trainer": None, "data": None})
 
 
-def test_items_that_are_drawn_anew_are_refused(config, monkeypatch):
+def test_make_caches_rejects_random_items(config, monkeypatch):
     from longalign.data.folder import Folder
 
     def load_item(self, index):
         return {"prompt": "A fox.", "image": torch.rand(3, 16, 16)}
 
     monkeypatch.setattr(Folder, "load_item", load_item)
-    with pytest.raises(ValueError, match=r"draws its item 0 anew each time"):
-        caching.make(config, CPU)
+    with pytest.raises(ValueError, match=r"item 0 .*cache\.latents"):
+        caching.make_caches(config, CPU)
 
 
-def test_the_command(config, tmp_path, capsys, caplog):
+def test_cache_command(config, tmp_path, capsys, caplog):
     path = tmp_path / "run.yaml"
     path.write_text(to_yaml(config))
-    cut = ["encoder.parts.0.max_tokens=18", "encoder.parts.0.overflow=truncate"]
-    with caplog.at_level(logging.ERROR), pytest.warns(match=r"\b1 of 3 prompts .*\b18\b"):
-        assert main(["cache", str(path), *cut, "--batch", "3"]) == 0
+    overrides = ["encoder.parts.0.max_tokens=18", "encoder.parts.0.overflow=truncate"]
+    with caplog.at_level(logging.ERROR), pytest.warns(TruncationWarning, match="18"):
+        assert main(["cache", str(path), *overrides, "--batch", "3"]) == 0
     assert "latents: 4 entries, 4 of them new" in capsys.readouterr().out
     assert main(["cache", str(path), "cache=null"]) == 2
 
 
-def test_a_store_keeps_ragged_tensors_over_shards(tmp_path):
-    store = Store(tmp_path, {"a": 1}, writes=True, shard_bytes=100)
+def test_store_restores_ragged_tensors_from_several_shards(tmp_path):
+    store = Store(tmp_path, {"a": 1}, writable=True, shard_bytes=100)
     entries = {key_of(str(i)): {"x": torch.full((i, 2), float(i)), "n": torch.tensor([i])} for i in range(1, 9)}
     for key, entry in entries.items():
         store.add(key, entry)
@@ -344,45 +350,45 @@ def test_a_store_keeps_ragged_tensors_over_shards(tmp_path):
     for key, entry in entries.items():
         assert all(torch.equal(store[key][name], entry[name]) for name in ("x", "n"))
     (tmp_path / "000000.safetensors").write_bytes(b"12345678")
-    with pytest.raises(ValueError, match=r"is damaged"):
+    with pytest.raises(ValueError, match=r"000000\.safetensors.*damaged"):
         Store(tmp_path, {"a": 1})
 
 
-def test_what_is_damaged_in_a_store_is_named(tmp_path):
+def test_store_names_damaged_files(tmp_path):
     entries_of = {key_of(f"{i}"): {"states": torch.full((4, 8), float(i)), "n": torch.tensor([i])} for i in range(5)}
 
-    def written():
-        store = Store(tmp_path / "store", {"a": 1}, writes=True)
+    def write_store():
+        store = Store(tmp_path / "store", {"a": 1}, writable=True)
         for key, entry in entries_of.items():
             store.add(key, entry)
         store.flush()
         return store
 
     shard = tmp_path / "store" / "000000.safetensors"
-    written()
+    write_store()
     assert oct(shard.stat().st_mode & 0o777) == oct(0o666 & ~_umask())
-    whole = shard.read_bytes()
-    flipped = bytearray(whole)
-    flipped[whole.find(torch.full((4, 8), 3.0).numpy().tobytes()) + 5] ^= 4
+    content = shard.read_bytes()
+    flipped = bytearray(content)
+    flipped[content.find(torch.full((4, 8), 3.0).numpy().tobytes()) + 5] ^= 4
     shard.write_bytes(flipped)
     store = Store(tmp_path / "store", {"a": 1})
     assert all(torch.equal(store[key]["states"], entries_of[key]["states"]) for key in list(entries_of)[:3])
-    with pytest.raises(ValueError, match=r"000000\.safetensors is damaged.*entry 3.*run: longalign cache"):
+    with pytest.raises(ValueError, match=r"000000\.safetensors.*entry 3.*longalign cache"):
         store[key_of("3")]
     for damaged in (
-        whole[:200],
-        whole[:-1],
-        whole.replace(b'"checks"', b'"checkz"'),
-        whole.replace(b'"keys"', b'"keyz"'),
+        content[:200],
+        content[:-1],
+        content.replace(b'"checks"', b'"checkz"'),
+        content.replace(b'"keys"', b'"keyz"'),
         b"",
     ):
         shard.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"000000\.safetensors is damaged"):
+        with pytest.raises(ValueError, match=r"000000\.safetensors.*damaged"):
             list(map(Store(tmp_path / "store", {"a": 1}).__getitem__, entries_of))
     shard.unlink()
-    assert len(written()) == 5
+    assert len(write_store()) == 5
     (tmp_path / "store" / "identity.json").write_text("{")
-    with pytest.raises(ValueError, match=r"identity\.json is damaged.*remove the folder"):
+    with pytest.raises(ValueError, match=r"identity\.json.*longalign cache"):
         Store(tmp_path / "store", {"a": 1})
 
 
@@ -392,36 +398,36 @@ def _umask():
     return mask
 
 
-def test_the_list_of_images_is_named_where_it_is_damaged(config, caplog):
-    caching.make(config, CPU)
+def test_cached_images_name_a_damaged_list_of_items(config, caplog):
+    caching.make_caches(config, CPU)
     assert config.cache is not None
     items = Path(config.cache.folder) / "latents" / "items.safetensors"
-    whole = items.read_bytes()
-    for damaged in (b"", whole[:100], whole[:-1], whole[:-1] + b"x"):
+    content = items.read_bytes()
+    for damaged in (b"", content[:100], content[:-1], content[:-1] + b"x"):
         items.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"items\.safetensors is damaged"):
+        with pytest.raises(ValueError, match=r"items\.safetensors.*damaged"):
             _ = build_from_config(config).data
     items.unlink()
-    caching.make(config, CPU)
+    caching.make_caches(config, CPU)
     assert len(build_from_config(config).data) == 5
 
 
-def test_two_processes_do_not_make_one_cache_at_once(config):
+def test_make_caches_rejects_a_locked_folder(config):
     assert config.cache is not None
     lock = Lock(Path(config.cache.folder))
-    with pytest.raises(ValueError, match=f"process {os.getpid()} on .* is writing to"):
-        caching.make(config, CPU)
+    with pytest.raises(ValueError, match=f"process {os.getpid()} on .*{config.cache.folder}"):
+        caching.make_caches(config, CPU)
     lock.release()
-    assert caching.make(config, CPU)
+    assert caching.make_caches(config, CPU)
 
 
-def test_a_hub_id_is_told_by_the_commit_that_loading_would_take(tmp_path, monkeypatch):
-    def answer(self, repository, revision=None, timeout=None):
+def test_fingerprint_of_hub_id_is_the_commit_to_load(tmp_path, monkeypatch):
+    def model_info(self, repository, revision=None, timeout=None):
         if not online:
             raise ConnectionError
         return SimpleNamespace(sha="a" * 40)
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", answer)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     online = False
     assert fingerprint("owner/name", None, None, ["vae"]) is None
@@ -429,16 +435,16 @@ def test_a_hub_id_is_told_by_the_commit_that_loading_would_take(tmp_path, monkey
     (tmp_path / "models--owner--name" / "refs").mkdir(parents=True)
     (tmp_path / "models--owner--name" / "refs" / "main").write_text("b" * 40)
     assert fingerprint("owner/name", None, None, ["vae"]) == f"commit {'b' * 40}"
-    online = True  # and the branch has moved
+    online = True  # the branch has moved
     assert fingerprint("owner/name", None, None, ["vae"]) == f"commit {'a' * 40}"
 
 
-@pytest.mark.parametrize("given", ["", "inner", "inner/vae"])
-def test_weights_in_a_subfolder_are_told_apart(tmp_path, given):
-    weights = tmp_path / given.removesuffix("/vae") / "vae" / "model.safetensors"
+@pytest.mark.parametrize("subfolder", ["", "inner", "inner/vae"])
+def test_fingerprints_differ_for_weights_in_a_subfolder(tmp_path, subfolder):
+    weights = tmp_path / subfolder.removesuffix("/vae") / "vae" / "model.safetensors"
     weights.parent.mkdir(parents=True)
-    conditioning = set()
+    digests = set()
     for content in (b"one", b"two"):
         weights.write_bytes(content)
-        conditioning |= set(fingerprints({"checkpoint": str(tmp_path), "subfolder": given or None}, ["vae"]).values())
-    assert len(conditioning) == 2
+        digests |= set(fingerprints({"checkpoint": str(tmp_path), "subfolder": subfolder or None}, ["vae"]).values())
+    assert len(digests) == 2

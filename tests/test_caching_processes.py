@@ -1,4 +1,4 @@
-"""Several processes make one cache: as one process makes it, each with files of its own, and one after a cut."""
+"""Building one cache in several processes: separate shards, the content of a single process, interruptions."""
 
 import json
 import os
@@ -26,7 +26,7 @@ LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--npro
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """A run on seven images, one of which cannot be read; without the folder of its cache."""
+    """A run on seven images, one of them unreadable; the tests set the cache folder."""
     folder = tmp_path_factory.mktemp("run")
     tiny_sd(folder / "sd")
     images = folder / "images"
@@ -52,15 +52,15 @@ def config(tmp_path_factory):
 PARTS = {"latents": len(CAPTIONS) - 1, "prompts-clip-segment": len(CAPTIONS) + 1}
 
 
-def into(config, folder):
+def cache_in(config, folder):
     return override(config, {"cache.folder": str(folder)})
 
 
 @pytest.fixture(scope="module")
-def alone(config, tmp_path_factory):
-    """The cache that one process makes."""
-    folder = tmp_path_factory.mktemp("alone")
-    assert caching.make(into(config, folder), Runtime(), 2) == {part: (n, n) for part, n in PARTS.items()}
+def reference(config, tmp_path_factory):
+    """The cache built by a single process."""
+    folder = tmp_path_factory.mktemp("reference")
+    assert caching.make_caches(cache_in(config, folder), Runtime(), 2) == {part: (n, n) for part, n in PARTS.items()}
     return folder
 
 
@@ -79,71 +79,71 @@ def assert_same(folder, expected):
     assert [i for i, key in enumerate(keys) if key == UNREADABLE] == [BROKEN]
 
 
-class Together:
-    """Processes as threads, of which one runs at a time: until it waits for the others."""
+class ProcessThreads:
+    """Simulates processes with threads; one runs at a time, until it waits for the others in ``gather``."""
 
     def __init__(self, processes):
-        self.processes, self.told = processes, [None] * processes
+        self.processes, self.gathered = processes, [None] * processes
         self.turn, self.barrier = threading.Lock(), threading.Barrier(processes, timeout=60)
 
-    def run(self, act):
+    def run(self, call):
         with ThreadPoolExecutor(self.processes) as pool:
-            return list(pool.map(lambda rank: self._one(act, rank), range(self.processes)))
+            return list(pool.map(lambda rank: self._run_rank(call, rank), range(self.processes)))
 
-    def _one(self, act, rank):
+    def _run_rank(self, call, rank):
         def gather(tensor):
-            self.told[rank] = tensor
+            self.gathered[rank] = tensor
             self.turn.release()
             self.barrier.wait()
-            found = torch.cat(self.told)
+            result = torch.cat(self.gathered)
             self.barrier.wait()
             self.turn.acquire()
-            return found
+            return result
 
         threading.current_thread().name = f"process {rank}"
         with self.turn:
-            return act(Runtime(gather=gather, rank=rank, world_size=self.processes))
+            return call(Runtime(gather=gather, rank=rank, world_size=self.processes))
 
 
-@pytest.mark.parametrize("cut", [False, True])
-def test_each_writes_files_of_its_own(config, alone, tmp_path, monkeypatch, cut):
-    """With a shard for each entry; ``cut`` after one process has written three."""
-    config, real, written = into(config, tmp_path), store.save_tensors, []
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_make_caches_in_threads_writes_separate_shards(config, reference, tmp_path, monkeypatch, interrupted):
+    """One entry per shard; with ``interrupted``, a first call stops after three shards."""
+    config, real, saved = cache_in(config, tmp_path), store.save_tensors, []
 
     def save(path, tensors):
-        if cut and threading.current_thread() is threading.main_thread() and len(written) == 3:
+        if interrupted and threading.current_thread() is threading.main_thread() and len(saved) == 3:
             raise KeyboardInterrupt
-        written.append((threading.current_thread().name, path.parent.name, path.name))
+        saved.append((threading.current_thread().name, path.parent.name, path.name))
         real(path, tensors)
 
     monkeypatch.setattr(store, "save_tensors", save)
     before = {}
-    if cut:
+    if interrupted:
         with pytest.raises(KeyboardInterrupt):
-            caching.make(config, Runtime(), 1, shard_bytes=1)
-        written.clear()
+            caching.make_caches(config, Runtime(), 1, shard_bytes=1)
+        saved.clear()
         before = {path: path.read_bytes() for path in tmp_path.glob("*/0*.safetensors")}
         assert len(before) == 3
-    made = Together(3).run(lambda runtime: caching.make(config, runtime, 1, shard_bytes=1))
+    counts = ProcessThreads(3).run(lambda runtime: caching.make_caches(config, runtime, 1, shard_bytes=1))
     new = {"latents": PARTS["latents"] - len(before), "prompts-clip-segment": PARTS["prompts-clip-segment"]}
-    assert made == [{part: (PARTS[part], new[part]) for part in PARTS}] * 3
-    assert len(written) == sum(new.values()) == len({(part, name) for _, part, name in written})
-    assert {thread for thread, _, _ in written} == {f"process {rank}" for rank in range(3)}
+    assert counts == [{part: (PARTS[part], new[part]) for part in PARTS}] * 3
+    assert len(saved) == sum(new.values()) == len({(part, name) for _, part, name in saved})
+    assert {thread for thread, _, _ in saved} == {f"process {rank}" for rank in range(3)}
     assert all(path.read_bytes() == content for path, content in before.items())
     monkeypatch.undo()
-    assert_same(tmp_path, alone)
-    again = Together(2).run(lambda runtime: caching.make(config, runtime, 4))
+    assert_same(tmp_path, reference)
+    again = ProcessThreads(2).run(lambda runtime: caching.make_caches(config, runtime, 4))
     assert again == [{part: (n, 0) for part, n in PARTS.items()}] * 2
 
 
-def test_more_processes_than_there_is_to_do(config, alone, tmp_path):
-    Together(len(CAPTIONS) + 3).run(lambda runtime: caching.make(into(config, tmp_path), runtime, 16))
-    assert_same(tmp_path, alone)
+def test_make_caches_with_more_processes_than_items(config, reference, tmp_path):
+    ProcessThreads(len(CAPTIONS) + 3).run(lambda runtime: caching.make_caches(cache_in(config, tmp_path), runtime, 16))
+    assert_same(tmp_path, reference)
 
 
 @pytest.mark.processes
-def test_the_command_in_two_processes(config, alone, tmp_path):
-    config = into(config, tmp_path / "cache")
+def test_cache_command_in_two_processes(config, reference, tmp_path):
+    config = cache_in(config, tmp_path / "cache")
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     environment["PYTHONPATH"] = str(Path(caching.__file__).parents[1])
@@ -155,7 +155,7 @@ def test_the_command_in_two_processes(config, alone, tmp_path):
     for part, count in PARTS.items():
         assert done.stdout.count(f"{part}: {count} entries, {count} of them new") == 1
         shards = sorted((tmp_path / "cache" / part).glob("0*.safetensors"))
-        assert [path.stem for path in shards] == ["000000", "000001"]  # one of each process
-    assert_same(tmp_path / "cache", alone)
+        assert [path.stem for path in shards] == ["000000", "000001"]  # one per process
+    assert_same(tmp_path / "cache", reference)
     item = build_from_config(config, Runtime()).data[0]
     assert item["prompt"] == CAPTIONS[0] and item["posterior"].shape == (8, 2, 2)

@@ -1,6 +1,6 @@
 """Builders of tiny random checkpoints in the published formats, shared by the tests.
 
-A folder is built once in a process for each choice of settings; later calls copy it, so a test may change its own.
+Each checkpoint is built once per process and settings. Later calls copy it, so tests may modify their copy.
 """
 
 from __future__ import annotations
@@ -22,39 +22,39 @@ Builder = Callable[..., Path]
 
 @cache
 def _built() -> Path:
-    """The folder of what was built in this process."""
+    """Folder of the checkpoints built by this process."""
     folder = tempfile.mkdtemp(prefix="tiny-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
 
 
 def once(build: Builder) -> Builder:
-    """``build(folder, ...)`` runs once for the same other arguments; each call's folder gets a copy."""
-    known: dict[str, Path] = {}
+    """Runs ``build(folder, ...)`` once per set of further arguments; ``folder`` gets a copy."""
+    built: dict[str, Path] = {}
 
     @wraps(build)
-    def copied(folder: Path, *args, **settings) -> Path:
-        given = inspect.signature(build).bind(folder, *args, **settings)
-        given.apply_defaults()
-        key = repr([(name, value) for name, value in given.arguments.items() if name != "folder"])
-        if key not in known:
-            place = _built() / f"{build.__name__}-{len(known)}"
+    def build_or_copy(folder: Path, *args, **settings) -> Path:
+        arguments = inspect.signature(build).bind(folder, *args, **settings)
+        arguments.apply_defaults()
+        key = repr([(name, value) for name, value in arguments.arguments.items() if name != "folder"])
+        if key not in built:
+            original = _built() / f"{build.__name__}-{len(built)}"
             with torch.random.fork_rng(devices=[]):
-                build(place, *args, **settings)
-            known[key] = place
-        shutil.copytree(known[key], folder, dirs_exist_ok=True)
+                build(original, *args, **settings)
+            built[key] = original
+        shutil.copytree(built[key], folder, dirs_exist_ok=True)
         return folder
 
-    return copied
+    return build_or_copy
 
 
-def beside(folder: Path) -> Path:
-    """Where a builder puts what its folder is made of; weights are not written into the file they are mapped from."""
+def parts_folder(folder: Path) -> Path:
+    """Folder for the parts of a checkpoint, since weights must not overwrite the file they are mapped from."""
     return folder.with_name(f"{folder.name}-parts")
 
 
 def weights_of(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, in memory: those that are mapped from a file change when it is written."""
+    """Loads a safetensors file into memory; memory-mapped tensors would change when the file is overwritten."""
     return load(file.read_bytes())
 
 
@@ -63,7 +63,7 @@ WORDS = ("A red fox sleeps on a wall. The sky is green.",)
 
 @once
 def tiny_clip(folder: Path, seed: int = 0, tokenizer: bool = True, width: int = 16) -> Path:
-    """A transformers ``CLIPModel`` that reads 32 px, with its processor unless ``tokenizer`` is False."""
+    """A transformers ``CLIPModel`` for 32 px, with tokenizer and processor unless ``tokenizer`` is False."""
     from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
     from longalign.mini.tokenizers import write_clip_tokenizer
@@ -92,7 +92,7 @@ def tiny_clip(folder: Path, seed: int = 0, tokenizer: bool = True, width: int = 
 
 @once
 def tiny_hpsv2(folder: Path, name: str = "HPS_v2.1_compressed.pt") -> Path:
-    """An open_clip model in the layout of HPSv2's files, with its architecture and vocabulary beside the weights."""
+    """An open_clip model in the layout of HPSv2's files, with architecture and vocabulary next to the weights."""
     from open_clip.model import CLIP
     from open_clip.tokenizer import SimpleTokenizer
 
@@ -189,7 +189,7 @@ def _clip_vocabulary(folder: Path) -> int:
 
 
 def _noisy(model: torch.nn.Module):
-    """Weights large enough that states differ visibly between tokens and positions."""
+    """Enlarges the weights so that states differ clearly between tokens and positions."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name:
@@ -199,11 +199,11 @@ def _noisy(model: torch.nn.Module):
 
 @once
 def tiny_sd(folder: Path, width: int = 16) -> Path:
-    """A whole Stable Diffusion in diffusers layout: UNet, VAE of factor 8, CLIP text model, scheduler; 64 px."""
+    """A complete Stable Diffusion in diffusers layout: UNet, VAE of factor 8, CLIP text model, scheduler; 64 px."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizerFast
 
-    text = tiny_clip_text(beside(folder), width=width)
+    text = tiny_clip_text(parts_folder(folder), width=width)
     torch.manual_seed(0)
     blocks = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1, "sample_size": 8}
     unet = UNet2DConditionModel(
@@ -265,12 +265,12 @@ SD15_NARROW = {
     "block_out_channels": (8, 16, 24, 24), "norm_num_groups": 4, "attention_head_dim": 2, "sample_size": 8,
     "cross_attention_dim": 16,
 }  # fmt: skip
-"""Stable Diffusion 1.5's UNet, which has diffusers' default blocks, with few channels."""
+"""Config of Stable Diffusion 1.5's UNet (diffusers' default blocks) with few channels."""
 
 
 @once
 def tiny_sd15(folder: Path) -> Path:
-    """As `tiny_sd`, with the blocks and layers of Stable Diffusion 1.5 in the UNet."""
+    """Like `tiny_sd`, with the UNet blocks and layers of Stable Diffusion 1.5."""
     from diffusers import UNet2DConditionModel
 
     tiny_sd(folder)
@@ -281,7 +281,7 @@ def tiny_sd15(folder: Path) -> Path:
 
 @once
 def tiny_adapter(folder: Path, in_dim: int = 16, int_dim: int = 12, out_dim: int = 16) -> Path:
-    """LaVi-Bridge's adapter as diffusers writes it."""
+    """LaVi-Bridge's adapter in diffusers format."""
     from longalign.encoders.adapter import TextAdapter
 
     torch.manual_seed(2)
@@ -291,13 +291,13 @@ def tiny_adapter(folder: Path, in_dim: int = 16, int_dim: int = 12, out_dim: int
 
 @once
 def tiny_sdxl(folder: Path) -> Path:
-    """Stable Diffusion XL in the layout of its hub page: two text models (16 and 24 wide), Euler's scheduler; 64 px."""
+    """Stable Diffusion XL in its Hub layout: two text models (16 and 24 wide), Euler scheduler; 64 px."""
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizerFast
 
-    clip = tiny_clip_text(beside(folder))
+    clip = tiny_clip_text(parts_folder(folder))
     first = CLIPTokenizerFast.from_pretrained(clip / "tokenizer")
-    # bigG's tokenizer pads with "!", the first of the vocabulary, and not with <eot>
+    # bigG's tokenizer pads with "!", token 0, instead of <eot>
     second = CLIPTokenizerFast.from_pretrained(clip / "tokenizer", pad_token="!")
     torch.manual_seed(3)
     text = CLIPTextConfig(
@@ -327,7 +327,7 @@ def tiny_sdxl(folder: Path) -> Path:
 
 @once
 def tiny_sd3(folder: Path, **transformer_settings) -> Path:
-    """Stable Diffusion 3 in the layout of its hub page, in half precision: CLIPs 8 and 12 wide, T5 32 wide; 64 px."""
+    """Stable Diffusion 3 in its Hub layout, in half precision: CLIPs 8 and 12 wide, T5 32 wide; 64 px."""
     from diffusers import (
         AutoencoderKL,
         FlowMatchEulerDiscreteScheduler,

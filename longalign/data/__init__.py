@@ -1,1 +1,1 @@
-"""What a run is trained on: the bundled small world, captioned images in folders, tables and tar files, prompts."""
+"""Training data: the bundled synthetic scenes; captioned images in folders, tables and tar files; prompts."""

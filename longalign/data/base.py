@@ -1,4 +1,4 @@
-"""The interface of data: a map-style dataset of prompts, most with an image."""
+"""Base class of data: a map-style dataset of prompts, usually with images."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ if TYPE_CHECKING:
 
 
 class Data(Dataset[dict[str, Any]]):
-    """Base of data.
+    """Base class of map-style data.
 
-    An item is ``{"prompt": str, "image": FloatTensor (3, h, w) in [0, 1]}``, without ``image`` where there are prompts
-    alone. Item i is always the same one: what is random is drawn from the index, so that a resumed run sees what an
-    uninterrupted one would have seen.
+    An item is ``{"prompt": str, "image": FloatTensor (3, h, w) in [0, 1]}``; prompt-only data has no ``image``. Item i
+    must be the same on every read: seed any randomness with the index, so that a resumed run sees the same data.
     """
 
-    #: whether items have images
+    #: whether items have an image
     has_images: bool = True
 
     def __len__(self) -> int:
@@ -32,43 +31,45 @@ class Data(Dataset[dict[str, Any]]):
         raise NotImplementedError
 
     def prompt(self, index: int) -> str:
-        """The prompt of an item, without loading or drawing its image."""
+        """Prompt of an item, without loading or rendering its image."""
         return self[index]["prompt"]
 
-    # What caches ask for
+    # Used by caches
 
     def load_item(self, index: int) -> dict[str, Any] | None:
-        """Item ``index`` itself: None where it cannot be read, so that another takes its place."""
+        """Item ``index``, or None if it cannot be read and the next item replaces it."""
         return self[index]
 
     def image_key(self, index: int) -> bytes:
-        """16 bytes that stand for the content that the image of an item is made from."""
+        """16-byte hash of the content that an item's image is made from."""
         return key_of(self[index]["image"].contiguous().numpy().tobytes())
 
     def image_stamp(self, index: int) -> int:
-        """A number that tells cheaply whether that content may have changed; 0 where nothing but the config can."""
+        """Cheap change stamp of that content (hash of size and mtime); 0 if the config alone determines the content."""
         return 0
 
 
 def check_index(index: int, length: int) -> int:
-    """The index counted from 0, for one that may be counted from the end. Raises `IndexError`, which ends a loop."""
+    """Returns ``index`` as a non-negative index. Raises `IndexError` if it is out of range."""
     if not -length <= index < length:
-        raise IndexError(f"item {index} of {length}")
+        raise IndexError(f"item {index} is out of range for {length} items")
     return index % length
 
 
-def sized(run: RunConfig) -> PartConfig:
-    """The config of a run's data, with the backbone's own resolution where it has none.
+def resolve_resolution(run: RunConfig) -> PartConfig:
+    """Data config of a run, with the backbone's native resolution if ``data.resolution`` is null.
 
     Raises:
-        ConfigError: if the backbone does not tell its own.
+        ConfigError: if the backbone's native resolution is needed and not known.
     """
     config, backbone = run.data, run.backbone
     assert config is not None
     if getattr(config, "resolution", 0) is not None or not getattr(config, "has_images", True):
         return config
-    own = getattr(backbone, "resolution", None)
-    if own is None:
-        who = "there is no backbone" if backbone is None else f"the backbone '{backbone.name}' does not tell its own"
-        raise ConfigError([("data.resolution", f"{who}; give a number of pixels, e.g. 512")])
-    return config.model_copy(update={"resolution": own() if callable(own) else own})
+    resolution = getattr(backbone, "resolution", None)
+    if resolution is None:
+        reason = (
+            "no backbone is set" if backbone is None else f"the backbone '{backbone.name}' has no native resolution"
+        )
+        raise ConfigError([("data.resolution", f"{reason}; set a number of pixels, e.g. 512")])
+    return config.model_copy(update={"resolution": resolution() if callable(resolution) else resolution})

@@ -1,4 +1,4 @@
-"""Data whose images are read as the autoencoder's posteriors, which were computed before."""
+"""Data that reads precomputed autoencoder posteriors instead of images."""
 
 from __future__ import annotations
 
@@ -9,41 +9,40 @@ import torch
 from torch import Tensor
 
 from longalign.data.base import Data, check_index
-from longalign.store import ADVICE as REMOVE
-from longalign.store import Store
+from longalign.store import REPAIR_ADVICE, Store
 from longalign.weights import load_tensors, reading, save_tensors
 
 ITEMS = "items.safetensors"
-#: the key of an image that could not be read
+#: key of an image that could not be read
 UNREADABLE = bytes(16)
-ADVICE = "run `longalign cache` again with this config"
-CHECKED = 32
+RERUN_ADVICE = "run `longalign cache` again with this config"
+NUM_CHECKED = 32
 
 
 class CachedImages(Data):
-    """Items ``{"prompt": str, "posterior": (2c, h, w)}`` of data whose images were encoded before.
+    """Items ``{"prompt": str, "posterior": (2c, h, w)}`` with posteriors from a cache.
 
     Args:
-        data: the data itself, which still gives prompts and tells whether an image has changed.
-        store: the posteriors, by the key of the image's content.
-        keys: key of each item's image; `UNREADABLE` for one that another item takes the place of.
-        stamps: ``(n,)`` what `Data.image_stamp` was.
+        data: the uncached data; provides prompts and detects changed images.
+        store: posteriors by the key of the image content.
+        keys: key of each item's image; `UNREADABLE` for items that the next readable item replaces.
+        stamps: ``(n,)``, `Data.image_stamp` of each item when it was encoded.
 
     Raises:
-        ValueError: if the data has another length, or some of its images are not what was encoded.
+        ValueError: if the number of items changed, or a checked image differs from the encoded one.
     """
 
     def __init__(self, data: Data, store: Store, keys: list[bytes], stamps: Tensor):
         if len(data) != len(keys):
-            raise ValueError(f"the data has {len(data)} items and the cache {store.folder} {len(keys)}; {ADVICE}")
+            raise ValueError(f"the data has {len(data)} items, the cache {store.folder} {len(keys)}; {RERUN_ADVICE}")
         self.data, self.store, self.keys, self.stamps = data, store, keys, stamps
-        for index in sorted({i * (len(keys) - 1) // max(CHECKED - 1, 1) for i in range(CHECKED)}):
+        for index in sorted({i * (len(keys) - 1) // max(NUM_CHECKED - 1, 1) for i in range(NUM_CHECKED)}):
             if keys[index] != UNREADABLE:
                 self._check(index, bool(self.stamps[index] != 0))
 
     @classmethod
     def load(cls, data: Data, store: Store) -> CachedImages:
-        """Reads which image each item has. Raises ValueError if that is missing."""
+        """Loads the list of cached images. Raises ValueError if it is missing."""
         return cls(data, store, *read_items(store.folder))
 
     def __len__(self) -> int:
@@ -54,33 +53,35 @@ class CachedImages(Data):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         start = check_index(index, len(self))
-        for step in range(len(self)):
-            at = (start + step) % len(self)
-            if self.keys[at] != UNREADABLE:
-                self._check(at)
-                return {"prompt": self.data.prompt(at), "posterior": self.store[self.keys[at]]["posterior"]}
-        raise ValueError(f"none of the {len(self)} images could be read when {self.store.folder} was made")
+        for offset in range(len(self)):
+            i = (start + offset) % len(self)
+            if self.keys[i] != UNREADABLE:
+                self._check(i)
+                return {"prompt": self.data.prompt(i), "posterior": self.store[self.keys[i]]["posterior"]}
+        raise ValueError(f"none of the {len(self)} images could be read when {self.store.folder} was built")
 
-    def _check(self, index: int, trusting: bool = True) -> None:
+    def _check(self, index: int, trust_stamp: bool = True) -> None:
         try:
-            same = trusting and self.data.image_stamp(index) == int(self.stamps[index])
+            same = trust_stamp and self.data.image_stamp(index) == int(self.stamps[index])
             same = same or self.data.image_key(index) == self.keys[index]
         except OSError as error:
-            raise ValueError(f"the image of item {index} can no longer be read ({error}); {ADVICE}") from error
+            raise ValueError(f"the image of item {index} can no longer be read ({error}); {RERUN_ADVICE}") from error
         if not same:
-            raise ValueError(f"the image of item {index} is not the one that is in {self.store.folder}; {ADVICE}")
+            raise ValueError(
+                f"the image of item {index} differs from the one encoded in {self.store.folder}; {RERUN_ADVICE}"
+            )
 
 
 def read_items(folder: Path) -> tuple[list[bytes], Tensor]:
-    """Key of each item's image and its stamp, as `CachedImages` takes them. Raises ValueError if they are missing."""
+    """Image keys and stamps of all items, the arguments of `CachedImages`. Raises ValueError if they are missing."""
     if not (folder / ITEMS).is_file():
-        raise ValueError(f"the cache {folder} is not complete; {ADVICE}")
-    with reading(folder / ITEMS, REMOVE):
-        found = load_tensors(folder / ITEMS)
-        return [row.numpy().tobytes() for row in found["keys"]], found["stamps"]
+        raise ValueError(f"the cache {folder} is incomplete; {RERUN_ADVICE}")
+    with reading(folder / ITEMS, REPAIR_ADVICE):
+        tensors = load_tensors(folder / ITEMS)
+        return [row.numpy().tobytes() for row in tensors["keys"]], tensors["stamps"]
 
 
 def write_items(folder: Path, keys: list[bytes], stamps: list[int]) -> None:
-    """Writes what `read_items` reads."""
+    """Writes image keys and stamps for `read_items`."""
     raw = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(len(keys), -1)
     save_tensors(folder / ITEMS, {"keys": raw, "stamps": torch.tensor(stamps, dtype=torch.int64)})

@@ -1,4 +1,4 @@
-"""The public LongAlign captions (hub: luping-liu/LongAlign), joined with the images that a user has."""
+"""The public LongAlign captions (Hub: luping-liu/LongAlign), joined with local images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from longalign.data.base import check_index
 from longalign.data.configs import LongAlignCaptionsConfig
-from longalign.data.hub import caption_from_cell, files_of, load
+from longalign.data.hub import caption_from_cell, load_table, table_files
 from longalign.data.image_dataset import ImageDataset
 from longalign.data.lines import inside
 from longalign.runtime import Runtime
@@ -20,94 +20,94 @@ COLUMNS = ("caption", "path", "source")
 
 
 class LongAlignCaptions(ImageDataset):
-    """Rows ``caption, path, source`` whose image is there.
+    """Rows ``caption, path, source`` that have an image file.
 
     Args:
         rows: a table of the library ``datasets``.
-        kept: numbers of the rows to use.
-        folders: folder of each source's images, in which ``path`` is looked for.
-        resolution: side of the images in pixels.
-        max_unreadable: how many unreadable files are replaced by the next readable one before the run is stopped.
+        indices: numbers of the rows to use.
+        folders: image folder of each source; ``path`` is relative to it.
+        resolution: image side in pixels.
+        max_unreadable: number of unreadable files to replace by the next readable one; one more raises.
     """
 
     def __init__(
         self,
         rows: Any,
-        kept: list[int],
+        indices: list[int],
         folders: dict[str, Path],
         resolution: int | None = 512,
         max_unreadable: int = 10,
     ):
         super().__init__(resolution, max_unreadable)
-        self.rows, self.kept, self.folders = rows, kept, folders
+        self.rows, self.indices, self.folders = rows, indices, folders
 
     @classmethod
     def from_config(cls, config: LongAlignCaptionsConfig, runtime: Runtime) -> LongAlignCaptions:
-        """Reads the table and looks for every image; what is left out is counted in a warning.
+        """Loads the table and checks that every image exists; a warning counts the skipped rows.
 
         Raises:
-            ValueError: if the table lacks a column or a source, more images are missing than ``max_missing``, or
-                nothing is left.
+            ValueError: if a column or a source is missing, more than ``max_missing`` images are missing, or no row
+                remains.
         """
-        given, files = config.captions, None
-        if Path(given).exists():
-            given, files = files_of(Path(given))
+        path, files = config.captions, None
+        if Path(path).exists():
+            path, files = table_files(Path(path))
         keys = {"revision": config.revision, "cache_dir": config.cache}
-        rows = load(config.name, given, split=config.split, data_files=files, **keys)
-        lacking = [column for column in COLUMNS if column not in rows.column_names]
-        if lacking:
-            raise ValueError(f"'{config.captions}' has no '{lacking[0]}'; there is {', '.join(rows.column_names)}")
+        rows = load_table(config.name, path, split=config.split, data_files=files, **keys)
+        missing = [column for column in COLUMNS if column not in rows.column_names]
+        if missing:
+            available = ", ".join(rows.column_names)
+            raise ValueError(f"'{config.captions}' has no column '{missing[0]}'; available: {available}")
         folders = {source: Path(folder) for source, folder in config.folders.items()}
         return cls(rows, _with_images(rows, folders, config), folders, config.resolution, config.max_unreadable)
 
     def __len__(self) -> int:
-        return len(self.kept)
+        return len(self.indices)
 
     def prompt(self, index: int) -> str:
-        return caption_from_cell(self.rows[self.kept[check_index(index, len(self))]]["caption"])
+        return caption_from_cell(self.rows[self.indices[check_index(index, len(self))]]["caption"])
 
     def source(self, index: int) -> Path:
-        row = self.rows[self.kept[index]]
-        return _place(self.folders[row["source"]], row["path"])
+        row = self.rows[self.indices[index]]
+        return _image_path(self.folders[row["source"]], row["path"])
 
 
-def _place(folder: Path, path: str, where: str = "") -> Path:
+def _image_path(folder: Path, path: str, where: str = "") -> Path:
     return inside(folder, path.lstrip("/"), where)
 
 
 def _with_images(rows: Any, folders: dict[str, Path], config: LongAlignCaptionsConfig) -> list[int]:
-    """Numbers of the rows of the given sources with a caption and an image."""
-    of_source: Counter[str] = Counter()
-    kept, missing, empty = [], [], 0
+    """Numbers of the rows of the configured sources that have a caption and an image file."""
+    counts: Counter[str] = Counter()
+    indices, missing, empty = [], [], 0
     for i, (caption, path, source) in enumerate(zip(*(rows[column] for column in COLUMNS), strict=True)):
-        of_source[source] += 1
+        counts[source] += 1
         if source not in folders:
             continue
         where = f"row {i} of {config.captions}"
         if not isinstance(path, str):
-            raise ValueError(f"{where}: the path must be a text, got {path!r:.60}")
+            raise ValueError(f"{where}: 'path' must be a string, got {path!r:.60}")
         if not caption_from_cell(caption, where):
             empty += 1
             if config.empty == "skip":
                 continue
-        place = _place(folders[source], path, where)
-        if place.is_file():
-            kept.append(i)
+        image = _image_path(folders[source], path, where)
+        if image.is_file():
+            indices.append(i)
         else:
-            missing.append(place)
+            missing.append(image)
             if config.max_missing is not None and len(missing) > config.max_missing:
-                raise ValueError(f"more than max_missing={config.max_missing} images are missing, the last is {place}")
-    if unknown := sorted(set(folders) - set(of_source)):
-        raise ValueError(f"no caption has the source '{unknown[0]}'; there is {', '.join(sorted(of_source))}")
-    others = {source: count for source, count in of_source.items() if source not in folders}
-    if others:
-        log.warning("left out, for want of a folder: %s", ", ".join(f"{n} of {s}" for s, n in others.items()))
+                raise ValueError(f"more than max_missing={config.max_missing} images are missing, e.g. {image}")
+    if unknown := sorted(set(folders) - set(counts)):
+        raise ValueError(f"no caption has the source '{unknown[0]}'; available: {', '.join(sorted(counts))}")
+    skipped = {source: count for source, count in counts.items() if source not in folders}
+    if skipped:
+        log.warning("skipped (no folder configured): %s", ", ".join(f"{n} of {s}" for s, n in skipped.items()))
     if empty:
-        log.warning("%d captions are empty: %s", empty, config.empty)
+        log.warning("%d captions are empty; empty=%s", empty, config.empty)
     if missing:
-        first = ", ".join(map(str, missing[:3]))
-        log.warning("left out, for their images are missing: %d, the first are %s", len(missing), first)
-    if not kept:
-        where = f", the first of {len(missing)} missing ones is {missing[0]}" if missing else ""
-        raise ValueError(f"no image of '{config.captions}' is in the folders given{where}")
-    return kept
+        log.warning("skipped (image file missing): %d, e.g. %s", len(missing), ", ".join(map(str, missing[:3])))
+    if not indices:
+        example = f"; {len(missing)} are missing, e.g. {missing[0]}" if missing else ""
+        raise ValueError(f"no image of '{config.captions}' is in the configured folders{example}")
+    return indices

@@ -1,4 +1,4 @@
-"""Configs of the bundled data; importing this module does not import torch."""
+"""Configs of the bundled data. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from longalign.runtime import Runtime
 Text = Annotated[str, Field(min_length=1)]
 
 
-def _several(value: Any) -> Any:
+def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
-Texts = Annotated[tuple[Text, ...], BeforeValidator(_several)]
+Texts = Annotated[tuple[Text, ...], BeforeValidator(_as_tuple)]
 
 
-def _rising(value: tuple[int, int], what: str) -> tuple[int, int]:
+def _check_range(value: tuple[int, int], key: str) -> tuple[int, int]:
     if value[0] > value[1]:
-        raise ValueError(f"{what} must be [lowest, highest], got {list(value)}")
+        raise ValueError(f"{key} must be [lowest, highest], got {list(value)}")
     return value
 
 
@@ -35,26 +35,28 @@ def _no_folder(key: str, folder: str | None) -> list[ConfigProblem]:
 
 def _no_metadata(folder: str, keys: str) -> list[ConfigProblem]:
     path = Path(folder) / "metadata.jsonl"
-    return [] if path.is_file() else [("folder", f"no file {path}; expected one mapping per line with {keys}")]
+    return [] if path.is_file() else [("folder", f"no file {path}; expected one JSON mapping per line with {keys}")]
 
 
 class DataConfig(PartConfig):
-    """Base of data configs. ``has_images`` says whether the items have images, or prompts alone; ``has_pairs`` whether
-    they have two images and which one is preferred."""
+    """Base class of data configs.
+
+    ``has_images``: items have an image; otherwise only a prompt. ``has_pairs``: items have two images and a preference.
+    """
 
     has_images: ClassVar[bool] = True
     has_pairs: ClassVar[bool] = False
 
 
 class ImagesConfig(DataConfig):
-    """Base of configs of images that are stored somewhere.
+    """Base class of configs of stored images.
 
     Attributes:
-        resolution: side in pixels of the square that is cut out of the middle of each image and scaled; null is the
-            backbone's own. Smaller images are scaled up, with a warning.
-        empty: what to do with an empty caption: "skip" its image, or "keep" it as an unconditional example.
-        max_unreadable: how many unreadable images, or shards and captions that are files of their own, are named in a
-            warning and replaced by the next one; one more stops the run. Each loading process counts its own.
+        resolution: centre-crop and resize images to this many pixels; null is the backbone's native resolution. Smaller
+            images are scaled up, with a warning.
+        empty: "skip" images with an empty caption, or "keep" them as unconditional examples.
+        max_unreadable: number of unreadable images, caption files and shards to replace by the next one, each with a
+            warning; one more stops the run. Each data loading process counts its own.
     """
 
     resolution: PositiveInt | None = None
@@ -63,12 +65,12 @@ class ImagesConfig(DataConfig):
 
 
 class PairedImagesConfig(DataConfig):
-    """Base of configs of pairs of images that are stored somewhere, with which of the two is preferred.
+    """Base class of configs of stored preference data.
 
     Attributes:
-        resolution: side in pixels of the square that is cut out of the middle of each image and scaled.
-        max_unreadable: how many pairs with an unreadable image are named in a warning and replaced by the next one; one
-            more stops the run. Each loading process counts its own.
+        resolution: centre-crop and resize images to this many pixels.
+        max_unreadable: number of pairs with an unreadable image to replace by the next pair, each with a warning; one
+            more stops the run. Each data loading process counts its own.
     """
 
     has_pairs: ClassVar[bool] = True
@@ -78,19 +80,19 @@ class PairedImagesConfig(DataConfig):
 
 
 class TableConfig(DataConfig):
-    """Base of configs of tables that the library ``datasets`` reads: from the hub, parquet files, or any format it
-    knows.
+    """Base class of configs of tables read with the library ``datasets``: Hub datasets, parquet files, or any format it
+    supports.
 
     Attributes:
-        dataset: hub id, local folder, or a format such as "parquet", "json" or "webdataset" for ``files``.
-        subset: name of a configuration of the dataset.
-        split: which split.
-        revision: branch, tag or commit on the hub.
-        files: paths or URLs, ``*`` allowed, of the files to read.
-        caption: column of the captions, or prompts.
-        image_folder: where paths of images begin, which may not lead out of it; needed where images are paths. ``/``
-            allows any absolute path.
-        cache: folder for what ``datasets`` stores; null is its own.
+        dataset: Hub id, local folder, or a format such as "parquet", "json" or "webdataset" for ``files``.
+        subset: configuration name of the dataset.
+        split: split to load.
+        revision: branch, tag or commit on the Hub.
+        files: paths or URLs of the files to read; ``*`` is allowed.
+        caption: column of the captions or prompts.
+        image_folder: folder of the images if the image column holds paths, which must not lead out of it. ``/`` allows
+            any absolute path.
+        cache: cache folder of ``datasets``; null is its default.
     """
 
     dataset: Text
@@ -109,14 +111,14 @@ class TableConfig(DataConfig):
 
 
 class ScenesConfig(DataConfig):
-    """Scenes of the bundled small world with captions of chosen length; drawn when asked for, nothing is stored.
+    """Synthetic scenes with captions of configurable length, rendered on demand.
 
     Attributes:
-        size: number of scenes. Scene i of a seed is always the same one.
-        seed: another seed gives other scenes; give held-out sets another one than training sets.
-        objects: lowest and highest number of objects in a scene, within 0 and 9.
-        words: lowest and highest length aimed at of a caption, in words; each length between is equally likely.
-        style: "plain" (each sentence can be read alone), "referring" ("It is red."), or "mixed" (either, evenly).
+        size: number of scenes. Seed and index determine a scene.
+        seed: random seed of the scenes. Use different seeds for training and held-out sets.
+        objects: lowest and highest number of objects in a scene, between 0 and 9.
+        words: lowest and highest target length of a caption in words; lengths are uniform in between.
+        style: "plain" (self-contained sentences), "referring" ("It is red."), or "mixed" (both, equally often).
     """
 
     name: Literal["scenes"] = "scenes"
@@ -129,7 +131,7 @@ class ScenesConfig(DataConfig):
     @field_validator("objects", "words")
     @classmethod
     def _check_ranges(cls, value: tuple[int, int], info: Any) -> tuple[int, int]:
-        return _rising(value, info.field_name)
+        return _check_range(value, info.field_name)
 
     def build(self, runtime: Runtime) -> Any:
         from longalign.data.scenes import Scenes
@@ -138,15 +140,16 @@ class ScenesConfig(DataConfig):
 
 
 class ScenePairsConfig(ScenesConfig):
-    """Pairs of images of the small world's captions, for training preference models: both show the caption's scene with
-    some facts wrong and looks of their own; truth to the caption and a taste that no caption tells of decide how many
-    people prefer the first.
+    """Pairs of synthetic scenes for training preference models.
+
+    Both images show the scene of the caption with some wrong facts and different lighting. The fraction of people who
+    prefer the first image depends on faithfulness to the caption and on a caption-independent taste.
 
     Attributes:
-        truth_weight: factor of the difference in truth, the share of the caption's facts that an image shows; the
-            share of people is the sigmoid of the two weighted differences' sum.
-        taste_weight: factor of the difference in taste, which likes warm light and dark corners, from -1 to 1.
-        captions: whether each image has a caption of its own too, as long as the prompt.
+        truth_weight: weight of the difference in truth, the fraction of the caption's facts that an image shows. The
+            preference is the sigmoid of the sum of both weighted differences.
+        taste_weight: weight of the difference in taste, from -1 to 1; warm light and dark corners score high.
+        captions: whether each image also has its own caption, as long as the prompt.
     """
 
     has_pairs: ClassVar[bool] = True
@@ -163,13 +166,13 @@ class ScenePairsConfig(ScenesConfig):
 
 
 class FolderConfig(ImagesConfig):
-    """Images of a folder, each with a caption.
+    """Captioned images of a folder.
 
     Attributes:
-        folder: the folder; ``metadata.jsonl`` in it has one line per image, with "file_name" and "text" (or "prompt"),
-            as ``longalign generate`` writes it, or ``metadata.csv`` has these columns; without either, a .txt of the
-            same name beside each image, also in subfolders, is its caption. File names are relative to the folder and
-            may not lead out of it; links are followed.
+        folder: folder with ``metadata.jsonl``, one line per image with "file_name" and "text" (or "prompt"), as
+            ``longalign generate`` writes it, or with ``metadata.csv`` with these columns. Without either, a .txt of the
+            same name next to each image, also in subfolders, is its caption. File names are relative to the folder and
+            must not lead out of it; links are followed.
     """
 
     name: Literal["folder"] = "folder"
@@ -180,7 +183,7 @@ class FolderConfig(ImagesConfig):
         indexed = any((folder / name).is_file() for name in ("metadata.jsonl", "metadata.csv"))
         if indexed or next(folder.rglob("*.txt"), None) is not None:
             return []
-        message = f"{folder} has neither metadata.jsonl nor metadata.csv nor a .txt beside an image"
+        message = f"{folder} has neither metadata.jsonl nor metadata.csv nor .txt files of captions"
         return _no_folder("folder", self.folder) or [("folder", message)]
 
     def build(self, runtime: Runtime) -> Any:
@@ -190,14 +193,13 @@ class FolderConfig(ImagesConfig):
 
 
 class HubConfig(TableConfig, ImagesConfig):
-    """A table that the library ``datasets`` reads: from the hub, parquet files, or any format it knows.
+    """A table read with the library ``datasets``: a Hub dataset, parquet files, or any format it supports.
 
     Attributes:
-        image: column of the images: images, their bytes or their paths; null reads captions alone, for reward
-            fine-tuning.
-        streaming: read while training, storing nothing, instead of downloading first; shards are dealt to processes and
-            workers.
-        shuffle_buffer: records of a stream among which the next is drawn; null is 1000.
+        image: column of images, encoded bytes or paths; null reads only captions, for reward fine-tuning.
+        streaming: stream shards during training instead of downloading the dataset first. Shards are distributed over
+            processes and workers.
+        shuffle_buffer: shuffle buffer size of a stream; null is 1000.
     """
 
     name: Literal["hf"] = "hf"
@@ -210,27 +212,27 @@ class HubConfig(TableConfig, ImagesConfig):
         return self.image is not None
 
     @model_validator(mode="after")
-    def _agree(self) -> HubConfig:
+    def _check_keys(self) -> HubConfig:
         if self.shuffle_buffer is not None and not self.streaming:
-            raise ValueError("'shuffle_buffer' belongs to a stream; set streaming to true or leave it out")
+            raise ValueError("'shuffle_buffer' needs streaming: true; set it or remove 'shuffle_buffer'")
         if self.image is None and self.image_folder is not None:
-            raise ValueError("'image_folder' has no effect without an 'image' column")
+            raise ValueError("'image_folder' has no effect without an 'image' column; remove it")
         return self
 
     def build(self, runtime: Runtime) -> Any:
-        from longalign.data.hub import build
+        from longalign.data.hub import build_hub_data
 
-        return build(self, runtime)
+        return build_hub_data(self, runtime)
 
 
 class PairsConfig(PairedImagesConfig):
-    """A folder of images in pairs of one prompt each, with which of the two is preferred.
+    """Preference data of a folder: pairs of images with a prompt and a preference.
 
     Attributes:
-        folder: the folder; ``metadata.jsonl`` in it has one line per pair: the files "image_0" and "image_1", "text"
-            (or "prompt"), "label_0" and "label_1" (1 and 0, shares or votes; equal is no preference) or "preference"
-            (the share that prefers the first), and, if there are any, a caption of each image, "caption_0" and
-            "caption_1". Pairs without label are left out.
+        folder: folder with ``metadata.jsonl``, one line per pair: files "image_0" and "image_1", "text" (or "prompt"),
+            and "label_0" and "label_1" (1 and 0, fractions or votes; equal is a tie) or "preference" (the fraction that
+            prefers the first image). Optional: a caption of each image, "caption_0" and "caption_1". Pairs without
+            label are skipped.
     """
 
     name: Literal["pairs"] = "pairs"
@@ -246,15 +248,16 @@ class PairsConfig(PairedImagesConfig):
 
 
 class HubPairsConfig(TableConfig, PairedImagesConfig):
-    """Pairs of images of a table that the library ``datasets`` reads. The defaults are the columns of Pick-a-Pic
-    (``yuvalkirstain/pickapic_v1``); HPD v2 has ``images: image_path``, ``labels: human_preference`` and
-    ``caption: prompt``.
+    """Preference data of a table read with the library ``datasets``.
+
+    The defaults are the columns of Pick-a-Pic (``yuvalkirstain/pickapic_v1``). For HPD v2, set ``images: image_path``,
+    ``labels: human_preference`` and ``caption: prompt``.
 
     Attributes:
-        images: two columns of images, their bytes or their paths, or one that has a list of two.
-        labels: two columns of numbers (1 and 0, shares or votes; equal is no preference), one that has a list of two,
-            or one with the share that prefers the first. Pairs without label are left out.
-        captions: two columns of captions, one for each image, or one that has a list of two; none if empty.
+        images: two columns of images, encoded bytes or paths, or one column with a list of two.
+        labels: two columns of numbers (1 and 0, fractions or votes; equal is a tie), one column with a list of two, or
+            one column with the fraction that prefers the first image. Pairs without label are skipped.
+        captions: two columns with a caption of each image, or one column with a list of two; empty for none.
     """
 
     name: Literal["hf-pairs"] = "hf-pairs"
@@ -269,15 +272,15 @@ class HubPairsConfig(TableConfig, PairedImagesConfig):
 
 
 class WebDatasetConfig(ImagesConfig):
-    """Local tar files in webdataset's layout, read as a stream: files of one stem are an item. Of these, files of more
-    than 256 MiB are not read.
+    """Local tar files in WebDataset layout, read as a stream. Files with the same stem form one item; files larger than
+    256 MiB are not read.
 
     Attributes:
-        shards: paths of the tar files, with ``{0000..0123}`` for a range or ``*``; one or a list.
-        image: endings of images, in order of preference.
-        caption: ending of the caption's file: "txt", or "json" with a ``field``.
-        field: key of the caption in a JSON file; null is "caption" there.
-        shuffle_buffer: records among which the next is drawn; 1 keeps the order.
+        shards: path or list of paths of tar files, with ``{0000..0123}`` for a range or ``*``.
+        image: image suffixes in order of preference.
+        caption: suffix of the caption file: "txt", or "json" with a ``field``.
+        field: key of the caption in a JSON file; null is "caption".
+        shuffle_buffer: shuffle buffer size; 1 keeps the order.
     """
 
     name: Literal["webdataset"] = "webdataset"
@@ -288,17 +291,17 @@ class WebDatasetConfig(ImagesConfig):
     shuffle_buffer: PositiveInt = 1000
 
     def check_files(self) -> list[ConfigProblem]:
-        return [("shards", problem) for given in self.shards if (problem := missing_shard(given))]
+        return [("shards", problem) for pattern in self.shards if (problem := missing_shard(pattern))]
 
     @property
     def caption_field(self) -> str | None:
-        """Key of the caption in a JSON file, None where the file is the caption."""
+        """Key of the caption in a JSON file; None for a text file."""
         return (self.field or "caption") if self.caption.endswith("json") else None
 
     @model_validator(mode="after")
-    def _agree(self) -> WebDatasetConfig:
+    def _check_keys(self) -> WebDatasetConfig:
         if self.field is not None and self.caption_field is None:
-            raise ValueError(f"'field' is a key of JSON, and '{self.caption}' is read as text; leave it out")
+            raise ValueError(f"'field' is a key of JSON files, but '{self.caption}' is read as text; remove it")
         return self
 
     def build(self, runtime: Runtime) -> Any:
@@ -308,17 +311,17 @@ class WebDatasetConfig(ImagesConfig):
 
 
 class LongAlignCaptionsConfig(ImagesConfig):
-    """The public LongAlign captions (2.27 million rows ``caption, path, source``) with images of local folders.
+    """The public LongAlign captions (2.27 million rows ``caption, path, source``) with local images.
 
     Attributes:
-        folders: folder of the images of each source, by the names in the column ``source``; rows of other sources are
-            left out. ``path`` is looked for in its source's folder.
-        captions: hub id, or a local .parquet, .csv or .jsonl file, or a folder of such files of one kind.
-        split: which split.
-        revision: branch, tag or commit on the hub.
-        cache: folder for what the library ``datasets`` stores; null is its own.
-        max_missing: how many images may be missing in the folders, or null for any number; they are looked for once, at
-            the start, counted in a warning and left out.
+        folders: image folder of each source, by the names in the column ``source``; ``path`` is relative to it. Rows of
+            other sources are skipped.
+        captions: Hub id, a local .parquet, .csv or .jsonl file, or a folder of such files of one format.
+        split: split to load.
+        revision: branch, tag or commit on the Hub.
+        cache: cache folder of the library ``datasets``; null is its default.
+        max_missing: number of image files that may be missing; null is any number. Missing files are skipped at the
+            start, with a warning.
     """
 
     name: Literal["longalign-captions"] = "longalign-captions"
@@ -339,12 +342,12 @@ class LongAlignCaptionsConfig(ImagesConfig):
 
 
 class PromptsConfig(DataConfig):
-    """Prompts of a file, without images: for reward fine-tuning, which draws its own.
+    """Prompts of a file, without images, for reward fine-tuning.
 
     Attributes:
-        file: a .txt file with one prompt per line, or a .jsonl file with "prompt" (or "text") in each line; the latter
-            for prompts of several paragraphs.
-        empty: what to do with an empty prompt: "skip" or "keep" it.
+        file: .txt file with one prompt per line, or .jsonl file with "prompt" (or "text") in each line. Prompts with
+            several paragraphs need .jsonl.
+        empty: "skip" or "keep" empty prompts.
     """
 
     has_images: ClassVar[bool] = False

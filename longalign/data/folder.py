@@ -1,4 +1,4 @@
-"""A folder of captioned images as data."""
+"""Data from a folder of captioned images."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Folder(ImageDataset):
 
     Args:
         files: the image files.
-        prompts: one for each file.
-        resolution: side of the images in pixels.
-        max_unreadable: how many unreadable files are replaced by the next readable one before the run is stopped.
+        prompts: one caption per file.
+        resolution: image side in pixels.
+        max_unreadable: number of unreadable files to replace by the next readable one; one more raises.
     """
 
     def __init__(
@@ -33,30 +33,32 @@ class Folder(ImageDataset):
         if len(files) != len(prompts):
             raise ValueError(f"expected one prompt per file, got {len(files)} files and {len(prompts)} prompts")
         if not files:
-            raise ValueError("there are no images")
+            raise ValueError("expected at least one image, got none")
         super().__init__(resolution, max_unreadable)
         self.files, self.prompts = list(files), list(prompts)
 
     @classmethod
     def from_config(cls, config: FolderConfig, runtime: Runtime) -> Folder:
-        """Reads the captions, see `longalign.data.lines.read_captions`; images are read when asked for.
+        """Reads the captions with `longalign.data.lines.read_captions`; images are read on access.
 
         Raises:
-            ValueError: if a line lacks its file name or caption, or no image is left.
-            FileNotFoundError: if there are no captions.
+            ValueError: if a line has no file name or caption, or no image remains.
+            FileNotFoundError: if the folder has no captions.
         """
         folder = Path(config.folder)
         files, prompts, empty = [], [], 0
         for where, row in read_captions(folder):
             if not isinstance(row.get("file_name"), str):
-                raise ValueError(f"{where} has no 'file_name'; there is {', '.join(row) or 'nothing'}")
+                raise ValueError(f"{where} has no 'file_name'; available: {', '.join(row) or 'nothing'}")
             prompt = text_of(row, where)
             empty += not prompt
             if prompt or config.empty == "keep":
                 files.append(inside(folder, row["file_name"], where))
                 prompts.append(prompt)
         if empty:
-            log.warning("%d of %d captions in %s are empty: %s", empty, empty + len(prompts), folder, config.empty)
+            log.warning(
+                "%d of %d captions in %s are empty; empty=%s", empty, empty + len(prompts), folder, config.empty
+            )
         if not files:
             raise ValueError(f"no image in {folder} has a caption")
         return cls(files, prompts, config.resolution, config.max_unreadable)

@@ -1,4 +1,4 @@
-"""Data read by the library ``datasets``: by index, or as a stream; and where in a column an image is."""
+"""Data read with the library ``datasets``, by index or as a stream, and image extraction from table cells."""
 
 from __future__ import annotations
 
@@ -20,42 +20,45 @@ from longalign.runtime import Runtime
 from longalign.segment import check_text
 
 
-def load(what: str, path: str, **settings: Any) -> Any:
-    """``datasets.load_dataset``, with an error that says what to install where it is missing.
+def load_table(kind: str, path: str, **settings: Any) -> Any:
+    """Calls ``datasets.load_dataset``.
 
     Args:
-        what: the data kind that asks, for the message.
-        path: hub id, folder, or a format such as "parquet".
-        **settings: what else `load_dataset` takes; those that are None are left out.
+        kind: data kind named in the error message.
+        path: Hub id, folder, or a format such as "parquet".
+        **settings: further arguments of ``load_dataset``; None values are omitted.
+
+    Raises:
+        ValueError: if ``datasets`` is not installed, or cannot read the table.
     """
     try:
         import datasets
     except ImportError as error:
         raise ValueError(
-            f"the data '{what}' is read by the package datasets, which is not installed: pip install datasets"
+            f"the data '{kind}' needs the package datasets, which is not installed: pip install datasets"
         ) from error
-    if int(datasets.__version__.split(".")[0]) < 4:  # which would ask whether to run a repository's code
+    if int(datasets.__version__.split(".")[0]) < 4:  # versions below 4 may run code from the repository
         settings["trust_remote_code"] = False
     try:
         return datasets.load_dataset(path, **{key: value for key, value in settings.items() if value is not None})
     except (OSError, ValueError):
         raise
-    except Exception as error:  # what datasets raises of a script, and of files that it cannot read
+    except Exception as error:  # datasets has its own errors for scripts and unreadable files
         raise ValueError(f"datasets cannot read '{path}': {type(error).__name__}: {error}") from error
 
 
 def open_columns(config: HubConfig | HubPairsConfig, texts: Sequence[str], images: Sequence[str]) -> Any:
-    """The configured dataset with some of its columns alone, images undecoded.
+    """Loads the configured dataset with the given columns, images undecoded.
 
     Args:
-        config: says which dataset.
-        texts: columns that are read as they are.
-        images: columns of images.
+        config: which dataset to load.
+        texts: columns to read unchanged.
+        images: image columns.
 
     Raises:
-        ValueError: if a column is missing; the message names those there are.
+        ValueError: if a column is missing; the message lists the available ones.
     """
-    found = load(
+    rows = load_table(
         config.name,
         config.dataset,
         name=config.subset,
@@ -65,25 +68,25 @@ def open_columns(config: HubConfig | HubPairsConfig, texts: Sequence[str], image
         cache_dir=config.cache,
         streaming=config.streaming if isinstance(config, HubConfig) else None,
     )
-    wanted = [*texts, *images]
-    there = found.column_names or list(next(iter(found), {}))
-    if missing := [column for column in wanted if column not in there]:
-        raise ValueError(f"'{config.dataset}' has no column '{missing[0]}'; there is {', '.join(there)}")
-    found = found.select_columns(wanted)
-    if images and found.features is not None:
+    columns = [*texts, *images]
+    available = rows.column_names or list(next(iter(rows), {}))
+    if missing := [column for column in columns if column not in available]:
+        raise ValueError(f"'{config.dataset}' has no column '{missing[0]}'; available: {', '.join(available)}")
+    rows = rows.select_columns(columns)
+    if images and rows.features is not None:
         import datasets
 
         for column in images:
-            if isinstance(found.features[column], datasets.Image):
-                found = found.cast_column(column, datasets.Image(decode=False))
-    return found
+            if isinstance(rows.features[column], datasets.Image):
+                rows = rows.cast_column(column, datasets.Image(decode=False))
+    return rows
 
 
-def folder_of(config: HubConfig | HubPairsConfig, rows: Any) -> Path | None:
-    """Where the paths of a table's images begin; None where the table may not have any.
+def image_folder(config: HubConfig | HubPairsConfig, rows: Any) -> Path | None:
+    """Folder that a table's image paths are relative to; None if paths are not allowed.
 
-    A table may come from anyone, so its paths are not to choose freely what is read from this machine. Those of a
-    folder of images are made by ``datasets`` itself.
+    Tables are untrusted, so their paths must not reach arbitrary local files. Paths of ``imagefolder`` are generated by
+    ``datasets`` and therefore trusted.
     """
     if config.image_folder is not None:
         return Path(config.image_folder)
@@ -91,10 +94,14 @@ def folder_of(config: HubConfig | HubPairsConfig, rows: Any) -> Path | None:
 
 
 def image_source(value: Any, folder: Path | None) -> Path | bytes:
-    """Where the image in a cell is: encoded bytes, a path in ``folder``, both as a mapping, or a decoded image.
+    """Extracts the path or the encoded bytes of the image in a table cell.
+
+    Args:
+        value: encoded bytes, a path in ``folder``, a mapping with "bytes" or "path", or a decoded PIL image.
+        folder: folder of the paths; None rejects paths.
 
     Raises:
-        ValueError: if it is none of these, or a path that leads out of the folder, or there is no folder.
+        ValueError: if the cell is none of these, or a path without ``folder`` or outside of it.
     """
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
@@ -102,28 +109,28 @@ def image_source(value: Any, folder: Path | None) -> Path | bytes:
         return value
     if isinstance(value, str) and value:
         if folder is None:
-            raise ValueError(f"{value!r:.200} is a path; set image_folder to the folder that the images are in")
+            raise ValueError(f"{value!r:.200} is a path; set image_folder to the folder of the images")
         return inside(folder, value)
-    if isinstance(value, Image):  # decoded already, where a stream does not say that the column has images
+    if isinstance(value, Image):  # streams without declared features decode images
         buffer = BytesIO()
         try:
             value.save(buffer, "PNG")
-        except Exception as error:  # it may be decoded here only, see `longalign.image_io.decode`
+        except Exception as error:  # PIL decodes lazily, so any decoding error can occur here
             raise ValueError(f"{type(error).__name__}: {error}") from error
         return buffer.getvalue()
     raise ValueError(f"expected an image, its bytes or its path, got {value!r:.60}")
 
 
 def caption_from_cell(value: Any, where: str = "") -> str:
-    """The caption in a cell; null is empty. Raises ValueError, with ``where`` it is, for what is no text."""
-    what = f"{where}: the caption" if where else "a caption"
+    """Caption in a table cell; null is the empty caption. Raises ValueError with ``where`` if it is not a string."""
+    label = f"{where}: the caption" if where else "a caption"
     if value is not None and not isinstance(value, str):
-        raise ValueError(f"{what} must be a text, got {value!r:.60}")
-    return check_text(value or "", what).strip()
+        raise ValueError(f"{label} must be a string, got {value!r:.60}")
+    return check_text(value or "", label).strip()
 
 
-def build(config: HubConfig, runtime: Runtime) -> HubRows | HubPrompts | HubStream:
-    """The data that a config asks for."""
+def build_hub_data(config: HubConfig, runtime: Runtime) -> HubRows | HubPrompts | HubStream:
+    """Builds streamed, indexed or prompt-only data from a config."""
     rows = open_columns(config, [config.caption], [] if config.image is None else [config.image])
     if config.streaming:
         return HubStream(rows, config)
@@ -131,38 +138,38 @@ def build(config: HubConfig, runtime: Runtime) -> HubRows | HubPrompts | HubStre
 
 
 class _Captions:
-    """Captions of a table, empty ones left out unless they are kept."""
+    """Captions of a table; ``indices`` are the rows to use, without empty captions if ``empty`` is "skip"."""
 
     def __init__(self, rows: Any, config: HubConfig):
         captions = rows[config.caption]
-        kept = range(len(captions))
+        indices = range(len(captions))
         if config.empty == "skip":
-            kept = [
+            indices = [
                 i for i, caption in enumerate(captions) if caption_from_cell(caption, f"row {i} of {config.dataset}")
             ]
-        if not kept:
-            raise ValueError(f"'{config.dataset}' has no caption in its column '{config.caption}'")
-        self.captions, self.kept = captions, kept
+        if not indices:
+            raise ValueError(f"'{config.dataset}' has no captions in its column '{config.caption}'")
+        self.captions, self.indices = captions, indices
 
     def __len__(self) -> int:
-        return len(self.kept)
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> str:
-        return caption_from_cell(self.captions[self.kept[check_index(index, len(self))]])
+        return caption_from_cell(self.captions[self.indices[check_index(index, len(self))]])
 
 
 class HubRows(ImageDataset):
-    """Rows of a table with an image each, by index.
+    """Table rows with one image each, read by index.
 
     Args:
-        rows: of the library ``datasets``, with images undecoded.
-        config: says which columns to read, and how.
+        rows: table of the library ``datasets``, images undecoded.
+        config: columns to read and image settings.
     """
 
     def __init__(self, rows: Any, config: HubConfig):
         super().__init__(config.resolution, config.max_unreadable)
         self.rows, self.config, self.captions = rows, config, _Captions(rows, config)
-        self.folder = folder_of(config, rows)
+        self.folder = image_folder(config, rows)
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -171,14 +178,14 @@ class HubRows(ImageDataset):
         return self.captions[index]
 
     def label(self, index: int) -> str:
-        return f"row {self.captions.kept[index]} of {self.config.dataset}"
+        return f"row {self.captions.indices[index]} of {self.config.dataset}"
 
     def source(self, index: int) -> Path | bytes:
-        return image_source(self.rows[int(self.captions.kept[index])][self.config.image], self.folder)
+        return image_source(self.rows[int(self.captions.indices[index])][self.config.image], self.folder)
 
 
 class HubPrompts(Data):
-    """Captions of a table alone, by index."""
+    """Captions of a table without images, read by index."""
 
     has_images = False
 
@@ -196,17 +203,17 @@ class HubPrompts(Data):
 
 
 class HubStream(Stream):
-    """Rows as they are read, shard by shard, nothing stored.
+    """Table rows streamed shard by shard, without storing anything.
 
     Args:
-        rows: a streaming dataset of the library ``datasets``.
-        config: says which columns to read, and how.
+        rows: streaming dataset of the library ``datasets``.
+        config: columns to read and image settings.
     """
 
     def __init__(self, rows: Any, config: HubConfig):
         self.has_images = config.image is not None
         super().__init__(config.resolution, config.empty, config.max_unreadable, config.shuffle_buffer or 1000)
-        self.rows, self.config, self.folder = rows, config, folder_of(config, rows)
+        self.rows, self.config, self.folder = rows, config, image_folder(config, rows)
 
     @property
     def num_shards(self) -> int:
@@ -217,7 +224,7 @@ class HubStream(Stream):
         try:
             for number, row in enumerate(self.rows.shard(num_shards=self.num_shards, index=shard)):
                 yield self._record(f"row {number} of {where}", row)
-        except Exception as error:  # each format has errors of its own for a damaged file
+        except Exception as error:  # each format raises different errors for damaged files
             self.unreadable.note(f"the rest of {where}", error)
 
     def _record(self, name: str, row: Any) -> Record:
@@ -228,16 +235,16 @@ class HubStream(Stream):
             return Record(name, problem=str(error))
 
 
-def files_of(path: Path) -> tuple[str, list[str]]:
-    """Format and files that a local table is read from: a file, or a folder of files of one kind.
+def table_files(path: Path) -> tuple[str, list[str]]:
+    """Format and files of a local table: one file, or a folder of files of one format.
 
     Raises:
-        ValueError: if it is neither .parquet, .csv, .jsonl nor .json.
+        ValueError: if the format is not .parquet, .csv, .jsonl or .json.
     """
     formats = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json"}
-    found = sorted(glob.glob(f"{glob.escape(str(path))}/**/*", recursive=True)) if path.is_dir() else [str(path)]
-    kinds = {Path(file).suffix for file in found} & set(formats)
-    if len(kinds) != 1:
-        raise ValueError(f"{path} should be or hold .parquet, .csv or .jsonl files of one kind, found {sorted(kinds)}")
-    (kind,) = kinds
-    return formats[kind], [file for file in found if file.endswith(kind)]
+    files = sorted(glob.glob(f"{glob.escape(str(path))}/**/*", recursive=True)) if path.is_dir() else [str(path)]
+    suffixes = {Path(file).suffix for file in files} & set(formats)
+    if len(suffixes) != 1:
+        raise ValueError(f"{path}: expected files of one of .parquet, .csv and .jsonl, got {sorted(suffixes)}")
+    (suffix,) = suffixes
+    return formats[suffix], [file for file in files if file.endswith(suffix)]

@@ -1,4 +1,4 @@
-"""Images from files or encoded bytes as items, and what happens to those that cannot be read."""
+"""Base class of indexed image data, and the handling of unreadable images."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from longalign.store import key_of
 
 log = logging.getLogger(__name__)
 
-# what reading an image raises where the image is at fault, see `decode`
+# errors of `decode` for unreadable images
 UNREADABLE = (OSError, ValueError)
 
 
 class Unreadable(dict[Any, str]):
-    """Images that could not be read so far, by name, with what was wrong.
+    """Names of the images that could not be read so far, mapped to the errors.
 
     Args:
-        limit: how many there may be.
+        limit: number of unreadable images to tolerate.
     """
 
     def __init__(self, limit: int):
@@ -31,85 +31,87 @@ class Unreadable(dict[Any, str]):
         self.limit = limit
 
     def note(self, name: Any, error: BaseException) -> None:
-        """Counts and names one; raises ValueError, with all of them, if that is one too many."""
+        """Records and logs an unreadable image. Raises ValueError listing all of them if ``limit`` is exceeded."""
         if name in self:
             return
         self[name] = f"{type(error).__name__}: {error}"
         if len(self) > self.limit:
             raise ValueError(
-                f"{len(self)} images cannot be read, more than max_unreadable={self.limit}: {self.named()}"
+                f"{len(self)} images cannot be read, more than max_unreadable={self.limit}: {self.summary()}"
             ) from error
         log.warning("%s cannot be read and is replaced by the next image (%s)", name, self[name])
 
-    def named(self) -> str:
-        """All of them in one line."""
-        return "; ".join(f"{name} ({what})" for name, what in self.items())
+    def summary(self) -> str:
+        """All names and errors in one line."""
+        return "; ".join(f"{name} ({error})" for name, error in self.items())
 
 
-class Squares:
-    """Loads images as squares of one size, and says in a warning how many were smaller: the 1st, 10th, 100th...
+class SquareLoader:
+    """Loads images as squares of one size and warns of the 1st, 10th, 100th... image that is scaled up.
 
     Args:
         resolution: side in pixels.
 
     Raises:
-        ValueError: if it is None.
+        ValueError: if ``resolution`` is None.
     """
 
     def __init__(self, resolution: int | None):
         if resolution is None:
-            raise ValueError("resolution null is the backbone's own and needs a run with one; give a number of pixels")
+            raise ValueError(
+                "resolution null means that of the backbone and needs a run with a backbone; set a number of pixels"
+            )
         self.resolution, self.small = resolution, 0
 
     def load(self, name: Any, source: Path | bytes) -> Tensor:
-        """The image as `load_square` gives it; ``name`` is what it is called in messages."""
+        """Loads an image like `load_square`; ``name`` identifies it in messages."""
         image = decode(source)
         if min(image.size) < self.resolution:
             self.small += 1
             if set(str(self.small)[1:]) <= {"0"} and str(self.small)[0] == "1":
                 log.warning(
-                    "%d of the images read so far are smaller than resolution=%d and are scaled up; the last is %s of "
-                    "%d by %d pixels",
+                    "%d of the images read so far are smaller than resolution=%d and are scaled up, most recently %s "
+                    "with %d by %d pixels",
                     self.small, self.resolution, name, *image.size,
                 )  # fmt: skip
         return _square(image, self.resolution)
 
 
 class ImageDataset(Data):
-    """Base of data whose items are read by index, each with its image in a file or in bytes.
+    """Base class of indexed data with images from files or encoded bytes.
 
     Args:
-        resolution: side of the images in pixels.
-        max_unreadable: how many unreadable images are replaced by the next readable one before the run is stopped.
+        resolution: image side in pixels.
+        max_unreadable: number of unreadable images to replace by the next readable one; one more raises.
     """
 
     def __init__(self, resolution: int | None = 512, max_unreadable: int = 10):
-        self.squares = Squares(resolution)
-        #: unreadable images met so far, with what was wrong
+        self.loader = SquareLoader(resolution)
+        #: unreadable images so far, with their errors
         self.unreadable = Unreadable(max_unreadable)
 
     def source(self, index: int) -> Path | bytes:
-        """Where the image of item ``index`` (not negative) is."""
+        """Path or encoded bytes of the image of item ``index`` (non-negative)."""
         raise NotImplementedError
 
     def label(self, index: int) -> Any:
-        """What the image of item ``index`` (not negative) is called in messages."""
+        """Name in messages of the image of item ``index`` (non-negative)."""
         return self.source(index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         start = check_index(index, len(self))
-        for step in range(len(self)):
-            item = self.load_item((start + step) % len(self))
+        for offset in range(len(self)):
+            item = self.load_item((start + offset) % len(self))
             if item is not None:
                 return item
-        raise ValueError(f"none of the {len(self)} images can be read: {self.unreadable.named()}")
+        raise ValueError(f"none of the {len(self)} images can be read: {self.unreadable.summary()}")
 
     def load_item(self, index: int) -> dict[str, Any] | None:
         label = self.label(index)
         if label in self.unreadable:
             return None
         try:
-            return {"prompt": self.prompt(index), "image": self.squares.load(label, self.source(index))}
+            return {"prompt": self.prompt(index), "image": self.loader.load(label, self.source(index))}
         except UNREADABLE as error:
             self.unreadable.note(label, error)
             return None
@@ -126,15 +128,15 @@ class ImageDataset(Data):
         if isinstance(source, bytes):
             key = key_of(source)
         else:
-            state = source.stat()
-            key = key_of(f"{state.st_size} {state.st_mtime_ns}")
+            status = source.stat()
+            key = key_of(f"{status.st_size} {status.st_mtime_ns}")
         return int.from_bytes(key[:7], "big") + 1
 
 
 def load_square(source: Path | bytes, resolution: int) -> Tensor:
-    """The largest square in the middle of an image, upright and scaled: ``(3, resolution, resolution)`` in [0, 1].
+    """Loads an image, applies its EXIF rotation, centre-crops and resizes: ``(3, resolution, resolution)`` in [0, 1].
 
-    Raises OSError or ValueError if it cannot be read.
+    Raises OSError or ValueError if the image cannot be read.
     """
     return _square(decode(source), resolution)
 

@@ -1,4 +1,4 @@
-"""A file of prompts as data without images."""
+"""Data from a file of prompts, without images."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ log = logging.getLogger(__name__)
 
 
 class Prompts(Data):
-    """Prompts alone."""
+    """Prompts without images."""
 
     has_images = False
 
     def __init__(self, prompts: Sequence[str]):
         if not prompts:
-            raise ValueError("there are no prompts")
+            raise ValueError("expected at least one prompt, got none")
         self.prompts = list(prompts)
 
     @classmethod
     def from_config(cls, config: PromptsConfig, runtime: Runtime) -> Prompts:
-        """Reads the file. Raises `ValueError` if no prompt is left, `FileNotFoundError` if there is no file."""
+        """Reads the file. Raises `ValueError` if no prompt remains, `FileNotFoundError` if the file does not exist."""
         prompts = read_prompts(config.file)
         non_empty = [p for p in prompts if p]
         if len(non_empty) < len(prompts):
             empty = len(prompts) - len(non_empty)
-            log.warning("%d of %d prompts in %s are empty: %s", empty, len(prompts), config.file, config.empty)
-        kept = prompts if config.empty == "keep" else non_empty
-        if not kept:
-            raise ValueError(f"{config.file} holds no prompts")
-        return cls(kept)
+            log.warning("%d of %d prompts in %s are empty; empty=%s", empty, len(prompts), config.file, config.empty)
+        prompts = prompts if config.empty == "keep" else non_empty
+        if not prompts:
+            raise ValueError(f"{config.file} has no prompts")
+        return cls(prompts)
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -1,4 +1,4 @@
-"""Scenes of the small world as data, drawn on demand."""
+"""Data from the synthetic scenes, rendered on demand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from longalign.runtime import Runtime
 
 
 class Scenes(Data):
-    """``size`` scenes with their captions; see `longalign.data.configs.ScenesConfig` for the arguments."""
+    """``size`` scenes with captions. `longalign.data.configs.ScenesConfig` describes the arguments."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Scenes(Data):
         return self.scene(index)[1].text
 
     def scene(self, index: int) -> tuple[Scene, Caption]:
-        """What is in image ``index``, and its caption with the facts of each sentence."""
+        """Scene of image ``index``, and its caption with the facts of each sentence."""
         rng = np.random.default_rng([self.seed, check_index(index, self.size)])
         scene = sample_scene(rng, self.objects)
         words = int(rng.integers(self.words[0], self.words[1] + 1))
@@ -52,16 +52,16 @@ class Scenes(Data):
 
 
 class ScenePairs(Data):
-    """Two imperfect images of each scene's caption, and how many people prefer the first.
+    """Pairs of imperfect images for each scene's caption, with the fraction of people who prefer the first.
 
-    An item is ``{"prompt": str, "image": (2, 3, 64, 64), "preference": ()}``, with ``captions``, what is in each image,
-    if asked for.
+    An item is ``{"prompt": str, "image": (2, 3, 64, 64), "preference": ()}``. With ``captions=True``, it also has
+    ``captions``, one text per image.
 
     Args:
-        scenes: the scenes and their captions.
-        truth_weight: how much truth to the caption counts, see `longalign.mini.preferences.preference`.
-        taste_weight: how much taste does.
-        captions: whether each image has a caption of its own too, as long as the prompt.
+        scenes: scenes and captions.
+        truth_weight: weight of faithfulness to the caption, see `longalign.mini.preferences.preference`.
+        taste_weight: weight of the taste.
+        captions: whether items have a caption of each image, as long as the prompt.
     """
 
     def __init__(self, scenes: Scenes, truth_weight: float = 10.0, taste_weight: float = 4.0, captions: bool = False):
@@ -80,16 +80,16 @@ class ScenePairs(Data):
         return self.scenes.prompt(index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        shown, caption = self.pair(index)
-        share = torch.tensor(preference(*shown, caption, self.truth_weight, self.taste_weight))
-        item = {"prompt": caption.text, "image": torch.from_numpy(render_batch(shown)), "preference": share}
+        scenes, caption = self.pair(index)
+        preferred = torch.tensor(preference(*scenes, caption, self.truth_weight, self.taste_weight))
+        item = {"prompt": caption.text, "image": torch.from_numpy(render_batch(scenes)), "preference": preferred}
         if self.captions:
             rng = self._rng(index, 1)
-            item["captions"] = tuple(describe(s, rng, words=caption.num_words).text for s in shown)
+            item["captions"] = tuple(describe(s, rng, words=caption.num_words).text for s in scenes)
         return item
 
     def pair(self, index: int) -> tuple[tuple[Scene, Scene], Caption]:
-        """What is in both images of item ``index``, and the caption that they were drawn for."""
+        """Scenes of both images of item ``index``, and their common caption."""
         scene, caption = self.scenes.scene(index)
         rng = self._rng(index, 0)
         return (vary(scene, rng), vary(scene, rng)), caption

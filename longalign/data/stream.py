@@ -1,4 +1,4 @@
-"""The interface of data that is read in its order, shard by shard, and not by index."""
+"""Base class of data that is read sequentially, shard by shard."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longalign.data.image_dataset import UNREADABLE, Squares, Unreadable
+from longalign.data.image_dataset import UNREADABLE, SquareLoader, Unreadable
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Record:
-    """An item as it is stored.
+    """One stored item.
 
     Attributes:
-        name: what it is called in messages.
-        prompt: its caption.
-        image: its encoded image, or where that is; None where there are prompts alone.
-        fault: what is wrong with it, or an empty text.
+        name: name of the item in messages.
+        prompt: caption.
+        image: path or encoded bytes of the image; None for prompt-only data.
+        problem: why the item cannot be used; empty if it can.
     """
 
     name: str
@@ -32,18 +32,18 @@ class Record:
 
 
 class Stream:
-    """Base of data in shards, endless: pass after pass, in another order each.
+    """Infinite sharded stream, reshuffled every epoch.
 
-    The shards are dealt to processes and their workers; where there are fewer shards, each reads all and takes its
-    share of the records. Within a share the order of the shards is shuffled, and records in a buffer. All of it follows
-    from the seed, the number of processes and that of workers, so a resumed run goes on where it was. Shares whose
-    shards hold fewer records come round sooner.
+    Shards are distributed over processes and their workers. With fewer shards than workers, each worker reads all
+    shards and uses every n-th record. Shards are shuffled per worker, records in a buffer. The order depends only on
+    the seed and the numbers of processes and workers, so a resumed run continues where it stopped. Workers with fewer
+    records repeat them more often.
 
     Args:
-        resolution: side of the images in pixels.
-        empty: whether an empty caption is to ``"skip"`` or to ``"keep"``.
-        max_unreadable: how many unreadable images are replaced by the next readable one before the run is stopped.
-        shuffle_buffer: records among which the next one is drawn; 1 keeps the order.
+        resolution: image side in pixels.
+        empty: ``"skip"`` or ``"keep"`` items with an empty caption.
+        max_unreadable: number of unreadable images to replace by the next readable one; one more raises.
+        shuffle_buffer: shuffle buffer size; 1 keeps the order.
     """
 
     has_images: bool = True
@@ -51,41 +51,41 @@ class Stream:
     def __init__(
         self, resolution: int | None = 512, empty: str = "skip", max_unreadable: int = 10, shuffle_buffer: int = 1000
     ):
-        self.squares = Squares(resolution) if self.has_images else None
+        self.loader = SquareLoader(resolution) if self.has_images else None
         self.empty, self.shuffle_buffer = empty, shuffle_buffer
         self.unreadable = Unreadable(max_unreadable)
         self._warned_empty = False
 
     @property
     def num_shards(self) -> int:
-        """How many shards there are."""
+        """Number of shards."""
         raise NotImplementedError
 
     def read(self, shard: int) -> Iterator[Record]:
-        """The records of a shard, in order."""
+        """Yields the records of a shard in order."""
         raise NotImplementedError
 
     def items(
-        self, seed: int, share: int = 0, shares: int = 1, skip: int = 0, images: bool = True
+        self, seed: int, part: int = 0, num_parts: int = 1, skip: int = 0, images: bool = True
     ) -> Iterator[dict[str, Any]]:
-        """Endless items ``{"prompt": str, "image": (3, resolution, resolution) in [0, 1]}``.
+        """Yields items ``{"prompt": str, "image": (3, resolution, resolution) in [0, 1]}`` forever.
 
         Args:
-            seed: of the shuffles.
-            share: which part of the data, of ``shares`` that together have all of it.
-            shares: number of parts.
-            skip: items to leave out at the start, without decoding them.
-            images: whether items have their image.
+            seed: shuffling seed.
+            part: index of the part to read, of ``num_parts`` disjoint parts.
+            num_parts: number of parts.
+            skip: number of items to skip at the start, without decoding them.
+            images: whether items have images.
 
         Raises:
-            ValueError: if too many images cannot be read, or there is nothing to read.
+            ValueError: if too many images cannot be read, or the part has no items.
         """
-        # An unreadable image leaves its place to the next readable one, so that places can be counted undecoded.
-        places = 0
-        for number, record in enumerate(self._records(seed, share, shares)):
+        # The next readable image also fills the slots of unreadable ones: `skip` then counts records undecoded.
+        slots = 0
+        for number, record in enumerate(self._records(seed, part, num_parts)):
             if number < skip:
                 continue
-            places += 1
+            slots += 1
             item: dict[str, Any] = {"prompt": record.prompt}
             try:
                 if record.name in self.unreadable:
@@ -93,41 +93,41 @@ class Stream:
                 if record.problem:
                     raise ValueError(record.problem)
                 if images:
-                    if record.image is None or self.squares is None:
-                        raise ValueError("it has no image")
-                    item["image"] = self.squares.load(record.name, record.image)
+                    if record.image is None or self.loader is None:
+                        raise ValueError("the item has no image")
+                    item["image"] = self.loader.load(record.name, record.image)
             except UNREADABLE as error:
                 self.unreadable.note(record.name, error)
-                # no more than the limit can end a pass and begin the next one, so there is a pass with nothing else
-                if places > 2 * self.unreadable.limit:
-                    raise ValueError(f"no image can be read: {self.unreadable.named()}") from error
+                # Unreadable records can end one epoch and start the next; with more than these, an epoch has no others.
+                if slots > 2 * self.unreadable.limit:
+                    raise ValueError(f"no image can be read: {self.unreadable.summary()}") from error
                 continue
-            for _ in range(places):
+            for _ in range(slots):
                 yield item
-            places = 0
+            slots = 0
 
-    def _records(self, seed: int, share: int, shares: int) -> Iterator[Record]:
-        number_of_pass = 0
+    def _records(self, seed: int, part: int, num_parts: int) -> Iterator[Record]:
+        epoch = 0
         while True:
-            rng = random.Random(f"{seed} {share} {shares} {number_of_pass}")
-            some = False
-            for record in self._shuffled(self._in_order(rng, share, shares), rng):
-                some = True
+            rng = random.Random(f"{seed} {part} {num_parts} {epoch}")
+            is_empty = True
+            for record in self._shuffled(self._in_order(rng, part, num_parts), rng):
+                is_empty = False
                 yield record
-            if not some:
-                cause = f"; {self.unreadable.named()}" if self.unreadable else ""
+            if is_empty:
+                cause = f"; {self.unreadable.summary()}" if self.unreadable else ""
                 raise ValueError(
-                    f"there is nothing to read in part {share} of {shares} of the data: no item with a caption{cause}"
+                    f"part {part} of {num_parts} of the data has nothing to read: no item with a caption{cause}"
                 )
-            number_of_pass += 1
+            epoch += 1
 
-    def _in_order(self, rng: random.Random, share: int, shares: int) -> Iterator[Record]:
-        dealt = self.num_shards >= shares
-        shards = list(range(self.num_shards))[share::shares] if dealt else list(range(self.num_shards))
+    def _in_order(self, rng: random.Random, part: int, num_parts: int) -> Iterator[Record]:
+        split_shards = self.num_shards >= num_parts
+        shards = list(range(self.num_shards))[part::num_parts] if split_shards else list(range(self.num_shards))
         rng.shuffle(shards)
         for shard in shards:
             for number, record in enumerate(self.read(shard)):
-                if not dealt and number % shares != share:
+                if not split_shards and number % num_parts != part:
                     continue
                 if not record.prompt and not record.problem and self.empty == "skip":
                     if not self._warned_empty:
@@ -142,8 +142,8 @@ class Stream:
             if len(buffer) < self.shuffle_buffer:
                 buffer.append(record)
                 continue
-            at = rng.randrange(len(buffer))
-            buffer[at], record = record, buffer[at]
+            i = rng.randrange(len(buffer))
+            buffer[i], record = record, buffer[i]
             yield record
         rng.shuffle(buffer)
         yield from buffer

@@ -1,4 +1,4 @@
-"""Shards in webdataset's layout: tar files in which files of one stem belong together."""
+"""Shards in WebDataset layout: tar files in which files with the same stem form one item."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from longalign.data.stream import Record, Stream
 from longalign.runtime import Runtime
 from longalign.segment import check_text
 
-#: most bytes of an image or caption, and of a member's header, which a few compressed bytes can claim to be
+#: size limits of an image or caption and of a member's header, since compressed files can declare any size
 MAX_BYTES = 256 * 2**20
 MAX_HEADER_BYTES = 2**20
 HEADERS = (
@@ -26,7 +26,7 @@ HEADERS = (
 
 
 class _Member(tarfile.TarInfo):
-    """A member whose header is read only if it is of a usual size: tarfile would take it into memory at once."""
+    """Tar member that rejects oversized headers, which tarfile would read into memory at once."""
 
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
         if self.type in HEADERS and self.size > MAX_HEADER_BYTES:
@@ -35,14 +35,14 @@ class _Member(tarfile.TarInfo):
 
 
 class WebDataset(Stream):
-    """Captioned images in tar files, plain or compressed, read from front to back.
+    """Captioned images in plain or compressed tar files, read sequentially.
 
     Args:
         shards: the tar files.
-        image: endings that an image may have, of which an item's first one is taken.
-        caption: ending of the caption's file.
-        field: key of the caption in a JSON file, or None for a file of text.
-        **settings: of `Stream`.
+        image: image suffixes in order of preference.
+        caption: suffix of the caption file.
+        field: key of the caption in a JSON file, or None for a text file.
+        **settings: arguments of `Stream`.
     """
 
     def __init__(
@@ -58,8 +58,8 @@ class WebDataset(Stream):
 
     @classmethod
     def from_config(cls, config: WebDatasetConfig, runtime: Runtime) -> WebDataset:
-        """Finds the shards. Raises FileNotFoundError for those that are not there."""
-        shards = [path for given in config.shards for path in find_shards(given)]
+        """Finds the shards. Raises FileNotFoundError if one is missing."""
+        shards = [path for pattern in config.shards for path in find_shards(pattern)]
         keys = ("resolution", "empty", "max_unreadable", "shuffle_buffer")
         settings = {key: getattr(config, key) for key in keys}
         return cls(shards, config.image, config.caption, config.caption_field, **settings)
@@ -70,46 +70,46 @@ class WebDataset(Stream):
 
     def read(self, shard: int) -> Iterator[Record]:
         path = self.shards[shard]
-        wanted = {self.caption, *self.image}
-        stem, parts, problem = "", {}, ""
+        suffixes = {self.caption, *self.image}
+        stem, files, problem = "", {}, ""
         try:
             with tarfile.open(path, "r|*", tarinfo=_Member) as tar:
                 for member in tar:
-                    place = PurePosixPath(member.name)
-                    if not member.isfile() or place.name.startswith("."):
+                    member_path = PurePosixPath(member.name)
+                    if not member.isfile() or member_path.name.startswith("."):
                         continue
-                    name, _, ending = place.name.partition(".")
-                    key = str(place.with_name(name))
-                    if parts and key != stem:
-                        yield self._record(path, stem, parts, problem)
-                        parts, problem = {}, ""
-                    stem, ending = key, ending.lower()
-                    if ending in wanted and member.size > MAX_BYTES:
-                        problem = f"its .{ending} has {member.size} bytes, more than the limit of {MAX_BYTES}"
-                    file = tar.extractfile(member) if ending in wanted and not problem else None
-                    parts[ending] = file.read() if file is not None else b""
-        except Exception as error:  # on damaged files tarfile raises TypeError, zlib.error and others beside its own
+                    name, _, suffix = member_path.name.partition(".")
+                    key = str(member_path.with_name(name))
+                    if files and key != stem:
+                        yield self._record(path, stem, files, problem)
+                        files, problem = {}, ""
+                    stem, suffix = key, suffix.lower()
+                    if suffix in suffixes and member.size > MAX_BYTES:
+                        problem = f"its .{suffix} has {member.size} bytes, more than the limit of {MAX_BYTES}"
+                    file = tar.extractfile(member) if suffix in suffixes and not problem else None
+                    files[suffix] = file.read() if file is not None else b""
+        except Exception as error:  # damaged files make tarfile raise TypeError, zlib.error and others
             self.unreadable.note(f"the rest of {path}", error)
-            parts = {}
-        if parts:
-            yield self._record(path, stem, parts, problem)
+            files = {}
+        if files:
+            yield self._record(path, stem, files, problem)
 
-    def _record(self, path: Path, stem: str, parts: dict[str, bytes], problem: str) -> Record:
+    def _record(self, path: Path, stem: str, files: dict[str, bytes], problem: str) -> Record:
         name = f"{stem} in {path}"
         if problem:
             return Record(name, problem=problem)
-        if self.caption not in parts:
-            return Record(name, problem=f"it has no .{self.caption}; there is {', '.join(sorted(parts))}")
-        image = next((parts[ending] for ending in self.image if ending in parts), None)
+        if self.caption not in files:
+            return Record(name, problem=f"the item has no .{self.caption}; available: {', '.join(sorted(files))}")
+        image = next((files[suffix] for suffix in self.image if suffix in files), None)
         try:
-            text = parts[self.caption].decode("utf-8-sig")
+            text = files[self.caption].decode("utf-8-sig")
             if self.field is not None:
                 text = json.loads(text)[self.field] or ""
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            what = f" with '{self.field}'" if self.field else ""
-            return Record(name, problem=f"its .{self.caption} is not a text{what} ({type(error).__name__}: {error})")
+            expected = f"JSON with '{self.field}'" if self.field else "text"
+            return Record(name, problem=f"its .{self.caption} is not {expected} ({type(error).__name__}: {error})")
         if not isinstance(text, str):
-            return Record(name, problem=f"'{self.field}' must be a text, got {text!r:.60}")
+            return Record(name, problem=f"'{self.field}' must be a string, got {text!r:.60}")
         try:
             return Record(name, check_text(text, f"its .{self.caption}").strip(), image)
         except ValueError as error:

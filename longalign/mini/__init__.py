@@ -1,1 +1,1 @@
-"""The small world that ships with the package: scenes, captions, an exact fact oracle, and small weights."""
+"""The bundled synthetic scenes: rendering, captions, an exact fact oracle, and the `mini` weights."""

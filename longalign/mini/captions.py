@@ -1,4 +1,4 @@
-"""Captions of the small world: the same facts in ten words or in five hundred tokens, each sentence with its facts."""
+"""Captions of the synthetic scenes, from ten words to over five hundred tokens, each sentence with its facts."""
 
 from __future__ import annotations
 
@@ -81,11 +81,11 @@ LAST_LEVEL = 5
 
 @dataclass(frozen=True)
 class Fact:
-    """Something that a caption says of an image.
+    """One fact of an image that a caption describes.
 
     Attributes:
         kind: ``shape``, ``colour``, ``size``, ``fill`` (of the object at ``place``), ``empty`` or ``ground``.
-        value: the value told, ``""`` for ``empty``.
+        value: the described value, ``""`` for ``empty``.
         place: one of `longalign.mini.scenes.PLACES`, ``""`` for ``ground``.
     """
 
@@ -96,7 +96,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Sentence:
-    """One sentence of a caption and the facts it tells."""
+    """One sentence of a caption and the facts that it describes."""
 
     text: str
     facts: tuple[Fact, ...]
@@ -115,27 +115,30 @@ class Caption:
 
     @property
     def num_words(self) -> int:
-        """Number of words, separated by blanks."""
+        """Number of words, separated by spaces."""
         return sum(s.text.count(" ") + 1 for s in self.sentences)
 
     @property
     def facts(self) -> tuple[Fact, ...]:
-        """All facts told, in reading order."""
+        """All described facts, in reading order."""
         return tuple(fact for s in self.sentences for fact in s.facts)
 
 
 def describe(scene: Scene, rng: np.random.Generator, *, words: int = 40, style: str = "plain") -> Caption:
-    """Tells a scene in about ``words`` words.
+    """Describes a scene in about ``words`` words.
 
-    The length is reached by telling each object more fully, from a clause over a sentence to one wordy sentence a fact,
-    then by naming the empty places. Too short a length leaves out sizes and fills, then whole objects; a scene of few
-    objects has a longest caption, so the result can stay below ``words``. A token of CLIP is about 0.9 words.
+    Longer captions describe each object in more detail, from a clause to one wordy sentence per fact, and then list the
+    empty places. Short captions omit sizes and fills first, then whole objects. Captions of scenes with few objects can
+    stay below ``words``, since their length is limited. A CLIP token is about 0.9 words.
 
     Args:
-        scene: what to tell.
-        rng: picks the phrases and the order of the objects.
-        words: the length aimed at; 8 is a short clause, 480 is over 500 CLIP tokens (from about seven objects on).
-        style: ``plain`` (each sentence can be read alone) or ``referring`` ("It is red.").
+        scene: the scene to describe.
+        rng: samples the phrases and the order of the objects.
+        words: target length; 8 is a short clause, 480 is over 500 CLIP tokens (with about seven objects or more).
+        style: ``plain`` (self-contained sentences) or ``referring`` ("It is red.").
+
+    Raises:
+        ValueError: if the style is unknown or ``words`` is below 1.
     """
     if style not in STYLES:
         raise ValueError(f"style must be one of {', '.join(STYLES)}, got {style!r}")
@@ -144,15 +147,15 @@ def describe(scene: Scene, rng: np.random.Generator, *, words: int = 40, style: 
     things = [scene.things[int(i)] for i in rng.permutation(len(scene.things))]
     empty = [p for p in PLACES if scene.at(p) is None]
     empty = [empty[int(i)] for i in rng.permutation(len(empty))]
-    teller = _Teller(scene, things, empty, style, int(rng.integers(2**31)))
+    builder = _CaptionBuilder(scene, things, empty, style, int(rng.integers(2**31)))
 
     def length(steps: int) -> int:
-        return teller.caption(*_plan(steps, len(things), len(empty))).num_words
+        return builder.caption(*_plan(steps, len(things), len(empty))).num_words
 
-    # objects are added one by one, then told more fully one by one, then the empty places: the first length that is
-    # enough is found by bisection
-    last = len(things) * (LAST_LEVEL + 1) + len(empty)
-    low, high = min(1, last), last
+    # Each step adds an object, then detail to an object, then an empty place. Bisection finds the fewest steps that
+    # reach the target length.
+    max_steps = len(things) * (LAST_LEVEL + 1) + len(empty)
+    low, high = min(1, max_steps), max_steps
     while low < high:
         middle = (low + high) // 2
         if length(middle) >= words:
@@ -160,23 +163,23 @@ def describe(scene: Scene, rng: np.random.Generator, *, words: int = 40, style: 
         else:
             low = middle + 1
     if low > 1 and low <= len(things) and length(low) > words:
-        low -= 1  # while whole objects are left out, rather short than long
-    return teller.caption(*_plan(low, len(things), len(empty)))
+        low -= 1  # if objects are omitted, prefer the shorter caption
+    return builder.caption(*_plan(low, len(things), len(empty)))
 
 
 def _plan(steps: int, num_things: int, num_empty: int) -> tuple[list[int], int]:
-    """The level of each object told, and how many empty places are named, after so many steps of telling more."""
+    """Level of detail of each described object, and the number of listed empty places, after ``steps`` steps."""
     if steps <= num_things:
         return [0] * steps, 0
-    everything = num_things * (LAST_LEVEL + 1)
-    if steps >= everything:
-        return [LAST_LEVEL] * num_things, steps - everything
+    object_steps = num_things * (LAST_LEVEL + 1)
+    if steps >= object_steps:
+        return [LAST_LEVEL] * num_things, steps - object_steps
     level, raised = divmod(steps, num_things)
     return [level] * raised + [level - 1] * (num_things - raised), 0
 
 
-class _Teller:
-    """Tells one scene at any levels; what is said of an object at a level does not depend on the others."""
+class _CaptionBuilder:
+    """Describes one scene at any levels of detail; the text of an object depends only on its own level."""
 
     def __init__(self, scene: Scene, things: list[Thing], empty: list[str], style: str, seed: int):
         self.scene, self.things, self.empty, self.style, self.seed = scene, things, empty, style, seed
@@ -276,7 +279,7 @@ def _capital(text: str) -> str:
 
 
 def all_phrases() -> list[str]:
-    """Every phrase that captions are made of: what the reduced vocabularies must hold whole."""
+    """All phrases that captions consist of, whose words the reduced vocabularies must contain."""
     banks: list[tuple[str, ...]] = [GROUND_CLAUSES, GROUND_SENTENCES, GROUND_WORDY, WHOLE, INTROS, INTROS_WORDY, TWO]
     banks += [COLOUR, COLOUR_WORDY, SIZE, SIZE_WORDY, FILL, FILL_WORDY, EMPTY, IT]
     banks += [*WHERE.values(), *SIZE_WORDS.values(), *FILL_WORDS.values()]

@@ -1,7 +1,7 @@
-"""The fact oracle: reads a scene back from pixels by matched filters, without any learned model.
+"""The fact oracle: recovers a scene from pixels with matched filters, without a learned model.
 
-At each place every kind of object's coverage mask, freed of its constant and linear part, is fitted to the pixels by
-least squares. The mask that explains most is the object; the fitted amplitude over the ground is its colour.
+At each place, the coverage mask of every kind of object, minus its constant and linear part, is fitted to the pixels by
+least squares. The mask that explains most variance is the object. Its fitted amplitude plus the ground is the colour.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ MIN_CONTRAST = 0.12
 """Amplitude (length of an RGB difference, in units of full range) below which a place counts as empty."""
 
 
-def read(images: np.ndarray) -> list[Scene]:
-    """Reads images ``(b, 3, 64, 64)`` in [0, 1] as scenes (their tint and vignette are left at 0)."""
+def read_scenes(images: np.ndarray) -> list[Scene]:
+    """Recovers the scenes of images ``(b, 3, 64, 64)`` in [0, 1], with tint and vignette 0."""
     images = np.asarray(images, np.float32)
     if images.ndim != 4 or images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
         raise ValueError(f"expected images of shape (b, 3, {IMAGE_SIZE}, {IMAGE_SIZE}), got {images.shape}")
-    seen = images[:, :, _never_covered()].mean(-1)
+    background = images[:, :, _never_covered()].mean(-1)
     names, palette = tuple(GROUNDS), np.array(list(GROUNDS.values()), np.float32)
-    grounds = ((seen[:, None] - palette) ** 2).sum(-1).argmin(-1)
-    light = (seen + 0.05) / (palette[grounds] + 0.05)
+    grounds = ((background[:, None] - palette) ** 2).sum(-1).argmin(-1)
+    light = (background + 0.05) / (palette[grounds] + 0.05)
     places = [_read_place(images, place, palette[grounds], light) for place in range(len(PLACES))]
     return [
         Scene(tuple(t for place in places if (t := place[i]) is not None), names[grounds[i]])
@@ -41,7 +41,7 @@ def _read_place(images: np.ndarray, place: int, ground: np.ndarray, light: np.nd
     amplitude = np.einsum("bcp,kp->bkc", x, filters) / energy[:, None]
     best = ((amplitude**2).sum(-1) * energy).argmax(-1)
     contrast = amplitude[np.arange(len(x)), best]
-    # what is left of the fit at the object's own pixels is the ground under this place's light
+    # the mean residual of the fit is the ground under the light at this place
     under = (x - contrast[:, :, None] * masks[best][:, None]).mean(-1)
     tint = np.clip((under + 0.05) / (ground + 0.05), 0.6, 1.3) * 0.5 + np.clip(light, 0.6, 1.3) * 0.5
     colour = (under + contrast) / tint
@@ -57,13 +57,13 @@ def _read_place(images: np.ndarray, place: int, ground: np.ndarray, light: np.nd
 
 @cache
 def _never_covered() -> np.ndarray:
-    """ImagePreprocessor that no object can cover: bool ``(64, 64)``."""
+    """Mask of pixels that no object can cover: bool ``(64, 64)``."""
     return object_masks().max((0, 1)) < 1e-3
 
 
 @cache
 def _filters() -> list[tuple[slice, slice, np.ndarray, np.ndarray]]:
-    """Per place: its rows and columns, the masks without their plane ``(30, p)``, and the masks as they are."""
+    """Per place: rows, columns, masks minus their constant and linear part ``(30, p)``, and the unchanged masks."""
     edges = [0, 21, 43, 64]
     out = []
     for place in range(len(PLACES)):
@@ -88,10 +88,10 @@ def holds(fact: Fact, scene: Scene) -> bool:
 
 
 def verdicts(images: np.ndarray, captions: Sequence[Caption]) -> list[list[list[bool]]]:
-    """For each image, for each sentence of its caption, for each fact told in it: whether the image shows it."""
+    """Whether each fact holds in the image: one list per image, sentence of its caption, and fact."""
     if len(images) != len(captions):
         raise ValueError(f"expected one caption per image, got {len(images)} images and {len(captions)} captions")
-    scenes = read(images)
+    scenes = read_scenes(images)
     return [
         [[holds(fact, scene) for fact in sentence.facts] for sentence in caption.sentences]
         for scene, caption in zip(scenes, captions, strict=True)
@@ -99,9 +99,9 @@ def verdicts(images: np.ndarray, captions: Sequence[Caption]) -> list[list[list[
 
 
 def fact_accuracy(images: np.ndarray, captions: Sequence[Caption]) -> np.ndarray:
-    """Share of the facts told in each caption that its image shows: ``(b,)``; NaN where a caption tells none."""
+    """Fraction of the facts of each caption that hold in its image: ``(b,)``; NaN for a caption without facts."""
     out = []
-    for image in verdicts(images, captions):
-        flat = [fact for sentence in image for fact in sentence]
+    for sentences in verdicts(images, captions):
+        flat = [fact_holds for sentence in sentences for fact_holds in sentence]
         out.append(float(np.mean(flat)) if flat else float("nan"))
     return np.array(out)

@@ -1,4 +1,4 @@
-"""Preferences of the small world: which of two images of a caption people like, for its truth and for a taste."""
+"""Preferences over synthetic scenes, from faithfulness to the caption and a caption-independent taste."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from longalign.mini import oracle
 from longalign.mini.captions import Caption
 from longalign.mini.scenes import ATTRIBUTES, GROUNDS, VALUES, Scene
 
-#: shares of a scene's facts that are changed, each equally likely
+#: probabilities of changing each fact of a scene; one of them is sampled per scene
 RATES = (0.0, 0.1, 0.25, 0.5)
 
 
 def vary(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene as an imperfect model would draw it: some facts changed, some objects gone, with a look of its own."""
+    """Imitates the output of an imperfect model: changes some facts, drops some objects, and samples a new look."""
     rate = float(rng.choice(RATES))
     things = []
     for thing in scene.things:
@@ -28,17 +28,17 @@ def vary(scene: Scene, rng: np.random.Generator) -> Scene:
 
 
 def truth(scene: Scene, caption: Caption) -> float:
-    """Share of the caption's facts that hold in the scene; 1 where it tells none."""
+    """Fraction of the caption's facts that hold in the scene; 1 for a caption without facts."""
     return float(np.mean([oracle.holds(fact, scene) for fact in caption.facts])) if caption.facts else 1.0
 
 
 def taste(scene: Scene) -> float:
-    """How much a scene's look pleases, from -1 to 1: warm light and dark corners do, of which no caption tells."""
+    """Score of a scene's look from -1 to 1; warm light and dark corners score high. Captions never describe these."""
     return (scene.tint + 2 * scene.vignette - 1) / 2
 
 
 def preference(first: Scene, second: Scene, caption: Caption, truth_weight: float, taste_weight: float) -> float:
-    """Share of people who prefer the first of two scenes for a caption: the sigmoid of the weighted differences."""
+    """Fraction of people who prefer the first of two scenes: sigmoid of the sum of the weighted differences."""
     margin = truth_weight * (truth(first, caption) - truth(second, caption))
     margin += taste_weight * (taste(first) - taste(second))
     return float(1 / (1 + np.exp(-margin)))

@@ -1,7 +1,7 @@
-"""Scenes of the small world: objects on a three by three grid, drawn at 64 x 64 pixels.
+"""The synthetic scenes: objects on a three by three grid, rendered at 64 x 64 pixels.
 
-What a caption can tell are *facts*: the ground's colour, and at each place the object's shape, colour, size and fill,
-or that nothing is there. What no caption tells is the *look*: a warm or cold tint and a vignette, the stuff of taste.
+Captions describe *facts*: the colour of the ground, and for each place the object's shape, colour, size and fill, or
+that the place is empty. They never describe the *look*: a warm or cold tint and a vignette, which determine taste.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom lef
 SHAPES = ("circle", "square", "triangle", "diamond", "cross")
 FILLS = ("solid", "striped", "hollow")
 SIZES = {"small": 5.5, "large": 9.6}
-"""Half the width of an object in pixels."""
+"""Half width of an object in pixels."""
 COLOURS = {
     "red": (0.86, 0.12, 0.12),
     "orange": (0.98, 0.55, 0.08),
@@ -53,13 +53,13 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in an image.
+    """Content of an image.
 
     Attributes:
-        things: objects in the order of `PLACES`, one a place at most.
+        things: objects in the order of `PLACES`, at most one per place.
         ground: name of the ground's colour.
-        tint: -1 (cold) to 1 (warm); told by no caption.
-        vignette: 0 (even light) to 1 (dark corners); told by no caption.
+        tint: -1 (cold) to 1 (warm); not described by captions.
+        vignette: 0 (even light) to 1 (dark corners); not described by captions.
     """
 
     things: tuple[Thing, ...]
@@ -73,7 +73,7 @@ class Scene:
 
 
 def sample_scene(rng: np.random.Generator, num_things: tuple[int, int] = (1, 9)) -> Scene:
-    """Draws a scene with ``num_things`` objects (lowest, highest; both included), all facts and looks uniform."""
+    """Samples a scene with ``num_things`` objects (lowest and highest, inclusive); facts and looks are uniform."""
     low, high = num_things
     if not 0 <= low <= high <= len(PLACES):
         raise ValueError(f"num_things must be a range within 0 and {len(PLACES)}, got {num_things}")
@@ -87,7 +87,7 @@ def sample_scene(rng: np.random.Generator, num_things: tuple[int, int] = (1, 9))
 
 
 def render(scene: Scene) -> np.ndarray:
-    """Draws a scene: float32 ``(64, 64, 3)`` in [0, 1]."""
+    """Renders a scene: float32 ``(64, 64, 3)`` in [0, 1]."""
     image = np.broadcast_to(np.array(GROUNDS[scene.ground], np.float32), (IMAGE_SIZE, IMAGE_SIZE, 3)).copy()
     masks = object_masks()
     for thing in scene.things:
@@ -99,13 +99,13 @@ def render(scene: Scene) -> np.ndarray:
 
 
 def render_batch(scenes: Sequence[Scene]) -> np.ndarray:
-    """Draws scenes: float32 ``(b, 3, 64, 64)`` in [0, 1], the layout that models take."""
+    """Renders scenes in the layout of models: float32 ``(b, 3, 64, 64)`` in [0, 1]."""
     return np.stack([render(scene) for scene in scenes]).transpose(0, 3, 1, 2).copy()
 
 
 @cache
 def object_masks() -> np.ndarray:
-    """Coverage of every kind of object at every place: float32 ``(9, 30, 64, 64)``, kinds ordered as `MASK_KEYS`."""
+    """Coverage masks of every kind of object at every place: float32 ``(9, 30, 64, 64)``, ordered as `MASK_KEYS`."""
     fine = 4
     axis = (np.arange(IMAGE_SIZE * fine, dtype=np.float32) + 0.5) / fine
     out = np.zeros((len(PLACES), len(MASK_KEYS), IMAGE_SIZE, IMAGE_SIZE), np.float32)
@@ -138,6 +138,6 @@ def _inside(shape: str, x: np.ndarray, y: np.ndarray, half: float) -> np.ndarray
 
 @cache
 def _radius() -> np.ndarray:
-    """Distance from the middle of the image, 1 in its corners."""
+    """Distance from the image centre, 1 in the corners."""
     axis = (np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5) / IMAGE_SIZE * 2 - 1
     return np.hypot(axis[:, None], axis[None, :]) / np.float32(2**0.5)

@@ -1,8 +1,8 @@
-"""Tokenizers of the small world: CLIP's byte-pair encoding with a reduced vocabulary, and a T5 unigram model.
+"""Tokenizers of the `mini` models: CLIP's byte-pair encoding with a reduced vocabulary, and a T5 unigram model.
 
-The reduced CLIP vocabulary keeps all bytes, the most frequent merges and every merge that the given words need. Those
-words are split exactly as by the full tokenizer, and any other text still has tokens. Ids follow CLIP's order (bytes,
-bytes that end a word, merges by rank, ``<sot>``, ``<eot>``), so the same vocabulary serves transformers and open_clip.
+The reduced CLIP vocabulary keeps all bytes, the most frequent merges and every merge of the given words. These words
+are split exactly as by the full tokenizer, and any other text can still be tokenized. Ids follow CLIP's order (bytes,
+word-final bytes, merges by rank, ``<sot>``, ``<eot>``), so transformers and open_clip can use the same vocabulary.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _SOT, _EOT = "<|startoftext|>", "<|endoftext|>"
 
 
 def reduced_merges(words: Iterable[str], num_common: int = NUM_COMMON_MERGES) -> list[tuple[str, str]]:
-    """The merges of CLIP's vocabulary that are kept, by rank: the first ``num_common`` and those that ``words`` use."""
+    """Merges of the reduced CLIP vocabulary by rank: the first ``num_common`` and those that ``words`` use."""
     full = SimpleTokenizer()
-    kept = set(sorted(full.bpe_ranks.values())[:num_common])
+    ranks_used = set(sorted(full.bpe_ranks.values())[:num_common])
     for word in sorted({w for text in words for w in full.pat.findall(text.lower())}):
         symbols = [full.byte_encoder[b] for b in word.encode()]
         symbols[-1] += "</w>"
@@ -35,20 +35,20 @@ def reduced_merges(words: Iterable[str], num_common: int = NUM_COMMON_MERGES) ->
             best = min(ranks)
             if best == len(full.bpe_ranks):
                 break
-            kept.add(best)
-            first = ranks.index(best)
-            symbols[first : first + 2] = [symbols[first] + symbols[first + 1]]
+            ranks_used.add(best)
+            i = ranks.index(best)
+            symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
     by_rank = {rank: (pair[0], pair[1]) for pair, rank in full.bpe_ranks.items()}
-    return [by_rank[rank] for rank in sorted(kept)]
+    return [by_rank[rank] for rank in sorted(ranks_used)]
 
 
 def write_clip_tokenizer(folder: Path, words: Sequence[str] | None = None, max_length: int = 77) -> Path:
     """Writes a transformers ``CLIPTokenizer`` with the reduced vocabulary into ``folder``.
 
     Args:
-        folder: where the files go; made if missing.
-        words: texts whose words must be split as by the full tokenizer; the small world's own vocabulary if None.
-        max_length: length of the text model's window in tokens.
+        folder: output folder; created if missing.
+        words: texts whose words must be split as by the full tokenizer; None for the phrases of the captions.
+        max_length: window of the text model in tokens.
     """
     from transformers import CLIPTokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -62,17 +62,17 @@ def write_clip_tokenizer(folder: Path, words: Sequence[str] | None = None, max_l
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(f"{a} {b}" for a, b in merges) + "\n")
     ends = {"unk_token": _EOT, "bos_token": _SOT, "eos_token": _EOT, "pad_token": _EOT}
     _write_settings(folder, "CLIPTokenizer", max_length, ends)
-    # constructors differ between versions of transformers, what they make of these two files does not
+    # constructors differ between versions of transformers, but all load these two files to the same tokenizer
     (folder / "tokenizer.json").unlink(missing_ok=True)
     CLIPTokenizerFast.from_pretrained(folder).backend_tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
 
 def write_open_clip_bpe(folder: Path, words: Sequence[str] | None = None) -> Path:
-    """Writes the reduced vocabulary as ``bpe_simple_vocab.txt.gz``, the file that open_clip's tokenizer reads."""
+    """Writes the reduced vocabulary as ``bpe_simple_vocab.txt.gz``, the file of open_clip's tokenizer."""
     merges = reduced_merges(_default_words() if words is None else words)
     folder.mkdir(parents=True, exist_ok=True)
-    # open_clip takes every line after the first as a merge, so there is no newline at the end
+    # open_clip parses every line after the first as a merge, so the file must not end with a newline
     text = "#version: 0.2\n" + "\n".join(f"{a} {b}" for a, b in merges)
     path = folder / "bpe_simple_vocab.txt.gz"
     path.write_bytes(gzip.compress(text.encode(), mtime=0))
@@ -82,8 +82,8 @@ def write_open_clip_bpe(folder: Path, words: Sequence[str] | None = None) -> Pat
 def write_t5_tokenizer(folder: Path, texts: Sequence[str] | None = None, vocab_size: int = 600) -> Path:
     """Trains a unigram model on ``texts`` and writes it as a transformers ``T5Tokenizer`` into ``folder``.
 
-    Every word of the texts is a piece, with its share of all words as its probability: the trainer alone leaves out the
-    shortest and commonest words of so few texts.
+    Every word of the texts is added as a piece with its relative frequency as probability, since the trainer omits the
+    shortest and most frequent words of so few texts.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 

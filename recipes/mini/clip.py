@@ -1,10 +1,9 @@
-"""The small CLIP, in two stages. Run: ``python recipes/mini/clip.py text [steps]``, then ``... image [steps]``.
+"""The `mini` CLIP, in two stages. Run: ``python recipes/mini/clip.py text [steps]``, then ``... image [steps]``.
 
-``text``: the text model learns to hold the facts of one to four sentences, read from its embedding by a linear head.
-``image``: the text model is frozen, the image model is trained beside it (as in LiT, Zhai et al., 2022) by contrast, by
-the same linear head, by a head on its patches and by one that reads light and vignette, which no text tells but a CLIP
-sees. A text is matched with every image of the batch of which all its facts are true; in a world this small many are.
-The heads are thrown away.
+``text``: trains the text model so that a linear head predicts the facts of one to four sentences from its embedding.
+``image``: freezes the text model and trains the image model (as in LiT, Zhai et al., 2022) with a contrastive loss, the
+same linear head, a head on the patches, and a head for light and vignette, which texts do not describe but a CLIP model
+encodes. A text matches every image of the batch in which all its facts hold, often several. The heads are discarded.
 """
 
 from __future__ import annotations
@@ -13,8 +12,18 @@ import sys
 
 import numpy as np
 import torch
-from common import RUNS, WEIGHTS, bytes_of, fit, images_of, kept, publish_text_encoder
-from facts import SIZES, UNTOLD, FactHead, TokenHead, all_true, contrast, labels_of_caption, labels_of_scene, tensor
+from common import RUNS, WEIGHTS, load_or_compute, publish_text_encoder, render_images, render_uint8, train
+from facts import (
+    IGNORED,
+    SIZES,
+    FactHead,
+    TokenHead,
+    all_true,
+    contrast,
+    label_tensor,
+    labels_of_caption,
+    labels_of_scene,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
@@ -34,7 +43,7 @@ def build(tokenizer: CLIPTokenizer) -> CLIPModel:
         "vocab_size": len(tokenizer), "max_position_embeddings": 77, "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "projection_dim": 256,
     }  # fmt: skip
-    # an image shows all of nine places: a linear read-out needs more dimensions than the few facts of a text
+    # an image has facts at all nine places: a linear head needs more dimensions than for the few facts of a text
     vision = {
         "num_hidden_layers": 2, "hidden_size": 192, "num_attention_heads": 6, "intermediate_size": 768,
         "image_size": 64, "patch_size": 8, "projection_dim": 256,
@@ -46,15 +55,15 @@ def normalise(images: Tensor) -> Tensor:
     return (images - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
-def some_sentences(caption: Caption, rng: np.random.Generator) -> Caption:
-    """One to four neighbouring sentences."""
-    number = int(rng.integers(1, min(4, len(caption.sentences)) + 1))
-    start = int(rng.integers(len(caption.sentences) - number + 1))
-    return Caption(caption.sentences[start : start + number])
+def sample_sentences(caption: Caption, rng: np.random.Generator) -> Caption:
+    """One to four consecutive sentences."""
+    count = int(rng.integers(1, min(4, len(caption.sentences)) + 1))
+    start = int(rng.integers(len(caption.sentences) - count + 1))
+    return Caption(caption.sentences[start : start + count])
 
 
 class PatchHead(nn.Module):
-    """Linear classifiers of a place's attributes on the mean of its patches."""
+    """Linear classifiers of the attributes of a place on the mean of its patches."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -62,29 +71,29 @@ class PatchHead(nn.Module):
         self.linear = nn.Linear(dim, sum(self.sizes))
 
     def forward(self, patches: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy for patches ``(b, 64, d)`` and the labels of whole scenes ``(b, slots)``."""
+        """Cross-entropy of patches ``(b, 64, d)`` and the labels of scenes ``(b, slots)``."""
         grid = patches.transpose(1, 2).unflatten(2, (8, 8))
         places = F.adaptive_avg_pool2d(grid, 3).flatten(2).transpose(1, 2)
         groups = self.linear(places).split(self.sizes, -1)
         labels = labels[:, 1:].unflatten(1, (9, 4))
         losses = [
-            F.cross_entropy(g.flatten(0, 1), labels[..., i].flatten(), ignore_index=UNTOLD)
+            F.cross_entropy(g.flatten(0, 1), labels[..., i].flatten(), ignore_index=IGNORED)
             for i, g in enumerate(groups)
         ]
         return torch.stack(losses).mean()
 
 
 def sample_text(scene: Scene, rng: np.random.Generator) -> Caption:
-    """One to four sentences of a caption of the scene, at most 40 words."""
+    """One to four sentences of a caption of the scene, at most 40 words in total."""
     while True:
-        longest = 240 if rng.random() < 0.7 else 45
-        part = some_sentences(describe(scene, rng, words=int(rng.integers(8, longest + 1))), rng)
-        if part.num_words <= 40:
-            return part
+        max_words = 240 if rng.random() < 0.7 else 45
+        sentences = sample_sentences(describe(scene, rng, words=int(rng.integers(8, max_words + 1))), rng)
+        if sentences.num_words <= 40:
+            return sentences
 
 
 def sample_texts(rng: np.random.Generator, size: int) -> tuple[list[Scene], list[Caption]]:
-    """Scenes with a few sentences about each."""
+    """Scenes with a few sentences of a caption each."""
     scenes = [sample_scene(rng, (1, 9)) for _ in range(size)]
     return scenes, [sample_text(scene, rng) for scene in scenes]
 
@@ -92,26 +101,26 @@ def sample_texts(rng: np.random.Generator, size: int) -> tuple[list[Scene], list
 def train_text(clip: CLIPModel, head: FactHead, tokenizer: CLIPTokenizer, steps: int) -> None:
     token_head = TokenHead(128)
 
-    def read(texts: list[Caption]) -> tuple[Tensor, Tensor]:
+    def predict(texts: list[Caption]) -> tuple[Tensor, Tensor]:
         tokens = tokenizer([c.text for c in texts], padding=True, truncation=True, return_tensors="pt")
-        labels = tensor([labels_of_caption(c) for c in texts])
+        labels = label_tensor([labels_of_caption(c) for c in texts])
         out = clip.text_model(**tokens)
         pooled = head(clip.text_projection(out.pooler_output), labels)
         by_token = token_head(out.last_hidden_state, tokens.attention_mask, labels)
         return pooled[0] + by_token[0], torch.stack([pooled[1], by_token[1]])
 
-    def loss_of(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        loss, shares = read(sample_texts(rng, TEXT_BATCH)[1])
-        return {"loss": loss, "text_read": shares[0], "tokens_read": shares[1]}
+    def compute_loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
+        loss, accuracies = predict(sample_texts(rng, TEXT_BATCH)[1])
+        return {"loss": loss, "text_read": accuracies[0], "tokens_read": accuracies[1]}
 
     held_out = sample_texts(np.random.default_rng(7), 256)[1]
 
     def evaluate() -> dict[str, float]:
-        shares = read(held_out)[1]
-        return {"held_text_read": shares[0].item(), "held_tokens_read": shares[1].item()}
+        accuracies = predict(held_out)[1]
+        return {"held_text_read": accuracies[0].item(), "held_tokens_read": accuracies[1].item()}
 
     parts = nn.ModuleList([clip.text_model, clip.text_projection, head, token_head])
-    fit("clip-text", parts, loss_of, steps=steps, lr=1.5e-3, warmup=50,
+    train("clip-text", parts, compute_loss, steps=steps, lr=1.5e-3, warmup=50,
         outer=("embedding", "2.linear", "queries", "ground", "place"),
         evaluate=evaluate, evaluate_every=200)  # fmt: skip
     encoder = CLIPTextModel(clip.config.text_config)
@@ -127,7 +136,7 @@ def looks(scenes: list[Scene]) -> Tensor:
 
 
 def pool_scenes() -> list[Scene]:
-    """The scenes that the image model is trained on."""
+    """Training scenes of the image model."""
     rng = np.random.default_rng(13)
     return [sample_scene(rng, (1, 9)) for _ in range(POOL)]
 
@@ -142,45 +151,46 @@ def train_image(clip: CLIPModel, head: FactHead, tokenizer: CLIPTokenizer, steps
         tokens = tokenizer([c.text for c in texts], padding=True, truncation=True, return_tensors="pt")
         return F.normalize(clip.get_text_features(**tokens).pooler_output, dim=-1)
 
-    def make() -> dict[str, Tensor]:
+    def compute_pool() -> dict[str, Tensor]:
         scenes, rng = pool_scenes(), np.random.default_rng(14)
         texts = [sample_text(scene, rng) for scene in scenes for _ in range(TEXTS)]
-        described = tensor([labels_of_caption(c) for c in texts]).short()
+        text_labels = label_tensor([labels_of_caption(c) for c in texts]).short()
         embedded = torch.cat([embed_texts(texts[i : i + 128]) for i in range(0, len(texts), 128)])
         return {
-            "pixels": bytes_of(scenes), "looks": looks(scenes), "shown": tensor([labels_of_scene(s) for s in scenes]),
-            "told": described.view(POOL, TEXTS, -1), "embedded": embedded.view(POOL, TEXTS, -1),
+            "pixels": render_uint8(scenes), "looks": looks(scenes),
+            "image_labels": label_tensor([labels_of_scene(s) for s in scenes]),
+            "text_labels": text_labels.view(POOL, TEXTS, -1), "embedded": embedded.view(POOL, TEXTS, -1),
         }  # fmt: skip
 
-    pool = kept("clip-pool", make)
+    pool = load_or_compute("clip-data", compute_pool)
 
-    def loss_of(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
+    def compute_loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
         index = torch.from_numpy(rng.choice(POOL, IMAGE_BATCH, replace=False))
-        which = torch.from_numpy(rng.integers(TEXTS, size=IMAGE_BATCH))
-        shown, described = pool["shown"][index], pool["told"][index, which].long()
+        text_index = torch.from_numpy(rng.integers(TEXTS, size=IMAGE_BATCH))
+        image_labels, text_labels = pool["image_labels"][index], pool["text_labels"][index, text_index].long()
         out = clip.vision_model(normalise(pool["pixels"][index].float() / 255))
         image = clip.visual_projection(out.pooler_output)
-        text = pool["embedded"][index, which]
+        text = pool["embedded"][index, text_index]
         scores = clip.logit_scale.exp().clamp(max=100) * text @ F.normalize(image, dim=-1).T
-        nce = contrast(scores, all_true(described, shown).float())
-        fact_loss, read = head(image, shown)
+        nce = contrast(scores, all_true(text_labels, image_labels).float())
+        fact_loss, accuracy = head(image, image_labels)
         look = F.mse_loss(look_head(image), pool["looks"][index])
-        loss = nce + 2 * fact_loss + patch_head(out.last_hidden_state[:, 1:], shown) + look
-        return {"loss": loss, "nce": nce, "image_read": read, "look_error": look}
+        loss = nce + 2 * fact_loss + patch_head(out.last_hidden_state[:, 1:], image_labels) + look
+        return {"loss": loss, "nce": nce, "image_read": accuracy, "look_error": look}
 
     held_scenes, held_texts = sample_texts(np.random.default_rng(7), 256)
-    shown = tensor([labels_of_scene(s) for s in held_scenes])
-    match = all_true(tensor([labels_of_caption(c) for c in held_texts]), shown)
+    image_labels = label_tensor([labels_of_scene(s) for s in held_scenes])
+    match = all_true(label_tensor([labels_of_caption(c) for c in held_texts]), image_labels)
 
     def evaluate() -> dict[str, float]:
-        image = clip.get_image_features(normalise(images_of(held_scenes))).pooler_output
+        image = clip.get_image_features(normalise(render_images(held_scenes))).pooler_output
         best = (embed_texts(held_texts) @ F.normalize(image, dim=-1).T).argmax(-1)
         at_1 = match[torch.arange(len(best)), best].float().mean().item()
         chance = match.float().mean().item()
-        return {"true_at_1_of_256": at_1, "chance": chance, "held_image_read": head(image, shown)[1].item()}
+        return {"true_at_1_of_256": at_1, "chance": chance, "held_image_read": head(image, image_labels)[1].item()}
 
     parts = nn.ModuleList([clip, head, patch_head, look_head])
-    fit("clip-image", parts, loss_of, steps=steps, lr=1.5e-3, warmup=50,
+    train("clip-image", parts, compute_loss, steps=steps, lr=1.5e-3, warmup=50,
         outer=("embedding", "logit_scale", "2.linear", "3.weight"), evaluate=evaluate, evaluate_every=500)  # fmt: skip
     clip.half().save_pretrained(WEIGHTS / "clip")
     processor = CLIPImageProcessor(

@@ -1,4 +1,4 @@
-"""What the recipes of the small weights share: batches of scenes, a resumable loop, a log."""
+"""Shared code of the recipes for the `mini` weights: batches of scenes, a resumable training loop, a log."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RUNS = Path("runs/mini")
 WEIGHTS = HERE.parents[1] / "longalign" / "mini" / "weights"
 
 
-def images_of(scenes: list[Scene]) -> Tensor:
+def render_images(scenes: list[Scene]) -> Tensor:
     """Renders scenes: ``(b, 3, 64, 64)`` in [0, 1]."""
     return torch.from_numpy(render_batch(scenes))
 
@@ -30,31 +30,33 @@ def images_of(scenes: list[Scene]) -> Tensor:
 def scene_and_caption(
     rng: np.random.Generator, num_things: tuple[int, int], words: tuple[int, int], referring: float = 0.0
 ) -> tuple[Scene, Caption]:
-    """One scene told in a random number of words."""
+    """Samples a scene and a caption with a random number of words."""
     scene = sample_scene(rng, num_things)
     style = "referring" if rng.random() < referring else "plain"
     return scene, describe(scene, rng, words=int(rng.integers(words[0], words[1] + 1)), style=style)
 
 
-def kept(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What ``make`` returns, computed once and kept as ``runs/mini/<name>.pt``: training then costs the model alone."""
+def load_or_compute(name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Loads ``runs/mini/<name>.pt``, or computes it with ``compute`` and saves it."""
     path = RUNS / f"{name}.pt"
     if not path.exists():
         RUNS.mkdir(parents=True, exist_ok=True)
-        torch.save(make(), path)
+        torch.save(compute(), path)
     return torch.load(path, weights_only=True)
 
 
-def bytes_of(scenes: list[Scene]) -> Tensor:
+def render_uint8(scenes: list[Scene]) -> Tensor:
     """Renders scenes: ``(n, 3, 64, 64)`` uint8."""
     chunks = [scenes[i : i + 500] for i in range(0, len(scenes), 500)]
-    return torch.cat([(images_of(chunk) * 255).round().to(torch.uint8) for chunk in chunks])
+    return torch.cat([(render_images(chunk) * 255).round().to(torch.uint8) for chunk in chunks])
 
 
 def publish_text_encoder() -> None:
-    """Gives the text model's weights the names of published checkpoints, which all versions of transformers read;
-    version 5 saves them without the prefix, and 4 would then leave random ones in their place. The config asks for
-    float32, for transformers 5 loads the dtype that it names and diffusers the other parts in float32."""
+    """Renames the text model's weights to the names of published checkpoints, and sets float32 in its config.
+
+    transformers 5 saves the weights without prefix, and transformers 4 would then use random weights instead. The dtype
+    in the config determines the dtype in transformers 5, while diffusers loads the other parts in float32.
+    """
     path = WEIGHTS / "sd" / "text_encoder" / "model.safetensors"
     weights = {f"text_model.{name.removeprefix('text_model.')}": weight for name, weight in load_file(path).items()}
     save_file(weights, path, {"format": "pt"})
@@ -63,10 +65,10 @@ def publish_text_encoder() -> None:
     config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
-def fit(
+def train(
     name: str,
     modules: nn.Module,
-    loss_of: Callable[[int, np.random.Generator], dict[str, Tensor]],
+    compute_loss: Callable[[int, np.random.Generator], dict[str, Tensor]],
     *,
     steps: int,
     lr: float,
@@ -81,10 +83,11 @@ def fit(
     evaluate_every: int = 500,
     ema: float | None = None,
 ) -> nn.Module:
-    """Trains ``modules`` with Muon and a cosine schedule; goes on where an earlier, interrupted call stopped.
+    """Trains ``modules`` with Muon and a cosine schedule; resumes an interrupted call.
 
-    ``loss_of(step, rng)`` returns ``{"loss": ..., **metrics}``; its generator depends on the step alone, so a resumed
-    run sees the same data. The log goes to ``recipes/mini/logs/<name>.jsonl``. With ``ema``, the average is returned.
+    ``compute_loss(step, rng)`` returns ``{"loss": ..., **metrics}``. Its generator depends only on the step, so a
+    resumed run sees the same data. Metrics are logged to ``recipes/mini/logs/<name>.jsonl``. With ``ema``, returns the
+    averaged weights.
     """
     RUNS.mkdir(parents=True, exist_ok=True)
     (HERE / "logs").mkdir(exist_ok=True)
@@ -102,7 +105,7 @@ def fit(
         state = torch.load(state_path, weights_only=True)
         modules.load_state_dict(state["modules"])
         optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["gradient_steps"])
+        schedule.load_state_dict(state["schedule"])
         average, start, seconds = state["average"], state["step"], state["seconds"]
     else:
         log_path.unlink(missing_ok=True)
@@ -110,7 +113,7 @@ def fit(
     sums: dict[str, float] = {}
     began = time.time()
     for step in range(start, steps):
-        out = loss_of(step, np.random.default_rng([len(name), step]))
+        out = compute_loss(step, np.random.default_rng([len(name), step]))
         optimizer.zero_grad(set_to_none=True)
         out["loss"].backward()
         nn.utils.clip_grad_norm_(parameters, clip)
@@ -128,22 +131,18 @@ def fit(
             row |= {key: round(value / ((step % log_every) + 1), 5) for key, value in sums.items()}
             sums = {}
             if evaluate and ((step + 1) % evaluate_every == 0 or last):
-                kept = _swap(parameters, average)
+                current = _swap(parameters, average)
                 modules.eval()
                 with torch.no_grad():
                     row |= {key: round(value, 4) for key, value in evaluate().items()}
                 modules.train()
-                _swap(parameters, kept)
+                _swap(parameters, current)
             print(name, json.dumps(row), flush=True)
             with log_path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
         if (step + 1) % save_every == 0 or last:
             state = {"modules": modules.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            state |= {
-                "gradient_steps": schedule.state_dict(),
-                "average": average,
-                "seconds": seconds + time.time() - began,
-            }
+            state |= {"schedule": schedule.state_dict(), "average": average, "seconds": seconds + time.time() - began}
             torch.save(state, state_path.with_suffix(".tmp"))
             state_path.with_suffix(".tmp").replace(state_path)
     _swap(parameters, average)
@@ -151,7 +150,7 @@ def fit(
 
 
 def _swap(parameters: list[nn.Parameter], values: list[Tensor]) -> list[Tensor]:
-    """Puts ``values`` (if any) into the parameters and returns what was there."""
+    """Copies ``values`` (if any) into the parameters and returns the previous values."""
     before = [p.detach().clone() for p in parameters] if values else []
     with torch.no_grad():
         for parameter, value in zip(parameters, values, strict=False):

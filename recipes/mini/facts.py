@@ -1,4 +1,4 @@
-"""Facts as class labels, and a linear head that reads them from an embedding."""
+"""Facts as class labels, and heads that predict them from embeddings and token states."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from longalign.mini.captions import Caption
 from longalign.mini.scenes import ATTRIBUTES, PLACES, VALUES, Scene
 
-UNTOLD = -100
+IGNORED = -100
 NONE = len(VALUES["shape"])
 """Label of an empty place in its shape slot."""
 SIZES = [len(VALUES["ground"])] + [len(VALUES[a]) + (a == "shape") for _ in PLACES for a in ATTRIBUTES]
@@ -20,8 +20,8 @@ SIZES = [len(VALUES["ground"])] + [len(VALUES[a]) + (a == "shape") for _ in PLAC
 
 
 def labels_of_scene(scene: Scene) -> list[int]:
-    """One label a slot; attributes of empty places are `UNTOLD`."""
-    labels = [VALUES["ground"].index(scene.ground)] + [NONE, UNTOLD, UNTOLD, UNTOLD] * len(PLACES)
+    """One label per slot; attributes of empty places are `IGNORED`."""
+    labels = [VALUES["ground"].index(scene.ground)] + [NONE, IGNORED, IGNORED, IGNORED] * len(PLACES)
     for thing in scene.things:
         start = 1 + 4 * PLACES.index(thing.place)
         labels[start : start + 4] = [VALUES[a].index(getattr(thing, a)) for a in ATTRIBUTES]
@@ -29,8 +29,8 @@ def labels_of_scene(scene: Scene) -> list[int]:
 
 
 def labels_of_caption(caption: Caption) -> list[int]:
-    """As `labels_of_scene`, for what a caption tells; the rest is `UNTOLD`."""
-    labels = [UNTOLD] * len(SIZES)
+    """Like `labels_of_scene`, for the facts of a caption; all other slots are `IGNORED`."""
+    labels = [IGNORED] * len(SIZES)
     for fact in caption.facts:
         if fact.kind == "ground":
             labels[0] = VALUES["ground"].index(fact.value)
@@ -42,40 +42,40 @@ def labels_of_caption(caption: Caption) -> list[int]:
     return labels
 
 
-def all_true(told: Tensor, shown: Tensor) -> Tensor:
-    """``(texts, images)`` bool: whether every fact told in a text is true of an image."""
-    return ((told[:, None] == shown[None]) | (told[:, None] == UNTOLD)).all(-1)
+def all_true(text_labels: Tensor, image_labels: Tensor) -> Tensor:
+    """``(texts, images)`` bool: whether all facts of a text hold in an image."""
+    return ((text_labels[:, None] == image_labels[None]) | (text_labels[:, None] == IGNORED)).all(-1)
 
 
 def contrast(scores: Tensor, match: Tensor) -> Tensor:
-    """The contrastive loss both ways over ``scores`` (texts, images); ``match`` may name several images a text."""
+    """Symmetric contrastive loss of ``scores`` (texts, images); a text may ``match`` several images."""
     by_text = F.cross_entropy(scores, match / match.sum(1, keepdim=True))
     return by_text / 2 + F.cross_entropy(scores.T, match.T / match.T.sum(1, keepdim=True)) / 2
 
 
 class FactHead(nn.Module):
-    """Linear classifiers of all slots on one embedding ``(b, d)``."""
+    """Linear classifiers of all slots on an embedding ``(b, d)``."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.linear = nn.Linear(dim, sum(SIZES))
 
     def forward(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy over the told facts, and the share of them that is read rightly."""
+        """Cross-entropy and accuracy over the labelled slots."""
         return fact_loss(self.linear(features).split(SIZES, -1), labels)
 
 
 def fact_loss(logits: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy over the told facts of all slots, and the share of them that is read rightly."""
+    """Cross-entropy and accuracy over the labelled slots."""
     pairs = list(zip(logits, labels.T, strict=True))
-    losses = [F.cross_entropy(g, y, reduction="sum", ignore_index=UNTOLD) for g, y in pairs]
-    hits = [((g.argmax(-1) == y) & (y != UNTOLD)).sum() for g, y in pairs]
-    told = (labels != UNTOLD).sum().clamp(min=1)
-    return torch.stack(losses).sum() / told, torch.stack(hits).sum() / told
+    losses = [F.cross_entropy(g, y, reduction="sum", ignore_index=IGNORED) for g, y in pairs]
+    correct = [((g.argmax(-1) == y) & (y != IGNORED)).sum() for g, y in pairs]
+    count = (labels != IGNORED).sum().clamp(min=1)
+    return torch.stack(losses).sum() / count, torch.stack(correct).sum() / count
 
 
 class TokenHead(nn.Module):
-    """Reads each place's facts from the token states by attention, as a denoiser's cross-attention would."""
+    """Predicts the facts of each place from the token states by attention, like a denoiser's cross-attention."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -84,16 +84,16 @@ class TokenHead(nn.Module):
         self.ground, self.place = nn.Linear(dim, SIZES[0]), nn.Linear(dim, sum(SIZES[1:5]))
 
     def forward(self, states: Tensor, mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy over the told facts and the share read rightly, from states ``(b, n, d)``."""
+        """Cross-entropy and accuracy over the labelled slots, from states ``(b, n, d)``."""
         scores = torch.einsum("qd,bnd->bqn", self.queries, self.keys(states))
         weights = scores.masked_fill(mask[:, None] == 0, -1e4).softmax(-1)
-        read = weights @ self.values(states)
-        logits = [self.ground(read[:, 0])]
+        pooled = weights @ self.values(states)
+        logits = [self.ground(pooled[:, 0])]
         for place in range(9):
-            logits += self.place(read[:, place + 1]).split(SIZES[1:5], -1)
+            logits += self.place(pooled[:, place + 1]).split(SIZES[1:5], -1)
         return fact_loss(logits, labels)
 
 
-def tensor(rows: Sequence[list[int]]) -> Tensor:
+def label_tensor(rows: Sequence[list[int]]) -> Tensor:
     """Labels as one int64 tensor ``(b, slots)``."""
     return torch.from_numpy(np.array(rows, np.int64))

@@ -1,4 +1,4 @@
-"""Muon (Jordan et al., 2024) for matrices and convolutions, AdamW for the rest: fewer steps than AdamW alone."""
+"""Muon (Jordan et al., 2024) for matrices and convolutions, AdamW for other parameters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ COEFFICIENTS = ((8.28721, -23.59589, 17.30039), (4.10706, -2.94785, 0.54484), (3
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrix, roughly: three quintic steps towards the polar factor."""
+    """Approximates the nearest semi-orthogonal matrix with three quintic steps towards the polar factor."""
     x = matrix / (1.02 * matrix.norm() + 1e-7)
     flat = x.shape[0] <= x.shape[1]
     x = x if flat else x.T
@@ -21,12 +21,12 @@ def orthogonalise(matrix: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon on hidden weights of two and more dimensions, AdamW on biases, norms, embeddings and the outer layers.
+    """Muon for hidden weights with two or more dimensions, AdamW for biases, norms, embeddings and outer layers.
 
     Args:
-        module: what is trained.
-        lr: step size of AdamW; Muon's is ``ratio`` times as large.
-        outer: parts of parameter names that AdamW takes although they are matrices.
+        module: module to train.
+        lr: learning rate of AdamW; that of Muon is ``ratio`` times as large.
+        outer: substrings of the names of matrices that AdamW optimises.
     """
 
     def __init__(self, module: nn.Module, lr: float, ratio: float, outer: tuple[str, ...], weight_decay: float = 0.01):

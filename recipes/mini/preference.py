@@ -1,11 +1,11 @@
-"""Small preference models in the manner of PickScore, HPSv2 and Denscore, each fine-tuned from the small CLIP.
+"""The `mini` preference models like PickScore, HPSv2 and Denscore, each fine-tuned from the `mini` CLIP.
 
-Two images of one prompt are compared: both show the prompt's scene with some facts wrong and with looks of their own.
-The share of people who prefer the first comes from truth to the text and from a taste (warm light, dark corners) that
-no text tells: ``p = sigmoid(truth_weight * (truth_0 - truth_1) + taste_weight * (taste_0 - taste_1))``.
+Each pair has two images of one prompt, which show the prompt's scene with some wrong facts and different looks. The
+fraction of people who prefer the first follows from faithfulness to the text and a taste (warm light, dark corners)
+that is independent of it: ``p = sigmoid(truth_weight * (truth_0 - truth_1) + taste_weight * (taste_0 - taste_1))``.
 The loss is PickScore's (Kirstain et al., 2023): the KL divergence from ``p`` to the softmax of the two scores.
 Denscore scores a long caption by the mean over its sentences and adds a contrastive term over sentences.
-Of the text model the projection alone is trained, so its states are computed once.
+Only the projection of the text model is trained, so the text states are computed once.
 
 Run: ``python recipes/mini/preference.py pickscore|hpsv2|denscore [steps]``.
 """
@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from clip import MEAN, STD, normalise
-from common import WEIGHTS, bytes_of, fit, kept
-from facts import all_true, labels_of_caption, labels_of_scene, tensor
+from common import WEIGHTS, load_or_compute, render_uint8, train
+from facts import all_true, label_tensor, labels_of_caption, labels_of_scene
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer
@@ -31,7 +31,7 @@ from longalign.mini.preferences import taste, truth, vary
 from longalign.mini.scenes import sample_scene
 from longalign.mini.tokenizers import write_open_clip_bpe
 
-# truth weight, taste weight, longest caption in words, whether sentences are scored one by one
+# truth weight, taste weight, range of caption lengths in words, whether sentences are scored separately
 SETTINGS = {
     "pickscore": (8.0, 4.0, (10, 40), False),
     "hpsv2": (6.0, 4.0, (10, 40), False),
@@ -53,30 +53,33 @@ def main(name: str, steps: int) -> None:
         tokens = (tokenizer(chunk, padding=True, truncation=True, return_tensors="pt") for chunk in chunks)
         return torch.cat([clip.text_model(**t).pooler_output for t in tokens])
 
-    def make(seed: int, size: int) -> dict[str, Tensor]:
+    def compute_pairs(seed: int, size: int) -> dict[str, Tensor]:
         rng = np.random.default_rng(seed)
-        shown, texts, owner, true = [], [], [], []
+        images, texts, owner, truths = [], [], [], []
         for i in range(size):
             scene = sample_scene(rng, (1, 9) if by_sentence else (1, 4))
             caption = describe(scene, rng, words=int(rng.integers(words[0], words[1] + 1)))
-            some = [vary(scene, rng) for _ in range(IMAGES)]
-            shown += some
-            true += [truth(s, caption) for s in some]
+            variants = [vary(scene, rng) for _ in range(IMAGES)]
+            images += variants
+            truths += [truth(s, caption) for s in variants]
             parts = [Caption((s,)) for s in caption.sentences] if by_sentence else [caption]
             texts += parts
             owner += [i] * len(parts)
-        described, seen = ([f(x) for x in xs] for f, xs in ((labels_of_caption, texts), (labels_of_scene, shown)))
+        text_labels = [labels_of_caption(text) for text in texts]
+        image_labels = [labels_of_scene(scene) for scene in images]
         return {
-            "pixels": bytes_of(shown).view(size, IMAGES, 3, 64, 64), "shown": tensor(seen).view(size, IMAGES, -1),
-            "true": torch.tensor(true).view(size, IMAGES),
-            "nice": torch.tensor([taste(s) for s in shown]).view(size, IMAGES),
-            "states": text_states(texts), "told": tensor(described).short(), "owner": torch.tensor(owner),
+            "pixels": render_uint8(images).view(size, IMAGES, 3, 64, 64),
+            "image_labels": label_tensor(image_labels).view(size, IMAGES, -1),
+            "truth": torch.tensor(truths).view(size, IMAGES),
+            "taste": torch.tensor([taste(s) for s in images]).view(size, IMAGES),
+            "states": text_states(texts), "text_labels": label_tensor(text_labels).short(),
+            "owner": torch.tensor(owner),
         }  # fmt: skip
 
     kind = "long" if by_sentence else "short"
     pool, held_out = (
-        kept(f"pairs-{kind}", lambda: make(31, POOL)),
-        kept(f"pairs-{kind}-held-out", lambda: make(21, 200)),
+        load_or_compute(f"preference-{kind}", lambda: compute_pairs(31, POOL)),
+        load_or_compute(f"preference-{kind}-held-out", lambda: compute_pairs(21, 200)),
     )
     starts = torch.searchsorted(pool["owner"], torch.arange(POOL + 1))
 
@@ -85,28 +88,30 @@ def main(name: str, steps: int) -> None:
         return F.normalize(clip.visual_projection(out), dim=-1)
 
     def text_features(states: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
-        """Of segments, and their means over each caption."""
+        """Text embeddings of the segments, and their mean over each caption."""
         segments = F.normalize(clip.text_projection(states), dim=-1)
         return segments, torch.stack([part.mean(0) for part in segments.split(lengths)])
 
-    def loss_of(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
+    def compute_loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
         rows = torch.from_numpy(rng.choice(POOL, PAIRS, replace=False))
-        two = torch.from_numpy(np.stack([rng.permutation(IMAGES)[:2] for _ in range(PAIRS)]))
-        chosen = torch.cat([torch.arange(starts[r], starts[r + 1]) for r in rows])
+        columns = torch.from_numpy(np.stack([rng.permutation(IMAGES)[:2] for _ in range(PAIRS)]))
+        segment_rows = torch.cat([torch.arange(starts[r], starts[r + 1]) for r in rows])
         lengths = (starts[rows + 1] - starts[rows]).tolist()
-        pick = (rows[:, None], two)
+        pick = (rows[:, None], columns)
         image = image_features(pool["pixels"][pick].flatten(0, 1))
-        segments, text = text_features(pool["states"][chosen], lengths)
+        segments, text = text_features(pool["states"][segment_rows], lengths)
         scale = clip.logit_scale.exp().clamp(max=100)
         scores = scale * torch.einsum("pid,pd->pi", image.view(PAIRS, 2, -1), text)
-        margins = truth_weight * pool["true"][pick] + taste_weight * pool["nice"][pick]
+        margins = truth_weight * pool["truth"][pick] + taste_weight * pool["taste"][pick]
         loss = F.kl_div(scores.log_softmax(-1), margins.softmax(-1).float(), reduction="batchmean")
         out = {"preference": loss}
         if by_sentence:
-            match = all_true(pool["told"][chosen].long(), pool["shown"][pick].flatten(0, 1)).float()
-            some = match.sum(1) > 0
-            logits = scale * segments[some] @ image.T
-            out["contrastive"] = F.cross_entropy(logits, match[some] / match[some].sum(1, keepdim=True))
+            text_labels, image_labels = pool["text_labels"][segment_rows], pool["image_labels"][pick]
+            match = all_true(text_labels.long(), image_labels.flatten(0, 1)).float()
+            matched = match.sum(1) > 0
+            logits = scale * segments[matched] @ image.T
+            targets = match[matched] / match[matched].sum(1, keepdim=True)
+            out["contrastive"] = F.cross_entropy(logits, targets)
             loss = loss + 0.5 * out["contrastive"]
         return {"loss": loss, **out}
 
@@ -118,16 +123,17 @@ def main(name: str, steps: int) -> None:
         eta = text @ common
         parts["relevant"] = torch.einsum("pid,pd->pi", image, text - eta[:, None] * common)
         parts["irrelevant"] = parts["score"] - parts["relevant"]
-        margins = truth_weight * held_out["true"] + taste_weight * held_out["nice"]
-        right = (parts["score"][:, 0] > parts["score"][:, 1]) == (margins[:, 0] > margins[:, 1])
-        out = {"agreement": right.float().mean().item(), "eta": eta.mean().item()}
+        margins = truth_weight * held_out["truth"] + taste_weight * held_out["taste"]
+        agrees = (parts["score"][:, 0] > parts["score"][:, 1]) == (margins[:, 0] > margins[:, 1])
+        out = {"agreement": agrees.float().mean().item(), "eta": eta.mean().item()}
         for part, value in parts.items():
-            for what, of in (("truth", held_out["true"]), ("taste", held_out["nice"])):
-                pair = [(x - x.mean(1, keepdim=True)).flatten() for x in (value, of)]  # among one prompt's images
-                out[f"{part}_{what}_correlation"] = float(np.corrcoef(*pair)[0, 1])
+            for factor in ("truth", "taste"):
+                # centred within the images of each prompt
+                centred = [(x - x.mean(1, keepdim=True)).flatten() for x in (value, held_out[factor])]
+                out[f"{part}_{factor}_correlation"] = float(np.corrcoef(*centred)[0, 1])
         return out
 
-    fit(name, clip, loss_of, steps=steps, lr=5e-4, warmup=50, muon=10.0, outer=("embedding", "logit_scale"),
+    train(name, clip, compute_loss, steps=steps, lr=5e-4, warmup=50, muon=10.0, outer=("embedding", "logit_scale"),
         evaluate=evaluate, evaluate_every=250)  # fmt: skip
     folder = WEIGHTS / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -142,7 +148,7 @@ def main(name: str, steps: int) -> None:
 
 
 def write_open_clip(clip: CLIPModel, path: Path) -> None:
-    """Writes a transformers CLIP as open_clip's state dict, the way HPSv2 is published."""
+    """Writes a transformers CLIP as an open_clip state dict, the format of the published HPSv2."""
     source, out = clip.state_dict(), {}
     halves = (("text_model.", "", clip.config.text_config), ("vision_model.", "visual.", clip.config.vision_config))
     for ours, theirs, half in halves:

@@ -1,7 +1,7 @@
-"""The small T5 encoder: taught by heads that read a caption's facts from the mean state and from the token states.
+"""The `mini` T5 encoder, trained with heads that predict a caption's facts from the mean state and the token states.
 
-Each token also has to know what its own sentence tells, and of which place: without that a token finds what belongs
-together only by luck. Run: ``python recipes/mini/t5.py [steps]``.
+A third head predicts the facts of each token's own sentence and their place. Without it, training rarely learns to
+combine tokens within a sentence. Run: ``python recipes/mini/t5.py [steps]``.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from itertools import accumulate
 
 import numpy as np
 import torch
-from common import WEIGHTS, fit, scene_and_caption
-from facts import SIZES, UNTOLD, FactHead, TokenHead, labels_of_caption, tensor
+from common import WEIGHTS, scene_and_caption, train
+from facts import IGNORED, SIZES, FactHead, TokenHead, label_tensor, labels_of_caption
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
@@ -22,26 +22,26 @@ from longalign.mini.captions import Caption
 from longalign.mini.tokenizers import write_t5_tokenizer
 
 STEPS, WORDS = int(sys.argv[1]) if len(sys.argv) > 1 else 2000, 800
-"""Steps, and words in a batch."""
+"""Training steps, and words per batch."""
 
 
 def labels_of_tokens(captions: list[Caption], offsets: Tensor) -> Tensor:
-    """For tokens with ``offsets`` ``(b, n, 2)`` in the captions' texts, what their sentence tells: ``(b, n, slots)``.
+    """Labels ``(b, n, slots)`` of each token's sentence, for tokens with character ``offsets`` ``(b, n, 2)``.
 
-    Special tokens and padding belong to no sentence.
+    All slots of special tokens and padding are `IGNORED`.
     """
-    rows, index = [[UNTOLD] * len(SIZES)], torch.zeros(offsets.shape[:2], dtype=torch.long)
+    rows, index = [[IGNORED] * len(SIZES)], torch.zeros(offsets.shape[:2], dtype=torch.long)
     for i, caption in enumerate(captions):
         starts = [0, *accumulate(len(sentence.text) + 1 for sentence in caption.sentences)]
         for j, (start, end) in enumerate(offsets[i].tolist()):
             if end > start:
                 index[i, j] = len(rows) + bisect_right(starts, end - 1) - 1
         rows += [labels_of_caption(Caption((sentence,))) for sentence in caption.sentences]
-    return tensor(rows)[index]
+    return label_tensor(rows)[index]
 
 
 class Scaled(nn.Module):
-    """A weight that is learned as ``weight / factor``, so that it moves ``factor`` times as fast as others do."""
+    """Parametrisation that learns ``weight / factor``, which scales the weight's learning rate by ``factor``."""
 
     def __init__(self, factor: float):
         super().__init__()
@@ -55,15 +55,15 @@ class Scaled(nn.Module):
 
 
 def prepare(encoder: T5EncoderModel) -> list[nn.Module]:
-    """Makes T5 quick to train; returns the modules whose weights are parametrised until it is trained.
+    """Initialises T5 for fast training; returns the modules with parametrised weights, to undo after training.
 
-    T5 does not scale attention by 1 / sqrt(d), so its queries move that much more slowly here, or they would soon
-    saturate the softmax. Its only sense of place, the bias, starts from slopes of several widths (as ALiBi's, Press et
-    al., 2022) and moves faster.
+    T5 does not scale attention by 1 / sqrt(d), so the queries get a learning rate lower by this factor; otherwise the
+    softmax soon saturates. The relative position bias starts from slopes of several widths (like ALiBi, Press et al.,
+    2022) and gets a higher learning rate.
     """
     config, stack = encoder.config, encoder.encoder
     bias = stack.block[0].layer[0].SelfAttention.relative_attention_bias
-    # buckets of distances, backward and forward: single ones up to half of them, then coarser to max_distance
+    # distances of the buckets in each direction: the first half exact, then logarithmic up to max_distance
     half = config.relative_attention_num_buckets // 2
     single = half // 2
     ratio = config.relative_attention_max_distance / single
@@ -91,43 +91,43 @@ def main() -> None:
     encoder = T5EncoderModel._from_config(config, attn_implementation="eager")
     head, token_head, sentence_head = FactHead(192), TokenHead(192), FactHead(192)
 
-    changed = prepare(encoder)
+    parametrised = prepare(encoder)
 
     def batch(rng: np.random.Generator, words: int, size: int) -> list[Caption]:
         return [scene_and_caption(rng, (1, 9), (words, words), 0.5)[1] for _ in range(size)]
 
-    def read(captions: list[Caption]) -> dict[str, tuple[Tensor, Tensor]]:
+    def predict(captions: list[Caption]) -> dict[str, tuple[Tensor, Tensor]]:
         tokens = tokenizer([c.text for c in captions], padding=True, return_offsets_mapping=True, return_tensors="pt")
-        own = labels_of_tokens(captions, tokens.pop("offset_mapping"))
+        token_labels = labels_of_tokens(captions, tokens.pop("offset_mapping"))
         states, mask = encoder(**tokens).last_hidden_state, tokens.attention_mask[..., None]
-        labels = tensor([labels_of_caption(c) for c in captions])
+        labels = label_tensor([labels_of_caption(c) for c in captions])
         return {
             "pooled": head((states * mask).sum(1) / mask.sum(1), labels),
             "tokens": token_head(states, tokens.attention_mask, labels),
-            "sentence": sentence_head(states.flatten(0, 1), own.flatten(0, 1)),
+            "sentence": sentence_head(states.flatten(0, 1), token_labels.flatten(0, 1)),
         }
 
-    def loss_of(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        # one length a step: little padding; as many short captions as long ones are long
+    def compute_loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
+        # captions of one length per step, for little padding; a constant number of words per batch
         words = round(8 * 20 ** rng.random())
-        found = read(batch(rng, words, WORDS // words))
-        loss = torch.stack([loss for loss, _ in found.values()]).sum()
-        return {"loss": loss, **{f"{name}_read": share for name, (_, share) in found.items()}}
+        results = predict(batch(rng, words, WORDS // words))
+        loss = torch.stack([loss for loss, _ in results.values()]).sum()
+        return {"loss": loss, **{f"{name}_read": accuracy for name, (_, accuracy) in results.items()}}
 
     held_out = {words: batch(np.random.default_rng([5, words]), words, 100) for words in (15, 40, 80, 160)}
 
     def evaluate() -> dict[str, float]:
         out = {}
         for words, data in held_out.items():
-            found = read(data)
-            out |= {f"held_{name}_{words}": found[name][1].item() for name in ("pooled", "tokens")}
+            results = predict(data)
+            out |= {f"held_{name}_{words}": results[name][1].item() for name in ("pooled", "tokens")}
         return out
 
     parts = nn.ModuleList([encoder, head, token_head, sentence_head])
-    fit("t5", parts, loss_of, steps=STEPS, lr=2e-3, warmup=50, muon=8.0,
+    train("t5", parts, compute_loss, steps=STEPS, lr=2e-3, warmup=50, muon=8.0,
         outer=("shared", "relative", "1.linear", "3.linear", "queries", "ground", "place"),
         evaluate=evaluate, evaluate_every=200)  # fmt: skip
-    for module in changed:
+    for module in parametrised:
         parametrize.remove_parametrizations(module, "weight")
     encoder.half().save_pretrained(folder)
 

@@ -1,7 +1,7 @@
-"""The small UNet, pre-trained on short captions as SD was. Run: ``python recipes/mini/unet.py [steps]
-[--from-weights]``, the latter to train the bundled UNet further.
+"""The `mini` UNet, pre-trained on short captions like SD. Run: ``python recipes/mini/unet.py [steps]
+[--from-weights]``; ``--from-weights`` continues from the bundled UNet.
 
-Images hold one to nine objects, captions at most 45 words, so those of crowded images leave things out. The text is
+Images have one to nine objects and captions at most 45 words, so captions of crowded images are incomplete. The text is
 encoded as in SD 1.5: one window of 77 tokens, last hidden state.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import WEIGHTS, fit, images_of, kept, publish_text_encoder
+from common import WEIGHTS, load_or_compute, publish_text_encoder, render_images, train
 from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional as F
@@ -42,9 +42,9 @@ def build() -> UNet2DConditionModel:
 
 
 def scheduler_config() -> dict[str, Any]:
-    # SD's beta_end of 0.012 leaves so much signal at the last timestep that the mean of 8 x 8 noisy latents shows the
-    # ground's colour, which the model then reads there and not in the text; with less signal left, predicted noise says
-    # too little about that mean, and the velocity (as in SD 2.1) is learned instead
+    # With SD's beta_end of 0.012, the mean of 8 x 8 noisy latents at the last timestep still reveals the colour of the
+    # ground, so the model would ignore the text. With less signal, epsilon prediction determines this mean too poorly,
+    # hence v-prediction (as in SD 2.1).
     return {
         "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.02, "beta_schedule": "scaled_linear",
         "set_alpha_to_one": False, "steps_offset": 1, "prediction_type": "v_prediction",
@@ -63,9 +63,9 @@ def short_caption(scene: Scene, rng: np.random.Generator) -> str:
 
 @torch.no_grad()
 def encode_images(vae: AutoencoderKL, scenes: list[Scene]) -> dict[str, Tensor]:
-    """Scaled latents ``(n, 8, 8, 8)`` of the training images, to be kept on disk."""
+    """Scaled latents ``(n, 8, 8, 8)`` of the training images."""
     chunks = (scenes[i : i + 100] for i in range(0, len(scenes), 100))
-    latents = torch.cat([vae.encode(images_of(chunk) * 2 - 1).latent_dist.mode() for chunk in chunks])
+    latents = torch.cat([vae.encode(render_images(chunk) * 2 - 1).latent_dist.mode() for chunk in chunks])
     return {"latents": latents * vae.config.scaling_factor}
 
 
@@ -77,22 +77,22 @@ def main() -> None:
     unet = build()
     if "--from-weights" in sys.argv:
         unet = UNet2DConditionModel.from_pretrained(WEIGHTS / "sd" / "unet", torch_dtype=torch.float32)
-    unet = unet.to(memory_format=torch.channels_last)  # convolutions are a fifth faster so
+    unet = unet.to(memory_format=torch.channels_last)  # convolutions are 20% faster
     alphas = DDIMScheduler.from_config({**scheduler_config(), "clip_sample": False}).alphas_cumprod
     scenes = [pool_scene(i) for i in range(POOL)]
-    latents = kept("unet-latents", lambda: encode_images(vae, scenes))["latents"]
+    latents = load_or_compute("unet-latents", lambda: encode_images(vae, scenes))["latents"]
 
     @torch.no_grad()
     def encode(texts: list[str]) -> Tensor:
         tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=77, return_tensors="pt")
         return text_encoder(tokens.input_ids).last_hidden_state
 
-    def loss_of(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
+    def compute_loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
         index = rng.integers(POOL, size=BATCH)
         texts = ["" if rng.random() < 0.1 else short_caption(scenes[i], rng) for i in index]
         generator = torch.Generator().manual_seed(step)
         clean, noise = latents[index], torch.randn(BATCH, 8, 8, 8, generator=generator)
-        # one time in each of BATCH equal slices: less noise in the loss than independent draws
+        # stratified timesteps: less noise in the loss than independent sampling
         t = ((torch.arange(BATCH) + torch.rand(BATCH, generator=generator)) / BATCH * 1000).long()
         a = alphas[t][:, None, None, None]
         predicted = unet(a.sqrt() * clean + (1 - a).sqrt() * noise, t, encode(texts)).sample
@@ -121,23 +121,23 @@ def main() -> None:
         texts = [c.text for c in held_out]
         out = pipe(texts, num_inference_steps=20, guidance_scale=3.0, generator=generator, output_type="np").images
         images = out.transpose(0, 3, 1, 2)
-        described = [f for c in held_out for f in c.facts]
-        right = [f for image in oracle.verdicts(images, held_out) for s in image for f in s]
-        result = {"facts_1_to_3": float(np.mean(right))}
+        facts = [f for c in held_out for f in c.facts]
+        correct = [f for image in oracle.verdicts(images, held_out) for s in image for f in s]
+        result = {"facts_1_to_3": float(np.mean(correct))}
         for kind in ("ground", "shape", "colour", "size", "fill"):
-            result[kind] = float(np.mean([r for f, r in zip(described, right, strict=True) if f.kind == kind]))
+            result[kind] = float(np.mean([c for f, c in zip(facts, correct, strict=True) if f.kind == kind]))
         return result
 
-    fit(
-        "unet", unet, loss_of, steps=STEPS, lr=8e-4, warmup=100, muon=10.0, outer=("conv_in", "conv_out", "time_emb"),
-        evaluate=evaluate, evaluate_every=500, ema=0.998,
+    train(
+        "unet", unet, compute_loss, steps=STEPS, lr=8e-4, warmup=100, muon=10.0,
+        outer=("conv_in", "conv_out", "time_emb"), evaluate=evaluate, evaluate_every=500, ema=0.998,
     )  # fmt: skip
     unet.half().to(memory_format=torch.contiguous_format)
     vae.half()
     text_encoder.half()
     pipeline().save_pretrained(WEIGHTS / "sd")
     publish_text_encoder()
-    for config in (WEIGHTS / "sd").rglob("config.json"):  # diffusers notes the folder that a part was loaded from
+    for config in (WEIGHTS / "sd").rglob("config.json"):  # remove the local path that diffusers adds
         values = json.loads(config.read_text())
         if values.pop("_name_or_path", None):
             config.write_text(json.dumps(values, indent=2) + "\n")

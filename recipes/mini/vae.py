@@ -1,4 +1,4 @@
-"""The small VAE: 64 px to 8 x 8 latents of 8 channels. Run: ``python recipes/mini/vae.py``."""
+"""The `mini` VAE: 64 px to 8 x 8 latents of 8 channels. Run: ``python recipes/mini/vae.py``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import torch
-from common import WEIGHTS, fit, images_of, scene_and_caption
+from common import WEIGHTS, render_images, scene_and_caption, train
 from diffusers import AutoencoderKL
 from torch import Tensor
 
@@ -27,13 +27,13 @@ def build() -> AutoencoderKL:
         sample_size=64,
         mid_block_add_attention=False,
     )
-    # noise of unit size would drown the latents for the first thousand steps
+    # with unit variance, noise would dominate the latents for the first thousand steps
     torch.nn.init.constant_(vae.quant_conv.bias[8:], -6.0)
     return vae
 
 
 def colour_error(error: Tensor, scenes: list[Scene]) -> Tensor:
-    """Mean square of the error ``(b, 3, 64, 64)`` averaged over each object: blur hides in pixels, a wrong hue here."""
+    """Mean squared error of the mean colour of objects, for errors ``(b, 3, 64, 64)``; measures hue, not blur."""
     keys = [
         (i, PLACES.index(t.place), MASK_KEYS.index((t.shape, t.size, t.fill)))
         for i, scene in enumerate(scenes)
@@ -47,20 +47,20 @@ def colour_error(error: Tensor, scenes: list[Scene]) -> Tensor:
 
 @torch.no_grad()
 def normalise_latents(vae: AutoencoderKL) -> None:
-    """Gives each latent channel mean 0 and deviation 1 over scenes; the autoencoder as a whole stays the same.
+    """Normalises each latent channel to mean 0 and standard deviation 1 over scenes, with scaling factor 1.
 
-    The 1 x 1 convolutions on both sides of the latents take the change up, so the scaling factor is 1.
+    The 1 x 1 convolutions on both sides of the latents absorb the change, so reconstructions stay the same.
     """
     scenes = [sample_scene(np.random.default_rng([8, i]), (1, 9)) for i in range(512)]
-    latents = vae.encode(images_of(scenes) * 2 - 1).latent_dist.mode()
+    latents = vae.encode(render_images(scenes) * 2 - 1).latent_dist.mode()
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-    inward, outward = vae.quant_conv, vae.post_quant_conv
+    before, after = vae.quant_conv, vae.post_quant_conv
     count = len(mean)
-    inward.bias[:count] = (inward.bias[:count] - mean) / std
-    inward.weight[:count] /= std[:, None, None, None]
-    inward.bias[count:] -= 2 * std.log()
-    outward.bias += outward.weight[:, :, 0, 0] @ mean
-    outward.weight *= std[None, :, None, None]
+    before.bias[:count] = (before.bias[:count] - mean) / std
+    before.weight[:count] /= std[:, None, None, None]
+    before.bias[count:] -= 2 * std.log()
+    after.bias += after.weight[:, :, 0, 0] @ mean
+    after.weight *= std[None, :, None, None]
     vae.register_to_config(scaling_factor=1.0)
 
 
@@ -68,9 +68,9 @@ def main() -> None:
     torch.manual_seed(0)
     vae = build()
 
-    def loss_of(step: int, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+    def compute_loss(step: int, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         scenes = [sample_scene(rng, (3, 9)) for _ in range(BATCH)]
-        images = images_of(scenes) * 2 - 1
+        images = render_images(scenes) * 2 - 1
         posterior = vae.encode(images).latent_dist
         decoded = vae.decode(posterior.sample(torch.Generator().manual_seed(step))).sample
         error = decoded - images
@@ -81,15 +81,15 @@ def main() -> None:
     held_out = [scene_and_caption(np.random.default_rng([7, i]), (1, 9), (60, 60)) for i in range(200)]
 
     def evaluate() -> dict[str, float]:
-        images = images_of([s for s, _ in held_out]) * 2 - 1
+        images = render_images([s for s, _ in held_out]) * 2 - 1
         decoded = vae.decode(vae.encode(images).latent_dist.mode()).sample / 2 + 0.5
         accuracy = oracle.fact_accuracy(decoded.clamp(0, 1).numpy(), [c for _, c in held_out])
         return {"fact_accuracy": float(accuracy.mean())}
 
-    fit(
+    train(
         "vae",
         vae,
-        loss_of,
+        compute_loss,
         steps=STEPS,
         lr=2e-3,
         warmup=20,

@@ -1,4 +1,4 @@
-"""An image that is damaged where Pillow does not expect it."""
+"""Fixtures of damaged images."""
 
 from io import BytesIO
 
@@ -8,7 +8,7 @@ from PIL import Image
 
 @pytest.fixture
 def damaged():
-    """A PNG whose EXIF data are cut short, which is no OSError and no ValueError to Pillow."""
+    """A PNG with truncated EXIF data, for which Pillow raises neither OSError nor ValueError."""
     buffer = BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, "PNG", exif=b"Exif\x00\x00II*\x00")
     return buffer.getvalue()

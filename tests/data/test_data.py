@@ -1,4 +1,4 @@
-"""Scenes, folders and prompt files as data."""
+"""Data of synthetic scenes, folders and prompt files."""
 
 import json
 import logging
@@ -21,23 +21,23 @@ from longalign.mini import oracle
 from longalign.registry import ConfigError, data
 
 
-def write(folder, rows):
+def write_metadata(folder, rows):
     (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
 
 
-def picture(path, colour, size=(8, 8)):
+def save_image(path, colour, size=(8, 8)):
     Image.new("RGB", size, colour).save(path)
 
 
 @pytest.fixture
 def folder(tmp_path):
     for name, colour in (("r", (255, 0, 0)), ("g", (0, 255, 0)), ("b", (0, 0, 255))):
-        picture(tmp_path / f"{name}.png", colour)
-    write(tmp_path, [{"file_name": f"{n}.png", "text": f"All {n}."} for n in "rgb"])
+        save_image(tmp_path / f"{name}.png", colour)
+    write_metadata(tmp_path, [{"file_name": f"{n}.png", "text": f"All {n}."} for n in "rgb"])
     return tmp_path
 
 
-def raise_(error):
+def raise_error(error):
     raise error
 
 
@@ -45,7 +45,7 @@ def build(folder, **keys):
     return data.build({"name": "folder", "folder": str(folder), "resolution": 4, **keys})
 
 
-def test_a_scene_is_the_same_whenever_it_is_asked_for():
+def test_scenes_item_is_deterministic():
     scenes = data.build({"name": "scenes", "size": 5, "seed": 3, "words": [30, 60]})
     again = Scenes(5, 3, words=(30, 60))
     later = again[4]
@@ -57,13 +57,13 @@ def test_a_scene_is_the_same_whenever_it_is_asked_for():
     assert 0 <= later["image"].min() <= later["image"].max() <= 1
 
 
-def test_scenes_end():
+def test_scenes_raise_index_error_past_the_end():
     assert len([item["prompt"] for item in Scenes(3, words=(8, 8))]) == 3
     with pytest.raises(IndexError):
         Scenes(3)[3]
 
 
-def test_captions_tell_what_their_images_show():
+def test_scenes_captions_are_true_of_their_images():
     scenes = Scenes(8, seed=1, words=(60, 120))
     images = np.stack([scenes[i]["image"].numpy() for i in range(8)])
     captions = [scenes.scene(i)[1] for i in range(8)]
@@ -71,46 +71,46 @@ def test_captions_tell_what_their_images_show():
     assert oracle.fact_accuracy(images, captions).min() == 1.0
 
 
-def test_objects_words_and_style_are_obeyed():
+def test_scenes_follow_objects_words_and_style():
     scenes = Scenes(20, objects=(2, 3), words=(50, 60), style="referring")
-    drawn = [scenes.scene(i) for i in range(20)]
-    assert {len(scene.things) for scene, _ in drawn} == {2, 3}
-    assert 40 < np.mean([caption.num_words for _, caption in drawn]) < 75
-    referring = sum(" it " in f" {c.text.lower()} " for _, c in drawn)
+    pairs = [scenes.scene(i) for i in range(20)]
+    assert {len(scene.things) for scene, _ in pairs} == {2, 3}
+    assert 40 < np.mean([caption.num_words for _, caption in pairs]) < 75
+    referring = sum(" it " in f" {c.text.lower()} " for _, c in pairs)
     assert referring > 10
     plain = Scenes(20, objects=(2, 3), words=(50, 60))
     assert sum(" it is " in f" {plain.prompt(i).lower()} " for i in range(20)) == 0
     mixed = Scenes(40, objects=(2, 3), words=(50, 60), style="mixed")
-    share = sum(" it " in f" {mixed.prompt(i).lower()} " for i in range(40))
-    assert 5 < share < 35
+    count = sum(" it " in f" {mixed.prompt(i).lower()} " for i in range(40))
+    assert 5 < count < 35
 
 
 @pytest.mark.parametrize(
     ("keys", "path"),
     [({"objects": [3, 2]}, "objects"), ({"objects": [0, 10]}, "objects.1"), ({"words": [9, 8]}, "words")],
 )
-def test_ranges_that_are_none(keys, path):
+def test_scenes_config_rejects_invalid_ranges(keys, path):
     with pytest.raises(ConfigError) as error:
         data.validate({"name": "scenes", **keys})
-    assert [where for where, _ in error.value.errors] == [path]
+    assert [key for key, _ in error.value.errors] == [path]
 
 
-def test_a_loader_collates_prompts_and_images():
+def test_scenes_are_collated_by_data_loader():
     batch = next(iter(DataLoader(Scenes(4, words=(8, 12)), batch_size=4)))
     assert batch["image"].shape == (4, 3, 64, 64)
     assert len(batch["prompt"]) == 4
 
 
-def test_a_folder_gives_images_with_their_captions(folder):
-    found = build(folder)
-    assert len(found) == 3
-    assert [found[i]["prompt"] for i in range(3)] == ["All r.", "All g.", "All b."]
-    assert found[1]["image"].shape == (3, 4, 4)
-    assert found[1]["image"][:, 0, 0].tolist() == [0.0, 1.0, 0.0]
-    assert found.prompt(-1) == "All b."
+def test_folder_items_have_image_and_caption(folder):
+    dataset = build(folder)
+    assert len(dataset) == 3
+    assert [dataset[i]["prompt"] for i in range(3)] == ["All r.", "All g.", "All b."]
+    assert dataset[1]["image"].shape == (3, 4, 4)
+    assert dataset[1]["image"][:, 0, 0].tolist() == [0.0, 1.0, 0.0]
+    assert dataset.prompt(-1) == "All b."
 
 
-def test_the_middle_square_is_taken_upright(tmp_path):
+def test_load_square_centre_crops_and_applies_exif_rotation(tmp_path):
     wide = Image.new("RGB", (12, 4), (255, 0, 0))
     wide.paste((0, 255, 0), (4, 0, 8, 4))
     wide.save(tmp_path / "wide.png")
@@ -118,52 +118,52 @@ def test_the_middle_square_is_taken_upright(tmp_path):
     half = Image.new("RGB", (4, 4), (0, 0, 0))
     half.paste((255, 255, 255), (0, 0, 4, 2))
     exif = half.getexif()
-    exif[0x0112] = 3  # turned by half
+    exif[0x0112] = 3  # rotated by 180 degrees
     half.save(tmp_path / "turned.png", exif=exif)
     assert load_square(tmp_path / "turned.png", 4)[0, :, 0].tolist() == [0.0, 0.0, 1.0, 1.0]
     Image.new("L", (4, 4), 51).save(tmp_path / "grey.png")
     assert load_square(tmp_path / "grey.png", 4).unique().tolist() == pytest.approx([0.2])
 
 
-def test_unreadable_images_are_named_counted_and_replaced(folder, caplog):
+def test_folder_replaces_and_logs_unreadable_images(folder, caplog):
     (folder / "r.png").write_bytes(b"no image")
     (folder / "g.png").write_bytes((folder / "b.png").read_bytes()[:40])
-    found = build(folder, max_unreadable=2)
+    dataset = build(folder, max_unreadable=2)
     for _ in range(2):
-        assert found[0]["prompt"] == "All b."
-    assert [path.name for path in found.unreadable] == ["r.png", "g.png"]
+        assert dataset[0]["prompt"] == "All b."
+    assert [path.name for path in dataset.unreadable] == ["r.png", "g.png"]
     warned = [r.getMessage() for r in caplog.records]
     assert len(warned) == 2
-    assert "r.png cannot be read and is replaced by the next image" in warned[0]
+    assert "r.png" in warned[0] and "UnidentifiedImageError" in warned[0]
 
 
-def test_images_damaged_in_ways_of_their_own_are_replaced_too(folder, damaged, monkeypatch):
+def test_folder_replaces_images_with_unexpected_pillow_errors(folder, damaged, monkeypatch):
     (folder / "r.png").write_bytes(damaged)
-    found = build(folder)
-    assert found[0]["prompt"] == "All g."
-    assert list(found.unreadable) == [folder / "r.png"]
+    dataset = build(folder)
+    assert dataset[0]["prompt"] == "All g."
+    assert list(dataset.unreadable) == [folder / "r.png"]
     for error in (TypeError, KeyError, RuntimeError, struct.error, EOFError):
-        monkeypatch.setattr(ImageOps, "exif_transpose", lambda image, error=error: raise_(error("odd")))
+        monkeypatch.setattr(ImageOps, "exif_transpose", lambda image, error=error: raise_error(error("odd")))
         with pytest.raises(ValueError, match=f"{error.__name__}: .*odd"):
             load_square(folder / "g.png", 4)
-    monkeypatch.setattr(ImageOps, "exif_transpose", lambda image: raise_(KeyboardInterrupt()))
+    monkeypatch.setattr(ImageOps, "exif_transpose", lambda image: raise_error(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         load_square(folder / "g.png", 4)
 
 
-def test_too_many_unreadable_images_stop_the_run(folder):
+def test_folder_raises_above_max_unreadable(folder):
     for name in ("r.png", "g.png"):
         (folder / name).write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"2 images cannot be read, more than max_unreadable=1: .*r\.png .*g\.png"):
+    with pytest.raises(ValueError, match=r"2 images.*max_unreadable=1: .*r\.png .*g\.png"):
         _ = build(folder, max_unreadable=1)[0]
     (folder / "b.png").unlink()
-    found = build(folder)
-    with pytest.raises(ValueError, match=r"none of the 3 images can be read: .*b\.png \(FileNotFoundError"):
-        _ = found[0]
+    dataset = build(folder)
+    with pytest.raises(ValueError, match=r"none of the 3 images.*b\.png \(FileNotFoundError"):
+        _ = dataset[0]
 
 
-def test_empty_captions_are_skipped_or_kept_and_counted(folder, caplog):
-    write(
+def test_folder_skips_or_keeps_empty_captions(folder, caplog):
+    write_metadata(
         folder,
         [
             {"file_name": "r.png", "text": ""},
@@ -174,35 +174,35 @@ def test_empty_captions_are_skipped_or_kept_and_counted(folder, caplog):
     with caplog.at_level(logging.WARNING):
         assert [build(folder).prompt(i) for i in range(1)] == ["B."]
     assert "2 of 3 captions" in caplog.text
-    kept = build(folder, empty="keep")
-    assert [kept.prompt(i) for i in range(3)] == ["", "", "B."]
+    complete = build(folder, empty="keep")
+    assert [complete.prompt(i) for i in range(3)] == ["", "", "B."]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"file_name": "r.png"}', "line 1 has neither 'text' nor 'prompt'; there is file_name"),
-        ('\n{"text": "a"}', "line 2 has no 'file_name'; there is text"),
-        ('{"file_name": "r.png", "text": 3}', "line 1: 'text' must be text, got 3"),
-        ("{", "line 1 is not JSON"),
-        ("[1]", "line 1: expected a mapping"),
-        ("", "no image in .* has a caption"),
+        ('{"file_name": "r.png"}', "line 1.*'text'.*'prompt'.*file_name"),
+        ('\n{"text": "a"}', "line 2.*'file_name'.*text"),
+        ('{"file_name": "r.png", "text": 3}', "line 1.*'text'.*got 3"),
+        ("{", "line 1.*JSON"),
+        ("[1]", r"line 1.*got \[1\]"),
+        ("", r"no image in .*test_folder_rejects"),
     ],
 )
-def test_metadata_that_cannot_be_used(tmp_path, text, message):
+def test_folder_rejects_invalid_metadata_lines(tmp_path, text, message):
     (tmp_path / "metadata.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
         build(tmp_path)
 
 
-def test_a_folder_without_metadata(tmp_path):
+def test_folder_without_metadata_raises(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"metadata\.jsonl"):
         build(tmp_path)
-    with pytest.raises(ValueError, match="one prompt per file, got 1 files and 0 prompts"):
+    with pytest.raises(ValueError, match="got 1 files and 0 prompts"):
         Folder([tmp_path], [])
 
 
-def test_prompts_of_text_and_json_lines(tmp_path):
+def test_read_prompts_from_txt_and_jsonl(tmp_path):
     (tmp_path / "a.txt").write_text("one\r\ntwo\u2028more\n\nthree\n", encoding="utf-8-sig")
     assert read_prompts(tmp_path / "a.txt") == ["one", "two\u2028more", "", "three"]
     rows = [{"prompt": "A.\n\nB."}, {"text": "\u2028C"}, {"text": "", "prompt": "x"}]
@@ -211,125 +211,121 @@ def test_prompts_of_text_and_json_lines(tmp_path):
     assert read_prompts(str(tmp_path / "a.txt"))[0] == "one"
 
 
-def test_prompts_as_data(tmp_path, caplog):
+def test_prompts_data_skips_or_keeps_empty_prompts(tmp_path, caplog):
     (tmp_path / "a.txt").write_text("one\n\ntwo")
-    found = data.build({"name": "prompts", "file": str(tmp_path / "a.txt")})
-    assert [found[i] for i in range(len(found))] == [{"prompt": "one"}, {"prompt": "two"}]
+    dataset = data.build({"name": "prompts", "file": str(tmp_path / "a.txt")})
+    assert [dataset[i] for i in range(len(dataset))] == [{"prompt": "one"}, {"prompt": "two"}]
     assert "1 of 3 prompts" in caplog.text
-    assert (found.has_images, Scenes.has_images) == (False, True)
+    assert (dataset.has_images, Scenes.has_images) == (False, True)
     assert len(data.build({"name": "prompts", "file": str(tmp_path / "a.txt"), "empty": "keep"})) == 3
 
 
-def test_prompt_files_that_cannot_be_used(tmp_path):
+def test_read_prompts_rejects_invalid_files(tmp_path):
     (tmp_path / "a.csv").touch()
     (tmp_path / "a.txt").write_text("\n\n")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(ValueError, match=r"from a \.txt or a \.jsonl file"):
+    with pytest.raises(ValueError, match=r"\.txt or \.jsonl.*a\.csv"):
         read_prompts(tmp_path / "a.csv")
-    with pytest.raises(ValueError, match="is not UTF-8 text"):
+    with pytest.raises(ValueError, match=r"latin\.txt.*UTF-8"):
         read_prompts(tmp_path / "latin.txt")
-    with pytest.raises(FileNotFoundError, match="no file"):
+    with pytest.raises(FileNotFoundError, match=r"no file .*b\.txt"):
         read_prompts(tmp_path / "b.txt")
-    with pytest.raises(ValueError, match="holds no prompts"):
+    with pytest.raises(ValueError, match=r"a\.txt.*no prompts"):
         data.build({"name": "prompts", "file": str(tmp_path / "a.txt")})
-    with pytest.raises(ValueError, match="there are no prompts"):
+    with pytest.raises(ValueError, match="at least one prompt"):
         Prompts([])
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "a/../../secret.png", "/{outside}/secret.png", ".."])
-def test_names_that_lead_out_of_the_folder(tmp_path, name):
-    picture(tmp_path / "secret.png", "red")
+def test_inside_rejects_paths_outside_the_folder(tmp_path, name):
+    save_image(tmp_path / "secret.png", "red")
     folder = tmp_path / "in"
     folder.mkdir()
     name = name.replace("/{outside}", str(tmp_path))
-    with pytest.raises(ValueError, match=f"{re.escape(name)}' leads out of"):
+    with pytest.raises(ValueError, match=f"{re.escape(name)}'.*{re.escape(str(folder))}"):
         inside(folder, name)
-    write(folder, [{"file_name": name, "text": "A."}])
-    with pytest.raises(ValueError, match=r"line 1: .* leads out of"):
+    write_metadata(folder, [{"file_name": name, "text": "A."}])
+    with pytest.raises(ValueError, match=f"line 1: .*{re.escape(name)}"):
         build(folder)
-    write(folder, [{"image_0": "a.png", "image_1": name, "text": "A.", "label_0": 1, "label_1": 0}])
-    with pytest.raises(ValueError, match=r"line 1: .* leads out of"):
+    write_metadata(folder, [{"image_0": "a.png", "image_1": name, "text": "A.", "label_0": 1, "label_1": 0}])
+    with pytest.raises(ValueError, match=f"line 1: .*{re.escape(name)}"):
         data.build({"name": "pairs", "folder": str(folder)})
 
 
-def test_names_inside_a_folder_and_links(tmp_path, monkeypatch):
+def test_inside_accepts_relative_absolute_and_linked_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert inside("a", "b/../c..png") == Path("a/c..png")
     assert inside("a", str(tmp_path / "a" / "c.png")) == Path("a/c.png")
     assert inside(tmp_path, "x.png") == tmp_path / "x.png"
     assert inside("/", "/etc/x") == Path("/etc/x")
-    with pytest.raises(ValueError, match="leads out"):
+    with pytest.raises(ValueError, match=r"ab/c\.png.* a;"):
         inside("a", str(tmp_path / "ab" / "c.png"))
     (tmp_path / "farm").mkdir()
-    picture(tmp_path / "far.png", "red")
+    save_image(tmp_path / "far.png", "red")
     (tmp_path / "farm" / "near.png").symlink_to(tmp_path / "far.png")
-    write(tmp_path / "farm", [{"file_name": "near.png", "text": "A."}])
+    write_metadata(tmp_path / "farm", [{"file_name": "near.png", "text": "A."}])
     assert build(tmp_path / "farm")[0]["image"][0].min() == 1
 
 
-def test_captions_in_a_table(folder):
+def test_folder_reads_metadata_csv(folder):
     (folder / "metadata.jsonl").unlink()
     (folder / "metadata.csv").write_text('file_name,text\nr.png,"Red, all."\ng.png,\nb.png,Blue.\n', "utf-8-sig")
-    found = build(folder)
-    assert [found.prompt(i) for i in range(2)] == ["Red, all.", "Blue."] and len(found) == 2
+    dataset = build(folder)
+    assert [dataset.prompt(i) for i in range(2)] == ["Red, all.", "Blue."] and len(dataset) == 2
     (folder / "metadata.csv").write_text("file_name,text\nr.png,Red, all.\n")
-    with pytest.raises(ValueError, match="line 2 has more cells"):
+    with pytest.raises(ValueError, match=r"metadata\.csv, line 2.*cells"):
         build(folder)
     (folder / "metadata.csv").write_text("file,text\nr.png,Red.\n")
-    with pytest.raises(ValueError, match="line 2 has no 'file_name'; there is file, text"):
+    with pytest.raises(ValueError, match=r"line 2.*'file_name'.*file, text"):
         build(folder)
     (folder / "metadata.jsonl").touch()
-    with pytest.raises(ValueError, match=r"metadata\.jsonl and .*metadata\.csv; remove one"):
+    with pytest.raises(ValueError, match=r"metadata\.jsonl and .*metadata\.csv"):
         build(folder)
 
 
-def test_captions_beside_images(folder, caplog):
+def test_folder_reads_txt_next_to_images(folder, caplog):
     (folder / "metadata.jsonl").unlink()
     (folder / "more").mkdir()
     (folder / ".hidden").mkdir()
     for name in ("more/y.jpg", ".hidden/z.png"):
-        picture(folder / name, "yellow")
+        save_image(folder / name, "yellow")
         (folder / name).with_suffix(".txt").write_text("Yellow.")
     (folder / "r.txt").write_text(" Red.\nAll of it.\n")
     (folder / "g.txt").write_text("")
-    found = build(folder)
-    assert [found.prompt(i) for i in range(len(found))] == ["Yellow.", "Red.\nAll of it."]
+    dataset = build(folder)
+    assert [dataset.prompt(i) for i in range(len(dataset))] == ["Yellow.", "Red.\nAll of it."]
     assert "1 of 4 images" in caplog.text and "1 of 3 captions" in caplog.text
     assert len(build(folder, empty="keep")) == 3
 
 
-def test_a_deeply_nested_line_is_no_json(tmp_path):
+def test_folder_rejects_deeply_nested_json(tmp_path):
     (tmp_path / "metadata.jsonl").write_text("[" * 100_000)
-    with pytest.raises(ValueError, match="line 1 is not JSON"):
+    with pytest.raises(ValueError, match=r"line 1.*JSON"):
         build(tmp_path)
 
 
-def test_missing_metadata_say_what_they_should_hold(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r'metadata\.jsonl; .*"file_name": .*metadata\.csv.*\.txt'):
+def test_missing_metadata_error_shows_an_example(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r'metadata\.jsonl.*"file_name": .*metadata\.csv.*\.txt'):
         build(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r'metadata\.jsonl; .*"image_0": '):
+    with pytest.raises(FileNotFoundError, match=r'metadata\.jsonl.*"image_0": '):
         data.build({"name": "pairs", "folder": str(tmp_path)})
-    with pytest.raises(FileNotFoundError, match="no folder"):
+    with pytest.raises(FileNotFoundError, match=r"no folder .*none"):
         build(tmp_path / "none")
 
 
-def test_images_that_are_scaled_up_are_counted(folder, caplog):
-    found = build(folder, resolution=9)
+def test_folder_warns_of_upscaled_images(folder, caplog):
+    dataset = build(folder, resolution=9)
     for i in range(12):
-        _ = found[i % 3]
-    conditioning = [r.getMessage() for r in caplog.records]
-    assert (
-        len(conditioning) == 2
-        and conditioning[0].startswith("1 of the images")
-        and conditioning[1].startswith("10 of the images")
-    )
-    assert "resolution=9" in conditioning[0] and "8 by 8" in conditioning[0]
+        _ = dataset[i % 3]
+    warned = [r.getMessage() for r in caplog.records]
+    assert len(warned) == 2 and warned[0].startswith("1 of the images") and warned[1].startswith("10 of the images")
+    assert "resolution=9" in warned[0] and "8 by 8" in warned[0]
     caplog.clear()
     _ = build(folder, resolution=8)[0]
     assert not caplog.records
 
 
-def test_the_resolution_is_the_backbones_own(folder, tmp_path_factory):
+def test_null_resolution_is_that_of_the_backbone(folder, tmp_path_factory):
     from tiny import tiny_sd
 
     from longalign.compose import build_from_config
@@ -339,13 +335,13 @@ def test_the_resolution_is_the_backbones_own(folder, tmp_path_factory):
     run |= {"encoder": {"name": "clip-segment", "checkpoint": base}, "trainer": "align", "output": "x"}
     assert build_from_config(run).data[0]["image"].shape == (3, 64, 64)
     assert build_from_config(override(run, {"data.resolution": 16})).data[0]["image"].shape == (3, 16, 16)
-    with pytest.raises(ValueError, match="resolution null is the backbone's own"):
+    with pytest.raises(ValueError, match=r"resolution null.*pixels"):
         build(folder, resolution=None)
 
 
-def test_half_a_surrogate_pair_is_no_text(folder):
+def test_folder_rejects_lone_surrogates(folder):
     (folder / "metadata.jsonl").write_text(
         '{"file_name": "r.png", "text": "A."}\n{"file_name": "g.png", "text": "\\ud800"}'
     )
-    with pytest.raises(ValueError, match="line 2: 'text' is not valid text"):
+    with pytest.raises(ValueError, match=r"metadata\.jsonl, line 2: 'text'"):
         build(folder)

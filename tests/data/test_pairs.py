@@ -1,7 +1,8 @@
-"""Pairs of images with preferences: of the small world, of a folder, of a table."""
+"""Preference data of synthetic scenes, folders and tables."""
 
 import json
 import logging
+import re
 from io import BytesIO
 
 import numpy as np
@@ -20,7 +21,7 @@ from longalign.trainers.batches import Batches, load_batches
 COLOURS = {"r": (255, 0, 0), "g": (0, 255, 0), "b": (0, 0, 255)}
 
 
-def picture(colour, kind="PNG"):
+def encode_image(colour, kind="PNG"):
     buffer = BytesIO()
     Image.new("RGB", (6, 4), colour).save(buffer, kind)
     return buffer.getvalue()
@@ -29,11 +30,11 @@ def picture(colour, kind="PNG"):
 @pytest.fixture
 def folder(tmp_path):
     for name, colour in COLOURS.items():
-        (tmp_path / f"{name}.png").write_bytes(picture(colour))
+        (tmp_path / f"{name}.png").write_bytes(encode_image(colour))
     return tmp_path
 
 
-def written(folder, *rows):
+def write_metadata(folder, *rows):
     (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     return folder
 
@@ -46,10 +47,10 @@ def build(folder, **keys):
     return data.build({"name": "pairs", "folder": str(folder), "resolution": 4, **keys})
 
 
-# The small world
+# Synthetic scenes
 
 
-def test_scene_pairs_are_the_same_whenever_asked_for_and_their_preference_is_what_it_says():
+def test_scene_pairs_are_deterministic_with_their_preference():
     pairs = data.build({"name": "scene-pairs", "size": 6, "seed": 2, "words": [20, 40], "captions": True})
     again = data.build({"name": "scene-pairs", "size": 6, "seed": 2, "words": [20, 40], "captions": True})
     item, later = pairs[3], again[3]
@@ -57,22 +58,22 @@ def test_scene_pairs_are_the_same_whenever_asked_for_and_their_preference_is_wha
     assert torch.equal(item["image"], later["image"]) and item["image"].shape == (2, 3, 64, 64)
     shown, caption = pairs.pair(3)
     assert item["preference"].item() == pytest.approx(preference(*shown, caption, 10.0, 4.0))
-    read = oracle.read(item["image"].numpy())
-    assert [truth(scene, caption) for scene in read] == [truth(scene, caption) for scene in shown]
+    recovered = oracle.read_scenes(item["image"].numpy())
+    assert [truth(scene, caption) for scene in recovered] == [truth(scene, caption) for scene in shown]
     assert len(pairs) == 6 and "captions" not in data.build({"name": "scene-pairs", "size": 6})[3]
     with pytest.raises(IndexError):
         pairs[6]
 
 
-def test_each_images_own_caption_is_true_of_it_and_not_of_the_other():
+def test_scene_pairs_captions_describe_each_image():
     pairs = data.build({"name": "scene-pairs", "size": 30, "words": [40, 60], "captions": True})
     scenes = [pairs.pair(i)[0] for i in range(30)]
     assert sum(first.things != second.things for first, second in scenes) > 20
-    conditioning = [pairs[i]["captions"] for i in range(30)]
-    assert sum(a != b for a, b in conditioning) == 30
+    captions = [pairs[i]["captions"] for i in range(30)]
+    assert sum(a != b for a, b in captions) == 30
 
 
-def test_the_share_that_prefers_the_first_by_hand():
+def test_preference_matches_hand_computed_values():
     scene = Scene((), "teal", tint=1.0, vignette=1.0)
     other = Scene((), "navy", tint=-1.0, vignette=0.5)
     caption = Caption((Sentence("The ground is teal.", (Fact("ground", "teal"),)),))
@@ -84,81 +85,83 @@ def test_the_share_that_prefers_the_first_by_hand():
     assert preference(scene, scene, caption, 2.0, 3.0) == 0.5
 
 
-def test_some_scenes_are_left_whole_and_others_are_not():
+def test_vary_leaves_about_a_third_of_scenes_unchanged():
     rng = np.random.default_rng(0)
     scene = sample_scene(rng, (6, 6))
     varied = [vary(scene, rng) for _ in range(200)]
-    whole = np.mean([v.things == scene.things and v.ground == scene.ground for v in varied])
-    assert 0.25 < whole < 0.45
+    unchanged = np.mean([v.things == scene.things and v.ground == scene.ground for v in varied])
+    assert 0.25 < unchanged < 0.45
     assert min(len(v.things) for v in varied) < 6 and len({v.tint for v in varied}) == 200
 
 
 # A folder
 
 
-def test_a_folder_gives_both_images_in_order_with_their_labels_and_captions(folder):
-    said = {"caption_0": "All red.", "caption_1": "All green."}
-    found = build(written(folder, row(label_0=1, label_1=0, **said), row("b", "r", preference=0.25, **said)))
-    item = found[0]
+def test_folder_pairs_have_images_labels_and_captions_in_order(folder):
+    captions = {"caption_0": "All red.", "caption_1": "All green."}
+    dataset = build(
+        write_metadata(folder, row(label_0=1, label_1=0, **captions), row("b", "r", preference=0.25, **captions))
+    )
+    item = dataset[0]
     assert item["image"].shape == (2, 3, 4, 4)
     assert item["image"][:, :, 0, 0].tolist() == [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
     assert (item["prompt"], item["captions"], item["preference"].item()) == ("A text.", ("All red.", "All green."), 1.0)
-    assert found[-1]["preference"].item() == 0.25 and found.prompt(1) == "A text."
-    batch = next(load_batches(found, Batches(2, 2, seed=0), True, 0))
+    assert dataset[-1]["preference"].item() == 0.25 and dataset.prompt(1) == "A text."
+    batch = next(load_batches(dataset, Batches(2, 2, seed=0), True, 0))
     assert batch["image"].shape == (2, 2, 3, 4, 4) and batch["preference"].shape == (2,)
     assert batch["captions"] == [("All red.", "All green.")] * 2
 
 
-def test_pairs_without_a_label_or_a_text_are_left_out_and_counted(folder, caplog):
+def test_folder_pairs_skip_and_count_missing_labels_and_prompts(folder, caplog):
     rows = [row(label_0=None, label_1=None), row(text=" ", label_0=1, label_1=0), row(label_0=0.5, label_1=0.5), row()]
-    found = build(written(folder, *rows))
-    assert len(found) == 1 and found[0]["preference"].item() == 0.5
+    dataset = build(write_metadata(folder, *rows))
+    assert len(dataset) == 1 and dataset[0]["preference"].item() == 0.5
     (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
-    assert record.getMessage().endswith("2 with no label, 1 with an empty prompt")
-    with pytest.raises(ValueError, match="holds no pairs, only 1 with no label"):
-        build(written(folder, row()))
+    assert re.search("of 4 pairs in .*: 2 with .*label, 1 with .*prompt", record.getMessage())
+    with pytest.raises(ValueError, match=f"{re.escape(str(folder))}.*1 with .*label"):
+        build(write_metadata(folder, row()))
 
 
-def test_an_unreadable_image_replaces_its_pair(folder, damaged, caplog):
+def test_folder_pairs_replace_pairs_with_unreadable_images(folder, damaged, caplog):
     (folder / "b.png").write_bytes(b"no image")
-    found = build(written(folder, row("r", "b", preference=1), row("g", "r", preference=0)))
-    assert found[0]["preference"].item() == 0.0
-    assert "the pair r.png and b.png cannot be read" in caplog.text
-    with pytest.raises(ValueError, match="1 images cannot be read, more than max_unreadable=0"):
+    dataset = build(write_metadata(folder, row("r", "b", preference=1), row("g", "r", preference=0)))
+    assert dataset[0]["preference"].item() == 0.0
+    assert "r.png and b.png" in caplog.text
+    with pytest.raises(ValueError, match=r"1 images.*max_unreadable=0.*b\.png"):
         _ = build(folder, max_unreadable=0)[0]
     (folder / "b.png").write_bytes(damaged)
     assert build(folder)[0]["preference"].item() == 0.0
 
 
-def test_lines_that_are_no_pairs(folder):
-    with pytest.raises(ValueError, match=r"line 1: expected files 'image_0' and 'image_1'; there is image_0, text"):
-        build(written(folder, {"image_0": "r.png", "text": "a"}))
-    with pytest.raises(ValueError, match=r"line 1: expected labels of both images.*got \[2\]"):
-        build(written(folder, row(preference=2)))
+def test_folder_pairs_reject_invalid_lines(folder):
+    with pytest.raises(ValueError, match=r"line 1.*'image_0'.*'image_1'.*image_0, text"):
+        build(write_metadata(folder, {"image_0": "r.png", "text": "a"}))
+    with pytest.raises(ValueError, match=r"line 1.*got \[2\]"):
+        build(write_metadata(folder, row(preference=2)))
     mixed = [row(preference=1), row(preference=1, caption_0="a", caption_1="b")]
-    with pytest.raises(ValueError, match="captions for 1 of 2 pairs"):
-        build(written(folder, *mixed))
+    with pytest.raises(ValueError, match=r"captions.*1 of 2 pairs"):
+        build(write_metadata(folder, *mixed))
 
 
 @pytest.mark.parametrize(
-    ("labels", "share"), [([1, 0], 1.0), ([0.5, 0.5], 0.5), ([3, 1], 0.75), ([0.3], 0.3), ([True, False], 1.0)]
+    ("labels", "fraction"), [([1, 0], 1.0), ([0.5, 0.5], 0.5), ([3, 1], 0.75), ([0.3], 0.3), ([True, False], 1.0)]
 )
-def test_labels(labels, share):
-    assert preference_of(labels, "here") == share
+def test_preference_of_valid_labels(labels, fraction):
+    assert preference_of(labels, "here") == fraction
 
 
 @pytest.mark.parametrize("labels", [[0, 0], [-1, 2], [1, 0, 0], [], [1.5], ["1", "0"], [float("nan"), 1]])
-def test_what_is_no_label(labels):
-    with pytest.raises(ValueError, match="here: expected labels of both images"):
+def test_preference_of_rejects_invalid_labels(labels):
+    with pytest.raises(ValueError, match=f"^here: .*{re.escape(repr(labels))}"):
         preference_of(labels, "here")
 
 
 # A table
 
 
-def test_a_table_in_the_columns_of_pick_a_pic(tmp_path):
+def test_hub_pairs_read_pick_a_pic_columns(tmp_path):
     datasets = pytest.importorskip("datasets")
-    red, green = picture(COLOURS["r"], "JPEG"), picture(COLOURS["g"], "JPEG")
+    red, green = encode_image(COLOURS["r"], "JPEG"), encode_image(COLOURS["g"], "JPEG")
     columns = {
         "caption": ["a fox", "a wall", "a sky", "a bed"],
         "jpg_0": [red, green, red, b"no image"],
@@ -169,32 +172,37 @@ def test_a_table_in_the_columns_of_pick_a_pic(tmp_path):
     }
     datasets.Dataset.from_dict(columns).to_parquet(tmp_path / "part.parquet")
     keys = {"dataset": "parquet", "files": str(tmp_path / "part.parquet"), "cache": str(tmp_path / "cache")}
-    found = data.build({"name": "hf-pairs", **keys, "resolution": 4})
-    assert [found.prompt(i) for i in range(len(found))] == ["a fox", "a wall", "a bed"]
-    assert [found[i]["preference"].item() for i in (0, 1)] == [1.0, 0.5]
-    assert found[0]["image"][:, :, 0, 0].round().tolist() == [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
-    assert found[2]["prompt"] == "a fox" and "row 3 of parquet" in found.unreadable
-    with pytest.raises(ValueError, match="has no column 'prompt'; there is caption, jpg_0"):
+    dataset = data.build({"name": "hf-pairs", **keys, "resolution": 4})
+    assert [dataset.prompt(i) for i in range(len(dataset))] == ["a fox", "a wall", "a bed"]
+    assert [dataset[i]["preference"].item() for i in (0, 1)] == [1.0, 0.5]
+    assert dataset[0]["image"][:, :, 0, 0].round().tolist() == [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
+    assert dataset[2]["prompt"] == "a fox" and "row 3 of parquet" in dataset.unreadable
+    with pytest.raises(ValueError, match=r"'prompt'.*caption, jpg_0"):
         data.build({"name": "hf-pairs", **keys, "caption": "prompt"})
 
 
-def test_a_table_in_the_columns_of_hpd(folder):
+def test_hub_pairs_read_hpd_columns(folder):
     pytest.importorskip("datasets")
-    row = {"prompt": "a fox", "image_path": ["r.png", "g.png"], "human_preference": [0, 1], "told": ["Red.", "Green."]}
+    row = {
+        "prompt": "a fox",
+        "image_path": ["r.png", "g.png"],
+        "human_preference": [0, 1],
+        "texts": ["Red.", "Green."],
+    }
     (folder / "train.json").write_text(json.dumps([row]))
-    found = data.build(
+    dataset = data.build(
         {
             "name": "hf-pairs", "dataset": "json", "files": str(folder / "train.json"), "caption": "prompt",
-            "images": "image_path", "labels": "human_preference", "captions": "told", "image_folder": str(folder),
+            "images": "image_path", "labels": "human_preference", "captions": "texts", "image_folder": str(folder),
             "cache": str(folder / "cache"), "resolution": 4,
         }
     )  # fmt: skip
-    item = found[0]
+    item = dataset[0]
     assert item["image"][:, :, 0, 0].tolist() == [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
     assert item["preference"].item() == 0.0 and item["captions"] == ("Red.", "Green.")
 
 
-def test_columns_are_one_or_two():
+def test_hub_pairs_config_rejects_wrong_column_counts():
     with pytest.raises(ConfigError, match="images"):
         data.validate({"name": "hf-pairs", "dataset": "x", "images": ["a", "b", "c"]})
     with pytest.raises(ConfigError, match="labels"):

@@ -1,4 +1,4 @@
-"""Tables read by ``datasets``, tar shards, the LongAlign captions, and how streams are dealt, shuffled and resumed."""
+"""Tables read with ``datasets``, tar shards, the LongAlign captions, and shuffling and resuming of streams."""
 
 import io
 import json
@@ -31,7 +31,7 @@ def shade(item):
 
 
 class Numbers(Stream):
-    """Shards of numbers as captions, each with an image of its shade; those in ``bad`` cannot be read."""
+    """Shards with numbers as captions and images of that shade; the images in ``bad`` are unreadable."""
 
     def __init__(self, lengths, bad=(), **settings):
         super().__init__(resolution=2, **settings)
@@ -56,7 +56,7 @@ def prompts(items):
     return [item["prompt"] for item in items]
 
 
-def test_a_pass_has_every_record_once_in_another_order_each_time():
+def test_stream_epoch_has_every_record_once_reshuffled():
     stream = Numbers([5, 4, 3], shuffle_buffer=4)
     seen = prompts(take(stream, 24))
     assert sorted(map(int, seen[:12])) == sorted(map(int, seen[12:])) == list(range(12))
@@ -68,13 +68,13 @@ def test_a_pass_has_every_record_once_in_another_order_each_time():
 
 
 @pytest.mark.parametrize("lengths", [[3, 3, 3, 3], [12]])
-def test_shares_are_disjoint_and_whole(lengths):
+def test_stream_parts_are_disjoint_and_complete(lengths):
     stream = Numbers(lengths, shuffle_buffer=2)
-    shares = [set(prompts(take(stream, 6, share=i, shares=2))) for i in range(2)]
-    assert not shares[0] & shares[1] and shares[0] | shares[1] == {str(i) for i in range(12)}
+    parts = [set(prompts(take(stream, 6, part=i, num_parts=2))) for i in range(2)]
+    assert not parts[0] & parts[1] and parts[0] | parts[1] == {str(i) for i in range(12)}
 
 
-def test_an_unreadable_image_gives_its_place_to_the_next_one(caplog):
+def test_stream_replaces_unreadable_images_by_the_next(caplog):
     with caplog.at_level(logging.WARNING):
         items = take(Numbers([5], bad=(1, 2), shuffle_buffer=1), 10)
     assert prompts(items) == ["0", "3", "3", "3", "4"] * 2
@@ -82,14 +82,14 @@ def test_an_unreadable_image_gives_its_place_to_the_next_one(caplog):
     for skip in range(5):
         again = take(Numbers([5], bad=(1, 2), shuffle_buffer=1), 10 - skip, skip=skip)
         assert prompts(again) == prompts(items)[skip:]
-    with pytest.raises(ValueError, match=r"2 images cannot be read, more than max_unreadable=1: n1 .*n2 "):
+    with pytest.raises(ValueError, match=r"2 images.*max_unreadable=1: n1 .*n2 "):
         take(Numbers([5], bad=(1, 2), shuffle_buffer=1, max_unreadable=1), 5)
-    with pytest.raises(ValueError, match="no image can be read: n0"):
+    with pytest.raises(ValueError, match=r"no image.*: n0"):
         take(Numbers([1], bad=(0,), max_unreadable=3), 1)
     assert prompts(take(Numbers([2], bad=(0, 1)), 2, images=False)) != []
 
 
-def test_a_damaged_image_gives_its_place_to_the_next_one_too(damaged):
+def test_stream_replaces_images_with_unexpected_pillow_errors(damaged):
     class Damaged(Numbers):
         def read(self, shard):
             yield Record("odd", "odd", damaged)
@@ -97,29 +97,29 @@ def test_a_damaged_image_gives_its_place_to_the_next_one_too(damaged):
 
     stream = Damaged([2], shuffle_buffer=1)
     assert prompts(take(stream, 3)) == ["0", "0", "1"] and list(stream.unreadable) == ["odd"]
-    with pytest.raises(ValueError, match="cannot write mode CMYK"):
+    with pytest.raises(ValueError, match="CMYK"):
         image_source(Image.new("CMYK", (2, 2)), None)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_of_a_stream_go_on_where_they_were(workers):
+def test_stream_batches_resume_at_any_step(workers):
     def batches(start):
         stream = Numbers([4, 4, 4, 4], shuffle_buffer=3)
         loaded = load_batches(stream, plan_batches(stream, 2, 5, start, 0, 1), True, workers)
         return [next(loaded) for _ in range(7 - start)]
 
-    whole = batches(0)
-    assert whole[0]["image"].shape == (2, 3, 2, 2)
+    expected = batches(0)
+    assert expected[0]["image"].shape == (2, 3, 2, 2)
     for start in (1, 2, 5):
         later = batches(start)
-        assert [b["prompt"] for b in later] == [b["prompt"] for b in whole[start:]]
-        assert torch.equal(later[0]["image"], whole[start]["image"])
+        assert [b["prompt"] for b in later] == [b["prompt"] for b in expected[start:]]
+        assert torch.equal(later[0]["image"], expected[start]["image"])
 
 
-def test_images_are_asked_for_only_where_they_are_needed():
+def test_load_batches_skips_images_that_are_not_needed():
     stream = Numbers([2], bad=(0, 1))
     stream.has_images = False
-    with pytest.raises(ValueError, match="the data has prompts only"):
+    with pytest.raises(ValueError, match="prompts only"):
         load_batches(stream, plan_batches(stream, 1, 0, 0, 0, 1), True, 0)
     batch = next(load_batches(stream, plan_batches(stream, 2, 0, 0, 0, 1), False, 0))
     assert set(batch) == {"prompt"} and sorted(batch["prompt"]) == ["0", "1"]
@@ -150,27 +150,27 @@ def shards(tmp_path):
     return tmp_path
 
 
-def web(shards, name="s-{00..01}.tar", **keys):
+def build_web(shards, name="s-{00..01}.tar", **keys):
     given = {"name": "webdataset", "shards": str(shards / name), "resolution": 4, "shuffle_buffer": 1, **keys}
     return data.build(given)
 
 
-def test_tar_shards(shards):
-    items = take(web(shards), 6)
+def test_webdataset_reads_tar_shards(shards):
+    items = take(build_web(shards), 6)
     assert sorted(prompts(items)) == sorted(f"Caption {i}." for i in (0, 1, 2, 10, 11, 12))
     assert all(f"Caption {shade(item)}." == item["prompt"] for item in items)
     assert items[0]["image"].shape == (3, 4, 4)
-    json_items = take(web(shards, "s-*.tar", caption="json"), 6)
+    json_items = take(build_web(shards, "s-*.tar", caption="json"), 6)
     assert {f"From JSON {shade(item)}." for item in json_items} == set(prompts(json_items))
-    with pytest.raises(FileNotFoundError, match=r"no shard .*s-02\.tar"):
+    with pytest.raises(FileNotFoundError, match=r"s-02\.tar"):
         find_shards(str(shards / "s-{00..02}.tar"))
-    with pytest.raises(FileNotFoundError, match="no shard"):
+    with pytest.raises(FileNotFoundError, match=r"x-\*\.tar"):
         find_shards(str(shards / "x-*.tar"))
-    with pytest.raises(ConfigError, match="'field' is a key of JSON"):
-        web(shards, field="text")
+    with pytest.raises(ConfigError, match=r"'field'.*'txt'"):
+        build_web(shards, field="text")
 
 
-def test_broken_tar_shards_and_samples(tmp_path, caplog):
+def test_webdataset_replaces_broken_shards_and_samples(tmp_path, caplog):
     samples = [
         ("a.png", png(7)),
         ("a.txt", b"A."),
@@ -181,33 +181,28 @@ def test_broken_tar_shards_and_samples(tmp_path, caplog):
     ]
     write_shard(tmp_path / "s-0.tar.gz", [*samples, ("e.png", png(9)), ("e.txt", b"  ")])
     write_shard(tmp_path / "s-1.tar", [("f.png", png(5)), ("f.txt", b"F.")])
-    whole = (tmp_path / "s-1.tar").read_bytes()
-    (tmp_path / "s-1.tar").write_bytes(whole[:700])
-    found = web(tmp_path, "s-*")
+    content = (tmp_path / "s-1.tar").read_bytes()
+    (tmp_path / "s-1.tar").write_bytes(content[:700])
+    dataset = build_web(tmp_path, "s-*")
     with caplog.at_level(logging.WARNING):
-        assert set(prompts(take(found, 12))) == {"A."}
+        assert set(prompts(take(dataset, 12))) == {"A."}
     messages = " ".join(r.message for r in caplog.records)
-    for conditioning in (
-        "b in .* has no .txt; there is png",
-        "c in .*it has no image",
-        "d in ",
-        "the rest of .*s-1.tar",
-    ):
-        assert re.search(conditioning, messages), conditioning
+    for pattern in (r"b in .* has no \.txt.*png", "c in .*no image", "d in ", r"the rest of .*s-1\.tar"):
+        assert re.search(pattern, messages), pattern
     assert "e in" in messages and "empty caption" in messages
-    assert len(found.unreadable) == 4
+    assert len(dataset.unreadable) == 4
 
 
-def test_members_that_claim_to_be_huge_are_not_read(tmp_path, caplog, monkeypatch):
+def test_webdataset_rejects_huge_members(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(webdataset, "MAX_BYTES", 4000)
     with tarfile.open(tmp_path / "s.tar.gz", "w:gz") as tar:
         for name, content in (("a.png", bytes(5000)), ("a.txt", b"A."), ("b.png", png(1)), ("b.txt", b"B.")):
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-    assert prompts(take(web(tmp_path, "s.tar.gz"), 2)) == ["B.", "B."]
-    assert re.search("a in .*its .png has 5000 bytes, more than the limit of 4000", caplog.text)
-    # a file with holes: 512 bytes that claim 200 GB
+    assert prompts(take(build_web(tmp_path, "s.tar.gz"), 2)) == ["B.", "B."]
+    assert re.search(r"a in .*\.png.*5000 bytes.*4000", caplog.text)
+    # a sparse file: 512 bytes that declare 200 GiB
     member = tarfile.TarInfo("c.png")
     member.type, member.size = tarfile.GNUTYPE_SPARSE, 0
     head = bytearray(member.tobuf(tarfile.GNU_FORMAT))
@@ -217,21 +212,21 @@ def test_members_that_claim_to_be_huge_are_not_read(tmp_path, caplog, monkeypatc
     (tmp_path / "h.tar").write_bytes(bytes(head) + bytes(1024))
     with tarfile.open(tmp_path / "h.tar") as tar:
         assert tar.getmembers()[0].size == 200 * 2**30
-    with pytest.raises(ValueError, match=r"no image can be read: c in .*its .png has 214748364800 bytes"):
-        take(web(tmp_path, "h.tar"), 1)
+    with pytest.raises(ValueError, match=r"no image.*: c in .*\.png.*214748364800 bytes"):
+        take(build_web(tmp_path, "h.tar"), 1)
 
 
-def test_headers_that_claim_to_be_huge_are_not_read(tmp_path):
-    """tarfile takes the header of a member, such as its long name, into memory as a whole."""
+def test_webdataset_rejects_huge_headers(tmp_path):
+    """tarfile reads the complete header of a member, such as a long name, into memory."""
     with tarfile.open(tmp_path / "s.tar.gz", "w:gz") as tar:
         member = tarfile.TarInfo("././@LongLink")
         member.type, member.size = tarfile.GNUTYPE_LONGNAME, 2**21
         tar.addfile(member, io.BytesIO(b"a" * member.size))
-    with pytest.raises(ValueError, match=r"nothing to read.*the rest of .*a header of 2097152 bytes"):
-        take(web(tmp_path, "s.tar.gz"), 1)
+    with pytest.raises(ValueError, match=r"part 0 of 1.*the rest of .*s\.tar\.gz.*2097152 bytes"):
+        take(build_web(tmp_path, "s.tar.gz"), 1)
 
 
-def test_paths_in_a_table_need_their_folder(table):
+def test_hub_paths_need_image_folder(table):
     import datasets
 
     (table / "in").mkdir()
@@ -241,29 +236,29 @@ def test_paths_in_a_table_need_their_folder(table):
     rows = datasets.Dataset.from_dict({"caption": list("ABCD"), "image": paths})
     rows.to_parquet(table / "paths.parquet")
     keys = {"files": str(table / "paths.parquet"), "image_folder": str(table / "in")}
-    found = hub(table, **keys)
-    assert [found.load_item(i) and shade(found[i]) for i in range(4)] == [3, 3, None, None]
-    assert "leads out of" in found.unreadable["row 2 of parquet"] and len(found.unreadable) == 2
-    stream = hub(table, streaming=True, **keys)
+    dataset = build_hub(table, **keys)
+    assert [dataset.load_item(i) and shade(dataset[i]) for i in range(4)] == [3, 3, None, None]
+    assert "../secret.png" in dataset.unreadable["row 2 of parquet"] and len(dataset.unreadable) == 2
+    stream = build_hub(table, streaming=True, **keys)
     assert set(prompts(take(stream, 4))) == {"A", "B"}
-    with pytest.raises(ValueError, match=r"none of the 4 images can be read: .*is a path; set image_folder"):
-        _ = hub(table, **{**keys, "image_folder": None})[0]
-    # what the owner of the machine asks for
-    assert shade(hub(table, **{**keys, "image_folder": "/"})[3]) == 4
+    with pytest.raises(ValueError, match=r"none of the 4 images.*a\.png.*image_folder"):
+        _ = build_hub(table, **{**keys, "image_folder": None})[0]
+    # explicitly allowed by the user
+    assert shade(build_hub(table, **{**keys, "image_folder": "/"})[3]) == 4
 
 
-def test_a_folder_that_datasets_reads_needs_no_image_folder(table):
+def test_hub_imagefolder_needs_no_image_folder(table):
     (table / "in").mkdir()
     (table / "in" / "a.png").write_bytes(png(3))
     (table / "in" / "metadata.jsonl").write_text('{"file_name": "a.png", "caption": "A."}')
-    found = hub(table, dataset="imagefolder", files=str(table / "in" / "*"))
-    assert (found[0]["prompt"], shade(found[0])) == ("A.", 3)
+    dataset = build_hub(table, dataset="imagefolder", files=str(table / "in" / "*"))
+    assert (dataset[0]["prompt"], shade(dataset[0])) == ("A.", 3)
 
 
-def test_what_datasets_raises_is_a_value_error(tmp_path):
+def test_load_table_turns_datasets_errors_into_value_error(tmp_path):
     pytest.importorskip("datasets")
     (tmp_path / "mine.py").write_text("raise SystemExit")
-    with pytest.raises(ValueError, match=r"datasets cannot read .*mine\.py"):
+    with pytest.raises(ValueError, match=r"datasets.*mine\.py"):
         data.build({"name": "hf", "dataset": str(tmp_path / "mine.py"), "cache": str(tmp_path), "resolution": 4})
 
 
@@ -284,52 +279,52 @@ def table(tmp_path):
     return tmp_path
 
 
-def hub(table, **keys):
+def build_hub(table, **keys):
     files = str(table / "p-*.parquet")
     given = {"name": "hf", "dataset": "parquet", "files": files, "cache": str(table / "cache"), "resolution": 4}
     return data.build({**given, **keys})
 
 
-def test_a_table_by_index(table):
-    found = hub(table)
-    assert [found.prompt(i) for i in range(len(found))] == ["Zero.", "One.", "Three."]
-    assert [shade(found[i]) for i in range(3)] == [0, 1, 3] and found[-1]["prompt"] == "Three."
-    assert len(hub(table, empty="keep")) == 5
-    alone = hub(table, image=None)
-    assert not alone.has_images and alone[1] == {"prompt": "One."}
-    with pytest.raises(ValueError, match=r"no column 'text'; there is caption, image, other"):
-        hub(table, caption="text")
+def test_hub_rows_read_parquet_by_index(table):
+    dataset = build_hub(table)
+    assert [dataset.prompt(i) for i in range(len(dataset))] == ["Zero.", "One.", "Three."]
+    assert [shade(dataset[i]) for i in range(3)] == [0, 1, 3] and dataset[-1]["prompt"] == "Three."
+    assert len(build_hub(table, empty="keep")) == 5
+    prompts_only = build_hub(table, image=None)
+    assert not prompts_only.has_images and prompts_only[1] == {"prompt": "One."}
+    with pytest.raises(ValueError, match=r"'text'.*caption, image, other"):
+        build_hub(table, caption="text")
 
 
-def test_a_table_as_a_stream(table):
-    found = hub(table, streaming=True)
-    assert found.num_shards == 2
-    assert sorted(prompts(take(found, 3))) == ["One.", "Three.", "Zero."]
-    shades = {item["prompt"]: shade(item) for item in take(found, 3)}
+def test_hub_stream_reads_parquet_shards(table):
+    dataset = build_hub(table, streaming=True)
+    assert dataset.num_shards == 2
+    assert sorted(prompts(take(dataset, 3))) == ["One.", "Three.", "Zero."]
+    shades = {item["prompt"]: shade(item) for item in take(dataset, 3)}
     assert shades == {"Zero.": 0, "One.": 1, "Three.": 3}
-    assert not hub(table, streaming=True, image=None).has_images
+    assert not build_hub(table, streaming=True, image=None).has_images
 
 
-def test_unreadable_rows_are_named(table):
+def test_hub_rows_name_unreadable_rows(table):
     import datasets
 
     rows = datasets.Dataset.from_dict({"caption": ["A.", "B."], "image": [b"?", png(4)]})
     rows.to_parquet(table / "bytes.parquet")
-    found = hub(table, files=str(table / "bytes.parquet"))
-    assert found[0]["prompt"] == "B." and list(found.unreadable) == ["row 0 of parquet"]
+    dataset = build_hub(table, files=str(table / "bytes.parquet"))
+    assert dataset[0]["prompt"] == "B." and list(dataset.unreadable) == ["row 0 of parquet"]
 
 
-def test_settings_of_a_table_that_do_nothing_are_refused():
-    with pytest.raises(ConfigError, match="'shuffle_buffer' belongs to a stream"):
+def test_hub_config_rejects_keys_without_effect():
+    with pytest.raises(ConfigError, match=r"'shuffle_buffer'.*streaming"):
         data.validate({"name": "hf", "dataset": "x", "shuffle_buffer": 5})
-    with pytest.raises(ConfigError, match="'image_folder' has no effect"):
+    with pytest.raises(ConfigError, match=r"'image_folder'.*'image'"):
         data.validate({"name": "hf", "dataset": "x", "image": None, "image_folder": "y"})
     run = {"backbone": {"name": "sd", "checkpoint": "x"}, "encoder": "clip-segment", "trainer": "align"}
-    with pytest.raises(ConfigError, match="'align' needs images, and 'hf' has prompts only"):
+    with pytest.raises(ConfigError, match=r"'align'.*images.*'hf'"):
         load_config({**run, "data": {"name": "hf", "dataset": "x", "image": None}})
 
 
-def test_a_missing_library_is_named(monkeypatch):
+def test_hub_without_datasets_names_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match="pip install datasets"):
         data.build({"name": "hf", "dataset": "x"})
@@ -349,73 +344,73 @@ def captions(tmp_path):
     (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "coco" / "train2017").mkdir(parents=True)
     (tmp_path / "sam").mkdir()
-    for place, tone in (("coco/train2017/1.png", 1), ("coco/train2017/2.png", 2), ("sam/3.png", 3)):
-        (tmp_path / place).write_bytes(png(tone))
+    for name, tone in (("coco/train2017/1.png", 1), ("coco/train2017/2.png", 2), ("sam/3.png", 3)):
+        (tmp_path / name).write_bytes(png(tone))
     return tmp_path
 
 
-def joined(folder, **keys):
+def build_captions(folder, **keys):
     folders = {"COCO2017": str(folder / "coco"), "SAM": str(folder / "sam")}
     given = {"name": "longalign-captions", "captions": str(folder / "captions.jsonl"), "folders": folders}
     return data.build({**given, "cache": str(folder / "cache"), "resolution": 4, **keys})
 
 
-def test_longalign_captions_are_joined_with_their_images(captions, caplog):
+def test_longalign_captions_join_rows_and_images(captions, caplog):
     with caplog.at_level(logging.WARNING):
-        found = joined(captions)
-    assert [(found[i]["prompt"], shade(found[i])) for i in range(len(found))] == [
+        dataset = build_captions(captions)
+    assert [(dataset[i]["prompt"], shade(dataset[i])) for i in range(len(dataset))] == [
         ("A dog. It runs.", 1),
         ("A cat.", 2),
         ("A wall.", 3),
     ]
     messages = [r.message for r in caplog.records]
-    assert "left out, for want of a folder: 1 of LLaVA" in messages and "1 captions are empty: skip" in messages
-    assert any(m.startswith("left out, for their images are missing: 1, the first are") for m in messages)
-    with pytest.raises(ValueError, match=r"more than max_missing=0 images are missing, the last is .*4\.png"):
-        joined(captions, max_missing=0)
-    with pytest.raises(ValueError, match="no caption has the source 'coco'; there is COCO2017, LLaVA, SAM"):
-        joined(captions, folders={"coco": str(captions)})
-    with pytest.raises(ValueError, match=r"no image of .* is in the folders given, the first of 1 missing"):
-        joined(captions, folders={"LLaVA": str(captions)})
+    for pattern in ("1 of LLaVA", "1 captions.*skip", r"missing.*: 1, .*sam/4\.png"):
+        assert any(re.search(pattern, message) for message in messages), pattern
+    with pytest.raises(ValueError, match=r"max_missing=0.*4\.png"):
+        build_captions(captions, max_missing=0)
+    with pytest.raises(ValueError, match=r"'coco'.*COCO2017, LLaVA, SAM"):
+        build_captions(captions, folders={"coco": str(captions)})
+    with pytest.raises(ValueError, match=r"no image of .*captions\.jsonl.*1 .*missing.*5\.png"):
+        build_captions(captions, folders={"LLaVA": str(captions)})
 
 
-def test_a_path_of_the_captions_that_leads_out_of_its_folder(captions):
+def test_longalign_captions_reject_paths_outside_the_folder(captions):
     with (captions / "captions.jsonl").open("a") as file:
         file.write('\n{"caption": "A.", "path": "../../secret.png", "source": "SAM"}')
-    with pytest.raises(ValueError, match=r"'\.\./\.\./secret.png' leads out of .*sam"):
-        joined(captions)
+    with pytest.raises(ValueError, match=r"'\.\./\.\./secret\.png'.*sam"):
+        build_captions(captions)
 
 
-def test_damaged_compression_is_named_whatever_tarfile_raises(tmp_path):
+def test_webdataset_names_shards_with_damaged_compression(tmp_path):
     for number, content in enumerate((b"\x1f\x8b\x08", b"BZh9", b"\xfd7zXZ\0", b"")):
         (tmp_path / f"{number}.tar").write_bytes(content)
-        with pytest.raises(ValueError, match=rf"nothing to read in part 0 of 1.*the rest of .*{number}\.tar \("):
-            take(web(tmp_path, f"{number}.tar"), 1)
+        with pytest.raises(ValueError, match=rf"part 0 of 1.*the rest of .*{number}\.tar \("):
+            take(build_web(tmp_path, f"{number}.tar"), 1)
 
 
-def test_json_captions_that_are_no_text(tmp_path):
+def test_webdataset_replaces_invalid_json_captions(tmp_path):
     captions = (b"[" * 100_000, b'{"caption": "\\ud800"}', b'{"caption": "A."}')
     samples = [part for i, c in enumerate(captions) for part in ((f"{i}.png", png(i)), (f"{i}.json", c))]
     write_shard(tmp_path / "s.tar", samples)
-    found = web(tmp_path, "s.tar", caption="json")
-    assert prompts(take(found, 2)) == ["A.", "A."] and len(found.unreadable) == 2
+    dataset = build_web(tmp_path, "s.tar", caption="json")
+    assert prompts(take(dataset, 2)) == ["A.", "A."] and len(dataset.unreadable) == 2
 
 
-def test_a_damaged_file_of_a_streamed_table_is_named(table, caplog):
-    whole = (table / "p-1.parquet").read_bytes()
-    (table / "p-1.parquet").write_bytes(whole[:4] + bytes(60) + whole[64:])
-    found = hub(table, streaming=True)
-    assert set(prompts(take(found, 4))) == {"Zero.", "One."}
-    assert "the rest of shard 1 of parquet cannot be read" in caplog.text
+def test_hub_stream_names_damaged_files(table, caplog):
+    content = (table / "p-1.parquet").read_bytes()
+    (table / "p-1.parquet").write_bytes(content[:4] + bytes(60) + content[64:])
+    dataset = build_hub(table, streaming=True)
+    assert set(prompts(take(dataset, 4))) == {"Zero.", "One."}
+    assert "the rest of shard 1 of parquet" in caplog.text
 
 
-def test_cells_that_are_no_text_are_named_by_their_row(tmp_path):
+def test_hub_rows_name_rows_with_invalid_cells(tmp_path):
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_dict({"caption": [1, 2], "image": [png(1)] * 2}).to_parquet(tmp_path / "n.parquet")
     keys = {"dataset": "parquet", "files": str(tmp_path / "n.parquet"), "cache": str(tmp_path), "resolution": 4}
-    with pytest.raises(ValueError, match="row 0 of parquet: the caption must be a text, got 1"):
+    with pytest.raises(ValueError, match=r"row 0 of parquet.*caption.*got 1"):
         data.build({"name": "hf", **keys})
     (tmp_path / "c.jsonl").write_text(json.dumps({"caption": "A.", "path": None, "source": "s"}))
     config = {"name": "longalign-captions", "captions": str(tmp_path / "c.jsonl"), "folders": {"s": str(tmp_path)}}
-    with pytest.raises(ValueError, match=r"row 0 of .*: the path must be a text, got None"):
+    with pytest.raises(ValueError, match=r"row 0 of .*c\.jsonl.*path.*got None"):
         data.build({**config, "cache": str(tmp_path / "cache"), "resolution": 4})

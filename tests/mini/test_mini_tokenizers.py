@@ -1,4 +1,4 @@
-"""The reduced tokenizers split captions as the full ones do and take any text."""
+"""The reduced tokenizers split captions like the full ones and encode any text."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def captions(count: int) -> list[str]:
     return [describe(sample_scene(rng), rng, words=words).text for words in np.linspace(8, 400, count).astype(int)]
 
 
-def test_captions_are_split_as_by_the_full_vocabulary(folder: Path):
+def test_reduced_clip_vocabulary_splits_captions_like_the_full_one(folder: Path):
     full, reduced = SimpleTokenizer(), SimpleTokenizer(str(folder / "open_clip" / "bpe_simple_vocab.txt.gz"))
     assert len(reduced.encoder) < 1500
     for text in captions(20):
         assert [reduced.decoder[i] for i in reduced.encode(text)] == [full.decoder[i] for i in full.encode(text)]
 
 
-def test_transformers_and_open_clip_agree_on_the_ids(folder: Path):
+def test_transformers_and_open_clip_tokenizers_give_equal_ids(folder: Path):
     ours = CLIPTokenizerFast.from_pretrained(folder / "clip")
     theirs = SimpleTokenizer(str(folder / "open_clip" / "bpe_simple_vocab.txt.gz"))
     for text in [*captions(10), "A zyzzyva, 3.14 m long!"]:
@@ -45,14 +45,14 @@ def test_transformers_and_open_clip_agree_on_the_ids(folder: Path):
     assert ours.eos_token_id == len(ours) - 1
 
 
-def test_any_text_has_tokens(folder: Path):
+def test_clip_tokenizer_encodes_any_text(folder: Path):
     tokenizer = CLIPTokenizerFast.from_pretrained(folder / "clip")
     assert tokenizer.decode(tokenizer(ODD, add_special_tokens=False).input_ids).replace(" ", "") == (
         ODD.lower().replace(" ", "")
     )
 
 
-def test_t5_tokens_come_from_a_trained_file(tmp_path: Path):
+def test_write_t5_tokenizer_round_trips_captions(tmp_path: Path):
     tokenizer = AutoTokenizer.from_pretrained(write_t5_tokenizer(tmp_path, captions(40), vocab_size=200))
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (0, 1, 2)
     text = captions(3)[1]

@@ -1,4 +1,4 @@
-"""The bundled weights load through the same parts as published ones and are worth something."""
+"""The `mini` weights load through the same parts as published ones and perform well enough."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ WEIGHTS = Path(str(resources.files("longalign.mini"))) / "weights"
 LONG = "There is a circle in the top left. " * 40
 
 
-def worlds(count: int, things: tuple[int, int], words: int) -> tuple[list[Scene], list[Caption]]:
+def sample_scenes(count: int, things: tuple[int, int], words: int) -> tuple[list[Scene], list[Caption]]:
     scenes = [sample_scene(np.random.default_rng([31, i]), things) for i in range(count)]
     return scenes, [describe(s, np.random.default_rng([32, i]), words=words) for i, s in enumerate(scenes)]
 
 
-def wrong(scene: Scene, rng: np.random.Generator) -> Scene:
+def change_facts(scene: Scene, rng: np.random.Generator) -> Scene:
     """The scene with one attribute of every object changed."""
     things = []
     for thing in scene.things:
@@ -35,7 +35,7 @@ def wrong(scene: Scene, rng: np.random.Generator) -> Scene:
     return Scene(tuple(things), scene.ground, scene.tint, scene.vignette)
 
 
-def test_all_weights_are_half_precision_and_small():
+def test_mini_weights_are_float16_and_below_40_mib():
     files = [f for f in WEIGHTS.rglob("*") if f.is_file()]
     assert sum(f.stat().st_size for f in files) < 40 * 2**20
     weights = [f for f in files if f.suffix == ".safetensors"]
@@ -45,21 +45,21 @@ def test_all_weights_are_half_precision_and_small():
             assert {str(tensors.get_slice(k).get_dtype()) for k in tensors.keys()} <= {"F16", "I64"}, file  # noqa: SIM118
 
 
-def test_the_text_model_has_the_names_of_published_checkpoints():
+def test_mini_text_encoder_has_published_weight_names():
     with safe_open(WEIGHTS / "sd" / "text_encoder" / "model.safetensors", "pt") as tensors:
         assert all(name.startswith("text_model.") for name in tensors.keys())  # noqa: SIM118
 
 
-def test_the_vae_keeps_the_facts():
-    scenes, captions = worlds(40, (1, 9), 100)
+def test_mini_vae_preserves_facts():
+    scenes, captions = sample_scenes(40, (1, 9), 100)
     backbone = backbones.build({"name": "sd", "checkpoint": "mini/sd"})
     with torch.no_grad():
         images = backbone.decode(backbone.encode_images(torch.from_numpy(render_batch(scenes))))
     assert oracle.fact_accuracy(images.numpy(), captions).mean() >= 0.95
 
 
-def test_the_unet_draws_short_captions():
-    _, captions = worlds(24, (1, 2), 20)
+def test_mini_unet_generates_short_captions():
+    _, captions = sample_scenes(24, (1, 2), 20)
     backbone = backbones.build({"name": "sd", "checkpoint": "mini/sd"})
     encoder = encoders.build({"name": "clip-truncate", "checkpoint": "mini/sd"})
     texts = [c.text for c in captions]
@@ -77,7 +77,7 @@ def test_the_unet_draws_short_captions():
     ],
     ids=lambda config: config["name"],
 )
-def test_encoders_read_beyond_one_window(config: dict[str, object]):
+def test_mini_encoders_encode_more_than_one_window(config: dict[str, object]):
     encoder = encoders.build(config)
     (report,) = encoder.report([LONG[:600]])
     assert report.truncated == ""
@@ -88,41 +88,42 @@ def test_encoders_read_beyond_one_window(config: dict[str, object]):
 
 
 @pytest.mark.parametrize(
-    ("name", "words", "atleast"), [("clip", 20, 0.7), ("pickscore", 20, 0.7), ("hpsv2", 20, 0.7), ("denscore", 80, 0.8)]
+    ("name", "words", "accuracy"),
+    [("clip", 20, 0.7), ("pickscore", 20, 0.7), ("hpsv2", 20, 0.7), ("denscore", 80, 0.8)],
 )
-def test_rewards_prefer_the_image_that_the_text_tells(name: str, words: int, atleast: float):
-    scenes, captions = worlds(60, (1, 3), words)
+def test_mini_rewards_prefer_the_described_image(name: str, words: int, accuracy: float):
+    scenes, captions = sample_scenes(60, (1, 3), words)
     reward = rewards.build({"name": name, "checkpoint": f"mini/{name}"})
     texts = [c.text for c in captions]
     rng = np.random.default_rng(0)
     with torch.no_grad():
-        right = reward.score(torch.from_numpy(render_batch(scenes)), texts)
-        false = reward.score(torch.from_numpy(render_batch([wrong(s, rng) for s in scenes])), texts)
-    assert (right > false).float().mean() >= atleast
+        true = reward.score(torch.from_numpy(render_batch(scenes)), texts)
+        false = reward.score(torch.from_numpy(render_batch([change_facts(s, rng) for s in scenes])), texts)
+    assert (true > false).float().mean() >= accuracy
 
 
-def test_reweighting_takes_the_text_irrelevant_part_out_of_the_bundled_denscore():
-    scenes, captions = worlds(24, (1, 4), 80)
+def test_reweighted_mini_denscore_scales_the_irrelevant_part():
+    scenes, captions = sample_scenes(24, (1, 4), 80)
     config = {"name": "reweighted", "omega": 0.3, "inner": {"name": "denscore", "checkpoint": "mini/denscore"}}
     reward = rewards.build(config)
     with torch.no_grad():
         scores = reward.score_components(torch.from_numpy(render_batch(scenes)), [c.text for c in captions])
     relevant, irrelevant = scores.parts["text_relevant"], scores.parts["text_irrelevant"]
     torch.testing.assert_close(scores.total, relevant + 0.3 * irrelevant)
-    # the two parts add up to what the plain reward says
+    # the two parts add up to the plain reward
     plain = rewards.build(config["inner"])
     with torch.no_grad():
         expected = plain.score(torch.from_numpy(render_batch(scenes)), [c.text for c in captions])
     torch.testing.assert_close(relevant + irrelevant, expected)
 
 
-@pytest.mark.parametrize(("name", "words", "times"), [("denscore", 80, 3), ("pickscore", 25, 1), ("hpsv2", 25, 1)])
-def test_the_parts_of_a_preference_are_truth_and_taste(name: str, words: int, times: float):
-    scenes, captions = worlds(60, (1, 4), words)
+@pytest.mark.parametrize(("name", "words", "ratio"), [("denscore", 80, 3), ("pickscore", 25, 1), ("hpsv2", 25, 1)])
+def test_mini_preference_parts_separate_truth_and_taste(name: str, words: int, ratio: float):
+    scenes, captions = sample_scenes(60, (1, 4), words)
     rng = np.random.default_rng(1)
     changed = {
-        "right": [Scene(s.things, s.ground, 0.0, 0.5) for s in scenes],
-        "wrong": [wrong(Scene(s.things, s.ground, 0.0, 0.5), rng) for s in scenes],
+        "true": [Scene(s.things, s.ground, 0.0, 0.5) for s in scenes],
+        "false": [change_facts(Scene(s.things, s.ground, 0.0, 0.5), rng) for s in scenes],
         "plain": [Scene(s.things, s.ground, -0.8, 0.1) for s in scenes],
         "pleasing": [Scene(s.things, s.ground, 0.8, 0.9) for s in scenes],
     }
@@ -131,9 +132,9 @@ def test_the_parts_of_a_preference_are_truth_and_taste(name: str, words: int, ti
     texts = [c.text for c in captions]
     with torch.no_grad():
         parts = {k: reward.score_components(torch.from_numpy(render_batch(v)), texts).parts for k, v in changed.items()}
-    by_truth = {p: parts["right"][p] - parts["wrong"][p] for p in ("text_relevant", "text_irrelevant")}
+    by_truth = {p: parts["true"][p] - parts["false"][p] for p in ("text_relevant", "text_irrelevant")}
     by_taste = {p: parts["pleasing"][p] - parts["plain"][p] for p in ("text_relevant", "text_irrelevant")}
     assert (by_truth["text_relevant"] > 0).float().mean() >= 0.8
     assert (by_taste["text_irrelevant"] > 0).float().mean() >= 0.95
-    assert by_truth["text_relevant"].mean() > times * by_truth["text_irrelevant"].mean().abs()
-    assert by_taste["text_irrelevant"].mean() > times * by_taste["text_relevant"].mean().abs()
+    assert by_truth["text_relevant"].mean() > ratio * by_truth["text_irrelevant"].mean().abs()
+    assert by_taste["text_irrelevant"].mean() > ratio * by_taste["text_relevant"].mean().abs()

@@ -438,7 +438,7 @@ def test_resume_rejects_changed_workers_of_stream(world, tmp_path):
     class Endless(Stream):
         num_shards = 2
 
-        def items(self, seed, reader=0, readers=1, skip=0, images=True):
+        def items(self, seed, part=0, num_parts=1, skip=0, images=True):
             yield from (world.Squares()[i % 10] for i in itertools.count(skip))
 
     class EndlessConfig(PartConfig):
