@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
 
-.PHONY: setup demo test test-reliability test-transformers4 test-lowest check
+.PHONY: setup demo test test-fast test-reliability test-transformers4 test-lowest test-wheel check format docs bench
 
 setup: $(STAMP)
 
@@ -26,6 +26,10 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests $(wildcard plugins/*/tests) $(PYTEST_ARGS)
 
+# Without tests that start several processes or run the documents: for while you work.
+test-fast: $(STAMP)
+	$(MAKE) test PYTEST_ARGS='-m "not processes and not docs and not reliability" $(PYTEST_ARGS)'
+
 # Slow robustness tests; docs/reliability.md lists the results.
 test-reliability: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests -m reliability $(PYTEST_ARGS)
@@ -37,6 +41,29 @@ test-transformers4:
 # The lowest versions in pyproject.toml, except for torch.
 test-lowest:
 	$(MAKE) test VENV=.venv-lowest PINS="$$($(PYTHON) -c 'import tomllib; requirements = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]; print(*(r.split(",")[0].replace(">=", "==") for r in requirements if not r.startswith("torch")))')"
+
+# The wheel, built from the sdist, installed in an environment of its own and tested outside this tree.
+test-wheel: $(STAMP)
+	rm -rf dist .venv-wheel
+	$(BIN)/python -m build --outdir dist .
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install $(PIP_ARGS) "$$(ls dist/*.whl)[dev]" $(foreach plugin,$(PLUGINS),./$(dir $(plugin)))
+	rm -rf dist/tree && mkdir -p dist/tree && tar -xzf dist/*.tar.gz -C dist/tree --strip-components 1
+	rm -rf dist/tree/longalign dist/tree/plugins/*/longalign_*
+	cd dist/tree && ../../.venv-wheel/bin/python -m pytest -n $(WORKERS) --dist worksteal tests plugins/*/tests $(PYTEST_ARGS)
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The site in site/; a broken link or a docstring that does not fit its function is an error.
+docs: $(STAMP)
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 HF_HUB_OFFLINE=1 $(BIN)/mkdocs build
+
+# Takes from minutes to an hour of a machine that does nothing else; `make bench BENCH=reward_step` runs one.
+bench: $(STAMP)
+	$(BIN)/python benchmarks $(BENCH)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

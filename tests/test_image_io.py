@@ -48,8 +48,14 @@ def test_load_image_rejects_32_bit_integers(tmp_path):
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
 def test_load_image_converts_other_modes_to_rgb(tmp_path, mode):
     red = Image.new("RGB", (4, 4), (255, 0, 0)).convert("RGBA" if mode in ("LA", "RGBA") else "RGB")
-    suffix = "tiff" if mode in ("CMYK", "YCbCr") else "png"
-    image = save_and_load(tmp_path / f"a.{suffix}", red.convert(mode))
+    path = tmp_path / ("a.tiff" if mode in ("CMYK", "YCbCr") else "a.png")
+    red.convert(mode).save(path)
+    if mode == "YCbCr":
+        try:
+            Image.open(path).load()
+        except OSError:
+            pytest.skip("Pillow before 12.1 cannot read the YCbCr TIFF that it wrote")
+    image = save_and_load(path, red.convert(mode))
     assert image.shape == (3, 4, 4)
     if mode not in ("1", "L", "LA"):
         assert image[0].min() > 0.95 and image[1:].max() < 0.05

@@ -1,0 +1,78 @@
+"""Hooks of `make docs`: pages made of files outside docs/, and the pages of the API reference.
+
+README, CHANGELOG, CONTRIBUTING, the benchmarks' tables and the plugins' READMEs are pages too. Links between all of these
+are written for readers of the repository; here they are rewritten for the site.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from pathlib import Path
+
+from mkdocs.structure.files import File, Files
+
+from longalign.registry import REGISTRIES
+
+ROOT = Path(__file__).parent.parent
+#: page of the site -> file of the repository
+PAGES = {
+    "index.md": "README.md",
+    "changelog.md": "CHANGELOG.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "license.md": "LICENSE",
+    **{
+        path.relative_to(ROOT).as_posix(): path.relative_to(ROOT).as_posix()
+        for pattern in ("benchmarks/*.md", "benchmarks/*.svg", "plugins/*/README.md")
+        for path in sorted(ROOT.glob(pattern))
+    },
+}
+#: modules of the reference by page; a folder stands for all modules in it
+REFERENCE = {
+    "composition": ["compose", "config", "model", "registry", "runtime", "errors"],
+    **{kind: ["segment" if kind == "segmenters" else kind] for kind in REGISTRIES},
+    "functional": ["preference", "rollout", "diffusion", "images"],
+    "inference": ["conditioning", "pipeline", "baselines"],
+    "evaluation": ["evaluate", "table", "report", "charts"],
+    "checkpoints": ["checkpoint", "convert", "publish", "weights"],
+}
+LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?(?=\))")
+
+
+def on_files(files: Files, config) -> Files:
+    for page, source in PAGES.items():
+        if source == "LICENSE":  # plain text, whose brackets are no links
+            files.append(File.generated(config, page, content=f"# License\n\n```text\n{(ROOT / source).read_text()}```\n"))
+        else:
+            files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
+    for name in REFERENCE:
+        files.append(File.generated(config, f"reference/{name}.md", content=reference(name)))
+    return files
+
+
+def reference(name: str) -> str:
+    """A page with the docstrings of a group of modules."""
+    lines = [f"# {name.replace('_', ' ').capitalize()}", ""]
+    for module in REFERENCE[name]:
+        path = ROOT / "longalign" / module
+        found = sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+        for file in found:
+            parts = file.relative_to(ROOT).with_suffix("").parts
+            if parts[-1] != "__init__":
+                lines += [f"::: {'.'.join(parts)}", ""]
+    return "\n".join(lines)
+
+
+def on_page_markdown(markdown: str, page, config, files: Files) -> str:
+    here = page.file.src_uri
+    source = PAGES.get(here, f"docs/{here}")
+    sites = {source: page for page, source in PAGES.items()}
+
+    def rewrite(match: re.Match) -> str:
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(source), match[1]))
+        site = sites.get(target) or (target.removeprefix("docs/") if target.startswith("docs/") else None)
+        if site is None:
+            return match[0]  # which the check of links reports
+        return posixpath.relpath(site, posixpath.dirname(here) or ".") + (match[2] or "")
+
+    return LINK.sub(rewrite, markdown)
