@@ -55,7 +55,7 @@ def network(model: str, name: str, dtype: torch.dtype = torch.bfloat16) -> Any:
     import diffusers
     import transformers
 
-    from longalign.encoders.adapter import TextAdapter
+    from longalign.encoders.t5.adapter import TextAdapter
 
     def clip(width: int, layers: int, heads: int, **extra: Any) -> dict[str, Any]:
         sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
@@ -103,9 +103,9 @@ def backbone(setting: Setting) -> Any:
 
 def encoder(setting: Setting) -> Any:
     """An encoder that reads a cache: states of the text models' sizes, and the adapter on T5's states."""
-    from longalign.encoders.adapter import adapt
     from longalign.encoders.base import Conditioning, Encoder
     from longalign.encoders.concat import join
+    from longalign.encoders.t5.adapter import adapt
 
     class Cached(Encoder):
         def __init__(self) -> None:
@@ -127,7 +127,7 @@ def encoder(setting: Setting) -> Any:
 
 def reward(setting: Setting) -> Any:
     """Denscore, with constant text embeddings."""
-    from longalign.images import ImagePreprocessor
+    from longalign.functional.images import ImagePreprocessor
     from longalign.rewards.base import Reward, Scores
     from longalign.rewards.clip import ClipTowers
     from longalign.rewards.towers import TowerReward
@@ -169,7 +169,7 @@ def encode_images(setting: Setting, _: LikeCuda) -> Stage:
 
 def generate(setting: Setting, _: LikeCuda) -> Stage:
     """Sampling with guidance; the text models are in memory."""
-    from longalign.pipeline import sample
+    from longalign.inference.sampling import sample
 
     model, texts = backbone(setting), encoder(setting)
     prompts, settings = ["a prompt"] * setting.batch, {"num_steps": 1, "solver": "ddim"}

@@ -27,21 +27,21 @@ import numpy as np
 import torch
 from reward_step import non_default_options, table
 
-from longalign.charts import ticks
-from longalign.checkpoint import load_for_sampling
+from longalign.caching.fingerprint import fingerprint, fingerprints
+from longalign.checkpoints.checkpoint import load_for_sampling
 from longalign.compose import build_from_config
-from longalign.config import RunConfig, load_config, override, to_dict
+from longalign.config.files import checkpoint_file, parse_assignments
+from longalign.config.run import RunConfig, load_config, override, to_dict
 from longalign.demo import default_config, held_out_captions
 from longalign.encoders.base import TruncationWarning
-from longalign.evaluate import DecomposedMetric, FactMetric, measure
-from longalign.files import checkpoint_file, parse_assignments
-from longalign.fingerprint import fingerprint, fingerprints
-from longalign.pipeline import sample
-from longalign.record import machine_text
+from longalign.evaluation.charts import ticks
+from longalign.evaluation.metrics import DecomposedMetric, FactMetric, measure
+from longalign.evaluation.record import machine_text
+from longalign.evaluation.table import Interval
+from longalign.inference.sampling import sample
+from longalign.loop.run import Run
 from longalign.runtime import Runtime
-from longalign.table import Interval
 from longalign.trainers.base import evaluating
-from longalign.trainers.loop import Run
 
 METHODS: dict[str, dict[str, int]] = {
     "grouped-random": {"groups": 2},

@@ -28,12 +28,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
 
+from longalign.caching.store import Store
 from longalign.encoders.cached import CachedEncoder, entries, prompt_key
-from longalign.encoders.clip_segment import ClipSegmentEncoder
+from longalign.encoders.clip.segment import ClipSegmentEncoder
+from longalign.evaluation.record import machine_text
 from longalign.mini.tokenizers import write_clip_tokenizer
-from longalign.record import machine_text
-from longalign.segment.segmenters import Sentence
-from longalign.store import Store
+from longalign.segmenters.parts import Sentence
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WORDS = "circle square red green the a top left right bottom large small stands near old house under two trees"

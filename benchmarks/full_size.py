@@ -27,7 +27,7 @@ CAPTION = "A quiet harbour lies in the morning fog. Three boats with red sails a
 ENCODE = """
 import json, sys, time
 import torch
-from longalign.config import override
+from longalign.config.run import override
 from longalign.runtime import Runtime
 config = override(sys.argv[1], json.loads(sys.argv[2]))
 encoder = config.encoder.build(Runtime.detect())
@@ -65,7 +65,7 @@ def write_models(folder: Path) -> dict[str, int]:
         T5EncoderModel,
     )
 
-    from longalign.encoders.adapter import TextAdapter
+    from longalign.encoders.t5.adapter import TextAdapter
     from longalign.mini.tokenizers import write_clip_tokenizer, write_t5_tokenizer
 
     torch.manual_seed(0)

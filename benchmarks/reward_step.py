@@ -309,7 +309,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"), help="file for the table")
     options = parser.parse_args()
 
-    from longalign.record import machine_text
+    from longalign.evaluation.record import machine_text
 
     sizes = {key: getattr(options, key) for key in ("pixels", "width", "batch", "steps")}
     chosen = sorted({*options.chosen, options.at})

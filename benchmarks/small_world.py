@@ -23,11 +23,11 @@ from facts import FactHead, labels_of_caption, tensor
 from longclip import variants
 
 from longalign.backbones.sd import SDBackbone
+from longalign.evaluation.record import machine_text
+from longalign.inference.sampling import sample
 from longalign.mini import oracle
 from longalign.mini.captions import Caption, describe
 from longalign.mini.scenes import sample_scene
-from longalign.pipeline import sample
-from longalign.record import machine_text
 from longalign.registry import backbones, encoders
 
 ROWS: list[tuple[str, str, str, str]] = []

@@ -30,15 +30,15 @@ from reward_step import table
 from torch import Tensor
 from torch.nn import functional as F
 
-from longalign import caching
+from longalign.caching import precompute as caching
 from longalign.compose import build_from_config
-from longalign.config import override
+from longalign.config.run import override
+from longalign.evaluation.record import machine_text
+from longalign.loop.batches import load_batches, plan_batches
 from longalign.mini.tokenizers import write_clip_tokenizer
-from longalign.record import machine_text
 from longalign.registry import rewards
 from longalign.rewards.towers import TowerReward
 from longalign.runtime import Runtime
-from longalign.trainers.batches import load_batches, plan_batches
 
 FULL: dict[str, Any] = {
     "pixels": 256, "unet": (64, 128, 256, 256), "vae": (32, 64, 128, 128), "text": (6, 256), "reward pixels": 128,

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from longalign import build_from_config, diff, load_config, override
-from longalign.checkpoint import load_for_sampling
+from longalign.checkpoints.checkpoint import load_for_sampling
 from longalign.demo import default_config, held_out_captions
 from longalign.encoders.base import TruncationWarning
-from longalign.evaluate import FactMetric, evaluate
-from longalign.pipeline import sample
-from longalign.table import MetricTable
+from longalign.evaluation.metrics import FactMetric, evaluate
+from longalign.evaluation.table import MetricTable
+from longalign.inference.sampling import sample
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "truncate": {"encoder": {"name": "clip-truncate", "checkpoint": "mini/sd"}},

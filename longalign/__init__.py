@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from longalign.compose import Composition as Composition
     from longalign.compose import build_from_config as build_from_config
-    from longalign.conditioning import condition as condition
-    from longalign.config import RunConfig as RunConfig
-    from longalign.config import diff as diff
-    from longalign.config import load_config as load_config
-    from longalign.config import override as override
+    from longalign.config.run import RunConfig as RunConfig
+    from longalign.config.run import diff as diff
+    from longalign.config.run import load_config as load_config
+    from longalign.config.run import override as override
     from longalign.errors import ConfigError as ConfigError
     from longalign.errors import PartError as PartError
+    from longalign.inference.condition import condition as condition
     from longalign.model import Model as Model
     from longalign.runtime import Runtime as Runtime
 
@@ -26,13 +26,13 @@ _MODULES = {
     "ConfigError": "errors",
     "Model": "model",
     "PartError": "errors",
-    "RunConfig": "config",
+    "RunConfig": "config.run",
     "Runtime": "runtime",
     "build_from_config": "compose",
-    "condition": "conditioning",
-    "diff": "config",
-    "load_config": "config",
-    "override": "config",
+    "condition": "inference.condition",
+    "diff": "config.run",
+    "load_config": "config.run",
+    "override": "config.run",
 }
 
 __all__ = [

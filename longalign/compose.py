@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from longalign.checks import check_files
-from longalign.config import DEFAULT_NEEDS, RunConfig, load_config
+from longalign.config.checks import check_files
+from longalign.config.run import DEFAULT_NEEDS, RunConfig, load_config
 from longalign.errors import ConfigError
 from longalign.registry import backbones, encoders, rewards, trainers
 from longalign.registry import data as datasets
@@ -113,14 +113,14 @@ class Composition:
             self._require("data")
             data = datasets.construct(resolve_resolution(self.config), self.runtime)
             if self.config.cache is not None:
-                from longalign.caching import cached_data, require_indexed
+                from longalign.caching.precompute import cached_data, require_indexed
 
                 data = cached_data(self.config, require_indexed(data, self.config), self.runtime)
             self._built["data"] = data
         return self._built["data"]
 
     def fit(self, resume: str | Path | None = None) -> Any:
-        """Trains the model; see `longalign.trainers.loop.fit`.
+        """Trains the model; see `longalign.loop.run.fit`.
 
         Args:
             resume: a checkpoint of this run to resume from; the result equals that of an uninterrupted run.
@@ -128,10 +128,10 @@ class Composition:
         self._require("trainer")
         check_files(self.config, resumed=resume is not None)
         if self.config.cache is not None:
-            from longalign.caching import check_caches
+            from longalign.caching.precompute import check_caches
 
             check_caches(self.config, self.runtime)
-        from longalign.trainers.loop import fit
+        from longalign.loop.run import fit
 
         return fit(self, resume=resume)
 
@@ -152,7 +152,7 @@ class Composition:
 
     def _build(self, key: Literal["backbone", "encoder"]) -> Any:
         if key == "encoder" and self.config.cache is not None and self.config.cache.prompts:
-            from longalign.caching import cached_encoder
+            from longalign.caching.precompute import cached_encoder
 
             data: Any = self.data  # never a stream: streams cannot be cached
             return cached_encoder(self.config, data, self.runtime)
@@ -160,8 +160,8 @@ class Composition:
         return registry.construct(getattr(self.config, key), self.runtime)
 
     def _build_from_checkpoint(self, checkpoint: str) -> None:
-        from longalign.checkpoint import load_into
-        from longalign.files import find_checkpoint
+        from longalign.checkpoints.checkpoint import load_into
+        from longalign.config.files import find_checkpoint
 
         path = find_checkpoint(checkpoint)  # fail before the weights of the parts are loaded
         backbone, encoder = self._build("backbone"), self._build("encoder")

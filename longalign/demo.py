@@ -16,18 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longalign.checkpoint import load_for_sampling
+from longalign.checkpoints.checkpoint import load_for_sampling
 from longalign.compose import build_from_config
-from longalign.config import RunConfig, override
+from longalign.config.run import RunConfig, override
 from longalign.data.configs import ScenesConfig
 from longalign.encoders.base import Encoder, PromptReport, TruncationWarning
-from longalign.evaluate import DecomposedMetric, FactMetric, evaluate
+from longalign.evaluation.metrics import DecomposedMetric, FactMetric, evaluate
+from longalign.evaluation.report import Example, findings, write_report
+from longalign.evaluation.table import MetricTable
 from longalign.image_io import write_png
+from longalign.inference.sampling import sample
 from longalign.mini.captions import Caption
-from longalign.pipeline import sample
-from longalign.report import Example, findings, write_report
 from longalign.runtime import Runtime, examples_folder
-from longalign.table import MetricTable
 
 BASE, SEGMENTS, ALIGN, REWARD = "base", "segments, untrained", "align", "align+reward"
 MARKER = ".longalign-demo"
@@ -189,7 +189,7 @@ def image_folder(model: str) -> str:
 def _save_images(
     folder: Path, images: Tensor, texts: Sequence[str], reports: Sequence[PromptReport], settings: Mapping[str, Any]
 ) -> None:
-    """Writes images and ``metadata.jsonl`` as `longalign.pipeline.generate` does; the seed is the caption's index."""
+    """Writes images and ``metadata.jsonl`` like `longalign.inference.sampling.generate`; seeds are caption indices."""
     folder.mkdir(parents=True)
     rows = []
     for i, (image, text, report) in enumerate(zip(images, texts, reports, strict=True)):

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from longalign.files import CHECKPOINT, HUB_ID
+from longalign.config.files import CHECKPOINT, HUB_ID
 from longalign.runtime import resolve_checkpoint
 
 #: message if a longalign checkpoint was expected

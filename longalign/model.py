@@ -7,13 +7,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from longalign import publish
-from longalign.baselines import base_pipeline
-from longalign.checkpoint import denoiser_folder, load_for_sampling
-from longalign.config import RunConfig
-from longalign.files import find_checkpoint
+from longalign.checkpoints import publish
+from longalign.checkpoints.checkpoint import denoiser_folder, load_for_sampling
+from longalign.config.files import find_checkpoint
+from longalign.config.run import RunConfig
 from longalign.image_io import to_pil
-from longalign.pipeline import sample
+from longalign.inference.baselines import base_pipeline
+from longalign.inference.sampling import sample
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -175,7 +175,7 @@ class Model:
     def save_pretrained(
         self, folder: str | Path, *, metrics: str | Path | None = None, license: str | None = None
     ) -> list[Path]:
-        """Writes the files for `from_pretrained` and diffusers, and a model card; see `longalign.publish.export`."""
+        """Exports for `from_pretrained` and diffusers with a model card; see `longalign.checkpoints.publish.export`."""
         return publish.export(self.checkpoint, folder, metrics, license)
 
     def push_to_hub(
@@ -189,7 +189,7 @@ class Model:
         metrics: str | Path | None = None,
         license: str | None = None,
     ) -> str:
-        """Saves and uploads the model; returns its URL. See `longalign.publish.push_to_hub`."""
+        """Saves and uploads the model; returns its URL. See `longalign.checkpoints.publish.push_to_hub`."""
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, metrics=metrics, license=license)
             return publish.push_to_hub(folder, repository, private, token=token, revision=revision, message=message)

@@ -116,7 +116,7 @@ class PartConfig(Section):
         no problems.
 
         Args:
-            run: the `longalign.config.RunConfig`, each of its keys already validated.
+            run: the `longalign.config.run.RunConfig`, each of its keys already validated.
         """
         return []
 
@@ -413,7 +413,7 @@ def _check_config_class(name: str, model: type[PartConfig], kind: str) -> None:
 
 @dataclass(frozen=True)
 class PartOf:
-    """Annotation metadata set by `Part` and read by `longalign.describe`."""
+    """Annotation metadata set by `Part` and read by `longalign.config.describe`."""
 
     kind: str
 

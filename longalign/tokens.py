@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from longalign.segment import windows
+from longalign.segmenters import windows
 
 _CACHE_SIZE = 1_000_000
 """Maximum size of the cache of tokenized texts, in characters plus tokens: about 80 MB."""
@@ -116,7 +116,7 @@ class TextTokens:
     def split_into_passes(self, texts: Sequence[str], window: int | None) -> list[list[Tokenized]]:
         """Splits each text into windows of at most ``window`` tokens, one per forward pass; None keeps texts whole.
 
-        See `longalign.segment.windows`.
+        See `longalign.segmenters.fitting`.
         """
         whole = self.batch(texts)
         if window is None:

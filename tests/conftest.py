@@ -37,3 +37,13 @@ def brightness():
     rewards.register("brightness", lambda images, prompts: images.mean((1, 2, 3)))
     yield "brightness"
     rewards.unregister("brightness")
+
+
+@pytest.fixture
+def world():
+    """Registers the parts of `worlds` for one test."""
+    import worlds
+
+    worlds.register()
+    yield worlds
+    worlds.unregister()

@@ -7,11 +7,11 @@ import pytest
 import torch
 from tiny import tiny_sd
 
-from longalign import checkpoint
 from longalign.backbones.base import Backbone
 from longalign.backbones.configs import LoraConfig
+from longalign.checkpoints import checkpoint
 from longalign.compose import Composition, build_from_config
-from longalign.config import load_config, override
+from longalign.config.run import load_config, override
 from longalign.data.base import Data
 from longalign.encoders.base import Encoder
 from longalign.errors import ConfigError

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from tiny import tiny_clip, tiny_sd
 
-from longalign.config import override
+from longalign.config.run import override
 from longalign.demo import (
     HELD_OUT,
     default_config,
@@ -17,8 +17,8 @@ from longalign.demo import (
     truncated_sentences,
 )
 from longalign.encoders.base import PromptReport
+from longalign.evaluation.report import findings
 from longalign.mini.captions import Caption, Sentence
-from longalign.report import findings
 
 MODELS = ["base", "segments, untrained", "align", "align+reward"]
 

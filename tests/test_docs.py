@@ -22,10 +22,10 @@ import yaml
 from tiny import tiny_clip, tiny_sd
 
 from longalign import load_config, override
-from longalign.cli import _parse, main
-from longalign.config import RunConfig
-from longalign.describe import describe_model, describe_part
-from longalign.files import parse_assignments, parse_value
+from longalign.cli.main import _parse, main
+from longalign.config.describe import describe_model, describe_part
+from longalign.config.files import parse_assignments, parse_value
+from longalign.config.run import RunConfig
 from longalign.registry import REGISTRIES, rewards
 from longalign.runtime import resolve_checkpoint
 

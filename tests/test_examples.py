@@ -10,8 +10,8 @@ from PIL import Image
 from tiny import tiny_clip, tiny_sd, tiny_sd3, tiny_sdxl, tiny_t5
 
 from longalign import build_from_config, load_config, override
-from longalign.checkpoint import load_weights
-from longalign.config import to_dict
+from longalign.checkpoints.checkpoint import load_weights
+from longalign.config.run import to_dict
 from longalign.demo import default_config
 from longalign.registry import rewards
 from longalign.runtime import examples_folder

@@ -9,9 +9,9 @@ from tiny import tiny_sd
 
 from longalign import Model
 from longalign.compose import build_from_config
+from longalign.config.files import checkpoint_file
 from longalign.data.lines import remove_listed
-from longalign.files import checkpoint_file
-from longalign.pipeline import generate, load_model
+from longalign.inference.sampling import generate, load_model
 from longalign.runtime import Runtime, devices
 
 FAST = {"num_steps": 1, "height": 32, "width": 32}

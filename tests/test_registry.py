@@ -10,7 +10,7 @@ from typing import Literal
 import pytest
 
 from longalign import discovery
-from longalign.describe import parts_table
+from longalign.config.describe import parts_table
 from longalign.registry import REGISTRIES, ConfigError, Part, PartConfig, PartError, Registry, encoders, rewards
 from longalign.runtime import Runtime
 

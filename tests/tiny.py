@@ -282,7 +282,7 @@ def tiny_sd15(folder: Path) -> Path:
 @once
 def tiny_adapter(folder: Path, in_dim: int = 16, int_dim: int = 12, out_dim: int = 16) -> Path:
     """LaVi-Bridge's adapter in diffusers format."""
-    from longalign.encoders.adapter import TextAdapter
+    from longalign.encoders.t5.adapter import TextAdapter
 
     torch.manual_seed(2)
     TextAdapter(in_dim, int_dim, out_dim).save(folder)

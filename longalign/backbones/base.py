@@ -19,8 +19,8 @@ from longalign.backbones.lora import (
     without_lora,
     write_lora,
 )
-from longalign.diffusion import NoiseLevels, check_prediction
 from longalign.encoders.base import Conditioning
+from longalign.functional.diffusion import NoiseLevels, check_prediction
 from longalign.sharding import gather_full
 
 

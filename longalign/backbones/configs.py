@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from longalign.config.files import check_single_file, join_subfolder
 from longalign.errors import ConfigProblem
-from longalign.files import check_single_file, join_subfolder
 from longalign.hub import absent, incomplete, read_json
 from longalign.registry import PartConfig, Section
 from longalign.runtime import Runtime

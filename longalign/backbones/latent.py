@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from longalign import hub
 from longalign.backbones.base import Backbone
 from longalign.backbones.configs import SDConfig
-from longalign.diffusion import NoiseLevels
-from longalign.files import join_subfolder
-from longalign.images import ImageCheck
+from longalign.checkpoints.weights import load_tensors, reading
+from longalign.config.files import join_subfolder
+from longalign.functional.diffusion import NoiseLevels
+from longalign.functional.images import ImageCheck
 from longalign.runtime import Runtime, resolve_checkpoint
-from longalign.weights import load_tensors, reading
 
 
 class LatentBackbone(Backbone):

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from longalign.backbones.configs import SDConfig
 from longalign.backbones.latent import LatentBackbone, load_parts
-from longalign.diffusion import NoiseLevels, check_linear_sampling
 from longalign.encoders.base import Conditioning
+from longalign.functional.diffusion import NoiseLevels, check_linear_sampling
 from longalign.runtime import Runtime, resolve_checkpoint
 
 

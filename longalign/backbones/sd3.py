@@ -10,8 +10,8 @@ from torch import Tensor
 
 from longalign.backbones.configs import SDConfig
 from longalign.backbones.latent import LatentBackbone, load_parts
-from longalign.diffusion import NoiseLevels
 from longalign.encoders.base import Conditioning
+from longalign.functional.diffusion import NoiseLevels
 from longalign.runtime import Runtime
 
 

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
 
+from longalign.caching.store import key_of
 from longalign.errors import ConfigError
-from longalign.store import key_of
 
 if TYPE_CHECKING:
-    from longalign.config import RunConfig
+    from longalign.config.run import RunConfig
     from longalign.registry import PartConfig
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longalign.caching.store import REPAIR_ADVICE, Store
+from longalign.checkpoints.weights import load_tensors, reading, save_tensors
 from longalign.data.base import Data, check_index
-from longalign.store import REPAIR_ADVICE, Store
-from longalign.weights import load_tensors, reading, save_tensors
 
 ITEMS = "items.safetensors"
 #: key of an image that could not be read

@@ -17,7 +17,7 @@ from longalign.data.image_dataset import ImageDataset
 from longalign.data.lines import inside
 from longalign.data.stream import Record, Stream
 from longalign.runtime import Runtime
-from longalign.segment import check_text
+from longalign.segmenters import check_text
 
 
 def load_table(kind: str, path: str, **settings: Any) -> Any:

@@ -9,9 +9,9 @@ from typing import Any
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from longalign.caching.store import key_of
 from longalign.data.base import Data, check_index
 from longalign.image_io import check_regular, decode, to_tensor
-from longalign.store import key_of
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from longalign.files import check_folder
-from longalign.segment import check_text
+from longalign.config.files import check_folder
+from longalign.segmenters import check_text
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from longalign.data.configs import WebDatasetConfig
 from longalign.data.lines import find_shards
 from longalign.data.stream import Record, Stream
 from longalign.runtime import Runtime
-from longalign.segment import check_text
+from longalign.segmenters import check_text
 
 #: size limits of an image or caption and of a member's header, since compressed files can declare any size
 MAX_BYTES = 256 * 2**20

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longalign.segment import Prompt, check_prompts, plain_text
+from longalign.segmenters import Prompt, check_prompts, plain_text
 from longalign.tokens import Tokenized
 
 __all__ = [

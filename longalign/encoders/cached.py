@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longalign.encoders.adapter import TextAdapter, adapt
+from longalign.caching.store import Store, key_of
 from longalign.encoders.base import Conditioning, Encoder, PromptReport, check_prompts
 from longalign.encoders.concat import ConcatEncoder
 from longalign.encoders.configs import AdapterConfig, ConcatConfig
+from longalign.encoders.t5.adapter import TextAdapter, adapt
 from longalign.registry import PartConfig
 from longalign.runtime import Runtime
-from longalign.segment import Prompt
-from longalign.store import Store, key_of
+from longalign.segmenters import Prompt
 
 #: config keys that do not affect the states
 IGNORED_KEYS = ("max_batch_tokens",)

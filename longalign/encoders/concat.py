@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from longalign.encoders.base import Conditioning, Encoder, PromptReport, check_prompts
 from longalign.registry import encoders
 from longalign.runtime import Runtime
-from longalign.segment import Prompt
+from longalign.segmenters import Prompt
 
 if TYPE_CHECKING:
     from longalign.encoders.configs import ConcatConfig

@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from longalign.config.files import check_single_file, join_subfolder
 from longalign.errors import ConfigProblem
-from longalign.files import check_single_file, join_subfolder
 from longalign.hub import absent, incomplete, read_json
 from longalign.registry import Part, PartConfig
 from longalign.runtime import Runtime
-from longalign.segment import SentenceConfig
+from longalign.segmenters import SentenceConfig
 
 if TYPE_CHECKING:
-    from longalign.encoders.clip_segment import ClipSegmentEncoder
-    from longalign.encoders.clip_segment_sd3 import ClipSegmentSD3Encoder
-    from longalign.encoders.clip_segment_sdxl import ClipSegmentSDXLEncoder
-    from longalign.encoders.clip_truncate import ClipTruncateEncoder
+    from longalign.encoders.clip.sd3 import ClipSegmentSD3Encoder
+    from longalign.encoders.clip.sdxl import ClipSegmentSDXLEncoder
+    from longalign.encoders.clip.segment import ClipSegmentEncoder
+    from longalign.encoders.clip.truncate import ClipTruncateEncoder
     from longalign.encoders.concat import ConcatEncoder
-    from longalign.encoders.t5 import T5Encoder
+    from longalign.encoders.t5.encoder import T5Encoder
 
 
 class CheckpointConfig(PartConfig):
@@ -124,7 +124,7 @@ class ClipSegmentConfig(_Loaded, SingleFileConfig):
     overflow: Literal["grow", "truncate", "error"] = "grow"
 
     def build(self, runtime: Runtime) -> ClipSegmentEncoder:
-        from longalign.encoders.clip_segment import ClipSegmentEncoder
+        from longalign.encoders.clip.segment import ClipSegmentEncoder
 
         return ClipSegmentEncoder.from_config(self, runtime)
 
@@ -187,7 +187,7 @@ class ClipSegmentSDXLConfig(TwoClipsConfig, SingleFileConfig):
         return first + second if first and second else None, self._from_both_configs("projection_dim")[1]
 
     def build(self, runtime: Runtime) -> ClipSegmentSDXLEncoder:
-        from longalign.encoders.clip_segment_sdxl import ClipSegmentSDXLEncoder
+        from longalign.encoders.clip.sdxl import ClipSegmentSDXLEncoder
 
         return ClipSegmentSDXLEncoder.from_config(self, runtime)
 
@@ -214,7 +214,7 @@ class ClipSegmentSD3Config(TwoClipsConfig):
         return self.width, first + second if first and second else None
 
     def build(self, runtime: Runtime) -> ClipSegmentSD3Encoder:
-        from longalign.encoders.clip_segment_sd3 import ClipSegmentSD3Encoder
+        from longalign.encoders.clip.sd3 import ClipSegmentSD3Encoder
 
         return ClipSegmentSD3Encoder.from_config(self, runtime)
 
@@ -232,7 +232,7 @@ class ClipTruncateConfig(_Loaded, SingleFileConfig):
     overflow: Literal["truncate", "error", "grow"] = "truncate"
 
     def build(self, runtime: Runtime) -> ClipTruncateEncoder:
-        from longalign.encoders.clip_truncate import ClipTruncateEncoder
+        from longalign.encoders.clip.truncate import ClipTruncateEncoder
 
         return ClipTruncateEncoder.from_config(self, runtime)
 
@@ -273,7 +273,7 @@ class LongClipConfig(_Loaded):
         return self
 
     def build(self, runtime: Runtime) -> ClipTruncateEncoder:
-        from longalign.encoders.longclip import load_longclip
+        from longalign.encoders.clip.longclip import load_longclip
 
         return load_longclip(self, runtime)
 
@@ -352,7 +352,7 @@ class T5Config(_Loaded):
         return self._width_of("d_model") if self.adapter is None else self.adapter.width(), None
 
     def build(self, runtime: Runtime) -> T5Encoder:
-        from longalign.encoders.t5 import T5Encoder
+        from longalign.encoders.t5.encoder import T5Encoder
 
         return T5Encoder.from_config(self, runtime)
 

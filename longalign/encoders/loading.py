@@ -10,9 +10,9 @@ from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
+from longalign.checkpoints.weights import reading
 from longalign.hub import why
 from longalign.runtime import Runtime, resolve_checkpoint
-from longalign.weights import reading
 
 if TYPE_CHECKING:
     from longalign.encoders.configs import CheckpointConfig

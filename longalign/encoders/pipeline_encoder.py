@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from longalign.encoders.base import Encoder
-from longalign.segment import Sentence
+from longalign.segmenters import Sentence
 
 SUPPORTED = (
     "pipelines of Stable Diffusion 1.x and 2.x (a UNet and one CLIP), XL (a UNet and two CLIPs) and 3 (two CLIPs, with "
@@ -54,21 +54,21 @@ def _build(pipe: Any) -> Encoder:
     tokenizers = [to_fast_tokenizer(getattr(pipe, name.replace("text_encoder", "tokenizer"), None)) for name in slots]
     segmenter = Sentence()
     if kinds == ("clip",) and hasattr(pipe, "unet"):
-        from longalign.encoders.clip_segment import ClipSegmentEncoder
+        from longalign.encoders.clip.segment import ClipSegmentEncoder
 
         return ClipSegmentEncoder(models[0], tokenizers[0], segmenter)
     clip_pair: Any = tuple(models[:2]), tuple(tokenizers[:2]), segmenter
     if kinds in (("clip", "projected"), ("projected", "projected")) and hasattr(pipe, "unet"):
-        from longalign.encoders.clip_segment_sdxl import ClipSegmentSDXLEncoder
+        from longalign.encoders.clip.sdxl import ClipSegmentSDXLEncoder
 
         zeros = getattr(pipe.config, "force_zeros_for_empty_prompt", False)
         return ClipSegmentSDXLEncoder(*clip_pair, empty="zeros" if zeros else "encode")
     width = getattr(getattr(getattr(pipe, "transformer", None), "config", None), "joint_attention_dim", None)
     if kinds in (("projected", "projected", "t5"), ("projected", "projected", None)) and width is not None:
-        from longalign.encoders.clip_segment_sd3 import ClipSegmentSD3Encoder
-        from longalign.encoders.clip_segment_sdxl import ClipSegmentSDXLEncoder
+        from longalign.encoders.clip.sd3 import ClipSegmentSD3Encoder
+        from longalign.encoders.clip.sdxl import ClipSegmentSDXLEncoder
         from longalign.encoders.configs import ClipSegmentSD3Config
-        from longalign.encoders.t5 import T5Encoder
+        from longalign.encoders.t5.encoder import T5Encoder
 
         clips = ClipSegmentSDXLEncoder(*clip_pair, empty="encode")
         num_t5_states: int = ClipSegmentSD3Config.model_fields["t5_tokens"].default

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from longalign.segment import CALL_COST, group_by_length
+from longalign.encoders.bucketing import CALL_COST, group_by_length
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -54,7 +54,7 @@ def run_grouped(
         device: device of the model.
         max_batch_tokens: maximum number of positions, padding included, per call of ``run``; a single longer row is a
             call of its own.
-        call_cost: see `longalign.segment.group_by_length`; 0 never pads.
+        call_cost: see `longalign.segmenters.group_by_length`; 0 never pads.
 
     Returns:
         All states ``(m, d)``, and the index of each row's first state.

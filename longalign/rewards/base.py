@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from longalign.rewards.guard import check_scores, guarded
-from longalign.segment import check_prompts
+from longalign.segmenters import check_prompts
 
 
 @dataclass(frozen=True)

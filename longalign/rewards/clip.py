@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from longalign.checkpoints.weights import reading
+from longalign.functional.images import ImagePreprocessor
 from longalign.hub import why
-from longalign.images import ImagePreprocessor
 from longalign.rewards.hub import has_tokenizer, image_statistics
 from longalign.rewards.towers import ImageInput, TowerReward, Towers
 from longalign.runtime import Runtime, resolve_checkpoint
 from longalign.tokens import TextTokens
-from longalign.weights import reading
 
 if TYPE_CHECKING:
     from longalign.rewards.configs import ClipLikeConfig

@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from longalign.config.files import join_subfolder
 from longalign.errors import ConfigProblem
-from longalign.files import join_subfolder
 from longalign.hub import absent, incomplete
 from longalign.registry import Part, PartConfig, Section
 from longalign.runtime import Runtime

@@ -15,11 +15,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from longalign import preference, registry
+from longalign import registry
+from longalign.checkpoints.weights import load_tensors, reading, save_tensors
+from longalign.functional import preference
 from longalign.registry import PartConfig
 from longalign.rewards.base import EmbeddingReward
 from longalign.runtime import Runtime, resolve_checkpoint
-from longalign.weights import load_tensors, reading, save_tensors
 
 FORMAT = "longalign-direction-1"
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)

@@ -50,7 +50,7 @@ class NonFiniteReward(RunError):
         """
         from PIL import Image
 
-        from longalign.weights import save_tensors
+        from longalign.checkpoints.weights import save_tensors
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from longalign.checkpoints.weights import load_pickle
+from longalign.functional.images import CLIP_MEAN, CLIP_STD
 from longalign.hub import why
-from longalign.images import CLIP_MEAN, CLIP_STD
 from longalign.rewards.clip import NUM_SPECIAL_TOKENS, check_tokenizer
 from longalign.rewards.towers import ImageInput, TowerReward, Towers
 from longalign.runtime import Runtime, resolve_checkpoint
-from longalign.weights import load_pickle
 
 if TYPE_CHECKING:
     from longalign.rewards.configs import Hpsv2Config

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from longalign.images import CLIP_MEAN, CLIP_STD
+from longalign.functional.images import CLIP_MEAN, CLIP_STD
 
 
 def find_optional_file(

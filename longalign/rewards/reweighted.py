@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from longalign import preference, registry
+from longalign import registry
+from longalign.functional import preference
 from longalign.rewards.base import EmbeddingReward, Reward, Scores, check_pairs
 from longalign.rewards.direction import load_direction
 from longalign.runtime import Runtime

@@ -14,11 +14,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from longalign import registry
-from longalign.images import ImageCheck, ImagePreprocessor, at_least_float32
+from longalign.encoders.bucketing import group_by_length
+from longalign.functional.images import ImageCheck, ImagePreprocessor, at_least_float32
 from longalign.rewards.base import EmbeddingReward, check_pairs
 from longalign.rewards.configs import TowerRewardConfig
 from longalign.runtime import Runtime
-from longalign.segment import Segmenter, Sentence, check_prompts, group_by_length, split, windows
+from longalign.segmenters import Segmenter, Sentence, check_prompts, split, windows
 
 NUM_POSITIONS_PER_PASS = 64 * 77
 

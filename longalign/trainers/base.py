@@ -1,4 +1,4 @@
-"""The interface of trainers, which compute the losses of a batch. `longalign.trainers.loop` runs them."""
+"""The interface of trainers, which compute the losses of a batch. `longalign.loop.run` runs them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.nn.functional import mse_loss
 
 from longalign.backbones.base import Backbone
 from longalign.backbones.configs import LoraConfig
-from longalign.diffusion import add_noise, guide, sample_timesteps, training_target
 from longalign.encoders.base import Conditioning, Encoder, TruncationWarning
+from longalign.functional.diffusion import add_noise, guide, sample_timesteps, training_target
 
 Backward = Callable[[Tensor], None]
 Wrap = Callable[[nn.Module], Any]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longalign import preference
-from longalign.files import REWARD
+from longalign.config.files import REWARD
+from longalign.functional import preference
 from longalign.runtime import Runtime
 from longalign.trainers.base import Backward, Trainer, Wrap
 

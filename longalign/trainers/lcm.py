@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from longalign.backbones.base import Backbone
-from longalign.diffusion import Solver, add_noise, ddim, lcm
 from longalign.encoders.base import Conditioning, Encoder
+from longalign.functional.diffusion import Solver, add_noise, ddim, lcm
 from longalign.trainers.base import DiffusionTrainer, batch_latents, evaluating, guided_prediction, train_denoiser
 from longalign.trainers.configs import LCMConfig
 
@@ -37,7 +37,8 @@ class LCMTrainer(DiffusionTrainer):
         w_max: maximum guidance w.
         huber_c: c of the pseudo-Huber loss ``sqrt(d^2 + c^2) - c``, or None for the squared error.
         ema_decay: decay of the moving average that computes the target, or None for the student itself.
-        timestep_scaling_factor: how fast the boundary condition leaves ``f(x, 0) = x``, see `longalign.diffusion.lcm`.
+        timestep_scaling_factor: how fast the boundary condition leaves ``f(x, 0) = x``, see
+            `longalign.functional.diffusion.lcm`.
 
     Raises:
         ValueError: if ``num_ddim_timesteps`` does not divide the model's timesteps.

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longalign.backbones.base import Backbone
-from longalign.diffusion import Solver, add_noise, ddim, lcm, trailing_timesteps
 from longalign.encoders.base import Conditioning, Encoder
+from longalign.functional.diffusion import Solver, add_noise, ddim, lcm, trailing_timesteps
+from longalign.functional.rollout import Predict, RecordedStep, replay, replay_backward, rollout
 from longalign.gradient_steps.base import GradientSteps, GradientStepSelector
 from longalign.rewards.base import Reward, Scores, as_reward
 from longalign.rewards.guard import guarded
-from longalign.rollout import Predict, RecordedStep, replay, replay_backward, rollout
 from longalign.trainers.base import (
     Backward,
     DiffusionTrainer,
@@ -52,7 +52,7 @@ class RewardTrainer(DiffusionTrainer):
 
     Each training step samples without gradient and differentiates ``0.5 (1 - mean score)`` at the final latents. Only
     the selected calls of the denoiser are replayed with gradient, each with its part of the latent gradient (see
-    `longalign.rollout`). Several rewards are added; the reward `sum` adds them with weights.
+    `longalign.functional.rollout`). Several rewards are added; the reward `sum` adds them with weights.
 
     Args:
         backbone: its trainable parameters are already set.

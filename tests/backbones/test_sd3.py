@@ -11,11 +11,11 @@ from torch.nn.functional import pad
 from longalign import condition, load_config
 from longalign.backbones.lora import lora_targets
 from longalign.backbones.sd3 import SD3Backbone, flow_levels
-from longalign.checkpoint import export_lora, load_for_sampling, save
-from longalign.diffusion import guide
+from longalign.checkpoints.checkpoint import export_lora, load_for_sampling, save
+from longalign.checkpoints.publish import export
 from longalign.encoders.base import Conditioning, TruncationWarning
-from longalign.pipeline import generate, sample
-from longalign.publish import export
+from longalign.functional.diffusion import guide
+from longalign.inference.sampling import generate, sample
 from longalign.registry import backbones, encoders, trainers
 
 LONG = "A red fox sleeps on a wall. The sky is green. A wall is red."

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 
 from longalign.data.pairs import preference_of
+from longalign.loop.batches import Batches, load_batches
 from longalign.mini import oracle
 from longalign.mini.captions import Caption, Fact, Sentence
 from longalign.mini.preferences import preference, taste, truth, vary
 from longalign.mini.scenes import Scene, sample_scene
 from longalign.registry import ConfigError, data
-from longalign.trainers.batches import Batches, load_batches
 
 COLOURS = {"r": (255, 0, 0), "g": (0, 255, 0), "b": (0, 0, 255)}
 

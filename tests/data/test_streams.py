@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from longalign.config import load_config
+from longalign.config.run import load_config
 from longalign.data import webdataset
 from longalign.data.hub import image_source
 from longalign.data.stream import Record, Stream
 from longalign.data.webdataset import find_shards
+from longalign.loop.batches import load_batches, plan_batches
 from longalign.registry import ConfigError, data
-from longalign.trainers.batches import load_batches, plan_batches
 
 
 def png(shade, size=(8, 8)):

@@ -7,10 +7,10 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from longalign.encoders.base import TruncationWarning
-from longalign.encoders.clip_segment import ClipSegmentEncoder
+from longalign.encoders.clip.segment import ClipSegmentEncoder
 from longalign.registry import encoders
 from longalign.runtime import Runtime
-from longalign.segment import LongAlign, Manual, Sentence
+from longalign.segmenters import LongAlign, Manual, Sentence
 from longalign.tokens import Tokenized
 
 LONG = "a red fox, a wall and the sky " * 12

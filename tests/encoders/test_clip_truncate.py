@@ -5,7 +5,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from longalign.encoders.base import TruncationWarning
-from longalign.encoders.longclip import text_state
+from longalign.encoders.clip.longclip import text_state
 from longalign.mini.tokenizers import write_clip_tokenizer
 from longalign.registry import encoders
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from tiny import tiny_clip, tiny_clip_text, tiny_hpsv2, tiny_sd3, tiny_sdxl, tiny_t5
 
-from longalign.cli import main
+from longalign.cli.main import main
 from longalign.data.lines import read_prompts
-from longalign.evaluate import score_sentences
+from longalign.evaluation.metrics import score_sentences
 from longalign.image_io import write_png
 from longalign.registry import encoders, rewards, segmenters
 

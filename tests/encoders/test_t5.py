@@ -6,9 +6,9 @@ import torch
 from diffusers.models.attention import FeedForward as DiffusersFeedForward
 from tiny import tiny_t5
 
-from longalign.encoders.adapter import TextAdapter
 from longalign.encoders.base import TruncationWarning
-from longalign.encoders.t5 import T5Encoder
+from longalign.encoders.t5.adapter import TextAdapter
+from longalign.encoders.t5.encoder import T5Encoder
 from longalign.registry import ConfigError, encoders
 
 PROMPTS = ["A red fox.", "", "The sky is green. A fox sleeps on a wall.", "A red fox."]

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from longalign.inference.sampling import sample
 from longalign.mini import oracle
 from longalign.mini.captions import Caption, describe
 from longalign.mini.scenes import ATTRIBUTES, VALUES, Scene, render_batch, sample_scene
-from longalign.pipeline import sample
 from longalign.registry import backbones, encoders, rewards
 
 WEIGHTS = Path(str(resources.files("longalign.mini"))) / "weights"

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longalign import cli, commands
+from longalign.cli import commands
+from longalign.cli import main as cli
 
 PARSER = cli.build_parser()
 OPTIONS = sorted(

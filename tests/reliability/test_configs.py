@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from longalign.config import load_config, override, to_dict, to_yaml
+from longalign.config.files import parse_assignments
+from longalign.config.run import load_config, override, to_dict, to_yaml
 from longalign.errors import ConfigError
-from longalign.files import parse_assignments
 from longalign.registry import REGISTRIES
 
 SECONDS = 10

@@ -5,25 +5,20 @@ import os
 import pickle
 import random
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+import worlds
 from tiny import tiny_adapter, tiny_clip, tiny_clip_text, tiny_hpsv2, tiny_sd, tiny_t5
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "trainers"))
-
-import worlds
-
-from longalign.checkpoint import load_weights, read_config
+from longalign.checkpoints.checkpoint import load_weights, read_config
+from longalign.checkpoints.convert import read_tensors
 from longalign.compose import build_from_config
-from longalign.convert import read_tensors
-from longalign.encoders.adapter import TextAdapter
-from longalign.encoders.longclip import read_original
+from longalign.encoders.clip.longclip import read_original
+from longalign.encoders.t5.adapter import TextAdapter
+from longalign.loop.state import load_state
 from longalign.registry import backbones, encoders, rewards
 from longalign.rewards.hpsv2 import read_state
-from longalign.trainers.resume import load_state
 
 pytestmark = pytest.mark.reliability
 

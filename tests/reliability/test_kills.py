@@ -9,21 +9,17 @@ import random
 import resource
 import shutil
 import signal
-import sys
 import time
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "trainers"))
-
 import worlds
 
-from longalign import weights
+from longalign.checkpoints import weights
 from longalign.compose import build_from_config
-from longalign.trainers.folder import checkpoints
+from longalign.loop.folder import checkpoints
 
 pytestmark = pytest.mark.reliability
 STEPS = 5

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longalign.registry import encoders, rewards, segmenters
-from longalign.segment import sentences, split_to_window
+from longalign.segmenters import sentences, split_to_window
 
 pytestmark = pytest.mark.reliability
 

@@ -11,8 +11,8 @@ import torch
 from tiny import tiny_backbone
 
 from longalign.compose import build_from_config
+from longalign.config.describe import parts_table
 from longalign.data.base import Data
-from longalign.describe import parts_table
 from longalign.encoders.base import Conditioning, Encoder
 from longalign.registry import PartConfig, backbones, data, encoders, rewards
 from longalign.rewards.guard import NonFiniteReward

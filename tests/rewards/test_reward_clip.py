@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from longalign.images import ImagePreprocessor
+from longalign.functional.images import ImagePreprocessor
 from longalign.registry import ConfigError, rewards
 from longalign.rewards.clip import ClipTowers, pooled
 from longalign.rewards.configs import ClipConfig, DenscoreConfig, PickScoreConfig

@@ -6,12 +6,12 @@ from tiny import tiny_backbone
 from worlds import LORA, Squares, ToyEncoder
 
 from longalign.backbones.base import Backbone
-from longalign.diffusion import sample_timesteps, training_target
 from longalign.errors import ConfigError
+from longalign.functional.diffusion import sample_timesteps, training_target
+from longalign.loop.batches import collate
 from longalign.registry import trainers
 from longalign.trainers.align import AlignTrainer
 from longalign.trainers.base import adapter
-from longalign.trainers.batches import collate
 from longalign.trainers.configs import AlignConfig
 
 BATCH = collate([Squares()[i] for i in (1, 7)])
@@ -116,7 +116,7 @@ def test_losses_reject_batch_without_images():
 
 def test_align_rejects_rewards(world):
     config = world.align_config("x")
-    from longalign.config import load_config
+    from longalign.config.run import load_config
 
     with pytest.raises(ConfigError, match="rewards: 'align'"):
         load_config({**config, "rewards": ["red"]})

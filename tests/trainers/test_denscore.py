@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from transformers import CLIPModel, CLIPProcessor
 
 from longalign import build_from_config, load_config
-from longalign.checkpoint import load_for_sampling, load_weights
-from longalign.config import to_dict
+from longalign.checkpoints.checkpoint import load_for_sampling, load_weights
+from longalign.checkpoints.publish import export
+from longalign.config.run import to_dict
 from longalign.errors import ConfigError
-from longalign.publish import export
 from longalign.registry import rewards
 from longalign.runtime import Runtime
 from longalign.trainers.configs import DenscoreTrainerConfig

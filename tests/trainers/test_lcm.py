@@ -8,14 +8,14 @@ from tiny import tiny_backbone
 from worlds import Squares, ToyEncoder, red
 
 from longalign.backbones.configs import LoraConfig
-from longalign.checkpoint import load_for_sampling, load_weights
+from longalign.checkpoints.checkpoint import load_for_sampling, load_weights
 from longalign.compose import build_from_config
-from longalign.diffusion import add_noise, training_target
 from longalign.errors import ConfigError
-from longalign.pipeline import sample
+from longalign.functional.diffusion import add_noise, training_target
+from longalign.inference.sampling import sample
+from longalign.loop.batches import collate
 from longalign.registry import trainers
 from longalign.runtime import Runtime
-from longalign.trainers.batches import collate
 from longalign.trainers.configs import LCMConfig, LCMRewardConfig
 from longalign.trainers.lcm import LCMTrainer
 

@@ -7,13 +7,13 @@ from torch import nn
 from worlds import LORA, Squares, ToyEncoder, red
 
 from longalign.backbones.configs import LoraConfig
-from longalign.diffusion import add_noise, guide
 from longalign.errors import ConfigError
+from longalign.functional.diffusion import add_noise, guide
 from longalign.gradient_steps.steps import All, Last
+from longalign.loop.batches import collate
 from longalign.registry import gradient_steps, trainers
 from longalign.rewards.base import Reward, Scores
 from longalign.rewards.guard import NonFiniteReward
-from longalign.trainers.batches import collate
 from longalign.trainers.configs import RewardConfig
 from longalign.trainers.reward import RewardTrainer
 

@@ -1,0 +1,1 @@
+"""Reading and writing weights: checkpoints, the authors' files, exports and model cards."""

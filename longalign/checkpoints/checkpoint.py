@@ -1,0 +1,307 @@
+"""Self-describing checkpoints: one safetensors file with all trained weights and the config of the run.
+
+Keys of ``longalign.safetensors``:
+
+- ``lora.<i>.<module>.lora_A.weight`` and ``lora_B``: the i-th LoRA, those of earlier stages first;
+- ``denoiser.<name>``: all weights of the denoiser, after full fine-tuning;
+- ``encoder.<name>``: the encoder's adapter.
+
+A run that trains a reward has none of these keys; the reward is in the folder ``reward/`` beside the file.
+The metadata hold the config, names and configs of the LoRAs, the step, package versions, and the provider of each part.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from longalign.backbones.base import Backbone
+from longalign.backbones.configs import LoraConfig
+from longalign.backbones.lora import LoraWeights, check_same_names, concat_loras, peft_settings
+from longalign.checkpoints.weights import load_tensors, save_tensors
+from longalign.config.checks import check_parts, parts_of
+from longalign.config.files import CHECKPOINT, DIFFUSERS_LORA, REWARD, checkpoint_file, read_mapping, read_metadata
+from longalign.config.run import RunConfig, load_config, to_dict
+from longalign.encoders.base import Encoder
+from longalign.errors import ConfigError, redact_url
+from longalign.registry import REGISTRIES, backbones, encoders
+from longalign.runtime import Runtime
+from longalign.trainers.base import adapter
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+log = logging.getLogger("longalign")
+
+FORMAT = "1"
+# metadata key of diffusers for LoRA settings, otherwise inferred from the shapes of the weights
+ADAPTER_METADATA = "lora_adapter_metadata"
+PACKAGES = ("longalign", "torch", "diffusers", "transformers", "peft", "accelerate", "open_clip_torch", "pydantic")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a checkpoint.
+
+    Attributes:
+        loras: the LoRAs, in the order of application.
+        denoiser: all weights of the denoiser; empty if only LoRAs were trained.
+        adapter: weights of the encoder's adapter; empty if it has none.
+    """
+
+    loras: list[LoraWeights]
+    denoiser: dict[str, Tensor]
+    adapter: dict[str, Tensor]
+
+
+def save(folder: Path, config: RunConfig, backbone: Backbone | None, encoder: Encoder | None, step: int) -> Path:
+    """Writes ``longalign.safetensors`` to a folder, created if needed; returns the file's path.
+
+    The file is written atomically.
+
+    Args:
+        folder: folder of the checkpoint, e.g. ``runs/x/checkpoint-000100``.
+        config: config of the run.
+        backbone: saves its LoRAs, or all weights under full fine-tuning; None if the run has none.
+        encoder: saves its adapter; None if the run has none.
+        step: number of completed optimiser steps.
+    """
+    return write(folder, config, collect(backbone, encoder), step)
+
+
+def collect(backbone: Backbone | None, encoder: Encoder | None) -> Weights:
+    """The weights that `save` writes, as copies on the CPU.
+
+    With sharded weights all processes must call it; only the first process receives them.
+    """
+    parameters = {} if encoder is None else adapter(encoder)
+    adapter_state = {k: p.detach().to("cpu", copy=True).contiguous() for k, p in parameters.items()}
+    loras = [] if backbone is None else backbone.lora_state()
+    denoiser = backbone.full_state() if backbone is not None and backbone.full_finetune else {}
+    return Weights(loras, denoiser, adapter_state)
+
+
+def write(folder: Path, config: RunConfig, weights: Weights, step: int) -> Path:
+    """As `save`, for already collected weights; all tensors must be on the CPU and contiguous."""
+    loras = weights.loras
+    tensors = {f"lora.{i}.{key}": tensor for i, lora in enumerate(loras) for key, tensor in lora.state.items()}
+    tensors |= {f"denoiser.{key}": tensor for key, tensor in weights.denoiser.items()}
+    tensors |= {f"encoder.{key}": tensor for key, tensor in weights.adapter.items()}
+    metadata = {
+        "format": FORMAT,
+        "config": json.dumps(redacted(to_dict(config)), ensure_ascii=False),
+        "step": str(step),
+        "loras": json.dumps([{"name": s.name, "config": s.config.model_dump(mode="json")} for s in loras]),
+        "versions": json.dumps(versions()),
+        "providers": json.dumps(providers(config)),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / CHECKPOINT
+    save_tensors(path, tensors, metadata)
+    return path
+
+
+def redacted(value: Any) -> Any:
+    """A dumped config without the credentials in its URLs."""
+    if isinstance(value, dict):
+        return {key: redacted(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [redacted(child) for child in value]
+    return redact_url(value) if isinstance(value, str) else value
+
+
+def load_weights(checkpoint: str | Path) -> Weights:
+    """Reads the weights of a checkpoint.
+
+    Args:
+        checkpoint: the checkpoint's file or folder, or a run's folder (the newest checkpoint).
+
+    Raises:
+        FileNotFoundError: if the checkpoint does not exist.
+        ValueError: if the file is damaged, has a different format, holds no backbone's weights, has tensors that are
+            not listed in its metadata, or values that are not finite floats.
+    """
+    path = checkpoint_file(Path(checkpoint))
+    metadata = read_metadata(path)
+    if metadata.get("format") != FORMAT or "loras" not in metadata:
+        raise ValueError(
+            f"{path} has format {metadata.get('format')!r}, expected {FORMAT!r}; it was not written by this version of "
+            "longalign: update longalign, or create the checkpoint again"
+        )
+    if read_mapping(path).get("backbone", "") is None:
+        raise ValueError(
+            f"{path} has no backbone: its run trained a reward, which is in {path.parent / REWARD}; expected a "
+            "checkpoint with a backbone"
+        )
+    tensors = load_tensors(path)
+    try:
+        loras_by_name = [
+            (entry["name"], LoraConfig.model_validate(entry["config"])) for entry in json.loads(metadata["loras"])
+        ]
+    except (ValueError, TypeError, LookupError) as error:
+        raise ValueError(
+            f"the metadata 'loras' of {path} is not a valid list of LoRAs ({error}); download or create the file again"
+        ) from error
+    loras = [
+        LoraWeights(name, config, _with_prefix(tensors, f"lora.{i}.")) for i, (name, config) in enumerate(loras_by_name)
+    ]
+    _check_complete(path, tensors, loras)
+    return Weights(loras, _with_prefix(tensors, "denoiser."), _with_prefix(tensors, "encoder."))
+
+
+def _check_complete(path: Path, tensors: Mapping[str, Tensor], loras: Sequence[LoraWeights]) -> None:
+    """Raises ValueError if tensors are missing, unlisted or not finite floats."""
+    prefixes = ("denoiser.", "encoder.", *(f"lora.{i}." for i in range(len(loras))))
+    if unknown := [name for name in tensors if not name.startswith(prefixes)]:
+        raise ValueError(
+            f"{path} has {len(unknown)} tensors that are not listed in its metadata, e.g. '{unknown[0]}'; expected "
+            f"names with the prefix {', '.join(prefixes)}"
+        )
+    if empty := [lora.name for lora in loras if not lora.state]:
+        raise ValueError(f"{path} lists the LoRA '{empty[0]}' but has no tensors of it; download or create it again")
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            problem = "non-finite values" if tensor.is_floating_point() else f"{tensor.dtype}"
+            raise ValueError(f"{path}: expected finite floats in '{name}', got {problem}")
+
+
+def read_config(checkpoint: str | Path) -> RunConfig:
+    """The config of a checkpoint, for sampling.
+
+    If training-only parts cannot be loaded, e.g. because their plugins are not installed, rewards, trainer, data and
+    cache are omitted with a warning.
+
+    Raises:
+        ConfigError: if the backbone or encoder cannot be loaded.
+    """
+    path = checkpoint_file(Path(checkpoint))
+    try:
+        return load_config(path)
+    except ConfigError as error:
+        raw = {**read_mapping(path), "rewards": [], "trainer": None, "data": None, "cache": None}
+        try:
+            config = load_config(raw)
+        except ConfigError:
+            raise error from None
+        log.warning(
+            "training-only parts in the config of %s cannot be loaded; sampling does not need them: %s", path, error
+        )
+        return config
+
+
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names have a prefix, with the prefix removed."""
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
+def load_into(checkpoint: str | Path, backbone: Backbone, encoder: Encoder) -> None:
+    """Loads a checkpoint's weights into newly built parts.
+
+    All LoRAs but the last are merged into the denoiser's weights. The last one stays unmerged and frozen until a new
+    LoRA is added or `Backbone.merge_lora` is called.
+
+    Raises:
+        ValueError: if the weights do not fit the parts, or only the checkpoint or only the encoder has an adapter.
+    """
+    weights = load_weights(checkpoint)
+    if weights.denoiser:
+        backbone.load_full(weights.denoiser)
+    backbone.load_lora(weights.loras)
+    parameters = adapter(encoder)
+    check_same_names("the encoder's adapter", parameters, weights.adapter)
+    for name, parameter in parameters.items():
+        parameter.data.copy_(weights.adapter[name])
+
+
+def load_for_sampling(
+    checkpoint: str | Path, runtime: Runtime | None = None, *, device: str | None = None, dtype: str | None = None
+) -> tuple[RunConfig, Backbone, Encoder]:
+    """Loads config, backbone and encoder of a checkpoint, frozen and in eval mode, without trainer and rewards.
+
+    Args:
+        checkpoint: the checkpoint's file or folder, or a run's folder (the newest checkpoint).
+        runtime: device and dtype; detected on this machine, in the precision of training, if None.
+        device: a torch device, if ``runtime`` is None.
+        dtype: "float32", "bfloat16" or "float16", if ``runtime`` is None.
+
+    Raises:
+        ValueError: if the checkpoint has no backbone or no encoder, or its weights do not fit.
+    """
+    path = checkpoint_file(Path(checkpoint))
+    config = read_config(path)
+    if config.backbone is None or config.encoder is None:
+        raise ValueError(
+            f"{path}: the run trained a reward, and has no backbone to sample with; "
+            "expected a checkpoint with a backbone"
+        )
+    check_parts({"backbone": config.backbone, "encoder": config.encoder})
+    runtime = runtime or Runtime.detect(config.loop.precision, device).with_dtype(dtype)
+    backbone, encoder = backbones.construct(config.backbone, runtime), encoders.construct(config.encoder, runtime)
+    load_into(path, backbone, encoder)
+    backbone.merge_lora()
+    # cast after merging: LoRAs are merged in the precision of training
+    backbone.cast(runtime.torch_dtype)
+    for part in (backbone, encoder):
+        part.requires_grad_(False).eval()
+    return config, backbone, encoder
+
+
+def export_lora(checkpoint: str | Path, folder: str | Path) -> Path:
+    """Exports a checkpoint's LoRAs as one file for ``load_lora_weights(folder)`` of a diffusers pipeline.
+
+    LoRAs of several stages are concatenated, which is exact; the rank is the sum of their ranks.
+
+    Returns:
+        The path of ``pytorch_lora_weights.safetensors``.
+
+    Raises:
+        ValueError: if all weights were trained, or the checkpoint has no LoRA.
+    """
+    weights = load_weights(checkpoint)
+    if weights.denoiser or not weights.loras:
+        raise ValueError(
+            f"{checkpoint} has {'all weights of the denoiser' if weights.denoiser else 'no LoRA'}; expected a "
+            "checkpoint whose denoiser was trained with LoRAs only"
+        )
+    joined = concat_loras(weights.loras)
+    component = denoiser_folder(read_config(checkpoint))
+    tensors = {f"{component}.{key}": tensor for key, tensor in joined.items()}
+    adapter_metadata = {f"{component}.{key}": value for key, value in peft_settings(joined).items()}
+    path = Path(folder) / DIFFUSERS_LORA
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(path, tensors, {"format": "pt", ADAPTER_METADATA: json.dumps(adapter_metadata)})
+    return path
+
+
+def denoiser_folder(config: RunConfig) -> str:
+    """Name of the denoiser's component in diffusers: ``unet`` or ``transformer``."""
+    return getattr(config.backbone, "component", "unet")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that affect results."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def providers(config: RunConfig) -> dict[str, str]:
+    """The package that provides each part of a run, by config path, e.g. ``{"rewards.0.inner": "longalign 0.1.0"}``."""
+    owners = {}
+    for path, part in parts_of(config):
+        for registry in REGISTRIES.values():
+            if part.name in registry and registry.get(part.name) is type(part):
+                owners[path] = registry.info(part.name).owner
+    return owners

@@ -1,0 +1,180 @@
+"""Checks of the files of a run before anything heavy is imported; all problems are reported at once.
+
+`load_config` only checks the config itself, so that configs can be read on other machines. The checks here also need
+the files that the config refers to. They load and download nothing, and do not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from longalign.config.files import HUB_ID, checkpoint_file
+from longalign.config.run import RunConfig, diff, load_config
+from longalign.errors import ConfigError, ConfigProblem, shorten
+from longalign.hub import BASE_MODEL, is_base_model
+from longalign.registry import PartConfig
+
+
+def check_files(
+    config: RunConfig,
+    training: bool = True,
+    resumed: bool = False,
+    cached: bool = True,
+    sizes: Mapping[str, int | None] | None = None,
+) -> None:
+    """Raises `ConfigError` with all files that are missing or do not match on this machine.
+
+    Args:
+        config: the run.
+        training: check the whole run; otherwise only backbone and encoder.
+        resumed: allow an output folder that contains a run.
+        cached: skip the text models of the encoder if the run has a cache of prompts.
+        sizes: image sides in pixels to check, by their names in messages.
+    """
+    keys = ("backbone", "encoder", *(("rewards", "trainer", "data") if training else ()))
+    if training and cached and config.cache is not None and config.cache.prompts:
+        keys = tuple(key for key in keys if key != "encoder")  # the cache replaces the text models
+    problems = parts_problems({key: getattr(config, key) for key in keys})
+    problems += _conditioning_problems(config)
+    if config.init_from is not None:
+        problems += [("init_from", problem) for problem in init_from_problems(config.init_from)]
+    problems += _size_problems(config, {**(_sizes(config) if training else {}), **(sizes or {})})
+    if training:
+        problems += _folder_problems(config, resumed)
+        problems += [
+            (
+                "loop.trackers",
+                f"the tracker '{tracker}' needs a package that is not installed; install it with: pip install "
+                f"{tracker}, or remove it from loop.trackers",
+            )
+            for tracker in config.loop.trackers
+            if importlib.util.find_spec(tracker) is None
+        ]
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+
+
+def check_parts(parts: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` with the `PartConfig.check_files` problems of all parts."""
+    if problems := parts_problems(parts):
+        raise ConfigError(problems)
+
+
+def parts_problems(value: Any, path: str = "") -> list[ConfigProblem]:
+    """Problems returned by `PartConfig.check_files` of all parts, including nested ones, with full paths."""
+    problems: list[ConfigProblem] = []
+    for part_path, part in parts_of(value, path):
+        try:
+            problems += [(f"{part_path}.{key}" if key else part_path, message) for key, message in part.check_files()]
+        except Exception as error:  # check_files of a plugin may raise anything
+            problems.append((part_path, f"check_files of '{part.name}' failed: {type(error).__name__}: {error}"))
+    return problems
+
+
+def parts_of(value: Any, path: str = "") -> Iterator[tuple[str, PartConfig]]:
+    """Yields each part config in a run, a part or a mapping, with its path, e.g. ``rewards.0.inner``."""
+    if isinstance(value, PartConfig):
+        yield path, value
+    for key, child in _children(value):
+        yield from parts_of(child, f"{path}.{key}" if path else key)
+
+
+def _children(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, BaseModel):
+        yield from ((key, getattr(value, key)) for key in type(value).model_fields)
+    elif isinstance(value, Mapping):
+        yield from ((str(key), child) for key, child in value.items())
+    elif isinstance(value, (list, tuple)):
+        yield from ((str(i), child) for i, child in enumerate(value))
+
+
+def init_from_problems(checkpoint: str) -> Iterator[str]:
+    """Yields why a run cannot start from a local checkpoint; checkpoints on the Hub are not checked."""
+    path = Path(checkpoint)
+    if is_base_model(checkpoint):
+        yield BASE_MODEL.format(f"'{checkpoint}'")
+    elif path.exists() or not HUB_ID.fullmatch(checkpoint) or Path(path.parts[0]).exists():
+        try:
+            checkpoint_file(path)
+        except FileNotFoundError as error:
+            yield str(error)
+
+
+def _conditioning_problems(config: RunConfig) -> list[ConfigProblem]:
+    if config.backbone is None or config.encoder is None:
+        return []
+    backbone, encoder = config.backbone, config.encoder
+    try:
+        (expected, expected_pooled), (width, pooled_width) = backbone.widths(), encoder.widths()
+    except Exception as error:
+        return [
+            ("encoder", f"widths() of '{backbone.name}' or '{encoder.name}' failed: {type(error).__name__}: {error}")
+        ]
+    problems = []
+    if expected and width and expected != width:
+        message = (
+            f"'{encoder.name}' has states of width {width}, but the denoiser of '{backbone.name}' takes {expected}"
+        )
+        problems.append(("encoder", f"{message}; choose a matching encoder, or add an adapter"))
+    if expected_pooled and pooled_width and expected_pooled != pooled_width:
+        message = f"'{encoder.name}' has a pooled embedding of width {pooled_width}"
+        problems.append(("encoder", f"{message}, but the denoiser of '{backbone.name}' takes {expected_pooled}"))
+    return problems
+
+
+def _sizes(config: RunConfig) -> dict[str, Any]:
+    """Sides in pixels of the training images."""
+    sizes = {"trainer.resolution": getattr(config.trainer, "resolution", None)}
+    if getattr(config.trainer, "needs_images", True):
+        sizes["data.resolution"] = getattr(config.data, "resolution", None)
+    return sizes
+
+
+def _size_problems(config: RunConfig, sizes: Mapping[str, Any]) -> list[ConfigProblem]:
+    """Sizes in pixels that the backbone cannot encode to latents."""
+    divisor = getattr(config.backbone, "divisor", None)
+    return [
+        (key, f"expected a multiple of {divisor} for the backbone '{getattr(config.backbone, 'name', '')}', got {size}")
+        for key, size in sizes.items()
+        if isinstance(divisor, int) and isinstance(size, int) and size % divisor
+    ]
+
+
+def output_problem(config: RunConfig) -> str | None:
+    """Problem of an ``output`` folder that already contains the checkpoints of a run; None if there is none."""
+    try:
+        newest = checkpoint_file(Path(config.output))
+    except FileNotFoundError:
+        return None
+    try:
+        changes = {key: values for key, values in diff(load_config(newest), config).items() if key != "output"}
+    except ValueError as error:
+        state = f"and its newest checkpoint cannot be read ({error});"
+    else:
+        lines = [f"\n    {key}: {shorten(old)} there, {shorten(new)} now" for key, (old, new) in changes.items()]
+        if not lines:
+            advice = "resume it, choose a different output, or remove the folder"
+            return f"there is a run in {config.output} already, with the same config; {advice}"
+        state = f"with a different config:{''.join(lines)}\n   "
+    return f"there is a run in {config.output} already, {state} choose a different output, or remove the folder"
+
+
+def _folder_problems(config: RunConfig, resumed: bool) -> list[ConfigProblem]:
+    problems: list[ConfigProblem] = []
+    output = Path(config.output)
+    if not resumed and (problem := output_problem(config)):
+        problems.append(("output", problem))
+    existing = next((p for p in (output, *output.parents) if p.exists()), output)
+    if existing.exists() and not existing.is_dir():
+        problems.append(("output", f"{existing} is a file; expected a folder"))
+    prompts = config.validation.prompts if config.validation is not None else ()
+    if isinstance(prompts, str) and not Path(prompts).is_file():
+        problems.append(
+            ("validation.prompts", f"no file {prompts}; expected a .txt or .jsonl file, or a list of prompts")
+        )
+    return problems

@@ -1,0 +1,79 @@
+"""Segment-level encoding for Stable Diffusion 3: two CLIPs and T5 (arXiv 2403.03206, section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from torch.nn.functional import pad
+
+from longalign.config.files import join_subfolder
+from longalign.encoders.base import Conditioning, Encoder, PromptReport
+from longalign.encoders.clip.sdxl import ClipSegmentSDXLEncoder, load_clip_pair
+from longalign.encoders.concat import join, merge_reports
+from longalign.encoders.t5.encoder import T5Encoder
+from longalign.runtime import Runtime
+from longalign.segmenters import Prompt
+
+if TYPE_CHECKING:
+    from longalign.encoders.configs import ClipSegmentSD3Config
+
+
+class ClipSegmentSD3Encoder(Encoder):
+    """Segments encoded with CLIP-L and OpenCLIP-bigG, followed by T5's states of the whole prompt.
+
+    The CLIPs' states are concatenated along the channel axis and zero-padded to the width of T5's. T5's states follow
+    along the sequence axis. The pooled embeddings of both CLIPs are concatenated too.
+
+    Args:
+        clips: the two CLIPs, both with a projection.
+        t5: T5's encoder, or None.
+        num_zeros: without T5, number of zero states used instead; 256 in the diffusers pipeline.
+        width: width of the states; 4096 in the published models.
+
+    Raises:
+        ValueError: if T5's states do not have this width, the CLIPs' are wider, or both T5 and zeros are given.
+    """
+
+    def __init__(
+        self, clips: ClipSegmentSDXLEncoder, t5: T5Encoder | None = None, *, num_zeros: int = 0, width: int = 4096
+    ):
+        super().__init__()
+        if clips.dim > width or (t5 is not None and t5.dim != width):
+            widths = f"{clips.dim} from the two CLIPs" + (f" and {t5.dim} from T5" if t5 is not None else "")
+            raise ValueError(f"expected T5 states of width {width} and CLIP states no wider, got {widths}; set 'width'")
+        if t5 is not None and num_zeros:
+            raise ValueError(f"num_zeros replaces T5's states, got both T5 and num_zeros={num_zeros}; pass one of them")
+        self.clips, self.t5, self.num_zeros = clips, t5, num_zeros
+        self.dim = width
+
+    @classmethod
+    def from_config(cls, config: ClipSegmentSD3Config, runtime: Runtime) -> ClipSegmentSD3Encoder:
+        """Loads ``text_encoder``, ``text_encoder_2``, with ``t5="encode"`` ``text_encoder_3``, and their tokenizers."""
+        from transformers import CLIPTextModelWithProjection, T5EncoderModel
+
+        from longalign.encoders.loading import load_text_model
+
+        clips, t5 = load_clip_pair(config, runtime, CLIPTextModelWithProjection, empty="encode"), None
+        if config.t5 == "encode":
+            folder = join_subfolder(config.subfolder, "text_encoder_3")
+            model, tokenizer = load_text_model(T5EncoderModel, config, folder, runtime)
+            settings = {"overflow": config.overflow, "max_batch_tokens": config.max_batch_tokens}
+            t5 = T5Encoder(model, tokenizer, max_tokens=config.t5_tokens, **settings)
+            t5.setting = "t5_tokens"
+        return cls(clips, t5, num_zeros=config.t5_tokens if config.t5 == "zeros" else 0, width=config.width)
+
+    def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
+        conditioning = self.clips.encode(prompts)
+        conditioning = replace(conditioning, states=pad(conditioning.states, (0, self.dim - self.clips.dim)))
+        if self.t5 is not None:
+            return join([conditioning, self.t5.encode(prompts)])
+        zeros = Conditioning(conditioning.states.new_zeros(len(conditioning.states), self.num_zeros, self.dim))
+        return replace(join([conditioning, zeros]), reports=conditioning.reports)
+
+    def report(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
+        reports = self.clips.report(prompts)
+        if self.t5 is None:
+            return reports
+        return [merge_reports(prompt_reports) for prompt_reports in zip(reports, self.t5.report(prompts), strict=True)]

@@ -1,0 +1,152 @@
+"""Segment-level encoding for Stable Diffusion XL: states of two CLIPs, concatenated along the channel axis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from longalign.config.files import join_subfolder
+from longalign.encoders.base import Conditioning, Encoder, PromptReport, check_prompts, plain_text
+from longalign.encoders.clip.segment import ClipSegmentEncoder, SegmentPlan
+from longalign.runtime import Runtime
+from longalign.segmenters import Prompt, Segmenter
+
+if TYPE_CHECKING:
+    from longalign.encoders.configs import ClipSegmentSDXLConfig, TwoClipsConfig
+
+
+class _Penultimate(ClipSegmentEncoder):
+    """Segments encoded by the penultimate layer, without the final layer norm, as SDXL expects."""
+
+    def states_and_pooled(
+        self, plans: Sequence[SegmentPlan], pools: Sequence[Sequence[tuple[int, ...]]]
+    ) -> Conditioning:
+        """Returns the merged states; with a projection also the mean pooled output of each prompt's rows ``pools``."""
+        return self.merge(plans, *self.run(plans))
+
+    def _run(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.text_model(input_ids=ids, output_hidden_states=True).hidden_states[-2]
+
+
+class _Projected(_Penultimate):
+    """Like `_Penultimate`, with a pooled output.
+
+    Each state is concatenated with the normed and projected state of the last layer; at ``<eot>`` the latter is the
+    pooled output.
+    """
+
+    def states_and_pooled(
+        self, plans: Sequence[SegmentPlan], pools: Sequence[Sequence[tuple[int, ...]]]
+    ) -> Conditioning:
+        states, row_starts = self.run(plans, [row for rows in pools for row in rows])
+        pool_starts = iter(row_starts[sum(len(plan.rows) for plan in plans) :])
+        projected = states[:, self.dim :]
+        pooled = [torch.stack([projected[next(pool_starts) + len(row) - 1] for row in rows]).mean(0) for rows in pools]
+        return replace(self.merge(plans, states[:, : self.dim], row_starts), pooled=torch.stack(pooled))
+
+    def _run(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        output = self.text_model(input_ids=ids, output_hidden_states=True)
+        projection: Any = self.text_model.text_projection
+        return torch.cat([output.hidden_states[-2], projection(output.last_hidden_state)], dim=-1)
+
+
+class ClipSegmentSDXLEncoder(Encoder):
+    """Segments encoded with CLIP-L and OpenCLIP-bigG, merged as in `ClipSegmentEncoder`.
+
+    The states of both penultimate layers are concatenated along the channel axis (768 + 1280 wide). The pooled
+    embedding is bigG's. If both CLIPs have a projection, as in Stable Diffusion 3, both pooled embeddings are
+    concatenated.
+
+    For a prompt of one segment all pooling rules match diffusers, unless it contains an exclamation mark. ``!`` is
+    bigG's padding token, so diffusers treats a literal ``!`` as padding; here both CLIPs get the first tokenizer's ids.
+
+    Args:
+        text_models: a ``CLIPTextModel`` and a ``CLIPTextModelWithProjection``, or two of the latter.
+        tokenizers: their fast tokenizers, which differ only in padding.
+        segmenter: splits a prompt.
+        pooled: the pooling rule: ``"mean"`` of the pooled outputs of all encoded segments, that of the ``"first"``
+            segment, or ``"truncate"``: that of the whole prompt truncated to 77 tokens, as in diffusers.
+        empty: the empty prompt is encoded as ``"zeros"``, as in the SDXL pipeline, or ``"encode"``-d like any other.
+        **settings: ``sot, eot, pad, max_tokens, overflow, max_batch_tokens`` of `ClipSegmentEncoder`.
+
+    Raises:
+        ValueError: if the vocabularies differ.
+    """
+
+    def __init__(
+        self,
+        text_models: tuple[nn.Module, nn.Module],
+        tokenizers: tuple[Any, Any],
+        segmenter: Segmenter,
+        *,
+        pooled: Literal["mean", "first", "truncate"] = "mean",
+        empty: Literal["zeros", "encode"] = "zeros",
+        **settings: Any,
+    ):
+        super().__init__()
+        if tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
+            raise ValueError(
+                "expected two tokenizers with the same vocabulary, got different ones; load both from one checkpoint"
+            )
+        self.first, self.second = (
+            (_Projected if hasattr(model, "text_projection") else _Penultimate)(model, tokenizer, segmenter, **settings)
+            for model, tokenizer in zip(text_models, tokenizers, strict=True)
+        )
+        self.dim = self.first.dim + self.second.dim
+        self.pooled, self.empty = pooled, empty
+
+    @classmethod
+    def from_config(cls, config: ClipSegmentSDXLConfig, runtime: Runtime) -> ClipSegmentSDXLEncoder:
+        """Loads ``text_encoder``, ``text_encoder_2`` and their tokenizers, and builds the segmenter."""
+        from transformers import CLIPTextModel
+
+        return load_clip_pair(config, runtime, CLIPTextModel, empty=config.empty)
+
+    def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
+        prompts = check_prompts(prompts)
+        plans = self.first.checked_plans(prompts)
+        pools = [self._pool_rows(prompt, plan) for prompt, plan in zip(prompts, plans, strict=True)]
+        parts = [encoder.states_and_pooled(plans, pools) for encoder in (self.first, self.second)]
+        states = torch.cat([part.states for part in parts], dim=-1)
+        pooled = torch.cat([part.pooled for part in parts if part.pooled is not None], dim=-1)
+        if self.empty == "zeros":
+            is_empty = torch.tensor([not plain_text(prompt).strip() for prompt in prompts], device=states.device)
+            states = states.masked_fill(is_empty[:, None, None], 0)
+            pooled = pooled.masked_fill(is_empty[:, None], 0)
+        return replace(parts[0], states=states, pooled=pooled)
+
+    def report(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
+        return self.first.report(prompts)
+
+    def _pool_rows(self, prompt: Prompt, plan: SegmentPlan) -> Sequence[tuple[int, ...]]:
+        """Returns the rows whose pooled outputs are averaged."""
+        if self.pooled == "mean":
+            return plan.rows
+        if self.pooled == "first":
+            return plan.rows[:1]
+        tokens = self.first.tokens
+        ids = tokens(plain_text(prompt)).ids[: self.first.window - 2]
+        return [(tokens.tokenizer.bos_token_id, *ids, tokens.tokenizer.eos_token_id)]
+
+
+def load_clip_pair(
+    config: TwoClipsConfig, runtime: Runtime, first_class: type, **settings: Any
+) -> ClipSegmentSDXLEncoder:
+    """Loads ``text_encoder`` as ``first_class``, ``text_encoder_2`` and their tokenizers; builds the segmenter."""
+    from transformers import CLIPTextModelWithProjection
+
+    from longalign.encoders.clip.single_file import load_clip_text_model
+
+    classes = {"text_encoder": first_class, "text_encoder_2": CLIPTextModelWithProjection}
+    loaded = [
+        load_clip_text_model(model_class, config, join_subfolder(config.subfolder, folder), runtime)
+        for folder, model_class in classes.items()
+    ]
+    models, tokenizers = zip(*loaded, strict=True)
+    keys = ("pooled", "sot", "eot", "pad", "max_tokens", "overflow", "max_batch_tokens")
+    settings |= {key: getattr(config, key) for key in keys}
+    return ClipSegmentSDXLEncoder(models, tokenizers, config.segmenter.build(runtime), **settings)

@@ -1,0 +1,209 @@
+"""Segment-level encoding with CLIP (LongAlign, arXiv 2410.11817, section 3.1 and appendix A)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from longalign.encoders.base import (
+    GROW_ADVICE,
+    Conditioning,
+    Encoder,
+    PromptReport,
+    check_prompts,
+    raise_or_warn_truncated,
+)
+from longalign.encoders.tokens import autocast_disabled, device_of, run_grouped
+from longalign.runtime import Runtime
+from longalign.segmenters import Prompt, Segmenter, split, split_to_window
+from longalign.tokens import TextTokens, Tokenized
+
+if TYPE_CHECKING:
+    from longalign.encoders.configs import ClipSegmentConfig
+
+
+@dataclass(frozen=True)
+class SegmentPlan:
+    """How one prompt is encoded.
+
+    Attributes:
+        rows: token ids to encode, one row per segment.
+        spans: the positions ``start:stop`` of each row whose states are merged.
+        report: the encoded and the truncated text.
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+    spans: tuple[tuple[int, int], ...]
+    report: PromptReport
+
+    @property
+    def length(self) -> int:
+        """Number of merged states."""
+        return sum(stop - start for start, stop in self.spans)
+
+
+class ClipSegmentEncoder(Encoder):
+    """Encodes each segment of a prompt separately with a frozen CLIP text model and merges the states in order.
+
+    Every segment becomes ``<sot> tokens <eot>``; ``sot`` and ``eot`` select which special-token states are kept. The
+    merged states are padded to ``max_tokens``. The published model keeps every ``<sot>``, drops every ``<eot>`` and
+    pads with one vector ``<pad*>``: the mean of the last 60 of the 77 states of the empty prompt (for a different
+    window, the same fraction). The empty prompt is encoded as one ``<sot>`` followed by ``<pad*>``.
+
+    The text model is causal and used without a mask, so a prompt's states do not depend on the rest of the batch. With
+    ``overflow="grow"`` a longer prompt pads the whole batch to its length.
+
+    Args:
+        text_model: a transformers ``CLIPTextModel``.
+        tokenizer: its fast tokenizer.
+        segmenter: splits a prompt; a segment longer than the window is split further, never truncated.
+        sot: which segments keep their ``<sot>``.
+        eot: which segments keep their ``<eot>``.
+        pad: the padding. ``"pad*"`` repeats ``<pad*>``. ``"pad"`` takes the empty prompt's state at the same position
+            (its last one beyond the window). ``"none"`` pads to the longest prompt of the batch, with a mask.
+        max_tokens: number of merged states; shorter prompts are padded to it.
+        overflow: for a longer prompt, ``"grow"`` the batch, ``"truncate"`` with a warning, or raise an ``"error"``.
+        max_batch_tokens: maximum number of positions per call of the text model.
+    """
+
+    def __init__(
+        self,
+        text_model: nn.Module,
+        tokenizer: Any,
+        segmenter: Segmenter,
+        *,
+        sot: Literal["all", "first", "none"] = "all",
+        eot: Literal["none", "all", "last"] = "none",
+        pad: Literal["pad*", "pad", "none"] = "pad*",
+        max_tokens: int = 240,
+        overflow: Literal["grow", "truncate", "error"] = "grow",
+        max_batch_tokens: int = 16384,
+    ):
+        super().__init__()
+        self.text_model = text_model.requires_grad_(False).eval()
+        config: Any = text_model.config
+        self.dim = config.hidden_size
+        self.window: int = config.max_position_embeddings
+        self.tokens = TextTokens(tokenizer, config.vocab_size)
+        self.segmenter = segmenter
+        self.sot, self.eot, self.pad = sot, eot, pad
+        self.max_tokens, self.overflow, self.max_batch_tokens = max_tokens, overflow, max_batch_tokens
+        self._cached_padding: Tensor | None = None
+
+    @classmethod
+    def from_config(cls, config: ClipSegmentConfig, runtime: Runtime) -> ClipSegmentEncoder:
+        """Loads the text model and tokenizer, and builds the segmenter."""
+        from transformers import CLIPTextModel
+
+        from longalign.encoders.clip.single_file import load_clip_text_model
+
+        model, tokenizer = load_clip_text_model(CLIPTextModel, config, config.subfolder, runtime)
+        keys = ("sot", "eot", "pad", "max_tokens", "overflow", "max_batch_tokens")
+        return cls(model, tokenizer, config.segmenter.build(runtime), **{key: getattr(config, key) for key in keys})
+
+    def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
+        plans = self.checked_plans(prompts)
+        return self.merge(plans, *self.run(plans))
+
+    def checked_plans(self, prompts: Sequence[Prompt]) -> list[SegmentPlan]:
+        """Plans the encoding of each prompt; warns about or rejects truncated prompts, depending on ``overflow``."""
+        plans = self._plans(prompts)
+        reports = [plan.report for plan in plans]
+        raise_or_warn_truncated(reports, self.overflow, self.max_tokens, GROW_ADVICE.format("max_tokens"), stacklevel=4)
+        return plans
+
+    def run(self, plans: Sequence[SegmentPlan], extra_rows: Sequence[tuple[int, ...]] = ()) -> tuple[Tensor, list[int]]:
+        """Runs the text model on the rows of the plans, then on ``extra_rows``.
+
+        Returns:
+            All states ``(m, d)``, and the index of each row's first state.
+        """
+        return run_grouped(
+            self._run,
+            [*(row for plan in plans for row in plan.rows), *extra_rows],
+            pad_id=self.tokens.tokenizer.eos_token_id,
+            device=device_of(self.text_model),
+            max_batch_tokens=self.max_batch_tokens,
+        )
+
+    def merge(self, plans: Sequence[SegmentPlan], states: Tensor, row_starts: Sequence[int]) -> Conditioning:
+        """Merges the states ``(m, d)`` returned by `run` in order and pads them."""
+        padding = self._pad_states(states)
+        longest = max(plan.length for plan in plans)
+        length = longest if self.pad == "none" else max(self.max_tokens, longest)
+        index = np.empty((len(plans), length), dtype=np.int64)
+        index[:] = len(states) + np.minimum(np.arange(length), len(padding) - 1)
+        starts = iter(row_starts)
+        for row, plan in zip(index, plans, strict=True):
+            spans = [np.arange(*span) + row_start for span, row_start in zip(plan.spans, starts, strict=False)]
+            row[: plan.length] = np.concatenate(spans)
+        mask = None
+        if self.pad == "none":
+            lengths = np.array([[plan.length] for plan in plans])
+            mask = torch.from_numpy(np.arange(length) < lengths).to(states.device)
+        merged = torch.cat([states, padding])[torch.from_numpy(index).to(states.device)]
+        return Conditioning(merged, mask, reports=tuple(plan.report for plan in plans))
+
+    def report(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
+        return [plan.report for plan in self._plans(prompts)]
+
+    def _run(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.text_model(input_ids=ids).last_hidden_state
+
+    @torch.no_grad()
+    def _pad_states(self, like: Tensor) -> Tensor:
+        """Padding states ``(k, d)``: position i is padded with state ``min(i, k - 1)``. Cached: the model is frozen."""
+        padding = self._cached_padding
+        if padding is None or padding.device != like.device or padding.dtype != like.dtype:
+            padding = like.new_zeros(1, self.dim) if self.pad == "none" else self._empty_prompt_states(like.device)
+            if self.pad == "pad*":
+                num_states = max(1, round(self.window * 60 / 77))
+                padding = padding[-num_states:].mean(0, keepdim=True)
+            self._cached_padding = padding
+        return padding
+
+    def _empty_prompt_states(self, device: torch.device) -> Tensor:
+        """States ``(window, d)`` of the empty prompt."""
+        tokenizer = self.tokens.tokenizer
+        pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        ids = [tokenizer.bos_token_id, tokenizer.eos_token_id] + [pad_id] * (self.window - 2)
+        with autocast_disabled(device):
+            return self._run(torch.tensor([ids], device=device))[0, :, : self.dim]
+
+    def _plans(self, prompts: Sequence[Prompt]) -> list[SegmentPlan]:
+        limit, count = self.window - 2, self.tokens.count
+        prompt_segments = [split(self.segmenter, prompt, count) for prompt in check_prompts(prompts)]
+        # tokenize all segments in one call; later calls take them from the cache
+        self.tokens.batch([segment for segments in prompt_segments for segment in segments])
+        return [self._plan(self.tokens.batch(split_to_window(segments, limit, count))) for segments in prompt_segments]
+
+    def _plan(self, segments: Sequence[Tokenized]) -> SegmentPlan:
+        tokenizer = self.tokens.tokenizer
+        segments = [s for s in segments if s.ids] or [Tokenized("", (), ())]
+        budget = sys.maxsize if self.overflow == "grow" else self.max_tokens
+        rows, spans, texts, tokens, truncated = [], [], [], [], []
+        for i, segment in enumerate(segments):
+            start = 0 if self.sot == "all" or (self.sot == "first" and i == 0) else 1
+            with_eot = self.eot == "all" or (self.eot == "last" and i == len(segments) - 1)
+            stop = min(len(segment) + 1 + with_eot, start + budget)
+            num_encoded = max(0, min(stop - 1, len(segment)))
+            head, tail = segment.split_at(num_encoded)
+            if stop > start:
+                rows.append((tokenizer.bos_token_id, *segment.ids, tokenizer.eos_token_id))
+                spans.append((start, stop))
+                budget -= stop - start
+            if num_encoded:
+                texts.append(head)
+                tokens.append(num_encoded)
+            if tail:
+                truncated.append(tail)
+        if not rows:
+            # keep at least one state so that cross-attention is defined
+            rows, spans = [(tokenizer.bos_token_id, tokenizer.eos_token_id)], [(0, 1)]
+        return SegmentPlan(tuple(rows), tuple(spans), PromptReport(tuple(texts), tuple(tokens), " ".join(truncated)))

@@ -1,0 +1,1 @@
+"""Encoders with T5 and its adapter."""

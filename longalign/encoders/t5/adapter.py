@@ -1,0 +1,121 @@
+"""LaVi-Bridge's adapter (arXiv 2403.07860): maps a language model's states to the width of a denoiser."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from longalign.checkpoints.weights import load_pickle, load_tensors, save_tensors
+from longalign.encoders.base import Conditioning
+from longalign.runtime import Runtime, resolve_checkpoint
+
+if TYPE_CHECKING:
+    from longalign.encoders.configs import AdapterConfig
+
+_WEIGHTS = "diffusion_pytorch_model"
+
+
+class GEGLU(nn.Module):
+    """``x W1 * gelu(x W2)``, from ``(..., in)`` to ``(..., out)``; ``proj`` holds both matrices."""
+
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__()
+        self.proj = nn.Linear(in_dim, 2 * out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """GEGLU to ``mult`` times the input width, dropout, linear to the output width."""
+
+    def __init__(self, in_dim: int, out_dim: int, mult: int = 4, dropout: float = 0.1):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(in_dim, mult * in_dim), nn.Dropout(dropout), nn.Linear(mult * in_dim, out_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TextAdapter(nn.Module):
+    """LayerNorm, feed-forward to ``int_dim``, LayerNorm, feed-forward to ``out_dim``; applied position-wise.
+
+    State-dict keys match the published weights: ``norm1``, ``ff1.net.*``, ``norm2``, ``ff2.net.*``.
+
+    Args:
+        in_dim: width of the language model; 1024 for T5-large.
+        int_dim: width between the two feed-forwards; 896 in the published weights.
+        out_dim: width that the denoiser expects; 768 for SD 1.5.
+    """
+
+    def __init__(self, in_dim: int, int_dim: int, out_dim: int):
+        super().__init__()
+        self.in_dim, self.int_dim, self.out_dim = in_dim, int_dim, out_dim
+        self.norm1 = nn.LayerNorm(in_dim)
+        self.ff1 = FeedForward(in_dim, int_dim)
+        self.norm2 = nn.LayerNorm(int_dim)
+        self.ff2 = FeedForward(int_dim, out_dim)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Maps states ``(b, n, in_dim)`` to ``(b, n, out_dim)``."""
+        return self.ff2(self.norm2(self.ff1(self.norm1(states))))
+
+    @classmethod
+    def from_config(cls, config: AdapterConfig, runtime: Runtime) -> TextAdapter:
+        """Loads a published or saved adapter, or initializes a new one; always in float32."""
+        if config.checkpoint is not None:
+            adapter = cls.load(resolve_checkpoint(config.checkpoint), config.subfolder, config.revision)
+        else:
+            adapter = cls(config.in_dim, config.int_dim, config.out_dim)  # type: ignore[arg-type]
+        return adapter.requires_grad_(config.trainable).to(runtime.device)
+
+    @classmethod
+    def load(cls, checkpoint: str, subfolder: str | None = None, revision: str | None = None) -> TextAdapter:
+        """Loads an adapter in diffusers layout: ``config.json``, ``diffusion_pytorch_model.safetensors`` or ``.bin``.
+
+        Raises:
+            ValueError: if a file or a key is missing, or the weights do not match the config.
+        """
+        from longalign.encoders.loading import find_checkpoint_file
+
+        prefix = f"{subfolder}/" if subfolder else ""
+        config = find_checkpoint_file(checkpoint, f"{prefix}config.json", revision)
+        weights = find_checkpoint_file(checkpoint, f"{prefix}{_WEIGHTS}.safetensors", revision) or find_checkpoint_file(
+            checkpoint, f"{prefix}{_WEIGHTS}.bin", revision
+        )
+        if config is None or weights is None:
+            raise ValueError(
+                f"no adapter in '{checkpoint}/{prefix}'; expected config.json and {_WEIGHTS}.safetensors or .bin"
+            )
+        values = json.loads(config.read_text())
+        missing = [key for key in ("in_dim", "int_dim", "out_dim") if key not in values]
+        if missing:
+            raise ValueError(f"{config}: missing {', '.join(missing)}; expected the config of a text adapter")
+        adapter = cls(values["in_dim"], values["int_dim"], values["out_dim"])
+        state = load_tensors(weights) if weights.suffix == ".safetensors" else load_pickle(weights)
+        try:
+            adapter.load_state_dict(state)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"{weights}: expected a text adapter with the widths of config.json: {error}") from error
+        return adapter
+
+    def save(self, folder: str | Path) -> None:
+        """Saves the adapter in diffusers layout, as read by `load` and diffusers' ``ModelMixin``."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        values = {"_class_name": "TextAdapter", "in_dim": self.in_dim, "int_dim": self.int_dim, "out_dim": self.out_dim}
+        (path / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+        state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
+        save_tensors(path / f"{_WEIGHTS}.safetensors", state, {"format": "pt"})
+
+
+def adapt(adapter: TextAdapter, conditioning: Conditioning) -> Conditioning:
+    """Applies an adapter to a language model's conditioning; masked states are zero."""
+    states = adapter(conditioning.states.to(next(adapter.parameters()).dtype))
+    return replace(conditioning, states=states if conditioning.mask is None else states * conditioning.mask[..., None])

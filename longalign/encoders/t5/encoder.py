@@ -1,0 +1,146 @@
+"""T5's encoder over the whole prompt, with a trainable adapter (LongAlign, arXiv 2410.11817, section 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from longalign.encoders.base import (
+    GROW_ADVICE,
+    Conditioning,
+    Encoder,
+    PromptReport,
+    check_prompts,
+    plain_text,
+    raise_or_warn_truncated,
+    report_passes,
+)
+from longalign.encoders.bucketing import CALL_COST
+from longalign.encoders.t5.adapter import TextAdapter, adapt
+from longalign.encoders.tokens import device_of, pad_with_last, run_grouped
+from longalign.runtime import Runtime
+from longalign.segmenters import Prompt
+from longalign.tokens import TextTokens, Tokenized
+
+if TYPE_CHECKING:
+    from longalign.encoders.configs import T5Config
+
+
+class T5Encoder(Encoder):
+    """Frozen T5 encoder states of the whole prompt, optionally mapped by an adapter.
+
+    As published, prompts are padded to ``max_tokens`` without a mask: T5 and the denoiser attend to the padding. A
+    prompt's states never depend on the rest of the batch. If the batch grows beyond ``max_tokens``, the last state of a
+    shorter prompt is repeated to the length of the longest. A prompt longer than ``window`` is encoded in windows of
+    whole sentences, each with its own end-of-text token, and the states are concatenated.
+
+    Args:
+        model: a transformers ``T5EncoderModel``.
+        tokenizer: its fast tokenizer.
+        adapter: trainable map from T5's states to the denoiser's width; None returns T5's states.
+        max_tokens: number of states, including the end-of-text token; shorter prompts are padded to it.
+        overflow: for a longer prompt, ``"grow"`` the batch, ``"truncate"`` with a warning, or raise an ``"error"``.
+        window: maximum number of tokens per pass, including the end-of-text token; at least ``max_tokens``. Memory of
+            attention is quadratic in it. T5 was trained with 512.
+        mask: whether to mask padding in T5 and in the conditioning, where masked states are zero.
+        max_batch_tokens: maximum number of positions per call of the model.
+
+    Raises:
+        ValueError: if the adapter's input width is not T5's.
+    """
+
+    #: config key named in truncation messages; an outer encoder may expose `max_tokens` under a different name
+    setting = "max_tokens"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        adapter: TextAdapter | None = None,
+        *,
+        max_tokens: int = 240,
+        overflow: Literal["grow", "truncate", "error"] = "grow",
+        window: int = 512,
+        mask: bool = False,
+        max_batch_tokens: int = 16384,
+    ):
+        super().__init__()
+        self.model = model.requires_grad_(False).eval()
+        config: Any = model.config
+        if adapter is not None and adapter.in_dim != config.d_model:
+            raise ValueError(
+                f"expected an adapter with in_dim={config.d_model}, the width of this T5, got {adapter.in_dim}"
+            )
+        self.adapter = adapter
+        self.dim = config.d_model if adapter is None else adapter.out_dim
+        self.tokens = TextTokens(tokenizer, config.vocab_size)
+        self.max_tokens, self.overflow, self.mask, self.max_batch_tokens = max_tokens, overflow, mask, max_batch_tokens
+        self.window = max(window, max_tokens)
+
+    @classmethod
+    def from_config(cls, config: T5Config, runtime: Runtime) -> T5Encoder:
+        """Loads the model and tokenizer, and loads or initializes the adapter."""
+        from transformers import T5EncoderModel
+
+        from longalign.encoders.loading import load_text_model
+
+        model, tokenizer = load_text_model(T5EncoderModel, config, config.subfolder, runtime)
+        adapter = None if config.adapter is None else TextAdapter.from_config(config.adapter, runtime)
+        keys = ("max_tokens", "overflow", "window", "mask", "max_batch_tokens")
+        return cls(model, tokenizer, adapter, **{key: getattr(config, key) for key in keys})
+
+    def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
+        texts = self._texts(prompts)
+        reports = tuple(self._report(passes) for passes in texts)
+        raise_or_warn_truncated(reports, self.overflow, self.max_tokens, GROW_ADVICE.format(self.setting))
+        tokenizer = self.tokens.tokenizer
+        rows = [[(*text.ids[: self._max_pass_tokens], tokenizer.eos_token_id) for text in passes] for passes in texts]
+        lengths = torch.tensor([sum(map(len, prompt_rows)) for prompt_rows in rows])
+        if not self.mask:
+            rows = [
+                [row + (tokenizer.pad_token_id,) * (self.max_tokens - len(row)) for row in prompt_rows]
+                if len(prompt_rows) == 1
+                else prompt_rows
+                for prompt_rows in rows
+            ]
+        device = device_of(self.model)
+        states, row_starts = run_grouped(
+            self._run,
+            [row for prompt_rows in rows for row in prompt_rows],
+            pad_id=tokenizer.pad_token_id,
+            device=device,
+            max_batch_tokens=self.max_batch_tokens,
+            call_cost=CALL_COST if self.mask else 0,
+        )
+        starts = iter(row_starts)
+        indices = [torch.cat([torch.arange(len(row)) + next(starts) for row in prompt_rows]) for prompt_rows in rows]
+        index = torch.stack(pad_with_last(indices, self.max_tokens))
+        conditioning = Conditioning(states[index.to(device)], reports=reports)
+        if self.mask:
+            mask = (torch.arange(index.shape[1]) < lengths[:, None]).to(device)
+            conditioning = replace(conditioning, states=conditioning.states * mask[..., None], mask=mask)
+        return conditioning if self.adapter is None else adapt(self.adapter, conditioning)
+
+    def report(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
+        return [self._report(passes) for passes in self._texts(prompts)]
+
+    def _run(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        mask = attention_mask.long() if self.mask else None
+        return self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+
+    def _texts(self, prompts: Sequence[Prompt]) -> list[list[Tokenized]]:
+        """Returns the texts of each prompt, one per forward pass."""
+        texts = [plain_text(prompt) for prompt in check_prompts(prompts)]
+        return self.tokens.split_into_passes(texts, self.window - 1 if self.overflow == "grow" else None)
+
+    @property
+    def _max_pass_tokens(self) -> int:
+        """Maximum number of encoded tokens per pass, without the end-of-text token."""
+        return (self.window if self.overflow == "grow" else self.max_tokens) - 1
+
+    def _report(self, passes: Sequence[Tokenized]) -> PromptReport:
+        return report_passes(passes, self._max_pass_tokens)

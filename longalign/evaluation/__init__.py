@@ -1,0 +1,1 @@
+"""Metrics, paired bootstrap intervals, tables, charts and the HTML report."""

@@ -1,0 +1,116 @@
+"""Small SVG charts: curves over steps, and means with intervals. Colours come from the page's CSS."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+
+from longalign.evaluation.table import Interval
+
+WIDTH = 400
+
+
+def ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """About ``count`` round numbers within ``[low, high]``, spaced by 1, 2 or 5 times a power of ten."""
+    span = high - low
+    if not span > 0 or not math.isfinite(span):
+        return [low]
+    raw = span / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * m for m in (1, 2, 5, 10) if power * m >= raw * 0.999)
+    return [round(i * step, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def smooth(values: Sequence[float], window: int) -> list[float]:
+    """Moving mean over ``window`` values, centred; the window shrinks at the ends."""
+    half = window // 2
+    means = []
+    for i in range(len(values)):
+        near = values[max(0, i - half) : i + half + 1]
+        means.append(sum(near) / len(near))
+    return means
+
+
+def curve(title: str, steps: Sequence[float], values: Sequence[float], height: int = 170) -> str:
+    """One curve over steps: the values as a thin line, their moving mean as a thick one.
+
+    Non-finite values are skipped. Without finite values the chart shows "no values".
+    """
+    points = [(x, y) for x, y in zip(steps, values, strict=True) if math.isfinite(y)]
+    if not points:
+        return f'<figure class="chart"><figcaption>{escape(title)}</figcaption><p>no values</p></figure>'
+    xs, ys = [p[0] for p in points], [p[1] for p in points]
+    low, high = min(ys), max(ys)
+    pad = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
+    low, high = low - pad, high + pad
+    left, right, top, bottom = 52, 8, 8, 22
+    x_of = _scale(min(xs), max(xs), left, WIDTH - right)
+    y_of = _scale(low, high, height - bottom, top)
+    parts = []
+    for y in ticks(low, high):
+        parts.append(f'<line class="grid" x1="{left}" x2="{WIDTH - right}" y1="{y_of(y):.1f}" y2="{y_of(y):.1f}"/>')
+        parts.append(f'<text x="{left - 6}" y="{y_of(y) + 4:.1f}" text-anchor="end">{_short(y)}</text>')
+    for x in ticks(min(xs), max(xs), 5):
+        parts.append(f'<text x="{x_of(x):.1f}" y="{height - 6}" text-anchor="middle">{_short(x)}</text>')
+    parts.append(f'<polyline class="raw" points="{_points(xs, ys, x_of, y_of)}"/>')
+    parts.append(f'<polyline class="mean" points="{_points(xs, smooth(ys, max(1, len(ys) // 12)), x_of, y_of)}"/>')
+    return _figure(title, parts, height)
+
+
+def intervals(title: str, rows: Mapping[str, Mapping[str, Interval]], number: Callable[[float], str]) -> str:
+    """Means with intervals: one row per label, in it one line per model, in the models' order and colours.
+
+    Args:
+        title: caption of the chart.
+        rows: label -> model -> interval; intervals without values are skipped.
+        number: formats a value.
+    """
+    non_empty = [v for row in rows.values() for v in row.values() if v.count]
+    if not non_empty:
+        return f'<figure class="chart"><figcaption>{escape(title)}</figcaption><p>no values</p></figure>'
+    low, high = min(v.low for v in non_empty), max(v.high for v in non_empty)
+    pad = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
+    lines = max(len(row) for row in rows.values())
+    left = min(150, 14 + 7 * max(len(label) for label in rows))
+    row_height, bottom = 11 * lines + 11, 22
+    height = row_height * len(rows) + bottom
+    x_of = _scale(low - pad, high + pad, left, WIDTH - 10)
+    parts = []
+    for x in ticks(low - pad, high + pad, 5):
+        parts.append(f'<line class="grid" x1="{x_of(x):.1f}" x2="{x_of(x):.1f}" y1="2" y2="{height - bottom}"/>')
+        parts.append(f'<text x="{x_of(x):.1f}" y="{height - 6}" text-anchor="middle">{number(x)}</text>')
+    for i, (label, row) in enumerate(rows.items()):
+        middle = i * row_height + row_height / 2
+        parts.append(f'<text x="{left - 10}" y="{middle + 4:.1f}" text-anchor="end">{escape(label)}</text>')
+        for j, (model, value) in enumerate(row.items()):
+            if not value.count:
+                continue
+            y = middle + (j - (len(row) - 1) / 2) * 11
+            title_text = f"{escape(model)}: {number(value.mean)} [{number(value.low)}, {number(value.high)}]"
+            parts.append(
+                f'<g class="model-{j}"><title>{title_text}</title>'
+                f'<line x1="{x_of(value.low):.1f}" x2="{x_of(value.high):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
+                f'<circle cx="{x_of(value.mean):.1f}" cy="{y:.1f}" r="4"/></g>'
+            )
+    return _figure(title, parts, height)
+
+
+def _figure(title: str, parts: Sequence[str], height: float) -> str:
+    svg = f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
+    return f'<figure class="chart"><figcaption>{escape(title)}</figcaption>{svg}</figure>'
+
+
+def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
+    span = (high - low) or 1.0
+    return lambda value: start + (value - low) / span * (end - start)
+
+
+def _points(
+    xs: Sequence[float], ys: Sequence[float], x_of: Callable[[float], float], y_of: Callable[[float], float]
+) -> str:
+    return " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in zip(xs, ys, strict=True))
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}" if value == 0 or abs(value) >= 1e-3 else f"{value:.0e}"

@@ -1,0 +1,63 @@
+"""Human-readable run records: the log's curves, non-default config values, the machine."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+
+from longalign.cli.environment import processor
+
+PACKAGES = ("longalign", "torch", "diffusers", "transformers", "accelerate", "peft")
+
+
+def read_log(path: Path | str) -> dict[str, tuple[list[float], list[float]]]:
+    """The curves of a ``log.jsonl``: name -> (steps, values). Of a repeated step, as after resuming, the last value."""
+    curves: dict[str, dict[float, float]] = {}
+    for line in Path(path).read_text().splitlines():
+        row = json.loads(line)
+        for name, value in row.items():
+            if name not in ("step", "seconds") and isinstance(value, (int, float)) and not isinstance(value, bool):
+                curves.setdefault(name, {})[row["step"]] = float(value)
+    return {name: (sorted(values), [values[s] for s in sorted(values)]) for name, values in curves.items()}
+
+
+def non_defaults(config: BaseModel) -> dict[str, Any]:
+    """The config's values that differ from their defaults, and the names of its parts."""
+    values = {}
+    for key, info in type(config).model_fields.items():
+        value = getattr(config, key)
+        if key != "name" and value == info.get_default(call_default_factory=True, validated_data={}):
+            continue
+        values[key] = _plain(value)
+    return values
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return non_defaults(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return value
+
+
+def machine_text() -> str:
+    """`machine` in one line."""
+    return ", ".join(f"{name} {value}" for name, value in machine().items())
+
+
+def machine() -> dict[str, str]:
+    """The machine and the versions of the packages that a run depends on."""
+    info = {"system": platform.platform(terse=True), "processor": f"{processor()}, {torch.get_num_threads()} threads"}
+    if torch.cuda.is_available():
+        info["accelerator"] = torch.cuda.get_device_name()
+    info["Python"] = platform.python_version()
+    return info | {name: metadata.version(name) for name in PACKAGES}

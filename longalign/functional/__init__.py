@@ -1,0 +1,1 @@
+"""Tensor maths without state: diffusion, rollouts, preference decomposition, image operations."""

@@ -1,0 +1,205 @@
+"""Sampling as a rollout of linear steps, and its exact gradient with the memory of one network call.
+
+A step is linear in the latent and in the network's output, ``x' = a x + b o(x) + c n``. Let g be the gradient of the
+loss with respect to ``x'``. With respect to the output it is ``b g``. With respect to ``x`` it is ``a g``, plus
+``J^T b g`` if the network's input is not detached; J is the Jacobian of ``o``. So no graph of the rollout is needed:
+sample without gradient, differentiate the loss at the final latent once, and repeat the selected calls from the last
+to the first with the recorded latents.
+
+DRTune (arXiv 2405.00760) and LongAlign (arXiv 2410.11817, section 4) detach the inputs; each vector ``b g`` is then a
+multiple of the gradient at the final latent. DRaFT (arXiv 2309.17400) and AlignProp (arXiv 2310.03739) do not; each
+replayed call then needs the gradient of the call after it. The outputs at all other steps are constants.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longalign.functional.diffusion import Solver
+
+#: ``(latents (b, c, h, w), timesteps (b,)) -> output (b, c, h, w)``
+Predict = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """State of torch's global random generators of the CPU and, if used, one accelerator."""
+
+    cpu: Tensor
+    device: torch.device
+    accelerator: Tensor | None
+
+    @classmethod
+    def now(cls, device: torch.device) -> RandomState:
+        """The current state, for computations on ``device``."""
+        states = {"cuda": lambda: torch.cuda.get_rng_state(device), "mps": torch.mps.get_rng_state}
+        state = states.get(device.type)
+        return cls(torch.get_rng_state(), device, state() if state else None)
+
+    def is_current(self) -> bool:
+        """Whether no random number was sampled since the state was captured."""
+        now = RandomState.now(self.device)
+        unchanged = self.accelerator is None or torch.equal(self.accelerator, now.accelerator)  # type: ignore[arg-type]
+        return unchanged and torch.equal(self.cpu, now.cpu)
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Context manager: replays random numbers from this state, and restores the current state on exit."""
+        before = RandomState.now(self.device)
+        self._restore()
+        try:
+            yield
+        finally:
+            before._restore()
+
+    def _restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.accelerator is None:
+            return
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(self.accelerator, self.device)
+        else:
+            torch.mps.set_rng_state(self.accelerator)
+
+
+@dataclass(frozen=True)
+class RecordedStep:
+    """A network call of a rollout, recorded so that it can be repeated with gradient.
+
+    Attributes:
+        index: index of the step.
+        latents: ``(b, c, h, w)`` network input.
+        timesteps: ``(b,)`` timestep of each latent.
+        random: torch's random state before the call, so that dropout repeats.
+    """
+
+    index: int
+    latents: Tensor
+    timesteps: Tensor
+    random: RandomState
+
+
+@torch.no_grad()
+def rollout(
+    predict: Predict,
+    noise: Tensor,
+    solver: Solver,
+    grad_steps: Collection[int] = (),
+    predict_no_grad: Predict | None = None,
+) -> tuple[Tensor, list[RecordedStep]]:
+    """Samples without gradient and records the calls at ``grad_steps``.
+
+    Args:
+        predict: the network, including guidance.
+        noise: ``(b, c, h, w)`` pure noise.
+        solver: the sampling steps.
+        grad_steps: indices of the steps whose calls will be repeated with gradient.
+        predict_no_grad: the network at the other steps, e.g. without dropout; ``predict`` if None.
+
+    Returns:
+        The final latents ``(b, c, h, w)`` and the recorded steps, in the order of the steps.
+
+    Raises:
+        ValueError: if a step of ``grad_steps`` does not exist.
+    """
+    invalid = sorted(i for i in grad_steps if not 0 <= i < len(solver))
+    if invalid:
+        raise ValueError(f"grad_steps contains step {invalid[0]}; expected 0 to {len(solver) - 1}")
+    latents, recorded = noise, []
+    for index, timestep in enumerate(solver.timesteps):
+        timesteps = torch.full((len(noise),), timestep, device=noise.device)
+        if index in grad_steps:
+            recorded.append(RecordedStep(index, latents, timesteps, RandomState.now(noise.device)))
+        call = predict if index in grad_steps or predict_no_grad is None else predict_no_grad
+        output = call(latents, timesteps)
+        new_noise = torch.randn_like(latents) if solver.c[index] else None
+        latents = solver.step(index, latents, output, new_noise)
+    return latents, recorded
+
+
+def replay(predict: Predict, recorded: Sequence[RecordedStep], latents: Tensor | None = None) -> Tensor:
+    """Repeats recorded steps with gradient in one network call.
+
+    Args:
+        predict: the network.
+        recorded: the r steps to repeat.
+        latents: ``(r * b, c, h, w)`` the recorded latents as a leaf that receives gradient, or None.
+
+    Returns:
+        Outputs ``(r * b, c, h, w)``, step by step.
+
+    Raises:
+        ValueError: if the network samples random numbers (dropout) and there are several steps; these would get other
+            random numbers than in the rollout.
+    """
+    inputs = torch.cat([step.latents for step in recorded]) if latents is None else latents
+    timesteps, random = torch.cat([step.timesteps for step in recorded]), recorded[0].random
+    with torch.enable_grad(), random.replayed():
+        outputs = predict(inputs, timesteps)
+        if len(recorded) > 1 and not random.is_current():
+            raise ValueError(
+                f"the network samples random numbers (dropout), which differ if {len(recorded)} calls are repeated in "
+                "one; expected a network without dropout, or replay_batch: 1"
+            )
+    return outputs
+
+
+def replay_backward(
+    predict: Predict,
+    solver: Solver,
+    recorded: Sequence[RecordedStep],
+    gradient: Tensor,
+    detach: bool = True,
+    calls_per_batch: int = 1,
+) -> Iterator[tuple[Sequence[RecordedStep], Tensor, Tensor]]:
+    """Repeats the recorded steps of a rollout from the last to the first.
+
+    Call ``backward`` on each scalar, or on a sum that contains it, before advancing the iterator. The scalar may be
+    scaled there, e.g. for half precision; the scale is divided out of the gradient of the inputs.
+
+    Args:
+        predict: the network of the rollout.
+        solver: the sampling steps of the rollout.
+        recorded: the recorded steps, in the order of the rollout.
+        gradient: ``(b, c, h, w)`` gradient of the loss with respect to the final latents.
+        detach: whether the network's inputs are constants; otherwise gradient flows through them too.
+        calls_per_batch: number of recorded steps repeated in one call; above 1 only with ``detach``.
+
+    Yields:
+        For each call: its recorded steps, their outputs ``(r * b, c, h, w)``, and a scalar. The gradient of the scalar
+        with respect to the parameters is the gradient of the loss through these outputs.
+
+    Raises:
+        ValueError: if ``calls_per_batch`` is above 1 without ``detach``.
+        RuntimeError: if the iterator was advanced before ``backward``, without ``detach``.
+    """
+    if calls_per_batch > 1 and not detach:
+        raise ValueError(
+            f"expected calls_per_batch=1 with detach=False, got {calls_per_batch}: each call needs the gradient of the "
+            "call after it; use detach=True to repeat several calls in one"
+        )
+    next_step = len(solver)  # `gradient` is with respect to the latent that enters this step
+    for end in range(len(recorded), 0, -calls_per_batch):
+        batch, vectors = recorded[max(end - calls_per_batch, 0) : end], []
+        for step in reversed(batch):
+            gradient = math.prod(solver.a[step.index + 1 : next_step]) * gradient
+            vectors.insert(0, solver.b[step.index] * gradient)
+            gradient, next_step = solver.a[step.index] * gradient, step.index
+        input_grad = not detach and batch[0] is not recorded[0]
+        latents = torch.cat([step.latents for step in batch]).requires_grad_(input_grad)
+        outputs = replay(predict, batch, latents)
+        scalar = (outputs * torch.cat(vectors).to(outputs.dtype)).sum()
+        scales: list[Tensor] = []
+        if input_grad:
+            scalar.register_hook(scales.append)
+        yield batch, outputs, scalar
+        if input_grad:
+            if not scales or latents.grad is None:
+                raise RuntimeError("call backward() on each yielded scalar before advancing the iterator")
+            gradient = gradient + latents.grad / scales[0]

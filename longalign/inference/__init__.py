@@ -1,0 +1,1 @@
+"""Generating images: the sampling loop, conditioning for diffusers pipelines, unmodified pipelines as baselines."""

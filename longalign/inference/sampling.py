@@ -1,0 +1,389 @@
+"""Samples images with a backbone and an encoder, and conditions diffusers pipelines."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from longalign.config.run import override
+from longalign.data.lines import check_seeds, new_index, remove_listed
+from longalign.encoders.base import Encoder, TruncationWarning
+from longalign.functional.diffusion import NoiseLevels, check_prediction, guide, trailing_timesteps
+from longalign.image_io import write_png
+from longalign.inference.condition import condition, per_prompt, truncation_messages
+from longalign.runtime import Runtime
+
+if TYPE_CHECKING:
+    from longalign.backbones.base import Backbone
+
+log = logging.getLogger("longalign")
+
+__all__ = [
+    "SOLVERS",
+    "condition",
+    "generate",
+    "load_model",
+    "make_scheduler",
+    "sample",
+    "truncation_messages",
+    "write_images",
+]
+
+SOLVERS = ("unipc", "ddim", "dpm++", "lcm")
+
+
+def make_scheduler(name: str, levels: NoiseLevels, prediction: str, num_steps: int) -> Any:
+    """A diffusers scheduler with a backbone's noise levels, its timesteps set.
+
+    Args:
+        name: one of ``unipc``, ``ddim`` (timesteps 999, 979, ..., 19 for 50 steps; Euler's method for a flow),
+            ``dpm++`` (not for flows) and ``lcm`` (999, 749, 499, 249 for 4 steps).
+        levels: signal and noise at each of the T timesteps.
+        prediction: prediction type: ``epsilon``, ``v_prediction`` or ``flow``.
+        num_steps: number of sampling steps, 1 to T.
+
+    Raises:
+        ValueError: if the solver or the prediction type is unknown, they do not fit, or ``num_steps`` is out of range.
+    """
+    import diffusers
+
+    library: Any = diffusers  # lazy module: its classes are invisible to type checkers
+    if name not in SOLVERS:
+        raise ValueError(f"no solver '{name}'; available: {', '.join(SOLVERS)}")
+    check_prediction(prediction)
+    length = len(levels)
+    if not 1 <= num_steps <= length:
+        raise ValueError(f"num_steps must be between 1 and {length}, got {num_steps}")
+    if prediction == "flow":
+        return _flow_scheduler(library, name, levels, num_steps)
+    # zero signal at the last timestep has no finite sigma; clamp to the smallest value that the solvers can represent
+    alphas_cumprod = levels.signal.square().clamp(min=2.0**-24)
+    previous = torch.cat([torch.ones(1, dtype=alphas_cumprod.dtype), alphas_cumprod[:-1]])
+    betas = (1 - alphas_cumprod / previous).tolist()
+    common = {"num_train_timesteps": length, "trained_betas": betas, "prediction_type": prediction}
+    if name == "unipc":
+        scheduler = library.UniPCMultistepScheduler(**common)
+    elif name == "dpm++":
+        scheduler = library.DPMSolverMultistepScheduler(**common)
+    elif name == "ddim":
+        scheduler = library.DDIMScheduler(**common, timestep_spacing="trailing", clip_sample=False)
+    else:
+        scheduler = library.LCMScheduler(**common)
+        timesteps = [round(length * (num_steps - i) / num_steps) - 1 for i in range(num_steps)]
+        scheduler.set_timesteps(timesteps=timesteps, original_inference_steps=length)
+        return scheduler
+    with warnings.catch_warnings():
+        # diffusers converts tensors to numpy in a way that numpy 2 deprecates
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scheduler.set_timesteps(num_steps)
+    return scheduler
+
+
+def _flow_scheduler(library: Any, name: str, levels: NoiseLevels, num_steps: int) -> Any:
+    """A flow-matching scheduler. Its timesteps are ``T`` times the noise level, the denoiser's timestep input."""
+    length = len(levels)
+    if name == "ddim":
+        scheduler = library.FlowMatchEulerDiscreteScheduler(length)
+    elif name == "unipc":
+        scheduler = library.UniPCMultistepScheduler(length, use_flow_sigmas=True, prediction_type="flow_prediction")
+    elif name == "lcm":
+        scheduler = library.FlowMatchLCMScheduler(length)
+    else:
+        raise ValueError(f"'{name}' does not support flow models; expected unipc, ddim (Euler's method) or lcm")
+    scheduler.set_timesteps(sigmas=levels.noise[list(trailing_timesteps(num_steps, length))].numpy())
+    return scheduler
+
+
+@torch.no_grad()
+def sample(
+    backbone: Backbone,
+    encoder: Encoder,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    negative: str | Sequence[str] | None = None,
+    num_steps: int = 25,
+    guidance: float = 7.5,
+    solver: str = "unipc",
+    height: int | None = None,
+    width: int | None = None,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> Tensor:
+    """Samples one image per prompt. An image depends on its prompt and seed, not on its batch.
+
+    Args:
+        backbone: denoiser, autoencoder and noise levels.
+        encoder: encodes prompts and negative prompts into the denoiser's conditioning.
+        prompts: one per image.
+        seeds: one per image.
+        negative: negative prompt, one for all images or one per image; the empty prompt if None.
+        num_steps: number of solver steps.
+        guidance: scale of classifier-free guidance; 1 disables it and halves the denoiser calls.
+        solver: see `make_scheduler`.
+        height: pixels; the backbone's own resolution if None.
+        width: pixels; the backbone's own resolution if None.
+        batch_size: images per batch.
+        progress: whether to show a progress bar.
+
+    Returns:
+        Images ``(b, 3, h, w)`` in [0, 1], float32 on the CPU.
+
+    Raises:
+        ValueError: if the numbers of prompts, negative prompts and seeds do not match, or a setting is out of range.
+    """
+    if len(seeds) != len(prompts):
+        raise ValueError(f"expected one seed per prompt, got {len(seeds)} seeds and {len(prompts)} prompts")
+    if not math.isfinite(guidance):
+        raise ValueError(f"expected a finite guidance, got {guidance}")
+    if negative is not None and guidance == 1:
+        raise ValueError(
+            "a negative prompt has no effect at guidance 1; raise the guidance or remove the negative prompt"
+        )
+    negatives = per_prompt(negative, len(prompts))
+    batches = range(0, len(prompts), batch_size)
+    images = []
+    training = [m for m in (backbone, encoder) if m.training]
+    for module in training:
+        module.eval()
+    try:
+        with tqdm(total=len(batches) * num_steps, desc="sampling", disable=not progress) as bar:
+            for start in batches:
+                rows = slice(start, start + batch_size)
+                scheduler = make_scheduler(solver, backbone.noise_levels, backbone.prediction, num_steps)
+                shape = backbone.latent_shape(height, width)
+                images.append(
+                    _sample_batch(
+                        backbone, encoder, prompts[rows], negatives[rows], seeds[rows], scheduler, guidance, shape, bar
+                    )
+                )
+    finally:
+        for module in training:
+            module.train()
+    return torch.cat(images)
+
+
+def _sample_batch(
+    backbone: Backbone,
+    encoder: Encoder,
+    prompts: Sequence[str],
+    negatives: Sequence[str],
+    seeds: Sequence[int],
+    solver: Any,
+    guidance: float,
+    shape: tuple[int, int, int],
+    bar: tqdm,
+) -> Tensor:
+    device = backbone.device
+    guided = guidance != 1
+    # one call, so that conditional and unconditional states have the same length
+    conditioning = encoder.encode([*prompts, *negatives] if guided else list(prompts))
+    # sample noise on the CPU with one generator per image: the same on every device and in every batch
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    latents = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+    takes_generator = "generator" in inspect.signature(solver.step).parameters
+    extra = {"generator": generators} if takes_generator else {}
+    # indices into the backbone's noise levels; a flow scheduler's own timesteps are noise levels instead
+    indices = solver.timesteps
+    if backbone.prediction == "flow":
+        indices = torch.tensor(trailing_timesteps(len(indices), len(backbone.noise_levels)))
+    for t, index in zip(solver.timesteps, indices, strict=True):
+        x = torch.cat([latents, latents]) if guided else latents
+        prediction = backbone.predict(x, index.to(device).expand(len(x)), conditioning).float()
+        if guided:
+            cond, uncond = prediction.chunk(2)
+            prediction = guide(cond, uncond, guidance)
+        latents = solver.step(prediction, t, latents, **extra, return_dict=False)[0]
+        bar.update()
+    # one image at a time: the autoencoder needs more memory than the denoiser
+    return torch.cat([backbone.decode(latent).float().cpu() for latent in latents.split(1)])
+
+
+def load_model(source: Any, dtype: str | None = None, device: str | None = None) -> tuple[Any, Backbone, Encoder]:
+    """Loads a checkpoint folder, or builds the untrained model of a config.
+
+    Args:
+        source: a checkpoint folder, or a config: mapping, file or `RunConfig`.
+        dtype: "float32", "bfloat16" or "float16", for all weights except an adapter's. If None, ``loop.precision``
+            sets it, and ``backbone.dtype`` that of a config's denoiser.
+        device: a torch device; the fastest available one if None.
+
+    Returns:
+        ``(config, backbone, encoder)``.
+    """
+    if isinstance(source, (str, Path)) and Path(source).is_dir():
+        from longalign.checkpoints.checkpoint import load_for_sampling
+
+        return load_for_sampling(source, device=device, dtype=dtype)
+    from longalign.compose import build_from_config
+
+    config = override(source, {"cache": None})  # prompts need not be cached
+    runtime = Runtime.detect(config.loop.precision, device).with_dtype(dtype)
+    composition = build_from_config(config, runtime)
+    backbone, encoder = composition.backbone, composition.encoder
+    if dtype is not None:
+        backbone.merge_lora()  # merge in full precision before the cast, as for a checkpoint
+        backbone.cast(runtime.torch_dtype)
+    return composition.config, backbone, encoder
+
+
+def generate(
+    source: Any,
+    prompts: Sequence[str],
+    output: Path | str,
+    *,
+    seeds: Sequence[int] = (0,),
+    negative: str | None = None,
+    batch_size: int = 8,
+    progress: bool = False,
+    dtype: str | None = None,
+    device: str | None = None,
+    overwrite: bool = False,
+    **settings: Any,
+) -> list[dict[str, Any]]:
+    """Generates an image for every prompt and seed, as PNG files with their settings in the text metadata.
+
+    ``metadata.jsonl`` in the folder lists the images, for ``longalign score`` and the data kind ``folder``. Text
+    dropped by truncation is logged and recorded in its rows. Nothing is written if no image was generated.
+
+    Args:
+        source: a checkpoint folder, a config, or a loaded ``(config, backbone, encoder)``.
+        prompts: the prompts.
+        output: folder for the files. Its ``metadata.jsonl`` must not list images, unless ``overwrite`` is set.
+        seeds: one image per prompt and seed.
+        negative: negative prompt for all images.
+        batch_size: images per batch.
+        progress: whether to show a progress bar.
+        dtype: see `load_model`; None for a loaded model.
+        device: see `load_model`; None for a loaded model.
+        overwrite: whether to replace the images that the folder's ``metadata.jsonl`` lists.
+        **settings: ``num_steps``, ``guidance``, ``solver``, ``height``, ``width`` of `sample`.
+
+    Returns:
+        The rows of ``metadata.jsonl``: ``file_name, prompt, seed, negative_prompt, truncated``.
+
+    Raises:
+        ValueError: if the folder already lists images, or ``dtype`` or ``device`` is given for a loaded model.
+    """
+    new_index(output, overwrite)  # fail before weights are loaded
+    if isinstance(source, tuple) and (dtype is not None or device is not None):
+        raise ValueError("dtype and device do not apply to a loaded (config, backbone, encoder); omit them")
+    config, backbone, encoder = source if isinstance(source, tuple) else load_model(source, dtype, device)
+    reports = encoder.report(list(prompts))
+    for message in truncation_messages(reports):
+        log.warning(message)
+
+    def sample_batch(texts: list[str], seeds: list[int]) -> Tensor:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TruncationWarning)  # logged above, per prompt
+            return sample(backbone, encoder, texts, seeds=seeds, negative=negative, batch_size=batch_size, **settings)
+
+    return write_images(
+        output,
+        prompts,
+        sample_batch,
+        seeds=seeds,
+        negative=negative,
+        truncated=[report.truncated for report in reports],
+        config=config,
+        settings={**_defaults(), **settings, "dtype": dtype},
+        batch_size=batch_size,
+        progress=progress,
+        overwrite=overwrite,
+    )
+
+
+def write_images(
+    output: Path | str,
+    prompts: Sequence[str],
+    sample_batch: Callable[[list[str], list[int]], Tensor],
+    *,
+    seeds: Sequence[int],
+    negative: str | None,
+    config: Any,
+    settings: Mapping[str, Any],
+    truncated: Sequence[str | None] = (),
+    batch_size: int = 8,
+    progress: bool = False,
+    overwrite: bool = False,
+) -> list[dict[str, Any]]:
+    """Writes an image for every prompt and seed into a folder. See `generate` for files and rows.
+
+    Args:
+        output: folder for the files. Its ``metadata.jsonl`` must not list images, unless ``overwrite`` is set.
+        prompts: the prompts.
+        sample_batch: takes texts and as many seeds; returns images ``(b, 3, h, w)`` in [0, 1].
+        seeds: one image per prompt and seed.
+        negative: negative prompt; recorded in the metadata only.
+        config: config of the generating model, a `RunConfig` or a mapping.
+        settings: sampling settings; recorded in the metadata only.
+        truncated: text dropped from each prompt by truncation; empty if unknown.
+        batch_size: images per batch.
+        progress: whether to show a progress bar.
+        overwrite: whether to replace the images that ``metadata.jsonl`` lists. They are removed after the first new
+            batch is sampled.
+
+    Returns:
+        The rows of ``metadata.jsonl``.
+
+    Raises:
+        ValueError: if a seed occurs twice, or the folder already lists images.
+    """
+    check_seeds(seeds)
+    output, index = Path(output), new_index(output, overwrite)
+    jobs = [(i, seed) for i in range(len(prompts)) for seed in seeds]
+    common = {"config": _config_text(config), "settings": json.dumps(settings), "software": _version()}
+    rows: list[dict[str, Any]] = []
+    with tqdm(total=len(jobs), desc="images", disable=not progress) as bar:
+        for batch in _chunks(jobs, batch_size):
+            images = sample_batch([prompts[i] for i, _ in batch], [seed for _, seed in batch])
+            output.mkdir(parents=True, exist_ok=True)  # only now: a failed run leaves no folder
+            if not rows:
+                remove_listed(index)
+            batch_rows: list[dict[str, Any]] = []
+            for (i, seed), image in zip(batch, images, strict=True):
+                row = {
+                    "file_name": f"{i:05d}-{seed}.png",
+                    "prompt": prompts[i],
+                    "seed": seed,
+                    "negative_prompt": negative or "",
+                    "truncated": truncated[i] if truncated else None,
+                }
+                texts = {key: str(row[key]) for key in ("prompt", "negative_prompt", "seed", "truncated")}
+                write_png(output / row["file_name"], image, {**texts, **common})
+                batch_rows.append(row)
+            with index.open("a", encoding="utf-8") as lines:
+                lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in batch_rows)
+            rows += batch_rows
+            bar.update(len(batch))
+    return rows
+
+
+def _defaults() -> dict[str, Any]:
+    names = ("num_steps", "guidance", "solver", "height", "width")
+    return {name: inspect.signature(sample).parameters[name].default for name in names}
+
+
+def _config_text(config: Any) -> str:
+    return config.model_dump_json() if hasattr(config, "model_dump_json") else json.dumps(config)
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return f"longalign {version('longalign')}"
+
+
+def _chunks(items: list[tuple[int, int]], size: int) -> Iterator[list[tuple[int, int]]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

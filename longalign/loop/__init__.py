@@ -1,0 +1,1 @@
+"""How a trainer is run: processes, steps, logs, checkpoints, resuming."""

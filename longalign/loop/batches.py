@@ -1,0 +1,140 @@
+"""Batch order and loading. The order does not depend on the number of processes, and can start at any step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+
+from longalign.data.base import Data
+from longalign.data.stream import Stream
+from longalign.loop.interrupt import ignore_signals
+
+
+class Batches(Sampler[list[int]]):
+    """Infinite batches of indices, reshuffled every epoch.
+
+    All processes share one sequence of permutations, and each takes its part of every global batch. So no item is
+    repeated within an epoch. Batch ``k`` depends only on the seed, so a run can start at any ``k``.
+
+    Args:
+        length: number of items.
+        batch_size: items per batch and process.
+        seed: seed of the permutations.
+        start: number of batches to skip, per process.
+        rank: index of this process.
+        world_size: number of processes.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int, start: int = 0, rank: int = 0, world_size: int = 1):
+        if length < 1:
+            raise ValueError("the data is empty; expected at least one item")
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.start, self.rank, self.world_size = start, rank, world_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        offset = (self.start * self.world_size + self.rank) * self.batch_size
+        epoch, permutation = -1, []
+        while True:
+            batch = []
+            for position in range(offset, offset + self.batch_size):
+                if position // self.length != epoch:
+                    epoch = position // self.length
+                    generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+                    permutation = torch.randperm(self.length, generator=generator).tolist()
+                batch.append(permutation[position % self.length])
+            yield batch
+            offset += self.batch_size * self.world_size
+
+
+class PromptDataset(Dataset[dict[str, Any]]):
+    """The prompts of a dataset, without its images."""
+
+    def __init__(self, data: Data):
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"prompt": self.data.prompt(index)}
+
+
+def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Collates items into a batch ``{"prompt": list[str], "image": (b, 3, h, w)}``.
+
+    Cached items have ``posterior`` ``(b, 2c, h, w)`` instead of ``image``; prompt-only items have neither. Tensors of
+    any key are stacked, other values become lists.
+
+    Raises:
+        ValueError: if the images' sizes differ.
+    """
+    batch: dict[str, Any] = {key: [item[key] for item in items] for key in items[0]}
+    for key, values in batch.items():
+        if not isinstance(values[0], torch.Tensor):
+            continue
+        sizes = {tuple(value.shape) for value in values}
+        if len(sizes) > 1:
+            raise ValueError(f"expected images of one size in a batch, got {sorted(sizes)}; set the data's resolution")
+        batch[key] = torch.stack(values)
+    return batch
+
+
+class StreamedBatches(IterableDataset[dict[str, Any]]):
+    """Batches of a stream. Each of n workers makes every n-th batch, so their order is fixed.
+
+    Args:
+        data: the stream.
+        batches: batch size, first batch, and rank of this process; its indices are not used.
+        images: whether to load the images.
+    """
+
+    def __init__(self, data: Stream, batches: Batches, images: bool):
+        self.data, self.batches, self.images = data, batches, images
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        info, plan = get_worker_info(), self.batches
+        workers = 1 if info is None else info.num_workers
+        # as in an uninterrupted run, worker k makes the batches whose number is k modulo the number of workers
+        worker = ((0 if info is None else info.id) + plan.start) % workers
+        num_skipped = (plan.start - worker + workers - 1) // workers
+        reader, num_readers = plan.rank * workers + worker, plan.world_size * workers
+        items = self.data.items(plan.seed, reader, num_readers, num_skipped * plan.batch_size, self.images)
+        while True:
+            yield collate([next(items) for _ in range(plan.batch_size)])
+
+
+def plan_batches(data: Data | Stream, batch_size: int, seed: int, start: int, rank: int, world_size: int) -> Batches:
+    """Returns the `Batches` of a dataset. For a stream, only their size, start and rank are used, not their indices."""
+    length = 1 if isinstance(data, Stream) else len(data)
+    return Batches(length, batch_size, seed, start, rank, world_size)
+
+
+def load_batches(data: Data | Stream, batches: Batches, needs_images: bool, workers: int) -> Iterator[dict[str, Any]]:
+    """Yields batches without end, loaded by ``workers`` processes.
+
+    Raises:
+        ValueError: if images are needed and the data has none.
+    """
+    if needs_images and not data.has_images:
+        raise ValueError("the trainer needs images, and the data has prompts only; choose data with images")
+    # separate generator: creating the loader must not consume the training RNG
+    generator = torch.Generator().manual_seed(batches.seed)
+    if isinstance(data, Stream):
+        streamed = StreamedBatches(data, batches, needs_images)
+        return iter(
+            DataLoader(
+                streamed, batch_size=None, num_workers=workers, worker_init_fn=ignore_signals, generator=generator
+            )
+        )
+    loader = DataLoader(
+        data if needs_images else PromptDataset(data),
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=workers,
+        worker_init_fn=ignore_signals,
+        generator=generator,
+    )
+    return iter(loader)

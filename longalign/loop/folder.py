@@ -1,0 +1,90 @@
+"""Checkpoint folders of a run: written atomically, rotated, and recovered after a kill."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from longalign.checkpoints.weights import flush
+
+PREFIX = "checkpoint-"
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """Returns the checkpoints of a run, oldest first."""
+    return sorted((p for p in output.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdecimal()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Returns the step of a checkpoint, from its name."""
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
+def recover(output: Path) -> None:
+    """Cleans up after a process that was killed while it wrote, replaced or removed a checkpoint."""
+    for path in output.glob(f".{PREFIX}*.replaced"):
+        final = output / path.name.removeprefix(".").removesuffix(".replaced")
+        if final.exists():
+            shutil.rmtree(path)
+        else:
+            path.rename(final)
+    for suffix in ("unfinished", "removed"):
+        for path in output.glob(f".{PREFIX}*.{suffix}"):
+            shutil.rmtree(path)
+
+
+@contextmanager
+def new_checkpoint(output: Path, step: int) -> Iterator[tuple[Path, Path]]:
+    """Context manager: yields the temporary folder to write a checkpoint to, and its final path for `publish`.
+
+    Raises:
+        OSError: if writing fails. The message names the checkpoint to resume from, and the temporary folder is removed.
+    """
+    final = output / f"{PREFIX}{step:06d}"
+    unfinished = output / f".{final.name}.unfinished"
+    try:
+        unfinished.mkdir(parents=True, exist_ok=True)
+        yield unfinished, final
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        reason = str(error).strip().split("\n")[0]
+        raise OSError(
+            f"the checkpoint of step {step} cannot be written into {output}: {reason}. Free disk space, or lower "
+            f"loop.keep; {resume_hint(output)}"
+        ) from error
+
+
+def publish(unfinished: Path, final: Path, keep: int | None) -> None:
+    """Renames a complete checkpoint to its final name and removes old ones with `prune`.
+
+    Checkpoints are renamed before their files are deleted. So the newest checkpoint is complete at any time, if
+    necessary after `recover`.
+    """
+    for path in (*unfinished.rglob("*"), unfinished):
+        flush(path)
+    replaced = final.with_name(f".{final.name}.replaced")
+    if final.exists():
+        final.rename(replaced)
+    unfinished.rename(final)
+    flush(final.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+    prune(final, keep)
+
+
+def prune(checkpoint: Path, keep: int | None) -> None:
+    """Removes all but the newest ``keep`` checkpoints up to ``checkpoint``; None keeps all. Later ones are kept."""
+    if keep is not None:
+        candidates = [p for p in checkpoints(checkpoint.parent) if step_of(p) <= step_of(checkpoint)]
+        for old in candidates[:-keep]:
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}.removed")))
+
+
+def resume_hint(output: Path) -> str:
+    """Returns a hint, for messages, on how to resume the run in a folder."""
+    saved = checkpoints(output)
+    if not saved:
+        return f"no checkpoint in {output} yet"
+    return f"the last checkpoint is {saved[-1]}; to resume: longalign train {saved[-1]} --resume"

@@ -1,0 +1,65 @@
+"""The summary that a run logs before its first step."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+
+from longalign.data.stream import Stream
+from longalign.runtime import DTYPES
+
+if TYPE_CHECKING:
+    from longalign.data.base import Data
+    from longalign.loop.run import Run
+
+log = logging.getLogger("longalign")
+
+#: number of parameters above which a step on a CPU takes minutes
+LARGE = 100_000_000
+
+
+def run_summary(run: Run, data: Data | Stream) -> list[str]:
+    """Returns lines on device, precision, trainable parameters, data, batch size and output of a run."""
+    loop, processes = run.loop, run.accelerator.num_processes
+    trainable = sum(p.numel() for p in run.parameters)
+    total = sum(p.numel() for p in run.trainer.parameters())
+    size = sum(p.numel() * p.element_size() for p in run.parameters) / 2**20
+    batch_size = loop.batch_size * loop.accumulation * processes
+    if isinstance(data, Stream):
+        items = f"a stream; {loop.steps} steps read {loop.steps * batch_size:,} items"
+    else:
+        items = f"{len(data):,} items; {loop.steps} steps are {loop.steps * batch_size / len(data):.2f} epochs"
+    save_every = "at the end" if loop.save_every is None else f"every {loop.save_every} steps"
+    keep = "all are kept" if loop.keep is None else f"the newest {loop.keep} are kept"
+    product = f"{loop.batch_size} items x {loop.accumulation} micro-steps x {processes} processes"
+    resumed = [f"resumed    after step {run.step} of {loop.steps}"] if run.step else []
+    return [
+        *resumed,
+        f"device     {_device_summary(run.accelerator.device)}",
+        f"precision  {DTYPES[loop.precision]}; frozen parts in {run.dtype}",
+        f"trainable  {trainable:,} of {total:,} parameters, {size:,.1f} MiB",
+        f"data       {items}",
+        f"batch      {product} = {batch_size} per step",
+        f"output     {run.output}; checkpoints {save_every}, {keep}",
+    ]
+
+
+def _device_summary(device: torch.device) -> str:
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{device}, {properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    return f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+
+
+def log_run_summary(run: Run, data: Data | Stream) -> None:
+    """Logs `run_summary`; warns if the model is too large for a CPU or a batch is larger than the data."""
+    for line in run_summary(run, data):
+        log.info("%s", line)
+    total = sum(p.numel() for p in run.trainer.parameters())
+    if run.accelerator.device.type == "cpu" and total > LARGE:
+        log.warning("training %.1f billion parameters on a CPU takes days; use a GPU", total / 1e9)
+    batch_size = run.loop.batch_size * run.accelerator.num_processes
+    if not isinstance(data, Stream) and batch_size > len(data):
+        log.warning("a batch has %d items and the data only %d, so batches repeat items", batch_size, len(data))

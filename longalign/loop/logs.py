@@ -1,0 +1,124 @@
+"""Metrics of a run: the progress bar, ``log.jsonl``, and config values for trackers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from longalign.checkpoints.weights import writing
+
+log = logging.getLogger("longalign")
+
+LOG = "log.jsonl"
+
+
+class MetricMeans:
+    """Means of logged metrics over the steps since the last log line. Sums stay on the device until `get`."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.skipped = 0
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Adds one step's scalars."""
+        for key, value in values.items():
+            self.sums[key] = self.sums[key] + value if key in self.sums else value
+            self.counts[key] = self.counts.get(key, 0) + 1
+
+    def get(self, reduce: Callable[[Tensor], Any]) -> dict[str, float]:
+        """Returns the means, reduced over all processes by ``reduce``."""
+        if not self.sums:
+            return {}
+        means = torch.stack([total / self.counts[key] for key, total in self.sums.items()])
+        return dict(zip(self.sums, reduce(means).tolist(), strict=True))
+
+    def state(self) -> dict[str, Any]:
+        """Returns the state for `load`, so that a resumed run logs the same means."""
+        return {"sums": {k: v.cpu() for k, v in self.sums.items()}, "counts": self.counts, "skipped": self.skipped}
+
+    def load(self, state: Mapping[str, Any], device: Any) -> None:
+        """Restores the result of `state`."""
+        self.sums = {key: value.to(device) for key, value in state["sums"].items()}
+        self.counts, self.skipped = dict(state["counts"]), state["skipped"]
+
+
+class Log:
+    """Writes a run's metrics to ``log.jsonl`` and shows a progress bar.
+
+    Args:
+        output: the run's folder. Lines of ``log.jsonl`` after ``step``, from before an interruption, are removed.
+        step: number of completed steps.
+        steps: total number of steps.
+        enabled: whether this process writes and shows the bar.
+    """
+
+    def __init__(self, output: Path, step: int, steps: int, enabled: bool):
+        self.path, self.enabled = output / LOG, enabled
+        self.start = time.perf_counter()
+        if enabled:
+            self._truncate_after(step)
+        self.bar = tqdm(initial=step, total=steps, desc="training", disable=not enabled, dynamic_ncols=True)
+
+    def _truncate_after(self, step: int) -> None:
+        if not self.path.exists():
+            return
+        content = self.path.read_bytes()
+        lines = []
+        for number, line in enumerate(content.splitlines(keepends=True), 1):
+            line_step = _step_of_line(line)
+            if line_step is None:
+                log.warning("%s, line %d is damaged and is removed", self.path, number)
+            elif line_step <= step:
+                lines.append(line)
+        if (truncated := b"".join(lines)) != content:
+            with writing(self.path) as unfinished:
+                unfinished.write_bytes(truncated)
+
+    def advance(self) -> None:
+        """Advances the bar by one step."""
+        self.bar.update()
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Appends a line ``{"step", "seconds", ...values}`` and shows loss, rewards and GPU memory on the bar."""
+        if not self.enabled:
+            return
+        line: dict[str, Any] = {"step": step, "seconds": round(time.perf_counter() - self.start, 3), **values}
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:  # e.g. a full disk, which may have room again for the next checkpoint
+            log.warning("cannot write to %s (%s); this line is lost: %s", self.path, error, json.dumps(line))
+        shown = {k: f"{v:.4g}" for k, v in values.items() if k != "grad_norm" and not k.endswith("_loss")}
+        if torch.cuda.is_available():
+            shown["GiB"] = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"
+        self.bar.set_postfix(shown, refresh=False)
+
+    def close(self) -> None:
+        """Closes the bar."""
+        self.bar.close()
+
+
+def _step_of_line(line: bytes) -> int | None:
+    """Returns the step of a log line, or None if the line is damaged."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith(b"\n") else None
+    except (ValueError, LookupError, TypeError):
+        return None
+
+
+def flatten_config(path: str, value: Any) -> Iterator[tuple[str, int | float | str | bool]]:
+    """Yields the nested values of a config as dotted paths and scalars, as trackers expect."""
+    if isinstance(value, dict):
+        for key, child in value.items():
+            yield from flatten_config(f"{path}.{key}" if path else key, child)
+    else:
+        yield path, value if isinstance(value, (int, float, str, bool)) else str(value)

@@ -1,0 +1,77 @@
+"""Validation images, sampled with fixed seeds during training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from longalign.backbones.base import Backbone
+from longalign.config.run import ValidationConfig
+from longalign.encoders.base import Encoder
+from longalign.functional.rollout import RandomState
+
+
+def sample_validation(
+    backbone: Backbone,
+    encoder: Encoder,
+    settings: ValidationConfig,
+    prompts: Sequence[str],
+    folder: Path | None,
+    step: int,
+) -> Tensor:
+    """Samples the validation prompts and writes ``folder/00.png``, ``01.png``...; image i has seed i.
+
+    The random state of the training is not changed.
+
+    Args:
+        backbone: the model.
+        encoder: encodes the prompts.
+        settings: number of steps, guidance and solver.
+        prompts: one prompt per image.
+        folder: where to write the images; None writes none.
+        step: training step, for the metadata of the images.
+
+    Returns:
+        Images ``(b, 3, h, w)`` in [0, 1].
+    """
+    from longalign.image_io import write_png
+    from longalign.inference.sampling import sample
+
+    with RandomState.now(backbone.device).replayed():
+        images = sample(
+            backbone,
+            encoder,
+            prompts,
+            seeds=range(len(prompts)),
+            num_steps=settings.num_steps,
+            guidance=settings.guidance,
+            solver=settings.solver,
+        )
+    if folder is None:
+        return images
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+        write_png(folder / f"{i:02d}.png", image, {"prompt": prompt, "step": str(step), "seed": str(i)})
+    return images
+
+
+def read_validation_prompts(settings: ValidationConfig | None) -> list[str]:
+    """Returns the validation prompts of the config or of the file it names, read as the data ``prompts`` reads it.
+
+    Raises:
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file contains no prompts.
+    """
+    if settings is None:
+        return []
+    prompts = settings.prompts
+    if not isinstance(prompts, str):
+        return list(prompts)
+    from longalign.data.lines import read_prompts
+
+    file_prompts = read_prompts(Path(prompts))
+    if not file_prompts:
+        raise ValueError(f"validation.prompts: {prompts} contains no prompts")
+    return file_prompts

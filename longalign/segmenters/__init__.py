@@ -1,0 +1,42 @@
+"""Segmenters and their configs. Pure Python, without torch."""
+
+from longalign.segmenters.fitting import TokenCounter, split_to_window
+from longalign.segmenters.parts import (
+    LongAlign,
+    LongAlignConfig,
+    Manual,
+    ManualConfig,
+    Packed,
+    PackedConfig,
+    Segmenter,
+    Sentence,
+    SentenceConfig,
+    Tokens,
+    TokensConfig,
+)
+from longalign.segmenters.prompts import Prompt, check_prompts, check_text, plain_text
+from longalign.segmenters.reading import split, windows
+from longalign.segmenters.sentence import sentences
+
+__all__ = [
+    "LongAlign",
+    "LongAlignConfig",
+    "Manual",
+    "ManualConfig",
+    "Packed",
+    "PackedConfig",
+    "Prompt",
+    "Segmenter",
+    "Sentence",
+    "SentenceConfig",
+    "TokenCounter",
+    "Tokens",
+    "TokensConfig",
+    "check_prompts",
+    "check_text",
+    "plain_text",
+    "sentences",
+    "split",
+    "split_to_window",
+    "windows",
+]

@@ -1,0 +1,162 @@
+"""The segmenters and their configs."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from pydantic import Field
+
+from longalign.registry import PartConfig
+from longalign.runtime import Runtime
+from longalign.segmenters.fitting import TokenCounter, pieces
+from longalign.segmenters.prompts import Prompt, check_prompts
+from longalign.segmenters.sentence import sentences
+
+
+class Segmenter(Protocol):
+    """Splits a prompt into segments, in order. A function with this signature can be registered as a segmenter."""
+
+    def __call__(self, prompt: Prompt, count: TokenCounter, /) -> list[str]: ...
+
+
+def _text(prompt: Prompt, name: str) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    raise ValueError(
+        f"the segmenter '{name}' expects a text, got a {type(prompt).__name__}; "
+        "for lists of segments use the segmenter 'manual'"
+    )
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """One segment per sentence; see `sentences`."""
+
+    def __call__(self, prompt: Prompt, count: TokenCounter) -> list[str]:
+        return sentences(_text(prompt, "sentence"))
+
+
+class SentenceConfig(PartConfig):
+    """Splits into sentences."""
+
+    name: Literal["sentence"] = "sentence"
+
+    def build(self, runtime: Runtime) -> Sentence:
+        return Sentence()
+
+
+_PUBLISHED = re.compile(r'"!|\.|\?|;"')
+
+
+@dataclass(frozen=True)
+class LongAlign:
+    """The splitter of the published LongAlign models, bugs included. Use it to reproduce published numbers.
+
+    It splits at every ``.`` and ``?``, at ``!`` only after a double quote and at ``;`` only before one. Delimiters are
+    dropped and ``.`` is appended to each non-empty piece: ``'One. Two. '`` gives ``['One.', ' Two.', ' .']``.
+    Decimals are split too.
+    """
+
+    def __call__(self, prompt: Prompt, count: TokenCounter) -> list[str]:
+        return [piece + "." for piece in _PUBLISHED.split(_text(prompt, "longalign")) if piece]
+
+
+class LongAlignConfig(PartConfig):
+    """Splits as the published LongAlign models do."""
+
+    name: Literal["longalign"] = "longalign"
+
+    def build(self, runtime: Runtime) -> LongAlign:
+        return LongAlign()
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Windows of ``n`` tokens, ignoring sentences: as many whole words as fit; a longer word is split."""
+
+    n: int = 75
+
+    def __call__(self, prompt: Prompt, count: TokenCounter) -> list[str]:
+        return pieces(_text(prompt, "tokens"), self.n, count, clauses=False)
+
+
+class TokensConfig(PartConfig):
+    """Splits into windows of tokens.
+
+    Attributes:
+        n: maximum number of tokens per window, without special tokens; 75 fill CLIP's window.
+    """
+
+    name: Literal["tokens"] = "tokens"
+    n: int = Field(75, ge=1)
+
+    def build(self, runtime: Runtime) -> Tokens:
+        return Tokens(self.n)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Whole sentences packed, in order, into segments of at most ``n`` tokens.
+
+    A longer sentence is not split; it becomes one segment.
+    """
+
+    n: int = 75
+
+    def __call__(self, prompt: Prompt, count: TokenCounter) -> list[str]:
+        out: list[str] = []
+        for sentence in sentences(_text(prompt, "packed")):
+            joined = f"{out[-1]} {sentence}" if out else sentence
+            if out and count(joined) <= self.n:
+                out[-1] = joined
+            else:
+                out.append(sentence)
+        return out
+
+
+class PackedConfig(PartConfig):
+    """Splits into groups of whole sentences.
+
+    Attributes:
+        n: maximum number of tokens per segment, without special tokens; 75 fill CLIP's window.
+    """
+
+    name: Literal["packed"] = "packed"
+    n: int = Field(75, ge=1)
+
+    def build(self, runtime: Runtime) -> Packed:
+        return Packed(self.n)
+
+
+@dataclass(frozen=True)
+class Manual:
+    """Segments given by the user: a list of texts, or one text with a marker between segments.
+
+    Encoders of the whole text join a list with spaces, but encode the marker as a word. Use lists with them.
+    """
+
+    marker: str = "BREAK"
+
+    def __call__(self, prompt: Prompt, count: TokenCounter) -> list[str]:
+        (segments,) = check_prompts([prompt])
+        if isinstance(prompt, str):
+            left = r"(?<!\w)" if self.marker[0].isalnum() else ""
+            right = r"(?!\w)" if self.marker[-1].isalnum() else ""
+            segments = re.split(left + re.escape(self.marker) + right, prompt)
+        return [segment.strip() for segment in segments if segment.strip()]
+
+
+class ManualConfig(PartConfig):
+    """Takes segments from the user.
+
+    Attributes:
+        marker: word that separates segments in a text, case-sensitive.
+    """
+
+    name: Literal["manual"] = "manual"
+    marker: str = Field("BREAK", min_length=1)
+
+    def build(self, runtime: Runtime) -> Manual:
+        return Manual(self.marker)

@@ -1,0 +1,56 @@
+"""Splits prompts into segments or windows that fit the text model; validates the output of segmenters."""
+
+from __future__ import annotations
+
+import re
+
+from longalign.segmenters.fitting import TokenCounter, split_to_window
+from longalign.segmenters.parts import Packed, Segmenter
+from longalign.segmenters.prompts import Prompt, check_text, plain_text
+
+_WORD = re.compile(r"\w")
+
+
+def split(segmenter: Segmenter, prompt: Prompt, count: TokenCounter, window: int | None = None) -> list[str]:
+    """Splits a prompt with a segmenter and validates the result.
+
+    Args:
+        segmenter: splits the prompt.
+        prompt: a prompt that `check_prompts` accepted.
+        count: the encoder's token counter.
+        window: maximum number of tokens per segment; longer segments are split further. None keeps them.
+
+    Raises:
+        ValueError: if the segmenter does not return a list of texts, or returns no text for a non-empty prompt. The
+            message names the segmenter.
+    """
+    segments = segmenter(prompt, count)
+    name = f"the segmenter '{_name(segmenter)}'"
+    if not isinstance(segments, (list, tuple)) or not all(isinstance(segment, str) for segment in segments):
+        kinds = sorted({type(segment).__name__ for segment in segments}) if isinstance(segments, (list, tuple)) else []
+        returned = f"a {type(segments).__name__}" + (f" of {', '.join(kinds)}" if kinds else "")
+        raise ValueError(f"{name} must return a list of texts, got {returned} for the prompt {_shown(prompt)}")
+    if not any(map(_WORD.search, segments)) and _WORD.search(plain_text(prompt)):
+        raise ValueError(f"{name} returned no text for the prompt {_shown(prompt)}; expected at least one segment")
+    for segment in segments:
+        check_text(segment, f"a segment of {name}")
+    return list(segments) if window is None else split_to_window(segments, window, count)
+
+
+def windows(text: str, window: int, count: TokenCounter) -> list[str]:
+    """Splits a text into windows of at most ``window`` tokens, each packed with whole sentences in order.
+
+    A text that fits is returned unchanged. A sentence of more than ``window`` tokens is split after a clause where
+    possible. Only whitespace is lost.
+    """
+    return [text] if count(text) <= window else split_to_window(Packed(window)(text, count), window, count)
+
+
+def _name(segmenter: Segmenter) -> str:
+    part = segmenter if hasattr(segmenter, "__qualname__") else type(segmenter)
+    return f"{part.__module__}.{part.__qualname__}"  # type: ignore[union-attr]
+
+
+def _shown(prompt: Prompt) -> str:
+    text = plain_text(prompt)
+    return repr(text if len(text) <= 60 else text[:57] + "...")

@@ -1,0 +1,51 @@
+import xml.etree.ElementTree as ET
+
+from longalign.evaluation.charts import curve, intervals, smooth, ticks
+from longalign.evaluation.table import Interval
+
+NAN = float("nan")
+
+
+def test_ticks_are_round_and_within_range():
+    assert ticks(0, 10) == [0, 5, 10]
+    assert ticks(-0.13, 0.42) == [0, 0.2, 0.4]
+    assert ticks(0, 100, 5) == [0, 20, 40, 60, 80, 100]
+    assert ticks(3, 3) == [3]
+
+
+def test_smooth_shrinks_window_at_ends():
+    assert smooth([0, 3, 6, 9], 3) == [1.5, 3, 6, 7.5]
+    assert smooth([1, 5], 1) == [1, 5]
+
+
+def points(svg, name):
+    line = next(e for e in ET.fromstring(svg).iter("polyline") if e.get("class") == name)
+    return [tuple(float(v) for v in p.split(",")) for p in line.get("points").split()]
+
+
+def test_curve_axis_directions():
+    pixels = points(curve("loss & more", [0, 10, 20], [1.0, 3.0, 2.0]), "raw")
+    assert [x for x, _ in pixels] == [52, 222, 392]
+    (_, low), (_, high), (_, middle) = pixels
+    assert high < middle < low  # y grows downwards
+    assert middle - high == low - middle
+
+
+def test_curve_skips_non_finite_values():
+    assert len(points(curve("loss", [0, 1, 2], [1.0, NAN, 2.0]), "raw")) == 2
+    assert "no values" in curve("loss", [0], [NAN]) and "no values" in curve("loss", [], [])
+
+
+def test_intervals_positions_and_titles():
+    rows = {"short": {"base": Interval(0.2, 0.1, 0.3, 5), "tuned": Interval(0.6, 0.5, 0.7, 5)},
+            "long <b>": {"base": Interval(NAN, NAN, NAN, 0), "tuned": Interval(0.5, 0.4, 0.6, 5)}}  # fmt: skip
+    svg = intervals("facts", rows, lambda v: f"{v:.1f}")
+    root = ET.fromstring(svg)
+    groups = [g for g in root.iter("g")]
+    assert [g.get("class") for g in groups] == ["model-0", "model-1", "model-1"]
+    assert groups[0].find("title").text == "base: 0.2 [0.1, 0.3]"
+    x = [float(g.find("circle").get("cx")) for g in groups]
+    assert x[0] < x[2] < x[1]
+    line = groups[0].find("line")
+    assert float(line.get("x1")) < x[0] < float(line.get("x2"))
+    assert "no values" in intervals("facts", {"a": {"base": Interval(NAN, NAN, NAN, 0)}}, str)

@@ -1,0 +1,196 @@
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from importlib.metadata import version
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pydantic import BaseModel
+
+from longalign.evaluation.record import machine, non_defaults, read_log
+from longalign.evaluation.report import Example, _cell, data_url, findings, write_report
+from longalign.evaluation.table import Interval, MetricTable
+
+
+class Part(BaseModel):
+    name: str = "align"
+    rank: int = 32
+    rate: float = 0.1
+
+
+class Run(BaseModel):
+    trainer: Part = Part()
+    rewards: tuple[Part, ...] = ()
+    seed: int = 0
+
+
+class Page(HTMLParser):
+    """Checks that elements are closed in order; collects sources and text."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.sources, self.words = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.sources += [v for k, v in attrs if k in ("src", "href")]
+        if tag not in ("meta", "img", "br", "wbr", "line", "circle", "polyline"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in ("line", "circle", "polyline"):
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+@pytest.fixture
+def page(tmp_path):
+    table = MetricTable(
+        {
+            "base": {"facts": np.array([0.25, 0.5]), "facts/attribute/colour": np.array([0.5, np.nan])},
+            "tuned": {"facts": np.array([0.75, 1.0]), "facts/attribute/colour": np.array([1.0, np.nan])},
+        },
+        ["A red <b>. Two.", "Three."],
+        [0, 1],
+    )
+    example = Example(
+        sentences=["A red <b>.", "Two."],
+        seed=7,
+        images={"base": torch.zeros(3, 8, 8), "tuned": torch.ones(3, 8, 8)},
+        verdicts={"base": [[True, False], [False]], "tuned": [[True, True], [True]]},
+        scores={"base": [0.1, 0.2], "tuned": [0.3, 0.4]},
+        truncated={"base": frozenset({1})},
+    )
+    log = tmp_path / "log.jsonl"
+    log.write_text("\n".join(json.dumps({"step": i, "loss": 1 / (i + 1), "lr": 0.5}) for i in range(5)) + "\n")
+    path = write_report(
+        tmp_path / "deep" / "report.html",
+        title="A & B",
+        lead="What was done.",
+        table=table,
+        examples=[example],
+        logs={"align": log, "reward": tmp_path / "missing.jsonl"},
+        configs={"align": Run(trainer=Part(rank=4))},
+        seconds={"align": 12.4},
+    )
+    text = path.read_text()
+    parser = Page()
+    parser.feed(text)
+    assert parser.open == []
+    return text, parser
+
+
+def test_report_is_self_contained(page):
+    text, parser = page
+    assert parser.sources and all(s.startswith("data:image/png;base64,") for s in parser.sources)
+    assert "<script" not in text and "@import" not in text and "url(" not in text and "://" not in text
+    assert "prefers-color-scheme: dark" in text and "width=device-width" in text
+
+
+def test_report_escapes_text(page):
+    text, parser = page
+    assert "A &amp; B" in text and "A red &lt;b&gt;." in text
+    assert "A red <b>." in "".join(parser.words)
+
+
+def test_report_shows_means_differences_and_verdicts(page):
+    text, _ = page
+    assert "<b>base</b>: fact accuracy 37.5% [25.0, 50.0]." in text
+    assert "<b>tuned against base</b>: fact accuracy 87.5%, +50.0 [+50.0, +50.0] points." in text
+    assert "<td><span>+50.0</span>" in text  # not significant: two prompts are too few
+    assert '<span class="clear">+50.0</span>' in _cell(Interval(0.5, 0.5, 0.5, 10, prompts=10), "facts", True)
+    chips = re.findall(r'<span class="chip ([a-z ]*)">(.*?)</span></td>', text)
+    assert chips == [
+        ("part", "1/2<small>0.100</small>"),
+        ("true", "2/2<small>0.300</small>"),
+        ("false truncated", "0/1<small>0.200</small><small>truncated</small>"),
+        ("true", "1/1<small>0.400</small>"),
+    ]
+    assert "1 of 3 facts" in text and "3 of 3 facts" in text
+    assert "fact accuracy, % by attribute" in text
+
+
+def test_report_shows_curves_configs_times_and_versions(page):
+    text, parser = page
+    words = "".join(parser.words)
+    assert text.count('<polyline class="mean"') == 1 and "Constant: lr 0.5." in text
+    assert re.search(r"/missing\.jsonl\b", text)
+    assert "rank: 4\n" in words and "rate: 0.1" in words
+    assert "12 s" in words and f"torch{version('torch')}" in words
+
+
+def test_data_url_png_and_downscaling():
+    image = torch.zeros(3, 4, 6)
+    image[0] = 1.0
+    raw = base64.b64decode(data_url(image).split(",")[1])
+    with Image.open(io.BytesIO(raw)) as image_file:
+        assert image_file.size == (6, 4) and image_file.getpixel((5, 3)) == (255, 0, 0)
+    with Image.open(io.BytesIO(base64.b64decode(data_url(torch.zeros(3, 400, 800)).split(",")[1]))) as image_file:
+        assert image_file.size == (384, 192)
+
+
+def test_report_single_model_without_facts(tmp_path):
+    table = MetricTable({"base": {"clip": np.array([0.1, 0.2])}}, ["a", "b"])
+    example = Example(["a"], 0, {"base": torch.zeros(3, 4, 4)})
+    path = write_report(tmp_path / "report.html", title="T", lead="L", table=table, examples=[example])
+    text = path.read_text()
+    assert "0.1500" in text and "Difference" not in text and "Chips" not in text
+
+
+def test_non_defaults_keeps_part_names():
+    assert non_defaults(Run()) == {}
+    assert non_defaults(Run(trainer=Part(rank=4), rewards=(Part(),))) == {
+        "trainer": {"name": "align", "rank": 4},
+        "rewards": [{"name": "align"}],
+    }
+
+
+def test_read_log_repeated_step_uses_last_value(tmp_path):
+    log = tmp_path / "log.jsonl"
+    rows = [{"step": 2, "loss": 1.0, "note": "x"}, {"step": 4, "loss": 2.0}, {"step": 2, "loss": 3.0}]
+    log.write_text("\n".join(map(json.dumps, rows)))
+    assert read_log(log) == {"loss": ([2, 4], [3.0, 2.0])}
+
+
+def test_machine_has_versions():
+    assert {"system", "processor", "Python", "longalign", "torch", "diffusers"} <= set(machine())
+
+
+def rows(mean, spread=0.01, count=40):
+    """Values with a given mean and a small spread."""
+    return mean + spread * np.linspace(-1, 1, count)
+
+
+def test_findings_gains_and_losses_against_previous_model():
+    start = "facts/by_position/0-25%"
+    shape, ground = "facts/attribute/shape", "facts/attribute/ground"
+    noise = 0.2 * np.sin(np.arange(40))
+    values = {
+        "base": (rows(0.3), rows(0.9), rows(0.3), rows(0.9), rows(0.1, 0.001), rows(0.1, 0.001)),
+        "segments": (rows(0.8), rows(0.7), rows(0.8), rows(0.9) + noise, rows(0.11, 0.001), rows(0.123, 0.001)),
+        "reward": (rows(0.8) + noise, rows(0.7), rows(0.9), rows(0.8), rows(0.11, 0.001), rows(0.12, 0.001)),
+    }
+    names = ("facts", start, shape, ground, "text_relevant", "text_irrelevant")
+    models = {model: dict(zip(names, columns, strict=True)) for model, columns in values.items()}
+    table = MetricTable(models, [f"prompt {i}" for i in range(40)])
+    base, segments, reward = findings(table)
+    assert base.startswith("base: fact accuracy 30.0% [29.8, 30.2]")
+    assert "segments against base: fact accuracy 80.0%, +50.0 [+50.0, +50.0] points" in segments
+    assert (
+        "worse: position in the prompt 0-25% -20.0 [-20.0, -20.0]; better: shape;" in segments
+        and "rises 2.3 times" in segments
+    )
+    assert "reward against segments: fact accuracy 80.6%" in reward and "no significant difference" in reward
+    assert re.search(r"worse: ground -10\.\d \[-1\d\.\d, -\d\.\d\]; better: shape", reward)
+    assert "text-irrelevant -0.0030" in reward and "rises" not in reward and "text-relevant" not in reward
+
+
+def test_report_breakdown_differences_and_content_policy(page):
+    text, _ = page
+    assert "Paired differences, fact accuracy, % by attribute" in text
+    assert text.index('http-equiv="Content-Security-Policy" content="default-src \'none\'') < text.index("<style")

@@ -1,0 +1,113 @@
+"""Noise levels, training targets, and solver steps."""
+
+import math
+
+import pytest
+import torch
+
+from longalign.functional.diffusion import (
+    NoiseLevels,
+    add_noise,
+    check_linear_sampling,
+    ddim,
+    guide,
+    lcm,
+    sample_timesteps,
+    trailing_timesteps,
+    training_target,
+)
+
+BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+LEVELS = NoiseLevels.from_alphas_cumprod((1 - BETAS).cumprod(0))
+TIMES = torch.arange(1, 1001, dtype=torch.float64) / 1000
+FLOW = NoiseLevels(1 - TIMES, TIMES)
+
+
+def test_trailing_timesteps_values():
+    fifty = trailing_timesteps(50)
+    assert fifty[:3] == (999, 979, 959) and fifty[-1] == 19 and len(fifty) == 50
+    assert trailing_timesteps(4) == (999, 749, 499, 249)
+    with pytest.raises(ValueError, match=r"between 1 and 1000 .*got 0"):
+        trailing_timesteps(0)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "levels"), [("epsilon", LEVELS), ("v_prediction", LEVELS), ("flow", FLOW)], ids=str
+)
+def test_ddim_with_training_target_recovers_image(prediction, levels):
+    image, noise = torch.randn(2, 4, 3, 3, dtype=torch.float64), torch.randn(2, 4, 3, 3, dtype=torch.float64)
+    solver = ddim(levels, trailing_timesteps(10), prediction)
+    latents = add_noise(levels, image, noise, torch.tensor([999, 999]))
+    for i, t in enumerate(solver.timesteps):
+        target = training_target(prediction, levels, image, noise, torch.tensor([t, t]))
+        latents = solver.step(i, latents, target)
+        if i < 9:
+            expected = add_noise(levels, image, noise, torch.tensor([solver.timesteps[i + 1]] * 2))
+            assert torch.allclose(latents, expected, atol=1e-10)
+    assert torch.allclose(latents, image, atol=1e-10)
+
+
+def test_ddim_steps_equal_diffusers_scheduler():
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(
+        trained_betas=BETAS.tolist(), clip_sample=False, timestep_spacing="trailing", prediction_type="v_prediction"
+    )
+    scheduler.timesteps = torch.tensor(trailing_timesteps(5))
+    scheduler.num_inference_steps = 5
+    solver = ddim(LEVELS, trailing_timesteps(5), "v_prediction")
+    x, o = torch.randn(1, 4, 2, 2), torch.randn(1, 4, 2, 2)
+    for i, t in enumerate(solver.timesteps):
+        assert torch.allclose(solver.step(i, x, o), scheduler.step(o, t, x).prev_sample, atol=1e-5)
+
+
+def test_lcm_step_values():
+    solver = lcm(LEVELS, (999, 499), "epsilon")
+    x, o, n = torch.randn(3, 1, 4, 2, 2, dtype=torch.float64)
+    signal, noise = math.sqrt(LEVELS.signal[999] ** 2), float(LEVELS.noise[999])
+    scaled = 10 * 999
+    clean = (x - noise * o) / signal
+    consistent = 0.25 / (scaled**2 + 0.25) * x + scaled / math.sqrt(scaled**2 + 0.25) * clean
+    assert torch.allclose(solver.step(0, x, o, n), LEVELS.signal[499] * consistent + LEVELS.noise[499] * n)
+    assert solver.c == (float(LEVELS.noise[499]), 0.0)
+
+
+def test_guide_value():
+    assert guide(torch.tensor(3.0), torch.tensor(1.0), 7.5) == 16.0
+
+
+def test_from_flow_values():
+    levels = NoiseLevels.from_flow(4, shift=3.0)
+    # u = 1/4, 2/4, 3/4, 1 and s = 3 u / (1 + 2 u)
+    assert levels.noise.tolist() == pytest.approx([0.5, 0.75, 0.9, 1]) and levels.signal[3] == 0
+    solver = ddim(levels, (3, 1), "flow")  # Euler's steps: x + (s' - s) o
+    assert solver.a == pytest.approx((1, 1)) and solver.b == pytest.approx((-0.25, -0.75))
+
+
+def test_sample_timesteps_densities():
+    torch.manual_seed(0)
+    uniform, normal = (sample_timesteps(d, LEVELS, 20_000, torch.device("cpu")) for d in ("uniform", "logit-normal"))
+    for timesteps in (uniform, normal):
+        assert timesteps.dtype == torch.int64 and timesteps.min() >= 0 and timesteps.max() <= 999
+        assert (timesteps < 500).float().mean().item() == pytest.approx(0.5, abs=0.02)
+    # within one standard deviation of the middle: sigmoid(-1) = 0.269 to sigmoid(1) = 0.731
+    fractions = [((steps >= 269) & (steps < 731)).float().mean().item() for steps in (uniform, normal)]
+    assert fractions == pytest.approx([0.462, 0.683], abs=0.02)
+    with pytest.raises(ValueError, match=r"'cosine'.*uniform, logit-normal"):
+        sample_timesteps("cosine", LEVELS, 1, torch.device("cpu"))
+
+
+def test_ddim_rejects_zero_signal_with_epsilon():
+    levels = NoiseLevels.from_alphas_cumprod(torch.linspace(1, 0, 10))
+    with pytest.raises(ValueError, match="v_prediction"):
+        ddim(levels, (9, 4), "epsilon")
+    assert ddim(levels, (9, 4), "v_prediction").b[0] < 0
+    with pytest.raises(ValueError, match=r"'x0'.*epsilon, v_prediction, flow"):
+        ddim(levels, (9, 4), "x0")
+
+
+@pytest.mark.parametrize("key", ["clip_sample", "thresholding"])
+def test_check_linear_sampling_rejects_clipping(key):
+    check_linear_sampling({key: False, "beta_start": 0.1})
+    with pytest.raises(ValueError, match=f"{key}=true"):
+        check_linear_sampling({key: True})
