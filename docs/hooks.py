@@ -1,7 +1,7 @@
 """Hooks of `make docs`: pages made of files outside docs/, and the pages of the API reference.
 
-README, CHANGELOG, CONTRIBUTING, the benchmarks' tables and the plugins' READMEs are pages too. Links between all of these
-are written for readers of the repository; here they are rewritten for the site.
+README, CHANGELOG, CONTRIBUTING, the tables of benchmarks and the READMEs of plugins are pages too. Their links are
+written for readers of the repository, and are rewritten here for the site.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?(?=\))")
 def on_files(files: Files, config) -> Files:
     for page, source in PAGES.items():
         if source == "LICENSE":  # plain text, whose brackets are no links
-            files.append(File.generated(config, page, content=f"# License\n\n```text\n{(ROOT / source).read_text()}```\n"))
+            text = (ROOT / source).read_text(encoding="utf-8")
+            files.append(File.generated(config, page, content=f"# License\n\n```text\n{text}```\n"))
         else:
             files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
     for name in REFERENCE:

@@ -52,7 +52,8 @@ def test_load_image_converts_other_modes_to_rgb(tmp_path, mode):
     red.convert(mode).save(path)
     if mode == "YCbCr":
         try:
-            Image.open(path).load()
+            with Image.open(path) as image:
+                image.load()
         except OSError:
             pytest.skip("Pillow before 12.1 cannot read the YCbCr TIFF that it wrote")
     image = save_and_load(path, red.convert(mode))
