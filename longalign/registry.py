@@ -46,6 +46,7 @@ except Exception:  # on import, catalogue reads the entry points of all distribu
     import catalogue
 
 KEBAB = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+TARGET = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 def _reject_bool(value: Any) -> Any:
@@ -103,11 +104,20 @@ PLUGIN_BUGS = (
 class PartConfig(Section):
     """Base class of part configs."""
 
+    #: ``module:class`` of the part, imported when the part is built
+    target: ClassVar[str] = ""
+
     name: str
 
-    def build(self, runtime: Runtime) -> Any:
-        """Builds the part and loads its weights. Heavy imports belong in this method."""
-        raise NotImplementedError(f"{type(self).__name__} has no build method for the part '{self.name}'")
+    def build(self, runtime: Runtime, **parts: Any) -> Any:
+        """Imports `target` and calls its ``from_config(config, runtime, **parts)``, which loads the weights.
+
+        Args:
+            runtime: device, dtype and processes.
+            parts: the built parts that a trainer needs.
+        """
+        module, _, name = type(self).target.partition(":")
+        return getattr(import_module(module), name).from_config(self, runtime, **parts)
 
     def check_run(self, run: Any) -> list[ConfigProblem]:
         """Cross-checks with the rest of the run; returns problems as ``(path, message)``.
@@ -128,21 +138,13 @@ class PartConfig(Section):
         """
         return []
 
-    def widths(self) -> tuple[int | None, int | None]:
-        """Widths of the states and of the pooled embedding that an encoder returns or a backbone takes.
-
-        They are read from the config and small local files. None if unknown.
-        """
-        return None, None
-
 
 class _InCodeConfig(PartConfig):
     """Config of a part that is a plain callable; it has no keys."""
 
     part: ClassVar[Any] = None
-    embeds: ClassVar[bool] = False  # only used by rewards
 
-    def build(self, runtime: Runtime) -> Any:
+    def build(self, runtime: Runtime, **parts: Any) -> Any:
         return type(self).part
 
 
@@ -161,12 +163,21 @@ class Registry:
 
     Args:
         kind: plural name of the kind, e.g. ``"encoders"``; entry points are read from ``longalign_<kind>``.
+        config: base class of the kind's configs, as ``module:class``; it declares what a run asks of a part.
         bases: accepted base classes of built parts, as ``module:class``; empty to accept any object.
         function: argument names of plain functions that are accepted as parts; empty to accept no functions.
     """
 
-    def __init__(self, kind: str, bases: Sequence[str] = (), function: Sequence[str] = ()):
+    def __init__(
+        self,
+        kind: str,
+        *,
+        config: str = "longalign.registry:PartConfig",
+        bases: Sequence[str] = (),
+        function: Sequence[str] = (),
+    ):
         self.kind, self.bases, self.function = kind, tuple(bases), tuple(function)
+        self._config = config
         self._in_code = catalogue.create("longalign", kind)
 
     def __repr__(self) -> str:
@@ -241,16 +252,18 @@ class Registry:
     def _as_config(self, name: str, target: Any) -> type[PartConfig]:
         if not KEBAB.fullmatch(name):
             raise PartError(f"the name {name!r} must be in kebab case, like 'clip-segment'")
+        module, _, attribute = self._config.partition(":")
+        base = getattr(import_module(module), attribute)
         if isinstance(target, type) and issubclass(target, PartConfig):
-            _check_config_class(name, target, self.kind)
+            _check_config_class(name, target, self.kind, base)
             return target
         if isinstance(target, type) or not callable(target) or not self.function:
             function = f", or a function ({', '.join(self.function)})" if self.function else ""
-            raise PartError(f"a part must be a PartConfig class with a build method{function}, got {target!r}")
+            raise PartError(f"a part must be a {attribute} class{function}, got {target!r}")
         if problem := _call_problem(target, *self.function):
             raise PartError(f"the function must take ({', '.join(self.function)}): {problem}")
         config = type(
-            getattr(target, "__name__", type(target).__name__), (_InCodeConfig,), {"part": staticmethod(target)}
+            getattr(target, "__name__", type(target).__name__), (_InCodeConfig, base), {"part": staticmethod(target)}
         )
         config.__module__ = getattr(target, "__module__", config.__module__)
         config.__qualname__ = getattr(target, "__qualname__", config.__name__)
@@ -392,11 +405,13 @@ def _location(model: type) -> tuple[str, str]:
     return model.__module__, model.__qualname__
 
 
-def _check_config_class(name: str, model: type[PartConfig], kind: str) -> None:
+def _check_config_class(name: str, model: type[PartConfig], kind: str, base: type[PartConfig]) -> None:
     """Rejects malformed config classes early, with a hint for the plugin author."""
-    if model.build is PartConfig.build:
-        raise PartError(f"{model.__name__} has no build(self, runtime) method")
-    parts = (*getattr(model, "needs", ("backbone", "encoder")), "rewards") if kind == "trainers" else ()
+    if not issubclass(model, base):
+        raise PartError(f"{model.__name__} must derive from {base.__module__}.{base.__name__}")
+    if model.build is PartConfig.build and not TARGET.fullmatch(model.target):
+        raise PartError(f"{model.__name__} needs target = 'module:class' of its part, got {model.target!r}")
+    parts = (*getattr(model, "needs", ()), "rewards") if kind == "trainers" else ()
     if problem := _call_problem(model.build, "self", "runtime", **dict.fromkeys(parts)):
         expected = ", ".join(("self", "runtime", *(("*", *parts) if parts else ())))
         raise PartError(f"{model.__name__}.build must take ({expected}): {problem}")
@@ -431,13 +446,42 @@ def Part(kind: str) -> Any:
     return Annotated[SerializeAsAny[PartConfig], BeforeValidator(validate), PartOf(kind)]
 
 
-encoders = Registry("encoders", ["longalign.encoders.base:Encoder"])
-rewards = Registry("rewards", ["longalign.rewards.base:Reward"], function=("images", "prompts"))
-trainers = Registry("trainers", ["longalign.trainers.base:Trainer"])
-backbones = Registry("backbones", ["longalign.backbones.base:Backbone"])
-data = Registry("data", ["longalign.data.base:Data", "longalign.data.stream:Stream"])
-segmenters = Registry("segmenters", function=("prompt", "count"))
-gradient_steps = Registry("gradient_steps", ["longalign.gradient_steps.base:GradientStepSelector"])
+encoders = Registry(
+    "encoders",
+    config="longalign.encoders.config:EncoderConfig",
+    bases=["longalign.encoders.base:Encoder"],
+)
+rewards = Registry(
+    "rewards",
+    config="longalign.rewards.config:RewardConfig",
+    bases=["longalign.rewards.base:Reward"],
+    function=("images", "prompts"),
+)
+trainers = Registry(
+    "trainers",
+    config="longalign.trainers.config:TrainerConfig",
+    bases=["longalign.trainers.base:Trainer"],
+)
+backbones = Registry(
+    "backbones",
+    config="longalign.backbones.config:BackboneConfig",
+    bases=["longalign.backbones.base:Backbone"],
+)
+data = Registry(
+    "data",
+    config="longalign.data.config:DataConfig",
+    bases=["longalign.data.base:Data", "longalign.data.stream:Stream"],
+)
+segmenters = Registry(
+    "segmenters",
+    config="longalign.segmenters.parts:SegmenterConfig",
+    function=("prompt", "count"),
+)
+gradient_steps = Registry(
+    "gradient_steps",
+    config="longalign.gradient_steps.config:GradientStepsConfig",
+    bases=["longalign.gradient_steps.base:GradientStepSelector"],
+)
 
 REGISTRIES: dict[str, Registry] = {
     r.kind: r for r in (backbones, data, encoders, rewards, gradient_steps, segmenters, trainers)

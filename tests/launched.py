@@ -10,6 +10,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 from unittest import mock
 
 import pytest
@@ -25,8 +26,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from longalign.compose import build_from_config
 from longalign.loop.run import Run
-from longalign.registry import PartConfig, rewards
+from longalign.registry import rewards
 from longalign.rewards.base import EmbeddingReward
+from longalign.rewards.config import RewardConfig
 
 BATCH, STEPS = 4, 4
 EPS = 1e-2
@@ -47,7 +49,9 @@ class Colours(EmbeddingReward):
         return normalize(1 + torch.stack([letters.sin(), letters.cos(), (2 * letters).sin()], -1), dim=-1)
 
 
-class ColoursConfig(PartConfig):
+class ColoursConfig(RewardConfig):
+    embeds: ClassVar[bool] = True
+
     name: str = "colours"
 
     def build(self, runtime):

@@ -8,12 +8,15 @@ import torch
 from tiny import tiny_sd
 
 from longalign.backbones.base import Backbone
+from longalign.backbones.config import BackboneConfig
 from longalign.backbones.configs import LoraConfig
 from longalign.checkpoints import checkpoint
 from longalign.compose import Composition, build_from_config
 from longalign.config.run import load_config, override
 from longalign.data.base import Data
+from longalign.data.config import DataConfig
 from longalign.encoders.base import Encoder
+from longalign.encoders.config import EncoderConfig
 from longalign.errors import ConfigError
 from longalign.registry import PartConfig, backbones, data, encoders, rewards, trainers
 from longalign.rewards.base import Reward
@@ -22,6 +25,7 @@ from longalign.trainers.base import Trainer
 from longalign.trainers.configs import TrainerConfig
 
 BUILT: list[str] = []
+BASES = {"backbone": BackboneConfig, "encoder": EncoderConfig, "data": DataConfig}
 
 
 class RecordedConfig(PartConfig):
@@ -57,7 +61,7 @@ def recorded():
     BUILT.clear()
     kinds = {backbones: "backbone", encoders: "encoder", data: "data"}
     for registry, part in kinds.items():
-        registry.register("recorded", type(f"{part}Config", (RecordedConfig,), {"part": part}))
+        registry.register("recorded", type(f"{part}Config", (RecordedConfig, BASES[part]), {"part": part}))
     trainers.register("recorded", RecordedTrainerConfig)
     rewards.register("bright", lambda images, prompts: images.mean((1, 2, 3)))
     rewards.register("dark", lambda images, prompts: -images.mean((1, 2, 3)))

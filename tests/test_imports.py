@@ -16,8 +16,7 @@ KINDS = ("backbones", "data", "encoders", "rewards", "gradient_steps", "trainers
 PART = 4
 LEVELS = {
     0: "runtime errors discovery hub registry segmenters config.files data.lines",
-    1: "config cli.environment backbones.configs data.configs encoders.configs rewards.configs gradient_steps.configs "
-    "trainers.configs",
+    1: "config cli.environment",  # and the configs of all kinds
     2: "functional image_io mini sharding tokens caching.store caching.fingerprint checkpoints.weights "
     "evaluation.record evaluation.table loop.locks encoders.bucketing",
     3: "backbones.base backbones.lora data.base data.image_dataset data.stream encoders.base rewards.base "
@@ -34,7 +33,7 @@ LEVELS = {
 # Imports of a higher level that are allowed inside functions.
 UPWARDS = {("compose", "loop.run")}
 # Modules of a kind that modules of other kinds may import.
-SHARED = ("base", "configs", "bucketing", "guard", "lines", "stream")
+SHARED = ("base", "config", "configs", "bucketing", "guard", "lines", "stream")
 
 NO_TORCH = ("__init__", "__main__", "cli", "compose", *f"{LEVELS[0]} {LEVELS[1]}".split())
 HEAVY = (
@@ -99,9 +98,15 @@ def package_imports(path):
     return {(name, inside) for name, inside in names if name in MODULES and name != "__init__"}
 
 
+def is_config(module):
+    return module.split(".")[0] in KINDS and module.split(".")[-1] in ("config", "configs")
+
+
 def level(module):
     if MODULES[module].name == "__init__.py":  # imports nothing, or only lazily
         return 0
+    if is_config(module):
+        return 1
     for number, names in LEVELS.items():
         if within(module, names.split()):
             return number
@@ -121,7 +126,7 @@ def violations(modules, is_violation, imports=package_imports):
 
 def upwards(module, imported, inside):
     kind = module.split(".")[0]
-    if (module, imported) in UPWARDS or (inside and module == f"{kind}.configs" and imported.startswith(kind)):
+    if (module, imported) in UPWARDS or (inside and is_config(module) and imported.startswith(kind)):
         return not inside
     importer_level, imported_level = level(module), level(imported)
     same_level_allowed = importer_level < PART or imported.startswith(f"{kind}.")
@@ -137,7 +142,7 @@ def test_parts_import_no_parts_of_other_kinds():
 
     def is_violation(module, imported, inside):
         kind, _, name = imported.partition(".")
-        return kind in KINDS and kind != module.split(".")[0] and bool(name) and name not in SHARED
+        return kind in KINDS and kind != module.split(".")[0] and bool(name) and name.split(".")[-1] not in SHARED
 
     assert not violations([m for m in MODULES if m.split(".")[0] in KINDS], is_violation)
 
@@ -162,7 +167,7 @@ def test_libraries_are_imported_only_where_allowed():
 
 
 def test_trainers_do_not_use_registry():
-    trainers = [m for m in MODULES if m.startswith("trainers.") and m != "trainers.configs"]
+    trainers = [m for m in MODULES if m.startswith("trainers.") and not is_config(m)]
     assert not [m for m in trainers if "registry" in MODULES[m].read_text(encoding="utf-8")]
 
 

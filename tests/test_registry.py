@@ -5,20 +5,24 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 
 from longalign import discovery
 from longalign.config.describe import parts_table
 from longalign.registry import REGISTRIES, ConfigError, Part, PartConfig, PartError, Registry, encoders, rewards
+from longalign.rewards.config import RewardConfig
 from longalign.runtime import Runtime
 
+PART_IMPORT = "from longalign.registry import PartConfig"
+REWARD_IMPORT = "from longalign.rewards.config import RewardConfig"
 GOOD = """
 from typing import Literal
-from longalign.registry import Part, PartConfig
+from longalign.registry import Part
+from longalign.rewards.config import RewardConfig
 
-class BlurConfig(PartConfig):
+class BlurConfig(RewardConfig):
     name: Literal["blur"] = "blur"
     radius: float = 1.0
 
@@ -114,10 +118,19 @@ def test_get_names_broken_plugin_and_its_error(install):
         ("fake_bad:Missing", "", "AttributeError: .*'Missing'"),
         ("fake_bad:X:Y", "", "'module:attribute'.*'fake_bad:X:Y'"),
         ("fake_bad:X", "import sys; sys.exit(3)", "SystemExit: 3"),
-        ("fake_bad:X", "X = 3", "PartConfig class .*got 3"),
-        ("fake_bad:X", "class X: pass", r"PartConfig class .*got <class 'fake_bad\.X'>"),
+        ("fake_bad:X", "X = 3", "RewardConfig class.*got 3"),
+        ("fake_bad:X", "class X: pass", r"RewardConfig class.*got <class 'fake_bad\.X'>"),
         ("fake_bad:BlurConfig", GOOD, r"BlurConfig .*'blur'.*'bad'.*name: Literal\['bad'\] = 'bad'"),
-        ("fake_bad:X", "from longalign.registry import PartConfig\nclass X(PartConfig): pass", "X has no build"),
+        (
+            "fake_bad:X",
+            REWARD_IMPORT + "\nclass X(RewardConfig): pass",
+            "X needs target",
+        ),
+        (
+            "fake_bad:X",
+            PART_IMPORT + "\nclass X(PartConfig): pass",
+            "rewards.config.RewardConfig",
+        ),
         (
             "fake_bad:X",
             GOOD + "\nclass X(BlurConfig):\n    def build(self): pass",
@@ -284,7 +297,7 @@ def test_register_plain_function(local):
         scoring.validate({"name": "brightness", "size": 1})
     with pytest.raises(PartError, match=r"\(images, prompts\): too many positional"):
         scoring.register("other", lambda images: images)
-    with pytest.raises(PartError, match=r"PartConfig class .*got <function"):
+    with pytest.raises(PartError, match="PartConfig class, got <function"):
         local.register("brightness", brightness)
     scoring.unregister("brightness")
 
@@ -300,7 +313,9 @@ def test_register_replaces_redefined_class_only(local):
 
 
 def test_register_rejects_built_in_name():
-    class MineConfig(ThingConfig):
+    class MineConfig(RewardConfig):
+        target: ClassVar[str] = "nowhere:Mine"
+
         name: Literal["clip"] = "clip"
 
     with pytest.raises(PartError, match=r"'clip' among rewards is already .* longalign "):
@@ -314,7 +329,9 @@ def test_register_rejects_names_not_in_kebab_case(local, name):
 
 
 def test_get_names_code_and_entry_point_with_same_name(install):
-    class BlurConfig(ThingConfig):
+    class BlurConfig(RewardConfig):
+        target: ClassVar[str] = "nowhere:Blur"
+
         name: Literal["blur"] = "blur"
 
     rewards.register("blur", BlurConfig)

@@ -4,10 +4,13 @@ import torch
 from tiny import tiny_backbone
 from torch import nn
 
+from longalign.backbones.config import BackboneConfig
 from longalign.backbones.configs import LoraConfig
 from longalign.data.base import Data
+from longalign.data.config import DataConfig
 from longalign.encoders.base import Conditioning, Encoder
-from longalign.registry import PartConfig, backbones, data, encoders, rewards
+from longalign.encoders.config import EncoderConfig
+from longalign.registry import backbones, data, encoders, rewards
 
 LORA = LoraConfig(rank=2, dropout=0.1)
 
@@ -56,7 +59,7 @@ def red(images, prompts):
     return images[:, 0].mean((1, 2))
 
 
-class TinyBackboneConfig(PartConfig):
+class TinyBackboneConfig(BackboneConfig):
     name: str = "tiny-backbone"
     prediction: str = "epsilon"
 
@@ -64,7 +67,7 @@ class TinyBackboneConfig(PartConfig):
         return tiny_backbone(self.prediction)
 
 
-class ToyEncoderConfig(PartConfig):
+class ToyEncoderConfig(EncoderConfig):
     name: str = "toy-encoder"
     with_adapter: bool = True
     dropout: float = 0.1
@@ -74,14 +77,14 @@ class ToyEncoderConfig(PartConfig):
         return ToyEncoder(self.with_adapter, self.dropout)
 
 
-class SquaresConfig(PartConfig):
+class SquaresConfig(DataConfig):
     name: str = "squares"
 
     def build(self, runtime):
         return Squares()
 
 
-class BareWordsConfig(PartConfig):
+class BareWordsConfig(DataConfig):
     name: str = "bare-words"
 
     def build(self, runtime):

@@ -7,10 +7,11 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from longalign.backbones.config import BackboneConfig
 from longalign.config.files import check_single_file, join_subfolder
 from longalign.errors import ConfigProblem
 from longalign.hub import absent, incomplete, read_json
-from longalign.registry import PartConfig, Section
+from longalign.registry import Section
 from longalign.runtime import Runtime
 
 
@@ -33,7 +34,7 @@ class LoraConfig(Section):
     dropout_placement: Literal["down", "up"] = "down"
 
 
-class SDConfig(PartConfig):
+class SDConfig(BackboneConfig):
     """Stable Diffusion 1.x and 2.x, or any model of that layout.
 
     Attributes:

@@ -8,9 +8,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
+from longalign.data.config import DataConfig
 from longalign.data.lines import missing_shard
 from longalign.errors import ConfigProblem, redact_url
-from longalign.registry import PartConfig
 from longalign.runtime import Runtime
 
 Text = Annotated[str, Field(min_length=1)]
@@ -36,16 +36,6 @@ def _no_folder(key: str, folder: str | None) -> list[ConfigProblem]:
 def _no_metadata(folder: str, keys: str) -> list[ConfigProblem]:
     path = Path(folder) / "metadata.jsonl"
     return [] if path.is_file() else [("folder", f"no file {path}; expected one JSON mapping per line with {keys}")]
-
-
-class DataConfig(PartConfig):
-    """Base class of data configs.
-
-    ``has_images``: items have an image; otherwise only a prompt. ``has_pairs``: items have two images and a preference.
-    """
-
-    has_images: ClassVar[bool] = True
-    has_pairs: ClassVar[bool] = False
 
 
 class ImagesConfig(DataConfig):

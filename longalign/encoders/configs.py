@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from longalign.config.files import check_single_file, join_subfolder
+from longalign.encoders.config import EncoderConfig
 from longalign.errors import ConfigProblem
 from longalign.hub import absent, incomplete, read_json
 from longalign.registry import Part, PartConfig
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from longalign.encoders.t5.encoder import T5Encoder
 
 
-class CheckpointConfig(PartConfig):
+class CheckpointConfig(EncoderConfig):
     """Shared by encoders that load a text model.
 
     Attributes:
@@ -357,7 +358,7 @@ class T5Config(_Loaded):
         return T5Encoder.from_config(self, runtime)
 
 
-class ConcatConfig(PartConfig):
+class ConcatConfig(EncoderConfig):
     """Several encoders, with states concatenated along the sequence axis.
 
     Attributes:

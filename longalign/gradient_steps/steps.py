@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from longalign.gradient_steps.base import GradientSteps
-from longalign.gradient_steps.configs import check_groups, check_last
+from longalign.gradient_steps.config import check_groups, check_last
 from longalign.runtime import Runtime
 
 #: ``(low, high)`` -> a random integer from low to high, both inclusive

@@ -11,23 +11,12 @@ from longalign.config.files import join_subfolder
 from longalign.errors import ConfigProblem
 from longalign.hub import absent, incomplete
 from longalign.registry import Part, PartConfig, Section
+from longalign.rewards.config import RewardConfig
 from longalign.runtime import Runtime
 
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 Aspect = Literal["crop", "pad", "squash"]
-
-
-class RewardConfig(PartConfig):
-    """Base of configs of rewards.
-
-    Both class variables are checked before anything is loaded. ``embeds``: whether the reward is a
-    `longalign.rewards.base.EmbeddingReward`; only those can be reweighted. ``differentiable``: whether its scores have
-    gradient with respect to the images.
-    """
-
-    embeds: ClassVar[bool] = False
-    differentiable: ClassVar[bool] = True
 
 
 class TowerRewardConfig(RewardConfig):

@@ -30,6 +30,10 @@ def _text(prompt: Prompt, name: str) -> str:
     )
 
 
+class SegmenterConfig(PartConfig):
+    """Base class of segmenter configs."""
+
+
 @dataclass(frozen=True)
 class Sentence:
     """One segment per sentence; see `sentences`."""
@@ -38,7 +42,7 @@ class Sentence:
         return sentences(_text(prompt, "sentence"))
 
 
-class SentenceConfig(PartConfig):
+class SentenceConfig(SegmenterConfig):
     """Splits into sentences."""
 
     name: Literal["sentence"] = "sentence"
@@ -63,7 +67,7 @@ class LongAlign:
         return [piece + "." for piece in _PUBLISHED.split(_text(prompt, "longalign")) if piece]
 
 
-class LongAlignConfig(PartConfig):
+class LongAlignConfig(SegmenterConfig):
     """Splits as the published LongAlign models do."""
 
     name: Literal["longalign"] = "longalign"
@@ -82,7 +86,7 @@ class Tokens:
         return pieces(_text(prompt, "tokens"), self.n, count, clauses=False)
 
 
-class TokensConfig(PartConfig):
+class TokensConfig(SegmenterConfig):
     """Splits into windows of tokens.
 
     Attributes:
@@ -116,7 +120,7 @@ class Packed:
         return out
 
 
-class PackedConfig(PartConfig):
+class PackedConfig(SegmenterConfig):
     """Splits into groups of whole sentences.
 
     Attributes:
@@ -148,7 +152,7 @@ class Manual:
         return [segment.strip() for segment in segments if segment.strip()]
 
 
-class ManualConfig(PartConfig):
+class ManualConfig(SegmenterConfig):
     """Takes segments from the user.
 
     Attributes:

@@ -21,13 +21,14 @@ from longalign.config.run import load_config, override, to_yaml
 from longalign.data.cached import CachedImages
 from longalign.encoders.base import Encoder, TruncationWarning
 from longalign.encoders.cached import CachedEncoder, entries, frozen_config, prompt_key
+from longalign.encoders.config import EncoderConfig
 from longalign.encoders.configs import AdapterConfig
 from longalign.encoders.t5.adapter import TextAdapter, adapt
 from longalign.errors import ConfigError
 from longalign.image_io import write_png
 from longalign.inference.sampling import load_model
 from longalign.loop.locks import Lock
-from longalign.registry import PartConfig, encoders
+from longalign.registry import encoders
 from longalign.runtime import Runtime
 
 CAPTIONS = ("A red fox sleeps on a wall. The sky is green.", "A wall.", "The sky. " * 12, "A fox is red.", "A fox.")
@@ -225,7 +226,7 @@ def test_cached_encoder_restores_pooled_and_masked_states(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::longalign.encoders.base.TruncationWarning")
 def test_cached_encoder_finds_plugin_adapter_under_any_key(config, models, tmp_path):
-    class MappedConfig(PartConfig):
+    class MappedConfig(EncoderConfig):
         name: Literal["mapped"] = "mapped"
         mapper: AdapterConfig | None = None
 

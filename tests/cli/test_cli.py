@@ -23,9 +23,10 @@ from longalign.image_io import write_png
 from longalign.inference import baselines
 from longalign.inference import sampling as pipeline
 from longalign.loop import run as loop
-from longalign.registry import PartConfig, rewards, trainers
+from longalign.registry import rewards, trainers
 from longalign.rewards import direction
 from longalign.rewards.base import EmbeddingReward
+from longalign.rewards.config import RewardConfig
 from longalign.runtime import examples_folder
 from longalign.trainers.configs import AlignConfig
 
@@ -550,7 +551,7 @@ class Hues(EmbeddingReward):
         return torch.nn.functional.normalize(torch.tensor([[1.0, len(p), 0.0] for p in prompts]), dim=-1)
 
 
-class HuesConfig(PartConfig):
+class HuesConfig(RewardConfig):
     name: str = "hues"
 
     def build(self, runtime):

@@ -20,7 +20,8 @@ from longalign.config.checks import check_files, check_parts
 from longalign.config.files import find_checkpoint
 from longalign.config.run import load_config, override, to_json
 from longalign.errors import ConfigError
-from longalign.registry import REGISTRIES, PartConfig, rewards
+from longalign.registry import REGISTRIES, rewards
+from longalign.rewards.config import RewardConfig
 from longalign.runtime import Runtime
 
 ALIGN = {
@@ -214,7 +215,7 @@ def test_check_files_reads_hub_cache(tmp_path, monkeypatch):
 
 
 def test_check_files_names_failing_plugin_check():
-    class MineConfig(PartConfig):
+    class MineConfig(RewardConfig):
         name: Literal["mine"] = "mine"
 
         def build(self, runtime):

@@ -17,13 +17,15 @@ from tiny import tiny_backbone
 
 from longalign.compose import build_from_config
 from longalign.config.run import load_config, override
+from longalign.data.config import DataConfig
 from longalign.data.stream import Stream
 from longalign.encoders.base import PromptReport, TruncationWarning, raise_or_warn_truncated
+from longalign.encoders.config import EncoderConfig
 from longalign.errors import ConfigError, RunError
 from longalign.loop.batches import Batches, collate, load_batches
 from longalign.loop.run import _compiled, fit
 from longalign.loop.state import check_same_run, random_state, set_random_state
-from longalign.registry import PartConfig, data, encoders, rewards
+from longalign.registry import data, encoders, rewards
 from longalign.rewards.guard import NonFiniteReward
 
 
@@ -418,7 +420,7 @@ def test_truncated_prompts_warn_once_and_are_counted(world, tmp_path):
             raise_or_warn_truncated(reports, "truncate", 4, f"a different advice for {prompts}")
             return replace(super().encode(prompts), reports=tuple(reports))
 
-    class TruncatingConfig(PartConfig):
+    class TruncatingConfig(EncoderConfig):
         name: str = "truncating"
 
         def build(self, runtime):
@@ -441,7 +443,7 @@ def test_resume_rejects_changed_workers_of_stream(world, tmp_path):
         def items(self, seed, part=0, num_parts=1, skip=0, images=True):
             yield from (world.Squares()[i % 10] for i in itertools.count(skip))
 
-    class EndlessConfig(PartConfig):
+    class EndlessConfig(DataConfig):
         name: str = "endless"
 
         def build(self, runtime):

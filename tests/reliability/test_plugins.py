@@ -10,11 +10,15 @@ import pytest
 import torch
 from tiny import tiny_backbone
 
+from longalign.backbones.config import BackboneConfig
 from longalign.compose import build_from_config
 from longalign.config.describe import parts_table
 from longalign.data.base import Data
+from longalign.data.config import DataConfig
 from longalign.encoders.base import Conditioning, Encoder
-from longalign.registry import PartConfig, backbones, data, encoders, rewards
+from longalign.encoders.config import EncoderConfig
+from longalign.registry import backbones, data, encoders, rewards
+from longalign.rewards.config import RewardConfig
 from longalign.rewards.guard import NonFiniteReward
 from longalign.runtime import Runtime
 
@@ -22,9 +26,12 @@ P, T = "PartConfig", "TrainerConfig"
 HEAD = """
 from typing import ClassVar, Literal
 
+from longalign.backbones.config import BackboneConfig
+from longalign.data.config import DataConfig
+from longalign.encoders.config import EncoderConfig
 from longalign.registry import PartConfig
-from longalign.rewards.configs import RewardConfig
-from longalign.trainers.configs import TrainerConfig
+from longalign.rewards.config import RewardConfig
+from longalign.trainers.config import TrainerConfig
 
 class FaultyConfig({base}):
     name: Literal["faulty"] = "faulty"
@@ -51,15 +58,16 @@ class Squares(Data):
 
 
 GOOD = {backbones: lambda: tiny_backbone("epsilon"), encoders: Letters, data: Squares}
+BASES = {"backbones": BackboneConfig, "encoders": EncoderConfig, "data": DataConfig, "rewards": RewardConfig}
 
 
 @pytest.fixture(autouse=True)
 def good():
-    def part(make):
-        return type("GoodConfig", (PartConfig,), {"build": lambda self, runtime: make(), "__module__": __name__})
+    def part(make, base):
+        return type("GoodConfig", (base,), {"build": lambda self, runtime: make(), "__module__": __name__})
 
     for registry, make in GOOD.items():
-        registry.register("good", part(make))
+        registry.register("good", part(make, BASES[registry.kind]))
     yield
     for registry in GOOD:
         registry.unregister("good")
@@ -77,6 +85,7 @@ def plugin(tmp_path, monkeypatch):
             entries or f"[longalign_{kind}]\nfaulty = fake_faulty:FaultyConfig\n", encoding="utf-8"
         )
         indented = "".join(f"    {line}\n" for line in text.strip().splitlines())
+        base = BASES[kind].__name__ if base == P else base
         (tmp_path / "fake_faulty.py").write_text(HEAD.format(base=base) + indented)
         monkeypatch.syspath_prepend(str(tmp_path))
 
@@ -255,7 +264,7 @@ def test_fit_rejects_rewards_for_trainer_without_rewards(plugin, tmp_path):
         ("raise MemoryError", None, "MemoryError"),
         ("def f(): f()\nf()", None, "RecursionError"),
         ("", "[longalign_rewards]\nfaulty = fake_faulty:Nothing\n", "AttributeError: .*'Nothing'"),
-        ("", "[longalign_rewards]\nfaulty = fake_faulty\n", "PartConfig class .*got <module 'fake_faulty'"),
+        ("", "[longalign_rewards]\nfaulty = fake_faulty\n", "RewardConfig class.*got <module 'fake_faulty'"),
         ("", "[longalign_rewards]\nfaulty\n", "entry points of fake-faulty"),
         ("", "[longalign_reward]\nfaulty = fake_faulty:FaultyConfig\n", "'longalign_reward'.*'longalign_rewards'"),
         ("", "[longalign_rewards]\nclip = fake_faulty:FaultyConfig\n", "'clip' among rewards .* longalign "),

@@ -10,7 +10,6 @@ from longalign.segmenters import (
     Packed,
     Sentence,
     Tokens,
-    group_by_length,
     sentences,
     split_to_window,
 )
