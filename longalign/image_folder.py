@@ -196,9 +196,9 @@ def write_images(
     Raises:
         ValueError: if a seed occurs twice, or the folder already lists images.
     """
-    check_seeds(seeds)
     from tqdm import tqdm
 
+    check_seeds(seeds)
     output, index = Path(output), new_index(output, overwrite)
     jobs = [(i, seed) for i in range(len(prompts)) for seed in seeds]
     metadata = {"config": _config_text(config), "settings": json.dumps(settings), "software": _version()}
