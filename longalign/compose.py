@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from longalign.config.checks import check_files
-from longalign.config.run import DEFAULT_NEEDS, RunConfig, load_config
+from longalign.config.run import RunConfig, load_config
 from longalign.errors import ConfigError
 from longalign.registry import backbones, encoders, rewards, trainers
 from longalign.registry import data as datasets
@@ -97,7 +97,7 @@ class Composition:
         """The trainer. Raises `ConfigError` if the config has none."""
         if "trainer" not in self._built:
             config = self._require("trainer")
-            parts = {key: getattr(self, key) for key in getattr(config, "needs", DEFAULT_NEEDS)}
+            parts = {key: getattr(self, key) for key in config.needs}
             self._built["trainer"] = trainers.construct(config, self.runtime, **parts, rewards=self.rewards)
         return self._built["trainer"]
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from longalign.checkpoints.checkpoint import load_for_sampling
 from longalign.compose import build_from_config
-from longalign.config.run import RunConfig, override
+from longalign.config.changes import override
+from longalign.config.run import RunConfig
 from longalign.data.configs import ScenesConfig
 from longalign.encoders.base import Encoder, PromptReport, TruncationWarning
 from longalign.evaluation.metrics import DecomposedMetric, FactMetric, evaluate

@@ -28,7 +28,8 @@ from longalign.backbones.configs import LoraConfig
 from longalign.backbones.lora import LoraWeights, check_same_names, concat_loras, peft_settings
 from longalign.checkpoints.weights import load_tensors, save_tensors
 from longalign.config.checks import check_parts, parts_of
-from longalign.config.files import CHECKPOINT, DIFFUSERS_LORA, REWARD, checkpoint_file, read_mapping, read_metadata
+from longalign.config.files import CHECKPOINT, DIFFUSERS_LORA, REWARD, checkpoint_file, read_metadata
+from longalign.config.parsing import read_mapping
 from longalign.config.run import RunConfig, load_config, to_dict
 from longalign.encoders.base import Encoder
 from longalign.errors import ConfigError, redact_url

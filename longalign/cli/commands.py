@@ -17,16 +17,11 @@ from textwrap import shorten
 from typing import Any
 
 from longalign.config import describe as descriptions
+from longalign.config.changes import override, parse_assignments
 from longalign.config.checks import check_files, check_parts
-from longalign.config.files import (
-    check_unexported,
-    checkpoint_file,
-    find_checkpoint,
-    parse_assignments,
-    parse_value,
-    read_mapping,
-)
-from longalign.config.run import RunConfig, load_config, override, to_yaml
+from longalign.config.files import check_unexported, checkpoint_file, find_checkpoint
+from longalign.config.parsing import parse_value, read_mapping
+from longalign.config.run import RunConfig, load_config, to_yaml
 from longalign.data.lines import IMAGE_SUFFIXES, check_seeds, inside, new_index, read_jsonl, read_prompts, text_of
 from longalign.errors import redact_url, suggestion
 from longalign.registry import PartConfig, rewards
@@ -262,7 +257,9 @@ def list_parts(args: Namespace) -> int:
 def describe(args: Namespace) -> None:
     """Describes a kind, a part, the keys of a run, or a config."""
     topic, details = args.topic, args.details
-    if Path(topic).suffix in CONFIG_SUFFIXES or Path(topic).is_dir():
+    if args.json_schema:
+        print(descriptions.describe_schema([topic, *details]))
+    elif Path(topic).suffix in CONFIG_SUFFIXES or Path(topic).is_dir():
         print(redact_url(to_yaml(override(topic, parse_assignments(details)))), end="")
     else:
         print(descriptions.describe_topic([topic, *details]))

@@ -15,3 +15,8 @@ class DataConfig(PartConfig):
 
     has_images: ClassVar[bool] = True
     has_pairs: ClassVar[bool] = False
+
+    @property
+    def image_size(self) -> int | None:
+        """Side of the images in pixels; None if it varies, is unknown, or is the backbone's native resolution."""
+        return None

@@ -53,6 +53,10 @@ class ImagesConfig(DataConfig):
     empty: Literal["skip", "keep"] = "skip"
     max_unreadable: NonNegativeInt = 10
 
+    @property
+    def image_size(self) -> int | None:
+        return self.resolution
+
 
 class PairedImagesConfig(DataConfig):
     """Base class of configs of stored preference data.
@@ -67,6 +71,10 @@ class PairedImagesConfig(DataConfig):
 
     resolution: PositiveInt = 224
     max_unreadable: NonNegativeInt = 10
+
+    @property
+    def image_size(self) -> int | None:
+        return self.resolution
 
 
 class TableConfig(DataConfig):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from longalign.config.run import override
+from longalign.config.changes import override
 from longalign.data.lines import check_seeds, new_index, remove_listed
 from longalign.encoders.base import Encoder, TruncationWarning
 from longalign.functional.diffusion import NoiseLevels, check_prediction, guide, trailing_timesteps

@@ -17,8 +17,9 @@ from longalign.caching.fingerprint import fingerprint, fingerprints
 from longalign.caching.store import key_of
 from longalign.checkpoints.checkpoint import redacted, versions
 from longalign.checkpoints.weights import load_pickle, load_tensors, reading
+from longalign.config.changes import diff
 from longalign.config.files import CHECKPOINT, find_checkpoint, read_metadata
-from longalign.config.run import RunConfig, diff, load_config, to_dict
+from longalign.config.run import RunConfig, load_config, to_dict
 from longalign.data.base import Data
 from longalign.loop.folder import checkpoints
 from longalign.sharding import gather_full, gather_optimizer_state, shard_like, shard_optimizer_state

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from longalign.backbones.base import Backbone
-from longalign.config.run import ValidationConfig
+from longalign.config.sections import ValidationConfig
 from longalign.encoders.base import Encoder
 from longalign.functional.rollout import RandomState
 

@@ -26,6 +26,11 @@ class TrainerConfig(PartConfig):
     compares_pairs: ClassVar[bool] = False
     needs_images: ClassVar[bool] = True
 
+    @property
+    def image_size(self) -> int | None:
+        """Side of the sampled images in pixels; None if it samples none, or in the backbone's native resolution."""
+        return None
+
     def build(self, runtime: Runtime, *, backbone: Any = None, encoder: Any = None, rewards: Any = ()) -> Any:
         """Builds the trainer and sets the trainable parameters of its parts.
 

@@ -164,6 +164,10 @@ class RewardConfig(TrainerConfig):
         return self
 
     @property
+    def image_size(self) -> int | None:
+        return self.resolution
+
+    @property
     def needs_images(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.regularizer == "pretraining"
 

@@ -17,7 +17,8 @@ from longalign.caching.fingerprint import fingerprint, fingerprints
 from longalign.caching.store import StaleCache, Store, key_of
 from longalign.cli.main import main
 from longalign.compose import build_from_config
-from longalign.config.run import load_config, override, to_yaml
+from longalign.config.changes import override
+from longalign.config.run import load_config, to_yaml
 from longalign.data.cached import CachedImages
 from longalign.encoders.base import Encoder, TruncationWarning
 from longalign.encoders.cached import CachedEncoder, entries, frozen_config, prompt_key

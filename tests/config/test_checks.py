@@ -16,9 +16,10 @@ from huggingface_hub import errors
 from longalign import hub
 from longalign.checkpoints.checkpoint import load_for_sampling
 from longalign.compose import build_from_config
+from longalign.config.changes import override
 from longalign.config.checks import check_files, check_parts
 from longalign.config.files import find_checkpoint
-from longalign.config.run import load_config, override, to_json
+from longalign.config.run import load_config, to_json
 from longalign.errors import ConfigError
 from longalign.registry import REGISTRIES, rewards
 from longalign.rewards.config import RewardConfig

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
-from longalign.config.run import override
+from longalign.config.changes import override
 from longalign.data.folder import Folder, load_square
 from longalign.data.lines import inside, read_prompts
 from longalign.data.prompts import Prompts

@@ -13,7 +13,8 @@ import torch
 
 from longalign.checkpoints import weights
 from longalign.compose import build_from_config
-from longalign.config.run import load_config, override
+from longalign.config.changes import override
+from longalign.config.run import load_config
 from longalign.loop import folder, locks
 from longalign.loop.folder import checkpoints
 from longalign.loop.locks import Lock
