@@ -39,7 +39,7 @@ def override(config: Mapping[str, Any] | str | Path | RunConfig, changes: Mappin
 
 
 def parse_assignments(items: Sequence[str]) -> dict[str, Any]:
-    """Parses ``["encoder=t5", "loop.lr=1e-4"]`` into changes for `longalign.config.run.override`.
+    """Parses ``["encoder=t5", "loop.lr=1e-4"]`` into changes for `longalign.config.changes.override`.
 
     Raises:
         ConfigError: if items are not ``path=value``, or repeat a path; lists all of them.

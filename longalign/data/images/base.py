@@ -85,7 +85,7 @@ class ImageDataset(Data):
         max_unreadable: number of unreadable images to replace by the next readable one; one more raises.
     """
 
-    def __init__(self, resolution: int | None = 512, max_unreadable: int = 10):
+    def __init__(self, *, resolution: int | None, max_unreadable: int):
         self.loader = SquareLoader(resolution)
         #: unreadable images so far, with their errors
         self.unreadable = Unreadable(max_unreadable)
