@@ -188,7 +188,7 @@ class RunConfig(Section):
             if "backbone" not in needs and getattr(self.loop, key):
                 message = f"only applies to a backbone, but the trainer '{name}' uses none; set it to false"
                 problems.append((f"loop.{key}", message))
-        takes, gives = (getattr(part, "has_pooled", None) for part in (self.backbone, self.encoder))
+        takes, gives = self.backbone and self.backbone.has_pooled, self.encoder and self.encoder.gives_pooled()
         if self.backbone is not None and self.encoder is not None and None not in (takes, gives) and takes != gives:
             message = (
                 f"'{self.backbone.name}' {'needs a' if takes else 'takes no'} pooled embedding, but "
