@@ -103,9 +103,9 @@ def backbone(setting: Setting) -> Any:
 
 def encoder(setting: Setting) -> Any:
     """An encoder that reads a cache: states of the text models' sizes, and the adapter on T5's states."""
+    from longalign.encoders.adapter import adapt
     from longalign.encoders.base import Conditioning, Encoder
     from longalign.encoders.concat import join
-    from longalign.encoders.t5.adapter import adapt
 
     class Cached(Encoder):
         def __init__(self) -> None:

@@ -64,7 +64,7 @@ def test_registry_lists_built_in_entry_points():
     assert set(rewards.names()) >= {"clip", "denscore", "hpsv2", "pickscore", "reweighted", "sum"}
     assert {r.kind for r in REGISTRIES.values()} == set(REGISTRIES)
     info = encoders.info("t5")
-    assert info.target == "longalign.encoders.configs:T5Config"
+    assert info.target == "longalign.encoders.t5.config:T5Config"
     assert info.owner.startswith("longalign ")
 
 

@@ -17,7 +17,7 @@ from longalign.cli.main import main
 from longalign.compose import Composition
 from longalign.config.run import load_config, to_yaml
 from longalign.data.scenes.config import SyntheticConfig
-from longalign.encoders.configs import T5Config
+from longalign.encoders.t5.config import T5Config
 from longalign.evaluation import metrics as evaluate
 from longalign.image_io import write_png
 from longalign.inference import baselines
@@ -131,7 +131,7 @@ def test_list_shows_kind_name_owner_and_target(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["kind", "name", "owner", "target"]
     row = next(line for line in lines if line.startswith("encoders") and " t5 " in line)
-    assert row.split()[-1] == "longalign.encoders.configs:T5Config"
+    assert row.split()[-1] == "longalign.encoders.t5.config:T5Config"
     assert not any(line.startswith("trainers") for line in lines)
     assert main(["list", "--check"]) == 0
     capsys.readouterr()
