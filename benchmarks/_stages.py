@@ -182,7 +182,7 @@ def generate(setting: Setting, _: LikeCuda) -> Stage:
 def train(setting: Setting, cuda: LikeCuda) -> Stage:
     """A training step on cached prompts and latents."""
     from longalign.backbones.configs import LoraConfig
-    from longalign.gradient_steps.steps import GroupedRandom
+    from longalign.registry import gradient_steps
     from longalign.trainers.align import AlignTrainer
     from longalign.trainers.configs import AlignConfig, RewardConfig
     from longalign.trainers.reward import RewardTrainer
@@ -204,7 +204,9 @@ def train(setting: Setting, cuda: LikeCuda) -> Stage:
         trainer: Any = AlignTrainer.from_config(AlignConfig(lora=lora), model, texts)
     else:
         config = RewardConfig(lora=lora, num_steps=1, denoise_batch=chunk, decode_batch=chunk, gradient_steps="all")
-        trainer = RewardTrainer.from_config(config, model, texts, [reward(setting)], GroupedRandom(1))
+        trainer = RewardTrainer.from_config(
+            config, model, texts, [reward(setting)], gradient_steps.build({"name": "grouped-random", "groups": 1})
+        )
     if setting.checkpointing:
         trainer.enable_gradient_checkpointing()
     model.wrap_denoiser(prepared(model.denoiser))

@@ -387,3 +387,11 @@ def reweighted(inner, **settings):
     from longalign.runtime import Runtime
 
     return ReweightedReward(inner, **{"omega": 0.3, "direction": "batch", "gather": Runtime.gather, **settings})
+
+
+def steps(name, **settings):
+    """A method of the kind ``gradient_steps``, built from its config for one process."""
+    from longalign.registry import gradient_steps
+    from longalign.runtime import Runtime
+
+    return gradient_steps.build({"name": name, **settings}, Runtime())

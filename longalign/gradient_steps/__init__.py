@@ -12,27 +12,27 @@ if TYPE_CHECKING:
     from longalign.gradient_steps.base import GradientSteps as GradientSteps
     from longalign.gradient_steps.base import GradientStepSelector as GradientStepSelector
     from longalign.gradient_steps.config import GradientStepsConfig as GradientStepsConfig
-    from longalign.gradient_steps.grouped import DRTune as DRTune
-    from longalign.gradient_steps.grouped import GroupedRandom as GroupedRandom
-    from longalign.gradient_steps.last import AlignProp as AlignProp
-    from longalign.gradient_steps.last import All as All
-    from longalign.gradient_steps.last import DraftK as DraftK
-    from longalign.gradient_steps.last import DraftLV as DraftLV
-    from longalign.gradient_steps.last import Last as Last
-    from longalign.gradient_steps.last import ReFL as ReFL
+    from longalign.gradient_steps.general import All as All
+    from longalign.gradient_steps.general import GroupedRandom as GroupedRandom
+    from longalign.gradient_steps.general import Last as Last
+    from longalign.gradient_steps.papers import AlignProp as AlignProp
+    from longalign.gradient_steps.papers import DraftK as DraftK
+    from longalign.gradient_steps.papers import DraftLV as DraftLV
+    from longalign.gradient_steps.papers import DRTune as DRTune
+    from longalign.gradient_steps.papers import ReFL as ReFL
 
 _MODULES = {
-    "AlignProp": "last",
-    "All": "last",
-    "DRTune": "grouped",
-    "DraftK": "last",
-    "DraftLV": "last",
+    "AlignProp": "papers",
+    "All": "general",
+    "DRTune": "papers",
+    "DraftK": "papers",
+    "DraftLV": "papers",
     "GradientStepSelector": "base",
     "GradientSteps": "base",
     "GradientStepsConfig": "config",
-    "GroupedRandom": "grouped",
-    "Last": "last",
-    "ReFL": "last",
+    "GroupedRandom": "general",
+    "Last": "general",
+    "ReFL": "papers",
 }
 
 __all__ = [
