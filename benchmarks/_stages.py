@@ -129,14 +129,16 @@ def reward(setting: Setting) -> Any:
     """Denscore, with constant text embeddings."""
     from longalign.functional.images import ImagePreprocessor
     from longalign.rewards.base import Reward, Scores
-    from longalign.rewards.clip import ClipTowers
+    from longalign.rewards.clip.towers import ClipTowers
     from longalign.rewards.towers import TowerReward
 
     class Denscore(Reward):
         def __init__(self) -> None:
             super().__init__()
             towers = ClipTowers(network(setting.model, DENSCORE), None)
-            self.inner = TowerReward(towers, ImagePreprocessor((224, 224)), micro_batch=1 if setting.single else None)
+            micro_batch = 1 if setting.single else None
+            preprocessor = ImagePreprocessor((224, 224))
+            self.inner = TowerReward(towers, preprocessor, segmenter=None, micro_batch=micro_batch, truncate=False)
 
         def score_components(self, images: Tensor, prompts: Sequence[str]) -> Scores:
             features = self.inner.image_features(images)
@@ -180,7 +182,7 @@ def generate(setting: Setting, _: LikeCuda) -> Stage:
 def train(setting: Setting, cuda: LikeCuda) -> Stage:
     """A training step on cached prompts and latents."""
     from longalign.backbones.configs import LoraConfig
-    from longalign.gradient_steps.steps import GroupedRandom
+    from longalign.registry import gradient_steps
     from longalign.trainers.align import AlignTrainer
     from longalign.trainers.configs import AlignConfig, RewardConfig
     from longalign.trainers.reward import RewardTrainer
@@ -202,7 +204,9 @@ def train(setting: Setting, cuda: LikeCuda) -> Stage:
         trainer: Any = AlignTrainer.from_config(AlignConfig(lora=lora), model, texts)
     else:
         config = RewardConfig(lora=lora, num_steps=1, denoise_batch=chunk, decode_batch=chunk, gradient_steps="all")
-        trainer = RewardTrainer.from_config(config, model, texts, [reward(setting)], GroupedRandom(1))
+        trainer = RewardTrainer.from_config(
+            config, model, texts, [reward(setting)], gradient_steps.build({"name": "grouped-random", "groups": 1})
+        )
     if setting.checkpointing:
         trainer.enable_gradient_checkpointing()
     model.wrap_denoiser(prepared(model.denoiser))

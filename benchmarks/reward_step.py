@@ -64,7 +64,6 @@ def build(setting: Setting) -> Any:
     from longalign.backbones.configs import LoraConfig
     from longalign.backbones.sd import SDBackbone
     from longalign.encoders.base import Conditioning, Encoder
-    from longalign.gradient_steps.steps import GroupedRandom
     from longalign.trainers.configs import RewardConfig
     from longalign.trainers.reward import RewardTrainer
 
@@ -98,7 +97,7 @@ def build(setting: Setting) -> Any:
     config = RewardConfig(
         lora=LoraConfig(rank=16, dropout=0), num_steps=setting.steps, gradient_steps=gradient_steps, **calls
     )
-    trainer = RewardTrainer.from_config(config, backbone, Random(), [warm], GroupedRandom(setting.chosen))
+    trainer = RewardTrainer.from_config(config, backbone, Random(), [warm], selector)
     for name, parameter in trainer.named_parameters():
         if ".lora_B." in name:  # initialised to zero, so lora_A would have no gradient
             torch.nn.init.normal_(parameter, std=0.01)

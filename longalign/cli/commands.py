@@ -241,7 +241,7 @@ def direction(args: Namespace) -> None:
     (config,) = _rewards([args.reward]).values()
     prompts = [p for p in read_prompts(args.prompts) if p]
     check_parts({config.name: config})
-    from longalign.rewards.direction import write_direction
+    from longalign.rewards.reweighted.direction import write_direction
     from longalign.runtime import Runtime
 
     print(write_direction(config, prompts, args.output, Runtime.detect(device=args.device), args.batch).report())

@@ -9,7 +9,6 @@ from pydantic import Field, model_validator
 from longalign.backbones.configs import LoraConfig
 from longalign.gradient_steps.config import GradientStepsConfig
 from longalign.registry import REGISTRIES, Part
-from longalign.rewards.configs import ClipLikeConfig
 from longalign.runtime import Runtime
 from longalign.trainers.config import TrainerConfig
 
@@ -176,7 +175,7 @@ class RewardConfig(TrainerConfig):
         problems += [
             (f"rewards.{i}", f"'{reward.name}' has no gradient in its images, which '{self.name}' requires")
             for i, reward in enumerate(run.rewards)
-            if not getattr(reward, "differentiable", True)
+            if not reward.is_differentiable()
         ]
         return problems + (
             _image_problems(run, "the regularizer 'pretraining'") if self.regularizer == "pretraining" else []
@@ -241,7 +240,7 @@ class DenscoreTrainerConfig(TrainerConfig):
 
     def check_run(self, run: Any) -> list[tuple[str, str]]:
         problems = []
-        if len(run.rewards) != 1 or not isinstance(run.rewards[0], ClipLikeConfig):
+        if len(run.rewards) != 1 or not run.rewards[0].trainable_towers:
             got = ", ".join(f"'{reward.name}'" for reward in run.rewards) or "none"
             problems.append(("rewards", f"'denscore' trains one reward: 'denscore', 'pickscore' or 'clip'; got {got}"))
         unused = {

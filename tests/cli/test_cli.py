@@ -24,9 +24,9 @@ from longalign.inference import baselines
 from longalign.inference import sampling as pipeline
 from longalign.loop import run as loop
 from longalign.registry import rewards, trainers
-from longalign.rewards import direction
 from longalign.rewards.base import EmbeddingReward
 from longalign.rewards.config import RewardConfig
+from longalign.rewards.reweighted import direction
 from longalign.runtime import examples_folder
 from longalign.trainers.configs import AlignConfig
 
