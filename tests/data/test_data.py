@@ -12,7 +12,9 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
+import longalign.data
 from longalign.config.changes import override
+from longalign.data.config import DataConfig
 from longalign.data.images.base import load_square
 from longalign.data.images.folder import Folder
 from longalign.data.lines import inside, read_prompts
@@ -352,3 +354,27 @@ def test_folder_rejects_lone_surrogates(folder):
     )
     with pytest.raises(ValueError, match=r"metadata\.jsonl, line 2: 'text'"):
         build(folder)
+
+
+def test_configs_declare_what_a_run_asks():
+    def declared(name, **keys):
+        config = data.validate({"name": name, **keys})
+        assert isinstance(config, DataConfig)
+        return config.has_images, config.has_pairs, config.is_stream, config.image_size
+
+    assert declared("scenes") == (True, False, False, None)
+    assert declared("scene-pairs") == (True, True, False, None)
+    assert declared("folder", folder="x", resolution=16) == (True, False, False, 16)
+    assert declared("webdataset", shards="x") == (True, False, True, None)
+    assert declared("hf", dataset="x", streaming=True) == (True, False, True, None)
+    assert declared("hf", dataset="x", image=None) == (False, False, False, None)
+    assert declared("pairs", folder="x") == declared("hf-pairs", dataset="x") == (True, True, False, 224)
+    assert declared("prompts", file="x") == (False, False, False, None)
+
+
+def test_data_exports_its_classes_lazily():
+    for name in dir(longalign.data):
+        if name[0].isupper() and name != "TYPE_CHECKING" and name != "Any":
+            assert getattr(longalign.data, name).__name__ == name
+    with pytest.raises(AttributeError, match=r"'longalign\.data' .*'Nothing'"):
+        _ = longalign.data.Nothing
