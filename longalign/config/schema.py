@@ -39,7 +39,7 @@ class Generator(GenerateJsonSchema):
     def model_schema(self, schema: Any) -> JsonSchemaValue:
         out, model = super().model_schema(schema), schema["cls"]
         out.pop("title", None)
-        out["description"] = summary(model)
+        out["description"] = "\n\n".join(map(_plain, summary(model).split("\n\n")))
         for key, text in descriptions(model).items():
             if key in out.get("properties", {}):
                 out["properties"][key]["description"] = text
