@@ -129,6 +129,40 @@ def test_load_config_rejects_encoder_of_different_model(backbone, encoder, messa
     assert re.search(message, error.value.errors[0][1])
 
 
+CLIP = {"name": "clip", "checkpoint": "mini/clip"}
+REWEIGHTED_SUM = {"name": "reweighted", "inner": {"name": "sum", "terms": [{"reward": CLIP}]}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "path", "message"),
+    [
+        ({"rewards": [CLIP, "flat"]}, "rewards.1", "'flat' has no gradient .*'reward' requires"),
+        ({"rewards": [{"name": "sum", "terms": [{"reward": "flat"}]}]}, "rewards.0", "'sum' has no gradient"),
+        ({"rewards": [{"name": "reweighted", "inner": "flat"}]}, "rewards.0.inner", "'flat' is not a product"),
+        ({"rewards": [REWEIGHTED_SUM]}, "rewards.0.inner", "'sum' is not a product of embeddings"),
+        ({"rewards": []}, "rewards", "needs at least one reward"),
+        ({"rewards": [CLIP], "trainer": "align"}, "rewards", "'align' uses no rewards"),
+        ({"rewards": [CLIP], "data": "scene-pairs"}, "data", "two images per prompt"),
+        ({"rewards": [CLIP], "trainer": "denscore"}, "data", "needs two images per prompt"),
+        ({"trainer": "align", "data": {"name": "prompts", "file": "p.txt"}}, "data", "needs images"),
+    ],
+)  # fmt: skip
+def test_load_config_names_key_of_parts_that_do_not_fit(changes, path, message):
+    class FlatConfig(RewardConfig):
+        target = "tests:Flat"
+        name: Literal["flat"] = "flat"
+        differentiable = False
+
+    rewards.register("flat", FlatConfig)
+    try:
+        with pytest.raises(ConfigError) as error:
+            load_config({**ALIGN, "trainer": "reward", **changes})
+    finally:
+        rewards.unregister("flat")
+    problems = dict(error.value.errors)
+    assert re.search(message, problems[path])
+
+
 def test_concat_rejects_two_pooled_embeddings():
     with pytest.raises(ConfigError, match="pooled embedding, got clip-segment-sdxl, clip-segment-sd3"):
         load_config({**ALIGN, "encoder": {"name": "concat", "parts": ["clip-segment-sdxl", "clip-segment-sd3"]}})
