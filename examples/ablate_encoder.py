@@ -18,7 +18,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from longalign import build_from_config, diff, load_config, override
+from longalign import diff, fit, load_config, override
 from longalign.checkpoints.checkpoint import load_for_sampling
 from longalign.demo import default_config, held_out_captions
 from longalign.encoders.base import TruncationWarning
@@ -64,7 +64,7 @@ def ablate(
     for name, changes in variants.items():
         config = override(base_config, {**changes, "output": str(output / name)})
         print(f"== {name}: " + ", ".join(f"{key} = {new}" for key, (_, new) in diff(base_config, config).items()))
-        result = build_from_config(config).fit()
+        result = fit(config)
         if result.interrupted:
             raise KeyboardInterrupt
         _, backbone, encoder = load_for_sampling(result.checkpoint)

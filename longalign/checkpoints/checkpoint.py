@@ -34,7 +34,7 @@ from longalign.encoders.base import Encoder
 from longalign.errors import ConfigError, redact_url
 from longalign.registry import REGISTRIES, backbones, encoders
 from longalign.runtime import Runtime
-from longalign.trainers.base import adapter
+from longalign.trainers.diffusion import adapter
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -17,3 +17,9 @@ class RewardConfig(PartConfig):
 
     embeds: ClassVar[bool] = False
     differentiable: ClassVar[bool] = True
+    #: whether the trainer `denscore` can train the reward: a `TowerReward` whose towers implement all hooks of `Towers`
+    trainable_towers: ClassVar[bool] = False
+
+    def is_differentiable(self) -> bool:
+        """Whether the scores have gradient with respect to the images; a composite asks its inner rewards."""
+        return self.differentiable

@@ -80,6 +80,7 @@ class ClipLikeConfig(TowerRewardConfig):
     """
 
     default_processor: ClassVar[str] = CLIP_H
+    trainable_towers: ClassVar[bool] = True
 
     checkpoint: str
     revision: str | None = None

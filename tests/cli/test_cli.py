@@ -28,7 +28,7 @@ from longalign.rewards import direction
 from longalign.rewards.base import EmbeddingReward
 from longalign.rewards.config import RewardConfig
 from longalign.runtime import examples_folder
-from longalign.trainers.configs import AlignConfig
+from longalign.trainers.align.config import AlignConfig
 
 CONFIG = {
     "backbone": {"name": "sd", "checkpoint": "mini/sd"},
@@ -405,11 +405,11 @@ def test_device_option_reaches_generate_and_fit(yaml, hues, monkeypatch, tmp_pat
     assert main(["generate", "--config", yaml, "--prompt", "a", "--output", "x", "--device", "cpu"]) == 0
     assert seen == ["cpu"] and "1 image in x" in capsys.readouterr().out
 
-    def fit(composition, resume=None):
-        seen.append(composition.runtime.device)
+    def train(config, runtime, resume):
+        seen.append(runtime.device)
         return loop.FitResult(1, tmp_path, False)
 
-    monkeypatch.setattr(loop, "fit", fit)
+    monkeypatch.setattr(loop, "train", train)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     main(["train", yaml])
     assert main(["train", yaml, "--device", "cpu"]) == 0

@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from longalign.checkpoints import weights
-from longalign.compose import build_from_config
 from longalign.config.run import load_config, override
 from longalign.loop import folder, locks
+from longalign.loop.fit import fit
 from longalign.loop.folder import checkpoints
 from longalign.loop.locks import Lock
 
 
 def run(config, resume=None):
-    return build_from_config(config).fit(resume=resume)
+    return fit(config, resume=resume)
 
 
 def names(output):

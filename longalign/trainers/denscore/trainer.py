@@ -16,6 +16,7 @@ from longalign.config.files import REWARD
 from longalign.functional import preference
 from longalign.runtime import Runtime
 from longalign.trainers.base import Backward, Trainer, Wrap
+from longalign.trainers.denscore.config import DenscoreTrainerConfig
 
 if TYPE_CHECKING:
     from longalign.rewards.towers import TowerReward
@@ -58,17 +59,36 @@ class DenscoreTrainer(Trainer):
     def __init__(
         self,
         reward: TowerReward,
-        runtime: Runtime | None = None,
+        runtime: Runtime,
         *,
-        train: Literal["all", "text", "vision", "projections"] = "all",
-        preference_weight: float = 1.0,
-        contrastive_weight: float = 0.5,
+        train: Literal["all", "text", "vision", "projections"],
+        preference_weight: float,
+        contrastive_weight: float,
     ):
         super().__init__()
-        self.reward, self.runtime = reward, runtime or Runtime()
+        self.reward, self.runtime = reward, runtime
         reward.towers.train_only(train)
         self.preference_weight, self.contrastive_weight = preference_weight, contrastive_weight
         self._embed: tuple[Any] = (Embed(reward),)
+
+    @classmethod
+    def from_config(
+        cls, config: DenscoreTrainerConfig, runtime: Runtime, *, rewards: Sequence[TowerReward]
+    ) -> DenscoreTrainer:
+        """Sets the trainable parameters of the only reward, and builds the trainer.
+
+        Raises:
+            ValueError: if there is not exactly one reward.
+        """
+        if len(rewards) != 1:
+            raise ValueError(f"'denscore' trains one reward, got {len(rewards)}")
+        return cls(
+            rewards[0],
+            runtime,
+            train=config.train,
+            preference_weight=config.preference_weight,
+            contrastive_weight=config.contrastive_weight,
+        )
 
     def prepare(self, wrap: Wrap) -> list[Any]:
         self._embed = (wrap(Embed(self.reward)),)
@@ -86,7 +106,7 @@ class DenscoreTrainer(Trainer):
         # Clamping in the loss would zero the gradient at the limit, where CLIP's temperature starts.
         self.reward.towers.logit_scale.clamp_(max=math.log(MAX_SCALE))
 
-    def losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def loss(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Computes losses and metrics over the batches of all processes.
 
         Metrics:
@@ -157,7 +177,7 @@ class DenscoreTrainer(Trainer):
         return torch.tensor(hashes, device=self.runtime.device)
 
     def step(self, batch: Mapping[str, Any], backward: Backward) -> dict[str, Tensor]:
-        losses = self.losses(batch)
+        losses = self.loss(batch)
         # Gradients are averaged over processes, and each process has only those of its own rows.
         total = torch.stack([value for key, value in losses.items() if key.endswith("_loss")]).sum()
         backward(self.runtime.world_size * total)
