@@ -203,7 +203,7 @@ def test_trainer_rejects_towers_that_cannot_be_trained():
     reward = torch.nn.Module()
     reward.towers = Towers()
     with pytest.raises(ValueError, match=r"Towers\b.*CLIPModel"):
-        DenscoreTrainer(reward)
+        DenscoreTrainer.from_config(DenscoreTrainerConfig(), Runtime(), rewards=[reward])
 
 
 def test_step_gradient_of_two_processes_equals_one(clip):
