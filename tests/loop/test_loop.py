@@ -314,10 +314,10 @@ def test_log_run_summary_warns_of_large_model_on_cpu(world, tmp_path, caplog, mo
 
 def test_fit_bf16_with_gradient_checkpointing_and_tensorboard(world, tmp_path):
     loop = {"steps": 1, "precision": "bf16", "gradient_checkpointing": True, "trackers": ["tensorboard"]}
-    composition = build_from_config(world.align_config(tmp_path, **loop))
-    assert fit(composition).step == 1
+    trained = world.finished(world.align_config(tmp_path, **loop))
+    assert trained.step == 1
     assert list(tmp_path.rglob("events.out.tfevents*"))
-    assert {p.dtype for p in composition.trainer.trainable()} == {torch.float32}
+    assert {p.dtype for p in trained.optimization.parameters} == {torch.float32}
     run(world.align_config(tmp_path / "plain", steps=1))  # then full precision in the same process
 
 
@@ -341,13 +341,13 @@ def test_compile_trains_and_keeps_weight_names(world, tmp_path, monkeypatch):
         return compiled[0]
 
     plain = run(world.reward_config(tmp_path / "plain", steps=1))
-    composition = build_from_config(world.reward_config(tmp_path / "compiled", steps=1, compile=True))
     monkeypatch.setattr(torch, "compile", compile_module)
-    result = fit(composition)
-    assert compiled[0]._orig_mod is composition.backbone.denoiser and composition.backbone.lora_names == ["reward"]
+    result = world.finished(world.reward_config(tmp_path / "compiled", steps=1, compile=True))
+    backbone = result.composition.backbone
+    assert compiled[0]._orig_mod is backbone.denoiser and backbone.lora_names == ["reward"]
     assert compiled[0].options == {"backend": "inductor", "options": {"fallback_random": True}}
     assert compiled[0].grad_modes == [False, False, True]
-    assert equal_tensors(weights(result.checkpoint), weights(plain.checkpoint))
+    assert equal_tensors(weights(result.folder), weights(plain.checkpoint))
 
 
 def test_compiled_uses_torch_backend():
@@ -362,8 +362,8 @@ def test_channels_last_keeps_losses_and_checkpoint(world, tmp_path, lora):
     losses, saved = [], {}
     for name, settings in (("plain", {}), ("last", {"channels_last": True})):
         config = world.align_config(tmp_path / name, steps=2, lr=1e-3, **settings)
-        composition = build_from_config({**config, "trainer": {"name": "align", "lora": lora}})
-        saved = weights(fit(composition).checkpoint)
+        trained = world.finished({**config, "trainer": {"name": "align", "lora": lora}})
+        saved, composition = weights(trained.folder), trained.composition
         losses.append([line["loss"] for line in lines(tmp_path / name)])
         for part in (composition.backbone.denoiser, composition.backbone.vae.decoder):
             kernels = [p for p in part.parameters() if p.ndim == 4 and min(p.shape[1], *p.shape[2:]) > 1]

@@ -7,6 +7,7 @@ from threading import Barrier, Thread
 
 import pytest
 import torch
+import worlds
 from tiny import tiny_clip
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPProcessor
@@ -16,7 +17,6 @@ from longalign.checkpoints.checkpoint import load_for_sampling, load_weights
 from longalign.checkpoints.publish import export
 from longalign.config.run import to_dict
 from longalign.errors import ConfigError
-from longalign.loop.run import Run
 from longalign.registry import rewards
 from longalign.runtime import Runtime
 from longalign.trainers.denscore.config import DenscoreTrainerConfig
@@ -293,10 +293,7 @@ def test_fit_reduces_loss(clip, tmp_path):
 
 def test_bf16_keeps_trainable_weights_in_float32(clip, tmp_path):
     loop = {"steps": 1, "batch_size": 2, "precision": "bf16", "gradient_checkpointing": True}
-    run = Run(load_config(config(clip, tmp_path, loop=loop)), Runtime.detect("bf16"))
-    run.train(lambda: False)
-    run.close()
-    trainer = run.composition.trainer
+    trainer = worlds.finished(config(clip, tmp_path, loop=loop)).composition.trainer
     assert {p.dtype for p in trainer.trainable()} == {torch.float32}
     start = CLIPModel.from_pretrained(clip).logit_scale  # not rounded to bfloat16
     assert abs(trainer.reward.towers.logit_scale - start) < 1e-4
@@ -347,7 +344,7 @@ def test_config_rejects_unused_keys(clip, tmp_path):
     with pytest.raises(ValueError, match=r"preference_weight and contrastive_weight.*\b0\b"):
         DenscoreTrainerConfig(preference_weight=0, contrastive_weight=0)
     with pytest.raises(ValueError, match=r"'denscore'.*one reward.*got 0"):
-        DenscoreTrainerConfig().build(Runtime())
+        DenscoreTrainerConfig().build(Runtime(), rewards=[])
 
 
 def test_checkpoint_is_rejected_for_sampling_and_can_be_exported(clip, tmp_path):

@@ -286,8 +286,8 @@ def test_config_rejects_contradictory_keys(world, tmp_path):
         trainers.validate({"name": "lcm", "w_min": 5, "w_max": 2})
     with pytest.raises(ConfigError, match="solver"):
         trainers.validate({"name": "lcm-reward", "solver": "ddim"})
-    with pytest.raises(ValueError, match=r"'lcm'.*rewards.*got 1"):
-        LCMConfig().build(Runtime(), backbone=tiny_backbone(), encoder=ToyEncoder(), rewards=[red])
+    with pytest.raises(ValueError, match=r"'lcm' uses no rewards"):
+        trainers.build("lcm", Runtime(), backbone=tiny_backbone(), encoder=ToyEncoder(), rewards=[red])
     with pytest.raises(ValueError, match=r"'lcm'.*images"):
         build().loss({"prompt": ["ab"]})
     config = world.align_config(tmp_path)
