@@ -103,9 +103,9 @@ def backbone(setting: Setting) -> Any:
 
 def encoder(setting: Setting) -> Any:
     """An encoder that reads a cache: states of the text models' sizes, and the adapter on T5's states."""
+    from longalign.encoders.adapter import adapt
     from longalign.encoders.base import Conditioning, Encoder
     from longalign.encoders.concat import join
-    from longalign.encoders.t5.adapter import adapt
 
     class Cached(Encoder):
         def __init__(self) -> None:
@@ -129,14 +129,16 @@ def reward(setting: Setting) -> Any:
     """Denscore, with constant text embeddings."""
     from longalign.functional.images import ImagePreprocessor
     from longalign.rewards.base import Reward, Scores
-    from longalign.rewards.clip import ClipTowers
+    from longalign.rewards.clip.towers import ClipTowers
     from longalign.rewards.towers import TowerReward
 
     class Denscore(Reward):
         def __init__(self) -> None:
             super().__init__()
             towers = ClipTowers(network(setting.model, DENSCORE), None)
-            self.inner = TowerReward(towers, ImagePreprocessor((224, 224)), micro_batch=1 if setting.single else None)
+            micro_batch = 1 if setting.single else None
+            preprocessor = ImagePreprocessor((224, 224))
+            self.inner = TowerReward(towers, preprocessor, segmenter=None, micro_batch=micro_batch, truncate=False)
 
         def score_components(self, images: Tensor, prompts: Sequence[str]) -> Scores:
             features = self.inner.image_features(images)

@@ -29,8 +29,9 @@ from reward_step import non_default_options, table
 
 from longalign.caching.fingerprint import fingerprint, fingerprints
 from longalign.checkpoints.checkpoint import load_for_sampling
-from longalign.config.files import checkpoint_file, parse_assignments
-from longalign.config.run import RunConfig, load_config, override, to_dict
+from longalign.config.changes import override, parse_assignments
+from longalign.config.files import checkpoint_file
+from longalign.config.run import RunConfig, load_config, to_dict
 from longalign.demo import default_config, held_out_captions
 from longalign.encoders.base import TruncationWarning
 from longalign.evaluation.charts import ticks

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from longalign.compose import Composition as Composition
     from longalign.compose import build_from_config as build_from_config
+    from longalign.config.changes import diff as diff
+    from longalign.config.changes import override as override
     from longalign.config.run import RunConfig as RunConfig
-    from longalign.config.run import diff as diff
     from longalign.config.run import load_config as load_config
-    from longalign.config.run import override as override
     from longalign.errors import ConfigError as ConfigError
     from longalign.errors import PartError as PartError
     from longalign.inference.condition import condition as condition
@@ -31,10 +31,10 @@ _MODULES = {
     "Runtime": "runtime",
     "build_from_config": "compose",
     "condition": "inference.condition",
-    "diff": "config.run",
+    "diff": "config.changes",
     "fit": "loop.fit",
     "load_config": "config.run",
-    "override": "config.run",
+    "override": "config.changes",
 }
 
 __all__ = [

@@ -45,6 +45,10 @@ except Exception:  # on import, catalogue reads the entry points of all distribu
     skip_unreadable()
     import catalogue
 
+#: maximum of integers without a bound of their own
+MAX_INT = 2**63 - 1
+#: mark of a part's kind in a JSON schema
+KIND = "x-longalign-kind"
 KEBAB = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 TARGET = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -69,7 +73,7 @@ def _strict(schema: Any) -> Any:
     if schema.get("type") in ("int", "bool"):
         schema["strict"] = True
     if schema.get("type") == "int" and not {"le", "lt"} & schema.keys():
-        schema["le"] = 2**63 - 1
+        schema["le"] = MAX_INT
     if schema.get("type") == "float":
         return core_schema.no_info_before_validator_function(_reject_bool, schema)
     return schema
@@ -78,10 +82,13 @@ def _strict(schema: Any) -> Any:
 class Section(BaseModel):
     """Base class of all config classes: frozen and strict.
 
-    Extra keys, infinities, NaN, strings for integers, booleans for numbers and integers beyond 64 bits are errors.
+    Extra keys, infinities, NaN, strings for integers, booleans for numbers and integers beyond 64 bits are errors. The
+    docstring below a field is the description of its key.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, use_attribute_docstrings=True
+    )
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> Any:
@@ -435,9 +442,12 @@ def _check_config_class(name: str, model: type[PartConfig], base: type[PartConfi
 
 @dataclass(frozen=True)
 class PartOf:
-    """Annotation metadata set by `Part` and read by `longalign.config.describe`."""
+    """Annotation metadata set by `Part`: the kind of the part, for its JSON schema."""
 
     kind: str
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        return {KIND: self.kind}
 
 
 def Part(kind: str) -> Any:

@@ -12,7 +12,8 @@ from longalign.backbones.config import BackboneConfig
 from longalign.backbones.configs import LoraConfig
 from longalign.checkpoints import checkpoint
 from longalign.compose import Composition, build_from_config
-from longalign.config.run import load_config, override
+from longalign.config.changes import override
+from longalign.config.run import load_config
 from longalign.data.base import Data
 from longalign.data.config import DataConfig
 from longalign.encoders.base import Encoder

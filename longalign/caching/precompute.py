@@ -13,7 +13,7 @@ from tqdm import tqdm
 from longalign.caching.fingerprint import fingerprints
 from longalign.caching.store import SHARD_BYTES, Store
 from longalign.config.run import RunConfig
-from longalign.data.base import Data, resolve_resolution
+from longalign.data.base import Data
 from longalign.data.cached import ITEMS, UNREADABLE, CachedImages, read_items, write_items
 from longalign.data.lines import read_prompts
 from longalign.data.stream import Stream
@@ -21,14 +21,13 @@ from longalign.encoders.base import Encoder
 from longalign.encoders.cached import (
     build_cached,
     entries,
-    frozen_config,
-    leaves,
     prompt_key,
     require_cached,
     settings,
 )
+from longalign.encoders.config import EncoderConfig
 from longalign.loop.locks import Lock
-from longalign.registry import PartConfig
+from longalign.names import unique_name
 from longalign.runtime import Runtime
 
 TEXT_FOLDERS = ("text_encoder", "tokenizer")
@@ -65,7 +64,7 @@ def make_caches(
     """
     if config.cache is None or config.data is None:
         raise ValueError("expected a config with 'data' and 'cache', e.g. cache: {folder: runs/cache}")
-    data = require_indexed(resolve_resolution(config).build(runtime), config)
+    data = require_indexed(config.data.for_backbone(config.backbone).build(runtime), config)
     progress = progress and runtime.rank == 0
     lock = Lock(Path(config.cache.folder)) if runtime.rank == 0 else None
     try:
@@ -138,8 +137,7 @@ def cached_encoder(config: RunConfig, data: Data, runtime: Runtime) -> Encoder:
 def _has_latents(config: RunConfig) -> bool:
     if config.cache is None or config.data is None:
         return False
-    has_images = getattr(config.data, "has_images", True)
-    return has_images if config.cache.latents is None else config.cache.latents
+    return config.data.has_images if config.cache.latents is None else config.cache.latents
 
 
 def _validation_prompts(config: RunConfig) -> list[str]:
@@ -149,13 +147,14 @@ def _validation_prompts(config: RunConfig) -> list[str]:
     return read_prompts(Path(prompts)) if isinstance(prompts, str) else list(prompts)
 
 
-def _named(config: RunConfig) -> Iterator[tuple[str, PartConfig]]:
+def _named(config: RunConfig) -> Iterator[tuple[str, EncoderConfig]]:
     """Encoders with a cache of their own, each with the name of its folder."""
     assert config.encoder is not None  # a config with a cache has one
-    seen: dict[str, int] = {}
-    for leaf in leaves(config.encoder):
-        seen[leaf.name] = number = seen.get(leaf.name, 0) + 1
-        yield f"prompts-{leaf.name}" + (f"-{number}" if number > 1 else ""), leaf
+    names: set[str] = set()
+    for leaf in config.encoder.leaves():
+        name = unique_name(f"prompts-{leaf.name}", names)
+        names.add(name)
+        yield name, leaf
 
 
 def _latents(config: RunConfig, runtime: Runtime, **options: Any) -> Store:
@@ -164,14 +163,14 @@ def _latents(config: RunConfig, runtime: Runtime, **options: Any) -> Store:
     backbone = config.backbone.model_dump(mode="json", exclude={"dtype"})
     identity = {
         "backbone": backbone,
-        "data": resolve_resolution(config).model_dump(mode="json"),
+        "data": config.data.for_backbone(config.backbone).model_dump(mode="json"),
         "dtype": runtime.dtype,
         "weights": fingerprints(backbone, IMAGE_FOLDERS),
     }
     return Store(Path(config.cache.folder) / "latents", identity, **options)
 
 
-def _prompts(config: RunConfig, name: str, leaf: PartConfig, runtime: Runtime, **options: Any) -> Store:
+def _prompts(config: RunConfig, name: str, leaf: EncoderConfig, runtime: Runtime, **options: Any) -> Store:
     assert config.cache is not None
     encoder = settings(leaf)
     identity = {"encoder": encoder, "dtype": runtime.dtype, "weights": fingerprints(encoder, TEXT_FOLDERS)}
@@ -288,7 +287,7 @@ def _check_deterministic(data: Data) -> None:
 def _make_prompts(
     config: RunConfig,
     name: str,
-    leaf: PartConfig,
+    leaf: EncoderConfig,
     prompts: list[str],
     runtime: Runtime,
     batch_size: int,
@@ -306,9 +305,9 @@ def _make_prompts(
 
 
 def _encode_prompts(
-    name: str, leaf: PartConfig, chunks: list[list[str]], store: Store, runtime: Runtime, progress: bool
+    name: str, leaf: EncoderConfig, chunks: list[list[str]], store: Store, runtime: Runtime, progress: bool
 ) -> None:
-    encoder = frozen_config(leaf).build(runtime).eval()
+    encoder = leaf.frozen_config().build(runtime).eval()
     if trained := [key for key, parameter in encoder.named_parameters() if parameter.requires_grad]:
         raise ValueError(
             f"the encoder '{leaf.name}' has trainable weights ({trained[0]}, ...) outside of its key 'adapter', so "

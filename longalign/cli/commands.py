@@ -17,18 +17,15 @@ from textwrap import shorten
 from typing import Any
 
 from longalign.config import describe as descriptions
+from longalign.config.changes import override, parse_assignments
 from longalign.config.checks import check_files, check_parts
-from longalign.config.files import (
-    check_unexported,
-    checkpoint_file,
-    find_checkpoint,
-    parse_assignments,
-    parse_value,
-    read_mapping,
-)
-from longalign.config.run import RunConfig, load_config, override, to_yaml
-from longalign.data.lines import IMAGE_SUFFIXES, check_seeds, inside, new_index, read_jsonl, read_prompts, text_of
+from longalign.config.files import check_unexported, checkpoint_file, find_checkpoint
+from longalign.config.parsing import parse_value, read_mapping
+from longalign.config.run import RunConfig, load_config, to_yaml
+from longalign.data.lines import read_prompts
 from longalign.errors import redact_url, suggestion
+from longalign.image_folder import IMAGE_SUFFIXES, INDEX, check_seeds, new_index, read_images
+from longalign.names import unique_name
 from longalign.registry import PartConfig, rewards
 from longalign.runtime import examples_folder
 from longalign.segmenters import check_text
@@ -81,7 +78,7 @@ def generate(args: Namespace) -> None:
     try:
         new_index(args.output, args.overwrite)
     except ValueError as error:
-        replaceable = (Path(args.output) / "metadata.jsonl").exists()
+        replaceable = (Path(args.output) / INDEX).exists()
         raise ValueError(f"{error}{', or replace them with --overwrite' if replaceable else ''}") from error
     option = next(key for key in ("checkpoint", "config", "pipeline") if getattr(args, key))
     _check_pipelines(args, option)
@@ -146,7 +143,7 @@ def _generate_and_score(args: Namespace, configs: Mapping[str, PartConfig]) -> N
             _generate(args, option, getattr(args, option), prompts, folder)
         from longalign.evaluation.metrics import score_images
 
-        rows = _rows(folder)
+        rows = read_images(folder)
         score_images(rewards, [path for path, _, _ in rows], [prompt for _, prompt, _ in rows])
 
 
@@ -171,7 +168,7 @@ def evaluate(args: Namespace) -> None:
     pairs = {
         name: [(text.strip(), seed) for text in new_prompts for seed in _seeds(args)]
         if name in generated
-        else [(prompt, seed) for _, prompt, seed in _rows(folder)]
+        else [(prompt, seed) for _, prompt, seed in read_images(folder)]
         for name, folder in folders.items()
     }
     base, *others = pairs
@@ -182,7 +179,7 @@ def evaluate(args: Namespace) -> None:
         _check_source(name, *models[name], folders[name])
     for name, folder in folders.items():
         if name not in generated:
-            _check_images([path for path, _, _ in _rows(folder)])
+            _check_images([path for path, _, _ in read_images(folder)])
     from longalign.evaluation.metrics import evaluate as compare
     from longalign.evaluation.metrics import reward_metrics
     from longalign.image_io import ImageFiles
@@ -192,7 +189,7 @@ def evaluate(args: Namespace) -> None:
     with _offloaded_to_cpu(rewards, args.device):
         for name in generated:
             _generate(args, *models[name], new_prompts, folders[name])
-    images = {name: ImageFiles([path for path, _, _ in _rows(folder)]) for name, folder in folders.items()}
+    images = {name: ImageFiles([path for path, _, _ in read_images(folder)]) for name, folder in folders.items()}
     seeds = [seed for _, seed in pairs[base] if seed is not None]
     table = compare(images, prompts, metrics, seeds, args.batch)
     print(table.text(shutil.get_terminal_size().columns if sys.stdout.isatty() else None), end="")
@@ -243,7 +240,7 @@ def direction(args: Namespace) -> None:
     (config,) = _rewards([args.reward]).values()
     prompts = [p for p in read_prompts(args.prompts) if p]
     check_parts({config.name: config})
-    from longalign.rewards.direction import write_direction
+    from longalign.rewards.reweighted.direction import write_direction
     from longalign.runtime import Runtime
 
     print(write_direction(config, prompts, args.output, Runtime.detect(device=args.device), args.batch).report())
@@ -261,7 +258,9 @@ def list_parts(args: Namespace) -> int:
 def describe(args: Namespace) -> None:
     """Describes a kind, a part, the keys of a run, or a config."""
     topic, details = args.topic, args.details
-    if Path(topic).suffix in CONFIG_SUFFIXES or Path(topic).is_dir():
+    if args.json_schema:
+        print(descriptions.describe_schema([topic, *details]))
+    elif Path(topic).suffix in CONFIG_SUFFIXES or Path(topic).is_dir():
         print(redact_url(to_yaml(override(topic, parse_assignments(details)))), end="")
     else:
         print(descriptions.describe_topic([topic, *details]))
@@ -387,10 +386,7 @@ def _rewards(texts: Sequence[str]) -> dict[str, PartConfig]:
     for text in texts:
         value = read_mapping(Path(text)) if Path(text).suffix in CONFIG_SUFFIXES else parse_value(text)
         config = rewards.validate(value)
-        name, number = config.name, 2
-        while name in out:
-            name, number = f"{config.name}-{number}", number + 1
-        out[name] = config
+        out[unique_name(config.name, out)] = config
     return out
 
 
@@ -441,8 +437,8 @@ def _images(arguments: Sequence[str]) -> tuple[list[Path], list[str] | None]:
     """Image files, with their prompts if the folder has a ``metadata.jsonl``, else None."""
     paths = [Path(path) for path in arguments]
     if len(paths) == 1 and paths[0].is_dir():
-        if (paths[0] / "metadata.jsonl").exists():
-            rows = _rows(paths[0])
+        if (paths[0] / INDEX).exists():
+            rows = read_images(paths[0])
             return [path for path, _, _ in rows], [prompt for _, prompt, _ in rows]
         paths = sorted(p for p in paths[0].iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
         if not paths:
@@ -451,19 +447,3 @@ def _images(arguments: Sequence[str]) -> tuple[list[Path], list[str] | None]:
         if not path.is_file():
             raise FileNotFoundError(f"no image {path}")
     return paths, None
-
-
-def _rows(folder: Path) -> list[tuple[Path, str, Any]]:
-    """File, prompt and seed of each image in a folder written by ``longalign generate``."""
-    out = []
-    for where, row in read_jsonl(folder / "metadata.jsonl"):
-        if not isinstance(row.get("file_name"), str):
-            raise ValueError(f"{where} has no 'file_name'")
-        path = inside(folder, row["file_name"], where)
-        if not path.is_file():
-            problem = "is not a regular file" if path.exists() else "does not exist"
-            raise FileNotFoundError(f"the image {path} of {where} {problem}")
-        out.append((path, text_of(row, where), row.get("seed")))
-    if not out:
-        raise ValueError(f"{folder / 'metadata.jsonl'} lists no images")
-    return out

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from longalign.config.run import LoopConfig
+from longalign.config.sections import LoopConfig
 from longalign.loop.fsdp import finish_backward, prepare_fsdp, to_local_scalar
 from longalign.loop.setup import is_sharded
 from longalign.loop.stops import NonFinite

@@ -11,8 +11,9 @@ from longalign.caching.fingerprint import fingerprint, fingerprints
 from longalign.caching.store import key_of
 from longalign.checkpoints.checkpoint import redacted, versions
 from longalign.compose import Composition
+from longalign.config.changes import diff
 from longalign.config.files import find_checkpoint
-from longalign.config.run import RunConfig, diff, load_config, to_dict
+from longalign.config.run import RunConfig, load_config, to_dict
 from longalign.data.base import Data
 from longalign.data.stream import Stream
 from longalign.loop.state import ResumeState

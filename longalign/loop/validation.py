@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longalign.backbones.base import Backbone
 from longalign.compose import Composition
-from longalign.config.run import ValidationConfig
+from longalign.config.sections import ValidationConfig
 from longalign.encoders.base import Encoder
 from longalign.functional.rollout import RandomState
 from longalign.loop.optimization import Optimization

@@ -32,6 +32,11 @@ class TrainerConfig(PartConfig):
     def needs_images(self) -> bool:
         return True
 
+    @property
+    def image_size(self) -> int | None:
+        """Side of the sampled images in pixels; None if it samples none, or in the backbone's native resolution."""
+        return None
+
     @classmethod
     def built_from(cls) -> tuple[str, ...]:
         return (*cls.needs, "rewards") if cls.uses_rewards else cls.needs

@@ -34,7 +34,7 @@ class DiffusionTrainer(Trainer):
 
     Args:
         backbone: its trainable parameters are already set by `train_denoiser`.
-        encoder: its parameters with ``requires_grad`` are its adapter.
+        encoder: encodes the prompts; its adapter may be trained.
         train_adapter: whether to train the adapter; otherwise it is frozen.
     """
 
@@ -44,8 +44,7 @@ class DiffusionTrainer(Trainer):
         # Tuples keep nn.Module from registering the wrapped modules as submodules.
         self._denoiser: tuple[Any] = (backbone.denoiser,)
         self._encode: tuple[Callable[[Sequence[str]], Conditioning]] = (encoder.encode,)
-        for parameter in adapter(encoder).values():
-            parameter.requires_grad_(train_adapter)
+        encoder.train_adapter(train_adapter)
 
     def prepare(self, wrap: Wrap) -> list[Any]:
         """Wraps the denoiser and the encoder if they have trainable parameters.
@@ -136,18 +135,6 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for m, mode in modes:
             m.training = mode
-
-
-def adapter(encoder: Encoder) -> dict[str, nn.Parameter]:
-    """Returns the encoder's adapter parameters by name.
-
-    These are the parameters that required gradients when this function was first called, also if frozen since.
-    """
-    names = encoder.__dict__.setdefault(
-        "_adapter_names", tuple(name for name, p in encoder.named_parameters() if p.requires_grad)
-    )
-    parameters = dict(encoder.named_parameters())
-    return {name: parameters[name] for name in names}
 
 
 def train_denoiser(backbone: Backbone, lora: LoraConfig | None, name: str) -> None:

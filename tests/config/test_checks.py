@@ -15,9 +15,10 @@ from huggingface_hub import errors
 
 from longalign import hub
 from longalign.checkpoints.checkpoint import load_for_sampling
+from longalign.config.changes import override
 from longalign.config.checks import check_files, check_parts
 from longalign.config.files import find_checkpoint
-from longalign.config.run import load_config, override, to_json
+from longalign.config.run import load_config, to_json
 from longalign.errors import ConfigError
 from longalign.loop.fit import fit
 from longalign.registry import REGISTRIES, rewards
@@ -209,9 +210,9 @@ def test_check_files_reads_hub_cache(tmp_path, monkeypatch):
     (repository / "refs" / "main").write_text("abc")
     assert "width 128" in file_problems({"backbone.checkpoint": "owner/name"})["encoder"]
     assert hub.local_file("owner/name", "vae/config.json", "abc")
-    assert "'owner/name'" in hub.absent("owner/name", "other")
+    assert "'owner/name'" in hub.availability_problem("owner/name", "other")
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    assert hub.absent("owner/other") == ""
+    assert hub.availability_problem("owner/other") == ""
 
 
 def test_check_files_names_failing_plugin_check():
@@ -264,7 +265,7 @@ def test_hub_why_explains_download_errors(monkeypatch):
             except Exception as error:
                 raise OSError("long text") from error
         except Exception as error:
-            return hub.why(error)
+            return hub.download_problem(error)
 
     causes = [errors.GatedRepoError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError]
     causes += [errors.EntryNotFoundError, ConnectionError]

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from longalign.checkpoints import weights
-from longalign.config.run import load_config, override
+from longalign.config.changes import override
+from longalign.config.run import load_config
 from longalign.loop import folder, locks
 from longalign.loop.fit import fit
 from longalign.loop.folder import checkpoints

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from tiny import tiny_backbone
 
 from longalign.compose import build_from_config
-from longalign.config.run import load_config, override
+from longalign.config.changes import override
+from longalign.config.run import load_config
 from longalign.data.config import DataConfig
 from longalign.data.stream import Stream
 from longalign.encoders.base import PromptReport, TruncationWarning, raise_or_warn_truncated
@@ -452,7 +453,7 @@ def test_resume_rejects_changed_workers_of_stream(world, tmp_path):
         name: str = "endless"
 
         def build(self, runtime):
-            return Endless()
+            return Endless(resolution=8, empty="skip", max_unreadable=0, shuffle_buffer=1)
 
     data.register("endless", EndlessConfig)
     try:

@@ -18,7 +18,7 @@ from longalign.encoders.t5.adapter import TextAdapter
 from longalign.loop.fit import fit
 from longalign.loop.state import load_state
 from longalign.registry import backbones, encoders, rewards
-from longalign.rewards.hpsv2 import read_state
+from longalign.rewards.hpsv2.weights import read_state
 
 pytestmark = pytest.mark.reliability
 

@@ -13,7 +13,6 @@ from longalign.registry import trainers
 from longalign.runtime import Runtime
 from longalign.trainers.align.config import AlignConfig
 from longalign.trainers.align.trainer import AlignTrainer
-from longalign.trainers.diffusion import adapter
 
 BATCH = collate([Squares()[i] for i in (1, 7)])
 
@@ -36,7 +35,7 @@ def test_step_gradient_reaches_only_lora_and_adapter(train_adapter):
     assert set(losses) == {"noise_loss"} and losses["noise_loss"] > 0 and not losses["noise_loss"].requires_grad
     assert all(".lora_B." in name for name in graded(trainer.backbone)) and graded(trainer.backbone)
     assert graded(trainer.encoder) == ({"adapter.0.weight", "adapter.0.bias"} if train_adapter else set())
-    assert set(adapter(trainer.encoder)) == {"adapter.0.weight", "adapter.0.bias"}
+    assert set(trainer.encoder.adapter_parameters()) == {"adapter.0.weight", "adapter.0.bias"}
     expected = [p for p in trainer.parameters() if p.requires_grad]
     assert len(trainer.trainable()) == len(expected) and all(p.requires_grad for p in trainer.trainable())
 

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from tiny import tiny_backbone
+from tiny import steps, tiny_backbone
 from torch import nn
 from worlds import LORA, Squares, ToyEncoder, red
 
 from longalign.backbones.configs import LoraConfig
 from longalign.errors import ConfigError
 from longalign.functional.diffusion import add_noise, guide
-from longalign.gradient_steps.steps import All, Last
 from longalign.loop.batches import collate
 from longalign.registry import gradient_steps, trainers
 from longalign.rewards.base import Reward, Scores
@@ -36,7 +35,7 @@ def build(lora=NO_DROPOUT, rewards=(red,), gradient_steps=None, prediction="epsi
     config = RewardConfig(lora=lora, gradient_steps="all", **keys)
     parts = {"backbone": tiny_backbone(prediction), "encoder": ToyEncoder(), "rewards": list(rewards)}
     trainer = RewardTrainer.from_config(config, Runtime(), **parts)
-    trainer.gradient_steps = gradient_steps or Last(2)
+    trainer.gradient_steps = gradient_steps or steps("last", k=2)
     with torch.no_grad():
         for i, p in enumerate(p for n, p in trainer.backbone.named_parameters() if ".lora_B." in n):
             p.normal_(std=0.3, generator=torch.Generator().manual_seed(i))
@@ -97,7 +96,7 @@ def double():
     [
         (LORA, {}),
         (LORA, {"prediction": "v_prediction", "train_adapter": True}),
-        (None, {"gradient_steps": All()}),
+        (None, {"gradient_steps": steps("all")}),
         (LORA, {"decode_batch": 2}),
         (NO_DROPOUT, {"denoise_batch": 2, "decode_batch": 1, "replay_batch": 2}),
     ],
@@ -142,11 +141,13 @@ def test_score_uses_prompts_of_copied_samples():
         scored.append(list(prompts))
         return red(images, prompts)
 
-    gradient(build(rewards=[recording], gradient_steps=Last(1, copies=1), denoise_batch=2))
+    gradient(build(rewards=[recording], gradient_steps=steps("draft-lv", copies=1), denoise_batch=2))
     assert scored == [["ab", "cd", "ab", "cd", "e", "e"]]
 
 
-@pytest.mark.parametrize("gradient_steps", [Last(3), Last(3, detach=False)], ids=["detached", "undetached"])
+@pytest.mark.parametrize(
+    "gradient_steps", [steps("last", k=3), steps("last", k=3, detach=False)], ids=["detached", "undetached"]
+)
 def test_scaled_backward_scales_gradient_once(double, gradient_steps):
     trainer = build(lora=LORA, dtype=double, gradient_steps=gradient_steps, train_adapter=True)
     expected, _ = gradient(trainer)
@@ -215,7 +216,7 @@ def test_kl_penalises_distance_to_reference_model(lora):
 def test_kl_gradient_does_not_flow_through_latents(double):
     kl_gradients = []
     for detach in (True, False):
-        gradient_steps = Last(3, detach=detach)
+        gradient_steps = steps("last", k=3, detach=detach)
         with_kl, _ = gradient(
             build(dtype=double, gradient_steps=gradient_steps, regularizer="kl", regularizer_weight=2.0)
         )
@@ -321,7 +322,9 @@ def test_trainer_rejects_empty_rewards():
 @pytest.mark.parametrize("solver", ["ddim", "lcm"])
 def test_training_increases_reward(solver):
     guidance = 1.0 if solver == "lcm" else 2.0
-    trainer = build(lora=NO_DROPOUT, solver=solver, guidance=guidance, num_steps=2, gradient_steps=All(), resolution=8)
+    trainer = build(
+        lora=NO_DROPOUT, solver=solver, guidance=guidance, num_steps=2, gradient_steps=steps("all"), resolution=8
+    )
     nn.init.normal_(trainer.backbone.vae.decoder.conv_out.weight, std=0.3)
     optimizer = torch.optim.Adam(trainer.trainable(), lr=3e-2)
 

@@ -82,6 +82,10 @@ class RewardTrainerConfig(TrainerConfig):
         return self
 
     @property
+    def image_size(self) -> int | None:
+        return self.resolution
+
+    @property
     def needs_images(self) -> bool:
         return self.regularizer == "pretraining"
 

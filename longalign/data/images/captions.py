@@ -1,0 +1,120 @@
+"""The public LongAlign captions (Hub: luping-liu/LongAlign), joined with local images."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from longalign.data.base import check_index
+from longalign.data.images.base import ImageDataset
+from longalign.data.images.config import LongAlignCaptionsConfig
+from longalign.data.lines import inside
+from longalign.data.tables.table import caption_from_cell, load_table, table_files
+from longalign.runtime import Runtime
+
+log = logging.getLogger(__name__)
+
+COLUMNS = ("caption", "path", "source")
+
+
+class LongAlignCaptions(ImageDataset):
+    """Rows ``caption, path, source`` that have an image file.
+
+    Args:
+        rows: a table of the library ``datasets``.
+        indices: numbers of the rows to use.
+        folders: image folder of each source; ``path`` is relative to it.
+        resolution: image side in pixels.
+        max_unreadable: number of unreadable files to replace by the next readable one; one more raises.
+    """
+
+    def __init__(
+        self,
+        rows: Any,
+        *,
+        indices: list[int],
+        folders: dict[str, Path],
+        resolution: int | None,
+        max_unreadable: int,
+    ):
+        super().__init__(resolution=resolution, max_unreadable=max_unreadable)
+        self.rows, self.indices, self.folders = rows, indices, folders
+
+    @classmethod
+    def from_config(cls, config: LongAlignCaptionsConfig, runtime: Runtime) -> LongAlignCaptions:
+        """Loads the table and checks that every image exists; a warning counts the skipped rows.
+
+        Raises:
+            ValueError: if a column or a source is missing, more than ``max_missing`` images are missing, or no row
+                remains.
+        """
+        path, files = config.captions, None
+        if Path(path).exists():
+            path, files = table_files(Path(path))
+        keys = {"revision": config.revision, "cache_dir": config.cache}
+        rows = load_table(config.name, path, split=config.split, data_files=files, **keys)
+        missing = [column for column in COLUMNS if column not in rows.column_names]
+        if missing:
+            available = ", ".join(rows.column_names)
+            raise ValueError(f"'{config.captions}' has no column '{missing[0]}'; available: {available}")
+        folders = {source: Path(folder) for source, folder in config.folders.items()}
+        return cls(
+            rows,
+            indices=_with_images(rows, folders, config),
+            folders=folders,
+            resolution=config.resolution,
+            max_unreadable=config.max_unreadable,
+        )
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def prompt(self, index: int) -> str:
+        return caption_from_cell(self.rows[self.indices[check_index(index, len(self))]]["caption"])
+
+    def source(self, index: int) -> Path:
+        row = self.rows[self.indices[index]]
+        return _image_path(self.folders[row["source"]], row["path"])
+
+
+def _image_path(folder: Path, path: str, where: str = "") -> Path:
+    return inside(folder, path.lstrip("/"), where)
+
+
+def _with_images(rows: Any, folders: dict[str, Path], config: LongAlignCaptionsConfig) -> list[int]:
+    """Numbers of the rows of the configured sources that have a caption and an image file."""
+    counts: Counter[str] = Counter()
+    indices, missing, empty = [], [], 0
+    for i, (caption, path, source) in enumerate(zip(*(rows[column] for column in COLUMNS), strict=True)):
+        counts[source] += 1
+        if source not in folders:
+            continue
+        where = f"row {i} of {config.captions}"
+        if not isinstance(path, str):
+            raise ValueError(f"{where}: 'path' must be a string, got {path!r:.60}")
+        if not caption_from_cell(caption, where):
+            empty += 1
+            if config.empty == "skip":
+                continue
+        image = _image_path(folders[source], path, where)
+        if image.is_file():
+            indices.append(i)
+        else:
+            missing.append(image)
+            if config.max_missing is not None and len(missing) > config.max_missing:
+                raise ValueError(f"more than max_missing={config.max_missing} images are missing, e.g. {image}")
+    if unknown := sorted(set(folders) - set(counts)):
+        raise ValueError(f"no caption has the source '{unknown[0]}'; available: {', '.join(sorted(counts))}")
+    skipped = {source: count for source, count in counts.items() if source not in folders}
+    if skipped:
+        log.warning("skipped (no folder configured): %s", ", ".join(f"{n} of {s}" for s, n in skipped.items()))
+    if empty:
+        log.warning("%d captions are empty; empty=%s", empty, config.empty)
+    if missing:
+        log.warning("skipped (image file missing): %d, e.g. %s", len(missing), ", ".join(map(str, missing[:3])))
+    if not indices:
+        example = f"; {len(missing)} are missing, e.g. {missing[0]}" if missing else ""
+        raise ValueError(f"no image of '{config.captions}' is in the configured folders{example}")
+    return indices

@@ -1,0 +1,70 @@
+"""Data from a folder of captioned images."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from longalign.data.base import check_index
+from longalign.data.images.base import ImageDataset
+from longalign.data.images.config import FolderConfig
+from longalign.data.lines import inside, text_of
+from longalign.image_folder import read_captions
+from longalign.runtime import Runtime
+
+log = logging.getLogger(__name__)
+
+
+class Folder(ImageDataset):
+    """Image files with one caption each.
+
+    Args:
+        files: the image files.
+        prompts: one caption per file.
+        resolution: image side in pixels.
+        max_unreadable: number of unreadable files to replace by the next readable one; one more raises.
+    """
+
+    def __init__(self, files: Sequence[Path], prompts: Sequence[str], *, resolution: int | None, max_unreadable: int):
+        if len(files) != len(prompts):
+            raise ValueError(f"expected one prompt per file, got {len(files)} files and {len(prompts)} prompts")
+        if not files:
+            raise ValueError("expected at least one image, got none")
+        super().__init__(resolution=resolution, max_unreadable=max_unreadable)
+        self.files, self.prompts = list(files), list(prompts)
+
+    @classmethod
+    def from_config(cls, config: FolderConfig, runtime: Runtime) -> Folder:
+        """Reads the captions with `longalign.image_folder.read_captions`; images are read on access.
+
+        Raises:
+            ValueError: if a line has no file name or caption, or no image remains.
+            FileNotFoundError: if the folder has no captions.
+        """
+        folder = Path(config.folder)
+        files, prompts, empty = [], [], 0
+        for where, row in read_captions(folder):
+            if not isinstance(row.get("file_name"), str):
+                raise ValueError(f"{where} has no 'file_name'; available: {', '.join(row) or 'nothing'}")
+            prompt = text_of(row, where)
+            empty += not prompt
+            if prompt or config.empty == "keep":
+                files.append(inside(folder, row["file_name"], where))
+                prompts.append(prompt)
+        if empty:
+            log.warning(
+                "%d of %d captions in %s are empty; empty=%s", empty, empty + len(prompts), folder, config.empty
+            )
+        if not files:
+            raise ValueError(f"no image in {folder} has a caption")
+        return cls(files, prompts, resolution=config.resolution, max_unreadable=config.max_unreadable)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def source(self, index: int) -> Path:
+        return self.files[index]
+
+    def prompt(self, index: int) -> str:
+        return self.prompts[check_index(index, len(self))]

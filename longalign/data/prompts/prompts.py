@@ -1,0 +1,47 @@
+"""Data from a file of prompts, without images."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from longalign.data.base import Data, check_index
+from longalign.data.lines import read_prompts
+from longalign.data.prompts.config import PromptsConfig
+from longalign.runtime import Runtime
+
+log = logging.getLogger(__name__)
+
+
+class Prompts(Data):
+    """Prompts without images."""
+
+    has_images = False
+
+    def __init__(self, prompts: Sequence[str]):
+        if not prompts:
+            raise ValueError("expected at least one prompt, got none")
+        self.prompts = list(prompts)
+
+    @classmethod
+    def from_config(cls, config: PromptsConfig, runtime: Runtime) -> Prompts:
+        """Reads the file. Raises `ValueError` if no prompt remains, `FileNotFoundError` if the file does not exist."""
+        prompts = read_prompts(config.file)
+        non_empty = [p for p in prompts if p]
+        if len(non_empty) < len(prompts):
+            empty = len(prompts) - len(non_empty)
+            log.warning("%d of %d prompts in %s are empty; empty=%s", empty, len(prompts), config.file, config.empty)
+        prompts = prompts if config.empty == "keep" else non_empty
+        if not prompts:
+            raise ValueError(f"{config.file} has no prompts")
+        return cls(prompts)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"prompt": self.prompt(index)}
+
+    def prompt(self, index: int) -> str:
+        return self.prompts[check_index(index, len(self))]

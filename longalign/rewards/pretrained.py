@@ -1,0 +1,70 @@
+"""Checkpoints in transformers layout: optional files, image statistics, and checks of what was loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from longalign.functional.images import CLIP_MEAN, CLIP_STD
+
+
+def find_optional_file(
+    checkpoint: str, name: str, revision: str | None = None, subfolder: str | None = None
+) -> Path | None:
+    """Local path of a file of a checkpoint, downloaded if needed; None if the checkpoint does not have it."""
+    from transformers.utils.hub import cached_file
+
+    path = cached_file(
+        checkpoint,
+        name,
+        revision=revision,
+        subfolder=subfolder or "",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return Path(path) if isinstance(path, str) else None
+
+
+def has_tokenizer(checkpoint: str, revision: str | None = None, subfolder: str | None = None) -> bool:
+    """Whether a checkpoint contains a tokenizer."""
+    files = ("tokenizer.json", "vocab.json", "spiece.model")
+    return any(find_optional_file(checkpoint, name, revision, subfolder) for name in files)
+
+
+def image_statistics(
+    checkpoint: str,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    default: tuple[tuple[float, ...], tuple[float, ...]] = (CLIP_MEAN, CLIP_STD),
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Image mean and standard deviation from a checkpoint's ``preprocessor_config.json`` or ``processor_config.json``.
+
+    Returns ``default`` if neither file has them.
+    """
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        path = find_optional_file(checkpoint, name, revision, subfolder)
+        if path is None:
+            continue
+        values: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        values = values.get("image_processor", values)
+        if "image_mean" in values and "image_std" in values:
+            return tuple(values["image_mean"]), tuple(values["image_std"])
+    return default
+
+
+def check_tokenizer(num_tokens: int, num_embeddings: int, processor: str, checkpoint: str) -> None:
+    """Raises ValueError if a tokenizer has more tokens than the checkpoint's text tower has embeddings."""
+    if num_tokens > num_embeddings:
+        raise ValueError(
+            f"the tokenizer of '{processor}' has {num_tokens} tokens, the text tower of '{checkpoint}' has "
+            f"{num_embeddings} embeddings; set `processor` to a checkpoint with the tokenizer used in training"
+        )
+
+
+def projected_features(output: Any) -> Tensor:
+    """The projected features in the output of ``get_*_features``: an object since transformers 5, a tensor before."""
+    return output if isinstance(output, Tensor) else output.pooler_output
