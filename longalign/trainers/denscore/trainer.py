@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -126,10 +127,11 @@ class DenscoreTrainer(Trainer):
         b, device = len(prompts), self.runtime.device
         captions = [text for pair in captions for text in pair] if captions is not None else []
         image_embeddings, embeddings, segments, scale = self._embed[0](
-            batch["image"].to(device).flatten(0, 1), [*prompts, *captions]
+            rearrange(batch["image"].to(device), "b pair c h w -> (b pair) c h w"), [*prompts, *captions]
         )
         lengths = [len(text_segments) for text_segments in segments]
-        images = self.all_gather(image_embeddings.view(b, 2, -1))
+        images = self.all_gather(rearrange(image_embeddings, "(b pair) d -> b pair d", pair=2))
+        all_images = rearrange(images, "b pair d -> (b pair) d")
         preferences = self.all_gather(batch["preference"].to(device))
         means = torch.stack([part.mean(0) for part in embeddings.split(lengths)])
         prompt_means = self.all_gather(means[:b])
@@ -148,7 +150,7 @@ class DenscoreTrainer(Trainer):
         if self.preference_weight:
             out["preference_loss"] = self.preference_weight * divergence(scale * scores, pair_targets)
         if self.contrastive_weight:
-            logits = scale * embeddings @ images.flatten(0, 1).T
+            logits = scale * embeddings @ all_images.T
             if captions:
                 text_targets = torch.eye(len(text_means), device=device)
             else:
@@ -160,7 +162,7 @@ class DenscoreTrainer(Trainer):
             out["contrastive_loss"] = self.contrastive_weight * divergence(logits, targets)
         with torch.no_grad():
             if captions:
-                candidates = images.flatten(0, 1)
+                candidates = all_images
             else:
                 candidates = images[torch.arange(len(images), device=device), pair_targets.argmax(1)]
             best = (text_means @ candidates.T).argmax(1)

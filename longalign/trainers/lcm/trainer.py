@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -172,5 +173,5 @@ class LinearSteps:
 
     def __call__(self, timesteps: Tensor, latents: Tensor, output: Tensor) -> Tensor:
         """Takes the step from ``timesteps`` ``(b,)``; latents, outputs and result are ``(b, c, h, w)``."""
-        a, b = (factor.to(latents)[timesteps].view(-1, 1, 1, 1) for factor in (self.a, self.b))
+        a, b = (rearrange(factor.to(latents)[timesteps], "b -> b 1 1 1") for factor in (self.a, self.b))
         return a * latents + b * output

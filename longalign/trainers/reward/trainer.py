@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from einops import repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -234,7 +235,7 @@ class RewardTrainer(DiffusionTrainer):
         indices = torch.arange(rows.start, rows.stop, device=conditioning.states.device)
 
         def predict(latents: Tensor, timesteps: Tensor) -> Tensor:
-            prompt_rows = indices.repeat(len(latents) // len(indices))
+            prompt_rows = repeat(indices, "b -> (s b)", s=len(latents) // len(indices))
             if self.guidance == 1:
                 return denoise(latents, timesteps, conditioning[prompt_rows])
             return guided_prediction(denoise, latents, timesteps, conditioning, prompt_rows, self.guidance)
