@@ -182,10 +182,11 @@ def generate(setting: Setting, _: LikeCuda) -> Stage:
 def train(setting: Setting, cuda: LikeCuda) -> Stage:
     """A training step on cached prompts and latents."""
     from longalign.backbones.configs import LoraConfig
-    from longalign.registry import gradient_steps
-    from longalign.trainers.align import AlignTrainer
-    from longalign.trainers.configs import AlignConfig, RewardConfig
-    from longalign.trainers.reward import RewardTrainer
+    from longalign.runtime import Runtime
+    from longalign.trainers.align.config import AlignConfig
+    from longalign.trainers.align.trainer import AlignTrainer
+    from longalign.trainers.reward.config import RewardConfig
+    from longalign.trainers.reward.trainer import RewardTrainer
 
     def prepared(module: Callable[..., Any]) -> Callable[..., Any]:
         """Wraps a call as accelerate wraps trainable modules."""
@@ -201,12 +202,13 @@ def train(setting: Setting, cuda: LikeCuda) -> Stage:
     lora = LoraConfig(dropout_placement="up") if setting.lora else None
     chunk = 1 if setting.single else None
     if setting.stage == "align":
-        trainer: Any = AlignTrainer.from_config(AlignConfig(lora=lora), model, texts)
+        trainer: Any = AlignTrainer.from_config(AlignConfig(lora=lora), Runtime(), backbone=model, encoder=texts)
     else:
-        config = RewardConfig(lora=lora, num_steps=1, denoise_batch=chunk, decode_batch=chunk, gradient_steps="all")
-        trainer = RewardTrainer.from_config(
-            config, model, texts, [reward(setting)], gradient_steps.build({"name": "grouped-random", "groups": 1})
-        )
+        gradient_steps: Any = {"name": "grouped-random", "groups": 1}
+        chunks = {"denoise_batch": chunk, "decode_batch": chunk}
+        config = RewardConfig(lora=lora, num_steps=1, gradient_steps=gradient_steps, **chunks)
+        parts: dict[str, Any] = {"backbone": model, "encoder": texts, "rewards": [reward(setting)]}
+        trainer = RewardTrainer.from_config(config, Runtime(), **parts)
     if setting.checkpointing:
         trainer.enable_gradient_checkpointing()
     model.wrap_denoiser(prepared(model.denoiser))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from longalign.errors import ConfigError as ConfigError
     from longalign.errors import PartError as PartError
     from longalign.inference.condition import condition as condition
+    from longalign.loop.fit import fit as fit
     from longalign.model import Model as Model
     from longalign.runtime import Runtime as Runtime
 
@@ -31,6 +32,7 @@ _MODULES = {
     "build_from_config": "compose",
     "condition": "inference.condition",
     "diff": "config.changes",
+    "fit": "loop.fit",
     "load_config": "config.run",
     "override": "config.changes",
 }
@@ -45,6 +47,7 @@ __all__ = [
     "build_from_config",
     "condition",
     "diff",
+    "fit",
     "load_config",
     "override",
 ]

@@ -126,6 +126,11 @@ class PartConfig(Section):
         module, _, name = type(self).target.partition(":")
         return getattr(import_module(module), name).from_config(self, runtime, **parts)
 
+    @classmethod
+    def built_from(cls) -> tuple[str, ...]:
+        """Names of the built parts that `build` takes; none except for trainers."""
+        return ()
+
     def check_run(self, run: Any) -> list[ConfigProblem]:
         """Cross-checks with the rest of the run; returns problems as ``(path, message)``.
 
@@ -262,7 +267,7 @@ class Registry:
         module, _, attribute = self._config.partition(":")
         base = getattr(import_module(module), attribute)
         if isinstance(target, type) and issubclass(target, PartConfig):
-            _check_config_class(name, target, self.kind, base)
+            _check_config_class(name, target, base)
             return target
         if isinstance(target, type) or not callable(target) or not self.function:
             function = f", or a function ({', '.join(self.function)})" if self.function else ""
@@ -354,6 +359,8 @@ class Registry:
         """Builds a part as `build` does, from a validated config."""
         name = config.name
         origin = self.infos(name)[0].owner if name in self else f"{type(config).__module__}"
+        for key in parts.keys() - {*config.built_from()}:
+            raise ValueError(f"'{name}' uses no {key}, got {shorten(parts[key])}")
         try:
             part = config.build(runtime, **parts)
         except PLUGIN_BUGS as error:
@@ -412,13 +419,13 @@ def _location(model: type) -> tuple[str, str]:
     return model.__module__, model.__qualname__
 
 
-def _check_config_class(name: str, model: type[PartConfig], kind: str, base: type[PartConfig]) -> None:
+def _check_config_class(name: str, model: type[PartConfig], base: type[PartConfig]) -> None:
     """Rejects malformed config classes early, with a hint for the plugin author."""
     if not issubclass(model, base):
         raise PartError(f"{model.__name__} must derive from {base.__module__}.{base.__name__}")
     if model.build is PartConfig.build and not TARGET.fullmatch(model.target):
         raise PartError(f"{model.__name__} needs target = 'module:class' of its part, got {model.target!r}")
-    parts = (*getattr(model, "needs", ()), "rewards") if kind == "trainers" else ()
+    parts = model.built_from()
     if problem := _call_problem(model.build, "self", "runtime", **dict.fromkeys(parts)):
         expected = ", ".join(("self", "runtime", *(("*", *parts) if parts else ())))
         raise PartError(f"{model.__name__}.build must take ({expected}): {problem}")

@@ -42,10 +42,9 @@ def train(args: Namespace) -> int:
     if resume is not None and (args.resume_from or from_checkpoint):
         checkpoint_file(resume)  # with --resume, a config file without a checkpoint starts a new run
     check_files(config, resumed=resume is not None)  # `fit` checks again, but only after importing torch
-    from longalign.compose import build_from_config
-    from longalign.runtime import Runtime
+    from longalign.loop.fit import fit
 
-    result = build_from_config(config, Runtime.detect(config.loop.precision, args.device)).fit(resume=resume)
+    result = fit(config, device=args.device, resume=resume)
     print(f"step {result.step} of {config.loop.steps}: {result.checkpoint}")
     if result.interrupted:
         return 128 + (result.signal or signal.SIGINT)

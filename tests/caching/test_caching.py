@@ -28,6 +28,7 @@ from longalign.encoders.t5.config import AdapterConfig
 from longalign.errors import ConfigError
 from longalign.image_io import write_png
 from longalign.inference.sampling import load_model
+from longalign.loop.fit import fit
 from longalign.loop.locks import Lock
 from longalign.registry import encoders
 from longalign.runtime import Runtime
@@ -75,7 +76,7 @@ def config(models, tmp_path):
 
 def train_metrics(config):
     """Lines of a run's log, without the times."""
-    build_from_config(config, CPU).fit()
+    fit(config, device="cpu")
     lines = Path(config.output, "log.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
@@ -151,7 +152,7 @@ def test_check_caches_rejects_a_different_config(config, change, message):
     changed = override(config, change)
     runtime = Runtime.detect(changed.loop.precision)
     with pytest.raises(StaleCache, match=message):
-        build_from_config(changed, runtime).fit()
+        fit(changed)
     with pytest.raises(StaleCache, match=message):
         caching.make_caches(changed, runtime)
     caching.check_caches(
@@ -314,7 +315,7 @@ def test_make_caches_rejects_streams_and_invalid_configs(config, tmp_path):
         with pytest.raises(ValueError, match=r"'webdataset'.*stream"):
             call(override(config, {"data": tars}))
     with pytest.raises(FileNotFoundError, match=r"cache/latents.*longalign cache CONFIG"):
-        build_from_config(config, CPU).fit()
+        fit(config, device="cpu")
     with pytest.raises(ConfigError, match=r"cache\.latents: 'prompts'"):
         override(config, {"trainer": None, "data": {"name": "prompts", "file": "x"}, "cache.latents": True})
     with pytest.raises(ConfigError, match=r"cache: .*both.*false"):

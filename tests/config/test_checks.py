@@ -15,12 +15,12 @@ from huggingface_hub import errors
 
 from longalign import hub
 from longalign.checkpoints.checkpoint import load_for_sampling
-from longalign.compose import build_from_config
 from longalign.config.changes import override
 from longalign.config.checks import check_files, check_parts
 from longalign.config.files import find_checkpoint
 from longalign.config.run import load_config, to_json
 from longalign.errors import ConfigError
+from longalign.loop.fit import fit
 from longalign.registry import REGISTRIES, rewards
 from longalign.rewards.config import RewardConfig
 from longalign.runtime import Runtime
@@ -277,7 +277,7 @@ def test_file_checks_run_before_importing_torch(tmp_path, command):
         "train": "from longalign.cli.main import main; code = main(['train', 'run.yaml'])",
         "generate": "from longalign.cli.main import main\n"
         "code = main(['generate', '--config', 'run.yaml', '--prompt', 'a', '--output', 'out'])",
-        "python": "import longalign\ntry: longalign.build_from_config('run.yaml').fit()\n"
+        "python": "import longalign\ntry: longalign.fit('run.yaml')\n"
         "except longalign.ConfigError as error: code = 2; print(error, file=sys.stderr)",
     }[command]
     text = f"import sys, time\n{run}\nassert code == 2\nassert 'torch' not in sys.modules\nprint(time.process_time())"
@@ -314,7 +314,7 @@ def test_hub_why_explains_download_errors(monkeypatch):
 
 def test_fit_checks_files_before_building():
     with pytest.raises(ConfigError, match=r"init_from: no checkpoint in nowhere"):
-        build_from_config({**ALIGN, "init_from": "nowhere"}).fit()
+        fit({**ALIGN, "init_from": "nowhere"})
 
 
 @pytest.mark.parametrize("source", ["mini/sd", "owner/name"])

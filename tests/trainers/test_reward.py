@@ -13,8 +13,9 @@ from longalign.loop.batches import collate
 from longalign.registry import gradient_steps, trainers
 from longalign.rewards.base import Reward, Scores
 from longalign.rewards.guard import NonFiniteReward
-from longalign.trainers.configs import RewardConfig
-from longalign.trainers.reward import RewardTrainer
+from longalign.runtime import Runtime
+from longalign.trainers.reward.config import RewardConfig
+from longalign.trainers.reward.trainer import RewardTrainer
 
 PROMPTS = {"prompt": ["ab", "cd", "e"]}
 NO_DROPOUT = LoraConfig(rank=2, dropout=0.0)
@@ -32,9 +33,9 @@ def build(lora=NO_DROPOUT, rewards=(red,), gradient_steps=None, prediction="epsi
     torch.manual_seed(0)
     keys = {"num_steps": 4, "guidance": 3.0, **keys}
     config = RewardConfig(lora=lora, gradient_steps="all", **keys)
-    trainer = RewardTrainer.from_config(
-        config, tiny_backbone(prediction), ToyEncoder(), list(rewards), gradient_steps or steps("last", k=2)
-    )
+    parts = {"backbone": tiny_backbone(prediction), "encoder": ToyEncoder(), "rewards": list(rewards)}
+    trainer = RewardTrainer.from_config(config, Runtime(), **parts)
+    trainer.gradient_steps = gradient_steps or steps("last", k=2)
     with torch.no_grad():
         for i, p in enumerate(p for n, p in trainer.backbone.named_parameters() if ".lora_B." in n):
             p.normal_(std=0.3, generator=torch.Generator().manual_seed(i))
@@ -243,9 +244,8 @@ def test_pretraining_requires_images_and_adds_its_loss():
     assert (got - without).norm() > 1e-6
 
 
-def test_losses_have_no_gradient():
-    trainer = build()
-    losses = trainer.losses(PROMPTS)
+def test_losses_of_step_have_no_gradient():
+    _, losses = gradient(build())
     assert set(losses) == {"reward_loss", "reward"} and not losses["reward_loss"].requires_grad
 
 
@@ -329,8 +329,8 @@ def test_training_increases_reward(solver):
     optimizer = torch.optim.Adam(trainer.trainable(), lr=3e-2)
 
     def held_out():
-        torch.manual_seed(99)
-        return trainer.losses({"prompt": [f"{i}" for i in range(8)]})["reward"].item()
+        _, losses = gradient(trainer, {"prompt": [f"{i}" for i in range(8)]}, seed=99)
+        return losses["reward"].item()
 
     before = held_out()
     for _ in range(8):
