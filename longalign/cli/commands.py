@@ -17,16 +17,11 @@ from textwrap import shorten
 from typing import Any
 
 from longalign.config import describe as descriptions
+from longalign.config.changes import override, parse_assignments
 from longalign.config.checks import check_files, check_parts
-from longalign.config.files import (
-    check_unexported,
-    checkpoint_file,
-    find_checkpoint,
-    parse_assignments,
-    parse_value,
-    read_mapping,
-)
-from longalign.config.run import RunConfig, load_config, override, to_yaml
+from longalign.config.files import check_unexported, checkpoint_file, find_checkpoint
+from longalign.config.parsing import parse_value, read_mapping
+from longalign.config.run import RunConfig, load_config, to_yaml
 from longalign.data.lines import read_prompts
 from longalign.errors import redact_url, suggestion
 from longalign.image_folder import IMAGE_SUFFIXES, INDEX, check_seeds, new_index, read_images
@@ -47,10 +42,9 @@ def train(args: Namespace) -> int:
     if resume is not None and (args.resume_from or from_checkpoint):
         checkpoint_file(resume)  # with --resume, a config file without a checkpoint starts a new run
     check_files(config, resumed=resume is not None)  # `fit` checks again, but only after importing torch
-    from longalign.compose import build_from_config
-    from longalign.runtime import Runtime
+    from longalign.loop.fit import fit
 
-    result = build_from_config(config, Runtime.detect(config.loop.precision, args.device)).fit(resume=resume)
+    result = fit(config, device=args.device, resume=resume)
     print(f"step {result.step} of {config.loop.steps}: {result.checkpoint}")
     if result.interrupted:
         return 128 + (result.signal or signal.SIGINT)
@@ -246,7 +240,7 @@ def direction(args: Namespace) -> None:
     (config,) = _rewards([args.reward]).values()
     prompts = [p for p in read_prompts(args.prompts) if p]
     check_parts({config.name: config})
-    from longalign.rewards.direction import write_direction
+    from longalign.rewards.reweighted.direction import write_direction
     from longalign.runtime import Runtime
 
     print(write_direction(config, prompts, args.output, Runtime.detect(device=args.device), args.batch).report())
@@ -264,7 +258,9 @@ def list_parts(args: Namespace) -> int:
 def describe(args: Namespace) -> None:
     """Describes a kind, a part, the keys of a run, or a config."""
     topic, details = args.topic, args.details
-    if Path(topic).suffix in CONFIG_SUFFIXES or Path(topic).is_dir():
+    if args.json_schema:
+        print(descriptions.describe_schema([topic, *details]))
+    elif Path(topic).suffix in CONFIG_SUFFIXES or Path(topic).is_dir():
         print(redact_url(to_yaml(override(topic, parse_assignments(details)))), end="")
     else:
         print(descriptions.describe_topic([topic, *details]))

@@ -372,6 +372,7 @@ def _describe(add: Callable[..., argparse.ArgumentParser]) -> None:
         longalign describe encoders
         longalign describe encoders clip-segment
         longalign describe run
+        longalign describe run --json-schema > run.schema.json
         longalign describe run.yaml encoder=t5
         longalign describe runs/align/checkpoint-000500
         """,
@@ -384,6 +385,7 @@ def _describe(add: Callable[..., argparse.ArgumentParser]) -> None:
         metavar="NAME|key=value",
         help="a part's name after a kind, or changes to a config",
     )
+    command.add_argument("--json-schema", action="store_true", help="with 'run': print its JSON schema, for editors")
 
 
 def _convert(add: Callable[..., argparse.ArgumentParser]) -> None:

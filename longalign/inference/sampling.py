@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from longalign.config.run import override
+from longalign.config.changes import override
 from longalign.encoders.base import Encoder, TruncationWarning
 from longalign.functional.diffusion import NoiseLevels, check_prediction, guide, trailing_timesteps
 from longalign.image_folder import new_index, write_images
