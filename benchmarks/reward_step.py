@@ -61,9 +61,10 @@ def build(setting: Setting) -> Any:
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
-    from longalign.backbones.configs import LoraConfig
-    from longalign.backbones.sd import SDBackbone
+    from longalign.backbones.config import LoraConfig
+    from longalign.backbones.stable_diffusion.sd import SDBackbone
     from longalign.encoders.base import Conditioning, Encoder
+    from longalign.registry import REGISTRIES
     from longalign.trainers.configs import RewardConfig
     from longalign.trainers.reward import RewardTrainer
 
@@ -97,6 +98,7 @@ def build(setting: Setting) -> Any:
     config = RewardConfig(
         lora=LoraConfig(rank=16, dropout=0), num_steps=setting.steps, gradient_steps=gradient_steps, **calls
     )
+    selector = REGISTRIES["gradient_steps"].build(gradient_steps)
     trainer = RewardTrainer.from_config(config, backbone, Random(), [warm], selector)
     for name, parameter in trainer.named_parameters():
         if ".lora_B." in name:  # initialised to zero, so lora_A would have no gradient
@@ -254,7 +256,7 @@ def expected_memory(chosen: int, measured: Mapping[int, float]) -> float:
 
 def run(settings: Sequence[Setting], rounds: int, cap: float) -> dict[Setting, Measurement]:
     """Measures all settings. Skips those without checkpoints that would take more than ``cap`` GiB."""
-    SERVER.set_forkserver_preload(["longalign.backbones.sd", "longalign.trainers.reward"])
+    SERVER.set_forkserver_preload(["longalign.backbones.stable_diffusion.sd", "longalign.trainers.reward"])
     measurements: dict[Setting, Measurement] = {}
     for setting in settings:
         graphs = {s.chosen: m.memory for s, m in measurements.items() if s.method == BARE}

@@ -15,12 +15,13 @@ KINDS = ("backbones", "data", "encoders", "rewards", "gradient_steps", "trainers
 # A module imports from lower levels only. Unlisted modules are concrete parts, or helpers of parts.
 PART = 4
 LEVELS = {
-    0: "runtime errors discovery hub registry segmenters config.files data.lines",
+    0: "runtime errors discovery hub registry segmenters config.files data.lines gradient_steps.base "
+    "gradient_steps.random",
     1: "config cli.environment",  # and the configs of all kinds
     2: "functional image_io mini sharding tokens caching.store caching.fingerprint checkpoints.weights "
     "evaluation.record evaluation.table loop.locks encoders.bucketing",
     3: "backbones.base backbones.lora data.base data.image_dataset data.stream encoders.base rewards.base "
-    "rewards.guard gradient_steps.base trainers.base",
+    "rewards.guard trainers.base",
     5: "checkpoints.checkpoint inference.condition evaluation.charts caching.precompute",
     6: "compose",
     7: "inference.sampling evaluation checkpoints",

@@ -4,8 +4,7 @@ import torch
 from tiny import tiny_backbone
 from torch import nn
 
-from longalign.backbones.config import BackboneConfig
-from longalign.backbones.configs import LoraConfig
+from longalign.backbones.config import BackboneConfig, LoraConfig
 from longalign.data.base import Data
 from longalign.data.config import DataConfig
 from longalign.encoders.base import Conditioning, Encoder

@@ -66,10 +66,10 @@ def resolve_resolution(run: RunConfig) -> PartConfig:
     assert config is not None
     if getattr(config, "resolution", 0) is not None or not getattr(config, "has_images", True):
         return config
-    resolution = getattr(backbone, "resolution", None)
+    resolution = None if backbone is None else backbone.resolution()
     if resolution is None:
         reason = (
             "no backbone is set" if backbone is None else f"the backbone '{backbone.name}' has no native resolution"
         )
         raise ConfigError([("data.resolution", f"{reason}; set a number of pixels, e.g. 512")])
-    return config.model_copy(update={"resolution": resolution() if callable(resolution) else resolution})
+    return config.model_copy(update={"resolution": resolution})

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from longalign.backbones.configs import LoraConfig
+from longalign.backbones.config import LoraConfig
 from longalign.gradient_steps.config import GradientStepsConfig
 from longalign.registry import REGISTRIES, Part
 from longalign.runtime import Runtime

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longalign.backbones.configs import SDConfig
-from longalign.backbones.sd import SDBackbone
+from longalign.backbones.stable_diffusion.config import StableDiffusionConfig
+from longalign.backbones.stable_diffusion.sd import SDBackbone
 from longalign.encoders.base import Conditioning
 from longalign.runtime import Runtime
 
@@ -37,7 +37,7 @@ class SDXLBackbone(SDBackbone):
             raise ValueError("this VAE normalises latents per channel, which 'sdxl' does not support; use SDXL's VAE")
 
     @classmethod
-    def from_config(cls, config: SDConfig, runtime: Runtime) -> SDXLBackbone:
+    def from_config(cls, config: StableDiffusionConfig, runtime: Runtime) -> SDXLBackbone:
         """As for ``sd``; a VAE with ``force_upcast`` runs in float32 instead of float16, in which it overflows."""
         backbone: Any = super().from_config(config, runtime)
         if backbone.vae.dtype == torch.float16 and backbone.vae.config.force_upcast:
