@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ UPWARDS = {("compose", "loop.run")}
 # Modules of a kind that modules of other kinds may import.
 SHARED = ("base", "config", "configs", "bucketing", "guard", "lines", "stream")
 
-NO_TORCH = ("__init__", "__main__", "cli", "compose", *f"{LEVELS[0]} {LEVELS[1]}".split())
+NO_TORCH = ("__init__", "__main__", "cli", "compose", "gradient_steps", *f"{LEVELS[0]} {LEVELS[1]}".split())
 HEAVY = (
     "torch",
     "numpy",
@@ -202,6 +203,16 @@ def test_public_names_exist_and_are_listed():
     assert longalign.__version__.count(".") >= 1
     with pytest.raises(AttributeError, match=r"'longalign' .*'nothing'"):
         _ = longalign.nothing
+
+
+@pytest.mark.parametrize("package", ["backbones", "functional", "gradient_steps", "rewards"])
+def test_packages_export_their_names_lazily(package):
+    module = import_module(f"longalign.{package}")
+    assert {getattr(module, name).__name__ for name in module.__all__} == set(module.__all__) <= set(dir(module))
+    with pytest.raises(AttributeError, match=rf"'longalign\.{package}' .*'nothing'"):
+        _ = module.nothing
+    code = f"import sys, longalign.{package} as m; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_import_longalign_imports_no_heavy_libraries():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from einops import repeat
 from torch import Tensor
 
 from longalign.backbones.stable_diffusion.config import StableDiffusionConfig
@@ -60,5 +61,5 @@ class SDXLBackbone(SDBackbone):
             )
         height, width = (self.vae_scale_factor * side for side in latents.shape[-2:])
         sizes = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=latents.device)
-        pooled = conditioning.pooled.to(self.denoiser.dtype)
-        return {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes.expand(len(latents), 6)}}
+        time_ids = repeat(sizes, "size -> b size", b=len(latents))
+        return {"added_cond_kwargs": {"text_embeds": conditioning.pooled.to(self.denoiser.dtype), "time_ids": time_ids}}
