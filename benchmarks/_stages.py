@@ -93,8 +93,8 @@ def network(model: str, name: str, dtype: torch.dtype = torch.bfloat16) -> Any:
 
 def backbone(setting: Setting) -> Any:
     """UNet and VAE; the VAE has the dtype of ``loop.precision``."""
-    from longalign.backbones.sd import SDBackbone
-    from longalign.backbones.sdxl import SDXLBackbone
+    from longalign.backbones.stable_diffusion.sd import SDBackbone
+    from longalign.backbones.stable_diffusion.sdxl import SDXLBackbone
 
     kind = SDXLBackbone if setting.model == SDXL else SDBackbone
     unet = network(setting.model, "UNet", getattr(torch, setting.unet))
@@ -181,7 +181,7 @@ def generate(setting: Setting, _: LikeCuda) -> Stage:
 
 def train(setting: Setting, cuda: LikeCuda) -> Stage:
     """A training step on cached prompts and latents."""
-    from longalign.backbones.configs import LoraConfig
+    from longalign.backbones.config import LoraConfig
     from longalign.runtime import Runtime
     from longalign.trainers.align.config import AlignConfig
     from longalign.trainers.align.trainer import AlignTrainer

@@ -57,7 +57,8 @@ def compare_with_profiler() -> tuple[float, float]:
     """
     from diffusers import UNet2DConditionModel
 
-    from longalign.backbones.lora import LoraConfig, inject_lora
+    from longalign.backbones.config import LoraConfig
+    from longalign.backbones.lora import inject_lora
 
     def small(device: str) -> tuple[Any, Callable[[], None]]:
         with torch.device(device):

@@ -61,8 +61,8 @@ def build(setting: Setting) -> Any:
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
-    from longalign.backbones.configs import LoraConfig
-    from longalign.backbones.sd import SDBackbone
+    from longalign.backbones.config import LoraConfig
+    from longalign.backbones.stable_diffusion.sd import SDBackbone
     from longalign.encoders.base import Conditioning, Encoder
     from longalign.runtime import Runtime
     from longalign.trainers.reward.config import RewardConfig
@@ -256,7 +256,7 @@ def expected_memory(chosen: int, measured: Mapping[int, float]) -> float:
 
 def run(settings: Sequence[Setting], rounds: int, cap: float) -> dict[Setting, Measurement]:
     """Measures all settings. Skips those without checkpoints that would take more than ``cap`` GiB."""
-    SERVER.set_forkserver_preload(["longalign.backbones.sd", "longalign.trainers.reward.trainer"])
+    SERVER.set_forkserver_preload(["longalign.backbones.stable_diffusion.sd", "longalign.trainers.reward.trainer"])
     measurements: dict[Setting, Measurement] = {}
     for setting in settings:
         graphs = {s.chosen: m.memory for s, m in measurements.items() if s.method == BARE}

@@ -22,7 +22,7 @@ from common import WEIGHTS, images_of, scene_and_caption
 from facts import FactHead, labels_of_caption, tensor
 from longclip import variants
 
-from longalign.backbones.sd import SDBackbone
+from longalign.backbones.stable_diffusion.sd import SDBackbone
 from longalign.evaluation.record import machine_text
 from longalign.inference.sampling import sample
 from longalign.mini import oracle

@@ -31,7 +31,7 @@ PAGES = {
 REFERENCE = {
     "composition": ["compose", "config", "model", "registry", "runtime", "errors"],
     **{kind: ["segment" if kind == "segmenters" else kind] for kind in REGISTRIES},
-    "functional": ["preference", "rollout", "diffusion", "images"],
+    "functional": ["functional"],
     "inference": ["conditioning", "pipeline", "baselines"],
     "evaluation": ["evaluate", "table", "report", "charts"],
     "checkpoints": ["checkpoint", "convert", "publish", "weights"],

@@ -8,8 +8,7 @@ import torch
 from tiny import tiny_sd
 
 from longalign.backbones.base import Backbone
-from longalign.backbones.config import BackboneConfig
-from longalign.backbones.configs import LoraConfig
+from longalign.backbones.config import BackboneConfig, LoraConfig
 from longalign.checkpoints import checkpoint
 from longalign.compose import Composition, build_from_config
 from longalign.config.changes import override

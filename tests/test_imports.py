@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,16 @@ def test_public_names_exist_and_are_listed():
     assert longalign.__version__.count(".") >= 1
     with pytest.raises(AttributeError, match=r"'longalign' .*'nothing'"):
         _ = longalign.nothing
+
+
+@pytest.mark.parametrize("package", ["backbones", "functional", "gradient_steps", "rewards"])
+def test_packages_export_their_names_lazily(package):
+    module = import_module(f"longalign.{package}")
+    assert {getattr(module, name).__name__ for name in module.__all__} == set(module.__all__) <= set(dir(module))
+    with pytest.raises(AttributeError, match=rf"'longalign\.{package}' .*'nothing'"):
+        _ = module.nothing
+    code = f"import sys, longalign.{package} as m; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_import_longalign_imports_no_heavy_libraries():

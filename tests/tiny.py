@@ -250,7 +250,7 @@ def tiny_backbone(prediction: str = "epsilon", width: int = 8, **vae_settings):
     """An `SDBackbone` in memory: 8 px images, latents of 4 by 4."""
     from diffusers import AutoencoderKL, DDIMScheduler
 
-    from longalign.backbones.sd import SDBackbone
+    from longalign.backbones.stable_diffusion.sd import SDBackbone
 
     unet = tiny_unet(width)
     vae = AutoencoderKL(

@@ -4,8 +4,7 @@ import torch
 from tiny import tiny_backbone
 from torch import nn
 
-from longalign.backbones.config import BackboneConfig
-from longalign.backbones.configs import LoraConfig
+from longalign.backbones.config import BackboneConfig, LoraConfig
 from longalign.config.run import load_config
 from longalign.data.base import Data
 from longalign.data.config import DataConfig

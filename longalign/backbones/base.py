@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longalign.backbones.configs import LoraConfig
+from longalign.backbones.config import LoraConfig
 from longalign.backbones.lora import (
     LoraWeights,
     check_same_names,
@@ -102,8 +102,9 @@ class Backbone(nn.Module):
             raise ValueError(
                 f"channels_last needs convolutions, and {type(self.denoiser).__name__} has none; set it to false"
             )
-        for module in (self, *self._reference):
-            module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        modules: tuple[Any, ...] = (self, *self._reference)
+        for module in modules:
+            module.to(memory_format=torch.channels_last)
 
     # Trainable parameters
 
@@ -170,12 +171,6 @@ class Backbone(nn.Module):
             self.add_lora(lora.config, lora.name)
             write_lora(self.denoiser, lora.name, lora.state)
         self.denoiser.requires_grad_(False)
-
-    def set_lora(self, state: Mapping[str, Tensor]) -> None:
-        """Copies weights into the active LoRA."""
-        if self._active is None:
-            raise ValueError("the backbone has no active LoRA to copy weights into; call add_lora first")
-        write_lora(self.denoiser, self._active[0], state)
 
     def full_state(self) -> dict[str, Tensor]:
         """The denoiser's base weights on the CPU, without the active LoRA."""

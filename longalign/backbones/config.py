@@ -1,10 +1,31 @@
-"""The base class of backbone configs; no torch here."""
+"""The base class of backbone configs, and the config of LoRAs; importing this module does not import torch."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from longalign.registry import PartConfig
+from pydantic import Field
+
+from longalign.registry import PartConfig, Section
+
+
+class LoraConfig(Section):
+    """Low-rank updates of every Linear and Conv2d inside ResnetBlock2D, Attention and GEGLU (arXiv 2106.09685).
+
+    ``down`` is initialised from N(0, 1/rank^2) and ``up`` with zeros, so the update is zero at the start.
+
+    Attributes:
+        rank: width of the bottleneck.
+        scale: factor of the update.
+        dropout: dropout probability in the update during training.
+        dropout_placement: ``"down"`` drops inputs of the down projection, as in peft; ``"up"`` drops outputs of the up
+            projection, as in the LongAlign authors' code.
+    """
+
+    rank: int = Field(default=32, ge=1)
+    scale: float = Field(default=1.0, gt=0)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    dropout_placement: Literal["down", "up"] = "down"
 
 
 class BackboneConfig(PartConfig):
@@ -12,6 +33,8 @@ class BackboneConfig(PartConfig):
 
     #: whether the denoiser takes a pooled embedding of the prompt; None if unknown
     has_pooled: ClassVar[bool | None] = None
+    #: folder of the denoiser in a checkpoint in diffusers layout, and its prefix in LoRA files
+    component: ClassVar[str] = "unet"
 
     @property
     def divisor(self) -> int | None:

@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from longalign.backbones.configs import LoraConfig
+from longalign.backbones.config import LoraConfig
 
 ANCESTORS = (Attention, ResnetBlock2D, GEGLU)
 
@@ -58,16 +58,14 @@ def inject_lora(denoiser: Any, config: LoraConfig, name: str) -> list[nn.Paramet
             "diffusers UNet, or train all weights (lora: null)"
         )
     after_up = config.dropout_placement == "up"
-    denoiser.add_adapter(
-        PeftConfig(
-            r=config.rank,
-            lora_alpha=config.rank * config.scale,  # pyright: ignore[reportArgumentType]
-            lora_dropout=0.0 if after_up else config.dropout,
-            target_modules=targets,
-            init_lora_weights="gaussian",
-        ),
-        adapter_name=name,
-    )
+    settings: dict[str, Any] = {
+        "r": config.rank,
+        "lora_alpha": config.rank * config.scale,
+        "lora_dropout": 0.0 if after_up else config.dropout,
+        "target_modules": targets,
+        "init_lora_weights": "gaussian",
+    }
+    denoiser.add_adapter(PeftConfig(**settings), adapter_name=name)
     parameters = []
     for _, layer in lora_layers(denoiser, name):
         for projection in (layer.lora_A[name], layer.lora_B[name]):

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from longalign.backbones.base import Backbone
-from longalign.backbones.configs import LoraConfig
+from longalign.backbones.config import BackboneConfig, LoraConfig
 from longalign.backbones.lora import LoraWeights, check_same_names, concat_loras, peft_settings
 from longalign.checkpoints.weights import load_tensors, save_tensors
 from longalign.config.checks import check_parts, parts_of
@@ -283,7 +283,7 @@ def export_lora(checkpoint: str | Path, folder: str | Path) -> Path:
 
 def denoiser_folder(config: RunConfig) -> str:
     """Name of the denoiser's component in diffusers: ``unet`` or ``transformer``."""
-    return getattr(config.backbone, "component", "unet")
+    return BackboneConfig.component if config.backbone is None else config.backbone.component
 
 
 def versions() -> dict[str, str]:

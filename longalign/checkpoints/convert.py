@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longalign.backbones.configs import LoraConfig
+from longalign.backbones.config import LoraConfig
 from longalign.backbones.lora import LoraWeights, lora_targets
-from longalign.backbones.sd import empty_unet
+from longalign.backbones.stable_diffusion.sd import empty_unet
 from longalign.checkpoints.checkpoint import Weights, export_lora, write
 from longalign.checkpoints.weights import load_pickle
 from longalign.config.files import CHECKPOINT

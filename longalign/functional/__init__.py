@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from longalign.functional.rollout import RecordedStep as RecordedStep
     from longalign.functional.rollout import replay as replay
     from longalign.functional.rollout import replay_backward as replay_backward
-    from longalign.functional.rollout import rollout as rollout
     from longalign.functional.solvers import Solver as Solver
     from longalign.functional.solvers import ddim as ddim
     from longalign.functional.solvers import lcm as lcm
@@ -52,7 +51,6 @@ _MODULES = {
     "replay_backward": "rollout",
     "resize_to_input": "images",
     "reweight": "preference",
-    "rollout": "rollout",
     "sample_timesteps": "diffusion",
     "strict_relevance": "preference",
     "trailing_timesteps": "solvers",
@@ -78,7 +76,6 @@ __all__ = [
     "replay_backward",
     "resize_to_input",
     "reweight",
-    "rollout",
     "sample_timesteps",
     "strict_relevance",
     "trailing_timesteps",

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
@@ -40,8 +41,6 @@ class ImagePreprocessor:
     def __post_init__(self) -> None:
         if self.aspect not in ASPECTS:
             raise ValueError(f"aspect must be one of {', '.join(ASPECTS)}, not {self.aspect!r}")
-        if self.crop is not None:
-            check_crop(self.crop)
 
     def __call__(self, images: Tensor, generator: Generator | None = None, random: bool = True) -> Tensor:
         """Images ``(b, 3, h, w)`` in [0, 1] to pixels ``(b, 3, *size)``: float32, or float64 for float64 images.
@@ -56,7 +55,7 @@ class ImagePreprocessor:
         if self.crop is not None and random:
             images = random_crop(images, self.crop, generator)
         images = resize_to_input(images, self.size, self.aspect)
-        mean, std = (images.new_tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
+        mean, std = (rearrange(images.new_tensor(v), "c -> c 1 1") for v in (self.mean, self.std))
         return (images - mean) / std
 
 
@@ -100,14 +99,6 @@ def check_range(images: Tensor) -> None:
         raise ValueError(f"expected images in [0, 1], got values from {low:.4g} to {high:.4g}; {hint}")
 
 
-def check_crop(crop: int | float) -> None:
-    """Raises ValueError unless ``crop`` is a number of pixels or a fraction in (0, 1)."""
-    if isinstance(crop, float) and not 0 < crop < 1:
-        raise ValueError(f"expected a crop fraction between 0 and 1, got {crop}; for pixels, use an int")
-    if isinstance(crop, int) and crop < 1:
-        raise ValueError(f"expected a crop of at least 1 pixel, got {crop}; for no crop, use None")
-
-
 def random_crop(images: Tensor, crop: int | float, generator: Generator | None = None) -> Tensor:
     """Crops each image ``(b, c, h, w)`` at its own random position.
 
@@ -115,10 +106,12 @@ def random_crop(images: Tensor, crop: int | float, generator: Generator | None =
         images: batch of images.
         crop: side of the square crop in pixels (int), or as a fraction of each side (float).
         generator: a CPU generator; torch's global one if None.
+
+    Raises:
+        ValueError: if the crop is larger than the images, or empty.
     """
-    check_crop(crop)
     size = [crop if isinstance(crop, int) else max(1, round(crop * side)) for side in images.shape[-2:]]
-    if any(target > side for target, side in zip(size, images.shape[-2:], strict=True)):
+    if not all(0 < target <= side for target, side in zip(size, images.shape[-2:], strict=True)):
         raise ValueError(
             f"cannot crop {size[0]}x{size[1]} pixels from images of {images.shape[-2]}x{images.shape[-1]}; "
             "use a smaller crop, or a fraction such as 0.984"
@@ -134,7 +127,7 @@ def random_crop(images: Tensor, crop: int | float, generator: Generator | None =
     return torch.stack(crops) if crops else images[..., :height, :width]
 
 
-def resize_to_input(images: Tensor, size: tuple[int, int], aspect: str = "crop") -> Tensor:
+def resize_to_input(images: Tensor, size: tuple[int, int], aspect: str) -> Tensor:
     """Resizes images ``(b, c, h, w)`` to ``(b, c, *size)``, with crop or padding; see `ImagePreprocessor.aspect`.
 
     Bicubic with antialiasing, as in PIL and the published processors. Values are not clamped, so gradient reaches every

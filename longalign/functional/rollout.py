@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longalign.functional.diffusion import Solver
+from longalign.functional.solvers import Solver
 
 #: ``(latents (b, c, h, w), timesteps (b,)) -> output (b, c, h, w)``
 Predict = Callable[[Tensor, Tensor], Tensor]

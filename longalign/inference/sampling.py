@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from longalign.config.changes import override
 from longalign.encoders.base import Encoder, TruncationWarning
-from longalign.functional.diffusion import NoiseLevels, check_prediction, guide, trailing_timesteps
+from longalign.functional.diffusion import NoiseLevels, check_prediction
+from longalign.functional.solvers import trailing_timesteps
 from longalign.image_folder import new_index, write_images
 from longalign.inference.condition import condition, per_prompt, truncation_messages
 from longalign.runtime import Runtime
@@ -76,8 +77,8 @@ def make_scheduler(name: str, levels: NoiseLevels, prediction: str, num_steps: i
         scheduler = library.DDIMScheduler(**common, timestep_spacing="trailing", clip_sample=False)
     else:
         scheduler = library.LCMScheduler(**common)
-        timesteps = [round(length * (num_steps - i) / num_steps) - 1 for i in range(num_steps)]
-        scheduler.set_timesteps(timesteps=timesteps, original_inference_steps=length)
+        timesteps = trailing_timesteps(num_steps, length)
+        scheduler.set_timesteps(timesteps=list(timesteps), original_inference_steps=length)
         return scheduler
     with warnings.catch_warnings():
         # diffusers converts tensors to numpy in a way that numpy 2 deprecates
@@ -190,16 +191,17 @@ def _sample_batch(
     latents = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
     takes_generator = "generator" in inspect.signature(solver.step).parameters
     extra = {"generator": generators} if takes_generator else {}
+
+    def predict(latents: Tensor, timesteps: Tensor) -> Tensor:
+        return backbone.predict(latents, timesteps, conditioning).float()
+
     # indices into the backbone's noise levels; a flow scheduler's own timesteps are noise levels instead
     indices = solver.timesteps
     if backbone.prediction == "flow":
         indices = torch.tensor(trailing_timesteps(len(indices), len(backbone.noise_levels)))
     for t, index in zip(solver.timesteps, indices, strict=True):
-        x = torch.cat([latents, latents]) if guided else latents
-        prediction = backbone.predict(x, index.to(device).expand(len(x)), conditioning).float()
-        if guided:
-            cond, uncond = prediction.chunk(2)
-            prediction = guide(cond, uncond, guidance)
+        timesteps = index.to(device).expand(len(latents))
+        prediction = predict_guided(predict, latents, timesteps, guidance) if guided else predict(latents, timesteps)
         latents = solver.step(prediction, t, latents, **extra, return_dict=False)[0]
         bar.update()
     # one image at a time: the autoencoder needs more memory than the denoiser

@@ -46,7 +46,7 @@ class TowerRewardConfig(RewardConfig):
     embeds: ClassVar[bool] = True
 
     text: TextMode = "auto"
-    segmenter: Part("segmenters") | None = None  # type: ignore[valid-type]
+    segmenter: Part("segmenters") | None = None
     aspect: Aspect = "crop"
     crop: int | float | None = None
     micro_batch: int | None = Field(None, ge=1)

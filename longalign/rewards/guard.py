@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from longalign.errors import RunError
@@ -55,7 +56,7 @@ class NonFiniteReward(RunError):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         pixels = self.image.float().nan_to_num(0.0, 0.0, 0.0).clamp(0, 1).mul(255).round().byte()
-        Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(folder / "image.png")
+        Image.fromarray(rearrange(pixels, "c h w -> h w c").contiguous().numpy()).save(folder / "image.png")
         (folder / "prompt.txt").write_text(self.prompt, encoding="utf-8")
         tensors = {"image": self.image.contiguous(), "scores": self.scores.contiguous()}
         save_tensors(folder / "tensors.safetensors", tensors, {"index": str(self.index)})

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from longalign.backbones.base import Backbone
-from longalign.backbones.configs import LoraConfig
+from longalign.backbones.config import LoraConfig
 from longalign.encoders.base import Conditioning, Encoder, TruncationWarning
-from longalign.functional.diffusion import add_noise, guide, sample_timesteps, training_target
+from longalign.functional.diffusion import add_noise, predict_guided, sample_timesteps, training_target
 from longalign.trainers.base import Trainer, Wrap
 
 
@@ -185,8 +185,7 @@ def guided_prediction(
         scale: guidance scale, a scalar or ``(b, 1, 1, 1)``.
     """
     branches = conditioning[torch.cat([rows, torch.full_like(rows, len(conditioning.states) - 1)])]
-    conditional, unconditional = denoise(torch.cat([latents] * 2), torch.cat([timesteps] * 2), branches).chunk(2)
-    return guide(conditional, unconditional, scale)
+    return predict_guided(lambda x, t: denoise(x, t, branches), latents, timesteps, scale)
 
 
 def noise_loss(backbone: Backbone, latents: Tensor, conditioning: Conditioning, density: str | None = None) -> Tensor:

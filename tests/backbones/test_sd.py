@@ -1,14 +1,17 @@
 """The backbone `sd`: layout, latent scaling, LoRA, full fine-tuning."""
 
+from dataclasses import replace
+
 import diffusers
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from tiny import tiny_backbone, tiny_sd, tiny_unet
 
-from longalign.backbones.configs import LoraConfig, SDConfig
+from longalign.backbones.config import LoraConfig
 from longalign.backbones.lora import inject_lora, lora_layers, lora_targets, stochastic_round
-from longalign.backbones.sd import SDBackbone, scheduler_constants
+from longalign.backbones.stable_diffusion.config import SDConfig
+from longalign.backbones.stable_diffusion.sd import SDBackbone, scheduler_constants
 from longalign.encoders.base import Conditioning
 from longalign.registry import backbones
 
@@ -231,17 +234,14 @@ def test_predict_reference_of_bfloat16_network_after_train_all():
     assert torch.allclose(start, before, atol=0.05)
 
 
-def test_set_lora_rejects_weights_of_different_model():
+def test_load_lora_rejects_weights_of_different_model():
     backbone, other = tiny_backbone(), tiny_backbone()
-    backbone.add_lora(LoraConfig(rank=3), "x")
     other.add_lora(LORA, "x")
-    state = other.lora_state()[0].state
+    (lora,) = other.lora_state()
     with pytest.raises(ValueError, match=r"'.*lora_A.weight' .*\(3, 8.*\), got \(2, 8"):
-        backbone.set_lora(state)
+        backbone.load_lora([replace(lora, config=LoraConfig(rank=3))])
     with pytest.raises(ValueError, match=r"'.*lora_.\.weight' .*\(1 missing, 0 unknown\)"):
-        other.set_lora(dict(list(state.items())[1:]))
-    with pytest.raises(ValueError, match="add_lora"):
-        tiny_backbone().set_lora(state)
+        tiny_backbone().load_lora([replace(lora, state=dict(list(lora.state.items())[1:]))])
 
 
 def test_full_state_contains_merged_lora():

@@ -7,7 +7,7 @@ from tiny import tiny_sd, tiny_sdxl
 
 from longalign import condition
 from longalign.backbones.lora import lora_targets
-from longalign.backbones.sdxl import SDXLBackbone
+from longalign.backbones.stable_diffusion.sdxl import SDXLBackbone
 from longalign.encoders.base import Conditioning
 from longalign.inference.sampling import make_scheduler, sample
 from longalign.registry import backbones, encoders, trainers

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from tiny import tiny_sd, tiny_sdxl
 
-from longalign.backbones.configs import SDConfig, SDXLConfig
+from longalign.backbones.stable_diffusion.config import SDConfig, SDXLConfig
 from longalign.runtime import Runtime
 
 CPU = Runtime()

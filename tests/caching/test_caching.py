@@ -129,7 +129,7 @@ def test_make_caches_reuses_existing_entries(config, monkeypatch, caplog):
         build_from_config(config, CPU).data  # noqa: B018
     assert caching.make_caches(config, CPU)["latents"] == (4, 0)
     with monkeypatch.context() as patch:
-        patch.setattr("longalign.backbones.sd.SDBackbone.from_config", interrupt)
+        patch.setattr("longalign.backbones.stable_diffusion.sd.SDBackbone.from_config", interrupt)
         patch.setattr("longalign.encoders.t5.encoder.load_text_model", interrupt)
         assert caching.make_caches(config, CPU)["prompts-t5"] == (6, 0)
 

@@ -10,7 +10,7 @@ import worlds
 from safetensors.torch import load_file, save_file
 from tiny import tiny_backbone, tiny_sd
 
-from longalign.backbones.configs import LoraConfig
+from longalign.backbones.config import LoraConfig
 from longalign.checkpoints import checkpoint
 from longalign.compose import build_from_config
 from longalign.config.files import read_metadata

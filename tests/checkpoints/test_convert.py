@@ -9,7 +9,7 @@ from safetensors import safe_open
 from tiny import SD15_NARROW, tiny_adapter, tiny_sd15, tiny_t5
 
 from longalign.backbones.lora import lora_targets
-from longalign.backbones.sd import empty_unet
+from longalign.backbones.stable_diffusion.sd import empty_unet
 from longalign.checkpoints.checkpoint import load_for_sampling, load_weights
 from longalign.checkpoints.convert import _UNET, convert_longsd, read_tensors
 from longalign.cli.main import main

@@ -14,7 +14,7 @@ from huggingface_hub.utils import filter_repo_objects
 from tiny import tiny_adapter, tiny_sd, tiny_t5
 
 from longalign import Model, condition, override
-from longalign.backbones.configs import LoraConfig
+from longalign.backbones.config import LoraConfig
 from longalign.backbones.lora import LoraWeights
 from longalign.checkpoints import publish
 from longalign.checkpoints.checkpoint import load_for_sampling, save

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tiny import tiny_clip, tiny_clip_text, tiny_hpsv2, tiny_sd, tiny_sd3, weights_of
 from transformers import CLIPModel
 
-from longalign.backbones.configs import SDConfig
+from longalign.backbones.stable_diffusion.config import SDConfig
 from longalign.encoders.clip.config import LongClipConfig
 from longalign.inference import baselines
 from longalign.registry import backbones, encoders, rewards

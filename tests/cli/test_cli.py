@@ -11,7 +11,7 @@ from typing import Literal
 import pytest
 import torch
 
-from longalign.backbones.configs import LoraConfig
+from longalign.backbones.config import LoraConfig
 from longalign.cli import main as cli
 from longalign.cli.main import main
 from longalign.config.run import RunConfig, load_config, to_yaml
@@ -94,7 +94,7 @@ def test_light_commands_do_not_import_torch(yaml):
     code = f"""
 import sys
 import longalign
-from longalign.backbones.configs import LoraConfig
+from longalign.backbones.config import LoraConfig
 from longalign.cli.main import main
 for arguments in {commands!r}:
     try:

@@ -5,17 +5,8 @@ import math
 import pytest
 import torch
 
-from longalign.functional.diffusion import (
-    NoiseLevels,
-    add_noise,
-    check_linear_sampling,
-    ddim,
-    guide,
-    lcm,
-    sample_timesteps,
-    trailing_timesteps,
-    training_target,
-)
+from longalign.functional.diffusion import NoiseLevels, add_noise, guide, sample_timesteps, training_target
+from longalign.functional.solvers import check_linear_sampling, ddim, lcm, trailing_timesteps
 
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 LEVELS = NoiseLevels.from_alphas_cumprod((1 - BETAS).cumprod(0))

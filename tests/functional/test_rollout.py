@@ -7,10 +7,11 @@ import torch
 from tiny import tiny_unet
 from torch import nn
 
-from longalign.backbones.configs import LoraConfig
+from longalign.backbones.config import LoraConfig
 from longalign.backbones.lora import inject_lora
-from longalign.functional.diffusion import NoiseLevels, ddim, guide, lcm, trailing_timesteps
+from longalign.functional.diffusion import NoiseLevels, guide
 from longalign.functional.rollout import replay, replay_backward, rollout
+from longalign.functional.solvers import ddim, lcm, trailing_timesteps
 
 LEVELS = NoiseLevels.from_alphas_cumprod((1 - torch.linspace(0.03, 0.11, 1000, dtype=torch.float64) ** 2).cumprod(0))
 TIMES = torch.arange(1, 1001, dtype=torch.float64) / 1000

@@ -7,7 +7,7 @@ import torch
 from tiny import tiny_backbone
 from worlds import Squares, ToyEncoder, red
 
-from longalign.backbones.configs import LoraConfig
+from longalign.backbones.config import LoraConfig
 from longalign.checkpoints.checkpoint import load_for_sampling, load_weights
 from longalign.compose import build_from_config
 from longalign.errors import ConfigError

@@ -6,7 +6,7 @@ from tiny import steps, tiny_backbone
 from torch import nn
 from worlds import LORA, Squares, ToyEncoder, red
 
-from longalign.backbones.configs import LoraConfig
+from longalign.backbones.config import LoraConfig
 from longalign.errors import ConfigError
 from longalign.functional.diffusion import add_noise, guide
 from longalign.loop.batches import collate

@@ -26,7 +26,7 @@ class ReweightedConfig(RewardConfig):
     target: ClassVar[str] = "longalign.rewards.reweighted.reward:ReweightedReward"
 
     name: Literal["reweighted"] = "reweighted"
-    inner: Part("rewards")  # type: ignore[valid-type]
+    inner: Part("rewards")
     omega: float = Field(0.3, ge=0, allow_inf_nan=False)
     direction: str = "batch"
 

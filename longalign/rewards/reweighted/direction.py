@@ -20,6 +20,7 @@ from longalign.checkpoints.weights import load_tensors, reading, save_tensors
 from longalign.functional import preference
 from longalign.registry import PartConfig
 from longalign.rewards.base import EmbeddingReward
+from longalign.rewards.reweighted.config import ReweightedConfig
 from longalign.runtime import Runtime, resolve_checkpoint
 
 FORMAT = "longalign-direction-1"
@@ -176,8 +177,8 @@ def write_direction(
         ValueError: if the reward has no text embeddings, or for fewer than two different prompts.
     """
     config = registry.rewards.validate(config)
-    while config.name == "reweighted":
-        config = config.inner  # type: ignore[attr-defined]
+    while isinstance(config, ReweightedConfig):
+        config = config.inner
     reward = registry.rewards.build(config, runtime)
     if not isinstance(reward, EmbeddingReward):
         raise ValueError(f"'{config.name}' has no text embeddings; use one of its terms, or a different reward")

@@ -19,7 +19,7 @@ class TermConfig(Section):
         label: name of its curves; null means the reward's name, with a number if it is already used.
     """
 
-    reward: Part("rewards")  # type: ignore[valid-type]
+    reward: Part("rewards")
     weight: float = Field(1.0, allow_inf_nan=False)
     label: str | None = Field(None, min_length=1)
 

@@ -12,7 +12,8 @@ from torch.func import functional_call
 
 from longalign.backbones.base import Backbone
 from longalign.encoders.base import Conditioning, Encoder
-from longalign.functional.diffusion import Solver, add_noise, ddim, lcm
+from longalign.functional.diffusion import add_noise
+from longalign.functional.solvers import Solver, ddim, lcm
 from longalign.runtime import Runtime
 from longalign.trainers.diffusion import DiffusionTrainer, batch_latents, evaluating, guided_prediction, train_denoiser
 from longalign.trainers.lcm.config import LCMConfig
@@ -40,7 +41,7 @@ class LCMTrainer(DiffusionTrainer):
         huber_c: c of the pseudo-Huber loss ``sqrt(d^2 + c^2) - c``, or None for the squared error.
         ema_decay: decay of the moving average that computes the target, or None for the student itself.
         timestep_scaling_factor: how fast the boundary condition leaves ``f(x, 0) = x``, see
-            `longalign.functional.diffusion.lcm`.
+            `longalign.functional.solvers.lcm`.
 
     Raises:
         ValueError: if ``num_ddim_timesteps`` does not divide the model's timesteps.

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from longalign.backbones.configs import LoraConfig
+from longalign.backbones.config import LoraConfig
 from longalign.errors import ConfigProblem
 from longalign.registry import Part
 from longalign.trainers.config import TrainerConfig, image_problems

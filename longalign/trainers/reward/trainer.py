@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from longalign import registry
 from longalign.backbones.base import Backbone
 from longalign.encoders.base import Conditioning, Encoder
-from longalign.functional.diffusion import Solver, add_noise, ddim, lcm, trailing_timesteps
+from longalign.functional.diffusion import add_noise
 from longalign.functional.rollout import Predict, RecordedStep, replay, replay_backward, rollout
+from longalign.functional.solvers import Solver, ddim, lcm, trailing_timesteps
 from longalign.gradient_steps.base import GradientSteps, GradientStepSelector
 from longalign.rewards.base import Reward, Scores, as_reward
 from longalign.rewards.guard import guarded

@@ -1,41 +1,20 @@
-"""Configs of backbones and of LoRA; importing this module does not import torch."""
+"""Configs of the Stable Diffusion family; importing this module does not import torch."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from longalign.backbones.config import BackboneConfig
 from longalign.config.files import check_single_file, join_subfolder
 from longalign.errors import ConfigProblem
 from longalign.hub import availability_problem, missing_files_problem, read_json
-from longalign.registry import Section
-from longalign.runtime import Runtime
 
 
-class LoraConfig(Section):
-    """Low-rank updates of every Linear and Conv2d inside ResnetBlock2D, Attention and GEGLU (arXiv 2106.09685).
-
-    ``down`` is initialised from N(0, 1/rank^2) and ``up`` with zeros, so the update is zero at the start.
-
-    Attributes:
-        rank: width of the bottleneck.
-        scale: factor of the update.
-        dropout: dropout probability in the update during training.
-        dropout_placement: ``"down"`` drops inputs of the down projection, as in peft; ``"up"`` drops outputs of the up
-            projection, as in the LongAlign authors' code.
-    """
-
-    rank: int = Field(default=32, ge=1)
-    scale: float = Field(default=1.0, gt=0)
-    dropout: float = Field(default=0.1, ge=0, lt=1)
-    dropout_placement: Literal["down", "up"] = "down"
-
-
-class SDConfig(BackboneConfig):
-    """Stable Diffusion 1.x and 2.x, or any model of that layout.
+class StableDiffusionConfig(BackboneConfig):
+    """Checkpoints of the Stable Diffusion family.
 
     Attributes:
         checkpoint: Hub id, local folder in diffusers layout, ``mini/sd``, or a single ``.safetensors`` file. A single
@@ -48,12 +27,6 @@ class SDConfig(BackboneConfig):
         dtype: dtype of the UNet's weights; trainable weights are always float32. The VAE has the runtime's dtype.
     """
 
-    #: folder of the denoiser in a checkpoint, and its prefix in LoRA files
-    component: ClassVar[str] = "unet"
-    #: whether the denoiser takes a pooled embedding of the prompt
-    has_pooled: ClassVar[bool] = False
-
-    name: Literal["sd"] = "sd"
     checkpoint: str
     layout: str | None = None
     subfolder: str | None = None
@@ -68,12 +41,12 @@ class SDConfig(BackboneConfig):
 
     def resolution(self) -> int:
         """Native width and height of an image in pixels, read from the checkpoint's configs without its weights."""
-        from longalign.backbones.latent import native_resolution
+        from longalign.backbones.stable_diffusion.loading import native_resolution
 
         return native_resolution(self)
 
     @model_validator(mode="after")
-    def _check_single_file(self) -> SDConfig:
+    def _check_single_file(self) -> StableDiffusionConfig:
         check_single_file(
             self.checkpoint, self.layout, subfolder=self.subfolder, revision=self.revision, variant=self.variant
         )
@@ -115,13 +88,17 @@ class SDConfig(BackboneConfig):
         ]
         return [("checkpoint", f"{missing[0]}, as '{self.name}' needs; see 'subfolder'")] if missing else []
 
-    def build(self, runtime: Runtime) -> Any:
-        from longalign.backbones.sd import SDBackbone
 
-        return SDBackbone.from_config(self, runtime)
+class SDConfig(StableDiffusionConfig):
+    """Stable Diffusion 1.x and 2.x, or any model of that layout."""
+
+    target: ClassVar[str] = "longalign.backbones.stable_diffusion.sd:SDBackbone"
+    has_pooled: ClassVar[bool | None] = False
+
+    name: Literal["sd"] = "sd"
 
 
-class SDXLConfig(SDConfig):
+class SDXLConfig(StableDiffusionConfig):
     """Stable Diffusion XL, or any model of that layout. The size conditioning is fixed to the true size without a crop.
 
     Attributes:
@@ -131,22 +108,18 @@ class SDXLConfig(SDConfig):
             float32 instead of float16, in which it overflows.
     """
 
-    has_pooled: ClassVar[bool] = True
+    target: ClassVar[str] = "longalign.backbones.stable_diffusion.sdxl:SDXLBackbone"
+    has_pooled: ClassVar[bool | None] = True
 
-    name: Literal["sdxl"] = "sdxl"  # pyright: ignore[reportIncompatibleVariableOverride]
+    name: Literal["sdxl"] = "sdxl"
 
     def widths(self) -> tuple[int | None, int | None]:
         config = self._config_of(self.component)
         total, size = config.get("projection_class_embeddings_input_dim"), config.get("addition_time_embed_dim")
         return super().widths()[0], total - 6 * size if isinstance(total, int) and isinstance(size, int) else None
 
-    def build(self, runtime: Runtime) -> Any:
-        from longalign.backbones.sdxl import SDXLBackbone
 
-        return SDXLBackbone.from_config(self, runtime)
-
-
-class SD3Config(SDConfig):
+class SD3Config(StableDiffusionConfig):
     """Stable Diffusion 3 and 3.5, or any model of that layout: a transformer that predicts a flow.
 
     A LoRA is added to the attention projections of text and image, as in diffusers' LoRA training of SD3.
@@ -159,10 +132,11 @@ class SD3Config(SDConfig):
             dtype.
     """
 
+    target: ClassVar[str] = "longalign.backbones.stable_diffusion.sd3:SD3Backbone"
     component: ClassVar[str] = "transformer"
-    has_pooled: ClassVar[bool] = True
+    has_pooled: ClassVar[bool | None] = True
 
-    name: Literal["sd3"] = "sd3"  # pyright: ignore[reportIncompatibleVariableOverride]
+    name: Literal["sd3"] = "sd3"
 
     @property
     def divisor(self) -> int | None:
@@ -179,8 +153,3 @@ class SD3Config(SDConfig):
         if not run.loop.channels_last:
             return []
         return [("loop.channels_last", "channels_last needs convolutions, and 'sd3' is a transformer; set it to false")]
-
-    def build(self, runtime: Runtime) -> Any:
-        from longalign.backbones.sd3 import SD3Backbone
-
-        return SD3Backbone.from_config(self, runtime)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from einops import repeat
 from torch import Tensor
 
-from longalign.backbones.configs import SDConfig
-from longalign.backbones.sd import SDBackbone
+from longalign.backbones.stable_diffusion.config import StableDiffusionConfig
+from longalign.backbones.stable_diffusion.sd import SDBackbone
 from longalign.encoders.base import Conditioning
 from longalign.runtime import Runtime
 
@@ -37,7 +38,7 @@ class SDXLBackbone(SDBackbone):
             raise ValueError("this VAE normalises latents per channel, which 'sdxl' does not support; use SDXL's VAE")
 
     @classmethod
-    def from_config(cls, config: SDConfig, runtime: Runtime) -> SDXLBackbone:
+    def from_config(cls, config: StableDiffusionConfig, runtime: Runtime) -> SDXLBackbone:
         """As for ``sd``; a VAE with ``force_upcast`` runs in float32 instead of float16, in which it overflows."""
         backbone: Any = super().from_config(config, runtime)
         if backbone.vae.dtype == torch.float16 and backbone.vae.config.force_upcast:
@@ -60,5 +61,5 @@ class SDXLBackbone(SDBackbone):
             )
         height, width = (self.vae_scale_factor * side for side in latents.shape[-2:])
         sizes = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=latents.device)
-        pooled = conditioning.pooled.to(self.denoiser.dtype)
-        return {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes.expand(len(latents), 6)}}
+        time_ids = repeat(sizes, "size -> b size", b=len(latents))
+        return {"added_cond_kwargs": {"text_embeds": conditioning.pooled.to(self.denoiser.dtype), "time_ids": time_ids}}

@@ -8,8 +8,9 @@ import torch
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor
 
-from longalign.backbones.configs import SDConfig
-from longalign.backbones.latent import LatentBackbone, load_parts
+from longalign.backbones.latent import LatentBackbone
+from longalign.backbones.stable_diffusion.config import StableDiffusionConfig
+from longalign.backbones.stable_diffusion.loading import load_parts
 from longalign.encoders.base import Conditioning
 from longalign.functional.diffusion import NoiseLevels
 from longalign.runtime import Runtime
@@ -41,7 +42,7 @@ class SD3Backbone(LatentBackbone):
         super().__init__(transformer, vae, "flow", noise_levels)
 
     @classmethod
-    def from_config(cls, config: SDConfig, runtime: Runtime) -> SD3Backbone:
+    def from_config(cls, config: StableDiffusionConfig, runtime: Runtime) -> SD3Backbone:
         """Loads transformer, VAE and scheduler config from a folder or the Hub."""
         transformer, vae, constants = load_parts(config, runtime, SD3Transformer2DModel, "transformer")
         return cls(transformer, vae, flow_levels(constants)).to(runtime.device)
@@ -53,11 +54,12 @@ class SD3Backbone(LatentBackbone):
     def call(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         conditioning = conditioning.at(timesteps)
         self.check_conditioning(conditioning)
+        assert conditioning.pooled is not None
         dtype, times = self.denoiser.dtype, len(self.noise_levels) * self.noise_levels.noise
         output = denoiser(
             hidden_states=latents.to(dtype),
             encoder_hidden_states=conditioning.states.to(dtype),
-            pooled_projections=conditioning.pooled.to(dtype),  # pyright: ignore[reportOptionalMemberAccess]
+            pooled_projections=conditioning.pooled.to(dtype),
             timestep=times.to(timesteps.device, torch.float32)[timesteps],
             return_dict=False,
         )[0]

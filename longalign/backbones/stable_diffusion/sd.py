@@ -9,10 +9,12 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
-from longalign.backbones.configs import SDConfig
-from longalign.backbones.latent import LatentBackbone, load_parts
+from longalign.backbones.latent import LatentBackbone
+from longalign.backbones.stable_diffusion.config import StableDiffusionConfig
+from longalign.backbones.stable_diffusion.loading import load_parts
 from longalign.encoders.base import Conditioning
-from longalign.functional.diffusion import NoiseLevels, check_linear_sampling
+from longalign.functional.diffusion import NoiseLevels
+from longalign.functional.solvers import check_linear_sampling
 from longalign.runtime import Runtime, resolve_checkpoint
 
 
@@ -45,7 +47,7 @@ class SDBackbone(LatentBackbone):
             )
 
     @classmethod
-    def from_config(cls, config: SDConfig, runtime: Runtime) -> SDBackbone:
+    def from_config(cls, config: StableDiffusionConfig, runtime: Runtime) -> SDBackbone:
         """Loads UNet, VAE and scheduler config from a folder, the Hub or a single file."""
         unet, vae, constants = load_parts(config, runtime, UNet2DConditionModel, "unet")
         alphas_cumprod, prediction = scheduler_constants(constants)

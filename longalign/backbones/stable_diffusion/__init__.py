@@ -1,0 +1,1 @@
+"""The backbones of the Stable Diffusion family: `sd`, `sdxl` and `sd3`."""
