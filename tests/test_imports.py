@@ -23,7 +23,7 @@ LEVELS = {
     "evaluation.record evaluation.table loop.locks encoders.bucketing",
     3: "backbones.base backbones.lora data.base data.images.base data.stream image_folder encoders.base rewards.base "
     "rewards.guard gradient_steps.base trainers.base",
-    5: "checkpoints.checkpoint inference.condition evaluation.charts caching.precompute",
+    5: "checkpoints.checkpoint inference.condition evaluation.charts caching",
     6: "compose",
     7: "inference.sampling evaluation checkpoints",
     8: "loop inference.baselines",

@@ -1,4 +1,4 @@
-"""Length-bucketed batches of token rows through a frozen text model."""
+"""Runs a frozen text model over rows of tokens, in batches of rows of similar length."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def run_grouped(
         device: device of the model.
         max_batch_tokens: maximum number of positions, padding included, per call of ``run``; a single longer row is a
             call of its own.
-        call_cost: see `longalign.segmenters.group_by_length`; 0 never pads.
+        call_cost: see `longalign.encoders.bucketing.group_by_length`; 0 never pads.
 
     Returns:
         All states ``(m, d)``, and the index of each row's first state.

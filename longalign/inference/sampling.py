@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from longalign.config.changes import override
 from longalign.encoders.base import Encoder, TruncationWarning
-from longalign.functional.diffusion import NoiseLevels, check_prediction
+from longalign.functional.diffusion import NoiseLevels, check_prediction, predict_guided
 from longalign.functional.solvers import trailing_timesteps
 from longalign.image_folder import new_index, write_images
 from longalign.inference.condition import condition, per_prompt, truncation_messages

@@ -11,6 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 from tiny import tiny_adapter, tiny_sd, tiny_sdxl, tiny_t5
+from torch import nn
 
 from longalign.caching import precompute as caching
 from longalign.caching.fingerprint import fingerprint, fingerprints
@@ -21,7 +22,7 @@ from longalign.config.changes import override
 from longalign.config.run import load_config, to_yaml
 from longalign.data.cached import CachedImages
 from longalign.encoders.adapter import adapt
-from longalign.encoders.base import Encoder, TruncationWarning
+from longalign.encoders.base import Conditioning, Encoder, TruncationWarning
 from longalign.encoders.cached import CachedEncoder, entries, prompt_key
 from longalign.encoders.config import EncoderConfig
 from longalign.encoders.t5.config import AdapterConfig
@@ -30,7 +31,7 @@ from longalign.image_io import write_png
 from longalign.inference.sampling import load_model
 from longalign.loop.fit import fit
 from longalign.loop.locks import Lock
-from longalign.registry import encoders
+from longalign.registry import Part, encoders
 from longalign.runtime import Runtime
 
 CAPTIONS = ("A red fox sleeps on a wall. The sky is green.", "A wall.", "The sky. " * 12, "A fox is red.", "A fox.")
@@ -122,7 +123,7 @@ def test_make_caches_reuses_existing_entries(config, monkeypatch, caplog):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("longalign.caching.precompute.write_items", interrupt)
+        patch.setattr("longalign.caching.latents.write_items", interrupt)
         with pytest.raises(KeyboardInterrupt):
             caching.make_caches(config, CPU, 2, shard_bytes=1)
     with pytest.raises(ValueError, match=r"cache/latents.*longalign cache"):
@@ -267,6 +268,40 @@ def test_cached_encoder_finds_plugin_adapter_under_any_key(config, models, tmp_p
     names = [{name for name, p in encoder.named_parameters() if p.requires_grad} for encoder in (cached, plain)]
     assert names[0] == names[1]
     assert all(name.startswith("mapper.") for name in names[0])
+
+
+@pytest.mark.filterwarnings("ignore::longalign.encoders.base.TruncationWarning")
+def test_cached_encoder_combines_parts_of_plugin_encoder(config, tmp_path):
+    class SummedConfig(EncoderConfig):
+        name: Literal["summed"] = "summed"
+        terms: list[Part("encoders")]
+
+        def inner_encoders(self):
+            return self.terms
+
+        def build(self, runtime, parts=None):
+            return Summed([encoders.construct(term, runtime) for term in self.terms] if parts is None else parts)
+
+    class Summed(Encoder):
+        def __init__(self, terms):
+            super().__init__()
+            self.terms, self.dim = nn.ModuleList(terms), terms[0].dim
+
+        def encode(self, prompts):
+            return Conditioning(sum(term.encode(prompts).states.mean(1, keepdim=True) for term in self.terms))
+
+    encoders.register("summed", SummedConfig)
+    try:
+        encoder = {"name": "summed", "terms": [part.model_dump() for part in config.encoder.parts]}
+        changed = override(config, {"encoder": encoder})
+        assert {"prompts-clip-segment", "prompts-t5"} <= set(caching.make_caches(changed, CPU))
+        cached, plain = (
+            build_from_config(run, CPU).encoder.eval()
+            for run in (changed, override(changed, {"cache": None, "output": str(tmp_path / "plain")}))
+        )
+    finally:
+        encoders.unregister("summed")
+    torch.testing.assert_close(cached.encode([CAPTIONS[0]]).states, plain.encode([CAPTIONS[0]]).states)
 
 
 def test_reward_training_gives_equal_numbers_with_cache(config, tmp_path):

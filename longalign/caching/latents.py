@@ -1,0 +1,140 @@
+"""Caches the latents of a run: the autoencoder posteriors of its images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from longalign.caching.fingerprint import fingerprints
+from longalign.caching.processes import wait, writer_options
+from longalign.caching.store import Store
+from longalign.config.run import RunConfig
+from longalign.data.base import Data
+from longalign.data.cached import ITEMS, UNREADABLE, read_items, write_items
+from longalign.runtime import Runtime
+
+IMAGE_FOLDERS = ("vae",)
+
+
+def has_latents(config: RunConfig) -> bool:
+    """Whether the run caches latents; by default if its data has images."""
+    if config.cache is None or config.data is None:
+        return False
+    return config.data.has_images if config.cache.latents is None else config.cache.latents
+
+
+def latent_store(config: RunConfig, runtime: Runtime, **options: Any) -> Store:
+    """The store of latents, with the settings that they depend on. ``options`` are those of a writer."""
+    assert config.cache is not None and config.data is not None and config.backbone is not None
+    # The key `dtype` applies to the denoiser only, not to the autoencoder.
+    backbone = config.backbone.model_dump(mode="json", exclude={"dtype"})
+    identity = {
+        "backbone": backbone,
+        "data": config.data.for_backbone(config.backbone).model_dump(mode="json"),
+        "dtype": runtime.dtype,
+        "weights": fingerprints(backbone, IMAGE_FOLDERS),
+    }
+    return Store(Path(config.cache.folder) / "latents", identity, **options)
+
+
+def make_latents(
+    config: RunConfig, data: Data, runtime: Runtime, batch_size: int, shard_bytes: int, progress: bool
+) -> tuple[int, int]:
+    """Encodes the images that are not stored yet; returns the number of entries and of new ones."""
+    store = latent_store(config, runtime, **writer_options(runtime, shard_bytes))
+    wait(runtime)  # every process must have opened the store before any new shard is written
+    _check_deterministic(data)
+    old_keys, old_stamps = [], torch.zeros(0, dtype=torch.int64)
+    if (store.folder / ITEMS).is_file():
+        old_keys, old_stamps = read_items(store.folder)
+    num_before, stored = len(store), set(store)
+    items = range(runtime.rank, len(data), runtime.world_size)
+    rows = _Rows(data, items, stored, old_keys, old_stamps.tolist())
+    loader = DataLoader(rows, batch_size=None, num_workers=config.loop.workers)
+    keys, stamps, pending = [], [], {}
+    backbone: Any = None
+
+    def encode() -> None:
+        nonlocal backbone
+        assert config.backbone is not None
+        if backbone is None:  # built only if an entry is missing
+            backbone = config.backbone.build(runtime).eval()
+        posteriors = backbone.posterior(torch.stack(list(pending.values())))
+        for key, posterior in zip(pending, posteriors, strict=True):
+            store.add(key, {"posterior": posterior})
+        pending.clear()
+
+    for row in tqdm(loader, desc="latents", disable=not progress):
+        keys.append(row["key"])
+        stamps.append(row["stamp"])
+        if row["image"] is not None and row["key"] not in store:
+            pending[row["key"]] = row["image"]
+        if len(pending) == batch_size:
+            encode()
+    if pending:
+        encode()
+    store.flush()
+    keys, stamps = _gather_items(keys, stamps, len(data), runtime)
+    if runtime.rank == 0:
+        write_items(store.folder, keys, stamps)
+    wait(runtime)
+    if all(key == UNREADABLE for key in keys):
+        raise ValueError("no image of the data can be read")
+    total = len(latent_store(config, runtime))
+    return total, total - num_before
+
+
+class _Rows(Dataset[dict[str, Any]]):
+    """Key, stamp and image of each item of this process; the image is None if the store already has it."""
+
+    def __init__(self, data: Data, items: range, stored: set[bytes], keys: list[bytes], stamps: list[int]):
+        self.data, self.items, self.stored, self.keys, self.stamps = data, items, stored, keys, stamps
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        index, key, stamp = self.items[row], UNREADABLE, 0
+        try:
+            stamp = self.data.image_stamp(index)
+            unchanged = index < len(self.keys) and stamp != 0 and self.stamps[index] == stamp
+            key = self.keys[index] if unchanged and self.keys[index] != UNREADABLE else self.data.image_key(index)
+        except (OSError, ValueError):
+            pass  # `load_item` below records the error
+        image = None
+        if key not in self.stored:
+            item = self.data.load_item(index)
+            key, image = (UNREADABLE, None) if item is None else (key, item["image"])
+        return {"key": key, "stamp": stamp, "image": image}
+
+
+def _gather_items(keys: list[bytes], stamps: list[int], count: int, runtime: Runtime) -> tuple[list[bytes], list[int]]:
+    """Gathers keys and stamps of all ``count`` items; process r of n has items r, r + n, r + 2n, ..."""
+    length = -(-count // runtime.world_size)
+    padding = length - len(keys)
+    joined = bytearray(b"".join([*keys, *[UNREADABLE] * padding]))
+    key_rows = torch.frombuffer(joined, dtype=torch.uint8).view(length, -1)
+    stamp_rows = torch.tensor([*stamps, *[0] * padding], dtype=torch.int64)
+
+    def gather(rows: torch.Tensor) -> torch.Tensor:
+        return rearrange(runtime.gather(rows), "(r n) ... -> (n r) ...", r=runtime.world_size)[:count]
+
+    return [row.numpy().tobytes() for row in gather(key_rows)], gather(stamp_rows).tolist()
+
+
+def _check_deterministic(data: Data) -> None:
+    """Raises ValueError if items change between reads, e.g. randomly flipped images."""
+    for index in range(min(len(data), 2)):
+        first, second = data.load_item(index), data.load_item(index)
+        if first is None or second is None:
+            continue
+        if first["prompt"] != second["prompt"] or not torch.equal(first["image"], second["image"]):
+            raise ValueError(
+                f"item {index} of the data changes between reads (random crop, flip or caption), which a cache of "
+                "latents would freeze; turn the randomness off, or set cache.latents to false"
+            )

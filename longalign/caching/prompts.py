@@ -1,0 +1,85 @@
+"""Caches the text states of a run, separately for each of its encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from longalign.caching.fingerprint import fingerprints
+from longalign.caching.processes import wait, writer_options
+from longalign.caching.store import Store
+from longalign.config.run import RunConfig
+from longalign.data.lines import read_prompts
+from longalign.encoders.cached import entries, prompt_key, settings
+from longalign.encoders.config import EncoderConfig
+from longalign.names import unique_name
+from longalign.runtime import Runtime
+
+TEXT_FOLDERS = ("text_encoder", "tokenizer")
+
+
+def validation_prompts(config: RunConfig) -> list[str]:
+    """The prompts of the run's validation; empty without one."""
+    if config.validation is None:
+        return []
+    prompts = config.validation.prompts
+    return read_prompts(Path(prompts)) if isinstance(prompts, str) else list(prompts)
+
+
+def named_leaves(config: RunConfig) -> Iterator[tuple[str, EncoderConfig]]:
+    """Encoders with a cache of their own, each with the name of its folder."""
+    assert config.encoder is not None  # a config with a cache has one
+    names: set[str] = set()
+    for leaf in config.encoder.leaves():
+        name = unique_name(f"prompts-{leaf.name}", names)
+        names.add(name)
+        yield name, leaf
+
+
+def prompt_store(config: RunConfig, name: str, leaf: EncoderConfig, runtime: Runtime, **options: Any) -> Store:
+    """The store of one encoder's states, with the settings that they depend on. ``options`` are those of a writer."""
+    assert config.cache is not None
+    encoder = settings(leaf)
+    identity = {"encoder": encoder, "dtype": runtime.dtype, "weights": fingerprints(encoder, TEXT_FOLDERS)}
+    return Store(Path(config.cache.folder) / name, identity, **options)
+
+
+def make_prompts(
+    config: RunConfig,
+    name: str,
+    leaf: EncoderConfig,
+    prompts: list[str],
+    runtime: Runtime,
+    batch_size: int,
+    shard_bytes: int,
+    progress: bool,
+) -> tuple[int, int]:
+    """Encodes the prompts that are not stored yet; returns the number of entries and of new ones."""
+    store = prompt_store(config, name, leaf, runtime, **writer_options(runtime, shard_bytes))
+    wait(runtime)  # every process must find the same prompts missing
+    missing = [prompt for prompt in prompts if prompt_key(prompt) not in store]
+    chunks = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
+    if local_chunks := chunks[runtime.rank :: runtime.world_size]:
+        _encode_prompts(name, leaf, local_chunks, store, runtime, progress)
+    wait(runtime)
+    return len(prompt_store(config, name, leaf, runtime)), len(missing)
+
+
+def _encode_prompts(
+    name: str, leaf: EncoderConfig, chunks: list[list[str]], store: Store, runtime: Runtime, progress: bool
+) -> None:
+    encoder = leaf.frozen_config().build(runtime).eval()
+    if trained := [key for key, parameter in encoder.named_parameters() if parameter.requires_grad]:
+        raise ValueError(
+            f"the encoder '{leaf.name}' has trainable weights ({trained[0]}, ...) outside of its adapter, so it "
+            " has no frozen part to cache; set cache.prompts to false"
+        )
+    (empty,) = entries(encoder, [""], None)
+    length = int(empty["length"])
+    for chunk in tqdm(chunks, desc=name, disable=not progress):
+        for prompt, entry in zip(chunk, entries(encoder, chunk, length), strict=True):
+            store.add(prompt_key(prompt), entry)
+    store.flush()
