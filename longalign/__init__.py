@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from longalign.config.run import override as override
     from longalign.errors import ConfigError as ConfigError
     from longalign.errors import PartError as PartError
-    from longalign.inference.condition import condition as condition
+    from longalign.inference.diffusers import condition as condition
     from longalign.model import Model as Model
     from longalign.runtime import Runtime as Runtime
 
@@ -29,7 +29,7 @@ _MODULES = {
     "RunConfig": "config.run",
     "Runtime": "runtime",
     "build_from_config": "compose",
-    "condition": "inference.condition",
+    "condition": "inference.diffusers",
     "diff": "config.run",
     "load_config": "config.run",
     "override": "config.run",

@@ -21,8 +21,9 @@ from longalign.compose import build_from_config
 from longalign.config.run import RunConfig, override
 from longalign.data.configs import ScenesConfig
 from longalign.encoders.base import Encoder, PromptReport, TruncationWarning
+from longalign.evaluation.comparison import findings
 from longalign.evaluation.metrics import DecomposedMetric, FactMetric, evaluate
-from longalign.evaluation.report import Example, findings, write_report
+from longalign.evaluation.report import Example, write_report
 from longalign.evaluation.table import MetricTable
 from longalign.image_io import write_png
 from longalign.inference.sampling import sample

@@ -24,6 +24,7 @@ from pydantic import (
 
 from longalign.config.files import checkpoint_file, read_mapping, read_metadata
 from longalign.errors import ConfigError, ConfigProblem, check_size, flatten, nested, shorten, suggestion
+from longalign.inference.solvers import Solver
 from longalign.registry import Part, PartError, Section, trainers
 
 
@@ -104,7 +105,7 @@ class ValidationConfig(Section):
     every: PositiveInt = 500
     num_steps: PositiveInt = 25
     guidance: Annotated[float, Field(ge=1)] = 7.5
-    solver: Literal["unipc", "ddim", "dpm++", "lcm"] = "unipc"
+    solver: Solver = "unipc"
 
 
 class CacheConfig(Section):

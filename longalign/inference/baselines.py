@@ -18,7 +18,8 @@ from torch import Tensor
 
 from longalign.data.lines import new_index
 from longalign.hub import absent, local_file, why
-from longalign.inference.sampling import SOLVERS, write_images
+from longalign.inference.sampling import write_images
+from longalign.inference.solvers import SCHEDULER_CLASSES, SOLVERS
 from longalign.runtime import Runtime, resolve_checkpoint
 
 log = logging.getLogger("longalign")
@@ -35,12 +36,6 @@ ARGUMENTS = {
 }
 #: caption-cleaning modules -> their distributions
 CLEANERS = {"bs4": "beautifulsoup4", "ftfy": "ftfy"}
-SCHEDULER_CLASSES = {
-    "unipc": "UniPCMultistepScheduler",
-    "ddim": "DDIMScheduler",
-    "dpm++": "DPMSolverMultistepScheduler",
-    "lcm": "LCMScheduler",
-}
 
 
 def load_pipeline(name: str, runtime: Runtime, revision: str | None = None, variant: str | None = None) -> Any:

@@ -21,6 +21,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from longalign.checkpoints import checkpoint
+from longalign.checkpoints.redaction import redacted
 from longalign.checkpoints.weights import save_pickle
 from longalign.config.checks import output_problem
 from longalign.config.run import to_dict
@@ -173,7 +174,7 @@ class Run:
             log_run_summary(self, composition.data)
         self.log = Log(self.output, self.step, self.loop.steps, self.accelerator.is_main_process)
         if self.loop.trackers:
-            settings = dict(flatten_config("", checkpoint.redacted(to_dict(self.config))))
+            settings = dict(flatten_config("", redacted(to_dict(self.config))))
             self._track("failed to start", lambda: self.accelerator.init_trackers("longalign", settings))
 
     def _claim(self, resume: Path | None) -> None:

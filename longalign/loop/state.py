@@ -15,7 +15,8 @@ import torch
 
 from longalign.caching.fingerprint import fingerprint, fingerprints
 from longalign.caching.store import key_of
-from longalign.checkpoints.checkpoint import redacted, versions
+from longalign.checkpoints.provenance import versions
+from longalign.checkpoints.redaction import redacted
 from longalign.checkpoints.weights import load_pickle, load_tensors, reading
 from longalign.config.files import CHECKPOINT, find_checkpoint, read_metadata
 from longalign.config.run import RunConfig, diff, load_config, to_dict

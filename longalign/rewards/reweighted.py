@@ -17,7 +17,7 @@ from longalign.runtime import Runtime
 if TYPE_CHECKING:
     from longalign.rewards.configs import ReweightedConfig
 
-_HINT = "use `direction: running`, or a file written by `longalign direction`"
+_HINT = "use `direction: running`, or a file written by `longalign compute-direction`"
 
 
 class ReweightedReward(Reward):

@@ -38,6 +38,7 @@ from transformers import (
 from longalign.cli.main import main
 from longalign.image_io import load_image
 from longalign.inference import baselines
+from longalign.inference.solvers import SCHEDULER_CLASSES
 from longalign.mini.tokenizers import write_clip_tokenizer
 from longalign.runtime import Runtime
 
@@ -242,7 +243,7 @@ def test_set_scheduler_kandinsky_decoder(models):
     images = {"default": generate()}
     for name in ("dpm++", "ddim"):
         baselines.set_scheduler(pipe, name)
-        assert type(pipe.decoder_pipe.scheduler).__name__ == baselines.SCHEDULER_CLASSES[name]
+        assert type(pipe.decoder_pipe.scheduler).__name__ == SCHEDULER_CLASSES[name]
         assert pipe.prior_pipe.scheduler is prior
         images[name] = generate()
         pipe.scheduler = default
