@@ -13,7 +13,7 @@ from longalign.checkpoints.diffusers_files import denoiser_folder
 from longalign.config.files import find_checkpoint
 from longalign.config.run import RunConfig
 from longalign.image_io import to_pil
-from longalign.inference.baselines import base_pipeline
+from longalign.inference.pipelines import base_pipeline
 from longalign.inference.sampling import sample
 
 if TYPE_CHECKING:

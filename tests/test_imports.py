@@ -21,8 +21,8 @@ LEVELS = {
     "evaluation.record evaluation.bootstrap evaluation.formatting evaluation.groups loop.locks encoders.bucketing",
     3: "backbones.base backbones.lora data.base data.image_dataset data.stream encoders.base rewards.base "
     "rewards.guard gradient_steps.base trainers.base",
-    5: "checkpoints.checkpoint inference.diffusers inference.schedulers evaluation.table evaluation.charts "
-    "caching.precompute",
+    5: "checkpoints.checkpoint inference.diffusers inference.pipelines inference.schedulers evaluation.table "
+    "evaluation.charts caching.precompute",
     6: "compose",
     7: "inference.sampling evaluation checkpoints",
     8: "loop inference.baselines",

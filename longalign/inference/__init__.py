@@ -6,8 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from longalign.inference.baselines import load_pipeline as load_pipeline
     from longalign.inference.diffusers import condition as condition
+    from longalign.inference.pipelines import load_pipeline as load_pipeline
     from longalign.inference.sampling import generate as generate
     from longalign.inference.sampling import load_model as load_model
     from longalign.inference.sampling import sample as sample
@@ -19,7 +19,7 @@ _MODULES = {
     "condition": "diffusers",
     "generate": "sampling",
     "load_model": "sampling",
-    "load_pipeline": "baselines",
+    "load_pipeline": "pipelines",
     "make_scheduler": "schedulers",
     "sample": "sampling",
 }

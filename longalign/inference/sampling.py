@@ -9,12 +9,13 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from longalign.backbones.base import Backbone
 from longalign.config.run import override
 from longalign.data.lines import check_seeds, new_index, remove_listed
 from longalign.encoders.base import Encoder, TruncationWarning
@@ -23,9 +24,6 @@ from longalign.image_io import write_png
 from longalign.inference.diffusers import per_prompt, truncation_messages
 from longalign.inference.schedulers import make_scheduler
 from longalign.runtime import Runtime
-
-if TYPE_CHECKING:
-    from longalign.backbones.base import Backbone
 
 log = logging.getLogger("longalign")
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import diffusers
 import torch
 
 from longalign.functional.diffusion import NoiseLevels, check_prediction, trailing_timesteps
+from longalign.inference.pipelines import library
 from longalign.inference.solvers import FLOW_SCHEDULER_CLASSES, SCHEDULER_CLASSES, SOLVERS
 
-library: Any = diffusers  # lazy module: its classes are invisible to type checkers
 MIN_ALPHA_CUMPROD = 2.0**-24
 """Zero signal at the last timestep has no finite sigma; the smallest value that the solvers can represent."""
 

@@ -59,7 +59,7 @@ def test_generate_from_config(tiny, tmp_path):
 def load(folder, name="DiffusionPipeline", **settings):
     import diffusers
 
-    from longalign.inference.baselines import DTYPE
+    from longalign.inference.pipelines import DTYPE
 
     pipe = getattr(diffusers, name).from_pretrained(folder, **{DTYPE: torch.float32, **settings})
     pipe.set_progress_bar_config(disable=True)
