@@ -108,10 +108,8 @@ class Composition:
         Raises `ConfigError` if the config has none.
         """
         if "data" not in self._built:
-            from longalign.data.base import resolve_resolution
-
-            self._require("data")
-            data = datasets.construct(resolve_resolution(self.config), self.runtime)
+            config = self._require("data").for_backbone(self.config.backbone)
+            data = datasets.construct(config, self.runtime)
             if self.config.cache is not None:
                 from longalign.caching.precompute import cached_data, require_indexed
 

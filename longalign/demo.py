@@ -19,13 +19,13 @@ from torch import Tensor
 from longalign.checkpoints.checkpoint import load_for_sampling
 from longalign.compose import build_from_config
 from longalign.config.run import RunConfig, override
-from longalign.data.configs import ScenesConfig
+from longalign.data.scenes.config import ScenesConfig
 from longalign.encoders.base import Encoder, PromptReport, TruncationWarning
 from longalign.evaluation.comparison import findings
 from longalign.evaluation.metrics import DecomposedMetric, FactMetric, evaluate
 from longalign.evaluation.report import Example, write_report
 from longalign.evaluation.table import MetricTable
-from longalign.image_io import write_png
+from longalign.image_folder import append_images, image_row
 from longalign.inference.sampling import sample
 from longalign.mini.captions import Caption
 from longalign.runtime import Runtime, examples_folder
@@ -192,19 +192,11 @@ def _save_images(
 ) -> None:
     """Writes images and ``metadata.jsonl`` like `longalign.inference.sampling.generate`; seeds are caption indices."""
     folder.mkdir(parents=True)
-    rows = []
-    for i, (image, text, report) in enumerate(zip(images, texts, reports, strict=True)):
-        row = {
-            "file_name": f"{i:05d}-{i}.png",
-            "prompt": text,
-            "seed": i,
-            "negative_prompt": "",
-            "truncated": report.truncated,
-        }
-        metadata = {key: str(value) for key, value in row.items() if key != "file_name"}
-        write_png(folder / row["file_name"], image, {**metadata, "settings": json.dumps(settings)})
-        rows.append(json.dumps(row, ensure_ascii=False) + "\n")
-    (folder / "metadata.jsonl").write_text("".join(rows), encoding="utf-8")
+    rows = [
+        image_row(i, text, seed=i, truncated=report.truncated)
+        for i, (text, report) in enumerate(zip(texts, reports, strict=True))
+    ]
+    append_images(folder, rows, images, {"settings": json.dumps(settings)})
 
 
 def prepare_output_dir(output: Path, runs: Sequence[Path]) -> None:

@@ -48,7 +48,7 @@ def read_json(checkpoint: str, file: str, revision: str | None = None) -> dict[s
     return content if isinstance(content, dict) else {}
 
 
-def absent(checkpoint: str, revision: str | None = None) -> str:
+def availability_problem(checkpoint: str, revision: str | None = None) -> str:
     """Why a checkpoint is certainly not available, or an empty text. Does not query the Hub."""
     try:
         source = resolve_checkpoint(checkpoint)
@@ -63,9 +63,9 @@ def absent(checkpoint: str, revision: str | None = None) -> str:
     return ""
 
 
-def incomplete(checkpoint: str, files: list[str], revision: str | None = None) -> str:
+def missing_files_problem(checkpoint: str, files: list[str], revision: str | None = None) -> str:
     """Message that a local folder has none of ``files``, or an empty text if it has one."""
-    if absent(checkpoint, revision) or not Path(resolve_checkpoint(checkpoint)).is_dir():
+    if availability_problem(checkpoint, revision) or not Path(resolve_checkpoint(checkpoint)).is_dir():
         return ""
     if any(local_file(checkpoint, file, revision) for file in files):
         return ""
@@ -81,7 +81,7 @@ def is_base_model(checkpoint: str) -> bool:
         return False
 
 
-def why(error: BaseException, file: str = "") -> str:
+def download_problem(error: BaseException, file: str = "") -> str:
     """Explains a failed download in one sentence; the text of the error itself if the reason is not known.
 
     Args:

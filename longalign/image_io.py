@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import overload
 
 import numpy as np
 import torch
@@ -131,6 +131,12 @@ class ImageFiles(Sequence[Tensor]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: Any) -> Any:
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> ImageFiles: ...
+
+    def __getitem__(self, index: int | slice) -> Tensor | ImageFiles:
         """Image at an index, or `ImageFiles` for a slice."""
         return ImageFiles(self.paths[index]) if isinstance(index, slice) else load_image(self.paths[index])

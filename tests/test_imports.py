@@ -15,11 +15,12 @@ KINDS = ("backbones", "data", "encoders", "rewards", "gradient_steps", "trainers
 # A module imports from lower levels only. Unlisted modules are concrete parts, or helpers of parts.
 PART = 4
 LEVELS = {
-    0: "runtime errors discovery hub registry segmenters config.files data.lines inference.solvers",
+    0: "runtime errors discovery hub names registry segmenters config.files data.lines data.images.shards "
+    "inference.solvers",
     1: "config checkpoints.redaction checkpoints.provenance",  # and the configs of all kinds
-    2: "functional image_io mini sharding tokens caching.store caching.fingerprint checkpoints.weights "
+    2: "functional image_io atomic mini sharding tokens caching.store caching.fingerprint checkpoints.weights "
     "evaluation.record evaluation.bootstrap evaluation.formatting evaluation.groups loop.locks encoders.bucketing",
-    3: "backbones.base backbones.lora data.base data.image_dataset data.stream encoders.base rewards.base "
+    3: "backbones.base backbones.lora data.base data.images.base data.stream image_folder encoders.base rewards.base "
     "rewards.guard gradient_steps.base trainers.base",
     5: "checkpoints.checkpoint inference.diffusers inference.pipelines inference.schedulers evaluation.table "
     "evaluation.charts caching.precompute",

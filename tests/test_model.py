@@ -10,7 +10,7 @@ from tiny import tiny_sd
 from longalign import Model
 from longalign.compose import build_from_config
 from longalign.config.files import checkpoint_file
-from longalign.data.lines import remove_listed
+from longalign.image_folder import remove_listed
 from longalign.inference.sampling import generate, load_model
 from longalign.runtime import Runtime, devices
 

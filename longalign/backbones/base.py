@@ -21,6 +21,7 @@ from longalign.backbones.lora import (
 )
 from longalign.encoders.base import Conditioning
 from longalign.functional.diffusion import NoiseLevels, check_prediction
+from longalign.names import unique_name
 from longalign.sharding import gather_full
 
 
@@ -145,10 +146,7 @@ class Backbone(nn.Module):
 
     def unused_name(self, name: str) -> str:
         """``name``, or the first of ``name-2``, ``name-3``... that no LoRA has."""
-        names, number = self.lora_names, 1
-        while (name if number == 1 else f"{name}-{number}") in names:
-            number += 1
-        return name if number == 1 else f"{name}-{number}"
+        return unique_name(name, self.lora_names)
 
     @property
     def lora_names(self) -> list[str]:

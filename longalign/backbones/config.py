@@ -18,6 +18,10 @@ class BackboneConfig(PartConfig):
         """Divisor of an image's height and width in pixels; None if unknown."""
         return None
 
+    def resolution(self) -> int | None:
+        """Native width and height of an image in pixels; None if unknown. It does not load weights."""
+        return None
+
     def widths(self) -> tuple[int | None, int | None]:
         """Widths of the states and of the pooled embedding that the denoiser takes; None if unknown."""
         return None, None

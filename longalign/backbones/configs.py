@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from longalign.backbones.config import BackboneConfig
 from longalign.config.files import check_single_file, join_subfolder
 from longalign.errors import ConfigProblem
-from longalign.hub import absent, incomplete, read_json
+from longalign.hub import availability_problem, missing_files_problem, read_json
 from longalign.registry import Section
 from longalign.runtime import Runtime
 
@@ -104,11 +104,15 @@ class SDConfig(BackboneConfig):
             problems: list[ConfigProblem] = []
             if not Path(self.checkpoint).is_file():
                 problems.append(("checkpoint", f"no file {self.checkpoint}; a single file must be on this machine"))
-            return problems + ([("layout", problem)] if self.layout and (problem := absent(self.layout)) else [])
-        if problem := absent(self.checkpoint, self.revision):
+            return problems + (
+                [("layout", problem)] if self.layout and (problem := availability_problem(self.layout)) else []
+            )
+        if problem := availability_problem(self.checkpoint, self.revision):
             return [("checkpoint", problem)]
         files = [join_subfolder(self.subfolder, f"{folder}/config.json") for folder in (self.component, "vae")]
-        missing = [problem for file in files if (problem := incomplete(self.checkpoint, [file], self.revision))]
+        missing = [
+            problem for file in files if (problem := missing_files_problem(self.checkpoint, [file], self.revision))
+        ]
         return [("checkpoint", f"{missing[0]}, as '{self.name}' needs; see 'subfolder'")] if missing else []
 
     def build(self, runtime: Runtime) -> Any:

@@ -98,7 +98,7 @@ def load_parts(config: SDConfig, runtime: Runtime, kind: Any, component: str) ->
     if config.single_file:
         return _load_single_file(config, runtime, kind, component)
     checkpoint = resolve_checkpoint(config.checkpoint)
-    if problem := hub.absent(checkpoint, config.revision):
+    if problem := hub.availability_problem(checkpoint, config.revision):
         raise ValueError(f"backbone.checkpoint: {problem}")
 
     def load(part: Any, folder: str, dtype: torch.dtype) -> Any:
@@ -126,7 +126,8 @@ def load_parts(config: SDConfig, runtime: Runtime, kind: Any, component: str) ->
                 f"for weights in files such as *.fp16.safetensors ({error})"
             ) from error
         raise ValueError(
-            f"backbone.checkpoint '{checkpoint}' cannot be read from the Hub: {hub.why(error)}; it needs {folders}"
+            f"backbone.checkpoint '{checkpoint}' cannot be read from the Hub: {hub.download_problem(error)}; "
+            f"it needs {folders}"
         ) from error
     return denoiser, vae, constants
 

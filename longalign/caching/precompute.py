@@ -13,7 +13,7 @@ from tqdm import tqdm
 from longalign.caching.fingerprint import fingerprints
 from longalign.caching.store import SHARD_BYTES, Store
 from longalign.config.run import RunConfig
-from longalign.data.base import Data, resolve_resolution
+from longalign.data.base import Data
 from longalign.data.cached import ITEMS, UNREADABLE, CachedImages, read_items, write_items
 from longalign.data.lines import read_prompts
 from longalign.data.stream import Stream
@@ -28,6 +28,7 @@ from longalign.encoders.cached import (
     settings,
 )
 from longalign.loop.locks import Lock
+from longalign.names import unique_name
 from longalign.registry import PartConfig
 from longalign.runtime import Runtime
 
@@ -65,7 +66,7 @@ def make_caches(
     """
     if config.cache is None or config.data is None:
         raise ValueError("expected a config with 'data' and 'cache', e.g. cache: {folder: runs/cache}")
-    data = require_indexed(resolve_resolution(config).build(runtime), config)
+    data = require_indexed(config.data.for_backbone(config.backbone).build(runtime), config)
     progress = progress and runtime.rank == 0
     lock = Lock(Path(config.cache.folder)) if runtime.rank == 0 else None
     try:
@@ -138,8 +139,7 @@ def cached_encoder(config: RunConfig, data: Data, runtime: Runtime) -> Encoder:
 def _has_latents(config: RunConfig) -> bool:
     if config.cache is None or config.data is None:
         return False
-    has_images = getattr(config.data, "has_images", True)
-    return has_images if config.cache.latents is None else config.cache.latents
+    return config.data.has_images if config.cache.latents is None else config.cache.latents
 
 
 def _validation_prompts(config: RunConfig) -> list[str]:
@@ -152,10 +152,11 @@ def _validation_prompts(config: RunConfig) -> list[str]:
 def _named(config: RunConfig) -> Iterator[tuple[str, PartConfig]]:
     """Encoders with a cache of their own, each with the name of its folder."""
     assert config.encoder is not None  # a config with a cache has one
-    seen: dict[str, int] = {}
+    names: set[str] = set()
     for leaf in leaves(config.encoder):
-        seen[leaf.name] = number = seen.get(leaf.name, 0) + 1
-        yield f"prompts-{leaf.name}" + (f"-{number}" if number > 1 else ""), leaf
+        name = unique_name(f"prompts-{leaf.name}", names)
+        names.add(name)
+        yield name, leaf
 
 
 def _latents(config: RunConfig, runtime: Runtime, **options: Any) -> Store:
@@ -164,7 +165,7 @@ def _latents(config: RunConfig, runtime: Runtime, **options: Any) -> Store:
     backbone = config.backbone.model_dump(mode="json", exclude={"dtype"})
     identity = {
         "backbone": backbone,
-        "data": resolve_resolution(config).model_dump(mode="json"),
+        "data": config.data.for_backbone(config.backbone).model_dump(mode="json"),
         "dtype": runtime.dtype,
         "weights": fingerprints(backbone, IMAGE_FOLDERS),
     }

@@ -13,7 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from longalign.checkpoints.weights import crc, reading, save_tensors, writing
+from longalign.atomic import atomic_write
+from longalign.checkpoints.weights import crc, reading, save_tensors
 
 IDENTITY = "identity.json"
 FORMAT = 2
@@ -80,7 +81,7 @@ class Store:
             if not writable:
                 raise FileNotFoundError(f"no cache in {self.folder}; create it with: longalign cache CONFIG")
             self.folder.mkdir(parents=True, exist_ok=True)
-            with writing(path) as unfinished:
+            with atomic_write(path) as unfinished:
                 unfinished.write_text(json.dumps(identity, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))

@@ -1,9 +1,8 @@
-"""Tensor files: atomic writes, and reads that execute no code from the file."""
+"""Tensor files: writes with a checksum, and reads that execute no code from the file."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import zipfile
 import zlib
@@ -18,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from longalign.atomic import atomic_write
 
 #: metadata key of the tensors' checksum
 CHECKSUM = "checksum"
@@ -100,7 +101,7 @@ def save_pickle(path: str | Path, value: Any) -> None:
     Raises:
         OSError: if the file cannot be written, e.g. on a full disk, which torch reports as a RuntimeError.
     """
-    with writing(Path(path)) as unfinished:
+    with atomic_write(Path(path)) as unfinished:
         torch.save(value, unfinished)
 
 
@@ -115,39 +116,11 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     Raises:
         OSError: if the file cannot be written; the unfinished file is removed.
     """
-    with writing(path) as unfinished:
+    with atomic_write(path) as unfinished:
         unfinished.touch()
         mode = unfinished.stat().st_mode  # safetensors writes with owner-only permissions
         save_file(dict(tensors), unfinished, {**(metadata or {}), CHECKSUM: checksum(tensors)})
         unfinished.chmod(mode)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[Path]:
-    """Context manager for atomic writes: yields a temporary path that is synced to disk and renamed to ``path``."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
-        yield unfinished
-        flush(unfinished)
-        unfinished.replace(path)
-    except BaseException as error:
-        unfinished.unlink(missing_ok=True)
-        if isinstance(error, (SafetensorError, RuntimeError)):  # libraries report a full disk this way
-            raise OSError(f"cannot write {path}: {str(error).strip()}") from error
-        raise
-    flush(path.parent)
-
-
-def flush(path: Path) -> None:
-    """Syncs a file, or the names in a folder, to disk."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:  # Windows cannot open folders
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from longalign.cli.generate import generate_images
-from longalign.cli.images import check_images, listed_images
+from longalign.cli.images import check_images
 from longalign.cli.options import (
     add_prompts,
     add_rewards,
@@ -24,7 +24,7 @@ from longalign.cli.options import (
 )
 from longalign.cli.rewards import build_rewards, offloaded_to_cpu, reward_configs
 from longalign.config.files import find_checkpoint
-from longalign.data.lines import new_index
+from longalign.image_folder import new_index, read_images
 
 EXAMPLES = """
     longalign eval --images base=out/base tuned=out/tuned --reward denscore
@@ -95,7 +95,7 @@ def run(args: Namespace) -> None:
             _check_source(model)
     for model in models:
         if not model.generated:
-            check_images([path for path, _, _ in listed_images(model.folder)])
+            check_images([path for path, _, _ in read_images(model.folder)])
     from longalign.evaluation.metrics import evaluate, reward_metrics
     from longalign.image_io import ImageFiles
 
@@ -106,7 +106,7 @@ def run(args: Namespace) -> None:
         for model in models:
             if model.generated:
                 generate_images(args, model.option, model.source, prompts, model.folder)
-    images = {model.name: ImageFiles([path for path, _, _ in listed_images(model.folder)]) for model in models}
+    images = {model.name: ImageFiles([path for path, _, _ in read_images(model.folder)]) for model in models}
     table = evaluate(images, texts, metrics, [seed for _, seed in pairs if seed is not None], args.batch)
     print(table.text(shutil.get_terminal_size().columns if sys.stdout.isatty() else None), end="")
     if args.json:
@@ -148,7 +148,7 @@ def _shared_pairs(args: Namespace, models: Sequence[_Model], prompts: Sequence[s
     pairs = {
         model.name: [(text.strip(), seed) for text in prompts for seed in seeds_of(args)]
         if model.generated
-        else [(prompt, seed) for _, prompt, seed in listed_images(model.folder)]
+        else [(prompt, seed) for _, prompt, seed in read_images(model.folder)]
         for model in models
     }
     base, *others = pairs

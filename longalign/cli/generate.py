@@ -19,7 +19,7 @@ from longalign.cli.options import (
 from longalign.config.checks import check_files
 from longalign.config.files import find_checkpoint
 from longalign.config.run import RunConfig, load_config
-from longalign.data.lines import new_index
+from longalign.image_folder import INDEX, new_index
 
 EXAMPLES = """
     longalign generate --checkpoint runs/align --prompt "A red circle at the top. It is large." --output out
@@ -48,7 +48,7 @@ def run(args: Namespace) -> None:
     try:
         new_index(args.output, args.overwrite)
     except ValueError as error:
-        replaceable = (Path(args.output) / "metadata.jsonl").exists()
+        replaceable = (Path(args.output) / INDEX).exists()
         raise ValueError(f"{error}{', or replace them with --overwrite' if replaceable else ''}") from error
     option = next(key for key in ("checkpoint", "config", "pipeline") if getattr(args, key))
     check_pipeline_options(args, option)

@@ -7,7 +7,8 @@ import re
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
 
-from longalign.data.lines import check_seeds, read_prompts
+from longalign.data.lines import read_prompts
+from longalign.image_folder import check_seeds
 from longalign.inference.solvers import SOLVERS
 from longalign.segmenters import check_text
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from longalign.config.checks import check_parts
 from longalign.config.files import parse_value, read_mapping
+from longalign.names import unique_name
 from longalign.registry import PartConfig, rewards
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json", ".safetensors")
@@ -20,10 +21,7 @@ def reward_configs(texts: Sequence[str]) -> dict[str, PartConfig]:
     for text in texts:
         value = read_mapping(Path(text)) if Path(text).suffix in CONFIG_SUFFIXES else parse_value(text)
         config = rewards.validate(value)
-        name, number = config.name, 2
-        while name in out:
-            name, number = f"{config.name}-{number}", number + 1
-        out[name] = config
+        out[unique_name(config.name, out)] = config
     return out
 
 

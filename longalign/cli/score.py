@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from longalign.cli.generate import generate_images
-from longalign.cli.images import check_images, images_and_prompts, listed_images
+from longalign.cli.images import check_images, images_and_prompts
 from longalign.cli.options import (
     PIPELINE_HELP,
     add_prompts,
@@ -20,7 +20,7 @@ from longalign.cli.options import (
     reject_sampling_options,
 )
 from longalign.cli.rewards import build_rewards, offloaded_to_cpu, reward_configs
-from longalign.data.lines import new_index
+from longalign.image_folder import new_index, read_images
 from longalign.registry import PartConfig
 
 EXAMPLES = """
@@ -78,5 +78,5 @@ def _generate_and_score(args: Namespace, configs: Mapping[str, PartConfig]) -> N
             generate_images(args, option, getattr(args, option), prompts, folder)
         from longalign.evaluation import scoring
 
-        rows = listed_images(folder)
+        rows = read_images(folder)
         scoring.score_images(rewards, [path for path, _, _ in rows], [prompt for _, prompt, _ in rows])

@@ -131,7 +131,7 @@ def _sizes(config: RunConfig) -> dict[str, Any]:
     """Sides in pixels of the training images."""
     sizes = {"trainer.resolution": getattr(config.trainer, "resolution", None)}
     if getattr(config.trainer, "needs_images", True):
-        sizes["data.resolution"] = getattr(config.data, "resolution", None)
+        sizes["data.resolution"] = None if config.data is None else config.data.image_size
     return sizes
 
 

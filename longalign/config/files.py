@@ -224,7 +224,7 @@ def find_checkpoint(checkpoint: str, revision: str | None = None) -> Path:
     try:
         return Path(hf_hub_download(checkpoint, CHECKPOINT, revision=revision))
     except Exception as error:
-        reason = hub.why(error, CHECKPOINT)
+        reason = hub.download_problem(error, CHECKPOINT)
         raise FileNotFoundError(f"no checkpoint '{checkpoint}' in this folder or on the Hub: {reason}") from error
 
 

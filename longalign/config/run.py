@@ -200,7 +200,7 @@ class RunConfig(Section):
             message = f"'{name}' uses no rewards, got {len(self.rewards)}; remove them, or choose the trainer 'reward'"
             problems.append(("rewards", message))
         compares_pairs = getattr(self.trainer, "compares_pairs", False)
-        if self.data is not None and getattr(self.data, "has_pairs", False) != compares_pairs:
+        if self.data is not None and self.data.has_pairs != compares_pairs:
             if compares_pairs:
                 message = f"'{name}' needs two images per prompt, but '{self.data.name}' has one; choose 'pairs'"
             else:
@@ -214,7 +214,7 @@ class RunConfig(Section):
             return [("data", "this key is required with a cache")]
         if self.backbone is None or self.encoder is None:
             return [("cache", "a cache needs a backbone and an encoder; remove this key")]
-        if cache.latents and not getattr(self.data, "has_images", True):
+        if cache.latents and not self.data.has_images:
             return [("cache.latents", f"'{self.data.name}' has prompts only, no images; set it to false")]
         if not cache.prompts and cache.latents is False:
             return [("cache", "latents and prompts are both false; set at least one to true")]

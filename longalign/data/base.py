@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.utils.data import Dataset
 
 from longalign.caching.store import key_of
-from longalign.errors import ConfigError
-
-if TYPE_CHECKING:
-    from longalign.config.run import RunConfig
-    from longalign.registry import PartConfig
 
 
 class Data(Dataset[dict[str, Any]]):
@@ -54,22 +49,3 @@ def check_index(index: int, length: int) -> int:
     if not -length <= index < length:
         raise IndexError(f"item {index} is out of range for {length} items")
     return index % length
-
-
-def resolve_resolution(run: RunConfig) -> PartConfig:
-    """Data config of a run, with the backbone's native resolution if ``data.resolution`` is null.
-
-    Raises:
-        ConfigError: if the backbone's native resolution is needed and not known.
-    """
-    config, backbone = run.data, run.backbone
-    assert config is not None
-    if getattr(config, "resolution", 0) is not None or not getattr(config, "has_images", True):
-        return config
-    resolution = getattr(backbone, "resolution", None)
-    if resolution is None:
-        reason = (
-            "no backbone is set" if backbone is None else f"the backbone '{backbone.name}' has no native resolution"
-        )
-        raise ConfigError([("data.resolution", f"{reason}; set a number of pixels, e.g. 512")])
-    return config.model_copy(update={"resolution": resolution() if callable(resolution) else resolution})

@@ -1,25 +1,16 @@
-"""Prompts and captions from text files. Importing this module does not import torch."""
+"""Prompts and rows of text files. Importing this module does not import torch."""
 
 from __future__ import annotations
 
 import csv
 import json
-import logging
 import os
-import re
-from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
-from glob import glob
+from collections.abc import Mapping
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from longalign.config.files import check_folder
 from longalign.segmenters import check_text
-
-log = logging.getLogger(__name__)
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def inside(folder: Path | str, name: str, where: str = "") -> Path:
@@ -58,7 +49,7 @@ def read_prompts(path: Path | str) -> list[str]:
         return [text_of(row, where) for where, row in read_jsonl(path)]
     if path.suffix != ".txt":
         raise ValueError(f"expected a .txt or .jsonl file of prompts, got {path}")
-    lines = _read(path).split("\n")
+    lines = read_text(path).split("\n")
     return [line.strip() for line in (lines[:-1] if not lines[-1] else lines)]
 
 
@@ -77,7 +68,7 @@ def read_jsonl(path: Path, example: str = "") -> list[tuple[str, Mapping[str, An
         raise FileNotFoundError(f"no file {path}; expected one line per item, e.g. {example}")
     rows: list[tuple[str, Mapping[str, Any]]] = []
     # not str.splitlines, which also splits at U+2028 and other characters that captions contain
-    for number, line in enumerate(_read(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -91,47 +82,10 @@ def read_jsonl(path: Path, example: str = "") -> list[tuple[str, Mapping[str, An
     return rows
 
 
-def read_captions(folder: Path) -> list[tuple[str, Mapping[str, Any]]]:
-    """Reads rows with "file_name" and "text" (or "prompt") of a folder's images, each with its location.
-
-    Reads ``metadata.jsonl`` or ``metadata.csv``. Without either, reads a ``.txt`` of the same name next to each
-    image in the folder and its subfolders, sorted by path.
-
-    Raises:
-        ValueError: if both ``metadata.jsonl`` and ``metadata.csv`` exist, or a file cannot be read.
-        FileNotFoundError: if no captions exist.
-    """
-    lines, table = folder / "metadata.jsonl", folder / "metadata.csv"
-    if lines.exists() and table.exists():
-        raise ValueError(f"both {lines} and {table} exist; remove one of them")
-    if lines.exists():
-        return read_jsonl(lines)
-    if table.exists():
-        return _read_csv(table)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}")
-    images = [path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES]
-    images = sorted(p for p in images if not any(part.startswith(".") for part in p.relative_to(folder).parts))
-    captioned = [path for path in images if path.with_suffix(".txt").is_file()]
-    if not captioned:
-        raise FileNotFoundError(
-            f"no file {lines}; expected one line per image, e.g. "
-            '{"file_name": "0001.png", "text": "A red fox."}, or a metadata.csv with these columns, or a .txt of the '
-            f"same name next to each image (found for none of {len(images)} images)"
-        )
-    if len(captioned) < len(images):
-        skipped = len(images) - len(captioned)
-        log.warning("%d of %d images in %s have no .txt and are skipped", skipped, len(images), folder)
-    texts = [path.with_suffix(".txt") for path in captioned]
-    return [
-        (str(text), {"file_name": str(path.relative_to(folder)), "text": _read(text)})
-        for path, text in zip(captioned, texts, strict=True)
-    ]
-
-
-def _read_csv(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
+def read_csv(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
+    """Reads the rows of a ``.csv`` file, each with its location. Raises ValueError if it is not CSV."""
     rows: list[tuple[str, Mapping[str, Any]]] = []
-    reader = csv.DictReader(StringIO(_read(path), newline=""))
+    reader = csv.DictReader(StringIO(read_text(path), newline=""))
     try:
         for row in reader:
             where = f"{path}, line {reader.line_num}"
@@ -153,82 +107,11 @@ def text_of(row: Mapping[str, Any], where: str) -> str:
     return check_text(row[key] or "", f"{where}: '{key}'").strip()
 
 
-def new_index(folder: Path | str, overwrite: bool = False) -> Path:
-    """Path of a new ``metadata.jsonl`` in an output folder.
-
-    Raises:
-        ValueError: if the file already lists images and ``overwrite`` is False, or cannot be read.
-    """
-    check_folder(Path(folder))
-    path = Path(folder) / "metadata.jsonl"
-    if overwrite:
-        if path.exists():
-            list(read_jsonl(path))  # raises if the list of images to replace is unreadable
-        return path
-    count = sum(bool(line.strip()) for line in path.read_bytes().split(b"\n")) if path.exists() else 0
-    if count:
-        raise ValueError(
-            f"{path} lists {count} image{'s' if count > 1 else ''}; choose an empty folder for the new ones, or remove "
-            f"{folder} if an interrupted run left it"
-        )
-    return path
-
-
-def check_seeds(seeds: Sequence[int]) -> None:
-    """Raises ValueError if a seed occurs twice, since file names consist of prompt and seed."""
-    if repeated := [seed for seed, count in Counter(seeds).items() if count > 1]:
-        raise ValueError(f"expected different seeds, got {', '.join(map(str, repeated))} more than once")
-
-
-def remove_listed(index: Path) -> None:
-    """Removes a ``metadata.jsonl`` and the images in its folder that it lists."""
-    if not index.exists():
-        return
-    for _, row in read_jsonl(index):
-        name = row.get("file_name")
-        if isinstance(name, str) and Path(name).name == name:
-            (index.parent / name).unlink(missing_ok=True)
-    index.unlink()
-
-
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Reads a UTF-8 text file. Raises ValueError or FileNotFoundError with the path."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise FileNotFoundError(f"no file {path}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-
-
-def find_shards(pattern: str) -> list[Path]:
-    """Expands a path with a range ``{0000..0123}`` (both ends included) or with ``*`` to tar files, in order.
-
-    Raises:
-        FileNotFoundError: if no file matches, or a file of the range is missing.
-    """
-    return list(_expand(pattern))
-
-
-def _expand(pattern: str) -> Iterator[Path]:
-    span = re.search(r"\{(\d{1,18})\.\.(\d{1,18})\}", pattern)
-    if span:
-        start, stop = span.groups()
-        if int(start) > int(stop):
-            raise FileNotFoundError(f"no shard {pattern}: {start} is more than {stop}")
-        for number in range(int(start), int(stop) + 1):
-            yield from _expand(f"{pattern[: span.start()]}{number:0{len(start)}d}{pattern[span.end() :]}")
-        return
-    paths = sorted(glob(pattern)) if any(wildcard in pattern for wildcard in "*?[") else [pattern]
-    missing = [path for path in paths if not Path(path).is_file()]
-    if missing or not paths:
-        raise FileNotFoundError(f"no shard {missing[0] if missing else pattern}")
-    yield from map(Path, paths)
-
-
-def missing_shard(pattern: str) -> str:
-    """Error message for the first missing shard of a path; empty if none is missing."""
-    try:
-        deque(_expand(pattern), maxlen=0)
-    except FileNotFoundError as error:
-        return str(error)
-    return ""

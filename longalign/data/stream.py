@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longalign.data.image_dataset import UNREADABLE, SquareLoader, Unreadable
+from longalign.data.images.base import UNREADABLE, SquareLoader, Unreadable
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Stream:
     records repeat them more often.
 
     Args:
-        resolution: image side in pixels.
+        resolution: image side in pixels; ignored for prompt-only data.
         empty: ``"skip"`` or ``"keep"`` items with an empty caption.
         max_unreadable: number of unreadable images to replace by the next readable one; one more raises.
         shuffle_buffer: shuffle buffer size; 1 keeps the order.
@@ -48,9 +48,7 @@ class Stream:
 
     has_images: bool = True
 
-    def __init__(
-        self, resolution: int | None = 512, empty: str = "skip", max_unreadable: int = 10, shuffle_buffer: int = 1000
-    ):
+    def __init__(self, *, resolution: int | None, empty: str, max_unreadable: int, shuffle_buffer: int):
         self.loader = SquareLoader(resolution) if self.has_images else None
         self.empty, self.shuffle_buffer = empty, shuffle_buffer
         self.unreadable = Unreadable(max_unreadable)

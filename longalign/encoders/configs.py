@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from longalign.config.files import check_single_file, join_subfolder
 from longalign.encoders.config import EncoderConfig
 from longalign.errors import ConfigProblem
-from longalign.hub import absent, incomplete, read_json
+from longalign.hub import availability_problem, missing_files_problem, read_json
 from longalign.registry import Part, PartConfig
 from longalign.runtime import Runtime
 from longalign.segmenters import SentenceConfig
@@ -43,7 +43,9 @@ class CheckpointConfig(EncoderConfig):
     def check_files(self) -> list[ConfigProblem]:
         if self.checkpoint.endswith((".safetensors", ".pt")):
             return [] if Path(self.checkpoint).is_file() else [("checkpoint", f"no file {self.checkpoint}")]
-        problem = absent(self.checkpoint, self.revision) or incomplete(self.checkpoint, self._configs(), self.revision)
+        problem = availability_problem(self.checkpoint, self.revision) or missing_files_problem(
+            self.checkpoint, self._configs(), self.revision
+        )
         return [("checkpoint", problem)] if problem else []
 
     def _configs(self) -> list[str]:
@@ -257,7 +259,7 @@ class LongClipConfig(_Loaded):
     overflow: Literal["grow", "truncate", "error"] = "grow"
 
     def check_files(self) -> list[ConfigProblem]:
-        problem = self.tokenizer and absent(self.tokenizer)
+        problem = self.tokenizer and availability_problem(self.tokenizer)
         return super().check_files() + ([("tokenizer", problem)] if problem else [])
 
     def _configs(self) -> list[str]:
@@ -312,7 +314,9 @@ class AdapterConfig(PartConfig):
         if self.checkpoint is None:
             return []
         config = [join_subfolder(self.subfolder, "config.json")]
-        problem = absent(self.checkpoint, self.revision) or incomplete(self.checkpoint, config, self.revision)
+        problem = availability_problem(self.checkpoint, self.revision) or missing_files_problem(
+            self.checkpoint, config, self.revision
+        )
         return [("checkpoint", problem)] if problem else []
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from longalign.checkpoints.weights import reading
-from longalign.hub import why
+from longalign.hub import download_problem
 from longalign.runtime import Runtime, resolve_checkpoint
 
 if TYPE_CHECKING:
@@ -30,7 +30,9 @@ def find_checkpoint_file(checkpoint: str, file: str, revision: str | None = None
     except EntryNotFoundError:
         return None
     except Exception as error:
-        raise ValueError(f"no local folder '{checkpoint}', and the Hub returned: {why(error, file)}") from error
+        raise ValueError(
+            f"no local folder '{checkpoint}', and the Hub returned: {download_problem(error, file)}"
+        ) from error
 
 
 def subfolders(checkpoint: str, subfolder: str | None, revision: str | None) -> tuple[str, str]:
@@ -88,7 +90,7 @@ def load_frozen_model(
         raise ValueError(
             f"no {model_class.__name__} in {location}; expected a Hub id or a folder with config.json and weights "
             "(or text_encoder/ and tokenizer/); set 'variant' for files such as model.fp16.safetensors: "
-            f"{error if Path(str(checkpoint)).exists() else why(error)}"
+            f"{error if Path(str(checkpoint)).exists() else download_problem(error)}"
         ) from error
     finally:
         logging.set_verbosity(verbosity)

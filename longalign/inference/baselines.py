@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longalign.data.lines import new_index
+from longalign.image_folder import new_index, write_images
 from longalign.image_io import to_tensor
 from longalign.inference.pipelines import library, load_pipeline
-from longalign.inference.sampling import write_images
 from longalign.inference.solvers import SCHEDULER_CLASSES, SOLVERS
 from longalign.runtime import Runtime
 

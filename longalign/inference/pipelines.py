@@ -12,7 +12,7 @@ import torch
 from diffusers.utils import deprecation_utils
 from huggingface_hub import constants
 
-from longalign.hub import absent, local_file, why
+from longalign.hub import availability_problem, download_problem, local_file
 from longalign.runtime import Runtime, resolve_checkpoint
 
 log = logging.getLogger("longalign")
@@ -56,7 +56,7 @@ def load_pipeline(name: str, runtime: Runtime, revision: str | None = None, vari
         raise ValueError(
             f"no diffusers pipeline '{name}'" + (f" with variant '{variant}'" if variant is not None else "") + "; "
             "expected a Hub id or a folder with model_index.json, and 'variant' if the weights have one: "
-            + (str(error) if Path(name).exists() else why(error, "model_index.json"))
+            + (str(error) if Path(name).exists() else download_problem(error, "model_index.json"))
         ) from error
     if "prompt" not in inspect.signature(pipe.__call__).parameters:
         raise ValueError(
@@ -69,7 +69,7 @@ def load_pipeline(name: str, runtime: Runtime, revision: str | None = None, vari
 
 def _announce_download(name: str, revision: str | None, runtime: Runtime) -> None:
     """Logs where the weights are downloaded to, if they are not cached."""
-    if Path(name).exists() or absent(name, revision):
+    if Path(name).exists() or availability_problem(name, revision):
         return
     if local_file(name, "model_index.json", revision) is None:
         slow = "; sampling on a CPU may take minutes per image" if runtime.device == "cpu" else ""

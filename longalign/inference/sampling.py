@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,9 @@ from tqdm import tqdm
 
 from longalign.backbones.base import Backbone
 from longalign.config.run import override
-from longalign.data.lines import check_seeds, new_index, remove_listed
 from longalign.encoders.base import Encoder, TruncationWarning
 from longalign.functional.diffusion import guide, trailing_timesteps
-from longalign.image_io import write_png
+from longalign.image_folder import new_index, write_images
 from longalign.inference.diffusers import per_prompt, truncation_messages
 from longalign.inference.schedulers import make_scheduler
 from longalign.runtime import Runtime
@@ -227,87 +225,6 @@ def generate(
     )
 
 
-def write_images(
-    output: Path | str,
-    prompts: Sequence[str],
-    sample_batch: Callable[[list[str], list[int]], Tensor],
-    *,
-    seeds: Sequence[int],
-    negative: str | None,
-    config: Any,
-    settings: Mapping[str, Any],
-    truncated: Sequence[str | None] = (),
-    batch_size: int = 8,
-    progress: bool = False,
-    overwrite: bool = False,
-) -> list[dict[str, Any]]:
-    """Writes an image for every prompt and seed into a folder. See `generate` for files and rows.
-
-    Args:
-        output: folder for the files. Its ``metadata.jsonl`` must not list images, unless ``overwrite`` is set.
-        prompts: the prompts.
-        sample_batch: takes texts and as many seeds; returns images ``(b, 3, h, w)`` in [0, 1].
-        seeds: one image per prompt and seed.
-        negative: negative prompt; recorded in the metadata only.
-        config: config of the generating model, a `RunConfig` or a mapping.
-        settings: sampling settings; recorded in the metadata only.
-        truncated: text dropped from each prompt by truncation; empty if unknown.
-        batch_size: images per batch.
-        progress: whether to show a progress bar.
-        overwrite: whether to replace the images that ``metadata.jsonl`` lists. They are removed after the first new
-            batch is sampled.
-
-    Returns:
-        The rows of ``metadata.jsonl``.
-
-    Raises:
-        ValueError: if a seed occurs twice, or the folder already lists images.
-    """
-    check_seeds(seeds)
-    output, index = Path(output), new_index(output, overwrite)
-    jobs = [(i, seed) for i in range(len(prompts)) for seed in seeds]
-    common = {"config": _config_text(config), "settings": json.dumps(settings), "software": _version()}
-    rows: list[dict[str, Any]] = []
-    with tqdm(total=len(jobs), desc="images", disable=not progress) as bar:
-        for batch in _chunks(jobs, batch_size):
-            images = sample_batch([prompts[i] for i, _ in batch], [seed for _, seed in batch])
-            output.mkdir(parents=True, exist_ok=True)  # only now: a failed run leaves no folder
-            if not rows:
-                remove_listed(index)
-            batch_rows: list[dict[str, Any]] = []
-            for (i, seed), image in zip(batch, images, strict=True):
-                row = {
-                    "file_name": f"{i:05d}-{seed}.png",
-                    "prompt": prompts[i],
-                    "seed": seed,
-                    "negative_prompt": negative or "",
-                    "truncated": truncated[i] if truncated else None,
-                }
-                texts = {key: str(row[key]) for key in ("prompt", "negative_prompt", "seed", "truncated")}
-                write_png(output / row["file_name"], image, {**texts, **common})
-                batch_rows.append(row)
-            with index.open("a", encoding="utf-8") as lines:
-                lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in batch_rows)
-            rows += batch_rows
-            bar.update(len(batch))
-    return rows
-
-
 def _defaults() -> dict[str, Any]:
     names = ("num_steps", "guidance", "solver", "height", "width")
     return {name: inspect.signature(sample).parameters[name].default for name in names}
-
-
-def _config_text(config: Any) -> str:
-    return config.model_dump_json() if hasattr(config, "model_dump_json") else json.dumps(config)
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return f"longalign {version('longalign')}"
-
-
-def _chunks(items: list[tuple[int, int]], size: int) -> Iterator[list[tuple[int, int]]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from longalign.checkpoints.weights import flush
+from longalign.atomic import sync
 
 PREFIX = "checkpoint-"
 
@@ -63,12 +63,12 @@ def publish(unfinished: Path, final: Path, keep: int | None) -> None:
     necessary after `recover`.
     """
     for path in (*unfinished.rglob("*"), unfinished):
-        flush(path)
+        sync(path)
     replaced = final.with_name(f".{final.name}.replaced")
     if final.exists():
         final.rename(replaced)
     unfinished.rename(final)
-    flush(final.parent)
+    sync(final.parent)
     if replaced.exists():
         shutil.rmtree(replaced)
     prune(final, keep)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from longalign.checkpoints.weights import writing
+from longalign.atomic import atomic_write
 
 log = logging.getLogger("longalign")
 
@@ -80,7 +80,7 @@ class Log:
             elif line_step <= step:
                 lines.append(line)
         if (truncated := b"".join(lines)) != content:
-            with writing(self.path) as unfinished:
+            with atomic_write(self.path) as unfinished:
                 unfinished.write_bytes(truncated)
 
     def advance(self) -> None:

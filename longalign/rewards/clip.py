@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from longalign.checkpoints.weights import reading
 from longalign.functional.images import ImagePreprocessor
-from longalign.hub import why
+from longalign.hub import download_problem
 from longalign.rewards.hub import has_tokenizer, image_statistics
 from longalign.rewards.towers import ImageInput, TowerReward, Towers
 from longalign.runtime import Runtime, resolve_checkpoint
@@ -137,7 +137,9 @@ def load_clip_reward(config: ClipLikeConfig, runtime: Runtime) -> TowerReward:
     except OSError as error:
         if Path(checkpoint).exists():
             raise
-        raise ValueError(f"checkpoint '{checkpoint}' of '{config.name}' cannot be loaded: {why(error)}") from error
+        raise ValueError(
+            f"checkpoint '{checkpoint}' of '{config.name}' cannot be loaded: {download_problem(error)}"
+        ) from error
     model, info = loaded
     if info["missing_keys"]:
         raise ValueError(

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from longalign.config.files import join_subfolder
 from longalign.errors import ConfigProblem
-from longalign.hub import absent, incomplete
+from longalign.hub import availability_problem, missing_files_problem
 from longalign.registry import Part, PartConfig, Section
 from longalign.rewards.config import RewardConfig
 from longalign.runtime import Runtime
@@ -89,9 +89,13 @@ class ClipLikeConfig(TowerRewardConfig):
 
     def check_files(self) -> list[ConfigProblem]:
         config = [join_subfolder(self.subfolder, "config.json")]
-        problem = absent(self.checkpoint, self.revision) or incomplete(self.checkpoint, config, self.revision)
+        problem = availability_problem(self.checkpoint, self.revision) or missing_files_problem(
+            self.checkpoint, config, self.revision
+        )
         problems = [("checkpoint", problem)] if problem else []
-        return problems + ([("processor", problem)] if self.processor and (problem := absent(self.processor)) else [])
+        return problems + (
+            [("processor", problem)] if self.processor and (problem := availability_problem(self.processor)) else []
+        )
 
     def build(self, runtime: Runtime) -> Any:
         from longalign.rewards.clip import load_clip_reward
@@ -139,7 +143,7 @@ class Hpsv2Config(TowerRewardConfig):
     aspect: Aspect = "pad"
 
     def check_files(self) -> list[ConfigProblem]:
-        problem = absent(self.checkpoint, self.revision)
+        problem = availability_problem(self.checkpoint, self.revision)
         return [("checkpoint", problem)] if problem else []
 
     def build(self, runtime: Runtime) -> Any:

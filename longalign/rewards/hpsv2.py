@@ -12,7 +12,7 @@ from torch import Tensor
 
 from longalign.checkpoints.weights import load_pickle
 from longalign.functional.images import CLIP_MEAN, CLIP_STD
-from longalign.hub import why
+from longalign.hub import download_problem
 from longalign.rewards.clip import NUM_SPECIAL_TOKENS, check_tokenizer
 from longalign.rewards.towers import ImageInput, TowerReward, Towers
 from longalign.runtime import Runtime, resolve_checkpoint
@@ -107,7 +107,9 @@ def find_weights(checkpoint: str, version: str | None = None, revision: str | No
     try:
         return Path(hf_hub_download(checkpoint, name, revision=revision))
     except Exception as error:
-        raise ValueError(f"checkpoint '{checkpoint}' of 'hpsv2' cannot be loaded: {why(error, name)}") from error
+        raise ValueError(
+            f"checkpoint '{checkpoint}' of 'hpsv2' cannot be loaded: {download_problem(error, name)}"
+        ) from error
 
 
 def read_state(weights: Path) -> dict[str, Tensor]:

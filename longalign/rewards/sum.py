@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from longalign import registry
+from longalign.names import unique_name
 from longalign.rewards.base import Reward, Scores, as_reward, check_pairs
 from longalign.rewards.guard import guarded
 from longalign.runtime import Runtime
@@ -54,14 +55,7 @@ def load_sum(config: SumConfig, runtime: Runtime) -> SumReward:
     labels = {term.label for term in config.terms if term.label}
     rewards: dict[str, Reward] = {}
     for term in config.terms:
-        label = term.label or _unique_label(term.reward.name, labels)
+        label = term.label or unique_name(term.reward.name, labels)
         labels.add(label)
         rewards[label] = as_reward(registry.rewards.build(term.reward, runtime), label)
     return SumReward(rewards, [term.weight for term in config.terms])
-
-
-def _unique_label(name: str, labels: set[str]) -> str:
-    label, number = name, 2
-    while label in labels:
-        label, number = f"{name}-{number}", number + 1
-    return label

@@ -16,7 +16,7 @@ from longalign.trainers.config import TrainerConfig
 
 def _image_problems(run: Any, caller: str) -> list[tuple[str, str]]:
     """A problem if the run's data has no images."""
-    if getattr(run.data, "has_images", True):
+    if run.data is None or run.data.has_images:
         return []
     return [("data", f"{caller} needs images, and '{run.data.name}' has prompts only; choose data with images")]
 

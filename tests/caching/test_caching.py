@@ -320,7 +320,7 @@ def test_make_caches_rejects_streams_and_invalid_configs(config, tmp_path):
 
 
 def test_make_caches_rejects_random_items(config, monkeypatch):
-    from longalign.data.folder import Folder
+    from longalign.data.images.folder import Folder
 
     def load_item(self, index):
         return {"prompt": "A fox.", "image": torch.rand(3, 16, 16)}

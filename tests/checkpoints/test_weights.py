@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from longalign import atomic
 from longalign.checkpoints import weights
 from longalign.checkpoints.weights import load_pickle, load_tensors, reading, save_tensors
 
@@ -104,8 +105,8 @@ def test_save_tensors_uses_default_permissions(tmp_path):
 
 def test_save_tensors_syncs_before_rename_and_keeps_old_file_on_error(tmp_path, monkeypatch):
     path, order = tmp_path / "x.safetensors", []
-    flush = weights.flush
-    monkeypatch.setattr(weights, "flush", lambda p: order.append((p.name, path.exists())) or flush(p))
+    sync = atomic.sync
+    monkeypatch.setattr(atomic, "sync", lambda p: order.append((p.name, path.exists())) or sync(p))
     save_tensors(path, {"a": torch.ones(1)})
     assert order == [(f".x.safetensors.{os.getpid()}.unfinished", False), (tmp_path.name, True)]
 

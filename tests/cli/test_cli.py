@@ -16,7 +16,7 @@ from longalign.cli import parser
 from longalign.cli.main import COMMANDS, main
 from longalign.compose import Composition
 from longalign.config.run import load_config, to_yaml
-from longalign.data.configs import ScenesConfig
+from longalign.data.scenes.config import SyntheticConfig
 from longalign.encoders.configs import T5Config
 from longalign.evaluation import scoring
 from longalign.image_io import write_png
@@ -174,7 +174,7 @@ def test_describe_part_shows_type_default_and_description(capsys):
     text = capsys.readouterr().out
     assert 'style: "plain" | "referring" | "mixed" = "plain"' in text
     assert "words: [int > 0, int > 0] = [20, 250]" in text
-    assert "\n    " + ScenesConfig.__doc__.partition(" seed: ")[2][:20] in text
+    assert "\n    " + SyntheticConfig.__doc__.partition(" seed: ")[2][:20] in text
     main(["describe", "rewards", "reweighted"])
     text = capsys.readouterr().out
     assert "inner: one of rewards (required)" in text

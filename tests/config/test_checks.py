@@ -209,9 +209,9 @@ def test_check_files_reads_hub_cache(tmp_path, monkeypatch):
     (repository / "refs" / "main").write_text("abc")
     assert "width 128" in file_problems({"backbone.checkpoint": "owner/name"})["encoder"]
     assert hub.local_file("owner/name", "vae/config.json", "abc")
-    assert "'owner/name'" in hub.absent("owner/name", "other")
+    assert "'owner/name'" in hub.availability_problem("owner/name", "other")
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    assert hub.absent("owner/other") == ""
+    assert hub.availability_problem("owner/other") == ""
 
 
 def test_check_files_names_failing_plugin_check():
@@ -264,7 +264,7 @@ def test_hub_why_explains_download_errors(monkeypatch):
             except Exception as error:
                 raise OSError("long text") from error
         except Exception as error:
-            return hub.why(error)
+            return hub.download_problem(error)
 
     causes = [errors.GatedRepoError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError]
     causes += [errors.EntryNotFoundError, ConnectionError]

@@ -12,13 +12,18 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
+import longalign.data
 from longalign.config.run import override
-from longalign.data.folder import Folder, load_square
+from longalign.data.config import DataConfig
+from longalign.data.images.base import load_square
+from longalign.data.images.folder import Folder
 from longalign.data.lines import inside, read_prompts
-from longalign.data.prompts import Prompts
-from longalign.data.scenes import Scenes
+from longalign.data.prompts.prompts import Prompts
+from longalign.data.scenes.config import ScenesConfig
+from longalign.data.scenes.scenes import Scenes
 from longalign.mini import oracle
 from longalign.registry import ConfigError, data
+from longalign.runtime import Runtime
 
 
 def write_metadata(folder, rows):
@@ -45,26 +50,30 @@ def build(folder, **keys):
     return data.build({"name": "folder", "folder": str(folder), "resolution": 4, **keys})
 
 
+def make_scenes(size, **keys):
+    return Scenes.from_config(ScenesConfig(size=size, **keys), Runtime())
+
+
 def test_scenes_item_is_deterministic():
     scenes = data.build({"name": "scenes", "size": 5, "seed": 3, "words": [30, 60]})
-    again = Scenes(5, 3, words=(30, 60))
+    again = make_scenes(5, seed=3, words=(30, 60))
     later = again[4]
     assert scenes[4]["prompt"] == later["prompt"] == scenes.prompt(4) == scenes[-1]["prompt"]
     assert torch.equal(scenes[4]["image"], later["image"])
     assert scenes[0]["prompt"] != scenes[1]["prompt"]
-    assert Scenes(5, 4, words=(30, 60))[4]["prompt"] != later["prompt"]
+    assert make_scenes(5, seed=4, words=(30, 60))[4]["prompt"] != later["prompt"]
     assert (later["image"].shape, later["image"].dtype) == ((3, 64, 64), torch.float32)
     assert 0 <= later["image"].min() <= later["image"].max() <= 1
 
 
 def test_scenes_raise_index_error_past_the_end():
-    assert len([item["prompt"] for item in Scenes(3, words=(8, 8))]) == 3
+    assert len([item["prompt"] for item in make_scenes(3, words=(8, 8))]) == 3
     with pytest.raises(IndexError):
-        Scenes(3)[3]
+        make_scenes(3)[3]
 
 
 def test_scenes_captions_are_true_of_their_images():
-    scenes = Scenes(8, seed=1, words=(60, 120))
+    scenes = make_scenes(8, seed=1, words=(60, 120))
     images = np.stack([scenes[i]["image"].numpy() for i in range(8)])
     captions = [scenes.scene(i)[1] for i in range(8)]
     assert [c.text for c in captions] == [scenes.prompt(i) for i in range(8)]
@@ -72,15 +81,15 @@ def test_scenes_captions_are_true_of_their_images():
 
 
 def test_scenes_follow_objects_words_and_style():
-    scenes = Scenes(20, objects=(2, 3), words=(50, 60), style="referring")
+    scenes = make_scenes(20, objects=(2, 3), words=(50, 60), style="referring")
     pairs = [scenes.scene(i) for i in range(20)]
     assert {len(scene.things) for scene, _ in pairs} == {2, 3}
     assert 40 < np.mean([caption.num_words for _, caption in pairs]) < 75
     referring = sum(" it " in f" {c.text.lower()} " for _, c in pairs)
     assert referring > 10
-    plain = Scenes(20, objects=(2, 3), words=(50, 60))
+    plain = make_scenes(20, objects=(2, 3), words=(50, 60))
     assert sum(" it is " in f" {plain.prompt(i).lower()} " for i in range(20)) == 0
-    mixed = Scenes(40, objects=(2, 3), words=(50, 60), style="mixed")
+    mixed = make_scenes(40, objects=(2, 3), words=(50, 60), style="mixed")
     count = sum(" it " in f" {mixed.prompt(i).lower()} " for i in range(40))
     assert 5 < count < 35
 
@@ -96,7 +105,7 @@ def test_scenes_config_rejects_invalid_ranges(keys, path):
 
 
 def test_scenes_are_collated_by_data_loader():
-    batch = next(iter(DataLoader(Scenes(4, words=(8, 12)), batch_size=4)))
+    batch = next(iter(DataLoader(make_scenes(4, words=(8, 12)), batch_size=4)))
     assert batch["image"].shape == (4, 3, 64, 64)
     assert len(batch["prompt"]) == 4
 
@@ -199,7 +208,7 @@ def test_folder_without_metadata_raises(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"metadata\.jsonl"):
         build(tmp_path)
     with pytest.raises(ValueError, match="got 1 files and 0 prompts"):
-        Folder([tmp_path], [])
+        Folder([tmp_path], [], resolution=4, max_unreadable=0)
 
 
 def test_read_prompts_from_txt_and_jsonl(tmp_path):
@@ -345,3 +354,27 @@ def test_folder_rejects_lone_surrogates(folder):
     )
     with pytest.raises(ValueError, match=r"metadata\.jsonl, line 2: 'text'"):
         build(folder)
+
+
+def test_configs_declare_what_a_run_asks():
+    def declared(name, **keys):
+        config = data.validate({"name": name, **keys})
+        assert isinstance(config, DataConfig)
+        return config.has_images, config.has_pairs, config.is_stream, config.image_size
+
+    assert declared("scenes") == (True, False, False, None)
+    assert declared("scene-pairs") == (True, True, False, None)
+    assert declared("folder", folder="x", resolution=16) == (True, False, False, 16)
+    assert declared("webdataset", shards="x") == (True, False, True, None)
+    assert declared("hf", dataset="x", streaming=True) == (True, False, True, None)
+    assert declared("hf", dataset="x", image=None) == (False, False, False, None)
+    assert declared("pairs", folder="x") == declared("hf-pairs", dataset="x") == (True, True, False, 224)
+    assert declared("prompts", file="x") == (False, False, False, None)
+
+
+def test_data_exports_its_classes_lazily():
+    for name in dir(longalign.data):
+        if name[0].isupper() and name != "TYPE_CHECKING" and name != "Any":
+            assert getattr(longalign.data, name).__name__ == name
+    with pytest.raises(AttributeError, match=r"'longalign\.data' .*'Nothing'"):
+        _ = longalign.data.Nothing

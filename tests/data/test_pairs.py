@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from longalign.data.pairs import preference_of
+from longalign.data.pairs.base import preference_of
 from longalign.loop.batches import Batches, load_batches
 from longalign.mini import oracle
 from longalign.mini.captions import Caption, Fact, Sentence

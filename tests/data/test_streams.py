@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from longalign.config.run import load_config
-from longalign.data import webdataset
-from longalign.data.hub import image_source
+from longalign.data.images import webdataset
+from longalign.data.images.shards import find_shards
 from longalign.data.stream import Record, Stream
-from longalign.data.webdataset import find_shards
+from longalign.data.tables.table import image_source
 from longalign.loop.batches import load_batches, plan_batches
 from longalign.registry import ConfigError, data
 
@@ -34,7 +34,8 @@ class Numbers(Stream):
     """Shards with numbers as captions and images of that shade; the images in ``bad`` are unreadable."""
 
     def __init__(self, lengths, bad=(), **settings):
-        super().__init__(resolution=2, **settings)
+        defaults = {"empty": "skip", "max_unreadable": 10, "shuffle_buffer": 1000}
+        super().__init__(resolution=2, **{**defaults, **settings})
         self.lengths, self.bad = lengths, bad
 
     @property

@@ -447,7 +447,7 @@ def test_resume_rejects_changed_workers_of_stream(world, tmp_path):
         name: str = "endless"
 
         def build(self, runtime):
-            return Endless()
+            return Endless(resolution=8, empty="skip", max_unreadable=0, shuffle_buffer=1)
 
     data.register("endless", EndlessConfig)
     try:

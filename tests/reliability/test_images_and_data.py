@@ -18,8 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from longalign.data.image_dataset import UNREADABLE, load_square
-from longalign.data.lines import inside, read_captions
+from longalign.data.images.base import UNREADABLE, load_square
+from longalign.data.lines import inside
+from longalign.image_folder import read_captions
 from longalign.image_io import FORMATS, load_image
 from longalign.registry import data as data_registry
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from longalign.data.base import check_index
-from longalign.data.configs import LongAlignCaptionsConfig
-from longalign.data.hub import caption_from_cell, load_table, table_files
-from longalign.data.image_dataset import ImageDataset
+from longalign.data.images.base import ImageDataset
+from longalign.data.images.config import LongAlignCaptionsConfig
 from longalign.data.lines import inside
+from longalign.data.tables.table import caption_from_cell, load_table, table_files
 from longalign.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -33,12 +33,13 @@ class LongAlignCaptions(ImageDataset):
     def __init__(
         self,
         rows: Any,
+        *,
         indices: list[int],
         folders: dict[str, Path],
-        resolution: int | None = 512,
-        max_unreadable: int = 10,
+        resolution: int | None,
+        max_unreadable: int,
     ):
-        super().__init__(resolution, max_unreadable)
+        super().__init__(resolution=resolution, max_unreadable=max_unreadable)
         self.rows, self.indices, self.folders = rows, indices, folders
 
     @classmethod
@@ -59,7 +60,13 @@ class LongAlignCaptions(ImageDataset):
             available = ", ".join(rows.column_names)
             raise ValueError(f"'{config.captions}' has no column '{missing[0]}'; available: {available}")
         folders = {source: Path(folder) for source, folder in config.folders.items()}
-        return cls(rows, _with_images(rows, folders, config), folders, config.resolution, config.max_unreadable)
+        return cls(
+            rows,
+            indices=_with_images(rows, folders, config),
+            folders=folders,
+            resolution=config.resolution,
+            max_unreadable=config.max_unreadable,
+        )
 
     def __len__(self) -> int:
         return len(self.indices)

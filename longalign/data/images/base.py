@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ log = logging.getLogger(__name__)
 UNREADABLE = (OSError, ValueError)
 
 
-class Unreadable(dict[Any, str]):
+class Unreadable(dict[Hashable, str]):
     """Names of the images that could not be read so far, mapped to the errors.
 
     Args:
@@ -30,7 +31,7 @@ class Unreadable(dict[Any, str]):
         super().__init__()
         self.limit = limit
 
-    def note(self, name: Any, error: BaseException) -> None:
+    def note(self, name: Hashable, error: BaseException) -> None:
         """Records and logs an unreadable image. Raises ValueError listing all of them if ``limit`` is exceeded."""
         if name in self:
             return
@@ -63,7 +64,7 @@ class SquareLoader:
             )
         self.resolution, self.small = resolution, 0
 
-    def load(self, name: Any, source: Path | bytes) -> Tensor:
+    def load(self, name: Hashable, source: Path | bytes) -> Tensor:
         """Loads an image like `load_square`; ``name`` identifies it in messages."""
         image = decode(source)
         if min(image.size) < self.resolution:
@@ -85,7 +86,7 @@ class ImageDataset(Data):
         max_unreadable: number of unreadable images to replace by the next readable one; one more raises.
     """
 
-    def __init__(self, resolution: int | None = 512, max_unreadable: int = 10):
+    def __init__(self, *, resolution: int | None, max_unreadable: int):
         self.loader = SquareLoader(resolution)
         #: unreadable images so far, with their errors
         self.unreadable = Unreadable(max_unreadable)
@@ -94,7 +95,7 @@ class ImageDataset(Data):
         """Path or encoded bytes of the image of item ``index`` (non-negative)."""
         raise NotImplementedError
 
-    def label(self, index: int) -> Any:
+    def label(self, index: int) -> Hashable:
         """Name in messages of the image of item ``index`` (non-negative)."""
         return self.source(index)
 

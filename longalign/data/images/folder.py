@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from longalign.data.base import check_index
-from longalign.data.configs import FolderConfig
-from longalign.data.image_dataset import ImageDataset, load_square
-from longalign.data.lines import inside, read_captions, text_of
+from longalign.data.images.base import ImageDataset
+from longalign.data.images.config import FolderConfig
+from longalign.data.lines import inside, text_of
+from longalign.image_folder import read_captions
 from longalign.runtime import Runtime
-
-__all__ = ["Folder", "load_square"]
 
 log = logging.getLogger(__name__)
 
@@ -27,19 +26,17 @@ class Folder(ImageDataset):
         max_unreadable: number of unreadable files to replace by the next readable one; one more raises.
     """
 
-    def __init__(
-        self, files: Sequence[Path], prompts: Sequence[str], resolution: int | None = 512, max_unreadable: int = 10
-    ):
+    def __init__(self, files: Sequence[Path], prompts: Sequence[str], *, resolution: int | None, max_unreadable: int):
         if len(files) != len(prompts):
             raise ValueError(f"expected one prompt per file, got {len(files)} files and {len(prompts)} prompts")
         if not files:
             raise ValueError("expected at least one image, got none")
-        super().__init__(resolution, max_unreadable)
+        super().__init__(resolution=resolution, max_unreadable=max_unreadable)
         self.files, self.prompts = list(files), list(prompts)
 
     @classmethod
     def from_config(cls, config: FolderConfig, runtime: Runtime) -> Folder:
-        """Reads the captions with `longalign.data.lines.read_captions`; images are read on access.
+        """Reads the captions with `longalign.image_folder.read_captions`; images are read on access.
 
         Raises:
             ValueError: if a line has no file name or caption, or no image remains.
@@ -61,7 +58,7 @@ class Folder(ImageDataset):
             )
         if not files:
             raise ValueError(f"no image in {folder} has a caption")
-        return cls(files, prompts, config.resolution, config.max_unreadable)
+        return cls(files, prompts, resolution=config.resolution, max_unreadable=config.max_unreadable)
 
     def __len__(self) -> int:
         return len(self.files)

@@ -1,4 +1,4 @@
-"""Data from the synthetic scenes, rendered on demand."""
+"""Pairs of synthetic scenes with a preference."""
 
 from __future__ import annotations
 
@@ -8,47 +8,12 @@ import numpy as np
 import torch
 
 from longalign.data.base import Data, check_index
-from longalign.data.configs import ScenePairsConfig, ScenesConfig
-from longalign.mini.captions import STYLES, Caption, describe
+from longalign.data.scenes.config import ScenePairsConfig
+from longalign.data.scenes.scenes import Scenes
+from longalign.mini.captions import Caption, describe
 from longalign.mini.preferences import preference, vary
-from longalign.mini.scenes import Scene, render_batch, sample_scene
+from longalign.mini.scenes import Scene, render_batch
 from longalign.runtime import Runtime
-
-
-class Scenes(Data):
-    """``size`` scenes with captions. `longalign.data.configs.ScenesConfig` describes the arguments."""
-
-    def __init__(
-        self,
-        size: int,
-        seed: int = 0,
-        objects: tuple[int, int] = (1, 9),
-        words: tuple[int, int] = (20, 250),
-        style: str = "plain",
-    ):
-        self.size, self.seed, self.objects, self.words, self.style = size, seed, objects, words, style
-
-    @classmethod
-    def from_config(cls, config: ScenesConfig, runtime: Runtime) -> Scenes:
-        return cls(config.size, config.seed, config.objects, config.words, config.style)
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        scene, caption = self.scene(index)
-        return {"prompt": caption.text, "image": torch.from_numpy(render_batch([scene])[0])}
-
-    def prompt(self, index: int) -> str:
-        return self.scene(index)[1].text
-
-    def scene(self, index: int) -> tuple[Scene, Caption]:
-        """Scene of image ``index``, and its caption with the facts of each sentence."""
-        rng = np.random.default_rng([self.seed, check_index(index, self.size)])
-        scene = sample_scene(rng, self.objects)
-        words = int(rng.integers(self.words[0], self.words[1] + 1))
-        style = STYLES[int(rng.integers(len(STYLES)))] if self.style == "mixed" else self.style
-        return scene, describe(scene, rng, words=words, style=style)
 
 
 class ScenePairs(Data):
@@ -64,14 +29,18 @@ class ScenePairs(Data):
         captions: whether items have a caption of each image, as long as the prompt.
     """
 
-    def __init__(self, scenes: Scenes, truth_weight: float = 10.0, taste_weight: float = 4.0, captions: bool = False):
+    def __init__(self, scenes: Scenes, *, truth_weight: float, taste_weight: float, captions: bool):
         self.scenes, self.captions = scenes, captions
         self.truth_weight, self.taste_weight = truth_weight, taste_weight
 
     @classmethod
     def from_config(cls, config: ScenePairsConfig, runtime: Runtime) -> ScenePairs:
-        scenes = Scenes.from_config(config, runtime)
-        return cls(scenes, config.truth_weight, config.taste_weight, config.captions)
+        return cls(
+            Scenes.from_config(config, runtime),
+            truth_weight=config.truth_weight,
+            taste_weight=config.taste_weight,
+            captions=config.captions,
+        )
 
     def __len__(self) -> int:
         return len(self.scenes)

@@ -7,8 +7,8 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from longalign.data.configs import WebDatasetConfig
-from longalign.data.lines import find_shards
+from longalign.data.images.config import WebDatasetConfig
+from longalign.data.images.shards import find_shards
 from longalign.data.stream import Record, Stream
 from longalign.runtime import Runtime
 from longalign.segmenters import check_text
@@ -42,27 +42,39 @@ class WebDataset(Stream):
         image: image suffixes in order of preference.
         caption: suffix of the caption file.
         field: key of the caption in a JSON file, or None for a text file.
-        **settings: arguments of `Stream`.
+        resolution, empty, max_unreadable, shuffle_buffer: see `Stream`.
     """
 
     def __init__(
         self,
         shards: Sequence[Path],
-        image: Sequence[str] = ("jpg", "jpeg", "png", "webp"),
-        caption: str = "txt",
-        field: str | None = None,
-        **settings: int | str,
+        *,
+        image: Sequence[str],
+        caption: str,
+        field: str | None,
+        resolution: int | None,
+        empty: str,
+        max_unreadable: int,
+        shuffle_buffer: int,
     ):
-        super().__init__(**settings)  # pyright: ignore[reportArgumentType]
+        super().__init__(
+            resolution=resolution, empty=empty, max_unreadable=max_unreadable, shuffle_buffer=shuffle_buffer
+        )
         self.shards, self.image, self.caption, self.field = list(shards), tuple(image), caption, field
 
     @classmethod
     def from_config(cls, config: WebDatasetConfig, runtime: Runtime) -> WebDataset:
         """Finds the shards. Raises FileNotFoundError if one is missing."""
-        shards = [path for pattern in config.shards for path in find_shards(pattern)]
-        keys = ("resolution", "empty", "max_unreadable", "shuffle_buffer")
-        settings = {key: getattr(config, key) for key in keys}
-        return cls(shards, config.image, config.caption, config.caption_field, **settings)
+        return cls(
+            [path for pattern in config.shards for path in find_shards(pattern)],
+            image=config.image,
+            caption=config.caption,
+            field=config.caption_field,
+            resolution=config.resolution,
+            empty=config.empty,
+            max_unreadable=config.max_unreadable,
+            shuffle_buffer=config.shuffle_buffer,
+        )
 
     @property
     def num_shards(self) -> int:

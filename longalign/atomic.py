@@ -1,0 +1,42 @@
+"""Atomic writes of files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Context manager that yields a temporary path, which is synced to disk and renamed to ``path`` at the end.
+
+    Raises:
+        OSError: if the file cannot be written; the temporary file is removed.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        yield unfinished
+        sync(unfinished)
+        unfinished.replace(path)
+    except BaseException as error:
+        unfinished.unlink(missing_ok=True)
+        if isinstance(error, (SafetensorError, RuntimeError)):  # libraries report a full disk this way
+            raise OSError(f"cannot write {path}: {str(error).strip()}") from error
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Syncs a file, or the names in a folder, to disk."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:  # Windows cannot open folders
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Stored images with captions: folders, tar files, and the public LongAlign captions."""

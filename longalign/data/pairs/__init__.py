@@ -1,0 +1,1 @@
+"""Preference data: pairs of images of one prompt."""

@@ -1,0 +1,121 @@
+"""Base class of preference data, and the annotation of its pairs."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longalign.data.base import check_index
+from longalign.data.images.base import UNREADABLE, ImageDataset
+from longalign.data.tables.table import caption_from_cell
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One preference annotation.
+
+    Attributes:
+        prompt: prompt of both images.
+        preference: fraction of people who prefer the first image.
+        captions: caption of each image, or None.
+    """
+
+    prompt: str
+    preference: float
+    captions: tuple[str, str] | None = None
+
+
+class Pairs(ImageDataset):
+    """Base class of preference data.
+
+    An item is ``{"prompt": str, "image": (2, 3, resolution, resolution) in [0, 1], "preference": ()}``, with
+    ``captions``, one text per image, if the pair has captions.
+
+    Args:
+        pairs: annotation of each pair.
+        resolution: image side in pixels.
+        max_unreadable: number of pairs with an unreadable image to replace by the next pair; one more raises.
+    """
+
+    def __init__(self, pairs: Sequence[Pair], *, resolution: int, max_unreadable: int):
+        super().__init__(resolution=resolution, max_unreadable=max_unreadable)
+        self.pairs = pairs
+
+    def sources(self, index: int) -> Sequence[Path | bytes]:
+        """Paths or encoded bytes of both images of pair ``index`` (non-negative)."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def prompt(self, index: int) -> str:
+        return self.pairs[check_index(index, len(self))].prompt
+
+    def load_item(self, index: int) -> dict[str, Any] | None:
+        label = self.label(index)
+        if label in self.unreadable:
+            return None
+        try:
+            images = [self.loader.load(label, source) for source in self.sources(index)]
+        except UNREADABLE as error:
+            self.unreadable.note(label, error)
+            return None
+        pair = self.pairs[index]
+        item = {"prompt": pair.prompt, "image": torch.stack(images), "preference": torch.tensor(pair.preference)}
+        return item if pair.captions is None else {**item, "captions": pair.captions}
+
+
+def read_pair(prompt: str, labels: Sequence[Any], captions: Sequence[Any], where: str) -> Pair | str:
+    """Pair of a row, or the reason for skipping the row. Raises ValueError if a label is invalid."""
+    if not prompt:
+        return "an empty prompt"
+    if not labels or any(label is None for label in labels):
+        return "no label"
+    if captions and (len(captions) != 2 or not all(map(caption_from_cell, captions))):
+        return "an empty caption"
+    both = (caption_from_cell(captions[0]), caption_from_cell(captions[1])) if captions else None
+    return Pair(prompt, preference_of(labels, where), both)
+
+
+def preference_of(labels: Sequence[Any], where: str) -> float:
+    """Fraction that prefers the first image, from two labels (1 and 0, or votes) or from the fraction itself.
+
+    Raises:
+        ValueError: if the labels are invalid; ``where`` is included in the message.
+    """
+    numbers = [float(label) for label in labels if isinstance(label, Real)]
+    valid = len(numbers) == len(labels) and all(math.isfinite(n) and n >= 0 for n in numbers)
+    if valid and len(numbers) == 1 and numbers[0] <= 1:
+        return numbers[0]
+    if valid and len(numbers) == 2 and sum(numbers):
+        return numbers[0] / sum(numbers)
+    raise ValueError(
+        f"{where}: expected labels of both images, such as 1 and 0, or the fraction that prefers the first; got "
+        f"{list(labels)!r:.80}"
+    )
+
+
+def select_pairs(rows: Sequence[Pair | str], where: str) -> tuple[list[int], list[Pair]]:
+    """Indices and pairs of the valid rows; a warning counts the skipped ones by reason."""
+    indices = [i for i, row in enumerate(rows) if isinstance(row, Pair)]
+    pairs = [row for row in rows if isinstance(row, Pair)]
+    reasons = Counter(row for row in rows if isinstance(row, str))
+    skipped = ", ".join(f"{count} with {reason}" for reason, count in reasons.items())
+    if reasons:
+        log.warning("skipped of %d pairs in %s: %s", len(rows), where, skipped)
+    if not pairs:
+        raise ValueError(f"{where} has no usable pairs{f', only {skipped}' if skipped else ''}")
+    captioned = sum(pair.captions is not None for pair in pairs)
+    if captioned not in (0, len(pairs)):
+        raise ValueError(f"{where} has captions for {captioned} of {len(pairs)} pairs; expected all or none")
+    return indices, pairs

@@ -1,0 +1,32 @@
+"""Config of prompts without images. Importing this module does not import torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from longalign.data.config import DataConfig, Text
+from longalign.errors import ConfigProblem
+
+
+class PromptsConfig(DataConfig):
+    """Prompts of a file, without images, for reward fine-tuning.
+
+    Attributes:
+        file: .txt file with one prompt per line, or .jsonl file with "prompt" (or "text") in each line. Prompts with
+            several paragraphs need .jsonl.
+        empty: "skip" or "keep" empty prompts.
+    """
+
+    target: ClassVar[str] = "longalign.data.prompts.prompts:Prompts"
+
+    name: Literal["prompts"] = "prompts"
+    file: Text
+    empty: Literal["skip", "keep"] = "skip"
+
+    @property
+    def has_images(self) -> bool:
+        return False
+
+    def check_files(self) -> list[ConfigProblem]:
+        return [] if Path(self.file).is_file() else [("file", f"no file {self.file}")]

@@ -1,0 +1,1 @@
+"""The synthetic scenes, single and in pairs."""

@@ -1,0 +1,1 @@
+"""Tables read with the library ``datasets``."""

@@ -1,0 +1,76 @@
+"""Configs of tables. Importing this module does not import torch."""
+
+from __future__ import annotations
+
+from glob import glob
+from typing import ClassVar, Literal
+
+from pydantic import PositiveInt, model_validator
+
+from longalign.data.config import DataConfig, ImagesConfig, Text, Texts, folder_problems
+from longalign.errors import ConfigProblem, redact_url
+
+
+class TableConfig(DataConfig):
+    """Base class of configs of tables read with the library ``datasets``: Hub datasets, parquet files, or any format it
+    supports.
+
+    Attributes:
+        dataset: Hub id, local folder, or a format such as "parquet", "json" or "webdataset" for ``files``.
+        subset: configuration name of the dataset.
+        split: split to load.
+        revision: branch, tag or commit on the Hub.
+        files: paths or URLs of the files to read; ``*`` is allowed.
+        caption: column of the captions or prompts.
+        image_folder: folder of the images if the image column holds paths, which must not lead out of it. ``/`` allows
+            any absolute path.
+        cache: cache folder of ``datasets``; null is its default.
+    """
+
+    dataset: Text
+    subset: Text | None = None
+    split: Text = "train"
+    revision: Text | None = None
+    files: Texts = ()
+    caption: Text = "caption"
+    image_folder: Text | None = None
+    cache: Text | None = None
+
+    def check_files(self) -> list[ConfigProblem]:
+        problems = folder_problems("image_folder", self.image_folder)
+        missing = [f for f in self.files if "://" not in f and not glob(f, recursive=True)]
+        return problems + [("files", f"no file {redact_url(f)}") for f in missing]
+
+
+class HubConfig(TableConfig, ImagesConfig):
+    """A table read with the library ``datasets``: a Hub dataset, parquet files, or any format it supports.
+
+    Attributes:
+        image: column of images, encoded bytes or paths; null reads only captions, for reward fine-tuning.
+        streaming: stream shards during training instead of downloading the dataset first. Shards are distributed over
+            processes and workers.
+        shuffle_buffer: shuffle buffer size of a stream; null is 1000.
+    """
+
+    target: ClassVar[str] = "longalign.data.tables.hf:HubTable"
+
+    name: Literal["hf"] = "hf"
+    image: Text | None = "image"
+    streaming: bool = False
+    shuffle_buffer: PositiveInt | None = None
+
+    @property
+    def has_images(self) -> bool:
+        return self.image is not None
+
+    @property
+    def is_stream(self) -> bool:
+        return self.streaming
+
+    @model_validator(mode="after")
+    def _check_keys(self) -> HubConfig:
+        if self.shuffle_buffer is not None and not self.streaming:
+            raise ValueError("'shuffle_buffer' needs streaming: true; set it or remove 'shuffle_buffer'")
+        if self.image is None and self.image_folder is not None:
+            raise ValueError("'image_folder' has no effect without an 'image' column; remove it")
+        return self

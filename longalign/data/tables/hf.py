@@ -1,0 +1,197 @@
+"""The data ``hf``: a table read by index or as a stream, with or without images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from longalign.data.base import Data, check_index
+from longalign.data.images.base import ImageDataset
+from longalign.data.stream import Record, Stream
+from longalign.data.tables.config import HubConfig
+from longalign.data.tables.table import caption_from_cell, image_folder, image_source, open_columns
+from longalign.runtime import Runtime
+
+
+class HubTable:
+    """Builds the data ``hf``."""
+
+    @classmethod
+    def from_config(cls, config: HubConfig, runtime: Runtime) -> HubRows | HubPrompts | HubStream:
+        """Opens the table: a `HubStream`, or `HubRows`, or `HubPrompts` without an image column.
+
+        Raises:
+            ValueError: if ``datasets`` is not installed or cannot read the table, a column is missing, or no caption
+                remains.
+        """
+        rows = open_columns(config, [config.caption], [] if config.image is None else [config.image])
+        if config.streaming:
+            return HubStream(
+                rows,
+                dataset=config.dataset,
+                caption=config.caption,
+                image=config.image,
+                folder=image_folder(config, rows),
+                resolution=config.resolution,
+                empty=config.empty,
+                max_unreadable=config.max_unreadable,
+                shuffle_buffer=config.shuffle_buffer or 1000,
+            )
+        captions = Captions(rows[config.caption], dataset=config.dataset, column=config.caption, empty=config.empty)
+        if config.image is None:
+            return HubPrompts(captions)
+        return HubRows(
+            rows,
+            captions=captions,
+            image=config.image,
+            folder=image_folder(config, rows),
+            resolution=config.resolution,
+            max_unreadable=config.max_unreadable,
+        )
+
+
+class Captions(Sequence[str]):
+    """Captions of a table.
+
+    Args:
+        cells: the cells of the caption column.
+        dataset: name of the table in messages.
+        column: name of the caption column.
+        empty: "skip" or "keep" rows with an empty caption.
+
+    Attributes:
+        indices: numbers of the rows that are used.
+
+    Raises:
+        ValueError: if a cell is not a string, or no caption remains.
+    """
+
+    def __init__(self, cells: Sequence[Any], *, dataset: str, column: str, empty: str):
+        indices = range(len(cells))
+        if empty == "skip":
+            indices = [i for i, cell in enumerate(cells) if caption_from_cell(cell, f"row {i} of {dataset}")]
+        if not indices:
+            raise ValueError(f"'{dataset}' has no captions in its column '{column}'")
+        self.cells, self.indices, self.dataset = cells, indices, dataset
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> str:
+        return caption_from_cell(self.cells[self.indices[check_index(index, len(self))]])
+
+    def row(self, index: int) -> int:
+        """Number of the row of caption ``index``."""
+        return int(self.indices[index])
+
+
+class HubRows(ImageDataset):
+    """Table rows with one image each, read by index.
+
+    Args:
+        rows: table of the library ``datasets``, images undecoded.
+        captions: captions of the rows to use.
+        image: name of the image column.
+        folder: folder of image paths; None rejects paths.
+        resolution: image side in pixels.
+        max_unreadable: number of unreadable images to replace by the next readable one; one more raises.
+    """
+
+    def __init__(
+        self,
+        rows: Any,
+        *,
+        captions: Captions,
+        image: str,
+        folder: Path | None,
+        resolution: int | None,
+        max_unreadable: int,
+    ):
+        super().__init__(resolution=resolution, max_unreadable=max_unreadable)
+        self.rows, self.captions, self.image, self.folder = rows, captions, image, folder
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def prompt(self, index: int) -> str:
+        return self.captions[index]
+
+    def label(self, index: int) -> str:
+        return f"row {self.captions.row(index)} of {self.captions.dataset}"
+
+    def source(self, index: int) -> Path | bytes:
+        return image_source(self.rows[self.captions.row(index)][self.image], self.folder)
+
+
+class HubPrompts(Data):
+    """Captions of a table without images, read by index.
+
+    Args:
+        captions: the captions to use.
+    """
+
+    has_images = False
+
+    def __init__(self, captions: Captions):
+        self.captions = captions
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"prompt": self.prompt(index)}
+
+    def prompt(self, index: int) -> str:
+        return self.captions[index]
+
+
+class HubStream(Stream):
+    """Table rows streamed shard by shard, without storing anything.
+
+    Args:
+        rows: streaming dataset of the library ``datasets``.
+        dataset: name of the table in messages.
+        caption: name of the caption column.
+        image: name of the image column; None for prompts only.
+        folder: folder of image paths; None rejects paths.
+        resolution, empty, max_unreadable, shuffle_buffer: see `Stream`.
+    """
+
+    def __init__(
+        self,
+        rows: Any,
+        *,
+        dataset: str,
+        caption: str,
+        image: str | None,
+        folder: Path | None,
+        resolution: int | None,
+        empty: str,
+        max_unreadable: int,
+        shuffle_buffer: int,
+    ):
+        self.has_images = image is not None
+        super().__init__(
+            resolution=resolution, empty=empty, max_unreadable=max_unreadable, shuffle_buffer=shuffle_buffer
+        )
+        self.rows, self.dataset, self.caption, self.image, self.folder = rows, dataset, caption, image, folder
+
+    @property
+    def num_shards(self) -> int:
+        return self.rows.num_shards
+
+    def read(self, shard: int) -> Iterator[Record]:
+        where = f"shard {shard} of {self.dataset}"
+        try:
+            for number, row in enumerate(self.rows.shard(num_shards=self.num_shards, index=shard)):
+                yield self._record(f"row {number} of {where}", row)
+        except Exception as error:  # each format raises different errors for damaged files
+            self.unreadable.note(f"the rest of {where}", error)
+
+    def _record(self, name: str, row: Any) -> Record:
+        try:
+            image = None if self.image is None else image_source(row[self.image], self.folder)
+            return Record(name, caption_from_cell(row[self.caption]), image)
+        except ValueError as error:
+            return Record(name, problem=str(error))
