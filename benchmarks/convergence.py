@@ -34,10 +34,10 @@ from longalign.config.files import checkpoint_file
 from longalign.config.run import RunConfig, load_config, to_dict
 from longalign.demo import default_config, held_out_captions
 from longalign.encoders.base import TruncationWarning
+from longalign.evaluation.bootstrap import Interval
 from longalign.evaluation.charts import ticks
 from longalign.evaluation.metrics import DecomposedMetric, FactMetric, measure
 from longalign.evaluation.record import machine_text
-from longalign.evaluation.table import Interval
 from longalign.inference.sampling import sample
 from longalign.loop.fit import fit
 from longalign.loop.run import Run

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from longalign.config.run import load_config as load_config
     from longalign.errors import ConfigError as ConfigError
     from longalign.errors import PartError as PartError
-    from longalign.inference.condition import condition as condition
+    from longalign.inference.diffusers import condition as condition
     from longalign.loop.fit import fit as fit
     from longalign.model import Model as Model
     from longalign.runtime import Runtime as Runtime
@@ -30,7 +30,7 @@ _MODULES = {
     "RunConfig": "config.run",
     "Runtime": "runtime",
     "build_from_config": "compose",
-    "condition": "inference.condition",
+    "condition": "inference.diffusers",
     "diff": "config.changes",
     "fit": "loop.fit",
     "load_config": "config.run",

@@ -22,8 +22,9 @@ from longalign.config.changes import override
 from longalign.config.run import RunConfig
 from longalign.data.scenes.config import ScenesConfig
 from longalign.encoders.base import Encoder, PromptReport, TruncationWarning
+from longalign.evaluation.comparison import findings
 from longalign.evaluation.metrics import DecomposedMetric, FactMetric, evaluate
-from longalign.evaluation.report import Example, findings, write_report
+from longalign.evaluation.report import Example, write_report
 from longalign.evaluation.table import MetricTable
 from longalign.image_folder import append_images, image_row
 from longalign.inference.sampling import sample

@@ -7,13 +7,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from longalign.checkpoints import publish
-from longalign.checkpoints.checkpoint import denoiser_folder, load_for_sampling
+from longalign.checkpoints import publish, upload
+from longalign.checkpoints.checkpoint import load_for_sampling
+from longalign.checkpoints.diffusers_files import denoiser_folder
 from longalign.config.checks import check_files
 from longalign.config.files import find_checkpoint
 from longalign.config.run import RunConfig, load_config
 from longalign.image_io import to_pil
-from longalign.inference.baselines import base_pipeline
+from longalign.inference.pipelines import base_pipeline
 from longalign.inference.sampling import load_model, sample
 
 if TYPE_CHECKING:
@@ -220,7 +221,7 @@ class Model:
         metrics: str | Path | None = None,
         license: str | None = None,
     ) -> str:
-        """Saves and uploads the model; returns its URL. See `longalign.checkpoints.publish.push_to_hub`."""
+        """Saves and uploads the model; returns its URL. See `longalign.checkpoints.upload.push_to_hub`."""
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, metrics=metrics, license=license)
-            return publish.push_to_hub(folder, repository, private, token=token, revision=revision, message=message)
+            return upload.push_to_hub(folder, repository, private, token=token, revision=revision, message=message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -163,3 +164,11 @@ def resolve_checkpoint(checkpoint: str) -> str:
         names = sorted(p.name for p in weights.iterdir() if p.is_dir()) if weights.is_dir() else []
         raise ValueError(f"no bundled weights '{checkpoint}'; expected 'mini' or 'mini/<folder>' with one of {names}")
     return str(folder)
+
+
+def processor() -> str:
+    """Model name of the processor, or its architecture if the model is unknown."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()

@@ -17,7 +17,7 @@ from longalign.demo import (
     truncated_sentences,
 )
 from longalign.encoders.base import PromptReport
-from longalign.evaluation.report import findings
+from longalign.evaluation.comparison import findings
 from longalign.mini.captions import Caption, Sentence
 
 MODELS = ["base", "segments, untrained", "align", "align+reward"]

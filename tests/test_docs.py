@@ -22,7 +22,7 @@ import yaml
 from tiny import tiny_clip, tiny_sd
 
 from longalign import load_config, override
-from longalign.cli.main import _parse, main
+from longalign.cli.main import main, parse
 from longalign.config.changes import parse_assignments
 from longalign.config.describe import describe_model, describe_part
 from longalign.config.parsing import parse_value
@@ -127,7 +127,7 @@ def test_readme_and_quickstart_run_in_one_folder(workdir, capsys):
         "eval",
         "export",
         "cache",
-        "direction",
+        "compute-direction",
     }
 
 
@@ -203,7 +203,7 @@ def check_installable(arguments):
 
 
 def check_longalign(arguments):
-    args = _parse(arguments)
+    args = parse(arguments)
     if args.command == "train":
         changes = parse_assignments(args.overrides)
         if Path(args.config).is_relative_to("examples"):

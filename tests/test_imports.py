@@ -17,20 +17,21 @@ KINDS = ("backbones", "data", "encoders", "rewards", "gradient_steps", "trainers
 # A module imports from lower levels only. Unlisted modules are concrete parts, or helpers of parts.
 PART = 4
 LEVELS = {
-    0: "runtime errors discovery hub names registry segmenters config.files data.lines data.images.shards",
-    1: "config cli.environment",  # and the configs of all kinds
+    0: "runtime errors discovery hub names registry segmenters config.files data.lines data.images.shards "
+    "inference.solvers",
+    1: "config checkpoints.redaction checkpoints.provenance",  # and the configs of all kinds
     2: "functional image_io atomic mini sharding tokens caching.store caching.fingerprint checkpoints.weights "
-    "evaluation.record evaluation.table loop.locks encoders.bucketing",
+    "evaluation.record evaluation.bootstrap evaluation.formatting evaluation.groups loop.locks encoders.bucketing",
     3: "backbones.base backbones.lora data.base data.images.base data.stream image_folder encoders.base rewards.base "
     "rewards.guard gradient_steps.base trainers.base",
-    5: "checkpoints.checkpoint inference.condition evaluation.charts caching",
+    5: "checkpoints.checkpoint inference.diffusers inference.pipelines inference.schedulers evaluation.table "
+    "evaluation.charts caching.precompute",
     6: "compose",
     7: "inference.sampling evaluation checkpoints",
     8: "loop inference.baselines",
     9: "demo model",
-    10: "cli.commands",
-    11: "cli",
-    12: "__main__",
+    10: "cli",
+    11: "__main__",
 }
 # Modules of a kind that modules of other kinds may import.
 SHARED = ("base", "config", "configs", "bucketing", "guard", "lines", "stream")

@@ -14,37 +14,30 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from longalign.backbones.base import Backbone
-from longalign.backbones.config import BackboneConfig, LoraConfig
-from longalign.backbones.lora import LoraWeights, check_same_names, concat_loras, peft_settings
+from longalign.backbones.config import LoraConfig
+from longalign.backbones.lora import LoraWeights, check_same_names
+from longalign.checkpoints.provenance import providers, versions
+from longalign.checkpoints.redaction import redacted
 from longalign.checkpoints.weights import load_tensors, save_tensors
-from longalign.config.checks import check_parts, parts_of
-from longalign.config.files import CHECKPOINT, DIFFUSERS_LORA, REWARD, checkpoint_file, read_metadata
+from longalign.config.checks import check_parts
+from longalign.config.files import CHECKPOINT, REWARD, checkpoint_file, read_metadata
 from longalign.config.parsing import read_mapping
 from longalign.config.run import RunConfig, load_config, to_dict
 from longalign.encoders.base import Encoder
-from longalign.errors import ConfigError, redact_url
-from longalign.registry import REGISTRIES, backbones, encoders
+from longalign.errors import ConfigError
+from longalign.registry import backbones, encoders
 from longalign.runtime import Runtime
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 log = logging.getLogger("longalign")
 
 FORMAT = "1"
-# metadata key of diffusers for LoRA settings, otherwise inferred from the shapes of the weights
-ADAPTER_METADATA = "lora_adapter_metadata"
-PACKAGES = ("longalign", "torch", "diffusers", "transformers", "peft", "accelerate", "open_clip_torch", "pydantic")
 
 
 @dataclass(frozen=True)
@@ -107,15 +100,6 @@ def write(folder: Path, config: RunConfig, weights: Weights, step: int) -> Path:
     path = folder / CHECKPOINT
     save_tensors(path, tensors, metadata)
     return path
-
-
-def redacted(value: Any) -> Any:
-    """A dumped config without the credentials in its URLs."""
-    if isinstance(value, dict):
-        return {key: redacted(child) for key, child in value.items()}
-    if isinstance(value, list):
-        return [redacted(child) for child in value]
-    return redact_url(value) if isinstance(value, str) else value
 
 
 def load_weights(checkpoint: str | Path) -> Weights:
@@ -252,56 +236,3 @@ def load_for_sampling(
     for part in (backbone, encoder):
         part.requires_grad_(False).eval()
     return config, backbone, encoder
-
-
-def export_lora(checkpoint: str | Path, folder: str | Path) -> Path:
-    """Exports a checkpoint's LoRAs as one file for ``load_lora_weights(folder)`` of a diffusers pipeline.
-
-    LoRAs of several stages are concatenated, which is exact; the rank is the sum of their ranks.
-
-    Returns:
-        The path of ``pytorch_lora_weights.safetensors``.
-
-    Raises:
-        ValueError: if all weights were trained, or the checkpoint has no LoRA.
-    """
-    weights = load_weights(checkpoint)
-    if weights.denoiser or not weights.loras:
-        raise ValueError(
-            f"{checkpoint} has {'all weights of the denoiser' if weights.denoiser else 'no LoRA'}; expected a "
-            "checkpoint whose denoiser was trained with LoRAs only"
-        )
-    joined = concat_loras(weights.loras)
-    component = denoiser_folder(read_config(checkpoint))
-    tensors = {f"{component}.{key}": tensor for key, tensor in joined.items()}
-    adapter_metadata = {f"{component}.{key}": value for key, value in peft_settings(joined).items()}
-    path = Path(folder) / DIFFUSERS_LORA
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_tensors(path, tensors, {"format": "pt", ADAPTER_METADATA: json.dumps(adapter_metadata)})
-    return path
-
-
-def denoiser_folder(config: RunConfig) -> str:
-    """Name of the denoiser's component in diffusers: ``unet`` or ``transformer``."""
-    return BackboneConfig.component if config.backbone is None else config.backbone.component
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that affect results."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
-
-
-def providers(config: RunConfig) -> dict[str, str]:
-    """The package that provides each part of a run, by config path, e.g. ``{"rewards.0.inner": "longalign 0.1.0"}``."""
-    owners = {}
-    for path, part in parts_of(config):
-        for registry in REGISTRIES.values():
-            if part.name in registry and registry.get(part.name) is type(part):
-                owners[path] = registry.info(part.name).owner
-    return owners

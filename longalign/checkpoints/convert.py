@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from longalign.backbones.config import LoraConfig
 from longalign.backbones.lora import LoraWeights, lora_targets
 from longalign.backbones.stable_diffusion.sd import empty_unet
-from longalign.checkpoints.checkpoint import Weights, export_lora, write
+from longalign.checkpoints.checkpoint import Weights, write
+from longalign.checkpoints.diffusers_files import export_lora
 from longalign.checkpoints.weights import load_pickle
 from longalign.config.files import CHECKPOINT
 from longalign.config.run import RunConfig, load_config

@@ -1,1 +1,47 @@
-"""Metrics, paired bootstrap intervals, tables, charts and the HTML report."""
+"""Metrics of images, metric tables and the HTML report. Public names are loaded on first use."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from longalign.evaluation.bootstrap import Interval as Interval
+    from longalign.evaluation.comparison import findings as findings
+    from longalign.evaluation.metrics import DecomposedMetric as DecomposedMetric
+    from longalign.evaluation.metrics import FactMetric as FactMetric
+    from longalign.evaluation.metrics import RewardMetric as RewardMetric
+    from longalign.evaluation.metrics import evaluate as evaluate
+    from longalign.evaluation.metrics import measure as measure
+    from longalign.evaluation.metrics import reward_metrics as reward_metrics
+    from longalign.evaluation.report import Example as Example
+    from longalign.evaluation.report import write_report as write_report
+    from longalign.evaluation.scoring import score_images as score_images
+    from longalign.evaluation.scoring import score_sentences as score_sentences
+    from longalign.evaluation.table import MetricTable as MetricTable
+
+_MODULES = {
+    "DecomposedMetric": "metrics",
+    "Example": "report",
+    "FactMetric": "metrics",
+    "Interval": "bootstrap",
+    "MetricTable": "table",
+    "RewardMetric": "metrics",
+    "evaluate": "metrics",
+    "findings": "comparison",
+    "measure": "metrics",
+    "reward_metrics": "metrics",
+    "score_images": "scoring",
+    "score_sentences": "scoring",
+    "write_report": "report",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
-from longalign.evaluation.table import Interval
+from longalign.evaluation.bootstrap import Interval
 
 WIDTH = 400
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
-from longalign.cli.environment import processor
+from longalign.runtime import processor
 
 PACKAGES = ("longalign", "torch", "diffusers", "transformers", "accelerate", "peft")
 

@@ -4,72 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-LENGTH_EDGES = (30, 60, 120, 240)
-MIN_PROMPTS = 10
-"""Minimum number of prompts for significance; with fewer, bootstrap intervals are too narrow."""
-CHUNK = 1_000_000
-GROUP_LABELS = {"by_position": "position in the prompt"}
-"""Display names of groups of submetrics."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean and its bootstrap interval over ``count`` images of ``prompts`` prompts; NaN without values."""
-
-    mean: float
-    low: float
-    high: float
-    count: int
-    prompts: int = 0
-
-    @property
-    def significant(self) -> bool:
-        """Whether the interval excludes zero and comes from at least `MIN_PROMPTS` prompts."""
-        return self.prompts >= MIN_PROMPTS and (self.low > 0 or self.high < 0)
-
-
-def bootstrap(
-    values: np.ndarray, groups: Sequence[str] | None = None, samples: int = 2000, level: float = 0.95, seed: int = 0
-) -> Interval:
-    """The mean of ``values`` with its percentile bootstrap interval. Of differences, this is the paired bootstrap.
-
-    Args:
-        values: ``(n,)``; NaN values are skipped.
-        groups: one label per value. Groups are resampled instead of values: images of one prompt are not independent,
-            so a prompt is resampled with all its images. None resamples single values.
-        samples: number of bootstrap samples.
-        level: coverage of the interval.
-        seed: seed of the resampling; the same values always give the same interval.
-    """
-    values = np.asarray(values, dtype=np.float64)
-    valid = ~np.isnan(values)
-    if not valid.any():
-        return Interval(math.nan, math.nan, math.nan, 0)
-    labels = np.arange(len(values)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
-    sums = np.bincount(labels[valid], weights=values[valid])
-    counts = np.bincount(labels[valid])
-    sums, counts = sums[counts > 0], counts[counts > 0]
-    rng = np.random.default_rng(seed)
-    rows = max(1, CHUNK // len(sums))
-    resampled = (rng.integers(len(sums), size=(min(rows, samples - i), len(sums))) for i in range(0, samples, rows))
-    means = np.concatenate([sums[index].sum(1) / counts[index].sum(1) for index in resampled])
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(values[valid].mean()), float(low), float(high), int(valid.sum()), len(sums))
-
-
-def length_labels(
-    prompts: Sequence[str], edges: Sequence[int] = LENGTH_EDGES, count: Callable[[str], int] | None = None
-) -> list[str]:
-    """The length bucket of each prompt, e.g. ``"31-60"``. ``count`` measures the length, in words by default."""
-    count = count or (lambda text: len(text.split()))
-    names = [f"{low + 1}-{high}" for low, high in zip((0, *edges[:-1]), edges, strict=True)] + [f"over {edges[-1]}"]
-    return [names[int(np.searchsorted(edges, count(prompt)))] for prompt in prompts]
+from longalign.evaluation.bootstrap import MIN_PROMPTS, Interval, bootstrap
+from longalign.evaluation.formatting import (
+    GROUP_LABELS,
+    Grid,
+    label,
+    markdown_text,
+    show,
+    show_difference,
+    terminal_text,
+)
+from longalign.evaluation.groups import length_labels, natural_order
 
 
 @dataclass(frozen=True)
@@ -173,37 +124,53 @@ class MetricTable:
             paired: return the differences of `pairs` instead of the models' values.
         """
         labels = length_labels(self.prompts) if labels is None else labels
-        order = _natural_order(labels)
+        order = natural_order(labels)
         masks = {name: np.asarray([label == name for label in labels]) for name in order}
         return {name: self._columns(metric, paired, mask) for name, mask in masks.items()}
 
-    def _blocks(self) -> list[tuple[str, list[list[str]]]]:
+    def _blocks(self) -> list[tuple[str, Grid]]:
         """The main table, the differences and the breakdowns, as titled grids of cells."""
         head = ["", *(label(m) for m in self.metrics)]
         main = [head, *([m, *(show(self.interval(m, k), k) for k in self.metrics)] for m in self.models)]
-        blocks = [("", main)]
-        if len(self.models) > 1:
-            rows = [[f"{m} - {other}", *(show_difference(self.difference(m, k, other), k) for k in self.metrics)]
-                    for m, other in self.pairs]  # fmt: skip
-            too_few = len(set(self.prompts)) < MIN_PROMPTS
-            note = f"none marked *: fewer than {MIN_PROMPTS} prompts" if too_few else "* interval excludes zero"
-            blocks.append((f"paired differences ({note})", [head, *rows]))
-            losses = [[f"{m} - {other}", label(k), show_difference(change, k)]
-                      for m, other in self.pairs for k, change in self.significant(m, other)[1].items()]  # fmt: skip
-            if losses:
-                blocks.append(("significant losses", [["", "metric", "difference"], *losses]))
-        # breakdowns are long: show those of metrics with submetrics, else of the first metric
-        for metric in [m for m in self.metrics if self.submetrics(m)] or self.metrics[:1]:
-            for title, groups in self.breakdowns(metric).items():
-                grid = [["", *self.models]]
-                grid += [[name, *(show(row[m], metric) for m in self.models)] for name, row in groups.items()]
-                blocks.append((title, grid))
-            for title, groups in self.breakdowns(metric, paired=True).items():
-                grid = [["", *groups]]
-                grid += [[pair, *(show_difference(row[pair], metric) for row in groups.values())]
-                         for pair in next(iter(groups.values()))]  # fmt: skip
-                blocks.append((f"paired differences, {title}", grid))
+        return [("", main), *self._difference_blocks(head), *self._breakdown_blocks()]
+
+    def _difference_blocks(self, head: list[str]) -> list[tuple[str, Grid]]:
+        """The paired differences, and the significant losses if any; empty with a single model."""
+        if len(self.models) < 2:
+            return []
+        rows = [
+            [f"{m} - {other}", *(show_difference(self.difference(m, k, other), k) for k in self.metrics)]
+            for m, other in self.pairs
+        ]
+        too_few = len(set(self.prompts)) < MIN_PROMPTS
+        note = f"none marked *: fewer than {MIN_PROMPTS} prompts" if too_few else "* interval excludes zero"
+        blocks = [(f"paired differences ({note})", [head, *rows])]
+        losses = [
+            [f"{m} - {other}", label(k), show_difference(change, k)]
+            for m, other in self.pairs
+            for k, change in self.significant(m, other)[1].items()
+        ]
+        if losses:
+            blocks.append(("significant losses", [["", "metric", "difference"], *losses]))
         return blocks
+
+    def _breakdown_blocks(self) -> list[tuple[str, Grid]]:
+        """The breakdowns of `main_breakdowns`: values of the models, then paired differences."""
+        blocks: list[tuple[str, Grid]] = []
+        for metric in self.main_breakdowns:
+            for title, groups in self.breakdowns(metric).items():
+                rows = [[name, *(show(row[m], metric) for m in self.models)] for name, row in groups.items()]
+                blocks.append((title, [["", *self.models], *rows]))
+            for title, groups in self.breakdowns(metric, paired=True).items():
+                pairs = next(iter(groups.values()))
+                rows = [[pair, *(show_difference(row[pair], metric) for row in groups.values())] for pair in pairs]
+                blocks.append((f"paired differences, {title}", [["", *groups], *rows]))
+        return blocks
+
+    @property
+    def main_breakdowns(self) -> list[str]:
+        """The metrics whose breakdowns are shown, since they are long: those with submetrics, else the first metric."""
+        return [m for m in self.metrics if self.submetrics(m)] or self.metrics[:1]
 
     def breakdowns(self, metric: str, paired: bool = False) -> dict[str, dict[str, dict[str, Interval]]]:
         """All breakdowns of a metric, by prompt length and by submetrics: title -> label -> model -> interval.
@@ -234,26 +201,12 @@ class MetricTable:
         return {m: self.interval(m, metric, rows) for m in self.models}
 
     def text(self, width: int | None = None) -> str:
-        """The table for a terminal.
-
-        Args:
-            width: columns of the terminal; wider grids are split into several, stacked vertically. No split if None.
-        """
-        blocks = [self._caption()]
-        for title, grid in self._blocks():
-            parts = "\n\n".join(_aligned(part) for part in _split_columns(grid, width))
-            blocks.append(f"{title}\n{parts}" if title else parts)
-        return "\n\n".join(blocks) + "\n"
+        """The table for a terminal of ``width`` columns; wider grids are split. No split if None."""
+        return terminal_text(self._blocks(), self._caption(), width)
 
     def markdown(self) -> str:
         """The table as Markdown."""
-        blocks = [self._caption()]
-        for title, grid in self._blocks():
-            head, *rows = grid
-            lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-            lines += ["| " + " | ".join(row) + " |" for row in rows]
-            blocks.append((f"**{title}**\n\n" if title else "") + "\n".join(lines))
-        return "\n\n".join(blocks) + "\n"
+        return markdown_text(self._blocks(), self._caption())
 
     def _caption(self) -> str:
         prompts = len(set(self.prompts))
@@ -293,74 +246,5 @@ class MetricTable:
         return cls(values, list(data["prompts"]), list(data["seeds"]))
 
 
-def is_fraction(metric: str) -> bool:
-    """Whether a metric is a fraction, shown in percent."""
-    return metric.split("/")[0] == "facts"
-
-
-def label(metric: str) -> str:
-    """The display name of a metric."""
-    if not is_fraction(metric):
-        return metric.replace("_", "-")
-    groups = [GROUP_LABELS.get(part, part) for part in metric.split("/")[1:]]
-    return "/".join(["fact accuracy", *groups]) + ", %"
-
-
-def number(value: float, metric: str, sign: bool = False) -> str:
-    """Formats one value: percent for fractions, four decimals otherwise."""
-    if math.isnan(value):
-        return "-"
-    plus = "+" if sign else ""
-    return f"{100 * value:{plus}.1f}" if is_fraction(metric) else f"{value:{plus}.4f}"
-
-
-def show(interval: Interval, metric: str) -> str:
-    """Formats an interval: ``mean [low, high]``."""
-    if not interval.count:
-        return "-"
-    return f"{number(interval.mean, metric)} [{number(interval.low, metric)}, {number(interval.high, metric)}]"
-
-
-def show_difference(interval: Interval, metric: str) -> str:
-    """Formats a difference: ``+mean [+low, +high]``, with a star if significant."""
-    if not interval.count:
-        return "-"
-    mean, low, high = (number(v, metric, sign=True) for v in (interval.mean, interval.low, interval.high))
-    return f"{mean} [{low}, {high}]" + (" *" if interval.significant else "")
-
-
 def _plain(interval: Interval) -> dict[str, Any]:
     return {k: None if math.isnan(v) else v for k, v in vars(interval).items()}
-
-
-def _natural_order(labels: Sequence[str]) -> list[str]:
-    """Distinct labels, sorted by leading number; labels without one, such as ``over n``, are last."""
-
-    def key(name: str) -> tuple[int, float, str]:
-        digits = name.split("-")[0]
-        return (0, float(digits), name) if digits.isdigit() else (1, 0.0, name)
-
-    return sorted(set(labels), key=key)
-
-
-def _split_columns(grid: list[list[str]], width: int | None) -> list[list[list[str]]]:
-    """Splits a grid into grids of at most ``width`` characters where possible; each repeats the first column."""
-    label_width, *widths = _widths(grid)
-    parts: list[list[int]] = [[]]
-    used = label_width
-    for i, size in enumerate(widths, start=1):
-        if width is not None and parts[-1] and used + 2 + size > width:
-            parts.append([])
-            used = label_width
-        parts[-1].append(i)
-        used += 2 + size
-    return [[[row[i] for i in (0, *columns)] for row in grid] for columns in parts]
-
-
-def _widths(grid: list[list[str]]) -> list[int]:
-    return [max(len(row[i]) for row in grid) for i in range(len(grid[0]))]
-
-
-def _aligned(grid: list[list[str]]) -> str:
-    widths = _widths(grid)
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in grid)

@@ -9,23 +9,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import numpy as np
 import torch
-from diffusers.utils import deprecation_utils
-from huggingface_hub import constants
 from torch import Tensor
 
-from longalign.hub import availability_problem, download_problem, local_file
 from longalign.image_folder import new_index, write_images
-from longalign.inference.sampling import SOLVERS
-from longalign.runtime import Runtime, resolve_checkpoint
+from longalign.image_io import to_tensor
+from longalign.inference.pipelines import library, load_pipeline
+from longalign.inference.solvers import SCHEDULER_CLASSES, SOLVERS
+from longalign.runtime import Runtime
 
 log = logging.getLogger("longalign")
 
-library: Any = diffusers  # lazy module: its classes are invisible to type checkers
-# newer diffusers calls it "dtype" and warns about "torch_dtype"
-DTYPE = "dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype"
 ARGUMENTS = {
     "num_steps": "num_inference_steps",
     "guidance": "guidance_scale",
@@ -35,66 +29,6 @@ ARGUMENTS = {
 }
 #: caption-cleaning modules -> their distributions
 CLEANERS = {"bs4": "beautifulsoup4", "ftfy": "ftfy"}
-SCHEDULER_CLASSES = {
-    "unipc": "UniPCMultistepScheduler",
-    "ddim": "DDIMScheduler",
-    "dpm++": "DPMSolverMultistepScheduler",
-    "lcm": "LCMScheduler",
-}
-
-
-def load_pipeline(name: str, runtime: Runtime, revision: str | None = None, variant: str | None = None) -> Any:
-    """Loads a text-to-image pipeline. Kandinsky's decoder is combined with the prior named in its README.md.
-
-    Args:
-        name: Hub id, or a folder with ``model_index.json``.
-        runtime: device and dtype.
-        revision: branch, tag or commit on the Hub; also used for a prior.
-        variant: weight variant, e.g. ``"fp16"``; components without such files are loaded from the default files.
-
-    Raises:
-        ValueError: if the pipeline or variant does not exist, the pipeline takes no prompt, or a local folder has a
-            ``revision``.
-    """
-    if revision is not None and Path(name).is_dir():
-        raise ValueError(f"a revision only applies to a Hub repository, and '{name}' is a local folder; omit revision")
-    name = resolve_checkpoint(name)
-    _announce_download(name, revision, runtime)
-    settings: dict[str, Any] = {DTYPE: runtime.torch_dtype, "revision": revision, "variant": variant}
-    reason = ""
-    try:
-        try:
-            pipe = library.AutoPipelineForText2Image.from_pretrained(name, **settings)
-        except ValueError as error:  # a class unknown to AutoPipeline, or a decoder without its prior
-            reason = str(error)
-            pipe = library.DiffusionPipeline.from_pretrained(name, **settings)
-    except (ImportError, OSError, ValueError) as error:
-        # transformers 4 names its dummy objects for missing libraries "placeholder"
-        if any(word in str(error).lower() for word in ("sentencepiece", "protobuf", "tiktoken", "placeholder")):
-            raise ValueError(
-                f"the SentencePiece tokenizer of '{name}' cannot be read; pip install sentencepiece protobuf ({error})"
-            ) from error
-        raise ValueError(
-            f"no diffusers pipeline '{name}'" + (f" with variant '{variant}'" if variant is not None else "") + "; "
-            "expected a Hub id or a folder with model_index.json, and 'variant' if the weights have one: "
-            + (str(error) if Path(name).exists() else download_problem(error, "model_index.json"))
-        ) from error
-    if "prompt" not in inspect.signature(pipe.__call__).parameters:
-        raise ValueError(
-            f"'{name}' is a {type(pipe).__name__}, which takes no prompt; expected a text-to-image pipeline, or a "
-            f"decoder with its prior named in README.md, such as Kandinsky's on the Hub ({reason})"
-        )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(runtime.device)
-
-
-def _announce_download(name: str, revision: str | None, runtime: Runtime) -> None:
-    """Logs where the weights are downloaded to, if they are not cached."""
-    if Path(name).exists() or availability_problem(name, revision):
-        return
-    if local_file(name, "model_index.json", revision) is None:
-        slow = "; sampling on a CPU may take minutes per image" if runtime.device == "cpu" else ""
-        log.info("downloading the weights of %s, often many GB, to %s%s", name, constants.HF_HUB_CACHE, slow)
 
 
 def call_kwargs(pipe: Any, **settings: Any) -> dict[str, Any]:
@@ -196,7 +130,7 @@ def generate(
         solver: "unipc", "ddim", "dpm++" or "lcm"; the pipeline's own scheduler if None.
         runtime: device and dtype; detected on this machine, in float32, if None.
         revision: branch, tag or commit on the Hub.
-        variant: weight variant, see `load_pipeline`.
+        variant: weight variant, see `longalign.inference.pipelines.load_pipeline`.
         overwrite: see `longalign.inference.sampling.generate`.
         **settings: ``num_steps``, ``guidance``, ``height``, ``width``.
 
@@ -224,7 +158,7 @@ def generate(
         for i, unsafe in enumerate(getattr(output, "nsfw_content_detected", None) or ()):
             if unsafe:
                 log.warning("the safety checker blacked out seed %d of the prompt %r", seeds[i], texts[i][:60])
-        images = torch.stack([_to_tensor(image) for image in output.images])
+        images = torch.stack([to_tensor(image.convert("RGB")) for image in output.images])
         for side, pixels in zip(("height", "width"), images.shape[2:], strict=True):
             if settings.get(side) not in (None, pixels):
                 raise ValueError(
@@ -240,34 +174,3 @@ def generate(
         output, prompts, sample_batch, seeds=seeds, negative=negative, batch_size=batch_size, progress=progress,
         config=config, settings=all_settings, overwrite=overwrite,
     )  # fmt: skip
-
-
-def _to_tensor(image: Any) -> Tensor:
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
-
-
-def base_pipeline(backbone: Any, dtype: torch.dtype, components: dict[str, Any]) -> Any:
-    """The diffusers pipeline of a backbone config's checkpoint, with some components replaced.
-
-    Raises:
-        ValueError: if the checkpoint is not a folder or Hub id in diffusers layout.
-    """
-    name = getattr(backbone, "checkpoint", None)
-    if name is None or getattr(backbone, "single_file", False):
-        raise ValueError(
-            f"the backbone '{backbone.name}' has no pipeline; expected a folder or Hub id in diffusers layout, "
-            f"got the checkpoint {name!r}"
-        )
-    name = resolve_checkpoint(name)
-    source = {key: value for key in ("revision", "variant") if (value := getattr(backbone, key, None)) is not None}
-    if subfolder := getattr(backbone, "subfolder", None):  # pipelines do not support subfolders
-        name = str(Path(_download(name, subfolder, source.pop("revision", None))) / subfolder)
-    return library.DiffusionPipeline.from_pretrained(name, **source, **{DTYPE: dtype}, **components)
-
-
-def _download(name: str, subfolder: str, revision: str | None) -> str:
-    if Path(name).exists():
-        return name
-    from huggingface_hub import snapshot_download
-
-    return snapshot_download(name, revision=revision, allow_patterns=f"{subfolder}/*")

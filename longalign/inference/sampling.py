@@ -1,4 +1,4 @@
-"""Samples images with a backbone and an encoder, and conditions diffusers pipelines."""
+"""Samples images with a backbone and an encoder."""
 
 from __future__ import annotations
 
@@ -8,98 +8,23 @@ import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from longalign.backbones.base import Backbone
 from longalign.config.changes import override
 from longalign.encoders.base import Encoder, TruncationWarning
-from longalign.functional.diffusion import NoiseLevels, check_prediction, predict_guided
+from longalign.functional.diffusion import predict_guided
 from longalign.functional.solvers import trailing_timesteps
 from longalign.image_folder import new_index, write_images
-from longalign.inference.condition import condition, per_prompt, truncation_messages
+from longalign.inference.diffusers import per_prompt, truncation_messages
+from longalign.inference.schedulers import make_scheduler
 from longalign.runtime import Runtime
 
-if TYPE_CHECKING:
-    from longalign.backbones.base import Backbone
-
 log = logging.getLogger("longalign")
-
-__all__ = [
-    "SOLVERS",
-    "condition",
-    "generate",
-    "load_model",
-    "make_scheduler",
-    "sample",
-    "truncation_messages",
-]
-
-SOLVERS = ("unipc", "ddim", "dpm++", "lcm")
-
-
-def make_scheduler(name: str, levels: NoiseLevels, prediction: str, num_steps: int) -> Any:
-    """A diffusers scheduler with a backbone's noise levels, its timesteps set.
-
-    Args:
-        name: one of ``unipc``, ``ddim`` (timesteps 999, 979, ..., 19 for 50 steps; Euler's method for a flow),
-            ``dpm++`` (not for flows) and ``lcm`` (999, 749, 499, 249 for 4 steps).
-        levels: signal and noise at each of the T timesteps.
-        prediction: prediction type: ``epsilon``, ``v_prediction`` or ``flow``.
-        num_steps: number of sampling steps, 1 to T.
-
-    Raises:
-        ValueError: if the solver or the prediction type is unknown, they do not fit, or ``num_steps`` is out of range.
-    """
-    import diffusers
-
-    library: Any = diffusers  # lazy module: its classes are invisible to type checkers
-    if name not in SOLVERS:
-        raise ValueError(f"no solver '{name}'; available: {', '.join(SOLVERS)}")
-    check_prediction(prediction)
-    length = len(levels)
-    if not 1 <= num_steps <= length:
-        raise ValueError(f"num_steps must be between 1 and {length}, got {num_steps}")
-    if prediction == "flow":
-        return _flow_scheduler(library, name, levels, num_steps)
-    # zero signal at the last timestep has no finite sigma; clamp to the smallest value that the solvers can represent
-    alphas_cumprod = levels.signal.square().clamp(min=2.0**-24)
-    previous = torch.cat([torch.ones(1, dtype=alphas_cumprod.dtype), alphas_cumprod[:-1]])
-    betas = (1 - alphas_cumprod / previous).tolist()
-    common = {"num_train_timesteps": length, "trained_betas": betas, "prediction_type": prediction}
-    if name == "unipc":
-        scheduler = library.UniPCMultistepScheduler(**common)
-    elif name == "dpm++":
-        scheduler = library.DPMSolverMultistepScheduler(**common)
-    elif name == "ddim":
-        scheduler = library.DDIMScheduler(**common, timestep_spacing="trailing", clip_sample=False)
-    else:
-        scheduler = library.LCMScheduler(**common)
-        timesteps = trailing_timesteps(num_steps, length)
-        scheduler.set_timesteps(timesteps=list(timesteps), original_inference_steps=length)
-        return scheduler
-    with warnings.catch_warnings():
-        # diffusers converts tensors to numpy in a way that numpy 2 deprecates
-        warnings.simplefilter("ignore", DeprecationWarning)
-        scheduler.set_timesteps(num_steps)
-    return scheduler
-
-
-def _flow_scheduler(library: Any, name: str, levels: NoiseLevels, num_steps: int) -> Any:
-    """A flow-matching scheduler. Its timesteps are ``T`` times the noise level, the denoiser's timestep input."""
-    length = len(levels)
-    if name == "ddim":
-        scheduler = library.FlowMatchEulerDiscreteScheduler(length)
-    elif name == "unipc":
-        scheduler = library.UniPCMultistepScheduler(length, use_flow_sigmas=True, prediction_type="flow_prediction")
-    elif name == "lcm":
-        scheduler = library.FlowMatchLCMScheduler(length)
-    else:
-        raise ValueError(f"'{name}' does not support flow models; expected unipc, ddim (Euler's method) or lcm")
-    scheduler.set_timesteps(sigmas=levels.noise[list(trailing_timesteps(num_steps, length))].numpy())
-    return scheduler
 
 
 @torch.no_grad()
@@ -128,7 +53,7 @@ def sample(
         negative: negative prompt, one for all images or one per image; the empty prompt if None.
         num_steps: number of solver steps.
         guidance: scale of classifier-free guidance; 1 disables it and halves the denoiser calls.
-        solver: see `make_scheduler`.
+        solver: see `longalign.inference.schedulers.make_scheduler`.
         height: pixels; the backbone's own resolution if None.
         width: pixels; the backbone's own resolution if None.
         batch_size: images per batch.

@@ -9,7 +9,8 @@ from typing import Any
 
 from longalign.caching.fingerprint import fingerprint, fingerprints
 from longalign.caching.store import key_of
-from longalign.checkpoints.checkpoint import redacted, versions
+from longalign.checkpoints.provenance import versions
+from longalign.checkpoints.redaction import redacted
 from longalign.compose import Composition
 from longalign.config.changes import diff
 from longalign.config.files import find_checkpoint

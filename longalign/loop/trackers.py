@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from einops import rearrange
 from torch import Tensor
 
-from longalign.checkpoints.checkpoint import redacted
+from longalign.checkpoints.redaction import redacted
 from longalign.config.run import RunConfig, to_dict
 from longalign.loop.logs import flatten_config
 

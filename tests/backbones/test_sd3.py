@@ -11,7 +11,8 @@ from torch.nn.functional import pad
 from longalign import condition, load_config
 from longalign.backbones.lora import lora_targets
 from longalign.backbones.stable_diffusion.sd3 import SD3Backbone, flow_levels
-from longalign.checkpoints.checkpoint import export_lora, load_for_sampling, save
+from longalign.checkpoints.checkpoint import load_for_sampling, save
+from longalign.checkpoints.diffusers_files import export_lora
 from longalign.checkpoints.publish import export
 from longalign.encoders.base import Conditioning, TruncationWarning
 from longalign.functional.diffusion import guide

@@ -9,7 +9,8 @@ from longalign import condition
 from longalign.backbones.lora import lora_targets
 from longalign.backbones.stable_diffusion.sdxl import SDXLBackbone
 from longalign.encoders.base import Conditioning
-from longalign.inference.sampling import make_scheduler, sample
+from longalign.inference.sampling import sample
+from longalign.inference.schedulers import make_scheduler
 from longalign.registry import backbones, encoders, trainers
 from longalign.runtime import Runtime
 

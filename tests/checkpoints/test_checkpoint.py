@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_backbone, tiny_sd
 
 from longalign.backbones.config import LoraConfig
-from longalign.checkpoints import checkpoint
+from longalign.checkpoints import checkpoint, diffusers_files
 from longalign.compose import build_from_config
 from longalign.config.files import read_metadata
 from longalign.config.run import load_config
@@ -145,7 +145,7 @@ def test_export_lora_loads_in_diffusers(tmp_path):
     encoder = worlds.ToyEncoder(with_adapter=False)
     config = load_config({"backbone": {"name": "sd", "checkpoint": str(folder)}, "encoder": "clip-segment"})
     checkpoint.save(tmp_path / "run", config, backbone, encoder, 1)
-    path = checkpoint.export_lora(tmp_path / "run", tmp_path / "exported")
+    path = diffusers_files.export_lora(tmp_path / "run", tmp_path / "exported")
     assert path.name == "pytorch_lora_weights.safetensors"
     assert next(v for k, v in load_file(path).items() if k.endswith("lora_A.weight")).shape[0] == 5
 
@@ -164,11 +164,11 @@ def test_export_lora_without_lora_raises(world, tmp_path):
     config["trainer"]["lora"] = None
     saved(trained(config), tmp_path / "full")
     with pytest.raises(ValueError, match=r"/full .*all weights.*LoRA"):
-        checkpoint.export_lora(tmp_path / "full", tmp_path)
+        diffusers_files.export_lora(tmp_path / "full", tmp_path)
     composition = build_from_config(config)
     saved(composition, tmp_path / "none")
     with pytest.raises(ValueError, match=r"/none .*no LoRA"):
-        checkpoint.export_lora(tmp_path / "none", tmp_path)
+        diffusers_files.export_lora(tmp_path / "none", tmp_path)
 
 
 def test_load_mismatched_checkpoint_raises(world, tmp_path):

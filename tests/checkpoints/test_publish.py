@@ -17,7 +17,9 @@ from longalign import Model, condition, override
 from longalign.backbones.config import LoraConfig
 from longalign.backbones.lora import LoraWeights
 from longalign.checkpoints import publish
-from longalign.checkpoints.checkpoint import load_for_sampling, save
+from longalign.checkpoints.cards import model_card
+from longalign.checkpoints.checkpoint import Weights, load_for_sampling, save
+from longalign.checkpoints.upload import push_to_hub
 from longalign.cli.main import main
 from longalign.config.files import find_checkpoint
 from longalign.config.run import load_config, to_dict
@@ -160,10 +162,8 @@ def test_export_full_finetune_in_diffusers_format(folder, tmp_path, capsys):
 
 
 def test_model_card_base_model_on_hub():
-    from longalign.checkpoints.checkpoint import Weights
-
     config = load_config({"backbone": {"name": "sd", "checkpoint": "owner/model"}, "encoder": "clip-segment"})
-    head, text = head_of(publish.model_card(config, Weights([], {}, {}), {}))
+    head, text = head_of(model_card(config, Weights([], {}, {}), {}))
     assert head["base_model"] == "owner/model" and "Data: none." in text
 
 
@@ -201,7 +201,7 @@ def test_export_uploads_only_with_push_to_hub(folder, tmp_path, monkeypatch, cap
     assert capsys.readouterr().out.strip().endswith("https://huggingface.co/me/x")
     assert main(["export", str(run), str(tmp_path / "c"), "--private"]) == 2
     with pytest.raises(ValueError, match=r"longalign\.safetensors; export"):
-        publish.push_to_hub(tmp_path, "me/x")
+        push_to_hub(tmp_path, "me/x")
 
 
 def test_read_table_invalid_file_raises(folder, tmp_path):
@@ -275,7 +275,7 @@ def test_push_to_hub_uploads_only_exported_files(folder, tmp_path, monkeypatch):
         for name in (".env", "id_rsa", ".ssh/id_ed25519", "config.json", "notes.txt"):
             (out / name).write_text("secret")
         written = publish.export(trained(folder, lora=lora, adapter=lora), out)
-        publish.push_to_hub(out, "me/x")
+        push_to_hub(out, "me/x")
         assert expected in [path.name for path in written]
         files = {p for path in written for p in ([path] if path.is_file() else path.iterdir())}
         assert calls[-1][2] == sorted(path.relative_to(out).as_posix() for path in files)
@@ -306,8 +306,6 @@ def test_export_removes_paths_and_credentials(folder, tmp_path):
 
 
 def test_model_card_escapes_untrusted_text(tmp_path):
-    from longalign.checkpoints.checkpoint import Weights
-
     malicious = 'x"); import os\n```\n<script>alert(1)</script>'
     config = load_config(
         {
@@ -326,7 +324,7 @@ def test_model_card_escapes_untrusted_text(tmp_path):
     table = MetricTable(
         {f"a|{script}": {f"`{script}\n# x": np.array([0.1])}, "b": {f"`{script}\n# x": np.array([0.1])}}, ["a"]
     )
-    _, card = head_of(publish.model_card(config, Weights([lora], {}, {}), metadata, table))
+    _, card = head_of(model_card(config, Weights([lora], {}, {}), metadata, table))
     outside, fence = [], None
     for line in card.splitlines():
         ticks = re.match("`{3,}", line)
@@ -344,11 +342,9 @@ def test_model_card_escapes_untrusted_text(tmp_path):
 
 
 def test_model_card_plugins_and_local_base_model(folder):
-    from longalign.checkpoints.checkpoint import Weights
-
     config = load_config({"backbone": {"name": "sd", "checkpoint": "/models/dreamy"}, "encoder": "clip-segment"})
     metadata = {"providers": json.dumps({"encoder": "longalign-ella 1.2", "backbone": "longalign 0.1.0"})}
     weights = Weights([LoraWeights("align", LoraConfig(), {})], {}, {})
-    text = publish.model_card(config, weights, metadata)
+    text = model_card(config, weights, metadata)
     assert "`longalign-ella 1.2` (for `encoder`)" in text and "0.1.0" not in text
     assert 'from_pretrained("dreamy")' in text and "# dreamy for long prompts" in text

@@ -13,7 +13,7 @@ from transformers import CLIPModel
 
 from longalign.backbones.stable_diffusion.config import SDConfig
 from longalign.encoders.clip.config import LongClipConfig
-from longalign.inference import baselines
+from longalign.inference import pipelines
 from longalign.registry import backbones, encoders, rewards
 from longalign.runtime import Runtime
 
@@ -61,17 +61,17 @@ def test_sd_variant_fp16(sd, tmp_path):
         encoder, plain = (encoders.build({"name": name, **c}) for c in (source, {"checkpoint": str(sd)}))
         check_rounded(encoder.text_model, plain.text_model)
         assert encoder.encode(PROMPTS).states.std() > 0.1
-    check_rounded(baselines.load_pipeline(half, CPU, variant="fp16").unet, expected.denoiser)
+    check_rounded(pipelines.load_pipeline(half, CPU, variant="fp16").unet, expected.denoiser)
     with pytest.raises(ValueError, match=r"unet/, vae/, scheduler/ .* 'subfolder'.*'variant'"):
         backbones.build({"name": "sd", "checkpoint": half})
     with pytest.raises(ValueError, match=r"no CLIPTextModel in .*'variant' .*model\.fp16\.safetensors"):
         encoders.build({"name": "clip-segment", "checkpoint": half})
     with pytest.raises(ValueError, match=rf"'{half}'.*'variant'"):
-        baselines.load_pipeline(half, CPU)
+        pipelines.load_pipeline(half, CPU)
     with pytest.raises(ValueError, match="variant 'ema'"):
-        baselines.load_pipeline(half, CPU, variant="ema")
+        pipelines.load_pipeline(half, CPU, variant="ema")
     with pytest.raises(ValueError, match=rf"revision.*'{half}'"):
-        baselines.load_pipeline(half, CPU, revision="main")
+        pipelines.load_pipeline(half, CPU, revision="main")
 
 
 def test_sd3_variant_fp16(sd3, tmp_path):
@@ -131,7 +131,7 @@ def test_subfolder_of_checkpoint(sd, sd3, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     for checkpoint in (str(tmp_path), "owner/name"):
         config = SDConfig(checkpoint=checkpoint, subfolder="models/sd", revision="v1")
-        assert type(baselines.base_pipeline(config, torch.float32, {})).__name__ == "StableDiffusionPipeline"
+        assert type(pipelines.base_pipeline(config, torch.float32, {})).__name__ == "StableDiffusionPipeline"
     assert calls == [(("owner/name",), {"revision": "v1", "allow_patterns": "models/sd/*"})]
 
 
@@ -249,7 +249,7 @@ def test_stable_diffusion_21_published_layout(tmp_path):
     encoder = encoders.build({"name": "clip-truncate", "checkpoint": str(folder)})
     assert encoder.tokens.tokenizer.is_fast and encoder.tokens.tokenizer.pad_token_id == 0
     conditioning = encoder.encode(PROMPTS)
-    pipe = baselines.load_pipeline(str(folder), CPU)
+    pipe = pipelines.load_pipeline(str(folder), CPU)
     torch.testing.assert_close(conditioning.states, pipe.encode_prompt(PROMPTS, "cpu", 1, False)[0])
     assert backbone.predict(torch.randn(3, 4, 8, 8), torch.tensor([1, 500, 999]), conditioning).std() > 0.01
     segments = encoders.build({"name": "clip-segment", "checkpoint": str(folder), "max_tokens": 40}).encode(PROMPTS)

@@ -12,15 +12,16 @@ import pytest
 import torch
 
 from longalign.backbones.config import LoraConfig
-from longalign.cli import main as cli
-from longalign.cli.main import main
+from longalign.cli import parser
+from longalign.cli.main import COMMANDS, main
 from longalign.config.run import RunConfig, load_config, to_yaml
 from longalign.data.scenes.config import SyntheticConfig
 from longalign.encoders.t5.config import T5Config
-from longalign.evaluation import metrics as evaluate
+from longalign.evaluation import scoring
 from longalign.image_io import write_png
 from longalign.inference import baselines
 from longalign.inference import sampling as pipeline
+from longalign.inference.solvers import SOLVERS
 from longalign.loop import run as loop
 from longalign.registry import rewards, trainers
 from longalign.rewards.base import EmbeddingReward
@@ -35,21 +36,6 @@ CONFIG = {
     "trainer": "align",
     "data": "scenes",
 }
-COMMANDS = (
-    "train",
-    "cache",
-    "generate",
-    "score",
-    "eval",
-    "direction",
-    "list",
-    "describe",
-    "convert",
-    "export",
-    "demo",
-    "examples",
-    "env",
-)
 
 
 @pytest.fixture
@@ -262,7 +248,7 @@ def test_describe_config_shows_defaults_and_overrides(yaml, capsys, tmp_path):
         (["eval", "--reward", "clip", "--images", "folder"], r"--images .*NAME=.*'folder'"),
         (["score", "--reward", "clip", "--images", "a.png", "--seed", "1"], "--seed .*generating"),
         (["eval", "--reward", "clip", "--images", "a=b", "--dtype", "float16"], "--dtype .*generating"),
-        (["direction", "--reward", "clip", "--prompts", "a.csv", "--output", "x"], r"\.txt .*\.jsonl"),
+        (["compute-direction", "--reward", "clip", "--prompts", "a.csv", "--output", "x"], r"\.txt .*\.jsonl"),
         (["generate", "--checkpoint", "nowhere", "--prompt", "a", "--output", "x"], r"no checkpoint in nowhere\b"),
     ],
 )
@@ -314,7 +300,7 @@ def test_version_option_prints_version(capsys):
 
 def test_error_report_waits_for_first_process(monkeypatch, capsys):
     events = []
-    monkeypatch.setattr(cli.time, "sleep", lambda seconds: events.append(capsys.readouterr().err))
+    monkeypatch.setattr(parser.time, "sleep", lambda seconds: events.append(capsys.readouterr().err))
     for rank, waits in (("0", 0), ("1", 1)):
         monkeypatch.setenv("LOCAL_RANK", rank)
         assert main(["train", "nowhere.yaml"]) == 2
@@ -476,7 +462,7 @@ def test_generate_passes_prompts_and_settings_to_pipeline(yaml, monkeypatch, tmp
     assert main(["generate", "--config", yaml, "--prompt", "a", "--prompt", "b", "--output", "x"]) == 0
     assert seen["prompts"] == ["a", "b"]
     assert (seen["height"], seen["width"], seen["dtype"], list(seen["seeds"])) == (None, None, None, [0])
-    for name in pipeline.SOLVERS:
+    for name in SOLVERS:
         settings = ["--solver", name, "--dtype", "float16"]
         assert main(["generate", "--config", yaml, "--prompt", "a", "--output", "x", *settings]) == 0
         assert (seen["solver"], seen["dtype"]) == (name, "float16")
@@ -497,7 +483,7 @@ def test_generate_help_lists_all_solvers(capsys):
     with pytest.raises(SystemExit):
         main(["generate", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert all(name in text for name in pipeline.SOLVERS)
+    assert all(name in text for name in SOLVERS)
 
 
 @pytest.mark.parametrize("size", ["0", "axb", "64x", "x64", "64x64x64"])
@@ -651,7 +637,9 @@ def test_direction_passes_corpus_and_prints_report(monkeypatch, tmp_path, capsys
     (tmp_path / "corpus.txt").write_text("one\n\ntwo\n")
     out = str(tmp_path / "d.safetensors")
     reward = "{name: clip, checkpoint: mini/clip}"
-    assert main(["direction", "--reward", reward, "--prompts", str(tmp_path / "corpus.txt"), "--output", out]) == 0
+    assert (
+        main(["compute-direction", "--reward", reward, "--prompts", str(tmp_path / "corpus.txt"), "--output", out]) == 0
+    )
     assert seen[0][0].name == "clip"
     assert seen[0][1:3] == (["one", "two"], out)
     assert "eta 0.9" in capsys.readouterr().out
@@ -661,8 +649,8 @@ def test_keyboard_interrupt_exits_with_130(monkeypatch, yaml, capsys):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate, "score_images", stop)
-    monkeypatch.setattr(loop, "train", stop)
+    monkeypatch.setattr(scoring, "score_images", stop)
+    monkeypatch.setattr(loop, "fit", stop)
     assert main(["train", yaml]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 

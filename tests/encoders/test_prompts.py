@@ -11,7 +11,7 @@ from tiny import tiny_clip, tiny_clip_text, tiny_hpsv2, tiny_sd3, tiny_sdxl, tin
 
 from longalign.cli.main import main
 from longalign.data.lines import read_prompts
-from longalign.evaluation.metrics import score_sentences
+from longalign.evaluation.scoring import score_sentences
 from longalign.image_io import write_png
 from longalign.registry import encoders, rewards, segmenters
 

@@ -1,7 +1,7 @@
 import xml.etree.ElementTree as ET
 
+from longalign.evaluation.bootstrap import Interval
 from longalign.evaluation.charts import curve, intervals, smooth, ticks
-from longalign.evaluation.table import Interval
 
 NAN = float("nan")
 

@@ -16,8 +16,8 @@ from longalign.evaluation.metrics import (
     evaluate,
     measure,
     reward_metrics,
-    score_images,
 )
+from longalign.evaluation.scoring import score_images
 from longalign.image_io import ImageFiles, load_image, write_png
 from longalign.rewards.base import EmbeddingReward, Reward, Scores
 

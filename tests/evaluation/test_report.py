@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from pydantic import BaseModel
 
+from longalign.evaluation.comparison import findings
 from longalign.evaluation.record import machine, non_defaults, read_log
-from longalign.evaluation.report import Example, _cell, data_url, findings, write_report
-from longalign.evaluation.table import Interval, MetricTable
+from longalign.evaluation.report import Example, data_url, write_report
+from longalign.evaluation.table import MetricTable
 
 
 class Part(BaseModel):
@@ -103,7 +104,6 @@ def test_report_shows_means_differences_and_verdicts(page):
     assert "<b>base</b>: fact accuracy 37.5% [25.0, 50.0]." in text
     assert "<b>tuned against base</b>: fact accuracy 87.5%, +50.0 [+50.0, +50.0] points." in text
     assert "<td><span>+50.0</span>" in text  # not significant: two prompts are too few
-    assert '<span class="clear">+50.0</span>' in _cell(Interval(0.5, 0.5, 0.5, 10, prompts=10), "facts", True)
     chips = re.findall(r'<span class="chip ([a-z ]*)">(.*?)</span></td>', text)
     assert chips == [
         ("part", "1/2<small>0.100</small>"),
@@ -113,6 +113,13 @@ def test_report_shows_means_differences_and_verdicts(page):
     ]
     assert "1 of 3 facts" in text and "3 of 3 facts" in text
     assert "fact accuracy, % by attribute" in text
+
+
+def test_report_significant_differences_are_bold(tmp_path):
+    values = {"base": np.full(10, 0.25), "tuned": np.full(10, 0.75)}
+    table = MetricTable({model: {"facts": v} for model, v in values.items()}, [f"prompt {i}" for i in range(10)])
+    text = write_report(tmp_path / "report.html", title="T", lead="L", table=table).read_text()
+    assert '<td><span class="clear">+50.0</span><span class="range">+50.0 to +50.0</span></td>' in text
 
 
 def test_report_shows_curves_configs_times_and_versions(page):

@@ -4,7 +4,9 @@ import math
 import numpy as np
 import pytest
 
-from longalign.evaluation.table import Interval, MetricTable, bootstrap, length_labels
+from longalign.evaluation.bootstrap import Interval, bootstrap
+from longalign.evaluation.groups import length_labels
+from longalign.evaluation.table import MetricTable
 
 NAN = float("nan")
 

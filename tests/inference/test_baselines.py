@@ -36,8 +36,9 @@ from transformers import (
 )
 
 from longalign.cli.main import main
-from longalign.image_io import load_image
+from longalign.image_io import load_image, to_tensor
 from longalign.inference import baselines
+from longalign.inference.solvers import SCHEDULER_CLASSES
 from longalign.mini.tokenizers import write_clip_tokenizer
 from longalign.runtime import Runtime
 
@@ -209,7 +210,7 @@ def test_baselines_match_pipeline_in_any_batch(models, tmp_path, name, negative)
             **negative_kwargs,
         ).images[0]
         # rounding changes single pixels by one 8-bit step, a different prompt changes the whole image
-        expected = baselines._to_tensor(expected)
+        expected = to_tensor(expected)
         assert pixel_difference(image, expected) < 0.01 < 0.3 < pixel_difference(other, expected)
 
 
@@ -237,12 +238,12 @@ def test_set_scheduler_kandinsky_decoder(models):
     def generate():
         generator = torch.Generator().manual_seed(0)
         image = pipe(PROMPTS[0], height=64, width=64, num_inference_steps=2, generator=generator).images[0]
-        return baselines._to_tensor(image)
+        return to_tensor(image)
 
     images = {"default": generate()}
     for name in ("dpm++", "ddim"):
         baselines.set_scheduler(pipe, name)
-        assert type(pipe.decoder_pipe.scheduler).__name__ == baselines.SCHEDULER_CLASSES[name]
+        assert type(pipe.decoder_pipe.scheduler).__name__ == SCHEDULER_CLASSES[name]
         assert pipe.prior_pipe.scheduler is prior
         images[name] = generate()
         pipe.scheduler = default

@@ -19,8 +19,8 @@ from tiny import tiny_sd, tiny_sdxl
 
 from longalign import hub
 from longalign.cli.main import main
-from longalign.image_io import load_image
-from longalign.inference import baselines
+from longalign.image_io import load_image, to_tensor
+from longalign.inference import baselines, pipelines
 from longalign.runtime import Runtime
 
 pytestmark = [
@@ -74,7 +74,7 @@ def test_baselines_generate_matches_pipeline(folders, tmp_path, name, pipeline_c
     for i, image in enumerate(expected):
         generated, other = (load_image(tmp_path / "out" / rows[k]["file_name"]) for k in (2 + i, i))
         # rounding changes single pixels by one 8-bit step, a different prompt changes the whole image
-        image = baselines._to_tensor(image)
+        image = to_tensor(image)
         assert pixel_difference(generated, image) < 0.01 < 0.3 < pixel_difference(other, image)
     with Image.open(tmp_path / "out" / "00000-3.png") as image:
         assert image.size == (72, 64)
@@ -92,12 +92,12 @@ def test_generate_command_passes_settings_to_pipeline(folders, tmp_path):
     (expected,) = run_pipeline(
         StableDiffusionPipeline, folders["sd"], PROMPTS[0], [7], scheduler=DDIMScheduler, **settings
     )
-    assert pixel_difference(load_image(output / "00000-7.png"), baselines._to_tensor(expected)) < 0.01
+    assert pixel_difference(load_image(output / "00000-7.png"), to_tensor(expected)) < 0.01
     settings.pop("negative_prompt")
     (without_negative,) = run_pipeline(
         StableDiffusionPipeline, folders["sd"], PROMPTS[0], [7], scheduler=DDIMScheduler, **settings
     )
-    assert pixel_difference(baselines._to_tensor(without_negative), baselines._to_tensor(expected)) > 0.1
+    assert pixel_difference(to_tensor(without_negative), to_tensor(expected)) > 0.1
 
 
 def test_eval_and_score_pipelines(folders, brightness, tmp_path, capsys):
@@ -158,11 +158,11 @@ def test_baselines_unsupported_settings_raise(tmp_path):
     )  # fmt: skip
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"DDPMPipeline.*prompt"):
-        baselines.load_pipeline(str(tmp_path), CPU)
+        pipelines.load_pipeline(str(tmp_path), CPU)
 
 
 def test_baselines_generate_warns_of_unsafe_images(folders, tmp_path, monkeypatch, caplog):
-    pipe = baselines.load_pipeline(folders["sd"], CPU)
+    pipe = pipelines.load_pipeline(folders["sd"], CPU)
     call = type(pipe).__call__
 
     def unsafe(self, *args, **keys):
@@ -188,10 +188,10 @@ def test_load_pipeline_logs_download_first(monkeypatch, caplog):
         raise OSError("no network here")
 
     for kind in ("AutoPipelineForText2Image", "DiffusionPipeline"):
-        monkeypatch.setattr(getattr(baselines.library, kind), "from_pretrained", from_pretrained)
+        monkeypatch.setattr(getattr(pipelines.library, kind), "from_pretrained", from_pretrained)
     with pytest.raises(ValueError, match="pipeline 'owner/name'"):
-        baselines.load_pipeline("owner/name", Runtime())
+        pipelines.load_pipeline("owner/name", Runtime())
     assert calls == [["owner/name", 1]] and "owner/name" in caplog.messages[0]
     with pytest.raises(ValueError, match=r"pipeline '.*sd'"):
-        baselines.load_pipeline("mini/sd", Runtime())  # bundled, no download
+        pipelines.load_pipeline("mini/sd", Runtime())  # bundled, no download
     assert Path(calls[1][0]).is_dir() and len(caplog.messages) == 1

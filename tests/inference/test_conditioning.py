@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from longalign.encoders.base import Conditioning, Encoder, PromptReport
-from longalign.inference.condition import condition, truncation_messages
+from longalign.inference.diffusers import condition, truncation_messages
 
 
 class WordEncoder(Encoder):

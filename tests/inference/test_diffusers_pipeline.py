@@ -6,7 +6,8 @@ from tiny import tiny_sd, tiny_sd3, tiny_sdxl
 
 from longalign import condition
 from longalign.encoders.pipeline_encoder import pipeline_encoder
-from longalign.inference.sampling import generate, load_model, make_scheduler, sample
+from longalign.inference.sampling import generate, load_model, sample
+from longalign.inference.schedulers import make_scheduler
 
 PROMPTS = ["A red fox sleeps on a wall. The sky is green. A wall is red.", "The sky."]
 
@@ -58,7 +59,7 @@ def test_generate_from_config(tiny, tmp_path):
 def load(folder, name="DiffusionPipeline", **settings):
     import diffusers
 
-    from longalign.inference.baselines import DTYPE
+    from longalign.inference.pipelines import DTYPE
 
     pipe = getattr(diffusers, name).from_pretrained(folder, **{DTYPE: torch.float32, **settings})
     pipe.set_progress_bar_config(disable=True)

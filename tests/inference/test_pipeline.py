@@ -11,7 +11,9 @@ from torch import nn
 
 from longalign.encoders.base import Conditioning, Encoder, PromptReport
 from longalign.functional.diffusion import NoiseLevels, training_target
-from longalign.inference.sampling import SOLVERS, generate, make_scheduler, sample
+from longalign.inference.sampling import generate, sample
+from longalign.inference.schedulers import make_scheduler
+from longalign.inference.solvers import SOLVERS
 
 
 class NumberEncoder(Encoder):

@@ -7,15 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longalign.cli import commands
-from longalign.cli import main as cli
+from longalign.cli.main import COMMANDS, command_module, command_parser, main
 
-PARSER = cli.build_parser()
-OPTIONS = sorted(
-    {name for parser in PARSER.commands.values() for name in parser._option_string_actions} | {"--version"}
-)
+OPTIONS = sorted({name for command in COMMANDS for name in command_parser(command).option_names} | {"--version"})
 WORDS = st.one_of(
-    st.sampled_from(sorted(PARSER.commands)),
+    st.sampled_from(sorted(COMMANDS)),
     st.sampled_from(OPTIONS),
     st.sampled_from(
         ["run.yaml", "loop.lr=1e-4", "a=b", "cpu", "512", "3x4", "1e-4", "--", "-", "--lr", "--loop.lr=1", ""]
@@ -28,10 +24,10 @@ WORDS = st.one_of(
 def check(words, monkeypatch, capsys):
     """Parses a command line; the commands are replaced by functions that record their calls."""
     calls = []
-    for name in {parser.get_default("run") for parser in PARSER.commands.values()}:
-        monkeypatch.setattr(commands, name, lambda args: calls.append(args) or 0)
+    for name in COMMANDS:
+        monkeypatch.setattr(command_module(name), "run", lambda args: calls.append(args) or 0)
     try:
-        status = cli.main(words)
+        status = main(words)
     except SystemExit as stop:
         status = stop.code
         printed = capsys.readouterr()

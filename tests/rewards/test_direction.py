@@ -118,7 +118,7 @@ def test_load_direction_rejects_missing_or_wrong_file(inner, tmp_path):
     with pytest.raises(ValueError, match=r"a\.safetensors.*longalign-direction-1"):
         load_direction(tmp_path / "a.safetensors")
     (tmp_path / "b.safetensors").write_text("no")
-    with pytest.raises(ValueError, match=r"is damaged.*longalign direction"):
+    with pytest.raises(ValueError, match=r"is damaged.*longalign compute-direction"):
         load_direction(tmp_path / "b.safetensors")
 
 

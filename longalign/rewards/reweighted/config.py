@@ -20,7 +20,7 @@ class ReweightedConfig(RewardConfig):
         omega: weight of the text-irrelevant part: 1 is the plain score, 0 alignment only, 0.3 the paper's choice.
         direction: source of the common direction V of text embeddings: ``"batch"`` (this batch over all processes, as
             in the paper), ``"running"`` (all training batches so far, including this one), or a file written by
-            ``longalign direction``.
+            ``longalign compute-direction``.
     """
 
     target: ClassVar[str] = "longalign.rewards.reweighted.reward:ReweightedReward"
@@ -43,7 +43,7 @@ class ReweightedConfig(RewardConfig):
     def check_files(self) -> list[ConfigProblem]:
         if self.direction in ("batch", "running") or Path(self.direction).is_file():
             return []
-        message = f"no file {self.direction}; expected batch, running, or a file written by `longalign direction`"
+        message = f"no file {self.direction}; expected batch, running, or a file written by `compute-direction`"
         return [("direction", message)]
 
     def is_differentiable(self) -> bool:

@@ -75,14 +75,14 @@ class Direction:
         if self.vector.shape != (reward.dim,):
             raise ValueError(
                 f"the direction has width {len(self.vector)}, computed with {expected}; the reward {got} has width "
-                f"{reward.dim}; recompute it with `longalign direction`"
+                f"{reward.dim}; recompute it with `longalign compute-direction`"
             )
         probe = reward.text_features(PROBE).cpu()
         distance = ((probe - self.probe).norm() / self.probe.norm()).item()
         if not distance <= PROBE_TOLERANCE:
             raise ValueError(
                 f"the direction was computed with a different reward: expected {expected}; got {got}. Their embeddings "
-                f"of the same texts differ by {distance:.0%}; recompute it with `longalign direction`"
+                f"of the same texts differ by {distance:.0%}; recompute it with `longalign compute-direction`"
             )
         return self.vector
 
@@ -112,13 +112,16 @@ def load_direction(path: str | Path) -> Direction:
     resolved = Path(resolve_checkpoint(folder)) / name
     if not resolved.is_file():
         raise ValueError(
-            f"no file '{path}'; expected a direction: 'batch', 'running' or a file written by `longalign direction`"
+            f"no file '{path}'; expected a direction: 'batch', 'running' or a file written by "
+            "`longalign compute-direction`"
         )
-    with reading(resolved, "write one with `longalign direction`"):
+    with reading(resolved, "write one with `longalign compute-direction`"):
         with safe_open(resolved, "pt") as file:
             metadata = file.metadata() or {}
         if metadata.get("format") != FORMAT:
-            raise ValueError(f"'{path}' is not a direction file ({FORMAT}); write one with `longalign direction`")
+            raise ValueError(
+                f"'{path}' is not a direction file ({FORMAT}); write one with `longalign compute-direction`"
+            )
         attributes = {key: json.loads(metadata[key]) for key in ("num_prompts", "eta", "inner")}
         tensors = load_tensors(resolved)
         return Direction(tensors["V"], tensors["probe"], **attributes)
@@ -161,7 +164,7 @@ def compute_direction(
 def write_direction(
     config: Any, prompts: Iterable[str], output: str | Path, runtime: Runtime | None = None, batch_size: int = 64
 ) -> Direction:
-    """Builds a reward, computes its common direction and writes it to a file (the command ``longalign direction``).
+    """Builds a reward, computes its common direction and writes it to a file: ``longalign compute-direction``.
 
     Args:
         config: a reward: name, mapping or config. For ``reweighted``, its inner reward is used.

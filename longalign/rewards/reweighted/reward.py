@@ -15,7 +15,7 @@ from longalign.rewards.reweighted.config import ReweightedConfig
 from longalign.rewards.reweighted.direction import load_direction
 from longalign.runtime import Runtime
 
-_HINT = "use `direction: running`, or a file written by `longalign direction`"
+_HINT = "use `direction: running`, or a file written by `longalign compute-direction`"
 
 
 class ReweightedReward(Reward):

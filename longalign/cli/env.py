@@ -1,13 +1,16 @@
-"""Environment for bug reports: versions, devices, plugins and settings. Importing it does not import torch."""
+"""``longalign env``: versions, devices, plugins and settings, for bug reports."""
 
 from __future__ import annotations
 
 import os
 import platform
+from argparse import ArgumentParser, Namespace
 from importlib import metadata
-from pathlib import Path
 
 from longalign.discovery import PREFIX, discover, owner
+from longalign.runtime import processor
+
+EXAMPLES = "longalign env"
 
 MISSING = "not installed"
 PACKAGES = (
@@ -22,6 +25,18 @@ VARIABLES = (
 )  # fmt: skip
 
 
+def add_options(parser: ArgumentParser) -> None:
+    """The command has no options."""
+
+
+def run(args: Namespace) -> None:
+    """Prints the environment."""
+    facts = environment()
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:{width}}  {value}")
+
+
 def environment() -> dict[str, str]:
     """Names and values in display order. Imports torch if it is installed."""
     out = {name: _version(name) for name in PACKAGES}
@@ -34,14 +49,6 @@ def environment() -> dict[str, str]:
     for dist, error in discover().malformed:
         out[f"unreadable plugin {dist}"] = error
     return out | {name: os.environ[name] for name in VARIABLES if name in os.environ}
-
-
-def processor() -> str:
-    """Model name of the processor, or its architecture if the model is unknown."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
 
 
 def _version(name: str) -> str:

@@ -1,0 +1,80 @@
+"""Trained weights as files for diffusers: one LoRA, a denoiser, adapters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from longalign.backbones.lora import concat_loras, peft_settings
+from longalign.checkpoints.checkpoint import Weights, load_weights, read_config
+from longalign.checkpoints.weights import save_tensors
+from longalign.config.files import DIFFUSERS_LORA
+from longalign.config.run import RunConfig
+from longalign.encoders.t5.adapter import TextAdapter
+from longalign.runtime import Runtime
+
+# metadata key of diffusers for LoRA settings, otherwise inferred from the shapes of the weights
+ADAPTER_METADATA = "lora_adapter_metadata"
+
+
+def export_lora(checkpoint: str | Path, folder: str | Path) -> Path:
+    """Exports a checkpoint's LoRAs as one file for ``load_lora_weights(folder)`` of a diffusers pipeline.
+
+    LoRAs of several stages are concatenated, which is exact; the rank is the sum of their ranks.
+
+    Returns:
+        The path of ``pytorch_lora_weights.safetensors``.
+
+    Raises:
+        ValueError: if all weights were trained, or the checkpoint has no LoRA.
+    """
+    weights = load_weights(checkpoint)
+    if weights.denoiser or not weights.loras:
+        raise ValueError(
+            f"{checkpoint} has {'all weights of the denoiser' if weights.denoiser else 'no LoRA'}; expected a "
+            "checkpoint whose denoiser was trained with LoRAs only"
+        )
+    joined = concat_loras(weights.loras)
+    component = denoiser_folder(read_config(checkpoint))
+    tensors = {f"{component}.{key}": tensor for key, tensor in joined.items()}
+    adapter_metadata = {f"{component}.{key}": value for key, value in peft_settings(joined).items()}
+    path = Path(folder) / DIFFUSERS_LORA
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(path, tensors, {"format": "pt", ADAPTER_METADATA: json.dumps(adapter_metadata)})
+    return path
+
+
+def denoiser_folder(config: RunConfig) -> str:
+    """Name of the denoiser's component in diffusers: ``unet`` or ``transformer``."""
+    return getattr(config.backbone, "component", "unet")
+
+
+def save_denoiser(config: RunConfig, weights: Weights, output: Path) -> Path:
+    """Saves the denoiser with all LoRAs merged, in diffusers format; returns its folder."""
+    assert config.backbone is not None
+    backbone = config.backbone.build(Runtime())
+    backbone.load_full(weights.denoiser)
+    backbone.load_lora(weights.loras)
+    backbone.merge_lora()
+    folder = output / denoiser_folder(config)
+    backbone.denoiser.save_pretrained(folder)
+    return folder
+
+
+def build_adapters(state: Mapping[str, Tensor]) -> dict[str, TextAdapter]:
+    """LaVi-Bridge adapters from an encoder's weights, named ``adapter``, ``adapter-2``...; skips other weights."""
+    adapters: dict[str, TextAdapter] = {}
+    for key in state:
+        if not key.endswith("norm1.weight"):
+            continue
+        prefix = key.removesuffix("norm1.weight")
+        weights = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        if {"norm2.weight", "ff1.net.2.weight", "ff2.net.2.weight"} <= set(weights):
+            widths = (len(weights[key]) for key in ("norm1.weight", "norm2.weight", "ff2.net.2.weight"))
+            adapter = TextAdapter(*widths)
+            adapter.load_state_dict(weights)
+            adapters[f"adapter-{len(adapters) + 1}" if adapters else "adapter"] = adapter
+    return adapters

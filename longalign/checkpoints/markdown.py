@@ -1,0 +1,38 @@
+"""Markdown with untrusted texts: names and configs of other people's checkpoints."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+import yaml
+
+
+def escape_text(value: object) -> str:
+    """Untrusted text as one line of escaped Markdown."""
+    return re.sub(r"([\\`*_\[\]|#])", r"\\\1", escape(" ".join(str(value).split()), quote=False))
+
+
+def code(value: object) -> str:
+    """Untrusted text as inline code."""
+    text = " ".join(str(value).split())
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{ticks} {text} {ticks}" if "`" in text else f"`{text}`"
+
+
+def block(text: str, language: str) -> str:
+    """A code block; its fence is longer than any in the text."""
+    ticks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{ticks}{language}\n{text.rstrip()}\n{ticks}"
+
+
+def yaml_block(config: Mapping[str, Any]) -> str:
+    """A config as a YAML code block."""
+    return block(yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=120), "yaml")
+
+
+def table_cell(value: str) -> str:
+    """An untrusted name as a table cell."""
+    return escape(" ".join(value.split()), quote=False).replace("|", "&#124;").replace("`", "&#96;")

@@ -1,0 +1,33 @@
+"""Where a run comes from: package versions, and the provider of each part."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+from longalign.config.checks import parts_of
+from longalign.config.run import RunConfig
+from longalign.registry import REGISTRIES
+
+PACKAGES = ("longalign", "torch", "diffusers", "transformers", "peft", "accelerate", "open_clip_torch", "pydantic")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that affect results."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def providers(config: RunConfig) -> dict[str, str]:
+    """The package that provides each part of a run, by config path, e.g. ``{"rewards.0.inner": "longalign 0.1.0"}``."""
+    owners = {}
+    for path, part in parts_of(config):
+        for registry in REGISTRIES.values():
+            if part.name in registry and registry.get(part.name) is type(part):
+                owners[path] = registry.info(part.name).owner
+    return owners

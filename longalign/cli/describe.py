@@ -1,0 +1,39 @@
+"""``longalign describe``."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from longalign.cli.rewards import CONFIG_SUFFIXES
+from longalign.config.changes import override, parse_assignments
+from longalign.config.describe import describe_schema, describe_topic
+from longalign.config.run import to_yaml
+from longalign.errors import redact_url
+
+EXAMPLES = """
+    longalign describe encoders
+    longalign describe encoders clip-segment
+    longalign describe run
+    longalign describe run --json-schema > run.schema.json
+    longalign describe run.yaml encoder=t5
+    longalign describe runs/align/checkpoint-000500
+"""
+
+
+def add_options(parser: ArgumentParser) -> None:
+    parser.add_argument("topic", help="a kind, a part, 'run' or a key of it, a config file, or a checkpoint")
+    about = "a part's name after a kind, or changes to a config"
+    parser.add_argument("details", nargs="*", default=[], metavar="NAME|key=value", help=about)
+    parser.add_argument("--json-schema", action="store_true", help="with 'run': print its JSON schema, for editors")
+
+
+def run(args: Namespace) -> None:
+    """Describes a kind, a part, the keys of a run, or a config."""
+    topic, details = args.topic, args.details
+    if args.json_schema:
+        print(describe_schema([topic, *details]))
+    elif Path(topic).suffix in CONFIG_SUFFIXES or Path(topic).is_dir():
+        print(redact_url(to_yaml(override(topic, parse_assignments(details)))), end="")
+    else:
+        print(describe_topic([topic, *details]))

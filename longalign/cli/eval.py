@@ -1,0 +1,180 @@
+"""``longalign eval``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from argparse import Action, ArgumentParser, Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from longalign.cli.generate import generate_images
+from longalign.cli.images import check_images
+from longalign.cli.options import (
+    add_prompts,
+    add_rewards,
+    add_sampling,
+    check_pipeline_options,
+    prompts_of,
+    reject_sampling_options,
+    seeds_of,
+)
+from longalign.cli.rewards import build_rewards, offloaded_to_cpu, reward_configs
+from longalign.config.files import find_checkpoint
+from longalign.image_folder import new_index, read_images
+
+EXAMPLES = """
+    longalign eval --images base=out/base tuned=out/tuned --reward denscore
+    longalign eval --images base=out/base tuned=out/tuned --reward denscore --reward hpsv2 --json table.json
+    longalign eval --pipeline sd15=stable-diffusion-v1-5/stable-diffusion-v1-5 --checkpoint ours=runs/reward \\
+      --prompts prompts.txt --output out/compared --reward denscore
+"""
+
+
+def add_options(parser: ArgumentParser) -> None:
+    about = "folders written by `longalign generate`; each model is compared with the first and the previous one"
+    parser.add_argument("--images", nargs="+", action=_AppendModels, metavar="NAME=DIR", help=about)
+    about = "checkpoints to sample from"
+    parser.add_argument("--checkpoint", nargs="+", action=_AppendModels, metavar="NAME=DIR", help=about)
+    about = "stock diffusers pipelines to sample from, Hub ids or folders"
+    parser.add_argument("--pipeline", nargs="+", action=_AppendModels, metavar="NAME=MODEL", help=about)
+    parser.set_defaults(models=[])
+    add_rewards(parser)
+    add_prompts(parser, "a prompt; may be repeated", required=False)
+    add_sampling(parser)
+    about = "a folder for the generated images, with a subfolder per model"
+    parser.add_argument("--output", metavar="DIR", help=about)
+    parser.add_argument("--json", metavar="FILE", help="also write the table, with the values per image, as JSON")
+    parser.add_argument("--markdown", metavar="FILE", help="also write the table as Markdown")
+
+
+class _AppendModels(Action):
+    """Collects the models of several options in ``models``, as ``(option, NAME=...)``, in their order."""
+
+    def __call__(self, parser: Any, namespace: Namespace, values: Any, option_string: Any = None) -> None:
+        namespace.models = [*namespace.models, *((self.dest, value) for value in values)]
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A model to compare.
+
+    Attributes:
+        name: name in the table.
+        option: ``images``, ``checkpoint`` or ``pipeline``.
+        source: value of the option.
+        folder: folder of its images.
+    """
+
+    name: str
+    option: str
+    source: str
+    folder: Path
+
+    @property
+    def generated(self) -> bool:
+        """Whether its images are generated here."""
+        return self.option != "images"
+
+
+def run(args: Namespace) -> None:
+    """Compares models on the same prompts and seeds, generating missing images.
+
+    All inputs are checked before generation starts.
+    """
+    configs = reward_configs(args.reward)
+    models = _models(args)
+    _check_options(args, models)
+    prompts = prompts_of(args) if any(model.generated for model in models) else []
+    pairs = _shared_pairs(args, models, prompts)
+    for model in models:
+        if model.generated:
+            _check_source(model)
+    for model in models:
+        if not model.generated:
+            check_images([path for path, _, _ in read_images(model.folder)])
+    from longalign.evaluation.metrics import evaluate, reward_metrics
+    from longalign.image_io import ImageFiles
+
+    texts = [prompt for prompt, _ in pairs]
+    rewards = build_rewards(configs, args.device)
+    metrics = reward_metrics(rewards, texts)
+    with offloaded_to_cpu(rewards, args.device):
+        for model in models:
+            if model.generated:
+                generate_images(args, model.option, model.source, prompts, model.folder)
+    images = {model.name: ImageFiles([path for path, _, _ in read_images(model.folder)]) for model in models}
+    table = evaluate(images, texts, metrics, [seed for _, seed in pairs if seed is not None], args.batch)
+    print(table.text(shutil.get_terminal_size().columns if sys.stdout.isatty() else None), end="")
+    if args.json:
+        model_configs = {name: _config_of_image(files.paths[0]) for name, files in images.items()}
+        text = json.dumps({**table.to_dict(), "configs": model_configs}, indent=1)
+        Path(args.json).write_text(text, encoding="utf-8")
+    if args.markdown:
+        Path(args.markdown).write_text(table.markdown(), encoding="utf-8")
+
+
+def _models(args: Namespace) -> list[_Model]:
+    """The models to compare, in the order of the options."""
+    models: dict[str, _Model] = {}
+    for option, item in args.models:
+        name, equals, source = item.partition("=")
+        if not equals or not name or name in models:
+            raise ValueError(f"--{option} takes NAME=... with a unique name for each model, got '{item}'")
+        folder = Path(source) if option == "images" else Path(args.output or "") / name
+        models[name] = _Model(name, option, source, folder)
+    if not models:
+        raise ValueError("give models to compare, with --images, --checkpoint or --pipeline")
+    return list(models.values())
+
+
+def _check_options(args: Namespace, models: Sequence[_Model]) -> None:
+    """Raises an error for options that do not fit the models."""
+    if not any(model.generated for model in models):
+        reject_sampling_options(args, "prompt", "prompts")
+    elif args.output is None:
+        raise ValueError("give --output, a folder for the generated images")
+    check_pipeline_options(args, *(model.option for model in models))
+    for key in ("json", "markdown"):
+        if (file := getattr(args, key)) and not Path(file).absolute().parent.is_dir():
+            raise FileNotFoundError(f"no folder for --{key} {file}")
+
+
+def _shared_pairs(args: Namespace, models: Sequence[_Model], prompts: Sequence[str]) -> list[tuple[str, Any]]:
+    """Prompt and seed of each image. Raises ValueError if they differ between the models."""
+    pairs = {
+        model.name: [(text.strip(), seed) for text in prompts for seed in seeds_of(args)]
+        if model.generated
+        else [(prompt, seed) for _, prompt, seed in read_images(model.folder)]
+        for model in models
+    }
+    base, *others = pairs
+    for name in others:
+        if pairs[name] != pairs[base]:
+            raise ValueError(f"the prompts and seeds of '{name}' differ from those of '{base}'")
+    return pairs[base]
+
+
+def _check_source(model: _Model) -> None:
+    """Raises an error if a model does not exist, or its folder already has images."""
+    if model.option == "checkpoint":
+        find_checkpoint(model.source)
+    try:
+        new_index(model.folder)
+    except ValueError as error:
+        hint = f"to compare these images, give --images {model.name}={model.folder}, not --{model.option}"
+        raise ValueError(f"{error}; {hint}") from error
+
+
+def _config_of_image(image: Path | str) -> Any:
+    """Config stored in an image's metadata; None if there is none."""
+    from PIL import Image
+
+    with Image.open(image) as opened:
+        try:
+            return json.loads(opened.info["config"])
+        except (KeyError, TypeError, ValueError):
+            return None

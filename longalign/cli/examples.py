@@ -1,0 +1,63 @@
+"""``longalign examples``."""
+
+from __future__ import annotations
+
+import shutil
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable
+from itertools import takewhile
+from pathlib import Path
+from textwrap import shorten
+
+from longalign.errors import suggestion
+from longalign.runtime import examples_folder
+
+EXAMPLES = """
+    longalign examples
+    longalign examples mini-align.yaml
+    longalign examples mini-align.yaml --to .
+    longalign examples --to examples
+"""
+
+
+def add_options(parser: ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", default=None, metavar="NAME", help="one of the examples")
+    parser.add_argument("--to", metavar="FOLDER", help="copy the example, or all of them, into this folder")
+
+
+def run(args: Namespace) -> None:
+    """Lists the bundled example configs, prints one, or copies one or all."""
+    folder = examples_folder()
+    paths = {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and path.name != "__init__.py"}
+    if args.name is not None and args.name not in paths:
+        hint = suggestion(args.name, paths) or f"; available: {', '.join(paths)}"
+        raise ValueError(f"no example '{args.name}'{hint}")
+    if args.to is not None:
+        _copy(paths.values() if args.name is None else [paths[args.name]], Path(args.to))
+    elif args.name is not None:
+        print(paths[args.name].read_text(encoding="utf-8"), end="")
+    else:
+        width = max(map(len, paths))
+        summary_width = max(40, shutil.get_terminal_size().columns - width - 2)
+        for name, path in paths.items():
+            print(f"{name:{width}}  {shorten(_summary(path), summary_width, placeholder=' ...')}".rstrip())
+
+
+def _copy(files: Iterable[Path], folder: Path) -> None:
+    """Copies files into a folder; copies none if a different file of the same name exists."""
+    targets = {path: folder / path.name for path in files}
+    for path, target in targets.items():
+        if target.exists() and target.read_bytes() != path.read_bytes():
+            raise ValueError(f"{target} exists and differs; choose another folder, or remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, target in targets.items():
+        shutil.copyfile(path, target)
+        print(target)
+
+
+def _summary(path: Path) -> str:
+    """First sentence of a config's leading comment; first line of a script or text."""
+    if path.suffix != ".yaml":
+        return path.read_text(encoding="utf-8").strip('"').partition("\n")[0]
+    lines = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+    return " ".join(line.lstrip("# ").strip() for line in lines).partition(". ")[0].removesuffix(".")

@@ -1,0 +1,142 @@
+"""Options that several commands share: how they are declared, checked and read."""
+
+from __future__ import annotations
+
+import math
+import re
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Sequence
+
+from longalign.data.lines import read_prompts
+from longalign.image_folder import check_seeds
+from longalign.inference.solvers import SOLVERS
+from longalign.segmenters import check_text
+
+SEEDS = (0,)
+DTYPES = ("float32", "bfloat16", "float16")
+PIPELINE_HELP = "a stock diffusers pipeline, Hub id or folder, run with its own text encoders and settings"
+REWARD_HELP = "a reward's name, or its config as {name: ..., key: value} or as a .yaml or .json file"
+
+
+def add_overrides(parser: ArgumentParser) -> None:
+    about = "changes to the config, as dotted path and value, e.g. encoder=t5 rewards.0.omega=0.0 loop.lr=1e-4"
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=about)
+
+
+def add_device(parser: ArgumentParser) -> None:
+    about = "cpu, cuda, cuda:1 or mps (the best one available)"
+    parser.add_argument("--device", type=device_name, metavar="DEVICE", help=about)
+
+
+def add_rewards(parser: ArgumentParser) -> None:
+    about = f"{REWARD_HELP}; may be repeated"
+    parser.add_argument("--reward", action="append", required=True, metavar="REWARD", help=about)
+
+
+def add_prompts(parser: ArgumentParser, about: str, required: bool = True) -> None:
+    prompts = parser.add_mutually_exclusive_group(required=required)
+    prompts.add_argument("--prompt", action="append", metavar="TEXT", help=about)
+    prompts.add_argument("--prompts", metavar="FILE", help="a .txt file, one per line, or a .jsonl file with 'prompt'")
+
+
+def add_sampling(parser: ArgumentParser) -> None:
+    """Options of image generation."""
+    add = parser.add_argument
+    add("--negative", metavar="TEXT", help="negative prompt")
+    add("--num-steps", type=positive, help="sampling steps (25, or the pipeline's own with --pipeline)")
+    about = "classifier-free guidance scale; 1 disables it (7.5, or the pipeline's own with --pipeline)"
+    add("--guidance", type=finite, help=about)
+    about = f"{_alternatives(SOLVERS)} (unipc, or the pipeline's own with --pipeline)"
+    add("--solver", choices=SOLVERS, metavar="NAME", help=about)
+    add("--seed", type=seed, nargs="+", help="one image for each prompt and seed (0)")
+    add("--size", type=size, metavar="N|WxH", help="pixels (the backbone's native resolution)")
+    add("--batch", type=positive, default=8, help="images sampled, or compared, at a time (8)")
+    about = f"{_alternatives(DTYPES)}, for all weights (set by loop.precision; float32 with --pipeline)"
+    add("--dtype", choices=DTYPES, metavar="DTYPE", help=about)
+    add_device(parser)
+    add("--revision", help="branch, tag or commit on the Hub (only with --pipeline)")
+    add("--variant", help="weight variant, e.g. fp16 (only with --pipeline)")
+
+
+def _alternatives(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def reject_sampling_options(args: Namespace, *extra_keys: str) -> None:
+    """Raises ValueError for an option that only applies when generating images."""
+    keys = ("output", "negative", "num_steps", "guidance", "solver", "seed", "size", "dtype", "revision", "variant")
+    _reject_options(args, *keys, *extra_keys, reason="only applies when generating images")
+
+
+def check_pipeline_options(args: Namespace, *options: str) -> None:
+    """Raises ValueError for an option that only applies to stock pipelines if no pipeline is given."""
+    if "pipeline" not in options:
+        _reject_options(args, "revision", "variant", reason="only applies to --pipeline; set it in the config instead")
+
+
+def _reject_options(args: Namespace, *keys: str, reason: str) -> None:
+    for key in keys:
+        if getattr(args, key) is not None:
+            raise ValueError(f"--{key.replace('_', '-')} {reason}; remove it")
+
+
+def seeds_of(args: Namespace) -> Sequence[int]:
+    """The seeds of ``--seed``. Raises ValueError if one occurs twice."""
+    seeds = args.seed or SEEDS
+    check_seeds(seeds)
+    return seeds
+
+
+def prompts_of(args: Namespace) -> list[str]:
+    """The prompts of ``--prompt`` or ``--prompts``. Raises ValueError if there are none."""
+    if not args.prompt and not args.prompts:
+        raise ValueError("give --prompt or --prompts, to generate images from")
+    texts = args.prompt or ()
+    prompts = [check_text(text, f"--prompt {i}") for i, text in enumerate(texts)] or read_prompts(args.prompts)
+    if not prompts:
+        raise ValueError(f"{args.prompts} contains no prompts")
+    return list(prompts)
+
+
+def count(number: int, noun: str) -> str:
+    """A number with its noun, e.g. ``2 images``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+# Types of options: functions of the text, which raise ArgumentTypeError
+
+
+def device_name(text: str) -> str:
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", text):
+        raise ArgumentTypeError(f"expected cpu, cuda, cuda:1 or mps, got '{text}'")
+    return text
+
+
+def finite(text: str) -> float:
+    try:
+        if math.isfinite(value := float(text)):
+            return value
+    except ValueError:
+        pass
+    raise ArgumentTypeError(f"expected a number, got '{text}'")
+
+
+def seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**64:
+        raise ArgumentTypeError(f"expected an integer from 0 to 2^64 - 1, got '{text}'")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise ArgumentTypeError(f"expected an integer of at least 1, got '{text}'")
+    return int(text)
+
+
+def size(text: str) -> tuple[int, int]:
+    """Height and width of ``N`` or ``WxH``."""
+    width, cross, height = text.lower().partition("x")
+    try:
+        return positive(height if cross else width), positive(width)
+    except ArgumentTypeError:
+        raise ArgumentTypeError(f"expected pixels, as 512 or as width x height, 768x512, got '{text}'") from None

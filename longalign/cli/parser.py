@@ -1,0 +1,70 @@
+"""The parser of the commands, with suggestions for misspelt options; and the order of reports of several processes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from itertools import takewhile
+from typing import Any
+
+REPORT_DELAY = 10
+"""Seconds that other processes wait for the first one on the machine to report an error."""
+
+
+def wait_for_first_process() -> None:
+    """Delays the error report of all processes but the first one on the machine.
+
+    Before the process group is initialized, all processes usually fail with the same error. The first one reports it,
+    and the launcher then ends the others. A process that survives the delay has an error of its own.
+    """
+    initialized = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
+    if not initialized and os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(REPORT_DELAY)
+
+
+class Parser(argparse.ArgumentParser):
+    """Parser with suggestions for unknown or misspelt options."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        self.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+
+    @property
+    def option_names(self) -> list[str]:
+        """All options, e.g. ``--device``."""
+        return list(self._option_string_actions)
+
+    def parse(self, argv: list[str]) -> argparse.Namespace:
+        """Parses options and positional arguments in any order."""
+        for text in takewhile(lambda text: text != "--", argv):
+            name = text.partition("=")[0]
+            if name.startswith("--") and not any(option.startswith(name) for option in self.option_names):
+                self.error(self._unknown_option(name))  # checked before missing options: one may be misspelt
+        return self.parse_intermixed_args(argv)
+
+    def error(self, message: str) -> Any:
+        wait_for_first_process()
+        super().error(message)
+
+    def _unknown_option(self, name: str) -> str:
+        from longalign.errors import suggestion
+
+        takes_keys = any(action.dest == "overrides" for action in self._actions)
+        if takes_keys and (path := _config_path(name.lstrip("-"))):
+            return f"no option {name}; set config keys as path=value, here {path}=..."
+        hint = suggestion(name, self.option_names)
+        return f"no option {name}{hint or f'; {self.prog} --help lists the available options'}"
+
+
+def _config_path(key: str) -> str | None:
+    """Dotted path of a config key, given in full or by its last step; None if there is no such key."""
+    from longalign.config.run import RunConfig
+
+    key = key.replace("-", "_")
+    for name, field in RunConfig.model_fields.items():
+        inner = getattr(field.annotation, "model_fields", {})
+        if key == name or key.startswith(f"{name}.") or key in inner:
+            return f"{name}.{key}" if key in inner else key
+    return None

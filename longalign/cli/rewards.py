@@ -1,0 +1,47 @@
+"""Rewards of the command line: configs from ``--reward``, and the rewards built from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from longalign.config.checks import check_parts
+from longalign.config.parsing import parse_value, read_mapping
+from longalign.names import unique_name
+from longalign.registry import PartConfig, rewards
+
+CONFIG_SUFFIXES = (".yaml", ".yml", ".json", ".safetensors")
+
+
+def reward_configs(texts: Sequence[str]) -> dict[str, PartConfig]:
+    """Validated reward configs by display name; repeated names get a number."""
+    out: dict[str, PartConfig] = {}
+    for text in texts:
+        value = read_mapping(Path(text)) if Path(text).suffix in CONFIG_SUFFIXES else parse_value(text)
+        config = rewards.validate(value)
+        out[unique_name(config.name, out)] = config
+    return out
+
+
+def build_rewards(configs: Mapping[str, PartConfig], device: str | None) -> dict[str, Any]:
+    """The rewards of configs, in eval mode. Plain functions are wrapped."""
+    check_parts(configs)
+    from longalign.rewards.base import as_reward
+    from longalign.runtime import Runtime
+
+    runtime = Runtime.detect(device=device)
+    return {name: as_reward(rewards.construct(config, runtime), name).eval() for name, config in configs.items()}
+
+
+@contextmanager
+def offloaded_to_cpu(built: Mapping[str, Any], device: str | None) -> Iterator[None]:
+    """Context manager: moves rewards to the CPU, to free GPU memory for generation."""
+    from longalign.runtime import Runtime
+
+    for reward in built.values():
+        reward.to("cpu")
+    yield
+    for reward in built.values():
+        reward.to(Runtime.detect(device=device).device)

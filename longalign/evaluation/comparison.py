@@ -1,0 +1,60 @@
+"""What a metric table shows, in sentences."""
+
+from __future__ import annotations
+
+from longalign.evaluation.bootstrap import MIN_PROMPTS, Interval
+from longalign.evaluation.formatting import is_fraction, label, number
+from longalign.evaluation.table import MetricTable
+
+
+def findings(table: MetricTable) -> list[str]:
+    """Compares each model with the previous one, one plain-text sentence per model, with losses beside gains.
+
+    A sentence starts with the first metric's mean and paired difference. Significant differences of its breakdowns
+    (`MetricTable.breakdowns`) and of the other metrics follow.
+    """
+    metric = table.metrics[0]
+    title, unit = label(metric).removesuffix(", %"), "%" if is_fraction(metric) else ""
+    too_few = len(set(table.prompts)) < MIN_PROMPTS
+    sentences = [f"{table.base}: {title} {_range(table.interval(table.base, metric), metric, unit)}."]
+    for other, model in zip(table.models, table.models[1:], strict=False):
+        name = f"{model} - {other}"
+        gain = table.difference(model, metric, other)
+        lines = [
+            f"{model} against {other}: {title} {number(table.interval(model, metric).mean, metric)}{unit}, "
+            + _change(gain, metric)
+            + (" points" if unit else "")
+            + ("" if gain.significant or too_few else ", no significant difference")
+        ]
+        changes = {
+            (f"{heading.partition(' by ')[2]} {group}" if group[0].isdigit() else group): row[name]
+            for heading, groups in table.breakdowns(metric, paired=True).items()
+            for group, row in groups.items()
+            if row[name].significant
+        }
+        if changes:
+            worse = [f"{group} {_change(v, metric)}" for group, v in changes.items() if v.mean < 0]
+            better = [group for group, v in changes.items() if v.mean > 0]
+            lines.append("worse: " + (", ".join(worse) or "none"))
+            lines.append("better: " + (", ".join(better) or "none"))
+        others = {m: v for m in table.metrics[1:] if (v := table.difference(model, m, other)).significant}
+        lines += [f"{label(m)} {_change(v, m)}" for m, v in others.items()]
+        for m, relevant in others.items():
+            irrelevant = others.get(m.replace("text_relevant", "text_irrelevant"))
+            if m.endswith("text_relevant") and irrelevant and irrelevant.mean > relevant.mean > 0:
+                ratio = irrelevant.mean / relevant.mean
+                lines.append(f"the text-irrelevant part rises {ratio:.1f} times as much as the text-relevant part")
+        sentences.append("; ".join(lines) + ".")
+    if too_few:
+        sentences.append(f"note: fewer than {MIN_PROMPTS} prompts, no difference is significant.")
+    return sentences
+
+
+def _range(interval: Interval, metric: str, unit: str = "") -> str:
+    mean, low, high = (number(v, metric) for v in (interval.mean, interval.low, interval.high))
+    return f"{mean}{unit} [{low}, {high}]"
+
+
+def _change(interval: Interval, metric: str) -> str:
+    mean, low, high = (number(v, metric, sign=True) for v in (interval.mean, interval.low, interval.high))
+    return f"{mean} [{low}, {high}]"

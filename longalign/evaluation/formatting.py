@@ -1,0 +1,98 @@
+"""Metrics as text: names, numbers, intervals, and grids of cells for a terminal and in Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from longalign.evaluation.bootstrap import Interval
+
+GROUP_LABELS = {"by_position": "position in the prompt"}
+"""Display names of groups of submetrics."""
+Grid = list[list[str]]
+"""Rows of cells; the first row is the head."""
+
+
+def is_fraction(metric: str) -> bool:
+    """Whether a metric is a fraction, shown in percent."""
+    return metric.split("/")[0] == "facts"
+
+
+def label(metric: str) -> str:
+    """The display name of a metric."""
+    if not is_fraction(metric):
+        return metric.replace("_", "-")
+    groups = [GROUP_LABELS.get(part, part) for part in metric.split("/")[1:]]
+    return "/".join(["fact accuracy", *groups]) + ", %"
+
+
+def number(value: float, metric: str, sign: bool = False) -> str:
+    """Formats one value: percent for fractions, four decimals otherwise."""
+    if math.isnan(value):
+        return "-"
+    plus = "+" if sign else ""
+    return f"{100 * value:{plus}.1f}" if is_fraction(metric) else f"{value:{plus}.4f}"
+
+
+def show(interval: Interval, metric: str) -> str:
+    """Formats an interval: ``mean [low, high]``."""
+    if not interval.count:
+        return "-"
+    return f"{number(interval.mean, metric)} [{number(interval.low, metric)}, {number(interval.high, metric)}]"
+
+
+def show_difference(interval: Interval, metric: str) -> str:
+    """Formats a difference: ``+mean [+low, +high]``, with a star if significant."""
+    if not interval.count:
+        return "-"
+    mean, low, high = (number(v, metric, sign=True) for v in (interval.mean, interval.low, interval.high))
+    return f"{mean} [{low}, {high}]" + (" *" if interval.significant else "")
+
+
+def terminal_text(blocks: Sequence[tuple[str, Grid]], caption: str, width: int | None = None) -> str:
+    """Titled grids for a terminal.
+
+    Args:
+        blocks: title and grid of each block; a title may be empty.
+        caption: first line.
+        width: columns of the terminal; wider grids are split into several, stacked vertically. No split if None.
+    """
+    texts = [caption]
+    for title, grid in blocks:
+        parts = "\n\n".join(_aligned(part) for part in _split_columns(grid, width))
+        texts.append(f"{title}\n{parts}" if title else parts)
+    return "\n\n".join(texts) + "\n"
+
+
+def markdown_text(blocks: Sequence[tuple[str, Grid]], caption: str) -> str:
+    """As `terminal_text`, in Markdown."""
+    texts = [caption]
+    for title, grid in blocks:
+        head, *rows = grid
+        lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+        lines += ["| " + " | ".join(row) + " |" for row in rows]
+        texts.append((f"**{title}**\n\n" if title else "") + "\n".join(lines))
+    return "\n\n".join(texts) + "\n"
+
+
+def _split_columns(grid: Grid, width: int | None) -> list[Grid]:
+    """Splits a grid into grids of at most ``width`` characters where possible; each repeats the first column."""
+    label_width, *widths = _widths(grid)
+    parts: list[list[int]] = [[]]
+    used = label_width
+    for i, size in enumerate(widths, start=1):
+        if width is not None and parts[-1] and used + 2 + size > width:
+            parts.append([])
+            used = label_width
+        parts[-1].append(i)
+        used += 2 + size
+    return [[[row[i] for i in (0, *columns)] for row in grid] for columns in parts]
+
+
+def _widths(grid: Grid) -> list[int]:
+    return [max(len(row[i]) for row in grid) for i in range(len(grid[0]))]
+
+
+def _aligned(grid: Grid) -> str:
+    widths = _widths(grid)
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in grid)

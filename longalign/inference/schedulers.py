@@ -1,0 +1,69 @@
+"""diffusers schedulers with a backbone's noise levels."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+
+from longalign.functional.diffusion import NoiseLevels, check_prediction
+from longalign.functional.solvers import trailing_timesteps
+from longalign.inference.pipelines import library
+from longalign.inference.solvers import FLOW_SCHEDULER_CLASSES, SCHEDULER_CLASSES, SOLVERS
+
+MIN_ALPHA_CUMPROD = 2.0**-24
+"""Zero signal at the last timestep has no finite sigma; the smallest value that the solvers can represent."""
+
+
+def make_scheduler(name: str, levels: NoiseLevels, prediction: str, num_steps: int) -> Any:
+    """A diffusers scheduler with a backbone's noise levels, its timesteps set.
+
+    Args:
+        name: one of ``unipc``, ``ddim`` (timesteps 999, 979, ..., 19 for 50 steps; Euler's method for a flow),
+            ``dpm++`` (not for flows) and ``lcm`` (999, 749, 499, 249 for 4 steps).
+        levels: signal and noise at each of the T timesteps.
+        prediction: prediction type: ``epsilon``, ``v_prediction`` or ``flow``.
+        num_steps: number of sampling steps, 1 to T.
+
+    Raises:
+        ValueError: if the solver or the prediction type is unknown, they do not fit, or ``num_steps`` is out of range.
+    """
+    if name not in SOLVERS:
+        raise ValueError(f"no solver '{name}'; available: {', '.join(SOLVERS)}")
+    check_prediction(prediction)
+    length = len(levels)
+    if not 1 <= num_steps <= length:
+        raise ValueError(f"num_steps must be between 1 and {length}, got {num_steps}")
+    return (_flow_scheduler if prediction == "flow" else _diffusion_scheduler)(name, levels, prediction, num_steps)
+
+
+def _diffusion_scheduler(name: str, levels: NoiseLevels, prediction: str, num_steps: int) -> Any:
+    length = len(levels)
+    alphas_cumprod = levels.signal.square().clamp(min=MIN_ALPHA_CUMPROD)
+    previous = torch.cat([torch.ones(1, dtype=alphas_cumprod.dtype), alphas_cumprod[:-1]])
+    betas = (1 - alphas_cumprod / previous).tolist()
+    settings = {"timestep_spacing": "trailing", "clip_sample": False} if name == "ddim" else {}
+    scheduler = getattr(library, SCHEDULER_CLASSES[name])(
+        num_train_timesteps=length, trained_betas=betas, prediction_type=prediction, **settings
+    )
+    if name == "lcm":
+        timesteps = [round(length * (num_steps - i) / num_steps) - 1 for i in range(num_steps)]
+        scheduler.set_timesteps(timesteps=timesteps, original_inference_steps=length)
+        return scheduler
+    with warnings.catch_warnings():
+        # diffusers converts tensors to numpy in a way that numpy 2 deprecates
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scheduler.set_timesteps(num_steps)
+    return scheduler
+
+
+def _flow_scheduler(name: str, levels: NoiseLevels, prediction: str, num_steps: int) -> Any:
+    """A flow-matching scheduler. Its timesteps are ``T`` times the noise level, the denoiser's timestep input."""
+    length = len(levels)
+    if name not in FLOW_SCHEDULER_CLASSES:
+        raise ValueError(f"'{name}' does not support flow models; expected unipc, ddim (Euler's method) or lcm")
+    settings = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"} if name == "unipc" else {}
+    scheduler = getattr(library, FLOW_SCHEDULER_CLASSES[name])(length, **settings)
+    scheduler.set_timesteps(sigmas=levels.noise[list(trailing_timesteps(num_steps, length))].numpy())
+    return scheduler
