@@ -103,9 +103,9 @@ def backbone(setting: Setting) -> Any:
 
 def encoder(setting: Setting) -> Any:
     """An encoder that reads a cache: states of the text models' sizes, and the adapter on T5's states."""
+    from longalign.encoders.adapter import adapt
     from longalign.encoders.base import Conditioning, Encoder
     from longalign.encoders.concat import join
-    from longalign.encoders.t5.adapter import adapt
 
     class Cached(Encoder):
         def __init__(self) -> None:
@@ -129,14 +129,16 @@ def reward(setting: Setting) -> Any:
     """Denscore, with constant text embeddings."""
     from longalign.functional.images import ImagePreprocessor
     from longalign.rewards.base import Reward, Scores
-    from longalign.rewards.clip import ClipTowers
+    from longalign.rewards.clip.towers import ClipTowers
     from longalign.rewards.towers import TowerReward
 
     class Denscore(Reward):
         def __init__(self) -> None:
             super().__init__()
             towers = ClipTowers(network(setting.model, DENSCORE), None)
-            self.inner = TowerReward(towers, ImagePreprocessor((224, 224)), micro_batch=1 if setting.single else None)
+            micro_batch = 1 if setting.single else None
+            preprocessor = ImagePreprocessor((224, 224))
+            self.inner = TowerReward(towers, preprocessor, segmenter=None, micro_batch=micro_batch, truncate=False)
 
         def score_components(self, images: Tensor, prompts: Sequence[str]) -> Scores:
             features = self.inner.image_features(images)
@@ -180,10 +182,11 @@ def generate(setting: Setting, _: LikeCuda) -> Stage:
 def train(setting: Setting, cuda: LikeCuda) -> Stage:
     """A training step on cached prompts and latents."""
     from longalign.backbones.configs import LoraConfig
-    from longalign.gradient_steps.steps import GroupedRandom
-    from longalign.trainers.align import AlignTrainer
-    from longalign.trainers.configs import AlignConfig, RewardConfig
-    from longalign.trainers.reward import RewardTrainer
+    from longalign.runtime import Runtime
+    from longalign.trainers.align.config import AlignConfig
+    from longalign.trainers.align.trainer import AlignTrainer
+    from longalign.trainers.reward.config import RewardConfig
+    from longalign.trainers.reward.trainer import RewardTrainer
 
     def prepared(module: Callable[..., Any]) -> Callable[..., Any]:
         """Wraps a call as accelerate wraps trainable modules."""
@@ -199,10 +202,13 @@ def train(setting: Setting, cuda: LikeCuda) -> Stage:
     lora = LoraConfig(dropout_placement="up") if setting.lora else None
     chunk = 1 if setting.single else None
     if setting.stage == "align":
-        trainer: Any = AlignTrainer.from_config(AlignConfig(lora=lora), model, texts)
+        trainer: Any = AlignTrainer.from_config(AlignConfig(lora=lora), Runtime(), backbone=model, encoder=texts)
     else:
-        config = RewardConfig(lora=lora, num_steps=1, denoise_batch=chunk, decode_batch=chunk, gradient_steps="all")
-        trainer = RewardTrainer.from_config(config, model, texts, [reward(setting)], GroupedRandom(1))
+        gradient_steps: Any = {"name": "grouped-random", "groups": 1}
+        chunks = {"denoise_batch": chunk, "decode_batch": chunk}
+        config = RewardConfig(lora=lora, num_steps=1, gradient_steps=gradient_steps, **chunks)
+        parts: dict[str, Any] = {"backbone": model, "encoder": texts, "rewards": [reward(setting)]}
+        trainer = RewardTrainer.from_config(config, Runtime(), **parts)
     if setting.checkpointing:
         trainer.enable_gradient_checkpointing()
     model.wrap_denoiser(prepared(model.denoiser))

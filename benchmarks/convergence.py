@@ -29,9 +29,9 @@ from reward_step import non_default_options, table
 
 from longalign.caching.fingerprint import fingerprint, fingerprints
 from longalign.checkpoints.checkpoint import load_for_sampling
-from longalign.compose import build_from_config
-from longalign.config.files import checkpoint_file, parse_assignments
-from longalign.config.run import RunConfig, load_config, override, to_dict
+from longalign.config.changes import override, parse_assignments
+from longalign.config.files import checkpoint_file
+from longalign.config.run import RunConfig, load_config, to_dict
 from longalign.demo import default_config, held_out_captions
 from longalign.encoders.base import TruncationWarning
 from longalign.evaluation.bootstrap import Interval
@@ -39,9 +39,10 @@ from longalign.evaluation.charts import ticks
 from longalign.evaluation.metrics import DecomposedMetric, FactMetric, measure
 from longalign.evaluation.record import machine_text
 from longalign.inference.sampling import sample
+from longalign.loop.fit import fit
 from longalign.loop.run import Run
 from longalign.runtime import Runtime
-from longalign.trainers.base import evaluating
+from longalign.trainers.diffusion import evaluating
 
 METHODS: dict[str, dict[str, int]] = {
     "grouped-random": {"groups": 2},
@@ -89,8 +90,7 @@ class Evaluation:
 def train(config: RunConfig, marks: Sequence[float], in_steps: bool, evaluate: Evaluation) -> Rows:
     """Trains to the last mark, in seconds or steps, and evaluates the model at the step nearest to each mark."""
     shutil.rmtree(config.output, ignore_errors=True)
-    composition = build_from_config(config)
-    run, rows, remaining = Run(composition, None), [], list(marks)
+    run, rows, remaining = Run(config, Runtime.detect(config.loop.precision)), [], list(marks)
     seconds, start = 0.0, time.perf_counter()
 
     def after_step() -> bool:
@@ -99,7 +99,7 @@ def train(config: RunConfig, marks: Sequence[float], in_steps: bool, evaluate: E
         reached = run.step if in_steps else seconds + seconds / run.step / 2
         if reached >= remaining[0]:
             remaining[:] = [mark for mark in remaining if mark > reached]
-            metrics = evaluate(composition.backbone, composition.encoder)
+            metrics = evaluate(run.composition.backbone, run.composition.encoder)
             rows.append({"step": run.step, "seconds": round(seconds, 3), **metrics})
         start = time.perf_counter()
         return not remaining
@@ -131,7 +131,7 @@ def start_checkpoint(path: Path | None, folder: Path) -> Path:
     paths = [path] if path else [p for p in (Path("runs/demo/align"), folder / "align") if p.is_dir()]
     if not paths:
         config = override(default_config("align"), {"output": str(folder / "align")})
-        paths = [build_from_config(config).fit().checkpoint]
+        paths = [fit(config).checkpoint]
     return checkpoint_file(paths[0])
 
 

@@ -30,6 +30,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
 
 from longalign.caching.store import Store
 from longalign.encoders.cached import CachedEncoder, entries, prompt_key
+from longalign.encoders.clip.config import ClipSegmentConfig
 from longalign.encoders.clip.segment import ClipSegmentEncoder
 from longalign.evaluation.record import machine_text
 from longalign.mini.tokenizers import write_clip_tokenizer
@@ -52,7 +53,7 @@ def clip_segment(layers: int, width: int) -> ClipSegmentEncoder:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = CLIPTokenizerFast.from_pretrained(write_clip_tokenizer(Path(folder), WORDS.split()))
     text_model = CLIPTextModel(text_config(layers, width, tokenizer)).to(DEVICE)
-    return ClipSegmentEncoder(text_model, tokenizer, Sentence(), overflow="grow")
+    return ClipSegmentEncoder.from_modules(ClipSegmentConfig(), text_model, tokenizer, Sentence())
 
 
 def sentence(rng: np.random.Generator, low: int = 6, high: int = 40) -> str:
@@ -149,13 +150,15 @@ def operations_per_token(encoder: ClipSegmentEncoder, length: int) -> float:
 
 def cached_encoder(encoder: ClipSegmentEncoder, prompts: Sequence[str], folder: Path) -> CachedEncoder:
     """Writes the prompts' states to a store as ``longalign cache`` does; returns the encoder that reads them."""
-    padded = ClipSegmentEncoder(encoder.text_model, encoder.tokens.tokenizer, Sentence(), max_tokens=512)
+    padded = ClipSegmentEncoder.from_modules(
+        ClipSegmentConfig(max_tokens=512), encoder.text_model, encoder.tokens.tokenizer, Sentence()
+    )
     store, length = Store(folder, {}, writable=True), 512
     for prompt in ["", *prompts]:
         (entry,) = entries(padded, [prompt], length if prompt else None)
         store.add(prompt_key(prompt), entry)
     store.flush()
-    return CachedEncoder(Store(folder, {}), device=str(DEVICE))
+    return CachedEncoder(Store(folder, {}), None, device=str(DEVICE))
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ CAPTION = "A quiet harbour lies in the morning fog. Three boats with red sails a
 ENCODE = """
 import json, sys, time
 import torch
-from longalign.config.run import override
+from longalign.config.changes import override
 from longalign.runtime import Runtime
 config = override(sys.argv[1], json.loads(sys.argv[2]))
 encoder = config.encoder.build(Runtime.detect())

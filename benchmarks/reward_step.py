@@ -64,9 +64,9 @@ def build(setting: Setting) -> Any:
     from longalign.backbones.configs import LoraConfig
     from longalign.backbones.sd import SDBackbone
     from longalign.encoders.base import Conditioning, Encoder
-    from longalign.gradient_steps.steps import GroupedRandom
-    from longalign.trainers.configs import RewardConfig
-    from longalign.trainers.reward import RewardTrainer
+    from longalign.runtime import Runtime
+    from longalign.trainers.reward.config import RewardConfig
+    from longalign.trainers.reward.trainer import RewardTrainer
 
     class Random(Encoder):
         """Random states."""
@@ -98,7 +98,8 @@ def build(setting: Setting) -> Any:
     config = RewardConfig(
         lora=LoraConfig(rank=16, dropout=0), num_steps=setting.steps, gradient_steps=gradient_steps, **calls
     )
-    trainer = RewardTrainer.from_config(config, backbone, Random(), [warm], GroupedRandom(setting.chosen))
+    parts: dict[str, Any] = {"backbone": backbone, "encoder": Random(), "rewards": [warm]}
+    trainer = RewardTrainer.from_config(config, Runtime(), **parts)
     for name, parameter in trainer.named_parameters():
         if ".lora_B." in name:  # initialised to zero, so lora_A would have no gradient
             torch.nn.init.normal_(parameter, std=0.01)
@@ -255,7 +256,7 @@ def expected_memory(chosen: int, measured: Mapping[int, float]) -> float:
 
 def run(settings: Sequence[Setting], rounds: int, cap: float) -> dict[Setting, Measurement]:
     """Measures all settings. Skips those without checkpoints that would take more than ``cap`` GiB."""
-    SERVER.set_forkserver_preload(["longalign.backbones.sd", "longalign.trainers.reward"])
+    SERVER.set_forkserver_preload(["longalign.backbones.sd", "longalign.trainers.reward.trainer"])
     measurements: dict[Setting, Measurement] = {}
     for setting in settings:
         graphs = {s.chosen: m.memory for s, m in measurements.items() if s.method == BARE}

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from longalign.caching import precompute as caching
 from longalign.compose import build_from_config
-from longalign.config.run import override
+from longalign.config.changes import override
 from longalign.evaluation.record import machine_text
 from longalign.loop.batches import load_batches, plan_batches
 from longalign.mini.tokenizers import write_clip_tokenizer

@@ -18,8 +18,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from longalign import build_from_config, diff, load_config, override
-from longalign.checkpoints.checkpoint import load_for_sampling
+from longalign import Model, diff, fit, load_config, override
 from longalign.demo import default_config, held_out_captions
 from longalign.encoders.base import TruncationWarning
 from longalign.evaluation.metrics import FactMetric, evaluate
@@ -64,15 +63,15 @@ def ablate(
     for name, changes in variants.items():
         config = override(base_config, {**changes, "output": str(output / name)})
         print(f"== {name}: " + ", ".join(f"{key} = {new}" for key, (_, new) in diff(base_config, config).items()))
-        result = build_from_config(config).fit()
+        result = fit(config)
         if result.interrupted:
             raise KeyboardInterrupt
-        _, backbone, encoder = load_for_sampling(result.checkpoint)
+        model = Model.from_pretrained(result.checkpoint)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TruncationWarning)  # truncation is what is measured
             images[name] = sample(
-                backbone,
-                encoder,
+                model.backbone,
+                model.encoder,
                 texts,
                 seeds=seeds,
                 num_steps=num_steps,

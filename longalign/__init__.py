@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from longalign.compose import Composition as Composition
     from longalign.compose import build_from_config as build_from_config
+    from longalign.config.changes import diff as diff
+    from longalign.config.changes import override as override
     from longalign.config.run import RunConfig as RunConfig
-    from longalign.config.run import diff as diff
     from longalign.config.run import load_config as load_config
-    from longalign.config.run import override as override
     from longalign.errors import ConfigError as ConfigError
     from longalign.errors import PartError as PartError
     from longalign.inference.diffusers import condition as condition
+    from longalign.loop.fit import fit as fit
     from longalign.model import Model as Model
     from longalign.runtime import Runtime as Runtime
 
@@ -30,9 +31,10 @@ _MODULES = {
     "Runtime": "runtime",
     "build_from_config": "compose",
     "condition": "inference.diffusers",
-    "diff": "config.run",
+    "diff": "config.changes",
+    "fit": "loop.fit",
     "load_config": "config.run",
-    "override": "config.run",
+    "override": "config.changes",
 }
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "build_from_config",
     "condition",
     "diff",
+    "fit",
     "load_config",
     "override",
 ]

@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from longalign.config.checks import check_files
-from longalign.config.run import DEFAULT_NEEDS, RunConfig, load_config
+from longalign.config.run import RunConfig, load_config
 from longalign.errors import ConfigError
 from longalign.registry import backbones, encoders, rewards, trainers
 from longalign.registry import data as datasets
@@ -28,12 +27,11 @@ class Composition:
 
     Args:
         config: config of the run.
-        runtime: device, dtype and processes; detected on this machine (`Runtime.detect`) if None.
+        runtime: device, dtype and processes.
     """
 
-    def __init__(self, config: RunConfig, runtime: Runtime | None = None):
-        self.config = config
-        self._runtime = runtime
+    def __init__(self, config: RunConfig, runtime: Runtime):
+        self._config, self._runtime = config, runtime
         self._built: dict[str, Any] = {}
 
     def __repr__(self) -> str:
@@ -45,20 +43,14 @@ class Composition:
         return f"Composition({', '.join(parts)}; built: {', '.join(self._built) or 'nothing'})"
 
     @property
-    def runtime(self) -> Runtime:
-        """Device, dtype and processes of the parts. Settable until the first part is built."""
-        if self._runtime is None:
-            self._runtime = Runtime.detect(self.config.loop.precision)
-        return self._runtime
+    def config(self) -> RunConfig:
+        """Config of the run."""
+        return self._config
 
-    @runtime.setter
-    def runtime(self, runtime: Runtime) -> None:
-        if runtime != self._runtime and self._built:
-            raise ValueError(
-                f"the runtime cannot change after parts are built, already built: {', '.join(self._built)}; "
-                "set it before accessing any part"
-            )
-        self._runtime = runtime
+    @property
+    def runtime(self) -> Runtime:
+        """Device, dtype and processes of the parts."""
+        return self._runtime
 
     @property
     def backbone(self) -> Backbone:
@@ -85,7 +77,7 @@ class Composition:
             from longalign.rewards.base import as_reward
 
             runtime = self.runtime
-            if getattr(self.config.trainer, "trains_rewards", False):
+            if self.config.trainer is not None and self.config.trainer.trains_rewards:
                 runtime = replace(runtime, dtype="float32")  # trainable weights are loaded in full precision
             self._built["rewards"] = [
                 as_reward(rewards.construct(config, runtime), config.name) for config in self.config.rewards
@@ -97,8 +89,8 @@ class Composition:
         """The trainer. Raises `ConfigError` if the config has none."""
         if "trainer" not in self._built:
             config = self._require("trainer")
-            parts = {key: getattr(self, key) for key in getattr(config, "needs", DEFAULT_NEEDS)}
-            self._built["trainer"] = trainers.construct(config, self.runtime, **parts, rewards=self.rewards)
+            parts = {key: getattr(self, key) for key in config.built_from()}
+            self._built["trainer"] = trainers.construct(config, self.runtime, **parts)
         return self._built["trainer"]
 
     @property
@@ -116,22 +108,6 @@ class Composition:
                 data = cached_data(self.config, require_indexed(data, self.config), self.runtime)
             self._built["data"] = data
         return self._built["data"]
-
-    def fit(self, resume: str | Path | None = None) -> Any:
-        """Trains the model; see `longalign.loop.run.fit`.
-
-        Args:
-            resume: a checkpoint of this run to resume from; the result equals that of an uninterrupted run.
-        """
-        self._require("trainer")
-        check_files(self.config, resumed=resume is not None)
-        if self.config.cache is not None:
-            from longalign.caching.precompute import check_caches
-
-            check_caches(self.config, self.runtime)
-        from longalign.loop.run import fit
-
-        return fit(self, resume=resume)
 
     def _require(self, key: Literal["backbone", "encoder", "trainer", "data"]) -> Any:
         config = getattr(self.config, key)
@@ -179,4 +155,5 @@ def build_from_config(
     Raises:
         ConfigError: with all problems of the config, each with its path.
     """
-    return Composition(load_config(config), runtime)
+    config = load_config(config)
+    return Composition(config, runtime or Runtime.detect(config.loop.precision))

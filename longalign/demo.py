@@ -18,7 +18,8 @@ from torch import Tensor
 
 from longalign.checkpoints.checkpoint import load_for_sampling
 from longalign.compose import build_from_config
-from longalign.config.run import RunConfig, override
+from longalign.config.changes import override
+from longalign.config.run import RunConfig
 from longalign.data.scenes.config import ScenesConfig
 from longalign.encoders.base import Encoder, PromptReport, TruncationWarning
 from longalign.evaluation.comparison import findings
@@ -27,6 +28,7 @@ from longalign.evaluation.report import Example, write_report
 from longalign.evaluation.table import MetricTable
 from longalign.image_folder import append_images, image_row
 from longalign.inference.sampling import sample
+from longalign.loop.fit import fit
 from longalign.mini.captions import Caption
 from longalign.runtime import Runtime, examples_folder
 
@@ -100,12 +102,12 @@ def run_demo(
     seconds: dict[str, float] = {}
 
     with _timed("align: training", seconds):
-        aligned = build_from_config(align_config, Runtime.detect(align_config.loop.precision, device)).fit()
+        aligned = fit(align_config, device=device)
     if aligned.interrupted:
         raise KeyboardInterrupt
     reward_config = override(reward_config, {"init_from": str(aligned.checkpoint)})
     with _timed("reward: training", seconds):
-        rewarded = build_from_config(reward_config, Runtime.detect(reward_config.loop.precision, device)).fit()
+        rewarded = fit(reward_config, device=device)
     if rewarded.interrupted:
         raise KeyboardInterrupt
 

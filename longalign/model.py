@@ -1,8 +1,8 @@
-"""A trained model with the interface of diffusers: `from_pretrained`, a call, `save_pretrained`, `push_to_hub`."""
+"""A model with the interface of diffusers: `from_pretrained`, a call, `save_pretrained`, `push_to_hub`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from longalign.checkpoints import publish, upload
 from longalign.checkpoints.checkpoint import load_for_sampling
 from longalign.checkpoints.diffusers_files import denoiser_folder
+from longalign.config.checks import check_files
 from longalign.config.files import find_checkpoint
-from longalign.config.run import RunConfig
+from longalign.config.run import RunConfig, load_config
 from longalign.image_io import to_pil
 from longalign.inference.pipelines import base_pipeline
-from longalign.inference.sampling import sample
+from longalign.inference.sampling import load_model, sample
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,18 +41,18 @@ def _resolve_alias(**aliases: Any) -> Any:
 
 
 class Model:
-    """A trained model for inference: the backbone with all LoRAs merged, and the encoder with its adapter.
+    """A model for inference: a backbone, and an encoder with its adapter. All weights are frozen.
 
-    All weights are frozen.
+    Use `from_pretrained` for a trained model, and `from_config` for an untrained one.
 
     Args:
         config: config of the run.
         backbone: denoiser and autoencoder.
         encoder: prompt encoder.
-        checkpoint: file of the checkpoint.
+        checkpoint: file of the checkpoint; None for an untrained model.
     """
 
-    def __init__(self, config: RunConfig, backbone: Backbone, encoder: Encoder, checkpoint: Path):
+    def __init__(self, config: RunConfig, backbone: Backbone, encoder: Encoder, checkpoint: Path | None):
         self.config, self.backbone, self.encoder, self.checkpoint = config, backbone, encoder, checkpoint
 
     @classmethod
@@ -63,7 +64,7 @@ class Model:
         device: str | None = None,
         dtype: str | None = None,
     ) -> Model:
-        """Loads a checkpoint with its base model and text encoders.
+        """Loads a checkpoint with its base model and text encoders. All LoRAs are merged.
 
         Args:
             checkpoint: the checkpoint's file or folder, a run's folder (the newest checkpoint), or ``owner/name`` on
@@ -79,11 +80,35 @@ class Model:
         path = find_checkpoint(str(checkpoint), revision)
         return cls(*load_for_sampling(path, device=device, dtype=dtype), path)
 
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any] | str | Path | RunConfig, *, device: str | None = None, dtype: str | None = None
+    ) -> Model:
+        """Builds the model of a config as it is before training: the base model with the config's encoder.
+
+        With ``init_from``, its weights are those of that checkpoint.
+
+        Args:
+            config: a mapping, a YAML or JSON file, or a `RunConfig`; only backbone, encoder and ``init_from`` are used.
+            device: a torch device; the fastest available one if None.
+            dtype: "float32", "bfloat16" or "float16"; that of ``loop.precision`` if None.
+
+        Raises:
+            ConfigError: with all problems of the config and its files, or if it has no backbone or no encoder.
+            ValueError: if the device is not available.
+        """
+        config = load_config(config)
+        check_files(config, training=False)
+        _, backbone, encoder = load_model(config, dtype, device)
+        for part in (backbone, encoder):
+            part.requires_grad_(False).eval()
+        return cls(config, backbone, encoder, None)
+
     def __repr__(self) -> str:
         parts = (("backbone", self.config.backbone), ("encoder", self.config.encoder))
         components = [f"{key}={part and part.name!r}" for key, part in parts]
         denoiser = self.backbone.denoiser
-        name, device = str(self.checkpoint), self.backbone.device
+        name, device = "untrained" if self.checkpoint is None else str(self.checkpoint), self.backbone.device
         return f"Model({name!r}, {', '.join(components)}, {denoiser.dtype}, device='{device}')"
 
     def __call__(
@@ -176,7 +201,13 @@ class Model:
     def save_pretrained(
         self, folder: str | Path, *, metrics: str | Path | None = None, license: str | None = None
     ) -> list[Path]:
-        """Exports for `from_pretrained` and diffusers with a model card; see `longalign.checkpoints.publish.export`."""
+        """Exports for `from_pretrained` and diffusers with a model card; see `longalign.checkpoints.publish.export`.
+
+        Raises:
+            ValueError: if the model is untrained.
+        """
+        if self.checkpoint is None:
+            raise ValueError("an untrained model has no checkpoint to save; expected one of Model.from_pretrained")
         return publish.export(self.checkpoint, folder, metrics, license)
 
     def push_to_hub(

@@ -45,6 +45,10 @@ except Exception:  # on import, catalogue reads the entry points of all distribu
     skip_unreadable()
     import catalogue
 
+#: maximum of integers without a bound of their own
+MAX_INT = 2**63 - 1
+#: mark of a part's kind in a JSON schema
+KIND = "x-longalign-kind"
 KEBAB = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 TARGET = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -69,7 +73,7 @@ def _strict(schema: Any) -> Any:
     if schema.get("type") in ("int", "bool"):
         schema["strict"] = True
     if schema.get("type") == "int" and not {"le", "lt"} & schema.keys():
-        schema["le"] = 2**63 - 1
+        schema["le"] = MAX_INT
     if schema.get("type") == "float":
         return core_schema.no_info_before_validator_function(_reject_bool, schema)
     return schema
@@ -78,10 +82,13 @@ def _strict(schema: Any) -> Any:
 class Section(BaseModel):
     """Base class of all config classes: frozen and strict.
 
-    Extra keys, infinities, NaN, strings for integers, booleans for numbers and integers beyond 64 bits are errors.
+    Extra keys, infinities, NaN, strings for integers, booleans for numbers and integers beyond 64 bits are errors. The
+    docstring below a field is the description of its key.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, use_attribute_docstrings=True
+    )
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> Any:
@@ -118,6 +125,11 @@ class PartConfig(Section):
         """
         module, _, name = type(self).target.partition(":")
         return getattr(import_module(module), name).from_config(self, runtime, **parts)
+
+    @classmethod
+    def built_from(cls) -> tuple[str, ...]:
+        """Names of the built parts that `build` takes; none except for trainers."""
+        return ()
 
     def check_run(self, run: Any) -> list[ConfigProblem]:
         """Cross-checks with the rest of the run; returns problems as ``(path, message)``.
@@ -255,7 +267,7 @@ class Registry:
         module, _, attribute = self._config.partition(":")
         base = getattr(import_module(module), attribute)
         if isinstance(target, type) and issubclass(target, PartConfig):
-            _check_config_class(name, target, self.kind, base)
+            _check_config_class(name, target, base)
             return target
         if isinstance(target, type) or not callable(target) or not self.function:
             function = f", or a function ({', '.join(self.function)})" if self.function else ""
@@ -347,6 +359,8 @@ class Registry:
         """Builds a part as `build` does, from a validated config."""
         name = config.name
         origin = self.infos(name)[0].owner if name in self else f"{type(config).__module__}"
+        for key in parts.keys() - {*config.built_from()}:
+            raise ValueError(f"'{name}' uses no {key}, got {shorten(parts[key])}")
         try:
             part = config.build(runtime, **parts)
         except PLUGIN_BUGS as error:
@@ -405,13 +419,13 @@ def _location(model: type) -> tuple[str, str]:
     return model.__module__, model.__qualname__
 
 
-def _check_config_class(name: str, model: type[PartConfig], kind: str, base: type[PartConfig]) -> None:
+def _check_config_class(name: str, model: type[PartConfig], base: type[PartConfig]) -> None:
     """Rejects malformed config classes early, with a hint for the plugin author."""
     if not issubclass(model, base):
         raise PartError(f"{model.__name__} must derive from {base.__module__}.{base.__name__}")
     if model.build is PartConfig.build and not TARGET.fullmatch(model.target):
         raise PartError(f"{model.__name__} needs target = 'module:class' of its part, got {model.target!r}")
-    parts = (*getattr(model, "needs", ()), "rewards") if kind == "trainers" else ()
+    parts = model.built_from()
     if problem := _call_problem(model.build, "self", "runtime", **dict.fromkeys(parts)):
         expected = ", ".join(("self", "runtime", *(("*", *parts) if parts else ())))
         raise PartError(f"{model.__name__}.build must take ({expected}): {problem}")
@@ -428,9 +442,12 @@ def _check_config_class(name: str, model: type[PartConfig], kind: str, base: typ
 
 @dataclass(frozen=True)
 class PartOf:
-    """Annotation metadata set by `Part` and read by `longalign.config.describe`."""
+    """Annotation metadata set by `Part`: the kind of the part, for its JSON schema."""
 
     kind: str
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        return {KIND: self.kind}
 
 
 def Part(kind: str) -> Any:

@@ -1,4 +1,7 @@
-"""Sharded weights (FSDP2, torch's `fully_shard`): gathering, sharding and resharding."""
+"""Sharded weights (FSDP2, torch's `fully_shard`): gathering, sharding and resharding.
+
+Experimental: tested with two CPU processes (gloo), not yet on several GPUs.
+"""
 
 from __future__ import annotations
 

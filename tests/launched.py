@@ -24,11 +24,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
-from longalign.compose import build_from_config
+from longalign.config.run import load_config
 from longalign.loop.run import Run
 from longalign.registry import rewards
 from longalign.rewards.base import EmbeddingReward
 from longalign.rewards.config import RewardConfig
+from longalign.runtime import Runtime
 
 BATCH, STEPS = 4, 4
 EPS = 1e-2
@@ -50,6 +51,7 @@ class Colours(EmbeddingReward):
 
 
 class ColoursConfig(RewardConfig):
+    target: ClassVar[str] = "launched:Colours"
     embeds: ClassVar[bool] = True
 
     name: str = "colours"
@@ -160,20 +162,21 @@ def train(folder, rank=0, world_size=1, configs=configs):
         if name != "align":
             noise.num_calls = 0
         buckets = []
-        run = Run(build_from_config(config), resume)
-        for group in run.optimizer.optimizer.param_groups:
+        run = Run(load_config(config), Runtime.detect(config["loop"].get("precision", "no")), resume)
+        optimization, composition = run.optimization, run.composition
+        for group in optimization.optimizer.optimizer.param_groups:
             group["eps"] = EPS
-        for module in run.wrapped:
+        for module in optimization.wrapped:
             if isinstance(module, DistributedDataParallel):
                 module.register_comm_hook(buckets, counting_hook)
-        model = run.trainer if run.backbone is None else run.backbone.denoiser
+        model = composition.trainer if run.config.backbone is None else composition.backbone.denoiser
         weights, calls = list(model.parameters()), []
         local = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in weights)
         model.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         with noise.patched():
             run.train(lambda: False)
         run.close()
-        results[name] = {"exchanged": len(buckets), "modules": len(run.wrapped), "seed": noise.seed}
+        results[name] = {"exchanged": len(buckets), "modules": len(optimization.wrapped), "seed": noise.seed}
         results[name] |= {"calls": len(calls), "shard": local / sum(p.numel() for p in weights)}
         assert (run.accelerator.num_processes, run.accelerator.process_index) == (world_size, rank)
     return results

@@ -12,17 +12,19 @@ from longalign.backbones.config import BackboneConfig
 from longalign.backbones.configs import LoraConfig
 from longalign.checkpoints import checkpoint
 from longalign.compose import Composition, build_from_config
-from longalign.config.run import load_config, override
+from longalign.config.changes import override
+from longalign.config.run import load_config
 from longalign.data.base import Data
 from longalign.data.config import DataConfig
 from longalign.encoders.base import Encoder
 from longalign.encoders.config import EncoderConfig
 from longalign.errors import ConfigError
+from longalign.loop.fit import fit
 from longalign.registry import PartConfig, backbones, data, encoders, rewards, trainers
 from longalign.rewards.base import Reward
 from longalign.runtime import Runtime, resolve_checkpoint
 from longalign.trainers.base import Trainer
-from longalign.trainers.configs import TrainerConfig
+from longalign.trainers.config import TrainerConfig
 
 BUILT: list[str] = []
 BASES = {"backbone": BackboneConfig, "encoder": EncoderConfig, "data": DataConfig}
@@ -106,20 +108,21 @@ def test_build_from_config_validates_before_building():
     assert BUILT == []
 
 
-def test_composition_runtime_settable_until_first_part_is_built():
+def test_composition_passes_its_runtime_which_cannot_change():
     composition = build_from_config({**CONFIG, "loop": {"precision": "bf16"}})
     assert composition.runtime.dtype == "bfloat16"
     assert composition.runtime.device == ("cuda" if torch.cuda.is_available() else "cpu")
-    composition.runtime = Runtime("meta")
-    assert composition.encoder.runtime.device == "meta"
-    with pytest.raises(ValueError, match=r"runtime.*built: encoder;"):
+    assert build_from_config(CONFIG, Runtime("meta")).encoder.runtime.device == "meta"
+    with pytest.raises(AttributeError):
         composition.runtime = Runtime("cpu")
 
 
 def test_composition_missing_trainer_or_data_raises():
     composition = build_from_config({"backbone": "recorded", "encoder": "recorded"}, Runtime())
     with pytest.raises(ConfigError, match=r"trainer: .*no trainer.*'trainer'"):
-        composition.fit()
+        _ = composition.trainer
+    with pytest.raises(ConfigError, match=r"trainer: .*no trainer.*'trainer'"):
+        fit(composition.config)
     with pytest.raises(ConfigError, match=r"data: .*no data.*'data'"):
         _ = composition.data
     assert BUILT == []
@@ -127,7 +130,7 @@ def test_composition_missing_trainer_or_data_raises():
 
 def test_build_from_config_accepts_run_config(tmp_path):
     config = load_config(CONFIG)
-    assert Composition(config).config == build_from_config(config).config == config
+    assert Composition(config, Runtime()).config == build_from_config(config).config == config
 
 
 def test_init_from_loads_checkpoint_weights(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from tiny import tiny_clip, tiny_sd
 
-from longalign.config.run import override
+from longalign.config.changes import override
 from longalign.demo import (
     HELD_OUT,
     default_config,

@@ -23,8 +23,9 @@ from tiny import tiny_clip, tiny_sd
 
 from longalign import load_config, override
 from longalign.cli.main import main, parse
+from longalign.config.changes import parse_assignments
 from longalign.config.describe import describe_model, describe_part
-from longalign.config.files import parse_assignments, parse_value
+from longalign.config.parsing import parse_value
 from longalign.config.run import RunConfig
 from longalign.registry import REGISTRIES, rewards
 from longalign.runtime import resolve_checkpoint

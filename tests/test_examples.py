@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from tiny import tiny_clip, tiny_sd, tiny_sd3, tiny_sdxl, tiny_t5
 
-from longalign import build_from_config, load_config, override
+from longalign import build_from_config, fit, load_config, override
 from longalign.checkpoints.checkpoint import load_weights
 from longalign.config.run import to_dict
 from longalign.demo import default_config
@@ -100,7 +100,7 @@ def test_longalign_sd15_configs_train_on_tiny_checkpoints(weights, tmp_path):
     conditioning = align.encoder.encode(["A red fox sleeps on a wall. The sky is green."])
     assert conditioning.states.shape == (1, 480, 16) and conditioning.mask is None
     before = {k: p.detach().clone() for k, p in align.encoder.named_parameters() if p.requires_grad}
-    aligned = align.fit()
+    aligned = fit(align.config)
     stage_one = load_weights(aligned.checkpoint)
     assert [lora.name for lora in stage_one.loras] == ["align"] and before.keys() == stage_one.adapter.keys()
     assert any(not torch.equal(before[k], v) for k, v in stage_one.adapter.items())
@@ -113,23 +113,21 @@ def test_longalign_sd15_configs_train_on_tiny_checkpoints(weights, tmp_path):
         "output": str(tmp_path / "reward"),
         "init_from": str(aligned.checkpoint),
     }
-    rewarded = build_from_config(override(EXAMPLES / "longalign-sd15-reward.yaml", {**tiny, **sampled})).fit()
+    rewarded = fit(override(EXAMPLES / "longalign-sd15-reward.yaml", {**tiny, **sampled}))
     stage_two = load_weights(rewarded.checkpoint)
     assert [lora.name for lora in stage_two.loras] == ["align", "reward"]
     for key, value in stage_one.adapter.items():
         torch.testing.assert_close(stage_two.adapter[key], value)
 
     lcm_changes = {**tiny, **data, "output": str(tmp_path / "lcm"), "init_from": str(aligned.checkpoint)}
-    distilled = build_from_config(override(EXAMPLES / "longalign-sd15-lcm.yaml", lcm_changes)).fit()
+    distilled = fit(override(EXAMPLES / "longalign-sd15-lcm.yaml", lcm_changes))
     lcm_reward_changes = {
         **sampled,
         "trainer.num_steps": 4,
         "output": str(tmp_path / "few"),
         "init_from": str(distilled.checkpoint),
     }
-    lcm_rewarded = build_from_config(
-        override(EXAMPLES / "longalign-sd15-lcm-reward.yaml", {**tiny, **lcm_reward_changes})
-    ).fit()
+    lcm_rewarded = fit(override(EXAMPLES / "longalign-sd15-lcm-reward.yaml", {**tiny, **lcm_reward_changes}))
     stage_three = load_weights(lcm_rewarded.checkpoint)
     assert [lora.name for lora in stage_three.loras] == ["align", "lcm", "reward"]
     for key, value in stage_one.adapter.items():
@@ -149,13 +147,13 @@ def test_longalign_sd3_configs_train_on_tiny_checkpoints(weights, tmp_path):
         "loop.steps": 1, "loop.batch_size": 2, "loop.accumulation": 1, "loop.workers": 0, "loop.precision": "no",
     }  # fmt: skip
     data = {"data.folder": weights["folder"], "data.resolution": 64, "output": str(tmp_path / "align")}
-    aligned = build_from_config(override(align, {**tiny, **data})).fit().checkpoint
+    aligned = fit(override(align, {**tiny, **data})).checkpoint
     sampled = {
         "rewards.0.inner.checkpoint": weights["clip"], "rewards.0.inner.crop": 60, "trainer.num_steps": 4,
         "trainer.resolution": 64, "data.file": str(Path(weights["folder"]) / "prompts.txt"),
         "output": str(tmp_path / "reward"), "init_from": str(aligned),
     }  # fmt: skip
-    rewarded = build_from_config(override(reward, {**tiny, **sampled})).fit().checkpoint
+    rewarded = fit(override(reward, {**tiny, **sampled})).checkpoint
     loras = load_weights(rewarded).loras
     assert [lora.name for lora in loras] == ["align", "reward"]
     assert all(any("lora_B" in k and v.any() for k, v in lora.state.items()) for lora in loras)
@@ -168,20 +166,18 @@ def test_mini_lcm_configs_train_on_tiny_checkpoints(weights, tmp_path):
         "backbone.checkpoint": weights["sd"], "encoder.checkpoint": weights["sd"], "trainer.lora.rank": 2,
         "loop.steps": 1, "loop.batch_size": 2,
     }  # fmt: skip
-    result = build_from_config(
-        override(EXAMPLES / "mini-align.yaml", {**tiny, "output": str(tmp_path / "align")})
-    ).fit()
+    result = fit(override(EXAMPLES / "mini-align.yaml", {**tiny, "output": str(tmp_path / "align")}))
     for name in ("lcm", "lcm-reward"):
         config = override(EXAMPLES / f"mini-{name}.yaml", {**tiny, "output": str(tmp_path / name)})
         reward = {"rewards.0.inner.checkpoint": weights["clip"]} if config.rewards else {}
-        result = build_from_config(override(config, {**reward, "init_from": str(result.checkpoint)})).fit()
+        result = fit(override(config, {**reward, "init_from": str(result.checkpoint)}))
     assert [lora.name for lora in load_weights(result.checkpoint).loras] == ["align", "lcm", "reward"]
 
 
 def test_denscore_configs_train_on_tiny_checkpoints(weights, tmp_path):
     tiny = {"rewards.0.checkpoint": weights["clip"], "loop.steps": 1, "loop.batch_size": 2, "loop.workers": 0}
     config = override(EXAMPLES / "mini-denscore.yaml", {**tiny, "output": str(tmp_path / "mini")})
-    trained = build_from_config(config).fit().checkpoint / "reward"
+    trained = fit(config).checkpoint / "reward"
     rows = [
         {"image_0": "0.png", "image_1": "1.png", "text": "A red fox. The sky is green.", "label_0": 1, "label_1": 0}
     ]
@@ -193,7 +189,7 @@ def test_denscore_configs_train_on_tiny_checkpoints(weights, tmp_path):
     full = load_config(EXAMPLES / "longalign-denscore.yaml")
     assert 8 * full.loop.batch_size == 128 and full.data.images == ("jpg_0", "jpg_1")
     changes = {**tiny, "rewards.0.checkpoint": str(trained), "loop.precision": "no", "output": str(tmp_path / "full")}
-    result = build_from_config(override(full, {**changes, "data": {"name": "pairs", "folder": str(folder)}})).fit()
+    result = fit(override(full, {**changes, "data": {"name": "pairs", "folder": str(folder)}}))
     reward = rewards.build({"name": "denscore", "checkpoint": str(result.checkpoint / "reward")})
     assert reward.score(torch.rand(1, 3, 64, 64), ["A red fox. The sky is green."]).shape == (1,)
 
@@ -251,15 +247,15 @@ def test_24gb_configs_train_on_tiny_checkpoints(weights, tmp_path):
     }  # fmt: skip
     align, reward = (load_config(EXAMPLES / f"sd15-{stage}-24gb.yaml") for stage in ("align", "reward"))
     assert reward.init_from == align.output and reward.encoder == align.encoder and reward.backbone == align.backbone
-    aligned = build_from_config(override(align, {**tiny, **folder, "output": str(tmp_path / "align")})).fit()
+    aligned = fit(override(align, {**tiny, **folder, "output": str(tmp_path / "align")}))
     sampled = {
         "rewards.0.inner.checkpoint": weights["clip"], "trainer.num_steps": 5, "output": str(tmp_path / "reward"),
         "data.file": str(Path(weights["folder"]) / "prompts.txt"), "init_from": str(aligned.checkpoint),
     }  # fmt: skip
-    rewarded = build_from_config(override(reward, {**tiny, **sampled})).fit()
+    rewarded = fit(override(reward, {**tiny, **sampled}))
     assert [lora.name for lora in load_weights(rewarded.checkpoint).loras] == ["align", "reward"]
 
     sdxl = str(tiny_sdxl(tmp_path / "sdxl"))
     changes = {**common, **folder, "backbone.checkpoint": sdxl, "encoder.checkpoint": sdxl}
     large = override(EXAMPLES / "sdxl-align-24gb.yaml", {**changes, "output": str(tmp_path / "sdxl-run")})
-    assert build_from_config(large).fit().step == 1
+    assert fit(large).step == 1

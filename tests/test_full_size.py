@@ -14,7 +14,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from longalign.rewards.hpsv2 import build_model
+from longalign.rewards.hpsv2.weights import build_model
 
 
 def clip_config(width, layers, heads, **overrides):

@@ -10,6 +10,8 @@ from tiny import tiny_sd
 from longalign import Model
 from longalign.compose import build_from_config
 from longalign.config.files import checkpoint_file
+from longalign.config.run import to_dict
+from longalign.errors import ConfigError
 from longalign.image_folder import remove_listed
 from longalign.inference.sampling import generate, load_model
 from longalign.runtime import Runtime, devices
@@ -88,6 +90,16 @@ def test_load_model_float16_does_not_warn(model, tmp_path, capfd):
     _, backbone, _ = load_model(run, dtype="float16")
     assert backbone.denoiser.dtype == torch.float16
     assert "float32" not in capfd.readouterr().err
+
+
+def test_from_config_builds_untrained_model(model, tmp_path):
+    untrained = Model.from_config(model.config, device="cpu")
+    assert images_equal(untrained("A fox.", **FAST), model("A fox.", **FAST)) and "untrained" in repr(untrained)
+    assert not any(p.requires_grad for part in (untrained.backbone, untrained.encoder) for p in part.parameters())
+    with pytest.raises(ValueError, match=r"untrained.*from_pretrained"):
+        untrained.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"init_from: no checkpoint in nowhere"):
+        Model.from_config({**to_dict(model.config), "init_from": "nowhere"})
 
 
 def test_generate_replaces_images_only_with_overwrite(model, tmp_path):

@@ -64,7 +64,7 @@ def test_registry_lists_built_in_entry_points():
     assert set(rewards.names()) >= {"clip", "denscore", "hpsv2", "pickscore", "reweighted", "sum"}
     assert {r.kind for r in REGISTRIES.values()} == set(REGISTRIES)
     info = encoders.info("t5")
-    assert info.target == "longalign.encoders.configs:T5Config"
+    assert info.target == "longalign.encoders.t5.config:T5Config"
     assert info.owner.startswith("longalign ")
 
 
@@ -211,7 +211,7 @@ def test_list_reports_unreadable_entry_points(tmp_path):
     command = [sys.executable, "-m", "longalign", "list", "rewards", "--check"]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "longalign.rewards.configs:DenscoreConfig" in done.stdout
+    assert "longalign.rewards.clip.config:DenscoreConfig" in done.stdout
     assert re.search(r"entry points of fake-latin 1\.0 .*UnicodeDecodeError", done.stderr)
     assert "entry points of fake-mangled 1.0 " in done.stderr
     assert "Traceback" not in done.stderr

@@ -372,3 +372,26 @@ def tiny_sd3(folder: Path, **transformer_settings) -> Path:
     ).save_pretrained(folder)  # fmt: skip
     shutil.rmtree(t5)
     return folder
+
+
+def tower_reward(towers, preprocessor, **settings):
+    """A `TowerReward` with the defaults of its config."""
+    from longalign.rewards import TowerReward
+
+    return TowerReward(towers, preprocessor, **{"segmenter": None, "micro_batch": None, "truncate": False, **settings})
+
+
+def reweighted(inner, **settings):
+    """A `ReweightedReward` with the defaults of its config."""
+    from longalign.rewards import ReweightedReward
+    from longalign.runtime import Runtime
+
+    return ReweightedReward(inner, **{"omega": 0.3, "direction": "batch", "gather": Runtime.gather, **settings})
+
+
+def steps(name, **settings):
+    """A method of the kind ``gradient_steps``, built from its config for one process."""
+    from longalign.registry import gradient_steps
+    from longalign.runtime import Runtime
+
+    return gradient_steps.build({"name": name, **settings}, Runtime())

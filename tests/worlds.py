@@ -6,11 +6,14 @@ from torch import nn
 
 from longalign.backbones.config import BackboneConfig
 from longalign.backbones.configs import LoraConfig
+from longalign.config.run import load_config
 from longalign.data.base import Data
 from longalign.data.config import DataConfig
 from longalign.encoders.base import Conditioning, Encoder
 from longalign.encoders.config import EncoderConfig
+from longalign.loop.run import Run
 from longalign.registry import backbones, data, encoders, rewards
+from longalign.runtime import Runtime
 
 LORA = LoraConfig(rank=2, dropout=0.1)
 
@@ -98,6 +101,17 @@ PARTS = (
     (data, "bare-words", BareWordsConfig),
     (rewards, "red", red),
 )
+
+
+def finished(config):
+    """A run that has been trained to its end, to inspect its parts; ``run.folder`` is its last checkpoint."""
+    config = load_config(config)
+    run = Run(config, Runtime.detect(config.loop.precision))
+    try:
+        run.train(lambda: False)
+    finally:
+        run.close()
+    return run
 
 
 def register():

@@ -21,15 +21,13 @@ from longalign.encoders.base import Encoder
 from longalign.encoders.cached import (
     build_cached,
     entries,
-    frozen_config,
-    leaves,
     prompt_key,
     require_cached,
     settings,
 )
+from longalign.encoders.config import EncoderConfig
 from longalign.loop.locks import Lock
 from longalign.names import unique_name
-from longalign.registry import PartConfig
 from longalign.runtime import Runtime
 
 TEXT_FOLDERS = ("text_encoder", "tokenizer")
@@ -149,11 +147,11 @@ def _validation_prompts(config: RunConfig) -> list[str]:
     return read_prompts(Path(prompts)) if isinstance(prompts, str) else list(prompts)
 
 
-def _named(config: RunConfig) -> Iterator[tuple[str, PartConfig]]:
+def _named(config: RunConfig) -> Iterator[tuple[str, EncoderConfig]]:
     """Encoders with a cache of their own, each with the name of its folder."""
     assert config.encoder is not None  # a config with a cache has one
     names: set[str] = set()
-    for leaf in leaves(config.encoder):
+    for leaf in config.encoder.leaves():
         name = unique_name(f"prompts-{leaf.name}", names)
         names.add(name)
         yield name, leaf
@@ -172,7 +170,7 @@ def _latents(config: RunConfig, runtime: Runtime, **options: Any) -> Store:
     return Store(Path(config.cache.folder) / "latents", identity, **options)
 
 
-def _prompts(config: RunConfig, name: str, leaf: PartConfig, runtime: Runtime, **options: Any) -> Store:
+def _prompts(config: RunConfig, name: str, leaf: EncoderConfig, runtime: Runtime, **options: Any) -> Store:
     assert config.cache is not None
     encoder = settings(leaf)
     identity = {"encoder": encoder, "dtype": runtime.dtype, "weights": fingerprints(encoder, TEXT_FOLDERS)}
@@ -289,7 +287,7 @@ def _check_deterministic(data: Data) -> None:
 def _make_prompts(
     config: RunConfig,
     name: str,
-    leaf: PartConfig,
+    leaf: EncoderConfig,
     prompts: list[str],
     runtime: Runtime,
     batch_size: int,
@@ -307,9 +305,9 @@ def _make_prompts(
 
 
 def _encode_prompts(
-    name: str, leaf: PartConfig, chunks: list[list[str]], store: Store, runtime: Runtime, progress: bool
+    name: str, leaf: EncoderConfig, chunks: list[list[str]], store: Store, runtime: Runtime, progress: bool
 ) -> None:
-    encoder = frozen_config(leaf).build(runtime).eval()
+    encoder = leaf.frozen_config().build(runtime).eval()
     if trained := [key for key, parameter in encoder.named_parameters() if parameter.requires_grad]:
         raise ValueError(
             f"the encoder '{leaf.name}' has trainable weights ({trained[0]}, ...) outside of its key 'adapter', so "

@@ -27,13 +27,13 @@ from longalign.checkpoints.provenance import providers, versions
 from longalign.checkpoints.redaction import redacted
 from longalign.checkpoints.weights import load_tensors, save_tensors
 from longalign.config.checks import check_parts
-from longalign.config.files import CHECKPOINT, REWARD, checkpoint_file, read_mapping, read_metadata
+from longalign.config.files import CHECKPOINT, REWARD, checkpoint_file, read_metadata
+from longalign.config.parsing import read_mapping
 from longalign.config.run import RunConfig, load_config, to_dict
 from longalign.encoders.base import Encoder
 from longalign.errors import ConfigError
 from longalign.registry import backbones, encoders
 from longalign.runtime import Runtime
-from longalign.trainers.base import adapter
 
 log = logging.getLogger("longalign")
 
@@ -75,7 +75,7 @@ def collect(backbone: Backbone | None, encoder: Encoder | None) -> Weights:
 
     With sharded weights all processes must call it; only the first process receives them.
     """
-    parameters = {} if encoder is None else adapter(encoder)
+    parameters = {} if encoder is None else encoder.adapter_parameters()
     adapter_state = {k: p.detach().to("cpu", copy=True).contiguous() for k, p in parameters.items()}
     loras = [] if backbone is None else backbone.lora_state()
     denoiser = backbone.full_state() if backbone is not None and backbone.full_finetune else {}
@@ -199,7 +199,7 @@ def load_into(checkpoint: str | Path, backbone: Backbone, encoder: Encoder) -> N
     if weights.denoiser:
         backbone.load_full(weights.denoiser)
     backbone.load_lora(weights.loras)
-    parameters = adapter(encoder)
+    parameters = encoder.adapter_parameters()
     check_same_names("the encoder's adapter", parameters, weights.adapter)
     for name, parameter in parameters.items():
         parameter.data.copy_(weights.adapter[name])

@@ -5,9 +5,8 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 
 from longalign.cli.options import add_device, add_overrides, positive
+from longalign.config.changes import override, parse_assignments
 from longalign.config.checks import check_files
-from longalign.config.files import parse_assignments
-from longalign.config.run import override
 
 EXAMPLES = """
     longalign cache run.yaml 'cache={folder: runs/cache}'

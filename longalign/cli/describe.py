@@ -6,15 +6,16 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from longalign.cli.rewards import CONFIG_SUFFIXES
-from longalign.config.describe import describe_topic
-from longalign.config.files import parse_assignments
-from longalign.config.run import override, to_yaml
+from longalign.config.changes import override, parse_assignments
+from longalign.config.describe import describe_schema, describe_topic
+from longalign.config.run import to_yaml
 from longalign.errors import redact_url
 
 EXAMPLES = """
     longalign describe encoders
     longalign describe encoders clip-segment
     longalign describe run
+    longalign describe run --json-schema > run.schema.json
     longalign describe run.yaml encoder=t5
     longalign describe runs/align/checkpoint-000500
 """
@@ -24,12 +25,15 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("topic", help="a kind, a part, 'run' or a key of it, a config file, or a checkpoint")
     about = "a part's name after a kind, or changes to a config"
     parser.add_argument("details", nargs="*", default=[], metavar="NAME|key=value", help=about)
+    parser.add_argument("--json-schema", action="store_true", help="with 'run': print its JSON schema, for editors")
 
 
 def run(args: Namespace) -> None:
     """Describes a kind, a part, the keys of a run, or a config."""
     topic, details = args.topic, args.details
-    if Path(topic).suffix in CONFIG_SUFFIXES or Path(topic).is_dir():
+    if args.json_schema:
+        print(describe_schema([topic, *details]))
+    elif Path(topic).suffix in CONFIG_SUFFIXES or Path(topic).is_dir():
         print(redact_url(to_yaml(override(topic, parse_assignments(details)))), end="")
     else:
         print(describe_topic([topic, *details]))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from longalign.config.checks import check_parts
-from longalign.config.files import parse_value, read_mapping
+from longalign.config.parsing import parse_value, read_mapping
 from longalign.names import unique_name
 from longalign.registry import PartConfig, rewards
 

@@ -7,9 +7,9 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from longalign.cli.options import add_device, add_overrides
+from longalign.config.changes import override, parse_assignments
 from longalign.config.checks import check_files
-from longalign.config.files import checkpoint_file, parse_assignments
-from longalign.config.run import override
+from longalign.config.files import checkpoint_file
 
 EXAMPLES = """
     longalign train examples/mini-align.yaml
@@ -37,10 +37,9 @@ def run(args: Namespace) -> int:
     if resume is not None and (args.resume_from or from_checkpoint):
         checkpoint_file(resume)  # with --resume, a config file without a checkpoint starts a new run
     check_files(config, resumed=resume is not None)  # `fit` checks again, but only after importing torch
-    from longalign.compose import build_from_config
-    from longalign.runtime import Runtime
+    from longalign.loop.fit import fit
 
-    result = build_from_config(config, Runtime.detect(config.loop.precision, args.device)).fit(resume=resume)
+    result = fit(config, device=args.device, resume=resume)
     print(f"step {result.step} of {config.loop.steps}: {result.checkpoint}")
     if result.interrupted:
         return 128 + (result.signal or signal.SIGINT)

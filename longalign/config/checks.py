@@ -13,8 +13,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from longalign.config.changes import diff
 from longalign.config.files import HUB_ID, checkpoint_file
-from longalign.config.run import RunConfig, diff, load_config
+from longalign.config.run import RunConfig, load_config
 from longalign.errors import ConfigError, ConfigProblem, shorten
 from longalign.hub import BASE_MODEL, is_base_model
 from longalign.registry import PartConfig
@@ -127,21 +128,22 @@ def _conditioning_problems(config: RunConfig) -> list[ConfigProblem]:
     return problems
 
 
-def _sizes(config: RunConfig) -> dict[str, Any]:
+def _sizes(config: RunConfig) -> dict[str, int | None]:
     """Sides in pixels of the training images."""
-    sizes = {"trainer.resolution": getattr(config.trainer, "resolution", None)}
-    if getattr(config.trainer, "needs_images", True):
-        sizes["data.resolution"] = None if config.data is None else config.data.image_size
+    sizes = {} if config.trainer is None else {"trainer.resolution": config.trainer.image_size}
+    if config.data is not None and (config.trainer is None or config.trainer.needs_images):
+        sizes["data.resolution"] = config.data.image_size
     return sizes
 
 
-def _size_problems(config: RunConfig, sizes: Mapping[str, Any]) -> list[ConfigProblem]:
+def _size_problems(config: RunConfig, sizes: Mapping[str, int | None]) -> list[ConfigProblem]:
     """Sizes in pixels that the backbone cannot encode to latents."""
-    divisor = getattr(config.backbone, "divisor", None)
+    if config.backbone is None or (divisor := config.backbone.divisor) is None:
+        return []
     return [
-        (key, f"expected a multiple of {divisor} for the backbone '{getattr(config.backbone, 'name', '')}', got {size}")
+        (key, f"expected a multiple of {divisor} for the backbone '{config.backbone.name}', got {size}")
         for key, size in sizes.items()
-        if isinstance(divisor, int) and isinstance(size, int) and size % divisor
+        if size is not None and size % divisor
     ]
 
 

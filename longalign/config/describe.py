@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import inspect
 import json
-import re
 import shutil
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Any, get_args
 
-import annotated_types
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from longalign.config.run import RunConfig
+from longalign.config.schema import REFERENCE, model_schema, run_schema, summary
 from longalign.discovery import discover
 from longalign.errors import suggestion
-from longalign.registry import REGISTRIES, PartConfig, PartError, PartOf, Registry, misnamed_entry_points
+from longalign.registry import KIND, REGISTRIES, PartConfig, PartError, Registry, misnamed_entry_points
 
-LOWER_BOUNDS = ((annotated_types.Ge, "ge", ">="), (annotated_types.Gt, "gt", ">"))
-UPPER_BOUNDS = ((annotated_types.Le, "le", "<="), (annotated_types.Lt, "lt", "<"))
+Schema = dict[str, Any]
+
+MISSING = object()
+BOUNDS = (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<"))
+#: JSON types in the words of config files
+TYPES = {
+    "boolean": "true | false",
+    "integer": "int",
+    "number": "float",
+    "object": "mapping",
+    "string": "text",
+}
 
 
 def parts_table(kinds: Iterable[str] = (), targets: bool = False) -> tuple[str, list[str]]:
@@ -70,7 +76,7 @@ def describe_topic(words: Sequence[str]) -> str:
     """
     topic, details = words[0], words[1:]
     kind = topic if topic in REGISTRIES else f"{topic}s"
-    sections = {key: model for key, field in RunConfig.model_fields.items() for model in _sections(field.annotation)}
+    sections = {key: model for key, field in RunConfig.model_fields.items() for model in _models(field.annotation)}
     part_kinds = [registry.kind for registry in REGISTRIES.values() if topic in registry]
     if kind in REGISTRIES and len(details) < 2:
         return describe_part(kind, details[0]) if details else describe_kind(kind)
@@ -89,17 +95,28 @@ def describe_topic(words: Sequence[str]) -> str:
     )
 
 
+def describe_schema(words: Sequence[str]) -> str:
+    """Output of ``longalign describe run --json-schema``.
+
+    Raises:
+        PartError: if the topic is not ``run``.
+    """
+    if list(words) != ["run"]:
+        raise PartError(f"--json-schema describes a run; expected: longalign describe run, got {' '.join(words)}")
+    return json.dumps(run_schema(), indent=2, ensure_ascii=False)
+
+
 def describe_part(kind: str, name: str) -> str:
     """Description of one part: its docstring, origin, and each key with type, default and description."""
     (registry,) = _registries([kind])
     model, info = registry.get(name), registry.info(name)
-    head = f"{name} ({kind}), from {info.owner}: {info.target}\n\n{_parse_docstring(model)[0]}\n"
+    head = f"{name} ({kind}), from {info.owner}: {info.target}\n\n{summary(model)}\n"
     return "\n".join([head, *_describe_keys(model)]).rstrip()
 
 
 def describe_model(model: type[BaseModel]) -> str:
     """Description of a config class that is not a part, such as `longalign.config.run.RunConfig`."""
-    return "\n".join([f"{_parse_docstring(model)[0]}\n", *_describe_keys(model)]).rstrip()
+    return "\n".join([f"{summary(model)}\n", *_describe_keys(model)]).rstrip()
 
 
 def _registries(kinds: Iterable[str]) -> list[Registry]:
@@ -117,7 +134,7 @@ def _terminal_width() -> int:
 
 
 def _short_description(model: type) -> str:
-    return " ".join(_parse_docstring(model)[0].split("\n\n")[0].split())
+    return " ".join(summary(model).split("\n\n")[0].split())
 
 
 def _table(rows: list[tuple[str, ...]], fill: bool = False) -> str:
@@ -132,92 +149,67 @@ def _table(rows: list[tuple[str, ...]], fill: bool = False) -> str:
     return "\n".join(lines)
 
 
-def _describe_keys(model: type[BaseModel], prefix: str = "", defaults: BaseModel | None = None) -> Iterator[str]:
-    descriptions = {}
-    for base in reversed(model.__mro__):
-        descriptions.update(_parse_docstring(base)[1] if issubclass(base, BaseModel) else {})
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The config classes of a key's sections, without parts."""
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, BaseModel) and annotation is not PartConfig else []
+    return [model for argument in get_args(annotation) for model in _models(argument)]
+
+
+def _describe_keys(model: type[BaseModel]) -> Iterator[str]:
+    schema = model_schema(model)
+    yield from _describe_properties(schema, schema["$defs"])
+
+
+def _describe_properties(schema: Schema, definitions: Schema, prefix: str = "", values: Any = None) -> Iterator[str]:
+    """Lines of each key and of the keys below it; ``values`` are defaults that replace those of the schema."""
     # required keys come first, even after the inherited keys of a base class
-    for key, field in sorted(model.model_fields.items(), key=lambda item: not item[1].is_required()):
-        if key == "name" and issubclass(model, PartConfig):
-            continue
-        annotation = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
-        default = _default_of(field) if defaults is None else getattr(defaults, key)
-        yield f"{prefix}{key}: {type_text(annotation)}{_default(field, default)}"
-        if text := descriptions.get(key):
+    for key, value in sorted(schema["properties"].items(), key=lambda item: item[0] not in schema.get("required", ())):
+        default = values[key] if isinstance(values, dict) and key in values else value.get("default", MISSING)
+        sections = list(_sections(value, definitions))
+        state = " (required)" if default is MISSING and key in schema.get("required", ()) else ""
+        if default is not MISSING and not (sections and isinstance(default, dict)):
+            state = f" = {json.dumps(default, ensure_ascii=False)}"
+        yield f"{prefix}{key}: {type_text(value)}{state}"
+        if text := value.get("description"):
             yield textwrap.fill(
                 text, _terminal_width(), initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False
             )
-        for section in _sections(field.annotation):
-            is_list = get_origin(field.annotation) in (list, tuple)
-            section_defaults = default if isinstance(default, section) else None
-            yield from _describe_keys(section, f"{prefix}{key}.{'0.' if is_list else ''}", section_defaults)
+        for section, is_list in sections:
+            yield from _describe_properties(section, definitions, f"{prefix}{key}.{'0.' if is_list else ''}", default)
 
 
-def _sections(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type):
-        # parts looked up by name have descriptions of their own
-        return [annotation] if issubclass(annotation, BaseModel) and annotation is not PartConfig else []
-    return [section for a in get_args(annotation) for section in _sections(a)]
+def _sections(value: Schema, definitions: Schema, is_list: bool = False) -> Iterator[tuple[Schema, bool]]:
+    """Schemas of the sections that a value may be, and whether it is a list of them.
+
+    Parts looked up by name have descriptions of their own.
+    """
+    if "$ref" in value:
+        yield definitions[value["$ref"].removeprefix(REFERENCE)], is_list
+    for member in value.get("anyOf", ()):
+        yield from _sections(member, definitions, is_list)
+    if isinstance(value.get("items"), dict):
+        yield from _sections(value["items"], definitions, True)
 
 
-def _default_of(field: FieldInfo) -> Any:
-    return PydanticUndefined if field.is_required() else field.get_default(call_default_factory=True, validated_data={})
+def type_text(value: Schema) -> str:
+    """Formats a JSON schema in config-file terms: ``"plain" | "referring"``, ``int >= 1``, ``list of text``."""
+    bounds = [f"{sign} {value[key]}" for key, sign in BOUNDS if key in value]
+    return " ".join([_plain_type(value), *([" and ".join(bounds)] if bounds else [])])
 
 
-def _default(field: FieldInfo, value: Any) -> str:
-    if value is PydanticUndefined and field.is_required():
-        return " (required)"
-    if isinstance(value, BaseModel):
-        return "" if _sections(field.annotation) else f" = {json.dumps(value.model_dump(mode='json'))}"
-    return "" if value is PydanticUndefined else f" = {json.dumps(value, default=str, ensure_ascii=False)}"
-
-
-def type_text(annotation: Any) -> str:
-    """Formats an annotation in config-file terms: ``"plain" | "referring"``, ``int >= 1``, ``list of text``."""
-    origin, args = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        metadata = [m for arg in args[1:] for m in (arg.metadata if isinstance(arg, FieldInfo) else (arg,))]
-        kind = next((m.kind for m in metadata if isinstance(m, PartOf)), None)
-        return (f"one of {kind}" if kind else type_text(args[0])) + _bounds(metadata)
-    if origin is Literal:
-        return " | ".join(json.dumps(a) for a in args)
-    if origin in (tuple, list) and (origin is list or args[-1] is Ellipsis):
-        return f"list of {type_text(args[0])}"
-    if origin is tuple:
-        return f"[{', '.join(map(type_text, args))}]"
-    if origin is dict:
-        return f"mapping of {type_text(args[0])} to {type_text(args[1])}"
-    if args:
-        return " | ".join(map(type_text, args))
-    if isinstance(annotation, type):
-        names = {str: "text", type(None): "null", bool: "true | false"}
-        return names.get(annotation, "mapping" if issubclass(annotation, (BaseModel, dict)) else annotation.__name__)
-    return re.sub(r"\w+\.", "", str(annotation))
-
-
-def _bounds(metadata: Iterable[Any]) -> str:
-    metadata = list(metadata)
-    bounds = [
-        f"{sign} {getattr(item, attribute)}"
-        for kind, attribute, sign in (*LOWER_BOUNDS, *UPPER_BOUNDS)
-        for item in metadata
-        if isinstance(item, kind) and isinstance(getattr(item, attribute), (int, float))
-    ]
-    return f" {' and '.join(bounds)}" if bounds else ""
-
-
-def _parse_docstring(model: type) -> tuple[str, dict[str, str]]:
-    """Text of a docstring before ``Attributes:``, and the description of each attribute."""
-    doc = inspect.cleandoc(model.__doc__ or "") if "__doc__" in vars(model) else ""
-    text, _, rest = doc.partition("Attributes:")
-    descriptions: dict[str, str] = {}
-    key = ""
-    for line in rest.splitlines():
-        if match := re.match(r"    (\w+): (.*)", line):
-            key = match[1]
-            descriptions[key] = match[2]
-        elif line.startswith("        ") and key:
-            descriptions[key] += " " + line.strip()
-        elif line.strip() and not line.startswith(" "):
-            break
-    return text.replace("``", "`").strip(), {key: value.replace("``", "`") for key, value in descriptions.items()}
+def _plain_type(value: Schema) -> str:
+    if KIND in value:
+        return f"one of {value[KIND]}"
+    if "anyOf" in value:
+        return " | ".join(map(type_text, value["anyOf"]))
+    if "enum" in value or "const" in value:
+        return " | ".join(map(json.dumps, value.get("enum", [value.get("const")])))
+    kind = value.get("type", "mapping" if "$ref" in value else "any")
+    if kind == "array" and "prefixItems" in value:
+        return f"[{', '.join(map(type_text, value['prefixItems']))}]"
+    if kind == "array":
+        return f"list of {type_text(value.get('items', {}))}"
+    if kind == "object" and isinstance(value.get("additionalProperties"), dict):
+        return f"mapping of text to {type_text(value['additionalProperties'])}"
+    return TYPES.get(kind, kind)

@@ -19,7 +19,7 @@ def _as_tuple(value: Any) -> Any:
 
 
 #: one text or several
-Texts = Annotated[tuple[Text, ...], BeforeValidator(_as_tuple)]
+Texts = Annotated[tuple[Text, ...], BeforeValidator(_as_tuple, json_schema_input_type=Text | tuple[Text, ...])]
 
 
 class DataConfig(PartConfig):

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from longalign.segmenters import Prompt, check_prompts, plain_text
 from longalign.tokens import Tokenized
@@ -20,7 +19,6 @@ __all__ = [
     "PromptReport",
     "TruncationWarning",
     "check_prompts",
-    "equal_lengths",
     "plain_text",
     "raise_or_warn_truncated",
     "report_passes",
@@ -87,26 +85,6 @@ class Conditioning:
         )
 
 
-def equal_lengths(*conditionings: Conditioning) -> tuple[Conditioning, ...]:
-    """Pads shorter conditionings with masked zeros to the length of the longest.
-
-    Conditionings of equal length are returned unchanged; otherwise all get a mask. No mask is needed if the prompts of
-    both guidance branches are encoded in one call.
-    """
-    lengths = [c.states.shape[1] for c in conditionings]
-    if len(set(lengths)) < 2:
-        return conditionings
-    out = []
-    for conditioning, length in zip(conditionings, lengths, strict=True):
-        padding = max(lengths) - length
-        mask = conditioning.mask
-        if mask is None:
-            mask = torch.ones(conditioning.states.shape[:2], dtype=torch.bool, device=conditioning.states.device)
-        states = F.pad(conditioning.states, (0, 0, 0, padding))
-        out.append(replace(conditioning, states=states, mask=F.pad(mask, (0, padding))))
-    return tuple(out)
-
-
 GROW_ADVICE = "raise {}, or set overflow to 'grow'"
 """Advice for `raise_or_warn_truncated`, for encoders that can grow; ``{}`` is the config key of their length."""
 
@@ -153,12 +131,14 @@ class Encoder(nn.Module):
     """Base class of text encoders.
 
     Subclasses take loaded modules in ``__init__`` and load them in ``from_config(config, runtime)``. Frozen text
-    models have ``requires_grad=False`` and run under ``torch.no_grad``. All other parameters are trainable (adapters):
-    ``[p for p in encoder.parameters() if p.requires_grad]``.
+    models have ``requires_grad=False`` and run under ``torch.no_grad``. All other parameters are those of adapters:
+    `adapter_parameters`.
     """
 
     #: width of the states
     dim: int
+    #: names of the parameters that `train_adapter` has frozen
+    _frozen_adapter: tuple[str, ...] = ()
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
         """Encodes a batch of prompts; gradients reach only trainable parameters (adapters).
@@ -169,8 +149,29 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
     def report(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
-        """Dry run of `encode`: one report per prompt, without running a model, warning or raising."""
+        """Dry run of `encode`: one report per prompt.
+
+        It runs no model, does not warn about or reject a truncated prompt, and changes nothing.
+        """
         raise NotImplementedError
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters of the adapters by name: those that require gradients, and those that `train_adapter` froze.
+
+        They are saved in checkpoints, trained or not. Weights that were built frozen are not among them.
+        """
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad or name in self._frozen_adapter
+        }
+
+    def train_adapter(self, trainable: bool) -> None:
+        """Makes the `adapter_parameters` trainable, or freezes them."""
+        parameters = self.adapter_parameters()
+        self._frozen_adapter = () if trainable else tuple(parameters)
+        for parameter in parameters.values():
+            parameter.requires_grad_(trainable)
 
     def train(self, mode: bool = True) -> Encoder:
         """Sets the mode. Modules without trainable parameters stay in evaluation mode, without dropout."""

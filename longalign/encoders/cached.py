@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 
 from longalign.caching.store import Store, key_of
+from longalign.encoders.adapter import Adapter, adapt
 from longalign.encoders.base import Conditioning, Encoder, PromptReport, check_prompts
-from longalign.encoders.concat import ConcatEncoder
-from longalign.encoders.configs import AdapterConfig, ConcatConfig
-from longalign.encoders.t5.adapter import TextAdapter, adapt
-from longalign.registry import PartConfig
+from longalign.encoders.config import EncoderConfig
 from longalign.runtime import Runtime
 from longalign.segmenters import Prompt
 
@@ -28,58 +26,27 @@ def prompt_key(prompt: Prompt) -> bytes:
     return key_of(prompt if isinstance(prompt, str) else json.dumps(list(prompt)))
 
 
-def leaves(config: PartConfig) -> list[PartConfig]:
-    """Returns the encoders that are cached separately: the parts of ``concat``, or the encoder itself."""
-    if isinstance(config, ConcatConfig):
-        return [leaf for part in config.parts for leaf in leaves(part)]
-    return [config]
-
-
-def adapter_key(config: PartConfig) -> str | None:
-    """Returns the key of an encoder's config that holds an adapter, or None.
-
-    A plugin's encoder can be cached under three conditions: the adapter is its last step, a null key builds it without
-    the adapter, and the adapter is an attribute named like the key.
-
-    Raises:
-        ValueError: if there are several adapters.
-    """
-    keys = [key for key in type(config).model_fields if isinstance(getattr(config, key), AdapterConfig)]
-    if len(keys) > 1:
-        raise ValueError(
-            f"expected at most one adapter to cache the encoder '{config.name}', got {' and '.join(keys)}; set "
-            "cache.prompts to false"
-        )
-    return keys[0] if keys else None
-
-
-def frozen_config(config: PartConfig) -> PartConfig:
-    """Returns the config of the frozen part of an encoder, that is, without its adapter."""
-    key = adapter_key(config)
-    return config if key is None else config.model_copy(update={key: None})
-
-
-def settings(config: PartConfig) -> dict[str, Any]:
+def settings(config: EncoderConfig) -> dict[str, Any]:
     """Returns the config entries that the frozen states of an encoder depend on."""
     return {
-        key: value for key, value in frozen_config(config).model_dump(mode="json").items() if key not in IGNORED_KEYS
+        key: value for key, value in config.frozen_config().model_dump(mode="json").items() if key not in IGNORED_KEYS
     }
 
 
-def build_cached(config: PartConfig, store: Callable[[PartConfig], Store], runtime: Runtime) -> Encoder:
+def build_cached(config: EncoderConfig, store: Callable[[EncoderConfig], Store], runtime: Runtime) -> Encoder:
     """Builds an encoder without its text models. Trainable parameters keep the names they have in the full encoder.
 
     Args:
         config: the encoder's config.
-        store: returns the store of each of its `leaves`.
+        store: returns the store of each of its `EncoderConfig.leaves`.
         runtime: device and dtype.
     """
-    if isinstance(config, ConcatConfig):
-        return ConcatEncoder([build_cached(part, store, runtime) for part in config.parts])
-    key = adapter_key(config)
-    if key is None:
-        return CachedEncoder(store(config), device=runtime.device)
-    return CachedEncoder(store(config), TextAdapter.from_config(getattr(config, key), runtime), runtime.device, key)
+    if inner := config.inner_encoders():
+        return config.build(runtime, parts=[build_cached(part, store, runtime) for part in inner])
+    key, adapter = config.adapter_key, config.adapter_config()
+    if key is None or adapter is None:
+        return CachedEncoder(store(config), None, device=runtime.device)
+    return CachedEncoder(store(config), adapter.build(runtime), device=runtime.device, key=key)
 
 
 class CachedEncoder(Encoder):
@@ -95,7 +62,7 @@ class CachedEncoder(Encoder):
         key: attribute name of the adapter, used in the names of its weights in checkpoints.
     """
 
-    def __init__(self, store: Store, adapter: TextAdapter | None = None, device: str = "cpu", key: str = "adapter"):
+    def __init__(self, store: Store, adapter: Adapter | None, *, device: str, key: str = "adapter"):
         super().__init__()
         self.store, self.key, self.to_device = store, key, device
         self.add_module(key, adapter)

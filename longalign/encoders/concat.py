@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from longalign.encoders.base import Conditioning, Encoder, PromptReport, check_prompts
+from longalign.encoders.config import ConcatConfig
 from longalign.registry import encoders
 from longalign.runtime import Runtime
 from longalign.segmenters import Prompt
-
-if TYPE_CHECKING:
-    from longalign.encoders.configs import ConcatConfig
 
 
 class ConcatEncoder(Encoder):
@@ -42,9 +39,11 @@ class ConcatEncoder(Encoder):
         self.dim = widths[0]
 
     @classmethod
-    def from_config(cls, config: ConcatConfig, runtime: Runtime) -> ConcatEncoder:
-        """Builds the parts."""
-        return cls([encoders.construct(part, runtime) for part in config.parts])
+    def from_config(
+        cls, config: ConcatConfig, runtime: Runtime, parts: Sequence[Encoder] | None = None
+    ) -> ConcatEncoder:
+        """Builds the parts, or takes the built ``parts``."""
+        return cls([encoders.construct(part, runtime) for part in config.parts] if parts is None else parts)
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
         checked = check_prompts(prompts)

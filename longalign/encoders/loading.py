@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
@@ -11,11 +11,9 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from longalign.checkpoints.weights import reading
+from longalign.encoders.config import CheckpointConfig
 from longalign.hub import download_problem
 from longalign.runtime import Runtime, resolve_checkpoint
-
-if TYPE_CHECKING:
-    from longalign.encoders.configs import CheckpointConfig
 
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 

@@ -11,6 +11,10 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from longalign.encoders.base import Encoder
+from longalign.encoders.clip.config import ClipSegmentConfig, ClipSegmentSD3Config, ClipSegmentSDXLConfig
+from longalign.encoders.clip.sd3 import ClipSegmentSD3Encoder
+from longalign.encoders.clip.sdxl import ClipSegmentSDXLEncoder
+from longalign.encoders.clip.segment import ClipSegmentEncoder
 from longalign.segmenters import Sentence
 
 SUPPORTED = (
@@ -54,28 +58,20 @@ def _build(pipe: Any) -> Encoder:
     tokenizers = [to_fast_tokenizer(getattr(pipe, name.replace("text_encoder", "tokenizer"), None)) for name in slots]
     segmenter = Sentence()
     if kinds == ("clip",) and hasattr(pipe, "unet"):
-        from longalign.encoders.clip.segment import ClipSegmentEncoder
-
-        return ClipSegmentEncoder(models[0], tokenizers[0], segmenter)
-    clip_pair: Any = tuple(models[:2]), tuple(tokenizers[:2]), segmenter
+        return ClipSegmentEncoder.from_modules(ClipSegmentConfig(), models[0], tokenizers[0], segmenter)
     if kinds in (("clip", "projected"), ("projected", "projected")) and hasattr(pipe, "unet"):
-        from longalign.encoders.clip.sdxl import ClipSegmentSDXLEncoder
-
         zeros = getattr(pipe.config, "force_zeros_for_empty_prompt", False)
-        return ClipSegmentSDXLEncoder(*clip_pair, empty="zeros" if zeros else "encode")
+        return ClipSegmentSDXLEncoder.from_modules(
+            ClipSegmentSDXLConfig(), models, tokenizers, segmenter, empty="zeros" if zeros else "encode"
+        )
     width = getattr(getattr(getattr(pipe, "transformer", None), "config", None), "joint_attention_dim", None)
     if kinds in (("projected", "projected", "t5"), ("projected", "projected", None)) and width is not None:
-        from longalign.encoders.clip.sd3 import ClipSegmentSD3Encoder
-        from longalign.encoders.clip.sdxl import ClipSegmentSDXLEncoder
-        from longalign.encoders.configs import ClipSegmentSD3Config
-        from longalign.encoders.t5.encoder import T5Encoder
-
-        clips = ClipSegmentSDXLEncoder(*clip_pair, empty="encode")
-        num_t5_states: int = ClipSegmentSD3Config.model_fields["t5_tokens"].default
-        if models[2] is None:
-            return ClipSegmentSD3Encoder(clips, num_zeros=num_t5_states, width=width)
-        t5 = T5Encoder(models[2], tokenizers[2], max_tokens=num_t5_states)
-        return ClipSegmentSD3Encoder(clips, t5, width=width)
+        config = ClipSegmentSD3Config()
+        t5 = None if models[2] is None else (models[2], tokenizers[2])
+        num_zeros = config.t5_tokens if t5 is None else 0
+        return ClipSegmentSD3Encoder.from_modules(
+            config, models[:2], tokenizers[:2], segmenter, t5, num_zeros=num_zeros, width=width
+        )
     raise ValueError(_unsupported(pipe, slots, models))
 
 

@@ -1,1 +1,96 @@
-"""Tensor maths without state: diffusion, rollouts, preference decomposition, image operations."""
+"""Pure tensor maths: diffusion, solvers, rollouts, preference scores and images.
+
+Public names are loaded on first use, so importing this package does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from longalign.functional.diffusion import NoiseLevels as NoiseLevels
+    from longalign.functional.diffusion import add_noise as add_noise
+    from longalign.functional.diffusion import guide as guide
+    from longalign.functional.diffusion import predict_guided as predict_guided
+    from longalign.functional.diffusion import sample_timesteps as sample_timesteps
+    from longalign.functional.diffusion import training_target as training_target
+    from longalign.functional.images import ImagePreprocessor as ImagePreprocessor
+    from longalign.functional.images import random_crop as random_crop
+    from longalign.functional.images import resize_to_input as resize_to_input
+    from longalign.functional.preference import Decomposition as Decomposition
+    from longalign.functional.preference import common_direction as common_direction
+    from longalign.functional.preference import decompose as decompose
+    from longalign.functional.preference import perpendicular as perpendicular
+    from longalign.functional.preference import reweight as reweight
+    from longalign.functional.preference import strict_relevance as strict_relevance
+    from longalign.functional.rollout import RecordedStep as RecordedStep
+    from longalign.functional.rollout import replay as replay
+    from longalign.functional.rollout import replay_backward as replay_backward
+    from longalign.functional.rollout import rollout as rollout
+    from longalign.functional.solvers import Solver as Solver
+    from longalign.functional.solvers import ddim as ddim
+    from longalign.functional.solvers import lcm as lcm
+    from longalign.functional.solvers import trailing_timesteps as trailing_timesteps
+
+_MODULES = {
+    "Decomposition": "preference",
+    "ImagePreprocessor": "images",
+    "NoiseLevels": "diffusion",
+    "RecordedStep": "rollout",
+    "Solver": "solvers",
+    "add_noise": "diffusion",
+    "common_direction": "preference",
+    "ddim": "solvers",
+    "decompose": "preference",
+    "guide": "diffusion",
+    "lcm": "solvers",
+    "perpendicular": "preference",
+    "predict_guided": "diffusion",
+    "random_crop": "images",
+    "replay": "rollout",
+    "replay_backward": "rollout",
+    "resize_to_input": "images",
+    "reweight": "preference",
+    "rollout": "rollout",
+    "sample_timesteps": "diffusion",
+    "strict_relevance": "preference",
+    "trailing_timesteps": "solvers",
+    "training_target": "diffusion",
+}
+
+__all__ = [
+    "Decomposition",
+    "ImagePreprocessor",
+    "NoiseLevels",
+    "RecordedStep",
+    "Solver",
+    "add_noise",
+    "common_direction",
+    "ddim",
+    "decompose",
+    "guide",
+    "lcm",
+    "perpendicular",
+    "predict_guided",
+    "random_crop",
+    "replay",
+    "replay_backward",
+    "resize_to_input",
+    "reweight",
+    "rollout",
+    "sample_timesteps",
+    "strict_relevance",
+    "trailing_timesteps",
+    "training_target",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

@@ -33,6 +33,6 @@ class GradientStepSelector(Protocol):
         """Selects steps among ``num_steps`` sampling steps.
 
         All processes must select the same number of steps, because they synchronise at each replayed call;
-        `longalign.gradient_steps.steps.synced_randint` samples the same number in all of them.
+        `longalign.gradient_steps.random.synced_randint` samples the same number in all of them.
         """
         ...

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from longalign.backbones.base import Backbone
-from longalign.config.run import override
+from longalign.config.changes import override
 from longalign.encoders.base import Encoder, TruncationWarning
 from longalign.functional.diffusion import guide, trailing_timesteps
 from longalign.image_folder import new_index, write_images

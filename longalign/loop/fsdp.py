@@ -1,4 +1,7 @@
-"""FSDP2 through accelerate: config checks, sharding, and gradient exchange of unsharded parameters."""
+"""FSDP2 through accelerate: config checks, sharding, and gradient exchange of unsharded parameters.
+
+Experimental: tested with two CPU processes (gloo), not yet on several GPUs.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from longalign.config.run import RunConfig
 from longalign.sharding import reshard
-from longalign.trainers.base import DiffusionTrainer, Trainer
+from longalign.trainers.base import Trainer
 
 
 def check_fsdp_config(plugin: Any, parallelism: Any, config: RunConfig) -> None:
@@ -70,14 +73,7 @@ def prepare_fsdp(
     Raises:
         ValueError: if the trainer does not support FSDP.
     """
-    trainer.check_fsdp_support()
-    assert isinstance(trainer, DiffusionTrainer)
-    if accelerator.mixed_precision != "no" and trainer.backbone.prediction == "flow":
-        raise ValueError(
-            f"FSDP casts the denoiser's inputs to {accelerator.mixed_precision}, which rounds the timesteps of a flow; "
-            "set loop.precision to no and, for a LoRA, backbone.dtype to bfloat16"
-        )
-    denoiser: Any = trainer.backbone.denoiser
+    denoiser: Any = trainer.fsdp_module(accelerator.mixed_precision)
     sharded = [p for p in denoiser.parameters() if p.requires_grad]
     sharded_ids = {id(p) for p in sharded}
     unsharded = [p for p in trainer.trainable() if id(p) not in sharded_ids]

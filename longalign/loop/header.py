@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
 
 import torch
 
+from longalign.compose import Composition
 from longalign.data.stream import Stream
+from longalign.loop.optimization import Optimization
 from longalign.runtime import DTYPES
-
-if TYPE_CHECKING:
-    from longalign.data.base import Data
-    from longalign.loop.run import Run
 
 log = logging.getLogger("longalign")
 
@@ -20,12 +17,19 @@ log = logging.getLogger("longalign")
 LARGE = 100_000_000
 
 
-def run_summary(run: Run, data: Data | Stream) -> list[str]:
-    """Returns lines on device, precision, trainable parameters, data, batch size and output of a run."""
-    loop, processes = run.loop, run.accelerator.num_processes
-    trainable = sum(p.numel() for p in run.parameters)
-    total = sum(p.numel() for p in run.trainer.parameters())
-    size = sum(p.numel() * p.element_size() for p in run.parameters) / 2**20
+def run_summary(composition: Composition, optimization: Optimization, step: int) -> list[str]:
+    """Returns lines on device, precision, trainable parameters, data, batch size and output of a run.
+
+    Args:
+        composition: the parts of the run.
+        optimization: the trainable parameters.
+        step: number of completed steps.
+    """
+    config, data, accelerator = composition.config, composition.data, optimization.accelerator
+    loop, processes, parameters = config.loop, accelerator.num_processes, optimization.parameters
+    trainable = sum(p.numel() for p in parameters)
+    total = sum(p.numel() for p in optimization.trainer.parameters())
+    size = sum(p.numel() * p.element_size() for p in parameters) / 2**20
     batch_size = loop.batch_size * loop.accumulation * processes
     if isinstance(data, Stream):
         items = f"a stream; {loop.steps} steps read {loop.steps * batch_size:,} items"
@@ -34,15 +38,15 @@ def run_summary(run: Run, data: Data | Stream) -> list[str]:
     save_every = "at the end" if loop.save_every is None else f"every {loop.save_every} steps"
     keep = "all are kept" if loop.keep is None else f"the newest {loop.keep} are kept"
     product = f"{loop.batch_size} items x {loop.accumulation} micro-steps x {processes} processes"
-    resumed = [f"resumed    after step {run.step} of {loop.steps}"] if run.step else []
+    resumed = [f"resumed    after step {step} of {loop.steps}"] if step else []
     return [
         *resumed,
-        f"device     {_device_summary(run.accelerator.device)}",
-        f"precision  {DTYPES[loop.precision]}; frozen parts in {run.dtype}",
+        f"device     {_device_summary(accelerator.device)}",
+        f"precision  {DTYPES[loop.precision]}; frozen parts in {composition.runtime.dtype}",
         f"trainable  {trainable:,} of {total:,} parameters, {size:,.1f} MiB",
         f"data       {items}",
         f"batch      {product} = {batch_size} per step",
-        f"output     {run.output}; checkpoints {save_every}, {keep}",
+        f"output     {config.output}; checkpoints {save_every}, {keep}",
     ]
 
 
@@ -53,13 +57,14 @@ def _device_summary(device: torch.device) -> str:
     return f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
 
 
-def log_run_summary(run: Run, data: Data | Stream) -> None:
+def log_run_summary(composition: Composition, optimization: Optimization, step: int) -> None:
     """Logs `run_summary`; warns if the model is too large for a CPU or a batch is larger than the data."""
-    for line in run_summary(run, data):
+    for line in run_summary(composition, optimization, step):
         log.info("%s", line)
-    total = sum(p.numel() for p in run.trainer.parameters())
-    if run.accelerator.device.type == "cpu" and total > LARGE:
+    data, accelerator = composition.data, optimization.accelerator
+    total = sum(p.numel() for p in optimization.trainer.parameters())
+    if accelerator.device.type == "cpu" and total > LARGE:
         log.warning("training %.1f billion parameters on a CPU takes days; use a GPU", total / 1e9)
-    batch_size = run.loop.batch_size * run.accelerator.num_processes
+    batch_size = composition.config.loop.batch_size * accelerator.num_processes
     if not isinstance(data, Stream) and batch_size > len(data):
         log.warning("a batch has %d items and the data only %d, so batches repeat items", batch_size, len(data))

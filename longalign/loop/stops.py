@@ -6,14 +6,40 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from longalign.config.run import RunConfig
 from longalign.errors import RunError, is_out_of_memory
 from longalign.loop.folder import resume_hint
 
+if TYPE_CHECKING:
+    from longalign.loop.optimization import Optimization
+
 #: trainer keys that save memory when lowered
 MEMORY_KEYS = ("denoise_batch", "decode_batch", "replay_batch")
+
+
+class NonFinite(Exception):
+    """A loss or a gradient is not finite."""
+
+
+@contextmanager
+def explain_non_finite(optimization: Optimization, output: Path, step: int) -> Iterator[None]:
+    """Context manager: on `NonFinite`, saves the prompts of the last step and raises RunError.
+
+    Args:
+        optimization: its last batches.
+        output: the run's folder.
+        step: the step in the message.
+    """
+    try:
+        yield
+    except NonFinite as problem:
+        path = save_failed_batch(output, optimization.accelerator.process_index, step, optimization.batches)
+        raise RunError(
+            f"{problem} at step {step}; its prompts are in {path}. No checkpoint was written since; "
+            f"{resume_hint(output)}. Lower loop.lr or loop.clip, or change loop.precision"
+        ) from None
 
 
 @contextmanager

@@ -8,9 +8,12 @@ from pathlib import Path
 from torch import Tensor
 
 from longalign.backbones.base import Backbone
-from longalign.config.run import ValidationConfig
+from longalign.compose import Composition
+from longalign.config.sections import ValidationConfig
 from longalign.encoders.base import Encoder
 from longalign.functional.rollout import RandomState
+from longalign.loop.optimization import Optimization
+from longalign.loop.trackers import Trackers
 
 
 def sample_validation(
@@ -55,6 +58,42 @@ def sample_validation(
     for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
         write_png(folder / f"{i:02d}.png", image, {"prompt": prompt, "step": str(step), "seed": str(i)})
     return images
+
+
+class Validation:
+    """Samples the validation prompts during a run, into ``validation/<step>/``; does nothing if none are configured.
+
+    Args:
+        composition: the run; its parts are built already.
+        optimization: the weights, whose moving average is used.
+        prompts: one prompt per image.
+        trackers: receive the images too.
+    """
+
+    def __init__(
+        self, composition: Composition, optimization: Optimization, prompts: Sequence[str], trackers: Trackers
+    ):
+        self.composition, self.optimization = composition, optimization
+        self.settings, self.prompts, self.trackers = composition.config.validation, prompts, trackers
+
+    def is_due(self, step: int) -> bool:
+        """Whether images are sampled after ``step`` completed steps."""
+        return self.settings is not None and step % self.settings.every == 0
+
+    def run(self, step: int) -> None:
+        """Samples the images. All processes must call it; the first one samples, or all with sharded weights."""
+        if self.settings is None:
+            return
+        accelerator, composition = self.optimization.accelerator, self.composition
+        is_main = accelerator.is_main_process
+        if is_main or self.optimization.sharded:
+            folder = Path(composition.config.output) / "validation" / f"{step:06d}" if is_main else None
+            with self.optimization.averaged():
+                images = sample_validation(
+                    composition.backbone, composition.encoder, self.settings, self.prompts, folder, step
+                )
+            self.trackers.log_images(images, step)
+        accelerator.wait_for_everyone()
 
 
 def read_validation_prompts(settings: ValidationConfig | None) -> list[str]:

@@ -1,1 +1,75 @@
+"""Rewards: one differentiable score per image and prompt.
 
+Public names are loaded on first use, so importing this package does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from longalign.rewards.base import EmbeddingReward as EmbeddingReward
+    from longalign.rewards.base import Reward as Reward
+    from longalign.rewards.base import Scores as Scores
+    from longalign.rewards.clip.reward import ClipReward as ClipReward
+    from longalign.rewards.config import RewardConfig as RewardConfig
+    from longalign.rewards.config import TowerRewardConfig as TowerRewardConfig
+    from longalign.rewards.guard import NonFiniteReward as NonFiniteReward
+    from longalign.rewards.hpsv2.reward import Hpsv2Reward as Hpsv2Reward
+    from longalign.rewards.pretrained import check_tokenizer as check_tokenizer
+    from longalign.rewards.pretrained import image_statistics as image_statistics
+    from longalign.rewards.pretrained import projected_features as projected_features
+    from longalign.rewards.reweighted.reward import ReweightedReward as ReweightedReward
+    from longalign.rewards.sum.reward import SumReward as SumReward
+    from longalign.rewards.towers import ImageInput as ImageInput
+    from longalign.rewards.towers import TowerReward as TowerReward
+    from longalign.rewards.towers import Towers as Towers
+
+_MODULES = {
+    "ClipReward": "clip.reward",
+    "EmbeddingReward": "base",
+    "Hpsv2Reward": "hpsv2.reward",
+    "ImageInput": "towers",
+    "NonFiniteReward": "guard",
+    "Reward": "base",
+    "RewardConfig": "config",
+    "ReweightedReward": "reweighted.reward",
+    "Scores": "base",
+    "SumReward": "sum.reward",
+    "TowerReward": "towers",
+    "TowerRewardConfig": "config",
+    "Towers": "towers",
+    "check_tokenizer": "pretrained",
+    "image_statistics": "pretrained",
+    "projected_features": "pretrained",
+}
+
+__all__ = [
+    "ClipReward",
+    "EmbeddingReward",
+    "Hpsv2Reward",
+    "ImageInput",
+    "NonFiniteReward",
+    "Reward",
+    "RewardConfig",
+    "ReweightedReward",
+    "Scores",
+    "SumReward",
+    "TowerReward",
+    "TowerRewardConfig",
+    "Towers",
+    "check_tokenizer",
+    "image_statistics",
+    "projected_features",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

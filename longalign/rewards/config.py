@@ -1,19 +1,75 @@
-"""The base class of reward configs; no torch here."""
+"""Base classes of reward configs; importing this module does not import torch."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
-from longalign.registry import PartConfig
+from pydantic import Field, field_validator, model_validator
+
+from longalign.registry import Part, PartConfig
+
+Aspect = Literal["crop", "pad", "squash"]
+TextMode = Literal["auto", "whole", "segments"]
 
 
 class RewardConfig(PartConfig):
-    """Base of configs of rewards.
+    """Base class of reward configs. Its class variables are checked before anything is loaded."""
 
-    Both class variables are checked before anything is loaded. ``embeds``: whether the reward is a
-    `longalign.rewards.base.EmbeddingReward`; only those can be reweighted. ``differentiable``: whether its scores have
-    gradient with respect to the images.
+    #: whether the reward is a `longalign.rewards.base.EmbeddingReward`; only those can be reweighted
+    embeds: ClassVar[bool] = False
+    #: whether the scores have gradient with respect to the images
+    differentiable: ClassVar[bool] = True
+    #: whether the trainer `denscore` can train the reward: a `TowerReward` whose towers implement all hooks of `Towers`
+    trainable_towers: ClassVar[bool] = False
+
+    def is_differentiable(self) -> bool:
+        """Whether the scores have gradient with respect to the images; a composite asks its inner rewards."""
+        return self.differentiable
+
+
+class TowerRewardConfig(RewardConfig):
+    """Settings of rewards with an image and a text tower; plugins may inherit from it.
+
+    Attributes:
+        text: how prompts are encoded. ``"auto"``: in one pass if the prompt fits the text tower's window, as published;
+            otherwise as the mean of the unit embeddings of as few windows of whole sentences as possible. ``"whole"``:
+            one window, truncated with a warning, as published scores do. ``"segments"``: as the mean of the unit
+            embeddings of all segments.
+        segmenter: how prompts are split with ``text: segments``; null splits into sentences.
+        aspect: how non-square images are resized: ``"crop"`` keeps the centre, ``"pad"`` adds black borders,
+            ``"squash"`` changes the aspect ratio.
+        crop: side of a random crop before the resize in training mode: an int in pixels (504 of 512 in the paper), or a
+            float as a fraction of each side; null for no crop.
+        micro_batch: number of images per pass of the image tower; null for all at once.
     """
 
-    embeds: ClassVar[bool] = False
-    differentiable: ClassVar[bool] = True
+    embeds: ClassVar[bool] = True
+
+    text: TextMode = "auto"
+    segmenter: Part("segmenters") | None = None  # type: ignore[valid-type]
+    aspect: Aspect = "crop"
+    crop: int | float | None = None
+    micro_batch: int | None = Field(None, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_segmenter(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("segmenter") is None:
+            text = values.get("text", cls.model_fields["text"].default)
+            return {**values, "segmenter": "sentence" if text == "segments" else None}
+        return values
+
+    @model_validator(mode="after")
+    def _check_segmenter(self) -> TowerRewardConfig:
+        if self.text != "segments" and self.segmenter is not None:
+            raise ValueError(f"a segmenter has no effect with `text: {self.text}`; set `text: segments` or remove it")
+        return self
+
+    @field_validator("crop")
+    @classmethod
+    def _check_crop(cls, crop: int | float | None) -> int | float | None:
+        if isinstance(crop, float) and not 0 < crop < 1:
+            raise ValueError(f"expected a crop fraction between 0 and 1, got {crop}; for pixels, use an int")
+        if isinstance(crop, int) and crop < 1:
+            raise ValueError(f"expected a crop of at least 1 pixel, got {crop}; for no crop, use null")
+        return crop

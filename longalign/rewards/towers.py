@@ -6,9 +6,10 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
+from einops import reduce
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -17,7 +18,7 @@ from longalign import registry
 from longalign.encoders.bucketing import group_by_length
 from longalign.functional.images import ImageCheck, ImagePreprocessor, at_least_float32
 from longalign.rewards.base import EmbeddingReward, check_pairs
-from longalign.rewards.configs import TowerRewardConfig
+from longalign.rewards.config import TowerRewardConfig
 from longalign.runtime import Runtime
 from longalign.segmenters import Segmenter, Sentence, check_prompts, split, windows
 
@@ -99,12 +100,15 @@ class TowerReward(EmbeddingReward):
     """
 
     def __init__(
-        self, towers: Towers, preprocessor: ImagePreprocessor, *, segmenter: Segmenter | None = None,
-        micro_batch: int | None = None, truncate: bool = False,
-    ):  # fmt: skip
+        self,
+        towers: Towers,
+        preprocessor: ImagePreprocessor,
+        *,
+        segmenter: Segmenter | None,
+        micro_batch: int | None,
+        truncate: bool,
+    ):
         super().__init__()
-        if micro_batch is not None and micro_batch < 1:
-            raise ValueError(f"expected micro_batch of at least 1, got {micro_batch}; for all images at once, use None")
         self.towers = towers.requires_grad_(False).eval()
         self.preprocessor = preprocessor
         self.segmenter = segmenter
@@ -115,7 +119,7 @@ class TowerReward(EmbeddingReward):
         self._warned = False
 
     @classmethod
-    def from_towers(cls, towers: Towers, image: ImageInput, config: TowerRewardConfig, runtime: Runtime) -> TowerReward:
+    def from_towers(cls, towers: Towers, image: ImageInput, config: TowerRewardConfig, runtime: Runtime) -> Self:
         """Builds the reward from loaded towers, with the settings of a config, on the runtime's device in its dtype."""
         height, width = (image.size, image.size) if isinstance(image.size, int) else image.size
         return cls(
@@ -128,7 +132,7 @@ class TowerReward(EmbeddingReward):
             truncate=config.text == "whole",
         )
 
-    def train(self, mode: bool = True) -> TowerReward:
+    def train(self, mode: bool = True) -> Self:
         """Sets training mode; frozen towers stay in eval mode."""
         super().train(mode)
         if not self._trainable():
@@ -179,7 +183,8 @@ class TowerReward(EmbeddingReward):
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         embeddings, segments = self.segment_features(prompts)
-        return torch.stack([rows.mean(0) for rows in embeddings.split([len(texts) for texts in segments])])
+        prompts_segments = embeddings.split([len(texts) for texts in segments])
+        return torch.stack([reduce(rows, "segments d -> d", "mean") for rows in prompts_segments])
 
     def segment_features(self, prompts: Sequence[str]) -> tuple[Tensor, list[list[str]]]:
         """Unit embeddings ``(n, d)`` of the segments of all prompts, in order, and the segments of each prompt.

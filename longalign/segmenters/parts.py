@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from pydantic import Field
 
@@ -38,6 +38,10 @@ class SegmenterConfig(PartConfig):
 class Sentence:
     """One segment per sentence; see `sentences`."""
 
+    @classmethod
+    def from_config(cls, config: SentenceConfig, runtime: Runtime) -> Sentence:
+        return cls()
+
     def __call__(self, prompt: Prompt, count: TokenCounter) -> list[str]:
         return sentences(_text(prompt, "sentence"))
 
@@ -45,10 +49,9 @@ class Sentence:
 class SentenceConfig(SegmenterConfig):
     """Splits into sentences."""
 
-    name: Literal["sentence"] = "sentence"
+    target: ClassVar[str] = "longalign.segmenters.parts:Sentence"
 
-    def build(self, runtime: Runtime) -> Sentence:
-        return Sentence()
+    name: Literal["sentence"] = "sentence"
 
 
 _PUBLISHED = re.compile(r'"!|\.|\?|;"')
@@ -63,6 +66,10 @@ class LongAlign:
     Decimals are split too.
     """
 
+    @classmethod
+    def from_config(cls, config: LongAlignConfig, runtime: Runtime) -> LongAlign:
+        return cls()
+
     def __call__(self, prompt: Prompt, count: TokenCounter) -> list[str]:
         return [piece + "." for piece in _PUBLISHED.split(_text(prompt, "longalign")) if piece]
 
@@ -70,17 +77,20 @@ class LongAlign:
 class LongAlignConfig(SegmenterConfig):
     """Splits as the published LongAlign models do."""
 
-    name: Literal["longalign"] = "longalign"
+    target: ClassVar[str] = "longalign.segmenters.parts:LongAlign"
 
-    def build(self, runtime: Runtime) -> LongAlign:
-        return LongAlign()
+    name: Literal["longalign"] = "longalign"
 
 
 @dataclass(frozen=True)
 class Tokens:
     """Windows of ``n`` tokens, ignoring sentences: as many whole words as fit; a longer word is split."""
 
-    n: int = 75
+    n: int
+
+    @classmethod
+    def from_config(cls, config: TokensConfig, runtime: Runtime) -> Tokens:
+        return cls(config.n)
 
     def __call__(self, prompt: Prompt, count: TokenCounter) -> list[str]:
         return pieces(_text(prompt, "tokens"), self.n, count, clauses=False)
@@ -93,11 +103,10 @@ class TokensConfig(SegmenterConfig):
         n: maximum number of tokens per window, without special tokens; 75 fill CLIP's window.
     """
 
-    name: Literal["tokens"] = "tokens"
-    n: int = Field(75, ge=1)
+    target: ClassVar[str] = "longalign.segmenters.parts:Tokens"
 
-    def build(self, runtime: Runtime) -> Tokens:
-        return Tokens(self.n)
+    name: Literal["tokens"] = "tokens"
+    n: int = Field(default=75, ge=1)
 
 
 @dataclass(frozen=True)
@@ -107,7 +116,11 @@ class Packed:
     A longer sentence is not split; it becomes one segment.
     """
 
-    n: int = 75
+    n: int
+
+    @classmethod
+    def from_config(cls, config: PackedConfig, runtime: Runtime) -> Packed:
+        return cls(config.n)
 
     def __call__(self, prompt: Prompt, count: TokenCounter) -> list[str]:
         out: list[str] = []
@@ -127,11 +140,10 @@ class PackedConfig(SegmenterConfig):
         n: maximum number of tokens per segment, without special tokens; 75 fill CLIP's window.
     """
 
-    name: Literal["packed"] = "packed"
-    n: int = Field(75, ge=1)
+    target: ClassVar[str] = "longalign.segmenters.parts:Packed"
 
-    def build(self, runtime: Runtime) -> Packed:
-        return Packed(self.n)
+    name: Literal["packed"] = "packed"
+    n: int = Field(default=75, ge=1)
 
 
 @dataclass(frozen=True)
@@ -141,7 +153,11 @@ class Manual:
     Encoders of the whole text join a list with spaces, but encode the marker as a word. Use lists with them.
     """
 
-    marker: str = "BREAK"
+    marker: str
+
+    @classmethod
+    def from_config(cls, config: ManualConfig, runtime: Runtime) -> Manual:
+        return cls(config.marker)
 
     def __call__(self, prompt: Prompt, count: TokenCounter) -> list[str]:
         (segments,) = check_prompts([prompt])
@@ -159,8 +175,7 @@ class ManualConfig(SegmenterConfig):
         marker: word that separates segments in a text, case-sensitive.
     """
 
-    name: Literal["manual"] = "manual"
-    marker: str = Field("BREAK", min_length=1)
+    target: ClassVar[str] = "longalign.segmenters.parts:Manual"
 
-    def build(self, runtime: Runtime) -> Manual:
-        return Manual(self.marker)
+    name: Literal["manual"] = "manual"
+    marker: str = Field(default="BREAK", min_length=1)

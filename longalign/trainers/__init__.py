@@ -1,1 +1,45 @@
+"""What is optimised: the trainers `align`, `lcm`, `reward`, `lcm-reward` and `denscore`, and their base classes."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from longalign.trainers.align.config import AlignConfig as AlignConfig
+    from longalign.trainers.align.trainer import AlignTrainer as AlignTrainer
+    from longalign.trainers.base import Trainer as Trainer
+    from longalign.trainers.config import TrainerConfig as TrainerConfig
+    from longalign.trainers.denscore.config import DenscoreTrainerConfig as DenscoreTrainerConfig
+    from longalign.trainers.denscore.trainer import DenscoreTrainer as DenscoreTrainer
+    from longalign.trainers.diffusion import DiffusionTrainer as DiffusionTrainer
+    from longalign.trainers.lcm.config import LCMConfig as LCMConfig
+    from longalign.trainers.lcm.trainer import LCMTrainer as LCMTrainer
+    from longalign.trainers.reward.config import LCMRewardConfig as LCMRewardConfig
+    from longalign.trainers.reward.config import RewardConfig as RewardConfig
+    from longalign.trainers.reward.trainer import RewardTrainer as RewardTrainer
+
+_MODULES = {
+    "AlignConfig": "align.config",
+    "AlignTrainer": "align.trainer",
+    "DenscoreTrainer": "denscore.trainer",
+    "DenscoreTrainerConfig": "denscore.config",
+    "DiffusionTrainer": "diffusion",
+    "LCMConfig": "lcm.config",
+    "LCMRewardConfig": "reward.config",
+    "LCMTrainer": "lcm.trainer",
+    "RewardConfig": "reward.config",
+    "RewardTrainer": "reward.trainer",
+    "Trainer": "base",
+    "TrainerConfig": "config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

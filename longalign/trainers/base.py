@@ -1,21 +1,13 @@
-"""The interface of trainers, which compute the losses of a batch. `longalign.loop.run` runs them."""
+"""The interface of trainers, which compute the loss of a batch. `longalign.loop` runs them."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import mse_loss
-
-from longalign.backbones.base import Backbone
-from longalign.backbones.configs import LoraConfig
-from longalign.encoders.base import Conditioning, Encoder, TruncationWarning
-from longalign.functional.diffusion import add_noise, guide, sample_timesteps, training_target
 
 Backward = Callable[[Tensor], None]
 Wrap = Callable[[nn.Module], Any]
@@ -28,8 +20,10 @@ class Trainer(nn.Module):
     needs_images: bool = True
     #: whether `step` calls backward several times; processes then exchange gradients once, after the last call
     multiple_backward: bool = False
+    #: number of truncated prompts so far, which is logged
+    num_truncated: int = 0
 
-    def losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def loss(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Computes losses and metrics of a batch.
 
         Values with a key that ends in ``_loss`` are summed and minimised. The others are only logged.
@@ -41,11 +35,15 @@ class Trainer(nn.Module):
         raise NotImplementedError
 
     def step(self, batch: Mapping[str, Any], backward: Backward) -> dict[str, Tensor]:
-        """Computes a batch's gradient by calling ``backward`` on one or more scalars; returns `losses`, detached."""
-        losses = self.losses(batch)
+        """Computes a batch's gradient by calling ``backward`` on one or more scalars; returns losses and metrics.
+
+        The default calls ``backward`` once, on the sum of the losses of `loss`. A trainer that overrides it needs no
+        `loss`.
+        """
+        losses = self.loss(batch)
         if not any(key.endswith("_loss") for key in losses):
             got = ", ".join(losses) or "nothing"
-            raise ValueError(f"{type(self).__name__}.losses must give a value whose key ends in '_loss'; got {got}")
+            raise ValueError(f"{type(self).__name__}.loss must return a value whose key ends in '_loss'; got {got}")
         backward(torch.stack([v for k, v in losses.items() if k.endswith("_loss")]).sum())
         return {key: value.detach() for key, value in losses.items()}
 
@@ -57,15 +55,26 @@ class Trainer(nn.Module):
         return [p for p in self.parameters() if p.requires_grad]
 
     def prepare(self, wrap: Wrap) -> list[Any]:
-        """Wraps the modules that are called with gradient, and returns the wrapped modules.
+        """Wraps the modules that are called with gradient, calls the wrapped ones from now on, and returns them.
 
         ``wrap`` prepares a module for distributed training and mixed precision. When the run ends, `prepare` is
-        called again with the identity. The loop itself wraps denoiser and encoder of a `DiffusionTrainer`.
+        called again with the identity.
         """
         return []
 
-    def check_fsdp_support(self) -> None:
-        """Raises ValueError if FSDP cannot shard the denoiser's weights with this trainer."""
+    def compile_denoiser(self, compile: Wrap) -> None:
+        """Compiles the denoiser, as it is called after `prepare`."""
+        raise ValueError(f"{type(self).__name__} does not support compiling; set loop.compile to false")
+
+    def fsdp_module(self, precision: str) -> nn.Module:
+        """Returns the module whose weights FSDP shards in place, without `prepare`. Experimental.
+
+        Args:
+            precision: accelerate's mixed precision, "no" or "bf16".
+
+        Raises:
+            ValueError: if FSDP cannot shard the weights of this trainer.
+        """
         raise ValueError(
             f"FSDP shards the weights of a denoiser, and {type(self).__name__} trains none; use accelerate's "
             "multi-GPU without FSDP"
@@ -79,165 +88,3 @@ class Trainer(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Writes additional files to the checkpoint in ``folder``; none by default."""
-
-
-class DiffusionTrainer(Trainer):
-    """Base class of trainers of a backbone.
-
-    Args:
-        backbone: its trainable parameters are already set by `train_denoiser`.
-        encoder: its parameters with ``requires_grad`` are its adapter.
-        train_adapter: whether to train the adapter; otherwise it is frozen.
-    """
-
-    def __init__(self, backbone: Backbone, encoder: Encoder, train_adapter: bool):
-        super().__init__()
-        self.backbone, self.encoder = backbone, encoder
-        self._encode: tuple[Callable[[Sequence[str]], Conditioning]] = (encoder.encode,)
-        self.num_truncated = 0
-        for parameter in adapter(encoder).values():
-            parameter.requires_grad_(train_adapter)
-
-    def check_fsdp_support(self) -> None:
-        if not any(p.requires_grad for p in self.backbone.denoiser.parameters()):
-            raise ValueError(
-                "FSDP shards the weights of a denoiser, and this denoiser has no trainable parameters; use "
-                "accelerate's multi-GPU without FSDP"
-            )
-
-    def enable_gradient_checkpointing(self) -> None:
-        self.backbone.enable_gradient_checkpointing()
-
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Encodes prompts and moves the conditioning to the denoiser's device.
-
-        Warns of the first truncated prompt only. ``num_truncated``, which is logged, counts all of them.
-        """
-        with warnings.catch_warnings():
-            if self.num_truncated:
-                warnings.simplefilter("ignore", TruncationWarning)
-            conditioning = self._encode[0](prompts)
-        if not isinstance(conditioning, Conditioning):
-            name = f"{type(self.encoder).__module__}.{type(self.encoder).__name__}"
-            raise ValueError(f"the encoder {name} must return a Conditioning, not a {type(conditioning).__name__}")
-        self.num_truncated += sum(bool(report.truncated) for report in conditioning.reports)
-        return conditioning.to(self.backbone.device)
-
-    def wrap_encoder(self, wrapped: Callable[[Sequence[str]], Conditioning]) -> None:
-        """Sets the callable that `encode` uses, e.g. the encoder wrapped for distributed training."""
-        self._encode = (wrapped,)
-
-    def trainable(self) -> list[nn.Parameter]:
-        """Returns the trainable parameters of the denoiser, then of the encoder."""
-        parts = (self.backbone.denoiser, self.encoder)
-        return [p for part in parts for p in part.parameters() if p.requires_grad]
-
-    def train(self, mode: bool = True) -> DiffusionTrainer:
-        """Sets training mode as usual, but keeps frozen modules in eval mode, so that their dropout is inactive."""
-        super().train(mode)
-        for part in (self.backbone, self.encoder):
-            _set_training(part, mode)
-        return self
-
-
-def _set_training(module: nn.Module, mode: bool) -> None:
-    parameters = list(module.parameters())
-    # Modules without parameters, such as dropout, take the mode of their parent.
-    module.training = mode and (not parameters or any(p.requires_grad for p in parameters))
-    for child in module.children():
-        _set_training(child, module.training)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Context manager: puts a module and its submodules in eval mode and restores each one's mode on exit."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, mode in modes:
-            m.training = mode
-
-
-def adapter(encoder: Encoder) -> dict[str, nn.Parameter]:
-    """Returns the encoder's adapter parameters by name.
-
-    These are the parameters that required gradients when this function was first called, also if frozen since.
-    """
-    names = encoder.__dict__.setdefault(
-        "_adapter_names", tuple(name for name, p in encoder.named_parameters() if p.requires_grad)
-    )
-    parameters = dict(encoder.named_parameters())
-    return {name: parameters[name] for name in names}
-
-
-def train_denoiser(backbone: Backbone, lora: LoraConfig | None, name: str) -> None:
-    """Adds a trainable LoRA to the backbone, or makes all weights trainable if ``lora`` is None.
-
-    The LoRA is named ``name``, or ``name-2``, ``name-3``... if the name is taken.
-    """
-    if lora is None:
-        backbone.train_all()
-    else:
-        backbone.add_lora(lora, backbone.unused_name(name))
-
-
-def batch_latents(backbone: Backbone, batch: Mapping[str, Any], caller: str) -> Tensor:
-    """Samples latents ``(b, c, h, w)`` of a batch's images from their autoencoder posterior, cached or computed.
-
-    Args:
-        backbone: its autoencoder encodes the images.
-        batch: with ``image`` ``(b, 3, h, w)`` in [0, 1], or ``posterior`` ``(b, 2c, h, w)``.
-        caller: name used in the error message.
-
-    Raises:
-        ValueError: if the batch has neither.
-    """
-    if "posterior" in batch:
-        return backbone.sample_latents(batch["posterior"])
-    if "image" not in batch:
-        raise ValueError(f"{caller} needs images, and the data has prompts only; choose data with images")
-    return backbone.encode_images(batch["image"])
-
-
-def guided_prediction(
-    denoise: Callable[[Tensor, Tensor, Conditioning], Tensor],
-    latents: Tensor,
-    timesteps: Tensor,
-    conditioning: Conditioning,
-    rows: Tensor,
-    scale: float | Tensor,
-) -> Tensor:
-    """Classifier-free-guided prediction ``(b, c, h, w)``, with both branches in one call.
-
-    Args:
-        denoise: `Backbone.predict` or `Backbone.predict_reference`.
-        latents: ``(b, c, h, w)``.
-        timesteps: ``(b,)``.
-        conditioning: the prompts and, as the last row, the empty prompt, so that both have the same length.
-        rows: ``(b,)`` row of ``conditioning`` for each latent.
-        scale: guidance scale, a scalar or ``(b, 1, 1, 1)``.
-    """
-    branches = conditioning[torch.cat([rows, torch.full_like(rows, len(conditioning.states) - 1)])]
-    conditional, unconditional = denoise(torch.cat([latents] * 2), torch.cat([timesteps] * 2), branches).chunk(2)
-    return guide(conditional, unconditional, scale)
-
-
-def noise_loss(backbone: Backbone, latents: Tensor, conditioning: Conditioning, density: str | None = None) -> Tensor:
-    """Mean squared error of the denoiser's prediction at random timesteps (arXiv 2006.11239, eq. 14); a scalar.
-
-    Args:
-        backbone: its denoiser predicts noise, velocity or flow.
-        latents: ``(b, c, h, w)`` clean latents of images.
-        conditioning: conditioning of their captions.
-        density: sampling density of the timesteps, see `sample_timesteps`. None is ``"logit-normal"`` for flows and
-            ``"uniform"`` otherwise.
-    """
-    if density is None:
-        density = "logit-normal" if backbone.prediction == "flow" else "uniform"
-    noise = torch.randn_like(latents)
-    timesteps = sample_timesteps(density, backbone.noise_levels, len(latents), latents.device)
-    noisy = add_noise(backbone.noise_levels, latents, noise, timesteps)
-    target = training_target(backbone.prediction, backbone.noise_levels, latents, noise, timesteps)
-    return mse_loss(backbone.predict(noisy, timesteps, conditioning).float(), target.float())

@@ -5,7 +5,7 @@ import logging
 import os
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import huggingface_hub
 import pytest
@@ -17,16 +17,18 @@ from longalign.caching.fingerprint import fingerprint, fingerprints
 from longalign.caching.store import StaleCache, Store, key_of
 from longalign.cli.main import main
 from longalign.compose import build_from_config
-from longalign.config.run import load_config, override, to_yaml
+from longalign.config.changes import override
+from longalign.config.run import load_config, to_yaml
 from longalign.data.cached import CachedImages
+from longalign.encoders.adapter import adapt
 from longalign.encoders.base import Encoder, TruncationWarning
-from longalign.encoders.cached import CachedEncoder, entries, frozen_config, prompt_key
+from longalign.encoders.cached import CachedEncoder, entries, prompt_key
 from longalign.encoders.config import EncoderConfig
-from longalign.encoders.configs import AdapterConfig
-from longalign.encoders.t5.adapter import TextAdapter, adapt
+from longalign.encoders.t5.config import AdapterConfig
 from longalign.errors import ConfigError
 from longalign.image_io import write_png
 from longalign.inference.sampling import load_model
+from longalign.loop.fit import fit
 from longalign.loop.locks import Lock
 from longalign.registry import encoders
 from longalign.runtime import Runtime
@@ -74,7 +76,7 @@ def config(models, tmp_path):
 
 def train_metrics(config):
     """Lines of a run's log, without the times."""
-    build_from_config(config, CPU).fit()
+    fit(config, device="cpu")
     lines = Path(config.output, "log.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
@@ -100,7 +102,9 @@ def test_training_gives_equal_numbers_with_and_without_cache(config, tmp_path, s
 @pytest.mark.filterwarnings("ignore::longalign.encoders.base.TruncationWarning")
 def test_cached_encoder_builds_no_text_model(config, monkeypatch):
     caching.make_caches(config, CPU)
-    monkeypatch.setattr("longalign.encoders.loading.load_text_model", lambda *_: pytest.fail("a text model is loaded"))
+    monkeypatch.setattr(
+        "longalign.encoders.t5.encoder.load_text_model", lambda *_: pytest.fail("a text model is loaded")
+    )
     composition = build_from_config(config, CPU)
     names = set(dict(composition.encoder.named_parameters()))
     assert names and all(name.startswith("parts.1.adapter.") for name in names)
@@ -126,7 +130,7 @@ def test_make_caches_reuses_existing_entries(config, monkeypatch, caplog):
     assert caching.make_caches(config, CPU)["latents"] == (4, 0)
     with monkeypatch.context() as patch:
         patch.setattr("longalign.backbones.sd.SDBackbone.from_config", interrupt)
-        patch.setattr("longalign.encoders.loading.load_text_model", interrupt)
+        patch.setattr("longalign.encoders.t5.encoder.load_text_model", interrupt)
         assert caching.make_caches(config, CPU)["prompts-t5"] == (6, 0)
 
 
@@ -148,7 +152,7 @@ def test_check_caches_rejects_a_different_config(config, change, message):
     changed = override(config, change)
     runtime = Runtime.detect(changed.loop.precision)
     with pytest.raises(StaleCache, match=message):
-        build_from_config(changed, runtime).fit()
+        fit(changed)
     with pytest.raises(StaleCache, match=message):
         caching.make_caches(changed, runtime)
     caching.check_caches(
@@ -228,11 +232,12 @@ def test_cached_encoder_restores_pooled_and_masked_states(tmp_path):
 def test_cached_encoder_finds_plugin_adapter_under_any_key(config, models, tmp_path):
     class MappedConfig(EncoderConfig):
         name: Literal["mapped"] = "mapped"
+        adapter_key: ClassVar[str] = "mapper"
         mapper: AdapterConfig | None = None
 
         def build(self, runtime):
             inner = encoders.build({"name": "t5", "checkpoint": str(models / "t5"), "max_tokens": 12}, runtime)
-            return Mapped(inner, self.mapper and TextAdapter.from_config(self.mapper, runtime))
+            return Mapped(inner, self.mapper and self.mapper.build(runtime))
 
     class Mapped(Encoder):
         def __init__(self, inner, mapper):
@@ -288,14 +293,14 @@ def test_reward_training_gives_equal_numbers_with_cache(config, tmp_path):
 def test_cached_encoder_matches_encoder_for_any_length_and_batch(config, tmp_path, part, settings):
     keys = type(config.encoder.parts[part]).model_fields
     supported = {key: value for key, value in settings.items() if key in keys}
-    encoder = frozen_config(config.encoder.parts[part]).model_copy(update=supported).build(CPU)
+    encoder = config.encoder.parts[part].frozen_config().model_copy(update=supported).build(CPU)
     # one sentence of 19 tokens fills CLIP's 20 states
     prompts = ["", "A fox.", "A red fox " * 6 + "sky", "A wall. " * 40, "The sky is green. " * 20, "A red wall"]
     store, length = Store(tmp_path / "states", {"a": 1}, writable=True), int(entries(encoder, [""], None)[0]["length"])
     for prompt, entry in zip(prompts, entries(encoder, prompts, length), strict=True):
         store.add(prompt_key(prompt), entry)
     store.flush()
-    cached = CachedEncoder(Store(tmp_path / "states", {"a": 1}))
+    cached = CachedEncoder(Store(tmp_path / "states", {"a": 1}), None, device="cpu")
     for batch in (prompts, prompts[:2], prompts[:3], prompts[2:4], [prompts[3]], prompts[1:5:3]):
         actual, expected = cached.encode(batch), encoder.encode(batch)
         torch.testing.assert_close(actual.states, expected.states, rtol=1e-4, atol=1e-5)
@@ -310,7 +315,7 @@ def test_make_caches_rejects_streams_and_invalid_configs(config, tmp_path):
         with pytest.raises(ValueError, match=r"'webdataset'.*stream"):
             call(override(config, {"data": tars}))
     with pytest.raises(FileNotFoundError, match=r"cache/latents.*longalign cache CONFIG"):
-        build_from_config(config, CPU).fit()
+        fit(config, device="cpu")
     with pytest.raises(ConfigError, match=r"cache\.latents: 'prompts'"):
         override(config, {"trainer": None, "data": {"name": "prompts", "file": "x"}, "cache.latents": True})
     with pytest.raises(ConfigError, match=r"cache: .*both.*false"):

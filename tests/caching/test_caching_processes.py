@@ -15,7 +15,8 @@ from tiny import tiny_sd
 from longalign.caching import precompute as caching
 from longalign.caching import store
 from longalign.compose import build_from_config
-from longalign.config.run import load_config, override, to_yaml
+from longalign.config.changes import override
+from longalign.config.run import load_config, to_yaml
 from longalign.data.cached import UNREADABLE, read_items
 from longalign.image_io import write_png
 from longalign.runtime import Runtime

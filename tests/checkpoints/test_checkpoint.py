@@ -92,7 +92,7 @@ def test_load_for_sampling_builds_no_trainer_or_reward(world, tmp_path, monkeypa
     def fail(*args, **kwargs):
         raise AssertionError("built")
 
-    monkeypatch.setattr("longalign.trainers.configs.RewardConfig.build", fail)
+    monkeypatch.setattr("longalign.trainers.reward.trainer.RewardTrainer.from_config", fail)
     monkeypatch.setattr("longalign.rewards.base.as_reward", fail)
     config, _, _ = checkpoint.load_for_sampling(path)
     assert config.trainer is not None and config.trainer.name == "reward"

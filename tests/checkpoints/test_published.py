@@ -12,7 +12,7 @@ from tiny import tiny_clip, tiny_clip_text, tiny_hpsv2, tiny_sd, tiny_sd3, weigh
 from transformers import CLIPModel
 
 from longalign.backbones.configs import SDConfig
-from longalign.encoders.configs import LongClipConfig
+from longalign.encoders.clip.config import LongClipConfig
 from longalign.inference import pipelines
 from longalign.registry import backbones, encoders, rewards
 from longalign.runtime import Runtime

@@ -14,10 +14,9 @@ import torch
 from longalign.backbones.configs import LoraConfig
 from longalign.cli import parser
 from longalign.cli.main import COMMANDS, main
-from longalign.compose import Composition
-from longalign.config.run import load_config, to_yaml
+from longalign.config.run import RunConfig, load_config, to_yaml
 from longalign.data.scenes.config import SyntheticConfig
-from longalign.encoders.configs import T5Config
+from longalign.encoders.t5.config import T5Config
 from longalign.evaluation import scoring
 from longalign.image_io import write_png
 from longalign.inference import baselines
@@ -25,11 +24,11 @@ from longalign.inference import sampling as pipeline
 from longalign.inference.solvers import SOLVERS
 from longalign.loop import run as loop
 from longalign.registry import rewards, trainers
-from longalign.rewards import direction
 from longalign.rewards.base import EmbeddingReward
 from longalign.rewards.config import RewardConfig
+from longalign.rewards.reweighted import direction
 from longalign.runtime import examples_folder
-from longalign.trainers.configs import AlignConfig
+from longalign.trainers.align.config import AlignConfig
 
 CONFIG = {
     "backbone": {"name": "sd", "checkpoint": "mini/sd"},
@@ -117,7 +116,7 @@ def test_list_shows_kind_name_owner_and_target(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["kind", "name", "owner", "target"]
     row = next(line for line in lines if line.startswith("encoders") and " t5 " in line)
-    assert row.split()[-1] == "longalign.encoders.configs:T5Config"
+    assert row.split()[-1] == "longalign.encoders.t5.config:T5Config"
     assert not any(line.startswith("trainers") for line in lines)
     assert main(["list", "--check"]) == 0
     capsys.readouterr()
@@ -211,10 +210,10 @@ def test_describe_redacts_url_credentials(yaml, capsys):
 
 
 def test_error_message_redacts_url_credentials(monkeypatch, yaml, capsys):
-    def fit(composition, resume=None):
+    def train(config, runtime, resume):
         raise OSError("nothing at https://me:secret@host/a.parquet")
 
-    monkeypatch.setattr(loop, "fit", fit)
+    monkeypatch.setattr(loop, "train", train)
     assert main(["train", yaml, "encoder.checkpoint=mini/sd"]) == 2
     assert "nothing at https://***@host/a.parquet" in capsys.readouterr().err
 
@@ -391,11 +390,11 @@ def test_device_option_reaches_generate_and_fit(yaml, hues, monkeypatch, tmp_pat
     assert main(["generate", "--config", yaml, "--prompt", "a", "--output", "x", "--device", "cpu"]) == 0
     assert seen == ["cpu"] and "1 image in x" in capsys.readouterr().out
 
-    def fit(composition, resume=None):
-        seen.append(composition.runtime.device)
+    def train(config, runtime, resume):
+        seen.append(runtime.device)
         return loop.FitResult(1, tmp_path, False)
 
-    monkeypatch.setattr(loop, "fit", fit)
+    monkeypatch.setattr(loop, "train", train)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     main(["train", yaml])
     assert main(["train", yaml, "--device", "cpu"]) == 0
@@ -405,7 +404,7 @@ def test_device_option_reaches_generate_and_fit(yaml, hues, monkeypatch, tmp_pat
 def test_train_parses_overrides_around_options(yaml, monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(
-        loop, "fit", lambda run, resume=None: seen.append(run.config) or loop.FitResult(1, tmp_path, False)
+        loop, "train", lambda config, runtime, resume: seen.append(config) or loop.FitResult(1, tmp_path, False)
     )
     assert main(["train", "--device", "cpu", yaml, "loop.steps=9", "--traceback", "loop.lr=0.5"]) == 0
     assert (seen[0].loop.steps, seen[0].loop.lr) == (9, 0.5)
@@ -425,16 +424,16 @@ def test_missing_options_print_usage(arguments, capsys):
 def test_train_passes_overridden_config_to_fit(yaml, monkeypatch, tmp_path, capsys, signal):
     seen = {}
 
-    def fit(composition, resume=None):
-        seen.update(composition=composition, resume=resume)
+    def train(config, runtime, resume):
+        seen.update(config=config, resume=resume)
         return loop.FitResult(3, tmp_path / "checkpoint-000003", signal is not None, signal)
 
-    monkeypatch.setattr(loop, "fit", fit)
+    monkeypatch.setattr(loop, "train", train)
     encoder = "encoder={name: clip-truncate, checkpoint: mini/sd}"
     status = main(["train", yaml, "loop.steps=3", "loop.lr=1e-4", encoder])
     assert status == (128 + signal if signal else 0)
-    assert isinstance(seen["composition"], Composition)
-    config = seen["composition"].config
+    config = seen["config"]
+    assert isinstance(config, RunConfig)
     assert (config.loop.steps, config.loop.lr, config.encoder.name) == (3, 1e-4, "clip-truncate")
     assert seen["resume"] is None
     out = capsys.readouterr().out
@@ -651,7 +650,7 @@ def test_keyboard_interrupt_exits_with_130(monkeypatch, yaml, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(scoring, "score_images", stop)
-    monkeypatch.setattr(loop, "fit", stop)
+    monkeypatch.setattr(loop, "train", stop)
     assert main(["train", yaml]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 

@@ -15,11 +15,12 @@ from huggingface_hub import errors
 
 from longalign import hub
 from longalign.checkpoints.checkpoint import load_for_sampling
-from longalign.compose import build_from_config
+from longalign.config.changes import override
 from longalign.config.checks import check_files, check_parts
 from longalign.config.files import find_checkpoint
-from longalign.config.run import load_config, override, to_json
+from longalign.config.run import load_config, to_json
 from longalign.errors import ConfigError
+from longalign.loop.fit import fit
 from longalign.registry import REGISTRIES, rewards
 from longalign.rewards.config import RewardConfig
 from longalign.runtime import Runtime
@@ -126,6 +127,40 @@ def test_load_config_rejects_encoder_of_different_model(backbone, encoder, messa
         load_config({**ALIGN, "backbone": {"name": backbone, "checkpoint": "x/y"}, "encoder": encoder})
     assert error.value.errors[0][0] == "encoder"
     assert re.search(message, error.value.errors[0][1])
+
+
+CLIP = {"name": "clip", "checkpoint": "mini/clip"}
+REWEIGHTED_SUM = {"name": "reweighted", "inner": {"name": "sum", "terms": [{"reward": CLIP}]}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "path", "message"),
+    [
+        ({"rewards": [CLIP, "flat"]}, "rewards.1", "'flat' has no gradient .*'reward' requires"),
+        ({"rewards": [{"name": "sum", "terms": [{"reward": "flat"}]}]}, "rewards.0", "'sum' has no gradient"),
+        ({"rewards": [{"name": "reweighted", "inner": "flat"}]}, "rewards.0.inner", "'flat' is not a product"),
+        ({"rewards": [REWEIGHTED_SUM]}, "rewards.0.inner", "'sum' is not a product of embeddings"),
+        ({"rewards": []}, "rewards", "needs at least one reward"),
+        ({"rewards": [CLIP], "trainer": "align"}, "rewards", "'align' uses no rewards"),
+        ({"rewards": [CLIP], "data": "scene-pairs"}, "data", "two images per prompt"),
+        ({"rewards": [CLIP], "trainer": "denscore"}, "data", "needs two images per prompt"),
+        ({"trainer": "align", "data": {"name": "prompts", "file": "p.txt"}}, "data", "needs images"),
+    ],
+)  # fmt: skip
+def test_load_config_names_key_of_parts_that_do_not_fit(changes, path, message):
+    class FlatConfig(RewardConfig):
+        target = "tests:Flat"
+        name: Literal["flat"] = "flat"
+        differentiable = False
+
+    rewards.register("flat", FlatConfig)
+    try:
+        with pytest.raises(ConfigError) as error:
+            load_config({**ALIGN, "trainer": "reward", **changes})
+    finally:
+        rewards.unregister("flat")
+    problems = dict(error.value.errors)
+    assert re.search(message, problems[path])
 
 
 def test_concat_rejects_two_pooled_embeddings():
@@ -242,7 +277,7 @@ def test_file_checks_run_before_importing_torch(tmp_path, command):
         "train": "from longalign.cli.main import main; code = main(['train', 'run.yaml'])",
         "generate": "from longalign.cli.main import main\n"
         "code = main(['generate', '--config', 'run.yaml', '--prompt', 'a', '--output', 'out'])",
-        "python": "import longalign\ntry: longalign.build_from_config('run.yaml').fit()\n"
+        "python": "import longalign\ntry: longalign.fit('run.yaml')\n"
         "except longalign.ConfigError as error: code = 2; print(error, file=sys.stderr)",
     }[command]
     text = f"import sys, time\n{run}\nassert code == 2\nassert 'torch' not in sys.modules\nprint(time.process_time())"
@@ -279,7 +314,7 @@ def test_hub_why_explains_download_errors(monkeypatch):
 
 def test_fit_checks_files_before_building():
     with pytest.raises(ConfigError, match=r"init_from: no checkpoint in nowhere"):
-        build_from_config({**ALIGN, "init_from": "nowhere"}).fit()
+        fit({**ALIGN, "init_from": "nowhere"})
 
 
 @pytest.mark.parametrize("source", ["mini/sd", "owner/name"])

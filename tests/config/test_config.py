@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from longalign.config.files import checkpoint_file, parse_assignments, parse_value
-from longalign.config.run import LoopConfig, RunConfig, diff, load_config, override, to_dict, to_json, to_yaml
+from longalign.config.changes import diff, override, parse_assignments
+from longalign.config.files import checkpoint_file
+from longalign.config.parsing import parse_value
+from longalign.config.run import RunConfig, load_config, to_dict, to_json, to_yaml
+from longalign.config.sections import LoopConfig
 from longalign.errors import ConfigError, redact_url, shorten
 from longalign.registry import encoders
 

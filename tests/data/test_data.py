@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
 import longalign.data
-from longalign.config.run import override
+from longalign.config.changes import override
 from longalign.data.config import DataConfig
 from longalign.data.images.base import load_square
 from longalign.data.images.folder import Folder

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from longalign.encoders.base import TruncationWarning
+from longalign.encoders.clip.config import ClipSegmentConfig
 from longalign.encoders.clip.segment import ClipSegmentEncoder
 from longalign.registry import encoders
 from longalign.runtime import Runtime
@@ -43,7 +44,8 @@ class PositionTextModel(nn.Module):
 
 
 def position_encoder(tokenizer, window=77, segmenter=None, **settings):
-    return ClipSegmentEncoder(PositionTextModel(window), tokenizer, segmenter or Sentence(), **settings)
+    config = ClipSegmentConfig(**settings)
+    return ClipSegmentEncoder.from_modules(config, PositionTextModel(window), tokenizer, segmenter or Sentence())
 
 
 def ids(tokenizer, text):
@@ -88,7 +90,7 @@ def test_clip_segment_pad_star_scales_with_window(tokenizer):
     ],
 )
 def test_clip_segment_sot_and_eot_strategies(tokenizer, sot, eot, expected):
-    encoder = position_encoder(tokenizer, segmenter=Manual(), sot=sot, eot=eot, pad="none")
+    encoder = position_encoder(tokenizer, segmenter=Manual("BREAK"), sot=sot, eot=eot, pad="none")
     conditioning = encoder.encode([["fox", "green"], "", "fox"])
     fox, green = ids(tokenizer, "fox")[0], ids(tokenizer, "green")[0]
     names = {tokenizer.bos_token_id: "S", tokenizer.eos_token_id: "E", fox: "f", green: "g"}
@@ -213,7 +215,7 @@ def test_clip_segment_rejects_wrong_checkpoints(tmp_path, tokenizer):
     model = PositionTextModel()
     model.config.vocab_size = 10
     with pytest.raises(ValueError, match=r"eos_token_id=.*vocab_size=10"):
-        ClipSegmentEncoder(model, tokenizer, Sentence())
+        ClipSegmentEncoder.from_modules(ClipSegmentConfig(), model, tokenizer, Sentence())
 
 
 def test_clip_segment_rejects_single_text(tokenizer):

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from tiny import tiny_clip_text, tiny_sdxl
 
-from longalign.encoders.configs import ClipSegmentConfig, ClipSegmentSDXLConfig, ClipTruncateConfig
+from longalign.encoders.clip.config import ClipSegmentConfig, ClipSegmentSDXLConfig, ClipTruncateConfig
 from longalign.runtime import Runtime
 
 CPU = Runtime()

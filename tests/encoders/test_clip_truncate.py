@@ -5,7 +5,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from longalign.encoders.base import TruncationWarning
-from longalign.encoders.clip.longclip import text_state
+from longalign.encoders.clip.weights import text_state
 from longalign.mini.tokenizers import write_clip_tokenizer
 from longalign.registry import encoders
 
@@ -39,7 +39,7 @@ def test_clip_truncate_warns_once_and_reports_text(encoder):
 
 
 def test_clip_truncate_raises_on_overflow_error_and_joins_segments(encoder):
-    strict = type(encoder)(encoder.text_model, encoder.tokens.tokenizer, overflow="error")
+    strict = type(encoder)(encoder.text_model, encoder.tokens.tokenizer, overflow="error", max_batch_tokens=77)
     with pytest.raises(ValueError, match=r"1 of 1 prompts .*\b77\b.*clip-segment"):
         strict.encode([LONG])
     assert torch.equal(strict.encode([["a", "fox"]]).states, strict.encode(["a fox"]).states)

@@ -2,17 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from longalign.encoders.base import Conditioning, Encoder, PromptReport, check_prompts, equal_lengths
-
-
-def test_equal_lengths_masks_padding():
-    short = Conditioning(torch.ones(2, 1, 3))
-    long = Conditioning(torch.ones(1, 2, 3), torch.tensor([[True, False]]))
-    a, b = equal_lengths(short, long)
-    assert a.states.tolist() == [[[1, 1, 1], [0, 0, 0]]] * 2
-    assert a.mask.tolist() == [[True, False]] * 2
-    assert b.mask.tolist() == [[True, False]]
-    assert equal_lengths(short, short)[0].mask is None
+from longalign.encoders.base import Conditioning, Encoder, PromptReport, check_prompts
 
 
 def test_conditioning_indexes_rows_and_casts():
@@ -44,3 +34,13 @@ def test_encoder_train_keeps_frozen_modules_in_eval_mode():
     assert not encoder.frozen[1].training and encoder.trained[1].training
     encoder.eval()
     assert not encoder.trained[1].training
+
+
+def test_adapter_parameters_are_those_that_could_be_trained():
+    encoder = Encoder()
+    encoder.frozen, encoder.adapter = nn.Linear(1, 1).requires_grad_(False), nn.Linear(1, 1)
+    names = {"adapter.weight", "adapter.bias"}
+    for trainable in (False, False, True):
+        encoder.train_adapter(trainable)
+        assert set(encoder.adapter_parameters()) == names
+        assert {name for name, p in encoder.named_parameters() if p.requires_grad} == (names if trainable else set())

@@ -4,14 +4,23 @@ import pytest
 import torch
 
 from longalign.errors import ConfigError
+from longalign.gradient_steps import GroupedRandom, Last
 from longalign.gradient_steps.base import GradientSteps
-from longalign.gradient_steps.steps import All, GroupedRandom, Last, synced_randint
+from longalign.gradient_steps.random import synced_randint
 from longalign.registry import gradient_steps, trainers
 from longalign.runtime import Runtime
 
 
+def grouped(groups, **settings):
+    return GroupedRandom(groups, **{"detach": True, "randint": synced_randint(Runtime()), **settings})
+
+
+def last(k, **settings):
+    return Last(k, **{"detach": True, "randint": synced_randint(Runtime()), **settings})
+
+
 def test_grouped_random_selects_one_step_per_group():
-    samples = [GroupedRandom(5).select(50).steps for _ in range(200)]
+    samples = [grouped(5).select(50).steps for _ in range(200)]
     for steps in samples:
         assert list(steps) == list(range(steps[0], 50, 10))
     assert {steps[0] for steps in samples} == set(range(10))
@@ -19,32 +28,32 @@ def test_grouped_random_selects_one_step_per_group():
 
 def test_grouped_random_is_seeded_by_torch():
     torch.manual_seed(3)
-    selected = GroupedRandom(2).select(50)
+    selected = grouped(2).select(50)
     torch.manual_seed(3)
-    assert GroupedRandom(2).select(50) == selected
+    assert grouped(2).select(50) == selected
 
 
 def test_last_and_all_select_steps():
-    assert Last(2).select(10) == GradientSteps((8, 9), length=10)
-    assert Last(1, copies=3, detach=False).select(2) == GradientSteps((1,), detach=False, length=2, copies=3)
-    assert All().select(3) == GradientSteps((0, 1, 2), length=3)
-    assert GroupedRandom(4, detach=False).select(4) == GradientSteps((0, 1, 2, 3), detach=False, length=4)
+    assert last(2).select(10) == GradientSteps((8, 9), length=10)
+    assert last(1, copies=3, detach=False).select(2) == GradientSteps((1,), detach=False, length=2, copies=3)
+    assert gradient_steps.build("all").select(3) == GradientSteps((0, 1, 2), length=3)
+    assert grouped(4, detach=False).select(4) == GradientSteps((0, 1, 2, 3), detach=False, length=4)
 
 
 def test_early_stop_randomises_length():
-    selections = {Last(2, early_stop=3).select(10) for _ in range(200)}
+    selections = {last(2, early_stop=3).select(10) for _ in range(200)}
     assert selections == {GradientSteps((n - 2, n - 1), length=n) for n in (8, 9, 10)}
     for _ in range(200):
-        selected = GroupedRandom(2, early_stop=3).select(8)
+        selected = grouped(2, early_stop=3).select(8)
         assert selected.length in (6, 7, 8)
         offset = selected.steps[0]
         assert selected.steps == tuple(i for i in (offset, offset + 4) if i < selected.length)
 
 
 def test_last_min_steps_randomises_number_of_steps():
-    selections = {Last(3, min_steps=2, detach=False).select(5).steps for _ in range(100)}
+    selections = {last(3, min_steps=2, detach=False).select(5).steps for _ in range(100)}
     assert selections == {(3, 4), (2, 3, 4)}
-    assert {len(Last(None, min_steps=1).select(3).steps) for _ in range(100)} == {1, 2, 3}
+    assert {len(last(None, min_steps=1).select(3).steps) for _ in range(100)} == {1, 2, 3}
 
 
 def test_synced_randint_uses_number_of_first_process():
@@ -107,8 +116,8 @@ def test_reward_config_rejects_impossible_gradient_steps(num_steps, config, mess
 
 def test_select_rejects_impossible_number_of_steps():
     with pytest.raises(ValueError, match=r"50 sampling steps .*3 equal groups"):
-        GroupedRandom(3).select(50)
+        grouped(3).select(50)
     with pytest.raises(ValueError, match="last 3 of 2 sampling steps"):
-        Last(3).select(2)
+        last(3).select(2)
     with pytest.raises(ValueError, match=r"3 of 4 .*early_stop of at most 2"):
-        Last(3, early_stop=3).select(4)
+        last(3, early_stop=3).select(4)

@@ -13,15 +13,16 @@ import pytest
 import torch
 
 from longalign.checkpoints import weights
-from longalign.compose import build_from_config
-from longalign.config.run import load_config, override
+from longalign.config.changes import override
+from longalign.config.run import load_config
 from longalign.loop import folder, locks
+from longalign.loop.fit import fit
 from longalign.loop.folder import checkpoints
 from longalign.loop.locks import Lock
 
 
 def run(config, resume=None):
-    return build_from_config(config).fit(resume=resume)
+    return fit(config, resume=resume)
 
 
 def names(output):
@@ -211,7 +212,7 @@ def test_resume_rejects_changed_data_and_warns_of_changed_versions(world, tmp_pa
         with pytest.raises(ValueError, match=r":\n  data\.prompts: \w+ "):
             run(config, resume=tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("longalign.loop.state.versions", lambda: {"torch": "1.0"})
+        patch.setattr("longalign.loop.resume.versions", lambda: {"torch": "1.0"})
         assert run(config, resume=tmp_path).step == 2
     (message,) = [m for m in caplog.messages if m.startswith("torch ")]
     assert torch.__version__.split("+")[0] in message and " 1.0 " in message

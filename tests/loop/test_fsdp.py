@@ -15,9 +15,12 @@ from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
 from longalign.config.run import load_config
 from longalign.loop.fsdp import check_fsdp_config, prepare_fsdp
-from longalign.trainers.align import AlignTrainer
+from longalign.runtime import Runtime
+from longalign.trainers.align.config import AlignConfig
+from longalign.trainers.align.trainer import AlignTrainer
 from longalign.trainers.base import Trainer
-from longalign.trainers.lcm import LCMTrainer
+from longalign.trainers.lcm.config import LCMConfig
+from longalign.trainers.lcm.trainer import LCMTrainer
 
 WRAP = ["--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
 WRAP += ["--fsdp_transformer_layer_cls_to_wrap", "BasicTransformerBlock,ResnetBlock2D"]
@@ -122,21 +125,25 @@ def test_check_fsdp_config_accepts_defaults_but_no_parallelism(world, tmp_path):
 
 def test_prepare_fsdp_rejects_bf16_for_flows():
     backbone = tiny_backbone()
-    backbone.add_lora(worlds.LORA, "align")
     backbone.prediction = "flow"
-    trainer = AlignTrainer(backbone, worlds.ToyEncoder())
+    trainer = AlignTrainer.from_config(
+        AlignConfig(lora=worlds.LORA), Runtime(), backbone=backbone, encoder=worlds.ToyEncoder()
+    )
     with pytest.raises(ValueError, match=r"bf16.*flow.*loop\.precision.*backbone\.dtype"):
         prepare_fsdp(SimpleNamespace(mixed_precision="bf16"), trainer, torch.optim.AdamW)
 
 
-def test_check_fsdp_support_rejects_unsupported_trainers():
-    backbone, encoder = tiny_backbone(), worlds.ToyEncoder()
-    backbone.add_lora(worlds.LORA, "lcm")
-    LCMTrainer(backbone, encoder).check_fsdp_support()
+def test_fsdp_module_rejects_unsupported_trainers():
+    def trainer(**keys):
+        config = LCMConfig(lora=worlds.LORA, **keys)
+        return LCMTrainer.from_config(config, Runtime(), backbone=tiny_backbone(), encoder=worlds.ToyEncoder())
+
+    lcm = trainer()
+    assert lcm.fsdp_module("bf16") is lcm.backbone.denoiser
     with pytest.raises(ValueError, match=r"'lcm'.*trainer\.ema_decay.*null"):
-        LCMTrainer(backbone, encoder, ema_decay=0.9).check_fsdp_support()
+        trainer(ema_decay=0.9).fsdp_module("no")
     with pytest.raises(ValueError, match=r"denoiser.*\bTrainer\b"):
-        Trainer().check_fsdp_support()
-    backbone.denoiser.requires_grad_(False)
+        Trainer().fsdp_module("no")
+    lcm.backbone.denoiser.requires_grad_(False)
     with pytest.raises(ValueError, match="denoiser has no trainable parameters"):
-        LCMTrainer(backbone, encoder).check_fsdp_support()
+        lcm.fsdp_module("no")

@@ -16,21 +16,26 @@ from safetensors.torch import load_file
 from tiny import tiny_backbone
 
 from longalign.compose import build_from_config
-from longalign.config.run import load_config, override
+from longalign.config.changes import override
+from longalign.config.run import load_config
 from longalign.data.config import DataConfig
 from longalign.data.stream import Stream
 from longalign.encoders.base import PromptReport, TruncationWarning, raise_or_warn_truncated
 from longalign.encoders.config import EncoderConfig
 from longalign.errors import ConfigError, RunError
 from longalign.loop.batches import Batches, collate, load_batches
-from longalign.loop.run import _compiled, fit
-from longalign.loop.state import check_same_run, random_state, set_random_state
+from longalign.loop.fit import fit
+from longalign.loop.optimization import compiled as compile_module
+from longalign.loop.resume import check_same_run
+from longalign.loop.run import Run
+from longalign.loop.state import random_state, set_random_state
 from longalign.registry import data, encoders, rewards
 from longalign.rewards.guard import NonFiniteReward
+from longalign.runtime import Runtime
 
 
 def run(config, resume=None):
-    return build_from_config(config).fit(resume=resume)
+    return fit(config, resume=resume)
 
 
 def lines(output):
@@ -152,7 +157,7 @@ def test_validation_runs_at_start_and_end_after_checkpoint(world, tmp_path, monk
         if step == 4:
             raise RuntimeError("no image")
 
-    monkeypatch.setattr("longalign.loop.run.sample_validation", sampling)
+    monkeypatch.setattr("longalign.loop.validation.sample_validation", sampling)
     config = {**world.align_config(tmp_path), "validation": {"prompts": ["ab"], "every": 100}}
     with pytest.raises(RuntimeError, match="no image") as caught:
         run(config)
@@ -161,11 +166,11 @@ def test_validation_runs_at_start_and_end_after_checkpoint(world, tmp_path, monk
 
 
 def test_fit_missing_validation_file_raises_before_building(world, tmp_path):
-    composition = build_from_config({**world.align_config(tmp_path), "validation": {"prompts": "nope.txt"}})
-    for training in (composition.fit, lambda: fit(composition)):
+    config = load_config({**world.align_config(tmp_path), "validation": {"prompts": "nope.txt"}})
+    for training in (fit, lambda config: Run(config, Runtime())):
         with pytest.raises((ConfigError, FileNotFoundError), match=r"nope\.txt"):
-            training()
-    assert not composition._built and not list(tmp_path.iterdir())
+            training(config)
+    assert not list(tmp_path.iterdir())
 
 
 def test_tensorboard_logs_validation_images(world, tmp_path, caplog):
@@ -221,15 +226,15 @@ def test_resume_restores_means_between_log_lines(world, tmp_path):
 
 
 def test_infinite_loss_raises_before_next_checkpoint(world, tmp_path, monkeypatch):
-    from longalign.trainers.align import AlignTrainer
+    from longalign.trainers.align.trainer import AlignTrainer
 
-    losses, calls = AlignTrainer.losses, []
+    loss, calls = AlignTrainer.loss, []
 
     def infinite(trainer, batch):
         calls.append(1)
-        return {**losses(trainer, batch), "other_loss": torch.tensor(float("inf") if len(calls) == 3 else 0.0)}
+        return {**loss(trainer, batch), "other_loss": torch.tensor(float("inf") if len(calls) == 3 else 0.0)}
 
-    monkeypatch.setattr(AlignTrainer, "losses", infinite)
+    monkeypatch.setattr(AlignTrainer, "loss", infinite)
     with pytest.raises(RunError, match=r"'other_loss': inf.*\bstep 4\b.*batch\.json.*checkpoint-000002"):
         run(world.align_config(tmp_path, steps=8, log_every=8, save_every=2))
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-000002"]
@@ -310,10 +315,10 @@ def test_log_run_summary_warns_of_large_model_on_cpu(world, tmp_path, caplog, mo
 
 def test_fit_bf16_with_gradient_checkpointing_and_tensorboard(world, tmp_path):
     loop = {"steps": 1, "precision": "bf16", "gradient_checkpointing": True, "trackers": ["tensorboard"]}
-    composition = build_from_config(world.align_config(tmp_path, **loop))
-    assert fit(composition).step == 1
+    trained = world.finished(world.align_config(tmp_path, **loop))
+    assert trained.step == 1
     assert list(tmp_path.rglob("events.out.tfevents*"))
-    assert {p.dtype for p in composition.trainer.trainable()} == {torch.float32}
+    assert {p.dtype for p in trained.optimization.parameters} == {torch.float32}
     run(world.align_config(tmp_path / "plain", steps=1))  # then full precision in the same process
 
 
@@ -337,20 +342,20 @@ def test_compile_trains_and_keeps_weight_names(world, tmp_path, monkeypatch):
         return compiled[0]
 
     plain = run(world.reward_config(tmp_path / "plain", steps=1))
-    composition = build_from_config(world.reward_config(tmp_path / "compiled", steps=1, compile=True))
     monkeypatch.setattr(torch, "compile", compile_module)
-    result = fit(composition)
-    assert compiled[0]._orig_mod is composition.backbone.denoiser and composition.backbone.lora_names == ["reward"]
+    result = world.finished(world.reward_config(tmp_path / "compiled", steps=1, compile=True))
+    backbone = result.composition.backbone
+    assert compiled[0]._orig_mod is backbone.denoiser and backbone.lora_names == ["reward"]
     assert compiled[0].options == {"backend": "inductor", "options": {"fallback_random": True}}
     assert compiled[0].grad_modes == [False, False, True]
-    assert equal_tensors(weights(result.checkpoint), weights(plain.checkpoint))
+    assert equal_tensors(weights(result.folder), weights(plain.checkpoint))
 
 
 def test_compiled_uses_torch_backend():
     module = torch.nn.Linear(2, 2)
-    compiled = _compiled(module, "eager")
+    compiled = compile_module(module, "eager")
     assert torch.equal(compiled(torch.ones(1, 2)), module(torch.ones(1, 2))) and compiled is not module
-    assert _compiled(module, False) is module
+    assert compile_module(module, False) is module
 
 
 @pytest.mark.parametrize("lora", [{"rank": 2, "dropout": 0}, None])
@@ -358,8 +363,8 @@ def test_channels_last_keeps_losses_and_checkpoint(world, tmp_path, lora):
     losses, saved = [], {}
     for name, settings in (("plain", {}), ("last", {"channels_last": True})):
         config = world.align_config(tmp_path / name, steps=2, lr=1e-3, **settings)
-        composition = build_from_config({**config, "trainer": {"name": "align", "lora": lora}})
-        saved = weights(fit(composition).checkpoint)
+        trained = world.finished({**config, "trainer": {"name": "align", "lora": lora}})
+        saved, composition = weights(trained.folder), trained.composition
         losses.append([line["loss"] for line in lines(tmp_path / name)])
         for part in (composition.backbone.denoiser, composition.backbone.vae.decoder):
             kernels = [p for p in part.parameters() if p.ndim == 4 and min(p.shape[1], *p.shape[2:]) > 1]
@@ -402,12 +407,13 @@ def test_fit_missing_tracker_package_raises(monkeypatch, world, tmp_path):
 
 @pytest.mark.parametrize("clip", [None, 1.0])
 def test_non_finite_gradient_raises_before_optimizer_step(world, tmp_path, clip):
-    composition = build_from_config(world.align_config(tmp_path, lr=1e30, clip=clip, steps=4))
+    run = Run(load_config(world.align_config(tmp_path, lr=1e30, clip=clip, steps=4)), Runtime())
     with pytest.raises(RunError, match=rf"gradient.*\bstep 2\b.*batch\.json.*no checkpoint in {tmp_path}"):
-        composition.fit()
+        run.train(lambda: False)
+    run.close()
     batch = json.loads((tmp_path / "non-finite" / "process-0" / "batch.json").read_text())
     assert batch["step"] == 2 and len(batch["prompts"][0]) == 3
-    assert all(p.isfinite().all() for p in composition.trainer.trainable())
+    assert all(p.isfinite().all() for p in run.optimization.parameters)
     assert not list(tmp_path.glob("checkpoint-*"))
 
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from longalign.config.files import parse_assignments
-from longalign.config.run import load_config, override, to_dict, to_yaml
+from longalign.config.changes import override, parse_assignments
+from longalign.config.run import load_config, to_dict, to_yaml
 from longalign.errors import ConfigError
 from longalign.registry import REGISTRIES
 

@@ -13,12 +13,12 @@ from tiny import tiny_adapter, tiny_clip, tiny_clip_text, tiny_hpsv2, tiny_sd, t
 
 from longalign.checkpoints.checkpoint import load_weights, read_config
 from longalign.checkpoints.convert import read_tensors
-from longalign.compose import build_from_config
 from longalign.encoders.clip.longclip import read_original
 from longalign.encoders.t5.adapter import TextAdapter
+from longalign.loop.fit import fit
 from longalign.loop.state import load_state
 from longalign.registry import backbones, encoders, rewards
-from longalign.rewards.hpsv2 import read_state
+from longalign.rewards.hpsv2.weights import read_state
 
 pytestmark = pytest.mark.reliability
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.reliability
 def checkpoint(tmp_path_factory):
     worlds.register()
     output = tmp_path_factory.mktemp("run")
-    yield build_from_config(worlds.align_config(output, steps=1)).fit().checkpoint
+    yield fit(worlds.align_config(output, steps=1)).checkpoint
     worlds.unregister()
 
 

@@ -18,7 +18,7 @@ import torch
 import worlds
 
 from longalign.checkpoints import weights
-from longalign.compose import build_from_config
+from longalign.loop.fit import fit
 from longalign.loop.folder import checkpoints
 
 pytestmark = pytest.mark.reliability
@@ -73,7 +73,7 @@ class Train:
 
     def __call__(self):
         self.setup()
-        return build_from_config(self.settings).fit(resume=self.output if self.resume else None)
+        return fit(self.settings, resume=self.output if self.resume else None)
 
 
 def status(child):
@@ -257,7 +257,7 @@ def test_fit_memory_is_constant_in_long_run(tmp_path):
         torch.save = save
         settings = config(tmp_path / "run")
         settings["loop"] |= {"steps": 1000, "save_every": 50}
-        result = build_from_config(settings).fit()
+        result = fit(settings)
         Path(f"{tmp_path}.sizes").write_text(json.dumps(sizes))
         return result
 

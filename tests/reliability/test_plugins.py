@@ -10,8 +10,8 @@ import pytest
 import torch
 from tiny import tiny_backbone
 
+import longalign
 from longalign.backbones.config import BackboneConfig
-from longalign.compose import build_from_config
 from longalign.config.describe import parts_table
 from longalign.data.base import Data
 from longalign.data.config import DataConfig
@@ -103,12 +103,12 @@ def fit(tmp_path, **changes):
         "loop": {"steps": 1, "batch_size": 2},
         **changes,
     }
-    return build_from_config(config, Runtime()).fit()
+    return longalign.fit(config, device="cpu")
 
 
 REWARD = {"trainer": {"name": "reward", "lora": {"rank": 2}, "num_steps": 2, "guidance": 1.0, "gradient_steps": "all"}}
 BUILD = "def build(self, runtime):\n    "
-TRAINER = "def build(self, runtime, *, backbone, encoder, rewards):\n    "
+TRAINER = "def build(self, runtime, *, backbone, encoder):\n    "
 SCORES = BUILD + "return lambda images, prompts: {}"
 FAKE = r"fake[-_]faulty"
 
@@ -158,11 +158,11 @@ PARTS = every_third(
     ),
     (
         "trainers",
-        f"{TRAINER}from longalign.trainers.base import DiffusionTrainer\n"
-        "    class Lossless(DiffusionTrainer):\n        def losses(self, batch):\n            return {'score': 1}\n"
+        f"{TRAINER}from longalign.trainers.diffusion import DiffusionTrainer\n"
+        "    class Lossless(DiffusionTrainer):\n        def loss(self, batch):\n            return {'score': 1}\n"
         "    backbone.train_all()\n    return Lossless(backbone, encoder, False)",
         T,
-        r"Lossless\.losses .*'_loss'.*got score",
+        r"Lossless\.loss .*'_loss'.*got score",
     ),
     (
         "trainers",

@@ -10,9 +10,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from longalign.functional.images import ImagePreprocessor
 from longalign.registry import ConfigError, rewards
-from longalign.rewards.clip import ClipTowers, pooled
-from longalign.rewards.configs import ClipConfig, DenscoreConfig, PickScoreConfig
-from longalign.rewards.towers import TowerReward, Towers
+from longalign.rewards.clip.config import ClipConfig, DenscoreConfig, PickScoreConfig
+from longalign.rewards.clip.towers import ClipTowers
+from longalign.rewards.pretrained import projected_features
+from longalign.rewards.towers import Towers
 from longalign.runtime import Runtime
 
 TWO = "A red fox sleeps on a wall. The sky is green."
@@ -33,8 +34,8 @@ def test_clip_score_is_unscaled_cosine(whole):
     model, tokenizer = whole.towers.model, whole.towers.tokenizer
     inputs = tokenizer(prompts, padding=True, return_tensors="pt")
     with torch.no_grad():
-        text = pooled(model.get_text_features(**inputs))
-        image = pooled(model.get_image_features(pixel_values=(images - 0.5) / 0.25))
+        text = projected_features(model.get_text_features(**inputs))
+        image = projected_features(model.get_image_features(pixel_values=(images - 0.5) / 0.25))
     expected = torch.cosine_similarity(image, text)
     assert torch.allclose(whole.score(images, prompts), expected, atol=1e-6)
     assert torch.allclose(model(pixel_values=(images - 0.5) / 0.25, **inputs).logits_per_image.diag(),
@@ -183,7 +184,7 @@ def test_image_features_moves_images_to_device_of_towers():
         def embed_pixels(self, pixels):
             return pixels.flatten(1) @ self.weight
 
-    features = TowerReward(MetaTowers(), ImagePreprocessor((2, 2))).image_features(torch.rand(3, 3, 8, 8))
+    features = tiny.tower_reward(MetaTowers(), ImagePreprocessor((2, 2))).image_features(torch.rand(3, 3, 8, 8))
     assert features.shape == (3, 4) and features.device.type == "meta"
 
 
@@ -270,10 +271,10 @@ def test_clip_rejects_incomplete_model(tmp_path):
         rewards.build({"name": "clip", "checkpoint": str(tmp_path)})
 
 
-def test_pooled_accepts_tensor_or_output_object():
+def test_projected_features_accepts_tensor_or_output_object():
     tensor = torch.ones(1, 2)
-    assert pooled(tensor) is tensor
-    assert pooled(type("Output", (), {"pooler_output": tensor})()) is tensor
+    assert projected_features(tensor) is tensor
+    assert projected_features(type("Output", (), {"pooler_output": tensor})()) is tensor
 
 
 def test_denscore_segmenter_from_config(clip_folder):
@@ -308,11 +309,11 @@ def test_reward_config_round_trip_with_defaults():
 
 
 def test_tower_reward_from_loaded_model(whole):
-    reward = TowerReward(ClipTowers(whole.towers.model, whole.towers.tokenizer), whole.preprocessor)
+    reward = tiny.tower_reward(ClipTowers(whole.towers.model, whole.towers.tokenizer), whole.preprocessor)
     images = torch.rand(1, 3, 32, 32)
     assert torch.equal(reward.score(images, ["fox"]), whole.score(images, ["fox"]))
-    with pytest.raises(ValueError, match=r"micro_batch .*at least 1, got 0"):
-        TowerReward(reward.towers, whole.preprocessor, micro_batch=0)
+    with pytest.raises(ConfigError, match=r"micro_batch: "):
+        rewards.validate({"name": "clip", "micro_batch": 0})
 
 
 def test_score_rejects_wrong_number_of_prompts(whole):

@@ -10,7 +10,7 @@ import torch
 from open_clip.tokenizer import SimpleTokenizer
 
 from longalign.registry import ConfigError, rewards
-from longalign.rewards.hpsv2 import build_model, find_weights, read_state
+from longalign.rewards.hpsv2.weights import build_model, find_weights, read_state
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_hpsv2_default_architecture_is_vit_h_14(hpsv2_folder, tmp_path):
         raise Stop
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr("longalign.rewards.hpsv2.build_model", build)
+        patch.setattr("longalign.rewards.hpsv2.reward.build_model", build)
         rewards.build({"name": "hpsv2", "checkpoint": str(tmp_path)})
     assert configs == [open_clip.get_model_config("ViT-H-14")]
     assert configs[0]["embed_dim"] == 1024

@@ -2,12 +2,12 @@ import math
 
 import pytest
 import torch
+from tiny import reweighted
 
 from longalign.registry import ConfigError, rewards
 from longalign.rewards.base import CallableReward
 from longalign.rewards.guard import NonFiniteReward
-from longalign.rewards.reweighted import ReweightedReward
-from longalign.rewards.sum import SumReward
+from longalign.rewards.sum.reward import SumReward
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def brightness():
 def test_sum_values_and_prefixed_parts(known):
     images = torch.tensor([[0.0, 1.0, 0.0], [0.8, 0.0, 0.6]])[:, :, None, None].expand(-1, -1, 2, 2).contiguous()
     mean = CallableReward(lambda images, prompts: images.mean((1, 2, 3)))
-    total = SumReward({"known": ReweightedReward(known, 0.5), "mean": mean}, [2.0, -3.0])
+    total = SumReward({"known": reweighted(known, omega=0.5), "mean": mean}, [2.0, -3.0])
     scores = total.score_components(images, ["up", "down"])
     assert torch.allclose(scores.total, torch.tensor([2 * 0.8 - 1.0, 2 * 0.24 - 1.4]))
     assert torch.allclose(scores.parts["known"], torch.tensor([0.8, 0.24]))
@@ -62,7 +62,7 @@ def test_sum_labels_name_parts_and_are_numbered(clip_folder, brightness):
 
 
 def test_sum_state_dict_contains_running_direction(known):
-    reward = SumReward({"known": ReweightedReward(known, 0.5, "running")}, [1.0])
+    reward = SumReward({"known": reweighted(known, omega=0.5, direction="running")}, [1.0])
     reward.score(torch.rand(1, 3, 4, 4), ["up"])
     assert reward.state_dict()["rewards.0.running_count"].item() == 1
 

@@ -1,9 +1,9 @@
 import pytest
 import torch
+from tiny import reweighted
 
 from longalign.registry import ConfigError, rewards
 from longalign.rewards.base import CallableReward
-from longalign.rewards.reweighted import ReweightedReward
 from longalign.runtime import Runtime
 
 V = torch.tensor([1.0, 0.0, 0.0])
@@ -18,7 +18,7 @@ IMAGES = colours([0.0, 1.0, 0.0], [0.8, 0.0, 0.6])
 
 
 def test_reweighted_values(known):
-    scores = ReweightedReward(known, 0.5).score_components(IMAGES, ["up", "down"])
+    scores = reweighted(known, omega=0.5).score_components(IMAGES, ["up", "down"])
     assert torch.allclose(scores.parts["text_relevant"], torch.tensor([0.8, 0.0]))
     assert torch.allclose(scores.parts["text_irrelevant"], torch.tensor([0.0, 0.48]))
     assert torch.allclose(scores.parts["eta"], torch.tensor([0.6, 0.6]))
@@ -28,13 +28,13 @@ def test_reweighted_values(known):
 @pytest.mark.parametrize("direction", ["batch", "running", torch.tensor([0.0, 0.6, 0.8])])
 def test_reweighted_omega_one_is_plain_score(known, direction):
     prompts = ["up", "in"]
-    scores = ReweightedReward(known, 1.0, direction).score_components(IMAGES, prompts)
+    scores = reweighted(known, omega=1.0, direction=direction).score_components(IMAGES, prompts)
     assert torch.equal(scores.total, known.score(IMAGES, prompts))
     assert torch.allclose(scores.parts["text_relevant"] + scores.parts["text_irrelevant"], scores.total)
 
 
 def test_reweighted_omega_zero_has_no_component_along_v(known):
-    reward = ReweightedReward(known, 0.0)
+    reward = reweighted(known, omega=0.0)
     assert torch.allclose(reward.score(colours([1.0, 0.0, 0.0], [1.0, 0.0, 0.0]), ["up", "down"]), torch.zeros(2))
     scores = reward.score_components(IMAGES, ["up", "down"])
     assert torch.allclose(scores.total, scores.parts["text_relevant"])
@@ -42,7 +42,7 @@ def test_reweighted_omega_zero_has_no_component_along_v(known):
 
 def test_reweighted_gradient_only_through_total(known):
     images = IMAGES.clone().requires_grad_()
-    scores = ReweightedReward(known, 0.0, V).score_components(images, ["up", "down"])
+    scores = reweighted(known, omega=0.0, direction=V).score_components(images, ["up", "down"])
     assert not any(part.requires_grad for part in scores.parts.values())
     scores.total.sum().backward()
     assert images.grad is not None
@@ -52,21 +52,23 @@ def test_reweighted_gradient_only_through_total(known):
 
 def test_reweighted_batch_direction_rejects_single_prompt(known):
     with pytest.raises(ValueError, match=r"got 1 prompt .*`direction: running`"):
-        ReweightedReward(known).score(IMAGES[:1], ["up"])
+        reweighted(known).score(IMAGES[:1], ["up"])
     with pytest.raises(ValueError, match=r"got 2 times the same prompt .*`direction: running`"):
-        ReweightedReward(known).score(IMAGES, ["up", "up"])
-    ReweightedReward(known, direction="running").score(IMAGES[:1], ["up"])
-    ReweightedReward(known, direction=V).score(IMAGES[:1], ["up"])
+        reweighted(known).score(IMAGES, ["up", "up"])
+    reweighted(known, direction="running").score(IMAGES[:1], ["up"])
+    reweighted(known, direction=V).score(IMAGES[:1], ["up"])
 
 
 @pytest.mark.parametrize("direction", ["batch", "running"])
 def test_reweighted_two_processes_equal_joint_batch(known, direction):
     images, prompts = torch.rand(4, 3, 4, 4), ["up", "in", "along", "down"]
-    joint = ReweightedReward(known, 0.3, direction).score_components(images, prompts)
+    joint = reweighted(known, omega=0.3, direction=direction).score_components(images, prompts)
     all_text = known.text_features(prompts)
     for rows in (slice(0, 2), slice(2, 4)):
         sent = []
-        reward = ReweightedReward(known, 0.3, direction, lambda text, sent=sent: sent.append(text) or all_text)
+        reward = reweighted(
+            known, omega=0.3, direction=direction, gather=lambda text, sent=sent: sent.append(text) or all_text
+        )
         scores = reward.score_components(images[rows], prompts[rows])
         assert torch.equal(sent[0], all_text[rows])
         assert torch.allclose(scores.total, joint.total[rows])
@@ -76,12 +78,12 @@ def test_reweighted_two_processes_equal_joint_batch(known, direction):
 
 def test_reweighted_accepts_batch_of_one_per_process(known):
     both = known.text_features(["up", "down"])
-    scores = ReweightedReward(known, gather=lambda text: both).score_components(IMAGES[:1], ["up"])
+    scores = reweighted(known, gather=lambda text: both).score_components(IMAGES[:1], ["up"])
     assert torch.allclose(scores.parts["text_relevant"], torch.tensor([0.8]))
 
 
 def test_running_direction_is_mean_over_batches(known):
-    reward = ReweightedReward(known, 0.0, "running")
+    reward = reweighted(known, omega=0.0, direction="running")
     reward.score(IMAGES[:1], ["up"])
     scores = reward.score_components(IMAGES[:1], ["down"])
     assert torch.allclose(reward.running_mean, torch.tensor([0.6, 0.0, 0.0]))
@@ -90,7 +92,7 @@ def test_running_direction_is_mean_over_batches(known):
 
 
 def test_running_direction_not_updated_in_eval_mode(known):
-    reward = ReweightedReward(known, 0.3, "running")
+    reward = reweighted(known, omega=0.3, direction="running")
     with pytest.raises(ValueError, match=r"running direction .*no prompts"):
         reward.eval().score(IMAGES, ["up", "down"])
     reward.train().score(IMAGES, ["up", "down"])
@@ -101,14 +103,14 @@ def test_running_direction_not_updated_in_eval_mode(known):
 
 
 def test_running_direction_resumes_exactly(known):
-    original = ReweightedReward(known, 0.3, "running")
+    original = reweighted(known, omega=0.3, direction="running")
     original.score(IMAGES, ["up", "in"])
-    resumed = ReweightedReward(known, 0.3, "running")
+    resumed = reweighted(known, omega=0.3, direction="running")
     resumed.load_state_dict({key: value.clone() for key, value in original.state_dict().items()})
     for prompts in (["down", "along"], ["in", "up"]):
         assert torch.equal(original.score(IMAGES, prompts), resumed.score(IMAGES, prompts))
     assert set(original.state_dict()) == {"running_mean", "running_count"}
-    assert not ReweightedReward(known, 0.3, V).state_dict()
+    assert not reweighted(known, omega=0.3, direction=V).state_dict()
 
 
 def test_reweighted_wraps_any_embedding_reward(clip_folder, hpsv2_folder):
@@ -146,14 +148,14 @@ def test_reweighted_gathers_through_runtime(clip_folder):
 
 def test_reweighted_rejects_wrong_settings(known, clip_folder):
     with pytest.raises(ValueError, match="EmbeddingReward"):
-        ReweightedReward(CallableReward(lambda images, prompts: images.sum((1, 2, 3))))  # type: ignore[arg-type]
+        reweighted(CallableReward(lambda images, prompts: images.sum((1, 2, 3))))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"'sum'.*embeddings"):
         inner = {"name": "sum", "terms": [{"reward": {"name": "clip", "checkpoint": clip_folder}}]}
         rewards.build({"name": "reweighted", "inner": inner})
     with pytest.raises(ValueError, match=r"'batch', 'running' .*'moving'"):
-        ReweightedReward(known, direction="moving")
+        reweighted(known, direction="moving")
     with pytest.raises(ValueError, match=r"direction .*\(3,\).* got \(2,\)"):
-        ReweightedReward(known, direction=torch.ones(2))
+        reweighted(known, direction=torch.ones(2))
     with pytest.raises(ConfigError, match=r"inner\.chekpoint: .*did you mean 'checkpoint'"):
         rewards.validate({"name": "reweighted", "inner": {"name": "clip", "chekpoint": "x"}})
     with pytest.raises(ConfigError, match="omega: "):

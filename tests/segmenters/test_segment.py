@@ -147,13 +147,13 @@ def test_packed_segmenter_keeps_sentences_whole():
 
 
 def test_manual_segmenter_takes_marker_or_list():
-    assert Manual()("a. b BREAK c BREAKFAST\nBREAK", words) == ["a. b", "c BREAKFAST"]
+    assert Manual("BREAK")("a. b BREAK c BREAKFAST\nBREAK", words) == ["a. b", "c BREAKFAST"]
     assert Manual("|")("a|b", words) == ["a", "b"]
-    assert Manual()(["a BREAK b", " ", "c"], words) == ["a BREAK b", "c"]
+    assert Manual("BREAK")(["a BREAK b", " ", "c"], words) == ["a BREAK b", "c"]
 
 
 def test_segmenters_reject_list_except_manual():
-    for segmenter in (Sentence(), LongAlign(), Tokens(), Packed()):
+    for segmenter in (Sentence(), LongAlign(), Tokens(75), Packed(75)):
         with pytest.raises(ValueError, match=f"'{type(segmenter).__name__.lower()}'.*got a list.*'manual'"):
             segmenter(["a", "b"], words)
 

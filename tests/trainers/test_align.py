@@ -10,9 +10,9 @@ from longalign.errors import ConfigError
 from longalign.functional.diffusion import sample_timesteps, training_target
 from longalign.loop.batches import collate
 from longalign.registry import trainers
-from longalign.trainers.align import AlignTrainer
-from longalign.trainers.base import adapter
-from longalign.trainers.configs import AlignConfig
+from longalign.runtime import Runtime
+from longalign.trainers.align.config import AlignConfig
+from longalign.trainers.align.trainer import AlignTrainer
 
 BATCH = collate([Squares()[i] for i in (1, 7)])
 
@@ -20,7 +20,8 @@ BATCH = collate([Squares()[i] for i in (1, 7)])
 def build(lora=LORA, encoder=None, **keys):
     torch.manual_seed(0)
     config = AlignConfig(lora=lora, **keys)
-    return AlignTrainer.from_config(config, tiny_backbone(), encoder or ToyEncoder()).train()
+    parts = {"backbone": tiny_backbone(), "encoder": encoder or ToyEncoder()}
+    return AlignTrainer.from_config(config, Runtime(), **parts).train()
 
 
 def graded(module):
@@ -34,7 +35,7 @@ def test_step_gradient_reaches_only_lora_and_adapter(train_adapter):
     assert set(losses) == {"noise_loss"} and losses["noise_loss"] > 0 and not losses["noise_loss"].requires_grad
     assert all(".lora_B." in name for name in graded(trainer.backbone)) and graded(trainer.backbone)
     assert graded(trainer.encoder) == ({"adapter.0.weight", "adapter.0.bias"} if train_adapter else set())
-    assert set(adapter(trainer.encoder)) == {"adapter.0.weight", "adapter.0.bias"}
+    assert set(trainer.encoder.adapter_parameters()) == {"adapter.0.weight", "adapter.0.bias"}
     expected = [p for p in trainer.parameters() if p.requires_grad]
     assert len(trainer.trainable()) == len(expected) and all(p.requires_grad for p in trainer.trainable())
 
@@ -61,7 +62,7 @@ def test_train_keeps_frozen_modules_in_eval_mode():
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_noise_loss_is_zero_for_perfect_prediction(prediction):
     class PerfectTrainer(AlignTrainer):
-        def losses(self, batch):
+        def loss(self, batch):
             backbone = self.backbone
             encoded = backbone.encode_images(batch["image"])
             backbone.encode_images = lambda images: encoded
@@ -72,11 +73,12 @@ def test_noise_loss_is_zero_for_perfect_prediction(prediction):
                 return training_target(prediction, backbone.noise_levels, encoded, noise, timesteps)
 
             backbone.predict = predict
-            return super().losses(batch)
+            return super().loss(batch)
 
     backbone = tiny_backbone(prediction)
-    backbone.add_lora(LORA, "align")
-    assert PerfectTrainer(backbone, ToyEncoder()).losses(BATCH)["noise_loss"] < 1e-3
+    config = AlignConfig(lora=LORA, caption_dropout=0)
+    trainer = PerfectTrainer.from_config(config, Runtime(), backbone=backbone, encoder=ToyEncoder())
+    assert trainer.loss(BATCH)["noise_loss"] < 1e-3
 
 
 @pytest.mark.parametrize(
@@ -90,9 +92,10 @@ def test_timesteps_default_is_logit_normal_for_flows(monkeypatch, prediction, se
         densities.append(density)
         return sample_timesteps(density, *args)
 
-    monkeypatch.setattr("longalign.trainers.base.sample_timesteps", recorded)
+    monkeypatch.setattr("longalign.trainers.diffusion.sample_timesteps", recorded)
     config = AlignConfig(lora=LORA, timesteps=setting)
-    AlignTrainer.from_config(config, tiny_backbone(prediction), ToyEncoder()).losses(BATCH)
+    parts = {"backbone": tiny_backbone(prediction), "encoder": ToyEncoder()}
+    AlignTrainer.from_config(config, Runtime(), **parts).loss(BATCH)
     assert densities == [expected]
 
 
@@ -105,13 +108,13 @@ def test_caption_dropout_encodes_empty_prompt(caption_dropout, expected):
             encoded.append(list(prompts))
             return super().encode(prompts)
 
-    build(encoder=RecordingEncoder(), caption_dropout=caption_dropout).losses(BATCH)
+    build(encoder=RecordingEncoder(), caption_dropout=caption_dropout).loss(BATCH)
     assert encoded == [expected]
 
 
-def test_losses_reject_batch_without_images():
+def test_loss_rejects_batch_without_images():
     with pytest.raises(ValueError, match=r"'align'.*images"):
-        build().losses({"prompt": ["a"]})
+        build().loss({"prompt": ["a"]})
 
 
 def test_align_rejects_rewards(world):
@@ -120,7 +123,7 @@ def test_align_rejects_rewards(world):
 
     with pytest.raises(ConfigError, match="rewards: 'align'"):
         load_config({**config, "rewards": ["red"]})
-    with pytest.raises(ValueError, match=r"'align'.*rewards.*got 1"):
+    with pytest.raises(ValueError, match=r"'align' uses no rewards, got \["):
         trainers.build("align", backbone=tiny_backbone(), encoder=ToyEncoder(), rewards=[world.red])
 
 

@@ -7,19 +7,20 @@ from threading import Barrier, Thread
 
 import pytest
 import torch
+import worlds
 from tiny import tiny_clip
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPProcessor
 
-from longalign import build_from_config, load_config
+from longalign import build_from_config, fit, load_config
 from longalign.checkpoints.checkpoint import load_for_sampling, load_weights
 from longalign.checkpoints.publish import export
 from longalign.config.run import to_dict
 from longalign.errors import ConfigError
 from longalign.registry import rewards
 from longalign.runtime import Runtime
-from longalign.trainers.configs import DenscoreTrainerConfig
-from longalign.trainers.denscore import DenscoreTrainer, divergence, pairwise_accuracy
+from longalign.trainers.denscore.config import DenscoreTrainerConfig
+from longalign.trainers.denscore.trainer import DenscoreTrainer, divergence, pairwise_accuracy
 
 TWO = "A red fox sleeps on a wall. The sky is green."
 
@@ -31,7 +32,8 @@ def clip(tmp_path_factory):
 
 def build(clip, runtime=None, reward_keys=None, **settings):
     reward = rewards.build({"name": "denscore", "checkpoint": clip, **(reward_keys or {})})
-    return DenscoreTrainer(reward, runtime, **settings).train()
+    config = DenscoreTrainerConfig(**settings)
+    return DenscoreTrainer.from_config(config, runtime or Runtime(), rewards=[reward]).train()
 
 
 def batch(b=3, captions=False, seed=0):
@@ -85,7 +87,7 @@ def test_pairwise_accuracy_counts_ties_half():
 
 def test_losses_and_metrics_match_reward_scores(clip):
     trainer, inputs = build(clip, contrastive_weight=2.0), batch()
-    out = trainer.losses(inputs)
+    out = trainer.loss(inputs)
     images, segments, text = features(trainer, inputs)
     scale = trainer.reward.towers.logit_scale.exp()
     scores = scale * (images * text[:, None]).sum(-1)
@@ -117,7 +119,7 @@ def test_losses_and_metrics_match_reward_scores(clip):
 
 def test_contrastive_loss_of_captions_targets_their_own_image(clip):
     trainer, inputs = build(clip, preference_weight=0.0, contrastive_weight=1.0), batch(2, captions=True)
-    out = trainer.losses(inputs)
+    out = trainer.loss(inputs)
     assert "preference_loss" not in out
     images = features(trainer, inputs)[0].flatten(0, 1)
     texts = [text for pair in inputs["captions"] for text in pair]
@@ -137,7 +139,7 @@ def test_contrastive_loss_of_captions_targets_their_own_image(clip):
     assert out["r_at_1"] == ((text @ images.T).argmax(1) == torch.arange(4)).float().mean()
     # the preference has no effect
     other = {**inputs, "preference": 1 - inputs["preference"]}
-    assert torch.equal(trainer.losses(other)["contrastive_loss"], out["contrastive_loss"])
+    assert torch.equal(trainer.loss(other)["contrastive_loss"], out["contrastive_loss"])
 
 
 def test_losses_depend_on_text_beyond_the_token_window(clip):
@@ -145,7 +147,7 @@ def test_losses_depend_on_text_beyond_the_token_window(clip):
     losses = []
     for end in ("fox", "sky"):
         inputs["prompt"][0] = "a " * 80 + end
-        losses.append(trainer.losses(inputs)["preference_loss"].item())
+        losses.append(trainer.loss(inputs)["preference_loss"].item())
     assert losses[0] != losses[1]
 
 
@@ -201,7 +203,7 @@ def test_trainer_rejects_towers_that_cannot_be_trained():
     reward = torch.nn.Module()
     reward.towers = Towers()
     with pytest.raises(ValueError, match=r"Towers\b.*CLIPModel"):
-        DenscoreTrainer(reward)
+        DenscoreTrainer.from_config(DenscoreTrainerConfig(), Runtime(), rewards=[reward])
 
 
 def test_step_gradient_of_two_processes_equals_one(clip):
@@ -250,9 +252,9 @@ def lines(output):
 
 def test_fit_resumes_exactly_and_saves_clip_loadable_by_rewards(clip, tmp_path):
     loop = {"steps": 4, "batch_size": 3, "lr": 1e-3, "save_every": 2, "log_every": 1, "ema": 0.5}
-    uninterrupted = build_from_config(config(clip, tmp_path / "uninterrupted", loop=loop)).fit()
-    build_from_config(config(clip, tmp_path / "resumed", loop={**loop, "steps": 2})).fit()
-    resumed = build_from_config(config(clip, tmp_path / "resumed", loop=loop)).fit(resume=tmp_path / "resumed")
+    uninterrupted = fit(config(clip, tmp_path / "uninterrupted", loop=loop))
+    fit(config(clip, tmp_path / "resumed", loop={**loop, "steps": 2}))
+    resumed = fit(config(clip, tmp_path / "resumed", loop=loop), resume=tmp_path / "resumed")
     assert lines(tmp_path / "uninterrupted") == lines(tmp_path / "resumed")
     row = lines(tmp_path / "uninterrupted")[0]
     losses = {"loss", "preference_loss", "contrastive_loss"}
@@ -283,7 +285,7 @@ def test_fit_resumes_exactly_and_saves_clip_loadable_by_rewards(clip, tmp_path):
 def test_fit_reduces_loss(clip, tmp_path):
     loop = {"steps": 40, "batch_size": 8, "lr": 3e-3, "save_every": None, "log_every": 1, "clip": 1.0}
     data = {"name": "scene-pairs", "size": 8, "objects": [1, 2], "words": [10, 20], "captions": True}
-    build_from_config(config(clip, tmp_path, loop=loop, data=data)).fit()
+    fit(config(clip, tmp_path, loop=loop, data=data))
     losses = [line["loss"] for line in lines(tmp_path)]
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
     assert lines(tmp_path)[-1]["agreement"] > 0.7
@@ -291,9 +293,7 @@ def test_fit_reduces_loss(clip, tmp_path):
 
 def test_bf16_keeps_trainable_weights_in_float32(clip, tmp_path):
     loop = {"steps": 1, "batch_size": 2, "precision": "bf16", "gradient_checkpointing": True}
-    composition = build_from_config(config(clip, tmp_path, loop=loop))
-    composition.fit()
-    trainer = composition.trainer
+    trainer = worlds.finished(config(clip, tmp_path, loop=loop)).composition.trainer
     assert {p.dtype for p in trainer.trainable()} == {torch.float32}
     start = CLIPModel.from_pretrained(clip).logit_scale  # not rounded to bfloat16
     assert abs(trainer.reward.towers.logit_scale - start) < 1e-4
@@ -344,11 +344,11 @@ def test_config_rejects_unused_keys(clip, tmp_path):
     with pytest.raises(ValueError, match=r"preference_weight and contrastive_weight.*\b0\b"):
         DenscoreTrainerConfig(preference_weight=0, contrastive_weight=0)
     with pytest.raises(ValueError, match=r"'denscore'.*one reward.*got 0"):
-        DenscoreTrainerConfig().build(Runtime())
+        DenscoreTrainerConfig().build(Runtime(), rewards=[])
 
 
 def test_checkpoint_is_rejected_for_sampling_and_can_be_exported(clip, tmp_path):
-    result = build_from_config(config(clip, tmp_path, loop={"steps": 1, "batch_size": 2})).fit()
+    result = fit(config(clip, tmp_path, loop={"steps": 1, "batch_size": 2}))
     assert load_config(result.checkpoint).trainer == DenscoreTrainerConfig()
     with pytest.raises(ValueError, match=f"{result.checkpoint}.*/reward"):
         load_weights(result.checkpoint)

@@ -14,10 +14,12 @@ from longalign.errors import ConfigError
 from longalign.functional.diffusion import add_noise, training_target
 from longalign.inference.sampling import sample
 from longalign.loop.batches import collate
+from longalign.loop.fit import fit
 from longalign.registry import trainers
 from longalign.runtime import Runtime
-from longalign.trainers.configs import LCMConfig, LCMRewardConfig
-from longalign.trainers.lcm import LCMTrainer
+from longalign.trainers.lcm.config import LCMConfig
+from longalign.trainers.lcm.trainer import LCMTrainer
+from longalign.trainers.reward.config import LCMRewardConfig
 
 BATCH = collate([Squares()[i] for i in (1, 5, 7)])
 NO_DROPOUT = LoraConfig(rank=2, dropout=0.0)
@@ -40,7 +42,8 @@ def move(parameters, std=0.3):
 
 def build(prediction="epsilon", lora=NO_DROPOUT, moved=True, **keys):
     torch.manual_seed(0)
-    trainer = LCMTrainer.from_config(LCMConfig(lora=lora, **keys), aligned(prediction), ToyEncoder())
+    parts = {"backbone": aligned(prediction), "encoder": ToyEncoder()}
+    trainer = LCMTrainer.from_config(LCMConfig(lora=lora, **keys), Runtime(), **parts)
     if moved:
         move(trainer.trainable(), 0.3 if lora else 0.01)
     return trainer.train()
@@ -105,7 +108,7 @@ def test_consistency_loss_compares_student_with_target(huber_c, monkeypatch):
     target = trainer.target
     monkeypatch.setattr(trainer, "target", lambda *args: calls.append((*args, target(*args))) or calls[-1][-1])
     torch.manual_seed(3)
-    loss = trainer.losses(BATCH)["consistency_loss"]
+    loss = trainer.loss(BATCH)["consistency_loss"]
     noisy, start, conditioning, guidance, expected = calls[0]
     assert len(conditioning.states) == 4 and torch.equal(conditioning.states[3:], trainer.encode([""]).states)
     assert guidance.shape == (3, 1, 1, 1) and guidance.unique().numel() == 3
@@ -189,7 +192,7 @@ def test_training_reduces_loss(prediction):
     def held_out():
         torch.manual_seed(99)
         with torch.no_grad():
-            return trainer.losses(collate([Squares()[i % 10] for i in range(32)]))["consistency_loss"].item()
+            return trainer.loss(collate([Squares()[i % 10] for i in range(32)]))["consistency_loss"].item()
 
     before = held_out()
     torch.manual_seed(4)
@@ -212,8 +215,8 @@ def distil_config(world, output, start, **trainer):
 @pytest.fixture
 def runs(world, tmp_path):
     """Checkpoints of a supervised run and of a distillation that starts from it."""
-    start = build_from_config(world.align_config(tmp_path / "align", steps=2)).fit().checkpoint
-    return start, build_from_config(distil_config(world, tmp_path / "lcm", start)).fit().checkpoint
+    start = fit(world.align_config(tmp_path / "align", steps=2)).checkpoint
+    return start, fit(distil_config(world, tmp_path / "lcm", start)).checkpoint
 
 
 def test_fit_from_align_checkpoint_samples_in_four_steps(world, runs, tmp_path):
@@ -232,15 +235,15 @@ def test_fit_from_align_checkpoint_samples_in_four_steps(world, runs, tmp_path):
 
     config = {**world.reward_config(tmp_path / "reward", steps=1), "init_from": str(distilled)}
     config["trainer"] = {"name": "lcm-reward", "lora": {"rank": 2}}
-    rewarded = load_weights(build_from_config(config).fit().checkpoint)
+    rewarded = load_weights(fit(config).checkpoint)
     assert [lora.name for lora in rewarded.loras] == ["align", "lcm", "reward"]
 
 
 def test_resume_with_ema_decay_equals_uninterrupted(world, runs, tmp_path):
     start, uninterrupted = runs
     config = distil_config(world, tmp_path / "cut", start)
-    build_from_config({**config, "loop": {**config["loop"], "steps": 1}}).fit()
-    resumed = build_from_config(config).fit(resume=tmp_path / "cut").checkpoint
+    fit({**config, "loop": {**config["loop"], "steps": 1}})
+    resumed = fit(config, resume=tmp_path / "cut").checkpoint
     one, two = (torch.load(c / "resume" / "shared.pt", weights_only=True) for c in (uninterrupted, resumed))
     assert one["buffers"] and one["buffers"].keys() == two["buffers"].keys()
     assert all(torch.equal(one["buffers"][k], two["buffers"][k]) for k in one["buffers"])
@@ -283,10 +286,10 @@ def test_config_rejects_contradictory_keys(world, tmp_path):
         trainers.validate({"name": "lcm", "w_min": 5, "w_max": 2})
     with pytest.raises(ConfigError, match="solver"):
         trainers.validate({"name": "lcm-reward", "solver": "ddim"})
-    with pytest.raises(ValueError, match=r"'lcm'.*rewards.*got 1"):
-        LCMConfig().build(Runtime(), backbone=tiny_backbone(), encoder=ToyEncoder(), rewards=[red])
+    with pytest.raises(ValueError, match=r"'lcm' uses no rewards"):
+        trainers.build("lcm", Runtime(), backbone=tiny_backbone(), encoder=ToyEncoder(), rewards=[red])
     with pytest.raises(ValueError, match=r"'lcm'.*images"):
-        build().losses({"prompt": ["ab"]})
+        build().loss({"prompt": ["ab"]})
     config = world.align_config(tmp_path)
     with pytest.raises(ConfigError, match="rewards: 'lcm'"):
         build_from_config({**config, "trainer": "lcm", "rewards": ["red"]})

@@ -2,20 +2,20 @@
 
 import pytest
 import torch
-from tiny import tiny_backbone
+from tiny import steps, tiny_backbone
 from torch import nn
 from worlds import LORA, Squares, ToyEncoder, red
 
 from longalign.backbones.configs import LoraConfig
 from longalign.errors import ConfigError
 from longalign.functional.diffusion import add_noise, guide
-from longalign.gradient_steps.steps import All, Last
 from longalign.loop.batches import collate
 from longalign.registry import gradient_steps, trainers
 from longalign.rewards.base import Reward, Scores
 from longalign.rewards.guard import NonFiniteReward
-from longalign.trainers.configs import RewardConfig
-from longalign.trainers.reward import RewardTrainer
+from longalign.runtime import Runtime
+from longalign.trainers.reward.config import RewardConfig
+from longalign.trainers.reward.trainer import RewardTrainer
 
 PROMPTS = {"prompt": ["ab", "cd", "e"]}
 NO_DROPOUT = LoraConfig(rank=2, dropout=0.0)
@@ -33,9 +33,9 @@ def build(lora=NO_DROPOUT, rewards=(red,), gradient_steps=None, prediction="epsi
     torch.manual_seed(0)
     keys = {"num_steps": 4, "guidance": 3.0, **keys}
     config = RewardConfig(lora=lora, gradient_steps="all", **keys)
-    trainer = RewardTrainer.from_config(
-        config, tiny_backbone(prediction), ToyEncoder(), list(rewards), gradient_steps or Last(2)
-    )
+    parts = {"backbone": tiny_backbone(prediction), "encoder": ToyEncoder(), "rewards": list(rewards)}
+    trainer = RewardTrainer.from_config(config, Runtime(), **parts)
+    trainer.gradient_steps = gradient_steps or steps("last", k=2)
     with torch.no_grad():
         for i, p in enumerate(p for n, p in trainer.backbone.named_parameters() if ".lora_B." in n):
             p.normal_(std=0.3, generator=torch.Generator().manual_seed(i))
@@ -96,7 +96,7 @@ def double():
     [
         (LORA, {}),
         (LORA, {"prediction": "v_prediction", "train_adapter": True}),
-        (None, {"gradient_steps": All()}),
+        (None, {"gradient_steps": steps("all")}),
         (LORA, {"decode_batch": 2}),
         (NO_DROPOUT, {"denoise_batch": 2, "decode_batch": 1, "replay_batch": 2}),
     ],
@@ -141,11 +141,13 @@ def test_score_uses_prompts_of_copied_samples():
         scored.append(list(prompts))
         return red(images, prompts)
 
-    gradient(build(rewards=[recording], gradient_steps=Last(1, copies=1), denoise_batch=2))
+    gradient(build(rewards=[recording], gradient_steps=steps("draft-lv", copies=1), denoise_batch=2))
     assert scored == [["ab", "cd", "ab", "cd", "e", "e"]]
 
 
-@pytest.mark.parametrize("gradient_steps", [Last(3), Last(3, detach=False)], ids=["detached", "undetached"])
+@pytest.mark.parametrize(
+    "gradient_steps", [steps("last", k=3), steps("last", k=3, detach=False)], ids=["detached", "undetached"]
+)
 def test_scaled_backward_scales_gradient_once(double, gradient_steps):
     trainer = build(lora=LORA, dtype=double, gradient_steps=gradient_steps, train_adapter=True)
     expected, _ = gradient(trainer)
@@ -214,7 +216,7 @@ def test_kl_penalises_distance_to_reference_model(lora):
 def test_kl_gradient_does_not_flow_through_latents(double):
     kl_gradients = []
     for detach in (True, False):
-        gradient_steps = Last(3, detach=detach)
+        gradient_steps = steps("last", k=3, detach=detach)
         with_kl, _ = gradient(
             build(dtype=double, gradient_steps=gradient_steps, regularizer="kl", regularizer_weight=2.0)
         )
@@ -242,9 +244,8 @@ def test_pretraining_requires_images_and_adds_its_loss():
     assert (got - without).norm() > 1e-6
 
 
-def test_losses_have_no_gradient():
-    trainer = build()
-    losses = trainer.losses(PROMPTS)
+def test_losses_of_step_have_no_gradient():
+    _, losses = gradient(build())
     assert set(losses) == {"reward_loss", "reward"} and not losses["reward_loss"].requires_grad
 
 
@@ -321,13 +322,15 @@ def test_trainer_rejects_empty_rewards():
 @pytest.mark.parametrize("solver", ["ddim", "lcm"])
 def test_training_increases_reward(solver):
     guidance = 1.0 if solver == "lcm" else 2.0
-    trainer = build(lora=NO_DROPOUT, solver=solver, guidance=guidance, num_steps=2, gradient_steps=All(), resolution=8)
+    trainer = build(
+        lora=NO_DROPOUT, solver=solver, guidance=guidance, num_steps=2, gradient_steps=steps("all"), resolution=8
+    )
     nn.init.normal_(trainer.backbone.vae.decoder.conv_out.weight, std=0.3)
     optimizer = torch.optim.Adam(trainer.trainable(), lr=3e-2)
 
     def held_out():
-        torch.manual_seed(99)
-        return trainer.losses({"prompt": [f"{i}" for i in range(8)]})["reward"].item()
+        _, losses = gradient(trainer, {"prompt": [f"{i}" for i in range(8)]}, seed=99)
+        return losses["reward"].item()
 
     before = held_out()
     for _ in range(8):

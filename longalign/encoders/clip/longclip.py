@@ -3,69 +3,57 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from longalign.checkpoints.weights import load_pickle, load_tensors
+from longalign.encoders.clip.config import LongClipConfig
 from longalign.encoders.clip.truncate import ClipTruncateEncoder
+from longalign.encoders.clip.weights import text_state
 from longalign.encoders.loading import find_checkpoint_file, load_frozen_model, load_tokenizer, subfolders
 from longalign.runtime import Runtime, resolve_checkpoint
 
-if TYPE_CHECKING:
-    from longalign.encoders.configs import LongClipConfig
 
-_NUM_CLIP_POSITIONS = 20
-"""Number of positions that LongCLIP keeps from CLIP; the others are in the trained ``positional_embedding_res``."""
+class LongClipEncoder(ClipTruncateEncoder):
+    """LongCLIP over the whole prompt: like `ClipTruncateEncoder`, with a window of 248 tokens."""
 
-_NAMES = {
-    "ln_1.": "layer_norm1.",
-    "ln_2.": "layer_norm2.",
-    "mlp.c_fc.": "mlp.fc1.",
-    "mlp.c_proj.": "mlp.fc2.",
-    "attn.out_proj.": "self_attn.out_proj.",
-}
+    @classmethod
+    def from_config(cls, config: LongClipConfig, runtime: Runtime) -> LongClipEncoder:
+        """Loads the text model and tokenizer from an original file, a folder or a Hub repository.
 
-
-def text_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Converts OpenAI-style CLIP weights to a transformers ``CLIPTextModel`` and merges LongCLIP's positions.
-
-    Args:
-        state: a state dict with ``token_embedding``, ``positional_embedding``, ``transformer.resblocks.*``,
-            ``ln_final``, and for LongCLIP ``positional_embedding_res``; other keys (the image tower) are ignored.
-
-    Raises:
-        ValueError: if these keys are missing.
-    """
-    missing = [k for k in ("token_embedding.weight", "positional_embedding", "ln_final.weight") if k not in state]
-    if missing:
-        raise ValueError(f"expected the keys of an OpenAI-style CLIP, missing {missing}, got {sorted(state)[:5]}...")
-    positions = state["positional_embedding"]
-    if "positional_embedding_res" in state:
-        positions = torch.cat(
-            [positions[:_NUM_CLIP_POSITIONS], state["positional_embedding_res"][_NUM_CLIP_POSITIONS:]]
-        )
-    out = {
-        "embeddings.token_embedding.weight": state["token_embedding.weight"],
-        "embeddings.position_embedding.weight": positions,
-        "final_layer_norm.weight": state["ln_final.weight"],
-        "final_layer_norm.bias": state["ln_final.bias"],
-    }
-    for key, value in state.items():
-        if not key.startswith("transformer.resblocks."):
-            continue
-        layer, _, name = key.removeprefix("transformer.resblocks.").partition(".")
-        prefix = f"encoder.layers.{layer}."
-        if name.startswith("attn.in_proj_"):
-            for part, chunk in zip("qkv", value.chunk(3), strict=True):
-                out[f"{prefix}self_attn.{part}_proj.{name.removeprefix('attn.in_proj_')}"] = chunk
-            continue
-        for old, new in _NAMES.items():
-            if name.startswith(old):
-                out[prefix + name.replace(old, new)] = value
-    return out
+        Raises:
+            ValueError: if the checkpoint does not exist, or the text model has at most CLIP's 77 positions.
+        """
+        checkpoint, revision = resolve_checkpoint(config.checkpoint), config.revision
+        tokenizer_source, path = checkpoint, None
+        if Path(checkpoint).is_file():
+            path, tokenizer_source = Path(checkpoint), str(Path(checkpoint).parent)
+        elif config.filename is not None:
+            path = find_checkpoint_file(checkpoint, config.filename, revision)
+            if path is None:
+                raise ValueError(f"no file '{config.filename}' in '{checkpoint}'")
+        elif config.subfolder is None and config.variant is None:
+            path = find_checkpoint_file(checkpoint, "longclip-L.pt", revision)
+        folder, tokenizer_folder = "", ""
+        if path is None:
+            folder, tokenizer_folder = subfolders(checkpoint, config.subfolder, revision)
+            model: Any = load_frozen_model(CLIPTextModel, checkpoint, folder, revision, runtime, config.variant)
+        else:
+            model = read_original(path)
+            model.requires_grad_(False).eval().to(device=runtime.device, dtype=runtime.torch_dtype)
+        if model.config.max_position_embeddings <= 77:
+            raise ValueError(
+                f"expected a LongCLIP with 248 positions, got {model.config.max_position_embeddings} in "
+                f"'{config.checkpoint}'; use 'clip-truncate' or 'clip-segment' for a CLIP"
+            )
+        if config.tokenizer is not None:
+            tokenizer = load_tokenizer(resolve_checkpoint(config.tokenizer), "", None)
+        elif path is not None and find_checkpoint_file(tokenizer_source, "tokenizer_config.json", revision) is None:
+            tokenizer = load_tokenizer("openai/clip-vit-large-patch14", "", None)
+        else:
+            tokenizer = load_tokenizer(tokenizer_source, tokenizer_folder, revision)
+        return cls(model, tokenizer, overflow=config.overflow, max_batch_tokens=config.max_batch_tokens)
 
 
 def read_original(path: Path) -> CLIPTextModel:
@@ -96,40 +84,3 @@ def read_original(path: Path) -> CLIPTextModel:
     )
     getattr(model, "text_model", model).load_state_dict(weights)  # transformers 4 has one more module level
     return model
-
-
-def load_longclip(config: LongClipConfig, runtime: Runtime) -> ClipTruncateEncoder:
-    """Builds the encoder from an original file, a folder or a Hub repository.
-
-    Raises:
-        ValueError: if the checkpoint does not exist, or the text model has at most CLIP's 77 positions.
-    """
-    checkpoint, revision = resolve_checkpoint(config.checkpoint), config.revision
-    tokenizer_source, path = checkpoint, None
-    if Path(checkpoint).is_file():
-        path, tokenizer_source = Path(checkpoint), str(Path(checkpoint).parent)
-    elif config.filename is not None:
-        path = find_checkpoint_file(checkpoint, config.filename, revision)
-        if path is None:
-            raise ValueError(f"no file '{config.filename}' in '{checkpoint}'")
-    elif config.subfolder is None and config.variant is None:
-        path = find_checkpoint_file(checkpoint, "longclip-L.pt", revision)
-    folder, tokenizer_folder = "", ""
-    if path is None:
-        folder, tokenizer_folder = subfolders(checkpoint, config.subfolder, revision)
-        model: Any = load_frozen_model(CLIPTextModel, checkpoint, folder, revision, runtime, config.variant)
-    else:
-        model = read_original(path)
-        model.requires_grad_(False).eval().to(device=runtime.device, dtype=runtime.torch_dtype)
-    if model.config.max_position_embeddings <= 77:
-        raise ValueError(
-            f"expected a LongCLIP with 248 positions, got {model.config.max_position_embeddings} in "
-            f"'{config.checkpoint}'; use 'clip-truncate' or 'clip-segment' for a CLIP"
-        )
-    if config.tokenizer is not None:
-        tokenizer = load_tokenizer(resolve_checkpoint(config.tokenizer), "", None)
-    elif path is not None and find_checkpoint_file(tokenizer_source, "tokenizer_config.json", revision) is None:
-        tokenizer = load_tokenizer("openai/clip-vit-large-patch14", "", None)
-    else:
-        tokenizer = load_tokenizer(tokenizer_source, tokenizer_folder, revision)
-    return ClipTruncateEncoder(model, tokenizer, overflow=config.overflow, max_batch_tokens=config.max_batch_tokens)

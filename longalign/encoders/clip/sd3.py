@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Any, Self
 
+from torch import nn
 from torch.nn.functional import pad
+from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from longalign.config.files import join_subfolder
 from longalign.encoders.base import Conditioning, Encoder, PromptReport
+from longalign.encoders.clip.config import ClipSegmentSD3Config
 from longalign.encoders.clip.sdxl import ClipSegmentSDXLEncoder, load_clip_pair
 from longalign.encoders.concat import join, merge_reports
+from longalign.encoders.loading import load_text_model
+from longalign.encoders.t5.config import T5Config
 from longalign.encoders.t5.encoder import T5Encoder
 from longalign.runtime import Runtime
-from longalign.segmenters import Prompt
-
-if TYPE_CHECKING:
-    from longalign.encoders.configs import ClipSegmentSD3Config
+from longalign.segmenters import Prompt, Segmenter
 
 
 class ClipSegmentSD3Encoder(Encoder):
@@ -36,9 +38,7 @@ class ClipSegmentSD3Encoder(Encoder):
         ValueError: if T5's states do not have this width, the CLIPs' are wider, or both T5 and zeros are given.
     """
 
-    def __init__(
-        self, clips: ClipSegmentSDXLEncoder, t5: T5Encoder | None = None, *, num_zeros: int = 0, width: int = 4096
-    ):
+    def __init__(self, clips: ClipSegmentSDXLEncoder, t5: T5Encoder | None, *, num_zeros: int, width: int):
         super().__init__()
         if clips.dim > width or (t5 is not None and t5.dim != width):
             widths = f"{clips.dim} from the two CLIPs" + (f" and {t5.dim} from T5" if t5 is not None else "")
@@ -51,18 +51,47 @@ class ClipSegmentSD3Encoder(Encoder):
     @classmethod
     def from_config(cls, config: ClipSegmentSD3Config, runtime: Runtime) -> ClipSegmentSD3Encoder:
         """Loads ``text_encoder``, ``text_encoder_2``, with ``t5="encode"`` ``text_encoder_3``, and their tokenizers."""
-        from transformers import CLIPTextModelWithProjection, T5EncoderModel
-
-        from longalign.encoders.loading import load_text_model
-
-        clips, t5 = load_clip_pair(config, runtime, CLIPTextModelWithProjection, empty="encode"), None
+        models, tokenizers = load_clip_pair(config, runtime, CLIPTextModelWithProjection, None)
+        t5 = None
         if config.t5 == "encode":
             folder = join_subfolder(config.subfolder, "text_encoder_3")
-            model, tokenizer = load_text_model(T5EncoderModel, config, folder, runtime)
-            settings = {"overflow": config.overflow, "max_batch_tokens": config.max_batch_tokens}
-            t5 = T5Encoder(model, tokenizer, max_tokens=config.t5_tokens, **settings)
-            t5.setting = "t5_tokens"
-        return cls(clips, t5, num_zeros=config.t5_tokens if config.t5 == "zeros" else 0, width=config.width)
+            t5 = load_text_model(T5EncoderModel, config, folder, runtime)
+        segmenter = config.segmenter.build(runtime)
+        num_zeros = config.t5_tokens if config.t5 == "zeros" else 0
+        return cls.from_modules(config, models, tokenizers, segmenter, t5, num_zeros=num_zeros, width=config.width)
+
+    @classmethod
+    def from_modules(
+        cls,
+        config: ClipSegmentSD3Config,
+        text_models: Sequence[nn.Module],
+        tokenizers: Sequence[Any],
+        segmenter: Segmenter,
+        t5: tuple[nn.Module, Any] | None,
+        *,
+        num_zeros: int,
+        width: int,
+    ) -> Self:
+        """Builds the encoder from loaded modules, with the settings of a config.
+
+        Args:
+            config: settings of the three encoders.
+            text_models: two ``CLIPTextModelWithProjection``.
+            tokenizers: their fast tokenizers, which differ only in padding.
+            segmenter: splits a prompt.
+            t5: a ``T5EncoderModel`` and its fast tokenizer, or None.
+            num_zeros: without T5, number of zero states used instead.
+            width: width of the states.
+        """
+        clips = ClipSegmentSDXLEncoder.from_modules(config, text_models, tokenizers, segmenter, empty="encode")
+        if t5 is None:
+            return cls(clips, None, num_zeros=num_zeros, width=width)
+        settings = T5Config(
+            max_tokens=config.t5_tokens, overflow=config.overflow, max_batch_tokens=config.max_batch_tokens
+        )
+        return cls(
+            clips, T5Encoder.from_modules(settings, *t5, None, length_key="t5_tokens"), num_zeros=num_zeros, width=width
+        )
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
         conditioning = self.clips.encode(prompts)

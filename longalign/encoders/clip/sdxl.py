@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from longalign.config.files import join_subfolder
 from longalign.encoders.base import Conditioning, Encoder, PromptReport, check_prompts, plain_text
+from longalign.encoders.clip.config import ClipSegmentSDXLConfig, TwoClipsConfig
 from longalign.encoders.clip.segment import ClipSegmentEncoder, SegmentPlan
+from longalign.encoders.clip.single_file import load_clip_text_model
 from longalign.runtime import Runtime
 from longalign.segmenters import Prompt, Segmenter
 
-if TYPE_CHECKING:
-    from longalign.encoders.configs import ClipSegmentSDXLConfig, TwoClipsConfig
 
-
-class _Penultimate(ClipSegmentEncoder):
+class PenultimateEncoder(ClipSegmentEncoder):
     """Segments encoded by the penultimate layer, without the final layer norm, as SDXL expects."""
 
     def states_and_pooled(
@@ -32,8 +32,8 @@ class _Penultimate(ClipSegmentEncoder):
         return self.text_model(input_ids=ids, output_hidden_states=True).hidden_states[-2]
 
 
-class _Projected(_Penultimate):
-    """Like `_Penultimate`, with a pooled output.
+class ProjectedEncoder(PenultimateEncoder):
+    """Like `PenultimateEncoder`, with a pooled output.
 
     Each state is concatenated with the normed and projected state of the last layer; at ``<eot>`` the latter is the
     pooled output.
@@ -65,13 +65,11 @@ class ClipSegmentSDXLEncoder(Encoder):
     bigG's padding token, so diffusers treats a literal ``!`` as padding; here both CLIPs get the first tokenizer's ids.
 
     Args:
-        text_models: a ``CLIPTextModel`` and a ``CLIPTextModelWithProjection``, or two of the latter.
-        tokenizers: their fast tokenizers, which differ only in padding.
-        segmenter: splits a prompt.
+        first: encoder with CLIP-L; it plans the segments of both.
+        second: encoder with OpenCLIP-bigG.
         pooled: the pooling rule: ``"mean"`` of the pooled outputs of all encoded segments, that of the ``"first"``
             segment, or ``"truncate"``: that of the whole prompt truncated to 77 tokens, as in diffusers.
         empty: the empty prompt is encoded as ``"zeros"``, as in the SDXL pipeline, or ``"encode"``-d like any other.
-        **settings: ``sot, eot, pad, max_tokens, overflow, max_batch_tokens`` of `ClipSegmentEncoder`.
 
     Raises:
         ValueError: if the vocabularies differ.
@@ -79,32 +77,53 @@ class ClipSegmentSDXLEncoder(Encoder):
 
     def __init__(
         self,
-        text_models: tuple[nn.Module, nn.Module],
-        tokenizers: tuple[Any, Any],
-        segmenter: Segmenter,
+        first: PenultimateEncoder,
+        second: PenultimateEncoder,
         *,
-        pooled: Literal["mean", "first", "truncate"] = "mean",
-        empty: Literal["zeros", "encode"] = "zeros",
-        **settings: Any,
+        pooled: Literal["mean", "first", "truncate"],
+        empty: Literal["zeros", "encode"],
     ):
         super().__init__()
-        if tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
+        if first.tokens.tokenizer.get_vocab() != second.tokens.tokenizer.get_vocab():
             raise ValueError(
                 "expected two tokenizers with the same vocabulary, got different ones; load both from one checkpoint"
             )
-        self.first, self.second = (
-            (_Projected if hasattr(model, "text_projection") else _Penultimate)(model, tokenizer, segmenter, **settings)
-            for model, tokenizer in zip(text_models, tokenizers, strict=True)
-        )
-        self.dim = self.first.dim + self.second.dim
+        self.first, self.second = first, second
+        self.dim = first.dim + second.dim
         self.pooled, self.empty = pooled, empty
 
     @classmethod
     def from_config(cls, config: ClipSegmentSDXLConfig, runtime: Runtime) -> ClipSegmentSDXLEncoder:
         """Loads ``text_encoder``, ``text_encoder_2`` and their tokenizers, and builds the segmenter."""
-        from transformers import CLIPTextModel
+        models, tokenizers = load_clip_pair(config, runtime, CLIPTextModel, config.layout)
+        return cls.from_modules(config, models, tokenizers, config.segmenter.build(runtime), empty=config.empty)
 
-        return load_clip_pair(config, runtime, CLIPTextModel, empty=config.empty)
+    @classmethod
+    def from_modules(
+        cls,
+        config: TwoClipsConfig,
+        text_models: Sequence[nn.Module],
+        tokenizers: Sequence[Any],
+        segmenter: Segmenter,
+        *,
+        empty: Literal["zeros", "encode"],
+    ) -> Self:
+        """Builds the encoder from loaded modules, with the settings of a config.
+
+        Args:
+            config: settings of both encoders.
+            text_models: a ``CLIPTextModel`` and a ``CLIPTextModelWithProjection``, or two of the latter.
+            tokenizers: their fast tokenizers, which differ only in padding.
+            segmenter: splits a prompt.
+            empty: how the empty prompt is encoded.
+        """
+        first, second = (
+            (ProjectedEncoder if hasattr(model, "text_projection") else PenultimateEncoder).from_modules(
+                config, model, tokenizer, segmenter
+            )
+            for model, tokenizer in zip(text_models, tokenizers, strict=True)
+        )
+        return cls(first, second, pooled=config.pooled, empty=empty)
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
         prompts = check_prompts(prompts)
@@ -134,19 +153,12 @@ class ClipSegmentSDXLEncoder(Encoder):
 
 
 def load_clip_pair(
-    config: TwoClipsConfig, runtime: Runtime, first_class: type, **settings: Any
-) -> ClipSegmentSDXLEncoder:
-    """Loads ``text_encoder`` as ``first_class``, ``text_encoder_2`` and their tokenizers; builds the segmenter."""
-    from transformers import CLIPTextModelWithProjection
-
-    from longalign.encoders.clip.single_file import load_clip_text_model
-
+    config: TwoClipsConfig, runtime: Runtime, first_class: type, layout: str | None
+) -> tuple[list[nn.Module], list[Any]]:
+    """Loads ``text_encoder`` as ``first_class``, and ``text_encoder_2``; returns both models and both tokenizers."""
     classes = {"text_encoder": first_class, "text_encoder_2": CLIPTextModelWithProjection}
     loaded = [
-        load_clip_text_model(model_class, config, join_subfolder(config.subfolder, folder), runtime)
+        load_clip_text_model(model_class, config, join_subfolder(config.subfolder, folder), runtime, layout)
         for folder, model_class in classes.items()
     ]
-    models, tokenizers = zip(*loaded, strict=True)
-    keys = ("pooled", "sot", "eot", "pad", "max_tokens", "overflow", "max_batch_tokens")
-    settings |= {key: getattr(config, key) for key in keys}
-    return ClipSegmentSDXLEncoder(models, tokenizers, config.segmenter.build(runtime), **settings)
+    return [model for model, _ in loaded], [tokenizer for _, tokenizer in loaded]

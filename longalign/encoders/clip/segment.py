@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import CLIPTextModel
 
 from longalign.encoders.base import (
     GROW_ADVICE,
@@ -19,13 +20,12 @@ from longalign.encoders.base import (
     check_prompts,
     raise_or_warn_truncated,
 )
-from longalign.encoders.tokens import autocast_disabled, device_of, run_grouped
+from longalign.encoders.clip.config import ClipSegmentConfig, SegmentConfig
+from longalign.encoders.clip.single_file import load_clip_text_model
+from longalign.encoders.frozen import autocast_disabled, device_of, run_grouped
 from longalign.runtime import Runtime
 from longalign.segmenters import Prompt, Segmenter, split, split_to_window
 from longalign.tokens import TextTokens, Tokenized
-
-if TYPE_CHECKING:
-    from longalign.encoders.configs import ClipSegmentConfig
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,12 @@ class ClipSegmentEncoder(Encoder):
         tokenizer: Any,
         segmenter: Segmenter,
         *,
-        sot: Literal["all", "first", "none"] = "all",
-        eot: Literal["none", "all", "last"] = "none",
-        pad: Literal["pad*", "pad", "none"] = "pad*",
-        max_tokens: int = 240,
-        overflow: Literal["grow", "truncate", "error"] = "grow",
-        max_batch_tokens: int = 16384,
+        sot: Literal["all", "first", "none"],
+        eot: Literal["none", "all", "last"],
+        pad: Literal["pad*", "pad", "none"],
+        max_tokens: int,
+        overflow: Literal["grow", "truncate", "error"],
+        max_batch_tokens: int,
     ):
         super().__init__()
         self.text_model = text_model.requires_grad_(False).eval()
@@ -99,13 +99,23 @@ class ClipSegmentEncoder(Encoder):
     @classmethod
     def from_config(cls, config: ClipSegmentConfig, runtime: Runtime) -> ClipSegmentEncoder:
         """Loads the text model and tokenizer, and builds the segmenter."""
-        from transformers import CLIPTextModel
+        model, tokenizer = load_clip_text_model(CLIPTextModel, config, config.subfolder, runtime, config.layout)
+        return cls.from_modules(config, model, tokenizer, config.segmenter.build(runtime))
 
-        from longalign.encoders.clip.single_file import load_clip_text_model
-
-        model, tokenizer = load_clip_text_model(CLIPTextModel, config, config.subfolder, runtime)
-        keys = ("sot", "eot", "pad", "max_tokens", "overflow", "max_batch_tokens")
-        return cls(model, tokenizer, config.segmenter.build(runtime), **{key: getattr(config, key) for key in keys})
+    @classmethod
+    def from_modules(cls, config: SegmentConfig, text_model: nn.Module, tokenizer: Any, segmenter: Segmenter) -> Self:
+        """Builds the encoder from loaded modules, with the settings of a config."""
+        return cls(
+            text_model,
+            tokenizer,
+            segmenter,
+            sot=config.sot,
+            eot=config.eot,
+            pad=config.pad,
+            max_tokens=config.max_tokens,
+            overflow=config.overflow,
+            max_batch_tokens=config.max_batch_tokens,
+        )
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
         plans = self.checked_plans(prompts)

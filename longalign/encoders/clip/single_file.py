@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
 
 from longalign.checkpoints.weights import reading
+from longalign.encoders.clip.weights import text_state
+from longalign.encoders.config import CheckpointConfig
 from longalign.encoders.loading import load_frozen_model, load_text_model, load_tokenizer
 from longalign.runtime import Runtime, resolve_checkpoint
-
-if TYPE_CHECKING:
-    from longalign.encoders.configs import CheckpointConfig
 
 #: prefix of a text model's weights, its folder in diffusers layout, and a repository with its config and tokenizer
 TEXT_MODELS = (
@@ -25,17 +24,21 @@ TEXT_MODELS = (
 
 
 def load_clip_text_model(
-    model_class: Any, config: CheckpointConfig, subfolder: str | None, runtime: Runtime
+    model_class: Any,
+    config: CheckpointConfig,
+    subfolder: str | None,
+    runtime: Runtime,
+    layout: str | None = None,
 ) -> tuple[Any, Any]:
     """Loads the text model and tokenizer of an encoder's checkpoint: a folder, a repository or a single file.
-
-    For a single file, the architecture and the tokenizer come from ``layout``.
 
     Args:
         model_class: transformers class of the text model.
         config: the encoder's config.
         subfolder: ``text_encoder`` or ``text_encoder_2``; None detects it.
         runtime: device and dtype.
+        layout: Hub id or folder with the architecture and the tokenizer of a single file; None takes those of the
+            published model with the same weight names.
 
     Raises:
         FileNotFoundError: if the file does not exist.
@@ -48,15 +51,15 @@ def load_clip_text_model(
         raise FileNotFoundError(f"no file {path}; a single file must be on this machine")
     folder = subfolder or "text_encoder"
     state, repository = read_clip(path, folder)
-    layout = resolve_checkpoint(getattr(config, "layout", None) or repository)
+    source = resolve_checkpoint(layout or repository)
     advice = f"set 'layout' to a Hub id or folder in diffusers layout with the architecture of {path}"
     try:
-        settings = model_class.config_class.from_pretrained(layout, subfolder=folder)
+        settings = model_class.config_class.from_pretrained(source, subfolder=folder)
         model = load_frozen_model(model_class, None, folder, None, runtime, config=settings, state_dict=state)
     except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"'{layout}/{folder}/config.json' does not match {path}; {advice} ({error})") from error
+        raise ValueError(f"'{source}/{folder}/config.json' does not match {path}; {advice} ({error})") from error
     try:
-        return model, load_tokenizer(layout, folder.replace("text_encoder", "tokenizer"), None)
+        return model, load_tokenizer(source, folder.replace("text_encoder", "tokenizer"), None)
     except ValueError as error:
         raise ValueError(f"a single file has no tokenizer; {advice} and with its tokenizer ({error})") from error
 
@@ -86,8 +89,6 @@ def read_clip(path: Path, folder: str) -> tuple[dict[str, Tensor], str]:
 
 
 def _from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    from longalign.encoders.clip.longclip import text_state
-
     out = {f"text_model.{name}": value for name, value in text_state(state).items()}
     if "text_projection" in state:  # OpenCLIP multiplies from the right
         out["text_projection.weight"] = state["text_projection"].T.contiguous()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import CLIPTextModel
 
 from longalign.encoders.base import (
     Conditioning,
@@ -17,13 +18,12 @@ from longalign.encoders.base import (
     raise_or_warn_truncated,
     report_passes,
 )
-from longalign.encoders.tokens import device_of, pad_with_last, run_grouped
+from longalign.encoders.clip.config import ClipTruncateConfig
+from longalign.encoders.clip.single_file import load_clip_text_model
+from longalign.encoders.frozen import device_of, pad_with_last, run_grouped
 from longalign.runtime import Runtime
 from longalign.segmenters import Prompt
 from longalign.tokens import TextTokens, Tokenized
-
-if TYPE_CHECKING:
-    from longalign.encoders.configs import ClipTruncateConfig
 
 
 class ClipTruncateEncoder(Encoder):
@@ -46,8 +46,8 @@ class ClipTruncateEncoder(Encoder):
         text_model: nn.Module,
         tokenizer: Any,
         *,
-        overflow: Literal["truncate", "error", "grow"] = "truncate",
-        max_batch_tokens: int = 16384,
+        overflow: Literal["truncate", "error", "grow"],
+        max_batch_tokens: int,
     ):
         super().__init__()
         self.text_model = text_model.requires_grad_(False).eval()
@@ -60,11 +60,7 @@ class ClipTruncateEncoder(Encoder):
     @classmethod
     def from_config(cls, config: ClipTruncateConfig, runtime: Runtime) -> ClipTruncateEncoder:
         """Loads the text model and tokenizer."""
-        from transformers import CLIPTextModel
-
-        from longalign.encoders.clip.single_file import load_clip_text_model
-
-        model, tokenizer = load_clip_text_model(CLIPTextModel, config, config.subfolder, runtime)
+        model, tokenizer = load_clip_text_model(CLIPTextModel, config, config.subfolder, runtime, config.layout)
         return cls(model, tokenizer, overflow=config.overflow, max_batch_tokens=config.max_batch_tokens)
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:

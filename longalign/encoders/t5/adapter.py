@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longalign.checkpoints.weights import load_pickle, load_tensors, save_tensors
-from longalign.encoders.base import Conditioning
+from longalign.encoders.adapter import Adapter
+from longalign.encoders.loading import find_checkpoint_file
+from longalign.encoders.t5.config import AdapterConfig
 from longalign.runtime import Runtime, resolve_checkpoint
-
-if TYPE_CHECKING:
-    from longalign.encoders.configs import AdapterConfig
 
 _WEIGHTS = "diffusion_pytorch_model"
 
@@ -43,7 +40,7 @@ class FeedForward(nn.Module):
         return self.net(x)
 
 
-class TextAdapter(nn.Module):
+class TextAdapter(Adapter):
     """LayerNorm, feed-forward to ``int_dim``, LayerNorm, feed-forward to ``out_dim``; applied position-wise.
 
     State-dict keys match the published weights: ``norm1``, ``ff1.net.*``, ``norm2``, ``ff2.net.*``.
@@ -82,8 +79,6 @@ class TextAdapter(nn.Module):
         Raises:
             ValueError: if a file or a key is missing, or the weights do not match the config.
         """
-        from longalign.encoders.loading import find_checkpoint_file
-
         prefix = f"{subfolder}/" if subfolder else ""
         config = find_checkpoint_file(checkpoint, f"{prefix}config.json", revision)
         weights = find_checkpoint_file(checkpoint, f"{prefix}{_WEIGHTS}.safetensors", revision) or find_checkpoint_file(
@@ -113,9 +108,3 @@ class TextAdapter(nn.Module):
         (path / "config.json").write_text(json.dumps(values, indent=2) + "\n")
         state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
         save_tensors(path / f"{_WEIGHTS}.safetensors", state, {"format": "pt"})
-
-
-def adapt(adapter: TextAdapter, conditioning: Conditioning) -> Conditioning:
-    """Applies an adapter to a language model's conditioning; masked states are zero."""
-    states = adapter(conditioning.states.to(next(adapter.parameters()).dtype))
-    return replace(conditioning, states=states if conditioning.mask is None else states * conditioning.mask[..., None])

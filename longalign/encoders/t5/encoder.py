@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import T5EncoderModel
 
+from longalign.encoders.adapter import adapt
 from longalign.encoders.base import (
     GROW_ADVICE,
     Conditioning,
@@ -20,14 +22,13 @@ from longalign.encoders.base import (
     report_passes,
 )
 from longalign.encoders.bucketing import CALL_COST
-from longalign.encoders.t5.adapter import TextAdapter, adapt
-from longalign.encoders.tokens import device_of, pad_with_last, run_grouped
+from longalign.encoders.frozen import device_of, pad_with_last, run_grouped
+from longalign.encoders.loading import load_text_model
+from longalign.encoders.t5.adapter import TextAdapter
+from longalign.encoders.t5.config import T5Config
 from longalign.runtime import Runtime
 from longalign.segmenters import Prompt
 from longalign.tokens import TextTokens, Tokenized
-
-if TYPE_CHECKING:
-    from longalign.encoders.configs import T5Config
 
 
 class T5Encoder(Encoder):
@@ -48,25 +49,24 @@ class T5Encoder(Encoder):
             attention is quadratic in it. T5 was trained with 512.
         mask: whether to mask padding in T5 and in the conditioning, where masked states are zero.
         max_batch_tokens: maximum number of positions per call of the model.
+        length_key: config key of ``max_tokens``, named in truncation messages.
 
     Raises:
         ValueError: if the adapter's input width is not T5's.
     """
 
-    #: config key named in truncation messages; an outer encoder may expose `max_tokens` under a different name
-    setting = "max_tokens"
-
     def __init__(
         self,
         model: nn.Module,
         tokenizer: Any,
-        adapter: TextAdapter | None = None,
+        adapter: TextAdapter | None,
         *,
-        max_tokens: int = 240,
-        overflow: Literal["grow", "truncate", "error"] = "grow",
-        window: int = 512,
-        mask: bool = False,
-        max_batch_tokens: int = 16384,
+        max_tokens: int,
+        overflow: Literal["grow", "truncate", "error"],
+        window: int,
+        mask: bool,
+        max_batch_tokens: int,
+        length_key: str = "max_tokens",
     ):
         super().__init__()
         self.model = model.requires_grad_(False).eval()
@@ -80,23 +80,42 @@ class T5Encoder(Encoder):
         self.tokens = TextTokens(tokenizer, config.vocab_size)
         self.max_tokens, self.overflow, self.mask, self.max_batch_tokens = max_tokens, overflow, mask, max_batch_tokens
         self.window = max(window, max_tokens)
+        self.length_key = length_key
 
     @classmethod
     def from_config(cls, config: T5Config, runtime: Runtime) -> T5Encoder:
         """Loads the model and tokenizer, and loads or initializes the adapter."""
-        from transformers import T5EncoderModel
-
-        from longalign.encoders.loading import load_text_model
-
         model, tokenizer = load_text_model(T5EncoderModel, config, config.subfolder, runtime)
         adapter = None if config.adapter is None else TextAdapter.from_config(config.adapter, runtime)
-        keys = ("max_tokens", "overflow", "window", "mask", "max_batch_tokens")
-        return cls(model, tokenizer, adapter, **{key: getattr(config, key) for key in keys})
+        return cls.from_modules(config, model, tokenizer, adapter)
+
+    @classmethod
+    def from_modules(
+        cls,
+        config: T5Config,
+        model: nn.Module,
+        tokenizer: Any,
+        adapter: TextAdapter | None,
+        *,
+        length_key: str = "max_tokens",
+    ) -> T5Encoder:
+        """Builds the encoder from loaded modules, with the settings of a config."""
+        return cls(
+            model,
+            tokenizer,
+            adapter,
+            max_tokens=config.max_tokens,
+            overflow=config.overflow,
+            window=config.window,
+            mask=config.mask,
+            max_batch_tokens=config.max_batch_tokens,
+            length_key=length_key,
+        )
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
         texts = self._texts(prompts)
         reports = tuple(self._report(passes) for passes in texts)
-        raise_or_warn_truncated(reports, self.overflow, self.max_tokens, GROW_ADVICE.format(self.setting))
+        raise_or_warn_truncated(reports, self.overflow, self.max_tokens, GROW_ADVICE.format(self.length_key))
         tokenizer = self.tokens.tokenizer
         rows = [[(*text.ids[: self._max_pass_tokens], tokenizer.eos_token_id) for text in passes] for passes in texts]
         lengths = torch.tensor([sum(map(len, prompt_rows)) for prompt_rows in rows])

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
-from longalign.rewards.configs import TowerRewardConfig
-from longalign.runtime import Runtime
+from longalign.rewards import TowerRewardConfig
 
 
 class SiglipConfig(TowerRewardConfig):
@@ -16,12 +15,9 @@ class SiglipConfig(TowerRewardConfig):
         revision: branch, tag or commit of the Hub repository.
     """
 
+    target: ClassVar[str] = "longalign_siglip.reward:SiglipReward"
+
     name: Literal["siglip"] = "siglip"
     checkpoint: str = "google/siglip-so400m-patch14-384"
     revision: str | None = None
     aspect: Literal["crop", "pad", "squash"] = "squash"
-
-    def build(self, runtime: Runtime) -> Any:
-        from longalign_siglip.towers import load_siglip
-
-        return load_siglip(self, runtime)

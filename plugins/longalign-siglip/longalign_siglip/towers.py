@@ -1,20 +1,12 @@
-"""SigLIP's towers from transformers, with the interface of `longalign.rewards.towers`."""
+"""SigLIP's towers from transformers, with the interface of `longalign.rewards.Towers`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from longalign.rewards.clip import check_tokenizer, pooled
-from longalign.rewards.hub import image_statistics
-from longalign.rewards.towers import ImageInput, TowerReward, Towers
-from longalign.runtime import Runtime, resolve_checkpoint
+from longalign.rewards import Towers, projected_features
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from longalign_siglip.config import SiglipConfig
-
-HALF = (0.5, 0.5, 0.5)
 
 
 class SiglipTowers(Towers):
@@ -42,7 +34,7 @@ class SiglipTowers(Towers):
         )
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
-        return pooled(self.model.get_image_features(pixel_values=pixels.to(self.model.dtype)))
+        return projected_features(self.model.get_image_features(pixel_values=pixels.to(self.model.dtype)))
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         tokens = self.tokenizer(
@@ -53,24 +45,4 @@ class SiglipTowers(Towers):
             return_tensors="pt",
             split_special_tokens=True,
         )
-        return pooled(self.model.get_text_features(input_ids=tokens["input_ids"].to(self.model.device)))
-
-
-def load_siglip(config: SiglipConfig, runtime: Runtime) -> TowerReward:
-    """Loads the reward from a Hub id or a local folder in transformers layout."""
-    from transformers import AutoTokenizer, SiglipModel
-
-    checkpoint = resolve_checkpoint(config.checkpoint)
-    source: dict[str, Any] = {"revision": config.revision}
-    loaded: Any = SiglipModel.from_pretrained(checkpoint, output_loading_info=True, **source)
-    model, info = loaded
-    if info["missing_keys"]:
-        raise ValueError(
-            f"'{checkpoint}' is not a complete SiglipModel: {len(info['missing_keys'])} weights are missing, e.g. "
-            f"{sorted(info['missing_keys'])[0]}; expected a checkpoint with both towers"
-        )
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False, **source)
-    check_tokenizer(len(tokenizer), model.config.text_config.vocab_size, checkpoint, checkpoint)
-    mean, std = image_statistics(checkpoint, config.revision, default=(HALF, HALF))
-    image = ImageInput(model.config.vision_config.image_size, mean, std)
-    return TowerReward.from_towers(SiglipTowers(model, tokenizer), image, config, runtime)
+        return projected_features(self.model.get_text_features(input_ids=tokens["input_ids"].to(self.model.device)))

@@ -1,4 +1,4 @@
-"""Optional files of a checkpoint on the Hub or in a local folder, and the image statistics in them."""
+"""Checkpoints in transformers layout: optional files, image statistics, and checks of what was loaded."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from longalign.functional.images import CLIP_MEAN, CLIP_STD
 
@@ -52,3 +54,17 @@ def image_statistics(
         if "image_mean" in values and "image_std" in values:
             return tuple(values["image_mean"]), tuple(values["image_std"])
     return default
+
+
+def check_tokenizer(num_tokens: int, num_embeddings: int, processor: str, checkpoint: str) -> None:
+    """Raises ValueError if a tokenizer has more tokens than the checkpoint's text tower has embeddings."""
+    if num_tokens > num_embeddings:
+        raise ValueError(
+            f"the tokenizer of '{processor}' has {num_tokens} tokens, the text tower of '{checkpoint}' has "
+            f"{num_embeddings} embeddings; set `processor` to a checkpoint with the tokenizer used in training"
+        )
+
+
+def projected_features(output: Any) -> Tensor:
+    """The projected features in the output of ``get_*_features``: an object since transformers 5, a tensor before."""
+    return output if isinstance(output, Tensor) else output.pooler_output

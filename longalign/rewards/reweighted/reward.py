@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,11 +11,9 @@ from torch import Tensor
 from longalign import registry
 from longalign.functional import preference
 from longalign.rewards.base import EmbeddingReward, Reward, Scores, check_pairs
-from longalign.rewards.direction import load_direction
+from longalign.rewards.reweighted.config import ReweightedConfig
+from longalign.rewards.reweighted.direction import load_direction
 from longalign.runtime import Runtime
-
-if TYPE_CHECKING:
-    from longalign.rewards.configs import ReweightedConfig
 
 _HINT = "use `direction: running`, or a file written by `longalign compute-direction`"
 
@@ -39,13 +37,7 @@ class ReweightedReward(Reward):
     running_count: Tensor
     fixed: Tensor
 
-    def __init__(
-        self,
-        inner: EmbeddingReward,
-        omega: float = 0.3,
-        direction: str | Tensor = "batch",
-        gather: Callable[[Any], Any] = Runtime.gather,
-    ):
+    def __init__(self, inner: EmbeddingReward, *, omega: float, direction: str | Tensor, gather: Callable[[Any], Any]):
         super().__init__()
         self.inner, self.omega, self.gather = _require_embedding_reward(inner), omega, gather
         self.mode = direction if isinstance(direction, str) else "fixed"
@@ -62,6 +54,15 @@ class ReweightedReward(Reward):
             self.register_buffer("fixed", torch.nn.functional.normalize(direction.float(), dim=0), persistent=False)
         elif self.mode != "batch":
             raise ValueError(f"direction must be 'batch', 'running' or a vector, not '{self.mode}'")
+
+    @classmethod
+    def from_config(cls, config: ReweightedConfig, runtime: Runtime) -> ReweightedReward:
+        """Builds the inner reward; a direction file is checked against it."""
+        inner = _require_embedding_reward(registry.rewards.build(config.inner, runtime))
+        direction: str | Tensor = config.direction
+        if direction not in ("batch", "running"):
+            direction = load_direction(config.direction).vector_for(inner, config.inner)
+        return cls(inner, omega=config.omega, direction=direction, gather=runtime.gather).to(runtime.device)
 
     def direction(self, text: Tensor) -> Tensor:
         """``V (d,)`` for a batch of text embeddings ``(b, d)`` of this process.
@@ -103,16 +104,6 @@ class ReweightedReward(Reward):
         return Scores(
             total, {"text_relevant": parts.relevant, "text_irrelevant": parts.irrelevant, "eta": parts.eta}
         ).checked(images, prompts)
-
-
-def load_reweighted(config: ReweightedConfig, runtime: Runtime) -> ReweightedReward:
-    """Builds a `ReweightedReward`; a direction file is checked against the inner reward."""
-    inner = _require_embedding_reward(registry.rewards.build(config.inner, runtime))
-    direction: str | Tensor = config.direction
-    if direction not in ("batch", "running"):
-        direction = load_direction(config.direction).vector_for(inner, config.inner)
-    reward = ReweightedReward(inner, config.omega, direction, runtime.gather)
-    return reward.to(runtime.device)
 
 
 def _require_embedding_reward(inner: Any) -> EmbeddingReward:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +11,8 @@ from longalign import registry
 from longalign.names import unique_name
 from longalign.rewards.base import Reward, Scores, as_reward, check_pairs
 from longalign.rewards.guard import guarded
+from longalign.rewards.sum.config import SumConfig
 from longalign.runtime import Runtime
-
-if TYPE_CHECKING:
-    from longalign.rewards.configs import SumConfig
 
 
 class SumReward(Reward):
@@ -38,6 +35,17 @@ class SumReward(Reward):
         self.labels, self.weights = tuple(rewards), tuple(weights)
         self.rewards = nn.ModuleList(rewards.values())
 
+    @classmethod
+    def from_config(cls, config: SumConfig, runtime: Runtime) -> SumReward:
+        """Builds the terms, which may also be functions registered as rewards."""
+        labels = {term.label for term in config.terms if term.label}
+        rewards: dict[str, Reward] = {}
+        for term in config.terms:
+            label = term.label or unique_name(term.reward.name, labels)
+            labels.add(label)
+            rewards[label] = as_reward(registry.rewards.build(term.reward, runtime), label)
+        return cls(rewards, [term.weight for term in config.terms])
+
     def score_components(self, images: Tensor, prompts: Sequence[str]) -> Scores:
         check_pairs(images, prompts)
         total, parts = images.new_zeros(len(images), dtype=torch.float32), {}
@@ -48,14 +56,3 @@ class SumReward(Reward):
             parts[label] = term.total.detach()
             parts.update({f"{label}/{name}": value.detach() for name, value in term.parts.items()})
         return Scores(total, parts).checked(images, prompts)
-
-
-def load_sum(config: SumConfig, runtime: Runtime) -> SumReward:
-    """Builds a `SumReward`; terms may also be functions registered as rewards."""
-    labels = {term.label for term in config.terms if term.label}
-    rewards: dict[str, Reward] = {}
-    for term in config.terms:
-        label = term.label or unique_name(term.reward.name, labels)
-        labels.add(label)
-        rewards[label] = as_reward(registry.rewards.build(term.reward, runtime), label)
-    return SumReward(rewards, [term.weight for term in config.terms])

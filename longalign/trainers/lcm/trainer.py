@@ -6,14 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from einops import rearrange
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from longalign.backbones.base import Backbone
 from longalign.encoders.base import Conditioning, Encoder
 from longalign.functional.diffusion import Solver, add_noise, ddim, lcm
-from longalign.trainers.base import DiffusionTrainer, batch_latents, evaluating, guided_prediction, train_denoiser
-from longalign.trainers.configs import LCMConfig
+from longalign.runtime import Runtime
+from longalign.trainers.diffusion import DiffusionTrainer, batch_latents, evaluating, guided_prediction, train_denoiser
+from longalign.trainers.lcm.config import LCMConfig
 
 
 class LCMTrainer(DiffusionTrainer):
@@ -49,13 +51,13 @@ class LCMTrainer(DiffusionTrainer):
         backbone: Backbone,
         encoder: Encoder,
         *,
-        num_ddim_timesteps: int = 50,
-        start_timesteps: Literal["all", "ddim"] = "all",
-        w_min: float = 6.5,
-        w_max: float = 6.5,
-        huber_c: float | None = 0.001,
-        ema_decay: float | None = None,
-        timestep_scaling_factor: float = 10.0,
+        num_ddim_timesteps: int,
+        start_timesteps: Literal["all", "ddim"],
+        w_min: float,
+        w_max: float,
+        huber_c: float | None,
+        ema_decay: float | None,
+        timestep_scaling_factor: float,
     ):
         super().__init__(backbone, encoder, train_adapter=False)
         noise_levels, num_timesteps = backbone.noise_levels, len(backbone.noise_levels)
@@ -80,23 +82,32 @@ class LCMTrainer(DiffusionTrainer):
             self.register_buffer(f"target_{i}", parameter.detach().clone())
 
     @classmethod
-    def from_config(cls, config: LCMConfig, backbone: Backbone, encoder: Encoder) -> LCMTrainer:
+    def from_config(cls, config: LCMConfig, runtime: Runtime, *, backbone: Backbone, encoder: Encoder) -> LCMTrainer:
         """Adds a new LoRA to the backbone, or makes all of its weights trainable, and builds the trainer."""
         if config.lora is None:
             backbone.keep_reference_model()
         train_denoiser(backbone, config.lora, "lcm")
-        settings = {k: getattr(config, k) for k in type(config).model_fields if k not in ("name", "lora")}
-        return cls(backbone, encoder, **settings)
+        return cls(
+            backbone,
+            encoder,
+            num_ddim_timesteps=config.num_ddim_timesteps,
+            start_timesteps=config.start_timesteps,
+            w_min=config.w_min,
+            w_max=config.w_max,
+            huber_c=config.huber_c,
+            ema_decay=config.ema_decay,
+            timestep_scaling_factor=config.timestep_scaling_factor,
+        )
 
-    def check_fsdp_support(self) -> None:
-        super().check_fsdp_support()
+    def fsdp_module(self, precision: str) -> nn.Module:
         if self.ema_decay is not None:
             raise ValueError(
                 "the moving average of 'lcm' does not support sharded weights; set trainer.ema_decay to null, or use "
                 "accelerate's multi-GPU without FSDP"
             )
+        return super().fsdp_module(precision)
 
-    def losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def loss(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         latents = batch_latents(self.backbone, batch, "'lcm'")
         # one call for both branches of the teacher's guidance, so that both are padded to the same length
         conditioning = self.encode([*batch["prompt"], ""])
@@ -162,5 +173,5 @@ class LinearSteps:
 
     def __call__(self, timesteps: Tensor, latents: Tensor, output: Tensor) -> Tensor:
         """Takes the step from ``timesteps`` ``(b,)``; latents, outputs and result are ``(b, c, h, w)``."""
-        a, b = (factor.to(latents)[timesteps].view(-1, 1, 1, 1) for factor in (self.a, self.b))
+        a, b = (rearrange(factor.to(latents)[timesteps], "b -> b 1 1 1") for factor in (self.a, self.b))
         return a * latents + b * output

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from longalign.backbones.base import Backbone
 from longalign.encoders.base import Encoder
-from longalign.trainers.base import DiffusionTrainer, batch_latents, noise_loss, train_denoiser
-from longalign.trainers.configs import AlignConfig
+from longalign.runtime import Runtime
+from longalign.trainers.align.config import AlignConfig
+from longalign.trainers.diffusion import DiffusionTrainer, batch_latents, noise_loss, train_denoiser
 
 
 class AlignTrainer(DiffusionTrainer):
@@ -29,20 +30,29 @@ class AlignTrainer(DiffusionTrainer):
         self,
         backbone: Backbone,
         encoder: Encoder,
-        caption_dropout: float = 0.1,
-        train_adapter: bool = True,
-        timesteps: str | None = None,
+        *,
+        caption_dropout: float,
+        train_adapter: bool,
+        timesteps: str | None,
     ):
         super().__init__(backbone, encoder, train_adapter)
         self.caption_dropout, self.timesteps = caption_dropout, timesteps
 
     @classmethod
-    def from_config(cls, config: AlignConfig, backbone: Backbone, encoder: Encoder) -> AlignTrainer:
+    def from_config(
+        cls, config: AlignConfig, runtime: Runtime, *, backbone: Backbone, encoder: Encoder
+    ) -> AlignTrainer:
         """Adds the LoRA to the backbone, or makes all of its weights trainable, and builds the trainer."""
         train_denoiser(backbone, config.lora, "align")
-        return cls(backbone, encoder, config.caption_dropout, config.train_adapter, config.timesteps)
+        return cls(
+            backbone,
+            encoder,
+            caption_dropout=config.caption_dropout,
+            train_adapter=config.train_adapter,
+            timesteps=config.timesteps,
+        )
 
-    def losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def loss(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         dropped = torch.rand(len(batch["prompt"])) < self.caption_dropout
         prompts = ["" if drop else p for p, drop in zip(batch["prompt"], dropped.tolist(), strict=True)]
         latents, conditioning = batch_latents(self.backbone, batch, "'align'"), self.encode(prompts)

@@ -8,9 +8,11 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from einops import repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from longalign import registry
 from longalign.backbones.base import Backbone
 from longalign.encoders.base import Conditioning, Encoder
 from longalign.functional.diffusion import Solver, add_noise, ddim, lcm, trailing_timesteps
@@ -18,8 +20,9 @@ from longalign.functional.rollout import Predict, RecordedStep, replay, replay_b
 from longalign.gradient_steps.base import GradientSteps, GradientStepSelector
 from longalign.rewards.base import Reward, Scores, as_reward
 from longalign.rewards.guard import guarded
-from longalign.trainers.base import (
-    Backward,
+from longalign.runtime import Runtime
+from longalign.trainers.base import Backward
+from longalign.trainers.diffusion import (
     DiffusionTrainer,
     batch_latents,
     evaluating,
@@ -27,7 +30,7 @@ from longalign.trainers.base import (
     noise_loss,
     train_denoiser,
 )
-from longalign.trainers.configs import RewardConfig
+from longalign.trainers.reward.config import RewardTrainerConfig
 
 
 @dataclass(frozen=True)
@@ -84,17 +87,17 @@ class RewardTrainer(DiffusionTrainer):
         rewards: Sequence[Any],
         gradient_steps: GradientStepSelector,
         *,
-        solver: Literal["ddim", "lcm"] = "ddim",
-        num_steps: int = 50,
-        guidance: float = 7.5,
-        train_adapter: bool = False,
-        dropout_steps: Literal["all", "chosen"] = "all",
-        resolution: int | None = None,
-        denoise_batch: int | None = None,
-        decode_batch: int | None = None,
-        replay_batch: int = 1,
-        regularizer: Literal["none", "kl", "pretraining"] = "none",
-        regularizer_weight: float | None = None,
+        solver: str,
+        num_steps: int,
+        guidance: float,
+        train_adapter: bool,
+        dropout_steps: Literal["all", "chosen"],
+        resolution: int | None,
+        denoise_batch: int | None,
+        decode_batch: int | None,
+        replay_batch: int,
+        regularizer: Literal["none", "kl", "pretraining"],
+        regularizer_weight: float | None,
     ):
         super().__init__(backbone, encoder, train_adapter)
         if not rewards:
@@ -115,20 +118,34 @@ class RewardTrainer(DiffusionTrainer):
     @classmethod
     def from_config(
         cls,
-        config: RewardConfig,
+        config: RewardTrainerConfig,
+        runtime: Runtime,
+        *,
         backbone: Backbone,
         encoder: Encoder,
         rewards: Sequence[Any],
-        gradient_steps: GradientStepSelector,
     ) -> RewardTrainer:
         """Adds a new LoRA to the backbone, or makes all of its weights trainable, and builds the trainer."""
         if config.regularizer == "kl" and config.lora is None:
             backbone.keep_reference_model()
         train_denoiser(backbone, config.lora, "reward")
-        settings = {
-            k: getattr(config, k) for k in type(config).model_fields if k not in ("name", "lora", "gradient_steps")
-        }
-        return cls(backbone, encoder, rewards, gradient_steps, **settings)
+        return cls(
+            backbone,
+            encoder,
+            rewards,
+            registry.gradient_steps.construct(config.gradient_steps, runtime),
+            solver=config.solver,
+            num_steps=config.num_steps,
+            guidance=config.guidance,
+            train_adapter=config.train_adapter,
+            dropout_steps=config.dropout_steps,
+            resolution=config.resolution,
+            denoise_batch=config.denoise_batch,
+            decode_batch=config.decode_batch,
+            replay_batch=config.replay_batch,
+            regularizer=config.regularizer,
+            regularizer_weight=config.regularizer_weight,
+        )
 
     def train(self, mode: bool = True) -> RewardTrainer:
         """Sets training mode on the `Reward` modules only; the frozen networks inside them stay in eval mode."""
@@ -136,14 +153,6 @@ class RewardTrainer(DiffusionTrainer):
         for module in self.rewards.modules():
             module.training = mode and isinstance(module, Reward)
         return self
-
-    def losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Loss and metrics of new samples, without gradient. `step` computes its own."""
-        prompts = batch["prompt"]
-        with torch.no_grad():
-            predict = self.predictor(self.backbone.predict, self.encode_with_uncond(prompts), slice(0, len(prompts)))
-            latents, _ = rollout(predict, self.noise(len(prompts)), self.solver)
-            return self.reward_loss(self.score(latents, prompts))
 
     def step(self, batch: Mapping[str, Any], backward: Backward) -> dict[str, Tensor]:
         prompts = batch["prompt"]
@@ -226,7 +235,7 @@ class RewardTrainer(DiffusionTrainer):
         indices = torch.arange(rows.start, rows.stop, device=conditioning.states.device)
 
         def predict(latents: Tensor, timesteps: Tensor) -> Tensor:
-            prompt_rows = indices.repeat(len(latents) // len(indices))
+            prompt_rows = repeat(indices, "b -> (s b)", s=len(latents) // len(indices))
             if self.guidance == 1:
                 return denoise(latents, timesteps, conditioning[prompt_rows])
             return guided_prediction(denoise, latents, timesteps, conditioning, prompt_rows, self.guidance)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,6 +17,7 @@ from longalign.config.files import REWARD
 from longalign.functional import preference
 from longalign.runtime import Runtime
 from longalign.trainers.base import Backward, Trainer, Wrap
+from longalign.trainers.denscore.config import DenscoreTrainerConfig
 
 if TYPE_CHECKING:
     from longalign.rewards.towers import TowerReward
@@ -58,17 +60,36 @@ class DenscoreTrainer(Trainer):
     def __init__(
         self,
         reward: TowerReward,
-        runtime: Runtime | None = None,
+        runtime: Runtime,
         *,
-        train: Literal["all", "text", "vision", "projections"] = "all",
-        preference_weight: float = 1.0,
-        contrastive_weight: float = 0.5,
+        train: Literal["all", "text", "vision", "projections"],
+        preference_weight: float,
+        contrastive_weight: float,
     ):
         super().__init__()
-        self.reward, self.runtime = reward, runtime or Runtime()
+        self.reward, self.runtime = reward, runtime
         reward.towers.train_only(train)
         self.preference_weight, self.contrastive_weight = preference_weight, contrastive_weight
         self._embed: tuple[Any] = (Embed(reward),)
+
+    @classmethod
+    def from_config(
+        cls, config: DenscoreTrainerConfig, runtime: Runtime, *, rewards: Sequence[TowerReward]
+    ) -> DenscoreTrainer:
+        """Sets the trainable parameters of the only reward, and builds the trainer.
+
+        Raises:
+            ValueError: if there is not exactly one reward.
+        """
+        if len(rewards) != 1:
+            raise ValueError(f"'denscore' trains one reward, got {len(rewards)}")
+        return cls(
+            rewards[0],
+            runtime,
+            train=config.train,
+            preference_weight=config.preference_weight,
+            contrastive_weight=config.contrastive_weight,
+        )
 
     def prepare(self, wrap: Wrap) -> list[Any]:
         self._embed = (wrap(Embed(self.reward)),)
@@ -86,7 +107,7 @@ class DenscoreTrainer(Trainer):
         # Clamping in the loss would zero the gradient at the limit, where CLIP's temperature starts.
         self.reward.towers.logit_scale.clamp_(max=math.log(MAX_SCALE))
 
-    def losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def loss(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Computes losses and metrics over the batches of all processes.
 
         Metrics:
@@ -106,10 +127,11 @@ class DenscoreTrainer(Trainer):
         b, device = len(prompts), self.runtime.device
         captions = [text for pair in captions for text in pair] if captions is not None else []
         image_embeddings, embeddings, segments, scale = self._embed[0](
-            batch["image"].to(device).flatten(0, 1), [*prompts, *captions]
+            rearrange(batch["image"].to(device), "b pair c h w -> (b pair) c h w"), [*prompts, *captions]
         )
         lengths = [len(text_segments) for text_segments in segments]
-        images = self.all_gather(image_embeddings.view(b, 2, -1))
+        images = self.all_gather(rearrange(image_embeddings, "(b pair) d -> b pair d", pair=2))
+        all_images = rearrange(images, "b pair d -> (b pair) d")
         preferences = self.all_gather(batch["preference"].to(device))
         means = torch.stack([part.mean(0) for part in embeddings.split(lengths)])
         prompt_means = self.all_gather(means[:b])
@@ -128,7 +150,7 @@ class DenscoreTrainer(Trainer):
         if self.preference_weight:
             out["preference_loss"] = self.preference_weight * divergence(scale * scores, pair_targets)
         if self.contrastive_weight:
-            logits = scale * embeddings @ images.flatten(0, 1).T
+            logits = scale * embeddings @ all_images.T
             if captions:
                 text_targets = torch.eye(len(text_means), device=device)
             else:
@@ -140,7 +162,7 @@ class DenscoreTrainer(Trainer):
             out["contrastive_loss"] = self.contrastive_weight * divergence(logits, targets)
         with torch.no_grad():
             if captions:
-                candidates = images.flatten(0, 1)
+                candidates = all_images
             else:
                 candidates = images[torch.arange(len(images), device=device), pair_targets.argmax(1)]
             best = (text_means @ candidates.T).argmax(1)
@@ -157,7 +179,7 @@ class DenscoreTrainer(Trainer):
         return torch.tensor(hashes, device=self.runtime.device)
 
     def step(self, batch: Mapping[str, Any], backward: Backward) -> dict[str, Tensor]:
-        losses = self.losses(batch)
+        losses = self.loss(batch)
         # Gradients are averaged over processes, and each process has only those of its own rows.
         total = torch.stack([value for key, value in losses.items() if key.endswith("_loss")]).sum()
         backward(self.runtime.world_size * total)

@@ -1,0 +1,111 @@
+"""Changes of a run's config: override values by dotted path, and compare two configs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from longalign.config.parsing import parse_value
+from longalign.config.run import RunConfig, load_config, to_dict
+from longalign.errors import ConfigError, ConfigProblem, shorten, suggestion
+
+
+def override(config: Mapping[str, Any] | str | Path | RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """Changes values of a config and validates the result.
+
+    A part that is replaced by a bare name gets the defaults of the new part.
+
+    Args:
+        config: any source that `load_config` accepts.
+        changes: dotted path to value, applied in order, e.g. ``{"encoder": "t5", "rewards.0.omega": 0.0}``.
+
+    Raises:
+        ConfigError: if a path does not exist, or the changed config is invalid.
+    """
+    tree = to_dict(load_config(config))
+    problems: list[ConfigProblem] = []
+    for path, value in changes.items():
+        try:
+            _set_path(tree, path, _plain(value))
+        except LookupError as error:
+            problems.append((shorten(path) if not isinstance(path, str) else path, str(error.args[0])))
+    if problems:
+        raise ConfigError(problems)
+    return load_config(tree)
+
+
+def parse_assignments(items: Sequence[str]) -> dict[str, Any]:
+    """Parses ``["encoder=t5", "loop.lr=1e-4"]`` into changes for `longalign.config.changes.override`.
+
+    Raises:
+        ConfigError: if items are not ``path=value``, or repeat a path; lists all of them.
+    """
+    out: dict[str, Any] = {}
+    problems = []
+    for item in items:
+        path, equals, text = item.partition("=")
+        if not equals or not path:
+            problems.append((item, "expected path=value, e.g. loop.lr=1e-4"))
+        elif path in out:
+            problems.append((path, "this path is given twice"))
+        else:
+            out[path] = parse_value(text)
+    if problems:
+        raise ConfigError(problems)
+    return out
+
+
+def diff(a: RunConfig, b: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Differences of two configs, as dotted path to both values.
+
+    Parts with different names and lists of different lengths differ as a whole. Overriding ``a`` with the second
+    values gives ``b``.
+    """
+    return dict(_differences("", to_dict(a), to_dict(b)))
+
+
+def _differences(path: str, a: Any, b: Any) -> list[tuple[str, tuple[Any, Any]]]:
+    same_structure = type(a) is type(b) and len(a) == len(b) if isinstance(a, (dict, list)) else False
+    if isinstance(a, dict) and same_structure:
+        same_structure = a.keys() == b.keys() and a.get("name") == b.get("name")
+    if not same_structure:
+        return [] if a == b and type(a) is type(b) else [(path, (a, b))]
+    pairs = ((k, a[k], b[k]) for k in a) if isinstance(a, dict) else ((str(i), a[i], b[i]) for i in range(len(a)))
+    return [d for key, x, y in pairs for d in _differences(f"{path}.{key}" if path else key, x, y)]
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+
+
+def _set_path(tree: Any, path: str, value: Any) -> None:
+    if not isinstance(path, str):
+        raise LookupError("expected a dotted path of keys")
+    *parents, last = path.split(".")
+    for depth, step in enumerate(parents):
+        tree = tree[_resolve_step(tree, step, ".".join(parents[:depth]))]
+    # a new key of a mapping is checked by validation
+    key: Any = last if isinstance(tree, dict) else _resolve_step(tree, last, ".".join(parents))
+    old = tree.get(key) if isinstance(tree, dict) else tree[key]
+    if isinstance(value, str) and isinstance(old, dict) and "name" in old:
+        value = {"name": value}  # later changes may set keys of the new part
+    tree[key] = value
+
+
+def _resolve_step(tree: Any, step: str, parent: str) -> Any:
+    """Key or index of one step of a path. Raises LookupError if it does not exist."""
+    if isinstance(tree, dict):
+        if step not in tree:
+            hint = suggestion(step, map(str, tree)) or f"; available: {', '.join(map(str, tree))}"
+            raise LookupError(f"no key '{step}'{f' in {parent}' if parent else ''}{hint}")
+        return step
+    if isinstance(tree, list):
+        if not re.fullmatch("[0-9]{1,9}", step) or int(step) >= len(tree):
+            state = f"which has {len(tree)}, counted from 0" if tree else f"which is empty; set {parent} as a whole"
+            raise LookupError(f"no entry '{step}' in {parent}, {state}")
+        return int(step)
+    raise LookupError(f"{parent} is {shorten(tree)} and has no keys; set {parent} as a whole")

@@ -1,0 +1,99 @@
+"""The sections of a run that are not parts: loop, validation, cache."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from longalign.inference.solvers import Solver
+from longalign.registry import Section
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
+Tracker = Literal["tensorboard", "wandb"]
+OneOrMore = Tracker | tuple[Tracker, ...]
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class LoopConfig(Section):
+    """Settings of the training loop.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: items per process and micro-step.
+        accumulation: micro-steps per optimizer step.
+        lr: learning rate of AdamW.
+        betas: AdamW's two decay rates.
+        weight_decay: AdamW's weight decay.
+        warmup: steps of linear learning-rate warmup from zero.
+        clip: maximum gradient norm, or null for no clipping.
+        precision: mixed precision, "no", "bf16" or "fp16"; frozen modules are kept in that dtype.
+        gradient_checkpointing: recompute activations in the backward pass to save memory: those of the denoiser, of the
+            autoencoder if rewards score decoded images, or of a trained reward.
+        channels_last: use the channels-last memory format for denoiser and autoencoder; for backbones with a UNet.
+        compile: compile the denoiser with ``torch.compile``; true for "inductor", or the name of a backend.
+        ema: decay of the exponential moving average of the trainable parameters, or null for none.
+        save_every: steps between checkpoints, or null for a single checkpoint at the end.
+        keep: number of newest checkpoints to keep, or null for all.
+        log_every: steps between log entries; values are averaged over these steps.
+        trackers: additional loggers, "tensorboard" or "wandb"; one or a list.
+        workers: data loading processes; 0 loads in the training process.
+    """
+
+    steps: PositiveInt = 1000
+    batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 8
+    accumulation: Annotated[int, Field(ge=1, le=1_000_000)] = 1
+    lr: PositiveFloat = 3e-5
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    weight_decay: NonNegativeFloat = 1e-2
+    warmup: NonNegativeInt = 0
+    clip: PositiveFloat | None = 0.3
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_checkpointing: bool = False
+    channels_last: bool = False
+    compile: bool | Literal["inductor", "cudagraphs", "aot_eager", "eager"] = False
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    save_every: PositiveInt | None = 500
+    keep: PositiveInt | None = 2
+    log_every: PositiveInt = 10
+    trackers: Annotated[tuple[Tracker, ...], BeforeValidator(_listed, json_schema_input_type=OneOrMore)] = ()
+    workers: Annotated[int, Field(ge=0, le=1000)] = 0
+
+
+class ValidationConfig(Section):
+    """Validation images, sampled with fixed seeds during training.
+
+    Attributes:
+        prompts: the prompts, or a file with one per line (.txt) or one mapping with "prompt" per line (.jsonl).
+        every: steps between validations; images are also sampled at the start and at the end.
+        num_steps: sampling steps.
+        guidance: classifier-free guidance scale; 1 disables it.
+        solver: "unipc", "ddim", "dpm++", or "lcm" for a consistency-distilled model, with 4 steps and guidance 1.
+    """
+
+    prompts: Annotated[tuple[str, ...], Field(min_length=1)] | Text
+    every: PositiveInt = 500
+    num_steps: PositiveInt = 25
+    guidance: Annotated[float, Field(ge=1)] = 7.5
+    solver: Solver = "unipc"
+
+
+class CacheConfig(Section):
+    """Latents and text states that ``longalign cache`` precomputes and training reads from disk.
+
+    A cache is rejected if the encoder, autoencoder, data, precision or images have changed since it was made.
+
+    Attributes:
+        folder: folder of the cache.
+        latents: cache image latents; null to cache them if the data has images. Training samples from the cached
+            posterior exactly as without a cache.
+        prompts: cache the frozen text states; the text models are then not loaded for training.
+    """
+
+    folder: Text
+    latents: bool | None = None
+    prompts: bool = True

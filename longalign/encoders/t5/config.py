@@ -1,0 +1,94 @@
+"""Configs of T5 and its adapter; no torch here."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from longalign.config.files import join_subfolder
+from longalign.encoders.config import LoadedConfig
+from longalign.errors import ConfigProblem
+from longalign.hub import availability_problem, missing_files_problem, read_json
+from longalign.registry import PartConfig
+
+
+class AdapterConfig(PartConfig):
+    """A LaVi-Bridge adapter: loaded from ``checkpoint``, or newly initialized with the three widths.
+
+    Attributes:
+        checkpoint: Hub id or folder in diffusers layout, e.g. ``shihaozhao/LaVi-Bridge``.
+        subfolder: subfolder of the checkpoint, e.g. ``t5_unet/adapter``.
+        revision: branch, tag or commit of a Hub repository.
+        in_dim: width of the language model, for a new adapter.
+        int_dim: width between the two feed-forward blocks, for a new adapter.
+        out_dim: width that the denoiser expects, for a new adapter.
+        trainable: whether the adapter is trained.
+    """
+
+    target: ClassVar[str] = "longalign.encoders.t5.adapter:TextAdapter"
+
+    name: Literal["lavi-bridge"] = "lavi-bridge"
+    checkpoint: str | None = None
+    subfolder: str | None = None
+    revision: str | None = None
+    in_dim: int | None = Field(None, ge=1)
+    int_dim: int | None = Field(None, ge=1)
+    out_dim: int | None = Field(None, ge=1)
+    trainable: bool = True
+
+    def width(self) -> int | None:
+        """Output width, or None if the adapter's config is not on this machine."""
+        if self.checkpoint is None:
+            return self.out_dim
+        width = read_json(self.checkpoint, join_subfolder(self.subfolder, "config.json"), self.revision).get("out_dim")
+        return width if isinstance(width, int) else None
+
+    def check_files(self) -> list[ConfigProblem]:
+        if self.checkpoint is None:
+            return []
+        config = [join_subfolder(self.subfolder, "config.json")]
+        problem = availability_problem(self.checkpoint, self.revision) or missing_files_problem(
+            self.checkpoint, config, self.revision
+        )
+        return [("checkpoint", problem)] if problem else []
+
+    @model_validator(mode="after")
+    def _one_source(self) -> AdapterConfig:
+        given = [key for key in ("in_dim", "int_dim", "out_dim") if getattr(self, key) is not None]
+        if self.checkpoint is not None and given:
+            raise ValueError(f"'checkpoint' determines the widths; remove {', '.join(given)}")
+        if self.checkpoint is None and len(given) < 3:
+            raise ValueError("expected 'checkpoint', or in_dim, int_dim and out_dim for a new adapter")
+        if self.checkpoint is None and (self.subfolder or self.revision):
+            raise ValueError("'subfolder' and 'revision' need a 'checkpoint'; set it or remove them")
+        return self
+
+
+class T5Config(LoadedConfig):
+    """T5's encoder over the whole prompt.
+
+    Attributes:
+        adapter: maps T5's states to the denoiser's width; None keeps T5's width.
+        max_tokens: number of states, including the end-of-text token; shorter prompts are padded to it.
+        overflow: for a longer prompt, "grow" the batch to its length, "truncate" it with a warning, as in the published
+            model, or raise an "error".
+        window: maximum number of tokens per pass, including the end-of-text token. With "grow", a prompt longer than
+            this and ``max_tokens`` is encoded in windows of whole sentences, so memory is linear in its length. T5 was
+            trained with 512.
+        mask: whether to mask padding; the published model does not.
+    """
+
+    target: ClassVar[str] = "longalign.encoders.t5.encoder:T5Encoder"
+    adapter_key: ClassVar[str | None] = "adapter"
+
+    name: Literal["t5"] = "t5"
+    checkpoint: str = Field(default="google-t5/t5-large", min_length=1)
+    adapter: AdapterConfig | None = None
+    max_tokens: int = Field(default=240, ge=1)
+    overflow: Literal["grow", "truncate", "error"] = "grow"
+    window: int = Field(default=512, ge=2)
+    mask: bool = False
+
+    def widths(self) -> tuple[int | None, int | None]:
+        return self._width_of("d_model") if self.adapter is None else self.adapter.width(), None

@@ -1,0 +1,185 @@
+"""General methods of the kind ``gradient_steps``, which the methods of papers configure; no torch here."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from longalign.gradient_steps.base import GradientSteps
+from longalign.gradient_steps.config import GradientStepsConfig
+from longalign.gradient_steps.random import RandInt, synced_randint
+from longalign.runtime import Runtime
+
+
+class GroupedRandomConfig(GradientStepsConfig):
+    """One step in each of several equal groups, at the same random offset (LongAlign, section 4).
+
+    For 50 steps in 5 groups: r, 10 + r, 20 + r, 30 + r and 40 + r with r in 0..9.
+
+    Attributes:
+        groups: number of groups, equal to the number of gradient-carrying steps.
+        detach: whether the inputs of these steps are constants, as in the paper.
+    """
+
+    target: ClassVar[str] = "longalign.gradient_steps.general:GroupedRandom"
+
+    name: Literal["grouped-random"] = "grouped-random"
+    groups: int = Field(5, ge=1)
+    detach: bool = True
+
+    def check_steps(self, num_steps: int) -> None:
+        check_groups(num_steps, self.groups)
+
+    def detaches(self) -> bool:
+        return self.detach
+
+
+class LastConfig(GradientStepsConfig):
+    """The last steps.
+
+    Attributes:
+        k: number of gradient-carrying steps.
+        detach: whether the inputs of these steps are constants.
+    """
+
+    target: ClassVar[str] = "longalign.gradient_steps.general:Last"
+
+    name: Literal["last"] = "last"
+    k: int = Field(1, ge=1)
+    detach: bool = True
+
+    def check_steps(self, num_steps: int) -> None:
+        check_last(num_steps, self.k)
+
+    def detaches(self) -> bool:
+        return self.detach
+
+
+class AllConfig(GradientStepsConfig):
+    """Every step.
+
+    Attributes:
+        detach: whether the inputs of the steps are constants; false gives DRaFT (arXiv 2309.17400).
+    """
+
+    target: ClassVar[str] = "longalign.gradient_steps.general:All"
+
+    name: Literal["all"] = "all"
+    detach: bool = True
+
+    def detaches(self) -> bool:
+        return self.detach
+
+
+class GroupedRandom:
+    """One step in each of several equal groups, at the same random offset.
+
+    Args:
+        groups: number of groups.
+        detach: whether the inputs of the selected calls are constants.
+        randint: samples the offset and the last step.
+        early_stop: sampling stops uniformly among the last ``early_stop`` steps, and later steps are dropped; 1 takes
+            all steps.
+    """
+
+    def __init__(self, groups: int, *, detach: bool, randint: RandInt, early_stop: int = 1):
+        self.groups, self.detach, self.early_stop, self.randint = groups, detach, early_stop, randint
+
+    @classmethod
+    def from_config(cls, config: GroupedRandomConfig, runtime: Runtime) -> GroupedRandom:
+        """All processes sample the same steps."""
+        return cls(config.groups, detach=config.detach, randint=synced_randint(runtime))
+
+    def select(self, num_steps: int) -> GradientSteps:
+        check_groups(num_steps, self.groups, self.early_stop)
+        size = num_steps // self.groups
+        steps = range(self.randint(0, size - 1), num_steps, size)
+        length = _length(num_steps, self.early_stop, self.randint)
+        return GradientSteps(tuple(step for step in steps if step < length), self.detach, length)
+
+
+class Last:
+    """The last steps.
+
+    Args:
+        k: number of steps; None for all.
+        detach: whether the inputs of the selected calls are constants.
+        randint: samples the number of steps and the last step.
+        min_steps: if given, the number of steps is random, from ``min_steps`` to ``k``.
+        early_stop: sampling stops uniformly among the last ``early_stop`` steps; 1 takes all steps.
+        copies: number of re-noised copies of each sample; see `GradientSteps`.
+    """
+
+    def __init__(
+        self,
+        k: int | None,
+        *,
+        detach: bool,
+        randint: RandInt,
+        min_steps: int | None = None,
+        early_stop: int = 1,
+        copies: int = 0,
+    ):
+        self.k, self.min_steps = k, min_steps
+        self.detach, self.early_stop, self.copies, self.randint = detach, early_stop, copies, randint
+
+    @classmethod
+    def from_config(cls, config: LastConfig, runtime: Runtime) -> Last:
+        """Takes the settings of the config."""
+        return cls(config.k, detach=config.detach, randint=synced_randint(runtime))
+
+    def select(self, num_steps: int) -> GradientSteps:
+        k = self.k or num_steps
+        check_last(num_steps, k, self.min_steps, self.early_stop)
+        k = k if self.min_steps is None else self.randint(self.min_steps, k)
+        length = _length(num_steps, self.early_stop, self.randint)
+        return GradientSteps(tuple(range(length - k, length)), self.detach, length, self.copies)
+
+
+class All:
+    """Every step.
+
+    Args:
+        detach: whether the inputs of the calls are constants.
+    """
+
+    def __init__(self, *, detach: bool):
+        self.detach = detach
+
+    @classmethod
+    def from_config(cls, config: AllConfig, runtime: Runtime) -> All:
+        """Takes the settings of the config."""
+        return cls(detach=config.detach)
+
+    def select(self, num_steps: int) -> GradientSteps:
+        return GradientSteps(tuple(range(num_steps)), self.detach, num_steps)
+
+
+def check_groups(num_steps: int, groups: int, early_stop: int = 1) -> None:
+    """Raises ValueError if the steps cannot be divided, or an early stop can leave no selected step."""
+    if num_steps % groups:
+        raise ValueError(f"{num_steps} sampling steps cannot be divided into {groups} equal groups")
+    if num_steps - early_stop + 1 < num_steps // groups:
+        raise ValueError(
+            f"an early stop within the last {early_stop} of {num_steps} sampling steps can leave no selected step; "
+            f"expected early_stop of at most {num_steps - num_steps // groups + 1}"
+        )
+
+
+def check_last(num_steps: int, k: int, min_steps: int | None = None, early_stop: int = 1) -> None:
+    """Raises ValueError if there are fewer than ``k`` steps, or an early stop can leave fewer."""
+    required = max(k, min_steps or 1)
+    if required > num_steps:
+        raise ValueError(
+            f"cannot select the last {required} of {num_steps} sampling steps; expected at most {num_steps}"
+        )
+    if k > num_steps - early_stop + 1:
+        raise ValueError(
+            f"an early stop within the last {early_stop} of {num_steps} sampling steps can leave fewer than {k}; "
+            f"expected early_stop of at most {num_steps - k + 1}"
+        )
+
+
+def _length(num_steps: int, early_stop: int, randint: RandInt) -> int:
+    return num_steps if early_stop == 1 else randint(num_steps - early_stop + 1, num_steps)

@@ -1,0 +1,158 @@
+"""Methods of papers of the kind ``gradient_steps``, under the papers' names; no torch here."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from longalign.gradient_steps.config import GradientStepsConfig
+from longalign.gradient_steps.general import GroupedRandom, Last, check_groups, check_last
+from longalign.gradient_steps.random import synced_randint
+from longalign.runtime import Runtime
+
+
+class DRTuneConfig(GradientStepsConfig):
+    """DRTune (arXiv 2405.00760): equidistant steps from a random offset, with constant inputs.
+
+    Sampling stops at a random late step, and its predicted image is scored.
+
+    Attributes:
+        groups: number of gradient-carrying steps; those after the stop are dropped.
+        early_stop: sampling stops uniformly among the last ``early_stop`` steps; 1 means no early stop.
+    """
+
+    target: ClassVar[str] = "longalign.gradient_steps.papers:DRTune"
+
+    name: Literal["drtune"] = "drtune"
+    groups: int = Field(5, ge=1)
+    early_stop: int = Field(10, ge=1)
+
+    def check_steps(self, num_steps: int) -> None:
+        check_groups(num_steps, self.groups, self.early_stop)
+
+
+class DRTune(GroupedRandom):
+    """DRTune (arXiv 2405.00760)."""
+
+    @classmethod
+    def from_config(cls, config: DRTuneConfig, runtime: Runtime) -> DRTune:
+        """All processes sample the same steps."""
+        return cls(config.groups, detach=True, early_stop=config.early_stop, randint=synced_randint(runtime))
+
+
+class DraftKConfig(GradientStepsConfig):
+    """DRaFT-K (arXiv 2309.17400): the last steps, with gradient through their inputs.
+
+    For DRaFT, use ``all`` with ``detach: false``.
+
+    Attributes:
+        k: number of gradient-carrying steps.
+    """
+
+    target: ClassVar[str] = "longalign.gradient_steps.papers:DraftK"
+
+    name: Literal["draft-k"] = "draft-k"
+    k: int = Field(1, ge=1)
+
+    def check_steps(self, num_steps: int) -> None:
+        check_last(num_steps, self.k)
+
+    def detaches(self) -> bool:
+        return False
+
+
+class DraftK(Last):
+    """DRaFT-K (arXiv 2309.17400)."""
+
+    @classmethod
+    def from_config(cls, config: DraftKConfig, runtime: Runtime) -> DraftK:
+        """Takes the settings of the config."""
+        return cls(config.k, detach=False, randint=synced_randint(runtime))
+
+
+class DraftLVConfig(GradientStepsConfig):
+    """DRaFT-LV (arXiv 2309.17400): the last step, also of re-noised copies of the sample, for lower gradient variance.
+
+    The gradient is the mean over sample and copies, so that learning rates stay comparable; the paper uses the sum.
+
+    Attributes:
+        copies: number of copies of each sample.
+    """
+
+    target: ClassVar[str] = "longalign.gradient_steps.papers:DraftLV"
+
+    name: Literal["draft-lv"] = "draft-lv"
+    copies: int = Field(2, ge=1)
+
+
+class DraftLV(Last):
+    """DRaFT-LV (arXiv 2309.17400)."""
+
+    @classmethod
+    def from_config(cls, config: DraftLVConfig, runtime: Runtime) -> DraftLV:
+        """Takes the settings of the config."""
+        return cls(1, detach=True, copies=config.copies, randint=synced_randint(runtime))
+
+
+class AlignPropConfig(GradientStepsConfig):
+    """AlignProp (arXiv 2310.03739): a random number of last steps, with gradient through their inputs.
+
+    Attributes:
+        min_steps: minimum number of gradient-carrying steps.
+        max_steps: maximum number of gradient-carrying steps; null means all.
+    """
+
+    target: ClassVar[str] = "longalign.gradient_steps.papers:AlignProp"
+
+    name: Literal["align-prop"] = "align-prop"
+    min_steps: int = Field(1, ge=1)
+    max_steps: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _check_range(self) -> AlignPropConfig:
+        if self.max_steps is not None and self.max_steps < self.min_steps:
+            raise ValueError(f"expected max_steps of at least min_steps, {self.min_steps}, got {self.max_steps}")
+        return self
+
+    def check_steps(self, num_steps: int) -> None:
+        check_last(num_steps, self.max_steps or num_steps, self.min_steps)
+
+    def detaches(self) -> bool:
+        return False
+
+
+class AlignProp(Last):
+    """AlignProp (arXiv 2310.03739)."""
+
+    @classmethod
+    def from_config(cls, config: AlignPropConfig, runtime: Runtime) -> AlignProp:
+        """All processes sample the same number of steps."""
+        return cls(config.max_steps, min_steps=config.min_steps, detach=False, randint=synced_randint(runtime))
+
+
+class ReFLConfig(GradientStepsConfig):
+    """ReFL (arXiv 2304.05977, algorithm 1): only the last step carries gradient.
+
+    Sampling stops at a random late step, and its predicted image is scored.
+
+    Attributes:
+        early_stop: sampling stops uniformly among the last ``early_stop`` steps; 1 means no early stop.
+    """
+
+    target: ClassVar[str] = "longalign.gradient_steps.papers:ReFL"
+
+    name: Literal["refl"] = "refl"
+    early_stop: int = Field(10, ge=1)
+
+    def check_steps(self, num_steps: int) -> None:
+        check_last(num_steps, 1, early_stop=self.early_stop)
+
+
+class ReFL(Last):
+    """ReFL (arXiv 2304.05977, algorithm 1)."""
+
+    @classmethod
+    def from_config(cls, config: ReFLConfig, runtime: Runtime) -> ReFL:
+        """All processes stop at the same step."""
+        return cls(1, detach=True, early_stop=config.early_stop, randint=synced_randint(runtime))

@@ -1,0 +1,152 @@
+"""The optimizer steps of a run: wrapped modules, accumulation, clipping, learning rate and moving average."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from longalign.config.sections import LoopConfig
+from longalign.loop.fsdp import finish_backward, prepare_fsdp, to_local_scalar
+from longalign.loop.setup import is_sharded
+from longalign.loop.stops import NonFinite
+from longalign.sharding import reshard
+from longalign.trainers.base import Trainer
+
+
+class Optimization:
+    """Optimizes a trainer's parameters. Modules are wrapped until `close`.
+
+    Args:
+        accelerator: the processes.
+        trainer: its modules are wrapped with accelerate and, if configured, compiled.
+        loop: optimizer settings.
+
+    Attributes:
+        wrapped: the wrapped modules.
+        parameters: the trainable parameters.
+        unsharded: with FSDP, those that it does not shard.
+        optimizer: accelerate's optimizer.
+        lr_scheduler: warmup of the learning rate.
+        ema: moving average of the parameters, or None.
+        lr: learning rate of the last step.
+        batches: batches of the last step.
+    """
+
+    def __init__(self, accelerator: Accelerator, trainer: Trainer, loop: LoopConfig):
+        self.accelerator, self.trainer, self.loop = accelerator, trainer, loop
+        self.sharded = is_sharded(accelerator)
+        self.wrapped: list[Any]
+        self.optimizer: Any
+        self.unsharded: list[nn.Parameter] = []
+        if self.sharded:
+            module, self.optimizer, self.unsharded = prepare_fsdp(accelerator, trainer, self._adamw)
+            self.wrapped = [module]
+        else:
+            self.wrapped = trainer.prepare(accelerator.prepare)
+            if loop.compile:
+                trainer.compile_denoiser(lambda denoiser: compiled(denoiser, loop.compile))
+            self.optimizer = accelerator.prepare(self._adamw(trainer.trainable()))
+        self.parameters = trainer.trainable()
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer.optimizer, lambda step: min(1.0, (step + 1) / max(loop.warmup, 1))
+        )
+        self.ema = None if loop.ema is None else EMAModel(self.parameters, decay=loop.ema)
+        self.lr = 0.0
+        self.batches: list[Mapping[str, Any]] = []
+
+    def _adamw(self, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
+        return torch.optim.AdamW(parameters, self.loop.lr, betas=self.loop.betas, weight_decay=self.loop.weight_decay)
+
+    def step(self, batches: Iterator[Mapping[str, Any]]) -> dict[str, Tensor] | None:
+        """Takes one optimizer step.
+
+        Returns:
+            Losses and metrics, averaged over the micro-steps. None if fp16's gradient scaler skipped the step.
+
+        Raises:
+            NonFinite: if the gradient is not finite, except with fp16.
+        """
+        metrics: list[dict[str, Tensor]] = []
+        self.batches = []
+        for _ in range(self.loop.accumulation):
+            with self.accelerator.accumulate(*self.wrapped):
+                self.batches.append(next(batches))
+                metrics.append(self._micro_step(self.batches[-1]))
+                if self.sharded:
+                    finish_backward(self.accelerator, self.wrapped[0], self.unsharded)
+                if self.accelerator.sync_gradients:
+                    metrics[-1]["grad_norm"] = self._clip_gradient()
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        self.lr = float(self.lr_scheduler.get_last_lr()[0])
+        if self.accelerator.optimizer_step_was_skipped:
+            return None
+        self.lr_scheduler.step()
+        if self.ema is not None:
+            self.ema.step(self.parameters)
+        self.trainer.on_optimizer_step()
+        keys = dict.fromkeys(key for values in metrics for key in values)
+        return {k: torch.stack([v[k].detach().float() for v in metrics if k in v]).mean() for k in keys}
+
+    def _micro_step(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Runs the trainer's step. Processes exchange gradients once at the end, also after several backward calls."""
+        exchanges = self.accelerator.num_processes > 1 and self.accelerator.sync_gradients and not self.sharded
+        if not (exchanges and self.trainer.multiple_backward):
+            return self.trainer.step(batch, self.accelerator.backward)
+        with ExitStack() as no_sync:
+            for module in self.wrapped:
+                no_sync.enter_context(self.accelerator.no_sync(module))
+            values = self.trainer.step(batch, self.accelerator.backward)
+        with ExitStack() as sync:
+            for module in self.wrapped:
+                sync.enter_context(self.accelerator.trigger_sync_in_backward(module))
+            # A zero loss over all parameters leaves gradients unchanged and triggers their exchange.
+            (0.0 * torch.stack([p.sum() for p in self.parameters]).sum()).backward()
+        return values
+
+    def _clip_gradient(self) -> Tensor:
+        """Clips the gradient norm to ``loop.clip``; returns the norm before clipping, over all processes."""
+        limit = math.inf if self.loop.clip is None else self.loop.clip
+        norm = to_local_scalar(self.accelerator.clip_grad_norm_(self.parameters, limit))
+        # With fp16, the gradient scaler skips steps with a non-finite gradient.
+        if self.accelerator.scaler is None and not norm.isfinite():
+            raise NonFinite("the gradient is not finite")
+        return norm
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Context manager: replaces the trainable weights by their moving average, if the run has one."""
+        if self.ema is not None:
+            self.ema.store(self.parameters)
+            self.ema.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            if self.sharded:
+                reshard(self.wrapped[0])
+            if self.ema is not None:
+                self.ema.restore(self.parameters)
+
+    def close(self) -> None:
+        """Unwraps the modules and frees the optimizer's memory."""
+        self.trainer.prepare(lambda module: module)
+        for module in self.wrapped:
+            self.accelerator.unwrap_model(module, keep_fp32_wrapper=False)
+        self.accelerator.free_memory()
+
+
+def compiled(module: Any, setting: bool | str) -> Any:
+    """Returns the module with `torch.compile` applied: True is the backend inductor, False does not compile."""
+    if not setting:
+        return module
+    backend = "inductor" if setting is True else setting
+    # eager random numbers, so that a call replayed with gradient has the same dropout as the recorded call
+    options: Any = {"fallback_random": True} if backend == "inductor" else None
+    return torch.compile(module, backend=backend, options=options)

@@ -1,0 +1,140 @@
+"""Checks whether a run may be resumed: same config, same weights and data, same number of processes."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from longalign.caching.fingerprint import fingerprint, fingerprints
+from longalign.caching.store import key_of
+from longalign.checkpoints.provenance import versions
+from longalign.checkpoints.redaction import redacted
+from longalign.compose import Composition
+from longalign.config.changes import diff
+from longalign.config.files import find_checkpoint
+from longalign.config.run import RunConfig, load_config, to_dict
+from longalign.data.base import Data
+from longalign.data.stream import Stream
+from longalign.loop.state import ResumeState
+
+log = logging.getLogger("longalign")
+
+#: config keys that may change on resume without affecting results
+RESUMABLE_KEYS = (
+    "loop.steps",
+    "loop.save_every",
+    "loop.keep",
+    "loop.log_every",
+    "loop.trackers",
+    "loop.workers",
+    "validation",
+    "cache",
+)
+
+#: subfolders of a checkpoint in diffusers layout that a run may read
+SUBFOLDERS = ("unet", "transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+#: number of prompts that the data's fingerprint samples
+NUM_CHECKED_PROMPTS = 32
+
+
+def check_resumable(state: ResumeState, composition: Composition, num_processes: int) -> None:
+    """Warns of changes of the config; raises if the run cannot be resumed from ``state``.
+
+    Raises:
+        ValueError: if the config or the number of processes has changed.
+    """
+    changes = check_same_run(state.config, composition.config)
+    if "loop.workers" in changes and isinstance(composition.data, Stream):
+        raise ValueError(
+            f"loop.workers was {changes['loop.workers'][0]} before and is {changes['loop.workers'][1]} now, which "
+            "would repeat and omit items of a stream; change it back"
+        )
+    check_num_processes(state, num_processes)
+    for key, (old, new) in changes.items():
+        log.warning("%s was %r before and is %r now", key, old, new)
+
+
+def check_same_run(saved: RunConfig, config: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Returns the changes ``{key: (old, new)}`` since the checkpoint's config that are allowed on resume.
+
+    Raises:
+        ValueError: listing the changed keys that are not in `RESUMABLE_KEYS`.
+    """
+    # Checkpoints contain no credentials, so credentials are not compared.
+    current = load_config(redacted(to_dict(config)))
+    changes = {key: change for key, change in diff(saved, current).items() if key != "output"}
+    rejected = {
+        key: change
+        for key, change in changes.items()
+        if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in RESUMABLE_KEYS)
+    }
+    if rejected:
+        lines = "\n".join(f"  {key}: {old!r} in the checkpoint, {new!r} now" for key, (old, new) in rejected.items())
+        raise ValueError(
+            f"this run cannot be resumed from a checkpoint with a different config:\n{lines}\n"
+            "Change these keys back, or start a new run from the checkpoint's weights with init_from"
+        )
+    return changes
+
+
+def check_num_processes(state: ResumeState, processes: int) -> None:
+    """Raises ValueError unless the checkpoint was written by the same number of processes."""
+    if state.shared["processes"] != processes:
+        raise ValueError(
+            f"{state.checkpoint} was written by {state.shared['processes']} processes, and {processes} are running; "
+            f"resume with {state.shared['processes']} processes"
+        )
+
+
+def input_fingerprints(config: RunConfig, data: Any) -> dict[str, Any]:
+    """Returns fingerprints of the weights that a config refers to and of the data's prompts.
+
+    The fingerprint of a Hub id is the downloaded commit. Streams have no fingerprint.
+    """
+    config_dict = to_dict(config)
+    parts = {key: config_dict[key] for key in ("backbone", "encoder", "rewards")}
+    weights = fingerprints(parts, SUBFOLDERS, ask_hub=False)
+    if config.init_from is not None:
+        weights["init_from"] = fingerprint(str(find_checkpoint(config.init_from)), None, None, SUBFOLDERS)
+    if not isinstance(data, Data):
+        return {"weights": weights}
+    count = len(data)
+    indices = {i * (count - 1) // (NUM_CHECKED_PROMPTS - 1) for i in range(NUM_CHECKED_PROMPTS)} if count else ()
+    prompts = [data.prompt(i) for i in sorted(indices)]
+    return {"weights": weights, "data": {"items": count, "prompts": key_of(json.dumps(prompts)).hex()}}
+
+
+def check_same_inputs(state: ResumeState, current: Mapping[str, Any]) -> None:
+    """Warns if package versions have changed; raises if weights or data have changed under the same config.
+
+    Args:
+        state: the state to resume from.
+        current: the present `input_fingerprints`.
+
+    Raises:
+        ValueError: listing the changed fingerprints.
+    """
+    for package, version in versions().items():
+        if state.versions.get(package, version) != version:
+            log.warning("%s was %s when the run was started and is %s now", package, state.versions[package], version)
+    saved = dict(_flatten("", state.shared["origin"]))
+    changed = [
+        f"  {key}: {saved[key]} then, {value} now"
+        for key, value in _flatten("", current)
+        if value is not None and saved.get(key) not in (None, value)
+    ]
+    if changed:
+        raise ValueError(
+            f"weights or data of {state.checkpoint} have changed on disk since:\n" + "\n".join(changed) + "\n"
+            "Restore them, or start a new run from the checkpoint's weights with init_from"
+        )
+
+
+def _flatten(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, child in value.items():
+            yield from _flatten(f"{path}.{key}" if path else key, child)
+    else:
+        yield path, value

@@ -1,0 +1,51 @@
+"""Writes the checkpoints of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from longalign.checkpoints import checkpoint
+from longalign.checkpoints.weights import save_pickle
+from longalign.compose import Composition
+from longalign.loop.folder import new_checkpoint, publish
+from longalign.loop.logs import MetricMeans
+from longalign.loop.optimization import Optimization
+from longalign.loop.state import FOLDER, process_state, shared_state
+
+
+def save_checkpoint(
+    composition: Composition, optimization: Optimization, means: MetricMeans, origin: dict[str, Any], step: int
+) -> Path:
+    """Writes a checkpoint, which gets its final name after every process has written its state; returns its folder.
+
+    All processes must call it.
+
+    Args:
+        composition: the parts of the run.
+        optimization: parameters and optimizer.
+        means: metrics since the last log line.
+        origin: `longalign.loop.resume.input_fingerprints` of the run.
+        step: number of completed steps.
+    """
+    config, accelerator = composition.config, optimization.accelerator
+    backbone = composition.backbone if config.backbone is not None else None
+    encoder = composition.encoder if config.encoder is not None else None
+    with new_checkpoint(Path(config.output), step) as (unfinished, final):
+        folder = unfinished / FOLDER
+        folder.mkdir(exist_ok=True)
+        if accelerator.is_main_process or optimization.sharded:
+            with optimization.averaged():
+                weights = checkpoint.collect(backbone, encoder)
+                if accelerator.is_main_process:
+                    checkpoint.write(unfinished, config, weights, step)
+                    composition.trainer.save(unfinished)
+            shared = shared_state(optimization, origin, step)
+            if accelerator.is_main_process:
+                save_pickle(folder / "shared.pt", shared)
+        save_pickle(folder / f"process-{accelerator.process_index}.pt", process_state(means))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            publish(unfinished, final, config.loop.keep)
+    accelerator.wait_for_everyone()
+    return final

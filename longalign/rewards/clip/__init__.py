@@ -1,0 +1,1 @@
+"""Rewards from transformers' ``CLIPModel``: CLIP, PickScore and Denscore, which differ only in their weights."""

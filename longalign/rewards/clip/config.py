@@ -1,0 +1,67 @@
+"""Configs of the CLIP rewards; importing this module does not import torch."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from longalign.config.files import join_subfolder
+from longalign.errors import ConfigProblem
+from longalign.hub import availability_problem, missing_files_problem
+from longalign.rewards.config import TextMode, TowerRewardConfig
+
+CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+
+
+class ClipLikeConfig(TowerRewardConfig):
+    """A reward from a transformers ``CLIPModel``.
+
+    Attributes:
+        checkpoint: Hub id, or local folder in transformers layout.
+        revision: branch, tag or commit of the Hub repository.
+        subfolder: subfolder of the checkpoint.
+        variant: file variant of the weights, e.g. ``"fp16"`` for ``model.fp16.safetensors``.
+        processor: checkpoint with tokenizer and image statistics; null means ``checkpoint`` if it has a tokenizer, else
+            CLIP-H, from which PickScore and Denscore were trained.
+    """
+
+    target: ClassVar[str] = "longalign.rewards.clip.reward:ClipReward"
+    trainable_towers: ClassVar[bool] = True
+    default_processor: ClassVar[str] = CLIP_H
+
+    checkpoint: str
+    revision: str | None = None
+    subfolder: str | None = None
+    variant: str | None = None
+    processor: str | None = None
+
+    def check_files(self) -> list[ConfigProblem]:
+        config = [join_subfolder(self.subfolder, "config.json")]
+        problem = availability_problem(self.checkpoint, self.revision) or missing_files_problem(
+            self.checkpoint, config, self.revision
+        )
+        problems = [("checkpoint", problem)] if problem else []
+        return problems + (
+            [("processor", problem)] if self.processor and (problem := availability_problem(self.processor)) else []
+        )
+
+
+class ClipConfig(ClipLikeConfig):
+    """The cosine of CLIP's image and text embeddings; the default weights are CLIP-H."""
+
+    name: Literal["clip"] = "clip"
+    checkpoint: str = CLIP_H
+
+
+class PickScoreConfig(ClipLikeConfig):
+    """PickScore (Kirstain et al. 2023, arXiv 2305.01569): CLIP-H fine-tuned on the preferences of Pick-a-Pic."""
+
+    name: Literal["pickscore"] = "pickscore"
+    checkpoint: str = "yuvalkirstain/PickScore_v1"
+
+
+class DenscoreConfig(ClipLikeConfig):
+    """Denscore (LongAlign, paper 3.2): a preference model for long prompts, encoded segment by segment."""
+
+    name: Literal["denscore"] = "denscore"
+    checkpoint: str = "luping-liu/Denscore"
+    text: TextMode = "segments"

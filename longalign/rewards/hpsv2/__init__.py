@@ -1,0 +1,1 @@
+"""The rewards HPSv2 and HPSv2.1."""

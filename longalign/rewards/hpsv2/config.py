@@ -1,0 +1,33 @@
+"""Config of the reward `hpsv2`; importing this module does not import torch."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from longalign.errors import ConfigProblem
+from longalign.hub import availability_problem
+from longalign.rewards.config import Aspect, TowerRewardConfig
+
+
+class Hpsv2Config(TowerRewardConfig):
+    """HPSv2 and v2.1 (Wu et al. 2023, arXiv 2306.09341), through open_clip.
+
+    Attributes:
+        checkpoint: Hub id, a ``.pt`` file, or a folder with one. An ``open_clip_config.json`` or
+            ``bpe_simple_vocab.txt.gz`` in the folder of the weights replaces the architecture ViT-H-14 or CLIP's
+            vocabulary.
+        revision: branch, tag or commit of the Hub repository.
+        version: file of the Hub repository or folder; null means ``"v2.1"``. Not allowed with a ``.pt`` file.
+    """
+
+    target: ClassVar[str] = "longalign.rewards.hpsv2.reward:Hpsv2Reward"
+
+    name: Literal["hpsv2"] = "hpsv2"
+    checkpoint: str = "xswu/HPSv2"
+    revision: str | None = None
+    version: Literal["v2", "v2.1"] | None = None
+    aspect: Aspect = "pad"
+
+    def check_files(self) -> list[ConfigProblem]:
+        problem = availability_problem(self.checkpoint, self.revision)
+        return [("checkpoint", problem)] if problem else []

@@ -1,0 +1,79 @@
+"""The published weights of HPSv2: ``.pt`` files of open_clip's ViT-H-14."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from longalign.checkpoints.weights import load_pickle
+from longalign.hub import download_problem
+from longalign.runtime import resolve_checkpoint
+
+#: optional file with the architecture, next to the weights
+CONFIG_FILE = "open_clip_config.json"
+FILES = {"v2": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
+
+
+def find_weights(checkpoint: str, version: str | None = None, revision: str | None = None) -> Path:
+    """Path of the ``.pt`` file of a checkpoint, downloaded if needed.
+
+    Args:
+        checkpoint: Hub id, ``.pt`` file or folder.
+        version: ``"v2"`` or ``"v2.1"``, for a Hub id or a folder; v2.1 if None.
+        revision: branch, tag or commit, for a Hub id.
+
+    Raises:
+        ValueError: if there is no such file, or ``version`` or ``revision`` does not apply.
+    """
+    path = Path(resolve_checkpoint(checkpoint))
+    local = path.exists() or path.suffix == ".pt"
+    if local and revision is not None:
+        raise ValueError(f"`revision` only applies to Hub repositories, '{checkpoint}' is a local path; remove it")
+    if path.suffix == ".pt":
+        if not path.is_file():
+            raise ValueError(f"no file '{checkpoint}'; expected a .pt file, a folder with one, or a Hub id")
+        if version is not None:
+            raise ValueError(
+                f"`version` only applies to a folder or Hub repository, '{checkpoint}' is a file; remove it"
+            )
+        return path
+    name = FILES[version or "v2.1"]
+    if path.is_dir():
+        if not (path / name).is_file():
+            files = sorted(p.name for p in path.glob("*.pt")) or ["no .pt file"]
+            raise ValueError(f"'{checkpoint}' does not contain {name}; it contains {', '.join(files)}; see `version`")
+        return path / name
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(checkpoint, name, revision=revision))
+    except Exception as error:
+        raise ValueError(
+            f"checkpoint '{checkpoint}' of 'hpsv2' cannot be loaded: {download_problem(error, name)}"
+        ) from error
+
+
+def read_state(weights: Path) -> dict[str, Tensor]:
+    """Loads the tensors under ``state_dict`` of a ``.pt`` file; only tensors are unpickled."""
+    content = load_pickle(weights)
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+        got = f"a dict with {sorted(map(str, content))[:5]}" if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"expected weights under 'state_dict' in '{weights}', as in HPSv2's files; got {got}")
+    return content["state_dict"]
+
+
+def build_model(model_cfg: dict[str, Any], state: dict[str, Tensor], origin: str) -> Any:
+    """Builds an ``open_clip.model.CLIP`` from its config and weights, in float32; ``origin`` is used in messages."""
+    from open_clip.model import CLIP
+
+    model = CLIP(**model_cfg)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the weights of '{origin}' do not match the architecture {model_cfg}: {error}; "
+            f"put the matching {CONFIG_FILE} into the folder of the weights"
+        ) from error
+    return model

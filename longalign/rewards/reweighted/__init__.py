@@ -1,0 +1,1 @@
+"""The reward `reweighted`, and common directions of text embeddings."""

@@ -1,0 +1,51 @@
+"""Config of the reward `sum`; importing this module does not import torch."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from longalign.registry import Part, Section
+from longalign.rewards.config import RewardConfig
+
+
+class TermConfig(Section):
+    """One term of a sum.
+
+    Attributes:
+        reward: the reward.
+        weight: its factor; a negative one turns a reward into a penalty.
+        label: name of its curves; null means the reward's name, with a number if it is already used.
+    """
+
+    reward: Part("rewards")  # type: ignore[valid-type]
+    weight: float = Field(1.0, allow_inf_nan=False)
+    label: str | None = Field(None, min_length=1)
+
+
+class SumConfig(RewardConfig):
+    """A weighted sum of rewards.
+
+    Attributes:
+        terms: the rewards and their weights.
+    """
+
+    target: ClassVar[str] = "longalign.rewards.sum.reward:SumReward"
+
+    name: Literal["sum"] = "sum"
+    terms: tuple[TermConfig, ...]
+
+    def is_differentiable(self) -> bool:
+        return all(term.reward.is_differentiable() for term in self.terms)
+
+    @field_validator("terms")
+    @classmethod
+    def _check_terms(cls, terms: tuple[TermConfig, ...]) -> tuple[TermConfig, ...]:
+        if not terms:
+            raise ValueError("a sum needs at least one term, such as {reward: clip, weight: 1.0}")
+        labels = [t.label for t in terms if t.label is not None]
+        repeated = sorted({label for label in labels if labels.count(label) > 1})
+        if repeated:
+            raise ValueError(f"labels must be unique, got {', '.join(map(repr, repeated))} more than once")
+        return terms

@@ -1,0 +1,1 @@
+"""The trainer `align`: noise-prediction fine-tuning on long captions."""

@@ -1,0 +1,1 @@
+"""The trainer `denscore`: a preference model of long texts."""

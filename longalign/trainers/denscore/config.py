@@ -1,0 +1,56 @@
+"""Config of the trainer `denscore`. This module does not import torch."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from longalign.errors import ConfigProblem
+from longalign.trainers.config import TrainerConfig
+
+
+class DenscoreTrainerConfig(TrainerConfig):
+    """Trains the run's reward, a CLIP, as a preference model of long texts on pairs of images (Denscore, LongAlign,
+    section 3.2). The run has no backbone and no encoder. Texts are encoded as the reward encodes them: segment by
+    segment, or as a whole, which trains a PickScore. A checkpoint's folder ``reward/`` is a transformers ``CLIPModel``
+    for the rewards `denscore`, `pickscore` and `clip`.
+
+    Attributes:
+        train: trainable parameters: ``"all"`` weights, the ``"text"`` or ``"vision"`` tower with its projection, or
+            only the two ``"projections"``. The temperature is always trained.
+        preference_weight: factor of the KL divergence from the annotated preference of a pair to the softmax of the two
+            scores (PickScore, arXiv 2305.01569, section 3). A text's score is the mean over its segments. 0 disables
+            the loss.
+        contrastive_weight: factor of a contrastive loss over segments. Each segment must retrieve the image it
+            describes among all images of the batch. The texts are the images' captions. Without captions they are the
+            prompts, whose targets are both images of the pair, weighted by preference. 0 disables the loss.
+    """
+
+    target: ClassVar[str] = "longalign.trainers.denscore.trainer:DenscoreTrainer"
+    needs: ClassVar[tuple[str, ...]] = ()
+    uses_rewards: ClassVar[bool] = True
+    trains_rewards: ClassVar[bool] = True
+    compares_pairs: ClassVar[bool] = True
+
+    name: Literal["denscore"] = "denscore"
+    train: Literal["all", "text", "vision", "projections"] = "all"
+    preference_weight: float = Field(1.0, ge=0)
+    contrastive_weight: float = Field(0.5, ge=0)
+
+    @model_validator(mode="after")
+    def _check_any_loss(self) -> DenscoreTrainerConfig:
+        if not self.preference_weight and not self.contrastive_weight:
+            raise ValueError("preference_weight and contrastive_weight are both 0, so there is no loss; increase one")
+        return self
+
+    def check_run(self, run: Any) -> list[ConfigProblem]:
+        problems = []
+        if len(run.rewards) != 1 or not run.rewards[0].trainable_towers:
+            got = ", ".join(f"'{reward.name}'" for reward in run.rewards) or "none"
+            problems.append(("rewards", f"'denscore' trains one reward: 'denscore', 'pickscore' or 'clip'; got {got}"))
+        unused = {
+            "validation": "'denscore' generates no images; remove this key",
+            "init_from": "'denscore' starts from its reward; set rewards.0.checkpoint to the folder instead",
+        }
+        return problems + [(key, message) for key, message in unused.items() if getattr(run, key) is not None]

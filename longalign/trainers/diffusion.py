@@ -1,0 +1,208 @@
+"""The base class of trainers of a diffusion model, and what their losses share."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from longalign.backbones.base import Backbone
+from longalign.backbones.configs import LoraConfig
+from longalign.encoders.base import Conditioning, Encoder, TruncationWarning
+from longalign.functional.diffusion import add_noise, guide, sample_timesteps, training_target
+from longalign.trainers.base import Trainer, Wrap
+
+
+class EncodeModule(nn.Module):
+    """Wraps an encoder so that its forward pass is `encode`, as accelerate's wrappers expect."""
+
+    def __init__(self, encoder: Encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, prompts: Sequence[str]) -> Conditioning:
+        return self.encoder.encode(prompts)
+
+
+class DiffusionTrainer(Trainer):
+    """Base class of trainers of a backbone.
+
+    Args:
+        backbone: its trainable parameters are already set by `train_denoiser`.
+        encoder: encodes the prompts; its adapter may be trained.
+        train_adapter: whether to train the adapter; otherwise it is frozen.
+    """
+
+    def __init__(self, backbone: Backbone, encoder: Encoder, train_adapter: bool):
+        super().__init__()
+        self.backbone, self.encoder = backbone, encoder
+        # Tuples keep nn.Module from registering the wrapped modules as submodules.
+        self._denoiser: tuple[Any] = (backbone.denoiser,)
+        self._encode: tuple[Callable[[Sequence[str]], Conditioning]] = (encoder.encode,)
+        encoder.train_adapter(train_adapter)
+
+    def prepare(self, wrap: Wrap) -> list[Any]:
+        """Wraps the denoiser and the encoder if they have trainable parameters.
+
+        The backbone keeps the unwrapped denoiser, so that weight names have no prefix of a wrapper or compiler.
+        """
+        denoiser, wrapped = self.backbone.denoiser, []
+        if _is_trainable(denoiser):
+            denoiser = wrap(denoiser)
+            wrapped.append(denoiser)
+        self._denoiser = (denoiser,)
+        self.backbone.wrap_denoiser(denoiser)
+        if _is_trainable(self.encoder):
+            wrapped.append(wrap(EncodeModule(self.encoder)))
+            self.wrap_encoder(wrapped[-1])
+        return wrapped
+
+    def compile_denoiser(self, compile: Wrap) -> None:
+        self.backbone.wrap_denoiser(compile(self._denoiser[0]))
+
+    def fsdp_module(self, precision: str) -> nn.Module:
+        if not _is_trainable(self.backbone.denoiser):
+            raise ValueError(
+                "FSDP shards the weights of a denoiser, and this denoiser has no trainable parameters; use "
+                "accelerate's multi-GPU without FSDP"
+            )
+        if precision != "no" and self.backbone.prediction == "flow":
+            raise ValueError(
+                f"FSDP casts the denoiser's inputs to {precision}, which rounds the timesteps of a flow; "
+                "set loop.precision to no and, for a LoRA, backbone.dtype to bfloat16"
+            )
+        return self.backbone.denoiser
+
+    def enable_gradient_checkpointing(self) -> None:
+        self.backbone.enable_gradient_checkpointing()
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Encodes prompts and moves the conditioning to the denoiser's device.
+
+        Warns of the first truncated prompt only. ``num_truncated``, which is logged, counts all of them.
+        """
+        with warnings.catch_warnings():
+            if self.num_truncated:
+                warnings.simplefilter("ignore", TruncationWarning)
+            conditioning = self._encode[0](prompts)
+        if not isinstance(conditioning, Conditioning):
+            name = f"{type(self.encoder).__module__}.{type(self.encoder).__name__}"
+            raise ValueError(f"the encoder {name} must return a Conditioning, not a {type(conditioning).__name__}")
+        self.num_truncated += sum(bool(report.truncated) for report in conditioning.reports)
+        return conditioning.to(self.backbone.device)
+
+    def wrap_encoder(self, wrapped: Callable[[Sequence[str]], Conditioning]) -> None:
+        """Sets the callable that `encode` uses, e.g. the encoder wrapped for distributed training."""
+        self._encode = (wrapped,)
+
+    def trainable(self) -> list[nn.Parameter]:
+        """Returns the trainable parameters of the denoiser, then of the encoder."""
+        parts = (self.backbone.denoiser, self.encoder)
+        return [p for part in parts for p in part.parameters() if p.requires_grad]
+
+    def train(self, mode: bool = True) -> DiffusionTrainer:
+        """Sets training mode as usual, but keeps frozen modules in eval mode, so that their dropout is inactive."""
+        super().train(mode)
+        for part in (self.backbone, self.encoder):
+            _set_training(part, mode)
+        return self
+
+
+def _is_trainable(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _set_training(module: nn.Module, mode: bool) -> None:
+    parameters = list(module.parameters())
+    # Modules without parameters, such as dropout, take the mode of their parent.
+    module.training = mode and (not parameters or any(p.requires_grad for p in parameters))
+    for child in module.children():
+        _set_training(child, module.training)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Context manager: puts a module and its submodules in eval mode and restores each one's mode on exit."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
+def train_denoiser(backbone: Backbone, lora: LoraConfig | None, name: str) -> None:
+    """Adds a trainable LoRA to the backbone, or makes all weights trainable if ``lora`` is None.
+
+    The LoRA is named ``name``, or ``name-2``, ``name-3``... if the name is taken.
+    """
+    if lora is None:
+        backbone.train_all()
+    else:
+        backbone.add_lora(lora, backbone.unused_name(name))
+
+
+def batch_latents(backbone: Backbone, batch: Mapping[str, Any], caller: str) -> Tensor:
+    """Samples latents ``(b, c, h, w)`` of a batch's images from their autoencoder posterior, cached or computed.
+
+    Args:
+        backbone: its autoencoder encodes the images.
+        batch: with ``image`` ``(b, 3, h, w)`` in [0, 1], or ``posterior`` ``(b, 2c, h, w)``.
+        caller: name used in the error message.
+
+    Raises:
+        ValueError: if the batch has neither.
+    """
+    if "posterior" in batch:
+        return backbone.sample_latents(batch["posterior"])
+    if "image" not in batch:
+        raise ValueError(f"{caller} needs images, and the data has prompts only; choose data with images")
+    return backbone.encode_images(batch["image"])
+
+
+def guided_prediction(
+    denoise: Callable[[Tensor, Tensor, Conditioning], Tensor],
+    latents: Tensor,
+    timesteps: Tensor,
+    conditioning: Conditioning,
+    rows: Tensor,
+    scale: float | Tensor,
+) -> Tensor:
+    """Classifier-free-guided prediction ``(b, c, h, w)``, with both branches in one call.
+
+    Args:
+        denoise: `Backbone.predict` or `Backbone.predict_reference`.
+        latents: ``(b, c, h, w)``.
+        timesteps: ``(b,)``.
+        conditioning: the prompts and, as the last row, the empty prompt, so that both have the same length.
+        rows: ``(b,)`` row of ``conditioning`` for each latent.
+        scale: guidance scale, a scalar or ``(b, 1, 1, 1)``.
+    """
+    branches = conditioning[torch.cat([rows, torch.full_like(rows, len(conditioning.states) - 1)])]
+    conditional, unconditional = denoise(torch.cat([latents] * 2), torch.cat([timesteps] * 2), branches).chunk(2)
+    return guide(conditional, unconditional, scale)
+
+
+def noise_loss(backbone: Backbone, latents: Tensor, conditioning: Conditioning, density: str | None = None) -> Tensor:
+    """Mean squared error of the denoiser's prediction at random timesteps (arXiv 2006.11239, eq. 14); a scalar.
+
+    Args:
+        backbone: its denoiser predicts noise, velocity or flow.
+        latents: ``(b, c, h, w)`` clean latents of images.
+        conditioning: conditioning of their captions.
+        density: sampling density of the timesteps, see `sample_timesteps`. None is ``"logit-normal"`` for flows and
+            ``"uniform"`` otherwise.
+    """
+    if density is None:
+        density = "logit-normal" if backbone.prediction == "flow" else "uniform"
+    noise = torch.randn_like(latents)
+    timesteps = sample_timesteps(density, backbone.noise_levels, len(latents), latents.device)
+    noisy = add_noise(backbone.noise_levels, latents, noise, timesteps)
+    target = training_target(backbone.prediction, backbone.noise_levels, latents, noise, timesteps)
+    return mse_loss(backbone.predict(noisy, timesteps, conditioning).float(), target.float())

@@ -1,0 +1,1 @@
+"""The trainers `reward` and `lcm-reward`: reward fine-tuning."""

@@ -1,0 +1,127 @@
+"""Configs of the trainers `reward` and `lcm-reward`. This module does not import torch."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from longalign.backbones.configs import LoraConfig
+from longalign.errors import ConfigProblem
+from longalign.registry import Part
+from longalign.trainers.config import TrainerConfig, image_problems
+
+
+class RewardTrainerConfig(TrainerConfig):
+    """Keys of both trainers.
+
+    Attributes:
+        lora: the LoRA to train, or null to train all weights of the denoiser.
+        train_adapter: whether to train the encoder's adapter too, if it has one; the paper freezes it.
+        solver: the sampler.
+        num_steps: number of sampling steps.
+        guidance: classifier-free guidance scale; 1 disables guidance. Both branches carry gradient.
+        gradient_steps: which sampling steps carry gradient, and whether the gradient flows through their inputs.
+        dropout_steps: whether the LoRA's dropout is active at ``"all"`` steps, or only at the ``"chosen"`` steps, those
+            with gradient.
+        resolution: width and height of the samples in pixels; null is the backbone's default.
+        denoise_batch: images per rollout, or null for all. Smaller values save memory.
+        decode_batch: images decoded at a time, or null for all. Smaller values save memory, but images are then decoded
+            twice.
+        replay_batch: maximum number of gradient steps that are recomputed in one call. Values above 1 require a
+            denoiser and LoRA without dropout, and ``gradient_steps`` with constant inputs.
+        regularizer: limits the drift from the reference model. ``"kl"`` is the squared difference of the two models'
+            predictions at the gradient steps, which is the divergence of their sampling distributions up to a factor
+            per step. ``"pretraining"`` is the noise-prediction loss on the data's images.
+        regularizer_weight: factor of the regularizer.
+    """
+
+    target: ClassVar[str] = "longalign.trainers.reward.trainer:RewardTrainer"
+    uses_rewards: ClassVar[bool] = True
+
+    lora: LoraConfig | None = LoraConfig()
+    train_adapter: bool = False
+    solver: str
+    num_steps: int = Field(50, ge=1)
+    guidance: float = Field(7.5, ge=1)
+    gradient_steps: Part("gradient_steps") = "grouped-random"
+    dropout_steps: Literal["all", "chosen"] = "all"
+    resolution: int | None = Field(None, ge=1)
+    denoise_batch: int | None = Field(None, ge=1)
+    decode_batch: int | None = Field(None, ge=1)
+    replay_batch: int = Field(1, ge=1)
+    regularizer: Literal["none", "kl", "pretraining"] = "none"
+    regularizer_weight: float | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _check_compatible(self) -> RewardTrainerConfig:
+        self.gradient_steps.check_steps(self.num_steps)
+        if self.replay_batch > 1 and not self.gradient_steps.detaches():
+            raise ValueError(
+                f"replay_batch is {self.replay_batch}, but with '{self.gradient_steps.name}' the gradient flows "
+                "through the denoiser's inputs, so gradient steps must be recomputed one at a time; set replay_batch "
+                "to 1 or choose gradient_steps with constant inputs"
+            )
+        if self.replay_batch > 1 and self.lora is not None and self.lora.dropout:
+            raise ValueError(
+                f"replay_batch is {self.replay_batch} and lora.dropout {self.lora.dropout}, but with dropout each "
+                "gradient step must be recomputed with its own random numbers; set replay_batch to 1 or lora.dropout "
+                "to 0"
+            )
+        if self.regularizer == "none" and self.regularizer_weight is not None:
+            raise ValueError(
+                "regularizer_weight has no effect without a regularizer; set regularizer to 'kl' or 'pretraining'"
+            )
+        if self.regularizer == "kl" and self.train_adapter:
+            raise ValueError(
+                "the regularizer 'kl' compares with the reference model, which would use the adapter while it is "
+                "trained; set train_adapter to false or choose 'pretraining'"
+            )
+        if self.regularizer != "none" and self.regularizer_weight is None:
+            raise ValueError(f"the regularizer '{self.regularizer}' needs a regularizer_weight")
+        return self
+
+    @property
+    def image_size(self) -> int | None:
+        return self.resolution
+
+    @property
+    def needs_images(self) -> bool:
+        return self.regularizer == "pretraining"
+
+    def check_run(self, run: Any) -> list[ConfigProblem]:
+        problems = [] if run.rewards else [("rewards", f"'{self.name}' needs at least one reward")]
+        problems += [
+            (f"rewards.{i}", f"'{reward.name}' has no gradient in its images, which '{self.name}' requires")
+            for i, reward in enumerate(run.rewards)
+            if not reward.is_differentiable()
+        ]
+        return problems + (image_problems(run, "the regularizer 'pretraining'") if self.needs_images else [])
+
+
+class RewardConfig(RewardTrainerConfig):
+    """Reward fine-tuning by the gradient of rewards through sampling (LongAlign, section 4; DRTune, arXiv 2405.00760).
+
+    Attributes:
+        solver: ``"ddim"``, or ``"lcm"`` for a consistency-distilled model.
+    """
+
+    name: Literal["reward"] = "reward"
+    solver: Literal["ddim", "lcm"] = "ddim"
+
+
+class LCMRewardConfig(RewardTrainerConfig):
+    """Reward fine-tuning of a consistency-distilled model (LongAlign's LCM variant). It samples four steps without
+    guidance, at timesteps 999, 749, 499 and 249 of 1000, with fresh noise between them. All steps carry gradient.
+    Otherwise as `reward`. ``init_from`` is a model trained by `lcm`.
+
+    Attributes:
+        solver: ``"lcm"``; use `reward` for other models.
+        guidance: classifier-free guidance scale; 1 disables guidance, which is distilled into the weights.
+    """
+
+    name: Literal["lcm-reward"] = "lcm-reward"
+    solver: Literal["lcm"] = "lcm"
+    num_steps: int = Field(4, ge=1)
+    guidance: float = Field(1.0, ge=1)
+    gradient_steps: Part("gradient_steps") = "all"
