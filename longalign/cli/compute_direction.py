@@ -28,7 +28,7 @@ def run(args: Namespace) -> None:
     (config,) = reward_configs([args.reward]).values()
     prompts = [p for p in read_prompts(args.prompts) if p]
     check_parts({config.name: config})
-    from longalign.rewards import direction
+    from longalign.rewards.reweighted import direction
     from longalign.runtime import Runtime
 
     runtime = Runtime.detect(device=args.device)

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from longalign.inference.solvers import Solver
 from longalign.registry import Section
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -78,7 +79,7 @@ class ValidationConfig(Section):
     every: PositiveInt = 500
     num_steps: PositiveInt = 25
     guidance: Annotated[float, Field(ge=1)] = 7.5
-    solver: Literal["unipc", "ddim", "dpm++", "lcm"] = "unipc"
+    solver: Solver = "unipc"
 
 
 class CacheConfig(Section):
