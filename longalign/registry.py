@@ -298,7 +298,8 @@ class Registry:
             return lambda p: self.register(name, p)
         config = self._as_config(name, part)
         previous = self._local().get(name)
-        redefined = previous is not None and _location(previous) == _location(config)
+        location = (config.__module__, config.__qualname__)
+        redefined = previous is not None and (previous.__module__, previous.__qualname__) == location
         if name in self and (not redefined or "<" in config.__qualname__):
             raise PartError(f"'{name}' among {self.kind} is already registered by {self.infos(name)[0].owner}")
         self._in_code.register(name, func=config)
@@ -413,10 +414,6 @@ def _call_problem(function: Any, *args: Any, **kwargs: Any) -> str:
     except ValueError:  # some C functions have no signature
         return ""
     return ""
-
-
-def _location(model: type) -> tuple[str, str]:
-    return model.__module__, model.__qualname__
 
 
 def _check_config_class(name: str, model: type[PartConfig], base: type[PartConfig]) -> None:
