@@ -1,6 +1,7 @@
 """Checkpoint folders of a run: locking, atomic publishing, recovery after kills, damaged files."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -129,7 +130,7 @@ def killed_at(monkeypatch, number):
     with monkeypatch.context() as patch:
         for owner, name in ((Path, "rename"), (Path, "replace"), (Path, "chmod"), (Path, "touch"), (Path, "unlink")):
             guard(owner, name)
-        for owner, name in ((shutil, "rmtree"), (torch, "save"), (weights, "save_file"), (weights.os, "fsync")):
+        for owner, name in ((shutil, "rmtree"), (torch, "save"), (weights, "save_file"), (os, "fsync")):
             guard(owner, name)
         yield calls
 
