@@ -25,7 +25,7 @@ LEVELS = {
     3: "backbones.base backbones.lora data.base data.images.base data.stream image_folder encoders.base rewards.base "
     "rewards.guard gradient_steps.base trainers.base",
     5: "checkpoints.checkpoint inference.diffusers inference.pipelines inference.schedulers evaluation.table "
-    "evaluation.charts caching.precompute",
+    "evaluation.charts caching",
     6: "compose",
     7: "inference.sampling evaluation checkpoints",
     8: "loop inference.baselines",

@@ -199,9 +199,9 @@ def test_sd3_trainer_step(folder, encoder, config):
     backbone.enable_gradient_checkpointing()
     before = {k: v.clone() for k, v in backbone.state_dict().items()}
     torch.manual_seed(0)
-    rewards = [red_reward] if config["name"] == "reward" else []
+    rewards = {"rewards": [red_reward]} if config["name"] == "reward" else {}
     config = {**config, "lora": {"rank": 2, "dropout": 0.0}}
-    trainer = trainers.build(config, backbone=backbone, encoder=encoder, rewards=rewards)
+    trainer = trainers.build(config, backbone=backbone, encoder=encoder, **rewards)
     losses = trainer.train().step({"prompt": [LONG, ""], "image": torch.rand(2, 3, 64, 64)}, torch.Tensor.backward)
     (loss,) = (value for key, value in losses.items() if key.endswith("_loss"))
     assert torch.isfinite(loss) and loss > 0

@@ -156,7 +156,7 @@ def test_sdxl_trainer_step(folder, encoder, name):
         config |= {"num_steps": 2, "guidance": 3.0, "gradient_steps": {"name": "grouped-random", "groups": 1}}
     torch.manual_seed(0)
     trainer = trainers.build(
-        config, backbone=backbone, encoder=encoder, rewards=[red_reward] if name == "reward" else []
+        config, backbone=backbone, encoder=encoder, **({"rewards": [red_reward]} if name == "reward" else {})
     )
     losses = trainer.train().step({"prompt": [LONG, ""], "image": torch.rand(2, 3, 64, 64)}, torch.Tensor.backward)
     (loss,) = (value for key, value in losses.items() if key.endswith("_loss"))

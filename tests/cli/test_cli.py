@@ -650,7 +650,7 @@ def test_keyboard_interrupt_exits_with_130(monkeypatch, yaml, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(scoring, "score_images", stop)
-    monkeypatch.setattr(loop, "fit", stop)
+    monkeypatch.setattr(loop, "train", stop)
     assert main(["train", yaml]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
