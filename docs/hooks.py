@@ -29,12 +29,14 @@ PAGES = {
 }
 #: modules of the reference by page; a folder stands for all modules in it
 REFERENCE = {
-    "composition": ["compose", "config", "model", "registry", "runtime", "errors"],
-    **{kind: ["segment" if kind == "segmenters" else kind] for kind in REGISTRIES},
+    "composition": ["compose", "model", "registry", "runtime", "errors"],
+    "config": ["config"],
+    **{kind: [kind] for kind in REGISTRIES},
     "functional": ["functional"],
-    "inference": ["conditioning", "pipeline", "baselines"],
-    "evaluation": ["evaluate", "table", "report", "charts"],
-    "checkpoints": ["checkpoint", "convert", "publish", "weights"],
+    "loop": ["loop"],
+    "inference": ["inference", "image_folder", "image_io"],
+    "evaluation": ["evaluation"],
+    "checkpoints": ["checkpoints", "caching"],
 }
 LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?(?=\))")
 
