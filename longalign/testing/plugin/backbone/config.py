@@ -1,0 +1,19 @@
+"""The config of `my-part`. It does not import torch."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from longalign.backbones.config import SDConfig
+
+
+class MyPartConfig(SDConfig):
+    """Stable Diffusion with scaled conditioning. Replace it by your model."""
+
+    target: ClassVar[str] = "my_plugin.part:MyPart"
+
+    name: Literal["my-part"] = "my-part"  # pyright: ignore[reportIncompatibleVariableOverride]
+    scale: float = Field(1.0, gt=0)
+    """Factor of the text states."""
