@@ -34,6 +34,7 @@ REFERENCE = {
     "functional": ["preference", "rollout", "diffusion", "images"],
     "inference": ["conditioning", "pipeline", "baselines"],
     "evaluation": ["evaluate", "table", "report", "charts"],
+    "testing": ["testing"],
     "checkpoints": ["checkpoint", "convert", "publish", "weights"],
 }
 LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?(?=\))")
@@ -56,7 +57,11 @@ def reference(name: str) -> str:
     lines = [f"# {name.replace('_', ' ').capitalize()}", ""]
     for module in REFERENCE[name]:
         path = ROOT / "longalign" / module
-        found = sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+        found = (
+            sorted(p for p in path.rglob("*.py") if "plugin" not in p.parts)
+            if path.is_dir()
+            else [path.with_suffix(".py")]
+        )
         for file in found:
             parts = file.relative_to(ROOT).with_suffix("").parts
             if parts[-1] != "__init__":

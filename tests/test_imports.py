@@ -71,7 +71,11 @@ def name_of(path):
 
 
 # An installed package contains the examples.
-MODULES = {name_of(path): path for path in sorted(ROOT.rglob("*.py")) if "examples" not in path.relative_to(ROOT).parts}
+MODULES = {
+    name_of(path): path
+    for path in sorted(ROOT.rglob("*.py"))
+    if not {"examples", "plugin"} & set(path.relative_to(ROOT).parts)  # templates of plugins
+}
 
 
 def imports_of(path):

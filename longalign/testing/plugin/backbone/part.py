@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from my_plugin.config import MyPartConfig
 from torch import Tensor
 
 from longalign.backbones.sd import SDBackbone
 from longalign.encoders.base import Conditioning
 from longalign.runtime import Runtime
-from my_plugin.config import MyPartConfig
 
 
 class MyPart(SDBackbone):

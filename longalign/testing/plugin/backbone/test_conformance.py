@@ -1,6 +1,7 @@
+from longalign.testing.tiny import tiny_sd
+
 from longalign.backbones.config import LoraConfig
 from longalign.testing import check_backbone
-from longalign.testing.tiny import tiny_sd
 
 
 def test_my_part_conforms(tmp_path):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from my_plugin.config import MyPartConfig
 
 from longalign.data.base import Data, check_index
 from longalign.runtime import Runtime
-from my_plugin.config import MyPartConfig
 
 COLOURS = {"red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0), "blue": (0.0, 0.0, 1.0)}
 

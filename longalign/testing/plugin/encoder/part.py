@@ -6,12 +6,12 @@ import zlib
 from collections.abc import Sequence
 
 import torch
+from my_plugin.config import MyPartConfig
 from torch import nn
 
 from longalign.encoders.base import Conditioning, Encoder, PromptReport
 from longalign.runtime import Runtime
 from longalign.segmenters import Prompt, check_prompts, plain_text
-from my_plugin.config import MyPartConfig
 
 ROWS = 4096
 
@@ -37,7 +37,7 @@ class MyPart(Encoder):
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
         texts = [plain_text(prompt).split() for prompt in check_prompts(prompts)]
-        length = max(self.min_states, *map(len, texts)) if len(texts) > 1 else max(self.min_states, len(texts[0]))
+        length = max([self.min_states, *map(len, texts)])
         rows = [[zlib.crc32(word.encode()) % ROWS for word in words] for words in texts]
         padded = [row + [ROWS] * (length - len(row)) for row in rows]
         with torch.no_grad():

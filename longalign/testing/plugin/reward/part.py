@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from my_plugin.config import MyPartConfig
 from torch import Tensor
 
 from longalign.rewards.base import Reward, Scores, check_pairs
 from longalign.runtime import Runtime
-from my_plugin.config import MyPartConfig
 
 
 class MyPart(Reward):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from longalign.runtime import Runtime
 from my_plugin.config import MyPartConfig
+
+from longalign.runtime import Runtime
 
 
 class MyPart:

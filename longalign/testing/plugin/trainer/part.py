@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from my_plugin.config import MyPartConfig
 from torch import Tensor
 
 from longalign.backbones.base import Backbone
 from longalign.encoders.base import Encoder
 from longalign.runtime import Runtime
 from longalign.trainers.base import DiffusionTrainer, batch_latents, noise_loss, train_denoiser
-from my_plugin.config import MyPartConfig
 
 
 class MyPart(DiffusionTrainer):

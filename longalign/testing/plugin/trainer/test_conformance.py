@@ -1,5 +1,6 @@
-from longalign.testing import check_trainer
 from longalign.testing.tiny import tiny_sd
+
+from longalign.testing import check_trainer
 
 
 def test_my_part_conforms(tmp_path):
