@@ -64,7 +64,7 @@ def reference(name: str) -> str:
         )
         for file in found:
             parts = file.relative_to(ROOT).with_suffix("").parts
-            if parts[-1] != "__init__":
+            if parts[-1] != "__init__" and "plugin" not in parts:  # templates of plugins
                 lines += [f"::: {'.'.join(parts)}", ""]
     return "\n".join(lines)
 

@@ -55,7 +55,7 @@ def new_plugin(name: str, kind: str, folder: str | Path = ".") -> Path:
         "NEXT": f"{major}.{int(minor) + 1}",
     }
     places = {
-        "common/pyproject.toml": "pyproject.toml",
+        "common/project.toml": "pyproject.toml",
         "common/README.md": "README.md",
         "common/test.yml": ".github/workflows/test.yml",
         f"{kind}/config.py": f"{package}/config.py",
