@@ -37,6 +37,7 @@ REFERENCE = {
     "inference": ["inference", "image_folder", "image_io"],
     "evaluation": ["evaluation"],
     "checkpoints": ["checkpoints", "caching"],
+    "testing": ["testing"],
 }
 LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?(?=\))")
 
@@ -58,10 +59,14 @@ def reference(name: str) -> str:
     lines = [f"# {name.replace('_', ' ').capitalize()}", ""]
     for module in REFERENCE[name]:
         path = ROOT / "longalign" / module
-        found = sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+        found = (
+            sorted(p for p in path.rglob("*.py") if "plugin" not in p.parts)
+            if path.is_dir()
+            else [path.with_suffix(".py")]
+        )
         for file in found:
             parts = file.relative_to(ROOT).with_suffix("").parts
-            if parts[-1] != "__init__":
+            if parts[-1] != "__init__" and "plugin" not in parts:  # templates of plugins
                 lines += [f"::: {'.'.join(parts)}", ""]
     return "\n".join(lines)
 

@@ -5,7 +5,6 @@ from typing import ClassVar, Literal
 
 import pytest
 import torch
-from tiny import tiny_sd
 
 from longalign.backbones.base import Backbone
 from longalign.backbones.config import BackboneConfig, LoraConfig
@@ -22,6 +21,7 @@ from longalign.loop.fit import fit
 from longalign.registry import PartConfig, backbones, data, encoders, rewards, trainers
 from longalign.rewards.base import Reward
 from longalign.runtime import Runtime, resolve_checkpoint
+from longalign.testing.tiny import tiny_sd
 from longalign.trainers.base import Trainer
 from longalign.trainers.config import TrainerConfig
 

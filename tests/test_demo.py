@@ -4,7 +4,6 @@ from html import escape
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import tiny_clip, tiny_sd
 
 from longalign.config.changes import override
 from longalign.demo import (
@@ -19,6 +18,7 @@ from longalign.demo import (
 from longalign.encoders.base import PromptReport
 from longalign.evaluation.comparison import findings
 from longalign.mini.captions import Caption, Sentence
+from longalign.testing.tiny import tiny_clip, tiny_sd
 
 MODELS = ["base", "segments, untrained", "align", "align+reward"]
 

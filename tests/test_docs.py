@@ -19,7 +19,6 @@ from pathlib import Path
 import catalogue
 import pytest
 import yaml
-from tiny import tiny_clip, tiny_sd
 
 from longalign import load_config, override
 from longalign.cli.main import main, parse
@@ -29,6 +28,7 @@ from longalign.config.parsing import parse_value
 from longalign.config.run import RunConfig
 from longalign.registry import REGISTRIES, rewards
 from longalign.runtime import resolve_checkpoint
+from longalign.testing.tiny import tiny_clip, tiny_sd
 
 ROOT = Path(__file__).parent.parent
 DOCS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted((ROOT / "docs").glob("*.md"))

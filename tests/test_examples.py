@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_clip, tiny_sd, tiny_sd3, tiny_sdxl, tiny_t5
 
 from longalign import build_from_config, fit, load_config, override
 from longalign.checkpoints.checkpoint import load_weights
@@ -15,6 +14,7 @@ from longalign.config.run import to_dict
 from longalign.demo import default_config
 from longalign.registry import rewards
 from longalign.runtime import examples_folder
+from longalign.testing.tiny import tiny_clip, tiny_sd, tiny_sd3, tiny_sdxl, tiny_t5
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 YAMLS = sorted(EXAMPLES.glob("*.yaml"))

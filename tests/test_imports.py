@@ -29,7 +29,7 @@ LEVELS = {
     6: "compose",
     7: "inference.sampling evaluation checkpoints",
     8: "loop inference.baselines",
-    9: "demo model",
+    9: "demo model testing",
     10: "cli",
     11: "__main__",
 }
@@ -51,9 +51,9 @@ HEAVY = (
 )
 
 ONLY_IN = {
-    "transformers": ("encoders", "rewards", "mini"),
-    "open_clip": ("encoders", "rewards", "mini"),
-    "diffusers": ("backbones", "inference"),
+    "transformers": ("encoders", "rewards", "mini", "testing"),
+    "open_clip": ("encoders", "rewards", "mini", "testing"),
+    "diffusers": ("backbones", "inference", "testing"),
     "diffusers.training_utils": ("backbones", "inference", "loop.optimization"),
     "peft": ("backbones",),
     "accelerate": ("loop",),
@@ -72,7 +72,11 @@ def name_of(path):
 
 
 # An installed package contains the examples.
-MODULES = {name_of(path): path for path in sorted(ROOT.rglob("*.py")) if "examples" not in path.relative_to(ROOT).parts}
+MODULES = {
+    name_of(path): path
+    for path in sorted(ROOT.rglob("*.py"))
+    if not {"examples", "plugin"} & set(path.relative_to(ROOT).parts)  # templates of plugins
+}
 
 
 def imports_of(path):

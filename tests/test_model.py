@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_sd
 
 from longalign import Model
 from longalign.compose import build_from_config
@@ -15,6 +14,7 @@ from longalign.errors import ConfigError
 from longalign.image_folder import remove_listed
 from longalign.inference.sampling import generate, load_model
 from longalign.runtime import Runtime, devices
+from longalign.testing.tiny import tiny_sd
 
 FAST = {"num_steps": 1, "height": 32, "width": 32}
 

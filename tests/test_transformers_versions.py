@@ -4,12 +4,12 @@ import json
 import math
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import save_file
-from tiny import weights_of
 
 from longalign.registry import encoders, rewards
+from longalign.testing import tiny
+from longalign.testing.tiny import weights_of
 
 PROMPTS = ["A red fox sleeps on a wall. The sky is green.", "The sky. A wall."]
 

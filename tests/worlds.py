@@ -1,7 +1,6 @@
 """A tiny encoder with an adapter, tiny data, a reward, and configs for the trainers' tests."""
 
 import torch
-from tiny import tiny_backbone
 from torch import nn
 
 from longalign.backbones.config import BackboneConfig, LoraConfig
@@ -13,6 +12,7 @@ from longalign.encoders.config import EncoderConfig
 from longalign.loop.run import Run
 from longalign.registry import backbones, data, encoders, rewards
 from longalign.runtime import Runtime
+from longalign.testing.tiny import tiny_backbone
 
 LORA = LoraConfig(rank=2, dropout=0.1)
 

@@ -27,6 +27,7 @@ COMMANDS = {
     "examples": "list the bundled example configs, print one, or copy them",
     "convert": "convert published weights to a checkpoint, and to a LoRA that diffusers loads",
     "export": "export a checkpoint for diffusers, with its adapter and a model card, and optionally upload it",
+    "new-plugin": "write the package of a plugin: a part that works, its test, an example config",
     "demo": "train on the synthetic scenes and compare held-out long captions before and after",
     "env": "show versions, devices and settings, for bug reports",
 }

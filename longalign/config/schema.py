@@ -67,9 +67,10 @@ class PlainGenerator(Generator):
 
 def model_schema(model: type[BaseModel]) -> JsonSchemaValue:
     """Schema of a config class to describe it: ``properties`` with types, defaults and descriptions, and ``$defs``."""
-    _, schema = models_json_schema([(model, "validation")], schema_generator=PlainGenerator)
+    references, schema = models_json_schema([(model, "validation")], schema_generator=PlainGenerator)
     definitions = schema["$defs"]
-    return {**definitions[model.__name__], "$defs": definitions}
+    name = references[model, "validation"]["$ref"].rpartition("/")[2]  # which need not be that of the class
+    return {**definitions[name], "$defs": definitions}
 
 
 def run_schema() -> JsonSchemaValue:

@@ -6,7 +6,6 @@ import diffusers
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from tiny import tiny_backbone, tiny_sd, tiny_unet
 
 from longalign.backbones.config import LoraConfig
 from longalign.backbones.lora import inject_lora, lora_layers, lora_targets, stochastic_round
@@ -14,6 +13,7 @@ from longalign.backbones.stable_diffusion.config import SDConfig
 from longalign.backbones.stable_diffusion.sd import SDBackbone, scheduler_constants
 from longalign.encoders.base import Conditioning
 from longalign.registry import backbones
+from longalign.testing.tiny import tiny_backbone, tiny_sd, tiny_unet
 
 LORA = LoraConfig(rank=2, dropout=0.0)
 

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from tiny import tiny_backbone, tiny_sd3
 from torch.nn.functional import pad
 
 from longalign import condition, load_config
@@ -18,6 +17,7 @@ from longalign.encoders.base import Conditioning, TruncationWarning
 from longalign.functional.diffusion import guide
 from longalign.inference.sampling import generate, sample
 from longalign.registry import backbones, encoders, trainers
+from longalign.testing.tiny import tiny_backbone, tiny_sd3
 
 LONG = "A red fox sleeps on a wall. The sky is green. A wall is red."
 # LoRA target modules of diffusers' script for LoRA training of SD 3

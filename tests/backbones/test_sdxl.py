@@ -3,7 +3,6 @@
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
-from tiny import tiny_sd, tiny_sdxl
 
 from longalign import condition
 from longalign.backbones.lora import lora_targets
@@ -13,6 +12,7 @@ from longalign.inference.sampling import sample
 from longalign.inference.schedulers import make_scheduler
 from longalign.registry import backbones, encoders, trainers
 from longalign.runtime import Runtime
+from longalign.testing.tiny import tiny_sd, tiny_sdxl
 
 LONG = "A red fox sleeps on a wall. The sky is green. A wall is red."
 

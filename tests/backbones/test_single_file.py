@@ -7,10 +7,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
-from tiny import tiny_sd, tiny_sdxl
 
 from longalign.backbones.stable_diffusion.config import SDConfig, SDXLConfig
 from longalign.runtime import Runtime
+from longalign.testing.tiny import tiny_sd, tiny_sdxl
 
 CPU = Runtime()
 RESNET = {

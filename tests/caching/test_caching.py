@@ -10,7 +10,6 @@ from typing import ClassVar, Literal
 import huggingface_hub
 import pytest
 import torch
-from tiny import tiny_adapter, tiny_sd, tiny_sdxl, tiny_t5
 from torch import nn
 
 from longalign.caching import precompute as caching
@@ -33,6 +32,7 @@ from longalign.loop.fit import fit
 from longalign.loop.locks import Lock
 from longalign.registry import Part, encoders
 from longalign.runtime import Runtime
+from longalign.testing.tiny import tiny_adapter, tiny_sd, tiny_sdxl, tiny_t5
 
 CAPTIONS = ("A red fox sleeps on a wall. The sky is green.", "A wall.", "The sky. " * 12, "A fox is red.", "A fox.")
 CPU = Runtime()

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_sd
 
 from longalign.caching import precompute as caching
 from longalign.caching import store
@@ -20,6 +19,7 @@ from longalign.config.run import load_config, to_yaml
 from longalign.data.cached import UNREADABLE, read_items
 from longalign.image_io import write_png
 from longalign.runtime import Runtime
+from longalign.testing.tiny import tiny_sd
 
 CAPTIONS = ("A red fox sleeps on a wall.", "A wall.", "The sky.", "A fox is red.", "A fox.", "The sky is red.", "Red.")
 BROKEN = 3

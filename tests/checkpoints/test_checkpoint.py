@@ -8,7 +8,6 @@ import pytest
 import torch
 import worlds
 from safetensors.torch import load_file, save_file
-from tiny import tiny_backbone, tiny_sd
 
 from longalign.backbones.config import LoraConfig
 from longalign.checkpoints import checkpoint, diffusers_files
@@ -19,6 +18,7 @@ from longalign.errors import ConfigError
 from longalign.inference.sampling import load_model, sample
 from longalign.registry import backbones, encoders
 from longalign.runtime import Runtime
+from longalign.testing.tiny import tiny_backbone, tiny_sd
 
 LORA = LoraConfig(rank=2, dropout=0.0)
 

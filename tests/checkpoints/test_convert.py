@@ -6,7 +6,6 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
-from tiny import SD15_NARROW, tiny_adapter, tiny_sd15, tiny_t5
 
 from longalign.backbones.lora import lora_targets
 from longalign.backbones.stable_diffusion.sd import empty_unet
@@ -15,6 +14,7 @@ from longalign.checkpoints.convert import _UNET, convert_longsd, read_tensors
 from longalign.cli.main import main
 from longalign.encoders.base import Conditioning, TruncationWarning
 from longalign.inference.sampling import sample
+from longalign.testing.tiny import SD15_NARROW, tiny_adapter, tiny_sd15, tiny_t5
 
 RANK = 4
 

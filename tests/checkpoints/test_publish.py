@@ -11,7 +11,6 @@ import torch
 import yaml
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from huggingface_hub.utils import filter_repo_objects
-from tiny import tiny_adapter, tiny_sd, tiny_t5
 
 from longalign import Model, condition, override
 from longalign.backbones.config import LoraConfig
@@ -26,6 +25,7 @@ from longalign.config.run import load_config, to_dict
 from longalign.encoders.base import Conditioning
 from longalign.encoders.t5.adapter import TextAdapter
 from longalign.evaluation.table import MetricTable
+from longalign.testing.tiny import tiny_adapter, tiny_sd, tiny_t5
 
 FILES = ("README.md", "longalign.safetensors", "pytorch_lora_weights.safetensors")
 

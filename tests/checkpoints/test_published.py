@@ -8,7 +8,6 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from pydantic import ValidationError
 from safetensors.torch import save_file
-from tiny import tiny_clip, tiny_clip_text, tiny_hpsv2, tiny_sd, tiny_sd3, weights_of
 from transformers import CLIPModel
 
 from longalign.backbones.stable_diffusion.config import SDConfig
@@ -16,6 +15,7 @@ from longalign.encoders.clip.config import LongClipConfig
 from longalign.inference import pipelines
 from longalign.registry import backbones, encoders, rewards
 from longalign.runtime import Runtime
+from longalign.testing.tiny import tiny_clip, tiny_clip_text, tiny_hpsv2, tiny_sd, tiny_sd3, weights_of
 
 CPU = Runtime()
 PROMPTS = ["A red fox sleeps on a wall! The sky is green.", "", "A wall."]

@@ -335,9 +335,8 @@ def test_folder_warns_of_upscaled_images(folder, caplog):
 
 
 def test_null_resolution_is_that_of_the_backbone(folder, tmp_path_factory):
-    from tiny import tiny_sd
-
     from longalign.compose import build_from_config
+    from longalign.testing.tiny import tiny_sd
 
     base = str(tiny_sd(tmp_path_factory.mktemp("sd")))
     run = {"backbone": {"name": "sd", "checkpoint": base}, "data": {"name": "folder", "folder": str(folder)}}

@@ -2,7 +2,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import tiny_clip, tiny_clip_text, tiny_t5
 from torch import nn
 from transformers import AutoTokenizer
 
@@ -12,6 +11,7 @@ from longalign.encoders.clip.segment import ClipSegmentEncoder
 from longalign.registry import encoders
 from longalign.runtime import Runtime
 from longalign.segmenters import LongAlign, Manual, Sentence
+from longalign.testing.tiny import tiny_clip, tiny_clip_text, tiny_t5
 from longalign.tokens import Tokenized
 
 LONG = "a red fox, a wall and the sky " * 12

@@ -7,10 +7,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
-from tiny import tiny_clip_text, tiny_sdxl
 
 from longalign.encoders.clip.config import ClipSegmentConfig, ClipSegmentSDXLConfig, ClipTruncateConfig
 from longalign.runtime import Runtime
+from longalign.testing.tiny import tiny_clip_text, tiny_sdxl
 
 CPU = Runtime()
 PROMPTS = ["A red fox sleeps on a wall. The sky is green.", "", "A wall."]

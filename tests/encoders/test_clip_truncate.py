@@ -1,6 +1,5 @@
 import pytest
 import torch
-from tiny import tiny_clip_text, tiny_longclip_file
 from torch import nn
 from transformers import AutoTokenizer
 
@@ -8,6 +7,7 @@ from longalign.encoders.base import TruncationWarning
 from longalign.encoders.clip.weights import text_state
 from longalign.mini.tokenizers import write_clip_tokenizer
 from longalign.registry import encoders
+from longalign.testing.tiny import tiny_clip_text, tiny_longclip_file
 
 LONG = " ".join(["fox"] * 80)
 

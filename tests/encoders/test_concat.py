@@ -2,12 +2,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import tiny_clip_text, tiny_t5
 from torch import nn
 
 from longalign.encoders.base import Conditioning, Encoder, PromptReport, TruncationWarning, check_prompts
 from longalign.encoders.concat import ConcatEncoder
 from longalign.registry import ConfigError, encoders
+from longalign.testing.tiny import tiny_clip_text, tiny_t5
 
 
 class Constant(Encoder):

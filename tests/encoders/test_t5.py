@@ -4,12 +4,12 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.models.attention import FeedForward as DiffusersFeedForward
-from tiny import tiny_t5
 
 from longalign.encoders.base import TruncationWarning
 from longalign.encoders.t5.adapter import TextAdapter
 from longalign.encoders.t5.encoder import T5Encoder
 from longalign.registry import ConfigError, encoders
+from longalign.testing.tiny import tiny_t5
 
 PROMPTS = ["A red fox.", "", "The sky is green. A fox sleeps on a wall.", "A red fox."]
 

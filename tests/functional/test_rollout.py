@@ -4,7 +4,6 @@ from functools import cache
 
 import pytest
 import torch
-from tiny import tiny_unet
 from torch import nn
 
 from longalign.backbones.config import LoraConfig
@@ -12,6 +11,7 @@ from longalign.backbones.lora import inject_lora
 from longalign.functional.diffusion import NoiseLevels, guide
 from longalign.functional.rollout import replay, replay_backward, rollout
 from longalign.functional.solvers import ddim, lcm, trailing_timesteps
+from longalign.testing.tiny import tiny_unet
 
 LEVELS = NoiseLevels.from_alphas_cumprod((1 - torch.linspace(0.03, 0.11, 1000, dtype=torch.float64) ** 2).cumprod(0))
 TIMES = torch.arange(1, 1001, dtype=torch.float64) / 1000

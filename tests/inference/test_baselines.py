@@ -23,7 +23,6 @@ from diffusers import (
     VQModel,
 )
 from huggingface_hub import constants
-from tiny import tiny_sdxl, tiny_t5
 from transformers import (
     AutoTokenizer,
     CLIPImageProcessor,
@@ -41,6 +40,7 @@ from longalign.inference import baselines
 from longalign.inference.solvers import SCHEDULER_CLASSES
 from longalign.mini.tokenizers import write_clip_tokenizer
 from longalign.runtime import Runtime
+from longalign.testing.tiny import tiny_sdxl, tiny_t5
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning"),  # diffusers' solvers with numpy 2

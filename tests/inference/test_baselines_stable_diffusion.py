@@ -15,13 +15,13 @@ from diffusers import (
     UNet2DModel,
 )
 from PIL import Image
-from tiny import tiny_sd, tiny_sdxl
 
 from longalign import hub
 from longalign.cli.main import main
 from longalign.image_io import load_image, to_tensor
 from longalign.inference import baselines, pipelines
 from longalign.runtime import Runtime
+from longalign.testing.tiny import tiny_sd, tiny_sdxl
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning"),  # diffusers' solvers with numpy 2

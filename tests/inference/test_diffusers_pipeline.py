@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tiny import tiny_sd, tiny_sd3, tiny_sdxl
 
 from longalign import condition
 from longalign.encoders.pipeline_encoder import pipeline_encoder
 from longalign.inference.sampling import generate, load_model, sample
 from longalign.inference.schedulers import make_scheduler
+from longalign.testing.tiny import tiny_sd, tiny_sd3, tiny_sdxl
 
 PROMPTS = ["A red fox sleeps on a wall. The sky is green. A wall is red.", "The sky."]
 

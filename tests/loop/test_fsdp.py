@@ -10,12 +10,12 @@ import torch
 import worlds
 from launched import lines
 from PIL import Image
-from tiny import tiny_backbone
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
 from longalign.config.run import load_config
 from longalign.loop.fsdp import check_fsdp_config, prepare_fsdp
 from longalign.runtime import Runtime
+from longalign.testing.tiny import tiny_backbone
 from longalign.trainers.align.config import AlignConfig
 from longalign.trainers.align.trainer import AlignTrainer
 from longalign.trainers.base import Trainer

@@ -13,7 +13,6 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from tiny import tiny_backbone
 
 from longalign.compose import build_from_config
 from longalign.config.changes import override
@@ -32,6 +31,7 @@ from longalign.loop.state import random_state, set_random_state
 from longalign.registry import data, encoders, rewards
 from longalign.rewards.guard import NonFiniteReward
 from longalign.runtime import Runtime
+from longalign.testing.tiny import tiny_backbone
 
 
 def run(config, resume=None):

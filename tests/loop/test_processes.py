@@ -7,7 +7,8 @@ import pytest
 import torch
 from launched import lines
 from safetensors.torch import load_file
-from tiny import tiny_clip
+
+from longalign.testing.tiny import tiny_clip
 
 pytestmark = pytest.mark.processes
 

@@ -9,7 +9,6 @@ import shutil
 import pytest
 import torch
 import worlds
-from tiny import tiny_adapter, tiny_clip, tiny_clip_text, tiny_hpsv2, tiny_sd, tiny_t5
 
 from longalign.checkpoints.checkpoint import load_weights, read_config
 from longalign.checkpoints.convert import read_tensors
@@ -19,6 +18,7 @@ from longalign.loop.fit import fit
 from longalign.loop.state import load_state
 from longalign.registry import backbones, encoders, rewards
 from longalign.rewards.hpsv2.weights import read_state
+from longalign.testing.tiny import tiny_adapter, tiny_clip, tiny_clip_text, tiny_hpsv2, tiny_sd, tiny_t5
 
 pytestmark = pytest.mark.reliability
 

@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-from tiny import tiny_backbone
 
 import longalign
 from longalign.backbones.config import BackboneConfig
@@ -21,6 +20,7 @@ from longalign.registry import backbones, data, encoders, rewards
 from longalign.rewards.config import RewardConfig
 from longalign.rewards.guard import NonFiniteReward
 from longalign.runtime import Runtime
+from longalign.testing.tiny import tiny_backbone
 
 P, T = "PartConfig", "TrainerConfig"
 HEAD = """

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-import tiny
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from longalign.rewards.base import EmbeddingReward
+from longalign.testing import tiny
 
 
 @pytest.fixture(scope="session")

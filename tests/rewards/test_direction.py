@@ -1,7 +1,6 @@
 import json
 
 import pytest
-import tiny
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -9,6 +8,7 @@ from safetensors.torch import save_file
 from longalign.registry import rewards
 from longalign.rewards.reweighted import direction as direction_module
 from longalign.rewards.reweighted.direction import compute_direction, load_direction, write_direction
+from longalign.testing import tiny
 
 PROMPTS = ["A red fox sleeps. The sky is green.", "A wall.", "The sky is red. A fox sleeps on a wall.", "A green fox."]
 

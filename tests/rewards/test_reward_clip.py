@@ -3,7 +3,6 @@ import shutil
 import warnings
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -15,6 +14,7 @@ from longalign.rewards.clip.towers import ClipTowers
 from longalign.rewards.pretrained import projected_features
 from longalign.rewards.towers import Towers
 from longalign.runtime import Runtime
+from longalign.testing import tiny
 
 TWO = "A red fox sleeps on a wall. The sky is green."
 

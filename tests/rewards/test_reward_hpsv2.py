@@ -5,12 +5,12 @@ from pathlib import Path
 
 import open_clip
 import pytest
-import tiny
 import torch
 from open_clip.tokenizer import SimpleTokenizer
 
 from longalign.registry import ConfigError, rewards
 from longalign.rewards.hpsv2.weights import build_model, find_weights, read_state
+from longalign.testing import tiny
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,12 @@ import math
 
 import pytest
 import torch
-from tiny import reweighted
 
 from longalign.registry import ConfigError, rewards
 from longalign.rewards.base import CallableReward
 from longalign.rewards.guard import NonFiniteReward
 from longalign.rewards.sum.reward import SumReward
+from longalign.testing.tiny import reweighted
 
 
 @pytest.fixture

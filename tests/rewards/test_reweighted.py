@@ -1,10 +1,10 @@
 import pytest
 import torch
-from tiny import reweighted
 
 from longalign.registry import ConfigError, rewards
 from longalign.rewards.base import CallableReward
 from longalign.runtime import Runtime
+from longalign.testing.tiny import reweighted
 
 V = torch.tensor([1.0, 0.0, 0.0])
 

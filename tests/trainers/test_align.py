@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny import tiny_backbone
 from worlds import LORA, Squares, ToyEncoder
 
 from longalign.backbones.base import Backbone
@@ -11,6 +10,7 @@ from longalign.functional.diffusion import sample_timesteps, training_target
 from longalign.loop.batches import collate
 from longalign.registry import trainers
 from longalign.runtime import Runtime
+from longalign.testing.tiny import tiny_backbone
 from longalign.trainers.align.config import AlignConfig
 from longalign.trainers.align.trainer import AlignTrainer
 

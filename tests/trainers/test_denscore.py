@@ -8,7 +8,6 @@ from threading import Barrier, Thread
 import pytest
 import torch
 import worlds
-from tiny import tiny_clip
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPProcessor
 
@@ -19,6 +18,7 @@ from longalign.config.run import to_dict
 from longalign.errors import ConfigError
 from longalign.registry import rewards
 from longalign.runtime import Runtime
+from longalign.testing.tiny import tiny_clip
 from longalign.trainers.denscore.config import DenscoreTrainerConfig
 from longalign.trainers.denscore.trainer import DenscoreTrainer, divergence, pairwise_accuracy
 

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from tiny import tiny_backbone
 from worlds import Squares, ToyEncoder, red
 
 from longalign.backbones.config import LoraConfig
@@ -17,6 +16,7 @@ from longalign.loop.batches import collate
 from longalign.loop.fit import fit
 from longalign.registry import trainers
 from longalign.runtime import Runtime
+from longalign.testing.tiny import tiny_backbone
 from longalign.trainers.lcm.config import LCMConfig
 from longalign.trainers.lcm.trainer import LCMTrainer
 from longalign.trainers.reward.config import LCMRewardConfig

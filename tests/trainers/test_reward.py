@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny import steps, tiny_backbone
 from torch import nn
 from worlds import LORA, Squares, ToyEncoder, red
 
@@ -14,6 +13,7 @@ from longalign.registry import gradient_steps, trainers
 from longalign.rewards.base import Reward, Scores
 from longalign.rewards.guard import NonFiniteReward
 from longalign.runtime import Runtime
+from longalign.testing.tiny import steps, tiny_backbone
 from longalign.trainers.reward.config import RewardConfig
 from longalign.trainers.reward.trainer import RewardTrainer
 

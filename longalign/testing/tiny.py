@@ -3,6 +3,10 @@
 Each checkpoint is built once per process and settings. Later calls copy it, so tests may modify their copy.
 """
 
+# The annotations of diffusers' and transformers' constructors are narrower than the values that their configs accept.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
+# pyright: reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 import atexit

@@ -1,0 +1,56 @@
+"""Conformance checks for parts, for the tests of plugins and of this library.
+
+Each check takes the config of one part, builds it, and raises one AssertionError that lists everything that fails::
+
+    from longalign.testing import check_reward
+
+    def test_conformance():
+        check_reward({"name": "brightness", "weight": 2.0})
+
+A plugin that passes works in every composition. `longalign.testing.tiny` writes tiny random checkpoints in the
+published layouts, so that these checks need no download.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from longalign.testing.backbones import check_backbone as check_backbone
+    from longalign.testing.data import check_data as check_data
+    from longalign.testing.encoders import check_encoder as check_encoder
+    from longalign.testing.gradient_steps import check_gradient_steps as check_gradient_steps
+    from longalign.testing.rewards import check_reward as check_reward
+    from longalign.testing.segmenters import check_segmenter as check_segmenter
+    from longalign.testing.trainers import check_trainer as check_trainer
+
+_MODULES = {
+    "check_backbone": "backbones",
+    "check_data": "data",
+    "check_encoder": "encoders",
+    "check_gradient_steps": "gradient_steps",
+    "check_reward": "rewards",
+    "check_segmenter": "segmenters",
+    "check_trainer": "trainers",
+}
+
+__all__ = [
+    "check_backbone",
+    "check_data",
+    "check_encoder",
+    "check_gradient_steps",
+    "check_reward",
+    "check_segmenter",
+    "check_trainer",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'longalign.testing' has no attribute '{name}'")
+    return getattr(import_module(f"longalign.testing.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

@@ -1,0 +1,125 @@
+"""What all conformance checks share: running them, and the checks of a part's config."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from longalign.config.describe import describe_part
+from longalign.errors import ConfigError
+from longalign.registry import REGISTRIES, PartConfig
+from longalign.runtime import Runtime
+
+Check = Callable[[], None]
+Config = TypeVar("Config", bound=PartConfig)
+
+CPU = Runtime()
+SHORT = "A red fox sleeps on a wall."
+LONG = " ".join(f"Behind the fox stands house number {i}, which is painted blue." for i in range(120))
+EMOJI = "A 🦊 sleeps — “quietly” — under a 日本 sign.\nThe sky is gr\u00fcn."
+
+
+def run_checks(kind: str, config: Any, checks: Iterable[Check]) -> None:
+    """Runs checks and raises one AssertionError that lists the failed ones.
+
+    Args:
+        kind: of the part, for the message.
+        config: of the part, for the message.
+        checks: functions without arguments; a check fails if it raises.
+    """
+    failures = []
+    for check in checks:
+        try:
+            check()
+        except Exception as error:
+            failures.append((check.__name__, error))
+    if failures:
+        lines = "\n".join(f"  {name}: {type(error).__name__}: {error}" for name, error in failures)
+        raise AssertionError(f"{config!r} among {kind} fails {len(failures)} checks:\n{lines}") from failures[0][1]
+
+
+def expect(condition: bool, message: str) -> None:
+    """Raises AssertionError with ``message`` unless ``condition`` holds."""
+    if not condition:
+        raise AssertionError(message)
+
+
+def expect_close(name: str, got: Tensor, expected: Tensor, rtol: float = 1e-3, atol: float = 1e-5) -> None:
+    """Raises AssertionError with the largest difference unless two tensors agree."""
+    expect(got.shape == expected.shape, f"{name}: expected shape {tuple(expected.shape)}, got {tuple(got.shape)}")
+    if not torch.allclose(got.float(), expected.float(), rtol=rtol, atol=atol):
+        difference = float((got.float() - expected.float()).abs().max())
+        raise AssertionError(
+            f"{name}: differs by up to {difference:.3g}; expected at most {atol:g} + {rtol:g} relative"
+        )
+
+
+def expect_error(name: str, call: Callable[[], Any]) -> None:
+    """Raises AssertionError unless ``call`` raises a ValueError."""
+    try:
+        call()
+    except ValueError:
+        return
+    raise AssertionError(f"{name}: expected a ValueError, nothing was raised")
+
+
+def checked_config(kind: str, config: Any, base: type[Config]) -> Config:
+    """The validated config of a part of a kind, which derives from the kind's base config."""
+    checked = REGISTRIES[kind].validate(config)
+    if not isinstance(checked, base):
+        raise AssertionError(f"{type(checked).__name__} must derive from {base.__module__}.{base.__name__}")
+    return checked
+
+
+def config_checks(kind: str, config: PartConfig) -> list[Check]:
+    """Checks of a part's config: listed, described, light to import, stable under serialisation, strict."""
+    registry, name = REGISTRIES[kind], config.name
+
+    def is_listed() -> None:
+        expect(name in registry.names(), f"'{name}' is not registered; `longalign list {kind}` does not show it")
+
+    def is_described() -> None:
+        text = describe_part(kind, name)
+        missing = [key for key in type(config).model_fields if key != "name" and f"{key}:" not in text]
+        expect(not missing, f"`longalign describe {kind} {name}` does not show {missing}")
+        bare = [k for k, field in type(config).model_fields.items() if k != "name" and not _about(config, k, field)]
+        expect(not bare, f"the keys {bare} have no description; write a docstring below each field")
+
+    def imports_no_torch() -> None:
+        module = type(config).__module__
+        if registry.info(name).owner == "this process":
+            return  # registered in code, e.g. in a test, where torch is imported already
+        code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        result = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment
+        )
+        expect(result.returncode == 0, f"importing {module} imports torch or fails: {result.stderr.strip()[-300:]}")
+
+    def survives_json() -> None:
+        dumped = json.loads(json.dumps(config.model_dump(mode="json")))
+        expect(registry.validate(dumped) == config, "the config differs after it was written as JSON and read again")
+
+    def rejects_unknown_keys() -> None:
+        values: Mapping[str, Any] = {**config.model_dump(), "no_such_key": 1}
+        try:
+            registry.validate(values)
+        except ConfigError as error:
+            expect("no_such_key" in str(error), f"the error does not name the unknown key: {error}")
+        else:
+            raise AssertionError("an unknown key is accepted; keep extra='forbid'")
+
+    return [is_listed, is_described, imports_no_torch, survives_json, rejects_unknown_keys]
+
+
+def _about(config: PartConfig, key: str, field: Any) -> str:
+    if field.description:
+        return field.description
+    return next((c.__doc__ or "" for c in type(config).__mro__ if f"        {key}:" in (c.__doc__ or "")), "")

@@ -1,0 +1,86 @@
+"""Conformance of data."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+from typing import Any
+
+import torch
+
+from longalign.data.config import DataConfig
+from longalign.data.stream import Stream
+from longalign.registry import data as datasets
+from longalign.runtime import Runtime
+from longalign.testing.common import CPU, checked_config, config_checks, expect, run_checks
+
+
+def check_data(config: Any, *, runtime: Runtime = CPU, count: int = 3) -> None:
+    """Checks that data can be used by every trainer.
+
+    It checks the config, the keys, shapes and ranges of items, that an item is the same when it is read again, indices
+    out of range, and that data can be sent to loading workers.
+
+    Args:
+        config: name, mapping or config of the data.
+        runtime: device and processes.
+        count: number of items to read.
+
+    Raises:
+        AssertionError: listing all failed checks.
+    """
+    checked = checked_config("data", config, DataConfig)
+    data = datasets.construct(checked, runtime)
+    stream = isinstance(data, Stream)
+
+    def read() -> list[dict[str, Any]]:
+        if stream:
+            return list(itertools.islice(data.items(0), count))
+        return [data[i] for i in range(min(count, len(data)))]
+
+    def items_have_a_prompt_and_an_image() -> None:
+        items = read()
+        expect(bool(items), "the data has no items")
+        for i, item in enumerate(items):
+            expect(isinstance(item.get("prompt"), str), f"item {i} has no prompt; expected a string under 'prompt'")
+            keys = ("image_0", "image_1") if checked.has_pairs else ("image",)
+            for key in keys if checked.has_images and "images" not in item else ():
+                image = item.get(key)
+                expect(isinstance(image, torch.Tensor), f"item {i} has no '{key}'; expected a tensor (3, h, w)")
+                assert isinstance(image, torch.Tensor)
+                expect(
+                    image.ndim == 3 and len(image) == 3, f"'{key}' of item {i}: expected (3, h, w), got {image.shape}"
+                )
+                expect(image.dtype == torch.float32, f"'{key}' of item {i}: expected float32, got {image.dtype}")
+                low, high = float(image.min()), float(image.max())
+                expect(low >= 0 and high <= 1, f"'{key}' of item {i} is in [{low:g}, {high:g}]; expected [0, 1]")
+
+    def items_repeat() -> None:
+        for i, (first, again) in enumerate(zip(read(), read(), strict=True)):
+            same = first.keys() == again.keys() and all(_same(first[key], again[key]) for key in first)
+            expect(same, f"item {i} changes between reads; seed random choices with the index")
+
+    def indices_are_checked() -> None:
+        try:
+            data[len(data)]
+        except IndexError:
+            return
+        raise AssertionError("an index out of range raises no IndexError")
+
+    def prompts_are_those_of_the_items() -> None:
+        expect(all(data.prompt(i) == item["prompt"] for i, item in enumerate(read())), "prompt(i) differs from item i")
+
+    def can_be_sent_to_workers() -> None:
+        pickle.loads(pickle.dumps(data))
+
+    checks = [
+        *config_checks("data", checked),
+        items_have_a_prompt_and_an_image,
+        items_repeat,
+        can_be_sent_to_workers,
+    ]
+    run_checks("data", config, checks if stream else [*checks, indices_are_checked, prompts_are_those_of_the_items])
+
+
+def _same(first: Any, again: Any) -> bool:
+    return torch.equal(first, again) if isinstance(first, torch.Tensor) else first == again

@@ -1,0 +1,140 @@
+"""Conformance of a text encoder."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+
+from longalign.encoders.base import Conditioning, TruncationWarning
+from longalign.encoders.config import EncoderConfig
+from longalign.registry import encoders
+from longalign.runtime import Runtime
+from longalign.testing.common import (
+    CPU,
+    EMOJI,
+    LONG,
+    SHORT,
+    checked_config,
+    config_checks,
+    expect,
+    expect_close,
+    expect_error,
+    run_checks,
+)
+
+
+def check_encoder(config: Any, *, runtime: Runtime = CPU) -> None:
+    """Checks that an encoder can be used by every trainer, backbone and pipeline.
+
+    It checks the config, shapes of states, mask and pooled embedding, the empty prompt, reports and that `report` warns
+    of nothing, prompts of 1000 words and with emoji, that a prompt's states do not depend on the batch, equal lengths
+    for classifier-free guidance, repeated calls in training mode, and that only adapters have gradient.
+
+    Args:
+        config: name, mapping or config of the encoder.
+        runtime: device and dtype.
+
+    Raises:
+        AssertionError: listing all failed checks.
+    """
+    checked = checked_config("encoders", config, EncoderConfig)
+    encoder = encoders.construct(checked, runtime).eval()
+    prompts = [SHORT, LONG, EMOJI, ""]
+
+    def encode(prompts: list[str]) -> Conditioning:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", TruncationWarning)
+            return encoder.encode(prompts)
+
+    def shapes_agree() -> None:
+        out = encode(prompts)
+        expect(isinstance(out, Conditioning), f"encode must return a Conditioning, got {type(out).__name__}")
+        b, n, d = out.states.shape
+        expect((b, d) == (4, encoder.dim), f"expected states (4, n, {encoder.dim}), got {(b, n, d)}")
+        expect(bool(out.states.isfinite().all()), "the states are not finite")
+        if out.mask is not None:
+            expect(out.mask.shape == (4, n) and out.mask.dtype == torch.bool, "expected a bool mask (4, n)")
+            expect(bool(out.mask.any(1).all()), "a prompt has no state to attend to")
+        if out.pooled is not None:
+            expect(out.pooled.ndim == 2 and len(out.pooled) == 4, "expected a pooled embedding (4, p)")
+        expect((out.pooled is not None) == bool(_pooled(checked, out)), "has_pooled does not fit the conditioning")
+
+    def reports_cover_the_prompts() -> None:
+        out = encode(prompts)
+        expect(len(out.reports) == 4, f"expected one report per prompt, got {len(out.reports)}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            reports = encoder.report(prompts)
+        expect(list(out.reports) == list(reports), "report() differs from the reports of encode()")
+        for prompt, report in zip(prompts, reports, strict=True):
+            read = "".join("".join((*report.segments, report.truncated)).split())
+            missing = set("".join(prompt.split())) - set(read)
+            expect(not missing, f"neither encoded nor reported as truncated: the characters {sorted(missing)[:5]}")
+
+    def truncation_is_reported() -> None:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            encoder.encode([LONG])
+        warned = any(issubclass(w.category, TruncationWarning) for w in caught)
+        truncated = bool(encoder.report([LONG])[0].truncated)
+        expect(warned == truncated, f"truncated text: {truncated}, TruncationWarning: {warned}")
+
+    def states_do_not_depend_on_the_batch() -> None:
+        alone, batch = encode([SHORT]), encode([SHORT, LONG])
+        length = min(alone.states.shape[1], batch.states.shape[1])
+        if alone.mask is not None:
+            length = int(alone.mask.sum())
+        expect_close("states alone and in a batch", batch.states[0, :length], alone.states[0, :length], 1e-3, 1e-4)
+        if alone.pooled is not None and batch.pooled is not None:
+            expect_close("pooled embedding alone and in a batch", batch.pooled[:1], alone.pooled, 1e-3, 1e-4)
+
+    def guidance_branches_have_equal_lengths() -> None:
+        out = encode([SHORT, ""])
+        expect(out[torch.tensor([1, 0])].states.shape == out.states.shape, "rows cannot be selected")
+
+    def calls_repeat_in_training_mode() -> None:
+        first = encode(prompts).states
+        frozen = not any(p.requires_grad for p in encoder.parameters())
+        try:
+            again = encoder.train() and encode(prompts).states
+        finally:
+            encoder.eval()
+        if frozen:
+            expect_close("eval and training mode", again, first, 0, 0)
+
+    def only_adapters_have_gradient() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TruncationWarning)
+            states = encoder.encode(prompts).states
+        trainable = [p for p in encoder.parameters() if p.requires_grad]
+        expect(states.requires_grad == bool(trainable), "states require grad exactly if a parameter is trainable")
+        if trainable:
+            grads = torch.autograd.grad(states.float().square().sum(), trainable, allow_unused=True)
+            expect(any(g is not None and bool(g.any()) for g in grads), "no trainable parameter gets a gradient")
+
+    def invalid_input_is_an_error() -> None:
+        expect_error("a bare string as prompts", lambda: encoder.encode(SHORT))
+        expect_error("no prompts", lambda: encoder.encode([]))
+
+    run_checks(
+        "encoders",
+        config,
+        [
+            *config_checks("encoders", checked),
+            shapes_agree,
+            reports_cover_the_prompts,
+            truncation_is_reported,
+            states_do_not_depend_on_the_batch,
+            guidance_branches_have_equal_lengths,
+            calls_repeat_in_training_mode,
+            only_adapters_have_gradient,
+            invalid_input_is_an_error,
+        ],
+    )
+
+
+def _pooled(config: Any, out: Conditioning) -> bool:
+    declared = config.gives_pooled()
+    return out.pooled is not None if declared is None else declared

@@ -1,0 +1,74 @@
+"""Writes the package of a new plugin from templates, for `longalign new-plugin`."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+from importlib.metadata import version
+from pathlib import Path
+
+#: what a plugin can add, and the kind of the registry
+KINDS = {
+    "reward": "rewards",
+    "encoder": "encoders",
+    "segmenter": "segmenters",
+    "trainer": "trainers",
+    "data": "data",
+    "backbone": "backbones",
+}
+NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+
+
+def new_plugin(name: str, kind: str, folder: str | Path = ".") -> Path:
+    """Writes a package that installs, works on the synthetic scenes and passes its conformance test.
+
+    Args:
+        name: name of the part, in kebab case; the package is ``longalign-<name>``.
+        kind: one of `KINDS`.
+        folder: where to make the folder of the package.
+
+    Returns:
+        The folder of the package.
+
+    Raises:
+        ValueError: if the name is not in kebab case, the kind is unknown, or the folder exists.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"expected a kind among {', '.join(KINDS)}, got '{kind}'")
+    name = name.removeprefix("longalign-")
+    if not NAME.fullmatch(name):
+        raise ValueError(f"expected a name in kebab case such as 'my-reward', got '{name}'")
+    package = f"longalign_{name.replace('-', '_')}"
+    target = Path(folder) / f"longalign-{name}"
+    if target.exists():
+        raise ValueError(f"{target} exists; remove it, or choose another name or folder")
+    major, minor = version("longalign").split(".")[:2]
+    words = {
+        "MyPart": "".join(word.capitalize() for word in name.split("-")),
+        "my-plugin": f"longalign-{name}",
+        "my_plugin": package,
+        "my-part": name,
+        "my_part": name.replace("-", "_"),
+        "KINDS": KINDS[kind],
+        "KIND": kind,
+        "VERSION": f"{major}.{minor}",
+        "NEXT": f"{major}.{int(minor) + 1}",
+    }
+    places = {
+        "common/project.toml": "pyproject.toml",
+        "common/README.md": "README.md",
+        "common/test.yml": ".github/workflows/test.yml",
+        f"{kind}/config.py": f"{package}/config.py",
+        f"{kind}/part.py": f"{package}/part.py",
+        f"{kind}/test_conformance.py": "tests/test_conformance.py",
+        f"{kind}/example.yaml": "example.yaml",
+    }
+    templates = resources.files("longalign.testing").joinpath("plugin")
+    pattern = re.compile("|".join(words))
+    for source, place in places.items():
+        text = templates.joinpath(source).read_text(encoding="utf-8")
+        path = target / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(pattern.sub(lambda match: words[match[0]], text), encoding="utf-8")
+    (target / package / "__init__.py").write_text(f'"""The {kind} `{name}` of longalign."""\n', encoding="utf-8")
+    return target

@@ -1,0 +1,21 @@
+"""The config of `my-part`. It does not import torch."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from longalign.backbones.stable_diffusion.config import StableDiffusionConfig
+
+
+class MyPartConfig(StableDiffusionConfig):
+    """Stable Diffusion with scaled conditioning. Replace it by your model."""
+
+    target: ClassVar[str] = "my_plugin.part:MyPart"
+
+    has_pooled: ClassVar[bool | None] = False
+
+    name: Literal["my-part"] = "my-part"
+    scale: float = Field(1.0, gt=0)
+    """Factor of the text states."""

@@ -1,0 +1,31 @@
+"""The backbone `my-part`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from my_plugin.config import MyPartConfig
+from torch import Tensor
+
+from longalign.backbones.stable_diffusion.sd import SDBackbone
+from longalign.encoders.base import Conditioning
+from longalign.runtime import Runtime
+
+
+class MyPart(SDBackbone):
+    """Stable Diffusion whose text states are multiplied by ``scale``."""
+
+    scale = 1.0
+
+    @classmethod
+    def from_config(cls, config: MyPartConfig, runtime: Runtime) -> MyPart:
+        """Loads the denoiser and the autoencoder."""
+        backbone = super().from_config(config, runtime)
+        backbone.scale = config.scale
+        return backbone
+
+    def call(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """Calls ``denoiser``, the network or a wrapper of it."""
+        scaled = replace(conditioning, states=self.scale * conditioning.states)
+        return super().call(denoiser, latents, timesteps, scaled)

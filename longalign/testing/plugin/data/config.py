@@ -1,0 +1,22 @@
+"""The config of `my-part`. It does not import torch."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from longalign.data.config import DataConfig
+
+
+class MyPartConfig(DataConfig):
+    """Images of one colour with its name as the caption. Replace it by your data."""
+
+    target: ClassVar[str] = "my_plugin.part:MyPart"
+    has_images: ClassVar[bool] = True
+
+    name: Literal["my-part"] = "my-part"
+    size: int = Field(1000, ge=1)
+    """Number of items."""
+    resolution: int = Field(64, ge=8)
+    """Side of the images in pixels."""

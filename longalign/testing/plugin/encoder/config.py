@@ -1,0 +1,25 @@
+"""The config of `my-part`. It does not import torch."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from longalign.encoders.config import EncoderConfig
+
+
+class MyPartConfig(EncoderConfig):
+    """One state per word, from a fixed random table. Replace it by your text model."""
+
+    target: ClassVar[str] = "my_plugin.part:MyPart"
+    has_pooled: ClassVar[bool] = False
+
+    name: Literal["my-part"] = "my-part"
+    width: int = Field(128, ge=1)
+    """Width of the states; the denoiser's cross-attention must take it."""
+    min_states: int = Field(77, ge=1)
+    """Number of states to which short prompts are padded."""
+
+    def widths(self) -> tuple[int | None, int | None]:
+        return self.width, None

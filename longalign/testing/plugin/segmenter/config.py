@@ -1,0 +1,19 @@
+"""The config of `my-part`, and the part: segmenters need no torch."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from longalign.segmenters import SegmenterConfig
+
+
+class MyPartConfig(SegmenterConfig):
+    """Splits a prompt into pieces of a fixed number of words. Replace it by your segmenter."""
+
+    target: ClassVar[str] = "my_plugin.part:MyPart"
+
+    name: Literal["my-part"] = "my-part"
+    words: int = Field(20, ge=1)
+    """Number of words in a segment."""

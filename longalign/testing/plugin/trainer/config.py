@@ -1,0 +1,23 @@
+"""The config of `my-part`. It does not import torch."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from longalign.backbones.config import LoraConfig
+from longalign.trainers.config import TrainerConfig
+
+
+class MyPartConfig(TrainerConfig):
+    """Noise-prediction fine-tuning with a weight on the loss. Replace it by your method."""
+
+    target: ClassVar[str] = "my_plugin.part:MyPart"
+    needs: ClassVar[tuple[str, ...]] = ("backbone", "encoder")
+
+    name: Literal["my-part"] = "my-part"
+    lora: LoraConfig | None = LoraConfig()
+    """The LoRA to train, or null to train all weights of the denoiser."""
+    weight: float = Field(1.0, gt=0)
+    """Factor of the loss."""

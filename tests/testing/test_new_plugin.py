@@ -1,0 +1,65 @@
+"""New plugins install, are listed, and pass their own tests."""
+
+import importlib.util
+import inspect
+import sys
+import tomllib
+
+import pytest
+
+from longalign.config.run import load_config
+from longalign.registry import REGISTRIES
+from longalign.testing.new_plugin import KINDS, new_plugin
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Function that writes a plugin and puts it and its metadata on the path."""
+
+    def write(kind):
+        folder = new_plugin(f"fancy-{kind}", kind, tmp_path)
+        project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+        info = folder / f"longalign_fancy_{kind}-0.1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: 0.1.0\n")
+        groups = project["entry-points"].items()
+        text = "".join(f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in parts.items()) for group, parts in groups)
+        (info / "entry_points.txt").write_text(text)
+        monkeypatch.syspath_prepend(str(folder))
+        return folder
+
+    before = set(sys.modules)
+    yield write
+    for module in set(sys.modules) - before:
+        if module.startswith("longalign_fancy_"):
+            del sys.modules[module]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_new_plugin_passes_its_tests(install, tmp_path, kind):
+    folder = install(kind)
+    assert f"fancy-{kind}" in REGISTRIES[KINDS[kind]].names()
+    load_config(folder / "example.yaml")
+    spec = importlib.util.spec_from_file_location("conformance", folder / "tests" / "test_conformance.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    tests = [function for name, function in vars(module).items() if name.startswith("test_")]
+    assert tests
+    for number, function in enumerate(tests):
+        given = {"tmp_path": tmp_path / str(number)} if "tmp_path" in inspect.signature(function).parameters else {}
+        function(**given)
+    leftovers = [path for path in folder.rglob("*.*") if path.is_file() and "my_p" in path.read_text(errors="ignore")]
+    assert not leftovers
+
+
+@pytest.mark.parametrize(("name", "kind"), [("Fancy", "reward"), ("fancy", "rewards"), ("a_b", "data"), ("", "data")])
+def test_new_plugin_rejects_names_and_kinds(tmp_path, name, kind):
+    with pytest.raises(ValueError, match=r"kebab case|expected a kind"):
+        new_plugin(name, kind, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_new_plugin_rejects_existing_folder(tmp_path):
+    new_plugin("fancy", "data", tmp_path)
+    with pytest.raises(ValueError, match="longalign-fancy exists"):
+        new_plugin("fancy", "data", tmp_path)
