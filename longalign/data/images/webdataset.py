@@ -42,7 +42,10 @@ class WebDataset(Stream):
         image: image suffixes in order of preference.
         caption: suffix of the caption file.
         field: key of the caption in a JSON file, or None for a text file.
-        resolution, empty, max_unreadable, shuffle_buffer: see `Stream`.
+        resolution: see `Stream`.
+        empty: see `Stream`.
+        max_unreadable: see `Stream`.
+        shuffle_buffer: see `Stream`.
     """
 
     def __init__(

@@ -155,7 +155,10 @@ class HubStream(Stream):
         caption: name of the caption column.
         image: name of the image column; None for prompts only.
         folder: folder of image paths; None rejects paths.
-        resolution, empty, max_unreadable, shuffle_buffer: see `Stream`.
+        resolution: see `Stream`.
+        empty: see `Stream`.
+        max_unreadable: see `Stream`.
+        shuffle_buffer: see `Stream`.
     """
 
     def __init__(
