@@ -13,19 +13,18 @@ class LoraConfig(Section):
     """Low-rank updates of every Linear and Conv2d inside ResnetBlock2D, Attention and GEGLU (arXiv 2106.09685).
 
     ``down`` is initialised from N(0, 1/rank^2) and ``up`` with zeros, so the update is zero at the start.
-
-    Attributes:
-        rank: width of the bottleneck.
-        scale: factor of the update.
-        dropout: dropout probability in the update during training.
-        dropout_placement: ``"down"`` drops inputs of the down projection, as in peft; ``"up"`` drops outputs of the up
-            projection, as in the LongAlign authors' code.
     """
 
     rank: int = Field(default=32, ge=1)
+    """width of the bottleneck."""
     scale: float = Field(default=1.0, gt=0)
+    """factor of the update."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
+    """dropout probability in the update during training."""
     dropout_placement: Literal["down", "up"] = "down"
+    """``"down"`` drops inputs of the down projection, as in peft; ``"up"`` drops outputs of the up projection, as in
+    the LongAlign authors' code.
+    """
 
 
 class BackboneConfig(PartConfig):

@@ -27,34 +27,32 @@ def _listed(value: Any) -> Any:
 
 
 class RunConfig(Section):
-    """Config of one run. Each part is a name, or a mapping with ``name`` and the keys of the part.
-
-    Attributes:
-        backbone: the diffusion model to fine-tune; omit it for trainers that do not use one.
-        encoder: the prompt encoder; omit it for trainers that do not use one.
-        rewards: the rewards that score images, in the order the trainer receives them.
-        trainer: the training method; null for sampling- or scoring-only configs.
-        data: the training data; required with a trainer.
-        loop: steps, batch size, learning rate, checkpoints, logging.
-        validation: images sampled during training, or null for none.
-        cache: precomputed latents and text states, written by `longalign cache`, or null for none.
-        seed: random seed of weights, noise and data order.
-        output: folder for checkpoints, logs and validation images.
-        init_from: a checkpoint to start from: its file, its folder, a run's folder (the newest one), or ``owner/name``
-            on the Hub; a new LoRA is trained on top of its frozen LoRA.
-    """
+    """Config of one run. Each part is a name, or a mapping with ``name`` and the keys of the part."""
 
     backbone: Part("backbones") | None
+    """the diffusion model to fine-tune; omit it for trainers that do not use one."""
     encoder: Part("encoders") | None
+    """the prompt encoder; omit it for trainers that do not use one."""
     rewards: Annotated[tuple[Part("rewards"), ...], BeforeValidator(_listed)] = ()
+    """the rewards that score images, in the order the trainer receives them."""
     trainer: Part("trainers") | None = None
+    """the training method; null for sampling- or scoring-only configs."""
     data: Part("data") | None = None
+    """the training data; required with a trainer."""
     loop: LoopConfig = LoopConfig()
+    """steps, batch size, learning rate, checkpoints, logging."""
     validation: ValidationConfig | None = None
+    """images sampled during training, or null for none."""
     cache: CacheConfig | None = None
+    """precomputed latents and text states, written by `longalign cache`, or null for none."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """random seed of weights, noise and data order."""
     output: Text = "runs/longalign"
+    """folder for checkpoints, logs and validation images."""
     init_from: Text | None = None
+    """a checkpoint to start from: its file, its folder, a run's folder (the newest one), or ``owner/name`` on the Hub;
+    a new LoRA is trained on top of its frozen LoRA.
+    """
 
     @model_validator(mode="before")
     @classmethod

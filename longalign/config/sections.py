@@ -20,80 +20,74 @@ def _listed(value: Any) -> Any:
 
 
 class LoopConfig(Section):
-    """Settings of the training loop.
-
-    Attributes:
-        steps: optimizer steps.
-        batch_size: items per process and micro-step.
-        accumulation: micro-steps per optimizer step.
-        lr: learning rate of AdamW.
-        betas: AdamW's two decay rates.
-        weight_decay: AdamW's weight decay.
-        warmup: steps of linear learning-rate warmup from zero.
-        clip: maximum gradient norm, or null for no clipping.
-        precision: mixed precision, "no", "bf16" or "fp16"; frozen modules are kept in that dtype.
-        gradient_checkpointing: recompute activations in the backward pass to save memory: those of the denoiser, of the
-            autoencoder if rewards score decoded images, or of a trained reward.
-        channels_last: use the channels-last memory format for denoiser and autoencoder; for backbones with a UNet.
-        compile: compile the denoiser with ``torch.compile``; true for "inductor", or the name of a backend.
-        ema: decay of the exponential moving average of the trainable parameters, or null for none.
-        save_every: steps between checkpoints, or null for a single checkpoint at the end.
-        keep: number of newest checkpoints to keep, or null for all.
-        log_every: steps between log entries; values are averaged over these steps.
-        trackers: additional loggers, "tensorboard" or "wandb"; one or a list.
-        workers: data loading processes; 0 loads in the training process.
-    """
+    """Settings of the training loop."""
 
     steps: PositiveInt = 1000
+    """optimizer steps."""
     batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 8
+    """items per process and micro-step."""
     accumulation: Annotated[int, Field(ge=1, le=1_000_000)] = 1
+    """micro-steps per optimizer step."""
     lr: PositiveFloat = 3e-5
+    """learning rate of AdamW."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """AdamW's two decay rates."""
     weight_decay: NonNegativeFloat = 1e-2
+    """AdamW's weight decay."""
     warmup: NonNegativeInt = 0
+    """steps of linear learning-rate warmup from zero."""
     clip: PositiveFloat | None = 0.3
+    """maximum gradient norm, or null for no clipping."""
     precision: Literal["no", "bf16", "fp16"] = "no"
+    """mixed precision, "no", "bf16" or "fp16"; frozen modules are kept in that dtype."""
     gradient_checkpointing: bool = False
+    """recompute activations in the backward pass to save memory: those of the denoiser, of the autoencoder if rewards
+    score decoded images, or of a trained reward.
+    """
     channels_last: bool = False
+    """use the channels-last memory format for denoiser and autoencoder; for backbones with a UNet."""
     compile: bool | Literal["inductor", "cudagraphs", "aot_eager", "eager"] = False
+    """compile the denoiser with ``torch.compile``; true for "inductor", or the name of a backend."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """decay of the exponential moving average of the trainable parameters, or null for none."""
     save_every: PositiveInt | None = 500
+    """steps between checkpoints, or null for a single checkpoint at the end."""
     keep: PositiveInt | None = 2
+    """number of newest checkpoints to keep, or null for all."""
     log_every: PositiveInt = 10
+    """steps between log entries; values are averaged over these steps."""
     trackers: Annotated[tuple[Tracker, ...], BeforeValidator(_listed, json_schema_input_type=OneOrMore)] = ()
+    """additional loggers, "tensorboard" or "wandb"; one or a list."""
     workers: Annotated[int, Field(ge=0, le=1000)] = 0
+    """data loading processes; 0 loads in the training process."""
 
 
 class ValidationConfig(Section):
-    """Validation images, sampled with fixed seeds during training.
-
-    Attributes:
-        prompts: the prompts, or a file with one per line (.txt) or one mapping with "prompt" per line (.jsonl).
-        every: steps between validations; images are also sampled at the start and at the end.
-        num_steps: sampling steps.
-        guidance: classifier-free guidance scale; 1 disables it.
-        solver: "unipc", "ddim", "dpm++", or "lcm" for a consistency-distilled model, with 4 steps and guidance 1.
-    """
+    """Validation images, sampled with fixed seeds during training."""
 
     prompts: Annotated[tuple[str, ...], Field(min_length=1)] | Text
+    """the prompts, or a file with one per line (.txt) or one mapping with "prompt" per line (.jsonl)."""
     every: PositiveInt = 500
+    """steps between validations; images are also sampled at the start and at the end."""
     num_steps: PositiveInt = 25
+    """sampling steps."""
     guidance: Annotated[float, Field(ge=1)] = 7.5
+    """classifier-free guidance scale; 1 disables it."""
     solver: Solver = "unipc"
+    """"unipc", "ddim", "dpm++", or "lcm" for a consistency-distilled model, with 4 steps and guidance 1."""
 
 
 class CacheConfig(Section):
     """Latents and text states that ``longalign cache`` precomputes and training reads from disk.
 
     A cache is rejected if the encoder, autoencoder, data, precision or images have changed since it was made.
-
-    Attributes:
-        folder: folder of the cache.
-        latents: cache image latents; null to cache them if the data has images. Training samples from the cached
-            posterior exactly as without a cache.
-        prompts: cache the frozen text states; the text models are then not loaded for training.
     """
 
     folder: Text
+    """folder of the cache."""
     latents: bool | None = None
+    """cache image latents; null to cache them if the data has images. Training samples from the cached posterior
+    exactly as without a cache.
+    """
     prompts: bool = True
+    """cache the frozen text states; the text models are then not loaded for training."""

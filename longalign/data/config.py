@@ -53,19 +53,18 @@ class DataConfig(PartConfig):
 
 
 class ImagesConfig(DataConfig):
-    """Base class of configs of stored images.
-
-    Attributes:
-        resolution: centre-crop and resize images to this many pixels; null is the backbone's native resolution. Smaller
-            images are scaled up, with a warning.
-        empty: "skip" images with an empty caption, or "keep" them as unconditional examples.
-        max_unreadable: number of unreadable images, caption files and shards to replace by the next one, each with a
-            warning; one more stops the run. Each data loading process counts its own.
-    """
+    """Base class of configs of stored images."""
 
     resolution: PositiveInt | None = None
+    """centre-crop and resize images to this many pixels; null is the backbone's native resolution. Smaller images are
+    scaled up, with a warning.
+    """
     empty: Literal["skip", "keep"] = "skip"
+    """"skip" images with an empty caption, or "keep" them as unconditional examples."""
     max_unreadable: NonNegativeInt = 10
+    """number of unreadable images, caption files and shards to replace by the next one, each with a warning; one more
+    stops the run. Each data loading process counts its own.
+    """
 
     @property
     def image_size(self) -> int | None:

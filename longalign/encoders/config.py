@@ -53,20 +53,18 @@ class EncoderConfig(PartConfig):
 
 
 class CheckpointConfig(EncoderConfig):
-    """Shared by encoders that load a text model.
-
-    Attributes:
-        checkpoint: Hub id or local folder in diffusers layout (``text_encoder/``, ``tokenizer/``) or transformers
-            layout; ``mini/...`` is one of the bundled small models.
-        revision: branch, tag or commit of a Hub repository.
-        variant: file variant of the text model, e.g. ``"fp16"`` for weights in ``model.fp16.safetensors``.
-        max_batch_tokens: maximum number of positions per call of a text model; lower it to save memory.
-    """
+    """Shared by encoders that load a text model."""
 
     checkpoint: str = Field(min_length=1)
+    """Hub id or local folder in diffusers layout (``text_encoder/``, ``tokenizer/``) or transformers layout;
+    ``mini/...`` is one of the bundled small models.
+    """
     revision: str | None = None
+    """branch, tag or commit of a Hub repository."""
     variant: str | None = None
+    """file variant of the text model, e.g. ``"fp16"`` for weights in ``model.fp16.safetensors``."""
     max_batch_tokens: int = Field(default=16384, ge=1)
+    """maximum number of positions per call of a text model; lower it to save memory."""
 
     def check_files(self) -> list[ConfigProblem]:
         if self.checkpoint.endswith((".safetensors", ".pt")):
@@ -92,16 +90,14 @@ class CheckpointConfig(EncoderConfig):
 
 
 class LoadedConfig(CheckpointConfig):
-    """Shared by encoders that load one text model, which gives no pooled embedding.
-
-    Attributes:
-        subfolder: subfolder of the text model, e.g. ``text_encoder_2``; None detects it. The tokenizer's subfolder has
-            ``tokenizer`` in place of ``text_encoder``.
-    """
+    """Shared by encoders that load one text model, which gives no pooled embedding."""
 
     has_pooled: ClassVar[bool | None] = False
 
     subfolder: str | None = None
+    """subfolder of the text model, e.g. ``text_encoder_2``; None detects it. The tokenizer's subfolder has
+    ``tokenizer`` in place of ``text_encoder``.
+    """
 
     def _configs(self) -> list[str]:
         return super()._configs() if self.subfolder is None else [join_subfolder(self.subfolder, "config.json")]
@@ -111,16 +107,13 @@ class LoadedConfig(CheckpointConfig):
 
 
 class ConcatConfig(EncoderConfig):
-    """Several encoders, with states concatenated along the sequence axis.
-
-    Attributes:
-        parts: the encoders, in order.
-    """
+    """Several encoders, with states concatenated along the sequence axis."""
 
     target: ClassVar[str] = "longalign.encoders.concat:ConcatEncoder"
 
     name: Literal["concat"] = "concat"
     parts: list[Part("encoders")] = Field(min_length=1)  # type: ignore[valid-type]
+    """the encoders, in order."""
 
     def inner_encoders(self) -> Sequence[EncoderConfig]:
         return self.parts

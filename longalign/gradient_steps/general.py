@@ -16,17 +16,15 @@ class GroupedRandomConfig(GradientStepsConfig):
     """One step in each of several equal groups, at the same random offset (LongAlign, section 4).
 
     For 50 steps in 5 groups: r, 10 + r, 20 + r, 30 + r and 40 + r with r in 0..9.
-
-    Attributes:
-        groups: number of groups, equal to the number of gradient-carrying steps.
-        detach: whether the inputs of these steps are constants, as in the paper.
     """
 
     target: ClassVar[str] = "longalign.gradient_steps.general:GroupedRandom"
 
     name: Literal["grouped-random"] = "grouped-random"
     groups: int = Field(5, ge=1)
+    """number of groups, equal to the number of gradient-carrying steps."""
     detach: bool = True
+    """whether the inputs of these steps are constants, as in the paper."""
 
     def check_steps(self, num_steps: int) -> None:
         check_groups(num_steps, self.groups)
@@ -36,18 +34,15 @@ class GroupedRandomConfig(GradientStepsConfig):
 
 
 class LastConfig(GradientStepsConfig):
-    """The last steps.
-
-    Attributes:
-        k: number of gradient-carrying steps.
-        detach: whether the inputs of these steps are constants.
-    """
+    """The last steps."""
 
     target: ClassVar[str] = "longalign.gradient_steps.general:Last"
 
     name: Literal["last"] = "last"
     k: int = Field(1, ge=1)
+    """number of gradient-carrying steps."""
     detach: bool = True
+    """whether the inputs of these steps are constants."""
 
     def check_steps(self, num_steps: int) -> None:
         check_last(num_steps, self.k)
@@ -57,16 +52,13 @@ class LastConfig(GradientStepsConfig):
 
 
 class AllConfig(GradientStepsConfig):
-    """Every step.
-
-    Attributes:
-        detach: whether the inputs of the steps are constants; false gives DRaFT (arXiv 2309.17400).
-    """
+    """Every step."""
 
     target: ClassVar[str] = "longalign.gradient_steps.general:All"
 
     name: Literal["all"] = "all"
     detach: bool = True
+    """whether the inputs of the steps are constants; false gives DRaFT (arXiv 2309.17400)."""
 
     def detaches(self) -> bool:
         return self.detach

@@ -16,17 +16,15 @@ class DRTuneConfig(GradientStepsConfig):
     """DRTune (arXiv 2405.00760): equidistant steps from a random offset, with constant inputs.
 
     Sampling stops at a random late step, and its predicted image is scored.
-
-    Attributes:
-        groups: number of gradient-carrying steps; those after the stop are dropped.
-        early_stop: sampling stops uniformly among the last ``early_stop`` steps; 1 means no early stop.
     """
 
     target: ClassVar[str] = "longalign.gradient_steps.papers:DRTune"
 
     name: Literal["drtune"] = "drtune"
     groups: int = Field(5, ge=1)
+    """number of gradient-carrying steps; those after the stop are dropped."""
     early_stop: int = Field(10, ge=1)
+    """sampling stops uniformly among the last ``early_stop`` steps; 1 means no early stop."""
 
     def check_steps(self, num_steps: int) -> None:
         check_groups(num_steps, self.groups, self.early_stop)
@@ -45,15 +43,13 @@ class DraftKConfig(GradientStepsConfig):
     """DRaFT-K (arXiv 2309.17400): the last steps, with gradient through their inputs.
 
     For DRaFT, use ``all`` with ``detach: false``.
-
-    Attributes:
-        k: number of gradient-carrying steps.
     """
 
     target: ClassVar[str] = "longalign.gradient_steps.papers:DraftK"
 
     name: Literal["draft-k"] = "draft-k"
     k: int = Field(1, ge=1)
+    """number of gradient-carrying steps."""
 
     def check_steps(self, num_steps: int) -> None:
         check_last(num_steps, self.k)
@@ -75,15 +71,13 @@ class DraftLVConfig(GradientStepsConfig):
     """DRaFT-LV (arXiv 2309.17400): the last step, also of re-noised copies of the sample, for lower gradient variance.
 
     The gradient is the mean over sample and copies, so that learning rates stay comparable; the paper uses the sum.
-
-    Attributes:
-        copies: number of copies of each sample.
     """
 
     target: ClassVar[str] = "longalign.gradient_steps.papers:DraftLV"
 
     name: Literal["draft-lv"] = "draft-lv"
     copies: int = Field(2, ge=1)
+    """number of copies of each sample."""
 
 
 class DraftLV(Last):
@@ -96,18 +90,15 @@ class DraftLV(Last):
 
 
 class AlignPropConfig(GradientStepsConfig):
-    """AlignProp (arXiv 2310.03739): a random number of last steps, with gradient through their inputs.
-
-    Attributes:
-        min_steps: minimum number of gradient-carrying steps.
-        max_steps: maximum number of gradient-carrying steps; null means all.
-    """
+    """AlignProp (arXiv 2310.03739): a random number of last steps, with gradient through their inputs."""
 
     target: ClassVar[str] = "longalign.gradient_steps.papers:AlignProp"
 
     name: Literal["align-prop"] = "align-prop"
     min_steps: int = Field(1, ge=1)
+    """minimum number of gradient-carrying steps."""
     max_steps: int | None = Field(None, ge=1)
+    """maximum number of gradient-carrying steps; null means all."""
 
     @model_validator(mode="after")
     def _check_range(self) -> AlignPropConfig:
@@ -135,15 +126,13 @@ class ReFLConfig(GradientStepsConfig):
     """ReFL (arXiv 2304.05977, algorithm 1): only the last step carries gradient.
 
     Sampling stops at a random late step, and its predicted image is scored.
-
-    Attributes:
-        early_stop: sampling stops uniformly among the last ``early_stop`` steps; 1 means no early stop.
     """
 
     target: ClassVar[str] = "longalign.gradient_steps.papers:ReFL"
 
     name: Literal["refl"] = "refl"
     early_stop: int = Field(10, ge=1)
+    """sampling stops uniformly among the last ``early_stop`` steps; 1 means no early stop."""
 
     def check_steps(self, num_steps: int) -> None:
         check_last(num_steps, 1, early_stop=self.early_stop)

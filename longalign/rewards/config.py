@@ -28,28 +28,28 @@ class RewardConfig(PartConfig):
 
 
 class TowerRewardConfig(RewardConfig):
-    """Settings of rewards with an image and a text tower; plugins may inherit from it.
-
-    Attributes:
-        text: how prompts are encoded. ``"auto"``: in one pass if the prompt fits the text tower's window, as published;
-            otherwise as the mean of the unit embeddings of as few windows of whole sentences as possible. ``"whole"``:
-            one window, truncated with a warning, as published scores do. ``"segments"``: as the mean of the unit
-            embeddings of all segments.
-        segmenter: how prompts are split with ``text: segments``; null splits into sentences.
-        aspect: how non-square images are resized: ``"crop"`` keeps the centre, ``"pad"`` adds black borders,
-            ``"squash"`` changes the aspect ratio.
-        crop: side of a random crop before the resize in training mode: an int in pixels (504 of 512 in the paper), or a
-            float as a fraction of each side; null for no crop.
-        micro_batch: number of images per pass of the image tower; null for all at once.
-    """
+    """Settings of rewards with an image and a text tower; plugins may inherit from it."""
 
     embeds: ClassVar[bool] = True
 
     text: TextMode = "auto"
+    """how prompts are encoded. ``"auto"``: in one pass if the prompt fits the text tower's window, as published;
+    otherwise as the mean of the unit embeddings of as few windows of whole sentences as possible. ``"whole"``: one
+    window, truncated with a warning, as published scores do. ``"segments"``: as the mean of the unit embeddings of all
+    segments.
+    """
     segmenter: Part("segmenters") | None = None
+    """how prompts are split with ``text: segments``; null splits into sentences."""
     aspect: Aspect = "crop"
+    """how non-square images are resized: ``"crop"`` keeps the centre, ``"pad"`` adds black borders, ``"squash"``
+    changes the aspect ratio.
+    """
     crop: int | float | None = None
+    """side of a random crop before the resize in training mode: an int in pixels (504 of 512 in the paper), or a float
+    as a fraction of each side; null for no crop.
+    """
     micro_batch: int | None = Field(None, ge=1)
+    """number of images per pass of the image tower; null for all at once."""
 
     @model_validator(mode="before")
     @classmethod

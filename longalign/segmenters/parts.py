@@ -97,16 +97,13 @@ class Tokens:
 
 
 class TokensConfig(SegmenterConfig):
-    """Splits into windows of tokens.
-
-    Attributes:
-        n: maximum number of tokens per window, without special tokens; 75 fill CLIP's window.
-    """
+    """Splits into windows of tokens."""
 
     target: ClassVar[str] = "longalign.segmenters.parts:Tokens"
 
     name: Literal["tokens"] = "tokens"
     n: int = Field(default=75, ge=1)
+    """maximum number of tokens per window, without special tokens; 75 fill CLIP's window."""
 
 
 @dataclass(frozen=True)
@@ -134,16 +131,13 @@ class Packed:
 
 
 class PackedConfig(SegmenterConfig):
-    """Splits into groups of whole sentences.
-
-    Attributes:
-        n: maximum number of tokens per segment, without special tokens; 75 fill CLIP's window.
-    """
+    """Splits into groups of whole sentences."""
 
     target: ClassVar[str] = "longalign.segmenters.parts:Packed"
 
     name: Literal["packed"] = "packed"
     n: int = Field(default=75, ge=1)
+    """maximum number of tokens per segment, without special tokens; 75 fill CLIP's window."""
 
 
 @dataclass(frozen=True)
@@ -169,13 +163,10 @@ class Manual:
 
 
 class ManualConfig(SegmenterConfig):
-    """Takes segments from the user.
-
-    Attributes:
-        marker: word that separates segments in a text, case-sensitive.
-    """
+    """Takes segments from the user."""
 
     target: ClassVar[str] = "longalign.segmenters.parts:Manual"
 
     name: Literal["manual"] = "manual"
     marker: str = Field(default="BREAK", min_length=1)
+    """word that separates segments in a text, case-sensitive."""

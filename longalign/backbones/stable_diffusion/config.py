@@ -14,25 +14,24 @@ from longalign.hub import availability_problem, missing_files_problem, read_json
 
 
 class StableDiffusionConfig(BackboneConfig):
-    """Checkpoints of the Stable Diffusion family.
-
-    Attributes:
-        checkpoint: Hub id, local folder in diffusers layout, ``mini/sd``, or a single ``.safetensors`` file. A single
-            file contains the weights of UNet and VAE under the names of the original code.
-        layout: for a single file, Hub id or folder in diffusers layout of a model of the same architecture; only its
-            configs are read. null uses the Hub's configs for Stable Diffusion 1.5 and XL.
-        subfolder: folder in the checkpoint that contains ``unet/``, ``vae/`` and so on; null for its root.
-        revision: branch, tag or commit on the Hub.
-        variant: file variant, e.g. ``"fp16"`` for weights in ``*.fp16.safetensors``.
-        dtype: dtype of the UNet's weights; trainable weights are always float32. The VAE has the runtime's dtype.
-    """
+    """Checkpoints of the Stable Diffusion family."""
 
     checkpoint: str
+    """Hub id, local folder in diffusers layout, ``mini/sd``, or a single ``.safetensors`` file. A single file contains
+    the weights of UNet and VAE under the names of the original code.
+    """
     layout: str | None = None
+    """for a single file, Hub id or folder in diffusers layout of a model of the same architecture; only its configs are
+    read. null uses the Hub's configs for Stable Diffusion 1.5 and XL.
+    """
     subfolder: str | None = None
+    """folder in the checkpoint that contains ``unet/``, ``vae/`` and so on; null for its root."""
     revision: str | None = None
+    """branch, tag or commit on the Hub."""
     variant: str | None = None
+    """file variant, e.g. ``"fp16"`` for weights in ``*.fp16.safetensors``."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """dtype of the UNet's weights; trainable weights are always float32. The VAE has the runtime's dtype."""
 
     @property
     def single_file(self) -> bool:
@@ -99,19 +98,22 @@ class SDConfig(StableDiffusionConfig):
 
 
 class SDXLConfig(StableDiffusionConfig):
-    """Stable Diffusion XL, or any model of that layout. The size conditioning is fixed to the true size without a crop.
-
-    Attributes:
-        checkpoint: Hub id, e.g. ``stabilityai/stable-diffusion-xl-base-1.0``, local folder in diffusers layout, or a
-            single ``.safetensors`` file with the weights of UNet and VAE under the names of the original code.
-        dtype: dtype of the UNet's weights; trainable weights are always float32. The VAE has the runtime's dtype, but
-            float32 instead of float16, in which it overflows.
+    """Stable Diffusion XL, or any model of that layout. The size conditioning is fixed to the true size without
+    a crop.
     """
 
     target: ClassVar[str] = "longalign.backbones.stable_diffusion.sdxl:SDXLBackbone"
     has_pooled: ClassVar[bool | None] = True
 
     name: Literal["sdxl"] = "sdxl"
+    checkpoint: str
+    """Hub id, e.g. ``stabilityai/stable-diffusion-xl-base-1.0``, local folder in diffusers layout, or a single
+    ``.safetensors`` file with the weights of UNet and VAE under the names of the original code.
+    """
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """dtype of the UNet's weights; trainable weights are always float32. The VAE has the runtime's dtype, but float32
+    instead of float16, in which it overflows.
+    """
 
     def widths(self) -> tuple[int | None, int | None]:
         config = self._config_of(self.component)
@@ -123,13 +125,6 @@ class SD3Config(StableDiffusionConfig):
     """Stable Diffusion 3 and 3.5, or any model of that layout: a transformer that predicts a flow.
 
     A LoRA is added to the attention projections of text and image, as in diffusers' LoRA training of SD3.
-
-    Attributes:
-        checkpoint: Hub id, e.g. ``stabilityai/stable-diffusion-3-medium-diffusers``, or local folder in diffusers
-            layout.
-        layout: for a single file, as for ``sd``.
-        dtype: dtype of the transformer's weights; trainable weights are always float32. The VAE has the runtime's
-            dtype.
     """
 
     target: ClassVar[str] = "longalign.backbones.stable_diffusion.sd3:SD3Backbone"
@@ -137,6 +132,12 @@ class SD3Config(StableDiffusionConfig):
     has_pooled: ClassVar[bool | None] = True
 
     name: Literal["sd3"] = "sd3"
+    checkpoint: str
+    """Hub id, e.g. ``stabilityai/stable-diffusion-3-medium-diffusers``, or local folder in diffusers layout."""
+    layout: str | None = None
+    """for a single file, as for ``sd``."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """dtype of the transformer's weights; trainable weights are always float32. The VAE has the runtime's dtype."""
 
     @property
     def divisor(self) -> int | None:

@@ -13,19 +13,17 @@ from longalign.errors import ConfigProblem
 
 
 class FolderConfig(ImagesConfig):
-    """Captioned images of a folder.
-
-    Attributes:
-        folder: folder with ``metadata.jsonl``, one line per image with "file_name" and "text" (or "prompt"), as
-            ``longalign generate`` writes it, or with ``metadata.csv`` with these columns. Without either, a .txt of the
-            same name next to each image, also in subfolders, is its caption. File names are relative to the folder and
-            must not lead out of it; links are followed.
-    """
+    """Captioned images of a folder."""
 
     target: ClassVar[str] = "longalign.data.images.folder:Folder"
 
     name: Literal["folder"] = "folder"
     folder: Text
+    """folder with ``metadata.jsonl``, one line per image with "file_name" and "text" (or "prompt"), as ``longalign
+    generate`` writes it, or with ``metadata.csv`` with these columns. Without either, a .txt of the same name next to
+    each image, also in subfolders, is its caption. File names are relative to the folder and must not lead out of it;
+    links are followed.
+    """
 
     def check_files(self) -> list[ConfigProblem]:
         folder = Path(self.folder)
@@ -39,23 +37,21 @@ class FolderConfig(ImagesConfig):
 class WebDatasetConfig(ImagesConfig):
     """Local tar files in WebDataset layout, read as a stream. Files with the same stem form one item; files larger than
     256 MiB are not read.
-
-    Attributes:
-        shards: path or list of paths of tar files, with ``{0000..0123}`` for a range or ``*``.
-        image: image suffixes in order of preference.
-        caption: suffix of the caption file: "txt", or "json" with a ``field``.
-        field: key of the caption in a JSON file; null is "caption".
-        shuffle_buffer: shuffle buffer size; 1 keeps the order.
     """
 
     target: ClassVar[str] = "longalign.data.images.webdataset:WebDataset"
 
     name: Literal["webdataset"] = "webdataset"
     shards: Annotated[Texts, Field(min_length=1)]
+    """path or list of paths of tar files, with ``{0000..0123}`` for a range or ``*``."""
     image: Annotated[Texts, Field(min_length=1)] = ("jpg", "jpeg", "png", "webp")
+    """image suffixes in order of preference."""
     caption: Text = "txt"
+    """suffix of the caption file: "txt", or "json" with a ``field``."""
     field: Text | None = None
+    """key of the caption in a JSON file; null is "caption"."""
     shuffle_buffer: PositiveInt = 1000
+    """shuffle buffer size; 1 keeps the order."""
 
     def check_files(self) -> list[ConfigProblem]:
         return [("shards", problem) for pattern in self.shards if (problem := shard_problem(pattern))]
@@ -77,28 +73,27 @@ class WebDatasetConfig(ImagesConfig):
 
 
 class LongAlignCaptionsConfig(ImagesConfig):
-    """The public LongAlign captions (2.27 million rows ``caption, path, source``) with local images.
-
-    Attributes:
-        folders: image folder of each source, by the names in the column ``source``; ``path`` is relative to it. Rows of
-            other sources are skipped.
-        captions: Hub id, a local .parquet, .csv or .jsonl file, or a folder of such files of one format.
-        split: split to load.
-        revision: branch, tag or commit on the Hub.
-        cache: cache folder of the library ``datasets``; null is its default.
-        max_missing: number of image files that may be missing; null is any number. Missing files are skipped at the
-            start, with a warning.
-    """
+    """The public LongAlign captions (2.27 million rows ``caption, path, source``) with local images."""
 
     target: ClassVar[str] = "longalign.data.images.captions:LongAlignCaptions"
 
     name: Literal["longalign-captions"] = "longalign-captions"
     folders: Annotated[dict[str, Text], Field(min_length=1)]
+    """image folder of each source, by the names in the column ``source``; ``path`` is relative to it. Rows of other
+    sources are skipped.
+    """
     captions: Text = "luping-liu/LongAlign"
+    """Hub id, a local .parquet, .csv or .jsonl file, or a folder of such files of one format."""
     split: Text = "train"
+    """split to load."""
     revision: Text | None = None
+    """branch, tag or commit on the Hub."""
     cache: Text | None = None
+    """cache folder of the library ``datasets``; null is its default."""
     max_missing: NonNegativeInt | None = None
+    """number of image files that may be missing; null is any number. Missing files are skipped at the start, with a
+    warning.
+    """
 
     def check_files(self) -> list[ConfigProblem]:
         return [

@@ -13,18 +13,16 @@ from longalign.errors import ConfigProblem
 
 
 class PairedImagesConfig(DataConfig):
-    """Base class of configs of stored preference data.
-
-    Attributes:
-        resolution: centre-crop and resize images to this many pixels.
-        max_unreadable: number of pairs with an unreadable image to replace by the next pair, each with a warning; one
-            more stops the run. Each data loading process counts its own.
-    """
+    """Base class of configs of stored preference data."""
 
     has_pairs: ClassVar[bool] = True
 
     resolution: PositiveInt = 224
+    """centre-crop and resize images to this many pixels."""
     max_unreadable: NonNegativeInt = 10
+    """number of pairs with an unreadable image to replace by the next pair, each with a warning; one more stops the
+    run. Each data loading process counts its own.
+    """
 
     @property
     def image_size(self) -> int | None:
@@ -32,19 +30,16 @@ class PairedImagesConfig(DataConfig):
 
 
 class PairsConfig(PairedImagesConfig):
-    """Preference data of a folder: pairs of images with a prompt and a preference.
-
-    Attributes:
-        folder: folder with ``metadata.jsonl``, one line per pair: files "image_0" and "image_1", "text" (or "prompt"),
-            and "label_0" and "label_1" (1 and 0, fractions or votes; equal is a tie) or "preference" (the fraction that
-            prefers the first image). Optional: a caption of each image, "caption_0" and "caption_1". Pairs without
-            label are skipped.
-    """
+    """Preference data of a folder: pairs of images with a prompt and a preference."""
 
     target: ClassVar[str] = "longalign.data.pairs.folder:FolderPairs"
 
     name: Literal["pairs"] = "pairs"
     folder: Text
+    """folder with ``metadata.jsonl``, one line per pair: files "image_0" and "image_1", "text" (or "prompt"), and
+    "label_0" and "label_1" (1 and 0, fractions or votes; equal is a tie) or "preference" (the fraction that prefers the
+    first image). Optional: a caption of each image, "caption_0" and "caption_1". Pairs without label are skipped.
+    """
 
     def check_files(self) -> list[ConfigProblem]:
         path = Path(self.folder) / "metadata.jsonl"
@@ -57,17 +52,16 @@ class HubPairsConfig(TableConfig, PairedImagesConfig):
 
     The defaults are the columns of Pick-a-Pic (``yuvalkirstain/pickapic_v1``). For HPD v2, set ``images: image_path``,
     ``labels: human_preference`` and ``caption: prompt``.
-
-    Attributes:
-        images: two columns of images, encoded bytes or paths, or one column with a list of two.
-        labels: two columns of numbers (1 and 0, fractions or votes; equal is a tie), one column with a list of two, or
-            one column with the fraction that prefers the first image. Pairs without label are skipped.
-        captions: two columns with a caption of each image, or one column with a list of two; empty for none.
     """
 
     target: ClassVar[str] = "longalign.data.pairs.table:HubPairs"
 
     name: Literal["hf-pairs"] = "hf-pairs"
     images: Annotated[Texts, Field(min_length=1, max_length=2)] = ("jpg_0", "jpg_1")
+    """two columns of images, encoded bytes or paths, or one column with a list of two."""
     labels: Annotated[Texts, Field(min_length=1, max_length=2)] = ("label_0", "label_1")
+    """two columns of numbers (1 and 0, fractions or votes; equal is a tie), one column with a list of two, or one
+    column with the fraction that prefers the first image. Pairs without label are skipped.
+    """
     captions: Annotated[Texts, Field(max_length=2)] = ()
+    """two columns with a caption of each image, or one column with a list of two; empty for none."""

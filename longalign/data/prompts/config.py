@@ -10,19 +10,17 @@ from longalign.errors import ConfigProblem
 
 
 class PromptsConfig(DataConfig):
-    """Prompts of a file, without images, for reward fine-tuning.
-
-    Attributes:
-        file: .txt file with one prompt per line, or .jsonl file with "prompt" (or "text") in each line. Prompts with
-            several paragraphs need .jsonl.
-        empty: "skip" or "keep" empty prompts.
-    """
+    """Prompts of a file, without images, for reward fine-tuning."""
 
     target: ClassVar[str] = "longalign.data.prompts.prompts:Prompts"
 
     name: Literal["prompts"] = "prompts"
     file: Text
+    """.txt file with one prompt per line, or .jsonl file with "prompt" (or "text") in each line. Prompts with several
+    paragraphs need .jsonl.
+    """
     empty: Literal["skip", "keep"] = "skip"
+    """"skip" or "keep" empty prompts."""
 
     @property
     def has_images(self) -> bool:

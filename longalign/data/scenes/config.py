@@ -12,21 +12,18 @@ NumObjects = Annotated[int, Field(ge=0, le=9)]
 
 
 class SyntheticConfig(DataConfig):
-    """Base class of configs of synthetic scenes.
-
-    Attributes:
-        size: number of scenes. Seed and index determine a scene.
-        seed: random seed of the scenes. Use different seeds for training and held-out sets.
-        objects: lowest and highest number of objects in a scene, between 0 and 9.
-        words: lowest and highest target length of a caption in words; lengths are uniform in between.
-        style: "plain" (self-contained sentences), "referring" ("It is red."), or "mixed" (both, equally often).
-    """
+    """Base class of configs of synthetic scenes."""
 
     size: PositiveInt = 10_000
+    """number of scenes. Seed and index determine a scene."""
     seed: NonNegativeInt = 0
+    """random seed of the scenes. Use different seeds for training and held-out sets."""
     objects: tuple[NumObjects, NumObjects] = (1, 9)
+    """lowest and highest number of objects in a scene, between 0 and 9."""
     words: tuple[PositiveInt, PositiveInt] = (20, 250)
+    """lowest and highest target length of a caption in words; lengths are uniform in between."""
     style: Literal["plain", "referring", "mixed"] = "plain"
+    """"plain" (self-contained sentences), "referring" ("It is red."), or "mixed" (both, equally often)."""
 
     @field_validator("objects", "words")
     @classmethod
@@ -49,12 +46,6 @@ class ScenePairsConfig(SyntheticConfig):
 
     Both images show the scene of the caption with some wrong facts and different lighting. The fraction of people who
     prefer the first image depends on faithfulness to the caption and on a caption-independent taste.
-
-    Attributes:
-        truth_weight: weight of the difference in truth, the fraction of the caption's facts that an image shows. The
-            preference is the sigmoid of the sum of both weighted differences.
-        taste_weight: weight of the difference in taste, from -1 to 1; warm light and dark corners score high.
-        captions: whether each image also has its own caption, as long as the prompt.
     """
 
     target: ClassVar[str] = "longalign.data.scenes.pairs:ScenePairs"
@@ -62,5 +53,10 @@ class ScenePairsConfig(SyntheticConfig):
 
     name: Literal["scene-pairs"] = "scene-pairs"
     truth_weight: float = Field(10.0, ge=0)
+    """weight of the difference in truth, the fraction of the caption's facts that an image shows. The preference is the
+    sigmoid of the sum of both weighted differences.
+    """
     taste_weight: float = Field(4.0, ge=0)
+    """weight of the difference in taste, from -1 to 1; warm light and dark corners score high."""
     captions: bool = False
+    """whether each image also has its own caption, as long as the prompt."""

@@ -14,27 +14,26 @@ from longalign.errors import ConfigProblem, redact_url
 class TableConfig(DataConfig):
     """Base class of configs of tables read with the library ``datasets``: Hub datasets, parquet files, or any format it
     supports.
-
-    Attributes:
-        dataset: Hub id, local folder, or a format such as "parquet", "json" or "webdataset" for ``files``.
-        subset: configuration name of the dataset.
-        split: split to load.
-        revision: branch, tag or commit on the Hub.
-        files: paths or URLs of the files to read; ``*`` is allowed.
-        caption: column of the captions or prompts.
-        image_folder: folder of the images if the image column holds paths, which must not lead out of it. ``/`` allows
-            any absolute path.
-        cache: cache folder of ``datasets``; null is its default.
     """
 
     dataset: Text
+    """Hub id, local folder, or a format such as "parquet", "json" or "webdataset" for ``files``."""
     subset: Text | None = None
+    """configuration name of the dataset."""
     split: Text = "train"
+    """split to load."""
     revision: Text | None = None
+    """branch, tag or commit on the Hub."""
     files: Texts = ()
+    """paths or URLs of the files to read; ``*`` is allowed."""
     caption: Text = "caption"
+    """column of the captions or prompts."""
     image_folder: Text | None = None
+    """folder of the images if the image column holds paths, which must not lead out of it. ``/`` allows any absolute
+    path.
+    """
     cache: Text | None = None
+    """cache folder of ``datasets``; null is its default."""
 
     def check_files(self) -> list[ConfigProblem]:
         problems = folder_problems("image_folder", self.image_folder)
@@ -43,21 +42,19 @@ class TableConfig(DataConfig):
 
 
 class HubConfig(TableConfig, ImagesConfig):
-    """A table read with the library ``datasets``: a Hub dataset, parquet files, or any format it supports.
-
-    Attributes:
-        image: column of images, encoded bytes or paths; null reads only captions, for reward fine-tuning.
-        streaming: stream shards during training instead of downloading the dataset first. Shards are distributed over
-            processes and workers.
-        shuffle_buffer: shuffle buffer size of a stream; null is 1000.
-    """
+    """A table read with the library ``datasets``: a Hub dataset, parquet files, or any format it supports."""
 
     target: ClassVar[str] = "longalign.data.tables.hf:HubTable"
 
     name: Literal["hf"] = "hf"
     image: Text | None = "image"
+    """column of images, encoded bytes or paths; null reads only captions, for reward fine-tuning."""
     streaming: bool = False
+    """stream shards during training instead of downloading the dataset first. Shards are distributed over processes and
+    workers.
+    """
     shuffle_buffer: PositiveInt | None = None
+    """shuffle buffer size of a stream; null is 1000."""
 
     @property
     def has_images(self) -> bool:

@@ -14,28 +14,25 @@ from longalign.registry import PartConfig
 
 
 class AdapterConfig(PartConfig):
-    """A LaVi-Bridge adapter: loaded from ``checkpoint``, or newly initialized with the three widths.
-
-    Attributes:
-        checkpoint: Hub id or folder in diffusers layout, e.g. ``shihaozhao/LaVi-Bridge``.
-        subfolder: subfolder of the checkpoint, e.g. ``t5_unet/adapter``.
-        revision: branch, tag or commit of a Hub repository.
-        in_dim: width of the language model, for a new adapter.
-        int_dim: width between the two feed-forward blocks, for a new adapter.
-        out_dim: width that the denoiser expects, for a new adapter.
-        trainable: whether the adapter is trained.
-    """
+    """A LaVi-Bridge adapter: loaded from ``checkpoint``, or newly initialized with the three widths."""
 
     target: ClassVar[str] = "longalign.encoders.t5.adapter:TextAdapter"
 
     name: Literal["lavi-bridge"] = "lavi-bridge"
     checkpoint: str | None = None
+    """Hub id or folder in diffusers layout, e.g. ``shihaozhao/LaVi-Bridge``."""
     subfolder: str | None = None
+    """subfolder of the checkpoint, e.g. ``t5_unet/adapter``."""
     revision: str | None = None
+    """branch, tag or commit of a Hub repository."""
     in_dim: int | None = Field(None, ge=1)
+    """width of the language model, for a new adapter."""
     int_dim: int | None = Field(None, ge=1)
+    """width between the two feed-forward blocks, for a new adapter."""
     out_dim: int | None = Field(None, ge=1)
+    """width that the denoiser expects, for a new adapter."""
     trainable: bool = True
+    """whether the adapter is trained."""
 
     def width(self) -> int | None:
         """Output width, or None if the adapter's config is not on this machine."""
@@ -66,18 +63,7 @@ class AdapterConfig(PartConfig):
 
 
 class T5Config(LoadedConfig):
-    """T5's encoder over the whole prompt.
-
-    Attributes:
-        adapter: maps T5's states to the denoiser's width; None keeps T5's width.
-        max_tokens: number of states, including the end-of-text token; shorter prompts are padded to it.
-        overflow: for a longer prompt, "grow" the batch to its length, "truncate" it with a warning, as in the published
-            model, or raise an "error".
-        window: maximum number of tokens per pass, including the end-of-text token. With "grow", a prompt longer than
-            this and ``max_tokens`` is encoded in windows of whole sentences, so memory is linear in its length. T5 was
-            trained with 512.
-        mask: whether to mask padding; the published model does not.
-    """
+    """T5's encoder over the whole prompt."""
 
     target: ClassVar[str] = "longalign.encoders.t5.encoder:T5Encoder"
     adapter_key: ClassVar[str | None] = "adapter"
@@ -85,10 +71,19 @@ class T5Config(LoadedConfig):
     name: Literal["t5"] = "t5"
     checkpoint: str = Field(default="google-t5/t5-large", min_length=1)
     adapter: AdapterConfig | None = None
+    """maps T5's states to the denoiser's width; None keeps T5's width."""
     max_tokens: int = Field(default=240, ge=1)
+    """number of states, including the end-of-text token; shorter prompts are padded to it."""
     overflow: Literal["grow", "truncate", "error"] = "grow"
+    """for a longer prompt, "grow" the batch to its length, "truncate" it with a warning, as in the published model, or
+    raise an "error".
+    """
     window: int = Field(default=512, ge=2)
+    """maximum number of tokens per pass, including the end-of-text token. With "grow", a prompt longer than this and
+    ``max_tokens`` is encoded in windows of whole sentences, so memory is linear in its length. T5 was trained with 512.
+    """
     mask: bool = False
+    """whether to mask padding; the published model does not."""
 
     def widths(self) -> tuple[int | None, int | None]:
         return self._width_of("d_model") if self.adapter is None else self.adapter.width(), None

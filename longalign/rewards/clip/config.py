@@ -13,26 +13,24 @@ CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
 class ClipLikeConfig(TowerRewardConfig):
-    """A reward from a transformers ``CLIPModel``.
-
-    Attributes:
-        checkpoint: Hub id, or local folder in transformers layout.
-        revision: branch, tag or commit of the Hub repository.
-        subfolder: subfolder of the checkpoint.
-        variant: file variant of the weights, e.g. ``"fp16"`` for ``model.fp16.safetensors``.
-        processor: checkpoint with tokenizer and image statistics; null means ``checkpoint`` if it has a tokenizer, else
-            CLIP-H, from which PickScore and Denscore were trained.
-    """
+    """A reward from a transformers ``CLIPModel``."""
 
     target: ClassVar[str] = "longalign.rewards.clip.reward:ClipReward"
     trainable_towers: ClassVar[bool] = True
     default_processor: ClassVar[str] = CLIP_H
 
     checkpoint: str
+    """Hub id, or local folder in transformers layout."""
     revision: str | None = None
+    """branch, tag or commit of the Hub repository."""
     subfolder: str | None = None
+    """subfolder of the checkpoint."""
     variant: str | None = None
+    """file variant of the weights, e.g. ``"fp16"`` for ``model.fp16.safetensors``."""
     processor: str | None = None
+    """checkpoint with tokenizer and image statistics; null means ``checkpoint`` if it has a tokenizer, else CLIP-H,
+    from which PickScore and Denscore were trained.
+    """
 
     def check_files(self) -> list[ConfigProblem]:
         config = [join_subfolder(self.subfolder, "config.json")]

@@ -13,22 +13,20 @@ from longalign.rewards.config import RewardConfig
 
 
 class ReweightedConfig(RewardConfig):
-    """An embedding reward with its text-irrelevant part scaled (LongAlign, paper section 4).
-
-    Attributes:
-        inner: the reward to decompose; its score must be a dot product of embeddings.
-        omega: weight of the text-irrelevant part: 1 is the plain score, 0 alignment only, 0.3 the paper's choice.
-        direction: source of the common direction V of text embeddings: ``"batch"`` (this batch over all processes, as
-            in the paper), ``"running"`` (all training batches so far, including this one), or a file written by
-            ``longalign compute-direction``.
-    """
+    """An embedding reward with its text-irrelevant part scaled (LongAlign, paper section 4)."""
 
     target: ClassVar[str] = "longalign.rewards.reweighted.reward:ReweightedReward"
 
     name: Literal["reweighted"] = "reweighted"
     inner: Part("rewards")
+    """the reward to decompose; its score must be a dot product of embeddings."""
     omega: float = Field(0.3, ge=0, allow_inf_nan=False)
+    """weight of the text-irrelevant part: 1 is the plain score, 0 alignment only, 0.3 the paper's choice."""
     direction: str = "batch"
+    """source of the common direction V of text embeddings: ``"batch"`` (this batch over all processes, as in the
+    paper), ``"running"`` (all training batches so far, including this one), or a file written by ``longalign
+    compute-direction``.
+    """
 
     @field_validator("inner")
     @classmethod

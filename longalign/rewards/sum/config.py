@@ -11,30 +11,24 @@ from longalign.rewards.config import RewardConfig
 
 
 class TermConfig(Section):
-    """One term of a sum.
-
-    Attributes:
-        reward: the reward.
-        weight: its factor; a negative one turns a reward into a penalty.
-        label: name of its curves; null means the reward's name, with a number if it is already used.
-    """
+    """One term of a sum."""
 
     reward: Part("rewards")
+    """the reward."""
     weight: float = Field(1.0, allow_inf_nan=False)
+    """its factor; a negative one turns a reward into a penalty."""
     label: str | None = Field(None, min_length=1)
+    """name of its curves; null means the reward's name, with a number if it is already used."""
 
 
 class SumConfig(RewardConfig):
-    """A weighted sum of rewards.
-
-    Attributes:
-        terms: the rewards and their weights.
-    """
+    """A weighted sum of rewards."""
 
     target: ClassVar[str] = "longalign.rewards.sum.reward:SumReward"
 
     name: Literal["sum"] = "sum"
     terms: tuple[TermConfig, ...]
+    """the rewards and their weights."""
 
     def is_differentiable(self) -> bool:
         return all(term.reward.is_differentiable() for term in self.terms)

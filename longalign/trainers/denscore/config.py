@@ -15,16 +15,6 @@ class DenscoreTrainerConfig(TrainerConfig):
     section 3.2). The run has no backbone and no encoder. Texts are encoded as the reward encodes them: segment by
     segment, or as a whole, which trains a PickScore. A checkpoint's folder ``reward/`` is a transformers ``CLIPModel``
     for the rewards `denscore`, `pickscore` and `clip`.
-
-    Attributes:
-        train: trainable parameters: ``"all"`` weights, the ``"text"`` or ``"vision"`` tower with its projection, or
-            only the two ``"projections"``. The temperature is always trained.
-        preference_weight: factor of the KL divergence from the annotated preference of a pair to the softmax of the two
-            scores (PickScore, arXiv 2305.01569, section 3). A text's score is the mean over its segments. 0 disables
-            the loss.
-        contrastive_weight: factor of a contrastive loss over segments. Each segment must retrieve the image it
-            describes among all images of the batch. The texts are the images' captions. Without captions they are the
-            prompts, whose targets are both images of the pair, weighted by preference. 0 disables the loss.
     """
 
     target: ClassVar[str] = "longalign.trainers.denscore.trainer:DenscoreTrainer"
@@ -35,8 +25,18 @@ class DenscoreTrainerConfig(TrainerConfig):
 
     name: Literal["denscore"] = "denscore"
     train: Literal["all", "text", "vision", "projections"] = "all"
+    """trainable parameters: ``"all"`` weights, the ``"text"`` or ``"vision"`` tower with its projection, or only the
+    two ``"projections"``. The temperature is always trained.
+    """
     preference_weight: float = Field(1.0, ge=0)
+    """factor of the KL divergence from the annotated preference of a pair to the softmax of the two scores (PickScore,
+    arXiv 2305.01569, section 3). A text's score is the mean over its segments. 0 disables the loss.
+    """
     contrastive_weight: float = Field(0.5, ge=0)
+    """factor of a contrastive loss over segments. Each segment must retrieve the image it describes among all images of
+    the batch. The texts are the images' captions. Without captions they are the prompts, whose targets are both images
+    of the pair, weighted by preference. 0 disables the loss.
+    """
 
     @model_validator(mode="after")
     def _check_any_loss(self) -> DenscoreTrainerConfig:

@@ -14,32 +14,33 @@ from longalign.trainers.config import TrainerConfig, image_problems
 class LCMConfig(TrainerConfig):
     """Consistency distillation for sampling in a few steps without guidance (LCM, arXiv 2310.04378; LCM-LoRA,
     arXiv 2311.05556). The teacher is the ``init_from`` model; teacher and encoder are frozen.
-
-    Attributes:
-        lora: the LoRA to train, or null to train all weights of the denoiser.
-        num_ddim_timesteps: number of DDIM steps from noise to image; must divide the model's timesteps. The teacher
-            takes one of these steps: 50 of 1000 timesteps skip 20.
-        start_timesteps: timesteps that the teacher starts from: ``"all"`` from half a skip on, as in the code of
-            LongAlign's authors, or only those of the ``"ddim"`` steps, as in the paper.
-        w_min: minimum guidance w of the teacher. Its scale is 1 + w (6.5 is a scale of 7.5), with w sampled per image.
-        w_max: maximum guidance w of the teacher.
-        huber_c: c of the pseudo-Huber loss; null is the squared error (l2).
-        ema_decay: decay of the moving average of the student that computes the target, as in the LCM paper. null uses
-            the student itself, as LCM-LoRA does. Independent of ``loop.ema``, which averages the saved weights.
-        timestep_scaling_factor: factor of the timestep in the boundary condition; samplers use 10.
     """
 
     target: ClassVar[str] = "longalign.trainers.lcm.trainer:LCMTrainer"
 
     name: Literal["lcm"] = "lcm"
     lora: LoraConfig | None = LoraConfig()
+    """the LoRA to train, or null to train all weights of the denoiser."""
     num_ddim_timesteps: int = Field(50, ge=1)
+    """number of DDIM steps from noise to image; must divide the model's timesteps. The teacher takes one of these
+    steps: 50 of 1000 timesteps skip 20.
+    """
     start_timesteps: Literal["all", "ddim"] = "all"
+    """timesteps that the teacher starts from: ``"all"`` from half a skip on, as in the code of LongAlign's authors, or
+    only those of the ``"ddim"`` steps, as in the paper.
+    """
     w_min: float = Field(6.5, ge=0)
+    """minimum guidance w of the teacher. Its scale is 1 + w (6.5 is a scale of 7.5), with w sampled per image."""
     w_max: float = Field(6.5, ge=0)
+    """maximum guidance w of the teacher."""
     huber_c: float | None = Field(0.001, gt=0)
+    """c of the pseudo-Huber loss; null is the squared error (l2)."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
+    """decay of the moving average of the student that computes the target, as in the LCM paper. null uses the student
+    itself, as LCM-LoRA does. Independent of ``loop.ema``, which averages the saved weights.
+    """
     timestep_scaling_factor: float = Field(10.0, gt=0)
+    """factor of the timestep in the boundary condition; samplers use 10."""
 
     @model_validator(mode="after")
     def _check_guidance_range(self) -> LCMConfig:

@@ -13,45 +13,44 @@ from longalign.trainers.config import TrainerConfig, image_problems
 
 
 class RewardTrainerConfig(TrainerConfig):
-    """Keys of both trainers.
-
-    Attributes:
-        lora: the LoRA to train, or null to train all weights of the denoiser.
-        train_adapter: whether to train the encoder's adapter too, if it has one; the paper freezes it.
-        solver: the sampler.
-        num_steps: number of sampling steps.
-        guidance: classifier-free guidance scale; 1 disables guidance. Both branches carry gradient.
-        gradient_steps: which sampling steps carry gradient, and whether the gradient flows through their inputs.
-        dropout_steps: whether the LoRA's dropout is active at ``"all"`` steps, or only at the ``"chosen"`` steps, those
-            with gradient.
-        resolution: width and height of the samples in pixels; null is the backbone's default.
-        denoise_batch: images per rollout, or null for all. Smaller values save memory.
-        decode_batch: images decoded at a time, or null for all. Smaller values save memory, but images are then decoded
-            twice.
-        replay_batch: maximum number of gradient steps that are recomputed in one call. Values above 1 require a
-            denoiser and LoRA without dropout, and ``gradient_steps`` with constant inputs.
-        regularizer: limits the drift from the reference model. ``"kl"`` is the squared difference of the two models'
-            predictions at the gradient steps, which is the divergence of their sampling distributions up to a factor
-            per step. ``"pretraining"`` is the noise-prediction loss on the data's images.
-        regularizer_weight: factor of the regularizer.
-    """
+    """Keys of both trainers."""
 
     target: ClassVar[str] = "longalign.trainers.reward.trainer:RewardTrainer"
     uses_rewards: ClassVar[bool] = True
 
     lora: LoraConfig | None = LoraConfig()
+    """the LoRA to train, or null to train all weights of the denoiser."""
     train_adapter: bool = False
+    """whether to train the encoder's adapter too, if it has one; the paper freezes it."""
     solver: str
+    """the sampler."""
     num_steps: int = Field(50, ge=1)
+    """number of sampling steps."""
     guidance: float = Field(7.5, ge=1)
+    """classifier-free guidance scale; 1 disables guidance. Both branches carry gradient."""
     gradient_steps: Part("gradient_steps") = "grouped-random"
+    """which sampling steps carry gradient, and whether the gradient flows through their inputs."""
     dropout_steps: Literal["all", "chosen"] = "all"
+    """whether the LoRA's dropout is active at ``"all"`` steps, or only at the ``"chosen"`` steps, those with
+    gradient.
+    """
     resolution: int | None = Field(None, ge=1)
+    """width and height of the samples in pixels; null is the backbone's default."""
     denoise_batch: int | None = Field(None, ge=1)
+    """images per rollout, or null for all. Smaller values save memory."""
     decode_batch: int | None = Field(None, ge=1)
+    """images decoded at a time, or null for all. Smaller values save memory, but images are then decoded twice."""
     replay_batch: int = Field(1, ge=1)
+    """maximum number of gradient steps that are recomputed in one call. Values above 1 require a denoiser and LoRA
+    without dropout, and ``gradient_steps`` with constant inputs.
+    """
     regularizer: Literal["none", "kl", "pretraining"] = "none"
+    """limits the drift from the reference model. ``"kl"`` is the squared difference of the two models' predictions at
+    the gradient steps, which is the divergence of their sampling distributions up to a factor per step.
+    ``"pretraining"`` is the noise-prediction loss on the data's images.
+    """
     regularizer_weight: float | None = Field(None, gt=0)
+    """factor of the regularizer."""
 
     @model_validator(mode="after")
     def _check_compatible(self) -> RewardTrainerConfig:
@@ -100,28 +99,25 @@ class RewardTrainerConfig(TrainerConfig):
 
 
 class RewardConfig(RewardTrainerConfig):
-    """Reward fine-tuning by the gradient of rewards through sampling (LongAlign, section 4; DRTune, arXiv 2405.00760).
-
-    Attributes:
-        solver: ``"ddim"``, or ``"lcm"`` for a consistency-distilled model.
+    """Reward fine-tuning by the gradient of rewards through sampling (LongAlign, section 4; DRTune, arXiv
+    2405.00760).
     """
 
     name: Literal["reward"] = "reward"
     solver: Literal["ddim", "lcm"] = "ddim"
+    """``"ddim"``, or ``"lcm"`` for a consistency-distilled model."""
 
 
 class LCMRewardConfig(RewardTrainerConfig):
     """Reward fine-tuning of a consistency-distilled model (LongAlign's LCM variant). It samples four steps without
     guidance, at timesteps 999, 749, 499 and 249 of 1000, with fresh noise between them. All steps carry gradient.
     Otherwise as `reward`. ``init_from`` is a model trained by `lcm`.
-
-    Attributes:
-        solver: ``"lcm"``; use `reward` for other models.
-        guidance: classifier-free guidance scale; 1 disables guidance, which is distilled into the weights.
     """
 
     name: Literal["lcm-reward"] = "lcm-reward"
     solver: Literal["lcm"] = "lcm"
+    """``"lcm"``; use `reward` for other models."""
     num_steps: int = Field(4, ge=1)
     guidance: float = Field(1.0, ge=1)
+    """classifier-free guidance scale; 1 disables guidance, which is distilled into the weights."""
     gradient_steps: Part("gradient_steps") = "all"
