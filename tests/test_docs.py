@@ -252,6 +252,13 @@ def test_named_objects_exist(path):
             pkgutil.resolve_name(name)
 
 
+def test_cited_tests_exist():
+    sources = (path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py"))
+    tests = set(re.findall(r"def (test_\w+)", "".join(sources)))
+    cited = set(re.findall(r"(?:::|`)(test_\w+)", (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")))
+    assert cited and not cited - tests
+
+
 @needs_weights
 @documents
 def test_named_weights_exist(path):
