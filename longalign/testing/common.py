@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from longalign.config.describe import describe_part
+from longalign.config.schema import descriptions
 from longalign.errors import ConfigError
 from longalign.registry import REGISTRIES, PartConfig
 from longalign.runtime import Runtime
@@ -92,7 +93,8 @@ def config_checks(kind: str, config: PartConfig) -> list[Check]:
         expect(not missing, f"`longalign describe {kind} {name}` does not show {missing}")
         if not _has_source(type(config)):
             return  # docstrings of fields are read from the source
-        bare = [k for k, field in type(config).model_fields.items() if k != "name" and not _about(config, k, field)]
+        about = descriptions(type(config))
+        bare = [key for key in type(config).model_fields if key != "name" and not about.get(key)]
         expect(not bare, f"the keys {bare} have no description; write a docstring below each field")
 
     def imports_no_torch() -> None:
@@ -128,9 +130,3 @@ def _has_source(model: type) -> bool:
     except (OSError, TypeError):
         return False
     return True
-
-
-def _about(config: PartConfig, key: str, field: Any) -> str:
-    if field.description:
-        return field.description
-    return next((c.__doc__ or "" for c in type(config).__mro__ if f"        {key}:" in (c.__doc__ or "")), "")
