@@ -54,7 +54,7 @@ class DemoResult:
 
 
 def default_config(name: str) -> Path:
-    """The config file of a demo stage, ``align`` or ``reward``: ``mini-<name>.yaml`` of the examples."""
+    """Returns the config file of a demo stage, ``align`` or ``reward``: ``mini-<name>.yaml`` of the examples."""
     return examples_folder() / f"mini-{name}.yaml"
 
 
@@ -175,7 +175,7 @@ def held_out_captions(configs: Sequence[RunConfig], count: int) -> list[Caption]
 
 
 def _untrained(align: RunConfig, runtime: Runtime, truncated: bool) -> tuple[Any, Encoder]:
-    """The untrained backbone with the first stage's encoder, or with truncation at its text model's window."""
+    """Returns the untrained backbone with the first stage's encoder, or with truncation at its text model's window."""
     checkpoint = getattr(align.backbone, "checkpoint", None)
     if checkpoint is None:
         raise ValueError(f"expected a backbone whose checkpoint contains a text encoder, got {align.backbone}")
@@ -226,7 +226,7 @@ def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
 
 
 def truncated_sentences(caption: Caption, report: PromptReport) -> frozenset[int]:
-    """Indices of the sentences that are truncated, partly or completely."""
+    """Returns the indices of the sentences that are truncated, partly or completely."""
     if not report.truncated.strip():
         return frozenset()
     # truncated text is the end of the caption; lengths are without spaces, since encoders may drop spaces at splits

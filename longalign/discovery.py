@@ -35,7 +35,7 @@ _cache: tuple[object, Discovered] | None = None
 
 
 def discover() -> Discovered:
-    """Entry points of all distributions on ``sys.path``; re-read when that path or one of its folders changes."""
+    """Returns the entry points of all distributions on ``sys.path``; re-read when that path or one of its folders changes."""
     global _cache
     state = tuple((entry, _modified(entry)) for entry in sys.path)
     if _cache is None or _cache[0] != state:
@@ -60,7 +60,7 @@ def skip_unreadable() -> None:
 
 
 def owner(entry: EntryPoint) -> str:
-    """Name and version of an entry point's distribution."""
+    """Returns the name and version of an entry point's distribution."""
     return _name(entry.dist) if entry.dist else "an unknown distribution"
 
 

@@ -96,7 +96,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """``; did you mean '...'?`` for a misspelt word, or an empty string without a close match."""
+    """``; did you mean '...'?`` for a misspelled word, or an empty string without a close match."""
     matches = difflib.get_close_matches(word, list(known), 1, 0.5)
     return f"; did you mean '{matches[0]}'?" if matches else ""
 
@@ -205,7 +205,7 @@ def _suggest_key(word: str, holder: type[BaseModel]) -> str:
 
 
 def _user_path(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[Any], type[BaseModel] | None]:
-    """The steps of ``loc`` that occur in the config file, and the model that holds the last one.
+    """Returns the steps of ``loc`` that occur in the config file, and the model that holds the last one.
 
     Pydantic inserts the tags of union members (``prompts.str``, ``prompts.list[str]``); they are removed.
     """

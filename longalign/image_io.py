@@ -82,7 +82,7 @@ def check_regular(path: Path | str) -> None:
 
 
 def _eight_bits(image: Image.Image, kind: str | None) -> Image.Image:
-    """Converts 16-bit greyscale, which Pillow would clip to white, and floats in [0, 1] to 8 bits.
+    """Converts 16-bit grayscale, which Pillow would clip to white, and floats in [0, 1] to 8 bits.
 
     Other modes are returned unchanged.
 

@@ -33,7 +33,7 @@ class Images(list["Image"]):
 
 
 def _resolve_alias(**aliases: Any) -> Any:
-    """The value that is not None, or None. Raises ValueError if several are set."""
+    """Returns the value that is not None, or None. Raises ValueError if several are set."""
     values = {name: value for name, value in aliases.items() if value is not None}
     if len(values) > 1:
         raise ValueError(f"{' and '.join(aliases)} are the same setting; pass one of them")
@@ -183,7 +183,7 @@ class Model:
         return Images(to_pil(image) for image in images)
 
     def to_pipeline(self, **components: Any) -> Any:
-        """The base model's diffusers pipeline with this model's denoiser, sharing its weights.
+        """Returns the base model's diffusers pipeline with this model's denoiser, sharing its weights.
 
         The pipeline's own text encoders are unchanged. Pass it the output of `longalign.condition` with this model's
         ``encoder``.

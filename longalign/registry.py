@@ -128,7 +128,7 @@ class PartConfig(Section):
 
     @classmethod
     def built_from(cls) -> tuple[str, ...]:
-        """Names of the built parts that `build` takes; none except for trainers."""
+        """Returns the names of the built parts that `build` takes; none except for trainers."""
         return ()
 
     def check_run(self, run: Any) -> list[ConfigProblem]:
@@ -204,14 +204,14 @@ class Registry:
         return self._in_code.get_all()
 
     def names(self) -> tuple[str, ...]:
-        """All names, sorted, without importing any part."""
+        """Returns all names, sorted, without importing any part."""
         return tuple(sorted({*self._entries(), *self._local()}))
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries() or name in self._local()
 
     def infos(self, name: str) -> list[PartInfo]:
-        """All registrations of a name, without importing them. More than one is a conflict."""
+        """Returns all registrations of a name, without importing them. More than one is a conflict."""
         local = self._local().get(name)
         infos = [PartInfo(name, self.kind, e.value, owner(e)) for e in self._entries().get(name, [])]
         if local is not None:
@@ -219,7 +219,7 @@ class Registry:
         return infos
 
     def info(self, name: str) -> PartInfo:
-        """Origin of a part, without importing it.
+        """Returns the origin of a part, without importing it.
 
         Raises:
             PartError: if the name is unknown or registered twice.
@@ -386,7 +386,7 @@ class Registry:
 
 
 def misnamed_entry_points() -> list[tuple[EntryPoint, str]]:
-    """Entry points in unknown groups, such as ``longalign_encoder``, each with an error message."""
+    """Returns the entry points in unknown groups, such as ``longalign_encoder``, each with an error message."""
     unknown = [
         entry
         for group, names in discover().groups.items()

@@ -76,7 +76,7 @@ class Runtime:
 
 
 def devices() -> list[str]:
-    """Names of this machine's devices. Imports torch."""
+    """Returns the names of this machine's devices. Imports torch."""
     import torch
 
     mps = ["mps"] if torch.backends.mps.is_available() else []
@@ -167,7 +167,7 @@ def resolve_checkpoint(checkpoint: str) -> str:
 
 
 def processor() -> str:
-    """Model name of the processor, or its architecture if the model is unknown."""
+    """Returns the model name of the processor, or its architecture if the model is unknown."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

@@ -97,7 +97,7 @@ def require_indexed(data: Data | Stream, config: RunConfig) -> Data:
 
 
 def cached_data(config: RunConfig, data: Data, runtime: Runtime) -> Data:
-    """The data with latents instead of images, if the run caches latents."""
+    """Returns the data with latents instead of images, if the run caches latents."""
     return CachedImages.load(data, latent_store(config, runtime)) if has_latents(config) else data
 
 

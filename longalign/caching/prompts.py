@@ -22,7 +22,7 @@ TEXT_FOLDERS = ("text_encoder", "tokenizer")
 
 
 def validation_prompts(config: RunConfig) -> list[str]:
-    """The prompts of the run's validation; empty without one."""
+    """Returns the prompts of the run's validation; empty without one."""
     if config.validation is None:
         return []
     prompts = config.validation.prompts
@@ -40,7 +40,7 @@ def named_leaves(config: RunConfig) -> Iterator[tuple[str, EncoderConfig]]:
 
 
 def prompt_store(config: RunConfig, name: str, leaf: EncoderConfig, runtime: Runtime, **options: Any) -> Store:
-    """The store of one encoder's states, with the settings that they depend on. ``options`` are those of a writer."""
+    """Returns the store of one encoder's states, with the settings that they depend on. ``options`` are those of a writer."""
     assert config.cache is not None
     encoder = settings(leaf)
     identity = {"encoder": encoder, "dtype": runtime.dtype, "weights": fingerprints(encoder, TEXT_FOLDERS)}

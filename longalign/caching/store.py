@@ -26,7 +26,7 @@ REPAIR_ADVICE = "remove it and run: longalign cache CONFIG"
 
 
 def key_of(content: bytes | str) -> bytes:
-    """Key of a text or of bytes: its 16-byte BLAKE2b hash (RFC 7693)."""
+    """Returns the key of a text or of bytes: its 16-byte BLAKE2b hash (RFC 7693)."""
     return blake2b(content.encode() if isinstance(content, str) else content, digest_size=KEY_BYTES).digest()
 
 

@@ -65,13 +65,13 @@ def save(folder: Path, config: RunConfig, backbone: Backbone | None, encoder: En
         config: config of the run.
         backbone: saves its LoRAs, or all weights under full fine-tuning; None if the run has none.
         encoder: saves its adapter; None if the run has none.
-        step: number of completed optimiser steps.
+        step: number of completed optimizer steps.
     """
     return write(folder, config, collect(backbone, encoder), step)
 
 
 def collect(backbone: Backbone | None, encoder: Encoder | None) -> Weights:
-    """The weights that `save` writes, as copies on the CPU.
+    """Returns the weights that `save` writes, as copies on the CPU.
 
     With sharded weights all processes must call it; only the first process receives them.
     """
@@ -158,7 +158,7 @@ def _check_complete(path: Path, tensors: Mapping[str, Tensor], loras: Sequence[L
 
 
 def read_config(checkpoint: str | Path) -> RunConfig:
-    """The config of a checkpoint, for sampling.
+    """Returns the config of a checkpoint, for sampling.
 
     If training-only parts cannot be loaded, e.g. because their plugins are not installed, rewards, trainer, data and
     cache are omitted with a warning.
@@ -182,7 +182,7 @@ def read_config(checkpoint: str | Path) -> RunConfig:
 
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names have a prefix, with the prefix removed."""
+    """Returns the tensors whose names have a prefix, with the prefix removed."""
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 

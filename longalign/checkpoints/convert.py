@@ -74,7 +74,7 @@ def convert_longsd(
 
 
 def longsd_config(backbone: str, t5: str, adapter: TextAdapter) -> RunConfig:
-    """The config that the weights were trained with (paper, section 3.1, appendix A).
+    """Returns the config that the weights were trained with (paper, section 3.1, appendix A).
 
     The encoder concatenates CLIP's segments in 240 states and T5's 240 states through the adapter. The adapter's
     weights come from the checkpoint.

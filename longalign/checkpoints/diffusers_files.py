@@ -48,7 +48,7 @@ def export_lora(checkpoint: str | Path, folder: str | Path) -> Path:
 
 
 def denoiser_folder(config: RunConfig) -> str:
-    """Name of the denoiser's component in diffusers: ``unet`` or ``transformer``."""
+    """Returns the name of the denoiser's component in diffusers: ``unet`` or ``transformer``."""
     return getattr(config.backbone, "component", "unet")
 
 

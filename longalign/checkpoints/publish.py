@@ -98,7 +98,7 @@ def export(
 
 
 def exported_files(config: RunConfig) -> tuple[str, ...]:
-    """Patterns of the files that `export` writes."""
+    """Returns the patterns of the files that `export` writes."""
     return REWARD_FILES if config.backbone is None else MODEL_FILES
 
 

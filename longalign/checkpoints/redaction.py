@@ -14,7 +14,7 @@ PRIVATE_KEYS = ("output", "init_from", "data", "cache", "validation")
 
 
 def redacted(value: Any) -> Any:
-    """A dumped config without the credentials in its URLs."""
+    """Returns a dumped config without the credentials in its URLs."""
     if isinstance(value, dict):
         return {key: redacted(child) for key, child in value.items()}
     if isinstance(value, list):
@@ -37,15 +37,15 @@ def redact_paths(value: Any) -> Any:
 
 
 def public_config(config: RunConfig) -> Any:
-    """A config without credentials and local paths."""
+    """Returns a config without credentials and local paths."""
     return redact_paths(to_dict(config))
 
 
 def exported_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A dumped config as it is exported: without local paths of training and without credentials."""
+    """Returns a dumped config as it is exported: without local paths of training and without credentials."""
     return {key: redact_paths(value) if key in PRIVATE_KEYS else redacted(value) for key, value in tree.items()}
 
 
 def exported_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a config that is identical in a checkpoint and in its export."""
+    """Returns the part of a config that is identical in a checkpoint and in its export."""
     return {key: value for key, value in config.items() if key not in PRIVATE_KEYS}

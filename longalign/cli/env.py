@@ -38,7 +38,7 @@ def run(args: Namespace) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Names and values in display order. Imports torch if it is installed."""
+    """Returns the names and values in display order. Imports torch if it is installed."""
     out = {name: _version(name) for name in PACKAGES}
     out["python"] = f"{platform.python_version()} ({platform.python_implementation()})"
     out["system"] = platform.platform()

@@ -118,7 +118,7 @@ def run(args: Namespace) -> None:
 
 
 def _models(args: Namespace) -> list[_Model]:
-    """The models to compare, in the order of the options."""
+    """Returns the models to compare, in the order of the options."""
     models: dict[str, _Model] = {}
     for option, item in args.models:
         name, equals, source = item.partition("=")
@@ -144,7 +144,7 @@ def _check_options(args: Namespace, models: Sequence[_Model]) -> None:
 
 
 def _shared_pairs(args: Namespace, models: Sequence[_Model], prompts: Sequence[str]) -> list[tuple[str, Any]]:
-    """Prompt and seed of each image. Raises ValueError if they differ between the models."""
+    """Returns the prompt and seed of each image. Raises ValueError if they differ between the models."""
     pairs = {
         model.name: [(text.strip(), seed) for text in prompts for seed in seeds_of(args)]
         if model.generated

@@ -56,7 +56,7 @@ def _copy(files: Iterable[Path], folder: Path) -> None:
 
 
 def _summary(path: Path) -> str:
-    """First sentence of a config's leading comment; first line of a script or text."""
+    """Returns the first sentence of a config's leading comment; first line of a script or text."""
     if path.suffix != ".yaml":
         return path.read_text(encoding="utf-8").strip('"').partition("\n")[0]
     lines = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())

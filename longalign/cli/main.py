@@ -88,12 +88,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def command_module(name: str) -> ModuleType:
-    """The module of a command, with its ``EXAMPLES``, ``add_options(parser)`` and ``run(args)``."""
+    """Returns the module of a command, with its ``EXAMPLES``, ``add_options(parser)`` and ``run(args)``."""
     return import_module(f"longalign.cli.{name.replace('-', '_')}")
 
 
 def command_parser(name: str) -> Parser:
-    """The parser of one command."""
+    """Returns the parser of one command."""
     module, about = command_module(name), COMMANDS[name]
     examples = "\n".join(f"  {line}" for line in dedent(module.EXAMPLES).strip().splitlines())
     parser = Parser(
@@ -108,7 +108,7 @@ def command_parser(name: str) -> Parser:
 
 
 def top_level_parser() -> Parser:
-    """The parser of ``longalign`` without a command."""
+    """Returns the parser of ``longalign`` without a command."""
     width = max(map(len, COMMANDS))
     lines = [
         fill(about, 100, initial_indent=f"  {name:{width}} ", subsequent_indent=" " * (width + 3))

@@ -81,14 +81,14 @@ def _reject_options(args: Namespace, *keys: str, reason: str) -> None:
 
 
 def seeds_of(args: Namespace) -> Sequence[int]:
-    """The seeds of ``--seed``. Raises ValueError if one occurs twice."""
+    """Returns the seeds of ``--seed``. Raises ValueError if one occurs twice."""
     seeds = args.seed or SEEDS
     check_seeds(seeds)
     return seeds
 
 
 def prompts_of(args: Namespace) -> list[str]:
-    """The prompts of ``--prompt`` or ``--prompts``. Raises ValueError if there are none."""
+    """Returns the prompts of ``--prompt`` or ``--prompts``. Raises ValueError if there are none."""
     if not args.prompt and not args.prompts:
         raise ValueError("give --prompt or --prompts, to generate images from")
     texts = args.prompt or ()
@@ -99,7 +99,7 @@ def prompts_of(args: Namespace) -> list[str]:
 
 
 def count(number: int, noun: str) -> str:
-    """A number with its noun, e.g. ``2 images``."""
+    """Returns a number with its noun, e.g. ``2 images``."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 

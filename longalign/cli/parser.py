@@ -1,4 +1,4 @@
-"""The parser of the commands, with suggestions for misspelt options; and the order of reports of several processes."""
+"""The parser of the commands, with suggestions for misspelled options; and the order of reports of several processes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def wait_for_first_process() -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Parser with suggestions for unknown or misspelt options."""
+    """Parser with suggestions for unknown or misspelled options."""
 
     def __init__(self, **settings: Any):
         super().__init__(**settings)
@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
         for text in takewhile(lambda text: text != "--", argv):
             name = text.partition("=")[0]
             if name.startswith("--") and not any(option.startswith(name) for option in self.option_names):
-                self.error(self._unknown_option(name))  # checked before missing options: one may be misspelt
+                self.error(self._unknown_option(name))  # checked before missing options: one may be misspelled
         return self.parse_intermixed_args(argv)
 
     def error(self, message: str) -> Any:
@@ -59,7 +59,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _config_path(key: str) -> str | None:
-    """Dotted path of a config key, given in full or by its last step; None if there is no such key."""
+    """Returns the dotted path of a config key, given in full or by its last step; None if there is no such key."""
     from longalign.config.run import RunConfig
 
     key = key.replace("-", "_")

@@ -26,7 +26,7 @@ def reward_configs(texts: Sequence[str]) -> dict[str, PartConfig]:
 
 
 def build_rewards(configs: Mapping[str, PartConfig], device: str | None) -> dict[str, Any]:
-    """The rewards of configs, in eval mode. Plain functions are wrapped."""
+    """Returns the rewards of configs, in eval mode. Plain functions are wrapped."""
     check_parts(configs)
     from longalign.rewards.base import as_reward
     from longalign.runtime import Runtime

@@ -60,7 +60,7 @@ def parse_assignments(items: Sequence[str]) -> dict[str, Any]:
 
 
 def diff(a: RunConfig, b: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Differences of two configs, as dotted path to both values.
+    """Returns the differences of two configs, as dotted path to both values.
 
     Parts with different names and lists of different lengths differ as a whole. Overriding ``a`` with the second
     values gives ``b``.
@@ -97,7 +97,7 @@ def _set_path(tree: Any, path: str, value: Any) -> None:
 
 
 def _resolve_step(tree: Any, step: str, parent: str) -> Any:
-    """Key or index of one step of a path. Raises LookupError if it does not exist."""
+    """Returns the key or index of one step of a path. Raises LookupError if it does not exist."""
     if isinstance(tree, dict):
         if step not in tree:
             hint = suggestion(step, map(str, tree)) or f"; available: {', '.join(map(str, tree))}"

@@ -67,7 +67,7 @@ def check_parts(parts: Mapping[str, Any]) -> None:
 
 
 def parts_problems(value: Any, path: str = "") -> list[ConfigProblem]:
-    """Problems returned by `PartConfig.check_files` of all parts, including nested ones, with full paths."""
+    """Returns the problems returned by `PartConfig.check_files` of all parts, including nested ones, with full paths."""
     problems: list[ConfigProblem] = []
     for part_path, part in parts_of(value, path):
         try:
@@ -129,7 +129,7 @@ def _conditioning_problems(config: RunConfig) -> list[ConfigProblem]:
 
 
 def _sizes(config: RunConfig) -> dict[str, int | None]:
-    """Sides in pixels of the training images."""
+    """Returns the sides in pixels of the training images."""
     sizes = {} if config.trainer is None else {"trainer.resolution": config.trainer.image_size}
     if config.data is not None and (config.trainer is None or config.trainer.needs_images):
         sizes["data.resolution"] = config.data.image_size
@@ -137,7 +137,7 @@ def _sizes(config: RunConfig) -> dict[str, int | None]:
 
 
 def _size_problems(config: RunConfig, sizes: Mapping[str, int | None]) -> list[ConfigProblem]:
-    """Sizes in pixels that the backbone cannot encode to latents."""
+    """Returns the sizes in pixels that the backbone cannot encode to latents."""
     if config.backbone is None or (divisor := config.backbone.divisor) is None:
         return []
     return [

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def problems(run: RunConfig) -> Iterator[ConfigProblem]:
-    """Problems between the keys of a run, each key already validated, as ``(path, message)``."""
+    """Returns the problems between the keys of a run, each key already validated, as ``(path, message)``."""
     yield from _part_problems(run)
     yield from _conditioning_problems(run)
     yield from _reward_problems(run)
@@ -29,7 +29,7 @@ def problems(run: RunConfig) -> Iterator[ConfigProblem]:
 
 
 def _part_problems(run: RunConfig) -> Iterator[ConfigProblem]:
-    """Parts that the trainer needs and the run lacks, or the run has and the trainer does not use."""
+    """Returns the parts that the trainer needs and the run lacks, or the run has and the trainer does not use."""
     needs, name = TrainerConfig.needs, ""
     if run.trainer is not None:
         needs, name = run.trainer.needs, run.trainer.name

@@ -31,7 +31,7 @@ TYPES = {
 
 
 def parts_table(kinds: Iterable[str] = (), targets: bool = False) -> tuple[str, list[str]]:
-    """Table of the available parts, and a list of problems. Imports the config of each part.
+    """Returns the table of the available parts, and a list of problems. Imports the config of each part.
 
     Args:
         kinds: the kinds to list; all if empty.
@@ -69,7 +69,7 @@ def describe_kind(kind: str) -> str:
 
 
 def describe_topic(words: Sequence[str]) -> str:
-    """Output of ``longalign describe`` for a kind, a kind and a part, a part, ``run`` or a key of a run.
+    """Returns the output of ``longalign describe`` for a kind, a kind and a part, a part, ``run`` or a key of a run.
 
     Raises:
         PartError: if there is no such kind, part or key.
@@ -96,7 +96,7 @@ def describe_topic(words: Sequence[str]) -> str:
 
 
 def describe_schema(words: Sequence[str]) -> str:
-    """Output of ``longalign describe run --json-schema``.
+    """Returns the output of ``longalign describe run --json-schema``.
 
     Raises:
         PartError: if the topic is not ``run``.
@@ -107,7 +107,7 @@ def describe_schema(words: Sequence[str]) -> str:
 
 
 def describe_part(kind: str, name: str) -> str:
-    """Description of one part: its docstring, origin, and each key with type, default and description."""
+    """Returns the description of one part: its docstring, origin, and each key with type, default and description."""
     (registry,) = _registries([kind])
     model, info = registry.get(name), registry.info(name)
     head = f"{name} ({kind}), from {info.owner}: {info.target}\n\n{summary(model)}\n"
@@ -129,7 +129,7 @@ def _registries(kinds: Iterable[str]) -> list[Registry]:
 
 
 def _terminal_width() -> int:
-    """Columns of the terminal, limited to 40 to 120 for legibility; 100 without a terminal."""
+    """Returns the columns of the terminal, limited to 40 to 120 for legibility; 100 without a terminal."""
     return min(max(shutil.get_terminal_size((100, 24)).columns, 40), 120)
 
 
@@ -150,7 +150,7 @@ def _table(rows: list[tuple[str, ...]], fill: bool = False) -> str:
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
-    """The config classes of a key's sections, without parts."""
+    """Returns the config classes of a key's sections, without parts."""
     if isinstance(annotation, type):
         return [annotation] if issubclass(annotation, BaseModel) and annotation is not PartConfig else []
     return [model for argument in get_args(annotation) for model in _models(argument)]
@@ -162,7 +162,7 @@ def _describe_keys(model: type[BaseModel]) -> Iterator[str]:
 
 
 def _describe_properties(schema: Schema, definitions: Schema, prefix: str = "", values: Any = None) -> Iterator[str]:
-    """Lines of each key and of the keys below it; ``values`` are defaults that replace those of the schema."""
+    """Returns the lines of each key and of the keys below it; ``values`` are defaults that replace those of the schema."""
     # required keys come first, even after the inherited keys of a base class
     for key, value in sorted(schema["properties"].items(), key=lambda item: item[0] not in schema.get("required", ())):
         default = values[key] if isinstance(values, dict) and key in values else value.get("default", MISSING)

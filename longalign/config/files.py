@@ -19,7 +19,7 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def join_subfolder(subfolder: str | None, folder: str) -> str:
-    """Path of a component folder in a checkpoint whose components are all inside ``subfolder``."""
+    """Returns the path of a component folder in a checkpoint whose components are all inside ``subfolder``."""
     return f"{subfolder}/{folder}" if subfolder else folder
 
 

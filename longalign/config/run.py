@@ -71,7 +71,7 @@ class RunConfig(Section):
 
 
 def _needs(trainer: Any) -> tuple[str, ...]:
-    """Parts that a trainer, given by name, mapping or config, is built from."""
+    """Returns the parts that a trainer, given by name, mapping or config, is built from."""
     name = trainer.get("name") if isinstance(trainer, Mapping) else trainer
     if isinstance(trainer, TrainerConfig):
         return trainer.needs
@@ -108,7 +108,7 @@ def load_config(source: Mapping[str, Any] | str | Path | RunConfig) -> RunConfig
 
 
 def _version_differences(path: Path | None) -> list[ConfigProblem]:
-    """Packages of a checkpoint that are missing here or have a different version."""
+    """Returns the packages of a checkpoint that are missing here or have a different version."""
     if path is None or path.suffix in CONFIG_SUFFIXES:
         return []
     path = checkpoint_file(path)

@@ -66,7 +66,7 @@ class PlainGenerator(Generator):
 
 
 def model_schema(model: type[BaseModel]) -> JsonSchemaValue:
-    """Schema of a config class to describe it: ``properties`` with types, defaults and descriptions, and ``$defs``."""
+    """Returns the schema of a config class to describe it: ``properties`` with types, defaults and descriptions, and ``$defs``."""
     references, schema = models_json_schema([(model, "validation")], schema_generator=PlainGenerator)
     definitions = schema["$defs"]
     name = references[model, "validation"]["$ref"].rpartition("/")[2]  # which need not be that of the class
@@ -74,7 +74,7 @@ def model_schema(model: type[BaseModel]) -> JsonSchemaValue:
 
 
 def run_schema() -> JsonSchemaValue:
-    """Schema of a run for editors: a part is any installed part of its kind, by ``name``. Broken plugins are left out.
+    """Returns the schema of a run for editors: a part is any installed part of its kind, by ``name``. Broken plugins are left out.
 
     The schema has no checks between keys, so it accepts more than `longalign.load_config`.
     """
@@ -100,12 +100,12 @@ def run_schema() -> JsonSchemaValue:
 
 
 def summary(model: type) -> str:
-    """Text of a class's own docstring before ``Attributes:``."""
+    """Returns the text of a class's own docstring before ``Attributes:``."""
     return _docstring(model)[0]
 
 
 def descriptions(model: type) -> dict[str, str]:
-    """Description of each key, from the docstring below a field, or from the ``Attributes:`` of the class's docstring.
+    """Returns the description of each key, from the docstring below a field, or from the ``Attributes:`` of the class's docstring.
 
     A key without a description in a class has that of the base class.
     """
@@ -126,7 +126,7 @@ def _plain(text: str) -> str:
 
 
 def _docstring(model: type) -> tuple[str, dict[str, str]]:
-    """Text of a docstring before ``Attributes:``, and the description of each attribute."""
+    """Returns the text of a docstring before ``Attributes:``, and the description of each attribute."""
     doc = inspect.cleandoc(model.__doc__ or "") if "__doc__" in vars(model) else ""
     text, _, rest = doc.partition("Attributes:")
     attributes: dict[str, str] = {}
@@ -152,7 +152,7 @@ def _parts() -> Iterator[tuple[str, str, type[PartConfig]]]:
 
 
 def _named(schema: JsonSchemaValue, name: str) -> JsonSchemaValue:
-    """Schema of a part's config under the name that it is registered as."""
+    """Returns the schema of a part's config under the name that it is registered as."""
     properties = {**schema["properties"], "name": {"const": name, "description": schema["description"]}}
     required = ["name", *(key for key in schema.get("required", ()) if key != "name")]
     return {**schema, "properties": properties, "required": required}
@@ -185,7 +185,7 @@ def _resolved(value: Any) -> Any:
 
 
 def _pruned(schema: JsonSchemaValue) -> JsonSchemaValue:
-    """The schema without the definitions that nothing refers to."""
+    """Returns the schema without the definitions that nothing refers to."""
     used: dict[str, Any] = {}
     pending = list(_references({key: value for key, value in schema.items() if key != "$defs"}))
     while pending:

@@ -26,7 +26,7 @@ class Data(Dataset[dict[str, Any]]):
         raise NotImplementedError
 
     def prompt(self, index: int) -> str:
-        """Prompt of an item, without loading or rendering its image."""
+        """Returns the prompt of an item, without loading or rendering its image."""
         return self[index]["prompt"]
 
     # Used by caches
@@ -36,7 +36,7 @@ class Data(Dataset[dict[str, Any]]):
         return self[index]
 
     def image_key(self, index: int) -> bytes:
-        """16-byte hash of the content that an item's image is made from."""
+        """Returns the 16-byte hash of the content that an item's image is made from."""
         return key_of(self[index]["image"].contiguous().numpy().tobytes())
 
     def image_stamp(self, index: int) -> int:

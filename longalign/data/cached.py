@@ -73,7 +73,7 @@ class CachedImages(Data):
 
 
 def read_items(folder: Path) -> tuple[list[bytes], Tensor]:
-    """Image keys and stamps of all items, the arguments of `CachedImages`. Raises ValueError if they are missing."""
+    """Returns the image keys and stamps of all items, the arguments of `CachedImages`. Raises ValueError if they are missing."""
     if not (folder / ITEMS).is_file():
         raise ValueError(f"the cache {folder} is incomplete; {RERUN_ADVICE}")
     with reading(folder / ITEMS, REPAIR_ADVICE):

@@ -56,7 +56,7 @@ class ImagesConfig(DataConfig):
     """Base class of configs of stored images."""
 
     resolution: PositiveInt | None = None
-    """centre-crop and resize images to this many pixels; null is the backbone's native resolution. Smaller images are
+    """center-crop and resize images to this many pixels; null is the backbone's native resolution. Smaller images are
     scaled up, with a warning.
     """
     empty: Literal["skip", "keep"] = "skip"
@@ -83,5 +83,5 @@ class ImagesConfig(DataConfig):
 
 
 def folder_problems(key: str, folder: str | None) -> list[ConfigProblem]:
-    """A problem if the folder of a key does not exist."""
+    """Returns a problem if the folder of a key does not exist."""
     return [(key, f"no folder {folder}")] if folder is not None and not Path(folder).is_dir() else []

@@ -14,7 +14,7 @@ from longalign.segmenters import check_text
 
 
 def inside(folder: Path | str, name: str, where: str = "") -> Path:
-    """Path of the file ``name`` in a folder.
+    """Returns the path of the file ``name`` in a folder.
 
     File names in data are untrusted, so ``..`` and absolute paths must not lead out of the folder. Links are followed:
     the owner of the folder made them, and the Hub cache consists of links.
@@ -98,7 +98,7 @@ def read_csv(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def text_of(row: Mapping[str, Any], where: str) -> str:
-    """Text of a row: "text" or "prompt"; null is the empty text."""
+    """Returns the text of a row: "text" or "prompt"; null is the empty text."""
     key = next((k for k in ("text", "prompt") if k in row), None)
     if key is None:
         raise ValueError(f"{where} has neither 'text' nor 'prompt'; available: {', '.join(row) or 'nothing'}")

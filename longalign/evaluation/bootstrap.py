@@ -33,7 +33,7 @@ class Interval:
 def bootstrap(
     values: np.ndarray, groups: Sequence[str] | None = None, samples: int = 2000, level: float = 0.95, seed: int = 0
 ) -> Interval:
-    """The mean of ``values`` with its percentile bootstrap interval. Of differences, this is the paired bootstrap.
+    """Returns the mean of ``values`` with its percentile bootstrap interval. Of differences, this is the paired bootstrap.
 
     Args:
         values: ``(n,)``; NaN values are skipped.

@@ -23,7 +23,7 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Moving mean over ``window`` values, centred; the window shrinks at the ends."""
+    """Moving mean over ``window`` values, centered; the window shrinks at the ends."""
     half = window // 2
     means = []
     for i in range(len(values)):

@@ -19,7 +19,7 @@ def is_fraction(metric: str) -> bool:
 
 
 def label(metric: str) -> str:
-    """The display name of a metric."""
+    """Returns the display name of a metric."""
     if not is_fraction(metric):
         return metric.replace("_", "-")
     groups = [GROUP_LABELS.get(part, part) for part in metric.split("/")[1:]]

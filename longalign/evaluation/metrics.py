@@ -139,7 +139,7 @@ def _natural_key(name: str) -> tuple[str, int, str]:
 
 
 def reward_metrics(rewards: Mapping[str, Reward], prompts: Sequence[str]) -> list[RewardMetric | DecomposedMetric]:
-    """A metric per reward. Embedding rewards are decomposed along the common direction of the prompts.
+    """Returns a metric per reward. Embedding rewards are decomposed along the common direction of the prompts.
 
     With several embedding rewards the parts are called ``name.text_relevant`` and ``name.text_irrelevant``.
 
@@ -171,7 +171,7 @@ def _check_names(names: Sequence[Iterable[str]]) -> None:
 def measure(
     images: Tensor | Sequence[Tensor], prompts: Sequence[str], metrics: Sequence[Metric], batch_size: int = 16
 ) -> dict[str, Any]:
-    """All metrics of one model's images: name -> ``(n,)`` float64 array.
+    """Returns all metrics of one model's images: name -> ``(n,)`` float64 array.
 
     Args:
         images: ``(n, 3, h, w)`` in [0, 1], or a sequence of images ``(3, h, w)`` of any sizes, such as

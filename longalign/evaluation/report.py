@@ -138,7 +138,7 @@ def _cell(interval: Interval, metric: str, difference: bool = False) -> Cell | N
 
 
 def _metrics(table: MetricTable) -> dict[str, Any]:
-    """The findings, the main table and the paired differences; findings and differences only for several models."""
+    """Returns the findings, the main table and the paired differences; findings and differences only for several models."""
     prompts, images = len(set(table.prompts)), len(table.prompts)
     head = [label(m) for m in table.metrics]
     rows = [(model, [_cell(table.interval(model, m), m) for m in table.metrics]) for model in table.models]
@@ -161,7 +161,7 @@ def _head_and_rest(text: str) -> tuple[str, str]:
 
 
 def _breakdowns(table: MetricTable) -> dict[str, Any]:
-    """Charts of the breakdowns, and their paired differences as ``(title, grid)``."""
+    """Returns the charts of the breakdowns, and their paired differences as ``(title, grid)``."""
     figures: list[Markup] = []
     differences: list[tuple[str, Grid]] = []
     for metric in table.main_breakdowns:
@@ -205,7 +205,7 @@ def _chip(example: Example, model: str, sentence: int) -> Chip:
 
 
 def data_url(image: Tensor) -> str:
-    """An image ``(3, h, w)`` in [0, 1] as a PNG ``data:`` URL, at most `LONGEST_SIDE` pixels wide and high."""
+    """Returns an image ``(3, h, w)`` in [0, 1] as a PNG ``data:`` URL, at most `LONGEST_SIDE` pixels wide and high."""
     pil_image = to_pil(image)
     pil_image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     buffer = io.BytesIO()
@@ -214,7 +214,7 @@ def data_url(image: Tensor) -> str:
 
 
 def _stage(name: str, log: Path) -> dict[str, Any]:
-    """Charts of a training log's curves, and the curves that are constant; ``missing`` if there is no log."""
+    """Returns the charts of a training log's curves, and the curves that are constant; ``missing`` if there is no log."""
     if not log.exists():
         return {"name": name, "missing": str(log)}
     curves = {key.replace("_", "-"): curve for key, curve in read_log(log).items()}

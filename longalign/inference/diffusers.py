@@ -114,7 +114,7 @@ def _denoiser(pipe: Any) -> Any:
 
 
 def _dtype(pipe: Any) -> torch.dtype:
-    """The denoiser's dtype, else the pipeline's. Text encoders may be loaded in a different dtype."""
+    """Returns the denoiser's dtype, else the pipeline's. Text encoders may be loaded in a different dtype."""
     dtype = getattr(_denoiser(pipe), "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else pipe.dtype
 

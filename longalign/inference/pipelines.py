@@ -77,7 +77,7 @@ def _announce_download(name: str, revision: str | None, runtime: Runtime) -> Non
 
 
 def base_pipeline(backbone: Any, dtype: torch.dtype, components: dict[str, Any]) -> Any:
-    """The diffusers pipeline of a backbone config's checkpoint, with some components replaced.
+    """Returns the diffusers pipeline of a backbone config's checkpoint, with some components replaced.
 
     Raises:
         ValueError: if the checkpoint is not a folder or Hub id in diffusers layout.

@@ -17,7 +17,7 @@ MIN_ALPHA_CUMPROD = 2.0**-24
 
 
 def make_scheduler(name: str, levels: NoiseLevels, prediction: str, num_steps: int) -> Any:
-    """A diffusers scheduler with a backbone's noise levels, its timesteps set.
+    """Returns a diffusers scheduler with a backbone's noise levels, its timesteps set.
 
     Args:
         name: one of ``unipc``, ``ddim`` (timesteps 999, 979, ..., 19 for 50 steps; Euler's method for a flow),
@@ -59,7 +59,7 @@ def _diffusion_scheduler(name: str, levels: NoiseLevels, prediction: str, num_st
 
 
 def _flow_scheduler(name: str, levels: NoiseLevels, prediction: str, num_steps: int) -> Any:
-    """A flow-matching scheduler. Its timesteps are ``T`` times the noise level, the denoiser's timestep input."""
+    """Returns a flow-matching scheduler. Its timesteps are ``T`` times the noise level, the denoiser's timestep input."""
     length = len(levels)
     if name not in FLOW_SCHEDULER_CLASSES:
         raise ValueError(f"'{name}' does not support flow models; expected unipc, ddim (Euler's method) or lcm")

@@ -67,7 +67,7 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 
 def process_runtime(accelerator: Accelerator, runtime: Runtime) -> Runtime:
-    """The runtime of this process: with several processes, its own device and communication with the others."""
+    """Returns the runtime of this process: with several processes, its own device and communication with the others."""
     if accelerator.num_processes == 1:
         return runtime
     return replace(

@@ -279,7 +279,7 @@ def _capital(text: str) -> str:
 
 
 def all_phrases() -> list[str]:
-    """All phrases that captions consist of, whose words the reduced vocabularies must contain."""
+    """Returns all phrases that captions consist of, whose words the reduced vocabularies must contain."""
     banks: list[tuple[str, ...]] = [GROUND_CLAUSES, GROUND_SENTENCES, GROUND_WORDY, WHOLE, INTROS, INTROS_WORDY, TWO]
     banks += [COLOUR, COLOUR_WORDY, SIZE, SIZE_WORDY, FILL, FILL_WORDY, EMPTY, IT]
     banks += [*WHERE.values(), *SIZE_WORDS.values(), *FILL_WORDS.values()]

@@ -57,7 +57,7 @@ def _read_place(images: np.ndarray, place: int, ground: np.ndarray, light: np.nd
 
 @cache
 def _never_covered() -> np.ndarray:
-    """Mask of pixels that no object can cover: bool ``(64, 64)``."""
+    """Returns the mask of pixels that no object can cover: bool ``(64, 64)``."""
     return object_masks().max((0, 1)) < 1e-3
 
 
@@ -99,7 +99,7 @@ def verdicts(images: np.ndarray, captions: Sequence[Caption]) -> list[list[list[
 
 
 def fact_accuracy(images: np.ndarray, captions: Sequence[Caption]) -> np.ndarray:
-    """Fraction of the facts of each caption that hold in its image: ``(b,)``; NaN for a caption without facts."""
+    """Returns the fraction of the facts of each caption that hold in its image: ``(b,)``; NaN for a caption without facts."""
     out = []
     for sentences in verdicts(images, captions):
         flat = [fact_holds for sentence in sentences for fact_holds in sentence]

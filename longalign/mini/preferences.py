@@ -28,7 +28,7 @@ def vary(scene: Scene, rng: np.random.Generator) -> Scene:
 
 
 def truth(scene: Scene, caption: Caption) -> float:
-    """Fraction of the caption's facts that hold in the scene; 1 for a caption without facts."""
+    """Returns the fraction of the caption's facts that hold in the scene; 1 for a caption without facts."""
     return float(np.mean([oracle.holds(fact, scene) for fact in caption.facts])) if caption.facts else 1.0
 
 
@@ -38,7 +38,7 @@ def taste(scene: Scene) -> float:
 
 
 def preference(first: Scene, second: Scene, caption: Caption, truth_weight: float, taste_weight: float) -> float:
-    """Fraction of people who prefer the first of two scenes: sigmoid of the sum of the weighted differences."""
+    """Returns the fraction of people who prefer the first of two scenes: sigmoid of the sum of the weighted differences."""
     margin = truth_weight * (truth(first, caption) - truth(second, caption))
     margin += taste_weight * (taste(first) - taste(second))
     return float(1 / (1 + np.exp(-margin)))

@@ -68,7 +68,7 @@ class Scene:
     vignette: float = 0.0
 
     def at(self, place: str) -> Thing | None:
-        """The object at a place, or None."""
+        """Returns the object at a place, or None."""
         return next((t for t in self.things if t.place == place), None)
 
 
@@ -105,7 +105,7 @@ def render_batch(scenes: Sequence[Scene]) -> np.ndarray:
 
 @cache
 def object_masks() -> np.ndarray:
-    """Coverage masks of every kind of object at every place: float32 ``(9, 30, 64, 64)``, ordered as `MASK_KEYS`."""
+    """Returns the coverage masks of every kind of object at every place: float32 ``(9, 30, 64, 64)``, ordered as `MASK_KEYS`."""
     fine = 4
     axis = (np.arange(IMAGE_SIZE * fine, dtype=np.float32) + 0.5) / fine
     out = np.zeros((len(PLACES), len(MASK_KEYS), IMAGE_SIZE, IMAGE_SIZE), np.float32)
@@ -138,6 +138,6 @@ def _inside(shape: str, x: np.ndarray, y: np.ndarray, half: float) -> np.ndarray
 
 @cache
 def _radius() -> np.ndarray:
-    """Distance from the image centre, 1 in the corners."""
+    """Distance from the image center, 1 in the corners."""
     axis = (np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5) / IMAGE_SIZE * 2 - 1
     return np.hypot(axis[:, None], axis[None, :]) / np.float32(2**0.5)

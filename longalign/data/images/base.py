@@ -43,7 +43,7 @@ class Unreadable(dict[Hashable, str]):
         log.warning("%s cannot be read and is replaced by the next image (%s)", name, self[name])
 
     def summary(self) -> str:
-        """All names and errors in one line."""
+        """Returns all names and errors in one line."""
         return "; ".join(f"{name} ({error})" for name, error in self.items())
 
 
@@ -92,11 +92,11 @@ class ImageDataset(Data):
         self.unreadable = Unreadable(max_unreadable)
 
     def source(self, index: int) -> Path | bytes:
-        """Path or encoded bytes of the image of item ``index`` (non-negative)."""
+        """Returns the path or encoded bytes of the image of item ``index`` (non-negative)."""
         raise NotImplementedError
 
     def label(self, index: int) -> Hashable:
-        """Name in messages of the image of item ``index`` (non-negative)."""
+        """Returns the name in messages of the image of item ``index`` (non-negative)."""
         return self.source(index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -135,7 +135,7 @@ class ImageDataset(Data):
 
 
 def load_square(source: Path | bytes, resolution: int) -> Tensor:
-    """Loads an image, applies its EXIF rotation, centre-crops and resizes: ``(3, resolution, resolution)`` in [0, 1].
+    """Loads an image, applies its EXIF rotation, center-crops and resizes: ``(3, resolution, resolution)`` in [0, 1].
 
     Raises OSError or ValueError if the image cannot be read.
     """

@@ -84,7 +84,7 @@ def _image_path(folder: Path, path: str, where: str = "") -> Path:
 
 
 def _with_images(rows: Any, folders: dict[str, Path], config: LongAlignCaptionsConfig) -> list[int]:
-    """Numbers of the rows of the configured sources that have a caption and an image file."""
+    """Returns the numbers of the rows of the configured sources that have a caption and an image file."""
     counts: Counter[str] = Counter()
     indices, missing, empty = [], [], 0
     for i, (caption, path, source) in enumerate(zip(*(rows[column] for column in COLUMNS), strict=True)):

@@ -52,7 +52,7 @@ class Pairs(ImageDataset):
         self.pairs = pairs
 
     def sources(self, index: int) -> Sequence[Path | bytes]:
-        """Paths or encoded bytes of both images of pair ``index`` (non-negative)."""
+        """Returns the paths or encoded bytes of both images of pair ``index`` (non-negative)."""
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -88,7 +88,7 @@ def read_pair(prompt: str, labels: Sequence[Any], captions: Sequence[Any], where
 
 
 def preference_of(labels: Sequence[Any], where: str) -> float:
-    """Fraction that prefers the first image, from two labels (1 and 0, or votes) or from the fraction itself.
+    """Returns the fraction that prefers the first image, from two labels (1 and 0, or votes) or from the fraction itself.
 
     Raises:
         ValueError: if the labels are invalid; ``where`` is included in the message.
@@ -106,7 +106,7 @@ def preference_of(labels: Sequence[Any], where: str) -> float:
 
 
 def select_pairs(rows: Sequence[Pair | str], where: str) -> tuple[list[int], list[Pair]]:
-    """Indices and pairs of the valid rows; a warning counts the skipped ones by reason."""
+    """Returns the indices and pairs of the valid rows; a warning counts the skipped ones by reason."""
     indices = [i for i, row in enumerate(rows) if isinstance(row, Pair)]
     pairs = [row for row in rows if isinstance(row, Pair)]
     reasons = Counter(row for row in rows if isinstance(row, str))

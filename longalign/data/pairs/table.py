@@ -80,5 +80,5 @@ class HubPairs(Pairs):
 
 
 def flat_cells(cells: list[Any]) -> list[Any]:
-    """Values of two columns, or of one column that holds a list."""
+    """Returns the values of two columns, or of one column that holds a list."""
     return list(cells[0]) if len(cells) == 1 and isinstance(cells[0], (list, tuple)) else cells

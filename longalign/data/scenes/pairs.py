@@ -58,7 +58,7 @@ class ScenePairs(Data):
         return item
 
     def pair(self, index: int) -> tuple[tuple[Scene, Scene], Caption]:
-        """Scenes of both images of item ``index``, and their common caption."""
+        """Returns the scenes of both images of item ``index``, and their common caption."""
         scene, caption = self.scenes.scene(index)
         rng = self._rng(index, 0)
         return (vary(scene, rng), vary(scene, rng)), caption

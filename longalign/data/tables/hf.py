@@ -82,7 +82,7 @@ class Captions(Sequence[str]):
         return caption_from_cell(self.cells[self.indices[check_index(index, len(self))]])
 
     def row(self, index: int) -> int:
-        """Number of the row of caption ``index``."""
+        """Returns the number of the row of caption ``index``."""
         return int(self.indices[index])
 
 
