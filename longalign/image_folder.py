@@ -1,4 +1,4 @@
-"""Image folders: images and a ``metadata.jsonl`` that lists them. Importing this module does not import torch."""
+"""Reads and writes image folders, whose images are listed in ``metadata.jsonl``. Does not import torch on import."""
 
 from __future__ import annotations
 

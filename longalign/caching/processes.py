@@ -1,4 +1,4 @@
-"""Processes that write one store together."""
+"""Coordination of processes that write one store together."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def key_of(content: bytes | str) -> bytes:
 
 
 class StaleCache(ValueError):
-    """A cache does not match the requested settings."""
+    """Raised if a cache does not match the requested settings."""
 
 
 class Store:
@@ -122,7 +122,7 @@ class Store:
         yield from self._pending
 
     def __getitem__(self, key: bytes) -> dict[str, Tensor]:
-        """Reads an entry from its shard. Raises ValueError if its checksum differs."""
+        """Reads an entry from its shard. Raises ValueError if the stored checksum does not match the data."""
         number, row = self._locations[key]
         file = self._open_shard(number)
         out = {}
@@ -135,7 +135,7 @@ class Store:
         return out
 
     def add(self, key: bytes, entry: Mapping[str, Tensor]) -> None:
-        """Adds an entry, written to disk when the shard is full or by `flush`."""
+        """Adds an entry. It is written to disk when the shard is full, or by `flush`."""
         if key in self:
             return
         self._pending[key] = {name: tensor.detach().cpu() for name, tensor in entry.items()}

@@ -21,7 +21,7 @@ from longalign.evaluation.table import MetricTable
 def reward_card(
     config: RunConfig, metadata: Mapping[str, str], table: MetricTable | None = None, license: str | None = None
 ) -> str:
-    """As `model_card`, for a run that trained a reward.
+    """Returns a model card as `model_card` does, for a run that trained a reward.
 
     Args:
         config: config of the run.

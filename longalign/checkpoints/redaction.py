@@ -1,4 +1,4 @@
-"""Configs without credentials and local paths, for files that are shared. No torch here."""
+"""Removes credentials and local paths from configs in shared files. Does not import torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def redacted(value: Any) -> Any:
 
 
 def redact_paths(value: Any) -> Any:
-    """As `redacted`; absolute paths and paths in a home folder are also shortened to their last part."""
+    """Redacts as `redacted`, and shortens absolute paths and paths in a home folder to their last part."""
     if isinstance(value, dict):
         return {key: redact_paths(v) for key, v in value.items()}
     if isinstance(value, list):

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _user_message(error: Exception, args: argparse.Namespace) -> str | None:
-    """Message for an error that the user can fix; None for a bug."""
+    """Returns the message for an error that the user can fix, or None for a bug."""
     from longalign.errors import is_out_of_memory, redact_url
 
     if isinstance(error, (ValueError, OSError)):
@@ -127,7 +127,7 @@ def top_level_parser() -> Parser:
 
 
 class _Version(argparse.Action):
-    """Prints the version and exits; the version is only read here."""
+    """Prints the version and exits. The version is not read before."""
 
     def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
         from importlib.metadata import version

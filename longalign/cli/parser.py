@@ -1,4 +1,4 @@
-"""The parser of the commands, with suggestions for misspelled options; and the order of reports of several processes."""
+"""Argument parser with suggestions for misspelled options, and delayed error reports of launched processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def wait_for_first_process() -> None:
     """Delays the error report of all processes but the first one on the machine.
 
     Before the process group is initialized, all processes usually fail with the same error. The first one reports it,
-    and the launcher then ends the others. A process that survives the delay has an error of its own.
+    and the launcher then terminates the others. If a process has not been terminated when the delay ends, its error is
+    specific to it and is reported too.
     """
     initialized = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
     if not initialized and os.environ.get("LOCAL_RANK", "0") != "0":

@@ -1,6 +1,7 @@
-"""Checks of the parts of a run against each other, on their configs alone.
+"""Checks that the parts of a run fit together, from their configs alone.
 
-A part declares on its kind's base config what it needs and what it gives. `longalign.config.checks` checks the files.
+Fields of each kind's base config declare what a part needs and what it provides. `longalign.config.checks` checks the
+files.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def _cache_problems(run: RunConfig) -> Iterator[ConfigProblem]:
 
 
 def _own_problems(part: PartConfig, run: RunConfig) -> list[ConfigProblem]:
-    """Problems that a part's `check_run` returns, or its failure as a problem."""
+    """Returns the problems from a part's `check_run`. An exception in `check_run` is returned as a problem."""
     try:
         problems = list(part.check_run(run))
         if all(isinstance(path, str) and isinstance(message, str) for path, message in problems):
