@@ -1,4 +1,4 @@
-"""Sharded weights (FSDP2, torch's `fully_shard`): gathering, sharding and resharding.
+"""Gathers, shards and reshards sharded weights (FSDP2, torch's `fully_shard`).
 
 Experimental: tested with two CPU processes (gloo), not yet on several GPUs.
 """

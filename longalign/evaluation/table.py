@@ -27,8 +27,8 @@ from longalign.evaluation.groups import length_labels, natural_order
 class MetricTable:
     """Metric values of several models on the same prompts and seeds. The first model is the base.
 
-    A metric with ``/`` in its name (``facts/colour``) is a submetric of the one before the slash. It is shown in a
-    breakdown, not in the main table.
+    A metric with ``/`` in its name (``facts/colour``) is a submetric of the metric before the slash. Submetrics are shown
+    in breakdowns, not in the main table.
 
     Attributes:
         values: model -> metric -> ``(n,)`` values, NaN where an image has no value.
@@ -116,7 +116,7 @@ class MetricTable:
     def by_group(
         self, metric: str, labels: Sequence[str] | None = None, paired: bool = False
     ) -> dict[str, dict[str, Interval]]:
-        """Returns a metric by groups of images: label -> model -> interval.
+        """Returns the intervals of a metric by groups of images: label -> model -> interval.
 
         Args:
             metric: name of the metric.
@@ -169,7 +169,7 @@ class MetricTable:
 
     @property
     def main_breakdowns(self) -> list[str]:
-        """The metrics whose breakdowns are shown, since they are long: those with submetrics, else the first metric."""
+        """The metrics whose breakdowns are shown: those with submetrics, or the first metric if there are none."""
         return [m for m in self.metrics if self.submetrics(m)] or self.metrics[:1]
 
     def breakdowns(self, metric: str, paired: bool = False) -> dict[str, dict[str, dict[str, Interval]]]:
@@ -195,17 +195,17 @@ class MetricTable:
         return breakdowns
 
     def _columns(self, metric: str, paired: bool, rows: np.ndarray | None = None) -> dict[str, Interval]:
-        """Model -> interval, or ``"model - other"`` -> interval of the paired difference."""
+        """Returns model -> interval, or ``"model - other"`` -> interval of the paired difference."""
         if paired:
             return {f"{m} - {other}": self.difference(m, metric, other, rows) for m, other in self.pairs}
         return {m: self.interval(m, metric, rows) for m in self.models}
 
     def text(self, width: int | None = None) -> str:
-        """Returns the table for a terminal of ``width`` columns; wider grids are split. No split if None."""
+        """Formats the table for a terminal of ``width`` columns. Wider grids are split; None does not split."""
         return terminal_text(self._blocks(), self._caption(), width)
 
     def markdown(self) -> str:
-        """Returns the table as Markdown."""
+        """Formats the table as Markdown."""
         return markdown_text(self._blocks(), self._caption())
 
     def _caption(self) -> str:
@@ -235,12 +235,12 @@ class MetricTable:
         }
 
     def json(self) -> str:
-        """`to_dict` as JSON text."""
+        """Returns `to_dict` as JSON text."""
         return json.dumps(self.to_dict(), indent=1)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MetricTable:
-        """Returns the table from the output of `to_dict`."""
+        """Builds the table from the output of `to_dict`."""
         values = {m: {k: np.array([math.nan if x is None else x for x in v]) for k, v in ks.items()}
                   for m, ks in data["values"].items()}  # fmt: skip
         return cls(values, list(data["prompts"]), list(data["seeds"]))
