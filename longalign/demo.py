@@ -168,7 +168,9 @@ def held_out_captions(configs: Sequence[RunConfig], count: int) -> list[Caption]
     for config in data:
         if not isinstance(config, ScenesConfig):
             name = None if config is None else config.name
-            raise ValueError(f"the demo measures facts, which only the data 'scenes' provides, got {name!r}; set data to 'scenes'")
+            raise ValueError(
+                f"the demo measures facts, which only the data 'scenes' provides, got {name!r}; set data to 'scenes'"
+            )
     scenes: Any = data[0]
     seed = HELD_OUT + max(config.seed for config in data if isinstance(config, ScenesConfig))
     held_out = ScenesConfig.model_validate({**scenes.model_dump(), "size": count, "seed": seed}).build(Runtime())

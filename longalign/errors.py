@@ -142,7 +142,9 @@ def check_size(value: Any) -> None:
         if level + depth > MAX_DEPTH + 1:
             raise ConfigError([("", too_deep)])
         if count > MAX_VALUES:
-            raise ConfigError([("", f"expected at most {MAX_VALUES} values, counting a YAML anchor once per use; shorten the config")])
+            raise ConfigError(
+                [("", f"expected at most {MAX_VALUES} values, counting a YAML anchor once per use; shorten the config")]
+            )
         return count, depth
 
     measure(value, 1)

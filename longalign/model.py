@@ -207,7 +207,9 @@ class Model:
             ValueError: if the model is untrained.
         """
         if self.checkpoint is None:
-            raise ValueError("an untrained model has no checkpoint to save; load a trained model with Model.from_pretrained")
+            raise ValueError(
+                "an untrained model has no checkpoint to save; load a trained model with Model.from_pretrained"
+            )
         return publish.export(self.checkpoint, folder, metrics, license)
 
     def push_to_hub(

@@ -151,11 +151,15 @@ def _check_complete(path: Path, tensors: Mapping[str, Tensor], loras: Sequence[L
             f"names with the prefix {', '.join(prefixes)}"
         )
     if empty := [lora.name for lora in loras if not lora.state]:
-        raise ValueError(f"{path} lists the LoRA '{empty[0]}' but has no tensors of this LoRA; download or create the file again")
+        raise ValueError(
+            f"{path} lists the LoRA '{empty[0]}' but has no tensors of this LoRA; download or create the file again"
+        )
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
             problem = "non-finite values" if tensor.is_floating_point() else f"{tensor.dtype}"
-            raise ValueError(f"{path}: expected finite floats in '{name}', got {problem}; download or create the file again")
+            raise ValueError(
+                f"{path}: expected finite floats in '{name}', got {problem}; download or create the file again"
+            )
 
 
 def read_config(checkpoint: str | Path) -> RunConfig:

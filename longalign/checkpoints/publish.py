@@ -119,7 +119,9 @@ def _export_reward(
 ) -> list[Path]:
     folder = source.parent / REWARD
     if not folder.is_dir():
-        raise ValueError(f"the folder {folder} with the trained reward is missing; export the checkpoint of the run, not an earlier export")
+        raise ValueError(
+            f"the folder {folder} with the trained reward is missing; export the checkpoint of the run, not an earlier export"
+        )
     files = sorted(folder.iterdir())
     output.mkdir(parents=True, exist_ok=True)
     _copy_checkpoint(source, output)

@@ -154,7 +154,9 @@ def _shared_pairs(args: Namespace, models: Sequence[_Model], prompts: Sequence[s
     base, *others = pairs
     for name in others:
         if pairs[name] != pairs[base]:
-            raise ValueError(f"the prompts and seeds of '{name}' differ from '{base}'; generate both with the same prompts and seeds")
+            raise ValueError(
+                f"the prompts and seeds of '{name}' differ from '{base}'; generate both with the same prompts and seeds"
+            )
     return pairs[base]
 
 

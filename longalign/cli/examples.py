@@ -48,7 +48,9 @@ def _copy(files: Iterable[Path], folder: Path) -> None:
     targets = {path: folder / path.name for path in files}
     for path, target in targets.items():
         if target.exists() and target.read_bytes() != path.read_bytes():
-            raise ValueError(f"{target} exists and differs from the example; choose another folder, or remove this file")
+            raise ValueError(
+                f"{target} exists and differs from the example; choose another folder, or remove this file"
+            )
     folder.mkdir(parents=True, exist_ok=True)
     for path, target in targets.items():
         shutil.copyfile(path, target)

@@ -15,7 +15,9 @@ EXAMPLES = """
 
 
 def add_options(parser: ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run's folder for its newest checkpoint")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run's folder for its newest checkpoint"
+    )
     parser.add_argument("output", metavar="OUT", help="output folder; must not contain a checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint in OUT")
     about = "a table written by `longalign eval --json`, for the model card"

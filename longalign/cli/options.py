@@ -71,7 +71,13 @@ def reject_sampling_options(args: Namespace, *extra_keys: str) -> None:
 def check_pipeline_options(args: Namespace, *options: str) -> None:
     """Raises ValueError for an option that only applies to stock pipelines if no pipeline is given."""
     if "pipeline" not in options:
-        _reject_options(args, "revision", "variant", reason="only applies to --pipeline", advice="remove it and set '{}' in the config")
+        _reject_options(
+            args,
+            "revision",
+            "variant",
+            reason="only applies to --pipeline",
+            advice="remove it and set '{}' in the config",
+        )
 
 
 def _reject_options(args: Namespace, *keys: str, reason: str, advice: str = "remove it") -> None:

@@ -126,8 +126,17 @@ def read_metadata(path: Path) -> dict[str, str]:
                 raise ValueError("the header is longer than the file")
             header = json.loads(file.read(length))
     except (struct.error, ValueError, RecursionError) as error:
-        raise ConfigError([("", f"{path} is not a safetensors file, or is truncated: {error}; download or copy it again")]) from error
+        raise ConfigError(
+            [("", f"{path} is not a safetensors file, or is truncated: {error}; download or copy it again")]
+        ) from error
     metadata = header.get("__metadata__", {}) if isinstance(header, dict) else header
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ConfigError([("", f"{path} is damaged: expected strings as metadata, got {shorten(metadata)}; download or copy it again")])
+        raise ConfigError(
+            [
+                (
+                    "",
+                    f"{path} is damaged: expected strings as metadata, got {shorten(metadata)}; download or copy it again",
+                )
+            ]
+        )
     return metadata

@@ -107,7 +107,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(_missing_config_message(path))
     if path.suffix not in CONFIG_SUFFIXES:
-        raise ConfigError([("", f"{path} is neither a {', '.join(CONFIG_SUFFIXES)} file nor a checkpoint; expected one of them")])
+        raise ConfigError(
+            [("", f"{path} is neither a {', '.join(CONFIG_SUFFIXES)} file nor a checkpoint; expected one of them")]
+        )
     try:
         with path.open(encoding="utf-8") as file:
             text = file.read(MAX_CHARACTERS + 1)

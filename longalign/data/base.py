@@ -32,7 +32,7 @@ class Data(Dataset[dict[str, Any]]):
     # Used by caches
 
     def load_item(self, index: int) -> dict[str, Any] | None:
-        """Item ``index``, or None if it cannot be read and the next item replaces it."""
+        """Returns item ``index``, or None if it cannot be read and is replaced by the next item."""
         return self[index]
 
     def image_key(self, index: int) -> bytes:
@@ -40,7 +40,7 @@ class Data(Dataset[dict[str, Any]]):
         return key_of(self[index]["image"].contiguous().numpy().tobytes())
 
     def image_stamp(self, index: int) -> int:
-        """Cheap change stamp of that content (hash of size and mtime); 0 if the config alone determines the content."""
+        """Returns a hash of size and mtime of this content, to detect changes; 0 if the config determines the content."""
         return 0
 
 

@@ -129,7 +129,9 @@ def load_state(checkpoint: Path) -> ResumeState:
     for rank in range(int(shared["processes"])):
         file = folder / f"process-{rank}.pt"
         if not file.is_file():
-            raise ValueError(f"{folder} has no {file.name}; expected one file for each of {shared['processes']} processes. Copy the checkpoint again")
+            raise ValueError(
+                f"{folder} has no {file.name}; expected one file for each of {shared['processes']} processes. Copy the checkpoint again"
+            )
         state = load_pickle(file, checked=True)
         if not isinstance(state, dict) or not state.keys() >= PROCESS_KEYS:
             expected = ", ".join(sorted(PROCESS_KEYS))
@@ -183,7 +185,9 @@ def restore_state(state: ResumeState, optimization: Optimization, means: MetricM
     accelerator, parameters = optimization.accelerator, optimization.parameters
     shared, process = state.shared, state.by_process[accelerator.process_index]
     if [tuple(saved.shape) for saved in shared["parameters"]] != [tuple(p.shape) for p in parameters]:
-        raise ValueError(f"the parameters in {state.checkpoint} have other shapes than the parameters that this config trains; resume with the config of the checkpoint")
+        raise ValueError(
+            f"the parameters in {state.checkpoint} have other shapes than the parameters that this config trains; resume with the config of the checkpoint"
+        )
     with torch.no_grad():
         for parameter, saved in zip(parameters, shared["parameters"], strict=True):
             parameter.copy_(shard_like(saved, parameter))

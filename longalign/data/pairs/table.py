@@ -1,4 +1,4 @@
-"""Preference data of a table."""
+"""Preference data in a table."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class HubPairs(Pairs):
         images: names of the image columns.
         indices: numbers of the rows to use.
         pairs: annotation of each of these rows.
-        folder: folder of image paths; None rejects paths.
+        folder: folder that image paths are relative to; None rejects paths.
         resolution: image side in pixels.
-        max_unreadable: number of pairs with an unreadable image to replace by the next pair; one more raises.
+        max_unreadable: number of pairs with an unreadable image to replace by the next pair; one more raises an error.
     """
 
     def __init__(
