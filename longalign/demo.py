@@ -89,7 +89,8 @@ def run_demo(
         device: a torch device; the fastest available one if None.
 
     Raises:
-        ValueError: if ``output`` is neither empty nor the output of an earlier demo, or the configs do not fit the demo.
+        ValueError: if ``output`` is neither empty nor the output of an earlier demo, or the configs do not fit the
+            demo.
         KeyboardInterrupt: if training was interrupted.
     """
     if prompts < 2:

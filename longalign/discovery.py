@@ -49,8 +49,8 @@ def discover() -> Discovered:
 def skip_unreadable() -> None:
     """Patches this process so that distributions with unreadable entry points are treated as having none.
 
-    On import, catalogue, pydantic and torch read the entry points of all distributions, and would fail because of a file
-    that they do not need. `discover` records the file.
+    On import, catalogue, pydantic and torch read the entry points of all distributions, and would fail because of a
+    file that they do not need. `discover` records the file.
     """
 
     def entry_points(dist: Distribution) -> EntryPoints:

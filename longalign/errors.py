@@ -121,7 +121,7 @@ def redact_url(text: str) -> str:
 
 
 def check_size(value: Any) -> None:
-    """Raises `ConfigError` for a value that is nested too deeply, contains itself, or is too large with anchors expanded.
+    """Raises `ConfigError` for a value that is nested too deeply, contains itself, or is too large when expanded.
 
     With YAML anchors, a short text can expand to a value larger than memory. A shared value counts once per use.
     """

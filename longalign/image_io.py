@@ -96,7 +96,8 @@ def _eight_bits(image: Image.Image, kind: str | None) -> Image.Image:
         if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
             values_range = f"{values.min():.4g} to {values.max():.4g}"
             raise ValueError(
-                f"expected float pixel values from 0 to 1, got {values_range}; rescale the image, or save it with 8 or 16 bits per channel"
+                f"expected float pixel values from 0 to 1, got {values_range}; rescale the image, or save it with 8 "
+                "or 16 bits per channel"
             )
     elif image.mode == "I":
         raise ValueError("32-bit integer pixels have no known range; save the image with 8 or 16 bits per channel")

@@ -94,7 +94,8 @@ class Model:
             dtype: "float32", "bfloat16" or "float16"; the dtype of ``loop.precision`` if None.
 
         Raises:
-            ConfigError: if the config or its files are invalid, or it has no backbone or no encoder; lists all problems.
+            ConfigError: if the config or its files are invalid, or it has no backbone or no encoder; lists all
+                problems.
             ValueError: if the device is not available.
         """
         config = load_config(config)

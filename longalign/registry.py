@@ -82,9 +82,8 @@ def _strict(schema: Any) -> Any:
 class Section(BaseModel):
     """Base class of all config classes: frozen, with strict validation.
 
-    A string is not converted to an integer, nor a boolean to a number. Extra keys, infinities, NaN and integers
-    64 bits are errors. The
-    docstring below a field is the description of its key.
+    A string is not converted to an integer, nor a boolean to a number. Extra keys, infinities, NaN and integers beyond
+    64 bits are errors. The docstring below a field is the description of its key.
     """
 
     model_config = ConfigDict(
@@ -429,7 +428,8 @@ def _check_config_class(name: str, model: type[PartConfig], base: type[PartConfi
         raise PartError(f"{model.__name__}.build must take ({expected}): {problem}")
     if not model.model_config.get("frozen") or model.model_config.get("extra") != "forbid":
         raise PartError(
-            f"{model.__name__}.model_config must have frozen=True and extra='forbid', as in PartConfig; remove the override"
+            f"{model.__name__}.model_config must have frozen=True and extra='forbid', as in PartConfig; remove the "
+            "override"
         )
     field = model.model_fields["name"]
     allowed = get_args(field.annotation) if get_origin(field.annotation) is Literal else None

@@ -50,8 +50,8 @@ def fingerprint(
     """Returns the fingerprint of one checkpoint.
 
     For local files: a hash of names, sizes and content. Files up to 1 MiB are hashed completely. Of larger files,
-    256 blocks spread over the file are hashed; any training changes them. For a Hub id: the commit on the Hub, or of the local
-    cache if offline or if ``ask_hub`` is False.
+    256 blocks spread over the file are hashed; any training changes them. For a Hub id: the commit on the Hub, or of
+    the local cache if offline or if ``ask_hub`` is False.
 
     Returns:
         None for a Hub id that is neither reachable nor cached.

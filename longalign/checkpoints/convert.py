@@ -122,7 +122,10 @@ def read_lora_file(path: Path, unet: nn.Module, name: str) -> LoraWeights:
 
 
 def read_tensors(path: Path) -> list[Tensor]:
-    """Reads a list of tensors from a pickle, without executing code in it. Raises ValueError if the file contains anything else."""
+    """Reads a list of tensors from a pickle, without executing code in the file.
+
+    Raises ValueError if the file contains anything else.
+    """
     content = load_pickle(path)
     if not isinstance(content, (list, tuple)) or not content or not all(isinstance(t, Tensor) for t in content):
         kind = f"a mapping with keys {list(content)[:2]}" if isinstance(content, Mapping) else repr(type(content))

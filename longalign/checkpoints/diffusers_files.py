@@ -65,7 +65,7 @@ def save_denoiser(config: RunConfig, weights: Weights, output: Path) -> Path:
 
 
 def build_adapters(state: Mapping[str, Tensor]) -> dict[str, TextAdapter]:
-    """Builds LaVi-Bridge adapters from an encoder's weights, named ``adapter``, ``adapter-2``...; skips other weights."""
+    """Builds LaVi-Bridge adapters from an encoder's weights, named ``adapter``, ``adapter-2``... Skips others."""
     adapters: dict[str, TextAdapter] = {}
     for key in state:
         if not key.endswith("norm1.weight"):

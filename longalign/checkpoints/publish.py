@@ -51,8 +51,8 @@ def export(
     """Exports a checkpoint as a folder.
 
     - ``longalign.safetensors``: the checkpoint, without credentials and local paths of the training data;
-    - ``pytorch_lora_weights.safetensors``: the LoRA for ``load_lora_weights`` of a diffusers pipeline. After full fine-tuning,
-      the denoiser in diffusers format in ``unet/`` or ``transformer/`` instead;
+    - ``pytorch_lora_weights.safetensors``: the LoRA for ``load_lora_weights`` of a diffusers pipeline. After full
+      fine-tuning, the denoiser in diffusers format in ``unet/`` or ``transformer/`` instead;
     - ``adapter/``: the encoder's LaVi-Bridge adapter, if any, in diffusers format;
     - ``README.md``: a model card with the config, the data and the metrics.
 
@@ -120,7 +120,8 @@ def _export_reward(
     folder = source.parent / REWARD
     if not folder.is_dir():
         raise ValueError(
-            f"the folder {folder} with the trained reward is missing; export the checkpoint of the run, not an earlier export"
+            f"the folder {folder} with the trained reward is missing; export the checkpoint of the run, not an "
+            "earlier export"
         )
     files = sorted(folder.iterdir())
     output.mkdir(parents=True, exist_ok=True)

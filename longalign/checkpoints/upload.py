@@ -53,6 +53,7 @@ def push_to_hub(
         )
     except HfHubHTTPError as error:
         raise ValueError(
-            f"upload to '{repository}' was rejected: {error}; log in with `hf auth login`, with write access to the repository"
+            f"upload to '{repository}' was rejected: {error}; log in with `hf auth login`, with write access to the "
+            "repository"
         ) from error
     return f"https://huggingface.co/{repository}"

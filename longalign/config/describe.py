@@ -70,7 +70,7 @@ def describe_kind(kind: str) -> str:
 
 
 def describe_topic(words: Sequence[str]) -> str:
-    """Returns the output of ``longalign describe`` for a kind, a part (after its kind or alone), ``run`` or a run's key.
+    """Returns the output of ``longalign describe`` for a kind, a part (with or without its kind), ``run`` or a key of a run.
 
     Raises:
         PartError: if there is no such kind, part or key.

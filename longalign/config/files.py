@@ -135,7 +135,8 @@ def read_metadata(path: Path) -> dict[str, str]:
             [
                 (
                     "",
-                    f"{path} is damaged: expected strings as metadata, got {shorten(metadata)}; download or copy it again",
+                    f"{path} is damaged: expected strings as metadata, got {shorten(metadata)}; download or copy it "
+                    "again",
                 )
             ]
         )

@@ -50,8 +50,8 @@ class RunConfig(Section):
     output: Text = "runs/longalign"
     """folder for checkpoints, logs and validation images."""
     init_from: Text | None = None
-    """a checkpoint to start from: a file, a folder, a run's folder (its newest checkpoint), or ``owner/name`` on the Hub;
-    a new LoRA is trained on top of its frozen LoRA.
+    """a checkpoint to start from: a file, a folder, a run's folder (its newest checkpoint), or ``owner/name`` on the
+    Hub; a new LoRA is trained on top of its frozen LoRA.
     """
 
     @model_validator(mode="before")

@@ -53,7 +53,10 @@ class Generator(GenerateJsonSchema):
 
 
 class PlainGenerator(Generator):
-    """Generates schemas for descriptions: without the ``name`` of a part, and without short forms (one item for a list)."""
+    """Generates schemas for descriptions, without the ``name`` of a part.
+
+    Short forms, such as one item for a list, are omitted too.
+    """
 
     def model_schema(self, schema: Any) -> JsonSchemaValue:
         out = super().model_schema(schema)

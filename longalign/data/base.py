@@ -40,7 +40,7 @@ class Data(Dataset[dict[str, Any]]):
         return key_of(self[index]["image"].contiguous().numpy().tobytes())
 
     def image_stamp(self, index: int) -> int:
-        """Returns a hash of size and mtime of this content, to detect changes; 0 if the config determines the content."""
+        """Returns a hash of the content's size and mtime, to detect changes; 0 if the config determines it."""
         return 0
 
 

@@ -115,7 +115,8 @@ class Stream:
             if is_empty:
                 cause = f"; {self.unreadable.summary()}" if self.unreadable else ""
                 raise ValueError(
-                    f"part {part} of {num_parts} of the data has no item with a caption{cause}; lower loop.workers, or check the captions"
+                    f"part {part} of {num_parts} of the data has no item with a caption{cause}; lower loop.workers, "
+                    "or check the captions"
                 )
             epoch += 1
 

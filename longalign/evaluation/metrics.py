@@ -64,7 +64,8 @@ class DecomposedMetric:
     ):
         if not isinstance(reward, EmbeddingReward):
             raise ValueError(
-                f"'{name}' is a {type(reward).__name__}; expected an EmbeddingReward; use RewardMetric for other rewards"
+                f"'{name}' is a {type(reward).__name__}; expected an EmbeddingReward; use RewardMetric for other "
+                "rewards"
             )
         corpus = list(dict.fromkeys(corpus))
         if len(corpus) < 2:
@@ -112,7 +113,8 @@ class FactMetric:
         missing = [p for p in prompts if p not in self.captions]
         if missing:
             raise ValueError(
-                f"no facts for {len(missing)} prompts, e.g. {missing[0]!r}; expected prompts that are among the captions"
+                f"no facts for {len(missing)} prompts, e.g. {missing[0]!r}; expected prompts that are among the "
+                "captions"
             )
         return oracle.verdicts(images.float().cpu().numpy(), [self.captions[p] for p in prompts])
 

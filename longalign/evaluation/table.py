@@ -27,8 +27,8 @@ from longalign.evaluation.groups import length_labels, natural_order
 class MetricTable:
     """Metric values of several models on the same prompts and seeds. The first model is the base.
 
-    A metric with ``/`` in its name (``facts/colour``) is a submetric of the metric before the slash. Submetrics are shown
-    in breakdowns, not in the main table.
+    A metric with ``/`` in its name (``facts/colour``) is a submetric of the metric before the slash. Submetrics are
+    shown in breakdowns, not in the main table.
 
     Attributes:
         values: model -> metric -> ``(n,)`` values, NaN where an image has no value.

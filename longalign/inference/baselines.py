@@ -66,7 +66,8 @@ def caption_cleaning_kwargs(pipe: Any) -> dict[str, bool]:
     if parameter is None or parameter.default is not True or not missing:
         return {}
     log.warning(
-        "%s cleans captions (markup, URLs) with %s, which is not installed; captions are not cleaned. To clean them, pip install %s",
+        "%s cleans captions (markup, URLs) with %s, which is not installed; captions are not cleaned. To clean them, "
+        "pip install %s",
         type(pipe).__name__, " and ".join(missing), " ".join(missing),
     )  # fmt: skip
     return {"clean_caption": False}

@@ -39,8 +39,8 @@ def condition(
         pipe: a diffusers pipeline with a call argument ``prompt_embeds``.
         prompts: one or several prompts.
         negative_prompts: one for all prompts or one per prompt; the empty prompt if None.
-        encoder: an `Encoder`, or its name or config. From a name or config, the encoder is built on the pipeline's device
-            and reused in the next call. None encodes segments with the pipeline's own text encoders, see
+        encoder: an `Encoder`, or its name or config. From a name or config, the encoder is built on the pipeline's
+            device and reused in the next call. None encodes segments with the pipeline's own text encoders, see
             `longalign.encoders.pipeline_encoder.pipeline_encoder`.
 
     Returns:
@@ -139,7 +139,8 @@ def _check_conditioning(pipe: Any, conditioning: Conditioning, parameters: Any) 
     masks = {"prompt_attention_mask", "prompt_embeds_mask"} & set(parameters)
     if conditioning.mask is not None and not masks and not bool(conditioning.mask.all()):
         warnings.warn(
-            f"{name} does not accept an attention mask, so it attends to the padding of shorter prompts; use the <pad*> "
+            f"{name} does not accept an attention mask, so it attends to the padding of shorter prompts; use the "
+            "<pad*> "
             "padding of clip-segment (max_tokens) or generate one prompt at a time",
             stacklevel=3,
         )
@@ -148,7 +149,8 @@ def _check_conditioning(pipe: Any, conditioning: Conditioning, parameters: Any) 
         width = getattr(getattr(denoiser, "config", None), key, None)
         if isinstance(width, int) and width != conditioning.states.shape[-1]:
             raise ValueError(
-                f"{name} expects text states of width {width}, got {conditioning.states.shape[-1]} from the encoder; choose a matching encoder"
+                f"{name} expects text states of width {width}, got {conditioning.states.shape[-1]} from the encoder; "
+                "choose a matching encoder"
             )
 
 

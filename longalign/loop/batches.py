@@ -16,8 +16,8 @@ from longalign.loop.interrupt import ignore_signals
 class Batches(Sampler[list[int]]):
     """Infinite batches of indices, reshuffled every epoch.
 
-    All processes share one sequence of permutations, and each process takes its part of every global batch. So no item is
-    repeated within an epoch. Batch ``k`` depends only on the seed, so a run can start at any ``k``.
+    All processes share one sequence of permutations, and each process takes its part of every global batch. So no item
+    is repeated within an epoch. Batch ``k`` depends only on the seed, so a run can start at any ``k``.
 
     Args:
         length: number of items.

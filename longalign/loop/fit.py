@@ -27,8 +27,8 @@ def fit(
         config: a mapping, a YAML or JSON file, a checkpoint, or a `RunConfig`; see `load_config`.
         device: a torch device; the fastest available one if None. With several processes, each uses its own GPU.
         resume: a checkpoint of this run, or the run's folder. The result equals that of an
-            uninterrupted run. From a folder, the newest intact checkpoint is used. If the run's own output folder has no
-            checkpoint, the run starts from step 0.
+            uninterrupted run. From a folder, the newest intact checkpoint is used. If the run's own output folder has
+            no checkpoint, the run starts from step 0.
 
     Raises:
         ConfigError: if the config or its files are invalid; lists all problems, each with its path.

@@ -75,7 +75,7 @@ def publish(unfinished: Path, final: Path, keep: int | None) -> None:
 
 
 def prune(checkpoint: Path, keep: int | None) -> None:
-    """Removes all but the newest ``keep`` checkpoints up to ``checkpoint``. Later checkpoints are kept; None keeps all."""
+    """Removes all but the newest ``keep`` checkpoints up to ``checkpoint``. Later ones are kept; None keeps all."""
     if keep is not None:
         candidates = [p for p in checkpoints(checkpoint.parent) if step_of(p) <= step_of(checkpoint)]
         for old in candidates[:-keep]:

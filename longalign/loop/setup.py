@@ -67,7 +67,7 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 
 def process_runtime(accelerator: Accelerator, runtime: Runtime) -> Runtime:
-    """Returns the runtime of this process. With several processes, it has the device of this process and a ``gather``."""
+    """Returns the runtime of this process; with several processes, with its own device and a ``gather``."""
     if accelerator.num_processes == 1:
         return runtime
     return replace(

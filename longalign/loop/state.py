@@ -130,7 +130,8 @@ def load_state(checkpoint: Path) -> ResumeState:
         file = folder / f"process-{rank}.pt"
         if not file.is_file():
             raise ValueError(
-                f"{folder} has no {file.name}; expected one file for each of {shared['processes']} processes. Copy the checkpoint again"
+                f"{folder} has no {file.name}; expected one file for each of {shared['processes']} processes. Copy "
+                "the checkpoint again"
             )
         state = load_pickle(file, checked=True)
         if not isinstance(state, dict) or not state.keys() >= PROCESS_KEYS:
@@ -186,7 +187,8 @@ def restore_state(state: ResumeState, optimization: Optimization, means: MetricM
     shared, process = state.shared, state.by_process[accelerator.process_index]
     if [tuple(saved.shape) for saved in shared["parameters"]] != [tuple(p.shape) for p in parameters]:
         raise ValueError(
-            f"the parameters in {state.checkpoint} have other shapes than the parameters that this config trains; resume with the config of the checkpoint"
+            f"the parameters in {state.checkpoint} have other shapes than the parameters that this config trains; "
+            "resume with the config of the checkpoint"
         )
     with torch.no_grad():
         for parameter, saved in zip(parameters, shared["parameters"], strict=True):

@@ -136,7 +136,8 @@ def describe(scene: Scene, rng: np.random.Generator, *, words: int = 40, style: 
     Args:
         scene: the scene to describe.
         rng: samples the phrases and the order of the objects.
-        words: target length in words: 8 gives a short clause; 480 gives over 500 CLIP tokens with seven objects or more.
+        words: target length in words: 8 gives a short clause; 480 gives over 500 CLIP tokens with seven objects or
+            more.
         style: ``plain`` (self-contained sentences) or ``referring`` ("It is red.").
 
     Raises:

@@ -64,7 +64,7 @@ def _never_covered() -> np.ndarray:
 
 @cache
 def _filters() -> list[tuple[slice, slice, np.ndarray, np.ndarray]]:
-    """Returns for each place: rows, columns, masks minus their constant and linear part ``(30, p)``, unchanged masks."""
+    """Returns for each place: rows, columns, masks minus constant and linear part ``(30, p)``, unchanged masks."""
     edges = [0, 21, 43, 64]
     out = []
     for place in range(len(PLACES)):

@@ -38,8 +38,8 @@ class Unreadable(dict[Hashable, str]):
         self[name] = f"{type(error).__name__}: {error}"
         if len(self) > self.limit:
             raise ValueError(
-                f"{len(self)} images cannot be read, more than max_unreadable={self.limit}; repair or remove them, or raise "
-                f"max_unreadable: {self.summary()}"
+                f"{len(self)} images cannot be read, more than max_unreadable={self.limit}; repair or remove them, or "
+                f"raise max_unreadable: {self.summary()}"
             ) from error
         log.warning("%s cannot be read and is replaced by the next image (%s)", name, self[name])
 
@@ -61,7 +61,8 @@ class SquareLoader:
     def __init__(self, resolution: int | None):
         if resolution is None:
             raise ValueError(
-                "resolution is null, which means the backbone's resolution, but no backbone is set; set resolution in pixels"
+                "resolution is null, which means the backbone's resolution, but no backbone is set; set resolution in "
+                "pixels"
             )
         self.resolution, self.small = resolution, 0
 

@@ -105,7 +105,8 @@ def _with_images(rows: Any, folders: dict[str, Path], config: LongAlignCaptionsC
             missing.append(image)
             if config.max_missing is not None and len(missing) > config.max_missing:
                 raise ValueError(
-                    f"more than max_missing={config.max_missing} images are missing, e.g. {image}; add them, or raise max_missing"
+                    f"more than max_missing={config.max_missing} images are missing, e.g. {image}; add them, or raise "
+                    "max_missing"
                 )
     if unknown := sorted(set(folders) - set(counts)):
         raise ValueError(f"no caption has the source '{unknown[0]}'; available: {', '.join(sorted(counts))}")

@@ -60,8 +60,8 @@ class HubPairsConfig(TableConfig, PairedImagesConfig):
     images: Annotated[Texts, Field(min_length=1, max_length=2)] = ("jpg_0", "jpg_1")
     """two columns of images, encoded bytes or paths, or one column with a list of two."""
     labels: Annotated[Texts, Field(min_length=1, max_length=2)] = ("label_0", "label_1")
-    """two columns of numbers (1 and 0, fractions or votes; equal values mean a tie), one column with a list of two, or one
-    column with the fraction that prefers the first image. Pairs without label are skipped.
+    """two columns of numbers (1 and 0, fractions or votes; equal values mean a tie), one column with a list of two, or
+    one column with the fraction that prefers the first image. Pairs without label are skipped.
     """
     captions: Annotated[Texts, Field(max_length=2)] = ()
     """two columns with a caption of each image, or one column with a list of two; empty: no captions."""

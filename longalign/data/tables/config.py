@@ -29,8 +29,8 @@ class TableConfig(DataConfig):
     caption: Text = "caption"
     """column of the captions or prompts."""
     image_folder: Text | None = None
-    """folder of the images if the image column holds paths. Paths must stay inside this folder; ``/`` allows any absolute
-    path.
+    """folder of the images if the image column holds paths. Paths must stay inside this folder; ``/`` allows any
+    absolute path.
     """
     cache: Text | None = None
     """cache folder of ``datasets``; null: the default of ``datasets``."""
