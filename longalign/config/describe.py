@@ -70,7 +70,9 @@ def describe_kind(kind: str) -> str:
 
 
 def describe_topic(words: Sequence[str]) -> str:
-    """Returns the output of ``longalign describe`` for a kind, a part (with or without its kind), ``run`` or a key of a run.
+    """Returns the output of ``longalign describe`` for a kind, a part, ``run`` or a key of a run.
+
+    A kind may precede the name of a part.
 
     Raises:
         PartError: if there is no such kind, part or key.

@@ -140,8 +140,7 @@ def _check_conditioning(pipe: Any, conditioning: Conditioning, parameters: Any) 
     if conditioning.mask is not None and not masks and not bool(conditioning.mask.all()):
         warnings.warn(
             f"{name} does not accept an attention mask, so it attends to the padding of shorter prompts; use the "
-            "<pad*> "
-            "padding of clip-segment (max_tokens) or generate one prompt at a time",
+            "<pad*> padding of clip-segment (max_tokens) or generate one prompt at a time",
             stacklevel=3,
         )
     denoiser = _denoiser(pipe)

@@ -68,8 +68,7 @@ def log_run_summary(composition: Composition, optimization: Optimization, step: 
     batch_size = composition.config.loop.batch_size * accelerator.num_processes
     if not isinstance(data, Stream) and batch_size > len(data):
         log.warning(
-            "a batch has %d items but the data only %d, so batches repeat items; lower loop.batch_size or "
-            "loop.accumulation",
+            "a batch has %d items but the data only %d, so batches repeat items; lower loop.batch_size",
             batch_size,
             len(data),
         )

@@ -127,7 +127,7 @@ def check_same_inputs(state: ResumeState, current: Mapping[str, Any]) -> None:
     ]
     if changed:
         raise ValueError(
-            f"weights or data of {state.checkpoint} have changed on disk since:\n" + "\n".join(changed) + "\n"
+            f"weights or data of {state.checkpoint} have changed on disk since the start:\n" + "\n".join(changed) + "\n"
             "Restore them, or start a new run from the checkpoint's weights with init_from"
         )
 

@@ -38,8 +38,8 @@ class Unreadable(dict[Hashable, str]):
         self[name] = f"{type(error).__name__}: {error}"
         if len(self) > self.limit:
             raise ValueError(
-                f"{len(self)} images cannot be read, more than max_unreadable={self.limit}; repair or remove them, or "
-                f"raise max_unreadable: {self.summary()}"
+                f"{len(self)} images cannot be read, more than max_unreadable={self.limit}: {self.summary()}. Repair "
+                "or remove them, or raise max_unreadable"
             ) from error
         log.warning("%s cannot be read and is replaced by the next image (%s)", name, self[name])
 
