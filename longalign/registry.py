@@ -428,7 +428,7 @@ def _check_config_class(name: str, model: type[PartConfig], base: type[PartConfi
         raise PartError(f"{model.__name__}.build must take ({expected}): {problem}")
     if not model.model_config.get("frozen") or model.model_config.get("extra") != "forbid":
         raise PartError(
-            f"{model.__name__}.model_config must have frozen=True and extra='forbid', as in PartConfig; remove the "
+            f"{model.__name__} must have frozen=True and extra='forbid' in model_config, as PartConfig; remove the "
             "override"
         )
     field = model.model_fields["name"]

@@ -106,7 +106,7 @@ def _resolve_step(tree: Any, step: str, parent: str) -> Any:
     if isinstance(tree, list):
         if not re.fullmatch("[0-9]{1,9}", step) or int(step) >= len(tree):
             if not tree:
-                raise LookupError(f"{parent} is empty and has no entry '{step}'; set {parent} as a whole")
-            raise LookupError(f"{parent} has no entry '{step}'; expected an index from 0 to {len(tree) - 1}")
+                raise LookupError(f"no entry '{step}' in {parent}, which is empty; set {parent} as a whole")
+            raise LookupError(f"no entry '{step}' in {parent}; expected an index from 0 to {len(tree) - 1}")
         return int(step)
     raise LookupError(f"{parent} is {shorten(tree)} and has no keys; set {parent} as a whole")

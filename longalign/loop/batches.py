@@ -122,7 +122,7 @@ def load_batches(data: Data | Stream, batches: Batches, needs_images: bool, work
         ValueError: if images are needed and the data has none.
     """
     if needs_images and not data.has_images:
-        raise ValueError("the trainer needs images, but the data only has prompts; choose data with images")
+        raise ValueError("the trainer needs images, but the data has prompts only; choose data with images")
     # separate generator: creating the loader must not consume the training RNG
     generator = torch.Generator().manual_seed(batches.seed)
     if isinstance(data, Stream):

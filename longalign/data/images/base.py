@@ -61,8 +61,7 @@ class SquareLoader:
     def __init__(self, resolution: int | None):
         if resolution is None:
             raise ValueError(
-                "resolution is null, which means the backbone's resolution, but no backbone is set; set resolution in "
-                "pixels"
+                "resolution null means the backbone's resolution, but no backbone is set; set resolution in pixels"
             )
         self.resolution, self.small = resolution, 0
 
