@@ -216,7 +216,7 @@ def prepare_output_dir(output: Path, runs: Sequence[Path]) -> None:
     """
     marker = output / MARKER
     if output.exists() and any(output.iterdir()) and not marker.exists():
-        raise ValueError(f"{output} is neither empty nor the output of an earlier demo; choose a different output")
+        raise ValueError(f"{output} is not empty and not the output of an earlier demo; choose a different output")
     for run in runs:
         if run.exists():
             shutil.rmtree(run)
