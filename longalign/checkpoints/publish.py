@@ -162,7 +162,7 @@ def read_table(path: Path, config: RunConfig | None = None) -> MetricTable:
         and exported_keys(to_dict(config)) not in map(exported_keys, configs.values())
     ):
         raise ValueError(
-            f"none of the models in {path}, {', '.join(configs)}, has the config of this checkpoint; "
+            f"{path} has the models {', '.join(configs)}: none has the config of this checkpoint; "
             "expected the output of `longalign eval --json` for its images"
         )
     return table
