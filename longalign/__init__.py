@@ -1,6 +1,6 @@
 """Long-text alignment of text-to-image diffusion models.
 
-Public names are loaded on first use, so ``import longalign`` does not import torch.
+Public names are loaded on first use, so that ``import longalign`` does not import torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Atomic writes of files."""
+"""Writes files atomically."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Context manager that yields a temporary path, which is synced to disk and renamed to ``path`` at the end.
+    """Context manager that yields a temporary path. On exit, the file is synced to disk and renamed to ``path``.
 
     Raises:
         OSError: if the file cannot be written; the temporary file is removed.
@@ -31,7 +31,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Syncs a file, or the names in a folder, to disk."""
+    """Calls fsync on a file, or on a folder to make its directory entries durable."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:  # Windows cannot open folders

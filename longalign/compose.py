@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Composition:
-    """The parts of a run. Each is built on first access and then reused.
+    """The parts of a run. Each part is built on first access and then reused.
 
     Args:
         config: config of the run.
@@ -54,7 +54,7 @@ class Composition:
 
     @property
     def backbone(self) -> Backbone:
-        """The model to fine-tune. With ``init_from`` it has that checkpoint's weights.
+        """The model to fine-tune, with the weights of the ``init_from`` checkpoint if set.
 
         Raises `ConfigError` if the config has none.
         """
@@ -62,9 +62,9 @@ class Composition:
 
     @property
     def encoder(self) -> Encoder:
-        """The prompt encoder. With ``init_from`` it has that checkpoint's adapter.
+        """The prompt encoder, with the adapter of the ``init_from`` checkpoint if set.
 
-        With ``cache.prompts`` it reads cached text states; the text models are not loaded.
+        With ``cache.prompts``, the encoder reads cached text states, and the text models are not loaded.
 
         Raises `ConfigError` if the config has none.
         """
@@ -153,7 +153,7 @@ def build_from_config(
         runtime: device, dtype and processes; detected on this machine if None.
 
     Raises:
-        ConfigError: with all problems of the config, each with its path.
+        ConfigError: if the config is invalid; lists all problems, each with its path.
     """
     config = load_config(config)
     return Composition(config, runtime or Runtime.detect(config.loop.precision))

@@ -54,7 +54,7 @@ class DemoResult:
 
 
 def default_config(name: str) -> Path:
-    """The config file of a demo stage, ``align`` or ``reward``: ``mini-<name>.yaml`` of the examples."""
+    """Returns the config file of a demo stage, ``align`` or ``reward``: ``mini-<name>.yaml`` of the examples."""
     return examples_folder() / f"mini-{name}.yaml"
 
 
@@ -79,20 +79,22 @@ def run_demo(
     Args:
         output: folder for both runs, ``report.html``, ``table.json``, ``table.md``, and the images in
             ``images/<model>``; an earlier demo is replaced.
-        align: config of the first stage, the bundled one if None; its data must be ``scenes``.
-        reward: config of the second stage, the bundled one if None. Its first reward, without reweighting, is measured.
+        align: config of the first stage; the bundled config if None. The data must be ``scenes``.
+        reward: config of the second stage; the bundled config if None. Its first reward is measured, without
+            reweighting.
         prompts: number of held-out captions.
-        num_steps: sampling steps; the guidance is that of the reward stage.
+        num_steps: sampling steps; the guidance scale is taken from the reward stage.
         batch_size: images per batch.
-        examples: number of captions, from the first on, that the report shows with their images.
+        examples: number of captions that the report shows with their images, starting with the first.
         device: a torch device; the fastest available one if None.
 
     Raises:
-        ValueError: if ``output`` is not empty and not an earlier demo's, or the configs do not fit the demo.
+        ValueError: if ``output`` is neither empty nor the output of an earlier demo, or the configs do not fit the
+            demo.
         KeyboardInterrupt: if training was interrupted.
     """
     if prompts < 2:
-        raise ValueError(f"expected at least 2 prompts, to compute differences and their intervals, got {prompts}")
+        raise ValueError(f"expected at least 2 prompts, to compute confidence intervals of differences, got {prompts}")
     output = Path(output)
     align_config = override(align or default_config("align"), {"output": str(output / "align")})
     reward_config = override(reward or default_config("reward"), {"output": str(output / "reward"), "init_from": None})
@@ -167,7 +169,9 @@ def held_out_captions(configs: Sequence[RunConfig], count: int) -> list[Caption]
     for config in data:
         if not isinstance(config, ScenesConfig):
             name = None if config is None else config.name
-            raise ValueError(f"the demo measures facts, which only the data 'scenes' provides; got {name!r}")
+            raise ValueError(
+                f"the demo measures facts, which only the data 'scenes' provides, got {name!r}; set data to 'scenes'"
+            )
     scenes: Any = data[0]
     seed = HELD_OUT + max(config.seed for config in data if isinstance(config, ScenesConfig))
     held_out = ScenesConfig.model_validate({**scenes.model_dump(), "size": count, "seed": seed}).build(Runtime())
@@ -175,7 +179,7 @@ def held_out_captions(configs: Sequence[RunConfig], count: int) -> list[Caption]
 
 
 def _untrained(align: RunConfig, runtime: Runtime, truncated: bool) -> tuple[Any, Encoder]:
-    """The untrained backbone with the first stage's encoder, or with truncation at its text model's window."""
+    """Returns the untrained backbone with the first stage's encoder, or with truncation at its text model's window."""
     checkpoint = getattr(align.backbone, "checkpoint", None)
     if checkpoint is None:
         raise ValueError(f"expected a backbone whose checkpoint contains a text encoder, got {align.backbone}")
@@ -185,14 +189,17 @@ def _untrained(align: RunConfig, runtime: Runtime, truncated: bool) -> tuple[Any
 
 
 def image_folder(model: str) -> str:
-    """Name of a model's folder in ``images``."""
+    """Returns the name of the subfolder of ``images/`` that holds a model's images."""
     return re.sub(r"\W+", "-", model)
 
 
 def _save_images(
     folder: Path, images: Tensor, texts: Sequence[str], reports: Sequence[PromptReport], settings: Mapping[str, Any]
 ) -> None:
-    """Writes images and ``metadata.jsonl`` like `longalign.inference.sampling.generate`; seeds are caption indices."""
+    """Writes images and ``metadata.jsonl`` in the format of `longalign.inference.sampling.generate`.
+
+    The seed recorded for each image is the index of its caption.
+    """
     folder.mkdir(parents=True)
     rows = [
         image_row(i, text, seed=i, truncated=report.truncated)
@@ -202,14 +209,14 @@ def _save_images(
 
 
 def prepare_output_dir(output: Path, runs: Sequence[Path]) -> None:
-    """Creates the demo's folder; removes the runs and images of an earlier demo and nothing else.
+    """Creates the demo's folder, and removes the runs and images of an earlier demo but no other files.
 
     Raises:
-        ValueError: if the folder is not empty and not an earlier demo's.
+        ValueError: if the folder is neither empty nor the output of an earlier demo.
     """
     marker = output / MARKER
     if output.exists() and any(output.iterdir()) and not marker.exists():
-        raise ValueError(f"{output} is not empty and not an earlier demo's; choose a different output")
+        raise ValueError(f"{output} is not empty and not the output of an earlier demo; choose a different output")
     for run in runs:
         if run.exists():
             shutil.rmtree(run)
@@ -226,7 +233,7 @@ def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
 
 
 def truncated_sentences(caption: Caption, report: PromptReport) -> frozenset[int]:
-    """Indices of the sentences that are truncated, partly or completely."""
+    """Returns the indices of the sentences that are truncated, partly or completely."""
     if not report.truncated.strip():
         return frozenset()
     # truncated text is the end of the caption; lengths are without spaces, since encoders may drop spaces at splits

@@ -20,8 +20,8 @@ class Discovered:
     """Entry points of the installed distributions.
 
     Attributes:
-        groups: entry-point group to part name to the entry points of that name.
-        malformed: owner and error of each distribution whose entry-point metadata cannot be read.
+        groups: entry-point group -> part name -> entry points of that name.
+        malformed: name and error of each distribution whose entry-point metadata cannot be read.
         misnamed: entry points in groups with a wrong separator, such as ``longalign.encoders``.
     """
 
@@ -35,7 +35,10 @@ _cache: tuple[object, Discovered] | None = None
 
 
 def discover() -> Discovered:
-    """Entry points of all distributions on ``sys.path``; re-read when that path or one of its folders changes."""
+    """Returns the entry points of all distributions on ``sys.path``.
+
+    They are re-read when ``sys.path`` or one of its folders changes.
+    """
     global _cache
     state = tuple((entry, _modified(entry)) for entry in sys.path)
     if _cache is None or _cache[0] != state:
@@ -44,10 +47,10 @@ def discover() -> Discovered:
 
 
 def skip_unreadable() -> None:
-    """Patches this process to treat distributions with unreadable entry points as having none.
+    """Patches this process so that distributions with unreadable entry points are treated as having none.
 
-    catalogue, pydantic and torch read the entry points of all distributions on import, and would fail because of a file
-    that they do not need. `discover` records the file.
+    On import, catalogue, pydantic and torch read the entry points of all distributions, and would fail because of a
+    file that they do not need. `discover` records the file.
     """
 
     def entry_points(dist: Distribution) -> EntryPoints:
@@ -60,7 +63,7 @@ def skip_unreadable() -> None:
 
 
 def owner(entry: EntryPoint) -> str:
-    """Name and version of an entry point's distribution."""
+    """Returns the name and version of an entry point's distribution."""
     return _name(entry.dist) if entry.dist else "an unknown distribution"
 
 

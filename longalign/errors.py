@@ -96,13 +96,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """``; did you mean '...'?`` for a misspelt word, or an empty string without a close match."""
+    """Returns ``; did you mean '...'?`` for a misspelled word, or an empty string if there is no close match."""
     matches = difflib.get_close_matches(word, list(known), 1, 0.5)
     return f"; did you mean '{matches[0]}'?" if matches else ""
 
 
 def shorten(value: Any, limit: int = 80) -> str:
-    """``repr`` of a value without credentials, truncated to ``limit`` characters. Never formats the whole value."""
+    """Returns the ``repr`` of a value without credentials, truncated to ``limit`` characters.
+
+    The whole value is never formatted.
+    """
     text = ""
     for piece in _repr_pieces(value, limit):
         text += piece
@@ -120,13 +123,13 @@ def redact_url(text: str) -> str:
 def check_size(value: Any) -> None:
     """Raises `ConfigError` for a value that is nested too deeply, contains itself, or is too large when expanded.
 
-    With YAML anchors, a short text can expand to a value larger than memory. Shared values count once per use.
+    With YAML anchors, a short text can expand to a value larger than memory. A shared value counts once per use.
     """
     sizes: dict[int, tuple[int, int]] = {}
     too_deep = f"expected at most {MAX_DEPTH} levels of nested lists and mappings"
 
     def measure(node: Any, level: int) -> tuple[int, int]:
-        """Number of values and number of levels."""
+        """Returns the number of values and the number of levels."""
         if not isinstance(node, (Mapping, list, tuple, set, frozenset)):
             return 1, 0
         if id(node) not in sizes:
@@ -139,14 +142,16 @@ def check_size(value: Any) -> None:
         if level + depth > MAX_DEPTH + 1:
             raise ConfigError([("", too_deep)])
         if count > MAX_VALUES:
-            raise ConfigError([("", f"expected at most {MAX_VALUES} values, with aliases of anchors expanded")])
+            raise ConfigError(
+                [("", f"expected at most {MAX_VALUES} values, counting a YAML anchor once per use; shorten the config")]
+            )
         return count, depth
 
     measure(value, 1)
 
 
 def _repr_pieces(value: Any, limit: int) -> Iterator[str]:
-    """``repr`` of a value in pieces, because the full text may be larger than memory."""
+    """Yields the ``repr`` of a value in pieces, because the full text may be larger than memory."""
     if isinstance(value, (dict, list, tuple)):
         start, end = "{}" if isinstance(value, dict) else "[]" if isinstance(value, list) else "()"
         yield start
@@ -170,7 +175,7 @@ def _repr_pieces(value: Any, limit: int) -> Iterator[str]:
 
 
 def _message(detail: ErrorDetails, steps: list[Any], holder: type[BaseModel] | None) -> tuple[str, str]:
-    """Message of a problem, and the input as ``, got ...``."""
+    """Returns the message of a problem, followed by the input as ``, got ...``."""
     if detail["type"] == "extra_forbidden":
         return f"this key does not exist{_suggest_key(str(steps[-1]), holder) if holder else ''}", ""
     if detail["type"] == "missing":
@@ -186,7 +191,7 @@ def _message(detail: ErrorDetails, steps: list[Any], holder: type[BaseModel] | N
 
 
 def _suggest_key(word: str, holder: type[BaseModel]) -> str:
-    """Suggestion for an unknown key: a similar key, or a key of a nested section; else the available keys."""
+    """Suggests a similar key or a key of a nested section for an unknown key; else lists the available keys."""
     nested_keys = {
         f"{key}.{name}": name
         for key, field in holder.model_fields.items()
@@ -205,7 +210,7 @@ def _suggest_key(word: str, holder: type[BaseModel]) -> str:
 
 
 def _user_path(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[Any], type[BaseModel] | None]:
-    """The steps of ``loc`` that occur in the config file, and the model that holds the last one.
+    """Returns the steps of ``loc`` that occur in the config file, and the model that holds the last one.
 
     Pydantic inserts the tags of union members (``prompts.str``, ``prompts.list[str]``); they are removed.
     """

@@ -28,7 +28,7 @@ def offline() -> bool:
 
 
 def local_file(checkpoint: str, file: str, revision: str | None = None) -> Path | None:
-    """Path of a file of a local, bundled or cached checkpoint; None if the file is not on this machine.
+    """Returns the path of a file of a local, bundled or cached checkpoint; None if the file is not on this machine.
 
     Raises:
         ValueError: if no bundled weights have that name.

@@ -1,4 +1,4 @@
-"""Image folders: images and a ``metadata.jsonl`` that lists them. Importing this module does not import torch."""
+"""Reads and writes image folders, whose images are listed in ``metadata.jsonl``. Does not import torch on import."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def read_images(folder: Path) -> list[tuple[Path, str, Any]]:
 
 
 def new_index(folder: Path | str, overwrite: bool = False) -> Path:
-    """Path of a new ``metadata.jsonl`` in an output folder.
+    """Returns the path of a new ``metadata.jsonl`` in an output folder.
 
     Raises:
         ValueError: if the file already lists images and ``overwrite`` is False, or cannot be read.

@@ -1,4 +1,4 @@
-"""Image file reading and writing: PNG files with text metadata, and image files as tensors."""
+"""Reads image files as tensors, and writes PNG files with text metadata."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def write_png(path: Path, image: Tensor, texts: dict[str, str] | None = None) ->
 def decode(source: Path | str | bytes) -> Image.Image:
     """Decodes an image file or its bytes to an RGB PIL image, EXIF-rotated and without alpha channel.
 
-    16-bit channels are scaled to 8 bits. Of a file with several images, the first is used. Only `FORMATS` are accepted,
-    so that no file reaches an external program, as PostScript would.
+    16-bit channels are scaled to 8 bits. If the file contains several images, the first is used. Only `FORMATS` are
+    accepted: formats such as PostScript would make Pillow start an external program.
 
     Raises:
         OSError: if the file does not exist, is truncated or has an unsupported format.
         ValueError: if the file is otherwise damaged, not a regular file (a pipe, device or folder), has more pixels
-            than ``PIL.Image.MAX_IMAGE_PIXELS``, or values of unknown range.
+            than ``PIL.Image.MAX_IMAGE_PIXELS``, or holds 32-bit integers or floats outside [0, 1].
     """
     if not isinstance(source, bytes):
         check_regular(source)
@@ -53,7 +53,7 @@ def decode(source: Path | str | bytes) -> Image.Image:
             limit = Image.MAX_IMAGE_PIXELS
             if limit is not None and image.width * image.height > limit:
                 raise ValueError(
-                    f"{image.width} by {image.height} pixels exceed the limit of {limit}; scale it down, or "
+                    f"{image.width} by {image.height} pixels exceed the limit of {limit}; scale the image down, or "
                     "raise PIL.Image.MAX_IMAGE_PIXELS"
                 )
             return _eight_bits(ImageOps.exif_transpose(image), image.format).convert("RGB")
@@ -82,12 +82,12 @@ def check_regular(path: Path | str) -> None:
 
 
 def _eight_bits(image: Image.Image, kind: str | None) -> Image.Image:
-    """Converts 16-bit greyscale, which Pillow would clip to white, and floats in [0, 1] to 8 bits.
+    """Converts 16-bit grayscale, which Pillow would clip to white, and floats in [0, 1] to 8 bits.
 
     Other modes are returned unchanged.
 
     Raises:
-        ValueError: for 32-bit integers, and floats outside of [0, 1].
+        ValueError: for 32-bit integers, and floats outside [0, 1].
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
         values = np.asarray(image).astype(np.float64) / 65535
@@ -95,9 +95,12 @@ def _eight_bits(image: Image.Image, kind: str | None) -> Image.Image:
         values = np.asarray(image)
         if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
             values_range = f"{values.min():.4g} to {values.max():.4g}"
-            raise ValueError(f"expected float values from 0 to 1, got {values_range}; or use 8 or 16 bits")
+            raise ValueError(
+                f"expected float pixel values from 0 to 1, got {values_range}; rescale the image, or save it with 8 "
+                "or 16 bits per channel"
+            )
     elif image.mode == "I":
-        raise ValueError("32-bit integers have no known range; save the image with 8 or 16 bits")
+        raise ValueError("32-bit integer pixels have no known range; save the image with 8 or 16 bits per channel")
     else:
         return image
     return Image.fromarray((values * 255).round().astype(np.uint8))
@@ -108,7 +111,7 @@ def load_image(path: Path | str) -> Tensor:
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        ValueError: if the file cannot be read; the message has the path.
+        ValueError: if the file cannot be read; the message contains the path.
     """
     try:
         return to_tensor(decode(path))
@@ -138,5 +141,5 @@ class ImageFiles(Sequence[Tensor]):
     def __getitem__(self, index: slice) -> ImageFiles: ...
 
     def __getitem__(self, index: int | slice) -> Tensor | ImageFiles:
-        """Image at an index, or `ImageFiles` for a slice."""
+        """Returns the image at an index, or `ImageFiles` for a slice."""
         return ImageFiles(self.paths[index]) if isinstance(index, slice) else load_image(self.paths[index])

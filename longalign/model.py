@@ -33,7 +33,7 @@ class Images(list["Image"]):
 
 
 def _resolve_alias(**aliases: Any) -> Any:
-    """The value that is not None, or None. Raises ValueError if several are set."""
+    """Returns the alias that is set, or None. Raises ValueError if several aliases are set."""
     values = {name: value for name, value in aliases.items() if value is not None}
     if len(values) > 1:
         raise ValueError(f"{' and '.join(aliases)} are the same setting; pass one of them")
@@ -67,7 +67,7 @@ class Model:
         """Loads a checkpoint with its base model and text encoders. All LoRAs are merged.
 
         Args:
-            checkpoint: the checkpoint's file or folder, a run's folder (the newest checkpoint), or ``owner/name`` on
+            checkpoint: a checkpoint file or folder, a run folder (its newest checkpoint), or ``owner/name`` on
                 the Hub.
             revision: branch, tag or commit on the Hub.
             device: a torch device; the fastest available one if None.
@@ -84,17 +84,18 @@ class Model:
     def from_config(
         cls, config: Mapping[str, Any] | str | Path | RunConfig, *, device: str | None = None, dtype: str | None = None
     ) -> Model:
-        """Builds the model of a config as it is before training: the base model with the config's encoder.
+        """Builds the untrained model of a config: the base model with the config's encoder.
 
-        With ``init_from``, its weights are those of that checkpoint.
+        With ``init_from``, the model has the weights of that checkpoint.
 
         Args:
             config: a mapping, a YAML or JSON file, or a `RunConfig`; only backbone, encoder and ``init_from`` are used.
             device: a torch device; the fastest available one if None.
-            dtype: "float32", "bfloat16" or "float16"; that of ``loop.precision`` if None.
+            dtype: "float32", "bfloat16" or "float16"; the dtype of ``loop.precision`` if None.
 
         Raises:
-            ConfigError: with all problems of the config and its files, or if it has no backbone or no encoder.
+            ConfigError: if the config or its files are invalid, or it has no backbone or no encoder; lists all
+                problems.
             ValueError: if the device is not available.
         """
         config = load_config(config)
@@ -135,10 +136,10 @@ class Model:
 
         Args:
             prompt: one or several prompts.
-            seeds: one for all prompts, one per prompt, or any number for a single prompt.
+            seeds: one seed for all prompts, one per prompt, or any number for a single prompt.
             negative: negative prompt, one for all images or one per image; the empty prompt if None.
             num_steps: sampling steps; 25 if None.
-            guidance: scale of classifier-free guidance; 7.5 if None. 1 disables guidance.
+            guidance: scale of classifier-free guidance; 7.5 if None. 1 disables it.
             solver: "unipc", "ddim", "dpm++" or "lcm".
             height: pixels; the backbone's own resolution if None.
             width: pixels; the backbone's own resolution if None.
@@ -183,7 +184,7 @@ class Model:
         return Images(to_pil(image) for image in images)
 
     def to_pipeline(self, **components: Any) -> Any:
-        """The base model's diffusers pipeline with this model's denoiser, sharing its weights.
+        """Returns the base model's diffusers pipeline with this model's denoiser, sharing its weights.
 
         The pipeline's own text encoders are unchanged. Pass it the output of `longalign.condition` with this model's
         ``encoder``.
@@ -192,7 +193,7 @@ class Model:
             **components: passed to ``DiffusionPipeline.from_pretrained``, e.g. ``text_encoder=None`` to load none.
 
         Raises:
-            ValueError: if the base model has no pipeline: it is a single file, or was built in code.
+            ValueError: if the base model has no pipeline because it is a single file, or was built in code.
         """
         denoiser = self.backbone.denoiser
         components = {denoiser_folder(self.config): denoiser, **components}
@@ -207,7 +208,9 @@ class Model:
             ValueError: if the model is untrained.
         """
         if self.checkpoint is None:
-            raise ValueError("an untrained model has no checkpoint to save; expected one of Model.from_pretrained")
+            raise ValueError(
+                "an untrained model has no checkpoint to save; load a trained model with Model.from_pretrained"
+            )
         return publish.export(self.checkpoint, folder, metrics, license)
 
     def push_to_hub(

@@ -1,4 +1,4 @@
-"""Unique names."""
+"""Generates unique names."""
 
 from __future__ import annotations
 

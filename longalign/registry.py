@@ -60,7 +60,7 @@ def _reject_bool(value: Any) -> Any:
 
 
 def _strict(schema: Any) -> Any:
-    """Core schema that rejects booleans as numbers, and strings as integers or booleans.
+    """Returns a core schema that rejects booleans as numbers, and strings as integers or booleans.
 
     Strings are accepted as floats, because some YAML parsers read ``1e-4`` as a string. pydantic's ``strict`` mode is
     not used because it also rejects lists for tuples, and YAML has no tuples.
@@ -80,10 +80,10 @@ def _strict(schema: Any) -> Any:
 
 
 class Section(BaseModel):
-    """Base class of all config classes: frozen and strict.
+    """Base class of all config classes: frozen, with strict validation.
 
-    Extra keys, infinities, NaN, strings for integers, booleans for numbers and integers beyond 64 bits are errors. The
-    docstring below a field is the description of its key.
+    A string is not converted to an integer, nor a boolean to a number. Extra keys, infinities, NaN and integers beyond
+    64 bits are errors. The docstring below a field is the description of its key.
     """
 
     model_config = ConfigDict(
@@ -128,7 +128,7 @@ class PartConfig(Section):
 
     @classmethod
     def built_from(cls) -> tuple[str, ...]:
-        """Names of the built parts that `build` takes; none except for trainers."""
+        """Returns the names of the built parts that `build` takes; empty for all kinds except trainers."""
         return ()
 
     def check_run(self, run: Any) -> list[ConfigProblem]:
@@ -152,7 +152,7 @@ class PartConfig(Section):
 
 
 class _InCodeConfig(PartConfig):
-    """Config of a part that is a plain callable; it has no keys."""
+    """Config of a part that is a plain callable, without keys."""
 
     part: ClassVar[Any] = None
 
@@ -175,7 +175,7 @@ class Registry:
 
     Args:
         kind: plural name of the kind, e.g. ``"encoders"``; entry points are read from ``longalign_<kind>``.
-        config: base class of the kind's configs, as ``module:class``; it declares what a run asks of a part.
+        config: base class of the kind's configs, as ``module:class``; it declares what a run needs to know of a part.
         bases: accepted base classes of built parts, as ``module:class``; empty to accept any object.
         function: argument names of plain functions that are accepted as parts; empty to accept no functions.
     """
@@ -204,14 +204,14 @@ class Registry:
         return self._in_code.get_all()
 
     def names(self) -> tuple[str, ...]:
-        """All names, sorted, without importing any part."""
+        """Returns the sorted names of all registered parts, without importing them."""
         return tuple(sorted({*self._entries(), *self._local()}))
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries() or name in self._local()
 
     def infos(self, name: str) -> list[PartInfo]:
-        """All registrations of a name, without importing them. More than one is a conflict."""
+        """Returns all registrations of a name, without importing them. More than one is a conflict."""
         local = self._local().get(name)
         infos = [PartInfo(name, self.kind, e.value, owner(e)) for e in self._entries().get(name, [])]
         if local is not None:
@@ -219,7 +219,7 @@ class Registry:
         return infos
 
     def info(self, name: str) -> PartInfo:
-        """Origin of a part, without importing it.
+        """Returns the origin of a part, without importing it.
 
         Raises:
             PartError: if the name is unknown or registered twice.
@@ -252,7 +252,7 @@ class Registry:
         entry = self._entries()[name][0]
         try:
             if not entry.pattern.match(entry.value):
-                raise ValueError(f"the target of an entry point must be 'module:attribute', not {entry.value!r}")
+                raise ValueError(f"expected 'module:attribute' as target of the entry point, got {entry.value!r}")
             return self._as_config(name, entry.load())
         except (Exception, SystemExit) as error:
             # a PartError is complete; errors of the plugin are prefixed with their type
@@ -263,7 +263,7 @@ class Registry:
 
     def _as_config(self, name: str, target: Any) -> type[PartConfig]:
         if not KEBAB.fullmatch(name):
-            raise PartError(f"the name {name!r} must be in kebab case, like 'clip-segment'")
+            raise PartError(f"the name {name!r} is invalid; expected kebab case, e.g. 'clip-segment'")
         module, _, attribute = self._config.partition(":")
         base = getattr(import_module(module), attribute)
         if isinstance(target, type) and issubclass(target, PartConfig):
@@ -349,7 +349,7 @@ class Registry:
 
         Raises:
             ConfigError: if the config is invalid.
-            PartError: if the result is not a part of this kind, or a plugin fails because of a bug.
+            PartError: if the result is not a part of this kind, or the code of a plugin fails.
         """
         validated = self.validate(config)
         if runtime is None:
@@ -361,7 +361,7 @@ class Registry:
         name = config.name
         origin = self.infos(name)[0].owner if name in self else f"{type(config).__module__}"
         for key in parts.keys() - {*config.built_from()}:
-            raise ValueError(f"'{name}' uses no {key}, got {shorten(parts[key])}")
+            raise ValueError(f"'{name}' uses no {key}, got {shorten(parts[key])}; remove it")
         try:
             part = config.build(runtime, **parts)
         except PLUGIN_BUGS as error:
@@ -386,7 +386,7 @@ class Registry:
 
 
 def misnamed_entry_points() -> list[tuple[EntryPoint, str]]:
-    """Entry points in unknown groups, such as ``longalign_encoder``, each with an error message."""
+    """Returns the entry points in unknown groups, such as ``longalign_encoder``, each with an error message."""
     unknown = [
         entry
         for group, names in discover().groups.items()
@@ -406,7 +406,7 @@ def misnamed_entry_points() -> list[tuple[EntryPoint, str]]:
 
 
 def _call_problem(function: Any, *args: Any, **kwargs: Any) -> str:
-    """Why a function cannot be called with these arguments; empty if it can."""
+    """Returns why a function cannot be called with these arguments, or an empty string if it can."""
     try:
         inspect.signature(function).bind(*args, **kwargs)
     except TypeError as error:
@@ -427,7 +427,10 @@ def _check_config_class(name: str, model: type[PartConfig], base: type[PartConfi
         expected = ", ".join(("self", "runtime", *(("*", *parts) if parts else ())))
         raise PartError(f"{model.__name__}.build must take ({expected}): {problem}")
     if not model.model_config.get("frozen") or model.model_config.get("extra") != "forbid":
-        raise PartError(f"{model.__name__} must keep frozen=True and extra='forbid' of PartConfig's model_config")
+        raise PartError(
+            f"{model.__name__} must have frozen=True and extra='forbid' in model_config, as PartConfig; remove the "
+            "override"
+        )
     field = model.model_fields["name"]
     allowed = get_args(field.annotation) if get_origin(field.annotation) is Literal else None
     if (allowed and name not in allowed) or (not field.is_required() and field.default not in (name, *(allowed or ()))):
@@ -448,7 +451,7 @@ class PartOf:
 
 
 def Part(kind: str) -> Any:
-    """Annotation of a config field that holds a part, e.g. ``inner: Part("rewards")``."""
+    """Returns the annotation of a config field that holds a part, e.g. ``inner: Part("rewards")``."""
 
     def validate(value: Any) -> PartConfig:
         try:

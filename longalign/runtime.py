@@ -28,7 +28,7 @@ class Runtime:
         dtype: the dtype of frozen modules: ``"float32"``, ``"bfloat16"`` or ``"float16"``. Trainable parameters
             are always float32.
         gather: maps this process's tensor ``(b, ...)`` to the tensors of all processes ``(b * world_size, ...)``,
-            in the order of their ranks and without gradient. With a single process, the identity.
+            in rank order and without gradient. With a single process, it returns its argument.
         rank: index of this process.
         world_size: number of processes.
     """
@@ -41,14 +41,14 @@ class Runtime:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES.values():
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES.values())}, not {self.dtype!r}")
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES.values())}, got {self.dtype!r}")
 
     @classmethod
     def detect(cls, precision: str = "no", device: str | None = None) -> Runtime:
-        """Detects this machine's device and sets the dtype of a ``loop.precision``. Imports torch.
+        """Returns a runtime with this machine's device and the dtype of a ``loop.precision``. Imports torch.
 
         Args:
-            precision: a ``loop.precision``.
+            precision: a value of ``loop.precision``.
             device: a torch device. None selects CUDA if available, else Apple's MPS, else the CPU. A numbered GPU
                 becomes the current CUDA device, so training runs on it too.
 
@@ -76,7 +76,7 @@ class Runtime:
 
 
 def devices() -> list[str]:
-    """Names of this machine's devices. Imports torch."""
+    """Returns the names of this machine's devices. Imports torch."""
     import torch
 
     mps = ["mps"] if torch.backends.mps.is_available() else []
@@ -167,7 +167,7 @@ def resolve_checkpoint(checkpoint: str) -> str:
 
 
 def processor() -> str:
-    """Model name of the processor, or its architecture if the model is unknown."""
+    """Returns the model name of the processor, or its architecture if the model is unknown."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

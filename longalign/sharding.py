@@ -1,4 +1,4 @@
-"""Sharded weights (FSDP2, torch's `fully_shard`): gathering, sharding and resharding.
+"""Gathers, shards and reshards sharded weights (FSDP2, torch's `fully_shard`).
 
 Experimental: tested with two CPU processes (gloo), not yet on several GPUs.
 """
@@ -28,16 +28,16 @@ def gather_full(tensor: Tensor) -> Tensor:
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """This process's shard of a full tensor, sharded like ``like``; unchanged if ``like`` is not sharded."""
+    """Returns this process's shard of a full tensor, sharded like ``like``; unchanged if ``like`` is not sharded."""
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def reshard(module: nn.Module) -> None:
-    """Frees weights that a call gathered; only this process's shards remain.
+    """Frees the weights that a forward pass gathered; only this process's shards remain.
 
-    Without a backward pass, weights stay gathered after a call, and the next call would miss changes of the shards.
+    Without a backward pass, weights stay gathered after a forward pass, and the next one would use outdated weights.
     """
     for submodule in module.modules():
         if isinstance(submodule, FSDPModule):
@@ -54,7 +54,7 @@ def gather_optimizer_state(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def shard_optimizer_state(state: dict[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
-    """This process's shards of the output of `gather_optimizer_state`, for an optimizer of ``parameters``."""
+    """Returns this process's shards of the output of `gather_optimizer_state`, for an optimizer of ``parameters``."""
 
     def shard(i: int, value: Any) -> Any:
         # values of a different shape, such as step counts, are not sharded

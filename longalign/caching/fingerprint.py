@@ -16,7 +16,7 @@ BLOCK, BLOCKS = 4096, 256
 
 
 def fingerprints(config: Any, folders: Sequence[str], ask_hub: bool = True) -> dict[str, str | None]:
-    """Fingerprint of each checkpoint in a config, by its path in the config.
+    """Returns the fingerprint of each checkpoint in a config, by config path.
 
     Args:
         config: a dumped config.
@@ -47,11 +47,11 @@ def _checkpoints(path: str, value: Any) -> Iterator[tuple[str, str, str | None, 
 def fingerprint(
     checkpoint: str, revision: str | None, subfolder: str | None, folders: Sequence[str], ask_hub: bool = True
 ) -> str | None:
-    """Fingerprint of one checkpoint.
+    """Returns the fingerprint of one checkpoint.
 
-    For local files: a hash of names, sizes and content. Files up to 1 MiB are hashed completely, larger ones in 256
-    blocks spread over the file, which any training changes. For a Hub id: the commit on the Hub, or that of the local
-    cache if offline or if ``ask_hub`` is False.
+    For local files: a hash of names, sizes and content. Files up to 1 MiB are hashed completely. Of larger files,
+    256 blocks spread over the file are hashed; any training changes them. For a Hub id: the commit on the Hub, or of
+    the local cache if offline or if ``ask_hub`` is False.
 
     Returns:
         None for a Hub id that is neither reachable nor cached.

@@ -29,7 +29,7 @@ def has_latents(config: RunConfig) -> bool:
 
 
 def latent_store(config: RunConfig, runtime: Runtime, **options: Any) -> Store:
-    """The store of latents, with the settings that they depend on. ``options`` are those of a writer."""
+    """Returns the store of latents, with the settings that they depend on. ``options`` are passed to `Store`."""
     assert config.cache is not None and config.data is not None and config.backbone is not None
     # The key `dtype` applies to the denoiser only, not to the autoencoder.
     backbone = config.backbone.model_dump(mode="json", exclude={"dtype"})

@@ -1,4 +1,4 @@
-"""Precomputed latents and frozen text states of a run. Stale caches are rejected."""
+"""Precomputes latents and frozen text states of a run, and rejects stale caches."""
 
 from __future__ import annotations
 
@@ -90,19 +90,19 @@ def require_indexed(data: Data | Stream, config: RunConfig) -> Data:
     """Returns map-style data unchanged. Raises ValueError for a stream."""
     if isinstance(data, Stream):
         raise ValueError(
-            f"the data '{config.data and config.data.name}' is a stream without stable indices to key a cache by; "
+            f"the data '{config.data and config.data.name}' is a stream, which a cache cannot index; "
             "use data that is read by index (folder, hf without streaming), or remove 'cache'"
         )
     return data
 
 
 def cached_data(config: RunConfig, data: Data, runtime: Runtime) -> Data:
-    """The data with latents instead of images, if the run caches latents."""
+    """Returns the data with latents instead of images, if the run caches latents."""
     return CachedImages.load(data, latent_store(config, runtime)) if has_latents(config) else data
 
 
 def cached_encoder(config: RunConfig, data: Data, runtime: Runtime) -> Encoder:
-    """Encoder that reads cached text states, so that its text models need not be loaded.
+    """Returns an encoder that reads cached text states; its text models are not loaded.
 
     Raises:
         ValueError: if a validation prompt, or one of the checked prompts of the data, is not in the cache.

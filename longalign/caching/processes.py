@@ -1,4 +1,4 @@
-"""Processes that write one store together."""
+"""Coordination of processes that write one store together."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from longalign.runtime import Runtime
 
 
 def writer_options(runtime: Runtime, shard_bytes: int) -> dict[str, Any]:
-    """Options of a store that all processes write to."""
+    """Returns the options of a store that all processes write to."""
     return {"writable": True, "rank": runtime.rank, "processes": runtime.world_size, "shard_bytes": shard_bytes}
 
 

@@ -22,7 +22,7 @@ TEXT_FOLDERS = ("text_encoder", "tokenizer")
 
 
 def validation_prompts(config: RunConfig) -> list[str]:
-    """The prompts of the run's validation; empty without one."""
+    """Returns the validation prompts of the run; empty if the run has no validation."""
     if config.validation is None:
         return []
     prompts = config.validation.prompts
@@ -30,7 +30,7 @@ def validation_prompts(config: RunConfig) -> list[str]:
 
 
 def named_leaves(config: RunConfig) -> Iterator[tuple[str, EncoderConfig]]:
-    """Encoders with a cache of their own, each with the name of its folder."""
+    """Yields ``(folder_name, config)`` for each encoder that has its own cache."""
     assert config.encoder is not None  # a config with a cache has one
     names: set[str] = set()
     for leaf in config.encoder.leaves():
@@ -40,7 +40,10 @@ def named_leaves(config: RunConfig) -> Iterator[tuple[str, EncoderConfig]]:
 
 
 def prompt_store(config: RunConfig, name: str, leaf: EncoderConfig, runtime: Runtime, **options: Any) -> Store:
-    """The store of one encoder's states, with the settings that they depend on. ``options`` are those of a writer."""
+    """Returns the store of one encoder's states, with the settings that they depend on.
+
+    ``options`` are passed to `Store`.
+    """
     assert config.cache is not None
     encoder = settings(leaf)
     identity = {"encoder": encoder, "dtype": runtime.dtype, "weights": fingerprints(encoder, TEXT_FOLDERS)}

@@ -26,12 +26,12 @@ REPAIR_ADVICE = "remove it and run: longalign cache CONFIG"
 
 
 def key_of(content: bytes | str) -> bytes:
-    """Key of a text or of bytes: its 16-byte BLAKE2b hash (RFC 7693)."""
+    """Returns the key of a text or of bytes: its 16-byte BLAKE2b hash (RFC 7693)."""
     return blake2b(content.encode() if isinstance(content, str) else content, digest_size=KEY_BYTES).digest()
 
 
 class StaleCache(ValueError):
-    """A cache does not match the requested settings."""
+    """Raised if a cache does not match the requested settings."""
 
 
 class Store:
@@ -92,7 +92,8 @@ class Store:
             raise StaleCache(
                 f"the cache {self.folder} was made with different settings:\n"
                 + "\n".join(f"  {key}: {old!r} in the cache, {new!r} now" for key, old, new in differing)
-                + "\nRestore them, choose a different cache.folder, or remove this one and run: longalign cache CONFIG"
+                + "\nRestore these settings, set another cache.folder, or remove this cache and run: "
+                "longalign cache CONFIG"
             )
 
     def _index(self, number: int) -> None:
@@ -122,7 +123,7 @@ class Store:
         yield from self._pending
 
     def __getitem__(self, key: bytes) -> dict[str, Tensor]:
-        """Reads an entry from its shard. Raises ValueError if its checksum differs."""
+        """Reads an entry from its shard. Raises ValueError if the stored checksum does not match the data."""
         number, row = self._locations[key]
         file = self._open_shard(number)
         out = {}
@@ -135,7 +136,7 @@ class Store:
         return out
 
     def add(self, key: bytes, entry: Mapping[str, Tensor]) -> None:
-        """Adds an entry, written to disk when the shard is full or by `flush`."""
+        """Adds an entry. It is written to disk when the shard is full, or by `flush`."""
         if key in self:
             return
         self._pending[key] = {name: tensor.detach().cpu() for name, tensor in entry.items()}

@@ -1,4 +1,7 @@
-"""Checkpoints: saving, loading, export, upload, and conversion of published weights. Loaded on first use."""
+"""Checkpoints: saving, loading, export, upload, and conversion of published weights.
+
+Public names are loaded on first use.
+"""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from longalign.evaluation.table import MetricTable
 def reward_card(
     config: RunConfig, metadata: Mapping[str, str], table: MetricTable | None = None, license: str | None = None
 ) -> str:
-    """As `model_card`, for a run that trained a reward.
+    """Returns a model card as `model_card` does, for a run that trained a reward.
 
     Args:
         config: config of the run.
@@ -62,7 +62,7 @@ def model_card(
     table: MetricTable | None = None,
     license: str | None = None,
 ) -> str:
-    """A model card in the Hub's format: description, usage, metrics and training.
+    """Returns a model card in the Hub's format: description, usage, metrics and training.
 
     Args:
         config: config of the run.
@@ -99,7 +99,7 @@ def model_card(
         _metrics(table),
         "## Training",
         f"Data: {_data(public)}" + (f" Rewards: {rewards}." if rewards else ""),
-        f"Initialised from the checkpoint {code(public['init_from'])}." if config.init_from else "",
+        f"Initialized from the checkpoint {code(public['init_from'])}." if config.init_from else "",
         yaml_block(public),
         _versions(metadata),
     ]
@@ -148,7 +148,7 @@ def _versions(metadata: Mapping[str, str]) -> str:
 
 
 def _plugins(metadata: Mapping[str, str]) -> str:
-    """The packages other than longalign that provide parts of the run."""
+    """Returns the packages other than longalign that provide parts of the run."""
     providers = json.loads(metadata.get("providers", "{}"))
     packages = {package: path for path, package in providers.items() if package.split(" ")[0] != "longalign"}
     if not packages:

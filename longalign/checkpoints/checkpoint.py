@@ -6,8 +6,9 @@ Keys of ``longalign.safetensors``:
 - ``denoiser.<name>``: all weights of the denoiser, after full fine-tuning;
 - ``encoder.<name>``: the encoder's adapter.
 
-A run that trains a reward has none of these keys; the reward is in the folder ``reward/`` beside the file.
-The metadata hold the config, names and configs of the LoRAs, the step, package versions, and the provider of each part.
+A run that trains a reward has none of these keys; the reward is in the folder ``reward/`` next to the file.
+The metadata contains the config, names and configs of the LoRAs, the step, package versions, and the package that
+provides each part.
 """
 
 from __future__ import annotations
@@ -65,13 +66,13 @@ def save(folder: Path, config: RunConfig, backbone: Backbone | None, encoder: En
         config: config of the run.
         backbone: saves its LoRAs, or all weights under full fine-tuning; None if the run has none.
         encoder: saves its adapter; None if the run has none.
-        step: number of completed optimiser steps.
+        step: number of completed optimizer steps.
     """
     return write(folder, config, collect(backbone, encoder), step)
 
 
 def collect(backbone: Backbone | None, encoder: Encoder | None) -> Weights:
-    """The weights that `save` writes, as copies on the CPU.
+    """Returns the weights that `save` writes, as copies on the CPU.
 
     With sharded weights all processes must call it; only the first process receives them.
     """
@@ -83,7 +84,7 @@ def collect(backbone: Backbone | None, encoder: Encoder | None) -> Weights:
 
 
 def write(folder: Path, config: RunConfig, weights: Weights, step: int) -> Path:
-    """As `save`, for already collected weights; all tensors must be on the CPU and contiguous."""
+    """Writes collected weights as `save` does; all tensors must be on the CPU and contiguous."""
     loras = weights.loras
     tensors = {f"lora.{i}.{key}": tensor for i, lora in enumerate(loras) for key, tensor in lora.state.items()}
     tensors |= {f"denoiser.{key}": tensor for key, tensor in weights.denoiser.items()}
@@ -122,7 +123,7 @@ def load_weights(checkpoint: str | Path) -> Weights:
         )
     if read_mapping(path).get("backbone", "") is None:
         raise ValueError(
-            f"{path} has no backbone: its run trained a reward, which is in {path.parent / REWARD}; expected a "
+            f"{path} has no backbone, since its run trained a reward, saved in {path.parent / REWARD}; expected a "
             "checkpoint with a backbone"
         )
     tensors = load_tensors(path)
@@ -150,15 +151,19 @@ def _check_complete(path: Path, tensors: Mapping[str, Tensor], loras: Sequence[L
             f"names with the prefix {', '.join(prefixes)}"
         )
     if empty := [lora.name for lora in loras if not lora.state]:
-        raise ValueError(f"{path} lists the LoRA '{empty[0]}' but has no tensors of it; download or create it again")
+        raise ValueError(
+            f"{path} lists the LoRA '{empty[0]}' but has no tensors of this LoRA; download or create the file again"
+        )
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
             problem = "non-finite values" if tensor.is_floating_point() else f"{tensor.dtype}"
-            raise ValueError(f"{path}: expected finite floats in '{name}', got {problem}")
+            raise ValueError(
+                f"{path}: expected finite floats in '{name}', got {problem}; download or create the file again"
+            )
 
 
 def read_config(checkpoint: str | Path) -> RunConfig:
-    """The config of a checkpoint, for sampling.
+    """Returns the config of a checkpoint, for sampling.
 
     If training-only parts cannot be loaded, e.g. because their plugins are not installed, rewards, trainer, data and
     cache are omitted with a warning.
@@ -182,7 +187,7 @@ def read_config(checkpoint: str | Path) -> RunConfig:
 
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names have a prefix, with the prefix removed."""
+    """Returns the tensors whose names have a prefix, with the prefix removed."""
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
@@ -223,7 +228,7 @@ def load_for_sampling(
     config = read_config(path)
     if config.backbone is None or config.encoder is None:
         raise ValueError(
-            f"{path}: the run trained a reward, and has no backbone to sample with; "
+            f"{path} has no backbone to sample with, since its run trained a reward; "
             "expected a checkpoint with a backbone"
         )
     check_parts({"backbone": config.backbone, "encoder": config.encoder})

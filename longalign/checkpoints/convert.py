@@ -39,17 +39,17 @@ def convert_longsd(
 
     Args:
         source: folder with ``s28750_adapter/``, ``s28750_lora_vis.pt`` and ``sd15-reward-3750.pt``.
-        output: folder for both files; must not have a checkpoint.
-        backbone: Hub id or folder of the base model; its CLIP also encodes the segments.
-        t5: Hub id or folder of T5.
-        align_only: skip the reward stage; its file is then not needed.
+        output: output folder; must not already contain ``longalign.safetensors``.
+        backbone: Hub id or local folder of the base model. Its CLIP text encoder is used for the prompt segments.
+        t5: Hub id or local folder of T5.
+        align_only: if True, skip the reward stage; ``sd15-reward-3750.pt`` is then not required.
 
     Returns:
         The path of ``longalign.safetensors``.
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if a file's content, number of tensors or shapes are not as expected, or ``output`` has a
+        ValueError: if a file's content, number of tensors or shapes are not as expected, or ``output`` contains a
             checkpoint.
     """
     source, output = Path(source), Path(output)
@@ -74,7 +74,7 @@ def convert_longsd(
 
 
 def longsd_config(backbone: str, t5: str, adapter: TextAdapter) -> RunConfig:
-    """The config that the weights were trained with (paper, section 3.1, appendix A).
+    """Returns the config that the weights were trained with (paper, section 3.1, appendix A).
 
     The encoder concatenates CLIP's segments in 240 states and T5's 240 states through the adapter. The adapter's
     weights come from the checkpoint.
@@ -122,7 +122,10 @@ def read_lora_file(path: Path, unet: nn.Module, name: str) -> LoraWeights:
 
 
 def read_tensors(path: Path) -> list[Tensor]:
-    """Reads a list of tensors from a pickle, without executing code in it. Raises ValueError if it is no such list."""
+    """Reads a list of tensors from a pickle, without executing code in the file.
+
+    Raises ValueError if the file contains anything else.
+    """
     content = load_pickle(path)
     if not isinstance(content, (list, tuple)) or not content or not all(isinstance(t, Tensor) for t in content):
         kind = f"a mapping with keys {list(content)[:2]}" if isinstance(content, Mapping) else repr(type(content))

@@ -1,4 +1,4 @@
-"""Trained weights as files for diffusers: one LoRA, a denoiser, adapters."""
+"""Writes trained weights as files for diffusers: one LoRA, a denoiser, adapters."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def export_lora(checkpoint: str | Path, folder: str | Path) -> Path:
 
 
 def denoiser_folder(config: RunConfig) -> str:
-    """Name of the denoiser's component in diffusers: ``unet`` or ``transformer``."""
+    """Returns the name of the denoiser's component in diffusers: ``unet`` or ``transformer``."""
     return getattr(config.backbone, "component", "unet")
 
 
@@ -65,7 +65,7 @@ def save_denoiser(config: RunConfig, weights: Weights, output: Path) -> Path:
 
 
 def build_adapters(state: Mapping[str, Tensor]) -> dict[str, TextAdapter]:
-    """LaVi-Bridge adapters from an encoder's weights, named ``adapter``, ``adapter-2``...; skips other weights."""
+    """Builds LaVi-Bridge adapters from an encoder's weights, named ``adapter``, ``adapter-2``... Skips others."""
     adapters: dict[str, TextAdapter] = {}
     for key in state:
         if not key.endswith("norm1.weight"):

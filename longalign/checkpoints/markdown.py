@@ -1,4 +1,4 @@
-"""Markdown with untrusted texts: names and configs of other people's checkpoints."""
+"""Formats untrusted texts, such as names and configs of other people's checkpoints, as Markdown."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ import yaml
 
 
 def escape_text(value: object) -> str:
-    """Untrusted text as one line of escaped Markdown."""
+    """Formats untrusted text as one line of escaped Markdown."""
     return re.sub(r"([\\`*_\[\]|#])", r"\\\1", escape(" ".join(str(value).split()), quote=False))
 
 
 def code(value: object) -> str:
-    """Untrusted text as inline code."""
+    """Formats untrusted text as inline code."""
     text = " ".join(str(value).split())
     ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{ticks} {text} {ticks}" if "`" in text else f"`{text}`"
 
 
 def block(text: str, language: str) -> str:
-    """A code block; its fence is longer than any in the text."""
+    """Formats text as a code block, with a fence longer than any fence in the text."""
     ticks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{ticks}{language}\n{text.rstrip()}\n{ticks}"
 
 
 def yaml_block(config: Mapping[str, Any]) -> str:
-    """A config as a YAML code block."""
+    """Formats a config as a YAML code block."""
     return block(yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=120), "yaml")
 
 
 def table_cell(value: str) -> str:
-    """An untrusted name as a table cell."""
+    """Formats an untrusted name as a table cell."""
     return escape(" ".join(value.split()), quote=False).replace("|", "&#124;").replace("`", "&#96;")

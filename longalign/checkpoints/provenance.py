@@ -1,4 +1,4 @@
-"""Where a run comes from: package versions, and the provider of each part."""
+"""Records the package versions of a run, and the package that provides each part."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PACKAGES = ("longalign", "torch", "diffusers", "transformers", "peft", "accelera
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that affect results."""
+    """Returns the versions of Python and of the packages that affect results."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -24,7 +24,10 @@ def versions() -> dict[str, str]:
 
 
 def providers(config: RunConfig) -> dict[str, str]:
-    """The package that provides each part of a run, by config path, e.g. ``{"rewards.0.inner": "longalign 0.1.0"}``."""
+    """Returns the package that provides each part of a run, by config path.
+
+    For example, ``{"rewards.0.inner": "longalign 0.1.0"}``.
+    """
     owners = {}
     for path, part in parts_of(config):
         for registry in REGISTRIES.values():

@@ -51,8 +51,8 @@ def export(
     """Exports a checkpoint as a folder.
 
     - ``longalign.safetensors``: the checkpoint, without credentials and local paths of the training data;
-    - ``pytorch_lora_weights.safetensors``, for ``load_lora_weights`` of a diffusers pipeline. After full fine-tuning,
-      the denoiser in diffusers format in ``unet/`` or ``transformer/`` instead;
+    - ``pytorch_lora_weights.safetensors``: the LoRA for ``load_lora_weights`` of a diffusers pipeline. After full
+      fine-tuning, the denoiser in diffusers format in ``unet/`` or ``transformer/`` instead;
     - ``adapter/``: the encoder's LaVi-Bridge adapter, if any, in diffusers format;
     - ``README.md``: a model card with the config, the data and the metrics.
 
@@ -60,8 +60,8 @@ def export(
     model card.
 
     Args:
-        checkpoint: the checkpoint's file or folder, or a run's folder (the newest checkpoint).
-        output: a folder without files of these names.
+        checkpoint: a checkpoint file or folder, or a run folder, in which case the newest checkpoint is exported.
+        output: output folder. It must not contain any of the files listed above unless ``overwrite`` is set.
         metrics: a table written by ``longalign eval --json`` or the demo.
         license: license for the model card, e.g. ``"openrail++"``; omitted if None.
         overwrite: whether to replace an existing export.
@@ -70,7 +70,8 @@ def export(
         The files and folders written.
 
     Raises:
-        ValueError: if the folder has such files, or ``metrics`` is no metric table or of different models.
+        ValueError: if ``output`` contains files listed above, or ``metrics`` is not a metric table, or was measured
+            on other models.
     """
     source, output = checkpoint_file(Path(checkpoint)), Path(output)
     if source.parent.resolve() == output.resolve():
@@ -98,12 +99,12 @@ def export(
 
 
 def exported_files(config: RunConfig) -> tuple[str, ...]:
-    """Patterns of the files that `export` writes."""
+    """Returns the patterns of the files that `export` writes."""
     return REWARD_FILES if config.backbone is None else MODEL_FILES
 
 
 def _remove_export(output: Path, patterns: Sequence[str], overwrite: bool) -> None:
-    """Removes the files of an earlier export. Raises ValueError if there are any, unless ``overwrite`` is set."""
+    """Removes the files of an earlier export. Raises ValueError if files exist and ``overwrite`` is not set."""
     for pattern in patterns:
         for path in sorted(output.glob(pattern)):
             if not overwrite:
@@ -118,7 +119,10 @@ def _export_reward(
 ) -> list[Path]:
     folder = source.parent / REWARD
     if not folder.is_dir():
-        raise ValueError(f"the folder {folder} with the trained reward is missing; is this an export already?")
+        raise ValueError(
+            f"the folder {folder} with the trained reward is missing; export the checkpoint of the run, not an "
+            "earlier export"
+        )
     files = sorted(folder.iterdir())
     output.mkdir(parents=True, exist_ok=True)
     _copy_checkpoint(source, output)
@@ -144,7 +148,7 @@ def read_table(path: Path, config: RunConfig | None = None) -> MetricTable:
         config: config of a run. If the table holds the configs of all its models, one of them must match.
 
     Raises:
-        ValueError: if the file is no metric table, or none of its models matches ``config``.
+        ValueError: if the file is not a metric table, or none of its models matches ``config``.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -158,7 +162,7 @@ def read_table(path: Path, config: RunConfig | None = None) -> MetricTable:
         and exported_keys(to_dict(config)) not in map(exported_keys, configs.values())
     ):
         raise ValueError(
-            f"{path} is a table of different models, {', '.join(configs)}: none has the config of this checkpoint; "
+            f"{path} has the models {', '.join(configs)}: none has the config of this checkpoint; "
             "expected the output of `longalign eval --json` for its images"
         )
     return table

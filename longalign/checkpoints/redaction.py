@@ -1,4 +1,4 @@
-"""Configs without credentials and local paths, for files that are shared. No torch here."""
+"""Removes credentials and local paths from configs in shared files. Does not import torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PRIVATE_KEYS = ("output", "init_from", "data", "cache", "validation")
 
 
 def redacted(value: Any) -> Any:
-    """A dumped config without the credentials in its URLs."""
+    """Returns a dumped config without the credentials in its URLs."""
     if isinstance(value, dict):
         return {key: redacted(child) for key, child in value.items()}
     if isinstance(value, list):
@@ -23,7 +23,7 @@ def redacted(value: Any) -> Any:
 
 
 def redact_paths(value: Any) -> Any:
-    """As `redacted`; absolute paths and paths in a home folder are also shortened to their last part."""
+    """Redacts as `redacted`, and shortens absolute paths and paths in a home folder to their last part."""
     if isinstance(value, dict):
         return {key: redact_paths(v) for key, v in value.items()}
     if isinstance(value, list):
@@ -37,15 +37,15 @@ def redact_paths(value: Any) -> Any:
 
 
 def public_config(config: RunConfig) -> Any:
-    """A config without credentials and local paths."""
+    """Returns a config without credentials and local paths."""
     return redact_paths(to_dict(config))
 
 
 def exported_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A dumped config as it is exported: without local paths of training and without credentials."""
+    """Returns a dumped config as it is exported: without local paths of training and without credentials."""
     return {key: redact_paths(value) if key in PRIVATE_KEYS else redacted(value) for key, value in tree.items()}
 
 
 def exported_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a config that is identical in a checkpoint and in its export."""
+    """Returns the part of a config that is identical in a checkpoint and in its export."""
     return {key: value for key, value in config.items() if key not in PRIVATE_KEYS}

@@ -26,12 +26,12 @@ def push_to_hub(
         folder: an exported folder.
         repository: ``owner/name``.
         private: whether a new repository is private.
-        token: Hub token; that of the login if None.
+        token: Hub token; if None, the token saved by ``hf auth login``.
         revision: branch to upload to, created if needed; the main branch if None.
         message: commit message.
 
     Raises:
-        ValueError: if the folder is no export, or the Hub rejects the upload.
+        ValueError: if the folder is not an export, or the Hub rejects the upload.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -53,6 +53,7 @@ def push_to_hub(
         )
     except HfHubHTTPError as error:
         raise ValueError(
-            f"upload to '{repository}' was rejected: {error}; are you logged in (hf auth login)?"
+            f"upload to '{repository}' was rejected: {error}; log in with `hf auth login`, with write access to the "
+            "repository"
         ) from error
     return f"https://huggingface.co/{repository}"

@@ -1,4 +1,4 @@
-"""Tensor files: writes with a checksum, and reads that execute no code from the file."""
+"""Writes tensor files with a checksum, and reads them without executing code from the file."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def load_pickle(path: str | Path, checked: bool = False) -> Any:
 
     Args:
         path: path of the file.
-        checked: verify the checksums of the archive, which torch does not, and memory-map the tensors.
+        checked: whether to verify the checksums of the archive, which torch does not, and memory-map the tensors.
 
     Raises:
         FileNotFoundError: if the file does not exist.
@@ -68,14 +68,14 @@ def load_pickle(path: str | Path, checked: bool = False) -> Any:
         if checked:
             with zipfile.ZipFile(path) as archive:
                 if bad := archive.testzip():
-                    raise EOFError(f"the checksum of {bad} differs")
+                    raise EOFError(f"the checksum of {bad} does not match its content")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=checked)
     except MemoryError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
         if isinstance(error, OSError) and error.errno != EINVAL:  # torch raises EINVAL for truncated files
             raise
-        raise ValueError(_unreadable(path, error, "get it again")) from None
+        raise ValueError(_unreadable(path, error, "download or copy it again")) from None
 
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -91,7 +91,7 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
         expected = (file.metadata() or {}).get(CHECKSUM)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if expected is not None and expected != checksum(tensors):
-        raise ValueError(f"{path} is damaged: the checksum of its tensors differs; get it again")
+        raise ValueError(f"{path} is damaged: the checksum of its tensors does not match; download or copy it again")
     return tensors
 
 
@@ -124,12 +124,12 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """`crc` as a string."""
+    """Returns `crc` as a string."""
     return f"crc32:{crc(tensors):08x}"
 
 
 def crc(tensors: Mapping[str, Tensor]) -> int:
-    """CRC-32 of names, dtypes, shapes and contents; 4 GB/s on one core."""
+    """Returns the CRC-32 of names, dtypes, shapes and contents; 4 GB/s on one core."""
     value = 0
     for name, tensor in sorted(tensors.items()):
         value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode(), value)

@@ -15,11 +15,11 @@ EXAMPLES = """
 def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("model", choices=["longsd"], help="longsd: the files of luping-liu/LongSD")
     parser.add_argument("source", metavar="DIR", help="the folder of the published files")
-    parser.add_argument("output", metavar="OUT", help="a folder without a checkpoint, for the new files")
+    parser.add_argument("output", metavar="OUT", help="output folder; must not contain a checkpoint")
     parser.add_argument("--align-only", action="store_true", help="omit the reward stage")
-    about = "Hub id or folder of the base model (stable-diffusion-v1-5/stable-diffusion-v1-5)"
+    about = "Hub id or local folder of the base model (stable-diffusion-v1-5/stable-diffusion-v1-5)"
     parser.add_argument("--backbone", metavar="CHECKPOINT", help=about)
-    parser.add_argument("--t5", metavar="CHECKPOINT", help="Hub id or folder of T5 (google-t5/t5-large)")
+    parser.add_argument("--t5", metavar="CHECKPOINT", help="Hub id or local folder of T5 (google-t5/t5-large)")
 
 
 def run(args: Namespace) -> None:

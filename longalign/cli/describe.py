@@ -23,13 +23,13 @@ EXAMPLES = """
 
 def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("topic", help="a kind, a part, 'run' or a key of it, a config file, or a checkpoint")
-    about = "a part's name after a kind, or changes to a config"
+    about = "after a kind, the name of a part; after a config, changes to its values"
     parser.add_argument("details", nargs="*", default=[], metavar="NAME|key=value", help=about)
     parser.add_argument("--json-schema", action="store_true", help="with 'run': print its JSON schema, for editors")
 
 
 def run(args: Namespace) -> None:
-    """Describes a kind, a part, the keys of a run, or a config."""
+    """Prints the description of a kind, a part or the keys of a run, or a complete config."""
     topic, details = args.topic, args.details
     if args.json_schema:
         print(describe_schema([topic, *details]))

@@ -26,7 +26,7 @@ VARIABLES = (
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """The command has no options."""
+    """Adds no options."""
 
 
 def run(args: Namespace) -> None:
@@ -38,7 +38,7 @@ def run(args: Namespace) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Names and values in display order. Imports torch if it is installed."""
+    """Returns the names and values in display order. Imports torch if it is installed."""
     out = {name: _version(name) for name in PACKAGES}
     out["python"] = f"{platform.python_version()} ({platform.python_implementation()})"
     out["system"] = platform.platform()
@@ -75,7 +75,7 @@ def _devices() -> dict[str, str]:
 
 
 def _plugins() -> dict[str, list[str]]:
-    """Owner -> kind and name of parts from other distributions."""
+    """Returns the kind and name of each part from other distributions, by distribution."""
     plugins: dict[str, list[str]] = {}
     for group, names in discover().groups.items():
         for name, entries in names.items():

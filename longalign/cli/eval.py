@@ -52,7 +52,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 class _AppendModels(Action):
-    """Collects the models of several options in ``models``, as ``(option, NAME=...)``, in their order."""
+    """Collects the models of several options in ``models``, as ``(option, NAME=...)``, in command-line order."""
 
     def __call__(self, parser: Any, namespace: Namespace, values: Any, option_string: Any = None) -> None:
         namespace.models = [*namespace.models, *((self.dest, value) for value in values)]
@@ -76,7 +76,7 @@ class _Model:
 
     @property
     def generated(self) -> bool:
-        """Whether its images are generated here."""
+        """Whether this command generates the model's images."""
         return self.option != "images"
 
 
@@ -118,16 +118,16 @@ def run(args: Namespace) -> None:
 
 
 def _models(args: Namespace) -> list[_Model]:
-    """The models to compare, in the order of the options."""
+    """Returns the models to compare, in the order of the options."""
     models: dict[str, _Model] = {}
     for option, item in args.models:
         name, equals, source = item.partition("=")
         if not equals or not name or name in models:
-            raise ValueError(f"--{option} takes NAME=... with a unique name for each model, got '{item}'")
+            raise ValueError(f"--{option} expects NAME=... with a unique name for each model, got '{item}'")
         folder = Path(source) if option == "images" else Path(args.output or "") / name
         models[name] = _Model(name, option, source, folder)
     if not models:
-        raise ValueError("give models to compare, with --images, --checkpoint or --pipeline")
+        raise ValueError("no models to compare; give them with --images, --checkpoint or --pipeline")
     return list(models.values())
 
 
@@ -136,7 +136,7 @@ def _check_options(args: Namespace, models: Sequence[_Model]) -> None:
     if not any(model.generated for model in models):
         reject_sampling_options(args, "prompt", "prompts")
     elif args.output is None:
-        raise ValueError("give --output, a folder for the generated images")
+        raise ValueError("--output is missing; give a folder for the generated images")
     check_pipeline_options(args, *(model.option for model in models))
     for key in ("json", "markdown"):
         if (file := getattr(args, key)) and not Path(file).absolute().parent.is_dir():
@@ -144,7 +144,7 @@ def _check_options(args: Namespace, models: Sequence[_Model]) -> None:
 
 
 def _shared_pairs(args: Namespace, models: Sequence[_Model], prompts: Sequence[str]) -> list[tuple[str, Any]]:
-    """Prompt and seed of each image. Raises ValueError if they differ between the models."""
+    """Returns the prompt and seed of each image. Raises ValueError if they differ between the models."""
     pairs = {
         model.name: [(text.strip(), seed) for text in prompts for seed in seeds_of(args)]
         if model.generated
@@ -154,7 +154,9 @@ def _shared_pairs(args: Namespace, models: Sequence[_Model], prompts: Sequence[s
     base, *others = pairs
     for name in others:
         if pairs[name] != pairs[base]:
-            raise ValueError(f"the prompts and seeds of '{name}' differ from those of '{base}'")
+            raise ValueError(
+                f"the prompts and seeds of '{name}' differ from '{base}'; generate both with the same prompts and seeds"
+            )
     return pairs[base]
 
 
@@ -170,7 +172,7 @@ def _check_source(model: _Model) -> None:
 
 
 def _config_of_image(image: Path | str) -> Any:
-    """Config stored in an image's metadata; None if there is none."""
+    """Returns the config stored in an image's metadata, or None if there is none."""
     from PIL import Image
 
     with Image.open(image) as opened:

@@ -48,7 +48,9 @@ def _copy(files: Iterable[Path], folder: Path) -> None:
     targets = {path: folder / path.name for path in files}
     for path, target in targets.items():
         if target.exists() and target.read_bytes() != path.read_bytes():
-            raise ValueError(f"{target} exists and differs; choose another folder, or remove it")
+            raise ValueError(
+                f"{target} exists and differs from the example; choose another folder, or remove this file"
+            )
     folder.mkdir(parents=True, exist_ok=True)
     for path, target in targets.items():
         shutil.copyfile(path, target)
@@ -56,7 +58,7 @@ def _copy(files: Iterable[Path], folder: Path) -> None:
 
 
 def _summary(path: Path) -> str:
-    """First sentence of a config's leading comment; first line of a script or text."""
+    """Returns the first sentence of a config's leading comment, or the first line of a script or text."""
     if path.suffix != ".yaml":
         return path.read_text(encoding="utf-8").strip('"').partition("\n")[0]
     lines = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())

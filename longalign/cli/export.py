@@ -15,13 +15,15 @@ EXAMPLES = """
 
 
 def add_options(parser: ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run's folder for its newest one")
-    parser.add_argument("output", metavar="OUT", help="a folder without a checkpoint, for the new files")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run's folder for its newest checkpoint"
+    )
+    parser.add_argument("output", metavar="OUT", help="output folder; must not contain a checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint in OUT")
     about = "a table written by `longalign eval --json`, for the model card"
     parser.add_argument("--metrics", metavar="FILE", help=about)
     parser.add_argument("--license", metavar="NAME", help="license identifier for the model card, as on the Hub")
-    parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="also upload it to this repository")
+    parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="also upload the export to this repository")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
 
 

@@ -31,9 +31,9 @@ EXAMPLES = """
 
 def add_options(parser: ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
-    about = "a checkpoint, a run's folder for its newest one, or OWNER/NAME"
+    about = "a checkpoint, a run's folder for its newest checkpoint, or OWNER/NAME"
     source.add_argument("--checkpoint", metavar="DIR", help=about)
-    about = "a .yaml or .json config, to sample from its model without training"
+    about = "a .yaml or .json config; sample from its untrained model"
     source.add_argument("--config", metavar="FILE", help=about)
     source.add_argument("--pipeline", metavar="NAME", help=PIPELINE_HELP)
     add_prompts(parser, "a prompt; may be repeated")
@@ -63,7 +63,7 @@ def generate_images(
 
     Args:
         args: the options of `longalign.cli.options.add_sampling`.
-        option: what ``source`` is: ``checkpoint``, ``config`` or ``pipeline``.
+        option: type of ``source``: ``checkpoint``, ``config`` or ``pipeline``.
         source: the checkpoint, config file or pipeline.
         prompts: the prompts.
         output: the folder.

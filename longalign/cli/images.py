@@ -1,4 +1,4 @@
-"""Images of the command line: files, or folders written by ``longalign generate``."""
+"""Reads the images given on the command line: files, or folders written by ``longalign generate``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from longalign.image_folder import IMAGE_SUFFIXES, INDEX, read_images
 
 
 def images_and_prompts(arguments: Sequence[str]) -> tuple[list[Path], list[str] | None]:
-    """Image files, with their prompts if the folder has a ``metadata.jsonl``, else None."""
+    """Returns the image files, and their prompts if the folder has a ``metadata.jsonl``, else None."""
     paths = [Path(path) for path in arguments]
     if len(paths) == 1 and paths[0].is_dir():
         if (paths[0] / INDEX).exists():
@@ -19,7 +19,9 @@ def images_and_prompts(arguments: Sequence[str]) -> tuple[list[Path], list[str] 
             return [path for path, _, _ in rows], [prompt for _, prompt, _ in rows]
         paths = sorted(p for p in paths[0].iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
         if not paths:
-            raise ValueError(f"{arguments[0]} contains no images ({', '.join(IMAGE_SUFFIXES)})")
+            raise ValueError(
+                f"{arguments[0]} contains no images; expected files with the suffixes {', '.join(IMAGE_SUFFIXES)}"
+            )
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(f"no image {path}")
@@ -27,7 +29,7 @@ def images_and_prompts(arguments: Sequence[str]) -> tuple[list[Path], list[str] 
 
 
 def check_images(paths: Sequence[Path]) -> None:
-    """Reads all images in parallel. Raises ValueError that lists the unreadable ones."""
+    """Reads all images in parallel. Raises ValueError, with a list of the unreadable images, if any cannot be read."""
     from longalign.image_io import load_image
 
     def problem(path: Path) -> str | None:

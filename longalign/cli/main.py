@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _user_message(error: Exception, args: argparse.Namespace) -> str | None:
-    """Message for an error that the user can fix; None for a bug."""
+    """Returns the message for an error that the user can fix, or None for a bug."""
     from longalign.errors import is_out_of_memory, redact_url
 
     if isinstance(error, (ValueError, OSError)):
@@ -88,12 +88,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def command_module(name: str) -> ModuleType:
-    """The module of a command, with its ``EXAMPLES``, ``add_options(parser)`` and ``run(args)``."""
+    """Returns the module of a command, with its ``EXAMPLES``, ``add_options(parser)`` and ``run(args)``."""
     return import_module(f"longalign.cli.{name.replace('-', '_')}")
 
 
 def command_parser(name: str) -> Parser:
-    """The parser of one command."""
+    """Returns the parser of one command."""
     module, about = command_module(name), COMMANDS[name]
     examples = "\n".join(f"  {line}" for line in dedent(module.EXAMPLES).strip().splitlines())
     parser = Parser(
@@ -108,7 +108,7 @@ def command_parser(name: str) -> Parser:
 
 
 def top_level_parser() -> Parser:
-    """The parser of ``longalign`` without a command."""
+    """Returns the parser of ``longalign`` without a command."""
     width = max(map(len, COMMANDS))
     lines = [
         fill(about, 100, initial_indent=f"  {name:{width}} ", subsequent_indent=" " * (width + 3))
@@ -127,7 +127,7 @@ def top_level_parser() -> Parser:
 
 
 class _Version(argparse.Action):
-    """Prints the version and exits; the version is only read here."""
+    """Prints the version and exits. The version is not read before."""
 
     def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
         from importlib.metadata import version

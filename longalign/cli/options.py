@@ -1,4 +1,4 @@
-"""Options that several commands share: how they are declared, checked and read."""
+"""Declares, checks and reads the options that several commands share."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def add_overrides(parser: ArgumentParser) -> None:
 
 
 def add_device(parser: ArgumentParser) -> None:
-    about = "cpu, cuda, cuda:1 or mps (the best one available)"
+    about = "cpu, cuda, cuda:1 or mps (the fastest one available)"
     parser.add_argument("--device", type=device_name, metavar="DEVICE", help=about)
 
 
@@ -40,7 +40,7 @@ def add_prompts(parser: ArgumentParser, about: str, required: bool = True) -> No
 
 
 def add_sampling(parser: ArgumentParser) -> None:
-    """Options of image generation."""
+    """Adds the options of image generation."""
     add = parser.add_argument
     add("--negative", metavar="TEXT", help="negative prompt")
     add("--num-steps", type=positive, help="sampling steps (25, or the pipeline's own with --pipeline)")
@@ -71,35 +71,41 @@ def reject_sampling_options(args: Namespace, *extra_keys: str) -> None:
 def check_pipeline_options(args: Namespace, *options: str) -> None:
     """Raises ValueError for an option that only applies to stock pipelines if no pipeline is given."""
     if "pipeline" not in options:
-        _reject_options(args, "revision", "variant", reason="only applies to --pipeline; set it in the config instead")
+        _reject_options(
+            args,
+            "revision",
+            "variant",
+            reason="only applies to --pipeline",
+            advice="remove it and set '{}' in the config",
+        )
 
 
-def _reject_options(args: Namespace, *keys: str, reason: str) -> None:
+def _reject_options(args: Namespace, *keys: str, reason: str, advice: str = "remove it") -> None:
     for key in keys:
         if getattr(args, key) is not None:
-            raise ValueError(f"--{key.replace('_', '-')} {reason}; remove it")
+            raise ValueError(f"--{key.replace('_', '-')} {reason}; {advice.format(key)}")
 
 
 def seeds_of(args: Namespace) -> Sequence[int]:
-    """The seeds of ``--seed``. Raises ValueError if one occurs twice."""
+    """Returns the seeds of ``--seed``. Raises ValueError if one occurs twice."""
     seeds = args.seed or SEEDS
     check_seeds(seeds)
     return seeds
 
 
 def prompts_of(args: Namespace) -> list[str]:
-    """The prompts of ``--prompt`` or ``--prompts``. Raises ValueError if there are none."""
+    """Returns the prompts of ``--prompt`` or ``--prompts``. Raises ValueError if there are none."""
     if not args.prompt and not args.prompts:
-        raise ValueError("give --prompt or --prompts, to generate images from")
+        raise ValueError("no prompts to generate images from; give --prompt or --prompts")
     texts = args.prompt or ()
     prompts = [check_text(text, f"--prompt {i}") for i, text in enumerate(texts)] or read_prompts(args.prompts)
     if not prompts:
-        raise ValueError(f"{args.prompts} contains no prompts")
+        raise ValueError(f"{args.prompts} contains no prompts; expected at least one")
     return list(prompts)
 
 
 def count(number: int, noun: str) -> str:
-    """A number with its noun, e.g. ``2 images``."""
+    """Returns a number with its noun, e.g. ``2 images``."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
@@ -134,9 +140,9 @@ def positive(text: str) -> int:
 
 
 def size(text: str) -> tuple[int, int]:
-    """Height and width of ``N`` or ``WxH``."""
+    """Parses ``N`` or ``WxH`` and returns height and width."""
     width, cross, height = text.lower().partition("x")
     try:
         return positive(height if cross else width), positive(width)
     except ArgumentTypeError:
-        raise ArgumentTypeError(f"expected pixels, as 512 or as width x height, 768x512, got '{text}'") from None
+        raise ArgumentTypeError(f"expected pixels as N or WxH, e.g. 512 or 768x512, got '{text}'") from None

@@ -1,4 +1,4 @@
-"""The parser of the commands, with suggestions for misspelt options; and the order of reports of several processes."""
+"""Argument parser with suggestions for misspelled options, and delayed error reports of launched processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def wait_for_first_process() -> None:
     """Delays the error report of all processes but the first one on the machine.
 
     Before the process group is initialized, all processes usually fail with the same error. The first one reports it,
-    and the launcher then ends the others. A process that survives the delay has an error of its own.
+    and the launcher then terminates the others. If a process has not been terminated when the delay ends, its error is
+    specific to it and is reported too.
     """
     initialized = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
     if not initialized and os.environ.get("LOCAL_RANK", "0") != "0":
@@ -25,7 +26,7 @@ def wait_for_first_process() -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Parser with suggestions for unknown or misspelt options."""
+    """Parser with suggestions for unknown or misspelled options."""
 
     def __init__(self, **settings: Any):
         super().__init__(**settings)
@@ -41,7 +42,7 @@ class Parser(argparse.ArgumentParser):
         for text in takewhile(lambda text: text != "--", argv):
             name = text.partition("=")[0]
             if name.startswith("--") and not any(option.startswith(name) for option in self.option_names):
-                self.error(self._unknown_option(name))  # checked before missing options: one may be misspelt
+                self.error(self._unknown_option(name))  # checked before missing options: one may be misspelled
         return self.parse_intermixed_args(argv)
 
     def error(self, message: str) -> Any:
@@ -59,7 +60,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _config_path(key: str) -> str | None:
-    """Dotted path of a config key, given in full or by its last step; None if there is no such key."""
+    """Returns the dotted path of a config key, given in full or by its last step; None if there is no such key."""
     from longalign.config.run import RunConfig
 
     key = key.replace("-", "_")

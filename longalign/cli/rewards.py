@@ -1,4 +1,4 @@
-"""Rewards of the command line: configs from ``--reward``, and the rewards built from them."""
+"""Reads reward configs from ``--reward``, and builds the rewards."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CONFIG_SUFFIXES = (".yaml", ".yml", ".json", ".safetensors")
 
 
 def reward_configs(texts: Sequence[str]) -> dict[str, PartConfig]:
-    """Validated reward configs by display name; repeated names get a number."""
+    """Returns the validated reward configs by display name; repeated names get a number."""
     out: dict[str, PartConfig] = {}
     for text in texts:
         value = read_mapping(Path(text)) if Path(text).suffix in CONFIG_SUFFIXES else parse_value(text)
@@ -26,7 +26,7 @@ def reward_configs(texts: Sequence[str]) -> dict[str, PartConfig]:
 
 
 def build_rewards(configs: Mapping[str, PartConfig], device: str | None) -> dict[str, Any]:
-    """The rewards of configs, in eval mode. Plain functions are wrapped."""
+    """Returns the rewards of configs, in eval mode. Plain functions are wrapped."""
     check_parts(configs)
     from longalign.rewards.base import as_reward
     from longalign.runtime import Runtime

@@ -41,7 +41,9 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--by-sentence", action="store_true", help="score each sentence of a prompt separately")
     add_prompts(parser, "one prompt for all images, or one for each; may be repeated", required=False)
     add_sampling(parser)
-    parser.add_argument("--output", metavar="DIR", help="a folder for the generated images (not kept by default)")
+    parser.add_argument(
+        "--output", metavar="DIR", help="a folder for the generated images (by default they are not kept)"
+    )
 
 
 def run(args: Namespace) -> None:

@@ -1,1 +1,1 @@
-"""The config of a run: reading, checking, overriding and describing it; no torch here."""
+"""Reads, checks, overrides and describes the config of a run. Does not import torch."""

@@ -1,4 +1,4 @@
-"""Changes of a run's config: override values by dotted path, and compare two configs."""
+"""Overrides values of a run's config by dotted path, and compares two configs."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def parse_assignments(items: Sequence[str]) -> dict[str, Any]:
         if not equals or not path:
             problems.append((item, "expected path=value, e.g. loop.lr=1e-4"))
         elif path in out:
-            problems.append((path, "this path is given twice"))
+            problems.append((path, "this path is given twice; remove one of them"))
         else:
             out[path] = parse_value(text)
     if problems:
@@ -60,10 +60,10 @@ def parse_assignments(items: Sequence[str]) -> dict[str, Any]:
 
 
 def diff(a: RunConfig, b: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Differences of two configs, as dotted path to both values.
+    """Returns the differences of two configs: dotted path -> ``(value in a, value in b)``.
 
-    Parts with different names and lists of different lengths differ as a whole. Overriding ``a`` with the second
-    values gives ``b``.
+    Parts with different names, and lists of different lengths, are reported as one difference. Overriding ``a`` with
+    the second values gives ``b``.
     """
     return dict(_differences("", to_dict(a), to_dict(b)))
 
@@ -97,7 +97,7 @@ def _set_path(tree: Any, path: str, value: Any) -> None:
 
 
 def _resolve_step(tree: Any, step: str, parent: str) -> Any:
-    """Key or index of one step of a path. Raises LookupError if it does not exist."""
+    """Returns the key or index of one step of a path. Raises LookupError if it does not exist."""
     if isinstance(tree, dict):
         if step not in tree:
             hint = suggestion(step, map(str, tree)) or f"; available: {', '.join(map(str, tree))}"
@@ -105,7 +105,8 @@ def _resolve_step(tree: Any, step: str, parent: str) -> Any:
         return step
     if isinstance(tree, list):
         if not re.fullmatch("[0-9]{1,9}", step) or int(step) >= len(tree):
-            state = f"which has {len(tree)}, counted from 0" if tree else f"which is empty; set {parent} as a whole"
-            raise LookupError(f"no entry '{step}' in {parent}, {state}")
+            if not tree:
+                raise LookupError(f"no entry '{step}' in {parent}, which is empty; set {parent} as a whole")
+            raise LookupError(f"no entry '{step}' in {parent}; expected an index from 0 to {len(tree) - 1}")
         return int(step)
     raise LookupError(f"{parent} is {shorten(tree)} and has no keys; set {parent} as a whole")

@@ -1,4 +1,4 @@
-"""Checks of the files of a run before anything heavy is imported; all problems are reported at once.
+"""Checks the files of a run before heavy modules are imported, and reports all problems at once.
 
 `load_config` only checks the config itself, so that configs can be read on other machines. The checks here also need
 the files that the config refers to. They load and download nothing, and do not import torch.
@@ -32,10 +32,10 @@ def check_files(
 
     Args:
         config: the run.
-        training: check the whole run; otherwise only backbone and encoder.
-        resumed: allow an output folder that contains a run.
-        cached: skip the text models of the encoder if the run has a cache of prompts.
-        sizes: image sides in pixels to check, by their names in messages.
+        training: whether to check the whole run; otherwise only backbone and encoder are checked.
+        resumed: whether the output folder may contain a run.
+        cached: whether to skip the text models of the encoder if the run caches prompts.
+        sizes: name in messages -> image side in pixels to check.
     """
     keys = ("backbone", "encoder", *(("rewards", "trainer", "data") if training else ()))
     if training and cached and config.cache is not None and config.cache.prompts:
@@ -67,7 +67,7 @@ def check_parts(parts: Mapping[str, Any]) -> None:
 
 
 def parts_problems(value: Any, path: str = "") -> list[ConfigProblem]:
-    """Problems returned by `PartConfig.check_files` of all parts, including nested ones, with full paths."""
+    """Collects the problems from `PartConfig.check_files` of all parts, including nested parts, with full paths."""
     problems: list[ConfigProblem] = []
     for part_path, part in parts_of(value, path):
         try:
@@ -95,7 +95,7 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def init_from_problems(checkpoint: str) -> Iterator[str]:
-    """Yields why a run cannot start from a local checkpoint; checkpoints on the Hub are not checked."""
+    """Yields the reasons why a run cannot start from a local checkpoint; Hub checkpoints are not checked."""
     path = Path(checkpoint)
     if is_base_model(checkpoint):
         yield BASE_MODEL.format(f"'{checkpoint}'")
@@ -129,7 +129,7 @@ def _conditioning_problems(config: RunConfig) -> list[ConfigProblem]:
 
 
 def _sizes(config: RunConfig) -> dict[str, int | None]:
-    """Sides in pixels of the training images."""
+    """Returns the sides in pixels of the training images."""
     sizes = {} if config.trainer is None else {"trainer.resolution": config.trainer.image_size}
     if config.data is not None and (config.trainer is None or config.trainer.needs_images):
         sizes["data.resolution"] = config.data.image_size
@@ -137,7 +137,7 @@ def _sizes(config: RunConfig) -> dict[str, int | None]:
 
 
 def _size_problems(config: RunConfig, sizes: Mapping[str, int | None]) -> list[ConfigProblem]:
-    """Sizes in pixels that the backbone cannot encode to latents."""
+    """Returns the sizes in pixels that the backbone cannot encode to latents."""
     if config.backbone is None or (divisor := config.backbone.divisor) is None:
         return []
     return [
@@ -148,7 +148,7 @@ def _size_problems(config: RunConfig, sizes: Mapping[str, int | None]) -> list[C
 
 
 def output_problem(config: RunConfig) -> str | None:
-    """Problem of an ``output`` folder that already contains the checkpoints of a run; None if there is none."""
+    """Returns the problem of an ``output`` folder that already contains checkpoints, or None if it has none."""
     try:
         newest = checkpoint_file(Path(config.output))
     except FileNotFoundError:

@@ -1,6 +1,7 @@
-"""Checks of the parts of a run against each other, on their configs alone.
+"""Checks that the parts of a run fit together, from their configs alone.
 
-A part declares on its kind's base config what it needs and what it gives. `longalign.config.checks` checks the files.
+Fields of each kind's base config declare what a part needs and what it provides. `longalign.config.checks` checks the
+files.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def problems(run: RunConfig) -> Iterator[ConfigProblem]:
-    """Problems between the keys of a run, each key already validated, as ``(path, message)``."""
+    """Returns the problems between the keys of a run, each key already validated, as ``(path, message)``."""
     yield from _part_problems(run)
     yield from _conditioning_problems(run)
     yield from _reward_problems(run)
@@ -29,7 +30,7 @@ def problems(run: RunConfig) -> Iterator[ConfigProblem]:
 
 
 def _part_problems(run: RunConfig) -> Iterator[ConfigProblem]:
-    """Parts that the trainer needs and the run lacks, or the run has and the trainer does not use."""
+    """Returns the parts that the trainer needs and the run lacks, or the run has and the trainer does not use."""
     needs, name = TrainerConfig.needs, ""
     if run.trainer is not None:
         needs, name = run.trainer.needs, run.trainer.name
@@ -88,7 +89,7 @@ def _cache_problems(run: RunConfig) -> Iterator[ConfigProblem]:
 
 
 def _own_problems(part: PartConfig, run: RunConfig) -> list[ConfigProblem]:
-    """Problems that a part's `check_run` returns, or its failure as a problem."""
+    """Returns the problems from a part's `check_run`. An exception in `check_run` is returned as a problem."""
     try:
         problems = list(part.check_run(run))
         if all(isinstance(path, str) and isinstance(message, str) for path, message in problems):

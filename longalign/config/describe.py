@@ -1,4 +1,4 @@
-"""Descriptions of parts and their keys, for the terminal. Imports configs, but not torch."""
+"""Describes parts and their keys, for the terminal. Imports configs, but not torch."""
 
 from __future__ import annotations
 
@@ -31,14 +31,15 @@ TYPES = {
 
 
 def parts_table(kinds: Iterable[str] = (), targets: bool = False) -> tuple[str, list[str]]:
-    """Table of the available parts, and a list of problems. Imports the config of each part.
+    """Returns the table of the available parts, and a list of problems. Imports the config of each part.
 
     Args:
-        kinds: the kinds to list; all if empty.
-        targets: show the module and class of each part's config instead of its description.
+        kinds: the kinds to list; if empty, all kinds.
+        targets: whether to show the module and class of each part's config instead of its description.
 
     Returns:
-        The table, with kind, name, owner and description or target; and one message per problem.
+        The table, with columns kind, name, providing package, and description (or module and class with
+        ``targets=True``), and one message per problem.
     """
     rows: list[tuple[str, ...]] = [("kind", "name", "owner", "target" if targets else "description")]
     problems = [f"the entry points of {dist} cannot be read: {error}" for dist, error in discover().malformed]
@@ -57,7 +58,7 @@ def parts_table(kinds: Iterable[str] = (), targets: bool = False) -> tuple[str, 
 
 
 def describe_kind(kind: str) -> str:
-    """Table of the parts of a kind with their short descriptions, or the error of a broken part."""
+    """Returns a table of the parts of a kind with their short descriptions. A broken part shows its error."""
     (registry,) = _registries([kind])
     rows: list[tuple[str, ...]] = []
     for name in registry.names():
@@ -69,7 +70,9 @@ def describe_kind(kind: str) -> str:
 
 
 def describe_topic(words: Sequence[str]) -> str:
-    """Output of ``longalign describe`` for a kind, a kind and a part, a part, ``run`` or a key of a run.
+    """Returns the output of ``longalign describe`` for a kind, a part, ``run`` or a key of a run.
+
+    A kind may precede the name of a part.
 
     Raises:
         PartError: if there is no such kind, part or key.
@@ -81,7 +84,7 @@ def describe_topic(words: Sequence[str]) -> str:
     if kind in REGISTRIES and len(details) < 2:
         return describe_part(kind, details[0]) if details else describe_kind(kind)
     if kind in REGISTRIES or (details and (topic == "run" or topic in sections or part_kinds)):
-        raise PartError(f"expected a kind and one part's name, or one word, got {' '.join(words)}")
+        raise PartError(f"expected one word, or a kind and the name of one part, got {' '.join(words)}")
     if topic == "run":
         return describe_model(RunConfig)
     if topic in sections:
@@ -96,7 +99,7 @@ def describe_topic(words: Sequence[str]) -> str:
 
 
 def describe_schema(words: Sequence[str]) -> str:
-    """Output of ``longalign describe run --json-schema``.
+    """Returns the output of ``longalign describe run --json-schema``.
 
     Raises:
         PartError: if the topic is not ``run``.
@@ -107,7 +110,7 @@ def describe_schema(words: Sequence[str]) -> str:
 
 
 def describe_part(kind: str, name: str) -> str:
-    """Description of one part: its docstring, origin, and each key with type, default and description."""
+    """Returns the description of one part: its docstring, origin, and each key with type, default and description."""
     (registry,) = _registries([kind])
     model, info = registry.get(name), registry.info(name)
     head = f"{name} ({kind}), from {info.owner}: {info.target}\n\n{summary(model)}\n"
@@ -115,7 +118,7 @@ def describe_part(kind: str, name: str) -> str:
 
 
 def describe_model(model: type[BaseModel]) -> str:
-    """Description of a config class that is not a part, such as `longalign.config.run.RunConfig`."""
+    """Returns the description of a config class that is not a part, such as `longalign.config.run.RunConfig`."""
     return "\n".join([f"{summary(model)}\n", *_describe_keys(model)]).rstrip()
 
 
@@ -129,7 +132,7 @@ def _registries(kinds: Iterable[str]) -> list[Registry]:
 
 
 def _terminal_width() -> int:
-    """Columns of the terminal, limited to 40 to 120 for legibility; 100 without a terminal."""
+    """Returns the width of the terminal in columns, limited to 40 to 120 for legibility; 100 without a terminal."""
     return min(max(shutil.get_terminal_size((100, 24)).columns, 40), 120)
 
 
@@ -150,7 +153,7 @@ def _table(rows: list[tuple[str, ...]], fill: bool = False) -> str:
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
-    """The config classes of a key's sections, without parts."""
+    """Returns the config classes of a key's sections, without parts."""
     if isinstance(annotation, type):
         return [annotation] if issubclass(annotation, BaseModel) and annotation is not PartConfig else []
     return [model for argument in get_args(annotation) for model in _models(argument)]
@@ -162,7 +165,7 @@ def _describe_keys(model: type[BaseModel]) -> Iterator[str]:
 
 
 def _describe_properties(schema: Schema, definitions: Schema, prefix: str = "", values: Any = None) -> Iterator[str]:
-    """Lines of each key and of the keys below it; ``values`` are defaults that replace those of the schema."""
+    """Yields the lines of each key and of its nested keys; ``values`` replace the defaults of the schema."""
     # required keys come first, even after the inherited keys of a base class
     for key, value in sorted(schema["properties"].items(), key=lambda item: item[0] not in schema.get("required", ())):
         default = values[key] if isinstance(values, dict) and key in values else value.get("default", MISSING)
@@ -180,9 +183,9 @@ def _describe_properties(schema: Schema, definitions: Schema, prefix: str = "", 
 
 
 def _sections(value: Schema, definitions: Schema, is_list: bool = False) -> Iterator[tuple[Schema, bool]]:
-    """Schemas of the sections that a value may be, and whether it is a list of them.
+    """Yields the schemas of the sections that a value may be, and whether the value is a list of sections.
 
-    Parts looked up by name have descriptions of their own.
+    Parts are omitted: they are described separately, by name.
     """
     if "$ref" in value:
         yield definitions[value["$ref"].removeprefix(REFERENCE)], is_list

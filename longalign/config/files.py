@@ -1,4 +1,4 @@
-"""The files of a checkpoint and their metadata. Importing this module does not import torch."""
+"""Finds the files of a checkpoint and reads their metadata. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def join_subfolder(subfolder: str | None, folder: str) -> str:
-    """Path of a component folder in a checkpoint whose components are all inside ``subfolder``."""
+    """Returns the path of a component folder in a checkpoint whose components are all inside ``subfolder``."""
     return f"{subfolder}/{folder}" if subfolder else folder
 
 
@@ -32,10 +32,10 @@ def check_single_file(checkpoint: str, layout: str | None, **selection: str | No
         **selection: keys that select files of a folder or repository.
 
     Raises:
-        ValueError: if the checkpoint is a pickle, or a key does not apply to it.
+        ValueError: if the checkpoint is a pickle, or a key does not apply to this type of checkpoint.
     """
     if checkpoint.endswith(".ckpt"):
-        raise ValueError("a .ckpt file is a pickle, which can run code and is not read; convert it to .safetensors")
+        raise ValueError("a .ckpt file is a pickle, which can run code, so it is not read; convert it to .safetensors")
     is_file = checkpoint.endswith(".safetensors")
     if layout is not None and not is_file:
         raise ValueError("'layout' describes a single .safetensors file; remove it for a folder or repository")
@@ -123,11 +123,21 @@ def read_metadata(path: Path) -> dict[str, str]:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > path.stat().st_size:
-                raise ValueError("its header is longer than the file")
+                raise ValueError("the header is longer than the file")
             header = json.loads(file.read(length))
     except (struct.error, ValueError, RecursionError) as error:
-        raise ConfigError([("", f"{path} is not a safetensors file, or is truncated: {error}")]) from error
+        raise ConfigError(
+            [("", f"{path} is not a safetensors file, or is truncated: {error}; download or copy it again")]
+        ) from error
     metadata = header.get("__metadata__", {}) if isinstance(header, dict) else header
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ConfigError([("", f"{path} is damaged: expected strings as metadata, got {shorten(metadata)}")])
+        raise ConfigError(
+            [
+                (
+                    "",
+                    f"{path} is damaged: expected strings as metadata, got {shorten(metadata)}; download or copy it "
+                    "again",
+                )
+            ]
+        )
     return metadata

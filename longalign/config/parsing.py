@@ -1,4 +1,4 @@
-"""Reads configs from YAML and JSON files and from checkpoints, and values from text. It does not import torch."""
+"""Reads configs from YAML and JSON files and from checkpoints, and parses values. Does not import torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAX_CHARACTERS = 2**20
 
 
 class _Loader(yaml.SafeLoader):
-    """Loader with the scalars of YAML 1.2: ``no`` and ``1:30`` are strings, ``1e-4`` is a number.
+    """YAML loader with the scalars of YAML 1.2: ``no`` and ``1:30`` are strings, ``1e-4`` is a number.
 
     Repeated keys and tags are errors.
     """
@@ -58,7 +58,7 @@ class _Loader(yaml.SafeLoader):
     def flatten_mapping(self, node: Any) -> None:
         """Merges the mappings of ``<<`` into a mapping, with each key once.
 
-        PyYAML repeats keys, so that chains of merges grow exponentially.
+        PyYAML would repeat keys, so that nested merges grow exponentially.
         """
         own_pairs = [(key, value) for key, value in node.value if key.tag != MERGE]
         merges = [value for key, value in node.value if key.tag == MERGE]
@@ -107,7 +107,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(_missing_config_message(path))
     if path.suffix not in CONFIG_SUFFIXES:
-        raise ConfigError([("", f"{path} is neither {', '.join(CONFIG_SUFFIXES)} nor a checkpoint")])
+        raise ConfigError(
+            [("", f"{path} is neither a {', '.join(CONFIG_SUFFIXES)} file nor a checkpoint; expected one of them")]
+        )
     try:
         with path.open(encoding="utf-8") as file:
             text = file.read(MAX_CHARACTERS + 1)
@@ -120,7 +122,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def _missing_config_message(path: Path) -> str:
-    """Message for a missing file, with a bundled example or a file of a similar name."""
+    """Returns the message for a missing file. It suggests a bundled example or a file with a similar name."""
     names = [p.name for p in path.parent.glob("*") if p.suffix in CONFIG_SUFFIXES] if path.parent.is_dir() else []
     bundled = examples_folder() / path.name
     hint = f"; bundled: longalign examples {path.name} --to ." if bundled.is_file() else ""
@@ -142,7 +144,7 @@ def _load_yaml(text: str) -> Any:
     try:
         value = yaml.load(text, _Loader)
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError("the value is nested too deeply") from None
     except ConfigError:
         raise
     except ValueError as error:
@@ -152,7 +154,7 @@ def _load_yaml(text: str) -> Any:
 
 
 def _number_problem(error: ValueError) -> str:
-    """Message for an invalid number. Python's message for too many digits only names an interpreter setting."""
+    """Returns the message for an invalid number. Python's own message does not explain that digits are too many."""
     return "a number has too many digits" if "set_int_max_str_digits" in str(error) else str(error)
 
 
@@ -172,14 +174,14 @@ def _load_json_file(text: str, path: Path) -> Any:
         out: dict[str, Any] = {}
         for name, value in pairs:
             if name in out:
-                raise ValueError(f"the key {shorten(name)} is repeated")
+                raise ValueError(f"the key {shorten(name)} is repeated; remove one of the entries")
             out[name] = value
         return out
 
     try:
         return json.loads(text, object_pairs_hook=reject_duplicates)
     except RecursionError:
-        raise ConfigError([("", f"{path}: it is nested too deeply")]) from None
+        raise ConfigError([("", f"{path}is nested too deeply; expected the config of a run")]) from None
     except ValueError as error:
         raise ConfigError([("", f"{path}: {_number_problem(error)}")]) from error
 

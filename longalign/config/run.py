@@ -1,4 +1,4 @@
-"""The config of a run: load, validate and dump. Importing this module does not import torch."""
+"""Loads, validates and dumps the config of a run. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class RunConfig(Section):
     """Config of one run. Each part is a name, or a mapping with ``name`` and the keys of the part."""
 
     backbone: Part("backbones") | None
-    """the diffusion model to fine-tune; omit it for trainers that do not use one."""
+    """the diffusion model to fine-tune; required by trainers that use one."""
     encoder: Part("encoders") | None
-    """the prompt encoder; omit it for trainers that do not use one."""
+    """the prompt encoder; required by trainers that use one."""
     rewards: Annotated[tuple[Part("rewards"), ...], BeforeValidator(_listed)] = ()
     """the rewards that score images, in the order the trainer receives them."""
     trainer: Part("trainers") | None = None
@@ -42,22 +42,22 @@ class RunConfig(Section):
     loop: LoopConfig = LoopConfig()
     """steps, batch size, learning rate, checkpoints, logging."""
     validation: ValidationConfig | None = None
-    """images sampled during training, or null for none."""
+    """validation images sampled during training, or null for none."""
     cache: CacheConfig | None = None
     """precomputed latents and text states, written by `longalign cache`, or null for none."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """random seed of weights, noise and data order."""
+    """random seed for the initialization of new weights, noise and data order."""
     output: Text = "runs/longalign"
     """folder for checkpoints, logs and validation images."""
     init_from: Text | None = None
-    """a checkpoint to start from: its file, its folder, a run's folder (the newest one), or ``owner/name`` on the Hub;
-    a new LoRA is trained on top of its frozen LoRA.
+    """a checkpoint to start from: a file, a folder, a run's folder (its newest checkpoint), or ``owner/name`` on the
+    Hub; a new LoRA is trained on top of its frozen LoRA.
     """
 
     @model_validator(mode="before")
     @classmethod
     def _default_unused_parts(cls, values: Any) -> Any:
-        """Defaults the parts that the trainer does not use to null; the others stay required."""
+        """Sets parts that the trainer does not use to None by default; the other parts stay required."""
         if not isinstance(values, Mapping):
             return values
         needs = _needs(values.get("trainer"))
@@ -71,7 +71,7 @@ class RunConfig(Section):
 
 
 def _needs(trainer: Any) -> tuple[str, ...]:
-    """Parts that a trainer, given by name, mapping or config, is built from."""
+    """Returns the names of the parts that a trainer needs. The trainer is a name, mapping or config."""
     name = trainer.get("name") if isinstance(trainer, Mapping) else trainer
     if isinstance(trainer, TrainerConfig):
         return trainer.needs
@@ -86,11 +86,11 @@ def load_config(source: Mapping[str, Any] | str | Path | RunConfig) -> RunConfig
     """Reads and validates a config without loading or downloading any weights.
 
     Args:
-        source: a mapping, a ``.yaml`` or ``.json`` file, or a checkpoint: its file, its folder, or a run's folder (the
+        source: a mapping, a ``.yaml`` or ``.json`` file, or a checkpoint: a file, a folder, or a run's folder (its
             newest checkpoint). Paths inside a config are relative to the working directory.
 
     Raises:
-        ConfigError: all problems at once, each with its path, e.g. ``encoder.parts.1.modle``.
+        ConfigError: if the config is invalid; lists all problems, each with its path, e.g. ``encoder.parts.1.modle``.
         FileNotFoundError: if the file does not exist.
     """
     path = Path(source) if isinstance(source, (str, Path)) else None
@@ -108,7 +108,7 @@ def load_config(source: Mapping[str, Any] | str | Path | RunConfig) -> RunConfig
 
 
 def _version_differences(path: Path | None) -> list[ConfigProblem]:
-    """Packages of a checkpoint that are missing here or have a different version."""
+    """Returns the packages of a checkpoint that are missing here or have a different version."""
     if path is None or path.suffix in CONFIG_SUFFIXES:
         return []
     path = checkpoint_file(path)
@@ -136,7 +136,7 @@ def _version_differences(path: Path | None) -> list[ConfigProblem]:
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
-    """Returns the config as plain values, with all defaults; `load_config` of them returns an equal config."""
+    """Returns the config as plain values, with all defaults; `load_config` of these values returns an equal config."""
     return config.model_dump(mode="json")
 
 

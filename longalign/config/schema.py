@@ -1,4 +1,4 @@
-"""JSON schemas of config classes, from pydantic: of one class to describe it, and of a run for editors."""
+"""Generates JSON schemas of config classes with pydantic: of one class for its description, of a run for editors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REFERENCE = "#/$defs/"
 
 
 class Generator(GenerateJsonSchema):
-    """pydantic's schemas, with all defaults and descriptions, and without titles."""
+    """Generates pydantic's schemas with all defaults and descriptions, and without titles."""
 
     def get_default_value(self, schema: Any) -> Any:
         factory = schema.get("default_factory")
@@ -49,11 +49,14 @@ class Generator(GenerateJsonSchema):
         return {}  # the type of a plugin's key that JSON has no words for
 
     def emit_warning(self, kind: Any, detail: str) -> None:
-        """Ignores defaults without JSON form; the key is then shown without its default."""
+        """Ignores defaults that JSON cannot represent; the key is then shown without its default."""
 
 
 class PlainGenerator(Generator):
-    """Schemas to describe: without the ``name`` of a part, and without short forms, such as one item for a list."""
+    """Generates schemas for descriptions, without the ``name`` of a part.
+
+    Short forms, such as one item for a list, are omitted too.
+    """
 
     def model_schema(self, schema: Any) -> JsonSchemaValue:
         out = super().model_schema(schema)
@@ -66,7 +69,10 @@ class PlainGenerator(Generator):
 
 
 def model_schema(model: type[BaseModel]) -> JsonSchemaValue:
-    """Schema of a config class to describe it: ``properties`` with types, defaults and descriptions, and ``$defs``."""
+    """Returns the schema of a config class, for its description.
+
+    It has ``properties`` with types, defaults and descriptions, and ``$defs``.
+    """
     references, schema = models_json_schema([(model, "validation")], schema_generator=PlainGenerator)
     definitions = schema["$defs"]
     name = references[model, "validation"]["$ref"].rpartition("/")[2]  # which need not be that of the class
@@ -74,7 +80,7 @@ def model_schema(model: type[BaseModel]) -> JsonSchemaValue:
 
 
 def run_schema() -> JsonSchemaValue:
-    """Schema of a run for editors: a part is any installed part of its kind, by ``name``. Broken plugins are left out.
+    """Returns the schema of a run for editors. Each part is any installed part of its kind; broken plugins are omitted.
 
     The schema has no checks between keys, so it accepts more than `longalign.load_config`.
     """
@@ -100,14 +106,16 @@ def run_schema() -> JsonSchemaValue:
 
 
 def summary(model: type) -> str:
-    """Text of a class's own docstring before ``Attributes:``."""
+    """Returns the text of a class's own docstring before ``Attributes:``."""
     return _docstring(model)[0]
 
 
 def descriptions(model: type) -> dict[str, str]:
-    """Description of each key, from the docstring below a field, or from the ``Attributes:`` of the class's docstring.
+    """Returns the description of each key.
 
-    A key without a description in a class has that of the base class.
+    It is the docstring below a field, or the entry in the ``Attributes:`` of the class's docstring.
+
+    A key without a description inherits the description from the base class.
     """
     out: dict[str, str] = {}
     for base in reversed(model.__mro__):
@@ -126,7 +134,7 @@ def _plain(text: str) -> str:
 
 
 def _docstring(model: type) -> tuple[str, dict[str, str]]:
-    """Text of a docstring before ``Attributes:``, and the description of each attribute."""
+    """Returns the text of a docstring before ``Attributes:``, and the description of each attribute."""
     doc = inspect.cleandoc(model.__doc__ or "") if "__doc__" in vars(model) else ""
     text, _, rest = doc.partition("Attributes:")
     attributes: dict[str, str] = {}
@@ -152,21 +160,21 @@ def _parts() -> Iterator[tuple[str, str, type[PartConfig]]]:
 
 
 def _named(schema: JsonSchemaValue, name: str) -> JsonSchemaValue:
-    """Schema of a part's config under the name that it is registered as."""
+    """Returns the schema of a part's config under the name that it is registered as."""
     properties = {**schema["properties"], "name": {"const": name, "description": schema["description"]}}
     required = ["name", *(key for key in schema.get("required", ()) if key != "name")]
     return {**schema, "properties": properties, "required": required}
 
 
 def _any_of(named: dict[str, JsonSchemaValue]) -> JsonSchemaValue:
-    """A part of a kind: a bare name if the part has no required keys, or a mapping with ``name``."""
+    """Returns the schema of a part: a mapping with ``name``, or a bare name if the part has no required keys."""
     bare = [part["properties"]["name"]["const"] for part in named.values() if part["required"] == ["name"]]
     names = [{"enum": bare}] if bare else []
     return {"anyOf": [*names, *({"$ref": REFERENCE + key} for key in named)]}
 
 
 def _requirements() -> Iterator[JsonSchemaValue]:
-    """Backbone and encoder are required, unless the trainer is one that is built without."""
+    """Yields the rules that require backbone and encoder, except for trainers that do not use them."""
     needs = {name: model.needs for _, name, model in _parts() if issubclass(model, TrainerConfig)}
     for key in TrainerConfig.needs:
         names = {"enum": [name for name, needed in needs.items() if key not in needed]}
@@ -175,7 +183,7 @@ def _requirements() -> Iterator[JsonSchemaValue]:
 
 
 def _resolved(value: Any) -> Any:
-    """Replaces the marks of parts by references to their kinds."""
+    """Replaces parts, which are marked with their kind, by references to the schema of the kind."""
     if isinstance(value, list):
         return [_resolved(item) for item in value]
     if not isinstance(value, dict):
@@ -185,7 +193,7 @@ def _resolved(value: Any) -> Any:
 
 
 def _pruned(schema: JsonSchemaValue) -> JsonSchemaValue:
-    """The schema without the definitions that nothing refers to."""
+    """Returns the schema without unused definitions."""
     used: dict[str, Any] = {}
     pending = list(_references({key: value for key, value in schema.items() if key != "$defs"}))
     while pending:

@@ -1,4 +1,4 @@
-"""The sections of a run that are not parts: loop, validation, cache."""
+"""Config classes of the sections of a run that are not parts: loop, validation, cache."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ class LoopConfig(Section):
     lr: PositiveFloat = 3e-5
     """learning rate of AdamW."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
-    """AdamW's two decay rates."""
+    """decay rates of AdamW's first and second moment estimates."""
     weight_decay: NonNegativeFloat = 1e-2
-    """AdamW's weight decay."""
+    """weight decay of AdamW."""
     warmup: NonNegativeInt = 0
-    """steps of linear learning-rate warmup from zero."""
+    """number of steps of linear learning-rate warmup from zero."""
     clip: PositiveFloat | None = 0.3
     """maximum gradient norm, or null for no clipping."""
     precision: Literal["no", "bf16", "fp16"] = "no"
-    """mixed precision, "no", "bf16" or "fp16"; frozen modules are kept in that dtype."""
+    """mixed precision: "no", "bf16" or "fp16"; frozen modules are kept in this dtype (float32 for "no")."""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass to save memory: those of the denoiser, of the autoencoder if rewards
     score decoded images, or of a trained reward.
     """
     channels_last: bool = False
-    """use the channels-last memory format for denoiser and autoencoder; for backbones with a UNet."""
+    """use the channels-last memory format for denoiser and autoencoder; only for backbones with a UNet."""
     compile: bool | Literal["inductor", "cudagraphs", "aot_eager", "eager"] = False
-    """compile the denoiser with ``torch.compile``; true for "inductor", or the name of a backend."""
+    """compile the denoiser with ``torch.compile``: true (backend "inductor") or the name of a backend."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """decay of the exponential moving average of the trainable parameters, or null for none."""
     save_every: PositiveInt | None = 500
@@ -59,7 +59,7 @@ class LoopConfig(Section):
     trackers: Annotated[tuple[Tracker, ...], BeforeValidator(_listed, json_schema_input_type=OneOrMore)] = ()
     """additional loggers, "tensorboard" or "wandb"; one or a list."""
     workers: Annotated[int, Field(ge=0, le=1000)] = 0
-    """data loading processes; 0 loads in the training process."""
+    """number of data loading processes; 0: load in the training process."""
 
 
 class ValidationConfig(Section):

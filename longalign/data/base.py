@@ -26,21 +26,21 @@ class Data(Dataset[dict[str, Any]]):
         raise NotImplementedError
 
     def prompt(self, index: int) -> str:
-        """Prompt of an item, without loading or rendering its image."""
+        """Returns the prompt of an item, without loading or rendering its image."""
         return self[index]["prompt"]
 
     # Used by caches
 
     def load_item(self, index: int) -> dict[str, Any] | None:
-        """Item ``index``, or None if it cannot be read and the next item replaces it."""
+        """Returns item ``index``, or None if it cannot be read and is replaced by the next item."""
         return self[index]
 
     def image_key(self, index: int) -> bytes:
-        """16-byte hash of the content that an item's image is made from."""
+        """Returns the 16-byte hash of the content that an item's image is made from."""
         return key_of(self[index]["image"].contiguous().numpy().tobytes())
 
     def image_stamp(self, index: int) -> int:
-        """Cheap change stamp of that content (hash of size and mtime); 0 if the config alone determines the content."""
+        """Returns a hash of the content's size and mtime, to detect changes; 0 if the config determines it."""
         return 0
 
 

@@ -1,4 +1,4 @@
-"""Data that reads precomputed autoencoder posteriors instead of images."""
+"""Dataset of precomputed autoencoder posteriors instead of images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class CachedImages(Data):
     Args:
         data: the uncached data; provides prompts and detects changed images.
         store: posteriors by the key of the image content.
-        keys: key of each item's image; `UNREADABLE` for items that the next readable item replaces.
+        keys: key of each item's image; `UNREADABLE` for items that are replaced by the next readable item.
         stamps: ``(n,)``, `Data.image_stamp` of each item when it was encoded.
 
     Raises:
@@ -34,7 +34,9 @@ class CachedImages(Data):
 
     def __init__(self, data: Data, store: Store, keys: list[bytes], stamps: Tensor):
         if len(data) != len(keys):
-            raise ValueError(f"the data has {len(data)} items, the cache {store.folder} {len(keys)}; {RERUN_ADVICE}")
+            raise ValueError(
+                f"the data has {len(data)} items, but the cache {store.folder} has {len(keys)}; {RERUN_ADVICE}"
+            )
         self.data, self.store, self.keys, self.stamps = data, store, keys, stamps
         for index in sorted({i * (len(keys) - 1) // max(NUM_CHECKED - 1, 1) for i in range(NUM_CHECKED)}):
             if keys[index] != UNREADABLE:
@@ -73,7 +75,7 @@ class CachedImages(Data):
 
 
 def read_items(folder: Path) -> tuple[list[bytes], Tensor]:
-    """Image keys and stamps of all items, the arguments of `CachedImages`. Raises ValueError if they are missing."""
+    """Reads the image keys and stamps of all items for `CachedImages`. Raises ValueError if they are missing."""
     if not (folder / ITEMS).is_file():
         raise ValueError(f"the cache {folder} is incomplete; {RERUN_ADVICE}")
     with reading(folder / ITEMS, REPAIR_ADVICE):

@@ -23,7 +23,7 @@ Texts = Annotated[tuple[Text, ...], BeforeValidator(_as_tuple, json_schema_input
 
 
 class DataConfig(PartConfig):
-    """Base class of data configs. It declares what a run asks of its data before anything is loaded."""
+    """Base class of data configs. Its properties describe the data before anything is loaded."""
 
     #: whether items have two images and a preference
     has_pairs: ClassVar[bool] = False
@@ -44,7 +44,7 @@ class DataConfig(PartConfig):
         return None
 
     def for_backbone(self, backbone: BackboneConfig | None) -> Self:
-        """This config with the image size of a run's backbone, if the images take it.
+        """Returns this config, with the image size of the run's backbone if none is set.
 
         Raises:
             ConfigError: if the backbone's native resolution is needed and not known.
@@ -56,11 +56,11 @@ class ImagesConfig(DataConfig):
     """Base class of configs of stored images."""
 
     resolution: PositiveInt | None = None
-    """centre-crop and resize images to this many pixels; null is the backbone's native resolution. Smaller images are
+    """center-crop and resize images to this many pixels; null: the backbone's native resolution. Smaller images are
     scaled up, with a warning.
     """
     empty: Literal["skip", "keep"] = "skip"
-    """"skip" images with an empty caption, or "keep" them as unconditional examples."""
+    """what to do with images with an empty caption: "skip" them, or "keep" them as unconditional examples."""
     max_unreadable: NonNegativeInt = 10
     """number of unreadable images, caption files and shards to replace by the next one, each with a warning; one more
     stops the run. Each data loading process counts its own.
@@ -83,5 +83,5 @@ class ImagesConfig(DataConfig):
 
 
 def folder_problems(key: str, folder: str | None) -> list[ConfigProblem]:
-    """A problem if the folder of a key does not exist."""
+    """Returns a problem if the folder of a key does not exist."""
     return [(key, f"no folder {folder}")] if folder is not None and not Path(folder).is_dir() else []

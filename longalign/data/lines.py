@@ -1,4 +1,4 @@
-"""Prompts and rows of text files. Importing this module does not import torch."""
+"""Reads prompts and rows from text files. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from longalign.segmenters import check_text
 
 
 def inside(folder: Path | str, name: str, where: str = "") -> Path:
-    """Path of the file ``name`` in a folder.
+    """Returns the path of the file ``name`` in a folder.
 
     File names in data are untrusted, so ``..`` and absolute paths must not lead out of the folder. Links are followed:
     the owner of the folder made them, and the Hub cache consists of links.
@@ -33,7 +33,7 @@ def inside(folder: Path | str, name: str, where: str = "") -> Path:
     path = os.path.normpath(os.path.join(root, name))
     if os.path.commonpath([root, path]) != root:
         prefix = f"{where}: " if where else ""
-        raise ValueError(f"{prefix}{name!r:.200} leads out of {folder}; expected a file in that folder")
+        raise ValueError(f"{prefix}{name!r:.200} is outside of {folder}; expected a file in this folder")
     return Path(folder) / os.path.relpath(path, root)
 
 
@@ -41,7 +41,7 @@ def read_prompts(path: Path | str) -> list[str]:
     """Reads prompts from a ``.txt`` file, one per line, or a ``.jsonl`` file ("text" or "prompt"), empty ones included.
 
     Raises:
-        ValueError: if the file has a different suffix, or a line has no prompt; the message has the line number.
+        ValueError: if the file has a different suffix, or a line has no prompt; the message contains the line number.
         FileNotFoundError: if the file does not exist.
     """
     path = Path(path)
@@ -61,11 +61,11 @@ def read_jsonl(path: Path, example: str = "") -> list[tuple[str, Mapping[str, An
         example: a valid line, shown in the message if the file does not exist.
 
     Raises:
-        ValueError: if a line is not a JSON mapping; the message has the line number.
+        ValueError: if a line is not a JSON mapping; the message contains the line number.
         FileNotFoundError: if the file does not exist.
     """
     if example and not path.exists():
-        raise FileNotFoundError(f"no file {path}; expected one line per item, e.g. {example}")
+        raise FileNotFoundError(f"no file {path}; create it with one JSON object per line, e.g. {example}")
     rows: list[tuple[str, Mapping[str, Any]]] = []
     # not str.splitlines, which also splits at U+2028 and other characters that captions contain
     for number, line in enumerate(read_text(path).split("\n"), 1):
@@ -75,7 +75,7 @@ def read_jsonl(path: Path, example: str = "") -> list[tuple[str, Mapping[str, An
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where} is not JSON: {error}") from error
+            raise ValueError(f"{where} is not JSON: {error}; expected one JSON mapping per line") from error
         if not isinstance(row, dict):
             raise ValueError(f"{where}: expected a mapping, got {line.strip()[:80]}")
         rows.append((where, row))
@@ -98,7 +98,7 @@ def read_csv(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def text_of(row: Mapping[str, Any], where: str) -> str:
-    """Text of a row: "text" or "prompt"; null is the empty text."""
+    """Returns the text of a row: "text" or "prompt". None in the row becomes the empty text."""
     key = next((k for k in ("text", "prompt") if k in row), None)
     if key is None:
         raise ValueError(f"{where} has neither 'text' nor 'prompt'; available: {', '.join(row) or 'nothing'}")
@@ -114,4 +114,4 @@ def read_text(path: Path) -> str:
     except FileNotFoundError:
         raise FileNotFoundError(f"no file {path}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+        raise ValueError(f"{path} is not UTF-8 text: {error}; save the file as UTF-8") from error

@@ -41,8 +41,8 @@ class Stream:
 
     Args:
         resolution: image side in pixels; ignored for prompt-only data.
-        empty: ``"skip"`` or ``"keep"`` items with an empty caption.
-        max_unreadable: number of unreadable images to replace by the next readable one; one more raises.
+        empty: ``"skip"`` or ``"keep"``: what to do with items with an empty caption.
+        max_unreadable: number of unreadable images to replace by the next readable one; one more raises an error.
         shuffle_buffer: shuffle buffer size; 1 keeps the order.
     """
 
@@ -115,7 +115,8 @@ class Stream:
             if is_empty:
                 cause = f"; {self.unreadable.summary()}" if self.unreadable else ""
                 raise ValueError(
-                    f"part {part} of {num_parts} of the data has nothing to read: no item with a caption{cause}"
+                    f"part {part} of {num_parts} of the data has no item with a caption{cause}; lower loop.workers, "
+                    "or check the captions"
                 )
             epoch += 1
 

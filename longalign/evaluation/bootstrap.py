@@ -1,4 +1,4 @@
-"""Means with bootstrap intervals."""
+"""Computes means with bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHUNK = 1_000_000
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its bootstrap interval over ``count`` images of ``prompts`` prompts; NaN without values."""
+    """A mean and its bootstrap interval over ``count`` images of ``prompts`` prompts; NaN if there are no values."""
 
     mean: float
     low: float
@@ -33,11 +33,13 @@ class Interval:
 def bootstrap(
     values: np.ndarray, groups: Sequence[str] | None = None, samples: int = 2000, level: float = 0.95, seed: int = 0
 ) -> Interval:
-    """The mean of ``values`` with its percentile bootstrap interval. Of differences, this is the paired bootstrap.
+    """Returns the mean of ``values`` with a percentile bootstrap interval.
+
+    If the values are paired differences, this is the paired bootstrap.
 
     Args:
         values: ``(n,)``; NaN values are skipped.
-        groups: one label per value. Groups are resampled instead of values: images of one prompt are not independent,
+        groups: one label per value. Groups are resampled instead of values. Images of one prompt are not independent,
             so a prompt is resampled with all its images. None resamples single values.
         samples: number of bootstrap samples.
         level: coverage of the interval.

@@ -1,4 +1,4 @@
-"""Small SVG charts: curves over steps, and means with intervals. Colours come from the page's CSS."""
+"""Draws small SVG charts: curves over steps, and means with intervals. Colors are set by the page's CSS."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WIDTH = 400
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """About ``count`` round numbers within ``[low, high]``, spaced by 1, 2 or 5 times a power of ten."""
+    """Returns about ``count`` round numbers within ``[low, high]``, spaced by 1, 2 or 5 times a power of ten."""
     span = high - low
     if not span > 0 or not math.isfinite(span):
         return [low]
@@ -23,7 +23,7 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Moving mean over ``window`` values, centred; the window shrinks at the ends."""
+    """Returns the centered moving mean over ``window`` values. The window is shorter at the ends."""
     half = window // 2
     means = []
     for i in range(len(values)):
@@ -33,7 +33,7 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
 
 
 def curve(title: str, steps: Sequence[float], values: Sequence[float], height: int = 170) -> str:
-    """One curve over steps: the values as a thin line, their moving mean as a thick one.
+    """Draws one curve over steps: the values as a thin line, and their moving mean as a thick line.
 
     Non-finite values are skipped. Without finite values the chart shows "no values".
     """
@@ -59,7 +59,7 @@ def curve(title: str, steps: Sequence[float], values: Sequence[float], height: i
 
 
 def intervals(title: str, rows: Mapping[str, Mapping[str, Interval]], number: Callable[[float], str]) -> str:
-    """Means with intervals: one row per label, in it one line per model, in the models' order and colours.
+    """Draws means with intervals. Each label has a row with one line per model, in the models' order and colors.
 
     Args:
         title: caption of the chart.

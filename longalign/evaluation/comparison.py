@@ -1,4 +1,4 @@
-"""What a metric table shows, in sentences."""
+"""Summarizes a metric table in sentences."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from longalign.evaluation.table import MetricTable
 
 
 def findings(table: MetricTable) -> list[str]:
-    """Compares each model with the previous one, one plain-text sentence per model, with losses beside gains.
+    """Compares each model with the previous one. Returns one plain-text sentence per model, with gains and losses.
 
     A sentence starts with the first metric's mean and paired difference. Significant differences of its breakdowns
     (`MetricTable.breakdowns`) and of the other metrics follow.

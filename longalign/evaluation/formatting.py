@@ -1,4 +1,4 @@
-"""Metrics as text: names, numbers, intervals, and grids of cells for a terminal and in Markdown."""
+"""Formats metrics as text: names, numbers, intervals, and grids of cells for a terminal and in Markdown."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def is_fraction(metric: str) -> bool:
 
 
 def label(metric: str) -> str:
-    """The display name of a metric."""
+    """Returns the display name of a metric."""
     if not is_fraction(metric):
         return metric.replace("_", "-")
     groups = [GROUP_LABELS.get(part, part) for part in metric.split("/")[1:]]
@@ -50,12 +50,12 @@ def show_difference(interval: Interval, metric: str) -> str:
 
 
 def terminal_text(blocks: Sequence[tuple[str, Grid]], caption: str, width: int | None = None) -> str:
-    """Titled grids for a terminal.
+    """Formats titled grids for a terminal.
 
     Args:
-        blocks: title and grid of each block; a title may be empty.
+        blocks: the title, which may be empty, and the grid of each block.
         caption: first line.
-        width: columns of the terminal; wider grids are split into several, stacked vertically. No split if None.
+        width: columns of the terminal. Wider grids are split and stacked vertically. If None, grids are not split.
     """
     texts = [caption]
     for title, grid in blocks:
@@ -65,7 +65,7 @@ def terminal_text(blocks: Sequence[tuple[str, Grid]], caption: str, width: int |
 
 
 def markdown_text(blocks: Sequence[tuple[str, Grid]], caption: str) -> str:
-    """As `terminal_text`, in Markdown."""
+    """Formats titled grids in Markdown; see `terminal_text`."""
     texts = [caption]
     for title, grid in blocks:
         head, *rows = grid

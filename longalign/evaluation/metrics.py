@@ -22,10 +22,10 @@ Metric = Callable[[Tensor, Sequence[str]], Mapping[str, Any]]
 
 
 class RewardMetric:
-    """A reward as a metric: its score and its parts.
+    """Reports a reward's score and its components (e.g. ``text_relevant``) as metrics.
 
     Args:
-        name: name of the score in the table; parts become ``name.part``.
+        name: name of the score in the table; a component is called ``name.component``.
         reward: a `Reward`, or a plain callable ``(images, prompts) -> (b,)``.
     """
 
@@ -44,7 +44,7 @@ class DecomposedMetric:
     """An embedding reward, decomposed along the common text direction (paper, section 4.1).
 
     Metrics: ``name`` (the plain score), ``text_relevant`` and ``text_irrelevant`` (they sum to the score), and
-    ``name-o``: the cosine of the image with the text embedding's component orthogonal to the direction. With Denscore
+    ``name-o``: the cosine of the image with the text embedding's component orthogonal to the direction. With Denscore,
     this is Denscore-O of the paper's tables. The direction is the same for all models and batches.
 
     Args:
@@ -56,7 +56,7 @@ class DecomposedMetric:
         prefix: prepended to ``text_relevant`` and ``text_irrelevant``, for a table with several rewards.
 
     Raises:
-        ValueError: if the reward is no embedding reward, or the corpus has fewer than two different prompts.
+        ValueError: if the reward is not an embedding reward, or the corpus has fewer than two different prompts.
     """
 
     def __init__(
@@ -64,7 +64,8 @@ class DecomposedMetric:
     ):
         if not isinstance(reward, EmbeddingReward):
             raise ValueError(
-                f"'{name}' is a {type(reward).__name__}; expected an EmbeddingReward, use RewardMetric for others"
+                f"'{name}' is a {type(reward).__name__}; expected an EmbeddingReward; use RewardMetric for other "
+                "rewards"
             )
         corpus = list(dict.fromkeys(corpus))
         if len(corpus) < 2:
@@ -87,7 +88,7 @@ class DecomposedMetric:
 
 
 class FactMetric:
-    """Fact accuracy: the fraction of the caption's facts that the image shows, read from the pixels.
+    """Measures fact accuracy: the fraction of the caption's facts that hold in the image, read from the pixels.
 
     Metrics: ``facts``, and its breakdowns ``facts/attribute/<kind>`` and ``facts/by_position/<n>-<m>%``. The position
     is that of the fact's sentence in the caption, in percent of its sentences.
@@ -102,7 +103,7 @@ class FactMetric:
         self.quarters = quarters
 
     def verdicts(self, images: Tensor, prompts: Sequence[str]) -> list[list[list[bool]]]:
-        """Whether each image shows each fact: image -> sentence -> fact.
+        """Returns whether each fact holds in its image: image -> sentence -> fact -> bool.
 
         Raises:
             ValueError: if a prompt is not among the captions.
@@ -112,7 +113,8 @@ class FactMetric:
         missing = [p for p in prompts if p not in self.captions]
         if missing:
             raise ValueError(
-                f"no facts for {len(missing)} prompts, e.g. {missing[0]!r}; expected prompts among the captions"
+                f"no facts for {len(missing)} prompts, e.g. {missing[0]!r}; expected prompts that are among the "
+                "captions"
             )
         return oracle.verdicts(images.float().cpu().numpy(), [self.captions[p] for p in prompts])
 
@@ -139,7 +141,7 @@ def _natural_key(name: str) -> tuple[str, int, str]:
 
 
 def reward_metrics(rewards: Mapping[str, Reward], prompts: Sequence[str]) -> list[RewardMetric | DecomposedMetric]:
-    """A metric per reward. Embedding rewards are decomposed along the common direction of the prompts.
+    """Returns a metric per reward. Embedding rewards are decomposed along the common direction of the prompts.
 
     With several embedding rewards the parts are called ``name.text_relevant`` and ``name.text_irrelevant``.
 
@@ -171,12 +173,12 @@ def _check_names(names: Sequence[Iterable[str]]) -> None:
 def measure(
     images: Tensor | Sequence[Tensor], prompts: Sequence[str], metrics: Sequence[Metric], batch_size: int = 16
 ) -> dict[str, Any]:
-    """All metrics of one model's images: name -> ``(n,)`` float64 array.
+    """Returns all metrics of one model's images: name -> ``(n,)`` float64 array.
 
     Args:
         images: ``(n, 3, h, w)`` in [0, 1], or a sequence of images ``(3, h, w)`` of any sizes, such as
             `longalign.image_io.ImageFiles`. Each image is read once.
-        prompts: one per image.
+        prompts: one prompt per image.
         metrics: see the module's docstring; their names must differ.
         batch_size: images per call; images of different sizes are in different calls.
 
@@ -199,7 +201,7 @@ def measure(
 
 
 def _by_size(images: Tensor | Sequence[Tensor], rows: Iterable[int]) -> Iterator[tuple[list[int], Tensor]]:
-    """Groups some of the images by size: ``(indices, images)`` per size."""
+    """Groups the selected images by size, as ``(indices, images)``."""
     groups: dict[torch.Size, list[tuple[int, Tensor]]] = {}
     for i in rows:
         image = images[i]

@@ -1,4 +1,4 @@
-"""Human-readable run records: the log's curves, non-default config values, the machine."""
+"""Reads the record of a run: curves of the log, non-default config values, the machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ PACKAGES = ("longalign", "torch", "diffusers", "transformers", "accelerate", "pe
 
 
 def read_log(path: Path | str) -> dict[str, tuple[list[float], list[float]]]:
-    """The curves of a ``log.jsonl``: name -> (steps, values). Of a repeated step, as after resuming, the last value."""
+    """Returns the curves of a ``log.jsonl``: name -> (steps, values).
+
+    If a step is repeated, as after resuming, the last value is used.
+    """
     curves: dict[str, dict[float, float]] = {}
     for line in Path(path).read_text().splitlines():
         row = json.loads(line)
@@ -29,7 +32,7 @@ def read_log(path: Path | str) -> dict[str, tuple[list[float], list[float]]]:
 
 
 def non_defaults(config: BaseModel) -> dict[str, Any]:
-    """The config's values that differ from their defaults, and the names of its parts."""
+    """Returns the config's values that differ from their defaults, and the names of its parts."""
     values = {}
     for key, info in type(config).model_fields.items():
         value = getattr(config, key)
@@ -50,12 +53,12 @@ def _plain(value: Any) -> Any:
 
 
 def machine_text() -> str:
-    """`machine` in one line."""
+    """Returns `machine` as one line of text."""
     return ", ".join(f"{name} {value}" for name, value in machine().items())
 
 
 def machine() -> dict[str, str]:
-    """The machine and the versions of the packages that a run depends on."""
+    """Returns a description of the machine, and the versions of the packages that a run depends on."""
     info = {"system": platform.platform(terse=True), "processor": f"{processor()}, {torch.get_num_threads()} threads"}
     if torch.cuda.is_available():
         info["accelerator"] = torch.cuda.get_device_name()

@@ -1,4 +1,4 @@
-"""A self-contained HTML report of a run: metrics, image grids with verdicts, training curves, configs, machine.
+"""Writes an HTML report of a run: metrics, image grids with verdicts, training curves, configs, machine.
 
 The page is the template ``report.html`` with ``report.css``; this module computes what it shows.
 """
@@ -38,7 +38,7 @@ class Example:
         sentences: the sentences of the prompt.
         seed: seed of the noise.
         images: model -> image ``(3, h, w)`` in [0, 1].
-        verdicts: model -> sentence -> fact -> whether the image shows the fact.
+        verdicts: model -> sentence -> fact -> whether the fact holds in the image.
         scores: model -> sentence -> a reward's score.
         truncated: model -> indices of the sentences that its encoder truncated, partly or completely.
     """
@@ -116,14 +116,14 @@ class Cell(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """Rows of cells with names; a cell is None if it has no values."""
+    """Rows of cells with names; a cell without values is None."""
 
     head: list[str]
     rows: list[tuple[str, list[Cell | None]]]
 
 
 class Chip(NamedTuple):
-    """What one model's image shows of one sentence: a count of facts in ``lines``, smaller texts in ``notes``."""
+    """Result of one model's image for one sentence: a count of facts in ``lines``, smaller texts in ``notes``."""
 
     kind: str
     lines: list[str]
@@ -138,7 +138,10 @@ def _cell(interval: Interval, metric: str, difference: bool = False) -> Cell | N
 
 
 def _metrics(table: MetricTable) -> dict[str, Any]:
-    """The findings, the main table and the paired differences; findings and differences only for several models."""
+    """Returns the findings, the main table and the paired differences.
+
+    Findings and differences are only included for several models.
+    """
     prompts, images = len(set(table.prompts)), len(table.prompts)
     head = [label(m) for m in table.metrics]
     rows = [(model, [_cell(table.interval(model, m), m) for m in table.metrics]) for model in table.models]
@@ -161,7 +164,7 @@ def _head_and_rest(text: str) -> tuple[str, str]:
 
 
 def _breakdowns(table: MetricTable) -> dict[str, Any]:
-    """Charts of the breakdowns, and their paired differences as ``(title, grid)``."""
+    """Returns the charts of the breakdowns, and their paired differences as ``(title, grid)``."""
     figures: list[Markup] = []
     differences: list[tuple[str, Grid]] = []
     for metric in table.main_breakdowns:
@@ -205,7 +208,7 @@ def _chip(example: Example, model: str, sentence: int) -> Chip:
 
 
 def data_url(image: Tensor) -> str:
-    """An image ``(3, h, w)`` in [0, 1] as a PNG ``data:`` URL, at most `LONGEST_SIDE` pixels wide and high."""
+    """Returns an image ``(3, h, w)`` in [0, 1] as a PNG ``data:`` URL, at most `LONGEST_SIDE` pixels wide and high."""
     pil_image = to_pil(image)
     pil_image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     buffer = io.BytesIO()
@@ -214,7 +217,7 @@ def data_url(image: Tensor) -> str:
 
 
 def _stage(name: str, log: Path) -> dict[str, Any]:
-    """Charts of a training log's curves, and the curves that are constant; ``missing`` if there is no log."""
+    """Returns the charts of a log's curves, and the curves that are constant; ``missing`` if there is no log."""
     if not log.exists():
         return {"name": name, "missing": str(log)}
     curves = {key.replace("_", "-"): curve for key, curve in read_log(log).items()}

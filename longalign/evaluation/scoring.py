@@ -1,4 +1,4 @@
-"""Scores of image files, printed line by line."""
+"""Scores image files, and prints the scores line by line."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def score_images(
 ) -> list[dict[str, float | str]]:
     """Scores image files and prints one tab-separated line per image, then the means.
 
-    Images are scored one at a time: they may differ in size, and no score depends on other images. A reward that
-    estimates its direction from the batch raises.
+    Images are scored one at a time, so sizes may differ and no score depends on other images. A reward that
+    estimates its direction from the batch raises an error.
 
     Args:
         rewards: name -> `Reward` or plain callable.
@@ -38,7 +38,7 @@ def score_images(
     if len(paths) != len(prompts):
         raise ValueError(f"expected one prompt per image or one for all, got {len(prompts)} for {len(paths)} images")
     if not paths:
-        raise ValueError("no images to score; expected at least one image file")
+        raise ValueError("no images to score; give at least one image file")
     metrics = [RewardMetric(name, reward) for name, reward in rewards.items()]
     rows: list[dict[str, float | str]] = []
     for path, prompt in zip(paths, prompts, strict=True):
@@ -60,7 +60,7 @@ def score_sentences(
     """Scores image files against each sentence of their prompts and prints one tab-separated line per sentence.
 
     Args:
-        rewards: name -> `Reward` with ``by_segment``. Of a wrapping reward, the wrapped one (``inner``) is used.
+        rewards: name -> `Reward` with ``by_segment``. If a reward wraps another (``inner``), the inner reward is used.
         paths: image files.
         prompts: one per file, or one for all files.
         out: output stream; standard output if None.

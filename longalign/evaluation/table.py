@@ -27,8 +27,8 @@ from longalign.evaluation.groups import length_labels, natural_order
 class MetricTable:
     """Metric values of several models on the same prompts and seeds. The first model is the base.
 
-    A metric with ``/`` in its name (``facts/colour``) is a submetric of the one before the slash. It is shown in a
-    breakdown, not in the main table.
+    A metric with ``/`` in its name (``facts/colour``) is a submetric of the metric before the slash. Submetrics are
+    shown in breakdowns, not in the main table.
 
     Attributes:
         values: model -> metric -> ``(n,)`` values, NaN where an image has no value.
@@ -69,12 +69,12 @@ class MetricTable:
         return [m for m in dict.fromkeys(m for v in self.values.values() for m in v) if "/" not in m]
 
     def submetrics(self, metric: str) -> list[str]:
-        """The names of a metric's submetrics, e.g. ``facts/colour``."""
+        """Returns the names of a metric's submetrics, e.g. ``facts/colour``."""
         names = dict.fromkeys(m for v in self.values.values() for m in v)
         return [m for m in names if m.startswith(metric + "/")]
 
     def row(self, model: str, metric: str) -> np.ndarray:
-        """The ``(n,)`` values of one model."""
+        """Returns the ``(n,)`` values of one model."""
         if model not in self.values or metric not in self.values[model]:
             raise ValueError(
                 f"no '{metric}' of '{model}'; available: metrics {', '.join(self.metrics)}, "
@@ -83,15 +83,15 @@ class MetricTable:
         return np.asarray(self.values[model][metric], dtype=np.float64)
 
     def interval(self, model: str, metric: str, rows: np.ndarray | None = None) -> Interval:
-        """Mean and 95% interval over all images, or over those selected by the boolean mask ``rows``."""
+        """Returns the mean and 95% interval over all images, or over those selected by the boolean mask ``rows``."""
         return self._bootstrap(self.row(model, metric), rows)
 
     def difference(self, model: str, metric: str, base: str | None = None, rows: np.ndarray | None = None) -> Interval:
-        """Mean paired difference to the model ``base`` (the first one if None), with its 95% interval."""
+        """Returns the mean paired difference to the model ``base`` (the first one if None), with its 95% interval."""
         return self._bootstrap(self.row(model, metric) - self.row(base or self.base, metric), rows)
 
     def significant(self, model: str, base: str | None = None) -> tuple[dict[str, Interval], dict[str, Interval]]:
-        """The significant paired differences between two models, including submetrics.
+        """Returns the significant paired differences between two models, including submetrics.
 
         Args:
             model: one of the models.
@@ -116,7 +116,7 @@ class MetricTable:
     def by_group(
         self, metric: str, labels: Sequence[str] | None = None, paired: bool = False
     ) -> dict[str, dict[str, Interval]]:
-        """A metric by groups of images: label -> model -> interval.
+        """Returns the intervals of a metric by groups of images: label -> model -> interval.
 
         Args:
             metric: name of the metric.
@@ -129,13 +129,13 @@ class MetricTable:
         return {name: self._columns(metric, paired, mask) for name, mask in masks.items()}
 
     def _blocks(self) -> list[tuple[str, Grid]]:
-        """The main table, the differences and the breakdowns, as titled grids of cells."""
+        """Returns the main table, the differences and the breakdowns, as titled grids of cells."""
         head = ["", *(label(m) for m in self.metrics)]
         main = [head, *([m, *(show(self.interval(m, k), k) for k in self.metrics)] for m in self.models)]
         return [("", main), *self._difference_blocks(head), *self._breakdown_blocks()]
 
     def _difference_blocks(self, head: list[str]) -> list[tuple[str, Grid]]:
-        """The paired differences, and the significant losses if any; empty with a single model."""
+        """Returns the paired differences, and the significant losses if any; empty with a single model."""
         if len(self.models) < 2:
             return []
         rows = [
@@ -155,7 +155,7 @@ class MetricTable:
         return blocks
 
     def _breakdown_blocks(self) -> list[tuple[str, Grid]]:
-        """The breakdowns of `main_breakdowns`: values of the models, then paired differences."""
+        """Returns the breakdowns of `main_breakdowns`: values of the models, then paired differences."""
         blocks: list[tuple[str, Grid]] = []
         for metric in self.main_breakdowns:
             for title, groups in self.breakdowns(metric).items():
@@ -169,11 +169,11 @@ class MetricTable:
 
     @property
     def main_breakdowns(self) -> list[str]:
-        """The metrics whose breakdowns are shown, since they are long: those with submetrics, else the first metric."""
+        """The metrics whose breakdowns are shown: those with submetrics, or the first metric if there are none."""
         return [m for m in self.metrics if self.submetrics(m)] or self.metrics[:1]
 
     def breakdowns(self, metric: str, paired: bool = False) -> dict[str, dict[str, dict[str, Interval]]]:
-        """All breakdowns of a metric, by prompt length and by submetrics: title -> label -> model -> interval.
+        """Returns all breakdowns of a metric, by prompt length and by submetrics: title -> label -> model -> interval.
 
         Submetrics are named ``metric/label`` or ``metric/group/label``. Each group has one title.
 
@@ -195,17 +195,17 @@ class MetricTable:
         return breakdowns
 
     def _columns(self, metric: str, paired: bool, rows: np.ndarray | None = None) -> dict[str, Interval]:
-        """Model -> interval, or ``"model - other"`` -> interval of the paired difference."""
+        """Returns model -> interval, or ``"model - other"`` -> interval of the paired difference."""
         if paired:
             return {f"{m} - {other}": self.difference(m, metric, other, rows) for m, other in self.pairs}
         return {m: self.interval(m, metric, rows) for m in self.models}
 
     def text(self, width: int | None = None) -> str:
-        """The table for a terminal of ``width`` columns; wider grids are split. No split if None."""
+        """Formats the table for a terminal of ``width`` columns. Wider grids are split; None does not split."""
         return terminal_text(self._blocks(), self._caption(), width)
 
     def markdown(self) -> str:
-        """The table as Markdown."""
+        """Formats the table as Markdown."""
         return markdown_text(self._blocks(), self._caption())
 
     def _caption(self) -> str:
@@ -214,7 +214,7 @@ class MetricTable:
         return f"{prompts} prompts{images}; mean [95% bootstrap interval]"
 
     def to_dict(self) -> dict[str, Any]:
-        """The table with the values of each image, as plain values for JSON; NaN becomes None."""
+        """Returns the table with the values of each image, as plain values for JSON; NaN becomes None."""
         metrics = {m: list(v) for m, v in self.values.items()}
         return {
             "prompts": list(self.prompts),
@@ -235,12 +235,12 @@ class MetricTable:
         }
 
     def json(self) -> str:
-        """`to_dict` as JSON text."""
+        """Returns `to_dict` as JSON text."""
         return json.dumps(self.to_dict(), indent=1)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MetricTable:
-        """The table from the output of `to_dict`."""
+        """Builds the table from the output of `to_dict`."""
         values = {m: {k: np.array([math.nan if x is None else x for x in v]) for k, v in ks.items()}
                   for m, ks in data["values"].items()}  # fmt: skip
         return cls(values, list(data["prompts"]), list(data["seeds"]))

@@ -1,4 +1,7 @@
-"""Images from models: sampling, baselines, and conditioning of diffusers pipelines. Loaded on first use."""
+"""Generates images: sampling, baselines, and conditioning of diffusers pipelines.
+
+Public names are loaded on first use.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Baselines: images from unmodified diffusers pipelines, with their own text encoders."""
+"""Generates baseline images with unmodified diffusers pipelines and their own text encoders."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CLEANERS = {"bs4": "beautifulsoup4", "ftfy": "ftfy"}
 
 
 def call_kwargs(pipe: Any, **settings: Any) -> dict[str, Any]:
-    """Settings as keyword arguments of a pipeline's call, without those that are None.
+    """Returns settings as keyword arguments of a pipeline's call, without settings that are None.
 
     Args:
         pipe: the pipeline.
@@ -47,7 +47,7 @@ def call_kwargs(pipe: Any, **settings: Any) -> dict[str, Any]:
         if value is None:
             continue
         if ARGUMENTS[key] not in parameters:
-            raise ValueError(f"{type(pipe).__name__} takes no '{ARGUMENTS[key]}'; omit {key}")
+            raise ValueError(f"{type(pipe).__name__} does not accept '{ARGUMENTS[key]}'; omit {key}")
         kwargs[ARGUMENTS[key]] = value
     if settings.get("negative") is not None and settings.get("guidance") == 1:
         raise ValueError(
@@ -57,16 +57,17 @@ def call_kwargs(pipe: Any, **settings: Any) -> dict[str, Any]:
 
 
 def caption_cleaning_kwargs(pipe: Any) -> dict[str, bool]:
-    """``clean_caption=False``, with a warning, if a pipeline cleans captions with libraries that are not installed.
+    """Returns ``clean_caption=False``, with a warning, if a pipeline cleans captions with uninstalled libraries.
 
-    diffusers would skip the cleaning too, and warn at every call.
+    diffusers would also skip the cleaning, but warn in every call.
     """
     parameter = inspect.signature(pipe.__call__).parameters.get("clean_caption")
     missing = [name for module, name in CLEANERS.items() if find_spec(module) is None]
     if parameter is None or parameter.default is not True or not missing:
         return {}
     log.warning(
-        "%s cleans captions (markup, URLs) with %s, not installed: captions are used uncleaned; pip install %s",
+        "%s cleans captions (markup, URLs) with %s, which is not installed; captions are not cleaned. To clean them, "
+        "pip install %s",
         type(pipe).__name__, " and ".join(missing), " ".join(missing),
     )  # fmt: skip
     return {"clean_caption": False}
@@ -113,10 +114,11 @@ def generate(
     overwrite: bool = False,
     **settings: Any,
 ) -> list[dict[str, Any]]:
-    """As `longalign.inference.sampling.generate`, with an unmodified diffusers pipeline.
+    """Generates images as `longalign.inference.sampling.generate` does, with an unmodified diffusers pipeline.
 
-    The pipeline encodes the prompts itself and keeps its default settings. An image's noise depends on its seed only.
-    ``truncated`` is None in the rows, since the truncation of the pipeline is unknown. Images that its safety checker
+    The pipeline's own text encoders encode the prompts. Settings that are not given keep the pipeline's defaults. The
+    noise of an image depends only on the seed.
+    ``truncated`` is None in the rows, since the truncation of the pipeline is unknown. Images that the safety checker
     blacks out are logged as warnings. With a prior, ``num_steps`` and ``guidance`` apply to the decoder only.
 
     Args:
@@ -130,7 +132,7 @@ def generate(
         solver: "unipc", "ddim", "dpm++" or "lcm"; the pipeline's own scheduler if None.
         runtime: device and dtype; detected on this machine, in float32, if None.
         revision: branch, tag or commit on the Hub.
-        variant: weight variant, see `longalign.inference.pipelines.load_pipeline`.
+        variant: weight variant; see `longalign.inference.pipelines.load_pipeline`.
         overwrite: see `longalign.inference.sampling.generate`.
         **settings: ``num_steps``, ``guidance``, ``height``, ``width``.
 

@@ -1,4 +1,4 @@
-"""Conditioning for stock diffusers pipelines, and messages about truncated prompts."""
+"""Computes the conditioning of stock diffusers pipelines, and messages about truncated prompts."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def condition(
 
     Args:
         pipe: a diffusers pipeline with a call argument ``prompt_embeds``.
-        prompts: one prompt or several.
-        negative_prompts: one for all or one per prompt; the empty prompt if None.
-        encoder: an `Encoder`, or the name or config of one. From a name or config it is built on the pipeline's device
-            and reused in the next call. None encodes segments with the pipeline's own text encoders, see
+        prompts: one or several prompts.
+        negative_prompts: one for all prompts or one per prompt; the empty prompt if None.
+        encoder: an `Encoder`, or its name or config. From a name or config, the encoder is built on the pipeline's
+            device and reused in the next call. None encodes segments with the pipeline's own text encoders, see
             `longalign.encoders.pipeline_encoder.pipeline_encoder`.
 
     Returns:
@@ -114,7 +114,7 @@ def _denoiser(pipe: Any) -> Any:
 
 
 def _dtype(pipe: Any) -> torch.dtype:
-    """The denoiser's dtype, else the pipeline's. Text encoders may be loaded in a different dtype."""
+    """Returns the denoiser's dtype, or the pipeline's if it has no denoiser. Text encoders may have another dtype."""
     dtype = getattr(_denoiser(pipe), "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else pipe.dtype
 
@@ -132,15 +132,15 @@ def _check_conditioning(pipe: Any, conditioning: Conditioning, parameters: Any) 
         raise ValueError(f"{name} does not support conditioning that depends on the timestep; use `longalign generate`")
     if "pooled_prompt_embeds" in parameters and conditioning.pooled is None:
         raise ValueError(
-            f"{name} needs 'pooled_prompt_embeds', but the encoder has none; use one with a pooled embedding"
+            f"{name} needs 'pooled_prompt_embeds', but the encoder has none; use an encoder with a pooled embedding"
         )
     if "pooled_prompt_embeds" not in parameters and conditioning.pooled is not None:
         warnings.warn(f"{name} does not accept 'pooled_prompt_embeds'; the pooled embedding is ignored", stacklevel=3)
     masks = {"prompt_attention_mask", "prompt_embeds_mask"} & set(parameters)
     if conditioning.mask is not None and not masks and not bool(conditioning.mask.all()):
         warnings.warn(
-            f"{name} does not accept an attention mask, so padding of shorter prompts is attended to; use the <pad*> "
-            "padding of clip-segment (max_tokens) or generate one prompt at a time",
+            f"{name} does not accept an attention mask, so it attends to the padding of shorter prompts; use the "
+            "<pad*> padding of clip-segment (max_tokens) or generate one prompt at a time",
             stacklevel=3,
         )
     denoiser = _denoiser(pipe)
@@ -148,7 +148,8 @@ def _check_conditioning(pipe: Any, conditioning: Conditioning, parameters: Any) 
         width = getattr(getattr(denoiser, "config", None), key, None)
         if isinstance(width, int) and width != conditioning.states.shape[-1]:
             raise ValueError(
-                f"{name} expects text states of width {width}, got {conditioning.states.shape[-1]} from the encoder"
+                f"{name} expects text states of width {width}, got {conditioning.states.shape[-1]} from the encoder; "
+                "choose a matching encoder"
             )
 
 

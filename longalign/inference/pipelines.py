@@ -23,7 +23,7 @@ DTYPE = "dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtyp
 
 
 def load_pipeline(name: str, runtime: Runtime, revision: str | None = None, variant: str | None = None) -> Any:
-    """Loads a text-to-image pipeline. Kandinsky's decoder is combined with the prior named in its README.md.
+    """Loads a text-to-image pipeline. Kandinsky's decoder is combined with the prior named in the decoder's README.md.
 
     Args:
         name: Hub id, or a folder with ``model_index.json``.
@@ -36,7 +36,7 @@ def load_pipeline(name: str, runtime: Runtime, revision: str | None = None, vari
             ``revision``.
     """
     if revision is not None and Path(name).is_dir():
-        raise ValueError(f"a revision only applies to a Hub repository, and '{name}' is a local folder; omit revision")
+        raise ValueError(f"revision only applies to a Hub repository, but '{name}' is a local folder; omit revision")
     name = resolve_checkpoint(name)
     _announce_download(name, revision, runtime)
     settings: dict[str, Any] = {DTYPE: runtime.torch_dtype, "revision": revision, "variant": variant}
@@ -68,7 +68,7 @@ def load_pipeline(name: str, runtime: Runtime, revision: str | None = None, vari
 
 
 def _announce_download(name: str, revision: str | None, runtime: Runtime) -> None:
-    """Logs where the weights are downloaded to, if they are not cached."""
+    """Logs the download folder of the weights, if they are not cached."""
     if Path(name).exists() or availability_problem(name, revision):
         return
     if local_file(name, "model_index.json", revision) is None:
@@ -77,7 +77,7 @@ def _announce_download(name: str, revision: str | None, runtime: Runtime) -> Non
 
 
 def base_pipeline(backbone: Any, dtype: torch.dtype, components: dict[str, Any]) -> Any:
-    """The diffusers pipeline of a backbone config's checkpoint, with some components replaced.
+    """Returns the diffusers pipeline of a backbone config's checkpoint, with some components replaced.
 
     Raises:
         ValueError: if the checkpoint is not a folder or Hub id in diffusers layout.

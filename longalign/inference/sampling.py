@@ -43,13 +43,13 @@ def sample(
     batch_size: int = 8,
     progress: bool = False,
 ) -> Tensor:
-    """Samples one image per prompt. An image depends on its prompt and seed, not on its batch.
+    """Samples one image per prompt. An image depends on the prompt and seed, not on other images of the batch.
 
     Args:
         backbone: denoiser, autoencoder and noise levels.
         encoder: encodes prompts and negative prompts into the denoiser's conditioning.
-        prompts: one per image.
-        seeds: one per image.
+        prompts: one prompt per image.
+        seeds: one seed per image.
         negative: negative prompt, one for all images or one per image; the empty prompt if None.
         num_steps: number of solver steps.
         guidance: scale of classifier-free guidance; 1 disables it and halves the denoiser calls.
@@ -68,7 +68,7 @@ def sample(
     if len(seeds) != len(prompts):
         raise ValueError(f"expected one seed per prompt, got {len(seeds)} seeds and {len(prompts)} prompts")
     if not math.isfinite(guidance):
-        raise ValueError(f"expected a finite guidance, got {guidance}")
+        raise ValueError(f"expected a finite number as guidance, got {guidance}")
     if negative is not None and guidance == 1:
         raise ValueError(
             "a negative prompt has no effect at guidance 1; raise the guidance or remove the negative prompt"
@@ -138,8 +138,8 @@ def load_model(source: Any, dtype: str | None = None, device: str | None = None)
 
     Args:
         source: a checkpoint folder, or a config: mapping, file or `RunConfig`.
-        dtype: "float32", "bfloat16" or "float16", for all weights except an adapter's. If None, ``loop.precision``
-            sets it, and ``backbone.dtype`` that of a config's denoiser.
+        dtype: "float32", "bfloat16" or "float16", for all weights except the adapter's. If None, ``loop.precision``
+            sets the dtype, and ``backbone.dtype`` the dtype of a config's denoiser.
         device: a torch device; the fastest available one if None.
 
     Returns:
@@ -177,8 +177,8 @@ def generate(
 ) -> list[dict[str, Any]]:
     """Generates an image for every prompt and seed, as PNG files with their settings in the text metadata.
 
-    ``metadata.jsonl`` in the folder lists the images, for ``longalign score`` and the data kind ``folder``. Text
-    dropped by truncation is logged and recorded in its rows. Nothing is written if no image was generated.
+    ``metadata.jsonl`` in the folder lists the images, for ``longalign score`` and the data ``folder``. Text
+    dropped by truncation is logged and recorded in ``truncated``. Nothing is written if no image was generated.
 
     Args:
         source: a checkpoint folder, a config, or a loaded ``(config, backbone, encoder)``.

@@ -1,4 +1,4 @@
-"""diffusers schedulers with a backbone's noise levels."""
+"""Creates diffusers schedulers with a backbone's noise levels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MIN_ALPHA_CUMPROD = 2.0**-24
 
 
 def make_scheduler(name: str, levels: NoiseLevels, prediction: str, num_steps: int) -> Any:
-    """A diffusers scheduler with a backbone's noise levels, its timesteps set.
+    """Returns a diffusers scheduler with a backbone's noise levels and ``num_steps`` timesteps.
 
     Args:
         name: one of ``unipc``, ``ddim`` (timesteps 999, 979, ..., 19 for 50 steps; Euler's method for a flow),
@@ -27,7 +27,8 @@ def make_scheduler(name: str, levels: NoiseLevels, prediction: str, num_steps: i
         num_steps: number of sampling steps, 1 to T.
 
     Raises:
-        ValueError: if the solver or the prediction type is unknown, they do not fit, or ``num_steps`` is out of range.
+        ValueError: if the solver or the prediction type is unknown, the solver does not support the prediction type, or
+            ``num_steps`` is out of range.
     """
     if name not in SOLVERS:
         raise ValueError(f"no solver '{name}'; available: {', '.join(SOLVERS)}")
@@ -59,7 +60,10 @@ def _diffusion_scheduler(name: str, levels: NoiseLevels, prediction: str, num_st
 
 
 def _flow_scheduler(name: str, levels: NoiseLevels, prediction: str, num_steps: int) -> Any:
-    """A flow-matching scheduler. Its timesteps are ``T`` times the noise level, the denoiser's timestep input."""
+    """Returns a flow-matching scheduler.
+
+    Its timesteps, which the denoiser receives, are ``T`` times the noise level.
+    """
     length = len(levels)
     if name not in FLOW_SCHEDULER_CLASSES:
         raise ValueError(f"'{name}' does not support flow models; expected unipc, ddim (Euler's method) or lcm")

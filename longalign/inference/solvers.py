@@ -1,4 +1,4 @@
-"""Names of the solvers and of their diffusers schedulers. No torch here."""
+"""Names of the solvers and of their diffusers schedulers. Does not import torch."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""How a trainer is run: processes, steps, logs, checkpoints, resuming."""
+"""The training loop: processes, steps, logs, checkpoints, resuming."""

@@ -1,4 +1,4 @@
-"""Batch order and loading. The order does not depend on the number of processes, and can start at any step."""
+"""Orders and loads batches. The order does not depend on the number of processes, and can start at any step."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from longalign.loop.interrupt import ignore_signals
 class Batches(Sampler[list[int]]):
     """Infinite batches of indices, reshuffled every epoch.
 
-    All processes share one sequence of permutations, and each takes its part of every global batch. So no item is
-    repeated within an epoch. Batch ``k`` depends only on the seed, so a run can start at any ``k``.
+    All processes share one sequence of permutations, and each process takes its part of every global batch. So no item
+    is repeated within an epoch. Batch ``k`` depends only on the seed, so a run can start at any ``k``.
 
     Args:
         length: number of items.
@@ -30,7 +30,7 @@ class Batches(Sampler[list[int]]):
 
     def __init__(self, length: int, batch_size: int, seed: int, start: int = 0, rank: int = 0, world_size: int = 1):
         if length < 1:
-            raise ValueError("the data is empty; expected at least one item")
+            raise ValueError("the data is empty; provide at least one item")
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.start, self.rank, self.world_size = start, rank, world_size
 
@@ -66,7 +66,7 @@ def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Collates items into a batch ``{"prompt": list[str], "image": (b, 3, h, w)}``.
 
     Cached items have ``posterior`` ``(b, 2c, h, w)`` instead of ``image``; prompt-only items have neither. Tensors of
-    any key are stacked, other values become lists.
+    any key are stacked; other values become lists.
 
     Raises:
         ValueError: if the images' sizes differ.
@@ -77,17 +77,17 @@ def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             continue
         sizes = {tuple(value.shape) for value in values}
         if len(sizes) > 1:
-            raise ValueError(f"expected images of one size in a batch, got {sorted(sizes)}; set the data's resolution")
+            raise ValueError(f"expected images of one size in a batch, got {sorted(sizes)}; set `resolution` in data")
         batch[key] = torch.stack(values)
     return batch
 
 
 class StreamedBatches(IterableDataset[dict[str, Any]]):
-    """Batches of a stream. Each of n workers makes every n-th batch, so their order is fixed.
+    """Batches of a stream. Each of n workers makes every n-th batch, so the order of the batches is fixed.
 
     Args:
         data: the stream.
-        batches: batch size, first batch, and rank of this process; its indices are not used.
+        batches: batch size, start position and rank of this process; the indices are not used.
         images: whether to load the images.
     """
 
@@ -107,7 +107,10 @@ class StreamedBatches(IterableDataset[dict[str, Any]]):
 
 
 def plan_batches(data: Data | Stream, batch_size: int, seed: int, start: int, rank: int, world_size: int) -> Batches:
-    """Returns the `Batches` of a dataset. For a stream, only their size, start and rank are used, not their indices."""
+    """Returns the `Batches` of a dataset.
+
+    For a stream, only batch size, start position and process rank are used; the indices are not.
+    """
     length = 1 if isinstance(data, Stream) else len(data)
     return Batches(length, batch_size, seed, start, rank, world_size)
 
@@ -119,7 +122,7 @@ def load_batches(data: Data | Stream, batches: Batches, needs_images: bool, work
         ValueError: if images are needed and the data has none.
     """
     if needs_images and not data.has_images:
-        raise ValueError("the trainer needs images, and the data has prompts only; choose data with images")
+        raise ValueError("the trainer needs images, but the data has prompts only; choose data with images")
     # separate generator: creating the loader must not consume the training RNG
     generator = torch.Generator().manual_seed(batches.seed)
     if isinstance(data, Stream):

@@ -1,4 +1,4 @@
-"""The entry to training. Importing this module does not import torch, so problems of a config are found at once."""
+"""Entry point of training. Importing this module does not import torch, so config errors are reported quickly."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def fit(
     Args:
         config: a mapping, a YAML or JSON file, a checkpoint, or a `RunConfig`; see `load_config`.
         device: a torch device; the fastest available one if None. With several processes, each uses its own GPU.
-        resume: a checkpoint of this run, or the run's folder, to resume exactly; the result equals that of an
-            uninterrupted run. A folder stands for its newest intact checkpoint; the run's own output without a
-            checkpoint starts the run.
+        resume: a checkpoint of this run, or the run's folder. The result equals that of an
+            uninterrupted run. From a folder, the newest intact checkpoint is used. If the run's own output folder has
+            no checkpoint, the run starts from step 0.
 
     Raises:
-        ConfigError: with all problems of the config and its files, each with its path.
+        ConfigError: if the config or its files are invalid; lists all problems, each with its path.
         ValueError: if the data does not fit the trainer, another process trains into the folder, the folder contains a
             run, or the checkpoint belongs to a different run.
         RunError: if the run had to stop: out of memory, or a non-finite loss or gradient.

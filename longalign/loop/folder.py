@@ -1,4 +1,4 @@
-"""Checkpoint folders of a run: written atomically, rotated, and recovered after a kill."""
+"""Writes checkpoint folders of a run atomically, rotates them, and recovers them after a killed process."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def recover(output: Path) -> None:
 
 @contextmanager
 def new_checkpoint(output: Path, step: int) -> Iterator[tuple[Path, Path]]:
-    """Context manager: yields the temporary folder to write a checkpoint to, and its final path for `publish`.
+    """Context manager: yields the temporary folder of a checkpoint, and the final path for `publish`.
 
     Raises:
         OSError: if writing fails. The message names the checkpoint to resume from, and the temporary folder is removed.
@@ -59,8 +59,8 @@ def new_checkpoint(output: Path, step: int) -> Iterator[tuple[Path, Path]]:
 def publish(unfinished: Path, final: Path, keep: int | None) -> None:
     """Renames a complete checkpoint to its final name and removes old ones with `prune`.
 
-    Checkpoints are renamed before their files are deleted. So the newest checkpoint is complete at any time, if
-    necessary after `recover`.
+    Checkpoints are renamed before their files are deleted. So the newest checkpoint is complete at any time, in some
+    cases after `recover`.
     """
     for path in (*unfinished.rglob("*"), unfinished):
         sync(path)
@@ -75,7 +75,7 @@ def publish(unfinished: Path, final: Path, keep: int | None) -> None:
 
 
 def prune(checkpoint: Path, keep: int | None) -> None:
-    """Removes all but the newest ``keep`` checkpoints up to ``checkpoint``; None keeps all. Later ones are kept."""
+    """Removes all but the newest ``keep`` checkpoints up to ``checkpoint``. Later ones are kept; None keeps all."""
     if keep is not None:
         candidates = [p for p in checkpoints(checkpoint.parent) if step_of(p) <= step_of(checkpoint)]
         for old in candidates[:-keep]:
@@ -83,7 +83,7 @@ def prune(checkpoint: Path, keep: int | None) -> None:
 
 
 def resume_hint(output: Path) -> str:
-    """Returns a hint, for messages, on how to resume the run in a folder."""
+    """Returns a hint on how to resume the run in a folder, for messages."""
     saved = checkpoints(output)
     if not saved:
         return f"no checkpoint in {output} yet"

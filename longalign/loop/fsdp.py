@@ -27,7 +27,7 @@ def check_fsdp_config(plugin: Any, parallelism: Any, config: RunConfig) -> None:
         config: the run's config.
 
     Raises:
-        ValueError: with the setting to change.
+        ValueError: if a setting is not supported; the message names the setting to change.
     """
     loop = config.loop
     unsupported = {
@@ -64,7 +64,7 @@ def prepare_fsdp(
 
     Args:
         accelerator: accelerate's ``Accelerator`` with FSDP2.
-        trainer: sharding replaces its trainable parameters.
+        trainer: the trainer, whose trainable parameters are replaced by shards.
         make_optimizer: creates the optimizer of the given parameters.
 
     Returns:
@@ -87,7 +87,7 @@ def prepare_fsdp(
 def finish_backward(accelerator: Any, denoiser: nn.Module, unsharded: Sequence[nn.Parameter]) -> None:
     """Frees gathered weights after a backward pass, and averages gradients of unsharded parameters over processes.
 
-    Gradients are averaged only at the last of several micro-steps.
+    With gradient accumulation, gradients are averaged only in the last micro-step.
     """
     reshard(denoiser)
     if accelerator.sync_gradients:

@@ -1,4 +1,4 @@
-"""The summary that a run logs before its first step."""
+"""Logs the summary of a run before the first step."""
 
 from __future__ import annotations
 
@@ -67,4 +67,8 @@ def log_run_summary(composition: Composition, optimization: Optimization, step: 
         log.warning("training %.1f billion parameters on a CPU takes days; use a GPU", total / 1e9)
     batch_size = composition.config.loop.batch_size * accelerator.num_processes
     if not isinstance(data, Stream) and batch_size > len(data):
-        log.warning("a batch has %d items and the data only %d, so batches repeat items", batch_size, len(data))
+        log.warning(
+            "a batch has %d items but the data only %d, so batches repeat items; lower loop.batch_size",
+            batch_size,
+            len(data),
+        )

@@ -1,4 +1,4 @@
-"""Graceful handling of Ctrl-C and termination signals: finish the current step, then stop."""
+"""Handles Ctrl-C and termination signals: the run finishes the current step, then stops."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GRACE_SECONDS = 60
 
 
 class Interruption:
-    """Whether a signal requested the run to stop, and which one.
+    """Records whether a signal requested the run to stop, and which signal.
 
     Attributes:
         number: number of the first signal, or None.
@@ -35,7 +35,7 @@ class Interruption:
         return self.number is not None
 
     def handle(self, number: int, frame: Any) -> None:
-        """Signal handler. A second Ctrl-C raises KeyboardInterrupt; other repeated signals are ignored."""
+        """Handles a signal. A second Ctrl-C raises KeyboardInterrupt; other repeated signals are ignored."""
         if self.number is None:
             self.number, self.time = number, time.monotonic()
             advice = "; press Ctrl-C again to stop at once" if number == signal.SIGINT else ""
@@ -64,7 +64,7 @@ def catch_signals() -> Iterator[Interruption]:
 
 
 def ignore_signals(worker: int = 0) -> None:
-    """``worker_init_fn`` of data loaders: workers ignore signals to the process group, so that the step can finish."""
+    """Ignores signals to the process group, so that the step can finish; the ``worker_init_fn`` of data loaders."""
     for number in SIGNALS:
         if number == signal.SIGTERM and hasattr(signal, "alarm"):
             signal.signal(number, lambda *_: signal.alarm(GRACE_SECONDS))  # ends a worker that hangs

@@ -1,4 +1,4 @@
-"""Locks for folders that only one process may write to."""
+"""Locks folders that only one process may write to."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOCK = ".lock"
 
 
 class Lock:
-    """Exclusive lock of a folder, held until `release` or the end of this process, even if it is killed.
+    """Exclusive lock of a folder, held until `release` or until this process ends or is killed.
 
     Args:
         output: the folder; created if missing.
@@ -40,7 +40,7 @@ class Lock:
             owner = self.file.read().strip() or "another process"
             self.file.close()
             raise ValueError(
-                f"{owner} is writing to {output}; wait until it ends, stop it, or choose a different folder"
+                f"{owner} is writing to {output}; wait until this process ends, stop it, or choose a different folder"
             ) from None
         except OSError as error:  # a file system without locks
             log.warning("%s cannot be locked (%s); make sure that no other process writes to it", output, error)
@@ -49,5 +49,5 @@ class Lock:
             os.write(self.file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
     def release(self) -> None:
-        """Releases the lock. The file stays: after a removal, two processes could lock different files of this name."""
+        """Releases the lock. The lock file is kept: otherwise two processes could lock different files of this name."""
         self.file.close()

@@ -1,4 +1,4 @@
-"""Metrics of a run: the progress bar, ``log.jsonl``, and config values for trackers."""
+"""Writes the metrics of a run to the progress bar and ``log.jsonl``, and formats config values for trackers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class MetricMeans:
             self.counts[key] = self.counts.get(key, 0) + 1
 
     def get(self, reduce: Callable[[Tensor], Any]) -> dict[str, float]:
-        """Returns the means, reduced over all processes by ``reduce``."""
+        """Returns the means, reduced over all processes with ``reduce``."""
         if not self.sums:
             return {}
         means = torch.stack([total / self.counts[key] for key, total in self.sums.items()])

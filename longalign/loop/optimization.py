@@ -1,4 +1,4 @@
-"""The optimizer steps of a run: wrapped modules, accumulation, clipping, learning rate and moving average."""
+"""Takes the optimizer steps of a run, with accumulation, clipping, learning-rate warmup and moving average."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Optimization:
     """Optimizes a trainer's parameters. Modules are wrapped until `close`.
 
     Args:
-        accelerator: the processes.
-        trainer: its modules are wrapped with accelerate and, if configured, compiled.
+        accelerator: accelerate's ``Accelerator``.
+        trainer: the trainer, whose modules are wrapped with accelerate and, if configured, compiled.
         loop: optimizer settings.
 
     Attributes:
         wrapped: the wrapped modules.
         parameters: the trainable parameters.
-        unsharded: with FSDP, those that it does not shard.
+        unsharded: with FSDP, the trainable parameters that are not sharded.
         optimizer: accelerate's optimizer.
         lr_scheduler: warmup of the learning rate.
         ema: moving average of the parameters, or None.
@@ -96,7 +96,7 @@ class Optimization:
         return {k: torch.stack([v[k].detach().float() for v in metrics if k in v]).mean() for k in keys}
 
     def _micro_step(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Runs the trainer's step. Processes exchange gradients once at the end, also after several backward calls."""
+        """Runs the trainer's step. Processes exchange gradients once, after the last backward call."""
         exchanges = self.accelerator.num_processes > 1 and self.accelerator.sync_gradients and not self.sharded
         if not (exchanges and self.trainer.multiple_backward):
             return self.trainer.step(batch, self.accelerator.backward)
@@ -143,7 +143,7 @@ class Optimization:
 
 
 def compiled(module: Any, setting: bool | str) -> Any:
-    """Returns the module with `torch.compile` applied: True is the backend inductor, False does not compile."""
+    """Returns the module, compiled with `torch.compile`. True selects the backend inductor; False does not compile."""
     if not setting:
         return module
     backend = "inductor" if setting is True else setting

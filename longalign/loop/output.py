@@ -14,7 +14,7 @@ from longalign.loop.setup import any_process
 
 
 def claim_output(config: RunConfig, accelerator: Accelerator, resume: Path | None) -> Lock | None:
-    """Locks and checks the output folder; the first process does so for all, and gets the lock.
+    """Locks and checks the output folder. The first process does this for all processes, and holds the lock.
 
     Raises:
         ValueError: if another process trains into the folder, or it contains a different run.

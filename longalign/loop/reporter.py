@@ -1,4 +1,4 @@
-"""What a run reports: means of its metrics in ``log.jsonl``, on the progress bar and in trackers."""
+"""Reports means of a run's metrics in ``log.jsonl``, on the progress bar and in trackers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Reporter:
     """Collects the metrics of steps, and writes their means.
 
     Args:
-        accelerator: the processes; the means are over all of them.
+        accelerator: accelerate's ``Accelerator``; means are taken over all processes.
         config: the run.
         step: number of completed steps.
         means: means since the last log line, restored if the run is resumed.

@@ -40,7 +40,7 @@ NUM_CHECKED_PROMPTS = 32
 
 
 def check_resumable(state: ResumeState, composition: Composition, num_processes: int) -> None:
-    """Warns of changes of the config; raises if the run cannot be resumed from ``state``.
+    """Warns about changes of the config. Raises an error if the run cannot be resumed from ``state``.
 
     Raises:
         ValueError: if the config or the number of processes has changed.
@@ -49,7 +49,7 @@ def check_resumable(state: ResumeState, composition: Composition, num_processes:
     if "loop.workers" in changes and isinstance(composition.data, Stream):
         raise ValueError(
             f"loop.workers was {changes['loop.workers'][0]} before and is {changes['loop.workers'][1]} now, which "
-            "would repeat and omit items of a stream; change it back"
+            "would repeat and omit items of a stream; restore the former value"
         )
     check_num_processes(state, num_processes)
     for key, (old, new) in changes.items():
@@ -60,7 +60,7 @@ def check_same_run(saved: RunConfig, config: RunConfig) -> dict[str, tuple[Any, 
     """Returns the changes ``{key: (old, new)}`` since the checkpoint's config that are allowed on resume.
 
     Raises:
-        ValueError: listing the changed keys that are not in `RESUMABLE_KEYS`.
+        ValueError: if keys that are not in `RESUMABLE_KEYS` have changed; the message lists them.
     """
     # Checkpoints contain no credentials, so credentials are not compared.
     current = load_config(redacted(to_dict(config)))
@@ -91,7 +91,7 @@ def check_num_processes(state: ResumeState, processes: int) -> None:
 def input_fingerprints(config: RunConfig, data: Any) -> dict[str, Any]:
     """Returns fingerprints of the weights that a config refers to and of the data's prompts.
 
-    The fingerprint of a Hub id is the downloaded commit. Streams have no fingerprint.
+    The fingerprint of a Hub id is the downloaded commit. Data that is a stream has no fingerprint.
     """
     config_dict = to_dict(config)
     parts = {key: config_dict[key] for key in ("backbone", "encoder", "rewards")}
@@ -107,14 +107,14 @@ def input_fingerprints(config: RunConfig, data: Any) -> dict[str, Any]:
 
 
 def check_same_inputs(state: ResumeState, current: Mapping[str, Any]) -> None:
-    """Warns if package versions have changed; raises if weights or data have changed under the same config.
+    """Warns if package versions have changed. Raises an error if weights or data have changed under the same config.
 
     Args:
         state: the state to resume from.
         current: the present `input_fingerprints`.
 
     Raises:
-        ValueError: listing the changed fingerprints.
+        ValueError: if fingerprints have changed; the message lists them.
     """
     for package, version in versions().items():
         if state.versions.get(package, version) != version:
@@ -127,7 +127,7 @@ def check_same_inputs(state: ResumeState, current: Mapping[str, Any]) -> None:
     ]
     if changed:
         raise ValueError(
-            f"weights or data of {state.checkpoint} have changed on disk since:\n" + "\n".join(changed) + "\n"
+            f"weights or data of {state.checkpoint} have changed on disk since the start:\n" + "\n".join(changed) + "\n"
             "Restore them, or start a new run from the checkpoint's weights with init_from"
         )
 

@@ -1,4 +1,4 @@
-"""The training loop. Trainers define the losses; this module runs them."""
+"""Runs the training loop. Trainers define the losses."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class FitResult:
 
 
 def train(config: RunConfig, runtime: Runtime, resume: Path | None = None) -> FitResult:
-    """Trains as `longalign.loop.fit.fit` does, with a checked config.
+    """Trains as `longalign.loop.fit.fit` does, with a validated config.
 
     Args:
         config: the run.
@@ -75,7 +75,7 @@ def train(config: RunConfig, runtime: Runtime, resume: Path | None = None) -> Fi
 
 
 class Run:
-    """A run in this process: its parts, its optimizer steps, and what happens between them.
+    """A run in this process: builds the parts, takes optimizer steps, and logs, validates and saves between them.
 
     Args:
         config: the run.
@@ -136,7 +136,7 @@ class Run:
         self.validation = Validation(composition, self.optimization, validation_prompts, self.reporter.trackers)
 
     def train(self, interrupted: Callable[[], bool]) -> FitResult:
-        """Trains to the last step, or to the end of the step in which ``interrupted`` is true."""
+        """Trains to the last step, or to the end of the step in which ``interrupted`` becomes true."""
         if self.step == 0:
             self.validation.run(0)
         while self.step < self.loop.steps:

@@ -17,7 +17,7 @@ from longalign.loop.state import FOLDER, process_state, shared_state
 def save_checkpoint(
     composition: Composition, optimization: Optimization, means: MetricMeans, origin: dict[str, Any], step: int
 ) -> Path:
-    """Writes a checkpoint, which gets its final name after every process has written its state; returns its folder.
+    """Writes a checkpoint and returns its folder. It is renamed to its final name when all processes have finished.
 
     All processes must call it.
 

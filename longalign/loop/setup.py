@@ -21,14 +21,14 @@ ENGINES = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 def make_accelerator(config: RunConfig, device: str) -> Accelerator:
-    """Joins the processes of the launch.
+    """Creates accelerate's ``Accelerator``, which joins the processes of the launch.
 
     Args:
         config: precision, accumulation, trackers and output of the run.
         device: a torch device; ``"cpu"`` disables the GPUs.
 
     Raises:
-        ValueError: if accelerate is configured for something that is not supported.
+        ValueError: if accelerate's configuration is not supported.
     """
     loop = config.loop
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != loop.precision:
@@ -67,7 +67,7 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 
 def process_runtime(accelerator: Accelerator, runtime: Runtime) -> Runtime:
-    """The runtime of this process: with several processes, its own device and communication with the others."""
+    """Returns the runtime of this process; with several processes, with its own device and a ``gather``."""
     if accelerator.num_processes == 1:
         return runtime
     return replace(

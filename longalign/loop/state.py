@@ -1,4 +1,4 @@
-"""The training state that resumes a run exactly: everything that is neither in the config nor in the weights file."""
+"""Saves and restores the training state that is in neither the config nor the weights file, for exact resuming."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class ResumeState:
 
     Attributes:
         checkpoint: folder of the checkpoint.
-        config: config of the run that wrote it.
+        config: config of the run that wrote the checkpoint.
         versions: package versions of that run.
         shared: the result of `shared_state`.
         by_process: the result of `process_state` of each process.
@@ -81,11 +81,12 @@ def find_state(path: Path, output: Path) -> ResumeState | None:
         output: the run's output folder.
 
     Returns:
-        The state, or None if ``path`` is ``output`` and has no checkpoint yet.
+        The state, or None if ``path`` is the run's own output folder and contains no checkpoint yet, so that there is
+        nothing to resume.
 
     Raises:
         FileNotFoundError: if ``path`` has no checkpoint and is not ``output``.
-        ValueError: naming the damaged file, if no checkpoint is intact.
+        ValueError: if all checkpoints are damaged; the message names the damaged file.
     """
     if path.is_file():
         path = path.parent
@@ -97,7 +98,7 @@ def find_state(path: Path, output: Path) -> ResumeState | None:
             return load_state(checkpoint)
         except (ValueError, OSError) as error:
             newest_error = newest_error or error
-            log.warning("%s cannot be resumed from: %s", checkpoint.name, error)
+            log.warning("%s is damaged and is skipped: %s", checkpoint.name, error)
     if newest_error is not None:
         raise newest_error
     if path.resolve() != output.resolve():
@@ -109,7 +110,7 @@ def load_state(checkpoint: Path) -> ResumeState:
     """Loads the state of a checkpoint, and checks that its weights file can be read too.
 
     Raises:
-        ValueError: naming the missing or damaged file.
+        ValueError: if a file is missing or damaged; the message names the file.
     """
     path, folder = checkpoint / CHECKPOINT, checkpoint / FOLDER
     config = load_config(path)
@@ -128,7 +129,10 @@ def load_state(checkpoint: Path) -> ResumeState:
     for rank in range(int(shared["processes"])):
         file = folder / f"process-{rank}.pt"
         if not file.is_file():
-            raise ValueError(f"{folder} has no {file.name}; it was written by {shared['processes']} processes")
+            raise ValueError(
+                f"{folder} has no {file.name}; expected one file for each of {shared['processes']} processes. Copy "
+                "the checkpoint again"
+            )
         state = load_pickle(file, checked=True)
         if not isinstance(state, dict) or not state.keys() >= PROCESS_KEYS:
             expected = ", ".join(sorted(PROCESS_KEYS))
@@ -142,7 +146,7 @@ def load_state(checkpoint: Path) -> ResumeState:
 def shared_state(optimization: Optimization, origin: dict[str, Any], step: int) -> dict[str, Any]:
     """Returns the state that the first process writes for all.
 
-    With FSDP every process must call it, and only the first gets the full tensors.
+    With FSDP, all processes must call this function, and only the first one gets the full tensors.
 
     Args:
         optimization: parameters, optimizer, learning rate and moving average.
@@ -182,7 +186,10 @@ def restore_state(state: ResumeState, optimization: Optimization, means: MetricM
     accelerator, parameters = optimization.accelerator, optimization.parameters
     shared, process = state.shared, state.by_process[accelerator.process_index]
     if [tuple(saved.shape) for saved in shared["parameters"]] != [tuple(p.shape) for p in parameters]:
-        raise ValueError(f"the parameters in {state.checkpoint} have different shapes from those this config trains")
+        raise ValueError(
+            f"the parameters in {state.checkpoint} have other shapes than the parameters that this config trains; "
+            "resume with the config of the checkpoint"
+        )
     with torch.no_grad():
         for parameter, saved in zip(parameters, shared["parameters"], strict=True):
             parameter.copy_(shard_like(saved, parameter))

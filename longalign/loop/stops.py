@@ -20,7 +20,7 @@ MEMORY_KEYS = ("denoise_batch", "decode_batch", "replay_batch")
 
 
 class NonFinite(Exception):
-    """A loss or a gradient is not finite."""
+    """Raised if a loss or a gradient is not finite."""
 
 
 @contextmanager
@@ -28,9 +28,9 @@ def explain_non_finite(optimization: Optimization, output: Path, step: int) -> I
     """Context manager: on `NonFinite`, saves the prompts of the last step and raises RunError.
 
     Args:
-        optimization: its last batches.
+        optimization: the optimization, whose last batches are saved.
         output: the run's folder.
-        step: the step in the message.
+        step: number of the step, for the message.
     """
     try:
         yield
@@ -87,7 +87,7 @@ def _memory_advice(config: RunConfig) -> str:
 
 
 def save_failed_batch(output: Path, rank: int, step: int, batches: Sequence[Mapping[str, Any]]) -> Path:
-    """Saves step and prompts of a batch with a non-finite loss or gradient in ``non-finite/``; returns the file."""
+    """Saves step and prompts of a batch with a non-finite loss or gradient to ``non-finite/``; returns the file."""
     path = output / "non-finite" / f"process-{rank}" / "batch.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     prompts = [[str(prompt) for prompt in batch.get("prompt", ())] for batch in batches]

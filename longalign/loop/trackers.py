@@ -1,4 +1,4 @@
-"""Loggers beside ``log.jsonl``: TensorBoard and Weights & Biases. Their failures do not stop a run."""
+"""Additional loggers: TensorBoard and Weights & Biases. A failing logger does not stop a run."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ log = logging.getLogger("longalign")
 
 
 class Trackers:
-    """The trackers of a run. An action that fails only logs a warning.
+    """The trackers of a run. If a tracker fails, a warning is logged and training continues.
 
     Args:
-        accelerator: its trackers are started here.
-        config: the run, which trackers record without credentials.
+        accelerator: accelerate's ``Accelerator``, which starts the trackers.
+        config: config of the run; trackers record it without credentials.
     """
 
     def __init__(self, accelerator: Accelerator, config: RunConfig):

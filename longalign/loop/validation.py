@@ -1,4 +1,4 @@
-"""Validation images, sampled with fixed seeds during training."""
+"""Samples validation images with fixed seeds during training."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def sample_validation(
         encoder: encodes the prompts.
         settings: number of steps, guidance and solver.
         prompts: one prompt per image.
-        folder: where to write the images; None writes none.
+        folder: output folder of the images; None writes no images.
         step: training step, for the metadata of the images.
 
     Returns:
@@ -64,10 +64,10 @@ class Validation:
     """Samples the validation prompts during a run, into ``validation/<step>/``; does nothing if none are configured.
 
     Args:
-        composition: the run; its parts are built already.
-        optimization: the weights, whose moving average is used.
+        composition: the run, with its parts already built.
+        optimization: the trained weights; their moving average is used if the run has one.
         prompts: one prompt per image.
-        trackers: receive the images too.
+        trackers: trackers that also receive the images.
     """
 
     def __init__(
@@ -77,11 +77,11 @@ class Validation:
         self.settings, self.prompts, self.trackers = composition.config.validation, prompts, trackers
 
     def is_due(self, step: int) -> bool:
-        """Whether images are sampled after ``step`` completed steps."""
+        """Returns whether images are sampled after ``step`` completed steps."""
         return self.settings is not None and step % self.settings.every == 0
 
     def run(self, step: int) -> None:
-        """Samples the images. All processes must call it; the first one samples, or all with sharded weights."""
+        """Samples the images. All processes must call it. The first one samples; with sharded weights, all do."""
         if self.settings is None:
             return
         accelerator, composition = self.optimization.accelerator, self.composition
@@ -97,7 +97,7 @@ class Validation:
 
 
 def read_validation_prompts(settings: ValidationConfig | None) -> list[str]:
-    """Returns the validation prompts of the config or of the file it names, read as the data ``prompts`` reads it.
+    """Returns the validation prompts from the config, or from a file in the format of the data ``prompts``.
 
     Raises:
         FileNotFoundError: if the file does not exist.
@@ -112,5 +112,5 @@ def read_validation_prompts(settings: ValidationConfig | None) -> list[str]:
 
     file_prompts = read_prompts(Path(prompts))
     if not file_prompts:
-        raise ValueError(f"validation.prompts: {prompts} contains no prompts")
+        raise ValueError(f"validation.prompts: {prompts} contains no prompts; expected at least one")
     return file_prompts

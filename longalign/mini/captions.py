@@ -1,4 +1,6 @@
-"""Captions of the synthetic scenes, from ten words to over five hundred tokens, each sentence with its facts."""
+"""Generates captions of synthetic scenes, from about ten words to over 500 CLIP tokens.
+
+Each sentence comes with the list of facts that it states."""
 
 from __future__ import annotations
 
@@ -84,7 +86,7 @@ class Fact:
     """One fact of an image that a caption describes.
 
     Attributes:
-        kind: ``shape``, ``colour``, ``size``, ``fill`` (of the object at ``place``), ``empty`` or ``ground``.
+        kind: ``shape``, ``colour``, ``size`` or ``fill`` of the object at ``place``; ``empty``; or ``ground``.
         value: the described value, ``""`` for ``empty``.
         place: one of `longalign.mini.scenes.PLACES`, ``""`` for ``ground``.
     """
@@ -134,7 +136,8 @@ def describe(scene: Scene, rng: np.random.Generator, *, words: int = 40, style: 
     Args:
         scene: the scene to describe.
         rng: samples the phrases and the order of the objects.
-        words: target length; 8 is a short clause, 480 is over 500 CLIP tokens (with about seven objects or more).
+        words: target length in words: 8 gives a short clause; 480 gives over 500 CLIP tokens with seven objects or
+            more.
         style: ``plain`` (self-contained sentences) or ``referring`` ("It is red.").
 
     Raises:
@@ -168,7 +171,10 @@ def describe(scene: Scene, rng: np.random.Generator, *, words: int = 40, style: 
 
 
 def _plan(steps: int, num_things: int, num_empty: int) -> tuple[list[int], int]:
-    """Level of detail of each described object, and the number of listed empty places, after ``steps`` steps."""
+    """Returns the level of detail of each described object, and the number of empty places to list.
+
+    ``steps`` is the number of steps of lengthening the caption.
+    """
     if steps <= num_things:
         return [0] * steps, 0
     object_steps = num_things * (LAST_LEVEL + 1)
@@ -179,7 +185,7 @@ def _plan(steps: int, num_things: int, num_empty: int) -> tuple[list[int], int]:
 
 
 class _CaptionBuilder:
-    """Describes one scene at any levels of detail; the text of an object depends only on its own level."""
+    """Describes one scene at given levels of detail; the text of an object depends only on the object's level."""
 
     def __init__(self, scene: Scene, things: list[Thing], empty: list[str], style: str, seed: int):
         self.scene, self.things, self.empty, self.style, self.seed = scene, things, empty, style, seed
@@ -279,7 +285,7 @@ def _capital(text: str) -> str:
 
 
 def all_phrases() -> list[str]:
-    """All phrases that captions consist of, whose words the reduced vocabularies must contain."""
+    """Returns all phrases of captions. The reduced vocabularies must contain their words."""
     banks: list[tuple[str, ...]] = [GROUND_CLAUSES, GROUND_SENTENCES, GROUND_WORDY, WHOLE, INTROS, INTROS_WORDY, TWO]
     banks += [COLOUR, COLOUR_WORDY, SIZE, SIZE_WORDY, FILL, FILL_WORDY, EMPTY, IT]
     banks += [*WHERE.values(), *SIZE_WORDS.values(), *FILL_WORDS.values()]

@@ -1,7 +1,8 @@
-"""The fact oracle: recovers a scene from pixels with matched filters, without a learned model.
+"""Recovers a scene from pixels with matched filters, without a learned model.
 
 At each place, the coverage mask of every kind of object, minus its constant and linear part, is fitted to the pixels by
-least squares. The mask that explains most variance is the object. Its fitted amplitude plus the ground is the colour.
+least squares. The object is the one whose mask explains most variance. The fitted amplitude plus the ground's color is
+the object's color.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ MIN_CONTRAST = 0.12
 
 
 def read_scenes(images: np.ndarray) -> list[Scene]:
-    """Recovers the scenes of images ``(b, 3, 64, 64)`` in [0, 1], with tint and vignette 0."""
+    """Recovers the scenes of images ``(b, 3, 64, 64)`` in [0, 1]. Tint and vignette of the result are 0."""
     images = np.asarray(images, np.float32)
     if images.ndim != 4 or images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
         raise ValueError(f"expected images of shape (b, 3, {IMAGE_SIZE}, {IMAGE_SIZE}), got {images.shape}")
@@ -57,13 +58,13 @@ def _read_place(images: np.ndarray, place: int, ground: np.ndarray, light: np.nd
 
 @cache
 def _never_covered() -> np.ndarray:
-    """Mask of pixels that no object can cover: bool ``(64, 64)``."""
+    """Returns the mask of pixels that no object can cover: bool ``(64, 64)``."""
     return object_masks().max((0, 1)) < 1e-3
 
 
 @cache
 def _filters() -> list[tuple[slice, slice, np.ndarray, np.ndarray]]:
-    """Per place: rows, columns, masks minus their constant and linear part ``(30, p)``, and the unchanged masks."""
+    """Returns for each place: rows, columns, masks minus constant and linear part ``(30, p)``, unchanged masks."""
     edges = [0, 21, 43, 64]
     out = []
     for place in range(len(PLACES)):
@@ -88,7 +89,7 @@ def holds(fact: Fact, scene: Scene) -> bool:
 
 
 def verdicts(images: np.ndarray, captions: Sequence[Caption]) -> list[list[list[bool]]]:
-    """Whether each fact holds in the image: one list per image, sentence of its caption, and fact."""
+    """Returns whether each fact holds in its image: image -> sentence of the caption -> fact -> bool."""
     if len(images) != len(captions):
         raise ValueError(f"expected one caption per image, got {len(images)} images and {len(captions)} captions")
     scenes = read_scenes(images)
@@ -99,7 +100,7 @@ def verdicts(images: np.ndarray, captions: Sequence[Caption]) -> list[list[list[
 
 
 def fact_accuracy(images: np.ndarray, captions: Sequence[Caption]) -> np.ndarray:
-    """Fraction of the facts of each caption that hold in its image: ``(b,)``; NaN for a caption without facts."""
+    """Returns the fraction of each caption's facts that hold in its image, shape ``(b,)``; NaN without facts."""
     out = []
     for sentences in verdicts(images, captions):
         flat = [fact_holds for sentence in sentences for fact_holds in sentence]

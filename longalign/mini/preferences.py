@@ -1,4 +1,4 @@
-"""Preferences over synthetic scenes, from faithfulness to the caption and a caption-independent taste."""
+"""Simulates preferences over synthetic scenes: faithfulness to the caption plus a caption-independent taste."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RATES = (0.0, 0.1, 0.25, 0.5)
 
 
 def vary(scene: Scene, rng: np.random.Generator) -> Scene:
-    """Imitates the output of an imperfect model: changes some facts, drops some objects, and samples a new look."""
+    """Imitates an imperfect model: changes some facts, drops some objects, and resamples tint and vignette."""
     rate = float(rng.choice(RATES))
     things = []
     for thing in scene.things:
@@ -28,17 +28,20 @@ def vary(scene: Scene, rng: np.random.Generator) -> Scene:
 
 
 def truth(scene: Scene, caption: Caption) -> float:
-    """Fraction of the caption's facts that hold in the scene; 1 for a caption without facts."""
+    """Returns the fraction of the caption's facts that hold in the scene; 1 for a caption without facts."""
     return float(np.mean([oracle.holds(fact, scene) for fact in caption.facts])) if caption.facts else 1.0
 
 
 def taste(scene: Scene) -> float:
-    """Score of a scene's look from -1 to 1; warm light and dark corners score high. Captions never describe these."""
+    """Returns the score of tint and vignette, from -1 to 1; warm light and dark corners score high.
+
+    Captions never describe these attributes.
+    """
     return (scene.tint + 2 * scene.vignette - 1) / 2
 
 
 def preference(first: Scene, second: Scene, caption: Caption, truth_weight: float, taste_weight: float) -> float:
-    """Fraction of people who prefer the first of two scenes: sigmoid of the sum of the weighted differences."""
+    """Returns the fraction of people who prefer the first scene: sigmoid of the sum of weighted differences."""
     margin = truth_weight * (truth(first, caption) - truth(second, caption))
     margin += taste_weight * (taste(first) - taste(second))
     return float(1 / (1 + np.exp(-margin)))

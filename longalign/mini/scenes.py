@@ -1,6 +1,6 @@
-"""The synthetic scenes: objects on a three by three grid, rendered at 64 x 64 pixels.
+"""Samples and renders synthetic scenes: objects on a three by three grid, at 64 x 64 pixels.
 
-Captions describe *facts*: the colour of the ground, and for each place the object's shape, colour, size and fill, or
+Captions describe *facts*: the color of the ground, and for each place the object's shape, color, size and fill, or
 that the place is empty. They never describe the *look*: a warm or cold tint and a vignette, which determine taste.
 """
 
@@ -53,11 +53,11 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Content of an image.
+    """Content of a synthetic image.
 
     Attributes:
-        things: objects in the order of `PLACES`, at most one per place.
-        ground: name of the ground's colour.
+        things: the objects, at most one per grid cell, in the order of `PLACES`.
+        ground: name of the background color.
         tint: -1 (cold) to 1 (warm); not described by captions.
         vignette: 0 (even light) to 1 (dark corners); not described by captions.
     """
@@ -68,15 +68,15 @@ class Scene:
     vignette: float = 0.0
 
     def at(self, place: str) -> Thing | None:
-        """The object at a place, or None."""
+        """Returns the object at a place, or None."""
         return next((t for t in self.things if t.place == place), None)
 
 
 def sample_scene(rng: np.random.Generator, num_things: tuple[int, int] = (1, 9)) -> Scene:
-    """Samples a scene with ``num_things`` objects (lowest and highest, inclusive); facts and looks are uniform."""
+    """Samples a scene with ``num_things`` objects (lowest and highest, inclusive), with uniform facts and look."""
     low, high = num_things
     if not 0 <= low <= high <= len(PLACES):
-        raise ValueError(f"num_things must be a range within 0 and {len(PLACES)}, got {num_things}")
+        raise ValueError(f"expected num_things as (lowest, highest) from 0 to {len(PLACES)}, got {num_things}")
     places = sorted(rng.choice(len(PLACES), int(rng.integers(low, high + 1)), replace=False))
     pick = {a: rng.integers(len(VALUES[a]), size=len(places)) for a in ATTRIBUTES}
     things = tuple(
@@ -105,7 +105,7 @@ def render_batch(scenes: Sequence[Scene]) -> np.ndarray:
 
 @cache
 def object_masks() -> np.ndarray:
-    """Coverage masks of every kind of object at every place: float32 ``(9, 30, 64, 64)``, ordered as `MASK_KEYS`."""
+    """Returns the coverage masks of all objects at all places: float32 ``(9, 30, 64, 64)``, ordered as `MASK_KEYS`."""
     fine = 4
     axis = (np.arange(IMAGE_SIZE * fine, dtype=np.float32) + 0.5) / fine
     out = np.zeros((len(PLACES), len(MASK_KEYS), IMAGE_SIZE, IMAGE_SIZE), np.float32)
@@ -138,6 +138,6 @@ def _inside(shape: str, x: np.ndarray, y: np.ndarray, half: float) -> np.ndarray
 
 @cache
 def _radius() -> np.ndarray:
-    """Distance from the image centre, 1 in the corners."""
+    """Returns the distance from the image center; 1 in the corners."""
     axis = (np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5) / IMAGE_SIZE * 2 - 1
     return np.hypot(axis[:, None], axis[None, :]) / np.float32(2**0.5)

@@ -1,7 +1,7 @@
-"""Tokenizers of the `mini` models: CLIP's byte-pair encoding with a reduced vocabulary, and a T5 unigram model.
+"""Writes tokenizers of the `mini` models: CLIP's byte-pair encoding with a reduced vocabulary, and a T5 unigram model.
 
 The reduced CLIP vocabulary keeps all bytes, the most frequent merges and every merge of the given words. These words
-are split exactly as by the full tokenizer, and any other text can still be tokenized. Ids follow CLIP's order (bytes,
+are split exactly as by the full tokenizer, and any other text can be tokenized too. Ids follow CLIP's order (bytes,
 word-final bytes, merges by rank, ``<sot>``, ``<eot>``), so transformers and open_clip can use the same vocabulary.
 """
 
@@ -24,7 +24,7 @@ _SOT, _EOT = "<|startoftext|>", "<|endoftext|>"
 
 
 def reduced_merges(words: Iterable[str], num_common: int = NUM_COMMON_MERGES) -> list[tuple[str, str]]:
-    """Merges of the reduced CLIP vocabulary by rank: the first ``num_common`` and those that ``words`` use."""
+    """Returns the merges of the reduced CLIP vocabulary by rank: the first ``num_common``, and those of ``words``."""
     full = SimpleTokenizer()
     ranks_used = set(sorted(full.bpe_ranks.values())[:num_common])
     for word in sorted({w for text in words for w in full.pat.findall(text.lower())}):

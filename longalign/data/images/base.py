@@ -1,4 +1,4 @@
-"""Base class of indexed image data, and the handling of unreadable images."""
+"""Base class of indexed image data, which replaces unreadable images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ UNREADABLE = (OSError, ValueError)
 
 
 class Unreadable(dict[Hashable, str]):
-    """Names of the images that could not be read so far, mapped to the errors.
+    """Names of the images that could not be read so far, with the errors.
 
     Args:
         limit: number of unreadable images to tolerate.
@@ -38,12 +38,13 @@ class Unreadable(dict[Hashable, str]):
         self[name] = f"{type(error).__name__}: {error}"
         if len(self) > self.limit:
             raise ValueError(
-                f"{len(self)} images cannot be read, more than max_unreadable={self.limit}: {self.summary()}"
+                f"{len(self)} images cannot be read, more than max_unreadable={self.limit}: {self.summary()}. Repair "
+                "or remove them, or raise max_unreadable"
             ) from error
         log.warning("%s cannot be read and is replaced by the next image (%s)", name, self[name])
 
     def summary(self) -> str:
-        """All names and errors in one line."""
+        """Returns all names and errors in one line."""
         return "; ".join(f"{name} ({error})" for name, error in self.items())
 
 
@@ -60,12 +61,12 @@ class SquareLoader:
     def __init__(self, resolution: int | None):
         if resolution is None:
             raise ValueError(
-                "resolution null means that of the backbone and needs a run with a backbone; set a number of pixels"
+                "resolution null means the backbone's resolution, but no backbone is set; set resolution in pixels"
             )
         self.resolution, self.small = resolution, 0
 
     def load(self, name: Hashable, source: Path | bytes) -> Tensor:
-        """Loads an image like `load_square`; ``name`` identifies it in messages."""
+        """Loads an image with `load_square`; ``name`` identifies the image in messages."""
         image = decode(source)
         if min(image.size) < self.resolution:
             self.small += 1
@@ -83,7 +84,7 @@ class ImageDataset(Data):
 
     Args:
         resolution: image side in pixels.
-        max_unreadable: number of unreadable images to replace by the next readable one; one more raises.
+        max_unreadable: number of unreadable images to replace by the next readable one; one more raises an error.
     """
 
     def __init__(self, *, resolution: int | None, max_unreadable: int):
@@ -92,11 +93,11 @@ class ImageDataset(Data):
         self.unreadable = Unreadable(max_unreadable)
 
     def source(self, index: int) -> Path | bytes:
-        """Path or encoded bytes of the image of item ``index`` (non-negative)."""
+        """Returns the path or encoded bytes of the image of item ``index`` (non-negative)."""
         raise NotImplementedError
 
     def label(self, index: int) -> Hashable:
-        """Name in messages of the image of item ``index`` (non-negative)."""
+        """Returns the name of the image of item ``index`` (non-negative), for messages."""
         return self.source(index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -135,7 +136,7 @@ class ImageDataset(Data):
 
 
 def load_square(source: Path | bytes, resolution: int) -> Tensor:
-    """Loads an image, applies its EXIF rotation, centre-crops and resizes: ``(3, resolution, resolution)`` in [0, 1].
+    """Loads an image, applies its EXIF rotation, center-crops and resizes: ``(3, resolution, resolution)`` in [0, 1].
 
     Raises OSError or ValueError if the image cannot be read.
     """

@@ -20,14 +20,14 @@ COLUMNS = ("caption", "path", "source")
 
 
 class LongAlignCaptions(ImageDataset):
-    """Rows ``caption, path, source`` that have an image file.
+    """Dataset of the rows ``caption, path, source`` that have an image file.
 
     Args:
         rows: a table of the library ``datasets``.
         indices: numbers of the rows to use.
         folders: image folder of each source; ``path`` is relative to it.
         resolution: image side in pixels.
-        max_unreadable: number of unreadable files to replace by the next readable one; one more raises.
+        max_unreadable: number of unreadable files to replace by the next readable one; one more raises an error.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ def _image_path(folder: Path, path: str, where: str = "") -> Path:
 
 
 def _with_images(rows: Any, folders: dict[str, Path], config: LongAlignCaptionsConfig) -> list[int]:
-    """Numbers of the rows of the configured sources that have a caption and an image file."""
+    """Returns the numbers of the rows of the configured sources that have a caption and an image file."""
     counts: Counter[str] = Counter()
     indices, missing, empty = [], [], 0
     for i, (caption, path, source) in enumerate(zip(*(rows[column] for column in COLUMNS), strict=True)):
@@ -104,7 +104,10 @@ def _with_images(rows: Any, folders: dict[str, Path], config: LongAlignCaptionsC
         else:
             missing.append(image)
             if config.max_missing is not None and len(missing) > config.max_missing:
-                raise ValueError(f"more than max_missing={config.max_missing} images are missing, e.g. {image}")
+                raise ValueError(
+                    f"more than max_missing={config.max_missing} images are missing, e.g. {image}; add them, or raise "
+                    "max_missing"
+                )
     if unknown := sorted(set(folders) - set(counts)):
         raise ValueError(f"no caption has the source '{unknown[0]}'; available: {', '.join(sorted(counts))}")
     skipped = {source: count for source, count in counts.items() if source not in folders}

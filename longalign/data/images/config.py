@@ -13,16 +13,16 @@ from longalign.errors import ConfigProblem
 
 
 class FolderConfig(ImagesConfig):
-    """Captioned images of a folder."""
+    """Captioned images in a folder."""
 
     target: ClassVar[str] = "longalign.data.images.folder:Folder"
 
     name: Literal["folder"] = "folder"
     folder: Text
     """folder with ``metadata.jsonl``, one line per image with "file_name" and "text" (or "prompt"), as ``longalign
-    generate`` writes it, or with ``metadata.csv`` with these columns. Without either, a .txt of the same name next to
-    each image, also in subfolders, is its caption. File names are relative to the folder and must not lead out of it;
-    links are followed.
+    generate`` writes it, or with ``metadata.csv`` with these columns. Without either, the caption of an image is in a
+    .txt of the same name next to the image, also in subfolders. File names are relative to the folder and must stay
+    inside this folder; symbolic links are followed.
     """
 
     def check_files(self) -> list[ConfigProblem]:
@@ -49,7 +49,7 @@ class WebDatasetConfig(ImagesConfig):
     caption: Text = "txt"
     """suffix of the caption file: "txt", or "json" with a ``field``."""
     field: Text | None = None
-    """key of the caption in a JSON file; null is "caption"."""
+    """key of the caption in a JSON file; null: "caption"."""
     shuffle_buffer: PositiveInt = 1000
     """shuffle buffer size; 1 keeps the order."""
 
@@ -89,9 +89,9 @@ class LongAlignCaptionsConfig(ImagesConfig):
     revision: Text | None = None
     """branch, tag or commit on the Hub."""
     cache: Text | None = None
-    """cache folder of the library ``datasets``; null is its default."""
+    """cache folder of the library ``datasets``; null: the default of ``datasets``."""
     max_missing: NonNegativeInt | None = None
-    """number of image files that may be missing; null is any number. Missing files are skipped at the start, with a
+    """number of image files that may be missing; null: any number. Missing files are skipped at the start, with a
     warning.
     """
 

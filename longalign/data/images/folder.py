@@ -1,4 +1,4 @@
-"""Data from a folder of captioned images."""
+"""Dataset of a folder of captioned images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Folder(ImageDataset):
         files: the image files.
         prompts: one caption per file.
         resolution: image side in pixels.
-        max_unreadable: number of unreadable files to replace by the next readable one; one more raises.
+        max_unreadable: number of unreadable files to replace by the next readable one; one more raises an error.
     """
 
     def __init__(self, files: Sequence[Path], prompts: Sequence[str], *, resolution: int | None, max_unreadable: int):

@@ -1,4 +1,4 @@
-"""Paths of shards. Importing this module does not import torch."""
+"""Finds shards. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _expand(pattern: str) -> Iterator[Path]:
 
 
 def shard_problem(pattern: str) -> str:
-    """Error message for the first missing shard of a path; empty if none is missing."""
+    """Returns an error message for the first missing shard of a path, or an empty string if none is missing."""
     try:
         deque(_expand(pattern), maxlen=0)
     except FileNotFoundError as error:

@@ -26,7 +26,7 @@ HEADERS = (
 
 
 class _Member(tarfile.TarInfo):
-    """Tar member that rejects oversized headers, which tarfile would read into memory at once."""
+    """Tar member that rejects oversized headers; tarfile would read a whole header into memory."""
 
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
         if self.type in HEADERS and self.size > MAX_HEADER_BYTES:

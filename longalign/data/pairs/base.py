@@ -1,4 +1,4 @@
-"""Base class of preference data, and the annotation of its pairs."""
+"""Base class of preference data, and the annotation of a pair."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Pairs(ImageDataset):
     Args:
         pairs: annotation of each pair.
         resolution: image side in pixels.
-        max_unreadable: number of pairs with an unreadable image to replace by the next pair; one more raises.
+        max_unreadable: number of pairs with an unreadable image to replace by the next pair; one more raises an error.
     """
 
     def __init__(self, pairs: Sequence[Pair], *, resolution: int, max_unreadable: int):
@@ -52,7 +52,7 @@ class Pairs(ImageDataset):
         self.pairs = pairs
 
     def sources(self, index: int) -> Sequence[Path | bytes]:
-        """Paths or encoded bytes of both images of pair ``index`` (non-negative)."""
+        """Returns the paths or encoded bytes of both images of pair ``index`` (non-negative)."""
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -76,7 +76,7 @@ class Pairs(ImageDataset):
 
 
 def read_pair(prompt: str, labels: Sequence[Any], captions: Sequence[Any], where: str) -> Pair | str:
-    """Pair of a row, or the reason for skipping the row. Raises ValueError if a label is invalid."""
+    """Returns the pair of a row, or the reason for skipping the row. Raises ValueError if a label is invalid."""
     if not prompt:
         return "an empty prompt"
     if not labels or any(label is None for label in labels):
@@ -88,7 +88,9 @@ def read_pair(prompt: str, labels: Sequence[Any], captions: Sequence[Any], where
 
 
 def preference_of(labels: Sequence[Any], where: str) -> float:
-    """Fraction that prefers the first image, from two labels (1 and 0, or votes) or from the fraction itself.
+    """Returns the fraction of people who prefer the first image.
+
+    ``labels`` are two labels (1 and 0, or votes), or the fraction itself.
 
     Raises:
         ValueError: if the labels are invalid; ``where`` is included in the message.
@@ -106,7 +108,7 @@ def preference_of(labels: Sequence[Any], where: str) -> float:
 
 
 def select_pairs(rows: Sequence[Pair | str], where: str) -> tuple[list[int], list[Pair]]:
-    """Indices and pairs of the valid rows; a warning counts the skipped ones by reason."""
+    """Returns the indices and pairs of the valid rows; a warning counts the skipped ones by reason."""
     indices = [i for i, row in enumerate(rows) if isinstance(row, Pair)]
     pairs = [row for row in rows if isinstance(row, Pair)]
     reasons = Counter(row for row in rows if isinstance(row, str))

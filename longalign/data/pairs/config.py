@@ -18,7 +18,7 @@ class PairedImagesConfig(DataConfig):
     has_pairs: ClassVar[bool] = True
 
     resolution: PositiveInt = 224
-    """centre-crop and resize images to this many pixels."""
+    """center-crop and resize images to this many pixels."""
     max_unreadable: NonNegativeInt = 10
     """number of pairs with an unreadable image to replace by the next pair, each with a warning; one more stops the
     run. Each data loading process counts its own.
@@ -30,7 +30,7 @@ class PairedImagesConfig(DataConfig):
 
 
 class PairsConfig(PairedImagesConfig):
-    """Preference data of a folder: pairs of images with a prompt and a preference."""
+    """Preference data in a folder: pairs of images with a prompt and a preference."""
 
     target: ClassVar[str] = "longalign.data.pairs.folder:FolderPairs"
 
@@ -60,8 +60,8 @@ class HubPairsConfig(TableConfig, PairedImagesConfig):
     images: Annotated[Texts, Field(min_length=1, max_length=2)] = ("jpg_0", "jpg_1")
     """two columns of images, encoded bytes or paths, or one column with a list of two."""
     labels: Annotated[Texts, Field(min_length=1, max_length=2)] = ("label_0", "label_1")
-    """two columns of numbers (1 and 0, fractions or votes; equal is a tie), one column with a list of two, or one
-    column with the fraction that prefers the first image. Pairs without label are skipped.
+    """two columns of numbers (1 and 0, fractions or votes; equal values mean a tie), one column with a list of two, or
+    one column with the fraction that prefers the first image. Pairs without label are skipped.
     """
     captions: Annotated[Texts, Field(max_length=2)] = ()
-    """two columns with a caption of each image, or one column with a list of two; empty for none."""
+    """two columns with a caption of each image, or one column with a list of two; empty: no captions."""

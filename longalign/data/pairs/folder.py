@@ -1,4 +1,4 @@
-"""Preference data of a folder."""
+"""Preference data in a folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class FolderPairs(Pairs):
         files: two files per pair, relative to the folder.
         pairs: annotation of each pair.
         resolution: image side in pixels.
-        max_unreadable: number of pairs with an unreadable image to replace by the next pair; one more raises.
+        max_unreadable: number of pairs with an unreadable image to replace by the next pair; one more raises an error.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Preference data of a table."""
+"""Preference data in a table."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class HubPairs(Pairs):
         images: names of the image columns.
         indices: numbers of the rows to use.
         pairs: annotation of each of these rows.
-        folder: folder of image paths; None rejects paths.
+        folder: folder that image paths are relative to; None rejects paths.
         resolution: image side in pixels.
-        max_unreadable: number of pairs with an unreadable image to replace by the next pair; one more raises.
+        max_unreadable: number of pairs with an unreadable image to replace by the next pair; one more raises an error.
     """
 
     def __init__(
@@ -80,5 +80,5 @@ class HubPairs(Pairs):
 
 
 def flat_cells(cells: list[Any]) -> list[Any]:
-    """Values of two columns, or of one column that holds a list."""
+    """Returns the values of two columns, or of one column that holds a list."""
     return list(cells[0]) if len(cells) == 1 and isinstance(cells[0], (list, tuple)) else cells

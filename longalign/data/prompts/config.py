@@ -10,7 +10,7 @@ from longalign.errors import ConfigProblem
 
 
 class PromptsConfig(DataConfig):
-    """Prompts of a file, without images, for reward fine-tuning."""
+    """Prompts from a file, without images, for reward fine-tuning."""
 
     target: ClassVar[str] = "longalign.data.prompts.prompts:Prompts"
 
@@ -20,7 +20,7 @@ class PromptsConfig(DataConfig):
     paragraphs need .jsonl.
     """
     empty: Literal["skip", "keep"] = "skip"
-    """"skip" or "keep" empty prompts."""
+    """what to do with empty prompts: "skip" or "keep" them."""
 
     @property
     def has_images(self) -> bool:

@@ -1,4 +1,4 @@
-"""Data from a file of prompts, without images."""
+"""Dataset of prompts from a file, without images."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Prompts(Data):
             log.warning("%d of %d prompts in %s are empty; empty=%s", empty, len(prompts), config.file, config.empty)
         prompts = prompts if config.empty == "keep" else non_empty
         if not prompts:
-            raise ValueError(f"{config.file} has no prompts")
+            raise ValueError(f"{config.file} has no prompts; expected at least one")
         return cls(prompts)
 
     def __len__(self) -> int:

@@ -23,7 +23,8 @@ class SyntheticConfig(DataConfig):
     words: tuple[PositiveInt, PositiveInt] = (20, 250)
     """lowest and highest target length of a caption in words; lengths are uniform in between."""
     style: Literal["plain", "referring", "mixed"] = "plain"
-    """"plain" (self-contained sentences), "referring" ("It is red."), or "mixed" (both, equally often)."""
+    """caption style: "plain" (self-contained sentences), "referring" ("It is red."), or "mixed" (both, equally often).
+    """
 
     @field_validator("objects", "words")
     @classmethod
@@ -53,10 +54,10 @@ class ScenePairsConfig(SyntheticConfig):
 
     name: Literal["scene-pairs"] = "scene-pairs"
     truth_weight: float = Field(10.0, ge=0)
-    """weight of the difference in truth, the fraction of the caption's facts that an image shows. The preference is the
-    sigmoid of the sum of both weighted differences.
+    """weight of the difference in truth, the fraction of the caption's facts that hold in an image. The preference is
+    the sigmoid of the sum of both weighted differences.
     """
     taste_weight: float = Field(4.0, ge=0)
-    """weight of the difference in taste, from -1 to 1; warm light and dark corners score high."""
+    """weight of the difference in taste. Taste is a score from -1 to 1; warm light and dark corners score high."""
     captions: bool = False
     """whether each image also has its own caption, as long as the prompt."""

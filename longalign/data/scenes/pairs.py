@@ -17,7 +17,7 @@ from longalign.runtime import Runtime
 
 
 class ScenePairs(Data):
-    """Pairs of imperfect images for each scene's caption, with the fraction of people who prefer the first.
+    """Pairs of imperfect images for each scene's caption, with the fraction of people who prefer the first image.
 
     An item is ``{"prompt": str, "image": (2, 3, 64, 64), "preference": ()}``. With ``captions=True``, it also has
     ``captions``, one text per image.
@@ -25,7 +25,7 @@ class ScenePairs(Data):
     Args:
         scenes: scenes and captions.
         truth_weight: weight of faithfulness to the caption, see `longalign.mini.preferences.preference`.
-        taste_weight: weight of the taste.
+        taste_weight: weight of the caption-independent taste.
         captions: whether items have a caption of each image, as long as the prompt.
     """
 
@@ -58,7 +58,7 @@ class ScenePairs(Data):
         return item
 
     def pair(self, index: int) -> tuple[tuple[Scene, Scene], Caption]:
-        """Scenes of both images of item ``index``, and their common caption."""
+        """Returns the scenes of both images of item ``index``, and their common caption."""
         scene, caption = self.scenes.scene(index)
         rng = self._rng(index, 0)
         return (vary(scene, rng), vary(scene, rng)), caption

@@ -43,7 +43,7 @@ class Scenes(Data):
         return self.scene(index)[1].text
 
     def scene(self, index: int) -> tuple[Scene, Caption]:
-        """Scene of image ``index``, and its caption with the facts of each sentence."""
+        """Returns the scene of image ``index``, and its caption with the facts of each sentence."""
         rng = np.random.default_rng([self.seed, check_index(index, self.size)])
         scene = sample_scene(rng, self.objects)
         words = int(rng.integers(self.words[0], self.words[1] + 1))

@@ -29,11 +29,11 @@ class TableConfig(DataConfig):
     caption: Text = "caption"
     """column of the captions or prompts."""
     image_folder: Text | None = None
-    """folder of the images if the image column holds paths, which must not lead out of it. ``/`` allows any absolute
-    path.
+    """folder of the images if the image column holds paths. Paths must stay inside this folder; ``/`` allows any
+    absolute path.
     """
     cache: Text | None = None
-    """cache folder of ``datasets``; null is its default."""
+    """cache folder of ``datasets``; null: the default of ``datasets``."""
 
     def check_files(self) -> list[ConfigProblem]:
         problems = folder_problems("image_folder", self.image_folder)
@@ -48,13 +48,13 @@ class HubConfig(TableConfig, ImagesConfig):
 
     name: Literal["hf"] = "hf"
     image: Text | None = "image"
-    """column of images, encoded bytes or paths; null reads only captions, for reward fine-tuning."""
+    """column of images, encoded bytes or paths; null: read only captions, for reward fine-tuning."""
     streaming: bool = False
     """stream shards during training instead of downloading the dataset first. Shards are distributed over processes and
     workers.
     """
     shuffle_buffer: PositiveInt | None = None
-    """shuffle buffer size of a stream; null is 1000."""
+    """shuffle buffer size of a stream; null: 1000."""
 
     @property
     def has_images(self) -> bool:

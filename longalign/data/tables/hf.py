@@ -15,7 +15,7 @@ from longalign.runtime import Runtime
 
 
 class HubTable:
-    """Builds the data ``hf``."""
+    """Builds the data ``hf``; see `from_config`."""
 
     @classmethod
     def from_config(cls, config: HubConfig, runtime: Runtime) -> HubRows | HubPrompts | HubStream:
@@ -58,7 +58,7 @@ class Captions(Sequence[str]):
         cells: the cells of the caption column.
         dataset: name of the table in messages.
         column: name of the caption column.
-        empty: "skip" or "keep" rows with an empty caption.
+        empty: "skip" or "keep": what to do with rows with an empty caption.
 
     Attributes:
         indices: numbers of the rows that are used.
@@ -72,7 +72,9 @@ class Captions(Sequence[str]):
         if empty == "skip":
             indices = [i for i, cell in enumerate(cells) if caption_from_cell(cell, f"row {i} of {dataset}")]
         if not indices:
-            raise ValueError(f"'{dataset}' has no captions in its column '{column}'")
+            raise ValueError(
+                f"'{dataset}' has no captions in the column '{column}'; set `caption` to the column of the captions"
+            )
         self.cells, self.indices, self.dataset = cells, indices, dataset
 
     def __len__(self) -> int:
@@ -82,7 +84,7 @@ class Captions(Sequence[str]):
         return caption_from_cell(self.cells[self.indices[check_index(index, len(self))]])
 
     def row(self, index: int) -> int:
-        """Number of the row of caption ``index``."""
+        """Returns the number of the row of caption ``index``."""
         return int(self.indices[index])
 
 
@@ -95,7 +97,7 @@ class HubRows(ImageDataset):
         image: name of the image column.
         folder: folder of image paths; None rejects paths.
         resolution: image side in pixels.
-        max_unreadable: number of unreadable images to replace by the next readable one; one more raises.
+        max_unreadable: number of unreadable images to replace by the next readable one; one more raises an error.
     """
 
     def __init__(
