@@ -42,15 +42,14 @@ test-transformers4:
 test-lowest:
 	$(MAKE) test VENV=.venv-lowest PINS="$$($(PYTHON) -c 'import tomllib; requirements = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]; print(*(r.split(",")[0].replace(">=", "==") for r in requirements if not r.startswith("torch")))')"
 
-# The wheel, built from the sdist, installed in an environment of its own and tested outside this tree.
+# Builds sdist and wheel, installs the wheel in its own environment and runs the sdist's tests with it (-P: not with the tree).
 test-wheel: $(STAMP)
 	rm -rf dist .venv-wheel
 	$(BIN)/python -m build --outdir dist .
 	$(PYTHON) -m venv .venv-wheel
 	.venv-wheel/bin/python -m pip install $(PIP_ARGS) "$$(ls dist/*.whl)[dev]" $(foreach plugin,$(PLUGINS),./$(dir $(plugin)))
 	rm -rf dist/tree && mkdir -p dist/tree && tar -xzf dist/*.tar.gz -C dist/tree --strip-components 1
-	rm -rf dist/tree/longalign dist/tree/plugins/*/longalign_*
-	cd dist/tree && ../../.venv-wheel/bin/python -m pytest -n $(WORKERS) --dist worksteal tests plugins/*/tests $(PYTEST_ARGS)
+	cd dist/tree && ../../.venv-wheel/bin/python -P -m pytest -n $(WORKERS) --dist worksteal tests plugins/*/tests $(PYTEST_ARGS)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
