@@ -29,7 +29,7 @@ class Backbone(nn.Module):
     """Base class of backbones: a denoiser in a latent space, its noise levels and its LoRAs.
 
     Nothing is trainable until `add_lora` or `train_all` is called. Only the last LoRA stays unmerged; this is the
-    active LoRA. Earlier LoRAs are merged into the base weights and also stored, so that a checkpoint contains all LoRAs.
+    active LoRA. Earlier LoRAs are merged into the base weights and also stored, so that checkpoints contain all LoRAs.
 
     Args:
         denoiser: a diffusers network.
@@ -218,5 +218,7 @@ class Backbone(nn.Module):
             with without_lora(self.denoiser, self._active[0]):
                 return self.call(self.denoiser, latents, timesteps, conditioning)
         if not self._reference:
-            raise ValueError("expected a reference model, but none was kept; call keep_reference_model before train_all")
+            raise ValueError(
+                "expected a reference model, but none was kept; call keep_reference_model before train_all"
+            )
         return self.call(self._reference[0], latents, timesteps, conditioning)

@@ -42,7 +42,9 @@ class LatentBackbone(Backbone):
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         height, width = height or self.resolution, width or self.resolution
         if height % self.divisor or width % self.divisor:
-            raise ValueError(f"expected a height and width divisible by {self.divisor}, got {height} x {width}; change the size")
+            raise ValueError(
+                f"expected a height and width divisible by {self.divisor}, got {height} x {width}; change the size"
+            )
         return self.vae.config.latent_channels, height // self.vae_scale_factor, width // self.vae_scale_factor
 
     @torch.no_grad()

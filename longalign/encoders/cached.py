@@ -78,7 +78,9 @@ class CachedEncoder(Encoder):
         return conditioning if adapter is None else adapt(adapter, conditioning)
 
     def report(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
-        raise ValueError("truncation reports are not available with cached prompts; build the encoder from a config without cache")
+        raise ValueError(
+            "truncation reports are not available with cached prompts; build the encoder from a config without cache"
+        )
 
     def _entry(self, prompt: Prompt) -> dict[str, Tensor]:
         require_cached(self.store, prompt)

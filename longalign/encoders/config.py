@@ -129,7 +129,9 @@ class ConcatConfig(EncoderConfig):
     def _one_pooled(self) -> ConcatConfig:
         names = [part.name for part in self.parts if part.gives_pooled()]
         if len(names) > 1:
-            raise ValueError(f"expected at most one encoder with a pooled embedding, got {', '.join(names)}; remove one")
+            raise ValueError(
+                f"expected at most one encoder with a pooled embedding, got {', '.join(names)}; remove one"
+            )
         return self
 
     def check_files(self) -> list[ConfigProblem]:

@@ -92,7 +92,7 @@ def load_frozen_model(
             )
     except OSError as error:
         raise ValueError(
-            f"{model_class.__name__} not found in {location}; expected a Hub id or a folder with config.json and weights "
+            f"no {model_class.__name__} in {location}; expected a Hub id or a folder with config.json and weights "
             "(or text_encoder/ and tokenizer/); set 'variant' for files such as model.fp16.safetensors: "
             f"{error if Path(str(checkpoint)).exists() else download_problem(error)}"
         ) from error
@@ -102,7 +102,9 @@ def load_frozen_model(
     if missing:
         name = model_class.__name__
         problem = f"'{checkpoint}' is not a {name}" if checkpoint else f"expected a complete {name}"
-        raise ValueError(f"{problem}: {len(missing)} weights are missing, e.g. '{missing[0]}'; use a complete checkpoint")
+        raise ValueError(
+            f"{problem}: {len(missing)} weights are missing, e.g. '{missing[0]}'; use a complete checkpoint"
+        )
     return model.requires_grad_(False).eval().to(runtime.device)
 
 

@@ -1,4 +1,4 @@
-"""General methods of the kind ``gradient_steps``, which the methods of papers configure; no torch here."""
+"""General methods of kind ``gradient_steps``, on which the methods of papers are based. Does not import torch."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from longalign.runtime import Runtime
 
 
 class GroupedRandomConfig(GradientStepsConfig):
-    """One step in each of several equal groups, at the same random offset (LongAlign, section 4).
+    """One step of each of several equal groups receives gradient, at the same random offset (LongAlign, section 4).
 
-    For 50 steps in 5 groups: r, 10 + r, 20 + r, 30 + r and 40 + r with r in 0..9.
+    For 50 steps in 5 groups, these are steps r, 10 + r, 20 + r, 30 + r and 40 + r with random r in 0..9.
     """
 
     target: ClassVar[str] = "longalign.gradient_steps.general:GroupedRandom"
 
     name: Literal["grouped-random"] = "grouped-random"
     groups: int = Field(5, ge=1)
-    """number of groups, equal to the number of gradient-carrying steps."""
+    """number of groups, equal to the number of gradient steps."""
     detach: bool = True
-    """whether the inputs of these steps are constants, as in the paper."""
+    """whether the denoiser's inputs at the gradient steps are constants, as in the paper."""
 
     def check_steps(self, num_steps: int) -> None:
         check_groups(num_steps, self.groups)

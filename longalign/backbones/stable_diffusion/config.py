@@ -31,7 +31,9 @@ class StableDiffusionConfig(BackboneConfig):
     variant: str | None = None
     """file variant, e.g. ``"fp16"`` for weights in ``*.fp16.safetensors``."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """dtype of the UNet's weights; trainable weights are always float32. The VAE has the dtype of ``loop.precision``."""
+    """dtype of the UNet's weights; trainable weights are always float32. The VAE uses the dtype of
+    ``loop.precision``.
+    """
 
     @property
     def single_file(self) -> bool:
@@ -78,7 +80,9 @@ class StableDiffusionConfig(BackboneConfig):
         if self.single_file:
             problems: list[ConfigProblem] = []
             if not Path(self.checkpoint).is_file():
-                problems.append(("checkpoint", f"file {self.checkpoint} not found; expected the path of a local .safetensors file"))
+                problems.append(
+                    ("checkpoint", f"file {self.checkpoint} not found; expected the path of a local .safetensors file")
+                )
             return problems + (
                 [("layout", problem)] if self.layout and (problem := availability_problem(self.layout)) else []
             )
@@ -88,7 +92,11 @@ class StableDiffusionConfig(BackboneConfig):
         missing = [
             problem for file in files if (problem := missing_files_problem(self.checkpoint, [file], self.revision))
         ]
-        return [("checkpoint", f"{missing[0]}, which '{self.name}' requires; check 'checkpoint' and 'subfolder'")] if missing else []
+        return (
+            [("checkpoint", f"{missing[0]}, which '{self.name}' requires; check 'checkpoint' and 'subfolder'")]
+            if missing
+            else []
+        )
 
 
 class SDConfig(StableDiffusionConfig):
@@ -158,4 +166,6 @@ class SD3Config(StableDiffusionConfig):
     def check_run(self, run: Any) -> list[tuple[str, str]]:
         if not run.loop.channels_last:
             return []
-        return [("loop.channels_last", "channels_last requires convolutions, but 'sd3' is a transformer; set it to false")]
+        return [
+            ("loop.channels_last", "channels_last requires convolutions, but 'sd3' is a transformer; set it to false")
+        ]

@@ -86,7 +86,9 @@ def native_resolution(config: StableDiffusionConfig) -> int:
             for folder in (config.component, "vae")
         ]
     except OSError as error:
-        raise ValueError(f"'{home}' does not contain the configs of {config.component}/ and vae/; check the checkpoint ({error})") from error
+        raise ValueError(
+            f"'{home}' does not contain the configs of {config.component}/ and vae/; check the checkpoint ({error})"
+        ) from error
     denoiser, vae = configs
     return int(denoiser["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
 

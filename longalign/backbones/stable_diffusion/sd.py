@@ -78,7 +78,7 @@ class SDBackbone(LatentBackbone):
         if conditioning.states.shape[-1] != expected:
             raise ValueError(
                 f"the UNet's cross-attention expects states of width {expected}, got width "
-                f"{conditioning.states.shape[-1]} from the encoder; use the model's own encoder, or an adapter of width "
+                f"{conditioning.states.shape[-1]} from the encoder; use the model's encoder, or an adapter of width "
                 f"{expected}"
             )
 

@@ -66,7 +66,9 @@ def read_original(path: Path) -> CLIPTextModel:
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict):
-        raise ValueError(f"{path}: expected a state dict, got a {type(state).__name__}; use the original longclip-L.pt or -B.pt")
+        raise ValueError(
+            f"{path}: expected a state dict, got a {type(state).__name__}; use the original longclip-L.pt or -B.pt"
+        )
     weights = text_state(state)
     vocab_size, width = weights["embeddings.token_embedding.weight"].shape
     model = CLIPTextModel(

@@ -43,7 +43,9 @@ class ClipSegmentSD3Encoder(Encoder):
         super().__init__()
         if clips.dim > width or (t5 is not None and t5.dim != width):
             widths = f"{clips.dim} from the two CLIPs" + (f" and {t5.dim} from T5" if t5 is not None else "")
-            raise ValueError(f"expected T5 width {width} and at most {width} from CLIP, got {widths}; set 'width' to T5's")
+            raise ValueError(
+                f"expected T5 width {width} and at most {width} from CLIP, got {widths}; set 'width' to T5's"
+            )
         if t5 is not None and num_zeros:
             raise ValueError(f"expected either T5 or num_zeros, got both T5 and num_zeros={num_zeros}; pass only one")
         self.clips, self.t5, self.num_zeros = clips, t5, num_zeros
@@ -51,7 +53,7 @@ class ClipSegmentSD3Encoder(Encoder):
 
     @classmethod
     def from_config(cls, config: ClipSegmentSD3Config, runtime: Runtime) -> ClipSegmentSD3Encoder:
-        """Loads ``text_encoder``, ``text_encoder_2`` and their tokenizers, and ``text_encoder_3`` if ``t5="encode"``."""
+        """Loads ``text_encoder``, ``text_encoder_2``, ``text_encoder_3`` if ``t5="encode"``, and their tokenizers."""
         models, tokenizers = load_clip_pair(config, runtime, CLIPTextModelWithProjection, None)
         t5 = None
         if config.t5 == "encode":

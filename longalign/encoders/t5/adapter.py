@@ -74,7 +74,7 @@ class TextAdapter(Adapter):
 
     @classmethod
     def load(cls, checkpoint: str, subfolder: str | None = None, revision: str | None = None) -> TextAdapter:
-        """Loads an adapter in diffusers layout: ``config.json`` and ``diffusion_pytorch_model.safetensors`` or ``.bin``.
+        """Loads an adapter in diffusers layout: config.json and diffusion_pytorch_model.safetensors or .bin.
 
         Raises:
             ValueError: if a file or a key is missing, or the weights do not match the config.
