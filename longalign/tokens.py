@@ -1,4 +1,4 @@
-"""Tokenization with character offsets, by a transformers tokenizer."""
+"""Tokenization with character offsets, using a transformers tokenizer."""
 
 from __future__ import annotations
 
@@ -45,12 +45,15 @@ class TextTokens:
         vocab_size: number of rows of the text model's embedding.
 
     Raises:
-        ValueError: if the tokenizer is slow, or its end-of-text id exceeds the text model's vocabulary.
+        ValueError: if the tokenizer is not a fast one, or the end-of-text id exceeds the text model's vocabulary.
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int):
         if not tokenizer.is_fast:
-            raise ValueError(f"expected a fast tokenizer (tokenizer.json), got a slow one: {type(tokenizer).__name__}")
+            raise ValueError(
+                f"expected a fast tokenizer (tokenizer.json), got a slow one: {type(tokenizer).__name__}; load it with "
+                "use_fast=True, or add tokenizer.json to the folder"
+            )
         if tokenizer.eos_token_id is None or tokenizer.eos_token_id >= vocab_size:
             raise ValueError(
                 f"tokenizer and text model do not match: eos_token_id={tokenizer.eos_token_id}, "
@@ -65,7 +68,7 @@ class TextTokens:
         return self.batch([text])[0]
 
     def count(self, text: str) -> int:
-        """Number of tokens of a text; the token counter for segmenters."""
+        """Returns the number of tokens of a text, without special tokens; can be passed to segmenters."""
         return len(self(text))
 
     def batch(self, texts: Sequence[str]) -> list[Tokenized]:
@@ -79,7 +82,7 @@ class TextTokens:
         return [tokenized[text] for text in texts]
 
     def _tokenize(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
-        """Returns ids and starts. A special token written in a text is tokenized as text: ``</s>`` ends no prompt."""
+        """Returns ids and starts. Special tokens written in a text, such as ``</s>``, are tokenized as text."""
         all_ids, all_offsets = self._call(texts)
         rows = list(zip(texts, all_ids, all_offsets, strict=True))
         out = [(ids, [start for start, _ in offsets]) for _, ids, offsets in rows]
@@ -103,9 +106,9 @@ class TextTokens:
         return encoding["input_ids"], encoding["offset_mapping"]
 
     def _special_positions(self, text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> list[int]:
-        """Positions of special tokens that are written out in the text.
+        """Returns the positions of special tokens that are written out in the text.
 
-        One-character special tokens are always text, such as ``!``, the padding token of some CLIPs.
+        Special tokens of one character are always treated as text, such as ``!``, the padding token of some CLIPs.
         """
         return [
             i
@@ -114,7 +117,7 @@ class TextTokens:
         ]
 
     def split_into_passes(self, texts: Sequence[str], window: int | None) -> list[list[Tokenized]]:
-        """Splits each text into windows of at most ``window`` tokens, one per forward pass; None keeps texts whole.
+        """Splits each text into windows of at most ``window`` tokens, one per forward pass. None disables splitting.
 
         See `longalign.segmenters.fitting`.
         """

@@ -1,4 +1,4 @@
-"""The interface of backbones: predictions from latents and a conditioning, LoRAs and full fine-tuning."""
+"""Interface of backbones: predictions from latents and a conditioning, LoRAs and full fine-tuning."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from longalign.sharding import gather_full
 
 
 class Backbone(nn.Module):
-    """Base of backbones: a denoiser in a latent space, its noise levels, and the LoRAs on it.
+    """Base class of backbones: a denoiser in a latent space, its noise levels and its LoRAs.
 
-    Nothing is trainable until `add_lora` or `train_all` is called. Only the last LoRA stays unmerged (the active LoRA).
-    Earlier ones are merged into the base weights and also stored, so that a checkpoint contains all of them.
+    Nothing is trainable until `add_lora` or `train_all` is called. Only the last LoRA stays unmerged; this is the
+    active LoRA. Earlier LoRAs are merged into the base weights and also stored, so that checkpoints contain all LoRAs.
 
     Args:
         denoiser: a diffusers network.
@@ -58,15 +58,21 @@ class Backbone(nn.Module):
         return next(self.denoiser.parameters()).device
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        """Shape ``(c, h, w)`` of the latents of a ``height`` by ``width`` image in pixels; None: native resolution."""
+        """Returns the latent shape ``(c, h, w)`` of an image of ``height`` by ``width`` pixels.
+
+        None uses the native resolution.
+        """
         raise NotImplementedError
 
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Encodes images ``(b, 3, h, w)`` in [0, 1] to scaled latents sampled from the VAE's posterior; no gradient."""
+        """Samples scaled latents of images ``(b, 3, h, w)`` in [0, 1] from the VAE's posterior, without gradient."""
         return self.sample_latents(self.posterior(images), generator)
 
     def posterior(self, images: Tensor) -> Tensor:
-        """Mean and standard deviation ``(b, 2c, h, w)`` of the VAE's posterior, without gradient; can be cached."""
+        """Returns the mean and standard deviation ``(b, 2c, h, w)`` of the VAE's posterior, without gradient.
+
+        The result can be cached.
+        """
         raise NotImplementedError
 
     def sample_latents(self, posterior: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -78,7 +84,7 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """The denoiser's prediction ``(b, c, h, w)`` at ``timesteps`` ``(b,)``, which index `noise_levels`."""
+        """Returns the denoiser's prediction ``(b, c, h, w)`` at ``timesteps`` ``(b,)``, which index `noise_levels`."""
         return self.call(self._call[0], latents, timesteps, conditioning)
 
     def call(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
@@ -86,21 +92,25 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def wrap_denoiser(self, wrapped: Callable[..., Any]) -> None:
-        """Makes `predict` call ``wrapped``, the denoiser prepared for several processes."""
+        """Makes `predict` call ``wrapped``, the denoiser wrapped for distributed training."""
         self._call = (wrapped,)
 
     def enable_gradient_checkpointing(self) -> None:
-        """Recomputes the denoiser's activations in the backward pass, to save memory."""
+        """Enables gradient checkpointing: the denoiser's activations are recomputed in the backward pass."""
         self.denoiser.enable_gradient_checkpointing()
 
     def use_channels_last(self) -> None:
         """Stores convolution weights in the channels-last format, which is faster on tensor cores and many CPUs.
 
-        Checkpoints keep the default layout. Raises ValueError for a denoiser without convolutions.
+        Checkpoints keep the default layout.
+
+        Raises:
+            ValueError: if the denoiser has no convolutions.
         """
         if not any(isinstance(module, nn.Conv2d) for module in self.denoiser.modules()):
             raise ValueError(
-                f"channels_last needs convolutions, and {type(self.denoiser).__name__} has none; set it to false"
+                f"channels_last requires convolutions, but {type(self.denoiser).__name__} has none; "
+                "set loop.channels_last to false"
             )
         modules: tuple[Any, ...] = (self, *self._reference)
         for module in modules:
@@ -112,17 +122,17 @@ class Backbone(nn.Module):
         """Merges the active LoRA, adds a new one and returns its trainable parameters.
 
         Raises:
-            ValueError: if a LoRA of this name exists.
+            ValueError: if a LoRA with this name already exists.
         """
         self.merge_lora()
         if name in (lora.name for lora in self._merged):
-            raise ValueError(f"the backbone already has a LoRA '{name}'; expected a name other than {self.lora_names}")
+            raise ValueError(f"the backbone already has a LoRA '{name}'; choose a name not in {self.lora_names}")
         parameters = inject_lora(self.denoiser, config, name)
         self._active = (name, config)
         return parameters
 
     def merge_lora(self) -> None:
-        """Merges the active LoRA, if any, into the base weights; nothing is trainable afterwards."""
+        """Merges the active LoRA, if any, into the base weights. Afterward no parameter is trainable."""
         if self._active is None:
             return
         lora = self._active_lora()
@@ -146,12 +156,12 @@ class Backbone(nn.Module):
         return list(self.denoiser.parameters())
 
     def unused_name(self, name: str) -> str:
-        """``name``, or the first of ``name-2``, ``name-3``... that no LoRA has."""
+        """Returns ``name``, or the first of ``name-2``, ``name-3``... that is not the name of a LoRA."""
         return unique_name(name, self.lora_names)
 
     @property
     def lora_names(self) -> list[str]:
-        """Names of the LoRAs, in the order in which they were added."""
+        """Names of all LoRAs, merged or active, in the order in which they were added."""
         return [lora.name for lora in self._merged] + ([self._active[0]] if self._active else [])
 
     def _active_lora(self) -> LoraWeights:
@@ -161,11 +171,11 @@ class Backbone(nn.Module):
         return LoraWeights(name, config, state)
 
     def lora_state(self) -> list[LoraWeights]:
-        """All LoRAs, merged or active, on the CPU, in the order in which they were added."""
+        """Returns all LoRAs, merged or active, on the CPU, in the order in which they were added."""
         return self._merged + ([self._active_lora()] if self._active else [])
 
     def load_lora(self, loras: Sequence[LoraWeights]) -> None:
-        """Adds LoRAs, in order, to a backbone without any; the last one stays active. All are frozen."""
+        """Adds LoRAs, in order, to a backbone without LoRAs. The last one stays active; all are frozen."""
         self._require_no_lora()
         for lora in loras:
             self.add_lora(lora.config, lora.name)
@@ -173,7 +183,7 @@ class Backbone(nn.Module):
         self.denoiser.requires_grad_(False)
 
     def full_state(self) -> dict[str, Tensor]:
-        """The denoiser's base weights on the CPU, without the active LoRA."""
+        """Returns the denoiser's base weights on the CPU, without the active LoRA."""
         state = {}
         for key, tensor in self.denoiser.state_dict().items():
             if ".lora_" not in key:
@@ -181,7 +191,7 @@ class Backbone(nn.Module):
         return state
 
     def load_full(self, state: Mapping[str, Tensor]) -> None:
-        """Replaces all weights of the denoiser; checkpoints saved afterwards contain them."""
+        """Replaces all weights of the denoiser. Checkpoints saved afterward contain the new weights."""
         self._require_no_lora()
         check_same_names("the denoiser", self.denoiser.state_dict(), state)
         self.denoiser.float().load_state_dict(dict(state))
@@ -189,21 +199,26 @@ class Backbone(nn.Module):
 
     def _require_no_lora(self) -> None:
         if self.lora_names:
-            raise ValueError(f"expected a backbone without LoRA, this one has {self.lora_names}; build a new backbone")
+            raise ValueError(f"expected a backbone without LoRAs, got LoRAs {self.lora_names}; build a new backbone")
 
-    # The reference model, at which training starts
+    # The reference model: the weights at the start of training
 
     def keep_reference_model(self) -> None:
-        """Copies the current weights, LoRAs merged, in float32 for `predict_reference` in full fine-tuning."""
+        """Keeps a float32 copy of the current weights, with LoRAs merged, for `predict_reference`.
+
+        Required for full fine-tuning only.
+        """
         self.merge_lora()
         self._reference = (copy.deepcopy(self.denoiser).float().eval().requires_grad_(False),)
 
     @torch.no_grad()
     def predict_reference(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """As `predict`, but with the reference model and without gradient."""
+        """Returns the reference model's prediction without gradient; otherwise like `predict`."""
         if self._active is not None:
             with without_lora(self.denoiser, self._active[0]):
                 return self.call(self.denoiser, latents, timesteps, conditioning)
         if not self._reference:
-            raise ValueError("no reference model was kept; call keep_reference_model before train_all")
+            raise ValueError(
+                "expected a reference model, but none was kept; call keep_reference_model before train_all"
+            )
         return self.call(self._reference[0], latents, timesteps, conditioning)

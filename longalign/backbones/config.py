@@ -1,4 +1,4 @@
-"""The base class of backbone configs, and the config of LoRAs; importing this module does not import torch."""
+"""Base class of backbone configs, and the config of LoRAs. Does not import torch."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class LoraConfig(Section):
     """
 
     rank: int = Field(default=32, ge=1)
-    """width of the bottleneck."""
+    """rank of the update."""
     scale: float = Field(default=1.0, gt=0)
-    """factor of the update."""
+    """scaling of the LoRA update (``lora_alpha / r`` in peft)."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
-    """dropout probability in the update during training."""
+    """dropout probability in the LoRA branch during training (``lora_dropout`` in peft)."""
     dropout_placement: Literal["down", "up"] = "down"
-    """``"down"`` drops inputs of the down projection, as in peft; ``"up"`` drops outputs of the up projection, as in
-    the LongAlign authors' code.
+    """where dropout is applied: ``"down"`` to the input of the down projection, as in peft, or ``"up"`` to the output
+    of the up projection, as in the LongAlign authors' code.
     """
 
 
@@ -37,13 +37,13 @@ class BackboneConfig(PartConfig):
 
     @property
     def divisor(self) -> int | None:
-        """Divisor of an image's height and width in pixels; None if unknown."""
+        """Number of pixels that image height and width must be divisible by; None if unknown."""
         return None
 
     def resolution(self) -> int | None:
-        """Native width and height of an image in pixels; None if unknown. It does not load weights."""
+        """Native width and height of an image in pixels, found without loading weights; None if unknown."""
         return None
 
     def widths(self) -> tuple[int | None, int | None]:
-        """Widths of the states and of the pooled embedding that the denoiser takes; None if unknown."""
+        """Returns the widths of the states and of the pooled embedding that the denoiser expects; None if unknown."""
         return None, None

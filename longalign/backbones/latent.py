@@ -36,13 +36,15 @@ class LatentBackbone(Backbone):
 
     @property
     def divisor(self) -> int:
-        """Divisor of an image's height and width in pixels."""
+        """Number of pixels that image height and width must be divisible by."""
         return self.vae_scale_factor
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         height, width = height or self.resolution, width or self.resolution
         if height % self.divisor or width % self.divisor:
-            raise ValueError(f"expected a height and width divisible by {self.divisor}, got {height} x {width}")
+            raise ValueError(
+                f"expected a height and width divisible by {self.divisor}, got {height} x {width}; change the size"
+            )
         return self.vae.config.latent_channels, height // self.vae_scale_factor, width // self.vae_scale_factor
 
     @torch.no_grad()
@@ -65,7 +67,7 @@ class LatentBackbone(Backbone):
         return (pixels.to(latents.dtype) / 2 + 0.5).clamp(0, 1)
 
     def enable_gradient_checkpointing(self) -> None:
-        """Recomputes activations of denoiser and VAE decoder in the backward pass, to save memory."""
+        """Enables gradient checkpointing of the denoiser and the VAE decoder to save memory."""
         super().enable_gradient_checkpointing()
         self.vae.enable_gradient_checkpointing()
 

@@ -23,7 +23,10 @@ ANCESTORS = (Attention, ResnetBlock2D, GEGLU)
 
 @dataclass(frozen=True)
 class LoraWeights:
-    """One LoRA: its name, its config, and its weights ``<module>.lora_A.weight`` (down), ``<module>.lora_B.weight``."""
+    """Name, config and weights of one LoRA.
+
+    Keys of the weights are ``<module>.lora_A.weight`` (down) and ``<module>.lora_B.weight`` (up).
+    """
 
     name: str
     config: LoraConfig
@@ -31,9 +34,9 @@ class LoraWeights:
 
 
 def lora_targets(denoiser: nn.Module) -> list[str]:
-    """Names of every Linear and Conv2d inside ResnetBlock2D, Attention and GEGLU, each once, in module order.
+    """Returns the names of all Linear and Conv2d modules inside ResnetBlock2D, Attention and GEGLU.
 
-    Stable Diffusion 1.5 has 224 of them.
+    Each name occurs once, in module order. Stable Diffusion 1.5 has 224 such modules.
     """
     targets: dict[str, None] = {}
     for ancestor, module in denoiser.named_modules():
@@ -45,17 +48,17 @@ def lora_targets(denoiser: nn.Module) -> list[str]:
 
 
 def lora_layers(denoiser: nn.Module, name: str) -> list[tuple[str, Any]]:
-    """Layers with the LoRA ``name``, each as its module name and the layer."""
+    """Returns ``(module_name, layer)`` for each layer with the LoRA ``name``."""
     return [(key, m) for key, m in denoiser.named_modules() if isinstance(m, LoraLayer) and name in m.lora_A]
 
 
 def inject_lora(denoiser: Any, config: LoraConfig, name: str) -> list[nn.Parameter]:
-    """Adds a LoRA with diffusers' adapter API; returns its float32 parameters, alternating down and up."""
+    """Adds a LoRA with diffusers' adapter API and returns its float32 parameters, alternating down and up."""
     targets = lora_targets(denoiser)
     if not targets:
         raise ValueError(
-            f"{type(denoiser).__name__} has no Linear or Conv2d inside ResnetBlock2D, Attention or GEGLU; expected a "
-            "diffusers UNet, or train all weights (lora: null)"
+            f"{type(denoiser).__name__} has no Linear or Conv2d inside ResnetBlock2D, Attention or GEGLU to add a LoRA "
+            "to; use a diffusers UNet or transformer, or set lora to null to train all weights"
         )
     after_up = config.dropout_placement == "up"
     settings: dict[str, Any] = {
@@ -80,7 +83,7 @@ def inject_lora(denoiser: Any, config: LoraConfig, name: str) -> list[nn.Paramet
 
 
 def read_lora(denoiser: nn.Module, name: str) -> dict[str, Tensor]:
-    """Detached weights of the LoRA ``name``, keyed by module name; see `LoraWeights`."""
+    """Returns the detached weights of the LoRA ``name``, with keys as in `LoraWeights`."""
     state = {}
     for key, layer in lora_layers(denoiser, name):
         state[f"{key}.lora_A.weight"] = layer.lora_A[name].weight.detach()
@@ -93,7 +96,7 @@ def write_lora(denoiser: nn.Module, name: str, state: Mapping[str, Tensor]) -> N
     """Copies weights into the LoRA ``name``.
 
     Raises:
-        ValueError: if names or shapes differ from this network's LoRA.
+        ValueError: if names or shapes of the weights do not match the network's LoRA.
     """
     weights = read_lora(denoiser, name)
     check_same_names(f"LoRA '{name}'", weights, state)
@@ -102,19 +105,19 @@ def write_lora(denoiser: nn.Module, name: str, state: Mapping[str, Tensor]) -> N
 
 
 def check_same_names(what: str, expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> None:
-    """Raises ValueError if names or shapes of weights differ; the message names the first difference."""
+    """Raises ValueError if names or shapes of weights do not match; the message names the first mismatch."""
     missing, unknown = [k for k in expected if k not in got], [k for k in got if k not in expected]
     if missing or unknown:
         problem = f"'{missing[0]}' is missing" if missing else f"'{unknown[0]}' is unknown"
         raise ValueError(
             f"the weights of {what} do not match: {problem} ({len(missing)} missing, {len(unknown)} unknown); "
-            "was the checkpoint made with a different base model?"
+            "use the base model with which the checkpoint was made"
         )
     for key, tensor in expected.items():
         if tensor.shape != got[key].shape:
             raise ValueError(
-                f"the weights of {what} do not match: '{key}' should have shape {tuple(tensor.shape)}, "
-                f"got {tuple(got[key].shape)}; was the checkpoint made with a different base model or rank?"
+                f"the weights of {what} do not match: expected '{key}' of shape {tuple(tensor.shape)}, "
+                f"got {tuple(got[key].shape)}; use the base model and rank with which the checkpoint was made"
             )
 
 
@@ -141,8 +144,10 @@ def merge_into_base(denoiser: Any, name: str) -> None:
 
 
 def stochastic_round(exact: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Rounds float32 numbers to half precision; the probability of rounding up is the distance to the lower neighbour
-    as a fraction of the spacing."""
+    """Rounds float32 numbers to half precision stochastically.
+
+    The probability of rounding up is the distance to the lower neighbor as a fraction of the spacing.
+    """
     limits = torch.finfo(dtype)
     spacing = torch.ldexp(torch.full_like(exact, limits.eps), torch.frexp(exact).exponent - 1)
     spacing = spacing.clamp(min=limits.smallest_normal * limits.eps)
@@ -165,9 +170,9 @@ def without_lora(denoiser: nn.Module, name: str) -> Iterator[None]:
 
 
 def concat_loras(loras: Sequence[LoraWeights]) -> dict[str, Tensor]:
-    """Concatenates LoRAs into one that equals their sum, with the scales multiplied into ``up``.
+    """Concatenates LoRAs into one LoRA that equals their sum, with the scales multiplied into ``up``.
 
-    ``B1 A1 + B2 A2 = [B1 B2] [A1; A2]``, so the ranks add up and the result is exact, also for convolutions.
+    Since ``B1 A1 + B2 A2 = [B1 B2] [A1; A2]``, the ranks add up. The result is exact, also for convolutions.
     """
     joined: dict[str, Tensor] = {}
     modules = dict.fromkeys(key.rsplit(".lora_", 1)[0] for lora in loras for key in lora.state)
@@ -181,7 +186,7 @@ def concat_loras(loras: Sequence[LoraWeights]) -> dict[str, Tensor]:
 
 
 def peft_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Arguments of peft's ``LoraConfig`` for a LoRA of scale 1, as JSON-serialisable values."""
+    """Returns the arguments of peft's ``LoraConfig`` for a LoRA of scale 1, as JSON-serializable values."""
     ranks = {key.rsplit(".lora_", 1)[0]: len(down) for key, down in state.items() if ".lora_A." in key}
     max_rank = max(ranks.values())
     smaller = {module: rank for module, rank in ranks.items() if rank != max_rank}

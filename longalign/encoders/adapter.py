@@ -1,4 +1,4 @@
-"""The interface of adapters, the trainable last step of an encoder."""
+"""Interface of adapters, the trainable last step of an encoder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from longalign.encoders.base import Conditioning
 class Adapter(nn.Module):
     """Maps the states of a frozen text model to the width of a denoiser.
 
-    An encoder whose config names its adapter (`EncoderConfig.adapter_key`) can be cached.
+    An encoder with an adapter can be cached if its config sets `EncoderConfig.adapter_key`.
     """
 
     #: width of the mapped states
@@ -24,6 +24,6 @@ class Adapter(nn.Module):
 
 
 def adapt(adapter: Adapter, conditioning: Conditioning) -> Conditioning:
-    """Applies an adapter to a language model's conditioning; masked states are zero."""
+    """Applies an adapter to a language model's conditioning. Masked states of the result are zero."""
     states = adapter(conditioning.states.to(next(adapter.parameters()).dtype))
     return replace(conditioning, states=states if conditioning.mask is None else states * conditioning.mask[..., None])

@@ -1,4 +1,4 @@
-"""The interface of text encoders: prompts -> `Conditioning` for the denoiser."""
+"""Interface of text encoders: prompts -> `Conditioning` for the denoiser."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Conditioning:
 
     Attributes:
         states: ``(b, n, d)`` hidden states for cross-attention.
-        mask: ``(b, n)`` bool, True for states to attend to; None attends to all.
+        mask: ``(b, n)`` bool, True for states that are attended to. If None, all states are attended to.
         pooled: ``(b, p)`` pooled embedding, or None.
         reports: one `PromptReport` per prompt; may be empty.
     """
@@ -86,15 +86,15 @@ class Conditioning:
 
 
 GROW_ADVICE = "raise {}, or set overflow to 'grow'"
-"""Advice for `raise_or_warn_truncated`, for encoders that can grow; ``{}`` is the config key of their length."""
+"""Advice for `raise_or_warn_truncated` if ``overflow`` can be ``"grow"``; ``{}`` is the config key of the length."""
 
 
 class TruncationWarning(UserWarning):
-    """Part of a prompt was not encoded."""
+    """Warns that part of a prompt was not encoded."""
 
 
 def report_passes(passes: Sequence[Tokenized], max_tokens: int) -> PromptReport:
-    """Reports one prompt whose passes encode at most ``max_tokens`` tokens each."""
+    """Returns the report of one prompt whose passes encode at most ``max_tokens`` tokens each."""
     parts = [(*text.split_at(max_tokens), min(len(text), max_tokens)) for text in passes]
     return PromptReport(
         tuple(encoded for encoded, _, count in parts if count),
@@ -106,14 +106,17 @@ def report_passes(passes: Sequence[Tokenized], max_tokens: int) -> PromptReport:
 def raise_or_warn_truncated(
     reports: Sequence[PromptReport], overflow: str, limit: int, advice: str, stacklevel: int = 3
 ) -> None:
-    """Raises (``overflow="error"``) or warns, once, if any prompt was truncated.
+    """Raises an error or issues one warning if any prompt was truncated.
 
     Args:
         reports: one report per prompt.
-        overflow: ``"error"`` raises, any other value warns.
-        limit: maximum number of states, for the message.
-        advice: what the user can do, for the message.
+        overflow: ``"error"`` raises; any other value warns.
+        limit: maximum number of states; used in the message.
+        advice: advice to the user; used in the message.
         stacklevel: passed to `warnings.warn`; the default points at the caller of the encoder.
+
+    Raises:
+        ValueError: if a prompt was truncated and ``overflow`` is ``"error"``.
     """
     indices = [i for i, report in enumerate(reports) if report.truncated]
     if not indices:
@@ -130,8 +133,8 @@ def raise_or_warn_truncated(
 class Encoder(nn.Module):
     """Base class of text encoders.
 
-    Subclasses take loaded modules in ``__init__`` and load them in ``from_config(config, runtime)``. Frozen text
-    models have ``requires_grad=False`` and run under ``torch.no_grad``. All other parameters are those of adapters:
+    In subclasses, ``__init__`` receives loaded modules, and ``from_config(config, runtime)`` loads them. Frozen text
+    models have ``requires_grad=False`` and run under ``torch.no_grad``. All other parameters belong to adapters; see
     `adapter_parameters`.
     """
 
@@ -141,24 +144,24 @@ class Encoder(nn.Module):
     _frozen_adapter: tuple[str, ...] = ()
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
-        """Encodes a batch of prompts; gradients reach only trainable parameters (adapters).
+        """Encodes a batch of prompts. Only adapters receive gradient.
 
         Raises:
-            ValueError: if ``prompts`` is a single text or empty, or a prompt is too long and ``overflow="error"``.
+            ValueError: if ``prompts`` is a single text or empty, or if a prompt is too long and ``overflow="error"``.
         """
         raise NotImplementedError
 
     def report(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
-        """Dry run of `encode`: one report per prompt.
+        """Returns one report per prompt, without running a model.
 
-        It runs no model, does not warn about or reject a truncated prompt, and changes nothing.
+        Does not warn about or reject truncated prompts.
         """
         raise NotImplementedError
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters of the adapters by name: those that require gradients, and those that `train_adapter` froze.
+        """Returns the parameters of the adapters by name: all that require gradient or were frozen by `train_adapter`.
 
-        They are saved in checkpoints, trained or not. Weights that were built frozen are not among them.
+        Checkpoints contain these parameters even if they are not trained. Weights that were built frozen are excluded.
         """
         return {
             name: parameter
@@ -174,7 +177,7 @@ class Encoder(nn.Module):
             parameter.requires_grad_(trainable)
 
     def train(self, mode: bool = True) -> Encoder:
-        """Sets the mode. Modules without trainable parameters stay in evaluation mode, without dropout."""
+        """Sets training mode. Modules without trainable parameters stay in eval mode, so that dropout is disabled."""
         super().train(mode)
         for child in self.children():
             if not any(p.requires_grad for p in child.parameters()):

@@ -1,4 +1,4 @@
-"""Groups rows of different lengths into batches, one per model call."""
+"""Groups token sequences (rows) of different lengths into batches, one batch per model call."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from collections.abc import Sequence
 from itertools import groupby, pairwise
 
 CALL_COST = 64
-"""Fixed overhead of one text-model call, in equivalent positions."""
+"""Fixed overhead of one text-model call, expressed as a number of positions of equal cost."""
 
 
 def group_by_length(lengths: Sequence[int], *, limit: int, call_cost: int = CALL_COST) -> list[list[int]]:
     """Groups rows of similar length so that padding plus per-call overhead is minimal.
 
-    A group is padded to its longest row. The cost of a grouping is its number of positions, padding included, plus
-    ``call_cost`` per call. Groups with more than ``limit`` positions are split afterwards.
+    Each group is padded to the length of the longest row. The cost of a grouping is the number of positions,
+    including padding, plus ``call_cost`` per call. Groups with more than ``limit`` positions are split afterward.
 
     Args:
         lengths: number of positions of each row.
-        limit: maximum number of positions per call; a single longer row is a call of its own.
-        call_cost: overhead of a call, in equivalent positions; with 0 no row is padded.
+        limit: maximum number of positions per call; a longer row is processed in a separate call.
+        call_cost: overhead of a call, as a number of positions; 0 disables padding.
 
     Returns:
-        Row indices of each call. Each row occurs once, shorter rows first.
+        Row indices of each call. Each row occurs once; shorter rows come first.
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     equal_rows = [list(rows) for _, rows in groupby(order, key=lengths.__getitem__)]
@@ -44,7 +44,7 @@ def group_by_length(lengths: Sequence[int], *, limit: int, call_cost: int = CALL
 
 
 def _chunks(group: Sequence[int], lengths: Sequence[int], limit: int) -> list[list[int]]:
-    """Splits a group, sorted by length, into the fewest calls within ``limit``, with nearly equal numbers of rows."""
+    """Splits a group sorted by length into as few calls as ``limit`` allows, with nearly equal numbers of rows."""
     calls = -(-len(group) // max(1, limit // lengths[group[-1]]))
     bounds = [len(group) * i // calls for i in range(calls + 1)]
     return [list(group[a:b]) for a, b in pairwise(bounds)]

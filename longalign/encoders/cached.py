@@ -1,4 +1,4 @@
-"""Encoders that read precomputed text-model states from a store; adapters run on top."""
+"""Encoders that read precomputed text-model states from a store and apply adapters to them."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def settings(config: EncoderConfig) -> dict[str, Any]:
 
 
 def build_cached(config: EncoderConfig, store: Callable[[EncoderConfig], Store], runtime: Runtime) -> Encoder:
-    """Builds an encoder without its text models. Trainable parameters keep the names they have in the full encoder.
+    """Builds an encoder without text models. Trainable parameters have the same names as in the full encoder.
 
     Args:
         config: the encoder's config.
-        store: returns the store of each of its `EncoderConfig.leaves`.
+        store: returns the store of an encoder in `EncoderConfig.leaves`.
         runtime: device and dtype.
     """
     if inner := config.inner_encoders():
@@ -52,14 +52,14 @@ def build_cached(config: EncoderConfig, store: Callable[[EncoderConfig], Store],
 class CachedEncoder(Encoder):
     """Reads the states of prompts from a store and applies the adapter, if any.
 
-    A batch has the same shape as from the full encoder: without a mask all prompts have one length, with a mask the
-    batch is as long as its longest prompt.
+    A batch has the same shape as from the full encoder. Without a mask all prompts have the same length; with a mask
+    the batch has the length of the longest prompt.
 
     Args:
-        store: entries made by `entries`, including the empty prompt's.
+        store: store with the output of `entries`, including the entry of the empty prompt.
         adapter: trainable map from the states to the denoiser's width.
         device: device of the conditioning.
-        key: attribute name of the adapter, used in the names of its weights in checkpoints.
+        key: attribute name of the adapter, which is part of the adapter's weight names in checkpoints.
     """
 
     def __init__(self, store: Store, adapter: Adapter | None, *, device: str, key: str = "adapter"):
@@ -78,7 +78,9 @@ class CachedEncoder(Encoder):
         return conditioning if adapter is None else adapt(adapter, conditioning)
 
     def report(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
-        raise ValueError("a cache of prompts has no truncation reports; build the encoder from a config without cache")
+        raise ValueError(
+            "truncation reports are not available with cached prompts; build the encoder from a config without cache"
+        )
 
     def _entry(self, prompt: Prompt) -> dict[str, Tensor]:
         require_cached(self.store, prompt)
@@ -86,7 +88,7 @@ class CachedEncoder(Encoder):
 
 
 def require_cached(store: Store, prompt: Prompt) -> None:
-    """Raises ValueError for a prompt that is not in the store."""
+    """Raises ValueError if the prompt is not in the store."""
     if prompt_key(prompt) not in store:
         raise ValueError(
             f"the prompt {str(prompt)[:60]!r} is not in the cache {store.folder}; "
@@ -104,11 +106,15 @@ def entries(encoder: Encoder, prompts: Sequence[str], length: int | None) -> lis
         length: length of the encoded empty prompt; None when encoding the empty prompt itself.
 
     Returns:
-        Per prompt: ``states`` ``(k, d)`` with trailing repeats of the last state removed, the ``length`` to which they
-        are padded, the number of ``real`` states if there is a mask, and ``pooled`` ``(p,)`` if there is one.
+        One dict per prompt:
+
+        - ``states`` ``(k, d)``: states without trailing repeats of the last state.
+        - ``length``: length to which the states are padded.
+        - ``real``: number of unmasked states; only with a mask.
+        - ``pooled`` ``(p,)``: pooled embedding; only if the encoder returns one.
 
     Raises:
-        ValueError: if the states of a prompt depend on the timestep, or on other prompts in the batch.
+        ValueError: if the states of a prompt depend on the timestep or on other prompts in the batch.
     """
     conditioning = encoder.encode(prompts)
     if type(conditioning).at is not Conditioning.at:
@@ -142,9 +148,9 @@ def entries(encoder: Encoder, prompts: Sequence[str], length: int | None) -> lis
 
 
 def _padding_state(encoder: Encoder, prompt: str, states: Tensor) -> Tensor:
-    """Returns the state ``(1, d)`` that pads a prompt with states ``(n, d)`` in a longer batch.
+    """Returns the state ``(1, d)`` with which a prompt's states ``(n, d)`` are padded in a longer batch.
 
-    Empty ``(0, d)`` if no batch is longer.
+    Returns an empty tensor ``(0, d)`` if a batch cannot be longer.
     """
     longer = f"{prompt} {prompt}"
     if any(report.truncated for report in encoder.report([longer])):
@@ -156,7 +162,7 @@ def _padding_state(encoder: Encoder, prompt: str, states: Tensor) -> Tensor:
     equal_states = torch.allclose(unpadded, states, rtol=1e-3, atol=1e-4)
     if not equal_states or not torch.equal(padding, padding[:1].expand_as(padding)):
         raise ValueError(
-            f"the states of {prompt[:60]!r} depend on other prompts in the batch, so they cannot be cached; set "
+            f"the states of {prompt[:60]!r} depend on other prompts in the batch and cannot be cached; set "
             "cache.prompts to false"
         )
     return padding[:1]

@@ -16,25 +16,26 @@ from longalign.segmenters import Prompt
 
 
 class ConcatEncoder(Encoder):
-    """Concatenates the states of all parts along the sequence axis: ``(b, n1 + n2 + ..., d)``.
+    """Concatenates the states of several encoders along the sequence axis: ``(b, n1 + n2 + ..., d)``.
 
-    If any part has a mask, the merged mask is True for the states of parts without one. At most one part may have a
-    pooled embedding. Reports of the parts are nested; ``truncated`` joins the text dropped by any of them.
+    If any encoder returns a mask, the merged mask is True for the states of encoders without a mask. At most one
+    encoder may return a pooled embedding. The reports of the encoders are nested in `PromptReport.parts`, and
+    ``truncated`` joins the text dropped by any encoder.
 
     Args:
         parts: encoders with states of equal width.
 
     Raises:
-        ValueError: if there is no part, or the widths differ.
+        ValueError: if ``parts`` is empty, or the widths differ.
     """
 
     def __init__(self, parts: Sequence[Encoder]):
         super().__init__()
         if not parts:
-            raise ValueError("expected at least one part, got none")
+            raise ValueError("expected at least one encoder in parts, got none; add one")
         widths = [part.dim for part in parts]
         if len(set(widths)) > 1:
-            raise ValueError(f"expected parts with states of equal width, got widths {widths}; add an adapter")
+            raise ValueError(f"expected encoders with states of equal width, got widths {widths}; add an adapter")
         self.parts = nn.ModuleList(parts)
         self.dim = widths[0]
 
@@ -42,7 +43,7 @@ class ConcatEncoder(Encoder):
     def from_config(
         cls, config: ConcatConfig, runtime: Runtime, parts: Sequence[Encoder] | None = None
     ) -> ConcatEncoder:
-        """Builds the parts, or takes the built ``parts``."""
+        """Builds the encoder from ``parts`` if given, otherwise from the configs in ``config.parts``."""
         return cls([encoders.construct(part, runtime) for part in config.parts] if parts is None else parts)
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
@@ -56,7 +57,7 @@ class ConcatEncoder(Encoder):
 
 
 def merge_reports(reports: Sequence[PromptReport]) -> PromptReport:
-    """Merges one prompt's reports of several encoders; distinct truncated texts are joined with newlines."""
+    """Merges the reports of one prompt from several encoders. Distinct truncated texts are joined with newlines."""
     return PromptReport(
         tuple(segment for report in reports for segment in report.segments),
         tuple(count for report in reports for count in report.tokens),
@@ -69,11 +70,11 @@ def join(parts: Sequence[Conditioning]) -> Conditioning:
     """Concatenates conditionings of the same prompts along the sequence axis.
 
     Raises:
-        ValueError: if more than one has a pooled embedding.
+        ValueError: if more than one conditioning has a pooled embedding.
     """
     pooled = [part.pooled for part in parts if part.pooled is not None]
     if len(pooled) > 1:
-        raise ValueError(f"expected at most one part with a pooled embedding, got {len(pooled)}; remove the others")
+        raise ValueError(f"expected at most one encoder with a pooled embedding, got {len(pooled)}; remove the others")
     mask = None
     if any(part.mask is not None for part in parts):
         masks = [
@@ -93,7 +94,7 @@ def join(parts: Sequence[Conditioning]) -> Conditioning:
 
 @dataclass(frozen=True)
 class JoinedConditioning(Conditioning):
-    """A concatenated conditioning with at least one part that depends on the timestep.
+    """Concatenated conditioning of which at least one part depends on the timestep.
 
     Attributes:
         parts: the concatenated conditionings.

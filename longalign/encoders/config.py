@@ -1,4 +1,4 @@
-"""Base configs of encoders, and the config of `concat`; no torch here."""
+"""Base classes of encoder configs, and the config of `concat`. Does not import torch."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class EncoderConfig(PartConfig):
 
     #: whether the conditioning has a pooled embedding; None if unknown
     has_pooled: ClassVar[bool | None] = None
-    #: key of the config of an adapter (`longalign.encoders.adapter.Adapter`); None if there is none. The adapter is the
-    #: encoder's last step, and its attribute of this name. If the key is null, the encoder is built without it
+    #: config key of the adapter (`longalign.encoders.adapter.Adapter`), which must be the encoder's last step and its
+    #: attribute of the same name; None without an adapter. If the value of the key is null, there is no adapter
     adapter_key: ClassVar[str | None] = None
 
     def gives_pooled(self) -> bool | None:
@@ -28,43 +28,46 @@ class EncoderConfig(PartConfig):
         return self.has_pooled
 
     def widths(self) -> tuple[int | None, int | None]:
-        """Widths of the states and of the pooled embedding, from the config and small local files; None if unknown."""
+        """Returns the widths of the states and of the pooled embedding; None if unknown.
+
+        Only the config and small local files are read.
+        """
         return None, None
 
     def inner_encoders(self) -> Sequence[EncoderConfig]:
-        """Configs of the encoders that this one combines; empty if it combines none.
+        """Returns the configs of the encoders that this encoder combines, or an empty sequence.
 
-        If there are any, ``from_config`` also takes ``parts``: these encoders, already built, or None to build them.
+        If not empty, ``from_config`` must accept ``parts``: the built inner encoders, or None to build them.
         """
         return ()
 
     def leaves(self) -> list[EncoderConfig]:
-        """The encoders that are cached separately: the leaves of the inner encoders, or this encoder."""
+        """Returns the encoders that are cached separately: the leaves of the inner encoders, or this encoder."""
         inner = self.inner_encoders()
         return [leaf for part in inner for leaf in part.leaves()] if inner else [self]
 
     def adapter_config(self) -> PartConfig | None:
-        """The adapter's config, or None without an adapter."""
+        """Returns the adapter's config, or None without an adapter."""
         return None if self.adapter_key is None else getattr(self, self.adapter_key)
 
     def frozen_config(self) -> EncoderConfig:
-        """The config of the encoder without its adapter."""
+        """Returns the config of the encoder without the adapter."""
         return self if self.adapter_key is None else self.model_copy(update={self.adapter_key: None})
 
 
 class CheckpointConfig(EncoderConfig):
-    """Shared by encoders that load a text model."""
+    """Base class of the configs of encoders that load a text model."""
 
     checkpoint: str = Field(min_length=1)
-    """Hub id or local folder in diffusers layout (``text_encoder/``, ``tokenizer/``) or transformers layout;
-    ``mini/...`` is one of the bundled small models.
+    """Hub id or local folder in diffusers layout (``text_encoder/``, ``tokenizer/``) or transformers layout, or
+    ``mini/...`` for a bundled small model.
     """
     revision: str | None = None
     """branch, tag or commit of a Hub repository."""
     variant: str | None = None
     """file variant of the text model, e.g. ``"fp16"`` for weights in ``model.fp16.safetensors``."""
     max_batch_tokens: int = Field(default=16384, ge=1)
-    """maximum number of positions per call of a text model; lower it to save memory."""
+    """maximum number of positions per call of a text model; a lower value saves memory."""
 
     def check_files(self) -> list[ConfigProblem]:
         if self.checkpoint.endswith((".safetensors", ".pt")):
@@ -75,11 +78,11 @@ class CheckpointConfig(EncoderConfig):
         return [("checkpoint", problem)] if problem else []
 
     def _configs(self) -> list[str]:
-        """Candidate paths of the text model's config."""
+        """Returns the candidate paths of the text model's config."""
         return ["text_encoder/config.json", "config.json"]
 
     def _width_of(self, *keys: str, folder: str | None = None) -> int | None:
-        """Returns the first of ``keys`` in the text model's config, or None if it is not on this machine."""
+        """Returns the first of ``keys`` in the text model's config, or None if the config is not available locally."""
         for file in [f"{folder}/config.json"] if folder else [f for f in self._configs() if f.endswith(".json")]:
             config = read_json(self.checkpoint, file, self.revision)
             for key in keys:
@@ -90,13 +93,13 @@ class CheckpointConfig(EncoderConfig):
 
 
 class LoadedConfig(CheckpointConfig):
-    """Shared by encoders that load one text model, which gives no pooled embedding."""
+    """Base class of the configs of encoders that load one text model and return no pooled embedding."""
 
     has_pooled: ClassVar[bool | None] = False
 
     subfolder: str | None = None
-    """subfolder of the text model, e.g. ``text_encoder_2``; None detects it. The tokenizer's subfolder has
-    ``tokenizer`` in place of ``text_encoder``.
+    """subfolder of the text model, e.g. ``text_encoder_2``; null: detected. The tokenizer's subfolder has ``tokenizer``
+    in place of ``text_encoder``.
     """
 
     def _configs(self) -> list[str]:
@@ -107,7 +110,7 @@ class LoadedConfig(CheckpointConfig):
 
 
 class ConcatConfig(EncoderConfig):
-    """Several encoders, with states concatenated along the sequence axis."""
+    """Concatenates the states of several encoders along the sequence axis."""
 
     target: ClassVar[str] = "longalign.encoders.concat:ConcatEncoder"
 
@@ -126,7 +129,9 @@ class ConcatConfig(EncoderConfig):
     def _one_pooled(self) -> ConcatConfig:
         names = [part.name for part in self.parts if part.gives_pooled()]
         if len(names) > 1:
-            raise ValueError(f"expected at most one part with a pooled embedding, got {', '.join(names)}")
+            raise ValueError(
+                f"expected at most one encoder with a pooled embedding, got {', '.join(names)}; remove one"
+            )
         return self
 
     def check_files(self) -> list[ConfigProblem]:

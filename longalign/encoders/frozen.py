@@ -1,4 +1,4 @@
-"""Runs a frozen text model over rows of tokens, in batches of rows of similar length."""
+"""Runs a frozen text model on batches of token sequences (rows) grouped by length."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from longalign.encoders.bucketing import CALL_COST, group_by_length
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Returns the device on which a model runs, also if accelerate offloads its weights."""
+    """Returns the device on which a model runs, even if accelerate offloads the weights."""
     device = next(model.parameters()).device
     if device.type != "meta":
         return device
@@ -21,15 +21,15 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def pad_with_last(indices: Sequence[Tensor], min_length: int = 0) -> list[Tensor]:
-    """Pads state indices ``(n,)``, one tensor per prompt, to the longest by repeating the last index."""
+    """Pads state indices ``(n,)``, one tensor per prompt, to the longest prompt by repeating the last index."""
     length = max(min_length, *map(len, indices))
     return [torch.cat([index, index[-1:].expand(length - len(index))]) for index in indices]
 
 
 def autocast_disabled(device: torch.device) -> torch.autocast:
-    """Disables autocast so that a frozen model runs in the dtype it was loaded in.
+    """Disables autocast so that a frozen model runs in the dtype of its weights.
 
-    Its states then equal those in a cache, and T5 in half precision keeps its float32 layers.
+    The states then equal cached states, and T5 in half precision keeps its float32 layers.
     """
     return torch.autocast(device.type, enabled=False)
 
@@ -44,17 +44,17 @@ def run_grouped(
     max_batch_tokens: int,
     call_cost: int = CALL_COST,
 ) -> tuple[Tensor, list[int]]:
-    """Runs a frozen text model over rows of tokens: equal rows once, rows of similar length together.
+    """Runs a frozen text model on token sequences. Equal rows run once; rows of similar length share a call.
 
     Args:
-        run: takes ids ``(r, l)`` and a bool attention mask ``(r, l)``; returns states ``(r, l, d)``.
+        run: receives ids ``(r, l)`` and a bool attention mask ``(r, l)``; returns states ``(r, l, d)``.
         rows: non-empty token ids, including special tokens.
-        pad_id: pads the shorter rows of a group to its longest. This is exact for a causal model, and for other models
-            if ``run`` applies the mask.
+        pad_id: token id that pads the rows of a group to the longest row. Padding does not change the states of a
+            causal model, nor those of other models if ``run`` applies the mask.
         device: device of the model.
-        max_batch_tokens: maximum number of positions, padding included, per call of ``run``; a single longer row is a
-            call of its own.
-        call_cost: see `longalign.encoders.bucketing.group_by_length`; 0 never pads.
+        max_batch_tokens: maximum number of positions, including padding, per call of ``run``. A longer row is
+            processed in a separate call.
+        call_cost: see `longalign.encoders.bucketing.group_by_length`; 0 disables padding.
 
     Returns:
         All states ``(m, d)``, and the index of each row's first state.

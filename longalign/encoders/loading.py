@@ -19,7 +19,7 @@ _VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 
 
 def find_checkpoint_file(checkpoint: str, file: str, revision: str | None = None) -> Path | None:
-    """Returns a file of a local folder or Hub repository, downloaded if needed; None if it does not exist."""
+    """Returns the path of a file of a local folder or Hub repository, downloaded if needed; None if there is none."""
     if Path(checkpoint).exists():
         path = Path(checkpoint) / file
         return path if path.is_file() else None
@@ -29,15 +29,21 @@ def find_checkpoint_file(checkpoint: str, file: str, revision: str | None = None
         return None
     except Exception as error:
         raise ValueError(
-            f"no local folder '{checkpoint}', and the Hub returned: {download_problem(error, file)}"
+            f"'{checkpoint}' is not a local folder and could not be loaded from the Hub: "
+            f"{download_problem(error, file)}; check the Hub id, or pass a local folder"
         ) from error
 
 
 def subfolders(checkpoint: str, subfolder: str | None, revision: str | None) -> tuple[str, str]:
     """Returns the subfolders of the text model and the tokenizer.
 
-    A diffusers checkpoint has ``text_encoder`` and ``tokenizer`` (and ``text_encoder_2``, ``tokenizer_2``); a
-    transformers checkpoint has both at the top level. ``subfolder`` is that of the text model, None to detect it.
+    A diffusers checkpoint has ``text_encoder`` and ``tokenizer``, and possibly ``text_encoder_2`` and ``tokenizer_2``.
+    A transformers checkpoint has the files of both at the top level.
+
+    Args:
+        checkpoint: Hub id or local folder.
+        subfolder: subfolder of the text model; None detects the subfolder.
+        revision: branch, tag or commit on the Hub.
     """
     if subfolder is None:
         is_diffusers = find_checkpoint_file(checkpoint, "text_encoder/config.json", revision) is not None
@@ -96,12 +102,14 @@ def load_frozen_model(
     if missing:
         name = model_class.__name__
         problem = f"'{checkpoint}' is not a {name}" if checkpoint else f"expected a complete {name}"
-        raise ValueError(f"{problem}: {len(missing)} weights are missing, e.g. '{missing[0]}'")
+        raise ValueError(
+            f"{problem}: {len(missing)} weights are missing, e.g. '{missing[0]}'; use a complete checkpoint"
+        )
     return model.requires_grad_(False).eval().to(runtime.device)
 
 
 def _key_mapping(model_class: type) -> dict[str, Any]:
-    """Maps weight names for transformers 4, whose CLIP text model has one more module level than that of 5."""
+    """Returns a map of weight names for transformers 4, where CLIP's text model has one more level than in 5."""
     from transformers.models.clip import modeling_clip
 
     nested = model_class is modeling_clip.CLIPTextModel and hasattr(modeling_clip, "CLIPTextTransformer")
@@ -109,7 +117,11 @@ def _key_mapping(model_class: type) -> dict[str, Any]:
 
 
 def load_tokenizer(checkpoint: str, subfolder: str, revision: str | None) -> Any:
-    """Loads the checkpoint's fast tokenizer. Raises ValueError if there is none."""
+    """Loads the checkpoint's fast tokenizer.
+
+    Raises:
+        ValueError: if the checkpoint has no tokenizer.
+    """
     location = f"'{checkpoint}'" + (f", subfolder '{subfolder}'" if subfolder else "")
     prefix = f"{subfolder}/" if subfolder else ""
     # without a vocabulary file transformers silently creates a tokenizer with an empty vocabulary
@@ -134,7 +146,7 @@ def load_text_model(
     Args:
         model_class: transformers class of the text model.
         config: the encoder's config.
-        subfolder: subfolder of the text model; None detects it.
+        subfolder: subfolder of the text model; None detects the subfolder.
         runtime: device and dtype.
     """
     checkpoint = resolve_checkpoint(config.checkpoint)

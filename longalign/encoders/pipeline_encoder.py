@@ -28,16 +28,16 @@ _fast_tokenizers: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 @contextmanager
 def pipeline_encoder(pipe: Any) -> Iterator[Encoder]:
-    """Context manager: a segment encoder over a pipeline's text encoders and tokenizers, without loading or copying.
+    """Context manager that yields a segment encoder with a pipeline's text encoders and tokenizers, without a copy.
 
-    Within the context the text encoders are frozen and in evaluation mode; on exit both are restored. The encoder is
-    rebuilt for each use, which is cheap, so it reflects a text encoder that was replaced, trained or given a LoRA.
+    Within the context, the text encoders are frozen and in eval mode; their previous state is restored on exit. The
+    encoder is rebuilt at each use, so that it includes any change of the pipeline's text encoders, e.g. a LoRA.
 
     Args:
-        pipe: a diffusers pipeline of Stable Diffusion 1.x, 2.x, XL or 3, or a variant (ControlNet, ...).
+        pipe: a diffusers pipeline of Stable Diffusion 1.x, 2.x, XL or 3, or a variant such as ControlNet.
 
     Raises:
-        ValueError: if the text encoders are not supported, or one is not loaded.
+        ValueError: if the text encoders are not supported, or a text encoder is not loaded.
     """
     models = [model for name in NAMES if isinstance(model := getattr(pipe, name, None), nn.Module)]
     modes = [(module, module.training) for model in models for module in model.modules()]
@@ -76,7 +76,7 @@ def _build(pipe: Any) -> Encoder:
 
 
 def _kind(model: Any) -> str | None:
-    """The type of a text encoder: "clip", "projected" (CLIP with a projection), its model type, or None for none."""
+    """Returns ``"clip"``, ``"projected"`` for CLIP with a projection, or the model type; None without a model."""
     if model is None:
         return None
     kind = getattr(getattr(model, "config", None), "model_type", None)
@@ -92,14 +92,14 @@ def _unsupported(pipe: Any, slots: Sequence[str], models: Sequence[Any]) -> str:
     ]
     return (
         f"the text encoders of {type(pipe).__name__} are not supported ({', '.join(descriptions) or 'none'}); "
-        f"expected {SUPPORTED}. For other pipelines pass an Encoder, or the name or config of one, e.g. "
+        f"expected {SUPPORTED}. For other pipelines pass an Encoder, or the name or config of an encoder, e.g. "
         "encoder={'name': 'clip-segment', 'checkpoint': 'hub id or folder'}; "
-        "`longalign list encoders` lists them"
+        "`longalign list encoders` lists all encoders"
     )
 
 
 def to_fast_tokenizer(tokenizer: Any) -> Any:
-    """Converts a slow tokenizer, as in pipelines under transformers 4, to a fast one with character offsets."""
+    """Converts a slow tokenizer, as used by pipelines under transformers 4, to a fast one with character offsets."""
     if tokenizer is None or tokenizer.is_fast:
         return tokenizer
     converted = _fast_tokenizers.get(tokenizer)

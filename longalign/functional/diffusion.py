@@ -1,4 +1,4 @@
-"""Diffusion as tensor maths: noise levels, prediction types (noise, velocity, flow), and guidance."""
+"""Functions for diffusion models: noise levels, prediction types and classifier-free guidance."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ PREDICTIONS = ("epsilon", "v_prediction", "flow")
 
 @dataclass(frozen=True)
 class NoiseLevels:
-    """Scales of signal and noise at each timestep: ``x_t = signal[t] x_0 + noise[t] n``.
+    """Scales of signal and noise at each timestep: ``x_t = signal[t] * x_0 + noise[t] * n``.
+
+    ``x_0`` is the clean latent, ``n`` the noise, and ``s`` the noise level of a flow-matching model.
 
     Attributes:
-        signal: ``(T,)`` float64; square root of ``alphas_cumprod`` for variance-preserving models, ``1 - s`` for flows.
-        noise: ``(T,)`` float64.
+        signal: ``(T,)`` float64: ``sqrt(alphas_cumprod)`` for variance-preserving models, ``1 - s`` for flow matching.
+        noise: ``(T,)`` float64: ``sqrt(1 - alphas_cumprod)``, or ``s`` for flow matching.
     """
 
     signal: Tensor
@@ -25,16 +27,17 @@ class NoiseLevels:
 
     @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: Tensor) -> NoiseLevels:
-        """Levels of a variance-preserving model from its ``alphas_cumprod`` ``(T,)``."""
+        """Returns the levels of a variance-preserving model from ``alphas_cumprod`` ``(T,)``."""
         alphas = alphas_cumprod.double().cpu()
         return cls(alphas.sqrt(), (1 - alphas).sqrt())
 
     @classmethod
     def from_flow(cls, num_timesteps: int, shift: float = 1.0) -> NoiseLevels:
-        """Levels ``1 - s`` and ``s`` of a rectified flow; the last timestep is pure noise.
+        """Returns the levels ``1 - s`` and ``s`` of a rectified flow. The last timestep is pure noise.
 
-        ``s = shift u / (1 + (shift - 1) u)`` with ``u = (t + 1) / num_timesteps``. A larger ``shift`` moves steps
-        towards noise, for larger images (arXiv 2403.03206, eq. 23; there it is the square root of the ratio of pixels).
+        ``s = shift u / (1 + (shift - 1) u)`` with ``u = (t + 1) / num_timesteps`` (arXiv 2403.03206, eq. 23). A larger
+        ``shift`` increases the noise levels, as larger images require. In the paper, ``shift`` is the square root of
+        the ratio of the numbers of pixels.
         """
         u = torch.arange(1, num_timesteps + 1, dtype=torch.float64) / num_timesteps
         noise = shift * u / (1 + (shift - 1) * u)
@@ -44,7 +47,7 @@ class NoiseLevels:
         return len(self.signal)
 
     def at(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Scales of signal and noise at ``timesteps`` ``(b,)``, broadcastable to ``like`` ``(b, ...)``."""
+        """Returns the scales of signal and noise at ``timesteps`` ``(b,)``, broadcastable to ``like`` ``(b, ...)``."""
         index, shape = timesteps.cpu(), (-1, *[1] * (like.ndim - 1))
         return self.signal[index].to(like).view(shape), self.noise[index].to(like).view(shape)
 
@@ -56,7 +59,11 @@ def add_noise(levels: NoiseLevels, latents: Tensor, noise: Tensor, timesteps: Te
 
 
 def training_target(prediction: str, levels: NoiseLevels, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """Regression target: the noise, the velocity (arXiv 2202.00512, eq. 11), or the flow ``n - x_0``."""
+    """Returns the regression target for a prediction type.
+
+    The target is the noise, the velocity (v-prediction, arXiv 2202.00512, eq. 11), or the flow-matching velocity
+    ``noise - latents``.
+    """
     if prediction == "epsilon":
         return noise
     if prediction == "flow":
@@ -73,11 +80,11 @@ def sample_timesteps(density: str, levels: NoiseLevels, count: int, device: torc
     """Samples random training timesteps ``(count,)``.
 
     Args:
-        density: ``"uniform"``, or ``"logit-normal"``: ``sigmoid(n)`` with normal n. It concentrates on intermediate
-            noise levels, where a flow is hardest to predict (arXiv 2403.03206, section 3.1, eq. 19, m = 0 and s = 1).
-        levels: gives the number of timesteps.
+        density: ``"uniform"``, or ``"logit-normal"`` for ``sigmoid(n)`` with normal n. The latter favors intermediate
+            noise levels, which are hardest to predict (arXiv 2403.03206, section 3.1, eq. 19, m = 0 and s = 1).
+        levels: noise levels, one per training timestep.
         count: number of samples.
-        device: device on which they are sampled.
+        device: device of the samples.
     """
     if density == "uniform":
         return torch.randint(len(levels), (count,), device=device)
@@ -88,26 +95,26 @@ def sample_timesteps(density: str, levels: NoiseLevels, count: int, device: torc
 
 
 def check_prediction(prediction: str) -> None:
-    """Raises ValueError for an unknown prediction type."""
+    """Raises ValueError if the prediction type is unknown."""
     if prediction not in PREDICTIONS:
         raise ValueError(f"unknown prediction '{prediction}'; expected one of {', '.join(PREDICTIONS)}")
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
-    """Classifier-free guidance (arXiv 2207.12598, eq. 6 with w = scale - 1); ``scale`` is a number, or one per item."""
+    """Applies classifier-free guidance (arXiv 2207.12598, eq. 6, w = scale - 1); ``scale`` may be one value per item."""
     return unconditional + scale * (conditional - unconditional)
 
 
 def predict_guided(
     predict: Callable[[Tensor, Tensor], Tensor], latents: Tensor, timesteps: Tensor, scale: float | Tensor
 ) -> Tensor:
-    """Classifier-free-guided prediction ``(b, ...)``, with both branches in one call.
+    """Returns the prediction ``(b, ...)`` with classifier-free guidance, with both branches in one call.
 
     Args:
-        predict: ``(latents (2b, ...), timesteps (2b,)) -> (2b, ...)``: first the conditional, then the unconditional
-            predictions.
-        latents: ``(b, ...)``.
-        timesteps: ``(b,)``.
+        predict: function ``(latents (2b, ...), timesteps (2b,)) -> (2b, ...)`` that returns the conditional predictions,
+            then the unconditional ones.
+        latents: ``(b, ...)`` noisy latents.
+        timesteps: ``(b,)`` timesteps.
         scale: guidance scale; see `guide`.
     """
     conditional, unconditional = predict(torch.cat([latents] * 2), torch.cat([timesteps] * 2)).chunk(2)

@@ -1,4 +1,4 @@
-"""Differentiable preprocessing of images for vision models: crop, antialiased resize, normalisation."""
+"""Differentiable preprocessing of images for vision models: crop, antialiased resize, normalization."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ class ImagePreprocessor:
         mean: per channel, for images in [0, 1].
         std: per channel.
         aspect: how images of a different aspect ratio are resized: ``"crop"`` scales the shorter side and keeps the
-            centre (CLIP), ``"pad"`` scales the longer side and pads with black (HPSv2), ``"squash"`` scales both sides
-            (SigLIP). For images of the model's aspect ratio all three are the same.
-        crop: side of a random crop before the resize: an int in pixels, or a float as a fraction of each side; None for
-            no crop. It discourages reward hacking through blocky artefacts (504 of 512 in the paper authors' code).
+            center (CLIP), ``"pad"`` scales the longer side and pads with black (HPSv2), ``"squash"`` scales both sides
+            (SigLIP). For images of the model's aspect ratio all three are equal.
+        crop: side of a random crop before the resize: an int in pixels, or a float as a fraction of each side. None
+            disables the crop. A crop discourages reward hacking through blocky artifacts; the paper authors' code uses
+            504 of 512 pixels.
     """
 
     size: tuple[int, int]
@@ -43,12 +44,12 @@ class ImagePreprocessor:
             raise ValueError(f"aspect must be one of {', '.join(ASPECTS)}, not {self.aspect!r}")
 
     def __call__(self, images: Tensor, generator: Generator | None = None, random: bool = True) -> Tensor:
-        """Images ``(b, 3, h, w)`` in [0, 1] to pixels ``(b, 3, *size)``: float32, or float64 for float64 images.
+        """Maps images ``(b, 3, h, w)`` in [0, 1] to pixels ``(b, 3, *size)``: float32, or float64 for float64 images.
 
         Args:
-            images: images of any resolution; gradient flows through.
-            generator: CPU generator for the crop positions, one per image; torch's global one if None.
-            random: False disables the random crop.
+            images: images of any resolution; the result is differentiable with respect to them.
+            generator: CPU generator for the crop positions, one per image. None uses torch's global generator.
+            random: whether to apply the random crop.
         """
         check_images(images)
         images = at_least_float32(images)
@@ -60,7 +61,7 @@ class ImagePreprocessor:
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Casts a tensor to float32; float64 is kept."""
+    """Casts a tensor to float32, unless it is float64."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -76,7 +77,7 @@ def check_images(images: Tensor) -> None:
 class ImageCheck:
     """Raises ValueError for images of a wrong shape, integers, or values far outside [0, 1].
 
-    On a GPU, values of the first batch only are checked, because the check synchronises with the GPU.
+    On a GPU, only the values of the first batch are checked, because the check synchronizes with the GPU.
     """
 
     def __init__(self) -> None:
@@ -90,12 +91,15 @@ class ImageCheck:
 
 
 def check_range(images: Tensor) -> None:
-    """Raises ValueError for finite images with values far outside [0, 1]; a resize may overshoot slightly."""
+    """Raises ValueError for finite images with values far outside [0, 1].
+
+    Slightly larger values, as produced by bicubic resizing, are accepted.
+    """
     if not images.numel():
         return
     low, high = torch.stack(images.detach().aminmax()).tolist()
     if math.isfinite(low + high) and (low < -0.1 or high > 1.1):
-        hint = "divide 8-bit values by 255" if high > 3 else "map [-1, 1] by images / 2 + 0.5, or undo normalisation"
+        hint = "divide 8-bit values by 255" if high > 3 else "map [-1, 1] by images / 2 + 0.5, or undo normalization"
         raise ValueError(f"expected images in [0, 1], got values from {low:.4g} to {high:.4g}; {hint}")
 
 
@@ -105,10 +109,10 @@ def random_crop(images: Tensor, crop: int | float, generator: Generator | None =
     Args:
         images: batch of images.
         crop: side of the square crop in pixels (int), or as a fraction of each side (float).
-        generator: a CPU generator; torch's global one if None.
+        generator: CPU generator. None uses torch's global generator.
 
     Raises:
-        ValueError: if the crop is larger than the images, or empty.
+        ValueError: if the crop is empty or larger than the images.
     """
     size = [crop if isinstance(crop, int) else max(1, round(crop * side)) for side in images.shape[-2:]]
     if not all(0 < target <= side for target, side in zip(size, images.shape[-2:], strict=True)):
@@ -130,8 +134,8 @@ def random_crop(images: Tensor, crop: int | float, generator: Generator | None =
 def resize_to_input(images: Tensor, size: tuple[int, int], aspect: str) -> Tensor:
     """Resizes images ``(b, c, h, w)`` to ``(b, c, *size)``, with crop or padding; see `ImagePreprocessor.aspect`.
 
-    Bicubic with antialiasing, as in PIL and the published processors. Values are not clamped, so gradient reaches every
-    pixel.
+    Uses bicubic interpolation with antialiasing, as PIL and the published processors do. Values are not clamped, so
+    that every pixel receives gradient.
     """
     height, width = images.shape[-2:]
     if aspect == "squash" or height * size[1] == width * size[0]:
@@ -149,7 +153,10 @@ def resize_to_input(images: Tensor, size: tuple[int, int], aspect: str) -> Tenso
 
 
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Antialiased bicubic resize of ``(b, c, h, w)``; images of that size are returned unchanged."""
+    """Resizes images ``(b, c, h, w)`` with antialiased bicubic interpolation.
+
+    Images that already have the requested size are returned unchanged.
+    """
     if tuple(images.shape[-2:]) == tuple(size):
         return images
     return F.interpolate(images, size, mode="bicubic", align_corners=False, antialias=True)

@@ -1,14 +1,16 @@
-"""Sampling as a rollout of linear steps, and its exact gradient with the memory of one network call.
+"""Rollouts: sampling with linear steps, and the exact gradient of a loss with the memory of one network call.
 
-A step is linear in the latent and in the network's output, ``x' = a x + b o(x) + c n``. Let g be the gradient of the
-loss with respect to ``x'``. With respect to the output it is ``b g``. With respect to ``x`` it is ``a g``, plus
-``J^T b g`` if the network's input is not detached; J is the Jacobian of ``o``. So no graph of the rollout is needed:
-sample without gradient, differentiate the loss at the final latent once, and repeat the selected calls from the last
-to the first with the recorded latents.
+A step is linear in latent ``x``, network output ``o(x)`` and fresh noise ``n``: ``x' = a x + b o(x) + c n``. Let ``g``
+be the gradient of the loss with respect to ``x'``. The gradient with respect to the output is ``b g``. The gradient
+with respect to ``x`` is ``a g``, plus ``J^T b g`` if the network's input is not detached, where ``J`` is the Jacobian
+of ``o``. No graph of the whole rollout is therefore needed: the rollout runs without gradient and the loss is
+differentiated once at the final latent. The selected network calls are then recomputed with gradient from the recorded
+latents, from last to first.
 
-DRTune (arXiv 2405.00760) and LongAlign (arXiv 2410.11817, section 4) detach the inputs; each vector ``b g`` is then a
-multiple of the gradient at the final latent. DRaFT (arXiv 2309.17400) and AlignProp (arXiv 2310.03739) do not; each
-replayed call then needs the gradient of the call after it. The outputs at all other steps are constants.
+DRTune (arXiv 2405.00760) and LongAlign (arXiv 2410.11817, section 4) detach the inputs. Each vector ``b g`` is then a
+multiple of the gradient at the final latent. DRaFT (arXiv 2309.17400) and AlignProp (arXiv 2310.03739) do not detach
+the inputs. Each recomputed call then requires the gradient of the next call. The outputs of all other steps are
+constants.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class RandomState:
-    """State of torch's global random generators of the CPU and, if used, one accelerator."""
+    """State of torch's global random generators for the CPU and, if used, one accelerator."""
 
     cpu: Tensor
     device: torch.device
@@ -37,7 +39,7 @@ class RandomState:
 
     @classmethod
     def now(cls, device: torch.device) -> RandomState:
-        """The current state, for computations on ``device``."""
+        """Returns the current state for computations on ``device``."""
         states = {"cuda": lambda: torch.cuda.get_rng_state(device), "mps": torch.mps.get_rng_state}
         state = states.get(device.type)
         return cls(torch.get_rng_state(), device, state() if state else None)
@@ -50,7 +52,7 @@ class RandomState:
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """Context manager: replays random numbers from this state, and restores the current state on exit."""
+        """Context manager that sets this random state and restores the previous state on exit."""
         before = RandomState.now(self.device)
         self._restore()
         try:
@@ -70,13 +72,13 @@ class RandomState:
 
 @dataclass(frozen=True)
 class RecordedStep:
-    """A network call of a rollout, recorded so that it can be repeated with gradient.
+    """Network call of a rollout, recorded so that it can be recomputed with gradient.
 
     Attributes:
         index: index of the step.
         latents: ``(b, c, h, w)`` network input.
         timesteps: ``(b,)`` timestep of each latent.
-        random: torch's random state before the call, so that dropout repeats.
+        random: torch's random state before the call, which makes dropout reproducible.
     """
 
     index: int
@@ -93,20 +95,20 @@ def rollout(
     grad_steps: Collection[int] = (),
     predict_no_grad: Predict | None = None,
 ) -> tuple[Tensor, list[RecordedStep]]:
-    """Samples without gradient and records the calls at ``grad_steps``.
+    """Samples without gradient and records the network calls at ``grad_steps``.
 
     Args:
         predict: the network, including guidance.
         noise: ``(b, c, h, w)`` pure noise.
         solver: the sampling steps.
-        grad_steps: indices of the steps whose calls will be repeated with gradient.
-        predict_no_grad: the network at the other steps, e.g. without dropout; ``predict`` if None.
+        grad_steps: indices of the steps whose calls will be recomputed with gradient.
+        predict_no_grad: the network at all other steps, e.g. without dropout. None uses ``predict``.
 
     Returns:
         The final latents ``(b, c, h, w)`` and the recorded steps, in the order of the steps.
 
     Raises:
-        ValueError: if a step of ``grad_steps`` does not exist.
+        ValueError: if ``grad_steps`` contains an invalid index.
     """
     invalid = sorted(i for i in grad_steps if not 0 <= i < len(solver))
     if invalid:
@@ -124,19 +126,20 @@ def rollout(
 
 
 def replay(predict: Predict, recorded: Sequence[RecordedStep], latents: Tensor | None = None) -> Tensor:
-    """Repeats recorded steps with gradient in one network call.
+    """Recomputes recorded steps with gradient in one network call.
 
     Args:
         predict: the network.
-        recorded: the r steps to repeat.
-        latents: ``(r * b, c, h, w)`` the recorded latents as a leaf that receives gradient, or None.
+        recorded: the r steps to recompute.
+        latents: ``(r * b, c, h, w)`` recorded latents as a leaf tensor that receives gradient. None uses the recorded
+            latents without gradient.
 
     Returns:
-        Outputs ``(r * b, c, h, w)``, step by step.
+        Outputs ``(r * b, c, h, w)``, ordered by step.
 
     Raises:
-        ValueError: if the network samples random numbers (dropout) and there are several steps; these would get other
-            random numbers than in the rollout.
+        ValueError: if there are several steps and the network samples random numbers, e.g. for dropout. The random
+            numbers would differ from the rollout.
     """
     inputs = torch.cat([step.latents for step in recorded]) if latents is None else latents
     timesteps, random = torch.cat([step.timesteps for step in recorded]), recorded[0].random
@@ -144,8 +147,8 @@ def replay(predict: Predict, recorded: Sequence[RecordedStep], latents: Tensor |
         outputs = predict(inputs, timesteps)
         if len(recorded) > 1 and not random.is_current():
             raise ValueError(
-                f"the network samples random numbers (dropout), which differ if {len(recorded)} calls are repeated in "
-                "one; expected a network without dropout, or replay_batch: 1"
+                f"the network samples random numbers (dropout), which differ if {len(recorded)} calls are recomputed "
+                "in one; disable dropout, or set replay_batch: 1"
             )
     return outputs
 
@@ -158,31 +161,31 @@ def replay_backward(
     detach: bool = True,
     calls_per_batch: int = 1,
 ) -> Iterator[tuple[Sequence[RecordedStep], Tensor, Tensor]]:
-    """Repeats the recorded steps of a rollout from the last to the first.
+    """Backpropagates through a rollout by recomputing the recorded steps, from last to first.
 
-    Call ``backward`` on each scalar, or on a sum that contains it, before advancing the iterator. The scalar may be
-    scaled there, e.g. for half precision; the scale is divided out of the gradient of the inputs.
+    Call ``backward`` on each scalar, or on a sum that contains the scalar, before advancing the iterator. The scalar may
+    be scaled before ``backward``, e.g. for half precision; the gradient of the inputs is divided by the same scale.
 
     Args:
         predict: the network of the rollout.
         solver: the sampling steps of the rollout.
         recorded: the recorded steps, in the order of the rollout.
         gradient: ``(b, c, h, w)`` gradient of the loss with respect to the final latents.
-        detach: whether the network's inputs are constants; otherwise gradient flows through them too.
-        calls_per_batch: number of recorded steps repeated in one call; above 1 only with ``detach``.
+        detach: whether the network's inputs are constants. If False, gradient also flows through the inputs.
+        calls_per_batch: number of recorded steps recomputed in one call of ``predict``; must be 1 without ``detach``.
 
     Yields:
-        For each call: its recorded steps, their outputs ``(r * b, c, h, w)``, and a scalar. The gradient of the scalar
-        with respect to the parameters is the gradient of the loss through these outputs.
+        For each call of ``predict``, the recorded steps, their outputs ``(r * b, c, h, w)``, and a scalar. The gradient
+        of the scalar with respect to the parameters equals the gradient of the loss through these outputs.
 
     Raises:
-        ValueError: if ``calls_per_batch`` is above 1 without ``detach``.
-        RuntimeError: if the iterator was advanced before ``backward``, without ``detach``.
+        ValueError: if ``calls_per_batch`` is above 1 and ``detach`` is False.
+        RuntimeError: if ``detach`` is False and the iterator was advanced before ``backward``.
     """
     if calls_per_batch > 1 and not detach:
         raise ValueError(
-            f"expected calls_per_batch=1 with detach=False, got {calls_per_batch}: each call needs the gradient of the "
-            "call after it; use detach=True to repeat several calls in one"
+            f"expected calls_per_batch=1 with detach=False, got {calls_per_batch}: each call requires the gradient of "
+            "the next call; use detach=True to recompute several calls in one"
         )
     next_step = len(solver)  # `gradient` is with respect to the latent that enters this step
     for end in range(len(recorded), 0, -calls_per_batch):

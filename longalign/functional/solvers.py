@@ -1,7 +1,7 @@
-"""Samplers as linear steps.
+"""Samplers with linear steps.
 
-A sampling step is linear in the latent and in the network's output, ``x' = a x + b o + c n``, for each prediction type
-(noise, velocity, flow).
+A step is linear in latent ``x``, network output ``o`` and fresh noise ``n``: ``x' = a * x + b * o + c * n``. This holds
+for each prediction type: noise, velocity (v-prediction) and flow-matching velocity.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from longalign.functional.diffusion import NoiseLevels, check_prediction
 
 
 def check_linear_sampling(scheduler: Mapping[str, Any]) -> None:
-    """Rejects scheduler configs that clip the predicted image, which makes a step non-linear.
+    """Checks that a scheduler config does not clip the predicted image, which would make a step non-linear.
 
     Args:
         scheduler: a diffusers scheduler config.
 
     Raises:
-        ValueError: if such a setting is on; the message names it.
+        ValueError: if a setting that clips is enabled; the message names the setting.
     """
     for key in ("clip_sample", "thresholding"):
         if scheduler.get(key):
             raise ValueError(
-                f"the scheduler sets {key}=true, which is not supported: it makes a sampling step non-linear in the "
-                f"network's output. Set {key} to false in scheduler_config.json if the model was not trained with it"
+                f"the scheduler sets {key}=true, which makes sampling steps non-linear in the network's output and is "
+                f"not supported. If the model was not trained this way, set {key} to false in scheduler_config.json"
             )
 
 
 def trailing_timesteps(num_steps: int, num_timesteps: int = 1000) -> tuple[int, ...]:
-    """Timesteps of sampling, spaced from the end (``trailing`` in diffusers; arXiv 2305.08891, table 2).
+    """Returns the sampling timesteps with ``trailing`` spacing, as in diffusers (arXiv 2305.08891, table 2).
 
-    50 of 1000 are 999, 979, ..., 19; 4 are 999, 749, 499, 249.
+    For 1000 training timesteps, 50 steps are 999, 979, ..., 19, and 4 steps are 999, 749, 499, 249.
     """
     if not 1 <= num_steps <= num_timesteps:
         raise ValueError(f"expected between 1 and {num_timesteps} sampling steps, got {num_steps}")
@@ -45,13 +45,13 @@ def trailing_timesteps(num_steps: int, num_timesteps: int = 1000) -> tuple[int, 
 
 @dataclass(frozen=True)
 class Solver:
-    """A sampler as linear steps ``x' = a x + b o + c n`` from pure noise to the image's latent.
+    """Coefficients of a sampler with linear steps ``x' = a * x + b * o + c * n``, from pure noise to a clean latent.
 
     Attributes:
         timesteps: timestep of each step, descending.
-        a: factor of the latent in each step.
-        b: factor of the network's output in each step.
-        c: factor of new noise in each step; 0 for a deterministic step.
+        a: factor of the latent ``x`` in each step.
+        b: factor of the network's output ``o`` in each step.
+        c: factor of fresh noise ``n`` in each step; 0 for a deterministic step.
     """
 
     timesteps: tuple[int, ...]
@@ -63,18 +63,18 @@ class Solver:
         return len(self.timesteps)
 
     def step(self, index: int, latents: Tensor, output: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Takes step ``index``, counted from 0; ``noise`` is required if its ``c`` is not 0."""
+        """Returns the latents after step ``index``, counted from 0; ``noise`` is required if ``c[index]`` is not 0."""
         latents = self.a[index] * latents + self.b[index] * output
         return latents if noise is None else latents + self.c[index] * noise
 
 
 def _output_factors(prediction: str, signal: float, noise: float) -> tuple[float, float, float, float]:
-    """Factors p, q, r, s with ``x_0 = p x + q o`` and ``n = r x + s o``."""
+    """Returns factors p, q, r, s such that ``x_0 = p * x + q * o`` and ``n = r * x + s * o``."""
     if prediction == "epsilon":
         if signal < 1e-6:
             raise ValueError(
-                "the noise schedule has no signal at its last timestep, so a noise prediction does not determine the "
-                "image; expected prediction 'v_prediction' with such a schedule"
+                "the noise schedule has no signal at the last timestep, so the image cannot be computed from a noise "
+                "prediction; use prediction 'v_prediction' with this schedule"
             )
         return 1 / signal, -noise / signal, 0.0, 1.0
     if prediction == "v_prediction":
@@ -90,9 +90,9 @@ def _coefficients(levels: NoiseLevels, timesteps: Sequence[int], prediction: str
 
 
 def ddim(levels: NoiseLevels, timesteps: Sequence[int], prediction: str) -> Solver:
-    """Deterministic DDIM (arXiv 2010.02502, eq. 12); its last step gives the predicted ``x_0``.
+    """Returns deterministic DDIM (arXiv 2010.02502, eq. 12). The last step returns the predicted ``x_0``.
 
-    For flows, this is an Euler step.
+    For flow matching, each step is an Euler step.
     """
     a, b = [], []
     for _, (p, q, r, s), (signal, noise) in _coefficients(levels, timesteps, prediction):
@@ -108,7 +108,7 @@ def lcm(
     sigma_data: float = 0.5,
     timestep_scaling: float = 10.0,
 ) -> Solver:
-    """Multistep consistency sampling (arXiv 2310.04378, algorithm 3), with new noise between steps.
+    """Returns multistep consistency sampling (arXiv 2310.04378, algorithm 3), with fresh noise between steps.
 
     The consistency function is ``c_skip x + c_out x_0`` with ``c_skip = d^2 / (u^2 + d^2)``,
     ``c_out = u / sqrt(u^2 + d^2)``, ``u = timestep_scaling * t`` and ``d = sigma_data``.

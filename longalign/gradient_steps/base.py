@@ -1,4 +1,4 @@
-"""The interface of the kind ``gradient_steps``: which sampling steps carry gradient."""
+"""Interface of components of kind ``gradient_steps``, which select the sampling steps that receive gradient."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Protocol, runtime_checkable
 
 @dataclass(frozen=True)
 class GradientSteps:
-    """The gradient-carrying steps of one batch.
+    """Gradient steps of one batch: the sampling steps whose denoiser calls receive gradient.
 
     Attributes:
-        steps: ascending indices of the steps whose denoiser calls carry gradient; 0 is the first step, with the most
-            noise. The outputs of all other calls are constants.
-        detach: whether the inputs of these calls are constants.
-        length: number of steps to take; the last one gives the predicted ``x_0``. None takes all steps.
-        copies: number of copies of each sample that are noised again to the level of the last step and predicted again,
-            with gradient. The score of each copy has the same weight as that of the sample.
+        steps: ascending indices of the gradient steps; 0 is the first step, with the most noise. The denoiser's outputs
+            at all other steps are constants.
+        detach: whether the denoiser's inputs at the gradient steps are constants.
+        length: number of steps to take, of which the last one returns the predicted ``x_0``. None takes all steps.
+        copies: number of copies of each sample that are noised again to the level of the last step and then denoised
+            with gradient. The scores of sample and copies have equal weight.
     """
 
     steps: tuple[int, ...]
@@ -27,12 +27,12 @@ class GradientSteps:
 
 @runtime_checkable
 class GradientStepSelector(Protocol):
-    """Selects the gradient-carrying steps for each batch."""
+    """Selects the gradient steps of each batch."""
 
     def select(self, num_steps: int) -> GradientSteps:
-        """Selects steps among ``num_steps`` sampling steps.
+        """Selects the gradient steps among ``num_steps`` sampling steps.
 
-        All processes must select the same number of steps, because they synchronise at each replayed call;
-        `longalign.gradient_steps.random.synced_randint` samples the same number in all of them.
+        All processes must select the same number of steps, because they synchronize at each recomputed call.
+        `longalign.gradient_steps.random.synced_randint` returns the same random number in all processes.
         """
         ...

@@ -1,4 +1,4 @@
-"""The base class of configs of the kind ``gradient_steps``."""
+"""Base class of configs of kind ``gradient_steps``."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from longalign.registry import PartConfig
 
 
 class GradientStepsConfig(PartConfig):
-    """Base class of configs of methods that select the gradient-carrying steps."""
+    """Base class of configs of methods that select the gradient steps."""
 
     def check_steps(self, num_steps: int) -> None:
-        """Raises ValueError if the config does not allow ``num_steps`` sampling steps."""
+        """Raises ValueError if ``num_steps`` is too small for this config, or not divisible as the config requires."""
 
     def detaches(self) -> bool:
-        """Whether the inputs of the selected calls are constants; several can then be replayed in one call."""
+        """Whether the denoiser's inputs are constants, so that several steps can be recomputed in one call."""
         return True

@@ -1,4 +1,4 @@
-"""General methods of the kind ``gradient_steps``, which the methods of papers configure; no torch here."""
+"""General methods of kind ``gradient_steps``, on which the methods of papers are based. Does not import torch."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from longalign.runtime import Runtime
 
 
 class GroupedRandomConfig(GradientStepsConfig):
-    """One step in each of several equal groups, at the same random offset (LongAlign, section 4).
+    """One step of each of several equal groups receives gradient, at the same random offset (LongAlign, section 4).
 
-    For 50 steps in 5 groups: r, 10 + r, 20 + r, 30 + r and 40 + r with r in 0..9.
+    For 50 steps in 5 groups, these are steps r, 10 + r, 20 + r, 30 + r and 40 + r with random r in 0..9.
     """
 
     target: ClassVar[str] = "longalign.gradient_steps.general:GroupedRandom"
 
     name: Literal["grouped-random"] = "grouped-random"
     groups: int = Field(5, ge=1)
-    """number of groups, equal to the number of gradient-carrying steps."""
+    """number of groups, equal to the number of gradient steps."""
     detach: bool = True
-    """whether the inputs of these steps are constants, as in the paper."""
+    """whether the denoiser's inputs at the gradient steps are constants, as in the paper."""
 
     def check_steps(self, num_steps: int) -> None:
         check_groups(num_steps, self.groups)
@@ -34,15 +34,15 @@ class GroupedRandomConfig(GradientStepsConfig):
 
 
 class LastConfig(GradientStepsConfig):
-    """The last steps."""
+    """Only the last ``k`` sampling steps receive gradient."""
 
     target: ClassVar[str] = "longalign.gradient_steps.general:Last"
 
     name: Literal["last"] = "last"
     k: int = Field(1, ge=1)
-    """number of gradient-carrying steps."""
+    """number of gradient steps."""
     detach: bool = True
-    """whether the inputs of these steps are constants."""
+    """whether the denoiser's inputs at the gradient steps are constants."""
 
     def check_steps(self, num_steps: int) -> None:
         check_last(num_steps, self.k)
@@ -52,27 +52,27 @@ class LastConfig(GradientStepsConfig):
 
 
 class AllConfig(GradientStepsConfig):
-    """Every step."""
+    """All sampling steps receive gradient."""
 
     target: ClassVar[str] = "longalign.gradient_steps.general:All"
 
     name: Literal["all"] = "all"
     detach: bool = True
-    """whether the inputs of the steps are constants; false gives DRaFT (arXiv 2309.17400)."""
+    """whether the denoiser's inputs are constants; false is DRaFT (arXiv 2309.17400)."""
 
     def detaches(self) -> bool:
         return self.detach
 
 
 class GroupedRandom:
-    """One step in each of several equal groups, at the same random offset.
+    """Selects one step of each of several equal groups, at the same random offset.
 
     Args:
         groups: number of groups.
-        detach: whether the inputs of the selected calls are constants.
+        detach: whether the denoiser's inputs at the gradient steps are constants.
         randint: samples the offset and the last step.
-        early_stop: sampling stops uniformly among the last ``early_stop`` steps, and later steps are dropped; 1 takes
-            all steps.
+        early_stop: sampling stops at a step drawn uniformly from the last ``early_stop`` steps; later gradient steps are
+            dropped. 1 disables the early stop.
     """
 
     def __init__(self, groups: int, *, detach: bool, randint: RandInt, early_stop: int = 1):
@@ -92,14 +92,15 @@ class GroupedRandom:
 
 
 class Last:
-    """The last steps.
+    """Selects the last ``k`` steps.
 
     Args:
-        k: number of steps; None for all.
-        detach: whether the inputs of the selected calls are constants.
-        randint: samples the number of steps and the last step.
-        min_steps: if given, the number of steps is random, from ``min_steps`` to ``k``.
-        early_stop: sampling stops uniformly among the last ``early_stop`` steps; 1 takes all steps.
+        k: number of gradient steps; None for all.
+        detach: whether the denoiser's inputs at the gradient steps are constants.
+        randint: samples the number of gradient steps and the last step.
+        min_steps: if given, the number of gradient steps is random, from ``min_steps`` to ``k``.
+        early_stop: sampling stops at a step drawn uniformly from the last ``early_stop`` steps; 1 disables the early
+            stop.
         copies: number of re-noised copies of each sample; see `GradientSteps`.
     """
 
@@ -130,10 +131,10 @@ class Last:
 
 
 class All:
-    """Every step.
+    """Selects all steps.
 
     Args:
-        detach: whether the inputs of the calls are constants.
+        detach: whether the denoiser's inputs are constants.
     """
 
     def __init__(self, *, detach: bool):
@@ -149,18 +150,18 @@ class All:
 
 
 def check_groups(num_steps: int, groups: int, early_stop: int = 1) -> None:
-    """Raises ValueError if the steps cannot be divided, or an early stop can leave no selected step."""
+    """Raises ValueError if the steps cannot be divided into groups, or an early stop can leave no gradient step."""
     if num_steps % groups:
-        raise ValueError(f"{num_steps} sampling steps cannot be divided into {groups} equal groups")
+        raise ValueError(f"{num_steps} sampling steps cannot be divided into {groups} equal groups; change num_steps or groups")
     if num_steps - early_stop + 1 < num_steps // groups:
         raise ValueError(
-            f"an early stop within the last {early_stop} of {num_steps} sampling steps can leave no selected step; "
-            f"expected early_stop of at most {num_steps - num_steps // groups + 1}"
+            f"an early stop within the last {early_stop} of {num_steps} sampling steps can leave no gradient step; "
+            f"set early_stop to at most {num_steps - num_steps // groups + 1}"
         )
 
 
 def check_last(num_steps: int, k: int, min_steps: int | None = None, early_stop: int = 1) -> None:
-    """Raises ValueError if there are fewer than ``k`` steps, or an early stop can leave fewer."""
+    """Raises ValueError if there are fewer than ``k`` sampling steps, or fewer may remain after an early stop."""
     required = max(k, min_steps or 1)
     if required > num_steps:
         raise ValueError(
@@ -169,7 +170,7 @@ def check_last(num_steps: int, k: int, min_steps: int | None = None, early_stop:
     if k > num_steps - early_stop + 1:
         raise ValueError(
             f"an early stop within the last {early_stop} of {num_steps} sampling steps can leave fewer than {k}; "
-            f"expected early_stop of at most {num_steps - k + 1}"
+            f"set early_stop to at most {num_steps - k + 1}"
         )
 
 

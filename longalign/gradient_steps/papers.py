@@ -1,4 +1,4 @@
-"""Methods of papers of the kind ``gradient_steps``, under the papers' names; no torch here."""
+"""Methods of kind ``gradient_steps`` from papers, under the papers' names. Does not import torch."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from longalign.runtime import Runtime
 
 
 class DRTuneConfig(GradientStepsConfig):
-    """DRTune (arXiv 2405.00760): equidistant steps from a random offset, with constant inputs.
+    """DRTune (arXiv 2405.00760): equidistant steps from a random offset receive gradient, with constant inputs.
 
-    Sampling stops at a random late step, and its predicted image is scored.
+    Sampling stops at a random late step, and the image predicted at that step is scored.
     """
 
     target: ClassVar[str] = "longalign.gradient_steps.papers:DRTune"
 
     name: Literal["drtune"] = "drtune"
     groups: int = Field(5, ge=1)
-    """number of gradient-carrying steps; those after the stop are dropped."""
+    """number of gradient steps; those after the stop are dropped."""
     early_stop: int = Field(10, ge=1)
-    """sampling stops uniformly among the last ``early_stop`` steps; 1 means no early stop."""
+    """sampling stops at a step drawn uniformly from the last ``early_stop`` steps; 1 disables the early stop."""
 
     def check_steps(self, num_steps: int) -> None:
         check_groups(num_steps, self.groups, self.early_stop)
@@ -40,7 +40,7 @@ class DRTune(GroupedRandom):
 
 
 class DraftKConfig(GradientStepsConfig):
-    """DRaFT-K (arXiv 2309.17400): the last steps, with gradient through their inputs.
+    """DRaFT-K (arXiv 2309.17400): the last ``k`` steps receive gradient, also through the denoiser's inputs.
 
     For DRaFT, use ``all`` with ``detach: false``.
     """
@@ -49,7 +49,7 @@ class DraftKConfig(GradientStepsConfig):
 
     name: Literal["draft-k"] = "draft-k"
     k: int = Field(1, ge=1)
-    """number of gradient-carrying steps."""
+    """number of gradient steps."""
 
     def check_steps(self, num_steps: int) -> None:
         check_last(num_steps, self.k)
@@ -68,9 +68,10 @@ class DraftK(Last):
 
 
 class DraftLVConfig(GradientStepsConfig):
-    """DRaFT-LV (arXiv 2309.17400): the last step, also of re-noised copies of the sample, for lower gradient variance.
+    """DRaFT-LV (arXiv 2309.17400): the last step receives gradient, for the sample and for re-noised copies of it.
 
-    The gradient is the mean over sample and copies, so that learning rates stay comparable; the paper uses the sum.
+    The copies lower the variance of the gradient. The gradient is the mean over sample and copies, so that learning
+    rates stay comparable; the paper uses the sum.
     """
 
     target: ClassVar[str] = "longalign.gradient_steps.papers:DraftLV"
@@ -90,20 +91,20 @@ class DraftLV(Last):
 
 
 class AlignPropConfig(GradientStepsConfig):
-    """AlignProp (arXiv 2310.03739): a random number of last steps, with gradient through their inputs."""
+    """AlignProp (arXiv 2310.03739): a random number of last steps receive gradient, also through the inputs."""
 
     target: ClassVar[str] = "longalign.gradient_steps.papers:AlignProp"
 
     name: Literal["align-prop"] = "align-prop"
     min_steps: int = Field(1, ge=1)
-    """minimum number of gradient-carrying steps."""
+    """minimum number of gradient steps."""
     max_steps: int | None = Field(None, ge=1)
-    """maximum number of gradient-carrying steps; null means all."""
+    """maximum number of gradient steps; null: all."""
 
     @model_validator(mode="after")
     def _check_range(self) -> AlignPropConfig:
         if self.max_steps is not None and self.max_steps < self.min_steps:
-            raise ValueError(f"expected max_steps of at least min_steps, {self.min_steps}, got {self.max_steps}")
+            raise ValueError(f"expected max_steps of at least min_steps={self.min_steps}, got {self.max_steps}; raise max_steps")
         return self
 
     def check_steps(self, num_steps: int) -> None:
@@ -123,16 +124,16 @@ class AlignProp(Last):
 
 
 class ReFLConfig(GradientStepsConfig):
-    """ReFL (arXiv 2304.05977, algorithm 1): only the last step carries gradient.
+    """ReFL (arXiv 2304.05977, algorithm 1): only the last step receives gradient.
 
-    Sampling stops at a random late step, and its predicted image is scored.
+    Sampling stops at a random late step, and the image predicted at that step is scored.
     """
 
     target: ClassVar[str] = "longalign.gradient_steps.papers:ReFL"
 
     name: Literal["refl"] = "refl"
     early_stop: int = Field(10, ge=1)
-    """sampling stops uniformly among the last ``early_stop`` steps; 1 means no early stop."""
+    """sampling stops at a step drawn uniformly from the last ``early_stop`` steps; 1 disables the early stop."""
 
     def check_steps(self, num_steps: int) -> None:
         check_last(num_steps, 1, early_stop=self.early_stop)

@@ -11,7 +11,10 @@ RandInt = Callable[[int, int], int]
 
 
 def synced_randint(runtime: Runtime) -> RandInt:
-    """Random integers from torch's global CPU generator; all processes get those of the first process."""
+    """Returns a function that samples the same random integers in all processes.
+
+    The first process samples them from torch's global CPU generator.
+    """
 
     def randint(low: int, high: int) -> int:
         import torch

@@ -1,4 +1,4 @@
-"""The interface of rewards: one differentiable score per image and prompt."""
+"""Interface of rewards: one differentiable score per image and prompt."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Scores:
     """Scores of a batch and their named components.
 
     Attributes:
-        total: ``(b,)`` scores to maximise; differentiable in the images.
+        total: ``(b,)`` scores to maximize, differentiable with respect to the images.
         parts: named ``(b,)`` tensors without gradient, logged as separate curves, e.g. ``text_relevant`` and
             ``text_irrelevant``.
     """
@@ -29,7 +29,7 @@ class Scores:
         """Returns these scores after checking that each image of ``(b, 3, h, w)`` has one finite score.
 
         Raises:
-            NonFiniteReward: with image and prompt of the first non-finite score.
+            NonFiniteReward: if a score is not finite; contains image and prompt of the first such score.
             ValueError: if the shapes do not match.
         """
         check_scores(self.total, images, prompts)
@@ -37,13 +37,13 @@ class Scores:
 
 
 class Reward(nn.Module):
-    """Base of rewards. Parameters are frozen; gradient flows into the images only.
+    """Base class of rewards. Parameters are frozen; only the images receive gradient.
 
-    In training mode, a reward may be random (a random crop, if configured) and may update its state from the batch (a
-    running direction). In eval mode, the same images and prompts always have the same score.
+    In training mode, scores may be random, e.g. due to a random crop, and scoring may update state, e.g. a running
+    direction. In eval mode, the same images and prompts always have the same score.
     """
 
-    #: name in messages: the name in the config; if empty, the class name
+    #: name used in messages, as in the config; if empty, the class name is used
     label: str = ""
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -56,28 +56,32 @@ class Reward(nn.Module):
         return guarded(self, images, prompts).total
 
     def score_components(self, images: Tensor, prompts: Sequence[str]) -> Scores:
-        """As `score`, with named components. Implementations must return ``Scores(...).checked(images, prompts)``."""
+        """Returns the scores with their named components.
+
+        Implementations must return ``Scores(...).checked(images, prompts)``.
+        """
         raise NotImplementedError
 
 
 class EmbeddingReward(Reward):
-    """A reward that is a dot product of embeddings, ``s = C_X(x) . C_P(p)`` (LongAlign, paper section 3.2).
+    """Reward that is a dot product of embeddings, ``s = C_X(x) . C_P(p)`` (LongAlign, paper section 3.2).
 
-    Subclasses implement the two features; score, decomposition and reweighting are computed from them.
+    Subclasses implement `image_features` (``C_X``) and `text_features` (``C_P``), from which scores, decomposition and
+    reweighting are computed.
     """
 
     #: width of the embeddings
     dim: int
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Unit embeddings ``(b, d)`` of images ``(b, 3, h, w)`` in [0, 1] of any resolution, with gradient."""
+        """Returns unit embeddings ``(b, d)`` of images ``(b, 3, h, w)`` in [0, 1] of any resolution, with gradient."""
         raise NotImplementedError
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
-        """Text embeddings ``(b, d)`` of prompts, without gradient unless the reward is being trained.
+        """Returns text embeddings ``(b, d)`` of prompts, without gradient unless the reward is trained.
 
-        Either unit embeddings of the whole text, or the mean of the unit embeddings of its segments, which is not
-        normalised again (Denscore, paper 3.2).
+        Each row is the unit embedding of the whole text, or the unnormalized mean of the unit embeddings of its
+        segments (Denscore, paper 3.2).
         """
         raise NotImplementedError
 
@@ -103,26 +107,26 @@ class CallableReward(Reward):
 
 
 def as_reward(part: Any, name: str = "") -> Reward:
-    """Converts a part from the registry to a `Reward`: functions are wrapped, rewards returned unchanged.
+    """Converts a registered reward or function to a `Reward`. Functions are wrapped; rewards are returned unchanged.
 
     Args:
         part: a reward, or a function ``(images, prompts) -> (b,)``.
-        name: name in messages; if empty, the present label is kept.
+        name: name used in messages; if empty, the current name is kept.
 
     Raises:
-        ValueError: if ``part`` is neither.
+        ValueError: if ``part`` is neither a reward nor a function.
     """
     if not isinstance(part, Reward) and not callable(part):
-        raise ValueError(f"expected a Reward or a function (images, prompts) -> scores, got {part!r}")
+        raise ValueError(f"expected a Reward or a function (images, prompts) -> scores, got {part!r}; pass one of these")
     reward = part if isinstance(part, Reward) else CallableReward(part)
     reward.label = name or reward.label
     return reward
 
 
 def check_pairs(images: Tensor, prompts: Sequence[str]) -> None:
-    """Raises ValueError unless there is exactly one prompt, a string, for each image."""
+    """Raises ValueError unless ``prompts`` contains exactly one string for each image."""
     if isinstance(prompts, str):
         raise ValueError("expected a sequence of prompts, one for each image, got one string; pass [prompt]")
     if len(images) != len(prompts):
-        raise ValueError(f"expected one prompt for each image, got {len(images)} images and {len(prompts)} prompts")
+        raise ValueError(f"expected one prompt for each image, got {len(images)} images and {len(prompts)} prompts; pass as many")
     check_prompts(prompts, lists=False)

@@ -1,4 +1,4 @@
-"""Base classes of reward configs; importing this module does not import torch."""
+"""Base classes of reward configs. Does not import torch."""
 
 from __future__ import annotations
 
@@ -23,33 +23,36 @@ class RewardConfig(PartConfig):
     trainable_towers: ClassVar[bool] = False
 
     def is_differentiable(self) -> bool:
-        """Whether the scores have gradient with respect to the images; a composite asks its inner rewards."""
+        """Whether the scores have gradient with respect to the images.
+
+        For a composite reward, this depends on the inner rewards.
+        """
         return self.differentiable
 
 
 class TowerRewardConfig(RewardConfig):
-    """Settings of rewards with an image and a text tower; plugins may inherit from it."""
+    """Base class of the configs of rewards with an image and a text tower. Plugins may inherit from this class."""
 
     embeds: ClassVar[bool] = True
 
     text: TextMode = "auto"
-    """how prompts are encoded. ``"auto"``: in one pass if the prompt fits the text tower's window, as published;
-    otherwise as the mean of the unit embeddings of as few windows of whole sentences as possible. ``"whole"``: one
-    window, truncated with a warning, as published scores do. ``"segments"``: as the mean of the unit embeddings of all
+    """how prompts are encoded. ``"auto"`` encodes the whole prompt if it fits the text tower's window, otherwise the
+    mean of the unit embeddings of as few windows of whole sentences as possible. ``"whole"`` encodes one window,
+    truncated with a warning, as for published scores. ``"segments"`` uses the mean of the unit embeddings of all
     segments.
     """
     segmenter: Part("segmenters") | None = None
-    """how prompts are split with ``text: segments``; null splits into sentences."""
+    """how prompts are split with ``text: segments``; null: into sentences."""
     aspect: Aspect = "crop"
     """how non-square images are resized: ``"crop"`` keeps the centre, ``"pad"`` adds black borders, ``"squash"``
     changes the aspect ratio.
     """
     crop: int | float | None = None
     """side of a random crop before the resize in training mode: an int in pixels (504 of 512 in the paper), or a float
-    as a fraction of each side; null for no crop.
+    as a fraction of each side; null: no crop.
     """
     micro_batch: int | None = Field(None, ge=1)
-    """number of images per pass of the image tower; null for all at once."""
+    """number of images per pass of the image tower; null: all at once."""
 
     @model_validator(mode="before")
     @classmethod

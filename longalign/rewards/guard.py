@@ -1,4 +1,4 @@
-"""Checks of a reward's scores, and the error for non-finite scores, which keeps the offending image and prompt."""
+"""Checks of a reward's scores, and the error for non-finite scores, which contains image and prompt."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class NonFiniteReward(RunError):
-    """A score is NaN or infinite; continuing would corrupt the weights at the next step.
+    """Raised if a score is NaN or infinite, because the next optimizer step would corrupt the weights.
 
     Attributes:
         reward: name of the reward.
@@ -65,7 +65,7 @@ class NonFiniteReward(RunError):
 
 
 def check_scores(total: Any, images: Tensor, prompts: Sequence[str], reward: str = "") -> None:
-    """Checks that ``total`` has one finite score for each image.
+    """Checks that ``total`` contains one finite score for each image.
 
     Args:
         total: ``(b,)`` scores.
@@ -75,7 +75,7 @@ def check_scores(total: Any, images: Tensor, prompts: Sequence[str], reward: str
 
     Raises:
         NonFiniteReward: if a score is NaN or infinite.
-        ValueError: if it is not a floating-point tensor, or its shape is wrong.
+        ValueError: if ``total`` is not a floating-point tensor, or has a wrong shape.
     """
     subject = f"the reward '{reward}' must return" if reward else "a reward must return"
     if not isinstance(total, Tensor):
@@ -93,17 +93,17 @@ def check_scores(total: Any, images: Tensor, prompts: Sequence[str], reward: str
 
 
 def guarded(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Scores:
-    """Computes the scores of a reward and checks them; plugins may violate the interface.
+    """Computes the scores of a reward and checks them, because plugins may violate the interface.
 
     Args:
         reward: the reward.
-        images: ``(b, 3, h, w)`` in [0, 1]; if they require gradient, so must the scores.
+        images: ``(b, 3, h, w)`` in [0, 1]. If the images require gradient, the scores must too.
         prompts: one for each image.
 
     Raises:
         NonFiniteReward: if a score is NaN or infinite.
-        ValueError: if there is not one floating-point score per image, if the scores have no gradient although the
-            images require it, or if the reward modified the images.
+        ValueError: if there is not one floating-point score per image, if the images require gradient but the scores
+            do not, or if the reward modified the images.
     """
     name = reward.label or type(reward).__name__
     before = None if images.is_inference() else images._version
@@ -113,7 +113,7 @@ def guarded(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Scores:
     check_scores(getattr(scores, "total", scores), images, prompts, name)
     if images.requires_grad and torch.is_grad_enabled() and not scores.total.requires_grad:
         raise ValueError(
-            f"the scores of the reward '{name}' have no gradient with respect to the images, which training needs; "
+            f"the scores of the reward '{name}' have no gradient with respect to the images, which training requires; "
             "compute them without detach, numpy or torch.no_grad"
         )
     return scores

@@ -15,7 +15,7 @@ from longalign.functional.images import CLIP_MEAN, CLIP_STD
 def find_optional_file(
     checkpoint: str, name: str, revision: str | None = None, subfolder: str | None = None
 ) -> Path | None:
-    """Local path of a file of a checkpoint, downloaded if needed; None if the checkpoint does not have it."""
+    """Returns the path of a file of a checkpoint, downloaded if needed; None if the checkpoint has no such file."""
     from transformers.utils.hub import cached_file
 
     path = cached_file(
@@ -41,9 +41,9 @@ def image_statistics(
     subfolder: str | None = None,
     default: tuple[tuple[float, ...], tuple[float, ...]] = (CLIP_MEAN, CLIP_STD),
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Image mean and standard deviation from a checkpoint's ``preprocessor_config.json`` or ``processor_config.json``.
+    """Returns a checkpoint's image mean and standard deviation, or ``default`` if not available.
 
-    Returns ``default`` if neither file has them.
+    Reads ``preprocessor_config.json`` or ``processor_config.json``.
     """
     for name in ("preprocessor_config.json", "processor_config.json"):
         path = find_optional_file(checkpoint, name, revision, subfolder)
@@ -60,11 +60,11 @@ def check_tokenizer(num_tokens: int, num_embeddings: int, processor: str, checkp
     """Raises ValueError if a tokenizer has more tokens than the checkpoint's text tower has embeddings."""
     if num_tokens > num_embeddings:
         raise ValueError(
-            f"the tokenizer of '{processor}' has {num_tokens} tokens, the text tower of '{checkpoint}' has "
+            f"the tokenizer of '{processor}' has {num_tokens} tokens, but the text tower of '{checkpoint}' has only "
             f"{num_embeddings} embeddings; set `processor` to a checkpoint with the tokenizer used in training"
         )
 
 
 def projected_features(output: Any) -> Tensor:
-    """The projected features in the output of ``get_*_features``: an object since transformers 5, a tensor before."""
+    """Returns the projected features from the output of ``get_*_features`` of transformers 4 (tensor) or 5 (object)."""
     return output if isinstance(output, Tensor) else output.pooler_output

@@ -26,7 +26,7 @@ NUM_POSITIONS_PER_PASS = 64 * 77
 
 
 class Towers(nn.Module):
-    """Interface of a dual-encoder model for `TowerReward`; one subclass for each model library."""
+    """Interface of a dual-encoder model for `TowerReward`, with one subclass for each model library."""
 
     #: width of the embeddings
     dim: int
@@ -34,32 +34,32 @@ class Towers(nn.Module):
     window: int
 
     def count_tokens(self, text: str) -> int:
-        """Number of tokens of a text, without special tokens."""
+        """Returns the number of tokens of a text, without special tokens."""
         raise NotImplementedError
 
     def num_positions(self, texts: Sequence[str]) -> list[int]:
-        """Number of positions of each text in a pass of the text tower.
+        """Returns the number of positions of each text in a pass of the text tower.
 
-        The cost of a pass depends on its longest text. Override it in towers that do not pad every text to the window.
+        Override this method if the text tower does not pad every text to the window.
         """
         return [self.window] * len(texts)
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
-        """Embeddings ``(b, d)``, not normalised, of preprocessed images ``(b, 3, h, w)``, with gradient."""
+        """Returns unnormalized embeddings ``(b, d)`` of preprocessed images ``(b, 3, h, w)``, with gradient."""
         raise NotImplementedError
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings ``(n, d)``, not normalised, of texts; longer texts are truncated (callers split beforehand)."""
+        """Returns unnormalized embeddings ``(n, d)`` of texts. Texts longer than the window are truncated."""
         raise NotImplementedError
 
     # Hooks used by the trainer `denscore`
 
     def train_only(self, which: str) -> None:
-        """Makes the temperature and some weights trainable, and freezes the others.
+        """Makes the temperature and the weights selected by ``which`` trainable, and freezes all other weights.
 
-        ``which`` is ``"all"``, ``"text"`` or ``"vision"`` (one tower with its projection), or ``"projections"``.
+        ``which`` is ``"all"``, ``"text"`` or ``"vision"`` for one tower with its projection, or ``"projections"``.
         """
-        raise ValueError(f"{type(self).__name__} cannot be trained; expected a reward from a transformers CLIPModel")
+        raise ValueError(f"{type(self).__name__} cannot be trained; use a reward with a transformers CLIPModel")
 
     @property
     def logit_scale(self) -> nn.Parameter:
@@ -67,11 +67,11 @@ class Towers(nn.Module):
         raise NotImplementedError
 
     def enable_gradient_checkpointing(self) -> None:
-        """Recomputes activations of both towers in the backward pass, to save memory."""
+        """Enables gradient checkpointing of both towers to save memory."""
         raise NotImplementedError
 
     def save(self, folder: Path, preprocessor: ImagePreprocessor) -> None:
-        """Writes the model and its image settings into a folder from which the reward can be loaded."""
+        """Saves the model and the image settings to a folder from which the reward can be loaded."""
         raise NotImplementedError
 
 
@@ -85,18 +85,17 @@ class ImageInput:
 
 
 class TowerReward(EmbeddingReward):
-    """The unscaled cosine similarity of an image and its prompt, with the prompt encoded whole or in segments.
+    """Unscaled cosine similarity of an image and its prompt, with the prompt encoded whole or in segments.
 
     Args:
-        towers: the model; frozen, and in eval mode as long as it is frozen.
+        towers: the model, which is frozen here and stays in eval mode while frozen.
         preprocessor: preprocesses images in [0, 1] for the image tower. Random crops are used in training mode only.
-        segmenter: splits prompts; the text embedding is then the mean of the unit embeddings of all segments, not
-            normalised again (Denscore, paper 3.2). Segments longer than the window are split further. None encodes a
-            prompt in one pass if it fits the window; for a longer one, it takes the mean over windows of whole
-            sentences in the same way.
-        truncate: without a segmenter, encodes only the first window of a longer prompt and warns once.
+        segmenter: splits prompts. The text embedding is the unnormalized mean of the unit embeddings of all segments
+            (Denscore, paper 3.2). Segments longer than the window are split further. With None, a prompt that fits the
+            window is encoded in one pass, and a longer prompt is split into windows of whole sentences.
+        truncate: whether to encode only the first window of a longer prompt and warn once, if ``segmenter`` is None.
         micro_batch: number of images per pass of the image tower; None for all. With gradient, each pass is recomputed
-            in the backward pass, which needs the memory of one pass only; the gradient is the same.
+            in the backward pass, so that only the activations of one pass are stored. The gradient is unchanged.
     """
 
     def __init__(
@@ -120,7 +119,7 @@ class TowerReward(EmbeddingReward):
 
     @classmethod
     def from_towers(cls, towers: Towers, image: ImageInput, config: TowerRewardConfig, runtime: Runtime) -> Self:
-        """Builds the reward from loaded towers, with the settings of a config, on the runtime's device in its dtype."""
+        """Builds the reward from loaded towers and a config, with the device and dtype of ``runtime``."""
         height, width = (image.size, image.size) if isinstance(image.size, int) else image.size
         return cls(
             towers.to(device=runtime.device, dtype=runtime.torch_dtype),
@@ -143,14 +142,14 @@ class TowerReward(EmbeddingReward):
         return any(p.requires_grad for p in self.towers.parameters())
 
     def image_features(self, images: Tensor, generator: Generator | None = None) -> Tensor:
-        """Unit embeddings ``(b, d)`` of images ``(b, 3, h, w)`` in [0, 1], on any device.
+        """Returns unit embeddings ``(b, d)`` of images ``(b, 3, h, w)`` in [0, 1], on any device.
 
         Args:
             images: images of any resolution.
-            generator: CPU generator for the positions of random crops; torch's global one if None.
+            generator: CPU generator for the positions of random crops. None uses torch's global generator.
 
         Raises:
-            ValueError: for images that `ImageCheck` rejects.
+            ValueError: if `ImageCheck` rejects the images.
         """
         self._check_images(images)
         device = next(self.towers.parameters()).device
@@ -170,7 +169,7 @@ class TowerReward(EmbeddingReward):
         return features
 
     def segments(self, prompt: str) -> list[str]:
-        """Texts encoded for one prompt, in order; one empty text for an empty prompt."""
+        """Returns the texts encoded for one prompt, in order. For an empty prompt, this is one empty text."""
         return self._segments(prompt, self.segmenter)
 
     def _segments(self, prompt: str, segmenter: Segmenter | None) -> list[str]:
@@ -187,7 +186,7 @@ class TowerReward(EmbeddingReward):
         return torch.stack([reduce(rows, "segments d -> d", "mean") for rows in prompts_segments])
 
     def segment_features(self, prompts: Sequence[str]) -> tuple[Tensor, list[list[str]]]:
-        """Unit embeddings ``(n, d)`` of the segments of all prompts, in order, and the segments of each prompt.
+        """Returns unit embeddings ``(n, d)`` of the segments of all prompts, in order, and the segments of each prompt.
 
         The embeddings have gradient if the towers are trainable.
         """
@@ -205,11 +204,12 @@ class TowerReward(EmbeddingReward):
         Args:
             images: ``(b, 3, h, w)`` in [0, 1].
             prompts: one for each image.
-            segmenter: splits prompts; None uses the reward's segmenter, or sentences if it has none.
+            segmenter: splits prompts. None uses the reward's segmenter, or the ``sentence`` segmenter if the reward has
+                none.
 
         Returns:
-            For each prompt, its segments in order: text and cosine similarity with the image. With the reward's own
-            segmenter, their mean is the reward's score.
+            For each prompt, the text of each segment and its cosine similarity with the image. With the reward's
+            segmenter, the mean over the segments is the reward's score.
         """
         check_pairs(images, prompts)
         checked: list[Any] = check_prompts(prompts, lists=False)
@@ -225,7 +225,7 @@ class TowerReward(EmbeddingReward):
         return embeddings[[index[text] for texts in segments for text in texts]], segments
 
     def save(self, folder: Path) -> None:
-        """Writes the model into a folder, created if needed, from which the reward can be loaded."""
+        """Saves the model to a folder, created if needed, from which the reward can be loaded."""
         self.towers.save(folder, self.preprocessor)
 
     def _unit_embeddings(self, texts: list[str]) -> Tensor:
@@ -244,8 +244,8 @@ class TowerReward(EmbeddingReward):
             if count > window:
                 self._warned = True
                 warnings.warn(
-                    f"a prompt has {count} tokens, the reward's text tower takes {window}: the rest is not scored; "
-                    "set `text: auto` or `text: segments` to score all of it (this warning is given once)",
+                    f"a prompt has {count} tokens, but the reward's text tower has a window of {window}: the rest is "
+                    "not scored. Set `text: auto` or `text: segments` to score the whole prompt (only warned once)",
                     stacklevel=5,
                 )
                 return

@@ -1,4 +1,4 @@
-"""Splits text that exceeds a token window into pieces that fit, without losing text."""
+"""Splits text that exceeds a token window into pieces that fit. No text is lost."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _character_ends(text: str, start: int) -> Iterator[int]:
 def _fits(text: str, start: int, stop: int, limit: int, count: TokenCounter) -> bool:
     """Whether ``text[start:stop]`` has at most ``limit`` tokens.
 
-    Of a text that is far too long only the beginning is tokenized.
+    If the text is much too long, only its beginning is tokenized.
     """
     size = 16 * limit + 256
     while size < stop - start:
@@ -49,7 +49,7 @@ def _fits(text: str, start: int, stop: int, limit: int, count: TokenCounter) -> 
 def _longest(text: str, start: int, ends: Iterable[int], limit: int, count: TokenCounter) -> int:
     """Returns the last of the ascending ``ends`` such that ``text[start:end]`` has at most ``limit`` tokens, or 0.
 
-    Consumes at most about twice as many of the ends as fit.
+    Reads at most about twice as many ends as fit.
     """
     remaining, known = iter(ends), []
 
@@ -75,12 +75,13 @@ def _longest(text: str, start: int, ends: Iterable[int], limit: int, count: Toke
 def pieces(text: str, limit: int, count: TokenCounter, *, clauses: bool = True) -> list[str]:
     """Splits one text into stripped pieces of at most ``limit`` tokens, each as long as possible.
 
-    Pieces end after a clause (if ``clauses``), else after a word. A single word of more than ``limit`` tokens is split
-    between characters. A character is separated from its combining marks only if they exceed ``limit``. Time is not
-    quadratic in the length of the text, and no text much longer than a piece is tokenized.
+    Pieces end after a clause if ``clauses`` is True, otherwise after a word. A single word of more than ``limit``
+    tokens is split between characters. A character is separated from its combining marks only if together they exceed
+    ``limit``. Each call of ``count`` receives at most about the length of a piece, so the time is not quadratic in the
+    length of the text.
 
     Raises:
-        ValueError: if ``limit`` is below 1, or a single code point has more tokens.
+        ValueError: if ``limit`` is below 1, or a single code point has more than ``limit`` tokens.
     """
     if limit < 1:
         raise ValueError(f"expected a window of at least 1 token, got {limit}")
@@ -106,7 +107,7 @@ def pieces(text: str, limit: int, count: TokenCounter, *, clauses: bool = True) 
 
 
 def split_to_window(segments: Sequence[str], limit: int, count: TokenCounter) -> list[str]:
-    """Splits segments of more than ``limit`` tokens; the others are returned unchanged.
+    """Splits segments of more than ``limit`` tokens. Shorter segments are returned unchanged.
 
     Args:
         segments: texts in order.
@@ -114,7 +115,7 @@ def split_to_window(segments: Sequence[str], limit: int, count: TokenCounter) ->
         count: the encoder's token counter.
 
     Returns:
-        Segments of at most ``limit`` tokens, split after clauses where possible, else between words.
+        Segments of at most ``limit`` tokens, split after clauses where possible, otherwise between words.
     """
     out: list[str] = []
     for segment in segments:

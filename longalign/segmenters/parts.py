@@ -16,7 +16,7 @@ from longalign.segmenters.sentence import sentences
 
 
 class Segmenter(Protocol):
-    """Splits a prompt into segments, in order. A function with this signature can be registered as a segmenter."""
+    """Splits a prompt into segments, in order. Functions with this signature can be registered as segmenters."""
 
     def __call__(self, prompt: Prompt, count: TokenCounter, /) -> list[str]: ...
 
@@ -26,7 +26,7 @@ def _text(prompt: Prompt, name: str) -> str:
         return prompt
     raise ValueError(
         f"the segmenter '{name}' expects a text, got a {type(prompt).__name__}; "
-        "for lists of segments use the segmenter 'manual'"
+        "pass a text, or use the segmenter 'manual' for lists of segments"
     )
 
 
@@ -36,7 +36,7 @@ class SegmenterConfig(PartConfig):
 
 @dataclass(frozen=True)
 class Sentence:
-    """One segment per sentence; see `sentences`."""
+    """Splits a prompt into sentences; see `sentences`."""
 
     @classmethod
     def from_config(cls, config: SentenceConfig, runtime: Runtime) -> Sentence:
@@ -47,7 +47,7 @@ class Sentence:
 
 
 class SentenceConfig(SegmenterConfig):
-    """Splits into sentences."""
+    """Splits prompts into sentences."""
 
     target: ClassVar[str] = "longalign.segmenters.parts:Sentence"
 
@@ -59,11 +59,11 @@ _PUBLISHED = re.compile(r'"!|\.|\?|;"')
 
 @dataclass(frozen=True)
 class LongAlign:
-    """The splitter of the published LongAlign models, bugs included. Use it to reproduce published numbers.
+    """Splits a prompt exactly as the published LongAlign models do, to reproduce published numbers.
 
-    It splits at every ``.`` and ``?``, at ``!`` only after a double quote and at ``;`` only before one. Delimiters are
-    dropped and ``.`` is appended to each non-empty piece: ``'One. Two. '`` gives ``['One.', ' Two.', ' .']``.
-    Decimals are split too.
+    A text is split at every ``.`` and ``?``, at ``!`` only after a double quote and at ``;`` only before a double quote.
+    Delimiters are dropped and ``.`` is appended to each non-empty piece, e.g. ``'One. Two. '`` becomes
+    ``['One.', ' Two.', ' .']``. Decimal numbers are split too.
     """
 
     @classmethod
@@ -75,7 +75,7 @@ class LongAlign:
 
 
 class LongAlignConfig(SegmenterConfig):
-    """Splits as the published LongAlign models do."""
+    """Splits prompts exactly as the published LongAlign models do."""
 
     target: ClassVar[str] = "longalign.segmenters.parts:LongAlign"
 
@@ -84,7 +84,10 @@ class LongAlignConfig(SegmenterConfig):
 
 @dataclass(frozen=True)
 class Tokens:
-    """Windows of ``n`` tokens, ignoring sentences: as many whole words as fit; a longer word is split."""
+    """Splits a prompt into windows of as many whole words as fit ``n`` tokens, ignoring sentences.
+
+    A word of more than ``n`` tokens is split.
+    """
 
     n: int
 
@@ -97,20 +100,20 @@ class Tokens:
 
 
 class TokensConfig(SegmenterConfig):
-    """Splits into windows of tokens."""
+    """Splits prompts into windows of at most ``n`` tokens, ignoring sentences."""
 
     target: ClassVar[str] = "longalign.segmenters.parts:Tokens"
 
     name: Literal["tokens"] = "tokens"
     n: int = Field(default=75, ge=1)
-    """maximum number of tokens per window, without special tokens; 75 fill CLIP's window."""
+    """maximum number of tokens per window, without special tokens; 75 tokens fill CLIP's window."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Whole sentences packed, in order, into segments of at most ``n`` tokens.
+    """Packs whole sentences, in order, into segments of at most ``n`` tokens.
 
-    A longer sentence is not split; it becomes one segment.
+    A sentence of more than ``n`` tokens is not split and becomes one segment.
     """
 
     n: int
@@ -131,20 +134,20 @@ class Packed:
 
 
 class PackedConfig(SegmenterConfig):
-    """Splits into groups of whole sentences."""
+    """Splits prompts into groups of whole sentences."""
 
     target: ClassVar[str] = "longalign.segmenters.parts:Packed"
 
     name: Literal["packed"] = "packed"
     n: int = Field(default=75, ge=1)
-    """maximum number of tokens per segment, without special tokens; 75 fill CLIP's window."""
+    """maximum number of tokens per segment, without special tokens; 75 tokens fill CLIP's window."""
 
 
 @dataclass(frozen=True)
 class Manual:
-    """Segments given by the user: a list of texts, or one text with a marker between segments.
+    """Returns segments given by the user: a list of texts, or one text with a marker between segments.
 
-    Encoders of the whole text join a list with spaces, but encode the marker as a word. Use lists with them.
+    Encoders of the whole text join a list with spaces, but encode the marker as a word. Use lists with such encoders.
     """
 
     marker: str
@@ -163,7 +166,7 @@ class Manual:
 
 
 class ManualConfig(SegmenterConfig):
-    """Takes segments from the user."""
+    """Uses segments given by the user: a list of texts, or a text with ``marker`` between segments."""
 
     target: ClassVar[str] = "longalign.segmenters.parts:Manual"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 Prompt = str | Sequence[str]
-"""A text, or a list of texts: the segments, as taken by the segmenter ``manual``."""
+"""A text, or a list of texts, which are the segments for the segmenter ``manual``."""
 
 
 def check_prompts(prompts: Sequence[Prompt], lists: bool = True) -> list[Prompt]:
@@ -16,16 +16,16 @@ def check_prompts(prompts: Sequence[Prompt], lists: bool = True) -> list[Prompt]
         lists: whether a prompt may be a list of texts.
 
     Raises:
-        ValueError: if ``prompts`` is a single text, no sequence or empty, if a prompt has a wrong type, or if
-            `check_text` rejects it. The message names the index of the prompt.
+        ValueError: if ``prompts`` is a single text, empty or not a sequence, or if a prompt has a wrong type or is
+            rejected by `check_text`. The message contains the index of the prompt.
     """
     if isinstance(prompts, str):
         raise ValueError(f"expected a sequence of prompts, got one text {prompts[:40]!r}; write [prompt]")
     if not isinstance(prompts, Sequence) or isinstance(prompts, (bytes, bytearray)):
-        raise ValueError(f"expected a sequence of prompts, got {_shown(prompts)}")
+        raise ValueError(f"expected a sequence of prompts, got {_shown(prompts)}; pass a list")
     checked = list(prompts)
     if not checked:
-        raise ValueError("expected at least one prompt, got none")
+        raise ValueError("expected at least one prompt, got none; pass at least one")
     for i, prompt in enumerate(checked):
         parts = [prompt] if isinstance(prompt, str) else prompt if lists and isinstance(prompt, (list, tuple)) else None
         if parts is None or not all(isinstance(part, str) for part in parts):
@@ -37,19 +37,19 @@ def check_prompts(prompts: Sequence[Prompt], lists: bool = True) -> list[Prompt]
 
 
 def check_text(text: str, where: str) -> str:
-    """Returns the text if it can be encoded as UTF-8, as tokenizers require.
+    """Returns the text after checking that it can be encoded as UTF-8, as tokenizers require.
 
-    A lone surrogate comes from a byte that is not UTF-8, or from a broken escape in a file.
+    Lone surrogates are caused by bytes that are not UTF-8, or by broken escapes in a file.
 
     Raises:
-        ValueError: if it contains a lone surrogate; the message starts with ``where``.
+        ValueError: if the text contains a lone surrogate; the message starts with ``where``.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{where} is not valid text: character {error.start} of {_shown(text)}, {text[error.start]!r}, is a "
-            "lone surrogate or a byte that is not UTF-8; write the text as UTF-8"
+            f"{where} cannot be encoded as UTF-8: invalid character {text[error.start]!r} (a lone surrogate) at "
+            f"position {error.start} of {_shown(text)}; save the text as UTF-8"
         ) from None
     return text
 

@@ -18,11 +18,11 @@ def split(segmenter: Segmenter, prompt: Prompt, count: TokenCounter, window: int
         segmenter: splits the prompt.
         prompt: a prompt that `check_prompts` accepted.
         count: the encoder's token counter.
-        window: maximum number of tokens per segment; longer segments are split further. None keeps them.
+        window: maximum number of tokens per segment; longer segments are split further. None keeps all segments.
 
     Raises:
         ValueError: if the segmenter does not return a list of texts, or returns no text for a non-empty prompt. The
-            message names the segmenter.
+            message contains the segmenter's name.
     """
     segments = segmenter(prompt, count)
     name = f"the segmenter '{_name(segmenter)}'"
@@ -40,8 +40,8 @@ def split(segmenter: Segmenter, prompt: Prompt, count: TokenCounter, window: int
 def windows(text: str, window: int, count: TokenCounter) -> list[str]:
     """Splits a text into windows of at most ``window`` tokens, each packed with whole sentences in order.
 
-    A text that fits is returned unchanged. A sentence of more than ``window`` tokens is split after a clause where
-    possible. Only whitespace is lost.
+    A text of at most ``window`` tokens is returned unchanged. A longer sentence is split after a clause where possible.
+    Only whitespace is lost.
     """
     return [text] if count(text) <= window else split_to_window(Packed(window)(text, count), window, count)
 

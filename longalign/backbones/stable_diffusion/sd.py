@@ -36,14 +36,15 @@ class SDBackbone(LatentBackbone):
     def _check(unet: Any, vae: Any) -> None:
         if unet.config.addition_embed_type or unet.config.class_embed_type:
             raise ValueError(
-                f"this UNet takes more than a text conditioning (addition_embed_type="
-                f"{unet.config.addition_embed_type}, class_embed_type={unet.config.class_embed_type}); 'sd' expects a "
-                "UNet of Stable Diffusion 1.x or 2.x"
+                "'sd' expects a UNet of Stable Diffusion 1.x or 2.x, conditioned on text only, got addition_embed_type="
+                f"{unet.config.addition_embed_type}, class_embed_type={unet.config.class_embed_type}; use 'sdxl' for "
+                "Stable Diffusion XL, or another checkpoint"
             )
         if unet.config.in_channels != vae.config.latent_channels:
             raise ValueError(
-                f"the UNet takes {unet.config.in_channels} channels and the VAE has {vae.config.latent_channels}; "
-                "'sd' expects a text-to-image model, not one for inpainting or upscaling"
+                f"the UNet has {unet.config.in_channels} input channels, but the VAE has "
+                f"{vae.config.latent_channels} latent channels; use a text-to-image model, not one for inpainting or "
+                "upscaling"
             )
 
     @classmethod
@@ -68,21 +69,22 @@ class SDBackbone(LatentBackbone):
         return output.to(latents.dtype)
 
     def extra_model_kwargs(self, conditioning: Conditioning, latents: Tensor) -> dict[str, Any]:
-        """Keyword arguments of the UNet beyond the text states: none for Stable Diffusion 1.x and 2.x."""
+        """Returns additional keyword arguments of the UNet: none for Stable Diffusion 1.x and 2.x."""
         return {}
 
     def check_width(self, conditioning: Conditioning) -> None:
-        """Raises ValueError if the width of the states differs from that of the UNet's cross-attention."""
+        """Raises ValueError if the states' width does not match the UNet's cross-attention."""
         expected = self.denoiser.config.cross_attention_dim
         if conditioning.states.shape[-1] != expected:
             raise ValueError(
-                f"the UNet's cross-attention takes states of width {expected}, the encoder gives "
-                f"width {conditioning.states.shape[-1]}; use the model's own encoder, or an adapter of width {expected}"
+                f"the UNet's cross-attention expects states of width {expected}, got width "
+                f"{conditioning.states.shape[-1]} from the encoder; use the model's encoder, or an adapter of width "
+                f"{expected}"
             )
 
 
 def scheduler_constants(config: dict[str, Any]) -> tuple[Tensor, str]:
-    """``alphas_cumprod`` ``(T,)`` and the prediction type, from a diffusers scheduler config.
+    """Returns ``alphas_cumprod`` ``(T,)`` and the prediction type from a diffusers scheduler config.
 
     Raises:
         ValueError: if the scheduler is unknown, has no ``alphas_cumprod``, or clips its predictions.
@@ -90,18 +92,18 @@ def scheduler_constants(config: dict[str, Any]) -> tuple[Tensor, str]:
     name = config.get("_class_name", "DDIMScheduler")
     scheduler_class: Any = getattr(diffusers, name, None)
     if scheduler_class is None:
-        raise ValueError(f"diffusers has no scheduler '{name}'; see _class_name in scheduler_config.json")
+        raise ValueError(f"diffusers has no scheduler '{name}'; correct _class_name in scheduler_config.json")
     scheduler = scheduler_class.from_config(config)
     check_linear_sampling({**config, **scheduler.config})
     if not hasattr(scheduler, "alphas_cumprod"):
         raise ValueError(
-            f"'sd' expects a scheduler with alphas_cumprod, and {name} has none; for Stable Diffusion 3 use 'sd3'"
+            f"'sd' expects a scheduler with alphas_cumprod, but {name} has none; for Stable Diffusion 3 use 'sd3'"
         )
     return scheduler.alphas_cumprod, scheduler.config.get("prediction_type", "epsilon")
 
 
 def empty_unet(checkpoint: str, settings: dict[str, Any] | None = None, revision: str | None = None) -> Any:
-    """A checkpoint's UNet on the meta device: its layers and shapes without weights.
+    """Builds a checkpoint's UNet on the meta device: layers and shapes without weights.
 
     Args:
         checkpoint: Hub id or local folder; only ``unet/config.json`` is read.

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5 (arXiv 2403.03206): a transformer over text and image that predicts a flow."""
+"""Stable Diffusion 3 and 3.5 (arXiv 2403.03206): a transformer over text and image, trained with flow matching."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from longalign.runtime import Runtime
 class SD3Backbone(LatentBackbone):
     """SD3's transformer and VAE.
 
-    At timestep t of T, latents are ``(1 - s) x_0 + s n`` with ``s = shift u / (1 + (shift - 1) u)`` and
-    ``u = (t + 1) / T`` (section 5.3.2 of the paper, eq. 23). The network is conditioned on ``T s``, and takes no
-    attention mask.
+    At timestep t of T, noisy latents are ``(1 - s) x_0 + s n`` with clean latents ``x_0`` and noise ``n``. Here
+    ``s = shift u / (1 + (shift - 1) u)`` and ``u = (t + 1) / T`` (section 5.3.2 of the paper, eq. 23). The
+    network is conditioned on ``T s`` and has no attention mask.
 
     Args:
         transformer: the denoiser.
         vae: the autoencoder; frozen by this class.
-        noise_levels: levels of the flow; see `flow_levels`.
+        noise_levels: scales of signal and noise; see `flow_levels`.
 
     Raises:
         ValueError: if transformer and VAE have different numbers of channels.
@@ -36,8 +36,8 @@ class SD3Backbone(LatentBackbone):
         config, channels = transformer.config, vae.config.latent_channels
         if not config.in_channels == transformer.out_channels == channels:
             raise ValueError(
-                f"the transformer takes {config.in_channels} channels and outputs {transformer.out_channels}, the VAE "
-                f"has {channels}; 'sd3' expects a text-to-image model in the layout of Stable Diffusion 3"
+                f"the transformer has {config.in_channels} input and {transformer.out_channels} output channels, but "
+                f"the VAE has {channels}; use a text-to-image model in the layout of Stable Diffusion 3"
             )
         super().__init__(transformer, vae, "flow", noise_levels)
 
@@ -66,27 +66,27 @@ class SD3Backbone(LatentBackbone):
         return output.to(latents.dtype)
 
     def check_conditioning(self, conditioning: Conditioning) -> None:
-        """Raises ValueError for a conditioning of the wrong width or with masked positions."""
+        """Raises ValueError if the conditioning has the wrong width or masked positions."""
         config, pooled = self.denoiser.config, conditioning.pooled
         widths = (conditioning.states.shape[-1], None if pooled is None else pooled.shape[-1])
         expected = (config.joint_attention_dim, config.pooled_projection_dim)
         if widths != expected:
             raise ValueError(
-                f"SD3's transformer takes states of width {expected[0]} and a pooled embedding of width {expected[1]}, "
-                f"the encoder gives {widths[0]} and {widths[1]}; choose the encoder 'clip-segment-sd3'"
+                f"SD3's transformer expects states of width {expected[0]} and a pooled embedding of width "
+                f"{expected[1]}, got {widths[0]} and {widths[1]} from the encoder; use the encoder 'clip-segment-sd3'"
             )
         if conditioning.mask is not None and not bool(conditioning.mask.all()):
             raise ValueError(
-                "SD3's transformer takes no attention mask, so the padding of shorter prompts would be attended to; "
-                "set the encoder's pad to <pad*>, and use T5 without a mask"
+                "SD3's transformer has no attention mask, but the encoder masks the padding of shorter prompts; set "
+                "the encoder's pad to 'pad*', and use T5 without a mask"
             )
 
 
 def flow_levels(scheduler: dict[str, Any]) -> NoiseLevels:
-    """Noise levels of a flow from the config of diffusers' ``FlowMatchEulerDiscreteScheduler`` with a constant shift.
+    """Returns the noise levels of diffusers' ``FlowMatchEulerDiscreteScheduler`` with a constant shift.
 
     Raises:
-        ValueError: if the scheduler is not a flow-matching scheduler, or its levels depend on the image's size.
+        ValueError: if the scheduler is not a flow-matching scheduler, or its levels depend on the image size.
     """
     name = scheduler.get("_class_name", "")
     if not name.startswith("FlowMatch"):
@@ -97,8 +97,8 @@ def flow_levels(scheduler: dict[str, Any]) -> NoiseLevels:
     for key in ("use_dynamic_shifting", "shift_terminal", "invert_sigmas"):
         if scheduler.get(key):
             raise ValueError(
-                f"the scheduler sets {key}={scheduler[key]}; 'sd3' expects a constant shift, as in Stable Diffusion 3 "
-                "and 3.5. Set 'shift' in scheduler_config.json instead"
+                "'sd3' expects a scheduler with a constant shift, as in Stable Diffusion 3 and 3.5, got "
+                f"{key}={scheduler[key]}; set 'shift' in scheduler_config.json instead"
             )
     num_timesteps, shift = int(scheduler.get("num_train_timesteps", 1000)), float(scheduler.get("shift", 1.0))
     return NoiseLevels.from_flow(num_timesteps, shift)

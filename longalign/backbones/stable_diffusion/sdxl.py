@@ -17,29 +17,30 @@ from longalign.runtime import Runtime
 class SDXLBackbone(SDBackbone):
     """SDXL's UNet and VAE.
 
-    Besides the text, the UNet is conditioned on six numbers (section 2.2 of the paper): an image's original height and
-    width, the top and left of its crop, and its current height and width. Here the original size equals the current
-    size and the crop starts at 0, 0, which is the default of diffusers' pipeline.
+    Besides the text, the UNet is conditioned on six numbers (section 2.2 of the paper): the original height and width
+    of an image, the top and left of the crop, and the current height and width. As by default in diffusers' pipeline,
+    the original size equals the current size and the crop starts at 0, 0.
     """
 
     @staticmethod
     def _check(unet: Any, vae: Any) -> None:
         if unet.config.addition_embed_type != "text_time" or unet.config.class_embed_type:
             raise ValueError(
-                f"this UNet takes addition_embed_type={unet.config.addition_embed_type}; 'sdxl' expects 'text_time', "
-                "the layout of Stable Diffusion XL. Did you mean the backbone 'sd'?"
+                "'sdxl' expects a UNet with addition_embed_type 'text_time', as in Stable Diffusion XL, got "
+                f"{unet.config.addition_embed_type}; for Stable Diffusion 1.x and 2.x use the backbone 'sd'"
             )
         if unet.config.in_channels != vae.config.latent_channels:
             raise ValueError(
-                f"the UNet takes {unet.config.in_channels} channels and the VAE has {vae.config.latent_channels}; "
-                "'sdxl' expects a text-to-image model, not one for inpainting or upscaling"
+                f"the UNet has {unet.config.in_channels} input channels, but the VAE has "
+                f"{vae.config.latent_channels} latent channels; use a text-to-image model, not one for inpainting or "
+                "upscaling"
             )
         if getattr(vae.config, "latents_mean", None) is not None:
-            raise ValueError("this VAE normalises latents per channel, which 'sdxl' does not support; use SDXL's VAE")
+            raise ValueError("'sdxl' does not support a VAE that normalizes latents per channel; use SDXL's VAE")
 
     @classmethod
     def from_config(cls, config: StableDiffusionConfig, runtime: Runtime) -> SDXLBackbone:
-        """As for ``sd``; a VAE with ``force_upcast`` runs in float32 instead of float16, in which it overflows."""
+        """Loads the same parts as ``sd``. A VAE with ``force_upcast`` overflows in float16 and is loaded in float32."""
         backbone: Any = super().from_config(config, runtime)
         if backbone.vae.dtype == torch.float16 and backbone.vae.config.force_upcast:
             backbone.vae.float()
@@ -47,17 +48,17 @@ class SDXLBackbone(SDBackbone):
 
     @property
     def pooled_width(self) -> int:
-        """Width of the UNet's pooled embedding, i.e. without the embeddings of the six sizes."""
+        """Width of the pooled embedding that the UNet expects, without the embeddings of the six sizes."""
         config = self.denoiser.config
         return config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
 
     def extra_model_kwargs(self, conditioning: Conditioning, latents: Tensor) -> dict[str, Any]:
-        """The pooled embedding, and the time ids of an uncropped image at its true size."""
+        """Returns the pooled embedding, and the time ids of an uncropped image at its true size."""
         if conditioning.pooled is None or conditioning.pooled.shape[-1] != self.pooled_width:
             got = "none" if conditioning.pooled is None else f"one of width {conditioning.pooled.shape[-1]}"
             raise ValueError(
-                f"SDXL's UNet takes a pooled embedding of width {self.pooled_width} and the encoder gives {got}; "
-                "choose the encoder 'clip-segment-sdxl'"
+                f"SDXL's UNet expects a pooled embedding of width {self.pooled_width}, got {got} from the encoder; "
+                "use the encoder 'clip-segment-sdxl'"
             )
         height, width = (self.vae_scale_factor * side for side in latents.shape[-2:])
         sizes = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=latents.device)

@@ -1,4 +1,4 @@
-"""Configs of the encoders with CLIP text models; no torch here."""
+"""Configs of the encoders with CLIP text models. Does not import torch."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from longalign.segmenters import SentenceConfig
 
 
 class SingleFileConfig(CheckpointConfig):
-    """Shared by encoders that can also read a CLIP from a single-file checkpoint."""
+    """Base class of the configs of encoders that can also load CLIP from a single-file checkpoint."""
 
     #: keys that select files of a folder or repository
     selection_keys: ClassVar[tuple[str, ...]] = ("revision", "variant")
 
     layout: str | None = None
-    """for a single ``.safetensors`` checkpoint with the weight names of the original code: Hub id or folder in
-    diffusers layout of a model of the same architecture. Its text-model configs and tokenizers are used; null takes
-    those of Stable Diffusion 1.5, 2.1 or XL from the Hub.
+    """Hub id or folder in diffusers layout of a model with the architecture of a single ``.safetensors`` checkpoint.
+    The text-model configs and tokenizers of that model are used. null: those of Stable Diffusion 1.5, 2.1 or XL from
+    the Hub.
     """
 
     @model_validator(mode="after")
@@ -33,28 +33,28 @@ class SingleFileConfig(CheckpointConfig):
 
 
 class SegmentConfig(CheckpointConfig):
-    """Shared by encoders that encode the segments of a prompt separately and merge their states."""
+    """Base class of the configs of encoders that encode the segments of a prompt separately and merge the states."""
 
     segmenter: Part("segmenters") = SentenceConfig()  # type: ignore[valid-type]
     """how prompts are split."""
     sot: Literal["all", "first", "none"] = "all"
-    """which segments keep their ``<sot>``."""
+    """which segments keep their ``<sot>`` state."""
     eot: Literal["none", "all", "last"] = "none"
-    """which segments keep their ``<eot>``."""
+    """which segments keep their ``<eot>`` state."""
     pad: Literal["pad*", "pad", "none"] = "pad*"
-    """how states are padded to ``max_tokens``: the mean padding state ``<pad*>`` ("pad*"), the empty prompt's states
-    ("pad"), or not at all, with a mask ("none").
+    """how states are padded to ``max_tokens``: ``"pad*"`` with the mean padding state ``<pad*>``, ``"pad"`` with the
+    states of the empty prompt. ``"none"`` pads only to the longest prompt of the batch and masks the padding.
     """
     max_tokens: int = Field(default=240, ge=1)
-    """number of merged states; shorter prompts are padded to it."""
+    """number of merged states, to which shorter prompts are padded."""
     overflow: Literal["grow", "truncate", "error"] = "grow"
-    """for a longer prompt, "grow" the batch to its length, "truncate" it with a warning, as in the published models, or
-    raise an "error".
+    """what to do with prompts of more than ``max_tokens`` states: ``"grow"`` pads the batch to the longest prompt,
+    ``"truncate"`` truncates with a warning, as in the published models, ``"error"`` raises.
     """
 
 
 class ClipSegmentConfig(SegmentConfig, LoadedConfig, SingleFileConfig):
-    """Segment-level encoding with CLIP."""
+    """Encodes each segment of a prompt separately with CLIP and merges the states."""
 
     target: ClassVar[str] = "longalign.encoders.clip.segment:ClipSegmentEncoder"
 
@@ -63,15 +63,15 @@ class ClipSegmentConfig(SegmentConfig, LoadedConfig, SingleFileConfig):
 
 
 class TwoClipsConfig(SegmentConfig):
-    """Shared by segment encoders with two CLIPs."""
+    """Base class of the configs of segment encoders with two CLIPs."""
 
     has_pooled: ClassVar[bool | None] = True
 
     subfolder: str | None = None
-    """subfolder of the checkpoint that contains these folders; null for the top level."""
+    """subfolder of the checkpoint that contains these folders; null: the root folder."""
     pooled: Literal["mean", "first", "truncate"] = "mean"
-    """the pooled embedding: the "mean" over the segments, the "first" segment's, or "truncate": that of the prompt
-    truncated to 77 tokens. They are equal for a prompt of one segment.
+    """which pooled embedding is used: ``"mean"`` of the segments, ``"first"`` segment only, or ``"truncate"`` for the
+    prompt truncated to 77 tokens. All three are equal for a prompt of one segment.
     """
     checkpoint: str = Field(min_length=1)
     """Hub id or local folder in diffusers layout: ``text_encoder/``, ``text_encoder_2/``, tokenizers."""
@@ -80,7 +80,7 @@ class TwoClipsConfig(SegmentConfig):
         return [join_subfolder(self.subfolder, "text_encoder/config.json")]
 
     def _from_both_configs(self, key: str) -> tuple[int | None, int | None]:
-        """Returns a key of the configs of both CLIPs."""
+        """Returns the value of ``key`` in the configs of both CLIPs; None if unknown."""
         first, second = (
             self._width_of(key, folder=join_subfolder(self.subfolder, f"text_encoder{n}")) for n in ("", "_2")
         )
@@ -88,7 +88,7 @@ class TwoClipsConfig(SegmentConfig):
 
 
 class ClipSegmentSDXLConfig(TwoClipsConfig, SingleFileConfig):
-    """Segment-level encoding with the two CLIPs of Stable Diffusion XL."""
+    """Encodes each segment of a prompt separately with the two CLIPs of Stable Diffusion XL and merges the states."""
 
     target: ClassVar[str] = "longalign.encoders.clip.sdxl:ClipSegmentSDXLEncoder"
 
@@ -97,7 +97,7 @@ class ClipSegmentSDXLConfig(TwoClipsConfig, SingleFileConfig):
     name: Literal["clip-segment-sdxl"] = "clip-segment-sdxl"
     checkpoint: str = Field(default="stabilityai/stable-diffusion-xl-base-1.0", min_length=1)
     empty: Literal["zeros", "encode"] = "zeros"
-    """the empty prompt is encoded as "zeros", as in the SDXL pipeline, or "encode": like any other."""
+    """how the empty prompt is encoded: as ``"zeros"``, as in the SDXL pipeline, or ``"encode"`` like other prompts."""
 
     def widths(self) -> tuple[int | None, int | None]:
         first, second = self._from_both_configs("hidden_size")
@@ -105,20 +105,22 @@ class ClipSegmentSDXLConfig(TwoClipsConfig, SingleFileConfig):
 
 
 class ClipSegmentSD3Config(TwoClipsConfig):
-    """Segment-level encoding with the two CLIPs of Stable Diffusion 3, followed by T5 over the whole prompt."""
+    """Encodes each segment of a prompt with the two CLIPs of Stable Diffusion 3, and the whole prompt with T5."""
 
     target: ClassVar[str] = "longalign.encoders.clip.sd3:ClipSegmentSD3Encoder"
 
     name: Literal["clip-segment-sd3"] = "clip-segment-sd3"
     checkpoint: str = Field(default="stabilityai/stable-diffusion-3-medium-diffusers", min_length=1)
     t5: Literal["encode", "zeros", "none"] = "encode"
-    """"encode" with ``text_encoder_3``; "zeros": zero states instead, as in the diffusers pipeline without T5; or
-    "none": no T5 states, so that `concat` can append a T5 with different settings.
+    """source of the T5 states: ``"encode"`` uses ``text_encoder_3``; ``"zeros"`` uses zero states, as the diffusers
+    pipeline does without T5. ``"none"`` adds no T5 states, so that `concat` can append a T5 with other settings.
     """
     t5_tokens: int = Field(default=256, ge=1)
-    """number of T5 states, to which shorter prompts are padded, or of zero states. ``overflow`` also applies to T5."""
+    """number of T5 states, to which shorter prompts are padded, or number of zero states. ``overflow`` also applies to
+    T5.
+    """
     width: int = Field(default=4096, ge=1)
-    """width of the states that the transformer expects; CLIP's states are zero-padded to it."""
+    """width of the states that the transformer expects; CLIP's states are zero-padded to this width."""
 
     def widths(self) -> tuple[int | None, int | None]:
         first, second = self._from_both_configs("projection_dim")
@@ -126,35 +128,39 @@ class ClipSegmentSD3Config(TwoClipsConfig):
 
 
 class ClipTruncateConfig(LoadedConfig, SingleFileConfig):
-    """CLIP over the whole prompt, truncated to 77 tokens, as in Stable Diffusion."""
+    """Encodes the whole prompt with CLIP, truncated to 77 tokens, as in Stable Diffusion."""
 
     target: ClassVar[str] = "longalign.encoders.clip.truncate:ClipTruncateEncoder"
 
     name: Literal["clip-truncate"] = "clip-truncate"
     checkpoint: str = Field(default="stable-diffusion-v1-5/stable-diffusion-v1-5", min_length=1)
     overflow: Literal["truncate", "error", "grow"] = "truncate"
-    """for a longer prompt, "truncate" it with a warning, raise an "error", or "grow": encode it in windows of whole
-    sentences and extend the batch to their states.
+    """what to do with prompts of more than 77 tokens: ``"truncate"`` truncates with a warning, ``"error"`` raises.
+    ``"grow"`` encodes the prompt in windows of whole sentences and pads the batch to the longest prompt.
     """
 
 
 class LongClipConfig(LoadedConfig):
-    """LongCLIP over the whole prompt, in one or more passes of 248 tokens."""
+    """Encodes the whole prompt with LongCLIP, in one or more passes of 248 tokens."""
 
     target: ClassVar[str] = "longalign.encoders.clip.longclip:LongClipEncoder"
 
     name: Literal["longclip"] = "longclip"
     checkpoint: str = Field(default="BeichenZhang/LongCLIP-L", min_length=1)
-    """a Hub id or local folder, an original ``.pt`` file, or a repository that contains one."""
+    """Hub id, local folder or original ``.pt`` file. A repository or folder contains an original file, or files in
+    transformers layout.
+    """
     filename: str | None = None
-    """the original file in a folder or repository; None takes ``longclip-L.pt`` if it exists, else transformers' files.
-    Transformers' files are also used if ``subfolder`` or ``variant`` is set.
+    """name of the original file in the folder or repository. null: ``longclip-L.pt`` if it exists, otherwise the files
+    in transformers layout, which are also used if ``subfolder`` or ``variant`` is set.
     """
     tokenizer: str | None = None
-    """Hub id or folder of CLIP's tokenizer; None takes the checkpoint's, or CLIP-L's if it has none."""
+    """Hub id or folder of CLIP's tokenizer. null: the checkpoint's tokenizer, or CLIP-L's if the checkpoint has
+    none.
+    """
     overflow: Literal["grow", "truncate", "error"] = "grow"
-    """for a longer prompt, "grow": encode it in windows of whole sentences and extend the batch to their states,
-    "truncate" it with a warning, or raise an "error".
+    """what to do with prompts of more than 248 tokens: ``"grow"`` encodes the prompt in windows of whole sentences and
+    pads the batch to the longest prompt. ``"truncate"`` truncates with a warning, ``"error"`` raises.
     """
 
     def check_files(self) -> list[ConfigProblem]:

@@ -1,4 +1,4 @@
-"""LongCLIP (arXiv 2403.15378): CLIP's text model with 248 positions, from its original file or transformers layout."""
+"""LongCLIP (arXiv 2403.15378): CLIP's text model with 248 positions, in the original or transformers layout."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from longalign.runtime import Runtime, resolve_checkpoint
 
 
 class LongClipEncoder(ClipTruncateEncoder):
-    """LongCLIP over the whole prompt: like `ClipTruncateEncoder`, with a window of 248 tokens."""
+    """Encodes the whole prompt with LongCLIP, like `ClipTruncateEncoder` but with a window of 248 tokens."""
 
     @classmethod
     def from_config(cls, config: LongClipConfig, runtime: Runtime) -> LongClipEncoder:
         """Loads the text model and tokenizer from an original file, a folder or a Hub repository.
 
         Raises:
-            ValueError: if the checkpoint does not exist, or the text model has at most CLIP's 77 positions.
+            ValueError: if the checkpoint does not exist, or if the text model has at most 77 positions, as CLIP has.
         """
         checkpoint, revision = resolve_checkpoint(config.checkpoint), config.revision
         tokenizer_source, path = checkpoint, None
@@ -32,7 +32,7 @@ class LongClipEncoder(ClipTruncateEncoder):
         elif config.filename is not None:
             path = find_checkpoint_file(checkpoint, config.filename, revision)
             if path is None:
-                raise ValueError(f"no file '{config.filename}' in '{checkpoint}'")
+                raise ValueError(f"no file '{config.filename}' in '{checkpoint}'; correct or remove 'filename'")
         elif config.subfolder is None and config.variant is None:
             path = find_checkpoint_file(checkpoint, "longclip-L.pt", revision)
         folder, tokenizer_folder = "", ""
@@ -45,7 +45,7 @@ class LongClipEncoder(ClipTruncateEncoder):
         if model.config.max_position_embeddings <= 77:
             raise ValueError(
                 f"expected a LongCLIP with 248 positions, got {model.config.max_position_embeddings} in "
-                f"'{config.checkpoint}'; use 'clip-truncate' or 'clip-segment' for a CLIP"
+                f"'{config.checkpoint}'; use 'clip-truncate' or 'clip-segment' for CLIP"
             )
         if config.tokenizer is not None:
             tokenizer = load_tokenizer(resolve_checkpoint(config.tokenizer), "", None)
@@ -57,16 +57,18 @@ class LongClipEncoder(ClipTruncateEncoder):
 
 
 def read_original(path: Path) -> CLIPTextModel:
-    """Loads the text model of an original ``longclip-L.pt`` or ``-B.pt`` (pickled state dict), or of safetensors.
+    """Loads the text model of an original ``longclip-L.pt`` or ``longclip-B.pt``, or of a safetensors file.
 
     Raises:
-        ValueError: if the file contains more than tensors, or tensors of a different model.
+        ValueError: if the file contains objects other than tensors, or the tensors of a different model.
     """
     state: Any = load_tensors(path) if path.suffix == ".safetensors" else load_pickle(path)
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict):
-        raise ValueError(f"{path}: expected a state dict, got a {type(state).__name__}")
+        raise ValueError(
+            f"{path}: expected a state dict, got a {type(state).__name__}; use the original longclip-L.pt or -B.pt"
+        )
     weights = text_state(state)
     vocab_size, width = weights["embeddings.token_embedding.weight"].shape
     model = CLIPTextModel(

@@ -23,34 +23,37 @@ from longalign.segmenters import Prompt, Segmenter
 
 
 class ClipSegmentSD3Encoder(Encoder):
-    """Segments encoded with CLIP-L and OpenCLIP-bigG, followed by T5's states of the whole prompt.
+    """Encodes segments with CLIP-L and OpenCLIP-bigG, and appends T5's states of the whole prompt.
 
-    The CLIPs' states are concatenated along the channel axis and zero-padded to the width of T5's. T5's states follow
-    along the sequence axis. The pooled embeddings of both CLIPs are concatenated too.
+    The states of both CLIPs are concatenated along the channel axis and zero-padded to T5's width. T5's states are
+    appended along the sequence axis. The pooled embeddings of both CLIPs are concatenated too.
 
     Args:
         clips: the two CLIPs, both with a projection.
         t5: T5's encoder, or None.
-        num_zeros: without T5, number of zero states used instead; 256 in the diffusers pipeline.
+        num_zeros: number of zero states that replace T5's if ``t5`` is None; 256 in the diffusers pipeline.
         width: width of the states; 4096 in the published models.
 
     Raises:
-        ValueError: if T5's states do not have this width, the CLIPs' are wider, or both T5 and zeros are given.
+        ValueError: if T5's width is not ``width``, if the CLIPs' states are wider than ``width``, or if both ``t5`` and
+            ``num_zeros`` are given.
     """
 
     def __init__(self, clips: ClipSegmentSDXLEncoder, t5: T5Encoder | None, *, num_zeros: int, width: int):
         super().__init__()
         if clips.dim > width or (t5 is not None and t5.dim != width):
             widths = f"{clips.dim} from the two CLIPs" + (f" and {t5.dim} from T5" if t5 is not None else "")
-            raise ValueError(f"expected T5 states of width {width} and CLIP states no wider, got {widths}; set 'width'")
+            raise ValueError(
+                f"expected T5 width {width} and at most {width} from CLIP, got {widths}; set 'width' to T5's"
+            )
         if t5 is not None and num_zeros:
-            raise ValueError(f"num_zeros replaces T5's states, got both T5 and num_zeros={num_zeros}; pass one of them")
+            raise ValueError(f"expected either T5 or num_zeros, got both T5 and num_zeros={num_zeros}; pass only one")
         self.clips, self.t5, self.num_zeros = clips, t5, num_zeros
         self.dim = width
 
     @classmethod
     def from_config(cls, config: ClipSegmentSD3Config, runtime: Runtime) -> ClipSegmentSD3Encoder:
-        """Loads ``text_encoder``, ``text_encoder_2``, with ``t5="encode"`` ``text_encoder_3``, and their tokenizers."""
+        """Loads ``text_encoder``, ``text_encoder_2``, ``text_encoder_3`` if ``t5="encode"``, and their tokenizers."""
         models, tokenizers = load_clip_pair(config, runtime, CLIPTextModelWithProjection, None)
         t5 = None
         if config.t5 == "encode":
@@ -80,7 +83,7 @@ class ClipSegmentSD3Encoder(Encoder):
             tokenizers: their fast tokenizers, which differ only in padding.
             segmenter: splits a prompt.
             t5: a ``T5EncoderModel`` and its fast tokenizer, or None.
-            num_zeros: without T5, number of zero states used instead.
+            num_zeros: number of zero states that replace T5's if ``t5`` is None.
             width: width of the states.
         """
         clips = ClipSegmentSDXLEncoder.from_modules(config, text_models, tokenizers, segmenter, empty="encode")

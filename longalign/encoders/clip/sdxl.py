@@ -1,4 +1,4 @@
-"""Segment-level encoding for Stable Diffusion XL: states of two CLIPs, concatenated along the channel axis."""
+"""Segment-level encoding for Stable Diffusion XL with the concatenated states of two CLIPs."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from longalign.segmenters import Prompt, Segmenter
 
 
 class PenultimateEncoder(ClipSegmentEncoder):
-    """Segments encoded by the penultimate layer, without the final layer norm, as SDXL expects."""
+    """Encodes segments with the penultimate layer, without the final layer norm, as SDXL expects."""
 
     def states_and_pooled(
         self, plans: Sequence[SegmentPlan], pools: Sequence[Sequence[tuple[int, ...]]]
     ) -> Conditioning:
-        """Returns the merged states; with a projection also the mean pooled output of each prompt's rows ``pools``."""
+        """Returns the merged states and, with a projection, the mean pooled output of each prompt's rows ``pools``."""
         return self.merge(plans, *self.run(plans))
 
     def _run(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -33,10 +33,10 @@ class PenultimateEncoder(ClipSegmentEncoder):
 
 
 class ProjectedEncoder(PenultimateEncoder):
-    """Like `PenultimateEncoder`, with a pooled output.
+    """Encodes segments like `PenultimateEncoder`, with an additional pooled output.
 
-    Each state is concatenated with the normed and projected state of the last layer; at ``<eot>`` the latter is the
-    pooled output.
+    Each state is concatenated with the normalized and projected state of the last layer. At ``<eot>``, that
+    projected state is the pooled output.
     """
 
     def states_and_pooled(
@@ -55,24 +55,26 @@ class ProjectedEncoder(PenultimateEncoder):
 
 
 class ClipSegmentSDXLEncoder(Encoder):
-    """Segments encoded with CLIP-L and OpenCLIP-bigG, merged as in `ClipSegmentEncoder`.
+    """Encodes segments with CLIP-L and OpenCLIP-bigG and merges the states as `ClipSegmentEncoder` does.
 
-    The states of both penultimate layers are concatenated along the channel axis (768 + 1280 wide). The pooled
+    The states of both penultimate layers are concatenated along the channel axis to width 768 + 1280. The pooled
     embedding is bigG's. If both CLIPs have a projection, as in Stable Diffusion 3, both pooled embeddings are
     concatenated.
 
-    For a prompt of one segment all pooling rules match diffusers, unless it contains an exclamation mark. ``!`` is
-    bigG's padding token, so diffusers treats a literal ``!`` as padding; here both CLIPs get the first tokenizer's ids.
+    For a prompt of one segment, all pooling rules match diffusers unless the prompt contains an exclamation mark.
+    ``!`` is bigG's padding token, so diffusers treats a literal ``!`` as padding. Here both CLIPs receive the token ids
+    of the first tokenizer.
 
     Args:
-        first: encoder with CLIP-L; it plans the segments of both.
+        first: encoder with CLIP-L, which also plans the segments of ``second``.
         second: encoder with OpenCLIP-bigG.
-        pooled: the pooling rule: ``"mean"`` of the pooled outputs of all encoded segments, that of the ``"first"``
-            segment, or ``"truncate"``: that of the whole prompt truncated to 77 tokens, as in diffusers.
-        empty: the empty prompt is encoded as ``"zeros"``, as in the SDXL pipeline, or ``"encode"``-d like any other.
+        pooled: which pooled output is used: ``"mean"`` of all encoded segments, ``"first"`` segment only, or
+            ``"truncate"`` for the whole prompt truncated to 77 tokens, as in diffusers.
+        empty: how the empty prompt is encoded: as ``"zeros"``, as in the SDXL pipeline, or ``"encode"`` like other
+            prompts.
 
     Raises:
-        ValueError: if the vocabularies differ.
+        ValueError: if the vocabularies of the two tokenizers differ.
     """
 
     def __init__(
@@ -86,7 +88,8 @@ class ClipSegmentSDXLEncoder(Encoder):
         super().__init__()
         if first.tokens.tokenizer.get_vocab() != second.tokens.tokenizer.get_vocab():
             raise ValueError(
-                "expected two tokenizers with the same vocabulary, got different ones; load both from one checkpoint"
+                "expected two tokenizers with the same vocabulary, got different vocabularies; load both from one "
+                "checkpoint"
             )
         self.first, self.second = first, second
         self.dim = first.dim + second.dim
@@ -155,7 +158,7 @@ class ClipSegmentSDXLEncoder(Encoder):
 def load_clip_pair(
     config: TwoClipsConfig, runtime: Runtime, first_class: type, layout: str | None
 ) -> tuple[list[nn.Module], list[Any]]:
-    """Loads ``text_encoder`` as ``first_class``, and ``text_encoder_2``; returns both models and both tokenizers."""
+    """Loads ``text_encoder`` as ``first_class`` and ``text_encoder_2``; returns both models and both tokenizers."""
     classes = {"text_encoder": first_class, "text_encoder_2": CLIPTextModelWithProjection}
     loaded = [
         load_clip_text_model(model_class, config, join_subfolder(config.subfolder, folder), runtime, layout)

@@ -30,11 +30,11 @@ from longalign.tokens import TextTokens, Tokenized
 
 @dataclass(frozen=True)
 class SegmentPlan:
-    """How one prompt is encoded.
+    """Plan for encoding one prompt.
 
     Attributes:
         rows: token ids to encode, one row per segment.
-        spans: the positions ``start:stop`` of each row whose states are merged.
+        spans: positions ``start:stop`` in each row whose states are merged.
         report: the encoded and the truncated text.
     """
 
@@ -53,22 +53,24 @@ class ClipSegmentEncoder(Encoder):
 
     Every segment becomes ``<sot> tokens <eot>``; ``sot`` and ``eot`` select which special-token states are kept. The
     merged states are padded to ``max_tokens``. The published model keeps every ``<sot>``, drops every ``<eot>`` and
-    pads with one vector ``<pad*>``: the mean of the last 60 of the 77 states of the empty prompt (for a different
-    window, the same fraction). The empty prompt is encoded as one ``<sot>`` followed by ``<pad*>``.
+    pads with one vector ``<pad*>``. That vector is the mean of the last 60 of the 77 states of the empty prompt, or of
+    the same fraction for a different window. The empty prompt is encoded as one ``<sot>`` followed by ``<pad*>``.
 
-    The text model is causal and used without a mask, so a prompt's states do not depend on the rest of the batch. With
-    ``overflow="grow"`` a longer prompt pads the whole batch to its length.
+    The text model is causal and used without a mask, so a prompt's states do not depend on the rest of the batch. Only
+    the amount of padding does: with ``overflow="grow"``, the batch is padded to the longest prompt.
 
     Args:
         text_model: a transformers ``CLIPTextModel``.
         tokenizer: its fast tokenizer.
-        segmenter: splits a prompt; a segment longer than the window is split further, never truncated.
-        sot: which segments keep their ``<sot>``.
-        eot: which segments keep their ``<eot>``.
-        pad: the padding. ``"pad*"`` repeats ``<pad*>``. ``"pad"`` takes the empty prompt's state at the same position
-            (its last one beyond the window). ``"none"`` pads to the longest prompt of the batch, with a mask.
-        max_tokens: number of merged states; shorter prompts are padded to it.
-        overflow: for a longer prompt, ``"grow"`` the batch, ``"truncate"`` with a warning, or raise an ``"error"``.
+        segmenter: splits a prompt into segments. A segment longer than the window is split further, never truncated.
+        sot: which segments keep their ``<sot>`` state: ``"all"``, ``"first"`` or ``"none"``.
+        eot: which segments keep their ``<eot>`` state: ``"all"``, ``"last"`` or ``"none"``.
+        pad: how states are padded. ``"pad*"`` repeats ``<pad*>``. ``"pad"`` uses the empty prompt's state at the same
+            position; beyond the window, its last state. ``"none"`` pads to the longest prompt of the batch, with a
+            mask.
+        max_tokens: number of merged states, to which shorter prompts are padded.
+        overflow: what to do with prompts of more than ``max_tokens`` states: ``"grow"`` pads the batch to the longest
+            prompt, ``"truncate"`` truncates with a warning, ``"error"`` raises.
         max_batch_tokens: maximum number of positions per call of the text model.
     """
 
@@ -122,7 +124,7 @@ class ClipSegmentEncoder(Encoder):
         return self.merge(plans, *self.run(plans))
 
     def checked_plans(self, prompts: Sequence[Prompt]) -> list[SegmentPlan]:
-        """Plans the encoding of each prompt; warns about or rejects truncated prompts, depending on ``overflow``."""
+        """Plans the encoding of each prompt; warns about or rejects truncated prompts as ``overflow`` specifies."""
         plans = self._plans(prompts)
         reports = [plan.report for plan in plans]
         raise_or_warn_truncated(reports, self.overflow, self.max_tokens, GROW_ADVICE.format("max_tokens"), stacklevel=4)
@@ -168,7 +170,10 @@ class ClipSegmentEncoder(Encoder):
 
     @torch.no_grad()
     def _pad_states(self, like: Tensor) -> Tensor:
-        """Padding states ``(k, d)``: position i is padded with state ``min(i, k - 1)``. Cached: the model is frozen."""
+        """Returns the padding states ``(k, d)``: position i is padded with state ``min(i, k - 1)``.
+
+        The states are cached, since the model is frozen.
+        """
         padding = self._cached_padding
         if padding is None or padding.device != like.device or padding.dtype != like.dtype:
             padding = like.new_zeros(1, self.dim) if self.pad == "none" else self._empty_prompt_states(like.device)
@@ -179,7 +184,7 @@ class ClipSegmentEncoder(Encoder):
         return padding
 
     def _empty_prompt_states(self, device: torch.device) -> Tensor:
-        """States ``(window, d)`` of the empty prompt."""
+        """Returns the states ``(window, d)`` of the empty prompt."""
         tokenizer = self.tokens.tokenizer
         pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         ids = [tokenizer.bos_token_id, tokenizer.eos_token_id] + [pad_id] * (self.window - 2)

@@ -35,20 +35,20 @@ def load_clip_text_model(
     Args:
         model_class: transformers class of the text model.
         config: the encoder's config.
-        subfolder: ``text_encoder`` or ``text_encoder_2``; None detects it.
+        subfolder: ``text_encoder`` or ``text_encoder_2``; None detects the subfolder.
         runtime: device and dtype.
-        layout: Hub id or folder with the architecture and the tokenizer of a single file; None takes those of the
-            published model with the same weight names.
+        layout: Hub id or folder with the architecture and the tokenizer for a single file. None uses the published
+            model with the same weight names.
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        ValueError: if the checkpoint has no such text model, or ``layout`` does not match it.
+        ValueError: if the checkpoint has no such text model, or ``layout`` does not match the checkpoint.
     """
     if not config.checkpoint.endswith(".safetensors"):
         return load_text_model(model_class, config, subfolder, runtime)
     path = Path(config.checkpoint)
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}; a single file must be on this machine")
+        raise FileNotFoundError(f"file {path} not found; expected the path of a local .safetensors file")
     folder = subfolder or "text_encoder"
     state, repository = read_clip(path, folder)
     source = resolve_checkpoint(layout or repository)
@@ -65,7 +65,7 @@ def load_clip_text_model(
 
 
 def read_clip(path: Path, folder: str) -> tuple[dict[str, Tensor], str]:
-    """Reads a text model's weights under transformers' names, and the repository with a matching config.
+    """Returns a text model's weights under transformers' names, and the Hub id of a matching config.
 
     Args:
         path: a ``.safetensors`` file; only the text model is read.
@@ -83,8 +83,8 @@ def read_clip(path: Path, folder: str) -> tuple[dict[str, Tensor], str]:
                 return (_from_open_clip(state) if prefix.endswith(".model.") else state), repository
     known = ", ".join(f"{prefix}*" for prefix, model_folder, _ in TEXT_MODELS if model_folder == folder)
     raise ValueError(
-        f"no text model for '{folder}' in {path}; expected {known or 'text_encoder or text_encoder_2'}. Use its "
-        "checkpoint in diffusers or transformers layout instead"
+        f"no text model for '{folder}' in {path}; expected {known or 'text_encoder or text_encoder_2'}. Use the "
+        "model's checkpoint in diffusers or transformers layout instead"
     )
 
 

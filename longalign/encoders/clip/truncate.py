@@ -1,4 +1,4 @@
-"""CLIP's text model over the whole prompt, truncated at its window: the baseline, and LongCLIP."""
+"""Encoding of the whole prompt with CLIP's text model, truncated to the window; base class of LongCLIP."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from longalign.tokens import TextTokens, Tokenized
 
 
 class ClipTruncateEncoder(Encoder):
-    """Last hidden states of the prompt, padded or truncated to the window, as in a diffusers pipeline.
+    """Encodes a prompt with CLIP's last hidden states, padded or truncated to the window, as in a diffusers pipeline.
 
     The window is the text model's number of positions: 77, or 248 for LongCLIP. States are ``(b, window, d)``, or
-    those of several windows if the batch grows. There is no mask: padding is attended to, as in Stable Diffusion.
+    longer if a prompt is encoded in several windows. There is no mask: padding is attended to, as in Stable Diffusion.
 
     Args:
         text_model: a transformers ``CLIPTextModel``.
         tokenizer: its fast tokenizer; the window is padded with its pad token.
-        overflow: ``"truncate"`` a longer prompt with a warning, raise an ``"error"``, or ``"grow"`` the batch. In the
-            latter case the prompt is encoded in windows of whole sentences with concatenated states, and the last state
-            of a shorter prompt is repeated to the length of the longest.
+        overflow: what to do with prompts longer than the window: ``"truncate"`` truncates with a warning, ``"error"``
+            raises. ``"grow"`` encodes the prompt in windows of whole sentences and concatenates their states; shorter
+            prompts of the batch are padded by repeating the last state.
         max_batch_tokens: maximum number of positions per call of the text model.
     """
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 _NUM_CLIP_POSITIONS = 20
-"""Number of positions that LongCLIP keeps from CLIP; the others are in the trained ``positional_embedding_res``."""
+"""Number of positions that LongCLIP keeps from CLIP. The others are read from ``positional_embedding_res``."""
 
 _NAMES = {
     "ln_1.": "layer_norm1.",
@@ -22,14 +22,15 @@ def text_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
     Args:
         state: a state dict with ``token_embedding``, ``positional_embedding``, ``transformer.resblocks.*``,
-            ``ln_final``, and for LongCLIP ``positional_embedding_res``; other keys (the image tower) are ignored.
+            ``ln_final``, and for LongCLIP ``positional_embedding_res``. Other keys, e.g. of the image tower, are
+            ignored.
 
     Raises:
-        ValueError: if these keys are missing.
+        ValueError: if any of these keys is missing.
     """
     missing = [k for k in ("token_embedding.weight", "positional_embedding", "ln_final.weight") if k not in state]
     if missing:
-        raise ValueError(f"expected the keys of an OpenAI-style CLIP, missing {missing}, got {sorted(state)[:5]}...")
+        raise ValueError(f"expected an OpenAI-style CLIP, but keys are missing: {missing}; got {sorted(state)[:5]}...")
     positions = state["positional_embedding"]
     if "positional_embedding_res" in state:
         positions = torch.cat(

@@ -1,4 +1,4 @@
-"""LaVi-Bridge's adapter (arXiv 2403.07860): maps a language model's states to the width of a denoiser."""
+"""LaVi-Bridge's adapter (arXiv 2403.07860), which maps a language model's states to the width of a denoiser."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WEIGHTS = "diffusion_pytorch_model"
 
 
 class GEGLU(nn.Module):
-    """``x W1 * gelu(x W2)``, from ``(..., in)`` to ``(..., out)``; ``proj`` holds both matrices."""
+    """Computes ``x W1 * gelu(x W2)``, from ``(..., in)`` to ``(..., out)``; ``proj`` contains both matrices."""
 
     def __init__(self, in_dim: int, out_dim: int):
         super().__init__()
@@ -30,7 +30,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GEGLU to ``mult`` times the input width, dropout, linear to the output width."""
+    """Applies GEGLU to ``mult`` times the input width, dropout, and a linear layer to the output width."""
 
     def __init__(self, in_dim: int, out_dim: int, mult: int = 4, dropout: float = 0.1):
         super().__init__()
@@ -41,13 +41,13 @@ class FeedForward(nn.Module):
 
 
 class TextAdapter(Adapter):
-    """LayerNorm, feed-forward to ``int_dim``, LayerNorm, feed-forward to ``out_dim``; applied position-wise.
+    """Applies LayerNorm, feed-forward to ``int_dim``, LayerNorm and feed-forward to ``out_dim`` at each position.
 
     State-dict keys match the published weights: ``norm1``, ``ff1.net.*``, ``norm2``, ``ff2.net.*``.
 
     Args:
         in_dim: width of the language model; 1024 for T5-large.
-        int_dim: width between the two feed-forwards; 896 in the published weights.
+        int_dim: width between the two feed-forward blocks; 896 in the published weights.
         out_dim: width that the denoiser expects; 768 for SD 1.5.
     """
 
@@ -65,7 +65,7 @@ class TextAdapter(Adapter):
 
     @classmethod
     def from_config(cls, config: AdapterConfig, runtime: Runtime) -> TextAdapter:
-        """Loads a published or saved adapter, or initializes a new one; always in float32."""
+        """Loads a published or saved adapter, or initializes a new one, always in float32."""
         if config.checkpoint is not None:
             adapter = cls.load(resolve_checkpoint(config.checkpoint), config.subfolder, config.revision)
         else:
@@ -74,7 +74,7 @@ class TextAdapter(Adapter):
 
     @classmethod
     def load(cls, checkpoint: str, subfolder: str | None = None, revision: str | None = None) -> TextAdapter:
-        """Loads an adapter in diffusers layout: ``config.json``, ``diffusion_pytorch_model.safetensors`` or ``.bin``.
+        """Loads an adapter in diffusers layout: config.json and diffusion_pytorch_model.safetensors or .bin.
 
         Raises:
             ValueError: if a file or a key is missing, or the weights do not match the config.
@@ -86,22 +86,26 @@ class TextAdapter(Adapter):
         )
         if config is None or weights is None:
             raise ValueError(
-                f"no adapter in '{checkpoint}/{prefix}'; expected config.json and {_WEIGHTS}.safetensors or .bin"
+                f"no adapter in '{checkpoint}/{prefix}'; expected config.json and {_WEIGHTS}.safetensors or .bin. Set "
+                "the adapter's 'checkpoint' and 'subfolder'"
             )
         values = json.loads(config.read_text())
         missing = [key for key in ("in_dim", "int_dim", "out_dim") if key not in values]
         if missing:
-            raise ValueError(f"{config}: missing {', '.join(missing)}; expected the config of a text adapter")
+            raise ValueError(
+                f"{config}: missing {', '.join(missing)}; expected the config.json of a LaVi-Bridge text adapter. Set "
+                "the adapter's 'subfolder'"
+            )
         adapter = cls(values["in_dim"], values["int_dim"], values["out_dim"])
         state = load_tensors(weights) if weights.suffix == ".safetensors" else load_pickle(weights)
         try:
             adapter.load_state_dict(state)
         except (RuntimeError, TypeError) as error:
-            raise ValueError(f"{weights}: expected a text adapter with the widths of config.json: {error}") from error
+            raise ValueError(f"{weights} does not match the widths in config.json: {error}") from error
         return adapter
 
     def save(self, folder: str | Path) -> None:
-        """Saves the adapter in diffusers layout, as read by `load` and diffusers' ``ModelMixin``."""
+        """Saves the adapter in diffusers layout, which `load` and diffusers' ``ModelMixin`` can read."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         values = {"_class_name": "TextAdapter", "in_dim": self.in_dim, "int_dim": self.int_dim, "out_dim": self.out_dim}

@@ -1,4 +1,4 @@
-"""Configs of T5 and its adapter; no torch here."""
+"""Configs of T5 and its adapter. Does not import torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from longalign.registry import PartConfig
 
 
 class AdapterConfig(PartConfig):
-    """A LaVi-Bridge adapter: loaded from ``checkpoint``, or newly initialized with the three widths."""
+    """LaVi-Bridge adapter, loaded from ``checkpoint`` or newly initialized with the three widths."""
 
     target: ClassVar[str] = "longalign.encoders.t5.adapter:TextAdapter"
 
@@ -35,7 +35,7 @@ class AdapterConfig(PartConfig):
     """whether the adapter is trained."""
 
     def width(self) -> int | None:
-        """Output width, or None if the adapter's config is not on this machine."""
+        """Returns the output width, or None if the adapter's config is not available locally."""
         if self.checkpoint is None:
             return self.out_dim
         width = read_json(self.checkpoint, join_subfolder(self.subfolder, "config.json"), self.revision).get("out_dim")
@@ -54,16 +54,16 @@ class AdapterConfig(PartConfig):
     def _one_source(self) -> AdapterConfig:
         given = [key for key in ("in_dim", "int_dim", "out_dim") if getattr(self, key) is not None]
         if self.checkpoint is not None and given:
-            raise ValueError(f"'checkpoint' determines the widths; remove {', '.join(given)}")
+            raise ValueError(f"the widths are read from 'checkpoint'; remove {', '.join(given)}")
         if self.checkpoint is None and len(given) < 3:
-            raise ValueError("expected 'checkpoint', or in_dim, int_dim and out_dim for a new adapter")
+            raise ValueError("set 'checkpoint' to load an adapter, or in_dim, int_dim and out_dim for a new adapter")
         if self.checkpoint is None and (self.subfolder or self.revision):
-            raise ValueError("'subfolder' and 'revision' need a 'checkpoint'; set it or remove them")
+            raise ValueError("'subfolder' and 'revision' require 'checkpoint'; set 'checkpoint' or remove both")
         return self
 
 
 class T5Config(LoadedConfig):
-    """T5's encoder over the whole prompt."""
+    """Encodes the whole prompt with T5's encoder, in windows of whole sentences if it is long."""
 
     target: ClassVar[str] = "longalign.encoders.t5.encoder:T5Encoder"
     adapter_key: ClassVar[str | None] = "adapter"
@@ -71,19 +71,19 @@ class T5Config(LoadedConfig):
     name: Literal["t5"] = "t5"
     checkpoint: str = Field(default="google-t5/t5-large", min_length=1)
     adapter: AdapterConfig | None = None
-    """maps T5's states to the denoiser's width; None keeps T5's width."""
+    """adapter that maps T5's states to the denoiser's width; null: no adapter."""
     max_tokens: int = Field(default=240, ge=1)
-    """number of states, including the end-of-text token; shorter prompts are padded to it."""
+    """number of states, including the end-of-text token, to which shorter prompts are padded."""
     overflow: Literal["grow", "truncate", "error"] = "grow"
-    """for a longer prompt, "grow" the batch to its length, "truncate" it with a warning, as in the published model, or
-    raise an "error".
+    """what to do with prompts of more than ``max_tokens`` tokens: ``"grow"`` pads the batch to the longest prompt,
+    ``"truncate"`` truncates with a warning, as in the published model, ``"error"`` raises.
     """
     window: int = Field(default=512, ge=2)
-    """maximum number of tokens per pass, including the end-of-text token. With "grow", a prompt longer than this and
-    ``max_tokens`` is encoded in windows of whole sentences, so memory is linear in its length. T5 was trained with 512.
+    """maximum number of tokens per pass, including the end-of-text token; T5 was trained with 512. With ``"grow"``,
+    prompts longer than both this and ``max_tokens`` are encoded in windows of whole sentences, with linear memory.
     """
     mask: bool = False
-    """whether to mask padding; the published model does not."""
+    """whether to mask padding; the published model does not mask it."""
 
     def widths(self) -> tuple[int | None, int | None]:
         return self._width_of("d_model") if self.adapter is None else self.adapter.width(), None

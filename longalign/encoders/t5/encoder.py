@@ -1,4 +1,4 @@
-"""T5's encoder over the whole prompt, with a trainable adapter (LongAlign, arXiv 2410.11817, section 3.1)."""
+"""Encoding of the whole prompt with T5 and a trainable adapter (LongAlign, arXiv 2410.11817, section 3.1)."""
 
 from __future__ import annotations
 
@@ -32,27 +32,28 @@ from longalign.tokens import TextTokens, Tokenized
 
 
 class T5Encoder(Encoder):
-    """Frozen T5 encoder states of the whole prompt, optionally mapped by an adapter.
+    """Encodes the whole prompt with a frozen T5 encoder and an optional adapter.
 
-    As published, prompts are padded to ``max_tokens`` without a mask: T5 and the denoiser attend to the padding. A
-    prompt's states never depend on the rest of the batch. If the batch grows beyond ``max_tokens``, the last state of a
-    shorter prompt is repeated to the length of the longest. A prompt longer than ``window`` is encoded in windows of
-    whole sentences, each with its own end-of-text token, and the states are concatenated.
+    As in the published model, prompts are padded to ``max_tokens`` without a mask: T5 and the denoiser attend to the
+    padding. The states of a prompt do not depend on the rest of the batch. If a batch is longer than ``max_tokens``,
+    shorter prompts are padded by repeating the last state. A prompt longer than ``window`` is encoded in windows of
+    whole sentences, each with an end-of-text token, and the states are concatenated.
 
     Args:
         model: a transformers ``T5EncoderModel``.
         tokenizer: its fast tokenizer.
         adapter: trainable map from T5's states to the denoiser's width; None returns T5's states.
-        max_tokens: number of states, including the end-of-text token; shorter prompts are padded to it.
-        overflow: for a longer prompt, ``"grow"`` the batch, ``"truncate"`` with a warning, or raise an ``"error"``.
-        window: maximum number of tokens per pass, including the end-of-text token; at least ``max_tokens``. Memory of
-            attention is quadratic in it. T5 was trained with 512.
+        max_tokens: number of states, including the end-of-text token, to which shorter prompts are padded.
+        overflow: what to do with prompts of more than ``max_tokens`` tokens: ``"grow"`` pads the batch to the longest
+            prompt, ``"truncate"`` truncates with a warning, ``"error"`` raises.
+        window: maximum number of tokens per pass, including the end-of-text token; at least ``max_tokens``. Attention
+            memory is quadratic in ``window``. T5 was trained with 512.
         mask: whether to mask padding in T5 and in the conditioning, where masked states are zero.
         max_batch_tokens: maximum number of positions per call of the model.
-        length_key: config key of ``max_tokens``, named in truncation messages.
+        length_key: config key of ``max_tokens``, used in truncation messages.
 
     Raises:
-        ValueError: if the adapter's input width is not T5's.
+        ValueError: if the adapter's input width does not match T5's width.
     """
 
     def __init__(
@@ -73,7 +74,8 @@ class T5Encoder(Encoder):
         config: Any = model.config
         if adapter is not None and adapter.in_dim != config.d_model:
             raise ValueError(
-                f"expected an adapter with in_dim={config.d_model}, the width of this T5, got {adapter.in_dim}"
+                f"expected an adapter with in_dim={config.d_model}, the width of this T5, got {adapter.in_dim}; use a "
+                "matching adapter"
             )
         self.adapter = adapter
         self.dim = config.d_model if adapter is None else adapter.out_dim
@@ -158,7 +160,7 @@ class T5Encoder(Encoder):
 
     @property
     def _max_pass_tokens(self) -> int:
-        """Maximum number of encoded tokens per pass, without the end-of-text token."""
+        """Returns the maximum number of encoded tokens per pass, without the end-of-text token."""
         return (self.window if self.overflow == "grow" else self.max_tokens) - 1
 
     def _report(self, passes: Sequence[Tokenized]) -> PromptReport:

@@ -1,4 +1,4 @@
-"""Configs of the CLIP rewards; importing this module does not import torch."""
+"""Configs of the CLIP rewards. Does not import torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
 class ClipLikeConfig(TowerRewardConfig):
-    """A reward from a transformers ``CLIPModel``."""
+    """Base class of the configs of rewards that use a transformers ``CLIPModel``."""
 
     target: ClassVar[str] = "longalign.rewards.clip.reward:ClipReward"
     trainable_towers: ClassVar[bool] = True
@@ -28,8 +28,8 @@ class ClipLikeConfig(TowerRewardConfig):
     variant: str | None = None
     """file variant of the weights, e.g. ``"fp16"`` for ``model.fp16.safetensors``."""
     processor: str | None = None
-    """checkpoint with tokenizer and image statistics; null means ``checkpoint`` if it has a tokenizer, else CLIP-H,
-    from which PickScore and Denscore were trained.
+    """checkpoint with tokenizer and image statistics. null: ``checkpoint`` if it contains a tokenizer, otherwise
+    CLIP-H, the initialization of PickScore and Denscore.
     """
 
     def check_files(self) -> list[ConfigProblem]:
@@ -44,7 +44,7 @@ class ClipLikeConfig(TowerRewardConfig):
 
 
 class ClipConfig(ClipLikeConfig):
-    """The cosine of CLIP's image and text embeddings; the default weights are CLIP-H."""
+    """Cosine similarity of CLIP's image and text embeddings. The default weights are CLIP-H."""
 
     name: Literal["clip"] = "clip"
     checkpoint: str = CLIP_H

@@ -15,7 +15,7 @@ from longalign.runtime import Runtime, resolve_checkpoint
 
 
 class ClipReward(TowerReward):
-    """The cosine of the embeddings of a transformers ``CLIPModel``."""
+    """Cosine similarity of the image and text embeddings of a transformers ``CLIPModel``."""
 
     @classmethod
     def from_config(cls, config: ClipLikeConfig, runtime: Runtime) -> ClipReward:
@@ -46,13 +46,13 @@ def _load_model(config: ClipLikeConfig, checkpoint: str, source: dict[str, Any])
         if Path(checkpoint).exists():
             raise
         raise ValueError(
-            f"checkpoint '{checkpoint}' of '{config.name}' cannot be loaded: {download_problem(error)}"
+            f"checkpoint '{checkpoint}' of '{config.name}' could not be loaded: {download_problem(error)}"
         ) from error
     model, info = loaded
     if info["missing_keys"]:
         raise ValueError(
             f"'{checkpoint}' is not a complete CLIPModel: {len(info['missing_keys'])} weights are missing, e.g. "
-            f"{sorted(info['missing_keys'])[:5]}; expected both towers and their projections"
+            f"{sorted(info['missing_keys'])[:5]}; use a checkpoint saved from CLIPModel, not from CLIPTextModel"
         )
     return model
 
@@ -67,8 +67,8 @@ def _check_eos_token(token: int | None, expected: int, processor: str, checkpoin
     # legacy configs set eos_token_id=2; transformers then pools at the largest id
     if expected not in (2, token):
         raise ValueError(
-            f"the text tower of '{checkpoint}' pools at token {expected}, the tokenizer of '{processor}' ends texts "
-            f"with token {token}; set `processor` to a checkpoint with the tokenizer used in training"
+            f"the text tower of '{checkpoint}' expects end-of-text token {expected}, got {token} from the tokenizer of "
+            f"'{processor}'; set `processor` to a checkpoint with the tokenizer used in training"
         )
 
 

@@ -1,4 +1,4 @@
-"""The towers of transformers' ``CLIPModel``."""
+"""Image and text tower of transformers' ``CLIPModel``."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ NUM_SPECIAL_TOKENS = 2
 
 
 class ClipTowers(Towers):
-    """Both towers of a ``transformers.CLIPModel``.
+    """Image and text tower of a ``transformers.CLIPModel``.
 
-    The text tower is causal and its embedding is pooled at ``<eot>``, so padding after it has no effect and needs no
-    mask.
+    The text tower is causal and the embedding is pooled at ``<eot>``. Padding after ``<eot>`` therefore has no effect,
+    and no mask is used.
 
     Args:
         model: a ``CLIPModel``.
@@ -85,7 +85,7 @@ class ClipTowers(Towers):
 
 
 def _image_processor_config(preprocessor: ImagePreprocessor) -> dict[str, Any]:
-    """Config of transformers' ``CLIPImageProcessor`` with the settings of ``preprocessor``."""
+    """Returns the config of transformers' ``CLIPImageProcessor`` with the settings of ``preprocessor``."""
     height, width = preprocessor.size
     return {
         "image_processor_type": "CLIPImageProcessor",

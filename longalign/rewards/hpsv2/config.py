@@ -1,4 +1,4 @@
-"""Config of the reward `hpsv2`; importing this module does not import torch."""
+"""Config of the reward `hpsv2`. Does not import torch."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from longalign.rewards.config import Aspect, TowerRewardConfig
 
 
 class Hpsv2Config(TowerRewardConfig):
-    """HPSv2 and v2.1 (Wu et al. 2023, arXiv 2306.09341), through open_clip."""
+    """HPSv2 and v2.1 (Wu et al. 2023, arXiv 2306.09341). Requires open_clip."""
 
     target: ClassVar[str] = "longalign.rewards.hpsv2.reward:Hpsv2Reward"
 
     name: Literal["hpsv2"] = "hpsv2"
     checkpoint: str = "xswu/HPSv2"
-    """Hub id, a ``.pt`` file, or a folder with one. An ``open_clip_config.json`` or ``bpe_simple_vocab.txt.gz`` in the
-    folder of the weights replaces the architecture ViT-H-14 or CLIP's vocabulary.
+    """Hub id, a ``.pt`` file, or a folder with a ``.pt`` file. In the folder of the weights, an optional
+    ``open_clip_config.json`` replaces the architecture ViT-H-14, and ``bpe_simple_vocab.txt.gz`` CLIP's vocabulary.
     """
     revision: str | None = None
     """branch, tag or commit of the Hub repository."""
     version: Literal["v2", "v2.1"] | None = None
-    """file of the Hub repository or folder; null means ``"v2.1"``. Not allowed with a ``.pt`` file."""
+    """version of the weights in the Hub repository or folder; null: ``"v2.1"``. Not allowed with a ``.pt`` file."""
     aspect: Aspect = "pad"
 
     def check_files(self) -> list[ConfigProblem]:

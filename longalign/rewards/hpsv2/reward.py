@@ -19,11 +19,11 @@ BPE_FILE = "bpe_simple_vocab.txt.gz"
 
 
 class Hpsv2Reward(TowerReward):
-    """The cosine of the embeddings of a ViT-H-14 of open_clip, fine-tuned on human preferences."""
+    """Cosine similarity of the embeddings of an open_clip ViT-H-14 that was fine-tuned on human preferences."""
 
     @classmethod
     def from_config(cls, config: Hpsv2Config, runtime: Runtime) -> Hpsv2Reward:
-        """Loads the reward from the Hub, a ``.pt`` file or a folder with one."""
+        """Loads the reward from the Hub, a ``.pt`` file, or a folder with a ``.pt`` file."""
         weights = find_weights(config.checkpoint, config.version, config.revision)
         settings = _settings(weights.parent)
         model = build_model(settings["model_cfg"], read_state(weights), str(weights))
@@ -35,7 +35,7 @@ class Hpsv2Reward(TowerReward):
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """``model_cfg`` and ``preprocess_cfg`` from the config file in ``folder``, else open_clip's ViT-H-14."""
+    """Returns ``model_cfg`` and ``preprocess_cfg`` of the config file in ``folder``, or of open_clip's ViT-H-14."""
     if (folder / CONFIG_FILE).is_file():
         settings = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         return settings if "model_cfg" in settings else {"model_cfg": settings}

@@ -17,7 +17,7 @@ FILES = {"v2": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 
 
 def find_weights(checkpoint: str, version: str | None = None, revision: str | None = None) -> Path:
-    """Path of the ``.pt`` file of a checkpoint, downloaded if needed.
+    """Returns the path of the ``.pt`` file of a checkpoint, downloaded if needed.
 
     Args:
         checkpoint: Hub id, ``.pt`` file or folder.
@@ -33,7 +33,7 @@ def find_weights(checkpoint: str, version: str | None = None, revision: str | No
         raise ValueError(f"`revision` only applies to Hub repositories, '{checkpoint}' is a local path; remove it")
     if path.suffix == ".pt":
         if not path.is_file():
-            raise ValueError(f"no file '{checkpoint}'; expected a .pt file, a folder with one, or a Hub id")
+            raise ValueError(f"no file '{checkpoint}'; expected a .pt file, a folder with a .pt file, or a Hub id")
         if version is not None:
             raise ValueError(
                 f"`version` only applies to a folder or Hub repository, '{checkpoint}' is a file; remove it"
@@ -43,7 +43,7 @@ def find_weights(checkpoint: str, version: str | None = None, revision: str | No
     if path.is_dir():
         if not (path / name).is_file():
             files = sorted(p.name for p in path.glob("*.pt")) or ["no .pt file"]
-            raise ValueError(f"'{checkpoint}' does not contain {name}; it contains {', '.join(files)}; see `version`")
+            raise ValueError(f"'{checkpoint}' does not contain {name}; it contains {', '.join(files)}; set `version`")
         return path / name
     from huggingface_hub import hf_hub_download
 
@@ -51,7 +51,7 @@ def find_weights(checkpoint: str, version: str | None = None, revision: str | No
         return Path(hf_hub_download(checkpoint, name, revision=revision))
     except Exception as error:
         raise ValueError(
-            f"checkpoint '{checkpoint}' of 'hpsv2' cannot be loaded: {download_problem(error, name)}"
+            f"checkpoint '{checkpoint}' of 'hpsv2' could not be loaded: {download_problem(error, name)}"
         ) from error
 
 
@@ -60,7 +60,7 @@ def read_state(weights: Path) -> dict[str, Tensor]:
     content = load_pickle(weights)
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         got = f"a dict with {sorted(map(str, content))[:5]}" if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"expected weights under 'state_dict' in '{weights}', as in HPSv2's files; got {got}")
+        raise ValueError(f"expected weights under 'state_dict' in '{weights}', as in HPSv2's files; got {got}. Use a file of HPSv2")
     return content["state_dict"]
 
 
@@ -74,6 +74,6 @@ def build_model(model_cfg: dict[str, Any], state: dict[str, Tensor], origin: str
     except RuntimeError as error:
         raise ValueError(
             f"the weights of '{origin}' do not match the architecture {model_cfg}: {error}; "
-            f"put the matching {CONFIG_FILE} into the folder of the weights"
+            f"add the matching {CONFIG_FILE} to the folder of the weights"
         ) from error
     return model

@@ -1,4 +1,4 @@
-"""Config of the reward `reweighted`; importing this module does not import torch."""
+"""Config of the reward `reweighted`. Does not import torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from longalign.rewards.config import RewardConfig
 
 
 class ReweightedConfig(RewardConfig):
-    """An embedding reward with its text-irrelevant part scaled (LongAlign, paper section 4)."""
+    """Reward whose text-irrelevant part is scaled by ``omega`` (LongAlign, paper section 4)."""
 
     target: ClassVar[str] = "longalign.rewards.reweighted.reward:ReweightedReward"
 
@@ -21,11 +21,13 @@ class ReweightedConfig(RewardConfig):
     inner: Part("rewards")
     """the reward to decompose; its score must be a dot product of embeddings."""
     omega: float = Field(0.3, ge=0, allow_inf_nan=False)
-    """weight of the text-irrelevant part: 1 is the plain score, 0 alignment only, 0.3 the paper's choice."""
+    """weight of the text-irrelevant part; 1: the original score, 0: only the text-relevant part. The paper uses
+    0.3.
+    """
     direction: str = "batch"
-    """source of the common direction V of text embeddings: ``"batch"`` (this batch over all processes, as in the
-    paper), ``"running"`` (all training batches so far, including this one), or a file written by ``longalign
-    compute-direction``.
+    """source of the common direction V of text embeddings. ``"batch"`` uses the batch over all processes, as in the
+    paper; ``"running"`` uses all training batches so far, including the current one. Otherwise a file written by
+    ``longalign compute-direction``.
     """
 
     @field_validator("inner")
@@ -33,8 +35,8 @@ class ReweightedConfig(RewardConfig):
     def _check_inner(cls, inner: RewardConfig) -> RewardConfig:
         if not inner.embeds:
             raise ValueError(
-                f"'{inner.name}' is not a product of embeddings, so it has no text-irrelevant part; "
-                "to reweight a sum, wrap each of its terms in `reweighted`"
+                f"expected a reward that is a dot product of embeddings, got '{inner.name}', which has no "
+                "text-irrelevant part; to reweight a sum, wrap each of its terms in `reweighted`"
             )
         return inner
 

@@ -28,7 +28,7 @@ QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 NUM_BINS = 20
 #: eta's distribution is estimated from a random sample of this many prompts, so that memory use is bounded
 NUM_SAMPLED = 20_000
-#: probe prompts; their embeddings identify a reward (weights, segmenter, handling of long texts)
+#: probe prompts; their embeddings identify the weights, `segmenter` and `text` setting of a reward
 PROBE = (
     "A red fox sleeps on a stone wall, 3.5 m above the road; behind it, the sky is pale green. It is raining.",
     "Three glass bottles and a lemon on a wooden table. Soft light comes from the left. Is the door open?",
@@ -42,11 +42,11 @@ class Direction:
 
     Attributes:
         vector: ``V``, a unit vector ``(d,)``.
-        probe: ``(k, d)`` embeddings of `PROBE` by the reward that computed the direction.
+        probe: ``(k, d)`` embeddings of `PROBE` by the reward for which the direction was computed.
         num_prompts: number of prompts of the corpus.
         eta: distribution of ``eta = C_P . V`` over the corpus: ``mean``, ``std``, ``quantiles`` (at `QUANTILES`),
             ``edges`` and ``counts`` of a histogram, and ``num_prompts``, the number of sampled prompts.
-        inner: config of that reward; empty if it had none.
+        inner: config of the reward for which the direction was computed; empty if that reward had no config.
     """
 
     vector: Tensor
@@ -65,29 +65,29 @@ class Direction:
         return path
 
     def vector_for(self, reward: EmbeddingReward, config: PartConfig | None = None) -> Tensor:
-        """``V (d,)``, after checking that ``reward`` is the one that computed it.
+        """Returns the direction ``V``, shape ``(d,)``, after checking that it was computed with ``reward``.
 
         Raises:
-            ValueError: if the width differs, or if the reward embeds `PROBE` differently (other weights, segmenter or
-                handling of long texts).
+            ValueError: if the width differs, or if the reward's embeddings of `PROBE` differ, i.e. the reward has other
+                weights, or another ``segmenter`` or ``text`` setting.
         """
         expected, got = _describe(self.inner), _describe(_dump(config))
         if self.vector.shape != (reward.dim,):
             raise ValueError(
-                f"the direction has width {len(self.vector)}, computed with {expected}; the reward {got} has width "
-                f"{reward.dim}; recompute it with `longalign compute-direction`"
+                f"the direction has width {len(self.vector)} (computed with {expected}), but the reward {got} has width "
+                f"{reward.dim}; run `longalign compute-direction` with this reward"
             )
         probe = reward.text_features(PROBE).cpu()
         distance = ((probe - self.probe).norm() / self.probe.norm()).item()
         if not distance <= PROBE_TOLERANCE:
             raise ValueError(
                 f"the direction was computed with a different reward: expected {expected}; got {got}. Their embeddings "
-                f"of the same texts differ by {distance:.0%}; recompute it with `longalign compute-direction`"
+                f"of the same texts differ by {distance:.0%}; run `longalign compute-direction` with this reward"
             )
         return self.vector
 
     def report(self) -> str:
-        """Summary of the distribution of eta as text: mean, quantiles and a histogram."""
+        """Returns a summary of the distribution of eta as text: mean, quantiles and a histogram."""
         sampled = self.eta["num_prompts"]
         lines = [
             f"common direction of {self.num_prompts} prompts, width {len(self.vector)}, by {_describe(self.inner)}",
@@ -106,7 +106,7 @@ def load_direction(path: str | Path) -> Direction:
     """Reads a file written by `Direction.save`. ``mini/<folder>/<file>`` is a file of the bundled weights.
 
     Raises:
-        ValueError: if there is no such file, or it is not a direction file.
+        ValueError: if the file does not exist or is not a direction file.
     """
     folder, name = Path(path).parent.as_posix(), Path(path).name
     resolved = Path(resolve_checkpoint(folder)) / name
@@ -133,13 +133,13 @@ def compute_direction(
     """Computes the common direction of a corpus (LongAlign, paper 3.2) in one pass over its prompts.
 
     Args:
-        reward: reward that gives the text embeddings.
+        reward: reward that computes the text embeddings.
         prompts: the corpus, with at least two different prompts; may be a generator.
         batch_size: number of prompts encoded at a time.
         config: config of the reward, stored in the file.
 
     Raises:
-        ValueError: for fewer than two different prompts.
+        ValueError: if there are fewer than two different prompts.
     """
     rng = random.Random(0)
     total = torch.zeros(reward.dim, dtype=torch.float64)
@@ -155,7 +155,7 @@ def compute_direction(
                 sample[index] = row
             count += 1
     if len(torch.unique(torch.stack(sample), dim=0) if sample else ()) < 2:
-        raise ValueError(f"a common direction needs at least 2 different prompts, got {count} prompts")
+        raise ValueError(f"a common direction requires at least 2 different prompts, got {count} prompts; add prompts")
     vector = preference.normalise((total / count).float())
     eta = preference.eta(torch.stack(sample), vector)
     return Direction(vector, reward.text_features(PROBE).cpu(), count, _distribution(eta), _dump(config))
@@ -177,7 +177,7 @@ def write_direction(
         The direction; see `Direction.report` for a summary.
 
     Raises:
-        ValueError: if the reward has no text embeddings, or for fewer than two different prompts.
+        ValueError: if the reward has no text embeddings, or if there are fewer than two different prompts.
     """
     config = registry.rewards.validate(config)
     while isinstance(config, ReweightedConfig):

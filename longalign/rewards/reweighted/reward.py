@@ -21,15 +21,15 @@ _HINT = "use `direction: running`, or a file written by `longalign compute-direc
 class ReweightedReward(Reward):
     """The reweighted score ``C_X . (C_P_perp + omega eta V)`` of an embedding reward.
 
-    `Scores.parts` are those of the plain score: ``text_relevant`` (``C_X . C_P_perp``), ``text_irrelevant``
-    (``C_X . eta V``) and ``eta``.
+    `Scores.parts` contain the parts of the original score: ``text_relevant`` (``C_X . C_P_perp``), ``text_irrelevant``
+    (``C_X . eta V``) and ``eta``. See `longalign.functional.preference` for the symbols.
 
     Args:
         inner: the reward to decompose.
         omega: weight of the text-irrelevant part.
-        direction: ``"batch"``, ``"running"``, or a fixed vector ``(d,)``, which is normalised. A running direction is
-            the mean over all prompts scored in training mode; eval mode does not update it. Its state is in
-            ``state_dict()`` (``running_mean``, ``running_count``).
+        direction: ``"batch"``, ``"running"``, or a fixed vector ``(d,)``, which is normalized. A running direction is
+            computed from all prompts scored in training mode; eval mode does not update it. The ``state_dict`` contains
+            ``running_mean`` and ``running_count``.
         gather: see `Runtime.gather`; V is computed from the prompts of all processes.
     """
 
@@ -57,7 +57,7 @@ class ReweightedReward(Reward):
 
     @classmethod
     def from_config(cls, config: ReweightedConfig, runtime: Runtime) -> ReweightedReward:
-        """Builds the inner reward; a direction file is checked against it."""
+        """Builds the inner reward and checks that a direction file was computed with it."""
         inner = _require_embedding_reward(registry.rewards.build(config.inner, runtime))
         direction: str | Tensor = config.direction
         if direction not in ("batch", "running"):
@@ -65,11 +65,11 @@ class ReweightedReward(Reward):
         return cls(inner, omega=config.omega, direction=direction, gather=runtime.gather).to(runtime.device)
 
     def direction(self, text: Tensor) -> Tensor:
-        """``V (d,)`` for a batch of text embeddings ``(b, d)`` of this process.
+        """Returns ``V``, shape ``(d,)``, for a batch of text embeddings ``(b, d)`` of this process.
 
         Raises:
-            ValueError: for a batch direction with fewer than two different prompts, where V would be the prompt itself
-                and the text-relevant part would vanish; for a running direction in eval mode before any training.
+            ValueError: if a batch has fewer than two different prompts, because the text-relevant part would then be
+                zero. Also if a running direction is used in eval mode before any training.
         """
         if self.mode == "fixed":
             return self.fixed.to(text.device)
@@ -80,7 +80,7 @@ class ReweightedReward(Reward):
             raise ValueError(
                 f"the common direction of a batch needs at least 2 different prompts, got "
                 f"{len(gathered)} {'prompt' if len(gathered) == 1 else 'times the same prompt'} over all processes: "
-                f"the text-relevant part would vanish; {_HINT}"
+                f"the text-relevant part would be zero; {_HINT}"
             )
         return preference.common_direction(gathered)
 
@@ -109,7 +109,7 @@ class ReweightedReward(Reward):
 def _require_embedding_reward(inner: Any) -> EmbeddingReward:
     if not isinstance(inner, EmbeddingReward):
         raise ValueError(
-            f"reweighted needs a reward that is a product of embeddings (an EmbeddingReward), got "
+            f"reweighted requires a reward that is a dot product of embeddings (an EmbeddingReward), got "
             f"{type(inner).__name__}; to reweight a sum, wrap each of its terms in `reweighted`"
         )
     return inner

@@ -1,4 +1,4 @@
-"""Config of the reward `sum`; importing this module does not import torch."""
+"""Config of the reward `sum`. Does not import torch."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from longalign.rewards.config import RewardConfig
 
 
 class TermConfig(Section):
-    """One term of a sum."""
+    """Config of one term of a sum."""
 
     reward: Part("rewards")
     """the reward."""
     weight: float = Field(1.0, allow_inf_nan=False)
-    """its factor; a negative one turns a reward into a penalty."""
+    """factor of the reward; with a negative factor the reward is a penalty."""
     label: str | None = Field(None, min_length=1)
-    """name of its curves; null means the reward's name, with a number if it is already used."""
+    """name of the term's logged curves; null: the reward's name, with a number if that name is already used."""
 
 
 class SumConfig(RewardConfig):
-    """A weighted sum of rewards."""
+    """Weighted sum of rewards."""
 
     target: ClassVar[str] = "longalign.rewards.sum.reward:SumReward"
 
@@ -41,5 +41,5 @@ class SumConfig(RewardConfig):
         labels = [t.label for t in terms if t.label is not None]
         repeated = sorted({label for label in labels if labels.count(label) > 1})
         if repeated:
-            raise ValueError(f"labels must be unique, got {', '.join(map(repr, repeated))} more than once")
+            raise ValueError(f"labels must be unique, got {', '.join(map(repr, repeated))} more than once; rename a label")
         return terms

@@ -16,9 +16,9 @@ from longalign.runtime import Runtime
 
 
 class SumReward(Reward):
-    """A weighted sum of rewards, ``sum_i weight_i reward_i``.
+    """Weighted sum of rewards, ``sum_i weight_i * reward_i``.
 
-    `Scores.parts` contain each term's unweighted total as ``<label>`` and its parts as ``<label>/<part>``.
+    `Scores.parts` contain the unweighted total of each term as ``<label>`` and its parts as ``<label>/<part>``.
 
     Args:
         rewards: label and reward of each term.
@@ -37,7 +37,7 @@ class SumReward(Reward):
 
     @classmethod
     def from_config(cls, config: SumConfig, runtime: Runtime) -> SumReward:
-        """Builds the terms, which may also be functions registered as rewards."""
+        """Builds the reward; the terms of the sum may be rewards or functions registered as rewards."""
         labels = {term.label for term in config.terms if term.label}
         rewards: dict[str, Reward] = {}
         for term in config.terms:
