@@ -152,7 +152,9 @@ class All:
 def check_groups(num_steps: int, groups: int, early_stop: int = 1) -> None:
     """Raises ValueError if the steps cannot be divided into groups, or an early stop can leave no gradient step."""
     if num_steps % groups:
-        raise ValueError(f"{num_steps} sampling steps cannot be divided into {groups} equal groups; change num_steps or groups")
+        raise ValueError(
+            f"{num_steps} sampling steps cannot be divided into {groups} equal groups; change num_steps or groups"
+        )
     if num_steps - early_stop + 1 < num_steps // groups:
         raise ValueError(
             f"an early stop within the last {early_stop} of {num_steps} sampling steps can leave no gradient step; "
