@@ -71,8 +71,8 @@ class GroupedRandom:
         groups: number of groups.
         detach: whether the denoiser's inputs at the gradient steps are constants.
         randint: samples the offset and the last step.
-        early_stop: sampling stops at a step drawn uniformly from the last ``early_stop`` steps; later gradient steps are
-            dropped. 1 disables the early stop.
+        early_stop: sampling stops at a step drawn uniformly from the last ``early_stop`` steps; later gradient steps
+            are dropped. 1 disables the early stop.
     """
 
     def __init__(self, groups: int, *, detach: bool, randint: RandInt, early_stop: int = 1):
