@@ -40,7 +40,9 @@ def normalise(mean: Tensor) -> Tensor:
     """
     norm = mean.norm()
     if not norm > 0:
-        raise ValueError(f"expected a mean text embedding with positive norm, got norm {norm.item()}; check the reward's weights")
+        raise ValueError(
+            f"expected a mean text embedding with positive norm, got norm {norm.item()}; check the reward's weights"
+        )
     return mean / norm
 
 

@@ -163,8 +163,8 @@ def replay_backward(
 ) -> Iterator[tuple[Sequence[RecordedStep], Tensor, Tensor]]:
     """Backpropagates through a rollout by recomputing the recorded steps, from last to first.
 
-    Call ``backward`` on each scalar, or on a sum that contains the scalar, before advancing the iterator. The scalar may
-    be scaled before ``backward``, e.g. for half precision; the gradient of the inputs is divided by the same scale.
+    Call ``backward`` on each scalar, or on a sum that contains the scalar, before advancing the iterator. The scalar
+    may be scaled before ``backward``, e.g. for half precision; the gradient of the inputs is divided by the same scale.
 
     Args:
         predict: the network of the rollout.

@@ -104,7 +104,9 @@ class AlignPropConfig(GradientStepsConfig):
     @model_validator(mode="after")
     def _check_range(self) -> AlignPropConfig:
         if self.max_steps is not None and self.max_steps < self.min_steps:
-            raise ValueError(f"expected max_steps of at least min_steps={self.min_steps}, got {self.max_steps}; raise max_steps")
+            raise ValueError(
+                f"expected max_steps of at least min_steps, {self.min_steps}, got {self.max_steps}; raise max_steps"
+            )
         return self
 
     def check_steps(self, num_steps: int) -> None:

@@ -117,7 +117,9 @@ def as_reward(part: Any, name: str = "") -> Reward:
         ValueError: if ``part`` is neither a reward nor a function.
     """
     if not isinstance(part, Reward) and not callable(part):
-        raise ValueError(f"expected a Reward or a function (images, prompts) -> scores, got {part!r}; pass one of these")
+        raise ValueError(
+            f"expected a Reward or a function (images, prompts) -> scores, got {part!r}; pass one of these"
+        )
     reward = part if isinstance(part, Reward) else CallableReward(part)
     reward.label = name or reward.label
     return reward
@@ -128,5 +130,7 @@ def check_pairs(images: Tensor, prompts: Sequence[str]) -> None:
     if isinstance(prompts, str):
         raise ValueError("expected a sequence of prompts, one for each image, got one string; pass [prompt]")
     if len(images) != len(prompts):
-        raise ValueError(f"expected one prompt for each image, got {len(images)} images and {len(prompts)} prompts; pass as many")
+        raise ValueError(
+            f"expected one prompt for each image, got {len(images)} images and {len(prompts)} prompts; pass as many"
+        )
     check_prompts(prompts, lists=False)

@@ -60,7 +60,9 @@ def read_state(weights: Path) -> dict[str, Tensor]:
     content = load_pickle(weights)
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         got = f"a dict with {sorted(map(str, content))[:5]}" if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"expected weights under 'state_dict' in '{weights}', as in HPSv2's files; got {got}. Use a file of HPSv2")
+        raise ValueError(
+            f"expected weights under 'state_dict' in '{weights}', as in HPSv2's files; got {got}. Use a file of HPSv2"
+        )
     return content["state_dict"]
 
 

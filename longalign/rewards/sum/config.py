@@ -41,5 +41,7 @@ class SumConfig(RewardConfig):
         labels = [t.label for t in terms if t.label is not None]
         repeated = sorted({label for label in labels if labels.count(label) > 1})
         if repeated:
-            raise ValueError(f"labels must be unique, got {', '.join(map(repr, repeated))} more than once; rename a label")
+            raise ValueError(
+                f"labels must be unique, got {', '.join(map(repr, repeated))} more than once; rename a label"
+            )
         return terms
