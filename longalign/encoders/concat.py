@@ -32,7 +32,7 @@ class ConcatEncoder(Encoder):
     def __init__(self, parts: Sequence[Encoder]):
         super().__init__()
         if not parts:
-            raise ValueError("expected at least one encoder in parts, got none; add one")
+            raise ValueError("expected at least one part, got none; add an encoder to parts")
         widths = [part.dim for part in parts]
         if len(set(widths)) > 1:
             raise ValueError(f"expected encoders with states of equal width, got widths {widths}; add an adapter")

@@ -101,7 +101,7 @@ def check_prediction(prediction: str) -> None:
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
-    """Applies classifier-free guidance (arXiv 2207.12598, eq. 6, w = scale - 1); one ``scale``, or one per item."""
+    """Applies classifier-free guidance (arXiv 2207.12598, eq. 6, w = scale - 1); ``scale`` may differ per item."""
     return unconditional + scale * (conditional - unconditional)
 
 
@@ -111,8 +111,8 @@ def predict_guided(
     """Returns the prediction ``(b, ...)`` with classifier-free guidance, with both branches in one call.
 
     Args:
-        predict: function ``(latents (2b, ...), timesteps (2b,)) -> (2b, ...)`` that returns the conditional
-            predictions, then the unconditional ones.
+        predict: function ``(latents (2b, ...), timesteps (2b,)) -> (2b, ...)`` that returns the conditional, then the
+            unconditional predictions.
         latents: ``(b, ...)`` noisy latents.
         timesteps: ``(b,)`` timesteps.
         scale: guidance scale; see `guide`.

@@ -71,7 +71,7 @@ class GroupedRandom:
         groups: number of groups.
         detach: whether the denoiser's inputs at the gradient steps are constants.
         randint: samples the offset and the last step.
-        early_stop: sampling stops at a step drawn uniformly from the last ``early_stop`` steps; later gradient steps
+        early_stop: sampling stops at a step drawn uniformly from the last ``early_stop`` steps. Later gradient steps
             are dropped. 1 disables the early stop.
     """
 
@@ -158,7 +158,7 @@ def check_groups(num_steps: int, groups: int, early_stop: int = 1) -> None:
     if num_steps - early_stop + 1 < num_steps // groups:
         raise ValueError(
             f"an early stop within the last {early_stop} of {num_steps} sampling steps can leave no gradient step; "
-            f"set early_stop to at most {num_steps - num_steps // groups + 1}"
+            f"set an early_stop of at most {num_steps - num_steps // groups + 1}"
         )
 
 
@@ -172,7 +172,7 @@ def check_last(num_steps: int, k: int, min_steps: int | None = None, early_stop:
     if k > num_steps - early_stop + 1:
         raise ValueError(
             f"an early stop within the last {early_stop} of {num_steps} sampling steps can leave fewer than {k}; "
-            f"set early_stop to at most {num_steps - k + 1}"
+            f"set an early_stop of at most {num_steps - k + 1}"
         )
 
 

@@ -105,7 +105,7 @@ class AlignPropConfig(GradientStepsConfig):
     def _check_range(self) -> AlignPropConfig:
         if self.max_steps is not None and self.max_steps < self.min_steps:
             raise ValueError(
-                f"expected max_steps of at least min_steps={self.min_steps}, got {self.max_steps}; raise max_steps"
+                f"expected max_steps of at least min_steps, {self.min_steps}, got {self.max_steps}; raise max_steps"
             )
         return self
 

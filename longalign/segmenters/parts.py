@@ -61,7 +61,7 @@ _PUBLISHED = re.compile(r'"!|\.|\?|;"')
 class LongAlign:
     """Splits a prompt exactly as the published LongAlign models do, to reproduce published numbers.
 
-    A text is split at every ``.`` and ``?``, at ``!`` only after a double quote and at ``;`` only before one.
+    A text is split at every ``.`` and ``?``, at ``!`` after a double quote and at ``;`` before a double quote.
     Delimiters are dropped and ``.`` is appended to each non-empty piece, e.g. ``'One. Two. '`` becomes
     ``['One.', ' Two.', ' .']``. Decimal numbers are split too.
     """

@@ -1,4 +1,4 @@
-"""The interface of trainers, which compute the loss of a batch. `longalign.loop` runs them."""
+"""Interface of trainers, which compute the loss of a batch. `longalign.loop` runs the training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Wrap = Callable[[nn.Module], Any]
 
 
 class Trainer(nn.Module):
-    """Base class of trainers: defines the losses and the trainable parameters."""
+    """Base class of trainers, which define the losses and the trainable parameters."""
 
     #: whether batches contain images; otherwise only prompts are loaded
     needs_images: bool = True
@@ -26,19 +26,19 @@ class Trainer(nn.Module):
     def loss(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Computes losses and metrics of a batch.
 
-        Values with a key that ends in ``_loss`` are summed and minimised. The others are only logged.
+        Values with a key that ends in ``_loss`` are summed and minimized. All other values are only logged.
 
         Args:
             batch: ``{"prompt": list[str], "image": (b, 3, h, w) in [0, 1]}``. With a cache, ``posterior``
-                ``(b, 2c, h, w)`` replaces ``image``, see `batch_latents`.
+                ``(b, 2c, h, w)`` replaces ``image``; see `batch_latents`.
         """
         raise NotImplementedError
 
     def step(self, batch: Mapping[str, Any], backward: Backward) -> dict[str, Tensor]:
-        """Computes a batch's gradient by calling ``backward`` on one or more scalars; returns losses and metrics.
+        """Computes the gradient by calling ``backward`` on one or more scalars, and returns losses and metrics.
 
-        The default calls ``backward`` once, on the sum of the losses of `loss`. A trainer that overrides it needs no
-        `loss`.
+        By default, ``backward`` is called once, on the sum of the losses that `loss` returns. Trainers that override
+        this method need not implement `loss`.
         """
         losses = self.loss(batch)
         if not any(key.endswith("_loss") for key in losses):
@@ -48,43 +48,43 @@ class Trainer(nn.Module):
         return {key: value.detach() for key, value in losses.items()}
 
     def on_optimizer_step(self) -> None:
-        """Hook called after each optimizer step, e.g. to update a moving average of the weights."""
+        """Called after each optimizer step, e.g. to update a moving average of the weights."""
 
     def trainable(self) -> list[nn.Parameter]:
         """Returns the trainable parameters."""
         return [p for p in self.parameters() if p.requires_grad]
 
     def prepare(self, wrap: Wrap) -> list[Any]:
-        """Wraps the modules that are called with gradient, calls the wrapped ones from now on, and returns them.
+        """Replaces the modules that are called with gradient by wrapped ones, and returns the wrapped modules.
 
-        ``wrap`` prepares a module for distributed training and mixed precision. When the run ends, `prepare` is
-        called again with the identity.
+        ``wrap`` prepares a module for distributed training and mixed precision. At the end of the run, `prepare` is
+        called again with the identity function.
         """
         return []
 
     def compile_denoiser(self, compile: Wrap) -> None:
-        """Compiles the denoiser, as it is called after `prepare`."""
+        """Compiles the denoiser. Must be called after `prepare`."""
         raise ValueError(f"{type(self).__name__} does not support compiling; set loop.compile to false")
 
     def fsdp_module(self, precision: str) -> nn.Module:
-        """Returns the module whose weights FSDP shards in place, without `prepare`. Experimental.
+        """Returns the module whose weights FSDP shards in place, instead of `prepare`. Experimental.
 
         Args:
-            precision: accelerate's mixed precision, "no" or "bf16".
+            precision: accelerate's mixed precision, ``"no"`` or ``"bf16"``.
 
         Raises:
             ValueError: if FSDP cannot shard the weights of this trainer.
         """
         raise ValueError(
-            f"FSDP shards the weights of a denoiser, and {type(self).__name__} trains none; use accelerate's "
+            f"FSDP shards the weights of a denoiser, but {type(self).__name__} trains none; use accelerate's "
             "multi-GPU without FSDP"
         )
 
     def enable_gradient_checkpointing(self) -> None:
-        """Recomputes activations in the backward pass to save memory."""
+        """Enables gradient checkpointing: activations are recomputed in the backward pass to save memory."""
         raise ValueError(
             f"{type(self).__name__} does not support gradient checkpointing; set loop.gradient_checkpointing to false"
         )
 
     def save(self, folder: Path) -> None:
-        """Writes additional files to the checkpoint in ``folder``; none by default."""
+        """Saves additional files to the checkpoint in ``folder``. By default there are none."""

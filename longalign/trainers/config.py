@@ -1,4 +1,4 @@
-"""The base class of trainer configs; no torch here."""
+"""Base class of trainer configs. Does not import torch."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from longalign.registry import PartConfig
 class TrainerConfig(PartConfig):
     """Base class of trainer configs.
 
-    A trainer is built from other parts, not from their configs: its ``from_config(config, runtime, *, ...)`` takes
-    exactly the parts of `built_from`.
+    A trainer is built from built components, not from their configs: ``from_config(config, runtime, *, ...)`` receives
+    exactly the components in `built_from`.
 
-    These capabilities state what a trainer requires of a run. They are checked before anything is loaded.
+    The following attributes specify what a trainer requires of a run. They are checked before any file is loaded.
 
     - ``needs``: which of ``backbone`` and ``encoder`` are required; the others must be omitted.
-    - ``uses_rewards``: whether the trainer takes the run's rewards; otherwise the run must have none.
-    - ``trains_rewards``: whether the rewards are what is trained.
+    - ``uses_rewards``: whether the trainer uses the run's rewards; otherwise the run must have none.
+    - ``trains_rewards``: whether the rewards are trained.
     - ``compares_pairs``: whether the data must have two images of each prompt.
     - ``needs_images``: whether the data must have images.
     """
@@ -34,7 +34,10 @@ class TrainerConfig(PartConfig):
 
     @property
     def image_size(self) -> int | None:
-        """Side of the sampled images in pixels; None if it samples none, or in the backbone's native resolution."""
+        """Width and height of sampled images in pixels.
+
+        None if the trainer samples no images, or samples in the backbone's native resolution.
+        """
         return None
 
     @classmethod
@@ -43,7 +46,7 @@ class TrainerConfig(PartConfig):
 
 
 def image_problems(run: Any, caller: str) -> list[ConfigProblem]:
-    """A problem if the data of ``run``, a `RunConfig`, has no images; ``caller`` is named in its message."""
+    """Returns a problem if the data of the `RunConfig` ``run`` has no images; ``caller`` is used in the message."""
     if run.data is None or run.data.has_images:
         return []
-    return [("data", f"{caller} needs images, and '{run.data.name}' has prompts only; choose data with images")]
+    return [("data", f"{caller} needs images, but '{run.data.name}' has prompts only; choose data with images")]

@@ -1,4 +1,4 @@
-"""The base class of trainers of a diffusion model, and what their losses share."""
+"""Base class of trainers of a diffusion model, and functions shared by their losses."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class DiffusionTrainer(Trainer):
     """Base class of trainers of a backbone.
 
     Args:
-        backbone: its trainable parameters are already set by `train_denoiser`.
+        backbone: backbone whose trainable parameters were set by `train_denoiser`.
         encoder: encodes the prompts; its adapter may be trained.
         train_adapter: whether to train the adapter; otherwise it is frozen.
     """
@@ -49,7 +49,7 @@ class DiffusionTrainer(Trainer):
     def prepare(self, wrap: Wrap) -> list[Any]:
         """Wraps the denoiser and the encoder if they have trainable parameters.
 
-        The backbone keeps the unwrapped denoiser, so that weight names have no prefix of a wrapper or compiler.
+        The backbone keeps the unwrapped denoiser, so that wrappers and compilers add no prefix to weight names.
         """
         denoiser, wrapped = self.backbone.denoiser, []
         if _is_trainable(denoiser):
@@ -68,7 +68,7 @@ class DiffusionTrainer(Trainer):
     def fsdp_module(self, precision: str) -> nn.Module:
         if not _is_trainable(self.backbone.denoiser):
             raise ValueError(
-                "FSDP shards the weights of a denoiser, and this denoiser has no trainable parameters; use "
+                "FSDP shards the weights of a denoiser, but this denoiser has no trainable parameters; use "
                 "accelerate's multi-GPU without FSDP"
             )
         if precision != "no" and self.backbone.prediction == "flow":
@@ -84,7 +84,7 @@ class DiffusionTrainer(Trainer):
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encodes prompts and moves the conditioning to the denoiser's device.
 
-        Warns of the first truncated prompt only. ``num_truncated``, which is logged, counts all of them.
+        Only the first truncated prompt causes a warning. The logged ``num_truncated`` counts all truncated prompts.
         """
         with warnings.catch_warnings():
             if self.num_truncated:
@@ -106,7 +106,7 @@ class DiffusionTrainer(Trainer):
         return [p for part in parts for p in part.parameters() if p.requires_grad]
 
     def train(self, mode: bool = True) -> DiffusionTrainer:
-        """Sets training mode as usual, but keeps frozen modules in eval mode, so that their dropout is inactive."""
+        """Sets training mode. Frozen modules stay in eval mode, so that their dropout is inactive."""
         super().train(mode)
         for part in (self.backbone, self.encoder):
             _set_training(part, mode)
@@ -127,7 +127,7 @@ def _set_training(module: nn.Module, mode: bool) -> None:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Context manager: puts a module and its submodules in eval mode and restores each one's mode on exit."""
+    """Context manager that sets eval mode on a module and its submodules and restores all modes on exit."""
     modes = [(m, m.training) for m in module.modules()]
     module.eval()
     try:
@@ -140,7 +140,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 def train_denoiser(backbone: Backbone, lora: LoraConfig | None, name: str) -> None:
     """Adds a trainable LoRA to the backbone, or makes all weights trainable if ``lora`` is None.
 
-    The LoRA is named ``name``, or ``name-2``, ``name-3``... if the name is taken.
+    The LoRA is named ``name``, or ``name-2``, ``name-3``... if that name already exists.
     """
     if lora is None:
         backbone.train_all()
@@ -149,20 +149,20 @@ def train_denoiser(backbone: Backbone, lora: LoraConfig | None, name: str) -> No
 
 
 def batch_latents(backbone: Backbone, batch: Mapping[str, Any], caller: str) -> Tensor:
-    """Samples latents ``(b, c, h, w)`` of a batch's images from their autoencoder posterior, cached or computed.
+    """Samples latents ``(b, c, h, w)`` of a batch's images from the cached or computed VAE posterior.
 
     Args:
-        backbone: its autoencoder encodes the images.
-        batch: with ``image`` ``(b, 3, h, w)`` in [0, 1], or ``posterior`` ``(b, 2c, h, w)``.
+        backbone: backbone with the VAE.
+        batch: dict with ``image`` ``(b, 3, h, w)`` in [0, 1], or ``posterior`` ``(b, 2c, h, w)``.
         caller: name used in the error message.
 
     Raises:
-        ValueError: if the batch has neither.
+        ValueError: if the batch contains neither ``image`` nor ``posterior``.
     """
     if "posterior" in batch:
         return backbone.sample_latents(batch["posterior"])
     if "image" not in batch:
-        raise ValueError(f"{caller} needs images, and the data has prompts only; choose data with images")
+        raise ValueError(f"{caller} needs images, but the data has prompts only; choose data with images")
     return backbone.encode_images(batch["image"])
 
 
@@ -174,14 +174,14 @@ def guided_prediction(
     rows: Tensor,
     scale: float | Tensor,
 ) -> Tensor:
-    """Classifier-free-guided prediction ``(b, c, h, w)``, with both branches in one call.
+    """Returns the prediction ``(b, c, h, w)`` with classifier-free guidance, with both branches in one call.
 
     Args:
         denoise: `Backbone.predict` or `Backbone.predict_reference`.
-        latents: ``(b, c, h, w)``.
-        timesteps: ``(b,)``.
-        conditioning: the prompts and, as the last row, the empty prompt, so that both have the same length.
-        rows: ``(b,)`` row of ``conditioning`` for each latent.
+        latents: ``(b, c, h, w)`` noisy latents.
+        timesteps: ``(b,)`` timesteps.
+        conditioning: conditioning of the prompts and, in the last row, of the empty prompt.
+        rows: ``(b,)`` index of the row of ``conditioning`` for each latent.
         scale: guidance scale, a scalar or ``(b, 1, 1, 1)``.
     """
     branches = conditioning[torch.cat([rows, torch.full_like(rows, len(conditioning.states) - 1)])]
@@ -189,14 +189,14 @@ def guided_prediction(
 
 
 def noise_loss(backbone: Backbone, latents: Tensor, conditioning: Conditioning, density: str | None = None) -> Tensor:
-    """Mean squared error of the denoiser's prediction at random timesteps (arXiv 2006.11239, eq. 14); a scalar.
+    """Returns the mean squared error of the prediction at random timesteps (arXiv 2006.11239, eq. 14), a scalar.
 
     Args:
-        backbone: its denoiser predicts noise, velocity or flow.
+        backbone: backbone whose denoiser predicts noise, velocity or flow-matching velocity.
         latents: ``(b, c, h, w)`` clean latents of images.
-        conditioning: conditioning of their captions.
-        density: sampling density of the timesteps, see `sample_timesteps`. None is ``"logit-normal"`` for flows and
-            ``"uniform"`` otherwise.
+        conditioning: conditioning of the captions of the images.
+        density: sampling density of the timesteps; see `sample_timesteps`. None uses ``"logit-normal"`` for
+            flow-matching models and ``"uniform"`` for others.
     """
     if density is None:
         density = "logit-normal" if backbone.prediction == "flow" else "uniform"

@@ -42,8 +42,8 @@ class SDBackbone(LatentBackbone):
             )
         if unet.config.in_channels != vae.config.latent_channels:
             raise ValueError(
-                f"the UNet has {unet.config.in_channels} input channels, but the VAE has "
-                f"{vae.config.latent_channels} latent channels; use a text-to-image model, not one for inpainting or "
+                f"the UNet has {unet.config.in_channels} channels at its input, but the VAE has "
+                f"{vae.config.latent_channels}; use a text-to-image model, not one for inpainting or "
                 "upscaling"
             )
 

@@ -73,7 +73,7 @@ class SD3Backbone(LatentBackbone):
         if widths != expected:
             raise ValueError(
                 f"SD3's transformer expects states of width {expected[0]} and a pooled embedding of width "
-                f"{expected[1]}, got {widths[0]} and {widths[1]} from the encoder; use the encoder 'clip-segment-sd3'"
+                f"{expected[1]}, but the encoder gives {widths[0]} and {widths[1]}; use the encoder 'clip-segment-sd3'"
             )
         if conditioning.mask is not None and not bool(conditioning.mask.all()):
             raise ValueError(

@@ -31,8 +31,8 @@ class SDXLBackbone(SDBackbone):
             )
         if unet.config.in_channels != vae.config.latent_channels:
             raise ValueError(
-                f"the UNet has {unet.config.in_channels} input channels, but the VAE has "
-                f"{vae.config.latent_channels} latent channels; use a text-to-image model, not one for inpainting or "
+                f"the UNet has {unet.config.in_channels} channels at its input, but the VAE has "
+                f"{vae.config.latent_channels}; use a text-to-image model, not one for inpainting or "
                 "upscaling"
             )
         if getattr(vae.config, "latents_mean", None) is not None:
@@ -57,7 +57,7 @@ class SDXLBackbone(SDBackbone):
         if conditioning.pooled is None or conditioning.pooled.shape[-1] != self.pooled_width:
             got = "none" if conditioning.pooled is None else f"one of width {conditioning.pooled.shape[-1]}"
             raise ValueError(
-                f"SDXL's UNet expects a pooled embedding of width {self.pooled_width}, got {got} from the encoder; "
+                f"SDXL's UNet expects a pooled embedding of width {self.pooled_width} but the encoder gives {got}; "
                 "use the encoder 'clip-segment-sdxl'"
             )
         height, width = (self.vae_scale_factor * side for side in latents.shape[-2:])

@@ -101,7 +101,7 @@ class TextAdapter(Adapter):
         try:
             adapter.load_state_dict(state)
         except (RuntimeError, TypeError) as error:
-            raise ValueError(f"{weights} does not match the widths in config.json: {error}") from error
+            raise ValueError(f"{weights}: expected weights that match the widths in config.json: {error}") from error
         return adapter
 
     def save(self, folder: str | Path) -> None:

@@ -74,7 +74,7 @@ class Direction:
         expected, got = _describe(self.inner), _describe(_dump(config))
         if self.vector.shape != (reward.dim,):
             raise ValueError(
-                f"the direction has width {len(self.vector)} (computed with {expected}), but the reward {got} has "
+                f"the direction has width {len(self.vector)}, but was computed with {expected}; the reward {got} has "
                 f"width {reward.dim}; run `longalign compute-direction` with this reward"
             )
         probe = reward.text_features(PROBE).cpu()

@@ -1,4 +1,4 @@
-"""Config of the trainer `align`. This module does not import torch."""
+"""Config of the trainer `align`. Does not import torch."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from longalign.trainers.config import TrainerConfig, image_problems
 
 
 class AlignConfig(TrainerConfig):
-    """Noise-prediction fine-tuning on images with long captions."""
+    """Fine-tuning with the diffusion loss (noise, velocity or flow matching) on images with long captions."""
 
     target: ClassVar[str] = "longalign.trainers.align.trainer:AlignTrainer"
 
     name: Literal["align"] = "align"
     lora: LoraConfig | None = LoraConfig()
-    """the LoRA to train, or null to train all weights of the denoiser."""
+    """the LoRA to train; null: train all weights of the denoiser."""
     train_adapter: bool = True
-    """whether to train the encoder's adapter too, if it has one."""
+    """whether to also train the encoder's adapter, if the encoder has one."""
     caption_dropout: float = Field(0.1, ge=0, le=1)
-    """fraction of captions replaced by the empty prompt, as classifier-free guidance requires."""
+    """fraction of captions replaced by the empty prompt, which classifier-free guidance requires."""
     timesteps: Literal["uniform", "logit-normal"] | None = None
-    """sampling density of the training timesteps: ``"uniform"``, or ``"logit-normal"``, which concentrates on
-    intermediate noise levels (arXiv 2403.03206, section 3.1). null is logit-normal for flows and uniform otherwise.
+    """sampling density of the training timesteps: ``"uniform"``, or ``"logit-normal"``, which favors intermediate noise
+    levels (arXiv 2403.03206, section 3.1). null: logit-normal for flow-matching models, uniform for others.
     """
 
     def check_run(self, run: Any) -> list[ConfigProblem]:

@@ -1,4 +1,4 @@
-"""Noise-prediction fine-tuning on images with long captions (LongAlign, section 3.1)."""
+"""Fine-tuning with the diffusion loss on images with long captions (LongAlign, section 3.1)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class AlignTrainer(DiffusionTrainer):
     """Trains the denoiser and the encoder's adapter to follow long captions.
 
     Args:
-        backbone: its trainable parameters are already set.
+        backbone: backbone whose trainable parameters are already set.
         encoder: encodes the captions.
         caption_dropout: fraction of captions replaced by the empty prompt.
         train_adapter: whether to train the encoder's adapter.
-        timesteps: sampling density of the timesteps, see `noise_loss`.
+        timesteps: sampling density of the timesteps; see `noise_loss`.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class AlignTrainer(DiffusionTrainer):
     def from_config(
         cls, config: AlignConfig, runtime: Runtime, *, backbone: Backbone, encoder: Encoder
     ) -> AlignTrainer:
-        """Adds the LoRA to the backbone, or makes all of its weights trainable, and builds the trainer."""
+        """Adds the LoRA to the backbone, or makes all of the denoiser's weights trainable, and builds the trainer."""
         train_denoiser(backbone, config.lora, "align")
         return cls(
             backbone,

@@ -1,4 +1,4 @@
-"""Config of the trainer `denscore`. This module does not import torch."""
+"""Config of the trainer `denscore`. Does not import torch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from longalign.trainers.config import TrainerConfig
 
 
 class DenscoreTrainerConfig(TrainerConfig):
-    """Trains the run's reward, a CLIP, as a preference model of long texts on pairs of images (Denscore, LongAlign,
-    section 3.2). The run has no backbone and no encoder. Texts are encoded as the reward encodes them: segment by
-    segment, or as a whole, which trains a PickScore. A checkpoint's folder ``reward/`` is a transformers ``CLIPModel``
-    for the rewards `denscore`, `pickscore` and `clip`.
+    """Trains the run's CLIP reward as a preference model for long texts on pairs of images (Denscore, LongAlign,
+    section 3.2). The run has no backbone and no encoder. The reward's ``text`` setting determines how texts are
+    encoded: segment by segment, or whole, as for PickScore. The folder ``reward/`` of a checkpoint contains a
+    transformers ``CLIPModel`` for the rewards `denscore`, `pickscore` and `clip`.
     """
 
     target: ClassVar[str] = "longalign.trainers.denscore.trainer:DenscoreTrainer"
@@ -29,13 +29,14 @@ class DenscoreTrainerConfig(TrainerConfig):
     two ``"projections"``. The temperature is always trained.
     """
     preference_weight: float = Field(1.0, ge=0)
-    """factor of the KL divergence from the annotated preference of a pair to the softmax of the two scores (PickScore,
-    arXiv 2305.01569, section 3). A text's score is the mean over its segments. 0 disables the loss.
+    """factor of the KL divergence between the annotated preference of a pair and the softmax of the two scores
+    (PickScore, arXiv 2305.01569, section 3). The score of a text is the mean over segments. 0 disables the loss.
     """
     contrastive_weight: float = Field(0.5, ge=0)
-    """factor of a contrastive loss over segments. Each segment must retrieve the image it describes among all images of
-    the batch. The texts are the images' captions. Without captions they are the prompts, whose targets are both images
-    of the pair, weighted by preference. 0 disables the loss.
+    """factor of a contrastive loss over segments: each segment must retrieve the image that it describes among all
+    images of the batch. With captions, the segments of each image's caption have that image as target. Without
+    captions, the segments of a prompt have both images of the pair as targets, weighted by preference. 0 disables the
+    loss.
     """
 
     @model_validator(mode="after")

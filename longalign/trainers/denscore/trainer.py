@@ -1,4 +1,4 @@
-"""Trains a CLIP as a preference model of long texts, encoded segment by segment (Denscore, LongAlign, section 3.2)."""
+"""Training of CLIP as a preference model for long texts, encoded in segments (Denscore, LongAlign, section 3.2)."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ class Embed(nn.Module):
 class DenscoreTrainer(Trainer):
     """Trains a reward to predict which of two images of a prompt is preferred, and which image each segment describes.
 
-    The preference loss compares the reward's own scores: with ``text: segments``, the mean over segments of the cosine
-    similarity with the image. Both losses span the batches of all processes, so the number of processes does not
-    change the training for the same global batch.
+    The preference loss compares the reward's scores. With ``text: segments``, the score is the mean over segments of
+    the cosine similarity with the image. Both losses are computed over the batches of all processes. For the same
+    global batch, the result therefore does not depend on the number of processes.
 
     Args:
-        reward: a CLIP; its trainable parameters are set here.
-        runtime: communication between processes.
+        reward: a reward with a CLIP model. The trainer sets the trainable parameters.
+        runtime: runtime for communication between processes.
         train: trainable parameters: ``"all"``, one tower (``"text"`` or ``"vision"``), or only the ``"projections"``.
         preference_weight: factor of ``preference_loss``; 0 disables it.
         contrastive_weight: factor of ``contrastive_loss``; 0 disables it.
@@ -99,7 +99,7 @@ class DenscoreTrainer(Trainer):
         self.reward.towers.enable_gradient_checkpointing()
 
     def save(self, folder: Path) -> None:
-        """Writes ``reward/``, a transformers ``CLIPModel`` with its processor, from which rewards can be loaded."""
+        """Saves ``reward/``, a transformers ``CLIPModel`` with processor, from which rewards can be loaded."""
         self.reward.save(folder / REWARD)
 
     @torch.no_grad()
@@ -113,15 +113,16 @@ class DenscoreTrainer(Trainer):
         Metrics:
 
         - ``agreement``: fraction of pairs whose preferred image scores higher; a pair without preference counts half.
-        - ``r_at_1``: fraction of texts that score highest with their own image. Candidates are all images of the batch
-          for captions, and the preferred images for prompts.
-        - ``segment_r_at_1``: the same for single segments instead of the mean over segments.
-        - ``eta``: mean projection of the prompts' embeddings on their common direction.
+        - ``r_at_1``: fraction of texts that score highest with the matching image. Candidates are all images of the
+          batch for captions, and the preferred images for prompts.
+        - ``segment_r_at_1``: like ``r_at_1``, for single segments instead of the mean over segments.
+        - ``eta``: mean projection of the prompts' embeddings onto their common direction.
         - ``scale``: inverse temperature.
 
         Args:
-            batch: ``prompt``, b texts; ``image`` ``(b, 2, 3, h, w)`` in [0, 1]; ``preference`` ``(b,)``, the fraction
-                of annotators who prefer the first image; optionally ``captions``, b pairs of texts, one per image.
+            batch: dict with b texts ``prompt``, images ``image`` ``(b, 2, 3, h, w)`` in [0, 1], and ``preference``
+                ``(b,)``, the fraction of annotators who prefer the first image. ``captions`` is optional and contains b
+                pairs of texts, one text per image.
         """
         prompts, captions = list(batch["prompt"]), batch.get("captions")
         b, device = len(prompts), self.runtime.device
@@ -174,7 +175,7 @@ class DenscoreTrainer(Trainer):
         return out
 
     def segment_hashes(self, segments: Sequence[str]) -> Tensor:
-        """Returns a hash ``(n,)`` int64 of each segment."""
+        """Returns the hashes of n segments, int64 ``(n,)``."""
         hashes = [int.from_bytes(blake2b(s.encode(), digest_size=8).digest(), signed=True) for s in segments]
         return torch.tensor(hashes, device=self.runtime.device)
 
@@ -186,7 +187,7 @@ class DenscoreTrainer(Trainer):
         return {key: value.detach() for key, value in losses.items()}
 
     def all_gather(self, local: Tensor) -> Tensor:
-        """Gathers rows ``(n, ...)`` of all processes, with gradient for the local ones; n may differ by process."""
+        """Gathers rows ``(n, ...)`` of all processes; n may differ. Only the local rows have gradient."""
         counts = self.runtime.gather(torch.tensor([len(local)], device=local.device)).tolist()
         padded = local.new_zeros((max(counts), *local.shape[1:]))
         padded[: len(local)] = local.detach()
@@ -197,17 +198,17 @@ class DenscoreTrainer(Trainer):
 
 
 def divergence(logits: Tensor, target: Tensor) -> Tensor:
-    """KL divergence from ``target`` ``(n, m)`` to the softmax of ``logits`` ``(n, m)``, averaged over rows; a scalar.
+    """Returns the mean over rows of the KL divergence between ``target`` and the softmax of ``logits``, ``(n, m)`` each.
 
-    Rows of ``target`` sum to 1. With m = 2 images per row it is PickScore's loss (arXiv 2305.01569, section 3).
+    Rows of ``target`` sum to 1. With m = 2 images per row, this is PickScore's loss (arXiv 2305.01569, section 3).
     """
     return F.kl_div(logits.log_softmax(-1), target, reduction="batchmean")
 
 
 def pairwise_accuracy(scores: Tensor, preferences: Tensor) -> Tensor:
-    """Fraction of pairs whose ``scores`` ``(b, 2)`` agree with ``preferences`` ``(b,)`` for the first image.
+    """Returns the fraction of pairs whose ``scores`` ``(b, 2)`` agree with ``preferences`` ``(b,)`` for the first image.
 
-    Pairs without preference (0.5) count half.
+    Pairs without a preference (0.5) count half.
     """
     correct = (scores[:, 0] > scores[:, 1]) == (preferences > 0.5)
     return torch.where(preferences == 0.5, 0.5, correct.float()).mean()

@@ -1,4 +1,4 @@
-"""Config of the trainer `lcm`. This module does not import torch."""
+"""Config of the trainer `lcm`. Does not import torch."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from longalign.trainers.config import TrainerConfig, image_problems
 
 class LCMConfig(TrainerConfig):
     """Consistency distillation for sampling in a few steps without guidance (LCM, arXiv 2310.04378; LCM-LoRA,
-    arXiv 2311.05556). The teacher is the ``init_from`` model; teacher and encoder are frozen.
+    arXiv 2311.05556). The teacher is the model in ``init_from``; teacher and encoder are frozen.
     """
 
     target: ClassVar[str] = "longalign.trainers.lcm.trainer:LCMTrainer"
 
     name: Literal["lcm"] = "lcm"
     lora: LoraConfig | None = LoraConfig()
-    """the LoRA to train, or null to train all weights of the denoiser."""
+    """the LoRA to train; null: train all weights of the denoiser."""
     num_ddim_timesteps: int = Field(50, ge=1)
-    """number of DDIM steps from noise to image; must divide the model's timesteps. The teacher takes one of these
-    steps: 50 of 1000 timesteps skip 20.
+    """number of DDIM steps from noise to image; must divide the model's number of timesteps. The teacher takes one of
+    these steps, which skips e.g. 20 timesteps for 50 steps and 1000 timesteps.
     """
     start_timesteps: Literal["all", "ddim"] = "all"
-    """timesteps that the teacher starts from: ``"all"`` from half a skip on, as in the code of LongAlign's authors, or
-    only those of the ``"ddim"`` steps, as in the paper.
+    """timesteps at which the teacher may start: ``"all"`` from half a DDIM step on, as in the LongAlign authors' code,
+    or only the timesteps of ``"ddim"`` steps, as in the paper.
     """
     w_min: float = Field(6.5, ge=0)
-    """minimum guidance w of the teacher. Its scale is 1 + w (6.5 is a scale of 7.5), with w sampled per image."""
+    """minimum guidance w of the teacher, sampled per image. The guidance scale is 1 + w, e.g. 7.5 for w = 6.5."""
     w_max: float = Field(6.5, ge=0)
     """maximum guidance w of the teacher."""
     huber_c: float | None = Field(0.001, gt=0)
-    """c of the pseudo-Huber loss; null is the squared error (l2)."""
+    """c of the pseudo-Huber loss; null: squared error (l2)."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
-    """decay of the moving average of the student that computes the target, as in the LCM paper. null uses the student
-    itself, as LCM-LoRA does. Independent of ``loop.ema``, which averages the saved weights.
+    """decay of the moving average of the student, with which the target is computed, as in the LCM paper. null: the
+    target is computed with the student, as in LCM-LoRA. Independent of ``loop.ema``, which averages the saved weights.
     """
     timestep_scaling_factor: float = Field(10.0, gt=0)
     """factor of the timestep in the boundary condition; samplers use 10."""

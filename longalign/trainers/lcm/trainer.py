@@ -22,29 +22,30 @@ from longalign.trainers.lcm.config import LCMConfig
 class LCMTrainer(DiffusionTrainer):
     """Trains the denoiser to predict the same endpoint from any point of a teacher trajectory (self-consistency).
 
-    The teacher takes one guided DDIM step from a noised image, over a skip of timesteps. The student's consistency
-    function at the start of this step is trained to match its value at the end (LCM, algorithm 1). As in LCM-LoRA
-    (arXiv 2311.05556), guidance is distilled into the weights and the student is not conditioned on its scale. So the
-    denoiser needs no additional input, and any LCM sampler can use the result.
+    The teacher takes one guided DDIM step from a noised image. The student's consistency function at the start of this
+    step is trained to match the value at the end (LCM, algorithm 1). As in LCM-LoRA (arXiv 2311.05556), guidance is
+    distilled into the weights, and the student is not conditioned on the guidance scale. The denoiser therefore needs
+    no additional input, and any LCM sampler can be used.
 
-    The teacher is the reference model: the ``init_from`` model with its LoRAs merged. The encoder is frozen, since
+    The teacher is the reference model: the model in ``init_from`` with LoRAs merged. The encoder is frozen, because
     teacher and student share it.
 
     Args:
-        backbone: its trainable parameters are already set, and the reference model is kept.
+        backbone: backbone with trainable parameters already set, and with a reference model.
         encoder: encodes the captions.
-        num_ddim_timesteps: number of DDIM steps from noise to image; must divide the model's timesteps. The skip is
-            one of these steps.
-        start_timesteps: ``"all"`` timesteps from half a skip on, or only those of the ``"ddim"`` steps.
+        num_ddim_timesteps: number of DDIM steps from noise to image; must divide the model's number of timesteps. The
+            teacher takes one of these steps.
+        start_timesteps: ``"all"`` timesteps from half a DDIM step on, or only those of the ``"ddim"`` steps.
         w_min: minimum guidance w. The scale is 1 + w, with w sampled per image, uniformly from w_min to w_max.
         w_max: maximum guidance w.
         huber_c: c of the pseudo-Huber loss ``sqrt(d^2 + c^2) - c``, or None for the squared error.
-        ema_decay: decay of the moving average that computes the target, or None for the student itself.
-        timestep_scaling_factor: how fast the boundary condition leaves ``f(x, 0) = x``, see
+        ema_decay: decay of the moving average of the student, with which the target is computed. None computes the
+            target with the student.
+        timestep_scaling_factor: factor of the timestep in the boundary condition ``f(x, 0) = x``; see
             `longalign.functional.solvers.lcm`.
 
     Raises:
-        ValueError: if ``num_ddim_timesteps`` does not divide the model's timesteps.
+        ValueError: if ``num_ddim_timesteps`` does not divide the model's number of timesteps.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class LCMTrainer(DiffusionTrainer):
 
     @classmethod
     def from_config(cls, config: LCMConfig, runtime: Runtime, *, backbone: Backbone, encoder: Encoder) -> LCMTrainer:
-        """Adds a new LoRA to the backbone, or makes all of its weights trainable, and builds the trainer."""
+        """Adds a new LoRA to the backbone, or makes all of the denoiser's weights trainable, and builds the trainer."""
         if config.lora is None:
             backbone.keep_reference_model()
         train_denoiser(backbone, config.lora, "lcm")
@@ -129,7 +130,7 @@ class LCMTrainer(DiffusionTrainer):
         Args:
             noisy: ``(b, c, h, w)`` latents.
             start: ``(b,)`` timesteps of the latents.
-            conditioning: the b prompts and, as the last row, the empty prompt.
+            conditioning: conditioning of the b prompts and, in the last row, of the empty prompt.
             guidance: ``(b, 1, 1, 1)`` guidance scales of the teacher.
         """
         with evaluating(self.backbone.denoiser):
@@ -140,7 +141,7 @@ class LCMTrainer(DiffusionTrainer):
             return self.consistency(end, earlier, self.predict_target(earlier, end, conditioning[: len(noisy)]).float())
 
     def predict_target(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """Calls the denoiser as `Backbone.predict` does, with the averaged weights if ``ema_decay`` is set."""
+        """Returns the prediction like `Backbone.predict`, with the averaged weights if ``ema_decay`` is set."""
         averages = dict(zip(self.names, self.averages(), strict=True))
 
         def denoise(*args: Any, **kwargs: Any) -> Any:
@@ -149,7 +150,7 @@ class LCMTrainer(DiffusionTrainer):
         return self.backbone.call(denoise, latents, timesteps, conditioning)
 
     def averages(self) -> list[Tensor]:
-        """Returns the moving averages of the denoiser's trainable weights; empty without ``ema_decay``."""
+        """Returns the moving averages of the denoiser's trainable weights, or an empty list without ``ema_decay``."""
         return [self.get_buffer(f"target_{i}") for i in range(len(self.names))]
 
     @torch.no_grad()
@@ -161,10 +162,10 @@ class LCMTrainer(DiffusionTrainer):
 
 
 class LinearSteps:
-    """Solver steps ``a x + b o`` for batches with a different timestep per row.
+    """Takes solver steps ``a * x + b * o`` for batches with a different timestep per row.
 
     Args:
-        solvers: one deterministic solver per timestep; only its first step is used.
+        solvers: one deterministic solver per timestep, of which only the first step is used.
     """
 
     def __init__(self, solvers: Sequence[Solver]):
@@ -173,6 +174,6 @@ class LinearSteps:
         self.b = torch.tensor([solver.b[0] for solver in solvers], dtype=torch.float64)
 
     def __call__(self, timesteps: Tensor, latents: Tensor, output: Tensor) -> Tensor:
-        """Takes the step from ``timesteps`` ``(b,)``; latents, outputs and result are ``(b, c, h, w)``."""
+        """Takes the step from ``timesteps`` ``(b,)``. Latents, output and result are ``(b, c, h, w)``."""
         a, b = (rearrange(factor.to(latents)[timesteps], "b -> b 1 1 1") for factor in (self.a, self.b))
         return a * latents + b * output

@@ -1,4 +1,4 @@
-"""Configs of the trainers `reward` and `lcm-reward`. This module does not import torch."""
+"""Configs of the trainers `reward` and `lcm-reward`. Does not import torch."""
 
 from __future__ import annotations
 
@@ -13,41 +13,39 @@ from longalign.trainers.config import TrainerConfig, image_problems
 
 
 class RewardTrainerConfig(TrainerConfig):
-    """Keys of both trainers."""
+    """Base class of the configs of `reward` and `lcm-reward`."""
 
     target: ClassVar[str] = "longalign.trainers.reward.trainer:RewardTrainer"
     uses_rewards: ClassVar[bool] = True
 
     lora: LoraConfig | None = LoraConfig()
-    """the LoRA to train, or null to train all weights of the denoiser."""
+    """the LoRA to train; null: train all weights of the denoiser."""
     train_adapter: bool = False
-    """whether to train the encoder's adapter too, if it has one; the paper freezes it."""
+    """whether to also train the encoder's adapter, if the encoder has one; the paper freezes the adapter."""
     solver: str
     """the sampler."""
     num_steps: int = Field(50, ge=1)
     """number of sampling steps."""
     guidance: float = Field(7.5, ge=1)
-    """classifier-free guidance scale; 1 disables guidance. Both branches carry gradient."""
+    """classifier-free guidance scale; 1 disables guidance. Both branches receive gradient."""
     gradient_steps: Part("gradient_steps") = "grouped-random"
-    """which sampling steps carry gradient, and whether the gradient flows through their inputs."""
+    """which sampling steps receive gradient, and whether the gradient flows through the denoiser's inputs."""
     dropout_steps: Literal["all", "chosen"] = "all"
-    """whether the LoRA's dropout is active at ``"all"`` steps, or only at the ``"chosen"`` steps, those with
-    gradient.
-    """
+    """sampling steps at which the LoRA's dropout is active: ``"all"``, or only the gradient steps (``"chosen"``)."""
     resolution: int | None = Field(None, ge=1)
-    """width and height of the samples in pixels; null is the backbone's default."""
+    """width and height of the samples in pixels; null: the backbone's native resolution."""
     denoise_batch: int | None = Field(None, ge=1)
-    """images per rollout, or null for all. Smaller values save memory."""
+    """number of images per rollout; null: all. Smaller values save memory."""
     decode_batch: int | None = Field(None, ge=1)
-    """images decoded at a time, or null for all. Smaller values save memory, but images are then decoded twice."""
+    """number of images decoded at a time; null: all. Smaller values save memory, but images are decoded twice."""
     replay_batch: int = Field(1, ge=1)
     """maximum number of gradient steps that are recomputed in one call. Values above 1 require a denoiser and LoRA
     without dropout, and ``gradient_steps`` with constant inputs.
     """
     regularizer: Literal["none", "kl", "pretraining"] = "none"
-    """limits the drift from the reference model. ``"kl"`` is the squared difference of the two models' predictions at
-    the gradient steps, which is the divergence of their sampling distributions up to a factor per step.
-    ``"pretraining"`` is the noise-prediction loss on the data's images.
+    """loss that limits the drift from the reference model. ``"kl"``: squared difference between the predictions of both
+    models at the gradient steps. Up to a factor per step, this is the KL divergence of their sampling distributions.
+    ``"pretraining"``: the diffusion loss on the images of the data.
     """
     regularizer_weight: float | None = Field(None, gt=0)
     """factor of the regularizer."""
@@ -91,7 +89,10 @@ class RewardTrainerConfig(TrainerConfig):
     def check_run(self, run: Any) -> list[ConfigProblem]:
         problems = [] if run.rewards else [("rewards", f"'{self.name}' needs at least one reward")]
         problems += [
-            (f"rewards.{i}", f"'{reward.name}' has no gradient in its images, which '{self.name}' requires")
+            (
+                f"rewards.{i}",
+                f"'{reward.name}' has no gradient with respect to the images, which '{self.name}' requires",
+            )
             for i, reward in enumerate(run.rewards)
             if not reward.is_differentiable()
         ]
@@ -99,24 +100,24 @@ class RewardTrainerConfig(TrainerConfig):
 
 
 class RewardConfig(RewardTrainerConfig):
-    """Reward fine-tuning by the gradient of rewards through sampling (LongAlign, section 4; DRTune, arXiv
+    """Reward fine-tuning with the gradient of rewards through sampling (LongAlign, section 4; DRTune, arXiv
     2405.00760).
     """
 
     name: Literal["reward"] = "reward"
     solver: Literal["ddim", "lcm"] = "ddim"
-    """``"ddim"``, or ``"lcm"`` for a consistency-distilled model."""
+    """the sampler: ``"ddim"``, or ``"lcm"`` for a consistency-distilled model."""
 
 
 class LCMRewardConfig(RewardTrainerConfig):
-    """Reward fine-tuning of a consistency-distilled model (LongAlign's LCM variant). It samples four steps without
-    guidance, at timesteps 999, 749, 499 and 249 of 1000, with fresh noise between them. All steps carry gradient.
-    Otherwise as `reward`. ``init_from`` is a model trained by `lcm`.
+    """Reward fine-tuning of a consistency-distilled model (LongAlign's LCM variant). Like `reward`, but with four
+    sampling steps without guidance, at timesteps 999, 749, 499 and 249 of 1000, and fresh noise between the steps. All
+    steps receive gradient. ``init_from`` must be a model trained by `lcm`.
     """
 
     name: Literal["lcm-reward"] = "lcm-reward"
     solver: Literal["lcm"] = "lcm"
-    """``"lcm"``; use `reward` for other models."""
+    """the sampler, always ``"lcm"``; use `reward` for other models."""
     num_steps: int = Field(4, ge=1)
     guidance: float = Field(1.0, ge=1)
     """classifier-free guidance scale; 1 disables guidance, which is distilled into the weights."""

@@ -1,4 +1,4 @@
-"""Reward fine-tuning by the exact gradient through sampling, with constant memory (LongAlign, section 4)."""
+"""Reward fine-tuning with the exact gradient through sampling and constant memory (LongAlign, section 4)."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from longalign.trainers.reward.config import RewardTrainerConfig
 
 @dataclass(frozen=True)
 class Pass:
-    """A rollout of a slice of the prompts, or the prediction from their re-noised samples.
+    """Rollout of a slice of the prompts, or prediction from re-noised samples of these prompts.
 
     Attributes:
         rows: slice of b prompts.
         solver: the steps of the rollout.
         final: ``(b, c, h, w)`` latents to decode.
-        recorded: the calls to replay with gradient.
+        recorded: the network calls to recompute with gradient.
     """
 
     rows: slice
@@ -52,26 +52,26 @@ class Pass:
 
 
 class RewardTrainer(DiffusionTrainer):
-    """Maximises rewards of images sampled from the data's prompts.
+    """Maximizes rewards of images sampled from the data's prompts.
 
     Each training step samples without gradient and differentiates ``0.5 (1 - mean score)`` at the final latents. Only
-    the selected calls of the denoiser are replayed with gradient, each with its part of the latent gradient (see
-    `longalign.functional.rollout`). Several rewards are added; the reward `sum` adds them with weights.
+    the selected denoiser calls are recomputed with gradient; see `longalign.functional.rollout`. Several rewards are
+    added with equal weight; use the reward `sum` for other weights.
 
     Args:
-        backbone: its trainable parameters are already set.
+        backbone: backbone whose trainable parameters are already set.
         encoder: encodes the prompts.
         rewards: rewards, or functions ``(images, prompts) -> (b,)``.
-        gradient_steps: selects the steps that carry gradient, see `longalign.gradient_steps.base.GradientSteps`.
+        gradient_steps: selects the steps that receive gradient; see `longalign.gradient_steps.base.GradientSteps`.
         solver: ``"ddim"`` or ``"lcm"``.
         num_steps: number of sampling steps.
         guidance: classifier-free guidance scale; 1 disables guidance.
         train_adapter: whether to train the encoder's adapter.
-        dropout_steps: steps at which the denoiser's dropout is active: ``"all"`` or ``"chosen"``, those with gradient.
-        resolution: width and height of the samples in pixels, or None for the backbone's default.
-        denoise_batch: images per rollout, or None for all.
-        decode_batch: images decoded at a time, or None for all.
-        replay_batch: maximum number of gradient steps replayed in one call.
+        dropout_steps: steps at which the denoiser's dropout is active: ``"all"``, or ``"chosen"`` for gradient steps.
+        resolution: width and height of the samples in pixels, or None for the backbone's native resolution.
+        denoise_batch: number of images per rollout, or None for all.
+        decode_batch: number of images decoded at a time, or None for all.
+        replay_batch: maximum number of gradient steps recomputed in one call.
         regularizer: ``"none"``, ``"kl"`` or ``"pretraining"``.
         regularizer_weight: factor of the regularizer.
 
@@ -102,7 +102,7 @@ class RewardTrainer(DiffusionTrainer):
     ):
         super().__init__(backbone, encoder, train_adapter)
         if not rewards:
-            raise ValueError("reward fine-tuning expects at least one reward, got none")
+            raise ValueError("reward fine-tuning expects at least one reward, got none; set rewards")
         self.rewards = nn.ModuleList([as_reward(reward).requires_grad_(False) for reward in rewards])
         self.gradient_steps = gradient_steps
         self.solve: Callable[[Sequence[int]], Solver] = partial(
@@ -126,7 +126,7 @@ class RewardTrainer(DiffusionTrainer):
         encoder: Encoder,
         rewards: Sequence[Any],
     ) -> RewardTrainer:
-        """Adds a new LoRA to the backbone, or makes all of its weights trainable, and builds the trainer."""
+        """Adds a new LoRA to the backbone, or makes all of the denoiser's weights trainable, and builds the trainer."""
         if config.regularizer == "kl" and config.lora is None:
             backbone.keep_reference_model()
         train_denoiser(backbone, config.lora, "reward")
@@ -199,7 +199,7 @@ class RewardTrainer(DiffusionTrainer):
         return {key: value.detach() for key, value in losses.items()}
 
     def sample(self, selected: GradientSteps, noise: Tensor, conditioning: Conditioning, rows: slice) -> Iterator[Pass]:
-        """Samples a slice of the prompts from ``noise`` ``(b, c, h, w)`` without gradient, then the copies."""
+        """Samples a slice of the prompts from ``noise`` ``(b, c, h, w)`` without gradient, then the re-noised copies."""
         predict = self.predictor(self.backbone.predict, conditioning, rows)
         solver = self.solve(self.solver.timesteps[: selected.length])
         final, recorded = rollout(predict, noise, solver, selected.steps, self.predict_no_dropout(predict))
@@ -217,20 +217,20 @@ class RewardTrainer(DiffusionTrainer):
     def encode_with_uncond(self, prompts: Sequence[str]) -> Conditioning:
         """Encodes the prompts and, if guidance is enabled, the empty prompt as the last row.
 
-        They share one call, so that all are padded to the same length.
+        All are encoded in one call, so that they are padded to the same length.
         """
         return self.encode([*prompts, ""] if self.guidance != 1 else list(prompts))
 
     def predictor(
         self, denoise: Callable[[Tensor, Tensor, Conditioning], Tensor], conditioning: Conditioning, rows: slice
     ) -> Predict:
-        """Returns the guided prediction of ``denoise`` for a slice of the prompts, as a function.
+        """Returns a function that computes the guided prediction of ``denoise`` for a slice of the prompts.
 
-        It accepts latents ``(s * b, c, h, w)`` of one or more steps s.
+        The function accepts latents ``(s * b, c, h, w)`` of one or more steps s.
 
         Args:
             denoise: `Backbone.predict` or `Backbone.predict_reference`.
-            conditioning: from `encode_with_uncond`.
+            conditioning: output of `encode_with_uncond`.
             rows: slice of b prompts.
         """
         indices = torch.arange(rows.start, rows.stop, device=conditioning.states.device)
@@ -244,14 +244,14 @@ class RewardTrainer(DiffusionTrainer):
         return predict
 
     def kl(self, outputs: Tensor, recorded: Sequence[RecordedStep], conditioning: Conditioning, rows: slice) -> Tensor:
-        """Mean squared difference between ``outputs`` and the reference model's predictions at the same steps."""
+        """Returns the mean squared difference to the reference model's predictions at the same steps."""
         predict = self.predictor(self.backbone.predict_reference, conditioning, rows)
         latents = torch.cat([step.latents for step in recorded])
         reference = predict(latents, torch.cat([step.timesteps for step in recorded]))
         return (outputs - reference).square().mean()
 
     def predict_no_dropout(self, predict: Predict) -> Predict | None:
-        """Returns the denoiser without dropout for steps without gradient; None if they keep dropout too."""
+        """Returns the denoiser without dropout for steps without gradient; None if all steps use dropout."""
         if self.dropout_steps == "all":
             return None
 
@@ -278,7 +278,7 @@ class RewardTrainer(DiffusionTrainer):
         return Scores(torch.stack([scores.total for scores in scored]).sum(0), parts)
 
     def latent_gradient(self, loss: Tensor, latents: Tensor) -> Tensor:
-        """Gradient of the loss at the final latents, with loss scaling if any parameter is float16.
+        """Returns the gradient of the loss at the final latents, with loss scaling if any parameter is float16.
 
         Without scaling, float16 would round the gradient of single pixels to zero. The scale is reduced until the
         gradient is finite (arXiv 1710.03740, section 3.2).
