@@ -67,8 +67,8 @@ def _check_eos_token(token: int | None, expected: int, processor: str, checkpoin
     # legacy configs set eos_token_id=2; transformers then pools at the largest id
     if expected not in (2, token):
         raise ValueError(
-            f"the text tower of '{checkpoint}' pools at token {expected}, but the tokenizer of '{processor}' ends texts "
-            f"with token {token}; set `processor` to a checkpoint with the tokenizer used in training"
+            f"the text tower of '{checkpoint}' pools at token {expected}, but the tokenizer of '{processor}' ends "
+            f"texts with token {token}; set `processor` to a checkpoint with the tokenizer used in training"
         )
 
 

@@ -35,7 +35,8 @@ class ReweightedConfig(RewardConfig):
     def _check_inner(cls, inner: RewardConfig) -> RewardConfig:
         if not inner.embeds:
             raise ValueError(
-                f"'{inner.name}' is not a dot product of embeddings, so it has no text-irrelevant part; to reweight a sum, wrap each of its terms in `reweighted`"
+                f"'{inner.name}' is not a dot product of embeddings, so it has no text-irrelevant "
+                "part; to reweight a sum, wrap each of its terms in `reweighted`"
             )
         return inner
 

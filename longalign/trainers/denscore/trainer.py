@@ -198,7 +198,7 @@ class DenscoreTrainer(Trainer):
 
 
 def divergence(logits: Tensor, target: Tensor) -> Tensor:
-    """Returns the mean over rows of the KL divergence between ``target`` and the softmax of ``logits``, ``(n, m)`` each.
+    """Returns the mean KL divergence over rows between ``target`` and the softmax of ``logits``, ``(n, m)`` each.
 
     Rows of ``target`` sum to 1. With m = 2 images per row, this is PickScore's loss (arXiv 2305.01569, section 3).
     """
@@ -206,7 +206,7 @@ def divergence(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def pairwise_accuracy(scores: Tensor, preferences: Tensor) -> Tensor:
-    """Returns the fraction of pairs whose ``scores`` ``(b, 2)`` agree with ``preferences`` ``(b,)`` for the first image.
+    """Returns the fraction of pairs whose ``scores`` ``(b, 2)`` agree with ``preferences`` ``(b,)``.
 
     Pairs without a preference (0.5) count half.
     """

@@ -199,7 +199,7 @@ class RewardTrainer(DiffusionTrainer):
         return {key: value.detach() for key, value in losses.items()}
 
     def sample(self, selected: GradientSteps, noise: Tensor, conditioning: Conditioning, rows: slice) -> Iterator[Pass]:
-        """Samples a slice of the prompts from ``noise`` ``(b, c, h, w)`` without gradient, then the re-noised copies."""
+        """Samples a slice of the prompts from ``noise`` ``(b, c, h, w)`` without gradient, then their copies."""
         predict = self.predictor(self.backbone.predict, conditioning, rows)
         solver = self.solve(self.solver.timesteps[: selected.length])
         final, recorded = rollout(predict, noise, solver, selected.steps, self.predict_no_dropout(predict))
