@@ -133,7 +133,7 @@ def test_sdxl_rejects_wrong_conditioning_or_layout(folder, backbone, tmp_path):
         backbone.predict(latents, timesteps, Conditioning(torch.zeros(1, 2, 16)))
     with pytest.raises(ValueError, match=r"addition_embed_type 'text_time'.* got None"):
         backbones.build({"name": "sdxl", "checkpoint": str(tiny_sd(tmp_path))})
-    with pytest.raises(ValueError, match=r"addition_embed_type=text_time.*'sd'"):
+    with pytest.raises(ValueError, match=r"addition_embed_type=text_time.*'sdxl'"):
         backbones.build({"name": "sd", "checkpoint": str(folder)})
 
 
