@@ -5,8 +5,9 @@ Public names are loaded on first use, so that ``import longalign`` does not impo
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from longalign.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from longalign.compose import Composition as Composition
@@ -22,35 +23,23 @@ if TYPE_CHECKING:
     from longalign.model import Model as Model
     from longalign.runtime import Runtime as Runtime
 
-_MODULES = {
-    "Composition": "compose",
-    "ConfigError": "errors",
-    "Model": "model",
-    "PartError": "errors",
-    "RunConfig": "config.run",
-    "Runtime": "runtime",
-    "build_from_config": "compose",
-    "condition": "inference.diffusers",
-    "diff": "config.changes",
-    "fit": "loop.fit",
-    "load_config": "config.run",
-    "override": "config.changes",
-}
-
-__all__ = [
-    "Composition",
-    "ConfigError",
-    "Model",
-    "PartError",
-    "RunConfig",
-    "Runtime",
-    "build_from_config",
-    "condition",
-    "diff",
-    "fit",
-    "load_config",
-    "override",
-]
+__all__, _get, __dir__ = lazy_exports(
+    __name__,
+    {
+        "Composition": "compose",
+        "ConfigError": "errors",
+        "Model": "model",
+        "PartError": "errors",
+        "RunConfig": "config.run",
+        "Runtime": "runtime",
+        "build_from_config": "compose",
+        "condition": "inference.diffusers",
+        "diff": "config.changes",
+        "fit": "loop.fit",
+        "load_config": "config.run",
+        "override": "config.changes",
+    },
+)
 
 
 def __getattr__(name: str) -> Any:
@@ -58,10 +47,4 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("longalign")
-    if name not in _MODULES:
-        raise AttributeError(f"module 'longalign' has no attribute '{name}'")
-    return getattr(import_module(f"longalign.{_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES})
+    return _get(name)

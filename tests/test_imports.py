@@ -17,7 +17,7 @@ KINDS = ("backbones", "data", "encoders", "rewards", "gradient_steps", "trainers
 # A module imports from lower levels only. Unlisted modules are concrete parts, or helpers of parts.
 PART = 4
 LEVELS = {
-    0: "runtime errors discovery hub names registry segmenters config.files data.lines data.images.shards "
+    0: "lazy runtime errors discovery hub names registry segmenters config.files data.lines data.images.shards "
     "inference.solvers",
     1: "config checkpoints.redaction checkpoints.provenance",  # and the configs of all kinds
     2: "functional image_io atomic mini sharding tokens caching.store caching.fingerprint checkpoints.weights "

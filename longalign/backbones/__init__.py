@@ -5,8 +5,9 @@ Public names are loaded on first use, so importing this package does not import 
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from longalign.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from longalign.backbones.base import Backbone as Backbone
@@ -18,34 +19,16 @@ if TYPE_CHECKING:
     from longalign.backbones.stable_diffusion.sd3 import SD3Backbone as SD3Backbone
     from longalign.backbones.stable_diffusion.sdxl import SDXLBackbone as SDXLBackbone
 
-_MODULES = {
-    "Backbone": "base",
-    "BackboneConfig": "config",
-    "LatentBackbone": "latent",
-    "LoraConfig": "config",
-    "LoraWeights": "lora",
-    "SD3Backbone": "stable_diffusion.sd3",
-    "SDBackbone": "stable_diffusion.sd",
-    "SDXLBackbone": "stable_diffusion.sdxl",
-}
-
-__all__ = [
-    "Backbone",
-    "BackboneConfig",
-    "LatentBackbone",
-    "LoraConfig",
-    "LoraWeights",
-    "SD3Backbone",
-    "SDBackbone",
-    "SDXLBackbone",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES})
+__all__, __getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "Backbone": "base",
+        "BackboneConfig": "config",
+        "LatentBackbone": "latent",
+        "LoraConfig": "config",
+        "LoraWeights": "lora",
+        "SD3Backbone": "stable_diffusion.sd3",
+        "SDBackbone": "stable_diffusion.sd",
+        "SDXLBackbone": "stable_diffusion.sdxl",
+    },
+)

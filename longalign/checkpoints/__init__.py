@@ -5,8 +5,9 @@ Public names are loaded on first use.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from longalign.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from longalign.checkpoints.checkpoint import Weights as Weights
@@ -19,24 +20,17 @@ if TYPE_CHECKING:
     from longalign.checkpoints.publish import export as export
     from longalign.checkpoints.upload import push_to_hub as push_to_hub
 
-_MODULES = {
-    "Weights": "checkpoint",
-    "convert_longsd": "convert",
-    "export": "publish",
-    "export_lora": "diffusers_files",
-    "load_for_sampling": "checkpoint",
-    "load_weights": "checkpoint",
-    "push_to_hub": "upload",
-    "read_config": "checkpoint",
-    "save": "checkpoint",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES})
+__all__, __getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "Weights": "checkpoint",
+        "convert_longsd": "convert",
+        "export": "publish",
+        "export_lora": "diffusers_files",
+        "load_for_sampling": "checkpoint",
+        "load_weights": "checkpoint",
+        "push_to_hub": "upload",
+        "read_config": "checkpoint",
+        "save": "checkpoint",
+    },
+)

@@ -5,8 +5,9 @@ Public names are loaded on first use, so that importing this package does not im
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from longalign.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from longalign.data.base import Data as Data
@@ -36,41 +37,34 @@ if TYPE_CHECKING:
     from longalign.data.tables.config import HubConfig as HubConfig
     from longalign.data.tables.hf import HubTable as HubTable
 
-_MODULES = {
-    "Data": "base",
-    "DataConfig": "config",
-    "Folder": "images.folder",
-    "FolderConfig": "images.config",
-    "FolderPairs": "pairs.folder",
-    "HubConfig": "tables.config",
-    "HubPairs": "pairs.table",
-    "HubPairsConfig": "pairs.config",
-    "HubTable": "tables.hf",
-    "ImageDataset": "images.base",
-    "ImagesConfig": "config",
-    "LongAlignCaptions": "images.captions",
-    "LongAlignCaptionsConfig": "images.config",
-    "PairedImagesConfig": "pairs.config",
-    "Pairs": "pairs.base",
-    "PairsConfig": "pairs.config",
-    "Prompts": "prompts.prompts",
-    "PromptsConfig": "prompts.config",
-    "Record": "stream",
-    "ScenePairs": "scenes.pairs",
-    "ScenePairsConfig": "scenes.config",
-    "Scenes": "scenes.scenes",
-    "ScenesConfig": "scenes.config",
-    "Stream": "stream",
-    "WebDataset": "images.webdataset",
-    "WebDatasetConfig": "images.config",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module 'longalign.data' has no attribute '{name}'")
-    return getattr(import_module(f"longalign.data.{_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES})
+__all__, __getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "Data": "base",
+        "DataConfig": "config",
+        "Folder": "images.folder",
+        "FolderConfig": "images.config",
+        "FolderPairs": "pairs.folder",
+        "HubConfig": "tables.config",
+        "HubPairs": "pairs.table",
+        "HubPairsConfig": "pairs.config",
+        "HubTable": "tables.hf",
+        "ImageDataset": "images.base",
+        "ImagesConfig": "config",
+        "LongAlignCaptions": "images.captions",
+        "LongAlignCaptionsConfig": "images.config",
+        "PairedImagesConfig": "pairs.config",
+        "Pairs": "pairs.base",
+        "PairsConfig": "pairs.config",
+        "Prompts": "prompts.prompts",
+        "PromptsConfig": "prompts.config",
+        "Record": "stream",
+        "ScenePairs": "scenes.pairs",
+        "ScenePairsConfig": "scenes.config",
+        "Scenes": "scenes.scenes",
+        "ScenesConfig": "scenes.config",
+        "Stream": "stream",
+        "WebDataset": "images.webdataset",
+        "WebDatasetConfig": "images.config",
+    },
+)

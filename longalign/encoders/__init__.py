@@ -5,8 +5,9 @@ Names are loaded on first use, so ``import longalign.encoders`` does not import 
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from longalign.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from longalign.encoders.adapter import Adapter as Adapter
@@ -32,37 +33,30 @@ if TYPE_CHECKING:
     from longalign.encoders.t5.config import T5Config as T5Config
     from longalign.encoders.t5.encoder import T5Encoder as T5Encoder
 
-_MODULES = {
-    "Adapter": "adapter",
-    "AdapterConfig": "t5.config",
-    "ClipSegmentConfig": "clip.config",
-    "ClipSegmentEncoder": "clip.segment",
-    "ClipSegmentSD3Config": "clip.config",
-    "ClipSegmentSD3Encoder": "clip.sd3",
-    "ClipSegmentSDXLConfig": "clip.config",
-    "ClipSegmentSDXLEncoder": "clip.sdxl",
-    "ClipTruncateConfig": "clip.config",
-    "ClipTruncateEncoder": "clip.truncate",
-    "ConcatConfig": "config",
-    "ConcatEncoder": "concat",
-    "Conditioning": "base",
-    "Encoder": "base",
-    "EncoderConfig": "config",
-    "LongClipConfig": "clip.config",
-    "LongClipEncoder": "clip.longclip",
-    "PromptReport": "base",
-    "T5Config": "t5.config",
-    "T5Encoder": "t5.encoder",
-    "TextAdapter": "t5.adapter",
-    "TruncationWarning": "base",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module 'longalign.encoders' has no attribute '{name}'")
-    return getattr(import_module(f"longalign.encoders.{_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES})
+__all__, __getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "Adapter": "adapter",
+        "AdapterConfig": "t5.config",
+        "ClipSegmentConfig": "clip.config",
+        "ClipSegmentEncoder": "clip.segment",
+        "ClipSegmentSD3Config": "clip.config",
+        "ClipSegmentSD3Encoder": "clip.sd3",
+        "ClipSegmentSDXLConfig": "clip.config",
+        "ClipSegmentSDXLEncoder": "clip.sdxl",
+        "ClipTruncateConfig": "clip.config",
+        "ClipTruncateEncoder": "clip.truncate",
+        "ConcatConfig": "config",
+        "ConcatEncoder": "concat",
+        "Conditioning": "base",
+        "Encoder": "base",
+        "EncoderConfig": "config",
+        "LongClipConfig": "clip.config",
+        "LongClipEncoder": "clip.longclip",
+        "PromptReport": "base",
+        "T5Config": "t5.config",
+        "T5Encoder": "t5.encoder",
+        "TextAdapter": "t5.adapter",
+        "TruncationWarning": "base",
+    },
+)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from longalign.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from longalign.evaluation.bootstrap import Interval as Interval
@@ -20,28 +21,21 @@ if TYPE_CHECKING:
     from longalign.evaluation.scoring import score_sentences as score_sentences
     from longalign.evaluation.table import MetricTable as MetricTable
 
-_MODULES = {
-    "DecomposedMetric": "metrics",
-    "Example": "report",
-    "FactMetric": "metrics",
-    "Interval": "bootstrap",
-    "MetricTable": "table",
-    "RewardMetric": "metrics",
-    "evaluate": "metrics",
-    "findings": "comparison",
-    "measure": "metrics",
-    "reward_metrics": "metrics",
-    "score_images": "scoring",
-    "score_sentences": "scoring",
-    "write_report": "report",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES})
+__all__, __getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "DecomposedMetric": "metrics",
+        "Example": "report",
+        "FactMetric": "metrics",
+        "Interval": "bootstrap",
+        "MetricTable": "table",
+        "RewardMetric": "metrics",
+        "evaluate": "metrics",
+        "findings": "comparison",
+        "measure": "metrics",
+        "reward_metrics": "metrics",
+        "score_images": "scoring",
+        "score_sentences": "scoring",
+        "write_report": "report",
+    },
+)

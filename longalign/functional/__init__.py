@@ -5,8 +5,9 @@ Public names are loaded on first use, so importing this package does not import 
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from longalign.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from longalign.functional.diffusion import NoiseLevels as NoiseLevels
@@ -32,62 +33,30 @@ if TYPE_CHECKING:
     from longalign.functional.solvers import lcm as lcm
     from longalign.functional.solvers import trailing_timesteps as trailing_timesteps
 
-_MODULES = {
-    "Decomposition": "preference",
-    "ImagePreprocessor": "images",
-    "NoiseLevels": "diffusion",
-    "RecordedStep": "rollout",
-    "Solver": "solvers",
-    "add_noise": "diffusion",
-    "common_direction": "preference",
-    "ddim": "solvers",
-    "decompose": "preference",
-    "guide": "diffusion",
-    "lcm": "solvers",
-    "perpendicular": "preference",
-    "predict_guided": "diffusion",
-    "random_crop": "images",
-    "replay": "rollout",
-    "replay_backward": "rollout",
-    "resize_to_input": "images",
-    "reweight": "preference",
-    "sample_timesteps": "diffusion",
-    "strict_relevance": "preference",
-    "trailing_timesteps": "solvers",
-    "training_target": "diffusion",
-}
-
-__all__ = [
-    "Decomposition",
-    "ImagePreprocessor",
-    "NoiseLevels",
-    "RecordedStep",
-    "Solver",
-    "add_noise",
-    "common_direction",
-    "ddim",
-    "decompose",
-    "guide",
-    "lcm",
-    "perpendicular",
-    "predict_guided",
-    "random_crop",
-    "replay",
-    "replay_backward",
-    "resize_to_input",
-    "reweight",
-    "sample_timesteps",
-    "strict_relevance",
-    "trailing_timesteps",
-    "training_target",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES})
+__all__, __getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "Decomposition": "preference",
+        "ImagePreprocessor": "images",
+        "NoiseLevels": "diffusion",
+        "RecordedStep": "rollout",
+        "Solver": "solvers",
+        "add_noise": "diffusion",
+        "common_direction": "preference",
+        "ddim": "solvers",
+        "decompose": "preference",
+        "guide": "diffusion",
+        "lcm": "solvers",
+        "perpendicular": "preference",
+        "predict_guided": "diffusion",
+        "random_crop": "images",
+        "replay": "rollout",
+        "replay_backward": "rollout",
+        "resize_to_input": "images",
+        "reweight": "preference",
+        "sample_timesteps": "diffusion",
+        "strict_relevance": "preference",
+        "trailing_timesteps": "solvers",
+        "training_target": "diffusion",
+    },
+)

@@ -5,8 +5,9 @@ Public names are loaded on first use, so importing this package does not import 
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from longalign.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from longalign.gradient_steps.base import GradientSteps as GradientSteps
@@ -21,40 +22,19 @@ if TYPE_CHECKING:
     from longalign.gradient_steps.papers import DRTune as DRTune
     from longalign.gradient_steps.papers import ReFL as ReFL
 
-_MODULES = {
-    "AlignProp": "papers",
-    "All": "general",
-    "DRTune": "papers",
-    "DraftK": "papers",
-    "DraftLV": "papers",
-    "GradientStepSelector": "base",
-    "GradientSteps": "base",
-    "GradientStepsConfig": "config",
-    "GroupedRandom": "general",
-    "Last": "general",
-    "ReFL": "papers",
-}
-
-__all__ = [
-    "AlignProp",
-    "All",
-    "DRTune",
-    "DraftK",
-    "DraftLV",
-    "GradientStepSelector",
-    "GradientSteps",
-    "GradientStepsConfig",
-    "GroupedRandom",
-    "Last",
-    "ReFL",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES})
+__all__, __getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "AlignProp": "papers",
+        "All": "general",
+        "DRTune": "papers",
+        "DraftK": "papers",
+        "DraftLV": "papers",
+        "GradientStepSelector": "base",
+        "GradientSteps": "base",
+        "GradientStepsConfig": "config",
+        "GroupedRandom": "general",
+        "Last": "general",
+        "ReFL": "papers",
+    },
+)

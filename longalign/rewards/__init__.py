@@ -5,8 +5,9 @@ Public names are loaded on first use, so importing this package does not import 
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from longalign.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from longalign.rewards.base import EmbeddingReward as EmbeddingReward
@@ -26,50 +27,24 @@ if TYPE_CHECKING:
     from longalign.rewards.towers import TowerReward as TowerReward
     from longalign.rewards.towers import Towers as Towers
 
-_MODULES = {
-    "ClipReward": "clip.reward",
-    "EmbeddingReward": "base",
-    "Hpsv2Reward": "hpsv2.reward",
-    "ImageInput": "towers",
-    "NonFiniteReward": "guard",
-    "Reward": "base",
-    "RewardConfig": "config",
-    "ReweightedReward": "reweighted.reward",
-    "Scores": "base",
-    "SumReward": "sum.reward",
-    "TowerReward": "towers",
-    "TowerRewardConfig": "config",
-    "Towers": "towers",
-    "check_tokenizer": "pretrained",
-    "image_statistics": "pretrained",
-    "projected_features": "pretrained",
-}
-
-__all__ = [
-    "ClipReward",
-    "EmbeddingReward",
-    "Hpsv2Reward",
-    "ImageInput",
-    "NonFiniteReward",
-    "Reward",
-    "RewardConfig",
-    "ReweightedReward",
-    "Scores",
-    "SumReward",
-    "TowerReward",
-    "TowerRewardConfig",
-    "Towers",
-    "check_tokenizer",
-    "image_statistics",
-    "projected_features",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES})
+__all__, __getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "ClipReward": "clip.reward",
+        "EmbeddingReward": "base",
+        "Hpsv2Reward": "hpsv2.reward",
+        "ImageInput": "towers",
+        "NonFiniteReward": "guard",
+        "Reward": "base",
+        "RewardConfig": "config",
+        "ReweightedReward": "reweighted.reward",
+        "Scores": "base",
+        "SumReward": "sum.reward",
+        "TowerReward": "towers",
+        "TowerRewardConfig": "config",
+        "Towers": "towers",
+        "check_tokenizer": "pretrained",
+        "image_statistics": "pretrained",
+        "projected_features": "pretrained",
+    },
+)

@@ -13,8 +13,9 @@ published layouts, so that these checks need no download.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from longalign.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from longalign.testing.backbones import check_backbone as check_backbone
@@ -25,32 +26,15 @@ if TYPE_CHECKING:
     from longalign.testing.segmenters import check_segmenter as check_segmenter
     from longalign.testing.trainers import check_trainer as check_trainer
 
-_MODULES = {
-    "check_backbone": "backbones",
-    "check_data": "data",
-    "check_encoder": "encoders",
-    "check_gradient_steps": "gradient_steps",
-    "check_reward": "rewards",
-    "check_segmenter": "segmenters",
-    "check_trainer": "trainers",
-}
-
-__all__ = [
-    "check_backbone",
-    "check_data",
-    "check_encoder",
-    "check_gradient_steps",
-    "check_reward",
-    "check_segmenter",
-    "check_trainer",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module 'longalign.testing' has no attribute '{name}'")
-    return getattr(import_module(f"longalign.testing.{_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES})
+__all__, __getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "check_backbone": "backbones",
+        "check_data": "data",
+        "check_encoder": "encoders",
+        "check_gradient_steps": "gradient_steps",
+        "check_reward": "rewards",
+        "check_segmenter": "segmenters",
+        "check_trainer": "trainers",
+    },
+)

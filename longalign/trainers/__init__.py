@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from longalign.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from longalign.trainers.align.config import AlignConfig as AlignConfig
@@ -19,27 +20,20 @@ if TYPE_CHECKING:
     from longalign.trainers.reward.config import RewardConfig as RewardConfig
     from longalign.trainers.reward.trainer import RewardTrainer as RewardTrainer
 
-_MODULES = {
-    "AlignConfig": "align.config",
-    "AlignTrainer": "align.trainer",
-    "DenscoreTrainer": "denscore.trainer",
-    "DenscoreTrainerConfig": "denscore.config",
-    "DiffusionTrainer": "diffusion",
-    "LCMConfig": "lcm.config",
-    "LCMRewardConfig": "reward.config",
-    "LCMTrainer": "lcm.trainer",
-    "RewardConfig": "reward.config",
-    "RewardTrainer": "reward.trainer",
-    "Trainer": "base",
-    "TrainerConfig": "config",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES})
+__all__, __getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "AlignConfig": "align.config",
+        "AlignTrainer": "align.trainer",
+        "DenscoreTrainer": "denscore.trainer",
+        "DenscoreTrainerConfig": "denscore.config",
+        "DiffusionTrainer": "diffusion",
+        "LCMConfig": "lcm.config",
+        "LCMRewardConfig": "reward.config",
+        "LCMTrainer": "lcm.trainer",
+        "RewardConfig": "reward.config",
+        "RewardTrainer": "reward.trainer",
+        "Trainer": "base",
+        "TrainerConfig": "config",
+    },
+)
