@@ -219,6 +219,14 @@ def test_packages_export_their_names_lazily(package):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.parametrize(
+    "package", ["checkpoints", "data", "encoders", "evaluation", "inference", "testing", "trainers"]
+)
+def test_lazily_exported_names_exist(package):
+    module = import_module(f"longalign.{package}")
+    assert module.__all__ and all(hasattr(module, name) for name in module.__all__)
+
+
 def test_import_longalign_imports_no_heavy_libraries():
     code = (
         "import sys, longalign\n"

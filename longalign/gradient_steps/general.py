@@ -71,7 +71,7 @@ class GroupedRandom:
         groups: number of groups.
         detach: whether the denoiser's inputs at the gradient steps are constants.
         randint: samples the offset and the last step.
-        early_stop: sampling stops at a step drawn uniformly from the last ``early_stop`` steps. Later gradient steps
+        early_stop: sampling stops at a step sampled uniformly from the last ``early_stop`` steps. Later gradient steps
             are dropped. 1 disables the early stop.
     """
 
@@ -99,7 +99,7 @@ class Last:
         detach: whether the denoiser's inputs at the gradient steps are constants.
         randint: samples the number of gradient steps and the last step.
         min_steps: if given, the number of gradient steps is random, from ``min_steps`` to ``k``.
-        early_stop: sampling stops at a step drawn uniformly from the last ``early_stop`` steps; 1 disables the early
+        early_stop: sampling stops at a step sampled uniformly from the last ``early_stop`` steps; 1 disables the early
             stop.
         copies: number of re-noised copies of each sample; see `GradientSteps`.
     """

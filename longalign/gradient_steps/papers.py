@@ -24,7 +24,7 @@ class DRTuneConfig(GradientStepsConfig):
     groups: int = Field(5, ge=1)
     """number of gradient steps; those after the stop are dropped."""
     early_stop: int = Field(10, ge=1)
-    """sampling stops at a step drawn uniformly from the last ``early_stop`` steps; 1 disables the early stop."""
+    """sampling stops at a step sampled uniformly from the last ``early_stop`` steps; 1 disables the early stop."""
 
     def check_steps(self, num_steps: int) -> None:
         check_groups(num_steps, self.groups, self.early_stop)
@@ -135,7 +135,7 @@ class ReFLConfig(GradientStepsConfig):
 
     name: Literal["refl"] = "refl"
     early_stop: int = Field(10, ge=1)
-    """sampling stops at a step drawn uniformly from the last ``early_stop`` steps; 1 disables the early stop."""
+    """sampling stops at a step sampled uniformly from the last ``early_stop`` steps; 1 disables the early stop."""
 
     def check_steps(self, num_steps: int) -> None:
         check_last(num_steps, 1, early_stop=self.early_stop)

@@ -102,7 +102,7 @@ def _sample_batch(
     prompts: Sequence[str],
     negatives: Sequence[str],
     seeds: Sequence[int],
-    solver: Any,
+    scheduler: Any,
     guidance: float,
     shape: tuple[int, int, int],
     bar: tqdm,
@@ -114,20 +114,20 @@ def _sample_batch(
     # sample noise on the CPU with one generator per image: the same on every device and in every batch
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     latents = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
-    takes_generator = "generator" in inspect.signature(solver.step).parameters
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     extra = {"generator": generators} if takes_generator else {}
 
     def predict(latents: Tensor, timesteps: Tensor) -> Tensor:
         return backbone.predict(latents, timesteps, conditioning).float()
 
     # indices into the backbone's noise levels; a flow scheduler's own timesteps are noise levels instead
-    indices = solver.timesteps
+    indices = scheduler.timesteps
     if backbone.prediction == "flow":
         indices = torch.tensor(trailing_timesteps(len(indices), len(backbone.noise_levels)))
-    for t, index in zip(solver.timesteps, indices, strict=True):
+    for t, index in zip(scheduler.timesteps, indices, strict=True):
         timesteps = index.to(device).expand(len(latents))
         prediction = predict_guided(predict, latents, timesteps, guidance) if guided else predict(latents, timesteps)
-        latents = solver.step(prediction, t, latents, **extra, return_dict=False)[0]
+        latents = scheduler.step(prediction, t, latents, **extra, return_dict=False)[0]
         bar.update()
     # one image at a time: the autoencoder needs more memory than the denoiser
     return torch.cat([backbone.decode(latent).float().cpu() for latent in latents.split(1)])

@@ -95,7 +95,7 @@ def check_reward(config: Any, *, runtime: Runtime = CPU, size: int = 64, depends
     def micro_batches_change_nothing() -> None:
         small = rewards.build({**checked.model_dump(), "micro_batch": 1}, runtime).eval()
         expect_close("scores with micro_batch 1", score(images, prompts, small), score(images, prompts))
-        if _differentiable(checked):
+        if checked.is_differentiable():
             expect_close("the gradient with micro_batch 1", gradient(small), gradient(reward), atol=1e-6)
 
     def reweighting_works() -> None:
@@ -114,14 +114,10 @@ def check_reward(config: Any, *, runtime: Runtime = CPU, size: int = 64, depends
     ]
     if not depends_on_batch:
         checks += [a_batch_equals_singles, scores_depend_on_the_image]
-    if _differentiable(checked):
+    if checked.is_differentiable():
         checks.append(gradient_is_finite_and_non_zero)
     if "micro_batch" in type(checked).model_fields:
         checks.append(micro_batches_change_nothing)
     if checked.embeds:
         checks.append(reweighting_works)
     run_checks("rewards", config, checks)
-
-
-def _differentiable(config: Any) -> bool:
-    return config.is_differentiable() if hasattr(config, "is_differentiable") else config.differentiable
