@@ -63,11 +63,13 @@ def availability_problem(checkpoint: str, revision: str | None = None) -> str:
     return ""
 
 
-def missing_files_problem(checkpoint: str, files: list[str], revision: str | None = None) -> str:
-    """Message that a local folder has none of ``files``, or an empty text if it has one."""
-    if availability_problem(checkpoint, revision) or not Path(resolve_checkpoint(checkpoint)).is_dir():
-        return ""
-    if any(local_file(checkpoint, file, revision) for file in files):
+def checkpoint_problem(checkpoint: str, files: list[str], revision: str | None = None) -> str:
+    """Why a checkpoint is certainly not available, or lacks all of ``files`` in its local folder; or an empty text."""
+    if problem := availability_problem(checkpoint, revision):
+        return problem
+    if not Path(resolve_checkpoint(checkpoint)).is_dir() or any(
+        local_file(checkpoint, file, revision) for file in files
+    ):
         return ""
     return f"'{checkpoint}' does not hold {' or '.join(files)}"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from longalign.cli.rewards import CONFIG_SUFFIXES
 from longalign.config.changes import override, parse_assignments
 from longalign.config.describe import describe_schema, describe_topic
+from longalign.config.parsing import SOURCE_SUFFIXES
 from longalign.config.run import to_yaml
 from longalign.errors import redact_url
 
@@ -33,7 +33,7 @@ def run(args: Namespace) -> None:
     topic, details = args.topic, args.details
     if args.json_schema:
         print(describe_schema([topic, *details]))
-    elif Path(topic).suffix in CONFIG_SUFFIXES or Path(topic).is_dir():
+    elif Path(topic).suffix in SOURCE_SUFFIXES or Path(topic).is_dir():
         print(redact_url(to_yaml(override(topic, parse_assignments(details)))), end="")
     else:
         print(describe_topic([topic, *details]))

@@ -8,18 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from longalign.config.checks import check_parts
-from longalign.config.parsing import parse_value, read_mapping
+from longalign.config.parsing import SOURCE_SUFFIXES, parse_value, read_mapping
 from longalign.names import unique_name
 from longalign.registry import PartConfig, rewards
-
-CONFIG_SUFFIXES = (".yaml", ".yml", ".json", ".safetensors")
 
 
 def reward_configs(texts: Sequence[str]) -> dict[str, PartConfig]:
     """Returns the validated reward configs by display name; repeated names get a number."""
     out: dict[str, PartConfig] = {}
     for text in texts:
-        value = read_mapping(Path(text)) if Path(text).suffix in CONFIG_SUFFIXES else parse_value(text)
+        value = read_mapping(Path(text)) if Path(text).suffix in SOURCE_SUFFIXES else parse_value(text)
         config = rewards.validate(value)
         out[unique_name(config.name, out)] = config
     return out

@@ -10,6 +10,7 @@ from longalign.cli.options import add_device, add_overrides
 from longalign.config.changes import override, parse_assignments
 from longalign.config.checks import check_files
 from longalign.config.files import checkpoint_file
+from longalign.config.parsing import CONFIG_SUFFIXES
 
 EXAMPLES = """
     longalign train examples/mini-align.yaml
@@ -33,7 +34,7 @@ def run(args: Namespace) -> int:
     """Trains from a config. Returns 0, or 130, 143 or 129 after Ctrl-C, SIGTERM or SIGHUP."""
     config = override(args.config, parse_assignments(args.overrides))
     resume = Path(args.resume_from) if args.resume_from else Path(config.output) if args.resume else None
-    from_checkpoint = Path(args.config).suffix not in (".yaml", ".yml", ".json")
+    from_checkpoint = Path(args.config).suffix not in CONFIG_SUFFIXES
     if resume is not None and (args.resume_from or from_checkpoint):
         checkpoint_file(resume)  # with --resume, a config file without a checkpoint starts a new run
     check_files(config, resumed=resume is not None)  # `fit` checks again, but only after importing torch

@@ -14,10 +14,9 @@ from typing import Any
 from pydantic import BaseModel
 
 from longalign.config.changes import diff
-from longalign.config.files import HUB_ID, checkpoint_file
+from longalign.config.files import check_folder, checkpoint_file, local_checkpoint
 from longalign.config.run import RunConfig, load_config
 from longalign.errors import ConfigError, ConfigProblem, shorten
-from longalign.hub import BASE_MODEL, is_base_model
 from longalign.registry import PartConfig
 
 
@@ -43,7 +42,10 @@ def check_files(
     problems = parts_problems({key: getattr(config, key) for key in keys})
     problems += _conditioning_problems(config)
     if config.init_from is not None:
-        problems += [("init_from", problem) for problem in init_from_problems(config.init_from)]
+        try:
+            local_checkpoint(config.init_from)  # a checkpoint on the Hub is not checked
+        except FileNotFoundError as error:
+            problems.append(("init_from", str(error)))
     problems += _size_problems(config, {**(_sizes(config) if training else {}), **(sizes or {})})
     if training:
         problems += _folder_problems(config, resumed)
@@ -92,18 +94,6 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((str(key), child) for key, child in value.items())
     elif isinstance(value, (list, tuple)):
         yield from ((str(i), child) for i, child in enumerate(value))
-
-
-def init_from_problems(checkpoint: str) -> Iterator[str]:
-    """Yields the reasons why a run cannot start from a local checkpoint; Hub checkpoints are not checked."""
-    path = Path(checkpoint)
-    if is_base_model(checkpoint):
-        yield BASE_MODEL.format(f"'{checkpoint}'")
-    elif path.exists() or not HUB_ID.fullmatch(checkpoint) or Path(path.parts[0]).exists():
-        try:
-            checkpoint_file(path)
-        except FileNotFoundError as error:
-            yield str(error)
 
 
 def _conditioning_problems(config: RunConfig) -> list[ConfigProblem]:
@@ -168,12 +158,12 @@ def output_problem(config: RunConfig) -> str | None:
 
 def _folder_problems(config: RunConfig, resumed: bool) -> list[ConfigProblem]:
     problems: list[ConfigProblem] = []
-    output = Path(config.output)
     if not resumed and (problem := output_problem(config)):
         problems.append(("output", problem))
-    existing = next((p for p in (output, *output.parents) if p.exists()), output)
-    if existing.exists() and not existing.is_dir():
-        problems.append(("output", f"{existing} is a file; expected a folder"))
+    try:
+        check_folder(Path(config.output))
+    except ValueError as error:
+        problems.append(("output", str(error)))
     prompts = config.validation.prompts if config.validation is not None else ()
     if isinstance(prompts, str) and not Path(prompts).is_file():
         problems.append(

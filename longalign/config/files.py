@@ -87,6 +87,20 @@ def checkpoint_file(path: Path) -> Path:
     return max(checkpoints, key=lambda p: int(p.parent.name.rpartition("-")[2]))
 
 
+def local_checkpoint(checkpoint: str) -> Path | None:
+    """Returns a local checkpoint as `checkpoint_file` does, or None if ``checkpoint`` is a Hub repository.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint, or it is a base model.
+    """
+    from longalign import hub
+
+    if hub.is_base_model(checkpoint):
+        raise FileNotFoundError(hub.BASE_MODEL.format(f"'{checkpoint}'"))
+    path = Path(checkpoint)
+    return checkpoint_file(path) if not HUB_ID.fullmatch(checkpoint) or Path(path.parts[0]).exists() else None
+
+
 def find_checkpoint(checkpoint: str, revision: str | None = None) -> Path:
     """Returns a local checkpoint as `checkpoint_file` does, or downloads it from the Hub repository ``owner/name``.
 
@@ -95,14 +109,11 @@ def find_checkpoint(checkpoint: str, revision: str | None = None) -> Path:
     Raises:
         FileNotFoundError: if there is no checkpoint.
     """
-    from longalign import hub
-
-    path = Path(checkpoint)
-    if hub.is_base_model(checkpoint):
-        raise FileNotFoundError(hub.BASE_MODEL.format(f"'{checkpoint}'"))
-    if not HUB_ID.fullmatch(checkpoint) or Path(path.parts[0]).exists():
-        return checkpoint_file(path)
+    if path := local_checkpoint(checkpoint):
+        return path
     from huggingface_hub import hf_hub_download
+
+    from longalign import hub
 
     try:
         return Path(hf_hub_download(checkpoint, CHECKPOINT, revision=revision))

@@ -14,6 +14,8 @@ from longalign.errors import MAX_VALUES, ConfigError, check_size, shorten, sugge
 from longalign.runtime import examples_folder
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
+SOURCE_SUFFIXES = (*CONFIG_SUFFIXES, ".safetensors")
+"""Suffixes of config files, and of checkpoints, which contain a config."""
 BOOL, INT, FLOAT, TIME, VALUE, MERGE = (
     f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "timestamp", "value", "merge")
 )
@@ -181,7 +183,7 @@ def _load_json_file(text: str, path: Path) -> Any:
     try:
         return json.loads(text, object_pairs_hook=reject_duplicates)
     except RecursionError:
-        raise ConfigError([("", f"{path}is nested too deeply; expected the config of a run")]) from None
+        raise ConfigError([("", f"{path} is nested too deeply; expected the config of a run")]) from None
     except ValueError as error:
         raise ConfigError([("", f"{path}: {_number_problem(error)}")]) from error
 

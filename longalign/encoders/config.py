@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from longalign.config.files import join_subfolder
 from longalign.errors import ConfigProblem
-from longalign.hub import availability_problem, missing_files_problem, read_json
+from longalign.hub import checkpoint_problem, read_json
 from longalign.registry import Part, PartConfig
 
 
@@ -72,9 +72,7 @@ class CheckpointConfig(EncoderConfig):
     def check_files(self) -> list[ConfigProblem]:
         if self.checkpoint.endswith((".safetensors", ".pt")):
             return [] if Path(self.checkpoint).is_file() else [("checkpoint", f"no file {self.checkpoint}")]
-        problem = availability_problem(self.checkpoint, self.revision) or missing_files_problem(
-            self.checkpoint, self._configs(), self.revision
-        )
+        problem = checkpoint_problem(self.checkpoint, self._configs(), self.revision)
         return [("checkpoint", problem)] if problem else []
 
     def _configs(self) -> list[str]:

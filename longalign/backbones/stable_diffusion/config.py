@@ -10,7 +10,7 @@ from pydantic import model_validator
 from longalign.backbones.config import BackboneConfig
 from longalign.config.files import check_single_file, join_subfolder
 from longalign.errors import ConfigProblem
-from longalign.hub import availability_problem, missing_files_problem, read_json
+from longalign.hub import availability_problem, checkpoint_problem, read_json
 
 
 class StableDiffusionConfig(BackboneConfig):
@@ -89,9 +89,7 @@ class StableDiffusionConfig(BackboneConfig):
         if problem := availability_problem(self.checkpoint, self.revision):
             return [("checkpoint", problem)]
         files = [join_subfolder(self.subfolder, f"{folder}/config.json") for folder in (self.component, "vae")]
-        missing = [
-            problem for file in files if (problem := missing_files_problem(self.checkpoint, [file], self.revision))
-        ]
+        missing = [problem for file in files if (problem := checkpoint_problem(self.checkpoint, [file], self.revision))]
         return (
             [("checkpoint", f"{missing[0]}, which '{self.name}' requires; check 'checkpoint' and 'subfolder'")]
             if missing

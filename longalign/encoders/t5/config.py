@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from longalign.config.files import join_subfolder
 from longalign.encoders.config import LoadedConfig
 from longalign.errors import ConfigProblem
-from longalign.hub import availability_problem, missing_files_problem, read_json
+from longalign.hub import checkpoint_problem, read_json
 from longalign.registry import PartConfig
 
 
@@ -45,9 +45,7 @@ class AdapterConfig(PartConfig):
         if self.checkpoint is None:
             return []
         config = [join_subfolder(self.subfolder, "config.json")]
-        problem = availability_problem(self.checkpoint, self.revision) or missing_files_problem(
-            self.checkpoint, config, self.revision
-        )
+        problem = checkpoint_problem(self.checkpoint, config, self.revision)
         return [("checkpoint", problem)] if problem else []
 
     @model_validator(mode="after")

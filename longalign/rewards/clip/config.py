@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from longalign.config.files import join_subfolder
 from longalign.errors import ConfigProblem
-from longalign.hub import availability_problem, missing_files_problem
+from longalign.hub import availability_problem, checkpoint_problem
 from longalign.rewards.config import TextMode, TowerRewardConfig
 
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -34,9 +34,7 @@ class ClipLikeConfig(TowerRewardConfig):
 
     def check_files(self) -> list[ConfigProblem]:
         config = [join_subfolder(self.subfolder, "config.json")]
-        problem = availability_problem(self.checkpoint, self.revision) or missing_files_problem(
-            self.checkpoint, config, self.revision
-        )
+        problem = checkpoint_problem(self.checkpoint, config, self.revision)
         problems = [("checkpoint", problem)] if problem else []
         return problems + (
             [("processor", problem)] if self.processor and (problem := availability_problem(self.processor)) else []
