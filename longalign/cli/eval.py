@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 from argparse import Action, ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,13 +89,13 @@ def run(args: Namespace) -> None:
     models = _models(args)
     _check_options(args, models)
     prompts = prompts_of(args) if any(model.generated for model in models) else []
-    pairs = _shared_pairs(args, models, prompts)
+    rows = {model.name: read_images(model.folder) for model in models if not model.generated}
+    pairs = _shared_pairs(args, models, prompts, rows)
     for model in models:
         if model.generated:
             _check_source(model)
-    for model in models:
-        if not model.generated:
-            check_images([path for path, _, _ in read_images(model.folder)])
+    for images in rows.values():
+        check_images([path for path, _, _ in images])
     from longalign.evaluation.metrics import evaluate, reward_metrics
     from longalign.image_io import ImageFiles
 
@@ -106,11 +106,12 @@ def run(args: Namespace) -> None:
         for model in models:
             if model.generated:
                 generate_images(args, model.option, model.source, prompts, model.folder)
-    images = {model.name: ImageFiles([path for path, _, _ in read_images(model.folder)]) for model in models}
-    table = evaluate(images, texts, metrics, [seed for _, seed in pairs if seed is not None], args.batch)
+    rows |= {model.name: read_images(model.folder) for model in models if model.generated}
+    files = {model.name: ImageFiles([path for path, _, _ in rows[model.name]]) for model in models}
+    table = evaluate(files, texts, metrics, [seed for _, seed in pairs if seed is not None], args.batch)
     print(table.text(shutil.get_terminal_size().columns if sys.stdout.isatty() else None), end="")
     if args.json:
-        model_configs = {name: _config_of_image(files.paths[0]) for name, files in images.items()}
+        model_configs = {name: _config_of_image(paths.paths[0]) for name, paths in files.items()}
         text = json.dumps({**table.to_dict(), "configs": model_configs}, indent=1)
         Path(args.json).write_text(text, encoding="utf-8")
     if args.markdown:
@@ -143,12 +144,18 @@ def _check_options(args: Namespace, models: Sequence[_Model]) -> None:
             raise FileNotFoundError(f"no folder for --{key} {file}")
 
 
-def _shared_pairs(args: Namespace, models: Sequence[_Model], prompts: Sequence[str]) -> list[tuple[str, Any]]:
-    """Returns the prompt and seed of each image. Raises ValueError if they differ between the models."""
+def _shared_pairs(
+    args: Namespace, models: Sequence[_Model], prompts: Sequence[str], rows: Mapping[str, Sequence[Any]]
+) -> list[tuple[str, Any]]:
+    """Returns the prompt and seed of each image. Raises ValueError if they differ between the models.
+
+    ``rows`` are those of the models whose images exist.
+    """
+    seeds = seeds_of(args) if prompts else ()
     pairs = {
-        model.name: [(text.strip(), seed) for text in prompts for seed in seeds_of(args)]
+        model.name: [(text.strip(), seed) for text in prompts for seed in seeds]
         if model.generated
-        else [(prompt, seed) for _, prompt, seed in read_images(model.folder)]
+        else [(prompt, seed) for _, prompt, seed in rows[model.name]]
         for model in models
     }
     base, *others = pairs

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from longalign.evaluation.bootstrap import MIN_PROMPTS, Interval
-from longalign.evaluation.formatting import is_fraction, label, number
+from longalign.evaluation.bootstrap import MIN_PROMPTS
+from longalign.evaluation.formatting import interval_text, is_fraction, label, number
 from longalign.evaluation.table import MetricTable
 
 
@@ -16,29 +16,30 @@ def findings(table: MetricTable) -> list[str]:
     metric = table.metrics[0]
     title, unit = label(metric).removesuffix(", %"), "%" if is_fraction(metric) else ""
     too_few = len(set(table.prompts)) < MIN_PROMPTS
-    sentences = [f"{table.base}: {title} {_range(table.interval(table.base, metric), metric, unit)}."]
+    breakdowns = table.breakdowns(metric, paired=True)
+    sentences = [f"{table.base}: {title} {interval_text(table.interval(table.base, metric), metric, unit=unit)}."]
     for other, model in zip(table.models, table.models[1:], strict=False):
         name = f"{model} - {other}"
         gain = table.difference(model, metric, other)
         lines = [
             f"{model} against {other}: {title} {number(table.interval(model, metric).mean, metric)}{unit}, "
-            + _change(gain, metric)
+            + interval_text(gain, metric, sign=True)
             + (" points" if unit else "")
             + ("" if gain.significant or too_few else ", no significant difference")
         ]
         changes = {
             (f"{heading.partition(' by ')[2]} {group}" if group[0].isdigit() else group): row[name]
-            for heading, groups in table.breakdowns(metric, paired=True).items()
+            for heading, groups in breakdowns.items()
             for group, row in groups.items()
             if row[name].significant
         }
         if changes:
-            worse = [f"{group} {_change(v, metric)}" for group, v in changes.items() if v.mean < 0]
+            worse = [f"{group} {interval_text(v, metric, sign=True)}" for group, v in changes.items() if v.mean < 0]
             better = [group for group, v in changes.items() if v.mean > 0]
             lines.append("worse: " + (", ".join(worse) or "none"))
             lines.append("better: " + (", ".join(better) or "none"))
         others = {m: v for m in table.metrics[1:] if (v := table.difference(model, m, other)).significant}
-        lines += [f"{label(m)} {_change(v, m)}" for m, v in others.items()]
+        lines += [f"{label(m)} {interval_text(v, m, sign=True)}" for m, v in others.items()]
         for m, relevant in others.items():
             irrelevant = others.get(m.replace("text_relevant", "text_irrelevant"))
             if m.endswith("text_relevant") and irrelevant and irrelevant.mean > relevant.mean > 0:
@@ -48,13 +49,3 @@ def findings(table: MetricTable) -> list[str]:
     if too_few:
         sentences.append(f"note: fewer than {MIN_PROMPTS} prompts, no difference is significant.")
     return sentences
-
-
-def _range(interval: Interval, metric: str, unit: str = "") -> str:
-    mean, low, high = (number(v, metric) for v in (interval.mean, interval.low, interval.high))
-    return f"{mean}{unit} [{low}, {high}]"
-
-
-def _change(interval: Interval, metric: str) -> str:
-    mean, low, high = (number(v, metric, sign=True) for v in (interval.mean, interval.low, interval.high))
-    return f"{mean} [{low}, {high}]"

@@ -34,19 +34,24 @@ def number(value: float, metric: str, sign: bool = False) -> str:
     return f"{100 * value:{plus}.1f}" if is_fraction(metric) else f"{value:{plus}.4f}"
 
 
+def interval_text(interval: Interval, metric: str, sign: bool = False, unit: str = "") -> str:
+    """Formats an interval as ``mean [low, high]``, with ``unit`` after the mean."""
+    mean, low, high = (number(v, metric, sign) for v in (interval.mean, interval.low, interval.high))
+    return f"{mean}{unit} [{low}, {high}]"
+
+
 def show(interval: Interval, metric: str) -> str:
     """Formats an interval: ``mean [low, high]``."""
     if not interval.count:
         return "-"
-    return f"{number(interval.mean, metric)} [{number(interval.low, metric)}, {number(interval.high, metric)}]"
+    return interval_text(interval, metric)
 
 
 def show_difference(interval: Interval, metric: str) -> str:
     """Formats a difference: ``+mean [+low, +high]``, with a star if significant."""
     if not interval.count:
         return "-"
-    mean, low, high = (number(v, metric, sign=True) for v in (interval.mean, interval.low, interval.high))
-    return f"{mean} [{low}, {high}]" + (" *" if interval.significant else "")
+    return interval_text(interval, metric, sign=True) + (" *" if interval.significant else "")
 
 
 def terminal_text(blocks: Sequence[tuple[str, Grid]], caption: str, width: int | None = None) -> str:

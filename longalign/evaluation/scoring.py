@@ -34,9 +34,7 @@ def score_images(
     Raises:
         ValueError: if there are no images, or the numbers of prompts and images do not match.
     """
-    prompts = list(prompts) * len(paths) if len(prompts) == 1 else list(prompts)
-    if len(paths) != len(prompts):
-        raise ValueError(f"expected one prompt per image or one for all, got {len(prompts)} for {len(paths)} images")
+    prompts = _prompt_per_image(prompts, paths)
     if not paths:
         raise ValueError("no images to score; give at least one image file")
     metrics = [RewardMetric(name, reward) for name, reward in rewards.items()]
@@ -71,9 +69,7 @@ def score_sentences(
     Raises:
         ValueError: if a reward cannot score sentences, or the numbers of prompts and images do not match.
     """
-    prompts = list(prompts) * len(paths) if len(prompts) == 1 else list(prompts)
-    if len(paths) != len(prompts):
-        raise ValueError(f"expected one prompt per image or one for all, got {len(prompts)} for {len(paths)} images")
+    prompts = _prompt_per_image(prompts, paths)
     inner = {name: getattr(reward, "inner", reward) for name, reward in rewards.items()}
     unsupported = [name for name, reward in inner.items() if not hasattr(reward, "by_segment")]
     if unsupported:
@@ -89,3 +85,10 @@ def score_sentences(
                 print("\t".join([f"{score:.4f}", name, str(path), " ".join(sentence.split())]), file=out, flush=True)
                 rows.append({"score": score, "reward": name, "image": str(path), "sentence": sentence})
     return rows
+
+
+def _prompt_per_image(prompts: Sequence[str], paths: Sequence[Path | str]) -> list[str]:
+    prompts = list(prompts) * len(paths) if len(prompts) == 1 else list(prompts)
+    if len(paths) != len(prompts):
+        raise ValueError(f"expected one prompt per image or one for all, got {len(prompts)} for {len(paths)} images")
+    return prompts
