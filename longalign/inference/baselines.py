@@ -15,7 +15,7 @@ from torch import Tensor
 from longalign.image_folder import new_index, write_images
 from longalign.image_io import to_tensor
 from longalign.inference.pipelines import library, load_pipeline
-from longalign.inference.solvers import SCHEDULER_CLASSES, SOLVERS
+from longalign.inference.solvers import SCHEDULER_CLASSES, check_negative, check_solver
 from longalign.runtime import Runtime
 
 log = logging.getLogger("longalign")
@@ -49,10 +49,7 @@ def call_kwargs(pipe: Any, **settings: Any) -> dict[str, Any]:
         if ARGUMENTS[key] not in parameters:
             raise ValueError(f"{type(pipe).__name__} does not accept '{ARGUMENTS[key]}'; omit {key}")
         kwargs[ARGUMENTS[key]] = value
-    if settings.get("negative") is not None and settings.get("guidance") == 1:
-        raise ValueError(
-            "a negative prompt has no effect at guidance 1; raise the guidance or remove the negative prompt"
-        )
+    check_negative(settings.get("negative"), settings.get("guidance"))
     return kwargs
 
 
@@ -79,8 +76,7 @@ def set_scheduler(pipe: Any, name: str) -> None:
     Raises:
         ValueError: if the name is unknown, or the scheduler does not fit the pipeline.
     """
-    if name not in SOLVERS:
-        raise ValueError(f"no solver '{name}'; available: {', '.join(SOLVERS)}")
+    check_solver(name)
     current: Any = getattr(pipe, "scheduler", None)
     scheduler_class = getattr(library, SCHEDULER_CLASSES[name])
     decoder = getattr(pipe, "decoder_pipe", None)  # of a pipeline with a prior; it passes generators to each step

@@ -105,7 +105,7 @@ def _get_encoder(encoder: Any, pipe: Any, device: torch.device, dtype: torch.dty
     cached = _built.get(pipe)
     if cached is None or cached[0] != key:
         _built.pop(pipe, None)  # free its memory before building the next one
-        cached = _built[pipe] = key, encoders.build(config, Runtime(*key[1:]))
+        cached = _built[pipe] = key, encoders.construct(config, Runtime(*key[1:]))
     yield cached[1]
 
 

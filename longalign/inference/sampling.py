@@ -22,6 +22,7 @@ from longalign.functional.solvers import trailing_timesteps
 from longalign.image_folder import new_index, write_images
 from longalign.inference.diffusers import per_prompt, truncation_messages
 from longalign.inference.schedulers import make_scheduler
+from longalign.inference.solvers import check_negative
 from longalign.runtime import Runtime
 
 log = logging.getLogger("longalign")
@@ -69,10 +70,7 @@ def sample(
         raise ValueError(f"expected one seed per prompt, got {len(seeds)} seeds and {len(prompts)} prompts")
     if not math.isfinite(guidance):
         raise ValueError(f"expected a finite number as guidance, got {guidance}")
-    if negative is not None and guidance == 1:
-        raise ValueError(
-            "a negative prompt has no effect at guidance 1; raise the guidance or remove the negative prompt"
-        )
+    check_negative(negative, guidance)
     negatives = per_prompt(negative, len(prompts))
     batches = range(0, len(prompts), batch_size)
     images = []

@@ -10,7 +10,7 @@ import torch
 from longalign.functional.diffusion import NoiseLevels, check_prediction
 from longalign.functional.solvers import trailing_timesteps
 from longalign.inference.pipelines import library
-from longalign.inference.solvers import FLOW_SCHEDULER_CLASSES, SCHEDULER_CLASSES, SOLVERS
+from longalign.inference.solvers import FLOW_SCHEDULER_CLASSES, SCHEDULER_CLASSES, check_solver
 
 MIN_ALPHA_CUMPROD = 2.0**-24
 """Zero signal at the last timestep has no finite sigma; the smallest value that the solvers can represent."""
@@ -30,13 +30,14 @@ def make_scheduler(name: str, levels: NoiseLevels, prediction: str, num_steps: i
         ValueError: if the solver or the prediction type is unknown, the solver does not support the prediction type, or
             ``num_steps`` is out of range.
     """
-    if name not in SOLVERS:
-        raise ValueError(f"no solver '{name}'; available: {', '.join(SOLVERS)}")
+    check_solver(name)
     check_prediction(prediction)
     length = len(levels)
     if not 1 <= num_steps <= length:
         raise ValueError(f"num_steps must be between 1 and {length}, got {num_steps}")
-    return (_flow_scheduler if prediction == "flow" else _diffusion_scheduler)(name, levels, prediction, num_steps)
+    if prediction == "flow":
+        return _flow_scheduler(name, levels, num_steps)
+    return _diffusion_scheduler(name, levels, prediction, num_steps)
 
 
 def _diffusion_scheduler(name: str, levels: NoiseLevels, prediction: str, num_steps: int) -> Any:
@@ -49,8 +50,8 @@ def _diffusion_scheduler(name: str, levels: NoiseLevels, prediction: str, num_st
         num_train_timesteps=length, trained_betas=betas, prediction_type=prediction, **settings
     )
     if name == "lcm":
-        timesteps = [round(length * (num_steps - i) / num_steps) - 1 for i in range(num_steps)]
-        scheduler.set_timesteps(timesteps=timesteps, original_inference_steps=length)
+        timesteps = trailing_timesteps(num_steps, length)
+        scheduler.set_timesteps(timesteps=list(timesteps), original_inference_steps=length)
         return scheduler
     with warnings.catch_warnings():
         # diffusers converts tensors to numpy in a way that numpy 2 deprecates
@@ -59,7 +60,7 @@ def _diffusion_scheduler(name: str, levels: NoiseLevels, prediction: str, num_st
     return scheduler
 
 
-def _flow_scheduler(name: str, levels: NoiseLevels, prediction: str, num_steps: int) -> Any:
+def _flow_scheduler(name: str, levels: NoiseLevels, num_steps: int) -> Any:
     """Returns a flow-matching scheduler.
 
     Its timesteps, which the denoiser receives, are ``T`` times the noise level.
