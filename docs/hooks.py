@@ -59,11 +59,7 @@ def reference(name: str) -> str:
     lines = [f"# {name.replace('_', ' ').capitalize()}", ""]
     for module in REFERENCE[name]:
         path = ROOT / "longalign" / module
-        found = (
-            sorted(p for p in path.rglob("*.py") if "plugin" not in p.parts)
-            if path.is_dir()
-            else [path.with_suffix(".py")]
-        )
+        found = sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
         for file in found:
             parts = file.relative_to(ROOT).with_suffix("").parts
             if parts[-1] != "__init__" and "plugin" not in parts:  # templates of plugins

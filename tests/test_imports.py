@@ -34,7 +34,7 @@ LEVELS = {
     11: "__main__",
 }
 # Modules of a kind that modules of other kinds may import.
-SHARED = ("base", "config", "configs", "bucketing", "guard", "lines", "stream")
+SHARED = ("base", "config", "bucketing", "guard", "lines", "stream")
 
 NO_TORCH = ("__init__", "__main__", "cli", "compose", "loop.fit", *f"{LEVELS[0]} {LEVELS[1]}".split())
 HEAVY = (
@@ -104,7 +104,7 @@ def package_imports(path):
 
 
 def is_config(module):
-    return module.split(".")[0] in KINDS and module.split(".")[-1] in ("config", "configs")
+    return module.split(".")[0] in KINDS and module.split(".")[-1] == "config"
 
 
 def level(module):

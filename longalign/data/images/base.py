@@ -66,7 +66,10 @@ class SquareLoader:
         self.resolution, self.small = resolution, 0
 
     def load(self, name: Hashable, source: Path | bytes) -> Tensor:
-        """Loads an image with `load_square`; ``name`` identifies the image in messages."""
+        """Loads an image as ``(3, resolution, resolution)`` in [0, 1], rotated by its EXIF, center-cropped, resized.
+
+        ``name`` identifies the image in messages. Raises OSError or ValueError if the image cannot be read.
+        """
         image = decode(source)
         if min(image.size) < self.resolution:
             self.small += 1
@@ -76,7 +79,7 @@ class SquareLoader:
                     "with %d by %d pixels",
                     self.small, self.resolution, name, *image.size,
                 )  # fmt: skip
-        return _square(image, self.resolution)
+        return to_tensor(ImageOps.fit(image, (self.resolution, self.resolution), Image.Resampling.LANCZOS))
 
 
 class ImageDataset(Data):
@@ -133,15 +136,3 @@ class ImageDataset(Data):
             status = source.stat()
             key = key_of(f"{status.st_size} {status.st_mtime_ns}")
         return int.from_bytes(key[:7], "big") + 1
-
-
-def load_square(source: Path | bytes, resolution: int) -> Tensor:
-    """Loads an image, applies its EXIF rotation, center-crops and resizes: ``(3, resolution, resolution)`` in [0, 1].
-
-    Raises OSError or ValueError if the image cannot be read.
-    """
-    return _square(decode(source), resolution)
-
-
-def _square(image: Image.Image, resolution: int) -> Tensor:
-    return to_tensor(ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS))

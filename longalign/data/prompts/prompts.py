@@ -15,14 +15,14 @@ log = logging.getLogger(__name__)
 
 
 class Prompts(Data):
-    """Prompts without images."""
+    """Prompts without images, from a list or read by index, such as the captions of a table."""
 
     has_images = False
 
     def __init__(self, prompts: Sequence[str]):
         if not prompts:
             raise ValueError("expected at least one prompt, got none")
-        self.prompts = list(prompts)
+        self.prompts = prompts
 
     @classmethod
     def from_config(cls, config: PromptsConfig, runtime: Runtime) -> Prompts:

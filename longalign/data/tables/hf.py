@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from longalign.data.base import Data, check_index
+from longalign.data.base import check_index
 from longalign.data.images.base import ImageDataset
+from longalign.data.prompts.prompts import Prompts
 from longalign.data.stream import Record, Stream
 from longalign.data.tables.config import HubConfig
 from longalign.data.tables.table import caption_from_cell, image_folder, image_source, open_columns
@@ -18,8 +19,8 @@ class HubTable:
     """Builds the data ``hf``; see `from_config`."""
 
     @classmethod
-    def from_config(cls, config: HubConfig, runtime: Runtime) -> HubRows | HubPrompts | HubStream:
-        """Opens the table: a `HubStream`, or `HubRows`, or `HubPrompts` without an image column.
+    def from_config(cls, config: HubConfig, runtime: Runtime) -> HubRows | Prompts | HubStream:
+        """Opens the table: a `HubStream`, or `HubRows`, or `Prompts` without an image column.
 
         Raises:
             ValueError: if ``datasets`` is not installed or cannot read the table, a column is missing, or no caption
@@ -40,7 +41,7 @@ class HubTable:
             )
         captions = Captions(rows[config.caption], dataset=config.dataset, column=config.caption, empty=config.empty)
         if config.image is None:
-            return HubPrompts(captions)
+            return Prompts(captions)
         return HubRows(
             rows,
             captions=captions,
@@ -124,28 +125,6 @@ class HubRows(ImageDataset):
 
     def source(self, index: int) -> Path | bytes:
         return image_source(self.rows[self.captions.row(index)][self.image], self.folder)
-
-
-class HubPrompts(Data):
-    """Captions of a table without images, read by index.
-
-    Args:
-        captions: the captions to use.
-    """
-
-    has_images = False
-
-    def __init__(self, captions: Captions):
-        self.captions = captions
-
-    def __len__(self) -> int:
-        return len(self.captions)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"prompt": self.prompt(index)}
-
-    def prompt(self, index: int) -> str:
-        return self.captions[index]
 
 
 class HubStream(Stream):
