@@ -43,17 +43,24 @@ def check_data(config: Any, *, runtime: Runtime = CPU, count: int = 3) -> None:
         expect(bool(items), "the data has no items")
         for i, item in enumerate(items):
             expect(isinstance(item.get("prompt"), str), f"item {i} has no prompt; expected a string under 'prompt'")
-            keys = ("image_0", "image_1") if checked.has_pairs else ("image",)
-            for key in keys if checked.has_images and "images" not in item else ():
-                image = item.get(key)
-                expect(isinstance(image, torch.Tensor), f"item {i} has no '{key}'; expected a tensor (3, h, w)")
-                assert isinstance(image, torch.Tensor)
+            if not checked.has_images:
+                continue
+            image, shape = item.get("image"), "(2, 3, h, w)" if checked.has_pairs else "(3, h, w)"
+            expect(isinstance(image, torch.Tensor), f"item {i} has no 'image'; expected a tensor {shape}")
+            assert isinstance(image, torch.Tensor)
+            expect(
+                image.shape[:-2] == ((2, 3) if checked.has_pairs else (3,)),
+                f"'image' of item {i}: expected {shape}, got {tuple(image.shape)}",
+            )
+            expect(image.dtype == torch.float32, f"'image' of item {i}: expected float32, got {image.dtype}")
+            low, high = float(image.min()), float(image.max())
+            expect(low >= 0 and high <= 1, f"'image' of item {i} is in [{low:g}, {high:g}]; expected [0, 1]")
+            if checked.has_pairs:
+                preference = item.get("preference")
                 expect(
-                    image.ndim == 3 and len(image) == 3, f"'{key}' of item {i}: expected (3, h, w), got {image.shape}"
+                    isinstance(preference, torch.Tensor) and preference.ndim == 0 and 0 <= float(preference) <= 1,
+                    f"'preference' of item {i}: expected a tensor () in [0, 1], got {preference!r:.80}",
                 )
-                expect(image.dtype == torch.float32, f"'{key}' of item {i}: expected float32, got {image.dtype}")
-                low, high = float(image.min()), float(image.max())
-                expect(low >= 0 and high <= 1, f"'{key}' of item {i} is in [{low:g}, {high:g}]; expected [0, 1]")
 
     def items_repeat() -> None:
         for i, (first, again) in enumerate(zip(read(), read(), strict=True)):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from longalign.backbones.config import LoraConfig
+from longalign.data.scenes.pairs import ScenePairs
 from longalign.registry import REGISTRIES, gradient_steps, rewards
 from longalign.testing import (
     check_backbone,
@@ -48,8 +49,16 @@ def test_check_gradient_steps(name):
     check_gradient_steps(name)
 
 
-def test_check_data_scenes():
-    check_data({"name": "scenes", "size": 4})
+@pytest.mark.parametrize("name", ["scenes", "scene-pairs"])
+def test_check_data_scenes(name):
+    check_data({"name": name, "size": 4})
+
+
+def test_check_data_names_failures(monkeypatch):
+    load = ScenePairs.__getitem__
+    monkeypatch.setattr(ScenePairs, "__getitem__", lambda data, i: {**load(data, i), "preference": torch.tensor(2.0)})
+    with pytest.raises(AssertionError, match=r"'preference' of item 0: expected a tensor \(\) in \[0, 1\], got"):
+        check_data({"name": "scene-pairs", "size": 4})
 
 
 def test_check_backbone_sd(tmp_path):
