@@ -97,6 +97,8 @@ class LikeCuda:
         functions["scaled_dot_product_attention"] = _casting(_attention, self._narrow)
         self._patches.enter_context(patch.multiple(F, **functions))
         self._patches.enter_context(patch.object(Tensor, "cpu", _read))
+        to_list = Tensor.tolist
+        self._patches.enter_context(patch.object(Tensor, "tolist", lambda tensor: to_list(_read(tensor))))
         self._patches.enter_context(patch.object(torch, "isfinite", _finite(torch.isfinite)))
         return self
 

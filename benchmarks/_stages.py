@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from _live import LikeCuda, Live
@@ -135,7 +136,9 @@ def reward(setting: Setting) -> Any:
     class Denscore(Reward):
         def __init__(self) -> None:
             super().__init__()
-            towers = ClipTowers(network(setting.model, DENSCORE), None)
+            # texts are constant here: of the tokenizer, only what the constructor reads
+            tokenizer = SimpleNamespace(is_fast=True, eos_token_id=0, all_special_ids=[], all_special_tokens=[])
+            towers = ClipTowers(network(setting.model, DENSCORE), cast(Any, tokenizer))
             micro_batch = 1 if setting.single else None
             preprocessor = ImagePreprocessor((224, 224))
             self.inner = TowerReward(towers, preprocessor, segmenter=None, micro_batch=micro_batch, truncate=False)

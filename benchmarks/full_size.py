@@ -14,11 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -170,7 +171,9 @@ def main() -> None:
     size, folder = options.size, options.folder
     models, sd15 = folder / "models", str(folder / "models" / "sd15")
     if not (models / "counts.json").exists():
-        counts = write_models(models)
+        # in a process of its own: the peak memory of a child process is at least that of its parent when it starts
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            counts = pool.submit(write_models, models).result()
         (models / "counts.json").write_text(json.dumps(counts))
     counts = json.loads((models / "counts.json").read_text())
     write_data(folder, size)
@@ -225,6 +228,9 @@ def main() -> None:
         rows.append((name, f"{seconds:.1f}", in_step, f"{peak:.1f}"))
         print(*rows[-1], sep=" | ", flush=True)
 
+    # imports torch, whose memory would count in the stages
+    from longalign.evaluation.record import machine_text
+
     lines = [
         "# Stable Diffusion 1.5 at full size on the CPU", "", f"`python benchmarks/full_size.py --size {size}`", "",
         f"Random weights, float32, {size} x {size} pixels; each row is a separate process, including loading.", "",
@@ -232,7 +238,7 @@ def main() -> None:
         *(f"| {' | '.join(row)} |" for row in rows), "", "Parameters: "
         + ", ".join(f"{name} {count:,}" for name, count in counts.items()) + ".",
     ]  # fmt: skip
-    lines += [f"Machine: {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}."]
+    lines += [f"Machine: {machine_text()}."]
     Path(__file__).with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 

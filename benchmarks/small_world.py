@@ -18,8 +18,8 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "mini"))
 
 from clip import normalise
-from common import WEIGHTS, images_of, scene_and_caption
-from facts import FactHead, labels_of_caption, tensor
+from common import WEIGHTS, render_images, scene_and_caption
+from facts import FactHead, label_tensor, labels_of_caption
 from longclip import variants
 
 from longalign.backbones.stable_diffusion.sd import SDBackbone
@@ -55,7 +55,7 @@ def sample_captions(
 @torch.no_grad()
 def measure_oracle(backbone: SDBackbone) -> None:
     scenes, captions = sample_captions(1000, (1, 9), (120, 120), 101)
-    images = images_of(scenes)
+    images = render_images(scenes)
     add_row("oracle on true renders", accuracy(images.numpy(), captions), ">= 99.5%", "1000 scenes of 1 to 9 objects")
     decoded = torch.cat([backbone.decode(backbone.encode_images(chunk)) for chunk in images.split(50)])
     add_row("oracle on VAE reconstructions", accuracy(decoded.numpy(), captions), ">= 97%", "the same scenes")
@@ -77,7 +77,7 @@ def measure_unet(backbone: SDBackbone) -> None:
         add_row(f"UNet generates {things[0]} to {things[1]} objects", accuracy(images.numpy(), captions), target,
                 f"{count} short captions, UniPC 25 steps, guidance {guidance:g}")  # fmt: skip
         if guidance == 2:
-            decoded = [backbone.decode(backbone.encode_images(chunk)) for chunk in images_of(scenes).split(64)]
+            decoded = [backbone.decode(backbone.encode_images(chunk)) for chunk in render_images(scenes).split(64)]
             add_row("their true renders through the VAE", accuracy(torch.cat(decoded).numpy(), captions), "none",
                     "the same scenes")  # fmt: skip
 
@@ -99,7 +99,7 @@ def measure_t5() -> None:
 
     torch.manual_seed(0)
     train, test = (sample_captions(n, (1, 9), (8, 140), seed)[1] for n, seed in ((6000, 104), (500, 105)))
-    x, y = states(train), tensor([labels_of_caption(c) for c in train])
+    x, y = states(train), label_tensor([labels_of_caption(c) for c in train])
     head = FactHead(x.shape[1])
     mean, std = x.mean(0), x.std(0)
     optimizer = torch.optim.Adam(head.parameters(), 0.01)
@@ -110,7 +110,7 @@ def measure_t5() -> None:
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        _, read = head((states(test) - mean) / std, tensor([labels_of_caption(c) for c in test]))
+        _, read = head((states(test) - mean) / std, label_tensor([labels_of_caption(c) for c in test]))
     add_row(
         "a linear probe reads the facts from T5's mean state", float(read), ">= 90%", "500 captions, 8 to 140 words"
     )
@@ -132,7 +132,7 @@ def measure_longclip() -> None:
         clip = CLIPModel.from_pretrained(WEIGHTS / name, torch_dtype=torch.float32).eval()
         tokens = tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
         text = F.normalize(clip.get_text_features(**tokens).pooler_output, dim=-1)
-        images = torch.cat([clip.get_image_features(normalise(images_of(galleries[i : i + 100]))).pooler_output
+        images = torch.cat([clip.get_image_features(normalise(render_images(galleries[i : i + 100]))).pooler_output
                             for i in range(0, len(galleries), 100)])  # fmt: skip
         images = F.normalize(images, dim=-1).view(200, 8, -1)
         best = torch.einsum("qd,qvd->qv", text, images).argmax(-1)
