@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
 
-.PHONY: setup demo test test-fast test-reliability test-transformers4 test-lowest test-wheel check format docs bench
+.PHONY: setup demo test test-fast test-reliability test-transformers4 test-lowest test-wheel check format docs bench gpu-wheels
 
 setup: $(STAMP)
 
@@ -63,6 +63,14 @@ docs: $(STAMP)
 # Takes from minutes to an hour of a machine that does nothing else; `make bench BENCH=reward_step` runs one.
 bench: $(STAMP)
 	$(BIN)/python benchmarks $(BENCH)
+
+# Packages that a machine with only torch, transformers, accelerate and peft lacks, for benchmarks/gpu.sh: GPU_PYTHON on x86-64.
+GPU_PYTHON ?= 3.12
+gpu-wheels: $(STAMP)
+	rm -rf .whl
+	$(BIN)/python -m pip download --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) --implementation cp \
+	  $(addprefix --platform manylinux,_2_28_x86_64 _2_17_x86_64 2014_x86_64) -d .whl 'importlib-metadata<9' \
+	  $$($(BIN)/python -m pip freeze | grep -iE '^(diffusers|open.clip.torch|catalogue|pydantic(.core)?|typing.(inspection|extensions)|annotated-types|ftfy|wcwidth)==')
 
 check: $(STAMP)
 	$(BIN)/ruff check .

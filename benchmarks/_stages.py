@@ -51,8 +51,8 @@ def stage(setting: Setting, cuda: LikeCuda) -> Stage:
     return kinds.get(setting.stage, train)(setting, cuda)
 
 
-def network(model: str, name: str, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """A network of a model, or the reward, at its published size on meta tensors."""
+def network(model: str, name: str, dtype: torch.dtype = torch.bfloat16, device: str = "meta", toy: bool = False) -> Any:
+    """A network of a model, or the reward, with random weights, at its published size or, if ``toy``, a tiny one."""
     import diffusers
     import transformers
 
@@ -76,19 +76,31 @@ def network(model: str, name: str, dtype: torch.dtype = torch.bfloat16) -> Any:
         "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4,
         "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
     }  # fmt: skip
+    if toy:
+        small = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8}
+        depth = {"transformer_layers_per_block": (1, 2)} if model == SDXL else {}
+        unet |= {**small, "sample_size": 8, "attention_head_dim": 2, **depth} | {
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        }
+        vae |= {**small, "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     t5 = {"d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_layers": 24, "num_heads": 16, "is_encoder_decoder": False}
     towers = {"text_config": clip(1024, 24, 16), "vision_config": clip(1280, 32, 16, patch_size=14)}
-    big = clip(1280, 32, 20, projection_dim=1280)
+    if toy:
+        towers = {"text_config": clip(64, 2, 2), "vision_config": clip(64, 2, 2, patch_size=14, image_size=224)}
+    big = clip(1280, 2 if toy else 32, 20, projection_dim=1280)
     makers: dict[str, Callable[[], nn.Module]] = {
         "UNet": lambda: diffusers.UNet2DConditionModel(**unet),
         "VAE": lambda: diffusers.AutoencoderKL(**vae),
-        "CLIP-L text": lambda: transformers.CLIPTextModel(transformers.CLIPTextConfig(**clip(768, 12, 12))),
+        "CLIP-L text": lambda: transformers.CLIPTextModel(
+            transformers.CLIPTextConfig(**clip(768, 2 if toy else 12, 12))
+        ),
         "OpenCLIP-bigG text": lambda: transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**big)),
         "T5-large encoder": lambda: transformers.T5EncoderModel(transformers.T5Config(**t5, use_cache=False)),
         "adapter": lambda: TextAdapter(1024, 896, 768),
         DENSCORE: lambda: transformers.CLIPModel(transformers.CLIPConfig(**towers, projection_dim=1024)),
     }
-    with torch.device("meta"):
+    with torch.device(device):
         return nn.Module.to(makers[name](), dtype).requires_grad_(False).eval()
 
 
