@@ -118,6 +118,7 @@ def plain(trainer: Any, prompts: Sequence[str], checkpoints: bool = True) -> Non
     from torch.utils.checkpoint import checkpoint
 
     conditioning, latents, solver = trainer.encode_with_uncond(prompts), trainer.noise(len(prompts)), trainer.solver
+    previous = None
     chosen = trainer.gradient_steps.select(len(solver)).steps
     predict = trainer.predictor(trainer.backbone.predict, conditioning, slice(0, len(prompts)))
     for index, timestep in enumerate(solver.timesteps):
@@ -129,7 +130,7 @@ def plain(trainer: Any, prompts: Sequence[str], checkpoints: bool = True) -> Non
             output = checkpoint(predict, inputs, timesteps, use_reentrant=False)
         else:
             output = predict(inputs, timesteps)
-        latents = solver.a[index] * latents + solver.b[index] * output
+        latents, previous = solver.step(index, latents, output, previous)
     images = trainer.backbone.decode(latents)
     (0.5 * (1 - trainer.rewards[0].score(images, prompts).mean())).backward()
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from longalign.functional.rollout import replay_backward as replay_backward
     from longalign.functional.solvers import Solver as Solver
     from longalign.functional.solvers import ddim as ddim
+    from longalign.functional.solvers import dpmpp_2m as dpmpp_2m
     from longalign.functional.solvers import lcm as lcm
     from longalign.functional.solvers import trailing_timesteps as trailing_timesteps
 
@@ -45,6 +46,7 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "common_direction": "preference",
         "ddim": "solvers",
         "decompose": "preference",
+        "dpmpp_2m": "solvers",
         "guide": "diffusion",
         "lcm": "solvers",
         "perpendicular": "preference",

@@ -1,13 +1,14 @@
 """Rollouts: sampling with linear steps, and the exact gradient of a loss with the memory of one network call.
 
-A step is linear in latent ``x``, network output ``o(x)`` and fresh noise ``n``: ``x' = a x + b o(x) + c n``. Let ``g``
-be the gradient of the loss with respect to ``x'``. The gradient with respect to the output is ``b g``. The gradient
-with respect to ``x`` is ``a g``, plus ``J^T b g`` if the network's input is not detached, where ``J`` is the Jacobian
-of ``o``. No graph of the whole rollout is therefore needed: the rollout runs without gradient and the loss is
-differentiated once at the final latent. The selected network calls are then recomputed with gradient from the recorded
-latents, from last to first.
+A step is linear in latent ``x``, network output ``o(x)``, fresh noise ``n`` and, in a multistep method, the prediction
+``m`` remembered from the previous step: ``x' = a x + b o(x) + c n + d m`` and ``m' = p x + q o(x)``. Let ``g`` and
+``u`` be the gradients of the loss with respect to ``x'`` and ``m'``. The gradient with respect to the output is
+``v = b g + q u``, and with respect to ``m`` it is ``d g``. The gradient with respect to ``x`` is ``a g + p u``, plus
+``J^T v`` if the network's input is not detached, where ``J`` is the Jacobian of ``o``. No graph of the whole rollout is
+therefore needed: the rollout runs without gradient and the loss is differentiated once at the final latent. The
+selected network calls are then recomputed with gradient from the recorded latents, from last to first.
 
-DRTune (arXiv 2405.00760) and LongAlign (arXiv 2410.11817, section 4) detach the inputs. Each vector ``b g`` is then a
+DRTune (arXiv 2405.00760) and LongAlign (arXiv 2410.11817, section 4) detach the inputs. Each vector ``v`` is then a
 multiple of the gradient at the final latent. DRaFT (arXiv 2309.17400) and AlignProp (arXiv 2310.03739) do not detach
 the inputs. Each recomputed call then requires the gradient of the next call. The outputs of all other steps are
 constants.
@@ -15,7 +16,6 @@ constants.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -113,7 +113,7 @@ def rollout(
     invalid = sorted(i for i in grad_steps if not 0 <= i < len(solver))
     if invalid:
         raise ValueError(f"grad_steps contains step {invalid[0]}; expected 0 to {len(solver) - 1}")
-    latents, recorded = noise, []
+    latents, previous, recorded = noise, None, []
     for index, timestep in enumerate(solver.timesteps):
         timesteps = torch.full((len(noise),), timestep, device=noise.device)
         if index in grad_steps:
@@ -121,7 +121,7 @@ def rollout(
         call = predict if index in grad_steps or predict_no_grad is None else predict_no_grad
         output = call(latents, timesteps)
         new_noise = torch.randn_like(latents) if solver.c[index] else None
-        latents = solver.step(index, latents, output, new_noise)
+        latents, previous = solver.step(index, latents, output, previous, new_noise)
     return latents, recorded
 
 
@@ -187,13 +187,16 @@ def replay_backward(
             f"expected calls_per_batch=1 with detach=False, got {calls_per_batch}: each call requires the gradient of "
             "the next call; use detach=True to recompute several calls in one"
         )
-    next_step = len(solver)  # `gradient` is with respect to the latent that enters this step
+    # gradients with respect to the latent and the remembered prediction that enter `next_step`
+    next_step, gradient_remembered = len(solver), None
     for end in range(len(recorded), 0, -calls_per_batch):
         batch, vectors = recorded[max(end - calls_per_batch, 0) : end], []
         for step in reversed(batch):
-            gradient = math.prod(solver.a[step.index + 1 : next_step]) * gradient
-            vectors.insert(0, solver.b[step.index] * gradient)
-            gradient, next_step = solver.a[step.index] * gradient, step.index
+            vector = gradient
+            for index in reversed(range(step.index, next_step)):
+                gradient, vector, gradient_remembered = solver.step_backward(index, gradient, gradient_remembered)
+            vectors.insert(0, vector)
+            next_step = step.index
         input_grad = not detach and batch[0] is not recorded[0]
         latents = torch.cat([step.latents for step in batch]).requires_grad_(input_grad)
         outputs = replay(predict, batch, latents)

@@ -1,7 +1,8 @@
 """Samplers with linear steps.
 
-A step is linear in latent ``x``, network output ``o`` and fresh noise ``n``: ``x' = a * x + b * o + c * n``. This holds
-for each prediction type: noise, velocity (v-prediction) and flow-matching velocity.
+A step is linear in latent ``x``, network output ``o``, fresh noise ``n`` and, in a multistep method, the image ``m``
+predicted in the previous step: ``x' = a x + b o + c n + d m`` and ``m' = p x + q o``. This holds for each prediction
+type: noise, velocity (v-prediction) and flow-matching velocity.
 """
 
 from __future__ import annotations
@@ -45,27 +46,77 @@ def trailing_timesteps(num_steps: int, num_timesteps: int = 1000) -> tuple[int, 
 
 @dataclass(frozen=True)
 class Solver:
-    """Coefficients of a sampler with linear steps ``x' = a * x + b * o + c * n``, from pure noise to a clean latent.
+    """Coefficients of a sampler with linear steps, from pure noise to a clean latent.
+
+    A step is ``x' = a x + b o + c n + d m`` and ``m' = p x + q o``. It maps the latent ``x`` and the prediction ``m``
+    remembered from the previous step to those of the next step.
 
     Attributes:
         timesteps: timestep of each step, descending.
         a: factor of the latent ``x`` in each step.
         b: factor of the network's output ``o`` in each step.
         c: factor of fresh noise ``n`` in each step; 0 for a deterministic step.
+        d: factor of the remembered prediction ``m`` in each step; 0 for a single-step method and in the first step.
+        p: factor of the latent in the prediction to remember.
+        q: factor of the output in the prediction to remember; ``p`` and ``q`` are 0 for a single-step method.
     """
 
     timesteps: tuple[int, ...]
     a: tuple[float, ...]
     b: tuple[float, ...]
     c: tuple[float, ...]
+    d: tuple[float, ...]
+    p: tuple[float, ...]
+    q: tuple[float, ...]
 
     def __len__(self) -> int:
         return len(self.timesteps)
 
-    def step(self, index: int, latents: Tensor, output: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Returns the latents after step ``index``, counted from 0; ``noise`` is required if ``c[index]`` is not 0."""
-        latents = self.a[index] * latents + self.b[index] * output
-        return latents if noise is None else latents + self.c[index] * noise
+    def step(
+        self, index: int, latents: Tensor, output: Tensor, previous: Tensor | None = None, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Takes a step. All tensors have the shape of ``latents``.
+
+        Args:
+            index: index of the step, counted from 0.
+            latents: latents before the step.
+            output: the network's output for these latents.
+            previous: the prediction returned by the previous step; required if ``d[index]`` is not 0.
+            noise: fresh noise; required if ``c[index]`` is not 0.
+
+        Returns:
+            The latents after the step, and the prediction that the next step requires; None for single-step methods.
+        """
+        after = self.a[index] * latents + self.b[index] * output
+        if noise is not None:
+            after = after + self.c[index] * noise
+        if previous is not None:
+            after = after + self.d[index] * previous
+        return after, self.p[index] * latents + self.q[index] * output if self.q[index] else None
+
+    def step_backward(
+        self, index: int, gradient: Tensor, gradient_remembered: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Backpropagates through a step; the network's output counts as independent of the latents.
+
+        Args:
+            index: index of the step, counted from 0.
+            gradient: gradient with respect to the latents after the step.
+            gradient_remembered: gradient with respect to the prediction returned by the step; None if it is 0.
+
+        Returns:
+            Gradients with respect to ``latents``, ``output`` and ``previous`` of `step`; the last is None if it is 0.
+        """
+        latents, output = self.a[index] * gradient, self.b[index] * gradient
+        if gradient_remembered is not None:
+            latents = latents + self.p[index] * gradient_remembered
+            output = output + self.q[index] * gradient_remembered
+        return latents, output, self.d[index] * gradient if self.d[index] else None
+
+
+def _single_step(timesteps: Sequence[int], a: Sequence[float], b: Sequence[float], c: Sequence[float]) -> Solver:
+    zeros = (0.0,) * len(a)
+    return Solver(tuple(timesteps), tuple(a), tuple(b), tuple(c), d=zeros, p=zeros, q=zeros)
 
 
 def _output_factors(prediction: str, signal: float, noise: float) -> tuple[float, float, float, float]:
@@ -98,7 +149,36 @@ def ddim(levels: NoiseLevels, timesteps: Sequence[int], prediction: str) -> Solv
     for _, (p, q, r, s), (signal, noise) in _coefficients(levels, timesteps, prediction):
         a.append(signal * p + noise * r)
         b.append(signal * q + noise * s)
-    return Solver(tuple(timesteps), tuple(a), tuple(b), (0.0,) * len(a))
+    return _single_step(timesteps, a, b, [0.0] * len(a))
+
+
+def dpmpp_2m(levels: NoiseLevels, timesteps: Sequence[int], prediction: str) -> Solver:
+    """Returns deterministic DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2), a second-order multistep method.
+
+    It extrapolates the predicted ``x_0`` linearly in the log of the signal-to-noise ratio, from the current and the
+    previous step. The first step is of first order (DDIM), and so is the last, which returns the predicted ``x_0``. If
+    the first timestep has no signal, the second step is of first order too, the limit of vanishing signal.
+    """
+    a, b, d, p, q = [], [], [], [], []
+    previous_size = math.inf  # no previous prediction in the first step
+    for t, (p_t, q_t, _, _), (next_signal, next_noise) in _coefficients(levels, timesteps, prediction):
+        signal, noise = float(levels.signal[t]), float(levels.noise[t])
+        size = _log_snr(next_signal, next_noise) - _log_snr(signal, noise)
+        extrapolation = size / (2 * previous_size) if math.isfinite(size) else 0.0  # 1 / (2 r) in the paper
+        factor = next_signal - next_noise * signal / noise  # of the extrapolated x_0
+        a.append(next_noise / noise + factor * (1 + extrapolation) * p_t)
+        b.append(factor * (1 + extrapolation) * q_t)
+        d.append(-factor * extrapolation)
+        p.append(p_t)
+        q.append(q_t)
+        previous_size = size
+    return Solver(tuple(timesteps), tuple(a), tuple(b), (0.0,) * len(a), tuple(d), tuple(p), tuple(q))
+
+
+def _log_snr(signal: float, noise: float) -> float:
+    if noise == 0:
+        return math.inf
+    return math.log(signal / noise) if signal > 0 else -math.inf
 
 
 def lcm(
@@ -121,4 +201,4 @@ def lcm(
         a.append(signal * (skip + out * p))
         b.append(signal * out * q)
         c.append(noise)
-    return Solver(tuple(timesteps), tuple(a), tuple(b), tuple(c))
+    return _single_step(timesteps, a, b, c)

@@ -66,13 +66,13 @@ def check_gradient_steps(config: Any, *, num_steps: int = 20) -> None:
         replayed = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
 
         network.zero_grad()
-        latents = noise
+        latents, previous = noise, None
         for index, timestep in enumerate(solver.timesteps):
             carries = index in chosen.steps
             seen = latents.detach() if chosen.detach and carries else latents
             with torch.set_grad_enabled(carries):
                 output = predict(seen, torch.full((2,), timestep))
-            latents = solver.step(index, latents, output, None)
+            latents, previous = solver.step(index, latents, output, previous)
         latents.square().sum().backward()
         expected = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
         error = float((replayed - expected).norm() / expected.norm())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from longalign.functional.diffusion import NoiseLevels, add_noise, guide, sample_timesteps, training_target
-from longalign.functional.solvers import check_linear_sampling, ddim, lcm, trailing_timesteps
+from longalign.functional.solvers import check_linear_sampling, ddim, dpmpp_2m, lcm, trailing_timesteps
 
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 LEVELS = NoiseLevels.from_alphas_cumprod((1 - BETAS).cumprod(0))
@@ -31,7 +31,7 @@ def test_ddim_with_training_target_recovers_image(prediction, levels):
     latents = add_noise(levels, image, noise, torch.tensor([999, 999]))
     for i, t in enumerate(solver.timesteps):
         target = training_target(prediction, levels, image, noise, torch.tensor([t, t]))
-        latents = solver.step(i, latents, target)
+        latents, _ = solver.step(i, latents, target)
         if i < 9:
             expected = add_noise(levels, image, noise, torch.tensor([solver.timesteps[i + 1]] * 2))
             assert torch.allclose(latents, expected, atol=1e-10)
@@ -49,7 +49,46 @@ def test_ddim_steps_equal_diffusers_scheduler():
     solver = ddim(LEVELS, trailing_timesteps(5), "v_prediction")
     x, o = torch.randn(1, 4, 2, 2), torch.randn(1, 4, 2, 2)
     for i, t in enumerate(solver.timesteps):
-        assert torch.allclose(solver.step(i, x, o), scheduler.step(o, t, x).prev_sample, atol=1e-5)
+        assert torch.allclose(solver.step(i, x, o)[0], scheduler.step(o, t, x).prev_sample, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # diffusers' solvers with numpy 2
+@pytest.mark.parametrize("num_steps", [1, 2, 5, 20])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow"])
+def test_dpmpp_2m_steps_match_diffusers(prediction, num_steps):
+    from diffusers import DPMSolverMultistepScheduler
+
+    settings = {"algorithm_type": "dpmsolver++", "solver_order": 2, "timestep_spacing": "trailing"}
+    if prediction == "flow":  # diffusers' noise level is t / T before the shift, here it is (t + 1) / T
+        settings |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+        scheduler = DPMSolverMultistepScheduler(num_train_timesteps=1001, **settings)
+        levels, timesteps = NoiseLevels.from_flow(1001, shift=3.0), trailing_timesteps(num_steps, 1000)
+    else:
+        scheduler = DPMSolverMultistepScheduler(trained_betas=BETAS.tolist(), prediction_type=prediction, **settings)
+        levels, timesteps = LEVELS, trailing_timesteps(num_steps)
+    scheduler.set_timesteps(num_steps)
+    solver = dpmpp_2m(levels, timesteps, prediction)
+    mixing = torch.randn(4, 4) / 2
+    expected = latents = torch.randn(1, 4, 2, 2)
+    previous = None
+    for i in range(num_steps):
+
+        def network(x, i=i):
+            return torch.tanh(torch.einsum("ij,bjhw->bihw", mixing, x) + i / num_steps)
+
+        expected = scheduler.step(network(expected), scheduler.timesteps[i], expected).prev_sample
+        latents, previous = solver.step(i, latents, network(latents), previous)
+        assert (latents - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "flow"])
+def test_dpmpp_2m_starts_from_pure_noise(prediction):
+    signal = torch.tensor([0.9, 0.6, 0.3, 0.0], dtype=torch.float64)
+    levels = NoiseLevels(signal, 1 - signal if prediction == "flow" else (1 - signal**2).sqrt())
+    solver, single = (make(levels, (3, 2, 1, 0), prediction) for make in (dpmpp_2m, ddim))
+    assert solver.d[0] == solver.d[1] == solver.d[3] == 0 and solver.d[2] < 0
+    for i in (0, 1, 3):
+        assert (solver.a[i], solver.b[i]) == pytest.approx((single.a[i], single.b[i]))
 
 
 def test_lcm_step_values():
@@ -59,7 +98,7 @@ def test_lcm_step_values():
     scaled = 10 * 999
     clean = (x - noise * o) / signal
     consistent = 0.25 / (scaled**2 + 0.25) * x + scaled / math.sqrt(scaled**2 + 0.25) * clean
-    assert torch.allclose(solver.step(0, x, o, n), LEVELS.signal[499] * consistent + LEVELS.noise[499] * n)
+    assert torch.allclose(solver.step(0, x, o, noise=n)[0], LEVELS.signal[499] * consistent + LEVELS.noise[499] * n)
     assert solver.c == (float(LEVELS.noise[499]), 0.0)
 
 

@@ -10,7 +10,7 @@ from longalign.backbones.config import LoraConfig
 from longalign.backbones.lora import inject_lora
 from longalign.functional.diffusion import NoiseLevels, guide
 from longalign.functional.rollout import replay, replay_backward, rollout
-from longalign.functional.solvers import ddim, lcm, trailing_timesteps
+from longalign.functional.solvers import ddim, dpmpp_2m, lcm, trailing_timesteps
 from longalign.testing.tiny import tiny_unet
 
 LEVELS = NoiseLevels.from_alphas_cumprod((1 - torch.linspace(0.03, 0.11, 1000, dtype=torch.float64) ** 2).cumprod(0))
@@ -18,16 +18,21 @@ TIMES = torch.arange(1, 1001, dtype=torch.float64) / 1000
 FLOW = NoiseLevels(1 - TIMES, TIMES)
 FOUR = trailing_timesteps(4)
 SIX = ddim(LEVELS, trailing_timesteps(6), "epsilon")
+MULTISTEP = {
+    "epsilon": dpmpp_2m(LEVELS, trailing_timesteps(6), "epsilon"),
+    "v_prediction": dpmpp_2m(LEVELS, trailing_timesteps(6), "v_prediction"),
+    "flow": dpmpp_2m(FLOW, trailing_timesteps(6), "flow"),
+}
 
 
 def autograd_rollout(predict, noise, solver, grad_steps, detach=True):
     """Reference: one graph through the whole rollout."""
-    latents = noise
+    latents, previous = noise, None
     for i, t in enumerate(solver.timesteps):
         with torch.set_grad_enabled(i in grad_steps):
             output = predict(latents.detach() if detach else latents, torch.full((len(noise),), t))
         new_noise = torch.randn_like(latents) if solver.c[i] else None
-        latents = solver.step(i, latents, output, new_noise)
+        latents, previous = solver.step(i, latents, output, previous, new_noise)
     return latents
 
 
@@ -41,7 +46,7 @@ def replayed_rollout(predict, noise, solver, grad_steps, loss, detach=True, call
 
 
 @cache
-def network(full=False, dtype=torch.float64, dropout=0.0, placement="down"):
+def network(full=False, dtype=torch.float64, dropout=0.0, placement="down", guidance=7.5):
     """A guided UNet and its trainable parameters; the LoRA's up projections are non-zero."""
     unet = tiny_unet().to(dtype)
     if full:
@@ -59,7 +64,7 @@ def network(full=False, dtype=torch.float64, dropout=0.0, placement="down"):
         copies = len(latents) // 2
         conditioning = torch.cat([states[:2].repeat(copies, 1, 1), states[2:].repeat(copies, 1, 1)])
         output = unet(torch.cat([latents] * 2), torch.cat([timesteps] * 2), conditioning, return_dict=False)[0]
-        return guide(*output.chunk(2), 7.5)
+        return guide(*output.chunk(2), guidance)
 
     return predict, parameters
 
@@ -85,6 +90,7 @@ SOLVERS = {
     "ddim-v": ddim(LEVELS, FOUR, "v_prediction"),
     "flow": ddim(FLOW, FOUR, "flow"),
     "lcm": lcm(LEVELS, FOUR, "epsilon"),
+    "dpm++": dpmpp_2m(LEVELS, FOUR, "epsilon"),
 }
 
 
@@ -108,6 +114,38 @@ def test_replay_backward_equals_autograd_through_rollout(name, full, detach, dty
     final = replayed_rollout(predict, noise, solver, grad_steps, loss, detach)
     assert torch.equal(final, reference)
     assert relative_error(pop_gradients(parameters), expected) < (1e-6 if dtype == torch.float64 else 1e-4)
+
+
+@pytest.mark.parametrize("calls_per_batch", [1, 3, "undetached"])
+@pytest.mark.parametrize("grad_steps", [(2, 3), (0, 1, 3, 5)], ids=str)
+@pytest.mark.parametrize("prediction", MULTISTEP)
+@pytest.mark.parametrize("guidance", [1.0, 7.5])
+def test_replay_backward_multistep_equals_autograd(guidance, prediction, grad_steps, calls_per_batch):
+    solver, detach = MULTISTEP[prediction], calls_per_batch != "undetached"
+    predict, parameters = network(guidance=guidance)
+    noise = torch.randn(2, 4, 4, 4, dtype=torch.float64)
+    reference = autograd_rollout(predict, noise, solver, grad_steps, detach)
+    mean_square(reference).backward()
+    expected = pop_gradients(parameters)
+    calls = calls_per_batch if detach else 1
+    final = replayed_rollout(predict, noise, solver, grad_steps, mean_square, detach, calls, scale=8.0)
+    assert torch.allclose(final, reference)
+    assert relative_error(pop_gradients(parameters) / 8, expected) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm++"])
+def test_replay_backward_detached_vectors_are_multiples_of_final_gradient(name):
+    solver = {"ddim": SIX, "dpm++": MULTISTEP["epsilon"]}[name]
+    _, recorded = rollout(lambda x, t: x, torch.randn(1, 1, 1, 1, dtype=torch.float64), solver, range(6))
+    gradient = torch.full((1, 1, 1, 1), 3.0, dtype=torch.float64)
+    with torch.no_grad():
+        replayed = list(replay_backward(lambda x, t: torch.ones_like(x), solver, recorded, gradient))
+    # the factor of output i in the final latent: the rollout of an output that is 1 at step i and 0 elsewhere
+    for i, (_, _, value) in zip(reversed(range(6)), replayed, strict=True):
+        final, previous = torch.zeros(1, 1, 1, 1, dtype=torch.float64), None
+        for j in range(6):
+            final, previous = solver.step(j, final, torch.full_like(final, float(i == j)), previous)
+        assert value.item() == pytest.approx(3 * final.item())
 
 
 @pytest.mark.parametrize("detach", [True, False])

@@ -59,13 +59,13 @@ def plain_gradient(trainer, seed=1):
     index = torch.tensor([0, 1, 2, 3, 3, 3])
 
     def sample(latents, timesteps, grad_steps, detach):
-        solver = trainer.solve(timesteps)
+        solver, previous = trainer.solve(timesteps), None
         for i, t in enumerate(timesteps):
             with torch.set_grad_enabled(i in grad_steps):
                 inputs = torch.cat([latents.detach() if detach else latents] * 2)
                 output = trainer.backbone.predict(inputs, torch.full((6,), t), conditioning[index])
                 output = guide(*output.chunk(2), trainer.guidance)
-            latents = solver.step(i, latents, output)
+            latents, previous = solver.step(i, latents, output, previous)
         return latents
 
     noise = torch.randn(3, 4, 4, 4, dtype=torch.get_default_dtype())
@@ -124,9 +124,11 @@ GRADIENT_STEPS = [
 ]
 
 
+@pytest.mark.parametrize("solver", ["ddim", "dpm++"])
 @pytest.mark.parametrize("config", GRADIENT_STEPS, ids=str)
-def test_step_gradient_equals_autograd_for_each_gradient_steps(double, config):
-    trainer = build(lora=LORA, dtype=double, gradient_steps=gradient_steps.build(config), train_adapter=True)
+def test_step_gradient_equals_autograd_for_each_gradient_steps(double, config, solver):
+    selector = gradient_steps.build(config)
+    trainer = build(lora=LORA, dtype=double, gradient_steps=selector, train_adapter=True, solver=solver)
     expected, loss = plain_gradient(trainer)
     got, losses = gradient(trainer)
     assert expected.norm() > 0
@@ -319,7 +321,7 @@ def test_trainer_rejects_empty_rewards():
         build(rewards=[])
 
 
-@pytest.mark.parametrize("solver", ["ddim", "lcm"])
+@pytest.mark.parametrize("solver", ["ddim", "dpm++", "lcm"])
 def test_training_increases_reward(solver):
     guidance = 1.0 if solver == "lcm" else 2.0
     trainer = build(

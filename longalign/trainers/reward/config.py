@@ -105,8 +105,10 @@ class RewardConfig(RewardTrainerConfig):
     """
 
     name: Literal["reward"] = "reward"
-    solver: Literal["ddim", "lcm"] = "ddim"
-    """the sampler: ``"ddim"``, or ``"lcm"`` for a consistency-distilled model."""
+    solver: Literal["ddim", "dpm++", "lcm"] = "ddim"
+    """the sampler: ``"ddim"``, ``"dpm++"`` (DPM-Solver++(2M), of second order), or ``"lcm"`` for a
+    consistency-distilled model.
+    """
 
 
 class LCMRewardConfig(RewardTrainerConfig):

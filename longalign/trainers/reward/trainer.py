@@ -17,7 +17,7 @@ from longalign.backbones.base import Backbone
 from longalign.encoders.base import Conditioning, Encoder
 from longalign.functional.diffusion import add_noise
 from longalign.functional.rollout import Predict, RecordedStep, replay, replay_backward, rollout
-from longalign.functional.solvers import Solver, ddim, lcm, trailing_timesteps
+from longalign.functional.solvers import Solver, ddim, dpmpp_2m, lcm, trailing_timesteps
 from longalign.gradient_steps.base import GradientSteps, GradientStepSelector
 from longalign.rewards.base import Reward, Scores, as_reward
 from longalign.rewards.guard import guarded
@@ -63,7 +63,7 @@ class RewardTrainer(DiffusionTrainer):
         encoder: encodes the prompts.
         rewards: rewards, or functions ``(images, prompts) -> (b,)``.
         gradient_steps: selects the steps that receive gradient; see `longalign.gradient_steps.base.GradientSteps`.
-        solver: ``"ddim"`` or ``"lcm"``.
+        solver: ``"ddim"``, ``"dpm++"`` or ``"lcm"``; see `longalign.functional.solvers`.
         num_steps: number of sampling steps.
         guidance: classifier-free guidance scale; 1 disables guidance.
         train_adapter: whether to train the encoder's adapter.
@@ -106,7 +106,7 @@ class RewardTrainer(DiffusionTrainer):
         self.rewards = nn.ModuleList([as_reward(reward).requires_grad_(False) for reward in rewards])
         self.gradient_steps = gradient_steps
         self.solve: Callable[[Sequence[int]], Solver] = partial(
-            {"ddim": ddim, "lcm": lcm}[solver], backbone.noise_levels, prediction=backbone.prediction
+            {"ddim": ddim, "dpm++": dpmpp_2m, "lcm": lcm}[solver], backbone.noise_levels, prediction=backbone.prediction
         )
         self.solver = self.solve(trailing_timesteps(num_steps, len(backbone.noise_levels)))
         self.guidance = guidance
