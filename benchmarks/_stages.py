@@ -88,13 +88,12 @@ def network(model: str, name: str, dtype: torch.dtype = torch.bfloat16, device: 
     towers = {"text_config": clip(1024, 24, 16), "vision_config": clip(1280, 32, 16, patch_size=14)}
     if toy:
         towers = {"text_config": clip(64, 2, 2), "vision_config": clip(64, 2, 2, patch_size=14, image_size=224)}
+    small_clip = clip(768, 2 if toy else 12, 12)
     big = clip(1280, 2 if toy else 32, 20, projection_dim=1280)
     makers: dict[str, Callable[[], nn.Module]] = {
         "UNet": lambda: diffusers.UNet2DConditionModel(**unet),
         "VAE": lambda: diffusers.AutoencoderKL(**vae),
-        "CLIP-L text": lambda: transformers.CLIPTextModel(
-            transformers.CLIPTextConfig(**clip(768, 2 if toy else 12, 12))
-        ),
+        "CLIP-L text": lambda: transformers.CLIPTextModel(transformers.CLIPTextConfig(**small_clip)),
         "OpenCLIP-bigG text": lambda: transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**big)),
         "T5-large encoder": lambda: transformers.T5EncoderModel(transformers.T5Config(**t5, use_cache=False)),
         "adapter": lambda: TextAdapter(1024, 896, 768),

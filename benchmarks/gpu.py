@@ -311,7 +311,8 @@ def reward(results: Results) -> None:
     rows = [replace(base, batch=batch) for batch in (8, 1, 4, 16)]
     rows[1:1] = [replace(base, stage="autograd"), replace(base, channels_last=False),
                  replace(base, stage="autograd", channels_last=False)]  # fmt: skip
-    measure_steps(results, rows[:2] if SMOKE else rows)
+    rows.insert(1, replace(base, solver="dpm++", steps=4 if SMOKE else 25))
+    measure_steps(results, rows[:3] if SMOKE else rows)
 
 
 def sdxl(results: Results) -> None:
@@ -324,70 +325,78 @@ def sdxl(results: Results) -> None:
     measure_steps(results, rows, rounds=1)
 
 
-def compile(results: Results) -> None:
+def compiled(results: Results) -> None:
     """Reward step of Stable Diffusion 1.5 with torch.compile; the first step includes compilation."""
     backend = "aot_eager" if SMOKE else True
+    torch._dynamo.config.recompile_limit = 128
     measure_steps(results, [Setting(compile=backend)])
 
 
 def calls(results: Results) -> None:
-    """Parts of a reward step: one guided call without and with gradient, decoder, reward, in variants."""
-    from longalign.backbones.config import LoraConfig
-    from longalign.backbones.lora import inject_lora
-
-    batch, model = 2 if SMOKE else 16, SD
-    reward_model, texts = make_reward(), prompts_of(batch)
+    """Parts of a reward step: a guided call of the UNet without and with gradient, decoder and reward, in variants."""
     for channels_last in (False, True):
-        backbone = make_backbone(model)
-        if channels_last:
-            backbone.use_channels_last()
-        conditioning = make_encoder(model).encode([""] * batch)
-        latents = torch.randn(batch, *backbone.latent_shape(), device=DEVICE, requires_grad=True)
-        timesteps = torch.full((batch,), 500, device=DEVICE)
-
-        def forward(autocast: bool = False) -> Tensor:
-            with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
-                return backbone.predict(latents, timesteps, conditioning)
-
-        def no_grad(autocast: bool = False) -> None:
-            with torch.no_grad():
-                forward(autocast)
-
-        def both(autocast: bool = False) -> None:
-            forward(autocast).sum().backward()
-
-        def decode() -> None:
-            backbone.decode(latents).sum().backward()
-
-        def add(name: str, call: Callable[[], None]) -> None:
-            try:
-                results.add(name=name, batch=batch, channels_last=channels_last, seconds=seconds_of(call, ROUNDS, 2))
-            except Exception as error:
-                results.add(name=name, batch=batch, channels_last=channels_last, error=f"{error}"[:300])
-
-        add("UNet", no_grad)
-        add("UNet, autocast", partial(no_grad, True))
-        add("UNet, forward and backward", both)
-        inject_lora(backbone.denoiser, LoraConfig(rank=4 if SMOKE else 32, dropout=0), "x")
-        for parameter in backbone.denoiser.parameters():
-            parameter.requires_grad_(parameter.dtype == torch.float32)
-        add("UNet, LoRA, autocast", partial(no_grad, True))
-        add("UNet, LoRA, autocast, forward and backward", partial(both, True))
-        nn.Module.to(backbone.denoiser, torch.bfloat16)
-        add("UNet, LoRA in bf16", no_grad)
-        add("UNet, LoRA in bf16, forward and backward", both)
-        add("decoder, forward and backward", decode)
-        backbone = None
+        _unet_calls(results, channels_last)
         free()
-    images = torch.rand(batch, 3, 64 if SMOKE else 512, 64 if SMOKE else 512, device=DEVICE, requires_grad=True)
+    batch, size = (2, 64) if SMOKE else (16, 512)
+    reward_model, texts = make_reward(), prompts_of(batch)
+    images = torch.rand(batch, 3, size, size, device=DEVICE, requires_grad=True)
 
     def scored() -> None:
         reward_model.score(images, texts).sum().backward()
 
     results.add(name="reward, forward and backward", batch=batch, seconds=seconds_of(scored, ROUNDS, 2))
     with torch.no_grad():
-        seconds = seconds_of(lambda: reward_model.score(images, texts), 5, 2)
-        results.add(name="reward", batch=batch, seconds=seconds, images_per_second=batch / seconds)
+        seconds = seconds_of(lambda: reward_model.score(images, texts), ROUNDS, 2)
+    results.add(name="reward", batch=batch, seconds=seconds, images_per_second=batch / seconds)
+
+
+def _unet_calls(results: Results, channels_last: bool) -> None:
+    from longalign.backbones.config import LoraConfig
+    from longalign.backbones.lora import inject_lora
+
+    batch, backbone = 2 if SMOKE else 16, make_backbone(SD)
+    if channels_last:
+        backbone.use_channels_last()
+    conditioning = make_encoder(SD).encode([""] * batch)
+    latents = torch.randn(batch, *backbone.latent_shape(), device=DEVICE, requires_grad=True)
+    timesteps = torch.full((batch,), 500, device=DEVICE)
+
+    def predict(autocast: bool) -> Tensor:
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+            return backbone.predict(latents, timesteps, conditioning)
+
+    def forward(autocast: bool = False) -> None:
+        with torch.no_grad():
+            predict(autocast)
+
+    def both(autocast: bool = False) -> None:
+        predict(autocast).sum().backward()
+
+    def add(name: str, call: Callable[[], None]) -> None:
+        row = {"name": name, "batch": batch, "channels_last": channels_last}
+        try:
+            results.add(**row, seconds=seconds_of(call, ROUNDS, 2))
+        except Exception as error:
+            results.add(**row, error=f"{type(error).__name__}: {str(error)[:300]}")
+
+    add("UNet", forward)
+    add("UNet, autocast", partial(forward, True))
+    add("UNet, forward and backward", both)
+    inject_lora(backbone.denoiser, LoraConfig(rank=4 if SMOKE else 32, dropout=0), "x")
+    add("UNet, LoRA, autocast", partial(forward, True))
+    add("UNet, LoRA, autocast, forward and backward", partial(both, True))
+    nn.Module.to(backbone.denoiser, torch.bfloat16)
+    add("UNet, LoRA in bf16", forward)
+    add("UNet, LoRA in bf16, forward and backward", both)
+    for module in backbone.denoiser.modules():
+        if type(module).__name__ in ("ResnetBlock2D", "Transformer2DModel"):
+            module.compile(dynamic=False, backend="aot_eager" if SMOKE else "inductor")
+    start = time.perf_counter()
+    if channels_last:
+        forward()
+        results.add(name="seconds to compile the blocks without gradient", seconds=time.perf_counter() - start)
+        add("UNet, LoRA in bf16, blocks compiled", forward)
+    add("decoder, forward and backward", lambda: backbone.decode(latents).sum().backward())
 
 
 def profile(results: Results) -> None:
@@ -455,7 +464,7 @@ def demo(results: Results) -> None:
     results.add(table=result.table.markdown())
 
 
-PARTS = (peak, reward, sdxl, compile, calls, profile, encode, demo)
+PARTS = (peak, reward, sdxl, compiled, calls, profile, encode, demo)
 
 
 def report(folder: Path) -> None:

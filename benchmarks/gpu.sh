@@ -33,9 +33,9 @@ run() { # part, seconds, command
 }
 
 failed=""
-for part in ${@:-peak tests calls profile reward encode sdxl compile demo}; do
+for part in ${@:-peak tests calls profile reward encode sdxl compiled demo}; do
     case $part in
-    tests) run tests 120 $python -m pytest -q -p no:cacheprovider -m gpu tests/test_gpu.py ;;
+    tests) run tests 120 $python -m pytest -q -W default -p no:cacheprovider -m gpu tests/test_gpu.py ;;
     *) run "$part" 170 $python benchmarks/gpu.py "$part" --output "$output" ;;
     esac
 done
