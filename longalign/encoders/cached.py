@@ -12,10 +12,10 @@ from torch import Tensor
 
 from longalign.caching.store import Store, key_of
 from longalign.encoders.adapter import Adapter, adapt
-from longalign.encoders.base import Conditioning, Encoder, PromptReport, check_prompts
+from longalign.encoders.base import Conditioning, Encoder, PromptReport
 from longalign.encoders.config import EncoderConfig
 from longalign.runtime import Runtime
-from longalign.segmenters import Prompt
+from longalign.segmenters import Prompt, check_prompts
 
 #: config keys that do not affect the states
 IGNORED_KEYS = ("max_batch_tokens",)
