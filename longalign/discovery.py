@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import Distribution, EntryPoint, EntryPoints, distributions
 from pathlib import Path
 from typing import Any
@@ -99,8 +100,10 @@ def _read() -> Discovered:
     return out
 
 
+@cache
 def _name(dist: Distribution) -> str:
     try:
-        return f"{dist.metadata['Name']} {dist.metadata['Version']}"
+        metadata = dist.metadata  # each access parses the file
+        return f"{metadata['Name']} {metadata['Version']}"
     except Exception:
         return f"{getattr(dist, '_path', dist)} (unreadable metadata)"

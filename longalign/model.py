@@ -101,8 +101,6 @@ class Model:
         config = load_config(config)
         check_files(config, training=False)
         _, backbone, encoder = load_model(config, dtype, device)
-        for part in (backbone, encoder):
-            part.requires_grad_(False).eval()
         return cls(config, backbone, encoder, None)
 
     def __repr__(self) -> str:

@@ -1,4 +1,7 @@
-"""The device, dtype and processes that parts are built for. Importing this module does not import torch."""
+"""The device, dtype and processes that parts are built for, and the folders of bundled weights and examples.
+
+Importing this module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,9 @@ class Runtime:
             in rank order and without gradient. With a single process, it returns its argument.
         rank: index of this process.
         world_size: number of processes.
+
+    Raises:
+        ValueError: if ``dtype`` is not one of the three.
     """
 
     device: str = "cpu"

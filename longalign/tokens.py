@@ -64,6 +64,12 @@ class TextTokens:
         self._cache_size = 0
         self._special = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
 
+    @property
+    def pad_id(self) -> int:
+        """Id of the padding token; the end-of-text token if the tokenizer has none."""
+        pad = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad is None else pad
+
     def __call__(self, text: str) -> Tokenized:
         return self.batch([text])[0]
 

@@ -85,7 +85,7 @@ def make_latents(
     wait(runtime)
     if all(key == UNREADABLE for key in keys):
         raise ValueError("no image of the data can be read")
-    total = len(latent_store(config, runtime))
+    total = len(store.reopened())
     return total, total - num_before
 
 

@@ -8,15 +8,13 @@ from longalign.caching.latents import has_latents, latent_store, make_latents
 from longalign.caching.prompts import make_prompts, named_leaves, prompt_store, validation_prompts
 from longalign.caching.store import SHARD_BYTES
 from longalign.config.run import RunConfig
-from longalign.data.base import Data
+from longalign.data.base import Data, spread_indices
 from longalign.data.cached import CachedImages
 from longalign.data.stream import Stream
 from longalign.encoders.base import Encoder
 from longalign.encoders.cached import build_cached, require_cached
 from longalign.loop.locks import Lock
 from longalign.runtime import Runtime
-
-NUM_CHECKED = 32
 
 
 def make_caches(
@@ -108,11 +106,9 @@ def cached_encoder(config: RunConfig, data: Data, runtime: Runtime) -> Encoder:
         ValueError: if a validation prompt, or one of the checked prompts of the data, is not in the cache.
     """
     stores = [prompt_store(config, name, leaf, runtime) for name, leaf in named_leaves(config)]
-    last = len(data) - 1
-    checked = [data.prompt(i) for i in sorted({i * last // (NUM_CHECKED - 1) for i in range(NUM_CHECKED)})]
+    checked = [data.prompt(i) for i in spread_indices(len(data))]
     for prompt in ["", *validation_prompts(config), *checked]:
         for store in stores:
             require_cached(store, prompt)
-    remaining = iter(stores)
     assert config.encoder is not None
-    return build_cached(config.encoder, lambda leaf: next(remaining), runtime)
+    return build_cached(config.encoder, iter(stores), runtime)

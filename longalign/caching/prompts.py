@@ -68,7 +68,7 @@ def make_prompts(
     if local_chunks := chunks[runtime.rank :: runtime.world_size]:
         _encode_prompts(name, leaf, local_chunks, store, runtime, progress)
     wait(runtime)
-    return len(prompt_store(config, name, leaf, runtime)), len(missing)
+    return len(store.reopened()), len(missing)
 
 
 def _encode_prompts(
@@ -78,7 +78,7 @@ def _encode_prompts(
     if trained := [key for key, parameter in encoder.named_parameters() if parameter.requires_grad]:
         raise ValueError(
             f"the encoder '{leaf.name}' has trainable weights ({trained[0]}, ...) outside of its adapter, so it "
-            " has no frozen part to cache; set cache.prompts to false"
+            "has no frozen part to cache; set cache.prompts to false"
         )
     (empty,) = entries(encoder, [""], None)
     length = int(empty["length"])

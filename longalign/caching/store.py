@@ -64,7 +64,7 @@ class Store:
         rank: int = 0,
         processes: int = 1,
     ):
-        self.folder, self.shard_bytes, self.processes = folder, shard_bytes, processes
+        self.folder, self.identity, self.shard_bytes, self.processes = folder, identity, shard_bytes, processes
         self._check_identity({"format": FORMAT, **json.loads(json.dumps(identity))}, writable)
         self._shards: list[Path] = sorted(folder.glob("[0-9]*.safetensors"))
         self._number = rank + (1 + int(self._shards[-1].stem) if self._shards else 0)
@@ -74,6 +74,10 @@ class Store:
         self._pending_bytes = 0
         for number in range(len(self._shards)):
             self._index(number)
+
+    def reopened(self) -> Store:
+        """Returns a read-only store of the same folder, with the entries that all writers have written."""
+        return Store(self.folder, self.identity)
 
     def _check_identity(self, identity: dict[str, Any], writable: bool) -> None:
         path = self.folder / IDENTITY

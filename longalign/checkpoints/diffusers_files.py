@@ -21,9 +21,7 @@ ADAPTER_METADATA = "lora_adapter_metadata"
 
 
 def export_lora(checkpoint: str | Path, folder: str | Path) -> Path:
-    """Exports a checkpoint's LoRAs as one file for ``load_lora_weights(folder)`` of a diffusers pipeline.
-
-    LoRAs of several stages are concatenated, which is exact; the rank is the sum of their ranks.
+    """Exports a checkpoint's LoRAs with `save_lora`.
 
     Returns:
         The path of ``pytorch_lora_weights.safetensors``.
@@ -37,12 +35,20 @@ def export_lora(checkpoint: str | Path, folder: str | Path) -> Path:
             f"{checkpoint} has {'all weights of the denoiser' if weights.denoiser else 'no LoRA'}; expected a "
             "checkpoint whose denoiser was trained with LoRAs only"
         )
+    return save_lora(read_config(checkpoint), weights, Path(folder))
+
+
+def save_lora(config: RunConfig, weights: Weights, output: Path) -> Path:
+    """Saves all LoRAs as one file for ``load_lora_weights(output)`` of a diffusers pipeline; returns its path.
+
+    LoRAs of several stages are concatenated, which is exact; the rank is the sum of their ranks.
+    """
     joined = concat_loras(weights.loras)
-    component = denoiser_folder(read_config(checkpoint))
+    component = denoiser_folder(config)
     tensors = {f"{component}.{key}": tensor for key, tensor in joined.items()}
     adapter_metadata = {f"{component}.{key}": value for key, value in peft_settings(joined).items()}
-    path = Path(folder) / DIFFUSERS_LORA
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = output / DIFFUSERS_LORA
+    output.mkdir(parents=True, exist_ok=True)
     save_tensors(path, tensors, {"format": "pt", ADAPTER_METADATA: json.dumps(adapter_metadata)})
     return path
 

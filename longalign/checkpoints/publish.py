@@ -9,7 +9,7 @@ from pathlib import Path
 
 from longalign.checkpoints.cards import model_card, reward_card
 from longalign.checkpoints.checkpoint import load_weights, read_config
-from longalign.checkpoints.diffusers_files import build_adapters, export_lora, save_denoiser
+from longalign.checkpoints.diffusers_files import build_adapters, save_denoiser, save_lora
 from longalign.checkpoints.redaction import exported_keys, exported_tree
 from longalign.checkpoints.weights import load_tensors, save_tensors
 from longalign.config.files import (
@@ -89,7 +89,7 @@ def export(
     if weights.denoiser:
         written.append(save_denoiser(config, weights, output))
     elif weights.loras:
-        written.append(export_lora(source, output))
+        written.append(save_lora(config, weights, output))
     for name, adapter in build_adapters(weights.adapter).items():
         adapter.save(output / name)
         written.append(output / name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -13,37 +13,33 @@ from longalign.errors import redact_url
 PRIVATE_KEYS = ("output", "init_from", "data", "cache", "validation")
 
 
-def redacted(value: Any) -> Any:
-    """Returns a dumped config without the credentials in its URLs."""
+def redacted(value: Any, redact: Callable[[str], str] = redact_url) -> Any:
+    """Returns a dumped config with ``redact`` applied to its texts; by default without the credentials in its URLs."""
     if isinstance(value, dict):
-        return {key: redacted(child) for key, child in value.items()}
+        return {key: redacted(child, redact) for key, child in value.items()}
     if isinstance(value, list):
-        return [redacted(child) for child in value]
-    return redact_url(value) if isinstance(value, str) else value
+        return [redacted(child, redact) for child in value]
+    return redact(value) if isinstance(value, str) else value
 
 
-def redact_paths(value: Any) -> Any:
-    """Redacts as `redacted`, and shortens absolute paths and paths in a home folder to their last part."""
-    if isinstance(value, dict):
-        return {key: redact_paths(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [redact_paths(v) for v in value]
-    if isinstance(value, str) and "\n" not in value and "://" not in value:
+def redact_path(text: str) -> str:
+    """Shortens an absolute path or a path in a home folder to its last part; redacts the URLs in other texts."""
+    if "\n" not in text and "://" not in text:
         for path_class in (PurePosixPath, PureWindowsPath):
-            path = path_class(value)
-            if path.is_absolute() or value.startswith("~"):
+            path = path_class(text)
+            if path.is_absolute() or text.startswith("~"):
                 return path.name or "data"
-    return redacted(value)
+    return redact_url(text)
 
 
 def public_config(config: RunConfig) -> Any:
     """Returns a config without credentials and local paths."""
-    return redact_paths(to_dict(config))
+    return redacted(to_dict(config), redact_path)
 
 
 def exported_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a dumped config as it is exported: without local paths of training and without credentials."""
-    return {key: redact_paths(value) if key in PRIVATE_KEYS else redacted(value) for key, value in tree.items()}
+    return {key: redacted(value, redact_path if key in PRIVATE_KEYS else redact_url) for key, value in tree.items()}
 
 
 def exported_keys(config: Mapping[str, Any]) -> dict[str, Any]:

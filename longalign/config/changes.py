@@ -1,9 +1,9 @@
-"""Overrides values of a run's config by dotted path, and compares two configs."""
+"""Overrides and lists values of a run's config by dotted path, and compares two configs."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,15 @@ def _differences(path: str, a: Any, b: Any) -> list[tuple[str, tuple[Any, Any]]]
         return [] if a == b and type(a) is type(b) else [(path, (a, b))]
     pairs = ((k, a[k], b[k]) for k in a) if isinstance(a, dict) else ((str(i), a[i], b[i]) for i in range(len(a)))
     return [d for key, x, y in pairs for d in _differences(f"{path}.{key}" if path else key, x, y)]
+
+
+def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the values of nested mappings with their dotted paths; lists are values."""
+    if isinstance(value, Mapping):
+        for key, child in value.items():
+            yield from flatten(child, f"{path}.{key}" if path else key)
+    else:
+        yield path, value
 
 
 def _plain(value: Any) -> Any:

@@ -10,6 +10,8 @@ from pathlib import Path
 from longalign.errors import ConfigError, shorten
 
 CHECKPOINT = "longalign.safetensors"
+#: name of a checkpoint folder in a run, before the step
+PREFIX = "checkpoint-"
 DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"
 #: model card of an exported checkpoint
 CARD = "README.md"
@@ -63,6 +65,16 @@ def check_unexported(folder: Path) -> None:
             raise ValueError(f"{folder / name} exists; choose another folder, or set overwrite (--overwrite)")
 
 
+def checkpoints(run: Path) -> list[Path]:
+    """Returns the checkpoint folders of a run, oldest first."""
+    return sorted((p for p in run.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdecimal()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Returns the step of a checkpoint folder, from its name."""
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
 def checkpoint_file(path: Path) -> Path:
     """Returns the ``longalign.safetensors`` of a checkpoint file, a checkpoint folder, or a run's newest checkpoint.
 
@@ -81,10 +93,10 @@ def checkpoint_file(path: Path) -> Path:
         return path
     if (path / CHECKPOINT).is_file():
         return path / CHECKPOINT
-    checkpoints = [p for p in path.glob(f"checkpoint-*/{CHECKPOINT}") if p.parent.name.rpartition("-")[2].isdigit()]
-    if not checkpoints:
+    complete = [folder for folder in checkpoints(path) if (folder / CHECKPOINT).is_file()]
+    if not complete:
         raise FileNotFoundError(f"no checkpoint in {path}; expected {CHECKPOINT} or checkpoint-<step>/{CHECKPOINT}")
-    return max(checkpoints, key=lambda p: int(p.parent.name.rpartition("-")[2]))
+    return complete[-1] / CHECKPOINT
 
 
 def local_checkpoint(checkpoint: str) -> Path | None:

@@ -44,6 +44,14 @@ class Data(Dataset[dict[str, Any]]):
         return 0
 
 
+def spread_indices(count: int, number: int = 32) -> list[int]:
+    """Returns up to ``number`` evenly spread indices of ``count`` items in ascending order, with the first and last.
+
+    Changes of data are detected by a check of these items.
+    """
+    return sorted({i * (count - 1) // (number - 1) for i in range(number)}) if count else []
+
+
 def check_index(index: int, length: int) -> int:
     """Returns ``index`` as a non-negative index. Raises `IndexError` if it is out of range."""
     if not -length <= index < length:

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from longalign.caching.store import REPAIR_ADVICE, Store
 from longalign.checkpoints.weights import load_tensors, reading, save_tensors
-from longalign.data.base import Data, check_index
+from longalign.data.base import Data, check_index, spread_indices
 
 ITEMS = "items.safetensors"
 #: key of an image that could not be read
 UNREADABLE = bytes(16)
 RERUN_ADVICE = "run `longalign cache` again with this config"
-NUM_CHECKED = 32
 
 
 class CachedImages(Data):
@@ -38,7 +37,7 @@ class CachedImages(Data):
                 f"the data has {len(data)} items, but the cache {store.folder} has {len(keys)}; {RERUN_ADVICE}"
             )
         self.data, self.store, self.keys, self.stamps = data, store, keys, stamps
-        for index in sorted({i * (len(keys) - 1) // max(NUM_CHECKED - 1, 1) for i in range(NUM_CHECKED)}):
+        for index in spread_indices(len(keys)):
             if keys[index] != UNREADABLE:
                 self._check(index, bool(self.stamps[index] != 0))
 

@@ -9,20 +9,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from longalign.segmenters import Prompt, check_prompts, plain_text
+from longalign.segmenters import Prompt
 from longalign.tokens import Tokenized
-
-__all__ = [
-    "GROW_ADVICE",
-    "Conditioning",
-    "Encoder",
-    "PromptReport",
-    "TruncationWarning",
-    "check_prompts",
-    "plain_text",
-    "raise_or_warn_truncated",
-    "report_passes",
-]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from longalign.caching.store import Store, key_of
 from longalign.encoders.adapter import Adapter, adapt
-from longalign.encoders.base import Conditioning, Encoder, PromptReport, check_prompts
+from longalign.encoders.base import Conditioning, Encoder, PromptReport
 from longalign.encoders.config import EncoderConfig
 from longalign.runtime import Runtime
-from longalign.segmenters import Prompt
+from longalign.segmenters import Prompt, check_prompts
 
 #: config keys that do not affect the states
 IGNORED_KEYS = ("max_batch_tokens",)
@@ -33,20 +33,20 @@ def settings(config: EncoderConfig) -> dict[str, Any]:
     }
 
 
-def build_cached(config: EncoderConfig, store: Callable[[EncoderConfig], Store], runtime: Runtime) -> Encoder:
+def build_cached(config: EncoderConfig, stores: Iterator[Store], runtime: Runtime) -> Encoder:
     """Builds an encoder without text models. Trainable parameters have the same names as in the full encoder.
 
     Args:
         config: the encoder's config.
-        store: returns the store of an encoder in `EncoderConfig.leaves`.
+        stores: the stores of the encoders in `EncoderConfig.leaves`, in that order.
         runtime: device and dtype.
     """
     if inner := config.inner_encoders():
-        return config.build(runtime, parts=[build_cached(part, store, runtime) for part in inner])
+        return config.build(runtime, parts=[build_cached(part, stores, runtime) for part in inner])
     key, adapter = config.adapter_key, config.adapter_config()
     if key is None or adapter is None:
-        return CachedEncoder(store(config), None, device=runtime.device)
-    return CachedEncoder(store(config), adapter.build(runtime), device=runtime.device, key=key)
+        return CachedEncoder(next(stores), None, device=runtime.device)
+    return CachedEncoder(next(stores), adapter.build(runtime), device=runtime.device, key=key)
 
 
 class CachedEncoder(Encoder):

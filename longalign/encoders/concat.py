@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from longalign.encoders.base import Conditioning, Encoder, PromptReport, check_prompts
+from longalign.encoders.base import Conditioning, Encoder, PromptReport
 from longalign.encoders.config import ConcatConfig
 from longalign.registry import encoders
 from longalign.runtime import Runtime
-from longalign.segmenters import Prompt
+from longalign.segmenters import Prompt, check_prompts
 
 
 class ConcatEncoder(Encoder):

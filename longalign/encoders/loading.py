@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from longalign.checkpoints.weights import reading
+from longalign.config.files import join_subfolder
 from longalign.encoders.config import CheckpointConfig
 from longalign.hub import download_problem
 from longalign.runtime import Runtime, resolve_checkpoint
@@ -123,9 +124,8 @@ def load_tokenizer(checkpoint: str, subfolder: str, revision: str | None) -> Any
         ValueError: if the checkpoint has no tokenizer.
     """
     location = f"'{checkpoint}'" + (f", subfolder '{subfolder}'" if subfolder else "")
-    prefix = f"{subfolder}/" if subfolder else ""
     # without a vocabulary file transformers silently creates a tokenizer with an empty vocabulary
-    if not any(find_checkpoint_file(checkpoint, prefix + name, revision) for name in _VOCABULARIES):
+    if not any(find_checkpoint_file(checkpoint, join_subfolder(subfolder, name), revision) for name in _VOCABULARIES):
         raise ValueError(f"no tokenizer in {location}; expected one of {', '.join(_VOCABULARIES)}")
     # without trust_remote_code=False transformers prompts whether to run code of the checkpoint
     options: dict[str, Any] = {"subfolder": subfolder, "revision": revision, "trust_remote_code": False}

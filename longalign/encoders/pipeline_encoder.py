@@ -66,12 +66,9 @@ def _build(pipe: Any) -> Encoder:
         )
     width = getattr(getattr(getattr(pipe, "transformer", None), "config", None), "joint_attention_dim", None)
     if kinds in (("projected", "projected", "t5"), ("projected", "projected", None)) and width is not None:
-        config = ClipSegmentSD3Config()
         t5 = None if models[2] is None else (models[2], tokenizers[2])
-        num_zeros = config.t5_tokens if t5 is None else 0
-        return ClipSegmentSD3Encoder.from_modules(
-            config, models[:2], tokenizers[:2], segmenter, t5, num_zeros=num_zeros, width=width
-        )
+        config = ClipSegmentSD3Config(width=width, t5="zeros" if t5 is None else "encode")
+        return ClipSegmentSD3Encoder.from_modules(config, models[:2], tokenizers[:2], segmenter, t5)
     raise ValueError(_unsupported(pipe, slots, models))
 
 

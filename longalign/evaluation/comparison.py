@@ -15,7 +15,7 @@ def findings(table: MetricTable) -> list[str]:
     """
     metric = table.metrics[0]
     title, unit = label(metric).removesuffix(", %"), "%" if is_fraction(metric) else ""
-    too_few = len(set(table.prompts)) < MIN_PROMPTS
+    too_few = table.num_prompts < MIN_PROMPTS
     breakdowns = table.breakdowns(metric, paired=True)
     sentences = [f"{table.base}: {title} {interval_text(table.interval(table.base, metric), metric, unit=unit)}."]
     for other, model in zip(table.models, table.models[1:], strict=False):

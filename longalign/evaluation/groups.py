@@ -18,11 +18,7 @@ def length_labels(
     return [names[int(np.searchsorted(edges, count(prompt)))] for prompt in prompts]
 
 
-def natural_order(labels: Sequence[str]) -> list[str]:
-    """Returns the distinct labels, sorted by leading number. Labels such as ``over n`` are last."""
-
-    def key(name: str) -> tuple[int, float, str]:
-        digits = name.split("-")[0]
-        return (0, float(digits), name) if digits.isdigit() else (1, 0.0, name)
-
-    return sorted(set(labels), key=key)
+def natural_key(label: str) -> tuple[int, int, str]:
+    """Returns a sort key of labels: by leading number; labels without one, such as ``over n``, are last."""
+    digits = label.split("-")[0]
+    return (0, int(digits), label) if digits.isdecimal() else (1, 0, label)

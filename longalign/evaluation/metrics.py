@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longalign.evaluation.groups import natural_key
 from longalign.evaluation.table import MetricTable
 from longalign.functional.preference import common_direction, decompose, strict_relevance
 from longalign.rewards.base import EmbeddingReward, Reward
@@ -130,14 +131,13 @@ class FactMetric:
                     for name in ("facts", f"facts/attribute/{fact.kind}", f"facts/by_position/{position}"):
                         shown_by_name.setdefault(name, []).append(shown)
             rows.append({name: float(np.mean(values)) for name, values in shown_by_name.items()})
-        names = ["facts", *sorted({name for row in rows for name in row} - {"facts"}, key=_natural_key)]
+        names = ["facts", *sorted({name for row in rows for name in row} - {"facts"}, key=_order)]
         return {name: np.array([row.get(name, np.nan) for row in rows]) for name in names}
 
 
-def _natural_key(name: str) -> tuple[str, int, str]:
-    *group, last = name.split("/")
-    digits = last.split("-")[0]
-    return "/".join(group), int(digits) if digits.isdigit() else -1, last
+def _order(name: str) -> tuple[str, tuple[int, int, str]]:
+    group, _, last = name.rpartition("/")
+    return group, natural_key(last)
 
 
 def reward_metrics(rewards: Mapping[str, Reward], prompts: Sequence[str]) -> list[RewardMetric | DecomposedMetric]:

@@ -142,7 +142,7 @@ def _metrics(table: MetricTable) -> dict[str, Any]:
 
     Findings and differences are only included for several models.
     """
-    prompts, images = len(set(table.prompts)), len(table.prompts)
+    prompts, images = table.num_prompts, len(table.prompts)
     head = [label(m) for m in table.metrics]
     rows = [(model, [_cell(table.interval(model, m), m) for m in table.metrics]) for model in table.models]
     differences = [

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from longalign.evaluation.formatting import (
     show_difference,
     terminal_text,
 )
-from longalign.evaluation.groups import length_labels, natural_order
+from longalign.evaluation.groups import length_labels, natural_key
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ class MetricTable:
         return list(self.values)
 
     @property
+    def num_prompts(self) -> int:
+        """Number of different prompts."""
+        return len(set(self.prompts))
+
+    @property
     def base(self) -> str:
         return self.models[0]
 
@@ -84,11 +90,12 @@ class MetricTable:
 
     def interval(self, model: str, metric: str, rows: np.ndarray | None = None) -> Interval:
         """Returns the mean and 95% interval over all images, or over those selected by the boolean mask ``rows``."""
-        return self._bootstrap(self.row(model, metric), rows)
+        return self._bootstrap((model, metric), self.row(model, metric), rows)
 
     def difference(self, model: str, metric: str, base: str | None = None, rows: np.ndarray | None = None) -> Interval:
         """Returns the mean paired difference to the model ``base`` (the first one if None), with its 95% interval."""
-        return self._bootstrap(self.row(model, metric) - self.row(base or self.base, metric), rows)
+        base = base or self.base
+        return self._bootstrap((model, metric, base), self.row(model, metric) - self.row(base, metric), rows)
 
     def significant(self, model: str, base: str | None = None) -> tuple[dict[str, Interval], dict[str, Interval]]:
         """Returns the significant paired differences between two models, including submetrics.
@@ -109,9 +116,18 @@ class MetricTable:
                     (gains if difference.mean > 0 else losses)[metric] = difference
         return gains, losses
 
-    def _bootstrap(self, values: np.ndarray, rows: np.ndarray | None) -> Interval:
+    @cached_property
+    def _intervals(self) -> dict[tuple[Any, ...], Interval]:
+        """The intervals so far: text, Markdown, JSON and report show the same ones."""
+        return {}
+
+    def _bootstrap(self, key: tuple[str, ...], values: np.ndarray, rows: np.ndarray | None) -> Interval:
         rows = np.ones(len(values), dtype=bool) if rows is None else rows
-        return bootstrap(values[rows], np.asarray(self.prompts, dtype=object)[rows].tolist())
+        key_of_rows = (*key, rows.tobytes())
+        if key_of_rows not in self._intervals:
+            groups = np.asarray(self.prompts, dtype=object)[rows].tolist()
+            self._intervals[key_of_rows] = bootstrap(values[rows], groups)
+        return self._intervals[key_of_rows]
 
     def by_group(
         self, metric: str, labels: Sequence[str] | None = None, paired: bool = False
@@ -124,7 +140,7 @@ class MetricTable:
             paired: return the differences of `pairs` instead of the models' values.
         """
         labels = length_labels(self.prompts) if labels is None else labels
-        order = natural_order(labels)
+        order = sorted(set(labels), key=natural_key)
         masks = {name: np.asarray([label == name for label in labels]) for name in order}
         return {name: self._columns(metric, paired, mask) for name, mask in masks.items()}
 
@@ -142,7 +158,7 @@ class MetricTable:
             [f"{m} - {other}", *(show_difference(self.difference(m, k, other), k) for k in self.metrics)]
             for m, other in self.pairs
         ]
-        too_few = len(set(self.prompts)) < MIN_PROMPTS
+        too_few = self.num_prompts < MIN_PROMPTS
         note = f"none marked *: fewer than {MIN_PROMPTS} prompts" if too_few else "* interval excludes zero"
         blocks = [(f"paired differences ({note})", [head, *rows])]
         losses = [
@@ -209,9 +225,8 @@ class MetricTable:
         return markdown_text(self._blocks(), self._caption())
 
     def _caption(self) -> str:
-        prompts = len(set(self.prompts))
-        images = f", {len(self.prompts)} images per model" if len(self.prompts) != prompts else ""
-        return f"{prompts} prompts{images}; mean [95% bootstrap interval]"
+        images = f", {len(self.prompts)} images per model" if len(self.prompts) != self.num_prompts else ""
+        return f"{self.num_prompts} prompts{images}; mean [95% bootstrap interval]"
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the table with the values of each image, as plain values for JSON; NaN becomes None."""

@@ -24,6 +24,7 @@ from longalign.inference.diffusers import per_prompt, truncation_messages
 from longalign.inference.schedulers import make_scheduler
 from longalign.inference.solvers import check_negative
 from longalign.runtime import Runtime
+from longalign.trainers.diffusion import evaluating
 
 log = logging.getLogger("longalign")
 
@@ -74,23 +75,17 @@ def sample(
     negatives = per_prompt(negative, len(prompts))
     batches = range(0, len(prompts), batch_size)
     images = []
-    training = [m for m in (backbone, encoder) if m.training]
-    for module in training:
-        module.eval()
-    try:
-        with tqdm(total=len(batches) * num_steps, desc="sampling", disable=not progress) as bar:
-            for start in batches:
-                rows = slice(start, start + batch_size)
-                scheduler = make_scheduler(solver, backbone.noise_levels, backbone.prediction, num_steps)
-                shape = backbone.latent_shape(height, width)
-                images.append(
-                    _sample_batch(
-                        backbone, encoder, prompts[rows], negatives[rows], seeds[rows], scheduler, guidance, shape, bar
-                    )
+    bar = tqdm(total=len(batches) * num_steps, desc="sampling", disable=not progress)
+    with evaluating(backbone), evaluating(encoder), bar:
+        for start in batches:
+            rows = slice(start, start + batch_size)
+            scheduler = make_scheduler(solver, backbone.noise_levels, backbone.prediction, num_steps)
+            shape = backbone.latent_shape(height, width)
+            images.append(
+                _sample_batch(
+                    backbone, encoder, prompts[rows], negatives[rows], seeds[rows], scheduler, guidance, shape, bar
                 )
-    finally:
-        for module in training:
-            module.train()
+            )
     return torch.cat(images)
 
 
@@ -132,7 +127,7 @@ def _sample_batch(
 
 
 def load_model(source: Any, dtype: str | None = None, device: str | None = None) -> tuple[Any, Backbone, Encoder]:
-    """Loads a checkpoint folder, or builds the untrained model of a config.
+    """Loads a checkpoint folder, or builds the untrained model of a config; frozen and in eval mode.
 
     Args:
         source: a checkpoint folder, or a config: mapping, file or `RunConfig`.
@@ -156,6 +151,8 @@ def load_model(source: Any, dtype: str | None = None, device: str | None = None)
     if dtype is not None:
         backbone.merge_lora()  # merge in full precision before the cast, as for a checkpoint
         backbone.cast(runtime.torch_dtype)
+    for part in (backbone, encoder):
+        part.requires_grad_(False).eval()
     return composition.config, backbone, encoder
 
 

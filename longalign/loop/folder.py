@@ -8,18 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from longalign.atomic import sync
-
-PREFIX = "checkpoint-"
-
-
-def checkpoints(output: Path) -> list[Path]:
-    """Returns the checkpoints of a run, oldest first."""
-    return sorted((p for p in output.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdecimal()), key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """Returns the step of a checkpoint, from its name."""
-    return int(checkpoint.name.removeprefix(PREFIX))
+from longalign.config.files import PREFIX, checkpoints, step_of
 
 
 def recover(output: Path) -> None:

@@ -17,8 +17,10 @@ log = logging.getLogger("longalign")
 LARGE = 100_000_000
 
 
-def run_summary(composition: Composition, optimization: Optimization, step: int) -> list[str]:
-    """Returns lines on device, precision, trainable parameters, data, batch size and output of a run.
+def log_run_summary(composition: Composition, optimization: Optimization, step: int) -> None:
+    """Logs device, precision, trainable parameters, data, batch size and output of a run.
+
+    Warns if the model is too large for a CPU or a batch is larger than the data.
 
     Args:
         composition: the parts of the run.
@@ -39,7 +41,7 @@ def run_summary(composition: Composition, optimization: Optimization, step: int)
     keep = "all are kept" if loop.keep is None else f"the newest {loop.keep} are kept"
     product = f"{loop.batch_size} items x {loop.accumulation} micro-steps x {processes} processes"
     resumed = [f"resumed    after step {step} of {loop.steps}"] if step else []
-    return [
+    lines = [
         *resumed,
         f"device     {_device_summary(accelerator.device)}",
         f"precision  {DTYPES[loop.precision]}; frozen parts in {composition.runtime.dtype}",
@@ -48,6 +50,16 @@ def run_summary(composition: Composition, optimization: Optimization, step: int)
         f"batch      {product} = {batch_size} per step",
         f"output     {config.output}; checkpoints {save_every}, {keep}",
     ]
+    for line in lines:
+        log.info("%s", line)
+    if accelerator.device.type == "cpu" and total > LARGE:
+        log.warning("training %.1f billion parameters on a CPU takes days; use a GPU", total / 1e9)
+    if not isinstance(data, Stream) and loop.batch_size * processes > len(data):
+        log.warning(
+            "a batch has %d items but the data only %d, so batches repeat items; lower loop.batch_size",
+            loop.batch_size * processes,
+            len(data),
+        )
 
 
 def _device_summary(device: torch.device) -> str:
@@ -55,20 +67,3 @@ def _device_summary(device: torch.device) -> str:
         properties = torch.cuda.get_device_properties(device)
         return f"{device}, {properties.name}, {properties.total_memory / 2**30:.0f} GiB"
     return f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
-
-
-def log_run_summary(composition: Composition, optimization: Optimization, step: int) -> None:
-    """Logs `run_summary`; warns if the model is too large for a CPU or a batch is larger than the data."""
-    for line in run_summary(composition, optimization, step):
-        log.info("%s", line)
-    data, accelerator = composition.data, optimization.accelerator
-    total = sum(p.numel() for p in optimization.trainer.parameters())
-    if accelerator.device.type == "cpu" and total > LARGE:
-        log.warning("training %.1f billion parameters on a CPU takes days; use a GPU", total / 1e9)
-    batch_size = composition.config.loop.batch_size * accelerator.num_processes
-    if not isinstance(data, Stream) and batch_size > len(data):
-        log.warning(
-            "a batch has %d items but the data only %d, so batches repeat items; lower loop.batch_size",
-            batch_size,
-            len(data),
-        )

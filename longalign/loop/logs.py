@@ -1,11 +1,11 @@
-"""Writes the metrics of a run to the progress bar and ``log.jsonl``, and formats config values for trackers."""
+"""Writes the metrics of a run to the progress bar and ``log.jsonl``."""
 
 from __future__ import annotations
 
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,12 +113,3 @@ def _step_of_line(line: bytes) -> int | None:
         return int(json.loads(line)["step"]) if line.endswith(b"\n") else None
     except (ValueError, LookupError, TypeError):
         return None
-
-
-def flatten_config(path: str, value: Any) -> Iterator[tuple[str, int | float | str | bool]]:
-    """Yields the nested values of a config as dotted paths and scalars, as trackers expect."""
-    if isinstance(value, dict):
-        for key, child in value.items():
-            yield from flatten_config(f"{path}.{key}" if path else key, child)
-    else:
-        yield path, value if isinstance(value, (int, float, str, bool)) else str(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from longalign.caching.fingerprint import fingerprint, fingerprints
@@ -12,10 +12,10 @@ from longalign.caching.store import key_of
 from longalign.checkpoints.provenance import versions
 from longalign.checkpoints.redaction import redacted
 from longalign.compose import Composition
-from longalign.config.changes import diff
+from longalign.config.changes import diff, flatten
 from longalign.config.files import find_checkpoint
 from longalign.config.run import RunConfig, load_config, to_dict
-from longalign.data.base import Data
+from longalign.data.base import Data, spread_indices
 from longalign.data.stream import Stream
 from longalign.loop.state import ResumeState
 
@@ -35,8 +35,6 @@ RESUMABLE_KEYS = (
 
 #: subfolders of a checkpoint in diffusers layout that a run may read
 SUBFOLDERS = ("unet", "transformer", "vae", "text_encoder", "tokenizer", "scheduler")
-#: number of prompts that the data's fingerprint samples
-NUM_CHECKED_PROMPTS = 32
 
 
 def check_resumable(state: ResumeState, composition: Composition, num_processes: int) -> None:
@@ -100,10 +98,8 @@ def input_fingerprints(config: RunConfig, data: Any) -> dict[str, Any]:
         weights["init_from"] = fingerprint(str(find_checkpoint(config.init_from)), None, None, SUBFOLDERS)
     if not isinstance(data, Data):
         return {"weights": weights}
-    count = len(data)
-    indices = {i * (count - 1) // (NUM_CHECKED_PROMPTS - 1) for i in range(NUM_CHECKED_PROMPTS)} if count else ()
-    prompts = [data.prompt(i) for i in sorted(indices)]
-    return {"weights": weights, "data": {"items": count, "prompts": key_of(json.dumps(prompts)).hex()}}
+    prompts = [data.prompt(i) for i in spread_indices(len(data))]
+    return {"weights": weights, "data": {"items": len(data), "prompts": key_of(json.dumps(prompts)).hex()}}
 
 
 def check_same_inputs(state: ResumeState, current: Mapping[str, Any]) -> None:
@@ -119,10 +115,10 @@ def check_same_inputs(state: ResumeState, current: Mapping[str, Any]) -> None:
     for package, version in versions().items():
         if state.versions.get(package, version) != version:
             log.warning("%s was %s when the run was started and is %s now", package, state.versions[package], version)
-    saved = dict(_flatten("", state.shared["origin"]))
+    saved = dict(flatten(state.shared["origin"]))
     changed = [
         f"  {key}: {saved[key]} then, {value} now"
-        for key, value in _flatten("", current)
+        for key, value in flatten(current)
         if value is not None and saved.get(key) not in (None, value)
     ]
     if changed:
@@ -130,11 +126,3 @@ def check_same_inputs(state: ResumeState, current: Mapping[str, Any]) -> None:
             f"weights or data of {state.checkpoint} have changed on disk since the start:\n" + "\n".join(changed) + "\n"
             "Restore them, or start a new run from the checkpoint's weights with init_from"
         )
-
-
-def _flatten(path: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for key, child in value.items():
-            yield from _flatten(f"{path}.{key}" if path else key, child)
-    else:
-        yield path, value

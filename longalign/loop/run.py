@@ -139,6 +139,8 @@ class Run:
         """Trains to the last step, or to the end of the step in which ``interrupted`` becomes true."""
         if self.step == 0:
             self.validation.run(0)
+        # Once per run: walking all modules costs time, and whoever sets eval mode for a while restores all modes.
+        self.composition.trainer.train()
         while self.step < self.loop.steps:
             self._take_step()
             last = self.step == self.loop.steps
@@ -163,7 +165,6 @@ class Run:
         return FitResult(self.step, self.folder, unfinished)
 
     def _take_step(self) -> None:
-        self.composition.trainer.train()
         with explain_non_finite(self.optimization, self.output, self.step + 1):
             metrics = self.optimization.step(self.batches)
         self.step += 1

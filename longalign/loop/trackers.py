@@ -11,8 +11,8 @@ from einops import rearrange
 from torch import Tensor
 
 from longalign.checkpoints.redaction import redacted
+from longalign.config.changes import flatten
 from longalign.config.run import RunConfig, to_dict
-from longalign.loop.logs import flatten_config
 
 log = logging.getLogger("longalign")
 
@@ -28,7 +28,8 @@ class Trackers:
     def __init__(self, accelerator: Accelerator, config: RunConfig):
         self.accelerator = accelerator
         if config.loop.trackers:
-            settings = dict(flatten_config("", redacted(to_dict(config))))
+            values = flatten(redacted(to_dict(config)))
+            settings = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in values}
             _attempt("failed to start", lambda: accelerator.init_trackers("longalign", settings))
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:

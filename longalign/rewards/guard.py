@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from longalign.errors import RunError
@@ -49,14 +48,12 @@ class NonFiniteReward(RunError):
         Creates the folder if needed and adds its path to the message of this error. Non-finite pixels are black in the
         PNG and unchanged in the tensor.
         """
-        from PIL import Image
-
         from longalign.checkpoints.weights import save_tensors
+        from longalign.image_io import write_png
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        pixels = self.image.float().nan_to_num(0.0, 0.0, 0.0).clamp(0, 1).mul(255).round().byte()
-        Image.fromarray(rearrange(pixels, "c h w -> h w c").contiguous().numpy()).save(folder / "image.png")
+        write_png(folder / "image.png", self.image.float().nan_to_num(0.0, 0.0, 0.0))
         (folder / "prompt.txt").write_text(self.prompt, encoding="utf-8")
         tensors = {"image": self.image.contiguous(), "scores": self.scores.contiguous()}
         save_tensors(folder / "tensors.safetensors", tensors, {"index": str(self.index)})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from longalign.errors import shorten
+
 Prompt = str | Sequence[str]
 """A text, or a list of texts, which are the segments for the segmenter ``manual``."""
 
@@ -22,7 +24,7 @@ def check_prompts(prompts: Sequence[Prompt], lists: bool = True) -> list[Prompt]
     if isinstance(prompts, str):
         raise ValueError(f"expected a sequence of prompts, got one text {prompts[:40]!r}; write [prompt]")
     if not isinstance(prompts, Sequence) or isinstance(prompts, (bytes, bytearray)):
-        raise ValueError(f"expected a sequence of prompts, got {_shown(prompts)}; pass a list")
+        raise ValueError(f"expected a sequence of prompts, got {shorten(prompts)}; pass a list")
     checked = list(prompts)
     if not checked:
         raise ValueError("expected at least one prompt, got none; pass at least one")
@@ -30,7 +32,7 @@ def check_prompts(prompts: Sequence[Prompt], lists: bool = True) -> list[Prompt]
         parts = [prompt] if isinstance(prompt, str) else prompt if lists and isinstance(prompt, (list, tuple)) else None
         if parts is None or not all(isinstance(part, str) for part in parts):
             expected = "a text or a list of texts" if lists else "a text"
-            raise ValueError(f"prompt {i} must be {expected}, got {_shown(prompt)}")
+            raise ValueError(f"prompt {i} must be {expected}, got {shorten(prompt)}")
         for part in parts:
             check_text(part, f"prompt {i}")
     return checked
@@ -49,7 +51,7 @@ def check_text(text: str, where: str) -> str:
     except UnicodeEncodeError as error:
         raise ValueError(
             f"{where} cannot be encoded as UTF-8: invalid character {text[error.start]!r} (a lone surrogate) at "
-            f"position {error.start} of {_shown(text)}; save the text as UTF-8"
+            f"position {error.start} of {shorten(text)}; save the text as UTF-8"
         ) from None
     return text
 
@@ -57,8 +59,3 @@ def check_text(text: str, where: str) -> str:
 def plain_text(prompt: Prompt) -> str:
     """Returns a prompt as one text; a list of segments is joined with spaces."""
     return prompt if isinstance(prompt, str) else " ".join(prompt)
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

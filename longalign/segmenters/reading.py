@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from longalign.errors import shorten
 from longalign.segmenters.fitting import TokenCounter, split_to_window
 from longalign.segmenters.parts import Packed, Segmenter
 from longalign.segmenters.prompts import Prompt, check_text, plain_text
@@ -29,9 +30,13 @@ def split(segmenter: Segmenter, prompt: Prompt, count: TokenCounter, window: int
     if not isinstance(segments, (list, tuple)) or not all(isinstance(segment, str) for segment in segments):
         kinds = sorted({type(segment).__name__ for segment in segments}) if isinstance(segments, (list, tuple)) else []
         returned = f"a {type(segments).__name__}" + (f" of {', '.join(kinds)}" if kinds else "")
-        raise ValueError(f"{name} must return a list of texts, got {returned} for the prompt {_shown(prompt)}")
+        raise ValueError(
+            f"{name} must return a list of texts, got {returned} for the prompt {shorten(plain_text(prompt), 60)}"
+        )
     if not any(map(_WORD.search, segments)) and _WORD.search(plain_text(prompt)):
-        raise ValueError(f"{name} returned no text for the prompt {_shown(prompt)}; expected at least one segment")
+        raise ValueError(
+            f"{name} returned no text for the prompt {shorten(plain_text(prompt), 60)}; expected at least one segment"
+        )
     for segment in segments:
         check_text(segment, f"a segment of {name}")
     return list(segments) if window is None else split_to_window(segments, window, count)
@@ -49,8 +54,3 @@ def windows(text: str, window: int, count: TokenCounter) -> list[str]:
 def _name(segmenter: Segmenter) -> str:
     part = segmenter if hasattr(segmenter, "__qualname__") else type(segmenter)
     return f"{part.__module__}.{part.__qualname__}"  # type: ignore[union-attr]
-
-
-def _shown(prompt: Prompt) -> str:
-    text = plain_text(prompt)
-    return repr(text if len(text) <= 60 else text[:57] + "...")

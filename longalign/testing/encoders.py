@@ -59,7 +59,8 @@ def check_encoder(config: Any, *, runtime: Runtime = CPU) -> None:
             expect(bool(out.mask.any(1).all()), "a prompt has no state to attend to")
         if out.pooled is not None:
             expect(out.pooled.ndim == 2 and len(out.pooled) == 4, "expected a pooled embedding (4, p)")
-        expect((out.pooled is not None) == bool(_pooled(checked, out)), "has_pooled does not fit the conditioning")
+        pooled = out.pooled is not None
+        expect(checked.gives_pooled() in (None, pooled), "has_pooled does not fit the conditioning")
 
     def reports_cover_the_prompts() -> None:
         out = encode(prompts)
@@ -133,8 +134,3 @@ def check_encoder(config: Any, *, runtime: Runtime = CPU) -> None:
             invalid_input_is_an_error,
         ],
     )
-
-
-def _pooled(config: Any, out: Conditioning) -> bool:
-    declared = config.gives_pooled()
-    return out.pooled is not None if declared is None else declared

@@ -21,9 +21,9 @@ REPEATS = 20
 def check_gradient_steps(config: Any, *, num_steps: int = 20) -> None:
     """Checks that a selection of gradient-carrying steps is valid and gives the gradient of autograd.
 
-    It checks the config, that selected steps are ascending, within the steps that are taken and as many in each call as
-    processes need, and that replaying the selected calls of a small network equals autograd through the same rollout in
-    float64 (relative error below 1e-6).
+    It checks the config, that selected steps are ascending and within the steps that are taken, and that `detaches()`
+    agrees with the selection. Replaying the selected calls of a small network must equal autograd through the same
+    rollout in float64 (relative error below 1e-6).
 
     Args:
         config: name, mapping or config.

@@ -20,7 +20,6 @@ class TrainerConfig(PartConfig):
     - ``uses_rewards``: whether the trainer uses the run's rewards; otherwise the run must have none.
     - ``trains_rewards``: whether the rewards are trained.
     - ``compares_pairs``: whether the data must have two images of each prompt.
-    - ``needs_images``: whether the data must have images.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("backbone", "encoder")
@@ -30,6 +29,7 @@ class TrainerConfig(PartConfig):
 
     @property
     def needs_images(self) -> bool:
+        """Whether the data must have images."""
         return True
 
     @property

@@ -106,7 +106,10 @@ class DiffusionTrainer(Trainer):
         return [p for part in parts for p in part.parameters() if p.requires_grad]
 
     def train(self, mode: bool = True) -> DiffusionTrainer:
-        """Sets training mode. Frozen modules stay in eval mode, so that their dropout is inactive."""
+        """Sets training mode. Frozen modules stay in eval mode, so that their dropout is inactive.
+
+        Call it again after a change of ``requires_grad``.
+        """
         super().train(mode)
         for part in (self.backbone, self.encoder):
             _set_training(part, mode)
@@ -128,13 +131,14 @@ def _set_training(module: nn.Module, mode: bool) -> None:
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Context manager that sets eval mode on a module and its submodules and restores all modes on exit."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
+    training = [m for m in module.modules() if m.training]
+    for m in training:
+        m.training = False
     try:
         yield
     finally:
-        for m, mode in modes:
-            m.training = mode
+        for m in training:
+            m.training = True
 
 
 def train_denoiser(backbone: Backbone, lora: LoraConfig | None, name: str) -> None:

@@ -28,13 +28,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
 
+from longalign.functional.images import CLIP_MEAN, CLIP_STD
 from longalign.mini.captions import Caption, describe
 from longalign.mini.scenes import Scene, sample_scene
 from longalign.mini.tokenizers import write_clip_tokenizer
 
 TEXT_BATCH, IMAGE_BATCH = 96, 64
 POOL, TEXTS = 16000, 4
-MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
 
 def build(tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -52,7 +52,7 @@ def build(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 
 def normalise(images: Tensor) -> Tensor:
-    return (images - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    return (images - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
 
 
 def sample_sentences(caption: Caption, rng: np.random.Generator) -> Caption:
@@ -194,7 +194,10 @@ def train_image(clip: CLIPModel, head: FactHead, tokenizer: CLIPTokenizer, steps
         outer=("embedding", "logit_scale", "2.linear", "3.weight"), evaluate=evaluate, evaluate_every=500)  # fmt: skip
     clip.half().save_pretrained(WEIGHTS / "clip")
     processor = CLIPImageProcessor(
-        size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, image_mean=MEAN, image_std=STD
+        size={"shortest_edge": 64},
+        crop_size={"height": 64, "width": 64},
+        image_mean=list(CLIP_MEAN),
+        image_std=list(CLIP_STD),
     )
     CLIPProcessor(processor, tokenizer).save_pretrained(WEIGHTS / "clip")
 

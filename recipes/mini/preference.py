@@ -19,13 +19,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from clip import MEAN, STD, normalise
+from clip import normalise
 from common import WEIGHTS, load_or_compute, render_uint8, train
 from facts import all_true, label_tensor, labels_of_caption, labels_of_scene
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer
 
+from longalign.functional.images import CLIP_MEAN, CLIP_STD
 from longalign.mini.captions import Caption, describe
 from longalign.mini.preferences import taste, truth, vary
 from longalign.mini.scenes import sample_scene
@@ -186,7 +187,7 @@ def write_open_clip(clip: CLIPModel, path: Path) -> None:
             "heads": text.num_attention_heads, "layers": text.num_hidden_layers,
         },
     }  # fmt: skip
-    config = {"model_cfg": model, "preprocess_cfg": {"mean": MEAN, "std": STD}}
+    config = {"model_cfg": model, "preprocess_cfg": {"mean": list(CLIP_MEAN), "std": list(CLIP_STD)}}
     (path / "open_clip_config.json").write_text(json.dumps(config, indent=1))
     write_open_clip_bpe(path)
 

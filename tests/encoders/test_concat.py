@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from longalign.encoders.base import Conditioning, Encoder, PromptReport, TruncationWarning, check_prompts
+from longalign.encoders.base import Conditioning, Encoder, PromptReport, TruncationWarning
 from longalign.encoders.concat import ConcatEncoder
 from longalign.registry import ConfigError, encoders
+from longalign.segmenters import check_prompts
 from longalign.testing.tiny import tiny_clip_text, tiny_t5
 
 

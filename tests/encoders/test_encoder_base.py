@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from longalign.encoders.base import Conditioning, Encoder, PromptReport, check_prompts
+from longalign.encoders.base import Conditioning, Encoder, PromptReport
+from longalign.segmenters import check_prompts
 
 
 def test_conditioning_indexes_rows_and_casts():

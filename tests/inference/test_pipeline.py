@@ -140,11 +140,12 @@ def test_sample_height_and_width():
 
 def test_sample_restores_training_mode():
     backbone = IdealBackbone().train()
+    backbone.frozen = nn.Dropout().eval()
     modes = []
     predict = backbone.predict
     backbone.predict = lambda *args: modes.append(backbone.training) or predict(*args)
     sample_images(backbone, ["0.1"])
-    assert not any(modes) and backbone.training
+    assert not any(modes) and backbone.training and not backbone.frozen.training
 
 
 def test_sample_invalid_settings_raise():

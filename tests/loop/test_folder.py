@@ -14,10 +14,10 @@ import torch
 
 from longalign.checkpoints import weights
 from longalign.config.changes import override
+from longalign.config.files import checkpoints, step_of
 from longalign.config.run import load_config
 from longalign.loop import folder, locks
 from longalign.loop.fit import fit
-from longalign.loop.folder import checkpoints
 from longalign.loop.locks import Lock
 
 
@@ -155,8 +155,8 @@ def test_publish_killed_midway_keeps_newest_checkpoint(tmp_path, monkeypatch, st
         folder.recover(output)
         for checkpoint in checkpoints(output):
             texts = {(checkpoint / name).read_text() for name in ("longalign.safetensors", "resume/shared.pt")}
-            assert len(texts) == 1 and texts <= {str(folder.step_of(checkpoint)), "new"}
-        assert folder.step_of(checkpoints(output)[-1]) >= 2 and not list(output.glob(".checkpoint*"))
+            assert len(texts) == 1 and texts <= {str(step_of(checkpoint)), "new"}
+        assert step_of(checkpoints(output)[-1]) >= 2 and not list(output.glob(".checkpoint*"))
         if len(calls) <= number:
             break
     assert 5 < number < 99

@@ -18,8 +18,8 @@ import torch
 import worlds
 
 from longalign.checkpoints import weights
+from longalign.config.files import checkpoints
 from longalign.loop.fit import fit
-from longalign.loop.folder import checkpoints
 
 pytestmark = pytest.mark.reliability
 STEPS = 5

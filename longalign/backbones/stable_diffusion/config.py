@@ -38,7 +38,7 @@ class StableDiffusionConfig(BackboneConfig):
     @property
     def single_file(self) -> bool:
         """Whether the checkpoint is one file instead of a folder or repository."""
-        return self.checkpoint.endswith((".safetensors", ".ckpt"))
+        return self.checkpoint.endswith(".safetensors")
 
     def resolution(self) -> int:
         """Native width and height of an image in pixels, read from the checkpoint's configs without its weights."""

@@ -18,22 +18,19 @@ from longalign.config.files import join_subfolder
 from longalign.runtime import Runtime, resolve_checkpoint
 
 
-def load_parts(
-    config: StableDiffusionConfig, runtime: Runtime, kind: Any, component: str
-) -> tuple[Any, Any, dict[str, Any]]:
+def load_parts(config: StableDiffusionConfig, runtime: Runtime, kind: Any) -> tuple[Any, Any, dict[str, Any]]:
     """Loads denoiser, autoencoder and scheduler config from a folder in diffusers layout, the Hub or a single file.
 
     Args:
         config: config with the checkpoint and the denoiser's dtype.
         runtime: runtime with the autoencoder's dtype.
         kind: class of the denoiser.
-        component: folder of the denoiser in the checkpoint.
 
     Raises:
         ValueError: if the checkpoint does not contain all three.
     """
     if config.single_file:
-        return _load_single_file(config, runtime, kind, component)
+        return _load_single_file(config, runtime, kind)
     checkpoint = resolve_checkpoint(config.checkpoint)
     if problem := hub.availability_problem(checkpoint, config.revision):
         raise ValueError(f"backbone.checkpoint: {problem}")
@@ -48,14 +45,14 @@ def load_parts(
             return part.from_pretrained(checkpoint, torch_dtype=dtype, **source)
 
     try:
-        denoiser = load(kind, component, getattr(torch, config.dtype))
+        denoiser = load(kind, config.component, getattr(torch, config.dtype))
         vae = load(AutoencoderKL, "vae", runtime.torch_dtype)
         constants: Any = DDIMScheduler.load_config(
             checkpoint, subfolder=join_subfolder(config.subfolder, "scheduler"), revision=config.revision
         )
     except OSError as error:
         folders = ", ".join(
-            f"{join_subfolder(config.subfolder, folder)}/" for folder in (component, "vae", "scheduler")
+            f"{join_subfolder(config.subfolder, folder)}/" for folder in (config.component, "vae", "scheduler")
         )
         if Path(checkpoint).exists() or hub.is_base_model(checkpoint):
             raise ValueError(
@@ -93,9 +90,7 @@ def native_resolution(config: StableDiffusionConfig) -> int:
     return int(denoiser["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
 
 
-def _load_single_file(
-    config: StableDiffusionConfig, runtime: Runtime, kind: Any, component: str
-) -> tuple[Any, Any, dict[str, Any]]:
+def _load_single_file(config: StableDiffusionConfig, runtime: Runtime, kind: Any) -> tuple[Any, Any, dict[str, Any]]:
     """Loads the same as `load_parts` from a single file with all weights under the names of the original code."""
     path = Path(config.checkpoint)
     if not path.is_file():
@@ -104,7 +99,7 @@ def _load_single_file(
     layout = resolve_checkpoint(config.layout) if config.layout is not None else _layout_of(path, state)
     parts = []
     kinds: list[tuple[Any, str, torch.dtype]] = [
-        (kind, component, getattr(torch, config.dtype)),
+        (kind, config.component, getattr(torch, config.dtype)),
         (AutoencoderKL, "vae", runtime.torch_dtype),
     ]
     for part, folder, dtype in kinds:

@@ -30,6 +30,11 @@ class SDBackbone(LatentBackbone):
 
     def __init__(self, unet: Any, vae: Any, alphas_cumprod: Tensor, prediction: str):
         self._check(unet, vae)
+        if unet.config.in_channels != vae.config.latent_channels:
+            raise ValueError(
+                f"the UNet has {unet.config.in_channels} channels at its input, but the VAE has "
+                f"{vae.config.latent_channels}; use a text-to-image model, not one for inpainting or upscaling"
+            )
         super().__init__(unet, vae, prediction, NoiseLevels.from_alphas_cumprod(alphas_cumprod.float()))
 
     @staticmethod
@@ -40,17 +45,11 @@ class SDBackbone(LatentBackbone):
                 f"{unet.config.addition_embed_type}, class_embed_type={unet.config.class_embed_type}; use 'sdxl' for "
                 "Stable Diffusion XL, or another checkpoint"
             )
-        if unet.config.in_channels != vae.config.latent_channels:
-            raise ValueError(
-                f"the UNet has {unet.config.in_channels} channels at its input, but the VAE has "
-                f"{vae.config.latent_channels}; use a text-to-image model, not one for inpainting or "
-                "upscaling"
-            )
 
     @classmethod
     def from_config(cls, config: StableDiffusionConfig, runtime: Runtime) -> SDBackbone:
         """Loads UNet, VAE and scheduler config from a folder, the Hub or a single file."""
-        unet, vae, constants = load_parts(config, runtime, UNet2DConditionModel, "unet")
+        unet, vae, constants = load_parts(config, runtime, UNet2DConditionModel)
         alphas_cumprod, prediction = scheduler_constants(constants)
         return cls(unet, vae, alphas_cumprod, prediction).to(runtime.device)
 

@@ -44,7 +44,7 @@ class SD3Backbone(LatentBackbone):
     @classmethod
     def from_config(cls, config: StableDiffusionConfig, runtime: Runtime) -> SD3Backbone:
         """Loads transformer, VAE and scheduler config from a folder or the Hub."""
-        transformer, vae, constants = load_parts(config, runtime, SD3Transformer2DModel, "transformer")
+        transformer, vae, constants = load_parts(config, runtime, SD3Transformer2DModel)
         return cls(transformer, vae, flow_levels(constants)).to(runtime.device)
 
     @property

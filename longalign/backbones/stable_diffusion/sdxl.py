@@ -29,12 +29,6 @@ class SDXLBackbone(SDBackbone):
                 "'sdxl' expects a UNet with addition_embed_type 'text_time', as in Stable Diffusion XL, got "
                 f"{unet.config.addition_embed_type}; for Stable Diffusion 1.x and 2.x use the backbone 'sd'"
             )
-        if unet.config.in_channels != vae.config.latent_channels:
-            raise ValueError(
-                f"the UNet has {unet.config.in_channels} channels at its input, but the VAE has "
-                f"{vae.config.latent_channels}; use a text-to-image model, not one for inpainting or "
-                "upscaling"
-            )
         if getattr(vae.config, "latents_mean", None) is not None:
             raise ValueError("'sdxl' does not support a VAE that normalizes latents per channel; use SDXL's VAE")
 

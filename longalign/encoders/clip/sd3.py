@@ -60,8 +60,7 @@ class ClipSegmentSD3Encoder(Encoder):
             folder = join_subfolder(config.subfolder, "text_encoder_3")
             t5 = load_text_model(T5EncoderModel, config, folder, runtime)
         segmenter = config.segmenter.build(runtime)
-        num_zeros = config.t5_tokens if config.t5 == "zeros" else 0
-        return cls.from_modules(config, models, tokenizers, segmenter, t5, num_zeros=num_zeros, width=config.width)
+        return cls.from_modules(config, models, tokenizers, segmenter, t5)
 
     @classmethod
     def from_modules(
@@ -71,9 +70,6 @@ class ClipSegmentSD3Encoder(Encoder):
         tokenizers: Sequence[Any],
         segmenter: Segmenter,
         t5: tuple[nn.Module, Any] | None,
-        *,
-        num_zeros: int,
-        width: int,
     ) -> Self:
         """Builds the encoder from loaded modules, with the settings of a config.
 
@@ -82,19 +78,17 @@ class ClipSegmentSD3Encoder(Encoder):
             text_models: two ``CLIPTextModelWithProjection``.
             tokenizers: their fast tokenizers, which differ only in padding.
             segmenter: splits a prompt.
-            t5: a ``T5EncoderModel`` and its fast tokenizer, or None.
-            num_zeros: number of zero states that replace T5's if ``t5`` is None.
-            width: width of the states.
+            t5: a ``T5EncoderModel`` and its fast tokenizer for ``t5="encode"``, otherwise None.
         """
         clips = ClipSegmentSDXLEncoder.from_modules(config, text_models, tokenizers, segmenter, empty="encode")
+        num_zeros = config.t5_tokens if config.t5 == "zeros" else 0
         if t5 is None:
-            return cls(clips, None, num_zeros=num_zeros, width=width)
+            return cls(clips, None, num_zeros=num_zeros, width=config.width)
         settings = T5Config(
             max_tokens=config.t5_tokens, overflow=config.overflow, max_batch_tokens=config.max_batch_tokens
         )
-        return cls(
-            clips, T5Encoder.from_modules(settings, *t5, None, length_key="t5_tokens"), num_zeros=num_zeros, width=width
-        )
+        t5_encoder = T5Encoder.from_modules(settings, *t5, None, length_key="t5_tokens")
+        return cls(clips, t5_encoder, num_zeros=num_zeros, width=config.width)
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
         conditioning = self.clips.encode(prompts)

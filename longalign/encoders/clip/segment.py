@@ -17,14 +17,13 @@ from longalign.encoders.base import (
     Conditioning,
     Encoder,
     PromptReport,
-    check_prompts,
     raise_or_warn_truncated,
 )
 from longalign.encoders.clip.config import ClipSegmentConfig, SegmentConfig
 from longalign.encoders.clip.single_file import load_clip_text_model
 from longalign.encoders.frozen import autocast_disabled, device_of, run_grouped
 from longalign.runtime import Runtime
-from longalign.segmenters import Prompt, Segmenter, split, split_to_window
+from longalign.segmenters import Prompt, Segmenter, check_prompts, split, split_to_window
 from longalign.tokens import TextTokens, Tokenized
 
 
@@ -186,8 +185,7 @@ class ClipSegmentEncoder(Encoder):
     def _empty_prompt_states(self, device: torch.device) -> Tensor:
         """Returns the states ``(window, d)`` of the empty prompt."""
         tokenizer = self.tokens.tokenizer
-        pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        ids = [tokenizer.bos_token_id, tokenizer.eos_token_id] + [pad_id] * (self.window - 2)
+        ids = [tokenizer.bos_token_id, tokenizer.eos_token_id] + [self.tokens.pad_id] * (self.window - 2)
         with autocast_disabled(device):
             return self._run(torch.tensor([ids], device=device))[0, :, : self.dim]
 

@@ -13,8 +13,6 @@ from longalign.encoders.base import (
     Conditioning,
     Encoder,
     PromptReport,
-    check_prompts,
-    plain_text,
     raise_or_warn_truncated,
     report_passes,
 )
@@ -22,7 +20,7 @@ from longalign.encoders.clip.config import ClipTruncateConfig
 from longalign.encoders.clip.single_file import load_clip_text_model
 from longalign.encoders.frozen import device_of, pad_with_last, run_grouped
 from longalign.runtime import Runtime
-from longalign.segmenters import Prompt
+from longalign.segmenters import Prompt, check_prompts, plain_text
 from longalign.tokens import TextTokens, Tokenized
 
 
@@ -69,8 +67,7 @@ class ClipTruncateEncoder(Encoder):
         raise_or_warn_truncated(
             reports, self.overflow, self.window, "use an encoder for long text, such as 'clip-segment'"
         )
-        tokenizer = self.tokens.tokenizer
-        pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        tokenizer, pad_id = self.tokens.tokenizer, self.tokens.pad_id
         rows = []
         for text in (text for passes in texts for text in passes):
             row = (tokenizer.bos_token_id, *text.ids[: self.window - 2], tokenizer.eos_token_id)

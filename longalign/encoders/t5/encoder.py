@@ -16,8 +16,6 @@ from longalign.encoders.base import (
     Conditioning,
     Encoder,
     PromptReport,
-    check_prompts,
-    plain_text,
     raise_or_warn_truncated,
     report_passes,
 )
@@ -27,7 +25,7 @@ from longalign.encoders.loading import load_text_model
 from longalign.encoders.t5.adapter import TextAdapter
 from longalign.encoders.t5.config import T5Config
 from longalign.runtime import Runtime
-from longalign.segmenters import Prompt
+from longalign.segmenters import Prompt, check_prompts, plain_text
 from longalign.tokens import TextTokens, Tokenized
 
 

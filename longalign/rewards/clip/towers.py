@@ -48,10 +48,9 @@ class ClipTowers(Towers):
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         sot, eot = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        pad = eot if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         rows = [[sot, *tokens.ids[: self.window], eot] for tokens in self.tokens.batch(texts)]
         length = max(map(len, rows))
-        ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows])
+        ids = torch.tensor([row + [self.tokens.pad_id] * (length - len(row)) for row in rows])
         return projected_features(self.model.get_text_features(input_ids=ids.to(self.model.device)))
 
     def train_only(self, which: str) -> None:

@@ -180,11 +180,8 @@ class DenscoreTrainer(Trainer):
         return torch.tensor(hashes, device=self.runtime.device)
 
     def step(self, batch: Mapping[str, Any], backward: Backward) -> dict[str, Tensor]:
-        losses = self.loss(batch)
         # Gradients are averaged over processes, and each process has only those of its own rows.
-        total = torch.stack([value for key, value in losses.items() if key.endswith("_loss")]).sum()
-        backward(self.runtime.world_size * total)
-        return {key: value.detach() for key, value in losses.items()}
+        return super().step(batch, lambda total: backward(self.runtime.world_size * total))
 
     def all_gather(self, local: Tensor) -> Tensor:
         """Gathers rows ``(n, ...)`` of all processes; n may differ. Only the local rows have gradient."""

@@ -78,9 +78,10 @@ class LCMTrainer(DiffusionTrainer):
         )
         self.solve = LinearSteps([ddim(noise_levels, (t, max(t - self.skip, 0)), prediction) for t in timesteps])
         self.ema_decay = ema_decay
-        trainable = [(name, p) for name, p in backbone.denoiser.named_parameters() if p.requires_grad]
-        self.names = [name for name, _ in trainable] if ema_decay is not None else []
-        for i, (_, parameter) in enumerate(trainable[: len(self.names)]):
+        trainable = {name: p for name, p in backbone.denoiser.named_parameters() if p.requires_grad}
+        averaged = trainable if ema_decay is not None else {}
+        self.names = list(averaged)
+        for i, parameter in enumerate(averaged.values()):
             self.register_buffer(f"target_{i}", parameter.detach().clone())
 
     @classmethod

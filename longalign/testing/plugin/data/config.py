@@ -13,7 +13,6 @@ class MyPartConfig(DataConfig):
     """Images of one colour with its name as the caption. Replace it by your data."""
 
     target: ClassVar[str] = "my_plugin.part:MyPart"
-    has_images: ClassVar[bool] = True
 
     name: Literal["my-part"] = "my-part"
     size: int = Field(1000, ge=1)

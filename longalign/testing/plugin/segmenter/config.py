@@ -1,4 +1,4 @@
-"""The config of `my-part`, and the part: segmenters need no torch."""
+"""The config of `my-part`. Neither the config nor the part imports torch."""
 
 from __future__ import annotations
 
