@@ -30,6 +30,7 @@ __all__ = [
     "PartError",
     "PartInfo",
     "Registry",
+    "Section",
     "backbones",
     "data",
     "encoders",
