@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 from pydantic import BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, SerializeAsAny, ValidationError
 from pydantic_core import PydanticCustomError, core_schema
 
-from longalign.discovery import PREFIX, discover, owner, skip_unreadable
+from longalign.discovery import PREFIX, discover, owner, skip_unreadable, version_problem
 from longalign.errors import ConfigError, ConfigProblem, PartError, check_size, flatten, nested, shorten, suggestion
 from longalign.runtime import Runtime
 
@@ -244,7 +244,8 @@ class Registry:
         """Returns the config class of a part. Imports only this part's config.
 
         Raises:
-            PartError: if the name is unknown or registered twice, or its plugin fails to import or is invalid.
+            PartError: if the name is unknown or registered twice, or its plugin fails to import, is invalid, or
+                requires another version of longalign.
         """
         info = self.info(name)
         local = self._local()
@@ -254,6 +255,8 @@ class Registry:
         try:
             if not entry.pattern.match(entry.value):
                 raise ValueError(f"expected 'module:attribute' as target of the entry point, got {entry.value!r}")
+            if problem := version_problem(entry):
+                raise PartError(problem)
             return self._as_config(name, entry.load())
         except (Exception, SystemExit) as error:
             # a PartError is complete; errors of the plugin are prefixed with their type
