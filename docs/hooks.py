@@ -29,7 +29,7 @@ PAGES = {
 }
 #: modules of the reference by page; a folder stands for all modules in it
 REFERENCE = {
-    "composition": ["compose", "model", "registry", "runtime", "errors"],
+    "composition": ["compose", "model", "registry", "parts", "runtime", "errors"],
     "config": ["config"],
     **{kind: [kind] for kind in REGISTRIES},
     "functional": ["functional"],
