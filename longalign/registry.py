@@ -324,8 +324,11 @@ class PartOf:
         return {KIND: self.kind}
 
 
-def Part(kind: str) -> Any:
-    """Returns the annotation of a config field that holds a part, e.g. ``inner: Part("rewards")``."""
+def Part(kind: str) -> Any:  # noqa: N802
+    """Returns the annotation of a config field that holds a part.
+
+    For example, ``inner: Part("rewards")``.
+    """
 
     def validate(value: Any) -> PartConfig:
         try:
