@@ -1,4 +1,4 @@
-"""Hooks of `make docs`: pages made of files outside docs/, and the pages of the API reference.
+"""Hooks of `make docs`: pages made of files outside docs/, a page for each kind of part, and the API reference.
 
 README, CHANGELOG, CONTRIBUTING, the tables of benchmarks and the READMEs of plugins are pages too. Their links are
 written for readers of the repository, and are rewritten here for the site.
@@ -29,7 +29,7 @@ PAGES = {
 }
 #: modules of the reference by page; a folder stands for all modules in it
 REFERENCE = {
-    "composition": ["compose", "model", "registry", "runtime", "errors"],
+    "composition": ["compose", "model", "registry", "parts", "runtime", "errors"],
     "config": ["config"],
     **{kind: [kind] for kind in REGISTRIES},
     "functional": ["functional"],
@@ -39,6 +39,8 @@ REFERENCE = {
     "checkpoints": ["checkpoints", "caching"],
     "testing": ["testing"],
 }
+#: name and first paragraph of a part in docs/config.md
+PART = re.compile(r"^### `(.*)`\n\n(.*)$", re.MULTILINE)
 LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?(?=\))")
 
 
@@ -51,7 +53,31 @@ def on_files(files: Files, config) -> Files:
             files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
     for name in REFERENCE:
         files.append(File.generated(config, f"reference/{name}.md", content=reference(name)))
+    for kind in REGISTRIES:
+        files.append(File.generated(config, f"parts/{kind}.md", content=parts(kind)))
     return files
+
+
+def parts(kind: str) -> str:
+    """A page with the parts of a kind and their keys, from the reference in docs/config.md."""
+    text = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
+    section = re.search(rf"^## {kind}\n(.*?)(?=^## |^<!--|\Z)", text, re.MULTILINE | re.DOTALL)[1]
+    rows = [f"| [`{name}`](#{name}) | {about} |" for name, about in PART.findall(section)]
+    title = kind.replace("_", " ").capitalize()
+    return "\n".join(
+        [
+            f"# {title}",
+            "",
+            f"The built-in parts of kind `{kind}`. See also how to [write one](../plugins.md#{kind}) and the",
+            f"[classes](../reference/{kind}.md).",
+            "",
+            "| name | description |",
+            "|---|---|",
+            *rows,
+            "",
+            section.replace("\n### ", "\n## "),
+        ]
+    )
 
 
 def reference(name: str) -> str:

@@ -6,10 +6,11 @@ result is cached until the search path changes, and a malformed file is skipped 
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.metadata import Distribution, EntryPoint, EntryPoints, distributions
+from importlib.metadata import Distribution, EntryPoint, EntryPoints, PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,40 @@ def skip_unreadable() -> None:
 def owner(entry: EntryPoint) -> str:
     """Returns the name and version of an entry point's distribution."""
     return _name(entry.dist) if entry.dist else "an unknown distribution"
+
+
+def version_problem(entry: EntryPoint) -> str:
+    """Returns why an entry point's distribution does not fit the installed longalign, or an empty string if it fits.
+
+    The distribution says which versions it works with in its requirements, e.g. ``longalign>=0.1,<0.2``. Installers
+    check them, except when they install without dependencies or update longalign alone.
+    """
+    lines = [line for line in _requires(entry.dist) if re.match(r"longalign\s*([^\w\s.-]|$)", line, re.IGNORECASE)]
+    if not lines:
+        return ""
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    try:
+        requirements = [Requirement(line) for line in lines]
+        installed = version("longalign")
+    except (InvalidRequirement, PackageNotFoundError):
+        return ""
+    for requirement in requirements:
+        applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if applies and not requirement.specifier.contains(installed, prereleases=True):
+            wanted = f"longalign{requirement.specifier}"
+            return (
+                f"it requires {wanted}, but longalign {installed} is installed; install {wanted}, or a version of "
+                f"{owner(entry).partition(' ')[0]} for longalign {installed}"
+            )
+    return ""
+
+
+def _requires(dist: Distribution | None) -> list[str]:
+    try:
+        return [] if dist is None else dist.requires or []
+    except Exception:  # unreadable metadata
+        return []
 
 
 def _modified(entry: str) -> int:

@@ -13,13 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import EntryPoint
-from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, SerializeAsAny, ValidationError
-from pydantic_core import PydanticCustomError, core_schema
+from pydantic import BeforeValidator, SerializeAsAny, ValidationError
 
-from longalign.discovery import PREFIX, discover, owner, skip_unreadable
-from longalign.errors import ConfigError, ConfigProblem, PartError, check_size, flatten, nested, shorten, suggestion
+from longalign.discovery import PREFIX, discover, owner, skip_unreadable, version_problem
+from longalign.errors import ConfigError, PartError, check_size, flatten, nested, shorten, suggestion
 from longalign.runtime import Runtime
 
 __all__ = [
@@ -30,6 +29,7 @@ __all__ = [
     "PartError",
     "PartInfo",
     "Registry",
+    "Section",
     "backbones",
     "data",
     "encoders",
@@ -41,58 +41,16 @@ __all__ = [
 
 try:
     import catalogue
-except Exception:  # on import, catalogue reads the entry points of all distributions
+except Exception:  # catalogue reads the entry points of all distributions, as pydantic does for the first config class
     skip_unreadable()
     import catalogue
 
-#: maximum of integers without a bound of their own
-MAX_INT = 2**63 - 1
+from longalign.parts import MAX_INT as MAX_INT
+from longalign.parts import InCodeConfig, PartConfig, Section, call_problem, check_config_class
+
 #: mark of a part's kind in a JSON schema
 KIND = "x-longalign-kind"
 KEBAB = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
-TARGET = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-
-
-def _reject_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise PydanticCustomError("float_type", "expected a number")
-    return value
-
-
-def _strict(schema: Any) -> Any:
-    """Returns a core schema that rejects booleans as numbers, and strings as integers or booleans.
-
-    Strings are accepted as floats, because some YAML parsers read ``1e-4`` as a string. pydantic's ``strict`` mode is
-    not used because it also rejects lists for tuples, and YAML has no tuples.
-    """
-    if isinstance(schema, list):
-        return [_strict(value) for value in schema]
-    if not isinstance(schema, dict) or schema.get("function") == {"type": "no-info", "function": _reject_bool}:
-        return schema
-    schema = {key: value if key == "default" else _strict(value) for key, value in schema.items()}
-    if schema.get("type") in ("int", "bool"):
-        schema["strict"] = True
-    if schema.get("type") == "int" and not {"le", "lt"} & schema.keys():
-        schema["le"] = MAX_INT
-    if schema.get("type") == "float":
-        return core_schema.no_info_before_validator_function(_reject_bool, schema)
-    return schema
-
-
-class Section(BaseModel):
-    """Base class of all config classes: frozen, with strict validation.
-
-    A string is not converted to an integer, nor a boolean to a number. Extra keys, infinities, NaN and integers beyond
-    64 bits are errors. The docstring below a field is the description of its key.
-    """
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, use_attribute_docstrings=True
-    )
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> Any:
-        return _strict(handler(source))
 
 
 #: errors that indicate a bug in a plugin rather than invalid input or a failure of the machine
@@ -106,58 +64,6 @@ PLUGIN_BUGS = (
     AssertionError,
     RecursionError,
 )
-
-
-class PartConfig(Section):
-    """Base class of part configs."""
-
-    #: ``module:class`` of the part, imported when the part is built
-    target: ClassVar[str] = ""
-
-    name: str
-
-    def build(self, runtime: Runtime, **parts: Any) -> Any:
-        """Imports `target` and calls its ``from_config(config, runtime, **parts)``, which loads the weights.
-
-        Args:
-            runtime: device, dtype and processes.
-            parts: the built parts that a trainer needs.
-        """
-        module, _, name = type(self).target.partition(":")
-        return getattr(import_module(module), name).from_config(self, runtime, **parts)
-
-    @classmethod
-    def built_from(cls) -> tuple[str, ...]:
-        """Returns the names of the built parts that `build` takes; empty for all kinds except trainers."""
-        return ()
-
-    def check_run(self, run: Any) -> list[ConfigProblem]:
-        """Cross-checks with the rest of the run; returns problems as ``(path, message)``.
-
-        Override it to check what the part needs from other parts, before any of them is loaded. The default returns
-        no problems.
-
-        Args:
-            run: the `longalign.config.run.RunConfig`, each of its keys already validated.
-        """
-        return []
-
-    def check_files(self) -> list[ConfigProblem]:
-        """Checks the files that the config refers to; returns problems as ``(key, message)``.
-
-        Override it so that a run fails before anything is loaded. It must not import torch or access the Hub. Nested
-        parts are checked separately. The default returns no problems.
-        """
-        return []
-
-
-class _InCodeConfig(PartConfig):
-    """Config of a part that is a plain callable, without keys."""
-
-    part: ClassVar[Any] = None
-
-    def build(self, runtime: Runtime, **parts: Any) -> Any:
-        return type(self).part
 
 
 @dataclass(frozen=True)
@@ -243,7 +149,8 @@ class Registry:
         """Returns the config class of a part. Imports only this part's config.
 
         Raises:
-            PartError: if the name is unknown or registered twice, or its plugin fails to import or is invalid.
+            PartError: if the name is unknown or registered twice, or its plugin fails to import, is invalid, or
+                requires another version of longalign.
         """
         info = self.info(name)
         local = self._local()
@@ -253,6 +160,8 @@ class Registry:
         try:
             if not entry.pattern.match(entry.value):
                 raise ValueError(f"expected 'module:attribute' as target of the entry point, got {entry.value!r}")
+            if problem := version_problem(entry):
+                raise PartError(problem)
             return self._as_config(name, entry.load())
         except (Exception, SystemExit) as error:
             # a PartError is complete; errors of the plugin are prefixed with their type
@@ -267,15 +176,15 @@ class Registry:
         module, _, attribute = self._config.partition(":")
         base = getattr(import_module(module), attribute)
         if isinstance(target, type) and issubclass(target, PartConfig):
-            _check_config_class(name, target, base)
+            check_config_class(name, target, base)
             return target
         if isinstance(target, type) or not callable(target) or not self.function:
             function = f", or a function ({', '.join(self.function)})" if self.function else ""
             raise PartError(f"a part must be a {attribute} class{function}, got {target!r}")
-        if problem := _call_problem(target, *self.function):
+        if problem := call_problem(target, *self.function):
             raise PartError(f"the function must take ({', '.join(self.function)}): {problem}")
         config = type(
-            getattr(target, "__name__", type(target).__name__), (_InCodeConfig, base), {"part": staticmethod(target)}
+            getattr(target, "__name__", type(target).__name__), (InCodeConfig, base), {"part": staticmethod(target)}
         )
         config.__module__ = getattr(target, "__module__", config.__module__)
         config.__qualname__ = getattr(target, "__qualname__", config.__name__)
@@ -371,7 +280,7 @@ class Registry:
                 f"'{name}' among {self.kind}, from {origin}, failed to build: {type(error).__name__}: {error}"
             ) from error
         if self.function and callable(part):
-            if problem := _call_problem(part, *self.function):
+            if problem := call_problem(part, *self.function):
                 expected = f"the function must take ({', '.join(self.function)})"
                 raise PartError(f"'{name}' among {self.kind}, from {origin}: {expected}: {problem}")
             return part
@@ -405,41 +314,6 @@ def misnamed_entry_points() -> list[tuple[EntryPoint, str]]:
     ]
 
 
-def _call_problem(function: Any, *args: Any, **kwargs: Any) -> str:
-    """Returns why a function cannot be called with these arguments, or an empty string if it can."""
-    try:
-        inspect.signature(function).bind(*args, **kwargs)
-    except TypeError as error:
-        return str(error)
-    except ValueError:  # some C functions have no signature
-        return ""
-    return ""
-
-
-def _check_config_class(name: str, model: type[PartConfig], base: type[PartConfig]) -> None:
-    """Rejects malformed config classes early, with a hint for the plugin author."""
-    if not issubclass(model, base):
-        raise PartError(f"{model.__name__} must derive from {base.__module__}.{base.__name__}")
-    if model.build is PartConfig.build and not TARGET.fullmatch(model.target):
-        raise PartError(f"{model.__name__} needs target = 'module:class' of its part, got {model.target!r}")
-    parts = model.built_from()
-    if problem := _call_problem(model.build, "self", "runtime", **dict.fromkeys(parts)):
-        expected = ", ".join(("self", "runtime", *(("*", *parts) if parts else ())))
-        raise PartError(f"{model.__name__}.build must take ({expected}): {problem}")
-    if not model.model_config.get("frozen") or model.model_config.get("extra") != "forbid":
-        raise PartError(
-            f"{model.__name__} must have frozen=True and extra='forbid' in model_config, as PartConfig; remove the "
-            "override"
-        )
-    field = model.model_fields["name"]
-    allowed = get_args(field.annotation) if get_origin(field.annotation) is Literal else None
-    if (allowed and name not in allowed) or (not field.is_required() and field.default not in (name, *(allowed or ()))):
-        raise PartError(
-            f"{model.__name__} declares name={field.default!r}, but is registered as '{name}'; "
-            f"write name: Literal['{name}'] = '{name}'"
-        )
-
-
 @dataclass(frozen=True)
 class PartOf:
     """Annotation metadata set by `Part`: the kind of the part, for its JSON schema."""
@@ -450,8 +324,11 @@ class PartOf:
         return {KIND: self.kind}
 
 
-def Part(kind: str) -> Any:
-    """Returns the annotation of a config field that holds a part, e.g. ``inner: Part("rewards")``."""
+def Part(kind: str) -> Any:  # noqa: N802
+    """Returns the annotation of a config field that holds a part.
+
+    For example, ``inner: Part("rewards")``.
+    """
 
     def validate(value: Any) -> PartConfig:
         try:

@@ -15,6 +15,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+__all__ = ["Runtime", "resolve_checkpoint"]
+
 DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 

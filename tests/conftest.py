@@ -30,6 +30,29 @@ def smooth_adamw(monkeypatch):
 
 
 @pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Function that writes a distribution: metadata and modules. Modules named ``fake_*`` are unloaded afterwards."""
+    before = set(sys.modules)
+
+    def write(name, entries, version="1.0", requires=(), **modules):
+        site = tmp_path / name
+        info = site / f"{name.replace('-', '_')}-{version}.dist-info"
+        info.mkdir(parents=True)
+        metadata = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+        metadata += [f"Requires-Dist: {requirement}" for requirement in requires]
+        (info / "METADATA").write_text("\n".join([*metadata, ""]))
+        (info / "entry_points.txt").write_text(entries)
+        for module, text in modules.items():
+            (site / f"{module}.py").write_text(text)
+        monkeypatch.syspath_prepend(str(site))
+
+    yield write
+    for module in set(sys.modules) - before:
+        if module.startswith("fake_"):
+            del sys.modules[module]
+
+
+@pytest.fixture
 def brightness():
     """Name of a reward that is registered for one test."""
     from longalign.registry import rewards

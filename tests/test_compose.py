@@ -1,7 +1,7 @@
 """Composition of runs from configs, with stub parts that record how they were built."""
 
 import re
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
@@ -92,7 +92,8 @@ def test_composition_builds_parts_lazily_and_once():
 
 def test_composition_trainer_gets_same_parts_and_ordered_rewards():
     composition = build_from_config({**CONFIG, "rewards": ["dark", "bright"]}, Runtime())
-    backbone, encoder, given_rewards = composition.trainer.received
+    trainer: Any = composition.trainer
+    backbone, encoder, given_rewards = trainer.received
     assert backbone is composition.backbone
     assert encoder is composition.encoder
     assert given_rewards is composition.rewards

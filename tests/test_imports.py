@@ -17,8 +17,8 @@ KINDS = ("backbones", "data", "encoders", "rewards", "gradient_steps", "trainers
 # A module imports from lower levels only. Unlisted modules are concrete parts, or helpers of parts.
 PART = 4
 LEVELS = {
-    0: "lazy runtime errors discovery hub names registry segmenters config.files data.lines data.images.shards "
-    "inference.solvers",
+    0: "lazy runtime errors discovery hub names parts registry segmenters config.files data.lines "
+    "data.images.shards inference.solvers",
     1: "config checkpoints.redaction checkpoints.provenance",  # and the configs of all kinds
     2: "functional image_io atomic mini sharding tokens caching.store caching.fingerprint checkpoints.weights "
     "evaluation.record evaluation.bootstrap evaluation.formatting evaluation.groups loop.locks encoders.bucketing",
@@ -58,6 +58,7 @@ ONLY_IN = {
     "peft": ("backbones",),
     "accelerate": ("loop",),
     "catalogue": ("registry",),
+    "longalign.parts": ("registry",),  # which guards against unreadable distributions
     "longalign_siglip": (),
 }
 

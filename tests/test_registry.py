@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -30,27 +31,6 @@ class BlurConfig(RewardConfig):
         settings = (self.radius, runtime.device)
         return lambda images, prompts: settings
 """
-
-
-@pytest.fixture
-def install(tmp_path, monkeypatch):
-    """Function that writes a distribution: metadata and modules. Modules named ``fake_*`` are unloaded afterwards."""
-    before = set(sys.modules)
-
-    def write(name, entries, version="1.0", **modules):
-        site = tmp_path / name
-        info = site / f"{name.replace('-', '_')}-{version}.dist-info"
-        info.mkdir(parents=True)
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        (info / "entry_points.txt").write_text(entries)
-        for module, text in modules.items():
-            (site / f"{module}.py").write_text(text)
-        monkeypatch.syspath_prepend(str(site))
-
-    yield write
-    for module in set(sys.modules) - before:
-        if module.startswith("fake_"):
-            del sys.modules[module]
 
 
 def rewards_of(**parts):
@@ -167,6 +147,37 @@ def test_get_rejects_name_with_two_owners(install):
     assert "fake-b" in str(error.value)
     assert len(rewards.infos("blur")) == 2
     assert rewards.get("clip")
+
+
+def test_get_rejects_plugin_for_another_version(install):
+    installed = re.escape(f"longalign {version('longalign')} ")
+    install("fake-late", rewards_of(blur="fake_late:BlurConfig"), requires=["longalign>=90.1,<91"], fake_late=GOOD)
+    with pytest.raises(PartError, match=rf"fake-late 1\.0 .*longalign[<>=,91.]*>=90\.1.*{installed}") as error:
+        rewards.get("blur")
+    assert "fake_late" not in sys.modules
+    table, problems = parts_table(["rewards"])
+    (row,) = [line for line in table.splitlines() if " blur " in line]
+    assert re.search(r" fake-late .*broken: .*longalign.*>=90\.1", row)
+    assert problems == [str(error.value)]
+    with pytest.raises(ConfigError, match=r"name: .*fake-late 1\.0 .*>=90\.1"):
+        rewards.validate("blur")
+
+
+@pytest.mark.parametrize(
+    "requirement",
+    [
+        "longalign",
+        "longalign<90,>=0.0.1",
+        "Longalign[hf] (>=0.0.1)",
+        "longalign>=90; extra == 'test'",
+        "longalign>=90; python_version < '3'",
+        "longalign-other>=90",
+        "longalign>=not.a.version",
+    ],
+)
+def test_get_accepts_plugin_for_this_version(install, requirement):
+    install("fake-fit", rewards_of(blur="fake_fit:BlurConfig"), requires=[requirement], fake_fit=GOOD)
+    assert rewards.get("blur").__name__ == "BlurConfig"
 
 
 def test_registry_ignores_stale_copy_of_distribution(install, tmp_path):

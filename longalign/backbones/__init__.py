@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from longalign.backbones.config import LoraConfig as LoraConfig
     from longalign.backbones.latent import LatentBackbone as LatentBackbone
     from longalign.backbones.lora import LoraWeights as LoraWeights
+    from longalign.backbones.stable_diffusion.config import StableDiffusionConfig as StableDiffusionConfig
     from longalign.backbones.stable_diffusion.sd import SDBackbone as SDBackbone
     from longalign.backbones.stable_diffusion.sd3 import SD3Backbone as SD3Backbone
     from longalign.backbones.stable_diffusion.sdxl import SDXLBackbone as SDXLBackbone
@@ -30,5 +31,6 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "SD3Backbone": "stable_diffusion.sd3",
         "SDBackbone": "stable_diffusion.sd",
         "SDXLBackbone": "stable_diffusion.sdxl",
+        "StableDiffusionConfig": "stable_diffusion.config",
     },
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import yaml
 from longalign.checkpoints.checkpoint import Weights
 from longalign.checkpoints.diffusers_files import build_adapters
 from longalign.checkpoints.markdown import block, code, escape_text, table_cell, yaml_block
-from longalign.checkpoints.redaction import public_config
+from longalign.checkpoints.redaction import public_config, redact_paths
 from longalign.config.files import HUB_ID
 from longalign.config.run import RunConfig
 from longalign.evaluation.table import MetricTable
@@ -49,7 +49,7 @@ def reward_card(
         "It also loads with transformers' `CLIPModel`, limited to 77 tokens.",
         _metrics(table),
         f"## Training\n\nData: {_data(public)}\n\n{yaml_block(public)}",
-        _plugins(metadata),
+        _plugins(metadata, ("rewards",)),
         _versions(metadata),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -72,7 +72,8 @@ def model_card(
         license: the Hub's license id; omitted if None.
     """
     assert config.backbone is not None and config.encoder is not None
-    public = public_config(config)
+    # the stored config has all parts; those whose plugins are not installed here are not in `config`
+    public = redact_paths(json.loads(metadata["config"])) if "config" in metadata else public_config(config)
     source = str(getattr(config.backbone, "checkpoint", ""))
     on_hub = _on_hub(source)
     base = source if on_hub or source.startswith("mini/") else str(public["backbone"].get("checkpoint") or "")
@@ -84,9 +85,9 @@ def model_card(
     stages = [f"- {code(s.name)}: LoRA of rank {s.config.rank}, scale {s.config.scale:g}" for s in weights.loras]
     stages += ["- all weights of the denoiser"] if weights.denoiser else []
     stages += [f"- the encoder's {name}" for name in build_adapters(weights.adapter)]
-    rewards = ", ".join(code(reward.name) for reward in config.rewards)
-    trainer = config.trainer
-    source_text = f"with longalign's trainer {code(trainer.name)}" if trainer else "and converted to longalign"
+    rewards = ", ".join(code(reward["name"]) for reward in public["rewards"])
+    trainer = public["trainer"]
+    source_text = f"with longalign's trainer {code(trainer['name'])}" if trainer else "and converted to longalign"
     model_name = base or config.backbone.name
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
@@ -95,7 +96,7 @@ def model_card(
         f"Its text encoder is {code(config.encoder.name)}; a pipeline's own text encoder gives different images.",
         "Trained weights, in the order of application:\n\n" + "\n".join(stages) if stages else "",
         _use(weights, base, loadable),
-        _plugins(metadata),
+        _plugins(metadata, ("backbone", "encoder")),
         _metrics(table),
         "## Training",
         f"Data: {_data(public)}" + (f" Rewards: {rewards}." if rewards else ""),
@@ -147,14 +148,19 @@ def _versions(metadata: Mapping[str, str]) -> str:
     return f"Versions: {', '.join(texts)}." if texts else ""
 
 
-def _plugins(metadata: Mapping[str, str]) -> str:
-    """Returns the packages other than longalign that provide parts of the run."""
-    providers = json.loads(metadata.get("providers", "{}"))
-    packages = {package: path for path, package in providers.items() if package.split(" ")[0] != "longalign"}
-    if not packages:
-        return ""
-    texts = [f"{code(package)} (for {code(path)})" for package, path in packages.items()]
-    return f"Required plugins, in addition to longalign: {', '.join(texts)}."
+def _plugins(metadata: Mapping[str, str], needed: Sequence[str]) -> str:
+    """Returns the packages other than longalign that provide parts of the run, by whether ``needed`` keys use them."""
+    groups: dict[str, dict[str, list[str]]] = {}
+    for path, package in json.loads(metadata.get("providers", "{}")).items():
+        if package.split(" ")[0] != "longalign":
+            required = path.split(".")[0] in needed
+            use = "Required plugins, in addition to longalign" if required else "Used in training only"
+            groups.setdefault(use, {}).setdefault(package, []).append(code(path))
+    texts = []
+    for use, packages in sorted(groups.items()):
+        listed = [f"{code(package)} (for {', '.join(paths)})" for package, paths in packages.items()]
+        texts.append(f"{use}: {', '.join(listed)}.")
+    return "\n\n".join(texts)
 
 
 def _steps(metadata: Mapping[str, str]) -> str:

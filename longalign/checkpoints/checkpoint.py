@@ -169,13 +169,15 @@ def read_config(checkpoint: str | Path) -> RunConfig:
     cache are omitted with a warning.
 
     Raises:
-        ConfigError: if the backbone or encoder cannot be loaded.
+        ConfigError: if the backbone or encoder cannot be loaded, or the trained reward of a run without a backbone.
     """
     path = checkpoint_file(Path(checkpoint))
     try:
         return load_config(path)
     except ConfigError as error:
         raw = {**read_mapping(path), "rewards": [], "trainer": None, "data": None, "cache": None}
+        if raw.get("backbone", "") is None:  # the rewards are what was trained
+            raise
         try:
             config = load_config(raw)
         except ConfigError:

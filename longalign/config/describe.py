@@ -49,7 +49,8 @@ def parts_table(kinds: Iterable[str] = (), targets: bool = False) -> tuple[str, 
             try:
                 description = _short_description(registry.get(name))
             except PartError as error:
-                description = "broken"
+                reason = error.__cause__
+                description = f"broken: {reason if isinstance(reason, PartError) else error}"
                 problems.append(str(error))
             for info in registry.infos(name):
                 owner = info.owner if targets else info.owner.rpartition(" ")[0]

@@ -11,6 +11,7 @@ from longalign.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from longalign.data.base import Data as Data
+    from longalign.data.base import check_index as check_index
     from longalign.data.config import DataConfig as DataConfig
     from longalign.data.config import ImagesConfig as ImagesConfig
     from longalign.data.images.base import ImageDataset as ImageDataset
@@ -66,5 +67,6 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "Stream": "stream",
         "WebDataset": "images.webdataset",
         "WebDatasetConfig": "images.config",
+        "check_index": "base",
     },
 )

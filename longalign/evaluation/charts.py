@@ -51,8 +51,10 @@ def curve(title: str, steps: Sequence[float], values: Sequence[float], height: i
     for y in ticks(low, high):
         parts.append(f'<line class="grid" x1="{left}" x2="{WIDTH - right}" y1="{y_of(y):.1f}" y2="{y_of(y):.1f}"/>')
         parts.append(f'<text x="{left - 6}" y="{y_of(y) + 4:.1f}" text-anchor="end">{_short(y)}</text>')
-    for x in ticks(min(xs), max(xs), 5):
-        parts.append(f'<text x="{x_of(x):.1f}" y="{height - 6}" text-anchor="middle">{_short(x)}</text>')
+    parts += [
+        f'<text x="{x_of(x):.1f}" y="{height - 6}" text-anchor="middle">{_short(x)}</text>'
+        for x in ticks(min(xs), max(xs), 5)
+    ]
     parts.append(f'<polyline class="raw" points="{_points(xs, ys, x_of, y_of)}"/>')
     parts.append(f'<polyline class="mean" points="{_points(xs, smooth(ys, max(1, len(ys) // 12)), x_of, y_of)}"/>')
     return _figure(title, parts, height)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from longalign.gradient_steps.papers import DraftLV as DraftLV
     from longalign.gradient_steps.papers import DRTune as DRTune
     from longalign.gradient_steps.papers import ReFL as ReFL
+    from longalign.gradient_steps.random import synced_randint as synced_randint
 
 __all__, __getattr__, __dir__ = lazy_exports(
     __name__,
@@ -36,5 +37,6 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "GroupedRandom": "general",
         "Last": "general",
         "ReFL": "papers",
+        "synced_randint": "random",
     },
 )

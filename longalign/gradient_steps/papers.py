@@ -34,7 +34,7 @@ class DRTune(GroupedRandom):
     """DRTune (arXiv 2405.00760)."""
 
     @classmethod
-    def from_config(cls, config: DRTuneConfig, runtime: Runtime) -> DRTune:
+    def from_config(cls, config: DRTuneConfig, runtime: Runtime) -> DRTune:  # type: ignore[override]
         """All processes sample the same steps."""
         return cls(config.groups, detach=True, early_stop=config.early_stop, randint=synced_randint(runtime))
 
@@ -62,7 +62,7 @@ class DraftK(Last):
     """DRaFT-K (arXiv 2309.17400)."""
 
     @classmethod
-    def from_config(cls, config: DraftKConfig, runtime: Runtime) -> DraftK:
+    def from_config(cls, config: DraftKConfig, runtime: Runtime) -> DraftK:  # type: ignore[override]
         """Takes the settings of the config."""
         return cls(config.k, detach=False, randint=synced_randint(runtime))
 
@@ -85,7 +85,7 @@ class DraftLV(Last):
     """DRaFT-LV (arXiv 2309.17400)."""
 
     @classmethod
-    def from_config(cls, config: DraftLVConfig, runtime: Runtime) -> DraftLV:
+    def from_config(cls, config: DraftLVConfig, runtime: Runtime) -> DraftLV:  # type: ignore[override]
         """Takes the settings of the config."""
         return cls(1, detach=True, copies=config.copies, randint=synced_randint(runtime))
 
@@ -120,7 +120,7 @@ class AlignProp(Last):
     """AlignProp (arXiv 2310.03739)."""
 
     @classmethod
-    def from_config(cls, config: AlignPropConfig, runtime: Runtime) -> AlignProp:
+    def from_config(cls, config: AlignPropConfig, runtime: Runtime) -> AlignProp:  # type: ignore[override]
         """All processes sample the same number of steps."""
         return cls(config.max_steps, min_steps=config.min_steps, detach=False, randint=synced_randint(runtime))
 
@@ -145,6 +145,6 @@ class ReFL(Last):
     """ReFL (arXiv 2304.05977, algorithm 1)."""
 
     @classmethod
-    def from_config(cls, config: ReFLConfig, runtime: Runtime) -> ReFL:
+    def from_config(cls, config: ReFLConfig, runtime: Runtime) -> ReFL:  # type: ignore[override]
         """All processes stop at the same step."""
         return cls(1, detach=True, early_stop=config.early_stop, randint=synced_randint(runtime))

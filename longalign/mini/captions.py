@@ -1,6 +1,7 @@
 """Generates captions of synthetic scenes, from about ten words to over 500 CLIP tokens.
 
-Each sentence comes with the list of facts that it states."""
+Each sentence comes with the list of facts that it states.
+"""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def write_t5_tokenizer(folder: Path, texts: Sequence[str] | None = None, vocab_s
             special_tokens=list(special.values()),
         ),
     )  # fmt: skip
-    vocab = {piece: score for piece, score in json.loads(trained.to_str())["model"]["vocab"]}
+    vocab = dict(json.loads(trained.to_str())["model"]["vocab"])
     counts = Counter(f"▁{word}" for text in texts for word in re.findall(r"[^\W_]+", text))
     vocab |= {word: math.log(count / counts.total()) for word, count in counts.items()}
     sentinels = [f"<extra_id_{i}>" for i in range(99, -1, -1)]

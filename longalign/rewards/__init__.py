@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from longalign.rewards.base import EmbeddingReward as EmbeddingReward
     from longalign.rewards.base import Reward as Reward
     from longalign.rewards.base import Scores as Scores
+    from longalign.rewards.base import check_pairs as check_pairs
     from longalign.rewards.clip.reward import ClipReward as ClipReward
     from longalign.rewards.config import RewardConfig as RewardConfig
     from longalign.rewards.config import TowerRewardConfig as TowerRewardConfig
@@ -43,6 +44,7 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "TowerReward": "towers",
         "TowerRewardConfig": "config",
         "Towers": "towers",
+        "check_pairs": "base",
         "check_tokenizer": "pretrained",
         "image_statistics": "pretrained",
         "projected_features": "pretrained",

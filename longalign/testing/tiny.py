@@ -21,6 +21,19 @@ from pathlib import Path
 import torch
 from safetensors.torch import load
 
+__all__ = [
+    "tiny_adapter",
+    "tiny_clip",
+    "tiny_clip_text",
+    "tiny_hpsv2",
+    "tiny_longclip_file",
+    "tiny_sd",
+    "tiny_sd3",
+    "tiny_sd15",
+    "tiny_sdxl",
+    "tiny_t5",
+]
+
 Builder = Callable[..., Path]
 
 

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from longalign.trainers.denscore.config import DenscoreTrainerConfig as DenscoreTrainerConfig
     from longalign.trainers.denscore.trainer import DenscoreTrainer as DenscoreTrainer
     from longalign.trainers.diffusion import DiffusionTrainer as DiffusionTrainer
+    from longalign.trainers.diffusion import batch_latents as batch_latents
+    from longalign.trainers.diffusion import noise_loss as noise_loss
+    from longalign.trainers.diffusion import train_denoiser as train_denoiser
     from longalign.trainers.lcm.config import LCMConfig as LCMConfig
     from longalign.trainers.lcm.trainer import LCMTrainer as LCMTrainer
     from longalign.trainers.reward.config import LCMRewardConfig as LCMRewardConfig
@@ -35,5 +38,8 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "RewardTrainer": "reward.trainer",
         "Trainer": "base",
         "TrainerConfig": "config",
+        "batch_latents": "diffusion",
+        "noise_loss": "diffusion",
+        "train_denoiser": "diffusion",
     },
 )

@@ -1,5 +1,6 @@
-"""The `mini` UNet, pre-trained on short captions like SD. Run: ``python recipes/mini/unet.py [steps]
-[--from-weights]``; ``--from-weights`` continues from the bundled UNet.
+"""The `mini` UNet, pre-trained on short captions like SD. Run: ``python recipes/mini/unet.py [steps]``.
+
+With ``--from-weights`` it continues from the bundled UNet.
 
 Images have one to nine objects and captions at most 45 words, so captions of crowded images are incomplete. The text is
 encoded as in SD 1.5: one window of 77 tokens, last hidden state.

@@ -180,6 +180,6 @@ def test_convert_longsd_invalid_file_raises(world, tmp_path, change, message):
 def test_convert_longsd_missing_files_raise(world, tmp_path):
     with pytest.raises(FileNotFoundError, match=r" s28750_adapter, s28750_lora_vis\.pt, sd15"):
         convert_longsd(tmp_path, tmp_path / "out")
+    (tmp_path / "x.pt").write_bytes(b"no pickle")
     with pytest.raises(ValueError, match=r"/x\.pt\b"):
-        (tmp_path / "x.pt").write_bytes(b"no pickle")
         read_tensors(tmp_path / "x.pt")

@@ -218,7 +218,7 @@ def test_webdataset_rejects_huge_members(tmp_path, caplog, monkeypatch):
 
 
 def test_webdataset_rejects_huge_headers(tmp_path):
-    """tarfile reads the complete header of a member, such as a long name, into memory."""
+    """Python's tarfile reads the complete header of a member, such as a long name, into memory."""
     with tarfile.open(tmp_path / "s.tar.gz", "w:gz") as tar:
         member = tarfile.TarInfo("././@LongLink")
         member.type, member.size = tarfile.GNUTYPE_LONGNAME, 2**21

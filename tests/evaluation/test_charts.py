@@ -41,7 +41,7 @@ def test_intervals_positions_and_titles():
             "long <b>": {"base": Interval(NAN, NAN, NAN, 0), "tuned": Interval(0.5, 0.4, 0.6, 5)}}  # fmt: skip
     svg = intervals("facts", rows, lambda v: f"{v:.1f}")
     root = ET.fromstring(svg)
-    groups = [g for g in root.iter("g")]
+    groups = list(root.iter("g"))
     assert [g.get("class") for g in groups] == ["model-0", "model-1", "model-1"]
     assert groups[0].find("title").text == "base: 0.2 [0.1, 0.3]"
     x = [float(g.find("circle").get("cx")) for g in groups]

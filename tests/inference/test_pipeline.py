@@ -17,7 +17,7 @@ from longalign.inference.solvers import SOLVERS
 
 
 class NumberEncoder(Encoder):
-    """ "0.3 and more" becomes the state 0.3; text after the first word is truncated."""
+    """Encodes "0.3 and more" as the state 0.3; text after the first word is truncated."""
 
     dim = 1
 

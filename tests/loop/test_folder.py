@@ -146,6 +146,7 @@ def unfinished_checkpoint(output, step, text):
 
 @pytest.mark.parametrize(("step", "keep"), [(3, 1), (3, 2), (2, 1), (2, None)])
 def test_publish_killed_midway_keeps_newest_checkpoint(tmp_path, monkeypatch, step, keep):
+    number, output = 0, tmp_path
     for number in range(100):
         output = tmp_path / f"{number}"
         for old in (1, 2):

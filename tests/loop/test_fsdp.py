@@ -98,7 +98,7 @@ PLUGIN |= {"cpu_offload": OffloadPolicy(), "ignored_modules": None}
 
 
 @pytest.mark.parametrize(
-    "changed, loop, message",
+    ("changed", "loop", "message"),
     [
         ({"fsdp_version": 1}, {}, "fsdp_version 1.* 2"),
         ({"cpu_ram_efficient_loading": True}, {}, "fsdp_cpu_ram_efficient_loading.*false"),

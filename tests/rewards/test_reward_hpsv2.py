@@ -81,7 +81,7 @@ def test_find_weights_downloads_version_from_hub(monkeypatch):
     ]
 
 
-def test_hpsv2_default_architecture_is_vit_h_14(hpsv2_folder, tmp_path):
+def test_hpsv2_default_architecture_is_vit_h_14(hpsv2_folder, tmp_path, monkeypatch):
     shutil.copy(f"{hpsv2_folder}/HPS_v2.1_compressed.pt", tmp_path)
     configs = []
 
@@ -92,8 +92,8 @@ def test_hpsv2_default_architecture_is_vit_h_14(hpsv2_folder, tmp_path):
         configs.append(model_cfg)
         raise Stop
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr("longalign.rewards.hpsv2.reward.build_model", build)
+    monkeypatch.setattr("longalign.rewards.hpsv2.reward.build_model", build)
+    with pytest.raises(Stop):
         rewards.build({"name": "hpsv2", "checkpoint": str(tmp_path)})
     assert configs == [open_clip.get_model_config("ViT-H-14")]
     assert configs[0]["embed_dim"] == 1024

@@ -77,8 +77,8 @@ def test_sum_rejects_non_finite_term_of_weight_zero():
 def test_sum_rejects_wrong_terms():
     with pytest.raises(ConfigError, match=r"terms: .*at least one term"):
         rewards.validate({"name": "sum", "terms": []})
+    wrong = [{"reward": {"name": "clip", "chekpoint": "x"}}, {"reward": "clip", "weigth": 2}]
     with pytest.raises(ConfigError, match=r"terms\.0\.reward\.chekpoint: .*(.|\n)*terms\.1\.weigth"):
-        wrong = [{"reward": {"name": "clip", "chekpoint": "x"}}, {"reward": "clip", "weigth": 2}]
         rewards.validate({"name": "sum", "terms": wrong})
     with pytest.raises(ConfigError, match=r"labels .*'a'"):
         rewards.validate({"name": "sum", "terms": [{"reward": "clip", "label": "a"}] * 2})

@@ -149,8 +149,8 @@ def test_reweighted_gathers_through_runtime(clip_folder):
 def test_reweighted_rejects_wrong_settings(known, clip_folder):
     with pytest.raises(ValueError, match="EmbeddingReward"):
         reweighted(CallableReward(lambda images, prompts: images.sum((1, 2, 3))))  # type: ignore[arg-type]
+    inner = {"name": "sum", "terms": [{"reward": {"name": "clip", "checkpoint": clip_folder}}]}
     with pytest.raises(ValueError, match=r"'sum'.*embeddings"):
-        inner = {"name": "sum", "terms": [{"reward": {"name": "clip", "checkpoint": clip_folder}}]}
         rewards.build({"name": "reweighted", "inner": inner})
     with pytest.raises(ValueError, match=r"'batch', 'running' .*'moving'"):
         reweighted(known, direction="moving")

@@ -4,6 +4,7 @@ import importlib.util
 import inspect
 import sys
 import tomllib
+from importlib.metadata import version
 
 import pytest
 
@@ -21,7 +22,9 @@ def install(tmp_path, monkeypatch):
         project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
         info = folder / f"longalign_fancy_{kind}-0.1.0.dist-info"
         info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: 0.1.0\n")
+        metadata = ["Metadata-Version: 2.1", f"Name: {project['name']}", "Version: 0.1.0"]
+        metadata += [f"Requires-Dist: {requirement}" for requirement in project["dependencies"]]
+        (info / "METADATA").write_text("\n".join([*metadata, ""]))
         groups = project["entry-points"].items()
         text = "".join(f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in parts.items()) for group, parts in groups)
         (info / "entry_points.txt").write_text(text)
@@ -50,6 +53,13 @@ def test_new_plugin_passes_its_tests(install, tmp_path, kind):
         function(**given)
     leftovers = [path for path in folder.rglob("*.*") if path.is_file() and "my_p" in path.read_text(errors="ignore")]
     assert not leftovers
+
+
+def test_new_plugin_requires_this_minor_version(tmp_path):
+    folder = new_plugin("fancy", "data", tmp_path)
+    (line, *_) = tomllib.loads((folder / "pyproject.toml").read_text())["project"]["dependencies"]
+    major, minor = map(int, version("longalign").split(".")[:2])
+    assert line == f"longalign>={major}.{minor},<{major}.{minor + 1}"
 
 
 @pytest.mark.parametrize(("name", "kind"), [("Fancy", "reward"), ("fancy", "rewards"), ("a_b", "data"), ("", "data")])

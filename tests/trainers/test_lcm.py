@@ -130,6 +130,7 @@ def test_step_gradient_reaches_only_student_and_teacher_is_frozen(lora):
     trainer, teacher = build(lora=lora, moved=False), aligned()
     assert not trainer.encoder.adapter[1].training and trainer.backbone.denoiser.training
     optimizer = torch.optim.SGD(trainer.trainable(), lr=0.1)
+    losses = {}
     for _ in range(2):
         losses = trainer.step(BATCH, torch.Tensor.backward)
         optimizer.step()

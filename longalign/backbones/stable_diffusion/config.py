@@ -107,8 +107,9 @@ class SDConfig(StableDiffusionConfig):
 
 
 class SDXLConfig(StableDiffusionConfig):
-    """Stable Diffusion XL, or any model with the same layout. The UNet's size conditioning is always the true image
-    size without a crop.
+    """Stable Diffusion XL, or any model with the same layout.
+
+    The UNet's size conditioning is always the true image size without a crop.
     """
 
     target: ClassVar[str] = "longalign.backbones.stable_diffusion.sdxl:SDXLBackbone"

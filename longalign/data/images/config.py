@@ -35,8 +35,9 @@ class FolderConfig(ImagesConfig):
 
 
 class WebDatasetConfig(ImagesConfig):
-    """Local tar files in WebDataset layout, read as a stream. Files with the same stem form one item; files larger than
-    256 MiB are not read.
+    """Local tar files in WebDataset layout, read as a stream.
+
+    Files with the same stem form one item; files larger than 256 MiB are not read.
     """
 
     target: ClassVar[str] = "longalign.data.images.webdataset:WebDataset"

@@ -12,8 +12,9 @@ from longalign.errors import ConfigProblem, redact_url
 
 
 class TableConfig(DataConfig):
-    """Base class of configs of tables read with the library ``datasets``: Hub datasets, parquet files, or any format it
-    supports.
+    """Base class of configs of tables read with the library ``datasets``.
+
+    They are Hub datasets, parquet files, or any format that the library supports.
     """
 
     dataset: Text

@@ -81,7 +81,7 @@ class Captions(Sequence[str]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: int) -> str:  # type: ignore[override]  # no slices
         return caption_from_cell(self.cells[self.indices[check_index(index, len(self))]])
 
     def row(self, index: int) -> int:

@@ -19,7 +19,7 @@ class LongClipEncoder(ClipTruncateEncoder):
     """Encodes the whole prompt with LongCLIP, like `ClipTruncateEncoder` but with a window of 248 tokens."""
 
     @classmethod
-    def from_config(cls, config: LongClipConfig, runtime: Runtime) -> LongClipEncoder:
+    def from_config(cls, config: LongClipConfig, runtime: Runtime) -> LongClipEncoder:  # type: ignore[override]
         """Loads the text model and tokenizer from an original file, a folder or a Hub repository.
 
         Raises:

@@ -11,10 +11,11 @@ from longalign.trainers.config import TrainerConfig
 
 
 class DenscoreTrainerConfig(TrainerConfig):
-    """Trains the run's CLIP reward as a preference model for long texts on pairs of images (Denscore, LongAlign,
-    section 3.2). The run has no backbone and no encoder. The reward's ``text`` setting determines how texts are
-    encoded: segment by segment, or whole, as for PickScore. The folder ``reward/`` of a checkpoint contains a
-    transformers ``CLIPModel`` for the rewards `denscore`, `pickscore` and `clip`.
+    """Trains the run's CLIP reward on preferences of pairs of images with long texts (LongAlign, section 3.2).
+
+    The run has no backbone and no encoder. The reward's ``text`` setting determines how texts are encoded: segment by
+    segment, as for Denscore, or whole, as for PickScore. The folder ``reward/`` of a checkpoint contains a transformers
+    ``CLIPModel`` for the rewards `denscore`, `pickscore` and `clip`.
     """
 
     target: ClassVar[str] = "longalign.trainers.denscore.trainer:DenscoreTrainer"

@@ -12,8 +12,9 @@ from longalign.trainers.config import TrainerConfig, image_problems
 
 
 class LCMConfig(TrainerConfig):
-    """Consistency distillation for sampling in a few steps without guidance (LCM, arXiv 2310.04378; LCM-LoRA,
-    arXiv 2311.05556). The teacher is the model in ``init_from``; teacher and encoder are frozen.
+    """Consistency distillation for sampling in a few steps (LCM, arXiv 2310.04378; LCM-LoRA, arXiv 2311.05556).
+
+    The student samples without guidance. The teacher is the model in ``init_from``; teacher and encoder are frozen.
     """
 
     target: ClassVar[str] = "longalign.trainers.lcm.trainer:LCMTrainer"

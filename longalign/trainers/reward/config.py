@@ -100,9 +100,7 @@ class RewardTrainerConfig(TrainerConfig):
 
 
 class RewardConfig(RewardTrainerConfig):
-    """Reward fine-tuning with the gradient of rewards through sampling (LongAlign, section 4; DRTune, arXiv
-    2405.00760).
-    """
+    """Fine-tuning with the gradient of rewards through sampling (LongAlign, section 4; DRTune, arXiv 2405.00760)."""
 
     name: Literal["reward"] = "reward"
     solver: Literal["ddim", "dpm++", "lcm"] = "ddim"
@@ -112,9 +110,10 @@ class RewardConfig(RewardTrainerConfig):
 
 
 class LCMRewardConfig(RewardTrainerConfig):
-    """Reward fine-tuning of a consistency-distilled model (LongAlign's LCM variant). Like `reward`, but with four
-    sampling steps without guidance, at timesteps 999, 749, 499 and 249 of 1000, and fresh noise between the steps. All
-    steps receive gradient. ``init_from`` must be a model trained by `lcm`.
+    """Reward fine-tuning of a consistency-distilled model (LongAlign's LCM variant).
+
+    Like `reward`, but with four sampling steps without guidance, at timesteps 999, 749, 499 and 249 of 1000, and fresh
+    noise between the steps. All steps receive gradient. ``init_from`` must be a model trained by `lcm`.
     """
 
     name: Literal["lcm-reward"] = "lcm-reward"

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from longalign.backbones.stable_diffusion.config import StableDiffusionConfig
+from longalign.backbones import StableDiffusionConfig
 
 
 class MyPartConfig(StableDiffusionConfig):

@@ -8,8 +8,8 @@ from typing import Any
 from my_plugin.config import MyPartConfig
 from torch import Tensor
 
-from longalign.backbones.stable_diffusion.sd import SDBackbone
-from longalign.encoders.base import Conditioning
+from longalign.backbones import SDBackbone
+from longalign.encoders import Conditioning
 from longalign.runtime import Runtime
 
 

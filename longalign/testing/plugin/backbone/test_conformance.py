@@ -1,4 +1,4 @@
-from longalign.backbones.config import LoraConfig
+from longalign.backbones import LoraConfig
 from longalign.testing import check_backbone
 from longalign.testing.tiny import tiny_sd
 

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from longalign.data.config import DataConfig
+from longalign.data import DataConfig
 
 
 class MyPartConfig(DataConfig):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from my_plugin.config import MyPartConfig
 
-from longalign.data.base import Data, check_index
+from longalign.data import Data, check_index
 from longalign.runtime import Runtime
 
 COLOURS = {"red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0), "blue": (0.0, 0.0, 1.0)}

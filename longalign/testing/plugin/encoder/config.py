@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from longalign.encoders.config import EncoderConfig
+from longalign.encoders import EncoderConfig
 
 
 class MyPartConfig(EncoderConfig):

@@ -9,7 +9,7 @@ import torch
 from my_plugin.config import MyPartConfig
 from torch import nn
 
-from longalign.encoders.base import Conditioning, Encoder, PromptReport
+from longalign.encoders import Conditioning, Encoder, PromptReport
 from longalign.runtime import Runtime
 from longalign.segmenters import Prompt, check_prompts, plain_text
 

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from longalign.rewards.config import RewardConfig
+from longalign.rewards import RewardConfig
 
 
 class MyPartConfig(RewardConfig):

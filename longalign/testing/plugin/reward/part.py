@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from my_plugin.config import MyPartConfig
 from torch import Tensor
 
-from longalign.rewards.base import Reward, Scores, check_pairs
+from longalign.rewards import Reward, Scores, check_pairs
 from longalign.runtime import Runtime
 
 

@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from longalign.backbones.config import LoraConfig
-from longalign.trainers.config import TrainerConfig
+from longalign.backbones import LoraConfig
+from longalign.trainers import TrainerConfig
 
 
 class MyPartConfig(TrainerConfig):

@@ -8,10 +8,10 @@ from typing import Any
 from my_plugin.config import MyPartConfig
 from torch import Tensor
 
-from longalign.backbones.base import Backbone
-from longalign.encoders.base import Encoder
+from longalign.backbones import Backbone
+from longalign.encoders import Encoder
 from longalign.runtime import Runtime
-from longalign.trainers.diffusion import DiffusionTrainer, batch_latents, noise_loss, train_denoiser
+from longalign.trainers import DiffusionTrainer, batch_latents, noise_loss, train_denoiser
 
 
 class MyPart(DiffusionTrainer):

@@ -1,0 +1,150 @@
+"""Config classes of parts: their base classes, and what a registry checks of them.
+
+Import these names from `longalign.registry`, which guards against unreadable distributions first.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from importlib import import_module
+from typing import Any, ClassVar, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
+from pydantic_core import PydanticCustomError, core_schema
+
+from longalign.errors import ConfigProblem, PartError
+from longalign.runtime import Runtime
+
+#: maximum of integers without a bound of their own
+MAX_INT = 2**63 - 1
+TARGET = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+def _reject_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise PydanticCustomError("float_type", "expected a number")
+    return value
+
+
+def _strict(schema: Any) -> Any:
+    """Returns a core schema that rejects booleans as numbers, and strings as integers or booleans.
+
+    Strings are accepted as floats, because some YAML parsers read ``1e-4`` as a string. pydantic's ``strict`` mode is
+    not used because it also rejects lists for tuples, and YAML has no tuples.
+    """
+    if isinstance(schema, list):
+        return [_strict(value) for value in schema]
+    if not isinstance(schema, dict) or schema.get("function") == {"type": "no-info", "function": _reject_bool}:
+        return schema
+    schema = {key: value if key == "default" else _strict(value) for key, value in schema.items()}
+    if schema.get("type") in ("int", "bool"):
+        schema["strict"] = True
+    if schema.get("type") == "int" and not {"le", "lt"} & schema.keys():
+        schema["le"] = MAX_INT
+    if schema.get("type") == "float":
+        return core_schema.no_info_before_validator_function(_reject_bool, schema)
+    return schema
+
+
+class Section(BaseModel):
+    """Base class of all config classes: frozen, with strict validation.
+
+    A string is not converted to an integer, nor a boolean to a number. Extra keys, infinities, NaN and integers beyond
+    64 bits are errors. The docstring below a field is the description of its key.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, use_attribute_docstrings=True
+    )
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        return _strict(handler(source))
+
+
+class PartConfig(Section):
+    """Base class of part configs."""
+
+    #: ``module:class`` of the part, imported when the part is built
+    target: ClassVar[str] = ""
+
+    name: str
+
+    def build(self, runtime: Runtime, **parts: Any) -> Any:
+        """Imports `target` and calls its ``from_config(config, runtime, **parts)``, which loads the weights.
+
+        Args:
+            runtime: device, dtype and processes.
+            parts: the built parts that a trainer needs.
+        """
+        module, _, name = type(self).target.partition(":")
+        return getattr(import_module(module), name).from_config(self, runtime, **parts)
+
+    @classmethod
+    def built_from(cls) -> tuple[str, ...]:
+        """Returns the names of the built parts that `build` takes; empty for all kinds except trainers."""
+        return ()
+
+    def check_run(self, run: Any) -> list[ConfigProblem]:
+        """Cross-checks with the rest of the run; returns problems as ``(path, message)``.
+
+        Override it to check what the part needs from other parts, before any of them is loaded. The default returns
+        no problems.
+
+        Args:
+            run: the `longalign.config.run.RunConfig`, each of its keys already validated.
+        """
+        return []
+
+    def check_files(self) -> list[ConfigProblem]:
+        """Checks the files that the config refers to; returns problems as ``(key, message)``.
+
+        Override it so that a run fails before anything is loaded. It must not import torch or access the Hub. Nested
+        parts are checked separately. The default returns no problems.
+        """
+        return []
+
+
+class InCodeConfig(PartConfig):
+    """Config of a part that is a plain callable, without keys."""
+
+    part: ClassVar[Any] = None
+
+    def build(self, runtime: Runtime, **parts: Any) -> Any:
+        return type(self).part
+
+
+def call_problem(function: Any, *args: Any, **kwargs: Any) -> str:
+    """Returns why a function cannot be called with these arguments, or an empty string if it can."""
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError as error:
+        return str(error)
+    except ValueError:  # some C functions have no signature
+        return ""
+    return ""
+
+
+def check_config_class(name: str, model: type[PartConfig], base: type[PartConfig]) -> None:
+    """Rejects malformed config classes early, with a hint for the plugin author."""
+    if not issubclass(model, base):
+        raise PartError(f"{model.__name__} must derive from {base.__module__}.{base.__name__}")
+    if model.build is PartConfig.build and not TARGET.fullmatch(model.target):
+        raise PartError(f"{model.__name__} needs target = 'module:class' of its part, got {model.target!r}")
+    parts = model.built_from()
+    if problem := call_problem(model.build, "self", "runtime", **dict.fromkeys(parts)):
+        expected = ", ".join(("self", "runtime", *(("*", *parts) if parts else ())))
+        raise PartError(f"{model.__name__}.build must take ({expected}): {problem}")
+    if not model.model_config.get("frozen") or model.model_config.get("extra") != "forbid":
+        raise PartError(
+            f"{model.__name__} must have frozen=True and extra='forbid' in model_config, as PartConfig; remove the "
+            "override"
+        )
+    field = model.model_fields["name"]
+    allowed = get_args(field.annotation) if get_origin(field.annotation) is Literal else None
+    if (allowed and name not in allowed) or (not field.is_required() and field.default not in (name, *(allowed or ()))):
+        raise PartError(
+            f"{model.__name__} declares name={field.default!r}, but is registered as '{name}'; "
+            f"write name: Literal['{name}'] = '{name}'"
+        )
