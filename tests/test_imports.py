@@ -255,7 +255,7 @@ def test_import_longalign_imports_no_heavy_libraries():
 def test_scripts_import():
     """Benchmarks and recipes are not part of the package, so type checks and other tests do not read them."""
     root = ROOT.parent
-    folders = [root / "benchmarks", root / "recipes" / "mini"]
+    folders = [root / "benchmarks", root / "recipes", root / "recipes" / "mini"]
     names = [file.stem for folder in folders for file in folder.glob("*.py") if file.stem != "__main__"]
     code = f"import sys\nsys.path[:0] = {[str(folder) for folder in folders]}\nimport {', '.join(sorted(names))}"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
