@@ -43,6 +43,8 @@ REFERENCE = {
     "checkpoints": ["checkpoints", "caching"],
     "testing": ["testing"],
 }
+#: the mark of blocks that need downloads, which the site's Markdown does not know
+HUB = re.compile(r"^(```\w+) hub$", re.MULTILINE)
 LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?(?=\))")
 
 
@@ -109,4 +111,4 @@ def on_page_markdown(markdown: str, page, config, files: Files) -> str:
             return match[0]  # which the check of links reports
         return posixpath.relpath(site, posixpath.dirname(here) or ".") + (match[2] or "")
 
-    return LINK.sub(rewrite, markdown)
+    return LINK.sub(rewrite, HUB.sub(r"\1", markdown))
