@@ -55,7 +55,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The site in site/; a broken link or a docstring that does not fit its function is an error.
+# The site in site/; a broken link, a docstring that does not fit its function or a cell of the notebook that fails is an error.
 docs: $(STAMP)
 	$(BIN)/python -m pip install -q $(PIP_ARGS) -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 HF_HUB_OFFLINE=1 $(BIN)/mkdocs build

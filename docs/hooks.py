@@ -1,7 +1,8 @@
 """Hooks of `make docs`: pages made of files outside docs/, a page for each kind of part, and the API reference.
 
-README, CHANGELOG, CONTRIBUTING, the tables of benchmarks and the READMEs of plugins are pages too. Their links are
-written for readers of the repository, and are rewritten here for the site.
+README, CHANGELOG, CONTRIBUTING, the tables of benchmarks, the READMEs of plugins and the notebook are pages too. Their
+links are written for readers of the repository, and are rewritten here for the site. The notebook is run, and its page
+shows the outputs; a cell that fails stops the build.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import posixpath
 import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from mkdocs.structure.files import File, Files
 
@@ -21,6 +24,7 @@ PAGES = {
     "changelog.md": "CHANGELOG.md",
     "contributing.md": "CONTRIBUTING.md",
     "license.md": "LICENSE",
+    "notebook.md": "examples/quickstart.ipynb",
     **{
         path.relative_to(ROOT).as_posix(): path.relative_to(ROOT).as_posix()
         for pattern in ("benchmarks/*.md", "benchmarks/*.svg", "plugins/*/README.md")
@@ -41,6 +45,8 @@ REFERENCE = {
 }
 #: name and first paragraph of a part in docs/config.md
 PART = re.compile(r"^### `(.*)`\n\n(.*)$", re.MULTILINE)
+#: the mark of blocks that need downloads, which the site's Markdown does not know
+HUB = re.compile(r"^(```\w+) hub$", re.MULTILINE)
 LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?(?=\))")
 
 
@@ -49,6 +55,8 @@ def on_files(files: Files, config) -> Files:
         if source == "LICENSE":  # plain text, whose brackets are no links
             text = (ROOT / source).read_text(encoding="utf-8")
             files.append(File.generated(config, page, content=f"# License\n\n```text\n{text}```\n"))
+        elif source.endswith(".ipynb"):
+            files.append(File.generated(config, page, content=run_notebook(ROOT / source)))
         else:
             files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
     for name in REFERENCE:
@@ -80,6 +88,30 @@ def parts(kind: str) -> str:
     )
 
 
+def run_notebook(path: Path) -> str:
+    """Runs a notebook in an empty folder, and returns it as Markdown with the cells' outputs, without stderr."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(path, as_version=4)
+    with TemporaryDirectory() as folder:
+        NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": folder}}).execute()
+    blocks = []
+    for cell in notebook.cells:
+        blocks.append(f"```python\n{cell.source}\n```" if cell.cell_type == "code" else cell.source)
+        blocks += [text for output in cell.get("outputs", ()) if (text := output_block(output))]
+    return "\n\n".join(blocks) + "\n"
+
+
+def output_block(output: Any) -> str:
+    """One output of a cell as Markdown: an image or text; nothing for stderr."""
+    data = output.get("data", {})
+    if "image/png" in data:
+        return f'<img alt="output" src="data:image/png;base64,{data["image/png"].strip()}">'
+    text = output.get("text", "") if output.get("name") == "stdout" else data.get("text/plain", "")
+    return f"```text\n{text.rstrip()}\n```" if text.strip() else ""
+
+
 def reference(name: str) -> str:
     """A page with the docstrings of a group of modules."""
     lines = [f"# {name.replace('_', ' ').capitalize()}", ""]
@@ -105,4 +137,4 @@ def on_page_markdown(markdown: str, page, config, files: Files) -> str:
             return match[0]  # which the check of links reports
         return posixpath.relpath(site, posixpath.dirname(here) or ".") + (match[2] or "")
 
-    return LINK.sub(rewrite, markdown)
+    return LINK.sub(rewrite, HUB.sub(r"\1", markdown))

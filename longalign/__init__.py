@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from longalign.compose import build_from_config as build_from_config
     from longalign.config.changes import diff as diff
     from longalign.config.changes import override as override
+    from longalign.config.describe import describe as describe
     from longalign.config.run import RunConfig as RunConfig
     from longalign.config.run import load_config as load_config
     from longalign.errors import ConfigError as ConfigError
@@ -34,6 +35,7 @@ __all__, _get, __dir__ = lazy_exports(
         "Runtime": "runtime",
         "build_from_config": "compose",
         "condition": "inference.diffusers",
+        "describe": "config.describe",
         "diff": "config.changes",
         "fit": "loop.fit",
         "load_config": "config.run",

@@ -28,12 +28,13 @@ from longalign.config.parsing import parse_value
 from longalign.config.run import RunConfig
 from longalign.registry import REGISTRIES, rewards
 from longalign.runtime import resolve_checkpoint
-from longalign.testing.tiny import tiny_clip, tiny_sd
+from longalign.testing.tiny import tiny_clip, tiny_sd, tiny_sd3, tiny_sdxl
 
 ROOT = Path(__file__).parent.parent
 DOCS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted((ROOT / "docs").glob("*.md"))
 RECIPES = ROOT / "recipes" / "mini"
 WEIGHTS = ROOT / "longalign" / "mini" / "weights"
+NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"
 NEEDED = ("sd/unet/config.json", "clip/config.json", "denscore/config.json")
 
 BLOCK = re.compile(r"^```(\w+)[ ]?(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -138,6 +139,31 @@ def test_quickstart_blocks_run_twice(workdir, capsys):
     for mark, body in blocks(path, "python"):
         for _ in range(2 if mark != "hub" else 0):
             run_python(path, body, names, capsys)
+
+
+@pytest.mark.filterwarnings("ignore::longalign.encoders.base.TruncationWarning")  # which the notebook shows
+def test_notebook_cells_run(workdir):
+    names = {}
+    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
+        body = "".join(cell["source"])
+        assert cell["cell_type"] == "markdown" or not cell["outputs"]
+        if cell["cell_type"] == "code":
+            body = re.sub(r'("(?:loop.steps|num_steps)": )\d+', r"\g<1>2", body)
+            exec(compile(body, f"{NOTEBOOK.name}: {cell['id']}", "exec"), names)
+    assert set(names["images"]) == {"truncated", "segments", "reward"}
+
+
+# raised by diffusers' Euler scheduler with numpy 2
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("write", [tiny_sd, tiny_sdxl, tiny_sd3])
+def test_readme_pipeline_runs(write, tmp_path):
+    """The pipeline of the README, with a tiny checkpoint in place of the published one."""
+    (body,) = [body for mark, body in blocks(ROOT / "README.md", "python") if mark == "hub"]
+    folder = write(tmp_path / "checkpoint")
+    body, count = re.subn(r'from_pretrained\("[^"]+"\)', f"from_pretrained({str(folder)!r})", body)
+    names = {}
+    exec(compile(body, "README.md", "exec"), names)
+    assert count == 1 and names["image"].width > 0
 
 
 def shortened(arguments):

@@ -1,6 +1,7 @@
 """Import rules between modules, checked on the source; and the public names."""
 
 import ast
+import pkgutil
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import longalign
+from longalign.registry import REGISTRIES
 
 ROOT = Path(longalign.__file__).parent
 KINDS = ("backbones", "data", "encoders", "rewards", "gradient_steps", "trainers")
@@ -210,7 +212,7 @@ def test_public_names_exist_and_are_listed():
         _ = longalign.nothing
 
 
-@pytest.mark.parametrize("package", ["backbones", "functional", "gradient_steps", "rewards"])
+@pytest.mark.parametrize("package", ["backbones", "functional", "gradient_steps", "mini", "rewards"])
 def test_packages_export_their_names_lazily(package):
     module = import_module(f"longalign.{package}")
     assert {getattr(module, name).__name__ for name in module.__all__} == set(module.__all__) <= set(dir(module))
@@ -226,6 +228,16 @@ def test_packages_export_their_names_lazily(package):
 def test_lazily_exported_names_exist(package):
     module = import_module(f"longalign.{package}")
     assert module.__all__ and all(hasattr(module, name) for name in module.__all__)
+
+
+@pytest.mark.parametrize("kind", REGISTRIES)
+def test_kind_exports_classes_of_its_parts(kind):
+    module, registry = import_module(f"longalign.{kind}"), REGISTRIES[kind]
+    builtin = [name for name in registry.names() if registry.info(name).owner.startswith("longalign ")]
+    configs = [registry.get(name) for name in builtin]
+    classes = [pkgutil.resolve_name(config.target) for config in configs]
+    missing = [item.__name__ for item in (*configs, *classes) if getattr(module, item.__name__, None) is not item]
+    assert configs and not missing
 
 
 def test_import_longalign_imports_no_heavy_libraries():
@@ -244,7 +256,7 @@ def test_import_longalign_imports_no_heavy_libraries():
 def test_scripts_import():
     """Benchmarks and recipes are not part of the package, so type checks and other tests do not read them."""
     root = ROOT.parent
-    folders = [root / "benchmarks", root / "recipes" / "mini"]
+    folders = [root / "benchmarks", root / "recipes", root / "recipes" / "mini"]
     names = [file.stem for folder in folders for file in folder.glob("*.py") if file.stem != "__main__"]
     code = f"import sys\nsys.path[:0] = {[str(folder) for folder in folders]}\nimport {', '.join(sorted(names))}"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

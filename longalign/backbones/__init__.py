@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from longalign.backbones.config import LoraConfig as LoraConfig
     from longalign.backbones.latent import LatentBackbone as LatentBackbone
     from longalign.backbones.lora import LoraWeights as LoraWeights
+    from longalign.backbones.stable_diffusion.config import SD3Config as SD3Config
+    from longalign.backbones.stable_diffusion.config import SDConfig as SDConfig
+    from longalign.backbones.stable_diffusion.config import SDXLConfig as SDXLConfig
     from longalign.backbones.stable_diffusion.config import StableDiffusionConfig as StableDiffusionConfig
     from longalign.backbones.stable_diffusion.sd import SDBackbone as SDBackbone
     from longalign.backbones.stable_diffusion.sd3 import SD3Backbone as SD3Backbone
@@ -29,8 +32,11 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "LoraConfig": "config",
         "LoraWeights": "lora",
         "SD3Backbone": "stable_diffusion.sd3",
+        "SD3Config": "stable_diffusion.config",
         "SDBackbone": "stable_diffusion.sd",
+        "SDConfig": "stable_diffusion.config",
         "SDXLBackbone": "stable_diffusion.sdxl",
         "StableDiffusionConfig": "stable_diffusion.config",
+        "SDXLConfig": "stable_diffusion.config",
     },
 )

@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from longalign.config.changes import override, parse_assignments
-from longalign.config.describe import describe_schema, describe_topic
+from longalign.config.describe import describe, describe_schema
 from longalign.config.parsing import SOURCE_SUFFIXES
 from longalign.config.run import to_yaml
 from longalign.errors import redact_url
@@ -36,4 +36,4 @@ def run(args: Namespace) -> None:
     elif Path(topic).suffix in SOURCE_SUFFIXES or Path(topic).is_dir():
         print(redact_url(to_yaml(override(topic, parse_assignments(details)))), end="")
     else:
-        print(describe_topic([topic, *details]))
+        print(describe(topic, *details))

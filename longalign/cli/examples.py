@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable
@@ -58,7 +59,10 @@ def _copy(files: Iterable[Path], folder: Path) -> None:
 
 
 def _summary(path: Path) -> str:
-    """Returns the first sentence of a config's leading comment, or the first line of a script or text."""
+    """Returns the first sentence of a config's leading comment, a notebook's title, or another file's first line."""
+    if path.suffix == ".ipynb":
+        title = json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"]
+        return "".join(title).partition("\n")[0].lstrip("# ")
     if path.suffix != ".yaml":
         return path.read_text(encoding="utf-8").strip('"').partition("\n")[0]
     lines = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())

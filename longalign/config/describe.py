@@ -70,14 +70,16 @@ def describe_kind(kind: str) -> str:
     return _table(rows, fill=True)
 
 
-def describe_topic(words: Sequence[str]) -> str:
+def describe(*words: str) -> str:
     """Returns the output of ``longalign describe`` for a kind, a part, ``run`` or a key of a run.
 
-    A kind may precede the name of a part.
+    A kind may precede the name of a part. Without words, the table of all parts.
 
     Raises:
         PartError: if there is no such kind, part or key.
     """
+    if not words:
+        return parts_table()[0]
     topic, details = words[0], words[1:]
     kind = topic if topic in REGISTRIES else f"{topic}s"
     sections = {key: model for key, field in RunConfig.model_fields.items() for model in _models(field.annotation)}

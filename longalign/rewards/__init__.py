@@ -14,15 +14,21 @@ if TYPE_CHECKING:
     from longalign.rewards.base import Reward as Reward
     from longalign.rewards.base import Scores as Scores
     from longalign.rewards.base import check_pairs as check_pairs
+    from longalign.rewards.clip.config import ClipConfig as ClipConfig
+    from longalign.rewards.clip.config import DenscoreConfig as DenscoreConfig
+    from longalign.rewards.clip.config import PickScoreConfig as PickScoreConfig
     from longalign.rewards.clip.reward import ClipReward as ClipReward
     from longalign.rewards.config import RewardConfig as RewardConfig
     from longalign.rewards.config import TowerRewardConfig as TowerRewardConfig
     from longalign.rewards.guard import NonFiniteReward as NonFiniteReward
+    from longalign.rewards.hpsv2.config import Hpsv2Config as Hpsv2Config
     from longalign.rewards.hpsv2.reward import Hpsv2Reward as Hpsv2Reward
     from longalign.rewards.pretrained import check_tokenizer as check_tokenizer
     from longalign.rewards.pretrained import image_statistics as image_statistics
     from longalign.rewards.pretrained import projected_features as projected_features
+    from longalign.rewards.reweighted.config import ReweightedConfig as ReweightedConfig
     from longalign.rewards.reweighted.reward import ReweightedReward as ReweightedReward
+    from longalign.rewards.sum.config import SumConfig as SumConfig
     from longalign.rewards.sum.reward import SumReward as SumReward
     from longalign.rewards.towers import ImageInput as ImageInput
     from longalign.rewards.towers import TowerReward as TowerReward
@@ -31,15 +37,21 @@ if TYPE_CHECKING:
 __all__, __getattr__, __dir__ = lazy_exports(
     __name__,
     {
+        "ClipConfig": "clip.config",
         "ClipReward": "clip.reward",
+        "DenscoreConfig": "clip.config",
         "EmbeddingReward": "base",
+        "Hpsv2Config": "hpsv2.config",
         "Hpsv2Reward": "hpsv2.reward",
         "ImageInput": "towers",
         "NonFiniteReward": "guard",
+        "PickScoreConfig": "clip.config",
         "Reward": "base",
         "RewardConfig": "config",
+        "ReweightedConfig": "reweighted.config",
         "ReweightedReward": "reweighted.reward",
         "Scores": "base",
+        "SumConfig": "sum.config",
         "SumReward": "sum.reward",
         "TowerReward": "towers",
         "TowerRewardConfig": "config",

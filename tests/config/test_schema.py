@@ -7,7 +7,7 @@ import pytest
 from pydantic import Field
 
 from longalign.backbones.config import BackboneConfig
-from longalign.config.describe import describe_part, describe_schema, describe_topic
+from longalign.config.describe import describe, describe_part, describe_schema
 from longalign.config.parsing import read_mapping
 from longalign.config.schema import DIALECT, descriptions, run_schema
 from longalign.registry import REGISTRIES, PartError, Section, backbones
@@ -89,7 +89,7 @@ def test_descriptions_are_those_of_fields_and_base_classes(outer):
     assert descriptions(Inner) == {"rank": "width, as the class says.", "scale": "factor, as the field says."}
     assert descriptions(OuterConfig) == {"plain": "of the `Attributes:`."}
     assert descriptions(DerivedConfig) == {"plain": "of the `Attributes:`.", "bounded": "of the derived class."}
-    assert 'plain: text = "b"\n    of the `Attributes:`.' in describe_topic(["derived"])
+    assert 'plain: text = "b"\n    of the `Attributes:`.' in describe("derived")
 
 
 def resolve(schema, node):
@@ -181,3 +181,8 @@ def test_run_schema_rejects_what_load_config_rejects(config, paths, problems):
 def test_json_schema_is_of_a_run():
     with pytest.raises(PartError, match="longalign describe run, got encoders t5"):
         describe_schema(["encoders", "t5"])
+
+
+def test_describe_without_words_lists_all_kinds():
+    rows = [line for line in describe().splitlines()[1:] if line[:1].strip()]
+    assert {row.split()[0] for row in rows} == set(REGISTRIES)
