@@ -270,7 +270,7 @@ def measure_steps(results: Results, settings: Sequence[Setting], rounds: int = 2
     """Adds one row for each setting. A setting that fails is a row with its error."""
     for setting in settings:
         free()
-        text = {k: v for k, v in vars(setting).items()}
+        text = dict(vars(setting))
         try:
             with peak_memory() as peak:
                 start = time.perf_counter()

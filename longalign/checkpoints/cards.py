@@ -12,7 +12,7 @@ import yaml
 from longalign.checkpoints.checkpoint import Weights
 from longalign.checkpoints.diffusers_files import build_adapters
 from longalign.checkpoints.markdown import block, code, escape_text, table_cell, yaml_block
-from longalign.checkpoints.redaction import public_config, redact_paths
+from longalign.checkpoints.redaction import public_config, redact_path, redacted
 from longalign.config.files import HUB_ID
 from longalign.config.run import RunConfig
 from longalign.evaluation.table import MetricTable
@@ -73,7 +73,7 @@ def model_card(
     """
     assert config.backbone is not None and config.encoder is not None
     # the stored config has all parts; those whose plugins are not installed here are not in `config`
-    public = redact_paths(json.loads(metadata["config"])) if "config" in metadata else public_config(config)
+    public = redacted(json.loads(metadata["config"]), redact_path) if "config" in metadata else public_config(config)
     source = str(getattr(config.backbone, "checkpoint", ""))
     on_hub = _on_hub(source)
     base = source if on_hub or source.startswith("mini/") else str(public["backbone"].get("checkpoint") or "")
