@@ -149,7 +149,8 @@ def test_get_rejects_name_with_two_owners(install):
     assert rewards.get("clip")
 
 
-def test_get_rejects_plugin_for_another_version(install):
+def test_get_rejects_plugin_for_another_version(install, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")  # the table's last column is cut at the terminal's width
     installed = re.escape(f"longalign {version('longalign')} ")
     install("fake-late", rewards_of(blur="fake_late:BlurConfig"), requires=["longalign>=90.1,<91"], fake_late=GOOD)
     with pytest.raises(PartError, match=rf"fake-late 1\.0 .*longalign[<>=,91.]*>=90\.1.*{installed}") as error:
