@@ -77,3 +77,4 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest tests/test_imports.py
+	GPU_SMOKE=1 GPU_LINES=0 GPU_OUTPUT=runs/gpu-smoke PYTHON=$(BIN)/python benchmarks/gpu.sh

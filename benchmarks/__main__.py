@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 
 def main() -> int:
     """Runs the requested benchmarks; returns 1 if any of them failed."""
-    names = sorted(path.stem for path in HERE.glob("*.py") if not path.stem.startswith("_"))
+    names = sorted(path.stem for path in HERE.glob("*.py") if not path.stem.startswith("_") and path.stem != "compare")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(names)}")
     requested = parser.parse_args().names

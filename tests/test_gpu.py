@@ -10,7 +10,7 @@ from torch import nn
 from longalign import fit, load_config, override
 from longalign.checkpoints.checkpoint import load_weights
 from longalign.functional.rollout import replay_backward, rollout
-from longalign.functional.solvers import ddim, trailing_timesteps
+from longalign.functional.solvers import ddim, dpmpp_2m, trailing_timesteps
 from longalign.inference.sampling import sample
 from longalign.registry import backbones, encoders, rewards
 from longalign.runtime import Runtime, examples_folder
@@ -110,14 +110,15 @@ def test_sample_on_device(name, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("detach", [True, False])
-def test_replay_backward_equals_autograd(detach):
+@pytest.mark.parametrize("solver", [ddim, dpmpp_2m])
+def test_replay_backward_equals_autograd(solver, detach):
     """With dropout, whose random numbers come from the device's generator."""
     torch.manual_seed(0)
     convolutions = (nn.Conv2d(4, 16, 3, padding=1), nn.SiLU(), nn.Dropout(0.3), nn.Conv2d(16, 4, 3, padding=1))
     network = nn.Sequential(*convolutions).to(DEVICE, torch.float64)
     levels = backbones.build({"name": "sd", "checkpoint": "mini/sd"}).noise_levels
-    solver, noise = ddim(levels, trailing_timesteps(6), "epsilon"), torch.randn(2, 4, 8, 8).to(DEVICE, torch.float64)
-    chosen = (1, 2, 5)
+    solver, chosen = solver(levels, trailing_timesteps(6), "epsilon"), (1, 2, 5)
+    noise = torch.randn(2, 4, 8, 8).to(DEVICE, torch.float64)
 
     def predict(latents, timesteps):
         return network(latents) * (1 + timesteps.view(-1, 1, 1, 1) / 1000)
@@ -134,12 +135,12 @@ def test_replay_backward_equals_autograd(detach):
 
     network.zero_grad()
     torch.manual_seed(1)
-    latents = noise
+    latents, previous = noise, None
     for index, timestep in enumerate(solver.timesteps):
         with torch.set_grad_enabled(index in chosen):
             inputs = latents.detach() if detach else latents
             output = predict(inputs, torch.full((len(noise),), timestep, device=DEVICE))
-        latents = solver.step(index, latents, output, None)
+        latents, previous = solver.step(index, latents, output, previous)
     loss(latents).backward()
     assert relative_error(replayed, torch.cat([p.grad.flatten() for p in network.parameters()])) < 1e-6
 

@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 SMOKE = os.environ.get("GPU_SMOKE") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PRECISION, DTYPE = ("bf16", torch.bfloat16) if DEVICE == "cuda" else ("no", torch.float32)
 ROUNDS = 1 if SMOKE else 5
 PEAK = 989e12
 """Operations per second of a dense bf16 matrix product."""
@@ -130,7 +131,8 @@ def make_backbone(model: str, device: str = DEVICE) -> Any:
 
     kind = SDXLBackbone if model == SDXL else SDBackbone
     levels = torch.linspace(0.999, 0.005, 1000)
-    return kind(*(network(model, name, device=device, toy=SMOKE) for name in ("UNet", "VAE")), levels, "epsilon")
+    parts = [network(model, name, DTYPE, device, toy=SMOKE) for name in ("UNet", "VAE")]
+    return kind(*parts, levels, "epsilon")
 
 
 def make_encoder(model: str, device: str = DEVICE) -> Any:
@@ -142,7 +144,7 @@ def make_encoder(model: str, device: str = DEVICE) -> Any:
     class Constant(Encoder):
         def encode(self, prompts: Sequence[Any]) -> Conditioning:
             generator = torch.Generator(device).manual_seed(0) if device != "meta" else None
-            states = torch.randn(len(prompts), TOKENS, width, generator=generator, device=device).bfloat16()
+            states = torch.randn(len(prompts), TOKENS, width, generator=generator, device=device).to(DTYPE)
             pooled = None if pooled_width is None else states[:, 0, :pooled_width]
             return Conditioning(states, pooled=pooled)
 
@@ -169,7 +171,7 @@ def make_reward(device: str = DEVICE) -> Any:
     from longalign.rewards.towers import TowerReward
     from longalign.segmenters import Sentence
 
-    towers = ClipTowers(network(SD, DENSCORE, device=device, toy=SMOKE), tokenizer())
+    towers = ClipTowers(network(SD, DENSCORE, DTYPE, device, toy=SMOKE), tokenizer())
     return TowerReward(towers, ImagePreprocessor((224, 224)), segmenter=Sentence(), micro_batch=None, truncate=False)
 
 
@@ -202,7 +204,10 @@ class Step:
         self.setting = setting
         torch.manual_seed(0)
         backbone, encoder = make_backbone(setting.model), make_encoder(setting.model)
-        lora, runtime = LoraConfig(rank=4 if SMOKE else 32, dropout_placement="up"), Runtime(DEVICE, "bfloat16")
+        lora, runtime = (
+            LoraConfig(rank=4 if SMOKE else 32, dropout_placement="up"),
+            Runtime(DEVICE, str(DTYPE).removeprefix("torch.")),
+        )
         parts: dict[str, Any] = {"backbone": backbone, "encoder": encoder}
         if setting.stage == "align":
             self.trainer: Any = AlignTrainer.from_config(AlignConfig(lora=lora), runtime, **parts)
@@ -218,8 +223,8 @@ class Step:
             backbone.use_channels_last()
         if AcceleratorState._shared_state:
             AcceleratorState._reset_state()
-        accelerator = Accelerator(mixed_precision="bf16", cpu=DEVICE == "cpu")
-        loop = LoopConfig(precision="bf16", compile=setting.compile)
+        accelerator = Accelerator(mixed_precision=PRECISION, cpu=DEVICE == "cpu")
+        loop = LoopConfig(precision=PRECISION, compile=setting.compile)
         self.optimization = Optimization(accelerator, self.trainer, loop)
         batch: dict[str, Any] = {"prompt": prompts_of(setting.batch)}
         if setting.stage == "align":
@@ -256,8 +261,8 @@ def operations(model: str, stage: str, steps: int, chosen: int) -> float:
     call = partial(backbone.predict, latents, timesteps, conditioning)
     if stage == "align":
         return count(call, True)
-    clip = network(SD, DENSCORE, device="meta", toy=SMOKE)
-    pixels = torch.empty(1, 3, 224, 224, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    clip = network(SD, DENSCORE, DTYPE, "meta", toy=SMOKE)
+    pixels = torch.empty(1, 3, 224, 224, device="meta", dtype=DTYPE, requires_grad=True)
     rewarded = count(lambda: clip.get_image_features(pixel_values=pixels).pooler_output, True)
     return (
         2 * (steps * count(call, False) + chosen * count(call, True))
@@ -362,7 +367,7 @@ def _unet_calls(results: Results, channels_last: bool) -> None:
     timesteps = torch.full((batch,), 500, device=DEVICE)
 
     def predict(autocast: bool) -> Tensor:
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast and DEVICE == "cuda"):
             return backbone.predict(latents, timesteps, conditioning)
 
     def forward(autocast: bool = False) -> None:
@@ -385,17 +390,9 @@ def _unet_calls(results: Results, channels_last: bool) -> None:
     inject_lora(backbone.denoiser, LoraConfig(rank=4 if SMOKE else 32, dropout=0), "x")
     add("UNet, LoRA, autocast", partial(forward, True))
     add("UNet, LoRA, autocast, forward and backward", partial(both, True))
-    nn.Module.to(backbone.denoiser, torch.bfloat16)
+    nn.Module.to(backbone.denoiser, DTYPE)
     add("UNet, LoRA in bf16", forward)
     add("UNet, LoRA in bf16, forward and backward", both)
-    for module in backbone.denoiser.modules():
-        if type(module).__name__ in ("ResnetBlock2D", "Transformer2DModel"):
-            module.compile(dynamic=False, backend="aot_eager" if SMOKE else "inductor")
-    start = time.perf_counter()
-    if channels_last:
-        forward()
-        results.add(name="seconds to compile the blocks without gradient", seconds=time.perf_counter() - start)
-        add("UNet, LoRA in bf16, blocks compiled", forward)
     add("decoder, forward and backward", lambda: backbone.decode(latents).sum().backward())
 
 
@@ -428,8 +425,8 @@ def encode(results: Results) -> None:
     from longalign.segmenters import Sentence
 
     prompts = mixed(np.random.default_rng(0), 8 if SMOKE else 64)
-    for name in ("CLIP-L text", "OpenCLIP-bigG text"):
-        for dtype in (torch.float32, torch.bfloat16):
+    for name in ("CLIP-L text", "OpenCLIP-bigG text")[: 1 if SMOKE else 2]:
+        for dtype in dict.fromkeys((DTYPE, torch.float32)):
             text_model = network(SD, name, dtype, DEVICE, toy=SMOKE)
             encoder = ClipSegmentEncoder.from_modules(ClipSegmentConfig(), text_model, tokenizer(), Sentence())
             rows = [row for plan in encoder.checked_plans(prompts) for row in plan.rows]
