@@ -2,7 +2,7 @@
 
 Rows are the same if their settings are. Fails, with exit status 1, if a row is more than 15% slower, if its values
 differ (relative error above 1e-3 or cosine similarity below 0.999), or if it has an error that it did not have. Rows of
-one baseline only are listed. With ``--ratios``, seconds are relative to the first row of their part, to compare machines.
+one baseline only are listed. With ``--ratios``, seconds are relative to the first row of their part, for two machines.
 """
 
 from __future__ import annotations

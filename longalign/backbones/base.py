@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from longalign.backbones.config import LoraConfig
+from longalign.backbones.graphs import GraphedCall
 from longalign.backbones.lora import (
     LoraWeights,
     check_same_names,
@@ -51,6 +52,7 @@ class Backbone(nn.Module):
         # Tuples keep nn.Module from registering these as submodules; a wrapper already contains the denoiser.
         self._call: tuple[Callable[..., Any]] = (self.denoiser,)
         self._reference: tuple[nn.Module, ...] = ()
+        self._graphed: GraphedCall | None = None
 
     @property
     def device(self) -> torch.device:
@@ -85,6 +87,10 @@ class Backbone(nn.Module):
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Returns the denoiser's prediction ``(b, c, h, w)`` at ``timesteps`` ``(b,)``, which index `noise_levels`."""
+        call = self._graphed or self._predict
+        return call(latents, timesteps, conditioning)
+
+    def _predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         return self.call(self._call[0], latents, timesteps, conditioning)
 
     def call(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
@@ -92,8 +98,23 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def wrap_denoiser(self, wrapped: Callable[..., Any]) -> None:
-        """Makes `predict` call ``wrapped``, the denoiser wrapped for distributed training."""
-        self._call = (wrapped,)
+        """Makes `predict` call ``wrapped``, the denoiser wrapped for distributed training, without CUDA graphs."""
+        self._call, self._graphed = (wrapped,), None
+
+    def use_cuda_graphs(self) -> None:
+        """Makes `predict` replay calls without gradient as CUDA graphs; see `longalign.backbones.graphs`.
+
+        Must be called last, on a CUDA device: a graph keeps the addresses of the weights.
+
+        Raises:
+            ValueError: if the denoiser is not on a CUDA device.
+        """
+        if self.device.type != "cuda":
+            raise ValueError(
+                f"CUDA graphs need a denoiser on a CUDA device, got one on {self.device.type}; set loop.cuda_graphs to "
+                "false"
+            )
+        self._graphed = GraphedCall(self._predict, lambda: self.denoiser.training)
 
     def enable_gradient_checkpointing(self) -> None:
         """Enables gradient checkpointing: the denoiser's activations are recomputed in the backward pass."""

@@ -14,9 +14,9 @@ from diffusers.models.resnet import ResnetBlock2D
 from peft import LoraConfig as PeftConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.nn.functional import dropout
 
 from longalign.backbones.config import LoraConfig
+from longalign.backbones.lora_layers import fuse_forward
 
 ANCESTORS = (Attention, ResnetBlock2D, GEGLU)
 
@@ -71,14 +71,11 @@ def inject_lora(denoiser: Any, config: LoraConfig, name: str) -> list[nn.Paramet
     denoiser.add_adapter(PeftConfig(**settings), adapter_name=name)
     parameters = []
     for _, layer in lora_layers(denoiser, name):
+        fuse_forward(layer, dropout=config.dropout if after_up else 0.0)
         for projection in (layer.lora_A[name], layer.lora_B[name]):
             projection.weight.data = projection.weight.data.float()
             projection.requires_grad_(True)
             parameters.append(projection.weight)
-        if after_up and config.dropout:
-            layer.lora_B[name].register_forward_hook(
-                lambda module, _, output: dropout(output, config.dropout, module.training)
-            )
     return parameters
 
 

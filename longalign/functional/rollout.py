@@ -54,13 +54,14 @@ class RandomState:
     def replayed(self) -> Iterator[None]:
         """Context manager that sets this random state and restores the previous state on exit."""
         before = RandomState.now(self.device)
-        self._restore()
+        self.restore()
         try:
             yield
         finally:
-            before._restore()
+            before.restore()
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
+        """Sets this random state."""
         torch.set_rng_state(self.cpu)
         if self.accelerator is None:
             return

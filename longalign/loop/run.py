@@ -20,7 +20,7 @@ from longalign.loop.output import claim_output
 from longalign.loop.reporter import Reporter
 from longalign.loop.resume import check_resumable, check_same_inputs, input_fingerprints
 from longalign.loop.saving import save_checkpoint
-from longalign.loop.setup import any_process, make_accelerator, process_runtime, seed_generators
+from longalign.loop.setup import any_process, check_cuda_graphs, make_accelerator, process_runtime, seed_generators
 from longalign.loop.state import find_state, restore_state
 from longalign.loop.stops import explain_errors, explain_non_finite
 from longalign.loop.validation import Validation, read_validation_prompts
@@ -87,6 +87,7 @@ class Run:
         self.config, self.loop, self.output = config, config.loop, Path(config.output)
         validation_prompts = read_validation_prompts(config.validation)
         self.accelerator = make_accelerator(config, runtime.device)
+        check_cuda_graphs(config.loop, self.accelerator)
         self.composition = Composition(config, process_runtime(self.accelerator, runtime))
         self.lock = claim_output(config, self.accelerator, resume)
         try:
@@ -112,6 +113,8 @@ class Run:
         if resumed is not None:
             check_same_inputs(resumed, self.origin)
         self.optimization = Optimization(accelerator, trainer, self.loop)
+        if self.loop.cuda_graphs and self.config.backbone is not None:
+            composition.backbone.use_cuda_graphs()
         # Processes start from the same weights, but sample different noise.
         seed_generators(self.config.seed + accelerator.process_index)
         self.step, means = 0, MetricMeans()

@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 
 from longalign.config.run import RunConfig
+from longalign.config.sections import LoopConfig
 from longalign.loop.fsdp import check_fsdp_config
 from longalign.runtime import Runtime
 
@@ -59,6 +60,15 @@ def make_accelerator(config: RunConfig, device: str) -> Accelerator:
             "to 'no'. To compile only the denoiser, set loop.compile"
         )
     return accelerator
+
+
+def check_cuda_graphs(loop: LoopConfig, accelerator: Accelerator) -> None:
+    """Raises ValueError if ``loop.cuda_graphs`` is set without a CUDA device, or with several processes."""
+    if loop.cuda_graphs and (accelerator.device.type != "cuda" or accelerator.num_processes > 1):
+        raise ValueError(
+            f"loop.cuda_graphs needs one process on a CUDA device, got {accelerator.num_processes} on "
+            f"{accelerator.device.type}; set it to false"
+        )
 
 
 def is_sharded(accelerator: Accelerator) -> bool:

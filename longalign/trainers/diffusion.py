@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -94,7 +95,8 @@ class DiffusionTrainer(Trainer):
             name = f"{type(self.encoder).__module__}.{type(self.encoder).__name__}"
             raise ValueError(f"the encoder {name} must return a Conditioning, not a {type(conditioning).__name__}")
         self.num_truncated += sum(bool(report.truncated) for report in conditioning.reports)
-        return conditioning.to(self.backbone.device)
+        # without the reports: selecting rows of these by an index on a GPU waits for the GPU
+        return replace(conditioning, reports=()).to(self.backbone.device)
 
     def wrap_encoder(self, wrapped: Callable[[Sequence[str]], Conditioning]) -> None:
         """Sets the callable that `encode` uses, e.g. the encoder wrapped for distributed training."""

@@ -329,12 +329,21 @@ def test_config_rejects_unused_keys(clip, tmp_path):
         "validation": {"prompts": ["a"]},
         "cache": {"folder": "x"},
         "init_from": "runs/x",
-        "loop": {"channels_last": True, "compile": True},
+        "loop": {"channels_last": True, "compile": True, "cuda_graphs": True},
         "rewards": ["hpsv2", "clip"],
         "data": "scenes",
     }
     messages = problems(config(clip, tmp_path, **unused))
-    keys = {"validation", "cache", "init_from", "loop.channels_last", "loop.compile", "rewards", "data"}
+    keys = {
+        "validation",
+        "cache",
+        "init_from",
+        "loop.channels_last",
+        "loop.compile",
+        "loop.cuda_graphs",
+        "rewards",
+        "data",
+    }
     assert messages.keys() == keys
     assert re.search("'denscore'.*'pickscore' or 'clip'.*got 'hpsv2', 'clip'", messages["rewards"])
     assert re.search("'denscore'.*'scenes'.*'pairs'", messages["data"])

@@ -6,6 +6,7 @@ from torch import nn
 from worlds import LORA, Squares, ToyEncoder, red
 
 from longalign.backbones.config import LoraConfig
+from longalign.encoders.base import Conditioning, PromptReport
 from longalign.errors import ConfigError
 from longalign.functional.diffusion import add_noise, guide
 from longalign.loop.batches import collate
@@ -340,3 +341,16 @@ def test_training_increases_reward(solver):
         optimizer.step()
         optimizer.zero_grad()
     assert held_out() > before + 0.03
+
+
+def test_sample_reads_no_values_of_tensors():
+    """Meta tensors have no values. On a GPU, reading a value would delay the launches of all further steps."""
+    trainer = build(num_steps=4, guidance=3.0).to("meta")
+
+    def encode(texts):
+        return Conditioning(torch.empty(len(texts), 4, 8, device="meta"), reports=(PromptReport(("a",), (1,)),) * 3)
+
+    trainer.wrap_encoder(encode)
+    conditioning, selected = trainer.encode_with_uncond(["a", "b"]), trainer.gradient_steps.select(4)
+    (sampled,) = trainer.sample(selected, trainer.noise(2), conditioning, slice(0, 2))
+    assert sampled.final.shape == (2, 4, 4, 4) and len(sampled.recorded) == len(selected.steps)

@@ -1,0 +1,86 @@
+"""CUDA graphs of denoiser calls without gradient.
+
+A graph launches all kernels of a call at once. Without it, the CPU launches thousands of kernels in each sampling step,
+and a fast GPU waits for the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longalign.encoders.base import Conditioning
+from longalign.functional.rollout import RandomState
+
+Call = Callable[[Tensor, Tensor, Conditioning], Tensor]
+#: maps a function without arguments to a function that repeats its operations on the same tensors, and their result
+Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
+
+
+def capture_cuda_graph(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """Captures a call as a CUDA graph; returns the function that replays it, and its output."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = call()
+    return graph.replay, output
+
+
+class GraphedCall:
+    """Runs a call without gradient as a graph, one for each set of input shapes.
+
+    The graph reads the weights where they are. Changes in place, as by an optimizer, take effect; weights that are
+    replaced or moved need a new `GraphedCall`. Calls with gradient, and calls that sample random numbers (dropout), run
+    as they are.
+
+    Args:
+        call: the call, e.g. of a denoiser.
+        training: returns whether the network is in training mode, which may change what it computes.
+        capture: makes the graph.
+    """
+
+    def __init__(self, call: Call, training: Callable[[], bool], capture: Capture = capture_cuda_graph):
+        self.call, self.training, self.capture = call, training, capture
+        self._graphs: dict[Any, tuple[list[Tensor], Callable[[], None], Tensor] | None] = {}
+
+    def __call__(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """Returns the output of the call, in a tensor of its own."""
+        if torch.is_grad_enabled():
+            return self.call(latents, timesteps, conditioning)
+        conditioning = replace(conditioning.at(timesteps), reports=())
+        optional = {k: getattr(conditioning, k) for k in ("mask", "pooled") if getattr(conditioning, k) is not None}
+        inputs = [latents, timesteps, conditioning.states, *optional.values()]
+        kind = latents.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        key = (self.training(), autocast, *optional, *((t.shape, t.dtype) for t in inputs))
+        if key not in self._graphs:
+            self._graphs[key] = self._captured(inputs, conditioning, list(optional))
+        graph = self._graphs[key]
+        if graph is None:
+            return self.call(latents, timesteps, conditioning)
+        static, replay, output = graph
+        for target, source in zip(static, inputs, strict=True):
+            target.copy_(source)
+        replay()
+        return output.clone()
+
+    def _captured(
+        self, inputs: list[Tensor], conditioning: Conditioning, optional: list[str]
+    ) -> tuple[list[Tensor], Callable[[], None], Tensor] | None:
+        static = [tensor.clone() for tensor in inputs]
+        fields = dict(zip(optional, static[3:], strict=True))
+        static_conditioning = replace(conditioning, states=static[2], **fields)
+
+        def call() -> Tensor:
+            return self.call(static[0], static[1], static_conditioning)
+
+        before = RandomState.now(inputs[0].device)
+        for _ in range(2):  # compilers and libraries allocate workspaces in the first calls
+            call()
+        if not before.is_current():
+            before.restore()
+            return None
+        return static, *self.capture(call)
