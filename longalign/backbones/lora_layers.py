@@ -35,7 +35,8 @@ def _active_adapter(layer: Any) -> str | None:
 def _cast_for_autocast(x: Tensor) -> Tensor:
     """Casts an input once that the base layer and the LoRA would both cast under autocast."""
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return x.to(torch.get_autocast_dtype(kind)) if enabled else x
 
 
 class FusedLinear(Linear):
