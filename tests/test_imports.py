@@ -20,10 +20,11 @@ KINDS = ("backbones", "data", "encoders", "rewards", "gradient_steps", "trainers
 PART = 4
 LEVELS = {
     0: "lazy runtime errors discovery hub names parts registry segmenters config.files data.lines "
-    "data.images.shards inference.solvers",
+    "data.prompts.formats data.prompts.sets data.images.shards inference.solvers",
     1: "config checkpoints.redaction checkpoints.provenance",  # and the configs of all kinds
     2: "functional image_io atomic mini sharding tokens caching.store caching.fingerprint checkpoints.weights "
-    "evaluation.record evaluation.bootstrap evaluation.formatting evaluation.groups loop.locks encoders.bucketing",
+    "evaluation.record evaluation.bootstrap evaluation.formatting evaluation.groups loop.locks encoders.bucketing "
+    "encoders.counting",
     3: "backbones.base backbones.graphs backbones.lora backbones.lora_layers data.base data.images.base data.stream "
     "image_folder encoders.base rewards.base "
     "rewards.guard gradient_steps.base trainers.base",

@@ -25,6 +25,7 @@ EXAMPLES = """
     longalign generate --checkpoint runs/align --prompt "A red circle at the top. It is large." --output out
     longalign generate --checkpoint runs/align/checkpoint-000500 --prompts prompts.txt --seed 0 1 2 --output out
     longalign generate --config run.yaml --prompts prompts.jsonl --num-steps 50 --solver ddim --output out
+    longalign generate --checkpoint runs/align --prompts dpg-bench:ELLA/dpg_bench/prompts --seed 0 1 2 3 --output out
     longalign generate --pipeline PixArt-alpha/PixArt-XL-2-512x512 --prompts prompts.txt --output out/pixart
 """
 

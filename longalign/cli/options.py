@@ -7,7 +7,7 @@ import re
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
 
-from longalign.data.lines import read_prompts
+from longalign.data.prompts.sets import SETS, read_prompt_set
 from longalign.image_folder import check_seeds
 from longalign.inference.solvers import SOLVERS
 from longalign.segmenters import check_text
@@ -15,6 +15,7 @@ from longalign.segmenters import check_text
 SEEDS = (0,)
 DTYPES = ("float32", "bfloat16", "float16")
 PIPELINE_HELP = "a stock diffusers pipeline, Hub id or folder, run with its own text encoders and settings"
+PROMPTS_HELP = f"prompts, one per line (.txt) or with 'prompt' (.jsonl), or a prompt set: {', '.join(SETS[1:])}"
 REWARD_HELP = "a reward's name, or its config as {name: ..., key: value} or as a .yaml or .json file"
 
 
@@ -36,7 +37,7 @@ def add_rewards(parser: ArgumentParser) -> None:
 def add_prompts(parser: ArgumentParser, about: str, required: bool = True) -> None:
     prompts = parser.add_mutually_exclusive_group(required=required)
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help=about)
-    prompts.add_argument("--prompts", metavar="FILE", help="a .txt file, one per line, or a .jsonl file with 'prompt'")
+    prompts.add_argument("--prompts", metavar="[SET:]PATH", help=PROMPTS_HELP)
 
 
 def add_sampling(parser: ArgumentParser) -> None:
@@ -97,11 +98,9 @@ def prompts_of(args: Namespace) -> list[str]:
     """Returns the prompts of ``--prompt`` or ``--prompts``. Raises ValueError if there are none."""
     if not args.prompt and not args.prompts:
         raise ValueError("no prompts to generate images from; give --prompt or --prompts")
-    texts = args.prompt or ()
-    prompts = [check_text(text, f"--prompt {i}") for i, text in enumerate(texts)] or read_prompts(args.prompts)
-    if not prompts:
-        raise ValueError(f"{args.prompts} contains no prompts; expected at least one")
-    return list(prompts)
+    if args.prompts:
+        return read_prompt_set(args.prompts).texts
+    return [check_text(text, f"--prompt {i}") for i, text in enumerate(args.prompt)]
 
 
 def count(number: int, noun: str) -> str:

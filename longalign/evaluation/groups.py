@@ -6,7 +6,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from longalign.data.prompts.sets import PromptSet
+from longalign.encoders.counting import count_clip_tokens
+
 LENGTH_EDGES = (30, 60, 120, 240)
+TOKEN_EDGES = (77, 154, 300, 500)
+"""One and two windows of CLIP, then the lengths of the long prompt sets."""
 
 
 def length_labels(
@@ -16,6 +21,45 @@ def length_labels(
     count = count or (lambda text: len(text.split()))
     names = [f"{low + 1}-{high}" for low, high in zip((0, *edges[:-1]), edges, strict=True)] + [f"over {edges[-1]}"]
     return [names[int(np.searchsorted(edges, count(prompt)))] for prompt in prompts]
+
+
+def token_labels(prompts: Sequence[str], count: Callable[[str], int] = count_clip_tokens) -> list[str]:
+    """Returns the bucket of each prompt by CLIP tokens: 1-77, 78-154, 155-300, 301-500 or over 500.
+
+    Args:
+        prompts: the prompts.
+        count: counts the tokens of a text with special tokens, e.g. with an encoder's tokenizer.
+    """
+    return length_labels(prompts, TOKEN_EDGES, count)
+
+
+def labels(prompts: PromptSet, name: str, texts: Sequence[str]) -> list[tuple[str, ...]]:
+    """Returns the labels of texts, such as the prompts of images, in a prompt set.
+
+    Args:
+        prompts: the set.
+        name: name of the labels, e.g. ``category``.
+        texts: prompts of the set, in any order; a prompt may occur several times.
+
+    Returns:
+        For each text its labels. A text may have several labels, and belongs to the group of each; it may have none.
+        If the set has a text several times, these are the labels of all its prompts.
+
+    Raises:
+        ValueError: if no prompt has labels of this name, or a text is not in the set.
+    """
+    names = sorted({key for prompt in prompts.prompts for key in prompt.labels})
+    if name not in names:
+        raise ValueError(f"no labels '{name}' in {prompts.name}; available: {', '.join(names) or 'none'}")
+    by_text: dict[str, dict[str, None]] = {}
+    for prompt in prompts.prompts:
+        by_text.setdefault(prompt.text, {}).update(dict.fromkeys(prompt.labels.get(name, ())))
+    if missing := [text for text in texts if text.strip() not in by_text]:
+        raise ValueError(
+            f"{len(missing)} of {len(texts)} texts are not in {prompts.name}, e.g. {missing[0]!r:.80}; give the prompt "
+            "set that the images were generated from"
+        )
+    return [tuple(by_text[text.strip()]) for text in texts]
 
 
 def natural_key(label: str) -> tuple[int, int, str]:

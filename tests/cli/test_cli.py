@@ -471,6 +471,18 @@ def test_generate_passes_prompts_and_settings_to_pipeline(yaml, monkeypatch, tmp
         main(["generate", "--config", yaml, "--prompt", "a", "--output", "x", "--solver", "euler"])
 
 
+def test_generate_reads_prompt_sets(yaml, monkeypatch, tmp_path, capsys):
+    seen = []
+    monkeypatch.setattr(pipeline, "generate", lambda source, prompts, *_, **settings: seen.extend(prompts) or prompts)
+    rows = [{"type": "color", "short_description": "short", "long_description": "long"}]
+    (tmp_path / "color.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for source in (str(tmp_path), f"tiif:{tmp_path / 'color.jsonl'}"):
+        assert main(["generate", "--config", yaml, "--prompts", source, "--output", "x"]) == 0
+    assert seen == ["short", "long"] * 2
+    assert main(["generate", "--config", yaml, "--prompts", f"geneval:{tmp_path}", "--output", "x"]) == 2
+    assert re.search("tag, include, prompt .*type, short_description, long_description", capsys.readouterr().err)
+
+
 def test_generate_suggests_overwrite_before_sampling(yaml, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(pipeline, "generate", lambda *_, **settings: [settings["overwrite"]])
     existing = images(tmp_path / "existing", [0.5], ["a"])

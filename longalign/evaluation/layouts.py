@@ -1,0 +1,191 @@
+"""Copies the images of a folder to where the official scorer of a prompt set reads them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from longalign.atomic import atomic_write
+from longalign.data.lines import inside
+from longalign.data.prompts.formats import Prompt
+from longalign.data.prompts.sets import PromptSet
+from longalign.image_folder import read_images
+from longalign.image_io import decode
+
+log = logging.getLogger(__name__)
+
+#: name of an image that `longalign.image_folder.image_row` describes: number of the prompt, seed
+_IMAGE = re.compile(r"(\d+)-(\d+)\.png")
+_ONEIG_FOLDERS = {
+    "Anime_Stylization": "anime",
+    "Portrait": "human",
+    "General_Object": "object",
+    "Text_Rendering": "text",
+    "Knowledge_Reasoning": "reasoning",
+    "Multilingualism": "multilingualism",
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the scorer of a prompt set reads images.
+
+    Attributes:
+        samples: number of images of each prompt that the scorer reads; None for any number.
+        path: path of an image, given the prompt, its number in the set, the sample's number, and the model's name. All
+            paths contain the model's name, so that models can share a folder.
+        grid: whether the four samples of a prompt are one image of two rows and two columns.
+    """
+
+    samples: int | None
+    path: Callable[[Prompt, int, int, str], str]
+    grid: bool = False
+
+
+LAYOUTS = {
+    "dpg-bench": Layout(4, lambda prompt, number, sample, model: f"{model}/{prompt.id}.png", grid=True),
+    "unigenbench": Layout(
+        4, lambda prompt, number, sample, model: f"{model}_{prompt.labels['length'][0]}/{prompt.pair}_{sample}.png"
+    ),
+    "longbench-t2i": Layout(
+        1, lambda prompt, number, sample, model: f"outputs/{model}/{number}/step0/generated_image_0.jpg"
+    ),
+    "detailmaster": Layout(1, lambda prompt, number, sample, model: f"{model}/{number:05d}.png"),
+    "tiif": Layout(
+        1,
+        lambda prompt, number, sample, model: (
+            f"{prompt.row['type']}/{model}/{prompt.row['length']}_description/{prompt.row['index']}.png"
+        ),
+    ),
+    "geneval": Layout(None, lambda prompt, number, sample, model: f"{model}/{number:05d}/samples/{sample:04d}.png"),
+    "oneig": Layout(
+        4,
+        lambda prompt, number, sample, model: f"{_oneig_folder(prompt)}/{model}/{prompt.id.split('/')[1]}.webp",
+        grid=True,
+    ),
+}
+"""Layouts by name of the prompt set."""
+
+
+def _oneig_folder(prompt: Prompt) -> str:
+    category = prompt.row["category"]
+    if category not in _ONEIG_FOLDERS:
+        raise ValueError(f"the prompt {prompt.id} has the category {category!r}; expected {', '.join(_ONEIG_FOLDERS)}")
+    return _ONEIG_FOLDERS[category]
+
+
+def arrange(images: Path | str, prompts: PromptSet, output: Path | str, model: str) -> list[Path]:
+    """Copies images to where the official scorer of their prompt set reads them.
+
+    A PNG file is copied as it is, with its metadata. The first images of each prompt are used, in the order of the
+    folder, if it contains more than the scorer reads. Prompts without images are skipped. Both cases are logged. Files
+    of an earlier call are replaced, so that an interrupted call can be repeated.
+
+    Args:
+        images: a folder written by ``longalign generate`` with these prompts.
+        prompts: the prompt set.
+        output: folder for the copies.
+        model: name of the model, which is part of all paths.
+
+    Returns:
+        The written images.
+
+    Raises:
+        ValueError: if the set has no layout, the folder was generated from different prompts, or a prompt has fewer
+            images than the scorer reads.
+    """
+    if prompts.name not in LAYOUTS:
+        raise ValueError(f"no layout for the prompt set '{prompts.name}'; available: {', '.join(LAYOUTS)}")
+    if not model or model in (".", "..") or re.search(r"[/\\\\:]", model):
+        raise ValueError(f"expected a model name that can be a folder's name, got {model!r}")
+    layout, output = LAYOUTS[prompts.name], Path(output)
+    by_number = _images_by_number(Path(images), prompts)
+    plan = list(_plan(layout, by_number, prompts, model))
+    if repeated := [name for name, count in Counter(name.lower() for name, _ in plan).items() if count > 1]:
+        raise ValueError(f"{len(repeated)} files would be written twice, e.g. {repeated[0]}; the ids must differ")
+    if missing := len(prompts.prompts) - len(by_number):
+        log.warning("%d of %d prompts have no images", missing, len(prompts.prompts))
+    most = max(map(len, by_number.values()))
+    if layout.samples and most > layout.samples:
+        log.warning("the scorer reads %d of %d images of each prompt: the first", layout.samples, most)
+    targets = [inside(output, name) for name, _ in plan]
+    for target, (_, sources) in zip(targets, plan, strict=True):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _write(target, sources)
+    _write_metadata(output, model, prompts, sorted(by_number))
+    return targets
+
+
+def _images_by_number(folder: Path, prompts: PromptSet) -> dict[int, list[Path]]:
+    """Returns the images of each prompt by its number in the set."""
+    found: dict[int, list[Path]] = {}
+    for path, text, _ in read_images(folder):
+        match = _IMAGE.fullmatch(path.name)
+        number = int(match[1]) if match else -1
+        if not 0 <= number < len(prompts.prompts) or prompts.prompts[number].text != text:
+            raise ValueError(
+                f"{path} was not generated from prompt {number} of {len(prompts.prompts)} in the set; give the prompts "
+                "that the images were generated from"
+            )
+        found.setdefault(number, []).append(path)
+    return found
+
+
+def _plan(
+    layout: Layout, images: dict[int, list[Path]], prompts: PromptSet, model: str
+) -> Iterator[tuple[str, list[Path]]]:
+    """Yields the name of each file and the images it consists of."""
+    for number, paths in sorted(images.items()):
+        prompt, samples = prompts.prompts[number], layout.samples or len(paths)
+        if len(paths) < samples:
+            raise ValueError(
+                f"the scorer of {prompts.name} reads {samples} images of each prompt, but prompt {number} "
+                f"({prompt.id}) has {len(paths)}; generate with --seed {' '.join(map(str, range(samples)))}"
+            )
+        if layout.grid:
+            yield layout.path(prompt, number, 0, model), paths[:samples]
+        else:
+            yield from ((layout.path(prompt, number, i, model), [path]) for i, path in enumerate(paths[:samples]))
+
+
+def _write(target: Path, sources: Sequence[Path]) -> None:
+    with atomic_write(target) as unfinished:
+        if len(sources) == 1 and target.suffix == sources[0].suffix:
+            shutil.copyfile(sources[0], unfinished)
+            return
+        image = decode(sources[0]) if len(sources) == 1 else _grid(sources)
+        if target.suffix == ".jpg":
+            image.save(unfinished, "JPEG", quality=95, subsampling=0)
+        else:
+            image.save(unfinished, target.suffix[1:], lossless=True)  # PNG has no such option and ignores it
+
+
+def _grid(sources: Sequence[Path]) -> Image.Image:
+    """Returns four images in two rows of two."""
+    images = [decode(source) for source in sources]
+    width, height = images[0].size
+    if any(image.size != (width, height) for image in images):
+        raise ValueError(f"the images of one prompt have different sizes: {', '.join(map(str, sources))}")
+    grid = Image.new("RGB", (2 * width, 2 * height))
+    for i, image in enumerate(images):
+        grid.paste(image, (i % 2 * width, i // 2 * height))
+    return grid
+
+
+def _write_metadata(output: Path, model: str, prompts: PromptSet, numbers: Sequence[int]) -> None:
+    """Writes the files that the scorer reads beside the images."""
+    if prompts.name == "geneval":
+        for number in numbers:
+            text = json.dumps(prompts.prompts[number].row, ensure_ascii=False) + "\n"
+            (output / model / f"{number:05d}" / "metadata.jsonl").write_text(text, encoding="utf-8")
+    elif prompts.name == "detailmaster":
+        rows = [{"output_image_name": f"{n:05d}.png", "image_id": prompts.prompts[n].id} for n in numbers]
+        (output / f"{model}.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")

@@ -1,0 +1,27 @@
+"""Describes how the numbers of a table were made, for its record."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Any
+
+from longalign.data.prompts.sets import prompts_hash
+from longalign.evaluation.record import PACKAGES
+
+
+def provenance(prompts: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+    """Returns what a table must share with another one to be compared, for JSON.
+
+    Args:
+        prompts: the prompts, each once, in their order.
+        seeds: the seeds of each prompt.
+
+    Returns:
+        ``prompts`` with ``count`` and ``sha256`` (see `prompts_hash`), ``seeds``, and ``versions`` of the packages.
+    """
+    return {
+        "prompts": {"count": len(prompts), "sha256": prompts_hash(prompts)},
+        "seeds": list(seeds),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+    }
