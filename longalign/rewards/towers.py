@@ -59,7 +59,10 @@ class Towers(nn.Module):
 
         ``which`` is ``"all"``, ``"text"`` or ``"vision"`` for one tower with its projection, or ``"projections"``.
         """
-        raise ValueError(f"{type(self).__name__} cannot be trained; use a reward with a transformers CLIPModel")
+        raise ValueError(
+            f"{type(self).__name__} cannot be trained; use a reward with a transformers CLIPModel: clip, pickscore or "
+            "denscore"
+        )
 
     @property
     def logit_scale(self) -> nn.Parameter:
