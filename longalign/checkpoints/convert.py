@@ -32,7 +32,7 @@ _UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 def convert_longsd(
     source: str | Path, output: str | Path, backbone: str = SD15, t5: str = T5, align_only: bool = False
 ) -> Path:
-    """Converts the published files to a checkpoint for ``generate`` and ``init_from``.
+    """Converts the published LongAlign weights (longSD) to a checkpoint for ``longalign generate`` and ``init_from``.
 
     Also writes ``pytorch_lora_weights.safetensors``, the sum of both LoRAs, for ``load_lora_weights`` of a diffusers
     pipeline.

@@ -91,9 +91,9 @@ class ImageCheck:
 
 
 def check_range(images: Tensor) -> None:
-    """Raises ValueError for finite images with values far outside [0, 1].
+    """Raises ValueError if a value is below -0.1 or above 1.1, unless values are not finite.
 
-    Slightly larger values, as produced by bicubic resizing, are accepted.
+    Values slightly outside [0, 1], as produced by bicubic resizing, are accepted.
     """
     if not images.numel():
         return

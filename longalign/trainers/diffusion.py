@@ -178,7 +178,7 @@ def guided_prediction(
     rows: Tensor,
     scale: float | Tensor,
 ) -> Tensor:
-    """Returns the prediction ``(b, c, h, w)`` with classifier-free guidance, with both branches in one call.
+    """Calls `longalign.functional.predict_guided` with a denoiser and rows of a conditioning; returns ``(b, c, h, w)``.
 
     Args:
         denoise: `Backbone.predict` or `Backbone.predict_reference`.
