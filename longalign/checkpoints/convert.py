@@ -102,7 +102,7 @@ def read_lora_file(path: Path, unet: nn.Module, name: str) -> LoraWeights:
     if len(tensors) != 2 * len(layers):
         raise ValueError(
             f"{path} has {len(tensors)} tensors; expected {2 * len(layers)} for the {len(layers)} LoRA layers of this "
-            "UNet. Is this the right base model?"
+            "UNet; use the base model with which the LoRA was trained"
         )
     rank = tensors[0].shape[1] if tensors[0].dim() > 1 else 0
     state: dict[str, Tensor] = {}

@@ -115,7 +115,7 @@ class Stream:
             if is_empty:
                 cause = f"; {self.unreadable.summary()}" if self.unreadable else ""
                 raise ValueError(
-                    f"part {part} of {num_parts} of the data has no item with a caption{cause}; lower loop.workers, "
+                    f"data loading worker {part} of {num_parts} got no item with a caption{cause}; lower loop.workers, "
                     "or check the captions"
                 )
             epoch += 1

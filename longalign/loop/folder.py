@@ -64,7 +64,12 @@ def publish(unfinished: Path, final: Path, keep: int | None) -> None:
 
 
 def prune(checkpoint: Path, keep: int | None) -> None:
-    """Removes all but the newest ``keep`` checkpoints up to ``checkpoint``. Later ones are kept; None keeps all."""
+    """Removes old checkpoints of a run.
+
+    Args:
+        checkpoint: the last checkpoint to consider; checkpoints of later steps are kept.
+        keep: number of checkpoints to keep, the newest up to ``checkpoint``; None keeps all.
+    """
     if keep is not None:
         candidates = [p for p in checkpoints(checkpoint.parent) if step_of(p) <= step_of(checkpoint)]
         for old in candidates[:-keep]:

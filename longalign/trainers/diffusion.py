@@ -84,7 +84,8 @@ class DiffusionTrainer(Trainer):
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encodes prompts and moves the conditioning to the denoiser's device.
 
-        Only the first truncated prompt causes a warning. The logged ``num_truncated`` counts all truncated prompts.
+        Only the first truncated prompt causes a warning. ``num_truncated`` counts all truncated prompts; it is logged
+        as ``truncated_prompts``.
         """
         with warnings.catch_warnings():
             if self.num_truncated:
