@@ -184,7 +184,9 @@ def write_direction(
         config = config.inner
     reward = registry.rewards.build(config, runtime)
     if not isinstance(reward, EmbeddingReward):
-        raise ValueError(f"'{config.name}' has no text embeddings; use one of its terms, or a different reward")
+        raise ValueError(
+            f"'{config.name}' has no text embeddings; of a sum, use one of its terms, otherwise a different reward"
+        )
     direction = compute_direction(reward, prompts, batch_size, config)
     direction.save(output)
     return direction
