@@ -160,7 +160,7 @@ def run_demo(
 
 
 def held_out_captions(configs: Sequence[RunConfig], count: int) -> list[Caption]:
-    """Captions distributed as the first config's data, of scenes that none of the configs trains on.
+    """Samples captions from the distribution of the first config's data. No config trains on their scenes.
 
     Raises:
         ValueError: if a config's data is not ``scenes``.

@@ -68,6 +68,8 @@ def read_images(folder: Path) -> list[tuple[Path, str, Any]]:
         FileNotFoundError: if the list or an image does not exist.
     """
     out = []
+    if not (folder / INDEX).exists():
+        raise FileNotFoundError(f"no file {folder / INDEX}; expected a folder written by `longalign generate`")
     for where, row in read_jsonl(folder / INDEX):
         if not isinstance(row.get("file_name"), str):
             raise ValueError(f"{where} has no 'file_name'")

@@ -43,13 +43,13 @@ def _resolve_alias(**aliases: Any) -> Any:
 class Model:
     """A model for inference: a backbone, and an encoder with its adapter. All weights are frozen.
 
-    Use `from_pretrained` for a trained model, and `from_config` for an untrained one.
+    Use `from_pretrained` for a trained model, and `from_config` for the base model of a config.
 
     Args:
         config: config of the run.
         backbone: denoiser and autoencoder.
         encoder: prompt encoder.
-        checkpoint: file of the checkpoint; None for an untrained model.
+        checkpoint: file of the checkpoint; None for a model built from a config.
     """
 
     def __init__(self, config: RunConfig, backbone: Backbone, encoder: Encoder, checkpoint: Path | None):
@@ -84,7 +84,7 @@ class Model:
     def from_config(
         cls, config: Mapping[str, Any] | str | Path | RunConfig, *, device: str | None = None, dtype: str | None = None
     ) -> Model:
-        """Builds the untrained model of a config: the base model with the config's encoder.
+        """Builds the base model of a config, with the config's encoder and without training.
 
         With ``init_from``, the model has the weights of that checkpoint.
 
@@ -107,7 +107,7 @@ class Model:
         parts = (("backbone", self.config.backbone), ("encoder", self.config.encoder))
         components = [f"{key}={part and part.name!r}" for key, part in parts]
         denoiser = self.backbone.denoiser
-        name, device = "untrained" if self.checkpoint is None else str(self.checkpoint), self.backbone.device
+        name, device = "no checkpoint" if self.checkpoint is None else str(self.checkpoint), self.backbone.device
         return f"Model({name!r}, {', '.join(components)}, {denoiser.dtype}, device='{device}')"
 
     def __call__(
@@ -203,11 +203,11 @@ class Model:
         """Exports for `from_pretrained` and diffusers with a model card; see `longalign.checkpoints.publish.export`.
 
         Raises:
-            ValueError: if the model is untrained.
+            ValueError: if the model was built from a config.
         """
         if self.checkpoint is None:
             raise ValueError(
-                "an untrained model has no checkpoint to save; load a trained model with Model.from_pretrained"
+                "a model built from a config has no checkpoint to save; load a trained one with Model.from_pretrained"
             )
         return publish.export(self.checkpoint, folder, metrics, license)
 

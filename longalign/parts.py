@@ -1,4 +1,4 @@
-"""Config classes of parts: their base classes, and what a registry checks of them.
+"""Base classes of the configs of parts, and the checks of config classes by registries.
 
 Import these names from `longalign.registry`, which guards against unreadable distributions first.
 """

@@ -81,7 +81,7 @@ class Registry:
 
     Args:
         kind: plural name of the kind, e.g. ``"encoders"``; entry points are read from ``longalign_<kind>``.
-        config: base class of the kind's configs, as ``module:class``; it declares what a run needs to know of a part.
+        config: base class of the kind's configs, as ``module:class``; declares what a run needs to know about a part.
         bases: accepted base classes of built parts, as ``module:class``; empty to accept any object.
         function: argument names of plain functions that are accepted as parts; empty to accept no functions.
     """

@@ -21,11 +21,12 @@ import pytest
 import yaml
 
 from longalign import load_config, override
-from longalign.cli.main import main, parse
+from longalign.cli.main import COMMANDS, main, parse
 from longalign.config.changes import parse_assignments
 from longalign.config.describe import describe_model, describe_part
 from longalign.config.parsing import parse_value
 from longalign.config.run import RunConfig
+from longalign.loop.resume import RESUMABLE_KEYS
 from longalign.registry import REGISTRIES, rewards
 from longalign.runtime import resolve_checkpoint
 from longalign.testing.tiny import tiny_clip, tiny_sd, tiny_sd3, tiny_sdxl
@@ -189,6 +190,11 @@ def test_commands_parse(path, monkeypatch, capsys):
             check_command(words)
 
 
+@pytest.mark.parametrize("path", [p for p in DOCS if p.name != "CHANGELOG.md"], ids=lambda path: path.stem)
+def test_inline_commands_exist(path):
+    assert {*re.findall(r"`longalign ([a-z][\w-]*)", prose(path))} <= {*COMMANDS}
+
+
 def commands(body):
     """The words of each command of a block."""
     lines = body.replace("\\\n", " ").splitlines()
@@ -298,6 +304,11 @@ def test_readme_lists_every_part():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     missing = [f"{kind}: {name}" for kind, name in builtin_parts() if f"`{name}`" not in text]
     assert not missing
+
+
+def test_config_page_lists_resumable_keys():
+    section = re.search(r"^## Resuming$(.*?)^#", (ROOT / "docs" / "config.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert section and {*RESUMABLE_KEYS} <= {*re.findall(r"`([\w.]+)`", section[1])}
 
 
 def test_license_file_matches_pyproject():

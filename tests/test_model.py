@@ -94,9 +94,9 @@ def test_load_model_float16_does_not_warn(model, tmp_path, capfd):
 
 def test_from_config_builds_untrained_model(model, tmp_path):
     untrained = Model.from_config(model.config, device="cpu")
-    assert images_equal(untrained("A fox.", **FAST), model("A fox.", **FAST)) and "untrained" in repr(untrained)
+    assert images_equal(untrained("A fox.", **FAST), model("A fox.", **FAST)) and "no checkpoint" in repr(untrained)
     assert not any(p.requires_grad for part in (untrained.backbone, untrained.encoder) for p in part.parameters())
-    with pytest.raises(ValueError, match=r"untrained.*from_pretrained"):
+    with pytest.raises(ValueError, match=r"config.*from_pretrained"):
         untrained.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"init_from: no checkpoint in nowhere"):
         Model.from_config({**to_dict(model.config), "init_from": "nowhere"})

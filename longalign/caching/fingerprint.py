@@ -21,8 +21,8 @@ def fingerprints(config: Any, folders: Sequence[str], ask_hub: bool = True) -> d
     Args:
         config: a dumped config.
         folders: name prefixes of the relevant subfolders of a diffusers checkpoint, e.g. ``["text_encoder",
-            "tokenizer"]``, which includes ``text_encoder_2``. A checkpoint without any of them counts with its
-            top-level files.
+            "tokenizer"]``, which includes ``text_encoder_2``. Of a checkpoint without any of them, the top-level files
+            are used.
         ask_hub: whether to query the Hub for the commit, see `fingerprint`.
     """
     return {

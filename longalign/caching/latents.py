@@ -29,7 +29,7 @@ def has_latents(config: RunConfig) -> bool:
 
 
 def latent_store(config: RunConfig, runtime: Runtime, **options: Any) -> Store:
-    """Returns the store of latents, with the settings that they depend on. ``options`` are passed to `Store`."""
+    """Opens the store of latents, identified by the settings that determine them; passes ``options`` to `Store`."""
     assert config.cache is not None and config.data is not None and config.backbone is not None
     # The key `dtype` applies to the denoiser only, not to the autoencoder.
     backbone = config.backbone.model_dump(mode="json", exclude={"dtype"})
@@ -84,7 +84,7 @@ def make_latents(
         write_items(store.folder, keys, stamps)
     wait(runtime)
     if all(key == UNREADABLE for key in keys):
-        raise ValueError("no image of the data can be read")
+        raise ValueError("none of the images in the data can be read; check that its files exist and are images")
     total = len(store.reopened())
     return total, total - num_before
 

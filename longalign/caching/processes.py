@@ -10,7 +10,7 @@ from longalign.runtime import Runtime
 
 
 def writer_options(runtime: Runtime, shard_bytes: int) -> dict[str, Any]:
-    """Returns the options of a store that all processes write to."""
+    """Returns keyword arguments for a `longalign.caching.store.Store` that all processes write to."""
     return {"writable": True, "rank": runtime.rank, "processes": runtime.world_size, "shard_bytes": shard_bytes}
 
 

@@ -40,7 +40,7 @@ def named_leaves(config: RunConfig) -> Iterator[tuple[str, EncoderConfig]]:
 
 
 def prompt_store(config: RunConfig, name: str, leaf: EncoderConfig, runtime: Runtime, **options: Any) -> Store:
-    """Returns the store of one encoder's states, with the settings that they depend on.
+    """Opens the store of one encoder's states, identified by the settings that determine them.
 
     ``options`` are passed to `Store`.
     """

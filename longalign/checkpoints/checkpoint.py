@@ -64,8 +64,8 @@ def save(folder: Path, config: RunConfig, backbone: Backbone | None, encoder: En
     Args:
         folder: folder of the checkpoint, e.g. ``runs/x/checkpoint-000100``.
         config: config of the run.
-        backbone: saves its LoRAs, or all weights under full fine-tuning; None if the run has none.
-        encoder: saves its adapter; None if the run has none.
+        backbone: its LoRAs are saved, or all weights after full fine-tuning; None if the run has no backbone.
+        encoder: its adapter is saved, if it has one; None if the run has no encoder.
         step: number of completed optimizer steps.
     """
     return write(folder, config, collect(backbone, encoder), step)
@@ -104,15 +104,15 @@ def write(folder: Path, config: RunConfig, weights: Weights, step: int) -> Path:
 
 
 def load_weights(checkpoint: str | Path) -> Weights:
-    """Reads the weights of a checkpoint.
+    """Reads the weights of a checkpoint: LoRAs, fully fine-tuned denoiser and encoder adapter, on the CPU.
 
     Args:
         checkpoint: the checkpoint's file or folder, or a run's folder (the newest checkpoint).
 
     Raises:
         FileNotFoundError: if the checkpoint does not exist.
-        ValueError: if the file is damaged, has a different format, holds no backbone's weights, has tensors that are
-            not listed in its metadata, or values that are not finite floats.
+        ValueError: if the file is damaged or has a different format, or its run has no backbone. Also if tensors are
+            not listed in its metadata, or are not finite floats.
     """
     path = checkpoint_file(Path(checkpoint))
     metadata = read_metadata(path)

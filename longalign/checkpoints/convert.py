@@ -32,7 +32,7 @@ _UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 def convert_longsd(
     source: str | Path, output: str | Path, backbone: str = SD15, t5: str = T5, align_only: bool = False
 ) -> Path:
-    """Converts the published files to a checkpoint for ``generate`` and ``init_from``.
+    """Converts the published LongAlign weights (longSD) to a checkpoint for ``longalign generate`` and ``init_from``.
 
     Also writes ``pytorch_lora_weights.safetensors``, the sum of both LoRAs, for ``load_lora_weights`` of a diffusers
     pipeline.
@@ -102,7 +102,7 @@ def read_lora_file(path: Path, unet: nn.Module, name: str) -> LoraWeights:
     if len(tensors) != 2 * len(layers):
         raise ValueError(
             f"{path} has {len(tensors)} tensors; expected {2 * len(layers)} for the {len(layers)} LoRA layers of this "
-            "UNet. Is this the right base model?"
+            "UNet; use the base model with which the LoRA was trained"
         )
     rank = tensors[0].shape[1] if tensors[0].dim() > 1 else 0
     state: dict[str, Tensor] = {}

@@ -141,11 +141,11 @@ def _copy_checkpoint(source: Path, output: Path) -> Path:
 
 
 def read_table(path: Path, config: RunConfig | None = None) -> MetricTable:
-    """Reads the metrics in a JSON file.
+    """Reads a metric table from the output of ``longalign eval --json``.
 
     Args:
         path: path of the file.
-        config: config of a run. If the table holds the configs of all its models, one of them must match.
+        config: config of a run. If the file contains the config of every model, one of them must equal this config.
 
     Raises:
         ValueError: if the file is not a metric table, or none of its models matches ``config``.

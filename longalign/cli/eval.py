@@ -141,7 +141,7 @@ def _check_options(args: Namespace, models: Sequence[_Model]) -> None:
     check_pipeline_options(args, *(model.option for model in models))
     for key in ("json", "markdown"):
         if (file := getattr(args, key)) and not Path(file).absolute().parent.is_dir():
-            raise FileNotFoundError(f"no folder for --{key} {file}")
+            raise FileNotFoundError(f"the folder of --{key} {file} does not exist; create it")
 
 
 def _shared_pairs(

@@ -34,7 +34,7 @@ def add_options(parser: ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     about = "a checkpoint, a run's folder for its newest checkpoint, or OWNER/NAME"
     source.add_argument("--checkpoint", metavar="DIR", help=about)
-    about = "a .yaml or .json config; sample from its untrained model"
+    about = "a .yaml or .json config; sample from its base model, without training"
     source.add_argument("--config", metavar="FILE", help=about)
     source.add_argument("--pipeline", metavar="NAME", help=PIPELINE_HELP)
     add_prompts(parser, "a prompt; may be repeated")
@@ -83,7 +83,8 @@ def generate_images(
         return baselines.generate(source, prompts, output, runtime=runtime, **settings)
     model = find_checkpoint(source).parent if option == "checkpoint" else load_config(source)
     if isinstance(model, RunConfig):
-        check_files(model, training=False, sizes={"--size": width, "--size (height)": height})
+        sizes = {"--size": width} if width == height else {"--size (width)": width, "--size (height)": height}
+        check_files(model, training=False, sizes=sizes)
     from longalign.inference import sampling
 
     return sampling.generate(model, prompts, output, dtype=args.dtype, device=args.device, **settings)

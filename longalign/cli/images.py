@@ -24,7 +24,7 @@ def images_and_prompts(arguments: Sequence[str]) -> tuple[list[Path], list[str] 
             )
     for path in paths:
         if not path.is_file():
-            raise FileNotFoundError(f"no image {path}")
+            raise FileNotFoundError(f"no image {path}; expected image files, or one folder of images")
     return paths, None
 
 

@@ -17,7 +17,7 @@ from longalign.cli.parser import Parser, wait_for_first_process
 COMMANDS = {
     "train": "train from a config: build its parts, train, write checkpoints",
     "cache": "precompute latents and text states for training",
-    "generate": "generate images from prompts with a checkpoint, an untrained config or a stock diffusers pipeline",
+    "generate": "generate images from prompts with a checkpoint, a config's base model or a stock diffusers pipeline",
     "arrange": "copy generated images to where the official scorer of a prompt set reads them",
     "score": "score images against their prompts with rewards, optionally generating them first",
     "eval": "compare models on the same prompts and seeds, with 95% confidence intervals",

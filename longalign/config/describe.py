@@ -73,7 +73,7 @@ def describe_kind(kind: str) -> str:
 def describe(*words: str) -> str:
     """Returns the output of ``longalign describe`` for a kind, a part, ``run`` or a key of a run.
 
-    A kind may precede the name of a part. Without words, the table of all parts.
+    A kind may precede the name of a part. Without arguments, returns the table of all parts.
 
     Raises:
         PartError: if there is no such kind, part or key.

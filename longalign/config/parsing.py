@@ -116,7 +116,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         with path.open(encoding="utf-8") as file:
             text = file.read(MAX_CHARACTERS + 1)
     except UnicodeDecodeError as error:
-        raise ConfigError([("", f"{path} is not UTF-8 text: {error}")]) from error
+        raise ConfigError([("", f"{path} is not UTF-8 text: {error}; save the file as UTF-8")]) from error
     if len(text) > MAX_CHARACTERS:
         message = f"{path} has more than {MAX_CHARACTERS} characters; move long lists of prompts to their own file"
         raise ConfigError([("", message)])

@@ -51,7 +51,7 @@ class RunConfig(Section):
     """folder for checkpoints, logs and validation images."""
     init_from: Text | None = None
     """a checkpoint to start from: a file, a folder, a run's folder (its newest checkpoint), or ``owner/name`` on the
-    Hub; a new LoRA is trained on top of its frozen LoRA.
+    Hub. A new LoRA is trained on top of its LoRA, which is merged and frozen.
     """
 
     @model_validator(mode="before")

@@ -80,7 +80,7 @@ def model_schema(model: type[BaseModel]) -> JsonSchemaValue:
 
 
 def run_schema() -> JsonSchemaValue:
-    """Returns the schema of a run for editors. Each part is any installed part of its kind; broken plugins are omitted.
+    """Returns the JSON schema of a run for editors, with the keys of all installed parts; omits broken plugins.
 
     The schema has no checks between keys, so it accepts more than `longalign.load_config`.
     """

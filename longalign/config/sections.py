@@ -41,8 +41,8 @@ class LoopConfig(Section):
     precision: Literal["no", "bf16", "fp16"] = "no"
     """mixed precision: "no", "bf16" or "fp16"; frozen modules are kept in this dtype (float32 for "no")."""
     gradient_checkpointing: bool = False
-    """recompute activations in the backward pass to save memory: those of the denoiser, of the autoencoder if rewards
-    score decoded images, or of a trained reward.
+    """recompute activations in the backward pass to save memory. This covers the denoiser, the autoencoder if rewards
+    score decoded images, and a trained reward.
     """
     channels_last: bool = False
     """use the channels-last memory format for denoiser and autoencoder; only for backbones with a UNet."""

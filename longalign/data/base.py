@@ -40,7 +40,10 @@ class Data(Dataset[dict[str, Any]]):
         return key_of(self[index]["image"].contiguous().numpy().tobytes())
 
     def image_stamp(self, index: int) -> int:
-        """Returns a hash of the content's size and mtime, to detect changes; 0 if the config determines it."""
+        """Returns a number that changes when the image may have changed, e.g. a hash of its file's size and mtime.
+
+        0 means that the config alone determines the image.
+        """
         return 0
 
 

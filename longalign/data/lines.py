@@ -16,8 +16,8 @@ from longalign.segmenters import check_text
 def inside(folder: Path | str, name: str, where: str = "") -> Path:
     """Returns the path of the file ``name`` in a folder.
 
-    File names in data are untrusted, so ``..`` and absolute paths must not lead out of the folder. Links are followed:
-    the owner of the folder made them, and the Hub cache consists of links.
+    File names in data are untrusted, so ``..`` and absolute paths must not lead out of the folder. Symbolic links are
+    followed: they were created by the owner of the folder, and the Hub cache consists of them.
 
     Args:
         folder: the folder.

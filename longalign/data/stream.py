@@ -70,13 +70,13 @@ class Stream:
 
         Args:
             seed: shuffling seed.
-            part: index of the part to read, of ``num_parts`` disjoint parts.
-            num_parts: number of parts.
+            part: index of the reader, a data loading worker of a process. Readers get disjoint records.
+            num_parts: number of readers in all processes.
             skip: number of items to skip at the start, without decoding them.
             images: whether items have images.
 
         Raises:
-            ValueError: if too many images cannot be read, or the part has no items.
+            ValueError: if too many images cannot be read, or there are no items for this reader.
         """
         # The next readable image also fills the slots of unreadable ones: `skip` then counts records undecoded.
         slots = 0
@@ -115,7 +115,7 @@ class Stream:
             if is_empty:
                 cause = f"; {self.unreadable.summary()}" if self.unreadable else ""
                 raise ValueError(
-                    f"part {part} of {num_parts} of the data has no item with a caption{cause}; lower loop.workers, "
+                    f"data loading worker {part} of {num_parts} got no item with a caption{cause}; lower loop.workers, "
                     "or check the captions"
                 )
             epoch += 1

@@ -82,7 +82,12 @@ class TruncationWarning(UserWarning):
 
 
 def report_passes(passes: Sequence[Tokenized], max_tokens: int) -> PromptReport:
-    """Returns the report of one prompt whose passes encode at most ``max_tokens`` tokens each."""
+    """Returns the report of a prompt that is encoded in one or more passes.
+
+    Args:
+        passes: text and tokens of each pass.
+        max_tokens: number of tokens encoded in a pass; the rest of its text is reported as truncated.
+    """
     parts = [(*text.split_at(max_tokens), min(len(text), max_tokens)) for text in passes]
     return PromptReport(
         tuple(encoded for encoded, _, count in parts if count),

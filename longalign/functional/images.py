@@ -75,7 +75,7 @@ def check_images(images: Tensor) -> None:
 
 
 class ImageCheck:
-    """Raises ValueError for images of a wrong shape, integers, or values far outside [0, 1].
+    """Raises ValueError for images of a wrong shape or integer dtype, or with values that `check_range` rejects.
 
     On a GPU, only the values of the first batch are checked, because the check synchronizes with the GPU.
     """
@@ -91,9 +91,10 @@ class ImageCheck:
 
 
 def check_range(images: Tensor) -> None:
-    """Raises ValueError for finite images with values far outside [0, 1].
+    """Raises ValueError if a value is below -0.1 or above 1.1.
 
-    Slightly larger values, as produced by bicubic resizing, are accepted.
+    Values slightly outside [0, 1], as produced by bicubic resizing, are accepted. Images with NaN or infinite values
+    are not checked.
     """
     if not images.numel():
         return

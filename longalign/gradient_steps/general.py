@@ -80,7 +80,7 @@ class GroupedRandom:
 
     @classmethod
     def from_config(cls, config: GroupedRandomConfig, runtime: Runtime) -> GroupedRandom:
-        """All processes sample the same steps."""
+        """Builds the part so that all processes sample the same steps."""
         return cls(config.groups, detach=config.detach, randint=synced_randint(runtime))
 
     def select(self, num_steps: int) -> GradientSteps:
@@ -119,7 +119,7 @@ class Last:
 
     @classmethod
     def from_config(cls, config: LastConfig, runtime: Runtime) -> Last:
-        """Takes the settings of the config."""
+        """Builds the part with the settings of the config."""
         return cls(config.k, detach=config.detach, randint=synced_randint(runtime))
 
     def select(self, num_steps: int) -> GradientSteps:
@@ -142,7 +142,7 @@ class All:
 
     @classmethod
     def from_config(cls, config: AllConfig, runtime: Runtime) -> All:
-        """Takes the settings of the config."""
+        """Builds the part with the settings of the config."""
         return cls(detach=config.detach)
 
     def select(self, num_steps: int) -> GradientSteps:

@@ -35,7 +35,7 @@ class DRTune(GroupedRandom):
 
     @classmethod
     def from_config(cls, config: DRTuneConfig, runtime: Runtime) -> DRTune:  # type: ignore[override]
-        """All processes sample the same steps."""
+        """Builds the part so that all processes sample the same steps."""
         return cls(config.groups, detach=True, early_stop=config.early_stop, randint=synced_randint(runtime))
 
 
@@ -63,7 +63,7 @@ class DraftK(Last):
 
     @classmethod
     def from_config(cls, config: DraftKConfig, runtime: Runtime) -> DraftK:  # type: ignore[override]
-        """Takes the settings of the config."""
+        """Builds the part with the settings of the config."""
         return cls(config.k, detach=False, randint=synced_randint(runtime))
 
 
@@ -86,7 +86,7 @@ class DraftLV(Last):
 
     @classmethod
     def from_config(cls, config: DraftLVConfig, runtime: Runtime) -> DraftLV:  # type: ignore[override]
-        """Takes the settings of the config."""
+        """Builds the part with the settings of the config."""
         return cls(1, detach=True, copies=config.copies, randint=synced_randint(runtime))
 
 
@@ -121,7 +121,7 @@ class AlignProp(Last):
 
     @classmethod
     def from_config(cls, config: AlignPropConfig, runtime: Runtime) -> AlignProp:  # type: ignore[override]
-        """All processes sample the same number of steps."""
+        """Builds the part so that all processes sample the same number of steps."""
         return cls(config.max_steps, min_steps=config.min_steps, detach=False, randint=synced_randint(runtime))
 
 
@@ -146,5 +146,5 @@ class ReFL(Last):
 
     @classmethod
     def from_config(cls, config: ReFLConfig, runtime: Runtime) -> ReFL:  # type: ignore[override]
-        """All processes stop at the same step."""
+        """Builds the part so that all processes stop at the same step."""
         return cls(1, detach=True, early_stop=config.early_stop, randint=synced_randint(runtime))

@@ -54,9 +54,9 @@ def call_kwargs(pipe: Any, **settings: Any) -> dict[str, Any]:
 
 
 def caption_cleaning_kwargs(pipe: Any) -> dict[str, bool]:
-    """Returns ``clean_caption=False``, with a warning, if a pipeline cleans captions with uninstalled libraries.
+    """Returns ``clean_caption=False``, with a warning, if the libraries for a pipeline's caption cleaning are missing.
 
-    diffusers would also skip the cleaning, but warn in every call.
+    Otherwise returns no arguments. diffusers would also skip the cleaning, but warn in every call.
     """
     parameter = inspect.signature(pipe.__call__).parameters.get("clean_caption")
     missing = [name for module, name in CLEANERS.items() if find_spec(module) is None]

@@ -127,7 +127,7 @@ def _sample_batch(
 
 
 def load_model(source: Any, dtype: str | None = None, device: str | None = None) -> tuple[Any, Backbone, Encoder]:
-    """Loads a checkpoint folder, or builds the untrained model of a config; frozen and in eval mode.
+    """Loads a checkpoint folder, or builds the base model of a config without training; frozen and in eval mode.
 
     Args:
         source: a checkpoint folder, or a config: mapping, file or `RunConfig`.

@@ -32,8 +32,8 @@ def fit(
 
     Raises:
         ConfigError: if the config or its files are invalid; lists all problems, each with its path.
-        ValueError: if the data does not fit the trainer, another process trains into the folder, the folder contains a
-            run, or the checkpoint belongs to a different run.
+        ValueError: if the data does not fit the trainer, a different process is writing to the folder, the folder
+            contains a run, or the checkpoint belongs to a different run.
         RunError: if the run had to stop: out of memory, or a non-finite loss or gradient.
         NonFiniteReward: if a score is not finite. Its image and prompt are saved in ``output/non-finite``.
     """

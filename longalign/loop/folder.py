@@ -48,8 +48,8 @@ def new_checkpoint(output: Path, step: int) -> Iterator[tuple[Path, Path]]:
 def publish(unfinished: Path, final: Path, keep: int | None) -> None:
     """Renames a complete checkpoint to its final name and removes old ones with `prune`.
 
-    Checkpoints are renamed before their files are deleted. So the newest checkpoint is complete at any time, in some
-    cases after `recover`.
+    A checkpoint's files are deleted only after it has been renamed. If the process is killed, the newest checkpoint is
+    therefore complete, in some cases only after `recover`.
     """
     for path in (*unfinished.rglob("*"), unfinished):
         sync(path)
@@ -64,7 +64,12 @@ def publish(unfinished: Path, final: Path, keep: int | None) -> None:
 
 
 def prune(checkpoint: Path, keep: int | None) -> None:
-    """Removes all but the newest ``keep`` checkpoints up to ``checkpoint``. Later ones are kept; None keeps all."""
+    """Removes old checkpoints of a run.
+
+    Args:
+        checkpoint: the last checkpoint to consider; checkpoints of later steps are kept.
+        keep: number of checkpoints to keep, the newest up to ``checkpoint``; None keeps all.
+    """
     if keep is not None:
         candidates = [p for p in checkpoints(checkpoint.parent) if step_of(p) <= step_of(checkpoint)]
         for old in candidates[:-keep]:

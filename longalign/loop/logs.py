@@ -55,7 +55,8 @@ class Log:
     """Writes a run's metrics to ``log.jsonl`` and shows a progress bar.
 
     Args:
-        output: the run's folder. Lines of ``log.jsonl`` after ``step``, from before an interruption, are removed.
+        output: the run's folder. Lines of ``log.jsonl`` for steps after ``step`` are removed; they are left over from
+            before an interruption.
         step: number of completed steps.
         steps: total number of steps.
         enabled: whether this process writes and shows the bar.
@@ -84,7 +85,7 @@ class Log:
                 unfinished.write_bytes(truncated)
 
     def advance(self) -> None:
-        """Advances the bar by one step."""
+        """Advances the progress bar by one step."""
         self.bar.update()
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -103,7 +104,7 @@ class Log:
         self.bar.set_postfix(shown, refresh=False)
 
     def close(self) -> None:
-        """Closes the bar."""
+        """Closes the progress bar."""
         self.bar.close()
 
 

@@ -17,7 +17,7 @@ def claim_output(config: RunConfig, accelerator: Accelerator, resume: Path | Non
     """Locks and checks the output folder. The first process does this for all processes, and holds the lock.
 
     Raises:
-        ValueError: if another process trains into the folder, or it contains a different run.
+        ValueError: if a different process is writing to the folder, or it contains a different run.
         OSError: if the folder cannot be used.
     """
     output, lock = Path(config.output), None

@@ -123,7 +123,9 @@ def load_state(checkpoint: Path) -> ResumeState:
     shared = load_pickle(folder / "shared.pt", checked=True)
     if not isinstance(shared, dict) or not shared.keys() >= SHARED_KEYS:
         expected = ", ".join(sorted(SHARED_KEYS))
-        raise ValueError(f"{folder / 'shared.pt'} is not the state of a run; expected the keys {expected}")
+        raise ValueError(
+            f"{folder / 'shared.pt'} is not the state of a run; expected the keys {expected}. Copy the checkpoint again"
+        )
     by_process = []
     for rank in range(int(shared["processes"])):
         file = folder / f"process-{rank}.pt"
@@ -135,7 +137,9 @@ def load_state(checkpoint: Path) -> ResumeState:
         state = load_pickle(file, checked=True)
         if not isinstance(state, dict) or not state.keys() >= PROCESS_KEYS:
             expected = ", ".join(sorted(PROCESS_KEYS))
-            raise ValueError(f"{file} is not the state of a process; expected the keys {expected}")
+            raise ValueError(
+                f"{file} is not the state of a process; expected the keys {expected}. Copy the checkpoint again"
+            )
         by_process.append(state)
     with reading(path):
         saved_versions = json.loads(read_metadata(path).get("versions", "{}"))

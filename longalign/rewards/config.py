@@ -36,10 +36,10 @@ class TowerRewardConfig(RewardConfig):
     embeds: ClassVar[bool] = True
 
     text: TextMode = "auto"
-    """how prompts are encoded. ``"auto"`` encodes the whole prompt if it fits the text tower's window, otherwise the
-    mean of the unit embeddings of as few windows of whole sentences as possible. ``"whole"`` encodes one window,
-    truncated with a warning, as for published scores. ``"segments"`` uses the mean of the unit embeddings of all
-    segments.
+    """how prompts are encoded. ``"auto"`` encodes a prompt that fits the text tower's window in one pass. It splits a
+    longer prompt into as few windows of whole sentences as possible and averages their unit embeddings. ``"whole"``
+    encodes one window and truncates longer prompts with a warning, as for published scores. ``"segments"`` averages the
+    unit embeddings of all segments.
     """
     segmenter: Part("segmenters") | None = None
     """how prompts are split with ``text: segments``; null: into sentences."""
@@ -48,8 +48,8 @@ class TowerRewardConfig(RewardConfig):
     changes the aspect ratio.
     """
     crop: int | float | None = None
-    """side of a random crop before the resize in training mode: an int in pixels (504 of 512 in the paper), or a float
-    as a fraction of each side; null: no crop.
+    """side of a random crop in training mode, applied before the resize; null: no crop. An int is in pixels (504 of 512
+    in the paper), a float is a fraction of each side.
     """
     micro_batch: int | None = Field(None, ge=1)
     """number of images per pass of the image tower; null: all at once."""

@@ -57,9 +57,12 @@ class Towers(nn.Module):
     def train_only(self, which: str) -> None:
         """Makes the temperature and the weights selected by ``which`` trainable, and freezes all other weights.
 
-        ``which`` is ``"all"``, ``"text"`` or ``"vision"`` for one tower with its projection, or ``"projections"``.
+        ``which`` is ``"all"``, ``"projections"``, or one tower with its projection: ``"text"`` or ``"vision"``.
         """
-        raise ValueError(f"{type(self).__name__} cannot be trained; use a reward with a transformers CLIPModel")
+        raise ValueError(
+            f"{type(self).__name__} cannot be trained; use a reward with a transformers CLIPModel: clip, pickscore or "
+            "denscore"
+        )
 
     @property
     def logit_scale(self) -> nn.Parameter:

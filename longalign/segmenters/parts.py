@@ -134,13 +134,13 @@ class Packed:
 
 
 class PackedConfig(SegmenterConfig):
-    """Splits prompts into groups of whole sentences."""
+    """Splits prompts into groups of whole sentences. A sentence of more than ``n`` tokens is a group by itself."""
 
     target: ClassVar[str] = "longalign.segmenters.parts:Packed"
 
     name: Literal["packed"] = "packed"
     n: int = Field(default=75, ge=1)
-    """maximum number of tokens per segment, without special tokens; 75 tokens fill CLIP's window."""
+    """maximum number of tokens per group, without special tokens; 75 tokens fill CLIP's window."""
 
 
 @dataclass(frozen=True)

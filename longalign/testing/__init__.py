@@ -7,8 +7,8 @@ Each check takes the config of one part, builds it, and raises one AssertionErro
     def test_conformance():
         check_reward({"name": "brightness", "weight": 2.0})
 
-A plugin that passes works in every composition. `longalign.testing.tiny` writes tiny random checkpoints in the
-published layouts, so that these checks need no download.
+The checks cover what the other parts rely on. `longalign.testing.tiny` writes tiny random checkpoints in the published
+layouts, so that these checks need no download.
 """
 
 from __future__ import annotations

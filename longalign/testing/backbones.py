@@ -19,8 +19,8 @@ def check_backbone(config: Any, *, lora: Any, runtime: Runtime = CPU, size: int 
     """Checks that a backbone can be trained, sampled and saved.
 
     It checks the config, shapes of latents and images, a differentiable decoder, predictions that depend on the
-    conditioning, the reference model, gradient checkpointing, and LoRAs: nothing is trainable before, a new one changes
-    nothing, merged and reloaded ones predict the same.
+    conditioning, the reference model and gradient checkpointing. Nothing may be trainable before a LoRA is
+    added. Adding, merging and reloading a LoRA must not change predictions.
 
     Args:
         config: name, mapping or config of the backbone.

@@ -32,8 +32,8 @@ def run_checks(kind: str, config: Any, checks: Iterable[Check]) -> None:
     """Runs checks and raises one AssertionError that lists the failed ones.
 
     Args:
-        kind: of the part, for the message.
-        config: of the part, for the message.
+        kind: kind of the part, for the message.
+        config: config of the part, for the message.
         checks: functions without arguments; a check fails if it raises.
     """
     failures = []
@@ -73,7 +73,7 @@ def expect_error(name: str, call: Callable[[], Any]) -> None:
 
 
 def checked_config(kind: str, config: Any, base: type[Config]) -> Config:
-    """The validated config of a part of a kind, which derives from the kind's base config."""
+    """Returns the validated config of a part. Raises AssertionError unless it derives from ``base``."""
     checked = REGISTRIES[kind].validate(config)
     if not isinstance(checked, base):
         raise AssertionError(f"{type(checked).__name__} must derive from {base.__module__}.{base.__name__}")

@@ -28,9 +28,9 @@ from longalign.testing.common import (
 def check_encoder(config: Any, *, runtime: Runtime = CPU) -> None:
     """Checks that an encoder can be used by every trainer, backbone and pipeline.
 
-    It checks the config, shapes of states, mask and pooled embedding, the empty prompt, reports and that `report` warns
-    of nothing, prompts of 1000 words and with emoji, that a prompt's states do not depend on the batch, equal lengths
-    for classifier-free guidance, repeated calls in training mode, and that only adapters have gradient.
+    It checks the config, the shapes of states, mask and pooled embedding, and the reports. Prompts include the empty
+    one, one of 1000 words and one with emoji. States must not depend on the batch or on training mode, and must have
+    equal lengths for classifier-free guidance. Trainable parameters must receive gradient.
 
     Args:
         config: name, mapping or config of the encoder.

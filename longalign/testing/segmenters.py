@@ -13,7 +13,7 @@ def check_segmenter(config: Any, *, lossless: bool = True) -> None:
     """Checks that a segmenter can be used by encoders and rewards.
 
     It checks the config, that segments are non-empty strings in the order of the text, that the empty prompt has none,
-    that a call can be repeated, and that nothing of the text is lost.
+    that a repeated call returns the same, and that no text is lost.
 
     Args:
         config: name, mapping or config of the segmenter.

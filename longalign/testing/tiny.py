@@ -46,7 +46,7 @@ def _built() -> Path:
 
 
 def once(build: Builder) -> Builder:
-    """Runs ``build(folder, ...)`` once per set of further arguments; ``folder`` gets a copy."""
+    """Decorator: runs ``build(folder, **settings)`` once per settings, and copies the result to each ``folder``."""
     built: dict[str, Path] = {}
 
     @wraps(build)
@@ -131,7 +131,7 @@ def tiny_hpsv2(folder: Path, name: str = "HPS_v2.1_compressed.pt") -> Path:
 
 @once
 def tiny_clip_text(folder: Path, layout: str = "diffusers", positions: int = 77, width: int = 16) -> Path:
-    """A CLIP text model with its tokenizer, in diffusers layout, or in transformers layout as a whole CLIP."""
+    """A CLIP text model with its tokenizer in diffusers layout, or a complete ``CLIPModel`` in transformers layout."""
     from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 
     from longalign.mini.tokenizers import write_clip_tokenizer

@@ -1,4 +1,4 @@
-"""What is optimised: the trainers `align`, `lcm`, `reward`, `lcm-reward` and `denscore`, and their base classes."""
+"""The trainers `align`, `lcm`, `reward`, `lcm-reward` and `denscore`, and their base classes."""
 
 from __future__ import annotations
 

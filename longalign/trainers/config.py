@@ -11,8 +11,8 @@ from longalign.registry import PartConfig
 class TrainerConfig(PartConfig):
     """Base class of trainer configs.
 
-    A trainer is built from built components, not from their configs: ``from_config(config, runtime, *, ...)`` receives
-    exactly the components in `built_from`.
+    A trainer is built from built parts, not from their configs: ``from_config(config, runtime, *, ...)`` receives
+    exactly the parts in `built_from`.
 
     The following attributes specify what a trainer requires of a run. They are checked before any file is loaded.
 

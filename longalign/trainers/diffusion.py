@@ -85,7 +85,8 @@ class DiffusionTrainer(Trainer):
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encodes prompts and moves the conditioning to the denoiser's device.
 
-        Only the first truncated prompt causes a warning. The logged ``num_truncated`` counts all truncated prompts.
+        Only the first truncated prompt causes a warning. ``num_truncated`` counts all truncated prompts; it is logged
+        as ``truncated_prompts``.
         """
         with warnings.catch_warnings():
             if self.num_truncated:
@@ -180,7 +181,7 @@ def guided_prediction(
     rows: Tensor,
     scale: float | Tensor,
 ) -> Tensor:
-    """Returns the prediction ``(b, c, h, w)`` with classifier-free guidance, with both branches in one call.
+    """Calls `longalign.functional.predict_guided` with a denoiser and rows of a conditioning; returns ``(b, c, h, w)``.
 
     Args:
         denoise: `Backbone.predict` or `Backbone.predict_reference`.

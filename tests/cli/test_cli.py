@@ -246,6 +246,7 @@ def test_describe_config_shows_defaults_and_overrides(yaml, capsys, tmp_path):
         (["score", "--reward", "clip", "--images", "nowhere.png"], r"no image nowhere\.png"),
         (["score", "--reward", "{name: clip, chekpoint: x}", "--images", "a.png"], "chekpoint: .*'checkpoint'"),
         (["eval", "--reward", "clip", "--images", "folder"], r"--images .*NAME=.*'folder'"),
+        (["eval", "--reward", "clip", "--images", "a=nowhere"], r"nowhere.metadata\.jsonl.*`longalign generate`"),
         (["score", "--reward", "clip", "--images", "a.png", "--seed", "1"], "--seed .*generating"),
         (["eval", "--reward", "clip", "--images", "a=b", "--dtype", "float16"], "--dtype .*generating"),
         (["compute-direction", "--reward", "clip", "--prompts", "a.csv", "--output", "x"], r"\.txt .*\.jsonl"),
@@ -503,6 +504,13 @@ def test_generate_help_lists_all_solvers(capsys):
 def test_size_option_rejects_invalid_values(size, yaml):
     with pytest.raises(SystemExit):
         main(["generate", "--config", yaml, "--prompt", "a", "--output", "x", "--size", size])
+
+
+@pytest.mark.parametrize(("size", "keys"), [("63", ["--size"]), ("64x63", ["--size (height)"])])
+def test_generate_reports_size_once(size, keys, yaml, tmp_path, capsys):
+    assert main(["generate", "--config", yaml, "--prompt", "a", "--output", str(tmp_path / "x"), "--size", size]) == 2
+    lines = [line.strip() for line in capsys.readouterr().err.splitlines() if "got 63" in line]
+    assert [line.split(":")[0] for line in lines] == keys
 
 
 def test_score_reads_prompts_from_metadata_or_options(brightness, tmp_path, capsys):

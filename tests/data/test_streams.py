@@ -223,7 +223,7 @@ def test_webdataset_rejects_huge_headers(tmp_path):
         member = tarfile.TarInfo("././@LongLink")
         member.type, member.size = tarfile.GNUTYPE_LONGNAME, 2**21
         tar.addfile(member, io.BytesIO(b"a" * member.size))
-    with pytest.raises(ValueError, match=r"part 0 of 1.*the rest of .*s\.tar\.gz.*2097152 bytes"):
+    with pytest.raises(ValueError, match=r"worker 0 of 1.*the rest of .*s\.tar\.gz.*2097152 bytes"):
         take(build_web(tmp_path, "s.tar.gz"), 1)
 
 
@@ -385,7 +385,7 @@ def test_longalign_captions_reject_paths_outside_the_folder(captions):
 def test_webdataset_names_shards_with_damaged_compression(tmp_path):
     for number, content in enumerate((b"\x1f\x8b\x08", b"BZh9", b"\xfd7zXZ\0", b"")):
         (tmp_path / f"{number}.tar").write_bytes(content)
-        with pytest.raises(ValueError, match=rf"part 0 of 1.*the rest of .*{number}\.tar \("):
+        with pytest.raises(ValueError, match=rf"worker 0 of 1.*the rest of .*{number}\.tar \("):
             take(build_web(tmp_path, f"{number}.tar"), 1)
 
 

@@ -145,7 +145,9 @@ class SD3Config(StableDiffusionConfig):
     checkpoint: str
     """Hub id, e.g. ``stabilityai/stable-diffusion-3-medium-diffusers``, or local folder in diffusers layout."""
     layout: str | None = None
-    """Hub id or folder of the configs for a single-file checkpoint, as for ``sd``."""
+    """Hub id or folder in diffusers layout with the configs of a single-file checkpoint, as for ``sd``. Loading single
+    files of Stable Diffusion 3 has not been tested.
+    """
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """dtype of the transformer's weights; trainable weights are always float32. The VAE has the dtype of
     ``loop.precision``.

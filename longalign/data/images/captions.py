@@ -109,7 +109,9 @@ def _with_images(rows: Any, folders: dict[str, Path], config: LongAlignCaptionsC
                     "max_missing"
                 )
     if unknown := sorted(set(folders) - set(counts)):
-        raise ValueError(f"no caption has the source '{unknown[0]}'; available: {', '.join(sorted(counts))}")
+        raise ValueError(
+            f"no caption has the source '{unknown[0]}' of 'folders'; available: {', '.join(sorted(counts))}"
+        )
     skipped = {source: count for source, count in counts.items() if source not in folders}
     if skipped:
         log.warning("skipped (no folder configured): %s", ", ".join(f"{n} of {s}" for s, n in skipped.items()))

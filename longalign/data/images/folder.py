@@ -57,7 +57,7 @@ class Folder(ImageDataset):
                 "%d of %d captions in %s are empty; empty=%s", empty, empty + len(prompts), folder, config.empty
             )
         if not files:
-            raise ValueError(f"no image in {folder} has a caption")
+            raise ValueError(f"no image in {folder} has a caption; add captions, or set empty: keep")
         return cls(files, prompts, resolution=config.resolution, max_unreadable=config.max_unreadable)
 
     def __len__(self) -> int:

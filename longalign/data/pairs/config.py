@@ -36,9 +36,10 @@ class PairsConfig(PairedImagesConfig):
 
     name: Literal["pairs"] = "pairs"
     folder: Text
-    """folder with ``metadata.jsonl``, one line per pair: files "image_0" and "image_1", "text" (or "prompt"), and
-    "label_0" and "label_1" (1 and 0, fractions or votes; equal is a tie) or "preference" (the fraction that prefers the
-    first image). Optional: a caption of each image, "caption_0" and "caption_1". Pairs without label are skipped.
+    """folder with ``metadata.jsonl``, one line per pair: files "image_0" and "image_1", "text" (or "prompt"), and the
+    preference. This is "label_0" and "label_1" (1 and 0, fractions or votes; equal is a tie), or "preference", the
+    fraction that prefers the first image. Optional: a caption of each image, "caption_0" and "caption_1". Pairs without
+    a label are skipped.
     """
 
     def check_files(self) -> list[ConfigProblem]:
@@ -60,8 +61,8 @@ class HubPairsConfig(TableConfig, PairedImagesConfig):
     images: Annotated[Texts, Field(min_length=1, max_length=2)] = ("jpg_0", "jpg_1")
     """two columns of images, encoded bytes or paths, or one column with a list of two."""
     labels: Annotated[Texts, Field(min_length=1, max_length=2)] = ("label_0", "label_1")
-    """two columns of numbers (1 and 0, fractions or votes; equal values mean a tie), one column with a list of two, or
-    one column with the fraction that prefers the first image. Pairs without label are skipped.
+    """two columns of numbers, one column with a list of two, or one column with the fraction that prefers the first
+    image. Two numbers are 1 and 0, fractions or votes; equal values mean a tie. Pairs without a label are skipped.
     """
     captions: Annotated[Texts, Field(max_length=2)] = ()
     """two columns with a caption of each image, or one column with a list of two; empty: no captions."""

@@ -27,4 +27,4 @@ class PromptsConfig(DataConfig):
         return False
 
     def check_files(self) -> list[ConfigProblem]:
-        return [] if Path(self.file).is_file() else [("file", f"no file {self.file}")]
+        return [] if Path(self.file).is_file() else [("file", f"no file {self.file}; expected a .txt or .jsonl file")]

@@ -25,7 +25,12 @@ class PenultimateEncoder(ClipSegmentEncoder):
     def states_and_pooled(
         self, plans: Sequence[SegmentPlan], pools: Sequence[Sequence[tuple[int, ...]]]
     ) -> Conditioning:
-        """Returns the merged states and, with a projection, the mean pooled output of each prompt's rows ``pools``."""
+        """Returns the merged states and, if the text model has a projection, the pooled embeddings.
+
+        Args:
+            plans: the plan of each prompt.
+            pools: token rows of each prompt; the prompt's pooled embedding is the mean of their pooled outputs.
+        """
         return self.merge(plans, *self.run(plans))
 
     def _run(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:

@@ -44,8 +44,8 @@ class Direction:
         vector: ``V``, a unit vector ``(d,)``.
         probe: ``(k, d)`` embeddings of `PROBE` by the reward for which the direction was computed.
         num_prompts: number of prompts of the corpus.
-        eta: distribution of ``eta = C_P . V`` over the corpus: ``mean``, ``std``, ``quantiles`` (at `QUANTILES`),
-            ``edges`` and ``counts`` of a histogram, and ``num_prompts``, the number of sampled prompts.
+        eta: distribution of ``eta = C_P . V`` over prompts sampled from the corpus: their number ``num_prompts``,
+            ``mean``, ``std``, ``quantiles`` (at `QUANTILES`), ``edges`` and ``counts`` of a histogram.
         inner: config of the reward for which the direction was computed; empty if that reward had no config.
     """
 
@@ -184,7 +184,9 @@ def write_direction(
         config = config.inner
     reward = registry.rewards.build(config, runtime)
     if not isinstance(reward, EmbeddingReward):
-        raise ValueError(f"'{config.name}' has no text embeddings; use one of its terms, or a different reward")
+        raise ValueError(
+            f"'{config.name}' has no text embeddings; of a sum, use one of its terms, otherwise a different reward"
+        )
     direction = compute_direction(reward, prompts, batch_size, config)
     direction.save(output)
     return direction

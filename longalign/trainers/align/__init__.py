@@ -1,1 +1,1 @@
-"""The trainer `align`: noise-prediction fine-tuning on long captions."""
+"""The trainer `align`: fine-tuning with the diffusion loss on long captions."""

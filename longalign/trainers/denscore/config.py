@@ -30,8 +30,9 @@ class DenscoreTrainerConfig(TrainerConfig):
     two ``"projections"``. The temperature is always trained.
     """
     preference_weight: float = Field(1.0, ge=0)
-    """factor of the KL divergence between the annotated preference of a pair and the softmax of the two scores
-    (PickScore, arXiv 2305.01569, section 3). The score of a text is the mean over segments. 0 disables the loss.
+    """factor of PickScore's preference loss (arXiv 2305.01569, section 3); 0 disables the loss. It is the KL divergence
+    from the annotated preference of a pair to the softmax of the two scores. With ``text: segments`` the score is the
+    mean over segments.
     """
     contrastive_weight: float = Field(0.5, ge=0)
     """factor of a contrastive loss over segments: each segment must retrieve the image that it describes among all

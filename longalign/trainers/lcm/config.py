@@ -27,8 +27,9 @@ class LCMConfig(TrainerConfig):
     these steps, which skips e.g. 20 timesteps for 50 steps and 1000 timesteps.
     """
     start_timesteps: Literal["all", "ddim"] = "all"
-    """timesteps at which the teacher may start: ``"all"`` from half a DDIM step on, as in the LongAlign authors' code,
-    or only the timesteps of ``"ddim"`` steps, as in the paper.
+    """timesteps at which the teacher may start. ``"all"``, as in the LongAlign authors' code: all timesteps from half a
+    DDIM step upwards, e.g. from 10 for 50 steps and 1000 timesteps. ``"ddim"``, as in the paper: only the timesteps of
+    the DDIM steps.
     """
     w_min: float = Field(6.5, ge=0)
     """minimum guidance w of the teacher, sampled per image. The guidance scale is 1 + w, e.g. 7.5 for w = 6.5."""
@@ -37,8 +38,9 @@ class LCMConfig(TrainerConfig):
     huber_c: float | None = Field(0.001, gt=0)
     """c of the pseudo-Huber loss; null: squared error (l2)."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
-    """decay of the moving average of the student, with which the target is computed, as in the LCM paper. null: the
-    target is computed with the student, as in LCM-LoRA. Independent of ``loop.ema``, which averages the saved weights.
+    """decay of the moving average of the student. The target is computed with this average, as in the LCM paper. null:
+    the target is computed with the student, as in LCM-LoRA. Independent of ``loop.ema``, which averages the saved
+    weights.
     """
     timestep_scaling_factor: float = Field(10.0, gt=0)
     """factor of the timestep in the boundary condition; samplers use 10."""

@@ -35,7 +35,8 @@ class LCMTrainer(DiffusionTrainer):
         encoder: encodes the captions.
         num_ddim_timesteps: number of DDIM steps from noise to image; must divide the model's number of timesteps. The
             teacher takes one of these steps.
-        start_timesteps: ``"all"`` timesteps from half a DDIM step on, or only those of the ``"ddim"`` steps.
+        start_timesteps: timesteps at which the teacher may start: ``"all"`` timesteps from half a DDIM step upwards, or
+            only those of the ``"ddim"`` steps.
         w_min: minimum guidance w. The scale is 1 + w, with w sampled per image, uniformly from w_min to w_max.
         w_max: maximum guidance w.
         huber_c: c of the pseudo-Huber loss ``sqrt(d^2 + c^2) - c``, or None for the squared error.

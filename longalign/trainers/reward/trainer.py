@@ -199,7 +199,17 @@ class RewardTrainer(DiffusionTrainer):
         return {key: value.detach() for key, value in losses.items()}
 
     def sample(self, selected: GradientSteps, noise: Tensor, conditioning: Conditioning, rows: slice) -> Iterator[Pass]:
-        """Samples a slice of the prompts from ``noise`` ``(b, c, h, w)`` without gradient, then their copies."""
+        """Samples a slice of the prompts without gradient.
+
+        Args:
+            selected: the gradient steps.
+            noise: ``(b, c, h, w)`` initial noise.
+            conditioning: output of `encode_with_uncond`.
+            rows: slice of b prompts.
+
+        Yields:
+            The rollout of the prompts, then a denoising step for each re-noised copy of the samples.
+        """
         predict = self.predictor(self.backbone.predict, conditioning, rows)
         solver = self.solve(self.solver.timesteps[: selected.length])
         final, recorded = rollout(predict, noise, solver, selected.steps, self.predict_no_dropout(predict))
