@@ -14,7 +14,7 @@ import longalign
 from longalign.registry import REGISTRIES
 
 ROOT = Path(longalign.__file__).parent
-KINDS = ("backbones", "data", "encoders", "rewards", "gradient_steps", "trainers")
+KINDS = ("backbones", "data", "encoders", "rewards", "gradient_steps", "metrics", "trainers")
 
 # A module imports from lower levels only. Unlisted modules are concrete parts, or helpers of parts.
 PART = 4
@@ -25,7 +25,7 @@ LEVELS = {
     2: "functional image_io atomic mini sharding tokens caching.store caching.fingerprint checkpoints.weights "
     "evaluation.record evaluation.bootstrap evaluation.formatting evaluation.groups loop.locks encoders.bucketing",
     3: "backbones.base backbones.lora data.base data.images.base data.stream image_folder encoders.base rewards.base "
-    "rewards.guard gradient_steps.base trainers.base",
+    "rewards.guard gradient_steps.base metrics.base trainers.base",
     5: "checkpoints.checkpoint inference.diffusers inference.pipelines inference.schedulers evaluation.table "
     "evaluation.charts caching",
     6: "compose",
@@ -212,7 +212,7 @@ def test_public_names_exist_and_are_listed():
         _ = longalign.nothing
 
 
-@pytest.mark.parametrize("package", ["backbones", "functional", "gradient_steps", "mini", "rewards"])
+@pytest.mark.parametrize("package", ["backbones", "functional", "gradient_steps", "metrics", "mini", "rewards"])
 def test_packages_export_their_names_lazily(package):
     module = import_module(f"longalign.{package}")
     assert {getattr(module, name).__name__ for name in module.__all__} == set(module.__all__) <= set(dir(module))

@@ -1,0 +1,27 @@
+"""Metrics: values of generated images, for `longalign eval`. Public names are loaded on first use."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from longalign.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from longalign.metrics.base import Metric as Metric
+    from longalign.metrics.base import Value as Value
+    from longalign.metrics.base import as_metric as as_metric
+    from longalign.metrics.config import GaugesConfig as GaugesConfig
+    from longalign.metrics.config import MetricConfig as MetricConfig
+    from longalign.metrics.gauges import Gauges as Gauges
+
+__all__, __getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "Gauges": "gauges",
+        "GaugesConfig": "config",
+        "Metric": "base",
+        "MetricConfig": "config",
+        "Value": "base",
+        "as_metric": "base",
+    },
+)
