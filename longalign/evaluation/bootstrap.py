@@ -48,8 +48,8 @@ def resamples(groups: Sequence[str], samples: int, seed: int = 0) -> np.ndarray:
         samples: number of bootstrap samples.
         seed: seed of the resampling.
     """
-    number: dict[str, int] = {}
-    labels = np.array([number.setdefault(group, len(number)) for group in groups], np.int64)
+    number = {group: i for i, group in enumerate(sorted(set(groups)))}
+    labels = np.array([number[group] for group in groups], np.int64)
     return _resamples(labels.tobytes(), samples, seed)
 
 
@@ -84,7 +84,7 @@ def bootstrap(values: np.ndarray, groups: Sequence[str] | None = None, samples: 
         seed: seed of the resampling; the same values always give the same interval.
     """
     values = np.asarray(values, dtype=np.float64)
-    groups = [str(i) for i in range(len(values))] if groups is None else groups
+    groups = [f"{i:09d}" for i in range(len(values))] if groups is None else groups
     valid = ~np.isnan(values)
     values, groups = values[valid], [group for group, keep in zip(groups, valid, strict=True) if keep]
     if not len(values):

@@ -224,8 +224,9 @@ class MetricTable:
 
     @property
     def main_breakdowns(self) -> list[str]:
-        """The metrics whose breakdowns are shown: those with submetrics, or the first metric if there are none."""
-        return [m for m in self.metrics if self.submetrics(m)] or self.metrics[:1]
+        """The metrics whose breakdowns are shown: those with submetrics, or the first metric that is no gauge."""
+        scores = [m for m in self.metrics if self.value(m).direction]
+        return [m for m in self.metrics if self.submetrics(m)] or (scores or self.metrics)[:1]
 
     def breakdowns(self, metric: str, paired: bool = False) -> dict[str, dict[str, dict[str, Interval]]]:
         """Returns all breakdowns of a metric, by prompt length and by submetrics: title -> label -> model -> interval.

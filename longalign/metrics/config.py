@@ -77,7 +77,7 @@ class FrechetConfig(MetricConfig):
     """an embedding reward whose image embeddings are the features."""
     inception: str | None = None
     """file of Inception weights in the layout of torch-fidelity, for the features of published FID values. Needs
-    torch-fidelity (`pip install longalign[metrics]`).
+    torch-fidelity (`pip install torch-fidelity`).
     """
 
     @model_validator(mode="after")
@@ -96,7 +96,7 @@ class FrechetConfig(MetricConfig):
                     ("inception", f"no file {self.inception}; expected Inception weights of torch-fidelity")
                 )
             if importlib.util.find_spec("torch_fidelity") is None:
-                problems.append(("inception", "needs torch-fidelity; install it with: pip install longalign[metrics]"))
+                problems.append(("inception", "needs torch-fidelity; install it with: pip install torch-fidelity"))
         return problems
 
 

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -5,10 +7,14 @@ from toys import Brightness, Compass, colours
 
 from longalign.evaluation.measure import measure
 from longalign.metrics import Retrieval
-from longalign.registry import metrics, rewards
-from longalign.runtime import Runtime
+from longalign.registry import data, metrics, rewards
+from longalign.runtime import Runtime, resolve_checkpoint
 from longalign.testing import check_metric
 from longalign.testing.tiny import tiny_clip
+
+needs_weights = pytest.mark.skipif(
+    not Path(resolve_checkpoint("mini/pickscore")).exists(), reason="the bundled weights are missing"
+)
 
 
 def retrieval(**settings):
@@ -69,3 +75,17 @@ def test_retrieval_rejects_rewards_without_embeddings():
             metrics.build({"name": "retrieval", "reward": "bright"}, Runtime())
     finally:
         rewards.unregister("bright")
+
+
+@needs_weights
+def test_retrieval_of_true_renders_needs_the_orthogonal_component():
+    settings = {"size": 48, "seed": 1_000_001, "words": [60, 160], "objects": [5, 9]}
+    scenes = data.build({"name": "scenes", **settings}, Runtime())
+    items = [scenes[i] for i in range(48)]
+    inner = {"name": "pickscore", "checkpoint": "mini/pickscore", "text": "segments"}
+    built = [
+        metrics.build({"name": "retrieval", "label": name, "reward": inner, "component": name}, Runtime())
+        for name in ("whole", "orthogonal")
+    ]
+    values = measure(torch.stack([item["image"] for item in items]), [item["prompt"] for item in items], built)
+    assert values["orthogonal"].mean() > 0.9 and values["orthogonal"].mean() > values["whole"].mean()
