@@ -49,7 +49,8 @@ class Inception(nn.Module):
         return cls(module.FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=weights))
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model((images * 255).round().byte())[0]
+        device = next(self.model.parameters()).device
+        return self.model((images * 255).round().byte().to(device))[0]
 
 
 class Frechet(Metric):

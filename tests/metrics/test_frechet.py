@@ -76,6 +76,7 @@ class FakeInception(nn.Module):
     def __init__(self, name, features, feature_extractor_weights_path):
         super().__init__()
         self.features = features
+        self.weight = nn.Parameter(torch.zeros(1))
 
     def forward(self, images):
         assert images.dtype == torch.uint8 and self.features == ["2048"]
