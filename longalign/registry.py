@@ -34,6 +34,7 @@ __all__ = [
     "data",
     "encoders",
     "gradient_steps",
+    "metrics",
     "rewards",
     "segmenters",
     "trainers",
@@ -376,7 +377,13 @@ gradient_steps = Registry(
     config="longalign.gradient_steps.config:GradientStepsConfig",
     bases=["longalign.gradient_steps.base:GradientStepSelector"],
 )
+metrics = Registry(
+    "metrics",
+    config="longalign.metrics.config:MetricConfig",
+    bases=["longalign.metrics.base:Metric"],
+    function=("images", "prompts"),
+)
 
 REGISTRIES: dict[str, Registry] = {
-    r.kind: r for r in (backbones, data, encoders, rewards, gradient_steps, segmenters, trainers)
+    r.kind: r for r in (backbones, data, encoders, rewards, gradient_steps, metrics, segmenters, trainers)
 }

@@ -27,7 +27,7 @@ from longalign.config.describe import describe_model, describe_part
 from longalign.config.parsing import parse_value
 from longalign.config.run import RunConfig
 from longalign.loop.resume import RESUMABLE_KEYS
-from longalign.registry import REGISTRIES, rewards
+from longalign.registry import REGISTRIES, metrics, rewards
 from longalign.runtime import resolve_checkpoint
 from longalign.testing.tiny import tiny_clip, tiny_sd, tiny_sd3, tiny_sdxl
 
@@ -243,6 +243,8 @@ def check_longalign(arguments):
     specs = getattr(args, "reward", None)
     for reward in [] if args.command == "demo" or not specs else [specs] if isinstance(specs, str) else specs:
         rewards.validate(parse_value(reward))
+    for metric in getattr(args, "metric", []):
+        metrics.validate(parse_value(metric))
     if args.command == "list" or (args.command == "describe" and args.topic in ("run", *REGISTRIES)):
         assert main(arguments) == 0
 

@@ -14,7 +14,7 @@ import longalign
 from longalign.registry import REGISTRIES
 
 ROOT = Path(longalign.__file__).parent
-KINDS = ("backbones", "data", "encoders", "rewards", "gradient_steps", "trainers")
+KINDS = ("backbones", "data", "encoders", "rewards", "gradient_steps", "metrics", "trainers")
 
 # A module imports from lower levels only. Unlisted modules are concrete parts, or helpers of parts.
 PART = 4
@@ -23,13 +23,12 @@ LEVELS = {
     "data.prompts.formats data.prompts.sets data.images.shards inference.solvers",
     1: "config checkpoints.redaction checkpoints.provenance",  # and the configs of all kinds
     2: "functional image_io atomic mini sharding tokens caching.store caching.fingerprint checkpoints.weights "
-    "evaluation.record evaluation.bootstrap evaluation.formatting evaluation.groups loop.locks encoders.bucketing "
-    "encoders.counting",
+    "evaluation.record evaluation.bootstrap evaluation.groups loop.locks encoders.bucketing encoders.counting",
     3: "backbones.base backbones.graphs backbones.lora backbones.lora_layers data.base data.images.base data.stream "
     "image_folder encoders.base rewards.base "
-    "rewards.guard gradient_steps.base trainers.base",
-    5: "checkpoints.checkpoint inference.diffusers inference.pipelines inference.schedulers evaluation.table "
-    "evaluation.charts caching",
+    "rewards.guard gradient_steps.base metrics.base trainers.base",
+    5: "checkpoints.checkpoint inference.diffusers inference.pipelines inference.schedulers evaluation.formatting "
+    "evaluation.table evaluation.charts caching",
     6: "compose",
     7: "inference.sampling evaluation checkpoints",
     8: "loop inference.baselines",
@@ -214,7 +213,7 @@ def test_public_names_exist_and_are_listed():
         _ = longalign.nothing
 
 
-@pytest.mark.parametrize("package", ["backbones", "functional", "gradient_steps", "mini", "rewards"])
+@pytest.mark.parametrize("package", ["backbones", "functional", "gradient_steps", "metrics", "mini", "rewards"])
 def test_packages_export_their_names_lazily(package):
     module = import_module(f"longalign.{package}")
     assert {getattr(module, name).__name__ for name in module.__all__} == set(module.__all__) <= set(dir(module))

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from longalign.testing.data import check_data as check_data
     from longalign.testing.encoders import check_encoder as check_encoder
     from longalign.testing.gradient_steps import check_gradient_steps as check_gradient_steps
+    from longalign.testing.metrics import check_metric as check_metric
     from longalign.testing.rewards import check_reward as check_reward
     from longalign.testing.segmenters import check_segmenter as check_segmenter
     from longalign.testing.trainers import check_trainer as check_trainer
@@ -33,6 +34,7 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "check_data": "data",
         "check_encoder": "encoders",
         "check_gradient_steps": "gradient_steps",
+        "check_metric": "metrics",
         "check_reward": "rewards",
         "check_segmenter": "segmenters",
         "check_trainer": "trainers",

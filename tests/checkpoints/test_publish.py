@@ -25,6 +25,7 @@ from longalign.config.run import load_config, to_dict
 from longalign.encoders.base import Conditioning
 from longalign.encoders.t5.adapter import TextAdapter
 from longalign.evaluation.table import MetricTable
+from longalign.metrics import Value
 from longalign.testing.tiny import tiny_adapter, tiny_sd, tiny_t5
 
 FILES = ("README.md", "longalign.safetensors", "pytorch_lora_weights.safetensors")
@@ -321,9 +322,9 @@ def test_model_card_escapes_untrusted_text(tmp_path):
         "versions": json.dumps({script: script}),
         "providers": json.dumps({"rewards.0": f"{script} 1.0"}),
     }
-    table = MetricTable(
-        {f"a|{script}": {f"`{script}\n# x": np.array([0.1])}, "b": {f"`{script}\n# x": np.array([0.1])}}, ["a"]
-    )
+    metric = f"`{script}\n# x"
+    values = {f"a|{script}": {metric: np.array([0.1])}, "b": {metric: np.array([0.1])}}
+    table = MetricTable(values, ["a"], units={metric: Value(script, "lower")})
     _, card = head_of(model_card(config, Weights([lora], {}, {}), metadata, table))
     outside, fence = [], None
     for line in card.splitlines():

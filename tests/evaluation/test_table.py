@@ -4,16 +4,18 @@ import math
 import numpy as np
 import pytest
 
-from longalign.evaluation.bootstrap import Interval, bootstrap
+from longalign.evaluation.bootstrap import Interval, bootstrap, resamples
 from longalign.evaluation.groups import length_labels
 from longalign.evaluation.table import MetricTable
+from longalign.metrics import Value
 
 NAN = float("nan")
+FACTS = {"facts": Value("%")}
 
 
 def make_table(**metrics):
     prompts = ["a b", "c d e", "a b c d", "e f"]
-    return MetricTable(metrics, prompts, [0, 1, 2, 3])
+    return MetricTable(metrics, prompts, [0, 1, 2, 3], FACTS)
 
 
 def test_bootstrap_equal_values():
@@ -42,6 +44,48 @@ def test_bootstrap_resamples_groups():
     grouped = bootstrap(values, groups=["a"] * 8 + ["b"] * 8)
     assert (grouped.low, grouped.mean, grouped.high) == (0.0, 0.5, 1.0)
     assert bootstrap(values).low > 0.2
+
+
+def test_bootstrap_resamples_values_within_groups():
+    # one group with values 0 and 1: two draws of its values, so 0, 0.5 and 1 with a quarter, a half and a quarter
+    counts = resamples(["a", "a", "b"], 400)
+    assert counts.shape == (400, 3) and (counts.sum(1) > 0).all()
+    twice = counts[(counts[:, 2] == 0)]  # "a" was drawn twice: four draws of its two values
+    assert (twice.sum(1) == 4).all() and len(set(twice[:, 0].tolist())) > 2
+    varied = bootstrap(np.array([0.0, 1.0]), groups=["a", "a"])
+    assert (varied.low, varied.mean, varied.high) == (0.0, 0.5, 1.0)
+
+
+def test_resamples_are_the_same_for_the_same_groups():
+    np.testing.assert_array_equal(resamples(["x", "y", "x"], 20), resamples(["b", "c", "b"], 20))
+
+
+def test_direction_decides_gains_and_losses():
+    values = {"up": np.zeros(12), "down": np.zeros(12), "gauge": np.zeros(12)}
+    units = {"down": Value("", "lower"), "gauge": Value("%", None)}
+    models = {"base": values, "tuned": {name: row + 0.5 for name, row in values.items()}}
+    table = MetricTable(models, [str(i) for i in range(12)], [0] * 12, units)
+    gains, losses = table.significant("tuned")
+    assert list(gains) == ["up"] and list(losses) == ["down"]
+    assert "+50.0 [+50.0, +50.0] *" in table.text() and "down (lower is better)" in table.text()
+    assert MetricTable.from_dict(json.loads(table.json())).units == {"up": Value(), **units}
+    assert table.main_breakdowns == ["up"]
+
+
+def test_statistics_of_sets_round_trip_and_have_no_breakdown():
+    prompts = [f"a {i}" for i in range(6)] + ["word " * 40] * 6
+    sets = {"base": {"fid": np.array([5.0, 4.0, 6.0])}, "tuned": {"fid": np.array([3.0, 2.5, 3.5])}}
+    table = MetricTable({"base": {}, "tuned": {}}, prompts, [], {"fid": Value("", "lower")}, sets)
+    assert table.metrics == ["fid"] and table.interval("base", "fid").mean == 5
+    assert table.difference("tuned", "fid").mean == -2 and table.breakdowns("fid") == {}
+    assert MetricTable.from_dict(json.loads(table.json())).to_dict() == table.to_dict()
+    assert "-2.0000 [-2.4750, -1.5250]" in table.text()
+
+
+def test_csv_has_one_line_per_model_and_image():
+    table = make_table(base={"facts": np.array([0.0, NAN, 1.0, 0.5])}, tuned={"facts": np.ones(4)})
+    lines = table.csv().splitlines()
+    assert lines[:3] == ["model,prompt,seed,facts", "base,a b,0,0.0", "base,c d e,1,"] and len(lines) == 9
 
 
 def test_difference_is_paired():
@@ -110,7 +154,7 @@ def compared(prompts, images=1):
     base = {"facts": half, "facts/attribute/fill": half, "facts/attribute/ground": half, "denscore": half}
     tuned = {**base, "facts": half + 0.1, "facts/attribute/ground": half - 0.2}
     texts = [f"prompt {i}" for i in range(prompts) for _ in range(images)]
-    return MetricTable({"base": base, "tuned": tuned}, texts, list(range(images)) * prompts)
+    return MetricTable({"base": base, "tuned": tuned}, texts, list(range(images)) * prompts, FACTS)
 
 
 def test_significant_requires_ten_prompts():

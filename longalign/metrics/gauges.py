@@ -1,0 +1,74 @@
+"""Simple statistics of images, without a learned model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from longalign.metrics.base import Metric, Value
+from longalign.metrics.config import GaugesConfig
+from longalign.runtime import Runtime
+
+DARK = 0.2
+"""Luminance below which a pixel is dark."""
+EDGE = 0.1
+"""Luminance gradient per pixel from which a pixel is an edge."""
+LEVELS = 8
+"""Levels per channel in the histogram of colours."""
+
+
+class Gauges(Metric):
+    """Statistics whose drift shows a change of look, such as over-optimisation. Not a measure of quality.
+
+    ``Y`` is the luminance ``0.2126 R + 0.7152 G + 0.0722 B`` (Rec. 709, of the stored values).
+
+    - ``dark``: share of pixels with ``Y < 0.2``.
+    - ``saturation``: mean of ``(max - min) / max`` over the channels, 0 for black pixels.
+    - ``edges``: share of pixels with ``|grad Y| >= 0.1``, from differences to the next pixel right and below.
+    - ``entropy``: entropy of the colour histogram with 8 levels per channel, in bits, at most 9.
+    - ``sharpness``: standard deviation of ``Y`` under the 4-neighbour Laplacian.
+    - ``warmth``: mean of ``R - B``.
+
+    Except ``dark``, ``saturation``, ``entropy`` and ``warmth``, they depend on the resolution.
+    """
+
+    def __init__(self, label: str):
+        super().__init__()
+        self.label = label
+        gauge, share = Value(direction=None), Value("%", None)
+        self.values = {label: gauge, f"{label}.dark": share, f"{label}.edges": share}
+        self.values |= {f"{label}.saturation": share, f"{label}.entropy": Value("bits", None)}
+
+    @classmethod
+    def from_config(cls, config: GaugesConfig, runtime: Runtime) -> Gauges:
+        return cls(config.label or config.name)
+
+    def observe(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        images = images.float()
+        red, green, blue = images.unbind(1)
+        luma = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+        low, high = images.aminmax(dim=1)
+        right = luma[:, :-1, 1:] - luma[:, :-1, :-1]
+        below = luma[:, 1:, :-1] - luma[:, :-1, :-1]
+        centre = luma[:, 1:-1, 1:-1]
+        laplacian = luma[:, 2:, 1:-1] + luma[:, :-2, 1:-1] + luma[:, 1:-1, 2:] + luma[:, 1:-1, :-2] - 4 * centre
+        gauges = {
+            "dark": (luma < DARK).float().mean((1, 2)),
+            "saturation": ((high - low) / high.clamp(min=1e-6)).mean((1, 2)),
+            "edges": (torch.hypot(right, below) >= EDGE).float().mean((1, 2)),
+            "entropy": _colour_entropy(images),
+            "sharpness": laplacian.flatten(1).std(1, correction=0),
+            "warmth": (red - blue).mean((1, 2)),
+        }
+        return {f"{self.label}.{name}": values for name, values in gauges.items()}
+
+
+def _colour_entropy(images: Tensor) -> Tensor:
+    """Entropy in bits ``(b,)`` of the histograms with `LEVELS` levels per channel."""
+    red, green, blue = (images * LEVELS).long().clamp(0, LEVELS - 1).unbind(1)
+    bins = ((red * LEVELS + green) * LEVELS + blue).flatten(1)
+    counts = torch.stack([torch.bincount(row, minlength=LEVELS**3) for row in bins])
+    shares = counts / counts.sum(1, keepdim=True)
+    return -torch.xlogy(shares, shares).sum(1) / torch.log(torch.tensor(2.0))
