@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from longalign.metrics.config import GaugesConfig as GaugesConfig
     from longalign.metrics.config import MetricConfig as MetricConfig
     from longalign.metrics.gauges import Gauges as Gauges
+    from longalign.metrics.vqa.config import VqaConfig as VqaConfig
+    from longalign.metrics.vqa.metric import VqaMetric as VqaMetric
 
 __all__, __getattr__, __dir__ = lazy_exports(
     __name__,
@@ -22,6 +24,8 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "Metric": "base",
         "MetricConfig": "config",
         "Value": "base",
+        "VqaConfig": "vqa.config",
+        "VqaMetric": "vqa.metric",
         "as_metric": "base",
     },
 )
