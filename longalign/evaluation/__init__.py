@@ -9,6 +9,8 @@ from longalign.lazy import lazy_exports
 if TYPE_CHECKING:
     from longalign.evaluation.bootstrap import Interval as Interval
     from longalign.evaluation.comparison import findings as findings
+    from longalign.evaluation.judge import Judge as Judge
+    from longalign.evaluation.judge import add_win_rates as add_win_rates
     from longalign.evaluation.metrics import DecomposedMetric as DecomposedMetric
     from longalign.evaluation.metrics import FactMetric as FactMetric
     from longalign.evaluation.metrics import RewardMetric as RewardMetric
@@ -28,7 +30,9 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "Example": "report",
         "FactMetric": "metrics",
         "Interval": "bootstrap",
+        "Judge": "judge",
         "MetricTable": "table",
+        "add_win_rates": "judge",
         "RewardMetric": "metrics",
         "evaluate": "metrics",
         "findings": "comparison",
