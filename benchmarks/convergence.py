@@ -36,11 +36,12 @@ from longalign.demo import default_config, held_out_captions
 from longalign.encoders.base import TruncationWarning
 from longalign.evaluation.bootstrap import Interval
 from longalign.evaluation.charts import ticks
-from longalign.evaluation.metrics import DecomposedMetric, FactMetric, measure
+from longalign.evaluation.measure import measure
 from longalign.evaluation.record import machine_text
 from longalign.inference.sampling import sample
 from longalign.loop.fit import fit
 from longalign.loop.run import Run
+from longalign.metrics import FactMetric, RewardMetric
 from longalign.runtime import Runtime
 from longalign.trainers.diffusion import evaluating
 
@@ -74,7 +75,7 @@ class Evaluation:
         self.texts, self.num_steps = [caption.text for caption in captions], num_steps
         self.guidance = getattr(reward.trainer, "guidance", 7.5)
         inner: Any = getattr(reward.rewards[0], "inner", reward.rewards[0])
-        self.metrics = [FactMetric(captions), DecomposedMetric("score", inner.build(Runtime.detect()), self.texts)]
+        self.metrics = [FactMetric(captions), RewardMetric("score", inner.build(Runtime.detect()))]
 
     def __call__(self, backbone: Any, encoder: Any) -> dict[str, list[float]]:
         """Returns each metric's values, one per caption."""
@@ -83,7 +84,11 @@ class Evaluation:
             settings = {"num_steps": self.num_steps, "guidance": self.guidance, "batch_size": 64}
             images = sample(backbone, encoder, self.texts, seeds=range(len(self.texts)), **settings)
         measured = measure(images, self.texts, self.metrics)
-        metrics = {"facts": 100 * measured["facts"], "score": measured["score"], "relevant": measured["text_relevant"]}
+        metrics = {
+            "facts": 100 * measured["facts"],
+            "score": measured["score"],
+            "relevant": measured["score.text_relevant"],
+        }
         return {metric: np.round(values, 6).tolist() for metric, values in metrics.items()}
 
 

@@ -25,12 +25,13 @@ from longalign.config.run import load_config
 from longalign.demo import default_config, held_out_captions
 from longalign.encoders.base import TruncationWarning
 from longalign.evaluation.bootstrap import bootstrap
-from longalign.evaluation.metrics import FactMetric, measure
+from longalign.evaluation.measure import measure
 from longalign.evaluation.record import machine_text
 from longalign.functional.diffusion import predict_guided
 from longalign.functional.rollout import rollout
 from longalign.functional.solvers import ddim, dpmpp_2m, trailing_timesteps
 from longalign.inference.sampling import load_model, sample
+from longalign.metrics import FactMetric
 
 BATCH = 64
 TRAINING = {"ddim": ddim, "dpm++": dpmpp_2m}

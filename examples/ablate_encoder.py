@@ -21,9 +21,10 @@ from typing import Any
 from longalign import Model, diff, fit, load_config, override
 from longalign.demo import default_config, held_out_captions
 from longalign.encoders.base import TruncationWarning
-from longalign.evaluation.metrics import FactMetric, evaluate
+from longalign.evaluation import evaluate
 from longalign.evaluation.table import MetricTable
 from longalign.inference.sampling import sample
+from longalign.metrics import FactMetric
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "truncate": {"encoder": {"name": "clip-truncate", "checkpoint": "mini/sd"}},

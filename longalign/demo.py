@@ -23,12 +23,13 @@ from longalign.config.run import RunConfig
 from longalign.data.scenes.config import ScenesConfig
 from longalign.encoders.base import Encoder, PromptReport, TruncationWarning
 from longalign.evaluation.comparison import findings
-from longalign.evaluation.metrics import DecomposedMetric, FactMetric, evaluate
+from longalign.evaluation.measure import evaluate
 from longalign.evaluation.report import Example, write_report
 from longalign.evaluation.table import MetricTable
 from longalign.image_folder import append_images, image_row
 from longalign.inference.sampling import sample
 from longalign.loop.fit import fit
+from longalign.metrics import FactMetric, RewardMetric
 from longalign.mini.captions import Caption
 from longalign.runtime import Runtime, examples_folder
 
@@ -135,7 +136,7 @@ def run_demo(
 
     with _timed("measuring", seconds):
         inner = getattr(reward_config.rewards[0], "inner", reward_config.rewards[0])
-        facts, scores = FactMetric(captions), DecomposedMetric(inner.name, inner.build(runtime), texts)
+        facts, scores = FactMetric(captions), RewardMetric(inner.name, inner.build(runtime))
         table = evaluate(images, texts, [facts, scores], seeds)
         shown = [_example(i, captions[i], images, truncated, facts, scores) for i in range(min(examples, prompts))]
 
@@ -149,7 +150,7 @@ def run_demo(
         logs={"align": Path(align_config.output) / "log.jsonl", "reward": Path(reward_config.output) / "log.jsonl"},
         configs={"align": align_config, "reward": reward_config},
         seconds=seconds,
-        score_name=scores.name,
+        score_name=scores.label,
     )
     (output / "table.json").write_text(table.json(), encoding="utf-8")
     (output / "table.md").write_text(table.markdown(), encoding="utf-8")
@@ -254,10 +255,11 @@ def _example(
     images: Mapping[str, Tensor],
     truncated: Mapping[str, Sequence[frozenset[int]]],
     facts: FactMetric,
-    scores: DecomposedMetric,
+    scores: RewardMetric,
 ) -> Example:
     sentences = [sentence.text for sentence in caption.sentences]
-    embed, texts = scores.reward.image_features, scores.reward.text_features(sentences)
+    reward: Any = scores.reward
+    embed, texts = reward.image_features, reward.text_features(sentences)
     example_images = {name: batch[index] for name, batch in images.items()}
     return Example(
         sentences=sentences,

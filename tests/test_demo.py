@@ -52,10 +52,16 @@ def demo(configs, tmp_path_factory):
 def test_run_demo_measures_all_models_on_same_captions(demo, configs):
     result, _ = demo
     assert result.table.models == MODELS
-    assert result.table.metrics == ["facts", "denscore", "text_relevant", "text_irrelevant", "denscore-o"]
+    assert result.table.metrics == [
+        "facts",
+        "denscore",
+        "denscore.text_relevant",
+        "denscore.text_irrelevant",
+        "denscore-o",
+    ]
     assert result.table.prompts == [c.text for c in held_out_captions(configs, 4)]
     for model in result.table.models:
-        parts = result.table.row(model, "text_relevant") + result.table.row(model, "text_irrelevant")
+        parts = result.table.row(model, "denscore.text_relevant") + result.table.row(model, "denscore.text_irrelevant")
         np.testing.assert_allclose(parts, result.table.row(model, "denscore"), atol=1e-5)
     stages = ["align: training", "reward: training", *(f"{model}: sampling" for model in MODELS)]
     assert list(result.seconds) == [*stages, "measuring", "total"]

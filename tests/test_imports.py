@@ -23,12 +23,11 @@ LEVELS = {
     "data.images.shards inference.solvers",
     1: "config checkpoints.redaction checkpoints.provenance vlm.config",  # and the configs of all kinds
     2: "functional image_io atomic mini sharding tokens caching.store caching.fingerprint checkpoints.weights "
-    "evaluation.record evaluation.bootstrap evaluation.formatting evaluation.groups loop.locks encoders.bucketing "
-    "vlm",
+    "evaluation.record evaluation.bootstrap evaluation.groups loop.locks encoders.bucketing vlm",
     3: "backbones.base backbones.lora data.base data.images.base data.stream image_folder encoders.base rewards.base "
     "rewards.guard gradient_steps.base metrics.base trainers.base",
-    5: "checkpoints.checkpoint inference.diffusers inference.pipelines inference.schedulers evaluation.table "
-    "evaluation.charts caching",
+    5: "checkpoints.checkpoint inference.diffusers inference.pipelines inference.schedulers evaluation.formatting "
+    "evaluation.table evaluation.charts caching",
     6: "compose",
     7: "inference.sampling evaluation checkpoints",
     8: "loop inference.baselines",

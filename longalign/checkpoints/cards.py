@@ -138,7 +138,12 @@ def _metrics(table: MetricTable | None) -> str:
         table_cell(model): {table_cell(metric): row for metric, row in rows.items()}
         for model, rows in table.values.items()
     }
-    markdown = MetricTable(values, table.prompts, table.seeds).markdown().strip()
+    sets = {
+        table_cell(model): {table_cell(metric): row for metric, row in rows.items()}
+        for model, rows in table.sets.items()
+    }
+    units = {table_cell(metric): value for metric, value in table.units.items()}
+    markdown = MetricTable(values, table.prompts, table.seeds, units, sets).markdown().strip()
     return f"## Metrics\n\n{markdown}"
 
 

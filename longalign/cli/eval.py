@@ -13,22 +13,24 @@ from typing import Any
 
 from longalign.cli.generate import generate_images
 from longalign.cli.images import check_images
+from longalign.cli.metrics import build_metrics, metric_configs
 from longalign.cli.options import (
+    REWARD_HELP,
     add_prompts,
-    add_rewards,
     add_sampling,
     check_pipeline_options,
     prompts_of,
     reject_sampling_options,
     seeds_of,
 )
-from longalign.cli.rewards import build_rewards, offloaded_to_cpu, reward_configs
+from longalign.cli.rewards import offloaded_to_cpu
 from longalign.config.files import find_checkpoint
 from longalign.image_folder import new_index, read_images
 
 EXAMPLES = """
     longalign eval --images base=out/base tuned=out/tuned --reward denscore
-    longalign eval --images base=out/base tuned=out/tuned --reward denscore --reward hpsv2 --json table.json
+    longalign eval --images base=out/base tuned=out/tuned --reward denscore --metric gauges --json table.json
+    longalign eval --images base=out/base --metric '{name: retrieval, reward: hpsv2, component: orthogonal}'
     longalign eval --pipeline sd15=stable-diffusion-v1-5/stable-diffusion-v1-5 --checkpoint ours=runs/reward \\
       --prompts prompts.txt --output out/compared --reward denscore
 """
@@ -42,13 +44,17 @@ def add_options(parser: ArgumentParser) -> None:
     about = "stock diffusers pipelines to sample from, Hub ids or folders"
     parser.add_argument("--pipeline", nargs="+", action=_AppendModels, metavar="NAME=MODEL", help=about)
     parser.set_defaults(models=[])
-    add_rewards(parser)
+    about = "a metric's name, or its config as {name: ..., key: value} or as a .yaml or .json file; may be repeated"
+    parser.add_argument("--metric", action="append", default=[], metavar="METRIC", help=about)
+    about = f"short for the metric `reward`: {REWARD_HELP}; may be repeated"
+    parser.add_argument("--reward", action="append", default=[], metavar="REWARD", help=about)
     add_prompts(parser, "a prompt; may be repeated", required=False)
     add_sampling(parser)
     about = "a folder for the generated images, with a subfolder per model"
     parser.add_argument("--output", metavar="DIR", help=about)
     parser.add_argument("--json", metavar="FILE", help="also write the table, with the values per image, as JSON")
     parser.add_argument("--markdown", metavar="FILE", help="also write the table as Markdown")
+    parser.add_argument("--csv", metavar="FILE", help="also write the values per image as CSV")
 
 
 class _AppendModels(Action):
@@ -85,7 +91,7 @@ def run(args: Namespace) -> None:
 
     All inputs are checked before generation starts.
     """
-    configs = reward_configs(args.reward)
+    configs = metric_configs(args.metric, args.reward)
     models = _models(args)
     _check_options(args, models)
     prompts = prompts_of(args) if any(model.generated for model in models) else []
@@ -96,13 +102,12 @@ def run(args: Namespace) -> None:
             _check_source(model)
     for images in rows.values():
         check_images([path for path, _, _ in images])
-    from longalign.evaluation.metrics import evaluate, reward_metrics
+    from longalign.evaluation.measure import evaluate
     from longalign.image_io import ImageFiles
 
     texts = [prompt for prompt, _ in pairs]
-    rewards = build_rewards(configs, args.device)
-    metrics = reward_metrics(rewards, texts)
-    with offloaded_to_cpu(rewards, args.device):
+    metrics = build_metrics(configs, args.device)
+    with offloaded_to_cpu(metrics, args.device):
         for model in models:
             if model.generated:
                 generate_images(args, model.option, model.source, prompts, model.folder)
@@ -116,6 +121,8 @@ def run(args: Namespace) -> None:
         Path(args.json).write_text(text, encoding="utf-8")
     if args.markdown:
         Path(args.markdown).write_text(table.markdown(), encoding="utf-8")
+    if args.csv:
+        Path(args.csv).write_text(table.csv(), encoding="utf-8")
 
 
 def _models(args: Namespace) -> list[_Model]:
@@ -139,7 +146,7 @@ def _check_options(args: Namespace, models: Sequence[_Model]) -> None:
     elif args.output is None:
         raise ValueError("--output is missing; give a folder for the generated images")
     check_pipeline_options(args, *(model.option for model in models))
-    for key in ("json", "markdown"):
+    for key in ("json", "markdown", "csv"):
         if (file := getattr(args, key)) and not Path(file).absolute().parent.is_dir():
             raise FileNotFoundError(f"no folder for --{key} {file}")
 

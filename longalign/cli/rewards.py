@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,12 @@ def build_rewards(configs: Mapping[str, PartConfig], device: str | None) -> dict
 
 
 @contextmanager
-def offloaded_to_cpu(built: Mapping[str, Any], device: str | None) -> Iterator[None]:
-    """Context manager: moves rewards to the CPU, to free GPU memory for generation."""
+def offloaded_to_cpu(built: Iterable[Any], device: str | None) -> Iterator[None]:
+    """Context manager: moves rewards or metrics to the CPU, to free GPU memory for generation."""
     from longalign.runtime import Runtime
 
-    for reward in built.values():
-        reward.to("cpu")
+    for part in built:
+        part.to("cpu")
     yield
-    for reward in built.values():
-        reward.to(Runtime.detect(device=device).device)
+    for part in built:
+        part.to(Runtime.detect(device=device).device)

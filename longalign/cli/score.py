@@ -76,7 +76,7 @@ def _generate_and_score(args: Namespace, configs: Mapping[str, PartConfig]) -> N
         folder = Path(args.output or temporary)
         new_index(folder)
         rewards = build_rewards(configs, args.device)  # fail before generating, which may take hours
-        with offloaded_to_cpu(rewards, args.device):
+        with offloaded_to_cpu(rewards.values(), args.device):
             generate_images(args, option, getattr(args, option), prompts, folder)
         from longalign.evaluation import scoring
 

@@ -1,4 +1,4 @@
-"""Metrics of images, metric tables and the HTML report. Public names are loaded on first use."""
+"""Measuring images, metric tables and the HTML report. Public names are loaded on first use."""
 
 from __future__ import annotations
 
@@ -11,12 +11,8 @@ if TYPE_CHECKING:
     from longalign.evaluation.comparison import findings as findings
     from longalign.evaluation.judge import Judge as Judge
     from longalign.evaluation.judge import add_win_rates as add_win_rates
-    from longalign.evaluation.metrics import DecomposedMetric as DecomposedMetric
-    from longalign.evaluation.metrics import FactMetric as FactMetric
-    from longalign.evaluation.metrics import RewardMetric as RewardMetric
-    from longalign.evaluation.metrics import evaluate as evaluate
-    from longalign.evaluation.metrics import measure as measure
-    from longalign.evaluation.metrics import reward_metrics as reward_metrics
+    from longalign.evaluation.measure import evaluate as evaluate
+    from longalign.evaluation.measure import measure as measure
     from longalign.evaluation.report import Example as Example
     from longalign.evaluation.report import write_report as write_report
     from longalign.evaluation.scoring import score_images as score_images
@@ -26,18 +22,14 @@ if TYPE_CHECKING:
 __all__, __getattr__, __dir__ = lazy_exports(
     __name__,
     {
-        "DecomposedMetric": "metrics",
         "Example": "report",
-        "FactMetric": "metrics",
         "Interval": "bootstrap",
         "Judge": "judge",
         "MetricTable": "table",
         "add_win_rates": "judge",
-        "RewardMetric": "metrics",
-        "evaluate": "metrics",
+        "evaluate": "measure",
         "findings": "comparison",
-        "measure": "metrics",
-        "reward_metrics": "metrics",
+        "measure": "measure",
         "score_images": "scoring",
         "score_sentences": "scoring",
         "write_report": "report",

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 MIN_PROMPTS = 10
 """Minimum number of prompts for significance; with fewer, bootstrap intervals are too narrow."""
-CHUNK = 1_000_000
-"""Resampled values in memory at a time."""
+LEVEL = 0.95
+"""Coverage of the intervals."""
+CHUNK = 200
+"""Bootstrap samples multiplied at a time."""
 
 
 @dataclass(frozen=True)
@@ -30,32 +33,69 @@ class Interval:
         return self.prompts >= MIN_PROMPTS and (self.low > 0 or self.high < 0)
 
 
-def bootstrap(
-    values: np.ndarray, groups: Sequence[str] | None = None, samples: int = 2000, level: float = 0.95, seed: int = 0
-) -> Interval:
-    """Returns the mean of ``values`` with a percentile bootstrap interval.
+EMPTY = Interval(math.nan, math.nan, math.nan, 0)
+
+
+def resamples(groups: Sequence[str], samples: int, seed: int = 0) -> np.ndarray:
+    """Returns how often each of ``n`` values occurs in each bootstrap sample: ``(samples, n)``, uint16.
+
+    Two stages: groups are drawn with replacement, then, for each drawn group, as many of its values as it has, with
+    replacement. So prompts are resampled, and seeds within a prompt. The same groups always give the same samples,
+    which makes differences between models paired.
+
+    Args:
+        groups: one label per value, e.g. its prompt.
+        samples: number of bootstrap samples.
+        seed: seed of the resampling.
+    """
+    number: dict[str, int] = {}
+    labels = np.array([number.setdefault(group, len(number)) for group in groups], np.int64)
+    return _resamples(labels.tobytes(), samples, seed)
+
+
+@lru_cache(maxsize=8)  # all metrics of a table have the same groups
+def _resamples(labels_bytes: bytes, samples: int, seed: int) -> np.ndarray:
+    labels = np.frombuffer(labels_bytes, np.int64)
+    sizes = np.bincount(labels)
+    rng = np.random.default_rng(seed)
+    draws = (rng.integers(len(sizes), size=len(sizes)) for _ in range(samples))
+    drawn = np.stack([np.bincount(draw, minlength=len(sizes)) for draw in draws])
+    counts = drawn[:, labels].astype(np.uint16)
+    order = np.argsort(labels, kind="stable")
+    for size in np.unique(sizes[sizes > 1]):
+        chosen = np.flatnonzero(sizes == size)
+        members = order[np.isin(labels[order], chosen)]  # by group
+        within = rng.multinomial(drawn[:, chosen] * size, np.full(size, 1 / size))
+        counts[:, members] = within.reshape(samples, -1)
+    counts.flags.writeable = False
+    return counts
+
+
+def bootstrap(values: np.ndarray, groups: Sequence[str] | None = None, samples: int = 2000, seed: int = 0) -> Interval:
+    """Returns the mean of ``values`` with a 95% percentile bootstrap interval.
 
     If the values are paired differences, this is the paired bootstrap.
 
     Args:
         values: ``(n,)``; NaN values are skipped.
-        groups: one label per value. Groups are resampled instead of values. Images of one prompt are not independent,
-            so a prompt is resampled with all its images. None resamples single values.
+        groups: one label per value, such as the prompt of an image; see `resamples`. Images of one prompt are not
+            independent. None resamples single values.
         samples: number of bootstrap samples.
-        level: coverage of the interval.
         seed: seed of the resampling; the same values always give the same interval.
     """
     values = np.asarray(values, dtype=np.float64)
+    groups = [str(i) for i in range(len(values))] if groups is None else groups
     valid = ~np.isnan(values)
-    if not valid.any():
-        return Interval(math.nan, math.nan, math.nan, 0)
-    labels = np.arange(len(values)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
-    sums = np.bincount(labels[valid], weights=values[valid])
-    counts = np.bincount(labels[valid])
-    sums, counts = sums[counts > 0], counts[counts > 0]
-    rng = np.random.default_rng(seed)
-    rows = max(1, CHUNK // len(sums))
-    resampled = (rng.integers(len(sums), size=(min(rows, samples - i), len(sums))) for i in range(0, samples, rows))
-    means = np.concatenate([sums[index].sum(1) / counts[index].sum(1) for index in resampled])
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(values[valid].mean()), float(low), float(high), int(valid.sum()), len(sums))
+    values, groups = values[valid], [group for group, keep in zip(groups, valid, strict=True) if keep]
+    if not len(values):
+        return EMPTY
+    counts = resamples(groups, samples, seed)
+    sums = [counts[i : i + CHUNK].astype(np.float64) @ values for i in range(0, samples, CHUNK)]
+    means = np.concatenate(sums) / counts.sum(1, dtype=np.int64)
+    return interval(float(values.mean()), means, len(values), len(set(groups)))
+
+
+def interval(value: float, resampled: np.ndarray, count: int, prompts: int) -> Interval:
+    """Returns a value with the percentile interval of its bootstrap samples ``(samples,)``."""
+    low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(value, float(low), float(high), count, prompts)

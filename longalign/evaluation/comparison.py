@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from longalign.evaluation.bootstrap import MIN_PROMPTS
-from longalign.evaluation.formatting import interval_text, is_fraction, label, number
+from longalign.evaluation.formatting import interval_text, number
 from longalign.evaluation.table import MetricTable
 
 
@@ -14,16 +14,17 @@ def findings(table: MetricTable) -> list[str]:
     (`MetricTable.breakdowns`) and of the other metrics follow.
     """
     metric = table.metrics[0]
-    title, unit = label(metric).removesuffix(", %"), "%" if is_fraction(metric) else ""
+    value = table.value(metric)
+    title, unit = table.label(metric).removesuffix(", %"), "%" if value.unit == "%" else ""
     too_few = table.num_prompts < MIN_PROMPTS
     breakdowns = table.breakdowns(metric, paired=True)
-    sentences = [f"{table.base}: {title} {interval_text(table.interval(table.base, metric), metric, unit=unit)}."]
+    sentences = [f"{table.base}: {title} {interval_text(table.interval(table.base, metric), value, unit=unit)}."]
     for other, model in zip(table.models, table.models[1:], strict=False):
         name = f"{model} - {other}"
         gain = table.difference(model, metric, other)
         lines = [
-            f"{model} against {other}: {title} {number(table.interval(model, metric).mean, metric)}{unit}, "
-            + interval_text(gain, metric, sign=True)
+            f"{model} against {other}: {title} {number(table.interval(model, metric).mean, value)}{unit}, "
+            + interval_text(gain, value, sign=True)
             + (" points" if unit else "")
             + ("" if gain.significant or too_few else ", no significant difference")
         ]
@@ -34,12 +35,14 @@ def findings(table: MetricTable) -> list[str]:
             if row[name].significant
         }
         if changes:
-            worse = [f"{group} {interval_text(v, metric, sign=True)}" for group, v in changes.items() if v.mean < 0]
-            better = [group for group, v in changes.items() if v.mean > 0]
+            is_gain = {group: table.is_gain(metric, v) for group, v in changes.items()}
+            texts = {group: f"{group} {interval_text(v, value, sign=True)}" for group, v in changes.items()}
+            worse = [texts[group] for group, gain in is_gain.items() if gain is False]
+            better = [group for group, gain in is_gain.items() if gain]
             lines.append("worse: " + (", ".join(worse) or "none"))
             lines.append("better: " + (", ".join(better) or "none"))
         others = {m: v for m in table.metrics[1:] if (v := table.difference(model, m, other)).significant}
-        lines += [f"{label(m)} {interval_text(v, m, sign=True)}" for m, v in others.items()]
+        lines += [f"{table.label(m)} {interval_text(v, table.value(m), sign=True)}" for m, v in others.items()]
         for m, relevant in others.items():
             irrelevant = others.get(m.replace("text_relevant", "text_irrelevant"))
             if m.endswith("text_relevant") and irrelevant and irrelevant.mean > relevant.mean > 0:

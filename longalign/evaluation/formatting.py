@@ -6,52 +6,46 @@ import math
 from collections.abc import Sequence
 
 from longalign.evaluation.bootstrap import Interval
+from longalign.metrics.base import Value
 
-GROUP_LABELS = {"by_position": "position in the prompt"}
-"""Display names of groups of submetrics."""
+LABELS = {"facts": "fact accuracy", "by_position": "position in the prompt"}
+"""Display names of metrics and of groups of submetrics."""
 Grid = list[list[str]]
 """Rows of cells; the first row is the head."""
 
 
-def is_fraction(metric: str) -> bool:
-    """Whether a metric is a fraction, shown in percent."""
-    return metric.split("/")[0] == "facts"
+def label(metric: str, value: Value) -> str:
+    """Returns the display name of a metric, with its unit, and the direction if lower is better."""
+    name = "/".join(LABELS.get(part, part) for part in metric.split("/")).replace("_", "-")
+    return (
+        name + (f", {value.unit}" if value.unit else "") + (" (lower is better)" if value.direction == "lower" else "")
+    )
 
 
-def label(metric: str) -> str:
-    """Returns the display name of a metric."""
-    if not is_fraction(metric):
-        return metric.replace("_", "-")
-    groups = [GROUP_LABELS.get(part, part) for part in metric.split("/")[1:]]
-    return "/".join(["fact accuracy", *groups]) + ", %"
-
-
-def number(value: float, metric: str, sign: bool = False) -> str:
-    """Formats one value: percent for fractions, four decimals otherwise."""
-    if math.isnan(value):
+def number(amount: float, value: Value, sign: bool = False) -> str:
+    """Formats a number: percent for fractions, four decimals otherwise."""
+    if math.isnan(amount):
         return "-"
     plus = "+" if sign else ""
-    return f"{100 * value:{plus}.1f}" if is_fraction(metric) else f"{value:{plus}.4f}"
+    return f"{100 * amount:{plus}.1f}" if value.unit == "%" else f"{amount:{plus}.4f}"
 
 
-def interval_text(interval: Interval, metric: str, sign: bool = False, unit: str = "") -> str:
+def interval_text(interval: Interval, value: Value, sign: bool = False, unit: str = "") -> str:
     """Formats an interval as ``mean [low, high]``, with ``unit`` after the mean."""
-    mean, low, high = (number(v, metric, sign) for v in (interval.mean, interval.low, interval.high))
+    mean, low, high = (number(v, value, sign) for v in (interval.mean, interval.low, interval.high))
     return f"{mean}{unit} [{low}, {high}]"
 
 
-def show(interval: Interval, metric: str) -> str:
+def show(interval: Interval, value: Value) -> str:
     """Formats an interval: ``mean [low, high]``."""
-    if not interval.count:
-        return "-"
-    return interval_text(interval, metric)
+    return interval_text(interval, value) if interval.count else "-"
 
 
-def show_difference(interval: Interval, metric: str) -> str:
+def show_difference(interval: Interval, value: Value) -> str:
     """Formats a difference: ``+mean [+low, +high]``, with a star if significant."""
     if not interval.count:
         return "-"
-    return interval_text(interval, metric, sign=True) + (" *" if interval.significant else "")
+    return interval_text(interval, value, sign=True) + (" *" if interval.significant else "")
 
 
 def terminal_text(blocks: Sequence[tuple[str, Grid]], caption: str, width: int | None = None) -> str:

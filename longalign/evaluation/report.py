@@ -21,10 +21,11 @@ from torch import Tensor
 from longalign.evaluation import charts
 from longalign.evaluation.bootstrap import MIN_PROMPTS, Interval
 from longalign.evaluation.comparison import findings
-from longalign.evaluation.formatting import label, number
+from longalign.evaluation.formatting import number
 from longalign.evaluation.record import machine, non_defaults, read_log
 from longalign.evaluation.table import MetricTable
 from longalign.image_io import to_pil
+from longalign.metrics.base import Value
 
 LONGEST_SIDE = 384
 """Pixels; larger images are downscaled to this before embedding."""
@@ -130,10 +131,10 @@ class Chip(NamedTuple):
     notes: list[str]
 
 
-def _cell(interval: Interval, metric: str, difference: bool = False) -> Cell | None:
+def _cell(interval: Interval, value: Value, difference: bool = False) -> Cell | None:
     if not interval.count:
         return None
-    mean, low, high = (number(v, metric, difference) for v in (interval.mean, interval.low, interval.high))
+    mean, low, high = (number(v, value, difference) for v in (interval.mean, interval.low, interval.high))
     return Cell(mean, low, high, difference and interval.significant)
 
 
@@ -143,10 +144,10 @@ def _metrics(table: MetricTable) -> dict[str, Any]:
     Findings and differences are only included for several models.
     """
     prompts, images = table.num_prompts, len(table.prompts)
-    head = [label(m) for m in table.metrics]
-    rows = [(model, [_cell(table.interval(model, m), m) for m in table.metrics]) for model in table.models]
+    head = [table.label(m) for m in table.metrics]
+    rows = [(model, [_cell(table.interval(model, m), table.value(m)) for m in table.metrics]) for model in table.models]
     differences = [
-        (f"{model} - {other}", [_cell(table.difference(model, m, other), m, True) for m in table.metrics])
+        (f"{model} - {other}", [_cell(table.difference(model, m, other), table.value(m), True) for m in table.metrics])
         for model, other in table.pairs
     ]
     several = len(table.models) > 1
@@ -168,11 +169,12 @@ def _breakdowns(table: MetricTable) -> dict[str, Any]:
     figures: list[Markup] = []
     differences: list[tuple[str, Grid]] = []
     for metric in table.main_breakdowns:
+        value = table.value(metric)
         for title, rows in table.breakdowns(metric).items():
-            figures.append(Markup(charts.intervals(title, rows, lambda v, metric=metric: number(v, metric))))
+            figures.append(Markup(charts.intervals(title, rows, lambda v, value=value: number(v, value))))
         for title, groups in table.breakdowns(metric, paired=True).items():
             pairs = next(iter(groups.values()))
-            rows = [(pair, [_cell(row[pair], metric, True) for row in groups.values()]) for pair in pairs]
+            rows = [(pair, [_cell(row[pair], value, True) for row in groups.values()]) for pair in pairs]
             differences.append((title, Grid(list(groups), rows)))
     return {"breakdown_charts": figures, "breakdown_differences": differences}
 

@@ -9,8 +9,9 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
-from longalign.evaluation.metrics import RewardMetric
 from longalign.image_io import load_image
+from longalign.rewards.base import as_reward
+from longalign.rewards.guard import guarded
 
 
 @torch.no_grad()
@@ -37,11 +38,14 @@ def score_images(
     prompts = _prompt_per_image(prompts, paths)
     if not paths:
         raise ValueError("no images to score; give at least one image file")
-    metrics = [RewardMetric(name, reward) for name, reward in rewards.items()]
+    built = {name: as_reward(reward, name) for name, reward in rewards.items()}
     rows: list[dict[str, float | str]] = []
     for path, prompt in zip(paths, prompts, strict=True):
         image = load_image(path)[None]
-        scores = {k: float(v[0]) for metric in metrics for k, v in metric(image, [prompt]).items()}
+        scores: dict[str, float] = {}
+        for name, reward in built.items():
+            scored = guarded(reward, image, [prompt])
+            scores |= {name: float(scored.total[0]), **{f"{name}.{k}": float(v[0]) for k, v in scored.parts.items()}}
         if not rows:
             print("\t".join([*scores, "image"]), file=out)
         print("\t".join([*(f"{v:.4f}" for v in scores.values()), str(path)]), file=out, flush=True)

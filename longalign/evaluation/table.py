@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -11,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from longalign.evaluation.bootstrap import MIN_PROMPTS, Interval, bootstrap
+from longalign.evaluation.bootstrap import EMPTY, MIN_PROMPTS, Interval, bootstrap, interval
 from longalign.evaluation.formatting import (
-    GROUP_LABELS,
+    LABELS,
     Grid,
     label,
     markdown_text,
@@ -22,6 +24,7 @@ from longalign.evaluation.formatting import (
     terminal_text,
 )
 from longalign.evaluation.groups import length_labels, natural_key
+from longalign.metrics.base import Value, value_of
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,16 @@ class MetricTable:
         values: model -> metric -> ``(n,)`` values, NaN where an image has no value.
         prompts: the ``n`` prompts.
         seeds: the ``n`` seeds.
+        units: unit and direction of metrics, see `longalign.metrics.Metric.values`.
+        sets: model -> metric of the whole set of images -> its value and those of the bootstrap samples,
+            ``(1 + samples,)``. The samples are the same for all models.
     """
 
     values: Mapping[str, Mapping[str, np.ndarray]]
     prompts: Sequence[str]
     seeds: Sequence[int] = field(default=())
+    units: Mapping[str, Value] = field(default_factory=dict)
+    sets: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
 
     def __post_init__(self):
         for model, metrics in self.values.items():
@@ -72,12 +80,21 @@ class MetricTable:
     @property
     def metrics(self) -> list[str]:
         """The metrics of the main table, in order."""
-        return [m for m in dict.fromkeys(m for v in self.values.values() for m in v) if "/" not in m]
+        rows = [*self.values.values(), *self.sets.values()]
+        return [m for m in dict.fromkeys(m for row in rows for m in row) if "/" not in m]
 
     def submetrics(self, metric: str) -> list[str]:
         """Returns the names of a metric's submetrics, e.g. ``facts/colour``."""
         names = dict.fromkeys(m for v in self.values.values() for m in v)
         return [m for m in names if m.startswith(metric + "/")]
+
+    def value(self, metric: str) -> Value:
+        """Returns unit and direction of a metric."""
+        return value_of(metric, self.units)
+
+    def label(self, metric: str) -> str:
+        """Returns the display name of a metric."""
+        return label(metric, self.value(metric))
 
     def row(self, model: str, metric: str) -> np.ndarray:
         """Returns the ``(n,)`` values of one model."""
@@ -90,15 +107,19 @@ class MetricTable:
 
     def interval(self, model: str, metric: str, rows: np.ndarray | None = None) -> Interval:
         """Returns the mean and 95% interval over all images, or over those selected by the boolean mask ``rows``."""
+        if metric in self.sets.get(model, {}):
+            return self._set_interval(self.sets[model][metric], rows)
         return self._bootstrap((model, metric), self.row(model, metric), rows)
 
     def difference(self, model: str, metric: str, base: str | None = None, rows: np.ndarray | None = None) -> Interval:
         """Returns the mean paired difference to the model ``base`` (the first one if None), with its 95% interval."""
         base = base or self.base
+        if metric in self.sets.get(model, {}) and metric in self.sets.get(base, {}):
+            return self._set_interval(self.sets[model][metric] - self.sets[base][metric], rows)
         return self._bootstrap((model, metric, base), self.row(model, metric) - self.row(base, metric), rows)
 
     def significant(self, model: str, base: str | None = None) -> tuple[dict[str, Interval], dict[str, Interval]]:
-        """Returns the significant paired differences between two models, including submetrics.
+        """Returns the significant paired differences between two models, including submetrics but not gauges.
 
         Args:
             model: one of the models.
@@ -109,12 +130,20 @@ class MetricTable:
         """
         gains: dict[str, Interval] = {}
         losses: dict[str, Interval] = {}
-        for metric in self.values[model]:
-            if metric in self.values[base or self.base]:
-                difference = self.difference(model, metric, base)
-                if difference.significant:
-                    (gains if difference.mean > 0 else losses)[metric] = difference
+        for metric in self._shared(model, base or self.base):
+            difference = self.difference(model, metric, base)
+            if difference.significant and (is_gain := self.is_gain(metric, difference)) is not None:
+                (gains if is_gain else losses)[metric] = difference
         return gains, losses
+
+    def is_gain(self, metric: str, difference: Interval) -> bool | None:
+        """Whether a difference is a gain, given the metric's direction; None for a gauge."""
+        direction = self.value(metric).direction
+        return None if direction is None else (difference.mean > 0) == (direction == "higher")
+
+    def _shared(self, model: str, base: str) -> list[str]:
+        """Returns the metrics that both models have, including submetrics."""
+        return [m for rows in (self.values, self.sets) for m in rows.get(model, {}) if m in rows.get(base, {})]
 
     @cached_property
     def _intervals(self) -> dict[tuple[Any, ...], Interval]:
@@ -128,6 +157,11 @@ class MetricTable:
             groups = np.asarray(self.prompts, dtype=object)[rows].tolist()
             self._intervals[key_of_rows] = bootstrap(values[rows], groups)
         return self._intervals[key_of_rows]
+
+    def _set_interval(self, values: np.ndarray, rows: np.ndarray | None) -> Interval:
+        if rows is not None:  # only means can be split
+            return EMPTY
+        return interval(float(values[0]), values[1:], len(self.prompts), self.num_prompts)
 
     def by_group(
         self, metric: str, labels: Sequence[str] | None = None, paired: bool = False
@@ -146,8 +180,8 @@ class MetricTable:
 
     def _blocks(self) -> list[tuple[str, Grid]]:
         """Returns the main table, the differences and the breakdowns, as titled grids of cells."""
-        head = ["", *(label(m) for m in self.metrics)]
-        main = [head, *([m, *(show(self.interval(m, k), k) for k in self.metrics)] for m in self.models)]
+        head = ["", *(self.label(m) for m in self.metrics)]
+        main = [head, *([m, *(show(self.interval(m, k), self.value(k)) for k in self.metrics)] for m in self.models)]
         return [("", main), *self._difference_blocks(head), *self._breakdown_blocks()]
 
     def _difference_blocks(self, head: list[str]) -> list[tuple[str, Grid]]:
@@ -155,14 +189,14 @@ class MetricTable:
         if len(self.models) < 2:
             return []
         rows = [
-            [f"{m} - {other}", *(show_difference(self.difference(m, k, other), k) for k in self.metrics)]
+            [f"{m} - {other}", *(show_difference(self.difference(m, k, other), self.value(k)) for k in self.metrics)]
             for m, other in self.pairs
         ]
         too_few = self.num_prompts < MIN_PROMPTS
         note = f"none marked *: fewer than {MIN_PROMPTS} prompts" if too_few else "* interval excludes zero"
         blocks = [(f"paired differences ({note})", [head, *rows])]
         losses = [
-            [f"{m} - {other}", label(k), show_difference(change, k)]
+            [f"{m} - {other}", self.label(k), show_difference(change, self.value(k))]
             for m, other in self.pairs
             for k, change in self.significant(m, other)[1].items()
         ]
@@ -175,11 +209,16 @@ class MetricTable:
         blocks: list[tuple[str, Grid]] = []
         for metric in self.main_breakdowns:
             for title, groups in self.breakdowns(metric).items():
-                rows = [[name, *(show(row[m], metric) for m in self.models)] for name, row in groups.items()]
+                rows = [
+                    [name, *(show(row[m], self.value(metric)) for m in self.models)] for name, row in groups.items()
+                ]
                 blocks.append((title, [["", *self.models], *rows]))
             for title, groups in self.breakdowns(metric, paired=True).items():
                 pairs = next(iter(groups.values()))
-                rows = [[pair, *(show_difference(row[pair], metric) for row in groups.values())] for pair in pairs]
+                rows = [
+                    [pair, *(show_difference(row[pair], self.value(metric)) for row in groups.values())]
+                    for pair in pairs
+                ]
                 blocks.append((f"paired differences, {title}", [["", *groups], *rows]))
         return blocks
 
@@ -199,14 +238,14 @@ class MetricTable:
                 with a single model.
         """
         breakdowns: dict[str, dict[str, dict[str, Interval]]] = {}
-        if paired and len(self.models) < 2:
+        if (paired and len(self.models) < 2) or any(metric in rows for rows in self.sets.values()):
             return breakdowns
         lengths = self.by_group(metric, paired=paired)
         if len(lengths) > 1:
-            breakdowns[f"{label(metric)} by length of the prompt in words"] = lengths
+            breakdowns[f"{self.label(metric)} by length of the prompt in words"] = lengths
         for submetric in self.submetrics(metric):
             *group, name = submetric.split("/")[1:]
-            title = f"{label(metric)} by {GROUP_LABELS.get(group[0], group[0]) if group else 'part'}"
+            title = f"{self.label(metric)} by {LABELS.get(group[0], group[0]) if group else 'part'}"
             breakdowns.setdefault(title, {})[name] = self._columns(submetric, paired)
         return breakdowns
 
@@ -230,23 +269,22 @@ class MetricTable:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the table with the values of each image, as plain values for JSON; NaN becomes None."""
-        metrics = {m: list(v) for m, v in self.values.items()}
+        metrics = {m: self._shared(m, m) for m in self.models}
         return {
             "prompts": list(self.prompts),
             "seeds": list(self.seeds),
             "means": {m: {k: _plain(self.interval(m, k)) for k in ks} for m, ks in metrics.items()},
             "differences": {
-                f"{m} - {other}": {k: _plain(self.difference(m, k, other)) for k in metrics[m] if k in metrics[other]}
+                f"{m} - {other}": {k: _plain(self.difference(m, k, other)) for k in self._shared(m, other)}
                 for m, other in self.pairs
             },
             "significant": {
                 f"{m} - {other}": dict(zip(("gains", "losses"), map(list, self.significant(m, other)), strict=True))
                 for m, other in self.pairs
             },
-            "values": {
-                m: {k: [None if math.isnan(x) else float(x) for x in self.row(m, k)] for k in ks}
-                for m, ks in metrics.items()
-            },
+            "values": {m: {k: _list(row) for k, row in rows.items()} for m, rows in self.values.items()},
+            "units": {k: vars(self.value(k)) for k in dict.fromkeys(k for ks in metrics.values() for k in ks)},
+            "sets": {m: {k: _list(row) for k, row in rows.items()} for m, rows in self.sets.items()},
         }
 
     def json(self) -> str:
@@ -256,9 +294,31 @@ class MetricTable:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MetricTable:
         """Builds the table from the output of `to_dict`."""
-        values = {m: {k: np.array([math.nan if x is None else x for x in v]) for k, v in ks.items()}
-                  for m, ks in data["values"].items()}  # fmt: skip
-        return cls(values, list(data["prompts"]), list(data["seeds"]))
+        values, sets = (
+            {
+                m: {k: np.array([math.nan if x is None else x for x in v]) for k, v in ks.items()}
+                for m, ks in rows.items()
+            }
+            for rows in (data["values"], data.get("sets", {}))
+        )
+        units = {k: Value(**v) for k, v in data.get("units", {}).items()}
+        return cls(values, list(data["prompts"]), list(data["seeds"]), units, sets)
+
+    def csv(self) -> str:
+        """Returns the values as CSV: one line per model and image, one column per metric; empty without a value."""
+        names = dict.fromkeys(k for rows in self.values.values() for k in rows)
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(["model", "prompt", "seed", *names])
+        for model, rows in self.values.items():
+            for i, prompt in enumerate(self.prompts):
+                cells = [_list(rows[k][i : i + 1])[0] if k in rows else None for k in names]
+                writer.writerow([model, prompt, self.seeds[i] if self.seeds else "", *cells])
+        return out.getvalue()
+
+
+def _list(row: np.ndarray) -> list[float | None]:
+    return [None if math.isnan(x) else float(x) for x in row]
 
 
 def _plain(interval: Interval) -> dict[str, Any]:

@@ -10,19 +10,27 @@ if TYPE_CHECKING:
     from longalign.metrics.base import Metric as Metric
     from longalign.metrics.base import Value as Value
     from longalign.metrics.base import as_metric as as_metric
+    from longalign.metrics.config import FactsConfig as FactsConfig
     from longalign.metrics.config import GaugesConfig as GaugesConfig
     from longalign.metrics.config import MetricConfig as MetricConfig
+    from longalign.metrics.config import RewardMetricConfig as RewardMetricConfig
+    from longalign.metrics.facts import FactMetric as FactMetric
     from longalign.metrics.gauges import Gauges as Gauges
+    from longalign.metrics.reward import RewardMetric as RewardMetric
     from longalign.metrics.vqa.config import VqaConfig as VqaConfig
     from longalign.metrics.vqa.metric import VqaMetric as VqaMetric
 
 __all__, __getattr__, __dir__ = lazy_exports(
     __name__,
     {
+        "FactMetric": "facts",
+        "FactsConfig": "config",
         "Gauges": "gauges",
         "GaugesConfig": "config",
         "Metric": "base",
         "MetricConfig": "config",
+        "RewardMetric": "reward",
+        "RewardMetricConfig": "config",
         "Value": "base",
         "VqaConfig": "vqa.config",
         "VqaMetric": "vqa.metric",

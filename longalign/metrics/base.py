@@ -28,6 +28,12 @@ class Value:
     direction: Literal["higher", "lower"] | None = "higher"
 
 
+def value_of(name: str, values: Mapping[str, Value]) -> Value:
+    """Returns the entry of a name, or of the longest listed name before a "." or "/" of it; a plain number if none."""
+    starts = [known for known in values if name == known or name.startswith((f"{known}.", f"{known}/"))]
+    return values[max(starts, key=len)] if starts else Value()
+
+
 class Metric(nn.Module):
     """Base class of metrics. Measures all images of one model in three steps.
 
@@ -37,8 +43,8 @@ class Metric(nn.Module):
 
     The table computes means and intervals of the values, and resamples the observations for the statistics.
 
-    Names start with the metric's `label`. ``label`` and ``label.part`` are columns of the table.
-    ``label/group/name`` is shown in a breakdown of ``label``. Names of two metrics of a table must differ.
+    Names start with the metric's `label`. A name without a slash, such as ``label`` or ``label.part``, is a column of
+    the table. ``label/group/name`` is shown in a breakdown of ``label``. Names of two metrics of a table must differ.
 
     A metric does not depend on other models: the same images, prompts and seeds always have the same values, in any
     batches. Modules and rewards assigned as attributes move with ``to(device)``.
@@ -84,8 +90,7 @@ class Metric(nn.Module):
 
     def value(self, name: str) -> Value:
         """Returns unit and direction of one of the metric's names."""
-        starts = [known for known in self.values if name == known or name.startswith((f"{known}.", f"{known}/"))]
-        return self.values[max(starts, key=len)] if starts else Value()
+        return value_of(name, self.values)
 
 
 class CallableMetric(Metric):

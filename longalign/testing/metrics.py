@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longalign.metrics.base import Metric, Observations, as_metric
+from longalign.evaluation.measure import observe
+from longalign.metrics.base import Observations, as_metric
 from longalign.metrics.config import MetricConfig
 from longalign.registry import metrics
 from longalign.runtime import Runtime
@@ -50,26 +51,21 @@ def check_metric(
     images = torch.rand(len(texts), 3, size, size, generator=torch.Generator().manual_seed(0)).to(runtime.device)
 
     def names_start_with_the_label() -> None:
-        names = [*values(metric), *metric.statistics()]
-        wrong = [n for n in names if n != metric.label and not n.startswith((f"{metric.label}.", f"{metric.label}/"))]
+        names = [*values(), *metric.statistics()]
+        wrong = [n for n in names if not n.startswith(metric.label)]
         expect(bool(names), "the metric has no values and no statistics")
         expect(not wrong, f"{wrong} do not start with the label '{metric.label}'")
         directions = [n for n in names if metric.value(n).direction not in ("higher", "lower", None)]
         expect(not directions, f"the direction of {directions} is not higher, lower or None")
 
     def batched(step: int) -> Observations:
-        with torch.no_grad():
-            parts = [
-                {k: _array(v) for k, v in metric.observe(images[i : i + step], texts[i : i + step]).items()}
-                for i in range(0, len(texts), step)
-            ]
-        return {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
+        return observe(images, texts, [metric], step)[0]
 
-    def values(metric: Metric, step: int = len(texts)) -> dict[str, np.ndarray]:
+    def values(step: int = len(texts)) -> dict[str, np.ndarray]:
         return {k: np.asarray(v, np.float64) for k, v in metric.finish(batched(step), texts, seeds).items()}
 
     def values_have_one_number_per_image() -> None:
-        for name, rows in values(metric).items():
+        for name, rows in values().items():
             expect(rows.shape == (len(texts),), f"'{name}' has shape {rows.shape}, expected ({len(texts)},)")
             expect(not np.isinf(rows).any(), f"'{name}' has infinite values; return NaN where an image has no value")
 
@@ -79,7 +75,7 @@ def check_metric(
             expect_close(f"'{name}' of the same call twice", _tensor(second[name]), _tensor(first[name]), 0, 0)
 
     def a_batch_equals_singles() -> None:
-        together, singles = values(metric), values(metric, 1)
+        together, singles = values(), values(1)
         expect(together.keys() == singles.keys(), f"{sorted(together)} in a batch, {sorted(singles)} one by one")
         for name in together:
             expect_close(f"'{name}' of a batch and one by one", _tensor(singles[name]), _tensor(together[name]))
@@ -100,10 +96,6 @@ def check_metric(
         statistics_accept_repeated_images,
     ]
     run_checks("metrics", config, checks)
-
-
-def _array(values: Any) -> np.ndarray:
-    return np.asarray(values.float().cpu() if isinstance(values, Tensor) else values)
 
 
 def _tensor(values: np.ndarray) -> Tensor:

@@ -1,5 +1,6 @@
 """The command line: output, arguments passed on, and error messages."""
 
+import csv
 import json
 import re
 import subprocess
@@ -512,8 +513,14 @@ def test_eval_compares_folders_with_same_prompts(brightness, tmp_path, capsys):
     tuned = images(tmp_path / "tuned", [0.2, 0.4], ["a", "b"], [1, 2])
     out = tmp_path / "table.json"
     models = [f"base={base}", f"tuned={tuned}"]
-    files = ["--json", str(out), "--markdown", str(tmp_path / "table.md")]
-    assert main(["eval", "--images", *models, "--reward", brightness, *files]) == 0
+    files = ["--json", str(out), "--markdown", str(tmp_path / "table.md"), "--csv", str(tmp_path / "table.csv")]
+    assert main(["eval", "--images", *models, "--reward", brightness, "--metric", "gauges", *files]) == 0
+    rows = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
+    assert [(row["model"], row["prompt"], row["seed"]) for row in rows][1:3] == [
+        ("base", "b", "2"),
+        ("tuned", "a", "1"),
+    ]
+    assert float(rows[3]["brightness"]) == pytest.approx(0.4, abs=0.01) and float(rows[0]["gauges.dark"]) == 1
     assert json.loads(out.read_text())["configs"] == {"base": None, "tuned": None}
     assert "| tuned - base |" in (tmp_path / "table.md").read_text()
     assert "tuned - base" in capsys.readouterr().out
@@ -596,7 +603,8 @@ def test_eval_rejects_invalid_input_before_generating(hues, generate_calls, run,
         assert main(["eval", *out, *hues, "--prompt", "a", *arguments]) == 2 and not generate_calls
         return capsys.readouterr().err
 
-    assert re.search("at least two .*prompts, got 1", message())
+    duplicate = ["--metric", "{name: reward, reward: hues, label: hues}"]
+    assert re.search(r"two metrics .* hues;.*label", message(*duplicate))
     assert "--json" in message("--prompt", "b", "--json", str(tmp_path / "none" / "t.json"))
     assert "no checkpoint in nowhere" in message("--prompt", "b", "--checkpoint", "other=nowhere")
     other = images(tmp_path / "other", [0.5], ["a"], [3])

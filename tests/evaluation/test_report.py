@@ -15,6 +15,9 @@ from longalign.evaluation.comparison import findings
 from longalign.evaluation.record import machine, non_defaults, read_log
 from longalign.evaluation.report import Example, data_url, write_report
 from longalign.evaluation.table import MetricTable
+from longalign.metrics import Value
+
+FACTS = {"facts": Value("%")}
 
 
 class Part(BaseModel):
@@ -58,6 +61,7 @@ def page(tmp_path):
         },
         ["A red <b>. Two.", "Three."],
         [0, 1],
+        FACTS,
     )
     example = Example(
         sentences=["A red <b>.", "Two."],
@@ -117,7 +121,8 @@ def test_report_shows_means_differences_and_verdicts(page):
 
 def test_report_significant_differences_are_bold(tmp_path):
     values = {"base": np.full(10, 0.25), "tuned": np.full(10, 0.75)}
-    table = MetricTable({model: {"facts": v} for model, v in values.items()}, [f"prompt {i}" for i in range(10)])
+    models = {model: {"facts": v} for model, v in values.items()}
+    table = MetricTable(models, [f"prompt {i}" for i in range(10)], units=FACTS)
     text = write_report(tmp_path / "report.html", title="T", lead="L", table=table).read_text()
     assert '<td><span class="clear">+50.0</span><span class="range">+50.0 to +50.0</span></td>' in text
 
@@ -184,7 +189,7 @@ def test_findings_gains_and_losses_against_previous_model():
     }
     names = ("facts", start, shape, ground, "text_relevant", "text_irrelevant")
     models = {model: dict(zip(names, columns, strict=True)) for model, columns in values.items()}
-    table = MetricTable(models, [f"prompt {i}" for i in range(40)])
+    table = MetricTable(models, [f"prompt {i}" for i in range(40)], units=FACTS)
     base, segments, reward = findings(table)
     assert base.startswith("base: fact accuracy 30.0% [29.8, 30.2]")
     assert "segments against base: fact accuracy 80.0%, +50.0 [+50.0, +50.0] points" in segments

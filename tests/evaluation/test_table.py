@@ -7,13 +7,15 @@ import pytest
 from longalign.evaluation.bootstrap import Interval, bootstrap
 from longalign.evaluation.groups import length_labels
 from longalign.evaluation.table import MetricTable
+from longalign.metrics import Value
 
 NAN = float("nan")
+FACTS = {"facts": Value("%")}
 
 
 def make_table(**metrics):
     prompts = ["a b", "c d e", "a b c d", "e f"]
-    return MetricTable(metrics, prompts, [0, 1, 2, 3])
+    return MetricTable(metrics, prompts, [0, 1, 2, 3], FACTS)
 
 
 def test_bootstrap_equal_values():
@@ -110,7 +112,7 @@ def compared(prompts, images=1):
     base = {"facts": half, "facts/attribute/fill": half, "facts/attribute/ground": half, "denscore": half}
     tuned = {**base, "facts": half + 0.1, "facts/attribute/ground": half - 0.2}
     texts = [f"prompt {i}" for i in range(prompts) for _ in range(images)]
-    return MetricTable({"base": base, "tuned": tuned}, texts, list(range(images)) * prompts)
+    return MetricTable({"base": base, "tuned": tuned}, texts, list(range(images)) * prompts, FACTS)
 
 
 def test_significant_requires_ten_prompts():

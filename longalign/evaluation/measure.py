@@ -1,0 +1,143 @@
+"""Measures the images of several models with metrics."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longalign.evaluation.bootstrap import resamples
+from longalign.evaluation.table import MetricTable
+from longalign.metrics.base import Metric, Observations, Statistic, Value, as_metric
+
+SET_SAMPLES = 200
+"""Bootstrap samples of the statistics of sets, which are slower than means."""
+
+
+@torch.no_grad()
+def observe(
+    images: Tensor | Sequence[Tensor], prompts: Sequence[str], metrics: Sequence[Metric], batch_size: int = 16
+) -> list[Observations]:
+    """Returns the observations of one model's images, for each metric: name -> ``(n,)`` or ``(n, d)``.
+
+    Args:
+        images: ``(n, 3, h, w)`` in [0, 1], or a sequence of images ``(3, h, w)`` of any sizes, such as
+            `longalign.image_io.ImageFiles`. Each image is read once.
+        prompts: one prompt per image.
+        metrics: the metrics.
+        batch_size: images per call; images of different sizes are in different calls.
+
+    Raises:
+        ValueError: if the numbers of images and prompts differ, or an observation has a wrong shape or infinities.
+    """
+    if len(images) != len(prompts):
+        raise ValueError(f"expected one prompt per image, got {len(images)} images and {len(prompts)} prompts")
+    results: list[dict[str, np.ndarray]] = [{} for _ in metrics]
+    for start in range(0, len(prompts), batch_size):
+        for rows, batch in _by_size(images, range(start, min(start + batch_size, len(prompts)))):
+            batch_prompts = [prompts[i] for i in rows]
+            for metric, result in zip(metrics, results, strict=True):
+                for name, values in metric.observe(batch, batch_prompts).items():
+                    array = _checked(f"'{name}' of the metric '{metric.label}'", values, len(rows))
+                    if name not in result:
+                        result[name] = np.full((len(prompts), *array.shape[1:]), np.nan, array.dtype)
+                    result[name][rows] = array
+    return list(results)
+
+
+def _checked(where: str, values: Any, count: int) -> np.ndarray:
+    """Observations as float64 ``(count,)`` or float32 ``(count, d)``."""
+    array = values.float().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    if array.ndim not in (1, 2) or len(array) != count:
+        raise ValueError(f"{where} has shape {array.shape}; expected ({count},) or ({count}, d): one row per image")
+    if np.isinf(array).any():
+        raise ValueError(f"{where} is infinite; expected numbers, or NaN where an image has no value")
+    return array.astype(np.float64 if array.ndim == 1 else np.float32)
+
+
+def _by_size(images: Tensor | Sequence[Tensor], rows: Iterable[int]) -> Iterator[tuple[list[int], Tensor]]:
+    """Groups the selected images by size, as ``(indices, images)``."""
+    groups: dict[torch.Size, list[tuple[int, Tensor]]] = {}
+    for i in rows:
+        image = images[i]
+        groups.setdefault(image.shape, []).append((i, image))
+    for group in groups.values():
+        yield [i for i, _ in group], torch.stack([image for _, image in group])
+
+
+def measure(
+    images: Tensor | Sequence[Tensor],
+    prompts: Sequence[str],
+    metrics: Sequence[Metric | Callable[..., Any]],
+    seeds: Sequence[int] = (),
+    batch_size: int = 16,
+) -> dict[str, np.ndarray]:
+    """Returns the values of one model's images: name -> ``(n,)``. Statistics of sets are only in `evaluate`.
+
+    The arguments are those of `evaluate`, for one model.
+    """
+    built = [as_metric(metric) for metric in metrics]
+    finished = _finish(built, observe(images, prompts, built, batch_size), prompts, seeds)
+    return {name: rows for values in finished for name, rows in values.items()}
+
+
+def _finish(
+    metrics: Sequence[Metric], observed: Sequence[Observations], prompts: Sequence[str], seeds: Sequence[int]
+) -> list[dict[str, np.ndarray]]:
+    """Returns the values of each metric. Raises ValueError if two metrics have a value of the same name."""
+    finished = [metric.finish(rows, prompts, seeds) for metric, rows in zip(metrics, observed, strict=True)]
+    counts = Counter(
+        name for metric, values in zip(metrics, finished, strict=True) for name in [*values, *metric.statistics()]
+    )
+    if duplicates := sorted(name for name, count in counts.items() if count > 1):
+        raise ValueError(f"two values are called {', '.join(duplicates)}; give one of their metrics a `label`")
+    return [{name: np.asarray(rows, np.float64) for name, rows in values.items()} for values in finished]
+
+
+def evaluate(
+    models: Mapping[str, Tensor | Sequence[Tensor]],
+    prompts: Sequence[str],
+    metrics: Sequence[Metric | Callable[..., Any]],
+    seeds: Sequence[int] = (),
+    batch_size: int = 16,
+) -> MetricTable:
+    """Measures several models on the same prompts and seeds. Differences are relative to the first model.
+
+    Args:
+        models: name -> images, see `observe`; the i-th image of each model has the i-th prompt and seed.
+        prompts: the ``n`` prompts.
+        metrics: metrics, or functions ``(images, prompts) -> {name: (b,)}``.
+        seeds: the ``n`` seeds; empty if unknown.
+        batch_size: images per call.
+
+    Raises:
+        ValueError: as `observe`, or if two metrics have a value of the same name.
+    """
+    built = [as_metric(metric) for metric in metrics]
+    values: dict[str, dict[str, np.ndarray]] = {model: {} for model in models}
+    sets: dict[str, dict[str, np.ndarray]] = {model: {} for model in models}
+    shown: dict[str, Value] = {}
+    for model, images in models.items():
+        observed = observe(images, prompts, built, batch_size)
+        for metric, rows, finished in zip(built, observed, _finish(built, observed, prompts, seeds), strict=True):
+            statistics = {name: _resampled(function, rows, prompts) for name, function in metric.statistics().items()}
+            shown |= {name: metric.value(name) for name in (*finished, *statistics)}
+            values[model] |= finished
+            sets[model] |= statistics
+    return MetricTable(values, list(prompts), list(seeds), shown, sets)
+
+
+def _resampled(function: Statistic, observations: Observations, prompts: Sequence[str]) -> np.ndarray:
+    """Returns a statistic of all images, then of the bootstrap samples: ``(1 + SET_SAMPLES,)``.
+
+    Resampled images have fewer different ones, which shifts e.g. a Frechet distance. The samples are moved so that
+    their mean is the statistic of all images.
+    """
+    value = float(function(observations))
+    draws = (np.repeat(np.arange(len(prompts)), counts) for counts in resamples(prompts, SET_SAMPLES))
+    samples = np.array([function({name: rows[draw] for name, rows in observations.items()}) for draw in draws])
+    return np.array([value, *(samples - samples.mean() + value)], np.float64)

@@ -1,0 +1,91 @@
+"""Scores of a reward and their decomposition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longalign import registry
+from longalign.functional.preference import common_direction, decompose, strict_relevance
+from longalign.metrics.base import Metric, Observations
+from longalign.metrics.config import RewardMetricConfig
+from longalign.rewards.base import EmbeddingReward, Reward, as_reward
+from longalign.rewards.guard import guarded
+from longalign.runtime import Runtime
+
+
+class RewardMetric(Metric):
+    """The score of a reward and its components.
+
+    Of an embedding reward, the score is decomposed along the common text direction, the mean text embedding of the
+    different prompts of the table (paper, section 4.1). Names: ``label`` (the plain score), ``label.text_relevant`` and
+    ``label.text_irrelevant`` (they sum to the score), and ``label-o``, the cosine of the image with the text
+    embedding's component orthogonal to the direction. With Denscore, this is Denscore-O of the paper's tables. With a
+    single prompt, which is its own common direction, the last three are NaN.
+
+    Of other rewards, the components are those of the reward, ``label.component``.
+
+    Args:
+        label: name of the score in the table.
+        reward: a `Reward`, or a function ``(images, prompts) -> (b,)``.
+        segments: also compute the mean and the lowest score of the prompt's segments, ``label.segment_mean`` and
+            ``label.segment_min``.
+
+    Raises:
+        ValueError: if ``segments`` is set and the reward cannot score segments.
+    """
+
+    def __init__(self, label: str, reward: Reward | Callable[[Tensor, Sequence[str]], Any], *, segments: bool = False):
+        super().__init__()
+        self.label, self.reward, self.segments = label, as_reward(reward, label), segments
+        if segments and not hasattr(self._inner(), "by_segment"):
+            raise ValueError(f"'{label}' cannot score segments; expected a two-tower reward, or `segments: false`")
+
+    @classmethod
+    def from_config(cls, config: RewardMetricConfig, runtime: Runtime) -> RewardMetric:
+        reward = registry.rewards.construct(config.reward, runtime)
+        metric = cls(config.label or config.reward.name, reward, segments=config.segments)
+        metric.reward.eval()
+        return metric
+
+    def observe(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Any]:
+        if isinstance(self.reward, EmbeddingReward):
+            rows: dict[str, Any] = {
+                "image": self.reward.image_features(images),
+                "text": self.reward.text_features(prompts),
+            }
+        else:
+            scores = guarded(self.reward, images, prompts)
+            rows = {self.label: scores.total, **{f"{self.label}.{k}": v for k, v in scores.parts.items()}}
+        if self.segments:
+            by_prompt = [[score for _, score in row] for row in self._inner().by_segment(images, prompts)]
+            rows[f"{self.label}.segment_mean"] = [float(np.mean(scores)) for scores in by_prompt]
+            rows[f"{self.label}.segment_min"] = [min(scores) for scores in by_prompt]
+        return rows
+
+    def finish(self, observations: Observations, prompts: Sequence[str], seeds: Sequence[int]) -> dict[str, np.ndarray]:
+        values = super().finish(observations, prompts, seeds)
+        if not isinstance(self.reward, EmbeddingReward):
+            return dict(values)
+        image, text = (torch.from_numpy(observations[name]).double() for name in ("image", "text"))
+        names = [self.label, f"{self.label}.text_relevant", f"{self.label}.text_irrelevant", f"{self.label}-o"]
+        direction = text_direction(text, prompts)
+        parts = decompose(image, text, direction)
+        strict = strict_relevance(image, text, direction)
+        decomposed = [parts.relevant + parts.irrelevant, parts.relevant, parts.irrelevant, strict]
+        if len(set(prompts)) < 2:
+            decomposed[1:] = [torch.full_like(strict, torch.nan)] * 3
+        return {**dict(zip(names, (rows.numpy() for rows in decomposed), strict=True)), **values}
+
+    def _inner(self) -> Any:
+        return getattr(self.reward, "inner", self.reward)
+
+
+def text_direction(text: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Returns the common direction ``(d,)`` of the text embeddings ``(n, d)`` of the different prompts."""
+    first = {prompt: i for i, prompt in reversed(list(enumerate(prompts)))}
+    return common_direction(text[list(first.values())])
