@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from longalign.evaluation.table import MetricTable
+from longalign.metrics.base import Value
 from longalign.runtime import Runtime
 from longalign.vlm.base import Picture, Request
 from longalign.vlm.config import JudgeConfig
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 OPTIONS = ("1", "2", "tie")
 WIN_RATE = "win_rate"
 VERDICTS = (WIN_RATE, f"{WIN_RATE}/verdict/tie", f"{WIN_RATE}/verdict/order")
+UNITS = {WIN_RATE: Value("%"), f"{WIN_RATE}/verdict": Value("%", None)}
 
 
 class Judge:
@@ -100,7 +102,8 @@ def add_win_rates(table: MetricTable, models: Mapping[str, Tensor | Sequence[Ten
         raise ValueError(f"a judge compares models, got only '{base}'; give at least two")
     nothing = np.full(len(table.prompts), math.nan)
     added[base] = dict.fromkeys(VERDICTS, nothing) | {WIN_RATE: np.full(len(table.prompts), 0.5)}
-    return replace(table, values={name: {**values, **added[name]} for name, values in table.values.items()})
+    values = {name: {**table.values[name], **added[name]} for name in table.models}
+    return replace(table, values=values, units={**table.units, **UNITS})
 
 
 def _verdict(forward: str | None, backward: str | None) -> tuple[float, float, float]:

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, JsonValue, ValidationError, field_validator
 
-from longalign.errors import ConfigProblem, flatten, nested, redact_url
+from longalign.errors import ConfigError, ConfigProblem, check_size, flatten, nested, redact_url, shorten
 from longalign.hub import checkpoint_problem
 from longalign.registry import Section
 from longalign.runtime import Runtime
@@ -162,6 +162,20 @@ class JudgeConfig(Section):
     @classmethod
     def _check_prompt(cls, prompt: str) -> str:
         return check_template(prompt, "{prompt}")
+
+    @classmethod
+    def parse(cls, value: Any) -> JudgeConfig:
+        """Validates a mapping and checks what it refers to. Raises `ConfigError` with all problems."""
+        check_size(value)
+        if not isinstance(value, dict):
+            raise ConfigError([("", f"expected a mapping with 'vlm', got {shorten(value)}")])
+        try:
+            config = cls.model_validate(value)
+        except ValidationError as error:
+            raise ConfigError(flatten(error, cls)) from error
+        if problems := config.check_files():
+            raise ConfigError(problems)
+        return config
 
     def check_files(self) -> list[ConfigProblem]:
         """Returns the problems of the model as ``(key, message)``."""

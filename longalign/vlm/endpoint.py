@@ -26,7 +26,7 @@ MAX_WAIT = 60.0
 MAX_BYTES = 1_000_000
 
 
-class EndpointError(RuntimeError):
+class EndpointError(OSError):
     """Raised when an endpoint did not answer a request after all attempts, or rejected it."""
 
 
