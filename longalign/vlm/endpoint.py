@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from http.client import HTTPException
+from threading import Event
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import HTTPRedirectHandler, build_opener
@@ -90,31 +90,35 @@ class EndpointVLM(VLM):
         waiting = iter(enumerate(requests))
         running: dict[Future[str], int] = {}
         error: EndpointError | None = None
+        stop = Event()
         with ThreadPoolExecutor(self.concurrency) as pool:
-            while True:
-                while error is None and len(running) < self.concurrency and (job := next(waiting, None)):
-                    running[pool.submit(self.reply, job[1])] = job[0]
-                if not running:
-                    break
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    index = running.pop(future)
-                    try:
-                        reply = future.result()
-                    except EndpointError as failure:
-                        error = error or failure
-                    else:
-                        yield index, option_in(reply, requests[index].options)
+            try:
+                while True:
+                    while error is None and len(running) < self.concurrency and (job := next(waiting, None)):
+                        running[pool.submit(self.reply, job[1], stop)] = job[0]
+                    if not running:
+                        break
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        index = running.pop(future)
+                        try:
+                            reply = future.result()
+                        except EndpointError as failure:
+                            error = error or failure
+                        else:
+                            yield index, option_in(reply, requests[index].options)
+            finally:
+                stop.set()  # an interrupt does not wait for further attempts
         if error is not None:
             raise error
 
-    def reply(self, request: Request) -> str:
-        """Returns the model's reply to one request as text.
+    def reply(self, request: Request, stop: Event) -> str:
+        """Returns the model's reply to one request as text. There are no further attempts after ``stop`` is set.
 
         Raises:
             EndpointError: if the endpoint rejected the request, or every attempt failed.
         """
         body = json.dumps({**self.fields, "model": self.model, "messages": [_message(request)]}).encode()
-        problem = ""
+        problem, attempt = "", 0
         for attempt in range(self.attempts):
             try:
                 return self._post(body)
@@ -124,9 +128,9 @@ class EndpointVLM(VLM):
                     raise self._failure(f"rejected the request: {problem}") from None
             except (OSError, HTTPException, ValueError) as error:  # no connection, a timeout, no valid response
                 problem, pause = self._redacted(str(error) or type(error).__name__), 0.0
-            if attempt + 1 < self.attempts:
-                time.sleep(max(self.backoff * 2**attempt, pause))
-        raise self._failure(f"failed {self.attempts} times, last: {problem}")
+            if attempt + 1 == self.attempts or stop.wait(max(self.backoff * 2**attempt, pause)):
+                break
+        raise self._failure(f"failed {attempt + 1} times, last: {problem}")
 
     def _post(self, body: bytes) -> str:
         headers = {"Content-Type": "application/json", "User-Agent": "longalign"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -45,6 +46,9 @@ class LocalVLM(VLM):
         processor.tokenizer.padding_side = "left"  # so that the last position of each row predicts the reply
         self.model, self.processor = model.eval(), processor
         self.identity, self.batch_size = identity, batch_size
+        # logits of all positions, most of them of image patches, can be larger than the model
+        last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._last_only = {"logits_to_keep": 1} if last_only else {}
 
     @classmethod
     def from_config(cls, config: LocalVLMConfig, runtime: Runtime) -> LocalVLM:
@@ -74,7 +78,6 @@ class LocalVLM(VLM):
         identity = json.dumps(["local", weights or [config.checkpoint, config.revision], runtime.dtype])
         return cls(model.to(runtime.device), processor, identity=identity, batch_size=config.batch_size)
 
-    @torch.no_grad()
     def answers(self, requests: Sequence[Request]) -> Iterator[tuple[int, str | None]]:
         """Yields the answers batch by batch; none is None.
 
@@ -90,6 +93,7 @@ class LocalVLM(VLM):
                 scores = [float(row[ids].logsumexp(0)) for ids in self.option_tokens(requests[i].options)]
                 yield i, requests[i].options[scores.index(max(scores))]
 
+    @torch.no_grad()
     def next_token(self, requests: Sequence[Request]) -> Tensor:
         """Returns the float32 logits ``(b, vocabulary)`` of the first token of each reply, on the CPU."""
         template = partial(self.processor.apply_chat_template, tokenize=False, add_generation_prompt=True)
@@ -101,7 +105,7 @@ class LocalVLM(VLM):
             images=images, text=texts, padding=True, return_tensors="pt", add_special_tokens=not start_written
         ).to(self.model.device)
         inputs = {k: v.to(self.model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
-        return self.model(**inputs).logits[:, -1].float().cpu()
+        return self.model(**inputs, **self._last_only).logits[:, -1].float().cpu()
 
     def option_tokens(self, options: Sequence[str]) -> list[list[int]]:
         """Returns the first tokens of the spellings of each option. A token that starts several options is omitted.

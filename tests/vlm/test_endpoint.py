@@ -71,16 +71,51 @@ def test_attempts_are_limited():
     assert len(server.requests) == 2
 
 
-def test_wait_doubles_and_respects_retry_after(monkeypatch):
-    pauses = []
-    monkeypatch.setattr("longalign.vlm.endpoint.time.sleep", pauses.append)
+class Pauses(threading.Event):
+    """Records the pauses instead of waiting; is set after ``limit`` of them."""
+
+    def __init__(self, limit=100):
+        super().__init__()
+        self.seconds, self.limit = [], limit
+
+    def wait(self, timeout=None):
+        self.seconds.append(timeout)
+        return len(self.seconds) >= self.limit
+
+
+def test_wait_doubles_and_respects_retry_after():
+    pauses = Pauses()
     headers = {2: {"Retry-After": "7"}, 3: {"Retry-After": "100000"}, 4: {"Retry-After": "soon"}}
     with (
         chat_server(lambda number, body: failure(429, **headers.get(number, {}))) as server,
         pytest.raises(EndpointError),
     ):
-        answer(endpoint(server.url, attempts=5, backoff=0.5), request())
-    assert pauses == [0.5, 7.0, 60.0, 4.0]
+        endpoint(server.url, attempts=5, backoff=0.5).reply(request(), pauses)
+    assert pauses.seconds == [0.5, 7.0, 60.0, 4.0]
+
+
+def test_no_further_attempt_after_stop():
+    with chat_server(lambda number, body: failure(503)) as server, pytest.raises(EndpointError):
+        endpoint(server.url, attempts=5).reply(request(), Pauses(limit=2))
+    assert len(server.requests) == 2
+
+
+def test_interrupt_stops_further_attempts():
+    """The other request fails and would be repeated after a long pause."""
+    failed = threading.Event()
+
+    def respond(number, body):
+        if question_of(body) == "fails":
+            failed.set()
+            return failure(503)
+        failed.wait(60)
+        return reply("yes")
+
+    with chat_server(respond) as server:
+        answers = endpoint(server.url, concurrency=2, backoff=1e6).answers([request("fails"), request("works")])
+        assert next(answers) == (1, "yes")
+        answers.close()
+    assert len(server.requests) == 2
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 302])
