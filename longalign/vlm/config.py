@@ -66,9 +66,9 @@ class EndpointConfig(_VLMSection):
     """further fields of each request, except ``model``, ``messages``, ``stream`` and ``n``."""
     timeout: float = Field(60.0, gt=0)
     """seconds without data from the endpoint after which a request has failed."""
-    attempts: int = Field(5, ge=1)
+    attempts: int = Field(5, ge=1, le=20)
     """maximum number of attempts of a request."""
-    backoff: float = Field(1.0, ge=0)
+    backoff: float = Field(1.0, ge=0, le=3600)
     """seconds before the second attempt. They double with each further attempt. A longer ``Retry-After`` of the
     endpoint is respected, up to one minute.
     """
