@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
 from typing import ClassVar, Literal
 
+from pydantic import PositiveInt, model_validator
+
+from longalign.errors import ConfigProblem
 from longalign.registry import Part, PartConfig
 
 
@@ -28,6 +33,71 @@ class RewardMetricConfig(MetricConfig):
     """whether to add the mean and the lowest score of the prompt's segments, which are sentences unless the reward
     splits prompts in another way.
     """
+
+
+class RetrievalConfig(MetricConfig):
+    """R@1: the percentage of prompts that find their image among all images of the model, or of images their prompt."""
+
+    target: ClassVar[str] = "longalign.metrics.retrieval:Retrieval"
+
+    name: Literal["retrieval"] = "retrieval"
+    reward: Part("rewards")
+    """an embedding reward. Its key `text` decides how a prompt is encoded: "whole" in one pass, "segments" as the mean
+    over segments.
+    """
+    query: Literal["text", "image"] = "text"
+    """what is given: "text" finds images, "image" finds texts."""
+    component: Literal["whole", "orthogonal"] = "whole"
+    """which part of the text embedding is used: "whole", or "orthogonal" to the common direction of the prompts."""
+    sentences: PositiveInt | None = None
+    """prompts are cut to at most so many sentences; null: whole prompts."""
+
+
+class DiversityConfig(MetricConfig):
+    """Mean pairwise distance of the images of one prompt from different seeds."""
+
+    target: ClassVar[str] = "longalign.metrics.diversity:Diversity"
+
+    name: Literal["diversity"] = "diversity"
+    reward: Part("rewards") | None = None
+    """an embedding reward; the distance is one minus the cosine of its image embeddings. null: root mean square
+    difference of the pixels, of images averaged to 32 by 32.
+    """
+
+
+class FrechetConfig(MetricConfig):
+    """Frechet distance of the images to reference images. Lower is better. Set `reward` or `inception`."""
+
+    target: ClassVar[str] = "longalign.metrics.frechet:Frechet"
+
+    name: Literal["frechet"] = "frechet"
+    reference: str
+    """folder of the reference images, including its subfolders."""
+    reward: Part("rewards") | None = None
+    """an embedding reward whose image embeddings are the features."""
+    inception: str | None = None
+    """file of Inception weights in the layout of torch-fidelity, for the features of published FID values. Needs
+    torch-fidelity (`pip install longalign[metrics]`).
+    """
+
+    @model_validator(mode="after")
+    def _check_one_extractor(self) -> FrechetConfig:
+        if (self.reward is None) == (self.inception is None):
+            raise ValueError("expected one of reward and inception as the source of features; set one of them")
+        return self
+
+    def check_files(self) -> list[ConfigProblem]:
+        problems = []
+        if not Path(self.reference).is_dir():
+            problems.append(("reference", f"no folder {self.reference}; expected a folder of images"))
+        if self.inception is not None:
+            if not Path(self.inception).is_file():
+                problems.append(
+                    ("inception", f"no file {self.inception}; expected Inception weights of torch-fidelity")
+                )
+            if importlib.util.find_spec("torch_fidelity") is None:
+                problems.append(("inception", "needs torch-fidelity; install it with: pip install longalign[metrics]"))
+        return problems
 
 
 class FactsConfig(MetricConfig):

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from longalign import registry
-from longalign.functional.preference import common_direction, decompose, strict_relevance
+from longalign.functional.preference import decompose, strict_relevance
 from longalign.metrics.base import Metric, Observations
 from longalign.metrics.config import RewardMetricConfig
+from longalign.metrics.embedding import text_direction
 from longalign.rewards.base import EmbeddingReward, Reward, as_reward
 from longalign.rewards.guard import guarded
 from longalign.runtime import Runtime
@@ -83,9 +84,3 @@ class RewardMetric(Metric):
 
     def _inner(self) -> Any:
         return getattr(self.reward, "inner", self.reward)
-
-
-def text_direction(text: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Returns the common direction ``(d,)`` of the text embeddings ``(n, d)`` of the different prompts."""
-    first = {prompt: i for i, prompt in reversed(list(enumerate(prompts)))}
-    return common_direction(text[list(first.values())])

@@ -1,0 +1,31 @@
+"""Builds the embedding rewards of metrics that need embeddings of images or texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from longalign import registry
+from longalign.functional.preference import common_direction
+from longalign.registry import PartConfig
+from longalign.rewards.base import EmbeddingReward
+from longalign.runtime import Runtime
+
+
+def build_embedding_reward(config: PartConfig, runtime: Runtime) -> EmbeddingReward:
+    """Returns the reward of a config, in eval mode.
+
+    Raises:
+        ValueError: if the reward does not embed images and texts.
+    """
+    reward = registry.rewards.construct(config, runtime)
+    if not isinstance(reward, EmbeddingReward):
+        raise ValueError(f"the reward '{config.name}' has no embeddings; expected an EmbeddingReward such as clip")
+    return reward.eval()
+
+
+def text_direction(text: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Returns the common direction ``(d,)`` of the text embeddings ``(n, d)`` of the different prompts."""
+    first = {prompt: i for i, prompt in reversed(list(enumerate(prompts)))}
+    return common_direction(text[list(first.values())])

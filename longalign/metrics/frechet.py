@@ -1,0 +1,106 @@
+"""Frechet distance of the generated images to reference images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from longalign.image_folder import IMAGE_SUFFIXES
+from longalign.image_io import ImageFiles
+from longalign.metrics.base import Metric, Statistic, Value
+from longalign.metrics.config import FrechetConfig
+from longalign.metrics.embedding import build_embedding_reward
+from longalign.rewards.base import EmbeddingReward
+from longalign.runtime import Runtime
+
+
+class Embeddings(nn.Module):
+    """Features: the image embeddings ``(b, d)`` of a reward."""
+
+    def __init__(self, reward: EmbeddingReward):
+        super().__init__()
+        self.reward = reward
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.reward.image_features(images)
+
+
+class Inception(nn.Module):
+    """Features: the 2048 activations of Inception's last pooling, in TensorFlow's version as published FID values.
+
+    Args:
+        model: torch-fidelity's ``FeatureExtractorInceptionV3``, which takes 8-bit images.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model.requires_grad_(False).eval()
+
+    @classmethod
+    def load(cls, weights: str) -> Inception:
+        """Builds the model from a file of torch-fidelity's weights."""
+        torch.load(weights, weights_only=True)  # torch-fidelity would run code in the file
+        module = import_module("torch_fidelity.feature_extractor_inceptionv3")
+        return cls(module.FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=weights))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model((images * 255).round().byte())[0]
+
+
+class Frechet(Metric):
+    """Squared Frechet distance of the features of generated and reference images, a value of the whole set.
+
+    Gaussians are fitted to the features of both: ``|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))`` (FID, arXiv
+    1706.08500). Lower is better. The distance falls with the number of images, so only compare values of equally many.
+    Features of different extractors have different scales.
+
+    Args:
+        label: name in the table.
+        extractor: module or function that returns features ``(b, d)`` of images ``(b, 3, h, w)`` in [0, 1].
+        reference: features ``(n, d)`` of the reference images, ``n >= 2``.
+    """
+
+    def __init__(self, label: str, extractor: Callable[[Tensor], Tensor], reference: np.ndarray):
+        super().__init__()
+        self.label, self.extractor = label, extractor
+        self.values = {label: Value("", "lower")}
+        self.mean, covariance = reference.mean(0, dtype=np.float64), np.cov(reference, rowvar=False, dtype=np.float64)
+        self.trace = float(np.trace(covariance))
+        eigenvalues, vectors = np.linalg.eigh(covariance)
+        self.root = vectors * np.sqrt(eigenvalues.clip(min=0))  # root @ root.T is the covariance
+
+    @classmethod
+    def from_config(cls, config: FrechetConfig, runtime: Runtime) -> Frechet:
+        if config.inception is not None:
+            extractor: nn.Module = Inception.load(config.inception).to(runtime.device)
+        else:
+            assert config.reward is not None  # the config has one of them
+            extractor = Embeddings(build_embedding_reward(config.reward, runtime))
+        files = sorted(p for p in Path(config.reference).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        if len(files) < 2:
+            raise ValueError(f"expected at least two reference images, got {len(files)} in {config.reference}")
+        with torch.no_grad():
+            rows = [extractor(image[None].to(runtime.device)).float().cpu() for image in ImageFiles(files)]
+        return cls(config.label or config.name, extractor, torch.cat(rows).numpy())
+
+    def observe(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        return {"features": self.extractor(images)}
+
+    def statistics(self) -> Mapping[str, Statistic]:
+        return {self.label: lambda observations: self.distance(observations["features"])}
+
+    def distance(self, features: np.ndarray) -> float:
+        """Returns the distance of features ``(n, d)`` to the reference; NaN for a single image."""
+        if len(features) < 2:
+            return float("nan")
+        features = features.astype(np.float64)
+        mean = features.mean(0)
+        centred = (features - mean) / np.sqrt(len(features) - 1)
+        # the trace of (S1 S2)^(1/2) is the sum of the singular values of A B, with S1 = A^T A and S2 = B B^T
+        cross = np.linalg.svd(centred @ self.root, compute_uv=False).sum()
+        return float(((mean - self.mean) ** 2).sum() + (centred**2).sum() + self.trace - 2 * cross)
