@@ -21,9 +21,9 @@ PART = 4
 LEVELS = {
     0: "lazy runtime errors discovery hub names parts registry segmenters config.files data.lines "
     "data.prompts.formats data.prompts.sets data.images.shards inference.solvers",
-    1: "config checkpoints.redaction checkpoints.provenance",  # and the configs of all kinds
+    1: "config checkpoints.redaction checkpoints.provenance vlm.config",  # and the configs of all kinds
     2: "functional image_io atomic mini sharding tokens caching.store caching.fingerprint checkpoints.weights "
-    "evaluation.record evaluation.bootstrap evaluation.groups loop.locks encoders.bucketing encoders.counting",
+    "evaluation.record evaluation.bootstrap evaluation.groups loop.locks encoders.bucketing encoders.counting vlm",
     3: "backbones.base backbones.graphs backbones.lora backbones.lora_layers data.base data.images.base data.stream "
     "image_folder encoders.base rewards.base "
     "rewards.guard gradient_steps.base metrics.base trainers.base",
@@ -54,7 +54,7 @@ HEAVY = (
 )
 
 ONLY_IN = {
-    "transformers": ("encoders", "rewards", "mini", "testing"),
+    "transformers": ("encoders", "rewards", "mini", "testing", "vlm"),
     "open_clip": ("encoders", "rewards", "mini", "testing"),
     "diffusers": ("backbones", "inference", "testing"),
     "diffusers.training_utils": ("backbones", "inference", "loop.optimization"),

@@ -13,7 +13,7 @@ from typing import Any
 
 from longalign.cli.generate import generate_images
 from longalign.cli.images import check_images
-from longalign.cli.metrics import build_metrics, metric_configs
+from longalign.cli.metrics import build_metrics, judge_config, metric_configs
 from longalign.cli.options import (
     REWARD_HELP,
     add_prompts,
@@ -30,6 +30,7 @@ from longalign.image_folder import new_index, read_images
 EXAMPLES = """
     longalign eval --images base=out/base tuned=out/tuned --reward denscore
     longalign eval --images base=out/base tuned=out/tuned --reward denscore --metric gauges --json table.json
+    longalign eval --images base=out/base tuned=out/tuned --metric vqa.yaml --judge judge.yaml
     longalign eval --images base=out/base --metric '{name: retrieval, reward: hpsv2, component: orthogonal}'
     longalign eval --pipeline sd15=stable-diffusion-v1-5/stable-diffusion-v1-5 --checkpoint ours=runs/reward \\
       --prompts prompts.txt --output out/compared --reward denscore
@@ -48,6 +49,8 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--metric", action="append", default=[], metavar="METRIC", help=about)
     about = f"short for the metric `reward`: {REWARD_HELP}; may be repeated"
     parser.add_argument("--reward", action="append", default=[], metavar="REWARD", help=about)
+    about = "config of a judge that compares each model with the first, as {vlm: ...} or as a .yaml or .json file"
+    parser.add_argument("--judge", metavar="JUDGE", help=about)
     add_prompts(parser, "a prompt; may be repeated", required=False)
     add_sampling(parser)
     about = "a folder for the generated images, with a subfolder per model"
@@ -91,7 +94,8 @@ def run(args: Namespace) -> None:
 
     All inputs are checked before generation starts.
     """
-    configs = metric_configs(args.metric, args.reward)
+    configs = metric_configs(args.metric, args.reward, args.judge)
+    judge = None if args.judge is None else judge_config(args.judge)
     models = _models(args)
     _check_options(args, models)
     prompts = prompts_of(args) if any(model.generated for model in models) else []
@@ -114,6 +118,11 @@ def run(args: Namespace) -> None:
     rows |= {model.name: read_images(model.folder) for model in models if model.generated}
     files = {model.name: ImageFiles([path for path, _, _ in rows[model.name]]) for model in models}
     table = evaluate(files, texts, metrics, [seed for _, seed in pairs if seed is not None], args.batch)
+    if judge is not None:
+        from longalign.evaluation.judge import Judge, add_win_rates
+        from longalign.runtime import Runtime
+
+        table = add_win_rates(table, files, Judge.from_config(judge, Runtime.detect(device=args.device)))
     print(table.text(shutil.get_terminal_size().columns if sys.stdout.isatty() else None), end="")
     if args.json:
         model_configs = {name: _config_of_image(paths.paths[0]) for name, paths in files.items()}
@@ -145,6 +154,8 @@ def _check_options(args: Namespace, models: Sequence[_Model]) -> None:
         reject_sampling_options(args, "prompt", "prompts")
     elif args.output is None:
         raise ValueError("--output is missing; give a folder for the generated images")
+    if args.judge is not None and len(models) < 2:
+        raise ValueError(f"--judge compares models, got only '{models[0].name}'; give at least two")
     check_pipeline_options(args, *(model.option for model in models))
     for key in ("json", "markdown", "csv"):
         if (file := getattr(args, key)) and not Path(file).absolute().parent.is_dir():

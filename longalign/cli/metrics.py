@@ -10,19 +10,25 @@ from longalign.cli.rewards import reward_configs
 from longalign.config.checks import check_parts
 from longalign.config.parsing import SOURCE_SUFFIXES, parse_value, read_mapping
 from longalign.registry import PartConfig, metrics
+from longalign.vlm.config import JudgeConfig
 
 
-def metric_configs(texts: Sequence[str], rewards: Sequence[str]) -> list[PartConfig]:
+def metric_configs(texts: Sequence[str], rewards: Sequence[str], judge: str | None = None) -> list[PartConfig]:
     """Returns the validated metric configs. A reward is short for the metric ``reward``.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if there are none, and no judge.
     """
-    if not texts and not rewards:
-        raise ValueError("nothing to measure; give --reward or --metric")
+    if not texts and not rewards and judge is None:
+        raise ValueError("nothing to measure; give --reward, --metric or --judge")
     values = [read_mapping(Path(text)) if Path(text).suffix in SOURCE_SUFFIXES else parse_value(text) for text in texts]
     values += [{"name": "reward", "reward": c, "label": name} for name, c in reward_configs(rewards).items()]
     return [metrics.validate(value) for value in values]
+
+
+def judge_config(text: str) -> JudgeConfig:
+    """Returns the validated config of a judge, with its files checked."""
+    return JudgeConfig.parse(read_mapping(Path(text)) if Path(text).suffix in SOURCE_SUFFIXES else parse_value(text))
 
 
 def build_metrics(configs: Sequence[PartConfig], device: str | None) -> list[Any]:

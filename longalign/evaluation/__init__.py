@@ -9,6 +9,8 @@ from longalign.lazy import lazy_exports
 if TYPE_CHECKING:
     from longalign.evaluation.bootstrap import Interval as Interval
     from longalign.evaluation.comparison import findings as findings
+    from longalign.evaluation.judge import Judge as Judge
+    from longalign.evaluation.judge import add_win_rates as add_win_rates
     from longalign.evaluation.measure import evaluate as evaluate
     from longalign.evaluation.measure import measure as measure
     from longalign.evaluation.report import Example as Example
@@ -22,7 +24,9 @@ __all__, __getattr__, __dir__ = lazy_exports(
     {
         "Example": "report",
         "Interval": "bootstrap",
+        "Judge": "judge",
         "MetricTable": "table",
+        "add_win_rates": "judge",
         "evaluate": "measure",
         "findings": "comparison",
         "measure": "measure",

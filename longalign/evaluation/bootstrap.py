@@ -96,6 +96,6 @@ def bootstrap(values: np.ndarray, groups: Sequence[str] | None = None, samples: 
 
 
 def interval(value: float, resampled: np.ndarray, count: int, prompts: int) -> Interval:
-    """Returns a value with the percentile interval of its bootstrap samples ``(samples,)``."""
-    low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    """Returns a value with the percentile interval of its bootstrap samples ``(samples,)``; NaN samples are skipped."""
+    low, high = np.nanquantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(value, float(low), float(high), count, prompts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -135,9 +136,11 @@ def _resampled(function: Statistic, observations: Observations, prompts: Sequenc
     """Returns a statistic of all images, then of the bootstrap samples: ``(1 + SET_SAMPLES,)``.
 
     Resampled images have fewer different ones, which shifts e.g. a Frechet distance. The samples are moved so that
-    their mean is the statistic of all images.
+    their mean is the statistic of all images. A sample without a value is NaN.
     """
     value = float(function(observations))
+    if math.isnan(value):
+        return np.full(1 + SET_SAMPLES, math.nan)
     draws = (np.repeat(np.arange(len(prompts)), counts) for counts in resamples(prompts, SET_SAMPLES))
     samples = np.array([function({name: rows[draw] for name, rows in observations.items()}) for draw in draws])
-    return np.array([value, *(samples - samples.mean() + value)], np.float64)
+    return np.array([value, *(samples - np.nanmean(samples) + value)], np.float64)

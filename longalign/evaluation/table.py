@@ -85,8 +85,8 @@ class MetricTable:
 
     def submetrics(self, metric: str) -> list[str]:
         """Returns the names of a metric's submetrics, e.g. ``facts/colour``."""
-        names = dict.fromkeys(m for v in self.values.values() for m in v)
-        return [m for m in names if m.startswith(metric + "/")]
+        rows = [*self.values.values(), *self.sets.values()]
+        return [m for m in dict.fromkeys(m for row in rows for m in row) if m.startswith(metric + "/")]
 
     def value(self, metric: str) -> Value:
         """Returns unit and direction of a metric."""
@@ -159,7 +159,7 @@ class MetricTable:
         return self._intervals[key_of_rows]
 
     def _set_interval(self, values: np.ndarray, rows: np.ndarray | None) -> Interval:
-        if rows is not None:  # only means can be split
+        if rows is not None or math.isnan(values[0]):  # only means can be split
             return EMPTY
         return interval(float(values[0]), values[1:], len(self.prompts), self.num_prompts)
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from longalign.metrics.gauges import Gauges as Gauges
     from longalign.metrics.retrieval import Retrieval as Retrieval
     from longalign.metrics.reward import RewardMetric as RewardMetric
+    from longalign.metrics.vqa.config import VqaConfig as VqaConfig
+    from longalign.metrics.vqa.metric import VqaMetric as VqaMetric
 
 __all__, __getattr__, __dir__ = lazy_exports(
     __name__,
@@ -42,6 +44,8 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "RewardMetric": "reward",
         "RewardMetricConfig": "config",
         "Value": "base",
+        "VqaConfig": "vqa.config",
+        "VqaMetric": "vqa.metric",
         "as_metric": "base",
     },
 )

@@ -32,6 +32,7 @@ __all__ = [
     "tiny_sd15",
     "tiny_sdxl",
     "tiny_t5",
+    "tiny_vlm",
 ]
 
 Builder = Callable[..., Path]
@@ -388,6 +389,50 @@ def tiny_sd3(folder: Path, **transformer_settings) -> Path:
         models[1].half(), second, T5EncoderModel.from_pretrained(t5).half(), AutoTokenizer.from_pretrained(t5),
     ).save_pretrained(folder)  # fmt: skip
     shutil.rmtree(t5)
+    return folder
+
+
+VLM_WORDS = ("<pad>", "<unk>", "<image>", "<s>", "</s>", "yes", "no", "1", "2", "tie", "is", "are", "there", "a", "red")
+"""Vocabulary of `tiny_vlm`; other words are unknown."""
+
+
+@once
+def tiny_vlm(folder: Path, seed: int = 0) -> Path:
+    """A LLaVA for 32 px in transformers layout, with processor and chat template. Its answers depend on the image."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        PreTrainedTokenizerFast,
+    )
+
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VLM_WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        additional_special_tokens=["<image>"],
+    )  # fmt: skip
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(seed)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=CLIPVisionConfig(**tower, image_size=32, patch_size=16),
+            text_config=LlamaConfig(**tower, vocab_size=len(VLM_WORDS), max_position_embeddings=512),
+            image_token_index=VLM_WORDS.index("<image>"),
+        )
+    )
+    _noisy(model).save_pretrained(folder)
+    size = {"height": 32, "width": 32}
+    LlavaProcessor(
+        CLIPImageProcessor(size=size, crop_size=size, do_resize=True), tokenizer, patch_size=16,
+        num_additional_image_tokens=1, vision_feature_select_strategy="default",
+        chat_template="<s>{% for part in messages[0]['content'] %}"
+        "{{ '<image>' if part['type'] == 'image' else part['text'] }} {% endfor %}",
+    ).save_pretrained(folder)  # fmt: skip
     return folder
 
 

@@ -137,6 +137,35 @@ def test_evaluate_finishes_and_resamples_sets():
     assert table.sets["base"]["spread"][1:].mean() == pytest.approx(1)
 
 
+class Rare(Metric):
+    """Shares of sets: of all images, of the first image only, and of none."""
+
+    label = "rare"
+
+    def observe(self, images, prompts):
+        return {"rare": images.mean((1, 2, 3)), "counted": [[prompt == "prompt 0"] for prompt in prompts]}
+
+    def statistics(self):
+        def first(rows):
+            weights = rows["counted"][:, 0]
+            return float((rows["rare"] * weights).sum() / weights.sum()) if weights.any() else math.nan
+
+        return {"rare/share/first": first, "rare/share/none": lambda rows: math.nan}
+
+
+def test_statistics_that_some_samples_or_all_images_lack():
+    images = torch.linspace(0.25, 1, 12)[:, None, None, None].expand(-1, 3, 4, 4)
+    table = evaluate({"base": images, "half": images / 2}, [f"prompt {i}" for i in range(12)], [Rare()])
+    assert table.submetrics("rare") == ["rare/share/first", "rare/share/none"]
+    interval = table.interval("half", "rare/share/first")
+    assert (interval.mean, interval.low, interval.high) == (0.125, 0.125, 0.125)
+    assert table.difference("half", "rare/share/first").mean == -0.125
+    assert table.interval("base", "rare/share/none").count == table.difference("half", "rare/share/none").count == 0
+    breakdowns = table.breakdowns("rare")
+    assert breakdowns["rare by share"]["first"]["half"] == interval and "0.1250" in table.text()
+    assert table.from_dict(table.to_dict()).interval("half", "rare/share/first") == interval
+
+
 def test_observe_rejects_wrong_shapes_and_infinities():
     for values, message in ((torch.zeros(3), r"\(3,\).*\(2,\)"), (torch.full((2,), torch.inf), "infinite")):
         with pytest.raises(ValueError, match=f"'x'.*{message}"):

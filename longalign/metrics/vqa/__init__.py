@@ -1,0 +1,1 @@
+"""Questions about the facts of a prompt, answered by a vision-language model (DSG, DPG-Bench)."""

@@ -1,0 +1,49 @@
+"""Config of the metric `vqa`. Does not import torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from longalign.errors import ConfigProblem
+from longalign.metrics.config import MetricConfig
+from longalign.vlm.config import VLMConfig, check_template
+
+
+class VqaConfig(MetricConfig):
+    """Share of a prompt's questions that a vision-language model answers with yes.
+
+    Questions as in DSG (Cho et al. 2024, arXiv 2310.18235) and DPG-Bench (Hu et al. 2024, arXiv 2403.05135).
+    """
+
+    target: ClassVar[str] = "longalign.metrics.vqa.metric:VqaMetric"
+
+    name: Literal["vqa"] = "vqa"
+    questions: str
+    """csv file in the layout of DSG-1k and DPG-Bench, with the columns ``item_id``, ``text`` (the prompt),
+    ``proposition_id``, ``dependency``, ``category_broad`` and ``question_natural_language``.
+    """
+    vlm: VLMConfig
+    """the model: ``checkpoint`` of a local one, or ``base_url`` and ``model`` of an endpoint."""
+    prompt: str = "{question} Answer with yes or no."
+    """text for the model. ``{question}`` is replaced by the question."""
+    scoring: Literal["corrected", "official"] = "corrected"
+    """``"official"`` reproduces two errors of DPG-Bench's script: the first question of the csv is dropped, and the
+    category scores are those of the last sample of a grid.
+    """
+    grid: int = Field(1, ge=1)
+    """samples per side of an image: 2 for images of 2 by 2 samples, as DPG-Bench has them."""
+    cache: str | None = "~/.cache/longalign/vqa"
+    """folder for the answers, so that an interrupted run resumes; null: answers are not stored."""
+
+    @field_validator("prompt")
+    @classmethod
+    def _check_prompt(cls, prompt: str) -> str:
+        return check_template(prompt, "{question}")
+
+    def check_files(self) -> list[ConfigProblem]:
+        problems = [(f"vlm.{key}", problem) for key, problem in self.vlm.check_files()]
+        missing = [] if Path(self.questions).is_file() else [("questions", f"there is no file '{self.questions}'")]
+        return missing + problems

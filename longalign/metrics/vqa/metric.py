@@ -1,0 +1,135 @@
+"""The metric `vqa`: share of a prompt's questions that a vision-language model answers with yes."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import numpy as np
+from torch import Tensor
+
+from longalign.metrics.base import Metric, Observations, Statistic, Value
+from longalign.metrics.vqa.config import VqaConfig
+from longalign.metrics.vqa.questions import Question, normalize, read_questions, vqa_score
+from longalign.runtime import Runtime
+from longalign.vlm.base import Picture, Request
+from longalign.vlm.store import StoredAnswers
+
+log = logging.getLogger(__name__)
+
+OPTIONS = ("yes", "no")
+
+
+class VqaMetric(Metric):
+    """Share of a prompt's questions that hold in the image: answered with yes, and so are all their parents.
+
+    Per image: ``vqa``, the mean over the samples of a grid. Over all images: ``vqa/category/<category>``, the share
+    of the category's questions that are answered with yes. As in DPG-Bench's script, parents do not count there, and
+    each question has the same weight. A reply that is neither yes nor no counts as no.
+
+    Args:
+        label: name in the table.
+        questions: prompt -> questions, see `read_questions`.
+        answers: the model with its stored answers.
+        prompt: text for the model, with ``{question}``.
+        official: see `vqa_score`; also, category scores use the last sample of a grid only.
+        grid: samples per side of an image.
+    """
+
+    def __init__(
+        self,
+        *,
+        label: str,
+        questions: Mapping[str, Sequence[Question]],
+        answers: StoredAnswers,
+        prompt: str,
+        official: bool,
+        grid: int,
+    ):
+        super().__init__()
+        self.label, self.questions, self.answers = label, questions, answers
+        self.vlm = answers.vlm  # moves with the metric
+        self.prompt, self.official, self.grid = prompt, official, grid
+        self.categories = sorted({q.category for of_prompt in questions.values() for q in of_prompt})
+        self.values = {label: Value("%")}
+
+    @classmethod
+    def from_config(cls, config: VqaConfig, runtime: Runtime) -> VqaMetric:
+        """Reads the questions and loads the model."""
+        official = config.scoring == "official"
+        questions = read_questions(config.questions, official)
+        answers = StoredAnswers(config.vlm.build(runtime), config.cache)
+        label = config.label or config.name
+        return cls(
+            label=label,
+            questions=questions,
+            answers=answers,
+            prompt=config.prompt,
+            official=official,
+            grid=config.grid,
+        )
+
+    def observe(self, images: Tensor, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Returns the scores ``(b,)``, and ``(b, 2)`` per category: questions answered with yes, questions.
+
+        Raises:
+            ValueError: if a prompt has no questions, or an image cannot be divided into the grid.
+        """
+        of_prompts = [self._questions(prompt) for prompt in prompts]
+        samples = [_samples(image, self.grid) for image in images]
+        requests = [
+            Request(self.prompt.replace("{question}", question.text), (sample,), OPTIONS)
+            for questions, of_image in zip(of_prompts, samples, strict=True)
+            for sample in of_image
+            for question in questions
+        ]
+        replies = self.answers.ask(requests)
+        if unread := replies.count(None):
+            log.warning("%d of %d replies are neither yes nor no; they count as no", unread, len(replies))
+        replies = iter(replies)
+        rows = [
+            self._row(questions, [{q.number: next(replies) == "yes" for q in questions} for _ in of_image])
+            for questions, of_image in zip(of_prompts, samples, strict=True)
+        ]
+        return {name: np.array([row[name] for row in rows]) for name in (self.label, *self._category_names())}
+
+    def statistics(self) -> dict[str, Statistic]:
+        """Returns the share of questions answered with yes, of each category."""
+        return {name: partial(_share, name) for name in self._category_names()}
+
+    def _questions(self, prompt: str) -> Sequence[Question]:
+        questions = self.questions.get(normalize(prompt))
+        if questions is None:
+            raise ValueError(
+                f"no questions for the prompt {prompt[:200]!r}; expected a prompt that is a 'text' of the csv file"
+            )
+        return questions
+
+    def _row(self, questions: Sequence[Question], answers: Sequence[Mapping[int, bool]]) -> dict[str, object]:
+        """Returns the observations of one image, from the answers of each of its samples."""
+        score = float(np.mean([vqa_score(questions, yes, self.official) for yes in answers]))
+        row: dict[str, object] = {self.label: score}
+        counted = answers[-1:] if self.official else answers
+        for category, name in zip(self.categories, self._category_names(), strict=True):
+            values = [yes[q.number] for yes in counted for q in questions if q.category == category]
+            row[name] = (0, 0) if math.isnan(score) else (sum(values), len(values))
+        return row
+
+    def _category_names(self) -> list[str]:
+        return [f"{self.label}/category/{category}" for category in self.categories]
+
+
+def _share(name: str, observations: Observations) -> float:
+    yes, asked = observations[name].sum(0)
+    return float(yes / asked) if asked else math.nan
+
+
+def _samples(image: Tensor, grid: int) -> list[Picture]:
+    """Divides an image ``(3, h, w)`` into ``grid * grid`` samples, row by row."""
+    height, width = image.shape[1:]
+    if height % grid or width % grid:
+        raise ValueError(f"expected images of {grid} by {grid} samples, got {width} by {height} pixels; set `grid`")
+    rows = image.split(height // grid, dim=1)
+    return [Picture.of(sample) for row in rows for sample in row.split(width // grid, dim=2)]

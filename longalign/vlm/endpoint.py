@@ -1,0 +1,174 @@
+"""Vision-language models behind an OpenAI-compatible HTTP endpoint, called with Python's standard library."""
+
+from __future__ import annotations
+
+import json
+import os
+from base64 import b64encode
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from http.client import HTTPException
+from threading import Event
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import HTTPRedirectHandler, build_opener
+from urllib.request import Request as HTTPRequest
+
+from longalign.runtime import Runtime
+from longalign.vlm.base import VLM, Request, option_in
+from longalign.vlm.config import EndpointConfig
+
+#: HTTP status codes after which a request is repeated: timeouts, rate limits, failures of the server
+RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
+#: maximum seconds that a ``Retry-After`` of the endpoint may ask for
+MAX_WAIT = 60.0
+#: maximum bytes of a response
+MAX_BYTES = 1_000_000
+
+
+class EndpointError(OSError):
+    """Raised when an endpoint did not answer a request after all attempts, or rejected it."""
+
+
+class _NoRedirect(HTTPRedirectHandler):
+    """Reports redirects as errors: urllib would send the API key to the new host."""
+
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+
+class EndpointVLM(VLM):
+    """A model behind an OpenAI-compatible endpoint. See `EndpointConfig` for the arguments.
+
+    Args:
+        base_url: URL without ``/chat/completions``.
+        model: name of the model.
+        api_key: the key, or None. It is only sent, and replaced by ``***`` in messages.
+        parameters: further fields of each request.
+        timeout: in seconds.
+        attempts: maximum number of attempts of a request.
+        backoff: in seconds.
+        concurrency: number of requests at a time.
+    """
+
+    def __init__(
+        self,
+        *,
+        base_url: str,
+        model: str,
+        api_key: str | None,
+        parameters: Mapping[str, Any],
+        timeout: float,
+        attempts: int,
+        backoff: float,
+        concurrency: int,
+    ):
+        super().__init__()
+        self.url, self.model, self.fields = f"{base_url}/chat/completions", model, dict(parameters)
+        self.timeout, self.attempts, self.backoff, self.concurrency = timeout, attempts, backoff, concurrency
+        self.identity = json.dumps(["endpoint", base_url, model, self.fields], sort_keys=True)
+        self._key = api_key
+        self._opener = build_opener(_NoRedirect)
+
+    @classmethod
+    def from_config(cls, config: EndpointConfig, runtime: Runtime) -> EndpointVLM:
+        """Reads the key from its environment variable. Raises ValueError if it is not set."""
+        for key, problem in config.check_files():
+            raise ValueError(f"{key}: {problem}")
+        values = config.model_dump(exclude={"api_key_env"})
+        api_key = os.environ[config.api_key_env].strip() if config.api_key_env else None
+        return cls(api_key=api_key, **values)
+
+    def answers(self, requests: Sequence[Request]) -> Iterator[tuple[int, str | None]]:
+        """Yields the answers as they arrive.
+
+        If a request fails, the answers to those already sent are still yielded, then the error is raised.
+
+        Raises:
+            EndpointError: if a request failed.
+        """
+        waiting = iter(enumerate(requests))
+        running: dict[Future[str], int] = {}
+        error: EndpointError | None = None
+        stop = Event()
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            try:
+                while True:
+                    while error is None and len(running) < self.concurrency and (job := next(waiting, None)):
+                        running[pool.submit(self.reply, job[1], stop)] = job[0]
+                    if not running:
+                        break
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        index = running.pop(future)
+                        try:
+                            reply = future.result()
+                        except EndpointError as failure:
+                            error = error or failure
+                        else:
+                            yield index, option_in(reply, requests[index].options)
+            finally:
+                stop.set()  # an interrupt does not wait for further attempts
+        if error is not None:
+            raise error
+
+    def reply(self, request: Request, stop: Event) -> str:
+        """Returns the model's reply to one request as text. There are no further attempts after ``stop`` is set.
+
+        Raises:
+            EndpointError: if the endpoint rejected the request, or every attempt failed.
+        """
+        body = json.dumps({**self.fields, "model": self.model, "messages": [_message(request)]}).encode()
+        problem, attempt = "", 0
+        for attempt in range(self.attempts):
+            try:
+                return self._post(body)
+            except HTTPError as error:
+                problem, pause = self._http_problem(error)
+                if error.code not in RETRIED:
+                    raise self._failure(f"rejected the request: {problem}") from None
+            except (OSError, HTTPException, ValueError) as error:  # no connection, a timeout, no valid response
+                problem, pause = self._redacted(str(error) or type(error).__name__), 0.0
+            if attempt + 1 == self.attempts or stop.wait(max(self.backoff * 2**attempt, pause)):
+                break
+        raise self._failure(f"failed {attempt + 1} times, last: {problem}")
+
+    def _post(self, body: bytes) -> str:
+        headers = {"Content-Type": "application/json", "User-Agent": "longalign"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        with self._opener.open(HTTPRequest(self.url, body, headers), timeout=self.timeout) as response:
+            content = response.read(MAX_BYTES)
+        try:
+            text = json.loads(content)["choices"][0]["message"]["content"]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            text = None
+        if not isinstance(text, str):
+            shown = content[:200].decode(errors="replace")
+            raise ValueError(f"expected a chat completion with choices[0].message.content, got {shown!r}")
+        return text
+
+    def _http_problem(self, error: HTTPError) -> tuple[str, float]:
+        """Returns a description of an HTTP error, and the seconds that the endpoint asks to wait."""
+        with error:
+            try:
+                body = error.read(1000).decode(errors="replace")
+            except (OSError, HTTPException):
+                body = ""
+        after = error.headers.get("Retry-After", "") if error.headers else ""
+        pause = min(float(after), MAX_WAIT) if after.isdecimal() else 0.0
+        return self._redacted(f"HTTP {error.code} {error.reason} {body.strip()[:300]}").strip(), pause
+
+    def _redacted(self, text: str) -> str:
+        return text.replace(self._key, "***") if self._key else text
+
+    def _failure(self, problem: str) -> EndpointError:
+        return EndpointError(
+            f"the endpoint {self.url} {problem}. Check that it runs and serves the model '{self.model}', then run the "
+            "command again: answers so far are stored and not requested again"
+        )
+
+
+def _message(request: Request) -> dict[str, Any]:
+    urls = [f"data:image/png;base64,{b64encode(picture.png).decode()}" for picture in request.pictures]
+    images = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return {"role": "user", "content": [*images, {"type": "text", "text": request.text}]}
