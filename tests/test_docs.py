@@ -244,7 +244,8 @@ def check_longalign(arguments):
     for reward in [] if args.command == "demo" or not specs else [specs] if isinstance(specs, str) else specs:
         rewards.validate(parse_value(reward))
     for metric in getattr(args, "metric", []):
-        metrics.validate(parse_value(metric))
+        if not metric.endswith(".yaml"):  # a file of the reader's
+            metrics.validate(parse_value(metric))
     if args.command == "list" or (args.command == "describe" and args.topic in ("run", *REGISTRIES)):
         assert main(arguments) == 0
 
