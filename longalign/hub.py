@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
-from longalign.config.files import CHECKPOINT, HUB_ID
 from longalign.runtime import resolve_checkpoint
 
+CHECKPOINT = "longalign.safetensors"
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 #: message if a longalign checkpoint was expected
 BASE_MODEL = (
     "{} is a base model, not a checkpoint of longalign: set it as backbone.checkpoint in a config (--config), or "

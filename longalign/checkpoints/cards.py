@@ -14,9 +14,9 @@ from longalign.checkpoints.checkpoint import Weights
 from longalign.checkpoints.diffusers_files import build_adapters
 from longalign.checkpoints.markdown import block, code, escape_text, table_cell, yaml_block
 from longalign.checkpoints.redaction import public_config, redact_path, redacted
-from longalign.config.files import HUB_ID
 from longalign.config.run import RunConfig
 from longalign.evaluation.table import MetricTable
+from longalign.hub import HUB_ID
 
 
 def reward_card(

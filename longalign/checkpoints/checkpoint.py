@@ -28,11 +28,12 @@ from longalign.checkpoints.provenance import providers, versions
 from longalign.checkpoints.redaction import redacted
 from longalign.checkpoints.weights import load_tensors, save_tensors
 from longalign.config.checks import check_parts
-from longalign.config.files import CHECKPOINT, REWARD, checkpoint_file, read_metadata
+from longalign.config.files import REWARD, checkpoint_file, read_metadata
 from longalign.config.parsing import read_mapping
 from longalign.config.run import RunConfig, load_config, to_dict
 from longalign.encoders.base import Encoder
 from longalign.errors import ConfigError
+from longalign.hub import CHECKPOINT
 from longalign.registry import backbones, encoders
 from longalign.runtime import Runtime
 

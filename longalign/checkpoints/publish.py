@@ -14,7 +14,6 @@ from longalign.checkpoints.redaction import exported_keys, exported_tree
 from longalign.checkpoints.weights import load_tensors, save_tensors
 from longalign.config.files import (
     CARD,
-    CHECKPOINT,
     DIFFUSERS_LORA,
     REWARD,
     check_unexported,
@@ -23,6 +22,7 @@ from longalign.config.files import (
 )
 from longalign.config.run import RunConfig, to_dict
 from longalign.evaluation.table import MetricTable
+from longalign.hub import CHECKPOINT
 
 MODEL = "diffusion_pytorch_model"
 #: files that `export` writes for a model and for a reward; only these are uploaded

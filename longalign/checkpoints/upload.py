@@ -6,7 +6,7 @@ from pathlib import Path
 
 from longalign.checkpoints.checkpoint import read_config
 from longalign.checkpoints.publish import exported_files
-from longalign.config.files import CHECKPOINT
+from longalign.hub import CHECKPOINT
 
 
 def push_to_hub(

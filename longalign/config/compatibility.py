@@ -7,17 +7,17 @@ files.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
 from longalign.errors import ConfigProblem, shorten
 from longalign.registry import PartConfig
 from longalign.trainers.config import TrainerConfig
 
-if TYPE_CHECKING:
-    from longalign.config.run import RunConfig
+#: a `longalign.config.run.RunConfig`, which uses this module to check itself
+Run = Any
 
 
-def problems(run: RunConfig) -> Iterator[ConfigProblem]:
+def problems(run: Run) -> Iterator[ConfigProblem]:
     """Returns the problems between the keys of a run, each key already validated, as ``(path, message)``."""
     yield from _part_problems(run)
     yield from _conditioning_problems(run)
@@ -29,7 +29,7 @@ def problems(run: RunConfig) -> Iterator[ConfigProblem]:
             yield from _own_problems(part, run)
 
 
-def _part_problems(run: RunConfig) -> Iterator[ConfigProblem]:
+def _part_problems(run: Run) -> Iterator[ConfigProblem]:
     """Returns the parts that the trainer needs and the run lacks, or the run has and the trainer does not use."""
     needs, name = TrainerConfig.needs, ""
     if run.trainer is not None:
@@ -44,7 +44,7 @@ def _part_problems(run: RunConfig) -> Iterator[ConfigProblem]:
             yield f"loop.{key}", f"only applies to a backbone, but the trainer '{name}' uses none; set it to false"
 
 
-def _conditioning_problems(run: RunConfig) -> Iterator[ConfigProblem]:
+def _conditioning_problems(run: Run) -> Iterator[ConfigProblem]:
     if run.backbone is None or run.encoder is None:
         return
     takes, gives = run.backbone.has_pooled, run.encoder.gives_pooled()
@@ -56,13 +56,13 @@ def _conditioning_problems(run: RunConfig) -> Iterator[ConfigProblem]:
         yield "encoder", message
 
 
-def _reward_problems(run: RunConfig) -> Iterator[ConfigProblem]:
+def _reward_problems(run: Run) -> Iterator[ConfigProblem]:
     if run.trainer is not None and run.rewards and not run.trainer.uses_rewards:
         message = f"'{run.trainer.name}' uses no rewards, got {len(run.rewards)}; remove them"
         yield "rewards", f"{message}, or choose the trainer 'reward'"
 
 
-def _data_problems(run: RunConfig) -> Iterator[ConfigProblem]:
+def _data_problems(run: Run) -> Iterator[ConfigProblem]:
     if run.data is None:
         if run.trainer is not None:
             yield "data", "this key is required with a trainer"
@@ -75,7 +75,7 @@ def _data_problems(run: RunConfig) -> Iterator[ConfigProblem]:
         yield "data", f"'{name}' has two images per prompt, but {user}; choose the trainer 'denscore'"
 
 
-def _cache_problems(run: RunConfig) -> Iterator[ConfigProblem]:
+def _cache_problems(run: Run) -> Iterator[ConfigProblem]:
     if run.cache is None:
         return
     if run.data is None:
@@ -88,7 +88,7 @@ def _cache_problems(run: RunConfig) -> Iterator[ConfigProblem]:
         yield "cache", "latents and prompts are both false; set at least one to true"
 
 
-def _own_problems(part: PartConfig, run: RunConfig) -> list[ConfigProblem]:
+def _own_problems(part: PartConfig, run: Run) -> list[ConfigProblem]:
     """Returns the problems from a part's `check_run`. An exception in `check_run` is returned as a problem."""
     try:
         problems = list(part.check_run(run))

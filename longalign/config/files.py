@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 import struct
 from pathlib import Path
 
+from longalign import hub
 from longalign.errors import ConfigError, shorten
+from longalign.hub import CHECKPOINT, HUB_ID
 
-CHECKPOINT = "longalign.safetensors"
 #: name of a checkpoint folder in a run, before the step
 PREFIX = "checkpoint-"
 DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"
@@ -17,7 +17,6 @@ DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"
 CARD = "README.md"
 #: folder of a trained reward inside a checkpoint
 REWARD = "reward"
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def join_subfolder(subfolder: str | None, folder: str) -> str:
@@ -105,8 +104,6 @@ def local_checkpoint(checkpoint: str) -> Path | None:
     Raises:
         FileNotFoundError: if there is no checkpoint, or it is a base model.
     """
-    from longalign import hub
-
     if hub.is_base_model(checkpoint):
         raise FileNotFoundError(hub.BASE_MODEL.format(f"'{checkpoint}'"))
     path = Path(checkpoint)
@@ -124,8 +121,6 @@ def find_checkpoint(checkpoint: str, revision: str | None = None) -> Path:
     if path := local_checkpoint(checkpoint):
         return path
     from huggingface_hub import hf_hub_download
-
-    from longalign import hub
 
     try:
         return Path(hf_hub_download(checkpoint, CHECKPOINT, revision=revision))

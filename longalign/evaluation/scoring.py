@@ -10,8 +10,7 @@ import numpy as np
 import torch
 
 from longalign.image_io import load_image
-from longalign.rewards.base import as_reward
-from longalign.rewards.guard import guarded
+from longalign.rewards.base import as_reward, guarded
 
 
 @torch.no_grad()

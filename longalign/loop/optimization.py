@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from longalign.config.sections import LoopConfig
 from longalign.loop.fsdp import finish_backward, prepare_fsdp, to_local_scalar
 from longalign.loop.setup import is_sharded
-from longalign.loop.stops import NonFinite
 from longalign.sharding import reshard
 from longalign.trainers.base import Trainer
+
+
+class NonFinite(Exception):
+    """Raised if a loss or a gradient is not finite."""
 
 
 class Optimization:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longalign.config.run import RunConfig
 from longalign.loop.logs import Log, MetricMeans
-from longalign.loop.stops import NonFinite
+from longalign.loop.optimization import NonFinite
 from longalign.loop.trackers import Trackers
 
 

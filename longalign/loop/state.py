@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from longalign.checkpoints.weights import load_pickle, load_tensors, reading
-from longalign.config.files import CHECKPOINT, checkpoints, read_metadata
+from longalign.config.files import checkpoints, read_metadata
 from longalign.config.run import RunConfig, load_config
+from longalign.hub import CHECKPOINT
 from longalign.loop.logs import MetricMeans
 from longalign.loop.optimization import Optimization
 from longalign.sharding import gather_full, gather_optimizer_state, shard_like, shard_optimizer_state

@@ -6,21 +6,15 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from longalign.config.run import RunConfig
 from longalign.errors import RunError, is_out_of_memory
 from longalign.loop.folder import resume_hint
-
-if TYPE_CHECKING:
-    from longalign.loop.optimization import Optimization
+from longalign.loop.optimization import NonFinite, Optimization
 
 #: trainer keys that save memory when lowered
 MEMORY_KEYS = ("denoise_batch", "decode_batch", "replay_batch")
-
-
-class NonFinite(Exception):
-    """Raised if a loss or a gradient is not finite."""
 
 
 @contextmanager

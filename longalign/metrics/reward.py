@@ -14,8 +14,7 @@ from longalign.functional.preference import decompose, strict_relevance
 from longalign.metrics.base import Metric, Observations
 from longalign.metrics.config import RewardMetricConfig
 from longalign.metrics.embedding import text_direction
-from longalign.rewards.base import EmbeddingReward, Reward, as_reward
-from longalign.rewards.guard import guarded
+from longalign.rewards.base import EmbeddingReward, Reward, as_reward, guarded
 from longalign.runtime import Runtime
 
 

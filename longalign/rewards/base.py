@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from longalign.rewards.guard import check_scores, guarded
+from longalign.rewards.guard import check_scores
 from longalign.segmenters import check_prompts
 
 
@@ -51,7 +52,7 @@ class Reward(nn.Module):
 
         Raises:
             NonFiniteReward: if a score is not finite.
-            ValueError: if the scores are invalid; see `longalign.rewards.guard.guarded`.
+            ValueError: if the scores are invalid; see `longalign.rewards.base.guarded`.
         """
         return guarded(self, images, prompts).total
 
@@ -134,3 +135,30 @@ def check_pairs(images: Tensor, prompts: Sequence[str]) -> None:
             f"expected one prompt for each image, got {len(images)} images and {len(prompts)} prompts; pass as many"
         )
     check_prompts(prompts, lists=False)
+
+
+def guarded(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Scores:
+    """Computes the scores of a reward and checks them, because plugins may violate the interface.
+
+    Args:
+        reward: the reward.
+        images: ``(b, 3, h, w)`` in [0, 1]. If the images require gradient, the scores must too.
+        prompts: one for each image.
+
+    Raises:
+        NonFiniteReward: if a score is NaN or infinite.
+        ValueError: if there is not one floating-point score per image, if the images require gradient but the scores
+            do not, or if the reward modified the images.
+    """
+    name = reward.label or type(reward).__name__
+    before = None if images.is_inference() else images._version
+    scores = reward.score_components(images, prompts)
+    if before is not None and images._version != before:
+        raise ValueError(f"the reward '{name}' modifies its images in place; use a copy (images.clone())")
+    check_scores(getattr(scores, "total", scores), images, prompts, name)
+    if images.requires_grad and torch.is_grad_enabled() and not scores.total.requires_grad:
+        raise ValueError(
+            f"the scores of the reward '{name}' have no gradient with respect to the images, which training requires; "
+            "compute them without detach, numpy or torch.no_grad"
+        )
+    return scores

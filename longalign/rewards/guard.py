@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from longalign.errors import RunError
-
-if TYPE_CHECKING:
-    from longalign.rewards.base import Reward, Scores
 
 
 class NonFiniteReward(RunError):
@@ -87,30 +84,3 @@ def check_scores(total: Any, images: Tensor, prompts: Sequence[str], reward: str
         # clones, because the memory of the batch may be reused
         image, scores = (t.detach().cpu().clone() for t in (images[index], total))
         raise NonFiniteReward(index, prompts[index], image, scores, reward)
-
-
-def guarded(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Scores:
-    """Computes the scores of a reward and checks them, because plugins may violate the interface.
-
-    Args:
-        reward: the reward.
-        images: ``(b, 3, h, w)`` in [0, 1]. If the images require gradient, the scores must too.
-        prompts: one for each image.
-
-    Raises:
-        NonFiniteReward: if a score is NaN or infinite.
-        ValueError: if there is not one floating-point score per image, if the images require gradient but the scores
-            do not, or if the reward modified the images.
-    """
-    name = reward.label or type(reward).__name__
-    before = None if images.is_inference() else images._version
-    scores = reward.score_components(images, prompts)
-    if before is not None and images._version != before:
-        raise ValueError(f"the reward '{name}' modifies its images in place; use a copy (images.clone())")
-    check_scores(getattr(scores, "total", scores), images, prompts, name)
-    if images.requires_grad and torch.is_grad_enabled() and not scores.total.requires_grad:
-        raise ValueError(
-            f"the scores of the reward '{name}' have no gradient with respect to the images, which training requires; "
-            "compute them without detach, numpy or torch.no_grad"
-        )
-    return scores

@@ -100,6 +100,9 @@ def test_run_schema_has_every_part_by_name(outer):
     schema = run_schema()
     assert schema["$schema"] == DIALECT
     for kind, registry in REGISTRIES.items():
+        if kind not in schema["$defs"]:
+            assert kind == "metrics"  # which no key of a run holds
+            continue
         parts = [resolve(schema, member) for member in schema["$defs"][kind]["anyOf"]]
         named = {part["properties"]["name"]["const"]: part for part in parts if "properties" in part}
         assert sorted(named) == list(registry.names())

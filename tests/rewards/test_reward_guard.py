@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from longalign.rewards.base import CallableReward, Reward, Scores, as_reward
-from longalign.rewards.guard import NonFiniteReward, guarded
+from longalign.rewards.base import CallableReward, Reward, Scores, as_reward, guarded
+from longalign.rewards.guard import NonFiniteReward
 
 
 def non_finite_error(bad: float) -> NonFiniteReward:

@@ -42,9 +42,10 @@ class StableDiffusionConfig(BackboneConfig):
 
     def resolution(self) -> int:
         """Native width and height of an image in pixels, read from the checkpoint's configs without its weights."""
-        from longalign.backbones.stable_diffusion.loading import native_resolution
+        from longalign.backbones.stable_diffusion.layout import native_resolution
 
-        return native_resolution(self)
+        place = {"layout": self.layout, "subfolder": self.subfolder, "revision": self.revision}
+        return native_resolution(self.checkpoint, self.component, **place)
 
     @model_validator(mode="after")
     def _check_single_file(self) -> StableDiffusionConfig:

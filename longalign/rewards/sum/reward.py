@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from longalign import registry
 from longalign.names import unique_name
-from longalign.rewards.base import Reward, Scores, as_reward, check_pairs
-from longalign.rewards.guard import guarded
+from longalign.rewards.base import Reward, Scores, as_reward, check_pairs, guarded
 from longalign.rewards.sum.config import SumConfig
 from longalign.runtime import Runtime
 

@@ -19,8 +19,7 @@ from longalign.functional.diffusion import add_noise
 from longalign.functional.rollout import Predict, RecordedStep, replay, replay_backward, rollout
 from longalign.functional.solvers import Solver, ddim, dpmpp_2m, lcm, trailing_timesteps
 from longalign.gradient_steps.base import GradientSteps, GradientStepSelector
-from longalign.rewards.base import Reward, Scores, as_reward
-from longalign.rewards.guard import guarded
+from longalign.rewards.base import Reward, Scores, as_reward, guarded
 from longalign.runtime import Runtime
 from longalign.trainers.base import Backward
 from longalign.trainers.diffusion import (
