@@ -5,6 +5,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from importlib import import_module
 from pathlib import Path
 
@@ -83,12 +84,12 @@ MODULES = {
 }
 
 
-def imports_of(path):
-    """``(imported module, whether inside a function)``, without imports under TYPE_CHECKING."""
+def imports_of(path, typing=False):
+    """``(imported module, whether inside a function)``; with ``typing``, also imports under TYPE_CHECKING."""
 
     def walk(node, inside):
         for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            if not typing and isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
                 continue
             if isinstance(child, ast.Import):
                 yield from ((alias.name, inside) for alias in child.names)
@@ -101,9 +102,9 @@ def imports_of(path):
     yield from walk(ast.parse(path.read_text(encoding="utf-8")), False)
 
 
-def package_imports(path):
+def package_imports(path, typing=False):
     """Imported modules of longalign."""
-    names = {(name.removeprefix("longalign."), inside) for name, inside in imports_of(path)}
+    names = {(name.removeprefix("longalign."), inside) for name, inside in imports_of(path, typing)}
     return {(name, inside) for name, inside in names if name in MODULES and name != "__init__"}
 
 
@@ -140,6 +141,15 @@ def upwards(module, imported, inside):
     importer_level, imported_level = level(module), level(imported)
     same_level_allowed = importer_level < PART or imported.startswith(f"{kind}.")
     return not (imported_level < importer_level or (importer_level == imported_level and same_level_allowed))
+
+
+def test_imports_have_no_circle():
+    """Neither imports inside functions nor those for types lead back; packages only name their modules."""
+    modules = {name: path for name, path in MODULES.items() if path.name != "__init__.py"}
+    graph = {
+        name: {m for m, _ in package_imports(path, typing=True)} & modules.keys() for name, path in modules.items()
+    }
+    TopologicalSorter(graph).prepare()  # raises CycleError with the circle
 
 
 def test_modules_import_from_lower_levels():
