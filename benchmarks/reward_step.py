@@ -49,6 +49,7 @@ class Setting:
     batch: int
     steps: int
     replay_batch: int = 1
+    replay: str = "recompute"
     denoise_batch: int | None = None
     decode_batch: int | None = None
     gradient_checkpointing: bool = False
@@ -93,7 +94,7 @@ def build(setting: Setting) -> Any:
     )  # fmt: skip
     levels = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
     backbone = SDBackbone(unet, vae, levels, "epsilon")
-    calls = {key: getattr(setting, key) for key in ("replay_batch", "denoise_batch", "decode_batch")}
+    calls = {key: getattr(setting, key) for key in ("replay_batch", "replay", "denoise_batch", "decode_batch")}
     gradient_steps: Any = {"name": "grouped-random", "groups": setting.chosen}
     config = RewardConfig(
         lora=LoraConfig(rank=16, dropout=0), num_steps=setting.steps, gradient_steps=gradient_steps, **calls
@@ -321,6 +322,7 @@ def main() -> None:
     variants = {
         "one call at a time": default,
         f"replay_batch {options.replay_batch}": replace(default, replay_batch=options.replay_batch),
+        "replay keep": replace(default, replay="keep"),
         "channels last": replace(default, channels_last=True),
         **({"compiled": replace(default, compile=True)} if options.compile else {}),
         "decode_batch 1": replace(default, decode_batch=1),

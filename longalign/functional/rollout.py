@@ -80,12 +80,14 @@ class RecordedStep:
         latents: ``(b, c, h, w)`` network input.
         timesteps: ``(b,)`` timestep of each latent.
         random: torch's random state before the call, which makes dropout reproducible.
+        output: the call's output with its graph, if it was kept instead of being recomputed; else None.
     """
 
     index: int
     latents: Tensor
     timesteps: Tensor
     random: RandomState
+    output: Tensor | None = None
 
 
 @torch.no_grad()
@@ -95,6 +97,9 @@ def rollout(
     solver: Solver,
     grad_steps: Collection[int] = (),
     predict_no_grad: Predict | None = None,
+    *,
+    keep: bool = False,
+    detach: bool = True,
 ) -> tuple[Tensor, list[RecordedStep]]:
     """Samples without gradient and records the network calls at ``grad_steps``.
 
@@ -104,6 +109,9 @@ def rollout(
         solver: the sampling steps.
         grad_steps: indices of the steps whose calls will be recomputed with gradient.
         predict_no_grad: the network at all other steps, e.g. without dropout. None uses ``predict``.
+        keep: whether the recorded calls keep their graphs. `replay_backward` then does not recompute them, which saves
+            time for the memory of all their activations.
+        detach: with ``keep``, whether the network's inputs are constants, as for `replay_backward`.
 
     Returns:
         The final latents ``(b, c, h, w)`` and the recorded steps, in the order of the steps.
@@ -118,9 +126,12 @@ def rollout(
     for index, timestep in enumerate(solver.timesteps):
         timesteps = torch.full((len(noise),), timestep, device=noise.device)
         if index in grad_steps:
-            recorded.append(RecordedStep(index, latents, timesteps, RandomState.now(noise.device)))
-        call = predict if index in grad_steps or predict_no_grad is None else predict_no_grad
-        output = call(latents, timesteps)
+            random, inputs = RandomState.now(noise.device), latents.detach().requires_grad_(keep and not detach)
+            with torch.set_grad_enabled(keep):
+                output = predict(inputs, timesteps)
+            recorded.append(RecordedStep(index, inputs, timesteps, random, output if keep else None))
+        else:
+            output = (predict_no_grad or predict)(latents, timesteps)
         new_noise = torch.randn_like(latents) if solver.c[index] else None
         latents, previous = solver.step(index, latents, output, previous, new_noise)
     return latents, recorded
@@ -164,6 +175,8 @@ def replay_backward(
 ) -> Iterator[tuple[Sequence[RecordedStep], Tensor, Tensor]]:
     """Backpropagates through a rollout by recomputing the recorded steps, from last to first.
 
+    Steps whose graph was kept are not recomputed.
+
     Call ``backward`` on each scalar, or on a sum that contains the scalar, before advancing the iterator. The scalar
     may be scaled before ``backward``, e.g. for half precision; the gradient of the inputs is divided by the same scale.
 
@@ -199,8 +212,12 @@ def replay_backward(
             vectors.insert(0, vector)
             next_step = step.index
         input_grad = not detach and batch[0] is not recorded[0]
-        latents = torch.cat([step.latents for step in batch]).requires_grad_(input_grad)
-        outputs = replay(predict, batch, latents)
+        kept = [step.output for step in batch if step.output is not None]
+        if kept:
+            latents, outputs = batch[0].latents, torch.cat(kept)
+        else:
+            latents = torch.cat([step.latents for step in batch]).requires_grad_(input_grad)
+            outputs = replay(predict, batch, latents)
         scalar = (outputs * torch.cat(vectors).to(outputs.dtype)).sum()
         scales: list[Tensor] = []
         if input_grad:

@@ -125,16 +125,27 @@ GRADIENT_STEPS = [
 ]
 
 
-@pytest.mark.parametrize("solver", ["ddim", "dpm++"])
+@pytest.mark.parametrize(("solver", "replay"), [("ddim", "recompute"), ("dpm++", "recompute"), ("dpm++", "keep")])
 @pytest.mark.parametrize("config", GRADIENT_STEPS, ids=str)
-def test_step_gradient_equals_autograd_for_each_gradient_steps(double, config, solver):
+def test_step_gradient_equals_autograd_for_each_gradient_steps(double, config, solver, replay):
     selector = gradient_steps.build(config)
-    trainer = build(lora=LORA, dtype=double, gradient_steps=selector, train_adapter=True, solver=solver)
+    trainer = build(lora=LORA, dtype=double, gradient_steps=selector, train_adapter=True, solver=solver, replay=replay)
     expected, loss = plain_gradient(trainer)
     got, losses = gradient(trainer)
     assert expected.norm() > 0
     assert (got - expected).norm() / expected.norm() < 1e-6
     assert torch.isclose(losses["reward_loss"], loss)
+
+
+def test_replay_keep_calls_denoiser_once_for_each_step():
+    counts = {}
+    for replay in ("recompute", "keep"):
+        trainer = build(num_steps=4, guidance=1.0, gradient_steps=steps("last", k=2), replay=replay)
+        predict, calls = trainer.backbone.predict, []
+        trainer.backbone.predict = lambda *args, predict=predict, calls=calls: calls.append(1) or predict(*args)
+        gradient(trainer)
+        counts[replay] = len(calls)
+    assert counts == {"recompute": 6, "keep": 4}
 
 
 def test_score_uses_prompts_of_copied_samples():
@@ -272,6 +283,7 @@ def test_config_rejects_contradictory_keys():
     not_detached = {"name": "all", "detach": False}
     for keys, message in (
         ({"replay_batch": 2}, r"replay_batch is 2.*lora\.dropout"),
+        ({"replay_batch": 2, "lora": None, "replay": "keep"}, "replay_batch is 2.*'keep'.*1"),
         ({"replay_batch": 2, "lora": None, "gradient_steps": "draft-k"}, "replay_batch is 2.*'draft-k'"),
         ({"replay_batch": 2, "lora": None, "gradient_steps": not_detached}, "replay_batch is 2.*'all'"),
         ({"regularizer_weight": 1.0}, "regularizer_weight.*'kl' or 'pretraining'"),

@@ -42,6 +42,10 @@ class RewardTrainerConfig(TrainerConfig):
     """maximum number of gradient steps that are recomputed in one call. Values above 1 require a denoiser and LoRA
     without dropout, and ``gradient_steps`` with constant inputs.
     """
+    replay: Literal["recompute", "keep"] = "recompute"
+    """``"recompute"``: the calls with gradient are computed a second time, with the memory of one call. ``"keep"``:
+    their graphs are kept, which saves this time for the memory of all of them.
+    """
     regularizer: Literal["none", "kl", "pretraining"] = "none"
     """loss that limits the drift from the reference model. ``"kl"``: squared difference between the predictions of both
     models at the gradient steps. Up to a factor per step, this is the KL divergence of their sampling distributions.
@@ -53,6 +57,11 @@ class RewardTrainerConfig(TrainerConfig):
     @model_validator(mode="after")
     def _check_compatible(self) -> RewardTrainerConfig:
         self.gradient_steps.check_steps(self.num_steps)
+        if self.replay_batch > 1 and self.replay == "keep":
+            raise ValueError(
+                f"replay_batch is {self.replay_batch}, but with replay 'keep' no calls are recomputed; set "
+                "replay_batch to 1"
+            )
         if self.replay_batch > 1 and not self.gradient_steps.detaches():
             raise ValueError(
                 f"replay_batch is {self.replay_batch}, but with '{self.gradient_steps.name}' the gradient flows "

@@ -71,6 +71,7 @@ class RewardTrainer(DiffusionTrainer):
         denoise_batch: number of images per rollout, or None for all.
         decode_batch: number of images decoded at a time, or None for all.
         replay_batch: maximum number of gradient steps recomputed in one call.
+        replay: whether to recompute the calls with gradient, or to keep their graphs.
         regularizer: ``"none"``, ``"kl"`` or ``"pretraining"``.
         regularizer_weight: factor of the regularizer.
 
@@ -96,6 +97,7 @@ class RewardTrainer(DiffusionTrainer):
         denoise_batch: int | None,
         decode_batch: int | None,
         replay_batch: int,
+        replay: Literal["recompute", "keep"],
         regularizer: Literal["none", "kl", "pretraining"],
         regularizer_weight: float | None,
     ):
@@ -112,6 +114,7 @@ class RewardTrainer(DiffusionTrainer):
         self.dropout_steps = dropout_steps
         self.resolution = resolution
         self.denoise_batch, self.decode_batch, self.replay_batch = denoise_batch, decode_batch, replay_batch
+        self.keep_graphs = replay == "keep"
         self.regularizer, self.regularizer_weight = regularizer, regularizer_weight or 0.0
         self.needs_images = regularizer == "pretraining"
 
@@ -143,6 +146,7 @@ class RewardTrainer(DiffusionTrainer):
             denoise_batch=config.denoise_batch,
             decode_batch=config.decode_batch,
             replay_batch=config.replay_batch,
+            replay=config.replay,
             regularizer=config.regularizer,
             regularizer_weight=config.regularizer_weight,
         )
@@ -211,12 +215,13 @@ class RewardTrainer(DiffusionTrainer):
         """
         predict = self.predictor(self.backbone.predict, conditioning, rows)
         solver = self.solve(self.solver.timesteps[: selected.length])
-        final, recorded = rollout(predict, noise, solver, selected.steps, self.predict_no_dropout(predict))
+        run = partial(rollout, predict, keep=self.keep_graphs, detach=selected.detach)
+        final, recorded = run(noise, solver, selected.steps, self.predict_no_dropout(predict))
         yield Pass(rows, solver, final, recorded)
         last = self.solve(solver.timesteps[-1:])
         for _ in range(selected.copies):
             noisy = add_noise(self.backbone.noise_levels, final, torch.randn_like(final), torch.tensor(last.timesteps))
-            yield Pass(rows, last, *rollout(predict, noisy, last, [0]))
+            yield Pass(rows, last, *run(noisy, last, [0]))
 
     def noise(self, count: int) -> Tensor:
         """Samples initial noise ``(count, c, h, w)``."""
