@@ -72,7 +72,7 @@ def owner(entry: EntryPoint) -> str:
 def version_problem(entry: EntryPoint) -> str:
     """Returns why an entry point's distribution does not fit the installed longalign, or an empty string if it fits.
 
-    The distribution says which versions it works with in its requirements, e.g. ``longalign>=0.1,<0.2``. Installers
+    The distribution declares the supported versions in its requirements, e.g. ``longalign>=0.1,<0.2``. Installers
     check them, except when they install without dependencies or update longalign alone.
     """
     lines = [line for line in _requires(entry.dist) if re.match(r"longalign\s*([^\w\s.-]|$)", line, re.IGNORECASE)]

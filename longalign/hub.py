@@ -51,7 +51,7 @@ def read_json(checkpoint: str, file: str, revision: str | None = None) -> dict[s
 
 
 def availability_problem(checkpoint: str, revision: str | None = None) -> str:
-    """Why a checkpoint is certainly not available, or an empty text. Does not query the Hub."""
+    """Returns why a checkpoint is certainly not available, else an empty string. Does not query the Hub."""
     try:
         source = resolve_checkpoint(checkpoint)
     except ValueError as error:
@@ -66,7 +66,7 @@ def availability_problem(checkpoint: str, revision: str | None = None) -> str:
 
 
 def checkpoint_problem(checkpoint: str, files: list[str], revision: str | None = None) -> str:
-    """Why a checkpoint is certainly not available, or lacks all of ``files`` in its local folder; or an empty text."""
+    """Returns why a checkpoint is certainly not available or its folder has none of ``files``; else an empty string."""
     if problem := availability_problem(checkpoint, revision):
         return problem
     if not Path(resolve_checkpoint(checkpoint)).is_dir() or any(

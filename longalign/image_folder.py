@@ -72,14 +72,14 @@ def read_images(folder: Path) -> list[tuple[Path, str, Any]]:
         raise FileNotFoundError(f"no file {folder / INDEX}; expected a folder written by `longalign generate`")
     for where, row in read_jsonl(folder / INDEX):
         if not isinstance(row.get("file_name"), str):
-            raise ValueError(f"{where} has no 'file_name'")
+            raise ValueError(f"{where} has no 'file_name'; expected a line written by `longalign generate`")
         path = inside(folder, row["file_name"], where)
         if not path.is_file():
             problem = "is not a regular file" if path.exists() else "does not exist"
             raise FileNotFoundError(f"the image {path} of {where} {problem}")
         out.append((path, text_of(row, where), row.get("seed")))
     if not out:
-        raise ValueError(f"{folder / INDEX} lists no images")
+        raise ValueError(f"{folder / INDEX} lists no images; generate them with `longalign generate`")
     return out
 
 

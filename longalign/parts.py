@@ -138,7 +138,7 @@ def check_config_class(name: str, model: type[PartConfig], base: type[PartConfig
         raise PartError(f"{model.__name__}.build must take ({expected}): {problem}")
     if not model.model_config.get("frozen") or model.model_config.get("extra") != "forbid":
         raise PartError(
-            f"{model.__name__} must have frozen=True and extra='forbid' in model_config, as PartConfig; remove the "
+            f"{model.__name__} must have frozen=True and extra='forbid' in model_config, like PartConfig; remove the "
             "override"
         )
     field = model.model_fields["name"]

@@ -211,7 +211,8 @@ class Registry:
         location = (config.__module__, config.__qualname__)
         redefined = previous is not None and (previous.__module__, previous.__qualname__) == location
         if name in self and (not redefined or "<" in config.__qualname__):
-            raise PartError(f"'{name}' among {self.kind} is already registered by {self.infos(name)[0].owner}")
+            owner = self.infos(name)[0].owner
+            raise PartError(f"'{name}' among {self.kind} is already registered by {owner}; choose a different name")
         self._in_code.register(name, func=config)
         return part
 

@@ -32,9 +32,9 @@ def capture_cuda_graph(call: Callable[[], Tensor]) -> tuple[Callable[[], None], 
 class GraphedCall:
     """Runs a call without gradient as a graph, one for each set of input shapes.
 
-    The graph reads the weights where they are. Changes in place, as by an optimizer, take effect; weights that are
-    replaced or moved need a new `GraphedCall`. Calls with gradient, and calls that sample random numbers (dropout), run
-    as they are.
+    A graph reads the weights at the addresses that they had when it was captured. In-place changes, as by an optimizer,
+    take effect; weights that are replaced or moved need a new `GraphedCall`. Calls with gradient, and calls that sample
+    random numbers (dropout), run without a graph.
 
     Args:
         call: the call, e.g. of a denoiser.

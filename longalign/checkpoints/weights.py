@@ -26,7 +26,7 @@ CHECKSUM = "checksum"
 
 @contextmanager
 def reading(what: str | Path, advice: str = "get it again") -> Iterator[None]:
-    """Context manager that turns library errors about damaged or foreign files into a ValueError that names ``what``.
+    """Context manager that turns library errors about files that cannot be read into a ValueError that names ``what``.
 
     The library's text is omitted if it recommends allowing a pickle to run code.
     """

@@ -83,7 +83,7 @@ def checkpoint_file(path: Path) -> Path:
     """
     if path.is_file() or (path.suffix == ".safetensors" and not path.is_dir()):
         if not path.is_file():
-            raise FileNotFoundError(f"no checkpoint {path}")
+            raise FileNotFoundError(f"no checkpoint {path}; expected a .safetensors file or a folder")
         if path.name == DIFFUSERS_LORA:
             raise ValueError(
                 f"{path} is an exported LoRA for diffusers, without config and adapter; expected "

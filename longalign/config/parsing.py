@@ -71,7 +71,9 @@ class _Loader(yaml.SafeLoader):
         pairs: dict[Any, Any] = {}
         for part in reversed(merged):  # the first mapping of a list takes precedence
             if part.id != "mapping":
-                raise yaml.constructor.ConstructorError(None, None, "'<<' takes mappings", part.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, "'<<' takes mappings, e.g. an anchor of one", part.start_mark
+                )
             self.flatten_mapping(part)
             self._merged += len(part.value)
             if self._merged > MAX_VALUES:

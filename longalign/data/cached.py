@@ -59,7 +59,10 @@ class CachedImages(Data):
             if self.keys[i] != UNREADABLE:
                 self._check(i)
                 return {"prompt": self.data.prompt(i), "posterior": self.store[self.keys[i]]["posterior"]}
-        raise ValueError(f"none of the {len(self)} images could be read when {self.store.folder} was built")
+        raise ValueError(
+            f"none of the {len(self)} images could be read when {self.store.folder} was built; repair or replace them, "
+            f"then {RERUN_ADVICE}"
+        )
 
     def _check(self, index: int, trust_stamp: bool = True) -> None:
         try:

@@ -83,5 +83,5 @@ class ImagesConfig(DataConfig):
 
 
 def folder_problems(key: str, folder: str | None) -> list[ConfigProblem]:
-    """Returns a problem if the folder of a key does not exist."""
+    """Returns a list with one problem if the folder of a key does not exist, otherwise an empty list."""
     return [(key, f"no folder {folder}")] if folder is not None and not Path(folder).is_dir() else []

@@ -98,7 +98,9 @@ class Stream:
                 self.unreadable.note(record.name, error)
                 # Unreadable records can end one epoch and start the next; with more than these, an epoch has no others.
                 if slots > 2 * self.unreadable.limit:
-                    raise ValueError(f"no image can be read: {self.unreadable.summary()}") from error
+                    raise ValueError(
+                        f"no image can be read: {self.unreadable.summary()}. Repair or replace the files"
+                    ) from error
                 continue
             for _ in range(slots):
                 yield item

@@ -39,9 +39,9 @@ EMPTY = Interval(math.nan, math.nan, math.nan, 0)
 def resamples(groups: Sequence[str], samples: int, seed: int = 0) -> np.ndarray:
     """Returns how often each of ``n`` values occurs in each bootstrap sample: ``(samples, n)``, uint16.
 
-    Two stages: groups are drawn with replacement, then, for each drawn group, as many of its values as it has, with
-    replacement. So prompts are resampled, and seeds within a prompt. The same groups always give the same samples,
-    which makes differences between models paired.
+    First groups (prompts) are sampled with replacement. Then the values (seeds) of each sampled group are sampled with
+    replacement, as many as the group has. The same groups always give the same samples, which makes differences between
+    models paired.
 
     Args:
         groups: one label per value, e.g. its prompt.

@@ -28,7 +28,7 @@ UNITS = {WIN_RATE: Value("%"), f"{WIN_RATE}/verdict": Value("%", None)}
 class Judge:
     """Decides which of two images of a prompt is better.
 
-    Each pair is shown in both orders, since such models prefer a position (Zheng et al. 2023, arXiv 2306.05685,
+    Each pair is shown in both orders, since such models favor one position (Zheng et al. 2023, arXiv 2306.05685,
     section 3.4). An image wins if it is preferred in both orders; all other verdicts are ties.
 
     Args:

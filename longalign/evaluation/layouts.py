@@ -173,7 +173,9 @@ def _grid(sources: Sequence[Path]) -> Image.Image:
     images = [decode(source) for source in sources]
     width, height = images[0].size
     if any(image.size != (width, height) for image in images):
-        raise ValueError(f"the images of one prompt have different sizes: {', '.join(map(str, sources))}")
+        raise ValueError(
+            f"the images of one prompt have different sizes: {', '.join(map(str, sources))}; generate all in one size"
+        )
     grid = Image.new("RGB", (2 * width, 2 * height))
     for i, image in enumerate(images):
         grid.paste(image, (i % 2 * width, i // 2 * height))

@@ -11,7 +11,7 @@ from longalign.evaluation.record import PACKAGES
 
 
 def provenance(prompts: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
-    """Returns what a table must share with another one to be compared, for JSON.
+    """Returns, as JSON values, the properties that two tables must have in common to be compared.
 
     Args:
         prompts: the prompts, each once, in their order.

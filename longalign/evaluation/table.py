@@ -224,7 +224,7 @@ class MetricTable:
 
     @property
     def main_breakdowns(self) -> list[str]:
-        """The metrics whose breakdowns are shown: those with submetrics, or the first metric that is no gauge."""
+        """The metrics whose breakdowns are shown: those with submetrics, or the first metric that is not a gauge."""
         scores = [m for m in self.metrics if self.value(m).direction]
         return [m for m in self.metrics if self.submetrics(m)] or (scores or self.metrics)[:1]
 

@@ -157,7 +157,7 @@ def dpmpp_2m(levels: NoiseLevels, timesteps: Sequence[int], prediction: str) -> 
 
     It extrapolates the predicted ``x_0`` linearly in the log of the signal-to-noise ratio, from the current and the
     previous step. The first step is of first order (DDIM), and so is the last, which returns the predicted ``x_0``. If
-    the first timestep has no signal, the second step is of first order too, the limit of vanishing signal.
+    the first timestep has no signal, this log is infinite there, and the second step is of first order too.
     """
     a, b, d, p, q = [], [], [], [], []
     previous_size = math.inf  # no previous prediction in the first step

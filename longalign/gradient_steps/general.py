@@ -171,7 +171,7 @@ def check_last(num_steps: int, k: int, min_steps: int | None = None, early_stop:
         )
     if k > num_steps - early_stop + 1:
         raise ValueError(
-            f"an early stop within the last {early_stop} of {num_steps} sampling steps can leave fewer than {k}; "
+            f"an early stop within the last {early_stop} of {num_steps} sampling steps can leave fewer than {k} steps; "
             f"set an early_stop of at most {num_steps - k + 1}"
         )
 

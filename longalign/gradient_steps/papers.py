@@ -126,7 +126,7 @@ class AlignProp(Last):
 
 
 class ReFLConfig(GradientStepsConfig):
-    """ReFL (arXiv 2304.05977, algorithm 1): only the last step receives gradient.
+    """ReFL (arXiv 2304.05977, algorithm 1): only the last step that is taken receives gradient.
 
     Sampling stops at a random late step, and the image predicted at that step is scored.
     """

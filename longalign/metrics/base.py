@@ -29,7 +29,7 @@ class Value:
 
 
 def value_of(name: str, values: Mapping[str, Value]) -> Value:
-    """Returns the entry of a name, or of the longest listed name before a "." or "/" of it; a plain number if none."""
+    """Returns the entry of a name. Without one, ``a.b/c`` uses that of ``a.b``, then ``a``, else a plain `Value`."""
     starts = [known for known in values if name == known or name.startswith((f"{known}.", f"{known}/"))]
     return values[max(starts, key=len)] if starts else Value()
 
@@ -52,7 +52,7 @@ class Metric(nn.Module):
 
     #: start of the names in the table, e.g. the name of the part
     label: str = ""
-    #: unit and direction by name; a name that is not listed has those of the longest listed name before a "." or "/"
+    #: unit and direction by name; see `value_of` for names that are not listed
     values: Mapping[str, Value] = {}
 
     def observe(self, images: Tensor, prompts: Sequence[str]) -> Mapping[str, Any]:

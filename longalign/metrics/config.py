@@ -30,13 +30,13 @@ class RewardMetricConfig(MetricConfig):
     reward: Part("rewards")
     """the reward."""
     segments: bool = False
-    """whether to add the mean and the lowest score of the prompt's segments, which are sentences unless the reward
-    splits prompts in another way.
+    """whether to add the mean and the lowest score of the prompt's segments. Segments are sentences unless the reward's
+    config sets a different segmenter.
     """
 
 
 class RetrievalConfig(MetricConfig):
-    """R@1: the percentage of prompts that find their image among all images of the model, or of images their prompt."""
+    """R@1: the percentage of prompts that retrieve their image among all images of the model, or vice versa."""
 
     target: ClassVar[str] = "longalign.metrics.retrieval:Retrieval"
 
@@ -46,11 +46,11 @@ class RetrievalConfig(MetricConfig):
     over segments.
     """
     query: Literal["text", "image"] = "text"
-    """what is given: "text" finds images, "image" finds texts."""
+    """the query: "text" retrieves images, "image" retrieves texts."""
     component: Literal["whole", "orthogonal"] = "whole"
-    """which part of the text embedding is used: "whole", or "orthogonal" to the common direction of the prompts."""
+    """component of the text embedding: "whole", or only that "orthogonal" to the common direction of the prompts."""
     sentences: PositiveInt | None = None
-    """prompts are cut to at most so many sentences; null: whole prompts."""
+    """number of sentences of a prompt that are used, from the first; null: all."""
 
 
 class DiversityConfig(MetricConfig):
@@ -111,7 +111,7 @@ class FactsConfig(MetricConfig):
 
 
 class GaugesConfig(MetricConfig):
-    """Simple image statistics that show how a model's look drifts, e.g. to dark or oversaturated images."""
+    """Simple image statistics that show a change of style, e.g. to dark or oversaturated images."""
 
     target: ClassVar[str] = "longalign.metrics.gauges:Gauges"
 

@@ -57,7 +57,7 @@ class Frechet(Metric):
     """Squared Frechet distance of the features of generated and reference images, a value of the whole set.
 
     Gaussians are fitted to the features of both: ``|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))`` (FID, arXiv
-    1706.08500). Lower is better. The distance falls with the number of images, so only compare values of equally many.
+    1706.08500). Lower is better. The distance falls with the number of images, so compare only equal numbers.
     Features of different extractors have different scales.
 
     Args:

@@ -20,7 +20,7 @@ LEVELS = 8
 
 
 class Gauges(Metric):
-    """Statistics whose drift shows a change of look, such as over-optimisation. Not a measure of quality.
+    """Image statistics that show a change of style, e.g. from over-optimization. They do not measure quality.
 
     ``Y`` is the luminance ``0.2126 R + 0.7152 G + 0.0722 B`` (Rec. 709, of the stored values).
 

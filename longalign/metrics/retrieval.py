@@ -20,7 +20,7 @@ from longalign.segmenters import sentences
 
 
 class Retrieval(Metric):
-    """R@1: whether a prompt finds its image among all images of the model, or an image its prompt (paper, table 1).
+    """R@1: whether a prompt retrieves its image among all images of the model, or vice versa (paper, table 1).
 
     The score of a pair is ``C_X . C_P``, or ``C_X . C_P_perp`` with the text embedding's component orthogonal to the
     common direction of the different prompts. If prompts have several images, each prompt searches among one image of
@@ -30,9 +30,9 @@ class Retrieval(Metric):
         label: name in the table.
         reward: the embedding reward. Its config decides how a prompt is encoded: ``text: whole`` in one pass, ``text:
             segments`` as the mean over its sentences.
-        query: what is given: ``"text"`` finds images, ``"image"`` finds texts.
+        query: the query: ``"text"`` retrieves images, ``"image"`` retrieves texts.
         orthogonal: whether to use ``C_P_perp``. With a single prompt, the values are then NaN.
-        num_sentences: prompts are cut to at most so many sentences (paper, table 4); None for whole prompts.
+        num_sentences: number of sentences of a prompt that are used, from the first (paper, table 4); None for all.
     """
 
     def __init__(

@@ -65,7 +65,9 @@ class TowerRewardConfig(RewardConfig):
     @model_validator(mode="after")
     def _check_segmenter(self) -> TowerRewardConfig:
         if self.text != "segments" and self.segmenter is not None:
-            raise ValueError(f"a segmenter has no effect with `text: {self.text}`; set `text: segments` or remove it")
+            raise ValueError(
+                f"a segmenter has no effect with `text: {self.text}`; set `text: segments` or remove `segmenter`"
+            )
         return self
 
     @field_validator("crop")

@@ -1,4 +1,4 @@
-"""What all conformance checks share: running them, and the checks of a part's config."""
+"""Shared by all conformance checks: running them, and the checks of a part's config."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ from longalign.testing.common import CPU, checked_config, config_checks, expect,
 def check_data(config: Any, *, runtime: Runtime = CPU, count: int = 3) -> None:
     """Checks that data can be used by every trainer.
 
-    It checks the config, the keys, shapes and ranges of items, that an item is the same when it is read again, indices
-    out of range, and that data can be sent to loading workers.
+    It checks the config, and the keys, shapes and ranges of items. An item must be the same when it is read again, an
+    index out of range must raise IndexError, and loading workers must be able to receive the data.
 
     Args:
         config: name, mapping or config of the data.

@@ -1,4 +1,4 @@
-"""Conformance of a method that selects the gradient-carrying steps."""
+"""Conformance of a method that selects the gradient steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REPEATS = 20
 
 
 def check_gradient_steps(config: Any, *, num_steps: int = 20) -> None:
-    """Checks that a selection of gradient-carrying steps is valid and gives the gradient of autograd.
+    """Checks that a selection of gradient steps is valid and gives the gradient of autograd.
 
     It checks the config, that selected steps are ascending and within the steps that are taken, and that `detaches()`
     agrees with the selection. Replaying the selected calls of a small network must equal autograd through the same

@@ -33,12 +33,12 @@ def check_metric(
     """Checks that a metric can be used in every table.
 
     It checks the config (listed, described, imported without torch, stable as JSON), values of shape ``(n,)`` that are
-    finite or NaN and have a unit and a direction, repeated and batched observations, statistics of resampled images,
-    and names that start with the label.
+    finite or NaN, and statistics of resampled images. Repeated and batched observations must give the same values.
+    Names must have a unit and a direction, and start with the label.
 
     Args:
         config: name, mapping or config of the metric.
-        prompts: prompts that the metric has values for; each has an image of two seeds.
+        prompts: prompts that the metric has values for; there is an image for each of two seeds.
         runtime: device and dtype.
         size: side of the test images in pixels.
 

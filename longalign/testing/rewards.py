@@ -28,8 +28,9 @@ from longalign.testing.common import (
 def check_reward(config: Any, *, runtime: Runtime = CPU, size: int = 64, depends_on_batch: bool = False) -> None:
     """Checks that a reward can be used by every trainer and metric.
 
-    It checks the config (listed, described, imported without torch, stable as JSON), scores of shape ``(b,)``, repeated
-    and batched scores, prompts that are empty, of 1000 words, or with emoji, and invalid input. A differentiable reward
+    It checks the config (listed, described, imported without torch, stable as JSON), scores of shape ``(b,)``, and
+    repeated and batched scores. Prompts include an empty one, one of 1000 words and one with emoji; invalid input must
+    raise an error. A differentiable reward
     needs a finite non-zero gradient in the images. Micro-batches, if it has them, must give equal numbers, and a reward
     that embeds must allow reweighting.
 

@@ -12,8 +12,8 @@ from longalign.testing.common import CPU, EMOJI, LONG, SHORT, checked_config, co
 def check_segmenter(config: Any, *, lossless: bool = True) -> None:
     """Checks that a segmenter can be used by encoders and rewards.
 
-    It checks the config, that segments are non-empty strings in the order of the text, that the empty prompt has none,
-    that a repeated call returns the same, and that no text is lost.
+    It checks the config. Segments must be non-empty strings in the order of the text, and the empty prompt has none. A
+    repeated call must return the same segments, and no text may be lost.
 
     Args:
         config: name, mapping or config of the segmenter.

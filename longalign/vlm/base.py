@@ -1,4 +1,4 @@
-"""What a vision-language model is asked, and how its replies are read."""
+"""Interface of vision-language models: requests, and the parsing of replies."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class VLM(nn.Module):
 def option_in(reply: str, options: Sequence[str]) -> str | None:
     """Returns the first option in the last line of a reply, ignoring case and punctuation; None if there is none.
 
-    The last line, since a model that reasons states its answer at the end.
+    Only the last line is read, because reasoning models give their answer at the end.
     """
     lines = [line for line in reply.splitlines() if line.strip()]
     words = "|".join(map(re.escape, options))

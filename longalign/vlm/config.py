@@ -59,7 +59,7 @@ class EndpointConfig(_VLMSection):
     base_url: str
     """URL up to and including the version, e.g. ``http://localhost:8000/v1``. It must not contain credentials."""
     model: str
-    """name of the model, as the endpoint knows it."""
+    """name of the model at the endpoint."""
     api_key_env: str | None = None
     """name of the environment variable with the API key; null: no key is sent. The key is written to no file."""
     parameters: dict[str, JsonValue] = Field({"temperature": 0, "max_tokens": 16})

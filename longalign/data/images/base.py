@@ -109,7 +109,9 @@ class ImageDataset(Data):
             item = self.load_item((start + offset) % len(self))
             if item is not None:
                 return item
-        raise ValueError(f"none of the {len(self)} images can be read: {self.unreadable.summary()}")
+        raise ValueError(
+            f"none of the {len(self)} images can be read: {self.unreadable.summary()}. Repair or replace the files"
+        )
 
     def load_item(self, index: int) -> dict[str, Any] | None:
         label = self.label(index)

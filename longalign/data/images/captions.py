@@ -121,5 +121,5 @@ def _with_images(rows: Any, folders: dict[str, Path], config: LongAlignCaptionsC
         log.warning("skipped (image file missing): %d, e.g. %s", len(missing), ", ".join(map(str, missing[:3])))
     if not indices:
         example = f"; {len(missing)} are missing, e.g. {missing[0]}" if missing else ""
-        raise ValueError(f"no image of '{config.captions}' is in the configured folders{example}")
+        raise ValueError(f"no image of '{config.captions}' is in the configured folders{example}; correct 'folders'")
     return indices

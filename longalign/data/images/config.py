@@ -19,10 +19,10 @@ class FolderConfig(ImagesConfig):
 
     name: Literal["folder"] = "folder"
     folder: Text
-    """folder with ``metadata.jsonl``, one line per image with "file_name" and "text" (or "prompt"), as ``longalign
-    generate`` writes it, or with ``metadata.csv`` with these columns. Without either, the caption of an image is in a
-    .txt of the same name next to the image, also in subfolders. File names are relative to the folder and must stay
-    inside this folder; symbolic links are followed.
+    """folder of the images. Its ``metadata.jsonl`` has one line per image with "file_name" and "text" (or "prompt"), as
+    ``longalign generate`` writes it; a ``metadata.csv`` has these columns. Without either, the caption of an image is
+    in a .txt of the same name next to the image, also in subfolders. File names are relative to the folder and must
+    stay inside this folder; symbolic links are followed.
     """
 
     def check_files(self) -> list[ConfigProblem]:

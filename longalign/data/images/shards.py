@@ -23,14 +23,14 @@ def _expand(pattern: str) -> Iterator[Path]:
     if span:
         start, stop = span.groups()
         if int(start) > int(stop):
-            raise FileNotFoundError(f"no shard {pattern}: {start} is more than {stop}")
+            raise FileNotFoundError(f"no shard {pattern}: {start} is more than {stop}; write the lower number first")
         for number in range(int(start), int(stop) + 1):
             yield from _expand(f"{pattern[: span.start()]}{number:0{len(start)}d}{pattern[span.end() :]}")
         return
     paths = sorted(glob(pattern)) if any(wildcard in pattern for wildcard in "*?[") else [pattern]
     missing = [path for path in paths if not Path(path).is_file()]
     if missing or not paths:
-        raise FileNotFoundError(f"no shard {missing[0] if missing else pattern}")
+        raise FileNotFoundError(f"no shard {missing[0] if missing else pattern}; correct the path in 'shards'")
     yield from map(Path, paths)
 
 

@@ -75,7 +75,7 @@ class HubPairs(Pairs):
         row = self.rows[int(self.indices[index])]
         cells = flat_cells([row[column] for column in self.images])
         if len(cells) != 2:
-            raise ValueError(f"expected two images, got {len(cells)}")
+            raise ValueError(f"expected two images per row, got {len(cells)}; correct 'images'")
         return [image_source(cell, self.folder) for cell in cells]
 
 

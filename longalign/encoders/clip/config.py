@@ -68,7 +68,7 @@ class TwoClipsConfig(SegmentConfig):
     has_pooled: ClassVar[bool | None] = True
 
     subfolder: str | None = None
-    """subfolder of the checkpoint that contains these folders; null: the root folder."""
+    """subfolder of the checkpoint that contains the text encoders and tokenizers; null: the root folder."""
     pooled: Literal["mean", "first", "truncate"] = "mean"
     """which pooled embedding is used: ``"mean"`` of the segments, ``"first"`` segment only, or ``"truncate"`` for the
     prompt truncated to 77 tokens. All three are equal for a prompt of one segment.
@@ -177,5 +177,7 @@ class LongClipConfig(LoadedConfig):
         conflicts = [f"'{key}'" for key in others if getattr(self, key) is not None]
         if conflicts and (single or self.filename is not None):
             file = self.checkpoint if single else self.filename
-            raise ValueError(f"{' and '.join(conflicts)} cannot be combined with the original file '{file}'; remove it")
+            raise ValueError(
+                f"remove {' and '.join(conflicts)}, which cannot be combined with the original file '{file}'"
+            )
         return self

@@ -44,7 +44,8 @@ class ClipSegmentSD3Encoder(Encoder):
         if clips.dim > width or (t5 is not None and t5.dim != width):
             widths = f"{clips.dim} from the two CLIPs" + (f" and {t5.dim} from T5" if t5 is not None else "")
             raise ValueError(
-                f"expected T5 width {width} and at most {width} from CLIP, got {widths}; set 'width' to T5's"
+                f"expected states of width {width} from T5 and at most {width} from CLIP, got {widths}; set "
+                "'width' to T5's"
             )
         if t5 is not None and num_zeros:
             raise ValueError(f"expected either T5 or num_zeros, got both T5 and num_zeros={num_zeros}; pass only one")

@@ -30,7 +30,10 @@ def text_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     missing = [k for k in ("token_embedding.weight", "positional_embedding", "ln_final.weight") if k not in state]
     if missing:
-        raise ValueError(f"expected an OpenAI-style CLIP, but keys are missing: {missing}; got {sorted(state)[:5]}...")
+        raise ValueError(
+            f"expected an OpenAI-style CLIP, but keys are missing: {missing}; got {sorted(state)[:5]}...; use an "
+            "original file of CLIP or LongCLIP"
+        )
     positions = state["positional_embedding"]
     if "positional_embedding_res" in state:
         positions = torch.cat(

@@ -23,7 +23,10 @@ OPTIONS = ("yes", "no")
 
 
 class VqaMetric(Metric):
-    """Share of a prompt's questions that hold in the image: answered with yes, and so are all their parents.
+    """Share of a prompt's questions that hold in the image.
+
+    A question holds if it and all questions that it depends on (its parents, their parents and so on) are answered with
+    yes.
 
     Per image: ``vqa``, the mean over the samples of a grid. Over all images: ``vqa/category/<category>``, the share
     of the category's questions that are answered with yes. As in DPG-Bench's script, parents do not count there, and
@@ -34,7 +37,8 @@ class VqaMetric(Metric):
         questions: prompt -> questions, see `read_questions`.
         answers: the model with its stored answers.
         prompt: text for the model, with ``{question}``.
-        official: see `vqa_score`; also, category scores use the last sample of a grid only.
+        official: whether to reproduce DPG-Bench's script; see `vqa_score`. Category scores then use only the last
+            sample of a grid.
         grid: samples per side of an image.
     """
 

@@ -75,18 +75,18 @@ def read_questions(path: Path | str, official: bool = False) -> dict[str, tuple[
 
 
 def normalize(prompt: str) -> str:
-    """Returns a prompt with single spaces, by which its questions are looked up."""
+    """Returns a prompt with single spaces, the key of its questions."""
     return " ".join(prompt.split())
 
 
 def vqa_score(questions: Sequence[Question], yes: Mapping[int, bool], official: bool = False) -> float:
-    """Returns the share of questions that hold: answered with yes, and so are all their ancestors.
+    """Returns the share of questions that hold: they and all their ancestors are answered with yes.
 
     Args:
         questions: the questions of one prompt.
         yes: question number -> whether it is answered with yes.
-        official: as DPG-Bench's script: one pass in the order of the file, and NaN if it meets a parent that is not
-            among the questions, since the script then skips the image.
+        official: whether to reproduce DPG-Bench's script, which goes over the questions once, in the order of the file.
+            It skips the image if a parent is not among the questions; the score is then NaN.
     """
     holds = dict(yes)
     changed = True

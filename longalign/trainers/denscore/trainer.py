@@ -82,7 +82,7 @@ class DenscoreTrainer(Trainer):
             ValueError: if there is not exactly one reward.
         """
         if len(rewards) != 1:
-            raise ValueError(f"'denscore' trains one reward, got {len(rewards)}")
+            raise ValueError(f"'denscore' trains one reward, got {len(rewards)}; set exactly one in rewards")
         return cls(
             rewards[0],
             runtime,

@@ -20,7 +20,7 @@ class MyPart(Encoder):
     """States ``(b, n, width)``: one row of a frozen table per word, padded with its last row.
 
     Args:
-        width: of the states.
+        width: width of the states.
         min_states: shorter prompts are padded to this number of states.
     """
 
