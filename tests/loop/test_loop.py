@@ -55,6 +55,9 @@ def equal_tensors(a, b):
 def test_resume_equals_uninterrupted_bit_by_bit(world, tmp_path, trainer):
     make = getattr(world, f"{trainer}_config")
     settings = {"accumulation": 2, "ema": 0.9, "warmup": 3} if trainer == "align" else {}
+    if trainer == "reward":  # with statistics that must be restored
+        plain, total = make, {"name": "sum", "normalize": "running", "terms": [{"reward": "red"}]}
+        make = lambda *args, **loop: {**plain(*args, **loop), "rewards": [total]}  # noqa: E731
     uninterrupted = run(make(tmp_path / "uninterrupted", **settings))
     assert (uninterrupted.step, uninterrupted.interrupted) == (4, False)
     assert uninterrupted.checkpoint == tmp_path / "uninterrupted" / "checkpoint-000004"
