@@ -24,8 +24,8 @@ class SumReward(Reward):
 
     With ``normalize="running"``, each term is ``weight_i * (reward_i - mean_i) / std_i``, with mean and standard
     deviation of its scores so far, those of the batch included. Both are constants of the gradient, which is thus only
-    divided by ``std_i``. They are updated in training mode only and are part of the ``state_dict``. A term whose scores do not
-    differ yet is not divided.
+    divided by ``std_i``. They are updated in training mode only and are part of the ``state_dict``. A term whose scores
+    do not differ yet is not divided.
 
     `Scores.parts` contain the unweighted total of each term as ``<label>``, before normalization, and its parts as
     ``<label>/<part>``.
