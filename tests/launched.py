@@ -98,7 +98,8 @@ def configs(folder, world_size):
     loop = {"batch_size": BATCH // world_size, "steps": STEPS, "save_every": 2, "keep": None, "lr": 1e-2}
     align = worlds.align_config(folder / "align", **loop, accumulation=2, ema=0.5, warmup=2)
     align |= {"encoder": encoder, "trainer": {**align["trainer"], "lora": lora}}
-    align["validation"] = {"prompts": ["ab"], "every": 2, "num_steps": 2, "guidance": 2.0}
+    align["monitor"] = {"prompts": ["ab", "cd"], "every": 2, "num_steps": 2, "guidance": 2.0}
+    align["monitor"] |= {"metrics": [{"name": "reward", "reward": "red"}], "keep_best": {"metric": "red"}}
     gradient_steps = {"name": "grouped-random", "groups": 2}
     trainer = {"lora": lora, "num_steps": 4, "gradient_steps": gradient_steps, "train_adapter": True}
     trainer |= {"regularizer": "pretraining", "regularizer_weight": 0.1}
@@ -106,7 +107,7 @@ def configs(folder, world_size):
     scores = [{"name": "reweighted", "inner": "colours", "direction": direction} for direction in ("batch", "running")]
     reward |= {"encoder": encoder, "data": "squares", "rewards": scores}
     first_half = {**align, "loop": {**align["loop"], "steps": STEPS // 2}}
-    lcm = {**align, "output": str(folder / "lcm"), "validation": None}
+    lcm = {**align, "output": str(folder / "lcm"), "monitor": None}
     lcm |= {"loop": {**align["loop"], "steps": 2, "accumulation": 1, "ema": None}}
     # with a small c the loss is the absolute error, whose gradient near zero is the sign of a rounding error
     lcm |= {"trainer": {"name": "lcm", "lora": lora, "huber_c": 1.0}}
@@ -129,7 +130,7 @@ def fsdp_configs(folder, world_size):
     align, reward = runs["align"][0], runs["reward"][0]
     short = {"steps": 2, "accumulation": 1, "ema": None}
     reward = {**reward, "loop": {**reward["loop"], "steps": 2}}
-    full = {**align, "output": str(folder / "full"), "validation": None}
+    full = {**align, "output": str(folder / "full"), "monitor": None}
     full |= {"loop": {**align["loop"], **short, "clip": 1e-3, "gradient_checkpointing": True}}
     full |= {"trainer": {**align["trainer"], "lora": None, "train_adapter": False}}
     regularized = {"regularizer": "kl", "regularizer_weight": 0.1, "lora": None, "train_adapter": False}
@@ -142,7 +143,7 @@ def bf16_configs(folder, world_size):
     """Config of a short align run in bfloat16."""
     align = configs(folder, world_size)["align"][0]
     loop = {**align["loop"], "steps": 2, "accumulation": 1, "precision": "bf16"}
-    return {"half": ({**align, "output": str(folder / "half"), "validation": None, "loop": loop}, None)}
+    return {"half": ({**align, "output": str(folder / "half"), "monitor": None, "loop": loop}, None)}
 
 
 def counting_hook(buckets, bucket):
@@ -215,7 +216,8 @@ def lines(folder):
 
 def assert_equal_runs(actual, expected):
     """Asserts that two runs have equal logs and weights up to rounding; returns the weights by checkpoint name."""
-    logs = [[{k: v for k, v in line.items() if k != "seconds"} for line in lines(run)] for run in (actual, expected)]
+    times = ("seconds", "monitor/seconds", "monitor/share_of_time")
+    logs = [[{k: v for k, v in line.items() if k not in times} for line in lines(run)] for run in (actual, expected)]
     assert [line.keys() for line in logs[0]] == [line.keys() for line in logs[1]]
     for one, other in zip(*logs, strict=True):
         assert one == pytest.approx(other, rel=1e-4, abs=1e-6)

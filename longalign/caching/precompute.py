@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from longalign.caching.latents import has_latents, latent_store, make_latents
-from longalign.caching.prompts import make_prompts, named_leaves, prompt_store, validation_prompts
+from longalign.caching.prompts import make_prompts, named_leaves, prompt_store
 from longalign.caching.store import SHARD_BYTES
 from longalign.config.run import RunConfig
 from longalign.data.base import Data, spread_indices
@@ -64,10 +64,14 @@ def _make(
     if has_latents(config):
         counts["latents"] = make_latents(config, data, runtime, batch_size, shard_bytes, progress)
     if config.cache.prompts:
-        prompts = list(dict.fromkeys(["", *validation_prompts(config), *(data.prompt(i) for i in range(len(data)))]))
+        prompts = list(dict.fromkeys(["", *_monitored(config, runtime), *(data.prompt(i) for i in range(len(data)))]))
         for name, leaf in named_leaves(config):
             counts[name] = make_prompts(config, name, leaf, prompts, runtime, batch_size, shard_bytes, progress)
     return counts
+
+
+def _monitored(config: RunConfig, runtime: Runtime) -> list[str]:
+    return [] if config.monitor is None else config.monitor.texts(runtime)
 
 
 def check_caches(config: RunConfig, runtime: Runtime) -> None:
@@ -103,11 +107,11 @@ def cached_encoder(config: RunConfig, data: Data, runtime: Runtime) -> Encoder:
     """Returns an encoder that reads cached text states; its text models are not loaded.
 
     Raises:
-        ValueError: if a validation prompt, or one of the checked prompts of the data, is not in the cache.
+        ValueError: if a prompt of the monitor, or one of the checked prompts of the data, is not in the cache.
     """
     stores = [prompt_store(config, name, leaf, runtime) for name, leaf in named_leaves(config)]
     checked = [data.prompt(i) for i in spread_indices(len(data))]
-    for prompt in ["", *validation_prompts(config), *checked]:
+    for prompt in ["", *_monitored(config, runtime), *checked]:
         for store in stores:
             require_cached(store, prompt)
     assert config.encoder is not None

@@ -12,21 +12,12 @@ from longalign.caching.fingerprint import fingerprints
 from longalign.caching.processes import wait, writer_options
 from longalign.caching.store import Store
 from longalign.config.run import RunConfig
-from longalign.data.lines import read_prompts
 from longalign.encoders.cached import entries, prompt_key, settings
 from longalign.encoders.config import EncoderConfig
 from longalign.names import unique_name
 from longalign.runtime import Runtime
 
 TEXT_FOLDERS = ("text_encoder", "tokenizer")
-
-
-def validation_prompts(config: RunConfig) -> list[str]:
-    """Returns the validation prompts of the run; empty if the run has no validation."""
-    if config.validation is None:
-        return []
-    prompts = config.validation.prompts
-    return read_prompts(Path(prompts)) if isinstance(prompts, str) else list(prompts)
 
 
 def named_leaves(config: RunConfig) -> Iterator[tuple[str, EncoderConfig]]:

@@ -10,7 +10,7 @@ from longalign.config.run import RunConfig, to_dict
 from longalign.errors import redact_url
 
 #: config keys with local paths of training; the paths are removed from an export
-PRIVATE_KEYS = ("output", "init_from", "data", "cache", "validation")
+PRIVATE_KEYS = ("output", "init_from", "data", "cache", "monitor")
 
 
 def redacted(value: Any, redact: Callable[[str], str] = redact_url) -> Any:

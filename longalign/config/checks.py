@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from longalign.config.changes import diff
 from longalign.config.files import check_folder, checkpoint_file, local_checkpoint
 from longalign.config.run import RunConfig, load_config
+from longalign.data.prompts.sets import read_prompt_set
 from longalign.errors import ConfigError, ConfigProblem, shorten
 from longalign.registry import PartConfig
 
@@ -36,7 +37,7 @@ def check_files(
         cached: whether to skip the text models of the encoder if the run caches prompts.
         sizes: name in messages -> image side in pixels to check.
     """
-    keys = ("backbone", "encoder", *(("rewards", "trainer", "data") if training else ()))
+    keys = ("backbone", "encoder", *(("rewards", "trainer", "data", "monitor") if training else ()))
     if training and cached and config.cache is not None and config.cache.prompts:
         keys = tuple(key for key in keys if key != "encoder")  # the cache replaces the text models
     problems = parts_problems({key: getattr(config, key) for key in keys})
@@ -164,9 +165,10 @@ def _folder_problems(config: RunConfig, resumed: bool) -> list[ConfigProblem]:
         check_folder(Path(config.output))
     except ValueError as error:
         problems.append(("output", str(error)))
-    prompts = config.validation.prompts if config.validation is not None else ()
-    if isinstance(prompts, str) and not Path(prompts).is_file():
-        problems.append(
-            ("validation.prompts", f"no file {prompts}; expected a .txt or .jsonl file, or a list of prompts")
-        )
+    prompts = config.monitor.prompts if config.monitor is not None else None
+    if isinstance(prompts, str):
+        try:
+            read_prompt_set(prompts)
+        except (ValueError, OSError) as error:
+            problems.append(("monitor.prompts", str(error)))
     return problems

@@ -13,8 +13,9 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from longalign.config.compatibility import problems
 from longalign.config.files import checkpoint_file, read_metadata
+from longalign.config.monitor import MonitorConfig
 from longalign.config.parsing import CONFIG_SUFFIXES, read_mapping
-from longalign.config.sections import CacheConfig, LoopConfig, Text, ValidationConfig
+from longalign.config.sections import CacheConfig, LoopConfig, Text
 from longalign.errors import ConfigError, ConfigProblem, check_size, flatten, nested, shorten
 from longalign.registry import Part, PartError, Section, trainers
 from longalign.trainers.config import TrainerConfig
@@ -41,14 +42,14 @@ class RunConfig(Section):
     """the training data; required with a trainer."""
     loop: LoopConfig = LoopConfig()
     """steps, batch size, learning rate, checkpoints, logging."""
-    validation: ValidationConfig | None = None
-    """validation images sampled during training, or null for none."""
+    monitor: MonitorConfig | None = None
+    """held-out prompts that are sampled and measured during training, or null for none."""
     cache: CacheConfig | None = None
     """precomputed latents and text states, written by `longalign cache`, or null for none."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """random seed for the initialization of new weights, noise and data order."""
     output: Text = "runs/longalign"
-    """folder for checkpoints, logs and validation images."""
+    """folder for checkpoints, logs and the images of the monitor."""
     init_from: Text | None = None
     """a checkpoint to start from: a file, a folder, a run's folder (its newest checkpoint), or ``owner/name`` on the
     Hub. A new LoRA is trained on top of its LoRA, which is merged and frozen.
@@ -60,6 +61,8 @@ class RunConfig(Section):
         """Sets parts that the trainer does not use to None by default; the other parts stay required."""
         if not isinstance(values, Mapping):
             return values
+        if "validation" in values:
+            raise nested([("validation", "this key is called 'monitor', and each of its images has a seed of `seeds`")])
         needs = _needs(values.get("trainer"))
         return {**{key: None for key in TrainerConfig.needs if key not in needs}, **values}
 

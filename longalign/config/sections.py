@@ -1,4 +1,4 @@
-"""Config classes of the sections of a run that are not parts: loop, validation, cache."""
+"""Config classes of the sections of a run that are not parts: loop and cache."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from longalign.inference.solvers import Solver
 from longalign.registry import Section
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -65,21 +64,6 @@ class LoopConfig(Section):
     """additional loggers, "tensorboard" or "wandb"; one or a list."""
     workers: Annotated[int, Field(ge=0, le=1000)] = 0
     """number of data loading processes; 0: load in the training process."""
-
-
-class ValidationConfig(Section):
-    """Validation images, sampled with fixed seeds during training."""
-
-    prompts: Annotated[tuple[str, ...], Field(min_length=1)] | Text
-    """the prompts, or a file with one per line (.txt) or one mapping with "prompt" per line (.jsonl)."""
-    every: PositiveInt = 500
-    """steps between validations; images are also sampled at the start and at the end."""
-    num_steps: PositiveInt = 25
-    """sampling steps."""
-    guidance: Annotated[float, Field(ge=1)] = 7.5
-    """classifier-free guidance scale; 1 disables it."""
-    solver: Solver = "unipc"
-    """"unipc", "ddim", "dpm++", or "lcm" for a consistency-distilled model, with 4 steps and guidance 1."""
 
 
 class CacheConfig(Section):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,43 @@ def measure(
     built = [as_metric(metric) for metric in metrics]
     finished = _finish(built, observe(images, prompts, built, batch_size), prompts, seeds)
     return {name: rows for values in finished for name, rows in values.items()}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One value of a set of images.
+
+    Attributes:
+        mean: mean over the images, or the statistic of the set; NaN if there is none.
+        shown: unit and direction.
+        rows: ``(n,)`` value of each image, NaN where it has none; None for a statistic of the set.
+    """
+
+    mean: float
+    shown: Value
+    rows: np.ndarray | None
+
+
+def summarize(
+    images: Tensor | Sequence[Tensor],
+    prompts: Sequence[str],
+    metrics: Sequence[Metric],
+    seeds: Sequence[int] = (),
+    batch_size: int = 16,
+) -> dict[str, Summary]:
+    """Returns each value of one model's images, and the statistics of the set, without intervals.
+
+    The arguments are those of `evaluate`, for one model.
+    """
+    observed = observe(images, prompts, metrics, batch_size)
+    out: dict[str, Summary] = {}
+    for metric, rows, finished in zip(metrics, observed, _finish(metrics, observed, prompts, seeds), strict=True):
+        for name, values in finished.items():
+            known = values[~np.isnan(values)]
+            out[name] = Summary(float(known.mean()) if len(known) else math.nan, metric.value(name), values)
+        for name, function in metric.statistics().items():
+            out[name] = Summary(float(function(rows)), metric.value(name), None)
+    return out
 
 
 def _finish(

@@ -20,7 +20,7 @@ def fit(
 ) -> FitResult:
     """Trains a model.
 
-    Writes to the config's ``output``: ``log.jsonl``, ``checkpoint-<step>/``, ``validation/<step>/``. On Ctrl-C,
+    Writes to the config's ``output``: ``log.jsonl``, ``checkpoint-<step>/``, ``monitor/<step>/``. On Ctrl-C,
     SIGTERM and SIGHUP, finishes the current step, writes a checkpoint and returns.
 
     Args:

@@ -10,6 +10,9 @@ from pathlib import Path
 from longalign.atomic import sync
 from longalign.config.files import PREFIX, checkpoints, step_of
 
+#: link in a run's folder to its best checkpoint
+BEST = "best"
+
 
 def recover(output: Path) -> None:
     """Cleans up after a process that was killed while it wrote, replaced or removed a checkpoint."""
@@ -45,8 +48,8 @@ def new_checkpoint(output: Path, step: int) -> Iterator[tuple[Path, Path]]:
         ) from error
 
 
-def publish(unfinished: Path, final: Path, keep: int | None) -> None:
-    """Renames a complete checkpoint to its final name and removes old ones with `prune`.
+def publish(unfinished: Path, final: Path, keep: int | None, is_best: bool = False) -> None:
+    """Renames a complete checkpoint to its final name, marks it if it is the best, and removes old ones with `prune`.
 
     A checkpoint's files are deleted only after it has been renamed. If the process is killed, the newest checkpoint is
     therefore complete, in some cases only after `recover`.
@@ -60,11 +63,23 @@ def publish(unfinished: Path, final: Path, keep: int | None) -> None:
     sync(final.parent)
     if replaced.exists():
         shutil.rmtree(replaced)
+    if is_best:
+        mark_best(final)
     prune(final, keep)
 
 
+def mark_best(checkpoint: Path) -> None:
+    """Makes the link `BEST` point to a checkpoint. The former link is replaced atomically."""
+    link = checkpoint.with_name(BEST)
+    unfinished = link.with_name(f".{BEST}.unfinished")
+    unfinished.unlink(missing_ok=True)
+    unfinished.symlink_to(checkpoint.name)
+    unfinished.replace(link)
+    sync(link.parent)
+
+
 def prune(checkpoint: Path, keep: int | None) -> None:
-    """Removes old checkpoints of a run.
+    """Removes old checkpoints of a run, except the best one.
 
     Args:
         checkpoint: the last checkpoint to consider; checkpoints of later steps are kept.
@@ -72,7 +87,11 @@ def prune(checkpoint: Path, keep: int | None) -> None:
     """
     if keep is not None:
         candidates = [p for p in checkpoints(checkpoint.parent) if step_of(p) <= step_of(checkpoint)]
+        best = checkpoint.with_name(BEST)
+        best_name = best.readlink().name if best.is_symlink() else None
         for old in candidates[:-keep]:
+            if old.name == best_name:
+                continue
             shutil.rmtree(old.rename(old.with_name(f".{old.name}.removed")))
 
 

@@ -17,7 +17,7 @@ log = logging.getLogger("longalign")
 LARGE = 100_000_000
 
 
-def log_run_summary(composition: Composition, optimization: Optimization, step: int) -> None:
+def log_run_summary(composition: Composition, optimization: Optimization, step: int, num_images: int) -> None:
     """Logs device, precision, trainable parameters, data, batch size and output of a run.
 
     Warns if the model is too large for a CPU or a batch is larger than the data.
@@ -26,6 +26,7 @@ def log_run_summary(composition: Composition, optimization: Optimization, step: 
         composition: the parts of the run.
         optimization: the trainable parameters.
         step: number of completed steps.
+        num_images: number of images of a point of the monitor.
     """
     config, data, accelerator = composition.config, composition.data, optimization.accelerator
     loop, processes, parameters = config.loop, accelerator.num_processes, optimization.parameters
@@ -41,6 +42,11 @@ def log_run_summary(composition: Composition, optimization: Optimization, step: 
     keep = "all are kept" if loop.keep is None else f"the newest {loop.keep} are kept"
     product = f"{loop.batch_size} items x {loop.accumulation} micro-steps x {processes} processes"
     resumed = [f"resumed    after step {step} of {loop.steps}"] if step else []
+    settings = config.monitor
+    monitored = []
+    if settings is not None:
+        measured = ", ".join(metric.prefix() for metric in settings.metrics) or "images only"
+        monitored = [f"monitor    {num_images} images every {settings.every} steps: {measured}"]
     lines = [
         *resumed,
         f"device     {_device_summary(accelerator.device)}",
@@ -49,6 +55,7 @@ def log_run_summary(composition: Composition, optimization: Optimization, step: 
         f"data       {items}",
         f"batch      {product} = {batch_size} per step",
         f"output     {config.output}; checkpoints {save_every}, {keep}",
+        *monitored,
     ]
     for line in lines:
         log.info("%s", line)

@@ -66,7 +66,7 @@ class Log:
         self.path, self.enabled = output / LOG, enabled
         self.start = time.perf_counter()
         if enabled:
-            self._truncate_after(step)
+            self._truncate_after(step or -1)  # at the start of a run, no line is valid
         self.bar = tqdm(initial=step, total=steps, desc="training", disable=not enabled, dynamic_ncols=True)
 
     def _truncate_after(self, step: int) -> None:
@@ -88,16 +88,27 @@ class Log:
         """Advances the progress bar by one step."""
         self.bar.update()
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Appends a line ``{"step", "seconds", ...values}`` and shows loss, rewards and GPU memory on the bar."""
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start of this process's run."""
+        return time.perf_counter() - self.start
+
+    def append(self, step: int, values: dict[str, float]) -> None:
+        """Appends a line ``{"step", "seconds", ...values}``."""
         if not self.enabled:
             return
-        line: dict[str, Any] = {"step": step, "seconds": round(time.perf_counter() - self.start, 3), **values}
+        line: dict[str, Any] = {"step": step, "seconds": round(self.seconds, 3), **values}
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:  # e.g. a full disk, which may have room again for the next checkpoint
             log.warning("cannot write to %s (%s); this line is lost: %s", self.path, error, json.dumps(line))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Appends a line, and shows loss, rewards and GPU memory on the bar."""
+        self.append(step, values)
+        if not self.enabled:
+            return
         shown = {k: f"{v:.4g}" for k, v in values.items() if k != "grad_norm" and not k.endswith("_loss")}
         if torch.cuda.is_available():
             shown["GiB"] = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"

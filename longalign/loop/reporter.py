@@ -61,3 +61,8 @@ class Reporter:
         self.means = MetricMeans()
         self.log.write(step, metrics)
         self.trackers.log_metrics(metrics, step)
+
+    def append(self, step: int, values: dict[str, float]) -> None:
+        """Writes a line with other values than those of `current`."""
+        self.log.append(step, values)
+        self.trackers.log_metrics(values, step)

@@ -29,7 +29,7 @@ RESUMABLE_KEYS = (
     "loop.log_every",
     "loop.trackers",
     "loop.workers",
-    "validation",
+    "monitor",
     "cache",
 )
 

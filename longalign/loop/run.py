@@ -11,10 +11,11 @@ from longalign.compose import Composition
 from longalign.config.run import RunConfig
 from longalign.errors import RunError
 from longalign.loop.batches import load_batches, plan_batches
-from longalign.loop.folder import prune, resume_hint
+from longalign.loop.folder import mark_best, prune, resume_hint
 from longalign.loop.header import log_run_summary
 from longalign.loop.interrupt import catch_signals
 from longalign.loop.logs import MetricMeans
+from longalign.loop.monitor import Monitor, build_metrics
 from longalign.loop.optimization import Optimization
 from longalign.loop.output import claim_output
 from longalign.loop.reporter import Reporter
@@ -23,7 +24,6 @@ from longalign.loop.saving import save_checkpoint
 from longalign.loop.setup import any_process, check_cuda_graphs, make_accelerator, process_runtime, seed_generators
 from longalign.loop.state import find_state, restore_state
 from longalign.loop.stops import explain_errors, explain_non_finite
-from longalign.loop.validation import Validation, read_validation_prompts
 from longalign.rewards.guard import NonFiniteReward
 from longalign.runtime import Runtime
 
@@ -75,7 +75,7 @@ def train(config: RunConfig, runtime: Runtime, resume: Path | None = None) -> Fi
 
 
 class Run:
-    """A run in this process: builds the parts, takes optimizer steps, and logs, validates and saves between them.
+    """A run in this process: builds the parts, takes optimizer steps, and logs, monitors and saves between them.
 
     Args:
         config: the run.
@@ -85,18 +85,18 @@ class Run:
 
     def __init__(self, config: RunConfig, runtime: Runtime, resume: Path | None = None):
         self.config, self.loop, self.output = config, config.loop, Path(config.output)
-        validation_prompts = read_validation_prompts(config.validation)
+        prompts = [] if config.monitor is None else config.monitor.texts(runtime)
         self.accelerator = make_accelerator(config, runtime.device)
         check_cuda_graphs(config.loop, self.accelerator)
         self.composition = Composition(config, process_runtime(self.accelerator, runtime))
         self.lock = claim_output(config, self.accelerator, resume)
         try:
-            self._build(resume, validation_prompts)
+            self._build(resume, prompts)
         except BaseException:
             self._unlock()
             raise
 
-    def _build(self, resume: Path | None, validation_prompts: list[str]) -> None:
+    def _build(self, resume: Path | None, prompts: list[str]) -> None:
         composition, accelerator = self.composition, self.accelerator
         resumed = None if resume is None else find_state(resume, self.output)
         if resumed is not None:
@@ -115,14 +115,12 @@ class Run:
         self.optimization = Optimization(accelerator, trainer, self.loop)
         if self.loop.cuda_graphs and self.config.backbone is not None:
             composition.backbone.use_cuda_graphs()
+        metrics = build_metrics(self.config.monitor if accelerator.is_main_process else None, composition.runtime)
         # Processes start from the same weights, but sample different noise.
         seed_generators(self.config.seed + accelerator.process_index)
-        self.step, means = 0, MetricMeans()
+        self.step, means, monitor_means = 0, MetricMeans(), MetricMeans()
         if resumed is not None:
-            self.step = restore_state(resumed, self.optimization, means)
-            if accelerator.is_main_process and resumed.checkpoint.parent.resolve() == self.output.resolve():
-                # the run may have been killed after writing the checkpoint and before removing old ones
-                prune(resumed.checkpoint, self.loop.keep)
+            self.step = restore_state(resumed, self.optimization, means, monitor_means)
         self.folder = None if resumed is None else resumed.checkpoint
         batches = plan_batches(
             composition.data,
@@ -133,32 +131,42 @@ class Run:
             world_size=accelerator.num_processes,
         )
         self.batches = load_batches(composition.data, batches, trainer.needs_images, self.loop.workers)
-        if accelerator.is_main_process:
-            log_run_summary(composition, self.optimization, self.step)
         self.reporter = Reporter(accelerator, self.config, self.step, means)
-        self.validation = Validation(composition, self.optimization, validation_prompts, self.reporter.trackers)
+        self.monitor = Monitor(composition, self.optimization, prompts, metrics, self.reporter)
+        if accelerator.is_main_process:
+            log_run_summary(composition, self.optimization, self.step, len(self.monitor.rows))
+        if resumed is not None:
+            self.monitor.means = monitor_means
+            self.monitor.load(resumed.shared["monitor"])
+            if accelerator.is_main_process and resumed.checkpoint.parent.resolve() == self.output.resolve():
+                # the run may have been killed after writing the checkpoint and before removing old ones
+                if self.monitor.best_step == self.step:
+                    mark_best(resumed.checkpoint)
+                prune(resumed.checkpoint, self.loop.keep)
 
     def train(self, interrupted: Callable[[], bool]) -> FitResult:
         """Trains to the last step, or to the end of the step in which ``interrupted`` becomes true."""
-        if self.step == 0:
-            self.validation.run(0)
+        if self._measure() and self.step:  # an interruption came before the measurement
+            self.folder = self._save()
         # Once per run: walking all modules costs time, and whoever sets eval mode for a while restores all modes.
         self.composition.trainer.train()
-        while self.step < self.loop.steps:
+        while self.step < self.loop.steps and not self.monitor.stops:
             self._take_step()
             last = self.step == self.loop.steps
             if self.step % self.loop.log_every == 0 or last:
                 self._log()
             stop = any_process(self.accelerator, interrupted())
-            if last or stop or (self.loop.save_every is not None and self.step % self.loop.save_every == 0):
-                self.folder = self._save()
             if stop:
+                self.folder = self._save()
                 break
-            # after the checkpoint, so that an error here loses no training
-            if last or self.validation.is_due(self.step):
-                self.validation.run(self.step)
+            measured = self._measure()
+            saves = self.loop.save_every is not None and self.step % self.loop.save_every == 0
+            if last or saves or self.monitor.stops or (measured and self.monitor.at_best):
+                self.folder = self._save()
         assert self.folder is not None  # steps are positive
-        unfinished = self.step < self.loop.steps
+        unfinished = self.step < self.loop.steps and not self.monitor.stops
+        if self.monitor.stops:
+            log.info("stopped at step %d of %d: monitor.early_stop", self.step, self.loop.steps)
         if unfinished:
             log.warning(
                 "stopped after step %d of %d; to resume: longalign train %s --resume, or longalign.fit('%s', "
@@ -172,6 +180,18 @@ class Run:
             metrics = self.optimization.step(self.batches)
         self.step += 1
         self.reporter.add(metrics)
+        if metrics is not None and self.config.monitor is not None:
+            self.monitor.means.add(metrics)
+
+    def _measure(self) -> bool:
+        """Measures a point if one is due. An error in the monitor is raised after a checkpoint has been written."""
+        if not self.monitor.is_due(self.step):
+            return False
+        if (failure := self.monitor.run(self.step)) is not None:
+            if self.step:
+                self._save()
+            raise failure
+        return True
 
     def _log(self) -> None:
         with explain_non_finite(self.optimization, self.output, self.step):
@@ -180,15 +200,18 @@ class Run:
     def _save(self) -> Path:
         with explain_non_finite(self.optimization, self.output, self.step):
             self.reporter.current()  # raises if a loss is not finite, so no such checkpoint is written
-        return save_checkpoint(self.composition, self.optimization, self.reporter.means, self.origin, self.step)
+        return save_checkpoint(
+            self.composition, self.optimization, self.reporter.means, self.monitor, self.origin, self.step
+        )
 
     def _unlock(self) -> None:
         if self.lock is not None:
             self.lock.release()
 
     def close(self) -> None:
-        """Closes trackers and the progress bar, unlocks the output folder, and unwraps the modules."""
+        """Closes log and trackers, logs the monitor's cost, unlocks the output folder, and unwraps the modules."""
         self.reporter.log.close()
+        self.monitor.close()
         self._unlock()
         self.reporter.trackers.finish()
         self.optimization.close()

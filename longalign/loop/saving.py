@@ -10,12 +10,18 @@ from longalign.checkpoints.weights import save_pickle
 from longalign.compose import Composition
 from longalign.loop.folder import new_checkpoint, publish
 from longalign.loop.logs import MetricMeans
+from longalign.loop.monitor import Monitor
 from longalign.loop.optimization import Optimization
 from longalign.loop.state import FOLDER, process_state, shared_state
 
 
 def save_checkpoint(
-    composition: Composition, optimization: Optimization, means: MetricMeans, origin: dict[str, Any], step: int
+    composition: Composition,
+    optimization: Optimization,
+    means: MetricMeans,
+    monitor: Monitor,
+    origin: dict[str, Any],
+    step: int,
 ) -> Path:
     """Writes a checkpoint and returns its folder. It is renamed to its final name when all processes have finished.
 
@@ -25,6 +31,7 @@ def save_checkpoint(
         composition: the parts of the run.
         optimization: parameters and optimizer.
         means: metrics since the last log line.
+        monitor: the points measured so far; the checkpoint is marked as the best one if it is.
         origin: `longalign.loop.resume.input_fingerprints` of the run.
         step: number of completed steps.
     """
@@ -40,12 +47,12 @@ def save_checkpoint(
                 if accelerator.is_main_process:
                     checkpoint.write(unfinished, config, weights, step)
                     composition.trainer.save(unfinished)
-            shared = shared_state(optimization, origin, step)
+            shared = shared_state(optimization, monitor.state(), origin, step)
             if accelerator.is_main_process:
                 save_pickle(folder / "shared.pt", shared)
-        save_pickle(folder / f"process-{accelerator.process_index}.pt", process_state(means))
+        save_pickle(folder / f"process-{accelerator.process_index}.pt", process_state(means, monitor.means))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            publish(unfinished, final, config.loop.keep)
+            publish(unfinished, final, config.loop.keep, is_best=monitor.best_step == step)
     accelerator.wait_for_everyone()
     return final

@@ -26,8 +26,8 @@ log = logging.getLogger("longalign")
 FOLDER = "resume"
 
 #: keys of the state shared by all processes, and of that of each process
-SHARED_KEYS = {"step", "origin", "processes", "parameters", "buffers", "optimizer", "rates", "ema", "scaler"}
-PROCESS_KEYS = {"python", "numpy", "torch", "cuda", "means"}
+SHARED_KEYS = {"step", "origin", "processes", "parameters", "buffers", "optimizer", "rates", "ema", "scaler", "monitor"}
+PROCESS_KEYS = {"python", "numpy", "torch", "cuda", "means", "monitor"}
 
 
 def random_state() -> dict[str, Any]:
@@ -90,6 +90,8 @@ def find_state(path: Path, output: Path) -> ResumeState | None:
     """
     if path.is_file():
         path = path.parent
+    if path.is_symlink():  # the best checkpoint
+        path = path.resolve()
     if (path / CHECKPOINT).is_file():
         return load_state(path)
     newest_error: Exception | None = None
@@ -147,13 +149,16 @@ def load_state(checkpoint: Path) -> ResumeState:
     return ResumeState(checkpoint, config, saved_versions, shared, by_process)
 
 
-def shared_state(optimization: Optimization, origin: dict[str, Any], step: int) -> dict[str, Any]:
+def shared_state(
+    optimization: Optimization, monitor: dict[str, Any], origin: dict[str, Any], step: int
+) -> dict[str, Any]:
     """Returns the state that the first process writes for all.
 
     With FSDP, all processes must call this function, and only the first one gets the full tensors.
 
     Args:
         optimization: parameters, optimizer, learning rate and moving average.
+        monitor: `longalign.loop.monitor.Monitor.state`.
         origin: `longalign.loop.resume.input_fingerprints` of the run.
         step: number of completed steps.
     """
@@ -170,16 +175,23 @@ def shared_state(optimization: Optimization, origin: dict[str, Any], step: int) 
         "rates": {k: v for k, v in optimization.lr_scheduler.state_dict().items() if k != "lr_lambdas"},
         "ema": None if ema is None else {**ema, "shadow_params": [gather_full(p) for p in ema["shadow_params"]]},
         "scaler": None if scaler is None else scaler.state_dict(),
+        "monitor": monitor,
     }
 
 
-def process_state(means: MetricMeans) -> dict[str, Any]:
-    """Returns the state that each process writes."""
-    return {**random_state(), "means": means.state()}
+def process_state(means: MetricMeans, monitor: MetricMeans) -> dict[str, Any]:
+    """Returns the state that each process writes: generators, and means since the last log line and monitor point."""
+    return {**random_state(), "means": means.state(), "monitor": monitor.state()}
 
 
-def restore_state(state: ResumeState, optimization: Optimization, means: MetricMeans) -> int:
+def restore_state(state: ResumeState, optimization: Optimization, means: MetricMeans, monitor: MetricMeans) -> int:
     """Restores the training state from a checkpoint, and the random generators.
+
+    Args:
+        state: the state.
+        optimization: parameters, optimizer, learning rate and moving average.
+        means: receives the metrics since the last log line.
+        monitor: receives the metrics since the last point of the monitor.
 
     Returns:
         The number of completed steps.
@@ -209,5 +221,6 @@ def restore_state(state: ResumeState, optimization: Optimization, means: MetricM
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(shared["scaler"])
     means.load(process["means"], accelerator.device)
+    monitor.load(process["monitor"], accelerator.device)
     set_random_state(process)
     return shared["step"]

@@ -55,7 +55,7 @@ def _attempt(failure: str, action: Callable[[], Any]) -> None:
 
 def _log_images(tracker: Any, images: Tensor, step: int) -> None:
     if tracker.name == "tensorboard":
-        tracker.log_images({"validation": images.numpy()}, step=step)
+        tracker.log_images({"monitor": images.numpy()}, step=step)
     elif hasattr(tracker, "log_images"):
         arrays = (rearrange(images, "b c h w -> b h w c") * 255).round().byte().numpy()
-        tracker.log_images({"validation": list(arrays)}, step=step)
+        tracker.log_images({"monitor": list(arrays)}, step=step)

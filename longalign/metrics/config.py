@@ -20,6 +20,10 @@ class MetricConfig(PartConfig):
     table has the same metric twice.
     """
 
+    def prefix(self) -> str:
+        """Returns the start of the metric's names."""
+        return self.label or self.name
+
 
 class RewardMetricConfig(MetricConfig):
     """The score of a reward; of an embedding reward also its text-relevant and text-irrelevant parts and Denscore-O."""
@@ -33,6 +37,9 @@ class RewardMetricConfig(MetricConfig):
     """whether to add the mean and the lowest score of the prompt's segments. Segments are sentences unless the reward's
     config sets a different segmenter.
     """
+
+    def prefix(self) -> str:
+        return self.label or self.reward.name
 
 
 class RetrievalConfig(MetricConfig):

@@ -212,7 +212,7 @@ def test_cached_encoder_restores_pooled_and_masked_states(tmp_path):
             "backbone": {"name": "sdxl", "checkpoint": str(tmp_path / "sdxl")},
             "encoder": encoder,
             "data": {"name": "prompts", "file": str(file)},
-            "validation": {"prompts": ["A green sky."]},
+            "monitor": {"prompts": ["A green sky."]},
             "cache": {"folder": str(tmp_path / "cache")},
         }
     )

@@ -292,7 +292,7 @@ def test_export_removes_paths_and_credentials(folder, tmp_path):
     changes = {
         "output": "/home/me/runs/mine", "init_from": r"C:\Users\me\first",
         "data": {"name": "webdataset", "shards": "https://user:hunter2@host/x.tar?token=hunter2"},
-        "validation": {"prompts": "/home/me/prompts.txt"},
+        "monitor": {"prompts": "/home/me/prompts.txt"},
     }  # fmt: skip
     save(tmp_path / "run", override(config, changes), backbone, encoder, 1)
     publish.export(tmp_path / "run", tmp_path / "out")
@@ -302,7 +302,7 @@ def test_export_removes_paths_and_credentials(folder, tmp_path):
         assert secret not in card and secret.encode() not in file
     assert str(folder) not in card and re.search(r"\b1 step\b", card)
     loaded, unet, _ = load_for_sampling(tmp_path / "out")
-    assert (loaded.output, loaded.init_from, loaded.validation.prompts) == ("mine", "first", "prompts.txt")
+    assert (loaded.output, loaded.init_from, loaded.monitor.prompts) == ("mine", "first", "prompts.txt")
     torch.testing.assert_close(predict(unet), predict(load_for_sampling(run)[1]))
 
 
@@ -312,7 +312,7 @@ def test_model_card_escapes_untrusted_text(tmp_path):
         {
             "backbone": {"name": "sd", "checkpoint": malicious},
             "encoder": "clip-segment",
-            "validation": {"prompts": ["A fox.\n```\n<script>alert(2)</script>\n````"]},
+            "monitor": {"prompts": ["A fox.\n```\n<script>alert(2)</script>\n````"]},
         }
     )
     lora = LoraWeights("align", LoraConfig(), {})

@@ -76,7 +76,10 @@ def test_check_files_accepts_bundled_weights():
         ({"data": {"name": "webdataset", "shards": "s-{9..1}.tar"}}, "data.shards", r"\b9\b.*\b1\b"),
         ({"data": {"name": "longalign-captions", "folders": {"a": "nowhere"}}}, "data.folders.a", r"\bnowhere\b"),
         ({"data": {"name": "hf", "dataset": "parquet", "files": ["x.parquet"]}}, "data.files", r"\bx\.parquet"),
-        ({"validation": {"prompts": "no.txt"}}, "validation.prompts", r"\bno\.txt"),
+        ({"monitor": {"prompts": "no.txt"}}, "monitor.prompts", r"\bno\.txt"),
+        ({"monitor": {"prompts": ["a"], "metrics": [{"name": "frechet", "reference": "x",
+                                                    "reward": {"name": "clip", "checkpoint": "mini/clip"}}]}},
+         "monitor.metrics.0.reference", r"\bx;"),
     ],
 )  # fmt: skip
 def test_check_files_names_key_of_missing_or_mismatched_file(changes, path, message):
@@ -229,7 +232,7 @@ def test_is_base_model_is_false_for_checkpoint_with_all_weights(tmp_path):
 
 
 def test_check_files_for_sampling_ignores_data():
-    config = override(ALIGN, {"data": {"name": "folder", "folder": "nowhere"}, "validation": {"prompts": "no.txt"}})
+    config = override(ALIGN, {"data": {"name": "folder", "folder": "nowhere"}, "monitor": {"prompts": "no.txt"}})
     check_files(config, training=False)
     with pytest.raises(ConfigError, match=r"backbone\.checkpoint"):
         check_files(override(config, {"backbone.checkpoint": "mini/no"}), training=False)

@@ -31,7 +31,7 @@ REWARD = {
     "rewards": [{"name": "reweighted", "inner": {"name": "denscore", "checkpoint": "x"}}, "hpsv2"],
     "trainer": {"name": "reward", "gradient_steps": {"name": "last", "k": 2}},
     "data": {"name": "prompts", "file": "prompts.txt"},
-    "validation": {"prompts": ["a", "b"]},
+    "monitor": {"prompts": ["a", "b"]},
     "loop": {"trackers": ["tensorboard"], "ema": 0.99},
 }
 
@@ -103,7 +103,7 @@ def test_load_config_reports_all_problems_with_paths():
 @pytest.mark.parametrize(
     ("keys", "path", "message"),
     [
-        ({"validation": {"prompts": 3}}, "validation.prompts", "list.*text, got 3$"),
+        ({"monitor": {"prompts": 3}}, "monitor.prompts", "list.*text, got 3$"),
         ({"loop": 3}, "loop", "mapping, got 3$"),
         ({"loop": {"steps": 1.5}}, "loop.steps", r"integer, got 1\.5$"),
         ({"loop": {"trackers": "wandbb"}}, "loop.trackers.0", "got 'wandbb'.*'wandb'"),
@@ -143,7 +143,27 @@ def test_load_config_rejects_missing_and_unknown_parts():
     assert "required" in problems({"encoder": "clip-segment"})["backbone"]
     assert re.search("'name'.* sd, .*got 3", problems({**ALIGN, "backbone": 3})["backbone"])
     assert "list, got {'name': 'clip'}" in problems({**ALIGN, "rewards": {"name": "clip"}})["rewards"]
-    assert problems({**ALIGN, "validation": {"prompts": []}})["validation.prompts"]
+    assert problems({**ALIGN, "monitor": {"prompts": []}})["monitor.prompts"]
+    assert "'monitor'" in problems({**ALIGN, "validation": {"prompts": ["a"]}})["validation"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "path", "message"),
+    [
+        ({"prompts": None}, "monitor.prompts", "one of prompts and data"),
+        ({"data": "scenes"}, "monitor.prompts", "one of prompts and data"),
+        ({"seeds": [1, 2, 1]}, "monitor.seeds", "got 1 more than once"),
+        ({"metrics": ["gauges", "gauges"]}, "monitor.metrics", "gauges.*label"),
+        ({"metrics": ["nothing"]}, "monitor.metrics.0.name", "'nothing'"),
+        ({"keep_best": {"metric": "facts"}}, "monitor.keep_best.metric", "'facts', only gauges;"),
+        ({"early_stop": {"metric": "gaugesx", "patience": 1}}, "monitor.early_stop.metric", "'gaugesx'"),
+        ({"keep_best": {"metric": "gauges.dark", "guard": {"metric": "x", "at_most_worse": 0.1}}},
+         "monitor.keep_best.guard.metric", "'x', only gauges;"),
+    ],
+)  # fmt: skip
+def test_load_config_rejects_invalid_monitor(keys, path, message):
+    found = problems({**ALIGN, "monitor": {"prompts": ["a"], "metrics": ["gauges"], **keys}})
+    assert list(found) == [path] and re.search(message, found[path])
 
 
 def test_load_config_rejects_incompatible_parts():
@@ -180,7 +200,7 @@ def test_override_part_by_name_resets_its_keys():
         ("lop.steps", "no key 'lop'.*'loop'"),
         ("qqq.steps", "no key 'qqq'; available: backbone, "),
         ("rewards.0.omega", "'0' in rewards, .*set rewards"),
-        ("validation.every", "validation is None .*set validation"),
+        ("monitor.every", "monitor is None .*set monitor"),
         ("seed.x", "seed is 0 .*set seed"),
     ],
 )

@@ -260,8 +260,8 @@ def test_resume_prunes_checkpoints_left_by_a_kill(world, tmp_path):
 def test_checkpoint_contains_no_credentials(world, tmp_path):
     run(world.align_config(tmp_path / "start", steps=1))
     start = str(tmp_path / "start" / "checkpoint-000001")
-    config = {**world.align_config(tmp_path / "run", steps=1), "init_from": start, "validation": None}
-    config["validation"] = {"prompts": ["see https://me:secret@host/x?token=abc"], "num_steps": 1, "guidance": 1}
+    config = {**world.align_config(tmp_path / "run", steps=1), "init_from": start, "monitor": None}
+    config["monitor"] = {"prompts": ["see https://me:secret@host/x?token=abc"], "num_steps": 1, "guidance": 1}
     result = run(config)
     assert b"secret" not in (result.checkpoint / "longalign.safetensors").read_bytes()
     assert run(config, resume=result.checkpoint).step == 1

@@ -81,8 +81,8 @@ def test_processes_hold_one_shard_and_call_denoiser_equally_often(outputs):
 
 
 @pytest.mark.processes
-def test_validation_images_equal_one_process(outputs):
-    ours, theirs = (sorted((folder / "align" / "validation").rglob("*.png")) for folder in outputs)
+def test_monitor_images_equal_one_process(outputs):
+    ours, theirs = (sorted((folder / "align" / "monitor").rglob("*.png")) for folder in outputs)
     assert [p.parent.name for p in ours] == ["000000", "000002", "000004"]
     assert [p.name for p in ours] == [p.name for p in theirs]
     for one, other in zip(ours, theirs, strict=True):

@@ -1,4 +1,4 @@
-"""The training loop: logs, checkpoints, resuming, interruption, validation, trackers, batches."""
+"""The training loop: logs, checkpoints, resuming, interruption, trackers, batches."""
 
 import itertools
 import json
@@ -55,6 +55,9 @@ def equal_tensors(a, b):
 def test_resume_equals_uninterrupted_bit_by_bit(world, tmp_path, trainer):
     make = getattr(world, f"{trainer}_config")
     settings = {"accumulation": 2, "ema": 0.9, "warmup": 3} if trainer == "align" else {}
+    if trainer == "reward":  # with statistics that must be restored
+        plain, total = make, {"name": "sum", "normalize": "running", "terms": [{"reward": "red"}]}
+        make = lambda *args, **loop: {**plain(*args, **loop), "rewards": [total]}  # noqa: E731
     uninterrupted = run(make(tmp_path / "uninterrupted", **settings))
     assert (uninterrupted.step, uninterrupted.interrupted) == (4, False)
     assert uninterrupted.checkpoint == tmp_path / "uninterrupted" / "checkpoint-000004"
@@ -139,50 +142,16 @@ def test_fit_non_finite_reward_saves_image_and_prompt(world, tmp_path):
     assert (folder / "image.png").is_file() and (folder / "prompt.txt").read_text()
 
 
-def test_validation_does_not_change_training(world, tmp_path):
-    with_images, without = tmp_path / "with", tmp_path / "without"
-    config = world.align_config(with_images, steps=2)
-    run({**config, "validation": {"prompts": ["ab", "cd"], "every": 1, "num_steps": 2, "guidance": 2.0}})
-    run(world.align_config(without, steps=2))
-    assert sorted(p.name for p in (with_images / "validation").iterdir()) == ["000000", "000001", "000002"]
-    assert sorted(p.name for p in (with_images / "validation" / "000001").iterdir()) == ["00.png", "01.png"]
-    assert lines(with_images) == lines(without)
-
-
-def test_validation_runs_at_start_and_end_after_checkpoint(world, tmp_path, monkeypatch):
-    saved = []
-
-    def sampling(backbone, encoder, settings, prompts, folder, step):
-        saved.append((step, sorted(int(p.name[-6:]) for p in tmp_path.glob("checkpoint-*"))))
-        if step == 4:
-            raise RuntimeError("no image")
-
-    monkeypatch.setattr("longalign.loop.validation.sample_validation", sampling)
-    config = {**world.align_config(tmp_path), "validation": {"prompts": ["ab"], "every": 100}}
-    with pytest.raises(RuntimeError, match="no image") as caught:
-        run(config)
-    assert saved == [(0, []), (4, [2, 4])]
-    assert f"longalign train {tmp_path}/checkpoint-000004 --resume" in caught.value.__notes__[0]
-
-
-def test_fit_missing_validation_file_raises_before_building(world, tmp_path):
-    config = load_config({**world.align_config(tmp_path), "validation": {"prompts": "nope.txt"}})
-    for training in (fit, lambda config: Run(config, Runtime())):
-        with pytest.raises((ConfigError, FileNotFoundError), match=r"nope\.txt"):
-            training(config)
-    assert not list(tmp_path.iterdir())
-
-
-def test_tensorboard_logs_validation_images(world, tmp_path, caplog):
+def test_tensorboard_logs_monitor_images(world, tmp_path, caplog):
     config = world.align_config(tmp_path, steps=1, trackers=["tensorboard"])
-    run({**config, "validation": {"prompts": ["ab", "cd"], "num_steps": 1, "guidance": 1}})
+    run({**config, "monitor": {"prompts": ["ab", "cd"], "num_steps": 1, "guidance": 1}})
     assert "tracker" not in caplog.text
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folders = sorted({path.parent for path in tmp_path.rglob("events.out.tfevents*")})
     accumulators = [EventAccumulator(str(folder)).Reload() for folder in folders]
     (events,) = [events for events in accumulators if events.Tags()["images"]]
-    images = events.Images("validation")
+    images = events.Images("monitor")
     assert [(image.step, image.width, image.height) for image in images] == [(0, 16, 8), (1, 16, 8)]
     assert [scalar.step for scalar in events.Scalars("loss")] == [1]
 
@@ -196,7 +165,7 @@ def test_failing_tracker_only_warns(world, tmp_path, caplog, monkeypatch):
     for name in ("log", "log_images", "finish"):
         monkeypatch.setattr(TensorBoardTracker, name, fail)
     config = world.align_config(tmp_path, steps=1, trackers=["tensorboard"])
-    assert run({**config, "validation": {"prompts": ["ab"], "num_steps": 1, "guidance": 1}}).step == 1
+    assert run({**config, "monitor": {"prompts": ["ab"], "num_steps": 1, "guidance": 1}}).step == 1
     monkeypatch.setattr(TensorBoardTracker, "start", fail, raising=False)
     monkeypatch.setattr("accelerate.Accelerator.init_trackers", fail)
     assert run(world.align_config(tmp_path / "2", steps=1, trackers=["tensorboard"])).step == 1

@@ -64,7 +64,8 @@ def test_seeds_differ_by_process_and_only_main_process_writes(outputs):
     folder = outputs[0]
     seeds = [json.loads((folder / f"results-{rank}.json").read_text())["reward"]["seed"] for rank in range(2)]
     assert seeds == [0, 1]
-    assert [line["step"] for line in lines(folder / "align")] == [1, 2, 3, 4]
-    assert [p.name for p in sorted((folder / "align" / "validation").iterdir())] == ["000000", "000002", "000004"]
+    assert [line["step"] for line in lines(folder / "align")] == [0, 1, 2, 2, 3, 4, 4]
+    assert [line["step"] for line in lines(folder / "align") if "monitor/red" in line] == [0, 2, 4]
+    assert [p.name for p in sorted((folder / "align" / "monitor").iterdir())] == ["000000", "000002", "000004"]
     resume = folder / "align" / "checkpoint-000004" / "resume"
     assert sorted(p.name for p in resume.iterdir()) == ["process-0.pt", "process-1.pt", "shared.pt"]

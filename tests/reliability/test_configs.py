@@ -32,7 +32,7 @@ BASES = [
             ],
             "trainer": {"name": "reward", "gradient_steps": {"name": "last", "k": 2}},
             "data": {"name": "prompts", "file": "prompts.txt"},
-            "validation": {"prompts": ["a", "b"]},
+            "monitor": {"prompts": ["a", "b"]},
             "cache": {"folder": "cache"},
         },
         {"rewards": ["denscore"], "trainer": "denscore", "data": "scene-pairs"},

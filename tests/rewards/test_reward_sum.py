@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -6,8 +7,10 @@ import torch
 from longalign.registry import ConfigError, rewards
 from longalign.rewards.base import CallableReward
 from longalign.rewards.guard import NonFiniteReward
-from longalign.rewards.sum.reward import SumReward
+from longalign.rewards.sum.reward import SumReward as Sum
 from longalign.testing.tiny import reweighted
+
+SumReward = partial(Sum, normalize="none", gather=lambda tensor: tensor)
 
 
 @pytest.fixture
@@ -90,3 +93,54 @@ def test_sum_config_round_trip():
     terms = [{"reward": {"name": "reweighted", "inner": "denscore"}, "weight": 0.5}, {"reward": "pickscore"}]
     config = rewards.validate({"name": "sum", "terms": terms})
     assert rewards.validate(config.model_dump(mode="json")) == config
+
+
+def running(*scales, weights=None, gather=lambda tensor: tensor):
+    terms = {
+        f"{i}": CallableReward(lambda images, prompts, s=s: s * images.mean((1, 2, 3))) for i, s in enumerate(scales)
+    }
+    return Sum(terms, weights or [1.0] * len(scales), normalize="running", gather=gather)
+
+
+def grey(*values):
+    return torch.tensor(values)[:, None, None, None].expand(-1, 3, 2, 2).clone().requires_grad_()
+
+
+def test_sum_running_z_scores_of_all_scores_so_far():
+    total = running(1.0, 100.0, weights=[1.0, 2.0]).train()
+    first = total.score_components(grey(0.0, 1.0), ["a", "b"])
+    assert torch.allclose(first.total, torch.tensor([-3.0, 3.0]), atol=1e-4)  # mean 0.5, std 0.5 of each term
+    assert torch.allclose(first.parts["1"], torch.tensor([0.0, 100.0]), atol=1e-4)
+    total.score(grey(1.0, 2.0), ["a", "b"])  # now 0, 1, 1, 2: mean 1, variance 0.5
+    state = {key: value.clone() for key, value in total.state_dict().items()}
+    expected = 3 * torch.tensor([-1.0, 2.0]) * 2**0.5
+    assert torch.allclose(total.eval().score(grey(0.0, 3.0), ["a", "b"]), expected, atol=1e-3)
+    assert all(torch.equal(value, total.state_dict()[key]) for key, value in state.items())
+    other = running(1.0, 100.0, weights=[1.0, 2.0])
+    other.load_state_dict(state)
+    assert torch.allclose(other.eval().score(grey(0.0, 3.0), ["a", "b"]), expected, atol=1e-3)
+
+
+def test_sum_running_gradient_is_divided_by_std_only():
+    images = grey(0.0, 1.0)
+    running(100.0).train().score(images, ["a", "b"]).sum().backward()
+    # std 50; the score's derivative to each of the 12 values of an image is 100 / 12
+    torch.testing.assert_close(images.grad, torch.full_like(images, 100 / 12 / 50))
+
+
+def test_sum_running_equal_scores_are_only_centred():
+    total = running(1.0).train()
+    assert torch.allclose(total.score(grey(0.5), ["a"]), torch.zeros(1))
+    assert torch.allclose(total.eval().score(grey(0.75), ["a"]), torch.tensor([0.25]))
+
+
+def test_sum_running_statistics_of_all_processes():
+    other = torch.tensor([[1.0], [3.0]])
+    total = running(1.0, gather=lambda scores: torch.cat([scores, other])).train()
+    # 0, 0, 1, 3: mean 1, variance 1.5
+    assert torch.allclose(total.score(grey(0.0, 0.0), ["a", "b"]), torch.full((2,), -1 / 1.5**0.5))
+
+
+def test_sum_running_without_statistics_raises_in_eval_mode():
+    with pytest.raises(ValueError, match=r"running.*training mode"):
+        running(1.0).eval().score(grey(0.0), ["a"])

@@ -326,7 +326,7 @@ def test_config_rejects_backbone_and_encoder(clip, tmp_path):
 
 def test_config_rejects_unused_keys(clip, tmp_path):
     unused = {
-        "validation": {"prompts": ["a"]},
+        "monitor": {"prompts": ["a"]},
         "cache": {"folder": "x"},
         "init_from": "runs/x",
         "loop": {"channels_last": True, "compile": True, "cuda_graphs": True},
@@ -335,7 +335,7 @@ def test_config_rejects_unused_keys(clip, tmp_path):
     }
     messages = problems(config(clip, tmp_path, **unused))
     keys = {
-        "validation",
+        "monitor",
         "cache",
         "init_from",
         "loop.channels_last",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +14,35 @@ from longalign.rewards.base import Reward, Scores, as_reward, check_pairs, guard
 from longalign.rewards.sum.config import SumConfig
 from longalign.runtime import Runtime
 
+#: spread of a term, relative to one plus the size of its mean, below which its scores count as equal
+EPSILON = 1e-6
+
 
 class SumReward(Reward):
     """Weighted sum of rewards, ``sum_i weight_i * reward_i``.
 
-    `Scores.parts` contain the unweighted total of each term as ``<label>`` and its parts as ``<label>/<part>``.
+    With ``normalize="running"``, each term is ``weight_i * (reward_i - mean_i) / std_i``, with mean and standard
+    deviation of its scores so far, those of the batch included. Both are constants of the gradient, which is thus only
+    divided by ``std_i``. They are updated in training mode only and are part of the ``state_dict``. A term whose scores
+    do not differ yet is not divided.
+
+    `Scores.parts` contain the unweighted total of each term as ``<label>``, before normalization, and its parts as
+    ``<label>/<part>``.
 
     Args:
         rewards: label and reward of each term.
         weights: weight of each term, in the same order.
+        normalize: ``"none"`` or ``"running"``.
+        gather: see `Runtime.gather`; the statistics are those of all processes.
     """
 
-    def __init__(self, rewards: dict[str, Reward], weights: Sequence[float]):
+    means: Tensor
+    squares: Tensor
+    count: Tensor
+
+    def __init__(
+        self, rewards: dict[str, Reward], weights: Sequence[float], *, normalize: str, gather: Callable[[Any], Any]
+    ):
         super().__init__()
         if not rewards or len(rewards) != len(weights):
             raise ValueError(
@@ -33,6 +51,11 @@ class SumReward(Reward):
             )
         self.labels, self.weights = tuple(rewards), tuple(weights)
         self.rewards = nn.ModuleList(rewards.values())
+        self.normalize, self.gather = normalize == "running", gather
+        if self.normalize:
+            self.register_buffer("means", torch.zeros(len(rewards)))
+            self.register_buffer("squares", torch.zeros(len(rewards)))
+            self.register_buffer("count", torch.zeros((), dtype=torch.long))
 
     @classmethod
     def from_config(cls, config: SumConfig, runtime: Runtime) -> SumReward:
@@ -43,15 +66,46 @@ class SumReward(Reward):
             label = term.label or unique_name(term.reward.name, labels)
             labels.add(label)
             rewards[label] = as_reward(registry.rewards.build(term.reward, runtime), label)
-        return cls(rewards, [term.weight for term in config.terms])
+        weights = [term.weight for term in config.terms]
+        return cls(rewards, weights, normalize=config.normalize, gather=runtime.gather).to(runtime.device)
 
     def score_components(self, images: Tensor, prompts: Sequence[str]) -> Scores:
         check_pairs(images, prompts)
-        total, parts = images.new_zeros(len(images), dtype=torch.float32), {}
-        for label, weight, reward in zip(self.labels, self.weights, self.rewards, strict=True):
+        terms, parts = [], {}
+        for label, reward in zip(self.labels, self.rewards, strict=True):
             assert isinstance(reward, Reward)
             term = guarded(reward, images, prompts)
-            total = total + weight * term.total.to(total.device)  # a function may score on the device of the images
+            terms.append(term.total.float().to(images.device))  # a function may score on another device
             parts[label] = term.total.detach()
             parts.update({f"{label}/{name}": value.detach() for name, value in term.parts.items()})
+        scores = torch.stack(terms, 1)
+        if self.normalize:
+            scores = self._normalized(scores)
+        total = (scores * scores.new_tensor(self.weights)).sum(1)
         return Scores(total, parts).checked(images, prompts)
+
+    def _normalized(self, scores: Tensor) -> Tensor:
+        """Returns the z-scores of terms ``(b, k)``, and in training mode first adds the scores to the statistics."""
+        if self.training:
+            self._update(self.gather(scores.detach()).to(self.means))
+        elif not self.count:
+            raise ValueError(
+                "the reward 'sum' has no statistics yet for `normalize: running`; score in training mode first, or "
+                "evaluate with `normalize: none`"
+            )
+        std = (self.squares / self.count).sqrt()
+        std = torch.where(std > EPSILON * (1 + self.means.abs()), std, 1.0)
+        return (scores - self.means.to(scores)) / std.to(scores)
+
+    def _update(self, scores: Tensor) -> None:
+        """Merges the statistics of the scores ``(n, k)`` into the running ones.
+
+        Source: Chan, Golub and LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances
+        (1979), equation 2.1.
+        """
+        count = self.count + len(scores)
+        mean = scores.mean(0)
+        shift = mean - self.means
+        self.squares += (scores - mean).square().sum(0) + shift.square() * self.count * len(scores) / count
+        self.means += shift * len(scores) / count
+        self.count.copy_(count)

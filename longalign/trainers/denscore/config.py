@@ -53,7 +53,7 @@ class DenscoreTrainerConfig(TrainerConfig):
             got = ", ".join(f"'{reward.name}'" for reward in run.rewards) or "none"
             problems.append(("rewards", f"'denscore' trains one reward: 'denscore', 'pickscore' or 'clip'; got {got}"))
         unused = {
-            "validation": "'denscore' generates no images; remove this key",
+            "monitor": "'denscore' generates no images; remove this key",
             "init_from": "'denscore' starts from its reward; set rewards.0.checkpoint to the folder instead",
         }
         return problems + [(key, message) for key, message in unused.items() if getattr(run, key) is not None]

@@ -1,0 +1,130 @@
+"""Config of the section `monitor`: what a run samples and measures while it trains. Does not import torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+
+from longalign.errors import ConfigProblem, nested, redact_url
+from longalign.inference.solvers import Solver
+from longalign.registry import Part, Section, data
+from longalign.runtime import Runtime
+
+Text = Annotated[str, Field(min_length=1)]
+#: keys on which the measured values depend
+MEASURED = {"prompts", "data", "limit", "seeds", "num_steps", "guidance", "solver", "metrics"}
+
+
+class GuardConfig(Section):
+    """A metric that may not become much worse than at the start of the run."""
+
+    metric: Text
+    """a value of the monitor, e.g. "facts" or "denscore.text_relevant"."""
+    at_most_worse: NonNegativeFloat
+    """largest accepted loss since step 0, in the metric's unit: 0.05 is five points of a percentage."""
+
+
+class KeepBestConfig(Section):
+    """Which checkpoint is kept as ``best``."""
+
+    metric: Text
+    """a value of the monitor. The metric says whether higher or lower is better."""
+    guard: GuardConfig | None = None
+    """points at which this metric has become too bad are not candidates; null: all points are."""
+
+
+class EarlyStopConfig(KeepBestConfig):
+    """When a run ends before its last step."""
+
+    patience: PositiveInt
+    """number of successive points of the monitor without a new best value."""
+
+
+class MonitorConfig(Section):
+    """Samples held-out prompts from fixed noise during training, and measures the images with metrics."""
+
+    prompts: Annotated[tuple[str, ...], Field(min_length=1)] | Text | None = None
+    """the prompts, or ``PATH`` or ``SET:PATH`` of a file or prompt set, as for ``longalign generate --prompts``. Set
+    this key or `data`.
+    """
+    data: Part("data") | None = None
+    """data whose prompts are used, such as `scenes` with another seed than the training data."""
+    limit: PositiveInt | None = None
+    """use the first prompts only, at most so many; null: all."""
+    every: PositiveInt = 500
+    """steps between two points; there is also one at the start and one at the end."""
+    seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (0,)
+    """one image is sampled per prompt and seed."""
+    num_steps: PositiveInt = 25
+    """sampling steps."""
+    guidance: Annotated[float, Field(ge=1)] = 7.5
+    """classifier-free guidance scale; 1 disables it."""
+    solver: Solver = "unipc"
+    """"unipc", "ddim", "dpm++", or "lcm" for a consistency-distilled model, with 4 steps and guidance 1."""
+    batch_size: PositiveInt = 8
+    """images per batch."""
+    metrics: tuple[Part("metrics"), ...] = ()
+    """what is measured; empty: images only."""
+    window: PositiveInt = 3
+    """a warning compares a point with the one so many points before."""
+    keep_best: KeepBestConfig | None = None
+    """keep the checkpoint of the best point as ``best`` in the output folder; null: only the newest ones."""
+    early_stop: EarlyStopConfig | None = None
+    """stop when a metric no longer improves; null: never."""
+
+    @model_validator(mode="after")
+    def _check(self) -> MonitorConfig:
+        if found := list(self._problems()):
+            raise nested(found)
+        return self
+
+    def _problems(self) -> Iterator[ConfigProblem]:
+        if (self.prompts is None) == (self.data is None):
+            yield "prompts", "expected one of prompts and data; set one of them"
+        if repeated := [seed for seed, count in Counter(self.seeds).items() if count > 1]:
+            yield "seeds", f"expected different seeds, got {repeated[0]} more than once; remove it"
+        prefixes = [metric.prefix() for metric in self.metrics]
+        if repeated := [prefix for prefix, count in Counter(prefixes).items() if count > 1]:
+            yield "metrics", f"two metrics are called {', '.join(repeated)}; give one of them a label"
+        for path, name in self.names().items():
+            if not any(name == prefix or name.startswith(tuple(prefix + c for c in "./-")) for prefix in prefixes):
+                known = ", ".join(prefixes) or "nothing"
+                yield path, f"the monitor does not measure '{name}', only {known}; add its metric to monitor.metrics"
+
+    def names(self) -> dict[str, str]:
+        """Returns the names of values that the section refers to, by path inside the section."""
+        out = {}
+        for key in ("keep_best", "early_stop"):
+            if (choice := getattr(self, key)) is not None:
+                out[f"{key}.metric"] = choice.metric
+                if choice.guard is not None:
+                    out[f"{key}.guard.metric"] = choice.guard.metric
+        return out
+
+    def texts(self, runtime: Runtime) -> list[str]:
+        """Returns the prompts. Builds the data if they come from data.
+
+        Raises:
+            FileNotFoundError: if the file does not exist.
+            ValueError: if the file contains no prompts, or the data is a stream.
+        """
+        if self.data is not None:
+            source = data.construct(self.data, runtime)
+            if not hasattr(source, "prompt"):
+                raise ValueError(f"monitor.data: '{self.data.name}' is a stream; use data that is read by index")
+            return [source.prompt(i) for i in range(len(source))[: self.limit]]
+        if isinstance(self.prompts, str):
+            from longalign.data.prompts.sets import read_prompt_set
+
+            return read_prompt_set(self.prompts).texts[: self.limit]
+        return list(self.prompts or ())[: self.limit]
+
+    def fingerprint(self) -> str:
+        """Returns a hash of the keys on which the measured values depend, without credentials in URLs."""
+        settings: dict[str, Any] = self.model_dump(mode="json", include=MEASURED)
+        return hashlib.sha256(redact_url(json.dumps(settings, sort_keys=True)).encode()).hexdigest()

@@ -1,0 +1,249 @@
+"""Samples held-out prompts from fixed noise during training, measures the images, and decides from the values."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+
+from longalign import registry
+from longalign.compose import Composition
+from longalign.config.monitor import MonitorConfig
+from longalign.errors import RunError
+from longalign.evaluation.measure import Summary, summarize
+from longalign.functional.rollout import RandomState
+from longalign.image_folder import append_images, image_row, new_index, remove_listed
+from longalign.inference.sampling import sample
+from longalign.loop.logs import MetricMeans
+from longalign.loop.optimization import Optimization
+from longalign.loop.points import Point, best_checkpoint, divergences, is_over
+from longalign.loop.reporter import Reporter
+from longalign.metrics.base import Metric, as_metric
+from longalign.runtime import Runtime
+
+log = logging.getLogger("longalign")
+
+#: most images of a point that are sent to trackers
+TRACKED_IMAGES = 16
+
+
+def build_metrics(settings: MonitorConfig | None, runtime: Runtime) -> list[Metric]:
+    """Returns the metrics of a monitor, in eval mode. They are for one process: nothing is gathered."""
+    if settings is None:
+        return []
+    alone = Runtime(runtime.device, runtime.dtype)
+    return [as_metric(registry.metrics.construct(config, alone)).eval() for config in settings.metrics]
+
+
+class Monitor:
+    """Samples and measures the held-out prompts of a run. Does nothing if the run has no section `monitor`.
+
+    Images and their list are written to ``monitor/<step>/`` in the format of ``longalign generate``. Values are logged
+    as ``monitor/<name>``.
+
+    Args:
+        composition: the run, with its parts already built.
+        optimization: the trained weights; their moving average is used if the run has one.
+        prompts: the held-out prompts.
+        metrics: the metrics; only those of the first process are used.
+        reporter: writes the log and sends values and images to trackers.
+
+    Attributes:
+        points: what was measured so far, the same in all processes.
+        means: training metrics of this process since the last point.
+    """
+
+    def __init__(
+        self,
+        composition: Composition,
+        optimization: Optimization,
+        prompts: Sequence[str],
+        metrics: Sequence[Metric],
+        reporter: Reporter,
+    ):
+        self.composition, self.optimization, self.metrics, self.reporter = composition, optimization, metrics, reporter
+        self.settings, self.last_step = composition.config.monitor, composition.config.loop.steps
+        self.seeds = () if self.settings is None else self.settings.seeds
+        jobs = [(i, seed) for i in range(len(prompts)) for seed in self.seeds]
+        self.rows = [image_row(i, prompts[i], seed) for i, seed in jobs]
+        self.points: list[Point] = []
+        self.means = MetricMeans()
+        self.seconds = 0.0
+
+    def is_due(self, step: int) -> bool:
+        """Returns whether ``step`` completed steps are still to be measured."""
+        if self.settings is None or any(point.step == step for point in self.points):
+            return False
+        return step % self.settings.every == 0 or step == self.last_step
+
+    def run(self, step: int) -> Exception | None:
+        """Measures one point. All processes must call it, and get the same point.
+
+        The first process samples and measures; with sharded weights, all sample. An error is returned, so that the
+        caller can save the training before raising it.
+        """
+        assert self.settings is not None
+        accelerator = self.optimization.accelerator
+        point, failure = None, None
+        with self._timed():
+            means = self.means.get(lambda means: accelerator.reduce(means.to(accelerator.device), "mean"))
+            try:
+                if accelerator.is_main_process or self.optimization.sharded:
+                    point = self._measure(step, training_values(means))
+            except Exception as error:  # another process must not wait for this one
+                failure = error
+            if accelerator.num_processes > 1:
+                (state,) = broadcast_object_list([None if point is None else point.state()])
+                point = None if state is None else Point(**state)
+        if point is None:
+            return failure or RunError("the monitor failed in the first process; see its message")
+        self.means = MetricMeans()
+        self.points.append(point)
+        for old in self.points[: -1 - self.settings.window]:
+            old.rows = {}
+        if accelerator.is_main_process:
+            self._report(point)
+        return None
+
+    def _measure(self, step: int, training: dict[str, float]) -> Point | None:
+        """Samples and writes the images, and measures them in the first process."""
+        composition, settings = self.composition, self.settings
+        assert settings is not None
+        prompts, seeds = [row["prompt"] for row in self.rows], [row["seed"] for row in self.rows]
+        with RandomState.now(composition.backbone.device).replayed():
+            with self.optimization.averaged():
+                images = sample(
+                    composition.backbone,
+                    composition.encoder,
+                    prompts,
+                    seeds=seeds,
+                    num_steps=settings.num_steps,
+                    guidance=settings.guidance,
+                    solver=settings.solver,
+                    batch_size=settings.batch_size,
+                )
+            if not self.optimization.accelerator.is_main_process:
+                return None
+            self._write(images, step)
+            found = summarize(images, prompts, self.metrics, seeds, settings.batch_size)
+        point = Point(step, {}, {}, training)
+        for name, summary in found.items():
+            if math.isfinite(summary.mean):
+                point.values[name], point.directions[name] = summary.mean, summary.shown.direction
+                if summary.rows is not None:
+                    point.rows[name] = by_prompt(summary.rows, len(self.seeds))
+        self._check_names(found)
+        return point
+
+    def _write(self, images: Tensor, step: int) -> None:
+        folder = Path(self.composition.config.output) / "monitor" / f"{step:06d}"
+        index = new_index(folder, overwrite=True)  # of an interrupted run
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_listed(index)
+        append_images(folder, self.rows, images, {"step": str(step)})
+        self.reporter.trackers.log_images(images[:TRACKED_IMAGES], step)
+
+    def _check_names(self, found: Mapping[str, Summary]) -> None:
+        assert self.settings is not None
+        for path, name in self.settings.names().items():
+            if name not in found:
+                raise ValueError(f"monitor.{path}: no value '{name}'; the monitor measures {', '.join(found)}")
+            if found[name].shown.direction is None:
+                raise ValueError(
+                    f"monitor.{path}: '{name}' is a gauge, of which neither higher nor lower is better; choose another "
+                    "value"
+                )
+
+    def _report(self, point: Point) -> None:
+        values = {f"monitor/{name}": value for name, value in point.values.items()}
+        values |= {f"monitor/training/{name}": value for name, value in point.training.items()}
+        if not values:
+            return
+        values |= {"monitor/seconds": round(self.seconds, 3), "monitor/share_of_time": round(self.share, 4)}
+        self.reporter.append(point.step, values)
+        assert self.settings is not None
+        for message in divergences(self.points, self.settings.window):
+            log.warning("%s", message)
+
+    @property
+    def share(self) -> float:
+        """Fraction of this process's run that was spent in the monitor."""
+        return self.seconds / max(self.reporter.log.seconds, 1e-9)
+
+    @property
+    def best_step(self) -> int | None:
+        """Step of the best checkpoint so far; None if the run keeps none, or none was measured yet."""
+        if self.settings is None or self.settings.keep_best is None:
+            return None
+        return best_checkpoint(self.points, self.settings.keep_best)
+
+    @property
+    def stops(self) -> bool:
+        """Whether the run ends here because a metric no longer improves."""
+        if self.settings is None or self.settings.early_stop is None:
+            return False
+        return is_over(self.points, self.settings.early_stop)
+
+    @property
+    def at_best(self) -> bool:
+        """Whether the last point is the best one."""
+        return bool(self.points) and self.best_step == self.points[-1].step
+
+    def state(self) -> dict[str, Any]:
+        """Returns the state that all processes share, for `load`."""
+        fingerprint = None if self.settings is None else self.settings.fingerprint()
+        return {"fingerprint": fingerprint, "points": [point.state() for point in self.points]}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Restores the result of `state`. Points that were measured with other settings are dropped with a warning."""
+        if self.settings is None or not state["points"]:
+            return
+        if state["fingerprint"] != self.settings.fingerprint():
+            log.warning("the monitor measures something else than before; it starts anew, without its former points")
+            return
+        self.points = [Point(**point) for point in state["points"]]
+
+    def close(self) -> None:
+        """Logs the cost of the monitor."""
+        if self.seconds and self.optimization.accelerator.is_main_process:
+            total = self.reporter.log.seconds
+            log.info("the monitor took %.0f s of %.0f s (%.1f%%)", self.seconds, total, 100 * self.share)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - start
+
+
+def training_values(means: Mapping[str, float]) -> dict[str, float]:
+    """Returns the mean training reward, and the share of its text-irrelevant part for each decomposed reward.
+
+    The share is ``text_irrelevant / (text_relevant + text_irrelevant)`` of the means; it is left out if the score is
+    not positive.
+    """
+    out = {"reward": means["reward"]} if "reward" in means else {}
+    for name, irrelevant in means.items():
+        start = name.removesuffix("text_irrelevant")
+        relevant = means.get(f"{start}text_relevant")
+        if start != name and relevant is not None and relevant + irrelevant > 0:
+            out[f"{start}text_irrelevant_share"] = irrelevant / (relevant + irrelevant)
+    return out
+
+
+def by_prompt(rows: np.ndarray, seeds: int) -> list[float]:
+    """Returns the mean over the images of each prompt, for the values ``(prompts * seeds,)`` of all images."""
+    grouped = rows.reshape(-1, seeds)
+    known = ~np.isnan(grouped)
+    sums, counts = np.where(known, grouped, 0).sum(1), known.sum(1)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan).tolist()
