@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import PositiveInt, model_validator
 
 from longalign.errors import ConfigProblem
 from longalign.registry import Part, PartConfig
+
+if TYPE_CHECKING:
+    from longalign.data.config import DataConfig
 
 
 class MetricConfig(PartConfig):
@@ -19,6 +22,10 @@ class MetricConfig(PartConfig):
     """start of the metric's names in the table; null: the metric's own, such as the name of its reward. Set it if a
     table has the same metric twice.
     """
+
+    def for_data(self, data: DataConfig) -> Self:
+        """Returns this config for prompts that come from ``data``."""
+        return self
 
 
 class RewardMetricConfig(MetricConfig):
@@ -108,6 +115,9 @@ class FactsConfig(MetricConfig):
     name: Literal["facts"] = "facts"
     data: Part("data") = "scenes"
     """the data `scenes` whose captions are the prompts, with its seed and size."""
+
+    def for_data(self, data: DataConfig) -> Self:
+        return self if "data" in self.model_fields_set else self.model_copy(update={"data": data})
 
 
 class GaugesConfig(MetricConfig):
