@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from longalign.lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from longalign.ablation.run import ablate as ablate
     from longalign.compose import Composition as Composition
     from longalign.compose import build_from_config as build_from_config
     from longalign.config.changes import diff as diff
@@ -33,6 +34,7 @@ __all__, _get, __dir__ = lazy_exports(
         "PartError": "errors",
         "RunConfig": "config.run",
         "Runtime": "runtime",
+        "ablate": "ablation.run",
         "build_from_config": "compose",
         "condition": "inference.diffusers",
         "describe": "config.describe",

@@ -20,7 +20,7 @@ from longalign.checkpoints.checkpoint import load_for_sampling
 from longalign.compose import build_from_config
 from longalign.config.changes import override
 from longalign.config.run import RunConfig
-from longalign.data.scenes.config import ScenesConfig
+from longalign.data.scenes.config import HELD_OUT, ScenesConfig
 from longalign.encoders.base import Encoder, PromptReport, TruncationWarning
 from longalign.evaluation.comparison import findings
 from longalign.evaluation.measure import evaluate
@@ -35,8 +35,6 @@ from longalign.runtime import Runtime, examples_folder
 
 BASE, SEGMENTS, ALIGN, REWARD = "base", "segments, untrained", "align", "align+reward"
 MARKER = ".longalign-demo"
-HELD_OUT = 1_000_000
-"""Offset from the largest seed of the training data to the seed of the held-out captions."""
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,7 @@ def test_readme_and_quickstart_run_in_one_folder(workdir, capsys):
         "export",
         "cache",
         "compute-direction",
+        "ablate",
     }
 
 
@@ -172,11 +173,12 @@ def shortened(arguments):
     command, *rest = arguments
     rest = [re.sub(r"(?<=^loop\.steps=)\d+", lambda n: str(int(n[0]) // 100), word) for word in rest]
     rest = [re.sub(r"(?<=^data\.size=)\d+", "6", word) for word in rest]
-    if command == "train":
+    if command in ("train", "ablate"):
         rest[1:1] = ["loop.batch_size=2", "trainer.lora.rank=2"]
         rest[1:1] = [] if any(word.startswith("loop.steps=") for word in rest) else ["loop.steps=1"]
         rest[1:1] = ["trainer.num_steps=2"] if "reward" in rest[0] else []
-    return [command, *rest, *(["--num-steps", "2"] if command == "generate" else [])]
+    rest += ["--num-steps", "2"] if command in ("generate", "ablate") else []
+    return [command, *rest, *(["--seeds", "1", "--num-prompts", "2"] if command == "ablate" else [])]
 
 
 # Commands and configs

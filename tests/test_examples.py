@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import re
 import shutil
@@ -192,32 +191,6 @@ def test_denscore_configs_train_on_tiny_checkpoints(weights, tmp_path):
     result = fit(override(full, {**changes, "data": {"name": "pairs", "folder": str(folder)}}))
     reward = rewards.build({"name": "denscore", "checkpoint": str(result.checkpoint / "reward")})
     assert reward.score(torch.rand(1, 3, 64, 64), ["A red fox. The sky is green."]).shape == (1,)
-
-
-@pytest.fixture(scope="module")
-def ablation():
-    spec = importlib.util.spec_from_file_location("ablate_encoder", EXAMPLES / "ablate_encoder.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_ablate_encoder_variants_are_distinct(ablation):
-    configs = [override(default_config("align"), changes) for changes in ablation.VARIANTS.values()]
-    assert all(a != b for i, a in enumerate(configs) for b in configs[:i])
-
-
-def test_ablate_encoder_compares_variants(ablation, weights, tmp_path, capsys):
-    tiny = {
-        "backbone.checkpoint": weights["sd"], "encoder.checkpoint": weights["sd"], "trainer.lora.rank": 2,
-        "encoder.max_tokens": 400, "data.words": [40, 50], "loop.steps": 1, "loop.batch_size": 2,
-    }  # fmt: skip
-    variants = {"segments": {}, "no-sot": {"encoder.sot": "none"}}
-    config = override(default_config("align"), tiny)
-    table = ablation.ablate(variants, config, tmp_path, prompts=2, num_steps=1, guidance=2.0, batch_size=2)
-    assert table.models == ["segments", "no-sot"] and table.interval("no-sot", "facts").count == 2
-    assert "== no-sot: encoder.sot = none, output =" in capsys.readouterr().out
-    assert (tmp_path / "table.json").exists()
 
 
 SINGLE_GPU = sorted(EXAMPLES.glob("*-24gb.yaml"))

@@ -33,14 +33,18 @@ LEVELS = {
     6: "compose",
     7: "inference.sampling evaluation checkpoints",
     8: "loop inference.baselines",
-    9: "demo model testing",
+    9: "ablation demo model testing",
     10: "cli",
     11: "__main__",
 }
 # Modules of a kind that modules of other kinds may import.
 SHARED = ("base", "config", "bucketing", "guard", "lines", "stream")
 
-NO_TORCH = ("__init__", "__main__", "cli", "compose", "loop.fit", *f"{LEVELS[0]} {LEVELS[1]}".split())
+NO_TORCH = (
+    *("__init__", "__main__", "cli", "compose", "loop.fit"),
+    *("ablation.run", "ablation.cells", "ablation.worker"),
+    *f"{LEVELS[0]} {LEVELS[1]}".split(),
+)
 HEAVY = (
     "torch",
     "numpy",

@@ -51,6 +51,10 @@ class DataConfig(PartConfig):
         """
         return self
 
+    def held_out(self, count: int) -> Self | None:
+        """Returns data with ``count`` prompts that are not in this data; None if there is none."""
+        return None
+
 
 class ImagesConfig(DataConfig):
     """Base class of configs of stored images."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -71,7 +72,25 @@ def _resamples(labels_bytes: bytes, samples: int, seed: int) -> np.ndarray:
     return counts
 
 
-def bootstrap(values: np.ndarray, groups: Sequence[str] | None = None, samples: int = 2000, seed: int = 0) -> Interval:
+def block_counts(blocks: int, samples: int, seed: int = 0) -> np.ndarray:
+    """Returns how often each training seed occurs in each bootstrap sample: ``(samples, blocks)``.
+
+    A sample draws one fewer than there are, with replacement. The variance of the mean is then unbiased; as many as
+    there are would make it too small by the factor ``(blocks - 1) / blocks`` (Rao and Wu, Resampling Inference With
+    Complex Survey Data, 1988). A single one is not resampled.
+    """
+    if blocks == 1:
+        return np.ones((samples, 1), np.int64)
+    return np.random.default_rng([seed, 1]).multinomial(blocks - 1, np.full(blocks, 1 / blocks), samples)
+
+
+def bootstrap(
+    values: np.ndarray,
+    groups: Sequence[str] | None = None,
+    samples: int = 2000,
+    seed: int = 0,
+    blocks: Sequence[int] | None = None,
+) -> Interval:
     """Returns the mean of ``values`` with a 95% percentile bootstrap interval.
 
     If the values are paired differences, this is the paired bootstrap.
@@ -82,17 +101,41 @@ def bootstrap(values: np.ndarray, groups: Sequence[str] | None = None, samples: 
             independent. None resamples single values.
         samples: number of bootstrap samples.
         seed: seed of the resampling; the same values always give the same interval.
+        blocks: the training seed of each value. Training seeds are resampled too, see `block_counts`. The i-th image of
+            a prompt has the same noise in each block, so it is drawn in all blocks or in none.
     """
     values = np.asarray(values, dtype=np.float64)
-    groups = [f"{i:09d}" for i in range(len(values))] if groups is None else groups
+    groups = [f"{i:09d}" for i in range(len(values))] if groups is None else list(groups)
     valid = ~np.isnan(values)
     values, groups = values[valid], [group for group, keep in zip(groups, valid, strict=True) if keep]
     if not len(values):
         return EMPTY
-    counts = resamples(groups, samples, seed)
-    sums = [counts[i : i + CHUNK].astype(np.float64) @ values for i in range(0, samples, CHUNK)]
-    means = np.concatenate(sums) / counts.sum(1, dtype=np.int64)
-    return interval(float(values.mean()), means, len(values), len(set(groups)))
+    if blocks is None:
+        columns, drawn = resamples(groups, samples, seed), None
+    else:
+        names, block = np.unique(np.asarray(blocks)[valid], return_inverse=True)
+        units, unit_groups = _units(groups, block)
+        columns = resamples(unit_groups, samples, seed)[:, units]
+        drawn = block_counts(len(names), samples, seed)[:, block].astype(np.uint16)
+    means = []
+    for i in range(0, samples, CHUNK):
+        weights = columns[i : i + CHUNK].astype(np.float64)
+        if drawn is not None:
+            weights *= drawn[i : i + CHUNK]
+        with np.errstate(invalid="ignore"):  # no value in the drawn blocks: NaN, skipped
+            means.append(weights @ values / weights.sum(1))
+    return interval(float(values.mean()), np.concatenate(means), len(values), len(set(groups)))
+
+
+def _units(groups: Sequence[str], block: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Numbers the images that are drawn together: the i-th of a group in each block. Returns numbers and groups."""
+    seen: Counter[tuple[str, int]] = Counter()
+    numbers: dict[tuple[str, int], int] = {}
+    units = []
+    for group, at in zip(groups, block.tolist(), strict=True):
+        units.append(numbers.setdefault((group, seen[group, at]), len(numbers)))
+        seen[group, at] += 1
+    return np.array(units), [group for group, _ in numbers]
 
 
 def interval(value: float, resampled: np.ndarray, count: int, prompts: int) -> Interval:

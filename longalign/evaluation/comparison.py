@@ -8,7 +8,9 @@ from longalign.evaluation.table import MetricTable
 
 
 def findings(table: MetricTable) -> list[str]:
-    """Compares each model with the previous one. Returns one plain-text sentence per model, with gains and losses.
+    """Compares each model with the previous one, or with the base if the table compares with the base only.
+
+    Returns one plain-text sentence per model, with gains and losses.
 
     A sentence starts with the first metric's mean and paired difference. Significant differences of its breakdowns
     (`MetricTable.breakdowns`) and of the other metrics follow.
@@ -19,7 +21,8 @@ def findings(table: MetricTable) -> list[str]:
     too_few = table.num_prompts < MIN_PROMPTS
     breakdowns = table.breakdowns(metric, paired=True)
     sentences = [f"{table.base}: {title} {interval_text(table.interval(table.base, metric), value, unit=unit)}."]
-    for other, model in zip(table.models, table.models[1:], strict=False):
+    for previous, model in zip(table.models, table.models[1:], strict=False):
+        other = previous if table.neighbours else table.base
         name = f"{model} - {other}"
         gain = table.difference(model, metric, other)
         lines = [

@@ -41,6 +41,10 @@ class MetricTable:
         units: unit and direction of metrics, see `longalign.metrics.Metric.values`.
         sets: model -> metric of the whole set of images -> its value and those of the bootstrap samples,
             ``(1 + samples,)``. The samples are the same for all models.
+        training_seeds: the ``n`` training seeds, if a model was trained several times; intervals then resample them
+            too. Empty for models trained once.
+        neighbours: whether models are also compared with the previous one.
+        note: sentence for the caption.
     """
 
     values: Mapping[str, Mapping[str, np.ndarray]]
@@ -48,6 +52,9 @@ class MetricTable:
     seeds: Sequence[int] = field(default=())
     units: Mapping[str, Value] = field(default_factory=dict)
     sets: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
+    training_seeds: Sequence[int] = field(default=())
+    neighbours: bool = True
+    note: str = ""
 
     def __post_init__(self):
         for model, metrics in self.values.items():
@@ -73,8 +80,8 @@ class MetricTable:
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """The compared pairs ``(model, other)``: each model with the base, then each with the previous one."""
-        neighbours = zip(self.models[2:], self.models[1:], strict=False)
+        """The compared pairs ``(model, other)``: each model with the base, then each with the previous one if set."""
+        neighbours = zip(self.models[2:], self.models[1:], strict=False) if self.neighbours else ()
         return [*((model, self.base) for model in self.models[1:]), *neighbours]
 
     @property
@@ -155,7 +162,8 @@ class MetricTable:
         key_of_rows = (*key, rows.tobytes())
         if key_of_rows not in self._intervals:
             groups = np.asarray(self.prompts, dtype=object)[rows].tolist()
-            self._intervals[key_of_rows] = bootstrap(values[rows], groups)
+            blocks = np.asarray(self.training_seeds)[rows].tolist() if self.training_seeds else None
+            self._intervals[key_of_rows] = bootstrap(values[rows], groups, blocks=blocks)
         return self._intervals[key_of_rows]
 
     def _set_interval(self, values: np.ndarray, rows: np.ndarray | None) -> Interval:
@@ -244,6 +252,9 @@ class MetricTable:
         lengths = self.by_group(metric, paired=paired)
         if len(lengths) > 1:
             breakdowns[f"{self.label(metric)} by length of the prompt in words"] = lengths
+        if self.training_seeds:
+            seeds = self.by_group(metric, [str(seed) for seed in self.training_seeds], paired)
+            breakdowns[f"{self.label(metric)} by training seed"] = seeds
         for submetric in self.submetrics(metric):
             *group, name = submetric.split("/")[1:]
             title = f"{self.label(metric)} by {LABELS.get(group[0], group[0]) if group else 'part'}"
@@ -266,7 +277,9 @@ class MetricTable:
 
     def _caption(self) -> str:
         images = f", {len(self.prompts)} images per model" if len(self.prompts) != self.num_prompts else ""
-        return f"{self.num_prompts} prompts{images}; mean [95% bootstrap interval]"
+        seeds = f", {len(set(self.training_seeds))} training seeds" if self.training_seeds else ""
+        note = f"\n\n{self.note}" if self.note else ""
+        return f"{self.num_prompts} prompts{seeds}{images}; mean [95% bootstrap interval]{note}"
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the table with the values of each image, as plain values for JSON; NaN becomes None."""
@@ -286,6 +299,9 @@ class MetricTable:
             "values": {m: {k: _list(row) for k, row in rows.items()} for m, rows in self.values.items()},
             "units": {k: vars(self.value(k)) for k in dict.fromkeys(k for ks in metrics.values() for k in ks)},
             "sets": {m: {k: _list(row) for k, row in rows.items()} for m, rows in self.sets.items()},
+            "training_seeds": list(self.training_seeds),
+            "neighbours": self.neighbours,
+            "note": self.note,
         }
 
     def json(self) -> str:
@@ -303,18 +319,21 @@ class MetricTable:
             for rows in (data["values"], data.get("sets", {}))
         )
         units = {k: Value(**v) for k, v in data.get("units", {}).items()}
-        return cls(values, list(data["prompts"]), list(data["seeds"]), units, sets)
+        more = {key: data[key] for key in ("training_seeds", "neighbours", "note") if key in data}
+        return cls(values, list(data["prompts"]), list(data["seeds"]), units, sets, **more)
 
     def csv(self) -> str:
         """Returns the values as CSV: one line per model and image, one column per metric; empty without a value."""
         names = dict.fromkeys(k for rows in self.values.values() for k in rows)
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(["model", "prompt", "seed", *names])
+        trained = ["training_seed"] if self.training_seeds else []
+        writer.writerow(["model", *trained, "prompt", "seed", *names])
         for model, rows in self.values.items():
             for i, prompt in enumerate(self.prompts):
                 cells = [_list(rows[k][i : i + 1])[0] if k in rows else None for k in names]
-                writer.writerow([model, prompt, self.seeds[i] if self.seeds else "", *cells])
+                training_seed = [self.training_seeds[i]] if self.training_seeds else []
+                writer.writerow([model, *training_seed, prompt, self.seeds[i] if self.seeds else "", *cells])
         return out.getvalue()
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import PositiveInt, model_validator
 
 from longalign.errors import ConfigProblem
 from longalign.registry import Part, PartConfig
+
+if TYPE_CHECKING:
+    from longalign.data.config import DataConfig
 
 
 class MetricConfig(PartConfig):
@@ -23,6 +26,10 @@ class MetricConfig(PartConfig):
     def prefix(self) -> str:
         """Returns the start of the metric's names."""
         return self.label or self.name
+
+    def for_data(self, data: DataConfig) -> Self:
+        """Returns this config for prompts that come from ``data``."""
+        return self
 
 
 class RewardMetricConfig(MetricConfig):
@@ -115,6 +122,9 @@ class FactsConfig(MetricConfig):
     name: Literal["facts"] = "facts"
     data: Part("data") = "scenes"
     """the data `scenes` whose captions are the prompts, with its seed and size."""
+
+    def for_data(self, data: DataConfig) -> Self:
+        return self if "data" in self.model_fields_set else self.model_copy(update={"data": data})
 
 
 class GaugesConfig(MetricConfig):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationInfo, field_validator
 
 from longalign.data.config import DataConfig
 
+HELD_OUT = 1_000_000
+"""Offset from the seed of training data to the seed of held-out data."""
 NumObjects = Annotated[int, Field(ge=0, le=9)]
 
 
@@ -25,6 +27,9 @@ class SyntheticConfig(DataConfig):
     style: Literal["plain", "referring", "mixed"] = "plain"
     """caption style: "plain" (self-contained sentences), "referring" ("It is red."), or "mixed" (both, equally often).
     """
+
+    def held_out(self, count: int) -> Self:
+        return self.model_copy(update={"size": count, "seed": self.seed + HELD_OUT})
 
     @field_validator("objects", "words")
     @classmethod

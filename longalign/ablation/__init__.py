@@ -1,0 +1,1 @@
+"""Ablations: trains and measures the cells of a grid over several training seeds."""

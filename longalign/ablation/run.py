@@ -1,0 +1,248 @@
+"""The entry point of ablations. Importing this module does not import torch, so config errors are reported quickly."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longalign.ablation.cells import Cell, Changes, Run, changed_lines, make_cells, runs_of
+from longalign.ablation.worker import FAILED, FINISHED, IMAGES, JOB, RESULT, read_result, write_json
+from longalign.config.checks import check_parts
+from longalign.config.run import RunConfig, load_config, to_dict
+from longalign.data.prompts.sets import read_prompt_set
+from longalign.errors import ConfigError
+from longalign.loop.locks import Lock
+from longalign.registry import PartConfig
+from longalign.registry import metrics as metric_parts
+from longalign.runtime import Runtime, devices
+
+if TYPE_CHECKING:
+    from longalign.evaluation.table import MetricTable
+
+log = logging.getLogger("longalign")
+
+RECORD, TABLE = "ablation.json", "table"
+Metric = str | Mapping[str, Any] | PartConfig | Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Result of an ablation.
+
+    Attributes:
+        output: its folder.
+        table: metrics of the cells, compared with the first one; None if no cell finished or it was interrupted.
+        failed: run -> error.
+        interrupted: whether it was stopped; the same call continues it.
+    """
+
+    output: Path
+    table: MetricTable | None
+    failed: dict[str, str] = field(default_factory=dict)
+    interrupted: bool = False
+
+
+def ablate(
+    base: Mapping[str, Any] | str | Path | RunConfig,
+    *,
+    vary: Mapping[str, Sequence[Any]] | None = None,
+    cells: Mapping[str, Changes] | Sequence[Changes] | None = None,
+    metrics: Sequence[Metric],
+    output: str | Path,
+    seeds: int | Sequence[int] = 3,
+    prompts: Sequence[str] | str | None = None,
+    num_prompts: int = 64,
+    images: int = 1,
+    num_steps: int = 25,
+    guidance: float = 7.5,
+    solver: str = "unipc",
+    batch_size: int = 8,
+    train: bool = True,
+    jobs: int | None = None,
+    device: str | None = None,
+) -> Ablation:
+    """Trains each cell with several training seeds, samples the same prompts from the same noise, and compares them.
+
+    Only the config's ``seed`` varies between the runs of a cell; the data are the same. Writes to ``output``:
+    ``ablation.json`` (cells, changes, runs and their folders), ``table.json``, ``table.csv``, ``table.md``,
+    ``report.html``, and ``<cell>/seed-<seed>/`` with the run in ``train`` and its images in ``images``. The same call
+    continues an interrupted ablation, repeats failed runs and adds new cells and seeds; finished runs are kept.
+
+    Args:
+        base: the config that cells change, see `longalign.load_config`.
+        vary: dotted path -> values; the cells are the product.
+        cells: instead of ``vary``: name -> changes, or a list of changes. The first cell is the base of comparisons.
+        metrics: names, configs, metrics or functions; see `longalign.evaluation.evaluate`. ``facts`` without data uses
+            the held-out data.
+        output: folder of the ablation.
+        seeds: number of training seeds, counted from the config's ``seed``, or the seeds.
+        prompts: the prompts, or a file or prompt set; None takes held-out prompts of the base config's data.
+        num_prompts: number of held-out prompts.
+        images: images per prompt, from the noise seeds 0, 1 and so on.
+        num_steps: sampling steps.
+        guidance: scale of classifier-free guidance.
+        solver: see `longalign.inference.schedulers.make_scheduler`.
+        batch_size: images per batch.
+        train: False measures the base model of each cell, without training. Cells without trainer are never trained.
+        jobs: runs at a time, each in its own process if above 1; None: the number of GPUs, at least 1. Parts that are
+            registered only in this process are unknown in others.
+        device: a torch device for all runs; None distributes them over the GPUs.
+
+    Raises:
+        ConfigError: if a cell is invalid; lists the problems of all cells.
+        ValueError: if the folder has an ablation with a different base config, prompts or sampling; the message lists
+            the differences.
+    """
+    base, output = load_config(base), Path(output)
+    planned = make_cells(base, vary, cells, train)
+    training_seeds = _training_seeds(base, seeds, planned)
+    runs = runs_of(planned, training_seeds, output)
+    configs, texts = _measured(base, metrics, prompts, num_prompts)
+    from longalign.ablation.schedule import run_all
+
+    texts = texts if isinstance(texts, list) else _prompts_of_data(texts)
+    sampling = {"seeds": list(range(images)), "num_steps": num_steps, "guidance": guidance, "solver": solver}
+    record = {"base": _identity(base), "prompts": texts, "sampling": sampling}
+    lock = Lock(output)
+    try:
+        _check_unchanged(output, record, runs)
+
+        def save() -> None:
+            write_json(output / RECORD, {**record, **_state(output, planned, training_seeds, runs, configs)})
+
+        save()
+        pending = [run for run in runs if not _is_finished(run)]
+        gpus = [name for name in devices() if name.startswith("cuda:")] if device is None else []
+        jobs = min(jobs or max(1, len(gpus)), max(1, len(pending)))
+        _make_caches(pending, device)
+
+        def prepare(run: Run, device: str | None) -> None:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            (run.folder / RESULT).unlink(missing_ok=True)
+            job = {"config": to_dict(run.config), "train": run.cell.trained, "prompts": texts, "device": device}
+            write_json(run.folder / JOB, {**job, "sampling": {**sampling, "batch_size": batch_size}})
+
+        log.info("%d cells, %d runs, %d of them finished", len(planned), len(runs), len(runs) - len(pending))
+        complete = run_all(pending, jobs, gpus or [device], prepare)
+        save()
+        failed = {run.name: r["error"] for run in runs if (r := read_result(run.folder))["status"] == FAILED}
+        finished = [run for run in runs if _is_finished(run)]
+        if not complete or not finished:
+            return Ablation(output, None, failed, not complete)
+        from longalign.ablation.results import write_results
+
+        runtime = Runtime.detect(device=device)
+        built = [metric_parts.construct(m, runtime).eval() if isinstance(m, PartConfig) else m for m in configs]
+        table = write_results(output, finished, training_seeds, built, batch_size)
+        return Ablation(output, table, failed)
+    finally:
+        lock.release()
+
+
+def _training_seeds(base: RunConfig, seeds: int | Sequence[int], cells: Sequence[Cell]) -> list[int]:
+    chosen = [base.seed + i for i in range(seeds)] if isinstance(seeds, int) else list(seeds)
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise ValueError(f"expected at least one training seed, and different ones, got {seeds}")
+    return chosen if any(cell.trained for cell in cells) else chosen[:1]
+
+
+def _measured(
+    base: RunConfig, metrics: Sequence[Metric], prompts: Sequence[str] | str | None, count: int
+) -> tuple[list[Any], Any]:
+    """Returns the metrics, configs validated, and the prompts or the config of their data."""
+    if not metrics:
+        raise ValueError("nothing to measure; give metrics, e.g. ['facts']")
+    configs = [metric_parts.validate(m) if isinstance(m, (str, Mapping)) else m for m in metrics]
+    if prompts is not None:
+        texts = read_prompt_set(prompts).texts if isinstance(prompts, str) else list(prompts)
+        if not texts:
+            raise ValueError("expected at least one prompt, got none; give prompts")
+    else:
+        texts = None if base.data is None else base.data.held_out(count)
+        if texts is None:
+            name = None if base.data is None else base.data.name
+            raise ConfigError([("data", f"'{name}' has no held-out prompts; give prompts, or use the data 'scenes'")])
+        configs = [m.for_data(texts) if isinstance(m, PartConfig) else m for m in configs]  # type: ignore[attr-defined]
+    check_parts({f"metrics.{i}": m for i, m in enumerate(configs) if isinstance(m, PartConfig)})
+    return configs, texts
+
+
+def _prompts_of_data(config: Any) -> list[str]:
+    data = config.build(Runtime())
+    return [data.prompt(i) for i in range(len(data))]
+
+
+def _identity(config: RunConfig) -> dict[str, Any]:
+    """The config as plain values without seed and output, which an ablation sets."""
+    return {key: value for key, value in to_dict(config).items() if key not in ("seed", "output")}
+
+
+def _check_unchanged(output: Path, record: Mapping[str, Any], runs: Sequence[Run]) -> None:
+    """Raises ValueError if the folder has an ablation, or a cell of this name, with other settings."""
+    lines = []
+    if (output / RECORD).exists():
+        old = json.loads((output / RECORD).read_text(encoding="utf-8"))
+        lines = list(changed_lines({key: old.get(key) for key in record}, record))
+    if not lines:
+        for run in runs:
+            if (run.folder / JOB).exists():
+                old = json.loads((run.folder / JOB).read_text(encoding="utf-8"))
+                before = {**old["config"], "output": "", "trained": old["train"]}
+                now = {**to_dict(run.config), "output": "", "trained": run.cell.trained}
+                lines += list(changed_lines(before, now, run.name))
+    if lines:
+        raise ValueError(
+            f"there is an ablation in {output} already, with different settings:\n  "
+            + "\n  ".join(lines[:20])
+            + "\nChoose a different output, remove the folder, or use the same settings"
+        )
+
+
+def _is_finished(run: Run) -> bool:
+    return read_result(run.folder)["status"] == FINISHED
+
+
+def _make_caches(runs: Sequence[Run], device: str | None) -> None:
+    """Computes missing cache entries, before runs that share them start."""
+    configs = {run.config.cache.folder: run.config for run in runs if run.cell.trained and run.config.cache}
+    for config in configs.values():
+        from longalign.caching.precompute import make_caches
+
+        make_caches(config, Runtime.detect(config.loop.precision, device), progress=True)
+
+
+def _state(
+    output: Path, cells: Sequence[Cell], seeds: Sequence[int], runs: Sequence[Run], configs: Sequence[Any]
+) -> dict[str, Any]:
+    """The part of ``ablation.json`` that may change. Folders are relative to the ablation's."""
+
+    def row(run: Run) -> dict[str, Any]:
+        folder, result = run.folder.relative_to(output), read_result(run.folder)
+        shown = {key: result.get(key) for key in ("status", "seconds", "error")}
+        checkpoint = result.get("checkpoint")
+        paths = {"folder": str(folder), "images": str(folder / IMAGES)}
+        return {"seed": run.seed, **paths, "checkpoint": checkpoint and str(folder / checkpoint), **shown}
+
+    return {
+        "seeds": list(seeds),
+        "metrics": [m.model_dump(mode="json") if isinstance(m, PartConfig) else str(m) for m in configs],
+        "cells": [
+            {
+                "name": cell.name,
+                "changes": {key: _plain(value) for key, value in cell.changes.items()},
+                "trained": cell.trained,
+                "folder": cell.folder,
+                "runs": [row(run) for run in runs if run.cell is cell],
+            }
+            for cell in cells
+        ],
+        "table": f"{TABLE}.json",
+    }
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, PartConfig) else value

@@ -1,0 +1,123 @@
+"""Runs the jobs of an ablation, one after another in this process or several at a time in their own processes."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from longalign.ablation.cells import Run
+from longalign.ablation.worker import FAILED, FINISHED, INTERRUPTED, execute, fail, read_result
+from longalign.loop.interrupt import catch_signals
+
+log = logging.getLogger("longalign")
+
+LOG = "log.txt"
+Prepare = Callable[[Run, str | None], None]
+"""Writes the job file of a run, for a device."""
+
+
+def run_all(runs: Sequence[Run], jobs: int, devices: Sequence[str | None], prepare: Prepare) -> bool:
+    """Executes runs. A failed run does not stop the others.
+
+    Args:
+        runs: the runs that are not finished.
+        jobs: runs at a time. One runs in this process; several run in their own processes, which write ``log.txt``.
+        devices: devices to distribute the runs over.
+        prepare: called before a run starts.
+
+    Returns:
+        Whether all runs were tried; False after Ctrl-C, SIGTERM or SIGHUP.
+    """
+    progress = _Progress(len(runs), jobs)
+    return (_here if jobs == 1 else _in_processes)(runs, jobs, devices, prepare, progress)
+
+
+class _Progress:
+    """Logs the end of each run, and estimates the time left from the runs so far."""
+
+    def __init__(self, total: int, jobs: int):
+        self.left, self.jobs, self.done, self.start = total, jobs, 0, time.monotonic()
+
+    def ended(self, run: Run) -> None:
+        result = read_result(run.folder)
+        self.left, self.done = self.left - 1, self.done + 1
+        per_run = (time.monotonic() - self.start) / self.done
+        left = f"; {self.left} left, about {_duration(self.left * per_run)}" if self.left else ""
+        if result["status"] == FAILED:
+            log.error("%s: failed: %s%s", run.name, result["error"], left)
+        else:
+            log.info("%s: finished in %s%s", run.name, _duration(result["seconds"]), left)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _here(runs: Sequence[Run], jobs: int, devices: Sequence[str | None], prepare: Prepare, progress: _Progress) -> bool:
+    for run in runs:
+        log.info("%s: starting", run.name)
+        prepare(run, devices[0])
+        if execute(run.folder) == INTERRUPTED:
+            return False
+        progress.ended(run)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return True
+
+
+def _in_processes(
+    runs: Sequence[Run], jobs: int, devices: Sequence[str | None], prepare: Prepare, progress: _Progress
+) -> bool:
+    waiting, slots = deque(runs), deque(range(jobs))
+    running: dict[subprocess.Popen[bytes], tuple[Run, int]] = {}
+    told = False
+    with catch_signals() as interrupted:
+        try:
+            while running or (waiting and not interrupted()):
+                while waiting and slots and not interrupted():
+                    run, slot = waiting.popleft(), slots.popleft()
+                    prepare(run, devices[slot % len(devices)])
+                    running[_start(run.folder, jobs)] = run, slot
+                    log.info("%s: starting", run.name)
+                if interrupted() and not told:
+                    told = True
+                    for process in running:
+                        process.terminate()  # training finishes its step and writes a checkpoint
+                for process in [p for p in running if p.poll() is not None]:
+                    run, slot = running.pop(process)
+                    slots.append(slot)
+                    if read_result(run.folder)["status"] not in (FINISHED, FAILED) and not told:
+                        fail(run.folder, f"the process ended with status {process.returncode}; see {run.folder / LOG}")
+                    if read_result(run.folder)["status"] in (FINISHED, FAILED):
+                        progress.ended(run)
+                time.sleep(0.1)
+        finally:
+            for process in running:
+                process.kill()
+                process.wait()
+    return not interrupted()
+
+
+def _start(folder: Path, jobs: int) -> subprocess.Popen[bytes]:
+    """Starts the process of a run. It is in its own session: the terminal's Ctrl-C reaches it through this process."""
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    with (folder / LOG).open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "longalign.ablation.worker", str(folder)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,
+        )

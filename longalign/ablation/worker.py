@@ -1,0 +1,78 @@
+"""Trains and samples one run of an ablation, from the job file in its folder. Run as a module, in its own process."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from longalign.config.run import load_config
+from longalign.loop.fit import fit
+
+JOB, RESULT, IMAGES = "job.json", "result.json", "images"
+FINISHED, FAILED, INTERRUPTED = "finished", "failed", "interrupted"
+
+
+def execute(folder: Path) -> str:
+    """Trains and samples the run in a folder, and writes its result. Training resumes where it stopped.
+
+    Returns:
+        ``finished``, ``failed`` or ``interrupted``.
+    """
+    start = time.perf_counter()
+    try:
+        job = json.loads((folder / JOB).read_text(encoding="utf-8"))
+        source, checkpoint = load_config(job["config"]), None
+        output = Path(source.output)
+        if job["train"]:
+            result = fit(source, device=job["device"], resume=output if output.exists() else None)
+            if result.interrupted:
+                return INTERRUPTED
+            source, checkpoint = result.checkpoint, str(result.checkpoint.relative_to(folder))
+        from longalign.inference.sampling import generate
+
+        generate(
+            source, job["prompts"], folder / IMAGES, **job["sampling"], device=job["device"], progress=True,
+            overwrite=True,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+        message = "\n".join([f"{kind}{error}", *getattr(error, "__notes__", ())])
+        fail(folder, message, traceback.format_exc())
+        return FAILED
+    write_json(
+        folder / RESULT,
+        {"status": FINISHED, "seconds": round(time.perf_counter() - start, 1), "checkpoint": checkpoint},
+    )
+    return FINISHED
+
+
+def fail(folder: Path, error: str, details: str = "") -> None:
+    """Writes the result of a failed run."""
+    write_json(folder / RESULT, {"status": FAILED, "error": error, "traceback": details})
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """Returns the result of a run; its status is ``pending`` if it has none."""
+    path = folder / RESULT
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"status": "pending"}
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a JSON file atomically."""
+    from longalign.atomic import atomic_write
+
+    with atomic_write(path) as unfinished:
+        unfinished.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    sys.exit({FINISHED: 0, FAILED: 1, INTERRUPTED: 130}[execute(Path(sys.argv[1]))])
