@@ -66,7 +66,7 @@ def run_demo(
     reward: Mapping[str, Any] | Path | str | RunConfig | None = None,
     prompts: int = 128,
     *,
-    num_steps: int = 15,
+    num_steps: int = 10,
     batch_size: int = 64,
     examples: int = 6,
     device: str | None = None,
