@@ -4,10 +4,11 @@ For each encoder the bundled UNet is fine-tuned on long captions. All models gen
 captions from the same noise. Measured is fact accuracy (read from the pixels by the oracle), overall, by length and by
 position in the prompt. Each value has a 95% interval and the paired difference to the first encoder.
 
-Hardware: two CPU cores. Time: a few minutes per encoder with the default steps of mini-align.yaml and 128 prompts.
+Hardware: two CPU cores. Time: a few minutes per encoder with 105 steps and 128 prompts. Without
+``--steps``, the few steps of the demo's first stage are used.
 
-    python examples/ablate_encoder.py                          # all variants
-    python examples/ablate_encoder.py segments no-sot          # some of them
+    python examples/ablate_encoder.py --steps 105                     # all variants
+    python examples/ablate_encoder.py segments no-sot --steps 105     # some of them
     python examples/ablate_encoder.py --steps 2000 --output runs/ablate-long
 """
 
