@@ -9,13 +9,14 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from longalign import registry
 from longalign.checkpoints.checkpoint import load_for_sampling
 from longalign.compose import build_from_config
 from longalign.config.changes import override
@@ -29,11 +30,11 @@ from longalign.evaluation.table import MetricTable
 from longalign.image_folder import append_images, image_row
 from longalign.inference.sampling import sample
 from longalign.loop.fit import fit
-from longalign.metrics import FactMetric, RewardMetric
+from longalign.metrics import FactMetric, Gauges, RewardMetric
 from longalign.mini.captions import Caption
 from longalign.runtime import Runtime, examples_folder
 
-BASE, SEGMENTS, ALIGN, REWARD = "base", "segments, untrained", "align", "align+reward"
+BASE, SEGMENTS, ALIGN, REWARD = "truncated", "segments", "align", "align+reward"
 MARKER = ".longalign-demo"
 
 
@@ -42,7 +43,7 @@ class DemoResult:
     """Results of the demo.
 
     Attributes:
-        table: metrics of ``base``, ``segments, untrained``, ``align`` and ``align+reward``.
+        table: metrics of ``truncated``, ``segments``, ``align``, and of a model for each omega of the second stage.
         report: path of the HTML report.
         seconds: stage -> duration in seconds.
     """
@@ -63,24 +64,25 @@ def run_demo(
     reward: Mapping[str, Any] | Path | str | RunConfig | None = None,
     prompts: int = 128,
     *,
-    num_steps: int = 15,
+    num_steps: int = 10,
     batch_size: int = 64,
     examples: int = 6,
     device: str | None = None,
 ) -> DemoResult:
-    """Trains both stages, samples held-out captions with four models, and writes the report.
+    """Trains both stages, samples held-out captions with each model, and writes the report.
 
-    ``base`` is the bundled backbone with captions truncated at CLIP's window, as in Stable Diffusion. ``segments,
-    untrained`` is the same backbone with the first stage's encoder: the effect of encoding by segments alone.
-    ``align`` is fine-tuned on long captions with that encoder. ``align+reward`` is then fine-tuned on a preference
-    model. All models sample the same captions from the same noise, so consecutive models differ in one respect.
+    ``truncated`` is the bundled backbone with captions truncated at CLIP's window, as in Stable Diffusion. ``segments``
+    is the same backbone with the first stage's encoder: the effect of encoding by segments alone. ``align`` is
+    fine-tuned on long captions with that encoder. ``align+reward, omega 1`` is then fine-tuned on a preference model's
+    original score; the last model differs only in the weight omega of the score's text-irrelevant part. All models
+    sample the same captions from the same noise, so consecutive models differ in one respect.
 
     Args:
         output: folder for both runs, ``report.html``, ``table.json``, ``table.md``, and the images in
             ``images/<model>``; an earlier demo is replaced.
         align: config of the first stage; the bundled config if None. The data must be ``scenes``.
         reward: config of the second stage; the bundled config if None. Its first reward is measured, without
-            reweighting.
+            reweighting. If that reward is ``reweighted``, the stage also runs with omega 1.
         prompts: number of held-out captions.
         num_steps: sampling steps; the guidance scale is taken from the reward stage.
         batch_size: images per batch.
@@ -95,22 +97,23 @@ def run_demo(
     if prompts < 2:
         raise ValueError(f"expected at least 2 prompts, to compute confidence intervals of differences, got {prompts}")
     output = Path(output)
-    align_config = override(align or default_config("align"), {"output": str(output / "align")})
-    reward_config = override(reward or default_config("reward"), {"output": str(output / "reward"), "init_from": None})
+    align_config = override(align or default_config("align"), {"output": str(output / ALIGN)})
+    reward_config = override(reward or default_config("reward"), {"init_from": None})
+    configs = {ALIGN: align_config, **reward_runs(reward_config, output)}
     captions = held_out_captions([align_config, reward_config], prompts)
     images_dir = output / "images"
-    prepare_output_dir(output, [Path(align_config.output), Path(reward_config.output), images_dir])
+    prepare_output_dir(output, [*(Path(config.output) for config in configs.values()), images_dir])
     seconds: dict[str, float] = {}
 
-    with _timed("align: training", seconds):
-        aligned = fit(align_config, device=device)
-    if aligned.interrupted:
-        raise KeyboardInterrupt
-    reward_config = override(reward_config, {"init_from": str(aligned.checkpoint)})
-    with _timed("reward: training", seconds):
-        rewarded = fit(reward_config, device=device)
-    if rewarded.interrupted:
-        raise KeyboardInterrupt
+    checkpoints: dict[str, Path] = {}
+    for name, config in configs.items():
+        start = {"init_from": str(checkpoints[ALIGN])} if checkpoints else {}
+        configs[name] = override(config, start)
+        with _timed(f"{name}: training", seconds):
+            run = fit(configs[name], device=device)
+        if run.interrupted:
+            raise KeyboardInterrupt
+        checkpoints[name] = run.checkpoint
 
     runtime = Runtime.detect(device=device)
     texts, seeds = [c.text for c in captions], list(range(len(captions)))
@@ -118,15 +121,14 @@ def run_demo(
     settings = {"num_steps": num_steps, "guidance": guidance, "batch_size": batch_size}
     images: dict[str, Tensor] = {}
     truncated: dict[str, list[frozenset[int]]] = {}
-    for name in (BASE, SEGMENTS, ALIGN, REWARD):
+    for name in (BASE, SEGMENTS, *configs):
         # the report shows which sentences were truncated
         with _timed(f"{name}: sampling", seconds), warnings.catch_warnings():
             warnings.simplefilter("ignore", TruncationWarning)
             if name in (BASE, SEGMENTS):
                 backbone, encoder = _untrained(align_config, runtime, truncated=name == BASE)
             else:
-                checkpoint = aligned.checkpoint if name == ALIGN else rewarded.checkpoint
-                backbone, encoder = load_for_sampling(checkpoint, runtime)[1:]
+                backbone, encoder = load_for_sampling(checkpoints[name], runtime)[1:]
             images[name] = sample(backbone, encoder, texts, seeds=seeds, **settings, progress=True)
             reports = encoder.report(texts)
             truncated[name] = [truncated_sentences(c, report) for c, report in zip(captions, reports, strict=True)]
@@ -135,18 +137,20 @@ def run_demo(
     with _timed("measuring", seconds):
         inner = getattr(reward_config.rewards[0], "inner", reward_config.rewards[0])
         facts, scores = FactMetric(captions), RewardMetric(inner.name, inner.build(runtime))
-        table = evaluate(images, texts, [facts, scores], seeds)
+        table = _columns(
+            evaluate(images, texts, [facts, scores, _held_out(inner.name, runtime), Gauges("look")], seeds)
+        )
         shown = [_example(i, captions[i], images, truncated, facts, scores) for i in range(min(examples, prompts))]
 
     seconds["total"] = sum(seconds.values())
     report = write_report(
         output / "report.html",
         title="LongAlign on the synthetic scenes",
-        lead=_lead(align_config, reward_config, captions, guidance, num_steps),
+        lead=_lead(configs, captions, guidance, num_steps),
         table=table,
         examples=shown,
-        logs={"align": Path(align_config.output) / "log.jsonl", "reward": Path(reward_config.output) / "log.jsonl"},
-        configs={"align": align_config, "reward": reward_config},
+        logs={name: Path(config.output) / "log.jsonl" for name, config in configs.items()},
+        configs=configs,
         seconds=seconds,
         score_name=scores.label,
     )
@@ -156,6 +160,20 @@ def run_demo(
     print("\n".join(f"{stage:32}{value:6.0f} s" for stage, value in seconds.items()))
     print(f"\nreport: {report}\nimages: {images_dir}")
     return DemoResult(table, report, seconds)
+
+
+def reward_runs(reward: RunConfig, output: Path) -> dict[str, RunConfig]:
+    """Returns the second stage's runs by model: with the original score (omega 1), then as configured.
+
+    A first reward without ``omega``, or with omega 1, gives one run, called ``align+reward``.
+    """
+    omega = getattr(reward.rewards[0], "omega", 1)
+    if omega == 1:
+        return {REWARD: override(reward, {"output": str(output / "reward")})}
+    return {
+        f"{REWARD}, omega {weight:g}": override(reward, {"rewards.0.omega": weight, "output": str(output / folder)})
+        for weight, folder in ((1.0, "reward-omega-1"), (omega, "reward"))
+    }
 
 
 def held_out_captions(configs: Sequence[RunConfig], count: int) -> list[Caption]:
@@ -223,6 +241,24 @@ def prepare_output_dir(output: Path, runs: Sequence[Path]) -> None:
     marker.touch()
 
 
+def _held_out(trained: str, runtime: Runtime) -> RewardMetric:
+    """Returns a bundled reward other than the trained one."""
+    name = "hpsv2" if trained == "pickscore" else "pickscore"
+    return RewardMetric(
+        f"held-out {name}", registry.rewards.build({"name": name, "checkpoint": f"mini/{name}"}, runtime)
+    )
+
+
+def _columns(table: MetricTable) -> MetricTable:
+    """Returns the table with the columns that the demo shows: facts, both parts of the rewards, two gauges."""
+    shown = ("text_relevant", "text_irrelevant", "warmth", "dark")
+    kept = {
+        model: {name: row for name, row in rows.items() if name.startswith("facts") or name.endswith(shown)}
+        for model, rows in table.values.items()
+    }
+    return replace(table, values=kept)
+
+
 @contextmanager
 def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
     print(f"== {stage}", flush=True)
@@ -269,14 +305,17 @@ def _example(
     )
 
 
-def _lead(align: RunConfig, reward: RunConfig, captions: Sequence[Caption], guidance: float, num_steps: int) -> str:
+def _lead(configs: Mapping[str, RunConfig], captions: Sequence[Caption], guidance: float, num_steps: int) -> str:
     words = sorted(caption.num_words for caption in captions)
+    rewards = [name for name in configs if name != ALIGN]
     return (
-        f"The bundled model was trained on short captions. Four models sample {len(captions)} held-out captions of "
-        f"{words[0]} to {words[-1]} words from the same noise, with {num_steps} sampling steps and guidance "
-        f"{guidance:g}. {BASE}: captions are truncated at the text encoder's window, as in Stable Diffusion. "
+        f"The bundled model was trained on short captions. {len(configs) + 2} models sample {len(captions)} held-out "
+        f"captions of {words[0]} to {words[-1]} words from the same noise, with {num_steps} sampling steps and "
+        f"guidance {guidance:g}. {BASE}: captions are truncated at the text encoder's window, as in Stable Diffusion. "
         f"{SEGMENTS}: the same weights, with captions encoded in segments. {ALIGN}: fine-tuned on long captions for "
-        f"{align.loop.steps} steps. {REWARD}: then fine-tuned on a preference model for {reward.loop.steps} steps. "
-        "Facts are read from the pixels without a learned model. The images below are those of the first captions, "
-        "not selected; all images are in the folder 'images' beside this page."
+        f"{configs[ALIGN].loop.steps} steps. {'; '.join(rewards)}: then fine-tuned on a preference model for "
+        f"{configs[rewards[0]].loop.steps} steps. Omega is the weight of the part of its score that does not depend on "
+        "the text; 1 is the original score. The held-out reward is not trained on. Dark is the share of dark pixels, "
+        "warmth the mean of red minus blue. Facts are read from the pixels without a learned model. The images below "
+        "are those of the first captions, not selected; all images are in the folder 'images' beside this page."
     )

@@ -1,9 +1,9 @@
-"""The picture of the README: one prompt of the demo with the images of all four models.
+"""The picture of the README: one prompt of the demo with the images of all models.
 
 Run ``longalign demo``, then ``python recipes/demo_figure.py runs/demo``. It writes docs/demo.png.
 
 The prompt is chosen by a rule, not by eye: the first held-out caption whose gain is closest to the median gain. The
-gain is the fact accuracy of the image of ``align+reward`` minus that of the image of ``base``.
+gain is the fact accuracy of the last model's image minus that of the first.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from longalign.config.run import load_config
-from longalign.demo import ALIGN, BASE, REWARD, SEGMENTS, default_config, held_out_captions, image_folder
+from longalign.demo import ALIGN, BASE, SEGMENTS, default_config, held_out_captions, image_folder, reward_runs
 from longalign.image_io import decode
 from longalign.mini import Caption, fact_accuracy, verdicts
 
 TARGET = Path(__file__).parent.parent / "docs" / "demo.png"
-MODELS = (BASE, SEGMENTS, ALIGN, REWARD)
 # In pixels of a picture that GitHub shows at half its size. The card has its own background, for the dark mode.
-WIDTH, MARGIN, GAP, SIDE, TEXT = 1660, 32, 24, 256, 30
+WIDTH, MARGIN, GAP, SIDE, TEXT = 1660, 32, 24, 192, 30
 MARK, LINE = 24, 36
 CARD, BORDER, BAND, INK, FAINT = "#ffffff", "#d0d7de", "#f3f5f8", "#1f2328", "#59636e"
 GREEN, ORANGE, RED = "#116329", "#8a5a00", "#b3202a"
@@ -48,8 +47,9 @@ def main() -> int:
     parser.add_argument("demo", type=Path, help="output folder of longalign demo, run with its default configs")
     parser.add_argument("--output", type=Path, default=TARGET)
     args = parser.parse_args()
-    rows = {model: read_rows(args.demo / "images" / image_folder(model)) for model in MODELS}
     configs = [load_config(default_config(stage)) for stage in ("align", "reward")]
+    models = [BASE, SEGMENTS, ALIGN, *reward_runs(configs[1], args.demo)]
+    rows = {model: read_rows(args.demo / "images" / image_folder(model)) for model in models}
     captions = held_out_captions(configs, len(rows[BASE]))
     for model, found in rows.items():
         if [row["prompt"] for row in found] != [caption.text for caption in captions]:
@@ -58,7 +58,7 @@ def main() -> int:
                 f"'{model}'; run `longalign demo` with its default configs"
             )
     pixels = {model: read_pixels(args.demo, model, found) for model, found in rows.items()}
-    index, gains = median_gain(captions, pixels[BASE], pixels[REWARD])
+    index, gains = median_gain(captions, pixels[models[0]], pixels[models[-1]])
     columns = [
         Column(
             model,
@@ -66,7 +66,7 @@ def main() -> int:
             verdicts(pixels[model][index : index + 1], [captions[index]])[0],
             rows[model][index]["truncated"] or "",
         )
-        for model in MODELS
+        for model in models
     ]
     draw_figure(captions[index], columns).save(args.output, optimize=True)
     print(f"{args.output}: caption {index} of {len(captions)}, gain {gains[index]:.3f}, median {np.median(gains):.3f}")
@@ -104,7 +104,8 @@ def draw_figure(caption: Caption, columns: Sequence[Column]) -> Image.Image:
     lefts = [WIDTH - MARGIN - (len(columns) - i) * (SIDE + GAP) + GAP for i in range(len(columns))]
     text_width = lefts[0] - GAP - MARGIN
     rows = [wrap(sentence.text, body, text_width) for sentence in caption.sentences]
-    top = MARGIN + 2 * LINE + 8 + SIDE + GAP
+    image_top = MARGIN + 3 * LINE + 8
+    top = image_top + SIDE + GAP
     heights = [LINE * len(lines) + 16 for lines in rows]
     figure = Image.new("RGB", (WIDTH, top + sum(heights) + MARGIN), CARD)
     draw = ImageDraw.Draw(figure)
@@ -123,9 +124,10 @@ def draw_figure(caption: Caption, columns: Sequence[Column]) -> Image.Image:
 
     for left, column in zip(lefts, columns, strict=True):
         facts = [fact for sentence in column.facts for fact in sentence]
-        draw.text((left, MARGIN + 4), column.model, INK, small)
-        draw.text((left, MARGIN + LINE), f"{sum(facts)} of {len(facts)} facts", FAINT, small)
-        figure.paste(column.image.resize((SIDE, SIDE), Image.Resampling.NEAREST), (left, MARGIN + 2 * LINE + 8))
+        for i, line in enumerate(wrap(column.model, small, SIDE)):
+            draw.text((left, MARGIN + 4 + LINE * i), line, INK, small)
+        draw.text((left, MARGIN + 2 * LINE), f"{sum(facts)} of {len(facts)} facts", FAINT, small)
+        figure.paste(column.image.resize((SIDE, SIDE), Image.Resampling.NEAREST), (left, image_top))
 
     cuts = [truncated_sentences(caption, column.truncated) for column in columns]
     y = top

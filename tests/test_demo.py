@@ -12,6 +12,7 @@ from longalign.demo import (
     held_out_captions,
     image_folder,
     prepare_output_dir,
+    reward_runs,
     run_demo,
     truncated_sentences,
 )
@@ -20,7 +21,7 @@ from longalign.evaluation.comparison import findings
 from longalign.mini.captions import Caption, Sentence
 from longalign.testing.tiny import tiny_clip, tiny_sd
 
-MODELS = ["base", "segments, untrained", "align", "align+reward"]
+MODELS = ["truncated", "segments", "align", "align+reward, omega 1", "align+reward, omega 0.3"]
 
 
 @pytest.fixture(scope="module")
@@ -54,27 +55,41 @@ def test_run_demo_measures_all_models_on_same_captions(demo, configs):
     assert result.table.models == MODELS
     assert result.table.metrics == [
         "facts",
-        "denscore",
         "denscore.text_relevant",
         "denscore.text_irrelevant",
-        "denscore-o",
+        "held-out pickscore.text_relevant",
+        "held-out pickscore.text_irrelevant",
+        "look.dark",
+        "look.warmth",
     ]
     assert result.table.prompts == [c.text for c in held_out_captions(configs, 4)]
-    for model in result.table.models:
-        parts = result.table.row(model, "denscore.text_relevant") + result.table.row(model, "denscore.text_irrelevant")
-        np.testing.assert_allclose(parts, result.table.row(model, "denscore"), atol=1e-5)
-    stages = ["align: training", "reward: training", *(f"{model}: sampling" for model in MODELS)]
+    stages = [*(f"{model}: training" for model in MODELS[2:]), *(f"{model}: sampling" for model in MODELS)]
     assert list(result.seconds) == [*stages, "measuring", "total"]
 
 
 def test_run_demo_compares_with_previous_stage(demo):
     table = demo[0].table
-    assert [pair for pair in table.pairs if pair[1] != "base"] == [
-        ("align", "segments, untrained"),
-        ("align+reward", "align"),
+    assert [pair for pair in table.pairs if pair[1] != "truncated"] == [
+        ("align", "segments"),
+        ("align+reward, omega 1", "align"),
+        ("align+reward, omega 0.3", "align+reward, omega 1"),
     ]
     # same weights and noise; only the encoded text differs
-    assert not np.array_equal(table.row("base", "denscore"), table.row("segments, untrained", "denscore"))
+    rows = [table.row(model, "denscore.text_relevant") for model in ("truncated", "segments")]
+    assert not np.array_equal(*rows)
+
+
+def test_reward_runs_have_omega_one_then_the_configured(configs, tmp_path):
+    reward = configs[1]
+    runs = reward_runs(reward, tmp_path)
+    assert [(name, run.rewards[0].omega) for name, run in runs.items()] == list(zip(MODELS[3:], (1, 0.3), strict=True))
+    # the second stage as configured is in the folder "reward"
+    assert [run.output for run in runs.values()] == [str(tmp_path / "reward-omega-1"), str(tmp_path / "reward")]
+    plain = override(reward, {"rewards": [reward.rewards[0].inner]})
+    for one in (override(reward, {"rewards.0.omega": 1}), plain):
+        assert [(name, run.rewards) for name, run in reward_runs(one, tmp_path).items()] == [
+            ("align+reward", one.rewards)
+        ]
 
 
 def test_run_demo_writes_all_images(demo, configs):
@@ -87,20 +102,20 @@ def test_run_demo_writes_all_images(demo, configs):
         for row in rows:
             with Image.open(folder / row["file_name"]) as image:
                 assert image.text["prompt"] == row["prompt"] and model in image.text["settings"]
-        assert any(row["truncated"] for row in rows) == (model == "base")
+        assert any(row["truncated"] for row in rows) == (model == "truncated")
     assert {image_folder(model) for model in MODELS} == {p.name for p in (output / "images").iterdir()}
 
 
 def test_run_demo_writes_report_and_tables(demo):
     result, output = demo
     page = result.report.read_text()
-    assert page.count('<article class="example">') == 2 and page.count("<img") == 8
-    assert findings(result.table)[1].startswith("segments, untrained against base: fact accuracy ")
+    assert page.count('<article class="example">') == 2 and page.count("<img") == 10
+    assert findings(result.table)[1].startswith("segments against truncated: fact accuracy ")
     assert all(escape(text.partition(": ")[2]) in page for text in findings(result.table))
-    assert "<small>truncated</small>" in page and "reward: training" in page and "rank: 2" in page
+    assert "<small>truncated</small>" in page and "align+reward, omega 1: training" in page and "rank: 2" in page
     saved = json.loads((output / "table.json").read_text())
     assert saved["means"]["align"]["facts"]["count"] == 4
-    assert "| align+reward |" in (output / "table.md").read_text()
+    assert "| align+reward, omega 0.3 |" in (output / "table.md").read_text()
 
 
 def test_prepare_output_dir_replaces_only_earlier_demo(tmp_path):
