@@ -21,6 +21,7 @@ COMMANDS = {
     "arrange": "copy generated images to where the official scorer of a prompt set reads them",
     "score": "score images against their prompts with rewards, optionally generating them first",
     "eval": "compare models on the same prompts and seeds, with 95% confidence intervals",
+    "report": "write one HTML page of runs, images and tables: curves, intervals, images sentence by sentence",
     "compute-direction": "compute the common direction of a reward's text embeddings over a corpus, and print the "
     "distribution of eta",
     "list": "list available parts: kind, name, providing package and description",
