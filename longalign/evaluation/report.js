@@ -42,13 +42,15 @@
   const tools = document.querySelector(".tools");
   tools.hidden = false;
   tools.addEventListener("submit", (event) => event.preventDefault());
-  tools.addEventListener("input", (event) => {
+  const choose = (event) => {
     if (event.target.id === "colour") document.body.dataset.colour = event.target.value;
     else {
       limit = STEP;
       update();
     }
-  });
+  };
+  find("search").addEventListener("input", choose);
+  tools.querySelectorAll("select").forEach((select) => select.addEventListener("change", choose));
   find("more").addEventListener("click", () => {
     limit += STEP;
     update();
