@@ -104,7 +104,7 @@ def intervals(
     low, high = limits or (min(v.low for v in non_empty), max(v.high for v in non_empty))
     pad = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
     lines = max(len(row) for row in rows.values())
-    left = min(170, 14 + 6.2 * max(len(label) for label in rows))
+    left = min(180, 16 + 7 * max(len(label) for label in rows))
     row_height, bottom = 11 * lines + 11, 22
     height = row_height * len(rows) + bottom
     x_of = _scale(low - pad, high + pad, left, WIDTH - 16)

@@ -31,7 +31,9 @@ GAINS = {3: 0.5, 7: -0.5}
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
-    prompts = [["The <script>red</script> fox sleeps."] + ["It is small & here."] * (10 * (i % 2)) for i in range(COUNT)]
+    prompts = [
+        ["The <script>red</script> fox sleeps."] + ["It is small & here."] * (10 * (i % 2)) for i in range(COUNT)
+    ]
     prompts[5] = ["A heron waits."]
     base = np.full(COUNT, 0.5)
     tuned = base + [GAINS.get(i, 0.0) for i in range(COUNT)]
