@@ -11,8 +11,8 @@ from longalign.evaluation.table import MetricTable
 from longalign.metrics import Value
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install 'longalign[browser]'")
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
+By = pytest.importorskip("selenium.webdriver.common.by").By
+Keys = pytest.importorskip("selenium.webdriver.common.keys").Keys
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")

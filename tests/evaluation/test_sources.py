@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from longalign.cli.main import main
+from longalign.data.scenes.config import ScenesConfig
 from longalign.evaluation.report import Trial
 from longalign.evaluation.sentences import Sentences
 from longalign.evaluation.sources import read_sources, table_data
 from longalign.evaluation.table import MetricTable
 from longalign.image_folder import append_images, image_row
+from longalign.mini.scenes import render_batch
+from longalign.runtime import Runtime
 
 PROMPTS = ["A red fox. It sleeps.", "A blue house."]
 
@@ -136,3 +139,25 @@ def test_report_command(tmp_path, capsys):
     assert "report.html: 0 prompts" in capsys.readouterr().out and "A &lt;title&gt;" in output.read_text()
     assert main(["report", str(run), "--output", str(Path(tmp_path) / "report.txt")]) == 2
     assert ".html" in capsys.readouterr().err
+
+
+def test_report_command_on_the_table_of_eval(tmp_path, capsys):
+    data = ScenesConfig(size=2, seed=5).build(Runtime())
+    scenes, captions = zip(*(data.scene(i) for i in range(2)), strict=True)
+    rows = [image_row(i, caption.text, 0) for i, caption in enumerate(captions)]
+    true = torch.from_numpy(render_batch(scenes)).float()
+    for name, images in (("true", true), ("black", torch.zeros_like(true))):
+        (tmp_path / "out" / name).mkdir(parents=True)
+        append_images(tmp_path / "out" / name, rows, list(images), {})
+    models = [f"{name}={tmp_path / 'out' / name}" for name in ("black", "true")]
+    metric = "{name: facts, data: {name: scenes, size: 2, seed: 5}}"
+    table = tmp_path / "table.json"
+    assert main(["eval", "--images", *models, "--metric", metric, "--json", str(table)]) == 0
+    saved = json.loads(table.read_text())
+    assert saved["folders"] == {"black": "out/black", "true": "out/true"}
+    assert all(all(facts) for image in saved["sentences"]["verdicts"]["true"] for facts in image)
+    output = tmp_path / "report.html"
+    assert main(["report", str(table), "--output", str(output)]) == 0
+    assert "2 prompts" in capsys.readouterr().out
+    page, count = output.read_text(), sum(len(caption.facts) for caption in captions[:1])
+    assert f"true: {count} of {count} facts" in page and page.count('<article class="example"') == 2
