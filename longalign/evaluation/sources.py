@@ -13,7 +13,8 @@ from longalign.checkpoints.checkpoint import read_config
 from longalign.config.files import checkpoints
 from longalign.config.run import RunConfig
 from longalign.data.lines import read_jsonl
-from longalign.evaluation.report import Example, Trial
+from longalign.evaluation.report import Trial
+from longalign.evaluation.report_examples import Example
 from longalign.evaluation.sentences import Sentences, truncated_sentences
 from longalign.evaluation.table import MetricTable
 from longalign.image_folder import INDEX, read_images

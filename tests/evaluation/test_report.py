@@ -12,7 +12,8 @@ from pydantic import BaseModel
 
 from longalign.evaluation.comparison import findings
 from longalign.evaluation.record import machine, non_defaults, read_log
-from longalign.evaluation.report import Example, Trial, write_report
+from longalign.evaluation.report import Trial, write_report
+from longalign.evaluation.report_examples import Example
 from longalign.evaluation.table import MetricTable
 from longalign.metrics import Value
 

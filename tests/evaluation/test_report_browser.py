@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from longalign.evaluation.report import Example, write_report
+from longalign.evaluation.report import write_report
+from longalign.evaluation.report_examples import Example
 from longalign.evaluation.table import MetricTable
 from longalign.metrics import Value
 
