@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from longalign import registry
@@ -25,7 +24,9 @@ from longalign.data.scenes.config import HELD_OUT, ScenesConfig
 from longalign.encoders.base import Encoder, PromptReport, TruncationWarning
 from longalign.evaluation.comparison import findings
 from longalign.evaluation.measure import evaluate
-from longalign.evaluation.report import Example, write_report
+from longalign.evaluation.report import write_report
+from longalign.evaluation.sentences import measure_sentences
+from longalign.evaluation.sources import TABLE, read_sources, table_data
 from longalign.evaluation.table import MetricTable
 from longalign.image_folder import append_images, image_row
 from longalign.inference.sampling import sample
@@ -66,7 +67,7 @@ def run_demo(
     *,
     num_steps: int = 10,
     batch_size: int = 64,
-    examples: int = 6,
+    examples: int | None = None,
     device: str | None = None,
 ) -> DemoResult:
     """Trains both stages, samples held-out captions with each model, and writes the report.
@@ -86,7 +87,7 @@ def run_demo(
         prompts: number of held-out captions.
         num_steps: sampling steps; the guidance scale is taken from the reward stage.
         batch_size: images per batch.
-        examples: number of captions that the report shows with their images, starting with the first.
+        examples: number of captions that the report shows with their images, starting with the first; all if None.
         device: a torch device; the fastest available one if None.
 
     Raises:
@@ -120,7 +121,6 @@ def run_demo(
     guidance = getattr(reward_config.trainer, "guidance", 7.5)
     settings = {"num_steps": num_steps, "guidance": guidance, "batch_size": batch_size}
     images: dict[str, Tensor] = {}
-    truncated: dict[str, list[frozenset[int]]] = {}
     for name in (BASE, SEGMENTS, *configs):
         # the report shows which sentences were truncated
         with _timed(f"{name}: sampling", seconds), warnings.catch_warnings():
@@ -131,7 +131,6 @@ def run_demo(
                 backbone, encoder = load_for_sampling(checkpoints[name], runtime)[1:]
             images[name] = sample(backbone, encoder, texts, seeds=seeds, **settings, progress=True)
             reports = encoder.report(texts)
-            truncated[name] = [truncated_sentences(c, report) for c, report in zip(captions, reports, strict=True)]
             _save_images(images_dir / image_folder(name), images[name], texts, reports, {"model": name, **settings})
 
     with _timed("measuring", seconds):
@@ -140,21 +139,20 @@ def run_demo(
         table = _columns(
             evaluate(images, texts, [facts, scores, _held_out(inner.name, runtime), Gauges("look")], seeds)
         )
-        shown = [_example(i, captions[i], images, truncated, facts, scores) for i in range(min(examples, prompts))]
+        sentences = measure_sentences(images, texts, facts, scores, batch_size)
 
     seconds["total"] = sum(seconds.values())
-    report = write_report(
-        output / "report.html",
+    data = table_data(
+        table,
+        {name: images_dir / image_folder(name) for name in images},
+        output / TABLE,
+        sentences,
         title="LongAlign on the synthetic scenes",
         lead=_lead(configs, captions, guidance, num_steps),
-        table=table,
-        examples=shown,
-        logs={name: Path(config.output) / "log.jsonl" for name, config in configs.items()},
-        configs=configs,
         seconds=seconds,
-        score_name=scores.label,
     )
-    (output / "table.json").write_text(table.json(), encoding="utf-8")
+    (output / TABLE).write_text(json.dumps(data, indent=1), encoding="utf-8")
+    report = write_report(output / "report.html", **read_sources([str(output)], examples))
     (output / "table.md").write_text(table.markdown(), encoding="utf-8")
     print("\n" + table.text() + "\n" + "\n".join(findings(table)) + "\n")
     print("\n".join(f"{stage:32}{value:6.0f} s" for stage, value in seconds.items()))
@@ -267,44 +265,6 @@ def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
     seconds[stage] = time.perf_counter() - start
 
 
-def truncated_sentences(caption: Caption, report: PromptReport) -> frozenset[int]:
-    """Returns the indices of the sentences that are truncated, partly or completely."""
-    if not report.truncated.strip():
-        return frozenset()
-    # truncated text is the end of the caption; lengths are without spaces, since encoders may drop spaces at splits
-    length = len("".join(caption.text.split()))
-    encoded_length = length - len("".join(report.truncated.split()))
-    indices, end = set(), 0
-    for i, sentence in enumerate(caption.sentences):
-        end += len("".join(sentence.text.split()))
-        if end > encoded_length:
-            indices.add(i)
-    return frozenset(indices)
-
-
-@torch.no_grad()
-def _example(
-    index: int,
-    caption: Caption,
-    images: Mapping[str, Tensor],
-    truncated: Mapping[str, Sequence[frozenset[int]]],
-    facts: FactMetric,
-    scores: RewardMetric,
-) -> Example:
-    sentences = [sentence.text for sentence in caption.sentences]
-    reward: Any = scores.reward
-    embed, texts = reward.image_features, reward.text_features(sentences)
-    example_images = {name: batch[index] for name, batch in images.items()}
-    return Example(
-        sentences=sentences,
-        seed=index,
-        images=example_images,
-        verdicts={name: facts.verdicts(image[None], [caption.text])[0] for name, image in example_images.items()},
-        scores={name: (embed(image[None]) * texts).sum(-1).tolist() for name, image in example_images.items()},
-        truncated={name: rows[index] for name, rows in truncated.items()},
-    )
-
-
 def _lead(configs: Mapping[str, RunConfig], captions: Sequence[Caption], guidance: float, num_steps: int) -> str:
     words = sorted(caption.num_words for caption in captions)
     rewards = [name for name in configs if name != ALIGN]
@@ -316,6 +276,6 @@ def _lead(configs: Mapping[str, RunConfig], captions: Sequence[Caption], guidanc
         f"{configs[ALIGN].loop.steps} steps. {'; '.join(rewards)}: then fine-tuned on a preference model for "
         f"{configs[rewards[0]].loop.steps} steps. Omega is the weight of the part of its score that does not depend on "
         "the text; 1 is the original score. The held-out reward is not trained on. Dark is the share of dark pixels, "
-        "warmth the mean of red minus blue. Facts are read from the pixels without a learned model. The images below "
-        "are those of the first captions, not selected; all images are in the folder 'images' beside this page."
+        "warmth the mean of red minus blue. Facts are read from the pixels without a learned model. The images are not "
+        "selected; the files are in the folder 'images' beside this page."
     )

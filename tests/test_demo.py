@@ -1,4 +1,5 @@
 import json
+import re
 from html import escape
 
 import numpy as np
@@ -14,11 +15,8 @@ from longalign.demo import (
     prepare_output_dir,
     reward_runs,
     run_demo,
-    truncated_sentences,
 )
-from longalign.encoders.base import PromptReport
 from longalign.evaluation.comparison import findings
-from longalign.mini.captions import Caption, Sentence
 from longalign.testing.tiny import tiny_clip, tiny_sd
 
 MODELS = ["truncated", "segments", "align", "align+reward, omega 1", "align+reward, omega 0.3"]
@@ -109,12 +107,17 @@ def test_run_demo_writes_all_images(demo, configs):
 def test_run_demo_writes_report_and_tables(demo):
     result, output = demo
     page = result.report.read_text()
-    assert page.count('<article class="example">') == 2 and page.count("<img") == 10
+    assert page.count('<article class="example"') == 2 and page.count('class="open"') == 10
     assert findings(result.table)[1].startswith("segments against truncated: fact accuracy ")
     assert all(escape(text.partition(": ")[2]) in page for text in findings(result.table))
-    assert "<small>truncated</small>" in page and "align+reward, omega 1: training" in page and "rank: 2" in page
+    assert re.search(r'class="chip [^"]* truncated"', page) and "rank: 2" in page
     saved = json.loads((output / "table.json").read_text())
-    assert saved["means"]["align"]["facts"]["count"] == 4
+    assert saved["means"]["align"]["facts"]["count"] == 4 and saved["folders"]["align"] == "images/align"
+    sentences = saved["sentences"]
+    for model in MODELS:
+        shown = [np.mean([f for sentence in image for f in sentence]) for image in sentences["verdicts"][model]]
+        np.testing.assert_allclose(shown, saved["values"][model]["facts"])
+        assert [len(image) for image in sentences["scores"][model]] == [len(texts) for texts in sentences["texts"]]
     assert "| align+reward, omega 0.3 |" in (output / "table.md").read_text()
 
 
@@ -140,14 +143,6 @@ def test_held_out_captions_use_separate_seed(configs):
     assert not {c.text for c in captions} & {configs[0].data.build(None).prompt(i) for i in range(3)}
     with pytest.raises(ValueError, match=r"'scenes'.*'folder'"):
         held_out_captions([override(configs[0], {"data": {"name": "folder", "folder": "x"}})], 3)
-
-
-def test_truncated_sentences():
-    caption = Caption(tuple(Sentence(text, ()) for text in ("One two.", "Three four.", "Five.")))
-    assert truncated_sentences(caption, PromptReport(("One two.",), (2,), " Three four. Five.")) == {1, 2}
-    assert truncated_sentences(caption, PromptReport(("One two. Three",), (3,), "four. Five.")) == {1, 2}
-    assert truncated_sentences(caption, PromptReport(("One two. Three four.",), (4,), "Five.")) == {2}
-    assert truncated_sentences(caption, PromptReport(("...",), (5,))) == frozenset()
 
 
 def test_run_demo_single_prompt_raises(tmp_path):

@@ -125,9 +125,14 @@ def run(args: Namespace) -> None:
         table = add_win_rates(table, files, Judge.from_config(judge, Runtime.detect(device=args.device)))
     print(table.text(shutil.get_terminal_size().columns if sys.stdout.isatty() else None), end="")
     if args.json:
+        from longalign.evaluation.sentences import measure_sentences, sentence_metrics
+        from longalign.evaluation.sources import table_data
+
         model_configs = {name: _config_of_image(paths.paths[0]) for name, paths in files.items()}
-        text = json.dumps({**table.to_dict(), "configs": model_configs}, indent=1)
-        Path(args.json).write_text(text, encoding="utf-8")
+        sentences = measure_sentences(files, texts, *sentence_metrics(metrics), args.batch)
+        folders = {model.name: model.folder for model in models}
+        data = table_data(table, folders, Path(args.json), sentences, configs=model_configs)
+        Path(args.json).write_text(json.dumps(data, indent=1), encoding="utf-8")
     if args.markdown:
         Path(args.markdown).write_text(table.markdown(), encoding="utf-8")
     if args.csv:

@@ -22,6 +22,7 @@ COMMANDS = {
     "score": "score images against their prompts with rewards, optionally generating them first",
     "eval": "compare models on the same prompts and seeds, with 95% confidence intervals",
     "ablate": "train and compare variants of a config over several training seeds",
+    "report": "write one HTML page of runs, images and tables: curves, intervals, images sentence by sentence",
     "compute-direction": "compute the common direction of a reward's text embeddings over a corpus, and print the "
     "distribution of eta",
     "list": "list available parts: kind, name, providing package and description",

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from longalign.evaluation.judge import add_win_rates as add_win_rates
     from longalign.evaluation.measure import evaluate as evaluate
     from longalign.evaluation.measure import measure as measure
-    from longalign.evaluation.report import Example as Example
     from longalign.evaluation.report import write_report as write_report
+    from longalign.evaluation.report_examples import Example as Example
     from longalign.evaluation.scoring import score_images as score_images
     from longalign.evaluation.scoring import score_sentences as score_sentences
     from longalign.evaluation.table import MetricTable as MetricTable
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__, __getattr__, __dir__ = lazy_exports(
     __name__,
     {
-        "Example": "report",
+        "Example": "report_examples",
         "Interval": "bootstrap",
         "Judge": "judge",
         "MetricTable": "table",

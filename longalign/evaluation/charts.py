@@ -9,6 +9,8 @@ from html import escape
 from longalign.evaluation.bootstrap import Interval
 
 WIDTH = 400
+COLORS = 8
+"""Colors of models and lines in the page's CSS; then they repeat."""
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
@@ -32,19 +34,31 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
     return means
 
 
-def curve(title: str, steps: Sequence[float], values: Sequence[float], height: int = 170) -> str:
-    """Draws one curve over steps: the values as a thin line, and their moving mean as a thick line.
+def curves(
+    title: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], height: int = 190, x_title: str = "step"
+) -> str:
+    """Draws curves over steps, in the models' colors: the values as thin lines, and their moving means as thick lines.
 
     Non-finite values are skipped. Without finite values the chart shows "no values".
+
+    Args:
+        title: caption of the chart.
+        lines: name -> (steps, values). The names are shown if there are several.
+        height: of the chart, where its width is `WIDTH`.
+        x_title: title of the x axis.
     """
-    points = [(x, y) for x, y in zip(steps, values, strict=True) if math.isfinite(y)]
+    finite = {
+        name: [(x, y) for x, y in zip(steps, values, strict=True) if math.isfinite(y)]
+        for name, (steps, values) in lines.items()
+    }
+    points = [point for line in finite.values() for point in line]
     if not points:
         return f'<figure class="chart"><figcaption>{escape(title)}</figcaption><p>no values</p></figure>'
     xs, ys = [p[0] for p in points], [p[1] for p in points]
     low, high = min(ys), max(ys)
     pad = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
     low, high = low - pad, high + pad
-    left, right, top, bottom = 52, 8, 8, 22
+    left, right, top, bottom = 52, 12, 8, 36
     x_of = _scale(min(xs), max(xs), left, WIDTH - right)
     y_of = _scale(low, high, height - bottom, top)
     parts = []
@@ -52,36 +66,54 @@ def curve(title: str, steps: Sequence[float], values: Sequence[float], height: i
         parts.append(f'<line class="grid" x1="{left}" x2="{WIDTH - right}" y1="{y_of(y):.1f}" y2="{y_of(y):.1f}"/>')
         parts.append(f'<text x="{left - 6}" y="{y_of(y) + 4:.1f}" text-anchor="end">{_short(y)}</text>')
     parts += [
-        f'<text x="{x_of(x):.1f}" y="{height - 6}" text-anchor="middle">{_short(x)}</text>'
+        f'<text x="{x_of(x):.1f}" y="{height - 20}" text-anchor="middle">{_short(x)}</text>'
         for x in ticks(min(xs), max(xs), 5)
     ]
-    parts.append(f'<polyline class="raw" points="{_points(xs, ys, x_of, y_of)}"/>')
-    parts.append(f'<polyline class="mean" points="{_points(xs, smooth(ys, max(1, len(ys) // 12)), x_of, y_of)}"/>')
-    return _figure(title, parts, height)
+    parts.append(f'<text x="{(left + WIDTH - right) / 2}" y="{height - 4}" text-anchor="middle">{x_title}</text>')
+    legend, spoken = "", []
+    for i, (name, line) in enumerate(finite.items()):
+        if not line:
+            continue
+        color, steps, values = f"line-{i % COLORS}", [p[0] for p in line], [p[1] for p in line]
+        parts.append(f'<polyline class="raw {color}" points="{_points(steps, values, x_of, y_of)}"/>')
+        means = smooth(values, max(1, len(values) // 12))
+        parts.append(f'<polyline class="mean {color}" points="{_points(steps, means, x_of, y_of)}"/>')
+        spoken.append(f"{name} from {_short(values[0])} to {_short(values[-1])}")
+        if len(finite) > 1:
+            legend += f' <span class="key"><span class="dot model-{i % COLORS}"></span>{escape(name)}</span>'
+    return _figure(title, parts, height, legend, f"{title}: {', '.join(spoken)}")
 
 
-def intervals(title: str, rows: Mapping[str, Mapping[str, Interval]], number: Callable[[float], str]) -> str:
+def intervals(
+    title: str,
+    rows: Mapping[str, Mapping[str, Interval]],
+    number: Callable[[float], str],
+    limits: tuple[float, float] | None = None,
+) -> str:
     """Draws means with intervals. Each label has a row with one line per model, in the models' order and colors.
 
     Args:
         title: caption of the chart.
         rows: label -> model -> interval; intervals without values are skipped.
         number: formats a value.
+        limits: ends of the x axis; those of the intervals if None.
     """
     non_empty = [v for row in rows.values() for v in row.values() if v.count]
     if not non_empty:
         return f'<figure class="chart"><figcaption>{escape(title)}</figcaption><p>no values</p></figure>'
-    low, high = min(v.low for v in non_empty), max(v.high for v in non_empty)
+    low, high = limits or (min(v.low for v in non_empty), max(v.high for v in non_empty))
     pad = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
     lines = max(len(row) for row in rows.values())
-    left = min(150, 14 + 7 * max(len(label) for label in rows))
+    left = min(180, 16 + 7 * max(len(label) for label in rows))
     row_height, bottom = 11 * lines + 11, 22
     height = row_height * len(rows) + bottom
-    x_of = _scale(low - pad, high + pad, left, WIDTH - 10)
+    x_of = _scale(low - pad, high + pad, left, WIDTH - 16)
     parts = []
-    for x in ticks(low - pad, high + pad, 5):
+    for x in ticks(low, high, 5):
         parts.append(f'<line class="grid" x1="{x_of(x):.1f}" x2="{x_of(x):.1f}" y1="2" y2="{height - bottom}"/>')
-        parts.append(f'<text x="{x_of(x):.1f}" y="{height - 6}" text-anchor="middle">{number(x)}</text>')
+        parts.append(
+            f'<text x="{x_of(x):.1f}" y="{height - 6}" text-anchor="middle">{number(x).removesuffix(".0")}</text>'
+        )
     for i, (label, row) in enumerate(rows.items()):
         middle = i * row_height + row_height / 2
         parts.append(f'<text x="{left - 10}" y="{middle + 4:.1f}" text-anchor="end">{escape(label)}</text>')
@@ -91,16 +123,17 @@ def intervals(title: str, rows: Mapping[str, Mapping[str, Interval]], number: Ca
             y = middle + (j - (len(row) - 1) / 2) * 11
             title_text = f"{escape(model)}: {number(value.mean)} [{number(value.low)}, {number(value.high)}]"
             parts.append(
-                f'<g class="model-{j}"><title>{title_text}</title>'
+                f'<g class="model-{j % COLORS}"><title>{title_text}</title>'
                 f'<line x1="{x_of(value.low):.1f}" x2="{x_of(value.high):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
                 f'<circle cx="{x_of(value.mean):.1f}" cy="{y:.1f}" r="4"/></g>'
             )
     return _figure(title, parts, height)
 
 
-def _figure(title: str, parts: Sequence[str], height: float) -> str:
-    svg = f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
-    return f'<figure class="chart"><figcaption>{escape(title)}</figcaption>{svg}</figure>'
+def _figure(title: str, parts: Sequence[str], height: float, legend: str = "", spoken: str = "") -> str:
+    label = escape(spoken or title)
+    svg = f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    return f'<figure class="chart"><figcaption>{escape(title)}{legend}</figcaption>{svg}</figure>'
 
 
 def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:

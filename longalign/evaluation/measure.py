@@ -40,7 +40,7 @@ def observe(
         raise ValueError(f"expected one prompt per image, got {len(images)} images and {len(prompts)} prompts")
     results: list[dict[str, np.ndarray]] = [{} for _ in metrics]
     for start in range(0, len(prompts), batch_size):
-        for rows, batch in _by_size(images, range(start, min(start + batch_size, len(prompts)))):
+        for rows, batch in by_size(images, range(start, min(start + batch_size, len(prompts)))):
             batch_prompts = [prompts[i] for i in rows]
             for metric, result in zip(metrics, results, strict=True):
                 for name, values in metric.observe(batch, batch_prompts).items():
@@ -61,7 +61,7 @@ def _checked(where: str, values: Any, count: int) -> np.ndarray:
     return array.astype(np.float64 if array.ndim == 1 else np.float32)
 
 
-def _by_size(images: Tensor | Sequence[Tensor], rows: Iterable[int]) -> Iterator[tuple[list[int], Tensor]]:
+def by_size(images: Tensor | Sequence[Tensor], rows: Iterable[int]) -> Iterator[tuple[list[int], Tensor]]:
     """Groups the selected images by size, as ``(indices, images)``."""
     groups: dict[torch.Size, list[tuple[int, Tensor]]] = {}
     for i in rows:

@@ -1,81 +1,79 @@
-"""Writes an HTML report of a run: metrics, image grids with verdicts, training curves, configs, machine.
+"""Writes the report: one HTML page with metrics, images, sentences, training curves, configs and machine.
 
-The page is the template ``report.html`` with ``report.css``; this module computes what it shows.
+The page is the template ``report.html`` with ``report.css`` and ``report.js``; this module computes what it shows.
 """
 
 from __future__ import annotations
 
 import base64
-import io
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import BaseModel
-from torch import Tensor
 
-from longalign.evaluation import charts
 from longalign.evaluation.bootstrap import MIN_PROMPTS, Interval
 from longalign.evaluation.comparison import findings
 from longalign.evaluation.formatting import number
-from longalign.evaluation.record import machine, non_defaults, read_log
+from longalign.evaluation.record import machine, non_defaults
+from longalign.evaluation.report_charts import breakdown_charts, training
+from longalign.evaluation.report_examples import Example, examples_context
 from longalign.evaluation.table import MetricTable
-from longalign.image_io import to_pil
 from longalign.metrics.base import Value
 
-LONGEST_SIDE = 384
-"""Pixels; larger images are downscaled to this before embedding."""
+BUDGET = 8_000_000
+"""Bytes of the images of a page, before their encoding as text, which adds a third."""
 
 
 @dataclass(frozen=True)
-class Example:
-    """One prompt with the image of every model, from the same seed.
+class Trial:
+    """One cell of an ablation.
 
     Attributes:
-        sentences: the sentences of the prompt.
-        seed: seed of the noise.
-        images: model -> image ``(3, h, w)`` in [0, 1].
-        verdicts: model -> sentence -> fact -> whether the fact holds in the image.
-        scores: model -> sentence -> a reward's score.
-        truncated: model -> indices of the sentences that its encoder truncated, partly or completely.
+        name: its name in the table.
+        overrides: what it changes, e.g. ``trainer.eta=0.5``.
+        seeds: seeds of its runs.
     """
 
-    sentences: Sequence[str]
-    seed: int
-    images: Mapping[str, Tensor]
-    verdicts: Mapping[str, Sequence[Sequence[bool]]] = field(default_factory=dict)
-    scores: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    truncated: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    name: str
+    overrides: Sequence[str]
+    seeds: Sequence[int] = ()
 
 
 def write_report(
     path: Path | str,
     *,
     title: str,
-    lead: str,
-    table: MetricTable,
+    lead: str = "",
+    table: MetricTable | None = None,
     examples: Sequence[Example] = (),
     logs: Mapping[str, Path | str] | None = None,
     configs: Mapping[str, BaseModel] | None = None,
     seconds: Mapping[str, float] | None = None,
     score_name: str = "score",
+    trials: Sequence[Trial] = (),
+    budget: int = BUDGET,
 ) -> Path:
-    """Writes the report: one HTML file without scripts, viewable offline.
+    """Writes the report: one HTML file that needs no network.
 
     Args:
         path: path of the HTML file; missing folders are created.
         title: heading.
-        lead: plain text below the heading.
+        lead: plain text that says what was done.
         table: metrics of the models; the first model is the base.
-        examples: image grids.
-        logs: stage -> its ``log.jsonl``, one JSON object per line with ``step`` and numbers.
-        configs: stage -> its config.
+        examples: prompts with images. Those whose images exceed the budget are left out at the end.
+        logs: run -> its ``log.jsonl``, one JSON object per line with ``step`` and numbers.
+        configs: run -> its config.
         seconds: stage -> duration in seconds.
         score_name: name of the examples' scores.
+        trials: the cells of an ablation.
+        budget: bytes of all images together; they are downscaled and compressed to fit.
 
     Returns:
         The path of the HTML file.
@@ -84,22 +82,29 @@ def write_report(
     environment = Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
+    models = table.models if table else list(dict.fromkeys(m for e in examples for m in e.images))
+    script = Path(__file__).with_name("report.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     page = environment.get_template("report.html").render(
         title=title,
         lead=lead,
-        models=table.models,
+        models=models,
         min_prompts=MIN_PROMPTS,
         **_metrics(table),
-        **_breakdowns(table),
-        examples=[_example(example, [m for m in table.models if m in example.images]) for example in examples],
+        breakdowns=breakdown_charts(table) if table else [],
+        breakdown_differences=_breakdown_differences(table) if table else [],
+        **examples_context(table, models, examples, budget),
         score_name=score_name,
-        stages=[_stage(name, Path(log)) for name, log in (logs or {}).items()],
+        stages=training({name: Path(log) for name, log in (logs or {}).items()}),
         configs=[
             (stage, _yaml(non_defaults(config)), _yaml(config.model_dump(mode="json")))
             for stage, config in (configs or {}).items()
         ],
+        trials=trials,
         times={stage: f"{value:.0f} s" for stage, value in (seconds or {}).items()},
         versions=machine(),
+        script=Markup(script),
+        script_hash=digest,
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,12 +113,12 @@ def write_report(
 
 
 class Cell(NamedTuple):
-    """A mean and its interval as texts; ``bold`` for a significant difference."""
+    """A mean and its interval as texts; ``kind`` of a significant difference: ``gain``, ``loss`` or ``change``."""
 
     mean: str
     low: str
     high: str
-    bold: bool
+    kind: str
 
 
 class Grid(NamedTuple):
@@ -123,40 +128,81 @@ class Grid(NamedTuple):
     rows: list[tuple[str, list[Cell | None]]]
 
 
-class Chip(NamedTuple):
-    """Result of one model's image for one sentence: a count of facts in ``lines``, smaller texts in ``notes``."""
-
-    kind: str
-    lines: list[str]
-    notes: list[str]
-
-
-def _cell(interval: Interval, value: Value, difference: bool = False) -> Cell | None:
+def _cell(interval: Interval, value: Value, is_gain: bool | None = None, difference: bool = False) -> Cell | None:
     if not interval.count:
         return None
     mean, low, high = (number(v, value, difference) for v in (interval.mean, interval.low, interval.high))
-    return Cell(mean, low, high, difference and interval.significant)
+    significant = difference and interval.significant
+    return Cell(mean, low, high, {True: "gain", False: "loss", None: "change"}[is_gain] if significant else "")
 
 
-def _metrics(table: MetricTable) -> dict[str, Any]:
-    """Returns the findings, the main table and the paired differences.
+def _difference(table: MetricTable, metric: str, interval: Interval) -> Cell | None:
+    return _cell(interval, table.value(metric), table.is_gain(metric, interval), difference=True)
+
+
+def _metrics(table: MetricTable | None) -> dict[str, Any]:
+    """Returns the findings, the summary of each model, the main table and the paired differences.
 
     Findings and differences are only included for several models.
     """
+    if table is None or not table.metrics:
+        return {"findings": [], "hero": [], "losses": [], "counts": "", "metrics": None, "differences": None}
     prompts, images = table.num_prompts, len(table.prompts)
-    head = [table.label(m) for m in table.metrics]
-    rows = [(model, [_cell(table.interval(model, m), table.value(m)) for m in table.metrics]) for model in table.models]
-    differences = [
-        (f"{model} - {other}", [_cell(table.difference(model, m, other), table.value(m), True) for m in table.metrics])
-        for model, other in table.pairs
-    ]
     several = len(table.models) > 1
+    rows = [
+        (table.label(k), [_cell(_interval(table, m, k), table.value(k)) for m in table.models]) for k in _all(table)
+    ]
+    differences = [
+        (table.label(k), [_difference(table, k, table.difference(m, k, other)) for m, other in table.pairs])
+        for k in table.metrics
+        if all(_has(table, m, k) for m in table.models)
+    ]
     return {
         "findings": [_head_and_rest(text) for text in findings(table)] if several else [],
-        "counts": f"{prompts} prompts, {'one image each' if images == prompts else f'{images} images'}",
-        "metrics": Grid(head, rows),
-        "differences": Grid(head, differences) if several else None,
+        "hero": _hero(table),
+        "losses": _losses(table),
+        "counts": f"{prompts} prompts, {'one image each' if images == prompts else f'{images} images per model'}",
+        "metrics": Grid(table.models, rows),
+        "differences": Grid([f"{m} - {o}" for m, o in table.pairs], differences) if several else None,
     }
+
+
+def _all(table: MetricTable) -> list[str]:
+    return [k for k in table.metrics if any(_has(table, m, k) for m in table.models)]
+
+
+def _has(table: MetricTable, model: str, metric: str) -> bool:
+    return metric in table.values.get(model, {}) or metric in table.sets.get(model, {})
+
+
+def _interval(table: MetricTable, model: str, metric: str) -> Interval:
+    return table.interval(model, metric) if _has(table, model, metric) else Interval(np.nan, np.nan, np.nan, 0)
+
+
+def _hero(table: MetricTable) -> list[dict[str, Any]]:
+    """Returns for each model the first metric's mean, and the difference to the model before."""
+    metric, out = table.metrics[0], []
+    for before, model in zip([None, *table.models], table.models, strict=False):
+        change = None if before is None else _difference(table, metric, table.difference(model, metric, before))
+        out.append(
+            {
+                "model": model,
+                "label": table.label(metric),
+                "cell": _cell(table.interval(model, metric), table.value(metric)),
+                "change": change,
+                "before": before,
+            }
+        )
+    return out
+
+
+def _losses(table: MetricTable) -> list[tuple[str, str, Cell | None]]:
+    """Returns the significant losses of each model against the one before, as (pair, metric, difference)."""
+    return [
+        (f"{model} - {before}", table.label(k), _difference(table, k, change))
+        for before, model in zip(table.models, table.models[1:], strict=False)
+        for k, change in table.significant(model, before)[1].items()
+    ]
 
 
 def _head_and_rest(text: str) -> tuple[str, str]:
@@ -164,71 +210,15 @@ def _head_and_rest(text: str) -> tuple[str, str]:
     return head, colon + rest
 
 
-def _breakdowns(table: MetricTable) -> dict[str, Any]:
-    """Returns the charts of the breakdowns, and their paired differences as ``(title, grid)``."""
-    figures: list[Markup] = []
-    differences: list[tuple[str, Grid]] = []
+def _breakdown_differences(table: MetricTable) -> list[tuple[str, Grid]]:
+    """Returns the paired differences of the breakdowns as ``(title, grid)``."""
+    grids = []
     for metric in table.main_breakdowns:
-        value = table.value(metric)
-        for title, rows in table.breakdowns(metric).items():
-            figures.append(Markup(charts.intervals(title, rows, lambda v, value=value: number(v, value))))
         for title, groups in table.breakdowns(metric, paired=True).items():
-            pairs = next(iter(groups.values()))
-            rows = [(pair, [_cell(row[pair], value, True) for row in groups.values()]) for pair in pairs]
-            differences.append((title, Grid(list(groups), rows)))
-    return {"breakdown_charts": figures, "breakdown_differences": differences}
-
-
-def _example(example: Example, models: Sequence[str]) -> dict[str, Any]:
-    images = []
-    for model in models:
-        facts = [fact for sentence in example.verdicts.get(model, ()) for fact in sentence]
-        count = f"{sum(facts)} of {len(facts)} facts" if facts else ""
-        images.append({"model": model, "url": data_url(example.images[model]), "facts": count})
-    return {
-        "seed": example.seed,
-        "images": images,
-        "rows": [(text, [_chip(example, model, i) for model in models]) for i, text in enumerate(example.sentences)],
-        "verdicts": example.verdicts,
-        "scores": example.scores,
-        "any_truncated": any(example.truncated.values()),
-    }
-
-
-def _chip(example: Example, model: str, sentence: int) -> Chip:
-    kind, lines, notes = [], [], []
-    if model in example.verdicts:
-        facts = example.verdicts[model][sentence]
-        kind += ["true" if all(facts) else "part" if any(facts) else "false"] if facts else []
-        lines.append(f"{sum(facts)}/{len(facts)}" if facts else "-")
-    if model in example.scores:
-        notes.append(f"{example.scores[model][sentence]:.3f}")
-    if sentence in example.truncated.get(model, ()):
-        kind.append("truncated")
-        notes.append("truncated")
-    return Chip(" ".join(kind), lines, notes)
-
-
-def data_url(image: Tensor) -> str:
-    """Returns an image ``(3, h, w)`` in [0, 1] as a PNG ``data:`` URL, at most `LONGEST_SIDE` pixels wide and high."""
-    pil_image = to_pil(image)
-    pil_image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-    buffer = io.BytesIO()
-    pil_image.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _stage(name: str, log: Path) -> dict[str, Any]:
-    """Returns the charts of a log's curves, and the curves that are constant; ``missing`` if there is no log."""
-    if not log.exists():
-        return {"name": name, "missing": str(log)}
-    curves = {key.replace("_", "-"): curve for key, curve in read_log(log).items()}
-    return {
-        "name": name,
-        "missing": "",
-        "charts": [Markup(charts.curve(key, *curve)) for key, curve in curves.items() if len(set(curve[1])) > 1],
-        "constant": [f"{key} {values[0]:g}" for key, (_, values) in curves.items() if len(set(values)) == 1],
-    }
+            pairs = list(next(iter(groups.values())))
+            rows = [(name, [_difference(table, metric, row[p]) for p in pairs]) for name, row in groups.items()]
+            grids.append((title, Grid(pairs, rows)))
+    return grids
 
 
 def _yaml(value: Any) -> str:

@@ -1,5 +1,5 @@
 import base64
-import io
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
@@ -8,12 +8,12 @@ from importlib.metadata import version
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from pydantic import BaseModel
 
 from longalign.evaluation.comparison import findings
 from longalign.evaluation.record import machine, non_defaults, read_log
-from longalign.evaluation.report import Example, data_url, write_report
+from longalign.evaluation.report import Trial, write_report
+from longalign.evaluation.report_examples import Example
 from longalign.evaluation.table import MetricTable
 from longalign.metrics import Value
 
@@ -41,7 +41,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.sources += [v for k, v in attrs if k in ("src", "href")]
-        if tag not in ("meta", "img", "br", "wbr", "line", "circle", "polyline"):
+        if tag not in ("meta", "img", "br", "input", "line", "circle", "polyline"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -70,6 +70,8 @@ def page(tmp_path):
         verdicts={"base": [[True, False], [False]], "tuned": [[True, True], [True]]},
         scores={"base": [0.1, 0.2], "tuned": [0.3, 0.4]},
         truncated={"base": frozenset({1})},
+        facts=[["colour red", "shape <i>"], ["size large"]],
+        row=0,
     )
     log = tmp_path / "log.jsonl"
     log.write_text("\n".join(json.dumps({"step": i, "loss": 1 / (i + 1), "lr": 0.5}) for i in range(5)) + "\n")
@@ -92,14 +94,30 @@ def page(tmp_path):
 
 def test_report_is_self_contained(page):
     text, parser = page
-    assert parser.sources and all(s.startswith("data:image/png;base64,") for s in parser.sources)
-    assert "<script" not in text and "@import" not in text and "url(" not in text and "://" not in text
+    sources = [source for source in parser.sources if not source.startswith("#")]
+    assert sources and all(source.startswith("data:image/webp;base64,") for source in sources)
+    assert "@import" not in text and "url(" not in text and "://" not in text
     assert "prefers-color-scheme: dark" in text and "width=device-width" in text
+
+
+def test_report_links_lead_to_its_sections(page):
+    text, parser = page
+    links = [source for source in parser.sources if source.startswith("#")]
+    assert {"#metrics", "#images", "#training"} <= set(links) and all(f'id="{link[1:]}"' in text for link in links)
+
+
+def test_report_policy_allows_only_its_script(page):
+    text, _ = page
+    (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)[1]
+    assert policy.startswith("default-src 'none'") and f"script-src 'sha256-{digest}'" in policy
+    assert text.index("Content-Security-Policy") < text.index("<style")
 
 
 def test_report_escapes_text(page):
     text, parser = page
-    assert "A &amp; B" in text and "A red &lt;b&gt;." in text
+    assert "A &amp; B" in text and "A red &lt;b&gt;." in text and "shape &lt;i&gt;" in text
     assert "A red <b>." in "".join(parser.words)
 
 
@@ -107,16 +125,17 @@ def test_report_shows_means_differences_and_verdicts(page):
     text, _ = page
     assert "<b>base</b>: fact accuracy 37.5% [25.0, 50.0]." in text
     assert "<b>tuned against base</b>: fact accuracy 87.5%, +50.0 [+50.0, +50.0] points." in text
-    assert "<td><span>+50.0</span>" in text  # not significant: two prompts are too few
-    chips = re.findall(r'<span class="chip ([a-z ]*)">(.*?)</span></td>', text)
+    assert '<td data-label="tuned - base"><span>+50.0</span>' in text  # two prompts are too few for a significant one
+    chips = re.findall(r'<span class="chip ([^"]*)"( data-facts="[01]*")?>(.*?)</span></td>', text)
     assert chips == [
-        ("part", "1/2<small>0.100</small>"),
-        ("true", "2/2<small>0.300</small>"),
-        ("false truncated", "0/1<small>0.200</small><small>truncated</small>"),
-        ("true", "1/1<small>0.400</small>"),
+        ("part s0", ' data-facts="10"', "<b>1/2</b><small>0.100</small>"),
+        ("true s3", ' data-facts="11"', "<b>2/2</b><small>0.300</small>"),
+        ("false s1 truncated", ' data-facts="0"', "<b>0/1</b><small>0.200</small>"),
+        ("true s4", ' data-facts="1"', "<b>1/1</b><small>0.400</small>"),
     ]
     assert "1 of 3 facts" in text and "3 of 3 facts" in text
-    assert "fact accuracy, % by attribute" in text
+    assert 'data-words="4" data-length="1-30" data-changes="0.5000"' in text
+    assert ">by attribute<" in text
 
 
 def test_report_significant_differences_are_bold(tmp_path):
@@ -124,26 +143,44 @@ def test_report_significant_differences_are_bold(tmp_path):
     models = {model: {"facts": v} for model, v in values.items()}
     table = MetricTable(models, [f"prompt {i}" for i in range(10)], units=FACTS)
     text = write_report(tmp_path / "report.html", title="T", lead="L", table=table).read_text()
-    assert '<td><span class="clear">+50.0</span><span class="range">+50.0 to +50.0</span></td>' in text
+    cell = '<span class="gain">+50.0</span> <span class="range">+50.0 to +50.0</span>'
+    assert f'<td data-label="tuned - base">{cell}</td>' in text and "What became worse" not in text
+
+
+def test_report_lists_significant_losses(tmp_path):
+    models = {"base": {"facts": np.full(10, 0.75)}, "tuned": {"facts": np.full(10, 0.5)}}
+    table = MetricTable(models, [f"prompt {i}" for i in range(10)], units=FACTS)
+    text = write_report(tmp_path / "report.html", title="T", table=table).read_text()
+    assert "What became worse" in text and '<span class="loss">-25.0</span>' in text
 
 
 def test_report_shows_curves_configs_times_and_versions(page):
     text, parser = page
     words = "".join(parser.words)
-    assert text.count('<polyline class="mean"') == 1 and "Constant: lr 0.5." in text
+    assert text.count('<polyline class="mean ') == 1 and "Constant: lr 0.5." in text
     assert re.search(r"/missing\.jsonl\b", text)
     assert "rank: 4\n" in words and "rate: 0.1" in words
     assert "12 s" in words and f"torch{version('torch')}" in words
 
 
-def test_data_url_png_and_downscaling():
-    image = torch.zeros(3, 4, 6)
-    image[0] = 1.0
-    raw = base64.b64decode(data_url(image).split(",")[1])
-    with Image.open(io.BytesIO(raw)) as image_file:
-        assert image_file.size == (6, 4) and image_file.getpixel((5, 3)) == (255, 0, 0)
-    with Image.open(io.BytesIO(base64.b64decode(data_url(torch.zeros(3, 400, 800)).split(",")[1]))) as image_file:
-        assert image_file.size == (384, 192)
+def test_report_examples_beyond_the_budget_are_left_out(tmp_path):
+    images = [Example([f"prompt {i}"], i, {"base": torch.rand(3, 32, 32)}) for i in range(4)]
+    text = write_report(tmp_path / "report.html", title="T", examples=images, budget=8000).read_text()
+    shown = text.count('<article class="example"')
+    assert 0 < shown < 4 and f"{4 - shown} more prompts" in text
+
+
+def test_report_without_table_shows_runs_together(tmp_path):
+    for name, rewards in (("a", (0.1, 0.2)), ("b", (0.1, 0.3))):
+        rows = [{"step": i, "reward": r, "monitor/reward": r / 2, "lr": 0.1 * i} for i, r in enumerate(rewards)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    logs = {name: tmp_path / f"{name}.jsonl" for name in "ab"}
+    trials = [Trial("a", ["eta=0"], (1, 2)), Trial("b", [])]
+    text = write_report(tmp_path / "report.html", title="T", logs=logs, trials=trials).read_text()
+    reward, lr = re.findall(r'<figure class="chart">.*?</figure>', text)
+    assert reward.count('class="mean ') == 4 and "b, held-out" in reward and lr.count('class="mean ') == 2
+    assert text.index(reward) < text.index("More curves") < text.index(lr)
+    assert "<code>eta=0</code>" in text and "1, 2" in text
 
 
 def test_report_single_model_without_facts(tmp_path):
@@ -202,7 +239,6 @@ def test_findings_gains_and_losses_against_previous_model():
     assert "text-irrelevant -0.0030" in reward and "rises" not in reward and "text-relevant" not in reward
 
 
-def test_report_breakdown_differences_and_content_policy(page):
+def test_report_breakdown_differences(page):
     text, _ = page
-    assert "Paired differences, fact accuracy, % by attribute" in text
-    assert text.index('http-equiv="Content-Security-Policy" content="default-src \'none\'') < text.index("<style")
+    assert "<caption>fact accuracy, % by attribute</caption>" in text

@@ -1,0 +1,218 @@
+"""Reads what a report shows from runs, images, tables, demos and ablations."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from longalign.checkpoints.checkpoint import read_config
+from longalign.config.files import checkpoints
+from longalign.config.run import RunConfig
+from longalign.data.lines import read_jsonl
+from longalign.evaluation.report import Trial
+from longalign.evaluation.report_examples import Example
+from longalign.evaluation.sentences import Sentences, truncated_sentences
+from longalign.evaluation.table import MetricTable
+from longalign.image_folder import INDEX, read_images
+from longalign.segmenters import sentences
+
+LOG, TABLE, ABLATION = "log.jsonl", "table.json", "ablation.json"
+EXPECTED = (
+    f"a run (with {LOG}), images of `longalign generate` (with {INDEX}), a table of `longalign eval --json`, a demo "
+    f"(with {TABLE}), or an ablation (with {ABLATION})"
+)
+
+
+@dataclass
+class _Contents:
+    """What the sources contain; see `longalign.evaluation.write_report`."""
+
+    title: str = ""
+    lead: str = ""
+    table: MetricTable | None = None
+    sentences: Sentences = field(default_factory=Sentences)
+    folders: dict[str, Path] = field(default_factory=dict)
+    logs: dict[str, Path] = field(default_factory=dict)
+    configs: dict[str, RunConfig] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    trials: list[Trial] = field(default_factory=list)
+
+
+def table_data(
+    table: MetricTable, folders: Mapping[str, Path], file: Path, measured: Sentences, **about: Any
+) -> dict[str, Any]:
+    """Returns a table as plain values for JSON, with what a report shows beside it.
+
+    Args:
+        table: the table.
+        folders: model -> folder of its images.
+        file: the JSON file; the folders are stored relative to it.
+        measured: the sentences of the prompts.
+        **about: ``title``, ``lead`` and ``seconds`` of the report, or other values.
+    """
+    relative = {model: Path(os.path.relpath(folder, file.parent)).as_posix() for model, folder in folders.items()}
+    return {**table.to_dict(), "folders": relative, "sentences": vars(measured), **about}
+
+
+def read_sources(sources: Sequence[str], examples: int | None = None) -> dict[str, Any]:
+    """Reads runs, image folders, tables, demos and ablations, as arguments of `longalign.evaluation.write_report`.
+
+    Args:
+        sources: paths, or ``name=path`` with the name of the run or model; the name of the folder by default.
+        examples: the first prompts to show; all if None.
+
+    Raises:
+        FileNotFoundError: if a source, or an image that it lists, does not exist.
+        ValueError: if a source is none of these, cannot be read, or there are two tables.
+    """
+    found = _Contents()
+    for source in sources:
+        name, equals, text = source.partition("=")
+        path = Path(text if equals else source)
+        if not path.exists() and Path(source).exists():  # a path with "="
+            name, path = "", Path(source)
+        _read(found, path, name if equals and name else path.resolve().name)
+    return {
+        "title": found.title or f"Report on {', '.join([*found.folders] or [*found.logs] or [*sources])}",
+        "lead": found.lead,
+        "table": found.table,
+        "examples": _examples(found, examples),
+        "logs": found.logs,
+        "configs": found.configs,
+        "seconds": found.seconds,
+        "score_name": found.sentences.score_name or "score",
+        "trials": found.trials,
+    }
+
+
+def _read(found: _Contents, path: Path, name: str) -> None:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; expected {EXPECTED}")
+    if path.is_file():
+        _read_table(found, path)
+    elif (path / ABLATION).exists():
+        _read_ablation(found, path / ABLATION)
+    elif (path / TABLE).exists():
+        _read_table(found, path / TABLE)
+        for log in sorted(path.glob(f"*/{LOG}")):
+            _read_run(found, log.parent, log.parent.name)
+    elif (path / LOG).exists():
+        _read_run(found, path, name)
+    elif (path / INDEX).exists():
+        found.folders[name] = path
+    else:
+        raise ValueError(f"{path} has nothing to report; expected {EXPECTED}")
+
+
+def _read_run(found: _Contents, run: Path, name: str) -> None:
+    if name in found.logs:
+        raise ValueError(f"two runs are called '{name}'; name them with NAME={run}")
+    found.logs[name] = run / LOG
+    if checkpoints(run):
+        found.configs[name] = read_config(run)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}; expected {EXPECTED}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} contains a {type(data).__name__}; expected an object: {EXPECTED}")
+    return data
+
+
+def _read_table(found: _Contents, path: Path, data: dict[str, Any] | None = None) -> None:
+    data = _json(path) if data is None else data
+    if found.table is not None:
+        raise ValueError(f"{path} is a second table; a report shows one, give the sources of each its own report")
+    if missing := [key for key in ("values", "prompts", "seeds") if key not in data]:
+        raise ValueError(f"{path} has no {', '.join(missing)}; expected a table of `longalign eval --json`")
+    found.table = MetricTable.from_dict(data)
+    found.sentences = Sentences(**data.get("sentences", {}))
+    found.title, found.lead = data.get("title", found.title), data.get("lead", found.lead)
+    found.seconds |= data.get("seconds", {})
+    folders = {model: path.parent / folder for model, folder in data.get("folders", {}).items()}
+    found.folders = folders | found.folders
+
+
+def _read_ablation(found: _Contents, path: Path) -> None:
+    """Reads an ablation.
+
+    Its keys are ``cells``, ``table`` (a table, or its file) and optionally ``title``. A cell has ``name``,
+    ``overrides`` (a mapping or texts), ``seeds`` and ``folders`` (runs or images). Files are relative to ``path``.
+    """
+    data = _json(path)
+    cells, table = data.get("cells"), data.get("table")
+    if not isinstance(cells, list) or not all(isinstance(cell, dict) and "name" in cell for cell in cells):
+        raise ValueError(f"{path} has no list 'cells' of objects with 'name'; got {str(cells)[:80]!r}")
+    if table is not None:
+        file = path.parent / table if isinstance(table, str) else path
+        _read_table(found, file, None if isinstance(table, str) else table)
+    for cell in cells:
+        changes = cell.get("overrides", [])
+        texts = [f"{k}={v}" for k, v in changes.items()] if isinstance(changes, dict) else list(map(str, changes))
+        found.trials.append(Trial(cell["name"], texts, tuple(cell.get("seeds", ()))))
+        folders = cell.get("folders", [])
+        for i, folder in enumerate([folders] if isinstance(folders, str) else folders):
+            name = cell["name"] + (f", {i + 1}" if isinstance(folders, list) and len(folders) > 1 else "")
+            _read(found, path.parent / folder, name)
+    found.title = data.get("title", "") or found.title or f"Ablation {path.parent.resolve().name}"
+
+
+def _examples(found: _Contents, count: int | None) -> list[Example]:
+    """Returns the prompts and seeds of which all models have an image, in the order of the table or first folder."""
+    models = [m for m in found.table.models if m in found.folders] if found.table else list(found.folders)
+    if not models:
+        return []
+    files = {model: _files(found.folders[model]) for model in models}
+    table = found.table
+    # the seeds of a table may be unknown; then a prompt has one image
+    keys = list(files[models[0]])
+    rows: dict[tuple[str, Any], int] = {}
+    if table is not None:
+        seeds = table.seeds or [seed for _, seed in keys]
+        rows = {pair: i for i, pair in enumerate(zip(table.prompts, seeds, strict=False))}
+        keys = list(rows)
+    shared = [pair for pair in keys if all(pair in files[model] for model in models)]
+    if not shared:
+        raise ValueError(
+            f"no prompt and seed has an image of each of {', '.join(models)}; expected images of the same prompts and "
+            "seeds" + (" as in the table" if table else "")
+        )
+    return [_example(found, pair, {m: files[m][pair] for m in models}, rows.get(pair)) for pair in shared[:count]]
+
+
+def _files(folder: Path) -> dict[tuple[str, Any], tuple[Path, str | None]]:
+    """Returns prompt and seed -> image and the part of the prompt that was truncated."""
+    truncated = [row.get("truncated") for _, row in read_jsonl(folder / INDEX)] if (folder / INDEX).exists() else []
+    images = read_images(folder)
+    return {(prompt, seed): (path, text) for (path, prompt, seed), text in zip(images, truncated, strict=True)}
+
+
+def _example(
+    found: _Contents, pair: tuple[str, Any], images: Mapping[str, tuple[Path, str | None]], row: int | None
+) -> Example:
+    prompt, seed = pair
+    measured, shown = found.sentences, {}
+    if row is None or len(measured.texts) <= row:
+        texts = sentences(prompt) or [prompt]
+    else:
+        texts = measured.texts[row]
+        shown = {
+            "verdicts": {m: v[row] for m, v in measured.verdicts.items() if m in images},
+            "scores": {m: v[row] for m, v in measured.scores.items() if m in images},
+            "facts": measured.facts[row] if measured.facts else (),
+        }
+    return Example(
+        sentences=texts,
+        seed=seed,
+        images={model: path for model, (path, _) in images.items()},
+        truncated={model: truncated_sentences(texts, text) for model, (_, text) in images.items()},
+        row=row,
+        **shown,
+    )

@@ -1,0 +1,72 @@
+import numpy as np
+import pytest
+import torch
+
+from longalign.data.scenes.config import ScenesConfig
+from longalign.evaluation.sentences import measure_sentences, sentence_metrics, truncated_sentences
+from longalign.metrics import FactMetric, RewardMetric
+from longalign.rewards.base import Reward
+from longalign.runtime import Runtime
+
+
+class Tower(Reward):
+    """Scores a sentence by its number of words times the image's mean."""
+
+    def forward(self, images, prompts):
+        raise NotImplementedError
+
+    def by_segment(self, images, prompts):
+        return [
+            [(text + ".", len(text.split()) * float(image.mean())) for text in prompt.split(".") if text]
+            for image, prompt in zip(images, prompts, strict=True)
+        ]
+
+    def image_features(self, images):
+        return images.mean((1, 2, 3))[:, None]
+
+    def text_features(self, prompts):
+        return torch.tensor([[float(len(prompt.split()))] for prompt in prompts])
+
+
+def test_measure_sentences_stores_by_segment():
+    images = {"base": torch.zeros(2, 3, 4, 4), "tuned": torch.ones(2, 3, 4, 4)}
+    measured = measure_sentences(images, ["A b. C.", "D e f."], reward=RewardMetric("tower", Tower()), batch_size=1)
+    assert measured.texts == [["A b.", " C."], ["D e f."]]
+    assert measured.scores == {"base": [[0.0, 0.0], [0.0]], "tuned": [[2.0, 1.0], [3.0]]}
+    assert measured.score_name == "tower" and measured.verdicts == {}
+
+
+def test_measure_sentences_of_scenes_has_facts_and_scores():
+    data = ScenesConfig(size=3, seed=5).build(Runtime())
+    captions = [data.scene(i)[1] for i in range(3)]
+    facts = FactMetric(captions)
+    images = torch.zeros(3, 3, 64, 64)
+    texts = [caption.text for caption in captions]
+    measured = measure_sentences({"base": images}, texts, facts, RewardMetric("tower", Tower()))
+    assert measured.texts == [[s.text for s in caption.sentences] for caption in captions]
+    accuracy = [np.mean([fact for s in image for fact in s]) for image in measured.verdicts["base"]]
+    np.testing.assert_allclose(accuracy, facts.observe(images, texts)["facts"])
+    assert [[len(s) for s in image] for image in measured.facts] == [
+        [len(s) for s in image] for image in measured.verdicts["base"]
+    ]
+    assert [len(image) for image in measured.scores["base"]] == [len(image) for image in measured.texts]
+
+
+def test_measure_sentences_without_metrics_is_empty():
+    measured = measure_sentences({"base": torch.zeros(1, 3, 4, 4)}, ["A."])
+    assert measured.scores == {} and measured.verdicts == {} and not measured.facts
+
+
+def test_sentence_metrics_need_segments():
+    facts, plain = FactMetric([]), RewardMetric("plain", Tower())
+    segments = RewardMetric("tower", Tower(), segments=True)
+    assert sentence_metrics([plain, segments, facts]) == (facts, segments)
+    assert sentence_metrics([plain]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("truncated", "indices"),
+    [(" Three four. Five.", {1, 2}), ("four. Five.", {1, 2}), ("Five.", {2}), ("", set()), (None, set())],
+)
+def test_truncated_sentences(truncated, indices):
+    assert truncated_sentences(["One two.", "Three four.", "Five."], truncated) == indices

@@ -1,0 +1,163 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from longalign.cli.main import main
+from longalign.data.scenes.config import ScenesConfig
+from longalign.evaluation.report import Trial
+from longalign.evaluation.sentences import Sentences
+from longalign.evaluation.sources import read_sources, table_data
+from longalign.evaluation.table import MetricTable
+from longalign.image_folder import append_images, image_row
+from longalign.mini.scenes import render_batch
+from longalign.runtime import Runtime
+
+PROMPTS = ["A red fox. It sleeps.", "A blue house."]
+
+
+def write_folder(folder, truncated="", seeds=(0,)):
+    folder.mkdir(parents=True)
+    rows = [image_row(i, p, s, truncated=truncated if i == 0 else "") for i, p in enumerate(PROMPTS) for s in seeds]
+    append_images(folder, rows, [torch.full((3, 8, 8), 0.5)] * len(rows), {})
+    return folder
+
+
+def write_run(folder, rewards=(0.1, 0.2)):
+    folder.mkdir(parents=True)
+    lines = [json.dumps({"step": i, "reward": r}) for i, r in enumerate(rewards)]
+    (folder / "log.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def write_table(folder, models=("base", "tuned")):
+    folder.mkdir(parents=True, exist_ok=True)
+    table = MetricTable({m: {"clip": np.array([0.1, 0.2]) * (i + 1)} for i, m in enumerate(models)}, PROMPTS, [0, 0])
+    folders = {m: folder / "images" / m for m in models}
+    scores = {m: [[0.1, 0.2], [0.3]] for m in models}
+    sentences = Sentences([["A red fox.", "It sleeps."], ["A blue house."]], scores=scores, score_name="clip")
+    data = table_data(table, folders, folder / "table.json", sentences, title="Demo", seconds={"train": 2.0})
+    (folder / "table.json").write_text(json.dumps(data))
+    return folder / "table.json", folders
+
+
+def test_read_sources_runs_are_named(tmp_path):
+    runs = [write_run(tmp_path / name) for name in ("a", "b")]
+    contents = read_sources([str(runs[0]), f"other={runs[1]}"])
+    assert contents["logs"] == {"a": runs[0] / "log.jsonl", "other": runs[1] / "log.jsonl"}
+    assert contents["table"] is None and contents["examples"] == [] and "a, other" in contents["title"]
+
+
+def test_read_sources_image_folders_without_table(tmp_path):
+    base = write_folder(tmp_path / "base", truncated="It sleeps.", seeds=(0, 1))
+    tuned = write_folder(tmp_path / "tuned", seeds=(1,))
+    examples = read_sources([str(base), f"ours={tuned}"])["examples"]
+    assert [(e.sentences, e.seed, list(e.images)) for e in examples] == [
+        (["A red fox.", "It sleeps."], 1, ["base", "ours"]),
+        (["A blue house."], 1, ["base", "ours"]),
+    ]
+    assert examples[0].truncated == {"base": {1}, "ours": set()}
+
+
+def test_read_sources_table_knows_its_images_and_sentences(tmp_path):
+    file, folders = write_table(tmp_path / "out")
+    for folder in folders.values():
+        write_folder(folder)
+    contents = read_sources([str(file)], examples=1)
+    (example,) = contents["examples"]
+    assert example.row == 0 and example.scores == {"base": [0.1, 0.2], "tuned": [0.1, 0.2]}
+    assert example.images["tuned"] == tmp_path / "out" / "images" / "tuned" / "00000-0.png"
+    assert (contents["title"], contents["score_name"], contents["seconds"]) == ("Demo", "clip", {"train": 2.0})
+
+
+def test_read_sources_demo_has_table_images_and_runs(tmp_path):
+    _, folders = write_table(tmp_path)
+    for folder in folders.values():
+        write_folder(folder)
+    write_run(tmp_path / "align")
+    contents = read_sources([str(tmp_path)])
+    assert list(contents["logs"]) == ["align"] and len(contents["examples"]) == 2
+
+
+def test_read_sources_ablation(tmp_path):
+    file, folders = write_table(tmp_path, ("eta=1", "eta=0"))
+    for folder in folders.values():
+        write_folder(folder)
+    for name in ("a", "b", "c"):
+        write_run(tmp_path / "runs" / name)
+    cells = [
+        {"name": "eta=1", "overrides": {"trainer.eta": 1}, "seeds": [0, 1], "folders": ["runs/a", "runs/b"]},
+        {"name": "eta=0", "overrides": ["trainer.eta=0"], "seeds": [0], "folders": ["runs/c"]},
+    ]
+    (tmp_path / "ablation.json").write_text(json.dumps({"cells": cells, "table": file.name}))
+    contents = read_sources([str(tmp_path)])
+    assert contents["trials"] == [Trial("eta=1", ["trainer.eta=1"], (0, 1)), Trial("eta=0", ["trainer.eta=0"], (0,))]
+    assert list(contents["logs"]) == ["eta=1, 1", "eta=1, 2", "eta=0"]
+    assert contents["table"].models == ["eta=1", "eta=0"] and len(contents["examples"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"table\.json is not JSON"),
+        ("[]", r"table\.json contains a list"),
+        ("{}", r"has no values, prompts, seeds"),
+    ],
+)
+def test_read_sources_invalid_table_raises(tmp_path, text, message):
+    (tmp_path / "table.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_sources([str(tmp_path / "table.json")])
+
+
+def test_read_sources_errors_name_the_source(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"/missing .*log\.jsonl"):
+        read_sources([str(tmp_path / "missing")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"/empty .*metadata\.jsonl"):
+        read_sources([str(tmp_path / "empty")])
+    run = write_run(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"'run'.*NAME="):
+        read_sources([str(run), str(run)])
+    (tmp_path / "ablation.json").write_text('{"cells": 3}')
+    with pytest.raises(ValueError, match=r"ablation\.json.*'cells'.*3"):
+        read_sources([str(tmp_path)])
+
+
+def test_read_sources_images_of_other_prompts_raise(tmp_path):
+    base, tuned = write_folder(tmp_path / "base", seeds=(0,)), write_folder(tmp_path / "tuned", seeds=(1,))
+    with pytest.raises(ValueError, match="base, tuned"):
+        read_sources([str(base), str(tuned)])
+
+
+def test_report_command(tmp_path, capsys):
+    run = write_run(tmp_path / "run")
+    output = tmp_path / "deep" / "report.html"
+    assert main(["report", str(run), "--output", str(output), "--title", "A <title>"]) == 0
+    assert "report.html: 0 prompts" in capsys.readouterr().out and "A &lt;title&gt;" in output.read_text()
+    assert main(["report", str(run), "--output", str(Path(tmp_path) / "report.txt")]) == 2
+    assert ".html" in capsys.readouterr().err
+
+
+def test_report_command_on_the_table_of_eval(tmp_path, capsys):
+    data = ScenesConfig(size=2, seed=5).build(Runtime())
+    scenes, captions = zip(*(data.scene(i) for i in range(2)), strict=True)
+    rows = [image_row(i, caption.text, 0) for i, caption in enumerate(captions)]
+    true = torch.from_numpy(render_batch(scenes)).float()
+    for name, images in (("true", true), ("black", torch.zeros_like(true))):
+        (tmp_path / "out" / name).mkdir(parents=True)
+        append_images(tmp_path / "out" / name, rows, list(images), {})
+    models = [f"{name}={tmp_path / 'out' / name}" for name in ("black", "true")]
+    metric = "{name: facts, data: {name: scenes, size: 2, seed: 5}}"
+    table = tmp_path / "table.json"
+    assert main(["eval", "--images", *models, "--metric", metric, "--json", str(table)]) == 0
+    saved = json.loads(table.read_text())
+    assert saved["folders"] == {"black": "out/black", "true": "out/true"}
+    assert all(all(facts) for image in saved["sentences"]["verdicts"]["true"] for facts in image)
+    output = tmp_path / "report.html"
+    assert main(["report", str(table), "--output", str(output)]) == 0
+    assert "2 prompts" in capsys.readouterr().out
+    page, count = output.read_text(), sum(len(caption.facts) for caption in captions[:1])
+    assert f"true: {count} of {count} facts" in page and page.count('<article class="example"') == 2
