@@ -126,8 +126,8 @@ def _json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _read_table(found: _Contents, path: Path, data: dict[str, Any] | None = None) -> None:
-    data = _json(path) if data is None else data
+def _read_table(found: _Contents, path: Path) -> None:
+    data = _json(path)
     if found.table is not None:
         raise ValueError(f"{path} is a second table; a report shows one, give the sources of each its own report")
     if missing := [key for key in ("values", "prompts", "seeds") if key not in data]:
@@ -141,27 +141,24 @@ def _read_table(found: _Contents, path: Path, data: dict[str, Any] | None = None
 
 
 def _read_ablation(found: _Contents, path: Path) -> None:
-    """Reads an ablation.
-
-    Its keys are ``cells``, ``table`` (a table, or its file) and optionally ``title``. A cell has ``name``,
-    ``overrides`` (a mapping or texts), ``seeds`` and ``folders`` (runs or images). Files are relative to ``path``.
-    """
+    """Reads the record of `longalign ablate`; of each cell, the curves of all runs and the images of the first."""
     data = _json(path)
-    cells, table = data.get("cells"), data.get("table")
+    cells, table = data.get("cells"), path.parent / str(data.get("table", TABLE))
     if not isinstance(cells, list) or not all(isinstance(cell, dict) and "name" in cell for cell in cells):
         raise ValueError(f"{path} has no list 'cells' of objects with 'name'; got {str(cells)[:80]!r}")
-    if table is not None:
-        file = path.parent / table if isinstance(table, str) else path
-        _read_table(found, file, None if isinstance(table, str) else table)
+    if table.exists():  # written when the runs are finished
+        _read_table(found, table)
     for cell in cells:
-        changes = cell.get("overrides", [])
-        texts = [f"{k}={v}" for k, v in changes.items()] if isinstance(changes, dict) else list(map(str, changes))
-        found.trials.append(Trial(cell["name"], texts, tuple(cell.get("seeds", ()))))
-        folders = cell.get("folders", [])
-        for i, folder in enumerate([folders] if isinstance(folders, str) else folders):
-            name = cell["name"] + (f", {i + 1}" if isinstance(folders, list) and len(folders) > 1 else "")
-            _read(found, path.parent / folder, name)
-    found.title = data.get("title", "") or found.title or f"Ablation {path.parent.resolve().name}"
+        name, runs = cell["name"], cell.get("runs", [])
+        changes = [f"{key}={value}" for key, value in cell.get("changes", {}).items()]
+        found.trials.append(Trial(name, changes, tuple(run["seed"] for run in runs)))
+        for run in runs:
+            images, folder = path.parent / run["images"], path.parent / run["folder"] / "train"
+            if name not in found.folders and (images / INDEX).exists():
+                found.folders[name] = images
+            if (folder / LOG).exists():
+                _read_run(found, folder, name if len(runs) == 1 else f"{name}, seed {run['seed']}")
+    found.title = found.title or f"Ablation {path.parent.resolve().name}"
 
 
 def _examples(found: _Contents, count: int | None) -> list[Example]:

@@ -85,16 +85,17 @@ def test_read_sources_ablation(tmp_path):
     file, folders = write_table(tmp_path, ("eta=1", "eta=0"))
     for folder in folders.values():
         write_folder(folder)
-    for name in ("a", "b", "c"):
-        write_run(tmp_path / "runs" / name)
-    cells = [
-        {"name": "eta=1", "overrides": {"trainer.eta": 1}, "seeds": [0, 1], "folders": ["runs/a", "runs/b"]},
-        {"name": "eta=0", "overrides": ["trainer.eta=0"], "seeds": [0], "folders": ["runs/c"]},
-    ]
+    cells = []
+    for name, seeds in (("eta=1", (0, 1)), ("eta=0", (0,))):
+        images = str(folders[name].relative_to(tmp_path))
+        runs = [{"seed": seed, "folder": f"{name}/seed-{seed}", "images": images} for seed in seeds]
+        cells.append({"name": name, "changes": {"trainer.eta": int(name[-1])}, "runs": runs})
+        for run in runs:
+            write_run(tmp_path / run["folder"] / "train")
     (tmp_path / "ablation.json").write_text(json.dumps({"cells": cells, "table": file.name}))
     contents = read_sources([str(tmp_path)])
     assert contents["trials"] == [Trial("eta=1", ["trainer.eta=1"], (0, 1)), Trial("eta=0", ["trainer.eta=0"], (0,))]
-    assert list(contents["logs"]) == ["eta=1, 1", "eta=1, 2", "eta=0"]
+    assert list(contents["logs"]) == ["eta=1, seed 0", "eta=1, seed 1", "eta=0"]
     assert contents["table"].models == ["eta=1", "eta=0"] and len(contents["examples"]) == 2
 
 
