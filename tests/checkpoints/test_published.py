@@ -99,9 +99,9 @@ def test_clip_variant_fp16(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"checkpoint": "x.pt", "variant": "fp16"}, r"'variant' .*'x\.pt'"),
-        ({"checkpoint": "x.pt", "filename": "y.pt", "revision": "main"}, r"'filename' and 'revision' .*'x\.pt'"),
-        ({"filename": "y.pt", "subfolder": "text_encoder"}, r"'subfolder' .*'y\.pt'"),
+        ({"checkpoint": "x.pt", "variant": "fp16"}, r"'variant'.*'x\.pt'"),
+        ({"checkpoint": "x.pt", "filename": "y.pt", "revision": "main"}, r"'filename' and 'revision'.*'x\.pt'"),
+        ({"filename": "y.pt", "subfolder": "text_encoder"}, r"'subfolder'.*'y\.pt'"),
     ],
 )
 def test_longclip_config_conflicting_keys_raise(keys, message):
