@@ -138,6 +138,7 @@ def distributed_runtime(precision: str = "no", device: str | None = None) -> Ite
     try:
         device = f"cuda:{os.environ['LOCAL_RANK']}" if runtime.device == "cuda" else runtime.device
         yield replace(runtime, device=device, gather=gather, rank=distributed.get_rank(), world_size=world_size)
+        distributed.barrier()  # a process that leaves early can abort another one
     finally:
         distributed.destroy_process_group()
 
