@@ -1,7 +1,7 @@
 """LoRA layers of peft with a forward pass that adds the update to the layer's output in one matrix product.
 
 peft casts the input to the dtype of the LoRA, scales the update and adds it, each with a pass over memory. These layers
-compute ``y + (x A) (s B)`` as one product with ``y`` as its initial value.
+compute ``y + s (x A) B`` as one product with ``y`` as its initial value.
 """
 
 from __future__ import annotations
@@ -39,52 +39,57 @@ def _cast_for_autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if enabled else x
 
 
-class FusedLinear(Linear):
+class _Fused:
+    """The forward pass of both kinds of layers, to be combined with a LoRA layer of peft."""
+
+    dropout_of_update: float
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        name = None if args or kwargs else _active_adapter(self)
+        if name is None:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        x = _cast_for_autocast(x)
+        out = self.base_layer(x)
+        down, up = (projection[name].weight.to(out.dtype) for projection in (self.lora_A, self.lora_B))
+        hidden, scale = self._project(name, self.lora_dropout[name](x), down), self.scaling[name]
+        if self.training and self.dropout_of_update:
+            return out + F.dropout(scale * self._expand(hidden, up), self.dropout_of_update)
+        return self._add_update(out, hidden, up, scale)
+
+
+class FusedLinear(_Fused, Linear):
     """A linear layer with a LoRA."""
 
-    dropout_of_update: float
+    def _project(self, name: str, x: Tensor, down: Tensor) -> Tensor:
+        return F.linear(x, down)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        name = None if args or kwargs else _active_adapter(self)
-        if name is None:
-            return super().forward(x, *args, **kwargs)
-        x = _cast_for_autocast(x)
-        out = self.base_layer(x)
-        down: Any = self.lora_A[name]
-        hidden = F.linear(self.lora_dropout[name](x), down.weight.to(x.dtype))
-        up = (self.scaling[name] * self.lora_B[name].weight).to(out.dtype)
-        if self.training and self.dropout_of_update:
-            return out + F.dropout(F.linear(hidden, up), self.dropout_of_update)
-        return _add_product(out.flatten(0, -2), hidden.flatten(0, -2), up.t()).view_as(out)
+    def _expand(self, hidden: Tensor, up: Tensor) -> Tensor:
+        return F.linear(hidden, up)
+
+    def _add_update(self, out: Tensor, hidden: Tensor, up: Tensor, scale: float) -> Tensor:
+        return _add_product(out.flatten(0, -2), hidden.flatten(0, -2), up.t(), scale).view_as(out)
 
 
-class FusedConv2d(Conv2d):
+class FusedConv2d(_Fused, Conv2d):
     """A convolution with a LoRA: a convolution to the rank's channels and a pointwise one."""
 
-    dropout_of_update: float
+    def _project(self, name: str, x: Tensor, down: Tensor) -> Tensor:
+        layer: Any = self.lora_A[name]
+        return F.conv2d(x, down, None, layer.stride, layer.padding, layer.dilation)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        name = None if args or kwargs else _active_adapter(self)
-        if name is None:
-            return super().forward(x, *args, **kwargs)
-        x = _cast_for_autocast(x)
-        out = self.base_layer(x)
-        down: Any = self.lora_A[name]
-        dropped, weight = self.lora_dropout[name](x), down.weight.to(x.dtype)
-        hidden = F.conv2d(dropped, weight, None, down.stride, down.padding, down.dilation)
-        up = (self.scaling[name] * self.lora_B[name].weight).to(out.dtype)
-        if self.training and self.dropout_of_update:
-            return out + F.dropout(F.conv2d(hidden, up), self.dropout_of_update)
+    def _expand(self, hidden: Tensor, up: Tensor) -> Tensor:
+        return F.conv2d(hidden, up)
+
+    def _add_update(self, out: Tensor, hidden: Tensor, up: Tensor, scale: float) -> Tensor:
         up = up[:, :, 0, 0]
         if out.is_contiguous(memory_format=torch.channels_last) and not out.is_contiguous():
             rows, height = "b c h w -> (b h w) c", out.shape[2]
-            added = _add_product(rearrange(out, rows), rearrange(hidden, rows), up.t())
+            added = _add_product(rearrange(out, rows), rearrange(hidden, rows), up.t(), scale)
             return rearrange(added, "(b h w) c -> b c h w", b=len(out), h=height)
-        pixels, factors = out.flatten(2), (up.expand(len(out), -1, -1), hidden.flatten(2))
-        added = torch.baddbmm(pixels, *factors) if torch.is_grad_enabled() else pixels.baddbmm_(*factors)
-        return added.view_as(out)
+        return _add_product(out.flatten(2), up.expand(len(out), -1, -1), hidden.flatten(2), scale).view_as(out)
 
 
-def _add_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Returns ``out + a b``; without gradient in place, which saves a copy of ``out``."""
-    return torch.addmm(out, a, b) if torch.is_grad_enabled() else out.addmm_(a, b)
+def _add_product(out: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Returns ``out + scale a b`` of matrices or batches; without gradient in place, which saves a copy of ``out``."""
+    add, add_in_place = (torch.addmm, Tensor.addmm_) if out.ndim == 2 else (torch.baddbmm, Tensor.baddbmm_)
+    return (add if torch.is_grad_enabled() else add_in_place)(out, a, b, alpha=scale)
