@@ -87,7 +87,7 @@ class Frechet(Metric):
             raise ValueError(f"expected at least two reference images, got {len(files)} in {config.reference}")
         with torch.no_grad():
             rows = [extractor(image[None].to(runtime.device)).float().cpu() for image in ImageFiles(files)]
-        return cls(config.label or config.name, extractor, torch.cat(rows).numpy())
+        return cls(config.prefix(), extractor, torch.cat(rows).numpy())
 
     def observe(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         return {"features": self.extractor(images)}

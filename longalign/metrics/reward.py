@@ -48,7 +48,7 @@ class RewardMetric(Metric):
     @classmethod
     def from_config(cls, config: RewardMetricConfig, runtime: Runtime) -> RewardMetric:
         reward = registry.rewards.construct(config.reward, runtime)
-        metric = cls(config.label or config.reward.name, reward, segments=config.segments)
+        metric = cls(config.prefix(), reward, segments=config.segments)
         metric.reward.eval()
         return metric
 
