@@ -14,7 +14,7 @@ from PIL import Image
 
 
 class ChatServer:
-    """Attributes: ``url``, and ``requests``, the received ``(headers, body)``."""
+    """Attributes: ``url``, and ``requests``, the received ``(path, headers, body)``."""
 
     def __init__(self, respond):
         self.requests = []

@@ -39,7 +39,7 @@ class Diversity(Metric):
     @classmethod
     def from_config(cls, config: DiversityConfig, runtime: Runtime) -> Diversity:
         reward = None if config.reward is None else build_embedding_reward(config.reward, runtime)
-        return cls(config.label or config.name, reward)
+        return cls(config.prefix(), reward)
 
     def observe(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         if self.reward is not None:

@@ -42,7 +42,7 @@ class FactMetric(Metric):
         data = registry.data.construct(config.data, runtime)
         if not hasattr(data, "scene"):
             raise ValueError(f"'{config.data.name}' has no captions with facts; expected the data `scenes`")
-        return cls((data.scene(i)[1] for i in range(len(data))), config.label or config.name)
+        return cls((data.scene(i)[1] for i in range(len(data))), config.prefix())
 
     def caption(self, prompt: str) -> Any:
         """Returns the caption with a text, or None."""

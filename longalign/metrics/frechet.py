@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from longalign.checkpoints.weights import load_pickle
 from longalign.image_folder import IMAGE_SUFFIXES
 from longalign.image_io import ImageFiles
 from longalign.metrics.base import Metric, Statistic, Value
@@ -43,8 +44,12 @@ class Inception(nn.Module):
 
     @classmethod
     def load(cls, weights: str) -> Inception:
-        """Builds the model from a file of torch-fidelity's weights."""
-        torch.load(weights, weights_only=True)  # torch-fidelity would run code in the file
+        """Builds the model from a file of torch-fidelity's weights.
+
+        Raises:
+            ValueError: if the file is damaged or contains anything but tensors and plain values.
+        """
+        load_pickle(weights)  # raises if the file contains code, which torch-fidelity would run
         module = import_module("torch_fidelity.feature_extractor_inceptionv3")
         return cls(module.FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=weights))
 
@@ -87,7 +92,7 @@ class Frechet(Metric):
             raise ValueError(f"expected at least two reference images, got {len(files)} in {config.reference}")
         with torch.no_grad():
             rows = [extractor(image[None].to(runtime.device)).float().cpu() for image in ImageFiles(files)]
-        return cls(config.label or config.name, extractor, torch.cat(rows).numpy())
+        return cls(config.prefix(), extractor, torch.cat(rows).numpy())
 
     def observe(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         return {"features": self.extractor(images)}

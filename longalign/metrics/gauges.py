@@ -43,7 +43,7 @@ class Gauges(Metric):
 
     @classmethod
     def from_config(cls, config: GaugesConfig, runtime: Runtime) -> Gauges:
-        return cls(config.label or config.name)
+        return cls(config.prefix())
 
     def observe(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         images = images.float()

@@ -52,7 +52,7 @@ class Retrieval(Metric):
     @classmethod
     def from_config(cls, config: RetrievalConfig, runtime: Runtime) -> Retrieval:
         return cls(
-            config.label or config.name,
+            config.prefix(),
             build_embedding_reward(config.reward, runtime),
             query=config.query,
             orthogonal=config.component == "orthogonal",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from longalign import registry
 from longalign.functional.preference import decompose, strict_relevance
-from longalign.metrics.base import Metric, Observations
+from longalign.metrics.base import Metric, Observations, Value
 from longalign.metrics.config import RewardMetricConfig
 from longalign.metrics.embedding import text_direction
 from longalign.rewards.base import EmbeddingReward, Reward, as_reward, guarded
@@ -25,7 +25,8 @@ class RewardMetric(Metric):
     different prompts of the table (paper, section 4.1). Names: ``label`` (the plain score), ``label.text_relevant`` and
     ``label.text_irrelevant`` (they sum to the score), and ``label-o``, the cosine of the image with the text
     embedding's component orthogonal to the direction. With Denscore, this is Denscore-O of the paper's tables. With a
-    single prompt, which is its own common direction, the last three are NaN.
+    single prompt, which is its own common direction, the last three are NaN. ``label.text_irrelevant`` is a gauge:
+    a rise can be over-optimization, so its changes are neither gains nor losses.
 
     Of other rewards, the components are those of the reward, ``label.component``.
 
@@ -42,13 +43,14 @@ class RewardMetric(Metric):
     def __init__(self, label: str, reward: Reward | Callable[[Tensor, Sequence[str]], Any], *, segments: bool = False):
         super().__init__()
         self.label, self.reward, self.segments = label, as_reward(reward, label), segments
+        self.values = {f"{label}.text_irrelevant": Value(direction=None)}
         if segments and not hasattr(self._inner(), "by_segment"):
             raise ValueError(f"'{label}' cannot score segments; expected a two-tower reward, or `segments: false`")
 
     @classmethod
     def from_config(cls, config: RewardMetricConfig, runtime: Runtime) -> RewardMetric:
         reward = registry.rewards.construct(config.reward, runtime)
-        metric = cls(config.label or config.reward.name, reward, segments=config.segments)
+        metric = cls(config.prefix(), reward, segments=config.segments)
         metric.reward.eval()
         return metric
 

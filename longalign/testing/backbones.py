@@ -73,7 +73,7 @@ def check_backbone(config: Any, *, lora: Any, runtime: Runtime = CPU, size: int 
     def predictions_depend_on_the_conditioning() -> None:
         first, other = predict(backbone), predict(backbone, seed=1)
         expect(first.shape == latents.shape, f"predict: expected {tuple(latents.shape)}, got {tuple(first.shape)}")
-        expect(not torch.equal(first, other), "another conditioning gives the same prediction")
+        expect(not torch.equal(first, other), "a different conditioning gives the same prediction")
 
     def loras_are_added_merged_and_reloaded() -> None:
         model = build()

@@ -81,10 +81,10 @@ def check_metric(
             expect_close(f"'{name}' of a batch and one by one", _tensor(singles[name]), _tensor(together[name]))
 
     def statistics_accept_repeated_images() -> None:
-        rows = np.arange(len(texts))
+        observations, rows = batched(len(texts)), np.arange(len(texts))
         for name, function in metric.statistics().items():
             for chosen in (rows, rows // 2):
-                value = float(function({k: v[chosen] for k, v in batched(len(texts)).items()}))
+                value = float(function({k: v[chosen] for k, v in observations.items()}))
                 expect(not np.isinf(value), f"'{name}' is infinite")
 
     checks = [

@@ -41,7 +41,7 @@ def new_plugin(name: str, kind: str, folder: str | Path = ".") -> Path:
     package = f"longalign_{name.replace('-', '_')}"
     target = Path(folder) / f"longalign-{name}"
     if target.exists():
-        raise ValueError(f"{target} exists; remove it, or choose another name or folder")
+        raise ValueError(f"{target} exists; remove it, or choose a different name or folder")
     major, minor = version("longalign").split(".")[:2]
     words = {
         "MyPart": "".join(word.capitalize() for word in name.split("-")),

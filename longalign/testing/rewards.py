@@ -30,9 +30,8 @@ def check_reward(config: Any, *, runtime: Runtime = CPU, size: int = 64, depends
 
     It checks the config (listed, described, imported without torch, stable as JSON), scores of shape ``(b,)``, and
     repeated and batched scores. Prompts include an empty one, one of 1000 words and one with emoji; invalid input must
-    raise an error. A differentiable reward
-    needs a finite non-zero gradient in the images. Micro-batches, if it has them, must give equal numbers, and a reward
-    that embeds must allow reweighting.
+    raise an error. A differentiable reward needs a finite non-zero gradient in the images. Micro-batches, if it has
+    them, must give equal numbers, and a reward that embeds must allow reweighting.
 
     Args:
         config: name, mapping or config of the reward.

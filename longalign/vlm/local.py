@@ -82,16 +82,18 @@ class LocalVLM(VLM):
         """Yields the answers batch by batch; none is None.
 
         Raises:
-            ValueError: if the tokenizer cannot tell the options apart by their first token.
+            ValueError: if an option has no first token of its own.
         """
+        tokens = {options: self.option_tokens(options) for options in {r.options for r in requests}}
         # prompts of similar length together, so that little is padded
         order = sorted(range(len(requests)), key=lambda i: (len(requests[i].pictures), len(requests[i].text)))
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
             log_probs = self.next_token([requests[i] for i in rows]).log_softmax(-1)
             for i, row in zip(rows, log_probs, strict=True):
-                scores = [float(row[ids].logsumexp(0)) for ids in self.option_tokens(requests[i].options)]
-                yield i, requests[i].options[scores.index(max(scores))]
+                options = requests[i].options
+                scores = [float(row[ids].logsumexp(0)) for ids in tokens[options]]
+                yield i, options[scores.index(max(scores))]
 
     @torch.no_grad()
     def next_token(self, requests: Sequence[Request]) -> Tensor:

@@ -38,10 +38,10 @@ class StoredAnswers:
         Equal requests are sent once. Replies without an answer are not stored, so the next run repeats them.
         """
         keys = [self.key(request) for request in requests]
-        missing = {key: i for i, key in enumerate(keys) if key not in self._answers}
+        missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in self._answers}
         unread: set[str] = set()
-        new_keys, indices = list(missing), list(missing.values())
-        for i, answer in self.vlm.answers([requests[index] for index in indices]) if indices else ():
+        new_keys = list(missing)
+        for i, answer in self.vlm.answers(list(missing.values())) if missing else ():
             if answer is None:
                 unread.add(new_keys[i])
             else:

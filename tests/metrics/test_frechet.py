@@ -92,5 +92,5 @@ def test_inception_gets_8_bit_images_and_rejects_code(monkeypatch, tmp_path):
     features = Inception.load(str(tmp_path / "good.pth"))(torch.full((1, 3, 2, 2), 0.5))
     assert features.tolist() == [[128.0, 128.0, 128.0]]
     torch.save(FakeInception("", [], ""), tmp_path / "code.pth")
-    with pytest.raises(Exception, match=r"weights_only|Weights only"):
+    with pytest.raises(ValueError, match=r"code\.pth .*FakeInception"):
         Inception.load(str(tmp_path / "code.pth"))

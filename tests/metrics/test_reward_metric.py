@@ -23,6 +23,12 @@ def test_reward_metric_parts_sum_to_score():
     assert values["denscore-o"][[0, 4]] == pytest.approx([0.0, 1.0])
 
 
+def test_reward_metric_watches_text_irrelevant_part_only():
+    metric = RewardMetric("denscore", Compass())
+    names = ("denscore", "denscore.text_relevant", "denscore.text_irrelevant", "denscore-o")
+    assert [metric.value(name).direction for name in names] == ["higher", "higher", None, "higher"]
+
+
 def test_reward_metric_has_no_parts_of_a_single_prompt():
     values = measure(colours((1, 0, 0), (0, 1, 0)), ["east", "east"], [RewardMetric("denscore", Compass())])
     assert values["denscore"] == pytest.approx([0.8, 0.6])

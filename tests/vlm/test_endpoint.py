@@ -30,6 +30,20 @@ def answer(vlm, *requests):
     return [answers[i] for i in range(len(requests))]
 
 
+def failing_first(status):
+    """The question ``fails`` gets a failure; the others get yes, after that."""
+    failed = threading.Event()
+
+    def respond(number, body):
+        if question_of(body) == "fails":
+            failed.set()
+            return failure(status)
+        failed.wait(60)
+        return reply("yes")
+
+    return respond
+
+
 def test_request_has_model_parameters_question_and_png(monkeypatch):
     monkeypatch.setenv("VLM_KEY", KEY)
     with chat_server(lambda number, body: reply("Yes.")) as server:
@@ -102,16 +116,7 @@ def test_no_further_attempt_after_stop():
 
 def test_interrupt_stops_further_attempts():
     """The other request fails and would be repeated after a long pause."""
-    failed = threading.Event()
-
-    def respond(number, body):
-        if question_of(body) == "fails":
-            failed.set()
-            return failure(503)
-        failed.wait(60)
-        return reply("yes")
-
-    with chat_server(respond) as server:
+    with chat_server(failing_first(503)) as server:
         answers = endpoint(server.url, concurrency=2, backoff=3600.0).answers([request("fails"), request("works")])
         assert next(answers) == (1, "yes")
         answers.close()
@@ -166,16 +171,7 @@ def test_unreachable_endpoint_keeps_stored_answers(tmp_path):
 
 
 def test_answers_of_running_requests_survive_a_failure(tmp_path):
-    failed = threading.Event()
-
-    def respond(number, body):
-        if question_of(body) == "fails":
-            failed.set()
-            return failure(400)
-        failed.wait(60)
-        return reply("yes")
-
-    with chat_server(respond) as server:
+    with chat_server(failing_first(400)) as server:
         store = StoredAnswers(endpoint(server.url, concurrency=2), tmp_path)
         with pytest.raises(EndpointError):
             store.ask([request("slow"), request("fails")])

@@ -45,5 +45,6 @@ class VqaConfig(MetricConfig):
 
     def check_files(self) -> list[ConfigProblem]:
         problems = [(f"vlm.{key}", problem) for key, problem in self.vlm.check_files()]
-        missing = [] if Path(self.questions).is_file() else [("questions", f"there is no file '{self.questions}'")]
-        return missing + problems
+        if not Path(self.questions).is_file():
+            problems.insert(0, ("questions", f"no file {self.questions}; expected a csv file of questions"))
+        return problems

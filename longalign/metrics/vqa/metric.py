@@ -65,9 +65,8 @@ class VqaMetric(Metric):
         official = config.scoring == "official"
         questions = read_questions(config.questions, official)
         answers = StoredAnswers(config.vlm.build(runtime), config.cache)
-        label = config.label or config.name
         return cls(
-            label=label,
+            label=config.prefix(),
             questions=questions,
             answers=answers,
             prompt=config.prompt,

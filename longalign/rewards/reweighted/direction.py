@@ -69,7 +69,7 @@ class Direction:
 
         Raises:
             ValueError: if the width differs, or if the reward's embeddings of `PROBE` differ, i.e. the reward has other
-                weights, or another ``segmenter`` or ``text`` setting.
+                weights, or a different ``segmenter`` or ``text`` setting.
         """
         expected, got = _describe(self.inner), _describe(_dump(config))
         if self.vector.shape != (reward.dim,):
