@@ -64,7 +64,7 @@ docs: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks $(BENCH)
 
-# Packages that a machine with only torch, transformers, accelerate and peft lacks, for benchmarks/gpu.sh: GPU_PYTHON on x86-64.
+# Packages that benchmarks/gpu.sh needs on a machine with only torch, transformers, accelerate and peft: GPU_PYTHON on x86-64.
 GPU_PYTHON ?= 3.12
 gpu-wheels: $(STAMP)
 	rm -rf .whl

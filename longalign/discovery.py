@@ -96,8 +96,9 @@ def version_problem(entry: EntryPoint) -> str:
     return ""
 
 
+@cache
 def _requires(dist: Distribution | None) -> list[str]:
-    try:
+    try:  # each access parses the file
         return [] if dist is None else dist.requires or []
     except Exception:  # unreadable metadata
         return []

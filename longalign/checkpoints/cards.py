@@ -135,14 +135,10 @@ def _use(weights: Weights, base: str, loadable: bool) -> str:
 def _metrics(table: MetricTable | None) -> str:
     if table is None:
         return ""
-    values = {
-        table_cell(model): {table_cell(metric): row for metric, row in rows.items()}
-        for model, rows in table.values.items()
-    }
-    sets = {
-        table_cell(model): {table_cell(metric): row for metric, row in rows.items()}
-        for model, rows in table.sets.items()
-    }
+    values, sets = (
+        {table_cell(model): {table_cell(metric): row for metric, row in rows.items()} for model, rows in models.items()}
+        for models in (table.values, table.sets)
+    )
     units = {table_cell(metric): replace(value, unit=table_cell(value.unit)) for metric, value in table.units.items()}
     markdown = MetricTable(values, table.prompts, table.seeds, units, sets).markdown().strip()
     return f"## Metrics\n\n{markdown}"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longalign.checkpoints.weights import load_pickle, load_tensors, save_tensors
+from longalign.config.files import join_subfolder
 from longalign.encoders.adapter import Adapter
 from longalign.encoders.loading import find_checkpoint_file
 from longalign.encoders.t5.config import AdapterConfig
@@ -79,7 +80,7 @@ class TextAdapter(Adapter):
         Raises:
             ValueError: if a file or a key is missing, or the weights do not match the config.
         """
-        prefix = f"{subfolder}/" if subfolder else ""
+        prefix = join_subfolder(subfolder, "")
         config = find_checkpoint_file(checkpoint, f"{prefix}config.json", revision)
         weights = find_checkpoint_file(checkpoint, f"{prefix}{_WEIGHTS}.safetensors", revision) or find_checkpoint_file(
             checkpoint, f"{prefix}{_WEIGHTS}.bin", revision
