@@ -172,7 +172,7 @@ def _listed(cells: Any) -> dict[str, Changes]:
 
 
 def _named(rows: Sequence[Changes], paths: Sequence[str]) -> dict[str, Changes]:
-    """Names each row by its changes: the last step of a path if it tells the varied paths apart, else the path."""
+    """Names each row by its changes: the last step of a path if it is unique among them, else the path."""
     last = [path.rpartition(".")[2] for path in paths]
     short = dict(zip(paths, last, strict=True)) if len(set(last)) == len(last) else {path: path for path in paths}
     named: dict[str, Changes] = {}

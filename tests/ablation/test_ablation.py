@@ -245,11 +245,11 @@ def test_merge_averages_statistics_of_sets_over_training_seeds(world):
     table = MetricTable({"0": {}, "1": {}}, ["p"] * 2, [0, 1], sets=sets)
     merged = merge(table, {"0": (cell, 0), "1": (cell, 1)}, [0, 1])
     assert merged.interval("a", "fd").mean == 2.0
-    assert set(merged.sets["a"]["fd"][1:]) <= {1.0, 3.0}  # each sample draws one of two seeds
+    assert set(merged.sets["a"]["fd"][1:]) <= {1.0, 3.0}  # each bootstrap sample has one of two seeds
 
 
 def test_bootstrap_resamples_training_seeds():
-    """Ten prompts without variation: only the two training seeds vary, and a sample draws one of them."""
+    """Ten prompts without variation: only the two training seeds vary, and each bootstrap sample resamples them."""
     values, groups, blocks = np.repeat([0.0, 1.0], 10), [str(i) for i in range(10)] * 2, np.repeat([0, 1], 10)
     crossed = bootstrap(values, groups, blocks=blocks.tolist())
     assert (crossed.mean, crossed.low, crossed.high, crossed.prompts) == (0.5, 0.0, 1.0, 10)
