@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from longalign.ablation.cells import Cell, Changes, Run, changed_lines, make_cells, runs_of
 from longalign.ablation.worker import FAILED, FINISHED, IMAGES, JOB, RESULT, read_result, write_json
+from longalign.checkpoints.redaction import redacted
 from longalign.config.checks import check_parts
 from longalign.config.run import RunConfig, load_config, to_dict
 from longalign.data.prompts.sets import read_prompt_set
@@ -106,13 +107,14 @@ def ablate(
 
     texts = texts if isinstance(texts, list) else _prompts_of_data(texts)
     sampling = {"seeds": list(range(images)), "num_steps": num_steps, "guidance": guidance, "solver": solver}
-    record = {"base": _identity(base), "prompts": texts, "sampling": sampling}
+    record = {"base": redacted(_identity(base)), "prompts": texts, "sampling": sampling}
     lock = Lock(output)
     try:
         _check_unchanged(output, record, runs)
 
         def save() -> None:
-            write_json(output / RECORD, {**record, **_state(output, planned, training_seeds, runs, configs)})
+            state = _state(output, planned, training_seeds, runs, configs)
+            write_json(output / RECORD, {**record, **redacted(state)})
 
         save()
         pending = [run for run in runs if not _is_finished(run)]

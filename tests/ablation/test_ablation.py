@@ -187,6 +187,26 @@ def test_ablate_compares_untrained_cell_with_each_training_seed(tiny, trained):
     assert result.table.difference("trained", "brightness").count == 4
 
 
+def test_ablate_record_report_and_errors_contain_no_credentials(tiny, monkeypatch):
+    url = "https://me:secret@host"
+
+    def fail(run):
+        if run.loop.lr == 0.02:
+            raise RuntimeError(f"no answer from {url}")
+        take_step(run)
+
+    take_step = Run._take_step
+    monkeypatch.setattr(Run, "_take_step", fail)
+    prompts = [f"see {url}"]
+    result = tiny({"monitor": {"prompts": prompts, "num_steps": 1}}, seeds=1)
+    texts = [
+        (result.output / name).read_text() for name in ("ablation.json", "report.html", "lr=0.02/seed-0/result.json")
+    ]
+    assert all("***@host" in text and "secret" not in text for text in texts)
+    assert "secret" not in result.failed["lr=0.02, seed 0"]
+    assert tiny({"monitor": {"prompts": prompts, "num_steps": 1}}, seeds=1).failed
+
+
 def test_ablate_without_held_out_prompts_raises(tiny):
     with pytest.raises(ConfigError, match="'squares' has no held-out prompts"):
         tiny(prompts=None)
