@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from itertools import product
 from pathlib import Path
@@ -63,7 +64,7 @@ class Run:
     def name(self) -> str:
         return self.cell.name if self.seed is None else f"{self.cell.name}, seed {self.seed}"
 
-    @property
+    @cached_property
     def config(self) -> RunConfig:
         seed = {} if self.seed is None else {"seed": self.seed}
         return override(self.cell.config, {**seed, "output": str(self.folder / "train")})
