@@ -17,6 +17,7 @@ from longalign.config.run import RunConfig, load_config, to_dict
 from longalign.data.prompts.sets import read_prompt_set
 from longalign.errors import ConfigError
 from longalign.loop.locks import Lock
+from longalign.metrics.config import MetricConfig, name_problems
 from longalign.registry import PartConfig
 from longalign.registry import metrics as metric_parts
 from longalign.runtime import Runtime, devices
@@ -158,7 +159,9 @@ def _measured(
     """Returns the metrics, configs validated, and the prompts or the config of their data."""
     if not metrics:
         raise ValueError("nothing to measure; give metrics, e.g. ['facts']")
-    configs = [metric_parts.validate(m) if isinstance(m, (str, Mapping)) else m for m in metrics]
+    configs: list[Any] = [metric_parts.validate(m) if isinstance(m, (str, Mapping)) else m for m in metrics]
+    if problems := name_problems(m for m in configs if isinstance(m, MetricConfig)):
+        raise ConfigError(problems)
     if prompts is not None:
         texts = read_prompt_set(prompts).texts if isinstance(prompts, str) else list(prompts)
         if not texts:
@@ -168,7 +171,7 @@ def _measured(
         if texts is None:
             name = None if base.data is None else base.data.name
             raise ConfigError([("data", f"'{name}' has no held-out prompts; give prompts, or use the data 'scenes'")])
-        configs = [m.for_data(texts) if isinstance(m, PartConfig) else m for m in configs]  # type: ignore[attr-defined]
+        configs = [m.for_data(texts) if isinstance(m, MetricConfig) else m for m in configs]
     check_parts({f"metrics.{i}": m for i, m in enumerate(configs) if isinstance(m, PartConfig)})
     return configs, texts
 

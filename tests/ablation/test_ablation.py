@@ -212,6 +212,12 @@ def test_ablate_without_held_out_prompts_raises(tiny):
         tiny(prompts=None)
 
 
+def test_ablate_rejects_repeated_metrics_before_first_run(tiny, trained):
+    with pytest.raises(ConfigError, match=r"metrics: two metrics .* gauges"):
+        tiny(metrics=["gauges", "gauges"])
+    assert not trained
+
+
 def test_make_cells_names_cells_by_varied_keys(world):
     base = load_config(world.reward_config("unused"))
     cells = make_cells(base, {"loop.lr": [0.1, 0.2], "trainer.lora.rank": [2, 4]})
