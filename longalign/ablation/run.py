@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from longalign.ablation.cells import Cell, Changes, Run, changed_lines, make_cells, runs_of
 from longalign.ablation.worker import FAILED, FINISHED, IMAGES, JOB, RESULT, read_result, write_json
 from longalign.checkpoints.redaction import redacted
+from longalign.config.changes import plain
 from longalign.config.checks import check_parts
 from longalign.config.run import RunConfig, load_config, to_dict
 from longalign.data.prompts.sets import read_prompt_set
@@ -234,11 +235,11 @@ def _state(
 
     return {
         "seeds": list(seeds),
-        "metrics": [m.model_dump(mode="json") if isinstance(m, PartConfig) else str(m) for m in configs],
+        "metrics": [plain(m) if isinstance(m, PartConfig) else str(m) for m in configs],
         "cells": [
             {
                 "name": cell.name,
-                "changes": {key: _plain(value) for key, value in cell.changes.items()},
+                "changes": {key: plain(value) for key, value in cell.changes.items()},
                 "trained": cell.trained,
                 "folder": cell.folder,
                 "runs": [row(run) for run in runs if run.cell is cell],
@@ -247,7 +248,3 @@ def _state(
         ],
         "table": f"{TABLE}.json",
     }
-
-
-def _plain(value: Any) -> Any:
-    return value.model_dump(mode="json") if isinstance(value, PartConfig) else value
