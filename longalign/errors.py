@@ -120,6 +120,11 @@ def redact_url(text: str) -> str:
     return _SECRET.sub(r"\1***", _USER.sub(r"\1***@", text))
 
 
+def full_message(error: BaseException) -> str:
+    """Returns the message of an error with its notes, without credentials in URLs."""
+    return redact_url("\n".join([str(error), *getattr(error, "__notes__", ())]))
+
+
 def check_size(value: Any) -> None:
     """Raises `ConfigError` for a value that is nested too deeply, contains itself, or is too large when expanded.
 

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from itertools import product
 from pathlib import Path
@@ -63,7 +64,7 @@ class Run:
     def name(self) -> str:
         return self.cell.name if self.seed is None else f"{self.cell.name}, seed {self.seed}"
 
-    @property
+    @cached_property
     def config(self) -> RunConfig:
         seed = {} if self.seed is None else {"seed": self.seed}
         return override(self.cell.config, {**seed, "output": str(self.folder / "train")})
@@ -172,7 +173,7 @@ def _listed(cells: Any) -> dict[str, Changes]:
 
 
 def _named(rows: Sequence[Changes], paths: Sequence[str]) -> dict[str, Changes]:
-    """Names each row by its changes: the last step of a path if it tells the varied paths apart, else the path."""
+    """Names each row by its changes: the last step of a path if it is unique among them, else the path."""
     last = [path.rpartition(".")[2] for path in paths]
     short = dict(zip(paths, last, strict=True)) if len(set(last)) == len(last) else {path: path for path in paths}
     named: dict[str, Changes] = {}

@@ -76,7 +76,7 @@ def _joined(
 
 
 def _averaged(sets: Mapping[str, Mapping[str, np.ndarray]], models: Sequence[str | None]) -> dict[str, np.ndarray]:
-    """Averages statistics over training seeds; each bootstrap sample also draws training seeds."""
+    """Averages statistics over training seeds; each bootstrap sample also samples training seeds."""
     rows = [sets[model] if model is not None else {} for model in models]
     out = {}
     for metric in dict.fromkeys(m for row in rows for m in row):

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from longalign.ablation.cells import Cell, Changes, Run, changed_lines, make_cells, runs_of
 from longalign.ablation.worker import FAILED, FINISHED, IMAGES, JOB, RESULT, read_result, write_json
+from longalign.checkpoints.redaction import redacted
+from longalign.config.changes import plain
 from longalign.config.checks import check_parts
 from longalign.config.run import RunConfig, load_config, to_dict
 from longalign.data.prompts.sets import read_prompt_set
 from longalign.errors import ConfigError
 from longalign.loop.locks import Lock
+from longalign.metrics.config import MetricConfig, name_problems
 from longalign.registry import PartConfig
 from longalign.registry import metrics as metric_parts
 from longalign.runtime import Runtime, devices
@@ -106,13 +109,14 @@ def ablate(
 
     texts = texts if isinstance(texts, list) else _prompts_of_data(texts)
     sampling = {"seeds": list(range(images)), "num_steps": num_steps, "guidance": guidance, "solver": solver}
-    record = {"base": _identity(base), "prompts": texts, "sampling": sampling}
+    record = {"base": redacted(_identity(base)), "prompts": texts, "sampling": sampling}
     lock = Lock(output)
     try:
         _check_unchanged(output, record, runs)
 
         def save() -> None:
-            write_json(output / RECORD, {**record, **_state(output, planned, training_seeds, runs, configs)})
+            state = _state(output, planned, training_seeds, runs, configs)
+            write_json(output / RECORD, {**record, **redacted(state)})
 
         save()
         pending = [run for run in runs if not _is_finished(run)]
@@ -156,7 +160,9 @@ def _measured(
     """Returns the metrics, configs validated, and the prompts or the config of their data."""
     if not metrics:
         raise ValueError("nothing to measure; give metrics, e.g. ['facts']")
-    configs = [metric_parts.validate(m) if isinstance(m, (str, Mapping)) else m for m in metrics]
+    configs: list[Any] = [metric_parts.validate(m) if isinstance(m, (str, Mapping)) else m for m in metrics]
+    if problems := name_problems(m for m in configs if isinstance(m, MetricConfig)):
+        raise ConfigError(problems)
     if prompts is not None:
         texts = read_prompt_set(prompts).texts if isinstance(prompts, str) else list(prompts)
         if not texts:
@@ -166,7 +172,7 @@ def _measured(
         if texts is None:
             name = None if base.data is None else base.data.name
             raise ConfigError([("data", f"'{name}' has no held-out prompts; give prompts, or use the data 'scenes'")])
-        configs = [m.for_data(texts) if isinstance(m, PartConfig) else m for m in configs]  # type: ignore[attr-defined]
+        configs = [m.for_data(texts) if isinstance(m, MetricConfig) else m for m in configs]
     check_parts({f"metrics.{i}": m for i, m in enumerate(configs) if isinstance(m, PartConfig)})
     return configs, texts
 
@@ -229,11 +235,11 @@ def _state(
 
     return {
         "seeds": list(seeds),
-        "metrics": [m.model_dump(mode="json") if isinstance(m, PartConfig) else str(m) for m in configs],
+        "metrics": [plain(m) if isinstance(m, PartConfig) else str(m) for m in configs],
         "cells": [
             {
                 "name": cell.name,
-                "changes": {key: _plain(value) for key, value in cell.changes.items()},
+                "changes": {key: plain(value) for key, value in cell.changes.items()},
                 "trained": cell.trained,
                 "folder": cell.folder,
                 "runs": [row(run) for run in runs if run.cell is cell],
@@ -242,7 +248,3 @@ def _state(
         ],
         "table": f"{TABLE}.json",
     }
-
-
-def _plain(value: Any) -> Any:
-    return value.model_dump(mode="json") if isinstance(value, PartConfig) else value

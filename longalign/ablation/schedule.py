@@ -37,15 +37,17 @@ def run_all(runs: Sequence[Run], jobs: int, devices: Sequence[str | None], prepa
     Returns:
         Whether all runs were tried; False after Ctrl-C, SIGTERM or SIGHUP.
     """
-    progress = _Progress(len(runs), jobs)
-    return (_here if jobs == 1 else _in_processes)(runs, jobs, devices, prepare, progress)
+    progress = _Progress(len(runs))
+    if jobs == 1:
+        return _here(runs, devices[0], prepare, progress)
+    return _in_processes(runs, jobs, devices, prepare, progress)
 
 
 class _Progress:
     """Logs the end of each run, and estimates the time left from the runs so far."""
 
-    def __init__(self, total: int, jobs: int):
-        self.left, self.jobs, self.done, self.start = total, jobs, 0, time.monotonic()
+    def __init__(self, total: int):
+        self.left, self.done, self.start = total, 0, time.monotonic()
 
     def ended(self, run: Run) -> None:
         result = read_result(run.folder)
@@ -62,10 +64,10 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-def _here(runs: Sequence[Run], jobs: int, devices: Sequence[str | None], prepare: Prepare, progress: _Progress) -> bool:
+def _here(runs: Sequence[Run], device: str | None, prepare: Prepare, progress: _Progress) -> bool:
     for run in runs:
         log.info("%s: starting", run.name)
-        prepare(run, devices[0])
+        prepare(run, device)
         if execute(run.folder) == INTERRUPTED:
             return False
         progress.ended(run)
@@ -80,7 +82,7 @@ def _in_processes(
 ) -> bool:
     waiting, slots = deque(runs), deque(range(jobs))
     running: dict[subprocess.Popen[bytes], tuple[Run, int]] = {}
-    told = False
+    terminated = False
     with catch_signals() as interrupted:
         try:
             while running or (waiting and not interrupted()):
@@ -89,16 +91,17 @@ def _in_processes(
                     prepare(run, devices[slot % len(devices)])
                     running[_start(run.folder, jobs)] = run, slot
                     log.info("%s: starting", run.name)
-                if interrupted() and not told:
-                    told = True
+                if interrupted() and not terminated:
+                    terminated = True
                     for process in running:
                         process.terminate()  # training finishes its step and writes a checkpoint
                 for process in [p for p in running if p.poll() is not None]:
                     run, slot = running.pop(process)
                     slots.append(slot)
-                    if read_result(run.folder)["status"] not in (FINISHED, FAILED) and not told:
+                    ended = read_result(run.folder)["status"] in (FINISHED, FAILED)
+                    if not ended and not terminated:
                         fail(run.folder, f"the process ended with status {process.returncode}; see {run.folder / LOG}")
-                    if read_result(run.folder)["status"] in (FINISHED, FAILED):
+                    if ended or not terminated:
                         progress.ended(run)
                 time.sleep(0.1)
         finally:

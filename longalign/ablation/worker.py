@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from longalign.config.run import load_config
+from longalign.errors import full_message, redact_url
 from longalign.loop.fit import fit
 
 JOB, RESULT, IMAGES = "job.json", "result.json", "images"
@@ -44,8 +45,7 @@ def execute(folder: Path) -> str:
         return INTERRUPTED
     except Exception as error:
         kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
-        message = "\n".join([f"{kind}{error}", *getattr(error, "__notes__", ())])
-        fail(folder, message, traceback.format_exc())
+        fail(folder, f"{kind}{full_message(error)}", redact_url(traceback.format_exc()))
         return FAILED
     write_json(
         folder / RESULT,

@@ -10,7 +10,7 @@ from typing import Any
 from longalign.ablation.cells import parse_vary, read_cells
 from longalign.ablation.run import ablate
 from longalign.cli.metrics import metric_configs
-from longalign.cli.options import PROMPTS_HELP, REWARD_HELP, add_device, add_overrides, finite, positive
+from longalign.cli.options import PROMPTS_HELP, add_device, add_metrics, add_overrides, finite, positive
 from longalign.config.changes import override, parse_assignments
 from longalign.inference.solvers import SOLVERS
 
@@ -34,10 +34,7 @@ def add_options(parser: ArgumentParser) -> None:
     grid.add_argument("--cells", metavar="FILE", help=about)
     add("--seeds", type=positive, default=3, help="training seeds, counted from the config's seed (3)")
     add("--no-train", action="store_true", help="measure the base model of each cell, without training")
-    about = "a metric's name, or its config as {name: ..., key: value} or as a .yaml or .json file; may be repeated"
-    add("--metric", action="append", default=[], metavar="METRIC", help=about)
-    about = f"short for the metric `reward`: {REWARD_HELP}; may be repeated"
-    add("--reward", action="append", default=[], metavar="REWARD", help=about)
+    add_metrics(parser)
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--prompts", metavar="[SET:]PATH", help=f"{PROMPTS_HELP} (held-out prompts of the data)")
     prompts.add_argument("--num-prompts", type=positive, default=64, help="number of held-out prompts (64)")

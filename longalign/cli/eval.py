@@ -15,7 +15,7 @@ from longalign.cli.generate import generate_images
 from longalign.cli.images import check_images
 from longalign.cli.metrics import build_metrics, judge_config, metric_configs
 from longalign.cli.options import (
-    REWARD_HELP,
+    add_metrics,
     add_prompts,
     add_sampling,
     check_pipeline_options,
@@ -45,10 +45,7 @@ def add_options(parser: ArgumentParser) -> None:
     about = "stock diffusers pipelines to sample from, Hub ids or folders"
     parser.add_argument("--pipeline", nargs="+", action=_AppendModels, metavar="NAME=MODEL", help=about)
     parser.set_defaults(models=[])
-    about = "a metric's name, or its config as {name: ..., key: value} or as a .yaml or .json file; may be repeated"
-    parser.add_argument("--metric", action="append", default=[], metavar="METRIC", help=about)
-    about = f"short for the metric `reward`: {REWARD_HELP}; may be repeated"
-    parser.add_argument("--reward", action="append", default=[], metavar="REWARD", help=about)
+    add_metrics(parser)
     about = "config of a judge that compares each model with the first, as {vlm: ...} or as a .yaml or .json file"
     parser.add_argument("--judge", metavar="JUDGE", help=about)
     add_prompts(parser, "a prompt; may be repeated", required=False)

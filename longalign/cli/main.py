@@ -60,10 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _user_message(error: Exception, args: argparse.Namespace) -> str | None:
     """Returns the message for an error that the user can fix, or None for a bug."""
-    from longalign.errors import is_out_of_memory, redact_url
+    from longalign.errors import full_message, is_out_of_memory
 
     if isinstance(error, (ValueError, OSError)):
-        return redact_url("\n".join([str(error), *getattr(error, "__notes__", ())]))
+        return full_message(error)
     if isinstance(error, ModuleNotFoundError) and error.name and "." not in error.name:
         return f"this command needs the package '{error.name}', which is not installed"
     if is_out_of_memory(error):

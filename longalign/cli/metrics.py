@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from longalign.cli.rewards import reward_configs
 from longalign.config.checks import check_parts
-from longalign.config.parsing import SOURCE_SUFFIXES, parse_value, read_mapping
+from longalign.config.parsing import parse_source
 from longalign.registry import PartConfig, metrics
 from longalign.vlm.config import JudgeConfig
 
@@ -21,14 +20,14 @@ def metric_configs(texts: Sequence[str], rewards: Sequence[str], judge: str | No
     """
     if not texts and not rewards and judge is None:
         raise ValueError("nothing to measure; give --reward, --metric or --judge")
-    values = [read_mapping(Path(text)) if Path(text).suffix in SOURCE_SUFFIXES else parse_value(text) for text in texts]
+    values = [parse_source(text) for text in texts]
     values += [{"name": "reward", "reward": c, "label": name} for name, c in reward_configs(rewards).items()]
     return [metrics.validate(value) for value in values]
 
 
 def judge_config(text: str) -> JudgeConfig:
     """Returns the validated config of a judge, with its files checked."""
-    return JudgeConfig.parse(read_mapping(Path(text)) if Path(text).suffix in SOURCE_SUFFIXES else parse_value(text))
+    return JudgeConfig.parse(parse_source(text))
 
 
 def build_metrics(configs: Sequence[PartConfig], device: str | None) -> list[Any]:

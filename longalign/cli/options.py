@@ -34,6 +34,13 @@ def add_rewards(parser: ArgumentParser) -> None:
     parser.add_argument("--reward", action="append", required=True, metavar="REWARD", help=about)
 
 
+def add_metrics(parser: ArgumentParser) -> None:
+    about = "a metric's name, or its config as {name: ..., key: value} or as a .yaml or .json file; may be repeated"
+    parser.add_argument("--metric", action="append", default=[], metavar="METRIC", help=about)
+    about = f"short for the metric `reward`: {REWARD_HELP}; may be repeated"
+    parser.add_argument("--reward", action="append", default=[], metavar="REWARD", help=about)
+
+
 def add_prompts(parser: ArgumentParser, about: str, required: bool = True) -> None:
     prompts = parser.add_mutually_exclusive_group(required=required)
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help=about)

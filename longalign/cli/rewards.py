@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from longalign.config.checks import check_parts
-from longalign.config.parsing import SOURCE_SUFFIXES, parse_value, read_mapping
+from longalign.config.parsing import parse_source
 from longalign.names import unique_name
 from longalign.registry import PartConfig, rewards
 
@@ -17,8 +16,7 @@ def reward_configs(texts: Sequence[str]) -> dict[str, PartConfig]:
     """Returns the validated reward configs by display name; repeated names get a number."""
     out: dict[str, PartConfig] = {}
     for text in texts:
-        value = read_mapping(Path(text)) if Path(text).suffix in SOURCE_SUFFIXES else parse_value(text)
-        config = rewards.validate(value)
+        config = rewards.validate(parse_source(text))
         out[unique_name(config.name, out)] = config
     return out
 

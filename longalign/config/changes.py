@@ -30,7 +30,7 @@ def override(config: Mapping[str, Any] | str | Path | RunConfig, changes: Mappin
     problems: list[ConfigProblem] = []
     for path, value in changes.items():
         try:
-            _set_path(tree, path, _plain(value))
+            _set_path(tree, path, plain(value))
         except LookupError as error:
             problems.append((shorten(path) if not isinstance(path, str) else path, str(error.args[0])))
     if problems:
@@ -87,7 +87,8 @@ def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Returns a config as plain values; other values are returned unchanged."""
     return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
 
 

@@ -12,6 +12,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model
 
 from longalign.errors import ConfigProblem, nested, redact_url
 from longalign.inference.solvers import Solver
+from longalign.metrics.config import name_problems
 from longalign.registry import Part, Section, data
 from longalign.runtime import Runtime
 
@@ -88,9 +89,8 @@ class MonitorConfig(Section):
             yield "prompts", "expected one of prompts and data; set one of them"
         if repeated := [seed for seed, count in Counter(self.seeds).items() if count > 1]:
             yield "seeds", f"expected different seeds, got {repeated[0]} more than once; remove it"
+        yield from name_problems(self.metrics)
         prefixes = [metric.prefix() for metric in self.metrics]
-        if repeated := [prefix for prefix, count in Counter(prefixes).items() if count > 1]:
-            yield "metrics", f"two metrics are called {', '.join(repeated)}; give one of them a label"
         for path, name in self.names().items():
             if not any(name == prefix or name.startswith(tuple(prefix + c for c in "./-")) for prefix in prefixes):
                 known = ", ".join(prefixes) or "nothing"

@@ -144,6 +144,11 @@ def parse_value(text: str) -> Any:
     return text if isinstance(value, (str, dict, list)) else value
 
 
+def parse_source(text: str) -> Any:
+    """Parses a command-line value that may also be the path of a config file or checkpoint; reads such a file."""
+    return read_mapping(Path(text)) if Path(text).suffix in SOURCE_SUFFIXES else parse_value(text)
+
+
 def _load_yaml(text: str) -> Any:
     try:
         value = yaml.load(text, _Loader)

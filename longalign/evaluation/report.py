@@ -18,6 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import BaseModel
 
+from longalign.errors import redact_url
 from longalign.evaluation.bootstrap import MIN_PROMPTS, Interval
 from longalign.evaluation.comparison import findings
 from longalign.evaluation.formatting import number
@@ -222,4 +223,4 @@ def _breakdown_differences(table: MetricTable) -> list[tuple[str, Grid]]:
 
 
 def _yaml(value: Any) -> str:
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100)
+    return redact_url(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100))

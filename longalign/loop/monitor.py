@@ -207,7 +207,7 @@ class Monitor:
         if self.settings is None or not state["points"]:
             return
         if state["fingerprint"] != self.settings.fingerprint():
-            log.warning("the monitor measures something else than before; it starts anew, without its former points")
+            log.warning("the settings of the monitor have changed; its former points are dropped")
             return
         self.points = [Point(**point) for point in state["points"]]
 
@@ -229,7 +229,7 @@ class Monitor:
 def training_values(means: Mapping[str, float]) -> dict[str, float]:
     """Returns the mean training reward, and the share of its text-irrelevant part for each decomposed reward.
 
-    The share is ``text_irrelevant / (text_relevant + text_irrelevant)`` of the means; it is left out if the score is
+    The share is ``text_irrelevant / (text_relevant + text_irrelevant)`` of the means; it is omitted if the score is
     not positive.
     """
     out = {"reward": means["reward"]} if "reward" in means else {}

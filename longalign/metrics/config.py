@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
@@ -30,6 +32,14 @@ class MetricConfig(PartConfig):
     def for_data(self, data: DataConfig) -> Self:
         """Returns this config for prompts that come from ``data``."""
         return self
+
+
+def name_problems(metrics: Iterable[MetricConfig]) -> list[ConfigProblem]:
+    """Returns the problem of metrics whose names have the same start, or an empty list."""
+    counts = Counter(metric.prefix() for metric in metrics)
+    if repeated := [prefix for prefix, count in counts.items() if count > 1]:
+        return [("metrics", f"two metrics are called {', '.join(repeated)}; give one of them a label")]
+    return []
 
 
 class RewardMetricConfig(MetricConfig):

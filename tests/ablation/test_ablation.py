@@ -187,9 +187,35 @@ def test_ablate_compares_untrained_cell_with_each_training_seed(tiny, trained):
     assert result.table.difference("trained", "brightness").count == 4
 
 
+def test_ablate_record_report_and_errors_contain_no_credentials(tiny, monkeypatch):
+    url = "https://me:secret@host"
+
+    def fail(run):
+        if run.loop.lr == 0.02:
+            raise RuntimeError(f"no answer from {url}")
+        take_step(run)
+
+    take_step = Run._take_step
+    monkeypatch.setattr(Run, "_take_step", fail)
+    prompts = [f"see {url}"]
+    result = tiny({"monitor": {"prompts": prompts, "num_steps": 1}}, seeds=1)
+    texts = [
+        (result.output / name).read_text() for name in ("ablation.json", "report.html", "lr=0.02/seed-0/result.json")
+    ]
+    assert all("***@host" in text and "secret" not in text for text in texts)
+    assert "secret" not in result.failed["lr=0.02, seed 0"]
+    assert tiny({"monitor": {"prompts": prompts, "num_steps": 1}}, seeds=1).failed
+
+
 def test_ablate_without_held_out_prompts_raises(tiny):
     with pytest.raises(ConfigError, match="'squares' has no held-out prompts"):
         tiny(prompts=None)
+
+
+def test_ablate_rejects_repeated_metrics_before_first_run(tiny, trained):
+    with pytest.raises(ConfigError, match=r"metrics: two metrics .* gauges"):
+        tiny(metrics=["gauges", "gauges"])
+    assert not trained
 
 
 def test_make_cells_names_cells_by_varied_keys(world):
@@ -245,11 +271,11 @@ def test_merge_averages_statistics_of_sets_over_training_seeds(world):
     table = MetricTable({"0": {}, "1": {}}, ["p"] * 2, [0, 1], sets=sets)
     merged = merge(table, {"0": (cell, 0), "1": (cell, 1)}, [0, 1])
     assert merged.interval("a", "fd").mean == 2.0
-    assert set(merged.sets["a"]["fd"][1:]) <= {1.0, 3.0}  # each sample draws one of two seeds
+    assert set(merged.sets["a"]["fd"][1:]) <= {1.0, 3.0}  # each bootstrap sample has one of two seeds
 
 
 def test_bootstrap_resamples_training_seeds():
-    """Ten prompts without variation: only the two training seeds vary, and a sample draws one of them."""
+    """Ten prompts without variation: only the two training seeds vary, and each bootstrap sample resamples them."""
     values, groups, blocks = np.repeat([0.0, 1.0], 10), [str(i) for i in range(10)] * 2, np.repeat([0, 1], 10)
     crossed = bootstrap(values, groups, blocks=blocks.tolist())
     assert (crossed.mean, crossed.low, crossed.high, crossed.prompts) == (0.5, 0.0, 1.0, 10)
