@@ -180,28 +180,28 @@ def _interval(table: MetricTable, model: str, metric: str) -> Interval:
 
 
 def _hero(table: MetricTable) -> list[dict[str, Any]]:
-    """Returns for each model the first metric's mean, and the difference to the model before."""
+    """Returns for each model the first metric's mean, and the difference of `MetricTable.steps`."""
     metric, out = table.metrics[0], []
-    for before, model in zip([None, *table.models], table.models, strict=False):
-        change = None if before is None else _difference(table, metric, table.difference(model, metric, before))
+    for model, other in [(table.base, None), *table.steps]:
+        change = None if other is None else _difference(table, metric, table.difference(model, metric, other))
         out.append(
             {
                 "model": model,
                 "label": table.label(metric),
                 "cell": _cell(table.interval(model, metric), table.value(metric)),
                 "change": change,
-                "before": before,
+                "other": other,
             }
         )
     return out
 
 
 def _losses(table: MetricTable) -> list[tuple[str, str, Cell | None]]:
-    """Returns the significant losses of each model against the one before, as (pair, metric, difference)."""
+    """Returns the significant losses of `MetricTable.steps`, as (pair, metric, difference)."""
     return [
-        (f"{model} - {before}", table.label(k), _difference(table, k, change))
-        for before, model in zip(table.models, table.models[1:], strict=False)
-        for k, change in table.significant(model, before)[1].items()
+        (f"{model} - {other}", table.label(k), _difference(table, k, change))
+        for model, other in table.steps
+        for k, change in table.significant(model, other)[1].items()
     ]
 
 
