@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import BaseModel
 
-from longalign.evaluation.bootstrap import MIN_PROMPTS, Interval
+from longalign.evaluation.bootstrap import EMPTY, MIN_PROMPTS, Interval
 from longalign.evaluation.comparison import findings
 from longalign.evaluation.formatting import number
 from longalign.evaluation.record import machine, non_defaults
@@ -150,7 +149,7 @@ def _metrics(table: MetricTable | None) -> dict[str, Any]:
     prompts, images = table.num_prompts, len(table.prompts)
     several = len(table.models) > 1
     rows = [
-        (table.label(k), [_cell(_interval(table, m, k), table.value(k)) for m in table.models]) for k in _all(table)
+        (table.label(k), [_cell(_interval(table, m, k), table.value(k)) for m in table.models]) for k in table.metrics
     ]
     differences = [
         (table.label(k), [_difference(table, k, table.difference(m, k, other)) for m, other in table.pairs])
@@ -167,16 +166,12 @@ def _metrics(table: MetricTable | None) -> dict[str, Any]:
     }
 
 
-def _all(table: MetricTable) -> list[str]:
-    return [k for k in table.metrics if any(_has(table, m, k) for m in table.models)]
-
-
 def _has(table: MetricTable, model: str, metric: str) -> bool:
     return metric in table.values.get(model, {}) or metric in table.sets.get(model, {})
 
 
 def _interval(table: MetricTable, model: str, metric: str) -> Interval:
-    return table.interval(model, metric) if _has(table, model, metric) else Interval(np.nan, np.nan, np.nan, 0)
+    return table.interval(model, metric) if _has(table, model, metric) else EMPTY
 
 
 def _hero(table: MetricTable) -> list[dict[str, Any]]:
