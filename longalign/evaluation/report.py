@@ -66,7 +66,7 @@ def write_report(
         title: heading.
         lead: plain text that says what was done.
         table: metrics of the models; the first model is the base.
-        examples: prompts with images. Those whose images exceed the budget are left out at the end.
+        examples: prompts with images. Those at the end whose images exceed the budget are omitted.
         logs: run -> its ``log.jsonl``, one JSON object per line with ``step`` and numbers.
         configs: run -> its config.
         seconds: stage -> duration in seconds.
