@@ -9,17 +9,20 @@ gain is the fact accuracy of the last model's image minus that of the first.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from longalign.config.run import load_config
+from longalign.data.lines import read_jsonl
 from longalign.demo import ALIGN, BASE, SEGMENTS, default_config, held_out_captions, image_folder, reward_runs
+from longalign.evaluation.sentences import truncated_sentences
+from longalign.image_folder import INDEX
 from longalign.image_io import decode
 from longalign.mini import Caption, fact_accuracy, verdicts
 
@@ -33,7 +36,7 @@ GREEN, ORANGE, RED = "#116329", "#8a5a00", "#b3202a"
 
 @dataclass(frozen=True)
 class Column:
-    """A model's image of the caption, whether it shows each fact, and which sentences the model did not read."""
+    """A model's image of the caption, whether it shows each fact, and the truncated end of the caption."""
 
     model: str
     image: Image.Image
@@ -49,7 +52,9 @@ def main() -> int:
     args = parser.parse_args()
     configs = [load_config(default_config(stage)) for stage in ("align", "reward")]
     models = [BASE, SEGMENTS, ALIGN, *reward_runs(configs[1], args.demo)]
-    rows = {model: read_rows(args.demo / "images" / image_folder(model)) for model in models}
+    rows = {
+        model: [row for _, row in read_jsonl(args.demo / "images" / image_folder(model) / INDEX)] for model in models
+    }
     captions = held_out_captions(configs, len(rows[BASE]))
     for model, found in rows.items():
         if [row["prompt"] for row in found] != [caption.text for caption in captions]:
@@ -73,12 +78,7 @@ def main() -> int:
     return 0
 
 
-def read_rows(folder: Path) -> list[dict]:
-    """Rows of the ``metadata.jsonl`` of a model's images."""
-    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def read_pixels(demo: Path, model: str, rows: Sequence[dict]) -> np.ndarray:
+def read_pixels(demo: Path, model: str, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
     """The images of a model, float32 ``(n, 3, h, w)`` in [0, 1]."""
     folder = demo / "images" / image_folder(model)
     images = [np.asarray(decode(folder / row["file_name"]), np.float32) / 255 for row in rows]
@@ -91,19 +91,13 @@ def median_gain(captions: Sequence[Caption], before: np.ndarray, after: np.ndarr
     return int(np.abs(gains - np.median(gains)).argmin()), gains
 
 
-def truncated_sentences(caption: Caption, truncated: str) -> list[bool]:
-    """Whether each sentence ends in the truncated end of the caption. Lengths are without spaces."""
-    read = len("".join(caption.text.split())) - len("".join(truncated.split()))
-    ends = np.cumsum([len("".join(sentence.text.split())) for sentence in caption.sentences])
-    return [bool(truncated.strip()) and bool(end > read) for end in ends]
-
-
 def draw_figure(caption: Caption, columns: Sequence[Column]) -> Image.Image:
     """The images above a table with a row for each sentence and a column for each model."""
     body, small = ImageFont.load_default(TEXT), ImageFont.load_default(TEXT - 3)
     lefts = [WIDTH - MARGIN - (len(columns) - i) * (SIDE + GAP) + GAP for i in range(len(columns))]
     text_width = lefts[0] - GAP - MARGIN
-    rows = [wrap(sentence.text, body, text_width) for sentence in caption.sentences]
+    sentences = [sentence.text for sentence in caption.sentences]
+    rows = [wrap(sentence, body, text_width) for sentence in sentences]
     image_top = MARGIN + 3 * LINE + 8
     top = image_top + SIDE + GAP
     heights = [LINE * len(lines) + 16 for lines in rows]
@@ -129,19 +123,19 @@ def draw_figure(caption: Caption, columns: Sequence[Column]) -> Image.Image:
         draw.text((left, MARGIN + 2 * LINE), f"{sum(facts)} of {len(facts)} facts", FAINT, small)
         figure.paste(column.image.resize((SIDE, SIDE), Image.Resampling.NEAREST), (left, image_top))
 
-    cuts = [truncated_sentences(caption, column.truncated) for column in columns]
+    truncated = [truncated_sentences(sentences, column.truncated) for column in columns]
     y = top
     for number, (lines, height) in enumerate(zip(rows, heights, strict=True)):
         if number % 2 == 0:
             draw.rectangle((2, y, WIDTH - 3, y + height - 1), fill=BAND)
         for i, line in enumerate(lines):
             draw.text((MARGIN, y + 8 + LINE * i), line, INK, body)
-        for left, column, cut in zip(lefts, columns, cuts, strict=True):
+        for left, column, indices in zip(lefts, columns, truncated, strict=True):
             facts = column.facts[number]
             middle = y + height // 2
             if facts:
                 draw_mark(draw, left, middle - MARK // 2, sum(facts) / len(facts))
-            if cut[number]:
+            if number in indices:
                 draw.text((left + MARK + 14, middle), "truncated", FAINT, small, anchor="lm")
         y += height
     return figure

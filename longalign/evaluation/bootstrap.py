@@ -75,9 +75,9 @@ def _resamples(labels_bytes: bytes, samples: int, seed: int) -> np.ndarray:
 def block_counts(blocks: int, samples: int, seed: int = 0) -> np.ndarray:
     """Returns how often each training seed occurs in each bootstrap sample: ``(samples, blocks)``.
 
-    A sample draws one fewer than there are, with replacement. The variance of the mean is then unbiased; as many as
-    there are would make it too small by the factor ``(blocks - 1) / blocks`` (Rao and Wu, Resampling Inference With
-    Complex Survey Data, 1988). A single one is not resampled.
+    Each bootstrap sample contains ``blocks - 1`` training seeds, sampled with replacement. The variance of the mean is
+    then unbiased; ``blocks`` training seeds would make it too small by the factor ``(blocks - 1) / blocks`` (Rao and
+    Wu, Resampling Inference With Complex Survey Data, 1988). A single training seed is not resampled.
     """
     if blocks == 1:
         return np.ones((samples, 1), np.int64)
@@ -102,7 +102,7 @@ def bootstrap(
         samples: number of bootstrap samples.
         seed: seed of the resampling; the same values always give the same interval.
         blocks: the training seed of each value. Training seeds are resampled too, see `block_counts`. The i-th image of
-            a prompt has the same noise in each block, so it is drawn in all blocks or in none.
+            a prompt has the same noise in each block, so it is sampled in all blocks or in none.
     """
     values = np.asarray(values, dtype=np.float64)
     groups = [f"{i:09d}" for i in range(len(values))] if groups is None else list(groups)
@@ -122,13 +122,13 @@ def bootstrap(
         weights = columns[i : i + CHUNK].astype(np.float64)
         if drawn is not None:
             weights *= drawn[i : i + CHUNK]
-        with np.errstate(invalid="ignore"):  # no value in the drawn blocks: NaN, skipped
+        with np.errstate(invalid="ignore"):  # no value in the sampled blocks: NaN, skipped
             means.append(weights @ values / weights.sum(1))
     return interval(float(values.mean()), np.concatenate(means), len(values), len(set(groups)))
 
 
 def _units(groups: Sequence[str], block: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """Numbers the images that are drawn together: the i-th of a group in each block. Returns numbers and groups."""
+    """Numbers the images that are sampled together: the i-th of a group in each block. Returns numbers and groups."""
     seen: Counter[tuple[str, int]] = Counter()
     numbers: dict[tuple[str, int], int] = {}
     units = []

@@ -8,7 +8,7 @@ from longalign.evaluation.table import MetricTable
 
 
 def findings(table: MetricTable) -> list[str]:
-    """Compares each model with the previous one, or with the base if the table compares with the base only.
+    """Compares each model with the previous one, or with the base (`MetricTable.steps`).
 
     Returns one plain-text sentence per model, with gains and losses.
 
@@ -21,8 +21,7 @@ def findings(table: MetricTable) -> list[str]:
     too_few = table.num_prompts < MIN_PROMPTS
     breakdowns = table.breakdowns(metric, paired=True)
     sentences = [f"{table.base}: {title} {interval_text(table.interval(table.base, metric), value, unit=unit)}."]
-    for previous, model in zip(table.models, table.models[1:], strict=False):
-        other = previous if table.neighbours else table.base
+    for model, other in table.steps:
         name = f"{model} - {other}"
         gain = table.difference(model, metric, other)
         lines = [

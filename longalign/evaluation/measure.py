@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,18 +36,14 @@ def observe(
     Raises:
         ValueError: if the numbers of images and prompts differ, or an observation has a wrong shape or infinities.
     """
-    if len(images) != len(prompts):
-        raise ValueError(f"expected one prompt per image, got {len(images)} images and {len(prompts)} prompts")
     results: list[dict[str, np.ndarray]] = [{} for _ in metrics]
-    for start in range(0, len(prompts), batch_size):
-        for rows, batch in by_size(images, range(start, min(start + batch_size, len(prompts)))):
-            batch_prompts = [prompts[i] for i in rows]
-            for metric, result in zip(metrics, results, strict=True):
-                for name, values in metric.observe(batch, batch_prompts).items():
-                    array = _checked(f"'{name}' of the metric '{metric.label}'", values, len(rows))
-                    if name not in result:
-                        result[name] = np.full((len(prompts), *array.shape[1:]), np.nan, array.dtype)
-                    result[name][rows] = array
+    for rows, batch, batch_prompts in batches(images, prompts, batch_size):
+        for metric, result in zip(metrics, results, strict=True):
+            for name, values in metric.observe(batch, batch_prompts).items():
+                array = _checked(f"'{name}' of the metric '{metric.label}'", values, len(rows))
+                if name not in result:
+                    result[name] = np.full((len(prompts), *array.shape[1:]), np.nan, array.dtype)
+                result[name][rows] = array
     return list(results)
 
 
@@ -61,14 +57,24 @@ def _checked(where: str, values: Any, count: int) -> np.ndarray:
     return array.astype(np.float64 if array.ndim == 1 else np.float32)
 
 
-def by_size(images: Tensor | Sequence[Tensor], rows: Iterable[int]) -> Iterator[tuple[list[int], Tensor]]:
-    """Groups the selected images by size, as ``(indices, images)``."""
-    groups: dict[torch.Size, list[tuple[int, Tensor]]] = {}
-    for i in rows:
-        image = images[i]
-        groups.setdefault(image.shape, []).append((i, image))
-    for group in groups.values():
-        yield [i for i, _ in group], torch.stack([image for _, image in group])
+def batches(
+    images: Tensor | Sequence[Tensor], prompts: Sequence[str], batch_size: int
+) -> Iterator[tuple[list[int], Tensor, list[str]]]:
+    """Yields ``(indices, images, prompts)`` of at most ``batch_size`` images of one size.
+
+    Raises:
+        ValueError: if the numbers of images and prompts differ.
+    """
+    if len(images) != len(prompts):
+        raise ValueError(f"expected one prompt per image, got {len(images)} images and {len(prompts)} prompts")
+    for start in range(0, len(images), batch_size):
+        groups: dict[torch.Size, list[tuple[int, Tensor]]] = {}
+        for i in range(start, min(start + batch_size, len(images))):
+            image = images[i]
+            groups.setdefault(image.shape, []).append((i, image))
+        for group in groups.values():
+            rows = [i for i, _ in group]
+            yield rows, torch.stack([image for _, image in group]), [prompts[i] for i in rows]
 
 
 def measure(

@@ -39,8 +39,8 @@ def encode(image: Tensor | Path, side: int, quality: int) -> bytes:
 def encode_all(images: Sequence[Tensor | Path], budget: int) -> list[str]:
     """Returns images as ``data:`` URLs of WebP files that together have at most ``budget`` bytes.
 
-    The size and quality are the best of `LADDER` that fit, by an estimate from a sample. Images that exceed the budget
-    even so are left out at the end.
+    The size and quality are the best of `LADDER` that fit, by an estimate from a sample. Images at the end that
+    still exceed the budget are omitted.
     """
     sample = images[:: max(1, len(images) // SAMPLE)]
     side, quality = LADDER[-1]

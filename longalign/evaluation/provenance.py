@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import metadata
 from typing import Any
 
+from longalign.checkpoints.provenance import versions
 from longalign.data.prompts.sets import prompts_hash
-from longalign.evaluation.record import PACKAGES
 
 
 def provenance(prompts: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
@@ -18,10 +17,11 @@ def provenance(prompts: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
         seeds: the seeds of each prompt.
 
     Returns:
-        ``prompts`` with ``count`` and ``sha256`` (see `prompts_hash`), ``seeds``, and ``versions`` of the packages.
+        ``prompts`` with ``count`` and ``sha256`` (see `prompts_hash`), ``seeds``, and ``versions`` of Python
+        and the packages.
     """
     return {
         "prompts": {"count": len(prompts), "sha256": prompts_hash(prompts)},
         "seeds": list(seeds),
-        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "versions": versions(),
     }

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import BaseModel
 
 from longalign.errors import redact_url
-from longalign.evaluation.bootstrap import MIN_PROMPTS, Interval
+from longalign.evaluation.bootstrap import EMPTY, MIN_PROMPTS, Interval
 from longalign.evaluation.comparison import findings
 from longalign.evaluation.formatting import number
 from longalign.evaluation.record import machine, non_defaults
@@ -68,7 +67,7 @@ def write_report(
         title: heading.
         lead: plain text that says what was done.
         table: metrics of the models; the first model is the base.
-        examples: prompts with images. Those whose images exceed the budget are left out at the end.
+        examples: prompts with images. Those at the end whose images exceed the budget are omitted.
         logs: run -> its ``log.jsonl``, one JSON object per line with ``step`` and numbers.
         configs: run -> its config.
         seconds: stage -> duration in seconds.
@@ -151,7 +150,7 @@ def _metrics(table: MetricTable | None) -> dict[str, Any]:
     prompts, images = table.num_prompts, len(table.prompts)
     several = len(table.models) > 1
     rows = [
-        (table.label(k), [_cell(_interval(table, m, k), table.value(k)) for m in table.models]) for k in _all(table)
+        (table.label(k), [_cell(_interval(table, m, k), table.value(k)) for m in table.models]) for k in table.metrics
     ]
     differences = [
         (table.label(k), [_difference(table, k, table.difference(m, k, other)) for m, other in table.pairs])
@@ -168,41 +167,37 @@ def _metrics(table: MetricTable | None) -> dict[str, Any]:
     }
 
 
-def _all(table: MetricTable) -> list[str]:
-    return [k for k in table.metrics if any(_has(table, m, k) for m in table.models)]
-
-
 def _has(table: MetricTable, model: str, metric: str) -> bool:
     return metric in table.values.get(model, {}) or metric in table.sets.get(model, {})
 
 
 def _interval(table: MetricTable, model: str, metric: str) -> Interval:
-    return table.interval(model, metric) if _has(table, model, metric) else Interval(np.nan, np.nan, np.nan, 0)
+    return table.interval(model, metric) if _has(table, model, metric) else EMPTY
 
 
 def _hero(table: MetricTable) -> list[dict[str, Any]]:
-    """Returns for each model the first metric's mean, and the difference to the model before."""
+    """Returns for each model the first metric's mean, and the difference of `MetricTable.steps`."""
     metric, out = table.metrics[0], []
-    for before, model in zip([None, *table.models], table.models, strict=False):
-        change = None if before is None else _difference(table, metric, table.difference(model, metric, before))
+    for model, other in [(table.base, None), *table.steps]:
+        change = None if other is None else _difference(table, metric, table.difference(model, metric, other))
         out.append(
             {
                 "model": model,
                 "label": table.label(metric),
                 "cell": _cell(table.interval(model, metric), table.value(metric)),
                 "change": change,
-                "before": before,
+                "other": other,
             }
         )
     return out
 
 
 def _losses(table: MetricTable) -> list[tuple[str, str, Cell | None]]:
-    """Returns the significant losses of each model against the one before, as (pair, metric, difference)."""
+    """Returns the significant losses of `MetricTable.steps`, as (pair, metric, difference)."""
     return [
-        (f"{model} - {before}", table.label(k), _difference(table, k, change))
-        for before, model in zip(table.models, table.models[1:], strict=False)
-        for k, change in table.significant(model, before)[1].items()
+        (f"{model} - {other}", table.label(k), _difference(table, k, change))
+        for model, other in table.steps
+        for k, change in table.significant(model, other)[1].items()
     ]
 
 

@@ -81,7 +81,7 @@ def examples_context(
     pairs = [f"{m} - {o}" for m, o in table.pairs] if table and metric and any(e["changes"] for e in out) else []
     return {
         "examples": out,
-        "left_out": len(examples) - len(out),
+        "omitted": len(examples) - len(out),
         "lengths": lengths,
         "sorted_pairs": pairs,
         "sort_label": table.label(metric) if table and metric else "",

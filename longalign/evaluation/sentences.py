@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longalign.evaluation.measure import by_size
+from longalign.evaluation.measure import batches
 from longalign.metrics import FactMetric, RewardMetric
 from longalign.metrics.base import Metric
 
@@ -59,7 +59,7 @@ def measure_sentences(
         batch_size: images per call.
 
     Raises:
-        ValueError: if a prompt is not among the captions of ``facts``.
+        ValueError: if the numbers of images and prompts differ, or a prompt is not among the captions of ``facts``.
     """
     if facts is None and reward is None:
         return Sentences()
@@ -70,21 +70,19 @@ def measure_sentences(
     for model, images in models.items():
         shown: list[Any] = [[] for _ in prompts]
         cosines: list[Any] = [[] for _ in prompts]
-        for start in range(0, len(prompts), batch_size):
-            for rows, batch in by_size(images, range(start, min(start + batch_size, len(prompts)))):
-                batch_prompts = [prompts[i] for i in rows]
-                if facts is not None:
-                    for i, verdict in zip(rows, facts.verdicts(batch, batch_prompts), strict=True):
-                        shown[i] = verdict
-                        texts[i] = [sentence.text for sentence in facts.caption(prompts[i]).sentences]
-                if tower is None:
-                    continue
-                if facts is None:
-                    for i, row in zip(rows, tower.by_segment(batch, batch_prompts), strict=True):
-                        texts[i], cosines[i] = [text for text, _ in row], [score for _, score in row]
-                    continue
-                for i, features in zip(rows, tower.image_features(batch), strict=True):
-                    cosines[i] = (tower.text_features(texts[i]) @ features).tolist()
+        for rows, batch, batch_prompts in batches(images, prompts, batch_size):
+            if facts is not None:
+                for i, verdict in zip(rows, facts.verdicts(batch, batch_prompts), strict=True):
+                    shown[i] = verdict
+                    texts[i] = [sentence.text for sentence in facts.caption(prompts[i]).sentences]
+            if tower is None:
+                continue
+            if facts is None:
+                for i, row in zip(rows, tower.by_segment(batch, batch_prompts), strict=True):
+                    texts[i], cosines[i] = [text for text, _ in row], [score for _, score in row]
+                continue
+            for i, features in zip(rows, tower.image_features(batch), strict=True):
+                cosines[i] = (tower.text_features(texts[i]) @ features).tolist()
         if facts is not None:
             verdicts[model] = shown
         if tower is not None:

@@ -141,7 +141,7 @@ def _read_table(found: _Contents, path: Path) -> None:
 
 
 def _read_ablation(found: _Contents, path: Path) -> None:
-    """Reads the record of `longalign ablate`; of each cell, the curves of all runs and the images of the first."""
+    """Reads the record of `longalign ablate`; with the curves of all runs and the images of each cell's first one."""
     data = _json(path)
     cells, table = data.get("cells"), path.parent / str(data.get("table", TABLE))
     if not isinstance(cells, list) or not all(isinstance(cell, dict) and "name" in cell for cell in cells):
@@ -151,10 +151,11 @@ def _read_ablation(found: _Contents, path: Path) -> None:
     for cell in cells:
         name, runs = cell["name"], cell.get("runs", [])
         changes = [f"{key}={value}" for key, value in cell.get("changes", {}).items()]
-        found.trials.append(Trial(name, changes, tuple(run["seed"] for run in runs)))
+        found.trials.append(Trial(name, changes, tuple(run["seed"] for run in runs if run["seed"] is not None)))
         for run in runs:
             images, folder = path.parent / run["images"], path.parent / run["folder"] / "train"
-            if name not in found.folders and (images / INDEX).exists():
+            finished = run.get("status", "finished") == "finished"
+            if finished and name not in found.folders and (images / INDEX).exists():
                 found.folders[name] = images
             if (folder / LOG).exists():
                 _read_run(found, folder, name if len(runs) == 1 else f"{name}, seed {run['seed']}")
@@ -173,7 +174,8 @@ def _examples(found: _Contents, count: int | None) -> list[Example]:
     rows: dict[tuple[str, Any], int] = {}
     if table is not None:
         seeds = table.seeds or [seed for _, seed in keys]
-        rows = {pair: i for i, pair in enumerate(zip(table.prompts, seeds, strict=False))}
+        for i, pair in enumerate(zip(table.prompts, seeds, strict=False)):
+            rows.setdefault(pair, i)  # an ablation repeats them for each training seed and has images of the first
         keys = list(rows)
     shared = [pair for pair in keys if all(pair in files[model] for model in models)]
     if not shared:
@@ -186,8 +188,8 @@ def _examples(found: _Contents, count: int | None) -> list[Example]:
 
 def _files(folder: Path) -> dict[tuple[str, Any], tuple[Path, str | None]]:
     """Returns prompt and seed -> image and the part of the prompt that was truncated."""
-    truncated = [row.get("truncated") for _, row in read_jsonl(folder / INDEX)] if (folder / INDEX).exists() else []
     images = read_images(folder)
+    truncated = [row.get("truncated") for _, row in read_jsonl(folder / INDEX)]
     return {(prompt, seed): (path, text) for (path, prompt, seed), text in zip(images, truncated, strict=True)}
 
 

@@ -79,10 +79,15 @@ class MetricTable:
         return self.models[0]
 
     @property
+    def steps(self) -> list[tuple[str, str]]:
+        """Each model after the base with one other: the previous one, or the base without ``neighbours``."""
+        others = self.models if self.neighbours else [self.base] * len(self.models)
+        return list(zip(self.models[1:], others, strict=False))
+
+    @property
     def pairs(self) -> list[tuple[str, str]]:
-        """The compared pairs ``(model, other)``: each model with the base, then each with the previous one if set."""
-        neighbours = zip(self.models[2:], self.models[1:], strict=False) if self.neighbours else ()
-        return [*((model, self.base) for model in self.models[1:]), *neighbours]
+        """The compared pairs ``(model, other)``: each model with the base, then `steps`; no pair twice."""
+        return list(dict.fromkeys([*((model, self.base) for model in self.models[1:]), *self.steps]))
 
     @property
     def metrics(self) -> list[str]:

@@ -88,7 +88,8 @@ def test_ablate_compares_cells_paired_over_prompts_and_seeds(tiny, trained):
     rows = list(csv.DictReader((result.output / "table.csv").read_text().splitlines()))
     assert len(rows) == 16 and rows[4]["training_seed"] == "1"
     assert "by training seed" in (result.output / "table.md").read_text()
-    assert "lr=0.02" in (result.output / "report.html").read_text()
+    page = (result.output / "report.html").read_text()
+    assert "lr=0.02" in page and "<code>loop.lr=0.02</code>" in page and page.count('<article class="example"') == 4
 
 
 def test_ablate_runs_only_new_cells_and_seeds(tiny, trained):

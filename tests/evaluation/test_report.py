@@ -154,6 +154,16 @@ def test_report_lists_significant_losses(tmp_path):
     assert "What became worse" in text and '<span class="loss">-25.0</span>' in text
 
 
+def test_report_summary_compares_with_base_without_neighbours(tmp_path):
+    models = {name: {"facts": np.full(10, value)} for name, value in (("base", 0.5), ("a", 0.75), ("b", 0.625))}
+    for neighbours, loss in ((True, "b - a"), (False, None)):
+        table = MetricTable(models, [f"prompt {i}" for i in range(10)], units=FACTS, neighbours=neighbours)
+        text = write_report(tmp_path / "report.html", title="T", table=table).read_text()
+        assert re.findall(r">against (\w+)<", text) == ["base", "a" if neighbours else "base"]
+        losses = re.findall(r"<li>.*\(([^)]*)\)</span></li>", text)
+        assert losses == ([loss] if loss else [])
+
+
 def test_report_shows_curves_configs_times_and_versions(page):
     text, parser = page
     words = "".join(parser.words)

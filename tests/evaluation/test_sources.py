@@ -99,6 +99,21 @@ def test_read_sources_ablation(tmp_path):
     assert contents["table"].models == ["eta=1", "eta=0"] and len(contents["examples"]) == 2
 
 
+def test_read_sources_ablation_images_have_values_of_their_training_seed(tmp_path):
+    write_folder(tmp_path / "images")
+    write_folder(tmp_path / "failed")
+    values = {"base": {"clip": np.array([0.1, 0.2, 0.3, 0.4])}}
+    table = MetricTable(values, PROMPTS * 2, [0] * 4, training_seeds=[0, 0, 1, 1], neighbours=False)
+    (tmp_path / "table.json").write_text(table.json())
+    runs = [{"seed": None, "folder": name, "images": name, "status": name} for name in ("failed", "images")]
+    runs[1]["status"] = "finished"
+    (tmp_path / "ablation.json").write_text(json.dumps({"cells": [{"name": "base", "runs": runs}]}))
+    contents = read_sources([str(tmp_path)])
+    assert [example.row for example in contents["examples"]] == [0, 1]
+    assert contents["examples"][0].images["base"].parent.name == "images"
+    assert contents["trials"] == [Trial("base", [])]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
