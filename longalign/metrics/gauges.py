@@ -30,8 +30,10 @@ class Gauges(Metric):
     - ``entropy``: entropy of the colour histogram with 8 levels per channel, in bits, at most 9.
     - ``sharpness``: standard deviation of ``Y`` under the 4-neighbour Laplacian.
     - ``warmth``: mean of ``R - B``.
+    - ``corners``: mean ``Y`` of the corners, squares of an eighth of the sides, over the mean of the image; below 1 for
+      a vignette.
 
-    Except ``dark``, ``saturation``, ``entropy`` and ``warmth``, they depend on the resolution.
+    ``edges`` and ``sharpness`` depend on the resolution.
     """
 
     def __init__(self, label: str):
@@ -61,8 +63,18 @@ class Gauges(Metric):
             "entropy": _colour_entropy(images),
             "sharpness": laplacian.flatten(1).std(1, correction=0),
             "warmth": (red - blue).mean((1, 2)),
+            "corners": _corners(luma).mean((1, 2)) / luma.mean((1, 2)).clamp(min=1e-6),
         }
         return {f"{self.label}.{name}": values for name, values in gauges.items()}
+
+
+def _corners(luma: Tensor) -> Tensor:
+    """The four corners of images ``(b, h, w)`` as one image ``(b, 2 h / 8, 2 w / 8)``."""
+    rows, columns = (
+        torch.cat([torch.arange(side)[:n], torch.arange(side)[-n:]]).to(luma.device)
+        for side, n in ((side, max(side // 8, 1)) for side in luma.shape[1:])
+    )
+    return luma[:, rows][:, :, columns]
 
 
 def _colour_entropy(images: Tensor) -> Tensor:

@@ -23,7 +23,16 @@ def test_gauges_of_half_black_half_orange():
 
 def test_gauges_of_a_grey_image():
     values = gauges(torch.full((3, 8, 8), 0.5))
+    assert values.pop("corners") == pytest.approx(1.0)
     assert values == pytest.approx(dict.fromkeys(values, 0.0), abs=1e-6)
+
+
+def test_gauge_of_dark_corners():
+    image = torch.full((3, 16, 8), 0.4)
+    for rows in (slice(0, 2), slice(14, 16)):
+        image[:, rows, 0], image[:, rows, -1] = 0.2, 0.2
+    # eight of 128 pixels are half as bright
+    assert gauges(image)["corners"] == pytest.approx(0.2 / (0.4 - 0.2 * 8 / 128), rel=1e-5)
 
 
 def test_gauges_are_watched_only():
