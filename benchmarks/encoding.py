@@ -79,7 +79,7 @@ def plain(encoder: ClipSegmentEncoder, prompts: Sequence[str]) -> Tensor:
     states = torch.cat([encoder.text_model(input_ids=part).last_hidden_state for part in ids.split(chunk)])
     padding, merged, begin = encoder._pad_states(states), [], 0
     for plan in plans:
-        spans = [states[begin + i, start:stop] for i, (start, stop) in enumerate(plan.spans)]
+        spans = [states[begin + row, start:stop] for row, start, stop in plan.spans]
         begin += len(plan.rows)
         merged.append(torch.cat(spans))
     length = max(encoder.max_tokens, max(map(len, merged)))

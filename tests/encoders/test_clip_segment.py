@@ -105,6 +105,24 @@ def test_clip_segment_sot_and_eot_strategies(tokenizer, sot, eot, expected):
     assert conditioning.states.shape[1] == len(expected)
 
 
+@pytest.mark.parametrize("sot", ["all", "none"])
+def test_clip_segment_reads_context_and_drops_its_states(tokenizer, sot):
+    encoder = position_encoder(tokenizer, segmenter=Manual("BREAK"), sot=sot, eot="last", pad="none", context=1)
+    states = encoder.encode([["a fox", "green", "wall"]]).states[0]
+    a, fox, green, wall = ids(tokenizer, "a fox green wall")
+    start = [(tokenizer.bos_token_id, 0)] * (sot == "all")
+    expected = [*start, (a, 1), (fox, 2), *start, (green, 3), *start, (wall, 2), (tokenizer.eos_token_id, 3)]
+    assert as_tuples(states) == expected
+
+
+def test_clip_segment_context_is_whole_segments_that_fit_the_window(tokenizer):
+    encoder = position_encoder(tokenizer, window=7, segmenter=Manual("BREAK"), sot="none", pad="none", context=3)
+    conditioning = encoder.encode([["a fox", "green", "wall", "a wall green fox"]])
+    # wall: after "a fox green"; the last segment and "wall" fill the window of five tokens
+    assert conditioning.states[0, :, 1].tolist() == [1, 2, 3, 4, 2, 3, 4, 5]
+    assert conditioning.reports[0].segments == ("a fox", "green", "wall", "a wall green fox")
+
+
 def test_clip_segment_plain_padding_is_empty_prompt_at_same_position(tokenizer):
     states = position_encoder(tokenizer, max_tokens=80, pad="pad").encode([""]).states
     sot, eot = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -158,7 +176,9 @@ def test_clip_segment_encodes_equal_segments_once(tokenizer):
     assert sorted(map(len, rows)) == [5, 5, len(ids(tokenizer, long)) + 2, 77]
 
 
-@pytest.mark.parametrize("settings", [{}, {"sot": "first", "eot": "last", "pad": "pad"}, {"max_batch_tokens": 30}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"sot": "first", "eot": "last", "pad": "pad"}, {"max_batch_tokens": 30, "context": 2}]
+)
 def test_clip_segment_batch_equals_single_prompts(folder, settings):
     encoder = encoders.build({"name": "clip-segment", "checkpoint": str(folder), "max_tokens": 400, **settings})
     together = encoder.encode(PROMPTS).states

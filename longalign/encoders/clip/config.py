@@ -41,6 +41,10 @@ class SegmentConfig(CheckpointConfig):
     """which segments keep their ``<sot>`` state."""
     eot: Literal["none", "all", "last"] = "none"
     """which segments keep their ``<eot>`` state."""
+    context: int = Field(default=0, ge=0)
+    """number of preceding segments that the text model reads before each segment, as far as they fit its window. Their
+    states are dropped. Helps if sentences refer to earlier ones ("It is red."); 1 doubles the cost of encoding.
+    """
     pad: Literal["pad*", "pad", "none"] = "pad*"
     """how states are padded to ``max_tokens``: ``"pad*"`` with the mean padding state ``<pad*>``, ``"pad"`` with the
     states of the empty prompt. ``"none"`` pads only to the longest prompt of the batch and masks the padding.

@@ -33,18 +33,18 @@ class SegmentPlan:
 
     Attributes:
         rows: token ids to encode, one row per segment.
-        spans: positions ``start:stop`` in each row whose states are merged.
+        spans: ``(row, start, stop)`` of the states to merge, in order: positions ``start:stop`` of a row.
         report: the encoded and the truncated text.
     """
 
     rows: tuple[tuple[int, ...], ...]
-    spans: tuple[tuple[int, int], ...]
+    spans: tuple[tuple[int, int, int], ...]
     report: PromptReport
 
     @property
     def length(self) -> int:
         """Number of merged states."""
-        return sum(stop - start for start, stop in self.spans)
+        return sum(stop - start for _, start, stop in self.spans)
 
 
 class ClipSegmentEncoder(Encoder):
@@ -55,6 +55,10 @@ class ClipSegmentEncoder(Encoder):
     pads with one vector ``<pad*>``. That vector is the mean of the last 60 of the 77 states of the empty prompt, or of
     the same fraction for a different window. The empty prompt is encoded as one ``<sot>`` followed by ``<pad*>``.
 
+    With ``context``, the text model reads the preceding segments before each segment, as
+    ``<sot> context tokens <eot>``, and the states of the context are dropped. References to an earlier segment ("It is
+    red.") can then be resolved, while the number of merged states stays the same.
+
     The text model is causal and used without a mask, so a prompt's states do not depend on the rest of the batch. Only
     the amount of padding does: with ``overflow="grow"``, the batch is padded to the longest prompt.
 
@@ -64,6 +68,7 @@ class ClipSegmentEncoder(Encoder):
         segmenter: splits a prompt into segments. A segment longer than the window is split further, never truncated.
         sot: which segments keep their ``<sot>`` state: ``"all"``, ``"first"`` or ``"none"``.
         eot: which segments keep their ``<eot>`` state: ``"all"``, ``"last"`` or ``"none"``.
+        context: number of preceding segments that are read before each segment, as far as they fit the window.
         pad: how states are padded. ``"pad*"`` repeats ``<pad*>``. ``"pad"`` uses the empty prompt's state at the same
             position; beyond the window, its last state. ``"none"`` pads to the longest prompt of the batch, with a
             mask.
@@ -81,6 +86,7 @@ class ClipSegmentEncoder(Encoder):
         *,
         sot: Literal["all", "first", "none"],
         eot: Literal["none", "all", "last"],
+        context: int,
         pad: Literal["pad*", "pad", "none"],
         max_tokens: int,
         overflow: Literal["grow", "truncate", "error"],
@@ -93,7 +99,7 @@ class ClipSegmentEncoder(Encoder):
         self.window: int = config.max_position_embeddings
         self.tokens = TextTokens(tokenizer, config.vocab_size)
         self.segmenter = segmenter
-        self.sot, self.eot, self.pad = sot, eot, pad
+        self.sot, self.eot, self.context, self.pad = sot, eot, context, pad
         self.max_tokens, self.overflow, self.max_batch_tokens = max_tokens, overflow, max_batch_tokens
         self._cached_padding: Tensor | None = None
 
@@ -112,6 +118,7 @@ class ClipSegmentEncoder(Encoder):
             segmenter,
             sot=config.sot,
             eot=config.eot,
+            context=config.context,
             pad=config.pad,
             max_tokens=config.max_tokens,
             overflow=config.overflow,
@@ -150,10 +157,11 @@ class ClipSegmentEncoder(Encoder):
         length = longest if self.pad == "none" else max(self.max_tokens, longest)
         index = np.empty((len(plans), length), dtype=np.int64)
         index[:] = len(states) + np.minimum(np.arange(length), len(padding) - 1)
-        starts = iter(row_starts)
-        for row, plan in zip(index, plans, strict=True):
-            spans = [np.arange(*span) + row_start for span, row_start in zip(plan.spans, starts, strict=False)]
-            row[: plan.length] = np.concatenate(spans)
+        first = 0
+        for merged_row, plan in zip(index, plans, strict=True):
+            spans = [np.arange(start, stop) + row_starts[first + row] for row, start, stop in plan.spans]
+            merged_row[: plan.length] = np.concatenate(spans)
+            first += len(plan.rows)
         mask = None
         if self.pad == "none":
             lengths = np.array([[plan.length] for plan in plans])
@@ -202,15 +210,19 @@ class ClipSegmentEncoder(Encoder):
         budget = sys.maxsize if self.overflow == "grow" else self.max_tokens
         rows, spans, texts, tokens, truncated = [], [], [], [], []
         for i, segment in enumerate(segments):
-            start = 0 if self.sot == "all" or (self.sot == "first" and i == 0) else 1
+            with_sot = self.sot == "all" or (self.sot == "first" and i == 0)
             with_eot = self.eot == "all" or (self.eot == "last" and i == len(segments) - 1)
-            stop = min(len(segment) + 1 + with_eot, start + budget)
-            num_encoded = max(0, min(stop - 1, len(segment)))
+            kept = min(with_sot + len(segment) + with_eot, budget)
+            num_encoded = max(0, min(kept - with_sot, len(segment)))
             head, tail = segment.split_at(num_encoded)
-            if stop > start:
-                rows.append((tokenizer.bos_token_id, *segment.ids, tokenizer.eos_token_id))
-                spans.append((start, stop))
-                budget -= stop - start
+            if kept:
+                context = self._context(segments, i)
+                first = 1 + len(context)  # position of the segment's first token; that of <sot> is 0
+                row = len(rows)
+                rows.append((tokenizer.bos_token_id, *context, *segment.ids, tokenizer.eos_token_id))
+                spans += [(row, 0, 1)] if with_sot else []
+                spans += [(row, first, first + kept - with_sot)] if kept > with_sot else []
+                budget -= kept
             if num_encoded:
                 texts.append(head)
                 tokens.append(num_encoded)
@@ -218,5 +230,15 @@ class ClipSegmentEncoder(Encoder):
                 truncated.append(tail)
         if not rows:
             # keep at least one state so that cross-attention is defined
-            rows, spans = [(tokenizer.bos_token_id, tokenizer.eos_token_id)], [(0, 1)]
+            rows, spans = [(tokenizer.bos_token_id, tokenizer.eos_token_id)], [(0, 0, 1)]
         return SegmentPlan(tuple(rows), tuple(spans), PromptReport(tuple(texts), tuple(tokens), " ".join(truncated)))
+
+    def _context(self, segments: Sequence[Tokenized], index: int) -> list[int]:
+        """Returns the token ids of up to ``context`` segments before ``index`` that fit the window with it."""
+        ids: list[int] = []
+        space = self.window - 2 - len(segments[index])
+        for segment in reversed(segments[max(0, index - self.context) : index]):
+            if len(ids) + len(segment) > space:
+                break
+            ids = [*segment.ids, *ids]
+        return ids
