@@ -31,7 +31,7 @@ class Gauges(Metric):
     - ``sharpness``: standard deviation of ``Y`` under the 4-neighbour Laplacian.
     - ``warmth``: mean of ``R - B``.
 
-    Except ``dark``, ``saturation``, ``entropy`` and ``warmth``, they depend on the resolution.
+    ``edges`` and ``sharpness`` depend on the resolution, the others do not.
     """
 
     def __init__(self, label: str):
