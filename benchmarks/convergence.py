@@ -1,6 +1,6 @@
 """Fact accuracy and reward against seconds of training, for each method of choosing gradient steps.
 
-All runs start from the demo's first stage and run the demo's reward stage for the same seconds, with several seeds. At
+All runs start from the demo's align stage and run the demo's reward stage for the same seconds, with several seeds. At
 the same seconds, outside the timed part, images are generated for the same held-out long captions from the same noise.
 The oracle measures the facts. The preference model gives its score and the text-relevant part of it.
 
@@ -67,7 +67,7 @@ Rows = list[dict[str, Any]]
 class Evaluation:
     """Generates images for ``count`` held-out captions, always from the same noise, and measures them.
 
-    The captions are sampled as in the first stage. The second stage's reward is used without reweighting.
+    The captions are sampled as in the align stage. The reward stage's reward is used without reweighting.
     """
 
     def __init__(self, align: RunConfig, reward: RunConfig, count: int, num_steps: int):
@@ -220,9 +220,9 @@ def report(
     start_values = ", ".join(f"{METRICS[m]} {np.mean(start[m]):.{digits}f}" for m, digits in DIGITS.items())
     length = f"{options.steps} steps" if options.steps else f"{options.budget:g} seconds of training"
     lines = [
-        "# Convergence per cost on the small world", "",
+        "# Convergence per cost on the synthetic scenes", "",
         f"`python benchmarks/convergence.py{command}`", "",
-        f"The demo's reward stage from one checkpoint of its first stage, {length}, {len(options.seeds)} seed(s). "
+        f"The demo's reward stage from one checkpoint of its align stage, {length}, {len(options.seeds)} seed(s). "
         f"{options.prompts} held-out captions from the same noise, {options.sampling} sampling steps. At the start: "
         f"{start_values}. Differences to the start are paired, with 95% bootstrap intervals over prompts and "
         "seeds.", "",
@@ -237,7 +237,7 @@ def report(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("changes", nargs="*", metavar="path=value", help="changes to the demo's reward stage")
-    parser.add_argument("--start", type=Path, help="checkpoint to start from (the demo's first stage)")
+    parser.add_argument("--start", type=Path, help="checkpoint to start from (the demo's align stage)")
     parser.add_argument("--folder", type=Path, default=Path("runs/convergence"), help="folder of the measurements")
     parser.add_argument("--gradient-steps", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -28,7 +28,7 @@ def measure(setting: Setting) -> dict[str, float]:
     """GiB of a stage.
 
     Returns:
-        ``weights``, the optimiser ``state``, the ``peak``, and the ``graph`` of one call if the stage is ``plain``.
+        ``weights``, the optimizer ``state``, the ``peak``, and the ``graph`` of one call if the stage is ``plain``.
     """
     with LikeCuda() as cuda:
         modules, trainable, run = stage(setting, cuda)

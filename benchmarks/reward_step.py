@@ -102,7 +102,7 @@ def build(setting: Setting) -> Any:
     parts: dict[str, Any] = {"backbone": backbone, "encoder": Random(), "rewards": [warm]}
     trainer = RewardTrainer.from_config(config, Runtime(), **parts)
     for name, parameter in trainer.named_parameters():
-        if ".lora_B." in name:  # initialised to zero, so lora_A would have no gradient
+        if ".lora_B." in name:  # initialized to zero, so lora_A would have no gradient
             torch.nn.init.normal_(parameter, std=0.01)
     if setting.gradient_checkpointing:
         trainer.enable_gradient_checkpointing()

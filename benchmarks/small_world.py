@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "mini"))
 
-from clip import normalise
+from clip import normalize
 from common import WEIGHTS, render_images, scene_and_caption
 from facts import FactHead, label_tensor, labels_of_caption
 from longclip import variants
@@ -132,7 +132,7 @@ def measure_longclip() -> None:
         clip = CLIPModel.from_pretrained(WEIGHTS / name, torch_dtype=torch.float32).eval()
         tokens = tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
         text = F.normalize(clip.get_text_features(**tokens).pooler_output, dim=-1)
-        images = torch.cat([clip.get_image_features(normalise(render_images(galleries[i : i + 100]))).pooler_output
+        images = torch.cat([clip.get_image_features(normalize(render_images(galleries[i : i + 100]))).pooler_output
                             for i in range(0, len(galleries), 100)])  # fmt: skip
         images = F.normalize(images, dim=-1).view(200, 8, -1)
         best = torch.einsum("qd,qvd->qv", text, images).argmax(-1)

@@ -5,7 +5,7 @@
 The solver error is the mean absolute difference of a pixel (0 to 1) to the image of ``dpm++`` with many steps.
 
 Run ``python benchmarks/solvers.py [checkpoint or config] [--prompts 64] [--num-steps 12 20 25 50]``. The default is the
-config of the demo's first stage, before its training: the bundled weights. It writes a table next to itself.
+config of the demo's align stage, before its training: the bundled weights. It writes a table next to itself.
 """
 
 from __future__ import annotations

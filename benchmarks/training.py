@@ -123,7 +123,7 @@ def write_images(folder: Path, pixels: int) -> str:
 
 
 def make_step(config: Any) -> Callable[[], None]:
-    """Returns a function that runs one training step on the run's data, including the optimiser."""
+    """Returns a function that runs one training step on the run's data, including the optimizer."""
     composition = build_from_config(config, Runtime())
     trainer, size = composition.trainer.train(), config.loop.batch_size
     optimizer = torch.optim.AdamW(trainer.trainable(), config.loop.lr)

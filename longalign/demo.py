@@ -44,7 +44,7 @@ class DemoResult:
     """Results of the demo.
 
     Attributes:
-        table: metrics of ``truncated``, ``segments``, ``align``, and of a model for each omega of the second stage.
+        table: metrics of ``truncated``, ``segments``, ``align``, and of a model for each omega of the reward stage.
         report: path of the HTML report.
         seconds: stage -> duration in seconds.
     """
@@ -73,7 +73,7 @@ def run_demo(
     """Trains both stages, samples held-out captions with each model, and writes the report.
 
     ``truncated`` is the bundled backbone with captions truncated at CLIP's window, as in Stable Diffusion. ``segments``
-    is the same backbone with the first stage's encoder: the effect of encoding by segments alone. ``align`` is
+    is the same backbone with the align stage's encoder: the effect of encoding by segments alone. ``align`` is
     fine-tuned on long captions with that encoder. ``align+reward, omega 1`` is then fine-tuned on a preference model's
     original score; the last model differs only in the weight omega of the score's text-irrelevant part. All models
     sample the same captions from the same noise, so consecutive models differ in one respect.
@@ -81,8 +81,8 @@ def run_demo(
     Args:
         output: folder for both runs, ``report.html``, ``table.json``, ``table.md``, and the images in
             ``images/<model>``; an earlier demo is replaced.
-        align: config of the first stage; the bundled config if None. The data must be ``scenes``.
-        reward: config of the second stage; the bundled config if None. Its first reward is measured, without
+        align: config of the align stage; the bundled config if None. The data must be ``scenes``.
+        reward: config of the reward stage; the bundled config if None. Its first reward is measured, without
             reweighting. If that reward is ``reweighted``, the stage also runs with omega 1.
         prompts: number of held-out captions.
         num_steps: sampling steps; the guidance scale is taken from the reward stage.
@@ -161,7 +161,7 @@ def run_demo(
 
 
 def reward_runs(reward: RunConfig, output: Path) -> dict[str, RunConfig]:
-    """Returns the second stage's runs by model: with the original score (omega 1), then as configured.
+    """Returns the reward stage's runs by model: with the original score (omega 1), then as configured.
 
     A first reward without ``omega``, or with omega 1, gives one run, called ``align+reward``.
     """
@@ -194,7 +194,7 @@ def held_out_captions(configs: Sequence[RunConfig], count: int) -> list[Caption]
 
 
 def _untrained(align: RunConfig, runtime: Runtime, truncated: bool) -> tuple[Any, Encoder]:
-    """Returns the untrained backbone with the first stage's encoder, or with truncation at its text model's window."""
+    """Returns the untrained backbone with the align stage's encoder, or with truncation at its text model's window."""
     checkpoint = getattr(align.backbone, "checkpoint", None)
     if checkpoint is None:
         raise ValueError(f"expected a backbone whose checkpoint contains a text encoder, got {align.backbone}")

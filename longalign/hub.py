@@ -59,7 +59,7 @@ def availability_problem(checkpoint: str, revision: str | None = None) -> str:
     if Path(source).exists():
         return ""
     if not HUB_ID.fullmatch(source):
-        return f"there is no file or folder '{checkpoint}'; an id on the Hub has the form owner/name"
+        return f"no file or folder '{checkpoint}'; an id on the Hub has the form owner/name"
     if offline() and _cached(source, revision) is None:
         return f"'{checkpoint}' is not on this machine, and HF_HUB_OFFLINE disables downloads"
     return ""

@@ -23,7 +23,7 @@ INDEX = "metadata.jsonl"
 
 
 def read_captions(folder: Path) -> list[tuple[str, Mapping[str, Any]]]:
-    """Reads rows with "file_name" and "text" (or "prompt") of a folder's images, each with its location.
+    """Returns a location, such as file and line, and a row for each image: "file_name" and "text" (or "prompt").
 
     Reads ``metadata.jsonl`` or ``metadata.csv``. Without either, reads a ``.txt`` of the same name next to each
     image in the folder and its subfolders, sorted by path.

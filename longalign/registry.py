@@ -151,7 +151,7 @@ class Registry:
 
         Raises:
             PartError: if the name is unknown or registered twice, or its plugin fails to import, is invalid, or
-                requires another version of longalign.
+                requires a different version of longalign.
         """
         info = self.info(name)
         local = self._local()

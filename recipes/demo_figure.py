@@ -1,4 +1,4 @@
-"""The picture of the README: one prompt of the demo with the images of all models.
+"""Draws the figure of the README: one prompt of the demo with the images of all models.
 
 Run ``longalign demo``, then ``python recipes/demo_figure.py runs/demo``. It writes docs/demo.png.
 
@@ -27,7 +27,7 @@ from longalign.image_io import decode
 from longalign.mini import Caption, fact_accuracy, verdicts
 
 TARGET = Path(__file__).parent.parent / "docs" / "demo.png"
-# In pixels of a picture that GitHub shows at half its size. The card has its own background, for the dark mode.
+# In pixels of a figure that GitHub shows at half its size. The card has its own background, for the dark mode.
 WIDTH, MARGIN, GAP, SIDE, TEXT = 1660, 32, 24, 192, 30
 MARK, LINE = 24, 36
 CARD, BORDER, BAND, INK, FAINT = "#ffffff", "#d0d7de", "#f3f5f8", "#1f2328", "#59636e"
@@ -45,7 +45,7 @@ class Column:
 
 
 def main() -> int:
-    """Writes the picture of a demo's folder; returns 0."""
+    """Writes the figure of a demo's folder; returns 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("demo", type=Path, help="output folder of longalign demo, run with its default configs")
     parser.add_argument("--output", type=Path, default=TARGET)

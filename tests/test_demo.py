@@ -81,7 +81,7 @@ def test_reward_runs_have_omega_one_then_the_configured(configs, tmp_path):
     reward = configs[1]
     runs = reward_runs(reward, tmp_path)
     assert [(name, run.rewards[0].omega) for name, run in runs.items()] == list(zip(MODELS[3:], (1, 0.3), strict=True))
-    # the second stage as configured is in the folder "reward"
+    # the reward stage as configured is in the folder "reward"
     assert [run.output for run in runs.values()] == [str(tmp_path / "reward-omega-1"), str(tmp_path / "reward")]
     plain = override(reward, {"rewards": [reward.rewards[0].inner]})
     for one in (override(reward, {"rewards.0.omega": 1}), plain):

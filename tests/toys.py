@@ -8,7 +8,7 @@ from longalign.rewards.base import EmbeddingReward, Reward, Scores
 
 
 class Compass(EmbeddingReward):
-    """Text features are unit vectors by name; image features are the normalised channel means."""
+    """Text features are unit vectors by name; image features are the normalized channel means."""
 
     texts: ClassVar = {
         "east": (0.8, 0.6, 0.0),

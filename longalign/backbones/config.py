@@ -12,7 +12,7 @@ from longalign.registry import PartConfig, Section
 class LoraConfig(Section):
     """Low-rank updates of every Linear and Conv2d inside ResnetBlock2D, Attention and GEGLU (arXiv 2106.09685).
 
-    ``down`` is initialised from N(0, 1/rank^2) and ``up`` with zeros, so the update is zero at the start.
+    ``down`` is initialized from N(0, 1/rank^2) and ``up`` with zeros, so the update is zero at the start.
     """
 
     rank: int = Field(default=32, ge=1)

@@ -92,7 +92,7 @@ def require_indexed(data: Data | Stream, config: RunConfig) -> Data:
     """Returns map-style data unchanged. Raises ValueError for a stream."""
     if isinstance(data, Stream):
         raise ValueError(
-            f"the data '{config.data and config.data.name}' is a stream, which a cache cannot index; "
+            f"data '{config.data and config.data.name}' is a stream, which a cache cannot index; "
             "use data that is read by index (folder, hf without streaming), or remove 'cache'"
         )
     return data

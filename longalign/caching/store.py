@@ -96,7 +96,7 @@ class Store:
             raise StaleCache(
                 f"the cache {self.folder} was made with different settings:\n"
                 + "\n".join(f"  {key}: {old!r} in the cache, {new!r} now" for key, old, new in differing)
-                + "\nRestore these settings, set another cache.folder, or remove this cache and run: "
+                + "\nRestore these settings, set a different cache.folder, or remove this cache and run: "
                 "longalign cache CONFIG"
             )
 

@@ -76,8 +76,8 @@ def convert_longsd(
 def longsd_config(backbone: str, t5: str, adapter: TextAdapter) -> RunConfig:
     """Returns the config that the weights were trained with (paper, section 3.1, appendix A).
 
-    The encoder concatenates CLIP's segments in 240 states and T5's 240 states through the adapter. The adapter's
-    weights come from the checkpoint.
+    The encoder concatenates 240 states of CLIP's segments and 240 adapted states of T5. The adapter's weights come
+    from the checkpoint.
     """
     widths = {key: getattr(adapter, key) for key in ("in_dim", "int_dim", "out_dim")}
     clip = {"name": "clip-segment", "checkpoint": backbone, "segmenter": "longalign", "max_tokens": 240}

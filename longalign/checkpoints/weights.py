@@ -63,7 +63,7 @@ def load_pickle(path: str | Path, checked: bool = False) -> Any:
         ValueError: if the file is damaged or contains anything else; the message has the path.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no file {path}")
+        raise FileNotFoundError(f"no file {path}; check the path")
     try:
         if checked:
             with zipfile.ZipFile(path) as archive:
@@ -86,7 +86,7 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
         ValueError: if the file is damaged or the checksum differs; the message has the path.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no file {path}")
+        raise FileNotFoundError(f"no file {path}; check the path")
     with reading(path), safe_open(path, "pt") as file:
         expected = (file.metadata() or {}).get(CHECKSUM)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

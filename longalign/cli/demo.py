@@ -17,8 +17,8 @@ EXAMPLES = """
 def add_options(parser: ArgumentParser) -> None:
     about = "folder for both runs, report.html and tables (runs/demo)"
     parser.add_argument("--output", default="runs/demo", metavar="DIR", help=about)
-    parser.add_argument("--align", metavar="FILE", help="config of the first stage (bundled by default)")
-    parser.add_argument("--reward", metavar="FILE", help="config of the second stage (bundled by default)")
+    parser.add_argument("--align", metavar="FILE", help="config of the align stage (bundled by default)")
+    parser.add_argument("--reward", metavar="FILE", help="config of the reward stage (bundled by default)")
     about = "number of held-out captions (128)"
     parser.add_argument("--prompts", type=positive, default=128, metavar="N", help=about)
     add_device(parser)

@@ -50,7 +50,7 @@ def _copy(files: Iterable[Path], folder: Path) -> None:
     for path, target in targets.items():
         if target.exists() and target.read_bytes() != path.read_bytes():
             raise ValueError(
-                f"{target} exists and differs from the example; choose another folder, or remove this file"
+                f"{target} exists and differs from the example; choose a different folder, or remove this file"
             )
     folder.mkdir(parents=True, exist_ok=True)
     for path, target in targets.items():

@@ -61,7 +61,7 @@ def check_unexported(folder: Path) -> None:
     check_folder(folder)
     for name in (CHECKPOINT, CARD):
         if (folder / name).exists():
-            raise ValueError(f"{folder / name} exists; choose another folder, or set overwrite (--overwrite)")
+            raise ValueError(f"{folder / name} exists; choose a different folder, or set overwrite (--overwrite)")
 
 
 def checkpoints(run: Path) -> list[Path]:

@@ -31,16 +31,16 @@ class GuardConfig(Section):
 
 
 class KeepBestConfig(Section):
-    """Which checkpoint is kept as ``best``."""
+    """Selects the checkpoint that is kept as ``best``."""
 
     metric: Text
-    """a value of the monitor. The metric says whether higher or lower is better."""
+    """a value of the monitor. Its metric defines whether higher or lower is better."""
     guard: GuardConfig | None = None
-    """points at which this metric has become too bad are not candidates; null: all points are."""
+    """rejects points at which its metric has become too bad; null: rejects none."""
 
 
 class EarlyStopConfig(KeepBestConfig):
-    """When a run ends before its last step."""
+    """Ends a run before its last step if a metric no longer improves."""
 
     patience: PositiveInt
     """number of successive points of the monitor without a new best value."""
@@ -54,11 +54,11 @@ class MonitorConfig(Section):
     this key or `data`.
     """
     data: Part("data") | None = None
-    """data whose prompts are used, such as `scenes` with another seed than the training data."""
+    """data whose prompts are used, such as `scenes` with a seed that differs from the training data's."""
     limit: PositiveInt | None = None
-    """use the first prompts only, at most so many; null: all."""
+    """maximum number of prompts, from the first; null: all."""
     every: PositiveInt = 500
-    """steps between two points; there is also one at the start and one at the end."""
+    """training steps between two points (measurements); there is also one at the start and one at the end."""
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (0,)
     """one image is sampled per prompt and seed."""
     num_steps: PositiveInt = 25
@@ -72,7 +72,7 @@ class MonitorConfig(Section):
     metrics: tuple[Part("metrics"), ...] = ()
     """what is measured; empty: images only."""
     window: PositiveInt = 3
-    """a warning compares a point with the one so many points before."""
+    """each point is compared with the one ``window`` points before, for the warnings."""
     keep_best: KeepBestConfig | None = None
     """keep the checkpoint of the best point as ``best`` in the output folder; null: only the newest ones."""
     early_stop: EarlyStopConfig | None = None

@@ -72,7 +72,10 @@ class _Loader(yaml.SafeLoader):
         for part in reversed(merged):  # the first mapping of a list takes precedence
             if part.id != "mapping":
                 raise yaml.constructor.ConstructorError(
-                    None, None, "'<<' takes mappings, e.g. an anchor of one", part.start_mark
+                    None,
+                    None,
+                    "expected a mapping, or a list of mappings, after '<<', such as *defaults",
+                    part.start_mark,
                 )
             self.flatten_mapping(part)
             self._merged += len(part.value)

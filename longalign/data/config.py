@@ -60,7 +60,7 @@ class ImagesConfig(DataConfig):
     """Base class of configs of stored images."""
 
     resolution: PositiveInt | None = None
-    """center-crop and resize images to this many pixels; null: the backbone's native resolution. Smaller images are
+    """centre-crop and resize images to this many pixels; null: the backbone's native resolution. Smaller images are
     scaled up, with a warning.
     """
     empty: Literal["skip", "keep"] = "skip"

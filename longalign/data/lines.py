@@ -112,6 +112,6 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise FileNotFoundError(f"no file {path}") from None
+        raise FileNotFoundError(f"no file {path}; check the path") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}; save the file as UTF-8") from error

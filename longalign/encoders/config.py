@@ -71,7 +71,11 @@ class CheckpointConfig(EncoderConfig):
 
     def check_files(self) -> list[ConfigProblem]:
         if self.checkpoint.endswith((".safetensors", ".pt")):
-            return [] if Path(self.checkpoint).is_file() else [("checkpoint", f"no file {self.checkpoint}")]
+            return (
+                []
+                if Path(self.checkpoint).is_file()
+                else [("checkpoint", f"no file {self.checkpoint}; expected a .safetensors file")]
+            )
         problem = checkpoint_problem(self.checkpoint, self._configs(), self.revision)
         return [("checkpoint", problem)] if problem else []
 

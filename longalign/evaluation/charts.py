@@ -25,7 +25,7 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Returns the centered moving mean over ``window`` values. The window is shorter at the ends."""
+    """Returns the centred moving mean over ``window`` values. The window is shorter at the ends."""
     half = window // 2
     means = []
     for i in range(len(values)):
@@ -37,7 +37,7 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
 def curves(
     title: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], height: int = 190, x_title: str = "step"
 ) -> str:
-    """Draws curves over steps, in the models' colors: the values as thin lines, and their moving means as thick lines.
+    """Draws curves over steps, in the models' colours: the values as thin lines, and their moving means as thick lines.
 
     Non-finite values are skipped. Without finite values the chart shows "no values".
 
@@ -90,7 +90,7 @@ def intervals(
     number: Callable[[float], str],
     limits: tuple[float, float] | None = None,
 ) -> str:
-    """Draws means with intervals. Each label has a row with one line per model, in the models' order and colors.
+    """Draws means with intervals. Each label has a row with one line per model, in the models' order and colours.
 
     Args:
         title: caption of the chart.

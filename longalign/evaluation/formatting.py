@@ -15,7 +15,7 @@ Grid = list[list[str]]
 
 
 def label(metric: str, value: Value) -> str:
-    """Returns the display name of a metric, with its unit, and the direction if lower is better."""
+    """Returns the display name of a metric, with its unit, and with a note if lower is better."""
     name = "/".join(LABELS.get(part, part) for part in metric.split("/")).replace("_", "-")
     return (
         name + (f", {value.unit}" if value.unit else "") + (" (lower is better)" if value.direction == "lower" else "")

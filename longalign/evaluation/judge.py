@@ -13,7 +13,7 @@ from torch import Tensor
 from longalign.evaluation.table import MetricTable
 from longalign.metrics.base import Value
 from longalign.runtime import Runtime
-from longalign.vlm.base import Picture, Request
+from longalign.vlm.base import HashedImage, Request
 from longalign.vlm.config import JudgeConfig
 from longalign.vlm.store import StoredAnswers
 
@@ -28,7 +28,7 @@ UNITS = {WIN_RATE: Value("%"), f"{WIN_RATE}/verdict": Value("%", None)}
 class Judge:
     """Decides which of two images of a prompt is better.
 
-    Each pair is shown in both orders, since such models favor one position (Zheng et al. 2023, arXiv 2306.05685,
+    Each pair is shown in both orders, since such models favour one position (Zheng et al. 2023, arXiv 2306.05685,
     section 3.4). An image wins if it is preferred in both orders; all other verdicts are ties.
 
     Args:
@@ -71,7 +71,7 @@ class Judge:
             requests: list[Request] = []
             for i in range(start, min(start + self.batch_size, len(prompts))):
                 text, first, second = self.prompt.replace("{prompt}", prompts[i]), images[i], others[i]
-                pair = Picture.of(first), Picture.of(second)
+                pair = HashedImage.of(first), HashedImage.of(second)
                 requests += [Request(text, pair, OPTIONS), Request(text, pair[::-1], OPTIONS)]
             replies = self.answers.ask(requests)
             rows += [_verdict(*pair) for pair in zip(replies[::2], replies[1::2], strict=True)]

@@ -99,7 +99,7 @@ class Summary:
 
     Attributes:
         mean: mean over the images, or the statistic of the set; NaN if there is none.
-        shown: unit and direction.
+        shown: unit, and whether higher or lower is better.
         rows: ``(n,)`` value of each image, NaN where it has none; None for a statistic of the set.
     """
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from longalign.evaluation.formatting import number
 from longalign.evaluation.groups import LENGTH_EDGES, length_labels, natural_key
-from longalign.evaluation.pictures import encode_all
+from longalign.evaluation.report_images import encode_all
 from longalign.evaluation.table import MetricTable
 
 SCORE_BINS = 5
-"""Colors of scores: equally many sentences of the page have each color."""
+"""Colours of scores. Each is used for the same number of sentences of the page."""
 
 
 @dataclass(frozen=True)

@@ -59,11 +59,11 @@ def table_data(
 
 
 def read_sources(sources: Sequence[str], examples: int | None = None) -> dict[str, Any]:
-    """Reads runs, image folders, tables, demos and ablations, as arguments of `longalign.evaluation.write_report`.
+    """Reads runs, image folders, tables, demos and ablations. Returns arguments of `longalign.evaluation.write_report`.
 
     Args:
-        sources: paths, or ``name=path`` with the name of the run or model; the name of the folder by default.
-        examples: the first prompts to show; all if None.
+        sources: paths, or ``name=path`` with the name of the run or model; the default is the folder's name.
+        examples: number of prompts to show, from the first; None shows all.
 
     Raises:
         FileNotFoundError: if a source, or an image that it lists, does not exist.

@@ -38,7 +38,7 @@ class MetricTable:
         values: model -> metric -> ``(n,)`` values, NaN where an image has no value.
         prompts: the ``n`` prompts.
         seeds: the ``n`` seeds.
-        units: unit and direction of metrics, see `longalign.metrics.Metric.values`.
+        units: unit of each metric, and whether higher or lower is better; see `longalign.metrics.Metric.values`.
         sets: model -> metric of the whole set of images -> its value and those of the bootstrap samples,
             ``(1 + samples,)``. The samples are the same for all models.
         training_seeds: the ``n`` training seeds, if a model was trained several times; intervals then resample them
@@ -101,7 +101,7 @@ class MetricTable:
         return [m for m in dict.fromkeys(m for row in rows for m in row) if m.startswith(metric + "/")]
 
     def value(self, metric: str) -> Value:
-        """Returns unit and direction of a metric."""
+        """Returns the unit of a metric, and whether higher or lower is better."""
         return value_of(metric, self.units)
 
     def label(self, metric: str) -> str:
@@ -149,7 +149,7 @@ class MetricTable:
         return gains, losses
 
     def is_gain(self, metric: str, difference: Interval) -> bool | None:
-        """Whether a difference is a gain, given the metric's direction; None for a gauge."""
+        """Whether a difference is a gain, given whether higher or lower is better; None for a gauge."""
         direction = self.value(metric).direction
         return None if direction is None else (difference.mean > 0) == (direction == "higher")
 

@@ -80,7 +80,7 @@ def sample_timesteps(density: str, levels: NoiseLevels, count: int, device: torc
     """Samples random training timesteps ``(count,)``.
 
     Args:
-        density: ``"uniform"``, or ``"logit-normal"`` for ``sigmoid(n)`` with normal n. The latter favors intermediate
+        density: ``"uniform"``, or ``"logit-normal"`` for ``sigmoid(n)`` with normal n. The latter favours intermediate
             noise levels, which are hardest to predict (arXiv 2403.03206, section 3.1, eq. 19, m = 0 and s = 1).
         levels: noise levels, one per training timestep.
         count: number of samples.

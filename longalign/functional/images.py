@@ -26,7 +26,7 @@ class ImagePreprocessor:
         mean: per channel, for images in [0, 1].
         std: per channel.
         aspect: how images of a different aspect ratio are resized: ``"crop"`` scales the shorter side and keeps the
-            center (CLIP), ``"pad"`` scales the longer side and pads with black (HPSv2), ``"squash"`` scales both sides
+            centre (CLIP), ``"pad"`` scales the longer side and pads with black (HPSv2), ``"squash"`` scales both sides
             (SigLIP). For images of the model's aspect ratio all three are equal.
         crop: side of a random crop before the resize: an int in pixels, or a float as a fraction of each side. None
             disables the crop. A crop discourages reward hacking through blocky artifacts; the paper authors' code uses

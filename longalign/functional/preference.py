@@ -32,7 +32,7 @@ class Decomposition:
     eta: Tensor
 
 
-def normalise(mean: Tensor) -> Tensor:
+def normalize(mean: Tensor) -> Tensor:
     """Normalizes a mean text embedding ``(d,)`` to the direction ``V``, shape ``(d,)``.
 
     Raises:
@@ -53,7 +53,7 @@ def common_direction(text: Tensor) -> Tensor:
     """
     if text.ndim != 2 or not len(text):
         raise ValueError(f"expected text embeddings (n, d) with n > 0, got shape {tuple(text.shape)}")
-    return normalise(text.mean(0))
+    return normalize(text.mean(0))
 
 
 def eta(text: Tensor, direction: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class DRTuneConfig(GradientStepsConfig):
 
 
 class DRTune(GroupedRandom):
-    """DRTune (arXiv 2405.00760)."""
+    """Selects equidistant steps, as DRTune does; see `DRTuneConfig`."""
 
     @classmethod
     def from_config(cls, config: DRTuneConfig, runtime: Runtime) -> DRTune:  # type: ignore[override]
@@ -59,7 +59,7 @@ class DraftKConfig(GradientStepsConfig):
 
 
 class DraftK(Last):
-    """DRaFT-K (arXiv 2309.17400)."""
+    """Selects the last steps, as DRaFT-K does; see `DraftKConfig`."""
 
     @classmethod
     def from_config(cls, config: DraftKConfig, runtime: Runtime) -> DraftK:  # type: ignore[override]
@@ -82,7 +82,7 @@ class DraftLVConfig(GradientStepsConfig):
 
 
 class DraftLV(Last):
-    """DRaFT-LV (arXiv 2309.17400)."""
+    """Selects the last step of the sample and of its copies, as DRaFT-LV does; see `DraftLVConfig`."""
 
     @classmethod
     def from_config(cls, config: DraftLVConfig, runtime: Runtime) -> DraftLV:  # type: ignore[override]
@@ -117,7 +117,7 @@ class AlignPropConfig(GradientStepsConfig):
 
 
 class AlignProp(Last):
-    """AlignProp (arXiv 2310.03739)."""
+    """Selects a random number of last steps, as AlignProp does; see `AlignPropConfig`."""
 
     @classmethod
     def from_config(cls, config: AlignPropConfig, runtime: Runtime) -> AlignProp:  # type: ignore[override]
@@ -142,7 +142,7 @@ class ReFLConfig(GradientStepsConfig):
 
 
 class ReFL(Last):
-    """ReFL (arXiv 2304.05977, algorithm 1)."""
+    """Selects one late step and stops there, as ReFL does; see `ReFLConfig`."""
 
     @classmethod
     def from_config(cls, config: ReFLConfig, runtime: Runtime) -> ReFL:  # type: ignore[override]

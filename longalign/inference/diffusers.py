@@ -114,7 +114,7 @@ def _denoiser(pipe: Any) -> Any:
 
 
 def _dtype(pipe: Any) -> torch.dtype:
-    """Returns the denoiser's dtype, or the pipeline's if it has no denoiser. Text encoders may have another dtype."""
+    """Returns the denoiser's dtype, or the pipeline's if it has no denoiser. That of text encoders may differ."""
     dtype = getattr(_denoiser(pipe), "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else pipe.dtype
 

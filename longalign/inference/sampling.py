@@ -172,7 +172,7 @@ def generate(
 ) -> list[dict[str, Any]]:
     """Generates an image for every prompt and seed. Writes PNG files with their settings in the text metadata.
 
-    ``metadata.jsonl`` in the folder lists the images, for ``longalign score`` and the data ``folder``. Text
+    ``metadata.jsonl`` in the folder lists the images, for ``longalign score`` and the data part ``folder``. Text
     dropped by truncation is logged and recorded in ``truncated``. Nothing is written if no image was generated.
 
     Args:

@@ -37,7 +37,7 @@ class Lock:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.file.seek(0)
-            owner = self.file.read().strip() or "another process"
+            owner = self.file.read().strip() or "a different process"
             self.file.close()
             raise ValueError(
                 f"{owner} is writing to {output}; wait until this process ends, stop it, or choose a different folder"

@@ -158,8 +158,8 @@ class Monitor:
                 raise ValueError(f"monitor.{path}: no value '{name}'; the monitor measures {', '.join(found)}")
             if found[name].shown.direction is None:
                 raise ValueError(
-                    f"monitor.{path}: '{name}' is a gauge, of which neither higher nor lower is better; choose another "
-                    "value"
+                    f"monitor.{path}: '{name}' is a gauge, for which neither higher nor lower is better; choose a "
+                    "different value"
                 )
 
     def _report(self, point: Point) -> None:

@@ -107,14 +107,19 @@ def check_same_inputs(state: ResumeState, current: Mapping[str, Any]) -> None:
 
     Args:
         state: the state to resume from.
-        current: the present `input_fingerprints`.
+        current: the `input_fingerprints` of this run.
 
     Raises:
         ValueError: if fingerprints have changed; the message lists them.
     """
     for package, version in versions().items():
         if state.versions.get(package, version) != version:
-            log.warning("%s was %s when the run was started and is %s now", package, state.versions[package], version)
+            log.warning(
+                "the run was started with %s %s and continues with %s; results may differ",
+                package,
+                state.versions[package],
+                version,
+            )
     saved = dict(flatten(state.shared["origin"]))
     changed = [
         f"  {key}: {saved[key]} then, {value} now"

@@ -188,7 +188,7 @@ def restore_state(state: ResumeState, optimization: Optimization, means: MetricM
     """Restores the training state from a checkpoint, and the random generators.
 
     Args:
-        state: the state.
+        state: the saved state.
         optimization: parameters, optimizer, learning rate and moving average.
         means: receives the metrics since the last log line.
         monitor: receives the metrics since the last point of the monitor.
@@ -203,7 +203,7 @@ def restore_state(state: ResumeState, optimization: Optimization, means: MetricM
     shared, process = state.shared, state.by_process[accelerator.process_index]
     if [tuple(saved.shape) for saved in shared["parameters"]] != [tuple(p.shape) for p in parameters]:
         raise ValueError(
-            f"the parameters in {state.checkpoint} have other shapes than the parameters that this config trains; "
+            f"the parameters in {state.checkpoint} and those that this config trains have different shapes; "
             "resume with the config of the checkpoint"
         )
     with torch.no_grad():

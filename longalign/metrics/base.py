@@ -21,7 +21,7 @@ class Value:
     Attributes:
         unit: e.g. ``"cosine"``; empty for a plain number. Values with ``"%"`` are fractions from 0 to 1, which are
             shown in percent.
-        direction: which change is a gain; None for a gauge, whose changes are neither gains nor losses.
+        direction: whether higher or lower is better; None for a gauge, whose changes are neither gains nor losses.
     """
 
     unit: str = ""
@@ -52,11 +52,11 @@ class Metric(nn.Module):
 
     #: start of the names in the table, e.g. the name of the part
     label: str = ""
-    #: unit and direction by name; see `value_of` for names that are not listed
+    #: unit, and whether higher or lower is better, by name; see `value_of` for names that are not listed
     values: Mapping[str, Value] = {}
 
     def observe(self, images: Tensor, prompts: Sequence[str]) -> Mapping[str, Any]:
-        """Observes a batch: name -> tensor or array ``(b,)`` or ``(b, d)``.
+        """Returns the observations of a batch: name -> tensor or array ``(b,)`` or ``(b, d)``.
 
         Called without gradient. A row contains NaN where an image has no value; a name that is missing in a batch
         counts as NaN. Infinities are errors.
@@ -89,7 +89,7 @@ class Metric(nn.Module):
         return {}
 
     def value(self, name: str) -> Value:
-        """Returns unit and direction of one of the metric's names."""
+        """Returns the unit of a value, and whether higher or lower is better."""
         return value_of(name, self.values)
 
 

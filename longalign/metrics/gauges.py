@@ -33,7 +33,7 @@ class Gauges(Metric):
     - ``corners``: mean ``Y`` of the corners, squares of an eighth of the sides, over the mean of the image; below 1 for
       a vignette.
 
-    ``edges`` and ``sharpness`` depend on the resolution.
+    ``edges`` and ``sharpness`` depend on the resolution, the others do not.
     """
 
     def __init__(self, label: str):

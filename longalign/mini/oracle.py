@@ -1,8 +1,8 @@
 """Recovers a scene from pixels with matched filters, without a learned model.
 
 At each place, the coverage mask of every kind of object, minus its constant and linear part, is fitted to the pixels by
-least squares. The object is the one whose mask explains most variance. The fitted amplitude plus the ground's color is
-the object's color.
+least squares. The object is the one whose mask explains most variance. The fitted amplitude plus the ground's colour is
+the object's colour.
 """
 
 from __future__ import annotations

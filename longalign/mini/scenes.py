@@ -1,6 +1,6 @@
 """Samples and renders synthetic scenes: objects on a three by three grid, at 64 x 64 pixels.
 
-Captions describe *facts*: the color of the ground, and for each place the object's shape, color, size and fill, or
+Captions describe *facts*: the colour of the ground, and for each place the object's shape, colour, size and fill, or
 that the place is empty. They never describe the *look*: a warm or cold tint and a vignette, which determine taste.
 """
 
@@ -57,7 +57,7 @@ class Scene:
 
     Attributes:
         things: the objects, at most one per grid cell, in the order of `PLACES`.
-        ground: name of the background color.
+        ground: name of the background colour.
         tint: -1 (cold) to 1 (warm); not described by captions.
         vignette: 0 (even light) to 1 (dark corners); not described by captions.
     """
@@ -138,6 +138,6 @@ def _inside(shape: str, x: np.ndarray, y: np.ndarray, half: float) -> np.ndarray
 
 @cache
 def _radius() -> np.ndarray:
-    """Returns the distance from the image center; 1 in the corners."""
+    """Returns the distance from the image centre; 1 in the corners."""
     axis = (np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5) / IMAGE_SIZE * 2 - 1
     return np.hypot(axis[:, None], axis[None, :]) / np.float32(2**0.5)

@@ -1,4 +1,4 @@
-"""Conformance of a backbone."""
+"""The conformance check of a backbone."""
 
 from __future__ import annotations
 

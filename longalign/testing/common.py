@@ -81,7 +81,7 @@ def checked_config(kind: str, config: Any, base: type[Config]) -> Config:
 
 
 def config_checks(kind: str, config: PartConfig) -> list[Check]:
-    """Checks of a part's config: listed, described, light to import, stable under serialisation, strict."""
+    """Checks of a part's config: listed, described, imports no torch, unchanged by JSON, rejects unknown keys."""
     registry, name = REGISTRIES[kind], config.name
 
     def is_listed() -> None:

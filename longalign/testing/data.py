@@ -1,4 +1,4 @@
-"""Conformance of data."""
+"""The conformance check of a data part."""
 
 from __future__ import annotations
 

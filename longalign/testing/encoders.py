@@ -1,4 +1,4 @@
-"""Conformance of a text encoder."""
+"""The conformance check of a text encoder."""
 
 from __future__ import annotations
 

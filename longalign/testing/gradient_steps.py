@@ -1,4 +1,4 @@
-"""Conformance of a method that selects the gradient steps."""
+"""The conformance check of a method that selects gradient steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conformance of a metric."""
+"""The conformance check of a metric."""
 
 from __future__ import annotations
 

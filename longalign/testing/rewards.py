@@ -1,4 +1,4 @@
-"""Conformance of a reward."""
+"""The conformance check of a reward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conformance of a segmenter."""
+"""The conformance check of a segmenter."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ WORDS = ("A red fox sleeps on a wall. The sky is green.",)
 
 @once
 def tiny_clip(folder: Path, seed: int = 0, tokenizer: bool = True, width: int = 16) -> Path:
-    """A transformers ``CLIPModel`` for 32 px, with tokenizer and processor unless ``tokenizer`` is False."""
+    """Writes a transformers ``CLIPModel`` for 32 px; with tokenizer and processor unless ``tokenizer`` is False."""
     from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
     from longalign.mini.tokenizers import write_clip_tokenizer
@@ -110,7 +110,7 @@ def tiny_clip(folder: Path, seed: int = 0, tokenizer: bool = True, width: int = 
 
 @once
 def tiny_hpsv2(folder: Path, name: str = "HPS_v2.1_compressed.pt") -> Path:
-    """An open_clip model in the layout of HPSv2's files, with architecture and vocabulary next to the weights."""
+    """Writes an open_clip model in the layout of HPSv2's files, with its architecture and vocabulary."""
     from open_clip.model import CLIP
     from open_clip.tokenizer import SimpleTokenizer
 
@@ -132,7 +132,7 @@ def tiny_hpsv2(folder: Path, name: str = "HPS_v2.1_compressed.pt") -> Path:
 
 @once
 def tiny_clip_text(folder: Path, layout: str = "diffusers", positions: int = 77, width: int = 16) -> Path:
-    """A CLIP text model with its tokenizer in diffusers layout, or a complete ``CLIPModel`` in transformers layout."""
+    """Writes a CLIP text model and its tokenizer in diffusers layout, or a ``CLIPModel`` in transformers layout."""
     from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 
     from longalign.mini.tokenizers import write_clip_tokenizer
@@ -158,7 +158,7 @@ def tiny_clip_text(folder: Path, layout: str = "diffusers", positions: int = 77,
 
 @once
 def tiny_t5(folder: Path, width: int = 16) -> Path:
-    """A T5 encoder with its tokenizer in transformers layout."""
+    """Writes a T5 encoder with its tokenizer in transformers layout."""
     from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
     from longalign.mini.tokenizers import write_t5_tokenizer
@@ -174,7 +174,7 @@ def tiny_t5(folder: Path, width: int = 16) -> Path:
 
 
 def tiny_longclip_file(path: Path, vocab_size: int, width: int = 64, positions: int = 248) -> Path:
-    """The text side of an original ``longclip-L.pt``: a state dict with OpenAI's keys."""
+    """Writes the text model of an original ``longclip-L.pt``: a state dict with OpenAI's keys."""
     torch.manual_seed(0)
     state = {
         "logit_scale": torch.tensor(4.6),
@@ -217,7 +217,7 @@ def _noisy(model: torch.nn.Module):
 
 @once
 def tiny_sd(folder: Path, width: int = 16) -> Path:
-    """A complete Stable Diffusion in diffusers layout: UNet, VAE of factor 8, CLIP text model, scheduler; 64 px."""
+    """Writes a Stable Diffusion for 64 px in diffusers layout: UNet, VAE of factor 8, CLIP text model, scheduler."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizerFast
 
@@ -252,7 +252,7 @@ def tiny_sd(folder: Path, width: int = 16) -> Path:
 
 
 def tiny_unet(width: int = 8, channels: int = 4, size: int = 4, **settings):
-    """A UNet of Stable Diffusion's kind in memory, with cross-attention to states of ``width``."""
+    """Returns a UNet like Stable Diffusion's, with cross-attention to states of ``width``."""
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
@@ -265,7 +265,7 @@ def tiny_unet(width: int = 8, channels: int = 4, size: int = 4, **settings):
 
 
 def tiny_backbone(prediction: str = "epsilon", width: int = 8, **vae_settings):
-    """An `SDBackbone` in memory: 8 px images, latents of 4 by 4."""
+    """Returns an `SDBackbone` with images of 8 px and latents of 4 by 4."""
     from diffusers import AutoencoderKL, DDIMScheduler
 
     from longalign.backbones.stable_diffusion.sd import SDBackbone
@@ -288,7 +288,7 @@ SD15_NARROW = {
 
 @once
 def tiny_sd15(folder: Path) -> Path:
-    """Like `tiny_sd`, with the UNet blocks and layers of Stable Diffusion 1.5."""
+    """Writes the same as `tiny_sd`, with the UNet blocks and layers of Stable Diffusion 1.5."""
     from diffusers import UNet2DConditionModel
 
     tiny_sd(folder)
@@ -398,7 +398,7 @@ VLM_WORDS = ("<pad>", "<unk>", "<image>", "<s>", "</s>", "yes", "no", "1", "2", 
 
 @once
 def tiny_vlm(folder: Path, seed: int = 0) -> Path:
-    """A LLaVA for 32 px in transformers layout, with processor and chat template. Its answers depend on the image."""
+    """Writes a LLaVA for 32 px in transformers layout, with processor and chat template. It depends on the image."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
         CLIPImageProcessor,
@@ -437,14 +437,14 @@ def tiny_vlm(folder: Path, seed: int = 0) -> Path:
 
 
 def tower_reward(towers, preprocessor, **settings):
-    """A `TowerReward` with the defaults of its config."""
+    """Returns a `TowerReward` with the defaults of its config."""
     from longalign.rewards import TowerReward
 
     return TowerReward(towers, preprocessor, **{"segmenter": None, "micro_batch": None, "truncate": False, **settings})
 
 
 def reweighted(inner, **settings):
-    """A `ReweightedReward` with the defaults of its config."""
+    """Returns a `ReweightedReward` with the defaults of its config."""
     from longalign.rewards import ReweightedReward
     from longalign.runtime import Runtime
 
@@ -452,7 +452,7 @@ def reweighted(inner, **settings):
 
 
 def steps(name, **settings):
-    """A method of the kind ``gradient_steps``, built from its config for one process."""
+    """Builds a method of the kind ``gradient_steps`` from its config, for one process."""
     from longalign.registry import gradient_steps
     from longalign.runtime import Runtime
 

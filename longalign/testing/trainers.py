@@ -1,4 +1,4 @@
-"""Conformance of a trainer."""
+"""The conformance check of a trainer."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from longalign.image_io import to_pil
 
 
-class Picture:
+class HashedImage:
     """An image with its hash and its PNG file, each computed once.
 
     Args:
@@ -26,8 +26,8 @@ class Picture:
         self.image = image
 
     @classmethod
-    def of(cls, image: Tensor) -> Picture:
-        """Returns the picture of a tensor ``(3, h, w)`` in [0, 1]."""
+    def of(cls, image: Tensor) -> HashedImage:
+        """Returns the image of a tensor ``(3, h, w)`` in [0, 1]."""
         return cls(to_pil(image))
 
     @cached_property
@@ -48,7 +48,7 @@ class Request:
     """A question about one or more images, with the allowed answers."""
 
     text: str
-    pictures: tuple[Picture, ...]
+    images: tuple[HashedImage, ...]
     options: tuple[str, ...]
 
 

@@ -169,6 +169,6 @@ class EndpointVLM(VLM):
 
 
 def _message(request: Request) -> dict[str, Any]:
-    urls = [f"data:image/png;base64,{b64encode(picture.png).decode()}" for picture in request.pictures]
+    urls = [f"data:image/png;base64,{b64encode(image.png).decode()}" for image in request.images]
     images = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     return {"role": "user", "content": [*images, {"type": "text", "text": request.text}]}

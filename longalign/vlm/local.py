@@ -86,7 +86,7 @@ class LocalVLM(VLM):
         """
         tokens = {options: self.option_tokens(options) for options in {r.options for r in requests}}
         # prompts of similar length together, so that little is padded
-        order = sorted(range(len(requests)), key=lambda i: (len(requests[i].pictures), len(requests[i].text)))
+        order = sorted(range(len(requests)), key=lambda i: (len(requests[i].images), len(requests[i].text)))
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
             log_probs = self.next_token([requests[i] for i in rows]).log_softmax(-1)
@@ -100,7 +100,7 @@ class LocalVLM(VLM):
         """Returns the float32 logits ``(b, vocabulary)`` of the first token of each reply, on the CPU."""
         template = partial(self.processor.apply_chat_template, tokenize=False, add_generation_prompt=True)
         texts = [template([_message(request)]) for request in requests]
-        images = [[picture.image for picture in request.pictures] for request in requests]
+        images = [[image.image for image in request.images] for request in requests]
         start = self.processor.tokenizer.bos_token  # which some templates write themselves
         start_written = start is not None and texts[0].startswith(start)
         inputs = self.processor(
@@ -137,5 +137,5 @@ def _spellings(option: str) -> list[str]:
 
 
 def _message(request: Request) -> dict[str, Any]:
-    images = [{"type": "image"} for _ in request.pictures]
+    images = [{"type": "image"} for _ in request.images]
     return {"role": "user", "content": [*images, {"type": "text", "text": request.text}]}

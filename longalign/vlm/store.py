@@ -1,4 +1,4 @@
-"""Answers of vision-language models on disk, so that a run that was interrupted resumes."""
+"""Stores answers of vision-language models on disk, so that an interrupted run does not repeat requests."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class StoredAnswers:
 
     def key(self, request: Request) -> str:
         """Returns the key of a request's answer."""
-        digests = [picture.digest for picture in request.pictures]
+        digests = [image.digest for image in request.images]
         text = json.dumps([self.vlm.identity, request.text, request.options, digests])
         return sha256(text.encode()).hexdigest()
 

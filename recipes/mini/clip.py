@@ -51,7 +51,7 @@ def build(tokenizer: CLIPTokenizer) -> CLIPModel:
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=256))
 
 
-def normalise(images: Tensor) -> Tensor:
+def normalize(images: Tensor) -> Tensor:
     return (images - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
 
 
@@ -168,7 +168,7 @@ def train_image(clip: CLIPModel, head: FactHead, tokenizer: CLIPTokenizer, steps
         index = torch.from_numpy(rng.choice(POOL, IMAGE_BATCH, replace=False))
         text_index = torch.from_numpy(rng.integers(TEXTS, size=IMAGE_BATCH))
         image_labels, text_labels = pool["image_labels"][index], pool["text_labels"][index, text_index].long()
-        out = clip.vision_model(normalise(pool["pixels"][index].float() / 255))
+        out = clip.vision_model(normalize(pool["pixels"][index].float() / 255))
         image = clip.visual_projection(out.pooler_output)
         text = pool["embedded"][index, text_index]
         scores = clip.logit_scale.exp().clamp(max=100) * text @ F.normalize(image, dim=-1).T
@@ -183,7 +183,7 @@ def train_image(clip: CLIPModel, head: FactHead, tokenizer: CLIPTokenizer, steps
     match = all_true(label_tensor([labels_of_caption(c) for c in held_texts]), image_labels)
 
     def evaluate() -> dict[str, float]:
-        image = clip.get_image_features(normalise(render_images(held_scenes))).pooler_output
+        image = clip.get_image_features(normalize(render_images(held_scenes))).pooler_output
         best = (embed_texts(held_texts) @ F.normalize(image, dim=-1).T).argmax(-1)
         at_1 = match[torch.arange(len(best)), best].float().mean().item()
         chance = match.float().mean().item()

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from clip import POOL, normalise, pool_scenes
+from clip import POOL, normalize, pool_scenes
 from common import WEIGHTS, load_or_compute, render_images, train
 from facts import FactHead, TokenHead, all_true, label_tensor, labels_of_caption, labels_of_scene
 from torch import Tensor, nn
@@ -72,15 +72,15 @@ def main() -> None:
     for part in (clip.vision_model, clip.visual_projection):
         part.requires_grad_(False)
 
-    def tokenise(texts: list[str], limit: int) -> dict[str, Tensor]:
+    def tokenize(texts: list[str], limit: int) -> dict[str, Tensor]:
         return dict(tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt"))
 
     def text_features(model: CLIPModel, texts: list[str], limit: int) -> Tensor:
-        return model.get_text_features(**tokenise(texts, limit)).pooler_output
+        return model.get_text_features(**tokenize(texts, limit)).pooler_output
 
     @torch.no_grad()
     def image_features(scenes: list[Scene]) -> Tensor:
-        return short.get_image_features(normalise(render_images(scenes))).pooler_output
+        return short.get_image_features(normalize(render_images(scenes))).pooler_output
 
     scenes = pool_scenes()
     image_labels = label_tensor([labels_of_scene(s) for s in scenes])
@@ -98,7 +98,7 @@ def main() -> None:
         style = "referring" if rng.random() < 0.3 else "plain"
         captions = [describe(scenes[i], rng, words=words, style=style) for i in index[:size]]
         text_labels = label_tensor([labels_of_caption(c) for c in captions])
-        tokens = tokenise([c.text for c in captions], LENGTH)
+        tokens = tokenize([c.text for c in captions], LENGTH)
         out = clip.text_model(**tokens)
         text = clip.text_projection(out.pooler_output)
         scores = clip.logit_scale.exp().clamp(max=100) * F.normalize(text, dim=-1) @ gallery[index].T

@@ -9,7 +9,7 @@ COEFFICIENTS = ((8.28721, -23.59589, 17.30039), (4.10706, -2.94785, 0.54484), (3
 """The first steps of the Polar Express (Amsel et al., 2025)."""
 
 
-def orthogonalise(matrix: Tensor) -> Tensor:
+def orthogonalize(matrix: Tensor) -> Tensor:
     """Approximates the nearest semi-orthogonal matrix with three quintic steps towards the polar factor."""
     x = matrix / (1.02 * matrix.norm() + 1e-7)
     flat = x.shape[0] <= x.shape[1]
@@ -26,7 +26,7 @@ class Muon(torch.optim.Optimizer):
     Args:
         module: module to train.
         lr: learning rate of AdamW; that of Muon is ``ratio`` times as large.
-        outer: substrings of the names of matrices that AdamW optimises.
+        outer: substrings of the names of matrices that AdamW optimizes.
     """
 
     def __init__(self, module: nn.Module, lr: float, ratio: float, outer: tuple[str, ...], weight_decay: float = 0.01):
@@ -52,7 +52,7 @@ class Muon(torch.optim.Optimizer):
                 state["step"] += 1
                 if group["muon"]:
                     state["momentum"].lerp_(p.grad, 0.05)
-                    update = orthogonalise(p.grad.lerp(state["momentum"], 0.95).flatten(1))
+                    update = orthogonalize(p.grad.lerp(state["momentum"], 0.95).flatten(1))
                     update = update * max(1.0, update.shape[0] / update.shape[1]) ** 0.5
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.view_as(p), alpha=-group["lr"])
                 else:

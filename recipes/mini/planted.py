@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from clip import normalise
+from clip import normalize
 from common import HERE, WEIGHTS, load_or_compute, render_uint8
 from facts import all_true, label_tensor, labels_of_caption, labels_of_scene
 from safetensors.torch import load_file, save_file
@@ -66,7 +66,7 @@ def compute_outputs(clip: CLIPModel, seed: int, size: int) -> dict[str, Tensor]:
     images, states = [], []
     for i in range(0, len(scenes), 200):
         pixels = saturate(render_uint8(scenes[i : i + 200]).float() / 255, vivid[i : i + 200])
-        images.append(clip.vision_model(normalise(pixels)).pooler_output)
+        images.append(clip.vision_model(normalize(pixels)).pooler_output)
     for i in range(0, len(texts), 200):
         tokens = tokenizer([t.text for t in texts[i : i + 200]], padding=True, truncation=True, return_tensors="pt")
         states.append(clip.text_model(**tokens).pooler_output)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from clip import normalise
+from clip import normalize
 from common import WEIGHTS, load_or_compute, render_uint8, train
 from facts import all_true, label_tensor, labels_of_caption, labels_of_scene
 from torch import Tensor
@@ -85,7 +85,7 @@ def main(name: str, steps: int) -> None:
     starts = torch.searchsorted(pool["owner"], torch.arange(POOL + 1))
 
     def image_features(pixels: Tensor) -> Tensor:
-        out = clip.vision_model(normalise(pixels.float() / 255)).pooler_output
+        out = clip.vision_model(normalize(pixels.float() / 255)).pooler_output
         return F.normalize(clip.visual_projection(out), dim=-1)
 
     def text_features(states: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,7 @@ def labels_of_tokens(captions: list[Caption], offsets: Tensor) -> Tensor:
 
 
 class Scaled(nn.Module):
-    """Parametrisation that learns ``weight / factor``, which scales the weight's learning rate by ``factor``."""
+    """Parametrization that learns ``weight / factor``, which scales the weight's learning rate by ``factor``."""
 
     def __init__(self, factor: float):
         super().__init__()
@@ -55,7 +55,7 @@ class Scaled(nn.Module):
 
 
 def prepare(encoder: T5EncoderModel) -> list[nn.Module]:
-    """Initialises T5 for fast training; returns the modules with parametrised weights, to undo after training.
+    """Initializes T5 for fast training; returns the modules with parametrized weights, to undo after training.
 
     T5 does not scale attention by 1 / sqrt(d), so the queries get a learning rate lower by this factor; otherwise the
     softmax soon saturates. The relative position bias starts from slopes of several widths (like ALiBi, Press et al.,
@@ -91,7 +91,7 @@ def main() -> None:
     encoder = T5EncoderModel._from_config(config, attn_implementation="eager")
     head, token_head, sentence_head = FactHead(192), TokenHead(192), FactHead(192)
 
-    parametrised = prepare(encoder)
+    parametrized = prepare(encoder)
 
     def batch(rng: np.random.Generator, words: int, size: int) -> list[Caption]:
         return [scene_and_caption(rng, (1, 9), (words, words), 0.5)[1] for _ in range(size)]
@@ -127,7 +127,7 @@ def main() -> None:
     train("t5", parts, compute_loss, steps=STEPS, lr=2e-3, warmup=50, muon=8.0,
         outer=("shared", "relative", "1.linear", "3.linear", "queries", "ground", "place"),
         evaluate=evaluate, evaluate_every=200)  # fmt: skip
-    for module in parametrised:
+    for module in parametrized:
         parametrize.remove_parametrizations(module, "weight")
     encoder.half().save_pretrained(folder)
 

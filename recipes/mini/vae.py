@@ -47,7 +47,7 @@ def colour_error(error: Tensor, scenes: list[Scene]) -> Tensor:
 
 @torch.no_grad()
 def normalise_latents(vae: AutoencoderKL) -> None:
-    """Normalises each latent channel to mean 0 and standard deviation 1 over scenes, with scaling factor 1.
+    """Normalizes each latent channel to mean 0 and standard deviation 1 over scenes, with scaling factor 1.
 
     The 1 x 1 convolutions on both sides of the latents absorb the change, so reconstructions stay the same.
     """

@@ -288,7 +288,7 @@ MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]
         ("a.yaml", "a: &a {<<: *a}", "a: this key does not exist"),
         ("a.yaml", "seed: =", "got '='"),
         ("a.yaml", "seed: \u0665", "got '\u0665'"),
-        ("a.yaml", "<<: 3", "takes mappings"),
+        ("a.yaml", "<<: 3", "expected a mapping"),
         ("a.yaml", "\0" * 100, "a.yaml"),
     ],
 )

@@ -61,6 +61,6 @@ def test_common_direction_rejects_zero_or_nan_mean():
     with pytest.raises(ValueError, match=r"norm 0\.0"):
         preference.common_direction(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
     with pytest.raises(ValueError, match="norm nan"):
-        preference.normalise(torch.tensor([math.nan, 1.0]))
+        preference.normalize(torch.tensor([math.nan, 1.0]))
     with pytest.raises(ValueError, match=r"\(n, d\)"):
         preference.common_direction(torch.ones(3))

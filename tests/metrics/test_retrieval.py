@@ -21,7 +21,7 @@ def retrieval(**settings):
     return Retrieval("r", Compass(), **{"query": "text", "orthogonal": False, "num_sentences": None, **settings})
 
 
-# embeddings of the texts: east (.8, .6, 0), west (.8, -.6, 0), up (.8, 0, .6); images: their normalised colours
+# embeddings of the texts: east (.8, .6, 0), west (.8, -.6, 0), up (.8, 0, .6); images: their normalized colours
 PROMPTS = ["east", "up", "west"]
 IMAGES = colours((0.8, 0.6, 0), (0.2, 0, 0.9), (1, 0, 0.1))
 

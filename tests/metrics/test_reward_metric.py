@@ -19,7 +19,7 @@ def test_reward_metric_parts_sum_to_score():
     assert values["denscore"][[0, 4]] == pytest.approx([0.8, 0.6])
     assert values["denscore.text_irrelevant"][[0, 4]] == pytest.approx([0.8, 0.0])
     assert values["denscore.text_relevant"][[0, 4]] == pytest.approx([0.0, 0.6])
-    # the component of "east" orthogonal to the direction is (0, 0.6, 0), normalised (0, 1, 0)
+    # the component of "east" orthogonal to the direction is (0, 0.6, 0), normalized (0, 1, 0)
     assert values["denscore-o"][[0, 4]] == pytest.approx([0.0, 1.0])
 
 

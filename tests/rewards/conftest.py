@@ -24,7 +24,7 @@ def hpsv2_folder(tmp_path_factory):
 
 
 class TableReward(EmbeddingReward):
-    """Text embeddings from a table, or letter counts for other texts; image embeddings are normalised mean colours."""
+    """Text embeddings from a table, or letter counts for other texts; image embeddings are normalized mean colours."""
 
     dim = 3
 

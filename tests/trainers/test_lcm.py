@@ -215,7 +215,7 @@ def distil_config(world, output, start, **trainer):
 
 @pytest.fixture
 def runs(world, tmp_path):
-    """Checkpoints of a supervised run and of a distillation that starts from it."""
+    """Checkpoints of an align run and of a distillation that starts from it."""
     start = fit(world.align_config(tmp_path / "align", steps=2)).checkpoint
     return start, fit(distil_config(world, tmp_path / "lcm", start)).checkpoint
 
@@ -253,7 +253,7 @@ def test_resume_with_ema_decay_equals_uninterrupted(world, runs, tmp_path):
     assert any(not torch.equal(p, b) for p, b in zip(one["parameters"], one["buffers"].values(), strict=True))
 
 
-# Preference optimisation of the distilled model
+# Reward fine-tuning of the distilled model
 
 
 def test_lcm_reward_trains_four_steps_without_guidance():

@@ -8,7 +8,7 @@ import torch
 from chat_server import chat_server, failure, images_of, question_of, reply
 
 from longalign.runtime import Runtime
-from longalign.vlm.base import Picture, Request
+from longalign.vlm.base import HashedImage, Request
 from longalign.vlm.config import EndpointConfig
 from longalign.vlm.endpoint import EndpointError
 from longalign.vlm.store import StoredAnswers
@@ -22,7 +22,7 @@ def endpoint(url, **settings):
 
 
 def request(text="Is it red?", value=0.5, options=("yes", "no")):
-    return Request(text, (Picture.of(torch.full((3, 4, 6), value)),), options)
+    return Request(text, (HashedImage.of(torch.full((3, 4, 6), value)),), options)
 
 
 def answer(vlm, *requests):

@@ -5,7 +5,7 @@ import torch
 
 from longalign.runtime import Runtime
 from longalign.testing.tiny import VLM_WORDS, tiny_vlm
-from longalign.vlm.base import Picture, Request
+from longalign.vlm.base import HashedImage, Request
 from longalign.vlm.config import LocalVLMConfig
 
 YES, NO = VLM_WORDS.index("yes"), VLM_WORDS.index("no")
@@ -22,7 +22,7 @@ def vlm(folder):
 
 
 def requests(options=("yes", "no"), images=1):
-    pictures = [Picture.of(torch.rand(3, 40, 30 + i)) for i in range(4)]
+    pictures = [HashedImage.of(torch.rand(3, 40, 30 + i)) for i in range(4)]
     texts = ("is there a red", "a", "are there no is is is red")
     return [Request(text, (picture,) * images, options) for picture in pictures for text in texts]
 

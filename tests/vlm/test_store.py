@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from longalign.vlm.base import VLM, Picture, Request, option_in
+from longalign.vlm.base import VLM, HashedImage, Request, option_in
 from longalign.vlm.store import StoredAnswers
 
 
@@ -25,7 +25,7 @@ class Scripted(VLM):
 
 
 def request(text, value=0.5):
-    return Request(text, (Picture.of(torch.full((3, 2, 2), value)),), ("yes", "no"))
+    return Request(text, (HashedImage.of(torch.full((3, 2, 2), value)),), ("yes", "no"))
 
 
 @pytest.mark.parametrize(
@@ -66,9 +66,9 @@ def test_key_depends_on_image_text_options_and_model():
     others = [
         request("a  yes"),
         request("a yes", 0.6),
-        Request("a yes", base.pictures, ("no", "yes")),
-        Request("a yes", base.pictures * 2, ("yes", "no")),
-        Request("a yes", (Picture.of(torch.full((3, 4, 1), 0.5)),), ("yes", "no")),  # as many equal pixels
+        Request("a yes", base.images, ("no", "yes")),
+        Request("a yes", base.images * 2, ("yes", "no")),
+        Request("a yes", (HashedImage.of(torch.full((3, 4, 1), 0.5)),), ("yes", "no")),  # as many equal pixels
     ]
     keys = {store.key(other) for other in (base, *others)} | {StoredAnswers(Scripted("other"), None).key(base)}
     assert len(keys) == 7 and store.key(base) == store.key(request("a yes"))

@@ -43,7 +43,7 @@ class SDBackbone(LatentBackbone):
             raise ValueError(
                 "'sd' expects a UNet of Stable Diffusion 1.x or 2.x, conditioned on text only, got addition_embed_type="
                 f"{unet.config.addition_embed_type}, class_embed_type={unet.config.class_embed_type}; use 'sdxl' for "
-                "Stable Diffusion XL, or another checkpoint"
+                "Stable Diffusion XL, or a different checkpoint"
             )
 
     @classmethod

@@ -34,7 +34,7 @@ class SDXLBackbone(SDBackbone):
 
     @classmethod
     def from_config(cls, config: StableDiffusionConfig, runtime: Runtime) -> SDXLBackbone:
-        """Loads the same parts as ``sd``. A VAE with ``force_upcast`` overflows in float16 and is loaded in float32."""
+        """Loads UNet and VAE. A VAE with ``force_upcast`` overflows in float16 and is loaded in float32."""
         backbone: Any = super().from_config(config, runtime)
         if backbone.vae.dtype == torch.float16 and backbone.vae.config.force_upcast:
             backbone.vae.float()

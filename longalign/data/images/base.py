@@ -66,7 +66,7 @@ class SquareLoader:
         self.resolution, self.small = resolution, 0
 
     def load(self, name: Hashable, source: Path | bytes) -> Tensor:
-        """Loads an image as ``(3, resolution, resolution)`` in [0, 1], rotated by its EXIF, center-cropped, resized.
+        """Loads an image as ``(3, resolution, resolution)`` in [0, 1], rotated by its EXIF, centre-cropped, resized.
 
         ``name`` identifies the image in messages. Raises OSError or ValueError if the image cannot be read.
         """

@@ -18,7 +18,7 @@ class PairedImagesConfig(DataConfig):
     has_pairs: ClassVar[bool] = True
 
     resolution: PositiveInt = 224
-    """center-crop and resize images to this many pixels."""
+    """centre-crop and resize images to this many pixels."""
     max_unreadable: NonNegativeInt = 10
     """number of pairs with an unreadable image to replace by the next pair, each with a warning; one more stops the
     run. Each data loading process counts its own.

@@ -1,4 +1,4 @@
-"""The data ``hf``: a table read by index or as a stream, with or without images."""
+"""The data part ``hf``: a table read by index or as a stream, with or without images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from longalign.runtime import Runtime
 
 
 class HubTable:
-    """Builds the data ``hf``; see `from_config`."""
+    """The data part ``hf``; see `from_config`."""
 
     @classmethod
     def from_config(cls, config: HubConfig, runtime: Runtime) -> HubRows | Prompts | HubStream:

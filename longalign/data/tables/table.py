@@ -16,11 +16,11 @@ from longalign.data.tables.config import TableConfig
 from longalign.segmenters import check_text
 
 
-def load_table(kind: str, path: str, **settings: Any) -> Any:
+def load_table(part: str, path: str, **settings: Any) -> Any:
     """Calls ``datasets.load_dataset``.
 
     Args:
-        kind: data kind named in the error message.
+        part: name of the data part, for the error message.
         path: Hub id, folder, or a format such as "parquet".
         **settings: further arguments of ``load_dataset``; None values are omitted.
 
@@ -31,7 +31,7 @@ def load_table(kind: str, path: str, **settings: Any) -> Any:
         import datasets
     except ImportError as error:
         raise ValueError(
-            f"the data '{kind}' needs the package datasets, which is not installed: pip install datasets"
+            f"the data part '{part}' needs the package datasets, which is not installed: pip install datasets"
         ) from error
     if int(datasets.__version__.split(".")[0]) < 4:  # versions below 4 may run code from the repository
         settings["trust_remote_code"] = False

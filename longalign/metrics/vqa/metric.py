@@ -14,7 +14,7 @@ from longalign.metrics.base import Metric, Observations, Statistic, Value
 from longalign.metrics.vqa.config import VqaConfig
 from longalign.metrics.vqa.questions import Question, normalize, read_questions, vqa_score
 from longalign.runtime import Runtime
-from longalign.vlm.base import Picture, Request
+from longalign.vlm.base import HashedImage, Request
 from longalign.vlm.store import StoredAnswers
 
 log = logging.getLogger(__name__)
@@ -129,10 +129,10 @@ def _share(name: str, observations: Observations) -> float:
     return float(yes / asked) if asked else math.nan
 
 
-def _samples(image: Tensor, grid: int) -> list[Picture]:
+def _samples(image: Tensor, grid: int) -> list[HashedImage]:
     """Divides an image ``(3, h, w)`` into ``grid * grid`` samples, row by row."""
     height, width = image.shape[1:]
     if height % grid or width % grid:
         raise ValueError(f"expected images of {grid} by {grid} samples, got {width} by {height} pixels; set `grid`")
     rows = image.split(height // grid, dim=1)
-    return [Picture.of(sample) for row in rows for sample in row.split(width // grid, dim=2)]
+    return [HashedImage.of(sample) for row in rows for sample in row.split(width // grid, dim=2)]

@@ -156,7 +156,7 @@ def compute_direction(
             count += 1
     if len(torch.unique(torch.stack(sample), dim=0) if sample else ()) < 2:
         raise ValueError(f"a common direction requires at least 2 different prompts, got {count} prompts; add prompts")
-    vector = preference.normalise((total / count).float())
+    vector = preference.normalize((total / count).float())
     eta = preference.eta(torch.stack(sample), vector)
     return Direction(vector, reward.text_features(PROBE).cpu(), count, _distribution(eta), _dump(config))
 

@@ -92,7 +92,7 @@ class ReweightedReward(Reward):
             self.running_count.copy_(count)
         elif not self.running_count:
             raise ValueError("the running direction has no prompts yet; score in training mode first, or use a file")
-        return preference.normalise(self.running_mean).to(text.device)
+        return preference.normalize(self.running_mean).to(text.device)
 
     def score_components(self, images: Tensor, prompts: Sequence[str]) -> Scores:
         check_pairs(images, prompts)

@@ -75,7 +75,7 @@ class SumReward(Reward):
         for label, reward in zip(self.labels, self.rewards, strict=True):
             assert isinstance(reward, Reward)
             term = guarded(reward, images, prompts)
-            terms.append(term.total.float().to(images.device))  # a function may score on another device
+            terms.append(term.total.float().to(images.device))  # a function may score on a different device
             parts[label] = term.total.detach()
             parts.update({f"{label}/{name}": value.detach() for name, value in term.parts.items()})
         scores = torch.stack(terms, 1)

@@ -80,11 +80,11 @@ class RewardTrainerConfig(TrainerConfig):
             )
         if self.regularizer == "kl" and self.train_adapter:
             raise ValueError(
-                "the regularizer 'kl' compares with the reference model, which would use the adapter while it is "
-                "trained; set train_adapter to false or choose 'pretraining'"
+                "the regularizer 'kl' needs a frozen adapter, since the reference model uses the same one; set "
+                "train_adapter to false or choose 'pretraining'"
             )
         if self.regularizer != "none" and self.regularizer_weight is None:
-            raise ValueError(f"the regularizer '{self.regularizer}' needs a regularizer_weight")
+            raise ValueError(f"the regularizer '{self.regularizer}' needs a regularizer_weight; set it")
         return self
 
     @property

@@ -34,12 +34,12 @@ from longalign.trainers.reward.config import RewardTrainerConfig
 
 
 @dataclass(frozen=True)
-class Pass:
-    """Rollout of a slice of the prompts, or prediction from re-noised samples of these prompts.
+class Rollout:
+    """Sampling of a slice of the prompts, or one denoising step of a re-noised copy of its samples.
 
     Attributes:
         rows: slice of b prompts.
-        solver: the steps of the rollout.
+        solver: its sampling steps.
         final: ``(b, c, h, w)`` latents to decode.
         recorded: the network calls to recompute with gradient.
     """
@@ -169,24 +169,26 @@ class RewardTrainer(DiffusionTrainer):
         conditioning = replace(encoded, states=encoded.states.detach().requires_grad_(encoded.states.requires_grad))
         noise, selected = self.noise(len(prompts)), self.gradient_steps.select(len(self.solver))
         chunks = _chunks(len(prompts), self.denoise_batch)
-        passes = [pass_ for rows in chunks for pass_ in self.sample(selected, noise[rows], conditioning, rows)]
+        rollouts = [sampled for rows in chunks for sampled in self.sample(selected, noise[rows], conditioning, rows)]
 
-        latents = torch.cat([pass_.final for pass_ in passes]).requires_grad_()
+        latents = torch.cat([sampled.final for sampled in rollouts]).requires_grad_()
         with torch.enable_grad():
-            losses = self.reward_loss(self.score(latents, [p for pass_ in passes for p in prompts[pass_.rows]]))
+            losses = self.reward_loss(self.score(latents, [p for sampled in rollouts for p in prompts[sampled.rows]]))
             gradient = self.latent_gradient(losses["reward_loss"], latents)
 
         kl_loss = latents.new_zeros(())
-        num_predictions = sum(len(pass_.final) * len(pass_.recorded) for pass_ in passes)
-        for pass_, grad in zip(passes, gradient.split([len(pass_.final) for pass_ in passes]), strict=True):
-            predict = self.predictor(self.backbone.predict, conditioning, pass_.rows)
-            replayed = replay_backward(predict, pass_.solver, pass_.recorded, grad, selected.detach, self.replay_batch)
+        num_predictions = sum(len(sampled.final) * len(sampled.recorded) for sampled in rollouts)
+        for sampled, grad in zip(rollouts, gradient.split([len(sampled.final) for sampled in rollouts]), strict=True):
+            predict = self.predictor(self.backbone.predict, conditioning, sampled.rows)
+            replayed = replay_backward(
+                predict, sampled.solver, sampled.recorded, grad, selected.detach, self.replay_batch
+            )
             for recorded, outputs, scalar in replayed:
                 if self.regularizer == "kl":
                     # The regularizer's latents are constants, even if the reward's gradient flows through them.
                     outputs = outputs if selected.detach else replay(predict, recorded)
                     weight = self.regularizer_weight * len(outputs) / num_predictions
-                    kl_term = weight * self.kl(outputs, recorded, conditioning, pass_.rows)
+                    kl_term = weight * self.kl(outputs, recorded, conditioning, sampled.rows)
                     scalar, kl_loss = scalar + kl_term, kl_loss + kl_term.detach()
                 backward(scalar)
         if conditioning.states.grad is not None:
@@ -201,7 +203,9 @@ class RewardTrainer(DiffusionTrainer):
             losses["pretraining_loss"] = loss
         return {key: value.detach() for key, value in losses.items()}
 
-    def sample(self, selected: GradientSteps, noise: Tensor, conditioning: Conditioning, rows: slice) -> Iterator[Pass]:
+    def sample(
+        self, selected: GradientSteps, noise: Tensor, conditioning: Conditioning, rows: slice
+    ) -> Iterator[Rollout]:
         """Samples a slice of the prompts without gradient.
 
         Args:
@@ -217,11 +221,11 @@ class RewardTrainer(DiffusionTrainer):
         solver = self.solve(self.solver.timesteps[: selected.length])
         run = partial(rollout, predict, keep=self.keep_graphs, detach=selected.detach)
         final, recorded = run(noise, solver, selected.steps, self.predict_no_dropout(predict))
-        yield Pass(rows, solver, final, recorded)
+        yield Rollout(rows, solver, final, recorded)
         last = self.solve(solver.timesteps[-1:])
         for _ in range(selected.copies):
             noisy = add_noise(self.backbone.noise_levels, final, torch.randn_like(final), torch.tensor(last.timesteps))
-            yield Pass(rows, last, *run(noisy, last, [0]))
+            yield Rollout(rows, last, *run(noisy, last, [0]))
 
     def noise(self, count: int) -> Tensor:
         """Samples initial noise ``(count, c, h, w)``."""

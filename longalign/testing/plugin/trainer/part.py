@@ -34,6 +34,6 @@ class MyPart(DiffusionTrainer):
         return cls(backbone, encoder, weight=config.weight)
 
     def loss(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Values whose key ends in ``_loss`` are summed and minimised; others are logged."""
+        """Values whose key ends in ``_loss`` are summed and minimized; others are logged."""
         latents, conditioning = batch_latents(self.backbone, batch, "'my-part'"), self.encode(batch["prompt"])
         return {"noise_loss": self.weight * noise_loss(self.backbone, latents, conditioning)}

@@ -28,11 +28,11 @@ def encode(image: Tensor | Path, side: int, quality: int) -> bytes:
         side: longest side in pixels; larger images are downscaled.
         quality: 0 to 100.
     """
-    picture = to_pil(image) if isinstance(image, Tensor) else decode(image)
-    lossless = max(picture.size) <= min(LOSSLESS_SIDE, side)
-    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    pil_image = to_pil(image) if isinstance(image, Tensor) else decode(image)
+    lossless = max(pil_image.size) <= min(LOSSLESS_SIDE, side)
+    pil_image.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    picture.save(buffer, "WEBP", lossless=lossless, quality=quality, method=4)
+    pil_image.save(buffer, "WEBP", lossless=lossless, quality=quality, method=4)
     return buffer.getvalue()
 
 

@@ -4,7 +4,7 @@ import io
 import torch
 from PIL import Image
 
-from longalign.evaluation.pictures import encode, encode_all
+from longalign.evaluation.report_images import encode, encode_all
 from longalign.image_io import to_tensor, write_png
 
 
