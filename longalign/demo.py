@@ -23,9 +23,9 @@ from longalign.config.run import RunConfig
 from longalign.data.scenes.config import HELD_OUT, ScenesConfig
 from longalign.encoders.base import Encoder, PromptReport, TruncationWarning
 from longalign.evaluation.comparison import findings
-from longalign.evaluation.measure import evaluate
+from longalign.evaluation.measure import observe, tabulate
 from longalign.evaluation.report import write_report
-from longalign.evaluation.sentences import measure_sentences
+from longalign.evaluation.sentences import image_features, measure_sentences
 from longalign.evaluation.sources import TABLE, read_sources, table_data
 from longalign.evaluation.table import MetricTable
 from longalign.image_folder import append_images, image_row
@@ -136,10 +136,11 @@ def run_demo(
     with _timed("measuring", seconds):
         inner = getattr(reward_config.rewards[0], "inner", reward_config.rewards[0])
         facts, scores = FactMetric(captions), RewardMetric(inner.name, inner.build(runtime))
-        table = _columns(
-            evaluate(images, texts, [facts, scores, _held_out(inner.name, runtime), Gauges("look")], seeds)
-        )
-        sentences = measure_sentences(images, texts, facts, scores, batch_size)
+        metrics = [facts, scores, _held_out(inner.name, runtime), Gauges("look")]
+        observed = {name: observe(rows, texts, metrics) for name, rows in images.items()}
+        table = _columns(tabulate(observed, texts, metrics, seeds))
+        features = image_features(scores, metrics, observed)
+        sentences = measure_sentences(images, texts, facts, scores, batch_size, features)
 
     seconds["total"] = sum(seconds.values())
     data = table_data(

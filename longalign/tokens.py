@@ -8,6 +8,8 @@ from typing import Any
 
 from longalign.segmenters import windows
 
+NUM_SPECIAL_TOKENS = 2
+"""CLIP's start and end of text."""
 _CACHE_SIZE = 1_000_000
 """Maximum size of the cache of tokenized texts, in characters plus tokens: about 80 MB."""
 

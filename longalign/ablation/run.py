@@ -124,11 +124,13 @@ def ablate(
         jobs = min(jobs or max(1, len(gpus)), max(1, len(pending)))
         _make_caches(pending, device)
 
-        def prepare(run: Run, device: str | None) -> None:
+        def prepare(run: Run, device: str | None) -> dict[str, Any]:
             run.folder.mkdir(parents=True, exist_ok=True)
             (run.folder / RESULT).unlink(missing_ok=True)
             job = {"config": to_dict(run.config), "train": run.cell.trained, "prompts": texts, "device": device}
-            write_json(run.folder / JOB, {**job, "sampling": {**sampling, "batch_size": batch_size}})
+            job |= {"sampling": {**sampling, "batch_size": batch_size}}
+            write_json(run.folder / JOB, redacted(job))
+            return job
 
         log.info("%d cells, %d runs, %d of them finished", len(planned), len(runs), len(runs) - len(pending))
         complete = run_all(pending, jobs, gpus or [device], prepare)
@@ -200,7 +202,7 @@ def _check_unchanged(output: Path, record: Mapping[str, Any], runs: Sequence[Run
             if (run.folder / JOB).exists():
                 old = json.loads((run.folder / JOB).read_text(encoding="utf-8"))
                 before = {**old["config"], "output": "", "trained": old["train"]}
-                now = {**to_dict(run.config), "output": "", "trained": run.cell.trained}
+                now = {**redacted(to_dict(run.config)), "output": "", "trained": run.cell.trained}
                 lines += list(changed_lines(before, now, run.name))
     if lines:
         raise ValueError(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import os
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,8 +24,8 @@ from longalign.loop.interrupt import catch_signals
 log = logging.getLogger("longalign")
 
 LOG = "log.txt"
-Prepare = Callable[[Run, str | None], None]
-"""Writes the job file of a run, for a device."""
+Prepare = Callable[[Run, str | None], dict[str, Any]]
+"""Prepares the folder of a run, and returns its job for a device."""
 
 
 def run_all(runs: Sequence[Run], jobs: int, devices: Sequence[str | None], prepare: Prepare) -> bool:
@@ -67,8 +70,7 @@ def _duration(seconds: float) -> str:
 def _here(runs: Sequence[Run], device: str | None, prepare: Prepare, progress: _Progress) -> bool:
     for run in runs:
         log.info("%s: starting", run.name)
-        prepare(run, device)
-        if execute(run.folder) == INTERRUPTED:
+        if execute(run.folder, prepare(run, device)) == INTERRUPTED:
             return False
         progress.ended(run)
         gc.collect()
@@ -88,8 +90,8 @@ def _in_processes(
             while running or (waiting and not interrupted()):
                 while waiting and slots and not interrupted():
                     run, slot = waiting.popleft(), slots.popleft()
-                    prepare(run, devices[slot % len(devices)])
-                    running[_start(run.folder, jobs)] = run, slot
+                    job = prepare(run, devices[slot % len(devices)])
+                    running[_start(run.folder, job, jobs)] = run, slot
                     log.info("%s: starting", run.name)
                 if interrupted() and not terminated:
                     terminated = True
@@ -111,16 +113,23 @@ def _in_processes(
     return not interrupted()
 
 
-def _start(folder: Path, jobs: int) -> subprocess.Popen[bytes]:
-    """Starts the process of a run. It is in its own session: the terminal's Ctrl-C reaches it through this process."""
+def _start(folder: Path, job: Mapping[str, Any], jobs: int) -> subprocess.Popen[bytes]:
+    """Starts the process of a run, and sends it its job.
+
+    It is in its own session: the terminal's Ctrl-C reaches it through this process.
+    """
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
     with (folder / LOG).open("ab") as output:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "longalign.ablation.worker", str(folder)],
             stdout=output,
             stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             env=environment,
             start_new_session=True,
         )
+    assert process.stdin is not None
+    with suppress(BrokenPipeError), process.stdin:  # a process that could not start; its status says so
+        process.stdin.write(json.dumps(job).encode())
+    return process

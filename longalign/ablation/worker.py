@@ -1,4 +1,7 @@
-"""Trains and samples one run of an ablation, from the job file in its folder. Run as a module, in its own process."""
+"""Trains and samples one run of an ablation. As a module, it reads the job from the standard input.
+
+The job is not read from the file in the run's folder, which contains no credentials.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +22,18 @@ JOB, RESULT, IMAGES = "job.json", "result.json", "images"
 FINISHED, FAILED, INTERRUPTED = "finished", "failed", "interrupted"
 
 
-def execute(folder: Path) -> str:
-    """Trains and samples the run in a folder, and writes its result. Training resumes where it stopped.
+def execute(folder: Path, job: Mapping[str, Any]) -> str:
+    """Trains and samples a run, and writes its result. Training resumes where it stopped.
+
+    Args:
+        folder: folder of the run.
+        job: ``config``, ``train``, ``prompts``, ``sampling`` and ``device``.
 
     Returns:
         ``finished``, ``failed`` or ``interrupted``.
     """
     start = time.perf_counter()
     try:
-        job = json.loads((folder / JOB).read_text(encoding="utf-8"))
         source, checkpoint = load_config(job["config"]), None
         output = Path(source.output)
         if job["train"]:
@@ -75,4 +81,4 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    sys.exit({FINISHED: 0, FAILED: 1, INTERRUPTED: 130}[execute(Path(sys.argv[1]))])
+    sys.exit({FINISHED: 0, FAILED: 1, INTERRUPTED: 130}[execute(Path(sys.argv[1]), json.load(sys.stdin))])

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from longalign.atomic import atomic_write
+from longalign.hub import download_problem
 
 #: metadata key of the tensors' checksum
 CHECKSUM = "checksum"
@@ -76,6 +77,42 @@ def load_pickle(path: str | Path, checked: bool = False) -> Any:
         if isinstance(error, OSError) and error.errno != EINVAL:  # torch raises EINVAL for truncated files
             raise
         raise ValueError(_unreadable(path, error, "download or copy it again")) from None
+
+
+def load_pretrained(
+    model_class: Any, checkpoint: str | None, *, subfolder: str = "", hint: str = "", **options: Any
+) -> Any:
+    """Loads a transformers model from a Hub id or a local folder.
+
+    Args:
+        model_class: transformers class with ``from_pretrained``.
+        checkpoint: Hub id or folder; None to use ``config`` and ``state_dict`` among the options.
+        subfolder: subfolder of the checkpoint.
+        hint: what else a checkpoint may contain or need, for the message.
+        **options: of ``from_pretrained``.
+
+    Raises:
+        ValueError: if there is no such model, its files are damaged, or weights are missing.
+    """
+    location = f"'{checkpoint}'" + (f", subfolder '{subfolder}'" if subfolder else "")
+    try:
+        with reading(f"a file of weights in {location}"):
+            model, info = model_class.from_pretrained(
+                checkpoint, subfolder=subfolder, output_loading_info=True, **options
+            )
+    except OSError as error:
+        reason = error if Path(str(checkpoint)).exists() else download_problem(error)
+        raise ValueError(
+            f"no {model_class.__name__} in {location}; expected a Hub id or a folder with config.json and weights"
+            f"{hint}: {reason}"
+        ) from error
+    if missing := sorted(info["missing_keys"]):
+        name = type(model).__name__
+        raise ValueError(
+            f"{location if checkpoint else 'the file'} is not a complete {name}: {len(missing)} weights are missing, "
+            f"e.g. '{missing[0]}'; use a checkpoint saved from {name}"
+        )
+    return model
 
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:

@@ -7,16 +7,15 @@ import platform
 from argparse import ArgumentParser, Namespace
 from importlib import metadata
 
+from longalign.checkpoints.provenance import PACKAGES
 from longalign.discovery import PREFIX, discover, owner
 from longalign.runtime import processor
 
 EXAMPLES = "longalign env"
 
 MISSING = "not installed"
-PACKAGES = (
-    "longalign", "torch", "transformers", "diffusers", "accelerate", "peft", "open_clip_torch", "safetensors",
-    "huggingface_hub", "datasets", "pydantic", "catalogue", "numpy",
-)  # fmt: skip
+OTHER_PACKAGES = ("timm", "safetensors", "huggingface_hub", "datasets", "catalogue", "numpy")
+"""Packages beside those whose versions are recorded with a run."""
 #: environment variables that affect loading; none of them holds a secret
 VARIABLES = (
     "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "CUDA_VISIBLE_DEVICES",
@@ -39,7 +38,7 @@ def run(args: Namespace) -> None:
 
 def environment() -> dict[str, str]:
     """Returns the names and values in display order. Imports torch if it is installed."""
-    out = {name: _version(name) for name in PACKAGES}
+    out = {name: _version(name) for name in (*PACKAGES, *OTHER_PACKAGES)}
     out["python"] = f"{platform.python_version()} ({platform.python_implementation()})"
     out["system"] = platform.platform()
     out["processor"] = processor()

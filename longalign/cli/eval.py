@@ -103,7 +103,7 @@ def run(args: Namespace) -> None:
             _check_source(model)
     for images in rows.values():
         check_images([path for path, _, _ in images])
-    from longalign.evaluation.measure import evaluate
+    from longalign.evaluation.measure import observe, tabulate
     from longalign.image_io import ImageFiles
 
     texts = [prompt for prompt, _ in pairs]
@@ -114,7 +114,8 @@ def run(args: Namespace) -> None:
                 generate_images(args, model.option, model.source, prompts, model.folder)
     rows |= {model.name: read_images(model.folder) for model in models if model.generated}
     files = {model.name: ImageFiles([path for path, _, _ in rows[model.name]]) for model in models}
-    table = evaluate(files, texts, metrics, [seed for _, seed in pairs if seed is not None], args.batch)
+    observed = {name: observe(images, texts, metrics, args.batch) for name, images in files.items()}
+    table = tabulate(observed, texts, metrics, [seed for _, seed in pairs if seed is not None])
     if judge is not None:
         from longalign.evaluation.judge import Judge, add_win_rates
         from longalign.runtime import Runtime
@@ -122,11 +123,13 @@ def run(args: Namespace) -> None:
         table = add_win_rates(table, files, Judge.from_config(judge, Runtime.detect(device=args.device)))
     print(table.text(shutil.get_terminal_size().columns if sys.stdout.isatty() else None), end="")
     if args.json:
-        from longalign.evaluation.sentences import measure_sentences, sentence_metrics
+        from longalign.evaluation.sentences import image_features, measure_sentences, sentence_metrics
         from longalign.evaluation.sources import table_data
 
         model_configs = {name: _config_of_image(paths.paths[0]) for name, paths in files.items()}
-        sentences = measure_sentences(files, texts, *sentence_metrics(metrics), args.batch)
+        facts, reward = sentence_metrics(metrics)
+        features = image_features(reward, metrics, observed)
+        sentences = measure_sentences(files, texts, facts, reward, args.batch, features)
         folders = {model.name: model.folder for model in models}
         data = table_data(table, folders, Path(args.json), sentences, configs=model_configs)
         Path(args.json).write_text(json.dumps(data, indent=1), encoding="utf-8")

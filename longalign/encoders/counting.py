@@ -5,8 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-NUM_SPECIAL_TOKENS = 2
-"""CLIP's start and end of text."""
+from longalign.tokens import NUM_SPECIAL_TOKENS
 
 
 @cache

@@ -10,7 +10,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from longalign.checkpoints.weights import reading
+from longalign.checkpoints.weights import load_pretrained
 from longalign.config.files import join_subfolder
 from longalign.encoders.config import CheckpointConfig
 from longalign.hub import download_problem
@@ -78,34 +78,20 @@ def load_frozen_model(
     # silence transformers' report of unused weights, e.g. an image tower; missing weights are checked below
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
-    location = f"'{checkpoint}'" + (f", subfolder '{subfolder}'" if subfolder else "")
     try:
-        with reading(f"a weights file in {location}"):
-            model, info = model_class.from_pretrained(  # type: ignore[attr-defined]
-                checkpoint,
-                subfolder=subfolder,
-                revision=revision,
-                variant=variant,
-                dtype=runtime.torch_dtype,
-                output_loading_info=True,
-                **_key_mapping(model_class),
-                **weights,
-            )
-    except OSError as error:
-        raise ValueError(
-            f"no {model_class.__name__} in {location}; expected a Hub id or a folder with config.json and weights "
-            "(or text_encoder/ and tokenizer/); set 'variant' for files such as model.fp16.safetensors: "
-            f"{error if Path(str(checkpoint)).exists() else download_problem(error)}"
-        ) from error
+        model = load_pretrained(
+            model_class,
+            checkpoint,
+            subfolder=subfolder,
+            hint=" (or text_encoder/ and tokenizer/); set 'variant' for files such as model.fp16.safetensors",
+            revision=revision,
+            variant=variant,
+            dtype=runtime.torch_dtype,
+            **_key_mapping(model_class),
+            **weights,
+        )
     finally:
         logging.set_verbosity(verbosity)
-    missing = sorted(info["missing_keys"])
-    if missing:
-        name = model_class.__name__
-        problem = f"'{checkpoint}' is not a {name}" if checkpoint else f"expected a complete {name}"
-        raise ValueError(
-            f"{problem}: {len(missing)} weights are missing, e.g. '{missing[0]}'; use a complete checkpoint"
-        )
     return model.requires_grad_(False).eval().to(runtime.device)
 
 

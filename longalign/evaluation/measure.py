@@ -163,12 +163,24 @@ def evaluate(
         ValueError: as `observe`, or if two metrics have a value of the same name.
     """
     built = [as_metric(metric) for metric in metrics]
-    values: dict[str, dict[str, np.ndarray]] = {model: {} for model in models}
-    sets: dict[str, dict[str, np.ndarray]] = {model: {} for model in models}
+    observed = {model: observe(images, prompts, built, batch_size) for model, images in models.items()}
+    return tabulate(observed, prompts, built, seeds)
+
+
+def tabulate(
+    observed: Mapping[str, Sequence[Observations]],
+    prompts: Sequence[str],
+    metrics: Sequence[Metric],
+    seeds: Sequence[int] = (),
+) -> MetricTable:
+    """Returns the table of `evaluate`, given the observations of each model's images, see `observe`."""
+    values: dict[str, dict[str, np.ndarray]] = {model: {} for model in observed}
+    sets: dict[str, dict[str, np.ndarray]] = {model: {} for model in observed}
     shown: dict[str, Value] = {}
-    for model, images in models.items():
-        observed = observe(images, prompts, built, batch_size)
-        for metric, rows, finished in zip(built, observed, _finish(built, observed, prompts, seeds), strict=True):
+    for model, of_metrics in observed.items():
+        for metric, rows, finished in zip(
+            metrics, of_metrics, _finish(metrics, of_metrics, prompts, seeds), strict=True
+        ):
             statistics = {name: _resampled(function, rows, prompts) for name, function in metric.statistics().items()}
             shown |= {name: metric.value(name) for name in (*finished, *statistics)}
             values[model] |= finished

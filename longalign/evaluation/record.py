@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel
 
+from longalign.checkpoints.provenance import versions
 from longalign.runtime import processor
-
-PACKAGES = ("longalign", "torch", "diffusers", "transformers", "accelerate", "peft")
 
 
 def read_log(path: Path | str) -> dict[str, tuple[list[float], list[float]]]:
@@ -58,9 +56,8 @@ def machine_text() -> str:
 
 
 def machine() -> dict[str, str]:
-    """Returns a description of the machine, and the versions of the packages that a run depends on."""
+    """Returns a description of the machine, and the versions of Python and of the packages that affect results."""
     info = {"system": platform.platform(terse=True), "processor": f"{processor()}, {torch.get_num_threads()} threads"}
     if torch.cuda.is_available():
         info["accelerator"] = torch.cuda.get_device_name()
-    info["Python"] = platform.python_version()
-    return info | {name: metadata.version(name) for name in PACKAGES}
+    return info | versions()

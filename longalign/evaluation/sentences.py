@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from longalign.evaluation.measure import batches
 from longalign.metrics import FactMetric, RewardMetric
-from longalign.metrics.base import Metric
+from longalign.metrics.base import Metric, Observations
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,22 @@ def sentence_metrics(metrics: Sequence[Metric]) -> tuple[FactMetric | None, Rewa
     return facts, next((m for m in metrics if isinstance(m, RewardMetric) and m.segments), None)
 
 
+def image_features(
+    metric: RewardMetric | None, metrics: Sequence[Metric], observed: Mapping[str, Sequence[Observations]]
+) -> dict[str, np.ndarray]:
+    """Returns model -> image embeddings ``(n, d)``, as far as the metric observed them.
+
+    Args:
+        metric: one of the metrics; None for none.
+        metrics: the metrics.
+        observed: model -> observations of each metric.
+    """
+    if metric is None:
+        return {}
+    index = next(i for i, other in enumerate(metrics) if other is metric)
+    return {model: rows[index]["image"] for model, rows in observed.items() if "image" in rows[index]}
+
+
 @torch.no_grad()
 def measure_sentences(
     models: Mapping[str, Tensor | Sequence[Tensor]],
@@ -46,6 +63,7 @@ def measure_sentences(
     facts: FactMetric | None = None,
     reward: RewardMetric | None = None,
     batch_size: int = 16,
+    features: Mapping[str, np.ndarray] | None = None,
 ) -> Sentences:
     """Measures each sentence of the prompts in the images of several models.
 
@@ -57,17 +75,19 @@ def measure_sentences(
         facts: reads the facts; None for none.
         reward: scores the sentences; None for no scores.
         batch_size: images per call.
+        features: model -> observations ``(n, d)`` of the images by the reward, see `image_features`. The image tower
+            runs for other models only.
 
     Raises:
         ValueError: if the numbers of images and prompts differ, or a prompt is not among the captions of ``facts``.
     """
     if facts is None and reward is None:
         return Sentences()
-    tower: Any = None if reward is None else getattr(reward.reward, "inner", reward.reward)
     texts: list[list[str]] = [[] for _ in prompts]
     verdicts: dict[str, list[Any]] = {}
     scores: dict[str, list[Any]] = {}
     for model, images in models.items():
+        known = (features or {}).get(model)
         shown: list[Any] = [[] for _ in prompts]
         cosines: list[Any] = [[] for _ in prompts]
         for rows, batch, batch_prompts in batches(images, prompts, batch_size):
@@ -75,17 +95,18 @@ def measure_sentences(
                 for i, verdict in zip(rows, facts.verdicts(batch, batch_prompts), strict=True):
                     shown[i] = verdict
                     texts[i] = [sentence.text for sentence in facts.caption(prompts[i]).sentences]
-            if tower is None:
+            if reward is None:
                 continue
+            embedded = None if known is None else torch.from_numpy(known[rows])
             if facts is None:
-                for i, row in zip(rows, tower.by_segment(batch, batch_prompts), strict=True):
+                for i, row in zip(rows, reward.by_segment(batch, batch_prompts, embedded), strict=True):
                     texts[i], cosines[i] = [text for text, _ in row], [score for _, score in row]
                 continue
-            for i, features in zip(rows, tower.image_features(batch), strict=True):
-                cosines[i] = (tower.text_features(texts[i]) @ features).tolist()
+            for i, row in zip(rows, reward.cosines(batch, [texts[i] for i in rows], embedded), strict=True):
+                cosines[i] = row
         if facts is not None:
             verdicts[model] = shown
-        if tower is not None:
+        if reward is not None:
             scores[model] = cosines
     names = [] if facts is None else [_fact_names(facts.caption(prompt)) for prompt in prompts]
     return Sentences(texts, names, verdicts, scores, "" if reward is None else reward.label)

@@ -64,7 +64,7 @@ class RewardMetric(Metric):
             scores = guarded(self.reward, images, prompts)
             rows = {self.label: scores.total, **{f"{self.label}.{k}": v for k, v in scores.parts.items()}}
         if self.segments:
-            by_prompt = [[score for _, score in row] for row in self._inner().by_segment(images, prompts)]
+            by_prompt = [[s for _, s in row] for row in self.by_segment(images, prompts, rows.get("image"))]
             rows[f"{self.label}.segment_mean"] = [float(np.mean(scores)) for scores in by_prompt]
             rows[f"{self.label}.segment_min"] = [min(scores) for scores in by_prompt]
         return rows
@@ -82,6 +82,30 @@ class RewardMetric(Metric):
         if len(set(prompts)) < 2:
             decomposed[1:] = [torch.full_like(strict, torch.nan)] * 3
         return {**dict(zip(names, (rows.numpy() for rows in decomposed), strict=True)), **values}
+
+    def by_segment(
+        self, images: Tensor, prompts: Sequence[str], features: Tensor | None = None
+    ) -> list[list[tuple[str, float]]]:
+        """Returns text and score of each segment of the prompts, see `longalign.rewards.TowerReward.by_segment`.
+
+        Args:
+            images: ``(b, 3, h, w)`` in [0, 1].
+            prompts: one for each image.
+            features: the observations ``"image"`` of the images, if known. The image tower then does not run again.
+        """
+        inner = self._inner()
+        if features is not None and hasattr(inner, "score_segments"):
+            return inner.score_segments(features, prompts)
+        return inner.by_segment(images, prompts)
+
+    def cosines(
+        self, images: Tensor, texts: Sequence[Sequence[str]], features: Tensor | None = None
+    ) -> list[list[float]]:
+        """Returns the cosines of each image with its texts; the arguments are those of `by_segment`."""
+        inner = self._inner()
+        known: Tensor = inner.image_features(images) if features is None else features
+        text_features = [inner.text_features(row) for row in texts]
+        return [(t @ f.to(t.device)).tolist() for t, f in zip(text_features, known, strict=True)]
 
     def _inner(self) -> Any:
         return getattr(self.reward, "inner", self.reward)

@@ -215,11 +215,18 @@ class TowerReward(EmbeddingReward):
             segmenter, the mean over the segments is the reward's score.
         """
         check_pairs(images, prompts)
+        return self.score_segments(self.image_features(images), prompts, segmenter)
+
+    @torch.no_grad()
+    def score_segments(
+        self, features: Tensor, prompts: Sequence[str], segmenter: Segmenter | None = None
+    ) -> list[list[tuple[str, float]]]:
+        """Returns the scores of `by_segment`, given the `image_features` ``(b, d)``."""
         checked: list[Any] = check_prompts(prompts, lists=False)
         segmenter = segmenter or self.segmenter or Sentence()
         embeddings, segments = self._embed([self._segments(prompt, segmenter) for prompt in checked])
         image_index = [i for i, texts in enumerate(segments) for _ in texts]
-        scores = iter((self.image_features(images)[image_index] * embeddings).sum(-1).tolist())
+        scores = iter((features.to(embeddings.device)[image_index] * embeddings).sum(-1).tolist())
         return [[(text, next(scores)) for text in texts] for texts in segments]
 
     def _embed(self, segments: list[list[str]]) -> tuple[Tensor, list[list[str]]]:

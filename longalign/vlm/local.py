@@ -6,15 +6,13 @@ import inspect
 import json
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from longalign.caching.fingerprint import fingerprint
-from longalign.checkpoints.weights import reading
-from longalign.hub import download_problem
+from longalign.checkpoints.weights import load_pretrained
 from longalign.runtime import Runtime, resolve_checkpoint
 from longalign.vlm.base import VLM, Request
 from longalign.vlm.config import LocalVLMConfig
@@ -58,22 +56,8 @@ class LocalVLM(VLM):
         runtime = runtime.with_dtype(config.dtype)
         checkpoint = resolve_checkpoint(config.checkpoint)
         source: dict[str, Any] = {"revision": config.revision, "trust_remote_code": False}
-        try:
-            with reading(f"a file of weights in '{checkpoint}'"):
-                loaded: Any = AutoModelForImageTextToText.from_pretrained(
-                    checkpoint, dtype=runtime.torch_dtype, output_loading_info=True, **source
-                )
-            processor = AutoProcessor.from_pretrained(checkpoint, **source)
-        except OSError as error:
-            if Path(checkpoint).exists():
-                raise
-            raise ValueError(f"checkpoint '{checkpoint}' could not be loaded: {download_problem(error)}") from error
-        model, info = loaded
-        if info["missing_keys"]:
-            raise ValueError(
-                f"'{checkpoint}' is not complete: {len(info['missing_keys'])} weights are missing, e.g. "
-                f"{sorted(info['missing_keys'])[:5]}; use a checkpoint saved from {type(model).__name__}"
-            )
+        model = load_pretrained(AutoModelForImageTextToText, checkpoint, dtype=runtime.torch_dtype, **source)
+        processor = AutoProcessor.from_pretrained(checkpoint, **source)
         weights = fingerprint(checkpoint, config.revision, None, [])
         identity = json.dumps(["local", weights or [config.checkpoint, config.revision], runtime.dtype])
         return cls(model.to(runtime.device), processor, identity=identity, batch_size=config.batch_size)

@@ -188,8 +188,10 @@ def test_ablate_compares_untrained_cell_with_each_training_seed(tiny, trained):
     assert result.table.difference("trained", "brightness").count == 4
 
 
-def test_ablate_record_report_and_errors_contain_no_credentials(tiny, monkeypatch):
+def test_ablate_files_and_errors_contain_no_credentials(tiny, monkeypatch):
     url = "https://me:secret@host"
+    fit, trained = worker.fit, []
+    monkeypatch.setattr(worker, "fit", lambda config, **options: trained.append(config) or fit(config, **options))
 
     def fail(run):
         if run.loop.lr == 0.02:
@@ -200,9 +202,9 @@ def test_ablate_record_report_and_errors_contain_no_credentials(tiny, monkeypatc
     monkeypatch.setattr(Run, "_take_step", fail)
     prompts = [f"see {url}"]
     result = tiny({"monitor": {"prompts": prompts, "num_steps": 1}}, seeds=1)
-    texts = [
-        (result.output / name).read_text() for name in ("ablation.json", "report.html", "lr=0.02/seed-0/result.json")
-    ]
+    assert {config.monitor.prompts for config in trained} == {tuple(prompts)}
+    files = ["ablation.json", "report.html", "lr=0.02/seed-0/result.json", "lr=0.02/seed-0/job.json"]
+    texts = [(result.output / name).read_text() for name in files]
     assert all("***@host" in text and "secret" not in text for text in texts)
     assert "secret" not in result.failed["lr=0.02, seed 0"]
     assert tiny({"monitor": {"prompts": prompts, "num_steps": 1}}, seeds=1).failed

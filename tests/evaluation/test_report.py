@@ -217,7 +217,7 @@ def test_read_log_repeated_step_uses_last_value(tmp_path):
 
 
 def test_machine_has_versions():
-    assert {"system", "processor", "Python", "longalign", "torch", "diffusers"} <= set(machine())
+    assert {"system", "processor", "python", "longalign", "torch", "diffusers"} <= set(machine())
 
 
 def rows(mean, spread=0.01, count=40):

@@ -2,11 +2,19 @@ import numpy as np
 import pytest
 import torch
 
+from longalign import registry
 from longalign.data.scenes.config import ScenesConfig
-from longalign.evaluation.sentences import measure_sentences, sentence_metrics, truncated_sentences
+from longalign.evaluation.measure import observe
+from longalign.evaluation.sentences import (
+    image_features,
+    measure_sentences,
+    sentence_metrics,
+    truncated_sentences,
+)
 from longalign.metrics import FactMetric, RewardMetric
 from longalign.rewards.base import Reward
 from longalign.runtime import Runtime
+from longalign.testing.tiny import tiny_clip
 
 
 class Tower(Reward):
@@ -50,6 +58,30 @@ def test_measure_sentences_of_scenes_has_facts_and_scores():
         [len(s) for s in image] for image in measured.verdicts["base"]
     ]
     assert [len(image) for image in measured.scores["base"]] == [len(image) for image in measured.texts]
+
+
+@pytest.mark.parametrize("of_scenes", [True, False])
+def test_image_tower_runs_once_for_table_and_sentences(tmp_path, of_scenes):
+    data = ScenesConfig(size=3, seed=5).build(Runtime())
+    captions = [data.scene(i)[1] for i in range(3)]
+    texts = [caption.text for caption in captions]
+    reward = registry.rewards.build({"name": "clip", "checkpoint": str(tiny_clip(tmp_path)), "text": "segments"})
+    sizes = []
+    embed_pixels = reward.towers.embed_pixels
+    reward.towers.embed_pixels = lambda pixels: sizes.append(len(pixels)) or embed_pixels(pixels)
+    facts = FactMetric(captions) if of_scenes else None
+    metric = RewardMetric("clip", reward.eval(), segments=True)
+    metrics = [m for m in (facts, metric) if m is not None]
+    images = {"a": torch.rand(3, 3, 64, 64), "b": torch.rand(3, 3, 64, 64)}
+    observed = {name: observe(rows, texts, metrics, 2) for name, rows in images.items()}
+    assert sizes == [2, 1, 2, 1]
+    shared = measure_sentences(images, texts, facts, metric, 2, image_features(metric, metrics, observed))
+    assert len(sizes) == 4
+    alone = measure_sentences(images, texts, facts, metric, 2)
+    assert shared.texts == alone.texts and shared.verdicts == alone.verdicts
+    for name in images:
+        for row, expected in zip(shared.scores[name], alone.scores[name], strict=True):
+            assert row == pytest.approx(expected, abs=1e-6)
 
 
 def test_measure_sentences_without_metrics_is_empty():

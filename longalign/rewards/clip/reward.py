@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from longalign.checkpoints.weights import reading
-from longalign.hub import download_problem
+from longalign.checkpoints.weights import load_pretrained
 from longalign.rewards.clip.config import ClipLikeConfig
 from longalign.rewards.clip.towers import ClipTowers
 from longalign.rewards.pretrained import check_tokenizer, has_tokenizer, image_statistics
 from longalign.rewards.towers import ImageInput, TowerReward
 from longalign.runtime import Runtime, resolve_checkpoint
+
+HINT = " of both towers; set 'variant' for files such as model.fp16.safetensors"
 
 
 class ClipReward(TowerReward):
@@ -20,9 +20,11 @@ class ClipReward(TowerReward):
     @classmethod
     def from_config(cls, config: ClipLikeConfig, runtime: Runtime) -> ClipReward:
         """Loads the reward from a Hub id or a local folder in transformers layout."""
+        from transformers import CLIPModel
+
         checkpoint = resolve_checkpoint(config.checkpoint)
         source: dict[str, Any] = {"revision": config.revision, "subfolder": config.subfolder or ""}
-        model = _load_model(config, checkpoint, source)
+        model = load_pretrained(CLIPModel, checkpoint, hint=HINT, variant=config.variant, **source)
         text_config = model.config.text_config
         processor, processor_source = _processor(config, checkpoint, source)
         tokenizer = _load_tokenizer(processor, processor_source)
@@ -31,30 +33,6 @@ class ClipReward(TowerReward):
         mean, std = image_statistics(processor, **processor_source)
         image = ImageInput(model.config.vision_config.image_size, mean, std)
         return cls.from_towers(ClipTowers(model, tokenizer), image, config, runtime)
-
-
-def _load_model(config: ClipLikeConfig, checkpoint: str, source: dict[str, Any]) -> Any:
-    """Loads the ``CLIPModel``; raises ValueError if weights are missing."""
-    from transformers import CLIPModel
-
-    try:
-        with reading(f"a file of weights in '{checkpoint}'"):
-            loaded: Any = CLIPModel.from_pretrained(
-                checkpoint, output_loading_info=True, variant=config.variant, **source
-            )
-    except OSError as error:
-        if Path(checkpoint).exists():
-            raise
-        raise ValueError(
-            f"checkpoint '{checkpoint}' of '{config.name}' could not be loaded: {download_problem(error)}"
-        ) from error
-    model, info = loaded
-    if info["missing_keys"]:
-        raise ValueError(
-            f"'{checkpoint}' is not a complete CLIPModel: {len(info['missing_keys'])} weights are missing, e.g. "
-            f"{sorted(info['missing_keys'])[:5]}; use a checkpoint saved from CLIPModel, not from CLIPTextModel"
-        )
-    return model
 
 
 def _load_tokenizer(processor: str, source: dict[str, Any]) -> Any:

@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from longalign.functional.images import ImagePreprocessor
 from longalign.rewards.pretrained import projected_features
 from longalign.rewards.towers import Towers
-from longalign.tokens import TextTokens
-
-NUM_SPECIAL_TOKENS = 2
+from longalign.tokens import NUM_SPECIAL_TOKENS, TextTokens
 
 
 class ClipTowers(Towers):

@@ -9,9 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from longalign.rewards.towers import Towers
+from longalign.tokens import NUM_SPECIAL_TOKENS
 
-#: start and end of text
-NUM_SPECIAL_TOKENS = 2
 _SPECIAL = re.compile("<((?:start|end)_of_text>)")
 
 
