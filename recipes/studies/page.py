@@ -4,7 +4,8 @@ The page keeps its text; the table goes between the lines ``<!-- table -->`` and
 the metrics of each cell with 95% intervals, and below them the paired difference to the first cell. The plot
 shows two metrics' differences to the first cell, a point per cell.
 
-Run: ``python recipes/studies/page.py NAME ABLATION [ABLATION ...] --metrics facts,gauges.warmth [--plot Y:X]``.
+Run: ``python recipes/studies/page.py NAME ABLATION [ABLATION ...] --metrics facts,gauges.warmth [--by length]
+[--plot Y:X]``.
 """
 
 from __future__ import annotations
@@ -44,6 +45,19 @@ def table_rows(table: MetricTable, metrics: list[str], first: bool) -> list[str]
                 )
             cells.append(cell)
         rows.append(f"| {model} | " + " | ".join(cells) + " |")
+    return rows
+
+
+def breakdown_rows(table: MetricTable, metric: str, by: str) -> list[str]:
+    """Markdown rows of a breakdown whose title contains ``by``: a column per cell."""
+    found = {title: rows for title, rows in table.breakdowns(metric).items() if f"by {by}" in title}
+    if len(found) != 1:
+        raise SystemExit(f"expected one breakdown by '{by}', got {list(found)} of {list(table.breakdowns(metric))}")
+    ((title, groups),) = found.items()
+    rows = ["", f"{title}:", "", f"| | {' | '.join(table.models)} |", "|---" * (len(table.models) + 1) + "|"]
+    for name, intervals in groups.items():
+        cells = [show(intervals[m], table.value(metric)) if m in intervals else "-" for m in table.models]
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
     return rows
 
 
@@ -113,11 +127,14 @@ def main() -> None:
     parser.add_argument("name")
     parser.add_argument("ablations", nargs="+", type=Path)
     parser.add_argument("--metrics", required=True)
+    parser.add_argument("--by", help="also a breakdown of the first metric, e.g. 'length'")
     parser.add_argument("--plot", help="the metrics of the axes as Y:X")
     options = parser.parse_args()
     files = [json.loads((folder / "table.json").read_text()) for folder in options.ablations]
     tables = [MetricTable.from_dict(data) for data in files]
     rows = [row for i, t in enumerate(tables) for row in table_rows(t, options.metrics.split(","), i == 0)]
+    if options.by:
+        rows += [row for t in tables for row in breakdown_rows(t, options.metrics.split(",")[0], options.by)]
     seeds = len(set(tables[0].training_seeds)) or 1
     prompts = tables[0].num_prompts
     images = math.ceil(len(tables[0].prompts) / prompts / seeds)
