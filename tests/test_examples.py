@@ -41,7 +41,7 @@ def test_examples_folder_in_checkout_or_package(monkeypatch, tmp_path):
 def test_longalign_sd15_configs_match_paper():
     stages = ("align", "reward", "lcm", "lcm-reward")
     align, reward, lcm, lcm_reward = (load_config(EXAMPLES / f"longalign-sd15-{stage}.yaml") for stage in stages)
-    for config, batch, steps in ((align, 192, 28750), (reward, 48, 3750), (lcm, 192, 28750), (lcm_reward, 48, 3750)):
+    for config, batch, steps in ((align, 192, 28750), (reward, 48, 3750), (lcm, 192, 28750), (lcm_reward, 96, 3750)):
         loop = config.loop
         assert 6 * loop.batch_size * loop.accumulation == batch and loop.steps == steps
         assert (loop.lr, loop.betas, loop.weight_decay, loop.clip) == (3e-5, (0.9, 0.999), 1e-2, 0.3)
@@ -52,6 +52,9 @@ def test_longalign_sd15_configs_match_paper():
     assert (reward.trainer.num_steps, reward.trainer.guidance, reward.trainer.gradient_steps.groups) == (50, 7.5, 5)
     assert not reward.trainer.train_adapter and reward.rewards[0].omega == 0.3
     assert reward.init_from == align.output and reward.encoder == align.encoder
+    scorer = reward.rewards[0].inner
+    assert scorer.truncate_segments and align.encoder.parts[0].truncate_segments
+    assert (scorer.crop, scorer.crop_position, scorer.interpolation) == (504, "batch", "bilinear")
     distilled = lcm.trainer
     assert (distilled.num_ddim_timesteps, distilled.start_timesteps) == (50, "all")
     assert (1 + distilled.w_min, 1 + distilled.w_max) == (7.5, 7.5)

@@ -81,6 +81,7 @@ def longsd_config(backbone: str, t5: str, adapter: TextAdapter) -> RunConfig:
     """
     widths = {key: getattr(adapter, key) for key in ("in_dim", "int_dim", "out_dim")}
     clip = {"name": "clip-segment", "checkpoint": backbone, "segmenter": "longalign", "max_tokens": 240}
+    clip["truncate_segments"] = True
     text = {"name": "t5", "checkpoint": t5, "max_tokens": 240, "adapter": widths}
     parts = [{**part, "overflow": "truncate"} for part in (clip, text)]
     return load_config(

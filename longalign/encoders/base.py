@@ -97,14 +97,14 @@ def report_passes(passes: Sequence[Tokenized], max_tokens: int) -> PromptReport:
 
 
 def raise_or_warn_truncated(
-    reports: Sequence[PromptReport], overflow: str, limit: int, advice: str, stacklevel: int = 3
+    reports: Sequence[PromptReport], overflow: str, limit: str, advice: str, stacklevel: int = 3
 ) -> None:
     """Raises an error or issues one warning if any prompt was truncated.
 
     Args:
         reports: one report per prompt.
         overflow: ``"error"`` raises; any other value warns.
-        limit: maximum number of states; used in the message.
+        limit: the maximum length, e.g. "240 tokens"; used in the message.
         advice: advice to the user; used in the message.
         stacklevel: passed to `warnings.warn`; the default points at the caller of the encoder.
 
@@ -115,7 +115,7 @@ def raise_or_warn_truncated(
     if not indices:
         return
     message = (
-        f"{len(indices)} of {len(reports)} prompts exceed {limit} tokens; "
+        f"{len(indices)} of {len(reports)} prompts exceed {limit}; "
         f"text dropped from prompt {indices[0]}: {reports[indices[0]].truncated[:80]!r}"
     )
     if overflow == "error":

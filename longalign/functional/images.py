@@ -15,6 +15,8 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 ASPECTS = ("crop", "pad", "squash")
+INTERPOLATIONS = ("bicubic", "bilinear")
+CROP_POSITIONS = ("image", "batch")
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,10 @@ class ImagePreprocessor:
         crop: side of a random crop before the resize: an int in pixels, or a float as a fraction of each side. None
             disables the crop. A crop discourages reward hacking through blocky artifacts; the paper authors' code uses
             504 of 512 pixels.
+        interpolation: of the resize, with antialiasing: ``"bicubic"`` (PIL, CLIP's processor) or ``"bilinear"`` (the
+            paper authors' code).
+        crop_position: ``"image"`` crops each image at its own position, ``"batch"`` all images of a call at the same
+            position (the paper authors' code).
     """
 
     size: tuple[int, int]
@@ -38,24 +44,28 @@ class ImagePreprocessor:
     std: tuple[float, ...] = CLIP_STD
     aspect: str = "crop"
     crop: int | float | None = None
+    interpolation: str = "bicubic"
+    crop_position: str = "image"
 
     def __post_init__(self) -> None:
-        if self.aspect not in ASPECTS:
-            raise ValueError(f"aspect must be one of {', '.join(ASPECTS)}, not {self.aspect!r}")
+        allowed = {"aspect": ASPECTS, "interpolation": INTERPOLATIONS, "crop_position": CROP_POSITIONS}
+        for key, values in allowed.items():
+            if getattr(self, key) not in values:
+                raise ValueError(f"{key} must be one of {', '.join(values)}, not {getattr(self, key)!r}")
 
     def __call__(self, images: Tensor, generator: Generator | None = None, random: bool = True) -> Tensor:
         """Maps images ``(b, 3, h, w)`` in [0, 1] to pixels ``(b, 3, *size)``: float32, or float64 for float64 images.
 
         Args:
             images: images of any resolution; the result is differentiable with respect to them.
-            generator: CPU generator for the crop positions, one per image. None uses torch's global generator.
+            generator: CPU generator for the crop positions. None uses torch's global generator.
             random: whether to apply the random crop.
         """
         check_images(images)
         images = at_least_float32(images)
         if self.crop is not None and random:
-            images = random_crop(images, self.crop, generator)
-        images = resize_to_input(images, self.size, self.aspect)
+            images = random_crop(images, self.crop, generator, self.crop_position)
+        images = resize_to_input(images, self.size, self.aspect, self.interpolation)
         mean, std = (rearrange(images.new_tensor(v), "c -> c 1 1") for v in (self.mean, self.std))
         return (images - mean) / std
 
@@ -104,13 +114,16 @@ def check_range(images: Tensor) -> None:
         raise ValueError(f"expected images in [0, 1], got values from {low:.4g} to {high:.4g}; {hint}")
 
 
-def random_crop(images: Tensor, crop: int | float, generator: Generator | None = None) -> Tensor:
-    """Crops each image ``(b, c, h, w)`` at its own random position.
+def random_crop(
+    images: Tensor, crop: int | float, generator: Generator | None = None, position: str = "image"
+) -> Tensor:
+    """Crops images ``(b, c, h, w)`` at random positions.
 
     Args:
         images: batch of images.
         crop: side of the square crop in pixels (int), or as a fraction of each side (float).
         generator: CPU generator. None uses torch's global generator.
+        position: ``"image"`` for one position per image, ``"batch"`` for one position of all images.
 
     Raises:
         ValueError: if the crop is empty or larger than the images.
@@ -123,41 +136,43 @@ def random_crop(images: Tensor, crop: int | float, generator: Generator | None =
         )
     height, width = size
     tops, lefts = (
-        torch.randint(side - target + 1, (len(images),), generator=generator).tolist()
+        torch.randint(side - target + 1, (1 if position == "batch" else len(images),), generator=generator).tolist()
         for target, side in zip(size, images.shape[-2:], strict=True)
     )
+    if position == "batch":
+        return images[..., tops[0] : tops[0] + height, lefts[0] : lefts[0] + width]
     crops = [
         image[:, top : top + height, left : left + width] for image, top, left in zip(images, tops, lefts, strict=True)
     ]
     return torch.stack(crops) if crops else images[..., :height, :width]
 
 
-def resize_to_input(images: Tensor, size: tuple[int, int], aspect: str) -> Tensor:
-    """Resizes images ``(b, c, h, w)`` to ``(b, c, *size)``, with crop or padding; see `ImagePreprocessor.aspect`.
+def resize_to_input(images: Tensor, size: tuple[int, int], aspect: str, interpolation: str = "bicubic") -> Tensor:
+    """Resizes images ``(b, c, h, w)`` to ``(b, c, *size)``, with crop or padding; see `ImagePreprocessor`.
 
-    Uses bicubic interpolation with antialiasing, as PIL and the published processors do. Values are not clamped, so
-    that every pixel receives gradient.
+    Values are not clamped, so that every pixel receives gradient.
     """
     height, width = images.shape[-2:]
     if aspect == "squash" or height * size[1] == width * size[0]:
-        return resize(images, size)
+        return resize(images, size, interpolation)
     # rounding as in the published processors; max and min keep the limiting side exact
     if aspect == "crop":
         scale = max(size[0] / height, size[1] / width)
         scaled = max(size[0], int(height * scale)), max(size[1], int(width * scale))
         top, left = round((scaled[0] - size[0]) / 2), round((scaled[1] - size[1]) / 2)
-        return resize(images, scaled)[..., top : top + size[0], left : left + size[1]]
+        return resize(images, scaled, interpolation)[..., top : top + size[0], left : left + size[1]]
     scale = min(size[0] / height, size[1] / width)
     scaled = min(size[0], max(1, round(height * scale))), min(size[1], max(1, round(width * scale)))
     top, left = (size[0] - scaled[0]) // 2, (size[1] - scaled[1]) // 2
-    return F.pad(resize(images, scaled), (left, size[1] - scaled[1] - left, top, size[0] - scaled[0] - top))
+    border = (left, size[1] - scaled[1] - left, top, size[0] - scaled[0] - top)
+    return F.pad(resize(images, scaled, interpolation), border)
 
 
-def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resizes images ``(b, c, h, w)`` with antialiased bicubic interpolation.
+def resize(images: Tensor, size: tuple[int, int], interpolation: str = "bicubic") -> Tensor:
+    """Resizes images ``(b, c, h, w)`` with antialiasing; bicubic as PIL and the published processors do, or bilinear.
 
     Images that already have the requested size are returned unchanged.
     """
     if tuple(images.shape[-2:]) == tuple(size):
         return images
-    return F.interpolate(images, size, mode="bicubic", align_corners=False, antialias=True)
+    return F.interpolate(images, size, mode=interpolation, align_corners=False, antialias=True)

@@ -43,6 +43,10 @@ class TowerRewardConfig(RewardConfig):
     """
     segmenter: Part("segmenters") | None = None
     """how prompts are split with ``text: segments``; null: into sentences."""
+    truncate_segments: bool = False
+    """whether a segment longer than the text tower's window is truncated with a warning, as in the LongAlign authors'
+    code; false: it is split into segments that fit.
+    """
     aspect: Aspect = "crop"
     """how non-square images are resized: ``"crop"`` keeps the centre, ``"pad"`` adds black borders, ``"squash"``
     changes the aspect ratio.
@@ -50,6 +54,14 @@ class TowerRewardConfig(RewardConfig):
     crop: int | float | None = None
     """side of a random crop in training mode, applied before the resize; null: no crop. An int is in pixels (504 of 512
     in the paper), a float is a fraction of each side.
+    """
+    crop_position: Literal["image", "batch"] = "image"
+    """whether each image is cropped at its own random position, or all images of a ``"batch"`` at the same position, as
+    in the LongAlign authors' code.
+    """
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """how images are resized, with antialiasing: ``"bicubic"``, as CLIP's processor does, or ``"bilinear"``, as the
+    LongAlign authors' code does.
     """
     micro_batch: int | None = Field(None, ge=1)
     """number of images per pass of the image tower; null: all at once."""
@@ -63,11 +75,17 @@ class TowerRewardConfig(RewardConfig):
         return values
 
     @model_validator(mode="after")
-    def _check_segmenter(self) -> TowerRewardConfig:
+    def _check_effects(self) -> TowerRewardConfig:
         if self.text != "segments" and self.segmenter is not None:
             raise ValueError(
                 f"a segmenter has no effect with `text: {self.text}`; set `text: segments` or remove `segmenter`"
             )
+        if self.text != "segments" and self.truncate_segments:
+            raise ValueError(
+                f"truncate_segments has no effect with `text: {self.text}`; set `text: segments`, or remove it"
+            )
+        if self.crop is None and self.crop_position == "batch":
+            raise ValueError("`crop_position: batch` has no effect without a crop; set `crop`, or remove it")
         return self
 
     @field_validator("crop")

@@ -94,9 +94,10 @@ class TowerReward(EmbeddingReward):
         towers: the model, which is frozen here and stays in eval mode while frozen.
         preprocessor: preprocesses images in [0, 1] for the image tower. Random crops are used in training mode only.
         segmenter: splits prompts. The text embedding is the unnormalized mean of the unit embeddings of all segments
-            (Denscore, paper 3.2). Segments longer than the window are split further. With None, a prompt that fits the
-            window is encoded in one pass, and a longer prompt is split into windows of whole sentences.
-        truncate: whether to encode only the first window of a longer prompt and warn once, if ``segmenter`` is None.
+            (Denscore, paper 3.2). With None, a prompt that fits the window is encoded in one pass, and a longer prompt
+            is split into windows of whole sentences.
+        truncate: whether to encode only the first window of a longer segment, or of a longer prompt if ``segmenter`` is
+            None, and to warn once. If False, it is split further.
         micro_batch: number of images per pass of the image tower; None for all. With gradient, each pass is recomputed
             in the backward pass, so that only the activations of one pass are stored. The gradient is unchanged.
     """
@@ -127,11 +128,17 @@ class TowerReward(EmbeddingReward):
         return cls(
             towers.to(device=runtime.device, dtype=runtime.torch_dtype),
             ImagePreprocessor(
-                (height, width), tuple(image.mean), tuple(image.std), aspect=config.aspect, crop=config.crop
+                (height, width),
+                tuple(image.mean),
+                tuple(image.std),
+                aspect=config.aspect,
+                crop=config.crop,
+                interpolation=config.interpolation,
+                crop_position=config.crop_position,
             ),
             segmenter=registry.segmenters.build(config.segmenter, runtime) if config.segmenter else None,
             micro_batch=config.micro_batch,
-            truncate=config.text == "whole",
+            truncate=config.text == "whole" or config.truncate_segments,
         )
 
     def train(self, mode: bool = True) -> Self:
@@ -180,7 +187,8 @@ class TowerReward(EmbeddingReward):
         if segmenter is None:
             return [prompt] if self.truncate else windows(prompt, window, count)
         # strip: surrounding whitespace carries no content
-        segments = [s.strip() for s in split(segmenter, prompt, count, window)]
+        truncated = self.truncate and segmenter is self.segmenter
+        segments = [s.strip() for s in split(segmenter, prompt, count, None if truncated else window)]
         return [s for s in segments if s] or [""]
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
@@ -194,8 +202,6 @@ class TowerReward(EmbeddingReward):
         The embeddings have gradient if the towers are trainable.
         """
         checked: list[Any] = check_prompts(prompts, lists=False)
-        if self.segmenter is None and self.truncate:
-            self._warn_if_truncated(checked)
         return self._embed([self.segments(prompt) for prompt in checked])
 
     @torch.no_grad()
@@ -230,6 +236,8 @@ class TowerReward(EmbeddingReward):
         return [[(text, next(scores)) for text in texts] for texts in segments]
 
     def _embed(self, segments: list[list[str]]) -> tuple[Tensor, list[list[str]]]:
+        if self.truncate:
+            self._warn_if_truncated(segments)
         index = {text: i for i, text in enumerate(dict.fromkeys(text for texts in segments for text in texts))}
         embeddings = self._unit_embeddings(list(index))
         return embeddings[[index[text] for texts in segments for text in texts]], segments
@@ -245,17 +253,20 @@ class TowerReward(EmbeddingReward):
         order = torch.tensor([i for call in calls for i in call])
         return embeddings[order.argsort().to(embeddings.device)]
 
-    def _warn_if_truncated(self, prompts: Sequence[str]) -> None:
+    def _warn_if_truncated(self, segments: Sequence[Sequence[str]]) -> None:
         if self._warned:
             return
         window = self.towers.window
-        for prompt in prompts:
-            count = self.towers.count_tokens(prompt)
+        unit, advice = "prompt", "text: auto` or `text: segments"
+        if self.segmenter is not None:
+            unit, advice = "segment", "truncate_segments: false"
+        for text in (text for texts in segments for text in texts):
+            count = self.towers.count_tokens(text)
             if count > window:
                 self._warned = True
                 warnings.warn(
-                    f"a prompt has {count} tokens, but the reward's text tower has a window of {window}: the rest is "
-                    "not scored. Set `text: auto` or `text: segments` to score the whole prompt (only warned once)",
-                    stacklevel=5,
+                    f"a {unit} has {count} tokens, but the reward's text tower has a window of {window}: the rest is "
+                    f"not scored. Set `{advice}` to score the whole prompt (only warned once)",
+                    stacklevel=6,
                 )
                 return

@@ -2,6 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 from transformers import AutoTokenizer
 
@@ -167,6 +168,42 @@ def test_clip_segment_splits_long_segment_without_truncation(tokenizer):
     assert len(report.segments) > 1 and max(report.tokens) <= 75 and report.truncated == ""
     assert " ".join(report.segments) == LONG.strip()
     assert all(segment.endswith(",") for segment in report.segments[:-1])
+
+
+def authors_states(encoder, prompts):
+    """Segment encoding as in the authors' code: CLIP's tokenizer truncates each segment to 77 tokens."""
+    tokenizer, model = encoder.tokens.tokenizer, encoder.text_model
+    empty = tokenizer("", padding="max_length", max_length=77, return_tensors="pt").input_ids
+    pad = model(empty).last_hidden_state[0, -60:].mean(0)
+    out = []
+    for prompt in prompts:
+        texts = LongAlign()(prompt, len) or [prompt]
+        rows = tokenizer(texts, max_length=77, padding=True, truncation=True, return_tensors="pt").input_ids
+        kept = (rows != tokenizer.eos_token_id) & (rows != tokenizer.pad_token_id)
+        states = model(rows).last_hidden_state[kept][:240]
+        out.append(torch.cat([states, pad.expand(240 - len(states), -1)]))
+    return torch.stack(out)
+
+
+@pytest.mark.filterwarnings("ignore::longalign.encoders.base.TruncationWarning")
+def test_clip_segment_reproduces_authors_states(folder):
+    settings = {"segmenter": "longalign", "overflow": "truncate", "truncate_segments": True}
+    encoder = encoders.build({"name": "clip-segment", "checkpoint": str(folder), **settings})
+    prompts = [*PROMPTS, f"{LONG}. A fox. {LONG}. {LONG}; {LONG}. Walls?"]
+    assert max(len(ids(encoder.tokens.tokenizer, text)) for text in prompts) > 240
+    torch.testing.assert_close(encoder.encode(prompts).states, authors_states(encoder, prompts), atol=1e-5, rtol=1e-4)
+
+
+def test_clip_segment_truncated_segments_are_reported(tokenizer):
+    long = " ".join(["fox"] * 80)
+    encoder = position_encoder(tokenizer, max_tokens=100, segmenter=LongAlign(), truncate_segments=True)
+    with pytest.warns(TruncationWarning, match=r"1 of 2 .* 100 tokens or 75 in a segment; .* 0: 'fox .*_segments to f"):
+        conditioning = encoder.encode([f"{long}. A sky.", "A fox."])
+    report = conditioning.reports[0]
+    assert report.tokens == (75, 3) and report.truncated == "fox fox fox fox fox."
+    assert conditioning.states[0, :80, 1].tolist() == [*range(76), 0, 1, 2, 3]
+    with pytest.raises(ValidationError, match=r"overflow: error.*truncate_segments"):
+        ClipSegmentConfig(overflow="error", truncate_segments=True)
 
 
 def test_clip_segment_encodes_equal_segments_once(tokenizer):

@@ -29,11 +29,12 @@ def test_preprocessor_default_statistics_are_clip():
     assert torch.allclose(pixels, (1 - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD))
 
 
-def test_resize_equals_pil():
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_resize_equals_pil(interpolation):
     values = np.random.default_rng(0).integers(0, 256, (96, 80, 3), dtype=np.uint8)
-    expected = np.asarray(Image.fromarray(values).resize((40, 32), Image.Resampling.BICUBIC)) / 255
+    expected = np.asarray(Image.fromarray(values).resize((40, 32), Image.Resampling[interpolation.upper()])) / 255
     images = torch.from_numpy(values).permute(2, 0, 1)[None].float() / 255
-    got = resize(images, (32, 40))[0].permute(1, 2, 0).clamp(0, 1)
+    got = resize(images, (32, 40), interpolation)[0].permute(1, 2, 0).clamp(0, 1)
     assert (got - torch.from_numpy(expected)).abs().max() < 2 / 255
 
 
@@ -75,6 +76,14 @@ def test_random_crop_positions_differ_per_image():
     assert random_crop(images, 0.5).shape == (4, 3, 4, 8)
 
 
+def test_random_crop_of_batch_is_at_one_position():
+    images = ramp(8, 16).repeat(5, 1, 1, 1)
+    crops = random_crop(images, 6, torch.Generator().manual_seed(0), "batch")
+    assert crops.shape == (5, 3, 6, 6) and len(crops[:, 0, 0, 0].unique()) == 1
+    lefts = {random_crop(images, 6, position="batch")[0, 0, 0, 0].item() for _ in range(20)}
+    assert len(lefts) > 1
+
+
 def test_preprocessor_random_only_with_random_crop():
     images = torch.rand(3, 3, 16, 16)
     plain, cropped = ImagePreprocessor((8, 8)), ImagePreprocessor((8, 8), crop=12)
@@ -99,6 +108,8 @@ def test_preprocessor_rejects_wrong_shape_or_dtype(images):
 def test_preprocessor_and_random_crop_reject_wrong_settings():
     with pytest.raises(ValueError, match=r"aspect.*crop, pad, squash.*'fill'"):
         ImagePreprocessor((4, 4), aspect="fill")
+    with pytest.raises(ValueError, match=r"interpolation.*bicubic, bilinear.*'nearest'"):
+        ImagePreprocessor((4, 4), interpolation="nearest")
     for crop, pixels in ((504, "504x504"), (0, "0x0"), (1.5, "96x96")):
         with pytest.raises(ValueError, match=rf"{pixels} .*64x64"):
             random_crop(torch.rand(1, 3, 64, 64), crop)

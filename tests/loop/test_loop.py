@@ -392,7 +392,7 @@ def test_truncated_prompts_warn_once_and_are_counted(world, tmp_path):
 
         def encode(self, prompts):
             reports = [PromptReport((p,), (1,), "end" if i % 2 else "") for i, p in enumerate(prompts)]
-            raise_or_warn_truncated(reports, "truncate", 4, f"a different advice for {prompts}")
+            raise_or_warn_truncated(reports, "truncate", "4 tokens", f"a different advice for {prompts}")
             return replace(super().encode(prompts), reports=tuple(reports))
 
     class TruncatingConfig(EncoderConfig):

@@ -160,6 +160,30 @@ def test_denscore_splits_segments_longer_than_window(segments):
     assert [segments.towers.count_tokens(p) for p in parts] == [75, 6]
 
 
+def test_denscore_truncates_segments_on_request(clip_folder, segments):
+    reward = rewards.build({"name": "denscore", "checkpoint": clip_folder, "truncate_segments": True})
+    long = " ".join(["a"] * 80)
+    with pytest.warns(UserWarning, match=r"segment has 81 tokens.* 75.*truncate_segments: false"):
+        truncated = reward.text_features([f"{long}. The sky."])
+    expected = segments.text_features([" ".join(["a"] * 75), "The sky."]).mean(0, keepdim=True)
+    torch.testing.assert_close(truncated, expected)
+    images = torch.rand(1, 3, 32, 32)
+    (scored,) = reward.by_segment(images, [f"{long}. The sky."])
+    assert len(scored) == 2
+    assert sum(s for _, s in scored) / 2 == pytest.approx(reward.score(images, [f"{long}. The sky."]).item(), abs=1e-6)
+
+
+def test_clip_interpolation_and_crop_position(clip_folder):
+    images, prompts = torch.rand(4, 3, 64, 64), ["fox"] * 4
+    plain, bilinear, cropped = (
+        rewards.build({"name": "clip", "checkpoint": clip_folder, **keys})
+        for keys in ({}, {"interpolation": "bilinear"}, {"crop": 48, "crop_position": "batch"})
+    )
+    assert not torch.equal(plain.score(images, prompts), bilinear.score(images, prompts))
+    same = images[:1].repeat(4, 1, 1, 1)
+    assert cropped.training and len(cropped.score(same, prompts).mul(1e5).round().unique()) == 1
+
+
 def test_micro_batch_keeps_score_and_gradient(clip_folder):
     images = torch.rand(5, 3, 32, 32)
     results = []
@@ -290,6 +314,8 @@ def test_denscore_segmenter_from_config(clip_folder):
         ({"name": "clip", "segmenter": "sentence"}, "segmenter .*`text: auto`"),
         ({"name": "clip", "crop": 1.5}, r"crop: .*between 0 and 1, got 1\.5"),
         ({"name": "clip", "crop": 0}, "crop: .*at least 1 pixel, got 0"),
+        ({"name": "clip", "crop_position": "batch"}, "crop_position.*without a crop"),
+        ({"name": "clip", "truncate_segments": True}, "truncate_segments .*`text: auto`"),
         ({"name": "clip", "micro_batch": 0}, "micro_batch: .*got 0"),
         ({"name": "clip", "txt": "whole"}, "txt: .*did you mean 'text'"),
         ({"name": "denscore", "segmenter": "sentense"}, "segmenter.*did you mean 'sentence'"),

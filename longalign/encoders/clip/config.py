@@ -55,6 +55,19 @@ class SegmentConfig(CheckpointConfig):
     """what to do with prompts of more than ``max_tokens`` states: ``"grow"`` pads the batch to the longest prompt,
     ``"truncate"`` truncates with a warning, as in the published models, ``"error"`` raises.
     """
+    truncate_segments: bool = False
+    """whether a segment longer than CLIP's window is truncated with a warning, as in the published models and by a
+    tokenizer with ``truncation=True, max_length=77``; false: it is split into segments that fit.
+    """
+
+    @model_validator(mode="after")
+    def _check_truncation(self) -> SegmentConfig:
+        if self.truncate_segments and self.overflow == "error":
+            raise ValueError(
+                "`overflow: error` rejects truncated prompts, but `truncate_segments: true` truncates segments; set "
+                "overflow to 'grow' or 'truncate', or remove truncate_segments"
+            )
+        return self
 
 
 class ClipSegmentConfig(SegmentConfig, LoadedConfig, SingleFileConfig):

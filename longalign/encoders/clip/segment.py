@@ -65,7 +65,7 @@ class ClipSegmentEncoder(Encoder):
     Args:
         text_model: a transformers ``CLIPTextModel``.
         tokenizer: its fast tokenizer.
-        segmenter: splits a prompt into segments. A segment longer than the window is split further, never truncated.
+        segmenter: splits a prompt into segments.
         sot: which segments keep their ``<sot>`` state: ``"all"``, ``"first"`` or ``"none"``.
         eot: which segments keep their ``<eot>`` state: ``"all"``, ``"last"`` or ``"none"``.
         context: number of preceding segments that are read before each segment, as far as they fit the window.
@@ -75,6 +75,8 @@ class ClipSegmentEncoder(Encoder):
         max_tokens: number of merged states, to which shorter prompts are padded.
         overflow: what to do with prompts of more than ``max_tokens`` states: ``"grow"`` pads the batch to the longest
             prompt, ``"truncate"`` truncates with a warning, ``"error"`` raises.
+        truncate_segments: whether a segment longer than the window is truncated with a warning. If False, it is split
+            into segments that fit.
         max_batch_tokens: maximum number of positions per call of the text model.
     """
 
@@ -90,6 +92,7 @@ class ClipSegmentEncoder(Encoder):
         pad: Literal["pad*", "pad", "none"],
         max_tokens: int,
         overflow: Literal["grow", "truncate", "error"],
+        truncate_segments: bool,
         max_batch_tokens: int,
     ):
         super().__init__()
@@ -101,6 +104,7 @@ class ClipSegmentEncoder(Encoder):
         self.segmenter = segmenter
         self.sot, self.eot, self.context, self.pad = sot, eot, context, pad
         self.max_tokens, self.overflow, self.max_batch_tokens = max_tokens, overflow, max_batch_tokens
+        self.truncate_segments = truncate_segments
         self._cached_padding: Tensor | None = None
 
     @classmethod
@@ -122,6 +126,7 @@ class ClipSegmentEncoder(Encoder):
             pad=config.pad,
             max_tokens=config.max_tokens,
             overflow=config.overflow,
+            truncate_segments=config.truncate_segments,
             max_batch_tokens=config.max_batch_tokens,
         )
 
@@ -132,8 +137,12 @@ class ClipSegmentEncoder(Encoder):
     def checked_plans(self, prompts: Sequence[Prompt]) -> list[SegmentPlan]:
         """Plans the encoding of each prompt; warns about or rejects truncated prompts as ``overflow`` specifies."""
         plans = self._plans(prompts)
+        limits, advice = [f"{self.max_tokens} tokens"], [GROW_ADVICE.format("max_tokens")]
+        if self.truncate_segments:
+            limits.append(f"{self.window - 2} in a segment")
+            advice = ["set truncate_segments to false", *(advice if self.overflow == "truncate" else [])]
         reports = [plan.report for plan in plans]
-        raise_or_warn_truncated(reports, self.overflow, self.max_tokens, GROW_ADVICE.format("max_tokens"), stacklevel=4)
+        raise_or_warn_truncated(reports, self.overflow, " or ".join(limits), ", and ".join(advice), stacklevel=4)
         return plans
 
     def run(self, plans: Sequence[SegmentPlan], extra_rows: Sequence[tuple[int, ...]] = ()) -> tuple[Tensor, list[int]]:
@@ -202,7 +211,9 @@ class ClipSegmentEncoder(Encoder):
         prompt_segments = [split(self.segmenter, prompt, count) for prompt in check_prompts(prompts)]
         # tokenize all segments in one call; later calls take them from the cache
         self.tokens.batch([segment for segments in prompt_segments for segment in segments])
-        return [self._plan(self.tokens.batch(split_to_window(segments, limit, count))) for segments in prompt_segments]
+        if not self.truncate_segments:
+            prompt_segments = [split_to_window(segments, limit, count) for segments in prompt_segments]
+        return [self._plan(self.tokens.batch(segments)) for segments in prompt_segments]
 
     def _plan(self, segments: Sequence[Tokenized]) -> SegmentPlan:
         tokenizer = self.tokens.tokenizer
@@ -212,14 +223,15 @@ class ClipSegmentEncoder(Encoder):
         for i, segment in enumerate(segments):
             with_sot = self.sot == "all" or (self.sot == "first" and i == 0)
             with_eot = self.eot == "all" or (self.eot == "last" and i == len(segments) - 1)
-            kept = min(with_sot + len(segment) + with_eot, budget)
-            num_encoded = max(0, min(kept - with_sot, len(segment)))
+            ids = segment.ids[: self.window - 2]
+            kept = min(with_sot + len(ids) + with_eot, budget)
+            num_encoded = max(0, min(kept - with_sot, len(ids)))
             head, tail = segment.split_at(num_encoded)
             if kept:
                 context = self._context(segments, i)
                 first = 1 + len(context)  # position of the segment's first token; that of <sot> is 0
                 row = len(rows)
-                rows.append((tokenizer.bos_token_id, *context, *segment.ids, tokenizer.eos_token_id))
+                rows.append((tokenizer.bos_token_id, *context, *ids, tokenizer.eos_token_id))
                 spans += [(row, 0, 1)] if with_sot else []
                 spans += [(row, first, first + kept - with_sot)] if kept > with_sot else []
                 budget -= kept

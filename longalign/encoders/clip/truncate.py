@@ -65,7 +65,7 @@ class ClipTruncateEncoder(Encoder):
         texts = self._texts(prompts)
         reports = tuple(self._report(passes) for passes in texts)
         raise_or_warn_truncated(
-            reports, self.overflow, self.window, "use an encoder for long text, such as 'clip-segment'"
+            reports, self.overflow, f"{self.window} tokens", "use an encoder for long text, such as 'clip-segment'"
         )
         tokenizer, pad_id = self.tokens.tokenizer, self.tokens.pad_id
         rows = []

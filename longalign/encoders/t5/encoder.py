@@ -115,7 +115,8 @@ class T5Encoder(Encoder):
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
         texts = self._texts(prompts)
         reports = tuple(self._report(passes) for passes in texts)
-        raise_or_warn_truncated(reports, self.overflow, self.max_tokens, GROW_ADVICE.format(self.length_key))
+        limit = f"{self.max_tokens} tokens"
+        raise_or_warn_truncated(reports, self.overflow, limit, GROW_ADVICE.format(self.length_key))
         tokenizer = self.tokens.tokenizer
         rows = [[(*text.ids[: self._max_pass_tokens], tokenizer.eos_token_id) for text in passes] for passes in texts]
         lengths = torch.tensor([sum(map(len, prompt_rows)) for prompt_rows in rows])

@@ -89,7 +89,7 @@ def _image_processor_config(preprocessor: ImagePreprocessor) -> dict[str, Any]:
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"shortest_edge": min(height, width)},
-        "resample": 3,
+        "resample": {"bilinear": 2, "bicubic": 3}[preprocessor.interpolation],
         "do_center_crop": True,
         "crop_size": {"height": height, "width": width},
         "do_rescale": True,
