@@ -36,6 +36,7 @@ REFERENCE = {
     "composition": ["compose", "model", "registry", "parts", "runtime", "errors"],
     "config": ["config"],
     **{kind: [kind] for kind in REGISTRIES},
+    "edits": ["edits", "directions"],
     "functional": ["functional"],
     "loop": ["loop"],
     "inference": ["inference", "image_folder", "image_io"],

@@ -32,6 +32,7 @@ __all__ = [
     "Section",
     "backbones",
     "data",
+    "edits",
     "encoders",
     "gradient_steps",
     "metrics",
@@ -353,6 +354,11 @@ rewards = Registry(
     bases=["longalign.rewards.base:Reward"],
     function=("images", "prompts"),
 )
+edits = Registry(
+    "edits",
+    config="longalign.edits.config:EditConfig",
+    bases=["longalign.edits.base:Edit"],
+)
 trainers = Registry(
     "trainers",
     config="longalign.trainers.config:TrainerConfig",
@@ -386,5 +392,5 @@ metrics = Registry(
 )
 
 REGISTRIES: dict[str, Registry] = {
-    r.kind: r for r in (backbones, data, encoders, rewards, gradient_steps, metrics, segmenters, trainers)
+    r.kind: r for r in (backbones, data, encoders, rewards, edits, gradient_steps, metrics, segmenters, trainers)
 }

@@ -70,3 +70,21 @@ def world():
     worlds.register()
     yield worlds
     worlds.unregister()
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory):
+    """A tiny CLIP checkpoint."""
+    from longalign.testing.tiny import tiny_clip
+
+    return str(tiny_clip(tmp_path_factory.mktemp("clip")))
+
+
+@pytest.fixture
+def known():
+    """An embedding reward with known text embeddings."""
+    from toys import TableReward
+
+    return TableReward(
+        {"up": [0.6, 0.8, 0.0], "down": [0.6, -0.8, 0.0], "along": [1.0, 0.0, 0.0], "in": [0.0, 0.6, 0.8]}
+    )

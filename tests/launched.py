@@ -105,6 +105,8 @@ def configs(folder, world_size):
     trainer |= {"regularizer": "pretraining", "regularizer_weight": 0.1}
     reward = worlds.reward_config(folder / "reward", trainer, **loop)
     scores = [{"name": "reweighted", "inner": "colours", "direction": direction} for direction in ("batch", "running")]
+    pairs = {"name": "pairs", "positive": "x", "negative": ""}
+    scores += [{"name": "edited", "inner": "colours", "direction": "running", "edit": pairs}]
     reward |= {"encoder": encoder, "data": "squares", "rewards": scores}
     first_half = {**align, "loop": {**align["loop"], "steps": STEPS // 2}}
     lcm = {**align, "output": str(folder / "lcm"), "monitor": None}

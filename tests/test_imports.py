@@ -15,7 +15,7 @@ import longalign
 from longalign.registry import REGISTRIES
 
 ROOT = Path(longalign.__file__).parent
-KINDS = ("backbones", "data", "encoders", "rewards", "gradient_steps", "metrics", "trainers")
+KINDS = ("backbones", "data", "edits", "encoders", "rewards", "gradient_steps", "metrics", "trainers")
 
 # A module imports from lower levels only. Unlisted modules are concrete parts, or helpers of parts.
 PART = 4
@@ -27,7 +27,7 @@ LEVELS = {
     "evaluation.record evaluation.bootstrap evaluation.groups loop.locks encoders.bucketing encoders.counting vlm",
     3: "backbones.base backbones.graphs backbones.lora backbones.lora_layers data.base data.images.base data.stream "
     "image_folder encoders.base rewards.base "
-    "rewards.guard gradient_steps.base metrics.base trainers.base",
+    "rewards.guard directions edits.base gradient_steps.base metrics.base trainers.base",
     5: "checkpoints.checkpoint inference.diffusers inference.pipelines inference.schedulers evaluation.formatting "
     "evaluation.table evaluation.charts caching",
     6: "compose",
@@ -227,7 +227,9 @@ def test_public_names_exist_and_are_listed():
         _ = longalign.nothing
 
 
-@pytest.mark.parametrize("package", ["backbones", "functional", "gradient_steps", "metrics", "mini", "rewards"])
+@pytest.mark.parametrize(
+    "package", ["backbones", "directions", "edits", "functional", "gradient_steps", "metrics", "mini", "rewards"]
+)
 def test_packages_export_their_names_lazily(package):
     module = import_module(f"longalign.{package}")
     assert {getattr(module, name).__name__ for name in module.__all__} == set(module.__all__) <= set(dir(module))

@@ -24,6 +24,23 @@ class Compass(EmbeddingReward):
         return torch.tensor([self.texts[p] for p in prompts])
 
 
+class TableReward(EmbeddingReward):
+    """Text embeddings from a table, or letter counts for other texts; image embeddings are normalised mean colours."""
+
+    dim = 3
+
+    def __init__(self, table: dict[str, list[float]]):
+        super().__init__()
+        self.table = table
+
+    def image_features(self, images):
+        return torch.nn.functional.normalize(images.mean((2, 3)), dim=-1)
+
+    def text_features(self, prompts):
+        letters = [[float(p.count(c)) + 0.1 for c in "aeo"] for p in prompts]
+        return torch.tensor([self.table.get(p, row) for p, row in zip(prompts, letters, strict=True)])
+
+
 class Brightness(Reward):
     def score_components(self, images, prompts):
         mean = images.mean((1, 2, 3))

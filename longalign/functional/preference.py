@@ -33,7 +33,7 @@ class Decomposition:
 
 
 def normalize(mean: Tensor) -> Tensor:
-    """Normalizes a mean text embedding ``(d,)`` to the direction ``V``, shape ``(d,)``.
+    """Normalizes a mean embedding ``(d,)`` to a direction, such as ``V``, shape ``(d,)``.
 
     Raises:
         ValueError: if the norm is 0 or NaN.
@@ -41,7 +41,7 @@ def normalize(mean: Tensor) -> Tensor:
     norm = mean.norm()
     if not norm > 0:
         raise ValueError(
-            f"expected a mean text embedding with positive norm, got norm {norm.item()}; check the reward's weights"
+            f"expected a mean embedding with positive norm, got norm {norm.item()}; check the reward's weights"
         )
     return mean / norm
 

@@ -20,14 +20,15 @@ if TYPE_CHECKING:
     from longalign.rewards.clip.reward import ClipReward as ClipReward
     from longalign.rewards.config import RewardConfig as RewardConfig
     from longalign.rewards.config import TowerRewardConfig as TowerRewardConfig
+    from longalign.rewards.edited.config import EditedConfig as EditedConfig
+    from longalign.rewards.edited.config import ReweightedConfig as ReweightedConfig
+    from longalign.rewards.edited.reward import EditedReward as EditedReward
     from longalign.rewards.guard import NonFiniteReward as NonFiniteReward
     from longalign.rewards.hpsv2.config import Hpsv2Config as Hpsv2Config
     from longalign.rewards.hpsv2.reward import Hpsv2Reward as Hpsv2Reward
     from longalign.rewards.pretrained import check_tokenizer as check_tokenizer
     from longalign.rewards.pretrained import image_statistics as image_statistics
     from longalign.rewards.pretrained import projected_features as projected_features
-    from longalign.rewards.reweighted.config import ReweightedConfig as ReweightedConfig
-    from longalign.rewards.reweighted.reward import ReweightedReward as ReweightedReward
     from longalign.rewards.sum.config import SumConfig as SumConfig
     from longalign.rewards.sum.reward import SumReward as SumReward
     from longalign.rewards.towers import ImageInput as ImageInput
@@ -40,6 +41,8 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "ClipConfig": "clip.config",
         "ClipReward": "clip.reward",
         "DenscoreConfig": "clip.config",
+        "EditedConfig": "edited.config",
+        "EditedReward": "edited.reward",
         "EmbeddingReward": "base",
         "Hpsv2Config": "hpsv2.config",
         "Hpsv2Reward": "hpsv2.reward",
@@ -48,8 +51,7 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "PickScoreConfig": "clip.config",
         "Reward": "base",
         "RewardConfig": "config",
-        "ReweightedConfig": "reweighted.config",
-        "ReweightedReward": "reweighted.reward",
+        "ReweightedConfig": "edited.config",
         "Scores": "base",
         "SumConfig": "sum.config",
         "SumReward": "sum.reward",

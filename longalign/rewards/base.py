@@ -68,7 +68,7 @@ class EmbeddingReward(Reward):
     """Reward that is a dot product of embeddings, ``s = C_X(x) . C_P(p)`` (LongAlign, paper section 3.2).
 
     Subclasses implement `image_features` (``C_X``) and `text_features` (``C_P``), from which scores, decomposition and
-    reweighting are computed.
+    edits of the text embedding are computed.
     """
 
     #: width of the embeddings
@@ -85,6 +85,13 @@ class EmbeddingReward(Reward):
         segments (Denscore, paper 3.2).
         """
         raise NotImplementedError
+
+    def prefixed_features(self, prompts: Sequence[str], prefix: str) -> Tensor:
+        """Returns text embeddings ``(b, d)`` of prompts with a control word or phrase in front, separated by a space.
+
+        Override this method if a prompt is encoded as several texts, so that each of them gets the prefix.
+        """
+        return self.text_features([f"{prefix} {prompt}".strip() for prompt in prompts])
 
     def score_components(self, images: Tensor, prompts: Sequence[str]) -> Scores:
         check_pairs(images, prompts)

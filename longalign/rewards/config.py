@@ -15,7 +15,7 @@ TextMode = Literal["auto", "whole", "segments"]
 class RewardConfig(PartConfig):
     """Base class of reward configs. Its class variables are checked before anything is loaded."""
 
-    #: whether the reward is a `longalign.rewards.base.EmbeddingReward`; only those can be reweighted
+    #: whether the reward is a `longalign.rewards.base.EmbeddingReward`; only those can be edited or reweighted
     embeds: ClassVar[bool] = False
     #: whether the scores have gradient with respect to the images
     differentiable: ClassVar[bool] = True

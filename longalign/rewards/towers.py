@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longalign import registry
 from longalign.encoders.bucketing import group_by_length
+from longalign.errors import shorten
 from longalign.functional.images import ImageCheck, ImagePreprocessor, at_least_float32
 from longalign.rewards.base import EmbeddingReward, check_pairs
 from longalign.rewards.config import TowerRewardConfig
@@ -182,8 +183,9 @@ class TowerReward(EmbeddingReward):
         """Returns the texts encoded for one prompt, in order. For an empty prompt, this is one empty text."""
         return self._segments(prompt, self.segmenter)
 
-    def _segments(self, prompt: str, segmenter: Segmenter | None) -> list[str]:
-        window, count = self.towers.window, self.towers.count_tokens
+    def _segments(self, prompt: str, segmenter: Segmenter | None, reserved: int = 0) -> list[str]:
+        """Returns the texts of a prompt, each with ``reserved`` tokens less than the window."""
+        window, count = self.towers.window - reserved, self.towers.count_tokens
         if segmenter is None:
             return [prompt] if self.truncate else windows(prompt, window, count)
         # strip: surrounding whitespace carries no content
@@ -192,17 +194,36 @@ class TowerReward(EmbeddingReward):
         return [s for s in segments if s] or [""]
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
-        embeddings, segments = self.segment_features(prompts)
-        prompts_segments = embeddings.split([len(texts) for texts in segments])
-        return torch.stack([reduce(rows, "segments d -> d", "mean") for rows in prompts_segments])
+        return _means(*self.segment_features(prompts))
 
-    def segment_features(self, prompts: Sequence[str]) -> tuple[Tensor, list[list[str]]]:
+    def prefixed_features(self, prompts: Sequence[str], prefix: str) -> Tensor:
+        """Returns text embeddings ``(b, d)`` of prompts with a control word in front of each text that is encoded.
+
+        The texts are those of the prompt without the prefix, but each has fewer tokens of the window left.
+
+        Raises:
+            ValueError: if the prefix fills the window.
+        """
+        reserved = self.towers.count_tokens(prefix)
+        if reserved >= self.towers.window:
+            raise ValueError(
+                f"the control word {shorten(prefix)} has {reserved} tokens and the reward's text tower a window of "
+                f"{self.towers.window}, which leaves none for the prompt; use a shorter one"
+            )
+        return _means(*self.segment_features(prompts, prefix))
+
+    def segment_features(self, prompts: Sequence[str], prefix: str = "") -> tuple[Tensor, list[list[str]]]:
         """Returns unit embeddings ``(n, d)`` of the segments of all prompts, in order, and the segments of each prompt.
 
-        The embeddings have gradient if the towers are trainable.
+        The embeddings have gradient if the towers are trainable. Each segment starts with the prefix and a space, if
+        there is one.
         """
         checked: list[Any] = check_prompts(prompts, lists=False)
-        return self._embed([self.segments(prompt) for prompt in checked])
+        reserved = self.towers.count_tokens(prefix) if prefix else 0
+        segments = [self._segments(prompt, self.segmenter, reserved) for prompt in checked]
+        if prefix:
+            segments = [[f"{prefix} {text}".strip() for text in texts] for texts in segments]
+        return self._embed(segments)
 
     @torch.no_grad()
     def by_segment(
@@ -270,3 +291,9 @@ class TowerReward(EmbeddingReward):
                     stacklevel=6,
                 )
                 return
+
+
+def _means(embeddings: Tensor, segments: list[list[str]]) -> Tensor:
+    """Returns the mean embedding ``(b, d)`` of the segments of each prompt."""
+    by_prompt = embeddings.split([len(texts) for texts in segments])
+    return torch.stack([reduce(rows, "segments d -> d", "mean") for rows in by_prompt])

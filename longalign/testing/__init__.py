@@ -20,6 +20,7 @@ from longalign.lazy import lazy_exports
 if TYPE_CHECKING:
     from longalign.testing.backbones import check_backbone as check_backbone
     from longalign.testing.data import check_data as check_data
+    from longalign.testing.edits import check_edit as check_edit
     from longalign.testing.encoders import check_encoder as check_encoder
     from longalign.testing.gradient_steps import check_gradient_steps as check_gradient_steps
     from longalign.testing.metrics import check_metric as check_metric
@@ -32,6 +33,7 @@ __all__, __getattr__, __dir__ = lazy_exports(
     {
         "check_backbone": "backbones",
         "check_data": "data",
+        "check_edit": "edits",
         "check_encoder": "encoders",
         "check_gradient_steps": "gradient_steps",
         "check_metric": "metrics",

@@ -10,6 +10,7 @@ from pathlib import Path
 #: what a plugin can add, and the kind of the registry
 KINDS = {
     "reward": "rewards",
+    "edit": "edits",
     "encoder": "encoders",
     "segmenter": "segmenters",
     "trainer": "trainers",

@@ -443,12 +443,14 @@ def tower_reward(towers, preprocessor, **settings):
     return TowerReward(towers, preprocessor, **{"segmenter": None, "micro_batch": None, "truncate": False, **settings})
 
 
-def reweighted(inner, **settings):
-    """Returns a `ReweightedReward` with the defaults of its config."""
-    from longalign.rewards import ReweightedReward
+def edited(inner, edit="direction", direction="batch", gather=None, **settings):
+    """Returns an `EditedReward`; ``settings`` are the keys of the edit."""
+    from longalign.registry import edits
+    from longalign.rewards import EditedReward
     from longalign.runtime import Runtime
 
-    return ReweightedReward(inner, **{"omega": 0.3, "direction": "batch", "gather": Runtime.gather, **settings})
+    built = edits.build({"name": edit, **settings}, Runtime())
+    return EditedReward(inner, edit=built, direction=direction, gather=gather or Runtime.gather)
 
 
 def steps(name, **settings):

@@ -17,6 +17,7 @@ from longalign.cli import parser
 from longalign.cli.main import COMMANDS, main
 from longalign.config.run import RunConfig, load_config, to_yaml
 from longalign.data.scenes.config import SyntheticConfig
+from longalign.directions import compute
 from longalign.encoders.t5.config import T5Config
 from longalign.evaluation import scoring
 from longalign.image_io import write_png
@@ -27,7 +28,6 @@ from longalign.loop import run as loop
 from longalign.registry import rewards, trainers
 from longalign.rewards.base import EmbeddingReward
 from longalign.rewards.config import RewardConfig
-from longalign.rewards.reweighted import direction
 from longalign.runtime import examples_folder
 from longalign.trainers.align.config import AlignConfig
 
@@ -184,7 +184,7 @@ def test_describe_part_shows_type_default_and_description(capsys):
 
 
 @pytest.mark.parametrize(
-    "kind", ["encoders", "rewards", "trainers", "data", "segmenters", "gradient_steps", "backbones"]
+    "kind", ["encoders", "rewards", "edits", "trainers", "data", "segmenters", "gradient_steps", "backbones"]
 )
 def test_describe_covers_all_parts_and_keys(kind, capsys):
     from longalign.registry import REGISTRIES
@@ -656,22 +656,26 @@ def test_score_generates_images_of_checkpoint(hues, generate_calls, run, capsys)
     assert capsys.readouterr().out.splitlines()[-1].endswith("mean of 1")
 
 
-def test_direction_passes_corpus_and_prints_report(monkeypatch, tmp_path, capsys):
+def test_compute_direction_passes_its_source_and_prints_report(monkeypatch, tmp_path, capsys):
     class Report:
         def report(self):
             return "eta 0.9"
 
     seen = []
-    monkeypatch.setattr(direction, "write_direction", lambda *args: seen.append(args) or Report())
+    monkeypatch.setattr(compute, "write_direction", lambda *args, **keys: seen.append((*args, keys)) or Report())
     (tmp_path / "corpus.txt").write_text("one\n\ntwo\n")
     out = str(tmp_path / "d.safetensors")
     reward = "{name: clip, checkpoint: mini/clip}"
-    assert (
-        main(["compute-direction", "--reward", reward, "--prompts", str(tmp_path / "corpus.txt"), "--output", out]) == 0
-    )
-    assert seen[0][0].name == "clip"
-    assert seen[0][1:3] == (["one", "two"], out)
+    command = ["compute-direction", "--reward", reward, "--output", out]
+    assert main([*command, "--prompts", str(tmp_path / "corpus.txt")]) == 0
+    assert (seen[0][0].name, seen[0][1], seen[0][2]["prompts"]) == ("clip", out, ["one", "two"])
     assert "eta 0.9" in capsys.readouterr().out
+    folders = [images(tmp_path / name, [0.0, 1.0], ["a", "b"]) for name in ("x", "y")]
+    assert main([*command, "--images", f"reference={folders[0]}", f"over={folders[1]}"]) == 0
+    assert seen[1][2]["images"] == (str(folders[1]), str(folders[0]))
+    for wrong in (["a=x", f"over={folders[0]}"], [f"over={folders[0]}", f"over={folders[1]}"], ["over=", "reference="]):
+        assert main([*command, "--images", *wrong]) == 2
+        assert "expected --images over=DIR reference=DIR, got" in capsys.readouterr().err
 
 
 def test_keyboard_interrupt_exits_with_130(monkeypatch, yaml, capsys):

@@ -8,7 +8,7 @@ from longalign.registry import ConfigError, rewards
 from longalign.rewards.base import CallableReward
 from longalign.rewards.guard import NonFiniteReward
 from longalign.rewards.sum.reward import SumReward as Sum
-from longalign.testing.tiny import reweighted
+from longalign.testing.tiny import edited
 
 SumReward = partial(Sum, normalize="none", gather=lambda tensor: tensor)
 
@@ -26,12 +26,13 @@ def brightness():
 def test_sum_values_and_prefixed_parts(known):
     images = torch.tensor([[0.0, 1.0, 0.0], [0.8, 0.0, 0.6]])[:, :, None, None].expand(-1, -1, 2, 2).contiguous()
     mean = CallableReward(lambda images, prompts: images.mean((1, 2, 3)))
-    total = SumReward({"known": reweighted(known, omega=0.5), "mean": mean}, [2.0, -3.0])
+    total = SumReward({"known": edited(known, omega=0.5), "mean": mean}, [2.0, -3.0])
     scores = total.score_components(images, ["up", "down"])
     assert torch.allclose(scores.total, torch.tensor([2 * 0.8 - 1.0, 2 * 0.24 - 1.4]))
     assert torch.allclose(scores.parts["known"], torch.tensor([0.8, 0.24]))
     assert torch.allclose(scores.parts["known/text_irrelevant"], torch.tensor([0.0, 0.48]))
-    assert list(scores.parts) == ["known", "known/text_relevant", "known/text_irrelevant", "known/eta", "mean"]
+    own = ["text_relevant", "text_irrelevant", "eta", "edit_norm"]
+    assert list(scores.parts) == ["known", *(f"known/{name}" for name in own), "mean"]
 
 
 def test_sum_of_named_and_registered_rewards(clip_folder, brightness):
@@ -65,9 +66,9 @@ def test_sum_labels_name_parts_and_are_numbered(clip_folder, brightness):
 
 
 def test_sum_state_dict_contains_running_direction(known):
-    reward = SumReward({"known": reweighted(known, omega=0.5, direction="running")}, [1.0])
+    reward = SumReward({"known": edited(known, omega=0.5, direction="running")}, [1.0])
     reward.score(torch.rand(1, 3, 4, 4), ["up"])
-    assert reward.state_dict()["rewards.0.running_count"].item() == 1
+    assert reward.state_dict()["rewards.0.common.running_count"].item() == 1
 
 
 def test_sum_rejects_non_finite_term_of_weight_zero():

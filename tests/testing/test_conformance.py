@@ -23,10 +23,11 @@ def test_check_reward_clip_family(tmp_path, name):
     check_reward({"name": name, "checkpoint": str(tiny_clip(tmp_path))})
 
 
-def test_check_reward_hpsv2_sum_reweighted(tmp_path):
+def test_check_reward_hpsv2_sum_edited(tmp_path):
     inner = {"name": "clip", "checkpoint": str(tiny_clip(tmp_path / "clip"))}
     check_reward({"name": "hpsv2", "checkpoint": str(tiny_hpsv2(tmp_path / "hpsv2"))})
     check_reward({"name": "reweighted", "inner": inner, "omega": 0.3, "direction": "batch"}, depends_on_batch=True)
+    check_reward({"name": "edited", "inner": inner, "edit": {"name": "pairs", "positive": "good", "negative": "bad"}})
     check_reward({"name": "sum", "terms": [{"reward": inner, "weight": 0.5}]})
 
 

@@ -6,15 +6,16 @@ from torch import nn
 from worlds import LORA, Squares, ToyEncoder, red
 
 from longalign.backbones.config import LoraConfig
+from longalign.directions import Direction
 from longalign.encoders.base import Conditioning, PromptReport
 from longalign.errors import ConfigError
 from longalign.functional.diffusion import add_noise, guide
 from longalign.loop.batches import collate
 from longalign.registry import gradient_steps, trainers
-from longalign.rewards.base import Reward, Scores
+from longalign.rewards.base import EmbeddingReward, Reward, Scores
 from longalign.rewards.guard import NonFiniteReward
 from longalign.runtime import Runtime
-from longalign.testing.tiny import steps, tiny_backbone
+from longalign.testing.tiny import edited, steps, tiny_backbone
 from longalign.trainers.reward.config import RewardConfig
 from longalign.trainers.reward.trainer import RewardTrainer
 
@@ -28,6 +29,18 @@ class Contrast(Reward):
     def score_components(self, images, prompts):
         warm, cold = images[:, 0].mean((1, 2)), images[:, 2].mean((1, 2))
         return Scores(warm - cold, {"text_relevant": warm.detach(), "text_irrelevant": cold.detach()})
+
+
+class Letters(EmbeddingReward):
+    """Compares the mean colour with counts of three letters."""
+
+    dim = 3
+
+    def image_features(self, images):
+        return nn.functional.normalize(images.mean((2, 3)), dim=-1)
+
+    def text_features(self, prompts):
+        return nn.functional.normalize(torch.tensor([[p.count(c) + 1.0 for c in "ade"] for p in prompts]), dim=-1)
 
 
 def build(lora=NO_DROPOUT, rewards=(red,), gradient_steps=None, prediction="epsilon", dtype=torch.float32, **keys):
@@ -77,7 +90,8 @@ def plain_gradient(trainer, seed=1):
         start, last = finals[0].detach(), timesteps[-1:]
         noisy = add_noise(trainer.backbone.noise_levels, start, torch.randn_like(start), torch.tensor(last))
         finals.append(sample(noisy, last, (0,), True))
-    loss = 0.5 * (1 - torch.stack([red(trainer.backbone.decode(x), prompts).mean() for x in finals]).mean())
+    scores = [sum(reward.score(trainer.backbone.decode(x), prompts) for reward in trainer.rewards) for x in finals]
+    loss = 0.5 * (1 - torch.stack([score.mean() for score in scores]).mean())
     loss.backward()
     out = torch.cat([p.grad.flatten() for p in trainer.trainable() if p.grad is not None])
     for p in trainer.trainable():
@@ -135,6 +149,33 @@ def test_step_gradient_equals_autograd_for_each_gradient_steps(double, config, s
     assert expected.norm() > 0
     assert (got - expected).norm() / expected.norm() < 1e-6
     assert torch.isclose(losses["reward_loss"], loss)
+
+
+@pytest.mark.parametrize(
+    ("edit", "direction"),
+    [
+        ({"name": "none"}, "batch"),
+        ({"name": "direction", "omega": 0.2}, "batch"),
+        ({"name": "direction", "omega": 0.0}, "running"),
+        ({"name": "pairs", "positive": "a", "negative": "z"}, "running"),
+        ({"name": "measured"}, "batch"),
+    ],
+    ids=str,
+)
+def test_step_gradient_of_edited_rewards_equals_autograd(double, tmp_path, edit, direction):
+    inner = Letters()
+    if edit["name"] == "measured":
+        direction_file = Direction.of(inner, torch.tensor([0.0, 0.6, 0.8]), kind="learned")
+        edit = {**edit, "file": str(direction_file.save(tmp_path / "D.safetensors"))}
+    reward = edited(inner, edit.pop("name"), direction, **edit)
+    trainer = build(lora=LORA, dtype=double, rewards=[reward])
+    expected, loss = plain_gradient(trainer)
+    got, losses = gradient(trainer)
+    assert expected.norm() > 0
+    assert (got - expected).norm() / expected.norm() < 1e-6
+    assert torch.isclose(losses["reward_loss"], loss)
+    assert {"text_relevant", "text_irrelevant", "eta", "edit_norm"} <= losses.keys()
+    assert direction != "running" or reward.common.running_count == 6
 
 
 def test_replay_keep_calls_denoiser_once_for_each_step():

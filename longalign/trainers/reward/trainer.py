@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longalign import registry
 from longalign.backbones.base import Backbone
+from longalign.edits.base import Edit
 from longalign.encoders.base import Conditioning, Encoder
 from longalign.functional.diffusion import add_noise
 from longalign.functional.rollout import Predict, RecordedStep, replay, replay_backward, rollout
@@ -152,10 +153,10 @@ class RewardTrainer(DiffusionTrainer):
         )
 
     def train(self, mode: bool = True) -> RewardTrainer:
-        """Sets training mode on the `Reward` modules only; the frozen networks inside them stay in eval mode."""
+        """Sets training mode on the `Reward` and `Edit` modules only; the networks inside them stay in eval mode."""
         super().train(mode)
         for module in self.rewards.modules():
-            module.training = mode and isinstance(module, Reward)
+            module.training = mode and isinstance(module, (Reward, Edit))
         return self
 
     def step(self, batch: Mapping[str, Any], backward: Backward) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ import torch
 from longalign.registry import ConfigError, rewards
 from longalign.rewards.base import CallableReward
 from longalign.runtime import Runtime
-from longalign.testing.tiny import reweighted
+from longalign.testing.tiny import edited
 
 V = torch.tensor([1.0, 0.0, 0.0])
 
@@ -18,7 +18,7 @@ IMAGES = colours([0.0, 1.0, 0.0], [0.8, 0.0, 0.6])
 
 
 def test_reweighted_values(known):
-    scores = reweighted(known, omega=0.5).score_components(IMAGES, ["up", "down"])
+    scores = edited(known, omega=0.5).score_components(IMAGES, ["up", "down"])
     assert torch.allclose(scores.parts["text_relevant"], torch.tensor([0.8, 0.0]))
     assert torch.allclose(scores.parts["text_irrelevant"], torch.tensor([0.0, 0.48]))
     assert torch.allclose(scores.parts["eta"], torch.tensor([0.6, 0.6]))
@@ -28,13 +28,13 @@ def test_reweighted_values(known):
 @pytest.mark.parametrize("direction", ["batch", "running", torch.tensor([0.0, 0.6, 0.8])])
 def test_reweighted_omega_one_is_plain_score(known, direction):
     prompts = ["up", "in"]
-    scores = reweighted(known, omega=1.0, direction=direction).score_components(IMAGES, prompts)
+    scores = edited(known, omega=1.0, direction=direction).score_components(IMAGES, prompts)
     assert torch.equal(scores.total, known.score(IMAGES, prompts))
     assert torch.allclose(scores.parts["text_relevant"] + scores.parts["text_irrelevant"], scores.total)
 
 
 def test_reweighted_omega_zero_has_no_component_along_v(known):
-    reward = reweighted(known, omega=0.0)
+    reward = edited(known, omega=0.0)
     assert torch.allclose(reward.score(colours([1.0, 0.0, 0.0], [1.0, 0.0, 0.0]), ["up", "down"]), torch.zeros(2))
     scores = reward.score_components(IMAGES, ["up", "down"])
     assert torch.allclose(scores.total, scores.parts["text_relevant"])
@@ -42,7 +42,7 @@ def test_reweighted_omega_zero_has_no_component_along_v(known):
 
 def test_reweighted_gradient_only_through_total(known):
     images = IMAGES.clone().requires_grad_()
-    scores = reweighted(known, omega=0.0, direction=V).score_components(images, ["up", "down"])
+    scores = edited(known, omega=0.0, direction=V).score_components(images, ["up", "down"])
     assert not any(part.requires_grad for part in scores.parts.values())
     scores.total.sum().backward()
     assert images.grad is not None
@@ -52,21 +52,21 @@ def test_reweighted_gradient_only_through_total(known):
 
 def test_reweighted_batch_direction_rejects_single_prompt(known):
     with pytest.raises(ValueError, match=r"got 1 prompt .*`direction: running`"):
-        reweighted(known).score(IMAGES[:1], ["up"])
+        edited(known, omega=0.3).score(IMAGES[:1], ["up"])
     with pytest.raises(ValueError, match=r"got 2 times the same prompt .*`direction: running`"):
-        reweighted(known).score(IMAGES, ["up", "up"])
-    reweighted(known, direction="running").score(IMAGES[:1], ["up"])
-    reweighted(known, direction=V).score(IMAGES[:1], ["up"])
+        edited(known, omega=0.3).score(IMAGES, ["up", "up"])
+    edited(known, direction="running").score(IMAGES[:1], ["up"])
+    edited(known, direction=V).score(IMAGES[:1], ["up"])
 
 
 @pytest.mark.parametrize("direction", ["batch", "running"])
 def test_reweighted_two_processes_equal_joint_batch(known, direction):
     images, prompts = torch.rand(4, 3, 4, 4), ["up", "in", "along", "down"]
-    joint = reweighted(known, omega=0.3, direction=direction).score_components(images, prompts)
+    joint = edited(known, omega=0.3, direction=direction).score_components(images, prompts)
     all_text = known.text_features(prompts)
     for rows in (slice(0, 2), slice(2, 4)):
         sent = []
-        reward = reweighted(
+        reward = edited(
             known, omega=0.3, direction=direction, gather=lambda text, sent=sent: sent.append(text) or all_text
         )
         scores = reward.score_components(images[rows], prompts[rows])
@@ -78,39 +78,39 @@ def test_reweighted_two_processes_equal_joint_batch(known, direction):
 
 def test_reweighted_accepts_batch_of_one_per_process(known):
     both = known.text_features(["up", "down"])
-    scores = reweighted(known, gather=lambda text: both).score_components(IMAGES[:1], ["up"])
+    scores = edited(known, gather=lambda text: both).score_components(IMAGES[:1], ["up"])
     assert torch.allclose(scores.parts["text_relevant"], torch.tensor([0.8]))
 
 
 def test_running_direction_is_mean_over_batches(known):
-    reward = reweighted(known, omega=0.0, direction="running")
+    reward = edited(known, omega=0.0, direction="running")
     reward.score(IMAGES[:1], ["up"])
     scores = reward.score_components(IMAGES[:1], ["down"])
-    assert torch.allclose(reward.running_mean, torch.tensor([0.6, 0.0, 0.0]))
-    assert reward.running_count.item() == 2
+    assert torch.allclose(reward.common.running_mean, torch.tensor([0.6, 0.0, 0.0]))
+    assert reward.common.running_count.item() == 2
     assert torch.allclose(scores.parts["eta"], torch.tensor([0.6]))
 
 
 def test_running_direction_not_updated_in_eval_mode(known):
-    reward = reweighted(known, omega=0.3, direction="running")
+    reward = edited(known, omega=0.3, direction="running")
     with pytest.raises(ValueError, match=r"running direction .*no prompts"):
         reward.eval().score(IMAGES, ["up", "down"])
     reward.train().score(IMAGES, ["up", "down"])
-    before = reward.running_mean.clone()
+    before = reward.common.running_mean.clone()
     reward.eval().score(IMAGES, ["in", "in"])
-    assert torch.equal(reward.running_mean, before)
-    assert reward.running_count.item() == 2
+    assert torch.equal(reward.common.running_mean, before)
+    assert reward.common.running_count.item() == 2
 
 
 def test_running_direction_resumes_exactly(known):
-    original = reweighted(known, omega=0.3, direction="running")
+    original = edited(known, omega=0.3, direction="running")
     original.score(IMAGES, ["up", "in"])
-    resumed = reweighted(known, omega=0.3, direction="running")
+    resumed = edited(known, omega=0.3, direction="running")
     resumed.load_state_dict({key: value.clone() for key, value in original.state_dict().items()})
     for prompts in (["down", "along"], ["in", "up"]):
         assert torch.equal(original.score(IMAGES, prompts), resumed.score(IMAGES, prompts))
-    assert set(original.state_dict()) == {"running_mean", "running_count"}
-    assert not reweighted(known, omega=0.3, direction=V).state_dict()
+    assert set(original.state_dict()) == {"common.running_mean", "common.running_count"}
+    assert not edited(known, omega=0.3, direction=V).state_dict()
 
 
 def test_reweighted_wraps_any_embedding_reward(clip_folder, hpsv2_folder):
@@ -122,7 +122,7 @@ def test_reweighted_wraps_any_embedding_reward(clip_folder, hpsv2_folder):
         assert torch.allclose(scores.total, plain, atol=1e-6)
         assert torch.allclose(scores.parts["text_relevant"] + scores.parts["text_irrelevant"], plain, atol=1e-6)
     reweighted = rewards.build({"name": "reweighted", "inner": {"name": "denscore", "checkpoint": clip_folder}})
-    assert reweighted.omega == 0.3
+    assert reweighted.edit.omega == 0.3
     reweighted.score(images, prompts).sum().backward()
     assert images.grad is not None
     assert (images.grad != 0).any()
@@ -135,7 +135,7 @@ def test_reweighted_denscore_direction_uses_segment_means(clip_folder):
     fox, sky = reward.inner.text_features(["A fox.", "The sky."])
     text = reward.inner.text_features(["A fox. The sky.", "The sky."])
     expected = ((fox + sky) / 2 + sky) / 2
-    assert torch.allclose(reward.direction(text), expected / expected.norm(), atol=1e-6)
+    assert torch.allclose(reward.common(text, True), expected / expected.norm(), atol=1e-6)
 
 
 def test_reweighted_gathers_through_runtime(clip_folder):
@@ -148,14 +148,14 @@ def test_reweighted_gathers_through_runtime(clip_folder):
 
 def test_reweighted_rejects_wrong_settings(known, clip_folder):
     with pytest.raises(ValueError, match="EmbeddingReward"):
-        reweighted(CallableReward(lambda images, prompts: images.sum((1, 2, 3))))  # type: ignore[arg-type]
+        edited(CallableReward(lambda images, prompts: images.sum((1, 2, 3))))  # type: ignore[arg-type]
     inner = {"name": "sum", "terms": [{"reward": {"name": "clip", "checkpoint": clip_folder}}]}
     with pytest.raises(ValueError, match=r"'sum'.*embeddings"):
         rewards.build({"name": "reweighted", "inner": inner})
     with pytest.raises(ValueError, match=r"'batch', 'running' .*'moving'"):
-        reweighted(known, direction="moving")
+        edited(known, direction="moving")
     with pytest.raises(ValueError, match=r"direction .*\(3,\).* got \(2,\)"):
-        reweighted(known, direction=torch.ones(2))
+        edited(known, direction=torch.ones(2))
     with pytest.raises(ConfigError, match=r"inner\.chekpoint: .*did you mean 'checkpoint'"):
         rewards.validate({"name": "reweighted", "inner": {"name": "clip", "chekpoint": "x"}})
     with pytest.raises(ConfigError, match="omega: "):

@@ -1,0 +1,89 @@
+"""The common direction of text embeddings, estimated from the prompts of a run (LongAlign, paper 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longalign.functional import preference
+
+_HINT = "use `direction: running`, or a file written by `longalign compute-direction`"
+
+
+class UndefinedDirection(ValueError):
+    """Raised if the prompts so far have no common direction."""
+
+
+class CommonDirection(nn.Module):
+    """The common direction ``V`` of text embeddings.
+
+    Args:
+        source: ``"batch"``, ``"running"``, or a fixed vector ``(d,)``, which is normalized. A running direction is
+            computed from all prompts passed with ``update``. The ``state_dict`` contains ``running_mean`` and
+            ``running_count``.
+        dim: width ``d`` of the embeddings.
+        gather: see `Runtime.gather`; ``V`` is computed from the prompts of all processes.
+    """
+
+    running_mean: Tensor
+    running_count: Tensor
+    fixed: Tensor
+
+    def __init__(self, source: str | Tensor, dim: int, gather: Callable[[Any], Any]):
+        super().__init__()
+        self.gather = gather
+        self.mode = source if isinstance(source, str) else "fixed"
+        if self.mode == "running":
+            self.register_buffer("running_mean", torch.zeros(dim))
+            self.register_buffer("running_count", torch.zeros((), dtype=torch.long))
+        elif self.mode == "fixed":
+            assert isinstance(source, Tensor)
+            if source.shape != (dim,):
+                raise ValueError(
+                    f"expected a direction of shape ({dim},), the reward's width, got {tuple(source.shape)}"
+                )
+            # not persistent: it is reloaded from its file
+            self.register_buffer("fixed", nn.functional.normalize(source.float(), dim=0), persistent=False)
+        elif self.mode != "batch":
+            raise ValueError(f"direction must be 'batch', 'running' or a vector, not '{self.mode}'")
+
+    def forward(self, text: Tensor, update: bool) -> Tensor:
+        """Returns ``V``, shape ``(d,)``, for a batch of text embeddings ``(b, d)`` of this process.
+
+        All processes must call it, with the same ``update``.
+
+        Args:
+            text: the embeddings.
+            update: whether to add them to a running direction.
+
+        Raises:
+            UndefinedDirection: if a batch has fewer than two different prompts, because the text-relevant part would
+                then be zero. Also if a running direction has no prompts yet.
+        """
+        if self.mode == "fixed":
+            return self.fixed.to(text.device)
+        if self.mode == "running":
+            return self._running(text, update)
+        gathered = self.gather(text.detach())
+        if len(gathered) < 2 or torch.allclose(gathered, gathered[:1].expand_as(gathered), rtol=0, atol=1e-6):
+            raise UndefinedDirection(
+                f"the common direction of a batch needs at least 2 different prompts, got "
+                f"{len(gathered)} {'prompt' if len(gathered) == 1 else 'times the same prompt'} over all processes: "
+                f"the text-relevant part would be zero; {_HINT}"
+            )
+        return preference.common_direction(gathered)
+
+    def _running(self, text: Tensor, update: bool) -> Tensor:
+        if update:
+            gathered = self.gather(text.detach()).to(self.running_mean)
+            mean, count = preference.running_mean(self.running_mean, self.running_count, gathered)
+            self.running_mean.copy_(mean)
+            self.running_count.copy_(count)
+        elif not self.running_count:
+            raise UndefinedDirection(
+                "the running direction has no prompts yet; score in training mode first, or use a file"
+            )
+        return preference.normalize(self.running_mean).to(text.device)

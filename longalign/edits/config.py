@@ -1,0 +1,82 @@
+"""Configs of edits. Does not import torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from longalign.errors import ConfigProblem
+from longalign.registry import PartConfig
+
+
+class EditConfig(PartConfig):
+    """Base class of edit configs."""
+
+
+class NoEditConfig(EditConfig):
+    """Leaves the text embedding as it is: the plain score, logged like the edited ones."""
+
+    target: ClassVar[str] = "longalign.edits.direction:DirectionEdit"
+    omega: ClassVar[float] = 1.0
+    file: ClassVar[str | None] = None
+
+    name: Literal["none"] = "none"
+
+
+class DirectionConfig(EditConfig):
+    """Scales the component of the text embedding along the common direction of texts (LongAlign, paper section 4)."""
+
+    target: ClassVar[str] = "longalign.edits.direction:DirectionEdit"
+    file: ClassVar[str | None] = None
+
+    name: Literal["direction"] = "direction"
+    omega: float = Field(0.3, ge=0, allow_inf_nan=False)
+    """weight of the text-irrelevant part; 1: the original score, 0: only the text-relevant part. The paper uses
+    0.3.
+    """
+
+
+class MeasuredConfig(EditConfig):
+    """Scales the component of the text embedding along a direction in which an over-optimized model drifted."""
+
+    target: ClassVar[str] = "longalign.edits.direction:DirectionEdit"
+
+    name: Literal["measured"] = "measured"
+    file: str
+    """file of the direction, written by `longalign compute-direction --images`."""
+    omega: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """factor of the component along the direction; 0 removes it, 1 keeps the original score."""
+
+    def check_files(self) -> list[ConfigProblem]:
+        if Path(self.file).is_file():
+            return []
+        return [("file", f"no file {self.file}; write one with `longalign compute-direction --images`")]
+
+
+class PairsConfig(EditConfig):
+    """Relative preference between two wordings of a prompt (SRPO, arXiv 2509.06942).
+
+    The edited embedding is ``(k + 1) C_P(positive prompt) - C_P(negative prompt)``. A control word is put before every
+    text that the reward encodes: the prompt, or each of its segments.
+    """
+
+    target: ClassVar[str] = "longalign.edits.pairs:PairsEdit"
+
+    name: Literal["pairs"] = "pairs"
+    positive: str
+    """word or phrase before each text of the positive wording, separated by a space; empty: the prompt as it is."""
+    negative: str
+    """the same for the negative wording."""
+    k: float = Field(1.0, ge=0, allow_inf_nan=False)
+    """weight of the score of the positive wording, beyond the difference of the two; 0: only the difference."""
+
+    @model_validator(mode="after")
+    def _check_words(self) -> PairsConfig:
+        if self.positive.split() == self.negative.split():
+            raise ValueError(
+                f"positive and negative are both {self.positive!r}, so that there is no preference between them; "
+                "expected two different wordings"
+            )
+        return self

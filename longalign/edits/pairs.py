@@ -1,0 +1,40 @@
+"""Relative preference between two wordings of a prompt (SRPO, arXiv 2509.06942); the edit `pairs`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from longalign.edits.base import Edit, EditedText
+from longalign.edits.config import PairsConfig
+from longalign.rewards.base import EmbeddingReward
+from longalign.runtime import Runtime
+
+
+class PairsEdit(Edit):
+    """The edited embedding ``(k + 1) C_P(positive prompt) - C_P(negative prompt)``.
+
+    The scores of the two wordings are logged as ``positive`` and ``negative``; the edited score is
+    ``k * positive + (positive - negative)``.
+
+    Args:
+        positive: control word of the positive wording, put before each text that the reward encodes.
+        negative: control word of the negative wording; may be empty.
+        k: weight of the positive wording's score beyond the difference.
+    """
+
+    def __init__(self, *, positive: str, negative: str, k: float):
+        super().__init__()
+        self.positive, self.negative, self.k = positive, negative, k
+
+    @classmethod
+    def from_config(cls, config: PairsConfig, runtime: Runtime) -> PairsEdit:
+        return cls(positive=config.positive, negative=config.negative, k=config.k)
+
+    def forward(
+        self, text: Tensor, prompts: Sequence[str], reward: EmbeddingReward, direction: Tensor | None
+    ) -> EditedText:
+        words = (self.positive, self.negative)
+        positive, negative = (reward.prefixed_features(prompts, w) if w.strip() else text for w in words)
+        return EditedText((self.k + 1) * positive - negative, {"positive": positive, "negative": negative})

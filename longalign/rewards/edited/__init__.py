@@ -1,0 +1,1 @@
+"""Rewards with an edited text embedding: `edited`, and its short form `reweighted`."""

@@ -1,1 +1,0 @@
-"""The reward `reweighted`, and common directions of text embeddings."""

@@ -1,0 +1,21 @@
+"""The config of `my-part`. It does not import torch."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from longalign.edits import EditConfig
+
+
+class MyPartConfig(EditConfig):
+    """Moves the text embedding away from that of a phrase. Replace it by your edit."""
+
+    target: ClassVar[str] = "my_plugin.part:MyPart"
+
+    name: Literal["my-part"] = "my-part"
+    phrase: str = "blurry"
+    """The phrase."""
+    weight: float = Field(0.2, ge=0)
+    """Factor of its embedding."""

@@ -1,0 +1,37 @@
+"""The edit `my-part`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from my_plugin.config import MyPartConfig
+from torch import Tensor
+
+from longalign.edits import Edit, EditedText
+from longalign.rewards import EmbeddingReward
+from longalign.runtime import Runtime
+
+
+class MyPart(Edit):
+    """Subtracts the embedding of a phrase: ``C_P - weight C_P(phrase)``.
+
+    Args:
+        phrase: the phrase.
+        weight: factor of its embedding.
+    """
+
+    def __init__(self, *, phrase: str, weight: float):
+        super().__init__()
+        self.phrase, self.weight = phrase, weight
+
+    @classmethod
+    def from_config(cls, config: MyPartConfig, runtime: Runtime) -> MyPart:
+        """Load files here."""
+        return cls(phrase=config.phrase, weight=config.weight)
+
+    def forward(
+        self, text: Tensor, prompts: Sequence[str], reward: EmbeddingReward, direction: Tensor | None
+    ) -> EditedText:
+        """Edits embeddings ``(b, d)``; the score of the phrase is logged as ``phrase``."""
+        phrase = reward.text_features([self.phrase])
+        return EditedText(text - self.weight * phrase, {"phrase": phrase})
