@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from longalign.rewards.pretrained import projected_features as projected_features
     from longalign.rewards.reweighted.config import ReweightedConfig as ReweightedConfig
     from longalign.rewards.reweighted.reward import ReweightedReward as ReweightedReward
+    from longalign.rewards.segments.config import SegmentsConfig as SegmentsConfig
+    from longalign.rewards.segments.reward import SegmentsReward as SegmentsReward
     from longalign.rewards.sum.config import SumConfig as SumConfig
     from longalign.rewards.sum.reward import SumReward as SumReward
     from longalign.rewards.towers import ImageInput as ImageInput
@@ -51,6 +53,8 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "ReweightedConfig": "reweighted.config",
         "ReweightedReward": "reweighted.reward",
         "Scores": "base",
+        "SegmentsConfig": "segments.config",
+        "SegmentsReward": "segments.reward",
         "SumConfig": "sum.config",
         "SumReward": "sum.reward",
         "TowerReward": "towers",
