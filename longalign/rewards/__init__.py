@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from longalign.rewards.towers import ImageInput as ImageInput
     from longalign.rewards.towers import TowerReward as TowerReward
     from longalign.rewards.towers import Towers as Towers
+    from longalign.rewards.vqascore.config import VqaScoreConfig as VqaScoreConfig
+    from longalign.rewards.vqascore.reward import VqaScoreReward as VqaScoreReward
 
 __all__, __getattr__, __dir__ = lazy_exports(
     __name__,
@@ -60,6 +62,8 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "TowerReward": "towers",
         "TowerRewardConfig": "config",
         "Towers": "towers",
+        "VqaScoreConfig": "vqascore.config",
+        "VqaScoreReward": "vqascore.reward",
         "check_pairs": "base",
         "check_tokenizer": "pretrained",
         "image_statistics": "pretrained",
