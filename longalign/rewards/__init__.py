@@ -29,11 +29,15 @@ if TYPE_CHECKING:
     from longalign.rewards.pretrained import check_tokenizer as check_tokenizer
     from longalign.rewards.pretrained import image_statistics as image_statistics
     from longalign.rewards.pretrained import projected_features as projected_features
+    from longalign.rewards.segments.config import SegmentsConfig as SegmentsConfig
+    from longalign.rewards.segments.reward import SegmentsReward as SegmentsReward
     from longalign.rewards.sum.config import SumConfig as SumConfig
     from longalign.rewards.sum.reward import SumReward as SumReward
     from longalign.rewards.towers import ImageInput as ImageInput
     from longalign.rewards.towers import TowerReward as TowerReward
     from longalign.rewards.towers import Towers as Towers
+    from longalign.rewards.vqascore.config import VqaScoreConfig as VqaScoreConfig
+    from longalign.rewards.vqascore.reward import VqaScoreReward as VqaScoreReward
 
 __all__, __getattr__, __dir__ = lazy_exports(
     __name__,
@@ -53,11 +57,15 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "RewardConfig": "config",
         "ReweightedConfig": "edited.config",
         "Scores": "base",
+        "SegmentsConfig": "segments.config",
+        "SegmentsReward": "segments.reward",
         "SumConfig": "sum.config",
         "SumReward": "sum.reward",
         "TowerReward": "towers",
         "TowerRewardConfig": "config",
         "Towers": "towers",
+        "VqaScoreConfig": "vqascore.config",
+        "VqaScoreReward": "vqascore.reward",
         "check_pairs": "base",
         "check_tokenizer": "pretrained",
         "image_statistics": "pretrained",

@@ -46,6 +46,17 @@ class Reward(nn.Module):
 
     #: name used in messages, as in the config; if empty, the class name is used
     label: str = ""
+    #: maximum number of tokens of a text, without special tokens; None if the reward has no such limit
+    window: int | None = None
+
+    def count_tokens(self, text: str) -> int:
+        """Returns the number of tokens of a text, without special tokens.
+
+        Raises:
+            ValueError: if the reward has no tokenizer.
+        """
+        name = self.label or type(self).__name__
+        raise ValueError(f"the reward '{name}' cannot count tokens; use a segmenter without a token limit: `sentence`")
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores images ``(b, 3, h, w)`` in [0, 1] against one prompt each; returns ``(b,)``, higher is better.
@@ -62,6 +73,21 @@ class Reward(nn.Module):
         Implementations must return ``Scores(...).checked(images, prompts)``.
         """
         raise NotImplementedError
+
+    def score_texts(self, images: Tensor, texts: Sequence[str], image_index: Sequence[int]) -> Tensor:
+        """Scores texts against images that several of them share.
+
+        The default repeats the images. Override it to compute what depends only on an image once.
+
+        Args:
+            images: ``(b, 3, h, w)`` in [0, 1].
+            texts: n texts.
+            image_index: index of the image of each text.
+
+        Returns:
+            ``(n,)`` scores.
+        """
+        return guarded(self, images[list(image_index)], texts).total
 
 
 class EmbeddingReward(Reward):
@@ -97,6 +123,9 @@ class EmbeddingReward(Reward):
         check_pairs(images, prompts)
         total = (self.image_features(images) * self.text_features(prompts)).sum(-1)
         return Scores(total).checked(images, prompts)
+
+    def score_texts(self, images: Tensor, texts: Sequence[str], image_index: Sequence[int]) -> Tensor:
+        return (self.image_features(images)[list(image_index)] * self.text_features(texts)).sum(-1)
 
 
 class CallableReward(Reward):

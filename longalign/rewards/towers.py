@@ -118,7 +118,7 @@ class TowerReward(EmbeddingReward):
         self.segmenter = segmenter
         self.truncate = truncate
         self.micro_batch = micro_batch
-        self.dim = towers.dim
+        self.dim, self.window = towers.dim, towers.window
         self._check_images = ImageCheck()
         self._warned = False
 
@@ -148,6 +148,9 @@ class TowerReward(EmbeddingReward):
         if not self._trainable():
             self.towers.eval()
         return self
+
+    def count_tokens(self, text: str) -> int:
+        return self.towers.count_tokens(text)
 
     def _trainable(self) -> bool:
         return any(p.requires_grad for p in self.towers.parameters())

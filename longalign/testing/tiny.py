@@ -27,6 +27,7 @@ __all__ = [
     "tiny_clip_text",
     "tiny_hpsv2",
     "tiny_longclip_file",
+    "tiny_qwen2_vl",
     "tiny_sd",
     "tiny_sd3",
     "tiny_sd15",
@@ -421,7 +422,7 @@ def tiny_vlm(folder: Path, seed: int = 0) -> Path:
     model = LlavaForConditionalGeneration(
         LlavaConfig(
             vision_config=CLIPVisionConfig(**tower, image_size=32, patch_size=16),
-            text_config=LlamaConfig(**tower, vocab_size=len(VLM_WORDS), max_position_embeddings=512),
+            text_config=LlamaConfig(**tower, vocab_size=len(VLM_WORDS), max_position_embeddings=4096),
             image_token_index=VLM_WORDS.index("<image>"),
         )
     )
@@ -432,6 +433,63 @@ def tiny_vlm(folder: Path, seed: int = 0) -> Path:
         num_additional_image_tokens=1, vision_feature_select_strategy="default",
         chat_template="<s>{% for part in messages[0]['content'] %}"
         "{{ '<image>' if part['type'] == 'image' else part['text'] }} {% endfor %}",
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+QWEN_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
+
+@once
+def tiny_qwen2_vl(folder: Path) -> Path:
+    """Writes a Qwen2-VL in transformers layout, with processor and chat template; images become 56 px or more."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import (
+        PreTrainedTokenizerFast,
+        Qwen2VLConfig,
+        Qwen2VLForConditionalGeneration,
+        Qwen2VLImageProcessor,
+        Qwen2VLProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    vocabulary = [*QWEN_TOKENS, "<unk>", "Yes", "No", *VLM_WORDS[5:]]
+    ids = {word: i for i, word in enumerate(vocabulary)}
+    words = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<|endoftext|>", eos_token="<|im_end|>", unk_token="<unk>",
+        additional_special_tokens=list(QWEN_TOKENS[1:]),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Qwen2VLForConditionalGeneration(
+        Qwen2VLConfig(
+            text_config={
+                "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+                "num_key_value_heads": 2, "vocab_size": len(vocabulary), "max_position_embeddings": 4096,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+                "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 2,
+            },
+            vision_config={"embed_dim": 16, "hidden_size": 16, "depth": 1, "num_heads": 2, "mlp_ratio": 2},
+            image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
+            vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
+        )
+    )  # fmt: skip
+    _noisy(model).save_pretrained(folder)
+    size = {"shortest_edge": 56 * 56, "longest_edge": 84 * 84}
+    Qwen2VLProcessor(
+        Qwen2VLImageProcessor(size=size), tokenizer, Qwen2VLVideoProcessor(size=size),
+        chat_template="<|im_start|>{% for part in messages[0]['content'] %}"
+        "{{ '<|vision_start|><|image_pad|><|vision_end|>' if part['type'] == 'image' else part['text'] }}"
+        "{% endfor %}<|im_end|><|im_start|>",
     ).save_pretrained(folder)  # fmt: skip
     return folder
 

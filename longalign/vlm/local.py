@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from longalign.caching.fingerprint import fingerprint
 from longalign.checkpoints.weights import load_pretrained
+from longalign.functional.images import at_least_float32
+from longalign.hub import download_problem
 from longalign.runtime import Runtime, resolve_checkpoint
 from longalign.vlm.base import VLM, Request
 from longalign.vlm.config import LocalVLMConfig
@@ -26,41 +29,25 @@ class LocalVLM(VLM):
 
     Args:
         model: a transformers model for images and text to text, e.g. a ``LlavaForConditionalGeneration``.
-        processor: its processor, with tokenizer and chat template.
+        processor: see `load_processor`.
         identity: see `VLM`.
         batch_size: requests per forward pass.
-
-    Raises:
-        ValueError: if the processor has no chat template.
     """
 
     def __init__(self, model: Any, processor: Any, *, identity: str, batch_size: int):
         super().__init__()
-        if not getattr(processor, "chat_template", None):
-            raise ValueError(
-                f"the {type(processor).__name__} has no chat template; expected the checkpoint of an instruction-tuned "
-                "model, with a chat_template.jinja or chat_template.json"
-            )
-        processor.tokenizer.padding_side = "left"  # so that the last position of each row predicts the reply
         self.model, self.processor = model.eval(), processor
         self.identity, self.batch_size = identity, batch_size
-        # logits of all positions, most of them of image patches, can be larger than the model
-        last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._last_only = {"logits_to_keep": 1} if last_only else {}
 
     @classmethod
     def from_config(cls, config: LocalVLMConfig, runtime: Runtime) -> LocalVLM:
         """Loads model and processor from a Hub id or a local folder. Code of the checkpoint is not run."""
-        from transformers import AutoModelForImageTextToText, AutoProcessor
-
         runtime = runtime.with_dtype(config.dtype)
-        checkpoint = resolve_checkpoint(config.checkpoint)
-        source: dict[str, Any] = {"revision": config.revision, "trust_remote_code": False}
-        model = load_pretrained(AutoModelForImageTextToText, checkpoint, dtype=runtime.torch_dtype, **source)
-        processor = AutoProcessor.from_pretrained(checkpoint, **source)
-        weights = fingerprint(checkpoint, config.revision, None, [])
+        processor = load_processor(config.checkpoint, config.revision)
+        model = load_model(config.checkpoint, config.revision, runtime)
+        weights = fingerprint(resolve_checkpoint(config.checkpoint), config.revision, None, [])
         identity = json.dumps(["local", weights or [config.checkpoint, config.revision], runtime.dtype])
-        return cls(model.to(runtime.device), processor, identity=identity, batch_size=config.batch_size)
+        return cls(model, processor, identity=identity, batch_size=config.batch_size)
 
     def answers(self, requests: Sequence[Request]) -> Iterator[tuple[int, str | None]]:
         """Yields the answers batch by batch; none is None.
@@ -82,16 +69,9 @@ class LocalVLM(VLM):
     @torch.no_grad()
     def next_token(self, requests: Sequence[Request]) -> Tensor:
         """Returns the float32 logits ``(b, vocabulary)`` of the first token of each reply, on the CPU."""
-        template = partial(self.processor.apply_chat_template, tokenize=False, add_generation_prompt=True)
-        texts = [template([_message(request)]) for request in requests]
+        texts = [chat_text(self.processor, request.text, len(request.images)) for request in requests]
         images = [[image.image for image in request.images] for request in requests]
-        start = self.processor.tokenizer.bos_token  # which some templates write themselves
-        start_written = start is not None and texts[0].startswith(start)
-        inputs = self.processor(
-            images=images, text=texts, padding=True, return_tensors="pt", add_special_tokens=not start_written
-        ).to(self.model.device)
-        inputs = {k: v.to(self.model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
-        return self.model(**inputs, **self._last_only).logits[:, -1].float().cpu()
+        return next_token_logits(self.model, processor_inputs(self.processor, texts, images)).cpu()
 
     def option_tokens(self, options: Sequence[str]) -> list[list[int]]:
         """Returns the first tokens of the spellings of each option. A token that starts several options is omitted.
@@ -109,17 +89,91 @@ class LocalVLM(VLM):
         return [sorted(ids) for ids in own]
 
     def _first_token(self, text: str) -> int:
-        tokenizer = self.processor.tokenizer
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        # SentencePiece vocabularies may encode the space before a word as a token
-        return next((i for i in ids if tokenizer.decode([i]).strip()), ids[-1])
+        return text_tokens(self.processor.tokenizer, text)[0]
+
+
+def load_processor(checkpoint: str, revision: str | None) -> Any:
+    """Loads the processor of a vision-language model: image processor, tokenizer and chat template.
+
+    Its tokenizer pads on the left, so that the last position of each row predicts the reply.
+
+    Raises:
+        ValueError: if it cannot be loaded, or has no chat template.
+    """
+    from transformers import AutoProcessor
+
+    source = resolve_checkpoint(checkpoint)
+    with _download(checkpoint):
+        processor: Any = AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
+    if not getattr(processor, "chat_template", None):
+        raise ValueError(
+            f"the {type(processor).__name__} of '{checkpoint}' has no chat template; expected the checkpoint of an "
+            "instruction-tuned model, with a chat_template.jinja or chat_template.json"
+        )
+    processor.tokenizer.padding_side = "left"
+    return processor
+
+
+def load_model(checkpoint: str, revision: str | None, runtime: Runtime) -> Any:
+    """Loads a vision-language model to the device and dtype of ``runtime``. Code of the checkpoint is not run.
+
+    Raises:
+        ValueError: if it cannot be loaded, or weights are missing.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    model = load_pretrained(
+        AutoModelForImageTextToText,
+        resolve_checkpoint(checkpoint),
+        dtype=runtime.torch_dtype,
+        revision=revision,
+        trust_remote_code=False,
+    )
+    return model.to(runtime.device)
+
+
+@contextmanager
+def _download(checkpoint: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if Path(resolve_checkpoint(checkpoint)).exists():
+            raise
+        raise ValueError(f"checkpoint '{checkpoint}' could not be loaded: {download_problem(error)}") from error
+
+
+def chat_text(processor: Any, text: str, num_images: int) -> str:
+    """Returns the text of a chat in which a user sends images, then ``text``, up to the start of the reply."""
+    images = [{"type": "image"} for _ in range(num_images)]
+    message = {"role": "user", "content": [*images, {"type": "text", "text": text}]}
+    return processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+
+
+def processor_inputs(processor: Any, texts: Sequence[str], images: Sequence[Any]) -> dict[str, Tensor]:
+    """Returns the model's inputs of texts by `chat_text`, padded, with the list of images of each."""
+    start = processor.tokenizer.bos_token  # which some templates write themselves
+    start_written = start is not None and texts[0].startswith(start)
+    return processor(
+        images=list(images), text=list(texts), padding=True, return_tensors="pt", add_special_tokens=not start_written
+    )
+
+
+def next_token_logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Returns the logits ``(b, vocabulary)`` of the first token of each reply, in float32 or float64."""
+    inputs = {k: v.to(model.device, model.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
+    # logits of all positions, most of them of image patches, can be larger than the model
+    last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
+    logits = model(**inputs, **({"logits_to_keep": 1} if last_only else {})).logits[:, -1]
+    return at_least_float32(logits)
+
+
+def text_tokens(tokenizer: Any, text: str) -> list[int]:
+    """Returns the tokens of a text without special tokens, and without tokens of spaces only, unless all are."""
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    # SentencePiece vocabularies may encode the space before a word as a token
+    return [i for i in ids if tokenizer.decode([i]).strip()] or ids[-1:]
 
 
 def _spellings(option: str) -> list[str]:
     words = {option, option.lower(), option.capitalize(), option.upper()}
     return [space + word for word in words for space in ("", " ")]
-
-
-def _message(request: Request) -> dict[str, Any]:
-    images = [{"type": "image"} for _ in request.images]
-    return {"role": "user", "content": [*images, {"type": "text", "text": request.text}]}

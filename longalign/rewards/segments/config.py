@@ -1,0 +1,41 @@
+"""Config of the reward `segments`. Does not import torch."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import model_validator
+
+from longalign.registry import Part, PartConfig
+from longalign.rewards.config import RewardConfig, TowerRewardConfig
+
+
+class SegmentsConfig(RewardConfig):
+    """Scores each segment of a prompt with another reward, and takes the mean or the minimum of the scores.
+
+    Use it for rewards that read short texts only, such as `imagereward`, or to reward the worst segment
+    (``reduce: min``). For the mean over segments of a two-tower reward, such as `clip`, set its ``text: segments``.
+    """
+
+    target: ClassVar[str] = "longalign.rewards.segments.reward:SegmentsReward"
+
+    name: Literal["segments"] = "segments"
+    inner: Part("rewards")
+    """the reward that scores each segment."""
+    segmenter: Part("segmenters") = "sentence"  # type: ignore[assignment]
+    """how prompts are split. Segments longer than the inner reward's window are split further."""
+    reduce: Literal["mean", "min"] = "mean"
+    """how the scores of a prompt's segments are combined. ``"min"`` gives gradient to the worst segment only."""
+
+    @model_validator(mode="after")
+    def _check_inner(self) -> SegmentsConfig:
+        inner: PartConfig = self.inner
+        if isinstance(inner, TowerRewardConfig) and self.reduce == "mean":
+            raise ValueError(
+                f"'{inner.name}' computes the mean over segments itself, with one text embedding per prompt; set "
+                "`text: segments` (and `segmenter`) of that reward, or `reduce: min` here"
+            )
+        return self
+
+    def is_differentiable(self) -> bool:
+        return self.inner.is_differentiable()

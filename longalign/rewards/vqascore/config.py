@@ -1,0 +1,45 @@
+"""Config of the reward `vqascore`. Does not import torch."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from longalign.errors import ConfigProblem
+from longalign.hub import checkpoint_problem
+from longalign.rewards.config import RewardConfig
+from longalign.vlm.config import check_template
+
+
+class VqaScoreConfig(RewardConfig):
+    """VQAScore (Lin et al. 2024, arXiv 2404.01291): the probability that a vision-language model answers "Yes".
+
+    The model is asked whether the image shows the prompt. The default, LLaVA-1.5, is one of the paper's models; its
+    main model, CLIP-FlanT5, is not part of transformers.
+    """
+
+    target: ClassVar[str] = "longalign.rewards.vqascore.reward:VqaScoreReward"
+
+    name: Literal["vqascore"] = "vqascore"
+    checkpoint: str = "llava-hf/llava-1.5-7b-hf"
+    """Hub id, or local folder, with the model, its processor and its chat template."""
+    revision: str | None = None
+    """branch, tag or commit of the Hub repository."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """dtype of the weights; null: that of the runtime."""
+    question: str = 'Does this figure show "{prompt}"? Please answer yes or no.'
+    """text for the model. ``{prompt}`` is replaced by the prompt of the image."""
+    answer: str = Field("Yes", min_length=1)
+    """the answer whose probability is the score; one token of the model's vocabulary."""
+    micro_batch: int | None = Field(None, ge=1)
+    """number of images per pass of the model; null: all at once."""
+
+    @field_validator("question")
+    @classmethod
+    def _check_question(cls, question: str) -> str:
+        return check_template(question, "{prompt}")
+
+    def check_files(self) -> list[ConfigProblem]:
+        problem = checkpoint_problem(self.checkpoint, ["config.json"], self.revision)
+        return [("checkpoint", problem)] if problem else []

@@ -1,0 +1,66 @@
+"""Preprocessing of images for vision-language models, differentiable with respect to the images.
+
+The image processors of transformers with the torchvision backend resize, normalize and patchify tensors with
+differentiable operations. Processors with the PIL backend do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longalign.functional.images import at_least_float32
+from longalign.vlm.local import chat_text, processor_inputs
+
+PIXELS = "pixel_values"
+
+
+def model_inputs(processor: Any, texts: Sequence[str], images: Tensor) -> dict[str, Tensor]:
+    """Returns a model's inputs for pairs of an image and a text, with gradient with respect to the images.
+
+    Args:
+        processor: processor of a vision-language model.
+        texts: texts by `chat_text`, one for each image.
+        images: ``(b, 3, h, w)`` in [0, 1].
+    """
+    # processors divide by 255; resized values are neither rounded nor clamped, so that every pixel receives gradient
+    rows = [[255 * image] for image in at_least_float32(images)]
+    # some processors copy their pixels to numpy to count the tokens of an image
+    inputs = dict(processor_inputs(processor, texts, [[image.detach().cpu()] for (image,) in rows]))
+    pixels = processor.image_processor(images=rows, return_tensors="pt")[PIXELS]
+    if pixels.shape != inputs[PIXELS].shape:
+        raise ValueError(
+            f"the {type(processor).__name__} returns pixels {tuple(inputs[PIXELS].shape)}, its image processor "
+            f"{tuple(pixels.shape)}; this vision-language model is not supported"
+        )
+    return {**inputs, PIXELS: pixels}
+
+
+def check_differentiable(processor: Any, checkpoint: str) -> None:
+    """Checks on a small image that a processor's pixels have gradient, and are those that the model expects.
+
+    Raises:
+        ValueError: if they do not; use a different vision-language model.
+    """
+    processor_type = type(processor).__name__
+    image = torch.linspace(0.1, 0.9, 3 * 48 * 64).reshape(1, 3, 48, 64).requires_grad_()
+    try:
+        inputs = model_inputs(processor, [chat_text(processor, "", 1)], image)
+        expected = processor_inputs(processor, [chat_text(processor, "", 1)], [[255 * image[0].detach()]])[PIXELS]
+        pixels = inputs[PIXELS]
+        (gradient,) = torch.autograd.grad(
+            (pixels * torch.linspace(0.5, 1, pixels.numel()).view_as(pixels)).sum(), image
+        )
+        usable = bool(gradient.isfinite().all() and gradient.any()) and torch.allclose(pixels, expected, atol=1e-4)
+        reason = "its pixels have no gradient, or differ from those of its image processor"
+    except Exception as error:  # processors raise many types for tensors that they cannot process
+        usable, reason = False, f"{type(error).__name__}: {error}"
+    if not usable:
+        raise ValueError(
+            f"the {processor_type} of '{checkpoint}' cannot preprocess images with gradient ({reason}); use a model "
+            "whose image processor has transformers' torchvision backend, such as LLaVA or Qwen2-VL, and check that "
+            "torchvision is installed"
+        )

@@ -1,0 +1,118 @@
+"""VQAScore (Lin et al. 2024, arXiv 2404.01291), with gradient with respect to the images."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from longalign.functional.images import ImageCheck
+from longalign.rewards.base import Reward, Scores, check_pairs
+from longalign.rewards.vqascore.config import VqaScoreConfig
+from longalign.rewards.vqascore.pixels import check_differentiable, model_inputs
+from longalign.runtime import Runtime
+from longalign.vlm.local import chat_text, load_model, load_processor, next_token_logits, text_tokens
+
+
+class VqaScoreReward(Reward):
+    """Probability of an answer, ``P("Yes" | image, question)``, as the first token of a model's reply.
+
+    The probability is summed over the spellings with and without a space before the answer, of which a vocabulary
+    usually has one at the start of a reply. Images are preprocessed as by the model's processor.
+
+    Args:
+        model: a decoder-only transformers model for images and text, e.g. a ``LlavaForConditionalGeneration``.
+        processor: its processor; see `longalign.vlm.local.load_processor`.
+        question: text with ``{prompt}``.
+        answer: the answer whose probability is the score.
+        micro_batch: number of images per pass; None for all. With gradient, each pass is recomputed in the backward
+            pass, so that only the activations of one pass are stored.
+    """
+
+    def __init__(self, model: Any, processor: Any, *, question: str, answer: str, micro_batch: int | None):
+        super().__init__()
+        self.model = model.requires_grad_(False).eval()
+        self.processor = processor
+        self.question = question
+        self.answer_tokens = _answer_tokens(processor.tokenizer, answer)
+        self.micro_batch = micro_batch
+        self._check_images = ImageCheck()
+        self._max_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self._warned = False
+
+    @classmethod
+    def from_config(cls, config: VqaScoreConfig, runtime: Runtime) -> VqaScoreReward:
+        """Loads the model from a Hub id or a local folder, after checking that its processor is differentiable."""
+        processor = load_processor(config.checkpoint, config.revision)
+        check_differentiable(processor, config.checkpoint)
+        _answer_tokens(processor.tokenizer, config.answer)
+        model = load_model(config.checkpoint, config.revision, runtime.with_dtype(config.dtype))
+        return cls(model, processor, question=config.question, answer=config.answer, micro_batch=config.micro_batch)
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets training mode; the model stays in eval mode."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    def count_tokens(self, text: str) -> int:
+        return len(self.processor.tokenizer.encode(self._escape(text), add_special_tokens=False))
+
+    def score_components(self, images: Tensor, prompts: Sequence[str]) -> Scores:
+        check_pairs(images, prompts)
+        self._check_images(images)
+        images = images.to(self.model.device)
+        questions = [self.question.replace("{prompt}", self._escape(prompt)) for prompt in prompts]
+        texts = [chat_text(self.processor, question, 1) for question in questions]
+        size = self.micro_batch or len(images)
+        scores = [self._pass(images[i : i + size], texts[i : i + size]) for i in range(0, len(images), size)]
+        return Scores(torch.cat(scores)).checked(images, prompts)
+
+    def _pass(self, images: Tensor, texts: list[str]) -> Tensor:
+        if self.micro_batch is None or not (torch.is_grad_enabled() and images.requires_grad):
+            return self._probabilities(images, texts)
+        scores = checkpoint(self._probabilities, images, texts, use_reentrant=False, preserve_rng_state=False)
+        assert isinstance(scores, Tensor)
+        return scores
+
+    def _probabilities(self, images: Tensor, texts: list[str]) -> Tensor:
+        inputs = model_inputs(self.processor, texts, images)
+        self._warn_if_long(inputs["input_ids"].shape[1])
+        return next_token_logits(self.model, inputs).softmax(-1)[:, self.answer_tokens].sum(-1)
+
+    def _escape(self, text: str) -> str:
+        """Splits the names of special tokens in a prompt, so that they are read as text."""
+        for token in self.processor.tokenizer.all_special_tokens:
+            if len(token) > 1:
+                text = text.replace(token, f"{token[0]} {token[1:]}")
+        return text
+
+    def _warn_if_long(self, length: int) -> None:
+        if self._max_positions is not None and length > self._max_positions and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"an image and its question have {length} tokens, but the model was trained on at most "
+                f"{self._max_positions}: scores may be meaningless. Score the sentences of a prompt with the reward "
+                "`segments` (only warned once)",
+                stacklevel=5,
+            )
+
+
+def _answer_tokens(tokenizer: Any, answer: str) -> list[int]:
+    """Returns the tokens of an answer with and without a space before it.
+
+    Raises:
+        ValueError: if neither is a single known token.
+    """
+    spellings = [text_tokens(tokenizer, text) for text in (answer, f" {answer}")]
+    tokens = sorted({ids[0] for ids in spellings if len(ids) == 1 and ids[0] != tokenizer.unk_token_id})
+    if not tokens:
+        raise ValueError(
+            f"expected an answer of one token, got {answer!r}, which the tokenizer splits into "
+            f"{tokenizer.convert_ids_to_tokens(spellings[0])}; set `answer` to a single word such as 'Yes'"
+        )
+    return tokens
