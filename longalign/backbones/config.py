@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+import re
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from longalign.registry import PartConfig, Section
 
 
 class LoraConfig(Section):
-    """Low-rank updates of every Linear and Conv2d inside ResnetBlock2D, Attention and GEGLU (arXiv 2106.09685).
+    """Low-rank updates of the denoiser's Linear and Conv2d layers (arXiv 2106.09685).
 
     ``down`` is initialized from N(0, 1/rank^2) and ``up`` with zeros, so the update is zero at the start.
     """
@@ -25,6 +26,22 @@ class LoraConfig(Section):
     """where dropout is applied: ``"down"`` to the input of the down projection, as in peft, or ``"up"`` to the output
     of the up projection, as in the LongAlign authors' code.
     """
+    targets: Annotated[list[str], Field(min_length=1)] | str | None = None
+    """layers with a LoRA: a list of names or ends of names (``[to_q, to_k, ff.net.2]``), or a regular expression that
+    the whole name must match. null: all layers inside attention, and in UNets also inside ResnetBlock2D and GEGLU.
+    """
+
+    @field_validator("targets")
+    @classmethod
+    def _compiles(cls, targets: list[str] | str | None) -> list[str] | str | None:
+        if isinstance(targets, str):
+            try:
+                re.compile(targets)
+            except re.error as error:
+                raise ValueError(
+                    f"expected a list of names or a regular expression, got {targets!r}: {error}"
+                ) from None
+        return targets
 
 
 class BackboneConfig(PartConfig):

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.models import attention
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from peft import LoraConfig as PeftConfig
+from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from longalign.backbones.config import LoraConfig
 from longalign.backbones.lora_layers import fuse_forward
 
-ANCESTORS = (Attention, ResnetBlock2D, GEGLU)
+# newer diffusers has attention classes of single models, such as FLUX's, with a common base class
+ANCESTORS = (Attention, getattr(attention, "AttentionModuleMixin", Attention), ResnetBlock2D, GEGLU)
+LAYERS = (nn.Linear, nn.Conv2d)
 
 
 @dataclass(frozen=True)
@@ -33,18 +38,57 @@ class LoraWeights:
     state: Mapping[str, Tensor]
 
 
-def lora_targets(denoiser: nn.Module) -> list[str]:
-    """Returns the names of all Linear and Conv2d modules inside ResnetBlock2D, Attention and GEGLU.
+def lora_targets(denoiser: nn.Module, targets: Sequence[str] | str | None = None) -> list[str]:
+    """Returns the names of the layers that get a LoRA, each once, in module order.
 
-    Each name occurs once, in module order. Stable Diffusion 1.5 has 224 such modules.
+    Args:
+        denoiser: a diffusers network.
+        targets: see `LoraConfig.targets`. None selects all Linear and Conv2d inside attention, ResnetBlock2D and GEGLU;
+            Stable Diffusion 1.5 has 224 such modules.
+
+    Raises:
+        ValueError: if no layer matches ``targets``, or one of its suffixes.
     """
-    targets: dict[str, None] = {}
+    if targets is None:
+        found = _default_targets(denoiser)
+        if not found:
+            raise ValueError(
+                f"{type(denoiser).__name__} has no Linear or Conv2d inside attention, ResnetBlock2D or GEGLU to add a "
+                f"LoRA to; set lora.targets, or set lora to null to train all weights. {_layer_list(denoiser)}"
+            )
+        return found
+    layers = [name for name, module in denoiser.named_modules() if isinstance(module, LAYERS)]
+    patterns = [targets] if isinstance(targets, str) else [rf"(.*\.)?{re.escape(suffix)}" for suffix in targets]
+    unmatched = [
+        target
+        for target, pattern in zip([targets] if isinstance(targets, str) else targets, patterns, strict=True)
+        if not any(re.fullmatch(pattern, name) for name in layers)
+    ]
+    if unmatched:
+        kind = "regular expression" if isinstance(targets, str) else "suffix"
+        raise ValueError(
+            f"lora.targets: no Linear or Conv2d of {type(denoiser).__name__} has a name that matches the {kind} "
+            f"{', '.join(map(repr, unmatched))}. {_layer_list(denoiser)}"
+        )
+    return [name for name in layers if any(re.fullmatch(pattern, name) for pattern in patterns)]
+
+
+def _default_targets(denoiser: nn.Module) -> list[str]:
+    found: dict[str, None] = {}
     for ancestor, module in denoiser.named_modules():
         if isinstance(module, ANCESTORS):
             for name, child in module.named_modules():
-                if isinstance(child, (nn.Linear, nn.Conv2d)):
-                    targets[f"{ancestor}.{name}"] = None
-    return list(targets)
+                if isinstance(child, LAYERS):
+                    found[f"{ancestor}.{name}"] = None
+    return list(found)
+
+
+def _layer_list(denoiser: nn.Module, limit: int = 40) -> str:
+    """Returns a sentence that names the layers of a network; equal names in different blocks count once."""
+    names = [name for name, module in denoiser.named_modules() if isinstance(module, LAYERS)]
+    names = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names))
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"Its Linear and Conv2d layers: {', '.join(names[:limit]) or 'none'}{more}"
 
 
 def lora_layers(denoiser: nn.Module, name: str) -> list[tuple[str, Any]]:
@@ -53,22 +97,23 @@ def lora_layers(denoiser: nn.Module, name: str) -> list[tuple[str, Any]]:
 
 
 def inject_lora(denoiser: Any, config: LoraConfig, name: str) -> list[nn.Parameter]:
-    """Adds a LoRA with diffusers' adapter API and returns its float32 parameters, alternating down and up."""
-    targets = lora_targets(denoiser)
-    if not targets:
-        raise ValueError(
-            f"{type(denoiser).__name__} has no Linear or Conv2d inside ResnetBlock2D, Attention or GEGLU to add a LoRA "
-            "to; use a diffusers UNet or transformer, or set lora to null to train all weights"
-        )
+    """Adds a LoRA with peft and returns its float32 parameters, alternating down and up.
+
+    Raises:
+        ValueError: if the network has none of the layers that the config selects.
+    """
+    targets = lora_targets(denoiser, config.targets)
     after_up = config.dropout_placement == "up"
     settings: dict[str, Any] = {
         "r": config.rank,
         "lora_alpha": config.rank * config.scale,
         "lora_dropout": 0.0 if after_up else config.dropout,
-        "target_modules": targets,
+        # a list would also match longer names that end in one of these
+        "target_modules": "|".join(map(re.escape, targets)),
         "init_lora_weights": "gaussian",
     }
-    denoiser.add_adapter(PeftConfig(**settings), adapter_name=name)
+    inject_adapter_in_model(PeftConfig(**settings), denoiser, name)
+    denoiser._hf_peft_config_loaded = True  # as diffusers' add_adapter, which some networks lack
     parameters = []
     for _, layer in lora_layers(denoiser, name):
         fuse_forward(layer, dropout=config.dropout if after_up else 0.0)
@@ -134,7 +179,7 @@ def merge_into_base(denoiser: Any, name: str) -> None:
             weight.add_(update)
         parent, _, child = key.rpartition(".")
         setattr(denoiser.get_submodule(parent), child, layer.get_base_layer())
-    # diffusers also records adapters on the model; without this the next LoRA could not be added.
+    # peft and diffusers also record adapters on the model; without this the next LoRA could not be added.
     del denoiser.peft_config
     denoiser._hf_peft_config_loaded = False
     denoiser.requires_grad_(False)
