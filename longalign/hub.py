@@ -29,6 +29,12 @@ def offline() -> bool:
     )
 
 
+def cache_folder() -> Path:
+    """Returns the folder of the Hub's cache, by the rules of huggingface_hub. It need not exist."""
+    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+    return Path(os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or home / "hub").expanduser()
+
+
 def local_file(checkpoint: str, file: str, revision: str | None = None) -> Path | None:
     """Returns the path of a file of a local, bundled or cached checkpoint; None if the file is not on this machine.
 
@@ -123,9 +129,7 @@ def _cached(repository: str, revision: str | None) -> Path | None:
     """Snapshot of a model in the Hub cache, by its documented layout; None if it is not cached."""
     if not HUB_ID.fullmatch(repository):
         return None
-    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
-    cache = Path(os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or home / "hub").expanduser()
-    folder = cache / f"models--{repository.replace('/', '--')}"
+    folder = cache_folder() / f"models--{repository.replace('/', '--')}"
     reference = folder / "refs" / (revision or "main")
     try:
         commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision or ""

@@ -33,7 +33,7 @@ LEVELS = {
     6: "compose",
     7: "inference.sampling evaluation checkpoints",
     8: "loop inference.baselines",
-    9: "ablation demo model testing",
+    9: "ablation demo diagnostics model testing",
     10: "cli",
     11: "__main__",
 }
@@ -41,7 +41,7 @@ LEVELS = {
 SHARED = ("base", "config", "bucketing", "guard", "lines", "stream")
 
 NO_TORCH = (
-    *("__init__", "__main__", "cli", "compose", "loop.fit"),
+    *("__init__", "__main__", "cli", "compose", "diagnostics", "loop.fit"),
     *("ablation.run", "ablation.cells", "ablation.worker"),
     *f"{LEVELS[0]} {LEVELS[1]}".split(),
 )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from pathlib import PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from longalign.config.run import RunConfig, to_dict
@@ -11,6 +12,9 @@ from longalign.errors import redact_url
 
 #: config keys with local paths of training; the paths are removed from an export
 PRIVATE_KEYS = ("output", "init_from", "data", "cache", "monitor")
+
+_USER_FOLDER = re.compile(r"((?:/home|/Users|\\Users)[/\\])[^/\\\s'\"]+")
+_TOKEN = re.compile(r"\b(?:hf|sk|ghp|github_pat)[_-]\w{8,}")
 
 
 def redacted(value: Any, redact: Callable[[str], str] = redact_url) -> Any:
@@ -30,6 +34,15 @@ def redact_path(text: str) -> str:
             if path.is_absolute() or text.startswith("~"):
                 return path.name or "data"
     return redact_url(text)
+
+
+def redact_report(text: str) -> str:
+    """Returns a text for a bug report: without credentials, and without user names in paths (the home folder is ~)."""
+    home = str(Path.home())
+    if len(home) > 1:
+        text = text.replace(home, "~")
+    text = _USER_FOLDER.sub(r"\1***", text)
+    return _TOKEN.sub("***", redact_url(text))
 
 
 def public_config(config: RunConfig) -> Any:

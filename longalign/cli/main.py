@@ -32,7 +32,7 @@ COMMANDS = {
     "export": "export a checkpoint for diffusers, with its adapter and a model card, and optionally upload it",
     "new-plugin": "write the package of a plugin: a part that works, its test, an example config",
     "demo": "train on the synthetic scenes and compare held-out long captions before and after",
-    "env": "show versions, devices and settings, for bug reports",
+    "doctor": "check the installation, and print versions, settings and results for a bug report",
 }
 """Commands and their summaries. Each is a module of `longalign.cli`, imported when the command is called."""
 

@@ -63,7 +63,7 @@ class TowerRewardConfig(RewardConfig):
     """how images are resized, with antialiasing: ``"bicubic"``, as CLIP's processor does, or ``"bilinear"``, as the
     LongAlign authors' code does.
     """
-    micro_batch: int | None = Field(None, ge=1)
+    micro_batch: int | None = Field(default=None, ge=1)
     """number of images per pass of the image tower; null: all at once."""
 
     @model_validator(mode="before")

@@ -1,39 +1,25 @@
-"""``longalign env``: versions, devices, plugins and settings, for bug reports."""
+"""Versions, devices, plugins and settings, for bug reports."""
 
 from __future__ import annotations
 
 import os
 import platform
-from argparse import ArgumentParser, Namespace
 from importlib import metadata
+from pathlib import Path
 
-from longalign.checkpoints.provenance import PACKAGES
+from longalign.checkpoints.provenance import PACKAGES as RESULT_PACKAGES
 from longalign.discovery import PREFIX, discover, owner
+from longalign.hub import cache_folder, offline
 from longalign.runtime import processor
 
-EXAMPLES = "longalign env"
-
 MISSING = "not installed"
-OTHER_PACKAGES = ("timm", "safetensors", "huggingface_hub", "datasets", "catalogue", "numpy")
-"""Packages beside those whose versions are recorded with a run."""
+PACKAGES = (*RESULT_PACKAGES, "timm", "safetensors", "huggingface_hub", "datasets", "catalogue", "numpy")
 #: environment variables that affect loading; none of them holds a secret
 VARIABLES = (
-    "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "CUDA_VISIBLE_DEVICES",
-    "OMP_NUM_THREADS", "ATEN_CPU_CAPABILITY", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF",
+    "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE",
+    "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "ATEN_CPU_CAPABILITY", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF",
     "PYTORCH_ENABLE_MPS_FALLBACK", "WORLD_SIZE", "LOCAL_RANK",
 )  # fmt: skip
-
-
-def add_options(parser: ArgumentParser) -> None:
-    """Adds no options."""
-
-
-def run(args: Namespace) -> None:
-    """Prints the environment."""
-    facts = environment()
-    width = max(map(len, facts))
-    for name, value in facts.items():
-        print(f"{name:{width}}  {value}")
 
 
 def environment() -> dict[str, str]:
@@ -45,9 +31,27 @@ def environment() -> dict[str, str]:
     out |= _devices() if out["torch"] != MISSING else {}
     for dist, parts in _plugins().items():
         out[f"plugin {dist}"] = ", ".join(parts)
-    for dist, error in discover().malformed:
-        out[f"unreadable plugin {dist}"] = error
+    out["hub"] = f"{'offline' if offline() else 'online'}, token {'set' if _has_token() else 'not set'}"
+    out["hub cache"] = str(cache_folder()) + ("" if cache_folder().is_dir() else " (does not exist)")
     return out | {name: os.environ[name] for name in VARIABLES if name in os.environ}
+
+
+def unmet_requirements() -> list[str]:
+    """Returns the requirements of longalign that are not installed or have another version."""
+    from packaging.requirements import Requirement
+
+    problems = []
+    try:
+        requirements = [Requirement(line) for line in metadata.requires("longalign") or []]
+    except metadata.PackageNotFoundError:
+        return ["longalign is not installed; run `pip install -e .`"]
+    for requirement in requirements:
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        installed = _version(requirement.name)
+        if installed == MISSING or not requirement.specifier.contains(installed, prereleases=True):
+            problems.append(f"{requirement.name} {installed}, expected {requirement.specifier}")
+    return problems
 
 
 def _version(name: str) -> str:
@@ -57,9 +61,17 @@ def _version(name: str) -> str:
         return MISSING
 
 
-def _devices() -> dict[str, str]:
-    import torch
+def _has_token() -> bool:
+    if os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN"):
+        return True
+    return Path(os.environ.get("HF_TOKEN_PATH") or cache_folder().parent / "token").is_file()
 
+
+def _devices() -> dict[str, str]:
+    try:
+        import torch
+    except Exception as error:  # e.g. a missing CUDA library
+        return {"torch": f"{_version('torch')}, which cannot be imported: {error}"}
     out = {"torch": str(torch.__version__)}  # includes the build, e.g. +cpu, unlike the package metadata
     out["cpu"] = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     out["cuda"] = f"built for {torch.version.cuda}, {torch.cuda.device_count()} devices"
