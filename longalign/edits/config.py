@@ -26,7 +26,10 @@ class NoEditConfig(EditConfig):
 
 
 class DirectionConfig(EditConfig):
-    """Scales the component of the text embedding along the common direction of texts (LongAlign, paper section 4)."""
+    """Scales the component of the text embedding along the common direction of texts (LongAlign, paper section 4).
+
+    The common direction is that of the key ``direction`` of the reward.
+    """
 
     target: ClassVar[str] = "longalign.edits.direction:DirectionEdit"
     file: ClassVar[str | None] = None
