@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from longalign.ablation.cells import Cell, Run
 from longalign.ablation.worker import IMAGES
+from longalign.data.prompts.sets import PromptSet
 from longalign.evaluation.bootstrap import block_counts
+from longalign.evaluation.groups import all_labels
 from longalign.evaluation.measure import evaluate
 from longalign.evaluation.table import MetricTable
 from longalign.image_folder import read_images
@@ -20,7 +23,13 @@ COVERAGE = {2: 50, 3: 75, 4: 81, 5: 87, 6: 89}
 simulated sets of normal values per count. 10 seeds: 92%."""
 
 
-def measure_runs(runs: Sequence[Run], seeds: Sequence[int], metrics: Sequence[Any], batch_size: int) -> MetricTable:
+def measure_runs(
+    runs: Sequence[Run],
+    seeds: Sequence[int],
+    metrics: Sequence[Any],
+    batch_size: int,
+    prompts: PromptSet | None = None,
+) -> MetricTable:
     """Measures the images of finished runs. Cells are compared with the first one.
 
     Args:
@@ -28,11 +37,15 @@ def measure_runs(runs: Sequence[Run], seeds: Sequence[int], metrics: Sequence[An
         seeds: the training seeds of the ablation.
         metrics: built metrics or functions.
         batch_size: images per call.
+        prompts: the prompt set of the images, whose labels are added.
     """
     rows = {run: read_images(run.folder / IMAGES) for run in runs}
     first = rows[runs[0]]
     files = {str(i): ImageFiles([path for path, _, _ in rows[run]]) for i, run in enumerate(runs)}
-    table = evaluate(files, [prompt for _, prompt, _ in first], metrics, [seed for _, _, seed in first], batch_size)
+    texts = [prompt for _, prompt, _ in first]
+    table = evaluate(files, texts, metrics, [seed for _, _, seed in first], batch_size)
+    if prompts is not None:
+        table = replace(table, labels=all_labels(prompts, texts))
     trained = {str(i): (run.cell, run.seed) for i, run in enumerate(runs)}
     return merge(table, trained, seeds)
 
@@ -63,6 +76,7 @@ def merge(table: MetricTable, runs: Mapping[str, tuple[Cell, int | None]], seeds
         sets,
         training_seeds=list(np.repeat(used, len(table.prompts)).tolist()) if several else (),
         neighbours=False,
+        labels={name: list(rows) * len(used) for name, rows in table.labels.items()},
         note=seed_note(len(used)) if any(cell.trained for cell in cells.values()) else "",
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from longalign.ablation.cells import Run
 from longalign.ablation.measure import measure_runs
+from longalign.data.prompts.sets import PromptSet
 from longalign.evaluation.report import write_report
 from longalign.evaluation.sources import read_sources
 from longalign.evaluation.table import MetricTable
@@ -18,13 +19,19 @@ NUM_EXAMPLES = 4
 
 
 def write_results(
-    output: Path, runs: Sequence[Run], seeds: Sequence[int], metrics: Sequence[Any], batch_size: int
+    output: Path,
+    runs: Sequence[Run],
+    seeds: Sequence[int],
+    metrics: Sequence[Any],
+    batch_size: int,
+    prompts: PromptSet | None = None,
 ) -> MetricTable:
     """Measures the finished runs and writes ``table.json``, ``table.csv``, ``table.md`` and ``report.html``.
 
-    The report is made from the files of the ablation, as by ``longalign report``, so ``ablation.json`` must exist.
+    The report is made from the files of the ablation, as by ``longalign report``, so ``ablation.json`` must exist. The
+    arguments are those of `measure_runs`.
     """
-    table = measure_runs(runs, seeds, metrics, batch_size)
+    table = measure_runs(runs, seeds, metrics, batch_size, prompts)
     lead = (
         f"{len(table.models)} cells, compared with the first one. {table.note} Images are those of the first training "
         "seed."

@@ -83,7 +83,8 @@ def ablate(
             the held-out data.
         output: folder of the ablation.
         seeds: number of training seeds, counted from the config's ``seed``, or the seeds.
-        prompts: the prompts, or a file or prompt set; None takes held-out prompts of the base config's data.
+        prompts: the prompts, or a file or prompt set, whose labels are added; None takes held-out prompts of the base
+            config's data.
         num_prompts: number of held-out prompts.
         images: images per prompt, from the noise seeds 0, 1 and so on.
         num_steps: sampling steps.
@@ -104,7 +105,8 @@ def ablate(
     planned = make_cells(base, vary, cells, train)
     training_seeds = _training_seeds(base, seeds, planned)
     runs = runs_of(planned, training_seeds, output)
-    configs, texts = _measured(base, metrics, prompts, num_prompts)
+    prompt_set = read_prompt_set(prompts) if isinstance(prompts, str) else None
+    configs, texts = _measured(base, metrics, prompt_set.texts if prompt_set else prompts, num_prompts)
     from longalign.ablation.schedule import run_all
 
     texts = texts if isinstance(texts, list) else _prompts_of_data(texts)
@@ -143,7 +145,7 @@ def ablate(
 
         runtime = Runtime.detect(device=device)
         built = [metric_parts.construct(m, runtime).eval() if isinstance(m, PartConfig) else m for m in configs]
-        table = write_results(output, finished, training_seeds, built, batch_size)
+        table = write_results(output, finished, training_seeds, built, batch_size, prompt_set)
         return Ablation(output, table, failed)
     finally:
         lock.release()
@@ -157,7 +159,7 @@ def _training_seeds(base: RunConfig, seeds: int | Sequence[int], cells: Sequence
 
 
 def _measured(
-    base: RunConfig, metrics: Sequence[Metric], prompts: Sequence[str] | str | None, count: int
+    base: RunConfig, metrics: Sequence[Metric], prompts: Sequence[str] | None, count: int
 ) -> tuple[list[Any], Any]:
     """Returns the metrics, configs validated, and the prompts or the config of their data."""
     if not metrics:
@@ -166,7 +168,7 @@ def _measured(
     if problems := name_problems(m for m in configs if isinstance(m, MetricConfig)):
         raise ConfigError(problems)
     if prompts is not None:
-        texts = read_prompt_set(prompts).texts if isinstance(prompts, str) else list(prompts)
+        texts = list(prompts)
         if not texts:
             raise ValueError("expected at least one prompt, got none; give prompts")
     else:

@@ -7,7 +7,7 @@ import shutil
 import sys
 from argparse import Action, ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,14 @@ from longalign.cli.options import (
 )
 from longalign.cli.rewards import offloaded_to_cpu
 from longalign.config.files import find_checkpoint
+from longalign.data.prompts.sets import read_prompt_set
 from longalign.image_folder import new_index, read_images
 
 EXAMPLES = """
     longalign eval --images base=out/base tuned=out/tuned --reward denscore
     longalign eval --images base=out/base tuned=out/tuned --reward denscore --metric gauges --json table.json
     longalign eval --images base=out/base tuned=out/tuned --metric vqa.yaml --judge judge.yaml
+    longalign eval --images base=out/base tuned=out/tuned --reward denscore --prompts dpg-bench:dpg_bench.csv
     longalign eval --images base=out/base --metric '{name: retrieval, reward: hpsv2, component: orthogonal}'
     longalign eval --pipeline sd15=stable-diffusion-v1-5/stable-diffusion-v1-5 --checkpoint ours=runs/reward \\
       --prompts prompts.txt --output out/compared --reward denscore
@@ -48,7 +50,8 @@ def add_options(parser: ArgumentParser) -> None:
     add_metrics(parser)
     about = "config of a judge that compares each model with the first, as {vlm: ...} or as a .yaml or .json file"
     parser.add_argument("--judge", metavar="JUDGE", help=about)
-    add_prompts(parser, "a prompt; may be repeated", required=False)
+    about = "images of these prompts are broken down by the labels of the set"
+    add_prompts(parser, "a prompt; may be repeated", required=False, more=about)
     add_sampling(parser)
     about = "a folder for the generated images, with a subfolder per model"
     parser.add_argument("--output", metavar="DIR", help=about)
@@ -98,6 +101,8 @@ def run(args: Namespace) -> None:
     prompts = prompts_of(args) if any(model.generated for model in models) else []
     rows = {model.name: read_images(model.folder) for model in models if not model.generated}
     pairs = _shared_pairs(args, models, prompts, rows)
+    texts = [prompt for prompt, _ in pairs]
+    labels = _labels(args.prompts, texts, required=not prompts)
     for model in models:
         if model.generated:
             _check_source(model)
@@ -106,7 +111,6 @@ def run(args: Namespace) -> None:
     from longalign.evaluation.measure import observe, tabulate
     from longalign.image_io import ImageFiles
 
-    texts = [prompt for prompt, _ in pairs]
     metrics = build_metrics(configs, args.device)
     with offloaded_to_cpu(metrics, args.device):
         for model in models:
@@ -116,6 +120,7 @@ def run(args: Namespace) -> None:
     files = {model.name: ImageFiles([path for path, _, _ in rows[model.name]]) for model in models}
     observed = {name: observe(images, texts, metrics, args.batch) for name, images in files.items()}
     table = tabulate(observed, texts, metrics, [seed for _, seed in pairs if seed is not None])
+    table = replace(table, labels=labels)
     if judge is not None:
         from longalign.evaluation.judge import Judge, add_win_rates
         from longalign.runtime import Runtime
@@ -156,7 +161,7 @@ def _models(args: Namespace) -> list[_Model]:
 def _check_options(args: Namespace, models: Sequence[_Model]) -> None:
     """Raises an error for options that do not fit the models."""
     if not any(model.generated for model in models):
-        reject_sampling_options(args, "prompt", "prompts")
+        reject_sampling_options(args, "prompt")
     elif args.output is None:
         raise ValueError("--output is missing; give a folder for the generated images")
     if args.judge is not None and len(models) < 2:
@@ -188,6 +193,22 @@ def _shared_pairs(
                 f"the prompts and seeds of '{name}' differ from '{base}'; generate both with the same prompts and seeds"
             )
     return pairs[base]
+
+
+def _labels(source: str | None, texts: Sequence[str], required: bool) -> dict[str, list[tuple[str, ...]]]:
+    """Returns name -> labels of each text in a prompt set; empty without a set.
+
+    Raises:
+        ValueError: if a text is not in the set, or the set has no labels although they are ``required``.
+    """
+    if source is None:
+        return {}
+    from longalign.evaluation.groups import all_labels
+
+    found = all_labels(read_prompt_set(source), texts)
+    if required and not found:
+        raise ValueError(f"--prompts adds labels to images that exist, but {source} has none; remove it")
+    return found
 
 
 def _check_source(model: _Model) -> None:

@@ -41,10 +41,10 @@ def add_metrics(parser: ArgumentParser) -> None:
     parser.add_argument("--reward", action="append", default=[], metavar="REWARD", help=about)
 
 
-def add_prompts(parser: ArgumentParser, about: str, required: bool = True) -> None:
+def add_prompts(parser: ArgumentParser, about: str, required: bool = True, more: str = "") -> None:
     prompts = parser.add_mutually_exclusive_group(required=required)
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help=about)
-    prompts.add_argument("--prompts", metavar="[SET:]PATH", help=PROMPTS_HELP)
+    prompts.add_argument("--prompts", metavar="[SET:]PATH", help="; ".join(filter(None, (PROMPTS_HELP, more))))
 
 
 def add_sampling(parser: ArgumentParser) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from longalign.data.prompts.sets import PromptSet
+from longalign.data.prompts.sets import PromptSet, normalized
 from longalign.encoders.counting import count_clip_tokens
 
 LENGTH_EDGES = (30, 60, 120, 240)
@@ -39,7 +39,7 @@ def labels(prompts: PromptSet, name: str, texts: Sequence[str]) -> list[tuple[st
     Args:
         prompts: the set.
         name: name of the labels, e.g. ``category``.
-        texts: prompts of the set, in any order; a prompt may occur several times.
+        texts: prompts of the set, in any order; a prompt may occur several times. They are compared `normalized`.
 
     Returns:
         For each text its labels. A text may have several labels, and belongs to the group of each; it may have none.
@@ -48,18 +48,29 @@ def labels(prompts: PromptSet, name: str, texts: Sequence[str]) -> list[tuple[st
     Raises:
         ValueError: if no prompt has labels of this name, or a text is not in the set.
     """
-    names = sorted({key for prompt in prompts.prompts for key in prompt.labels})
+    names = label_names(prompts)
     if name not in names:
         raise ValueError(f"no labels '{name}' in {prompts.name}; available: {', '.join(names) or 'none'}")
     by_text: dict[str, dict[str, None]] = {}
     for prompt in prompts.prompts:
-        by_text.setdefault(prompt.text, {}).update(dict.fromkeys(prompt.labels.get(name, ())))
-    if missing := [text for text in texts if text.strip() not in by_text]:
+        by_text.setdefault(normalized(prompt.text), {}).update(dict.fromkeys(prompt.labels.get(name, ())))
+    keys = {text: normalized(text) for text in texts}
+    if missing := [text for text, key in keys.items() if key not in by_text]:
         raise ValueError(
-            f"{len(missing)} of {len(texts)} texts are not in {prompts.name}, e.g. {missing[0]!r:.80}; give the prompt "
-            "set that the images were generated from"
+            f"{len(missing)} of {len(keys)} prompts are not among the {len(prompts.prompts)} of {prompts.name}, e.g. "
+            f"{missing[0]!r:.80}; give the prompt set that the images were generated from"
         )
-    return [tuple(by_text[text.strip()]) for text in texts]
+    return [tuple(by_text[keys[text]]) for text in texts]
+
+
+def label_names(prompts: PromptSet) -> list[str]:
+    """Returns the names of a prompt set's labels, in the order of their first occurrence."""
+    return list(dict.fromkeys(name for prompt in prompts.prompts for name in prompt.labels))
+
+
+def all_labels(prompts: PromptSet, texts: Sequence[str]) -> dict[str, list[tuple[str, ...]]]:
+    """Returns the `labels` of texts by name, for `longalign.evaluation.MetricTable.labels`."""
+    return {name: labels(prompts, name, texts) for name in label_names(prompts)}
 
 
 def natural_key(label: str) -> tuple[int, int, str]:

@@ -45,6 +45,8 @@ class MetricTable:
             too. Empty for models trained once.
         neighbours: whether models are also compared with the previous one.
         note: sentence for the caption.
+        labels: name of labels, such as ``category``, -> the labels of each of the ``n`` prompts; a prompt belongs to
+            the group of each of its labels.
     """
 
     values: Mapping[str, Mapping[str, np.ndarray]]
@@ -55,6 +57,7 @@ class MetricTable:
     training_seeds: Sequence[int] = field(default=())
     neighbours: bool = True
     note: str = ""
+    labels: Mapping[str, Sequence[Sequence[str]]] = field(default_factory=dict)
 
     def __post_init__(self):
         for model, metrics in self.values.items():
@@ -177,18 +180,19 @@ class MetricTable:
         return interval(float(values[0]), values[1:], len(self.prompts), self.num_prompts)
 
     def by_group(
-        self, metric: str, labels: Sequence[str] | None = None, paired: bool = False
+        self, metric: str, labels: Sequence[str | Sequence[str]] | None = None, paired: bool = False
     ) -> dict[str, dict[str, Interval]]:
         """Returns the intervals of a metric by groups of images: label -> model -> interval.
 
         Args:
             metric: name of the metric.
-            labels: one group label per image; the prompt's length in words if None.
+            labels: the group of each image, or its groups; the prompt's length in words if None.
             paired: return the differences of `pairs` instead of the models' values.
         """
         labels = length_labels(self.prompts) if labels is None else labels
-        order = sorted(set(labels), key=natural_key)
-        masks = {name: np.asarray([label == name for label in labels]) for name in order}
+        groups = [(label,) if isinstance(label, str) else label for label in labels]
+        order = sorted({name for row in groups for name in row}, key=natural_key)
+        masks = {name: np.asarray([name in row for row in groups]) for name in order}
         return {name: self._columns(metric, paired, mask) for name, mask in masks.items()}
 
     def _blocks(self) -> list[tuple[str, Grid]]:
@@ -242,7 +246,9 @@ class MetricTable:
         return [m for m in self.metrics if self.submetrics(m)] or (scores or self.metrics)[:1]
 
     def breakdowns(self, metric: str, paired: bool = False) -> dict[str, dict[str, dict[str, Interval]]]:
-        """Returns all breakdowns of a metric, by prompt length and by submetrics: title -> label -> model -> interval.
+        """Returns all breakdowns of a metric, as title -> label -> model -> interval.
+
+        They are by prompt length, by training seed, by the labels of the prompts and by submetrics.
 
         Submetrics are named ``metric/label`` or ``metric/group/label``. Each group has one title.
 
@@ -260,6 +266,10 @@ class MetricTable:
         if self.training_seeds:
             seeds = self.by_group(metric, [str(seed) for seed in self.training_seeds], paired)
             breakdowns[f"{self.label(metric)} by training seed"] = seeds
+        for name, labels in self.labels.items():
+            groups = self.by_group(metric, labels, paired)
+            if len(groups) > 1:
+                breakdowns[f"{self.label(metric)} by {name} of the prompt"] = groups
         for submetric in self.submetrics(metric):
             *group, name = submetric.split("/")[1:]
             title = f"{self.label(metric)} by {LABELS.get(group[0], group[0]) if group else 'part'}"
@@ -307,6 +317,7 @@ class MetricTable:
             "training_seeds": list(self.training_seeds),
             "neighbours": self.neighbours,
             "note": self.note,
+            "labels": {name: [list(row) for row in rows] for name, rows in self.labels.items()},
         }
 
     def json(self) -> str:
@@ -324,21 +335,26 @@ class MetricTable:
             for rows in (data["values"], data.get("sets", {}))
         )
         units = {k: Value(**v) for k, v in data.get("units", {}).items()}
-        more = {key: data[key] for key in ("training_seeds", "neighbours", "note") if key in data}
+        more = {key: data[key] for key in ("training_seeds", "neighbours", "note", "labels") if key in data}
         return cls(values, list(data["prompts"]), list(data["seeds"]), units, sets, **more)
 
     def csv(self) -> str:
-        """Returns the values as CSV: one line per model and image, one column per metric; empty without a value."""
+        """Returns the values as CSV: one line per model and image, one column per metric; empty without a value.
+
+        Several labels of a prompt are separated by semicolons.
+        """
         names = dict.fromkeys(k for rows in self.values.values() for k in rows)
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         trained = ["training_seed"] if self.training_seeds else []
-        writer.writerow(["model", *trained, "prompt", "seed", *names])
+        writer.writerow(["model", *trained, "prompt", "seed", *self.labels, *names])
         for model, rows in self.values.items():
             for i, prompt in enumerate(self.prompts):
                 cells = [_list(rows[k][i : i + 1])[0] if k in rows else None for k in names]
                 training_seed = [self.training_seeds[i]] if self.training_seeds else []
-                writer.writerow([model, *training_seed, prompt, self.seeds[i] if self.seeds else "", *cells])
+                seed = self.seeds[i] if self.seeds else ""
+                labels = ["; ".join(rows[i]) for rows in self.labels.values()]
+                writer.writerow([model, *training_seed, prompt, seed, *labels, *cells])
         return out.getvalue()
 
 

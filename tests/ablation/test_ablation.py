@@ -63,12 +63,15 @@ def record_of(result):
     return json.loads((result.output / "ablation.json").read_text())
 
 
-def test_ablate_compares_cells_paired_over_prompts_and_seeds(tiny, trained):
-    result = tiny(images=2)
+def test_ablate_compares_cells_paired_over_prompts_and_seeds(tiny, trained, tmp_path):
+    rows = [{"prompt": prompt, "labels": {"letter": prompt[0]}} for prompt in SAMPLING["prompts"]]
+    (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    result = tiny(images=2, prompts=str(tmp_path / "set.jsonl"))
     table = result.table
     assert trained == ["lr=0.01/seed-0", "lr=0.02/seed-0", "lr=0.01/seed-1", "lr=0.02/seed-1"]
     assert table.models == ["lr=0.01", "lr=0.02"] and table.training_seeds == [0] * 4 + [1] * 4
     assert table.seeds == [0, 1] * 4 and table.prompts == ["abcd", "abcd", "efgh", "efgh"] * 2
+    assert table.labels == {"letter": [("a",), ("a",), ("e",), ("e",)] * 2}
     values = {m: table.row(m, "brightness") for m in table.models}
     assert len(np.unique(values["lr=0.01"])) == 8  # each training seed, prompt and noise
     expected = (values["lr=0.02"] - values["lr=0.01"]).mean()

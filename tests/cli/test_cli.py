@@ -541,6 +541,24 @@ def test_eval_compares_folders_with_same_prompts(brightness, tmp_path, capsys):
     assert re.search("prompts and seeds.*'other'.*'base'", capsys.readouterr().err)
 
 
+def test_eval_labels_images_by_their_prompt_set(brightness, tmp_path, capsys):
+    folder = images(tmp_path / "base", [0.0, 0.2], ["a  b", "b"], [1, 2])
+    prompts, plain, other = (tmp_path / name for name in ("set.jsonl", "plain.txt", "other.jsonl"))
+    rows = [{"prompt": p, "labels": {"topic": topic}} for p, topic in (("b", "cats"), ("c", "dogs"), ("a b", ["dogs"]))]
+    prompts.write_text("\n".join(map(json.dumps, rows)))
+    plain.write_text("a b\nb\n")
+    other.write_text(json.dumps(rows[0]))
+    command = ["eval", "--images", f"base={folder}", "--reward", brightness, "--json", str(tmp_path / "t.json")]
+    assert main([*command, "--prompts", str(prompts)]) == 0
+    out = capsys.readouterr().out
+    assert "brightness by topic of the prompt" in out and re.search(r"cats +0\.2000.*\ndogs +0\.0000", out)
+    assert json.loads((tmp_path / "t.json").read_text())["labels"] == {"topic": [["dogs"], ["cats"]]}
+    assert main([*command, "--prompts", str(plain)]) == 2
+    assert re.search(r"--prompts adds labels .*plain\.txt has none; remove it", capsys.readouterr().err)
+    assert main([*command, "--prompts", str(other)]) == 2
+    assert re.search(r"1 of 2 prompts are not among the 1 of plain, e\.g\. 'a  b'", capsys.readouterr().err)
+
+
 class Hues(EmbeddingReward):
     """A reward that embeds texts by their length and images by their mean colour."""
 

@@ -7,7 +7,7 @@ import pytest
 from longalign.data.prompts.formats import Prompt
 from longalign.data.prompts.sets import PromptSet, prompts_hash
 from longalign.encoders.counting import count_clip_tokens
-from longalign.evaluation.groups import labels, natural_key, token_labels
+from longalign.evaluation.groups import all_labels, labels, natural_key, token_labels
 from longalign.evaluation.provenance import provenance
 
 
@@ -33,12 +33,13 @@ def test_labels_of_images_by_text():
             Prompt("2", "a", {"topic": ("y", "z")}),
         ),
     )
-    assert labels(prompts, "topic", ["b", "b", " a"]) == [("y",), ("y",), ("x", "y", "z")]
+    assert labels(prompts, "topic", ["b", "b", " a\n"]) == [("y",), ("y",), ("x", "y", "z")]
     assert labels(prompts, "size", ["a", "b"]) == [(), ("small",)]
-    with pytest.raises(ValueError, match=r"'topics'.*size, topic"):
+    with pytest.raises(ValueError, match=r"'topics'.*topic, size"):
         labels(prompts, "topics", ["a"])
-    with pytest.raises(ValueError, match=r"1 of 2 .*'c'"):
-        labels(prompts, "topic", ["a", "c"])
+    with pytest.raises(ValueError, match=r"1 of 2 prompts are not among the 3 of plain, e\.g\. 'c'"):
+        labels(prompts, "topic", ["a", "c", "a"])
+    assert all_labels(prompts, ["b"]) == {"topic": [("y",)], "size": [("small",)]}
 
 
 def test_provenance_has_hash_seeds_and_versions():

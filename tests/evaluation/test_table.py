@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -139,6 +140,24 @@ def test_json_round_trip():
     assert data["means"]["base"]["facts"]["mean"] == 0.5
     assert data["differences"]["tuned - base"]["facts"]["count"] == 3
     assert MetricTable.from_dict(data).to_dict() == table.to_dict()
+
+
+def test_table_breaks_down_by_labels_of_prompts():
+    base, tuned = np.array([0.0, 0.5, 1.0, 0.0]), np.ones(4)
+    table = make_table(base={"facts": base}, tuned={"facts": tuned})
+    labels = {"topic": [("x", "y"), ("y",), (), ("10-20",)], "source": [("one",)] * 4}
+    table = replace(table, labels=labels)
+    groups = table.breakdowns("facts")["fact accuracy, % by topic of the prompt"]
+    assert {name: (row["base"].mean, row["base"].count) for name, row in groups.items()} == {
+        "10-20": (0.0, 1),
+        "x": (0.0, 1),
+        "y": (0.25, 2),
+    }
+    paired = table.breakdowns("facts", paired=True)["fact accuracy, % by topic of the prompt"]
+    assert paired["y"]["tuned - base"].mean == 0.75
+    assert "by topic of the prompt" in table.text() and "source" not in table.text()  # all prompts have one source
+    assert MetricTable.from_dict(json.loads(table.json())).text() == table.text()
+    assert table.csv().splitlines()[:2] == ["model,prompt,seed,topic,source,facts", "base,a b,0,x; y,one,0.0"]
 
 
 def test_table_invalid_shapes_and_names_raise():

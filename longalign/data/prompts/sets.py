@@ -32,12 +32,13 @@ class PromptSet:
 
 
 def prompts_hash(texts: Iterable[str]) -> str:
-    """Returns the SHA-256 hash of texts in their order, in hexadecimal.
+    """Returns the SHA-256 hash of texts in their order, normalized, in hexadecimal."""
+    return hashlib.sha256(json.dumps([normalized(text) for text in texts]).encode()).hexdigest()
 
-    Texts are normalized first: Unicode form NFC, each run of whitespace one space, none at the ends.
-    """
-    normalized = [" ".join(unicodedata.normalize("NFC", text).split()) for text in texts]
-    return hashlib.sha256(json.dumps(normalized).encode()).hexdigest()
+
+def normalized(text: str) -> str:
+    """Returns a text in Unicode form NFC, with each run of whitespace as one space and none at the ends."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def read_prompt_set(source: str | Path) -> PromptSet:
