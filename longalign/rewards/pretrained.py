@@ -31,7 +31,7 @@ def find_optional_file(
 
 def has_tokenizer(checkpoint: str, revision: str | None = None, subfolder: str | None = None) -> bool:
     """Whether a checkpoint contains a tokenizer."""
-    files = ("tokenizer.json", "vocab.json", "spiece.model")
+    files = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model")
     return any(find_optional_file(checkpoint, name, revision, subfolder) for name in files)
 
 

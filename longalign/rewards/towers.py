@@ -12,13 +12,13 @@ import torch
 from einops import reduce
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from longalign import registry
 from longalign.encoders.bucketing import group_by_length
 from longalign.functional.images import ImageCheck, ImagePreprocessor, at_least_float32
 from longalign.rewards.base import EmbeddingReward, check_pairs
 from longalign.rewards.config import TowerRewardConfig
+from longalign.rewards.micro import micro_batched
 from longalign.runtime import Runtime
 from longalign.segmenters import Segmenter, Sentence, check_prompts, split, windows
 
@@ -97,8 +97,7 @@ class TowerReward(EmbeddingReward):
             (Denscore, paper 3.2). Segments longer than the window are split further. With None, a prompt that fits the
             window is encoded in one pass, and a longer prompt is split into windows of whole sentences.
         truncate: whether to encode only the first window of a longer prompt and warn once, if ``segmenter`` is None.
-        micro_batch: number of images per pass of the image tower; None for all. With gradient, each pass is recomputed
-            in the backward pass, so that only the activations of one pass are stored. The gradient is unchanged.
+        micro_batch: number of images per pass of the image tower; None for all; see `micro_batched`.
     """
 
     def __init__(
@@ -160,19 +159,8 @@ class TowerReward(EmbeddingReward):
         self._check_images(images)
         device = next(self.towers.parameters()).device
         pixels = self.preprocessor(images, generator, random=self.training).to(device)
-        if self.micro_batch is None or len(pixels) <= self.micro_batch:
-            features = self.towers.embed_pixels(pixels)
-        else:
-            features = torch.cat([self._embed_checkpointed(chunk) for chunk in pixels.split(self.micro_batch)])
+        features = micro_batched(self.towers.embed_pixels, self.micro_batch, pixels, trainable=self._trainable())
         return F.normalize(at_least_float32(features), dim=-1)
-
-    def _embed_checkpointed(self, pixels: Tensor) -> Tensor:
-        trainable = self._trainable()
-        if not (torch.is_grad_enabled() and (pixels.requires_grad or trainable)):
-            return self.towers.embed_pixels(pixels)
-        features = checkpoint(self.towers.embed_pixels, pixels, use_reentrant=False, preserve_rng_state=trainable)
-        assert isinstance(features, Tensor)
-        return features
 
     def segments(self, prompt: str) -> list[str]:
         """Returns the texts encoded for one prompt, in order. For an empty prompt, this is one empty text."""
