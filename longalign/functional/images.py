@@ -15,6 +15,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 ASPECTS = ("crop", "pad", "squash")
+INTERPOLATIONS = ("bicubic", "bilinear")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class ImagePreprocessor:
         crop: side of a random crop before the resize: an int in pixels, or a float as a fraction of each side. None
             disables the crop. A crop discourages reward hacking through blocky artifacts; the paper authors' code uses
             504 of 512 pixels.
+        interpolation: ``"bicubic"`` or ``"bilinear"``, with antialiasing.
     """
 
     size: tuple[int, int]
@@ -38,10 +40,13 @@ class ImagePreprocessor:
     std: tuple[float, ...] = CLIP_STD
     aspect: str = "crop"
     crop: int | float | None = None
+    interpolation: str = "bicubic"
 
     def __post_init__(self) -> None:
         if self.aspect not in ASPECTS:
             raise ValueError(f"aspect must be one of {', '.join(ASPECTS)}, not {self.aspect!r}")
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}, not {self.interpolation!r}")
 
     def __call__(self, images: Tensor, generator: Generator | None = None, random: bool = True) -> Tensor:
         """Maps images ``(b, 3, h, w)`` in [0, 1] to pixels ``(b, 3, *size)``: float32, or float64 for float64 images.
@@ -55,7 +60,7 @@ class ImagePreprocessor:
         images = at_least_float32(images)
         if self.crop is not None and random:
             images = random_crop(images, self.crop, generator)
-        images = resize_to_input(images, self.size, self.aspect)
+        images = resize_to_input(images, self.size, self.aspect, self.interpolation)
         mean, std = (rearrange(images.new_tensor(v), "c -> c 1 1") for v in (self.mean, self.std))
         return (images - mean) / std
 
@@ -132,32 +137,34 @@ def random_crop(images: Tensor, crop: int | float, generator: Generator | None =
     return torch.stack(crops) if crops else images[..., :height, :width]
 
 
-def resize_to_input(images: Tensor, size: tuple[int, int], aspect: str) -> Tensor:
+def resize_to_input(images: Tensor, size: tuple[int, int], aspect: str, interpolation: str = "bicubic") -> Tensor:
     """Resizes images ``(b, c, h, w)`` to ``(b, c, *size)``, with crop or padding; see `ImagePreprocessor.aspect`.
 
-    Uses bicubic interpolation with antialiasing, as PIL and the published processors do. Values are not clamped, so
+    Uses interpolation with antialiasing, as PIL and the published processors do. Values are not clamped, so
     that every pixel receives gradient.
     """
     height, width = images.shape[-2:]
     if aspect == "squash" or height * size[1] == width * size[0]:
-        return resize(images, size)
+        return resize(images, size, interpolation)
     # rounding as in the published processors; max and min keep the limiting side exact
     if aspect == "crop":
         scale = max(size[0] / height, size[1] / width)
         scaled = max(size[0], int(height * scale)), max(size[1], int(width * scale))
         top, left = round((scaled[0] - size[0]) / 2), round((scaled[1] - size[1]) / 2)
-        return resize(images, scaled)[..., top : top + size[0], left : left + size[1]]
+        return resize(images, scaled, interpolation)[..., top : top + size[0], left : left + size[1]]
     scale = min(size[0] / height, size[1] / width)
     scaled = min(size[0], max(1, round(height * scale))), min(size[1], max(1, round(width * scale)))
     top, left = (size[0] - scaled[0]) // 2, (size[1] - scaled[1]) // 2
-    return F.pad(resize(images, scaled), (left, size[1] - scaled[1] - left, top, size[0] - scaled[0] - top))
+    return F.pad(
+        resize(images, scaled, interpolation), (left, size[1] - scaled[1] - left, top, size[0] - scaled[0] - top)
+    )
 
 
-def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resizes images ``(b, c, h, w)`` with antialiased bicubic interpolation.
+def resize(images: Tensor, size: tuple[int, int], interpolation: str = "bicubic") -> Tensor:
+    """Resizes images ``(b, c, h, w)`` with antialiased interpolation.
 
     Images that already have the requested size are returned unchanged.
     """
     if tuple(images.shape[-2:]) == tuple(size):
         return images
-    return F.interpolate(images, size, mode="bicubic", align_corners=False, antialias=True)
+    return F.interpolate(images, size, mode=interpolation, align_corners=False, antialias=True)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from longalign.rewards.imagereward.config import ImageRewardConfig as ImageRewardConfig
     from longalign.rewards.imagereward.reward import ImageRewardReward as ImageRewardReward
     from longalign.rewards.pretrained import check_tokenizer as check_tokenizer
+    from longalign.rewards.pretrained import image_processor_config as image_processor_config
     from longalign.rewards.pretrained import image_statistics as image_statistics
     from longalign.rewards.pretrained import projected_features as projected_features
     from longalign.rewards.reweighted.config import ReweightedConfig as ReweightedConfig
@@ -70,6 +71,7 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "VqaScoreReward": "vqascore.reward",
         "check_pairs": "base",
         "check_tokenizer": "pretrained",
+        "image_processor_config": "pretrained",
         "image_statistics": "pretrained",
         "projected_features": "pretrained",
     },

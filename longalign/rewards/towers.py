@@ -80,11 +80,12 @@ class Towers(nn.Module):
 
 @dataclass(frozen=True)
 class ImageInput:
-    """Image settings of a checkpoint: size in pixels (one side or both), mean and standard deviation."""
+    """Image settings of a checkpoint: size in pixels (one side or both), mean, standard deviation, interpolation."""
 
     size: int | Sequence[int]
     mean: Sequence[float]
     std: Sequence[float]
+    interpolation: str = "bicubic"
 
 
 class TowerReward(EmbeddingReward):
@@ -120,14 +121,20 @@ class TowerReward(EmbeddingReward):
         self._warned = False
 
     @classmethod
-    def from_towers(cls, towers: Towers, image: ImageInput, config: TowerRewardConfig, runtime: Runtime) -> Self:
-        """Builds the reward from loaded towers and a config, with the device and dtype of ``runtime``."""
-        height, width = (image.size, image.size) if isinstance(image.size, int) else image.size
+    def from_towers(
+        cls, towers: Towers, image: ImageInput | ImagePreprocessor, config: TowerRewardConfig, runtime: Runtime
+    ) -> Self:
+        """Builds the reward from loaded towers and a config, with the device and dtype of ``runtime``.
+
+        Args:
+            towers: the model.
+            image: image settings of the checkpoint, or a preprocessor with the config's ``aspect`` and ``crop``.
+            config: config of the reward.
+            runtime: device and dtype.
+        """
         return cls(
             towers.to(device=runtime.device, dtype=runtime.torch_dtype),
-            ImagePreprocessor(
-                (height, width), tuple(image.mean), tuple(image.std), aspect=config.aspect, crop=config.crop
-            ),
+            image if isinstance(image, ImagePreprocessor) else _preprocessor(image, config),
             segmenter=registry.segmenters.build(config.segmenter, runtime) if config.segmenter else None,
             micro_batch=config.micro_batch,
             truncate=config.text == "whole",
@@ -243,3 +250,10 @@ class TowerReward(EmbeddingReward):
                     stacklevel=5,
                 )
                 return
+
+
+def _preprocessor(image: ImageInput, config: TowerRewardConfig) -> ImagePreprocessor:
+    height, width = (image.size, image.size) if isinstance(image.size, int) else image.size
+    return ImagePreprocessor(
+        (height, width), tuple(image.mean), tuple(image.std), config.aspect, config.crop, image.interpolation
+    )
