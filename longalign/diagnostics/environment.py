@@ -24,7 +24,7 @@ VARIABLES = (
 
 def environment() -> dict[str, str]:
     """Returns the names and values in display order. Imports torch if it is installed."""
-    out = {name: _version(name) for name in (*PACKAGES, *OTHER_PACKAGES)}
+    out = {name: _version(name) for name in PACKAGES}
     out["python"] = f"{platform.python_version()} ({platform.python_implementation()})"
     out["system"] = platform.platform()
     out["processor"] = processor()

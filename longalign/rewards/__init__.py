@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from longalign.rewards.guard import NonFiniteReward as NonFiniteReward
     from longalign.rewards.hpsv2.config import Hpsv2Config as Hpsv2Config
     from longalign.rewards.hpsv2.reward import Hpsv2Reward as Hpsv2Reward
+    from longalign.rewards.imagereward.config import ImageRewardConfig as ImageRewardConfig
+    from longalign.rewards.imagereward.reward import ImageRewardReward as ImageRewardReward
     from longalign.rewards.pretrained import check_tokenizer as check_tokenizer
+    from longalign.rewards.pretrained import image_processor_config as image_processor_config
     from longalign.rewards.pretrained import image_statistics as image_statistics
     from longalign.rewards.pretrained import projected_features as projected_features
     from longalign.rewards.segments.config import SegmentsConfig as SegmentsConfig
@@ -51,6 +54,8 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "Hpsv2Config": "hpsv2.config",
         "Hpsv2Reward": "hpsv2.reward",
         "ImageInput": "towers",
+        "ImageRewardConfig": "imagereward.config",
+        "ImageRewardReward": "imagereward.reward",
         "NonFiniteReward": "guard",
         "PickScoreConfig": "clip.config",
         "Reward": "base",
@@ -68,6 +73,7 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "VqaScoreReward": "vqascore.reward",
         "check_pairs": "base",
         "check_tokenizer": "pretrained",
+        "image_processor_config": "pretrained",
         "image_statistics": "pretrained",
         "projected_features": "pretrained",
     },

@@ -59,9 +59,9 @@ class TowerRewardConfig(RewardConfig):
     """whether each image is cropped at its own random position, or all images of a ``"batch"`` at the same position, as
     in the LongAlign authors' code.
     """
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    """how images are resized, with antialiasing: ``"bicubic"``, as CLIP's processor does, or ``"bilinear"``, as the
-    LongAlign authors' code does.
+    interpolation: Literal["bicubic", "bilinear"] | None = None
+    """how images are resized, with antialiasing; null: as the checkpoint's processor does, which is ``"bicubic"`` for
+    CLIP. The LongAlign authors' code uses ``"bilinear"``.
     """
     micro_batch: int | None = Field(default=None, ge=1)
     """number of images per pass of the image tower; null: all at once."""

@@ -31,8 +31,24 @@ def find_optional_file(
 
 def has_tokenizer(checkpoint: str, revision: str | None = None, subfolder: str | None = None) -> bool:
     """Whether a checkpoint contains a tokenizer."""
-    files = ("tokenizer.json", "vocab.json", "spiece.model")
+    files = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model")
     return any(find_optional_file(checkpoint, name, revision, subfolder) for name in files)
+
+
+def image_processor_config(
+    checkpoint: str, revision: str | None = None, subfolder: str | None = None
+) -> Mapping[str, Any]:
+    """Returns the settings of a checkpoint's image processor; empty if it has none.
+
+    Reads ``preprocessor_config.json`` or ``processor_config.json``.
+    """
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        path = find_optional_file(checkpoint, name, revision, subfolder)
+        values: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path else {}
+        values = values.get("image_processor", values)
+        if "image_mean" in values:
+            return values
+    return {}
 
 
 def image_statistics(
@@ -41,18 +57,10 @@ def image_statistics(
     subfolder: str | None = None,
     default: tuple[tuple[float, ...], tuple[float, ...]] = (CLIP_MEAN, CLIP_STD),
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Returns a checkpoint's image mean and standard deviation, or ``default`` if not available.
-
-    Reads ``preprocessor_config.json`` or ``processor_config.json``.
-    """
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        path = find_optional_file(checkpoint, name, revision, subfolder)
-        if path is None:
-            continue
-        values: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        values = values.get("image_processor", values)
-        if "image_mean" in values and "image_std" in values:
-            return tuple(values["image_mean"]), tuple(values["image_std"])
+    """Returns a checkpoint's image mean and standard deviation, or ``default`` if not available."""
+    values = image_processor_config(checkpoint, revision, subfolder)
+    if "image_mean" in values and "image_std" in values:
+        return tuple(values["image_mean"]), tuple(values["image_std"])
     return default
 
 

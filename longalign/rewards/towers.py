@@ -12,7 +12,6 @@ import torch
 from einops import reduce
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from longalign import registry
 from longalign.encoders.bucketing import group_by_length
@@ -20,6 +19,7 @@ from longalign.errors import shorten
 from longalign.functional.images import ImageCheck, ImagePreprocessor, at_least_float32
 from longalign.rewards.base import EmbeddingReward, check_pairs
 from longalign.rewards.config import TowerRewardConfig
+from longalign.rewards.micro import micro_batched
 from longalign.runtime import Runtime
 from longalign.segmenters import Segmenter, Sentence, check_prompts, split, windows
 
@@ -81,11 +81,12 @@ class Towers(nn.Module):
 
 @dataclass(frozen=True)
 class ImageInput:
-    """Image settings of a checkpoint: size in pixels (one side or both), mean and standard deviation."""
+    """Image settings of a checkpoint: size in pixels (one side or both), mean, standard deviation, interpolation."""
 
     size: int | Sequence[int]
     mean: Sequence[float]
     std: Sequence[float]
+    interpolation: str = "bicubic"
 
 
 class TowerReward(EmbeddingReward):
@@ -99,8 +100,7 @@ class TowerReward(EmbeddingReward):
             is split into windows of whole sentences.
         truncate: whether to encode only the first window of a longer segment, or of a longer prompt if ``segmenter`` is
             None, and to warn once. If False, it is split further.
-        micro_batch: number of images per pass of the image tower; None for all. With gradient, each pass is recomputed
-            in the backward pass, so that only the activations of one pass are stored. The gradient is unchanged.
+        micro_batch: number of images per pass of the image tower; None for all; see `micro_batched`.
     """
 
     def __init__(
@@ -123,20 +123,20 @@ class TowerReward(EmbeddingReward):
         self._warned = False
 
     @classmethod
-    def from_towers(cls, towers: Towers, image: ImageInput, config: TowerRewardConfig, runtime: Runtime) -> Self:
-        """Builds the reward from loaded towers and a config, with the device and dtype of ``runtime``."""
-        height, width = (image.size, image.size) if isinstance(image.size, int) else image.size
+    def from_towers(
+        cls, towers: Towers, image: ImageInput | ImagePreprocessor, config: TowerRewardConfig, runtime: Runtime
+    ) -> Self:
+        """Builds the reward from loaded towers and a config, with the device and dtype of ``runtime``.
+
+        Args:
+            towers: the model.
+            image: image settings of the checkpoint, or a preprocessor with the config's ``aspect`` and ``crop``.
+            config: config of the reward.
+            runtime: device and dtype.
+        """
         return cls(
             towers.to(device=runtime.device, dtype=runtime.torch_dtype),
-            ImagePreprocessor(
-                (height, width),
-                tuple(image.mean),
-                tuple(image.std),
-                aspect=config.aspect,
-                crop=config.crop,
-                interpolation=config.interpolation,
-                crop_position=config.crop_position,
-            ),
+            image if isinstance(image, ImagePreprocessor) else _preprocessor(image, config),
             segmenter=registry.segmenters.build(config.segmenter, runtime) if config.segmenter else None,
             micro_batch=config.micro_batch,
             truncate=config.text == "whole" or config.truncate_segments,
@@ -168,19 +168,8 @@ class TowerReward(EmbeddingReward):
         self._check_images(images)
         device = next(self.towers.parameters()).device
         pixels = self.preprocessor(images, generator, random=self.training).to(device)
-        if self.micro_batch is None or len(pixels) <= self.micro_batch:
-            features = self.towers.embed_pixels(pixels)
-        else:
-            features = torch.cat([self._embed_checkpointed(chunk) for chunk in pixels.split(self.micro_batch)])
+        features = micro_batched(self.towers.embed_pixels, self.micro_batch, pixels, trainable=self._trainable())
         return F.normalize(at_least_float32(features), dim=-1)
-
-    def _embed_checkpointed(self, pixels: Tensor) -> Tensor:
-        trainable = self._trainable()
-        if not (torch.is_grad_enabled() and (pixels.requires_grad or trainable)):
-            return self.towers.embed_pixels(pixels)
-        features = checkpoint(self.towers.embed_pixels, pixels, use_reentrant=False, preserve_rng_state=trainable)
-        assert isinstance(features, Tensor)
-        return features
 
     def segments(self, prompt: str) -> list[str]:
         """Returns the texts encoded for one prompt, in order. For an empty prompt, this is one empty text."""
@@ -300,3 +289,16 @@ def _means(embeddings: Tensor, segments: list[list[str]]) -> Tensor:
     """Returns the mean embedding ``(b, d)`` of the segments of each prompt."""
     by_prompt = embeddings.split([len(texts) for texts in segments])
     return torch.stack([reduce(rows, "segments d -> d", "mean") for rows in by_prompt])
+
+
+def _preprocessor(image: ImageInput, config: TowerRewardConfig) -> ImagePreprocessor:
+    height, width = (image.size, image.size) if isinstance(image.size, int) else image.size
+    return ImagePreprocessor(
+        (height, width),
+        tuple(image.mean),
+        tuple(image.std),
+        aspect=config.aspect,
+        crop=config.crop,
+        interpolation=config.interpolation or image.interpolation,
+        crop_position=config.crop_position,
+    )

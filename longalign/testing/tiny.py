@@ -26,6 +26,7 @@ __all__ = [
     "tiny_clip",
     "tiny_clip_text",
     "tiny_hpsv2",
+    "tiny_imagereward",
     "tiny_longclip_file",
     "tiny_qwen2_vl",
     "tiny_sd",
@@ -128,6 +129,62 @@ def tiny_hpsv2(folder: Path, name: str = "HPS_v2.1_compressed.pt") -> Path:
     torch.save({"state_dict": CLIP(**model_cfg).state_dict()}, folder / name)
     settings = {"model_cfg": model_cfg, "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}}
     (folder / "open_clip_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@once
+def tiny_imagereward(folder: Path) -> Path:
+    """Writes the files of ImageReward for 32 px, with its parameter names, and a BERT tokenizer."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *WORDS[0].lower().replace(".", "").split()]
+    vocabulary = list(dict.fromkeys(words))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
+    vision, text, hidden, layers = 16, 8, 24, 2
+    med = {
+        "hidden_size": text, "intermediate_size": hidden, "num_hidden_layers": layers, "num_attention_heads": 2,
+        "max_position_embeddings": 40, "vocab_size": len(vocabulary) + 2, "hidden_act": "gelu",
+        "layer_norm_eps": 1e-12, "pad_token_id": 0, "encoder_width": text, "add_cross_attention": True,
+    }  # fmt: skip
+    (folder / "med_config.json").write_text(json.dumps(med))
+    shapes: dict[str, tuple[int, ...]] = {
+        "visual_encoder.cls_token": (1, 1, vision), "visual_encoder.pos_embed": (1, 5, vision),
+        "visual_encoder.patch_embed.proj": (vision, 3, 16, 16), "visual_encoder.norm": (vision,),
+        "vision_proj": (4, vision), "text_proj": (4, text),
+        "text_encoder.embeddings.word_embeddings.weight": (med["vocab_size"], text),
+        "text_encoder.embeddings.position_embeddings.weight": (40, text),
+        "text_encoder.embeddings.LayerNorm": (text,),
+    }  # fmt: skip
+    for i in range(layers):
+        block, layer = f"visual_encoder.blocks.{i}", f"text_encoder.encoder.layer.{i}"
+        shapes |= {
+            f"{block}.norm1": (vision,), f"{block}.attn.qkv": (3 * vision, vision),
+            f"{block}.attn.proj": (vision, vision), f"{block}.norm2": (vision,),
+            f"{block}.mlp.fc1": (hidden, vision), f"{block}.mlp.fc2": (vision, hidden),
+            f"{layer}.intermediate.dense": (hidden, text), f"{layer}.output.dense": (text, hidden),
+            f"{layer}.output.LayerNorm": (text,),
+        }  # fmt: skip
+        for attention, source in (("attention", text), ("crossattention", vision)):
+            shapes |= {
+                f"{layer}.{attention}.self.query": (text, text), f"{layer}.{attention}.self.key": (text, source),
+                f"{layer}.{attention}.self.value": (text, source), f"{layer}.{attention}.output.dense": (text, text),
+                f"{layer}.{attention}.output.LayerNorm": (text,),
+            }  # fmt: skip
+    widths = {0: (1024, text), 2: (128, 1024), 4: (64, 128), 6: (16, 64), 7: (1, 16)}
+    torch.manual_seed(0)
+    state = {"blip.text_encoder.embeddings.position_ids": torch.arange(40)[None]}
+    for name, shape in {
+        **{f"blip.{k}": v for k, v in shapes.items()},
+        **{f"mlp.layers.{i}": v for i, v in widths.items()},
+    }.items():
+        if name.rsplit(".", 1)[-1] in ("cls_token", "pos_embed", "weight"):
+            state[name] = 0.3 * torch.randn(shape)
+        else:  # a layer, with weight and bias; a shape of one number is a layer norm
+            state[f"{name}.weight"] = (
+                torch.randn(shape) * shape[-1] ** -0.5 if len(shape) > 1 else 1 + 0.1 * torch.randn(shape)
+            )
+            state[f"{name}.bias"] = 0.1 * torch.randn(shape[0])
+    torch.save(state, folder / "ImageReward.pt")
     return folder
 
 

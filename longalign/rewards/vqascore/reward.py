@@ -6,12 +6,11 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, Self
 
-import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from longalign.functional.images import ImageCheck
 from longalign.rewards.base import Reward, Scores, check_pairs
+from longalign.rewards.micro import micro_batched
 from longalign.rewards.vqascore.config import VqaScoreConfig
 from longalign.rewards.vqascore.pixels import check_differentiable, model_inputs
 from longalign.runtime import Runtime
@@ -29,8 +28,7 @@ class VqaScoreReward(Reward):
         processor: its processor; see `longalign.vlm.local.load_processor`.
         question: text with ``{prompt}``.
         answer: the answer whose probability is the score.
-        micro_batch: number of images per pass; None for all. With gradient, each pass is recomputed in the backward
-            pass, so that only the activations of one pass are stored.
+        micro_batch: number of images per pass; None for all; see `micro_batched`.
     """
 
     def __init__(self, model: Any, processor: Any, *, question: str, answer: str, micro_batch: int | None):
@@ -68,16 +66,8 @@ class VqaScoreReward(Reward):
         images = images.to(self.model.device)
         questions = [self.question.replace("{prompt}", self._escape(prompt)) for prompt in prompts]
         texts = [chat_text(self.processor, question, 1) for question in questions]
-        size = self.micro_batch or len(images)
-        scores = [self._pass(images[i : i + size], texts[i : i + size]) for i in range(0, len(images), size)]
-        return Scores(torch.cat(scores)).checked(images, prompts)
-
-    def _pass(self, images: Tensor, texts: list[str]) -> Tensor:
-        if self.micro_batch is None or not (torch.is_grad_enabled() and images.requires_grad):
-            return self._probabilities(images, texts)
-        scores = checkpoint(self._probabilities, images, texts, use_reentrant=False, preserve_rng_state=False)
-        assert isinstance(scores, Tensor)
-        return scores
+        scores = micro_batched(self._probabilities, self.micro_batch, images, texts)
+        return Scores(scores).checked(images, prompts)
 
     def _probabilities(self, images: Tensor, texts: list[str]) -> Tensor:
         inputs = model_inputs(self.processor, texts, images)

@@ -5,16 +5,21 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from longalign.rewards import TowerRewardConfig
+from pydantic import Field
 
 
 class SiglipConfig(TowerRewardConfig):
-    """The cosine similarity of SigLIP's image and text embeddings (Zhai et al. 2023, arXiv 2303.15343)."""
+    """The cosine similarity of SigLIP's image and text embeddings (arXiv 2303.15343), also of SigLIP 2 (2502.14786)."""
 
     target: ClassVar[str] = "longalign_siglip.reward:SiglipReward"
 
     name: Literal["siglip"] = "siglip"
     checkpoint: str = "google/siglip-so400m-patch14-384"
-    """Hub id, or local folder in transformers layout, of a ``SiglipModel`` with its tokenizer."""
+    """Hub id, or local folder in transformers layout, of a ``SiglipModel`` or ``Siglip2Model`` with its tokenizer."""
     revision: str | None = None
     """branch, tag or commit of the Hub repository."""
     aspect: Literal["crop", "pad", "squash"] = "squash"
+    max_num_patches: int | None = Field(None, ge=1)
+    """for NaFlex checkpoints of SigLIP 2: maximum number of patches of an image, which keeps its aspect ratio up to
+    whole patches. null: that of the checkpoint, usually 256. Not allowed for other checkpoints.
+    """
