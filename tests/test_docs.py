@@ -1,7 +1,7 @@
 """The documents: Python blocks run, commands parse, named objects exist, generated blocks are up to date.
 
-``python tests/test_docs.py`` regenerates the reference of parts and keys in docs/config.md, and the tables of recipes
-and their logs in docs/small-world.md.
+``python tests/test_docs.py`` regenerates the reference of parts and keys in docs/config.md, the table of
+docs/pipelines.md, and the tables of recipes and their logs in docs/small-world.md.
 
 Python runs with tiny random checkpoints instead of the bundled weights. README and the quickstart run one after the
 other in one folder, including their commands, with fewer steps. Blocks marked ``hub`` need downloads, so only their
@@ -9,6 +9,7 @@ syntax is checked. The comment after a one-line ``print(...)`` is its expected o
 """
 
 import ast
+import inspect
 import json
 import pkgutil
 import re
@@ -17,8 +18,10 @@ import tomllib
 from pathlib import Path
 
 import catalogue
+import diffusers
 import pytest
 import yaml
+from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 
 from longalign import load_config, override
 from longalign.cli.main import COMMANDS, main, parse
@@ -26,6 +29,7 @@ from longalign.config.changes import parse_assignments
 from longalign.config.describe import describe_model, describe_part
 from longalign.config.parsing import parse_value
 from longalign.config.run import RunConfig
+from longalign.inference.inputs import prompt_inputs, width_keys
 from longalign.loop.resume import RESUMABLE_KEYS
 from longalign.registry import REGISTRIES, metrics, rewards
 from longalign.runtime import resolve_checkpoint
@@ -390,7 +394,49 @@ def measured():
     return "\n".join([*out, ""])
 
 
+def text_to_image_pipelines():
+    """Classes of the installed diffusers that make images from a prompt alone, or with a control image, by name."""
+    known = {cls.__name__ for cls in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()}
+    for name in dir(diffusers):
+        cls = getattr(diffusers, name) if name.endswith("Pipeline") else None
+        if cls is None or ".deprecated." in cls.__module__ or "Audio" in name:
+            continue
+        parameters = inspect.signature(cls.__call__).parameters
+        other = any(re.fullmatch(r"images?|image_latents|.*(frame|video|audio).*", key) for key in parameters)
+        if name in known or ("prompt" in parameters and not other and prompt_inputs(cls).sequences):
+            yield name, cls
+
+
+def pipelines():
+    """A row for each text-to-image pipeline: the arguments that `condition` fills, and where a width comes from."""
+    run = set(re.findall(r"\b\w+Pipeline(?=\")", (ROOT / "tests/inference/test_pipeline_inputs.py").read_text("utf-8")))
+    lines = [f"From the classes of diffusers {diffusers.__version__}:\n", "| pipeline | states | mask | pooled | run |"]
+    lines += ["|---|---|---|---|---|"]
+    for name, cls in text_to_image_pipelines():
+        inputs, parts = prompt_inputs(cls), inspect.signature(cls.__init__).parameters
+        part = next(
+            (parts[key].annotation for key in ("unet", "transformer", "prior", "prior_prior") if key in parts), None
+        )
+        part = getattr(diffusers, part, None) if isinstance(part, str) else part
+        keys = inspect.signature(part.__init__).parameters if inspect.isclass(part) else {}
+        if inputs.unsupported or not inputs.sequences:
+            reason = f"needs {inputs.unsupported}" if inputs.unsupported else "takes no embeddings of a prompt"
+            lines.append(f"| `{name}` | not supported: {reason} | | | |")
+            continue
+        states = []
+        for item in inputs.sequences:
+            widths = ", ".join(f"`{key}`" for key in width_keys(item.states, keys))
+            states.append(f"`{item.states}`" + (f" ({widths})" if widths else "") + (", list" if item.as_list else ""))
+        masks = [f"`{s.mask}`" for s in inputs.sequences if s.mask]
+        pooled = f"`{inputs.pooled}`" if inputs.pooled else ""
+        lines.append(
+            f"| `{name}` | {'; '.join(states)} | {'; '.join(masks)} | {pooled} | {'yes' if name in run else ''} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 GENERATED = {
+    "pipelines": (ROOT / "docs" / "pipelines.md", pipelines),
     "reference": (ROOT / "docs" / "config.md", reference),
     "recipes": (ROOT / "docs" / "small-world.md", recipes),
     "measured": (ROOT / "docs" / "small-world.md", measured),
@@ -409,6 +455,12 @@ def split_at_markers(name):
 @pytest.mark.parametrize("name", ["reference", "recipes"])
 def test_generated_blocks_are_up_to_date(name):
     assert split_at_markers(name)[1] == GENERATED[name][1](), "run: python tests/test_docs.py"
+
+
+def test_table_of_pipelines_is_up_to_date():
+    written = split_at_markers("pipelines")[1]
+    if written.startswith(f"From the classes of diffusers {diffusers.__version__}:"):
+        assert written == pipelines(), "run: python tests/test_docs.py"
 
 
 def test_measured_table_matches_logs():

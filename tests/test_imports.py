@@ -28,8 +28,8 @@ LEVELS = {
     3: "backbones.base backbones.graphs backbones.lora backbones.lora_layers data.base data.images.base data.stream "
     "image_folder encoders.base rewards.base "
     "rewards.guard directions edits.base gradient_steps.base metrics.base trainers.base",
-    5: "checkpoints.checkpoint inference.diffusers inference.pipelines inference.schedulers evaluation.formatting "
-    "evaluation.table evaluation.charts caching",
+    5: "checkpoints.checkpoint inference.diffusers inference.inputs inference.pipelines inference.schedulers "
+    "evaluation.formatting evaluation.table evaluation.charts caching",
     6: "compose",
     7: "inference.sampling evaluation checkpoints",
     8: "loop inference.baselines",

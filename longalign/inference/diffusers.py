@@ -10,11 +10,14 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
+from torch.nn.functional import pad
 
 from longalign.encoders.base import Conditioning, Encoder, PromptReport, TruncationWarning
+from longalign.inference.inputs import PromptInputs, StatesInput, prompt_inputs
 
-#: the encoder last built for each pipeline, with its config, device and dtype
-_built: WeakKeyDictionary[Any, tuple[Any, Encoder]] = WeakKeyDictionary()
+#: the encoders last built for each pipeline, by config, device and dtype
+_built: WeakKeyDictionary[Any, dict[Any, Encoder]] = WeakKeyDictionary()
 
 
 def per_prompt(negative: str | Sequence[str] | None, count: int) -> list[str]:
@@ -33,52 +36,65 @@ def condition(
     """Encodes prompts as keyword arguments of a stock diffusers pipeline: ``pipe(**condition(pipe, prompts))``.
 
     Prompts and negative prompts are encoded in one call and have equal lengths. A warning is issued for truncated
-    prompts and for conditioning that the pipeline does not accept.
+    prompts and for conditioning that the pipeline does not accept. docs/pipelines.md lists what each pipeline takes.
 
     Args:
         pipe: a diffusers pipeline with a call argument ``prompt_embeds``.
         prompts: one or several prompts.
         negative_prompts: one for all prompts or one per prompt; the empty prompt if None.
         encoder: an `Encoder`, or its name or config. From a name or config, the encoder is built on the pipeline's
-            device and reused in the next call. None encodes segments with the pipeline's own text encoders, see
-            `longalign.encoders.pipeline_encoder.pipeline_encoder`.
+            device and reused in the next call. A list has one encoder for each sequence of states of a pipeline that
+            takes several, such as HunyuanDiT, in the order of its arguments. None encodes segments with the pipeline's
+            own text encoders, see `longalign.encoders.pipeline_encoder.pipeline_encoder`.
 
     Returns:
-        ``prompt_embeds`` ``(b, n, d)`` and, if the pipeline accepts them, ``negative_prompt_embeds``,
-        ``pooled_prompt_embeds``, ``negative_pooled_prompt_embeds`` and the masks, in the denoiser's dtype.
+        ``prompt_embeds`` ``(b, n, d)``, or a list of ``(n_i, d)`` without padding if the pipeline takes lists. If the
+        pipeline accepts them, also ``negative_prompt_embeds``, ``pooled_prompt_embeds``,
+        ``negative_pooled_prompt_embeds`` and the masks. All are in the denoiser's dtype.
 
     Raises:
-        ValueError: if the pipeline accepts no embeddings, needs pooled embeddings that the encoder does not provide,
-            expects states of a different width, or has unsupported text encoders while ``encoder`` is None.
+        ValueError: if the pipeline accepts no embeddings, needs something else than states and a pooled embedding, or
+            needs pooled embeddings that the encoder does not provide. Also if it expects a different number of
+            encoders or states, or a different width, or has unsupported text encoders while ``encoder`` is None.
     """
     name = type(pipe).__name__
     parameters = inspect.signature(pipe.__call__).parameters
-    if "prompt_embeds" not in parameters:
+    inputs = prompt_inputs(pipe, getattr(_denoiser(pipe), "config", None))
+    if not inputs.sequences:
         raise ValueError(f"expected a pipeline that accepts 'prompt_embeds', got {name}; pass the prompt to it instead")
+    if inputs.unsupported is not None:
+        raise ValueError(f"{name} takes {inputs.unsupported}, which no encoder gives; pass the prompt to it instead")
+    sources = list(encoder) if isinstance(encoder, (list, tuple)) else [encoder]
+    if len(sources) != len(inputs.sequences):
+        raise ValueError(
+            f"{name} takes {inputs.describe()}: {len(inputs.sequences)} sequence(s) of text states, got "
+            f"{len(sources)} encoder(s); pass encoder=[...] with one encoder for each, in this order"
+        )
     device = getattr(pipe, "_execution_device", None) or pipe.device
     dtype = _dtype(pipe)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     negatives = per_prompt(negative_prompts, len(prompts))
-    if "negative_prompt_embeds" not in parameters and negative_prompts is not None:
+    if not inputs.negative and negative_prompts is not None:
         warnings.warn(f"{name} does not accept 'negative_prompt_embeds'; the negative prompt is ignored", stacklevel=2)
     texts = [*prompts, *negatives]
-    with torch.no_grad(), warnings.catch_warnings(), _get_encoder(encoder, pipe, device, dtype) as built:
+    with torch.no_grad(), warnings.catch_warnings(), _get_encoders(sources, pipe, device, dtype) as built:
         warnings.simplefilter("ignore", TruncationWarning)  # reported below, per prompt
-        conditioning = built.encode(_expand_learned_tokens(pipe, texts) if encoder is None else texts)
-    _check_conditioning(pipe, conditioning, parameters)
-    for message in truncation_messages(conditioning.reports):
-        warnings.warn(message, stacklevel=2)
-    conditioning = conditioning.to(device, dtype)
+        texts = _expand_learned_tokens(pipe, texts) if encoder is None else texts
+        conditionings = [encoder.encode(texts) for encoder in built]
+    pooled = next((c.pooled for c in conditionings if c.pooled is not None), None)
+    _check_pooled(name, inputs, pooled)
     out: dict[str, Any] = {}
-    branches = {"": conditioning[: len(prompts)], "negative_": conditioning[len(prompts) :]}
-    for prefix, branch in branches.items():
-        values = {
-            f"{prefix}prompt_embeds": branch.states,
-            f"{prefix}pooled_prompt_embeds": branch.pooled,
-            f"{prefix}prompt_attention_mask": branch.mask,
-            f"{prefix}prompt_embeds_mask": branch.mask,
-        }
-        out |= {key: value for key, value in values.items() if key in parameters and value is not None}
+    for wanted, conditioning in zip(inputs.sequences, conditionings, strict=True):
+        _check_states(name, wanted, conditioning)
+        for prefix, branch in _branches(conditioning.to(device, dtype), len(prompts)).items():
+            out |= _arguments(wanted, branch, prefix)
+    for message in dict.fromkeys(m for c in conditionings for m in truncation_messages(c.reports)):
+        warnings.warn(message, stacklevel=2)
+    if inputs.pooled is not None and pooled is not None:
+        pooled = pooled.to(device, dtype)
+        pooled = pooled[:, None] if inputs.pooled == "prompt_embeds_pooled" else pooled  # a sequence of one state
+        out |= {inputs.pooled: pooled[: len(prompts)], f"negative_{inputs.pooled}": pooled[len(prompts) :]}
+    out = {key: value for key, value in out.items() if key in parameters}
     # pipelines raise if both a negative prompt and its embeddings are given, so override a default that is not None
     if "negative_prompt_embeds" in out and parameters["negative_prompt"].default is not None:
         out["negative_prompt"] = None
@@ -86,31 +102,35 @@ def condition(
 
 
 @contextmanager
-def _get_encoder(encoder: Any, pipe: Any, device: torch.device, dtype: torch.dtype) -> Iterator[Encoder]:
-    """Resolves the ``encoder`` argument of `condition`; reuses an encoder built for the same config."""
-    if encoder is None:
+def _get_encoders(
+    sources: Sequence[Any], pipe: Any, device: torch.device, dtype: torch.dtype
+) -> Iterator[list[Encoder]]:
+    """Resolves the ``encoder`` argument of `condition`; reuses encoders built for the same configs."""
+    if None in sources:
         from longalign.encoders.pipeline_encoder import pipeline_encoder
 
         with pipeline_encoder(pipe) as built:
-            yield built
-        return
-    if isinstance(encoder, Encoder):
-        yield encoder
+            yield [built]
         return
     from longalign.registry import encoders
     from longalign.runtime import Runtime
 
-    config = encoders.validate(encoder)
-    key = config, str(device), str(dtype).removeprefix("torch.")
-    cached = _built.get(pipe)
-    if cached is None or cached[0] != key:
-        _built.pop(pipe, None)  # free its memory before building the next one
-        cached = _built[pipe] = key, encoders.construct(config, Runtime(*key[1:]))
-    yield cached[1]
+    place = str(device), str(dtype).removeprefix("torch.")
+    keys = [None if isinstance(source, Encoder) else (encoders.validate(source), *place) for source in sources]
+    before = _built.pop(pipe, {})
+    before = {key: before[key] for key in keys if key in before}  # free others before building
+    if any(key is not None for key in keys):
+        _built[pipe] = before
+    for key in keys:
+        if key is not None and key not in before:
+            before[key] = encoders.construct(key[0], Runtime(*place))
+    yield [source if key is None else before[key] for source, key in zip(sources, keys, strict=True)]
 
 
 def _denoiser(pipe: Any) -> Any:
-    return getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    """Returns the network that takes the text states, or None."""
+    parts = (getattr(pipe, name, None) for name in ("unet", "transformer", "prior", "prior_prior"))
+    return next((part for part in parts if part is not None), None)
 
 
 def _dtype(pipe: Any) -> torch.dtype:
@@ -125,32 +145,67 @@ def _expand_learned_tokens(pipe: Any, texts: list[str]) -> list[str]:
     return texts if convert is None else convert(texts, pipe.tokenizer)
 
 
-def _check_conditioning(pipe: Any, conditioning: Conditioning, parameters: Any) -> None:
-    """Raises or warns about conditioning that the pipeline does not support."""
-    name = type(pipe).__name__
+def _check_pooled(name: str, inputs: PromptInputs, pooled: Tensor | None) -> None:
+    """Raises or warns about a pooled embedding that is missing, has a different width, or has no use."""
+    if inputs.pooled is None:
+        if pooled is not None:
+            warnings.warn(
+                f"{name} does not accept 'pooled_prompt_embeds'; the pooled embedding is ignored", stacklevel=3
+            )
+        return
+    if pooled is None:
+        raise ValueError(
+            f"{name} needs '{inputs.pooled}', but the encoder has none; use an encoder with a pooled embedding. "
+            f"It takes {inputs.describe()}"
+        )
+    if inputs.pooled_width not in (None, pooled.shape[-1]):
+        raise ValueError(
+            f"{name} expects a pooled embedding of width {inputs.pooled_width}, got {pooled.shape[-1]} from the "
+            "encoder; choose a matching encoder"
+        )
+
+
+def _check_states(name: str, wanted: StatesInput, conditioning: Conditioning) -> None:
+    """Raises or warns about states that the pipeline does not support."""
     if type(conditioning).at is not Conditioning.at:
         raise ValueError(f"{name} does not support conditioning that depends on the timestep; use `longalign generate`")
-    if "pooled_prompt_embeds" in parameters and conditioning.pooled is None:
+    if wanted.width not in (None, conditioning.states.shape[-1]):
         raise ValueError(
-            f"{name} needs 'pooled_prompt_embeds', but the encoder has none; use an encoder with a pooled embedding"
+            f"{name} expects text states of width {wanted.width} in '{wanted.states}', got "
+            f"{conditioning.states.shape[-1]} from the encoder; choose a matching encoder"
         )
-    if "pooled_prompt_embeds" not in parameters and conditioning.pooled is not None:
-        warnings.warn(f"{name} does not accept 'pooled_prompt_embeds'; the pooled embedding is ignored", stacklevel=3)
-    masks = {"prompt_attention_mask", "prompt_embeds_mask"} & set(parameters)
-    if conditioning.mask is not None and not masks and not bool(conditioning.mask.all()):
+    if wanted.length is not None and conditioning.states.shape[1] > wanted.length:
+        raise ValueError(
+            f"{name} takes {wanted.length} text states in '{wanted.states}', got {conditioning.states.shape[1]} from "
+            "the encoder; shorten the prompt, or set the encoder's max_tokens"
+        )
+    padded = conditioning.mask is not None and not bool(conditioning.mask.all())
+    if padded and wanted.mask is None and not wanted.as_list:
         warnings.warn(
             f"{name} does not accept an attention mask, so it attends to the padding of shorter prompts; use the "
             "<pad*> padding of clip-segment (max_tokens) or generate one prompt at a time",
             stacklevel=3,
         )
-    denoiser = _denoiser(pipe)
-    for key in ("joint_attention_dim", "cross_attention_dim"):
-        width = getattr(getattr(denoiser, "config", None), key, None)
-        if isinstance(width, int) and width != conditioning.states.shape[-1]:
-            raise ValueError(
-                f"{name} expects text states of width {width}, got {conditioning.states.shape[-1]} from the encoder; "
-                "choose a matching encoder"
-            )
+
+
+def _branches(conditioning: Conditioning, count: int) -> dict[str, Conditioning]:
+    """Splits a conditioning into prompts and negative prompts, by the prefix of the pipeline's arguments."""
+    return {"": conditioning[:count], "negative_": conditioning[count:]}
+
+
+def _arguments(wanted: StatesInput, branch: Conditioning, prefix: str) -> dict[str, Any]:
+    """Returns states and mask in the form that the pipeline takes."""
+    states, mask = branch.states, branch.mask
+    if wanted.as_list:
+        rows = list(states) if mask is None else [row[kept] for row, kept in zip(states, mask, strict=True)]
+        return {f"{prefix}{wanted.states}": rows}
+    if wanted.mask is None:
+        return {f"{prefix}{wanted.states}": states}
+    mask = torch.ones_like(states[..., 0], dtype=torch.bool) if mask is None else mask
+    if wanted.length is not None:
+        missing = wanted.length - states.shape[1]
+        states, mask = pad(states, (0, 0, 0, missing)), pad(mask, (0, missing))
+    return {f"{prefix}{wanted.states}": states, f"{prefix}{wanted.mask}": mask}
 
 
 def truncation_messages(reports: Sequence[PromptReport]) -> list[str]:
