@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from html import escape
 from pathlib import Path
 
@@ -26,12 +25,23 @@ WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 880, 420, 70, 24, 50
 COLOURS = ("#1b6ca8", "#c0392b", "#2e8b57", "#8e44ad", "#d68910", "#16a085", "#7f8c8d", "#2c3e50")
 
 
-def table_rows(table: MetricTable, metrics: list[str], first: bool) -> list[str]:
-    """Markdown rows of the cells; the header too if ``first``."""
+def describe(table: MetricTable) -> str:
+    """Numbers of prompts, images and training seeds."""
+    seeds = len(set(table.training_seeds))
+    images = len(table.prompts) // table.num_prompts // max(seeds, 1)
+    trained = f", {seeds} training seeds" if seeds else ""
+    return f"{table.num_prompts} prompts, {images} {'images each' if images > 1 else 'image each'}{trained}"
+
+
+def header(table: MetricTable, metrics: list[str]) -> list[str]:
+    """Markdown header of the table."""
+    names = " | ".join(label(metric, table.value(metric)) for metric in metrics)
+    return [f"| cell | {names} |", "|---" * (len(metrics) + 1) + "|"]
+
+
+def table_rows(table: MetricTable, metrics: list[str]) -> list[str]:
+    """Markdown rows of the cells."""
     rows = []
-    if first:
-        rows += ["| cell | " + " | ".join(label(m, table.value(m)) for m in metrics) + " |"]
-        rows += ["|---" * (len(metrics) + 1) + "|"]
     for model in table.models:
         cells = []
         for metric in metrics:
@@ -125,24 +135,29 @@ def group(model: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name")
-    parser.add_argument("ablations", nargs="+", type=Path)
+    parser.add_argument("ablations", nargs="+", help="output folders of `longalign ablate`, or TITLE=FOLDER")
     parser.add_argument("--metrics", required=True)
     parser.add_argument("--by", help="also a breakdown of the first metric, e.g. 'length'")
     parser.add_argument("--plot", help="the metrics of the axes as Y:X")
     options = parser.parse_args()
-    files = [json.loads((folder / "table.json").read_text()) for folder in options.ablations]
-    tables = [MetricTable.from_dict(data) for data in files]
-    rows = [row for i, t in enumerate(tables) for row in table_rows(t, options.metrics.split(","), i == 0)]
+    sources = [source.rpartition("=") for source in options.ablations]
+    files = [json.loads((Path(folder) / "table.json").read_text()) for *_, folder in sources]
+    tables, metrics = [MetricTable.from_dict(data) for data in files], options.metrics.split(",")
+    rows = header(tables[0], metrics)
+    for (title, *_), table in zip(sources, tables, strict=True):
+        rows += [f"| *{title}* |" + " |" * len(metrics)] if title else []
+        rows += table_rows(table, metrics)
     if options.by:
-        rows += [row for t in tables for row in breakdown_rows(t, options.metrics.split(",")[0], options.by)]
-    seeds = len(set(tables[0].training_seeds)) or 1
-    prompts = tables[0].num_prompts
-    images = math.ceil(len(tables[0].prompts) / prompts / seeds)
-    note = f"{prompts} prompts, {images} images each, {seeds} training {'seeds' if seeds > 1 else 'seed'}."
+        rows += [row for table in tables for row in breakdown_rows(table, metrics[0], options.by)]
+    notes = {title: describe(table) for (title, *_), table in zip(sources, tables, strict=True)}
+    if len(set(notes.values())) == 1:
+        note = notes.popitem()[1]
+    else:
+        note = "; ".join(f"{title}: {text}" for title, text in notes.items())
     page = PAGES / f"{options.name}.md"
     text = page.read_text()
     before, after = text[: text.index(START) + len(START)], text[text.index(END) :]
-    page.write_text(before + "\n".join([note, "", *rows]) + "\n" + after)
+    page.write_text(before + "\n".join([note[0].upper() + note[1:] + ".", "", *rows]) + "\n" + after)
     if options.plot:
         page.with_suffix(".svg").write_text(plot(tables, *options.plot.split(":")))
     print(f"wrote {page.name}")
