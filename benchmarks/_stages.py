@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -199,6 +200,7 @@ def train(setting: Setting, cuda: LikeCuda) -> Stage:
     from longalign.runtime import Runtime
     from longalign.trainers.align.config import AlignConfig
     from longalign.trainers.align.trainer import AlignTrainer
+    from longalign.trainers.diffusion import guided_prediction
     from longalign.trainers.reward.config import RewardConfig
     from longalign.trainers.reward.trainer import RewardTrainer
 
@@ -225,7 +227,7 @@ def train(setting: Setting, cuda: LikeCuda) -> Stage:
         trainer = RewardTrainer.from_config(config, Runtime(), **parts)
     if setting.checkpointing:
         trainer.enable_gradient_checkpointing()
-    model.wrap_denoiser(prepared(model.denoiser))
+    model.wrap_denoiser(prepared(model.denoiser), partial(cuda.autocast, torch.bfloat16))
     trainer.wrap_encoder(prepared(texts.encode))
     trainer.train()
 
@@ -237,7 +239,8 @@ def train(setting: Setting, cuda: LikeCuda) -> Stage:
     def plain(live: Live) -> int:
         conditioning, noise = trainer.encode_with_uncond(prompts), trainer.noise(setting.batch)
         before, timesteps = live.now, torch.zeros(setting.batch, dtype=torch.long, device="meta")
-        latents = noise + trainer.predictor(model.predict, conditioning, slice(0, setting.batch))(noise, timesteps)
+        rows = torch.arange(setting.batch, device="meta")
+        latents = noise + guided_prediction(model.predict, noise, timesteps, conditioning, rows, trainer.guidance)
         graph = live.now - before
         trainer.reward_loss(trainer.score(latents, prompts))["reward_loss"].backward()
         return graph

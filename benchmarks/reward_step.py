@@ -118,10 +118,17 @@ def plain(trainer: Any, prompts: Sequence[str], checkpoints: bool = True) -> Non
     import torch
     from torch.utils.checkpoint import checkpoint
 
+    from longalign.trainers.diffusion import guided_prediction
+
     conditioning, latents, solver = trainer.encode_with_uncond(prompts), trainer.noise(len(prompts)), trainer.solver
     previous = None
     chosen = trainer.gradient_steps.select(len(solver)).steps
-    predict = trainer.predictor(trainer.backbone.predict, conditioning, slice(0, len(prompts)))
+    rows = torch.arange(len(prompts), device=latents.device)
+
+    def predict(latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        denoise = trainer.backbone.predict
+        return guided_prediction(denoise, latents, timesteps, conditioning, rows, trainer.guidance)
+
     for index, timestep in enumerate(solver.timesteps):
         inputs, timesteps = latents.detach(), torch.full((len(prompts),), timestep, device=latents.device)
         if index not in chosen:

@@ -14,6 +14,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether any of the module's weights is sharded."""
+    return any(isinstance(submodule, FSDPModule) for submodule in module.modules())
+
+
 def gather_full(tensor: Tensor) -> Tensor:
     """Gathers a sharded tensor; an unsharded one is returned unchanged.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from longalign.encoders.base import Conditioning
 from longalign.functional.diffusion import NoiseLevels, check_prediction
 from longalign.names import unique_name
 from longalign.sharding import gather_full
+
+Autocast = Callable[[], AbstractContextManager[Any]]
 
 
 class Backbone(nn.Module):
@@ -53,6 +56,7 @@ class Backbone(nn.Module):
         self._call: tuple[Callable[..., Any]] = (self.denoiser,)
         self._reference: tuple[nn.Module, ...] = ()
         self._graphed: GraphedCall | None = None
+        self.autocast: Autocast = nullcontext
 
     @property
     def device(self) -> torch.device:
@@ -97,9 +101,22 @@ class Backbone(nn.Module):
         """Calls ``denoiser`` with the model-specific arguments; implemented by subclasses."""
         raise NotImplementedError
 
-    def wrap_denoiser(self, wrapped: Callable[..., Any]) -> None:
-        """Makes `predict` call ``wrapped``, the denoiser wrapped for distributed training, without CUDA graphs."""
-        self._call, self._graphed = (wrapped,), None
+    def project_text(self, conditioning: Conditioning) -> Conditioning:
+        """Returns a conditioning with which calls of `predict` need not process the text again.
+
+        It is valid while the weights and the training mode do not change, and with gradient for one backward pass. By
+        default it is the conditioning itself.
+        """
+        return conditioning
+
+    def wrap_denoiser(self, wrapped: Callable[..., Any], autocast: Autocast = nullcontext) -> None:
+        """Makes `predict` call ``wrapped``, the denoiser wrapped for distributed training, without CUDA graphs.
+
+        Args:
+            wrapped: the wrapped denoiser.
+            autocast: context of mixed precision in which ``wrapped`` calls the denoiser.
+        """
+        self._call, self._graphed, self.autocast = (wrapped,), None, autocast
 
     def use_cuda_graphs(self) -> None:
         """Makes `predict` replay calls without gradient as CUDA graphs; see `longalign.backbones.graphs`.

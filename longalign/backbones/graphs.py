@@ -7,11 +7,12 @@ and a fast GPU waits for the CPU.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from longalign.encoders.base import Conditioning
 from longalign.functional.rollout import RandomState
@@ -51,36 +52,38 @@ class GraphedCall:
         if torch.is_grad_enabled():
             return self.call(latents, timesteps, conditioning)
         conditioning = replace(conditioning.at(timesteps), reports=())
-        optional = {k: getattr(conditioning, k) for k in ("mask", "pooled") if getattr(conditioning, k) is not None}
-        inputs = [latents, timesteps, conditioning.states, *optional.values()]
+        values = {field.name: getattr(conditioning, field.name) for field in fields(conditioning)}
+        inputs, structure = tree_flatten((latents, timesteps, values))
+        tensors = [value for value in inputs if isinstance(value, Tensor)]
         kind = latents.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        key = (self.training(), autocast, *optional, *((t.shape, t.dtype) for t in inputs))
+        shapes = tuple((v.shape, v.dtype) if isinstance(v, Tensor) else v for v in inputs)
+        key = (self.training(), autocast, str(structure), shapes)
         if key not in self._graphs:
-            self._graphs[key] = self._captured(inputs, conditioning, list(optional))
+            static = [value.clone() if isinstance(value, Tensor) else value for value in inputs]
+            self._graphs[key] = self._captured(static, structure, conditioning)
         graph = self._graphs[key]
         if graph is None:
             return self.call(latents, timesteps, conditioning)
         static, replay, output = graph
-        for target, source in zip(static, inputs, strict=True):
+        for target, source in zip(static, tensors, strict=True):
             target.copy_(source)
         replay()
         return output.clone()
 
     def _captured(
-        self, inputs: list[Tensor], conditioning: Conditioning, optional: list[str]
+        self, inputs: list[Any], structure: Any, conditioning: Conditioning
     ) -> tuple[list[Tensor], Callable[[], None], Tensor] | None:
-        static = [tensor.clone() for tensor in inputs]
-        fields = dict(zip(optional, static[3:], strict=True))
-        static_conditioning = replace(conditioning, states=static[2], **fields)
+        latents, timesteps, values = tree_unflatten(inputs, structure)
+        conditioning = replace(conditioning, **values)
 
         def call() -> Tensor:
-            return self.call(static[0], static[1], static_conditioning)
+            return self.call(latents, timesteps, conditioning)
 
-        before = RandomState.now(inputs[0].device)
+        before = RandomState.now(latents.device)
         for _ in range(2):  # compilers and libraries allocate workspaces in the first calls
             call()
         if not before.is_current():
             before.restore()
             return None
-        return static, *self.capture(call)
+        return [value for value in inputs if isinstance(value, Tensor)], *self.capture(call)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from einops import rearrange
 from peft.tuners.lora import Conv2d, Linear
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
@@ -24,6 +24,12 @@ def fuse_forward(layer: Any, dropout: float = 0.0) -> None:
     """
     layer.__class__ = {Linear: FusedLinear, Conv2d: FusedConv2d}[type(layer)]
     layer.dropout_of_update = dropout
+
+
+def has_dropout(layer: nn.Module) -> bool:
+    """Whether a layer, with its LoRA, samples random numbers in its next call."""
+    drops = any(m.training and m.p > 0 for m in layer.modules() if isinstance(m, nn.Dropout))
+    return drops or (layer.training and getattr(layer, "dropout_of_update", 0.0) > 0)
 
 
 def _active_adapter(layer: Any) -> str | None:

@@ -103,7 +103,7 @@ def _sample_batch(
     device = backbone.device
     guided = guidance != 1
     # one call, so that conditional and unconditional states have the same length
-    conditioning = encoder.encode([*prompts, *negatives] if guided else list(prompts))
+    conditioning = backbone.project_text(encoder.encode([*prompts, *negatives] if guided else list(prompts)))
     # sample noise on the CPU with one generator per image: the same on every device and in every batch
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     latents = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)

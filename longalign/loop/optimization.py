@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -52,6 +52,8 @@ class Optimization:
             module, self.optimizer, self.unsharded = prepare_fsdp(accelerator, trainer, self._adamw)
             self.wrapped = [module]
         else:
+            autocast: Any = accelerator.autocast
+            trainer.autocast = autocast
             self.wrapped = trainer.prepare(accelerator.prepare)
             if loop.compile:
                 trainer.compile_denoiser(lambda denoiser: compiled(denoiser, loop.compile))
@@ -139,6 +141,7 @@ class Optimization:
 
     def close(self) -> None:
         """Unwraps the modules and frees the optimizer's memory."""
+        self.trainer.autocast = nullcontext
         self.trainer.prepare(lambda module: module)
         for module in self.wrapped:
             self.accelerator.unwrap_model(module, keep_fp32_wrapper=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ class Trainer(nn.Module):
     multiple_backward: bool = False
     #: number of truncated prompts so far, which is logged
     num_truncated: int = 0
+    #: context of mixed precision that `prepare`'s ``wrap`` adds to a module's calls
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def loss(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Computes losses and metrics of a batch.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -52,19 +52,19 @@ class DiffusionTrainer(Trainer):
 
         The backbone keeps the unwrapped denoiser, so that wrappers and compilers add no prefix to weight names.
         """
-        denoiser, wrapped = self.backbone.denoiser, []
+        denoiser, autocast, wrapped = self.backbone.denoiser, nullcontext, []
         if _is_trainable(denoiser):
-            denoiser = wrap(denoiser)
+            denoiser, autocast = wrap(denoiser), self.autocast
             wrapped.append(denoiser)
         self._denoiser = (denoiser,)
-        self.backbone.wrap_denoiser(denoiser)
+        self.backbone.wrap_denoiser(denoiser, autocast)
         if _is_trainable(self.encoder):
             wrapped.append(wrap(EncodeModule(self.encoder)))
             self.wrap_encoder(wrapped[-1])
         return wrapped
 
     def compile_denoiser(self, compile: Wrap) -> None:
-        self.backbone.wrap_denoiser(compile(self._denoiser[0]))
+        self.backbone.wrap_denoiser(compile(self._denoiser[0]), self.backbone.autocast)
 
     def fsdp_module(self, precision: str) -> nn.Module:
         if not _is_trainable(self.backbone.denoiser):

@@ -189,6 +189,16 @@ def test_replay_keep_calls_denoiser_once_for_each_step():
     assert counts == {"recompute": 6, "keep": 4}
 
 
+@pytest.mark.parametrize(("dropout_steps", "projections"), [("all", 1), ("chosen", 2)])
+def test_rollout_computes_keys_of_text_once(dropout_steps, projections):
+    """Once for all four calls, for three prompts and the empty one; and in each of the two replayed calls."""
+    trainer, rows = build(dropout_steps=dropout_steps), []
+    layer = trainer.backbone.denoiser.get_submodule("down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k")
+    layer.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
+    gradient(trainer)
+    assert rows == [4] * (projections + 2)
+
+
 def test_score_uses_prompts_of_copied_samples():
     scored = []
 

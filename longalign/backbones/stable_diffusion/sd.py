@@ -12,10 +12,12 @@ from torch import Tensor
 from longalign.backbones.latent import LatentBackbone
 from longalign.backbones.stable_diffusion.config import StableDiffusionConfig
 from longalign.backbones.stable_diffusion.loading import load_parts
+from longalign.backbones.text_attention import ProjectedConditioning, project_text, use_text_attention
 from longalign.encoders.base import Conditioning
 from longalign.functional.diffusion import NoiseLevels
 from longalign.functional.solvers import check_linear_sampling
 from longalign.runtime import Runtime, resolve_checkpoint
+from longalign.sharding import is_sharded
 
 
 class SDBackbone(LatentBackbone):
@@ -36,6 +38,7 @@ class SDBackbone(LatentBackbone):
                 f"{vae.config.latent_channels}; use a text-to-image model, not one for inpainting or upscaling"
             )
         super().__init__(unet, vae, prediction, NoiseLevels.from_alphas_cumprod(alphas_cumprod.float()))
+        use_text_attention(unet)
 
     @staticmethod
     def _check(unet: Any, vae: Any) -> None:
@@ -63,9 +66,25 @@ class SDBackbone(LatentBackbone):
             encoder_hidden_states=conditioning.states.to(dtype),
             encoder_attention_mask=conditioning.mask,
             return_dict=False,
+            **self._attention_kwargs(conditioning),
             **self.extra_model_kwargs(conditioning, latents),
         )[0]
         return output.to(latents.dtype)
+
+    def project_text(self, conditioning: Conditioning) -> Conditioning:
+        if is_sharded(self.denoiser) or (torch.is_grad_enabled() and self.denoiser.is_gradient_checkpointing):
+            return conditioning
+        self.check_width(conditioning)
+        with self.autocast():
+            return project_text(self.denoiser, conditioning, self.denoiser.dtype)
+
+    @staticmethod
+    def _attention_kwargs(conditioning: Conditioning) -> dict[str, Any]:
+        if not isinstance(conditioning, ProjectedConditioning):
+            return {}
+        if torch.is_grad_enabled() and not conditioning.with_gradient:
+            return {}
+        return {"cross_attention_kwargs": {"keys_values": conditioning.keys_values}}
 
     def extra_model_kwargs(self, conditioning: Conditioning, latents: Tensor) -> dict[str, Any]:
         """Returns additional keyword arguments of the UNet: none for Stable Diffusion 1.x and 2.x."""

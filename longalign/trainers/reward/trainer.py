@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from einops import repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,7 +15,7 @@ from longalign import registry
 from longalign.backbones.base import Backbone
 from longalign.edits.base import Edit
 from longalign.encoders.base import Conditioning, Encoder
-from longalign.functional.diffusion import add_noise
+from longalign.functional.diffusion import add_noise, predict_guided
 from longalign.functional.rollout import Predict, RecordedStep, replay, replay_backward, rollout
 from longalign.functional.solvers import Solver, ddim, dpmpp_2m, lcm, trailing_timesteps
 from longalign.gradient_steps.base import GradientSteps, GradientStepSelector
@@ -27,7 +26,6 @@ from longalign.trainers.diffusion import (
     DiffusionTrainer,
     batch_latents,
     evaluating,
-    guided_prediction,
     noise_loss,
     train_denoiser,
 )
@@ -180,7 +178,7 @@ class RewardTrainer(DiffusionTrainer):
         kl_loss = latents.new_zeros(())
         num_predictions = sum(len(sampled.final) * len(sampled.recorded) for sampled in rollouts)
         for sampled, grad in zip(rollouts, gradient.split([len(sampled.final) for sampled in rollouts]), strict=True):
-            predict = self.predictor(self.backbone.predict, conditioning, sampled.rows)
+            predict = self.predictor(conditioning, sampled.rows)
             replayed = replay_backward(
                 predict, sampled.solver, sampled.recorded, grad, selected.detach, self.replay_batch
             )
@@ -218,10 +216,10 @@ class RewardTrainer(DiffusionTrainer):
         Yields:
             The rollout of the prompts, then a denoising step for each re-noised copy of the samples.
         """
-        predict = self.predictor(self.backbone.predict, conditioning, rows)
+        predict = self.predictor(conditioning, rows)
         solver = self.solve(self.solver.timesteps[: selected.length])
         run = partial(rollout, predict, keep=self.keep_graphs, detach=selected.detach)
-        final, recorded = run(noise, solver, selected.steps, self.predict_no_dropout(predict))
+        final, recorded = run(noise, solver, selected.steps, self.predictor_without_dropout(conditioning, rows))
         yield Rollout(rows, solver, final, recorded)
         last = self.solve(solver.timesteps[-1:])
         for _ in range(selected.copies):
@@ -240,39 +238,55 @@ class RewardTrainer(DiffusionTrainer):
         """
         return self.encode([*prompts, ""] if self.guidance != 1 else list(prompts))
 
-    def predictor(
-        self, denoise: Callable[[Tensor, Tensor, Conditioning], Tensor], conditioning: Conditioning, rows: slice
-    ) -> Predict:
-        """Returns a function that computes the guided prediction of ``denoise`` for a slice of the prompts.
+    def predictor(self, conditioning: Conditioning, rows: slice, reference: bool = False) -> Predict:
+        """Returns a function that computes the guided prediction for a slice of the prompts.
 
-        The function accepts latents ``(s * b, c, h, w)`` of one or more steps s.
+        The function accepts latents ``(s * b, c, h, w)`` of one or more steps s. Its calls without gradient process the
+        text only once; weights and training mode must not change between them.
 
         Args:
-            denoise: `Backbone.predict` or `Backbone.predict_reference`.
             conditioning: output of `encode_with_uncond`.
             rows: slice of b prompts.
+            reference: whether the reference model predicts, instead of the trained one.
         """
-        indices = torch.arange(rows.start, rows.stop, device=conditioning.states.device)
+        denoise = self.backbone.predict_reference if reference else self.backbone.predict
+        guided, device = self.guidance != 1, conditioning.states.device
+        prompt_rows = torch.arange(rows.stop - rows.start, device=device)
+        used = torch.arange(rows.start, rows.stop, device=device)
+        if guided:
+            used = torch.cat([used, torch.full((1,), len(conditioning.states) - 1, device=device)])
+        reused: dict[int, Conditioning] = {}
+
+        def branches(copies: int) -> Conditioning:
+            """Returns the conditioning of copies of the prompts and, with guidance, of as many empty prompts."""
+            distinct = conditioning[used] if reference else self.backbone.project_text(conditioning[used])
+            index = prompt_rows.repeat(copies)
+            return distinct[torch.cat([index, torch.full_like(index, len(prompt_rows))]) if guided else index]
 
         def predict(latents: Tensor, timesteps: Tensor) -> Tensor:
-            prompt_rows = repeat(indices, "b -> (s b)", s=len(latents) // len(indices))
-            if self.guidance == 1:
-                return denoise(latents, timesteps, conditioning[prompt_rows])
-            return guided_prediction(denoise, latents, timesteps, conditioning, prompt_rows, self.guidance)
+            copies = len(latents) // len(prompt_rows)
+            if torch.is_grad_enabled():  # each call has a graph of its own
+                selected = branches(copies)
+            else:
+                selected = reused[copies] = reused.get(copies) or branches(copies)
+            if not guided:
+                return denoise(latents, timesteps, selected)
+            return predict_guided(lambda x, t: denoise(x, t, selected), latents, timesteps, self.guidance)
 
         return predict
 
     def kl(self, outputs: Tensor, recorded: Sequence[RecordedStep], conditioning: Conditioning, rows: slice) -> Tensor:
         """Returns the mean squared difference to the reference model's predictions at the same steps."""
-        predict = self.predictor(self.backbone.predict_reference, conditioning, rows)
+        predict = self.predictor(conditioning, rows, reference=True)
         latents = torch.cat([step.latents for step in recorded])
         reference = predict(latents, torch.cat([step.timesteps for step in recorded]))
         return (outputs - reference).square().mean()
 
-    def predict_no_dropout(self, predict: Predict) -> Predict | None:
-        """Returns the denoiser without dropout for steps without gradient; None if all steps use dropout."""
+    def predictor_without_dropout(self, conditioning: Conditioning, rows: slice) -> Predict | None:
+        """Returns `predictor` without dropout for steps without gradient; None if all steps use dropout."""
         if self.dropout_steps == "all":
             return None
+        predict = self.predictor(conditioning, rows)
 
         def predict_in_eval_mode(latents: Tensor, timesteps: Tensor) -> Tensor:
             with evaluating(self.backbone.denoiser):

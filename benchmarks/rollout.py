@@ -1,0 +1,133 @@
+"""Cost of sampling in a reward step: keys and values of the text computed once.
+
+CPU seconds of the UNet of the synthetic scenes with a LoRA of rank 32: sampling of 8 images with guidance, without
+gradient, on one thread. The methods run alternately in one process, and the smallest of their times is reported, which
+depends least on other programs. Operations of Stable Diffusion 1.5 and XL are counted on meta tensors.
+
+Run ``python benchmarks/rollout.py [--rounds 3]``. It writes a table next to itself and takes five minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from _stages import SD, SDXL, Setting, backbone
+from reward_step import table
+from torch.utils.flop_counter import FlopCounterMode
+
+from longalign.compose import build_from_config
+from longalign.config.changes import override
+from longalign.config.run import load_config
+from longalign.encoders.base import Conditioning
+from longalign.evaluation.record import machine_text
+from longalign.functional.rollout import rollout
+from longalign.runtime import Runtime, examples_folder
+
+TOKENS, BATCH, STEPS = (77, 240, 480, 1300), 8, 4
+
+
+def cpu_seconds(rounds: int, calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Smallest CPU seconds of each call over rounds in which the calls alternate."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(rounds + 1):
+        for name, call in calls.items():
+            start = time.process_time()
+            call()
+            times[name] += [time.process_time() - start] if i else []
+    return {name: min(values) for name, values in times.items()}
+
+
+def make_trainer(**changes: Any) -> Any:
+    """The reward trainer of the example, with a LoRA that is not zero."""
+    config = override(load_config(examples_folder() / "mini-reward.yaml"), {"init_from": None, **changes})
+    trainer = build_from_config(config, Runtime()).trainer.train()
+    torch.manual_seed(0)
+    for name, parameter in trainer.backbone.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.01)
+    return trainer
+
+
+def sampler(trainer: Any, conditioning: Conditioning, noise: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Returns a function that samples."""
+
+    def sample() -> torch.Tensor:
+        return rollout(trainer.predictor(conditioning, slice(0, len(noise))), noise, trainer.solver)[0]
+
+    return sample
+
+
+def text(rounds: int) -> list[str]:
+    """Keys and values computed once or in every call, by the number of text states."""
+    trainer, width = make_trainer(**{"trainer.num_steps": STEPS}), 128
+    project, rows = trainer.backbone.project_text, []
+    for tokens in TOKENS:
+        torch.manual_seed(0)
+        sample = sampler(trainer, Conditioning(torch.randn(BATCH + 1, tokens, width)), trainer.noise(BATCH))
+
+        def in_every_call(sample: Callable[[], torch.Tensor] = sample) -> torch.Tensor:
+            trainer.backbone.project_text = lambda conditioning: conditioning
+            try:
+                return sample()
+            finally:
+                trainer.backbone.project_text = project
+
+        difference = relative(sample(), in_every_call())
+        times = cpu_seconds(rounds, {"once": sample, "every": in_every_call})
+        once, every = times["once"], times["every"]
+        rows.append([str(tokens), f"{every:.2f}", f"{once:.2f}", f"{once / every:.2f}", f"{difference:.0e}"])
+    head = ["text states", "in every call", "once", "ratio", "relative difference"]
+    intro = f"CPU seconds of sampling with {STEPS} calls, keys and values of the text computed in every call or once:"
+    return [intro, "", *table(head, rows), *text_operations()]
+
+
+def text_operations() -> list[str]:
+    """Operations of one call of the published models with and without the keys and values of the text."""
+    rows = []
+    for model, width, pooled in ((SD, 768, None), (SDXL, 2048, 1280)):
+        network = backbone(Setting(model, "generate"))
+        latents = torch.empty(1, *network.latent_shape(), device="meta")
+        for tokens in TOKENS:
+            states = torch.empty(1, tokens, width, dtype=torch.bfloat16, device="meta")
+            conditioning = Conditioning(states, pooled=None if pooled is None else states[:, 0, :pooled])
+            with torch.no_grad():
+                projected = network.project_text(conditioning)
+                plain, once = (operations(network, latents, c) for c in (conditioning, projected))
+            size = sum(tensor.nbytes for pair in projected.keys_values.values() for tensor in pair)  # type: ignore[attr-defined]
+            rows.append([model, str(tokens), f"{plain / 1e12:.3f}", f"{once / 1e12:.3f}", f"{1 - once / plain:.1%}",
+                         f"{size / 2**20:.0f}"])  # fmt: skip
+    head = ["model", "text states", "TFLOP", "with keys and values", "saved", "MiB in bf16"]
+    intro = "One call of the UNet without LoRA, one image and one branch, at the native resolution:"
+    return [intro, "", *table(head, rows)]
+
+
+def operations(network: Any, latents: torch.Tensor, conditioning: Conditioning) -> int:
+    """Floating-point operations of a call; a multiplication with an addition counts as two."""
+    with FlopCounterMode(display=False) as counter:
+        network.predict(latents, torch.zeros(1, dtype=torch.long, device="meta"), conditioning)
+    return counter.get_total_flops()
+
+
+def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got - expected).norm() / expected.norm())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"), help="file for the table")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    lines = ["# Sampling in a reward step", "", "`python benchmarks/rollout.py`", "", "## Text", ""]
+    lines += [*text(options.rounds), f"Machine: {machine_text()}; one thread."]
+    options.output.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
