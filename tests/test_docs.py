@@ -1,7 +1,7 @@
 """The documents: Python blocks run, commands parse, named objects exist, generated blocks are up to date.
 
 ``python tests/test_docs.py`` regenerates the reference of parts and keys in docs/config.md, and the tables of recipes
-and their logs in docs/small-world.md.
+and their logs in docs/synthetic-scenes.md.
 
 Python runs with tiny random checkpoints instead of the bundled weights. README and the quickstart run one after the
 other in one folder, including their commands, with fewer steps. Blocks marked ``hub`` need downloads, so only their
@@ -26,7 +26,7 @@ from longalign.config.changes import parse_assignments
 from longalign.config.describe import describe_model, describe_part
 from longalign.config.parsing import parse_value
 from longalign.config.run import RunConfig
-from longalign.loop.resume import RESUMABLE_KEYS
+from longalign.loop.resume_checks import RESUMABLE_KEYS
 from longalign.registry import REGISTRIES, metrics, rewards
 from longalign.runtime import resolve_checkpoint
 from longalign.testing.tiny import tiny_clip, tiny_sd, tiny_sd3, tiny_sdxl
@@ -392,8 +392,8 @@ def measured():
 
 GENERATED = {
     "reference": (ROOT / "docs" / "config.md", reference),
-    "recipes": (ROOT / "docs" / "small-world.md", recipes),
-    "measured": (ROOT / "docs" / "small-world.md", measured),
+    "recipes": (ROOT / "docs" / "synthetic-scenes.md", recipes),
+    "measured": (ROOT / "docs" / "synthetic-scenes.md", measured),
 }
 
 

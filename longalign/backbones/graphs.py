@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from longalign.encoders.base import Conditioning
-from longalign.functional.rollout import RandomState
+from longalign.functional.rollout_gradient import RandomState
 
 Call = Callable[[Tensor, Tensor, Conditioning], Tensor]
 #: maps a function without arguments to a function that repeats its operations on the same tensors, and their result

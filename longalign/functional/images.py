@@ -41,7 +41,7 @@ class ImagePreprocessor:
 
     def __post_init__(self) -> None:
         if self.aspect not in ASPECTS:
-            raise ValueError(f"aspect must be one of {', '.join(ASPECTS)}, not {self.aspect!r}")
+            raise ValueError(f"aspect must be one of {', '.join(ASPECTS)}, got {self.aspect!r}")
 
     def __call__(self, images: Tensor, generator: Generator | None = None, random: bool = True) -> Tensor:
         """Maps images ``(b, 3, h, w)`` in [0, 1] to pixels ``(b, 3, *size)``: float32, or float64 for float64 images.

@@ -129,5 +129,5 @@ def test_compute_direction_rejects_fewer_than_two_prompts(known, prompts):
 
 
 def test_write_direction_rejects_sum(inner, tmp_path):
-    with pytest.raises(ValueError, match=r"'sum'.*text embeddings"):
+    with pytest.raises(ValueError, match=r"text embeddings, got 'sum'"):
         write_direction({"name": "sum", "terms": [{"reward": inner}]}, PROMPTS, tmp_path / "V.safetensors")

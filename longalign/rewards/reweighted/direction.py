@@ -185,7 +185,7 @@ def write_direction(
     reward = registry.rewards.build(config, runtime)
     if not isinstance(reward, EmbeddingReward):
         raise ValueError(
-            f"'{config.name}' has no text embeddings; of a sum, use one of its terms, otherwise a different reward"
+            f"expected a reward with text embeddings, got '{config.name}'; use e.g. clip, or for a sum one of its terms"
         )
     direction = compute_direction(reward, prompts, batch_size, config)
     direction.save(output)

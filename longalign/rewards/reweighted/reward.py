@@ -53,7 +53,7 @@ class ReweightedReward(Reward):
             # not persistent: it is reloaded from its file
             self.register_buffer("fixed", torch.nn.functional.normalize(direction.float(), dim=0), persistent=False)
         elif self.mode != "batch":
-            raise ValueError(f"direction must be 'batch', 'running' or a vector, not '{self.mode}'")
+            raise ValueError(f"direction must be 'batch', 'running' or a vector, got '{self.mode}'")
 
     @classmethod
     def from_config(cls, config: ReweightedConfig, runtime: Runtime) -> ReweightedReward:
