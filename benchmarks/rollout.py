@@ -25,7 +25,7 @@ from longalign.config.changes import override
 from longalign.config.run import load_config
 from longalign.encoders.base import Conditioning
 from longalign.evaluation.record import machine_text
-from longalign.functional.rollout import rollout
+from longalign.functional.rollout_gradient import rollout
 from longalign.runtime import Runtime, examples_folder
 
 TOKENS, BATCH, STEPS = (77, 240, 480, 1300), 8, 4

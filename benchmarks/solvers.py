@@ -28,7 +28,7 @@ from longalign.evaluation.bootstrap import bootstrap
 from longalign.evaluation.measure import measure
 from longalign.evaluation.record import machine_text
 from longalign.functional.diffusion import predict_guided
-from longalign.functional.rollout import rollout
+from longalign.functional.rollout_gradient import rollout
 from longalign.functional.solvers import ddim, dpmpp_2m, trailing_timesteps
 from longalign.inference.sampling import load_model, sample
 from longalign.metrics import FactMetric

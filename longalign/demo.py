@@ -76,7 +76,7 @@ def run_demo(
     is the same backbone with the align stage's encoder: the effect of encoding by segments alone. ``align`` is
     fine-tuned on long captions with that encoder. ``align+reward, omega 1`` is then fine-tuned on a preference model's
     original score; the last model differs only in the weight omega of the score's text-irrelevant part. All models
-    sample the same captions from the same noise, so consecutive models differ in one respect.
+    use the same captions and the same noise, so consecutive models differ in one respect.
 
     Args:
         output: folder for both runs, ``report.html``, ``table.json``, ``table.md``, and the images in

@@ -40,7 +40,7 @@ def read_captions(folder: Path) -> list[tuple[str, Mapping[str, Any]]]:
     if table.exists():
         return read_csv(table)
     if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}")
+        raise FileNotFoundError(f"no folder {folder}; check the path")
     images = [path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES]
     images = sorted(p for p in images if not any(part.startswith(".") for part in p.relative_to(folder).parts))
     captioned = [path for path in images if path.with_suffix(".txt").is_file()]
@@ -124,7 +124,7 @@ def check_seeds(seeds: Sequence[int]) -> None:
 def image_row(
     number: int, prompt: str, seed: int, negative: str | None = None, truncated: str | None = None
 ) -> dict[str, Any]:
-    """Row of ``metadata.jsonl``.
+    """Returns a row of ``metadata.jsonl``.
 
     Args:
         number: number of the prompt.
@@ -181,7 +181,7 @@ def write_images(
     Args:
         output: folder for the files. Its ``metadata.jsonl`` must not list images, unless ``overwrite`` is set.
         prompts: the prompts.
-        sample_batch: takes texts and as many seeds; returns images ``(b, 3, h, w)`` in [0, 1].
+        sample_batch: maps b texts and b seeds to images ``(b, 3, h, w)`` in [0, 1].
         seeds: one image per prompt and seed.
         negative: negative prompt; recorded in the metadata only.
         config: config of the generating model, a `RunConfig` or a mapping.

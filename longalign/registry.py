@@ -143,7 +143,7 @@ class Registry:
         if len(infos) > 1:
             owners = " and ".join(f"{i.owner} ({i.target})" for i in infos)
             raise PartError(
-                f"'{name}' among {self.kind} is registered by {owners}; uninstall or unregister one of them"
+                f"part '{name}' of kind '{self.kind}' is registered by {owners}; uninstall or unregister one of them"
             )
         return infos[0]
 
@@ -169,7 +169,7 @@ class Registry:
             # a PartError is complete; errors of the plugin are prefixed with their type
             reason = error if isinstance(error, PartError) else f"{type(error).__name__}: {error}"
             raise PartError(
-                f"'{name}' among {self.kind}, from {info.owner} ({info.target}), failed to load: {reason}"
+                f"part '{name}' of kind '{self.kind}', from {info.owner} ({info.target}), failed to load: {reason}"
             ) from error
 
     def _as_config(self, name: str, target: Any) -> type[PartConfig]:
@@ -213,14 +213,16 @@ class Registry:
         redefined = previous is not None and (previous.__module__, previous.__qualname__) == location
         if name in self and (not redefined or "<" in config.__qualname__):
             owner = self.infos(name)[0].owner
-            raise PartError(f"'{name}' among {self.kind} is already registered by {owner}; choose a different name")
+            raise PartError(
+                f"part '{name}' of kind '{self.kind}' is already registered by {owner}; choose a different name"
+            )
         self._in_code.register(name, func=config)
         return part
 
     def unregister(self, name: str) -> None:
         """Removes a part that was registered in code."""
         if name not in self._local():
-            raise PartError(f"'{name}' among {self.kind} was not registered in code; nothing to remove")
+            raise PartError(f"part '{name}' of kind '{self.kind}' was not registered in code; nothing to remove")
         catalogue.REGISTRY.pop(("longalign", self.kind, name))
 
     def validate(self, value: Any) -> PartConfig:
@@ -241,7 +243,10 @@ class Registry:
         try:
             model = self.get(name)
             if config_class not in (None, model):
-                raise PartError(f"'{name}' among {self.kind} is {model.__name__}, got {config_class.__name__}")
+                raise PartError(
+                    f"part '{name}' of kind '{self.kind}' has the config class {model.__name__}, got "
+                    f"{config_class.__name__}"
+                )
             return model.model_validate(dict(value))
         except ValidationError as error:
             raise ConfigError(flatten(error, self.get(name))) from error
@@ -280,12 +285,12 @@ class Registry:
             if origin.startswith("longalign "):
                 raise
             raise PartError(
-                f"'{name}' among {self.kind}, from {origin}, failed to build: {type(error).__name__}: {error}"
+                f"part '{name}' of kind '{self.kind}', from {origin}, failed to build: {type(error).__name__}: {error}"
             ) from error
         if self.function and callable(part):
             if problem := call_problem(part, *self.function):
                 expected = f"the function must take ({', '.join(self.function)})"
-                raise PartError(f"'{name}' among {self.kind}, from {origin}: {expected}: {problem}")
+                raise PartError(f"part '{name}' of kind '{self.kind}', from {origin}: {expected}: {problem}")
             return part
         if not self.bases:
             return part
@@ -293,7 +298,9 @@ class Registry:
         if not isinstance(part, tuple(bases)):
             expected = " or ".join(base.replace(":", ".") for base in self.bases)
             actual = "function" if inspect.isfunction(part) else type(part).__name__
-            raise PartError(f"'{name}' among {self.kind}, from {origin}: build must return {expected}, got {actual}")
+            raise PartError(
+                f"part '{name}' of kind '{self.kind}', from {origin}: build must return {expected}, got {actual}"
+            )
         return part
 
 

@@ -1,7 +1,7 @@
 """The documents: Python blocks run, commands parse, named objects exist, generated blocks are up to date.
 
 ``python tests/test_docs.py`` regenerates the reference of parts and keys in docs/config.md, the table of
-docs/pipelines.md, and the tables of recipes and their logs in docs/small-world.md.
+docs/pipelines.md, and the tables of recipes and their logs in docs/synthetic-scenes.md.
 
 Python runs with tiny random checkpoints instead of the bundled weights. README and the quickstart run one after the
 other in one folder, including their commands, with fewer steps. Blocks marked ``hub`` need downloads, so only their
@@ -30,7 +30,7 @@ from longalign.config.describe import describe_model, describe_part
 from longalign.config.parsing import parse_value
 from longalign.config.run import RunConfig
 from longalign.inference.inputs import prompt_inputs, width_keys
-from longalign.loop.resume import RESUMABLE_KEYS
+from longalign.loop.resume_checks import RESUMABLE_KEYS
 from longalign.registry import REGISTRIES, metrics, rewards
 from longalign.runtime import resolve_checkpoint
 from longalign.testing.tiny import tiny_clip, tiny_sd, tiny_sd3, tiny_sdxl
@@ -438,8 +438,8 @@ def pipelines():
 GENERATED = {
     "pipelines": (ROOT / "docs" / "pipelines.md", pipelines),
     "reference": (ROOT / "docs" / "config.md", reference),
-    "recipes": (ROOT / "docs" / "small-world.md", recipes),
-    "measured": (ROOT / "docs" / "small-world.md", measured),
+    "recipes": (ROOT / "docs" / "synthetic-scenes.md", recipes),
+    "measured": (ROOT / "docs" / "synthetic-scenes.md", measured),
 }
 
 

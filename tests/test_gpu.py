@@ -9,7 +9,7 @@ from torch import nn
 
 from longalign import fit, load_config, override
 from longalign.checkpoints.checkpoint import load_weights
-from longalign.functional.rollout import replay_backward, rollout
+from longalign.functional.rollout_gradient import replay_backward, rollout
 from longalign.functional.solvers import ddim, dpmpp_2m, trailing_timesteps
 from longalign.inference.sampling import sample
 from longalign.registry import backbones, encoders, rewards

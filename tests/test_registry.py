@@ -330,7 +330,7 @@ def test_register_rejects_built_in_name():
 
         name: Literal["clip"] = "clip"
 
-    with pytest.raises(PartError, match=r"'clip' among rewards is already .* longalign "):
+    with pytest.raises(PartError, match=r"'clip' of kind 'rewards' is already .* longalign "):
         rewards.register("clip", MineConfig)
 
 

@@ -54,7 +54,7 @@ class Cell:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A cell with one training seed; None for a cell that is not trained."""
+    """A cell and one of its training seeds; the seed is None if the cell is not trained."""
 
     cell: Cell
     seed: int | None

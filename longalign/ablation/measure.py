@@ -104,7 +104,7 @@ def _averaged(sets: Mapping[str, Mapping[str, np.ndarray]], models: Sequence[str
 
 
 def seed_note(count: int) -> str:
-    """Returns how far the number of training seeds limits the intervals."""
+    """Returns a note on how the number of training seeds limits the intervals."""
     if count == 1:
         return "One training seed: the intervals do not cover the variation between trainings."
     if count in COVERAGE:

@@ -154,7 +154,7 @@ def ablate(
 def _training_seeds(base: RunConfig, seeds: int | Sequence[int], cells: Sequence[Cell]) -> list[int]:
     chosen = [base.seed + i for i in range(seeds)] if isinstance(seeds, int) else list(seeds)
     if not chosen or len(set(chosen)) < len(chosen):
-        raise ValueError(f"expected at least one training seed, and different ones, got {seeds}")
+        raise ValueError(f"expected one or more different training seeds, got {seeds}")
     return chosen if any(cell.trained for cell in cells) else chosen[:1]
 
 
@@ -208,7 +208,7 @@ def _check_unchanged(output: Path, record: Mapping[str, Any], runs: Sequence[Run
                 lines += list(changed_lines(before, now, run.name))
     if lines:
         raise ValueError(
-            f"there is an ablation in {output} already, with different settings:\n  "
+            f"{output} already contains an ablation with different settings:\n  "
             + "\n  ".join(lines[:20])
             + "\nChoose a different output, remove the folder, or use the same settings"
         )

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from longalign.encoders.base import Conditioning
-from longalign.functional.rollout import RandomState
+from longalign.functional.rollout_gradient import RandomState
 
 Call = Callable[[Tensor, Tensor, Conditioning], Tensor]
 #: maps a function without arguments to a function that repeats its operations on the same tensors, and their result

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 
 def fuse_forward(layer: Any, dropout: float = 0.0) -> None:
-    """Gives a new LoRA layer of peft, a linear layer or a convolution, the fused forward pass.
+    """Replaces the forward pass of a new peft LoRA layer, linear or convolution, by the fused one.
 
     Args:
-        layer: the layer.
+        layer: a LoRA layer of peft.
         dropout: probability of dropout of the update (``dropout_placement: up``), which peft does not have.
     """
     layer.__class__ = {Linear: FusedLinear, Conv2d: FusedConv2d}[type(layer)]

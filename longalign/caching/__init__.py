@@ -1,1 +1,1 @@
-"""Latents and text states that are computed once and read by every epoch."""
+"""Latents and text states that are computed once and read in every epoch."""

@@ -21,7 +21,7 @@ def fingerprints(config: Any, folders: Sequence[str], ask_hub: bool = True) -> d
     Args:
         config: a dumped config.
         folders: name prefixes of the relevant subfolders of a diffusers checkpoint, e.g. ``["text_encoder",
-            "tokenizer"]``, which includes ``text_encoder_2``. Of a checkpoint without any of them, the top-level files
+            "tokenizer"]``, which includes ``text_encoder_2``. If a checkpoint has none of them, the top-level files
             are used.
         ask_hub: whether to query the Hub for the commit, see `fingerprint`.
     """
@@ -49,7 +49,7 @@ def fingerprint(
 ) -> str | None:
     """Returns the fingerprint of one checkpoint.
 
-    For local files: a hash of names, sizes and content. Files up to 1 MiB are hashed completely. Of larger files,
+    For local files: a hash of names, sizes and content. Files up to 1 MiB are hashed completely. For larger files,
     256 blocks spread over the file are hashed; any training changes them. For a Hub id: the commit on the Hub, or of
     the local cache if offline or if ``ask_hub`` is False.
 

@@ -56,5 +56,5 @@ def exported_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def exported_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the part of a config that is identical in a checkpoint and in its export."""
+    """Returns the keys of a config that are identical in a checkpoint and in its export."""
     return {key: value for key, value in config.items() if key not in PRIVATE_KEYS}

@@ -15,7 +15,7 @@ EXAMPLES = """
 
 
 def add_options(parser: ArgumentParser) -> None:
-    parser.add_argument("kinds", nargs="*", default=[], metavar="KIND", help="only these kinds")
+    parser.add_argument("kinds", nargs="*", default=[], metavar="KIND", help="the kinds to list (all)")
     about = "like --verbose, but exit with status 1 if a part is broken"
     parser.add_argument("--check", action="store_true", help=about)
     parser.add_argument("--verbose", action="store_true", help="show the module and class of each part's config")

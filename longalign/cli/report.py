@@ -21,7 +21,7 @@ def add_options(parser: ArgumentParser) -> None:
         "names a run or a model"
     )
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help=about)
-    parser.add_argument("--output", required=True, metavar="FILE", help="the page, an .html file")
+    parser.add_argument("--output", required=True, metavar="FILE", help="the .html file to write")
     parser.add_argument("--title", help="heading of the page")
     parser.add_argument("--examples", type=positive, metavar="N", help="prompts to show with images (all)")
     about = "megabytes of all images together; they are compressed to fit (8)"

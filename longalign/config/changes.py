@@ -94,7 +94,7 @@ def plain(value: Any) -> Any:
 
 def _set_path(tree: Any, path: str, value: Any) -> None:
     if not isinstance(path, str):
-        raise LookupError("expected a dotted path of keys")
+        raise LookupError("expected a dotted path of keys, e.g. 'encoder.max_tokens'")
     *parents, last = path.split(".")
     for depth, step in enumerate(parents):
         tree = tree[_resolve_step(tree, step, ".".join(parents[:depth]))]

@@ -27,7 +27,9 @@ class GuardConfig(Section):
     metric: Text
     """a value of the monitor, e.g. "facts" or "denscore.text_relevant"."""
     at_most_worse: NonNegativeFloat
-    """largest accepted loss since step 0, in the metric's unit: 0.05 is five points of a percentage."""
+    """by how much the value may be worse than at the first point, in the metric's unit; for percentages, 0.05 is five
+    percentage points.
+    """
 
 
 class KeepBestConfig(Section):
@@ -107,7 +109,7 @@ class MonitorConfig(Section):
         return out
 
     def texts(self, runtime: Runtime) -> list[str]:
-        """Returns the prompts. Builds the data if they come from data.
+        """Returns the prompts. Builds the data part if they come from `data`.
 
         Raises:
             FileNotFoundError: if the file does not exist.

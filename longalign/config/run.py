@@ -62,7 +62,7 @@ class RunConfig(Section):
         if not isinstance(values, Mapping):
             return values
         if "validation" in values:
-            raise nested([("validation", "this key is called 'monitor', and each of its images has a seed of `seeds`")])
+            raise nested([("validation", "this key was renamed to 'monitor'; the key `seeds` sets the images' seeds")])
         needs = _needs(values.get("trainer"))
         return {**{key: None for key in TrainerConfig.needs if key not in needs}, **values}
 

@@ -121,7 +121,7 @@ def load_tokenizer(checkpoint: str, subfolder: str, revision: str | None) -> Any
         except AttributeError:  # transformers 4 expects a mapping, transformers 5 saves a list
             return AutoTokenizer.from_pretrained(checkpoint, **options, extra_special_tokens={})
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load the tokenizer in {location}: {error}") from error
+        raise ValueError(f"cannot load the tokenizer in {location}, check its files: {error}") from error
 
 
 def load_text_model(

@@ -52,7 +52,7 @@ class Judge:
 
         Args:
             images: ``n`` images ``(3, h, w)`` in [0, 1].
-            others: as many images, which may have other sizes.
+            others: ``n`` images to compare with, of the same or other sizes.
             prompts: the prompt of each pair.
 
         Returns:

@@ -112,10 +112,10 @@ def arrange(images: Path | str, prompts: PromptSet, output: Path | str, model: s
     if repeated := [name for name, count in Counter(name.lower() for name, _ in plan).items() if count > 1]:
         raise ValueError(f"{len(repeated)} files would be written twice, e.g. {repeated[0]}; the ids must differ")
     if missing := len(prompts.prompts) - len(by_number):
-        log.warning("%d of %d prompts have no images", missing, len(prompts.prompts))
+        log.warning("%d of %d prompts have no images and are skipped", missing, len(prompts.prompts))
     most = max(map(len, by_number.values()))
     if layout.samples and most > layout.samples:
-        log.warning("the scorer reads %d of %d images of each prompt: the first", layout.samples, most)
+        log.warning("the scorer reads only the first %d of %d images of each prompt", layout.samples, most)
     targets = [inside(output, name) for name, _ in plan]
     for target, (_, sources) in zip(targets, plan, strict=True):
         target.parent.mkdir(parents=True, exist_ok=True)

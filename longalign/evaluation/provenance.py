@@ -1,4 +1,4 @@
-"""Describes how the numbers of a table were made, for its record."""
+"""Collects prompts, seeds and package versions for the record of a table."""
 
 from __future__ import annotations
 

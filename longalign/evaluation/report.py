@@ -32,7 +32,7 @@ BUDGET = 8_000_000
 
 
 @dataclass(frozen=True)
-class Trial:
+class AblationCell:
     """One cell of an ablation.
 
     Attributes:
@@ -57,7 +57,7 @@ def write_report(
     configs: Mapping[str, BaseModel] | None = None,
     seconds: Mapping[str, float] | None = None,
     score_name: str = "score",
-    trials: Sequence[Trial] = (),
+    cells: Sequence[AblationCell] = (),
     budget: int = BUDGET,
 ) -> Path:
     """Writes the report: one HTML file that needs no network.
@@ -72,7 +72,7 @@ def write_report(
         configs: run -> its config.
         seconds: stage -> duration in seconds.
         score_name: name of the examples' scores.
-        trials: the cells of an ablation.
+        cells: the cells of an ablation.
         budget: bytes of all images together; they are downscaled and compressed to fit.
 
     Returns:
@@ -100,7 +100,7 @@ def write_report(
             (stage, _yaml(non_defaults(config)), _yaml(config.model_dump(mode="json")))
             for stage, config in (configs or {}).items()
         ],
-        trials=trials,
+        cells=cells,
         times={stage: f"{value:.0f} s" for stage, value in (seconds or {}).items()},
         versions=machine(),
         script=Markup(script),
@@ -113,7 +113,7 @@ def write_report(
 
 
 class Cell(NamedTuple):
-    """A mean and its interval as texts; ``kind`` of a significant difference: ``gain``, ``loss`` or ``change``."""
+    """A mean and its interval as texts. ``kind`` is ``gain``, ``loss`` or ``change`` if significant, else empty."""
 
     mean: str
     low: str

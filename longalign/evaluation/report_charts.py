@@ -59,7 +59,7 @@ class Stage(NamedTuple):
 
 
 def training(logs: Mapping[str, Path]) -> list[Stage]:
-    """Returns the charts of runs. Runs that log the same values are drawn together, e.g. those of an ablation."""
+    """Returns the charts of runs. Runs that log the same values, e.g. those of an ablation, share charts."""
     out: list[Stage] = []
     groups: dict[frozenset[str], dict[str, dict[str, Curve]]] = {}
     for name, log in logs.items():

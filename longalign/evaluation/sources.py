@@ -13,7 +13,7 @@ from longalign.checkpoints.checkpoint import read_config
 from longalign.config.files import checkpoints
 from longalign.config.run import RunConfig
 from longalign.data.lines import read_jsonl
-from longalign.evaluation.report import Trial
+from longalign.evaluation.report import AblationCell
 from longalign.evaluation.report_examples import Example
 from longalign.evaluation.sentences import Sentences, truncated_sentences
 from longalign.evaluation.table import MetricTable
@@ -39,7 +39,7 @@ class _Contents:
     logs: dict[str, Path] = field(default_factory=dict)
     configs: dict[str, RunConfig] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-    trials: list[Trial] = field(default_factory=list)
+    ablation_cells: list[AblationCell] = field(default_factory=list)
 
 
 def table_data(
@@ -85,7 +85,7 @@ def read_sources(sources: Sequence[str], examples: int | None = None) -> dict[st
         "configs": found.configs,
         "seconds": found.seconds,
         "score_name": found.sentences.score_name or "score",
-        "trials": found.trials,
+        "cells": found.ablation_cells,
     }
 
 
@@ -129,7 +129,7 @@ def _json(path: Path) -> dict[str, Any]:
 def _read_table(found: _Contents, path: Path) -> None:
     data = _json(path)
     if found.table is not None:
-        raise ValueError(f"{path} is a second table; a report shows one, give the sources of each its own report")
+        raise ValueError(f"{path} is a second table; a report shows only one, so write one report per table")
     if missing := [key for key in ("values", "prompts", "seeds") if key not in data]:
         raise ValueError(f"{path} has no {', '.join(missing)}; expected a table of `longalign eval --json`")
     found.table = MetricTable.from_dict(data)
@@ -151,7 +151,9 @@ def _read_ablation(found: _Contents, path: Path) -> None:
     for cell in cells:
         name, runs = cell["name"], cell.get("runs", [])
         changes = [f"{key}={value}" for key, value in cell.get("changes", {}).items()]
-        found.trials.append(Trial(name, changes, tuple(run["seed"] for run in runs if run["seed"] is not None)))
+        found.ablation_cells.append(
+            AblationCell(name, changes, tuple(run["seed"] for run in runs if run["seed"] is not None))
+        )
         for run in runs:
             images, folder = path.parent / run["images"], path.parent / run["folder"] / "train"
             finished = run.get("status", "finished") == "finished"
@@ -180,8 +182,8 @@ def _examples(found: _Contents, count: int | None) -> list[Example]:
     shared = [pair for pair in keys if all(pair in files[model] for model in models)]
     if not shared:
         raise ValueError(
-            f"no prompt and seed has an image of each of {', '.join(models)}; expected images of the same prompts and "
-            "seeds" + (" as in the table" if table else "")
+            f"the images of {', '.join(models)} have no prompt and seed in common; expected images of the same prompts "
+            "and seeds" + (" as in the table" if table else "")
         )
     return [_example(found, pair, {m: files[m][pair] for m in models}, rows.get(pair)) for pair in shared[:count]]
 

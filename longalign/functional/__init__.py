@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from longalign.functional.preference import perpendicular as perpendicular
     from longalign.functional.preference import reweight as reweight
     from longalign.functional.preference import strict_relevance as strict_relevance
-    from longalign.functional.rollout import RecordedStep as RecordedStep
-    from longalign.functional.rollout import replay as replay
-    from longalign.functional.rollout import replay_backward as replay_backward
+    from longalign.functional.rollout_gradient import RecordedStep as RecordedStep
+    from longalign.functional.rollout_gradient import replay as replay
+    from longalign.functional.rollout_gradient import replay_backward as replay_backward
     from longalign.functional.solvers import Solver as Solver
     from longalign.functional.solvers import ddim as ddim
     from longalign.functional.solvers import dpmpp_2m as dpmpp_2m
@@ -40,7 +40,7 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "Decomposition": "preference",
         "ImagePreprocessor": "images",
         "NoiseLevels": "diffusion",
-        "RecordedStep": "rollout",
+        "RecordedStep": "rollout_gradient",
         "Solver": "solvers",
         "add_noise": "diffusion",
         "common_direction": "preference",
@@ -52,8 +52,8 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "perpendicular": "preference",
         "predict_guided": "diffusion",
         "random_crop": "images",
-        "replay": "rollout",
-        "replay_backward": "rollout",
+        "replay": "rollout_gradient",
+        "replay_backward": "rollout_gradient",
         "resize_to_input": "images",
         "reweight": "preference",
         "sample_timesteps": "diffusion",

@@ -51,7 +51,7 @@ class ImagePreprocessor:
         allowed = {"aspect": ASPECTS, "interpolation": INTERPOLATIONS, "crop_position": CROP_POSITIONS}
         for key, values in allowed.items():
             if getattr(self, key) not in values:
-                raise ValueError(f"{key} must be one of {', '.join(values)}, not {getattr(self, key)!r}")
+                raise ValueError(f"{key} must be one of {', '.join(values)}, got {getattr(self, key)!r}")
 
     def __call__(self, images: Tensor, generator: Generator | None = None, random: bool = True) -> Tensor:
         """Maps images ``(b, 3, h, w)`` in [0, 1] to pixels ``(b, 3, *size)``: float32, or float64 for float64 images.

@@ -1,4 +1,4 @@
-"""Samples held-out prompts from fixed noise during training, measures the images, and decides from the values."""
+"""Samples held-out prompts from fixed noise during training, measures the images, finds the best checkpoint."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from longalign.compose import Composition
 from longalign.config.monitor import MonitorConfig
 from longalign.errors import RunError
 from longalign.evaluation.measure import Summary, summarize
-from longalign.functional.rollout import RandomState
+from longalign.functional.rollout_gradient import RandomState
 from longalign.image_folder import append_images, image_row, new_index, remove_listed
 from longalign.inference.sampling import sample
 from longalign.loop.logs import MetricMeans
@@ -207,7 +207,7 @@ class Monitor:
         if self.settings is None or not state["points"]:
             return
         if state["fingerprint"] != self.settings.fingerprint():
-            log.warning("the settings of the monitor have changed; its former points are dropped")
+            log.warning("the settings of the monitor have changed; its earlier points are dropped")
             return
         self.points = [Point(**point) for point in state["points"]]
 

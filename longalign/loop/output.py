@@ -1,4 +1,4 @@
-"""Claims the output folder of a run."""
+"""Locks and checks the output folder of a run."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Decisions from the points that a run's monitor has measured: the best one, early stopping, warnings.
 
-All are functions of the points, which are saved with each checkpoint. A resumed run therefore decides as the
-uninterrupted one.
+All are functions of the points, which are saved with each checkpoint. They are therefore the same
+in a resumed and in an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def _within(points: Sequence[Point], point: Point, guard: GuardConfig | None) ->
 
 
 def best_checkpoint(points: Sequence[Point], choice: KeepBestConfig) -> int | None:
-    """Returns the step of the best point after the start, where there is no checkpoint; None if there is none.
+    """Returns the step of the best point, without the start, which has no checkpoint; None if there is none.
 
-    The guard compares with the first point, which may be that of the start.
+    The guard compares with the first point, which can be the start.
     """
     trained = [p for p in points if p.step and _within(points, p, choice.guard)]
     found = best(trained, choice.model_copy(update={"guard": None}))
@@ -72,7 +72,7 @@ def best_checkpoint(points: Sequence[Point], choice: KeepBestConfig) -> int | No
 
 
 def is_over(points: Sequence[Point], choice: EarlyStopConfig) -> bool:
-    """Returns whether the last ``patience`` points have no new best value."""
+    """Returns whether none of the last ``patience`` points is a new best one."""
     found = best(points, choice)
     since = len(points) if found is None else len(points) - 1 - points.index(found)
     return since >= choice.patience
@@ -87,7 +87,7 @@ def divergences(points: Sequence[Point], window: int) -> Iterator[str]:
 
     Args:
         points: all points so far.
-        window: the last point is compared with the one so many points before.
+        window: the last point is compared with the one ``window`` points before.
     """
     if len(points) <= window:
         return

@@ -19,10 +19,10 @@ from longalign.loop.monitor import Monitor, build_metrics
 from longalign.loop.optimization import Optimization
 from longalign.loop.output import claim_output
 from longalign.loop.reporter import Reporter
-from longalign.loop.resume import check_resumable, check_same_inputs, input_fingerprints
+from longalign.loop.resume_checks import check_resumable, check_same_inputs, input_fingerprints
+from longalign.loop.resume_state import find_state, restore_state
 from longalign.loop.saving import save_checkpoint
 from longalign.loop.setup import any_process, check_cuda_graphs, make_accelerator, process_runtime, seed_generators
-from longalign.loop.state import find_state, restore_state
 from longalign.loop.stops import explain_errors, explain_non_finite
 from longalign.rewards.guard import NonFiniteReward
 from longalign.runtime import Runtime

@@ -12,7 +12,7 @@ from longalign.loop.folder import new_checkpoint, publish
 from longalign.loop.logs import MetricMeans
 from longalign.loop.monitor import Monitor
 from longalign.loop.optimization import Optimization
-from longalign.loop.state import FOLDER, process_state, shared_state
+from longalign.loop.resume_state import FOLDER, process_state, shared_state
 
 
 def save_checkpoint(
@@ -32,7 +32,7 @@ def save_checkpoint(
         optimization: parameters and optimizer.
         means: metrics since the last log line.
         monitor: the points measured so far; the checkpoint is marked as the best one if it is.
-        origin: `longalign.loop.resume.input_fingerprints` of the run.
+        origin: `longalign.loop.resume_checks.input_fingerprints` of the run.
         step: number of completed steps.
     """
     config, accelerator = composition.config, optimization.accelerator

@@ -43,7 +43,7 @@ def name_problems(metrics: Iterable[MetricConfig]) -> list[ConfigProblem]:
 
 
 class RewardMetricConfig(MetricConfig):
-    """The score of a reward; of an embedding reward also its text-relevant and text-irrelevant parts and Denscore-O."""
+    """The score of a reward; for embedding rewards also its text-relevant and text-irrelevant parts and Denscore-O."""
 
     target: ClassVar[str] = "longalign.metrics.reward:RewardMetric"
 

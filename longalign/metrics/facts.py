@@ -45,7 +45,7 @@ class FactMetric(Metric):
         return cls((data.scene(i)[1] for i in range(len(data))), config.prefix())
 
     def caption(self, prompt: str) -> Any:
-        """Returns the caption with a text, or None."""
+        """Returns the caption whose text is the prompt, or None."""
         while prompt not in self._known and (caption := next(self._captions, None)) is not None:
             self._known.setdefault(caption.text, caption)
         return self._known.get(prompt)

@@ -32,7 +32,7 @@ class Embeddings(nn.Module):
 
 
 class Inception(nn.Module):
-    """Features: the 2048 activations of Inception's last pooling, in TensorFlow's version as published FID values.
+    """Features: the 2048 activations of Inception's last pooling, in TensorFlow's version, as for published FID values.
 
     Args:
         model: torch-fidelity's ``FeatureExtractorInceptionV3``, which takes 8-bit images.
@@ -62,7 +62,7 @@ class Frechet(Metric):
     """Squared Frechet distance of the features of generated and reference images, a value of the whole set.
 
     Gaussians are fitted to the features of both: ``|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))`` (FID, arXiv
-    1706.08500). Lower is better. The distance falls with the number of images, so compare only equal numbers.
+    1706.08500). Lower is better. The distance decreases with the number of images, so compare only sets of equal size.
     Features of different extractors have different scales.
 
     Args:

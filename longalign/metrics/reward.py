@@ -21,14 +21,14 @@ from longalign.runtime import Runtime
 class RewardMetric(Metric):
     """The score of a reward and its components.
 
-    Of an embedding reward, the score is decomposed along the common text direction, the mean text embedding of the
+    For an embedding reward, the score is decomposed along the common text direction, the mean text embedding of the
     different prompts of the table (paper, section 4.1). Names: ``label`` (the plain score), ``label.text_relevant`` and
     ``label.text_irrelevant`` (they sum to the score), and ``label-o``, the cosine of the image with the text
     embedding's component orthogonal to the direction. With Denscore, this is Denscore-O of the paper's tables. With a
     single prompt, which is its own common direction, the last three are NaN. ``label.text_irrelevant`` is a gauge:
     a rise can be over-optimization, so its changes are neither gains nor losses.
 
-    Of other rewards, the components are those of the reward, ``label.component``.
+    For other rewards, the components are those of the reward, ``label.component``.
 
     Args:
         label: name of the score in the table.

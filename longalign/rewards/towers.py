@@ -1,4 +1,4 @@
-"""Rewards from dual-encoder models: an image tower and a text tower with a shared embedding space."""
+"""Rewards from two-tower models: an image tower and a text tower with a shared embedding space."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NUM_POSITIONS_PER_PASS = 64 * 77
 
 
 class Towers(nn.Module):
-    """Interface of a dual-encoder model for `TowerReward`, with one subclass for each model library."""
+    """Interface of a two-tower model for `TowerReward`, with one subclass for each model library."""
 
     #: width of the embeddings
     dim: int

@@ -16,8 +16,8 @@ from longalign.segmenters.parts import (
     TokensConfig,
 )
 from longalign.segmenters.prompts import Prompt, check_prompts, check_text, plain_text
-from longalign.segmenters.reading import split, windows
 from longalign.segmenters.sentence import sentences
+from longalign.segmenters.splitting import split, windows
 
 __all__ = [
     "LongAlign",

@@ -44,7 +44,7 @@ def run_checks(kind: str, config: Any, checks: Iterable[Check]) -> None:
             failures.append((check.__name__, error))
     if failures:
         lines = "\n".join(f"  {name}: {type(error).__name__}: {error}" for name, error in failures)
-        raise AssertionError(f"{config!r} among {kind} fails {len(failures)} checks:\n{lines}") from failures[0][1]
+        raise AssertionError(f"{config!r} of kind '{kind}' fails {len(failures)} checks:\n{lines}") from failures[0][1]
 
 
 def expect(condition: bool, message: str) -> None:

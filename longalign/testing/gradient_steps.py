@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from longalign.functional.diffusion import NoiseLevels
-from longalign.functional.rollout import replay_backward, rollout
+from longalign.functional.rollout_gradient import replay_backward, rollout
 from longalign.functional.solvers import ddim, trailing_timesteps
 from longalign.gradient_steps.base import GradientSteps
 from longalign.gradient_steps.config import GradientStepsConfig

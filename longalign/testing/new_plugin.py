@@ -35,7 +35,7 @@ def new_plugin(name: str, kind: str, folder: str | Path = ".") -> Path:
         ValueError: if the name is not in kebab case, the kind is unknown, or the folder exists.
     """
     if kind not in KINDS:
-        raise ValueError(f"expected a kind among {', '.join(KINDS)}, got '{kind}'")
+        raise ValueError(f"expected one of the kinds {', '.join(KINDS)}, got '{kind}'")
     name = name.removeprefix("longalign-")
     if not NAME.fullmatch(name):
         raise ValueError(f"expected a name in kebab case such as 'my-reward', got '{name}'")

@@ -69,7 +69,7 @@ def once(build: Builder) -> Builder:
 
 
 def parts_folder(folder: Path) -> Path:
-    """Folder for the parts of a checkpoint, since weights must not overwrite the file they are mapped from."""
+    """Returns a second folder for a model whose weights are loaded from it and then saved to ``folder``."""
     return folder.with_name(f"{folder.name}-parts")
 
 
@@ -357,7 +357,7 @@ def tiny_sd15(folder: Path) -> Path:
 
 @once
 def tiny_adapter(folder: Path, in_dim: int = 16, int_dim: int = 12, out_dim: int = 16) -> Path:
-    """LaVi-Bridge's adapter in diffusers format."""
+    """Writes LaVi-Bridge's adapter in diffusers format."""
     from longalign.encoders.t5.adapter import TextAdapter
 
     torch.manual_seed(2)
@@ -367,7 +367,7 @@ def tiny_adapter(folder: Path, in_dim: int = 16, int_dim: int = 12, out_dim: int
 
 @once
 def tiny_sdxl(folder: Path) -> Path:
-    """Stable Diffusion XL in its Hub layout: two text models (16 and 24 wide), Euler scheduler; 64 px."""
+    """Writes Stable Diffusion XL in its Hub layout: two text models (16 and 24 wide), Euler scheduler; 64 px."""
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizerFast
 
@@ -403,7 +403,7 @@ def tiny_sdxl(folder: Path) -> Path:
 
 @once
 def tiny_sd3(folder: Path, **transformer_settings) -> Path:
-    """Stable Diffusion 3 in its Hub layout, in half precision: CLIPs 8 and 12 wide, T5 32 wide; 64 px."""
+    """Writes Stable Diffusion 3 in its Hub layout, in half precision: CLIPs 8 and 12 wide, T5 32 wide; 64 px."""
     from diffusers import (
         AutoencoderKL,
         FlowMatchEulerDiscreteScheduler,

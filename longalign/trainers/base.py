@@ -58,7 +58,7 @@ class Trainer(nn.Module):
         return [p for p in self.parameters() if p.requires_grad]
 
     def prepare(self, wrap: Wrap) -> list[Any]:
-        """Replaces the modules that are called with gradient by wrapped ones, and returns the wrapped modules.
+        """Wraps the modules that are called with gradient, and returns the wrapped modules.
 
         ``wrap`` prepares a module for distributed training and mixed precision. At the end of the run, `prepare` is
         called again with the identity function.

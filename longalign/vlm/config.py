@@ -61,7 +61,7 @@ class EndpointConfig(_VLMSection):
     model: str
     """name of the model at the endpoint."""
     api_key_env: str | None = None
-    """name of the environment variable with the API key; null: no key is sent. The key is written to no file."""
+    """name of the environment variable with the API key; null: no key is sent. The key is never written to a file."""
     parameters: dict[str, JsonValue] = Field({"temperature": 0, "max_tokens": 16})
     """further fields of each request, except ``model``, ``messages``, ``stream`` and ``n``."""
     timeout: float = Field(60.0, gt=0)

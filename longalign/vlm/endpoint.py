@@ -27,7 +27,7 @@ MAX_BYTES = 1_000_000
 
 
 class EndpointError(OSError):
-    """Raised when an endpoint did not answer a request after all attempts, or rejected it."""
+    """Raised if an endpoint rejected a request, or all attempts failed."""
 
 
 class _NoRedirect(HTTPRedirectHandler):
@@ -43,7 +43,7 @@ class EndpointVLM(VLM):
     Args:
         base_url: URL without ``/chat/completions``.
         model: name of the model.
-        api_key: the key, or None. It is only sent, and replaced by ``***`` in messages.
+        api_key: the key, or None. It is sent to the endpoint only, and replaced by ``***`` in messages.
         parameters: further fields of each request.
         timeout: in seconds.
         attempts: maximum number of attempts of a request.
@@ -130,7 +130,7 @@ class EndpointVLM(VLM):
                 problem, pause = self._redacted(str(error) or type(error).__name__), 0.0
             if attempt + 1 == self.attempts or stop.wait(max(self.backoff * 2**attempt, pause)):
                 break
-        raise self._failure(f"failed {attempt + 1} times, last: {problem}")
+        raise self._failure(f"failed {attempt + 1} times; last error: {problem}")
 
     def _post(self, body: bytes) -> str:
         headers = {"Content-Type": "application/json", "User-Agent": "longalign"}

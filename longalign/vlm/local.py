@@ -50,10 +50,10 @@ class LocalVLM(VLM):
         return cls(model, processor, identity=identity, batch_size=config.batch_size)
 
     def answers(self, requests: Sequence[Request]) -> Iterator[tuple[int, str | None]]:
-        """Yields the answers batch by batch; none is None.
+        """Yields the answers batch by batch; an answer is never None.
 
         Raises:
-            ValueError: if an option has no first token of its own.
+            ValueError: if an option shares its first tokens with other options.
         """
         tokens = {options: self.option_tokens(options) for options in {r.options for r in requests}}
         # prompts of similar length together, so that little is padded
@@ -77,13 +77,13 @@ class LocalVLM(VLM):
         """Returns the first tokens of the spellings of each option. A token that starts several options is omitted.
 
         Raises:
-            ValueError: if an option has no token of its own.
+            ValueError: if an option shares its first tokens with other options.
         """
         found = [{self._first_token(text) for text in _spellings(option)} for option in options]
         own = [ids - set().union(*(f for j, f in enumerate(found) if j != i)) for i, ids in enumerate(found)]
         if missing := [option for option, ids in zip(options, own, strict=True) if not ids]:
             raise ValueError(
-                f"the tokenizer has no first token of its own for {missing[0]!r} among the options {list(options)}; "
+                f"expected options that start with different tokens, got {list(options)}: {missing[0]!r} does not; "
                 "use a different model"
             )
         return [sorted(ids) for ids in own]

@@ -14,7 +14,7 @@ FILE = "answers.jsonl"
 
 
 class StoredAnswers:
-    """Asks a model, and stores each answer as soon as it arrives. A stored answer is not requested again.
+    """Sends requests to a model, and stores each answer as soon as it arrives. A stored answer is not requested again.
 
     The key of an answer is a hash of the model with its settings, the text, the options and the pixels of the images.
     Texts, images and API keys are not stored. Several processes can append to one file.

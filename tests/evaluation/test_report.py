@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from longalign.evaluation.comparison import findings
 from longalign.evaluation.record import machine, non_defaults, read_log
-from longalign.evaluation.report import Trial, write_report
+from longalign.evaluation.report import AblationCell, write_report
 from longalign.evaluation.report_examples import Example
 from longalign.evaluation.table import MetricTable
 from longalign.metrics import Value
@@ -185,8 +185,8 @@ def test_report_without_table_shows_runs_together(tmp_path):
         rows = [{"step": i, "reward": r, "monitor/reward": r / 2, "lr": 0.1 * i} for i, r in enumerate(rewards)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     logs = {name: tmp_path / f"{name}.jsonl" for name in "ab"}
-    trials = [Trial("a", ["eta=0"], (1, 2)), Trial("b", [])]
-    text = write_report(tmp_path / "report.html", title="T", logs=logs, trials=trials).read_text()
+    cells = [AblationCell("a", ["eta=0"], (1, 2)), AblationCell("b", [])]
+    text = write_report(tmp_path / "report.html", title="T", logs=logs, cells=cells).read_text()
     reward, lr = re.findall(r'<figure class="chart">.*?</figure>', text)
     assert reward.count('class="mean ') == 4 and "b, held-out" in reward and lr.count('class="mean ') == 2
     assert text.index(reward) < text.index("More curves") < text.index(lr)

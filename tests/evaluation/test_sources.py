@@ -7,7 +7,7 @@ import torch
 
 from longalign.cli.main import main
 from longalign.data.scenes.config import ScenesConfig
-from longalign.evaluation.report import Trial
+from longalign.evaluation.report import AblationCell
 from longalign.evaluation.sentences import Sentences
 from longalign.evaluation.sources import read_sources, table_data
 from longalign.evaluation.table import MetricTable
@@ -94,7 +94,10 @@ def test_read_sources_ablation(tmp_path):
             write_run(tmp_path / run["folder"] / "train")
     (tmp_path / "ablation.json").write_text(json.dumps({"cells": cells, "table": file.name}))
     contents = read_sources([str(tmp_path)])
-    assert contents["trials"] == [Trial("eta=1", ["trainer.eta=1"], (0, 1)), Trial("eta=0", ["trainer.eta=0"], (0,))]
+    assert contents["cells"] == [
+        AblationCell("eta=1", ["trainer.eta=1"], (0, 1)),
+        AblationCell("eta=0", ["trainer.eta=0"], (0,)),
+    ]
     assert list(contents["logs"]) == ["eta=1, seed 0", "eta=1, seed 1", "eta=0"]
     assert contents["table"].models == ["eta=1", "eta=0"] and len(contents["examples"]) == 2
 
@@ -111,7 +114,7 @@ def test_read_sources_ablation_images_have_values_of_their_training_seed(tmp_pat
     contents = read_sources([str(tmp_path)])
     assert [example.row for example in contents["examples"]] == [0, 1]
     assert contents["examples"][0].images["base"].parent.name == "images"
-    assert contents["trials"] == [Trial("base", [])]
+    assert contents["cells"] == [AblationCell("base", [])]
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,9 @@ from longalign.errors import ConfigError, RunError
 from longalign.loop.batches import Batches, collate, load_batches
 from longalign.loop.fit import fit
 from longalign.loop.optimization import compiled as compile_module
-from longalign.loop.resume import check_same_run
+from longalign.loop.resume_checks import check_same_run
+from longalign.loop.resume_state import random_state, set_random_state
 from longalign.loop.run import Run
-from longalign.loop.state import random_state, set_random_state
 from longalign.registry import data, encoders, rewards
 from longalign.rewards.guard import NonFiniteReward
 from longalign.runtime import Runtime

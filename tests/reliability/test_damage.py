@@ -15,7 +15,7 @@ from longalign.checkpoints.convert import read_tensors
 from longalign.encoders.clip.longclip import read_original
 from longalign.encoders.t5.adapter import TextAdapter
 from longalign.loop.fit import fit
-from longalign.loop.state import load_state
+from longalign.loop.resume_state import load_state
 from longalign.registry import backbones, encoders, rewards
 from longalign.rewards.hpsv2.weights import read_state
 from longalign.testing.tiny import tiny_adapter, tiny_clip, tiny_clip_text, tiny_hpsv2, tiny_sd, tiny_t5

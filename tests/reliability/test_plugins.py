@@ -267,7 +267,7 @@ def test_fit_rejects_rewards_for_trainer_without_rewards(plugin, tmp_path):
         ("", "[longalign_rewards]\nfaulty = fake_faulty\n", "RewardConfig class.*got <module 'fake_faulty'"),
         ("", "[longalign_rewards]\nfaulty\n", "entry points of fake-faulty"),
         ("", "[longalign_reward]\nfaulty = fake_faulty:FaultyConfig\n", "'longalign_reward'.*'longalign_rewards'"),
-        ("", "[longalign_rewards]\nclip = fake_faulty:FaultyConfig\n", "'clip' among rewards .* longalign "),
+        ("", "[longalign_rewards]\nclip = fake_faulty:FaultyConfig\n", "'clip' of kind 'rewards' .* longalign "),
         ("", "[longalign_rewards]\nFaulty = fake_faulty:FaultyConfig\n", "'Faulty' must be in kebab case"),
         ("", "[longalign_rewards]\nother = fake_faulty:FaultyConfig\n", "FaultyConfig .*'faulty'.*'other'"),
     ),

@@ -64,7 +64,7 @@ def test_new_plugin_requires_this_minor_version(tmp_path):
 
 @pytest.mark.parametrize(("name", "kind"), [("Fancy", "reward"), ("fancy", "rewards"), ("a_b", "data"), ("", "data")])
 def test_new_plugin_rejects_names_and_kinds(tmp_path, name, kind):
-    with pytest.raises(ValueError, match=r"kebab case|expected a kind"):
+    with pytest.raises(ValueError, match=r"kebab case|expected one of the kinds"):
         new_plugin(name, kind, tmp_path)
     assert not list(tmp_path.iterdir())
 

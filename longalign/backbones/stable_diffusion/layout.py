@@ -1,4 +1,4 @@
-"""What a checkpoint of the Stable Diffusion family is, from its configs and the names of its weights."""
+"""Detects resolution and type of Stable Diffusion checkpoints from configs and weight names."""
 
 from __future__ import annotations
 

@@ -114,11 +114,13 @@ def _with_images(rows: Any, folders: dict[str, Path], config: LongAlignCaptionsC
         )
     skipped = {source: count for source, count in counts.items() if source not in folders}
     if skipped:
-        log.warning("skipped (no folder configured): %s", ", ".join(f"{n} of {s}" for s, n in skipped.items()))
+        sources = ", ".join(f"{source} ({count})" for source, count in skipped.items())
+        log.warning("captions skipped, since 'folders' has no folder for their source: %s", sources)
     if empty:
         log.warning("%d captions are empty; empty=%s", empty, config.empty)
     if missing:
-        log.warning("skipped (image file missing): %d, e.g. %s", len(missing), ", ".join(map(str, missing[:3])))
+        examples = ", ".join(map(str, missing[:3]))
+        log.warning("%d captions skipped, since their image file is missing, e.g. %s", len(missing), examples)
     if not indices:
         example = f"; {len(missing)} are missing, e.g. {missing[0]}" if missing else ""
         raise ValueError(f"no image of '{config.captions}' is in the configured folders{example}; correct 'folders'")

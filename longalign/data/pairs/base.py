@@ -114,7 +114,7 @@ def select_pairs(rows: Sequence[Pair | str], where: str) -> tuple[list[int], lis
     reasons = Counter(row for row in rows if isinstance(row, str))
     skipped = ", ".join(f"{count} with {reason}" for reason, count in reasons.items())
     if reasons:
-        log.warning("skipped of %d pairs in %s: %s", len(rows), where, skipped)
+        log.warning("of %d pairs in %s, skipped: %s", len(rows), where, skipped)
     if not pairs:
         raise ValueError(f"{where} has no usable pairs{f', only {skipped}' if skipped else ''}")
     captioned = sum(pair.captions is not None for pair in pairs)

@@ -115,7 +115,7 @@ def _unigenbench(rows: Sequence[Row], stem: str) -> Iterable[Prompt]:
             points = [str(point) for point in keys["Testpoints"]]
         except (ValueError, TypeError, KeyError) as error:  # as in line 511 of the published long prompts
             log.warning(
-                "%s: 'sub_dims_en' is not JSON with 'Testpoints', so the prompt has only the label length: %s",
+                "%s: 'sub_dims_en' is not JSON with 'Testpoints', so 'length' is the prompt's only label: %s",
                 where,
                 error,
             )

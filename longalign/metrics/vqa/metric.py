@@ -75,7 +75,7 @@ class VqaMetric(Metric):
         )
 
     def observe(self, images: Tensor, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        """Returns the scores ``(b,)``, and ``(b, 2)`` per category: questions answered with yes, questions.
+        """Returns the scores ``(b,)``, and ``(b, 2)`` per category: the numbers of yes answers and of questions.
 
         Raises:
             ValueError: if a prompt has no questions, or an image cannot be divided into the grid.
@@ -133,6 +133,8 @@ def _samples(image: Tensor, grid: int) -> list[HashedImage]:
     """Divides an image ``(3, h, w)`` into ``grid * grid`` samples, row by row."""
     height, width = image.shape[1:]
     if height % grid or width % grid:
-        raise ValueError(f"expected images of {grid} by {grid} samples, got {width} by {height} pixels; set `grid`")
+        raise ValueError(
+            f"expected an image size divisible by grid={grid}, got {width} by {height} pixels; correct `grid`"
+        )
     rows = image.split(height // grid, dim=1)
     return [HashedImage.of(sample) for row in rows for sample in row.split(width // grid, dim=2)]

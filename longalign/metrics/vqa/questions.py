@@ -69,8 +69,8 @@ def read_questions(path: Path | str, official: bool = False) -> dict[str, tuple[
         questions[prompt][question.number] = question
     unknown = sum(p not in by_number for by_number in questions.values() for q in by_number.values() for p in q.parents)
     if unknown:
-        effect = "images whose score needs them have none" if official else "they are ignored"
-        log.warning("%s: %d dependencies are not questions of their prompt; %s", path, unknown, effect)
+        effect = "images whose score depends on them have no score" if official else "they are ignored"
+        log.warning("%s: %d dependencies refer to no question of their prompt; %s", path, unknown, effect)
     return {prompt: tuple(by_number.values()) for prompt, by_number in questions.items()}
 
 
@@ -85,7 +85,7 @@ def vqa_score(questions: Sequence[Question], yes: Mapping[int, bool], official: 
     Args:
         questions: the questions of one prompt.
         yes: question number -> whether it is answered with yes.
-        official: whether to reproduce DPG-Bench's script, which goes over the questions once, in the order of the file.
+        official: whether to reproduce DPG-Bench's script, which evaluates the questions once, in the order of the file.
             It skips the image if a parent is not among the questions; the score is then NaN.
     """
     holds = dict(yes)

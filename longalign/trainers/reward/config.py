@@ -44,7 +44,7 @@ class RewardTrainerConfig(TrainerConfig):
     """
     replay: Literal["recompute", "keep"] = "recompute"
     """``"recompute"``: the calls with gradient are computed a second time, with the memory of one call. ``"keep"``:
-    their graphs are kept, which saves this time for the memory of all of them.
+    their graphs are kept, which saves this time but needs memory for all of them.
     """
     regularizer: Literal["none", "kl", "pretraining"] = "none"
     """loss that limits the drift from the reference model. ``"kl"``: squared difference between the predictions of both

@@ -16,7 +16,7 @@ from longalign.backbones.base import Backbone
 from longalign.edits.base import Edit
 from longalign.encoders.base import Conditioning, Encoder
 from longalign.functional.diffusion import add_noise, predict_guided
-from longalign.functional.rollout import Predict, RecordedStep, replay, replay_backward, rollout
+from longalign.functional.rollout_gradient import Predict, RecordedStep, replay, replay_backward, rollout
 from longalign.functional.solvers import Solver, ddim, dpmpp_2m, lcm, trailing_timesteps
 from longalign.gradient_steps.base import GradientSteps, GradientStepSelector
 from longalign.rewards.base import Reward, Scores, as_reward, guarded
@@ -53,8 +53,8 @@ class RewardTrainer(DiffusionTrainer):
     """Maximizes rewards of images sampled from the data's prompts.
 
     Each training step samples without gradient and differentiates ``0.5 (1 - mean score)`` at the final latents. Only
-    the selected denoiser calls are recomputed with gradient; see `longalign.functional.rollout`. Several rewards are
-    added with equal weight; use the reward `sum` for other weights.
+    the selected denoiser calls are recomputed with gradient; see `longalign.functional.rollout_gradient`. Several
+    rewards are added with equal weight; use the reward `sum` for other weights.
 
     Args:
         backbone: backbone whose trainable parameters are already set.

@@ -10,7 +10,7 @@ from longalign.backbones import StableDiffusionConfig
 
 
 class MyPartConfig(StableDiffusionConfig):
-    """Stable Diffusion with scaled conditioning. Replace it by your model."""
+    """Stable Diffusion with scaled conditioning. Replace it with your model."""
 
     target: ClassVar[str] = "my_plugin.part:MyPart"
 

@@ -10,7 +10,7 @@ from longalign.data import DataConfig
 
 
 class MyPartConfig(DataConfig):
-    """Images of one colour with its name as the caption. Replace it by your data."""
+    """Images of one colour with its name as the caption. Replace it with your data."""
 
     target: ClassVar[str] = "my_plugin.part:MyPart"
 

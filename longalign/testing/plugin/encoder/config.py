@@ -10,7 +10,7 @@ from longalign.encoders import EncoderConfig
 
 
 class MyPartConfig(EncoderConfig):
-    """One state per word, from a fixed random table. Replace it by your text model."""
+    """One state per word, from a fixed random table. Replace it with your text model."""
 
     target: ClassVar[str] = "my_plugin.part:MyPart"
     has_pooled: ClassVar[bool] = False

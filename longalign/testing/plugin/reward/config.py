@@ -10,7 +10,7 @@ from longalign.rewards import RewardConfig
 
 
 class MyPartConfig(RewardConfig):
-    """Rewards images of a given brightness. Replace it by your reward."""
+    """Rewards images of a given brightness. Replace it with your reward."""
 
     target: ClassVar[str] = "my_plugin.part:MyPart"
 

@@ -10,7 +10,7 @@ from longalign.segmenters import SegmenterConfig
 
 
 class MyPartConfig(SegmenterConfig):
-    """Splits a prompt into pieces of a fixed number of words. Replace it by your segmenter."""
+    """Splits a prompt into pieces of a fixed number of words. Replace it with your segmenter."""
 
     target: ClassVar[str] = "my_plugin.part:MyPart"
 

@@ -11,7 +11,7 @@ from longalign.trainers import TrainerConfig
 
 
 class MyPartConfig(TrainerConfig):
-    """Noise-prediction fine-tuning with a weight on the loss. Replace it by your method."""
+    """Noise-prediction fine-tuning with a weight on the loss. Replace it with your method."""
 
     target: ClassVar[str] = "my_plugin.part:MyPart"
     needs: ClassVar[tuple[str, ...]] = ("backbone", "encoder")

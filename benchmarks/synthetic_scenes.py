@@ -1,6 +1,6 @@
 """Accuracy of the oracle and the bundled weights on the synthetic scenes.
 
-Run ``python benchmarks/small_world.py``. It writes a table next to itself.
+Run ``python benchmarks/synthetic_scenes.py``. It writes a table next to itself.
 
 All samples use seeds that the weights were not trained on.
 """
@@ -148,7 +148,7 @@ def main() -> None:
     measure_unet(backbone)
     measure_t5()
     measure_longclip()
-    lines = ["# Oracle and bundled weights", "", "`python benchmarks/small_world.py`", ""]
+    lines = ["# Oracle and bundled weights", "", "`python benchmarks/synthetic_scenes.py`", ""]
     lines += ["| measurement | result | target | data |", "|---|---|---|---|", *(f"| {' | '.join(r)} |" for r in ROWS)]
     megabytes = sum(f.stat().st_size for f in WEIGHTS.rglob("*") if f.is_file()) / 2**20
     lines += ["", f"All weights and tokenizers together: {megabytes:.1f} MiB. Machine: {machine_text()}."]

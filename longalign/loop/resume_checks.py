@@ -17,7 +17,7 @@ from longalign.config.files import find_checkpoint
 from longalign.config.run import RunConfig, load_config, to_dict
 from longalign.data.base import Data, spread_indices
 from longalign.data.stream import Stream
-from longalign.loop.state import ResumeState
+from longalign.loop.resume_state import ResumeState
 
 log = logging.getLogger("longalign")
 

@@ -159,7 +159,7 @@ def shared_state(
     Args:
         optimization: parameters, optimizer, learning rate and moving average.
         monitor: `longalign.loop.monitor.Monitor.state`.
-        origin: `longalign.loop.resume.input_fingerprints` of the run.
+        origin: `longalign.loop.resume_checks.input_fingerprints` of the run.
         step: number of completed steps.
     """
     ema = None if optimization.ema is None else optimization.ema.state_dict()

@@ -9,7 +9,7 @@ from torch import nn
 from longalign.backbones.config import LoraConfig
 from longalign.backbones.lora import inject_lora
 from longalign.functional.diffusion import NoiseLevels, guide
-from longalign.functional.rollout import replay, replay_backward, rollout
+from longalign.functional.rollout_gradient import replay, replay_backward, rollout
 from longalign.functional.solvers import ddim, dpmpp_2m, lcm, trailing_timesteps
 from longalign.testing.tiny import tiny_unet
 

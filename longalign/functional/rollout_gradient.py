@@ -110,7 +110,7 @@ def rollout(
         grad_steps: indices of the steps whose calls will be recomputed with gradient.
         predict_no_grad: the network at all other steps, e.g. without dropout. None uses ``predict``.
         keep: whether the recorded calls keep their graphs. `replay_backward` then does not recompute them, which saves
-            time for the memory of all their activations.
+            time but needs memory for all their activations.
         detach: with ``keep``, whether the network's inputs are constants, as for `replay_backward`.
 
     Returns:
