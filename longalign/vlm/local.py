@@ -6,6 +6,7 @@ import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,10 @@ def load_processor(checkpoint: str, revision: str | None) -> Any:
     from transformers import AutoProcessor
 
     source = resolve_checkpoint(checkpoint)
+    # the torchvision backend, which transformers 5 uses by default
+    backend = {} if find_spec("transformers.image_processing_backends") else {"use_fast": True}
     with _download(checkpoint):
-        processor: Any = AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
+        processor: Any = AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=False, **backend)
     if not getattr(processor, "chat_template", None):
         raise ValueError(
             f"the {type(processor).__name__} of '{checkpoint}' has no chat template; expected the checkpoint of an "

@@ -1,3 +1,4 @@
+import json
 import warnings
 from importlib import import_module
 
@@ -132,6 +133,14 @@ def test_processor_without_gradient_is_rejected_before_weights_are_loaded(llava,
     monkeypatch.setattr(module, "load_model", lambda *args: pytest.fail("the weights were loaded"))
     with pytest.raises(ValueError, match=r"LlavaProcessor.*cannot preprocess images with gradient.*torchvision"):
         rewards.build(llava)
+
+
+def test_encoder_decoder_is_rejected_before_weights_are_loaded(tmp_path):
+    file = tiny_vlm(tmp_path) / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "is_encoder_decoder": True}))
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"encoder-decoder \('llava'\)"):
+        rewards.build({"name": "vqascore", "checkpoint": str(tmp_path)})
 
 
 def test_rejects_wrong_answers_and_questions(llava, monkeypatch):

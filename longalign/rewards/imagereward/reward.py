@@ -67,7 +67,8 @@ class ImageRewardReward(Reward):
         text_file = weights.find_file(checkpoint, weights.TEXT_CONFIG, config.revision)
         file = weights.find_file(checkpoint, weights.WEIGHTS, config.revision)
         state = weights.read_state(file)
-        vision_config = BlipVisionConfig(**weights.vision_config(state))
+        settings = weights.vision_config(state)
+        vision_config, size = BlipVisionConfig(**settings), settings["image_size"]
         text_config = BlipTextConfig(**weights.text_config(text_file, vision_config.hidden_size))
         tokenizer = _load_tokenizer(config, checkpoint)
         check_tokenizer(len(tokenizer), text_config.vocab_size, tokenizer.name_or_path, checkpoint)
@@ -77,7 +78,6 @@ class ImageRewardReward(Reward):
             weights.load_part(module, state, prefix, file)
         for module in (vision, text):
             module.to(runtime.torch_dtype)
-        size = vision_config.image_size
         preprocessor = ImagePreprocessor((size, size), aspect=config.aspect)
         return cls(vision, text, head, tokenizer, preprocessor, micro_batch=config.micro_batch).to(runtime.device)
 

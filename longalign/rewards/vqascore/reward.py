@@ -13,7 +13,7 @@ from longalign.rewards.base import Reward, Scores, check_pairs
 from longalign.rewards.micro import micro_batched
 from longalign.rewards.vqascore.config import VqaScoreConfig
 from longalign.rewards.vqascore.pixels import check_differentiable, model_inputs
-from longalign.runtime import Runtime
+from longalign.runtime import Runtime, resolve_checkpoint
 from longalign.vlm.local import chat_text, load_model, load_processor, next_token_logits, text_tokens
 
 
@@ -44,8 +44,14 @@ class VqaScoreReward(Reward):
 
     @classmethod
     def from_config(cls, config: VqaScoreConfig, runtime: Runtime) -> VqaScoreReward:
-        """Loads the model from a Hub id or a local folder, after checking that its processor is differentiable."""
+        """Loads the model from a Hub id or a local folder.
+
+        Raises:
+            ValueError: before weights are loaded, if the model is not decoder-only or its processor is not
+                differentiable.
+        """
         processor = load_processor(config.checkpoint, config.revision)
+        _check_decoder_only(config)
         check_differentiable(processor, config.checkpoint)
         _answer_tokens(processor.tokenizer, config.answer)
         model = load_model(config.checkpoint, config.revision, runtime.with_dtype(config.dtype))
@@ -90,6 +96,17 @@ class VqaScoreReward(Reward):
                 "`segments` (only warned once)",
                 stacklevel=5,
             )
+
+
+def _check_decoder_only(config: VqaScoreConfig) -> None:
+    from transformers import AutoConfig
+
+    model = AutoConfig.from_pretrained(resolve_checkpoint(config.checkpoint), revision=config.revision)
+    if model.is_encoder_decoder or model.get_text_config().is_encoder_decoder:
+        raise ValueError(
+            f"'{config.checkpoint}' is an encoder-decoder ('{model.model_type}'), which 'vqascore' does not support; "
+            "use a decoder-only model, such as LLaVA or Qwen2-VL"
+        )
 
 
 def _answer_tokens(tokenizer: Any, answer: str) -> list[int]:
