@@ -48,6 +48,9 @@ class IdealBackbone(nn.Module):
         )
         self.calls = []
 
+    def levels_at(self, shape):
+        return self.noise_levels
+
     def latent_shape(self, height=None, width=None):
         return 3, height or self.resolution, width or self.resolution
 
