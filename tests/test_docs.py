@@ -36,7 +36,9 @@ from longalign.runtime import resolve_checkpoint
 from longalign.testing.tiny import tiny_clip, tiny_sd, tiny_sd3, tiny_sdxl
 
 ROOT = Path(__file__).parent.parent
-DOCS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted((ROOT / "docs").rglob("*.md"))
+DOCS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
+    (ROOT / "docs").rglob("*.md")
+)
 RECIPES = ROOT / "recipes" / "mini"
 WEIGHTS = ROOT / "longalign" / "mini" / "weights"
 NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"

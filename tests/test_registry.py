@@ -40,7 +40,7 @@ def rewards_of(**parts):
 def test_registry_lists_built_in_entry_points():
     built_in = {name for name in encoders.names() if encoders.info(name).owner.startswith("longalign ")}
     families = {"clip-segment", "clip-segment-sd3", "clip-segment-sdxl"}
-    assert built_in == families | {"clip-truncate", "concat", "longclip", "t5"}
+    assert built_in == families | {"clip-truncate", "concat", "longclip", "t5", "t5-flux"}
     assert set(rewards.names()) >= {"clip", "denscore", "hpsv2", "pickscore", "reweighted", "sum"}
     assert {r.kind for r in REGISTRIES.values()} == set(REGISTRIES)
     info = encoders.info("t5")
@@ -77,7 +77,7 @@ def test_get_imports_only_one_part(install):
 def test_get_unknown_name_suggests_and_lists_names():
     with pytest.raises(PartError, match=r"'denscor' .*'denscore'.* Available: clip, "):
         rewards.get("denscor")
-    with pytest.raises(PartError, match=r"'qqq' .*encoders\. Available: .*t5\.$"):
+    with pytest.raises(PartError, match=r"'qqq' .*encoders\. Available: .*t5-flux\.$"):
         encoders.get("qqq")
 
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from longalign.backbones.base import Backbone as Backbone
     from longalign.backbones.config import BackboneConfig as BackboneConfig
     from longalign.backbones.config import LoraConfig as LoraConfig
+    from longalign.backbones.flux.backbone import FluxBackbone as FluxBackbone
+    from longalign.backbones.flux.config import FluxConfig as FluxConfig
     from longalign.backbones.latent import LatentBackbone as LatentBackbone
     from longalign.backbones.lora import LoraWeights as LoraWeights
     from longalign.backbones.stable_diffusion.config import SD3Config as SD3Config
@@ -28,6 +30,8 @@ __all__, __getattr__, __dir__ = lazy_exports(
     {
         "Backbone": "base",
         "BackboneConfig": "config",
+        "FluxBackbone": "flux.backbone",
+        "FluxConfig": "flux.config",
         "LatentBackbone": "latent",
         "LoraConfig": "config",
         "LoraWeights": "lora",

@@ -70,6 +70,13 @@ class Backbone(nn.Module):
         """
         raise NotImplementedError
 
+    def levels_at(self, shape: Sequence[int]) -> NoiseLevels:
+        """Returns the noise levels for latents of shape ``(c, h, w)``; `noise_levels` unless they depend on the size.
+
+        Override it together with `call`, which conditions the denoiser on them.
+        """
+        return self.noise_levels
+
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Samples scaled latents of images ``(b, 3, h, w)`` in [0, 1] from the VAE's posterior, without gradient."""
         return self.sample_latents(self.posterior(images), generator)
@@ -90,7 +97,7 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """Returns the denoiser's prediction ``(b, c, h, w)`` at ``timesteps`` ``(b,)``, which index `noise_levels`."""
+        """Returns the denoiser's prediction ``(b, c, h, w)`` at ``timesteps`` ``(b,)``, which index `levels_at`."""
         call = self._graphed or self._predict
         return call(latents, timesteps, conditioning)
 

@@ -19,17 +19,26 @@ class LatentBackbone(Backbone):
     Latents are ``(z - shift_factor) * scaling_factor``, where ``z`` is the autoencoder's latent.
 
     Args:
-        denoiser: a diffusers network with a ``sample_size`` in its config.
+        denoiser: a diffusers network.
         vae: the autoencoder; frozen by this class.
         prediction: prediction type of the denoiser.
         noise_levels: scales of signal and noise at each timestep.
+        resolution: native width and height in pixels; None computes it from the denoiser's ``sample_size``.
     """
 
-    def __init__(self, denoiser: nn.Module, vae: nn.Module, prediction: str, noise_levels: NoiseLevels):
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        vae: nn.Module,
+        prediction: str,
+        noise_levels: NoiseLevels,
+        resolution: int | None = None,
+    ):
         config: Any = denoiser.config
         settings: Any = vae.config
         vae_scale_factor = 2 ** (len(settings.block_out_channels) - 1)
-        super().__init__(denoiser, prediction, noise_levels, int(config.sample_size) * vae_scale_factor)
+        resolution = int(config.sample_size) * vae_scale_factor if resolution is None else resolution
+        super().__init__(denoiser, prediction, noise_levels, resolution)
         self._check_images = ImageCheck()
         self.vae: Any = vae.requires_grad_(False).eval()
         self.vae_scale_factor = vae_scale_factor

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from longalign.encoders.clip.config import ClipSegmentSDXLConfig as ClipSegmentSDXLConfig
     from longalign.encoders.clip.config import ClipTruncateConfig as ClipTruncateConfig
     from longalign.encoders.clip.config import LongClipConfig as LongClipConfig
+    from longalign.encoders.clip.config import T5FluxConfig as T5FluxConfig
+    from longalign.encoders.clip.flux import T5FluxEncoder as T5FluxEncoder
     from longalign.encoders.clip.longclip import LongClipEncoder as LongClipEncoder
     from longalign.encoders.clip.sd3 import ClipSegmentSD3Encoder as ClipSegmentSD3Encoder
     from longalign.encoders.clip.sdxl import ClipSegmentSDXLEncoder as ClipSegmentSDXLEncoder
@@ -56,6 +58,8 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "PromptReport": "base",
         "T5Config": "t5.config",
         "T5Encoder": "t5.encoder",
+        "T5FluxConfig": "clip.config",
+        "T5FluxEncoder": "clip.flux",
         "TextAdapter": "t5.adapter",
         "TruncationWarning": "base",
     },

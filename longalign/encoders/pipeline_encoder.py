@@ -11,7 +11,13 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from longalign.encoders.base import Encoder
-from longalign.encoders.clip.config import ClipSegmentConfig, ClipSegmentSD3Config, ClipSegmentSDXLConfig
+from longalign.encoders.clip.config import (
+    ClipSegmentConfig,
+    ClipSegmentSD3Config,
+    ClipSegmentSDXLConfig,
+    T5FluxConfig,
+)
+from longalign.encoders.clip.flux import T5FluxEncoder
 from longalign.encoders.clip.sd3 import ClipSegmentSD3Encoder
 from longalign.encoders.clip.sdxl import ClipSegmentSDXLEncoder
 from longalign.encoders.clip.segment import ClipSegmentEncoder
@@ -19,7 +25,7 @@ from longalign.segmenters import Sentence
 
 SUPPORTED = (
     "pipelines of Stable Diffusion 1.x and 2.x (a UNet and one CLIP), XL (a UNet and two CLIPs) and 3 (two CLIPs, with "
-    "T5 or without)"
+    "T5 or without), and of FLUX.1 (CLIP and T5)"
 )
 NAMES = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
@@ -34,7 +40,7 @@ def pipeline_encoder(pipe: Any) -> Iterator[Encoder]:
     encoder is rebuilt at each use, so that it includes any change of the pipeline's text encoders, e.g. a LoRA.
 
     Args:
-        pipe: a diffusers pipeline of Stable Diffusion 1.x, 2.x, XL or 3, or a variant such as ControlNet.
+        pipe: a diffusers pipeline of Stable Diffusion 1.x, 2.x, XL or 3 or FLUX.1, or a variant such as ControlNet.
 
     Raises:
         ValueError: if the text encoders are not supported, or a text encoder is not loaded.
@@ -64,6 +70,9 @@ def _build(pipe: Any) -> Encoder:
         return ClipSegmentSDXLEncoder.from_modules(
             ClipSegmentSDXLConfig(), models, tokenizers, segmenter, empty="zeros" if zeros else "encode"
         )
+    if kinds == ("clip", "t5") and hasattr(pipe, "transformer"):
+        clip, t5 = zip(models, tokenizers, strict=True)
+        return T5FluxEncoder.from_modules(T5FluxConfig(), clip, t5, segmenter)
     width = getattr(getattr(getattr(pipe, "transformer", None), "config", None), "joint_attention_dim", None)
     if kinds in (("projected", "projected", "t5"), ("projected", "projected", None)) and width is not None:
         t5 = None if models[2] is None else (models[2], tokenizers[2])

@@ -79,8 +79,8 @@ def sample(
     with evaluating(backbone), evaluating(encoder), bar:
         for start in batches:
             rows = slice(start, start + batch_size)
-            scheduler = make_scheduler(solver, backbone.noise_levels, backbone.prediction, num_steps)
             shape = backbone.latent_shape(height, width)
+            scheduler = make_scheduler(solver, backbone.levels_at(shape), backbone.prediction, num_steps)
             images.append(
                 _sample_batch(
                     backbone, encoder, prompts[rows], negatives[rows], seeds[rows], scheduler, guidance, shape, bar

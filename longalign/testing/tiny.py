@@ -25,6 +25,7 @@ __all__ = [
     "tiny_adapter",
     "tiny_clip",
     "tiny_clip_text",
+    "tiny_flux",
     "tiny_hpsv2",
     "tiny_imagereward",
     "tiny_longclip_file",
@@ -447,6 +448,40 @@ def tiny_sd3(folder: Path, **transformer_settings) -> Path:
         models[1].half(), second, T5EncoderModel.from_pretrained(t5).half(), AutoTokenizer.from_pretrained(t5),
     ).save_pretrained(folder)  # fmt: skip
     shutil.rmtree(t5)
+    return folder
+
+
+@once
+def tiny_flux(folder: Path, dynamic: bool = True, guidance: bool = True) -> Path:
+    """FLUX.1 in its Hub layout: CLIP 16 wide, T5 32 wide, VAE of factor 4 with 4 channels; for 32 px.
+
+    ``dynamic`` makes noise levels depend on the image size and ``guidance`` adds a guidance embedding, as in FLUX.1-dev
+    and unlike FLUX.1-schnell.
+    """
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import AutoTokenizer, CLIPTextModel, CLIPTokenizerFast, T5EncoderModel
+
+    clip = tiny_clip_text(parts_folder(folder))
+    t5 = tiny_t5(parts_folder(folder) / "t5", width=32)
+    torch.manual_seed(5)
+    transformer = FluxTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=16, guidance_embeds=guidance, axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8), norm_num_groups=4, latent_channels=4, sample_size=32, scaling_factor=0.3611,
+        shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False,
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+    )  # fmt: skip
+    shift = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096, "shift": 3.0}
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **shift) if dynamic else None
+    text_encoder = CLIPTextModel.from_pretrained(clip / "text_encoder")
+    tokenizer = CLIPTokenizerFast.from_pretrained(clip / "tokenizer")
+    text_encoder.config.eos_token_id = tokenizer.eos_token_id  # whose position is pooled
+    FluxPipeline(
+        scheduler or FlowMatchEulerDiscreteScheduler(shift=1.0), vae,
+        text_encoder, tokenizer, T5EncoderModel.from_pretrained(t5), AutoTokenizer.from_pretrained(t5), transformer,
+    ).save_pretrained(folder)  # fmt: skip
     return folder
 
 

@@ -208,7 +208,8 @@ def noise_loss(backbone: Backbone, latents: Tensor, conditioning: Conditioning, 
     if density is None:
         density = "logit-normal" if backbone.prediction == "flow" else "uniform"
     noise = torch.randn_like(latents)
-    timesteps = sample_timesteps(density, backbone.noise_levels, len(latents), latents.device)
-    noisy = add_noise(backbone.noise_levels, latents, noise, timesteps)
-    target = training_target(backbone.prediction, backbone.noise_levels, latents, noise, timesteps)
+    levels = backbone.levels_at(latents.shape[1:])
+    timesteps = sample_timesteps(density, levels, len(latents), latents.device)
+    noisy = add_noise(levels, latents, noise, timesteps)
+    target = training_target(backbone.prediction, levels, latents, noise, timesteps)
     return mse_loss(backbone.predict(noisy, timesteps, conditioning).float(), target.float())

@@ -51,6 +51,9 @@ class IdealBackbone(nn.Module):
     def project_text(self, conditioning):
         return conditioning
 
+    def levels_at(self, shape):
+        return self.noise_levels
+
     def latent_shape(self, height=None, width=None):
         return 3, height or self.resolution, width or self.resolution
 

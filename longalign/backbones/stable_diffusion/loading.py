@@ -10,6 +10,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 from longalign import hub
+from longalign.backbones.config import DiffusersConfig
 from longalign.backbones.stable_diffusion.config import StableDiffusionConfig
 from longalign.backbones.stable_diffusion.layout import layout_of
 from longalign.checkpoints.weights import load_tensors, reading
@@ -17,7 +18,7 @@ from longalign.config.files import join_subfolder
 from longalign.runtime import Runtime, resolve_checkpoint
 
 
-def load_parts(config: StableDiffusionConfig, runtime: Runtime, kind: Any) -> tuple[Any, Any, dict[str, Any]]:
+def load_parts(config: DiffusersConfig, runtime: Runtime, kind: Any) -> tuple[Any, Any, dict[str, Any]]:
     """Loads denoiser, autoencoder and scheduler config from a folder in diffusers layout, the Hub or a single file.
 
     Args:
@@ -28,7 +29,7 @@ def load_parts(config: StableDiffusionConfig, runtime: Runtime, kind: Any) -> tu
     Raises:
         ValueError: if the checkpoint does not contain all three.
     """
-    if config.single_file:
+    if isinstance(config, StableDiffusionConfig) and config.single_file:
         return _load_single_file(config, runtime, kind)
     checkpoint = resolve_checkpoint(config.checkpoint)
     if problem := hub.availability_problem(checkpoint, config.revision):

@@ -8,6 +8,7 @@ import torch
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor
 
+from longalign.backbones.flow import check_joint_conditioning, flow_levels
 from longalign.backbones.latent import LatentBackbone
 from longalign.backbones.stable_diffusion.config import StableDiffusionConfig
 from longalign.backbones.stable_diffusion.loading import load_parts
@@ -67,38 +68,11 @@ class SD3Backbone(LatentBackbone):
 
     def check_conditioning(self, conditioning: Conditioning) -> None:
         """Raises ValueError if the conditioning has the wrong width or masked positions."""
-        config, pooled = self.denoiser.config, conditioning.pooled
-        widths = (conditioning.states.shape[-1], None if pooled is None else pooled.shape[-1])
-        expected = (config.joint_attention_dim, config.pooled_projection_dim)
-        if widths != expected:
-            raise ValueError(
-                f"SD3's transformer expects states of width {expected[0]} and a pooled embedding of width "
-                f"{expected[1]}, but the encoder gives {widths[0]} and {widths[1]}; use the encoder 'clip-segment-sd3'"
-            )
-        if conditioning.mask is not None and not bool(conditioning.mask.all()):
-            raise ValueError(
-                "SD3's transformer has no attention mask, but the encoder masks the padding of shorter prompts; set "
-                "the encoder's pad to 'pad*', and use T5 without a mask"
-            )
-
-
-def flow_levels(scheduler: dict[str, Any]) -> NoiseLevels:
-    """Returns the noise levels of diffusers' ``FlowMatchEulerDiscreteScheduler`` with a constant shift.
-
-    Raises:
-        ValueError: if the scheduler is not a flow-matching scheduler, or its levels depend on the image size.
-    """
-    name = scheduler.get("_class_name", "")
-    if not name.startswith("FlowMatch"):
-        raise ValueError(
-            f"'sd3' expects a flow-matching scheduler (FlowMatchEulerDiscreteScheduler), got '{name}'; "
-            "for Stable Diffusion 1, 2 or XL use 'sd' or 'sdxl'"
+        config = self.denoiser.config
+        check_joint_conditioning(
+            conditioning,
+            config.joint_attention_dim,
+            config.pooled_projection_dim,
+            transformer="SD3's transformer",
+            encoder="clip-segment-sd3",
         )
-    for key in ("use_dynamic_shifting", "shift_terminal", "invert_sigmas"):
-        if scheduler.get(key):
-            raise ValueError(
-                "'sd3' expects a scheduler with a constant shift, as in Stable Diffusion 3 and 3.5, got "
-                f"{key}={scheduler[key]}; set 'shift' in scheduler_config.json instead"
-            )
-    num_timesteps, shift = int(scheduler.get("num_train_timesteps", 1000)), float(scheduler.get("shift", 1.0))
-    return NoiseLevels.from_flow(num_timesteps, shift)

@@ -144,6 +144,45 @@ class ClipSegmentSD3Config(TwoClipsConfig):
         return self.width, first + second if first and second else None
 
 
+class T5FluxConfig(CheckpointConfig):
+    """Encodes the whole prompt with FLUX.1's T5, in windows of whole sentences if it is long, and pools its CLIP."""
+
+    target: ClassVar[str] = "longalign.encoders.clip.flux:T5FluxEncoder"
+    has_pooled: ClassVar[bool | None] = True
+
+    name: Literal["t5-flux"] = "t5-flux"
+    checkpoint: str = Field(default="black-forest-labs/FLUX.1-dev", min_length=1)
+    """Hub id or local folder in diffusers layout: ``text_encoder/`` (CLIP), ``text_encoder_2/`` (T5), tokenizers."""
+    subfolder: str | None = None
+    """subfolder of the checkpoint that contains the text encoders and tokenizers; null: the root folder."""
+    pooled: Literal["mean", "first", "truncate"] = "mean"
+    """which of CLIP's pooled embeddings is used: ``"mean"`` of the segments, ``"first"`` segment only, or
+    ``"truncate"`` for the prompt truncated to 77 tokens, as in diffusers. All three are equal for a prompt of one
+    segment.
+    """
+    segmenter: Part("segmenters") = SentenceConfig()  # type: ignore[valid-type]
+    """how prompts are split for CLIP."""
+    max_tokens: int = Field(default=512, ge=1)
+    """number of T5 states, including the end-of-text token, to which shorter prompts are padded; FLUX.1-schnell was
+    trained with 256.
+    """
+    overflow: Literal["grow", "truncate", "error"] = "grow"
+    """what to do with prompts of more than ``max_tokens`` tokens: ``"grow"`` pads the batch to the longest prompt,
+    ``"truncate"`` truncates with a warning, as in diffusers, ``"error"`` raises.
+    """
+    window: int = Field(default=512, ge=2)
+    """maximum number of tokens per pass of T5, including the end-of-text token. With ``"grow"``, prompts longer than
+    both this and ``max_tokens`` are encoded in windows of whole sentences.
+    """
+
+    def _configs(self) -> list[str]:
+        return [join_subfolder(self.subfolder, "text_encoder_2/config.json")]
+
+    def widths(self) -> tuple[int | None, int | None]:
+        clip = self._width_of("hidden_size", folder=join_subfolder(self.subfolder, "text_encoder"))
+        return self._width_of("d_model"), clip
+
+
 class ClipTruncateConfig(LoadedConfig, SingleFileConfig):
     """Encodes the whole prompt with CLIP, truncated to 77 tokens, as in Stable Diffusion."""
 

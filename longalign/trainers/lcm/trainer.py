@@ -113,6 +113,11 @@ class LCMTrainer(DiffusionTrainer):
 
     def loss(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         latents = batch_latents(self.backbone, batch, "'lcm'")
+        if self.backbone.levels_at(latents.shape[1:]) is not self.backbone.noise_levels:
+            raise ValueError(
+                f"'lcm' needs images of {self.backbone.resolution} pixels, since the backbone's noise levels "
+                f"depend on the size, got latents of {tuple(latents.shape[-2:])}; set the data's size"
+            )
         # one call for both branches of the teacher's guidance, so that both are padded to the same length
         conditioning = self.encode([*batch["prompt"], ""])
         start = self.starts[torch.randint(len(self.starts), (len(latents),))].to(latents.device)

@@ -105,10 +105,11 @@ class RewardTrainer(DiffusionTrainer):
             raise ValueError("reward fine-tuning expects at least one reward, got none; set rewards")
         self.rewards = nn.ModuleList([as_reward(reward).requires_grad_(False) for reward in rewards])
         self.gradient_steps = gradient_steps
+        self.levels = backbone.levels_at(backbone.latent_shape(resolution, resolution))
         self.solve: Callable[[Sequence[int]], Solver] = partial(
-            {"ddim": ddim, "dpm++": dpmpp_2m, "lcm": lcm}[solver], backbone.noise_levels, prediction=backbone.prediction
+            {"ddim": ddim, "dpm++": dpmpp_2m, "lcm": lcm}[solver], self.levels, prediction=backbone.prediction
         )
-        self.solver = self.solve(trailing_timesteps(num_steps, len(backbone.noise_levels)))
+        self.solver = self.solve(trailing_timesteps(num_steps, len(self.levels)))
         self.guidance = guidance
         self.dropout_steps = dropout_steps
         self.resolution = resolution
@@ -223,7 +224,7 @@ class RewardTrainer(DiffusionTrainer):
         yield Rollout(rows, solver, final, recorded)
         last = self.solve(solver.timesteps[-1:])
         for _ in range(selected.copies):
-            noisy = add_noise(self.backbone.noise_levels, final, torch.randn_like(final), torch.tensor(last.timesteps))
+            noisy = add_noise(self.levels, final, torch.randn_like(final), torch.tensor(last.timesteps))
             yield Rollout(rows, last, *run(noisy, last, [0]))
 
     def noise(self, count: int) -> Tensor:

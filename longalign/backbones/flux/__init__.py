@@ -1,0 +1,1 @@
+"""The backbone `flux`: FLUX.1."""

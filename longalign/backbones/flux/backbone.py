@@ -1,0 +1,113 @@
+"""FLUX.1: a transformer over text and image tokens, trained with flow matching (arXiv 2403.03206)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from einops import rearrange
+from torch import Tensor
+
+from longalign.backbones.flow import check_joint_conditioning, flow_levels
+from longalign.backbones.flux.config import FluxConfig
+from longalign.backbones.latent import LatentBackbone
+from longalign.backbones.stable_diffusion.loading import load_parts
+from longalign.encoders.base import Conditioning
+from longalign.functional.diffusion import NoiseLevels
+from longalign.runtime import Runtime
+
+GUIDANCE = 3.5
+"""Default guidance scale of FLUX.1-dev, as in diffusers' pipeline."""
+
+
+class FluxBackbone(LatentBackbone):
+    """FLUX.1's transformer and VAE.
+
+    A token is a patch of 2 by 2 latents. The transformer is conditioned on the noise level and has no attention mask.
+    In FLUX.1-dev, noise levels depend on the number of tokens, see `flow_levels`; `noise_levels` are those of the
+    native resolution.
+
+    Args:
+        transformer: the denoiser.
+        vae: the autoencoder; frozen by this class.
+        scheduler: config of diffusers' scheduler.
+        resolution: native width and height in pixels.
+        guidance: guidance scale that the transformer is conditioned on; None for 3.5, or none if it takes none.
+
+    Raises:
+        ValueError: if transformer and VAE have different numbers of channels, the scheduler is not supported, or
+            ``guidance`` is given and the transformer takes none.
+    """
+
+    def __init__(
+        self, transformer: Any, vae: Any, scheduler: Mapping[str, Any], *, resolution: int, guidance: float | None
+    ):
+        config, channels = transformer.config, 4 * vae.config.latent_channels
+        if not config.in_channels == transformer.out_channels == channels:
+            raise ValueError(
+                f"the transformer has {config.in_channels} input and {transformer.out_channels} output channels, but "
+                f"tokens of 2 x 2 latents have {channels}; use a text-to-image model in the layout of FLUX.1"
+            )
+        if guidance is not None and not config.guidance_embeds:
+            raise ValueError(f"this transformer takes no guidance scale, got guidance={guidance}; set it to null")
+        self._scheduler = scheduler
+        self._levels: dict[int, NoiseLevels] = {}
+        self.guidance = (GUIDANCE if guidance is None else guidance) if config.guidance_embeds else None
+        factor = 2 ** len(vae.config.block_out_channels)
+        levels = self._levels_of((resolution // factor) ** 2)
+        super().__init__(transformer, vae, "flow", levels, resolution)
+
+    @classmethod
+    def from_config(cls, config: FluxConfig, runtime: Runtime) -> FluxBackbone:
+        """Loads transformer, VAE and scheduler config from a folder or the Hub."""
+        transformer, vae, scheduler = load_parts(config, runtime, FluxTransformer2DModel)
+        backbone = cls(transformer, vae, scheduler, resolution=config.image_size, guidance=config.guidance)
+        return backbone.to(runtime.device)
+
+    @property
+    def divisor(self) -> int:
+        return 2 * self.vae_scale_factor
+
+    def levels_at(self, shape: Sequence[int]) -> NoiseLevels:
+        return self._levels_of((shape[-2] // 2) * (shape[-1] // 2))
+
+    def _levels_of(self, tokens: int) -> NoiseLevels:
+        if tokens not in self._levels:
+            self._levels[tokens] = flow_levels(self._scheduler, "flux", tokens)
+        return self._levels[tokens]
+
+    def call(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        conditioning = conditioning.at(timesteps)
+        config = self.denoiser.config
+        check_joint_conditioning(
+            conditioning,
+            config.joint_attention_dim,
+            config.pooled_projection_dim,
+            transformer="FLUX's transformer",
+            encoder="t5-flux",
+        )
+        assert conditioning.pooled is not None
+        dtype, device, (height, width) = self.denoiser.dtype, latents.device, latents.shape[-2:]
+        times = self.levels_at(latents.shape).noise.to(device, torch.float32)[timesteps]
+        output = denoiser(
+            hidden_states=rearrange(latents.to(dtype), "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2),
+            encoder_hidden_states=conditioning.states.to(dtype),
+            pooled_projections=conditioning.pooled.to(dtype),
+            timestep=times,
+            guidance=None if self.guidance is None else torch.full_like(times, self.guidance),
+            txt_ids=torch.zeros(conditioning.states.shape[1], 3, device=device),
+            img_ids=_positions(height // 2, width // 2, device),
+            return_dict=False,
+        )[0]
+        output = rearrange(output, "b (h w) (c p q) -> b c (h p) (w q)", h=height // 2, p=2, q=2)
+        return output.to(latents.dtype)
+
+
+def _positions(height: int, width: int, device: torch.device) -> Tensor:
+    """Returns the positions ``(h w, 3)`` of image tokens: 0, row and column."""
+    rows, columns = torch.meshgrid(
+        torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij"
+    )
+    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1).float()
