@@ -20,8 +20,8 @@ class Row:
 
     Attributes:
         check: what was checked.
-        status: ``"ok"``, ``"failed"``, ``"missing"`` if a checkpoint is not available, or ``"info"`` for a value that is
-            not compared.
+        status: ``"ok"``, ``"failed"``, ``"missing"`` if a checkpoint is not available, or ``"info"`` for a value that
+            is not compared.
         result: what was found.
         expected: what was expected, or an empty text.
         seconds: duration of the step that the row belongs to.
