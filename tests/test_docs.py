@@ -220,7 +220,7 @@ def check_command(words):
         check_longalign(words[words.index("longalign") + 1 :])
     elif command == "make":
         assert {w for w in words[1:] if "=" not in w} <= set(targets), words
-    elif command == "python" and words[1] != "-m":
+    elif command in ("python", "sh") and words[1] != "-m":
         assert (ROOT / words[1]).is_file(), words
     elif command == "pip" or words[:2] == ["uv", "pip"]:
         check_installable(words[words.index("install") + 1 :])

@@ -59,11 +59,12 @@ def _copy(files: Iterable[Path], folder: Path) -> None:
 
 
 def _summary(path: Path) -> str:
-    """Returns the first sentence of a config's leading comment, a notebook's title, or another file's first line."""
+    """Returns the first sentence of a file's leading comment, a notebook's title, or another file's first line."""
     if path.suffix == ".ipynb":
         title = json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"]
         return "".join(title).partition("\n")[0].lstrip("# ")
-    if path.suffix != ".yaml":
+    if path.suffix not in (".yaml", ".sh"):
         return path.read_text(encoding="utf-8").strip('"').partition("\n")[0]
-    lines = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+    lines = path.read_text(encoding="utf-8").removeprefix("#!/bin/sh\n").splitlines()
+    lines = takewhile(lambda line: line.startswith("#"), lines)
     return " ".join(line.lstrip("# ").strip() for line in lines).partition(". ")[0].removesuffix(".")

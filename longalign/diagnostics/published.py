@@ -22,7 +22,7 @@ class Published:
 
     Attributes:
         name: short name, in lower case with hyphens.
-        checkpoint: Hub id.
+        checkpoint: Hub id, or a folder.
         files: required files; ``a|b`` accepts either.
     """
 
@@ -30,8 +30,16 @@ class Published:
     checkpoint: str
     files: tuple[str, ...]
 
+    @property
+    def key(self) -> str:
+        """Name without a version: checkpoints of one key are in one repository."""
+        return self.name.partition(".")[0]
+
     def missing(self, folder: str = "") -> list[str]:
-        """Returns the files that are neither in ``folder`` nor in the Hub's cache. Nothing is downloaded."""
+        """Returns the files that are neither in ``folder`` nor in ``checkpoint`` (a Hub id's cache, or a folder).
+
+        Nothing is downloaded.
+        """
         sources = [source for source in (folder, self.checkpoint) if source]
         return [file for file in self.files if not any(_has(source, file) for source in sources)]
 

@@ -347,6 +347,7 @@ def test_examples_lists_prints_and_copies_configs(tmp_path, capsys, monkeypatch)
     assert {row[0] for row in rows} >= names
     assert all(len(row) == 2 for row in rows) and {"prompts.txt", "quickstart.ipynb"} <= {row[0] for row in rows}
     assert ["quickstart.ipynb", "longalign in five minutes"] in rows
+    assert dict(rows)["acceptance.sh"].startswith("Loads every published checkpoint")
     assert main(["examples", "mini-align.yaml"]) == 0
     assert capsys.readouterr().out == (examples_folder() / "mini-align.yaml").read_text()
     assert main(["train", "mini-align.yaml"]) == 2

@@ -1,0 +1,340 @@
+"""Checks of the published checkpoints: what each must satisfy, whatever the machine. Run by ``examples/acceptance.sh``.
+
+Where a value has been published, it is compared; otherwise properties are: shapes, ranges, equalities between two ways
+to compute the same states, and that a matching prompt scores higher than others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from longalign.checkpoints.markdown import table_cell
+from longalign.checkpoints.redaction import redact_report
+from longalign.diagnostics.checks import Row, Unavailable, compare, failed, run_step
+from longalign.diagnostics.environment import environment
+from longalign.diagnostics.published import LAVI_BRIDGE, PUBLISHED
+from longalign.diagnostics.references import COLORS, ETA, HPS_EXAMPLES, LONG, SHORT
+from longalign.hub import availability_problem, offline
+from longalign.runtime import Runtime
+
+REWARDS: dict[str, dict[str, Any]] = {
+    "denscore": {"name": "denscore"},
+    "pickscore": {"name": "pickscore"},
+    "clip-h": {"name": "clip"},
+    "hpsv2": {"name": "hpsv2", "version": "v2"},
+    "hpsv2.1": {"name": "hpsv2", "version": "v2.1"},
+}
+
+
+@dataclass
+class Acceptance:
+    """The checks.
+
+    Args:
+        checkpoints: Hub id or folder by the name in `PUBLISHED`, for those that are not the published id.
+        output: folder for the converted checkpoint and the images.
+        device: a torch device.
+        num_steps: sampling steps.
+        hps_images: folder with the files of `HPS_EXAMPLES`, or None.
+    """
+
+    checkpoints: dict[str, str]
+    output: Path
+    device: str
+    num_steps: int = 25
+    hps_images: Path | None = None
+
+    def steps(self) -> dict[str, Callable[[], Iterator[Row]]]:
+        """Returns the steps in order; each loads what it needs."""
+        rewards = {name: lambda name=name: self.reward(name) for name in REWARDS}
+        return {
+            "longsd": self.longsd,
+            "sd15": self.segments,
+            "t5": self.t5,
+            "longclip": self.longclip,
+            "generate": self.generate,
+            **rewards,
+        }
+
+    def find(self, name: str) -> str:
+        """Returns the checkpoint of a name.
+
+        Raises:
+            Unavailable: if the checkpoint, or one of its files, is certainly not available.
+        """
+        (entry,) = (entry for entry in PUBLISHED if entry.name == name)
+        entry = replace(entry, checkpoint=self.checkpoints.get(entry.key, entry.checkpoint))
+        if problem := availability_problem(entry.checkpoint):
+            raise Unavailable(problem)
+        if (Path(entry.checkpoint).exists() or offline()) and (files := entry.missing()):
+            raise Unavailable(f"'{entry.checkpoint}' does not hold {', '.join(files)}")
+        return entry.checkpoint
+
+    def build(self, kind: str, config: dict[str, Any]) -> Any:
+        """Builds a part in float32."""
+        from longalign.registry import REGISTRIES
+
+        return REGISTRIES[kind].build(config, Runtime(self.device))
+
+    def longsd(self) -> Iterator[Row]:
+        """Reads the lists of LoRA tensors, and converts them with the adapter."""
+        from longalign.checkpoints.convert import LORAS, convert_longsd, read_tensors
+
+        source = Path(self.find("longsd"))
+        if not source.is_dir():
+            from huggingface_hub import snapshot_download
+
+            source = Path(snapshot_download(str(source)))
+        for file, _ in LORAS.values():
+            tensors = read_tensors(source / file)
+            yield compare(f"{file}, tensors", len(tensors) == 448, str(len(tensors)), "448")
+            values = f"{sum(t.numel() for t in tensors):,} values, {', '.join(sorted({str(t.dtype) for t in tensors}))}"
+            yield Row(file, "info", values, "28,291,072 values, torch.float16")
+        folder = self.output / "longsd"
+        shutil.rmtree(folder, ignore_errors=True)
+        convert_longsd(source, folder, self.find("sd15"), self.find("t5"))
+        yield compare(
+            "conversion", (folder / "longalign.safetensors").is_file(), "longalign.safetensors", "a checkpoint"
+        )
+
+    def segments(self) -> Iterator[Row]:
+        """Compares the segment encoding of a short prompt with plain encoding, and the padding with its definition."""
+        checkpoint = self.find("sd15")
+        config = {"checkpoint": checkpoint, "segmenter": "longalign"}
+        encoder = self.build("encoders", {"name": "clip-segment", **config})
+        plain = self.build("encoders", {"name": "clip-truncate", "checkpoint": checkpoint})
+        states, (report,) = encoder.encode([SHORT]).states[0], encoder.report([SHORT])
+        length = 1 + report.tokens[0]
+        yield _close("short prompt, segments and plain", states[:length], plain.encode([SHORT]).states[0, :length])
+        yield _close("padding, mean of the last 60 states", states[-1], plain.encode([""]).states[0, -60:].mean(0))
+        conditioning = encoder.encode([LONG[0]])
+        dropped = conditioning.reports[0].truncated
+        result = f"{sum(conditioning.reports[0].tokens)} tokens in {len(conditioning.reports[0].tokens)} segments"
+        yield compare(
+            "long prompt", not dropped, result + (f", dropped {dropped!r}" if dropped else ""), "nothing dropped"
+        )
+
+    def t5(self) -> Iterator[Row]:
+        """Encodes with T5 and LaVi-Bridge's adapter."""
+        adapter = {"checkpoint": self.find("lavi-bridge"), "subfolder": LAVI_BRIDGE[1]}
+        encoder = self.build("encoders", {"name": "t5", "checkpoint": self.find("t5"), "adapter": adapter})
+        states = encoder.encode([SHORT, ""]).states
+        expected = (2, 240, encoder.dim)
+        yield compare(
+            "states", tuple(states.shape) == expected and _finite(states), _about(states), f"finite {expected}"
+        )
+
+    def longclip(self) -> Iterator[Row]:
+        """Checks that LongCLIP reads text beyond 77 tokens."""
+        encoder = self.build("encoders", {"name": "longclip", "checkpoint": self.find("longclip"), **self.tokenizer()})
+        first, second = encoder.encode(["fox " * 120 + word for word in ("red", "wall")]).states
+        yield compare("states", first.shape[0] == 248 and _finite(first), _about(first), "248 finite states")
+        differs = ((first - second).abs().amax(-1) > 1e-3).nonzero().flatten().tolist()
+        result = f"from {differs[0]} on" if differs else "none"
+        yield compare("states that depend on word 121", bool(differs) and differs[0] == 121, result, "from 121 on")
+
+    def generate(self) -> Iterator[Row]:
+        """Generates images with the converted longSD."""
+        shutil.rmtree(self.images, ignore_errors=True)
+        folder = self.output / "longsd"
+        if not (folder / "longalign.safetensors").is_file():
+            raise Unavailable("longSD was not converted")
+        self.find("sd15")
+        self.find("t5")
+        from longalign.image_io import load_image
+        from longalign.inference.sampling import generate
+
+        dtype = "bfloat16" if self.device.startswith("cuda") else "float32"
+        settings = {"num_steps": self.num_steps, "guidance": 7.5}
+        rows = generate(folder, LONG, self.images, dtype=dtype, device=self.device, overwrite=True, **settings)
+        for row in rows:
+            image = load_image(self.images / row["file_name"])
+            spread = float(image.std())
+            size = f"{image.shape[-1]}x{image.shape[-2]}, standard deviation {spread:.3f}"
+            yield compare(f"image {row['file_name']}", _finite(image) and spread > 0.02, size, "not a constant image")
+
+    @property
+    def images(self) -> Path:
+        """Folder of the generated images."""
+        return self.output / "images"
+
+    def reward(self, name: str) -> Iterator[Row]:
+        """Checks that matching prompts score higher than others, and published scores of HPS v2."""
+        config = {**REWARDS[name], "checkpoint": self.find(name)}
+        reward = self.build("rewards", config if name.startswith("hpsv2") else {**config, **self.processor()}).eval()
+        yield from self.ranking(reward, "plain colours", *_colour_images())
+        index = self.images / "metadata.jsonl"
+        if index.is_file():
+            from longalign.image_folder import read_images
+            from longalign.image_io import load_image
+
+            rows = read_images(self.images)
+            yield from self.ranking(
+                reward, "generated", [load_image(path) for path, _, _ in rows], [p for _, p, _ in rows]
+            )
+        if name in ETA:
+            yield Row("mean eta of three prompts", "info", f"{_mean_eta(reward):.3f}", f"mode {ETA[name]} in the paper")
+        for file, prompt, score in HPS_EXAMPLES if name == "hpsv2" else ():
+            if self.hps_images is not None and (self.hps_images / file).is_file():
+                yield self.published_score(reward, self.hps_images / file, prompt, score)
+
+    def published_score(self, reward: Any, path: Path, prompt: str, expected: float) -> Row:
+        """Compares the score of an image file with a published one."""
+        from longalign.image_io import load_image
+
+        score = float(reward.score(load_image(path)[None].to(self.device), [prompt]))
+        return compare(
+            f"published score of {path.name}", abs(score - expected) < 2e-3, f"{score:.4f}", f"{expected:.4f}"
+        )
+
+    def ranking(self, reward: Any, what: str, images: Sequence[Any], prompts: Sequence[str]) -> Iterator[Row]:
+        """Scores every image with every prompt."""
+        import torch
+
+        with torch.no_grad():
+            features = torch.cat([reward.image_features(image[None].to(self.device)) for image in images])
+            scores = features @ reward.text_features(list(prompts)).T
+        ok = _finite(scores) and bool(scores.abs().max() <= 1.001)
+        values = f"{float(scores.min()):.4f} to {float(scores.max()):.4f}"
+        yield compare(f"scores, {what}", ok, values, "cosines")
+        best = int((scores.argmax(1).cpu() == torch.arange(len(images))).sum())
+        mean = float(scores.diagonal().mean())
+        others = float((scores.sum() - scores.diagonal().sum()) / (scores.numel() - len(images)))
+        result = f"{best} of {len(images)} images, mean {mean:.4f} and {others:.4f}"
+        yield compare(f"matching prompt scores highest, {what}", mean > others, result, "matching mean above others")
+
+    def processor(self) -> dict[str, str]:
+        """Returns the tokenizer source of rewards, if CLIP-H is given."""
+        return {"processor": self.checkpoints["clip-h"]} if "clip-h" in self.checkpoints else {}
+
+    def tokenizer(self) -> dict[str, str]:
+        """Returns the tokenizer source of LongCLIP: CLIP-L's tokenizer, from a folder of Stable Diffusion if given."""
+        folder = Path(self.checkpoints.get("sd15", "")) / "tokenizer"
+        return {"tokenizer": str(folder)} if folder.is_dir() else {}
+
+
+def _colour_images() -> tuple[list[Any], list[str]]:
+    import torch
+
+    images = [torch.tensor(rgb)[:, None, None].expand(3, 224, 224).contiguous() for rgb in COLORS.values()]
+    return images, [f"A plain {name} background." for name in COLORS]
+
+
+def _mean_eta(reward: Any) -> float:
+    from longalign.functional.preference import common_direction, eta
+
+    text = reward.text_features(list(LONG))
+    return float(eta(text, common_direction(text)).mean())
+
+
+def _close(check: str, a: Any, b: Any) -> Row:
+    difference = float((a - b).abs().max())
+    return compare(check, difference < 1e-3, f"largest difference {difference:.2g}", "below 1e-3")
+
+
+def _finite(tensor: Any) -> bool:
+    return bool(tensor.isfinite().all())
+
+
+def _about(states: Any) -> str:
+    return f"{tuple(states.shape)}, standard deviation {states.float().std():.3g}"
+
+
+def run(acceptance: Acceptance, only: Sequence[str] = ()) -> list[tuple[str, Row]]:
+    """Runs the steps; a missing checkpoint or an error is a row, and the other steps go on."""
+    import torch
+
+    out: list[tuple[str, Row]] = []
+    cuda = acceptance.device.startswith("cuda")
+    for name, step in acceptance.steps().items():
+        if only and name not in only:
+            continue
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        out += [(name, row) for row in run_step(name, lambda step=step: _unavailable(step))]
+        if cuda:
+            out.append((name, Row("peak GPU memory", "info", f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")))
+        gc.collect()
+        if cuda:
+            torch.cuda.empty_cache()
+    return out
+
+
+def _unavailable(step: Callable[[], Iterator[Row]]) -> Iterator[Row]:
+    """Turns errors of the Hub's client, such as a failed download, into `Unavailable`."""
+    try:
+        yield from step()
+    except Unavailable:
+        raise
+    except Exception as error:
+        current: BaseException | None = error
+        while current is not None:
+            if type(current).__module__.split(".")[0] in ("huggingface_hub", "httpx", "requests"):
+                raise Unavailable(str(error).partition("\n")[0]) from error
+            current = current.__cause__ or current.__context__
+        raise
+
+
+def table(rows: Sequence[tuple[str, Row]]) -> str:
+    """Returns the Markdown table."""
+    lines = ["| step | check | status | result | expected | seconds |", "|---|---|---|---|---|---|"]
+    for step, row in rows:
+        cells = [step, row.check, row.status, row.result, row.expected, f"{row.seconds:.1f}" if row.seconds else ""]
+        lines.append(f"| {' | '.join(table_cell(redact_report(cell)) for cell in cells)} |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the checks, writes ``acceptance.md`` and ``acceptance.json``, and returns 1 if a check failed."""
+    names = list(dict.fromkeys(entry.key for entry in PUBLISHED))
+    parser = argparse.ArgumentParser(prog="acceptance", description="Checks the published checkpoints.")
+    parser.add_argument("checkpoints", nargs="*", metavar="NAME=CHECKPOINT", help=f"Hub id or folder of {names}")
+    parser.add_argument("--output", type=Path, default=Path("runs/acceptance"))
+    parser.add_argument("--device", help="the fastest available one by default")
+    parser.add_argument("--num-steps", type=int, default=25, help="sampling steps")
+    parser.add_argument("--hps-images", type=Path, help="folder of the published examples of HPS v2")
+    parser.add_argument("--only", nargs="+", default=[], help="only these steps")
+    args = parser.parse_args(argv)
+    given = dict(text.split("=", 1) for text in args.checkpoints if "=" in text)
+    if len(given) < len(args.checkpoints) or not set(given) <= set(names):
+        parser.error(f"expected NAME=CHECKPOINT with a name in {', '.join(names)}, got {args.checkpoints}")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    args.output.mkdir(parents=True, exist_ok=True)
+    device = Runtime.detect(device=args.device).device
+    acceptance = Acceptance(given, args.output, device, args.num_steps, args.hps_images)
+    unknown = set(args.only) - set(acceptance.steps())
+    if unknown:
+        parser.error(f"expected steps among {', '.join(acceptance.steps())}, got {', '.join(sorted(unknown))}")
+    rows = run(acceptance, args.only)
+    facts = {key: redact_report(value) for key, value in environment().items()}
+    shown = (
+        "longalign",
+        "torch",
+        "diffusers",
+        "transformers",
+        "open_clip_torch",
+        "peft",
+        "python",
+        "processor",
+        "cuda:0",
+    )
+    versions = ", ".join(f"{key} {facts[key]}" for key in shown if key in facts)
+    text = f"{versions}; on {device}\n\n{table(rows)}\n"
+    (args.output / "acceptance.md").write_text(text, encoding="utf-8")
+    report = {"environment": facts, "rows": [{"step": step, **row.as_dict()} for step, row in rows]}
+    (args.output / "acceptance.json").write_text(redact_report(json.dumps(report, indent=1)) + "\n", encoding="utf-8")
+    print(text)
+    return 1 if failed(row for _, row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
