@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from longalign.backbones.flux.config import FluxConfig as FluxConfig
     from longalign.backbones.latent import LatentBackbone as LatentBackbone
     from longalign.backbones.lora import LoraWeights as LoraWeights
+    from longalign.backbones.pixart.backbone import PixArtBackbone as PixArtBackbone
+    from longalign.backbones.pixart.config import PixArtConfig as PixArtConfig
     from longalign.backbones.stable_diffusion.config import SD3Config as SD3Config
     from longalign.backbones.stable_diffusion.config import SDConfig as SDConfig
     from longalign.backbones.stable_diffusion.config import SDXLConfig as SDXLConfig
@@ -35,6 +37,8 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "LatentBackbone": "latent",
         "LoraConfig": "config",
         "LoraWeights": "lora",
+        "PixArtBackbone": "pixart.backbone",
+        "PixArtConfig": "pixart.config",
         "SD3Backbone": "stable_diffusion.sd3",
         "SD3Config": "stable_diffusion.config",
         "SDBackbone": "stable_diffusion.sd",

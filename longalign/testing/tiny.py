@@ -29,6 +29,7 @@ __all__ = [
     "tiny_hpsv2",
     "tiny_imagereward",
     "tiny_longclip_file",
+    "tiny_pixart",
     "tiny_qwen2_vl",
     "tiny_sd",
     "tiny_sd3",
@@ -481,6 +482,33 @@ def tiny_flux(folder: Path, dynamic: bool = True, guidance: bool = True) -> Path
     FluxPipeline(
         scheduler or FlowMatchEulerDiscreteScheduler(shift=1.0), vae,
         text_encoder, tokenizer, T5EncoderModel.from_pretrained(t5), AutoTokenizer.from_pretrained(t5), transformer,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@once
+def tiny_pixart(folder: Path, sigma: bool = False, size_conditions: bool = False) -> Path:
+    """PixArt-alpha, or PixArt-Sigma if ``sigma``, in its Hub layout: T5 32 wide, VAE of factor 4; for 32 px.
+
+    ``size_conditions`` adds the embeddings of image size and aspect ratio of PixArt-alpha for 1024 px.
+    """
+    import diffusers
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    t5 = tiny_t5(parts_folder(folder) / "t5", width=32)
+    torch.manual_seed(6)
+    transformer = diffusers.PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=8, num_layers=1,
+        cross_attention_dim=24, sample_size=8, caption_channels=32, use_additional_conditions=size_conditions,
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8, 8), norm_num_groups=4, latent_channels=4, sample_size=32, scaling_factor=0.13025,
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+    )  # fmt: skip
+    pipeline = diffusers.PixArtSigmaPipeline if sigma else diffusers.PixArtAlphaPipeline
+    pipeline(
+        AutoTokenizer.from_pretrained(t5), T5EncoderModel.from_pretrained(t5), vae, transformer,
+        diffusers.DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear"),
     ).save_pretrained(folder)  # fmt: skip
     return folder
 

@@ -1,0 +1,1 @@
+"""The backbone `pixart`: PixArt-alpha and PixArt-Sigma."""

@@ -1,0 +1,84 @@
+"""PixArt-alpha (arXiv 2310.00426) and PixArt-Sigma (arXiv 2403.04692): a transformer with cross-attention to T5."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
+from einops import repeat
+from torch import Tensor
+
+from longalign.backbones.latent import LatentBackbone
+from longalign.backbones.pixart.config import PixArtConfig
+from longalign.backbones.stable_diffusion.loading import load_parts
+from longalign.backbones.stable_diffusion.sd import scheduler_constants
+from longalign.encoders.base import Conditioning
+from longalign.functional.diffusion import NoiseLevels
+from longalign.runtime import Runtime
+
+
+class PixArtBackbone(LatentBackbone):
+    """PixArt's transformer and VAE.
+
+    The transformer predicts noise and, in further channels, a variance that is not used. PixArt-alpha for 1024 pixels
+    is also conditioned on the height, width and aspect ratio (height / width) of the image.
+
+    Args:
+        transformer: the denoiser.
+        vae: the autoencoder; frozen by this class.
+        alphas_cumprod: ``(T,)`` cumulative products of the noise schedule's alphas.
+        prediction: ``"epsilon"`` or ``"v_prediction"``.
+
+    Raises:
+        ValueError: if transformer and VAE have different numbers of channels.
+    """
+
+    def __init__(self, transformer: Any, vae: Any, alphas_cumprod: Tensor, prediction: str):
+        config, channels = transformer.config, vae.config.latent_channels
+        if config.in_channels != channels or transformer.out_channels not in (channels, 2 * channels):
+            raise ValueError(
+                f"the transformer has {config.in_channels} input and {transformer.out_channels} output channels, but "
+                f"the VAE has {channels}; use a text-to-image model in the layout of PixArt"
+            )
+        super().__init__(transformer, vae, prediction, NoiseLevels.from_alphas_cumprod(alphas_cumprod.float()))
+
+    @classmethod
+    def from_config(cls, config: PixArtConfig, runtime: Runtime) -> PixArtBackbone:
+        """Loads transformer, VAE and scheduler config from a folder or the Hub."""
+        transformer, vae, constants = load_parts(config, runtime, PixArtTransformer2DModel)
+        return cls(transformer, vae, *scheduler_constants(constants)).to(runtime.device)
+
+    @property
+    def divisor(self) -> int:
+        return self.vae_scale_factor * self.denoiser.config.patch_size
+
+    def call(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        conditioning = conditioning.at(timesteps)
+        width, expected = conditioning.states.shape[-1], self.denoiser.config.caption_channels
+        if expected is not None and width != expected:
+            raise ValueError(
+                f"PixArt's transformer expects states of width {expected}, got width {width} from the encoder; use the "
+                "encoder 't5' with the model's checkpoint"
+            )
+        dtype = self.denoiser.dtype
+        output = denoiser(
+            latents.to(dtype),
+            encoder_hidden_states=conditioning.states.to(dtype),
+            encoder_attention_mask=conditioning.mask,
+            timestep=timesteps,
+            added_cond_kwargs=self._size_conditions(latents),
+            return_dict=False,
+        )[0]
+        return output[:, : latents.shape[1]].to(latents.dtype)
+
+    def _size_conditions(self, latents: Tensor) -> dict[str, Tensor | None]:
+        """Returns the size and aspect ratio of the images; None each if the transformer takes none."""
+        if not self.denoiser.use_additional_conditions:
+            return {"resolution": None, "aspect_ratio": None}
+        height, width = (self.vae_scale_factor * side for side in latents.shape[-2:])
+        size = torch.tensor([height, width], dtype=self.denoiser.dtype, device=latents.device)
+        return {
+            "resolution": repeat(size, "size -> b size", b=len(latents)),
+            "aspect_ratio": torch.full_like(size[:1], height / width).expand(len(latents), 1),
+        }
