@@ -37,8 +37,8 @@ class LatentBackbone(Backbone):
         config: Any = denoiser.config
         settings: Any = vae.config
         vae_scale_factor = 2 ** (len(settings.block_out_channels) - 1)
-        resolution = int(config.sample_size) * vae_scale_factor if resolution is None else resolution
-        super().__init__(denoiser, prediction, noise_levels, resolution)
+        native = int(config.sample_size) * vae_scale_factor if resolution is None else resolution
+        super().__init__(denoiser, prediction, noise_levels, native)
         self._check_images = ImageCheck()
         self.vae: Any = vae.requires_grad_(False).eval()
         self.vae_scale_factor = vae_scale_factor

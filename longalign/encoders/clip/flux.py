@@ -57,11 +57,13 @@ class T5FluxEncoder(Encoder):
             t5: a ``T5EncoderModel`` and its fast tokenizer.
             segmenter: splits a prompt.
         """
-        shared = {"max_batch_tokens": config.max_batch_tokens}
-        settings = T5Config(max_tokens=config.max_tokens, overflow=config.overflow, window=config.window, **shared)
+        limit = config.max_batch_tokens
+        settings = T5Config(
+            max_tokens=config.max_tokens, overflow=config.overflow, window=config.window, max_batch_tokens=limit
+        )
         return cls(
             T5Encoder.from_modules(settings, *t5, None),
-            ClipSegmentEncoder.from_modules(ClipSegmentConfig(**shared), *clip, segmenter),
+            ClipSegmentEncoder.from_modules(ClipSegmentConfig(max_batch_tokens=limit), *clip, segmenter),
             pooled=config.pooled,
         )
 
