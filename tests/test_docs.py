@@ -28,7 +28,7 @@ from longalign.cli.main import COMMANDS, main, parse
 from longalign.config.changes import parse_assignments
 from longalign.config.describe import describe_model, describe_part
 from longalign.config.parsing import parse_value
-from longalign.config.run import RunConfig
+from longalign.config.run import RunConfig, to_dict
 from longalign.inference.inputs import prompt_inputs, width_keys
 from longalign.loop.resume_checks import RESUMABLE_KEYS
 from longalign.registry import REGISTRIES, metrics, rewards
@@ -266,6 +266,28 @@ def test_config_blocks_are_valid(path):
             load_config(tree)
     for _, body in blocks(path, "toml"):
         assert tomllib.loads(body)
+
+
+def test_migration_keys_exist():
+    """Each key that docs/migrating.md names is a key of one of its configs, or of another trainer."""
+    path = ROOT / "docs" / "migrating.md"
+    configs = [to_dict(load_config(yaml.safe_load(body))) for _, body in blocks(path, "yaml")]
+    configs += [to_dict(load_config(ROOT / "examples" / f"longalign-sd15-{name}.yaml")) for name in ("lcm", "reward")]
+    named = re.findall(r"`((?:backbone|encoder|rewards|trainer|data|loop|monitor)\.[\w.]+)", prose(path))
+    assert len(configs) == 5 and len(named) > 50
+    missing = [key for key in named if not any(has_key(config, key.split(".")) for config in configs)]
+    assert not missing
+
+
+def has_key(tree, steps):
+    for step in steps:
+        if isinstance(tree, list) and step.isdigit() and int(step) < len(tree):
+            tree = tree[int(step)]
+        elif isinstance(tree, dict) and step in tree:
+            tree = tree[step]
+        else:
+            return False
+    return True
 
 
 # Named objects
