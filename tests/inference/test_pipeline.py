@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -50,6 +51,9 @@ class IdealBackbone(nn.Module):
 
     def project_text(self, conditioning):
         return conditioning
+
+    def merged_lora(self):
+        return nullcontext()
 
     def latent_shape(self, height=None, width=None):
         return 3, height or self.resolution, width or self.resolution

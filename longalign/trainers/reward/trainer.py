@@ -167,7 +167,8 @@ class RewardTrainer(DiffusionTrainer):
         conditioning = replace(encoded, states=encoded.states.detach().requires_grad_(encoded.states.requires_grad))
         noise, selected = self.noise(len(prompts)), self.gradient_steps.select(len(self.solver))
         chunks = _chunks(len(prompts), self.denoise_batch)
-        passes = [pass_ for rows in chunks for pass_ in self.sample(selected, noise[rows], conditioning, rows)]
+        with self.backbone.merged_lora():
+            passes = [pass_ for rows in chunks for pass_ in self.sample(selected, noise[rows], conditioning, rows)]
 
         latents = torch.cat([pass_.final for pass_ in passes]).requires_grad_()
         with torch.enable_grad():
