@@ -1,4 +1,4 @@
-"""Cost of sampling in a reward step: keys and values of the text computed once.
+"""Cost of sampling in a reward step: keys and values of the text computed once, and the LoRA merged.
 
 CPU seconds of the UNet of the synthetic scenes with a LoRA of rank 32: sampling of 8 images with guidance, without
 gradient, on one thread. The methods run alternately in one process, and the smallest of their times is reported, which
@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from _stages import SD, SDXL, Setting, backbone
 from reward_step import table
 from torch.utils.flop_counter import FlopCounterMode
 
+from longalign.backbones.config import LoraConfig
+from longalign.backbones.lora import lora_layers
 from longalign.compose import build_from_config
 from longalign.config.changes import override
 from longalign.config.run import load_config
@@ -106,6 +110,119 @@ def text_operations() -> list[str]:
     return [intro, "", *table(head, rows)]
 
 
+def lora(rounds: int) -> list[str]:
+    """LoRA merged for sampling or computed separately."""
+    trainer = make_trainer(**{"trainer.num_steps": STEPS})
+    sample = sampler(trainer, Conditioning(torch.randn(BATCH + 1, 240, 128)), trainer.noise(BATCH))
+
+    def merged() -> torch.Tensor:
+        with trainer.backbone.merged_lora():
+            return sample()
+
+    def merge() -> None:
+        with trainer.backbone.merged_lora():
+            pass
+
+    difference = relative(merged(), sample())
+    times = cpu_seconds(rounds, {"separate": sample, "merged": merged, "merge": merge})
+    ratio = times["merged"] / times["separate"]
+    rows = [[f"{times['separate']:.2f}", f"{times['merged']:.2f}", f"{ratio:.2f}", f"{times['merge']:.3f}",
+             f"{difference:.0e}"]]  # fmt: skip
+    head = ["separate", "merged, with the merge", "ratio", "the merge alone", "relative difference"]
+    intro = f"CPU seconds of sampling with {STEPS} calls and 240 text states, LoRA of rank 32 separate or merged:"
+    return [intro, "", *table(head, rows), *lora_operations(), *rounding()]
+
+
+def lora_operations() -> list[str]:
+    """Operations of a separate LoRA."""
+    rows = []
+    for model, width, pooled in ((SD, 768, None), (SDXL, 2048, 1280)):
+        network = backbone(Setting(model, "generate"))
+        states = torch.empty(1, 480, width, dtype=torch.bfloat16, device="meta")
+        conditioning = Conditioning(states, pooled=None if pooled is None else states[:, 0, :pooled])
+        latents, counts = torch.empty(1, *network.latent_shape(), device="meta"), []
+        with torch.no_grad():
+            counts.append(operations(network, latents, conditioning))
+            with torch.device("meta"):
+                network.add_lora(LoraConfig(rank=32, dropout=0.0), "x")
+            counts.append(operations(network, latents, conditioning))
+        layers = [layer.get_base_layer().weight for _, layer in lora_layers(network.denoiser, "x")]
+        size = sum(weight.nbytes for weight in layers)
+        rows.append([model, *(f"{count / 1e12:.3f}" for count in counts), f"{counts[1] / counts[0] - 1:.1%}",
+                     str(len(layers)), f"{size / 2**30:.2f}"])  # fmt: skip
+    head = ["model", "TFLOP", "with a LoRA of rank 32", "more", "layers with LoRA", "GiB of their weights in bf16"]
+    return ["One call of the UNet at 480 text states:", "", *table(head, rows)]
+
+
+@torch.no_grad()
+def rounding() -> list[str]:
+    """Error of predictions with a merged or separate LoRA, by the size of its update."""
+    network = make_trainer().backbone.eval()
+    layers = [layer for _, layer in lora_layers(network.denoiser, "reward")]
+    weights, ups = [m.get_base_layer().weight for m in layers], [m.lora_B["reward"].weight for m in layers]
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(4, *network.latent_shape(), generator=generator)
+    conditioning = Conditioning(torch.randn(4, 240, 128, generator=generator))
+
+    def set_size(size: float) -> None:
+        for layer, weight, up in zip(layers, weights, ups, strict=True):
+            up.normal_(generator=generator.manual_seed(0))
+            up *= size * weight.float().norm() / layer.get_delta_weight("reward").norm()
+
+    def predict(
+        autocast: Callable[[], Any] = nullcontext, merged: Sequence[torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        for layer, weight in zip(layers, merged or [None] * len(layers), strict=True):
+            layer.merged_weight = weight
+        with autocast():
+            outputs = [network.predict(latents, torch.full((4,), t), conditioning) for t in (999, 700, 400, 100)]
+        return torch.cat(outputs).float()
+
+    def merged(autocast: Callable[[], Any]) -> list[torch.Tensor]:
+        network.wrap_denoiser(network.denoiser, autocast)
+        with network.merged_lora():
+            return [layer.merged_weight for layer in layers]
+
+    def kept(rounded: Sequence[torch.Tensor]) -> str:
+        """Share of the LoRA's effect with rounded weights, in float32 arithmetic."""
+        effect, got = exact - base, predict(merged=[weight.float() for weight in rounded]) - base
+        return f"{float((got * effect).sum() / effect.square().sum()):.2f}"
+
+    def round_weights(dtype: torch.dtype) -> None:
+        for weight in weights:
+            weight.data = weight.data.bfloat16().to(dtype)
+
+    rows = []
+    for name, arithmetic in (("float32", "float32"), ("float32", "bf16"), ("bf16", "bf16")):
+        autocast = partial(torch.autocast, "cpu", torch.bfloat16) if arithmetic == "bf16" else nullcontext
+        if name == "bf16":
+            round_weights(torch.float32)
+        set_size(0.0)
+        base = predict()
+        for size in (1e-4, 1e-3, 1e-2):
+            set_size(size)
+            exact = predict()
+            nearest = [(m.get_base_layer().weight + m.get_delta_weight("reward")).bfloat16() for m in layers]
+            if name == "bf16":
+                round_weights(torch.bfloat16)
+            copies, separate = merged(autocast), predict(autocast)
+            together = predict(autocast, copies)
+            if name == "bf16":
+                round_weights(torch.float32)
+            errors = [relative(exact, base), *(relative(p, exact) for p in (separate, together))]
+            shares = [kept(nearest), kept(copies)] if name == "bf16" else ["", ""]
+            rows.append([name, arithmetic, f"{size:.0e}", *(f"{error:.1e}" for error in errors), *shares])
+    head = ["weights", "arithmetic", "size of the update", "its effect", "error if separate", "error if merged",
+            "effect kept, rounding to nearest", "effect kept"]  # fmt: skip
+    return [
+        "Relative changes of the prediction, by the size of the update relative to each weight. The effect is the "
+        "change by the LoRA in float32; errors are those to float32 arithmetic with a separate LoRA. The last columns "
+        "have the share of the effect that remains if the merged weights are rounded to bf16, in float32 arithmetic:",
+        "",
+        *table(head, rows),
+    ]  # fmt: skip
+
+
 def operations(network: Any, latents: torch.Tensor, conditioning: Conditioning) -> int:
     """Floating-point operations of a call; a multiplication with an addition counts as two."""
     with FlopCounterMode(display=False) as counter:
@@ -124,7 +241,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     lines = ["# Sampling in a reward step", "", "`python benchmarks/rollout.py`", "", "## Text", ""]
-    lines += [*text(options.rounds), f"Machine: {machine_text()}; one thread."]
+    lines += [*text(options.rounds), "## LoRA", "", *lora(options.rounds), f"Machine: {machine_text()}; one thread."]
     options.output.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

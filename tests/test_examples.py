@@ -46,7 +46,7 @@ def test_longalign_sd15_configs_match_paper():
         assert 6 * loop.batch_size * loop.accumulation == batch and loop.steps == steps
         assert (loop.lr, loop.betas, loop.weight_decay, loop.clip) == (3e-5, (0.9, 0.999), 1e-2, 0.3)
         assert config.trainer.lora.model_dump() == {
-            "rank": 32, "scale": 1.0, "dropout": 0.1, "dropout_placement": "up"
+            "rank": 32, "scale": 1.0, "targets": None, "dropout": 0.1, "dropout_placement": "up"
         }  # fmt: skip
     assert (align.trainer.caption_dropout, align.trainer.train_adapter, align.loop.warmup) == (0.1, True, 2000)
     assert (reward.trainer.num_steps, reward.trainer.guidance, reward.trainer.gradient_steps.groups) == (50, 7.5, 5)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,13 +18,14 @@ from longalign.backbones.lora import (
     inject_lora,
     merge_into_base,
     read_lora,
+    temporarily_merged,
     without_lora,
     write_lora,
 )
 from longalign.encoders.base import Conditioning
 from longalign.functional.diffusion import NoiseLevels, check_prediction
 from longalign.names import unique_name
-from longalign.sharding import gather_full
+from longalign.sharding import gather_full, is_sharded
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 
@@ -56,6 +57,8 @@ class Backbone(nn.Module):
         self._call: tuple[Callable[..., Any]] = (self.denoiser,)
         self._reference: tuple[nn.Module, ...] = ()
         self._graphed: GraphedCall | None = None
+        self._merge_buffers: dict[str, Tensor] | None = None
+        self._is_merged = False
         self.autocast: Autocast = nullcontext
 
     @property
@@ -116,6 +119,26 @@ class Backbone(nn.Module):
         """
         return conditioning
 
+    @contextmanager
+    def merged_lora(self) -> Iterator[None]:
+        """Context manager: calls without gradient and active dropout use weights that contain the active LoRA.
+
+        They save the LoRA's share of the time, for a copy of the weights of all its layers. The weights must not change
+        inside. Does nothing if the weights are sharded.
+        """
+        if self._active is None or is_sharded(self.denoiser):
+            yield
+            return
+        kind = self.device.type
+        with self.autocast():
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        with temporarily_merged(self.denoiser, self._active[0], dtype, self._merge_buffers):
+            self._is_merged = True
+            try:
+                yield
+            finally:
+                self._is_merged = False
+
     def wrap_denoiser(self, wrapped: Callable[..., Any], autocast: Autocast = nullcontext) -> None:
         """Makes `predict` call ``wrapped``, the denoiser wrapped for distributed training, without CUDA graphs.
 
@@ -123,7 +146,7 @@ class Backbone(nn.Module):
             wrapped: the wrapped denoiser.
             autocast: context of mixed precision in which ``wrapped`` calls the denoiser.
         """
-        self._call, self._graphed, self.autocast = (wrapped,), None, autocast
+        self._call, self._graphed, self._merge_buffers, self.autocast = (wrapped,), None, None, autocast
 
     def use_cuda_graphs(self) -> None:
         """Makes `predict` replay calls without gradient as CUDA graphs; see `longalign.backbones.graphs`.
@@ -138,7 +161,8 @@ class Backbone(nn.Module):
                 f"CUDA graphs need a denoiser on a CUDA device, got one on {self.device.type}; set loop.cuda_graphs to "
                 "false"
             )
-        self._graphed = GraphedCall(self._predict, lambda: self.denoiser.training)
+        self._merge_buffers = {}
+        self._graphed = GraphedCall(self._predict, lambda: (self.denoiser.training, self._is_merged))
 
     def enable_gradient_checkpointing(self) -> None:
         """Enables gradient checkpointing: the denoiser's activations are recomputed in the backward pass."""

@@ -39,12 +39,12 @@ class GraphedCall:
 
     Args:
         call: the call, e.g. of a denoiser.
-        training: returns whether the network is in training mode, which may change what it computes.
+        mode: returns a hashable value; calls with different values have different graphs, e.g. for training mode.
         capture: makes the graph.
     """
 
-    def __init__(self, call: Call, training: Callable[[], bool], capture: Capture = capture_cuda_graph):
-        self.call, self.training, self.capture = call, training, capture
+    def __init__(self, call: Call, mode: Callable[[], Any], capture: Capture = capture_cuda_graph):
+        self.call, self.mode, self.capture = call, mode, capture
         self._graphs: dict[Any, tuple[list[Tensor], Callable[[], None], Tensor] | None] = {}
 
     def __call__(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
@@ -58,7 +58,7 @@ class GraphedCall:
         kind = latents.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         shapes = tuple((v.shape, v.dtype) if isinstance(v, Tensor) else v for v in inputs)
-        key = (self.training(), autocast, str(structure), shapes)
+        key = (self.mode(), autocast, str(structure), shapes)
         if key not in self._graphs:
             static = [value.clone() if isinstance(value, Tensor) else value for value in inputs]
             self._graphs[key] = self._captured(static, structure, conditioning)

@@ -24,6 +24,7 @@ from longalign.backbones.lora_layers import fuse_forward
 # newer diffusers has attention classes of single models, such as FLUX's, with a common base class
 ANCESTORS = (Attention, getattr(attention, "AttentionModuleMixin", Attention), ResnetBlock2D, GEGLU)
 LAYERS = (nn.Linear, nn.Conv2d)
+HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def merge_into_base(denoiser: Any, name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     for key, layer in lora_layers(denoiser, name):
         weight, update = layer.get_base_layer().weight, layer.get_delta_weight(name)
-        if weight.dtype in (torch.float16, torch.bfloat16):
+        if weight.dtype in HALF:
             weight.copy_(stochastic_round(weight.float() + update.float(), weight.dtype, generator))
         else:
             weight.add_(update)
@@ -185,7 +186,7 @@ def merge_into_base(denoiser: Any, name: str) -> None:
     denoiser.requires_grad_(False)
 
 
-def stochastic_round(exact: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+def stochastic_round(exact: Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
     """Rounds float32 numbers to half precision stochastically.
 
     The probability of rounding up is the distance to the lower neighbor as a fraction of the spacing.
@@ -193,22 +194,60 @@ def stochastic_round(exact: Tensor, dtype: torch.dtype, generator: torch.Generat
     limits = torch.finfo(dtype)
     spacing = torch.ldexp(torch.full_like(exact, limits.eps), torch.frexp(exact).exponent - 1)
     spacing = spacing.clamp(min=limits.smallest_normal * limits.eps)
-    offset = torch.rand(exact.shape, generator=generator).to(exact.device)
+    offset = torch.rand(exact.shape, generator=generator, device=generator.device if generator else None).to(
+        exact.device
+    )
     return (torch.floor(exact / spacing + offset) * spacing).to(dtype)
+
+
+@contextmanager
+def temporarily_merged(
+    denoiser: nn.Module, name: str, dtype: torch.dtype | None, buffers: dict[str, Tensor] | None = None
+) -> Iterator[None]:
+    """Context manager: calls without gradient and active dropout use weights that contain the LoRA ``name``.
+
+    These are copies; the base weights do not change. Copies of half-precision weights are rounded stochastically,
+    always with the same random numbers, because rounding to nearest would discard most of a small update.
+
+    Args:
+        denoiser: the network.
+        name: the LoRA.
+        dtype: dtype of the copies; None for that of the base weights.
+        buffers: keeps the copies at the same addresses, for CUDA graphs. Otherwise they are freed.
+    """
+    layers = lora_layers(denoiser, name)
+    device = next(denoiser.parameters()).device
+    generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
+    try:
+        with torch.no_grad():
+            for key, layer in layers:
+                weight, exact = layer.get_base_layer().weight, layer.lora_A[name].weight.dtype
+                up, down = layer.lora_B[name].weight.flatten(1), layer.lora_A[name].weight.flatten(1)
+                merged = torch.addmm(weight.flatten(1).to(exact), up, down, alpha=layer.scaling[name]).view_as(weight)
+                copy = torch.empty_like(weight, dtype=dtype) if buffers is None or key not in buffers else buffers[key]
+                if weight.dtype in HALF:
+                    merged = stochastic_round(merged.float(), copy.dtype, generator)
+                layer.merged_weight = copy.copy_(merged)
+                if buffers is not None:
+                    buffers[key] = copy
+        yield
+    finally:
+        for _, layer in layers:
+            layer.merged_weight = None
 
 
 @contextmanager
 def without_lora(denoiser: nn.Module, name: str) -> Iterator[None]:
     """Context manager: disables the LoRA ``name``."""
     layers = [layer for _, layer in lora_layers(denoiser, name)]
-    scales = [layer.scaling[name] for layer in layers]
+    before = [(layer.scaling[name], layer.merged_weight) for layer in layers]
     try:
         for layer in layers:
-            layer.scaling[name] = 0.0
+            layer.scaling[name], layer.merged_weight = 0.0, None
         yield
     finally:
-        for layer, scale in zip(layers, scales, strict=True):
-            layer.scaling[name] = scale
+        for layer, (scale, merged) in zip(layers, before, strict=True):
+            layer.scaling[name], layer.merged_weight = scale, merged
 
 
 def concat_loras(loras: Sequence[LoraWeights]) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 """LoRA layers of peft with a forward pass that adds the update to the layer's output in one matrix product.
 
 peft casts the input to the dtype of the LoRA, scales the update and adds it, each with a pass over memory. These layers
-compute ``y + s (x A) B`` as one product with ``y`` as its initial value.
+compute ``y + s (x A) B`` as one product with ``y`` as its initial value. Calls without gradient can use a temporary
+weight that contains the update.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ def fuse_forward(layer: Any, dropout: float = 0.0) -> None:
     """
     layer.__class__ = {Linear: FusedLinear, Conv2d: FusedConv2d}[type(layer)]
     layer.dropout_of_update = dropout
+    layer.merged_weight = None
 
 
 def has_dropout(layer: nn.Module) -> bool:
@@ -49,11 +51,16 @@ class _Fused:
     """The forward pass of both kinds of layers, to be combined with a LoRA layer of peft."""
 
     dropout_of_update: float
+    #: the base weight with the update; used by calls without gradient in which dropout is inactive
+    merged_weight: Tensor | None
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         name = None if args or kwargs else _active_adapter(self)
         if name is None:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        merged = self.merged_weight
+        if merged is not None and not torch.is_grad_enabled() and not self._drops(name):
+            return self._merged_forward(x, merged)
         x = _cast_for_autocast(x)
         out = self.base_layer(x)
         down, up = (projection[name].weight.to(out.dtype) for projection in (self.lora_A, self.lora_B))
@@ -62,9 +69,15 @@ class _Fused:
             return out + F.dropout(scale * self._expand(hidden, up), self.dropout_of_update)
         return self._add_update(out, hidden, up, scale)
 
+    def _drops(self: Any, name: str) -> bool:
+        return self.training and (self.dropout_of_update > 0 or isinstance(self.lora_dropout[name], nn.Dropout))
+
 
 class FusedLinear(_Fused, Linear):
     """A linear layer with a LoRA."""
+
+    def _merged_forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight, self.get_base_layer().bias)
 
     def _project(self, name: str, x: Tensor, down: Tensor) -> Tensor:
         return F.linear(x, down)
@@ -78,6 +91,10 @@ class FusedLinear(_Fused, Linear):
 
 class FusedConv2d(_Fused, Conv2d):
     """A convolution with a LoRA: a convolution to the rank's channels and a pointwise one."""
+
+    def _merged_forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        layer: Any = self.get_base_layer()
+        return F.conv2d(x, weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
 
     def _project(self, name: str, x: Tensor, down: Tensor) -> Tensor:
         layer: Any = self.lora_A[name]

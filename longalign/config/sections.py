@@ -49,8 +49,8 @@ class LoopConfig(Section):
     """compile the denoiser with ``torch.compile``: true (backend "inductor") or the name of a backend."""
     cuda_graphs: bool = False
     """replay denoiser calls without gradient as CUDA graphs; for one process with a CUDA GPU. Calls with dropout are
-    not replayed: set the LoRA's dropout to 0, or the reward trainer's ``dropout_steps`` to ``"chosen"``. Experimental:
-    not yet run on a GPU.
+    not replayed: set the LoRA's dropout to 0, or the reward trainer's ``dropout_steps`` to ``"chosen"``. The weights
+    with which the LoRA is merged for sampling are then kept. Experimental: not yet run on a GPU.
     """
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """decay of the exponential moving average of the trainable parameters, or null for none."""

@@ -76,7 +76,7 @@ def sample(
     batches = range(0, len(prompts), batch_size)
     images = []
     bar = tqdm(total=len(batches) * num_steps, desc="sampling", disable=not progress)
-    with evaluating(backbone), evaluating(encoder), bar:
+    with evaluating(backbone), evaluating(encoder), backbone.merged_lora(), bar:
         for start in batches:
             rows = slice(start, start + batch_size)
             shape = backbone.latent_shape(height, width)

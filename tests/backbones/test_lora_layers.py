@@ -9,9 +9,11 @@ from torch import nn
 from torch.nn.functional import dropout
 
 from longalign.backbones.config import LoraConfig
-from longalign.backbones.lora import inject_lora, lora_layers
+from longalign.backbones.graphs import GraphedCall
+from longalign.backbones.lora import inject_lora, lora_layers, temporarily_merged
 from longalign.backbones.lora_layers import FusedConv2d, FusedLinear
-from longalign.testing.tiny import tiny_unet
+from longalign.encoders.base import Conditioning
+from longalign.testing.tiny import tiny_backbone, tiny_unet
 
 
 def unets(**lora):
@@ -79,3 +81,102 @@ def test_fused_forward_half_precision_base():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else torch.bfloat16)
     out = fused(torch.randn(2, 4, 4, 4).bfloat16(), torch.tensor([3, 700]), torch.randn(2, 3, 8).bfloat16())[0]
     assert out.dtype == torch.bfloat16 and out.isfinite().all()
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_merged_call_equals_separate_and_restores_weights(channels_last):
+    unet, _ = unets()
+    before = {key: (parameter, parameter.detach().clone()) for key, parameter in unet.named_parameters()}
+    expected = outputs(unet, False, channels_last)
+    with temporarily_merged(unet, "x", None):
+        torch.testing.assert_close(outputs(unet, False, channels_last), expected, rtol=1e-9, atol=1e-12)
+    with pytest.raises(RuntimeError), temporarily_merged(unet, "x", None):
+        raise RuntimeError
+    assert not any(layer.merged_weight is not None for _, layer in lora_layers(unet, "x"))
+    assert all(p is before[key][0] and torch.equal(p, before[key][1]) for key, p in unet.named_parameters())
+
+
+@pytest.mark.parametrize("placement", ["down", "up"])
+def test_merged_weights_are_not_used_with_gradient_or_dropout(placement):
+    unet, _ = unets(dropout=0.5, dropout_placement=placement)
+    for train, grad in ((True, False), (True, True), (False, True)):
+        expected = outputs(unet.train(train), grad)
+        with temporarily_merged(unet, "x", None):
+            got = outputs(unet, grad)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.fixture
+def backbone():
+    backbone = tiny_backbone()
+    for i, parameter in enumerate(backbone.add_lora(LoraConfig(rank=2, dropout=0.0), "x")):
+        nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(i))
+    return backbone.train()
+
+
+ARGUMENTS = torch.randn(2, 4, 4, 4), torch.full((2,), 500), Conditioning(torch.randn(2, 3, 8))
+
+
+@torch.no_grad()
+def test_reference_prediction_while_lora_is_merged(backbone):
+    expected = backbone.predict_reference(*ARGUMENTS)
+    with backbone.merged_lora():
+        assert torch.equal(backbone.predict_reference(*ARGUMENTS), expected)
+        assert not torch.allclose(backbone.predict(*ARGUMENTS), expected, atol=1e-3)
+
+
+@torch.no_grad()
+def test_merged_weights_have_dtype_of_autocast(backbone):
+    def autocast():
+        return torch.autocast("cpu", torch.bfloat16)
+
+    def wrapped(*args, **kwargs):
+        with autocast():
+            return backbone.denoiser(*args, **kwargs)
+
+    backbone.wrap_denoiser(wrapped, autocast)
+    expected = backbone.predict(*ARGUMENTS)
+    with backbone.merged_lora():
+        assert {layer.merged_weight.dtype for _, layer in lora_layers(backbone.denoiser, "x")} == {torch.bfloat16}
+        got = backbone.predict(*ARGUMENTS)
+    assert float((got - expected).norm() / expected.norm()) < 2e-2
+
+
+@torch.no_grad()
+def test_merged_weights_in_half_precision_keep_small_updates(backbone):
+    """Of updates of a thousandth of the weights, rounding to nearest bfloat16 would discard most."""
+    layers = [layer for _, layer in lora_layers(backbone.denoiser, "x")]
+    for layer in layers:
+        base = layer.get_base_layer().weight
+        base.data = base.data.bfloat16()
+        layer.scaling["x"] *= float(1e-3 * base.float().norm() / layer.get_delta_weight("x").norm())
+    updates = torch.cat([layer.get_delta_weight("x").flatten() for layer in layers])
+    kept = []
+    for _ in range(2):
+        with backbone.merged_lora():
+            difference = torch.cat([(m.merged_weight.float() - m.get_base_layer().weight).flatten() for m in layers])
+            kept.append(float((difference * updates).sum() / updates.square().sum()))
+    assert kept[0] == kept[1] == pytest.approx(1, abs=0.2)
+
+
+@torch.no_grad()
+def test_graphs_use_newly_merged_weights(backbone):
+    """A graph keeps the addresses of the weights."""
+
+    def capture(call):
+        weights = [layer.merged_weight for _, layer in lora_layers(backbone.denoiser, "x")]
+        captured.append([None if w is None else w.data_ptr() for w in weights])
+        return lambda: output.copy_(call()), (output := call().clone())
+
+    captured = []
+    backbone._merge_buffers = {}
+    graphed = GraphedCall(backbone.predict, lambda: backbone._is_merged, capture)
+    for _ in range(2):
+        expected = backbone.predict(*ARGUMENTS)
+        with backbone.merged_lora():
+            torch.testing.assert_close(graphed(*ARGUMENTS), expected)
+            addresses = [layer.merged_weight.data_ptr() for _, layer in lora_layers(backbone.denoiser, "x")]
+        torch.testing.assert_close(graphed(*ARGUMENTS), expected)
+        assert captured == [addresses, [None] * len(addresses)]
+        for _, layer in lora_layers(backbone.denoiser, "x"):
+            layer.lora_B["x"].weight.mul_(1.5)

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -53,6 +54,9 @@ class IdealBackbone(nn.Module):
 
     def levels_at(self, shape):
         return self.noise_levels
+
+    def merged_lora(self):
+        return nullcontext()
 
     def latent_shape(self, height=None, width=None):
         return 3, height or self.resolution, width or self.resolution

@@ -169,7 +169,8 @@ class RewardTrainer(DiffusionTrainer):
         conditioning = replace(encoded, states=encoded.states.detach().requires_grad_(encoded.states.requires_grad))
         noise, selected = self.noise(len(prompts)), self.gradient_steps.select(len(self.solver))
         chunks = _chunks(len(prompts), self.denoise_batch)
-        rollouts = [sampled for rows in chunks for sampled in self.sample(selected, noise[rows], conditioning, rows)]
+        with self.backbone.merged_lora():
+            rollouts = [out for rows in chunks for out in self.sample(selected, noise[rows], conditioning, rows)]
 
         latents = torch.cat([sampled.final for sampled in rollouts]).requires_grad_()
         with torch.enable_grad():
