@@ -7,7 +7,7 @@ from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
 
-#: what a plugin can add, and the kind of the registry
+#: what a plugin can add: the name of the templates, and the kind of the registry; both are accepted
 KINDS = {
     "reward": "rewards",
     "edit": "edits",
@@ -16,6 +16,8 @@ KINDS = {
     "trainer": "trainers",
     "data": "data",
     "backbone": "backbones",
+    "metric": "metrics",
+    "gradient_steps": "gradient_steps",
 }
 NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
@@ -25,7 +27,7 @@ def new_plugin(name: str, kind: str, folder: str | Path = ".") -> Path:
 
     Args:
         name: name of the part, in kebab case; the package is ``longalign-<name>``.
-        kind: one of `KINDS`.
+        kind: a key or value of `KINDS`.
         folder: where to make the folder of the package.
 
     Returns:
@@ -34,6 +36,7 @@ def new_plugin(name: str, kind: str, folder: str | Path = ".") -> Path:
     Raises:
         ValueError: if the name is not in kebab case, the kind is unknown, or the folder exists.
     """
+    kind = next((template for template, of_registry in KINDS.items() if kind == of_registry), kind)
     if kind not in KINDS:
         raise ValueError(f"expected one of the kinds {', '.join(KINDS)}, got '{kind}'")
     name = name.removeprefix("longalign-")
@@ -51,7 +54,7 @@ def new_plugin(name: str, kind: str, folder: str | Path = ".") -> Path:
         "my-part": name,
         "my_part": name.replace("-", "_"),
         "KINDS": KINDS[kind],
-        "KIND": kind,
+        "KIND": kind.replace("_", " "),
         "VERSION": f"{major}.{minor}",
         "NEXT": f"{major}.{int(minor) + 1}",
     }
@@ -71,5 +74,7 @@ def new_plugin(name: str, kind: str, folder: str | Path = ".") -> Path:
         path = target / place
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(pattern.sub(lambda match: words[match[0]], text), encoding="utf-8")
-    (target / package / "__init__.py").write_text(f'"""The {kind} `{name}` of longalign."""\n', encoding="utf-8")
+    (target / package / "__init__.py").write_text(
+        f'"""The {words["KIND"]} `{name}` of longalign."""\n', encoding="utf-8"
+    )
     return target

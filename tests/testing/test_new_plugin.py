@@ -13,14 +13,18 @@ from longalign.registry import REGISTRIES
 from longalign.testing.new_plugin import KINDS, new_plugin
 
 
+def name_of(kind):
+    return f"fancy-{kind.replace('_', '-')}"
+
+
 @pytest.fixture
 def install(tmp_path, monkeypatch):
     """Function that writes a plugin and puts it and its metadata on the path."""
 
     def write(kind):
-        folder = new_plugin(f"fancy-{kind}", kind, tmp_path)
+        folder = new_plugin(name_of(kind), kind, tmp_path)
         project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
-        info = folder / f"longalign_fancy_{kind}-0.1.0.dist-info"
+        info = folder / f"longalign_{name_of(kind).replace('-', '_')}-0.1.0.dist-info"
         info.mkdir()
         metadata = ["Metadata-Version: 2.1", f"Name: {project['name']}", "Version: 0.1.0"]
         metadata += [f"Requires-Dist: {requirement}" for requirement in project["dependencies"]]
@@ -41,7 +45,7 @@ def install(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_new_plugin_passes_its_tests(install, tmp_path, kind):
     folder = install(kind)
-    assert f"fancy-{kind}" in REGISTRIES[KINDS[kind]].names()
+    assert name_of(kind) in REGISTRIES[KINDS[kind]].names()
     load_config(folder / "example.yaml")
     spec = importlib.util.spec_from_file_location("conformance", folder / "tests" / "test_conformance.py")
     module = importlib.util.module_from_spec(spec)
@@ -56,13 +60,13 @@ def test_new_plugin_passes_its_tests(install, tmp_path, kind):
 
 
 def test_new_plugin_requires_this_minor_version(tmp_path):
-    folder = new_plugin("fancy", "data", tmp_path)
+    folder = new_plugin("fancy", "rewards", tmp_path)
     (line, *_) = tomllib.loads((folder / "pyproject.toml").read_text())["project"]["dependencies"]
     major, minor = map(int, version("longalign").split(".")[:2])
     assert line == f"longalign>={major}.{minor},<{major}.{minor + 1}"
 
 
-@pytest.mark.parametrize(("name", "kind"), [("Fancy", "reward"), ("fancy", "rewards"), ("a_b", "data"), ("", "data")])
+@pytest.mark.parametrize(("name", "kind"), [("Fancy", "reward"), ("fancy", "models"), ("a_b", "data"), ("", "data")])
 def test_new_plugin_rejects_names_and_kinds(tmp_path, name, kind):
     with pytest.raises(ValueError, match=r"kebab case|expected one of the kinds"):
         new_plugin(name, kind, tmp_path)
