@@ -46,7 +46,7 @@ def colour_error(error: Tensor, scenes: list[Scene]) -> Tensor:
 
 
 @torch.no_grad()
-def normalise_latents(vae: AutoencoderKL) -> None:
+def normalize_latents(vae: AutoencoderKL) -> None:
     """Normalizes each latent channel to mean 0 and standard deviation 1 over scenes, with scaling factor 1.
 
     The 1 x 1 convolutions on both sides of the latents absorb the change, so reconstructions stay the same.
@@ -98,7 +98,7 @@ def main() -> None:
         evaluate_every=200,
         ema=0.995,
     )
-    normalise_latents(vae)
+    normalize_latents(vae)
     vae.to(dtype=torch.float16).save_pretrained(WEIGHTS / "sd" / "vae")
 
 

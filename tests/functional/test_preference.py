@@ -10,7 +10,7 @@ V = torch.tensor([1.0, 0.0, 0.0])
 IMAGE = torch.tensor([[0.0, 1.0, 0.0], [0.8, 0.0, 0.6]])
 
 
-def test_common_direction_is_normalised_mean():
+def test_common_direction_is_normalized_mean():
     assert torch.allclose(preference.common_direction(TEXT), V)
     skewed = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
     assert torch.allclose(preference.common_direction(skewed), torch.tensor([0.6, 0.8]))
@@ -43,7 +43,7 @@ def test_decompose_values():
     assert torch.allclose(parts.relevant + parts.irrelevant, (IMAGE * TEXT).sum(-1))
 
 
-def test_strict_relevance_normalises_perpendicular_part():
+def test_strict_relevance_normalizes_perpendicular_part():
     assert torch.allclose(preference.strict_relevance(IMAGE, TEXT, V), torch.tensor([1.0, 0.0]))
     assert torch.equal(preference.strict_relevance(IMAGE[:1], V[None], V), torch.zeros(1))
 

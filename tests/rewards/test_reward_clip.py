@@ -67,7 +67,7 @@ def test_denscore_gradient_reaches_images_only(segments):
     assert all(p.grad is None and not p.requires_grad for p in segments.parameters())
 
 
-def test_denscore_text_features_are_unnormalised_mean(segments):
+def test_denscore_text_features_are_unnormalized_mean(segments):
     first, second, both = segments.text_features(["A red fox sleeps on a wall.", "The sky is green.", TWO])
     assert torch.allclose(first.norm(), torch.tensor(1.0))
     assert torch.allclose(both, (first + second) / 2, atol=1e-6)
