@@ -34,9 +34,10 @@ def flow_levels(scheduler: Mapping[str, Any], name: str = "sd3", tokens: int | N
     dynamic = bool(scheduler.get("use_dynamic_shifting"))
     for key in ("use_dynamic_shifting", "shift_terminal", "invert_sigmas"):
         if scheduler.get(key) and not (key == "use_dynamic_shifting" and tokens is not None):
+            constant = " and set a constant 'shift', as in Stable Diffusion 3" if key == "use_dynamic_shifting" else ""
             raise ValueError(
-                f"'{name}' expects a scheduler with a constant shift, as in Stable Diffusion 3 and 3.5, got "
-                f"{key}={scheduler[key]}; set 'shift' in scheduler_config.json instead"
+                f"'{name}' does not support the scheduler setting {key}={scheduler[key]}; set {key} to null in "
+                f"scheduler_config.json{constant}"
             )
     num_timesteps, shift = int(scheduler.get("num_train_timesteps", 1000)), float(scheduler.get("shift", 1.0))
     if dynamic and tokens is not None:

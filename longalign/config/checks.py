@@ -28,14 +28,18 @@ def check_files(
     cached: bool = True,
     sizes: Mapping[str, int | None] | None = None,
 ) -> None:
-    """Raises `ConfigError` with all files that are missing or do not match on this machine.
+    """Raises `ConfigError` with all problems of a run that only this machine can show.
+
+    These are missing or mismatched files, widths and image sizes that do not fit, missing packages, and an output
+    folder that is in use.
 
     Args:
         config: the run.
         training: whether to check the whole run; otherwise only backbone and encoder are checked.
         resumed: whether the output folder may contain a run.
         cached: whether to skip the text models of the encoder if the run caches prompts.
-        sizes: name in messages -> image side in pixels to check.
+        sizes: further image sides in pixels that must fit the backbone, by the name used in messages, e.g.
+            ``{"--size": 512}``.
     """
     keys = ("backbone", "encoder", *(("rewards", "trainer", "data", "monitor") if training else ()))
     if training and cached and config.cache is not None and config.cache.prompts:

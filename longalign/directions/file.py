@@ -88,8 +88,8 @@ class Direction:
         expected, got = _describe(self.inner), _describe(_dump(config))
         if self.vector.shape != (reward.dim,):
             raise ValueError(
-                f"the direction has width {len(self.vector)}, but was computed with {expected}; the reward {got} has "
-                f"width {reward.dim}; run `longalign compute-direction` with this reward"
+                f"the direction was computed with {expected} and has width {len(self.vector)}, but the reward {got} "
+                f"has width {reward.dim}; compute a direction for this reward with `longalign compute-direction`"
             )
         probe = reward.text_features(PROBE).cpu()
         distance = ((probe - self.probe).norm() / self.probe.norm()).item()

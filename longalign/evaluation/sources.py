@@ -145,7 +145,10 @@ def _read_ablation(found: _Contents, path: Path) -> None:
     data = _json(path)
     cells, table = data.get("cells"), path.parent / str(data.get("table", TABLE))
     if not isinstance(cells, list) or not all(isinstance(cell, dict) and "name" in cell for cell in cells):
-        raise ValueError(f"{path} has no list 'cells' of objects with 'name'; got {str(cells)[:80]!r}")
+        raise ValueError(
+            f"{path} has no list 'cells' of objects with 'name', got {str(cells)[:80]!r}; expected the record that "
+            "`longalign ablate` writes"
+        )
     if table.exists():  # written when the runs are finished
         _read_table(found, table)
     for cell in cells:

@@ -6,12 +6,12 @@ A step is linear in latent ``x``, network output ``o(x)``, fresh noise ``n`` and
 ``v = b g + q u``, and with respect to ``m`` it is ``d g``. The gradient with respect to ``x`` is ``a g + p u``, plus
 ``J^T v`` if the network's input is not detached, where ``J`` is the Jacobian of ``o``. No graph of the whole rollout is
 therefore needed: the rollout runs without gradient and the loss is differentiated once at the final latent. The
-selected network calls are then recomputed with gradient from the recorded latents, from last to first.
+selected network calls are then recomputed with gradient from the recorded latents, from last to first. The outputs of
+the calls that are not selected are treated as constants.
 
 DRTune (arXiv 2405.00760) and LongAlign (arXiv 2410.11817, section 4) detach the inputs. Each vector ``v`` is then a
 multiple of the gradient at the final latent. DRaFT (arXiv 2309.17400) and AlignProp (arXiv 2310.03739) do not detach
-the inputs. Each recomputed call then requires the gradient of the next call. The outputs of all other steps are
-constants.
+the inputs. Each recomputed call then requires the gradient of the next call.
 """
 
 from __future__ import annotations

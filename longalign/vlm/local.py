@@ -153,7 +153,7 @@ def chat_text(processor: Any, text: str, num_images: int) -> str:
 
 
 def processor_inputs(processor: Any, texts: Sequence[str], images: Sequence[Any]) -> dict[str, Tensor]:
-    """Returns the model's inputs of texts by `chat_text`, padded, with the list of images of each."""
+    """Returns the padded model inputs of a batch: texts made by `chat_text`, and a list of images for each text."""
     start = processor.tokenizer.bos_token  # which some templates write themselves
     start_written = start is not None and texts[0].startswith(start)
     return processor(
@@ -171,7 +171,10 @@ def next_token_logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def text_tokens(tokenizer: Any, text: str) -> list[int]:
-    """Returns the tokens of a text without special tokens, and without tokens of spaces only, unless all are."""
+    """Returns the token ids of a text without special tokens and without tokens that are only spaces.
+
+    If all tokens are only spaces, returns the last one.
+    """
     ids = tokenizer.encode(text, add_special_tokens=False)
     # SentencePiece vocabularies may encode the space before a word as a token
     return [i for i in ids if tokenizer.decode([i]).strip()] or ids[-1:]

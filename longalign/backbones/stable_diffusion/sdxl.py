@@ -26,8 +26,9 @@ class SDXLBackbone(SDBackbone):
     def _check(unet: Any, vae: Any) -> None:
         if unet.config.addition_embed_type != "text_time" or unet.config.class_embed_type:
             raise ValueError(
-                "'sdxl' expects a UNet with addition_embed_type 'text_time', as in Stable Diffusion XL, got "
-                f"{unet.config.addition_embed_type}; for Stable Diffusion 1.x and 2.x use the backbone 'sd'"
+                "'sdxl' expects a UNet with addition_embed_type 'text_time' and no class_embed_type, as in Stable "
+                f"Diffusion XL, got {unet.config.addition_embed_type} and {unet.config.class_embed_type}; for Stable "
+                "Diffusion 1.x and 2.x use the backbone 'sd'"
             )
         if getattr(vae.config, "latents_mean", None) is not None:
             raise ValueError("'sdxl' does not support a VAE that normalizes latents per channel; use SDXL's VAE")

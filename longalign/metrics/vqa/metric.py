@@ -106,7 +106,8 @@ class VqaMetric(Metric):
         questions = self.questions.get(normalize(prompt))
         if questions is None:
             raise ValueError(
-                f"no questions for the prompt {prompt[:200]!r}; expected a prompt that is a 'text' of the csv file"
+                f"the metric's questions file has no questions for the prompt {prompt[:200]!r}; add rows with this "
+                "prompt in the column 'text', or evaluate the prompts of that file"
             )
         return questions
 
