@@ -1,4 +1,4 @@
-"""Cost of sampling in a reward step: keys and values of the text computed once, and the LoRA merged.
+"""Cost of sampling in a reward step: the text's keys and values computed once, the LoRA merged, less guidance.
 
 CPU seconds of the UNet of the synthetic scenes with a LoRA of rank 32: sampling of 8 images with guidance, without
 gradient, on one thread. The methods run alternately in one process, and the smallest of their times is reported, which
@@ -29,6 +29,7 @@ from longalign.config.changes import override
 from longalign.config.run import load_config
 from longalign.encoders.base import Conditioning
 from longalign.evaluation.record import machine_text
+from longalign.functional.diffusion import guided_steps
 from longalign.functional.rollout_gradient import rollout
 from longalign.runtime import Runtime, examples_folder
 
@@ -61,7 +62,8 @@ def sampler(trainer: Any, conditioning: Conditioning, noise: torch.Tensor) -> Ca
     """Returns a function that samples."""
 
     def sample() -> torch.Tensor:
-        return rollout(trainer.predictor(conditioning, slice(0, len(noise))), noise, trainer.solver)[0]
+        predict = trainer.predictors(conditioning, slice(0, len(noise)), trainer.solver)
+        return rollout(predict, noise, trainer.solver)[0]
 
     return sample
 
@@ -184,9 +186,11 @@ def rounding() -> list[str]:
             return [layer.merged_weight for layer in layers]
 
     def kept(rounded: Sequence[torch.Tensor]) -> str:
-        """Share of the LoRA's effect with rounded weights, in float32 arithmetic."""
-        effect, got = exact - base, predict(merged=[weight.float() for weight in rounded]) - base
-        return f"{float((got * effect).sum() / effect.square().sum()):.2f}"
+        """Share of the update in rounded weights: the change of the weights, projected on the update."""
+        updates = [layer.get_delta_weight("reward") for layer in layers]
+        changes = [rounded_.float() - weight for rounded_, weight in zip(rounded, weights, strict=True)]
+        inner = sum(float((u * c).sum()) for u, c in zip(updates, changes, strict=True))
+        return f"{inner / sum(float(u.square().sum()) for u in updates):.2f}"
 
     def round_weights(dtype: torch.dtype) -> None:
         for weight in weights:
@@ -213,14 +217,34 @@ def rounding() -> list[str]:
             shares = [kept(nearest), kept(copies)] if name == "bf16" else ["", ""]
             rows.append([name, arithmetic, f"{size:.0e}", *(f"{error:.1e}" for error in errors), *shares])
     head = ["weights", "arithmetic", "size of the update", "its effect", "error if separate", "error if merged",
-            "effect kept, rounding to nearest", "effect kept"]  # fmt: skip
+            "update kept, rounding to nearest", "update kept"]  # fmt: skip
     return [
         "Relative changes of the prediction, by the size of the update relative to each weight. The effect is the "
         "change by the LoRA in float32; errors are those to float32 arithmetic with a separate LoRA. The last columns "
-        "have the share of the effect that remains if the merged weights are rounded to bf16, in float32 arithmetic:",
-        "",
+        "have the share of the update that remains in the merged bf16 weights:", "",
         *table(head, rows),
     ]  # fmt: skip
+
+
+def guidance(rounds: int) -> list[str]:
+    """Guidance in all steps or in an interval of noise levels."""
+    interval, rows = (0.28, 5.42), []
+    for steps in (8, 25, 50):
+        trainers = [
+            make_trainer(**{"trainer.num_steps": steps, "trainer.guidance_interval": i}) for i in (None, interval)
+        ]
+        levels, solver = trainers[0].backbone.noise_levels, trainers[0].solver
+        guided = sum(guided_steps(levels, solver.timesteps, interval))
+        row = [str(steps), str(guided), str(2 * steps), str(steps + guided), f"{(steps - guided) / (2 * steps):.0%}"]
+        if steps == 8:
+            conditioning, noise = Conditioning(torch.randn(BATCH + 1, 240, 128)), trainers[0].noise(BATCH)
+            times = cpu_seconds(rounds, {str(i): sampler(t, conditioning, noise) for i, t in enumerate(trainers)})
+            row += [f"{times['0']:.2f}", f"{times['1']:.2f}", f"{times['1'] / times['0']:.2f}"]
+        rows.append(row + [""] * (8 - len(row)))
+    head = ["steps", "with guidance", "branches", "branches with the interval", "saved", "CPU seconds",
+            "with the interval", "ratio"]  # fmt: skip
+    intro = f"Steps with a noise level from {interval[0]} to {interval[1]}, with the noise levels of Stable Diffusion:"
+    return [intro, "", *table(head, rows)]
 
 
 def operations(network: Any, latents: torch.Tensor, conditioning: Conditioning) -> int:
@@ -241,7 +265,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     lines = ["# Sampling in a reward step", "", "`python benchmarks/rollout.py`", "", "## Text", ""]
-    lines += [*text(options.rounds), "## LoRA", "", *lora(options.rounds), f"Machine: {machine_text()}; one thread."]
+    lines += [*text(options.rounds), "## LoRA", "", *lora(options.rounds)]
+    lines += ["## Guidance in an interval", "", *guidance(options.rounds), f"Machine: {machine_text()}; one thread."]
     options.output.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

@@ -118,6 +118,7 @@ class Model:
         negative: str | Sequence[str] | None = None,
         num_steps: int | None = None,
         guidance: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         solver: str = "unipc",
         height: int | None = None,
         width: int | None = None,
@@ -138,6 +139,7 @@ class Model:
             negative: negative prompt, one for all images or one per image; the empty prompt if None.
             num_steps: sampling steps; 25 if None.
             guidance: scale of classifier-free guidance; 7.5 if None. 1 disables it.
+            guidance_interval: noise levels of the steps with guidance; see `longalign.functional.guided_steps`.
             solver: "unipc", "ddim", "dpm++" or "lcm".
             height: pixels; the backbone's own resolution if None.
             width: pixels; the backbone's own resolution if None.
@@ -172,6 +174,7 @@ class Model:
             self.encoder,
             texts,
             seeds=numbers,
+            guidance_interval=guidance_interval,
             solver=solver,
             height=height,
             width=width,

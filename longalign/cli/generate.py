@@ -73,7 +73,8 @@ def generate_images(
     height, width = args.size or (None, None)
     settings = {"seeds": seeds_of(args), "negative": args.negative, "batch_size": args.batch, "progress": True}
     settings |= {"height": height, "width": width, "overwrite": overwrite}
-    settings |= {key: value for key in ("num_steps", "guidance", "solver") if (value := getattr(args, key)) is not None}
+    keys = ("num_steps", "guidance", "guidance_interval", "solver")
+    settings |= {key: value for key in keys if (value := getattr(args, key)) is not None}
     if option == "pipeline":
         from longalign.inference import baselines
         from longalign.runtime import Runtime

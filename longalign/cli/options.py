@@ -54,6 +54,8 @@ def add_sampling(parser: ArgumentParser) -> None:
     add("--num-steps", type=positive, help="sampling steps (25, or the pipeline's own with --pipeline)")
     about = "classifier-free guidance scale; 1 disables it (7.5, or the pipeline's own with --pipeline)"
     add("--guidance", type=finite, help=about)
+    about = "guidance only at ratios of noise to signal above LOW and up to HIGH (all steps; not with --pipeline)"
+    add("--guidance-interval", type=finite, nargs=2, metavar=("LOW", "HIGH"), help=about)
     about = f"{_alternatives(SOLVERS)} (unipc, or the pipeline's own with --pipeline)"
     add("--solver", choices=SOLVERS, metavar="NAME", help=about)
     add("--seed", type=seed, nargs="+", help="one image for each prompt and seed (0)")
@@ -72,12 +74,15 @@ def _alternatives(names: Sequence[str]) -> str:
 
 def reject_sampling_options(args: Namespace, *extra_keys: str) -> None:
     """Raises ValueError for an option that only applies when generating images."""
-    keys = ("output", "negative", "num_steps", "guidance", "solver", "seed", "size", "dtype", "revision", "variant")
+    keys = ("output", "negative", "num_steps", "guidance", "guidance_interval", "solver", "seed", "size", "dtype")
+    keys += ("revision", "variant")
     _reject_options(args, *keys, *extra_keys, reason="only applies when generating images")
 
 
 def check_pipeline_options(args: Namespace, *options: str) -> None:
-    """Raises ValueError for an option that only applies to stock pipelines if no pipeline is given."""
+    """Raises ValueError for an option that only applies to stock pipelines, or not to them."""
+    if "pipeline" in options:
+        _reject_options(args, "guidance_interval", reason="does not apply to --pipeline")
     if "pipeline" not in options:
         _reject_options(
             args,

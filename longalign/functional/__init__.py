@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from longalign.functional.diffusion import NoiseLevels as NoiseLevels
     from longalign.functional.diffusion import add_noise as add_noise
     from longalign.functional.diffusion import guide as guide
+    from longalign.functional.diffusion import guided_steps as guided_steps
     from longalign.functional.diffusion import predict_guided as predict_guided
     from longalign.functional.diffusion import sample_timesteps as sample_timesteps
     from longalign.functional.diffusion import training_target as training_target
@@ -48,6 +49,7 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "decompose": "preference",
         "dpmpp_2m": "solvers",
         "guide": "diffusion",
+        "guided_steps": "diffusion",
         "lcm": "solvers",
         "perpendicular": "preference",
         "predict_guided": "diffusion",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,10 @@ class NoiseLevels:
 
     def __len__(self) -> int:
         return len(self.signal)
+
+    def sigma(self, timestep: int) -> float:
+        """Returns the noise level of a timestep as in EDM (arXiv 2206.00364): the ratio of noise to signal."""
+        return float(self.noise[timestep] / self.signal[timestep])
 
     def at(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the scales of signal and noise at ``timesteps`` ``(b,)``, broadcastable to ``like`` ``(b, ...)``."""
@@ -103,6 +108,30 @@ def check_prediction(prediction: str) -> None:
 def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
     """Applies classifier-free guidance (arXiv 2207.12598, eq. 6, w = scale - 1); ``scale`` may differ per item."""
     return unconditional + scale * (conditional - unconditional)
+
+
+def guided_steps(levels: NoiseLevels, timesteps: Sequence[int], interval: tuple[float, float] | None) -> list[bool]:
+    """Returns for each timestep whether guidance applies: at noise levels in an interval (arXiv 2404.07724).
+
+    Args:
+        levels: noise levels of the model.
+        timesteps: the sampling timesteps.
+        interval: guidance applies if `NoiseLevels.sigma` is above the first and at most the second number, or always if
+            None.
+    """
+    low, high = interval or (-math.inf, math.inf)
+    return [low < levels.sigma(t) <= high for t in timesteps]
+
+
+def check_guidance_interval(levels: NoiseLevels, timesteps: Sequence[int], interval: tuple[float, float]) -> None:
+    """Raises ValueError if no timestep has a noise level in the interval; see `guided_steps`."""
+    if not any(guided_steps(levels, timesteps, interval)):
+        sigmas = [levels.sigma(t) for t in timesteps]
+        raise ValueError(
+            f"no sampling step has a noise level in guidance_interval {interval[0]:g} to {interval[1]:g}; the "
+            f"{len(sigmas)} steps have levels from {min(sigmas):.3g} to {max(sigmas):.3g}. Widen the interval, or "
+            "disable guidance with guidance 1"
+        )
 
 
 def predict_guided(

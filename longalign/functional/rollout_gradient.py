@@ -27,6 +27,8 @@ from longalign.functional.solvers import Solver
 
 #: ``(latents (b, c, h, w), timesteps (b,)) -> output (b, c, h, w)``
 Predict = Callable[[Tensor, Tensor], Tensor]
+#: one network for all steps, or one for each, e.g. with guidance only in some steps
+Predicts = Predict | Sequence[Predict]
 
 
 @dataclass(frozen=True)
@@ -92,11 +94,11 @@ class RecordedStep:
 
 @torch.no_grad()
 def rollout(
-    predict: Predict,
+    predict: Predicts,
     noise: Tensor,
     solver: Solver,
     grad_steps: Collection[int] = (),
-    predict_no_grad: Predict | None = None,
+    predict_no_grad: Predicts | None = None,
     *,
     keep: bool = False,
     detach: bool = True,
@@ -104,7 +106,7 @@ def rollout(
     """Samples without gradient and records the network calls at ``grad_steps``.
 
     Args:
-        predict: the network, including guidance.
+        predict: the network, including guidance; one for all steps, or one for each.
         noise: ``(b, c, h, w)`` pure noise.
         solver: the sampling steps.
         grad_steps: indices of the steps whose calls will be recomputed with gradient.
@@ -128,21 +130,25 @@ def rollout(
         if index in grad_steps:
             random, inputs = RandomState.now(noise.device), latents.detach().requires_grad_(keep and not detach)
             with torch.set_grad_enabled(keep):
-                output = predict(inputs, timesteps)
+                output = _at(predict, index)(inputs, timesteps)
             recorded.append(RecordedStep(index, inputs, timesteps, random, output if keep else None))
         else:
-            output = (predict_no_grad or predict)(latents, timesteps)
+            output = _at(predict_no_grad or predict, index)(latents, timesteps)
         new_noise = torch.randn_like(latents) if solver.c[index] else None
         latents, previous = solver.step(index, latents, output, previous, new_noise)
     return latents, recorded
 
 
-def replay(predict: Predict, recorded: Sequence[RecordedStep], latents: Tensor | None = None) -> Tensor:
+def _at(predict: Predicts, index: int) -> Predict:
+    return predict[index] if isinstance(predict, Sequence) else predict
+
+
+def replay(predict: Predicts, recorded: Sequence[RecordedStep], latents: Tensor | None = None) -> Tensor:
     """Recomputes recorded steps with gradient in one network call.
 
     Args:
-        predict: the network.
-        recorded: the r steps to recompute.
+        predict: the network, as for `rollout`.
+        recorded: the r steps to recompute, with the same network.
         latents: ``(r * b, c, h, w)`` recorded latents as a leaf tensor that receives gradient. None uses the recorded
             latents without gradient.
 
@@ -156,7 +162,7 @@ def replay(predict: Predict, recorded: Sequence[RecordedStep], latents: Tensor |
     inputs = torch.cat([step.latents for step in recorded]) if latents is None else latents
     timesteps, random = torch.cat([step.timesteps for step in recorded]), recorded[0].random
     with torch.enable_grad(), random.replayed():
-        outputs = predict(inputs, timesteps)
+        outputs = _at(predict, recorded[0].index)(inputs, timesteps)
         if len(recorded) > 1 and not random.is_current():
             raise ValueError(
                 f"the network samples random numbers (dropout), which differ if {len(recorded)} calls are recomputed "
@@ -166,7 +172,7 @@ def replay(predict: Predict, recorded: Sequence[RecordedStep], latents: Tensor |
 
 
 def replay_backward(
-    predict: Predict,
+    predict: Predicts,
     solver: Solver,
     recorded: Sequence[RecordedStep],
     gradient: Tensor,
@@ -181,7 +187,7 @@ def replay_backward(
     may be scaled before ``backward``, e.g. for half precision; the gradient of the inputs is divided by the same scale.
 
     Args:
-        predict: the network of the rollout.
+        predict: the network of the rollout; steps with different networks are recomputed in separate calls.
         solver: the sampling steps of the rollout.
         recorded: the recorded steps, in the order of the rollout.
         gradient: ``(b, c, h, w)`` gradient of the loss with respect to the final latents.
@@ -203,8 +209,8 @@ def replay_backward(
         )
     # gradients with respect to the latent and the remembered prediction that enter `next_step`
     next_step, gradient_remembered = len(solver), None
-    for end in range(len(recorded), 0, -calls_per_batch):
-        batch, vectors = recorded[max(end - calls_per_batch, 0) : end], []
+    for batch in _batches_from_last(predict, recorded, calls_per_batch):
+        vectors: list[Tensor] = []
         for step in reversed(batch):
             vector = gradient
             for index in reversed(range(step.index, next_step)):
@@ -227,3 +233,16 @@ def replay_backward(
             if not scales or latents.grad is None:
                 raise RuntimeError("call backward() on each yielded scalar before advancing the iterator")
             gradient = gradient + latents.grad / scales[0]
+
+
+def _batches_from_last(
+    predict: Predicts, recorded: Sequence[RecordedStep], size: int
+) -> Iterator[Sequence[RecordedStep]]:
+    """Yields batches of at most ``size`` successive steps with the same network, from last to first."""
+    end = len(recorded)
+    while end > 0:
+        start, network = end - 1, _at(predict, recorded[end - 1].index)
+        while start > max(end - size, 0) and _at(predict, recorded[start - 1].index) is network:
+            start -= 1
+        yield recorded[start:end]
+        end = start

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from longalign.backbones.base import Backbone
 from longalign.config.changes import override
 from longalign.encoders.base import Encoder, TruncationWarning
-from longalign.functional.diffusion import predict_guided
+from longalign.functional.diffusion import check_guidance_interval, guided_steps, predict_guided
 from longalign.functional.solvers import trailing_timesteps
 from longalign.image_folder import new_index, write_images
 from longalign.inference.diffusers import per_prompt, truncation_messages
@@ -39,6 +39,7 @@ def sample(
     negative: str | Sequence[str] | None = None,
     num_steps: int = 25,
     guidance: float = 7.5,
+    guidance_interval: tuple[float, float] | None = None,
     solver: str = "unipc",
     height: int | None = None,
     width: int | None = None,
@@ -55,6 +56,7 @@ def sample(
         negative: negative prompt, one for all images or one per image; the empty prompt if None.
         num_steps: number of solver steps.
         guidance: scale of classifier-free guidance; 1 disables it and halves the denoiser calls.
+        guidance_interval: noise levels of the steps with guidance; see `longalign.functional.guided_steps`. None: all.
         solver: see `longalign.inference.schedulers.make_scheduler`.
         height: pixels; the backbone's own resolution if None.
         width: pixels; the backbone's own resolution if None.
@@ -72,6 +74,8 @@ def sample(
     if not math.isfinite(guidance):
         raise ValueError(f"expected a finite number as guidance, got {guidance}")
     check_negative(negative, guidance)
+    if guidance_interval is not None and guidance == 1:
+        raise ValueError("guidance_interval has no effect at guidance 1; remove it or raise the guidance")
     negatives = per_prompt(negative, len(prompts))
     batches = range(0, len(prompts), batch_size)
     images = []
@@ -83,7 +87,16 @@ def sample(
             scheduler = make_scheduler(solver, backbone.levels_at(shape), backbone.prediction, num_steps)
             images.append(
                 _sample_batch(
-                    backbone, encoder, prompts[rows], negatives[rows], seeds[rows], scheduler, guidance, shape, bar
+                    backbone,
+                    encoder,
+                    prompts[rows],
+                    negatives[rows],
+                    seeds[rows],
+                    scheduler,
+                    guidance,
+                    guidance_interval,
+                    shape,
+                    bar,
                 )
             )
     return torch.cat(images)
@@ -97,6 +110,7 @@ def _sample_batch(
     seeds: Sequence[int],
     scheduler: Any,
     guidance: float,
+    guidance_interval: tuple[float, float] | None,
     shape: tuple[int, int, int],
     bar: tqdm,
 ) -> Tensor:
@@ -111,15 +125,22 @@ def _sample_batch(
     extra = {"generator": generators} if takes_generator else {}
 
     def predict(latents: Tensor, timesteps: Tensor) -> Tensor:
-        return backbone.predict(latents, timesteps, conditioning).float()
+        return backbone.predict(latents, timesteps, conditioning[: len(latents)]).float()
 
     # indices into the backbone's noise levels; a flow scheduler's own timesteps are noise levels instead
     indices = scheduler.timesteps
     if backbone.prediction == "flow":
         indices = torch.tensor(trailing_timesteps(len(indices), len(backbone.noise_levels)))
-    for t, index in zip(scheduler.timesteps, indices, strict=True):
+    levels, steps = backbone.noise_levels, indices.long().tolist()
+    if guidance_interval is not None:
+        check_guidance_interval(levels, steps, guidance_interval)
+    in_interval = guided_steps(levels, steps, guidance_interval)
+    for t, index, is_guided in zip(scheduler.timesteps, indices, in_interval, strict=True):
         timesteps = index.to(device).expand(len(latents))
-        prediction = predict_guided(predict, latents, timesteps, guidance) if guided else predict(latents, timesteps)
+        if guided and is_guided:
+            prediction = predict_guided(predict, latents, timesteps, guidance)
+        else:
+            prediction = predict(latents, timesteps)
         latents = scheduler.step(prediction, t, latents, **extra, return_dict=False)[0]
         bar.update()
     # one image at a time: the autoencoder needs more memory than the denoiser
@@ -186,7 +207,7 @@ def generate(
         dtype: see `load_model`; None for a loaded model.
         device: see `load_model`; None for a loaded model.
         overwrite: whether to replace the images that the folder's ``metadata.jsonl`` lists.
-        **settings: ``num_steps``, ``guidance``, ``solver``, ``height``, ``width`` of `sample`.
+        **settings: ``num_steps``, ``guidance``, ``guidance_interval``, ``solver``, ``height``, ``width`` of `sample`.
 
     Returns:
         The rows of ``metadata.jsonl``: ``file_name, prompt, seed, negative_prompt, truncated``.
@@ -223,5 +244,5 @@ def generate(
 
 
 def _defaults() -> dict[str, Any]:
-    names = ("num_steps", "guidance", "solver", "height", "width")
+    names = ("num_steps", "guidance", "guidance_interval", "solver", "height", "width")
     return {name: inspect.signature(sample).parameters[name].default for name in names}

@@ -658,6 +658,15 @@ def test_revision_and_variant_only_apply_to_pipelines(hues, generate_calls, run,
         assert re.search("--revision .*--pipeline", capsys.readouterr().err)
 
 
+def test_guidance_interval_applies_to_checkpoints_only(generate_calls, run, tmp_path, capsys):
+    options = ["--prompt", "a", "--output", str(tmp_path / "out"), "--guidance-interval", "0.3", "5"]
+    assert main(["generate", "--checkpoint", run, *options]) == 0
+    assert generate_calls[0]["guidance_interval"] == [0.3, 5.0]
+    options[3] = str(tmp_path / "second")
+    assert main(["generate", "--pipeline", "owner/name", *options]) == 2
+    assert re.search("--guidance-interval .*--pipeline", capsys.readouterr().err)
+
+
 def test_score_generates_images_of_checkpoint(hues, generate_calls, run, capsys):
     assert main(["score", "--checkpoint", run, *hues, "--prompt", "a", "--seed", "4"]) == 0
     assert generate_calls[0]["source"].name == "checkpoint-000001" and generate_calls[0]["dtype"] is None

@@ -105,6 +105,20 @@ def test_sample_zero_terminal_snr(solver):
     torch.testing.assert_close(images.mean(), torch.tensor(0.3), atol=2e-3, rtol=0)
 
 
+def test_sample_guidance_interval():
+    """Noise levels of the five steps are 14.6, 5.1, 2.3, 1.2 and 0.6."""
+    backbone, settings = NoisyBackbone(), {"negative": "0.5", "guidance": 3, "solver": "ddim"}
+    images = sample_images(backbone, ["0.6"], **settings, guidance_interval=(1, 3))
+    assert backbone.calls == [1, 1, 2, 2, 1]
+    everywhere = sample_images(backbone, ["0.6"], **settings, guidance_interval=(0, 15))
+    torch.testing.assert_close(everywhere, sample_images(backbone, ["0.6"], **settings))
+    assert not torch.allclose(images, everywhere)
+    with pytest.raises(ValueError, match=r"guidance_interval 20 to 30.*5 steps"):
+        sample_images(backbone, ["0.6"], **settings, guidance_interval=(20, 30))
+    with pytest.raises(ValueError, match="guidance_interval has no effect at guidance 1"):
+        sample_images(backbone, ["0.6"], guidance_interval=(1, 3))
+
+
 def test_sample_guidance_extrapolates_from_negative_prompt():
     backbone = IdealBackbone()
     # uncond + guidance (cond - uncond): 0.5 + 3 (0.6 - 0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -28,6 +29,11 @@ class RewardTrainerConfig(TrainerConfig):
     """number of sampling steps."""
     guidance: float = Field(7.5, ge=1)
     """classifier-free guidance scale; 1 disables guidance. Both branches receive gradient."""
+    guidance_interval: tuple[float, float] | None = None
+    """guidance only in steps with a noise level above the first and up to the second number (arXiv 2404.07724); null:
+    in all steps. Other steps compute the conditional branch only. The level is the ratio of noise to signal: from 0.03
+    to 14.6 in Stable Diffusion 1.x and XL, of which the interval 0.28 to 5.42 has 37 of 50 steps.
+    """
     gradient_steps: Part("gradient_steps") = "grouped-random"
     """which sampling steps receive gradient, and whether the gradient flows through the denoiser's inputs."""
     dropout_steps: Literal["all", "chosen"] = "all"
@@ -57,6 +63,12 @@ class RewardTrainerConfig(TrainerConfig):
     @model_validator(mode="after")
     def _check_compatible(self) -> RewardTrainerConfig:
         self.gradient_steps.check_steps(self.num_steps)
+        if self.guidance_interval is not None:
+            low, high = self.guidance_interval
+            if not 0 <= low < high < math.inf:
+                raise ValueError(f"guidance_interval must be two increasing numbers from 0, got {low:g} and {high:g}")
+            if self.guidance == 1:
+                raise ValueError("guidance_interval has no effect at guidance 1; remove it or raise the guidance")
         if self.replay_batch > 1 and self.replay == "keep":
             raise ValueError(
                 f"replay_batch is {self.replay_batch}, but with replay 'keep' no calls are recomputed; set "

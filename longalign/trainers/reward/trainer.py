@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,7 @@ from longalign import registry
 from longalign.backbones.base import Backbone
 from longalign.edits.base import Edit
 from longalign.encoders.base import Conditioning, Encoder
-from longalign.functional.diffusion import add_noise, predict_guided
+from longalign.functional.diffusion import add_noise, check_guidance_interval, guided_steps, predict_guided
 from longalign.functional.rollout_gradient import Predict, RecordedStep, replay, replay_backward, rollout
 from longalign.functional.solvers import Solver, ddim, dpmpp_2m, lcm, trailing_timesteps
 from longalign.gradient_steps.base import GradientSteps, GradientStepSelector
@@ -64,6 +64,7 @@ class RewardTrainer(DiffusionTrainer):
         solver: ``"ddim"``, ``"dpm++"`` or ``"lcm"``; see `longalign.functional.solvers`.
         num_steps: number of sampling steps.
         guidance: classifier-free guidance scale; 1 disables guidance.
+        guidance_interval: noise levels of the steps with guidance, or None for all steps; see `guided_steps`.
         train_adapter: whether to train the encoder's adapter.
         dropout_steps: steps at which the denoiser's dropout is active: ``"all"``, or ``"chosen"`` for gradient steps.
         resolution: width and height of the samples in pixels, or None for the backbone's native resolution.
@@ -90,6 +91,7 @@ class RewardTrainer(DiffusionTrainer):
         solver: str,
         num_steps: int,
         guidance: float,
+        guidance_interval: tuple[float, float] | None,
         train_adapter: bool,
         dropout_steps: Literal["all", "chosen"],
         resolution: int | None,
@@ -110,7 +112,9 @@ class RewardTrainer(DiffusionTrainer):
             {"ddim": ddim, "dpm++": dpmpp_2m, "lcm": lcm}[solver], self.levels, prediction=backbone.prediction
         )
         self.solver = self.solve(trailing_timesteps(num_steps, len(self.levels)))
-        self.guidance = guidance
+        self.guidance, self.guidance_interval = guidance, guidance_interval
+        if guidance_interval is not None:
+            check_guidance_interval(self.levels, self.solver.timesteps, guidance_interval)
         self.dropout_steps = dropout_steps
         self.resolution = resolution
         self.denoise_batch, self.decode_batch, self.replay_batch = denoise_batch, decode_batch, replay_batch
@@ -140,6 +144,7 @@ class RewardTrainer(DiffusionTrainer):
             solver=config.solver,
             num_steps=config.num_steps,
             guidance=config.guidance,
+            guidance_interval=config.guidance_interval,
             train_adapter=config.train_adapter,
             dropout_steps=config.dropout_steps,
             resolution=config.resolution,
@@ -180,7 +185,7 @@ class RewardTrainer(DiffusionTrainer):
         kl_loss = latents.new_zeros(())
         num_predictions = sum(len(sampled.final) * len(sampled.recorded) for sampled in rollouts)
         for sampled, grad in zip(rollouts, gradient.split([len(sampled.final) for sampled in rollouts]), strict=True):
-            predict = self.predictor(conditioning, sampled.rows)
+            predict = self.predictors(conditioning, sampled.rows, sampled.solver)
             replayed = replay_backward(
                 predict, sampled.solver, sampled.recorded, grad, selected.detach, self.replay_batch
             )
@@ -189,7 +194,7 @@ class RewardTrainer(DiffusionTrainer):
                     # The regularizer's latents are constants, even if the reward's gradient flows through them.
                     outputs = outputs if selected.detach else replay(predict, recorded)
                     weight = self.regularizer_weight * len(outputs) / num_predictions
-                    kl_term = weight * self.kl(outputs, recorded, conditioning, sampled.rows)
+                    kl_term = weight * self.kl(outputs, recorded, conditioning, sampled)
                     scalar, kl_loss = scalar + kl_term, kl_loss + kl_term.detach()
                 backward(scalar)
         if conditioning.states.grad is not None:
@@ -218,15 +223,18 @@ class RewardTrainer(DiffusionTrainer):
         Yields:
             The rollout of the prompts, then a denoising step for each re-noised copy of the samples.
         """
-        predict = self.predictor(conditioning, rows)
         solver = self.solve(self.solver.timesteps[: selected.length])
-        run = partial(rollout, predict, keep=self.keep_graphs, detach=selected.detach)
-        final, recorded = run(noise, solver, selected.steps, self.predictor_without_dropout(conditioning, rows))
+        predict = self.predictors(conditioning, rows, solver)
+        without_dropout = None
+        if self.dropout_steps == "chosen":
+            without_dropout = [self.in_eval_mode(step) for step in self.predictors(conditioning, rows, solver)]
+        run = partial(rollout, keep=self.keep_graphs, detach=selected.detach)
+        final, recorded = run(predict, noise, solver, selected.steps, without_dropout)
         yield Rollout(rows, solver, final, recorded)
         last = self.solve(solver.timesteps[-1:])
         for _ in range(selected.copies):
             noisy = add_noise(self.levels, final, torch.randn_like(final), torch.tensor(last.timesteps))
-            yield Rollout(rows, last, *run(noisy, last, [0]))
+            yield Rollout(rows, last, *run(predict[-1], noisy, last, [0]))
 
     def noise(self, count: int) -> Tensor:
         """Samples initial noise ``(count, c, h, w)``."""
@@ -240,55 +248,64 @@ class RewardTrainer(DiffusionTrainer):
         """
         return self.encode([*prompts, ""] if self.guidance != 1 else list(prompts))
 
-    def predictor(self, conditioning: Conditioning, rows: slice, reference: bool = False) -> Predict:
-        """Returns a function that computes the guided prediction for a slice of the prompts.
+    def predictors(
+        self, conditioning: Conditioning, rows: slice, solver: Solver, reference: bool = False
+    ) -> list[Predict]:
+        """Returns the guided predictions for a slice of the prompts, one function for each step.
 
-        The function accepts latents ``(s * b, c, h, w)`` of one or more steps s. Its calls without gradient process the
-        text only once; weights and training mode must not change between them.
+        The functions accept latents ``(s * b, c, h, w)`` of one or more steps s. Their calls without gradient process
+        the text only once; weights and training mode must not change between them.
 
         Args:
             conditioning: output of `encode_with_uncond`.
             rows: slice of b prompts.
+            solver: the steps.
             reference: whether the reference model predicts, instead of the trained one.
         """
-        denoise = self.backbone.predict_reference if reference else self.backbone.predict
-        guided, device = self.guidance != 1, conditioning.states.device
-        prompt_rows = torch.arange(rows.stop - rows.start, device=device)
+        denoise, project = self.backbone.predict, self.backbone.project_text
+        if reference:
+            denoise, project = self.backbone.predict_reference, lambda conditioning: conditioning
+        count, device = rows.stop - rows.start, conditioning.states.device
         used = torch.arange(rows.start, rows.stop, device=device)
-        if guided:
+        if self.guidance != 1:
             used = torch.cat([used, torch.full((1,), len(conditioning.states) - 1, device=device)])
-        reused: dict[int, Conditioning] = {}
 
-        def branches(copies: int) -> Conditioning:
+        def index(copies: int, is_guided: bool) -> Tensor:
+            prompt_rows = torch.arange(count, device=device).repeat(copies)
+            return torch.cat([prompt_rows, torch.full_like(prompt_rows, count)]) if is_guided else prompt_rows
+
+        projected = cache(lambda: project(conditioning[used]))
+        selected = cache(lambda copies, is_guided: projected()[index(copies, is_guided)])
+
+        def text(copies: int, is_guided: bool) -> Conditioning:
             """Returns the conditioning of copies of the prompts and, with guidance, of as many empty prompts."""
-            distinct = conditioning[used] if reference else self.backbone.project_text(conditioning[used])
-            index = prompt_rows.repeat(copies)
-            return distinct[torch.cat([index, torch.full_like(index, len(prompt_rows))]) if guided else index]
-
-        def predict(latents: Tensor, timesteps: Tensor) -> Tensor:
-            copies = len(latents) // len(prompt_rows)
             if torch.is_grad_enabled():  # each call has a graph of its own
-                selected = branches(copies)
-            else:
-                selected = reused[copies] = reused.get(copies) or branches(copies)
-            if not guided:
-                return denoise(latents, timesteps, selected)
-            return predict_guided(lambda x, t: denoise(x, t, selected), latents, timesteps, self.guidance)
+                return project(conditioning[used])[index(copies, is_guided)]
+            return selected(copies, is_guided)
 
-        return predict
+        def conditional(latents: Tensor, timesteps: Tensor) -> Tensor:
+            return denoise(latents, timesteps, text(len(latents) // count, False))
 
-    def kl(self, outputs: Tensor, recorded: Sequence[RecordedStep], conditioning: Conditioning, rows: slice) -> Tensor:
+        def guided(latents: Tensor, timesteps: Tensor) -> Tensor:
+            branches = text(len(latents) // count, True)
+            return predict_guided(lambda x, t: denoise(x, t, branches), latents, timesteps, self.guidance)
+
+        if self.guidance == 1:
+            return [conditional] * len(solver)
+        steps = guided_steps(self.levels, solver.timesteps, self.guidance_interval)
+        return [guided if is_guided else conditional for is_guided in steps]
+
+    def kl(
+        self, outputs: Tensor, recorded: Sequence[RecordedStep], conditioning: Conditioning, sampled: Rollout
+    ) -> Tensor:
         """Returns the mean squared difference to the reference model's predictions at the same steps."""
-        predict = self.predictor(conditioning, rows, reference=True)
+        predict = self.predictors(conditioning, sampled.rows, sampled.solver, reference=True)[recorded[0].index]
         latents = torch.cat([step.latents for step in recorded])
         reference = predict(latents, torch.cat([step.timesteps for step in recorded]))
         return (outputs - reference).square().mean()
 
-    def predictor_without_dropout(self, conditioning: Conditioning, rows: slice) -> Predict | None:
-        """Returns `predictor` without dropout for steps without gradient; None if all steps use dropout."""
-        if self.dropout_steps == "all":
-            return None
-        predict = self.predictor(conditioning, rows)
+    def in_eval_mode(self, predict: Predict) -> Predict:
+        """Returns a prediction without dropout."""
 
         def predict_in_eval_mode(latents: Tensor, timesteps: Tensor) -> Tensor:
             with evaluating(self.backbone.denoiser):
