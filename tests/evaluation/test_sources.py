@@ -7,6 +7,7 @@ import torch
 
 from longalign.cli.main import main
 from longalign.data.scenes.config import ScenesConfig
+from longalign.evaluation import sources
 from longalign.evaluation.report import Trial
 from longalign.evaluation.sentences import Sentences
 from longalign.evaluation.sources import read_sources, table_data
@@ -48,6 +49,20 @@ def test_read_sources_runs_are_named(tmp_path):
     contents = read_sources([str(runs[0]), f"other={runs[1]}"])
     assert contents["logs"] == {"a": runs[0] / "log.jsonl", "other": runs[1] / "log.jsonl"}
     assert contents["table"] is None and contents["examples"] == [] and "a, other" in contents["title"]
+
+
+def test_read_sources_single_run_has_images_of_its_monitor(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "read_config", lambda run: None)
+    run = write_run(tmp_path / "run")
+    for step in (0, 5, 10, 15):
+        write_folder(run / "monitor" / f"{step:06d}")
+    (run / "checkpoint-000010").mkdir()
+    (run / "best").symlink_to("checkpoint-000010")
+    contents = read_sources([str(run)])
+    assert [list(e.images) for e in contents["examples"]] == [["step 0", "step 10, best", "step 15"]] * 2
+    assert contents["title"] == "Report on run"
+    other = write_folder(tmp_path / "other")
+    assert list(read_sources([str(run), str(other)])["examples"][0].images) == ["other"]
 
 
 def test_read_sources_image_folders_without_table(tmp_path):
