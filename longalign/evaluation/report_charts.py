@@ -109,8 +109,8 @@ def _stage(runs: Mapping[str, Mapping[str, Curve]], best: Mapping[str, int | Non
         found[_section(keys[0])].append(figure)
     if not found["first"]:
         found |= {"first": found["others"], "others": []}
-    sections = tuple(tuple(figures) for figures in found.values())
-    return Stage(", ".join(runs), "", *sections, tuple(constant), tuple(_notes(runs, best)))
+    first, breakdowns, others = (tuple(figures) for figures in found.values())
+    return Stage(", ".join(runs), "", first, breakdowns, others, tuple(constant), tuple(_notes(runs, best)))
 
 
 def _charts(names: Sequence[str], single: bool) -> dict[str, list[str]]:

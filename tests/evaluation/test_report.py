@@ -235,7 +235,14 @@ def test_read_log_repeated_step_uses_last_value(tmp_path):
     log = tmp_path / "log.jsonl"
     rows = [{"step": 2, "loss": 1.0, "note": "x"}, {"step": 4, "loss": 2.0}, {"step": 2, "loss": 3.0}]
     log.write_text("\n".join(map(json.dumps, rows)))
+    log.write_text(log.read_text() + '\n{"step": 6, "lo')  # a run is just writing
     assert read_log(log) == {"loss": ([2, 4], [3.0, 2.0])}
+    log.write_text('{"step": 6, "lo\n{"loss": 2}')
+    with pytest.raises(ValueError, match=r"log\.jsonl, line 1 is not JSON"):
+        read_log(log)
+    log.write_text('\n{"loss": 2}')
+    with pytest.raises(ValueError, match=r"log\.jsonl, line 2 has no step"):
+        read_log(log)
 
 
 def test_machine_has_versions():

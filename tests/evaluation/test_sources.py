@@ -62,6 +62,8 @@ def test_read_sources_single_run_has_images_of_its_monitor(tmp_path, monkeypatch
     assert [list(e.images) for e in contents["examples"]] == [["step 0", "step 10, best", "step 15"]] * 2
     assert contents["title"] == "Report on run"
     other = write_folder(tmp_path / "other")
+    with pytest.raises(ValueError, match="two folders of images are called 'other'; name them with NAME="):
+        read_sources([str(other), str(other)])
     assert list(read_sources([str(run), str(other)])["examples"][0].images) == ["other"]
 
 
@@ -135,6 +137,16 @@ def test_read_sources_ablation_images_have_values_of_their_training_seed(tmp_pat
         ("{", r"table\.json is not JSON"),
         ("[]", r"table\.json contains a list"),
         ("{}", r"has no values, prompts, seeds"),
+        ('{"values": {}, "prompts": [], "seeds": []}', r"has no values, prompts; expected"),
+        (
+            '{"values": {"a": {"m": [1, 2]}}, "prompts": ["p"], "seeds": []}',
+            r"table\.json: 'm' of 'a' has shape \(2,\)",
+        ),
+        ('{"values": {"a": {"m": ["x"]}}, "prompts": ["p"], "seeds": []}', r"table\.json: could not convert"),
+        (
+            '{"values": {"a": {"m": [1]}}, "prompts": ["p"], "seeds": [], "units": {"m": {"x": 1}}}',
+            r"table\.json: .*'x'",
+        ),
     ],
 )
 def test_read_sources_invalid_table_raises(tmp_path, text, message):
