@@ -69,7 +69,10 @@ def read_images(folder: Path) -> list[tuple[Path, str, Any]]:
     """
     out = []
     if not (folder / INDEX).exists():
-        raise FileNotFoundError(f"no file {folder / INDEX}; expected a folder written by `longalign generate`")
+        raise FileNotFoundError(
+            f"no file {folder / INDEX}; expected a folder written by `longalign generate`, or a list of images with "
+            'a line {"file_name": "1.png", "prompt": "A red fox.", "seed": 0} for each'
+        )
     for where, row in read_jsonl(folder / INDEX):
         if not isinstance(row.get("file_name"), str):
             raise ValueError(f"{where} has no 'file_name'; expected a line written by `longalign generate`")

@@ -1,11 +1,16 @@
-"""Generates unique names."""
+"""Generates unique names, and words for numbers."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Container
-from itertools import count
 
 
 def unique_name(name: str, taken: Container[str]) -> str:
     """Returns ``name``, or the first of ``name-2``, ``name-3``, ... that is not in ``taken``."""
-    return next(c for n in count(1) if (c := name if n == 1 else f"{name}-{n}") not in taken)
+    return next(c for n in itertools.count(1) if (c := name if n == 1 else f"{name}-{n}") not in taken)
+
+
+def count(number: int, noun: str) -> str:
+    """Returns a number with its noun, e.g. ``2 images``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -22,7 +22,7 @@ Changes = Mapping[str, Any]
 LONGEST = 60
 """Characters of a cell's folder."""
 FIXED = {
-    "seed": "the training seeds are set by `seeds`; remove it",
+    "seed": "the training seeds are set by `seeds` (--seeds); remove it",
     "output": "each run has its own folder in the ablation's output; remove it",
 }
 

@@ -14,6 +14,7 @@ from longalign.ablation.worker import FAILED, FINISHED, IMAGES, JOB, RESULT, rea
 from longalign.checkpoints.redaction import redacted
 from longalign.config.changes import plain
 from longalign.config.checks import check_parts
+from longalign.config.files import check_folder
 from longalign.config.run import RunConfig, load_config, to_dict
 from longalign.data.prompts.sets import read_prompt_set
 from longalign.errors import ConfigError
@@ -102,6 +103,7 @@ def ablate(
             the differences.
     """
     base, output = load_config(base), Path(output)
+    check_folder(output)
     planned = make_cells(base, vary, cells, train)
     training_seeds = _training_seeds(base, seeds, planned)
     runs = runs_of(planned, training_seeds, output)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from longalign.cli.options import count
 from longalign.data.prompts.sets import read_prompt_set
+from longalign.names import count
 
 EXAMPLES = """
     longalign arrange --images out/dpg --prompts dpg-bench:ELLA/dpg_bench/prompts --output scored/dpg

@@ -27,6 +27,7 @@ from longalign.cli.rewards import offloaded_to_cpu
 from longalign.config.files import find_checkpoint
 from longalign.data.prompts.sets import read_prompt_set
 from longalign.image_folder import new_index, read_images
+from longalign.names import count
 
 EXAMPLES = """
     longalign eval --images base=out/base tuned=out/tuned --reward denscore
@@ -58,6 +59,9 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="also write the table, with the values per image, as JSON")
     parser.add_argument("--markdown", metavar="FILE", help="also write the table as Markdown")
     parser.add_argument("--csv", metavar="FILE", help="also write the values per image as CSV")
+
+
+_SOURCES = {"images": "DIR", "checkpoint": "DIR", "pipeline": "MODEL"}
 
 
 class _AppendModels(Action):
@@ -94,7 +98,7 @@ def run(args: Namespace) -> None:
 
     All inputs are checked before generation starts.
     """
-    configs = metric_configs(args.metric, args.reward, args.judge)
+    configs = metric_configs(args.metric, args.reward, or_judge=args.judge)
     judge = None if args.judge is None else judge_config(args.judge)
     models = _models(args)
     _check_options(args, models)
@@ -149,8 +153,10 @@ def _models(args: Namespace) -> list[_Model]:
     models: dict[str, _Model] = {}
     for option, item in args.models:
         name, equals, source = item.partition("=")
-        if not equals or not name or name in models:
-            raise ValueError(f"--{option} expects NAME=... with a unique name for each model, got '{item}'")
+        if not (equals and name and source):
+            raise ValueError(f"--{option} expects NAME={_SOURCES[option]}, e.g. base={source or name}, got '{item}'")
+        if name in models:
+            raise ValueError(f"two models are called '{name}'; give each a different name, as NAME={source}")
         folder = Path(source) if option == "images" else Path(args.output or "") / name
         models[name] = _Model(name, option, source, folder)
     if not models:
@@ -170,6 +176,8 @@ def _check_options(args: Namespace, models: Sequence[_Model]) -> None:
     for key in ("json", "markdown", "csv"):
         if (file := getattr(args, key)) and not Path(file).absolute().parent.is_dir():
             raise FileNotFoundError(f"the folder of --{key} {file} does not exist; create it")
+        if file and Path(file).is_dir():
+            raise ValueError(f"--{key} {file} is a folder; give a file")
 
 
 def _shared_pairs(
@@ -190,9 +198,20 @@ def _shared_pairs(
     for name in others:
         if pairs[name] != pairs[base]:
             raise ValueError(
-                f"the prompts and seeds of '{name}' differ from '{base}'; generate both with the same prompts and seeds"
+                f"the prompts and seeds of '{name}' differ from '{base}': {_difference(pairs[name], pairs[base])}; "
+                "generate both with the same prompts and seeds"
             )
     return pairs[base]
+
+
+def _difference(pairs: Sequence[tuple[str, Any]], others: Sequence[tuple[str, Any]]) -> str:
+    """Describes how two lists of prompts and seeds differ."""
+    missing, more = ([pair for pair in a if pair not in set(b)] for a, b in ((others, pairs), (pairs, others)))
+    if not missing and not more:
+        return "they have another order" if len(pairs) == len(others) else f"{len(pairs)} against {len(others)} images"
+    found = [f"{len(rows)} {text}" for rows, text in ((missing, "missing"), (more, "more")) if rows]
+    prompt, seed = (missing or more)[0]
+    return f"{' and '.join(found)} of {count(len(others), 'image')}, e.g. {prompt!r:.60} with seed {seed}"
 
 
 def _labels(source: str | None, texts: Sequence[str], required: bool) -> dict[str, list[tuple[str, ...]]]:

@@ -12,7 +12,6 @@ from longalign.cli.options import (
     add_prompts,
     add_sampling,
     check_pipeline_options,
-    count,
     prompts_of,
     seeds_of,
 )
@@ -20,6 +19,7 @@ from longalign.config.checks import check_files
 from longalign.config.files import find_checkpoint
 from longalign.config.run import RunConfig, load_config
 from longalign.image_folder import INDEX, new_index
+from longalign.names import count
 
 EXAMPLES = """
     longalign generate --checkpoint runs/align --prompt "A red circle at the top. It is large." --output out

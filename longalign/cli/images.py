@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from longalign.cli.options import count
 from longalign.image_folder import IMAGE_SUFFIXES, INDEX, read_images
+from longalign.names import count
 
 
 def images_and_prompts(arguments: Sequence[str]) -> tuple[list[Path], list[str] | None]:

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib import import_module
 from textwrap import dedent, fill
 from types import ModuleType
@@ -40,7 +41,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status: 0, or 2 for invalid input."""
     args = parse(list(sys.argv[1:] if argv is None else argv))
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_LogHandler()])
     try:
         return command_module(args.command).run(args) or 0
     except BrokenPipeError:  # the reader, e.g. head, closed the pipe
@@ -127,6 +128,15 @@ def top_level_parser() -> Parser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version")
     return parser
+
+
+class _LogHandler(logging.StreamHandler):
+    """Writes messages to the standard error, on lines of their own above a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm = sys.modules.get("tqdm")  # not imported without a bar
+        with nullcontext() if tqdm is None else tqdm.tqdm.external_write_mode(self.stream):
+            super().emit(record)
 
 
 class _Version(argparse.Action):

@@ -115,11 +115,6 @@ def prompts_of(args: Namespace) -> list[str]:
     return [check_text(text, f"--prompt {i}") for i, text in enumerate(args.prompt)]
 
 
-def count(number: int, noun: str) -> str:
-    """Returns a number with its noun, e.g. ``2 images``."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 # Types of options: functions of the text, which raise ArgumentTypeError
 
 

@@ -6,6 +6,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from longalign.cli.options import positive
+from longalign.names import count
 
 EXAMPLES = """
     longalign report runs/reward --output report.html
@@ -40,4 +41,4 @@ def run(args: Namespace) -> None:
     if args.title:
         contents["title"] = args.title
     write_report(output, **contents, budget=args.megabytes * 1_000_000)
-    print(f"{output}: {len(contents['examples'])} prompts, {output.stat().st_size / 1e6:.1f} MB")
+    print(f"{output}: {count(len(contents['examples']), 'prompt')}, {output.stat().st_size / 1e6:.1f} MB")

@@ -15,12 +15,12 @@ from longalign.cli.options import (
     add_rewards,
     add_sampling,
     check_pipeline_options,
-    count,
     prompts_of,
     reject_sampling_options,
 )
 from longalign.cli.rewards import build_rewards, offloaded_to_cpu, reward_configs
 from longalign.image_folder import new_index, read_images
+from longalign.names import count
 from longalign.registry import PartConfig
 
 EXAMPLES = """

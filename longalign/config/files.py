@@ -12,6 +12,8 @@ from longalign.hub import CHECKPOINT, HUB_ID
 
 #: name of a checkpoint folder in a run, before the step
 PREFIX = "checkpoint-"
+#: link in a run's folder to its best checkpoint
+BEST = "best"
 DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"
 #: model card of an exported checkpoint
 CARD = "README.md"
@@ -72,6 +74,13 @@ def checkpoints(run: Path) -> list[Path]:
 def step_of(checkpoint: Path) -> int:
     """Returns the step of a checkpoint folder, from its name."""
     return int(checkpoint.name.removeprefix(PREFIX))
+
+
+def best_checkpoint(run: Path) -> Path | None:
+    """Returns the checkpoint that the link `BEST` of a run names, or None."""
+    link = run / BEST
+    target = run / link.readlink().name if link.is_symlink() else None
+    return target if target in checkpoints(run) else None
 
 
 def checkpoint_file(path: Path) -> Path:

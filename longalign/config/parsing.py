@@ -148,7 +148,13 @@ def parse_value(text: str) -> Any:
 
 
 def parse_source(text: str) -> Any:
-    """Parses a command-line value that may also be the path of a config file or checkpoint; reads such a file."""
+    """Parses a command-line value that may also be the path of a config file or checkpoint; reads such a file.
+
+    Raises:
+        ConfigError: if the file is invalid, or a mapping ``{..}`` is.
+    """
+    if text.lstrip().startswith("{"):
+        return _load_yaml_file(text, shorten(text))
     return read_mapping(Path(text)) if Path(text).suffix in SOURCE_SUFFIXES else parse_value(text)
 
 
@@ -170,7 +176,7 @@ def _number_problem(error: ValueError) -> str:
     return "a number has too many digits" if "set_int_max_str_digits" in str(error) else str(error)
 
 
-def _load_yaml_file(text: str, path: Path) -> Any:
+def _load_yaml_file(text: str, path: Path | str) -> Any:
     try:
         return _load_yaml(text)
     except ConfigError as error:

@@ -35,7 +35,11 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
 
 
 def curves(
-    title: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], height: int = 190, x_title: str = "step"
+    title: str,
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    height: int = 190,
+    x_title: str = "step",
+    mark: float | None = None,
 ) -> str:
     """Draws curves over steps, in the models' colours: the values as thin lines, and their moving means as thick lines.
 
@@ -46,6 +50,7 @@ def curves(
         lines: name -> (steps, values). The names are shown if there are several.
         height: of the chart, where its width is `WIDTH`.
         x_title: title of the x axis.
+        mark: step of a dashed vertical line; None for none.
     """
     finite = {
         name: [(x, y) for x, y in zip(steps, values, strict=True) if math.isfinite(y)]
@@ -70,17 +75,21 @@ def curves(
         for x in ticks(min(xs), max(xs), 5)
     ]
     parts.append(f'<text x="{(left + WIDTH - right) / 2}" y="{height - 4}" text-anchor="middle">{x_title}</text>')
+    if mark is not None and min(xs) <= mark <= max(xs):
+        x = f"{x_of(mark):.1f}"
+        parts.append(f'<line class="mark" x1="{x}" x2="{x}" y1="{top}" y2="{height - bottom}"/>')
     legend, spoken = "", []
     for i, (name, line) in enumerate(finite.items()):
         if not line:
             continue
-        color, steps, values = f"line-{i % COLORS}", [p[0] for p in line], [p[1] for p in line]
+        number = (i + 1) % COLORS  # color 0, of the base model, is grey
+        color, steps, values = f"line-{number}", [p[0] for p in line], [p[1] for p in line]
         parts.append(f'<polyline class="raw {color}" points="{_points(steps, values, x_of, y_of)}"/>')
         means = smooth(values, max(1, len(values) // 12))
         parts.append(f'<polyline class="mean {color}" points="{_points(steps, means, x_of, y_of)}"/>')
         spoken.append(f"{name} from {_short(values[0])} to {_short(values[-1])}")
         if len(finite) > 1:
-            legend += f' <span class="key"><span class="dot model-{i % COLORS}"></span>{escape(name)}</span>'
+            legend += f' <span class="key"><span class="dot model-{number}"></span>{escape(name)}</span>'
     return _figure(title, parts, height, legend, f"{title}: {', '.join(spoken)}")
 
 

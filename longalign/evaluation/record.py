@@ -18,11 +18,23 @@ from longalign.runtime import processor
 def read_log(path: Path | str) -> dict[str, tuple[list[float], list[float]]]:
     """Returns the curves of a ``log.jsonl``: name -> (steps, values).
 
-    If a step is repeated, as after resuming, the last value is used.
+    If a step is repeated, as after resuming, the last value is used. An unfinished last line, which a run is just
+    writing, is skipped.
+
+    Raises:
+        ValueError: if another line is not a JSON mapping with a step.
     """
     curves: dict[str, dict[float, float]] = {}
-    for line in Path(path).read_text().splitlines():
-        row = json.loads(line)
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line) if line.strip() else {"step": 0}
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number} is not JSON: {error}; expected the log of a run") from error
+        if not isinstance(row, dict) or not isinstance(row.get("step"), (int, float)):
+            raise ValueError(f"{path}, line {number} has no step; expected the log of a run")
         for name, value in row.items():
             if name not in ("step", "seconds") and isinstance(value, (int, float)) and not isinstance(value, bool):
                 curves.setdefault(name, {})[row["step"]] = float(value)

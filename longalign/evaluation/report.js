@@ -74,7 +74,7 @@
     const names = (row.dataset.facts ?? "").split(" | ");
     const figures = row.closest("table").parentElement.querySelectorAll("figure");
     figures.forEach((figure, i) => {
-      const chip = row.cells[i + 1].querySelector(".chip");
+      const chip = row.cells[i + 1]?.querySelector(".chip");
       figure.className = on && chip ? chip.className.replace("chip", "lit") : "";
       const facts = [...(chip?.dataset.facts ?? "")].map((digit, j) => `${digit === "1" ? "✓" : "✗"} ${names[j]}`);
       const score = chip?.querySelector("small")?.textContent;
@@ -108,7 +108,7 @@
     stage.classList.toggle("single", single !== -1);
     // with one image, its colours are those of the sentences
     for (const row of stage.querySelectorAll(".sentences tbody tr")) {
-      const chip = single === -1 ? null : row.cells[single + 1].querySelector(".chip");
+      const chip = single === -1 ? null : row.cells[single + 1]?.querySelector(".chip");
       row.cells[0].className = chip?.className ?? "";
     }
   }

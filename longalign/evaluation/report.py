@@ -26,6 +26,7 @@ from longalign.evaluation.report_charts import breakdown_charts, training
 from longalign.evaluation.report_examples import Example, examples_context
 from longalign.evaluation.table import MetricTable
 from longalign.metrics.base import Value
+from longalign.names import count
 
 BUDGET = 8_000_000
 """Bytes of the images of a page, before their encoding as text, which adds a third."""
@@ -147,7 +148,8 @@ def _metrics(table: MetricTable | None) -> dict[str, Any]:
     """
     if table is None or not table.metrics:
         return {"findings": [], "hero": [], "losses": [], "counts": "", "metrics": None, "differences": None}
-    prompts, images = table.num_prompts, len(table.prompts)
+    prompts, images = count(table.num_prompts, "prompt"), len(table.prompts)
+    per_model = "one image each" if images == table.num_prompts else f"{images} images per model"
     several = len(table.models) > 1
     rows = [
         (table.label(k), [_cell(_interval(table, m, k), table.value(k)) for m in table.models]) for k in table.metrics
@@ -161,7 +163,7 @@ def _metrics(table: MetricTable | None) -> dict[str, Any]:
         "findings": [_head_and_rest(text) for text in findings(table)] if several else [],
         "hero": _hero(table),
         "losses": _losses(table),
-        "counts": f"{prompts} prompts, {'one image each' if images == prompts else f'{images} images per model'}",
+        "counts": f"{prompts}, {per_model}",
         "metrics": Grid(table.models, rows),
         "differences": Grid([f"{m} - {o}" for m, o in table.pairs], differences) if several else None,
     }

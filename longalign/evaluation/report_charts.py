@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from markupsafe import Markup
 
+from longalign.config.files import best_checkpoint, step_of
 from longalign.evaluation import charts
-from longalign.evaluation.formatting import number
+from longalign.evaluation.formatting import label, number
 from longalign.evaluation.record import read_log
 from longalign.evaluation.table import MetricTable
+from longalign.metrics.base import Value
 
 HELD_OUT = "monitor/"
 """Start of the names of curves that are measured on held-out prompts during training."""
+COSTS = (f"{HELD_OUT}seconds", f"{HELD_OUT}share_of_time")
+"""What the monitor of a run costs."""
+OF_TRAINING = f"{HELD_OUT}training/"
+"""Start of the names of values of the training between two points of the monitor."""
 FIRST = ("reward", HELD_OUT, "text_relevant", "text_irrelevant", "loss")
 """Starts of the names of the curves that are shown first; others are folded away."""
 
@@ -47,15 +53,19 @@ class Stage(NamedTuple):
         name: names of the runs.
         missing: a log that does not exist.
         charts: the most important curves.
+        breakdowns: curves of the breakdowns of held-out metrics.
         others: other curves.
         constant: values that do not change.
+        notes: sentences about the monitor.
     """
 
     name: str
     missing: str = ""
     charts: tuple[Markup, ...] = ()
+    breakdowns: tuple[Markup, ...] = ()
     others: tuple[Markup, ...] = ()
     constant: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def training(logs: Mapping[str, Path]) -> list[Stage]:
@@ -68,39 +78,88 @@ def training(logs: Mapping[str, Path]) -> list[Stage]:
             continue
         curves = read_log(log)
         groups.setdefault(frozenset(curves), {})[name] = curves
-    return [_stage(runs) for runs in groups.values()] + out
+    best = {name: best_checkpoint(log.parent) for name, log in logs.items()}
+    steps = {name: None if checkpoint is None else step_of(checkpoint) for name, checkpoint in best.items()}
+    return [_stage(runs, steps) for runs in groups.values()] + out
 
 
-def _stage(runs: Mapping[str, Mapping[str, Curve]]) -> Stage:
-    first, others, constant = [], [], []
+def _stage(runs: Mapping[str, Mapping[str, Curve]], best: Mapping[str, int | None]) -> Stage:
+    found: dict[str, list[Markup]] = {"first": [], "breakdowns": [], "others": []}
+    constant: list[str] = []
+    mark = best[next(iter(runs))] if len(runs) == 1 else None
     names = list(dict.fromkeys(key for curves in runs.values() for key in curves))
     drawn: dict[str, tuple[list[str], dict[str, Curve]]] = {}  # by the numbers: equal curves are drawn once
-    for key in sorted(names, key=_order):
-        inner = key.removeprefix(HELD_OUT)
-        if key != inner and inner in names:
-            continue  # drawn with the training curve
+    for key, members in _charts(names, single=len(runs) == 1).items():
         lines: dict[str, Curve] = {}
         for run, curves in runs.items():
             several = f"{run}, " if len(runs) > 1 else ""
+            if members != [key]:
+                lines |= {member.rpartition("/")[2]: curves[member] for member in members}
+                continue
             held_out = curves.get(HELD_OUT + key)
             lines[f"{several}training" if held_out else run] = curves[key]
             lines |= {f"{several}held-out": held_out} if held_out else {}
         if all(len(set(values)) == 1 for _, values in lines.values()):
-            constant.append(f"{_title(key)} {next(iter(lines.values()))[1][0]:g}")
+            constant += [f"{_title(member)} {next(iter(runs.values()))[member][1][0]:g}" for member in members]
         else:
             drawn.setdefault(repr(lines), ([], lines))[0].append(key)
     for keys, lines in drawn.values():
-        figure = Markup(charts.curves(" = ".join(map(_title, keys)), lines))
-        (first if _order(keys[0])[0] < len(FIRST) else others).append(figure)
-    if not first:
-        first, others = others, []
-    return Stage(", ".join(runs), "", tuple(first), tuple(others), tuple(constant))
+        held_out = keys[0].startswith(HELD_OUT)
+        figure = Markup(charts.curves(" = ".join(map(_title, keys)), lines, mark=mark if held_out else None))
+        found[_section(keys[0])].append(figure)
+    if not found["first"]:
+        found |= {"first": found["others"], "others": []}
+    first, breakdowns, others = (tuple(figures) for figures in found.values())
+    return Stage(", ".join(runs), "", first, breakdowns, others, tuple(constant), tuple(_notes(runs, best)))
 
 
-def _order(key: str) -> tuple[int, str]:
-    return next((i for i, start in enumerate(FIRST) if key.startswith(start)), len(FIRST)), key
+def _charts(names: Sequence[str], single: bool) -> dict[str, list[str]]:
+    """Returns the charts and the names of their curves. With a ``single`` run, a breakdown is one chart.
+
+    The costs of the monitor are in the notes. Training and held-out values of one name are one chart.
+    """
+    out: dict[str, list[str]] = {}
+    for key in sorted(names, key=_order):
+        inner = key.removeprefix(HELD_OUT)
+        if key in COSTS or (key != inner and inner in names):
+            continue
+        grouped = single and _section(key) == "breakdowns"
+        out.setdefault(key.rpartition("/")[0] if grouped else key, []).append(key)
+    halves = {}
+    for key, members in out.items():
+        count = -(-len(members) // charts.COLORS)  # lines of one chart have different colors
+        size = -(-len(members) // count)
+        for i in range(count):
+            part = f" ({i + 1} of {count})" if count > 1 else ""
+            halves[key + part] = members[i * size : (i + 1) * size]
+    return halves
+
+
+def _section(key: str) -> str:
+    if key.startswith(HELD_OUT) and "/" in key.removeprefix(HELD_OUT) and not key.startswith(OF_TRAINING):
+        return "breakdowns"
+    return "first" if _order(key)[0] < len(FIRST) else "others"
+
+
+def _order(key: str) -> tuple[int, bool]:
+    """Returns a sort key: curves of one rank keep the order of the log, which is that of the config's metrics."""
+    rank = next((i for i, start in enumerate(FIRST) if key.startswith(start)), len(FIRST))
+    return (len(FIRST), True) if key.startswith(OF_TRAINING) else (rank, key not in FIRST)
 
 
 def _title(key: str) -> str:
-    held_out = key.startswith(HELD_OUT)
-    return key.removeprefix(HELD_OUT).replace("_", "-") + (", held-out" if held_out else "")
+    if key.startswith(OF_TRAINING):
+        return f"{label(key.removeprefix(OF_TRAINING), Value())} of training, between points of the monitor"
+    inner = key.removeprefix(HELD_OUT)
+    return label(inner, Value()) + (", held-out" if key != inner else "")
+
+
+def _notes(runs: Mapping[str, Mapping[str, Curve]], best: Mapping[str, int | None]) -> Iterator[str]:
+    """Yields the cost of each run's monitor, and the step of its best checkpoint."""
+    for run, curves in runs.items():
+        of_run = f" of {run}" if len(runs) > 1 else ""
+        if all(cost in curves for cost in COSTS):
+            (steps, seconds), (_, shares) = (curves[cost] for cost in COSTS)
+            yield f"Monitor{of_run}: {len(steps)} points, {seconds[-1]:.0f} s, {100 * shares[-1]:.0f}% of the time"
+        if (step := best[run]) is not None:
+            yield f"Best checkpoint{of_run}: step {step}" + (", the dashed line" if len(runs) == 1 else "")

@@ -86,6 +86,7 @@ def examples_context(
         "sorted_pairs": pairs,
         "sort_label": table.label(metric) if table and metric else "",
         "has_verdicts": any(e.verdicts for e in examples),
+        "has_chips": any(any(any(chip) for chip in chips) for e in out for _, _, chips in e["rows"]),
         "has_truncated": any(any(e.truncated.values()) for e in examples),
         "score_edges": [f"{edge:.3f}" for edge in edges],
     }

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from longalign.image_io import decode, to_pil
+from longalign.image_io import load_image, to_pil
 
 LADDER = ((1024, 85), (768, 80), (512, 75), (384, 70), (256, 65), (160, 60))
 """Longest side in pixels and WebP quality, from the largest files to the smallest."""
@@ -28,7 +28,7 @@ def encode(image: Tensor | Path, side: int, quality: int) -> bytes:
         side: longest side in pixels; larger images are downscaled.
         quality: 0 to 100.
     """
-    pil_image = to_pil(image) if isinstance(image, Tensor) else decode(image)
+    pil_image = to_pil(image if isinstance(image, Tensor) else load_image(image))
     lossless = max(pil_image.size) <= min(LOSSLESS_SIDE, side)
     pil_image.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from longalign.checkpoints.checkpoint import read_config
-from longalign.config.files import checkpoints
+from longalign.config.files import best_checkpoint, checkpoints, step_of
 from longalign.config.run import RunConfig
 from longalign.data.lines import read_jsonl
 from longalign.evaluation.report import AblationCell
@@ -40,6 +40,8 @@ class _Contents:
     configs: dict[str, RunConfig] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     ablation_cells: list[AblationCell] = field(default_factory=list)
+    named: set[str] = field(default_factory=set)
+    """models whose folder is a source; such a folder replaces that of a table."""
 
 
 def table_data(
@@ -76,8 +78,11 @@ def read_sources(sources: Sequence[str], examples: int | None = None) -> dict[st
         if not path.exists() and Path(source).exists():  # a path with "="
             name, path = "", Path(source)
         _read(found, path, name if equals and name else path.resolve().name)
+    title = found.title or f"Report on {', '.join([*found.folders] or [*found.logs] or [*sources])}"
+    if found.table is None and not found.folders and len(found.logs) == 1:
+        found.folders |= _points(next(iter(found.logs.values())).parent)
     return {
-        "title": found.title or f"Report on {', '.join([*found.folders] or [*found.logs] or [*sources])}",
+        "title": title,
         "lead": found.lead,
         "table": found.table,
         "examples": _examples(found, examples),
@@ -103,6 +108,9 @@ def _read(found: _Contents, path: Path, name: str) -> None:
     elif (path / LOG).exists():
         _read_run(found, path, name)
     elif (path / INDEX).exists():
+        if name in found.named:
+            raise ValueError(f"two folders of images are called '{name}'; name them with NAME={path}")
+        found.named.add(name)
         found.folders[name] = path
     else:
         raise ValueError(f"{path} has nothing to report; expected {EXPECTED}")
@@ -114,6 +122,14 @@ def _read_run(found: _Contents, run: Path, name: str) -> None:
     found.logs[name] = run / LOG
     if checkpoints(run):
         found.configs[name] = read_config(run)
+
+
+def _points(run: Path) -> dict[str, Path]:
+    """Returns the images that a run's monitor sampled at the start, at the best checkpoint and at the end."""
+    points = sorted(path.parent for path in run.glob(f"monitor/*/{INDEX}"))
+    best = best_checkpoint(run)
+    chosen = [p for p in points if p in (points[0], points[-1]) or (best and p.name == f"{step_of(best):06d}")]
+    return {f"step {int(p.name)}" + (", best" if best and int(p.name) == step_of(best) else ""): p for p in chosen}
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -130,10 +146,14 @@ def _read_table(found: _Contents, path: Path) -> None:
     data = _json(path)
     if found.table is not None:
         raise ValueError(f"{path} is a second table; a report shows only one, so write one report per table")
-    if missing := [key for key in ("values", "prompts", "seeds") if key not in data]:
+    required = ("values", "prompts", "seeds")  # the seeds may be unknown
+    if missing := [key for key in required if key not in data or not (data[key] or key == "seeds")]:
         raise ValueError(f"{path} has no {', '.join(missing)}; expected a table of `longalign eval --json`")
-    found.table = MetricTable.from_dict(data)
-    found.sentences = Sentences(**data.get("sentences", {}))
+    try:
+        found.table = MetricTable.from_dict(data)
+        found.sentences = Sentences(**data.get("sentences", {}))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: {error}; expected a table of `longalign eval --json`") from error
     found.title, found.lead = data.get("title", found.title), data.get("lead", found.lead)
     found.seconds |= data.get("seconds", {})
     folders = {model: path.parent / folder for model, folder in data.get("folders", {}).items()}

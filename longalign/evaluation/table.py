@@ -25,6 +25,7 @@ from longalign.evaluation.formatting import (
 )
 from longalign.evaluation.groups import length_labels, natural_key
 from longalign.metrics.base import Value, value_of
+from longalign.names import count
 
 
 @dataclass(frozen=True)
@@ -294,7 +295,7 @@ class MetricTable:
         images = f", {len(self.prompts)} images per model" if len(self.prompts) != self.num_prompts else ""
         seeds = f", {len(set(self.training_seeds))} training seeds" if self.training_seeds else ""
         note = f"\n\n{self.note}" if self.note else ""
-        return f"{self.num_prompts} prompts{seeds}{images}; mean [95% bootstrap interval]{note}"
+        return f"{count(self.num_prompts, 'prompt')}{seeds}{images}; mean [95% bootstrap interval]{note}"
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the table with the values of each image, as plain values for JSON; NaN becomes None."""
@@ -329,7 +330,7 @@ class MetricTable:
         """Builds the table from the output of `to_dict`."""
         values, sets = (
             {
-                m: {k: np.array([math.nan if x is None else x for x in v]) for k, v in ks.items()}
+                m: {k: np.array([math.nan if x is None else x for x in v], np.float64) for k, v in ks.items()}
                 for m, ks in rows.items()
             }
             for rows in (data["values"], data.get("sets", {}))

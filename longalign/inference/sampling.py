@@ -131,7 +131,7 @@ def _sample_batch(
     indices = scheduler.timesteps
     if backbone.prediction == "flow":
         indices = torch.tensor(trailing_timesteps(len(indices), len(backbone.noise_levels)))
-    levels, steps = backbone.noise_levels, indices.long().tolist()
+    levels, steps = backbone.levels_at(shape), indices.long().tolist()
     if guidance_interval is not None:
         check_guidance_interval(levels, steps, guidance_interval)
     in_interval = guided_steps(levels, steps, guidance_interval)

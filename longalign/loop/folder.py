@@ -8,10 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from longalign.atomic import sync
-from longalign.config.files import PREFIX, checkpoints, step_of
-
-#: link in a run's folder to its best checkpoint
-BEST = "best"
+from longalign.config.files import BEST, PREFIX, best_checkpoint, checkpoints, step_of
 
 
 def recover(output: Path) -> None:
@@ -87,10 +84,9 @@ def prune(checkpoint: Path, keep: int | None) -> None:
     """
     if keep is not None:
         candidates = [p for p in checkpoints(checkpoint.parent) if step_of(p) <= step_of(checkpoint)]
-        best = checkpoint.with_name(BEST)
-        best_name = best.readlink().name if best.is_symlink() else None
+        best = best_checkpoint(checkpoint.parent)
         for old in candidates[:-keep]:
-            if old.name == best_name:
+            if old == best:
                 continue
             shutil.rmtree(old.rename(old.with_name(f".{old.name}.removed")))
 

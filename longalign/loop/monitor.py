@@ -169,6 +169,8 @@ class Monitor:
             return
         values |= {"monitor/seconds": round(self.seconds, 3), "monitor/share_of_time": round(self.share, 4)}
         self.reporter.append(point.step, values)
+        shown = [f"{name} {value:.4g}" for name, value in point.values.items() if "/" not in name]
+        log.info("step %d, held-out: %s%s", point.step, ", ".join(shown), " (best)" if self.at_best else "")
         assert self.settings is not None
         for message in divergences(self.points, self.settings.window):
             log.warning("%s", message)

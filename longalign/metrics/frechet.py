@@ -15,6 +15,7 @@ from longalign.image_folder import IMAGE_SUFFIXES
 from longalign.image_io import ImageFiles
 from longalign.metrics.base import Metric, Statistic, Value
 from longalign.metrics.config import FrechetConfig
+from longalign.metrics.efficientnet import EfficientNet
 from longalign.metrics.embedding import build_embedding_reward
 from longalign.rewards.base import EmbeddingReward
 from longalign.runtime import Runtime
@@ -82,14 +83,16 @@ class Frechet(Metric):
 
     @classmethod
     def from_config(cls, config: FrechetConfig, runtime: Runtime) -> Frechet:
-        if config.inception is not None:
-            extractor: nn.Module = Inception.load(config.inception).to(runtime.device)
-        else:
-            assert config.reward is not None  # the config has one of them
-            extractor = Embeddings(build_embedding_reward(config.reward, runtime))
         files = sorted(p for p in Path(config.reference).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
         if len(files) < 2:
             raise ValueError(f"expected at least two reference images, got {len(files)} in {config.reference}")
+        extractor: nn.Module
+        if config.inception is not None:
+            extractor = Inception.load(config.inception).to(runtime.device)
+        elif config.reward is not None:
+            extractor = Embeddings(build_embedding_reward(config.reward, runtime))
+        else:
+            extractor = EfficientNet.load().to(runtime.device)
         with torch.no_grad():
             rows = [extractor(image[None].to(runtime.device)).float().cpu() for image in ImageFiles(files)]
         return cls(config.prefix(), extractor, torch.cat(rows).numpy())

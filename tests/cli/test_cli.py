@@ -539,7 +539,33 @@ def test_eval_compares_folders_with_same_prompts(brightness, tmp_path, capsys):
     assert table["seeds"] == [1, 2]
     other = images(tmp_path / "other", [0.2, 0.4], ["a", "c"], [1, 2])
     assert main(["eval", "--images", models[0], f"other={other}", "--reward", brightness]) == 2
-    assert re.search("prompts and seeds.*'other'.*'base'", capsys.readouterr().err)
+    message = (
+        "the prompts and seeds of 'other' differ from 'base': 1 missing and 1 more of 2 images, e.g. 'b' with seed 2"
+    )
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["base"], "--images expects NAME=DIR, e.g. base=base, got 'base'"),
+        (["a=base", "a=other"], "two models are called 'a'; give each a different name, as NAME=other"),
+        (["a=base", "b=reversed"], "they have another order"),
+        (["a=empty"], r'a list of images with a line \{"file_name"'),
+        (["a=base", "--metric", "gauges"], "two metrics are called gauges; give one of them a label"),
+        (["a=base", "--metric", "{name: gauges"], "'{name: gauges', line 1: expected ',' or '}'"),
+        (["a=base", "--json", "empty"], "--json empty is a folder; give a file"),
+        (["a=single", "--metric", "facts"], r"no facts for 1 prompts, e\.g\. 'ü'"),
+    ],
+)
+def test_eval_errors_say_what_to_do(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    images(tmp_path / "base", [0.0, 0.2], ["a", "b"], [1, 2])
+    images(tmp_path / "reversed", [0.0, 0.2], ["b", "a"], [2, 1])
+    images(tmp_path / "single", [0.0], ["ü"])
+    (tmp_path / "empty").mkdir()
+    assert main(["eval", "--metric", "gauges", "--images", *arguments]) == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_eval_labels_images_by_their_prompt_set(brightness, tmp_path, capsys):

@@ -42,6 +42,10 @@ def test_curves_several_lines_have_names_and_one_axis():
     (start, high), (other_start, low) = [[float(p.split(",")[1]) for p in line] for line in lines]
     assert start == other_start and abs((start - high) - 2 * (start - low)) < 0.2
     assert "held &lt;out&gt;" in svg and "training from 0 to 4" in svg
+    classes = [e.get("class") for e in ET.fromstring(svg).iter() if (e.get("class") or "").startswith(("dot", "mean"))]
+    colors = [name.rpartition("-")[2] for name in classes]
+    assert colors[:2] == colors[2:] and len(set(colors)) == 2  # of the legend and of the lines
+    assert 'class="mark" x1="220.0"' in curves("reward", {"run": ([0, 2], [0.0, 4.0])}, mark=1)
 
 
 def test_intervals_limits_set_the_axis():

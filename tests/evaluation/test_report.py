@@ -193,6 +193,28 @@ def test_report_without_table_shows_runs_together(tmp_path):
     assert "<code>eta=0</code>" in text and "1, 2" in text
 
 
+def test_report_of_a_monitored_run(tmp_path):
+    """Held-out metrics come first, breakdowns are one chart each, and costs are a sentence."""
+    values = {"loss": 1.0, "monitor/facts": 0.5, "monitor/seconds": 3.0, "monitor/share_of_time": 0.25}
+    values |= {f"monitor/facts/place/{i}": 0.1 * i for i in range(9)} | {"monitor/training/reward": 0.3}
+    rows = [{"step": step, **{name: value + step for name, value in values.items()}} for step in (0, 5, 10)]
+    rows[-1] |= {"monitor/seconds": 12.4, "monitor/share_of_time": 0.25}
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "checkpoint-000005").mkdir()
+    (tmp_path / "best").symlink_to("checkpoint-000005")
+    text = write_report(tmp_path / "r.html", title="T", logs={"run": tmp_path / "log.jsonl"}).read_text()
+    figures = re.findall(r'<figure class="chart"><figcaption>([^<]*)', text)
+    assert [title.strip() for title in figures] == [
+        "fact accuracy, held-out",
+        "loss",
+        "fact accuracy/place (1 of 2), held-out",
+        "fact accuracy/place (2 of 2), held-out",
+        "reward of training, between points of the monitor",
+    ]
+    assert "Monitor: 3 points, 12 s, 25% of the time." in text
+    assert "Best checkpoint: step 5, the dashed line." in text and text.count('class="mark"') == 4
+
+
 def test_report_single_model_without_facts(tmp_path):
     table = MetricTable({"base": {"clip": np.array([0.1, 0.2])}}, ["a", "b"])
     example = Example(["a"], 0, {"base": torch.zeros(3, 4, 4)})
@@ -213,7 +235,14 @@ def test_read_log_repeated_step_uses_last_value(tmp_path):
     log = tmp_path / "log.jsonl"
     rows = [{"step": 2, "loss": 1.0, "note": "x"}, {"step": 4, "loss": 2.0}, {"step": 2, "loss": 3.0}]
     log.write_text("\n".join(map(json.dumps, rows)))
+    log.write_text(log.read_text() + '\n{"step": 6, "lo')  # a run is just writing
     assert read_log(log) == {"loss": ([2, 4], [3.0, 2.0])}
+    log.write_text('{"step": 6, "lo\n{"loss": 2}')
+    with pytest.raises(ValueError, match=r"log\.jsonl, line 1 is not JSON"):
+        read_log(log)
+    log.write_text('\n{"loss": 2}')
+    with pytest.raises(ValueError, match=r"log\.jsonl, line 2 has no step"):
+        read_log(log)
 
 
 def test_machine_has_versions():

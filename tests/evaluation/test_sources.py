@@ -7,6 +7,7 @@ import torch
 
 from longalign.cli.main import main
 from longalign.data.scenes.config import ScenesConfig
+from longalign.evaluation import sources
 from longalign.evaluation.report import AblationCell
 from longalign.evaluation.sentences import Sentences
 from longalign.evaluation.sources import read_sources, table_data
@@ -48,6 +49,22 @@ def test_read_sources_runs_are_named(tmp_path):
     contents = read_sources([str(runs[0]), f"other={runs[1]}"])
     assert contents["logs"] == {"a": runs[0] / "log.jsonl", "other": runs[1] / "log.jsonl"}
     assert contents["table"] is None and contents["examples"] == [] and "a, other" in contents["title"]
+
+
+def test_read_sources_single_run_has_images_of_its_monitor(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "read_config", lambda run: None)
+    run = write_run(tmp_path / "run")
+    for step in (0, 5, 10, 15):
+        write_folder(run / "monitor" / f"{step:06d}")
+    (run / "checkpoint-000010").mkdir()
+    (run / "best").symlink_to("checkpoint-000010")
+    contents = read_sources([str(run)])
+    assert [list(e.images) for e in contents["examples"]] == [["step 0", "step 10, best", "step 15"]] * 2
+    assert contents["title"] == "Report on run"
+    other = write_folder(tmp_path / "other")
+    with pytest.raises(ValueError, match="two folders of images are called 'other'; name them with NAME="):
+        read_sources([str(other), str(other)])
+    assert list(read_sources([str(run), str(other)])["examples"][0].images) == ["other"]
 
 
 def test_read_sources_image_folders_without_table(tmp_path):
@@ -123,6 +140,16 @@ def test_read_sources_ablation_images_have_values_of_their_training_seed(tmp_pat
         ("{", r"table\.json is not JSON"),
         ("[]", r"table\.json contains a list"),
         ("{}", r"has no values, prompts, seeds"),
+        ('{"values": {}, "prompts": [], "seeds": []}', r"has no values, prompts; expected"),
+        (
+            '{"values": {"a": {"m": [1, 2]}}, "prompts": ["p"], "seeds": []}',
+            r"table\.json: 'm' of 'a' has shape \(2,\)",
+        ),
+        ('{"values": {"a": {"m": ["x"]}}, "prompts": ["p"], "seeds": []}', r"table\.json: could not convert"),
+        (
+            '{"values": {"a": {"m": [1]}}, "prompts": ["p"], "seeds": [], "units": {"m": {"x": 1}}}',
+            r"table\.json: .*'x'",
+        ),
     ],
 )
 def test_read_sources_invalid_table_raises(tmp_path, text, message):

@@ -92,6 +92,8 @@ def test_monitor_logs_metrics_beside_training_reward_and_its_cost(world, tmp_pat
     assert any(
         message.startswith("monitor ") and "2 images every 2 steps: red" in message for message in caplog.messages
     )
+    shown = [message for message in caplog.messages if "held-out" in message]
+    assert shown == [f"step {step}, held-out: red {line['monitor/red']:.4g}" for step, line in found.items()]
 
 
 def test_training_values_divide_text_irrelevant_part_by_score():

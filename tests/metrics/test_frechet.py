@@ -65,8 +65,10 @@ def test_check_metric_frechet(tmp_path, reference):
 
 
 def test_frechet_config_reports_extractor_and_files(tmp_path, reference):
-    with pytest.raises(ConfigError, match="one of reward and inception"):
+    with pytest.raises(ConfigError, match=r"one of reward, efficientnet, inception .* got none"):
         metrics.validate({"name": "frechet", "reference": reference})
+    with pytest.raises(ConfigError, match="got efficientnet and inception; set exactly one"):
+        metrics.validate({"name": "frechet", "reference": reference, "efficientnet": True, "inception": "a.pth"})
     config = metrics.validate({"name": "frechet", "reference": str(tmp_path / "none"), "inception": "no.pth"})
     with pytest.raises(ConfigError, match=r"(?s)no folder .*none.*no file no\.pth"):
         check_parts({"metric": config})
