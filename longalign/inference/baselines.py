@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import logging
+from ast import literal_eval
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,17 @@ def caption_cleaning_kwargs(pipe: Any) -> dict[str, bool]:
         type(pipe).__name__, " and ".join(missing), " ".join(missing),
     )  # fmt: skip
     return {"clean_caption": False}
+
+
+def shorten_truncation(record: logging.LogRecord) -> bool:
+    """Logging filter: shortens diffusers' message about truncated prompts, which lists all with their padding."""
+    head, _, listed = record.getMessage().partition(": [")
+    if "truncated" in head and "<|endoftext|>" in listed:
+        with suppress(SyntaxError, ValueError):  # another message
+            texts = [text.replace("<|endoftext|>", "").strip() for text in literal_eval(f"[{listed}")]
+            cut = [text for text in texts if text]
+            record.msg, record.args = f"{head}: {len(cut)} of {len(texts)} prompts, e.g. {cut[:1]!s:.80}", ()
+    return True
 
 
 def set_scheduler(pipe: Any, name: str) -> None:
@@ -140,6 +153,7 @@ def generate(
     """
     new_index(output, overwrite)  # fail before weights are loaded
     pipe = load_pipeline(name, runtime or Runtime.detect(), revision, variant)
+    logging.getLogger(type(pipe).__module__).addFilter(shorten_truncation)
     if solver is not None:
         set_scheduler(pipe, solver)
     cleaning = caption_cleaning_kwargs(pipe)

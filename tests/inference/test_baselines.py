@@ -282,6 +282,21 @@ def test_load_pipeline_unreadable_sentencepiece_raises(models, tmp_path):
         baselines.load_pipeline(str(tmp_path / "pixart"), CPU)
 
 
+def test_message_about_truncated_prompts_is_short():
+    def shown(text):
+        record = logging.LogRecord("diffusers", logging.WARNING, "", 0, text, (), None)
+        assert baselines.shorten_truncation(record)
+        return record.getMessage()
+
+    eot, start = (
+        "<|endoftext|>",
+        "The following part of your input was truncated because CLIP can only handle 77 tokens",
+    )
+    texts = [f"a fox's {eot}" + eot * 50, eot * 52, f"red . {eot}"]
+    assert shown(f"{start}: {texts}") == f'{start}: 2 of 3 prompts, e.g. ["a fox\'s"]'
+    assert shown("other") == "other" and shown(f"truncated: [{eot}") == f"truncated: [{eot}"
+
+
 def test_caption_cleaning_missing_library_warns_once(models, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(baselines, "find_spec", lambda name: None if name == "bs4" else True)
     with caplog.at_level(logging.WARNING, "longalign"):
