@@ -77,7 +77,8 @@ class FusedLinear(_Fused, Linear):
     """A linear layer with a LoRA."""
 
     def _merged_forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight, self.get_base_layer().bias)
+        layer: Any = self.get_base_layer()
+        return F.linear(x, weight, layer.bias)
 
     def _project(self, name: str, x: Tensor, down: Tensor) -> Tensor:
         return F.linear(x, down)
