@@ -31,6 +31,7 @@ from longalign.encoders.base import Conditioning
 from longalign.evaluation.record import machine_text
 from longalign.functional.diffusion import guided_steps
 from longalign.functional.rollout_gradient import rollout
+from longalign.functional.solvers import trailing_timesteps
 from longalign.runtime import Runtime, examples_folder
 
 TOKENS, BATCH, STEPS = (77, 240, 480, 1300), 8, 4
@@ -228,19 +229,17 @@ def rounding() -> list[str]:
 
 def guidance(rounds: int) -> list[str]:
     """Guidance in all steps or in an interval of noise levels."""
-    interval, rows = (0.28, 5.42), []
-    for steps in (8, 25, 50):
-        trainers = [
-            make_trainer(**{"trainer.num_steps": steps, "trainer.guidance_interval": i}) for i in (None, interval)
-        ]
-        levels, solver = trainers[0].backbone.noise_levels, trainers[0].solver
-        guided = sum(guided_steps(levels, solver.timesteps, interval))
-        row = [str(steps), str(guided), str(2 * steps), str(steps + guided), f"{(steps - guided) / (2 * steps):.0%}"]
-        if steps == 8:
-            conditioning, noise = Conditioning(torch.randn(BATCH + 1, 240, 128)), trainers[0].noise(BATCH)
-            times = cpu_seconds(rounds, {str(i): sampler(t, conditioning, noise) for i, t in enumerate(trainers)})
-            row += [f"{times['0']:.2f}", f"{times['1']:.2f}", f"{times['1'] / times['0']:.2f}"]
-        rows.append(row + [""] * (8 - len(row)))
+    interval, measured, rows = (0.28, 5.42), 8, []
+    keys = {"trainer.num_steps": measured}
+    trainers = {str(i): make_trainer(**keys, **{"trainer.guidance_interval": i}) for i in (None, interval)}
+    conditioning, noise = Conditioning(torch.randn(BATCH + 1, 240, 128)), trainers["None"].noise(BATCH)
+    times = cpu_seconds(rounds, {name: sampler(trainer, conditioning, noise) for name, trainer in trainers.items()})
+    without, with_ = times.values()
+    for steps in (measured, 25, 50):
+        guided = sum(guided_steps(trainers["None"].backbone.noise_levels, trailing_timesteps(steps), interval))
+        saved = f"{(steps - guided) / (2 * steps):.0%}"
+        seconds = [f"{without:.2f}", f"{with_:.2f}", f"{with_ / without:.2f}"] if steps == measured else ["", "", ""]
+        rows.append([str(steps), str(guided), str(2 * steps), str(steps + guided), saved, *seconds])
     head = ["steps", "with guidance", "branches", "branches with the interval", "saved", "CPU seconds",
             "with the interval", "ratio"]  # fmt: skip
     intro = f"Steps with a noise level from {interval[0]} to {interval[1]}, with the noise levels of Stable Diffusion:"
@@ -264,11 +263,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"), help="file for the table")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    lines = ["# Sampling in a reward step", "", "`python benchmarks/rollout.py`", "", "## Text", ""]
-    lines += [*text(options.rounds), "## LoRA", "", *lora(options.rounds)]
-    lines += ["## Guidance in an interval", "", *guidance(options.rounds), f"Machine: {machine_text()}; one thread."]
-    options.output.write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    lines = ["# Sampling in a reward step", "", "`python benchmarks/rollout.py`", ""]
+    for title, part in {"Text": text, "LoRA": lora, "Guidance in an interval": guidance}.items():
+        lines += [f"## {title}", "", *part(options.rounds)]
+        print("\n".join(lines[-8:]), flush=True)
+    options.output.write_text("\n".join([*lines, f"Machine: {machine_text()}; one thread.", ""]))
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ LEVELS = {
     1: "config checkpoints.redaction checkpoints.provenance vlm.config",  # and the configs of all kinds
     2: "functional image_io atomic mini sharding tokens caching.store caching.fingerprint checkpoints.weights "
     "evaluation.record evaluation.bootstrap evaluation.groups loop.locks encoders.bucketing encoders.counting vlm",
-    3: "backbones.base backbones.graphs backbones.lora backbones.lora_layers data.base data.images.base data.stream "
-    "image_folder encoders.base rewards.base "
+    3: "backbones.base backbones.flops backbones.graphs backbones.lora backbones.lora_layers data.base "
+    "data.images.base data.stream image_folder encoders.base rewards.base "
     "rewards.guard directions edits.base gradient_steps.base metrics.base trainers.base",
     5: "checkpoints.checkpoint inference.diffusers inference.inputs inference.pipelines inference.schedulers "
     "evaluation.formatting evaluation.table evaluation.charts caching",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from longalign.backbones.config import LoraConfig
+from longalign.backbones.flops import FlopCount
 from longalign.backbones.graphs import GraphedCall
 from longalign.backbones.lora import (
     LoraWeights,
@@ -59,6 +60,7 @@ class Backbone(nn.Module):
         self._graphed: GraphedCall | None = None
         self._merge_buffers: dict[str, Tensor] | None = None
         self._is_merged = False
+        self._flops: FlopCount | None = None
         self.autocast: Autocast = nullcontext
 
     @property
@@ -101,6 +103,8 @@ class Backbone(nn.Module):
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Returns the denoiser's prediction ``(b, c, h, w)`` at ``timesteps`` ``(b,)``, which index `levels_at`."""
+        if self._flops is not None:
+            self._flops.add(latents, conditioning)
         call = self._graphed or self._predict
         return call(latents, timesteps, conditioning)
 
@@ -138,6 +142,11 @@ class Backbone(nn.Module):
                 yield
             finally:
                 self._is_merged = False
+
+    def count_flops(self) -> FlopCount:
+        """Returns a count of the operations of all calls of `predict` from now on."""
+        self._flops = FlopCount(self.denoiser, self.call, self.full_finetune)
+        return self._flops
 
     def wrap_denoiser(self, wrapped: Callable[..., Any], autocast: Autocast = nullcontext) -> None:
         """Makes `predict` call ``wrapped``, the denoiser wrapped for distributed training, without CUDA graphs.

@@ -39,7 +39,7 @@ def _part_problems(run: Run) -> Iterator[ConfigProblem]:
             yield key, "this key is required"
         elif getattr(run, key) is not None and key not in needs:
             yield key, f"the trainer '{name}' uses no {key}; remove this key"
-    for key in ("channels_last", "compile", "cuda_graphs"):
+    for key in ("channels_last", "compile", "cuda_graphs", "mfu"):
         if "backbone" not in needs and getattr(run.loop, key):
             yield f"loop.{key}", f"only applies to a backbone, but the trainer '{name}' uses none; set it to false"
 

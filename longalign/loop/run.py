@@ -24,6 +24,7 @@ from longalign.loop.resume_state import find_state, restore_state
 from longalign.loop.saving import save_checkpoint
 from longalign.loop.setup import any_process, check_cuda_graphs, make_accelerator, process_runtime, seed_generators
 from longalign.loop.stops import explain_errors, explain_non_finite
+from longalign.loop.utilization import make_utilization
 from longalign.rewards.guard import NonFiniteReward
 from longalign.runtime import Runtime
 
@@ -118,6 +119,9 @@ class Run:
         metrics = build_metrics(self.config.monitor if accelerator.is_main_process else None, composition.runtime)
         # Processes start from the same weights, but sample different noise.
         seed_generators(self.config.seed + accelerator.process_index)
+        self.utilization = None
+        if self.config.backbone is not None:
+            self.utilization = make_utilization(self.loop, composition.backbone)
         self.step, means, monitor_means = 0, MetricMeans(), MetricMeans()
         if resumed is not None:
             self.step = restore_state(resumed, self.optimization, means, monitor_means)
@@ -176,8 +180,12 @@ class Run:
         return FitResult(self.step, self.folder, unfinished)
 
     def _take_step(self) -> None:
+        if self.utilization is not None:
+            self.utilization.start()
         with explain_non_finite(self.optimization, self.output, self.step + 1):
             metrics = self.optimization.step(self.batches)
+        if metrics is not None and self.utilization is not None:
+            metrics |= self.utilization.end()
         self.step += 1
         self.reporter.add(metrics)
         if metrics is not None and self.config.monitor is not None:

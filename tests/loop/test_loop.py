@@ -8,20 +8,23 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from longalign.backbones.flops import FlopCount
 from longalign.compose import build_from_config
 from longalign.config.changes import override
 from longalign.config.run import load_config
 from longalign.data.config import DataConfig
 from longalign.data.stream import Stream
-from longalign.encoders.base import PromptReport, TruncationWarning, raise_or_warn_truncated
+from longalign.encoders.base import Conditioning, PromptReport, TruncationWarning, raise_or_warn_truncated
 from longalign.encoders.config import EncoderConfig
 from longalign.errors import ConfigError, RunError
+from longalign.loop import utilization
 from longalign.loop.batches import Batches, collate, load_batches
 from longalign.loop.fit import fit
 from longalign.loop.optimization import compiled as compile_module
@@ -40,7 +43,7 @@ def run(config, resume=None):
 
 def lines(output):
     rows = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "mfu")} for row in rows]
 
 
 def weights(checkpoint):
@@ -171,6 +174,19 @@ def test_failing_tracker_only_warns(world, tmp_path, caplog, monkeypatch):
     assert run(world.align_config(tmp_path / "2", steps=1, trackers=["tensorboard"])).step == 1
     failures = [m.split(" (")[0].split()[-1] for m in caplog.messages if "AssertionError: tracker failed" in m]
     assert failures == ["images", "metrics", "images", "finish", "start"]
+
+
+def test_mfu_is_logged_from_second_step(world, tmp_path, monkeypatch):
+    """Two steps of 0.1 s, as measured by a fake clock, on a device of 1 GFLOP/s."""
+    clock = itertools.count(step=0.1)
+    monkeypatch.setattr(utilization, "measured_peak", lambda device, dtype: 1e9)
+    monkeypatch.setattr(utilization, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    run(world.align_config(tmp_path, steps=2, mfu=True, batch_size=3))
+    first, second = (json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines())
+    backbone = tiny_backbone()
+    count = FlopCount(backbone.denoiser, backbone.call, trains_weights=False)
+    flops = count.of_call(torch.zeros(3, 4, 4, 4), Conditioning(torch.zeros(3, 4, 8)), backward=True)
+    assert "mfu" not in first and second["mfu"] == pytest.approx(flops / 1e8, rel=1e-4)
 
 
 def test_log_every_logs_mean_since_last_line(world, tmp_path):
