@@ -130,14 +130,3 @@ def test_graphed_calls_use_their_own_keys_and_values():
             expected = backbone.predict(*arguments, conditioning[ROWS])
             torch.testing.assert_close(graphed(*arguments, projected), expected, rtol=1e-5, atol=1e-6)
     assert len(graphed._graphs) == 2
-
-
-@torch.no_grad()
-def test_compiled_prediction_uses_keys_and_values():
-    backbone, conditioning, arguments = backbone_with_lora(), masked(), inputs()
-    expected = backbone.predict(*arguments, conditioning[ROWS])
-    backbone.wrap_denoiser(torch.compile(backbone.denoiser, backend="eager"))
-    counts = count_keys(backbone.denoiser)
-    projected = backbone.project_text(conditioning)[ROWS]
-    torch.testing.assert_close(backbone.predict(*arguments, projected), expected, rtol=1e-5, atol=1e-6)
-    assert len(counts) == 3
