@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 import torch
 from reward_step import table
-from rollout import BATCH, cpu_seconds
+from rollout import BATCH, cpu_seconds, text_in_every_call
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -39,8 +39,7 @@ def peak() -> float:
 @contextmanager
 def plain_sampling(trainer: Any) -> Iterator[None]:
     """Keys and values of the text in every call, and a separate LoRA."""
-    backbone = trainer.backbone
-    with patch.object(backbone, "project_text", lambda c: c), patch.object(backbone, "merged_lora", nullcontext):
+    with text_in_every_call(trainer.backbone), patch.object(trainer.backbone, "merged_lora", nullcontext):
         yield
 
 

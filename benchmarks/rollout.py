@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from _stages import SD, SDXL, Setting, backbone
@@ -70,20 +71,24 @@ def sampler(trainer: Any, conditioning: Conditioning, noise: torch.Tensor) -> Ca
     return sample
 
 
+@contextmanager
+def text_in_every_call(network: Any) -> Iterator[None]:
+    """Disables the reuse of the text's keys and values."""
+    with patch.object(network, "project_text", lambda conditioning: conditioning):
+        yield
+
+
 def text(rounds: int) -> list[str]:
     """Keys and values computed once or in every call, by the number of text states."""
     trainer, width = make_trainer(**{"trainer.num_steps": STEPS}), 128
-    project, rows = trainer.backbone.project_text, []
+    rows = []
     for tokens in TOKENS:
         torch.manual_seed(0)
         sample = sampler(trainer, Conditioning(torch.randn(BATCH + 1, tokens, width)), trainer.noise(BATCH))
 
         def in_every_call(sample: Callable[[], torch.Tensor] = sample) -> torch.Tensor:
-            trainer.backbone.project_text = lambda conditioning: conditioning
-            try:
+            with text_in_every_call(trainer.backbone):
                 return sample()
-            finally:
-                trainer.backbone.project_text = project
 
         difference = relative(sample(), in_every_call())
         times = cpu_seconds(rounds, {"once": sample, "every": in_every_call})
