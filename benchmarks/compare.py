@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 SETTINGS = ("name", "model", "stage", "batch", "channels_last", "compile", "cuda_graphs", "solver", "steps", "dtype",
-            "checkpointing", "decode_batch", "prompts")  # fmt: skip
+            "checkpointing", "decode_batch", "prompts", "dropout", "guidance_interval")  # fmt: skip
 ERROR, COSINE = 1e-3, 0.999
 
 
@@ -27,9 +27,14 @@ def read_rows(path: Path, ratios: bool) -> dict[str, dict[str, Any]]:
         timed = [row for row in values if "seconds" in row or "error" in row] if isinstance(values, list) else []
         unit = next((row["seconds"] for row in timed if "seconds" in row), 1.0) if ratios else 1.0
         for row in timed:
-            key = ", ".join([part, *(f"{k} {row[k]}" for k in SETTINGS if row.get(k) is not None)])
+            key = ", ".join([part, *(f"{k} {row[k]}" for k in SETTINGS if not _is_default(k, row.get(k)))])
             rows[key] = {**row, **({"seconds": row["seconds"] / unit} if "seconds" in row else {})}
     return rows
+
+
+def _is_default(key: str, value: Any) -> bool:
+    """Whether a setting has the value of baselines that do not list it."""
+    return value is None or value is False or (key, value) == ("dropout", 0.1)
 
 
 def problems(old: dict[str, Any], new: dict[str, Any], slower: float) -> list[str]:
