@@ -65,7 +65,7 @@ def sampler(trainer: Any, conditioning: Conditioning, noise: torch.Tensor) -> Ca
     """Returns a function that samples."""
 
     def sample() -> torch.Tensor:
-        predict = trainer.predictors(conditioning, slice(0, len(noise)), trainer.solver)
+        predict = trainer.predictions(conditioning, slice(0, len(noise)), trainer.solver)
         return rollout(predict, noise, trainer.solver)[0]
 
     return sample

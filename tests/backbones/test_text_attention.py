@@ -55,6 +55,9 @@ def test_projected_prediction_equals_plain(conditioning):
     got = backbone.predict(*arguments, projected[ROWS])
     assert len(counts) == 3
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    halved = projected.to(dtype=torch.float16)
+    tensors = [halved.states, *(tensor for pair in halved.keys_values.values() for tensor in pair)]
+    assert {tensor.dtype for tensor in tensors} == {torch.float16}
 
 
 def gradients(backbone, conditioning, arguments, project):
