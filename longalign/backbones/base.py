@@ -132,7 +132,8 @@ class Backbone(nn.Module):
             return
         kind = self.device.type
         with self.autocast():
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+            enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+            dtype = torch.get_autocast_dtype(kind) if enabled else None
         with temporarily_merged(self.denoiser, self._active[0], dtype, self._merge_buffers):
             self._is_merged = True
             try:
