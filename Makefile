@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
 
-.PHONY: setup demo test test-fast test-reliability test-transformers4 test-lowest test-wheel check format docs bench gpu-wheels
+.PHONY: setup demo test test-fast test-reliability test-transformers4 test-lowest test-wheel check format docs bench bench-check gpu-wheels
 
 setup: $(STAMP)
 
@@ -63,6 +63,11 @@ docs: $(STAMP)
 # Takes from minutes to an hour of a machine that does nothing else; `make bench BENCH=reward_step` runs one.
 bench: $(STAMP)
 	$(BIN)/python benchmarks $(BENCH)
+
+# Compares a few ratios of CPU time with benchmarks/check.json, in a minute, also beside other programs.
+bench-check: $(STAMP)
+	$(BIN)/python benchmarks/_check.py runs/check.json
+	$(BIN)/python benchmarks/compare.py --ratios --slower 1.25 benchmarks/check.json runs/check.json
 
 # Packages that benchmarks/gpu.sh needs on a machine with only torch, transformers, accelerate and peft: GPU_PYTHON on x86-64.
 GPU_PYTHON ?= 3.12

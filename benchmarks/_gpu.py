@@ -52,8 +52,9 @@ class Setting:
         solver, steps: of the rollout.
         checkpointing: ``loop.gradient_checkpointing``.
         decode_batch: number of images decoded at a time.
-        dropout: ``lora.dropout``.
+        dropout: ``lora.dropout``. With 0, sampling computes keys and values of the text once and merges the LoRA.
         cuda_graphs: ``loop.cuda_graphs``.
+        guidance_interval: ``trainer.guidance_interval``.
     """
 
     model: str = SD
@@ -67,6 +68,7 @@ class Setting:
     decode_batch: int | None = None
     dropout: float = 0.1
     cuda_graphs: bool = False
+    guidance_interval: tuple[float, float] | None = None
 
     @property
     def chosen(self) -> int:
@@ -209,7 +211,7 @@ class Step:
         torch.manual_seed(0)
         backbone, encoder = make_backbone(setting.model), make_encoder(setting.model)
         lora, runtime = (
-            LoraConfig(rank=4 if SMOKE else 32, dropout_placement="up"),
+            LoraConfig(rank=4 if SMOKE else 32, dropout=setting.dropout, dropout_placement="up"),
             Runtime(DEVICE, str(DTYPE).removeprefix("torch.")),
         )
         parts: dict[str, Any] = {"backbone": backbone, "encoder": encoder}
@@ -217,7 +219,8 @@ class Step:
             self.trainer: Any = AlignTrainer.from_config(AlignConfig(lora=lora), runtime, **parts)
         else:
             steps: Any = {"name": "grouped-random", "groups": setting.chosen}
-            options: Any = {"solver": setting.solver, "num_steps": setting.steps, "decode_batch": setting.decode_batch}
+            options: Any = {"solver": setting.solver, "num_steps": setting.steps, "decode_batch": setting.decode_batch,
+                            "guidance_interval": setting.guidance_interval}  # fmt: skip
             config = RewardConfig(lora=lora, gradient_steps=steps, **options)
             self.trainer = RewardTrainer.from_config(config, runtime, **parts, rewards=[make_reward()])
         self.trainer.to(DEVICE)
@@ -251,7 +254,7 @@ class Step:
 
 @cache
 def operations(model: str, stage: str, steps: int, chosen: int) -> float:
-    """Floating-point operations of a training step for each image."""
+    """Floating-point operations of a training step for each image, with guidance in all steps and without LoRA."""
     backbone, conditioning = make_backbone(model, "meta"), make_encoder(model, "meta").encode([""])
     latents = torch.empty(1, *backbone.latent_shape(), device="meta", requires_grad=True)
     backbone.denoiser.requires_grad_(False)
@@ -290,10 +293,13 @@ def measure_steps(results: Results, settings: Sequence[Setting], rounds: int = 2
                 synchronize()
                 first = time.perf_counter() - start
                 seconds = seconds_of(step, rounds, warmup=0)
-            total = setting.batch * operations(setting.model, setting.stage, setting.steps, setting.chosen)
+            counted = {}
+            if setting.guidance_interval is None:
+                total = setting.batch * operations(setting.model, setting.stage, setting.steps, setting.chosen)
+                counted = {"tflop": total / 1e12, "tflops": total / seconds / 1e12, "share": total / seconds / PEAK}
             results.add(
                 **text, seconds=seconds, images_per_second=setting.batch / seconds, gib=peak(), first_seconds=first,
-                tflop=total / 1e12, tflops=total / seconds / 1e12, share=total / seconds / PEAK,
+                **counted,
             )  # fmt: skip
         except Exception as error:
             results.add(**text, error=f"{type(error).__name__}: {str(error)[:300]}")
@@ -319,12 +325,13 @@ def peak(results: Results) -> None:
 def reward(results: Results) -> None:
     """Reward step of Stable Diffusion 1.5."""
     base = Setting()
-    rows = [replace(base, batch=batch) for batch in (8, 1, 4, 16)]
-    rows[1:1] = [replace(base, stage="autograd"), replace(base, channels_last=False),
-                 replace(base, stage="autograd", channels_last=False)]  # fmt: skip
-    fast = replace(base, channels_last=False, dropout=0.0, cuda_graphs=True)
-    rows[1:1] = [fast, replace(fast, solver="dpm++", steps=4 if SMOKE else 25)]
-    measure_steps(results, rows[:3] if SMOKE else rows)
+    plain = replace(base, channels_last=False)
+    fast = replace(plain, dropout=0.0)
+    graphs = replace(fast, cuda_graphs=True)
+    rows = [plain, fast, graphs, replace(graphs, guidance_interval=(0.28, 5.42)),
+            replace(graphs, solver="dpm++", steps=4 if SMOKE else 25), base, replace(base, stage="autograd"),
+            replace(plain, stage="autograd"), *(replace(graphs, batch=batch) for batch in (1, 4, 16))]  # fmt: skip
+    measure_steps(results, rows[1:5:2] if SMOKE else rows, rounds=1)
 
 
 def sdxl(results: Results) -> None:
@@ -338,10 +345,10 @@ def sdxl(results: Results) -> None:
 
 
 def compiled(results: Results) -> None:
-    """Reward step of Stable Diffusion 1.5 with torch.compile; the first step includes compilation."""
-    backend = "aot_eager" if SMOKE else True
-    torch._dynamo.config.recompile_limit = 128
-    measure_steps(results, [Setting(compile=backend)])
+    """Reward steps of 10 sampling steps of Stable Diffusion 1.5, compiled; the first step includes compilation."""
+    base = Setting(channels_last=False, dropout=0.0, steps=4 if SMOKE else 10)
+    kinds = ("aot_eager",) if SMOKE else (False, "regional", True)
+    measure_steps(results, [replace(base, compile=kind) for kind in kinds])
 
 
 def calls(results: Results) -> None:
@@ -364,7 +371,6 @@ def calls(results: Results) -> None:
 
 def _unet_calls(results: Results, channels_last: bool) -> None:
     from longalign.backbones.config import LoraConfig
-    from longalign.backbones.lora import inject_lora
 
     batch, backbone = 2 if SMOKE else 16, make_backbone(SD)
     if channels_last:
@@ -373,13 +379,13 @@ def _unet_calls(results: Results, channels_last: bool) -> None:
     latents = torch.randn(batch, *backbone.latent_shape(), device=DEVICE, requires_grad=True)
     timesteps = torch.full((batch,), 500, device=DEVICE)
 
-    def predict(autocast: bool) -> Tensor:
+    def predict(autocast: bool, text: Any = conditioning) -> Tensor:
         with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast and DEVICE == "cuda"):
-            return backbone.predict(latents, timesteps, conditioning)
+            return backbone.predict(latents, timesteps, text)
 
-    def forward(autocast: bool = False) -> None:
+    def forward(autocast: bool = False, text: Any = conditioning) -> None:
         with torch.no_grad():
-            predict(autocast)
+            predict(autocast, text)
 
     def both(autocast: bool = False) -> None:
         predict(autocast).sum().backward()
@@ -394,8 +400,14 @@ def _unet_calls(results: Results, channels_last: bool) -> None:
     add("UNet", forward)
     add("UNet, autocast", partial(forward, True))
     add("UNet, forward and backward", both)
-    inject_lora(backbone.denoiser, LoraConfig(rank=4 if SMOKE else 32, dropout=0), "x")
+    backbone.add_lora(LoraConfig(rank=4 if SMOKE else 32, dropout=0), "x")
     add("UNet, LoRA, autocast", partial(forward, True))
+    backbone.autocast = partial(torch.autocast, DEVICE, torch.bfloat16, enabled=DEVICE == "cuda")
+    projected = torch.no_grad()(backbone.project_text)(conditioning)
+    add("UNet, LoRA, text once, autocast", partial(forward, True, projected))
+    with backbone.merged_lora():
+        add("UNet, LoRA merged, autocast", partial(forward, True))
+        add("UNet, LoRA merged, text once, autocast", partial(forward, True, projected))
     add("UNet, LoRA, autocast, forward and backward", partial(both, True))
     nn.Module.to(backbone.denoiser, DTYPE)
     add("UNet, LoRA in bf16", forward)

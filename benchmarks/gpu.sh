@@ -34,7 +34,7 @@ run() { # part, seconds, command
 
 failed=""
 # most valuable first; the limits add up to eight minutes
-declare -A limits=([peak]=15 [reward]=100 [tests]=90 [calls]=40 [encode]=30 [sdxl]=75 [profile]=20 [compiled]=60 [demo]=50)
+declare -A limits=([peak]=15 [reward]=100 [tests]=90 [calls]=40 [encode]=30 [sdxl]=65 [profile]=20 [compiled]=75 [demo]=45)
 for part in ${@:-peak reward tests calls encode sdxl profile compiled demo}; do
     case $part in
     tests) run tests "${limits[tests]}" $python -m pytest -q -W default -p no:cacheprovider -m gpu tests/test_gpu.py ;;

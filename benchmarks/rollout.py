@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from _stages import SD, SDXL, Setting, backbone
+from diffusers import DDIMScheduler
 from reward_step import table
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,7 +31,7 @@ from longalign.config.changes import override
 from longalign.config.run import load_config
 from longalign.encoders.base import Conditioning
 from longalign.evaluation.record import machine_text
-from longalign.functional.diffusion import guided_steps
+from longalign.functional.diffusion import NoiseLevels, guided_steps
 from longalign.functional.rollout_gradient import rollout
 from longalign.functional.solvers import trailing_timesteps
 from longalign.runtime import Runtime, examples_folder
@@ -63,26 +65,30 @@ def sampler(trainer: Any, conditioning: Conditioning, noise: torch.Tensor) -> Ca
     """Returns a function that samples."""
 
     def sample() -> torch.Tensor:
-        predict = trainer.predictors(conditioning, slice(0, len(noise)), trainer.solver)
+        predict = trainer.predictions(conditioning, slice(0, len(noise)), trainer.solver)
         return rollout(predict, noise, trainer.solver)[0]
 
     return sample
 
 
+@contextmanager
+def text_in_every_call(network: Any) -> Iterator[None]:
+    """Disables the reuse of the text's keys and values."""
+    with patch.object(network, "project_text", lambda conditioning: conditioning):
+        yield
+
+
 def text(rounds: int) -> list[str]:
     """Keys and values computed once or in every call, by the number of text states."""
     trainer, width = make_trainer(**{"trainer.num_steps": STEPS}), 128
-    project, rows = trainer.backbone.project_text, []
+    rows = []
     for tokens in TOKENS:
         torch.manual_seed(0)
         sample = sampler(trainer, Conditioning(torch.randn(BATCH + 1, tokens, width)), trainer.noise(BATCH))
 
         def in_every_call(sample: Callable[[], torch.Tensor] = sample) -> torch.Tensor:
-            trainer.backbone.project_text = lambda conditioning: conditioning
-            try:
+            with text_in_every_call(trainer.backbone):
                 return sample()
-            finally:
-                trainer.backbone.project_text = project
 
         difference = relative(sample(), in_every_call())
         times = cpu_seconds(rounds, {"once": sample, "every": in_every_call})
@@ -235,14 +241,19 @@ def guidance(rounds: int) -> list[str]:
     conditioning, noise = Conditioning(torch.randn(BATCH + 1, 240, 128)), trainers["None"].noise(BATCH)
     times = cpu_seconds(rounds, {name: sampler(trainer, conditioning, noise) for name, trainer in trainers.items()})
     without, with_ = times.values()
+    published: Any = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     for steps in (measured, 25, 50):
-        guided = sum(guided_steps(trainers["None"].backbone.noise_levels, trailing_timesteps(steps), interval))
+        levels = NoiseLevels.from_alphas_cumprod(published.alphas_cumprod)
+        if steps == measured:
+            levels = trainers["None"].backbone.noise_levels
+        guided = sum(guided_steps(levels, trailing_timesteps(steps), interval))
         saved = f"{(steps - guided) / (2 * steps):.0%}"
         seconds = [f"{without:.2f}", f"{with_:.2f}", f"{with_ / without:.2f}"] if steps == measured else ["", "", ""]
-        rows.append([str(steps), str(guided), str(2 * steps), str(steps + guided), saved, *seconds])
-    head = ["steps", "with guidance", "branches", "branches with the interval", "saved", "CPU seconds",
+        model = "the synthetic scenes" if steps == measured else "Stable Diffusion 1.x, XL"
+        rows.append([model, str(steps), str(guided), str(2 * steps), str(steps + guided), saved, *seconds])
+    head = ["noise levels", "steps", "with guidance", "branches", "branches with the interval", "saved", "CPU seconds",
             "with the interval", "ratio"]  # fmt: skip
-    intro = f"Steps with a noise level from {interval[0]} to {interval[1]}, with the noise levels of Stable Diffusion:"
+    intro = f"Guidance at noise levels from {interval[0]} to {interval[1]}:"
     return [intro, "", *table(head, rows)]
 
 
@@ -264,7 +275,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     lines = ["# Sampling in a reward step", "", "`python benchmarks/rollout.py`", ""]
-    for title, part in {"Text": text, "LoRA": lora, "Guidance in an interval": guidance}.items():
+    parts = {"Text": text, "LoRA": lora, "Guidance in an interval": guidance}
+    for title, part in parts.items():
         lines += [f"## {title}", "", *part(options.rounds)]
         print("\n".join(lines[-8:]), flush=True)
     options.output.write_text("\n".join([*lines, f"Machine: {machine_text()}; one thread.", ""]))

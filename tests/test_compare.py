@@ -42,6 +42,17 @@ def test_compare_ratios_of_machines(tmp_path):
     assert compare(tmp_path, fast, slow, "--ratios").returncode == 0
 
 
+def test_compare_row_without_later_settings(tmp_path):
+    assert compare(tmp_path, [ROW], [{**ROW, "dropout": 0.1, "cuda_graphs": False}]).stdout == ""
+    assert "no common rows" in compare(tmp_path, [ROW], [{**ROW, "dropout": 0.0}]).stderr
+
+
+def test_compare_accepts_given_ratio(tmp_path):
+    slower = [{**ROW, "seconds": 1.2}]
+    assert compare(tmp_path, [ROW], slower, "--slower", "1.25").returncode == 0
+    assert compare(tmp_path, [ROW], slower, "--slower", "1.1").returncode == 1
+
+
 def test_compare_without_common_rows(tmp_path):
     result = compare(tmp_path, [ROW], [{**ROW, "batch": 4}])
     assert result.returncode == 1 and "no common rows" in result.stderr

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from longalign import fit, load_config, override
+from longalign.backbones.config import LoraConfig
 from longalign.checkpoints.checkpoint import load_weights
+from longalign.encoders.base import Conditioning
 from longalign.functional.rollout_gradient import replay_backward, rollout
 from longalign.functional.solvers import ddim, dpmpp_2m, trailing_timesteps
 from longalign.inference.sampling import sample
@@ -143,6 +145,30 @@ def test_replay_backward_equals_autograd(solver, detach):
         latents, previous = solver.step(index, latents, output, previous)
     loss(latents).backward()
     assert relative_error(replayed, torch.cat([p.grad.flatten() for p in network.parameters()])) < 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("graphs", [False, True])
+def test_sampling_with_merged_lora_and_projected_text_equals_plain_calls(graphs):
+    if graphs and DEVICE == "cpu":
+        pytest.skip("CUDA graphs need a GPU")
+    backbone = backbones.build({"name": "sd", "checkpoint": "mini/sd"}, Runtime(DEVICE))
+    for parameter in backbone.add_lora(LoraConfig(rank=4, dropout=0.0), "x"):
+        nn.init.normal_(parameter, std=0.02)
+    if graphs:
+        backbone.use_cuda_graphs()
+    width = backbone.denoiser.config.cross_attention_dim
+    rows, timesteps = torch.tensor([0, 1, 2, 2], device=DEVICE), torch.full((4,), 500, device=DEVICE)
+    for _ in range(2):
+        conditioning = Conditioning(torch.randn(3, 77, width, device=DEVICE))
+        latents = torch.randn(4, *backbone.latent_shape(), device=DEVICE)
+        expected = backbone.predict(latents, timesteps, conditioning[rows])
+        with backbone.merged_lora():
+            projected = backbone.project_text(conditioning)[rows]
+            for _ in range(2):
+                assert relative_error(backbone.predict(latents, timesteps, projected), expected) < 1e-4
+        for parameter in backbone.denoiser.parameters():
+            parameter.mul_(1.01)
 
 
 def run(name, output, resume=None, **changes):

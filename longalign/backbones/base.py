@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,9 @@ class Backbone(nn.Module):
         resolution: native width and height of an image in pixels.
     """
 
+    #: classes of the denoiser's blocks that `compile_blocks` compiles
+    blocks: ClassVar[tuple[type[nn.Module], ...]] = ()
+
     def __init__(self, denoiser: nn.Module, prediction: str, noise_levels: NoiseLevels, resolution: int):
         super().__init__()
         check_prediction(prediction)
@@ -61,6 +64,7 @@ class Backbone(nn.Module):
         self._merge_buffers: dict[str, Tensor] | None = None
         self._is_merged = False
         self._flops: FlopCount | None = None
+        self._compiled: list[nn.Module] = []
         self.autocast: Autocast = nullcontext
 
     @property
@@ -135,7 +139,8 @@ class Backbone(nn.Module):
             return
         kind = self.device.type
         with self.autocast():
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+            enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+            dtype = torch.get_autocast_dtype(kind) if enabled else None
         with temporarily_merged(self.denoiser, self._active[0], dtype, self._merge_buffers):
             self._is_merged = True
             try:
@@ -156,6 +161,9 @@ class Backbone(nn.Module):
             autocast: context of mixed precision in which ``wrapped`` calls the denoiser.
         """
         self._call, self._graphed, self._merge_buffers, self.autocast = (wrapped,), None, None, autocast
+        for block in self._compiled:
+            del block.forward
+        self._compiled = []
 
     def use_cuda_graphs(self) -> None:
         """Makes `predict` replay calls without gradient as CUDA graphs; see `longalign.backbones.graphs`.
@@ -172,6 +180,23 @@ class Backbone(nn.Module):
             )
         self._merge_buffers = {}
         self._graphed = GraphedCall(self._predict, lambda: (self.denoiser.training, self._is_merged))
+
+    def compile_blocks(self, compile: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Compiles the forward pass of each of the denoiser's `blocks`, instead of the denoiser.
+
+        Blocks of equal shape share their compiled code. `wrap_denoiser` undoes it.
+
+        Raises:
+            ValueError: if the denoiser has no such blocks.
+        """
+        self._compiled = [module for module in self.denoiser.modules() if isinstance(module, self.blocks)]
+        if not self._compiled:
+            raise ValueError(
+                f"{type(self.denoiser).__name__} has no blocks that are known to be compiled separately; set "
+                "loop.compile to true or false"
+            )
+        for block in self._compiled:
+            block.forward = compile(block.forward)
 
     def enable_gradient_checkpointing(self) -> None:
         """Enables gradient checkpointing: the denoiser's activations are recomputed in the backward pass."""

@@ -45,8 +45,10 @@ class LoopConfig(Section):
     """
     channels_last: bool = False
     """use the channels-last memory format for denoiser and autoencoder; only for backbones with a UNet."""
-    compile: bool | Literal["inductor", "cudagraphs", "aot_eager", "eager"] = False
-    """compile the denoiser with ``torch.compile``: true (backend "inductor") or the name of a backend."""
+    compile: bool | Literal["regional", "inductor", "cudagraphs", "aot_eager", "eager"] = False
+    """compile the denoiser with ``torch.compile``: true (backend "inductor"), the name of a backend, or "regional":
+    its transformer and residual blocks one by one, which compiles in less time.
+    """
     cuda_graphs: bool = False
     """replay denoiser calls without gradient as CUDA graphs; for one process with a CUDA GPU. Calls with dropout are
     not replayed: set the LoRA's dropout to 0, or the reward trainer's ``dropout_steps`` to ``"chosen"``. The weights

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from longalign.loop.fsdp import finish_backward, prepare_fsdp, to_local_scalar
 from longalign.loop.setup import is_sharded
 from longalign.sharding import reshard
 from longalign.trainers.base import Trainer
+
+#: variants that torch compiles of one piece of code; the default of 8 is too small for the blocks of a UNet with a LoRA
+RECOMPILE_LIMIT = 128
 
 
 class NonFinite(Exception):
@@ -56,7 +60,7 @@ class Optimization:
             trainer.autocast = autocast
             self.wrapped = trainer.prepare(accelerator.prepare)
             if loop.compile:
-                trainer.compile_denoiser(lambda denoiser: compiled(denoiser, loop.compile))
+                trainer.compile_denoiser(compiler(loop.compile), blocks=loop.compile == "regional")
             self.optimizer = accelerator.prepare(self._adamw(trainer.trainable()))
         self.parameters = trainer.trainable()
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -148,11 +152,17 @@ class Optimization:
         self.accelerator.free_memory()
 
 
-def compiled(module: Any, setting: bool | str) -> Any:
-    """Returns the module, compiled with `torch.compile`. True selects the backend inductor; False does not compile."""
-    if not setting:
-        return module
-    backend = "inductor" if setting is True else setting
+def compiler(setting: bool | str) -> Callable[[Any], Any]:
+    """Returns a function that compiles a module or function with `torch.compile`.
+
+    Args:
+        setting: name of a backend; True and ``"regional"`` select inductor.
+    """
+    backend = setting if isinstance(setting, str) and setting != "regional" else "inductor"
     # eager random numbers, so that a call replayed with gradient has the same dropout as the recorded call
     options: Any = {"fallback_random": True} if backend == "inductor" else None
-    return torch.compile(module, backend=backend, options=options)
+    # Code is compiled for each shape of weights, and with and without gradient, merged LoRA and training mode.
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, RECOMPILE_LIMIT)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 8 * RECOMPILE_LIMIT)
+    return partial(torch.compile, backend=backend, options=options)

@@ -65,8 +65,8 @@ class Trainer(nn.Module):
         """
         return []
 
-    def compile_denoiser(self, compile: Wrap) -> None:
-        """Compiles the denoiser. Must be called after `prepare`."""
+    def compile_denoiser(self, compile: Callable[..., Any], blocks: bool = False) -> None:
+        """Compiles the denoiser, or each of its blocks by itself. Must be called after `prepare`."""
         raise ValueError(f"{type(self).__name__} does not support compiling; set loop.compile to false")
 
     def fsdp_module(self, precision: str) -> nn.Module:

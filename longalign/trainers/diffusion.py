@@ -63,8 +63,11 @@ class DiffusionTrainer(Trainer):
             self.wrap_encoder(wrapped[-1])
         return wrapped
 
-    def compile_denoiser(self, compile: Wrap) -> None:
-        self.backbone.wrap_denoiser(compile(self._denoiser[0]), self.backbone.autocast)
+    def compile_denoiser(self, compile: Callable[..., Any], blocks: bool = False) -> None:
+        if blocks:
+            self.backbone.compile_blocks(compile)
+        else:
+            self.backbone.wrap_denoiser(compile(self._denoiser[0]), self.backbone.autocast)
 
     def fsdp_module(self, precision: str) -> nn.Module:
         if not _is_trainable(self.backbone.denoiser):

@@ -55,6 +55,9 @@ def test_projected_prediction_equals_plain(conditioning):
     got = backbone.predict(*arguments, projected[ROWS])
     assert len(counts) == 3
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    halved = projected.to(dtype=torch.float16)
+    tensors = [halved.states, *(tensor for pair in halved.keys_values.values() for tensor in pair)]
+    assert {tensor.dtype for tensor in tensors} == {torch.float16}
 
 
 def gradients(backbone, conditioning, arguments, project):
@@ -130,14 +133,3 @@ def test_graphed_calls_use_their_own_keys_and_values():
             expected = backbone.predict(*arguments, conditioning[ROWS])
             torch.testing.assert_close(graphed(*arguments, projected), expected, rtol=1e-5, atol=1e-6)
     assert len(graphed._graphs) == 2
-
-
-@torch.no_grad()
-def test_compiled_prediction_uses_keys_and_values():
-    backbone, conditioning, arguments = backbone_with_lora(), masked(), inputs()
-    expected = backbone.predict(*arguments, conditioning[ROWS])
-    backbone.wrap_denoiser(torch.compile(backbone.denoiser, backend="eager"))
-    counts = count_keys(backbone.denoiser)
-    projected = backbone.project_text(conditioning)[ROWS]
-    torch.testing.assert_close(backbone.predict(*arguments, projected), expected, rtol=1e-5, atol=1e-6)
-    assert len(counts) == 3

@@ -27,7 +27,7 @@ from longalign.errors import ConfigError, RunError
 from longalign.loop import utilization
 from longalign.loop.batches import Batches, collate, load_batches
 from longalign.loop.fit import fit
-from longalign.loop.optimization import compiled as compile_module
+from longalign.loop.optimization import compiler
 from longalign.loop.resume_checks import check_same_run
 from longalign.loop.resume_state import random_state, set_random_state
 from longalign.loop.run import Run
@@ -336,11 +336,37 @@ def test_compile_trains_and_keeps_weight_names(world, tmp_path, monkeypatch):
     assert equal_tensors(weights(result.folder), weights(plain.checkpoint))
 
 
-def test_compiled_uses_torch_backend():
+def test_regional_compile_compiles_blocks_until_end_of_run(world, tmp_path, monkeypatch):
+    compiled = []
+
+    def compile_forward(forward, **options):
+        compiled.append(options)
+        return lambda *args, **kwargs: forward(*args, **kwargs)
+
+    plain = run(world.reward_config(tmp_path / "plain", steps=1))
+    monkeypatch.setattr(torch, "compile", compile_forward)
+    config = load_config(world.reward_config(tmp_path / "regional", steps=1, compile="regional"))
+    regional = Run(config, Runtime())
+    blocks = [m for m in regional.composition.backbone.denoiser.modules() if "forward" in vars(m)]
+    assert {type(block).__name__ for block in blocks} == {"BasicTransformerBlock", "ResnetBlock2D"}
+    assert compiled == [{"backend": "inductor", "options": {"fallback_random": True}}] * len(blocks)
+    regional.train(lambda: False)
+    regional.close()
+    assert not any("forward" in vars(block) for block in blocks)
+    assert equal_tensors(weights(regional.folder), weights(plain.checkpoint))
+
+
+def test_compiler_uses_torch_backend():
     module = torch.nn.Linear(2, 2)
-    compiled = compile_module(module, "eager")
+    compiled = compiler("eager")(module)
     assert torch.equal(compiled(torch.ones(1, 2)), module(torch.ones(1, 2))) and compiled is not module
-    assert compile_module(module, False) is module
+
+
+def test_backbone_without_known_blocks_rejects_regional_compile():
+    backbone = tiny_backbone()
+    backbone.denoiser = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"Linear has no blocks.*loop\.compile"):
+        backbone.compile_blocks(lambda forward: forward)
 
 
 @pytest.mark.parametrize("lora", [{"rank": 2, "dropout": 0}, None])

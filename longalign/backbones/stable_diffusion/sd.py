@@ -6,6 +6,8 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
@@ -29,6 +31,8 @@ class SDBackbone(LatentBackbone):
         alphas_cumprod: ``(T,)`` cumulative products of the noise schedule's alphas.
         prediction: ``"epsilon"`` or ``"v_prediction"``.
     """
+
+    blocks = (BasicTransformerBlock, ResnetBlock2D)
 
     def __init__(self, unet: Any, vae: Any, alphas_cumprod: Tensor, prediction: str):
         self._check(unet, vae)
@@ -72,7 +76,10 @@ class SDBackbone(LatentBackbone):
         return output.to(latents.dtype)
 
     def project_text(self, conditioning: Conditioning) -> Conditioning:
-        if is_sharded(self.denoiser) or (torch.is_grad_enabled() and self.denoiser.is_gradient_checkpointing):
+        # blocks compiled one by one would be compiled again for each layer, since each uses its own keys and values
+        if self._compiled or is_sharded(self.denoiser):
+            return conditioning
+        if torch.is_grad_enabled() and self.denoiser.is_gradient_checkpointing:
             return conditioning
         self.check_width(conditioning)
         with self.autocast():

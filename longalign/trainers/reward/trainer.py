@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,7 @@ from longalign import registry
 from longalign.backbones.base import Backbone
 from longalign.edits.base import Edit
 from longalign.encoders.base import Conditioning, Encoder
-from longalign.functional.diffusion import add_noise, check_guidance_interval, guided_steps, predict_guided
+from longalign.functional.diffusion import add_noise, check_guidance_interval, guided_steps
 from longalign.functional.rollout_gradient import Predict, RecordedStep, replay, replay_backward, rollout
 from longalign.functional.solvers import Solver, ddim, dpmpp_2m, lcm, trailing_timesteps
 from longalign.gradient_steps.base import GradientSteps, GradientStepSelector
@@ -30,6 +30,7 @@ from longalign.trainers.diffusion import (
     train_denoiser,
 )
 from longalign.trainers.reward.config import RewardTrainerConfig
+from longalign.trainers.reward.prediction import make_predictions
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ class RewardTrainer(DiffusionTrainer):
         kl_loss = latents.new_zeros(())
         num_predictions = sum(len(sampled.final) * len(sampled.recorded) for sampled in rollouts)
         for sampled, grad in zip(rollouts, gradient.split([len(sampled.final) for sampled in rollouts]), strict=True):
-            predict = self.predictors(conditioning, sampled.rows, sampled.solver)
+            predict = self.predictions(conditioning, sampled.rows, sampled.solver)
             replayed = replay_backward(
                 predict, sampled.solver, sampled.recorded, grad, selected.detach, self.replay_batch
             )
@@ -224,10 +225,10 @@ class RewardTrainer(DiffusionTrainer):
             The rollout of the prompts, then a denoising step for each re-noised copy of the samples.
         """
         solver = self.solve(self.solver.timesteps[: selected.length])
-        predict = self.predictors(conditioning, rows, solver)
+        predict = self.predictions(conditioning, rows, solver)
         without_dropout = None
         if self.dropout_steps == "chosen":
-            without_dropout = [self.in_eval_mode(step) for step in self.predictors(conditioning, rows, solver)]
+            without_dropout = [self.in_eval_mode(step) for step in self.predictions(conditioning, rows, solver)]
         run = partial(rollout, keep=self.keep_graphs, detach=selected.detach)
         final, recorded = run(predict, noise, solver, selected.steps, without_dropout)
         yield Rollout(rows, solver, final, recorded)
@@ -248,13 +249,10 @@ class RewardTrainer(DiffusionTrainer):
         """
         return self.encode([*prompts, ""] if self.guidance != 1 else list(prompts))
 
-    def predictors(
+    def predictions(
         self, conditioning: Conditioning, rows: slice, solver: Solver, reference: bool = False
     ) -> list[Predict]:
-        """Returns the guided predictions for a slice of the prompts, one function for each step.
-
-        The functions accept latents ``(s * b, c, h, w)`` of one or more steps s. Their calls without gradient process
-        the text only once; weights and training mode must not change between them.
+        """Returns the guided predictions for a slice of the prompts at each step; see `make_predictions`.
 
         Args:
             conditioning: output of `encode_with_uncond`.
@@ -262,44 +260,16 @@ class RewardTrainer(DiffusionTrainer):
             solver: the steps.
             reference: whether the reference model predicts, instead of the trained one.
         """
-        denoise, project = self.backbone.predict, self.backbone.project_text
-        if reference:
-            denoise, project = self.backbone.predict_reference, lambda conditioning: conditioning
-        count, device = rows.stop - rows.start, conditioning.states.device
-        used = torch.arange(rows.start, rows.stop, device=device)
-        if self.guidance != 1:
-            used = torch.cat([used, torch.full((1,), len(conditioning.states) - 1, device=device)])
-
-        def index(copies: int, is_guided: bool) -> Tensor:
-            prompt_rows = torch.arange(count, device=device).repeat(copies)
-            return torch.cat([prompt_rows, torch.full_like(prompt_rows, count)]) if is_guided else prompt_rows
-
-        projected = cache(lambda: project(conditioning[used]))
-        selected = cache(lambda copies, is_guided: projected()[index(copies, is_guided)])
-
-        def text(copies: int, is_guided: bool) -> Conditioning:
-            """Returns the conditioning of copies of the prompts and, with guidance, of as many empty prompts."""
-            if torch.is_grad_enabled():  # each call has a graph of its own
-                return project(conditioning[used])[index(copies, is_guided)]
-            return selected(copies, is_guided)
-
-        def conditional(latents: Tensor, timesteps: Tensor) -> Tensor:
-            return denoise(latents, timesteps, text(len(latents) // count, False))
-
-        def guided(latents: Tensor, timesteps: Tensor) -> Tensor:
-            branches = text(len(latents) // count, True)
-            return predict_guided(lambda x, t: denoise(x, t, branches), latents, timesteps, self.guidance)
-
+        guided = guided_steps(self.levels, solver.timesteps, self.guidance_interval)
         if self.guidance == 1:
-            return [conditional] * len(solver)
-        steps = guided_steps(self.levels, solver.timesteps, self.guidance_interval)
-        return [guided if is_guided else conditional for is_guided in steps]
+            guided = [False] * len(solver)
+        return make_predictions(self.backbone, conditioning, rows, guided, self.guidance, reference)
 
     def kl(
         self, outputs: Tensor, recorded: Sequence[RecordedStep], conditioning: Conditioning, sampled: Rollout
     ) -> Tensor:
         """Returns the mean squared difference to the reference model's predictions at the same steps."""
-        predict = self.predictors(conditioning, sampled.rows, sampled.solver, reference=True)[recorded[0].index]
+        predict = self.predictions(conditioning, sampled.rows, sampled.solver, reference=True)[recorded[0].index]
         latents = torch.cat([step.latents for step in recorded])
         reference = predict(latents, torch.cat([step.timesteps for step in recorded]))
         return (outputs - reference).square().mean()

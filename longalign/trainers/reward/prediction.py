@@ -1,0 +1,68 @@
+"""Guided predictions of the steps of a rollout, which process the text as rarely as possible."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from longalign.backbones.base import Backbone
+from longalign.encoders.base import Conditioning
+from longalign.functional.diffusion import predict_guided
+from longalign.functional.rollout_gradient import Predict
+
+
+def make_predictions(
+    backbone: Backbone,
+    conditioning: Conditioning,
+    rows: slice,
+    guided: Sequence[bool],
+    scale: float,
+    reference: bool = False,
+) -> list[Predict]:
+    """Returns one function for each step; steps with and without guidance have one function each.
+
+    The functions accept latents ``(s * b, c, h, w)`` of one or more steps s. The text of the empty prompt is processed
+    once for all images, and calls without gradient process no text again. Between these calls, weights and training
+    mode must not change.
+
+    Args:
+        backbone: the denoiser.
+        conditioning: conditioning of prompts and, if any step is guided, of the empty prompt in the last row.
+        rows: slice of b prompts.
+        guided: for each step, whether it has classifier-free guidance.
+        scale: guidance scale.
+        reference: whether the reference model predicts, instead of the trained one.
+    """
+    denoise, project = backbone.predict, backbone.project_text
+    if reference:
+        denoise, project = backbone.predict_reference, lambda conditioning: conditioning
+    count, device = rows.stop - rows.start, conditioning.states.device
+    used = torch.arange(rows.start, rows.stop, device=device)
+    if any(guided):
+        used = torch.cat([used, torch.full((1,), len(conditioning.states) - 1, device=device)])
+
+    def index(copies: int, is_guided: bool) -> Tensor:
+        prompt_rows = torch.arange(count, device=device).repeat(copies)
+        return torch.cat([prompt_rows, torch.full_like(prompt_rows, count)]) if is_guided else prompt_rows
+
+    projected = cache(lambda: project(conditioning[used]))
+    selected = cache(lambda copies, is_guided: projected()[index(copies, is_guided)])
+
+    def text(latents: Tensor, is_guided: bool) -> Conditioning:
+        """Returns the conditioning of the prompts for each step and, with guidance, of as many empty prompts."""
+        copies = len(latents) // count
+        if torch.is_grad_enabled():  # each call has a graph of its own
+            return project(conditioning[used])[index(copies, is_guided)]
+        return selected(copies, is_guided)
+
+    def predict(latents: Tensor, timesteps: Tensor) -> Tensor:
+        return denoise(latents, timesteps, text(latents, is_guided=False))
+
+    def predict_with_guidance(latents: Tensor, timesteps: Tensor) -> Tensor:
+        branches = text(latents, is_guided=True)
+        return predict_guided(lambda x, t: denoise(x, t, branches), latents, timesteps, scale)
+
+    return [predict_with_guidance if is_guided else predict for is_guided in guided]
