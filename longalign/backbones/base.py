@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,9 +43,6 @@ class Backbone(nn.Module):
         noise_levels: scales of signal and noise at each training timestep.
         resolution: native width and height of an image in pixels.
     """
-
-    #: classes of the denoiser's blocks that `compile_blocks` compiles
-    blocks: ClassVar[tuple[type[nn.Module], ...]] = ()
 
     def __init__(self, denoiser: nn.Module, prediction: str, noise_levels: NoiseLevels, resolution: int):
         super().__init__()
@@ -182,14 +179,20 @@ class Backbone(nn.Module):
         self._graphed = GraphedCall(self._predict, lambda: (self.denoiser.training, self._is_merged))
 
     def compile_blocks(self, compile: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        """Compiles the forward pass of each of the denoiser's `blocks`, instead of the denoiser.
+        """Compiles the forward pass of each transformer and residual block, instead of the denoiser.
 
-        Blocks of equal shape share their compiled code. `wrap_denoiser` undoes it.
+        Blocks of equal shape share their compiled code. The blocks are those that diffusers lists in the denoiser's
+        ``_no_split_modules``, without any that contain others. `wrap_denoiser` undoes it.
 
         Raises:
             ValueError: if the denoiser has no such blocks.
         """
-        self._compiled = [module for module in self.denoiser.modules() if isinstance(module, self.blocks)]
+        names = getattr(self.denoiser, "_no_split_modules", None) or []
+
+        def named(module: nn.Module) -> list[nn.Module]:
+            return [part for part in module.modules() if type(part).__name__ in names]
+
+        self._compiled = [block for block in named(self.denoiser) if named(block) == [block]]
         if not self._compiled:
             raise ValueError(
                 f"{type(self.denoiser).__name__} has no blocks that are known to be compiled separately; set "

@@ -6,8 +6,6 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
@@ -31,8 +29,6 @@ class SDBackbone(LatentBackbone):
         alphas_cumprod: ``(T,)`` cumulative products of the noise schedule's alphas.
         prediction: ``"epsilon"`` or ``"v_prediction"``.
     """
-
-    blocks = (BasicTransformerBlock, ResnetBlock2D)
 
     def __init__(self, unet: Any, vae: Any, alphas_cumprod: Tensor, prediction: str):
         self._check(unet, vae)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor
 
@@ -33,8 +32,6 @@ class SD3Backbone(LatentBackbone):
     Raises:
         ValueError: if transformer and VAE have different numbers of channels.
     """
-
-    blocks = (JointTransformerBlock,)
 
     def __init__(self, transformer: Any, vae: Any, noise_levels: NoiseLevels):
         config, channels = transformer.config, vae.config.latent_channels
