@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from longalign.functional.solvers import ddim as ddim
     from longalign.functional.solvers import dpmpp_2m as dpmpp_2m
     from longalign.functional.solvers import lcm as lcm
+    from longalign.functional.solvers import sampling_timesteps as sampling_timesteps
     from longalign.functional.solvers import trailing_timesteps as trailing_timesteps
 
 __all__, __getattr__, __dir__ = lazy_exports(
@@ -59,6 +60,7 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "resize_to_input": "images",
         "reweight": "preference",
         "sample_timesteps": "diffusion",
+        "sampling_timesteps": "solvers",
         "strict_relevance": "preference",
         "trailing_timesteps": "solvers",
         "training_target": "diffusion",

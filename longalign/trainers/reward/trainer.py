@@ -17,7 +17,7 @@ from longalign.edits.base import Edit
 from longalign.encoders.base import Conditioning, Encoder
 from longalign.functional.diffusion import add_noise, check_guidance_interval, guided_steps
 from longalign.functional.rollout_gradient import Predict, RecordedStep, replay, replay_backward, rollout
-from longalign.functional.solvers import Solver, ddim, dpmpp_2m, lcm, trailing_timesteps
+from longalign.functional.solvers import Solver, ddim, dpmpp_2m, lcm, sampling_timesteps
 from longalign.gradient_steps.base import GradientSteps, GradientStepSelector
 from longalign.rewards.base import Reward, Scores, as_reward, guarded
 from longalign.runtime import Runtime
@@ -112,7 +112,7 @@ class RewardTrainer(DiffusionTrainer):
         self.solve: Callable[[Sequence[int]], Solver] = partial(
             {"ddim": ddim, "dpm++": dpmpp_2m, "lcm": lcm}[solver], self.levels, prediction=backbone.prediction
         )
-        self.solver = self.solve(trailing_timesteps(num_steps, len(self.levels)))
+        self.solver = self.solve(sampling_timesteps(solver, self.levels, num_steps))
         self.guidance, self.guidance_interval = guidance, guidance_interval
         if guidance_interval is not None:
             check_guidance_interval(self.levels, self.solver.timesteps, guidance_interval)
