@@ -17,12 +17,13 @@ the inputs. Each recomputed call then requires the gradient of the next call.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from longalign.functional.graph_budget import GraphBudget
 from longalign.functional.solvers import Solver
 
 #: ``(latents (b, c, h, w), timesteps (b,)) -> output (b, c, h, w)``
@@ -100,7 +101,7 @@ def rollout(
     grad_steps: Collection[int] = (),
     predict_no_grad: Predicts | None = None,
     *,
-    keep: bool = False,
+    keep: bool | GraphBudget = False,
     detach: bool = True,
 ) -> tuple[Tensor, list[RecordedStep]]:
     """Samples without gradient and records the network calls at ``grad_steps``.
@@ -111,8 +112,8 @@ def rollout(
         solver: the sampling steps.
         grad_steps: indices of the steps whose calls will be recomputed with gradient.
         predict_no_grad: the network at all other steps, e.g. without dropout. None uses ``predict``.
-        keep: whether the recorded calls keep their graphs. `replay_backward` then does not recompute them, which saves
-            time but needs memory for all their activations.
+        keep: whether the recorded calls keep their graphs, or the memory up to which they do. `replay_backward` does
+            not recompute calls with a graph, which saves time but needs memory for all their activations.
         detach: with ``keep``, whether the network's inputs are constants, as for `replay_backward`.
 
     Returns:
@@ -128,10 +129,12 @@ def rollout(
     for index, timestep in enumerate(solver.timesteps):
         timesteps = torch.full((len(noise),), timestep, device=noise.device)
         if index in grad_steps:
-            random, inputs = RandomState.now(noise.device), latents.detach().requires_grad_(keep and not detach)
-            with torch.set_grad_enabled(keep):
+            budget = keep if isinstance(keep, GraphBudget) else None
+            keeps = keep if budget is None else budget.allows()
+            random, inputs = RandomState.now(noise.device), latents.detach().requires_grad_(keeps and not detach)
+            with torch.set_grad_enabled(keeps), budget.counted() if budget and keeps else nullcontext():
                 output = _at(predict, index)(inputs, timesteps)
-            recorded.append(RecordedStep(index, inputs, timesteps, random, output if keep else None))
+            recorded.append(RecordedStep(index, inputs, timesteps, random, output if keeps else None))
         else:
             output = _at(predict_no_grad or predict, index)(latents, timesteps)
         new_noise = torch.randn_like(latents) if solver.c[index] else None

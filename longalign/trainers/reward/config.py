@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -48,9 +48,10 @@ class RewardTrainerConfig(TrainerConfig):
     """maximum number of gradient steps that are recomputed in one call. Values above 1 require a denoiser and LoRA
     without dropout, and ``gradient_steps`` with constant inputs.
     """
-    replay: Literal["recompute", "keep"] = "recompute"
+    replay: Literal["recompute", "keep"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = "recompute"
     """``"recompute"``: the calls with gradient are computed a second time, with the memory of one call. ``"keep"``:
-    their graphs are kept, which saves this time but needs memory for all of them.
+    their graphs are kept, which saves this time but needs memory for all of them. A number: graphs are kept as long as
+    they occupy at most so many GiB, but at least one.
     """
     regularizer: Literal["none", "kl", "pretraining"] = "none"
     """loss that limits the drift from the reference model. ``"kl"``: squared difference between the predictions of both
@@ -69,10 +70,10 @@ class RewardTrainerConfig(TrainerConfig):
                 raise ValueError(f"guidance_interval must be two increasing numbers from 0, got {low:g} and {high:g}")
             if self.guidance == 1:
                 raise ValueError("guidance_interval has no effect at guidance 1; remove it or raise the guidance")
-        if self.replay_batch > 1 and self.replay == "keep":
+        if self.replay_batch > 1 and self.replay != "recompute":
             raise ValueError(
-                f"replay_batch is {self.replay_batch}, but with replay 'keep' no calls are recomputed; set "
-                "replay_batch to 1"
+                f"replay_batch is {self.replay_batch}, but with replay '{self.replay}' calls keep their graphs one by "
+                "one; set replay_batch to 1 or replay to 'recompute'"
             )
         if self.replay_batch > 1 and not self.gradient_steps.detaches():
             raise ValueError(

@@ -16,6 +16,7 @@ from longalign.backbones.base import Backbone
 from longalign.edits.base import Edit
 from longalign.encoders.base import Conditioning, Encoder
 from longalign.functional.diffusion import add_noise, check_guidance_interval, guided_steps
+from longalign.functional.graph_budget import GraphBudget
 from longalign.functional.rollout_gradient import Predict, RecordedStep, replay, replay_backward, rollout
 from longalign.functional.solvers import Solver, ddim, dpmpp_2m, lcm, trailing_timesteps
 from longalign.gradient_steps.base import GradientSteps, GradientStepSelector
@@ -72,7 +73,8 @@ class RewardTrainer(DiffusionTrainer):
         denoise_batch: number of images per rollout, or None for all.
         decode_batch: number of images decoded at a time, or None for all.
         replay_batch: maximum number of gradient steps recomputed in one call.
-        replay: whether to recompute the calls with gradient, or to keep their graphs.
+        replay: whether to recompute the calls with gradient, or to keep their graphs; a number is the GiB that kept
+            graphs may occupy.
         regularizer: ``"none"``, ``"kl"`` or ``"pretraining"``.
         regularizer_weight: factor of the regularizer.
 
@@ -99,7 +101,7 @@ class RewardTrainer(DiffusionTrainer):
         denoise_batch: int | None,
         decode_batch: int | None,
         replay_batch: int,
-        replay: Literal["recompute", "keep"],
+        replay: Literal["recompute", "keep"] | float,
         regularizer: Literal["none", "kl", "pretraining"],
         regularizer_weight: float | None,
     ):
@@ -119,7 +121,7 @@ class RewardTrainer(DiffusionTrainer):
         self.dropout_steps = dropout_steps
         self.resolution = resolution
         self.denoise_batch, self.decode_batch, self.replay_batch = denoise_batch, decode_batch, replay_batch
-        self.keep_graphs = replay == "keep"
+        self.replay = replay
         self.regularizer, self.regularizer_weight = regularizer, regularizer_weight or 0.0
         self.needs_images = regularizer == "pretraining"
 
@@ -175,8 +177,9 @@ class RewardTrainer(DiffusionTrainer):
         conditioning = replace(encoded, states=encoded.states.detach().requires_grad_(encoded.states.requires_grad))
         noise, selected = self.noise(len(prompts)), self.gradient_steps.select(len(self.solver))
         chunks = _chunks(len(prompts), self.denoise_batch)
+        keep = self.kept_graphs()
         with self.backbone.merged_lora():
-            rollouts = [out for rows in chunks for out in self.sample(selected, noise[rows], conditioning, rows)]
+            rollouts = [out for rows in chunks for out in self.sample(selected, noise[rows], conditioning, rows, keep)]
 
         latents = torch.cat([sampled.final for sampled in rollouts]).requires_grad_()
         with torch.enable_grad():
@@ -211,7 +214,12 @@ class RewardTrainer(DiffusionTrainer):
         return {key: value.detach() for key, value in losses.items()}
 
     def sample(
-        self, selected: GradientSteps, noise: Tensor, conditioning: Conditioning, rows: slice
+        self,
+        selected: GradientSteps,
+        noise: Tensor,
+        conditioning: Conditioning,
+        rows: slice,
+        keep: bool | GraphBudget = False,
     ) -> Iterator[Rollout]:
         """Samples a slice of the prompts without gradient.
 
@@ -220,6 +228,7 @@ class RewardTrainer(DiffusionTrainer):
             noise: ``(b, c, h, w)`` initial noise.
             conditioning: output of `encode_with_uncond`.
             rows: slice of b prompts.
+            keep: see `rollout`.
 
         Yields:
             The rollout of the prompts, then a denoising step for each re-noised copy of the samples.
@@ -229,13 +238,19 @@ class RewardTrainer(DiffusionTrainer):
         without_dropout = None
         if self.dropout_steps == "chosen":
             without_dropout = [self.in_eval_mode(step) for step in self.predictions(conditioning, rows, solver)]
-        run = partial(rollout, keep=self.keep_graphs, detach=selected.detach)
+        run = partial(rollout, keep=keep, detach=selected.detach)
         final, recorded = run(predict, noise, solver, selected.steps, without_dropout)
         yield Rollout(rows, solver, final, recorded)
         last = self.solve(solver.timesteps[-1:])
         for _ in range(selected.copies):
             noisy = add_noise(self.levels, final, torch.randn_like(final), torch.tensor(last.timesteps))
             yield Rollout(rows, last, *run(predict[-1], noisy, last, [0]))
+
+    def kept_graphs(self) -> bool | GraphBudget:
+        """Returns which calls with gradient keep their graphs; see `rollout`. A budget is for one step's calls."""
+        if isinstance(self.replay, str):
+            return self.replay == "keep"
+        return GraphBudget(self.replay * 2**30, self.backbone.parameters())
 
     def noise(self, count: int) -> Tensor:
         """Samples initial noise ``(count, c, h, w)``."""
