@@ -42,7 +42,7 @@ class SegmentConfig(CheckpointConfig):
     eot: Literal["none", "all", "last"] = "none"
     """which segments keep their ``<eot>`` state."""
     context: int = Field(default=0, ge=0)
-    """number of preceding segments that the text model reads before each segment, as far as they fit its window. Their
+    """number of preceding segments that are encoded together with each segment, as far as they fit CLIP's window. Their
     states are dropped. Helps if sentences refer to earlier ones ("It is red."); 1 doubles the cost of encoding.
     """
     pad: Literal["pad*", "pad", "none"] = "pad*"
@@ -50,7 +50,7 @@ class SegmentConfig(CheckpointConfig):
     states of the empty prompt. ``"none"`` pads only to the longest prompt of the batch and masks the padding.
     """
     max_tokens: int = Field(default=240, ge=1)
-    """number of merged states, to which shorter prompts are padded."""
+    """number of states (one per token) to which shorter prompts are padded; for longer ones see ``overflow``."""
     overflow: Literal["grow", "truncate", "error"] = "grow"
     """what to do with prompts of more than ``max_tokens`` states: ``"grow"`` pads the batch to the longest prompt,
     ``"truncate"`` truncates with a warning, as in the published models, ``"error"`` raises.
