@@ -26,7 +26,7 @@ class LoopConfig(Section):
     batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 8
     """items per process and micro-step."""
     accumulation: Annotated[int, Field(ge=1, le=1_000_000)] = 1
-    """micro-steps per optimizer step."""
+    """gradient accumulation: micro-steps per optimizer step."""
     lr: PositiveFloat = 3e-5
     """learning rate of AdamW."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)

@@ -38,9 +38,9 @@ class SegmentConfig(CheckpointConfig):
     segmenter: Part("segmenters") = SentenceConfig()  # type: ignore[valid-type]
     """how prompts are split."""
     sot: Literal["all", "first", "none"] = "all"
-    """which segments keep their ``<sot>`` state."""
+    """which segments keep the state of their start token, ``<sot>``."""
     eot: Literal["none", "all", "last"] = "none"
-    """which segments keep their ``<eot>`` state."""
+    """which segments keep the state of their end token, ``<eot>``."""
     context: int = Field(default=0, ge=0)
     """number of preceding segments that are encoded together with each segment, as far as they fit CLIP's window. Their
     states are dropped. Helps if sentences refer to earlier ones ("It is red."); 1 doubles the cost of encoding.
@@ -56,8 +56,8 @@ class SegmentConfig(CheckpointConfig):
     ``"truncate"`` truncates with a warning, as in the published models, ``"error"`` raises.
     """
     truncate_segments: bool = False
-    """whether a segment longer than CLIP's window is truncated with a warning, as in the published models and by a
-    tokenizer with ``truncation=True, max_length=77``; false: it is split into segments that fit.
+    """whether a segment longer than CLIP's window is truncated, with a warning. The published models do so, as does a
+    tokenizer with ``truncation=True, max_length=77``. false: it is split into segments that fit.
     """
 
     @model_validator(mode="after")
