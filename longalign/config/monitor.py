@@ -38,7 +38,7 @@ class KeepBestConfig(Section):
     metric: Text
     """a value of the monitor. Its metric defines whether higher or lower is better."""
     guard: GuardConfig | None = None
-    """rejects points at which its metric has become too bad; null: rejects none."""
+    """rejects points at which its metric is too much worse than at the start; null: rejects none."""
 
 
 class EarlyStopConfig(KeepBestConfig):
@@ -72,7 +72,7 @@ class MonitorConfig(Section):
     batch_size: PositiveInt = 8
     """images per batch."""
     metrics: tuple[Part("metrics"), ...] = ()
-    """what is measured; empty: images only."""
+    """metrics that are measured at each point; empty: none, only images are written."""
     window: PositiveInt = 3
     """each point is compared with the one ``window`` points before, for the warnings."""
     keep_best: KeepBestConfig | None = None

@@ -16,7 +16,7 @@ class EditConfig(PartConfig):
 
 
 class NoEditConfig(EditConfig):
-    """Leaves the text embedding as it is: the plain score, logged like the edited ones."""
+    """Does not change the text embedding: the original score, with the same logged values as the edited ones."""
 
     target: ClassVar[str] = "longalign.edits.direction:DirectionEdit"
     omega: ClassVar[float] = 1.0
@@ -61,15 +61,15 @@ class MeasuredConfig(EditConfig):
 class PairsConfig(EditConfig):
     """Relative preference between two wordings of a prompt (SRPO, arXiv 2509.06942).
 
-    The edited embedding is ``(k + 1) C_P(positive prompt) - C_P(negative prompt)``. A control word is put before every
-    text that the reward encodes: the prompt, or each of its segments.
+    The edited embedding is ``(k + 1) C_P(positive prompt) - C_P(negative prompt)``. A control word or
+    phrase is put before every text that the reward encodes: the prompt, or each of its segments.
     """
 
     target: ClassVar[str] = "longalign.edits.pairs:PairsEdit"
 
     name: Literal["pairs"] = "pairs"
     positive: str
-    """word or phrase before each text of the positive wording, separated by a space; empty: the prompt as it is."""
+    """word or phrase before each text of the positive wording, separated by a space; empty: the unchanged prompt."""
     negative: str
     """the same for the negative wording."""
     k: float = Field(1.0, ge=0, allow_inf_nan=False)

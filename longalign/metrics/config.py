@@ -21,12 +21,12 @@ class MetricConfig(PartConfig):
     """Base class of metric configs."""
 
     label: str | None = None
-    """start of the metric's names in the table; null: the metric's own, such as the name of its reward. Set it if a
+    """prefix of the metric's names in the table; null: the metric's own, such as the name of its reward. Set it if a
     table has the same metric twice.
     """
 
     def prefix(self) -> str:
-        """Returns the start of the metric's names."""
+        """Returns the prefix of the metric's names."""
         return self.label or self.name
 
     def for_data(self, data: DataConfig) -> Self:

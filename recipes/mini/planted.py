@@ -1,4 +1,4 @@
-"""Preference models with a planted taste, for studies of over-optimisation: its kind and strength are known.
+"""Preference models with a planted taste, for studies of over-optimization: its kind and strength are known.
 
 Each is `mini/denscore` with other projections of both towers, trained like PickScore (Kirstain et al., 2023) on pairs
 of images of one caption: ``p = sigmoid(10 (truth_0 - truth_1) + w (taste_0 - taste_1))``, plus the contrastive term

@@ -34,7 +34,7 @@ class VqaConfig(MetricConfig):
     category scores are those of the last sample of a grid.
     """
     grid: int = Field(1, ge=1)
-    """samples per side of an image: 2 for images of 2 by 2 samples, as DPG-Bench has them."""
+    """samples per side of an image: 2 if an image is a grid of 2 by 2 samples, as in DPG-Bench."""
     cache: str | None = "~/.cache/longalign/vqa"
     """folder for the answers, so that an interrupted run resumes; null: answers are not stored."""
 

@@ -32,7 +32,7 @@ class RewardTrainerConfig(TrainerConfig):
     guidance_interval: tuple[float, float] | None = None
     """guidance only in steps with a noise level above the first and up to the second number (arXiv 2404.07724); null:
     in all steps. Other steps compute the conditional branch only. The level is the ratio of noise to signal: from 0.03
-    to 14.6 in Stable Diffusion 1.x and XL, of which the interval 0.28 to 5.42 has 37 of 50 steps.
+    to 14.6 in Stable Diffusion 1.x and XL. Of 50 steps, 37 are in the interval 0.28 to 5.42.
     """
     gradient_steps: Part("gradient_steps") = "grouped-random"
     """which sampling steps receive gradient, and whether the gradient flows through the denoiser's inputs."""
