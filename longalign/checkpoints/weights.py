@@ -26,10 +26,10 @@ CHECKSUM = "checksum"
 
 
 @contextmanager
-def reading(what: str | Path, advice: str = "get it again") -> Iterator[None]:
+def reading(what: str | Path, advice: str = "download or copy it again") -> Iterator[None]:
     """Context manager that turns library errors about files that cannot be read into a ValueError that names ``what``.
 
-    The library's text is omitted if it recommends allowing a pickle to run code.
+    The message ends with ``advice``. The library's own text is omitted if it recommends allowing a pickle to run code.
     """
     try:
         yield

@@ -325,7 +325,13 @@ def tiny_unet(width: int = 8, channels: int = 4, size: int = 4, **settings):
 
 
 def tiny_backbone(prediction: str = "epsilon", width: int = 8, **vae_settings):
-    """Returns an `SDBackbone` with images of 8 px and latents of 4 by 4."""
+    """Returns a randomly initialized `SDBackbone` for images of 8 by 8 pixels and latents of 4 by 4.
+
+    Args:
+        prediction: prediction type, e.g. ``"epsilon"`` or ``"v_prediction"``.
+        width: width of the text states.
+        **vae_settings: further arguments of ``AutoencoderKL``.
+    """
     from diffusers import AutoencoderKL, DDIMScheduler
 
     from longalign.backbones.stable_diffusion.sd import SDBackbone

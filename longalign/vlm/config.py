@@ -42,7 +42,7 @@ class LocalVLMConfig(_VLMSection):
     revision: str | None = None
     """branch, tag or commit of the Hub repository."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """dtype of the weights; null: that of the runtime."""
+    """dtype of the weights; null: the dtype of frozen modules, which ``loop.precision`` sets in a run."""
     batch_size: int = Field(8, ge=1)
     """questions per forward pass."""
 

@@ -87,7 +87,15 @@ def embed(weights: list[Tensor], images: Tensor, states: Tensor, lengths: list[i
 
 
 def fit(pool: dict[str, Tensor], start: list[Tensor], scale: float, taste: int, weight: float) -> list[Tensor]:
-    """Trains both projections on the tower outputs of ``pool``."""
+    """Trains the image and text projections on frozen tower outputs; returns the new weights.
+
+    Args:
+        pool: the result of `compute_outputs`.
+        start: initial weights, in the order of `PROJECTIONS`.
+        scale: logit scale.
+        taste: index of the taste in `TASTES`.
+        weight: weight ``w`` of the taste in the preference.
+    """
     weights = [w.clone().requires_grad_() for w in start]
     optimizer = torch.optim.AdamW(weights, 2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)

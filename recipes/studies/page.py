@@ -62,7 +62,10 @@ def breakdown_rows(table: MetricTable, metric: str, by: str) -> list[str]:
     """Markdown rows of a breakdown whose title contains ``by``: a column per cell."""
     found = {title: rows for title, rows in table.breakdowns(metric).items() if f"by {by}" in title}
     if len(found) != 1:
-        raise SystemExit(f"expected one breakdown by '{by}', got {list(found)} of {list(table.breakdowns(metric))}")
+        raise SystemExit(
+            f"expected exactly one breakdown of {metric} whose title contains 'by {by}', got {list(found) or 'none'}; "
+            f"available: {list(table.breakdowns(metric))}"
+        )
     ((title, groups),) = found.items()
     rows = ["", f"{title}:", "", f"| | {' | '.join(table.models)} |", "|---" * (len(table.models) + 1) + "|"]
     for name, intervals in groups.items():

@@ -214,7 +214,7 @@ def test_monitor_settings_changed_on_resume_drop_points(world, tmp_path, caplog)
 
 
 def test_monitor_rejects_unknown_value_and_gauge_before_training(world, tmp_path):
-    for name, choice, message in (("a", "red.text_relevant", "measures red"), ("b", "gauges.dark", "gauge")):
+    for name, choice, message in (("a", "red.text_relevant", "measures red"), ("b", "gauges.dark", "one of red")):
         section = monitor(metrics=[RED, "gauges"] if name == "b" else [RED], keep_best={"metric": choice})
         with pytest.raises(ValueError, match=rf"monitor\.keep_best\.metric.*'{choice}'.*{message}"):
             fit({**world.reward_config(tmp_path / name), "monitor": section})

@@ -114,7 +114,7 @@ class ClipSegmentSDXLConfig(TwoClipsConfig, SingleFileConfig):
     name: Literal["clip-segment-sdxl"] = "clip-segment-sdxl"
     checkpoint: str = Field(default="stabilityai/stable-diffusion-xl-base-1.0", min_length=1)
     empty: Literal["zeros", "encode"] = "zeros"
-    """how the empty prompt is encoded: as ``"zeros"``, as in the SDXL pipeline, or ``"encode"`` like other prompts."""
+    """states of the empty prompt: ``"zeros"``, as in the SDXL pipeline, or ``"encode"``, as for any other prompt."""
 
     def widths(self) -> tuple[int | None, int | None]:
         first, second = self._from_both_configs("hidden_size")

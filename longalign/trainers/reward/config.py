@@ -32,12 +32,12 @@ class RewardTrainerConfig(TrainerConfig):
     guidance_interval: tuple[float, float] | None = None
     """guidance only in steps with a noise level above the first and up to the second number (arXiv 2404.07724); null:
     in all steps. Other steps compute the conditional branch only. The level is the ratio of noise to signal: from 0.03
-    to 14.6 in Stable Diffusion 1.x and XL, of which the interval 0.28 to 5.42 has 37 of 50 steps.
+    to 14.6 in Stable Diffusion 1.x and XL, where the interval 0.28 to 5.42 contains 37 of 50 steps.
     """
     gradient_steps: Part("gradient_steps") = "grouped-random"
     """which sampling steps receive gradient, and whether the gradient flows through the denoiser's inputs."""
     dropout_steps: Literal["all", "chosen"] = "all"
-    """sampling steps at which the LoRA's dropout is active: ``"all"``, or only the gradient steps (``"chosen"``)."""
+    """sampling steps at which the LoRA's dropout is active: ``"all"``, or ``"chosen"``: those that receive gradient."""
     resolution: int | None = Field(None, ge=1)
     """width and height of the samples in pixels; null: the backbone's native resolution."""
     denoise_batch: int | None = Field(None, ge=1)
@@ -45,17 +45,17 @@ class RewardTrainerConfig(TrainerConfig):
     decode_batch: int | None = Field(None, ge=1)
     """number of images decoded at a time; null: all. Smaller values save memory, but images are decoded twice."""
     replay_batch: int = Field(1, ge=1)
-    """maximum number of gradient steps that are recomputed in one call. Values above 1 require a denoiser and LoRA
-    without dropout, and ``gradient_steps`` with constant inputs.
+    """maximum number of sampling steps with gradient that are recomputed in one call. Values above 1 require a denoiser
+    and LoRA without dropout, and ``gradient_steps`` with detached inputs.
     """
     replay: Literal["recompute", "keep"] = "recompute"
-    """``"recompute"``: the calls with gradient are computed a second time, with the memory of one call. ``"keep"``:
-    their graphs are kept, which saves this time but needs memory for all of them.
+    """``"recompute"``: denoiser calls with gradient are computed a second time in the backward pass, which needs the
+    memory of one call. ``"keep"``: their autograd graphs are kept, which is faster but needs the memory of all calls.
     """
     regularizer: Literal["none", "kl", "pretraining"] = "none"
     """loss that limits the drift from the reference model. ``"kl"``: squared difference between the predictions of both
-    models at the gradient steps. Up to a factor per step, this is the KL divergence of their sampling distributions.
-    ``"pretraining"``: the diffusion loss on the images of the data.
+    models at the sampling steps with gradient. Up to a factor per step, this is the KL divergence of their sampling
+    distributions. ``"pretraining"``: the diffusion loss on the images of the data.
     """
     regularizer_weight: float | None = Field(None, gt=0)
     """factor of the regularizer."""
@@ -76,9 +76,9 @@ class RewardTrainerConfig(TrainerConfig):
             )
         if self.replay_batch > 1 and not self.gradient_steps.detaches():
             raise ValueError(
-                f"replay_batch is {self.replay_batch}, but with '{self.gradient_steps.name}' the gradient flows "
-                "through the denoiser's inputs, so gradient steps must be recomputed one at a time; set replay_batch "
-                "to 1 or choose gradient_steps with constant inputs"
+                f"replay_batch is {self.replay_batch}, but with gradient_steps '{self.gradient_steps.name}' gradient "
+                "also flows through the denoiser's inputs, so the steps must be recomputed one at a time; set "
+                "replay_batch to 1, or choose gradient_steps with detached inputs, e.g. 'grouped-random'"
             )
         if self.replay_batch > 1 and self.lora is not None and self.lora.dropout:
             raise ValueError(
