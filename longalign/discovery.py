@@ -39,7 +39,7 @@ _cache: tuple[object, Discovered] | None = None
 def discover() -> Discovered:
     """Returns the entry points of all distributions on ``sys.path``.
 
-    They are re-read when ``sys.path`` or one of its folders changes.
+    The entry points are re-read when ``sys.path`` or one of its folders changes.
     """
     global _cache
     state = tuple((entry, _modified(entry)) for entry in sys.path)

@@ -30,8 +30,8 @@ def check_files(
 ) -> None:
     """Raises `ConfigError` with all problems of a run that only this machine can show.
 
-    These are missing or mismatched files, widths and image sizes that do not fit, missing packages, and an output
-    folder that is in use.
+    The checks look for missing or mismatched files, widths and image sizes that do not fit, missing packages, and an
+    output folder that is in use.
 
     Args:
         config: the run.

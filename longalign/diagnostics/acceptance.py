@@ -66,7 +66,7 @@ class Acceptance:
         }
 
     def find(self, name: str) -> str:
-        """Returns the checkpoint of a name.
+        """Returns the Hub id or folder of the checkpoint with a name in `PUBLISHED`.
 
         Raises:
             Unavailable: if the checkpoint, or one of its files, is certainly not available.
@@ -252,7 +252,7 @@ def _about(states: Any) -> str:
 
 
 def run(acceptance: Acceptance, only: Sequence[str] = ()) -> list[tuple[str, Row]]:
-    """Runs the steps; a missing checkpoint or an error is a row, and the other steps go on."""
+    """Runs all steps, or those in ``only``. A missing checkpoint or an error becomes a row; other steps still run."""
     import torch
 
     out: list[tuple[str, Row]] = []
@@ -287,7 +287,7 @@ def _unavailable(step: Callable[[], Iterator[Row]]) -> Iterator[Row]:
 
 
 def table(rows: Sequence[tuple[str, Row]]) -> str:
-    """Returns the Markdown table."""
+    """Formats rows, each with the name of its step, as a Markdown table."""
     lines = ["| step | check | status | result | expected | seconds |", "|---|---|---|---|---|---|"]
     for step, row in rows:
         cells = [step, row.check, row.status, row.result, row.expected, f"{row.seconds:.1f}" if row.seconds else ""]

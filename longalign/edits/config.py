@@ -28,7 +28,7 @@ class NoEditConfig(EditConfig):
 class DirectionConfig(EditConfig):
     """Scales the component of the text embedding along the common direction of texts (LongAlign, paper section 4).
 
-    The common direction is that of the key ``direction`` of the reward.
+    The reward's key ``direction`` sets the common direction.
     """
 
     target: ClassVar[str] = "longalign.edits.direction:DirectionEdit"

@@ -36,7 +36,7 @@ TRACKED_IMAGES = 16
 
 
 def build_metrics(settings: MonitorConfig | None, runtime: Runtime) -> list[Metric]:
-    """Returns the metrics of a monitor, in eval mode. They are for one process: nothing is gathered."""
+    """Returns the metrics of a monitor, in eval mode. They run in one process and gather nothing from others."""
     if settings is None:
         return []
     alone = Runtime(runtime.device, runtime.dtype)
@@ -79,7 +79,7 @@ class Monitor:
         self.seconds = 0.0
 
     def is_due(self, step: int) -> bool:
-        """Returns whether ``step`` completed steps are still to be measured."""
+        """Returns whether a measurement is due after ``step`` completed steps."""
         if self.settings is None or any(point.step == step for point in self.points):
             return False
         return step % self.settings.every == 0 or step == self.last_step

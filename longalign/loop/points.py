@@ -26,8 +26,8 @@ class Point:
     Attributes:
         step: number of completed optimizer steps.
         values: mean over all images by name, without names that have no value.
-        directions: ``"higher"`` or ``"lower"`` is better by name; None for a gauge, a value without a better
-            direction.
+        directions: ``"higher"`` or ``"lower"`` is better by name; None for a gauge,
+            for which neither is.
         training: mean training reward since the previous measurement, and its text-irrelevant share; empty at first.
         rows: mean over the images of each prompt by name, NaN where a prompt has no value.
     """

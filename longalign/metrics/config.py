@@ -35,7 +35,7 @@ class MetricConfig(PartConfig):
 
 
 def name_problems(metrics: Iterable[MetricConfig]) -> list[ConfigProblem]:
-    """Returns the problem of metrics whose names have the same start, or an empty list."""
+    """Returns a list with one problem if several metrics have the same prefix, otherwise an empty list."""
     counts = Counter(metric.prefix() for metric in metrics)
     if repeated := [prefix for prefix, count in counts.items() if count > 1]:
         message = f"two metrics are called {', '.join(repeated)}; give one of them a label, e.g. label: {repeated[0]}-2"

@@ -6,10 +6,10 @@ over sentences of `preference.py`. The taste is uniform in [-1, 1] and independe
 tint), ``dark`` (its vignette) or ``vivid`` (saturation of the rendered image). Its weight ``w`` is 3 (``weak``) or 12
 (``strong``); the model ``none`` has no taste. In the images of all models, all three vary.
 
-The towers are frozen, so their outputs are computed once. The trained projections lie in ``recipes/mini/planted``.
+The towers are frozen, so their outputs are computed once. The trained projections are in ``recipes/mini/planted``.
 
 Run: ``python recipes/mini/planted.py`` writes each model to ``runs/planted/<name>``, a few seconds;
-``python recipes/mini/planted.py train`` trains the projections before, a few minutes.
+``python recipes/mini/planted.py train`` first trains the projections, a few minutes.
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ class ClipSegmentSD3Config(TwoClipsConfig):
 
 
 class T5FluxConfig(CheckpointConfig):
-    """Encodes the whole prompt with FLUX.1's T5, in windows of whole sentences if it is long, and pools its CLIP."""
+    """Encodes the whole prompt with FLUX.1's T5, in windows of whole sentences if long; pooled embedding from CLIP."""
 
     target: ClassVar[str] = "longalign.encoders.clip.flux:T5FluxEncoder"
     has_pooled: ClassVar[bool | None] = True

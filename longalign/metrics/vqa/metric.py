@@ -29,9 +29,9 @@ class VqaMetric(Metric):
     yes.
 
     An image may be a grid of several samples of the prompt, as in DPG-Bench. Per image: ``vqa``, the mean over the
-    samples of the grid. Over all images: ``vqa/category/<category>``, the share
-    of the category's questions that are answered with yes. As in DPG-Bench's script, parents do not count there, and
-    each question has the same weight. A reply that is neither yes nor no counts as no.
+    samples of the grid. Over all images: ``vqa/category/<category>``, the share of the category's questions that are
+    answered with yes. As in DPG-Bench's script, parents do not count there, and each question has the same weight. A
+    reply that is neither yes nor no counts as no.
 
     Args:
         label: name in the table.

@@ -72,7 +72,7 @@ class RewardTrainer(DiffusionTrainer):
         denoise_batch: number of images per rollout, or None for all.
         decode_batch: number of images decoded at a time, or None for all.
         replay_batch: maximum number of gradient steps recomputed in one call.
-        replay: whether to recompute the calls with gradient, or to keep their graphs.
+        replay: ``"recompute"`` the calls with gradient, or ``"keep"`` their autograd graphs.
         regularizer: ``"none"``, ``"kl"`` or ``"pretraining"``.
         regularizer_weight: factor of the regularizer.
 

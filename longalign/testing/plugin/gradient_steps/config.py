@@ -10,7 +10,7 @@ from longalign.gradient_steps import GradientStepsConfig
 
 
 class MyPartConfig(GradientStepsConfig):
-    """``k`` successive sampling steps, from a random first one, receive gradient. Replace this by your method."""
+    """``k`` successive sampling steps, from a random first one, receive gradient. Replace this with your method."""
 
     target: ClassVar[str] = "my_plugin.part:MyPart"
 
