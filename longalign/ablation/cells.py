@@ -212,9 +212,9 @@ def _with_cache(base: RunConfig, config: RunConfig) -> RunConfig:
 
 
 def changed_lines(old: Any, new: Any, path: str = "") -> Iterator[str]:
-    """Yields one line per difference of two plain values, e.g. ``loop.lr: 0.1 there, 0.2 now``."""
+    """Yields one line per difference of two plain values, e.g. ``loop.lr: was 0.1, is now 0.2``."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in dict.fromkeys([*old, *new]):
             yield from changed_lines(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
     elif old != new:
-        yield f"{path}: {shorten(old)} there, {shorten(new)} now"
+        yield f"{path}: was {shorten(old)}, is now {shorten(new)}"

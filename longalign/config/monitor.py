@@ -88,7 +88,8 @@ class MonitorConfig(Section):
 
     def _problems(self) -> Iterator[ConfigProblem]:
         if (self.prompts is None) == (self.data is None):
-            yield "prompts", "expected one of prompts and data; set one of them"
+            given = "neither" if self.prompts is None else "both"
+            yield "prompts", f"expected either prompts or data, got {given}; set exactly one"
         if repeated := [seed for seed, count in Counter(self.seeds).items() if count > 1]:
             yield "seeds", f"expected different seeds, got {repeated[0]} more than once; remove it"
         yield from name_problems(self.metrics)

@@ -108,11 +108,16 @@ class RewardTrainerConfig(TrainerConfig):
         return self.regularizer == "pretraining"
 
     def check_run(self, run: Any) -> list[ConfigProblem]:
-        problems = [] if run.rewards else [("rewards", f"'{self.name}' needs at least one reward")]
+        problems = (
+            []
+            if run.rewards
+            else [("rewards", f"'{self.name}' needs at least one reward; set rewards, e.g. rewards: denscore")]
+        )
         problems += [
             (
                 f"rewards.{i}",
-                f"'{reward.name}' has no gradient with respect to the images, which '{self.name}' requires",
+                f"'{reward.name}' has no gradient with respect to the images, which '{self.name}' requires; choose a "
+                "differentiable reward",
             )
             for i, reward in enumerate(run.rewards)
             if not reward.is_differentiable()
