@@ -1,6 +1,6 @@
-"""Trains and samples one run of an ablation. As a module, it reads the job from the standard input.
+"""Trains and samples one run of an ablation. ``python -m`` of this module reads the job from the standard input.
 
-The job is not read from the file in the run's folder, which contains no credentials.
+The file ``job.json`` in the run's folder is a copy without credentials, so it is not read.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def execute(folder: Path, job: Mapping[str, Any]) -> str:
 
 
 def fail(folder: Path, error: str, details: str = "") -> None:
-    """Writes the result of a failed run."""
+    """Writes a result with status ``failed``, the message ``error`` and the traceback ``details``."""
     write_json(folder / RESULT, {"status": FAILED, "error": error, "traceback": details})
 
 

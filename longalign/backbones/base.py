@@ -84,7 +84,10 @@ class Backbone(nn.Module):
         return self.noise_levels
 
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Samples scaled latents of images ``(b, 3, h, w)`` in [0, 1] from the VAE's posterior, without gradient."""
+        """Samples scaled latents ``(b, c, h', w')`` of images ``(b, 3, h, w)`` in [0, 1] from the VAE's posterior.
+
+        The latents have no gradient. A ``generator`` makes the sample reproducible.
+        """
         return self.sample_latents(self.posterior(images), generator)
 
     def posterior(self, images: Tensor) -> Tensor:
@@ -103,7 +106,13 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """Returns the denoiser's prediction ``(b, c, h, w)`` at ``timesteps`` ``(b,)``, which index `levels_at`."""
+        """Returns the denoiser's prediction ``(b, c, h, w)``, of the backbone's prediction type.
+
+        Args:
+            latents: ``(b, c, h, w)`` noisy latents.
+            timesteps: ``(b,)`` integer timesteps, indices of the noise levels from `levels_at`.
+            conditioning: conditioning of the b prompts.
+        """
         if self._flops is not None:
             self._flops.add(latents, conditioning)
         call = self._graphed or self._predict
@@ -113,14 +122,14 @@ class Backbone(nn.Module):
         return self.call(self._call[0], latents, timesteps, conditioning)
 
     def call(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """Calls ``denoiser`` with the model-specific arguments; implemented by subclasses."""
+        """Calls ``denoiser`` with the model-specific arguments; implemented by subclasses. Otherwise like `predict`."""
         raise NotImplementedError
 
     def project_text(self, conditioning: Conditioning) -> Conditioning:
-        """Returns a conditioning with which calls of `predict` need not process the text again.
+        """Precomputes the projections of the text, which saves time if `predict` is called several times.
 
-        It is valid while the weights and the training mode do not change, and with gradient for one backward pass. By
-        default it is the conditioning itself.
+        The result is valid while the weights and the training mode do not change, and with gradient for one backward
+        pass. By default, the conditioning is returned unchanged.
         """
         return conditioning
 
@@ -128,8 +137,8 @@ class Backbone(nn.Module):
     def merged_lora(self) -> Iterator[None]:
         """Context manager: calls without gradient and active dropout use weights that contain the active LoRA.
 
-        They save the LoRA's share of the time, for a copy of the weights of all its layers. The weights must not change
-        inside. Does nothing if the weights are sharded.
+        This saves the time of the LoRA branch, and needs memory for a copy of the weights of all LoRA layers. The
+        weights must not change within the context. Does nothing if the weights are sharded.
         """
         if self._active is None or is_sharded(self.denoiser):
             yield
@@ -195,8 +204,8 @@ class Backbone(nn.Module):
         self._compiled = [block for block in named(self.denoiser) if named(block) == [block]]
         if not self._compiled:
             raise ValueError(
-                f"{type(self.denoiser).__name__} has no blocks that are known to be compiled separately; set "
-                "loop.compile to true or false"
+                f"loop.compile 'regional' compiles the blocks in _no_split_modules, but {type(self.denoiser).__name__} "
+                "has none of them; set loop.compile to true or false"
             )
         for block in self._compiled:
             block.forward = compile(block.forward)
@@ -297,7 +306,11 @@ class Backbone(nn.Module):
         return state
 
     def load_full(self, state: Mapping[str, Tensor]) -> None:
-        """Replaces all weights of the denoiser. Checkpoints saved afterward contain the new weights."""
+        """Replaces all weights of the denoiser by a full state dict. Checkpoints saved later contain all weights.
+
+        Raises:
+            ValueError: if the backbone has LoRAs, or names or shapes of the weights do not match.
+        """
         self._require_no_lora()
         check_same_names("the denoiser", self.denoiser.state_dict(), state)
         self.denoiser.float().load_state_dict(dict(state))

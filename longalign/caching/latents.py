@@ -45,7 +45,7 @@ def latent_store(config: RunConfig, runtime: Runtime, **options: Any) -> Store:
 def make_latents(
     config: RunConfig, data: Data, runtime: Runtime, batch_size: int, shard_bytes: int, progress: bool
 ) -> tuple[int, int]:
-    """Encodes the images that are not stored yet; returns the number of entries and of new ones."""
+    """Encodes the images of ``data`` that are not cached yet; returns the numbers of all and of new entries."""
     store = latent_store(config, runtime, **writer_options(runtime, shard_bytes))
     wait(runtime)  # every process must have opened the store before any new shard is written
     _check_deterministic(data)

@@ -208,7 +208,7 @@ def _difference(pairs: Sequence[tuple[str, Any]], others: Sequence[tuple[str, An
     """Describes how two lists of prompts and seeds differ."""
     missing, more = ([pair for pair in a if pair not in set(b)] for a, b in ((others, pairs), (pairs, others)))
     if not missing and not more:
-        return "they have another order" if len(pairs) == len(others) else f"{len(pairs)} against {len(others)} images"
+        return "the order differs" if len(pairs) == len(others) else f"{len(pairs)} against {len(others)} images"
     found = [f"{len(rows)} {text}" for rows, text in ((missing, "missing"), (more, "more")) if rows]
     prompt, seed = (missing or more)[0]
     return f"{' and '.join(found)} of {count(len(others), 'image')}, e.g. {prompt!r:.60} with seed {seed}"

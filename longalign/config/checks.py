@@ -30,8 +30,8 @@ def check_files(
 ) -> None:
     """Raises `ConfigError` with all problems of a run that only this machine can show.
 
-    These are missing or mismatched files, widths and image sizes that do not fit, missing packages, and an output
-    folder that is in use.
+    The checks look for missing or mismatched files, widths and image sizes that do not fit, missing packages, and an
+    output folder that is in use.
 
     Args:
         config: the run.
@@ -114,12 +114,13 @@ def _conditioning_problems(config: RunConfig) -> list[ConfigProblem]:
     problems = []
     if expected and width and expected != width:
         message = (
-            f"'{encoder.name}' has states of width {width}, but the denoiser of '{backbone.name}' takes {expected}"
+            f"'{encoder.name}' has states of width {width}, but the denoiser of '{backbone.name}' expects {expected}"
         )
         problems.append(("encoder", f"{message}; choose a matching encoder, or add an adapter"))
     if expected_pooled and pooled_width and expected_pooled != pooled_width:
         message = f"'{encoder.name}' has a pooled embedding of width {pooled_width}"
-        problems.append(("encoder", f"{message}, but the denoiser of '{backbone.name}' takes {expected_pooled}"))
+        expectation = f"but the denoiser of '{backbone.name}' expects {expected_pooled}; choose a matching encoder"
+        problems.append(("encoder", f"{message}, {expectation}"))
     return problems
 
 
@@ -136,7 +137,7 @@ def _size_problems(config: RunConfig, sizes: Mapping[str, int | None]) -> list[C
     if config.backbone is None or (divisor := config.backbone.divisor) is None:
         return []
     return [
-        (key, f"expected a multiple of {divisor} for the backbone '{config.backbone.name}', got {size}")
+        (key, f"expected a multiple of {divisor} pixels for the backbone '{config.backbone.name}', got {size}")
         for key, size in sizes.items()
         if size is not None and size % divisor
     ]
@@ -153,7 +154,7 @@ def output_problem(config: RunConfig) -> str | None:
     except ValueError as error:
         state = f"and its newest checkpoint cannot be read ({error});"
     else:
-        lines = [f"\n    {key}: {shorten(old)} there, {shorten(new)} now" for key, (old, new) in changes.items()]
+        lines = [f"\n    {key}: was {shorten(old)}, is now {shorten(new)}" for key, (old, new) in changes.items()]
         if not lines:
             advice = "resume it, choose a different output, or remove the folder"
             return f"there is a run in {config.output} already, with the same config; {advice}"

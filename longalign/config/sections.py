@@ -51,12 +51,13 @@ class LoopConfig(Section):
     """
     cuda_graphs: bool = False
     """replay denoiser calls without gradient as CUDA graphs; for one process with a CUDA GPU. Calls with dropout are
-    not replayed: set the LoRA's dropout to 0, or the reward trainer's ``dropout_steps`` to ``"chosen"``. The weights
-    with the LoRA merged for sampling then stay in memory. Experimental: not yet run on a GPU.
+    not replayed: set the LoRA's dropout to 0, or the reward trainer's ``dropout_steps`` to ``"chosen"``. The
+    merged copies of the LoRA layers' weights, which sampling uses, are then kept in memory. Experimental: not yet run
+    on a GPU.
     """
     mfu: bool | None = None
-    """log ``mfu``, the model FLOPs utilization: the FLOPs of the denoiser's calls without LoRA, divided by the time of
-    the whole step and by the FLOP/s of a large matrix product, which is measured at the start. null: on CUDA devices.
+    """log ``mfu``, the model FLOPs utilization: the FLOPs of the denoiser's calls, without LoRA, divided by the time of
+    the whole step and by the FLOPs per second of a large matrix product, measured at the start. null: on CUDA devices.
     """
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """decay of the exponential moving average of the trainable parameters, or null for none."""

@@ -56,7 +56,7 @@ class Stream:
 
     @property
     def num_shards(self) -> int:
-        """Number of shards."""
+        """Number of shards, which are distributed over processes and data loading workers."""
         raise NotImplementedError
 
     def read(self, shard: int) -> Iterator[Record]:

@@ -118,7 +118,7 @@ class ConcatConfig(EncoderConfig):
 
     name: Literal["concat"] = "concat"
     parts: list[Part("encoders")] = Field(min_length=1)  # type: ignore[valid-type]
-    """the encoders, in order."""
+    """the encoders, in the order in which their states are concatenated."""
 
     def inner_encoders(self) -> Sequence[EncoderConfig]:
         return self.parts

@@ -7,7 +7,7 @@ A step is linear in latent ``x``, network output ``o(x)``, fresh noise ``n`` and
 ``J^T v`` if the network's input is not detached, where ``J`` is the Jacobian of ``o``. No graph of the whole rollout is
 therefore needed: the rollout runs without gradient and the loss is differentiated once at the final latent. The
 selected network calls are then recomputed with gradient from the recorded latents, from last to first. The outputs of
-the calls that are not selected are treated as constants.
+the outputs of all other calls are detached.
 
 DRTune (arXiv 2405.00760) and LongAlign (arXiv 2410.11817, section 4) detach the inputs. Each vector ``v`` is then a
 multiple of the gradient at the final latent. DRaFT (arXiv 2309.17400) and AlignProp (arXiv 2310.03739) do not detach
@@ -114,7 +114,7 @@ def rollout(
         predict_no_grad: the network at all other steps, e.g. without dropout. None uses ``predict``.
         keep: whether the recorded calls keep their graphs, or the memory up to which they do. `replay_backward` does
             not recompute calls with a graph, which saves time but needs memory for all their activations.
-        detach: with ``keep``, whether the network's inputs are constants, as for `replay_backward`.
+        detach: with ``keep``, whether the network's inputs are detached, as for `replay_backward`.
 
     Returns:
         The final latents ``(b, c, h, w)`` and the recorded steps, in the order of the steps.
@@ -194,7 +194,7 @@ def replay_backward(
         solver: the sampling steps of the rollout.
         recorded: the recorded steps, in the order of the rollout.
         gradient: ``(b, c, h, w)`` gradient of the loss with respect to the final latents.
-        detach: whether the network's inputs are constants. If False, gradient also flows through the inputs.
+        detach: whether the network's inputs are detached. If False, gradient also flows through the inputs.
         calls_per_batch: number of recorded steps recomputed in one call of ``predict``; must be 1 without ``detach``.
 
     Yields:

@@ -144,6 +144,11 @@ def ddim(levels: NoiseLevels, timesteps: Sequence[int], prediction: str) -> Solv
     """Returns deterministic DDIM (arXiv 2010.02502, eq. 12). The last step returns the predicted ``x_0``.
 
     For flow matching, each step is an Euler step.
+
+    Args:
+        levels: noise levels of the model.
+        timesteps: sampling timesteps, from the most to the least noise.
+        prediction: prediction type: ``"epsilon"``, ``"v_prediction"`` or ``"flow"``.
     """
     a, b = [], []
     for _, (p, q, r, s), (signal, noise) in _coefficients(levels, timesteps, prediction):
@@ -157,7 +162,8 @@ def dpmpp_2m(levels: NoiseLevels, timesteps: Sequence[int], prediction: str) -> 
 
     It extrapolates the predicted ``x_0`` linearly in the log of the signal-to-noise ratio, from the current and the
     previous step. The first step is of first order (DDIM), and so is the last, which returns the predicted ``x_0``. If
-    the first timestep has no signal, this log is infinite there, and the second step is of first order too.
+    the first timestep has no signal, this log is infinite there, and the second step is of first order too. The
+    arguments are those of `ddim`.
     """
     a, b, d, p, q = [], [], [], [], []
     previous_size = math.inf  # no previous prediction in the first step
@@ -191,7 +197,8 @@ def lcm(
     """Returns multistep consistency sampling (arXiv 2310.04378, algorithm 3), with fresh noise between steps.
 
     The consistency function is ``c_skip x + c_out x_0`` with ``c_skip = d^2 / (u^2 + d^2)``,
-    ``c_out = u / sqrt(u^2 + d^2)``, ``u = timestep_scaling * t`` and ``d = sigma_data``.
+    ``c_out = u / sqrt(u^2 + d^2)``, ``u = timestep_scaling * t`` and ``d = sigma_data``. The other arguments are
+    those of `ddim`.
     """
     a, b, c = [], [], []
     for t, (p, q, _, _), (signal, noise) in _coefficients(levels, timesteps, prediction):

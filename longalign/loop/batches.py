@@ -107,16 +107,16 @@ class StreamedBatches(IterableDataset[dict[str, Any]]):
 
 
 def plan_batches(data: Data | Stream, batch_size: int, seed: int, start: int, rank: int, world_size: int) -> Batches:
-    """Returns the `Batches` of a dataset.
+    """Returns the `Batches` of ``data``; the other arguments are those of `Batches`.
 
-    For a stream, only batch size, start position and process rank are used; the indices are not.
+    For a stream, `load_batches` ignores the indices and uses only the arguments.
     """
     length = 1 if isinstance(data, Stream) else len(data)
     return Batches(length, batch_size, seed, start, rank, world_size)
 
 
 def load_batches(data: Data | Stream, batches: Batches, needs_images: bool, workers: int) -> Iterator[dict[str, Any]]:
-    """Yields batches without end, loaded by ``workers`` processes.
+    """Yields an infinite sequence of batches, loaded by ``workers`` processes; 0 loads in this process.
 
     Raises:
         ValueError: if images are needed and the data has none.

@@ -46,12 +46,12 @@ def check_resumable(state: ResumeState, composition: Composition, num_processes:
     changes = check_same_run(state.config, composition.config)
     if "loop.workers" in changes and isinstance(composition.data, Stream):
         raise ValueError(
-            f"loop.workers was {changes['loop.workers'][0]} before and is {changes['loop.workers'][1]} now, which "
-            "would repeat and omit items of a stream; restore the former value"
+            f"loop.workers was {changes['loop.workers'][0]} in the checkpoint and is {changes['loop.workers'][1]} now, "
+            "which would repeat and omit items of a stream; set it to the former value"
         )
     check_num_processes(state, num_processes)
     for key, (old, new) in changes.items():
-        log.warning("%s was %r before and is %r now", key, old, new)
+        log.warning("the config key %s was %r in the checkpoint and is %r now", key, old, new)
 
 
 def check_same_run(saved: RunConfig, config: RunConfig) -> dict[str, tuple[Any, Any]]:

@@ -192,7 +192,7 @@ class Run:
             self.monitor.means.add(metrics)
 
     def _measure(self) -> bool:
-        """Measures a point if one is due. An error in the monitor is raised after a checkpoint has been written."""
+        """Runs the monitor if a measurement is due. Its error is raised after a checkpoint has been written."""
         if not self.monitor.is_due(self.step):
             return False
         if (failure := self.monitor.run(self.step)) is not None:

@@ -325,7 +325,13 @@ def tiny_unet(width: int = 8, channels: int = 4, size: int = 4, **settings):
 
 
 def tiny_backbone(prediction: str = "epsilon", width: int = 8, **vae_settings):
-    """Returns an `SDBackbone` with images of 8 px and latents of 4 by 4."""
+    """Returns a randomly initialized `SDBackbone` for images of 8 by 8 pixels and latents of 4 by 4.
+
+    Args:
+        prediction: prediction type, e.g. ``"epsilon"`` or ``"v_prediction"``.
+        width: width of the text states.
+        **vae_settings: further arguments of ``AutoencoderKL``.
+    """
     from diffusers import AutoencoderKL, DDIMScheduler
 
     from longalign.backbones.stable_diffusion.sd import SDBackbone
@@ -454,7 +460,7 @@ def tiny_sd3(folder: Path, **transformer_settings) -> Path:
 
 @once
 def tiny_flux(folder: Path, dynamic: bool = True, guidance: bool = True) -> Path:
-    """FLUX.1 in its Hub layout: CLIP 16 wide, T5 32 wide, VAE of factor 4 with 4 channels; for 32 px.
+    """Writes FLUX.1 in its Hub layout: CLIP 16 wide, T5 32 wide, VAE of factor 4 with 4 channels; for 32 px.
 
     ``dynamic`` makes noise levels depend on the image size and ``guidance`` adds a guidance embedding, as in FLUX.1-dev
     and unlike FLUX.1-schnell.
@@ -488,7 +494,7 @@ def tiny_flux(folder: Path, dynamic: bool = True, guidance: bool = True) -> Path
 
 @once
 def tiny_pixart(folder: Path, sigma: bool = False, size_conditions: bool = False) -> Path:
-    """PixArt-alpha, or PixArt-Sigma if ``sigma``, in its Hub layout: T5 32 wide, VAE of factor 4; for 32 px.
+    """Writes PixArt-alpha, or PixArt-Sigma if ``sigma``, in its Hub layout: T5 32 wide, VAE of factor 4; for 32 px.
 
     ``size_conditions`` adds the embeddings of image size and aspect ratio of PixArt-alpha for 1024 px.
     """
@@ -519,7 +525,7 @@ VLM_WORDS = ("<pad>", "<unk>", "<image>", "<s>", "</s>", "yes", "no", "1", "2", 
 
 @once
 def tiny_vlm(folder: Path, seed: int = 0) -> Path:
-    """Writes a LLaVA for 32 px in transformers layout, with processor and chat template. It depends on the image."""
+    """Writes a LLaVA for 32 px, with processor and chat template; its output depends on the image."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
         CLIPImageProcessor,

@@ -150,7 +150,9 @@ def main() -> None:
     if options.by:
         breakdown = [row for table in tables for row in breakdown_rows(table, metrics[0], options.by)]
         if not breakdown:
-            raise SystemExit(f"no table has a breakdown by '{options.by}'; got {list(tables[0].breakdowns(metrics[0]))}")
+            raise SystemExit(
+                f"no table has a breakdown by '{options.by}'; got {list(tables[0].breakdowns(metrics[0]))}"
+            )
         rows += breakdown
     notes = {title: describe(table) for (title, *_), table in zip(sources, tables, strict=True)}
     if len(set(notes.values())) == 1:

@@ -550,7 +550,7 @@ def test_eval_compares_folders_with_same_prompts(brightness, tmp_path, capsys):
     [
         (["base"], "--images expects NAME=DIR, e.g. base=base, got 'base'"),
         (["a=base", "a=other"], "two models are called 'a'; give each a different name, as NAME=other"),
-        (["a=base", "b=reversed"], "they have another order"),
+        (["a=base", "b=reversed"], "order"),
         (["a=empty"], r'a list of images with a line \{"file_name"'),
         (["a=base", "--metric", "gauges"], "two metrics are called gauges; give one of them a label"),
         (["a=base", "--metric", "{name: gauges"], "'{name: gauges', line 1: expected ',' or '}'"),

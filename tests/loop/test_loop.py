@@ -365,7 +365,7 @@ def test_compiler_uses_torch_backend():
 def test_backbone_without_known_blocks_rejects_regional_compile():
     backbone = tiny_backbone()
     backbone.denoiser = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"Linear has no blocks.*loop\.compile"):
+    with pytest.raises(ValueError, match=r"_no_split_modules.*Linear.*loop\.compile"):
         backbone.compile_blocks(lambda forward: forward)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from longalign.data.base import check_index
 from longalign.data.images.base import ImageDataset
 from longalign.data.images.config import LongAlignCaptionsConfig
-from longalign.data.lines import inside
+from longalign.data.lines import OUTCOMES, inside
 from longalign.data.tables.table import caption_from_cell, load_table, table_files
 from longalign.runtime import Runtime
 
@@ -117,7 +117,7 @@ def _with_images(rows: Any, folders: dict[str, Path], config: LongAlignCaptionsC
         sources = ", ".join(f"{source} ({count})" for source, count in skipped.items())
         log.warning("captions skipped, since 'folders' has no folder for their source: %s", sources)
     if empty:
-        log.warning("%d captions are empty; empty=%s", empty, config.empty)
+        log.warning("%d captions are empty and are %s", empty, OUTCOMES[config.empty])
     if missing:
         examples = ", ".join(map(str, missing[:3]))
         log.warning("%d captions skipped, since their image file is missing, e.g. %s", len(missing), examples)

@@ -9,7 +9,7 @@ from pathlib import Path
 from longalign.data.base import check_index
 from longalign.data.images.base import ImageDataset
 from longalign.data.images.config import FolderConfig
-from longalign.data.lines import inside, text_of
+from longalign.data.lines import OUTCOMES, inside, text_of
 from longalign.image_folder import read_captions
 from longalign.runtime import Runtime
 
@@ -53,9 +53,8 @@ class Folder(ImageDataset):
                 files.append(inside(folder, row["file_name"], where))
                 prompts.append(prompt)
         if empty:
-            log.warning(
-                "%d of %d captions in %s are empty; empty=%s", empty, empty + len(prompts), folder, config.empty
-            )
+            total = empty + len(prompts) if config.empty == "skip" else len(prompts)
+            log.warning("%d of %d captions in %s are empty and are %s", empty, total, folder, OUTCOMES[config.empty])
         if not files:
             raise ValueError(f"no image in {folder} has a caption; add captions, or set empty: keep")
         return cls(files, prompts, resolution=config.resolution, max_unreadable=config.max_unreadable)

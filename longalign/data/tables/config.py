@@ -14,7 +14,7 @@ from longalign.errors import ConfigProblem, redact_url
 class TableConfig(DataConfig):
     """Base class of configs of tables read with the library ``datasets``.
 
-    They are Hub datasets, parquet files, or any format that the library supports.
+    A table is a Hub dataset, parquet files, or any format that the library supports.
     """
 
     dataset: Text

@@ -114,7 +114,7 @@ class ClipSegmentSDXLConfig(TwoClipsConfig, SingleFileConfig):
     name: Literal["clip-segment-sdxl"] = "clip-segment-sdxl"
     checkpoint: str = Field(default="stabilityai/stable-diffusion-xl-base-1.0", min_length=1)
     empty: Literal["zeros", "encode"] = "zeros"
-    """how the empty prompt is encoded: as ``"zeros"``, as in the SDXL pipeline, or ``"encode"`` like other prompts."""
+    """states of the empty prompt: ``"zeros"``, as in the SDXL pipeline, or ``"encode"``, as for any other prompt."""
 
     def widths(self) -> tuple[int | None, int | None]:
         first, second = self._from_both_configs("hidden_size")
@@ -145,7 +145,7 @@ class ClipSegmentSD3Config(TwoClipsConfig):
 
 
 class T5FluxConfig(CheckpointConfig):
-    """Encodes the whole prompt with FLUX.1's T5, in windows of whole sentences if it is long, and pools its CLIP."""
+    """Encodes the whole prompt with FLUX.1's T5, in windows of whole sentences if long; pooled embedding from CLIP."""
 
     target: ClassVar[str] = "longalign.encoders.clip.flux:T5FluxEncoder"
     has_pooled: ClassVar[bool | None] = True

@@ -51,9 +51,10 @@ class ClipSegmentEncoder(Encoder):
     """Encodes each segment of a prompt separately with a frozen CLIP text model and merges the states in order.
 
     Every segment becomes ``<sot> tokens <eot>``; ``sot`` and ``eot`` select which special-token states are kept. The
-    merged states are padded to ``max_tokens``. The published model keeps every ``<sot>``, drops every ``<eot>`` and
-    pads with one vector ``<pad*>``. That vector is the mean of the last 60 of the 77 states of the empty prompt, or of
-    the same fraction for a different window. The empty prompt is encoded as one ``<sot>`` followed by ``<pad*>``.
+    merged states are padded to ``max_tokens``. LongAlign's published model keeps every ``<sot>``, drops every
+    ``<eot>`` and pads with one vector ``<pad*>``. That vector is the mean of the last 60 of the 77 states of the empty
+    prompt, or of the same fraction for a different window. The empty prompt is encoded as one ``<sot>`` followed by
+    ``<pad*>``.
 
     With ``context``, the text model reads the preceding segments before each segment, as
     ``<sot> context tokens <eot>``, and the states of the context are dropped. References to an earlier segment ("It is

@@ -11,7 +11,7 @@ from longalign.rewards.config import RewardConfig
 
 
 class TermConfig(Section):
-    """Config of one term of a sum."""
+    """One term of a sum: a reward with its weight and its name in the logs."""
 
     reward: Part("rewards")
     """the reward."""

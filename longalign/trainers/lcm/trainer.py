@@ -116,7 +116,7 @@ class LCMTrainer(DiffusionTrainer):
         if self.backbone.levels_at(latents.shape[1:]) is not self.backbone.noise_levels:
             raise ValueError(
                 f"'lcm' needs images of {self.backbone.resolution} pixels, since the backbone's noise levels "
-                f"depend on the size, got latents of {tuple(latents.shape[-2:])}; set the data's size"
+                f"depend on the size, got latents of {tuple(latents.shape[-2:])}; set data.resolution to this number"
             )
         # one call for both branches of the teacher's guidance, so that both are padded to the same length
         conditioning = self.encode([*batch["prompt"], ""])

@@ -32,12 +32,12 @@ class RewardTrainerConfig(TrainerConfig):
     guidance_interval: tuple[float, float] | None = None
     """guidance only in steps with a noise level above the first and up to the second number (arXiv 2404.07724); null:
     in all steps. Other steps compute the conditional branch only. The level is the ratio of noise to signal: from 0.03
-    to 14.6 in Stable Diffusion 1.x and XL. Of 50 steps, 37 are in the interval 0.28 to 5.42.
+    to 14.6 in Stable Diffusion 1.x and XL, where the interval 0.28 to 5.42 contains 37 of 50 steps.
     """
     gradient_steps: Part("gradient_steps") = "grouped-random"
     """which sampling steps receive gradient, and whether the gradient flows through the denoiser's inputs."""
     dropout_steps: Literal["all", "chosen"] = "all"
-    """sampling steps at which the LoRA's dropout is active: ``"all"``, or only the gradient steps (``"chosen"``)."""
+    """sampling steps at which the LoRA's dropout is active: ``"all"``, or ``"chosen"``: those that receive gradient."""
     resolution: int | None = Field(None, ge=1)
     """width and height of the samples in pixels; null: the backbone's native resolution."""
     denoise_batch: int | None = Field(None, ge=1)
@@ -45,18 +45,18 @@ class RewardTrainerConfig(TrainerConfig):
     decode_batch: int | None = Field(None, ge=1)
     """number of images decoded at a time; null: all. Smaller values save memory, but images are decoded twice."""
     replay_batch: int = Field(1, ge=1)
-    """maximum number of gradient steps that are recomputed in one call. Values above 1 require a denoiser and LoRA
-    without dropout, and ``gradient_steps`` with constant inputs.
+    """maximum number of sampling steps with gradient that are recomputed in one call. Values above 1 require a denoiser
+    and LoRA without dropout, and ``gradient_steps`` with detached inputs.
     """
     replay: Literal["recompute", "keep"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = "recompute"
-    """``"recompute"``: the calls with gradient are computed a second time, with the memory of one call. ``"keep"``:
-    their graphs are kept, which saves this time but needs memory for all of them. A number: graphs are kept as long as
-    they occupy at most so many GiB, but at least one.
+    """``"recompute"``: denoiser calls with gradient are computed a second time in the backward pass, which needs the
+    memory of one call. ``"keep"``: their autograd graphs are kept, which is faster but needs the memory of all calls. A
+    number: graphs are kept while they occupy at most so many GiB; at least one is kept.
     """
     regularizer: Literal["none", "kl", "pretraining"] = "none"
     """loss that limits the drift from the reference model. ``"kl"``: squared difference between the predictions of both
-    models at the gradient steps. Up to a factor per step, this is the KL divergence of their sampling distributions.
-    ``"pretraining"``: the diffusion loss on the images of the data.
+    models at the sampling steps with gradient. Up to a factor per step, this is the KL divergence of their sampling
+    distributions. ``"pretraining"``: the diffusion loss on the images of the data.
     """
     regularizer_weight: float | None = Field(None, gt=0)
     """factor of the regularizer."""
@@ -77,9 +77,9 @@ class RewardTrainerConfig(TrainerConfig):
             )
         if self.replay_batch > 1 and not self.gradient_steps.detaches():
             raise ValueError(
-                f"replay_batch is {self.replay_batch}, but with '{self.gradient_steps.name}' the gradient flows "
-                "through the denoiser's inputs, so gradient steps must be recomputed one at a time; set replay_batch "
-                "to 1 or choose gradient_steps with constant inputs"
+                f"replay_batch is {self.replay_batch}, but with gradient_steps '{self.gradient_steps.name}' gradient "
+                "also flows through the denoiser's inputs, so the steps must be recomputed one at a time; set "
+                "replay_batch to 1, or choose gradient_steps with detached inputs, e.g. 'grouped-random'"
             )
         if self.replay_batch > 1 and self.lora is not None and self.lora.dropout:
             raise ValueError(
@@ -109,11 +109,16 @@ class RewardTrainerConfig(TrainerConfig):
         return self.regularizer == "pretraining"
 
     def check_run(self, run: Any) -> list[ConfigProblem]:
-        problems = [] if run.rewards else [("rewards", f"'{self.name}' needs at least one reward")]
+        problems = (
+            []
+            if run.rewards
+            else [("rewards", f"'{self.name}' needs at least one reward; set rewards, e.g. rewards: denscore")]
+        )
         problems += [
             (
                 f"rewards.{i}",
-                f"'{reward.name}' has no gradient with respect to the images, which '{self.name}' requires",
+                f"'{reward.name}' has no gradient with respect to the images, which '{self.name}' requires; choose a "
+                "differentiable reward",
             )
             for i, reward in enumerate(run.rewards)
             if not reward.is_differentiable()

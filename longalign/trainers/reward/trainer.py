@@ -68,7 +68,7 @@ class RewardTrainer(DiffusionTrainer):
         guidance: classifier-free guidance scale; 1 disables guidance.
         guidance_interval: noise levels of the steps with guidance, or None for all steps; see `guided_steps`.
         train_adapter: whether to train the encoder's adapter.
-        dropout_steps: steps at which the denoiser's dropout is active: ``"all"``, or ``"chosen"`` for gradient steps.
+        dropout_steps: steps at which the denoiser's dropout is active: ``"all"``, or ``"chosen"``: the gradient steps.
         resolution: width and height of the samples in pixels, or None for the backbone's native resolution.
         denoise_batch: number of images per rollout, or None for all.
         decode_batch: number of images decoded at a time, or None for all.
@@ -283,7 +283,16 @@ class RewardTrainer(DiffusionTrainer):
     def kl(
         self, outputs: Tensor, recorded: Sequence[RecordedStep], conditioning: Conditioning, sampled: Rollout
     ) -> Tensor:
-        """Returns the mean squared difference to the reference model's predictions at the same steps."""
+        """Returns the mean squared difference between the model's and the reference model's predictions.
+
+        Up to a factor per step, this is the KL divergence of their sampling distributions.
+
+        Args:
+            outputs: the model's predictions at the recorded steps, concatenated.
+            recorded: the recorded steps, with latents and timesteps.
+            conditioning: conditioning of all prompts of the batch.
+            sampled: the rollout that the steps belong to.
+        """
         predict = self.predictions(conditioning, sampled.rows, sampled.solver, reference=True)[recorded[0].index]
         latents = torch.cat([step.latents for step in recorded])
         reference = predict(latents, torch.cat([step.timesteps for step in recorded]))
@@ -329,7 +338,10 @@ class RewardTrainer(DiffusionTrainer):
             scale /= 4
 
     def reward_loss(self, scores: Scores) -> dict[str, Tensor]:
-        """Returns the loss ``0.5 (1 - mean score)``, the mean score, and the mean of each part."""
+        """Returns the loss and its metrics, averaged over the images.
+
+        The keys are ``reward_loss``, ``0.5 (1 - reward)``; ``reward``, the mean score; and those of `Scores.parts`.
+        """
         mean = scores.total.mean()
         parts = {key: value.float().mean() for key, value in scores.parts.items()}
         return {"reward_loss": 0.5 * (1 - mean), "reward": mean, **parts}
