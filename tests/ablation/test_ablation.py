@@ -213,6 +213,13 @@ def test_ablate_files_and_errors_contain_no_credentials(tiny, monkeypatch):
     assert tiny({"monitor": {"prompts": prompts, "num_steps": 1}}, seeds=1).failed
 
 
+def test_ablate_samples_best_checkpoint_of_run(tiny, monkeypatch):
+    monkeypatch.setattr(worker, "best_checkpoint", lambda run: run / "checkpoint-000001")
+    result = tiny(vary={"loop.lr": [0.01]}, seeds=1)
+    run = json.loads((result.output / "lr=0.01/seed-0/result.json").read_text())
+    assert run["checkpoint"] == "train/checkpoint-000001"
+
+
 def test_ablate_without_held_out_prompts_raises(tiny):
     with pytest.raises(ConfigError, match="'squares' has no held-out prompts"):
         tiny(prompts=None)
