@@ -67,6 +67,8 @@ ONLY_IN = {
     "accelerate": ("loop",),
     "catalogue": ("registry",),
     "longalign.parts": ("registry",),  # which guards against unreadable distributions
+    "longalign_dpo": (),
+    "longalign_grpo": (),
     "longalign_siglip": (),
 }
 

@@ -8,19 +8,18 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from longalign import registry
 from longalign.backbones.base import Backbone
-from longalign.edits.base import Edit
 from longalign.encoders.base import Conditioning, Encoder
 from longalign.functional.diffusion import add_noise, check_guidance_interval, guided_steps
 from longalign.functional.graph_budget import GraphBudget
 from longalign.functional.rollout_gradient import Predict, RecordedStep, replay, replay_backward, rollout
 from longalign.functional.solvers import Solver, ddim, dpmpp_2m, lcm, trailing_timesteps
 from longalign.gradient_steps.base import GradientSteps, GradientStepSelector
-from longalign.rewards.base import Reward, Scores, as_reward, guarded
+from longalign.rewards.base import Scores
 from longalign.runtime import Runtime
 from longalign.trainers.base import Backward
 from longalign.trainers.diffusion import (
@@ -30,8 +29,9 @@ from longalign.trainers.diffusion import (
     noise_loss,
     train_denoiser,
 )
+from longalign.trainers.prediction import make_predictions
 from longalign.trainers.reward.config import RewardTrainerConfig
-from longalign.trainers.reward.prediction import make_predictions
+from longalign.trainers.rewards import RewardList
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,7 @@ class RewardTrainer(DiffusionTrainer):
         regularizer_weight: float | None,
     ):
         super().__init__(backbone, encoder, train_adapter)
-        if not rewards:
-            raise ValueError("reward fine-tuning expects at least one reward, got none; set rewards")
-        self.rewards = nn.ModuleList([as_reward(reward).requires_grad_(False) for reward in rewards])
+        self.rewards = RewardList(rewards)
         self.gradient_steps = gradient_steps
         self.levels = backbone.levels_at(backbone.latent_shape(resolution, resolution))
         self.solve: Callable[[Sequence[int]], Solver] = partial(
@@ -158,13 +156,6 @@ class RewardTrainer(DiffusionTrainer):
             regularizer=config.regularizer,
             regularizer_weight=config.regularizer_weight,
         )
-
-    def train(self, mode: bool = True) -> RewardTrainer:
-        """Sets training mode on the `Reward` and `Edit` modules only; the networks inside them stay in eval mode."""
-        super().train(mode)
-        for module in self.rewards.modules():
-            module.training = mode and isinstance(module, (Reward, Edit))
-        return self
 
     def step(self, batch: Mapping[str, Any], backward: Backward) -> dict[str, Tensor]:
         prompts = batch["prompt"]
@@ -315,13 +306,7 @@ class RewardTrainer(DiffusionTrainer):
         else:
             decoded = [checkpoint(self.backbone.decode, latents[rows], use_reentrant=False) for rows in chunks]
             images = torch.cat([d for d in decoded if d is not None])
-        scored = [guarded(reward, images, prompts) for reward in self.rewards if isinstance(reward, Reward)]
-        if len(scored) == 1:
-            return scored[0]
-        parts = {}
-        for i, scores in enumerate(scored):
-            parts |= {f"{i}/{key}": value for key, value in {"reward": scores.total.detach(), **scores.parts}.items()}
-        return Scores(torch.stack([scores.total for scores in scored]).sum(0), parts)
+        return self.rewards.score_components(images, prompts)
 
     def latent_gradient(self, loss: Tensor, latents: Tensor) -> Tensor:
         """Returns the gradient of the loss at the final latents, with loss scaling if any parameter is float16.
