@@ -68,6 +68,7 @@ ONLY_IN = {
     "catalogue": ("registry",),
     "longalign.parts": ("registry",),  # which guards against unreadable distributions
     "longalign_siglip": (),
+    "longalign_ella": (),
 }
 
 
