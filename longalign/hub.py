@@ -10,6 +10,8 @@ from typing import Any
 
 from longalign.runtime import resolve_checkpoint
 
+__all__ = ["checkpoint_problem", "find_checkpoint_file"]
+
 CHECKPOINT = "longalign.safetensors"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 #: message if a longalign checkpoint was expected
@@ -44,6 +46,30 @@ def local_file(checkpoint: str, file: str, revision: str | None = None) -> Path 
     checkpoint = resolve_checkpoint(checkpoint)
     snapshot = Path(checkpoint) if Path(checkpoint).exists() else _cached(checkpoint, revision)
     return snapshot / file if snapshot is not None and (snapshot / file).is_file() else None
+
+
+def find_checkpoint_file(checkpoint: str, file: str, revision: str | None = None) -> Path | None:
+    """Returns the path of a file of a local folder or Hub repository, downloaded if needed; None if there is none.
+
+    Raises:
+        ValueError: if the repository cannot be reached.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    checkpoint = resolve_checkpoint(checkpoint)
+    if Path(checkpoint).exists():
+        path = Path(checkpoint) / file
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(checkpoint, file, revision=revision))
+    except EntryNotFoundError:
+        return None
+    except Exception as error:
+        raise ValueError(
+            f"'{checkpoint}' is not a local folder and could not be loaded from the Hub: "
+            f"{download_problem(error, file)}; check the Hub id, or pass a local folder"
+        ) from error
 
 
 def read_json(checkpoint: str, file: str, revision: str | None = None) -> dict[str, Any]:

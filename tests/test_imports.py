@@ -70,6 +70,7 @@ ONLY_IN = {
     "longalign_dpo": (),
     "longalign_grpo": (),
     "longalign_siglip": (),
+    "longalign_ella": (),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -106,6 +107,7 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+<<<<<<< HEAD
         """Returns the denoiser's prediction ``(b, c, h, w)``, of the backbone's prediction type.
 
         Args:
@@ -113,16 +115,33 @@ class Backbone(nn.Module):
             timesteps: ``(b,)`` integer timesteps, indices of the noise levels from `levels_at`.
             conditioning: conditioning of the b prompts.
         """
+=======
+        """Returns the denoiser's prediction ``(b, c, h, w)`` at ``timesteps`` ``(b,)``, which index `levels_at`."""
+        return conditioning.predict(self._counted_call, latents, timesteps)
+
+    def predict_with(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """Returns the prediction like `predict`, but of ``denoiser``, which has the interface of the backbone's own."""
+        return conditioning.predict(partial(self.call, denoiser), latents, timesteps)
+
+    def _counted_call(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+>>>>>>> claims
         if self._flops is not None:
             self._flops.add(latents, conditioning)
-        call = self._graphed or self._predict
+        call = self._graphed or self._ungraphed_call
         return call(latents, timesteps, conditioning)
 
-    def _predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    def _ungraphed_call(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         return self.call(self._call[0], latents, timesteps, conditioning)
 
     def call(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+<<<<<<< HEAD
         """Calls ``denoiser`` with the model-specific arguments; implemented by subclasses. Otherwise like `predict`."""
+=======
+        """Calls ``denoiser`` with the model-specific arguments; implemented by subclasses.
+
+        Called for each prediction by `Conditioning.predict`; ``conditioning`` depends on no timestep.
+        """
+>>>>>>> claims
         raise NotImplementedError
 
     def project_text(self, conditioning: Conditioning) -> Conditioning:
@@ -185,7 +204,7 @@ class Backbone(nn.Module):
                 "false"
             )
         self._merge_buffers = {}
-        self._graphed = GraphedCall(self._predict, lambda: (self.denoiser.training, self._is_merged))
+        self._graphed = GraphedCall(self._ungraphed_call, lambda: (self.denoiser.training, self._is_merged))
 
     def compile_blocks(self, compile: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """Compiles the forward pass of each transformer and residual block, instead of the denoiser.
@@ -335,9 +354,9 @@ class Backbone(nn.Module):
         """Returns the reference model's prediction without gradient; otherwise like `predict`."""
         if self._active is not None:
             with without_lora(self.denoiser, self._active[0]):
-                return self.call(self.denoiser, latents, timesteps, conditioning)
+                return self.predict_with(self.denoiser, latents, timesteps, conditioning)
         if not self._reference:
             raise ValueError(
                 "expected a reference model, but none was kept; call keep_reference_model before train_all"
             )
-        return self.call(self._reference[0], latents, timesteps, conditioning)
+        return self.predict_with(self._reference[0], latents, timesteps, conditioning)

@@ -7,7 +7,7 @@ not hold for the joint attention of Stable Diffusion 3, where the text states ch
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,17 +34,6 @@ class ProjectedConditioning(Conditioning):
 
     keys_values: KeysValues = field(default_factory=dict)
     with_gradient: bool = False
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
-        kept = {
-            name: (key.to(device=device, dtype=dtype), value.to(device=device, dtype=dtype))
-            for name, (key, value) in self.keys_values.items()
-        }
-        return replace(super().to(device, dtype), keys_values=kept)
-
-    def __getitem__(self, index: slice | Tensor) -> Conditioning:
-        kept = {name: (key[index], value[index]) for name, (key, value) in self.keys_values.items()}
-        return replace(super().__getitem__(index), keys_values=kept)
 
 
 class TextAttention(AttnProcessor2_0):

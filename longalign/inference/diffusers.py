@@ -167,8 +167,11 @@ def _check_pooled(name: str, inputs: PromptInputs, pooled: Tensor | None) -> Non
 
 def _check_states(name: str, wanted: StatesInput, conditioning: Conditioning) -> None:
     """Raises or warns about states that the pipeline does not support."""
-    if type(conditioning).at is not Conditioning.at:
-        raise ValueError(f"{name} does not support conditioning that depends on the timestep; use `longalign generate`")
+    if not conditioning.is_static:
+        raise ValueError(
+            f"{name} does not support conditioning that depends on the timestep or combines several predictions; use "
+            "`longalign generate`"
+        )
     if wanted.width not in (None, conditioning.states.shape[-1]):
         raise ValueError(
             f"{name} expects text states of width {wanted.width} in '{wanted.states}', got "

@@ -79,7 +79,6 @@ class FluxBackbone(LatentBackbone):
         return self._levels[tokens]
 
     def call(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        conditioning = conditioning.at(timesteps)
         config = self.denoiser.config
         check_joint_conditioning(
             conditioning,

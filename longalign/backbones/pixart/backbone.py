@@ -54,7 +54,6 @@ class PixArtBackbone(LatentBackbone):
         return self.vae_scale_factor * self.denoiser.config.patch_size
 
     def call(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        conditioning = conditioning.at(timesteps)
         width, expected = conditioning.states.shape[-1], self.denoiser.config.caption_channels
         if expected is not None and width != expected:
             raise ValueError(

@@ -154,7 +154,7 @@ class LCMTrainer(DiffusionTrainer):
         def denoise(*args: Any, **kwargs: Any) -> Any:
             return functional_call(self.backbone.denoiser, averages, args, kwargs)
 
-        return self.backbone.call(denoise, latents, timesteps, conditioning)
+        return self.backbone.predict_with(denoise, latents, timesteps, conditioning)
 
     def averages(self) -> list[Tensor]:
         """Returns the moving averages of the denoiser's trainable weights, or an empty list without ``ema_decay``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -163,9 +163,9 @@ class RewardTrainer(DiffusionTrainer):
         if self.regularizer == "pretraining":
             real = batch_latents(self.backbone, batch, "the regularizer 'pretraining'")
 
-        # Each replayed call has its own graph, so the gradient of the conditioning is accumulated in a leaf.
-        encoded = self.encode_with_uncond(prompts)
-        conditioning = replace(encoded, states=encoded.states.detach().requires_grad_(encoded.states.requires_grad))
+        # Each replayed call has its own graph, so the gradient of the conditioning is accumulated in leaves.
+        leaves: list[tuple[Tensor, Tensor]] = []
+        conditioning = self.encode_with_uncond(prompts).map(partial(_make_leaf, leaves))
         noise, selected = self.noise(len(prompts)), self.gradient_steps.select(len(self.solver))
         chunks = _chunks(len(prompts), self.denoise_batch)
         keep = self.kept_graphs()
@@ -192,9 +192,10 @@ class RewardTrainer(DiffusionTrainer):
                     kl_term = weight * self.kl(outputs, recorded, conditioning, sampled)
                     scalar, kl_loss = scalar + kl_term, kl_loss + kl_term.detach()
                 backward(scalar)
-        if conditioning.states.grad is not None:
-            # Not through `backward`, which may scale the loss: the accumulated gradient is already scaled.
-            encoded.states.backward(conditioning.states.grad)
+        # Not through `backward`, which may scale the loss: the accumulated gradient is already scaled.
+        reached = [(tensor, leaf.grad) for tensor, leaf in leaves if leaf.grad is not None]
+        if reached:
+            torch.autograd.backward([tensor for tensor, _ in reached], [gradient for _, gradient in reached])
 
         if self.regularizer == "kl":
             losses["kl_loss"] = kl_loss
@@ -335,3 +336,11 @@ class RewardTrainer(DiffusionTrainer):
 def _chunks(count: int, size: int | None) -> Iterator[slice]:
     size = size or count
     return (slice(i, min(i + size, count)) for i in range(0, count, size))
+
+
+def _make_leaf(leaves: list[tuple[Tensor, Tensor]], tensor: Tensor) -> Tensor:
+    """Returns a leaf in place of a tensor that requires gradient, and adds both to ``leaves``."""
+    if not tensor.requires_grad:
+        return tensor
+    leaves.append((tensor, tensor.detach().requires_grad_()))
+    return leaves[-1][1]
