@@ -21,7 +21,7 @@ KINDS = ("backbones", "data", "edits", "encoders", "rewards", "gradient_steps", 
 PART = 4
 LEVELS = {
     0: "lazy runtime errors discovery hub names parts registry segmenters config.files data.lines "
-    "data.prompts.formats data.prompts.sets data.images.shards inference.solvers",
+    "data.prompts.formats data.prompts.sets data.images.shards inference.solvers sizes",
     1: "config checkpoints.redaction checkpoints.provenance vlm.config",  # and the configs of all kinds
     2: "functional image_io atomic mini sharding tokens caching.store caching.fingerprint checkpoints.weights "
     "evaluation.record evaluation.bootstrap evaluation.groups loop.locks encoders.bucketing encoders.counting vlm",

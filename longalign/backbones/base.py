@@ -107,7 +107,6 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-<<<<<<< HEAD
         """Returns the denoiser's prediction ``(b, c, h, w)``, of the backbone's prediction type.
 
         Args:
@@ -115,8 +114,6 @@ class Backbone(nn.Module):
             timesteps: ``(b,)`` integer timesteps, indices of the noise levels from `levels_at`.
             conditioning: conditioning of the b prompts.
         """
-=======
-        """Returns the denoiser's prediction ``(b, c, h, w)`` at ``timesteps`` ``(b,)``, which index `levels_at`."""
         return conditioning.predict(self._counted_call, latents, timesteps)
 
     def predict_with(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
@@ -124,7 +121,6 @@ class Backbone(nn.Module):
         return conditioning.predict(partial(self.call, denoiser), latents, timesteps)
 
     def _counted_call(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
->>>>>>> claims
         if self._flops is not None:
             self._flops.add(latents, conditioning)
         call = self._graphed or self._ungraphed_call
@@ -134,14 +130,10 @@ class Backbone(nn.Module):
         return self.call(self._call[0], latents, timesteps, conditioning)
 
     def call(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-<<<<<<< HEAD
-        """Calls ``denoiser`` with the model-specific arguments; implemented by subclasses. Otherwise like `predict`."""
-=======
         """Calls ``denoiser`` with the model-specific arguments; implemented by subclasses.
 
         Called for each prediction by `Conditioning.predict`; ``conditioning`` depends on no timestep.
         """
->>>>>>> claims
         raise NotImplementedError
 
     def project_text(self, conditioning: Conditioning) -> Conditioning:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from longalign.cli.generate import generate_images
+from longalign.cli.generate import check_size, generate_images
 from longalign.cli.images import check_images
 from longalign.cli.metrics import build_metrics, judge_config, metric_configs
 from longalign.cli.options import (
@@ -109,7 +109,7 @@ def run(args: Namespace) -> None:
     labels = _labels(args.prompts, texts, required=not prompts)
     for model in models:
         if model.generated:
-            _check_source(model)
+            _check_source(model, args)
     for images in rows.values():
         check_images([path for path, _, _ in images])
     from longalign.evaluation.measure import observe, tabulate
@@ -230,10 +230,10 @@ def _labels(source: str | None, texts: Sequence[str], required: bool) -> dict[st
     return found
 
 
-def _check_source(model: _Model) -> None:
-    """Raises an error if a model does not exist, or its folder already has images."""
+def _check_source(model: _Model, args: Namespace) -> None:
+    """Raises an error if a model does not exist or does not support ``--size``, or its folder already has images."""
     if model.option == "checkpoint":
-        find_checkpoint(model.source)
+        check_size(args, find_checkpoint(model.source))
     try:
         new_index(model.folder)
     except ValueError as error:

@@ -15,10 +15,11 @@ from longalign.inference.solvers import Solver
 from longalign.metrics.config import name_problems
 from longalign.registry import Part, Section, data
 from longalign.runtime import Runtime
+from longalign.sizes import ImageSize
 
 Text = Annotated[str, Field(min_length=1)]
 #: keys on which the measured values depend
-MEASURED = {"prompts", "data", "limit", "seeds", "num_steps", "guidance", "solver", "metrics"}
+MEASURED = {"prompts", "data", "limit", "seeds", "num_steps", "guidance", "size", "solver", "metrics"}
 
 
 class GuardConfig(Section):
@@ -67,6 +68,9 @@ class MonitorConfig(Section):
     """sampling steps."""
     guidance: Annotated[float, Field(ge=1)] = 7.5
     """classifier-free guidance scale; 1 disables it."""
+    size: ImageSize | None = None
+    """size of the images in pixels: the side of a square, or ``WIDTHxHEIGHT``; null: the backbone's native resolution.
+    """
     solver: Solver = "unipc"
     """"unipc", "ddim", "dpm++", or "lcm" for a consistency-distilled model, with 4 steps and guidance 1."""
     batch_size: PositiveInt = 8

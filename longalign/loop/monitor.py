@@ -28,6 +28,7 @@ from longalign.loop.points import Point, best_checkpoint, divergences, is_over
 from longalign.loop.reporter import Reporter
 from longalign.metrics.base import Metric, as_metric
 from longalign.runtime import Runtime
+from longalign.sizes import parse_size
 
 log = logging.getLogger("longalign")
 
@@ -120,6 +121,7 @@ class Monitor:
         composition, settings = self.composition, self.settings
         assert settings is not None
         prompts, seeds = [row["prompt"] for row in self.rows], [row["seed"] for row in self.rows]
+        height, width = (None, None) if settings.size is None else parse_size(settings.size)
         with RandomState.now(composition.backbone.device).replayed():
             with self.optimization.averaged():
                 images = sample(
@@ -130,6 +132,8 @@ class Monitor:
                     num_steps=settings.num_steps,
                     guidance=settings.guidance,
                     solver=settings.solver,
+                    height=height,
+                    width=width,
                     batch_size=settings.batch_size,
                 )
             if not self.optimization.accelerator.is_main_process:

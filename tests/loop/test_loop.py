@@ -457,7 +457,7 @@ def test_resume_rejects_changed_workers_of_stream(world, tmp_path):
     class Endless(Stream):
         num_shards = 2
 
-        def items(self, seed, part=0, num_parts=1, skip=0, images=True):
+        def items(self, seed, part=0, num_parts=1, skip=0, images=True, batch_size=1):
             yield from (world.Squares()[i % 10] for i in itertools.count(skip))
 
     class EndlessConfig(DataConfig):

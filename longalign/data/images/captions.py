@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from longalign.data.base import check_index
-from longalign.data.images.base import ImageDataset
+from longalign.data.images.base import ImageDataset, Resolution
 from longalign.data.images.config import LongAlignCaptionsConfig
 from longalign.data.lines import OUTCOMES, inside
 from longalign.data.tables.table import caption_from_cell, load_table, table_files
@@ -26,7 +26,7 @@ class LongAlignCaptions(ImageDataset):
         rows: a table of the library ``datasets``.
         indices: numbers of the rows to use.
         folders: image folder of each source; ``path`` is relative to it.
-        resolution: image side in pixels.
+        resolution: image side in pixels, or the size of each bucket.
         max_unreadable: number of unreadable files to replace by the next readable one; one more raises an error.
     """
 
@@ -36,7 +36,7 @@ class LongAlignCaptions(ImageDataset):
         *,
         indices: list[int],
         folders: dict[str, Path],
-        resolution: int | None,
+        resolution: Resolution,
         max_unreadable: int,
     ):
         super().__init__(resolution=resolution, max_unreadable=max_unreadable)
@@ -64,7 +64,7 @@ class LongAlignCaptions(ImageDataset):
             rows,
             indices=_with_images(rows, folders, config),
             folders=folders,
-            resolution=config.resolution,
+            resolution=config.sizes,
             max_unreadable=config.max_unreadable,
         )
 

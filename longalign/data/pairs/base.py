@@ -62,7 +62,7 @@ class Pairs(ImageDataset):
     def prompt(self, index: int) -> str:
         return self.pairs[check_index(index, len(self))].prompt
 
-    def load_item(self, index: int) -> dict[str, Any] | None:
+    def load_item(self, index: int, bucket: int | None = None) -> dict[str, Any] | None:
         label = self.label(index)
         if label in self.unreadable:
             return None

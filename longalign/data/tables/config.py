@@ -71,4 +71,6 @@ class HubConfig(TableConfig, ImagesConfig):
             raise ValueError("'shuffle_buffer' needs streaming: true; set it or remove 'shuffle_buffer'")
         if self.image is None and self.image_folder is not None:
             raise ValueError("'image_folder' has no effect without an 'image' column; remove it")
+        if self.image is None and (self.buckets or self.max_aspect_ratio):
+            raise ValueError("buckets have no effect without an 'image' column; remove 'buckets' or 'max_aspect_ratio'")
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -10,6 +11,7 @@ from pydantic import Field, model_validator
 from longalign.backbones.config import LoraConfig
 from longalign.errors import ConfigProblem
 from longalign.registry import Part
+from longalign.sizes import ImageSize, Size, parse_size
 from longalign.trainers.config import TrainerConfig, image_problems
 
 
@@ -37,9 +39,12 @@ class RewardTrainerConfig(TrainerConfig):
     gradient_steps: Part("gradient_steps") = "grouped-random"
     """which sampling steps receive gradient, and whether the gradient flows through the denoiser's inputs."""
     dropout_steps: Literal["all", "chosen"] = "all"
-    """sampling steps at which the LoRA's dropout is active: ``"all"``, or ``"chosen"``: those that receive gradient."""
-    resolution: int | None = Field(None, ge=1)
-    """width and height of the samples in pixels; null: the backbone's native resolution."""
+    """sampling steps at which the LoRA's dropout is active: ``"all"``, or only the gradient steps (``"chosen"``)."""
+    resolution: ImageSize | Annotated[tuple[ImageSize, ...], Field(min_length=1)] | None = None
+    """size of the samples in pixels: the side of a square, or ``WIDTHxHEIGHT``. From a list such as
+    ``[512, 640x384, 384x640]``, each process chooses one size for each batch at random. null: the backbone's native
+    resolution.
+    """
     denoise_batch: int | None = Field(None, ge=1)
     """number of images per rollout; null: all. Smaller values save memory."""
     decode_batch: int | None = Field(None, ge=1)
@@ -101,8 +106,14 @@ class RewardTrainerConfig(TrainerConfig):
         return self
 
     @property
-    def image_size(self) -> int | None:
-        return self.resolution
+    def sizes(self) -> tuple[Size, ...]:
+        """Sizes of the samples; empty for the backbone's native resolution."""
+        values = self.resolution if isinstance(self.resolution, tuple) else (self.resolution,)
+        return tuple(parse_size(value) for value in values if value is not None)
+
+    @property
+    def image_sizes(self) -> Mapping[str, Sequence[Size]]:
+        return {"resolution": self.sizes}
 
     @property
     def needs_images(self) -> bool:

@@ -68,8 +68,9 @@ class RewardTrainer(DiffusionTrainer):
         guidance: classifier-free guidance scale; 1 disables guidance.
         guidance_interval: noise levels of the steps with guidance, or None for all steps; see `guided_steps`.
         train_adapter: whether to train the encoder's adapter.
-        dropout_steps: steps at which the denoiser's dropout is active: ``"all"``, or ``"chosen"``: the gradient steps.
-        resolution: width and height of the samples in pixels, or None for the backbone's native resolution.
+        dropout_steps: steps at which the denoiser's dropout is active: ``"all"``, or ``"chosen"`` for gradient steps.
+        sizes: height and width of the samples in pixels; each step chooses one at random. None is the backbone's native
+            resolution.
         denoise_batch: number of images per rollout, or None for all.
         decode_batch: number of images decoded at a time, or None for all.
         replay_batch: maximum number of gradient steps recomputed in one call.
@@ -97,7 +98,7 @@ class RewardTrainer(DiffusionTrainer):
         guidance_interval: tuple[float, float] | None,
         train_adapter: bool,
         dropout_steps: Literal["all", "chosen"],
-        resolution: int | None,
+        sizes: Sequence[tuple[int, int]] | None,
         denoise_batch: int | None,
         decode_batch: int | None,
         replay_batch: int,
@@ -108,16 +109,14 @@ class RewardTrainer(DiffusionTrainer):
         super().__init__(backbone, encoder, train_adapter)
         self.rewards = RewardList(rewards)
         self.gradient_steps = gradient_steps
-        self.levels = backbone.levels_at(backbone.latent_shape(resolution, resolution))
-        self.solve: Callable[[Sequence[int]], Solver] = partial(
-            {"ddim": ddim, "dpm++": dpmpp_2m, "lcm": lcm}[solver], self.levels, prediction=backbone.prediction
-        )
-        self.solver = self.solve(trailing_timesteps(num_steps, len(self.levels)))
         self.guidance, self.guidance_interval = guidance, guidance_interval
-        if guidance_interval is not None:
-            check_guidance_interval(self.levels, self.solver.timesteps, guidance_interval)
+        self._make_solver, self._num_steps = {"ddim": ddim, "dpm++": dpmpp_2m, "lcm": lcm}[solver], num_steps
+        self.shapes = [backbone.latent_shape(*size) for size in sizes or [(None, None)]]
+        for shape in reversed(self.shapes):
+            self.use_shape(shape)
+            if guidance_interval is not None:
+                check_guidance_interval(self.levels, self.solver.timesteps, guidance_interval)
         self.dropout_steps = dropout_steps
-        self.resolution = resolution
         self.denoise_batch, self.decode_batch, self.replay_batch = denoise_batch, decode_batch, replay_batch
         self.replay = replay
         self.regularizer, self.regularizer_weight = regularizer, regularizer_weight or 0.0
@@ -148,7 +147,7 @@ class RewardTrainer(DiffusionTrainer):
             guidance_interval=config.guidance_interval,
             train_adapter=config.train_adapter,
             dropout_steps=config.dropout_steps,
-            resolution=config.resolution,
+            sizes=config.sizes or None,
             denoise_batch=config.denoise_batch,
             decode_batch=config.decode_batch,
             replay_batch=config.replay_batch,
@@ -157,8 +156,18 @@ class RewardTrainer(DiffusionTrainer):
             regularizer_weight=config.regularizer_weight,
         )
 
+    def use_shape(self, shape: tuple[int, int, int]) -> None:
+        """Sets the latent shape ``(c, h, w)`` of the next samples, with the noise levels and the solver for it."""
+        self.shape, self.levels = shape, self.backbone.levels_at(shape)
+        self.solve: Callable[[Sequence[int]], Solver] = partial(
+            self._make_solver, self.levels, prediction=self.backbone.prediction
+        )
+        self.solver = self.solve(trailing_timesteps(self._num_steps, len(self.levels)))
+
     def step(self, batch: Mapping[str, Any], backward: Backward) -> dict[str, Tensor]:
         prompts = batch["prompt"]
+        if len(self.shapes) > 1:
+            self.use_shape(self.shapes[int(torch.randint(len(self.shapes), ()))])
         real = None
         if self.regularizer == "pretraining":
             real = batch_latents(self.backbone, batch, "the regularizer 'pretraining'")
@@ -246,8 +255,7 @@ class RewardTrainer(DiffusionTrainer):
 
     def noise(self, count: int) -> Tensor:
         """Samples initial noise ``(count, c, h, w)``."""
-        shape = self.backbone.latent_shape(self.resolution, self.resolution)
-        return torch.randn((count, *shape), device=self.backbone.device)
+        return torch.randn((count, *self.shape), device=self.backbone.device)
 
     def encode_with_uncond(self, prompts: Sequence[str]) -> Conditioning:
         """Encodes the prompts and, if guidance is enabled, the empty prompt as the last row.
