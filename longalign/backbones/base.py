@@ -25,7 +25,7 @@ from longalign.backbones.lora import (
     write_lora,
 )
 from longalign.encoders.base import Conditioning
-from longalign.functional.diffusion import NoiseLevels, check_prediction
+from longalign.functional.diffusion import NoiseLevels, check_prediction, guide
 from longalign.names import unique_name
 from longalign.sharding import gather_full, is_sharded
 
@@ -44,6 +44,10 @@ class Backbone(nn.Module):
         noise_levels: scales of signal and noise at each training timestep.
         resolution: native width and height of an image in pixels.
     """
+
+    #: regular expression of the names of the layers with a LoRA if `LoraConfig.targets` is None; None selects those of
+    #: `longalign.backbones.lora.lora_targets`
+    default_targets: str | None = None
 
     def __init__(self, denoiser: nn.Module, prediction: str, noise_levels: NoiseLevels, resolution: int):
         super().__init__()
@@ -135,6 +139,13 @@ class Backbone(nn.Module):
         Called for each prediction by `Conditioning.predict`; ``conditioning`` depends on no timestep.
         """
         raise NotImplementedError
+
+    def guide(self, conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
+        """Combines predictions ``(b, c, h, w)`` by classifier-free guidance; see `longalign.functional.guide`.
+
+        Override it if the model's pipeline combines them differently.
+        """
+        return guide(conditional, unconditional, scale)
 
     def project_text(self, conditioning: Conditioning) -> Conditioning:
         """Precomputes the projections of the text, which saves time if `predict` is called several times.
@@ -253,7 +264,8 @@ class Backbone(nn.Module):
         self.merge_lora()
         if name in (lora.name for lora in self._merged):
             raise ValueError(f"the backbone already has a LoRA '{name}'; choose a name not in {self.lora_names}")
-        parameters = inject_lora(self.denoiser, config, name)
+        targets = self.default_targets if config.targets is None else config.targets
+        parameters = inject_lora(self.denoiser, config.model_copy(update={"targets": targets}), name)
         self._active = (name, config)
         return parameters
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from longalign.functional.solvers import ddim as ddim
     from longalign.functional.solvers import dpmpp_2m as dpmpp_2m
     from longalign.functional.solvers import lcm as lcm
+    from longalign.functional.solvers import sampling_timesteps as sampling_timesteps
     from longalign.functional.solvers import trailing_timesteps as trailing_timesteps
 
 __all__, __getattr__, __dir__ = lazy_exports(
@@ -61,6 +62,7 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "reweight": "preference",
         "rollout": "rollout_gradient",
         "sample_timesteps": "diffusion",
+        "sampling_timesteps": "solvers",
         "strict_relevance": "preference",
         "trailing_timesteps": "solvers",
         "training_target": "diffusion",

@@ -44,6 +44,19 @@ def trailing_timesteps(num_steps: int, num_timesteps: int = 1000) -> tuple[int, 
     return tuple(round(num_timesteps - i * num_timesteps / num_steps) - 1 for i in range(num_steps))
 
 
+def sampling_timesteps(solver: str, levels: NoiseLevels, num_steps: int) -> tuple[int, ...]:
+    """Returns the sampling timesteps of a solver, as indices into the noise levels.
+
+    They are `trailing_timesteps`, or those of the levels' own schedule of ``num_steps`` steps, if there is one. A model
+    sampled with ``"lcm"`` is distilled at trailing timesteps, so these are used.
+    """
+    trailing = trailing_timesteps(num_steps, len(levels))
+    if solver == "lcm" or len(levels.noise) == len(levels):
+        return trailing
+    first = len(levels) + num_steps * (num_steps - 1) // 2
+    return tuple(range(first, first + num_steps))
+
+
 @dataclass(frozen=True)
 class Solver:
     """Coefficients of a sampler with linear steps, from pure noise to a clean latent.

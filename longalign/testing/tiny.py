@@ -206,13 +206,13 @@ def tiny_clip_text(folder: Path, layout: str = "diffusers", positions: int = 77,
     }  # fmt: skip
     torch.manual_seed(0)
     if diffusers:
-        _noisy(CLIPTextModel(CLIPTextConfig(**text))).save_pretrained(folder / "text_encoder")
+        noisy(CLIPTextModel(CLIPTextConfig(**text))).save_pretrained(folder / "text_encoder")
     else:
         vision = {
             "hidden_size": width, "intermediate_size": width, "num_hidden_layers": 1, "num_attention_heads": 2,
             "image_size": 16, "patch_size": 8,
         }  # fmt: skip
-        _noisy(CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))).save_pretrained(folder)
+        noisy(CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))).save_pretrained(folder)
     return folder
 
 
@@ -229,7 +229,7 @@ def tiny_t5(folder: Path, width: int = 16) -> Path:
         num_heads=2, feed_forward_proj="relu", dropout_rate=0.5,
     )  # fmt: skip
     torch.manual_seed(0)
-    _noisy(T5EncoderModel(config)).save_pretrained(folder)
+    noisy(T5EncoderModel(config)).save_pretrained(folder)
     return folder
 
 
@@ -266,7 +266,7 @@ def _clip_vocabulary(folder: Path) -> int:
     return len(AutoTokenizer.from_pretrained(folder))
 
 
-def _noisy(model: torch.nn.Module):
+def noisy(model: torch.nn.Module):
     """Enlarges the weights so that states differ clearly between tokens and positions."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -403,7 +403,7 @@ def tiny_sdxl(folder: Path) -> Path:
     )  # fmt: skip
     shutil.copytree(clip / "tokenizer", folder / "tokenizer")
     StableDiffusionXLPipeline(
-        vae, CLIPTextModel.from_pretrained(clip / "text_encoder"), _noisy(CLIPTextModelWithProjection(text)), first,
+        vae, CLIPTextModel.from_pretrained(clip / "text_encoder"), noisy(CLIPTextModelWithProjection(text)), first,
         second, unet, scheduler, add_watermarker=False,
     ).save_pretrained(folder)  # fmt: skip
     return folder
@@ -449,7 +449,7 @@ def tiny_sd3(folder: Path, **transformer_settings) -> Path:
         shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False, force_upcast=True,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
     )  # fmt: skip
-    models = [_noisy(CLIPTextModelWithProjection(text)) for text in texts]
+    models = [noisy(CLIPTextModelWithProjection(text)) for text in texts]
     StableDiffusion3Pipeline(
         transformer.half(), FlowMatchEulerDiscreteScheduler(shift=3.0), vae.half(), models[0].half(), first,
         models[1].half(), second, T5EncoderModel.from_pretrained(t5).half(), AutoTokenizer.from_pretrained(t5),
@@ -552,7 +552,7 @@ def tiny_vlm(folder: Path, seed: int = 0) -> Path:
             image_token_index=VLM_WORDS.index("<image>"),
         )
     )
-    _noisy(model).save_pretrained(folder)
+    noisy(model).save_pretrained(folder)
     size = {"height": 32, "width": 32}
     LlavaProcessor(
         CLIPImageProcessor(size=size, crop_size=size, do_resize=True), tokenizer, patch_size=16,
@@ -609,7 +609,7 @@ def tiny_qwen2_vl(folder: Path) -> Path:
             vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
         )
     )  # fmt: skip
-    _noisy(model).save_pretrained(folder)
+    noisy(model).save_pretrained(folder)
     size = {"shortest_edge": 56 * 56, "longest_edge": 84 * 84}
     Qwen2VLProcessor(
         Qwen2VLImageProcessor(size=size), tokenizer, Qwen2VLVideoProcessor(size=size),

@@ -63,6 +63,6 @@ def make_predictions(
 
     def predict_with_guidance(latents: Tensor, timesteps: Tensor) -> Tensor:
         branches = text(latents, is_guided=True)
-        return predict_guided(lambda x, t: denoise(x, t, branches), latents, timesteps, scale)
+        return predict_guided(lambda x, t: denoise(x, t, branches), latents, timesteps, scale, backbone.guide)
 
     return [predict_with_guidance if is_guided else predict for is_guided in guided]

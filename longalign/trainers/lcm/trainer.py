@@ -148,7 +148,9 @@ class LCMTrainer(DiffusionTrainer):
         """
         with evaluating(self.backbone.denoiser):
             rows = torch.arange(len(noisy), device=noisy.device)
-            output = guided_prediction(self.backbone.predict_reference, noisy, start, conditioning, rows, guidance)
+            output = guided_prediction(
+                self.backbone.predict_reference, noisy, start, conditioning, rows, guidance, self.backbone.guide
+            )
             earlier = self.solve(start, noisy, output.float())
             end = (start - self.skip).clamp(min=0)
             return self.consistency(end, earlier, self.predict_target(earlier, end, conditioning[: len(noisy)]).float())

@@ -17,7 +17,7 @@ from longalign.encoders.base import Conditioning, Encoder
 from longalign.functional.diffusion import add_noise, check_guidance_interval, guided_steps
 from longalign.functional.graph_budget import GraphBudget
 from longalign.functional.rollout_gradient import Predict, RecordedStep, replay, replay_backward, rollout
-from longalign.functional.solvers import Solver, ddim, dpmpp_2m, lcm, trailing_timesteps
+from longalign.functional.solvers import Solver, ddim, dpmpp_2m, lcm, sampling_timesteps
 from longalign.gradient_steps.base import GradientSteps, GradientStepSelector
 from longalign.rewards.base import Scores
 from longalign.runtime import Runtime
@@ -110,7 +110,8 @@ class RewardTrainer(DiffusionTrainer):
         self.rewards = RewardList(rewards)
         self.gradient_steps = gradient_steps
         self.guidance, self.guidance_interval = guidance, guidance_interval
-        self._make_solver, self._num_steps = {"ddim": ddim, "dpm++": dpmpp_2m, "lcm": lcm}[solver], num_steps
+        self._make_solver = {"ddim": ddim, "dpm++": dpmpp_2m, "lcm": lcm}[solver]
+        self._timesteps = partial(sampling_timesteps, solver, num_steps=num_steps)
         self.shapes = [backbone.latent_shape(*size) for size in sizes or [(None, None)]]
         for shape in reversed(self.shapes):
             self.use_shape(shape)
@@ -162,7 +163,7 @@ class RewardTrainer(DiffusionTrainer):
         self.solve: Callable[[Sequence[int]], Solver] = partial(
             self._make_solver, self.levels, prediction=self.backbone.prediction
         )
-        self.solver = self.solve(trailing_timesteps(self._num_steps, len(self.levels)))
+        self.solver = self.solve(self._timesteps(self.levels))
 
     def step(self, batch: Mapping[str, Any], backward: Backward) -> dict[str, Tensor]:
         prompts = batch["prompt"]

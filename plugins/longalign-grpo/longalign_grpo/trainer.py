@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from longalign.backbones import Backbone
 from longalign.encoders import Conditioning, Encoder
-from longalign.functional import ddim, rollout, trailing_timesteps
+from longalign.functional import ddim, rollout, sampling_timesteps
 from longalign.runtime import Runtime
 from longalign.trainers import DiffusionTrainer, RewardList, make_predictions, train_denoiser
 from torch import Tensor
@@ -71,7 +71,7 @@ class GRPOTrainer(DiffusionTrainer):
         self.rewards = RewardList(rewards)
         self.shape = backbone.latent_shape(resolution, resolution)
         levels = backbone.levels_at(self.shape)
-        self.solver = ddim(levels, trailing_timesteps(num_steps, len(levels)), backbone.prediction, eta)
+        self.solver = ddim(levels, sampling_timesteps("ddim", levels, num_steps), backbone.prediction, eta)
         self.guidance, self.group_size, self.train_steps, self.updates = guidance, group_size, train_steps, updates
         self.clip_range, self.advantage_clip, self.kl_weight = clip_range, advantage_clip, kl_weight
         self.denoise_batch = denoise_batch
