@@ -116,7 +116,6 @@ def backbone(setting: Setting) -> Any:
 
 def encoder(setting: Setting) -> Any:
     """An encoder that reads a cache: states of the text models' sizes, and the adapter on T5's states."""
-    from longalign.encoders.adapter import adapt
     from longalign.encoders.base import Conditioning, Encoder
     from longalign.encoders.concat import join
 
@@ -133,7 +132,7 @@ def encoder(setting: Setting) -> Any:
             )
             if self.adapter is None:
                 return Conditioning(states, pooled=second[:, 0])
-            return join([Conditioning(states), adapt(self.adapter, Conditioning(second))])
+            return join([Conditioning(states), self.adapter.adapt(Conditioning(second))])
 
     return Cached()
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from longalign.runtime import resolve_checkpoint
 
+__all__ = ["checkpoint_problem", "find_checkpoint_file"]
+
 CHECKPOINT = "longalign.safetensors"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 #: message if a longalign checkpoint was expected
@@ -46,6 +48,30 @@ def local_file(checkpoint: str, file: str, revision: str | None = None) -> Path 
     return snapshot / file if snapshot is not None and (snapshot / file).is_file() else None
 
 
+def find_checkpoint_file(checkpoint: str, file: str, revision: str | None = None) -> Path | None:
+    """Returns the path of a file of a local folder or Hub repository, downloaded if needed; None if there is none.
+
+    Raises:
+        ValueError: if the repository cannot be reached.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    checkpoint = resolve_checkpoint(checkpoint)
+    if Path(checkpoint).exists():
+        path = Path(checkpoint) / file
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(checkpoint, file, revision=revision))
+    except EntryNotFoundError:
+        return None
+    except Exception as error:
+        raise ValueError(
+            f"'{checkpoint}' is not a local folder and could not be loaded from the Hub: "
+            f"{download_problem(error, file)}; check the Hub id, or pass a local folder"
+        ) from error
+
+
 def read_json(checkpoint: str, file: str, revision: str | None = None) -> dict[str, Any]:
     """Reads a JSON file of a local, bundled or cached checkpoint; empty if it is missing or unreadable."""
     try:
@@ -79,7 +105,7 @@ def checkpoint_problem(checkpoint: str, files: list[str], revision: str | None =
         local_file(checkpoint, file, revision) for file in files
     ):
         return ""
-    return f"'{checkpoint}' does not hold {' or '.join(files)}"
+    return f"'{checkpoint}' does not contain {' or '.join(files)}"
 
 
 def is_base_model(checkpoint: str) -> bool:
@@ -121,7 +147,7 @@ def download_problem(error: BaseException, file: str = "") -> str:
     if caused("LocalEntryNotFoundError") or any(isinstance(e, (ConnectionError, TimeoutError)) for e in chain):
         return "it is not on this machine, and the Hub cannot be reached"
     if caused("EntryNotFoundError"):
-        return f"it does not hold {file or 'the files that are needed'}"
+        return f"it does not contain {file or 'the files that are needed'}"
     return str(error)
 
 

@@ -290,6 +290,14 @@ def has_key(tree, steps):
     return True
 
 
+def test_navigation_lists_all_pages():
+    pages = [*(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")]
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for page in pages:
+        name = page.relative_to(ROOT).as_posix().removeprefix("docs/")
+        assert re.search(rf": {re.escape(name)}$", navigation, re.MULTILINE), f"add {name} to nav in mkdocs.yml"
+
+
 # Named objects
 
 
@@ -434,7 +442,10 @@ def text_to_image_pipelines():
 def pipelines():
     """A row for each text-to-image pipeline: the arguments that `condition` fills, and where a width comes from."""
     run = set(re.findall(r"\b\w+Pipeline(?=\")", (ROOT / "tests/inference/test_pipeline_inputs.py").read_text("utf-8")))
-    lines = [f"From the classes of diffusers {diffusers.__version__}:\n", "| pipeline | states | mask | pooled | run |"]
+    lines = [
+        f"From the classes of diffusers {diffusers.__version__}:\n",
+        "| pipeline | states | mask | pooled | tested |",
+    ]
     lines += ["|---|---|---|---|---|"]
     for name, cls in text_to_image_pipelines():
         inputs, parts = prompt_inputs(cls), inspect.signature(cls.__init__).parameters

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,7 +89,10 @@ class Backbone(nn.Module):
         return self.noise_levels
 
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Samples scaled latents of images ``(b, 3, h, w)`` in [0, 1] from the VAE's posterior, without gradient."""
+        """Samples scaled latents ``(b, c, h', w')`` of images ``(b, 3, h, w)`` in [0, 1] from the VAE's posterior.
+
+        The latents have no gradient. A ``generator`` makes the sample reproducible.
+        """
         return self.sample_latents(self.posterior(images), generator)
 
     def posterior(self, images: Tensor) -> Tensor:
@@ -107,17 +111,33 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """Returns the denoiser's prediction ``(b, c, h, w)`` at ``timesteps`` ``(b,)``, which index `levels_at`."""
+        """Returns the denoiser's prediction ``(b, c, h, w)``, of the backbone's prediction type.
+
+        Args:
+            latents: ``(b, c, h, w)`` noisy latents.
+            timesteps: ``(b,)`` integer timesteps, indices of the noise levels from `levels_at`.
+            conditioning: conditioning of the b prompts.
+        """
+        return conditioning.predict(self._counted_call, latents, timesteps)
+
+    def predict_with(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """Returns the prediction like `predict`, but of ``denoiser``, which has the interface of the backbone's own."""
+        return conditioning.predict(partial(self.call, denoiser), latents, timesteps)
+
+    def _counted_call(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         if self._flops is not None:
             self._flops.add(latents, conditioning)
-        call = self._graphed or self._predict
+        call = self._graphed or self._ungraphed_call
         return call(latents, timesteps, conditioning)
 
-    def _predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    def _ungraphed_call(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         return self.call(self._call[0], latents, timesteps, conditioning)
 
     def call(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """Calls ``denoiser`` with the model-specific arguments; implemented by subclasses."""
+        """Calls ``denoiser`` with the model-specific arguments; implemented by subclasses.
+
+        Called for each prediction by `Conditioning.predict`; ``conditioning`` depends on no timestep.
+        """
         raise NotImplementedError
 
     def guide(self, conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
@@ -128,10 +148,10 @@ class Backbone(nn.Module):
         return guide(conditional, unconditional, scale)
 
     def project_text(self, conditioning: Conditioning) -> Conditioning:
-        """Returns a conditioning with which calls of `predict` need not process the text again.
+        """Precomputes the projections of the text, which saves time if `predict` is called several times.
 
-        It is valid while the weights and the training mode do not change, and with gradient for one backward pass. By
-        default it is the conditioning itself.
+        The result is valid while the weights and the training mode do not change, and with gradient for one backward
+        pass. By default, the conditioning is returned unchanged.
         """
         return conditioning
 
@@ -139,8 +159,8 @@ class Backbone(nn.Module):
     def merged_lora(self) -> Iterator[None]:
         """Context manager: calls without gradient and active dropout use weights that contain the active LoRA.
 
-        They save the LoRA's share of the time, for a copy of the weights of all its layers. The weights must not change
-        inside. Does nothing if the weights are sharded.
+        This saves the time of the LoRA branch, and needs memory for a copy of the weights of all LoRA layers. The
+        weights must not change within the context. Does nothing if the weights are sharded.
         """
         if self._active is None or is_sharded(self.denoiser):
             yield
@@ -187,7 +207,7 @@ class Backbone(nn.Module):
                 "false"
             )
         self._merge_buffers = {}
-        self._graphed = GraphedCall(self._predict, lambda: (self.denoiser.training, self._is_merged))
+        self._graphed = GraphedCall(self._ungraphed_call, lambda: (self.denoiser.training, self._is_merged))
 
     def compile_blocks(self, compile: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """Compiles the forward pass of each transformer and residual block, instead of the denoiser.
@@ -206,8 +226,8 @@ class Backbone(nn.Module):
         self._compiled = [block for block in named(self.denoiser) if named(block) == [block]]
         if not self._compiled:
             raise ValueError(
-                f"{type(self.denoiser).__name__} has no blocks that are known to be compiled separately; set "
-                "loop.compile to true or false"
+                f"loop.compile 'regional' compiles the blocks in _no_split_modules, but {type(self.denoiser).__name__} "
+                "has none of them; set loop.compile to true or false"
             )
         for block in self._compiled:
             block.forward = compile(block.forward)
@@ -309,7 +329,11 @@ class Backbone(nn.Module):
         return state
 
     def load_full(self, state: Mapping[str, Tensor]) -> None:
-        """Replaces all weights of the denoiser. Checkpoints saved afterward contain the new weights."""
+        """Replaces all weights of the denoiser by a full state dict. Checkpoints saved later contain all weights.
+
+        Raises:
+            ValueError: if the backbone has LoRAs, or names or shapes of the weights do not match.
+        """
         self._require_no_lora()
         check_same_names("the denoiser", self.denoiser.state_dict(), state)
         self.denoiser.float().load_state_dict(dict(state))
@@ -334,9 +358,9 @@ class Backbone(nn.Module):
         """Returns the reference model's prediction without gradient; otherwise like `predict`."""
         if self._active is not None:
             with without_lora(self.denoiser, self._active[0]):
-                return self.call(self.denoiser, latents, timesteps, conditioning)
+                return self.predict_with(self.denoiser, latents, timesteps, conditioning)
         if not self._reference:
             raise ValueError(
                 "expected a reference model, but none was kept; call keep_reference_model before train_all"
             )
-        return self.call(self._reference[0], latents, timesteps, conditioning)
+        return self.predict_with(self._reference[0], latents, timesteps, conditioning)

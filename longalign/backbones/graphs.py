@@ -48,10 +48,10 @@ class GraphedCall:
         self._graphs: dict[Any, tuple[list[Tensor], Callable[[], None], Tensor] | None] = {}
 
     def __call__(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """Returns the output of the call, in a tensor of its own."""
+        """Returns the output of the call, in a tensor of its own. The conditioning must not depend on the timestep."""
         if torch.is_grad_enabled():
             return self.call(latents, timesteps, conditioning)
-        conditioning = replace(conditioning.at(timesteps), reports=())
+        conditioning = replace(conditioning, reports=())
         values = {field.name: getattr(conditioning, field.name) for field in fields(conditioning)}
         inputs, structure = tree_flatten((latents, timesteps, values))
         tensors = [value for value in inputs if isinstance(value, Tensor)]

@@ -12,9 +12,12 @@ from longalign.encoders.base import Conditioning
 class Adapter(nn.Module):
     """Maps the states of a frozen text model to the width of a denoiser.
 
-    An encoder with an adapter can be cached if its config sets `EncoderConfig.adapter_key`.
+    An encoder with an adapter can be cached if its config sets `EncoderConfig.adapter_key`. An adapter that maps each
+    state separately implements ``forward``; others override `adapt`.
     """
 
+    #: width of the states of the text model
+    in_dim: int
     #: width of the mapped states
     out_dim: int
 
@@ -22,8 +25,11 @@ class Adapter(nn.Module):
         """Maps states ``(b, n, d)`` to ``(b, n, out_dim)``, each position separately."""
         raise NotImplementedError
 
+    def adapt(self, conditioning: Conditioning) -> Conditioning:
+        """Applies the adapter to a text model's conditioning. Masked states of the result are zero.
 
-def adapt(adapter: Adapter, conditioning: Conditioning) -> Conditioning:
-    """Applies an adapter to a language model's conditioning. Masked states of the result are zero."""
-    states = adapter(conditioning.states.to(next(adapter.parameters()).dtype))
-    return replace(conditioning, states=states if conditioning.mask is None else states * conditioning.mask[..., None])
+        The result may depend on the timestep; see `Conditioning.at`.
+        """
+        states = self(conditioning.states.to(next(self.parameters()).dtype))
+        masked = states if conditioning.mask is None else states * conditioning.mask[..., None]
+        return replace(conditioning, states=masked)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from longalign.segmenters import Prompt
 from longalign.tokens import Tokenized
@@ -34,6 +36,9 @@ class PromptReport:
 class Conditioning:
     """Text conditioning passed to the denoiser.
 
+    A subclass may depend on the timestep (`at`), or combine several predictions of the denoiser (`predict`). Its other
+    fields may hold tensors of b rows, conditionings, and tuples and dicts of both.
+
     Attributes:
         states: ``(b, n, d)`` hidden states for cross-attention.
         mask: ``(b, n)`` bool, True for states that are attended to. If None, all states are attended to.
@@ -50,28 +55,49 @@ class Conditioning:
         """Returns the conditioning at timesteps ``(b,)``. Override it if the conditioning depends on the timestep."""
         return self
 
+    def predict(self, call: Call, latents: Tensor, timesteps: Tensor) -> Tensor:
+        """Returns the denoiser's prediction ``(b, c, h, w)``: one call with the conditioning at the timesteps.
+
+        Override it to combine several predictions for each prompt, in one call with more rows. Trainers and samplers
+        treat the result as the output of the denoiser, with gradient.
+
+        Args:
+            call: maps latents ``(n, c, h, w)``, timesteps ``(n,)`` and a conditioning of n rows, which depends on no
+                timestep, to the denoiser's prediction ``(n, c, h, w)``.
+            latents: ``(b, c, h, w)`` noisy latents.
+            timesteps: ``(b,)`` timesteps.
+        """
+        return call(latents, timesteps, self.at(timesteps))
+
+    @property
+    def is_static(self) -> bool:
+        """Whether each prediction is one call of the denoiser with these states."""
+        return type(self).at is Conditioning.at and type(self).predict is Conditioning.predict
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
+        """Returns a conditioning with ``function`` applied to all tensors, also in tuples, dicts and conditionings."""
+
+        def apply(value: Any) -> Any:
+            if isinstance(value, Conditioning):
+                return value.map(function)
+            return function(value) if isinstance(value, Tensor) else value
+
+        return replace(self, **{entry.name: tree_map(apply, getattr(self, entry.name)) for entry in fields(self)})
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
         """Moves and casts the tensors; the mask keeps its dtype."""
-        return replace(
-            self,
-            states=self.states.to(device=device, dtype=dtype),
-            mask=None if self.mask is None else self.mask.to(device=device),
-            pooled=None if self.pooled is None else self.pooled.to(device=device, dtype=dtype),
-        )
+        return self.map(lambda x: x.to(device=device, dtype=dtype if x.is_floating_point() else None))
 
     def __getitem__(self, index: slice | Tensor) -> Conditioning:
         """Selects prompts by a slice, an index tensor or a bool tensor ``(b,)``."""
         rows: Sequence[int] = ()
         if self.reports:
             rows = torch.arange(len(self.reports))[index.cpu() if isinstance(index, Tensor) else index].tolist()
-        return replace(
-            self,
-            states=self.states[index],
-            mask=None if self.mask is None else self.mask[index],
-            pooled=None if self.pooled is None else self.pooled[index],
-            reports=tuple(self.reports[i] for i in rows),
-        )
+        return replace(self.map(lambda x: x[index]), reports=tuple(self.reports[i] for i in rows))
 
+
+#: ``(latents, timesteps, conditioning) -> prediction``, see `Conditioning.predict`
+Call = Callable[[Tensor, Tensor, Conditioning], Tensor]
 
 GROW_ADVICE = "raise {}, or set overflow to 'grow'"
 """Advice for `raise_or_warn_truncated` if ``overflow`` can be ``"grow"``; ``{}`` is the config key of the length."""

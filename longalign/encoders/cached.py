@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from longalign.caching.store import Store, key_of
-from longalign.encoders.adapter import Adapter, adapt
+from longalign.encoders.adapter import Adapter
 from longalign.encoders.base import Conditioning, Encoder, PromptReport
 from longalign.encoders.config import EncoderConfig
 from longalign.runtime import Runtime
@@ -75,7 +75,7 @@ class CachedEncoder(Encoder):
             self.to_device
         )
         adapter = getattr(self, self.key)
-        return conditioning if adapter is None else adapt(adapter, conditioning)
+        return conditioning if adapter is None else adapter.adapt(conditioning)
 
     def report(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
         raise ValueError(
@@ -114,11 +114,14 @@ def entries(encoder: Encoder, prompts: Sequence[str], length: int | None) -> lis
         - ``pooled`` ``(p,)``: pooled embedding; only if the encoder returns one.
 
     Raises:
-        ValueError: if the states of a prompt depend on the timestep or on other prompts in the batch.
+        ValueError: if the conditioning is not static, or depends on other prompts in the batch.
     """
     conditioning = encoder.encode(prompts)
-    if type(conditioning).at is not Conditioning.at:
-        raise ValueError("conditioning that depends on the timestep cannot be cached; set cache.prompts to false")
+    if not conditioning.is_static:
+        raise ValueError(
+            "conditioning that depends on the timestep or combines several predictions cannot be cached; set "
+            "cache.prompts to false"
+        )
     rows = []
     for i in range(len(prompts)):
         states = conditioning.states[i]

@@ -75,26 +75,37 @@ def join(parts: Sequence[Conditioning]) -> Conditioning:
     pooled = [part.pooled for part in parts if part.pooled is not None]
     if len(pooled) > 1:
         raise ValueError(f"expected at most one encoder with a pooled embedding, got {len(pooled)}; remove the others")
+    reports = ()
+    if all(part.reports for part in parts):
+        prompt_reports = zip(*(part.reports for part in parts), strict=True)
+        reports = tuple(map(merge_reports, prompt_reports))
+    if not all(part.is_static for part in parts):
+        return _join_dynamic(parts, reports)
     mask = None
     if any(part.mask is not None for part in parts):
         masks = [
             torch.ones_like(part.states[..., 0], dtype=torch.bool) if part.mask is None else part.mask for part in parts
         ]
         mask = torch.cat(masks, dim=1)
-    reports = ()
-    if all(part.reports for part in parts):
-        prompt_reports = zip(*(part.reports for part in parts), strict=True)
-        reports = tuple(map(merge_reports, prompt_reports))
     states = torch.cat([part.states for part in parts], dim=1)
-    joined = Conditioning(states, mask, pooled[0] if pooled else None, reports)
-    if any(type(part).at is not Conditioning.at for part in parts):
-        return JoinedConditioning(joined.states, joined.mask, joined.pooled, joined.reports, tuple(parts))
-    return joined
+    return Conditioning(states, mask, pooled[0] if pooled else None, reports)
+
+
+def _join_dynamic(parts: Sequence[Conditioning], reports: tuple[PromptReport, ...]) -> JoinedConditioning:
+    if any(type(part).predict is not Conditioning.predict for part in parts):
+        raise ValueError(
+            "an encoder whose conditioning combines several predictions cannot be concatenated with others; make the "
+            "concatenation its inner encoder"
+        )
+    unreported = tuple(replace(part, reports=()) for part in parts)
+    return JoinedConditioning(parts[0].states[:, :0], reports=reports, parts=unreported)
 
 
 @dataclass(frozen=True)
 class JoinedConditioning(Conditioning):
     """Concatenated conditioning of which at least one part depends on the timestep.
+
+    Its own ``states`` are empty, since those of the parts have their final width at a timestep only.
 
     Attributes:
         parts: the concatenated conditionings.
@@ -103,10 +114,4 @@ class JoinedConditioning(Conditioning):
     parts: tuple[Conditioning, ...] = ()
 
     def at(self, timestep: Tensor) -> Conditioning:
-        return join([c.at(timestep) for c in self.parts])
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
-        return replace(super().to(device, dtype), parts=tuple(c.to(device, dtype) for c in self.parts))
-
-    def __getitem__(self, index: slice | Tensor) -> Conditioning:
-        return replace(super().__getitem__(index), parts=tuple(c[index] for c in self.parts))
+        return replace(join([part.at(timestep) for part in self.parts]), reports=self.reports)

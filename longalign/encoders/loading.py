@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from longalign.checkpoints.weights import load_pretrained
 from longalign.config.files import join_subfolder
 from longalign.encoders.config import CheckpointConfig
-from longalign.hub import download_problem
+from longalign.hub import find_checkpoint_file
 from longalign.runtime import Runtime, resolve_checkpoint
 
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
-
-
-def find_checkpoint_file(checkpoint: str, file: str, revision: str | None = None) -> Path | None:
-    """Returns the path of a file of a local folder or Hub repository, downloaded if needed; None if there is none."""
-    if Path(checkpoint).exists():
-        path = Path(checkpoint) / file
-        return path if path.is_file() else None
-    try:
-        return Path(hf_hub_download(checkpoint, file, revision=revision))
-    except EntryNotFoundError:
-        return None
-    except Exception as error:
-        raise ValueError(
-            f"'{checkpoint}' is not a local folder and could not be loaded from the Hub: "
-            f"{download_problem(error, file)}; check the Hub id, or pass a local folder"
-        ) from error
 
 
 def subfolders(checkpoint: str, subfolder: str | None, revision: str | None) -> tuple[str, str]:

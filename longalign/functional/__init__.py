@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from longalign.functional.rollout_gradient import RecordedStep as RecordedStep
     from longalign.functional.rollout_gradient import replay as replay
     from longalign.functional.rollout_gradient import replay_backward as replay_backward
+    from longalign.functional.rollout_gradient import rollout as rollout
     from longalign.functional.solvers import Solver as Solver
     from longalign.functional.solvers import ddim as ddim
     from longalign.functional.solvers import dpmpp_2m as dpmpp_2m
@@ -59,6 +60,7 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "replay_backward": "rollout_gradient",
         "resize_to_input": "images",
         "reweight": "preference",
+        "rollout": "rollout_gradient",
         "sample_timesteps": "diffusion",
         "sampling_timesteps": "solvers",
         "strict_relevance": "preference",

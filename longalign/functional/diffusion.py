@@ -86,6 +86,13 @@ def training_target(prediction: str, levels: NoiseLevels, latents: Tensor, noise
 
     The target is the noise, the velocity (v-prediction, arXiv 2202.00512, eq. 11), or the flow-matching velocity
     ``noise - latents``.
+
+    Args:
+        prediction: prediction type: ``"epsilon"``, ``"v_prediction"`` or ``"flow"``.
+        levels: noise levels of the model.
+        latents: ``(b, ...)`` clean latents.
+        noise: noise of the same shape.
+        timesteps: ``(b,)`` training timesteps.
     """
     if prediction == "epsilon":
         return noise
@@ -124,7 +131,13 @@ def check_prediction(prediction: str) -> None:
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
-    """Applies classifier-free guidance (arXiv 2207.12598, eq. 6, w = scale - 1); ``scale`` may differ per item."""
+    """Applies classifier-free guidance (arXiv 2207.12598, eq. 6, w = scale - 1).
+
+    Args:
+        conditional: ``(b, ...)`` predictions for the prompts.
+        unconditional: predictions of the same shape for the empty or negative prompt.
+        scale: guidance scale; 1 returns ``conditional``. A tensor that broadcasts to ``(b, ...)`` sets it per item.
+    """
     return unconditional + scale * (conditional - unconditional)
 
 

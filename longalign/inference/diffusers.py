@@ -167,8 +167,11 @@ def _check_pooled(name: str, inputs: PromptInputs, pooled: Tensor | None) -> Non
 
 def _check_states(name: str, wanted: StatesInput, conditioning: Conditioning) -> None:
     """Raises or warns about states that the pipeline does not support."""
-    if type(conditioning).at is not Conditioning.at:
-        raise ValueError(f"{name} does not support conditioning that depends on the timestep; use `longalign generate`")
+    if not conditioning.is_static:
+        raise ValueError(
+            f"{name} does not support conditioning that depends on the timestep or combines several predictions; use "
+            "`longalign generate`"
+        )
     if wanted.width not in (None, conditioning.states.shape[-1]):
         raise ValueError(
             f"{name} expects text states of width {wanted.width} in '{wanted.states}', got "
@@ -176,7 +179,7 @@ def _check_states(name: str, wanted: StatesInput, conditioning: Conditioning) ->
         )
     if wanted.length is not None and conditioning.states.shape[1] > wanted.length:
         raise ValueError(
-            f"{name} takes {wanted.length} text states in '{wanted.states}', got {conditioning.states.shape[1]} from "
+            f"{name} expects {wanted.length} text states in '{wanted.states}', got {conditioning.states.shape[1]} from "
             "the encoder; shorten the prompt, or set the encoder's max_tokens"
         )
     padded = conditioning.mask is not None and not bool(conditioning.mask.all())

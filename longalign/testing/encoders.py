@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from longalign.encoders.base import Conditioning, TruncationWarning
 from longalign.encoders.config import EncoderConfig
@@ -30,7 +31,9 @@ def check_encoder(config: Any, *, runtime: Runtime = CPU) -> None:
 
     It checks the config, the shapes of states, mask and pooled embedding, and the reports. Prompts include the empty
     one, one of 1000 words and one with emoji. States must not depend on the batch or on training mode, and must have
-    equal lengths for classifier-free guidance. Trainable parameters must receive gradient.
+    equal lengths for classifier-free guidance. Trainable parameters must receive gradient. States are those that
+    `Conditioning.predict` passes to the denoiser; it may be called with several rows for a prompt, the first prompt's
+    first.
 
     Args:
         config: name, mapping or config of the encoder.
@@ -51,14 +54,15 @@ def check_encoder(config: Any, *, runtime: Runtime = CPU) -> None:
     def shapes_agree() -> None:
         out = encode(prompts)
         expect(isinstance(out, Conditioning), f"encode must return a Conditioning, got {type(out).__name__}")
+        out = _passed_to_denoiser(out, 4)
         b, n, d = out.states.shape
-        expect((b, d) == (4, encoder.dim), f"expected states (4, n, {encoder.dim}), got {(b, n, d)}")
+        expect(b >= 4 and d == encoder.dim, f"expected states (4, n, {encoder.dim}) or more rows, got {(b, n, d)}")
         expect(bool(out.states.isfinite().all()), "the states are not finite")
         if out.mask is not None:
-            expect(out.mask.shape == (4, n) and out.mask.dtype == torch.bool, "expected a bool mask (4, n)")
+            expect(out.mask.shape == (b, n) and out.mask.dtype == torch.bool, f"expected a bool mask {(b, n)}")
             expect(bool(out.mask.any(1).all()), "a prompt has no state to attend to")
         if out.pooled is not None:
-            expect(out.pooled.ndim == 2 and len(out.pooled) == 4, "expected a pooled embedding (4, p)")
+            expect(out.pooled.ndim == 2 and len(out.pooled) == b, f"expected a pooled embedding ({b}, p)")
         pooled = out.pooled is not None
         expect(checked.gives_pooled() in (None, pooled), "has_pooled does not fit the conditioning")
 
@@ -83,23 +87,25 @@ def check_encoder(config: Any, *, runtime: Runtime = CPU) -> None:
         expect(warned == truncated, f"truncated text: {truncated}, TruncationWarning: {warned}")
 
     def states_do_not_depend_on_the_batch() -> None:
-        alone, batch = encode([SHORT]), encode([SHORT, LONG])
-        length = min(alone.states.shape[1], batch.states.shape[1])
+        alone, batch = _passed_to_denoiser(encode([SHORT]), 1), _passed_to_denoiser(encode([SHORT, LONG]), 2)
+        length, rows = min(alone.states.shape[1], batch.states.shape[1]), len(alone.states)
         if alone.mask is not None:
-            length = int(alone.mask.sum())
-        expect_close("states alone and in a batch", batch.states[0, :length], alone.states[0, :length], 1e-3, 1e-4)
+            length = int(alone.mask.sum(1).min())
+        got, expected = batch.states[:rows, :length], alone.states[:, :length]
+        expect_close("states alone and in a batch", got, expected, 1e-3, 1e-4)
         if alone.pooled is not None and batch.pooled is not None:
-            expect_close("pooled embedding alone and in a batch", batch.pooled[:1], alone.pooled, 1e-3, 1e-4)
+            expect_close("pooled embedding alone and in a batch", batch.pooled[:rows], alone.pooled, 1e-3, 1e-4)
 
     def guidance_branches_have_equal_lengths() -> None:
         out = encode([SHORT, ""])
         expect(out[torch.tensor([1, 0])].states.shape == out.states.shape, "rows cannot be selected")
 
     def calls_repeat_in_training_mode() -> None:
-        first = encode(prompts).states
+        first = _passed_to_denoiser(encode(prompts), 4).states
         frozen = not any(p.requires_grad for p in encoder.parameters())
         try:
-            again = encoder.train() and encode(prompts).states
+            encoder.train()
+            again = _passed_to_denoiser(encode(prompts), 4).states
         finally:
             encoder.eval()
         if frozen:
@@ -108,7 +114,7 @@ def check_encoder(config: Any, *, runtime: Runtime = CPU) -> None:
     def only_adapters_have_gradient() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TruncationWarning)
-            states = encoder.encode(prompts).states
+            states = _passed_to_denoiser(encoder.encode(prompts), 4).states
         trainable = [p for p in encoder.parameters() if p.requires_grad]
         expect(states.requires_grad == bool(trainable), "states require grad exactly if a parameter is trainable")
         if trainable:
@@ -134,3 +140,21 @@ def check_encoder(config: Any, *, runtime: Runtime = CPU) -> None:
             invalid_input_is_an_error,
         ],
     )
+
+
+def _passed_to_denoiser(conditioning: Conditioning, count: int) -> Conditioning:
+    """Returns the conditioning that a denoiser gets for ``count`` prompts, at a middle timestep."""
+    calls: list[Conditioning] = []
+
+    def call(latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        rows = {len(latents), len(timesteps), len(conditioning.states)}
+        expect(len(rows) == 1, f"predict passes latents, timesteps and states of different numbers of rows: {rows}")
+        expect(conditioning.is_static, "predict passes a conditioning that depends on the timestep")
+        calls.append(conditioning)
+        return latents
+
+    latents = torch.zeros(count, 1, 1, 1, device=conditioning.states.device)
+    output = conditioning.predict(call, latents, torch.full((count,), 500, device=latents.device))
+    expect(output.shape == latents.shape, f"predict: expected {tuple(latents.shape)}, got {tuple(output.shape)}")
+    expect(len(calls) == 1, f"expected predict to call the denoiser once, with all rows, got {len(calls)} calls")
+    return calls[0]

@@ -19,7 +19,7 @@ from functools import cache, wraps
 from pathlib import Path
 
 import torch
-from safetensors.torch import load
+from safetensors.torch import load, save_file
 
 __all__ = [
     "tiny_adapter",
@@ -27,6 +27,7 @@ __all__ = [
     "tiny_clip_text",
     "tiny_flux",
     "tiny_hpsv2",
+    "tiny_hpsv3",
     "tiny_imagereward",
     "tiny_longclip_file",
     "tiny_pixart",
@@ -325,7 +326,13 @@ def tiny_unet(width: int = 8, channels: int = 4, size: int = 4, **settings):
 
 
 def tiny_backbone(prediction: str = "epsilon", width: int = 8, **vae_settings):
-    """Returns an `SDBackbone` with images of 8 px and latents of 4 by 4."""
+    """Returns a randomly initialized `SDBackbone` for images of 8 by 8 pixels and latents of 4 by 4.
+
+    Args:
+        prediction: prediction type, e.g. ``"epsilon"`` or ``"v_prediction"``.
+        width: width of the text states.
+        **vae_settings: further arguments of ``AutoencoderKL``.
+    """
     from diffusers import AutoencoderKL, DDIMScheduler
 
     from longalign.backbones.stable_diffusion.sd import SDBackbone
@@ -454,7 +461,7 @@ def tiny_sd3(folder: Path, **transformer_settings) -> Path:
 
 @once
 def tiny_flux(folder: Path, dynamic: bool = True, guidance: bool = True) -> Path:
-    """FLUX.1 in its Hub layout: CLIP 16 wide, T5 32 wide, VAE of factor 4 with 4 channels; for 32 px.
+    """Writes FLUX.1 in its Hub layout: CLIP 16 wide, T5 32 wide, VAE of factor 4 with 4 channels; for 32 px.
 
     ``dynamic`` makes noise levels depend on the image size and ``guidance`` adds a guidance embedding, as in FLUX.1-dev
     and unlike FLUX.1-schnell.
@@ -488,7 +495,7 @@ def tiny_flux(folder: Path, dynamic: bool = True, guidance: bool = True) -> Path
 
 @once
 def tiny_pixart(folder: Path, sigma: bool = False, size_conditions: bool = False) -> Path:
-    """PixArt-alpha, or PixArt-Sigma if ``sigma``, in its Hub layout: T5 32 wide, VAE of factor 4; for 32 px.
+    """Writes PixArt-alpha, or PixArt-Sigma if ``sigma``, in its Hub layout: T5 32 wide, VAE of factor 4; for 32 px.
 
     ``size_conditions`` adds the embeddings of image size and aspect ratio of PixArt-alpha for 1024 px.
     """
@@ -519,7 +526,7 @@ VLM_WORDS = ("<pad>", "<unk>", "<image>", "<s>", "</s>", "yes", "no", "1", "2", 
 
 @once
 def tiny_vlm(folder: Path, seed: int = 0) -> Path:
-    """Writes a LLaVA for 32 px in transformers layout, with processor and chat template. It depends on the image."""
+    """Writes a LLaVA for 32 px, with processor and chat template; its output depends on the image."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
         CLIPImageProcessor,
@@ -611,6 +618,32 @@ def tiny_qwen2_vl(folder: Path) -> Path:
         "{{ '<|vision_start|><|image_pad|><|vision_end|>' if part['type'] == 'image' else part['text'] }}"
         "{% endfor %}<|im_end|><|im_start|>",
     ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@once
+def tiny_hpsv3(folder: Path) -> Path:
+    """Writes ``HPSv3.safetensors`` with the published names and layers, and the files of its base model."""
+    from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
+
+    from longalign.rewards.hpsv3.config import REWARD_TOKEN, WEIGHTS
+    from longalign.rewards.hpsv3.weights import make_head
+
+    tiny_qwen2_vl(folder)
+    model = Qwen2VLForConditionalGeneration.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(1)
+    model.resize_token_embeddings(len(tokenizer) + 1, mean_resizing=False)
+    head = make_head(16)
+    with torch.no_grad():  # far from the kinks of its ReLUs, which rounding would cross
+        head[0].bias.copy_(torch.tensor([3.0, -3.0]).repeat(512))
+        head[3].bias.fill_(4.0)
+    state = {f"rm_head.{key}": value for key, value in head.state_dict().items()}
+    for key, value in model.state_dict().items():  # names before transformers 4.52
+        state[key.replace("model.visual.", "visual.").replace("model.language_model.", "model.")] = value.clone()
+    assert tokenizer.convert_tokens_to_ids(REWARD_TOKEN) in (None, tokenizer.unk_token_id)
+    save_file(state, folder / WEIGHTS)
+    (folder / "model.safetensors").unlink()
     return folder
 
 

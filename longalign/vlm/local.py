@@ -84,8 +84,8 @@ class LocalVLM(VLM):
         own = [ids - set().union(*(f for j, f in enumerate(found) if j != i)) for i, ids in enumerate(found)]
         if missing := [option for option, ids in zip(options, own, strict=True) if not ids]:
             raise ValueError(
-                f"expected options that start with different tokens, got {list(options)}: {missing[0]!r} does not; "
-                "use a different model"
+                f"expected options that start with different tokens, got {list(options)}: the model's tokenizer starts "
+                f"{missing[0]!r} with the same tokens as other options; use a different model"
             )
         return [sorted(ids) for ids in own]
 
@@ -178,6 +178,15 @@ def text_tokens(tokenizer: Any, text: str) -> list[int]:
     ids = tokenizer.encode(text, add_special_tokens=False)
     # SentencePiece vocabularies may encode the space before a word as a token
     return [i for i in ids if tokenizer.decode([i]).strip()] or ids[-1:]
+
+
+def escape_special_tokens(tokenizer: Any, text: str) -> str:
+    """Splits the names of special tokens in a text, so that they are read as text."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    for token in dict.fromkeys([*tokenizer.all_special_tokens, *added]):
+        if len(token) > 1:
+            text = text.replace(token, f"{token[0]} {token[1:]}")
+    return text
 
 
 def _spellings(option: str) -> list[str]:

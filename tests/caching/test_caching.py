@@ -20,7 +20,6 @@ from longalign.compose import build_from_config
 from longalign.config.changes import override
 from longalign.config.run import load_config, to_yaml
 from longalign.data.cached import CachedImages
-from longalign.encoders.adapter import adapt
 from longalign.encoders.base import Conditioning, Encoder, TruncationWarning
 from longalign.encoders.cached import CachedEncoder, entries, prompt_key
 from longalign.encoders.config import EncoderConfig
@@ -247,7 +246,7 @@ def test_cached_encoder_finds_plugin_adapter_under_any_key(config, models, tmp_p
 
         def encode(self, prompts):
             conditioning = self.inner.encode(prompts)
-            return conditioning if self.mapper is None else adapt(self.mapper, conditioning)
+            return conditioning if self.mapper is None else self.mapper.adapt(conditioning)
 
         def report(self, prompts):
             return self.inner.report(prompts)

@@ -32,8 +32,15 @@ class Constant(Encoder):
 
 
 class TimestepConditioning(Conditioning):
+    """Its states have twice their final width."""
+
     def at(self, timestep):
-        return replace(self, states=self.states + timestep[:, None, None])
+        return Conditioning(self.states[..., : self.states.shape[2] // 2] + timestep[:, None, None])
+
+
+class Doubled(Conditioning):
+    def predict(self, call, latents, timesteps):
+        return 2 * super().predict(call, latents, timesteps)
 
 
 def test_concat_joins_states_and_masks():
@@ -54,8 +61,18 @@ def test_concat_merges_reports():
     assert encoder.report(["ab"]) == [report]
 
 
+def moving_and_fixed():
+    class Wide(Constant):
+        def encode(self, prompts):
+            conditioning = super().encode(prompts)
+            return replace(conditioning, states=conditioning.states.repeat(1, 1, 2))
+
+    return ConcatEncoder([Constant(1, 1), Wide(2, 1, kind=TimestepConditioning)])
+
+
 def test_concat_supports_timestep_dependent_parts():
-    conditioning = ConcatEncoder([Constant(1, 1), Constant(2, 1, kind=TimestepConditioning)]).encode(["a", "b", "c"])
+    conditioning = moving_and_fixed().encode(["a", "b", "c"])
+    assert not conditioning.is_static
     assert conditioning.at(torch.tensor([0, 10, 20])).states[..., 0].tolist() == [[1, 2], [1, 12], [1, 22]]
     some = conditioning[torch.tensor([2])].to(dtype=torch.float64)
     later = some.at(torch.tensor([5]))
@@ -76,6 +93,8 @@ def test_concat_rejects_invalid_parts():
         ConcatEncoder([])
     with pytest.raises(ValueError, match=r"pooled embedding.*\b2\b"):
         ConcatEncoder([Constant(1, 1, pooled=1), Constant(1, 1, pooled=2)]).encode(["a"])
+    with pytest.raises(ValueError, match=r"several predictions.*inner encoder"):
+        ConcatEncoder([Constant(1, 1), Constant(1, 1, kind=Doubled)]).encode(["a"])
     with pytest.raises(ValueError, match=r"'a'.*\[prompt\]"):
         ConcatEncoder([Constant(1, 1)]).encode("a")
     with pytest.raises(ConfigError, match=r"parts\.1\.chekpoint: .*'checkpoint'"):

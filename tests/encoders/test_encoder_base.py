@@ -1,3 +1,5 @@
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
@@ -15,6 +17,20 @@ def test_conditioning_indexes_rows_and_casts():
         assert rows.reports == reports[1:]
     assert conditioning.to(dtype=torch.float16).states.dtype == torch.float16
     assert conditioning.at(torch.tensor([5])) is conditioning
+
+
+@dataclass(frozen=True)
+class Nested(Conditioning):
+    inner: tuple = ()
+
+
+def test_map_reaches_nested_tensors():
+    inner = Conditioning(torch.arange(6.0).view(3, 1, 2), mask=torch.ones(3, 1, dtype=torch.bool))
+    nested = Nested(torch.zeros(3, 1, 1), inner=(inner, {"key": torch.arange(3.0)}, "text"))
+    (rows, values, text), casted = nested[torch.tensor([2])].inner, nested.to(dtype=torch.float16).inner
+    assert rows.states.tolist() == [[[4, 5]]] and values["key"].tolist() == [2] and text == "text"
+    assert casted[0].states.dtype == casted[1]["key"].dtype == torch.float16 and casted[0].mask.dtype == torch.bool
+    assert nested.is_static
 
 
 def test_check_prompts_rejects_invalid_prompts():

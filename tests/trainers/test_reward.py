@@ -1,5 +1,8 @@
 """Reward fine-tuning: the exact gradient, its settings, and an increase of the reward."""
 
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +10,8 @@ from worlds import LORA, Squares, ToyEncoder, red
 
 from longalign.backbones.config import LoraConfig
 from longalign.directions import Direction
-from longalign.encoders.base import Conditioning, PromptReport
+from longalign.encoders.base import Conditioning, Encoder, PromptReport
+from longalign.encoders.concat import ConcatEncoder
 from longalign.errors import ConfigError
 from longalign.functional.diffusion import add_noise, guide
 from longalign.loop.batches import collate
@@ -21,6 +25,27 @@ from longalign.trainers.reward.trainer import RewardTrainer
 
 PROMPTS = {"prompt": ["ab", "cd", "e"]}
 NO_DROPOUT = LoraConfig(rank=2, dropout=0.0)
+
+
+class Moving(Encoder):
+    """States that a trainable layer maps when the timestep is known."""
+
+    dim = 8
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def encode(self, prompts):
+        return MovingConditioning(ToyEncoder(with_adapter=False).encode(prompts).states, layer=self.layer)
+
+
+@dataclass(frozen=True)
+class MovingConditioning(Conditioning):
+    layer: Any = None
+
+    def at(self, timestep):
+        return Conditioning(self.layer(self.states * timestep.view(-1, 1, 1) / 500))
 
 
 class Contrast(Reward):
@@ -43,11 +68,19 @@ class Letters(EmbeddingReward):
         return nn.functional.normalize(torch.tensor([[p.count(c) + 1.0 for c in "ade"] for p in prompts]), dim=-1)
 
 
-def build(lora=NO_DROPOUT, rewards=(red,), gradient_steps=None, prediction="epsilon", dtype=torch.float32, **keys):
+def build(
+    lora=NO_DROPOUT,
+    rewards=(red,),
+    gradient_steps=None,
+    prediction="epsilon",
+    dtype=torch.float32,
+    encoder=None,
+    **keys,
+):
     torch.manual_seed(0)
     keys = {"num_steps": 4, "guidance": 3.0, **keys}
     config = RewardConfig(lora=lora, gradient_steps="all", **keys)
-    parts = {"backbone": tiny_backbone(prediction), "encoder": ToyEncoder(), "rewards": list(rewards)}
+    parts = {"backbone": tiny_backbone(prediction), "encoder": encoder or ToyEncoder(), "rewards": list(rewards)}
     trainer = RewardTrainer.from_config(config, Runtime(), **parts)
     trainer.gradient_steps = gradient_steps or steps("last", k=2)
     with torch.no_grad():
@@ -126,6 +159,15 @@ def test_step_gradient_equals_autograd(double, lora, keys):
     assert torch.isclose(losses["reward_loss"], loss)
 
 
+def test_step_gradient_of_conditioning_at_timesteps_equals_autograd(double):
+    encoder = ConcatEncoder([ToyEncoder(dropout=0.0), Moving()])
+    trainer = build(encoder=encoder, train_adapter=True, dtype=double)
+    expected, _ = plain_gradient(trainer)
+    got, _ = gradient(trainer)
+    assert len(trainer.trainable()) == len(trainer.backbone.lora_state()[0].state) + 4  # both layers of the encoder
+    assert (got - expected).norm() / expected.norm() < 1e-6
+
+
 GRADIENT_STEPS = [
     {"name": "all", "detach": False},
     {"name": "last", "k": 2, "detach": False},
@@ -139,7 +181,9 @@ GRADIENT_STEPS = [
 ]
 
 
-@pytest.mark.parametrize(("solver", "replay"), [("ddim", "recompute"), ("dpm++", "recompute"), ("dpm++", "keep")])
+@pytest.mark.parametrize(
+    ("solver", "replay"), [("ddim", "recompute"), ("dpm++", "recompute"), ("dpm++", "keep"), ("ddim", 1e-9)]
+)
 @pytest.mark.parametrize("config", GRADIENT_STEPS, ids=str)
 def test_step_gradient_equals_autograd_for_each_gradient_steps(double, config, solver, replay):
     selector = gradient_steps.build(config)
@@ -212,15 +256,15 @@ def test_guidance_interval_without_steps():
         build(guidance_interval=(20, 30))
 
 
-def test_replay_keep_calls_denoiser_once_for_each_step():
+def test_kept_graphs_save_calls_up_to_their_memory():
     counts = {}
-    for replay in ("recompute", "keep"):
+    for replay in ("recompute", "keep", 1e-9, 1.0):
         trainer = build(num_steps=4, guidance=1.0, gradient_steps=steps("last", k=2), replay=replay)
         predict, calls = trainer.backbone.predict, []
         trainer.backbone.predict = lambda *args, predict=predict, calls=calls: calls.append(1) or predict(*args)
         gradient(trainer)
         counts[replay] = len(calls)
-    assert counts == {"recompute": 6, "keep": 4}
+    assert counts == {"recompute": 6, "keep": 4, 1e-9: 5, 1.0: 4}
 
 
 @pytest.mark.parametrize(("dropout_steps", "projections"), [("all", 1), ("chosen", 2)])

@@ -61,7 +61,6 @@ class FluxBackbone(FlowBackbone):
         return backbone.to(runtime.device)
 
     def call(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        conditioning = conditioning.at(timesteps)
         config = self.denoiser.config
         check_joint_conditioning(
             conditioning,

@@ -54,7 +54,6 @@ class PixArtBackbone(LatentBackbone):
         return self.vae_scale_factor * self.denoiser.config.patch_size
 
     def call(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        conditioning = conditioning.at(timesteps)
         expected = self.denoiser.config.caption_channels
         check_width(conditioning, expected, transformer="PixArt's transformer", encoder="t5")
         dtype = self.denoiser.dtype

@@ -81,7 +81,8 @@ class SDConfig(StableDiffusionConfig):
 class SDXLConfig(StableDiffusionConfig):
     """Stable Diffusion XL, or any model with the same layout.
 
-    The UNet's size conditioning is always the true image size without a crop.
+    The UNet's size conditioning is always the size of the image that it denoises, without a crop: in training that of
+    the image's bucket.
     """
 
     target: ClassVar[str] = "longalign.backbones.stable_diffusion.sdxl:SDXLBackbone"

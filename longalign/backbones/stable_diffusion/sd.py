@@ -57,7 +57,6 @@ class SDBackbone(LatentBackbone):
         return cls(unet, vae, alphas_cumprod, prediction).to(runtime.device)
 
     def call(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        conditioning = conditioning.at(timesteps)
         self.check_width(conditioning)
         dtype = self.denoiser.dtype
         output = denoiser(
@@ -73,7 +72,7 @@ class SDBackbone(LatentBackbone):
 
     def project_text(self, conditioning: Conditioning) -> Conditioning:
         # blocks compiled one by one would be compiled again for each layer, since each uses its own keys and values
-        if self._compiled or is_sharded(self.denoiser):
+        if self._compiled or is_sharded(self.denoiser) or not conditioning.is_static:
             return conditioning
         if torch.is_grad_enabled() and self.denoiser.is_gradient_checkpointing:
             return conditioning

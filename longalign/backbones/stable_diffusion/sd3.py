@@ -53,7 +53,6 @@ class SD3Backbone(LatentBackbone):
         return self.vae_scale_factor * self.denoiser.config.patch_size
 
     def call(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        conditioning = conditioning.at(timesteps)
         self.check_conditioning(conditioning)
         assert conditioning.pooled is not None
         dtype, times = self.denoiser.dtype, len(self.noise_levels) * self.noise_levels.noise

@@ -11,7 +11,8 @@ from longalign.checkpoints.weights import load_pickle, load_tensors
 from longalign.encoders.clip.config import LongClipConfig
 from longalign.encoders.clip.truncate import ClipTruncateEncoder
 from longalign.encoders.clip.weights import text_state
-from longalign.encoders.loading import find_checkpoint_file, load_frozen_model, load_tokenizer, subfolders
+from longalign.encoders.loading import load_frozen_model, load_tokenizer, subfolders
+from longalign.hub import find_checkpoint_file
 from longalign.runtime import Runtime, resolve_checkpoint
 
 

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from longalign.checkpoints.weights import load_pickle, load_tensors, save_tensors
 from longalign.config.files import join_subfolder
 from longalign.encoders.adapter import Adapter
-from longalign.encoders.loading import find_checkpoint_file
 from longalign.encoders.t5.config import AdapterConfig
+from longalign.hub import find_checkpoint_file
 from longalign.runtime import Runtime, resolve_checkpoint
 
 _WEIGHTS = "diffusion_pytorch_model"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import T5EncoderModel
 
-from longalign.encoders.adapter import adapt
+from longalign.encoders.adapter import Adapter
 from longalign.encoders.base import (
     GROW_ADVICE,
     Conditioning,
@@ -22,7 +22,6 @@ from longalign.encoders.base import (
 from longalign.encoders.bucketing import CALL_COST
 from longalign.encoders.frozen import device_of, pad_with_last, run_grouped
 from longalign.encoders.loading import load_text_model
-from longalign.encoders.t5.adapter import TextAdapter
 from longalign.encoders.t5.config import T5Config
 from longalign.runtime import Runtime
 from longalign.segmenters import Prompt, check_prompts, plain_text
@@ -47,7 +46,7 @@ class T5Encoder(Encoder):
         window: maximum number of tokens per pass, including the end-of-text token; at least ``max_tokens``. Attention
             memory is quadratic in ``window``. T5 was trained with 512.
         mask: whether to mask padding in T5 and in the conditioning, where masked states are zero.
-        max_batch_tokens: maximum number of positions per call of the model.
+        max_batch_tokens: maximum number of tokens, including padding, per call of the model.
         length_key: config key of ``max_tokens``, used in truncation messages.
 
     Raises:
@@ -58,7 +57,7 @@ class T5Encoder(Encoder):
         self,
         model: nn.Module,
         tokenizer: Any,
-        adapter: TextAdapter | None,
+        adapter: Adapter | None,
         *,
         max_tokens: int,
         overflow: Literal["grow", "truncate", "error"],
@@ -86,7 +85,7 @@ class T5Encoder(Encoder):
     def from_config(cls, config: T5Config, runtime: Runtime) -> T5Encoder:
         """Loads the model and tokenizer, and loads or initializes the adapter."""
         model, tokenizer = load_text_model(T5EncoderModel, config, config.subfolder, runtime)
-        adapter = None if config.adapter is None else TextAdapter.from_config(config.adapter, runtime)
+        adapter = None if config.adapter is None else config.adapter.build(runtime)
         return cls.from_modules(config, model, tokenizer, adapter)
 
     @classmethod
@@ -95,7 +94,7 @@ class T5Encoder(Encoder):
         config: T5Config,
         model: nn.Module,
         tokenizer: Any,
-        adapter: TextAdapter | None,
+        adapter: Adapter | None,
         *,
         length_key: str = "max_tokens",
     ) -> T5Encoder:
@@ -143,7 +142,7 @@ class T5Encoder(Encoder):
         if self.mask:
             mask = (torch.arange(index.shape[1]) < lengths[:, None]).to(device)
             conditioning = replace(conditioning, states=conditioning.states * mask[..., None], mask=mask)
-        return conditioning if self.adapter is None else adapt(self.adapter, conditioning)
+        return conditioning if self.adapter is None else self.adapter.adapt(conditioning)
 
     def report(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
         return [self._report(passes) for passes in self._texts(prompts)]

@@ -1,0 +1,1 @@
+"""ELLA as an encoder of longalign."""
