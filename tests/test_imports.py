@@ -69,6 +69,7 @@ ONLY_IN = {
     "longalign.parts": ("registry",),  # which guards against unreadable distributions
     "longalign_siglip": (),
     "longalign_ella": (),
+    "longalign_prism": (),
 }
 
 

@@ -25,8 +25,8 @@ def make_predictions(
     """Returns one function for each step; steps with and without guidance have one function each.
 
     The functions accept latents ``(s * b, c, h, w)`` of one or more steps s. The text of the empty prompt is processed
-    once for all images, and calls without gradient process no text again. Between these calls, weights and training
-    mode must not change.
+    once for all images, and calls without gradient process no text again, unless it depends on the timestep. Between
+    these calls, weights and training mode must not change.
 
     Args:
         backbone: the denoiser.
