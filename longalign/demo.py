@@ -162,9 +162,10 @@ def run_demo(
 
 
 def reward_runs(reward: RunConfig, output: Path) -> dict[str, RunConfig]:
-    """Returns the reward stage's runs by model: with the original score (omega 1), then as configured.
+    """Returns the configs of the reward stage: name of the model -> config, with outputs in folders of ``output``.
 
-    A first reward without ``omega``, or with omega 1, gives one run, called ``align+reward``.
+    There are two runs: one with the original score (omega 1), and one as configured. If the first reward has no
+    ``omega``, or omega 1, there is only one run, ``align+reward``.
     """
     omega = getattr(reward.rewards[0], "omega", 1)
     if omega == 1:

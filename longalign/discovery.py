@@ -39,7 +39,7 @@ _cache: tuple[object, Discovered] | None = None
 def discover() -> Discovered:
     """Returns the entry points of all distributions on ``sys.path``.
 
-    They are re-read when ``sys.path`` or one of its folders changes.
+    The entry points are re-read when ``sys.path`` or one of its folders changes.
     """
     global _cache
     state = tuple((entry, _modified(entry)) for entry in sys.path)
@@ -51,8 +51,8 @@ def discover() -> Discovered:
 def skip_unreadable() -> None:
     """Patches this process so that distributions with unreadable entry points are treated as having none.
 
-    On import, catalogue, pydantic and torch read the entry points of all distributions, and would fail because of a
-    file that they do not need. `discover` records the file.
+    The packages ``catalogue``, ``pydantic`` and ``torch`` read the entry points of all installed distributions when
+    they are imported. A single unreadable file would make the import fail. `discover` still records such files.
     """
 
     def entry_points(dist: Distribution) -> EntryPoints:

@@ -104,7 +104,7 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 def shorten(value: Any, limit: int = 80) -> str:
     """Returns the ``repr`` of a value without credentials, truncated to ``limit`` characters.
 
-    The whole value is never formatted.
+    Formatting stops at the limit, so that a huge value costs little time and memory.
     """
     text = ""
     for piece in _repr_pieces(value, limit):

@@ -105,7 +105,7 @@ def checkpoint_problem(checkpoint: str, files: list[str], revision: str | None =
         local_file(checkpoint, file, revision) for file in files
     ):
         return ""
-    return f"'{checkpoint}' does not hold {' or '.join(files)}"
+    return f"'{checkpoint}' does not contain {' or '.join(files)}"
 
 
 def is_base_model(checkpoint: str) -> bool:
@@ -147,7 +147,7 @@ def download_problem(error: BaseException, file: str = "") -> str:
     if caused("LocalEntryNotFoundError") or any(isinstance(e, (ConnectionError, TimeoutError)) for e in chain):
         return "it is not on this machine, and the Hub cannot be reached"
     if caused("EntryNotFoundError"):
-        return f"it does not hold {file or 'the files that are needed'}"
+        return f"it does not contain {file or 'the files that are needed'}"
     return str(error)
 
 

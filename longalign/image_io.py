@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import overload
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+
+from longalign.sizes import Size
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -35,6 +38,35 @@ def write_png(path: Path, image: Tensor, texts: dict[str, str] | None = None) ->
     to_pil(image).save(path, pnginfo=info)
 
 
+@contextmanager
+def _opened(source: Path | str | bytes) -> Iterator[Image.Image]:
+    """Opens an image of an accepted format; errors of Pillow are raised as OSError or ValueError."""
+    if not isinstance(source, bytes):
+        check_regular(source)
+    try:
+        with Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=_formats()) as image:
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit is not None and image.width * image.height > limit:
+                raise ValueError(
+                    f"{image.width} by {image.height} pixels exceed the limit of {limit}; scale the image down, or "
+                    "raise PIL.Image.MAX_IMAGE_PIXELS"
+                )
+            yield image
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # on damaged files Pillow raises struct.error, TypeError, KeyError and many more
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def read_size(source: Path | str | bytes) -> Size:
+    """Returns the size of an image, EXIF-rotated, from its header. Raises the errors of `decode`."""
+    with _opened(source) as image:
+        # Pillow would decode all pixels to look for EXIF data at the end of a PNG
+        has_exif = image.format != "PNG" or "exif" in image.info
+        rotated = has_exif and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        return Size(image.width, image.height) if rotated else Size(image.height, image.width)
+
+
 def decode(source: Path | str | bytes) -> Image.Image:
     """Decodes an image file or its bytes to an RGB PIL image, EXIF-rotated and without alpha channel.
 
@@ -46,21 +78,8 @@ def decode(source: Path | str | bytes) -> Image.Image:
         ValueError: if the file is otherwise damaged, not a regular file (a pipe, device or folder), has more pixels
             than ``PIL.Image.MAX_IMAGE_PIXELS``, or holds 32-bit integers or floats outside [0, 1].
     """
-    if not isinstance(source, bytes):
-        check_regular(source)
-    try:
-        with Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=_formats()) as image:
-            limit = Image.MAX_IMAGE_PIXELS
-            if limit is not None and image.width * image.height > limit:
-                raise ValueError(
-                    f"{image.width} by {image.height} pixels exceed the limit of {limit}; scale the image down, or "
-                    "raise PIL.Image.MAX_IMAGE_PIXELS"
-                )
-            return _eight_bits(ImageOps.exif_transpose(image), image.format).convert("RGB")
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # on damaged files Pillow raises struct.error, TypeError, KeyError and many more
-        raise ValueError(f"{type(error).__name__}: {error}") from error
+    with _opened(source) as image:
+        return _eight_bits(ImageOps.exif_transpose(image), image.format).convert("RGB")
 
 
 #: accepted image formats, if the installed Pillow supports them

@@ -203,7 +203,12 @@ class Model:
     def save_pretrained(
         self, folder: str | Path, *, metrics: str | Path | None = None, license: str | None = None
     ) -> list[Path]:
-        """Exports for `from_pretrained` and diffusers with a model card; see `longalign.checkpoints.publish.export`.
+        """Exports a checkpoint for `from_pretrained` and diffusers, with a model card; returns the written files.
+
+        Args:
+            folder: output folder.
+            metrics: output of ``longalign eval --json``, shown in the model card.
+            license: the Hub's license id for the model card.
 
         Raises:
             ValueError: if the model was built from a config.
@@ -225,7 +230,17 @@ class Model:
         metrics: str | Path | None = None,
         license: str | None = None,
     ) -> str:
-        """Saves and uploads the model; returns its URL. See `longalign.checkpoints.upload.push_to_hub`."""
+        """Saves the model, uploads it to the Hub and returns its URL.
+
+        Args:
+            repository: Hub repository ``owner/name``; created if it does not exist.
+            private: whether a new repository is private.
+            token: access token of the Hub; None uses the stored login.
+            revision: branch to upload to.
+            message: commit message.
+            metrics: output of ``longalign eval --json``, shown in the model card.
+            license: the Hub's license id for the model card.
+        """
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, metrics=metrics, license=license)
             return upload.push_to_hub(folder, repository, private, token=token, revision=revision, message=message)

@@ -137,7 +137,7 @@ class Registry:
             notes = "".join(f" (The entry points of {dist} cannot be read: {e})" for dist, e in discover().malformed)
             notes += "".join(f" ({problem})" for entry, problem in misnamed_entry_points() if entry.name == name)
             raise PartError(
-                f"no part {shorten(name)} among {self.kind}{suggestion(str(name), self.names()) or '.'}"
+                f"no part {shorten(name)} of kind '{self.kind}'{suggestion(str(name), self.names()) or '.'}"
                 f" Available: {', '.join(self.names()) or 'none'}.{notes}"
             )
         if len(infos) > 1:

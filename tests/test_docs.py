@@ -434,7 +434,10 @@ def text_to_image_pipelines():
 def pipelines():
     """A row for each text-to-image pipeline: the arguments that `condition` fills, and where a width comes from."""
     run = set(re.findall(r"\b\w+Pipeline(?=\")", (ROOT / "tests/inference/test_pipeline_inputs.py").read_text("utf-8")))
-    lines = [f"From the classes of diffusers {diffusers.__version__}:\n", "| pipeline | states | mask | pooled | run |"]
+    lines = [
+        f"From the classes of diffusers {diffusers.__version__}:\n",
+        "| pipeline | states | mask | pooled | tested |",
+    ]
     lines += ["|---|---|---|---|---|"]
     for name, cls in text_to_image_pipelines():
         inputs, parts = prompt_inputs(cls), inspect.signature(cls.__init__).parameters

@@ -40,7 +40,7 @@ def rewards_of(**parts):
 def test_registry_lists_built_in_entry_points():
     built_in = {name for name in encoders.names() if encoders.info(name).owner.startswith("longalign ")}
     families = {"clip-segment", "clip-segment-sd3", "clip-segment-sdxl"}
-    assert built_in == families | {"clip-truncate", "concat", "longclip", "t5", "t5-flux"}
+    assert built_in == families | {"clip-truncate", "concat", "llm", "longclip", "t5", "t5-flux"}
     assert set(rewards.names()) >= {"clip", "denscore", "hpsv2", "pickscore", "reweighted", "sum"}
     assert {r.kind for r in REGISTRIES.values()} == set(REGISTRIES)
     info = encoders.info("t5")

@@ -1,1 +1,1 @@
-"""Ablations: trains and measures the cells of a grid over several training seeds."""
+"""Ablations: trains variants of a config (cells) with several training seeds, and compares their metrics."""

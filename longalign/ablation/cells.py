@@ -1,4 +1,4 @@
-"""Cells of an ablation: changes to a base config, with names and checked configs. Does not import torch."""
+"""The cells of an ablation: named variants of a base config, as checked configs. Does not import torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FIXED = {
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """One cell: the base config with changes.
+    """One cell of an ablation: a variant of the base config.
 
     Attributes:
         name: name in tables.
@@ -45,7 +45,10 @@ class Cell:
 
     @property
     def folder(self) -> str:
-        """Name of the cell's folder."""
+        """Folder name of the cell: its name, if that is a valid and short file name.
+
+        Otherwise invalid characters are replaced, the name is truncated, and a hash of the name is appended.
+        """
         text = re.sub(r"[^\w.=,+-]+", "_", self.name).strip("_.") or "cell"
         if text == self.name and len(text) <= LONGEST:
             return text
@@ -126,7 +129,7 @@ def make_cells(
 
     Args:
         base: the base config.
-        vary: dotted path -> values. The cells are the product, the last path varies fastest.
+        vary: dotted path -> values. The cells are all combinations of the values; the last path varies fastest.
         cells: instead of ``vary``: name -> changes, or a list of changes.
         train: whether cells with a trainer are trained.
 
@@ -134,7 +137,9 @@ def make_cells(
         ConfigError: with the problems of all cells.
     """
     if (vary is None) == (cells is None):
-        raise ConfigError([("", "expected one of vary and cells; set one of them")])
+        raise ConfigError(
+            [("", f"expected either vary or cells, got {'neither' if vary is None else 'both'}; set exactly one")]
+        )
     changes = _product(vary) if vary is not None else _listed(cells)
     problems: list[ConfigProblem] = []
     built: dict[str, Cell] = {}
@@ -207,9 +212,9 @@ def _with_cache(base: RunConfig, config: RunConfig) -> RunConfig:
 
 
 def changed_lines(old: Any, new: Any, path: str = "") -> Iterator[str]:
-    """Yields one line per difference of two plain values, e.g. ``loop.lr: 0.1 there, 0.2 now``."""
+    """Yields one line per difference of two plain values, e.g. ``loop.lr: was 0.1, is now 0.2``."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in dict.fromkeys([*old, *new]):
             yield from changed_lines(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
     elif old != new:
-        yield f"{path}: {shorten(old)} there, {shorten(new)} now"
+        yield f"{path}: was {shorten(old)}, is now {shorten(new)}"

@@ -78,7 +78,7 @@ def ablate(
 
     Args:
         base: the config that cells change, see `longalign.load_config`.
-        vary: dotted path -> values; the cells are the product.
+        vary: dotted path -> values; the cells are all combinations of the values.
         cells: instead of ``vary``: name -> changes, or a list of changes. The first cell is the base of comparisons.
         metrics: names, configs, metrics or functions; see `longalign.evaluation.evaluate`. ``facts`` without data uses
             the held-out data.

@@ -1,6 +1,6 @@
-"""Trains and samples one run of an ablation. As a module, it reads the job from the standard input.
+"""Trains and samples one run of an ablation. ``python -m`` of this module reads the job from the standard input.
 
-The job is not read from the file in the run's folder, which contains no credentials.
+The file ``job.json`` in the run's folder is a copy without credentials, so it is not read.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from longalign.config.files import best_checkpoint
 from longalign.config.run import load_config
 from longalign.errors import full_message, redact_url
 from longalign.loop.fit import fit
@@ -24,6 +25,8 @@ FINISHED, FAILED, INTERRUPTED = "finished", "failed", "interrupted"
 
 def execute(folder: Path, job: Mapping[str, Any]) -> str:
     """Trains and samples a run, and writes its result. Training resumes where it stopped.
+
+    If the config has ``monitor.keep_best``, the best checkpoint is sampled, otherwise the last one.
 
     Args:
         folder: folder of the run.
@@ -40,7 +43,9 @@ def execute(folder: Path, job: Mapping[str, Any]) -> str:
             result = fit(source, device=job["device"], resume=output if output.exists() else None)
             if result.interrupted:
                 return INTERRUPTED
-            source, checkpoint = result.checkpoint, str(result.checkpoint.relative_to(folder))
+            # the checkpoint that the config keeps, rather than the last one
+            source = best_checkpoint(output) or result.checkpoint
+            checkpoint = str(source.relative_to(folder))
         from longalign.inference.sampling import generate
 
         generate(
@@ -61,7 +66,7 @@ def execute(folder: Path, job: Mapping[str, Any]) -> str:
 
 
 def fail(folder: Path, error: str, details: str = "") -> None:
-    """Writes the result of a failed run."""
+    """Writes a result with status ``failed``, the message ``error`` and the traceback ``details``."""
     write_json(folder / RESULT, {"status": FAILED, "error": error, "traceback": details})
 
 

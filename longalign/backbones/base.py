@@ -25,7 +25,7 @@ from longalign.backbones.lora import (
     write_lora,
 )
 from longalign.encoders.base import Conditioning
-from longalign.functional.diffusion import NoiseLevels, check_prediction
+from longalign.functional.diffusion import NoiseLevels, check_prediction, guide
 from longalign.names import unique_name
 from longalign.sharding import gather_full, is_sharded
 
@@ -44,6 +44,10 @@ class Backbone(nn.Module):
         noise_levels: scales of signal and noise at each training timestep.
         resolution: native width and height of an image in pixels.
     """
+
+    #: regular expression of the names of the layers with a LoRA if `LoraConfig.targets` is None; None selects those of
+    #: `longalign.backbones.lora.lora_targets`
+    default_targets: str | None = None
 
     def __init__(self, denoiser: nn.Module, prediction: str, noise_levels: NoiseLevels, resolution: int):
         super().__init__()
@@ -85,7 +89,10 @@ class Backbone(nn.Module):
         return self.noise_levels
 
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Samples scaled latents of images ``(b, 3, h, w)`` in [0, 1] from the VAE's posterior, without gradient."""
+        """Samples scaled latents ``(b, c, h', w')`` of images ``(b, 3, h, w)`` in [0, 1] from the VAE's posterior.
+
+        The latents have no gradient. A ``generator`` makes the sample reproducible.
+        """
         return self.sample_latents(self.posterior(images), generator)
 
     def posterior(self, images: Tensor) -> Tensor:
@@ -104,7 +111,13 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """Returns the denoiser's prediction ``(b, c, h, w)`` at ``timesteps`` ``(b,)``, which index `levels_at`."""
+        """Returns the denoiser's prediction ``(b, c, h, w)``, of the backbone's prediction type.
+
+        Args:
+            latents: ``(b, c, h, w)`` noisy latents.
+            timesteps: ``(b,)`` integer timesteps, indices of the noise levels from `levels_at`.
+            conditioning: conditioning of the b prompts.
+        """
         return conditioning.predict(self._counted_call, latents, timesteps)
 
     def predict_with(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
@@ -127,11 +140,18 @@ class Backbone(nn.Module):
         """
         raise NotImplementedError
 
-    def project_text(self, conditioning: Conditioning) -> Conditioning:
-        """Returns a conditioning with which calls of `predict` need not process the text again.
+    def guide(self, conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
+        """Combines predictions ``(b, c, h, w)`` by classifier-free guidance; see `longalign.functional.guide`.
 
-        It is valid while the weights and the training mode do not change, and with gradient for one backward pass. By
-        default it is the conditioning itself.
+        Override it if the model's pipeline combines them differently.
+        """
+        return guide(conditional, unconditional, scale)
+
+    def project_text(self, conditioning: Conditioning) -> Conditioning:
+        """Precomputes the projections of the text, which saves time if `predict` is called several times.
+
+        The result is valid while the weights and the training mode do not change, and with gradient for one backward
+        pass. By default, the conditioning is returned unchanged.
         """
         return conditioning
 
@@ -139,8 +159,8 @@ class Backbone(nn.Module):
     def merged_lora(self) -> Iterator[None]:
         """Context manager: calls without gradient and active dropout use weights that contain the active LoRA.
 
-        They save the LoRA's share of the time, for a copy of the weights of all its layers. The weights must not change
-        inside. Does nothing if the weights are sharded.
+        This saves the time of the LoRA branch, and needs memory for a copy of the weights of all LoRA layers. The
+        weights must not change within the context. Does nothing if the weights are sharded.
         """
         if self._active is None or is_sharded(self.denoiser):
             yield
@@ -206,8 +226,8 @@ class Backbone(nn.Module):
         self._compiled = [block for block in named(self.denoiser) if named(block) == [block]]
         if not self._compiled:
             raise ValueError(
-                f"{type(self.denoiser).__name__} has no blocks that are known to be compiled separately; set "
-                "loop.compile to true or false"
+                f"loop.compile 'regional' compiles the blocks in _no_split_modules, but {type(self.denoiser).__name__} "
+                "has none of them; set loop.compile to true or false"
             )
         for block in self._compiled:
             block.forward = compile(block.forward)
@@ -244,7 +264,8 @@ class Backbone(nn.Module):
         self.merge_lora()
         if name in (lora.name for lora in self._merged):
             raise ValueError(f"the backbone already has a LoRA '{name}'; choose a name not in {self.lora_names}")
-        parameters = inject_lora(self.denoiser, config, name)
+        targets = self.default_targets if config.targets is None else config.targets
+        parameters = inject_lora(self.denoiser, config.model_copy(update={"targets": targets}), name)
         self._active = (name, config)
         return parameters
 
@@ -308,7 +329,11 @@ class Backbone(nn.Module):
         return state
 
     def load_full(self, state: Mapping[str, Tensor]) -> None:
-        """Replaces all weights of the denoiser. Checkpoints saved afterward contain the new weights."""
+        """Replaces all weights of the denoiser by a full state dict. Checkpoints saved later contain all weights.
+
+        Raises:
+            ValueError: if the backbone has LoRAs, or names or shapes of the weights do not match.
+        """
         self._require_no_lora()
         check_same_names("the denoiser", self.denoiser.state_dict(), state)
         self.denoiser.float().load_state_dict(dict(state))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
@@ -11,6 +12,15 @@ from longalign.config.files import join_subfolder
 from longalign.errors import ConfigProblem
 from longalign.hub import availability_problem, checkpoint_problem, read_json
 from longalign.registry import PartConfig, Section
+
+
+def vae_scale_factor(config: Mapping[str, Any]) -> int | None:
+    """Returns the width in pixels of a latent, from the config of diffusers' autoencoder; None if unknown."""
+    blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+    if blocks:
+        return 2 ** (len(blocks) - 1)
+    downsampling = config.get("temperal_downsample")  # of Qwen-Image, one for each halving of the width
+    return 2 ** len(downsampling) if downsampling else None
 
 
 class LoraConfig(Section):
@@ -105,8 +115,21 @@ class DiffusersConfig(BackboneConfig):
 
         None if the VAE's config is not available locally.
         """
-        blocks = self.config_of("vae").get("block_out_channels")
-        return 2 ** (len(blocks) - 1) if isinstance(blocks, list) and blocks else None
+        return vae_scale_factor(self.config_of("vae"))
+
+    def native_resolution(self, layout: str | None = None) -> int:
+        """Returns the native width and height of an image in pixels, from the configs of denoiser and VAE.
+
+        They are downloaded if needed.
+
+        Args:
+            layout: for a single file, the folder or Hub id with its configs; None detects it.
+        """
+        from longalign.backbones.stable_diffusion.layout import network_configs
+
+        place = {"layout": layout, "subfolder": self.subfolder, "revision": self.revision}
+        denoiser, vae = network_configs(self.checkpoint, self.component, **place)
+        return int(denoiser["sample_size"]) * (vae_scale_factor(vae) or 1)
 
     def check_files(self) -> list[ConfigProblem]:
         if problem := availability_problem(self.checkpoint, self.revision):
@@ -130,3 +153,32 @@ class TransformerConfig(DiffusersConfig):
             return []
         problem = f"channels_last requires convolutions, but '{self.name}' is a transformer; set it to false"
         return [("loop.channels_last", problem)]
+
+
+class ImageSizeConfig(TransformerConfig):
+    """Base class of the configs of transformers with tokens of 2 by 2 latents, whose config contains no image size."""
+
+    image_size: int = Field(default=1024, ge=16)
+    """native width and height of an image in pixels, which the checkpoint does not contain."""
+
+    def resolution(self) -> int:
+        """Native width and height of an image in pixels."""
+        return self.image_size
+
+    @property
+    def divisor(self) -> int | None:
+        factor = super().divisor
+        return None if factor is None else 2 * factor
+
+
+class SampleSizeConfig(TransformerConfig):
+    """Base class of the configs of transformers whose config contains the size of latents and of patches."""
+
+    def resolution(self) -> int:
+        """Native width and height of an image in pixels, read from the checkpoint's configs without its weights."""
+        return self.native_resolution()
+
+    @property
+    def divisor(self) -> int | None:
+        patch, factor = self.number_of("patch_size"), super().divisor
+        return factor * patch if factor is not None and patch is not None else None

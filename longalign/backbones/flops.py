@@ -18,11 +18,11 @@ LENGTHS = (64, 128)
 
 
 class FlopCount:
-    """Adds up the operations of calls; a multiplication with an addition counts as two.
+    """Adds up the floating-point operations of calls; a multiplication with an addition counts as two.
 
-    They are those of the network without LoRA, with all keys and values. A call with gradient also counts its backward
-    pass. They are counted for one image of each size on meta tensors. The operations of a batch are a multiple of
-    that, and those of attention and its projections grow linearly with the number of text states.
+    The network is counted without LoRA, with all keys and values. A call with gradient also counts its backward pass.
+    The operations are counted once per image size, for one image on meta tensors. They are then scaled by the batch
+    size and, for attention and its projections, by the number of text states.
 
     Args:
         denoiser: a diffusers network.

@@ -1,17 +1,25 @@
-"""Noise levels and conditioning that flow-matching transformers share."""
+"""What flow-matching transformers share: noise levels, tokens, and checks of the conditioning."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from longalign.backbones.config import vae_scale_factor
+from longalign.backbones.latent import LatentBackbone
 from longalign.encoders.base import Conditioning
 from longalign.functional.diffusion import NoiseLevels
 
+CONSTANT = " and set a constant 'shift', as in Stable Diffusion 3"
+
 
 def flow_levels(scheduler: Mapping[str, Any], name: str = "sd3", tokens: int | None = None) -> NoiseLevels:
-    """Returns the noise levels of diffusers' ``FlowMatchEulerDiscreteScheduler``.
+    """Returns the noise levels of diffusers' ``FlowMatchEulerDiscreteScheduler``, or another one with flow sigmas.
 
     With ``use_dynamic_shifting``, the shift of `NoiseLevels.from_flow` depends on the number of image tokens: it is
     ``exp(mu)``, or ``mu`` with ``time_shift_type="linear"``. ``mu`` is linear in the number of tokens, from
@@ -26,26 +34,90 @@ def flow_levels(scheduler: Mapping[str, Any], name: str = "sd3", tokens: int | N
         ValueError: if the scheduler is not a flow-matching scheduler, or has settings that the backbone does not have.
     """
     kind = scheduler.get("_class_name", "")
-    if not kind.startswith("FlowMatch"):
+    if not (kind.startswith("FlowMatch") or scheduler.get("use_flow_sigmas")):
         raise ValueError(
-            f"'{name}' expects a flow-matching scheduler (FlowMatchEulerDiscreteScheduler), got '{kind}'; "
-            "for Stable Diffusion 1, 2 or XL use 'sd' or 'sdxl'"
+            f"'{name}' expects a flow-matching scheduler (FlowMatchEulerDiscreteScheduler, or one with "
+            f"use_flow_sigmas), got '{kind}'; for Stable Diffusion 1, 2 or XL use 'sd' or 'sdxl'"
         )
     dynamic = bool(scheduler.get("use_dynamic_shifting"))
-    for key in ("use_dynamic_shifting", "shift_terminal", "invert_sigmas"):
-        if scheduler.get(key) and not (key == "use_dynamic_shifting" and tokens is not None):
-            constant = " and set a constant 'shift', as in Stable Diffusion 3" if key == "use_dynamic_shifting" else ""
+    unsupported = {"invert_sigmas": "", **({} if tokens is not None else {"use_dynamic_shifting": CONSTANT})}
+    for key, advice in unsupported.items():
+        if scheduler.get(key):
             raise ValueError(
                 f"'{name}' does not support the scheduler setting {key}={scheduler[key]}; set {key} to null in "
-                f"scheduler_config.json{constant}"
+                f"scheduler_config.json{advice}"
             )
-    num_timesteps, shift = int(scheduler.get("num_train_timesteps", 1000)), float(scheduler.get("shift", 1.0))
+    shift = float(scheduler.get("flow_shift" if scheduler.get("use_flow_sigmas") else "shift", 1.0))
     if dynamic and tokens is not None:
         low, high = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
         start, end = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
         mu = start + (end - start) * (tokens - low) / (high - low)
         shift = mu if scheduler.get("time_shift_type") == "linear" else math.exp(mu)
-    return NoiseLevels.from_flow(num_timesteps, shift)
+    terminal = scheduler.get("shift_terminal") or None
+    return NoiseLevels.from_flow(int(scheduler.get("num_train_timesteps", 1000)), shift, terminal)
+
+
+class FlowBackbone(LatentBackbone):
+    """Base class of flow-matching transformers whose noise levels may depend on the number of image tokens.
+
+    A token is a patch of latents. `noise_levels` are those of the native resolution; see `flow_levels`.
+
+    Args:
+        transformer: the denoiser.
+        vae: the autoencoder; frozen by this class.
+        scheduler: config of diffusers' scheduler.
+        resolution: native width and height in pixels; None computes it from the transformer's ``sample_size``.
+
+    Raises:
+        ValueError: if the scheduler is not supported.
+    """
+
+    #: name of the backbone, for messages
+    name: ClassVar[str]
+    #: number of latents along each side of a token
+    patch: int = 2
+
+    def __init__(self, transformer: Any, vae: Any, scheduler: Mapping[str, Any], *, resolution: int | None):
+        self._scheduler = scheduler
+        self._levels: dict[int | None, NoiseLevels] = {}
+        self._device_levels: dict[tuple[int | None, torch.device], Tensor] = {}
+        factor = vae_scale_factor(vae.config) or 1
+        resolution = transformer.config.sample_size * factor if resolution is None else resolution
+        levels = self._levels_of(self._key((resolution // (factor * self.patch)) ** 2))
+        super().__init__(transformer, vae, "flow", levels, resolution)
+
+    @property
+    def divisor(self) -> int:
+        return self.patch * self.vae_scale_factor
+
+    def levels_at(self, shape: Sequence[int]) -> NoiseLevels:
+        return self._levels_of(self._key((shape[-2] // self.patch) * (shape[-1] // self.patch)))
+
+    def noise_at(self, latents: Tensor, timesteps: Tensor) -> Tensor:
+        """Returns the noise levels ``(b,)`` of latents ``(b, c, h, w)`` at timesteps ``(b,)``, in float32."""
+        key = self._key((latents.shape[-2] // self.patch) * (latents.shape[-1] // self.patch)), latents.device
+        if key not in self._device_levels:
+            # copied to the device once: a copy in each call would wait for the device
+            self._device_levels[key] = self._levels_of(key[0]).noise.to(latents.device, torch.float32)
+        return self._device_levels[key][timesteps]
+
+    def _key(self, tokens: int) -> int | None:
+        return tokens if self._scheduler.get("use_dynamic_shifting") else None
+
+    def _levels_of(self, tokens: int | None) -> NoiseLevels:
+        if tokens not in self._levels:
+            self._levels[tokens] = flow_levels(self._scheduler, self.name, tokens)
+        return self._levels[tokens]
+
+
+def pack(latents: Tensor) -> Tensor:
+    """Packs latents ``(b, c, h, w)`` into tokens ``(b, h/2 * w/2, 4c)`` of 2 by 2 latents."""
+    return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
+
+
+def unpack(tokens: Tensor, height: int) -> Tensor:
+    """Inverse of `pack`; ``height`` is the height of the latents."""
+    return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=height // 2, p=2, q=2)
 
 
 def check_joint_conditioning(

@@ -9,6 +9,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from longalign.backbones.base import Backbone
+from longalign.backbones.config import vae_scale_factor
+from longalign.encoders.base import Conditioning
 from longalign.functional.diffusion import NoiseLevels
 from longalign.functional.images import ImageCheck
 
@@ -16,7 +18,8 @@ from longalign.functional.images import ImageCheck
 class LatentBackbone(Backbone):
     """A denoiser in the latent space of diffusers' ``AutoencoderKL``.
 
-    Latents are ``(z - shift_factor) * scaling_factor``, where ``z`` is the autoencoder's latent.
+    Latents are ``(z - shift_factor) * scaling_factor``, where ``z`` is the autoencoder's latent. For other
+    autoencoders, override `encode_pixels`, `decode_pixels`, `normalize`, `denormalize` or `latent_channels`.
 
     Args:
         denoiser: a diffusers network.
@@ -36,12 +39,17 @@ class LatentBackbone(Backbone):
     ):
         config: Any = denoiser.config
         settings: Any = vae.config
-        vae_scale_factor = 2 ** (len(settings.block_out_channels) - 1)
-        native = int(config.sample_size) * vae_scale_factor if resolution is None else resolution
+        factor = vae_scale_factor(settings) or 1
+        native = int(config.sample_size) * factor if resolution is None else resolution
         super().__init__(denoiser, prediction, noise_levels, native)
         self._check_images = ImageCheck()
         self.vae: Any = vae.requires_grad_(False).eval()
-        self.vae_scale_factor = vae_scale_factor
+        self.vae_scale_factor = factor
+
+    @property
+    def latent_channels(self) -> int:
+        """Number of channels of the latents."""
+        return self.vae.config.latent_channels
 
     @property
     def divisor(self) -> int:
@@ -54,32 +62,65 @@ class LatentBackbone(Backbone):
             raise ValueError(
                 f"expected a height and width divisible by {self.divisor}, got {height} x {width}; change the size"
             )
-        return self.vae.config.latent_channels, height // self.vae_scale_factor, width // self.vae_scale_factor
+        return self.latent_channels, height // self.vae_scale_factor, width // self.vae_scale_factor
 
     @torch.no_grad()
     def posterior(self, images: Tensor) -> Tensor:
         self._check_images(images)
         self.latent_shape(*images.shape[-2:])
         pixels = (2 * images - 1).to(self.device, self.vae.dtype)
-        distribution = self.vae.encode(pixels).latent_dist
         # noise sampled in this shape depends on the memory layout; make it independent of the convolutions' choice
-        return torch.cat([distribution.mean, distribution.std], dim=1).contiguous()
+        return torch.cat(self.encode_pixels(pixels), dim=1).contiguous()
 
     def sample_latents(self, posterior: Tensor, generator: torch.Generator | None = None) -> Tensor:
         mean, std = posterior.to(self.device).chunk(2, dim=1)
         noise = randn_tensor(mean.shape, generator, mean.device, mean.dtype)
-        return ((mean + std * noise).float() - self._shift) * self.vae.config.scaling_factor
+        return self.normalize((mean + std * noise).float())
 
     def decode(self, latents: Tensor) -> Tensor:
-        latents = latents / self.vae.config.scaling_factor + self._shift
-        pixels = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        pixels = self.decode_pixels(self.denormalize(latents).to(self.vae.dtype))
         return (pixels.to(latents.dtype) / 2 + 0.5).clamp(0, 1)
 
+    def encode_pixels(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns mean and standard deviation ``(b, c, h, w)`` of the autoencoder's latent of pixels in [-1, 1]."""
+        distribution = self.vae.encode(pixels).latent_dist
+        return distribution.mean, distribution.std
+
+    def decode_pixels(self, z: Tensor) -> Tensor:
+        """Decodes the autoencoder's latent ``(b, c, h, w)`` to pixels ``(b, 3, h, w)`` in about [-1, 1]."""
+        return self.vae.decode(z, return_dict=False)[0]
+
+    def normalize(self, z: Tensor) -> Tensor:
+        """Maps the autoencoder's latent ``(b, c, h, w)`` to the scale that the denoiser was trained with."""
+        return (z - self._shift) * self.vae.config.scaling_factor
+
+    def denormalize(self, latents: Tensor) -> Tensor:
+        """Inverse of `normalize`."""
+        return latents / self.vae.config.scaling_factor + self._shift
+
     def enable_gradient_checkpointing(self) -> None:
-        """Enables gradient checkpointing of the denoiser and the VAE decoder to save memory."""
+        """Enables gradient checkpointing of the denoiser and, if it supports it, of the VAE decoder to save memory."""
         super().enable_gradient_checkpointing()
-        self.vae.enable_gradient_checkpointing()
+        if getattr(self.vae, "_supports_gradient_checkpointing", True):
+            self.vae.enable_gradient_checkpointing()
 
     @property
     def _shift(self) -> float:
         return getattr(self.vae.config, "shift_factor", None) or 0.0
+
+
+def check_width(conditioning: Conditioning, width: int | None, *, transformer: str, encoder: str) -> None:
+    """Raises ValueError if the states of a conditioning do not have the width that a transformer expects.
+
+    Args:
+        conditioning: the conditioning.
+        width: the expected width; None for any.
+        transformer: the transformer, for the message.
+        encoder: name of a matching encoder, for the message.
+    """
+    given = conditioning.states.shape[-1]
+    if width not in (None, given):
+        raise ValueError(
+            f"{transformer} expects states of width {width}, got width {given} from the encoder; use the encoder "
+            f"'{encoder}' with the model's checkpoint"
+        )

@@ -1,7 +1,7 @@
 """Keys and values of the text, computed once for all denoiser calls of a rollout.
 
-In cross-attention they are linear in the text states, which are the same in all sampling steps. In the joint attention
-of Stable Diffusion 3, the text states change with the latents in every block, so there they are not the same.
+In cross-attention, keys and values are linear in the text states, which are the same in all sampling steps. This does
+not hold for the joint attention of Stable Diffusion 3, where the text states change with the latents in every block.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def project_text(unet: nn.Module, conditioning: Conditioning, dtype: torch.dtype
         dtype: dtype in which the UNet gets the states.
 
     Returns:
-        A `ProjectedConditioning`. It is the conditioning itself if keys and values may differ between calls, because it
-        is of a subclass, which may depend on the timestep, or a projection has dropout; or if the UNet's attention
+        A `ProjectedConditioning`. The conditioning is returned unchanged if keys and values may differ between calls
+        (it is of a subclass, which may depend on the timestep, or a projection has dropout), or if the UNet's attention
         layers do not use `TextAttention`.
     """
     attention = [(name, module) for name, module in unet.named_modules() if isinstance(module, Attention)]

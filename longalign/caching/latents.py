@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from einops import rearrange
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from longalign.caching.fingerprint import fingerprints
-from longalign.caching.processes import wait, writer_options
+from longalign.caching.processes import gather_rows, wait, writer_options
 from longalign.caching.store import Store
 from longalign.config.run import RunConfig
 from longalign.data.base import Data
-from longalign.data.cached import ITEMS, UNREADABLE, read_items, write_items
+from longalign.data.cached import ITEMS, UNREADABLE, read_items, write_items, write_posterior
 from longalign.runtime import Runtime
 
 IMAGE_FOLDERS = ("vae",)
@@ -45,43 +46,48 @@ def latent_store(config: RunConfig, runtime: Runtime, **options: Any) -> Store:
 def make_latents(
     config: RunConfig, data: Data, runtime: Runtime, batch_size: int, shard_bytes: int, progress: bool
 ) -> tuple[int, int]:
-    """Encodes the images that are not stored yet; returns the number of entries and of new ones."""
+    """Encodes the images of ``data`` that are not cached yet; returns the numbers of all and of new entries."""
     store = latent_store(config, runtime, **writer_options(runtime, shard_bytes))
     wait(runtime)  # every process must have opened the store before any new shard is written
     _check_deterministic(data)
     old_keys, old_stamps = [], torch.zeros(0, dtype=torch.int64)
     if (store.folder / ITEMS).is_file():
-        old_keys, old_stamps = read_items(store.folder)
+        old_keys, old_stamps, _ = read_items(store.folder)
     num_before, stored = len(store), set(store)
     items = range(runtime.rank, len(data), runtime.world_size)
     rows = _Rows(data, items, stored, old_keys, old_stamps.tolist())
     loader = DataLoader(rows, batch_size=None, num_workers=config.loop.workers)
-    keys, stamps, pending = [], [], {}
+    keys, stamps, buckets = [], [], []
+    pending: dict[int, dict[bytes, Tensor]] = defaultdict(dict)  # images by bucket and key
     backbone: Any = None
 
-    def encode() -> None:
+    def encode(images: dict[bytes, Tensor]) -> None:
         nonlocal backbone
         assert config.backbone is not None
         if backbone is None:  # built only if an entry is missing
             backbone = config.backbone.build(runtime).eval()
-        posteriors = backbone.posterior(torch.stack(list(pending.values())))
-        for key, posterior in zip(pending, posteriors, strict=True):
-            store.add(key, {"posterior": posterior})
-        pending.clear()
+        posteriors = backbone.posterior(torch.stack(list(images.values())))
+        for key, posterior in zip(images, posteriors, strict=True):
+            write_posterior(store, key, posterior)
+        images.clear()
 
     for row in tqdm(loader, desc="latents", disable=not progress):
         keys.append(row["key"])
         stamps.append(row["stamp"])
+        buckets.append(row["bucket"])
+        images = pending[row["bucket"]]
         if row["image"] is not None and row["key"] not in store:
-            pending[row["key"]] = row["image"]
-        if len(pending) == batch_size:
-            encode()
-    if pending:
-        encode()
+            images[row["key"]] = row["image"]
+        if len(images) == batch_size:
+            encode(images)
+    for images in filter(None, pending.values()):
+        encode(images)
     store.flush()
-    keys, stamps = _gather_items(keys, stamps, len(data), runtime)
+    key_rows = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(len(keys), len(UNREADABLE))
+    keys = [row.numpy().tobytes() for row in gather_rows(key_rows, len(data), runtime)]
+    stamps, buckets = (gather_rows(torch.tensor(rows), len(data), runtime).tolist() for rows in (stamps, buckets))
     if runtime.rank == 0:
-        write_items(store.folder, keys, stamps)
+        write_items(store.folder, keys, stamps, buckets)
     wait(runtime)
     if all(key == UNREADABLE for key in keys):
         raise ValueError("none of the images in the data can be read; check that its files exist and are images")
@@ -90,7 +96,7 @@ def make_latents(
 
 
 class _Rows(Dataset[dict[str, Any]]):
-    """Key, stamp and image of each item of this process; the image is None if the store already has it."""
+    """Key, stamp, bucket and image of each item of this process; the image is None if the store already has it."""
 
     def __init__(self, data: Data, items: range, stored: set[bytes], keys: list[bytes], stamps: list[int]):
         self.data, self.items, self.stored, self.keys, self.stamps = data, items, stored, keys, stamps
@@ -110,21 +116,10 @@ class _Rows(Dataset[dict[str, Any]]):
         if key not in self.stored:
             item = self.data.load_item(index)
             key, image = (UNREADABLE, None) if item is None else (key, item["image"])
-        return {"key": key, "stamp": stamp, "image": image}
-
-
-def _gather_items(keys: list[bytes], stamps: list[int], count: int, runtime: Runtime) -> tuple[list[bytes], list[int]]:
-    """Gathers keys and stamps of all ``count`` items; process r of n has items r, r + n, r + 2n, ..."""
-    length = -(-count // runtime.world_size)
-    padding = length - len(keys)
-    joined = bytearray(b"".join([*keys, *[UNREADABLE] * padding]))
-    key_rows = torch.frombuffer(joined, dtype=torch.uint8).view(length, -1)
-    stamp_rows = torch.tensor([*stamps, *[0] * padding], dtype=torch.int64)
-
-    def gather(rows: torch.Tensor) -> torch.Tensor:
-        return rearrange(runtime.gather(rows), "(r n) ... -> (n r) ...", r=runtime.world_size)[:count]
-
-    return [row.numpy().tobytes() for row in gather(key_rows)], gather(stamp_rows).tolist()
+        # With several buckets, unreadable images are omitted; with one, the next image replaces them.
+        omitted = key == UNREADABLE and len(self.data.buckets) > 1
+        bucket = -1 if omitted else self.data.bucket(index)
+        return {"key": key, "stamp": stamp, "bucket": bucket, "image": image}
 
 
 def _check_deterministic(data: Data) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from einops import rearrange
 
 from longalign.runtime import Runtime
 
@@ -12,6 +13,13 @@ from longalign.runtime import Runtime
 def writer_options(runtime: Runtime, shard_bytes: int) -> dict[str, Any]:
     """Returns keyword arguments for a `longalign.caching.store.Store` that all processes write to."""
     return {"writable": True, "rank": runtime.rank, "processes": runtime.world_size, "shard_bytes": shard_bytes}
+
+
+def gather_rows(rows: torch.Tensor, count: int, runtime: Runtime) -> torch.Tensor:
+    """Returns the rows of all ``count`` items, of which process r of n has those of items r, r + n, r + 2n, ..."""
+    padding = rows.new_zeros((-(-count // runtime.world_size) - len(rows), *rows.shape[1:]))
+    gathered = runtime.gather(torch.cat([rows, padding]))
+    return rearrange(gathered, "(r n) ... -> (n r) ...", r=runtime.world_size)[:count]
 
 
 def wait(runtime: Runtime) -> None:

@@ -51,7 +51,10 @@ def make_prompts(
     shard_bytes: int,
     progress: bool,
 ) -> tuple[int, int]:
-    """Encodes the prompts that are not stored yet; returns the number of entries and of new ones."""
+    """Encodes the prompts that are not cached yet; returns the numbers of all and of new entries.
+
+    ``name`` and ``leaf`` are the store and the encoder of `prompt_store`.
+    """
     store = prompt_store(config, name, leaf, runtime, **writer_options(runtime, shard_bytes))
     wait(runtime)  # every process must find the same prompts missing
     missing = [prompt for prompt in prompts if prompt_key(prompt) not in store]

@@ -17,7 +17,7 @@ from longalign.atomic import atomic_write
 from longalign.checkpoints.weights import crc, reading, save_tensors
 
 IDENTITY = "identity.json"
-FORMAT = 2
+FORMAT = 3
 SHARD_BYTES = 256 * 2**20
 KEY_BYTES = 16
 MAX_OPEN_SHARDS = 128

@@ -75,7 +75,7 @@ def save(folder: Path, config: RunConfig, backbone: Backbone | None, encoder: En
 def collect(backbone: Backbone | None, encoder: Encoder | None) -> Weights:
     """Returns the weights that `save` writes, as copies on the CPU.
 
-    With sharded weights all processes must call it; only the first process receives them.
+    With sharded weights, all processes must call this function; only the first one receives the weights.
     """
     parameters = {} if encoder is None else encoder.adapter_parameters()
     adapter_state = {k: p.detach().to("cpu", copy=True).contiguous() for k, p in parameters.items()}

@@ -26,10 +26,10 @@ CHECKSUM = "checksum"
 
 
 @contextmanager
-def reading(what: str | Path, advice: str = "get it again") -> Iterator[None]:
+def reading(what: str | Path, advice: str = "download or copy it again") -> Iterator[None]:
     """Context manager that turns library errors about files that cannot be read into a ValueError that names ``what``.
 
-    The library's text is omitted if it recommends allowing a pickle to run code.
+    The message ends with ``advice``. The library's own text is omitted if it recommends allowing a pickle to run code.
     """
     try:
         yield
@@ -161,12 +161,12 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """Returns `crc` as a string."""
+    """Returns the result of `crc` as a decimal string."""
     return f"crc32:{crc(tensors):08x}"
 
 
 def crc(tensors: Mapping[str, Tensor]) -> int:
-    """Returns the CRC-32 of names, dtypes, shapes and contents."""
+    """Returns the CRC-32 of tensors: of their names, dtypes, shapes and contents."""
     value = 0
     for name, tensor in sorted(tensors.items()):
         value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode(), value)

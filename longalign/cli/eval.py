@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from longalign.cli.generate import generate_images
+from longalign.cli.generate import check_size, generate_images
 from longalign.cli.images import check_images
 from longalign.cli.metrics import build_metrics, judge_config, metric_configs
 from longalign.cli.options import (
@@ -109,7 +109,7 @@ def run(args: Namespace) -> None:
     labels = _labels(args.prompts, texts, required=not prompts)
     for model in models:
         if model.generated:
-            _check_source(model)
+            _check_source(model, args)
     for images in rows.values():
         check_images([path for path, _, _ in images])
     from longalign.evaluation.measure import observe, tabulate
@@ -208,7 +208,7 @@ def _difference(pairs: Sequence[tuple[str, Any]], others: Sequence[tuple[str, An
     """Describes how two lists of prompts and seeds differ."""
     missing, more = ([pair for pair in a if pair not in set(b)] for a, b in ((others, pairs), (pairs, others)))
     if not missing and not more:
-        return "they have another order" if len(pairs) == len(others) else f"{len(pairs)} against {len(others)} images"
+        return "the order differs" if len(pairs) == len(others) else f"{len(pairs)} against {len(others)} images"
     found = [f"{len(rows)} {text}" for rows, text in ((missing, "missing"), (more, "more")) if rows]
     prompt, seed = (missing or more)[0]
     return f"{' and '.join(found)} of {count(len(others), 'image')}, e.g. {prompt!r:.60} with seed {seed}"
@@ -230,10 +230,10 @@ def _labels(source: str | None, texts: Sequence[str], required: bool) -> dict[st
     return found
 
 
-def _check_source(model: _Model) -> None:
-    """Raises an error if a model does not exist, or its folder already has images."""
+def _check_source(model: _Model, args: Namespace) -> None:
+    """Raises an error if a model does not exist or does not support ``--size``, or its folder already has images."""
     if model.option == "checkpoint":
-        find_checkpoint(model.source)
+        check_size(args, find_checkpoint(model.source))
     try:
         new_index(model.folder)
     except ValueError as error:

@@ -15,9 +15,11 @@ from longalign.cli.options import (
     prompts_of,
     seeds_of,
 )
-from longalign.config.checks import check_files
+from longalign.config.checks import check_files, size_problems
 from longalign.config.files import find_checkpoint
 from longalign.config.run import RunConfig, load_config
+from longalign.errors import ConfigError
+from longalign.hub import CHECKPOINT
 from longalign.image_folder import INDEX, new_index
 from longalign.names import count
 
@@ -84,8 +86,15 @@ def generate_images(
         return baselines.generate(source, prompts, output, runtime=runtime, **settings)
     model = find_checkpoint(source).parent if option == "checkpoint" else load_config(source)
     if isinstance(model, RunConfig):
-        sizes = {"--size": width} if width == height else {"--size (width)": width, "--size (height)": height}
-        check_files(model, training=False, sizes=sizes)
+        check_files(model, training=False, sizes={} if args.size is None else {"--size": [args.size]})
+    else:
+        check_size(args, model / CHECKPOINT)
     from longalign.inference import sampling
 
     return sampling.generate(model, prompts, output, dtype=args.dtype, device=args.device, **settings)
+
+
+def check_size(args: Namespace, checkpoint: Path) -> None:
+    """Raises `ConfigError` if the backbone of a checkpoint file does not support ``--size``."""
+    if args.size is not None and (problems := size_problems(load_config(checkpoint), {"--size": [args.size]})):
+        raise ConfigError(problems)

@@ -11,6 +11,7 @@ from longalign.data.prompts.sets import SETS, read_prompt_set
 from longalign.image_folder import check_seeds
 from longalign.inference.solvers import SOLVERS
 from longalign.segmenters import check_text
+from longalign.sizes import Size, parse_size
 
 SEEDS = (0,)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -145,10 +146,8 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def size(text: str) -> tuple[int, int]:
-    """Parses ``N`` or ``WxH`` and returns height and width."""
-    width, cross, height = text.lower().partition("x")
+def size(text: str) -> Size:
     try:
-        return positive(height if cross else width), positive(width)
-    except ArgumentTypeError:
-        raise ArgumentTypeError(f"expected pixels as N or WxH, e.g. 512 or 768x512, got '{text}'") from None
+        return parse_size(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None

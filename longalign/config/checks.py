@@ -7,7 +7,7 @@ the files that the config refers to. They load and download nothing, and do not 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from longalign.config.run import RunConfig, load_config
 from longalign.data.prompts.sets import read_prompt_set
 from longalign.errors import ConfigError, ConfigProblem, shorten
 from longalign.registry import PartConfig
+from longalign.sizes import Size, parse_size
 
 
 def check_files(
@@ -26,20 +27,20 @@ def check_files(
     training: bool = True,
     resumed: bool = False,
     cached: bool = True,
-    sizes: Mapping[str, int | None] | None = None,
+    sizes: Mapping[str, Sequence[Size]] | None = None,
 ) -> None:
     """Raises `ConfigError` with all problems of a run that only this machine can show.
 
-    These are missing or mismatched files, widths and image sizes that do not fit, missing packages, and an output
-    folder that is in use.
+    The checks look for missing or mismatched files, widths and image sizes that do not fit, missing packages, and an
+    output folder that is in use.
 
     Args:
         config: the run.
         training: whether to check the whole run; otherwise only backbone and encoder are checked.
         resumed: whether the output folder may contain a run.
         cached: whether to skip the text models of the encoder if the run caches prompts.
-        sizes: further image sides in pixels that must fit the backbone, by the name used in messages, e.g.
-            ``{"--size": 512}``.
+        sizes: further image sizes that must fit the backbone, by the name used in messages, e.g.
+            ``{"--size": [Size(512, 512)]}``.
     """
     keys = ("backbone", "encoder", *(("rewards", "trainer", "data", "monitor") if training else ()))
     if training and cached and config.cache is not None and config.cache.prompts:
@@ -51,7 +52,7 @@ def check_files(
             local_checkpoint(config.init_from)  # a checkpoint on the Hub is not checked
         except FileNotFoundError as error:
             problems.append(("init_from", str(error)))
-    problems += _size_problems(config, {**(_sizes(config) if training else {}), **(sizes or {})})
+    problems += size_problems(config, {**(_sizes(config) if training else {}), **(sizes or {})})
     if training:
         problems += _folder_problems(config, resumed)
         problems += [
@@ -114,31 +115,37 @@ def _conditioning_problems(config: RunConfig) -> list[ConfigProblem]:
     problems = []
     if expected and width and expected != width:
         message = (
-            f"'{encoder.name}' has states of width {width}, but the denoiser of '{backbone.name}' takes {expected}"
+            f"'{encoder.name}' has states of width {width}, but the denoiser of '{backbone.name}' expects {expected}"
         )
         problems.append(("encoder", f"{message}; choose a matching encoder, or add an adapter"))
     if expected_pooled and pooled_width and expected_pooled != pooled_width:
         message = f"'{encoder.name}' has a pooled embedding of width {pooled_width}"
-        problems.append(("encoder", f"{message}, but the denoiser of '{backbone.name}' takes {expected_pooled}"))
+        expectation = f"but the denoiser of '{backbone.name}' expects {expected_pooled}; choose a matching encoder"
+        problems.append(("encoder", f"{message}, {expectation}"))
     return problems
 
 
-def _sizes(config: RunConfig) -> dict[str, int | None]:
-    """Returns the sides in pixels of the training images."""
-    sizes = {} if config.trainer is None else {"trainer.resolution": config.trainer.image_size}
+def _sizes(config: RunConfig) -> dict[str, Sequence[Size]]:
+    """Returns the sizes of the training images and of the monitor's, by key."""
+    sizes: dict[str, Sequence[Size]] = {}
+    if config.trainer is not None:
+        sizes |= {f"trainer.{key}": value for key, value in config.trainer.image_sizes.items()}
     if config.data is not None and (config.trainer is None or config.trainer.needs_images):
-        sizes["data.resolution"] = config.data.image_size
+        sizes |= {f"data.{key}": value for key, value in config.data.image_sizes.items()}
+    if config.monitor is not None and config.monitor.size is not None:
+        sizes["monitor.size"] = [parse_size(config.monitor.size)]
     return sizes
 
 
-def _size_problems(config: RunConfig, sizes: Mapping[str, int | None]) -> list[ConfigProblem]:
-    """Returns the sizes in pixels that the backbone cannot encode to latents."""
+def size_problems(config: RunConfig, sizes: Mapping[str, Sequence[Size]]) -> list[ConfigProblem]:
+    """Returns a problem for each key with a size that the backbone cannot encode to latents."""
     if config.backbone is None or (divisor := config.backbone.divisor) is None:
         return []
+    unfit = {k: next((s for s in v if s.height % divisor or s.width % divisor), None) for k, v in sizes.items()}
     return [
-        (key, f"expected a multiple of {divisor} for the backbone '{config.backbone.name}', got {size}")
-        for key, size in sizes.items()
-        if size is not None and size % divisor
+        (key, f"expected multiples of {divisor} pixels for the backbone '{config.backbone.name}', got {size}")
+        for key, size in unfit.items()
+        if size is not None
     ]
 
 
@@ -153,7 +160,7 @@ def output_problem(config: RunConfig) -> str | None:
     except ValueError as error:
         state = f"and its newest checkpoint cannot be read ({error});"
     else:
-        lines = [f"\n    {key}: {shorten(old)} there, {shorten(new)} now" for key, (old, new) in changes.items()]
+        lines = [f"\n    {key}: was {shorten(old)}, is now {shorten(new)}" for key, (old, new) in changes.items()]
         if not lines:
             advice = "resume it, choose a different output, or remove the folder"
             return f"there is a run in {config.output} already, with the same config; {advice}"

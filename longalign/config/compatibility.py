@@ -69,7 +69,10 @@ def _data_problems(run: Run) -> Iterator[ConfigProblem]:
         return
     name, trainer = run.data.name, run.trainer
     if trainer is not None and trainer.compares_pairs and not run.data.has_pairs:
-        yield "data", f"'{trainer.name}' needs two images per prompt, but '{name}' has one; choose 'pairs'"
+        yield (
+            "data",
+            f"'{trainer.name}' needs two images per prompt, but '{name}' has one; choose data of pairs, e.g. 'pairs'",
+        )
     elif run.data.has_pairs and not (trainer is not None and trainer.compares_pairs):
         user = "the config has no trainer" if trainer is None else f"the trainer '{trainer.name}' takes one"
         yield "data", f"'{name}' has two images per prompt, but {user}; choose the trainer 'denscore'"

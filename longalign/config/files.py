@@ -135,7 +135,9 @@ def find_checkpoint(checkpoint: str, revision: str | None = None) -> Path:
         return Path(hf_hub_download(checkpoint, CHECKPOINT, revision=revision))
     except Exception as error:
         reason = hub.download_problem(error, CHECKPOINT)
-        raise FileNotFoundError(f"no checkpoint '{checkpoint}' in this folder or on the Hub: {reason}") from error
+        raise FileNotFoundError(
+            f"no local checkpoint '{checkpoint}', and it cannot be loaded from the Hub: {reason}"
+        ) from error
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -15,10 +15,11 @@ from longalign.inference.solvers import Solver
 from longalign.metrics.config import name_problems
 from longalign.registry import Part, Section, data
 from longalign.runtime import Runtime
+from longalign.sizes import ImageSize
 
 Text = Annotated[str, Field(min_length=1)]
 #: keys on which the measured values depend
-MEASURED = {"prompts", "data", "limit", "seeds", "num_steps", "guidance", "solver", "metrics"}
+MEASURED = {"prompts", "data", "limit", "seeds", "num_steps", "guidance", "size", "solver", "metrics"}
 
 
 class GuardConfig(Section):
@@ -27,8 +28,8 @@ class GuardConfig(Section):
     metric: Text
     """a value of the monitor, e.g. "facts" or "denscore.text_relevant"."""
     at_most_worse: NonNegativeFloat
-    """by how much the value may be worse than at the first point, in the metric's unit; for percentages, 0.05 is five
-    percentage points.
+    """by how much the value may be worse than in the first measurement of the run, in the metric's unit. For
+    percentages, 0.05 is five percentage points.
     """
 
 
@@ -38,14 +39,14 @@ class KeepBestConfig(Section):
     metric: Text
     """a value of the monitor. Its metric defines whether higher or lower is better."""
     guard: GuardConfig | None = None
-    """rejects points at which its metric has become too bad; null: rejects none."""
+    """rejects points at which its metric is too much worse than at the start; null: rejects none."""
 
 
 class EarlyStopConfig(KeepBestConfig):
     """Ends a run before its last step if a metric no longer improves."""
 
     patience: PositiveInt
-    """number of successive points of the monitor without a new best value."""
+    """number of successive measurements of the monitor without a new best value after which the run ends."""
 
 
 class MonitorConfig(Section):
@@ -60,23 +61,26 @@ class MonitorConfig(Section):
     limit: PositiveInt | None = None
     """maximum number of prompts, from the first; null: all."""
     every: PositiveInt = 500
-    """training steps between two points (measurements); there is also one at the start and one at the end."""
+    """training steps between two measurements; the monitor also measures at the start and at the end."""
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (0,)
     """one image is sampled per prompt and seed."""
     num_steps: PositiveInt = 25
     """sampling steps."""
     guidance: Annotated[float, Field(ge=1)] = 7.5
     """classifier-free guidance scale; 1 disables it."""
+    size: ImageSize | None = None
+    """size of the images in pixels: the side of a square, or ``WIDTHxHEIGHT``; null: the backbone's native resolution.
+    """
     solver: Solver = "unipc"
     """"unipc", "ddim", "dpm++", or "lcm" for a consistency-distilled model, with 4 steps and guidance 1."""
     batch_size: PositiveInt = 8
     """images per batch."""
     metrics: tuple[Part("metrics"), ...] = ()
-    """what is measured; empty: images only."""
+    """metrics that are measured at each point; empty: none, only images are written."""
     window: PositiveInt = 3
-    """each point is compared with the one ``window`` points before, for the warnings."""
+    """each measurement is compared with the one ``window`` measurements before, for the warnings."""
     keep_best: KeepBestConfig | None = None
-    """keep the checkpoint of the best point as ``best`` in the output folder; null: only the newest ones."""
+    """keep the checkpoint with the best measurement as ``best`` in the output folder; null: only the newest ones."""
     early_stop: EarlyStopConfig | None = None
     """stop when a metric no longer improves; null: never."""
 
@@ -88,7 +92,8 @@ class MonitorConfig(Section):
 
     def _problems(self) -> Iterator[ConfigProblem]:
         if (self.prompts is None) == (self.data is None):
-            yield "prompts", "expected one of prompts and data; set one of them"
+            given = "neither" if self.prompts is None else "both"
+            yield "prompts", f"expected either prompts or data, got {given}; set exactly one"
         if repeated := [seed for seed, count in Counter(self.seeds).items() if count > 1]:
             yield "seeds", f"expected different seeds, got {repeated[0]} more than once; remove it"
         yield from name_problems(self.metrics)

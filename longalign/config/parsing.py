@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from longalign.config.files import checkpoint_file, read_metadata
-from longalign.errors import MAX_VALUES, ConfigError, check_size, shorten, suggestion
+from longalign.errors import MAX_DEPTH, MAX_VALUES, ConfigError, check_size, shorten, suggestion
 from longalign.runtime import examples_folder
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
@@ -162,7 +162,9 @@ def _load_yaml(text: str) -> Any:
     try:
         value = yaml.load(text, _Loader)
     except RecursionError:
-        raise ValueError("the value is nested too deeply") from None
+        raise ValueError(
+            f"the value is nested too deeply; expected at most {MAX_DEPTH} levels of lists and mappings"
+        ) from None
     except ConfigError:
         raise
     except ValueError as error:

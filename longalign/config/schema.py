@@ -111,11 +111,9 @@ def summary(model: type) -> str:
 
 
 def descriptions(model: type) -> dict[str, str]:
-    """Returns the description of each key.
+    """Returns the description of each key: the docstring below the field, or its entry in the class's ``Attributes:``.
 
-    It is the docstring below a field, or the entry in the ``Attributes:`` of the class's docstring.
-
-    A key without a description inherits the description from the base class.
+    A key without a description inherits it from the base class.
     """
     out: dict[str, str] = {}
     for base in reversed(model.__mro__):

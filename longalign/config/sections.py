@@ -26,7 +26,7 @@ class LoopConfig(Section):
     batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 8
     """items per process and micro-step."""
     accumulation: Annotated[int, Field(ge=1, le=1_000_000)] = 1
-    """micro-steps per optimizer step."""
+    """gradient accumulation: micro-steps per optimizer step."""
     lr: PositiveFloat = 3e-5
     """learning rate of AdamW."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
@@ -51,13 +51,13 @@ class LoopConfig(Section):
     """
     cuda_graphs: bool = False
     """replay denoiser calls without gradient as CUDA graphs; for one process with a CUDA GPU. Calls with dropout are
-    not replayed: set the LoRA's dropout to 0, or the reward trainer's ``dropout_steps`` to ``"chosen"``. The weights
-    with which the LoRA is merged for sampling are then kept. Experimental: not yet run on a GPU.
+    not replayed: set the LoRA's dropout to 0, or the reward trainer's ``dropout_steps`` to ``"chosen"``. The
+    merged copies of the LoRA layers' weights, which sampling uses, are then kept in memory. Experimental: not yet run
+    on a GPU.
     """
     mfu: bool | None = None
-    """log ``mfu``, the share of the device's peak that the denoiser's calls reach: operations without LoRA, divided by
-    the time of the whole step and by the speed of a large matrix product, which is measured at the start. null: on CUDA
-    devices.
+    """log ``mfu``, the model FLOPs utilization: the FLOPs of the denoiser's calls, without LoRA, divided by the time of
+    the whole step and by the FLOPs per second of a large matrix product, measured at the start. null: on CUDA devices.
     """
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """decay of the exponential moving average of the trainable parameters, or null for none."""

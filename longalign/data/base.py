@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch.utils.data import Dataset
 
 from longalign.caching.store import key_of
+from longalign.sizes import Size
 
 
 class Data(Dataset[dict[str, Any]]):
@@ -19,6 +21,11 @@ class Data(Dataset[dict[str, Any]]):
     #: whether items have an image
     has_images: bool = True
 
+    @property
+    def buckets(self) -> Sequence[Size]:
+        """Sizes of the images. If there are several, a batch has items of one `bucket`; otherwise it may be empty."""
+        return ()
+
     def __len__(self) -> int:
         raise NotImplementedError
 
@@ -28,6 +35,10 @@ class Data(Dataset[dict[str, Any]]):
     def prompt(self, index: int) -> str:
         """Returns the prompt of an item, without loading or rendering its image."""
         return self[index]["prompt"]
+
+    def bucket(self, index: int) -> int:
+        """Returns the position of an item's size in `buckets`, without loading the image; -1 if it cannot be read."""
+        return 0
 
     # Used by caches
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from longalign.caching.store import REPAIR_ADVICE, Store
 from longalign.checkpoints.weights import load_tensors, reading, save_tensors
 from longalign.data.base import Data, check_index, spread_indices
+from longalign.sizes import Size
 
 ITEMS = "items.safetensors"
 #: key of an image that could not be read
@@ -26,17 +28,18 @@ class CachedImages(Data):
         store: posteriors by the key of the image content.
         keys: key of each item's image; `UNREADABLE` for items that are replaced by the next readable item.
         stamps: ``(n,)``, `Data.image_stamp` of each item when it was encoded.
+        numbers: ``(n,)``, `Data.bucket` of each item.
 
     Raises:
         ValueError: if the number of items changed, or a checked image differs from the encoded one.
     """
 
-    def __init__(self, data: Data, store: Store, keys: list[bytes], stamps: Tensor):
+    def __init__(self, data: Data, store: Store, keys: list[bytes], stamps: Tensor, numbers: Tensor):
         if len(data) != len(keys):
             raise ValueError(
                 f"the data has {len(data)} items, but the cache {store.folder} has {len(keys)}; {RERUN_ADVICE}"
             )
-        self.data, self.store, self.keys, self.stamps = data, store, keys, stamps
+        self.data, self.store, self.keys, self.stamps, self.numbers = data, store, keys, stamps, numbers
         for index in spread_indices(len(keys)):
             if keys[index] != UNREADABLE:
                 self._check(index, bool(self.stamps[index] != 0))
@@ -49,6 +52,13 @@ class CachedImages(Data):
     def __len__(self) -> int:
         return len(self.keys)
 
+    @property
+    def buckets(self) -> Sequence[Size]:
+        return self.data.buckets
+
+    def bucket(self, index: int) -> int:
+        return int(self.numbers[index])
+
     def prompt(self, index: int) -> str:
         return self.data.prompt(index)
 
@@ -58,7 +68,7 @@ class CachedImages(Data):
             i = (start + offset) % len(self)
             if self.keys[i] != UNREADABLE:
                 self._check(i)
-                return {"prompt": self.data.prompt(i), "posterior": self.store[self.keys[i]]["posterior"]}
+                return {"prompt": self.data.prompt(i), "posterior": read_posterior(self.store, self.keys[i])}
         raise ValueError(
             f"none of the {len(self)} images could be read when {self.store.folder} was built; repair or replace them, "
             f"then {RERUN_ADVICE}"
@@ -76,16 +86,28 @@ class CachedImages(Data):
             )
 
 
-def read_items(folder: Path) -> tuple[list[bytes], Tensor]:
-    """Reads the image keys and stamps of all items for `CachedImages`. Raises ValueError if they are missing."""
+def write_posterior(store: Store, key: bytes, posterior: Tensor) -> None:
+    """Adds a posterior ``(2c, h, w)`` to a store. It is flattened, since entries differ in their first size only."""
+    store.add(key, {"posterior": posterior.flatten(), "shape": torch.tensor(posterior.shape)})
+
+
+def read_posterior(store: Store, key: bytes) -> Tensor:
+    """Reads a posterior ``(2c, h, w)``."""
+    entry = store[key]
+    return entry["posterior"].view(entry["shape"].tolist())
+
+
+def read_items(folder: Path) -> tuple[list[bytes], Tensor, Tensor]:
+    """Reads image keys, stamps and buckets of all items for `CachedImages`. Raises ValueError if they are missing."""
     if not (folder / ITEMS).is_file():
         raise ValueError(f"the cache {folder} is incomplete; {RERUN_ADVICE}")
     with reading(folder / ITEMS, REPAIR_ADVICE):
         tensors = load_tensors(folder / ITEMS)
-        return [row.numpy().tobytes() for row in tensors["keys"]], tensors["stamps"]
+        return [row.numpy().tobytes() for row in tensors["keys"]], tensors["stamps"], tensors["buckets"]
 
 
-def write_items(folder: Path, keys: list[bytes], stamps: list[int]) -> None:
-    """Writes image keys and stamps for `read_items`."""
+def write_items(folder: Path, keys: list[bytes], stamps: list[int], buckets: list[int]) -> None:
+    """Writes image keys, stamps and buckets for `read_items`."""
     raw = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(len(keys), -1)
-    save_tensors(folder / ITEMS, {"keys": raw, "stamps": torch.tensor(stamps, dtype=torch.int64)})
+    numbers = {"stamps": stamps, "buckets": buckets}
+    save_tensors(folder / ITEMS, {"keys": raw, **{k: torch.tensor(v, dtype=torch.int64) for k, v in numbers.items()}})

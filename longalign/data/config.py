@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
 from longalign.backbones.config import BackboneConfig
 from longalign.errors import ConfigError, ConfigProblem
 from longalign.registry import PartConfig
+from longalign.sizes import ImageSize, Size, aspect_buckets, parse_size
 
 Text = Annotated[str, Field(min_length=1)]
 
@@ -17,6 +19,9 @@ Text = Annotated[str, Field(min_length=1)]
 def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
+
+#: default of `ImagesConfig.multiple_of`
+MULTIPLE_OF = 64
 
 #: one text or several
 Texts = Annotated[tuple[Text, ...], BeforeValidator(_as_tuple, json_schema_input_type=Text | tuple[Text, ...])]
@@ -39,9 +44,9 @@ class DataConfig(PartConfig):
         return False
 
     @property
-    def image_size(self) -> int | None:
-        """Side of the images in pixels; None if it varies, is unknown, or is the backbone's native resolution."""
-        return None
+    def image_sizes(self) -> Mapping[str, Sequence[Size]]:
+        """Sizes that the backbone must be able to encode, by the key that sets them; empty if unknown or native."""
+        return {}
 
     def for_backbone(self, backbone: BackboneConfig | None) -> Self:
         """Returns this config, with the image size of the run's backbone if none is set.
@@ -63,6 +68,17 @@ class ImagesConfig(DataConfig):
     """centre-crop and resize images to this many pixels; null: the backbone's native resolution. Smaller images are
     scaled up, with a warning.
     """
+    max_aspect_ratio: Annotated[float, Field(gt=1)] | None = None
+    """sort images into buckets with at most the pixels of the square, and with sides up to this ratio. An image is
+    cropped and resized to the bucket of the nearest aspect ratio, and a batch has images of one bucket. null: all
+    images are square.
+    """
+    multiple_of: PositiveInt | None = None
+    """number of pixels that divides the sides of the buckets of ``max_aspect_ratio``; null: 64."""
+    buckets: Annotated[tuple[ImageSize, ...], Field(min_length=1)] | None = None
+    """the buckets themselves, e.g. ``[512, 640x384, 384x640]`` (width x height), instead of ``resolution`` and
+    ``max_aspect_ratio``.
+    """
     empty: Literal["skip", "keep"] = "skip"
     """what to do with images with an empty caption: "skip" them, or "keep" them as unconditional examples."""
     max_unreadable: NonNegativeInt = 10
@@ -70,12 +86,38 @@ class ImagesConfig(DataConfig):
     stops the run. Each data loading process counts its own.
     """
 
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        keys = ("resolution", "max_aspect_ratio", "multiple_of")
+        ignored = [key for key in keys if getattr(self, key) is not None]
+        if self.buckets is not None and ignored:
+            raise ValueError(f"'{ignored[0]}' has no effect with 'buckets'; remove one of them")
+        if self.multiple_of is not None and self.max_aspect_ratio is None:
+            raise ValueError("'multiple_of' needs a 'max_aspect_ratio'; set it or remove 'multiple_of'")
+        _ = self.sizes
+        return self
+
     @property
-    def image_size(self) -> int | None:
-        return self.resolution
+    def sizes(self) -> tuple[Size, ...] | None:
+        """Sizes of the images, one per bucket; None for the backbone's native resolution."""
+        if self.buckets is not None:
+            return tuple(dict.fromkeys(map(parse_size, self.buckets)))
+        if self.resolution is None:
+            return None
+        if self.max_aspect_ratio is None:
+            return (Size(self.resolution, self.resolution),)
+        return aspect_buckets(self.resolution, self.multiple_of or MULTIPLE_OF, self.max_aspect_ratio)
+
+    @property
+    def image_sizes(self) -> Mapping[str, Sequence[Size]]:
+        if self.buckets is not None:
+            return {"buckets": self.sizes or ()}
+        if self.max_aspect_ratio is not None:
+            return {"multiple_of": [parse_size(self.multiple_of or MULTIPLE_OF)]}
+        return {"resolution": self.sizes or ()}
 
     def for_backbone(self, backbone: BackboneConfig | None) -> Self:
-        if self.resolution is not None or not self.has_images:
+        if self.resolution is not None or self.buckets is not None or not self.has_images:
             return self
         resolution = None if backbone is None else backbone.resolution()
         if resolution is None:
@@ -83,7 +125,12 @@ class ImagesConfig(DataConfig):
                 "no backbone is set" if backbone is None else f"the backbone '{backbone.name}' has no native resolution"
             )
             raise ConfigError([("data.resolution", f"{reason}; set a number of pixels, e.g. 512")])
-        return self.model_copy(update={"resolution": resolution})
+        config = self.model_copy(update={"resolution": resolution})
+        try:
+            _ = config.sizes
+        except ValueError as error:
+            raise ConfigError([("data.multiple_of", f"{error}; the resolution is the backbone's")]) from None
+        return config
 
 
 def folder_problems(key: str, folder: str | None) -> list[ConfigProblem]:

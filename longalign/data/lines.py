@@ -12,6 +12,9 @@ from typing import Any
 
 from longalign.segmenters import check_text
 
+#: what happens to empty captions and prompts, by the config key ``empty``, for messages
+OUTCOMES = {"skip": "skipped", "keep": "kept"}
+
 
 def inside(folder: Path | str, name: str, where: str = "") -> Path:
     """Returns the path of the file ``name`` in a folder.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import random
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from longalign.data.images.base import UNREADABLE, SquareLoader, Unreadable
+from longalign.data.images.base import UNREADABLE, ImageLoader, Resolution, Unreadable
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ class Stream:
     records repeat them more often.
 
     Args:
-        resolution: image side in pixels; ignored for prompt-only data.
+        resolution: image side in pixels, or the size of each bucket; ignored for prompt-only data.
         empty: ``"skip"`` or ``"keep"``: what to do with items with an empty caption.
         max_unreadable: number of unreadable images to replace by the next readable one; one more raises an error.
         shuffle_buffer: shuffle buffer size; 1 keeps the order.
@@ -48,15 +50,15 @@ class Stream:
 
     has_images: bool = True
 
-    def __init__(self, *, resolution: int | None, empty: str, max_unreadable: int, shuffle_buffer: int):
-        self.loader = SquareLoader(resolution) if self.has_images else None
+    def __init__(self, *, resolution: Resolution, empty: str, max_unreadable: int, shuffle_buffer: int):
+        self.loader = ImageLoader(resolution) if self.has_images else None
         self.empty, self.shuffle_buffer = empty, shuffle_buffer
         self.unreadable = Unreadable(max_unreadable)
         self._warned_empty = False
 
     @property
     def num_shards(self) -> int:
-        """Number of shards."""
+        """Number of shards, which are distributed over processes and data loading workers."""
         raise NotImplementedError
 
     def read(self, shard: int) -> Iterator[Record]:
@@ -64,47 +66,94 @@ class Stream:
         raise NotImplementedError
 
     def items(
-        self, seed: int, part: int = 0, num_parts: int = 1, skip: int = 0, images: bool = True
+        self,
+        seed: int,
+        part: int = 0,
+        num_parts: int = 1,
+        skip: int = 0,
+        images: bool = True,
+        batch_size: int = 1,
     ) -> Iterator[dict[str, Any]]:
-        """Yields items ``{"prompt": str, "image": (3, resolution, resolution) in [0, 1]}`` forever.
+        """Yields items ``{"prompt": str, "image": (3, h, w) in [0, 1]}`` forever.
 
         Args:
             seed: shuffling seed.
             part: index of the reader, a data loading worker of a process. Readers get disjoint records.
             num_parts: number of readers in all processes.
-            skip: number of items to skip at the start, without decoding them.
+            skip: number of items to skip at the start, without decoding them; a multiple of ``batch_size``.
             images: whether items have images.
+            batch_size: number of consecutive items that have images of one bucket.
 
         Raises:
             ValueError: if too many images cannot be read, or there are no items for this reader.
         """
-        # The next readable image also fills the slots of unreadable ones: `skip` then counts records undecoded.
+        # Readable images also fill the slots of unreadable ones in their group, and of groups that have none before it:
+        # `skip` then counts records undecoded.
         slots = 0
-        for number, record in enumerate(self._records(seed, part, num_parts)):
-            if number < skip:
-                continue
+        groups = self._groups(self._records(seed, part, num_parts), batch_size, images)
+        for bucket, records in islice(groups, skip // batch_size, None):
             slots += 1
-            item: dict[str, Any] = {"prompt": record.prompt}
-            try:
-                if record.name in self.unreadable:
-                    raise ValueError(self.unreadable[record.name])
-                if record.problem:
-                    raise ValueError(record.problem)
-                if images:
-                    if record.image is None or self.loader is None:
-                        raise ValueError("the item has no image")
-                    item["image"] = self.loader.load(record.name, record.image)
-            except UNREADABLE as error:
-                self.unreadable.note(record.name, error)
-                # Unreadable records can end one epoch and start the next; with more than these, an epoch has no others.
-                if slots > 2 * self.unreadable.limit:
-                    raise ValueError(
-                        f"no image can be read: {self.unreadable.summary()}. Repair or replace the files"
-                    ) from error
+            items = [self._item(record, bucket, images) for record in records]
+            if all(item is None for item in items):
+                self._check_any(slots)
                 continue
+            filled = [next(item for item in items[i:] + items if item is not None) for i in range(len(items))]
             for _ in range(slots):
-                yield item
+                yield from filled
             slots = 0
+
+    def _groups(self, records: Iterator[Record], size: int, images: bool) -> Iterator[tuple[int, list[Record]]]:
+        """Yields groups of ``size`` records of one bucket, with its number.
+
+        A group begins with the first record of its bucket that is in no other group. With several buckets, records
+        whose image header cannot be read are dropped.
+        """
+        sort = images and self.loader is not None and len(self.loader.sizes) > 1
+        waiting: dict[int, list[Record]] = defaultdict(list)
+        dropped = 0
+        for record in records:
+            bucket = self._bucket(record) if sort else 0
+            if bucket < 0:
+                dropped += 1
+                self._check_any(dropped)
+                continue
+            dropped = 0
+            waiting[bucket].append(record)
+            if len(waiting[bucket]) == size:
+                yield bucket, waiting.pop(bucket)
+
+    def _bucket(self, record: Record) -> int:
+        try:
+            assert self.loader is not None
+            return self.loader.bucket(self._image(record))
+        except UNREADABLE as error:
+            self.unreadable.note(record.name, error)
+            return -1
+
+    def _item(self, record: Record, bucket: int, images: bool) -> dict[str, Any] | None:
+        """Returns the item of a record, or None if it cannot be used."""
+        try:
+            if record.name in self.unreadable:
+                raise ValueError(self.unreadable[record.name])
+            if images:
+                assert self.loader is not None
+                return {"prompt": record.prompt, "image": self.loader.load(record.name, self._image(record), bucket)}
+            if record.problem:
+                raise ValueError(record.problem)
+            return {"prompt": record.prompt}
+        except UNREADABLE as error:
+            self.unreadable.note(record.name, error)
+            return None
+
+    def _image(self, record: Record) -> Path | bytes:
+        if record.problem or record.image is None:
+            raise ValueError(record.problem or "the item has no image")
+        return record.image
+
+    def _check_any(self, unusable: int) -> None:
+        # Unreadable records can end one epoch and start the next; with more than these, an epoch has no others.
+        if unusable > 2 * self.unreadable.limit:
+            raise ValueError(f"no image can be read: {self.unreadable.summary()}. Repair or replace the files")
 
     def _records(self, seed: int, part: int, num_parts: int) -> Iterator[Record]:
         epoch = 0

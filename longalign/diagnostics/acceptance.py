@@ -1,7 +1,7 @@
-"""Checks of the published checkpoints: what each must satisfy, whatever the machine. Run by ``examples/acceptance.sh``.
+"""Checks of the published checkpoints that hold on any machine. Run by ``examples/acceptance.sh``.
 
-Where a value has been published, it is compared; otherwise properties are: shapes, ranges, equalities between two ways
-to compute the same states, and that a matching prompt scores higher than others.
+Results are compared with published values where available. Otherwise the checks are about shapes, ranges, two methods
+to compute the same states, and whether a matching prompt scores higher than others.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Acceptance:
         }
 
     def find(self, name: str) -> str:
-        """Returns the checkpoint of a name.
+        """Returns the Hub id or folder of the checkpoint with a name in `PUBLISHED`.
 
         Raises:
             Unavailable: if the checkpoint, or one of its files, is certainly not available.
@@ -76,17 +76,17 @@ class Acceptance:
         if problem := availability_problem(entry.checkpoint):
             raise Unavailable(problem)
         if (Path(entry.checkpoint).exists() or offline()) and (files := entry.missing()):
-            raise Unavailable(f"'{entry.checkpoint}' does not hold {', '.join(files)}")
+            raise Unavailable(f"'{entry.checkpoint}' does not contain {', '.join(files)}")
         return entry.checkpoint
 
     def build(self, kind: str, config: dict[str, Any]) -> Any:
-        """Builds a part in float32."""
+        """Builds the part with ``config`` of a kind, in float32."""
         from longalign.registry import REGISTRIES
 
         return REGISTRIES[kind].build(config, Runtime(self.device))
 
     def longsd(self) -> Iterator[Row]:
-        """Reads the lists of LoRA tensors, and converts them with the adapter."""
+        """Checks the number of LoRA tensors of longSD, and that it can be converted to a checkpoint."""
         from longalign.checkpoints.convert import LORAS, convert_longsd, read_tensors
 
         source = Path(self.find("longsd"))
@@ -124,7 +124,7 @@ class Acceptance:
         )
 
     def t5(self) -> Iterator[Row]:
-        """Encodes with T5 and LaVi-Bridge's adapter."""
+        """Checks shape and range of the states of T5 with LaVi-Bridge's adapter."""
         adapter = {"checkpoint": self.find("lavi-bridge"), "subfolder": LAVI_BRIDGE[1]}
         encoder = self.build("encoders", {"name": "t5", "checkpoint": self.find("t5"), "adapter": adapter})
         states = encoder.encode([SHORT, ""]).states
@@ -143,11 +143,13 @@ class Acceptance:
         yield compare("states that depend on word 121", bool(differs) and differs[0] == 121, result, "from 121 on")
 
     def generate(self) -> Iterator[Row]:
-        """Generates images with the converted longSD."""
+        """Generates images with the converted longSD, and checks that none is constant."""
         shutil.rmtree(self.images, ignore_errors=True)
         folder = self.output / "longsd"
         if not (folder / "longalign.safetensors").is_file():
-            raise Unavailable("longSD was not converted")
+            raise Unavailable(
+                f"no converted longSD in {folder}; its conversion, an earlier step, failed or was not run"
+            )
         self.find("sd15")
         self.find("t5")
         from longalign.image_io import load_image
@@ -168,7 +170,7 @@ class Acceptance:
         return self.output / "images"
 
     def reward(self, name: str) -> Iterator[Row]:
-        """Checks that matching prompts score higher than others, and published scores of HPS v2."""
+        """Checks that matching prompts score higher than others, and that HPS v2 gives its published scores."""
         config = {**REWARDS[name], "checkpoint": self.find(name)}
         reward = self.build("rewards", config if name.startswith("hpsv2") else {**config, **self.processor()}).eval()
         yield from self.ranking(reward, "plain colours", *_colour_images())
@@ -197,7 +199,7 @@ class Acceptance:
         )
 
     def ranking(self, reward: Any, what: str, images: Sequence[Any], prompts: Sequence[str]) -> Iterator[Row]:
-        """Scores every image with every prompt."""
+        """Scores every image with every prompt, and checks that matching prompts score higher on average."""
         import torch
 
         with torch.no_grad():
@@ -250,7 +252,7 @@ def _about(states: Any) -> str:
 
 
 def run(acceptance: Acceptance, only: Sequence[str] = ()) -> list[tuple[str, Row]]:
-    """Runs the steps; a missing checkpoint or an error is a row, and the other steps go on."""
+    """Runs all steps, or those in ``only``. A missing checkpoint or an error becomes a row; other steps still run."""
     import torch
 
     out: list[tuple[str, Row]] = []
@@ -285,7 +287,7 @@ def _unavailable(step: Callable[[], Iterator[Row]]) -> Iterator[Row]:
 
 
 def table(rows: Sequence[tuple[str, Row]]) -> str:
-    """Returns the Markdown table."""
+    """Formats rows, each with the name of its step, as a Markdown table."""
     lines = ["| step | check | status | result | expected | seconds |", "|---|---|---|---|---|---|"]
     for step, row in rows:
         cells = [step, row.check, row.status, row.result, row.expected, f"{row.seconds:.1f}" if row.seconds else ""]

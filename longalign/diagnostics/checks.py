@@ -39,7 +39,14 @@ class Row:
 
 
 def compare(check: str, ok: bool, result: str, expected: str) -> Row:
-    """Returns the row of a comparison."""
+    """Returns the row of a check, with status ``ok`` or ``failed``.
+
+    Args:
+        check: name of the check.
+        ok: whether the check passed.
+        result: what was measured, as text.
+        expected: what a passing result looks like, as text.
+    """
     return Row(check, "ok" if ok else "failed", result, expected)
 
 

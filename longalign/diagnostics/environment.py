@@ -37,7 +37,7 @@ def environment() -> dict[str, str]:
 
 
 def unmet_requirements() -> list[str]:
-    """Returns the requirements of longalign that are not installed or have another version."""
+    """Returns the requirements of longalign that are not installed, or are installed in an unsupported version."""
     from packaging.requirements import Requirement
 
     problems = []

@@ -32,7 +32,7 @@ class Published:
 
     @property
     def key(self) -> str:
-        """Name without a version: checkpoints of one key are in one repository."""
+        """Name without its version. Checkpoints with the same key are versions in one repository."""
         return self.name.partition(".")[0]
 
     def missing(self, folder: str = "") -> list[str]:

@@ -35,7 +35,7 @@ class Direction:
         vector: a unit vector ``(d,)``: the common direction ``V`` of text embeddings, or a measured direction.
         probe: ``(k, d)`` embeddings of `PROBE` by the reward for which the direction was computed.
         kind: ``"text"`` for a common direction of prompts, ``"images"`` for a mean difference of image embeddings.
-            Others may be used for directions that were found in another way.
+            Use a different name for directions that were computed with a different method.
         count: number of prompts, or of pairs of images; 0 if unknown.
         components: distribution of the components along the direction, of prompts sampled from the corpus (eta) or of
             the differences: their number ``count``, ``mean``, ``std``, ``quantiles``, ``edges`` and ``counts`` of a
@@ -54,13 +54,13 @@ class Direction:
 
     @classmethod
     def of(cls, reward: EmbeddingReward, vector: Tensor, config: PartConfig | None = None, **attributes: Any) -> Self:
-        """Returns the direction of a vector ``(d,)`` of any length in the embedding space of a reward.
+        """Returns the direction of a vector in the embedding space of a reward; the vector is normalized.
 
         Args:
             reward: the reward, whose embeddings of `PROBE` are stored.
-            vector: the vector.
-            config: config of the reward.
-            **attributes: ``kind`` and, optionally, ``count``, ``components`` and ``origin``.
+            vector: ``(d,)`` vector of any norm.
+            config: config of the reward, stored as ``inner``.
+            **attributes: the attributes ``kind`` and, optionally, ``count``, ``components`` and ``origin``.
 
         Raises:
             ValueError: if the vector's norm is 0 or NaN.
@@ -104,7 +104,7 @@ class Direction:
         """Returns the vector as `vector_for` does, after checking that it is a common direction of text embeddings.
 
         Raises:
-            ValueError: if it is of another kind, or was not computed with ``reward``.
+            ValueError: if it is of a different kind, or was not computed with ``reward``.
         """
         if self.kind != TEXT:
             raise ValueError(

@@ -16,7 +16,7 @@ class EditConfig(PartConfig):
 
 
 class NoEditConfig(EditConfig):
-    """Leaves the text embedding as it is: the plain score, logged like the edited ones."""
+    """No edit: the original score, logged with the same names as edited scores."""
 
     target: ClassVar[str] = "longalign.edits.direction:DirectionEdit"
     omega: ClassVar[float] = 1.0
@@ -28,7 +28,7 @@ class NoEditConfig(EditConfig):
 class DirectionConfig(EditConfig):
     """Scales the component of the text embedding along the common direction of texts (LongAlign, paper section 4).
 
-    The common direction is that of the key ``direction`` of the reward.
+    The reward's key ``direction`` sets the common direction.
     """
 
     target: ClassVar[str] = "longalign.edits.direction:DirectionEdit"
@@ -59,27 +59,26 @@ class MeasuredConfig(EditConfig):
 
 
 class PairsConfig(EditConfig):
-    """Relative preference between two wordings of a prompt (SRPO, arXiv 2509.06942).
+    """Relative preference between a positive and a negative variant of a prompt (SRPO, arXiv 2509.06942).
 
-    The edited embedding is ``(k + 1) C_P(positive prompt) - C_P(negative prompt)``. A control word is put before every
-    text that the reward encodes: the prompt, or each of its segments.
+    The edited embedding is ``(k + 1) C_P(positive prompt) - C_P(negative prompt)``. A control word or
+    phrase is put before every text that the reward encodes: the prompt, or each of its segments.
     """
 
     target: ClassVar[str] = "longalign.edits.pairs:PairsEdit"
 
     name: Literal["pairs"] = "pairs"
     positive: str
-    """word or phrase before each text of the positive wording, separated by a space; empty: the prompt as it is."""
+    """control word of the positive prompt: a word or phrase, separated from the text by a space; empty: none."""
     negative: str
-    """the same for the negative wording."""
+    """control word of the negative prompt."""
     k: float = Field(1.0, ge=0, allow_inf_nan=False)
-    """weight of the score of the positive wording, beyond the difference of the two; 0: only the difference."""
+    """weight of the positive prompt's score, added to the difference of both scores; 0: only the difference."""
 
     @model_validator(mode="after")
     def _check_words(self) -> PairsConfig:
         if self.positive.split() == self.negative.split():
             raise ValueError(
-                f"positive and negative are both {self.positive!r}, so that there is no preference between them; "
-                "expected two different wordings"
+                f"expected different control words as positive and negative, got {self.positive!r} for both; change one"
             )
         return self

@@ -1,4 +1,4 @@
-"""Relative preference between two wordings of a prompt (SRPO, arXiv 2509.06942); the edit `pairs`."""
+"""Relative preference between a positive and a negative variant of a prompt (SRPO); the edit `pairs`."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from longalign.runtime import Runtime
 class PairsEdit(Edit):
     """The edited embedding ``(k + 1) C_P(positive prompt) - C_P(negative prompt)``.
 
-    The scores of the two wordings are logged as ``positive`` and ``negative``; the edited score is
+    The scores of the two prompts are logged as ``positive`` and ``negative``; the edited score is
     ``k * positive + (positive - negative)``.
 
     Args:
-        positive: control word of the positive wording, put before each text that the reward encodes.
-        negative: control word of the negative wording; may be empty.
-        k: weight of the positive wording's score beyond the difference.
+        positive: control word of the positive prompt, put before each text that the reward encodes; may be empty.
+        negative: control word of the negative prompt; may be empty.
+        k: weight of the positive prompt's score, added to the difference of both scores.
     """
 
     def __init__(self, *, positive: str, negative: str, k: float):

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from longalign.encoders.concat import ConcatEncoder as ConcatEncoder
     from longalign.encoders.config import ConcatConfig as ConcatConfig
     from longalign.encoders.config import EncoderConfig as EncoderConfig
+    from longalign.encoders.llm.config import LlmConfig as LlmConfig
+    from longalign.encoders.llm.encoder import LlmEncoder as LlmEncoder
     from longalign.encoders.t5.adapter import TextAdapter as TextAdapter
     from longalign.encoders.t5.config import AdapterConfig as AdapterConfig
     from longalign.encoders.t5.config import T5Config as T5Config
@@ -53,6 +55,8 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "Conditioning": "base",
         "Encoder": "base",
         "EncoderConfig": "config",
+        "LlmConfig": "llm.config",
+        "LlmEncoder": "llm.encoder",
         "LongClipConfig": "clip.config",
         "LongClipEncoder": "clip.longclip",
         "PromptReport": "base",

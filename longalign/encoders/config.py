@@ -67,7 +67,7 @@ class CheckpointConfig(EncoderConfig):
     variant: str | None = None
     """file variant of the text model, e.g. ``"fp16"`` for weights in ``model.fp16.safetensors``."""
     max_batch_tokens: int = Field(default=16384, ge=1)
-    """maximum number of positions per call of a text model; a lower value saves memory."""
+    """maximum number of tokens, including padding, per call of a text model; a lower value saves memory."""
 
     def check_files(self) -> list[ConfigProblem]:
         if self.checkpoint.endswith((".safetensors", ".pt")):
@@ -118,7 +118,7 @@ class ConcatConfig(EncoderConfig):
 
     name: Literal["concat"] = "concat"
     parts: list[Part("encoders")] = Field(min_length=1)  # type: ignore[valid-type]
-    """the encoders, in order."""
+    """the encoders, in the order in which their states are concatenated."""
 
     def inner_encoders(self) -> Sequence[EncoderConfig]:
         return self.parts

@@ -1,4 +1,4 @@
-"""Formats metrics as text: names, numbers, intervals, and grids of cells for a terminal and in Markdown."""
+"""Formats metrics as text: names, numbers, intervals, and tables of cells for a terminal and in Markdown."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def label(metric: str, value: Value) -> str:
 
 
 def number(amount: float, value: Value, sign: bool = False) -> str:
-    """Formats a number: percent for fractions, four decimals otherwise."""
+    """Formats a number: as a percentage if the unit of ``value`` is ``%``, else with four decimals; NaN as ``-``."""
     if math.isnan(amount):
         return "-"
     plus = "+" if sign else ""
@@ -49,12 +49,12 @@ def show_difference(interval: Interval, value: Value) -> str:
 
 
 def terminal_text(blocks: Sequence[tuple[str, Grid]], caption: str, width: int | None = None) -> str:
-    """Formats titled grids for a terminal.
+    """Formats titled tables for a terminal.
 
     Args:
-        blocks: the title, which may be empty, and the grid of each block.
+        blocks: a title, which may be empty, and the rows of cells of each table.
         caption: first line.
-        width: columns of the terminal. Wider grids are split and stacked vertically. If None, grids are not split.
+        width: characters per line. Wider tables are split and stacked vertically. If None, tables are not split.
     """
     texts = [caption]
     for title, grid in blocks:
@@ -64,7 +64,7 @@ def terminal_text(blocks: Sequence[tuple[str, Grid]], caption: str, width: int |
 
 
 def markdown_text(blocks: Sequence[tuple[str, Grid]], caption: str) -> str:
-    """Formats titled grids in Markdown; see `terminal_text`."""
+    """Formats titled tables in Markdown; see `terminal_text`."""
     texts = [caption]
     for title, grid in blocks:
         head, *rows = grid
@@ -75,7 +75,7 @@ def markdown_text(blocks: Sequence[tuple[str, Grid]], caption: str) -> str:
 
 
 def _split_columns(grid: Grid, width: int | None) -> list[Grid]:
-    """Splits a grid into grids of at most ``width`` characters where possible; each repeats the first column."""
+    """Splits a table into tables of at most ``width`` characters where possible; each repeats the first column."""
     label_width, *widths = _widths(grid)
     parts: list[list[int]] = [[]]
     used = label_width

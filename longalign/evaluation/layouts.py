@@ -78,7 +78,10 @@ LAYOUTS = {
 def _oneig_folder(prompt: Prompt) -> str:
     category = prompt.row["category"]
     if category not in _ONEIG_FOLDERS:
-        raise ValueError(f"the prompt {prompt.id} has the category {category!r}; expected {', '.join(_ONEIG_FOLDERS)}")
+        raise ValueError(
+            f"the prompt {prompt.id} has the category {category!r}; expected one of {', '.join(_ONEIG_FOLDERS)}. "
+            "Correct its row in the prompt set"
+        )
     return _ONEIG_FOLDERS[category]
 
 
@@ -110,7 +113,9 @@ def arrange(images: Path | str, prompts: PromptSet, output: Path | str, model: s
     by_number = _images_by_number(Path(images), prompts)
     plan = list(_plan(layout, by_number, prompts, model))
     if repeated := [name for name, count in Counter(name.lower() for name, _ in plan).items() if count > 1]:
-        raise ValueError(f"{len(repeated)} files would be written twice, e.g. {repeated[0]}; the ids must differ")
+        raise ValueError(
+            f"{len(repeated)} files would be written twice, e.g. {repeated[0]}; make the prompts' ids unique"
+        )
     if missing := len(prompts.prompts) - len(by_number):
         log.warning("%d of %d prompts have no images and are skipped", missing, len(prompts.prompts))
     most = max(map(len, by_number.values()))

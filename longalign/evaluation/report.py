@@ -209,7 +209,7 @@ def _head_and_rest(text: str) -> tuple[str, str]:
 
 
 def _breakdown_differences(table: MetricTable) -> list[tuple[str, Grid]]:
-    """Returns the paired differences of the breakdowns as ``(title, grid)``."""
+    """Returns the paired differences of the breakdowns as ``(title, rows of cells)``."""
     grids = []
     for metric in table.main_breakdowns:
         for title, groups in table.breakdowns(metric, paired=True).items():

@@ -20,7 +20,7 @@ HELD_OUT = "monitor/"
 COSTS = (f"{HELD_OUT}seconds", f"{HELD_OUT}share_of_time")
 """What the monitor of a run costs."""
 OF_TRAINING = f"{HELD_OUT}training/"
-"""Start of the names of values of the training between two points of the monitor."""
+"""Prefix of the names of training values, which are means between two measurements of the monitor."""
 FIRST = ("reward", HELD_OUT, "text_relevant", "text_irrelevant", "loss")
 """Starts of the names of the curves that are shown first; others are folded away."""
 
@@ -149,7 +149,7 @@ def _order(key: str) -> tuple[int, bool]:
 
 def _title(key: str) -> str:
     if key.startswith(OF_TRAINING):
-        return f"{label(key.removeprefix(OF_TRAINING), Value())} of training, between points of the monitor"
+        return f"{label(key.removeprefix(OF_TRAINING), Value())} in training, mean since the previous measurement"
     inner = key.removeprefix(HELD_OUT)
     return label(inner, Value()) + (", held-out" if key != inner else "")
 
@@ -160,6 +160,7 @@ def _notes(runs: Mapping[str, Mapping[str, Curve]], best: Mapping[str, int | Non
         of_run = f" of {run}" if len(runs) > 1 else ""
         if all(cost in curves for cost in COSTS):
             (steps, seconds), (_, shares) = (curves[cost] for cost in COSTS)
-            yield f"Monitor{of_run}: {len(steps)} points, {seconds[-1]:.0f} s, {100 * shares[-1]:.0f}% of the time"
+            cost = f"{seconds[-1]:.0f} s, {100 * shares[-1]:.0f}% of the time"
+            yield f"Monitor{of_run}: {len(steps)} measurements, {cost}"
         if (step := best[run]) is not None:
             yield f"Best checkpoint{of_run}: step {step}" + (", the dashed line" if len(runs) == 1 else "")

@@ -197,7 +197,7 @@ class MetricTable:
         return {name: self._columns(metric, paired, mask) for name, mask in masks.items()}
 
     def _blocks(self) -> list[tuple[str, Grid]]:
-        """Returns the main table, the differences and the breakdowns, as titled grids of cells."""
+        """Returns the main table, the differences and the breakdowns, each as ``(title, rows of cells)``."""
         head = ["", *(self.label(m) for m in self.metrics)]
         main = [head, *([m, *(show(self.interval(m, k), self.value(k)) for k in self.metrics)] for m in self.models)]
         return [("", main), *self._difference_blocks(head), *self._breakdown_blocks()]
@@ -249,9 +249,8 @@ class MetricTable:
     def breakdowns(self, metric: str, paired: bool = False) -> dict[str, dict[str, dict[str, Interval]]]:
         """Returns all breakdowns of a metric, as title -> label -> model -> interval.
 
-        They are by prompt length, by training seed, by the labels of the prompts and by submetrics.
-
-        Submetrics are named ``metric/label`` or ``metric/group/label``. Each group has one title.
+        A metric is broken down by prompt length, training seed, the labels of the prompts, and submetrics. Submetrics
+        are named ``metric/label`` or ``metric/group/label``; each group is one breakdown.
 
         Args:
             metric: name of the metric.
@@ -284,7 +283,7 @@ class MetricTable:
         return {m: self.interval(m, metric, rows) for m in self.models}
 
     def text(self, width: int | None = None) -> str:
-        """Formats the table for a terminal of ``width`` columns. Wider grids are split; None does not split."""
+        """Formats the table for a terminal of ``width`` characters. Wider tables are split; None does not split."""
         return terminal_text(self._blocks(), self._caption(), width)
 
     def markdown(self) -> str:

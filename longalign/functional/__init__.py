@@ -29,10 +29,12 @@ if TYPE_CHECKING:
     from longalign.functional.rollout_gradient import RecordedStep as RecordedStep
     from longalign.functional.rollout_gradient import replay as replay
     from longalign.functional.rollout_gradient import replay_backward as replay_backward
+    from longalign.functional.rollout_gradient import rollout as rollout
     from longalign.functional.solvers import Solver as Solver
     from longalign.functional.solvers import ddim as ddim
     from longalign.functional.solvers import dpmpp_2m as dpmpp_2m
     from longalign.functional.solvers import lcm as lcm
+    from longalign.functional.solvers import sampling_timesteps as sampling_timesteps
     from longalign.functional.solvers import trailing_timesteps as trailing_timesteps
 
 __all__, __getattr__, __dir__ = lazy_exports(
@@ -58,7 +60,9 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "replay_backward": "rollout_gradient",
         "resize_to_input": "images",
         "reweight": "preference",
+        "rollout": "rollout_gradient",
         "sample_timesteps": "diffusion",
+        "sampling_timesteps": "solvers",
         "strict_relevance": "preference",
         "trailing_timesteps": "solvers",
         "training_target": "diffusion",

@@ -21,10 +21,13 @@ class NoiseLevels:
     Attributes:
         signal: ``(T,)`` float64: ``sqrt(alphas_cumprod)`` for variance-preserving models, ``1 - s`` for flow matching.
         noise: ``(T,)`` float64: ``sqrt(1 - alphas_cumprod)``, or ``s`` for flow matching.
+        num_timesteps: number of training timesteps, if it is not T. The levels after these are those of sampling
+            schedules, see `from_flow` and `longalign.functional.sampling_timesteps`.
     """
 
     signal: Tensor
     noise: Tensor
+    num_timesteps: int | None = None
 
     @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: Tensor) -> NoiseLevels:
@@ -33,19 +36,34 @@ class NoiseLevels:
         return cls(alphas.sqrt(), (1 - alphas).sqrt())
 
     @classmethod
-    def from_flow(cls, num_timesteps: int, shift: float = 1.0) -> NoiseLevels:
+    def from_flow(cls, num_timesteps: int, shift: float = 1.0, terminal: float | None = None) -> NoiseLevels:
         """Returns the levels ``1 - s`` and ``s`` of a rectified flow. The last timestep is pure noise.
 
         ``s = shift u / (1 + (shift - 1) u)`` with ``u = (t + 1) / num_timesteps`` (arXiv 2403.03206, eq. 23). A larger
         ``shift`` increases the noise levels, as larger images require. In the paper, ``shift`` is the square root of
         the ratio of the numbers of pixels.
+
+        With ``terminal``, the signal of n sampling steps is multiplied by a constant such that the noise level of the
+        last step is ``terminal`` (``shift_terminal`` of diffusers). The constant depends on n. The levels of the
+        schedules of 1 to ``num_timesteps`` steps follow those of the training timesteps, in this order.
         """
-        u = torch.arange(1, num_timesteps + 1, dtype=torch.float64) / num_timesteps
-        noise = shift * u / (1 + (shift - 1) * u)
-        return cls(1 - noise, noise)
+
+        def level(u: Tensor) -> Tensor:
+            return shift * u / (1 + (shift - 1) * u)
+
+        noise = level(torch.arange(1, num_timesteps + 1, dtype=torch.float64) / num_timesteps)
+        if terminal is None:
+            return cls(1 - noise, noise)
+        counts = torch.arange(1, num_timesteps + 1)
+        first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+        steps = counts.repeat_interleave(counts).double()
+        signal = 1 - level(1 - (torch.arange(len(first)) - first) / steps)
+        # one step starts from pure noise, whose level cannot be changed
+        signal = torch.where(steps > 1, signal * (1 - terminal) / (1 - level(1 / steps)), signal)
+        return cls(torch.cat([1 - noise, signal]), torch.cat([noise, 1 - signal]), num_timesteps)
 
     def __len__(self) -> int:
-        return len(self.signal)
+        return len(self.signal) if self.num_timesteps is None else self.num_timesteps
 
     def sigma(self, timestep: int) -> float:
         """Returns the noise level of a timestep as in EDM (arXiv 2206.00364): the ratio of noise to signal."""
@@ -68,6 +86,13 @@ def training_target(prediction: str, levels: NoiseLevels, latents: Tensor, noise
 
     The target is the noise, the velocity (v-prediction, arXiv 2202.00512, eq. 11), or the flow-matching velocity
     ``noise - latents``.
+
+    Args:
+        prediction: prediction type: ``"epsilon"``, ``"v_prediction"`` or ``"flow"``.
+        levels: noise levels of the model.
+        latents: ``(b, ...)`` clean latents.
+        noise: noise of the same shape.
+        timesteps: ``(b,)`` training timesteps.
     """
     if prediction == "epsilon":
         return noise
@@ -106,8 +131,18 @@ def check_prediction(prediction: str) -> None:
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
-    """Applies classifier-free guidance (arXiv 2207.12598, eq. 6, w = scale - 1); ``scale`` may differ per item."""
+    """Applies classifier-free guidance (arXiv 2207.12598, eq. 6, w = scale - 1).
+
+    Args:
+        conditional: ``(b, ...)`` predictions for the prompts.
+        unconditional: predictions of the same shape for the empty or negative prompt.
+        scale: guidance scale; 1 returns ``conditional``. A tensor that broadcasts to ``(b, ...)`` sets it per item.
+    """
     return unconditional + scale * (conditional - unconditional)
+
+
+Guide = Callable[[Tensor, Tensor, float | Tensor], Tensor]
+"""Combines a conditional and an unconditional prediction, as `guide` does."""
 
 
 def guided_steps(levels: NoiseLevels, timesteps: Sequence[int], interval: tuple[float, float] | None) -> list[bool]:
@@ -135,7 +170,11 @@ def check_guidance_interval(levels: NoiseLevels, timesteps: Sequence[int], inter
 
 
 def predict_guided(
-    predict: Callable[[Tensor, Tensor], Tensor], latents: Tensor, timesteps: Tensor, scale: float | Tensor
+    predict: Callable[[Tensor, Tensor], Tensor],
+    latents: Tensor,
+    timesteps: Tensor,
+    scale: float | Tensor,
+    combine: Guide = guide,
 ) -> Tensor:
     """Returns the prediction ``(b, ...)`` with classifier-free guidance, with both branches in one call.
 
@@ -145,6 +184,7 @@ def predict_guided(
         latents: ``(b, ...)`` noisy latents.
         timesteps: ``(b,)`` timesteps.
         scale: guidance scale; see `guide`.
+        combine: combines the two branches; see `longalign.backbones.base.Backbone.guide`.
     """
     conditional, unconditional = predict(torch.cat([latents] * 2), torch.cat([timesteps] * 2)).chunk(2)
-    return guide(conditional, unconditional, scale)
+    return combine(conditional, unconditional, scale)

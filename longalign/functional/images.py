@@ -148,9 +148,13 @@ def random_crop(
 
 
 def resize_to_input(images: Tensor, size: tuple[int, int], aspect: str, interpolation: str = "bicubic") -> Tensor:
-    """Resizes images ``(b, c, h, w)`` to ``(b, c, *size)``, with crop or padding; see `ImagePreprocessor`.
+    """Resizes images ``(b, c, h, w)`` to ``(b, c, *size)``. Values are not clamped, so every pixel receives gradient.
 
-    Values are not clamped, so that every pixel receives gradient.
+    Args:
+        images: the images.
+        size: height and width in pixels.
+        aspect: what to do if the aspect ratios differ: ``"crop"``, ``"pad"`` or ``"squash"``; see `ImagePreprocessor`.
+        interpolation: ``"bicubic"`` or ``"bilinear"``.
     """
     height, width = images.shape[-2:]
     if aspect == "squash" or height * size[1] == width * size[0]:

@@ -78,7 +78,13 @@ def reweight(text: Tensor, direction: Tensor, omega: float) -> Tensor:
 
 
 def decompose(image: Tensor, text: Tensor, direction: Tensor) -> Decomposition:
-    """Decomposes the scores of unit image embeddings ``(b, d)`` with text embeddings ``(b, d)``."""
+    """Decomposes scores, the dot products of image and text embeddings, along a direction (paper section 4).
+
+    Args:
+        image: ``(b, d)`` unit embeddings of the images.
+        text: ``(b, d)`` embeddings of their prompts.
+        direction: ``(d,)`` unit vector ``V``.
+    """
     component = eta(text, direction)
     irrelevant = (image * direction).sum(-1) * component
     return Decomposition((image * perpendicular(text, direction)).sum(-1), irrelevant, component)

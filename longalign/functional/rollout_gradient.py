@@ -7,7 +7,7 @@ A step is linear in latent ``x``, network output ``o(x)``, fresh noise ``n`` and
 ``J^T v`` if the network's input is not detached, where ``J`` is the Jacobian of ``o``. No graph of the whole rollout is
 therefore needed: the rollout runs without gradient and the loss is differentiated once at the final latent. The
 selected network calls are then recomputed with gradient from the recorded latents, from last to first. The outputs of
-the calls that are not selected are treated as constants.
+the outputs of all other calls are detached.
 
 DRTune (arXiv 2405.00760) and LongAlign (arXiv 2410.11817, section 4) detach the inputs. Each vector ``v`` is then a
 multiple of the gradient at the final latent. DRaFT (arXiv 2309.17400) and AlignProp (arXiv 2310.03739) do not detach
@@ -17,12 +17,13 @@ the inputs. Each recomputed call then requires the gradient of the next call.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from longalign.functional.graph_budget import GraphBudget
 from longalign.functional.solvers import Solver
 
 #: ``(latents (b, c, h, w), timesteps (b,)) -> output (b, c, h, w)``
@@ -100,7 +101,7 @@ def rollout(
     grad_steps: Collection[int] = (),
     predict_no_grad: Predicts | None = None,
     *,
-    keep: bool = False,
+    keep: bool | GraphBudget = False,
     detach: bool = True,
 ) -> tuple[Tensor, list[RecordedStep]]:
     """Samples without gradient and records the network calls at ``grad_steps``.
@@ -111,9 +112,9 @@ def rollout(
         solver: the sampling steps.
         grad_steps: indices of the steps whose calls will be recomputed with gradient.
         predict_no_grad: the network at all other steps, e.g. without dropout. None uses ``predict``.
-        keep: whether the recorded calls keep their graphs. `replay_backward` then does not recompute them, which saves
-            time but needs memory for all their activations.
-        detach: with ``keep``, whether the network's inputs are constants, as for `replay_backward`.
+        keep: whether the recorded calls keep their graphs, or the memory up to which they do. `replay_backward` does
+            not recompute calls with a graph, which saves time but needs memory for all their activations.
+        detach: with ``keep``, whether the network's inputs are detached, as for `replay_backward`.
 
     Returns:
         The final latents ``(b, c, h, w)`` and the recorded steps, in the order of the steps.
@@ -128,10 +129,12 @@ def rollout(
     for index, timestep in enumerate(solver.timesteps):
         timesteps = torch.full((len(noise),), timestep, device=noise.device)
         if index in grad_steps:
-            random, inputs = RandomState.now(noise.device), latents.detach().requires_grad_(keep and not detach)
-            with torch.set_grad_enabled(keep):
+            budget = keep if isinstance(keep, GraphBudget) else None
+            keeps = keep if budget is None else budget.allows()
+            random, inputs = RandomState.now(noise.device), latents.detach().requires_grad_(keeps and not detach)
+            with torch.set_grad_enabled(keeps), budget.counted() if budget and keeps else nullcontext():
                 output = _at(predict, index)(inputs, timesteps)
-            recorded.append(RecordedStep(index, inputs, timesteps, random, output if keep else None))
+            recorded.append(RecordedStep(index, inputs, timesteps, random, output if keeps else None))
         else:
             output = _at(predict_no_grad or predict, index)(latents, timesteps)
         new_noise = torch.randn_like(latents) if solver.c[index] else None
@@ -191,7 +194,7 @@ def replay_backward(
         solver: the sampling steps of the rollout.
         recorded: the recorded steps, in the order of the rollout.
         gradient: ``(b, c, h, w)`` gradient of the loss with respect to the final latents.
-        detach: whether the network's inputs are constants. If False, gradient also flows through the inputs.
+        detach: whether the network's inputs are detached. If False, gradient also flows through the inputs.
         calls_per_batch: number of recorded steps recomputed in one call of ``predict``; must be 1 without ``detach``.
 
     Yields:

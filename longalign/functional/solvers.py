@@ -44,6 +44,19 @@ def trailing_timesteps(num_steps: int, num_timesteps: int = 1000) -> tuple[int, 
     return tuple(round(num_timesteps - i * num_timesteps / num_steps) - 1 for i in range(num_steps))
 
 
+def sampling_timesteps(solver: str, levels: NoiseLevels, num_steps: int) -> tuple[int, ...]:
+    """Returns the sampling timesteps of a solver, as indices into the noise levels.
+
+    They are `trailing_timesteps`, or those of the levels' own schedule of ``num_steps`` steps, if there is one. A model
+    sampled with ``"lcm"`` is distilled at trailing timesteps, so these are used.
+    """
+    trailing = trailing_timesteps(num_steps, len(levels))
+    if solver == "lcm" or len(levels.noise) == len(levels):
+        return trailing
+    first = len(levels) + num_steps * (num_steps - 1) // 2
+    return tuple(range(first, first + num_steps))
+
+
 @dataclass(frozen=True)
 class Solver:
     """Coefficients of a sampler with linear steps, from pure noise to a clean latent.
@@ -140,16 +153,35 @@ def _coefficients(levels: NoiseLevels, timesteps: Sequence[int], prediction: str
         yield t, _output_factors(prediction, float(levels.signal[t]), float(levels.noise[t])), next_level
 
 
-def ddim(levels: NoiseLevels, timesteps: Sequence[int], prediction: str) -> Solver:
-    """Returns deterministic DDIM (arXiv 2010.02502, eq. 12). The last step returns the predicted ``x_0``.
+def ddim(levels: NoiseLevels, timesteps: Sequence[int], prediction: str, eta: float = 0.0) -> Solver:
+    """Returns DDIM (arXiv 2010.02502, eq. 12). The last step returns the predicted ``x_0``.
 
-    For flow matching, each step is an Euler step.
+    For flow matching, each deterministic step is an Euler step.
+
+    Args:
+        levels: noise levels of the model.
+        timesteps: sampling timesteps, from the most to the least noise.
+        prediction: prediction type: ``"epsilon"``, ``"v_prediction"`` or ``"flow"``.
+        eta: scale of the fresh noise, from 0 (deterministic) to 1 (ancestral sampling). Its standard deviation is
+            ``eta * noise' * sqrt(1 - (sigma' / sigma)^2)``, with the ratio ``sigma`` of noise to signal before the step
+            and ``sigma'`` after it: eq. 16 of the paper, for any noise levels. The distribution of the latents at each
+            level does not depend on it. For flow matching and many small steps, this is the SDE of Flow-GRPO (arXiv
+            2505.05470) with the noise scale ``sqrt(2) eta``.
+
+    Raises:
+        ValueError: if ``eta`` is not between 0 and 1.
     """
-    a, b = [], []
-    for _, (p, q, r, s), (signal, noise) in _coefficients(levels, timesteps, prediction):
-        a.append(signal * p + noise * r)
-        b.append(signal * q + noise * s)
-    return _single_step(timesteps, a, b, [0.0] * len(a))
+    if not 0 <= eta <= 1:
+        raise ValueError(f"expected eta between 0 and 1, got {eta}")
+    a, b, c = [], [], []
+    for t, (p, q, r, s), (signal, noise) in _coefficients(levels, timesteps, prediction):
+        ratio = 1.0 if eta == 0 else noise * float(levels.signal[t]) / (signal * float(levels.noise[t]))
+        fresh = eta * noise * math.sqrt(1 - ratio**2)
+        predicted = math.sqrt(noise**2 - fresh**2)  # factor of the predicted noise
+        a.append(signal * p + predicted * r)
+        b.append(signal * q + predicted * s)
+        c.append(fresh)
+    return _single_step(timesteps, a, b, c)
 
 
 def dpmpp_2m(levels: NoiseLevels, timesteps: Sequence[int], prediction: str) -> Solver:
@@ -157,7 +189,8 @@ def dpmpp_2m(levels: NoiseLevels, timesteps: Sequence[int], prediction: str) -> 
 
     It extrapolates the predicted ``x_0`` linearly in the log of the signal-to-noise ratio, from the current and the
     previous step. The first step is of first order (DDIM), and so is the last, which returns the predicted ``x_0``. If
-    the first timestep has no signal, this log is infinite there, and the second step is of first order too.
+    the first timestep has no signal, this log is infinite there, and the second step is of first order too. The
+    arguments are those of `ddim`.
     """
     a, b, d, p, q = [], [], [], [], []
     previous_size = math.inf  # no previous prediction in the first step
@@ -191,7 +224,8 @@ def lcm(
     """Returns multistep consistency sampling (arXiv 2310.04378, algorithm 3), with fresh noise between steps.
 
     The consistency function is ``c_skip x + c_out x_0`` with ``c_skip = d^2 / (u^2 + d^2)``,
-    ``c_out = u / sqrt(u^2 + d^2)``, ``u = timestep_scaling * t`` and ``d = sigma_data``.
+    ``c_out = u / sqrt(u^2 + d^2)``, ``u = timestep_scaling * t`` and ``d = sigma_data``. The other arguments are
+    those of `ddim`.
     """
     a, b, c = [], [], []
     for t, (p, q, _, _), (signal, noise) in _coefficients(levels, timesteps, prediction):

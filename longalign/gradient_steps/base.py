@@ -12,8 +12,9 @@ class GradientSteps:
 
     Attributes:
         steps: ascending indices of the gradient steps; 0 is the first step, with the most noise. The denoiser's outputs
-            at all other steps are constants.
-        detach: whether the denoiser's inputs at the gradient steps are constants.
+            at all other steps are detached.
+        detach: whether the denoiser's inputs at the gradient steps are detached. If False, gradient also flows through
+            the inputs to earlier gradient steps.
         length: number of steps to take, of which the last one returns the predicted ``x_0``. None takes all steps.
         copies: number of copies of each sample that are noised again to the level of the last step and then denoised
             with gradient. The scores of sample and copies have equal weight.
@@ -27,7 +28,7 @@ class GradientSteps:
 
 @runtime_checkable
 class GradientStepSelector(Protocol):
-    """Selects the gradient steps of each batch."""
+    """Selects the gradient steps of each batch: the sampling steps that receive gradient."""
 
     def select(self, num_steps: int) -> GradientSteps:
         """Selects the gradient steps among ``num_steps`` sampling steps.

@@ -22,9 +22,9 @@ class GroupedRandomConfig(GradientStepsConfig):
 
     name: Literal["grouped-random"] = "grouped-random"
     groups: int = Field(5, ge=1)
-    """number of groups, equal to the number of gradient steps."""
+    """number of groups; one sampling step of each receives gradient."""
     detach: bool = True
-    """whether the denoiser's inputs at the gradient steps are constants, as in the paper."""
+    """whether the denoiser's inputs are detached, as in the paper; false: gradient also flows through the inputs."""
 
     def check_steps(self, num_steps: int) -> None:
         check_groups(num_steps, self.groups)
@@ -40,9 +40,9 @@ class LastConfig(GradientStepsConfig):
 
     name: Literal["last"] = "last"
     k: int = Field(1, ge=1)
-    """number of gradient steps."""
+    """number of last sampling steps that receive gradient."""
     detach: bool = True
-    """whether the denoiser's inputs at the gradient steps are constants."""
+    """whether the denoiser's inputs are detached; false: gradient also flows through the inputs."""
 
     def check_steps(self, num_steps: int) -> None:
         check_last(num_steps, self.k)
@@ -58,7 +58,9 @@ class AllConfig(GradientStepsConfig):
 
     name: Literal["all"] = "all"
     detach: bool = True
-    """whether the denoiser's inputs are constants; false is DRaFT (arXiv 2309.17400)."""
+    """whether the denoiser's inputs are detached; false: gradient also flows through the inputs, as in DRaFT (arXiv
+    2309.17400).
+    """
 
     def detaches(self) -> bool:
         return self.detach
@@ -69,7 +71,7 @@ class GroupedRandom:
 
     Args:
         groups: number of groups.
-        detach: whether the denoiser's inputs at the gradient steps are constants.
+        detach: whether the denoiser's inputs at the gradient steps are detached.
         randint: samples the offset and the last step.
         early_stop: sampling stops at a step sampled uniformly from the last ``early_stop`` steps. Later gradient steps
             are dropped. 1 disables the early stop.
@@ -96,7 +98,7 @@ class Last:
 
     Args:
         k: number of gradient steps; None for all.
-        detach: whether the denoiser's inputs at the gradient steps are constants.
+        detach: whether the denoiser's inputs at the gradient steps are detached.
         randint: samples the number of gradient steps and the last step.
         min_steps: if given, the number of gradient steps is random, from ``min_steps`` to ``k``.
         early_stop: sampling stops at a step sampled uniformly from the last ``early_stop`` steps; 1 disables the early
@@ -134,7 +136,7 @@ class All:
     """Selects all steps.
 
     Args:
-        detach: whether the denoiser's inputs are constants.
+        detach: whether the denoiser's inputs are detached.
     """
 
     def __init__(self, *, detach: bool):

@@ -13,7 +13,7 @@ from longalign.runtime import Runtime
 
 
 class DRTuneConfig(GradientStepsConfig):
-    """DRTune (arXiv 2405.00760): equidistant steps from a random offset receive gradient, with constant inputs.
+    """DRTune (arXiv 2405.00760): equidistant steps from a random offset receive gradient, with detached inputs.
 
     Sampling stops at a random late step, and the image predicted at that step is scored.
     """
@@ -22,7 +22,7 @@ class DRTuneConfig(GradientStepsConfig):
 
     name: Literal["drtune"] = "drtune"
     groups: int = Field(5, ge=1)
-    """number of gradient steps; those after the stop are dropped."""
+    """number of sampling steps that receive gradient; those after the early stop are dropped."""
     early_stop: int = Field(10, ge=1)
     """sampling stops at a step sampled uniformly from the last ``early_stop`` steps; 1 disables the early stop."""
 
@@ -49,7 +49,7 @@ class DraftKConfig(GradientStepsConfig):
 
     name: Literal["draft-k"] = "draft-k"
     k: int = Field(1, ge=1)
-    """number of gradient steps."""
+    """number of last sampling steps that receive gradient."""
 
     def check_steps(self, num_steps: int) -> None:
         check_last(num_steps, self.k)
@@ -97,9 +97,9 @@ class AlignPropConfig(GradientStepsConfig):
 
     name: Literal["align-prop"] = "align-prop"
     min_steps: int = Field(1, ge=1)
-    """minimum number of gradient steps."""
+    """minimum number of last sampling steps that receive gradient."""
     max_steps: int | None = Field(None, ge=1)
-    """maximum number of gradient steps; null: all."""
+    """maximum number of last sampling steps that receive gradient; null: all steps."""
 
     @model_validator(mode="after")
     def _check_range(self) -> AlignPropConfig:

@@ -73,7 +73,7 @@ def caption_cleaning_kwargs(pipe: Any) -> dict[str, bool]:
 
 
 def shorten_truncation(record: logging.LogRecord) -> bool:
-    """Logging filter: shortens diffusers' message about truncated prompts, which lists all with their padding."""
+    """Logging filter: shortens diffusers' message about truncated prompts, which repeats the prompts with padding."""
     head, _, listed = record.getMessage().partition(": [")
     if "truncated" in head and "<|endoftext|>" in listed:
         with suppress(SyntaxError, ValueError):  # another message

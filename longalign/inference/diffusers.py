@@ -179,7 +179,7 @@ def _check_states(name: str, wanted: StatesInput, conditioning: Conditioning) ->
         )
     if wanted.length is not None and conditioning.states.shape[1] > wanted.length:
         raise ValueError(
-            f"{name} takes {wanted.length} text states in '{wanted.states}', got {conditioning.states.shape[1]} from "
+            f"{name} expects {wanted.length} text states in '{wanted.states}', got {conditioning.states.shape[1]} from "
             "the encoder; shorten the prompt, or set the encoder's max_tokens"
         )
     padded = conditioning.mask is not None and not bool(conditioning.mask.all())

@@ -82,7 +82,7 @@ def width_keys(name: str, keys: Container[str]) -> list[str]:
 
 
 def prompt_inputs(pipeline: Any, config: Any = None) -> PromptInputs:
-    """Returns the text embeddings that a pipeline takes; without sequences if it takes none.
+    """Returns the text embeddings that a pipeline takes; ``sequences`` is empty if it takes none.
 
     Args:
         pipeline: a diffusers pipeline or its class.

@@ -60,8 +60,8 @@ def load_pipeline(name: str, runtime: Runtime, revision: str | None = None, vari
         ) from error
     if "prompt" not in inspect.signature(pipe.__call__).parameters:
         raise ValueError(
-            f"'{name}' is a {type(pipe).__name__}, which takes no prompt; expected a text-to-image pipeline, or a "
-            f"decoder with its prior named in README.md, such as Kandinsky's on the Hub ({reason})"
+            f"'{name}' is a {type(pipe).__name__}, which takes no prompt; expected a text-to-image pipeline. For a "
+            f"decoder such as Kandinsky's, README.md must name its prior, as on the Hub ({reason})"
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(runtime.device)

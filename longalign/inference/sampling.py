@@ -18,7 +18,7 @@ from longalign.backbones.base import Backbone
 from longalign.config.changes import override
 from longalign.encoders.base import Encoder, TruncationWarning
 from longalign.functional.diffusion import check_guidance_interval, guided_steps, predict_guided
-from longalign.functional.solvers import trailing_timesteps
+from longalign.functional.solvers import sampling_timesteps
 from longalign.image_folder import new_index, write_images
 from longalign.inference.diffusers import per_prompt, truncation_messages
 from longalign.inference.schedulers import make_scheduler
@@ -93,6 +93,7 @@ def sample(
                     negatives[rows],
                     seeds[rows],
                     scheduler,
+                    solver,
                     guidance,
                     guidance_interval,
                     shape,
@@ -109,6 +110,7 @@ def _sample_batch(
     negatives: Sequence[str],
     seeds: Sequence[int],
     scheduler: Any,
+    solver: str,
     guidance: float,
     guidance_interval: tuple[float, float] | None,
     shape: tuple[int, int, int],
@@ -128,17 +130,17 @@ def _sample_batch(
         return backbone.predict(latents, timesteps, conditioning[: len(latents)]).float()
 
     # indices into the backbone's noise levels; a flow scheduler's own timesteps are noise levels instead
-    indices = scheduler.timesteps
+    indices, levels = scheduler.timesteps, backbone.levels_at(shape)
     if backbone.prediction == "flow":
-        indices = torch.tensor(trailing_timesteps(len(indices), len(backbone.noise_levels)))
-    levels, steps = backbone.levels_at(shape), indices.long().tolist()
+        indices = torch.tensor(sampling_timesteps(solver, levels, len(indices)))
+    steps = indices.long().tolist()
     if guidance_interval is not None:
         check_guidance_interval(levels, steps, guidance_interval)
     in_interval = guided_steps(levels, steps, guidance_interval)
     for t, index, is_guided in zip(scheduler.timesteps, indices, in_interval, strict=True):
         timesteps = index.to(device).expand(len(latents))
         if guided and is_guided:
-            prediction = predict_guided(predict, latents, timesteps, guidance)
+            prediction = predict_guided(predict, latents, timesteps, guidance, backbone.guide)
         else:
             prediction = predict(latents, timesteps)
         latents = scheduler.step(prediction, t, latents, **extra, return_dict=False)[0]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from longalign.functional.diffusion import NoiseLevels, check_prediction
-from longalign.functional.solvers import trailing_timesteps
+from longalign.functional.solvers import sampling_timesteps, trailing_timesteps
 from longalign.inference.pipelines import library
 from longalign.inference.solvers import FLOW_SCHEDULER_CLASSES, SCHEDULER_CLASSES, check_solver
 
@@ -70,5 +70,5 @@ def _flow_scheduler(name: str, levels: NoiseLevels, num_steps: int) -> Any:
         raise ValueError(f"'{name}' does not support flow models; expected unipc, ddim (Euler's method) or lcm")
     settings = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"} if name == "unipc" else {}
     scheduler = getattr(library, FLOW_SCHEDULER_CLASSES[name])(length, **settings)
-    scheduler.set_timesteps(sigmas=levels.noise[list(trailing_timesteps(num_steps, length))].numpy())
+    scheduler.set_timesteps(sigmas=levels.noise[list(sampling_timesteps(name, levels, num_steps))].numpy())
     return scheduler

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count, islice
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
+from longalign.caching.processes import gather_rows
 from longalign.data.base import Data
 from longalign.data.stream import Stream
 from longalign.loop.interrupt import ignore_signals
+from longalign.runtime import Runtime
+
+log = logging.getLogger("longalign")
+
+#: threads that read image headers
+READERS = 16
 
 
 class Batches(Sampler[list[int]]):
     """Infinite batches of indices, reshuffled every epoch.
 
     All processes share one sequence of permutations, and each process takes its part of every global batch. So no item
-    is repeated within an epoch. Batch ``k`` depends only on the seed, so a run can start at any ``k``.
+    is repeated within an epoch. A global batch has items of one bucket: it is complete when the sequence has as many of
+    this bucket. Batch ``k`` depends only on the seed, so a run can start at any ``k``.
 
     Args:
         length: number of items.
@@ -26,27 +38,46 @@ class Batches(Sampler[list[int]]):
         start: number of batches to skip, per process.
         rank: index of this process.
         world_size: number of processes.
+        buckets: bucket of each item; negative for items to omit. None for one bucket.
+
+    Raises:
+        ValueError: if there are no items.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, start: int = 0, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        buckets: Sequence[int] | None = None,
+    ):
         if length < 1:
             raise ValueError("the data is empty; provide at least one item")
+        if buckets is not None and max(buckets) < 0:
+            raise ValueError("none of the images can be read; repair or replace the files")
         self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.start, self.rank, self.world_size = start, rank, world_size
+        self.start, self.rank, self.world_size, self.buckets = start, rank, world_size, buckets
 
     def __iter__(self) -> Iterator[list[int]]:
-        offset = (self.start * self.world_size + self.rank) * self.batch_size
-        epoch, permutation = -1, []
-        while True:
-            batch = []
-            for position in range(offset, offset + self.batch_size):
-                if position // self.length != epoch:
-                    epoch = position // self.length
-                    generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
-                    permutation = torch.randperm(self.length, generator=generator).tolist()
-                batch.append(permutation[position % self.length])
-            yield batch
-            offset += self.batch_size * self.world_size
+        part = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+        for batch in islice(self._global_batches(), self.start, None):
+            yield batch[part]
+
+    def _global_batches(self) -> Iterator[list[int]]:
+        """Yields the batches of all processes together."""
+        size, waiting = self.batch_size * self.world_size, defaultdict[int, list[int]](list)
+        for epoch in count():
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+            for item in torch.randperm(self.length, generator=generator).tolist():
+                bucket = 0 if self.buckets is None else self.buckets[item]
+                if bucket < 0:
+                    continue
+                waiting[bucket].append(item)
+                if len(waiting[bucket]) == size:
+                    yield waiting.pop(bucket)
 
 
 class PromptDataset(Dataset[dict[str, Any]]):
@@ -101,22 +132,47 @@ class StreamedBatches(IterableDataset[dict[str, Any]]):
         worker = ((0 if info is None else info.id) + plan.start) % workers
         num_skipped = (plan.start - worker + workers - 1) // workers
         reader, num_readers = plan.rank * workers + worker, plan.world_size * workers
-        items = self.data.items(plan.seed, reader, num_readers, num_skipped * plan.batch_size, self.images)
+        skip = num_skipped * plan.batch_size
+        items = self.data.items(plan.seed, reader, num_readers, skip, self.images, plan.batch_size)
         while True:
             yield collate([next(items) for _ in range(plan.batch_size)])
 
 
-def plan_batches(data: Data | Stream, batch_size: int, seed: int, start: int, rank: int, world_size: int) -> Batches:
-    """Returns the `Batches` of a dataset.
+def read_buckets(data: Data | Stream, runtime: Runtime) -> list[int] | None:
+    """Returns the bucket of each item, for which the processes divide the work; None if there is one, or for a stream.
 
-    For a stream, only batch size, start position and process rank are used; the indices are not.
+    Images that are not cached are opened for it, without decoding them.
+    """
+    if isinstance(data, Stream) or len(data.buckets) < 2:
+        return None
+    with ThreadPoolExecutor(READERS) as pool:
+        rows = list(pool.map(data.bucket, range(runtime.rank, len(data), runtime.world_size)))
+    numbers = gather_rows(torch.tensor(rows, dtype=torch.int64, device=runtime.device), len(data), runtime).tolist()
+    if runtime.rank == 0:
+        counts = Counter(numbers)
+        log.info("images per size: %s", ", ".join(f"{size}: {counts[i]}" for i, size in enumerate(data.buckets)))
+    return numbers
+
+
+def plan_batches(
+    data: Data | Stream,
+    batch_size: int,
+    seed: int,
+    start: int,
+    rank: int,
+    world_size: int,
+    buckets: Sequence[int] | None = None,
+) -> Batches:
+    """Returns the `Batches` of a dataset; ``buckets`` is the result of `read_buckets`.
+
+    For a stream, `load_batches` ignores the indices and uses only the arguments.
     """
     length = 1 if isinstance(data, Stream) else len(data)
-    return Batches(length, batch_size, seed, start, rank, world_size)
+    return Batches(length, batch_size, seed, start, rank, world_size, buckets)
 
 
 def load_batches(data: Data | Stream, batches: Batches, needs_images: bool, workers: int) -> Iterator[dict[str, Any]]:
-    """Yields batches without end, loaded by ``workers`` processes.
+    """Yields an infinite sequence of batches, loaded by ``workers`` processes; 0 loads in this process.
 
     Raises:
         ValueError: if images are needed and the data has none.

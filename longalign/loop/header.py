@@ -26,7 +26,7 @@ def log_run_summary(composition: Composition, optimization: Optimization, step: 
         composition: the parts of the run.
         optimization: the trainable parameters.
         step: number of completed steps.
-        num_images: number of images of a point of the monitor.
+        num_images: number of images that the monitor generates each time.
     """
     config, data, accelerator = composition.config, composition.data, optimization.accelerator
     loop, processes, parameters = config.loop, accelerator.num_processes, optimization.parameters

@@ -29,7 +29,7 @@ class MetricMeans:
         self.skipped = 0
 
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """Adds one step's scalars."""
+        """Adds the scalars of one step, by name; `get` returns their means."""
         for key, value in values.items():
             self.sums[key] = self.sums[key] + value if key in self.sums else value
             self.counts[key] = self.counts.get(key, 0) + 1
@@ -46,7 +46,7 @@ class MetricMeans:
         return {"sums": {k: v.cpu() for k, v in self.sums.items()}, "counts": self.counts, "skipped": self.skipped}
 
     def load(self, state: Mapping[str, Any], device: Any) -> None:
-        """Restores the result of `state`."""
+        """Restores the result of `state` on ``device``."""
         self.sums = {key: value.to(device) for key, value in state["sums"].items()}
         self.counts, self.skipped = dict(state["counts"]), state["skipped"]
 

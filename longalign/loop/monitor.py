@@ -28,15 +28,16 @@ from longalign.loop.points import Point, best_checkpoint, divergences, is_over
 from longalign.loop.reporter import Reporter
 from longalign.metrics.base import Metric, as_metric
 from longalign.runtime import Runtime
+from longalign.sizes import parse_size
 
 log = logging.getLogger("longalign")
 
-#: most images of a point that are sent to trackers
+#: maximum number of images of a measurement that are sent to trackers
 TRACKED_IMAGES = 16
 
 
 def build_metrics(settings: MonitorConfig | None, runtime: Runtime) -> list[Metric]:
-    """Returns the metrics of a monitor, in eval mode. They are for one process: nothing is gathered."""
+    """Returns the metrics of a monitor, in eval mode. They run in one process and gather nothing from others."""
     if settings is None:
         return []
     alone = Runtime(runtime.device, runtime.dtype)
@@ -57,8 +58,8 @@ class Monitor:
         reporter: writes the log and sends values and images to trackers.
 
     Attributes:
-        points: what was measured so far, the same in all processes.
-        means: training metrics of this process since the last point.
+        points: all measurements so far, the same in all processes.
+        means: training metrics of this process since the last measurement.
     """
 
     def __init__(
@@ -79,16 +80,18 @@ class Monitor:
         self.seconds = 0.0
 
     def is_due(self, step: int) -> bool:
-        """Returns whether ``step`` completed steps are still to be measured."""
+        """Returns whether a measurement is due after ``step`` completed steps."""
         if self.settings is None or any(point.step == step for point in self.points):
             return False
         return step % self.settings.every == 0 or step == self.last_step
 
     def run(self, step: int) -> Exception | None:
-        """Measures one point. All processes must call it, and get the same point.
+        """Generates and measures the held-out images, and appends the result to ``points`` in all processes.
 
-        The first process samples and measures; with sharded weights, all sample. An error is returned, so that the
-        caller can save the training before raising it.
+        All processes must call it. The first one generates and measures; with sharded weights, all generate.
+
+        Returns:
+            The error, if one occurred, so that the caller can save a checkpoint before raising it; else None.
         """
         assert self.settings is not None
         accelerator = self.optimization.accelerator
@@ -118,6 +121,7 @@ class Monitor:
         composition, settings = self.composition, self.settings
         assert settings is not None
         prompts, seeds = [row["prompt"] for row in self.rows], [row["seed"] for row in self.rows]
+        height, width = (None, None) if settings.size is None else parse_size(settings.size)
         with RandomState.now(composition.backbone.device).replayed():
             with self.optimization.averaged():
                 images = sample(
@@ -128,6 +132,8 @@ class Monitor:
                     num_steps=settings.num_steps,
                     guidance=settings.guidance,
                     solver=settings.solver,
+                    height=height,
+                    width=width,
                     batch_size=settings.batch_size,
                 )
             if not self.optimization.accelerator.is_main_process:
@@ -157,9 +163,10 @@ class Monitor:
             if name not in found:
                 raise ValueError(f"monitor.{path}: no value '{name}'; the monitor measures {', '.join(found)}")
             if found[name].shown.direction is None:
+                directed = [other for other, summary in found.items() if summary.shown.direction is not None]
                 raise ValueError(
-                    f"monitor.{path}: '{name}' is a gauge, for which neither higher nor lower is better; choose a "
-                    "different value"
+                    f"monitor.{path}: for '{name}' neither higher nor lower is better; expected one of "
+                    f"{', '.join(directed) or 'the values of a metric with a better direction'}"
                 )
 
     def _report(self, point: Point) -> None:
@@ -196,25 +203,25 @@ class Monitor:
 
     @property
     def at_best(self) -> bool:
-        """Whether the last point is the best one."""
+        """Whether the last measurement is the best one."""
         return bool(self.points) and self.best_step == self.points[-1].step
 
     def state(self) -> dict[str, Any]:
-        """Returns the state that all processes share, for `load`."""
+        """Returns the measurements and a hash of the monitor's settings, for `load`; the same in all processes."""
         fingerprint = None if self.settings is None else self.settings.fingerprint()
         return {"fingerprint": fingerprint, "points": [point.state() for point in self.points]}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Restores the result of `state`. Points that were measured with other settings are dropped with a warning."""
+        """Restores the measurements from `state`; drops them with a warning if the monitor's settings have changed."""
         if self.settings is None or not state["points"]:
             return
         if state["fingerprint"] != self.settings.fingerprint():
-            log.warning("the settings of the monitor have changed; its earlier points are dropped")
+            log.warning("the settings of the monitor have changed; its earlier measurements are discarded")
             return
         self.points = [Point(**point) for point in state["points"]]
 
     def close(self) -> None:
-        """Logs the cost of the monitor."""
+        """Logs how much time the monitor took, in seconds and as a percentage of the run."""
         if self.seconds and self.optimization.accelerator.is_main_process:
             total = self.reporter.log.seconds
             log.info("the monitor took %.0f s of %.0f s (%.1f%%)", self.seconds, total, 100 * self.share)

@@ -71,7 +71,10 @@ class Optimization:
         self.batches: list[Mapping[str, Any]] = []
 
     def _adamw(self, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
-        return torch.optim.AdamW(parameters, self.loop.lr, betas=self.loop.betas, weight_decay=self.loop.weight_decay)
+        fused = all(parameter.is_cuda for parameter in parameters)  # on the CPU, torch's default is kept
+        return torch.optim.AdamW(
+            parameters, self.loop.lr, betas=self.loop.betas, weight_decay=self.loop.weight_decay, fused=fused or None
+        )
 
     def step(self, batches: Iterator[Mapping[str, Any]]) -> dict[str, Tensor] | None:
         """Takes one optimizer step.

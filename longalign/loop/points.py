@@ -1,7 +1,7 @@
-"""Decisions from the points that a run's monitor has measured: the best one, early stopping, warnings.
+"""Decisions from the measurements of a run's monitor: the best checkpoint, early stopping, warnings.
 
-All are functions of the points, which are saved with each checkpoint. They are therefore the same
-in a resumed and in an uninterrupted run.
+They depend only on the measurements, which are saved with each checkpoint. A resumed run therefore decides as an
+uninterrupted one.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ MIN_PROMPTS = 10
 
 @dataclass
 class Point:
-    """What a monitor measured at one step.
+    """One measurement of a monitor: the values at one training step.
 
     Attributes:
         step: number of completed optimizer steps.
         values: mean over all images by name, without names that have no value.
-        directions: ``"higher"`` or ``"lower"`` is better by name; None for a gauge.
-        training: mean training reward since the previous point, and its text-irrelevant share; empty at the start.
+        directions: ``"higher"`` or ``"lower"`` is better by name; None for a gauge,
+            for which neither is.
+        training: mean training reward since the previous measurement, and its text-irrelevant share; empty at first.
         rows: mean over the images of each prompt by name, NaN where a prompt has no value.
     """
 
@@ -38,17 +39,20 @@ class Point:
     rows: dict[str, list[float]] = field(default_factory=dict)
 
     def state(self) -> dict[str, Any]:
-        """Returns plain values; ``Point(**state)`` restores the point."""
+        """Returns the attributes as plain values; ``Point(**state)`` restores the measurement."""
         return asdict(self)
 
     def loss(self, name: str, reference: Point) -> float:
-        """Returns by how much a value is worse than at another point; negative if it is better, NaN if unknown."""
+        """Returns by how much the value ``name`` is worse than in ``reference``; negative if better, NaN if unknown."""
         change = self.values.get(name, math.nan) - reference.values.get(name, math.nan)
         return change if self.directions.get(name) == "lower" else -change
 
 
 def best(points: Sequence[Point], choice: KeepBestConfig) -> Point | None:
-    """Returns the point with the best value, the first one if several are equal; None if no point is a candidate."""
+    """Returns the measurement with the best value of ``choice.metric`` that its guard accepts, else None.
+
+    Of several equal values, the first one is the best.
+    """
     found: Point | None = None
     for point in points:
         accepted = choice.metric in point.values and _within(points, point, choice.guard)
@@ -62,9 +66,9 @@ def _within(points: Sequence[Point], point: Point, guard: GuardConfig | None) ->
 
 
 def best_checkpoint(points: Sequence[Point], choice: KeepBestConfig) -> int | None:
-    """Returns the step of the best point, without the start, which has no checkpoint; None if there is none.
+    """Returns the step of the best measurement as `best` does, but without step 0, which has no checkpoint.
 
-    The guard compares with the first point, which can be the start.
+    The guard still compares with the first measurement, which can be that of step 0.
     """
     trained = [p for p in points if p.step and _within(points, p, choice.guard)]
     found = best(trained, choice.model_copy(update={"guard": None}))
@@ -72,7 +76,7 @@ def best_checkpoint(points: Sequence[Point], choice: KeepBestConfig) -> int | No
 
 
 def is_over(points: Sequence[Point], choice: EarlyStopConfig) -> bool:
-    """Returns whether none of the last ``patience`` points is a new best one."""
+    """Returns whether none of the last ``patience`` measurements is a new best one."""
     found = best(points, choice)
     since = len(points) if found is None else len(points) - 1 - points.index(found)
     return since >= choice.patience
@@ -81,13 +85,13 @@ def is_over(points: Sequence[Point], choice: EarlyStopConfig) -> bool:
 def divergences(points: Sequence[Point], window: int) -> Iterator[str]:
     """Yields a message for each metric that became worse over the window while the training reward rose.
 
-    The change of a metric is the mean over its prompts, which have the same noise at both points. It counts if it
+    The change of a metric is the mean over its prompts, which have the same noise in both measurements. It counts if it
     exceeds twice its standard error over at least `MIN_PROMPTS` prompts. Breakdowns, gauges and values of sets are
     skipped.
 
     Args:
-        points: all points so far.
-        window: the last point is compared with the one ``window`` points before.
+        points: all measurements so far.
+        window: the last measurement is compared with the one ``window`` measurements before.
     """
     if len(points) <= window:
         return

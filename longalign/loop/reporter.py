@@ -63,6 +63,6 @@ class Reporter:
         self.trackers.log_metrics(metrics, step)
 
     def append(self, step: int, values: dict[str, float]) -> None:
-        """Writes a line with other values than those of `current`."""
+        """Writes a line of given values instead of those of `current`."""
         self.log.append(step, values)
         self.trackers.log_metrics(values, step)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from longalign.caching.fingerprint import fingerprint, fingerprints
@@ -46,12 +46,12 @@ def check_resumable(state: ResumeState, composition: Composition, num_processes:
     changes = check_same_run(state.config, composition.config)
     if "loop.workers" in changes and isinstance(composition.data, Stream):
         raise ValueError(
-            f"loop.workers was {changes['loop.workers'][0]} before and is {changes['loop.workers'][1]} now, which "
-            "would repeat and omit items of a stream; restore the former value"
+            f"loop.workers was {changes['loop.workers'][0]} in the checkpoint and is {changes['loop.workers'][1]} now, "
+            "which would repeat and omit items of a stream; set it to the former value"
         )
     check_num_processes(state, num_processes)
     for key, (old, new) in changes.items():
-        log.warning("%s was %r before and is %r now", key, old, new)
+        log.warning("the config key %s was %r in the checkpoint and is %r now", key, old, new)
 
 
 def check_same_run(saved: RunConfig, config: RunConfig) -> dict[str, tuple[Any, Any]]:
@@ -86,8 +86,8 @@ def check_num_processes(state: ResumeState, processes: int) -> None:
         )
 
 
-def input_fingerprints(config: RunConfig, data: Any) -> dict[str, Any]:
-    """Returns fingerprints of the weights that a config refers to and of the data's prompts.
+def input_fingerprints(config: RunConfig, data: Any, buckets: Sequence[int] | None = None) -> dict[str, Any]:
+    """Returns fingerprints of the weights that a config refers to, of the data's prompts and of its image buckets.
 
     The fingerprint of a Hub id is the downloaded commit. Data that is a stream has no fingerprint.
     """
@@ -99,7 +99,10 @@ def input_fingerprints(config: RunConfig, data: Any) -> dict[str, Any]:
     if not isinstance(data, Data):
         return {"weights": weights}
     prompts = [data.prompt(i) for i in spread_indices(len(data))]
-    return {"weights": weights, "data": {"items": len(data), "prompts": key_of(json.dumps(prompts)).hex()}}
+    contents = {"items": len(data), "prompts": key_of(json.dumps(prompts)).hex()}
+    if buckets is not None:
+        contents["buckets"] = key_of(json.dumps(list(buckets))).hex()
+    return {"weights": weights, "data": contents}
 
 
 def check_same_inputs(state: ResumeState, current: Mapping[str, Any]) -> None:

@@ -180,7 +180,7 @@ def shared_state(
 
 
 def process_state(means: MetricMeans, monitor: MetricMeans) -> dict[str, Any]:
-    """Returns the state that each process writes: generators, and means since the last log line and monitor point."""
+    """Returns the state that each process writes: random generators, and means of metrics that were not logged yet."""
     return {**random_state(), "means": means.state(), "monitor": monitor.state()}
 
 
@@ -191,7 +191,7 @@ def restore_state(state: ResumeState, optimization: Optimization, means: MetricM
         state: the saved state.
         optimization: parameters, optimizer, learning rate and moving average.
         means: receives the metrics since the last log line.
-        monitor: receives the metrics since the last point of the monitor.
+        monitor: receives the metrics since the last measurement of the monitor.
 
     Returns:
         The number of completed steps.

@@ -10,7 +10,7 @@ from pathlib import Path
 from longalign.compose import Composition
 from longalign.config.run import RunConfig
 from longalign.errors import RunError
-from longalign.loop.batches import load_batches, plan_batches
+from longalign.loop.batches import load_batches, plan_batches, read_buckets
 from longalign.loop.folder import mark_best, prune, resume_hint
 from longalign.loop.header import log_run_summary
 from longalign.loop.interrupt import catch_signals
@@ -110,7 +110,8 @@ class Run:
             trainer.enable_gradient_checkpointing()
         if self.loop.channels_last and self.config.backbone is not None:
             composition.backbone.use_channels_last()
-        self.origin = input_fingerprints(self.config, composition.data)
+        self.buckets = read_buckets(composition.data, composition.runtime) if trainer.needs_images else None
+        self.origin = input_fingerprints(self.config, composition.data, self.buckets)
         if resumed is not None:
             check_same_inputs(resumed, self.origin)
         self.optimization = Optimization(accelerator, trainer, self.loop)
@@ -133,6 +134,7 @@ class Run:
             start=self.step * self.loop.accumulation,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
+            buckets=self.buckets,
         )
         self.batches = load_batches(composition.data, batches, trainer.needs_images, self.loop.workers)
         self.reporter = Reporter(accelerator, self.config, self.step, means)
@@ -192,7 +194,7 @@ class Run:
             self.monitor.means.add(metrics)
 
     def _measure(self) -> bool:
-        """Measures a point if one is due. An error in the monitor is raised after a checkpoint has been written."""
+        """Runs the monitor if a measurement is due. Its error is raised after a checkpoint has been written."""
         if not self.monitor.is_due(self.step):
             return False
         if (failure := self.monitor.run(self.step)) is not None:

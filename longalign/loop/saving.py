@@ -31,7 +31,7 @@ def save_checkpoint(
         composition: the parts of the run.
         optimization: parameters and optimizer.
         means: metrics since the last log line.
-        monitor: the points measured so far; the checkpoint is marked as the best one if it is.
+        monitor: its measurements so far decide whether the checkpoint is marked as the best one.
         origin: `longalign.loop.resume_checks.input_fingerprints` of the run.
         step: number of completed steps.
     """

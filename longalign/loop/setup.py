@@ -66,8 +66,8 @@ def check_cuda_graphs(loop: LoopConfig, accelerator: Accelerator) -> None:
     """Raises ValueError if ``loop.cuda_graphs`` is set without a CUDA device, or with several processes."""
     if loop.cuda_graphs and (accelerator.device.type != "cuda" or accelerator.num_processes > 1):
         raise ValueError(
-            f"loop.cuda_graphs needs one process on a CUDA device, got {accelerator.num_processes} on "
-            f"{accelerator.device.type}; set it to false"
+            f"loop.cuda_graphs needs one process on a CUDA device, got num_processes={accelerator.num_processes} "
+            f"and device '{accelerator.device.type}'; set it to false"
         )
 
 

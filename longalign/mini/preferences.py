@@ -41,7 +41,10 @@ def taste(scene: Scene) -> float:
 
 
 def preference(first: Scene, second: Scene, caption: Caption, truth_weight: float, taste_weight: float) -> float:
-    """Returns the fraction of people who prefer the first scene: sigmoid of the sum of weighted differences."""
+    """Returns the fraction of people who prefer the first scene.
+
+    It is the sigmoid of the weighted differences of `truth` and `taste` between the scenes.
+    """
     margin = truth_weight * (truth(first, caption) - truth(second, caption))
     margin += taste_weight * (taste(first) - taste(second))
     return float(1 / (1 + np.exp(-margin)))

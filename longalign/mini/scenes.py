@@ -42,7 +42,7 @@ MASK_KEYS = tuple((shape, size, fill) for shape in SHAPES for size in SIZES for 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object; ``place`` is one of `PLACES`."""
+    """One object of a scene. ``place`` is one of `PLACES`; the other attributes are among `VALUES`."""
 
     place: str
     shape: str

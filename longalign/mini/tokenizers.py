@@ -69,7 +69,10 @@ def write_clip_tokenizer(folder: Path, words: Sequence[str] | None = None, max_l
 
 
 def write_open_clip_bpe(folder: Path, words: Sequence[str] | None = None) -> Path:
-    """Writes the reduced vocabulary as ``bpe_simple_vocab.txt.gz``, the file of open_clip's tokenizer."""
+    """Writes the reduced CLIP vocabulary as ``bpe_simple_vocab.txt.gz``, the file of open_clip's tokenizer.
+
+    ``folder`` and ``words`` are those of `write_clip_tokenizer`. Returns the path of the file.
+    """
     merges = reduced_merges(_default_words() if words is None else words)
     folder.mkdir(parents=True, exist_ok=True)
     # open_clip parses every line after the first as a merge, so the file must not end with a newline

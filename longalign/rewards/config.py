@@ -45,7 +45,7 @@ class TowerRewardConfig(RewardConfig):
     """how prompts are split with ``text: segments``; null: into sentences."""
     truncate_segments: bool = False
     """whether a segment longer than the text tower's window is truncated with a warning, as in the LongAlign authors'
-    code; false: it is split into segments that fit.
+    code. false: it is split into segments that fit.
     """
     aspect: Aspect = "crop"
     """how non-square images are resized: ``"crop"`` keeps the centre, ``"pad"`` adds black borders, ``"squash"``

@@ -54,7 +54,7 @@ def expect(condition: bool, message: str) -> None:
 
 
 def expect_close(name: str, got: Tensor, expected: Tensor, rtol: float = 1e-3, atol: float = 1e-5) -> None:
-    """Raises AssertionError with the largest difference unless two tensors agree."""
+    """Raises AssertionError with the largest difference unless two tensors agree within ``atol + rtol |expected|``."""
     expect(got.shape == expected.shape, f"{name}: expected shape {tuple(expected.shape)}, got {tuple(got.shape)}")
     if not torch.allclose(got.float(), expected.float(), rtol=rtol, atol=atol):
         difference = float((got.float() - expected.float()).abs().max())
@@ -64,7 +64,7 @@ def expect_close(name: str, got: Tensor, expected: Tensor, rtol: float = 1e-3, a
 
 
 def expect_error(name: str, call: Callable[[], Any]) -> None:
-    """Raises AssertionError unless ``call`` raises a ValueError."""
+    """Raises AssertionError unless ``call`` raises a ValueError; ``name`` of the check starts the message."""
     try:
         call()
     except ValueError:

@@ -206,13 +206,13 @@ def tiny_clip_text(folder: Path, layout: str = "diffusers", positions: int = 77,
     }  # fmt: skip
     torch.manual_seed(0)
     if diffusers:
-        _noisy(CLIPTextModel(CLIPTextConfig(**text))).save_pretrained(folder / "text_encoder")
+        noisy(CLIPTextModel(CLIPTextConfig(**text))).save_pretrained(folder / "text_encoder")
     else:
         vision = {
             "hidden_size": width, "intermediate_size": width, "num_hidden_layers": 1, "num_attention_heads": 2,
             "image_size": 16, "patch_size": 8,
         }  # fmt: skip
-        _noisy(CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))).save_pretrained(folder)
+        noisy(CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))).save_pretrained(folder)
     return folder
 
 
@@ -229,7 +229,7 @@ def tiny_t5(folder: Path, width: int = 16) -> Path:
         num_heads=2, feed_forward_proj="relu", dropout_rate=0.5,
     )  # fmt: skip
     torch.manual_seed(0)
-    _noisy(T5EncoderModel(config)).save_pretrained(folder)
+    noisy(T5EncoderModel(config)).save_pretrained(folder)
     return folder
 
 
@@ -266,7 +266,7 @@ def _clip_vocabulary(folder: Path) -> int:
     return len(AutoTokenizer.from_pretrained(folder))
 
 
-def _noisy(model: torch.nn.Module):
+def noisy(model: torch.nn.Module):
     """Enlarges the weights so that states differ clearly between tokens and positions."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -325,7 +325,13 @@ def tiny_unet(width: int = 8, channels: int = 4, size: int = 4, **settings):
 
 
 def tiny_backbone(prediction: str = "epsilon", width: int = 8, **vae_settings):
-    """Returns an `SDBackbone` with images of 8 px and latents of 4 by 4."""
+    """Returns a randomly initialized `SDBackbone` for images of 8 by 8 pixels and latents of 4 by 4.
+
+    Args:
+        prediction: prediction type, e.g. ``"epsilon"`` or ``"v_prediction"``.
+        width: width of the text states.
+        **vae_settings: further arguments of ``AutoencoderKL``.
+    """
     from diffusers import AutoencoderKL, DDIMScheduler
 
     from longalign.backbones.stable_diffusion.sd import SDBackbone
@@ -397,7 +403,7 @@ def tiny_sdxl(folder: Path) -> Path:
     )  # fmt: skip
     shutil.copytree(clip / "tokenizer", folder / "tokenizer")
     StableDiffusionXLPipeline(
-        vae, CLIPTextModel.from_pretrained(clip / "text_encoder"), _noisy(CLIPTextModelWithProjection(text)), first,
+        vae, CLIPTextModel.from_pretrained(clip / "text_encoder"), noisy(CLIPTextModelWithProjection(text)), first,
         second, unet, scheduler, add_watermarker=False,
     ).save_pretrained(folder)  # fmt: skip
     return folder
@@ -443,7 +449,7 @@ def tiny_sd3(folder: Path, **transformer_settings) -> Path:
         shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False, force_upcast=True,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
     )  # fmt: skip
-    models = [_noisy(CLIPTextModelWithProjection(text)) for text in texts]
+    models = [noisy(CLIPTextModelWithProjection(text)) for text in texts]
     StableDiffusion3Pipeline(
         transformer.half(), FlowMatchEulerDiscreteScheduler(shift=3.0), vae.half(), models[0].half(), first,
         models[1].half(), second, T5EncoderModel.from_pretrained(t5).half(), AutoTokenizer.from_pretrained(t5),
@@ -454,7 +460,7 @@ def tiny_sd3(folder: Path, **transformer_settings) -> Path:
 
 @once
 def tiny_flux(folder: Path, dynamic: bool = True, guidance: bool = True) -> Path:
-    """FLUX.1 in its Hub layout: CLIP 16 wide, T5 32 wide, VAE of factor 4 with 4 channels; for 32 px.
+    """Writes FLUX.1 in its Hub layout: CLIP 16 wide, T5 32 wide, VAE of factor 4 with 4 channels; for 32 px.
 
     ``dynamic`` makes noise levels depend on the image size and ``guidance`` adds a guidance embedding, as in FLUX.1-dev
     and unlike FLUX.1-schnell.
@@ -488,7 +494,7 @@ def tiny_flux(folder: Path, dynamic: bool = True, guidance: bool = True) -> Path
 
 @once
 def tiny_pixart(folder: Path, sigma: bool = False, size_conditions: bool = False) -> Path:
-    """PixArt-alpha, or PixArt-Sigma if ``sigma``, in its Hub layout: T5 32 wide, VAE of factor 4; for 32 px.
+    """Writes PixArt-alpha, or PixArt-Sigma if ``sigma``, in its Hub layout: T5 32 wide, VAE of factor 4; for 32 px.
 
     ``size_conditions`` adds the embeddings of image size and aspect ratio of PixArt-alpha for 1024 px.
     """
@@ -519,7 +525,7 @@ VLM_WORDS = ("<pad>", "<unk>", "<image>", "<s>", "</s>", "yes", "no", "1", "2", 
 
 @once
 def tiny_vlm(folder: Path, seed: int = 0) -> Path:
-    """Writes a LLaVA for 32 px in transformers layout, with processor and chat template. It depends on the image."""
+    """Writes a LLaVA for 32 px, with processor and chat template; its output depends on the image."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
         CLIPImageProcessor,
@@ -546,7 +552,7 @@ def tiny_vlm(folder: Path, seed: int = 0) -> Path:
             image_token_index=VLM_WORDS.index("<image>"),
         )
     )
-    _noisy(model).save_pretrained(folder)
+    noisy(model).save_pretrained(folder)
     size = {"height": 32, "width": 32}
     LlavaProcessor(
         CLIPImageProcessor(size=size, crop_size=size, do_resize=True), tokenizer, patch_size=16,
@@ -603,7 +609,7 @@ def tiny_qwen2_vl(folder: Path) -> Path:
             vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
         )
     )  # fmt: skip
-    _noisy(model).save_pretrained(folder)
+    noisy(model).save_pretrained(folder)
     size = {"shortest_edge": 56 * 56, "longest_edge": 84 * 84}
     Qwen2VLProcessor(
         Qwen2VLImageProcessor(size=size), tokenizer, Qwen2VLVideoProcessor(size=size),

@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from longalign.trainers.diffusion import train_denoiser as train_denoiser
     from longalign.trainers.lcm.config import LCMConfig as LCMConfig
     from longalign.trainers.lcm.trainer import LCMTrainer as LCMTrainer
+    from longalign.trainers.prediction import make_predictions as make_predictions
     from longalign.trainers.reward.config import LCMRewardConfig as LCMRewardConfig
     from longalign.trainers.reward.config import RewardConfig as RewardConfig
     from longalign.trainers.reward.trainer import RewardTrainer as RewardTrainer
+    from longalign.trainers.rewards import RewardList as RewardList
 
 __all__, __getattr__, __dir__ = lazy_exports(
     __name__,
@@ -35,10 +37,12 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "LCMRewardConfig": "reward.config",
         "LCMTrainer": "lcm.trainer",
         "RewardConfig": "reward.config",
+        "RewardList": "rewards",
         "RewardTrainer": "reward.trainer",
         "Trainer": "base",
         "TrainerConfig": "config",
         "batch_latents": "diffusion",
+        "make_predictions": "prediction",
         "noise_loss": "diffusion",
         "train_denoiser": "diffusion",
     },

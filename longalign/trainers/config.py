@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from longalign.errors import ConfigProblem
 from longalign.registry import PartConfig
+from longalign.sizes import Size
 
 
 class TrainerConfig(PartConfig):
@@ -33,12 +35,9 @@ class TrainerConfig(PartConfig):
         return True
 
     @property
-    def image_size(self) -> int | None:
-        """Width and height of sampled images in pixels.
-
-        None if the trainer samples no images, or samples in the backbone's native resolution.
-        """
-        return None
+    def image_sizes(self) -> Mapping[str, Sequence[Size]]:
+        """Sizes of sampled images by the key that sets them; empty for none, or the backbone's native resolution."""
+        return {}
 
     @classmethod
     def built_from(cls) -> tuple[str, ...]:

@@ -15,7 +15,14 @@ from torch.nn.functional import mse_loss
 from longalign.backbones.base import Backbone
 from longalign.backbones.config import LoraConfig
 from longalign.encoders.base import Conditioning, Encoder, TruncationWarning
-from longalign.functional.diffusion import add_noise, predict_guided, sample_timesteps, training_target
+from longalign.functional.diffusion import (
+    Guide,
+    add_noise,
+    guide,
+    predict_guided,
+    sample_timesteps,
+    training_target,
+)
 from longalign.trainers.base import Trainer, Wrap
 
 
@@ -183,6 +190,7 @@ def guided_prediction(
     conditioning: Conditioning,
     rows: Tensor,
     scale: float | Tensor,
+    combine: Guide = guide,
 ) -> Tensor:
     """Calls `longalign.functional.predict_guided` with a denoiser and rows of a conditioning; returns ``(b, c, h, w)``.
 
@@ -193,9 +201,10 @@ def guided_prediction(
         conditioning: conditioning of the prompts and, in the last row, of the empty prompt.
         rows: ``(b,)`` index of the row of ``conditioning`` for each latent.
         scale: guidance scale, a scalar or ``(b, 1, 1, 1)``.
+        combine: combines the two branches; see `Backbone.guide`.
     """
     branches = conditioning[torch.cat([rows, torch.full_like(rows, len(conditioning.states) - 1)])]
-    return predict_guided(lambda x, t: denoise(x, t, branches), latents, timesteps, scale)
+    return predict_guided(lambda x, t: denoise(x, t, branches), latents, timesteps, scale, combine)
 
 
 def noise_loss(backbone: Backbone, latents: Tensor, conditioning: Conditioning, density: str | None = None) -> Tensor:

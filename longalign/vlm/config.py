@@ -42,7 +42,7 @@ class LocalVLMConfig(_VLMSection):
     revision: str | None = None
     """branch, tag or commit of the Hub repository."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """dtype of the weights; null: that of the runtime."""
+    """dtype of the weights; null: that of ``loop.precision`` in a run, float32 in other commands."""
     batch_size: int = Field(8, ge=1)
     """questions per forward pass."""
 
@@ -69,7 +69,7 @@ class EndpointConfig(_VLMSection):
     attempts: int = Field(5, ge=1, le=20)
     """maximum number of attempts of a request."""
     backoff: float = Field(1.0, ge=0, le=3600)
-    """seconds before the second attempt. They double with each further attempt. A longer ``Retry-After`` of the
+    """seconds before the second attempt, doubled with each further attempt. A longer ``Retry-After`` of the
     endpoint is respected, up to one minute.
     """
     concurrency: int = Field(4, ge=1)

@@ -45,9 +45,9 @@ class EndpointVLM(VLM):
         model: name of the model.
         api_key: the key, or None. It is sent to the endpoint only, and replaced by ``***`` in messages.
         parameters: further fields of each request.
-        timeout: in seconds.
+        timeout: seconds without data from the endpoint after which a request has failed.
         attempts: maximum number of attempts of a request.
-        backoff: in seconds.
+        backoff: seconds before the second attempt; doubled with each further attempt.
         concurrency: number of requests at a time.
     """
 

@@ -84,8 +84,8 @@ class LocalVLM(VLM):
         own = [ids - set().union(*(f for j, f in enumerate(found) if j != i)) for i, ids in enumerate(found)]
         if missing := [option for option, ids in zip(options, own, strict=True) if not ids]:
             raise ValueError(
-                f"expected options that start with different tokens, got {list(options)}: {missing[0]!r} does not; "
-                "use a different model"
+                f"expected options that start with different tokens, got {list(options)}: the model's tokenizer starts "
+                f"{missing[0]!r} with the same tokens as other options; use a different model"
             )
         return [sorted(ids) for ids in own]
 

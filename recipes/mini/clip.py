@@ -217,5 +217,5 @@ def main(stage: str, steps: int | None) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in ("text", "image"):
-        raise SystemExit("expected text or image")
+        raise SystemExit(f"usage: clip.py STAGE [STEPS], with STAGE text or image; got {sys.argv[1:]}")
     main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else None)

@@ -30,7 +30,14 @@ def render_images(scenes: list[Scene]) -> Tensor:
 def scene_and_caption(
     rng: np.random.Generator, num_things: tuple[int, int], words: tuple[int, int], referring: float = 0.0
 ) -> tuple[Scene, Caption]:
-    """Samples a scene and a caption with a random number of words."""
+    """Samples a scene and its caption.
+
+    Args:
+        rng: random generator.
+        num_things: lowest and highest number of objects.
+        words: lowest and highest number of words of the caption.
+        referring: probability of the caption style ``"referring"`` instead of ``"plain"``.
+    """
     scene = sample_scene(rng, num_things)
     style = "referring" if rng.random() < referring else "plain"
     return scene, describe(scene, rng, words=int(rng.integers(words[0], words[1] + 1)), style=style)
@@ -86,8 +93,27 @@ def train(
     """Trains ``modules`` with Muon and a cosine schedule; resumes an interrupted call.
 
     ``compute_loss(step, rng)`` returns ``{"loss": ..., **metrics}``. Its generator depends only on the step, so a
-    resumed run sees the same data. Metrics are logged to ``recipes/mini/logs/<name>.jsonl``. With ``ema``, returns the
-    averaged weights.
+    resumed run sees the same data. Metrics are logged to ``recipes/mini/logs/<name>.jsonl``.
+
+    Args:
+        name: name of the log and of the saved state ``runs/mini/<name>.pt``.
+        modules: modules to train.
+        compute_loss: the loss and metrics of a step.
+        steps: number of optimizer steps.
+        lr: peak learning rate of AdamW.
+        warmup: steps of linear warm-up.
+        muon: Muon's learning rate as a multiple of ``lr``.
+        outer: see `Muon`.
+        weight_decay: decoupled weight decay.
+        clip: maximum norm of the gradient.
+        log_every: steps between log lines.
+        save_every: steps between saved states.
+        evaluate: returns metrics of held-out data.
+        evaluate_every: steps between evaluations.
+        ema: decay of the moving average of the weights; None for no average.
+
+    Returns:
+        The modules, with the averaged weights if ``ema`` is set.
     """
     RUNS.mkdir(parents=True, exist_ok=True)
     (HERE / "logs").mkdir(exist_ok=True)

@@ -61,12 +61,17 @@ class FactHead(nn.Module):
         self.linear = nn.Linear(dim, sum(SIZES))
 
     def forward(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy and accuracy over the labelled slots."""
+        """Returns cross-entropy and accuracy, from embeddings ``(b, d)`` and labels ``(b, slots)``."""
         return fact_loss(self.linear(features).split(SIZES, -1), labels)
 
 
 def fact_loss(logits: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and accuracy over the labelled slots."""
+    """Returns cross-entropy and accuracy over the slots that are not `IGNORED`.
+
+    Args:
+        logits: ``(b, classes)`` for each slot.
+        labels: ``(b, slots)``, see `label_tensor`.
+    """
     pairs = list(zip(logits, labels.T, strict=True))
     losses = [F.cross_entropy(g, y, reduction="sum", ignore_index=IGNORED) for g, y in pairs]
     correct = [((g.argmax(-1) == y) & (y != IGNORED)).sum() for g, y in pairs]
@@ -84,7 +89,13 @@ class TokenHead(nn.Module):
         self.ground, self.place = nn.Linear(dim, SIZES[0]), nn.Linear(dim, sum(SIZES[1:5]))
 
     def forward(self, states: Tensor, mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy and accuracy over the labelled slots, from states ``(b, n, d)``."""
+        """Returns cross-entropy and accuracy over the labelled slots.
+
+        Args:
+            states: ``(b, n, d)`` token states.
+            mask: ``(b, n)``, 0 for padding.
+            labels: ``(b, slots)``, see `label_tensor`.
+        """
         scores = torch.einsum("qd,bnd->bqn", self.queries, self.keys(states))
         weights = scores.masked_fill(mask[:, None] == 0, -1e4).softmax(-1)
         pooled = weights @ self.values(states)

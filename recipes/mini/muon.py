@@ -25,8 +25,10 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         module: module to train.
-        lr: learning rate of AdamW; that of Muon is ``ratio`` times as large.
-        outer: substrings of the names of matrices that AdamW optimizes.
+        lr: learning rate of AdamW.
+        ratio: Muon's learning rate as a multiple of ``lr``.
+        outer: substrings of the names of the outer layers, which AdamW optimizes.
+        weight_decay: decoupled weight decay of both.
     """
 
     def __init__(self, module: nn.Module, lr: float, ratio: float, outer: tuple[str, ...], weight_decay: float = 0.01):

@@ -1,4 +1,4 @@
-"""Preference models with a planted taste, for studies of over-optimisation: its kind and strength are known.
+"""Preference models with a planted taste, for studies of over-optimization: its kind and strength are known.
 
 Each is `mini/denscore` with other projections of both towers, trained like PickScore (Kirstain et al., 2023) on pairs
 of images of one caption: ``p = sigmoid(10 (truth_0 - truth_1) + w (taste_0 - taste_1))``, plus the contrastive term
@@ -6,10 +6,10 @@ over sentences of `preference.py`. The taste is uniform in [-1, 1] and independe
 tint), ``dark`` (its vignette) or ``vivid`` (saturation of the rendered image). Its weight ``w`` is 3 (``weak``) or 12
 (``strong``); the model ``none`` has no taste. In the images of all models, all three vary.
 
-The towers are frozen, so their outputs are computed once. The trained projections lie in ``recipes/mini/planted``.
+The towers are frozen, so their outputs are computed once. The trained projections are in ``recipes/mini/planted``.
 
 Run: ``python recipes/mini/planted.py`` writes each model to ``runs/planted/<name>``, a few seconds;
-``python recipes/mini/planted.py train`` trains the projections before, a few minutes.
+``python recipes/mini/planted.py train`` first trains the projections, a few minutes.
 """
 
 from __future__ import annotations
@@ -87,7 +87,15 @@ def embed(weights: list[Tensor], images: Tensor, states: Tensor, lengths: list[i
 
 
 def fit(pool: dict[str, Tensor], start: list[Tensor], scale: float, taste: int, weight: float) -> list[Tensor]:
-    """Trains both projections on the tower outputs of ``pool``."""
+    """Trains the image and text projections on frozen tower outputs; returns the new weights.
+
+    Args:
+        pool: the result of `compute_outputs`.
+        start: initial weights, in the order of `PROJECTIONS`.
+        scale: logit scale.
+        taste: index of the taste in `TASTES`.
+        weight: weight ``w`` of the taste in the preference.
+    """
     weights = [w.clone().requires_grad_() for w in start]
     optimizer = torch.optim.AdamW(weights, 2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)

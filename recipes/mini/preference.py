@@ -194,5 +194,7 @@ def write_open_clip(clip: CLIPModel, path: Path) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in SETTINGS:
-        raise SystemExit(f"expected one of {', '.join(SETTINGS)}")
+        raise SystemExit(
+            f"usage: preference.py MODEL [STEPS], with MODEL one of {', '.join(SETTINGS)}; got {sys.argv[1:]}"
+        )
     main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 300)

@@ -59,10 +59,10 @@ def table_rows(table: MetricTable, metrics: list[str]) -> list[str]:
 
 
 def breakdown_rows(table: MetricTable, metric: str, by: str) -> list[str]:
-    """Markdown rows of a breakdown whose title contains ``by``: a column per cell."""
+    """Markdown rows of the breakdown whose title contains ``by``: a column per cell. Empty if the table has none."""
     found = {title: rows for title, rows in table.breakdowns(metric).items() if f"by {by}" in title}
-    if len(found) != 1:
-        raise SystemExit(f"expected one breakdown by '{by}', got {list(found)} of {list(table.breakdowns(metric))}")
+    if not found:
+        return []
     ((title, groups),) = found.items()
     rows = ["", f"{title}:", "", f"| | {' | '.join(table.models)} |", "|---" * (len(table.models) + 1) + "|"]
     for name, intervals in groups.items():
@@ -148,7 +148,12 @@ def main() -> None:
         rows += [f"| *{title}* |" + " |" * len(metrics)] if title else []
         rows += table_rows(table, metrics)
     if options.by:
-        rows += [row for table in tables for row in breakdown_rows(table, metrics[0], options.by)]
+        breakdown = [row for table in tables for row in breakdown_rows(table, metrics[0], options.by)]
+        if not breakdown:
+            raise SystemExit(
+                f"no table has a breakdown by '{options.by}'; got {list(tables[0].breakdowns(metrics[0]))}"
+            )
+        rows += breakdown
     notes = {title: describe(table) for (title, *_), table in zip(sources, tables, strict=True)}
     if len(set(notes.values())) == 1:
         note = notes.popitem()[1]

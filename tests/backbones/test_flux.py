@@ -118,15 +118,15 @@ def red_reward(images, prompts):
 
 def test_flux_reward_gradient_equals_autograd(folder, encoder):
     config = {"name": "reward", "num_steps": 2, "guidance": 1, "gradient_steps": "all"}
-    config |= {"lora": {"rank": 2, "dropout": 0.0}, "resolution": 48}
+    config |= {"lora": {"rank": 2, "dropout": 0.0}, "resolution": "64x32"}
     trainer = trainers.build(config, backbone=build(folder), encoder=encoder, rewards=[red_reward])
     backbone = trainer.backbone.double()
     for i, p in enumerate(trainer.trainable()):
         torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(i))
     conditioning = encoder.encode([LONG]).to(dtype=torch.float64)
-    latents = noise = torch.randn(1, 4, 12, 12, dtype=torch.float64)
+    latents = noise = torch.randn(1, 4, 8, 16, dtype=torch.float64)
     trainer.noise = lambda count: noise
-    levels = backbone.levels_at((4, 12, 12)).noise
+    levels = backbone.levels_at((4, 8, 16)).noise
     assert levels is not backbone.noise_levels.noise
     for t, level, next_level in ((999, levels[999], levels[499]), (499, levels[499], 0.0)):
         output = backbone.predict(latents.detach(), torch.tensor([t]), conditioning)
@@ -137,6 +137,14 @@ def test_flux_reward_gradient_equals_autograd(folder, encoder):
     trainer.step({"prompt": [LONG]}, torch.Tensor.backward)
     got = torch.cat([p.grad.flatten() for p in trainer.trainable()])
     assert expected.norm() > 0 and (got - expected).norm() / expected.norm() < 1e-6
+
+
+def test_flux_lcm_uses_the_noise_levels_of_the_size(folder, encoder):
+    trainer = trainers.build({"name": "lcm", "lora": {"rank": 2}}, backbone=build(folder), encoder=encoder)
+    for height, width in ((32, 32), (16, 48)):
+        loss = trainer.loss({"prompt": [LONG], "image": torch.rand(1, 3, height, width)})["consistency_loss"]
+        noise = trainer.backbone.levels_at((4, height // 4, width // 4)).noise
+        assert loss.isfinite() and trainer.solve.b[999] == pytest.approx(float(noise[979] - noise[999]))
 
 
 def run_config(folder, **trainer):

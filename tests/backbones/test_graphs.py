@@ -76,7 +76,7 @@ def test_graphed_call_with_dropout_is_not_replayed():
 
 
 def test_cuda_graphs_without_cuda(world, tmp_path):
-    with pytest.raises(ValueError, match=r"loop\.cuda_graphs .*1 on cpu.*false"):
+    with pytest.raises(ValueError, match=r"loop\.cuda_graphs .*num_processes=1.*'cpu'.*false"):
         fit(world.align_config(tmp_path, cuda_graphs=True), device="cpu")
     with pytest.raises(ValueError, match=r"CUDA.*cpu.*loop\.cuda_graphs"):
         tiny_backbone().use_cuda_graphs()

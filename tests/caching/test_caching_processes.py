@@ -76,7 +76,7 @@ def assert_same(folder, expected):
         for key in theirs:
             for name, tensor in theirs[key].items():
                 torch.testing.assert_close(ours[key][name], tensor, rtol=1e-4, atol=1e-5)
-    (keys, stamps), (their_keys, their_stamps) = (read_items(home / "latents") for home in (folder, expected))
+    (keys, stamps, _), (their_keys, their_stamps, _) = (read_items(home / "latents") for home in (folder, expected))
     assert keys == their_keys and torch.equal(stamps, their_stamps)
     assert [i for i, key in enumerate(keys) if key == UNREADABLE] == [BROKEN]
 

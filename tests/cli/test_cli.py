@@ -497,11 +497,11 @@ def test_size_option_rejects_invalid_values(size, yaml):
         main(["generate", "--config", yaml, "--prompt", "a", "--output", "x", "--size", size])
 
 
-@pytest.mark.parametrize(("size", "keys"), [("63", ["--size"]), ("64x63", ["--size (height)"])])
-def test_generate_reports_size_once(size, keys, yaml, tmp_path, capsys):
+@pytest.mark.parametrize("size", ["63", "64x63"])
+def test_generate_reports_size_once(size, yaml, tmp_path, capsys):
     assert main(["generate", "--config", yaml, "--prompt", "a", "--output", str(tmp_path / "x"), "--size", size]) == 2
-    lines = [line.strip() for line in capsys.readouterr().err.splitlines() if "got 63" in line]
-    assert [line.split(":")[0] for line in lines] == keys
+    lines = [line.strip() for line in capsys.readouterr().err.splitlines() if f"got {size}" in line]
+    assert [line.split(":")[0] for line in lines] == ["--size"]
 
 
 def test_score_reads_prompts_from_metadata_or_options(brightness, tmp_path, capsys):
@@ -550,7 +550,7 @@ def test_eval_compares_folders_with_same_prompts(brightness, tmp_path, capsys):
     [
         (["base"], "--images expects NAME=DIR, e.g. base=base, got 'base'"),
         (["a=base", "a=other"], "two models are called 'a'; give each a different name, as NAME=other"),
-        (["a=base", "b=reversed"], "they have another order"),
+        (["a=base", "b=reversed"], "order"),
         (["a=empty"], r'a list of images with a line \{"file_name"'),
         (["a=base", "--metric", "gauges"], "two metrics are called gauges; give one of them a label"),
         (["a=base", "--metric", "{name: gauges"], "'{name: gauges', line 1: expected ',' or '}'"),

@@ -24,6 +24,7 @@ from longalign.loop.fit import fit
 from longalign.registry import REGISTRIES, rewards
 from longalign.rewards.config import RewardConfig
 from longalign.runtime import Runtime
+from longalign.sizes import Size
 
 ALIGN = {
     "backbone": {"name": "sd", "checkpoint": "mini/sd"},
@@ -224,7 +225,7 @@ def test_check_files_skips_text_models_with_prompt_cache():
 
 def test_check_files_rejects_invalid_size():
     with pytest.raises(ConfigError, match=r"--size: .*\b8\b.*'sd'.*got 63"):
-        check_files(load_config(ALIGN), training=False, sizes={"--size": 63, "height": 64})
+        check_files(load_config(ALIGN), training=False, sizes={"--size": [Size(64, 64), Size(63, 63)]})
 
 
 def test_is_base_model_is_false_for_checkpoint_with_all_weights(tmp_path):

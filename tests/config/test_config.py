@@ -150,8 +150,8 @@ def test_load_config_rejects_missing_and_unknown_parts():
 @pytest.mark.parametrize(
     ("keys", "path", "message"),
     [
-        ({"prompts": None}, "monitor.prompts", "one of prompts and data"),
-        ({"data": "scenes"}, "monitor.prompts", "one of prompts and data"),
+        ({"prompts": None}, "monitor.prompts", "prompts or data, got neither"),
+        ({"data": "scenes"}, "monitor.prompts", "prompts or data, got both"),
         ({"seeds": [1, 2, 1]}, "monitor.seeds", "got 1 more than once"),
         ({"metrics": ["gauges", "gauges"]}, "monitor.metrics", "gauges.*label"),
         ({"metrics": ["nothing"]}, "monitor.metrics.0.name", "'nothing'"),

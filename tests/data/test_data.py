@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 import longalign.data
 from longalign.config.changes import override
 from longalign.data.config import DataConfig
-from longalign.data.images.base import SquareLoader
+from longalign.data.images.base import ImageLoader
 from longalign.data.images.folder import Folder
 from longalign.data.lines import inside, read_prompts
 from longalign.data.prompts.prompts import Prompts
@@ -123,15 +123,15 @@ def test_load_square_centre_crops_and_applies_exif_rotation(tmp_path):
     wide = Image.new("RGB", (12, 4), (255, 0, 0))
     wide.paste((0, 255, 0), (4, 0, 8, 4))
     wide.save(tmp_path / "wide.png")
-    assert SquareLoader(4).load("image", tmp_path / "wide.png")[1].min() == 1.0
+    assert ImageLoader(4).load("image", tmp_path / "wide.png")[1].min() == 1.0
     half = Image.new("RGB", (4, 4), (0, 0, 0))
     half.paste((255, 255, 255), (0, 0, 4, 2))
     exif = half.getexif()
     exif[0x0112] = 3  # rotated by 180 degrees
     half.save(tmp_path / "turned.png", exif=exif)
-    assert SquareLoader(4).load("image", tmp_path / "turned.png")[0, :, 0].tolist() == [0.0, 0.0, 1.0, 1.0]
+    assert ImageLoader(4).load("image", tmp_path / "turned.png")[0, :, 0].tolist() == [0.0, 0.0, 1.0, 1.0]
     Image.new("L", (4, 4), 51).save(tmp_path / "grey.png")
-    assert SquareLoader(4).load("image", tmp_path / "grey.png").unique().tolist() == pytest.approx([0.2])
+    assert ImageLoader(4).load("image", tmp_path / "grey.png").unique().tolist() == pytest.approx([0.2])
 
 
 def test_folder_replaces_and_logs_unreadable_images(folder, caplog):
@@ -154,10 +154,10 @@ def test_folder_replaces_images_with_unexpected_pillow_errors(folder, damaged, m
     for error in (TypeError, KeyError, RuntimeError, struct.error, EOFError):
         monkeypatch.setattr(ImageOps, "exif_transpose", lambda image, error=error: raise_error(error("odd")))
         with pytest.raises(ValueError, match=f"{error.__name__}: .*odd"):
-            SquareLoader(4).load("image", folder / "g.png")
+            ImageLoader(4).load("image", folder / "g.png")
     monkeypatch.setattr(ImageOps, "exif_transpose", lambda image: raise_error(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
-        SquareLoader(4).load("image", folder / "g.png")
+        ImageLoader(4).load("image", folder / "g.png")
 
 
 def test_folder_raises_above_max_unreadable(folder):
@@ -359,15 +359,15 @@ def test_configs_declare_what_a_run_asks():
     def declared(name, **keys):
         config = data.validate({"name": name, **keys})
         assert isinstance(config, DataConfig)
-        return config.has_images, config.has_pairs, config.is_stream, config.image_size
+        return config.has_images, config.has_pairs, config.is_stream, config.image_sizes.get("resolution")
 
     assert declared("scenes") == (True, False, False, None)
     assert declared("scene-pairs") == (True, True, False, None)
-    assert declared("folder", folder="x", resolution=16) == (True, False, False, 16)
-    assert declared("webdataset", shards="x") == (True, False, True, None)
-    assert declared("hf", dataset="x", streaming=True) == (True, False, True, None)
-    assert declared("hf", dataset="x", image=None) == (False, False, False, None)
-    assert declared("pairs", folder="x") == declared("hf-pairs", dataset="x") == (True, True, False, 224)
+    assert declared("folder", folder="x", resolution=16) == (True, False, False, ((16, 16),))
+    assert declared("webdataset", shards="x") == (True, False, True, ())
+    assert declared("hf", dataset="x", streaming=True) == (True, False, True, ())
+    assert declared("hf", dataset="x", image=None) == (False, False, False, ())
+    assert declared("pairs", folder="x") == declared("hf-pairs", dataset="x") == (True, True, False, [(224, 224)])
     assert declared("prompts", file="x") == (False, False, False, None)
 
 

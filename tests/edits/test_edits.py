@@ -141,7 +141,7 @@ def test_control_word_takes_tokens_of_the_window_and_no_text_is_lost(clip_folder
 
 
 def test_edits_reject_wrong_settings(known, measured_file, clip_folder, tmp_path):
-    with pytest.raises(ConfigError, match=r"both 'good'.*two different wordings"):
+    with pytest.raises(ConfigError, match=r"positive and negative, got 'good'"):
         edits.validate({"name": "pairs", "positive": "good", "negative": "good "})
     with pytest.raises(ConfigError, match="omega: "):
         edits.validate({"name": "direction", "omega": -1})

@@ -209,9 +209,9 @@ def test_report_of_a_monitored_run(tmp_path):
         "loss",
         "fact accuracy/place (1 of 2), held-out",
         "fact accuracy/place (2 of 2), held-out",
-        "reward of training, between points of the monitor",
+        "reward in training, mean since the previous measurement",
     ]
-    assert "Monitor: 3 points, 12 s, 25% of the time." in text
+    assert "Monitor: 3 measurements, 12 s, 25% of the time." in text
     assert "Best checkpoint: step 5, the dashed line." in text and text.count('class="mark"') == 4
 
 

@@ -1,6 +1,7 @@
 """Noise levels, training targets, and solver steps."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -36,6 +37,42 @@ def test_ddim_with_training_target_recovers_image(prediction, levels):
             expected = add_noise(levels, image, noise, torch.tensor([solver.timesteps[i + 1]] * 2))
             assert torch.allclose(latents, expected, atol=1e-10)
     assert torch.allclose(latents, image, atol=1e-10)
+
+
+@pytest.mark.parametrize(("prediction", "levels"), [("epsilon", LEVELS), ("flow", FLOW)], ids=str)
+def test_ddim_with_noise_keeps_the_distribution_of_each_level(prediction, levels):
+    image, noise = torch.randn(2, 1, 4, 3, 3, dtype=torch.float64).unbind(0)
+    timesteps = (999, 600, 200) if prediction == "flow" else (990, 600, 200)
+    solver = ddim(levels, timesteps, prediction, eta=0.8)
+    for i, (t, after) in enumerate(pairwise(timesteps)):
+        at, then = torch.tensor([t]), torch.tensor([after])
+        latents = add_noise(levels, image, noise, at)
+        mean, _ = solver.step(i, latents, training_target(prediction, levels, image, noise, at))
+        # what the step keeps of the old noise and the fresh noise have the variance of the next level
+        old = (mean - levels.signal[after] * image) / noise
+        assert torch.allclose(old**2 + solver.c[i] ** 2, levels.noise[then] ** 2)
+    assert solver.c[0] > 0 and solver.c[-1] == 0
+
+
+def test_ddim_with_noise_equals_diffusers_and_the_sde_of_a_flow():
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(trained_betas=BETAS.tolist(), clip_sample=False, timestep_spacing="trailing")
+    scheduler.set_timesteps(5)
+    solver = ddim(LEVELS, trailing_timesteps(5), "epsilon", eta=0.5)
+    x, o, n = torch.randn(3, 1, 4, 2, 2).unbind(0)
+    for i, t in enumerate(solver.timesteps[:-1]):
+        expected = scheduler.step(o, t, x, eta=0.5, variance_noise=n).prev_sample
+        assert torch.allclose(solver.step(i, x, o, noise=n)[0], expected, atol=1e-4)
+    # Flow-GRPO, eq. 9: x' = x + (v + s^2 / 2t (x + (1 - t) v)) dt + s sqrt(-dt) n with s = a sqrt(t / (1 - t))
+    (a, *_), (b, *_), (c, *_) = (getattr(ddim(FLOW, (500, 499), "flow", eta=0.5), key) for key in "abc")
+    t, dt, scale = 0.501, -0.001, 0.5 * 2**0.5
+    variance = scale**2 * t / (1 - t)
+    assert a == pytest.approx(1 + variance / (2 * t) * dt, abs=1e-5)
+    assert b == pytest.approx(dt + variance * (1 - t) / (2 * t) * dt, abs=1e-5)
+    assert c == pytest.approx((-dt * variance) ** 0.5, rel=1e-2)
+    with pytest.raises(ValueError, match=r"between 0 and 1, got 1\.5"):
+        ddim(LEVELS, (9, 4), "epsilon", eta=1.5)
 
 
 def test_ddim_steps_equal_diffusers_scheduler():

@@ -9,6 +9,7 @@ from torch import nn
 from longalign.backbones.config import LoraConfig
 from longalign.backbones.lora import inject_lora
 from longalign.functional.diffusion import NoiseLevels, guide
+from longalign.functional.graph_budget import GraphBudget
 from longalign.functional.rollout_gradient import replay, replay_backward, rollout
 from longalign.functional.solvers import ddim, dpmpp_2m, lcm, trailing_timesteps
 from longalign.testing.tiny import tiny_unet
@@ -265,3 +266,16 @@ def test_replay_backward_memory_independent_of_grad_steps(detach):
     full_graph = peak(lambda: mean_square(autograd_rollout(predict, noise, SIX, range(6), detach)).backward())
     assert six < 1.1 * two
     assert full_graph > 4 * six
+
+
+def test_graph_budget_counts_saved_tensors_without_weights():
+    inputs, weight = (torch.ones(4, requires_grad=True) for _ in range(2))
+    budget = GraphBudget(80, [weight])
+    assert budget.allows()
+    with budget.counted():
+        (inputs * weight).exp()  # saves inputs, weight and the result
+    assert budget.used == 2 * 16
+    assert budget.allows()
+    with budget.counted():
+        (inputs * weight).exp()
+    assert not budget.allows()

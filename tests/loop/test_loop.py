@@ -365,7 +365,7 @@ def test_compiler_uses_torch_backend():
 def test_backbone_without_known_blocks_rejects_regional_compile():
     backbone = tiny_backbone()
     backbone.denoiser = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"Linear has no blocks.*loop\.compile"):
+    with pytest.raises(ValueError, match=r"_no_split_modules.*Linear.*loop\.compile"):
         backbone.compile_blocks(lambda forward: forward)
 
 
@@ -457,7 +457,7 @@ def test_resume_rejects_changed_workers_of_stream(world, tmp_path):
     class Endless(Stream):
         num_shards = 2
 
-        def items(self, seed, part=0, num_parts=1, skip=0, images=True):
+        def items(self, seed, part=0, num_parts=1, skip=0, images=True, batch_size=1):
             yield from (world.Squares()[i % 10] for i in itertools.count(skip))
 
     class EndlessConfig(DataConfig):

@@ -208,13 +208,13 @@ def test_monitor_settings_changed_on_resume_drop_points(world, tmp_path, caplog)
     config = load_config({**world.reward_config(tmp_path, steps=1), "monitor": monitor()})
     fit(config)
     fit(override(config, {"loop.steps": 2, "monitor.window": 2}), resume=tmp_path)
-    assert "earlier points" not in caplog.text
+    assert "earlier measurements" not in caplog.text
     fit(override(config, {"loop.steps": 3, "monitor.num_steps": 1}), resume=tmp_path)
-    assert "earlier points" in caplog.text
+    assert "earlier measurements" in caplog.text
 
 
 def test_monitor_rejects_unknown_value_and_gauge_before_training(world, tmp_path):
-    for name, choice, message in (("a", "red.text_relevant", "measures red"), ("b", "gauges.dark", "gauge")):
+    for name, choice, message in (("a", "red.text_relevant", "measures red"), ("b", "gauges.dark", "one of red")):
         section = monitor(metrics=[RED, "gauges"] if name == "b" else [RED], keep_best={"metric": choice})
         with pytest.raises(ValueError, match=rf"monitor\.keep_best\.metric.*'{choice}'.*{message}"):
             fit({**world.reward_config(tmp_path / name), "monitor": section})

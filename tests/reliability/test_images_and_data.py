@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from longalign.data.images.base import UNREADABLE, SquareLoader
+from longalign.data.images.base import UNREADABLE, ImageLoader
 from longalign.data.lines import inside
 from longalign.image_folder import read_captions
 from longalign.image_io import FORMATS, load_image
@@ -63,7 +63,7 @@ SEEDS["JPEG, CMYK"] = encoded("JPEG", "CMYK")
 def read(content):
     """Returns the image, or None if it is rejected with an expected error."""
     try:
-        image = SquareLoader(8).load("image", content)
+        image = ImageLoader(8).load("image", content)
     except UNREADABLE as error:
         assert str(error) or isinstance(error, OSError)
         return None

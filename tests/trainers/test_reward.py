@@ -181,7 +181,9 @@ GRADIENT_STEPS = [
 ]
 
 
-@pytest.mark.parametrize(("solver", "replay"), [("ddim", "recompute"), ("dpm++", "recompute"), ("dpm++", "keep")])
+@pytest.mark.parametrize(
+    ("solver", "replay"), [("ddim", "recompute"), ("dpm++", "recompute"), ("dpm++", "keep"), ("ddim", 1e-9)]
+)
 @pytest.mark.parametrize("config", GRADIENT_STEPS, ids=str)
 def test_step_gradient_equals_autograd_for_each_gradient_steps(double, config, solver, replay):
     selector = gradient_steps.build(config)
@@ -254,15 +256,15 @@ def test_guidance_interval_without_steps():
         build(guidance_interval=(20, 30))
 
 
-def test_replay_keep_calls_denoiser_once_for_each_step():
+def test_kept_graphs_save_calls_up_to_their_memory():
     counts = {}
-    for replay in ("recompute", "keep"):
+    for replay in ("recompute", "keep", 1e-9, 1.0):
         trainer = build(num_steps=4, guidance=1.0, gradient_steps=steps("last", k=2), replay=replay)
         predict, calls = trainer.backbone.predict, []
         trainer.backbone.predict = lambda *args, predict=predict, calls=calls: calls.append(1) or predict(*args)
         gradient(trainer)
         counts[replay] = len(calls)
-    assert counts == {"recompute": 6, "keep": 4}
+    assert counts == {"recompute": 6, "keep": 4, 1e-9: 5, 1.0: 4}
 
 
 @pytest.mark.parametrize(("dropout_steps", "projections"), [("all", 1), ("chosen", 2)])

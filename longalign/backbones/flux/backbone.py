@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
-from einops import rearrange
 from torch import Tensor
 
-from longalign.backbones.flow import check_joint_conditioning, flow_levels
+from longalign.backbones.flow import FlowBackbone, check_joint_conditioning, pack, unpack
 from longalign.backbones.flux.config import FluxConfig
-from longalign.backbones.latent import LatentBackbone
 from longalign.backbones.stable_diffusion.loading import load_parts
 from longalign.encoders.base import Conditioning
-from longalign.functional.diffusion import NoiseLevels
 from longalign.runtime import Runtime
 
 GUIDANCE = 3.5
 """Default guidance scale of FLUX.1-dev, as in diffusers' pipeline."""
 
 
-class FluxBackbone(LatentBackbone):
+class FluxBackbone(FlowBackbone):
     """FLUX.1's transformer and VAE.
 
     A token is a patch of 2 by 2 latents. The transformer is conditioned on the noise level and has no attention mask.
-    In FLUX.1-dev, noise levels depend on the number of tokens, see `flow_levels`; `noise_levels` are those of the
-    native resolution.
+    In FLUX.1-dev, noise levels depend on the number of tokens.
 
     Args:
         transformer: the denoiser.
@@ -41,6 +37,8 @@ class FluxBackbone(LatentBackbone):
             ``guidance`` is given and the transformer takes none.
     """
 
+    name = "flux"
+
     def __init__(
         self, transformer: Any, vae: Any, scheduler: Mapping[str, Any], *, resolution: int, guidance: float | None
     ):
@@ -52,12 +50,8 @@ class FluxBackbone(LatentBackbone):
             )
         if guidance is not None and not config.guidance_embeds:
             raise ValueError(f"this transformer takes no guidance scale, got guidance={guidance}; set it to null")
-        self._scheduler = scheduler
-        self._levels: dict[int, NoiseLevels] = {}
         self.guidance = (GUIDANCE if guidance is None else guidance) if config.guidance_embeds else None
-        factor = 2 ** len(vae.config.block_out_channels)
-        levels = self._levels_of((resolution // factor) ** 2)
-        super().__init__(transformer, vae, "flow", levels, resolution)
+        super().__init__(transformer, vae, scheduler, resolution=resolution)
 
     @classmethod
     def from_config(cls, config: FluxConfig, runtime: Runtime) -> FluxBackbone:
@@ -65,18 +59,6 @@ class FluxBackbone(LatentBackbone):
         transformer, vae, scheduler = load_parts(config, runtime, FluxTransformer2DModel)
         backbone = cls(transformer, vae, scheduler, resolution=config.image_size, guidance=config.guidance)
         return backbone.to(runtime.device)
-
-    @property
-    def divisor(self) -> int:
-        return 2 * self.vae_scale_factor
-
-    def levels_at(self, shape: Sequence[int]) -> NoiseLevels:
-        return self._levels_of((shape[-2] // 2) * (shape[-1] // 2))
-
-    def _levels_of(self, tokens: int) -> NoiseLevels:
-        if tokens not in self._levels:
-            self._levels[tokens] = flow_levels(self._scheduler, "flux", tokens)
-        return self._levels[tokens]
 
     def call(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         config = self.denoiser.config
@@ -89,9 +71,9 @@ class FluxBackbone(LatentBackbone):
         )
         assert conditioning.pooled is not None
         dtype, device, (height, width) = self.denoiser.dtype, latents.device, latents.shape[-2:]
-        times = self.levels_at(latents.shape).noise.to(device, torch.float32)[timesteps]
+        times = self.noise_at(latents, timesteps)
         output = denoiser(
-            hidden_states=rearrange(latents.to(dtype), "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2),
+            hidden_states=pack(latents.to(dtype)),
             encoder_hidden_states=conditioning.states.to(dtype),
             pooled_projections=conditioning.pooled.to(dtype),
             timestep=times,
@@ -100,8 +82,7 @@ class FluxBackbone(LatentBackbone):
             img_ids=_positions(height // 2, width // 2, device),
             return_dict=False,
         )[0]
-        output = rearrange(output, "b (h w) (c p q) -> b c (h p) (w q)", h=height // 2, p=2, q=2)
-        return output.to(latents.dtype)
+        return unpack(output, height).to(latents.dtype)
 
 
 def _positions(height: int, width: int, device: torch.device) -> Tensor:

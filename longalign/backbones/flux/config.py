@@ -6,10 +6,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from longalign.backbones.config import TransformerConfig
+from longalign.backbones.config import ImageSizeConfig
 
 
-class FluxConfig(TransformerConfig):
+class FluxConfig(ImageSizeConfig):
     """FLUX.1, or any model with the same layout: a transformer trained with flow matching.
 
     FLUX.1-dev is distilled from a guided model and takes the guidance scale as an input. It is sampled without
@@ -22,19 +22,8 @@ class FluxConfig(TransformerConfig):
     name: Literal["flux"] = "flux"
     checkpoint: str
     """Hub id, e.g. ``black-forest-labs/FLUX.1-dev``, or local folder in diffusers layout."""
-    image_size: int = Field(default=1024, ge=16)
-    """native width and height of an image in pixels, which the checkpoint does not contain."""
     guidance: float | None = Field(default=None, ge=0)
     """guidance scale that the transformer is conditioned on. null: 3.5 for FLUX.1-dev; FLUX.1-schnell takes none."""
-
-    def resolution(self) -> int:
-        """Native width and height of an image in pixels."""
-        return self.image_size
-
-    @property
-    def divisor(self) -> int | None:
-        factor = super().divisor
-        return None if factor is None else 2 * factor
 
     def widths(self) -> tuple[int | None, int | None]:
         return self.number_of("joint_attention_dim"), self.number_of("pooled_projection_dim")

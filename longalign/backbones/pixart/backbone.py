@@ -9,7 +9,7 @@ from diffusers.models.transformers.pixart_transformer_2d import PixArtTransforme
 from einops import repeat
 from torch import Tensor
 
-from longalign.backbones.latent import LatentBackbone
+from longalign.backbones.latent import LatentBackbone, check_width
 from longalign.backbones.pixart.config import PixArtConfig
 from longalign.backbones.stable_diffusion.loading import load_parts
 from longalign.backbones.stable_diffusion.sd import scheduler_constants
@@ -54,12 +54,8 @@ class PixArtBackbone(LatentBackbone):
         return self.vae_scale_factor * self.denoiser.config.patch_size
 
     def call(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        width, expected = conditioning.states.shape[-1], self.denoiser.config.caption_channels
-        if expected is not None and width != expected:
-            raise ValueError(
-                f"PixArt's transformer expects states of width {expected}, got width {width} from the encoder; use the "
-                "encoder 't5' with the model's checkpoint"
-            )
+        expected = self.denoiser.config.caption_channels
+        check_width(conditioning, expected, transformer="PixArt's transformer", encoder="t5")
         dtype = self.denoiser.dtype
         output = denoiser(
             latents.to(dtype),

@@ -36,10 +36,7 @@ class StableDiffusionConfig(DiffusersConfig):
 
     def resolution(self) -> int:
         """Native width and height of an image in pixels, read from the checkpoint's configs without its weights."""
-        from longalign.backbones.stable_diffusion.layout import native_resolution
-
-        place = {"layout": self.layout, "subfolder": self.subfolder, "revision": self.revision}
-        return native_resolution(self.checkpoint, self.component, **place)
+        return self.native_resolution(self.layout)
 
     @model_validator(mode="after")
     def _check_single_file(self) -> StableDiffusionConfig:
@@ -84,7 +81,8 @@ class SDConfig(StableDiffusionConfig):
 class SDXLConfig(StableDiffusionConfig):
     """Stable Diffusion XL, or any model with the same layout.
 
-    The UNet's size conditioning is always the true image size without a crop.
+    The UNet's size conditioning is always the size of the image that it denoises, without a crop: in training that of
+    the image's bucket.
     """
 
     target: ClassVar[str] = "longalign.backbones.stable_diffusion.sdxl:SDXLBackbone"

@@ -1,4 +1,4 @@
-"""Detects resolution and type of Stable Diffusion checkpoints from configs and weight names."""
+"""Reads the configs of checkpoints in diffusers layout, and detects the type of single files from weight names."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from longalign.config.files import join_subfolder
 from longalign.runtime import resolve_checkpoint
 
 
-def native_resolution(
+def network_configs(
     checkpoint: str, component: str, *, layout: str | None, subfolder: str | None, revision: str | None
-) -> int:
-    """Returns the native width and height of an image in pixels, read from the configs of denoiser and VAE.
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the configs of denoiser and VAE, read without their weights.
 
     Args:
         checkpoint: folder in diffusers layout, Hub id, or a single ``.safetensors`` file.
@@ -44,7 +44,7 @@ def native_resolution(
             f"'{home}' does not contain the configs of {component}/ and vae/; check the checkpoint ({error})"
         ) from error
     denoiser, vae = configs
-    return int(denoiser["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+    return denoiser, vae
 
 
 def layout_of(path: Path, state: dict[str, Tensor]) -> str:

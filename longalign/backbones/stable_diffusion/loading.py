@@ -18,13 +18,16 @@ from longalign.config.files import join_subfolder
 from longalign.runtime import Runtime, resolve_checkpoint
 
 
-def load_parts(config: DiffusersConfig, runtime: Runtime, kind: Any) -> tuple[Any, Any, dict[str, Any]]:
+def load_parts(
+    config: DiffusersConfig, runtime: Runtime, kind: Any, vae_kind: Any = AutoencoderKL
+) -> tuple[Any, Any, dict[str, Any]]:
     """Loads denoiser, autoencoder and scheduler config from a folder in diffusers layout, the Hub or a single file.
 
     Args:
         config: config with the checkpoint and the denoiser's dtype.
         runtime: runtime with the autoencoder's dtype.
         kind: class of the denoiser.
+        vae_kind: class of the autoencoder.
 
     Raises:
         ValueError: if the checkpoint does not contain all three.
@@ -46,7 +49,7 @@ def load_parts(config: DiffusersConfig, runtime: Runtime, kind: Any) -> tuple[An
 
     try:
         denoiser = load(kind, config.component, getattr(torch, config.dtype))
-        vae = load(AutoencoderKL, "vae", runtime.torch_dtype)
+        vae = load(vae_kind, "vae", runtime.torch_dtype)
         constants: Any = DDIMScheduler.load_config(
             checkpoint, subfolder=join_subfolder(config.subfolder, "scheduler"), revision=config.revision
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,13 @@ from torch import Tensor
 
 from longalign.caching.store import key_of
 from longalign.data.base import Data, check_index
-from longalign.image_io import check_regular, decode, to_tensor
+from longalign.image_io import check_regular, decode, read_size, to_tensor
+from longalign.sizes import Size, nearest_bucket
 
 log = logging.getLogger(__name__)
 
+#: side of square images in pixels, or the size of each bucket
+Resolution = int | Sequence[Size] | None
 # errors of `decode` for unreadable images
 UNREADABLE = (OSError, ValueError)
 
@@ -48,50 +51,58 @@ class Unreadable(dict[Hashable, str]):
         return "; ".join(f"{name} ({error})" for name, error in self.items())
 
 
-class SquareLoader:
-    """Loads images as squares of one size and warns of the 1st, 10th, 100th... image that is scaled up.
+class ImageLoader:
+    """Loads images in the size of a bucket, and warns of the 1st, 10th, 100th... image that is scaled up.
 
     Args:
-        resolution: side in pixels.
+        resolution: side of square images in pixels, or the size of each bucket.
 
     Raises:
         ValueError: if ``resolution`` is None.
     """
 
-    def __init__(self, resolution: int | None):
+    def __init__(self, resolution: Resolution):
         if resolution is None:
             raise ValueError(
                 "resolution null means the backbone's resolution, but no backbone is set; set resolution in pixels"
             )
-        self.resolution, self.small = resolution, 0
+        self.sizes = [Size(resolution, resolution)] if isinstance(resolution, int) else list(resolution)
+        self.small = 0
 
-    def load(self, name: Hashable, source: Path | bytes) -> Tensor:
-        """Loads an image as ``(3, resolution, resolution)`` in [0, 1], rotated by its EXIF, centre-cropped, resized.
+    def bucket(self, source: Path | bytes) -> int:
+        """Returns the number of an image's bucket, reading only its header, and nothing if there is one bucket.
+
+        Raises OSError or ValueError if the header cannot be read.
+        """
+        return nearest_bucket(read_size(source), self.sizes) if len(self.sizes) > 1 else 0
+
+    def load(self, name: Hashable, source: Path | bytes, bucket: int = 0) -> Tensor:
+        """Loads an image as ``(3, h, w)`` in [0, 1], rotated by its EXIF, centre-cropped and resized to its bucket.
 
         ``name`` identifies the image in messages. Raises OSError or ValueError if the image cannot be read.
         """
-        image = decode(source)
-        if min(image.size) < self.resolution:
+        image, size = decode(source), self.sizes[bucket]
+        if image.height < size.height or image.width < size.width:
             self.small += 1
             if set(str(self.small)[1:]) <= {"0"} and str(self.small)[0] == "1":
                 log.warning(
-                    "%d of the images read so far are smaller than resolution=%d and are scaled up, most recently %s "
+                    "%d of the images read so far are smaller than resolution=%s and are scaled up, most recently %s "
                     "with %d by %d pixels",
-                    self.small, self.resolution, name, *image.size,
+                    self.small, size, name, *image.size,
                 )  # fmt: skip
-        return to_tensor(ImageOps.fit(image, (self.resolution, self.resolution), Image.Resampling.LANCZOS))
+        return to_tensor(ImageOps.fit(image, (size.width, size.height), Image.Resampling.LANCZOS))
 
 
 class ImageDataset(Data):
     """Base class of indexed data with images from files or encoded bytes.
 
     Args:
-        resolution: image side in pixels.
+        resolution: image side in pixels, or the size of each bucket.
         max_unreadable: number of unreadable images to replace by the next readable one; one more raises an error.
     """
 
-    def __init__(self, *, resolution: int | None, max_unreadable: int):
-        self.loader = SquareLoader(resolution)
+    def __init__(self, *, resolution: Resolution, max_unreadable: int):
+        self.loader = ImageLoader(resolution)
         #: unreadable images so far, with their errors
         self.unreadable = Unreadable(max_unreadable)
 
@@ -105,20 +116,37 @@ class ImageDataset(Data):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         start = check_index(index, len(self))
+        bucket = self.bucket(start)
         for offset in range(len(self)):
-            item = self.load_item((start + offset) % len(self))
+            # In the same size, so that the replacement fits into the batch.
+            item = self.load_item((start + offset) % len(self), None if bucket < 0 else bucket)
             if item is not None:
                 return item
         raise ValueError(
             f"none of the {len(self)} images can be read: {self.unreadable.summary()}. Repair or replace the files"
         )
 
-    def load_item(self, index: int) -> dict[str, Any] | None:
+    @property
+    def buckets(self) -> Sequence[Size]:
+        return self.loader.sizes
+
+    def bucket(self, index: int) -> int:
+        if len(self.buckets) == 1:
+            return 0
+        try:  # also if the pixels are known to be unreadable: the size of the replacement must not change
+            return self.loader.bucket(self.source(index))
+        except UNREADABLE as error:
+            self.unreadable.note(self.label(index), error)
+            return -1
+
+    def load_item(self, index: int, bucket: int | None = None) -> dict[str, Any] | None:
+        """Returns item ``index`` in the size of a bucket, by default its own, or None if it cannot be read."""
         label = self.label(index)
+        bucket = self.bucket(index) if bucket is None else bucket
         if label in self.unreadable:
             return None
         try:
-            return {"prompt": self.prompt(index), "image": self.loader.load(label, self.source(index))}
+            return {"prompt": self.prompt(index), "image": self.loader.load(label, self.source(index), bucket)}
         except UNREADABLE as error:
             self.unreadable.note(label, error)
             return None

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from longalign.data.base import check_index
-from longalign.data.images.base import ImageDataset
+from longalign.data.images.base import ImageDataset, Resolution
 from longalign.data.images.config import LongAlignCaptionsConfig
-from longalign.data.lines import inside
+from longalign.data.lines import OUTCOMES, inside
 from longalign.data.tables.table import caption_from_cell, load_table, table_files
 from longalign.runtime import Runtime
 
@@ -26,7 +26,7 @@ class LongAlignCaptions(ImageDataset):
         rows: a table of the library ``datasets``.
         indices: numbers of the rows to use.
         folders: image folder of each source; ``path`` is relative to it.
-        resolution: image side in pixels.
+        resolution: image side in pixels, or the size of each bucket.
         max_unreadable: number of unreadable files to replace by the next readable one; one more raises an error.
     """
 
@@ -36,7 +36,7 @@ class LongAlignCaptions(ImageDataset):
         *,
         indices: list[int],
         folders: dict[str, Path],
-        resolution: int | None,
+        resolution: Resolution,
         max_unreadable: int,
     ):
         super().__init__(resolution=resolution, max_unreadable=max_unreadable)
@@ -64,7 +64,7 @@ class LongAlignCaptions(ImageDataset):
             rows,
             indices=_with_images(rows, folders, config),
             folders=folders,
-            resolution=config.resolution,
+            resolution=config.sizes,
             max_unreadable=config.max_unreadable,
         )
 
@@ -117,7 +117,7 @@ def _with_images(rows: Any, folders: dict[str, Path], config: LongAlignCaptionsC
         sources = ", ".join(f"{source} ({count})" for source, count in skipped.items())
         log.warning("captions skipped, since 'folders' has no folder for their source: %s", sources)
     if empty:
-        log.warning("%d captions are empty; empty=%s", empty, config.empty)
+        log.warning("%d captions are empty and are %s", empty, OUTCOMES[config.empty])
     if missing:
         examples = ", ".join(map(str, missing[:3]))
         log.warning("%d captions skipped, since their image file is missing, e.g. %s", len(missing), examples)

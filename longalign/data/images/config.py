@@ -30,7 +30,7 @@ class FolderConfig(ImagesConfig):
         indexed = any((folder / name).is_file() for name in ("metadata.jsonl", "metadata.csv"))
         if indexed or next(folder.rglob("*.txt"), None) is not None:
             return []
-        message = f"{folder} has neither metadata.jsonl nor metadata.csv nor .txt files of captions"
+        message = f"{folder} has neither metadata.jsonl nor metadata.csv nor .txt files of captions; add one of them"
         return folder_problems("folder", self.folder) or [("folder", message)]
 
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from longalign.data.base import check_index
-from longalign.data.images.base import ImageDataset
+from longalign.data.images.base import ImageDataset, Resolution
 from longalign.data.images.config import FolderConfig
-from longalign.data.lines import inside, text_of
+from longalign.data.lines import OUTCOMES, inside, text_of
 from longalign.image_folder import read_captions
 from longalign.runtime import Runtime
 
@@ -22,11 +22,11 @@ class Folder(ImageDataset):
     Args:
         files: the image files.
         prompts: one caption per file.
-        resolution: image side in pixels.
+        resolution: image side in pixels, or the size of each bucket.
         max_unreadable: number of unreadable files to replace by the next readable one; one more raises an error.
     """
 
-    def __init__(self, files: Sequence[Path], prompts: Sequence[str], *, resolution: int | None, max_unreadable: int):
+    def __init__(self, files: Sequence[Path], prompts: Sequence[str], *, resolution: Resolution, max_unreadable: int):
         if len(files) != len(prompts):
             raise ValueError(f"expected one prompt per file, got {len(files)} files and {len(prompts)} prompts")
         if not files:
@@ -53,12 +53,11 @@ class Folder(ImageDataset):
                 files.append(inside(folder, row["file_name"], where))
                 prompts.append(prompt)
         if empty:
-            log.warning(
-                "%d of %d captions in %s are empty; empty=%s", empty, empty + len(prompts), folder, config.empty
-            )
+            total = empty + len(prompts) if config.empty == "skip" else len(prompts)
+            log.warning("%d of %d captions in %s are empty and are %s", empty, total, folder, OUTCOMES[config.empty])
         if not files:
             raise ValueError(f"no image in {folder} has a caption; add captions, or set empty: keep")
-        return cls(files, prompts, resolution=config.resolution, max_unreadable=config.max_unreadable)
+        return cls(files, prompts, resolution=config.sizes, max_unreadable=config.max_unreadable)
 
     def __len__(self) -> int:
         return len(self.files)

@@ -35,7 +35,7 @@ def _expand(pattern: str) -> Iterator[Path]:
 
 
 def shard_problem(pattern: str) -> str:
-    """Returns an error message for the first missing shard of a path, or an empty string if none is missing."""
+    """Returns an error message for the first missing shard of a path as for `find_shards`; empty if none is missing."""
     try:
         deque(_expand(pattern), maxlen=0)
     except FileNotFoundError as error:

@@ -7,6 +7,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
+from longalign.data.images.base import Resolution
 from longalign.data.images.config import WebDatasetConfig
 from longalign.data.images.shards import find_shards
 from longalign.data.stream import Record, Stream
@@ -55,7 +56,7 @@ class WebDataset(Stream):
         image: Sequence[str],
         caption: str,
         field: str | None,
-        resolution: int | None,
+        resolution: Resolution,
         empty: str,
         max_unreadable: int,
         shuffle_buffer: int,
@@ -73,7 +74,7 @@ class WebDataset(Stream):
             image=config.image,
             caption=config.caption,
             field=config.caption_field,
-            resolution=config.resolution,
+            resolution=config.sizes,
             empty=config.empty,
             max_unreadable=config.max_unreadable,
             shuffle_buffer=config.shuffle_buffer,

@@ -38,8 +38,9 @@ class Pair:
 class Pairs(ImageDataset):
     """Base class of preference data.
 
-    An item is ``{"prompt": str, "image": (2, 3, resolution, resolution) in [0, 1], "preference": ()}``, with
-    ``captions``, one text per image, if the pair has captions.
+    An item is ``{"prompt": str, "image": (2, 3, resolution, resolution) in [0, 1], "preference": ()}``. ``preference``
+    is the fraction of people who prefer the first image, from 0 to 1. If the pair has captions, the item also has
+    ``captions``, one text per image.
 
     Args:
         pairs: annotation of each pair.
@@ -61,7 +62,7 @@ class Pairs(ImageDataset):
     def prompt(self, index: int) -> str:
         return self.pairs[check_index(index, len(self))].prompt
 
-    def load_item(self, index: int) -> dict[str, Any] | None:
+    def load_item(self, index: int, bucket: int | None = None) -> dict[str, Any] | None:
         label = self.label(index)
         if label in self.unreadable:
             return None
@@ -76,7 +77,17 @@ class Pairs(ImageDataset):
 
 
 def read_pair(prompt: str, labels: Sequence[Any], captions: Sequence[Any], where: str) -> Pair | str:
-    """Returns the pair of a row, or the reason for skipping the row. Raises ValueError if a label is invalid."""
+    """Returns the pair of a row, or the reason for skipping the row.
+
+    Args:
+        prompt: prompt of both images.
+        labels: labels as for `preference_of`.
+        captions: captions of both images, or empty.
+        where: location of the row, for messages.
+
+    Raises:
+        ValueError: if a label is invalid.
+    """
     if not prompt:
         return "an empty prompt"
     if not labels or any(label is None for label in labels):

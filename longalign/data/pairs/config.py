@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -10,6 +11,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from longalign.data.config import DataConfig, Text, Texts, folder_problems
 from longalign.data.tables.config import TableConfig
 from longalign.errors import ConfigProblem
+from longalign.sizes import Size, parse_size
 
 
 class PairedImagesConfig(DataConfig):
@@ -25,8 +27,8 @@ class PairedImagesConfig(DataConfig):
     """
 
     @property
-    def image_size(self) -> int | None:
-        return self.resolution
+    def image_sizes(self) -> Mapping[str, Sequence[Size]]:
+        return {"resolution": [parse_size(self.resolution)]}
 
 
 class PairsConfig(PairedImagesConfig):

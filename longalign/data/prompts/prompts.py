@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from longalign.data.base import Data, check_index
-from longalign.data.lines import read_prompts
+from longalign.data.lines import OUTCOMES, read_prompts
 from longalign.data.prompts.config import PromptsConfig
 from longalign.runtime import Runtime
 
@@ -31,10 +31,12 @@ class Prompts(Data):
         non_empty = [p for p in prompts if p]
         if len(non_empty) < len(prompts):
             empty = len(prompts) - len(non_empty)
-            log.warning("%d of %d prompts in %s are empty; empty=%s", empty, len(prompts), config.file, config.empty)
+            log.warning(
+                "%d of %d prompts in %s are empty and are %s", empty, len(prompts), config.file, OUTCOMES[config.empty]
+            )
         prompts = prompts if config.empty == "keep" else non_empty
         if not prompts:
-            raise ValueError(f"{config.file} has no prompts; expected at least one")
+            raise ValueError(f"{config.file} contains no prompts, or only empty ones; expected at least one prompt")
         return cls(prompts)
 
     def __len__(self) -> int:

@@ -59,7 +59,7 @@ class ScenePairsConfig(SyntheticConfig):
 
     name: Literal["scene-pairs"] = "scene-pairs"
     truth_weight: float = Field(10.0, ge=0)
-    """weight of the difference in truth, the fraction of the caption's facts that hold in an image. The preference is
+    """weight of the difference in truth, the fraction of the caption's facts that an image shows. The preference is
     the sigmoid of the sum of both weighted differences.
     """
     taste_weight: float = Field(4.0, ge=0)

@@ -14,7 +14,7 @@ from longalign.errors import ConfigProblem, redact_url
 class TableConfig(DataConfig):
     """Base class of configs of tables read with the library ``datasets``.
 
-    They are Hub datasets, parquet files, or any format that the library supports.
+    A table is a Hub dataset, parquet files, or any format that the library supports.
     """
 
     dataset: Text
@@ -71,4 +71,6 @@ class HubConfig(TableConfig, ImagesConfig):
             raise ValueError("'shuffle_buffer' needs streaming: true; set it or remove 'shuffle_buffer'")
         if self.image is None and self.image_folder is not None:
             raise ValueError("'image_folder' has no effect without an 'image' column; remove it")
+        if self.image is None and (self.buckets or self.max_aspect_ratio):
+            raise ValueError("buckets have no effect without an 'image' column; remove 'buckets' or 'max_aspect_ratio'")
         return self

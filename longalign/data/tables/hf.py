@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from longalign.data.base import check_index
-from longalign.data.images.base import ImageDataset
+from longalign.data.images.base import ImageDataset, Resolution
 from longalign.data.prompts.prompts import Prompts
 from longalign.data.stream import Record, Stream
 from longalign.data.tables.config import HubConfig
@@ -34,7 +34,7 @@ class HubTable:
                 caption=config.caption,
                 image=config.image,
                 folder=image_folder(config, rows),
-                resolution=config.resolution,
+                resolution=config.sizes,
                 empty=config.empty,
                 max_unreadable=config.max_unreadable,
                 shuffle_buffer=config.shuffle_buffer or 1000,
@@ -47,7 +47,7 @@ class HubTable:
             captions=captions,
             image=config.image,
             folder=image_folder(config, rows),
-            resolution=config.resolution,
+            resolution=config.sizes,
             max_unreadable=config.max_unreadable,
         )
 
@@ -97,7 +97,7 @@ class HubRows(ImageDataset):
         captions: captions of the rows to use.
         image: name of the image column.
         folder: folder of image paths; None rejects paths.
-        resolution: image side in pixels.
+        resolution: image side in pixels, or the size of each bucket.
         max_unreadable: number of unreadable images to replace by the next readable one; one more raises an error.
     """
 
@@ -108,7 +108,7 @@ class HubRows(ImageDataset):
         captions: Captions,
         image: str,
         folder: Path | None,
-        resolution: int | None,
+        resolution: Resolution,
         max_unreadable: int,
     ):
         super().__init__(resolution=resolution, max_unreadable=max_unreadable)
@@ -150,7 +150,7 @@ class HubStream(Stream):
         caption: str,
         image: str | None,
         folder: Path | None,
-        resolution: int | None,
+        resolution: Resolution,
         empty: str,
         max_unreadable: int,
         shuffle_buffer: int,

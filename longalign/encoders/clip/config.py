@@ -38,11 +38,11 @@ class SegmentConfig(CheckpointConfig):
     segmenter: Part("segmenters") = SentenceConfig()  # type: ignore[valid-type]
     """how prompts are split."""
     sot: Literal["all", "first", "none"] = "all"
-    """which segments keep their ``<sot>`` state."""
+    """which segments keep the state of their start token, ``<sot>``."""
     eot: Literal["none", "all", "last"] = "none"
-    """which segments keep their ``<eot>`` state."""
+    """which segments keep the state of their end token, ``<eot>``."""
     context: int = Field(default=0, ge=0)
-    """number of preceding segments that the text model reads before each segment, as far as they fit its window. Their
+    """number of preceding segments that are encoded together with each segment, as far as they fit CLIP's window. Their
     states are dropped. Helps if sentences refer to earlier ones ("It is red."); 1 doubles the cost of encoding.
     """
     pad: Literal["pad*", "pad", "none"] = "pad*"
@@ -50,14 +50,14 @@ class SegmentConfig(CheckpointConfig):
     states of the empty prompt. ``"none"`` pads only to the longest prompt of the batch and masks the padding.
     """
     max_tokens: int = Field(default=240, ge=1)
-    """number of merged states, to which shorter prompts are padded."""
+    """number of states (one per token) to which shorter prompts are padded; for longer ones see ``overflow``."""
     overflow: Literal["grow", "truncate", "error"] = "grow"
     """what to do with prompts of more than ``max_tokens`` states: ``"grow"`` pads the batch to the longest prompt,
     ``"truncate"`` truncates with a warning, as in the published models, ``"error"`` raises.
     """
     truncate_segments: bool = False
-    """whether a segment longer than CLIP's window is truncated with a warning, as in the published models and by a
-    tokenizer with ``truncation=True, max_length=77``; false: it is split into segments that fit.
+    """whether a segment longer than CLIP's window is truncated, with a warning. The published models do so, as does a
+    tokenizer with ``truncation=True, max_length=77``. false: it is split into segments that fit.
     """
 
     @model_validator(mode="after")
@@ -114,7 +114,7 @@ class ClipSegmentSDXLConfig(TwoClipsConfig, SingleFileConfig):
     name: Literal["clip-segment-sdxl"] = "clip-segment-sdxl"
     checkpoint: str = Field(default="stabilityai/stable-diffusion-xl-base-1.0", min_length=1)
     empty: Literal["zeros", "encode"] = "zeros"
-    """how the empty prompt is encoded: as ``"zeros"``, as in the SDXL pipeline, or ``"encode"`` like other prompts."""
+    """states of the empty prompt: ``"zeros"``, as in the SDXL pipeline, or ``"encode"``, as for any other prompt."""
 
     def widths(self) -> tuple[int | None, int | None]:
         first, second = self._from_both_configs("hidden_size")
@@ -145,7 +145,7 @@ class ClipSegmentSD3Config(TwoClipsConfig):
 
 
 class T5FluxConfig(CheckpointConfig):
-    """Encodes the whole prompt with FLUX.1's T5, in windows of whole sentences if it is long, and pools its CLIP."""
+    """Encodes the whole prompt with FLUX.1's T5, in windows of whole sentences if long; pooled embedding from CLIP."""
 
     target: ClassVar[str] = "longalign.encoders.clip.flux:T5FluxEncoder"
     has_pooled: ClassVar[bool | None] = True

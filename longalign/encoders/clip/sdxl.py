@@ -75,8 +75,8 @@ class ClipSegmentSDXLEncoder(Encoder):
         second: encoder with OpenCLIP-bigG.
         pooled: which pooled output is used: ``"mean"`` of all encoded segments, ``"first"`` segment only, or
             ``"truncate"`` for the whole prompt truncated to 77 tokens, as in diffusers.
-        empty: how the empty prompt is encoded: as ``"zeros"``, as in the SDXL pipeline, or ``"encode"`` like other
-            prompts.
+        empty: states of the empty prompt: ``"zeros"``, as in the SDXL pipeline, or ``"encode"``, as for any other
+            prompt.
 
     Raises:
         ValueError: if the vocabularies of the two tokenizers differ.
@@ -123,7 +123,7 @@ class ClipSegmentSDXLEncoder(Encoder):
             text_models: a ``CLIPTextModel`` and a ``CLIPTextModelWithProjection``, or two of the latter.
             tokenizers: their fast tokenizers, which differ only in padding.
             segmenter: splits a prompt.
-            empty: how the empty prompt is encoded.
+            empty: states of the empty prompt, ``"zeros"`` or ``"encode"``.
         """
         first, second = (
             (ProjectedEncoder if hasattr(model, "text_projection") else PenultimateEncoder).from_modules(

@@ -51,13 +51,14 @@ class ClipSegmentEncoder(Encoder):
     """Encodes each segment of a prompt separately with a frozen CLIP text model and merges the states in order.
 
     Every segment becomes ``<sot> tokens <eot>``; ``sot`` and ``eot`` select which special-token states are kept. The
-    merged states are padded to ``max_tokens``. The published model keeps every ``<sot>``, drops every ``<eot>`` and
-    pads with one vector ``<pad*>``. That vector is the mean of the last 60 of the 77 states of the empty prompt, or of
-    the same fraction for a different window. The empty prompt is encoded as one ``<sot>`` followed by ``<pad*>``.
+    merged states are padded to ``max_tokens``. LongAlign's published model keeps every ``<sot>``, drops every
+    ``<eot>`` and pads with one vector ``<pad*>``. That vector is the mean of the last 60 of the 77 states of the empty
+    prompt, or of the same fraction for a different window. The empty prompt is encoded as one ``<sot>`` followed by
+    ``<pad*>``.
 
     With ``context``, the text model reads the preceding segments before each segment, as
     ``<sot> context tokens <eot>``, and the states of the context are dropped. References to an earlier segment ("It is
-    red.") can then be resolved, while the number of merged states stays the same.
+    red.") can then be resolved, while the number of states stays the same.
 
     The text model is causal and used without a mask, so a prompt's states do not depend on the rest of the batch. Only
     the amount of padding does: with ``overflow="grow"``, the batch is padded to the longest prompt.
@@ -68,16 +69,16 @@ class ClipSegmentEncoder(Encoder):
         segmenter: splits a prompt into segments.
         sot: which segments keep their ``<sot>`` state: ``"all"``, ``"first"`` or ``"none"``.
         eot: which segments keep their ``<eot>`` state: ``"all"``, ``"last"`` or ``"none"``.
-        context: number of preceding segments that are read before each segment, as far as they fit the window.
+        context: number of preceding segments that are encoded with each segment, as far as they fit the window.
         pad: how states are padded. ``"pad*"`` repeats ``<pad*>``. ``"pad"`` uses the empty prompt's state at the same
             position; beyond the window, its last state. ``"none"`` pads to the longest prompt of the batch, with a
             mask.
-        max_tokens: number of merged states, to which shorter prompts are padded.
+        max_tokens: number of states to which shorter prompts are padded.
         overflow: what to do with prompts of more than ``max_tokens`` states: ``"grow"`` pads the batch to the longest
             prompt, ``"truncate"`` truncates with a warning, ``"error"`` raises.
         truncate_segments: whether a segment longer than the window is truncated with a warning. If False, it is split
             into segments that fit.
-        max_batch_tokens: maximum number of positions per call of the text model.
+        max_batch_tokens: maximum number of tokens, including padding, per call of the text model.
     """
 
     def __init__(

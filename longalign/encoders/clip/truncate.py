@@ -36,7 +36,7 @@ class ClipTruncateEncoder(Encoder):
         overflow: what to do with prompts longer than the window: ``"truncate"`` truncates with a warning, ``"error"``
             raises. ``"grow"`` encodes the prompt in windows of whole sentences and concatenates their states; shorter
             prompts of the batch are padded by repeating the last state.
-        max_batch_tokens: maximum number of positions per call of the text model.
+        max_batch_tokens: maximum number of tokens, including padding, per call of the text model.
     """
 
     def __init__(

@@ -46,7 +46,7 @@ class T5Encoder(Encoder):
         window: maximum number of tokens per pass, including the end-of-text token; at least ``max_tokens``. Attention
             memory is quadratic in ``window``. T5 was trained with 512.
         mask: whether to mask padding in T5 and in the conditioning, where masked states are zero.
-        max_batch_tokens: maximum number of positions per call of the model.
+        max_batch_tokens: maximum number of tokens, including padding, per call of the model.
         length_key: config key of ``max_tokens``, used in truncation messages.
 
     Raises:

@@ -30,11 +30,11 @@ class VqaConfig(MetricConfig):
     prompt: str = "{question} Answer with yes or no."
     """text for the model. ``{question}`` is replaced by the question."""
     scoring: Literal["corrected", "official"] = "corrected"
-    """``"official"`` reproduces two errors of DPG-Bench's script: the first question of the csv is dropped, and the
-    category scores are those of the last sample of a grid.
+    """``"corrected"``, or ``"official"`` to reproduce two errors of DPG-Bench's script: it drops the first question of
+    the csv, and its category scores use only the last sample of an image of several samples.
     """
     grid: int = Field(1, ge=1)
-    """samples per side of an image: 2 for images of 2 by 2 samples, as DPG-Bench has them."""
+    """samples per side of an image: 1 for one sample per image; 2 for a grid of 2 by 2, as in DPG-Bench."""
     cache: str | None = "~/.cache/longalign/vqa"
     """folder for the answers, so that an interrupted run resumes; null: answers are not stored."""
 

@@ -28,9 +28,10 @@ class VqaMetric(Metric):
     A question holds if it and all questions that it depends on (its parents, their parents and so on) are answered with
     yes.
 
-    Per image: ``vqa``, the mean over the samples of a grid. Over all images: ``vqa/category/<category>``, the share
-    of the category's questions that are answered with yes. As in DPG-Bench's script, parents do not count there, and
-    each question has the same weight. A reply that is neither yes nor no counts as no.
+    An image may be a grid of several samples of the prompt, as in DPG-Bench. Per image: ``vqa``, the mean over the
+    samples of the grid. Over all images: ``vqa/category/<category>``, the share of the category's questions that are
+    answered with yes. As in DPG-Bench's script, parents do not count there, and each question has the same weight. A
+    reply that is neither yes nor no counts as no.
 
     Args:
         label: name in the table.
@@ -39,7 +40,7 @@ class VqaMetric(Metric):
         prompt: text for the model, with ``{question}``.
         official: whether to reproduce DPG-Bench's script; see `vqa_score`. Category scores then use only the last
             sample of a grid.
-        grid: samples per side of an image.
+        grid: samples per side of an image; 1 for one sample per image, 2 for a grid of 2 by 2.
     """
 
     def __init__(

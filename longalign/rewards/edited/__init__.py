@@ -1,1 +1,1 @@
-"""Rewards with an edited text embedding: `edited`, and its short form `reweighted`."""
+"""Rewards with an edited text embedding: `edited`, and `reweighted`, which scales the text-irrelevant part."""

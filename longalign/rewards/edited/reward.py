@@ -22,8 +22,9 @@ class EditedReward(Reward):
 
     `Scores.parts` contain the parts of the original score along the common direction ``V``: ``text_relevant``
     (``C_X . C_P_perp``), ``text_irrelevant`` (``C_X . eta V``) and ``eta``. See `longalign.functional.preference` for
-    the symbols. They do not depend on the edit. If the prompts have no common direction and the edit needs none, they
-    are omitted. ``edit_norm`` is the norm of ``f(C_P)``, the scale of the gradient. The edit may add further parts.
+    the symbols. These three parts do not depend on the edit. If the prompts have no common direction and the edit needs
+    none, they are omitted. ``edit_norm`` is the norm of ``f(C_P)``, the scale of the gradient. The edit may add further
+    parts.
 
     Args:
         inner: the reward whose text embedding is edited.

@@ -16,8 +16,9 @@ class Hpsv2Config(TowerRewardConfig):
 
     name: Literal["hpsv2"] = "hpsv2"
     checkpoint: str = "xswu/HPSv2"
-    """Hub id, a ``.pt`` file, or a folder with a ``.pt`` file. In the folder of the weights, an optional
-    ``open_clip_config.json`` replaces the architecture ViT-H-14, and ``bpe_simple_vocab.txt.gz`` CLIP's vocabulary.
+    """Hub id, a ``.pt`` file, or a folder with a ``.pt`` file. Optional files in the folder of
+    the weights: ``open_clip_config.json`` for an architecture other than ViT-H-14, and ``bpe_simple_vocab.txt.gz`` for
+    a vocabulary other than CLIP's.
     """
     revision: str | None = None
     """branch, tag or commit of the Hub repository."""

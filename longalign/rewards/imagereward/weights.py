@@ -1,4 +1,4 @@
-"""The published files of ImageReward, and BLIP's original parameter names as those of transformers."""
+"""Reads the published files of ImageReward, and renames BLIP's original parameters to transformers' names."""
 
 from __future__ import annotations
 

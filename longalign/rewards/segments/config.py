@@ -25,7 +25,7 @@ class SegmentsConfig(RewardConfig):
     segmenter: Part("segmenters") = "sentence"  # type: ignore[assignment]
     """how prompts are split. Segments longer than the inner reward's window are split further."""
     reduce: Literal["mean", "min"] = "mean"
-    """how the scores of a prompt's segments are combined. ``"min"`` gives gradient to the worst segment only."""
+    """how the scores of a prompt's segments are combined. With ``"min"``, only the worst segment receives gradient."""
 
     @model_validator(mode="after")
     def _check_inner(self) -> SegmentsConfig:

@@ -11,7 +11,7 @@ from longalign.rewards.config import RewardConfig
 
 
 class TermConfig(Section):
-    """Config of one term of a sum."""
+    """One term of a sum: a reward with its weight and its name in the logs."""
 
     reward: Part("rewards")
     """the reward."""
@@ -30,9 +30,9 @@ class SumConfig(RewardConfig):
     terms: tuple[TermConfig, ...]
     """the rewards and their weights."""
     normalize: Literal["none", "running"] = "none"
-    """scale of the terms before they are weighted: "none" keeps their scale; "running" uses z-scores with mean and
-    standard deviation of all scores so far in training mode, so that terms of different scale count equally. A score of
-    the sum is then relative to the run so far.
+    """scale of the terms before they are weighted: "none" keeps their scale. "running" normalizes each term with the
+    mean and standard deviation of all its scores so far in training mode (z-scores), so that terms of different scale
+    count equally. A score of the sum is then relative to the run so far.
     """
 
     def is_differentiable(self) -> bool:

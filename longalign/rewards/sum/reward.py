@@ -22,9 +22,9 @@ class SumReward(Reward):
     """Weighted sum of rewards, ``sum_i weight_i * reward_i``.
 
     With ``normalize="running"``, each term is ``weight_i * (reward_i - mean_i) / std_i``, with mean and standard
-    deviation of its scores so far, those of the batch included. The gradient treats both as constants, so it is only
-    divided by ``std_i``. They are updated in training mode only and are part of the ``state_dict``. A term whose
-    scores do not differ yet is not divided.
+    deviation of its scores so far, those of the batch included. Both are detached, so the gradient is only divided by
+    ``std_i``. Mean and standard deviation are updated in training mode only and are part of the ``state_dict``. A term
+    whose scores do not differ yet is not divided.
 
     `Scores.parts` contain the unweighted total of each term as ``<label>``, before normalization, and its parts as
     ``<label>/<part>``.

@@ -27,7 +27,7 @@ class VqaScoreConfig(RewardConfig):
     revision: str | None = None
     """branch, tag or commit of the Hub repository."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """dtype of the weights; null: that of the runtime."""
+    """dtype of the weights; null: that of ``loop.precision`` in a run, float32 in other commands."""
     question: str = 'Does this figure show "{prompt}"? Please answer yes or no.'
     """text for the model. ``{prompt}`` is replaced by the prompt of the image."""
     answer: str = Field("Yes", min_length=1)

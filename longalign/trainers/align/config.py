@@ -24,8 +24,9 @@ class AlignConfig(TrainerConfig):
     caption_dropout: float = Field(0.1, ge=0, le=1)
     """fraction of captions replaced by the empty prompt, which classifier-free guidance requires."""
     timesteps: Literal["uniform", "logit-normal"] | None = None
-    """sampling density of the training timesteps: ``"uniform"``, or ``"logit-normal"``, which prefers middle noise
-    levels (arXiv 2403.03206, section 3.1). null: logit-normal for flow-matching models, uniform for others.
+    """sampling density of the training timesteps: ``"uniform"``, or ``"logit-normal"``, with more samples at
+    middle noise levels (arXiv 2403.03206, section 3.1). null: logit-normal for flow-matching models, uniform for
+    others.
     """
 
     def check_run(self, run: Any) -> list[ConfigProblem]:

@@ -34,7 +34,12 @@ class Embed(nn.Module):
         self.reward = reward
 
     def forward(self, images: Tensor, texts: Sequence[str]) -> tuple[Tensor, Tensor, list[list[str]], Tensor]:
-        """Returns unit embeddings of images and segments, the segments of each text, and the inverse temperature."""
+        """Embeds images ``(b, 3, h, w)`` in [0, 1] and the segments of all texts.
+
+        Returns:
+            Unit embeddings ``(b, d)`` of the images, unit embeddings ``(m, d)`` of all m segments, the segments of each
+            text, and the inverse temperature ``()``.
+        """
         embeddings, segments = self.reward.segment_features(texts)
         return self.reward.image_features(images), embeddings, segments, self.reward.towers.logit_scale.exp()
 

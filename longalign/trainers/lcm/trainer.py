@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from longalign.backbones.base import Backbone
 from longalign.encoders.base import Conditioning, Encoder
-from longalign.functional.diffusion import add_noise
+from longalign.functional.diffusion import NoiseLevels, add_noise
 from longalign.functional.solvers import Solver, ddim, lcm
 from longalign.runtime import Runtime
 from longalign.trainers.diffusion import DiffusionTrainer, batch_latents, evaluating, guided_prediction, train_denoiser
@@ -73,11 +73,9 @@ class LCMTrainer(DiffusionTrainer):
         first, stride = (self.skip - 1, self.skip) if start_timesteps == "ddim" else (max(self.skip // 2, 1), 1)
         self.starts = torch.arange(first, num_timesteps, stride)
         self.w_min, self.w_max, self.huber_c = w_min, w_max, huber_c
-        prediction, timesteps = backbone.prediction, range(num_timesteps)
-        self.consistency = LinearSteps(
-            [lcm(noise_levels, (t,), prediction, timestep_scaling=timestep_scaling_factor) for t in timesteps]
-        )
-        self.solve = LinearSteps([ddim(noise_levels, (t, max(t - self.skip, 0)), prediction) for t in timesteps])
+        self.timestep_scaling_factor = timestep_scaling_factor
+        self._steps: list[tuple[NoiseLevels, LinearSteps, LinearSteps]] = []
+        self.consistency, self.solve = self.steps_of(noise_levels)
         self.ema_decay = ema_decay
         trainable = {name: p for name, p in backbone.denoiser.named_parameters() if p.requires_grad}
         averaged = trainable if ema_decay is not None else {}
@@ -111,17 +109,25 @@ class LCMTrainer(DiffusionTrainer):
             )
         return super().fsdp_module(precision)
 
+    def steps_of(self, levels: NoiseLevels) -> tuple[LinearSteps, LinearSteps]:
+        """Returns the consistency function and the teacher's step. They are computed once for each object."""
+        for known, consistency, solve in self._steps:
+            if known is levels:
+                return consistency, solve
+        prediction, scaling, timesteps = self.backbone.prediction, self.timestep_scaling_factor, range(len(levels))
+        consistency = LinearSteps([lcm(levels, (t,), prediction, timestep_scaling=scaling) for t in timesteps])
+        solve = LinearSteps([ddim(levels, (t, max(t - self.skip, 0)), prediction) for t in timesteps])
+        self._steps.append((levels, consistency, solve))
+        return consistency, solve
+
     def loss(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         latents = batch_latents(self.backbone, batch, "'lcm'")
-        if self.backbone.levels_at(latents.shape[1:]) is not self.backbone.noise_levels:
-            raise ValueError(
-                f"'lcm' needs images of {self.backbone.resolution} pixels, since the backbone's noise levels "
-                f"depend on the size, got latents of {tuple(latents.shape[-2:])}; set the data's size"
-            )
+        levels = self.backbone.levels_at(latents.shape[1:])
+        self.consistency, self.solve = self.steps_of(levels)
         # one call for both branches of the teacher's guidance, so that both are padded to the same length
         conditioning = self.encode([*batch["prompt"], ""])
         start = self.starts[torch.randint(len(self.starts), (len(latents),))].to(latents.device)
-        noisy = add_noise(self.backbone.noise_levels, latents, torch.randn_like(latents), start)
+        noisy = add_noise(levels, latents, torch.randn_like(latents), start)
         guidance = 1 + self.w_min + (self.w_max - self.w_min) * torch.rand((len(latents), 1, 1, 1)).to(latents)
         target = self.target(noisy, start, conditioning, guidance)
         output = self.backbone.predict(noisy, start, conditioning[: len(latents)]).float()
@@ -142,7 +148,9 @@ class LCMTrainer(DiffusionTrainer):
         """
         with evaluating(self.backbone.denoiser):
             rows = torch.arange(len(noisy), device=noisy.device)
-            output = guided_prediction(self.backbone.predict_reference, noisy, start, conditioning, rows, guidance)
+            output = guided_prediction(
+                self.backbone.predict_reference, noisy, start, conditioning, rows, guidance, self.backbone.guide
+            )
             earlier = self.solve(start, noisy, output.float())
             end = (start - self.skip).clamp(min=0)
             return self.consistency(end, earlier, self.predict_target(earlier, end, conditioning[: len(noisy)]).float())

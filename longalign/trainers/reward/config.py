@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from longalign.backbones.config import LoraConfig
 from longalign.errors import ConfigProblem
 from longalign.registry import Part
+from longalign.sizes import ImageSize, Size, parse_size
 from longalign.trainers.config import TrainerConfig, image_problems
 
 
@@ -32,30 +34,34 @@ class RewardTrainerConfig(TrainerConfig):
     guidance_interval: tuple[float, float] | None = None
     """guidance only in steps with a noise level above the first and up to the second number (arXiv 2404.07724); null:
     in all steps. Other steps compute the conditional branch only. The level is the ratio of noise to signal: from 0.03
-    to 14.6 in Stable Diffusion 1.x and XL, of which the interval 0.28 to 5.42 has 37 of 50 steps.
+    to 14.6 in Stable Diffusion 1.x and XL, where the interval 0.28 to 5.42 contains 37 of 50 steps.
     """
     gradient_steps: Part("gradient_steps") = "grouped-random"
     """which sampling steps receive gradient, and whether the gradient flows through the denoiser's inputs."""
     dropout_steps: Literal["all", "chosen"] = "all"
     """sampling steps at which the LoRA's dropout is active: ``"all"``, or only the gradient steps (``"chosen"``)."""
-    resolution: int | None = Field(None, ge=1)
-    """width and height of the samples in pixels; null: the backbone's native resolution."""
+    resolution: ImageSize | Annotated[tuple[ImageSize, ...], Field(min_length=1)] | None = None
+    """size of the samples in pixels: the side of a square, or ``WIDTHxHEIGHT``. From a list such as
+    ``[512, 640x384, 384x640]``, each process chooses one size for each batch at random. null: the backbone's native
+    resolution.
+    """
     denoise_batch: int | None = Field(None, ge=1)
     """number of images per rollout; null: all. Smaller values save memory."""
     decode_batch: int | None = Field(None, ge=1)
     """number of images decoded at a time; null: all. Smaller values save memory, but images are decoded twice."""
     replay_batch: int = Field(1, ge=1)
-    """maximum number of gradient steps that are recomputed in one call. Values above 1 require a denoiser and LoRA
-    without dropout, and ``gradient_steps`` with constant inputs.
+    """maximum number of sampling steps with gradient that are recomputed in one call. Values above 1 require a denoiser
+    and LoRA without dropout, and ``gradient_steps`` with detached inputs.
     """
-    replay: Literal["recompute", "keep"] = "recompute"
-    """``"recompute"``: the calls with gradient are computed a second time, with the memory of one call. ``"keep"``:
-    their graphs are kept, which saves this time but needs memory for all of them.
+    replay: Literal["recompute", "keep"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = "recompute"
+    """``"recompute"``: denoiser calls with gradient are computed a second time in the backward pass, which needs the
+    memory of one call. ``"keep"``: their autograd graphs are kept, which is faster but needs the memory of all calls. A
+    number: graphs are kept while they occupy at most so many GiB; at least one is kept.
     """
     regularizer: Literal["none", "kl", "pretraining"] = "none"
     """loss that limits the drift from the reference model. ``"kl"``: squared difference between the predictions of both
-    models at the gradient steps. Up to a factor per step, this is the KL divergence of their sampling distributions.
-    ``"pretraining"``: the diffusion loss on the images of the data.
+    models at the sampling steps with gradient. Up to a factor per step, this is the KL divergence of their sampling
+    distributions. ``"pretraining"``: the diffusion loss on the images of the data.
     """
     regularizer_weight: float | None = Field(None, gt=0)
     """factor of the regularizer."""
@@ -69,16 +75,16 @@ class RewardTrainerConfig(TrainerConfig):
                 raise ValueError(f"guidance_interval must be two increasing numbers from 0, got {low:g} and {high:g}")
             if self.guidance == 1:
                 raise ValueError("guidance_interval has no effect at guidance 1; remove it or raise the guidance")
-        if self.replay_batch > 1 and self.replay == "keep":
+        if self.replay_batch > 1 and self.replay != "recompute":
             raise ValueError(
-                f"replay_batch is {self.replay_batch}, but with replay 'keep' no calls are recomputed; set "
-                "replay_batch to 1"
+                f"replay_batch is {self.replay_batch}, but with replay '{self.replay}' calls keep their graphs one by "
+                "one; set replay_batch to 1 or replay to 'recompute'"
             )
         if self.replay_batch > 1 and not self.gradient_steps.detaches():
             raise ValueError(
-                f"replay_batch is {self.replay_batch}, but with '{self.gradient_steps.name}' the gradient flows "
-                "through the denoiser's inputs, so gradient steps must be recomputed one at a time; set replay_batch "
-                "to 1 or choose gradient_steps with constant inputs"
+                f"replay_batch is {self.replay_batch}, but with gradient_steps '{self.gradient_steps.name}' gradient "
+                "also flows through the denoiser's inputs, so the steps must be recomputed one at a time; set "
+                "replay_batch to 1, or choose gradient_steps with detached inputs, e.g. 'grouped-random'"
             )
         if self.replay_batch > 1 and self.lora is not None and self.lora.dropout:
             raise ValueError(
@@ -100,19 +106,30 @@ class RewardTrainerConfig(TrainerConfig):
         return self
 
     @property
-    def image_size(self) -> int | None:
-        return self.resolution
+    def sizes(self) -> tuple[Size, ...]:
+        """Sizes of the samples; empty for the backbone's native resolution."""
+        values = self.resolution if isinstance(self.resolution, tuple) else (self.resolution,)
+        return tuple(parse_size(value) for value in values if value is not None)
+
+    @property
+    def image_sizes(self) -> Mapping[str, Sequence[Size]]:
+        return {"resolution": self.sizes}
 
     @property
     def needs_images(self) -> bool:
         return self.regularizer == "pretraining"
 
     def check_run(self, run: Any) -> list[ConfigProblem]:
-        problems = [] if run.rewards else [("rewards", f"'{self.name}' needs at least one reward")]
+        problems = (
+            []
+            if run.rewards
+            else [("rewards", f"'{self.name}' needs at least one reward; set rewards, e.g. rewards: denscore")]
+        )
         problems += [
             (
                 f"rewards.{i}",
-                f"'{reward.name}' has no gradient with respect to the images, which '{self.name}' requires",
+                f"'{reward.name}' has no gradient with respect to the images, which '{self.name}' requires; choose a "
+                "differentiable reward",
             )
             for i, reward in enumerate(run.rewards)
             if not reward.is_differentiable()

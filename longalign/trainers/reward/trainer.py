@@ -8,18 +8,18 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from longalign import registry
 from longalign.backbones.base import Backbone
-from longalign.edits.base import Edit
 from longalign.encoders.base import Conditioning, Encoder
 from longalign.functional.diffusion import add_noise, check_guidance_interval, guided_steps
+from longalign.functional.graph_budget import GraphBudget
 from longalign.functional.rollout_gradient import Predict, RecordedStep, replay, replay_backward, rollout
-from longalign.functional.solvers import Solver, ddim, dpmpp_2m, lcm, trailing_timesteps
+from longalign.functional.solvers import Solver, ddim, dpmpp_2m, lcm, sampling_timesteps
 from longalign.gradient_steps.base import GradientSteps, GradientStepSelector
-from longalign.rewards.base import Reward, Scores, as_reward, guarded
+from longalign.rewards.base import Scores
 from longalign.runtime import Runtime
 from longalign.trainers.base import Backward
 from longalign.trainers.diffusion import (
@@ -29,8 +29,9 @@ from longalign.trainers.diffusion import (
     noise_loss,
     train_denoiser,
 )
+from longalign.trainers.prediction import make_predictions
 from longalign.trainers.reward.config import RewardTrainerConfig
-from longalign.trainers.reward.prediction import make_predictions
+from longalign.trainers.rewards import RewardList
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,13 @@ class RewardTrainer(DiffusionTrainer):
         guidance_interval: noise levels of the steps with guidance, or None for all steps; see `guided_steps`.
         train_adapter: whether to train the encoder's adapter.
         dropout_steps: steps at which the denoiser's dropout is active: ``"all"``, or ``"chosen"`` for gradient steps.
-        resolution: width and height of the samples in pixels, or None for the backbone's native resolution.
+        sizes: height and width of the samples in pixels; each step chooses one at random. None is the backbone's native
+            resolution.
         denoise_batch: number of images per rollout, or None for all.
         decode_batch: number of images decoded at a time, or None for all.
         replay_batch: maximum number of gradient steps recomputed in one call.
-        replay: whether to recompute the calls with gradient, or to keep their graphs.
+        replay: whether to recompute the calls with gradient, or to keep their graphs; a number is the GiB that kept
+            graphs may occupy.
         regularizer: ``"none"``, ``"kl"`` or ``"pretraining"``.
         regularizer_weight: factor of the regularizer.
 
@@ -95,31 +98,28 @@ class RewardTrainer(DiffusionTrainer):
         guidance_interval: tuple[float, float] | None,
         train_adapter: bool,
         dropout_steps: Literal["all", "chosen"],
-        resolution: int | None,
+        sizes: Sequence[tuple[int, int]] | None,
         denoise_batch: int | None,
         decode_batch: int | None,
         replay_batch: int,
-        replay: Literal["recompute", "keep"],
+        replay: Literal["recompute", "keep"] | float,
         regularizer: Literal["none", "kl", "pretraining"],
         regularizer_weight: float | None,
     ):
         super().__init__(backbone, encoder, train_adapter)
-        if not rewards:
-            raise ValueError("reward fine-tuning expects at least one reward, got none; set rewards")
-        self.rewards = nn.ModuleList([as_reward(reward).requires_grad_(False) for reward in rewards])
+        self.rewards = RewardList(rewards)
         self.gradient_steps = gradient_steps
-        self.levels = backbone.levels_at(backbone.latent_shape(resolution, resolution))
-        self.solve: Callable[[Sequence[int]], Solver] = partial(
-            {"ddim": ddim, "dpm++": dpmpp_2m, "lcm": lcm}[solver], self.levels, prediction=backbone.prediction
-        )
-        self.solver = self.solve(trailing_timesteps(num_steps, len(self.levels)))
         self.guidance, self.guidance_interval = guidance, guidance_interval
-        if guidance_interval is not None:
-            check_guidance_interval(self.levels, self.solver.timesteps, guidance_interval)
+        self._make_solver = {"ddim": ddim, "dpm++": dpmpp_2m, "lcm": lcm}[solver]
+        self._timesteps = partial(sampling_timesteps, solver, num_steps=num_steps)
+        self.shapes = [backbone.latent_shape(*size) for size in sizes or [(None, None)]]
+        for shape in reversed(self.shapes):
+            self.use_shape(shape)
+            if guidance_interval is not None:
+                check_guidance_interval(self.levels, self.solver.timesteps, guidance_interval)
         self.dropout_steps = dropout_steps
-        self.resolution = resolution
         self.denoise_batch, self.decode_batch, self.replay_batch = denoise_batch, decode_batch, replay_batch
-        self.keep_graphs = replay == "keep"
+        self.replay = replay
         self.regularizer, self.regularizer_weight = regularizer, regularizer_weight or 0.0
         self.needs_images = regularizer == "pretraining"
 
@@ -148,7 +148,7 @@ class RewardTrainer(DiffusionTrainer):
             guidance_interval=config.guidance_interval,
             train_adapter=config.train_adapter,
             dropout_steps=config.dropout_steps,
-            resolution=config.resolution,
+            sizes=config.sizes or None,
             denoise_batch=config.denoise_batch,
             decode_batch=config.decode_batch,
             replay_batch=config.replay_batch,
@@ -157,15 +157,18 @@ class RewardTrainer(DiffusionTrainer):
             regularizer_weight=config.regularizer_weight,
         )
 
-    def train(self, mode: bool = True) -> RewardTrainer:
-        """Sets training mode on the `Reward` and `Edit` modules only; the networks inside them stay in eval mode."""
-        super().train(mode)
-        for module in self.rewards.modules():
-            module.training = mode and isinstance(module, (Reward, Edit))
-        return self
+    def use_shape(self, shape: tuple[int, int, int]) -> None:
+        """Sets the latent shape ``(c, h, w)`` of the next samples, with the noise levels and the solver for it."""
+        self.shape, self.levels = shape, self.backbone.levels_at(shape)
+        self.solve: Callable[[Sequence[int]], Solver] = partial(
+            self._make_solver, self.levels, prediction=self.backbone.prediction
+        )
+        self.solver = self.solve(self._timesteps(self.levels))
 
     def step(self, batch: Mapping[str, Any], backward: Backward) -> dict[str, Tensor]:
         prompts = batch["prompt"]
+        if len(self.shapes) > 1:
+            self.use_shape(self.shapes[int(torch.randint(len(self.shapes), ()))])
         real = None
         if self.regularizer == "pretraining":
             real = batch_latents(self.backbone, batch, "the regularizer 'pretraining'")
@@ -175,8 +178,9 @@ class RewardTrainer(DiffusionTrainer):
         conditioning = self.encode_with_uncond(prompts).map(partial(_make_leaf, leaves))
         noise, selected = self.noise(len(prompts)), self.gradient_steps.select(len(self.solver))
         chunks = _chunks(len(prompts), self.denoise_batch)
+        keep = self.kept_graphs()
         with self.backbone.merged_lora():
-            rollouts = [out for rows in chunks for out in self.sample(selected, noise[rows], conditioning, rows)]
+            rollouts = [out for rows in chunks for out in self.sample(selected, noise[rows], conditioning, rows, keep)]
 
         latents = torch.cat([sampled.final for sampled in rollouts]).requires_grad_()
         with torch.enable_grad():
@@ -212,7 +216,12 @@ class RewardTrainer(DiffusionTrainer):
         return {key: value.detach() for key, value in losses.items()}
 
     def sample(
-        self, selected: GradientSteps, noise: Tensor, conditioning: Conditioning, rows: slice
+        self,
+        selected: GradientSteps,
+        noise: Tensor,
+        conditioning: Conditioning,
+        rows: slice,
+        keep: bool | GraphBudget = False,
     ) -> Iterator[Rollout]:
         """Samples a slice of the prompts without gradient.
 
@@ -221,6 +230,7 @@ class RewardTrainer(DiffusionTrainer):
             noise: ``(b, c, h, w)`` initial noise.
             conditioning: output of `encode_with_uncond`.
             rows: slice of b prompts.
+            keep: see `rollout`.
 
         Yields:
             The rollout of the prompts, then a denoising step for each re-noised copy of the samples.
@@ -230,7 +240,7 @@ class RewardTrainer(DiffusionTrainer):
         without_dropout = None
         if self.dropout_steps == "chosen":
             without_dropout = [self.in_eval_mode(step) for step in self.predictions(conditioning, rows, solver)]
-        run = partial(rollout, keep=self.keep_graphs, detach=selected.detach)
+        run = partial(rollout, keep=keep, detach=selected.detach)
         final, recorded = run(predict, noise, solver, selected.steps, without_dropout)
         yield Rollout(rows, solver, final, recorded)
         last = self.solve(solver.timesteps[-1:])
@@ -238,10 +248,15 @@ class RewardTrainer(DiffusionTrainer):
             noisy = add_noise(self.levels, final, torch.randn_like(final), torch.tensor(last.timesteps))
             yield Rollout(rows, last, *run(predict[-1], noisy, last, [0]))
 
+    def kept_graphs(self) -> bool | GraphBudget:
+        """Returns which calls with gradient keep their graphs; see `rollout`. A budget is for one step's calls."""
+        if isinstance(self.replay, str):
+            return self.replay == "keep"
+        return GraphBudget(self.replay * 2**30, self.backbone.parameters())
+
     def noise(self, count: int) -> Tensor:
         """Samples initial noise ``(count, c, h, w)``."""
-        shape = self.backbone.latent_shape(self.resolution, self.resolution)
-        return torch.randn((count, *shape), device=self.backbone.device)
+        return torch.randn((count, *self.shape), device=self.backbone.device)
 
     def encode_with_uncond(self, prompts: Sequence[str]) -> Conditioning:
         """Encodes the prompts and, if guidance is enabled, the empty prompt as the last row.
@@ -269,7 +284,16 @@ class RewardTrainer(DiffusionTrainer):
     def kl(
         self, outputs: Tensor, recorded: Sequence[RecordedStep], conditioning: Conditioning, sampled: Rollout
     ) -> Tensor:
-        """Returns the mean squared difference to the reference model's predictions at the same steps."""
+        """Returns the mean squared difference between the model's and the reference model's predictions.
+
+        Up to a factor per step, this is the KL divergence of their sampling distributions.
+
+        Args:
+            outputs: the model's predictions at the recorded steps, concatenated.
+            recorded: the recorded steps, with latents and timesteps.
+            conditioning: conditioning of all prompts of the batch.
+            sampled: the rollout that the steps belong to.
+        """
         predict = self.predictions(conditioning, sampled.rows, sampled.solver, reference=True)[recorded[0].index]
         latents = torch.cat([step.latents for step in recorded])
         reference = predict(latents, torch.cat([step.timesteps for step in recorded]))
@@ -292,13 +316,7 @@ class RewardTrainer(DiffusionTrainer):
         else:
             decoded = [checkpoint(self.backbone.decode, latents[rows], use_reentrant=False) for rows in chunks]
             images = torch.cat([d for d in decoded if d is not None])
-        scored = [guarded(reward, images, prompts) for reward in self.rewards if isinstance(reward, Reward)]
-        if len(scored) == 1:
-            return scored[0]
-        parts = {}
-        for i, scores in enumerate(scored):
-            parts |= {f"{i}/{key}": value for key, value in {"reward": scores.total.detach(), **scores.parts}.items()}
-        return Scores(torch.stack([scores.total for scores in scored]).sum(0), parts)
+        return self.rewards.score_components(images, prompts)
 
     def latent_gradient(self, loss: Tensor, latents: Tensor) -> Tensor:
         """Returns the gradient of the loss at the final latents, with loss scaling if any parameter is float16.
@@ -315,7 +333,10 @@ class RewardTrainer(DiffusionTrainer):
             scale /= 4
 
     def reward_loss(self, scores: Scores) -> dict[str, Tensor]:
-        """Returns the loss ``0.5 (1 - mean score)``, the mean score, and the mean of each part."""
+        """Returns the loss and its metrics, averaged over the images.
+
+        The keys are ``reward_loss``, ``0.5 (1 - reward)``; ``reward``, the mean score; and those of `Scores.parts`.
+        """
         mean = scores.total.mean()
         parts = {key: value.float().mean() for key, value in scores.parts.items()}
         return {"reward_loss": 0.5 * (1 - mean), "reward": mean, **parts}

@@ -10,7 +10,7 @@ from longalign.edits import EditConfig
 
 
 class MyPartConfig(EditConfig):
-    """Moves the text embedding away from that of a phrase. Replace it by your edit."""
+    """Moves the text embedding away from that of a phrase. Replace it with your edit."""
 
     target: ClassVar[str] = "my_plugin.part:MyPart"
 

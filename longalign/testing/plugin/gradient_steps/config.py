@@ -10,13 +10,13 @@ from longalign.gradient_steps import GradientStepsConfig
 
 
 class MyPartConfig(GradientStepsConfig):
-    """Successive steps from a random one receive gradient. Replace it by your method."""
+    """``k`` successive sampling steps, from a random first one, receive gradient. Replace this with your method."""
 
     target: ClassVar[str] = "my_plugin.part:MyPart"
 
     name: Literal["my-part"] = "my-part"
     k: int = Field(2, ge=1)
-    """Number of gradient steps."""
+    """Number of sampling steps that receive gradient."""
 
     def check_steps(self, num_steps: int) -> None:
         if num_steps < self.k:

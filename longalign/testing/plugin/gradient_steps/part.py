@@ -11,7 +11,7 @@ from longalign.runtime import Runtime
 
 
 class MyPart:
-    """Selects ``k`` successive steps from a random one.
+    """Selects ``k`` successive steps, from a random first one.
 
     Args:
         k: number of gradient steps.
@@ -26,6 +26,9 @@ class MyPart:
         return cls(config.k, randint=synced_randint(runtime))
 
     def select(self, num_steps: int) -> GradientSteps:
-        """Selects steps of one batch; 0 is the first step, with the most noise. All processes must select as many."""
+        """Selects steps of one batch; 0 is the first step, with the most noise.
+
+        All processes must select the same number of steps.
+        """
         start = self.randint(0, num_steps - self.k)
         return GradientSteps(tuple(range(start, start + self.k)))

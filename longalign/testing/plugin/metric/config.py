@@ -10,7 +10,7 @@ from longalign.metrics import MetricConfig
 
 
 class MyPartConfig(MetricConfig):
-    """Share of pixels above a given brightness. Replace it by your metric."""
+    """Share of pixels above a given brightness. Replace it with your metric."""
 
     target: ClassVar[str] = "my_plugin.part:MyPart"
 

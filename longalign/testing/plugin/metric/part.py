@@ -33,6 +33,6 @@ class MyPart(Metric):
     def observe(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Measures images ``(b, 3, h, w)`` in [0, 1]: name -> ``(b,)``, NaN where an image has no value.
 
-        Names start with the label: ``label.part`` is another column, ``label/group/name`` is shown in a breakdown.
+        Names start with the label: ``label.part`` is a further column, ``label/group/name`` is shown in a breakdown.
         """
         return {self.label: (images.mean(1) >= self.threshold).float().mean((1, 2))}

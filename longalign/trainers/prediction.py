@@ -1,4 +1,4 @@
-"""Guided predictions of the steps of a rollout, which process the text as rarely as possible."""
+"""Guided predictions of the steps of a rollout, with keys and values of the text computed as rarely as possible."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def make_predictions(
     scale: float,
     reference: bool = False,
 ) -> list[Predict]:
-    """Returns one function for each step; steps with and without guidance have one function each.
+    """Returns the prediction function of each step. Steps with guidance share one function, and so do the others.
 
-    The functions accept latents ``(s * b, c, h, w)`` of one or more steps s. The text of the empty prompt is processed
-    once for all images, and calls without gradient process no text again, unless it depends on the timestep. Between
-    these calls, weights and training mode must not change.
+    The functions accept latents ``(s * b, c, h, w)`` of s steps. The keys and values of the empty prompt are computed
+    once for all images, and calls without gradient reuse those of all prompts, unless they depend on the timestep.
+    Weights and training mode must not change between these calls.
 
     Args:
         backbone: the denoiser.
@@ -63,6 +63,6 @@ def make_predictions(
 
     def predict_with_guidance(latents: Tensor, timesteps: Tensor) -> Tensor:
         branches = text(latents, is_guided=True)
-        return predict_guided(lambda x, t: denoise(x, t, branches), latents, timesteps, scale)
+        return predict_guided(lambda x, t: denoise(x, t, branches), latents, timesteps, scale, backbone.guide)
 
     return [predict_with_guidance if is_guided else predict for is_guided in guided]

@@ -1,0 +1,1 @@
+"""The backbone `qwen-image`: Qwen-Image."""

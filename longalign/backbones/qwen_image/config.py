@@ -1,0 +1,26 @@
+"""Config of the backbone `qwen-image`. Does not import torch."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from longalign.backbones.config import ImageSizeConfig
+
+
+class QwenImageConfig(ImageSizeConfig):
+    """Qwen-Image, or any model with the same layout: a transformer trained with flow matching.
+
+    The encoder is ``llm`` with the model's checkpoint, its template, and ``prefix: none``. As in diffusers' pipeline,
+    guidance keeps the norm of the conditional prediction of each token. By default, a LoRA is on all attention layers,
+    except those of the last block that only change the text.
+    """
+
+    target: ClassVar[str] = "longalign.backbones.qwen_image.backbone:QwenImageBackbone"
+    has_pooled: ClassVar[bool | None] = False
+
+    name: Literal["qwen-image"] = "qwen-image"
+    checkpoint: str
+    """Hub id, e.g. ``Qwen/Qwen-Image``, or local folder in diffusers layout."""
+
+    def widths(self) -> tuple[int | None, int | None]:
+        return self.number_of("joint_attention_dim"), None

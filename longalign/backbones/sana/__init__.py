@@ -1,0 +1,1 @@
+"""The backbone `sana`: Sana and Sana-1.5."""

@@ -1,0 +1,1 @@
+"""The backbone `z-image`: Z-Image and Z-Image-Turbo."""

@@ -1,0 +1,1 @@
+"""The encoder `llm`: hidden states of a causal or vision-language model."""

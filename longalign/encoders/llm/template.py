@@ -1,0 +1,112 @@
+"""Tokens of a prompt inside a template of text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+
+from longalign.tokens import TextTokens, Tokenized
+
+_MARK = "\ue000"
+"""A character for private use, which no chat template contains."""
+
+
+@dataclass(frozen=True)
+class TemplateRow:
+    """Tokens of a pass.
+
+    Attributes:
+        before: ids of the template before the text, with the tokenizer's special tokens.
+        text: the text and its tokens.
+        after: ids of the template after the text.
+    """
+
+    before: tuple[int, ...]
+    text: Tokenized
+    after: tuple[int, ...]
+
+
+def chat_template(tokenizer: Any, system: str | None) -> tuple[str, str]:
+    """Returns the text of a chat before and after the user's message, up to the start of the reply.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        system: text of the system message; None for no system message.
+
+    Raises:
+        ValueError: if the tokenizer has no chat template, or its template cannot be used.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            "encoder.template is 'chat', but the tokenizer has no chat template; set template to a text with {}"
+        )
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    try:
+        text = tokenizer.apply_chat_template(
+            [*messages, {"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True
+        )
+    except TemplateError as error:
+        raise ValueError(
+            f"the tokenizer's chat template rejects {'a system and ' if messages else ''}a user message: {error}; set "
+            "template to a text with {}" + (", or system to null" if messages else "")
+        ) from error
+    if text.count(_MARK) != 1:
+        raise ValueError(
+            f"expected a chat template that contains the user's message once, got it {text.count(_MARK)} times; set "
+            "template to a text with {}"
+        )
+    before, _, after = text.partition(_MARK)
+    return before, after
+
+
+class Template:
+    """Tokenizes texts inside a template.
+
+    Template and text are tokenized together, because a space before the text may be part of its first token. That token
+    counts as the text's. Special tokens are parsed in the template, but those written in a text are text.
+
+    Args:
+        tokens: the tokenizer.
+        prefix: the template before the text.
+        suffix: the template after the text.
+        add_special_tokens: whether the tokenizer adds its special tokens, such as ``<bos>``.
+    """
+
+    def __init__(self, tokens: TextTokens, prefix: str, suffix: str, add_special_tokens: bool):
+        self.tokens, self.prefix, self.suffix = tokens, prefix, suffix
+        self.add_special_tokens = add_special_tokens
+        tokenizer = tokens.tokenizer
+        self._special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+
+    def __call__(self, texts: Sequence[str]) -> list[TemplateRow]:
+        """Returns the tokens of each text in the template."""
+        rows = self._tokenize(texts)
+        for i, row in enumerate(rows):
+            if self._special & set(row.text.ids):
+                (empty,) = self._tokenize([""])
+                rows[i] = TemplateRow(empty.before, self.tokens(row.text.text), empty.after)
+        return rows
+
+    def _tokenize(self, texts: Sequence[str]) -> list[TemplateRow]:
+        encoding = self.tokens.tokenizer(
+            [self.prefix + text + self.suffix for text in texts], add_special_tokens=self.add_special_tokens,
+            return_offsets_mapping=True, truncation=False, verbose=False,
+        )  # fmt: skip
+        rows = []
+        for i, (text, ids, offsets) in enumerate(
+            zip(texts, encoding["input_ids"], encoding["offset_mapping"], strict=True)
+        ):
+            start, stop = len(self.prefix), len(self.prefix) + len(text)
+            # the other positions are special tokens that the tokenizer added, whose offsets are 0
+            own = [k for k, sequence in enumerate(encoding.sequence_ids(i)) if sequence is not None]
+            end = own[-1] + 1 if own else len(ids)
+            first = next((k for k in own if offsets[k][1] > start), end)
+            last = next((k for k in own if k >= first and offsets[k][0] >= stop), end)
+            starts = tuple(max(0, offset - start) for offset, _ in offsets[first:last])
+            rows.append(
+                TemplateRow(tuple(ids[:first]), Tokenized(text, tuple(ids[first:last]), starts), tuple(ids[last:]))
+            )
+        return rows

@@ -1,0 +1,69 @@
+"""Image sizes: as text in configs and options, and buckets of equal area. Does not import torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Annotated, NamedTuple
+
+from pydantic import Field, PositiveInt
+
+_PATTERN = r"^[1-9][0-9]*[xX][1-9][0-9]*$"
+#: a size in a config: the side of a square in pixels, or ``WIDTHxHEIGHT``
+ImageSize = PositiveInt | Annotated[str, Field(pattern=_PATTERN)]
+
+
+class Size(NamedTuple):
+    """Height and width of an image in pixels. As text, ``512`` for a square, otherwise ``WIDTHxHEIGHT``."""
+
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return str(self.width) if self.width == self.height else f"{self.width}x{self.height}"
+
+
+def parse_size(value: int | str) -> Size:
+    """Returns the size of a number of pixels (a square), or of a text ``N`` or ``WxH``.
+
+    Raises:
+        ValueError: if the text has a different form or a side is zero.
+    """
+    width, _, height = str(value).lower().partition("x")
+    if not re.fullmatch(r"[1-9][0-9]*(x[1-9][0-9]*)?", str(value).lower()):
+        raise ValueError(f"expected pixels as N or WxH, e.g. 512 or 768x512, got '{value}'")
+    return Size(int(height or width), int(width))
+
+
+def aspect_buckets(resolution: int, multiple_of: int, max_aspect_ratio: float) -> tuple[Size, ...]:
+    """Returns the sizes of at most ``resolution`` squared pixels, from the widest to the tallest.
+
+    For each short side, a multiple of ``multiple_of``, the long side is the largest multiple that fits. Stable
+    Diffusion XL was trained on such sizes (arXiv 2307.01952, section 2.3).
+
+    Args:
+        resolution: side in pixels of the square bucket.
+        multiple_of: number of pixels that divides all sides.
+        max_aspect_ratio: maximum ratio of the long to the short side.
+
+    Raises:
+        ValueError: if ``resolution`` is not a multiple of ``multiple_of``.
+    """
+    if resolution % multiple_of:
+        raise ValueError(
+            f"the resolution {resolution} is not a multiple of multiple_of {multiple_of}; change one of them"
+        )
+    sizes = set()
+    for short in range(multiple_of, resolution + 1, multiple_of):
+        long = resolution**2 // (short * multiple_of) * multiple_of
+        if long <= max_aspect_ratio * short:
+            sizes |= {Size(short, long), Size(long, short)}
+    return tuple(sorted(sizes))
+
+
+def nearest_bucket(size: Size, buckets: Sequence[Size]) -> int:
+    """Returns the index of the bucket whose aspect ratio is nearest to that of ``size``, on a logarithmic scale."""
+    target = math.log(size.height / size.width)
+    distances = [abs(math.log(bucket.height / bucket.width) - target) for bucket in buckets]
+    return distances.index(min(distances))

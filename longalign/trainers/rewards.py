@@ -1,0 +1,52 @@
+"""The rewards that a trainer maximizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longalign.edits.base import Edit
+from longalign.rewards.base import Reward, Scores, as_reward, guarded
+
+
+class RewardList(nn.ModuleList):
+    """One or more frozen rewards, whose scores are added with equal weight.
+
+    In training mode, only the `Reward` and `Edit` modules are in training mode, e.g. for random crops and running
+    directions. The networks inside them stay in eval mode.
+
+    Args:
+        rewards: rewards, or functions ``(images, prompts) -> (b,)``.
+
+    Raises:
+        ValueError: if there are no rewards.
+    """
+
+    def __init__(self, rewards: Sequence[Any]):
+        if not rewards:
+            raise ValueError("reward fine-tuning expects at least one reward, got none; set rewards")
+        super().__init__([as_reward(reward).requires_grad_(False) for reward in rewards])
+
+    def train(self, mode: bool = True) -> RewardList:
+        super().train(mode)
+        for module in self.modules():
+            module.training = mode and isinstance(module, (Reward, Edit))
+        return self
+
+    def score_components(self, images: Tensor, prompts: Sequence[str]) -> Scores:
+        """Returns the summed scores of images ``(b, 3, h, w)`` in [0, 1], with all of their parts.
+
+        Raises:
+            NonFiniteReward: if a score is not finite.
+            ValueError: if a reward returns no valid scores, or scores without gradient for images with gradient.
+        """
+        scored = [guarded(reward, images, prompts) for reward in self if isinstance(reward, Reward)]
+        if len(scored) == 1:
+            return scored[0]
+        parts = {}
+        for i, scores in enumerate(scored):
+            parts |= {f"{i}/{key}": value for key, value in {"reward": scores.total.detach(), **scores.parts}.items()}
+        return Scores(torch.stack([scores.total for scores in scored]).sum(0), parts)

@@ -1,0 +1,1 @@
+"""The trainer `dpo` of longalign: direct preference optimization on pairs of images."""

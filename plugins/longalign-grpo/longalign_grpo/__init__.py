@@ -1,0 +1,1 @@
+"""The trainer `grpo` of longalign: policy gradient with groups of samples."""
