@@ -290,6 +290,14 @@ def has_key(tree, steps):
     return True
 
 
+def test_navigation_lists_all_pages():
+    pages = [*(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")]
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for page in pages:
+        name = page.relative_to(ROOT).as_posix().removeprefix("docs/")
+        assert re.search(rf": {re.escape(name)}$", navigation, re.MULTILINE), f"add {name} to nav in mkdocs.yml"
+
+
 # Named objects
 
 

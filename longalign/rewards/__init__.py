@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from longalign.rewards.guard import NonFiniteReward as NonFiniteReward
     from longalign.rewards.hpsv2.config import Hpsv2Config as Hpsv2Config
     from longalign.rewards.hpsv2.reward import Hpsv2Reward as Hpsv2Reward
+    from longalign.rewards.hpsv3.config import Hpsv3Config as Hpsv3Config
+    from longalign.rewards.hpsv3.reward import Hpsv3Reward as Hpsv3Reward
     from longalign.rewards.imagereward.config import ImageRewardConfig as ImageRewardConfig
     from longalign.rewards.imagereward.reward import ImageRewardReward as ImageRewardReward
     from longalign.rewards.pretrained import check_tokenizer as check_tokenizer
@@ -53,6 +55,8 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "EmbeddingReward": "base",
         "Hpsv2Config": "hpsv2.config",
         "Hpsv2Reward": "hpsv2.reward",
+        "Hpsv3Config": "hpsv3.config",
+        "Hpsv3Reward": "hpsv3.reward",
         "ImageInput": "towers",
         "ImageRewardConfig": "imagereward.config",
         "ImageRewardReward": "imagereward.reward",

@@ -19,7 +19,7 @@ from functools import cache, wraps
 from pathlib import Path
 
 import torch
-from safetensors.torch import load
+from safetensors.torch import load, save_file
 
 __all__ = [
     "tiny_adapter",
@@ -27,6 +27,7 @@ __all__ = [
     "tiny_clip_text",
     "tiny_flux",
     "tiny_hpsv2",
+    "tiny_hpsv3",
     "tiny_imagereward",
     "tiny_longclip_file",
     "tiny_pixart",
@@ -617,6 +618,32 @@ def tiny_qwen2_vl(folder: Path) -> Path:
         "{{ '<|vision_start|><|image_pad|><|vision_end|>' if part['type'] == 'image' else part['text'] }}"
         "{% endfor %}<|im_end|><|im_start|>",
     ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@once
+def tiny_hpsv3(folder: Path) -> Path:
+    """Writes ``HPSv3.safetensors`` with the published names and layers, and the files of its base model."""
+    from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
+
+    from longalign.rewards.hpsv3.config import REWARD_TOKEN, WEIGHTS
+    from longalign.rewards.hpsv3.weights import make_head
+
+    tiny_qwen2_vl(folder)
+    model = Qwen2VLForConditionalGeneration.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(1)
+    model.resize_token_embeddings(len(tokenizer) + 1, mean_resizing=False)
+    head = make_head(16)
+    with torch.no_grad():  # far from the kinks of its ReLUs, which rounding would cross
+        head[0].bias.copy_(torch.tensor([3.0, -3.0]).repeat(512))
+        head[3].bias.fill_(4.0)
+    state = {f"rm_head.{key}": value for key, value in head.state_dict().items()}
+    for key, value in model.state_dict().items():  # names before transformers 4.52
+        state[key.replace("model.visual.", "visual.").replace("model.language_model.", "model.")] = value.clone()
+    assert tokenizer.convert_tokens_to_ids(REWARD_TOKEN) in (None, tokenizer.unk_token_id)
+    save_file(state, folder / WEIGHTS)
+    (folder / "model.safetensors").unlink()
     return folder
 
 

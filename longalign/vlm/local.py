@@ -180,6 +180,15 @@ def text_tokens(tokenizer: Any, text: str) -> list[int]:
     return [i for i in ids if tokenizer.decode([i]).strip()] or ids[-1:]
 
 
+def escape_special_tokens(tokenizer: Any, text: str) -> str:
+    """Splits the names of special tokens in a text, so that they are read as text."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    for token in dict.fromkeys([*tokenizer.all_special_tokens, *added]):
+        if len(token) > 1:
+            text = text.replace(token, f"{token[0]} {token[1:]}")
+    return text
+
+
 def _spellings(option: str) -> list[str]:
     words = {option, option.lower(), option.capitalize(), option.upper()}
     return [space + word for word in words for space in ("", " ")]

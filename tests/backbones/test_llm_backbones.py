@@ -10,9 +10,11 @@ import yaml
 
 from longalign import Model, load_config
 from longalign.backbones.config import LoraConfig
+from longalign.backbones.qwen_image.backbone import QwenImageBackbone
 from longalign.cli.main import main
 from longalign.encoders.base import Conditioning
 from longalign.functional.diffusion import predict_guided
+from longalign.functional.solvers import sampling_timesteps
 from longalign.inference.sampling import sample
 from longalign.registry import backbones, encoders, trainers
 from longalign.testing import tiny_llm
@@ -225,3 +227,25 @@ def test_z_image_rejects_what_has_no_position(tmp_path):
     for states, latents, message in ((993, (8, 8), "992 text states, got 993"), (4, (8, 66), r"32 x 32 .* got 4 x 33")):
         with pytest.raises(ValueError, match=message):
             backbone.predict(torch.randn(1, 4, *latents), torch.tensor([1]), Conditioning(torch.randn(1, states, 16)))
+
+
+def test_qwen_image_noise_levels_equal_the_scheduler(tmp_path):
+    folder = CASES[1].folder(tmp_path)
+    backbone = CASES[1].build(folder)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
+    for side, tokens in ((32, 16), (256, 1024)):
+        mu = 0.5 + (0.9 - 0.5) * (tokens - 256) / (8192 - 256)
+        levels = backbone.levels_at(backbone.latent_shape(side, side))
+        for num_steps in (2, 7):
+            scheduler.set_timesteps(sigmas=[1 - i / num_steps for i in range(num_steps)], mu=mu)
+            noise = levels.noise[list(sampling_timesteps("ddim", levels, num_steps))]
+            torch.testing.assert_close(noise.float(), scheduler.sigmas[:-1])
+
+
+def test_qwen_image_rejects_other_models(tmp_path):
+    backbone = CASES[1].build(CASES[1].folder(tmp_path))
+    backbone.denoiser.register_to_config(zero_cond_t=True)
+    with pytest.raises(ValueError, match=r"does not support transformers with zero_cond_t"):
+        QwenImageBackbone(backbone.denoiser, backbone.vae, {}, resolution=32)
+    with pytest.raises(ValueError, match=r"4092 text states next to 8 x 8 .*got 4093"):
+        backbone.predict(torch.randn(1, 4, 16, 16), torch.tensor([1]), Conditioning(torch.randn(1, 4093, 16)))

@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from longalign.functional.diffusion import NoiseLevels, add_noise, guide, sample_timesteps, training_target
-from longalign.functional.solvers import check_linear_sampling, ddim, dpmpp_2m, lcm, trailing_timesteps
+from longalign.functional.solvers import (
+    check_linear_sampling,
+    ddim,
+    dpmpp_2m,
+    lcm,
+    sampling_timesteps,
+    trailing_timesteps,
+)
 
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 LEVELS = NoiseLevels.from_alphas_cumprod((1 - BETAS).cumprod(0))
@@ -149,6 +156,19 @@ def test_from_flow_values():
     assert levels.noise.tolist() == pytest.approx([0.5, 0.75, 0.9, 1]) and levels.signal[3] == 0
     solver = ddim(levels, (3, 1), "flow")  # Euler's steps: x + (s' - s) o
     assert solver.a == pytest.approx((1, 1)) and solver.b == pytest.approx((-0.25, -0.75))
+
+
+def test_terminal_noise_level_of_any_number_of_steps():
+    levels = NoiseLevels.from_flow(4, terminal=0.1)
+    expected = {1: [1.0], 2: [1.0, 0.1], 4: [1.0, 0.7, 0.4, 0.1]}
+    for num_steps, noise in expected.items():
+        timesteps = sampling_timesteps("ddim", levels, num_steps)
+        torch.testing.assert_close(levels.noise[list(timesteps)], torch.tensor(noise, dtype=torch.float64))
+    assert len(levels) == 4 and levels.noise[:4].tolist() == [0.25, 0.5, 0.75, 1.0]
+    assert sampling_timesteps("lcm", levels, 2) == trailing_timesteps(2, 4)
+    torch.testing.assert_close(levels.signal, 1 - levels.noise)
+    with pytest.raises(ValueError, match="between 1 and 4"):
+        sampling_timesteps("ddim", levels, 5)
 
 
 def test_sample_timesteps_densities():

@@ -12,9 +12,16 @@ from longalign.functional.images import ImageCheck
 from longalign.rewards.base import Reward, Scores, check_pairs
 from longalign.rewards.micro import micro_batched
 from longalign.rewards.vqascore.config import VqaScoreConfig
-from longalign.rewards.vqascore.pixels import check_differentiable, model_inputs
 from longalign.runtime import Runtime, resolve_checkpoint
-from longalign.vlm.local import chat_text, load_model, load_processor, next_token_logits, text_tokens
+from longalign.vlm.local import (
+    chat_text,
+    escape_special_tokens,
+    load_model,
+    load_processor,
+    next_token_logits,
+    text_tokens,
+)
+from longalign.vlm.pixels import check_differentiable, model_inputs
 
 
 class VqaScoreReward(Reward):
@@ -64,13 +71,15 @@ class VqaScoreReward(Reward):
         return self
 
     def count_tokens(self, text: str) -> int:
-        return len(self.processor.tokenizer.encode(self._escape(text), add_special_tokens=False))
+        tokenizer = self.processor.tokenizer
+        return len(tokenizer.encode(escape_special_tokens(tokenizer, text), add_special_tokens=False))
 
     def score_components(self, images: Tensor, prompts: Sequence[str]) -> Scores:
         check_pairs(images, prompts)
         self._check_images(images)
         images = images.to(self.model.device)
-        questions = [self.question.replace("{prompt}", self._escape(prompt)) for prompt in prompts]
+        escaped = [escape_special_tokens(self.processor.tokenizer, prompt) for prompt in prompts]
+        questions = [self.question.replace("{prompt}", prompt) for prompt in escaped]
         texts = [chat_text(self.processor, question, 1) for question in questions]
         scores = micro_batched(self._probabilities, self.micro_batch, images, texts)
         return Scores(scores).checked(images, prompts)
@@ -79,13 +88,6 @@ class VqaScoreReward(Reward):
         inputs = model_inputs(self.processor, texts, images)
         self._warn_if_long(inputs["input_ids"].shape[1])
         return next_token_logits(self.model, inputs).softmax(-1)[:, self.answer_tokens].sum(-1)
-
-    def _escape(self, text: str) -> str:
-        """Splits the names of special tokens in a prompt, so that they are read as text."""
-        for token in self.processor.tokenizer.all_special_tokens:
-            if len(token) > 1:
-                text = text.replace(token, f"{token[0]} {token[1:]}")
-        return text
 
     def _warn_if_long(self, length: int) -> None:
         if self._max_positions is not None and length > self._max_positions and not self._warned:

@@ -1,0 +1,111 @@
+"""HPSv3 (Ma et al. 2025, arXiv 2508.03789), with gradient with respect to the images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from longalign.checkpoints.weights import load_tensors
+from longalign.functional.images import ImageCheck, at_least_float32
+from longalign.rewards.base import Reward, Scores, check_pairs
+from longalign.rewards.hpsv3.config import PLACEHOLDER, REWARD_TOKEN, Hpsv3Config
+from longalign.rewards.hpsv3.weights import find_weights, load_networks
+from longalign.rewards.micro import micro_batched
+from longalign.runtime import Runtime, resolve_checkpoint
+from longalign.vlm.local import chat_text, escape_special_tokens, load_processor
+from longalign.vlm.pixels import check_differentiable, model_inputs
+
+#: number of pixels that images are resized to, up to rounding of their sides to 28 pixels: 256 image tokens
+PIXELS = 256 * 28 * 28
+
+
+class Hpsv3Reward(Reward):
+    """Mean of the preference that a head predicts from the state of Qwen2-VL at the token ``<|Reward|>``.
+
+    As in the authors' code, the positions of all tokens are their indices; Qwen2-VL itself gives image tokens the
+    position of their row and column. The part ``sigma`` is the predicted standard deviation.
+
+    Args:
+        model: a transformers ``Qwen2VLModel``.
+        head: maps states ``(b, d)`` to mean and log sigma ``(b, 2)``.
+        processor: its processor with the token; see `prepare_processor`.
+        template: text with ``{text_prompt}`` and ``<|Reward|>``.
+        micro_batch: number of images per pass; None for all; see `micro_batched`.
+    """
+
+    def __init__(self, model: Any, head: nn.Module, processor: Any, *, template: str, micro_batch: int | None):
+        super().__init__()
+        self.model, self.head = model, head
+        self.requires_grad_(False).eval()
+        self.processor, self.template, self.micro_batch = processor, template, micro_batch
+        self.token = processor.tokenizer.convert_tokens_to_ids(REWARD_TOKEN)
+        num_embeddings = model.config.get_text_config().vocab_size
+        if self.token >= num_embeddings:
+            raise ValueError(
+                f"{REWARD_TOKEN} is token {self.token} of the tokenizer, but the weights have only {num_embeddings} "
+                "embeddings; set `base` to the model that they were trained from"
+            )
+        self._check_images = ImageCheck()
+
+    @classmethod
+    def from_config(cls, config: Hpsv3Config, runtime: Runtime) -> Hpsv3Reward:
+        """Loads the weights, and config and processor of the base model, from the Hub or local folders.
+
+        Raises:
+            ValueError: if weights are missing or unexpected, or the processor is not differentiable.
+        """
+        from transformers import AutoConfig
+
+        template = config.template()
+        processor = prepare_processor(load_processor(config.base, None))
+        check_differentiable(processor, config.base)
+        base = AutoConfig.from_pretrained(resolve_checkpoint(config.base), trust_remote_code=False)
+        file = find_weights(config.checkpoint, config.revision)
+        model, head = load_networks(load_tensors(file), base, file, runtime.with_dtype(config.dtype))
+        return cls(model, head, processor, template=template, micro_batch=config.micro_batch)
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets training mode; the networks stay in eval mode."""
+        super().train(mode)
+        self.model.eval()
+        self.head.eval()
+        return self
+
+    def count_tokens(self, text: str) -> int:
+        tokenizer = self.processor.tokenizer
+        return len(tokenizer.encode(escape_special_tokens(tokenizer, text), add_special_tokens=False))
+
+    def score_components(self, images: Tensor, prompts: Sequence[str]) -> Scores:
+        check_pairs(images, prompts)
+        self._check_images(images)
+        prompts_as_text = [escape_special_tokens(self.processor.tokenizer, prompt) for prompt in prompts]
+        texts = [chat_text(self.processor, self.template.replace(PLACEHOLDER, prompt), 1) for prompt in prompts_as_text]
+        mean, log_sigma = micro_batched(self._predict, self.micro_batch, images.to(self.model.device), texts).unbind(1)
+        return Scores(mean, {"sigma": log_sigma.detach().exp()}).checked(images, prompts)
+
+    def _predict(self, images: Tensor, texts: list[str]) -> Tensor:
+        """Returns mean and log sigma ``(b, 2)``."""
+        model = self.model
+        inputs = {
+            key: value.to(model.device, model.dtype if value.is_floating_point() else None)
+            for key, value in model_inputs(self.processor, texts, images).items()
+        }
+        ids = inputs["input_ids"]
+        positions = torch.arange(ids.shape[1], device=ids.device).expand(3, *ids.shape)
+        states = model(**inputs, position_ids=positions, use_cache=False).last_hidden_state
+        return self.head(at_least_float32(states[ids == self.token]))
+
+
+def prepare_processor(processor: Any) -> Any:
+    """Adds the token ``<|Reward|>`` to the processor of the base model, and sets the size of its images; in place."""
+    tokenizer, image_processor = processor.tokenizer, processor.image_processor
+    tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
+    tokenizer.padding_side = "right"  # with it, positions are indices
+    image_processor.size = type(image_processor.size)(shortest_edge=PIXELS, longest_edge=PIXELS)
+    for key in ("min_pixels", "max_pixels"):  # transformers 4
+        if hasattr(image_processor, key):
+            setattr(image_processor, key, PIXELS)
+    return processor
