@@ -130,7 +130,7 @@ def rollout(
         timesteps = torch.full((len(noise),), timestep, device=noise.device)
         if index in grad_steps:
             budget = keep if isinstance(keep, GraphBudget) else None
-            keeps = keep if budget is None else budget.allows()
+            keeps = bool(keep) if budget is None else budget.allows()
             random, inputs = RandomState.now(noise.device), latents.detach().requires_grad_(keeps and not detach)
             with torch.set_grad_enabled(keeps), budget.counted() if budget and keeps else nullcontext():
                 output = _at(predict, index)(inputs, timesteps)
