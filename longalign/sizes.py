@@ -9,6 +9,8 @@ from typing import Annotated, NamedTuple
 
 from pydantic import Field, PositiveInt
 
+__all__ = ["ImageSize", "Size", "aspect_buckets", "nearest_bucket", "parse_size"]
+
 _PATTERN = r"^[1-9][0-9]*[xX][1-9][0-9]*$"
 #: a size in a config: the side of a square in pixels, or ``WIDTHxHEIGHT``
 ImageSize = PositiveInt | Annotated[str, Field(pattern=_PATTERN)]

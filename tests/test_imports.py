@@ -71,6 +71,7 @@ ONLY_IN = {
     "longalign_grpo": (),
     "longalign_siglip": (),
     "longalign_ella": (),
+    "longalign_prism": (),
 }
 
 

@@ -77,7 +77,7 @@ def test_get_imports_only_one_part(install):
 def test_get_unknown_name_suggests_and_lists_names():
     with pytest.raises(PartError, match=r"'denscor' .*'denscore'.* Available: clip, "):
         rewards.get("denscor")
-    with pytest.raises(PartError, match=r"'qqq' .*encoders\. Available: .*t5-flux\.$"):
+    with pytest.raises(PartError, match=r"'qqq' .*encoders'\. Available: .*t5-flux\.$"):
         encoders.get("qqq")
 
 

@@ -82,9 +82,9 @@ class FlowBackbone(LatentBackbone):
         self._levels: dict[int | None, NoiseLevels] = {}
         self._device_levels: dict[tuple[int | None, torch.device], Tensor] = {}
         factor = vae_scale_factor(vae.config) or 1
-        resolution = transformer.config.sample_size * factor if resolution is None else resolution
-        levels = self._levels_of(self._key((resolution // (factor * self.patch)) ** 2))
-        super().__init__(transformer, vae, "flow", levels, resolution)
+        native: int = transformer.config.sample_size * factor if resolution is None else resolution
+        levels = self._levels_of(self._key((native // (factor * self.patch)) ** 2))
+        super().__init__(transformer, vae, "flow", levels, native)
 
     @property
     def divisor(self) -> int:

@@ -68,12 +68,12 @@ class LatentBackbone(Backbone):
     def posterior(self, images: Tensor) -> Tensor:
         self._check_images(images)
         self.latent_shape(*images.shape[-2:])
-        pixels = (2 * images - 1).to(self.device, self.vae.dtype)
+        pixels = (2 * images.to(self.device, non_blocking=True) - 1).to(self.vae.dtype)
         # noise sampled in this shape depends on the memory layout; make it independent of the convolutions' choice
         return torch.cat(self.encode_pixels(pixels), dim=1).contiguous()
 
     def sample_latents(self, posterior: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        mean, std = posterior.to(self.device).chunk(2, dim=1)
+        mean, std = posterior.to(self.device, non_blocking=True).chunk(2, dim=1)
         noise = randn_tensor(mean.shape, generator, mean.device, mean.dtype)
         return self.normalize((mean + std * noise).float())
 

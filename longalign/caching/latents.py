@@ -83,9 +83,12 @@ def make_latents(
     for images in filter(None, pending.values()):
         encode(images)
     store.flush()
-    key_rows = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(len(keys), len(UNREADABLE))
+    # torch reads no empty buffer, as of a process without items
+    raw = torch.frombuffer(bytearray(b"".join([*keys, UNREADABLE])), dtype=torch.uint8)
+    key_rows = raw.view(-1, len(UNREADABLE))[:-1]
     keys = [row.numpy().tobytes() for row in gather_rows(key_rows, len(data), runtime)]
-    stamps, buckets = (gather_rows(torch.tensor(rows), len(data), runtime).tolist() for rows in (stamps, buckets))
+    numbers = torch.tensor([stamps, buckets], dtype=torch.int64).T
+    stamps, buckets = gather_rows(numbers, len(data), runtime).T.tolist()
     if runtime.rank == 0:
         write_items(store.folder, keys, stamps, buckets)
     wait(runtime)

@@ -171,8 +171,18 @@ def plan_batches(
     return Batches(length, batch_size, seed, start, rank, world_size, buckets)
 
 
-def load_batches(data: Data | Stream, batches: Batches, needs_images: bool, workers: int) -> Iterator[dict[str, Any]]:
-    """Yields an infinite sequence of batches, loaded by ``workers`` processes; 0 loads in this process.
+def load_batches(
+    data: Data | Stream, batches: Batches, needs_images: bool, workers: int, pin_memory: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Yields an infinite sequence of batches.
+
+    Args:
+        data: the data.
+        batches: indices or, for a stream, positions of the batches.
+        needs_images: whether to load images.
+        workers: number of processes that load batches; 0 loads in this process.
+        pin_memory: whether tensors are in page-locked memory, from which they are copied to a CUDA device while it
+            computes.
 
     Raises:
         ValueError: if images are needed and the data has none.
@@ -185,7 +195,12 @@ def load_batches(data: Data | Stream, batches: Batches, needs_images: bool, work
         streamed = StreamedBatches(data, batches, needs_images)
         return iter(
             DataLoader(
-                streamed, batch_size=None, num_workers=workers, worker_init_fn=ignore_signals, generator=generator
+                streamed,
+                batch_size=None,
+                num_workers=workers,
+                worker_init_fn=ignore_signals,
+                generator=generator,
+                pin_memory=pin_memory,
             )
         )
     loader = DataLoader(
@@ -195,5 +210,6 @@ def load_batches(data: Data | Stream, batches: Batches, needs_images: bool, work
         num_workers=workers,
         worker_init_fn=ignore_signals,
         generator=generator,
+        pin_memory=pin_memory,
     )
     return iter(loader)

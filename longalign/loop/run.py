@@ -136,7 +136,13 @@ class Run:
             world_size=accelerator.num_processes,
             buckets=self.buckets,
         )
-        self.batches = load_batches(composition.data, batches, trainer.needs_images, self.loop.workers)
+        self.batches = load_batches(
+            composition.data,
+            batches,
+            trainer.needs_images,
+            self.loop.workers,
+            pin_memory=accelerator.device.type == "cuda",
+        )
         self.reporter = Reporter(accelerator, self.config, self.step, means)
         self.monitor = Monitor(composition, self.optimization, prompts, metrics, self.reporter)
         if accelerator.is_main_process:

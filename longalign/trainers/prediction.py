@@ -25,8 +25,8 @@ def make_predictions(
     """Returns the prediction function of each step. Steps with guidance share one function, and so do the others.
 
     The functions accept latents ``(s * b, c, h, w)`` of s steps. The keys and values of the empty prompt are computed
-    once for all images, and calls without gradient reuse those of all prompts. Weights and training mode must not
-    change between these calls.
+    once for all images, and calls without gradient reuse those of all prompts, unless they depend on the timestep.
+    Weights and training mode must not change between these calls.
 
     Args:
         backbone: the denoiser.

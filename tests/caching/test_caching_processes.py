@@ -86,7 +86,7 @@ class ProcessThreads:
 
     def __init__(self, processes):
         self.processes, self.gathered = processes, [None] * processes
-        self.turn, self.barrier = threading.Lock(), threading.Barrier(processes, timeout=60)
+        self.turn, self.barrier = threading.Lock(), threading.Barrier(processes, timeout=300)
 
     def run(self, call):
         with ThreadPoolExecutor(self.processes) as pool:

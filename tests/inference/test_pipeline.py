@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from longalign.encoders.base import Conditioning, Encoder, PromptReport
-from longalign.functional.diffusion import NoiseLevels, training_target
+from longalign.functional.diffusion import NoiseLevels, guide, training_target
 from longalign.inference.sampling import generate, sample
 from longalign.inference.schedulers import make_scheduler
 from longalign.inference.solvers import SOLVERS
@@ -54,6 +54,9 @@ class IdealBackbone(nn.Module):
 
     def levels_at(self, shape):
         return self.noise_levels
+
+    def guide(self, conditional, unconditional, scale):
+        return guide(conditional, unconditional, scale)
 
     def merged_lora(self):
         return nullcontext()

@@ -125,10 +125,10 @@ def test_signal_finishes_step_and_writes_checkpoint(world, tmp_path, caplog, num
 def test_resume_rejects_changed_config(world, tmp_path, caplog):
     config = load_config(world.align_config(tmp_path, steps=1))
     run(config)
-    with pytest.raises(ValueError, match=r"\n  loop\.lr: 0\.01 .*0\.5 .*\n.*init_from"):
+    with pytest.raises(ValueError, match=r"\n  loop\.lr: .*0\.01.*0\.5.*\n.*init_from"):
         run(override(config, {"loop.lr": 0.5}), resume=tmp_path)
     assert run(override(config, {"loop.steps": 2}), resume=tmp_path).step == 2
-    assert any(m.startswith("loop.steps ") and "1" in m and "2" in m for m in caplog.messages)
+    assert any("loop.steps" in m and "1" in m and "2" in m for m in caplog.messages)
     assert check_same_run(config, override(config, {"output": "elsewhere"})) == {}
     with pytest.raises(ValueError, match=rf"{tmp_path}.*\n    loop\.steps: "):
         run(config)

@@ -95,7 +95,6 @@ class QwenImageBackbone(FlowBackbone):
         return unpack(combined * (norm / combined.norm(dim=-1, keepdim=True)), conditional.shape[-2])
 
     def call(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        conditioning = conditioning.at(timesteps)
         config, dtype = self.denoiser.config, self.denoiser.dtype
         check_width(conditioning, config.joint_attention_dim, transformer="Qwen-Image's transformer", encoder="llm")
         height, width = (side // self.patch for side in latents.shape[-2:])

@@ -62,7 +62,6 @@ class SanaBackbone(FlowBackbone):
         return latent, torch.zeros_like(latent)
 
     def call(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        conditioning = conditioning.at(timesteps)
         config, dtype = self.denoiser.config, self.denoiser.dtype
         check_width(conditioning, config.caption_channels, transformer="Sana's transformer", encoder="llm")
         scale = len(self.noise_levels) * getattr(config, "timestep_scale", 1.0)

@@ -61,7 +61,6 @@ class ZImageBackbone(FlowBackbone):
         raise ValueError("'z-image' cannot be captured as CUDA graphs; set loop.cuda_graphs to false")
 
     def call(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        conditioning = conditioning.at(timesteps)
         config, dtype = self.denoiser.config, self.denoiser.dtype
         check_width(conditioning, config.cap_feat_dim, transformer="Z-Image's transformer", encoder="llm")
         prompts = _unpadded(conditioning, dtype)

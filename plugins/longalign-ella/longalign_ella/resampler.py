@@ -67,7 +67,7 @@ class Resampler(Adapter):
         if config.checkpoint is not None:
             path = find_checkpoint_file(config.checkpoint, config.file, config.revision)
             if path is None:
-                raise ValueError(f"'{config.checkpoint}' does not hold {config.file}; set 'checkpoint' and 'file'")
+                raise ValueError(f"'{config.checkpoint}' does not contain {config.file}; set 'checkpoint' and 'file'")
             try:
                 resampler.load_state_dict(load_file(path))
             except (RuntimeError, SafetensorError) as error:

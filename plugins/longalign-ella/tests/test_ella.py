@@ -262,7 +262,7 @@ def test_errors_of_config_and_weights(run_config, weights, tmp_path):
         encoders.validate({**run_config["encoder"], "adapter": {**adapter, "heads": 3}})
     with pytest.raises(ConfigError, match=r"'file' and 'revision' require 'checkpoint'"):
         encoders.validate({"name": "ella", "adapter": {"file": "x.safetensors"}})
-    with pytest.raises(ConfigError, match=r"adapter\.checkpoint: .*does not hold other\.safetensors"):
+    with pytest.raises(ConfigError, match=r"adapter\.checkpoint: .*does not contain other\.safetensors"):
         Model.from_config(override(run_config, {"encoder.adapter.file": "other.safetensors"}))
     with pytest.raises(ValueError, match=r"in_dim=16\b.* got 24"):
         encoders.build({**run_config["encoder"], "adapter": {"in_dim": 24, "width": 16, "heads": 2}})

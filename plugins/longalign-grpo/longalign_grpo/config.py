@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from longalign.backbones import LoraConfig
+from longalign.sizes import ImageSize, Size, parse_size
 from longalign.trainers import TrainerConfig
 from pydantic import Field, model_validator
 
@@ -30,8 +31,9 @@ class GRPOConfig(TrainerConfig):
     """
     guidance: float = Field(7.5, ge=1)
     """classifier-free guidance scale of sampling, and of the trained policy; 1 disables guidance."""
-    resolution: int | None = Field(None, ge=1)
-    """width and height of the samples in pixels; null: the backbone's native resolution."""
+    resolution: ImageSize | None = None
+    """size of the samples in pixels: the side of a square, or ``WIDTHxHEIGHT``; null: the backbone's native resolution.
+    """
     group_size: int = Field(8, ge=2)
     """images per prompt. ``loop.batch_size`` counts prompts."""
     train_steps: int | None = Field(None, ge=1)
@@ -66,8 +68,8 @@ class GRPOConfig(TrainerConfig):
         return self
 
     @property
-    def image_size(self) -> int | None:
-        return self.resolution
+    def image_sizes(self) -> dict[str, list[Size]]:
+        return {} if self.resolution is None else {"resolution": [parse_size(self.resolution)]}
 
     @property
     def needs_images(self) -> bool:

@@ -10,6 +10,7 @@ from longalign.backbones import Backbone
 from longalign.encoders import Conditioning, Encoder
 from longalign.functional import ddim, rollout, sampling_timesteps
 from longalign.runtime import Runtime
+from longalign.sizes import parse_size
 from longalign.trainers import DiffusionTrainer, RewardList, make_predictions, train_denoiser
 from torch import Tensor
 
@@ -33,7 +34,7 @@ class GRPOTrainer(DiffusionTrainer):
         num_steps: number of sampling steps.
         eta: scale of the fresh noise; see `longalign.functional.ddim`.
         guidance: classifier-free guidance scale; 1 disables guidance.
-        resolution: width and height of the samples in pixels, or None for the backbone's native resolution.
+        resolution: size of the samples in pixels, or None for the backbone's native resolution.
         group_size: images per prompt.
         train_steps: number of random steps to train, or None for all but the last, which is deterministic.
         updates: optimizer steps on each rollout.
@@ -58,7 +59,7 @@ class GRPOTrainer(DiffusionTrainer):
         num_steps: int,
         eta: float,
         guidance: float,
-        resolution: int | None,
+        resolution: int | str | None,
         group_size: int,
         train_steps: int | None,
         updates: int,
@@ -69,7 +70,8 @@ class GRPOTrainer(DiffusionTrainer):
     ):
         super().__init__(backbone, encoder, train_adapter=False)
         self.rewards = RewardList(rewards)
-        self.shape = backbone.latent_shape(resolution, resolution)
+        height, width = (None, None) if resolution is None else parse_size(resolution)
+        self.shape = backbone.latent_shape(height, width)
         levels = backbone.levels_at(self.shape)
         self.solver = ddim(levels, sampling_timesteps("ddim", levels, num_steps), backbone.prediction, eta)
         self.guidance, self.group_size, self.train_steps, self.updates = guidance, group_size, train_steps, updates

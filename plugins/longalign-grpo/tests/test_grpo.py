@@ -223,6 +223,11 @@ def test_config_rejects(keys, message):
         trainers.validate({"name": "grpo", **keys})
 
 
+def test_samples_have_the_configured_size():
+    assert build(resolution="16x8").shape[1:] == build().backbone.latent_shape(8, 16)[1:]
+    assert GRPOConfig(resolution="16x8").image_sizes == {"resolution": [(8, 16)]}
+
+
 def test_several_updates_need_one_process():
     config = GRPOConfig(updates=2)
     with pytest.raises(ValueError, match=r"trainer\.updates is 2"):
