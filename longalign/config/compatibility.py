@@ -75,7 +75,7 @@ def _data_problems(run: Run) -> Iterator[ConfigProblem]:
         )
     elif run.data.has_pairs and not (trainer is not None and trainer.compares_pairs):
         user = "the config has no trainer" if trainer is None else f"the trainer '{trainer.name}' takes one"
-        yield "data", f"'{name}' has two images per prompt, but {user}; choose the trainer 'denscore'"
+        yield "data", f"'{name}' has two images per prompt, but {user}; choose a trainer of pairs, e.g. 'denscore'"
 
 
 def _cache_problems(run: Run) -> Iterator[ConfigProblem]:
