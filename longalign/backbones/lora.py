@@ -98,7 +98,15 @@ def lora_layers(denoiser: nn.Module, name: str) -> list[tuple[str, Any]]:
 
 
 def inject_lora(denoiser: Any, config: LoraConfig, name: str) -> list[nn.Parameter]:
-    """Adds a LoRA with peft and returns its float32 parameters, alternating down and up.
+    """Adds a LoRA with peft.
+
+    Args:
+        denoiser: network that gets the LoRA.
+        config: settings of the LoRA.
+        name: peft's name of the LoRA; a network can have several.
+
+    Returns:
+        The trainable float32 weights: for each layer, that of the down projection, then that of the up projection.
 
     Raises:
         ValueError: if the network has none of the layers that the config selects.

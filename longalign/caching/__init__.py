@@ -1,1 +1,1 @@
-"""Latents and text states that are computed once and read in every epoch."""
+"""Latents and hidden states of text models that are computed once and read in every epoch."""

@@ -1,4 +1,4 @@
-"""Precomputes latents and frozen text states of a run, and rejects stale caches."""
+"""Precomputes latents and the hidden states of the frozen text models of a run, and rejects stale caches."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class Store:
         folder: folder of the store; created if ``writable``.
         identity: settings that the entries depend on, as plain JSON values.
         writable: whether entries will be added.
-        shard_bytes: size at which a shard is written.
+        shard_bytes: number of bytes of pending entries at which they are written as a shard, a file.
         rank: rank of this process among the concurrent writers, which write separate shards. Shard numbers are unique
             only if every writer opens the folder before any of them writes.
         processes: number of concurrent writers.

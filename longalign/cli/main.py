@@ -39,7 +39,11 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status: 0, or 2 for invalid input."""
+    """Runs a command and returns its exit status.
+
+    0 for success, 1 if a check or a run of the command failed, 2 for an error that the user can fix, and 128 plus the
+    signal's number after a signal (130 after Ctrl-C). Other errors are raised.
+    """
     args = parse(list(sys.argv[1:] if argv is None else argv))
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_LogHandler()])
     try:

@@ -86,4 +86,4 @@ class CacheConfig(Section):
     exactly as without a cache.
     """
     prompts: bool = True
-    """cache the frozen text states; the text models are then not loaded for training."""
+    """cache the hidden states of the frozen text models; these models are then not loaded for training."""

@@ -45,7 +45,10 @@ class DataConfig(PartConfig):
 
     @property
     def image_sizes(self) -> Mapping[str, Sequence[Size]]:
-        """Sizes that the backbone must be able to encode, by the key that sets them; empty if unknown or native."""
+        """Image sizes that the backbone must support, by the config key that sets them.
+
+        Empty if they are unknown or the backbone's native resolution.
+        """
         return {}
 
     def for_backbone(self, backbone: BackboneConfig | None) -> Self:
@@ -65,13 +68,13 @@ class ImagesConfig(DataConfig):
     """Base class of configs of stored images."""
 
     resolution: PositiveInt | None = None
-    """centre-crop and resize images to this many pixels; null: the backbone's native resolution. Smaller images are
-    scaled up, with a warning.
+    """width and height in pixels to which images are resized and centre-cropped; null: the backbone's native
+    resolution. Smaller images are scaled up, with a warning.
     """
     max_aspect_ratio: Annotated[float, Field(gt=1)] | None = None
-    """sort images into buckets with at most the pixels of the square, and with sides up to this ratio. An image is
-    cropped and resized to the bucket of the nearest aspect ratio, and a batch has images of one bucket. null: all
-    images are square.
+    """largest ratio of the long to the short side of the buckets into which images are sorted. A bucket has at most as
+    many pixels as the square of side ``resolution``. An image is resized and cropped to the bucket of the nearest
+    aspect ratio, and a batch has images of one bucket. null: all images are square.
     """
     multiple_of: PositiveInt | None = None
     """number of pixels that divides the sides of the buckets of ``max_aspect_ratio``; null: 64."""

@@ -45,7 +45,7 @@ class Stream:
         resolution: image side in pixels, or the size of each bucket; ignored for prompt-only data.
         empty: ``"skip"`` or ``"keep"``: what to do with items with an empty caption.
         max_unreadable: number of unreadable images to replace by the next readable one; one more raises an error.
-        shuffle_buffer: shuffle buffer size; 1 keeps the order.
+        shuffle_buffer: number of items in the shuffle buffer; 1 keeps the order.
     """
 
     has_images: bool = True

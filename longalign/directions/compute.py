@@ -74,10 +74,11 @@ def measure_direction(
 ) -> Direction:
     """Computes the direction in which a model's images differ from those of its reference model.
 
-    It is the normalized mean of ``C_X(over) - C_X(reference)`` over pairs of images of the same prompt and seed.
+    It is the mean difference of the image embeddings, ``over`` minus ``reference``, scaled to length 1. The mean is
+    over pairs of images of the same prompt and seed.
 
     Args:
-        reward: reward that computes the image embeddings; set to eval mode.
+        reward: reward that computes the image embeddings. This function puts it in eval mode.
         over: folder with images of an over-optimized model, written by ``longalign generate``.
         reference: folder with images of the reference model for the same prompts and seeds.
         batch_size: number of images encoded at a time.
@@ -146,8 +147,8 @@ def write_direction(
     Args:
         config: a reward: name, mapping or config. For ``edited`` and ``reweighted``, the inner reward is used.
         output: output file, usually ``*.safetensors``.
-        prompts: the corpus of a common direction.
-        images: the folders ``over`` and ``reference`` of `measure_direction`, instead of prompts.
+        prompts: the corpus of a common direction. Not used with ``images``.
+        images: the folders ``(over, reference)`` of a measured direction; see `measure_direction`.
         runtime: device and dtype of the reward.
         batch_size: number of prompts or images encoded at a time.
 
@@ -155,7 +156,9 @@ def write_direction(
         The direction; see `Direction.report` for a summary.
 
     Raises:
-        ValueError: if the reward is no dot product of embeddings, or see `compute_direction` and `measure_direction`.
+        ValueError: if the score of the reward is not a dot product of embeddings, and in the cases of
+            `compute_direction` and `measure_direction`.
+        FileNotFoundError: if an image or the list of a folder does not exist.
     """
     config = registry.rewards.validate(config)
     while isinstance(inner := getattr(config, "inner", None), PartConfig):

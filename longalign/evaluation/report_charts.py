@@ -47,16 +47,16 @@ def breakdown_charts(table: MetricTable) -> list[tuple[str, list[Markup]]]:
 
 
 class Stage(NamedTuple):
-    """The curves of runs that log the same values.
+    """The training curves of runs that log the same values, as HTML.
 
     Attributes:
         name: names of the runs.
-        missing: a log that does not exist.
-        charts: the most important curves.
-        breakdowns: curves of the breakdowns of held-out metrics.
-        others: other curves.
-        constant: values that do not change.
-        notes: sentences about the monitor.
+        missing: path of the log if it does not exist; the other attributes are then empty.
+        charts: charts of the most important values.
+        breakdowns: charts of the breakdowns of held-out metrics.
+        others: charts of the other values.
+        constant: names and numbers of the values that do not change.
+        notes: sentences about the monitor, without the final period.
     """
 
     name: str

@@ -75,7 +75,7 @@ class MetricTable:
 
     @property
     def num_prompts(self) -> int:
-        """Number of different prompts."""
+        """Number of distinct prompts."""
         return len(set(self.prompts))
 
     @property

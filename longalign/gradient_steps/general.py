@@ -169,7 +169,8 @@ def check_last(num_steps: int, k: int, min_steps: int | None = None, early_stop:
     required = max(k, min_steps or 1)
     if required > num_steps:
         raise ValueError(
-            f"cannot select the last {required} of {num_steps} sampling steps; expected at most {num_steps}"
+            f"the last {required} of {num_steps} sampling steps cannot receive gradient; set k, min_steps and "
+            f"max_steps of gradient_steps to at most {num_steps}, or raise num_steps"
         )
     if k > num_steps - early_stop + 1:
         raise ValueError(

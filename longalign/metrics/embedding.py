@@ -26,6 +26,6 @@ def build_embedding_reward(config: PartConfig, runtime: Runtime) -> EmbeddingRew
 
 
 def text_direction(text: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Returns the common direction ``(d,)`` of the text embeddings ``(n, d)`` of the different prompts."""
+    """Returns the common direction ``(d,)`` of the text embeddings ``(n, d)``; a repeated prompt counts once."""
     first = {prompt: i for i, prompt in reversed(list(enumerate(prompts)))}
     return common_direction(text[list(first.values())])

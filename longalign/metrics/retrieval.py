@@ -23,7 +23,7 @@ class Retrieval(Metric):
     """R@1: whether a prompt retrieves its image among all images of the model, or vice versa (paper, table 1).
 
     The score of a pair is ``C_X . C_P``, or ``C_X . C_P_perp`` with the text embedding's component orthogonal to the
-    common direction of the different prompts. Candidates are one image of each prompt. If prompts have several images,
+    common direction of the distinct prompts. Candidates are one image of each prompt. If prompts have several images,
     the first images of all prompts are compared, then the second ones, and so on. One value per image, 0 or 1.
 
     Args:

@@ -105,7 +105,10 @@ def render_batch(scenes: Sequence[Scene]) -> np.ndarray:
 
 @cache
 def object_masks() -> np.ndarray:
-    """Returns the coverage masks of all objects at all places: float32 ``(9, 30, 64, 64)``, ordered as `MASK_KEYS`."""
+    """Returns the fraction of each pixel that an object covers: float32 ``(9, 30, 64, 64)`` in [0, 1].
+
+    The axes are the place (as in `PLACES`), the object (as in `MASK_KEYS`), the row and the column.
+    """
     fine = 4
     axis = (np.arange(IMAGE_SIZE * fine, dtype=np.float32) + 0.5) / fine
     out = np.zeros((len(PLACES), len(MASK_KEYS), IMAGE_SIZE, IMAGE_SIZE), np.float32)

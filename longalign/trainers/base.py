@@ -70,7 +70,9 @@ class Trainer(nn.Module):
         raise ValueError(f"{type(self).__name__} does not support compiling; set loop.compile to false")
 
     def fsdp_module(self, precision: str) -> nn.Module:
-        """Returns the module whose weights FSDP shards in place. With FSDP it replaces `prepare`. Experimental.
+        """Returns the module whose weights FSDP shards in place. Experimental.
+
+        With FSDP, the training loop calls this method instead of `prepare`.
 
         Args:
             precision: accelerate's mixed precision, ``"no"`` or ``"bf16"``.

@@ -52,7 +52,7 @@ class WebDatasetConfig(ImagesConfig):
     field: Text | None = None
     """key of the caption in a JSON file; null: "caption"."""
     shuffle_buffer: PositiveInt = 1000
-    """shuffle buffer size; 1 keeps the order."""
+    """number of items in the shuffle buffer; 1 keeps the order."""
 
     def check_files(self) -> list[ConfigProblem]:
         return [("shards", problem) for pattern in self.shards if (problem := shard_problem(pattern))]

@@ -55,7 +55,7 @@ class HubConfig(TableConfig, ImagesConfig):
     workers.
     """
     shuffle_buffer: PositiveInt | None = None
-    """shuffle buffer size of a stream; null: 1000."""
+    """number of rows in the shuffle buffer of a stream; 1 keeps the order; null: 1000."""
 
     @property
     def has_images(self) -> bool:

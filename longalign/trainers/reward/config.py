@@ -64,7 +64,7 @@ class RewardTrainerConfig(TrainerConfig):
     distributions. ``"pretraining"``: the diffusion loss on the images of the data.
     """
     regularizer_weight: float | None = Field(None, gt=0)
-    """factor of the regularizer."""
+    """factor of the regularizer's loss; required with a regularizer, null without one."""
 
     @model_validator(mode="after")
     def _check_compatible(self) -> RewardTrainerConfig:
