@@ -290,6 +290,7 @@ def has_key(tree, steps):
     return True
 
 
+@pytest.mark.skipif(not (ROOT / "mkdocs.yml").exists(), reason="the site is built from a checkout only")
 def test_navigation_lists_all_pages():
     pages = [*(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")]
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
