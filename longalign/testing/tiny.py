@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable
 from functools import cache, wraps
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load, save_file
@@ -325,7 +326,7 @@ def tiny_unet(width: int = 8, channels: int = 4, size: int = 4, **settings):
     ).eval()  # fmt: skip
 
 
-def tiny_backbone(prediction: str = "epsilon", width: int = 8, **vae_settings):
+def tiny_backbone(prediction: str = "epsilon", width: int = 8, **vae_settings: Any):
     """Returns a randomly initialized `SDBackbone` for images of 8 by 8 pixels and latents of 4 by 4.
 
     Args:
