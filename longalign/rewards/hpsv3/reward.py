@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from longalign.checkpoints.weights import load_tensors
-from longalign.functional.images import ImageCheck, at_least_float32
-from longalign.rewards.base import Reward, Scores, check_pairs
+from longalign.functional.images import at_least_float32
+from longalign.rewards.base import Scores
 from longalign.rewards.hpsv3.config import PLACEHOLDER, REWARD_TOKEN, Hpsv3Config
 from longalign.rewards.hpsv3.weights import find_weights, load_networks
-from longalign.rewards.micro import micro_batched
+from longalign.rewards.vlm import VisionLanguageReward
 from longalign.runtime import Runtime, resolve_checkpoint
-from longalign.vlm.local import chat_text, escape_special_tokens, load_processor
+from longalign.vlm.local import load_processor
 from longalign.vlm.pixels import check_differentiable, model_inputs
 
 #: number of pixels that images are resized to, up to rounding of their sides to 28 pixels: 256 image tokens
 PIXELS = 256 * 28 * 28
 
 
-class Hpsv3Reward(Reward):
+class Hpsv3Reward(VisionLanguageReward):
     """Mean of the preference that a head predicts from the state of Qwen2-VL at the token ``<|Reward|>``.
 
     As in the authors' code, the positions of all tokens are their indices; Qwen2-VL itself gives image tokens the
@@ -37,10 +37,8 @@ class Hpsv3Reward(Reward):
     """
 
     def __init__(self, model: Any, head: nn.Module, processor: Any, *, template: str, micro_batch: int | None):
-        super().__init__()
-        self.model, self.head = model, head
-        self.requires_grad_(False).eval()
-        self.processor, self.template, self.micro_batch = processor, template, micro_batch
+        super().__init__(model, processor, micro_batch)
+        self.head, self.template = head.requires_grad_(False).eval(), template
         self.token = processor.tokenizer.convert_tokens_to_ids(REWARD_TOKEN)
         num_embeddings = model.config.get_text_config().vocab_size
         if self.token >= num_embeddings:
@@ -48,7 +46,6 @@ class Hpsv3Reward(Reward):
                 f"{REWARD_TOKEN} is token {self.token} of the tokenizer, but the weights have only {num_embeddings} "
                 "embeddings; set `base` to the model that they were trained from"
             )
-        self._check_images = ImageCheck()
 
     @classmethod
     def from_config(cls, config: Hpsv3Config, runtime: Runtime) -> Hpsv3Reward:
@@ -67,26 +64,11 @@ class Hpsv3Reward(Reward):
         model, head = load_networks(load_tensors(file), base, file, runtime.with_dtype(config.dtype))
         return cls(model, head, processor, template=template, micro_batch=config.micro_batch)
 
-    def train(self, mode: bool = True) -> Self:
-        """Sets training mode; the networks stay in eval mode."""
-        super().train(mode)
-        self.model.eval()
-        self.head.eval()
-        return self
-
-    def count_tokens(self, text: str) -> int:
-        tokenizer = self.processor.tokenizer
-        return len(tokenizer.encode(escape_special_tokens(tokenizer, text), add_special_tokens=False))
-
     def score_components(self, images: Tensor, prompts: Sequence[str]) -> Scores:
-        check_pairs(images, prompts)
-        self._check_images(images)
-        prompts_as_text = [escape_special_tokens(self.processor.tokenizer, prompt) for prompt in prompts]
-        texts = [chat_text(self.processor, self.template.replace(PLACEHOLDER, prompt), 1) for prompt in prompts_as_text]
-        mean, log_sigma = micro_batched(self._predict, self.micro_batch, images.to(self.model.device), texts).unbind(1)
+        mean, log_sigma = self.predict(self._mean_and_log_sigma, images, prompts, self.template, PLACEHOLDER).unbind(1)
         return Scores(mean, {"sigma": log_sigma.detach().exp()}).checked(images, prompts)
 
-    def _predict(self, images: Tensor, texts: list[str]) -> Tensor:
+    def _mean_and_log_sigma(self, images: Tensor, texts: list[str]) -> Tensor:
         """Returns mean and log sigma ``(b, 2)``."""
         model = self.model
         inputs = {

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 from torch import Tensor
 
-from longalign.functional.images import ImageCheck
-from longalign.rewards.base import Reward, Scores, check_pairs
-from longalign.rewards.micro import micro_batched
+from longalign.rewards.base import Scores
+from longalign.rewards.vlm import VisionLanguageReward
 from longalign.rewards.vqascore.config import VqaScoreConfig
 from longalign.runtime import Runtime, resolve_checkpoint
 from longalign.vlm.local import (
-    chat_text,
-    escape_special_tokens,
     load_model,
     load_processor,
     next_token_logits,
@@ -24,7 +21,7 @@ from longalign.vlm.local import (
 from longalign.vlm.pixels import check_differentiable, model_inputs
 
 
-class VqaScoreReward(Reward):
+class VqaScoreReward(VisionLanguageReward):
     """Probability of an answer, ``P("Yes" | image, question)``, as the first token of a model's reply.
 
     The probability is summed over the spellings with and without a space before the answer, of which a vocabulary
@@ -39,13 +36,9 @@ class VqaScoreReward(Reward):
     """
 
     def __init__(self, model: Any, processor: Any, *, question: str, answer: str, micro_batch: int | None):
-        super().__init__()
-        self.model = model.requires_grad_(False).eval()
-        self.processor = processor
+        super().__init__(model, processor, micro_batch)
         self.question = question
         self.answer_tokens = _answer_tokens(processor.tokenizer, answer)
-        self.micro_batch = micro_batch
-        self._check_images = ImageCheck()
         self._max_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._warned = False
 
@@ -64,24 +57,8 @@ class VqaScoreReward(Reward):
         model = load_model(config.checkpoint, config.revision, runtime.with_dtype(config.dtype))
         return cls(model, processor, question=config.question, answer=config.answer, micro_batch=config.micro_batch)
 
-    def train(self, mode: bool = True) -> Self:
-        """Sets training mode; the model stays in eval mode."""
-        super().train(mode)
-        self.model.eval()
-        return self
-
-    def count_tokens(self, text: str) -> int:
-        tokenizer = self.processor.tokenizer
-        return len(tokenizer.encode(escape_special_tokens(tokenizer, text), add_special_tokens=False))
-
     def score_components(self, images: Tensor, prompts: Sequence[str]) -> Scores:
-        check_pairs(images, prompts)
-        self._check_images(images)
-        images = images.to(self.model.device)
-        escaped = [escape_special_tokens(self.processor.tokenizer, prompt) for prompt in prompts]
-        questions = [self.question.replace("{prompt}", prompt) for prompt in escaped]
-        texts = [chat_text(self.processor, question, 1) for question in questions]
-        scores = micro_batched(self._probabilities, self.micro_batch, images, texts)
+        scores = self.predict(self._probabilities, images, prompts, self.question, "{prompt}")
         return Scores(scores).checked(images, prompts)
 
     def _probabilities(self, images: Tensor, texts: list[str]) -> Tensor:
@@ -96,7 +73,7 @@ class VqaScoreReward(Reward):
                 f"an image and its question have {length} tokens, but the model was trained on at most "
                 f"{self._max_positions}: scores may be meaningless. Score the sentences of a prompt with the reward "
                 "`segments` (only warned once)",
-                stacklevel=5,
+                stacklevel=6,
             )
 
 
