@@ -83,7 +83,7 @@ class FlowBackbone(LatentBackbone):
         self._device_levels: dict[tuple[int | None, torch.device], Tensor] = {}
         factor = vae_scale_factor(vae.config) or 1
         native: int = transformer.config.sample_size * factor if resolution is None else resolution
-        levels = self._levels_of(self._key((native // (factor * self.patch)) ** 2))
+        levels = self.levels_at((native // factor, native // factor))
         super().__init__(transformer, vae, "flow", levels, native)
 
     @property
@@ -91,23 +91,23 @@ class FlowBackbone(LatentBackbone):
         return self.patch * self.vae_scale_factor
 
     def levels_at(self, shape: Sequence[int]) -> NoiseLevels:
-        return self._levels_of(self._key((shape[-2] // self.patch) * (shape[-1] // self.patch)))
+        key = self._key(shape)
+        if key not in self._levels:
+            self._levels[key] = flow_levels(self._scheduler, self.name, key)
+        return self._levels[key]
 
     def noise_at(self, latents: Tensor, timesteps: Tensor) -> Tensor:
         """Returns the noise levels ``(b,)`` of latents ``(b, c, h, w)`` at timesteps ``(b,)``, in float32."""
-        key = self._key((latents.shape[-2] // self.patch) * (latents.shape[-1] // self.patch)), latents.device
+        key = self._key(latents.shape), latents.device
         if key not in self._device_levels:
             # copied to the device once: a copy in each call would wait for the device
-            self._device_levels[key] = self._levels_of(key[0]).noise.to(latents.device, torch.float32)
+            self._device_levels[key] = self.levels_at(latents.shape).noise.to(latents.device, torch.float32)
         return self._device_levels[key][timesteps]
 
-    def _key(self, tokens: int) -> int | None:
-        return tokens if self._scheduler.get("use_dynamic_shifting") else None
-
-    def _levels_of(self, tokens: int | None) -> NoiseLevels:
-        if tokens not in self._levels:
-            self._levels[tokens] = flow_levels(self._scheduler, self.name, tokens)
-        return self._levels[tokens]
+    def _key(self, shape: Sequence[int]) -> int | None:
+        """Returns the number of image tokens for latents of a shape; None if the noise levels do not depend on it."""
+        dynamic = self._scheduler.get("use_dynamic_shifting")
+        return (shape[-2] // self.patch) * (shape[-1] // self.patch) if dynamic else None
 
 
 def pack(latents: Tensor) -> Tensor:
