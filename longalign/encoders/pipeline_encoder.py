@@ -40,8 +40,8 @@ def pipeline_encoder(pipe: Any) -> Iterator[Encoder]:
     """Context manager that yields a segment encoder with a pipeline's text encoders and tokenizers, without a copy.
 
     Within the context, the text encoders are frozen and in eval mode; their previous state is restored on exit. The
-    encoder is rebuilt at each use, so that it includes any change of the pipeline's text encoders, e.g. a LoRA. Segments
-    are whole sentences, packed to at most 40 tokens, and only the first keeps the state of its start token.
+    encoder is rebuilt at each use, so that it includes any change of the pipeline's text encoders, e.g. a LoRA.
+    Segments are whole sentences, packed to at most 40 tokens, and only the first keeps the state of its start token.
 
     Args:
         pipe: a diffusers pipeline of Stable Diffusion 1.x, 2.x, XL or 3 or FLUX.1, or a variant such as ControlNet.
