@@ -1,4 +1,4 @@
-"""Generates unique names, and words for numbers."""
+"""Unique names, and numbers with their nouns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which sampling steps carry the reward's gradient.
+"""Parts of kind ``gradient_steps``: they select the sampling steps through which a reward is backpropagated.
 
 Public names are loaded on first use, so importing this package does not import torch.
 """
