@@ -108,7 +108,7 @@ def availability_problem(checkpoint: str, revision: str | None = None) -> str:
     if not HUB_ID.fullmatch(source):
         return f"no file or folder '{checkpoint}'; expected an existing path, or a Hub id of the form owner/name"
     if offline() and _cached(source, revision) is None:
-        return f"'{checkpoint}' is not on this machine, and HF_HUB_OFFLINE disables downloads"
+        return f"'{checkpoint}' is not on this machine, and HF_HUB_OFFLINE disables downloads; unset HF_HUB_OFFLINE"
     return ""
 
 
@@ -161,7 +161,7 @@ def download_problem(error: BaseException, file: str = "") -> str:
     if caused("RevisionNotFoundError"):
         return "it has no such revision"
     if offline() or caused("OfflineModeIsEnabled"):
-        return "it is not on this machine, and HF_HUB_OFFLINE disables downloads"
+        return "it is not on this machine, and HF_HUB_OFFLINE disables downloads; unset HF_HUB_OFFLINE"
     if caused("LocalEntryNotFoundError") or any(isinstance(e, (ConnectionError, TimeoutError)) for e in chain):
         return "it is not on this machine, and the Hub cannot be reached"
     if caused("EntryNotFoundError"):

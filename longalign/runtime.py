@@ -162,9 +162,10 @@ def examples_folder() -> Path:
 
 
 def resolve_checkpoint(checkpoint: str) -> str:
-    """Returns the path of bundled weights named ``mini`` or ``mini/<folder>``; returns other checkpoints unchanged.
+    """Returns the local folder of bundled weights; returns all other checkpoints unchanged.
 
-    If ``checkpoint`` is also an existing local path, it is returned unchanged.
+    The bundled weights are those of small models that are part of the package, named ``mini`` or ``mini/<folder>``. If
+    ``checkpoint`` is also an existing local path, it is returned unchanged.
 
     Raises:
         ValueError: if the name starts with ``mini``, but no bundled weights have that name.
@@ -180,7 +181,7 @@ def resolve_checkpoint(checkpoint: str) -> str:
 
 
 def processor() -> str:
-    """Returns the model name of the processor, or its architecture if the model is unknown."""
+    """Returns the model name of this machine's CPU, or its architecture if the model is unknown."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

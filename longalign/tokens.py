@@ -76,11 +76,11 @@ class TextTokens:
         return self.batch([text])[0]
 
     def count(self, text: str) -> int:
-        """Returns the number of tokens of a text, without special tokens; a token counter for `longalign.segmenters`."""
+        """Returns the number of tokens of a text, without special tokens. Segmenters can use it as token counter."""
         return len(self(text))
 
     def batch(self, texts: Sequence[str]) -> list[Tokenized]:
-        """Tokenizes texts that are not cached, in one call of the tokenizer; returns one `Tokenized` per text."""
+        """Returns one `Tokenized` per text. Texts that are not cached are tokenized in one call of the tokenizer."""
         tokenized = {text: self._cache[text] for text in texts if text in self._cache}
         new = list(dict.fromkeys(text for text in texts if text not in tokenized))
         if new:

@@ -1,4 +1,4 @@
-"""Interface of backbones: predictions from latents and a conditioning, LoRAs and full fine-tuning."""
+"""Base class of backbones: the denoiser's predictions, encoding and decoding of images, LoRAs and full fine-tuning."""
 
 from __future__ import annotations
 
@@ -37,7 +37,6 @@ class Backbone(nn.Module):
 
     Nothing is trainable until `add_lora` or `train_all` is called. Only the last LoRA stays unmerged; this is the
     active LoRA. Earlier LoRAs are merged into the base weights and also stored, so that checkpoints contain all LoRAs.
-    "Scaled latents" have the scale that the denoiser was trained with.
 
     Args:
         denoiser: a UNet or transformer of diffusers; frozen by this class.
@@ -103,9 +102,10 @@ class Backbone(nn.Module):
         return self.noise_levels
 
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Samples scaled latents ``(b, c, h', w')`` of images ``(b, 3, h, w)`` in [0, 1] from the VAE's posterior.
+        """Samples latents ``(b, c, h', w')`` of images ``(b, 3, h, w)`` in [0, 1] from the VAE's posterior.
 
-        The latents have no gradient. A ``generator`` makes the sample reproducible.
+        The latents have the denoiser's scale and no gradient; see `latent_shape` for ``(c, h', w')``. A ``generator``
+        makes the sample reproducible; None uses torch's global generator.
         """
         return self.sample_latents(self.posterior(images), generator)
 
@@ -113,19 +113,22 @@ class Backbone(nn.Module):
         """Returns mean and standard deviation of the VAE's posterior for images ``(b, 3, h, w)`` in [0, 1].
 
         The result ``(b, 2c, h', w')`` contains first the c channels of the mean, then those of the standard deviation,
-        of unscaled latents. It has no gradient and can be cached.
+        of latents in the VAE's scale. It has no gradient and can be cached; see `sample_latents`.
         """
         raise NotImplementedError
 
     def sample_latents(self, posterior: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Samples scaled latents ``(b, c, h', w')`` from the output ``(b, 2c, h', w')`` of `posterior`.
+        """Samples latents ``(b, c, h', w')`` in the denoiser's scale from the output of `posterior`.
 
-        A ``generator`` makes the sample reproducible.
+        A ``generator`` makes the sample reproducible; None uses torch's global generator.
         """
         raise NotImplementedError
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decodes scaled latents ``(b, c, h', w')`` to images ``(b, 3, h, w)`` clamped to [0, 1], with gradient."""
+        """Decodes latents ``(b, c, h', w')`` in the denoiser's scale to images ``(b, 3, h, w)``, with gradient.
+
+        The images are clamped to [0, 1].
+        """
         raise NotImplementedError
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:

@@ -73,11 +73,11 @@ class BackboneConfig(PartConfig):
         return None
 
     def resolution(self) -> int | None:
-        """Native width and height of an image in pixels, found without loading weights; None if unknown."""
+        """Returns the native width and height of a square image in pixels, without loading weights; None if unknown."""
         return None
 
     def widths(self) -> tuple[int | None, int | None]:
-        """Returns the widths of the text states and of the pooled embedding that the denoiser expects.
+        """Returns the widths that the denoiser expects of the text's hidden states and of its pooled embedding.
 
         A width is None if it is unknown, or if the denoiser takes no pooled embedding.
         """
@@ -96,8 +96,8 @@ class DiffusersConfig(BackboneConfig):
     variant: str | None = None
     """variant of the weight files, e.g. ``"fp16"`` for ``*.fp16.safetensors``; null: files without a variant."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """dtype of the denoiser's weights; trainable weights are always float32. The VAE has the dtype of
-    ``loop.precision``.
+    """dtype of the denoiser's weights; trainable weights are always float32. The key ``loop.precision`` sets the VAE's
+    dtype.
     """
 
     @property
@@ -167,10 +167,12 @@ class ImageSizeConfig(TransformerConfig):
     """Base class of the configs of transformers whose checkpoints contain no image size; tokens are 2 by 2 latents."""
 
     image_size: int = Field(default=1024, ge=16)
-    """native width and height of an image in pixels, which the checkpoint does not contain."""
+    """width and height in pixels of the square images that the model was trained for; the checkpoint does not contain
+    it.
+    """
 
     def resolution(self) -> int:
-        """Native width and height of an image in pixels."""
+        """Returns the native width and height of a square image in pixels."""
         return self.image_size
 
     @property
@@ -183,7 +185,7 @@ class SampleSizeConfig(TransformerConfig):
     """Base class of the configs of transformers whose checkpoints contain the size of latents and of patches."""
 
     def resolution(self) -> int:
-        """Native width and height of an image in pixels, read from the checkpoint's configs without its weights."""
+        """Returns the native width and height of a square image in pixels, from the checkpoint's configs only."""
         return self.native_resolution()
 
     @property

@@ -18,9 +18,9 @@ from longalign.functional.images import ImageCheck
 class LatentBackbone(Backbone):
     """A denoiser in the latent space of diffusers' ``AutoencoderKL``.
 
-    Scaled latents are ``(z - shift_factor) * scaling_factor``, where ``z`` is the autoencoder's latent and both
-    constants are in its config. For other autoencoders, override `encode_pixels`, `decode_pixels`, `normalize`,
-    `denormalize` or `latent_channels`.
+    Latents in the denoiser's scale are ``(z - shift_factor) * scaling_factor``, where ``z`` is the autoencoder's
+    latent, and the two constants are in the autoencoder's config. For other autoencoders, override `encode_pixels`,
+    `decode_pixels`, `normalize`, `denormalize` or `latent_channels`.
 
     Args:
         denoiser: a diffusers network.
@@ -99,11 +99,11 @@ class LatentBackbone(Backbone):
         return self.vae.decode(z, return_dict=False)[0]
 
     def normalize(self, z: Tensor) -> Tensor:
-        """Maps the autoencoder's latent ``(b, c, h, w)`` to the scale that the denoiser was trained with."""
+        """Maps the autoencoder's latent ``(b, c, h', w')`` to the scale that the denoiser was trained with."""
         return (z - self._shift) * self.vae.config.scaling_factor
 
     def denormalize(self, latents: Tensor) -> Tensor:
-        """Inverse of `normalize`."""
+        """Inverse of `normalize`: maps latents ``(b, c, h', w')`` to the autoencoder's scale."""
         return latents / self.vae.config.scaling_factor + self._shift
 
     def enable_gradient_checkpointing(self) -> None:

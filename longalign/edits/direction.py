@@ -1,4 +1,4 @@
-"""Scales the component of the text embedding along one direction; the edits `none`, `direction` and `measured`."""
+"""The edits `none`, `direction` and `measured`: scale the component of a reward's text embedding along a direction."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Relative preference between a positive and a negative variant of a prompt (SRPO); the edit `pairs`."""
+"""The edit `pairs` of a reward's text embedding: compares a positive and a negative variant of a prompt (SRPO)."""
 
 from __future__ import annotations
 

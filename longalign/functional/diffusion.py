@@ -32,7 +32,7 @@ class NoiseLevels:
 
     @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: Tensor) -> NoiseLevels:
-        """Returns the levels of a variance-preserving model from ``alphas_cumprod`` ``(T,)``."""
+        """Returns the noise levels of a variance-preserving model from ``alphas_cumprod`` ``(T,)`` of its scheduler."""
         alphas = alphas_cumprod.double().cpu()
         return cls(alphas.sqrt(), (1 - alphas).sqrt())
 
@@ -166,7 +166,7 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> 
 
 
 Guide = Callable[[Tensor, Tensor, float | Tensor], Tensor]
-"""Combines a conditional and an unconditional prediction, as `guide` does."""
+"""Combines conditional predictions, unconditional predictions and a guidance scale, as `guide` does."""
 
 
 def guided_steps(levels: NoiseLevels, timesteps: Sequence[int], interval: tuple[float, float] | None) -> list[bool]:

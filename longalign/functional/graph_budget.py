@@ -28,7 +28,7 @@ class GraphBudget:
         self._weights = {weight.untyped_storage().data_ptr() for weight in weights}
 
     def allows(self) -> bool:
-        """Whether the next call may keep its graph."""
+        """Whether the next network call may keep its graph."""
         return self.used + self._largest <= self.size
 
     @contextmanager

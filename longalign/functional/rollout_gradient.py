@@ -48,13 +48,13 @@ class RandomState:
 
     @classmethod
     def now(cls, device: torch.device) -> RandomState:
-        """Returns the current state for computations on ``device``."""
+        """Returns the current state of the generators that computations on ``device`` use."""
         states = {"cuda": lambda: torch.cuda.get_rng_state(device), "mps": torch.mps.get_rng_state}
         state = states.get(device.type)
         return cls(torch.get_rng_state(), device, state() if state else None)
 
     def is_current(self) -> bool:
-        """Whether no random number was sampled since the state was captured."""
+        """Whether torch's generators still have this state: no random number was sampled since."""
         now = RandomState.now(self.device)
         unchanged = self.accelerator is None or torch.equal(self.accelerator, now.accelerator)  # type: ignore[arg-type]
         return unchanged and torch.equal(self.cpu, now.cpu)

@@ -1,4 +1,4 @@
-"""Parts of kind ``gradient_steps``: they select the sampling steps through which a reward is backpropagated.
+"""Methods that select the gradient steps: the sampling steps that receive the gradient of a reward.
 
 Public names are loaded on first use, so importing this package does not import torch.
 """

@@ -1,4 +1,4 @@
-"""Interface of parts of kind ``gradient_steps``, which select the sampling steps that receive gradient."""
+"""Interface of the methods that select the gradient steps: the sampling steps that receive gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Base class of configs of kind ``gradient_steps``."""
+"""Base class of the configs of methods that select the gradient steps: the sampling steps that receive gradient."""
 
 from __future__ import annotations
 

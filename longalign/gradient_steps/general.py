@@ -1,4 +1,7 @@
-"""General methods of kind ``gradient_steps``, on which the methods of papers are based. Does not import torch."""
+"""General methods that select the sampling steps that receive gradient; see `papers` for those of papers.
+
+Importing this module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +90,7 @@ class GroupedRandom:
 
     @classmethod
     def from_config(cls, config: GroupedRandomConfig, runtime: Runtime) -> GroupedRandom:
-        """Builds the part so that all processes sample the same steps."""
+        """Builds the selector; all processes select the same steps."""
         return cls(config.groups, detach=config.detach, randint=synced_randint(runtime))
 
     def select(self, num_steps: int) -> GradientSteps:
@@ -126,7 +129,7 @@ class Last:
 
     @classmethod
     def from_config(cls, config: LastConfig, runtime: Runtime) -> Last:
-        """Builds the part with the settings of the config."""
+        """Builds the selector from its config."""
         return cls(config.k, detach=config.detach, randint=synced_randint(runtime))
 
     def select(self, num_steps: int) -> GradientSteps:
@@ -149,7 +152,7 @@ class All:
 
     @classmethod
     def from_config(cls, config: AllConfig, runtime: Runtime) -> All:
-        """Builds the part with the settings of the config."""
+        """Builds the selector from its config."""
         return cls(detach=config.detach)
 
     def select(self, num_steps: int) -> GradientSteps:

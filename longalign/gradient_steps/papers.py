@@ -1,4 +1,7 @@
-"""Methods of kind ``gradient_steps`` from papers, under the papers' names. Does not import torch."""
+"""Methods from papers that select the sampling steps that receive gradient, under the papers' names.
+
+Importing this module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ class DRTune(GroupedRandom):
 
     @classmethod
     def from_config(cls, config: DRTuneConfig, runtime: Runtime) -> DRTune:  # type: ignore[override]
-        """Builds the part so that all processes sample the same steps."""
+        """Builds the selector; all processes select the same steps."""
         return cls(config.groups, detach=True, early_stop=config.early_stop, randint=synced_randint(runtime))
 
 
@@ -65,7 +68,7 @@ class DraftK(Last):
 
     @classmethod
     def from_config(cls, config: DraftKConfig, runtime: Runtime) -> DraftK:  # type: ignore[override]
-        """Builds the part with the settings of the config."""
+        """Builds the selector from its config."""
         return cls(config.k, detach=False, randint=synced_randint(runtime))
 
 
@@ -89,7 +92,7 @@ class DraftLV(Last):
 
     @classmethod
     def from_config(cls, config: DraftLVConfig, runtime: Runtime) -> DraftLV:  # type: ignore[override]
-        """Builds the part with the settings of the config."""
+        """Builds the selector from its config."""
         return cls(1, detach=True, copies=config.copies, randint=synced_randint(runtime))
 
 
@@ -128,7 +131,7 @@ class AlignProp(Last):
 
     @classmethod
     def from_config(cls, config: AlignPropConfig, runtime: Runtime) -> AlignProp:  # type: ignore[override]
-        """Builds the part so that all processes sample the same number of steps."""
+        """Builds the selector; all processes select the same number of steps."""
         return cls(config.max_steps, min_steps=config.min_steps, detach=False, randint=synced_randint(runtime))
 
 
@@ -153,5 +156,5 @@ class ReFL(Last):
 
     @classmethod
     def from_config(cls, config: ReFLConfig, runtime: Runtime) -> ReFL:  # type: ignore[override]
-        """Builds the part so that sampling ends with the same step in all processes."""
+        """Builds the selector; sampling ends with the same step in all processes."""
         return cls(1, detach=True, early_stop=config.early_stop, randint=synced_randint(runtime))

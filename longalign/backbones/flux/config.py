@@ -23,7 +23,9 @@ class FluxConfig(ImageSizeConfig):
     checkpoint: str
     """Hub id, e.g. ``black-forest-labs/FLUX.1-dev``, or local folder in diffusers layout."""
     guidance: float | None = Field(default=None, ge=0)
-    """guidance scale that the transformer is conditioned on. null: 3.5 for FLUX.1-dev; FLUX.1-schnell takes none."""
+    """guidance scale that the transformer is conditioned on. null: 3.5 for FLUX.1-dev, and no guidance scale for
+    FLUX.1-schnell, whose transformer takes none.
+    """
 
     def widths(self) -> tuple[int | None, int | None]:
         return self.number_of("joint_attention_dim"), self.number_of("pooled_projection_dim")

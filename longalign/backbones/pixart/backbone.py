@@ -68,7 +68,11 @@ class PixArtBackbone(LatentBackbone):
         return output[:, : latents.shape[1]].to(latents.dtype)
 
     def _size_conditions(self, latents: Tensor) -> dict[str, Tensor | None]:
-        """Returns the image size ``(b, 2)`` in pixels and aspect ratio ``(b, 1)``, or None for both if not used."""
+        """Returns ``added_cond_kwargs`` of the transformer.
+
+        These are height and width in pixels, ``(b, 2)``, and aspect ratio, ``(b, 1)``, of the images. Both are None if
+        the transformer does not use them.
+        """
         if not self.denoiser.use_additional_conditions:
             return {"resolution": None, "aspect_ratio": None}
         height, width = (self.vae_scale_factor * side for side in latents.shape[-2:])

@@ -45,9 +45,9 @@ class QwenImageBackbone(FlowBackbone):
         config, channels = transformer.config, vae.config.z_dim
         if config.in_channels != 4 * channels or transformer.out_channels != channels:
             raise ValueError(
-                f"the transformer has {config.in_channels} input and {transformer.out_channels} output channels, but "
-                f"the VAE has {channels}, and {4 * channels} in a token; use a text-to-image model in the layout of "
-                "Qwen-Image"
+                f"expected a transformer with {4 * channels} input and {channels} output channels for a VAE with "
+                f"{channels} channels, got {config.in_channels} and {transformer.out_channels}; use a text-to-image "
+                "model in the layout of Qwen-Image"
             )
         if variants := [key for key in VARIANTS if getattr(config, key, False)]:
             raise ValueError(
@@ -85,7 +85,7 @@ class QwenImageBackbone(FlowBackbone):
         return latents * std + mean
 
     def _statistics(self, like: Tensor) -> Tensor:
-        """Returns the mean and standard deviation ``(2, c, 1, 1)`` of the autoencoder's latent."""
+        """Returns mean and standard deviation ``(2, c, 1, 1)`` of the autoencoder's latent, with dtype of ``like``."""
         config = self.vae.config
         return torch.tensor([config.latents_mean, config.latents_std]).to(like)[..., None, None]
 

@@ -18,15 +18,16 @@ class StableDiffusionConfig(DiffusersConfig):
 
     checkpoint: str
     """Hub id, local folder in diffusers layout, ``mini/sd`` (bundled weights of a small model), or a single
-    ``.safetensors`` file. A single file contains the weights of UNet and VAE under the names of the original code.
+    ``.safetensors`` file. A single file contains the weights of UNet and VAE, with their names in the original code
+    instead of diffusers' names.
     """
     layout: str | None = None
     """for a single-file checkpoint, Hub id or folder in diffusers layout of a model with the same architecture. Only
     the configs of that model are read. null: the configs of Stable Diffusion 1.5 or XL on the Hub, as the weights fit.
     """
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """dtype of the UNet's weights; trainable weights are always float32. The VAE uses the dtype of
-    ``loop.precision``.
+    """dtype of the UNet's weights; trainable weights are always float32. The key ``loop.precision`` sets the VAE's
+    dtype.
     """
 
     @property
@@ -35,7 +36,7 @@ class StableDiffusionConfig(DiffusersConfig):
         return self.checkpoint.endswith(".safetensors")
 
     def resolution(self) -> int:
-        """Native width and height of an image in pixels, read from the checkpoint's configs without its weights."""
+        """Returns the native width and height of a square image in pixels, from the configs of the networks."""
         return self.native_resolution(self.layout)
 
     @model_validator(mode="after")
@@ -91,11 +92,12 @@ class SDXLConfig(StableDiffusionConfig):
     name: Literal["sdxl"] = "sdxl"
     checkpoint: str
     """Hub id, e.g. ``stabilityai/stable-diffusion-xl-base-1.0``, local folder in diffusers layout, or a single
-    ``.safetensors`` file with the weights of UNet and VAE under the names of the original code.
+    ``.safetensors`` file. A single file contains the weights of UNet and VAE, with their names in the original code
+    instead of diffusers' names.
     """
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """dtype of the UNet's weights; trainable weights are always float32. The VAE has the dtype of ``loop.precision``,
-    but float32 instead of float16 if its config sets ``force_upcast``, because it would overflow in float16.
+    """dtype of the UNet's weights; trainable weights are always float32. The key ``loop.precision`` sets the VAE's
+    dtype; a VAE whose config has ``force_upcast`` is float32 instead of float16, in which it would overflow.
     """
 
     def widths(self) -> tuple[int | None, int | None]:
@@ -121,8 +123,8 @@ class SD3Config(TransformerConfig, StableDiffusionConfig):
     the configs of that model are read. Loading single files of Stable Diffusion 3 has not been tested.
     """
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """dtype of the transformer's weights; trainable weights are always float32. The VAE has the dtype of
-    ``loop.precision``.
+    """dtype of the transformer's weights; trainable weights are always float32. The key ``loop.precision`` sets the
+    VAE's dtype.
     """
 
     @property

@@ -31,7 +31,10 @@ class SDXLBackbone(SDBackbone):
                 "Diffusion 1.x and 2.x use the backbone 'sd'"
             )
         if getattr(vae.config, "latents_mean", None) is not None:
-            raise ValueError("'sdxl' does not support a VAE that normalizes latents per channel; use SDXL's VAE")
+            raise ValueError(
+                "'sdxl' expects a VAE without latents_mean in its config, got one that normalizes latents per channel; "
+                "use SDXL's VAE"
+            )
 
     @classmethod
     def from_config(cls, config: StableDiffusionConfig, runtime: Runtime) -> SDXLBackbone:
