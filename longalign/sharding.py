@@ -54,7 +54,7 @@ def reshard(module: nn.Module) -> None:
 
 
 def gather_optimizer_state(state: dict[str, Any]) -> dict[str, Any]:
-    """Returns the ``state_dict`` of an optimizer with all tensors gathered; see `gather_full`."""
+    """Returns an optimizer's ``state_dict`` with full instead of sharded tensors; see `gather_full`."""
     moments = {
         i: {k: gather_full(v) if isinstance(v, Tensor) else v for k, v in values.items()}
         for i, values in state["state"].items()

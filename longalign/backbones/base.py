@@ -96,8 +96,8 @@ class Backbone(nn.Module):
     def levels_at(self, shape: Sequence[int]) -> NoiseLevels:
         """Returns the noise levels for latents of shape ``(..., h, w)``; by default `noise_levels`.
 
-        Override it for models whose noise levels depend on the image size, together with `call`, so that the denoiser
-        is conditioned on the same noise levels.
+        Override it for models whose noise levels depend on the image size. Then `call` must condition the denoiser on
+        these noise levels.
         """
         return self.noise_levels
 
@@ -186,11 +186,11 @@ class Backbone(nn.Module):
 
     @contextmanager
     def merged_lora(self) -> Iterator[None]:
-        """Context manager in which denoiser calls use copies of the weights with the active LoRA merged.
+        """Context manager in which denoiser calls use copies of the weights with the active (unmerged) LoRA merged.
 
         Calls with gradient or with active dropout still compute the LoRA separately. Merging saves time, and needs
-        memory for the copies. The weights must not change within the context. It has no effect without an active LoRA,
-        or if the weights are sharded (FSDP2).
+        memory for the copies. The weights must not change within the context. The context has no effect without an
+        active LoRA, or if the weights are sharded (FSDP2).
         """
         if self._active is None or is_sharded(self.denoiser):
             yield
@@ -297,7 +297,7 @@ class Backbone(nn.Module):
     # Trainable parameters
 
     def add_lora(self, config: LoraConfig, name: str) -> list[nn.Parameter]:
-        """Merges the active LoRA, adds a new LoRA and returns the trainable parameters of the new one, in float32.
+        """Adds a LoRA and returns its trainable parameters, in float32. Before, the active (unmerged) LoRA is merged.
 
         Args:
             config: settings of the new LoRA.
@@ -315,7 +315,10 @@ class Backbone(nn.Module):
         return parameters
 
     def merge_lora(self) -> None:
-        """Merges the active LoRA into the base weights and freezes them. Does nothing without an active LoRA."""
+        """Merges the active LoRA, the last one added, into the base weights and freezes all weights.
+
+        Does nothing if there is no unmerged LoRA.
+        """
         if self._active is None:
             return
         lora = self._active_lora()
@@ -332,7 +335,7 @@ class Backbone(nn.Module):
             self.denoiser.to(dtype) if keeps_float32 else nn.Module.to(self.denoiser, dtype)
 
     def train_all(self) -> list[nn.Parameter]:
-        """Merges the active LoRA, makes all weights of the denoiser trainable, in float32, and returns them.
+        """Makes all weights of the denoiser trainable, in float32, and returns them. Before, all LoRAs are merged.
 
         Checkpoints saved later contain all weights and no LoRAs.
         """
@@ -347,7 +350,7 @@ class Backbone(nn.Module):
 
     @property
     def lora_names(self) -> list[str]:
-        """Names of all LoRAs, merged or active, in the order in which they were added."""
+        """Names of all LoRAs, merged or not, in the order in which they were added."""
         return [lora.name for lora in self._merged] + ([self._active[0]] if self._active else [])
 
     def _active_lora(self) -> LoraWeights:
@@ -357,11 +360,11 @@ class Backbone(nn.Module):
         return LoraWeights(name, config, state)
 
     def lora_state(self) -> list[LoraWeights]:
-        """Returns all LoRAs, merged or active, on the CPU, in the order in which they were added."""
+        """Returns all LoRAs, merged or not, on the CPU, in the order in which they were added."""
         return self._merged + ([self._active_lora()] if self._active else [])
 
     def load_lora(self, loras: Sequence[LoraWeights]) -> None:
-        """Adds LoRAs, in order, to a backbone without LoRAs. The last one stays active; all are frozen.
+        """Adds LoRAs, in order, to a backbone without LoRAs. All but the last are merged; all are frozen.
 
         Raises:
             ValueError: if the backbone has LoRAs, or names or shapes of the weights do not match its layers.
@@ -373,7 +376,7 @@ class Backbone(nn.Module):
         self.denoiser.requires_grad_(False)
 
     def full_state(self) -> dict[str, Tensor]:
-        """Returns the denoiser's base weights on the CPU, without the active LoRA, as a state dict of diffusers.
+        """Returns the denoiser's weights on the CPU as a state dict of diffusers, without an unmerged LoRA.
 
         Of sharded weights (FSDP2), only the first process gets the values; see `longalign.sharding.gather_full`.
         """

@@ -60,7 +60,7 @@ class LoraConfig(Section):
 
 
 class BackboneConfig(PartConfig):
-    """Base class of backbone configs."""
+    """Base class of the configs of backbones: denoisers in a latent space, with their autoencoders."""
 
     #: whether the denoiser takes a pooled embedding of the prompt; None if unknown
     has_pooled: ClassVar[bool | None] = None

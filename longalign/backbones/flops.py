@@ -22,7 +22,7 @@ class FlopCount:
 
     LoRAs are not counted. Keys and values of the text count in every call, even if they were computed before. A call
     with gradient also counts its backward pass. The operations are counted once per image size, on meta tensors with
-    one image. They are then scaled by the batch size, and are linear in the number of text states.
+    one image. They are then scaled by the batch size, and are linear in the number of the text's hidden states.
 
     Args:
         denoiser: a diffusers network.
@@ -53,7 +53,7 @@ class FlopCount:
     def of_call(self, latents: Tensor, conditioning: Conditioning, backward: bool) -> float:
         """Returns the number of operations of one call on latents ``(b, c, h, w)``.
 
-        ``backward`` adds those of the backward pass.
+        If ``backward``, this includes the operations of the backward pass.
         """
         pooled = None if conditioning.pooled is None else conditioning.pooled.shape[1:]
         key = latents.shape[1:], conditioning.states.shape[2:], pooled, backward

@@ -128,7 +128,7 @@ def check_joint_conditioning(
 
     Args:
         conditioning: the conditioning.
-        states: expected width of the text states.
+        states: expected width of the hidden states of the text.
         pooled: expected width of the pooled embedding.
         transformer: name of the transformer, for messages.
         encoder: name of a matching encoder, for messages.

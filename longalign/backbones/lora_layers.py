@@ -1,9 +1,9 @@
 """LoRA layers of peft with a forward pass that adds the update to the layer's output in one matrix product.
 
 peft casts the input to the dtype of the LoRA, scales the update and adds it, each with a pass over memory. These layers
-compute ``y + s (x A) B`` as one product with ``y`` as its initial value. Here ``x`` is the input and ``y`` the output
-of the base layer, ``A`` the down and ``B`` the up projection, and ``s`` the scale of the LoRA. Calls without gradient
-can use a temporary copy of the base weight that contains the update.
+compute ``y + s (x A) B`` as one product with ``y`` as its initial value. Here ``x`` is the input of the base layer and
+``y`` its output. ``A`` is the down projection, ``B`` the up projection and ``s`` the scale of the LoRA. Calls without
+gradient can use a temporary copy of the base weight that contains the update.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def fuse_forward(layer: Any, dropout: float = 0.0) -> None:
 
     Args:
         layer: a LoRA layer of peft, linear or convolution.
-        dropout: probability of dropout of the update (``dropout_placement: up``), which peft does not have.
+        dropout: probability of dropout of the LoRA's output, which peft does not have; see
+            `LoraConfig.dropout_placement`.
     """
     layer.__class__ = {Linear: FusedLinear, Conv2d: FusedConv2d}[type(layer)]
     layer.dropout_of_update = dropout
@@ -36,7 +37,7 @@ def has_dropout(layer: nn.Module) -> bool:
 
 
 def _active_adapter(layer: Any) -> str | None:
-    """Returns the name of the only active LoRA, or None if there is none or several."""
+    """Returns the name of a layer's active LoRA; None if none or several LoRAs are active, or they are merged."""
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     return names[0] if len(names) == 1 and not (layer.disable_adapters or layer.merged) else None
 

@@ -70,8 +70,8 @@ class TextAttention(AttnProcessor2_0):
 def use_text_attention(unet: Any) -> None:
     """Sets `TextAttention` in all attention layers of a UNet.
 
-    Does nothing if the UNet changes the hidden states of the text before its attention layers, or has other attention
-    layers than those of Stable Diffusion's transformer blocks.
+    Does nothing if the UNet projects the hidden states of the text before its attention layers. Does nothing either if
+    its attention layers are not those of Stable Diffusion's transformer blocks.
     """
     layers = {name: module for name, module in unet.named_modules() if isinstance(module, Attention)}
     if unet.config.encoder_hid_dim_type is None and all(map(_is_plain, layers.values())):
@@ -95,9 +95,9 @@ def project_text(unet: nn.Module, conditioning: Conditioning, dtype: torch.dtype
         dtype: dtype in which the UNet gets the states.
 
     Returns:
-        A `ProjectedConditioning`, or the given conditioning if keys and values cannot be reused. This is so if the
-        conditioning is of a subclass, which may depend on the timestep, if a projection of keys or values has active
-        dropout, or if the UNet's attention layers do not use `TextAttention`.
+        A `ProjectedConditioning`, or the given conditioning if keys and values cannot be reused. They cannot if the
+        conditioning is of a subclass, which may depend on the timestep, or if a projection has active dropout. They
+        cannot either if the UNet's attention layers do not use `TextAttention`; see `use_text_attention`.
     """
     attention = [(name, module) for name, module in unet.named_modules() if isinstance(module, Attention)]
     if not all(isinstance(layer.processor, TextAttention) for _, layer in attention):

@@ -36,8 +36,9 @@ class DirectionConfig(EditConfig):
 
     name: Literal["direction"] = "direction"
     omega: float = Field(0.3, ge=0, allow_inf_nan=False)
-    """factor of the text-irrelevant part of the score, which comes from the component along the common direction; 1:
-    the original score, 0: only the text-relevant part. The paper uses 0.3.
+    """factor of the component along the common direction. This component gives the text-irrelevant part of the score:
+    preference for images regardless of the prompt. 1: the original score; 0: only the rest, the text-relevant part. The
+    paper uses 0.3.
     """
 
 

@@ -27,9 +27,9 @@ class ImagePreprocessor:
         size: height and width of the model's input in pixels.
         mean: mean per channel that is subtracted, for images in [0, 1].
         std: standard deviation per channel by which the difference is divided, for images in [0, 1].
-        aspect: how images of a different aspect ratio are resized: ``"crop"`` scales the shorter side to the input and
-            keeps the centre (CLIP), ``"pad"`` scales the longer side and pads with black (HPSv2), ``"squash"`` scales
-            both sides (SigLIP). For images of the model's aspect ratio all three are equal.
+        aspect: how images of a different aspect ratio are resized. ``"crop"`` covers the input and keeps the centre
+            (CLIP). ``"pad"`` fits the image into the input and pads it with black (HPSv2). ``"squash"`` scales height
+            and width separately (SigLIP).
         crop: side of a random crop before the resize: an int in pixels, or a float as a fraction of each side. None
             disables the crop. A crop discourages reward hacking through blocky artifacts; the LongAlign authors' code
             uses 504 of 512 pixels.

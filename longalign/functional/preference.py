@@ -83,8 +83,7 @@ def reweight(text: Tensor, direction: Tensor, omega: float) -> Tensor:
     Args:
         text: ``(b, d)`` text embeddings ``C_P``.
         direction: ``(d,)`` unit vector ``V``.
-        omega: factor of the component, which is the text-irrelevant part of the score if ``V`` is the common direction.
-            1 returns ``text`` exactly; 0 returns the part of ``text`` orthogonal to ``V``.
+        omega: factor of the component. 1 returns ``text`` exactly; 0 returns the part of ``text`` orthogonal to ``V``.
     """
     return text - (1 - omega) * eta(text, direction)[:, None] * direction
 

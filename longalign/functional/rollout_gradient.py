@@ -1,9 +1,9 @@
 """Rollouts: sampling with linear steps, and the exact gradient of a loss with the memory of one network call.
 
-A step is linear in latent ``x``, network output ``o(x)``, fresh noise ``n`` and, in a multistep method, the prediction
-``m`` remembered from the previous step: ``x' = a x + b o(x) + c n + d m`` and ``m' = p x + q o(x)``. Let ``g`` and
-``u`` be the gradients of the loss with respect to ``x'`` and ``m'``. The gradient with respect to the output is
-``v = b g + q u``, and with respect to ``m`` it is ``d g``. The gradient with respect to ``x`` is ``a g + p u``, plus
+A step is linear in latent ``x``, network output ``o(x)`` and fresh noise ``n``. In a multistep method, it is also
+linear in the prediction ``m`` of the previous step: ``x' = a x + b o(x) + c n + d m`` and ``m' = p x + q o(x)``. Let
+``g`` and ``u`` be the gradients of the loss with respect to ``x'`` and ``m'``. The gradient with respect to the output
+is ``v = b g + q u``, and with respect to ``m`` it is ``d g``. The gradient with respect to ``x`` is ``a g + p u``, plus
 ``J^T v`` if the network's input is not detached, where ``J`` is the Jacobian of ``o``. No graph of the whole rollout is
 therefore needed: the rollout runs without gradient and the loss is differentiated once at the final latent. The
 selected network calls are then recomputed with gradient from the recorded latents, from last to first. The outputs of
@@ -193,7 +193,7 @@ def replay_backward(
     detach: bool = True,
     calls_per_batch: int = 1,
 ) -> Iterator[tuple[Sequence[RecordedStep], Tensor, Tensor]]:
-    """Backpropagates through a rollout by recomputing the recorded network calls, from last to first.
+    """Backpropagates through the sampling steps of `rollout` by recomputing the recorded calls, from last to first.
 
     The iterator yields a scalar for each recomputed call. Call ``backward`` on the scalar, or on a sum that contains
     it, before advancing the iterator. The scalar may be scaled before ``backward``, e.g. for half precision. Calls that

@@ -1,8 +1,8 @@
 """Samplers with linear steps.
 
-A step is linear in latent ``x``, network output ``o``, fresh noise ``n`` and, in a multistep method, the clean latent
-``m`` predicted in the previous step: ``x' = a x + b o + c n + d m`` and ``m' = p x + q o``. This holds for each
-prediction type: noise, velocity (v-prediction) and flow-matching velocity.
+A step is linear in latent ``x``, network output ``o`` and fresh noise ``n``. In a multistep method, it is also linear
+in the clean latent ``m`` predicted in the previous step: ``x' = a x + b o + c n + d m`` and ``m' = p x + q o``. This
+holds for each prediction type: noise, velocity (v-prediction) and flow-matching velocity.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def trailing_timesteps(num_steps: int, num_timesteps: int = 1000) -> tuple[int, 
 def sampling_timesteps(solver: str, levels: NoiseLevels, num_steps: int) -> tuple[int, ...]:
     """Returns the sampling timesteps of a solver, as indices into the noise levels.
 
-    These are `trailing_timesteps`. If ``levels`` also contain the noise levels of sampling schedules (``terminal`` of
-    `NoiseLevels.from_flow`), they are the indices of the schedule of ``num_steps`` steps instead, except for ``"lcm"``:
-    models sampled with ``"lcm"`` are distilled at trailing timesteps.
+    By default, the result is that of `trailing_timesteps`. If ``levels`` also contain noise levels of sampling
+    schedules (see ``terminal`` of `NoiseLevels.from_flow`), the result is the indices of the schedule of ``num_steps``
+    steps. The solver ``"lcm"`` always gets trailing timesteps, because its models are distilled at these.
 
     Args:
         solver: ``"ddim"``, ``"dpm++"`` or ``"lcm"``.

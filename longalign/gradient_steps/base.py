@@ -17,7 +17,7 @@ class GradientSteps:
             the inputs to earlier gradient steps.
         length: number of sampling steps to take; the last of them returns the predicted clean latent. None takes all
             steps.
-        copies: number of copies of each sample that are noised again, to the noise level of the last step, and then
+        copies: number of copies of each sample. A copy is noised again, to the noise level of the last step, and then
             denoised in one step with gradient. The scores of a sample and of its copies have equal weight.
     """
 

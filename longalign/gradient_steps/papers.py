@@ -16,7 +16,7 @@ from longalign.runtime import Runtime
 
 
 class DRTuneConfig(GradientStepsConfig):
-    """DRTune (arXiv 2405.00760): equidistant steps from a random offset receive gradient, with detached inputs.
+    """DRTune (arXiv 2405.00760): equidistant steps from a random offset receive gradient; their inputs are detached.
 
     Sampling ends with a random late step, and the image predicted at that step is scored.
     """

@@ -28,7 +28,7 @@ class PixArtBackbone(LatentBackbone):
         transformer: the denoiser.
         vae: the autoencoder; frozen by this class.
         alphas_cumprod: ``(T,)`` cumulative products of the noise schedule's alphas.
-        prediction: ``"epsilon"`` or ``"v_prediction"``.
+        prediction: prediction type: ``"epsilon"`` or ``"v_prediction"``.
 
     Raises:
         ValueError: if transformer and VAE have different numbers of channels.

@@ -110,7 +110,10 @@ class QwenImageBackbone(FlowBackbone):
         return unpack(output, latents.shape[-2]).to(latents.dtype)
 
     def _check_positions(self, num_states: int, height: int, width: int) -> None:
-        """Raises ValueError if there are more text states than positions, which follow those of the image tokens."""
+        """Raises ValueError if there are more hidden states of the text than positions for them.
+
+        The positions of the text follow those of the ``height`` by ``width`` image tokens.
+        """
         limit = len(self.denoiser.pos_embed.pos_freqs) - max(height // 2, width // 2)
         if num_states > limit:
             raise ValueError(

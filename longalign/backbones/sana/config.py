@@ -8,7 +8,7 @@ from longalign.backbones.config import SampleSizeConfig
 
 
 class SanaConfig(SampleSizeConfig):
-    """Sana, Sana-1.5, or any model with the same layout: linear attention, and cross-attention to Gemma's states.
+    """Sana, Sana-1.5, or any model with the same layout: linear attention, and cross-attention to Gemma's output.
 
     Use it with the encoder ``llm``, with the model's checkpoint and prompt template, ``prefix: first`` and
     ``lowercase: true``.

@@ -23,7 +23,8 @@ class StableDiffusionConfig(DiffusersConfig):
     """
     layout: str | None = None
     """for a single-file checkpoint, Hub id or folder in diffusers layout of a model with the same architecture. Only
-    the configs of that model are read. null: the configs of Stable Diffusion 1.5 or XL on the Hub, as the weights fit.
+    the configs of that model are read. null: the Hub's configs of Stable Diffusion 1.5 or XL, whichever fits the
+    weights.
     """
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """dtype of the UNet's weights; trainable weights are always float32. The key ``loop.precision`` sets the VAE's

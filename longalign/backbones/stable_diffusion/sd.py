@@ -96,7 +96,7 @@ class SDBackbone(LatentBackbone):
         return {}
 
     def check_width(self, conditioning: Conditioning) -> None:
-        """Raises ValueError if the width of the text states does not match the UNet's cross-attention."""
+        """Raises ValueError if the width of the text's hidden states does not match the UNet's cross-attention."""
         expected = self.denoiser.config.cross_attention_dim
         if conditioning.states.shape[-1] != expected:
             raise ValueError(

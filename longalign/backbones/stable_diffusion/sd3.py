@@ -66,7 +66,7 @@ class SD3Backbone(LatentBackbone):
         return output.to(latents.dtype)
 
     def check_conditioning(self, conditioning: Conditioning) -> None:
-        """Raises ValueError if text states or pooled embedding have the wrong width, or some states are masked."""
+        """Raises ValueError if hidden states or pooled embedding have the wrong width, or some states are masked."""
         config = self.denoiser.config
         check_joint_conditioning(
             conditioning,
