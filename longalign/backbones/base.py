@@ -418,11 +418,11 @@ class Backbone(nn.Module):
     def predict_reference(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Returns the prediction of the reference model, the denoiser at the start of training, without gradient.
 
-        With an active LoRA, this is the denoiser without that LoRA; else the copy of `keep_reference_model`. Arguments
+        With an unmerged LoRA, this is the denoiser without that LoRA; else the copy of `keep_reference_model`. Arguments
         and result are those of `predict`.
 
         Raises:
-            ValueError: if there is neither an active LoRA nor a copy.
+            ValueError: if there is neither an unmerged LoRA nor a copy.
         """
         if self._active is not None:
             with without_lora(self.denoiser, self._active[0]):

@@ -21,7 +21,7 @@ CONSTANT = " and set a constant 'shift', as in Stable Diffusion 3"
 def flow_levels(scheduler: Mapping[str, Any], name: str = "sd3", tokens: int | None = None) -> NoiseLevels:
     """Returns the noise levels of a flow-matching scheduler of diffusers.
 
-    This is ``FlowMatchEulerDiscreteScheduler``, or a different one with ``use_flow_sigmas``. With
+    The scheduler is ``FlowMatchEulerDiscreteScheduler``, or a different one with ``use_flow_sigmas``. With
     ``use_dynamic_shifting``, the shift of `NoiseLevels.from_flow` depends on the number of image tokens: it is
     ``exp(mu)``, or ``mu`` with ``time_shift_type="linear"``. ``mu`` is linear in the number of tokens, from
     ``base_shift`` at ``base_image_seq_len`` to ``max_shift`` at ``max_image_seq_len``.
