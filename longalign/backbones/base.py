@@ -418,8 +418,8 @@ class Backbone(nn.Module):
     def predict_reference(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Returns the prediction of the reference model, the denoiser at the start of training, without gradient.
 
-        With an unmerged LoRA, this is the denoiser without that LoRA; else the copy of `keep_reference_model`. Arguments
-        and result are those of `predict`.
+        With an unmerged LoRA, this is the denoiser without that LoRA; else the copy of `keep_reference_model`.
+        Arguments and result are those of `predict`.
 
         Raises:
             ValueError: if there is neither an unmerged LoRA nor a copy.
