@@ -134,7 +134,7 @@ def rollout(
     invalid = sorted(i for i in grad_steps if not 0 <= i < len(solver))
     if invalid:
         raise ValueError(
-            f"grad_steps contains step {invalid[0]}, but the solver has the steps 0 to {len(solver) - 1}; remove it"
+            f"grad_steps contains step {invalid[0]}; expected 0 to {len(solver) - 1}, the indices of the solver's steps"
         )
     latents, previous, recorded = noise, None, []
     for index, timestep in enumerate(solver.timesteps):
