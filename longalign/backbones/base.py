@@ -209,7 +209,7 @@ class Backbone(nn.Module):
     def count_flops(self) -> FlopCount:
         """Returns a `FlopCount` that counts the floating-point operations of all later calls of `predict`.
 
-        It replaces the count of an earlier call of this method.
+        The `FlopCount` of an earlier call of this method then stops counting.
 
         Raises:
             ValueError: if the denoiser is not a diffusers network.
@@ -297,7 +297,7 @@ class Backbone(nn.Module):
     # Trainable parameters
 
     def add_lora(self, config: LoraConfig, name: str) -> list[nn.Parameter]:
-        """Adds a LoRA and returns its trainable parameters, in float32. Before, the active (unmerged) LoRA is merged.
+        """Merges an unmerged LoRA, then adds a new LoRA and returns the new one's trainable parameters, in float32.
 
         Args:
             config: settings of the new LoRA.
@@ -335,7 +335,7 @@ class Backbone(nn.Module):
             self.denoiser.to(dtype) if keeps_float32 else nn.Module.to(self.denoiser, dtype)
 
     def train_all(self) -> list[nn.Parameter]:
-        """Makes all weights of the denoiser trainable, in float32, and returns them. Before, all LoRAs are merged.
+        """Merges an unmerged LoRA, then makes all weights of the denoiser trainable, in float32, and returns them.
 
         Checkpoints saved later contain all weights and no LoRAs.
         """

@@ -52,7 +52,7 @@ class MeasuredConfig(EditConfig):
 
     name: Literal["measured"] = "measured"
     file: str
-    """file of the measured direction, written by `longalign compute-direction --images`."""
+    """path of the file with the measured direction, written by `longalign compute-direction --images`."""
     omega: float = Field(0.0, ge=0, allow_inf_nan=False)
     """factor of the component along the measured direction; 0 removes the component, 1 keeps the original score."""
 

@@ -215,7 +215,7 @@ def dpmpp_2m(levels: NoiseLevels, timesteps: Sequence[int], prediction: str) -> 
     The clean latents predicted in the current and the previous step are extrapolated linearly in the log of the
     signal-to-noise ratio. First and last step are of first order (DDIM); the last step returns the predicted clean
     latent. If the first timestep has no signal, the log is infinite there, and the second step is of first order too.
-    Arguments and errors are those of `ddim`.
+    Arguments and errors are those of `ddim`, without ``eta``.
     """
     a, b, d, p, q = [], [], [], [], []
     previous_size = math.inf  # no previous prediction in the first step
