@@ -53,9 +53,9 @@ _OPENING = frozenset(_PAIRS.values())
 _WORD = re.compile(r"\w")
 
 _WRAPPED = 40
-"""Minimum length of a wrapped line: the next line continues the sentence if it starts in lower case."""
+"""Minimum length in characters of a wrapped line: if the next line starts in lower case, the sentence continues."""
 _LONG_QUOTE = 300
-"""Maximum length of a quotation or bracket that is not split inside."""
+"""Maximum length in characters of a quotation or bracket that is not split inside."""
 _LONGEST_MARKER = len("(xxxviii")
 
 
@@ -122,7 +122,7 @@ def _boundaries(block: str) -> Iterator[int]:
 
 
 def _enclosures(block: str) -> list[tuple[int, int]]:
-    """Returns positions ``(open, close)`` of short quotations and brackets. Inch marks are not quotes."""
+    """Returns the character offsets ``(open, close)`` of short quotations and brackets. Inch marks are not quotes."""
     spans: list[tuple[int, int]] = []
     stack: list[tuple[str, int]] = []
     open_marks: Counter[str] = Counter()
@@ -144,12 +144,12 @@ def _enclosures(block: str) -> list[tuple[int, int]]:
 
 
 class _Scan:
-    """Decides which punctuation marks of a block end a sentence, in linear time.
+    """Decides, in one pass over a text, which punctuation marks end a sentence.
 
-    All methods must be called with ascending positions.
+    The methods must be called with ascending positions (character offsets), so that the time is linear.
 
     Args:
-        block: text without line breaks.
+        block: the text, without line breaks.
     """
 
     def __init__(self, block: str):
@@ -163,7 +163,7 @@ class _Scan:
         self.begin(0)
 
     def begin(self, start: int) -> int:
-        """Starts a sentence at ``start`` and returns it."""
+        """Starts a sentence at the offset ``start``, and returns ``start``."""
         self.start = start
         match = _NON_SPACE.search(self.block, start)
         self.first_char = match.start() if match else len(self.block)
@@ -222,9 +222,9 @@ class _Scan:
 
 
 def _ends_at_word(word: str, block: str, start: int, following: str) -> bool:
-    """Whether a period ends a sentence.
+    """Whether the period after ``word`` ends a sentence.
 
-    The period follows ``word``, which starts at ``start``, and precedes a space and ``following``.
+    ``word`` starts at offset ``start`` of ``block``; after the period come a space and the word ``following``.
     """
     key = word.lower()
     name = following.rstrip(",;:!?…\"'”’)")

@@ -223,8 +223,8 @@ class LongClipConfig(LoadedConfig):
 
     name: Literal["longclip"] = "longclip"
     checkpoint: str = Field(default="BeichenZhang/LongCLIP-L", min_length=1)
-    """Hub id, local folder, or path of a ``.pt`` file as published by the authors of LongCLIP. A repository or folder
-    contains such a file, or files in transformers layout.
+    """Hub id, local folder, or path of a ``.pt`` or ``.safetensors`` file with the weight names of LongCLIP's authors.
+    A repository or folder contains such a ``.pt`` file, or files in transformers layout.
     """
     filename: str | None = None
     """name of the published ``.pt`` file in the folder or repository. null: ``longclip-L.pt`` if it exists, otherwise
