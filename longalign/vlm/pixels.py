@@ -19,12 +19,17 @@ PIXELS = "pixel_values"
 
 
 def model_inputs(processor: Any, texts: Sequence[str], images: Tensor) -> dict[str, Tensor]:
-    """Returns a model's inputs for pairs of an image and a text, with gradient with respect to the images.
+    """Returns the inputs of a vision-language model for b pairs of an image and a text.
+
+    ``pixel_values`` among them is differentiable with respect to the images, in float32 (float64 for float64 images).
 
     Args:
-        processor: processor of a vision-language model.
-        texts: texts by `chat_text`, one for each image.
+        processor: the model's processor, from `longalign.vlm.local.load_processor`.
+        texts: b outputs of `longalign.vlm.local.chat_text` with one image.
         images: ``(b, 3, h, w)`` in [0, 1].
+
+    Raises:
+        ValueError: if the processor and its image processor return pixels of different shapes.
     """
     # processors divide by 255; resized values are neither rounded nor clamped, so that every pixel receives gradient
     rows = [[255 * image] for image in at_least_float32(images)]
@@ -40,10 +45,16 @@ def model_inputs(processor: Any, texts: Sequence[str], images: Tensor) -> dict[s
 
 
 def check_differentiable(processor: Any, checkpoint: str) -> None:
-    """Checks on a small image that a processor's pixels have gradient, and are those that the model expects.
+    """Checks on a small image that `model_inputs` is differentiable with a processor and returns the right pixels.
+
+    The right pixels are those that the processor returns without gradient.
+
+    Args:
+        processor: a vision-language model's processor.
+        checkpoint: the model's checkpoint, for the message.
 
     Raises:
-        ValueError: if they do not; use a different vision-language model.
+        ValueError: if the gradient is zero or not finite, or the pixels differ.
     """
     processor_type = type(processor).__name__
     image = torch.linspace(0.1, 0.9, 3 * 48 * 64).reshape(1, 3, 48, 64).requires_grad_()
