@@ -18,7 +18,7 @@ BLOCK, BLOCKS = 4096, 256
 def fingerprints(config: Any, folders: Sequence[str], ask_hub: bool = True) -> dict[str, str | None]:
     """Returns the `fingerprint` of each checkpoint that a config names, by path in the config.
 
-    A path is e.g. ``parts.0.checkpoint``. A fingerprint is None if it is unknown.
+    A path is e.g. ``parts.0.checkpoint``.
 
     Args:
         config: a config as plain values, the output of pydantic's ``model_dump``.
@@ -47,12 +47,11 @@ def _checkpoints(path: str, value: Any) -> Iterator[tuple[str, str, str | None, 
 def fingerprint(
     checkpoint: str, revision: str | None, subfolder: str | None, folders: Sequence[str], ask_hub: bool = True
 ) -> str | None:
-    """Returns a text that identifies the weights of one checkpoint, or None if it is unknown.
+    """Returns a text that identifies the weights of one checkpoint; None for a Hub id without access to its commit.
 
     For local files: a hash of names, sizes and content in hexadecimal. Files up to 1 MiB are hashed completely. For
     larger files, 256 blocks of 4 KiB spread over the file are hashed; any training changes them. For a Hub id:
-    ``commit <hash>``, of the Hub, or of the local Hub cache if offline or if ``ask_hub`` is False. None if the Hub id
-    is neither reachable nor cached.
+    ``commit <hash>``, the commit on the Hub; if offline, or if ``ask_hub`` is False, the commit in the local Hub cache.
 
     Args:
         checkpoint: local file or folder, bundled weights (``mini/...``), or Hub id.
@@ -60,7 +59,7 @@ def fingerprint(
         subfolder: subfolder of the model in a local folder; None for the top level.
         folders: name prefixes of the relevant subfolders of a diffusers checkpoint. For example, ``["text_encoder",
             "tokenizer"]`` includes ``text_encoder_2``. If a folder has no such subfolder, its top-level files are used.
-        ask_hub: whether to query the Hub for the present commit, with a timeout of 10 seconds.
+        ask_hub: whether to query the Hub for the current commit, with a timeout of 10 seconds.
     """
     root = Path(resolve_checkpoint(checkpoint))
     if not root.exists():

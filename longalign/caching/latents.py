@@ -23,16 +23,20 @@ IMAGE_FOLDERS = ("vae",)
 
 
 def has_latents(config: RunConfig) -> bool:
-    """Whether a run caches latents: as ``cache.latents`` says; if that is null, whether the data has images."""
+    """Whether a run caches latents: the value of ``cache.latents``; if it is null, whether the data has images.
+
+    False for a config without ``cache`` or ``data``.
+    """
     if config.cache is None or config.data is None:
         return False
     return config.data.has_images if config.cache.latents is None else config.cache.latents
 
 
 def latent_store(config: RunConfig, runtime: Runtime, **options: Any) -> Store:
-    """Opens the store of a run's latents. Its identity contains the settings that determine the latents.
+    """Opens the store of a run's latents; raises the errors of `Store`.
 
-    ``options`` are keyword arguments of `Store`.
+    The store's ``identity`` contains the settings that determine the latents. ``options`` are further keyword arguments
+    of `Store`.
     """
     assert config.cache is not None and config.data is not None and config.backbone is not None
     # The key `dtype` applies to the denoiser only, not to the autoencoder.
@@ -63,6 +67,7 @@ def make_latents(
         The number of all entries of the cache and the number of new ones, over all processes.
 
     Raises:
+        StaleCache: if the cache was made with different settings.
         ValueError: if items of the data change between reads, or no image can be read.
     """
     store = latent_store(config, runtime, **writer_options(runtime, shard_bytes))
@@ -155,7 +160,7 @@ class _Rows(Dataset[dict[str, Any]]):
 
 
 def _check_deterministic(data: Data) -> None:
-    """Raises ValueError if items change between reads, e.g. randomly flipped images."""
+    """Raises ValueError if one of the first two items of the data differs between reads, e.g. a random flip."""
     for index in range(min(len(data), 2)):
         first, second = data.load_item(index), data.load_item(index)
         if first is None or second is None:

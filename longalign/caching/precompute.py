@@ -38,8 +38,8 @@ def make_caches(
         progress: whether to show progress bars.
 
     Returns:
-        The number of all entries and the number of new ones, over all processes, for each folder of the cache:
-        ``"latents"``, and one per text encoder, e.g. ``"prompts-clip-segment"``.
+        For each folder of the cache, a pair: the number of all entries and the number of new ones, over all processes.
+        The folders are ``"latents"`` and one per text encoder, e.g. ``"prompts-clip-segment"``.
 
     Raises:
         StaleCache: if the cache was made with different settings.

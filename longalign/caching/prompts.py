@@ -35,14 +35,16 @@ def named_leaves(config: RunConfig) -> Iterator[tuple[str, EncoderConfig]]:
 
 
 def prompt_store(config: RunConfig, name: str, leaf: EncoderConfig, runtime: Runtime, **options: Any) -> Store:
-    """Opens the store of one encoder's states. Its identity contains the settings that determine the states.
+    """Opens the store of one encoder's states; raises the errors of `Store`.
+
+    The store's ``identity`` contains the settings that determine the states.
 
     Args:
         config: the run's config.
         name: name of the store's folder; see `named_leaves`.
         leaf: config of the encoder; see `named_leaves`.
         runtime: gives the dtype of the states.
-        **options: keyword arguments of `Store`.
+        **options: further keyword arguments of `Store`.
     """
     assert config.cache is not None
     encoder = settings(leaf)
@@ -76,6 +78,7 @@ def make_prompts(
         The number of all entries of the store and the number of new ones, over all processes.
 
     Raises:
+        StaleCache: if the store was made with different settings.
         ValueError: if the states of the encoder cannot be cached.
     """
     store = prompt_store(config, name, leaf, runtime, **writer_options(runtime, shard_bytes))

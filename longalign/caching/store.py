@@ -79,7 +79,7 @@ class Store:
             self._index(number)
 
     def reopened(self) -> Store:
-        """Returns a store of this folder opened again, with the entries that all writers have written, read-only."""
+        """Opens this folder again and returns a read-only store with the entries that all writers have written."""
         return Store(self.folder, self.identity)
 
     def _check_identity(self, identity: dict[str, Any], writable: bool) -> None:

@@ -27,7 +27,7 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     def adapt(self, conditioning: Conditioning) -> Conditioning:
-        """Returns the conditioning with mapped states; where ``conditioning.mask`` is False, they are zero.
+        """Returns ``conditioning`` with its states mapped to width ``out_dim``; masked states become zero.
 
         The states are cast to the adapter's dtype first. A subclass may return a conditioning that depends on the
         timestep; see `Conditioning.at`.

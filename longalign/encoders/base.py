@@ -60,7 +60,7 @@ class Conditioning:
         return self
 
     def predict(self, call: Call, latents: Tensor, timesteps: Tensor) -> Tensor:
-        """Returns the denoiser's prediction ``(b, c, h, w)``: here, from one call with the conditioning `at` timesteps.
+        """Returns the denoiser's prediction ``(b, c, h, w)``: here, from one call with ``self.at(timesteps)``.
 
         Subclasses that combine several predictions per prompt override this method; one call with more rows can
         compute all of them. Trainers and samplers treat the result as the output of the denoiser, with gradient.
@@ -75,7 +75,7 @@ class Conditioning:
 
     @property
     def is_static(self) -> bool:
-        """Whether ``states`` hold at every timestep, and each prediction is one call of the denoiser with them."""
+        """Whether the conditioning is equal at all timesteps, and a prediction is one call of the denoiser with it."""
         return type(self).at is Conditioning.at and type(self).predict is Conditioning.predict
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
@@ -107,7 +107,7 @@ class Conditioning:
 Call = Callable[[Tensor, Tensor, Conditioning], Tensor]
 
 GROW_ADVICE = "raise {}, or set overflow to 'grow'"
-"""The ``advice`` for `raise_or_warn_truncated` of encoders whose ``overflow`` can be ``"grow"``.
+"""Argument ``advice`` of `raise_or_warn_truncated` for encoders with ``overflow="grow"``.
 
 ``{}`` stands for the config key of the maximum length.
 """

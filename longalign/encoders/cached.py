@@ -36,7 +36,7 @@ def settings(config: EncoderConfig) -> dict[str, Any]:
 def build_cached(config: EncoderConfig, stores: Iterator[Store], runtime: Runtime) -> Encoder:
     """Builds an encoder that reads cached states instead of running text models.
 
-    Its trainable parameters have the same names as those of the encoder that runs them, so checkpoints fit both.
+    The trainable parameters have the same names as in the encoder with text models, so checkpoints fit both encoders.
 
     Args:
         config: config of the encoder that runs text models.
@@ -54,8 +54,8 @@ def build_cached(config: EncoderConfig, stores: Iterator[Store], runtime: Runtim
 class CachedEncoder(Encoder):
     """Reads the states of prompts from a store and applies the adapter, if any.
 
-    The conditioning has the shape that the encoder with text models returns: states are padded to the number that the
-    empty prompt has, or to that of the longest prompt of the batch if it is greater.
+    The conditioning has the shape that the encoder with text models returns: the states of a prompt are padded to the
+    length of the encoded empty prompt, or to that of the longest prompt in the batch if it is greater.
 
     Args:
         store: store with the output of `entries`, including the entry of the empty prompt.
@@ -64,7 +64,7 @@ class CachedEncoder(Encoder):
         key: name of the attribute that holds the adapter. It is part of the adapter's weight names in checkpoints.
 
     Raises:
-        ValueError: if the empty prompt, or later a prompt to encode, is not in the store.
+        ValueError: if the empty prompt is not in the store; from ``encode``, if a prompt is not.
     """
 
     def __init__(self, store: Store, adapter: Adapter | None, *, device: str, key: str = "adapter"):
@@ -113,8 +113,8 @@ def entries(encoder: Encoder, prompts: Sequence[str], length: int | None) -> lis
     Returns:
         One dict of tensors per prompt:
 
-        - ``states`` ``(k, d)``: with a mask, the unmasked states. Without a mask, the states of the prompt followed by
-          one padding state; equal states at the end count as padding.
+        - ``states`` ``(k, d)``: with a mask, the unmasked states. Without a mask, the states of the prompt and, if the
+          prompt can be padded, one padding state; equal states at the end count as padding.
         - ``length`` ``(1,)``: number of states with padding.
         - ``real`` ``(1,)``: number of unmasked states; only with a mask.
         - ``pooled`` ``(p,)``: pooled embedding; only if the encoder returns one.
@@ -182,7 +182,11 @@ def _padding_state(encoder: Encoder, prompt: str, states: Tensor) -> Tensor:
 
 
 def collate_states(rows: Sequence[dict[str, Tensor]], min_length: int) -> Conditioning:
-    """Collates entries made by `entries` into a conditioning of at least ``min_length`` states per prompt."""
+    """Collates entries made by `entries` into a conditioning, one row per entry.
+
+    The states are padded to the greatest ``length`` of the entries, but at least ``min_length``: with a mask and zeros
+    if the entries have ``real``, otherwise by repeating the last state.
+    """
     length = max(min_length, *(int(entry["length"]) for entry in rows))
     masked = "real" in rows[0]
     padded = []

@@ -93,8 +93,8 @@ class CheckpointConfig(EncoderConfig):
     def _width_of(self, *keys: str, folder: str | None = None) -> int | None:
         """Returns the integer under the first of ``keys`` that the text model's ``config.json`` contains.
 
-        None if none is contained, or the file is not available locally. ``folder`` is the folder of ``config.json`` in
-        the checkpoint; None: the paths of `_configs`.
+        Returns None if the file contains none of ``keys``, or is not available locally. ``folder`` is the file's folder
+        in the checkpoint; None: the paths of `_configs`.
         """
         for file in [f"{folder}/config.json"] if folder else [f for f in self._configs() if f.endswith(".json")]:
             config = read_json(self.checkpoint, file, self.revision)

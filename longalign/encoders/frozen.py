@@ -30,7 +30,7 @@ def pad_with_last(indices: Sequence[Tensor], min_length: int = 0) -> list[Tensor
 
 
 def autocast_disabled(device: torch.device) -> torch.autocast:
-    """Returns a context manager without autocast, in which a frozen model runs in the dtype of the model's weights.
+    """Returns a context manager that disables autocast, so that a frozen model runs in the dtype of its weights.
 
     The states then equal cached states, and T5 in half precision keeps its float32 layers.
     """

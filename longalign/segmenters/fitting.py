@@ -88,7 +88,7 @@ def pieces(text: str, limit: int, count: TokenCounter, *, clauses: bool = True) 
         ValueError: if ``limit`` is below 1, or a single code point has more than ``limit`` tokens.
     """
     if limit < 1:
-        raise ValueError(f"expected a window of at least 1 token, got {limit}")
+        raise ValueError(f"expected a window of at least 1 token, got {limit}; use a larger window")
     text = text.strip()
     out, start, word = [], 0, 0
     while start < len(text):

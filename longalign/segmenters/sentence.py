@@ -55,7 +55,7 @@ _WORD = re.compile(r"\w")
 _WRAPPED = 40
 """Minimum length in characters of a wrapped line: if the next line starts in lower case, the sentence continues."""
 _LONG_QUOTE = 300
-"""Maximum length in characters of a quotation or bracket that is not split inside."""
+"""A quotation or bracket of at most this many characters is not split inside."""
 _LONGEST_MARKER = len("(xxxviii")
 
 
@@ -64,9 +64,9 @@ def sentences(text: str) -> list[str]:
 
     A period, question mark or exclamation mark ends a sentence. Exceptions: abbreviations (Mr., e.g., U.S., No. 5,
     a.m.), numbers, initials, list markers, ellipses, and quotations within a sentence. Closing quotes and brackets
-    stay with their sentence; short quotations and brackets are not split inside. A line break ends a sentence unless
-    the line is long and the next line starts in lower case (wrapped text). The full-width marks 。！？； end a sentence
-    even without a following space. The time is linear in the length of the text.
+    stay with their sentence; quotations and brackets of up to 300 characters are not split inside. A line break ends a
+    sentence unless the line has at least 40 characters and the next line starts in lower case (wrapped text). The
+    full-width marks 。！？； end a sentence even without a following space. The time is linear in the length of the text.
 
     Returns:
         Stripped, non-empty sentences. Together they contain all characters of the text except whitespace.
@@ -170,13 +170,16 @@ class _Scan:
         return start
 
     def enclosed(self, mark: re.Match[str]) -> bool:
-        """Whether the punctuation mark is inside quotation marks or brackets."""
+        """Whether the punctuation mark, a match of ``_END_MARK``, is inside quotation marks or brackets."""
         while self.enclosures and self.enclosures[0][0] < mark.start():
             self.enclosed_to = max(self.enclosed_to, self.enclosures.popleft()[1])
         return self.enclosed_to >= mark.end()
 
     def ends(self, mark: re.Match[str]) -> bool:
-        """Whether the punctuation mark ends the current sentence, ignoring quotations and brackets."""
+        """Whether the punctuation mark, a match of ``_END_MARK``, ends the current sentence.
+
+        Does not consider quotations and brackets; see `enclosed`.
+        """
         block, at, after = self.block, mark.start(), mark.end()
         while self.run and self.run.end() <= at:
             self.run = next(self.runs, None)
@@ -207,7 +210,9 @@ class _Scan:
     def _ends_joined(self, marks: str, at: int, after: int, other_marks: bool) -> bool:
         """Whether a punctuation mark without a following space ends a sentence.
 
-        For example, ``a tree.The sky`` is split, but ``3.5`` and ``a.JPG`` are not.
+        For example, ``a tree.The sky`` is split, but ``3.5`` and ``a.JPG`` are not. ``marks`` is the mark without
+        closing quotes; it starts at offset ``at`` and, with them, ends at ``after``. ``other_marks``: whether the word
+        before contains another mark.
         """
         block = self.block
         if self.word == at:

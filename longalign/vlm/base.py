@@ -27,7 +27,7 @@ class HashedImage:
 
     @classmethod
     def of(cls, image: Tensor) -> HashedImage:
-        """Returns the image of a tensor ``(3, h, w)`` in [0, 1]."""
+        """Returns the image of a tensor ``(3, h, w)`` in [0, 1], rounded to 8 bits."""
         return cls(to_pil(image))
 
     @cached_property

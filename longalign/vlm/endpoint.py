@@ -117,7 +117,7 @@ class EndpointVLM(VLM):
             raise error
 
     def reply(self, request: Request, stop: Event) -> str:
-        """Returns the text of the model's reply to one request. Setting ``stop`` prevents further attempts.
+        """Returns the text of the model's reply to one request. Setting ``stop`` in a thread ends further attempts.
 
         Raises:
             EndpointError: if the endpoint rejected the request, or every attempt failed.

@@ -1,7 +1,7 @@
 """Preprocessing of images for vision-language models, differentiable with respect to the images.
 
 The image processors of transformers with the torchvision backend resize, normalize and patchify tensors with
-differentiable operations. Processors with the PIL backend do not.
+differentiable operations. Image processors with the PIL backend convert tensors to arrays without gradient.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def model_inputs(processor: Any, texts: Sequence[str], images: Tensor) -> dict[s
 
     Args:
         processor: the model's processor, from `longalign.vlm.local.load_processor`.
-        texts: b outputs of `longalign.vlm.local.chat_text` with one image.
+        texts: b texts from `longalign.vlm.local.chat_text`, each with one image.
         images: ``(b, 3, h, w)`` in [0, 1].
 
     Raises:
@@ -39,7 +39,7 @@ def model_inputs(processor: Any, texts: Sequence[str], images: Tensor) -> dict[s
     if pixels.shape != inputs[PIXELS].shape:
         raise ValueError(
             f"the {type(processor).__name__} returns pixels {tuple(inputs[PIXELS].shape)}, its image processor "
-            f"{tuple(pixels.shape)}; this vision-language model is not supported"
+            f"{tuple(pixels.shape)}; expected equal shapes: use a different vision-language model"
         )
     return {**inputs, PIXELS: pixels}
 
@@ -54,7 +54,7 @@ def check_differentiable(processor: Any, checkpoint: str) -> None:
         checkpoint: the model's checkpoint, for the message.
 
     Raises:
-        ValueError: if the gradient is zero or not finite, or the pixels differ.
+        ValueError: if the processor fails, the gradient is zero or not finite, or the pixels differ.
     """
     processor_type = type(processor).__name__
     image = torch.linspace(0.1, 0.9, 3 * 48 * 64).reshape(1, 3, 48, 64).requires_grad_()

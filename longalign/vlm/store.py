@@ -24,7 +24,7 @@ class StoredAnswers:
         folder: folder of ``answers.jsonl``, created when needed; None stores in memory only.
 
     Raises:
-        ValueError: if the file contains a line that is not an answer.
+        ValueError: if a line of ``answers.jsonl`` is valid JSON, but not an answer.
     """
 
     def __init__(self, vlm: VLM, folder: Path | str | None):

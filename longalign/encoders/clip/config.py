@@ -55,7 +55,9 @@ class SegmentConfig(CheckpointConfig):
     pads only to the longest prompt of the batch and masks the padding.
     """
     max_tokens: int = Field(default=240, ge=1)
-    """number of states, one per token, to which shorter prompts are padded; for longer prompts see ``overflow``."""
+    """number of states, one per token of all segments, to which shorter prompts are padded; for longer prompts see
+    ``overflow``.
+    """
     overflow: Literal["grow", "truncate", "error"] = "grow"
     """what to do with prompts of more than ``max_tokens`` states: ``"grow"`` pads the batch to the longest prompt,
     ``"truncate"`` truncates with a warning, as in the published models, ``"error"`` raises.
@@ -91,7 +93,7 @@ class TwoClipsConfig(SegmentConfig):
     has_pooled: ClassVar[bool | None] = True
 
     subfolder: str | None = None
-    """subfolder of the checkpoint that contains the text encoders and tokenizers; null: the root folder."""
+    """subfolder of the checkpoint with the text encoders and tokenizers; null: the top level."""
     pooled: Literal["mean", "first", "truncate"] = "mean"
     """which pooled embedding (one vector per prompt) is used: ``"mean"`` over the segments, that of the ``"first"``
     segment, or ``"truncate"``: that of the prompt truncated to 77 tokens. All three are equal for a prompt of one
@@ -174,7 +176,7 @@ class T5FluxConfig(CheckpointConfig):
     tokenizers.
     """
     subfolder: str | None = None
-    """subfolder of the checkpoint that contains the text encoders and tokenizers; null: the root folder."""
+    """subfolder of the checkpoint with the text encoders and tokenizers; null: the top level."""
     pooled: Literal["mean", "first", "truncate"] = "mean"
     """which pooled embedding of CLIP (one vector per prompt) is used: ``"mean"`` over the segments, that of the
     ``"first"`` segment, or ``"truncate"``: that of the prompt truncated to 77 tokens, as in diffusers. All three are

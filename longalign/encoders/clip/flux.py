@@ -40,7 +40,11 @@ class T5FluxEncoder(Encoder):
 
     @classmethod
     def from_config(cls, config: T5FluxConfig, runtime: Runtime) -> T5FluxEncoder:
-        """Loads ``text_encoder``, ``text_encoder_2`` and their tokenizers, and builds the segmenter."""
+        """Loads ``text_encoder``, ``text_encoder_2`` and their tokenizers, and builds the segmenter.
+
+        Raises:
+            ValueError: if the checkpoint does not exist or is incomplete.
+        """
         clip, t5 = (
             load_text_model(kind, config, join_subfolder(config.subfolder, folder), runtime)
             for kind, folder in ((CLIPTextModel, "text_encoder"), (T5EncoderModel, "text_encoder_2"))

@@ -25,7 +25,7 @@ from longalign.segmenters import Prompt, Segmenter
 class ClipSegmentSD3Encoder(Encoder):
     """Encodes segments with CLIP-L and OpenCLIP-bigG, and appends T5's states of the whole prompt.
 
-    The states of both CLIPs are concatenated along the channel axis and zero-padded to T5's width. T5's states are
+    The states of both CLIPs are concatenated along the channel axis and padded with zeros to ``width``. T5's states are
     appended along the sequence axis. The pooled embeddings of both CLIPs are concatenated too.
 
     Args:
@@ -54,7 +54,13 @@ class ClipSegmentSD3Encoder(Encoder):
 
     @classmethod
     def from_config(cls, config: ClipSegmentSD3Config, runtime: Runtime) -> ClipSegmentSD3Encoder:
-        """Loads ``text_encoder``, ``text_encoder_2``, ``text_encoder_3`` if ``t5="encode"``, and their tokenizers."""
+        """Loads ``text_encoder``, ``text_encoder_2`` and, if ``config.t5`` is ``"encode"``, ``text_encoder_3``.
+
+        Also loads their tokenizers, and builds the segmenter.
+
+        Raises:
+            ValueError: if the checkpoint does not exist or is incomplete.
+        """
         models, tokenizers = load_clip_pair(config, runtime, CLIPTextModelWithProjection, None)
         t5 = None
         if config.t5 == "encode":

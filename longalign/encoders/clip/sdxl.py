@@ -31,7 +31,7 @@ class PenultimateEncoder(ClipSegmentEncoder):
         """Returns the conditioning of planned prompts; `ProjectedEncoder` adds the pooled embeddings ``(b, p)``.
 
         Args:
-            plans: the plan of each prompt.
+            plans: the plan of each prompt, from `checked_plans`.
             pools: for each prompt, the token ids of one or more texts. The pooled embedding of a prompt is the mean of
                 the pooled outputs of these texts.
         """
@@ -107,7 +107,12 @@ class ClipSegmentSDXLEncoder(Encoder):
 
     @classmethod
     def from_config(cls, config: ClipSegmentSDXLConfig, runtime: Runtime) -> ClipSegmentSDXLEncoder:
-        """Loads ``text_encoder``, ``text_encoder_2`` and their tokenizers, and builds the segmenter."""
+        """Loads ``text_encoder``, ``text_encoder_2`` and their tokenizers, and builds the segmenter.
+
+        Raises:
+            FileNotFoundError: if the checkpoint is a single file that does not exist.
+            ValueError: if the checkpoint does not exist or is incomplete.
+        """
         models, tokenizers = load_clip_pair(config, runtime, CLIPTextModel, config.layout)
         return cls.from_modules(config, models, tokenizers, config.segmenter.build(runtime), empty=config.empty)
 

@@ -112,13 +112,18 @@ class ClipSegmentEncoder(Encoder):
 
     @classmethod
     def from_config(cls, config: ClipSegmentConfig, runtime: Runtime) -> ClipSegmentEncoder:
-        """Loads the text model and tokenizer, and builds the segmenter."""
+        """Loads the text model and tokenizer, and builds the segmenter.
+
+        Raises:
+            FileNotFoundError: if the checkpoint is a single file that does not exist.
+            ValueError: if the checkpoint does not exist or is incomplete.
+        """
         model, tokenizer = load_clip_text_model(CLIPTextModel, config, config.subfolder, runtime, config.layout)
         return cls.from_modules(config, model, tokenizer, config.segmenter.build(runtime))
 
     @classmethod
     def from_modules(cls, config: SegmentConfig, text_model: nn.Module, tokenizer: Any, segmenter: Segmenter) -> Self:
-        """Builds the encoder from loaded modules, with the settings of a config."""
+        """Builds the encoder from loaded modules, with the settings of a config. See the class for the modules."""
         return cls(
             text_model,
             tokenizer,
@@ -138,7 +143,7 @@ class ClipSegmentEncoder(Encoder):
         return self.merge(plans, *self.run(plans))
 
     def checked_plans(self, prompts: Sequence[Prompt]) -> list[SegmentPlan]:
-        """Returns the plan of each prompt.
+        """Returns the `SegmentPlan` of each prompt.
 
         If a prompt is truncated, raises ValueError if ``overflow`` is ``"error"``, and warns otherwise.
         """
@@ -258,7 +263,7 @@ class ClipSegmentEncoder(Encoder):
     def _context(self, segments: Sequence[Tokenized], index: int) -> list[int]:
         """Returns the token ids of the context of segment ``index``: up to ``self.context`` segments before it.
 
-        Goes back from segment ``index``, and stops at the first that does not fit the window together with the others.
+        Goes back from segment ``index``, and stops at the first segment that would exceed the text model's window.
         """
         ids: list[int] = []
         space = self.window - 2 - len(segments[index])

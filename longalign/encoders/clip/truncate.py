@@ -58,7 +58,12 @@ class ClipTruncateEncoder(Encoder):
 
     @classmethod
     def from_config(cls, config: ClipTruncateConfig, runtime: Runtime) -> ClipTruncateEncoder:
-        """Loads the text model and tokenizer."""
+        """Loads the text model and tokenizer.
+
+        Raises:
+            FileNotFoundError: if the checkpoint is a single file that does not exist.
+            ValueError: if the checkpoint does not exist or is incomplete.
+        """
         model, tokenizer = load_clip_text_model(CLIPTextModel, config, config.subfolder, runtime, config.layout)
         return cls(model, tokenizer, overflow=config.overflow, max_batch_tokens=config.max_batch_tokens)
 

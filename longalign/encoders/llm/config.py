@@ -11,7 +11,7 @@ from longalign.registry import Part
 
 CHAT = "chat"
 SLOT = "{}"
-"""Stands for the prompt in a template."""
+"""The text that stands for the prompt in a template."""
 
 
 class LlmConfig(LoadedConfig):

@@ -95,7 +95,11 @@ class LlmEncoder(Encoder):
 
     @classmethod
     def from_config(cls, config: LlmConfig, runtime: Runtime) -> LlmEncoder:
-        """Loads the language model and its tokenizer, and builds the segmenter. Code of the checkpoint is not run."""
+        """Loads the language model and its tokenizer, and builds the segmenter. Code of the checkpoint is not run.
+
+        Raises:
+            ValueError: if the checkpoint does not exist or is incomplete, or does not fit the settings.
+        """
         checkpoint = resolve_checkpoint(config.checkpoint)
         folder, tokenizer_folder = subfolders(checkpoint, config.subfolder, config.revision)
         model = load_frozen_model(

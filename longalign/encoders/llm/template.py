@@ -30,7 +30,7 @@ class TemplateRow:
 
 
 def chat_template(tokenizer: Any, system: str | None) -> tuple[str, str]:
-    """Returns the text of a chat before the user's message, and after it up to the start of the reply.
+    """Returns two parts of a chat in the tokenizer's template: before the user's message, and after it up to the reply.
 
     Args:
         tokenizer: a transformers tokenizer.

@@ -72,7 +72,11 @@ class TextAdapter(Adapter):
 
     @classmethod
     def from_config(cls, config: AdapterConfig, runtime: Runtime) -> TextAdapter:
-        """Loads the adapter of ``config.checkpoint``; if it is None, initializes one. The weights are float32."""
+        """Loads the adapter of ``config.checkpoint``; if it is None, initializes one. The weights are float32.
+
+        Raises:
+            ValueError: as `load`.
+        """
         if config.checkpoint is not None:
             adapter = cls.load(resolve_checkpoint(config.checkpoint), config.subfolder, config.revision)
         else:

@@ -29,13 +29,14 @@ class AdapterConfig(PartConfig):
     revision: str | None = None
     """branch, tag or commit of a Hub repository; null: the default branch."""
     in_dim: int | None = Field(None, ge=1)
-    """for a new adapter: width of the text model's states, e.g. 1024 for T5-large."""
+    """for a new adapter: width of the text model's states, e.g. 1024 for T5-large; null with ``checkpoint``."""
     int_dim: int | None = Field(None, ge=1)
-    """for a new adapter: width between the two feed-forward blocks, e.g. 896."""
+    """for a new adapter: width between the two feed-forward blocks, e.g. 896; null with ``checkpoint``."""
     out_dim: int | None = Field(None, ge=1)
-    """for a new adapter: width that the denoiser expects, e.g. 768 for Stable Diffusion 1.5."""
+    """for a new adapter: width that the denoiser expects, e.g. 768 for Stable Diffusion 1.5; null with ``checkpoint``.
+    """
     trainable: bool = True
-    """whether the adapter is trained."""
+    """whether the adapter is trained; false: the adapter's weights are frozen."""
 
     def width(self) -> int | None:
         """Returns the adapter's output width, or None if the checkpoint's config.json is not available locally."""
@@ -57,14 +58,17 @@ class AdapterConfig(PartConfig):
         if self.checkpoint is not None and given:
             raise ValueError(f"the widths are read from 'checkpoint'; remove {', '.join(given)}")
         if self.checkpoint is None and len(given) < 3:
-            raise ValueError("set 'checkpoint' to load an adapter, or in_dim, int_dim and out_dim for a new adapter")
+            raise ValueError(
+                "expected 'checkpoint' of an adapter, or in_dim, int_dim and out_dim of a new one, got "
+                f"{' and '.join(given) or 'neither'}; set 'checkpoint', or all three widths"
+            )
         if self.checkpoint is None and (self.subfolder or self.revision):
             raise ValueError("'subfolder' and 'revision' require 'checkpoint'; set 'checkpoint' or remove both")
         return self
 
 
 class T5Config(LoadedConfig):
-    """Encodes the whole prompt with T5's encoder, in windows of whole sentences if it is long."""
+    """Encodes the whole prompt with T5's encoder; long prompts in windows of whole sentences."""
 
     target: ClassVar[str] = "longalign.encoders.t5.encoder:T5Encoder"
     adapter_key: ClassVar[str | None] = "adapter"

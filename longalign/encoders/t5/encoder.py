@@ -85,7 +85,11 @@ class T5Encoder(Encoder):
 
     @classmethod
     def from_config(cls, config: T5Config, runtime: Runtime) -> T5Encoder:
-        """Loads the model and tokenizer, and loads or initializes the adapter."""
+        """Loads the model and tokenizer, and loads or initializes the adapter.
+
+        Raises:
+            ValueError: if a checkpoint does not exist or is incomplete, or the adapter's width does not match T5's.
+        """
         model, tokenizer = load_text_model(T5EncoderModel, config, config.subfolder, runtime)
         adapter = None if config.adapter is None else config.adapter.build(runtime)
         return cls.from_modules(config, model, tokenizer, adapter)
@@ -100,7 +104,10 @@ class T5Encoder(Encoder):
         *,
         length_key: str = "max_tokens",
     ) -> T5Encoder:
-        """Builds the encoder from loaded modules, with the settings of a config."""
+        """Builds the encoder from loaded modules, with the settings of a config.
+
+        See the class for ``model``, ``tokenizer``, ``adapter`` and ``length_key``.
+        """
         return cls(
             model,
             tokenizer,
