@@ -116,7 +116,9 @@ def make_latents(
         write_items(store.folder, keys, stamps, buckets)
     wait(runtime)
     if all(key == UNREADABLE for key in keys):
-        raise ValueError("none of the images in the data can be read; check that its files exist and are images")
+        raise ValueError(
+            f"none of the {len(data)} images of the data can be read; check that the files exist and are images"
+        )
     total = len(store.reopened())
     return total, total - num_before
 

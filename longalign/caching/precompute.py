@@ -49,8 +49,8 @@ def make_caches(
     if config.cache is None or config.data is None:
         missing = [f"'{key}'" for key in ("data", "cache") if getattr(config, key) is None]
         raise ValueError(
-            f"expected a config with 'data' and 'cache', got one without {' and '.join(missing)}; add e.g. "
-            "cache: {folder: runs/cache}"
+            f"expected a config with 'data' and 'cache', got one without {' and '.join(missing)}; add the missing "
+            "section, e.g. cache: {folder: runs/cache}"
         )
     data = require_indexed(config.data.for_backbone(config.backbone).build(runtime), config)
     progress = progress and runtime.rank == 0

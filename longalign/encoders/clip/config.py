@@ -55,8 +55,8 @@ class SegmentConfig(CheckpointConfig):
     pads only to the longest prompt of the batch and masks the padding.
     """
     max_tokens: int = Field(default=240, ge=1)
-    """number of states, one per token of all segments, to which shorter prompts are padded; for longer prompts see
-    ``overflow``.
+    """number of states to which shorter prompts are padded: one state per token, counted over all segments. For longer
+    prompts see ``overflow``.
     """
     overflow: Literal["grow", "truncate", "error"] = "grow"
     """what to do with prompts of more than ``max_tokens`` states: ``"grow"`` pads the batch to the longest prompt,

@@ -117,7 +117,10 @@ class TextAdapter(Adapter):
         try:
             adapter.load_state_dict(state)
         except (RuntimeError, TypeError) as error:
-            raise ValueError(f"{weights}: expected weights that match the widths in config.json: {error}") from error
+            raise ValueError(
+                f"{weights}: expected weights that match the widths in config.json, use the files of one adapter: "
+                f"{error}"
+            ) from error
         return adapter
 
     def save(self, folder: str | Path) -> None:
