@@ -154,7 +154,7 @@ class ConcatConfig(EncoderConfig):
         if len(set(widths.values())) < 2:
             return []
         shown = ", ".join(f"{width} from '{name}'" for name, width in widths.items())
-        return [("parts", f"expected states of equal width, got {shown}; set the 'adapter' of an encoder to map one")]
+        return [("parts", f"expected states of equal width, got {shown}; add an adapter to one of the encoders")]
 
     def widths(self) -> tuple[int | None, int | None]:
         known = [part.widths() for part in self.parts]
