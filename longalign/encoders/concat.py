@@ -32,7 +32,7 @@ class ConcatEncoder(Encoder):
     def __init__(self, parts: Sequence[Encoder]):
         super().__init__()
         if not parts:
-            raise ValueError("expected at least one encoder in parts, got none; add an encoder")
+            raise ValueError("expected at least one part, an encoder, got none; add an encoder")
         widths = [part.dim for part in parts]
         if len(set(widths)) > 1:
             raise ValueError(

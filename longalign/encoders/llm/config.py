@@ -57,8 +57,8 @@ class LlmConfig(LoadedConfig):
     def _check_template(self) -> LlmConfig:
         if self.template != CHAT and self.template.count(SLOT) != 1:
             raise ValueError(
-                f"template: expected '{CHAT}', or a text with one {SLOT} in place of the prompt, got one with "
-                f"{self.template.count(SLOT)}: {self.template[:60]!r}"
+                f"template: expected '{CHAT}', or a text with one {SLOT} in place of the prompt, got "
+                f"{self.template.count(SLOT)} {SLOT} in {self.template[:60]!r}"
             )
         if self.template != CHAT and self.system is not None:
             raise ValueError(f"'system' requires `template: {CHAT}`; write the system message into the template")
