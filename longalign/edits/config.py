@@ -58,7 +58,7 @@ class MeasuredConfig(EditConfig):
         return [("file", f"no file {self.file}; write one with `longalign compute-direction --images`")]
 
 
-class PairsConfig(EditConfig):
+class PairsEditConfig(EditConfig):
     """Relative preference between a positive and a negative variant of a prompt (SRPO, arXiv 2509.06942).
 
     The edited embedding is ``(k + 1) C_P(positive prompt) - C_P(negative prompt)``. A control word or
@@ -76,7 +76,7 @@ class PairsConfig(EditConfig):
     """weight of the positive prompt's score, added to the difference of both scores; 0: only the difference."""
 
     @model_validator(mode="after")
-    def _check_words(self) -> PairsConfig:
+    def _check_words(self) -> PairsEditConfig:
         if self.positive.split() == self.negative.split():
             raise ValueError(
                 f"expected different control words as positive and negative, got {self.positive!r} for both; change one"
