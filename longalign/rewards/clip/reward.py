@@ -19,7 +19,11 @@ class ClipReward(TowerReward):
 
     @classmethod
     def from_config(cls, config: ClipLikeConfig, runtime: Runtime) -> ClipReward:
-        """Loads the reward from a Hub id or a local folder in transformers layout."""
+        """Loads the reward from a Hub id or a local folder in transformers layout.
+
+        Raises:
+            ValueError: if there is no complete ``CLIPModel``, or the tokenizer does not fit its text tower.
+        """
         from transformers import CLIPModel
 
         checkpoint = resolve_checkpoint(config.checkpoint)

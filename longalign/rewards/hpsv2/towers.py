@@ -34,7 +34,7 @@ class OpenClipTowers(Towers):
         return len(self.tokenizer.encode(self.tokenizer.clean_fn(self._escape_special(text))))
 
     def _escape_special(self, text: str) -> str:
-        """Escapes the names of special tokens in a text, so that they are tokenized as text."""
+        """Inserts a space into names of special tokens in a text, so that they are tokenized as ordinary text."""
         clean = self.tokenizer.clean_fn(text)
         return _SPECIAL.sub(r"< \1", clean) if _SPECIAL.search(clean) else text
 
