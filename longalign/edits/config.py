@@ -61,8 +61,9 @@ class MeasuredConfig(EditConfig):
 class PairsEditConfig(EditConfig):
     """Relative preference between a positive and a negative variant of a prompt (SRPO, arXiv 2509.06942).
 
-    The edited embedding is ``(k + 1) C_P(positive prompt) - C_P(negative prompt)``. A control word or
-    phrase is put before every text that the reward encodes: the prompt, or each of its segments.
+    The edited embedding is ``(k + 1) C_P(positive prompt) - C_P(negative prompt)``, with the text embedding ``C_P`` of
+    the reward. The two prompts differ in a control word or phrase, which is put before every text that the reward
+    encodes: the prompt, or each of its segments.
     """
 
     target: ClassVar[str] = "longalign.edits.pairs:PairsEdit"
@@ -71,9 +72,11 @@ class PairsEditConfig(EditConfig):
     positive: str
     """control word of the positive prompt: a word or phrase, separated from the text by a space; empty: none."""
     negative: str
-    """control word of the negative prompt."""
+    """control word of the negative prompt: a word or phrase that differs from ``positive``; empty: none."""
     k: float = Field(1.0, ge=0, allow_inf_nan=False)
-    """weight of the positive prompt's score, added to the difference of both scores; 0: only the difference."""
+    """weight with which the positive prompt's score is added to the difference of the two scores, positive minus
+    negative; 0: only the difference.
+    """
 
     @model_validator(mode="after")
     def _check_words(self) -> PairsEditConfig:
