@@ -302,8 +302,7 @@ class TowerReward(EmbeddingReward):
         return embeddings[[index[text] for texts in segments for text in texts]], segments
 
     def save(self, folder: Path) -> None:
-        """Saves model, tokenizer and image settings to a folder, created if needed, that is a checkpoint of the reward.
-        """
+        """Saves model, tokenizer and image settings to a folder, created if needed: a checkpoint of the reward."""
         self.towers.save(folder, self.preprocessor)
 
     def _unit_embeddings(self, texts: list[str]) -> Tensor:
