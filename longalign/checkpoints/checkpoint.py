@@ -153,7 +153,11 @@ def load_weights(checkpoint: str | Path) -> Weights:
 
 
 def _check_complete(path: Path, tensors: Mapping[str, Tensor], loras: Sequence[LoraWeights]) -> None:
-    """Raises ValueError if tensors are missing, unlisted or not finite floats."""
+    """Checks the tensors of a checkpoint file.
+
+    Raises:
+        ValueError: if a name has no known prefix, a listed LoRA has no tensors, or a tensor is not of finite floats.
+    """
     prefixes = ("denoiser.", "encoder.", *(f"lora.{i}." for i in range(len(loras))))
     if unknown := [name for name in tensors if not name.startswith(prefixes)]:
         raise ValueError(

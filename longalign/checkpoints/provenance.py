@@ -1,4 +1,4 @@
-"""Records the package versions of a run, and the package that provides each part."""
+"""Records the package versions of a run, and the package that provides each part of the config, such as a reward."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def public_config(config: RunConfig) -> Any:
 def exported_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a dumped config as it is exported, without credentials.
 
-    In the keys `PRIVATE_KEYS`, local paths are shortened to their last part.
+    In the keys `PRIVATE_KEYS`, such as ``data`` and ``output``, local paths are shortened to their last part.
     """
     return {key: redacted(value, redact_path if key in PRIVATE_KEYS else redact_url) for key, value in tree.items()}
 

@@ -14,16 +14,18 @@ _HINT = "use `direction: running`, or a file written by `longalign compute-direc
 
 
 class UndefinedDirection(ValueError):
-    """Raised if a common direction cannot be computed, because there are too few different prompts."""
+    """Raised if a common direction cannot be computed: a batch has fewer than two different prompts, or a running mean
+    of prompts has none yet.
+    """
 
 
 class CommonDirection(nn.Module):
     """The common direction ``V`` of text embeddings: their normalized mean (LongAlign, paper 3.2).
 
     Args:
-        source: ``"batch"`` for the mean over each batch, ``"running"`` for the mean over all batches passed with
-            ``update`` so far, or a fixed vector ``(d,)`` of any norm. The ``state_dict`` of a running direction
-            contains ``running_mean`` ``(d,)`` and ``running_count``, the number of embeddings.
+        source: ``"batch"`` for the mean over each batch, ``"running"`` for the mean over all batches passed to
+            `forward` with ``update=True`` so far, or a fixed vector ``(d,)`` of any norm. The ``state_dict`` of a
+            running direction contains ``running_mean`` ``(d,)`` and ``running_count``, the number of embeddings.
         dim: width ``d`` of the embeddings.
         gather: `Runtime.gather`, by which ``V`` is computed from the embeddings of all processes.
 

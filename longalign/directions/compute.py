@@ -92,8 +92,8 @@ def measure_direction(
         the cosine of the directions computed from two halves of the pairs.
 
     Raises:
-        ValueError: if prompts and seeds of the folders differ, there are fewer than two pairs, or the embeddings of
-            the folders have the same mean.
+        ValueError: if the two folders have images of different prompts or seeds, fewer than two pairs, or the same mean
+            embedding.
         FileNotFoundError: if a folder has no ``metadata.jsonl``, or an image listed there does not exist.
     """
     prompts, *paths = paired_images(over, reference)
@@ -126,7 +126,7 @@ def paired_images(over: Path | str, reference: Path | str) -> tuple[list[str], l
         sorted by prompt and seed.
 
     Raises:
-        ValueError: if prompts and seeds of the folders differ, or there are fewer than two pairs.
+        ValueError: if the two folders have images of different prompts or seeds, or fewer than two pairs.
         FileNotFoundError: if a folder has no ``metadata.jsonl``, or an image listed there does not exist.
     """
     folders = (Path(over), Path(reference))

@@ -33,8 +33,8 @@ class Direction:
 
     Attributes:
         vector: the vector ``(d,)``, of norm 1.
-        probe: ``(k, d)`` embeddings of the k fixed texts `PROBE` by the reward for which the direction was computed,
-            by which another reward is recognized.
+        probe: ``(k, d)`` embeddings of the k fixed texts `PROBE` by the reward for which the direction was computed. A
+            reward with different embeddings of these texts cannot use the direction.
         kind: ``"text"`` for the normalized mean of text embeddings (the common direction ``V``), ``"images"`` for the
             normalized mean difference of image embeddings of two models. Use a different name for directions that were
             computed with a different method.
@@ -110,7 +110,11 @@ class Direction:
         return self.vector
 
     def common_for(self, reward: EmbeddingReward, config: PartConfig | None = None) -> Tensor:
-        """Returns ``vector`` as `vector_for` does, after checking that ``kind`` is ``"text"``.
+        """Returns ``vector`` ``(d,)``, after checking that ``kind`` is ``"text"``, and what `vector_for` checks.
+
+        Args:
+            reward: the reward.
+            config: config of ``reward``, for messages; None if unknown.
 
         Raises:
             ValueError: if ``kind`` is different, or the direction was not computed with ``reward``.

@@ -57,9 +57,10 @@ def call_kwargs(pipe: Any, **settings: Any) -> dict[str, Any]:
 
 
 def caption_cleaning_kwargs(pipe: Any) -> dict[str, bool]:
-    """Returns ``{"clean_caption": False}`` and logs a warning if a pipeline cleans captions and libraries are missing.
+    """Returns the keyword argument that disables caption cleaning (of markup and URLs) if its libraries are missing.
 
-    Otherwise returns no arguments. Without the argument, diffusers also skips the cleaning, but warns in every call.
+    It is ``{"clean_caption": False}``, and a warning is logged, if the pipeline would clean captions. Without this
+    argument, diffusers also skips the cleaning, but warns in every call. Otherwise returns no arguments.
     """
     parameter = inspect.signature(pipe.__call__).parameters.get("clean_caption")
     missing = [name for module, name in CLEANERS.items() if find_spec(module) is None]

@@ -65,9 +65,9 @@ def condition(
         States and pooled embeddings are in the denoiser's dtype and on the pipeline's device.
 
     Raises:
-        ValueError: if the pipeline accepts no embeddings, or needs inputs or pooled embeddings that no encoder or this
-            encoder does not provide. Also if the pipeline expects another number of encoders or states or another
-            width of states, or if ``encoder`` is None and the pipeline's text encoders are not supported.
+        ValueError: if the pipeline accepts no embeddings, or needs an input that the encoder does not provide. Also if
+            the pipeline expects a different number of encoders, or text states of a different number or width. Also if
+            ``encoder`` is None and the pipeline's text encoders are not supported.
     """
     name = type(pipe).__name__
     parameters = inspect.signature(pipe.__call__).parameters

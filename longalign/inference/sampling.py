@@ -57,7 +57,8 @@ def sample(
         num_steps: number of solver steps, at least 1.
         guidance: scale of classifier-free guidance. 1 disables guidance, which halves the denoiser calls.
         guidance_interval: guidance is applied only at steps whose noise level is above the first and at most the second
-            number; the noise level is `NoiseLevels.sigma`. None: at all steps. See `longalign.functional.guided_steps`.
+            number (arXiv 2404.07724). The noise level is the ratio of noise to signal, `NoiseLevels.sigma`. None: at
+            all steps.
         solver: ``"unipc"``, ``"ddim"``, ``"dpm++"`` or ``"lcm"``; see `longalign.inference.schedulers.make_scheduler`.
         height: height in pixels; None: the backbone's native resolution.
         width: width in pixels; None: the backbone's native resolution.
@@ -155,7 +156,7 @@ def load_model(source: Any, dtype: str | None = None, device: str | None = None)
     """Loads the model of a checkpoint folder, or builds the untrained model of a config. It is frozen and in eval mode.
 
     Args:
-        source: a checkpoint folder, or the config of a run: mapping, path of a file or `RunConfig`.
+        source: a checkpoint folder, or the config of a run: mapping, path of a YAML or JSON file, or `RunConfig`.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``, for all weights except those of the encoder's adapter.
             None: the dtype of ``loop.precision`` in the config, and for a config's denoiser that of ``backbone.dtype``.
         device: a torch device, e.g. ``"cuda"``; None: the fastest available one.

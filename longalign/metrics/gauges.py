@@ -22,8 +22,8 @@ LEVELS = 8
 class Gauges(Metric):
     """Image statistics that show a change of style, e.g. from over-optimization. They do not measure quality.
 
-    ``R``, ``G`` and ``B`` are pixel values in [0, 1], and ``Y = 0.2126 R + 0.7152 G + 0.0722 B`` is the luminance (Rec.
-    709, without gamma correction). The values of an image, named ``<label>.<name>``:
+    ``R``, ``G`` and ``B`` are pixel values in [0, 1], and ``Y = 0.2126 R + 0.7152 G + 0.0722 B`` is the luminance
+    (weights of Rec. 709, applied to the gamma-encoded values). The values of an image, named ``<label>.<name>``:
 
     - ``dark``: fraction of pixels with ``Y < 0.2``.
     - ``saturation``: mean over the pixels of ``(max - min) / max`` of the three channels, 0 for black pixels.

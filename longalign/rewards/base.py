@@ -183,7 +183,7 @@ def as_reward(part: Any, name: str = "") -> Reward:
 
 
 def check_pairs(images: Tensor, prompts: Sequence[str]) -> None:
-    """Raises ValueError unless ``prompts`` is a sequence with exactly one string for each of b images."""
+    """Raises ValueError unless ``prompts`` is a sequence of strings, one for each of the images ``(b, 3, h, w)``."""
     if isinstance(prompts, str):
         raise ValueError("expected a sequence of prompts, one for each image, got one string; pass [prompt]")
     if len(images) != len(prompts):

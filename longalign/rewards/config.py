@@ -29,7 +29,7 @@ class RewardConfig(PartConfig):
     def is_differentiable(self) -> bool:
         """Returns whether the scores have gradient with respect to the images.
 
-        The scores of a reward that wraps others, such as ``sum``, have gradient if the scores of all of those have.
+        For a reward that wraps others, such as ``sum``: whether the scores of all inner rewards have gradient.
         """
         return self.differentiable
 
@@ -44,27 +44,27 @@ class TowerRewardConfig(RewardConfig):
     embeds: ClassVar[bool] = True
 
     text: TextMode = "auto"
-    """how prompts are encoded. ``"auto"`` encodes a prompt of at most one window of tokens in one pass. It splits a
-    longer prompt into as few windows of whole sentences as possible and averages their unit embeddings. ``"whole"``
-    encodes one window and truncates longer prompts with a warning, as for published scores. ``"segments"`` splits each
-    prompt with ``segmenter`` and averages the unit embeddings of the segments.
+    """how prompts are encoded. A window is the maximum number of tokens of the text encoder, without special tokens: 75
+    for CLIP. ``"auto"`` encodes a prompt of at most one window in one pass; a longer prompt is split into as few
+    windows of whole sentences as possible, whose unit embeddings are averaged. ``"whole"`` encodes the first window of
+    each prompt, as for published scores, with a warning about longer prompts. ``"segments"`` splits each prompt with
+    ``segmenter`` and averages the unit embeddings of the segments.
     """
     segmenter: Part("segmenters") | None = None
-    """how prompts are split with ``text: segments``; null: into sentences. Not allowed with other values of ``text``.
-    """
+    """with ``text: segments``, how prompts are split; null: into sentences. Otherwise it must be null."""
     truncate_segments: bool = False
-    """with ``text: segments``, whether a segment longer than the text tower's window is truncated with a warning, as in
-    the LongAlign authors' code. false: such a segment is split into segments that fit.
+    """with ``text: segments``, whether a segment of more tokens than the text encoder reads (75 for CLIP) is truncated
+    with a warning, as in the LongAlign authors' code. false: such a segment is split into segments that fit.
     """
     aspect: Aspect = "crop"
-    """how images of a different aspect ratio than the image tower's input, usually square, are resized: ``"crop"``
-    scales the shorter side and keeps the centre, ``"pad"`` scales the longer side and adds black borders, ``"squash"``
-    scales both sides and so changes the aspect ratio.
+    """how images are resized whose aspect ratio is not that of the image encoder's input, which is usually square:
+    ``"crop"`` scales the shorter side and keeps the centre, ``"pad"`` scales the longer side and adds black borders,
+    ``"squash"`` scales both sides and so changes the aspect ratio.
     """
     crop: int | float | None = None
-    """side of a random square crop in training mode, before the image is resized; null: no crop. An int is in pixels
-    (504 of 512 in the LongAlign authors' code). A float between 0 and 1 is the fraction of height and width that is
-    kept.
+    """size of a random crop in training mode, before the image is resized; null: no crop. An int is the side of a
+    square in pixels (504 of 512 in the LongAlign authors' code). A float between 0 and 1 is the fraction of the height
+    and of the width that is kept.
     """
     crop_position: Literal["image", "batch"] = "image"
     """``"image"`` crops each image at its own random position. ``"batch"`` crops all images of a batch at the same
@@ -75,7 +75,7 @@ class TowerRewardConfig(RewardConfig):
     and models fine-tuned from it. The LongAlign authors' code uses ``"bilinear"``.
     """
     micro_batch: int | None = Field(default=None, ge=1)
-    """number of images per pass of the image tower; fewer need less memory. null: all images at once."""
+    """number of images per pass of the image encoder; fewer need less memory. null: all images at once."""
 
     @model_validator(mode="before")
     @classmethod

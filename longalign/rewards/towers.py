@@ -45,8 +45,8 @@ class Towers(nn.Module):
     def num_positions(self, texts: Sequence[str]) -> list[int]:
         """Returns the number of positions, padding included, that each text occupies in a pass of the text tower.
 
-        Texts of similar numbers are encoded together. The default is `window` for every text. Override this method if
-        the text tower does not pad every text to the window.
+        Texts with similar numbers of positions are encoded together. The default is `window` for every text. Override
+        this method if the text tower does not pad every text to `window` tokens.
         """
         return [self.window] * len(texts)
 
@@ -72,7 +72,7 @@ class Towers(nn.Module):
                 embedding space, or ``"projections"`` for both projections alone.
 
         Raises:
-            ValueError: if the towers do not support training, which is the default.
+            ValueError: if the towers do not support training. The base class always raises it.
         """
         raise ValueError(
             f"{type(self).__name__} cannot be trained; use a reward with a transformers CLIPModel: clip, pickscore or "
@@ -81,7 +81,7 @@ class Towers(nn.Module):
 
     @property
     def logit_scale(self) -> nn.Parameter:
-        """Logarithm of the inverse temperature by which cosines are scaled in the training loss, a scalar."""
+        """Scalar parameter: natural logarithm of the factor (inverse temperature) of the cosines in a training loss."""
         raise NotImplementedError
 
     def enable_gradient_checkpointing(self) -> None:
@@ -104,8 +104,8 @@ class ImageInput:
 
     Attributes:
         size: side of a square image in pixels, or ``(height, width)``.
-        mean: mean that is subtracted from images in [0, 1], for each RGB channel.
-        std: standard deviation by which the result is divided, for each RGB channel.
+        mean: number for each RGB channel that is subtracted from images in [0, 1].
+        std: number for each RGB channel by which the difference is divided.
         interpolation: how images are resized: ``"bicubic"`` or ``"bilinear"``.
     """
 
@@ -207,7 +207,13 @@ class TowerReward(EmbeddingReward):
         return self._segments(prompt, self.segmenter)
 
     def _segments(self, prompt: str, segmenter: Segmenter | None, reserved: int = 0) -> list[str]:
-        """Returns the texts as which a prompt is encoded, splitting at ``reserved`` tokens less than the window."""
+        """Returns the texts as which a prompt is encoded.
+
+        Args:
+            prompt: the prompt.
+            segmenter: splits the prompt into segments. None splits it into windows only if it is too long.
+            reserved: number of tokens of the window that each text leaves free, e.g. for a prefix.
+        """
         window, count = self.towers.window - reserved, self.towers.count_tokens
         if segmenter is None:
             return [prompt] if self.truncate else windows(prompt, window, count)
@@ -332,7 +338,12 @@ class TowerReward(EmbeddingReward):
 
 
 def _means(embeddings: Tensor, segments: list[list[str]]) -> Tensor:
-    """Returns the mean embeddings ``(b, d)`` of b prompts from the embeddings ``(n, d)`` of all their segments."""
+    """Returns the mean embedding of each prompt, ``(b, d)``.
+
+    Args:
+        embeddings: ``(n, d)`` embeddings of the segments of all prompts, in order.
+        segments: the segments of each of the b prompts, n in total.
+    """
     by_prompt = embeddings.split([len(texts) for texts in segments])
     return torch.stack([reduce(rows, "segments d -> d", "mean") for rows in by_prompt])
 

@@ -1,4 +1,4 @@
-"""Questions about prompts from csv files, and the score of their answers. Does not import torch."""
+"""Reads yes/no questions about prompts from csv files, and scores the answers. Does not import torch."""
 
 from __future__ import annotations
 

@@ -16,9 +16,9 @@ from longalign.rewards.config import RewardConfig
 class InnerRewardConfig(RewardConfig):
     """Base class of the configs of rewards that change the text embedding of an inner reward.
 
-    The score of the inner reward is decomposed along the common direction V, the normalized mean of text embeddings
-    (LongAlign, paper 3.2 and 4). The text-irrelevant part of the score is that of the component of the text embedding
-    along V, the text-relevant part is that of the rest. Both are logged.
+    The score ``C_X . C_P`` of the inner reward, the dot product of image and text embedding, is decomposed along the
+    common direction V, the normalized mean of text embeddings (LongAlign, paper 3.2 and 4). With ``C_P = C_P_perp + eta
+    V``, ``C_X . C_P_perp`` is the text-relevant and ``C_X . eta V`` the text-irrelevant part. Both are logged.
     """
 
     target: ClassVar[str] = "longalign.rewards.edited.reward:EditedReward"
@@ -60,14 +60,15 @@ class EditedConfig(InnerRewardConfig):
 
     name: Literal["edited"] = "edited"
     edit: Part("edits")
-    """how the text embedding is edited."""
+    """how the text embedding is changed."""
 
 
 class ReweightedConfig(InnerRewardConfig):
     """The score of the inner reward with its text-irrelevant part scaled by ``omega`` (LongAlign, paper section 4).
 
-    The text-irrelevant part is that of the component of the text embedding along the common direction, see
-    ``direction``. This reward equals the reward ``edited`` with the edit ``direction``.
+    The text-irrelevant part is ``C_X . eta V``, with the image embedding ``C_X`` and the component ``eta V`` of the
+    text embedding along the common direction V, see ``direction``. This reward equals the reward ``edited`` with the
+    edit ``direction``.
     """
 
     name: Literal["reweighted"] = "reweighted"

@@ -26,7 +26,8 @@ class Hpsv2Reward(TowerReward):
         """Loads the reward from the Hub, a ``.pt`` file, or a folder with a ``.pt`` file.
 
         Raises:
-            ValueError: if the weights do not exist or do not fit the architecture, or the tokenizer does not fit.
+            ValueError: if the weights do not exist or do not fit the architecture, or the tokenizer has more tokens
+                than the text encoder.
         """
         weights = find_weights(config.checkpoint, config.version, config.revision)
         settings = _settings(weights.parent)

@@ -1,4 +1,4 @@
-"""The published weights of HPSv2: ``.pt`` files of open_clip's ViT-H-14."""
+"""Finds and loads the published weights of HPSv2: ``.pt`` files of open_clip's ViT-H-14."""
 
 from __future__ import annotations
 

@@ -69,7 +69,8 @@ class Hpsv3Config(RewardConfig):
 
     def check_files(self) -> list[ConfigProblem]:
         if Path(self.checkpoint).suffix == ".safetensors":
-            problem = "" if Path(self.checkpoint).is_file() else f"no file {self.checkpoint}"
+            problem = f"no file {self.checkpoint}; expected the path of {WEIGHTS}, or a Hub id or folder with this file"
+            problem = "" if Path(self.checkpoint).is_file() else problem
         else:
             problem = checkpoint_problem(self.checkpoint, [WEIGHTS], self.revision)
         problems = [("checkpoint", problem), ("base", availability_problem(self.base))]

@@ -1,4 +1,4 @@
-"""The published file of HPSv3: parameter names of transformers' Qwen2-VL, old or new, and of the head."""
+"""Loads the published weights of HPSv3, whose parameters are named as in older or newer versions of transformers."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class ImageRewardConfig(RewardConfig):
     revision: str | None = None
     """branch, tag or commit of the Hub repository of ``checkpoint``; null: its main branch."""
     tokenizer: str | None = None
-    """Hub id or local folder of the tokenizer. null: ``checkpoint`` if it contains one, otherwise
+    """Hub id or local folder of the tokenizer. null: ``checkpoint`` if it contains a tokenizer, otherwise
     ``google-bert/bert-base-uncased``.
     """
     aspect: Aspect = "crop"

@@ -64,7 +64,8 @@ class ImageRewardReward(Reward):
         """Loads the reward from the Hub, or a folder with the published files.
 
         Raises:
-            ValueError: if a file is missing or does not have the expected content, or the tokenizer does not fit.
+            ValueError: if a file is missing or does not have the expected content, or the tokenizer has more tokens
+                than the text encoder.
         """
         from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 

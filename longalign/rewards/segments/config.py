@@ -13,9 +13,9 @@ from longalign.rewards.config import RewardConfig, TowerRewardConfig
 class SegmentsConfig(RewardConfig):
     """Scores each segment of a prompt, e.g. each sentence, with an inner reward, and takes the mean or the minimum.
 
-    Use it if the inner reward reads short texts only, such as ``imagereward``, or to reward the worst segment
-    (``reduce: min``). For the mean over segments of a two-tower reward, such as ``clip``, set the key ``text:
-    segments`` of that reward instead.
+    Use this reward if the inner reward reads short texts only, such as ``imagereward``, or to optimize the segment with
+    the lowest score (``reduce: min``). For the mean over segments of a reward with an image and a text encoder, such as
+    ``clip``, set ``text: segments`` of that reward instead.
     """
 
     target: ClassVar[str] = "longalign.rewards.segments.reward:SegmentsReward"
@@ -24,7 +24,7 @@ class SegmentsConfig(RewardConfig):
     inner: Part("rewards")
     """the reward that scores each segment."""
     segmenter: Part("segmenters") = "sentence"  # type: ignore[assignment]
-    """how prompts are split. Segments of more tokens than the inner reward reads are split further."""
+    """how prompts are split. A segment of more tokens than the inner reward reads at a time is split further."""
     reduce: Literal["mean", "min"] = "mean"
     """how the scores of a prompt's segments are combined. With ``"min"``, only the segment of the lowest score
     contributes to the gradient.

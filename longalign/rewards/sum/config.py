@@ -24,13 +24,13 @@ class TermConfig(Section):
 
 
 class SumConfig(RewardConfig):
-    """Weighted sum of rewards."""
+    """Weighted sum of rewards, ``sum_i weight_i * reward_i``."""
 
     target: ClassVar[str] = "longalign.rewards.sum.reward:SumReward"
 
     name: Literal["sum"] = "sum"
     terms: tuple[TermConfig, ...]
-    """the rewards and their weights."""
+    """the rewards and their weights, at least one."""
     normalize: Literal["none", "running"] = "none"
     """scale of the terms before they are weighted. ``"none"`` keeps the scale of each reward. ``"running"`` replaces
     the scores of each term by z-scores, with the mean and standard deviation of all scores of the term so far in
