@@ -34,7 +34,7 @@ def block(text: str, language: str) -> str:
 
 
 def yaml_block(config: Mapping[str, Any]) -> str:
-    """Formats a dumped config as a Markdown code block of YAML."""
+    """Formats a config, as a dict of plain values, as a Markdown code block of YAML."""
     return block(yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=120), "yaml")
 
 

@@ -18,9 +18,11 @@ _TOKEN = re.compile(r"\b(?:hf|sk|ghp|github_pat)[_-]\w{8,}")
 
 
 def redacted(value: Any, redact: Callable[[str], str] = redact_url) -> Any:
-    """Returns a copy of a dumped config with ``redact`` applied to every string value.
+    """Applies a function to every string value of a config and returns the changed copy.
 
-    By default, credentials are removed from URLs.
+    Args:
+        value: the config as dicts, lists and plain values.
+        redact: the function; by default removes credentials from URLs.
     """
     if isinstance(value, dict):
         return {key: redacted(child, redact) for key, child in value.items()}
@@ -45,7 +47,7 @@ def redact_path(text: str) -> str:
 def redact_report(text: str) -> str:
     """Returns a text for a bug report, without credentials and user names.
 
-    The path of the home folder is replaced by ``~``, other user names in paths and tokens by ``***``.
+    The path of the home folder is replaced by ``~``; other user names in paths, and access tokens, by ``***``.
     """
     home = str(Path.home())
     if len(home) > 1:
@@ -60,7 +62,7 @@ def public_config(config: RunConfig) -> Any:
 
 
 def exported_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a dumped config as it is exported, without credentials.
+    """Returns a config, as a dict, in the form in which it is exported: without credentials in URLs.
 
     In the keys `PRIVATE_KEYS`, such as ``data`` and ``output``, local paths are shortened to their last part.
     """
@@ -68,5 +70,5 @@ def exported_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def exported_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a dumped config without `PRIVATE_KEYS`, whose values differ between a checkpoint and its export."""
+    """Returns a config, as a dict, without `PRIVATE_KEYS`, whose values differ between a checkpoint and its export."""
     return {key: value for key, value in config.items() if key not in PRIVATE_KEYS}

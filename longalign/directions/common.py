@@ -14,8 +14,9 @@ _HINT = "use `direction: running`, or a file written by `longalign compute-direc
 
 
 class UndefinedDirection(ValueError):
-    """Raised if a common direction cannot be computed: a batch has fewer than two different prompts, or a running mean
-    of prompts has none yet.
+    """Raised if a common direction cannot be computed.
+
+    Either a batch has fewer than two different prompts, or a running mean contains no prompt yet.
     """
 
 

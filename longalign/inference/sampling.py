@@ -202,8 +202,8 @@ def generate(
     """Generates an image for every prompt and seed, and writes PNG files.
 
     The text metadata of a PNG file contain prompt, seed, config and settings. The file ``metadata.jsonl`` in the folder
-    lists the images, for ``longalign score`` and the data ``folder``. Text that was dropped from a prompt by truncation
-    is logged and listed there. Nothing is written if no image was generated.
+    lists the images, so that ``longalign score`` and the training data ``{name: folder}`` can read them. Text that was
+    dropped from a prompt by truncation is logged and listed there. Nothing is written if no image was generated.
 
     Args:
         source: a checkpoint folder, the config of a run, or ``(config, backbone, encoder)`` from `load_model`.

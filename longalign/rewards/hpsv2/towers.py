@@ -1,4 +1,4 @@
-"""Image and text tower of an open_clip model."""
+"""Image encoder and text encoder (towers) of an open_clip model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SPECIAL = re.compile("<((?:start|end)_of_text>)")
 
 
 class OpenClipTowers(Towers):
-    """Image and text tower of an ``open_clip`` model.
+    """Image encoder and text encoder (towers) of an ``open_clip`` model.
 
     Args:
         model: an ``open_clip.model.CLIP``.
