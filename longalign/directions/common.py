@@ -49,7 +49,8 @@ class CommonDirection(nn.Module):
             assert isinstance(source, Tensor)
             if source.shape != (dim,):
                 raise ValueError(
-                    f"expected a direction of shape ({dim},), the reward's width, got {tuple(source.shape)}"
+                    f"expected a direction of shape ({dim},), the reward's width, got {tuple(source.shape)}; compute "
+                    "one for this reward"
                 )
             # not persistent: it is reloaded from its file
             self.register_buffer("fixed", nn.functional.normalize(source.float(), dim=0), persistent=False)

@@ -103,7 +103,7 @@ def measure_direction(
     if not differences.mean(0).norm() > 1e-6:
         raise ValueError(
             f"the images of {over} and {reference} have the same mean embedding, so they differ in no direction; "
-            "expected images of two models"
+            "expected images of two different models: generate one of the folders again"
         )
     vector = preference.normalize(differences.mean(0))
     half = len(prompts) // 2

@@ -92,7 +92,7 @@ class Direction:
 
         Raises:
             ValueError: if ``reward`` has embeddings of a different width, or its text embeddings of `PROBE` differ by
-                more than 5% from ``probe``: it has other weights, or other config keys ``segmenter`` or ``text``.
+                more than 5% from ``probe``: its weights, or its config keys ``segmenter`` or ``text``, are different.
         """
         expected, got = _describe(self.inner), _describe(_dump(config))
         if self.vector.shape != (reward.dim,):

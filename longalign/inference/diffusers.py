@@ -87,7 +87,9 @@ def condition(
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     negatives = per_prompt(negative_prompts, len(prompts))
     if not inputs.negative and negative_prompts is not None:
-        warnings.warn(f"{name} does not accept 'negative_prompt_embeds'; the negative prompt is ignored", stacklevel=2)
+        warnings.warn(
+            f"{name} does not accept 'negative_prompt_embeds'; the negative prompt is ignored, omit it", stacklevel=2
+        )
     texts = [*prompts, *negatives]
     with torch.no_grad(), warnings.catch_warnings(), _get_encoders(sources, pipe, device, dtype) as built:
         warnings.simplefilter("ignore", TruncationWarning)  # reported below, per prompt

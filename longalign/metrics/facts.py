@@ -42,7 +42,7 @@ class FactMetric(Metric):
     def from_config(cls, config: FactsConfig, runtime: Runtime) -> FactMetric:
         data = registry.data.construct(config.data, runtime)
         if not hasattr(data, "scene"):
-            raise ValueError(f"'{config.data.name}' has no captions with facts; expected the data `scenes`")
+            raise ValueError(f"'{config.data.name}' has no captions with facts; set `data` to the data `scenes`")
         return cls((data.scene(i)[1] for i in range(len(data))), config.prefix())
 
     def caption(self, prompt: str) -> Any:
@@ -65,7 +65,8 @@ class FactMetric(Metric):
         if missing:
             raise ValueError(
                 f"no facts for {len(missing)} prompts, e.g. {missing[0]!r}; expected prompts that are among the "
-                f"{len(self._known)} captions of the scenes; give the data config that the prompts come from"
+                f"{len(self._known)} captions of the scenes; set the metric's `data` to the config that the prompts "
+                "come from"
             )
         return oracle.verdicts(images.float().cpu().numpy(), [self.caption(p) for p in prompts])
 

@@ -25,8 +25,8 @@ class RewardMetric(Metric):
     of the different prompts that are evaluated (LongAlign, paper 4.1). The values are:
 
     - ``<label>``: the score.
-    - ``<label>.text_irrelevant``: the score of the text embedding's component along ``V``. A rise can be
-      over-optimization, so its changes count neither as gains nor as losses.
+    - ``<label>.text_irrelevant``: the dot product of the image embedding and the text embedding's component along
+      ``V``. A rise can be over-optimization, so changes count neither as gains nor as losses.
     - ``<label>.text_relevant``: the rest of the score.
     - ``<label>-o``: the cosine of the image embedding with the text embedding's component orthogonal to ``V``. With
       Denscore, this is Denscore-O of the paper's tables.
@@ -49,7 +49,10 @@ class RewardMetric(Metric):
         self.label, self.reward, self.segments = label, as_reward(reward, label), segments
         self.values = {f"{label}.text_irrelevant": Value(direction=None)}
         if segments and not hasattr(self._inner(), "by_segment"):
-            raise ValueError(f"'{label}' cannot score segments; expected a two-tower reward, or `segments: false`")
+            raise ValueError(
+                f"'{label}' cannot score segments; use a reward with an image and a text encoder, such as clip, or set "
+                "`segments: false`"
+            )
 
     @classmethod
     def from_config(cls, config: RewardMetricConfig, runtime: Runtime) -> RewardMetric:

@@ -1,4 +1,4 @@
-"""Rewards with an edited text embedding, ``s = C_X(x) . f(C_P(p))``."""
+"""Rewards ``C_X . f(C_P)``, where a function f changes the text embedding; ``C_X`` is the image embedding."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class SumReward(Reward):
         if not rewards or len(rewards) != len(weights):
             raise ValueError(
                 f"expected at least one reward and one weight for each, got {len(rewards)} rewards and {len(weights)} "
-                "weights"
+                "weights; pass equal numbers"
             )
         self.labels, self.weights = tuple(rewards), tuple(weights)
         self.rewards = nn.ModuleList(rewards.values())
