@@ -211,7 +211,8 @@ class TowerReward(EmbeddingReward):
 
         Args:
             prompt: the prompt.
-            segmenter: splits the prompt into segments. None splits it into windows only if it is too long.
+            segmenter: splits the prompt into segments. None splits only prompts longer than the window, into windows.
+                With ``self.truncate``, texts that are too long are not split further.
             reserved: number of tokens of the window that each text leaves free, e.g. for a prefix.
         """
         window, count = self.towers.window - reserved, self.towers.count_tokens
