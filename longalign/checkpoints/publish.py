@@ -48,7 +48,9 @@ def export(
     *,
     overwrite: bool = False,
 ) -> list[Path]:
-    """Exports a checkpoint as a folder for sharing, with these files:
+    """Exports a checkpoint as a folder for sharing.
+
+    The folder contains:
 
     - ``longalign.safetensors``: the checkpoint, without credentials and local paths of the training data;
     - ``pytorch_lora_weights.safetensors``: all LoRAs as one, for ``load_lora_weights`` of a diffusers pipeline. After
