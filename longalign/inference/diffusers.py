@@ -55,7 +55,7 @@ def condition(
         encoder: an `Encoder`, or its name or config. From a name or config, the encoder is built on the pipeline's
             device and reused in the next call. For a pipeline that takes several sequences of text states, such as
             HunyuanDiT, a list of encoders in the order of the pipeline's arguments. None uses the pipeline's own text
-            encoders, which then encode each sentence separately; see
+            encoders, which then encode segments of whole sentences, packed to at most 40 tokens; see
             `longalign.encoders.pipeline_encoder.pipeline_encoder`.
 
     Returns:
