@@ -62,12 +62,12 @@ class MeasuredConfig(EditConfig):
         return [("file", f"no file {self.file}; write one with `longalign compute-direction --images`")]
 
 
-class PairsConfig(EditConfig):
+class PairsEditConfig(EditConfig):
     """Relative preference between a positive and a negative variant of a prompt (SRPO, arXiv 2509.06942).
 
-    The edited embedding is ``(k + 1) C_P(positive prompt) - C_P(negative prompt)`` with the reward's text embedding
-    ``C_P``. A positive or negative prompt is the prompt with a control word or phrase in front. If the reward encodes
-    the segments (e.g. sentences) of a prompt separately, the control word is put in front of each segment.
+    The edited embedding is ``(k + 1) C_P(positive prompt) - C_P(negative prompt)``, with the text embedding ``C_P`` of
+    the reward. The two prompts differ in a control word or phrase, which is put before every text that the reward
+    encodes: the prompt, or each of its segments.
     """
 
     target: ClassVar[str] = "longalign.edits.pairs:PairsEdit"
@@ -76,14 +76,14 @@ class PairsConfig(EditConfig):
     positive: str
     """control word of the positive prompt: a word or phrase, separated from the text by a space; empty: none."""
     negative: str
-    """control word of the negative prompt: a word or phrase; empty: none. It must differ from ``positive``."""
+    """control word of the negative prompt: a word or phrase that differs from ``positive``; empty: none."""
     k: float = Field(1.0, ge=0, allow_inf_nan=False)
-    """weight of the positive prompt's score, which is added to the difference of the two prompts' scores; 0: only the
-    difference.
+    """weight with which the positive prompt's score is added to the difference of the two scores, positive minus
+    negative; 0: only the difference.
     """
 
     @model_validator(mode="after")
-    def _check_words(self) -> PairsConfig:
+    def _check_words(self) -> PairsEditConfig:
         if self.positive.split() == self.negative.split():
             raise ValueError(
                 f"expected different control words as positive and negative, got {self.positive!r} for both; change one"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from longalign.edits.base import Edit, EditedText
-from longalign.edits.config import PairsConfig
+from longalign.edits.config import PairsEditConfig
 from longalign.rewards.base import EmbeddingReward
 from longalign.runtime import Runtime
 
@@ -30,7 +30,7 @@ class PairsEdit(Edit):
         self.positive, self.negative, self.k = positive, negative, k
 
     @classmethod
-    def from_config(cls, config: PairsConfig, runtime: Runtime) -> PairsEdit:
+    def from_config(cls, config: PairsEditConfig, runtime: Runtime) -> PairsEdit:
         return cls(positive=config.positive, negative=config.negative, k=config.k)
 
     def forward(
