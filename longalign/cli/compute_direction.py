@@ -1,4 +1,4 @@
-"""``longalign compute-direction``."""
+"""The command ``longalign compute-direction``: computes a direction in a reward's embedding space."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
-    """Computes and writes a direction."""
+    """Computes a unit vector in the embedding space of a reward, writes it to a file and prints a report.
+
+    From prompts, it is the mean text embedding; from two folders of images, the mean difference of image embeddings.
+    """
     (config,) = reward_configs([args.reward]).values()
     prompts = [p for p in read_prompts(args.prompts) if p] if args.prompts else ()
     folders = _folders(args.images) if args.images else None

@@ -1,4 +1,4 @@
-"""``longalign describe``."""
+"""The command ``longalign describe``: describes parts and configs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``longalign list``."""
+"""The command ``longalign list``: lists the available parts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    """Prints the available parts. With ``--check``, returns 1 if any part is broken."""
+    """Prints a table of the available parts. With ``--check``, returns 1 if any part cannot be loaded; otherwise 0."""
     table, problems = parts_table(args.kinds, args.check or args.verbose)
     print(table)
     for problem in problems:

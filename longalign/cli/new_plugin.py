@@ -1,4 +1,4 @@
-"""``longalign new-plugin``."""
+"""The command ``longalign new-plugin``: writes the package of a new plugin."""
 
 from __future__ import annotations
 
