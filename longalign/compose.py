@@ -72,7 +72,7 @@ class Composition:
 
     @property
     def rewards(self) -> list[Reward]:
-        """The rewards, in the order of the config; empty if the config has none. Plain functions are wrapped."""
+        """The rewards, in the order of the config; empty if the config has none. Plain functions become `Reward`."""
         if "rewards" not in self._built:
             from longalign.rewards.base import as_reward
 
@@ -86,7 +86,10 @@ class Composition:
 
     @property
     def trainer(self) -> Trainer:
-        """The trainer, built with the other parts it needs. Raises `ConfigError` if the config has no trainer."""
+        """The trainer, built from those of backbone, encoder and rewards that it uses.
+
+        Raises `ConfigError` if the config has no trainer.
+        """
         if "trainer" not in self._built:
             config = self._require("trainer")
             parts = {key: getattr(self, key) for key in config.built_from()}
@@ -95,7 +98,7 @@ class Composition:
 
     @property
     def data(self) -> Data | Stream:
-        """The training data. If the run caches latents, items contain latents instead of images.
+        """The training data: prompts, and images or pairs of images. Cached latents replace images.
 
         Raises `ConfigError` if the config has no data.
         """

@@ -45,11 +45,10 @@ MARKER = ".longalign-demo"
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Results of `run_demo`, which describes the models.
+    """Results of `run_demo`, whose docstring lists the models.
 
     Attributes:
-        table: metrics of the models ``truncated``, ``segments``, ``align``, and one model for each omega of the stage
-            ``reward``.
+        table: metrics of each model.
         report: path of the HTML report.
         seconds: name of a step, such as ``"align: training"``, or ``"total"`` -> duration in seconds.
     """

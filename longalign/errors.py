@@ -216,7 +216,7 @@ def _message(detail: ErrorDetails, steps: list[Any], holder: type[BaseModel] | N
 def _suggest_key(word: str, holder: type[BaseModel]) -> str:
     """Returns a hint for an unknown key ``word`` of the config class ``holder``.
 
-    The hint names a similar key, also of a section in ``holder``, or lists all keys if none is similar.
+    The hint names a similar key of ``holder`` or of a config class nested in it, or else lists the keys of ``holder``.
     """
     nested_keys = {
         f"{key}.{name}": name

@@ -130,9 +130,9 @@ class Registry:
         return name in self._entries() or name in self._local()
 
     def infos(self, name: str) -> list[PartInfo]:
-        """Returns the origin of each part registered under a name, without importing any.
+        """Returns a `PartInfo` for each part registered under a name, without importing any.
 
-        Empty for an unknown name. Several origins are a conflict, for which `info` raises an error.
+        Empty for an unknown name. More than one is a conflict, for which `info` raises an error.
         """
         local = self._local().get(name)
         infos = [PartInfo(name, self.kind, e.value, owner(e)) for e in self._entries().get(name, [])]
@@ -141,7 +141,7 @@ class Registry:
         return infos
 
     def info(self, name: str) -> PartInfo:
-        """Returns the origin of a part, without importing it.
+        """Returns the `PartInfo` of the part with this name, without importing the part.
 
         Raises:
             PartError: if the name is unknown or registered twice.
@@ -293,7 +293,7 @@ class Registry:
         Raises:
             ConfigError: if the config is invalid.
             PartError: if the result is not a part of this kind, or the code of a plugin fails.
-            ValueError: if the part uses none of the ``parts`` of some name.
+            ValueError: if ``parts`` contains one that the part to build does not use.
         """
         validated = self.validate(config)
         if runtime is None:
@@ -301,7 +301,7 @@ class Registry:
         return self.construct(validated, runtime, **parts)
 
     def construct(self, config: PartConfig, runtime: Runtime, **parts: Any) -> Any:
-        """Builds a part as `build` does, from a config that is already validated. Raises PartError and ValueError."""
+        """Builds a part from a config that is already validated; see `build` for arguments and errors."""
         name = config.name
         origin = self.infos(name)[0].owner if name in self else f"{type(config).__module__}"
         for key in parts.keys() - {*config.built_from()}:

@@ -49,7 +49,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    """Trains and compares the variants, and prints a table.
+    """Trains and measures the variants of a config, and prints a table that compares them.
 
     Returns 0, 1 if the training or measuring of a variant failed, or 130 after an interruption.
     """

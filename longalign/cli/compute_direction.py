@@ -33,9 +33,10 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
-    """Computes a unit vector in the embedding space of a reward, writes it to a file and prints a report.
+    """Computes a unit vector in the embedding space of a reward, writes the vector to a file and prints a report.
 
-    From prompts, it is the mean text embedding; from two folders of images, the mean difference of image embeddings.
+    From prompts, the vector is the normalized mean text embedding. From two folders of images, it is the normalized
+    mean difference of image embeddings: over-optimized minus reference model.
     """
     (config,) = reward_configs([args.reward]).values()
     prompts = [p for p in read_prompts(args.prompts) if p] if args.prompts else ()

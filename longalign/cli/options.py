@@ -115,7 +115,7 @@ def seeds_of(args: Namespace) -> Sequence[int]:
 
 
 def prompts_of(args: Namespace) -> list[str]:
-    """Returns the prompts of ``--prompt`` (texts) or ``--prompts`` (a file or prompt set).
+    """Returns the prompts given as ``--prompt TEXT``, or in the file or folder of ``--prompts``.
 
     Raises ValueError if there are none or a prompt is invalid, and FileNotFoundError if the file does not exist.
     """

@@ -10,7 +10,7 @@ from itertools import takewhile
 from typing import Any
 
 REPORT_DELAY = 10
-"""Seconds that processes other than the first on the machine wait before they report an error."""
+"""Number of seconds that `wait_for_first_process` waits."""
 
 
 def wait_for_first_process() -> None:
@@ -18,7 +18,7 @@ def wait_for_first_process() -> None:
 
     Before the process group is initialized, all processes usually fail with the same error. The first one reports it,
     and the launcher then terminates the others. A process that is still alive after the delay has failed with an error
-    of its own, which it reports too. Afterwards, and in a process without launcher, there is no delay.
+    of its own, which it reports too. After the initialization, and without a launcher, there is no delay.
     """
     initialized = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
     if not initialized and os.environ.get("LOCAL_RANK", "0") != "0":
@@ -63,7 +63,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def _config_path(key: str) -> str | None:
-    """Returns the dotted path of a key of a run's config, e.g. ``loop.lr`` for ``lr``; None if there is no such key."""
+    """Returns the dotted path of a key of a run's config, e.g. ``loop.lr``; None if there is no such key.
+
+    ``key`` is the path, or its last name alone, e.g. ``lr``. Hyphens stand for underscores.
+    """
     from longalign.config.run import RunConfig
 
     key = key.replace("-", "_")

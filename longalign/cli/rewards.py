@@ -31,7 +31,7 @@ def reward_configs(texts: Sequence[str]) -> dict[str, PartConfig]:
 
 
 def build_rewards(configs: Mapping[str, PartConfig], device: str | None) -> dict[str, Any]:
-    """Builds rewards from their configs, in eval mode: display name -> reward. Plain functions are wrapped.
+    """Builds rewards from their configs, in eval mode: display name -> `longalign.rewards.base.Reward`.
 
     ``device`` is a torch device; the fastest available one if None.
     """
@@ -45,7 +45,10 @@ def build_rewards(configs: Mapping[str, PartConfig], device: str | None) -> dict
 
 @contextmanager
 def offloaded_to_cpu(built: Iterable[Any], device: str | None) -> Iterator[None]:
-    """Context manager: moves rewards or metrics to the CPU, to free GPU memory, and back to ``device`` at the end."""
+    """Context manager: moves rewards or metrics to the CPU, to free GPU memory, and back at the end.
+
+    ``device`` is the torch device to move them back to; the fastest available one if None.
+    """
     from longalign.runtime import Runtime
 
     for part in built:

@@ -47,7 +47,10 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
-    """Scores images against their prompts and prints a table. With a checkpoint or pipeline, generates them first."""
+    """Scores images against their prompts and prints a table.
+
+    With ``--checkpoint`` or ``--pipeline``, the images are generated first.
+    """
     configs = reward_configs(args.reward)
     if args.by_sentence and not args.images:
         raise ValueError("--by-sentence scores --images; generate them first, with `longalign generate`")

@@ -31,14 +31,14 @@ def check_files(
 ) -> None:
     """Checks that this machine has what a run needs.
 
-    Problems are missing or mismatched files, text states of a width that the denoiser does not accept, image sizes
-    that the backbone cannot encode, missing packages, and an output folder that already contains checkpoints.
+    Problems are missing or mismatched files, an encoder output of a width that the denoiser does not accept, image
+    sizes that the backbone cannot encode, missing packages, and an output folder that already contains checkpoints.
 
     Args:
         config: the run.
         training: whether to check the whole run; otherwise only backbone, encoder and ``init_from`` are checked.
         resumed: whether the output folder may contain checkpoints.
-        cached: whether to skip the encoder's files if training reads its text states from a cache (``cache.prompts``).
+        cached: whether to skip the encoder's files if training reads encoded prompts from a cache (``cache.prompts``).
         sizes: further image sizes in pixels that the backbone must be able to encode: name used in messages -> sizes,
             e.g. ``{"--size": [Size(512, 512)]}``.
 
@@ -72,19 +72,22 @@ def check_files(
 
 
 def check_parts(parts: Mapping[str, Any]) -> None:
-    """Raises `ConfigError` if `PartConfig.check_files` of a part's config finds problems; lists those of all parts.
+    """Calls `PartConfig.check_files` of several configs and of the configs nested in them.
 
-    ``parts`` maps the names used in messages to configs. Configs of nested parts are checked too.
+    Args:
+        parts: name used in messages -> config of an encoder, reward or other part.
+
+    Raises:
+        ConfigError: if there are problems; lists all of them.
     """
     if problems := parts_problems(parts):
         raise ConfigError(problems)
 
 
 def parts_problems(value: Any, path: str = "") -> list[ConfigProblem]:
-    """Returns ``(dotted path, message)`` for each problem that `PartConfig.check_files` of a part's config finds.
+    """Calls `PartConfig.check_files` of each config in ``value``; returns ``(dotted path, message)`` for each problem.
 
-    ``value`` and ``path`` are as for `parts_of`, which finds the configs. An exception in `check_files` is a problem
-    too.
+    ``value`` and ``path`` are as for `parts_of`. An exception in `check_files` is a problem too.
     """
     problems: list[ConfigProblem] = []
     for part_path, part in parts_of(value, path):
@@ -96,7 +99,7 @@ def parts_problems(value: Any, path: str = "") -> list[ConfigProblem]:
 
 
 def parts_of(value: Any, path: str = "") -> Iterator[tuple[str, PartConfig]]:
-    """Yields ``(dotted path, config)`` for each config of a part in ``value``, outer parts before those inside them.
+    """Yields ``(dotted path, config)`` for each `PartConfig` in ``value``, outer ones before those nested in them.
 
     Args:
         value: config of a run or of a part, or a mapping or list of configs.

@@ -1,4 +1,4 @@
-"""Checks that the parts of a run fit together, from their configs alone.
+"""Checks that the parts of a run (backbone, encoder, trainer and so on) fit together, from their configs alone.
 
 The base config class of each kind, such as `longalign.trainers.config.TrainerConfig`, declares what a part needs and
 provides. `longalign.config.checks` checks the files.
@@ -100,7 +100,7 @@ def _cache_problems(run: Run) -> Iterator[ConfigProblem]:
 def _own_problems(part: PartConfig, run: Run) -> list[ConfigProblem]:
     """Returns the problems that ``part.check_run(run)`` finds, as ``(dotted path in the run's config, message)``.
 
-    If `check_run` raises an exception or returns anything else, that is the problem.
+    If `check_run` raises an exception, or returns something else, one problem with that message is returned.
     """
     try:
         problems = list(part.check_run(run))

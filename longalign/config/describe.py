@@ -1,4 +1,4 @@
-"""Describes parts and the keys of their configs as text for the terminal. Imports config classes, but not torch."""
+"""Describes parts (encoders, rewards and so on) and config keys as text for the terminal. Does not import torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ TYPES = {
 
 
 def parts_table(kinds: Iterable[str] = (), targets: bool = False) -> tuple[str, list[str]]:
-    """Returns a table of the available parts, and the problems found. Imports the config class of each part.
+    """Returns a table of the available parts (encoders, rewards and so on), and the problems found.
+
+    Imports the config class of each part.
 
     Args:
         kinds: the kinds to list, e.g. ``["encoders"]``; if empty, all kinds.
@@ -127,7 +129,11 @@ def describe_schema(words: Sequence[str]) -> str:
 
 
 def describe_part(kind: str, name: str) -> str:
-    """Describes one part as text: its origin, its docstring, and the type, default and description of each key.
+    """Describes one part as text: package, docstring, and the type, default and description of each config key.
+
+    Args:
+        kind: plural name of the kind, e.g. ``"encoders"``.
+        name: name of the part, e.g. ``"t5"``.
 
     Raises:
         PartError: if there is no such kind or part, or the part's config class cannot be imported.

@@ -23,7 +23,7 @@ MEASURED = {"prompts", "data", "limit", "seeds", "num_steps", "guidance", "size"
 
 
 class GuardConfig(Section):
-    """Limits how much worse a metric may be than at the start of the run."""
+    """Limits how much worse a metric of the monitor may be than at the start of the run."""
 
     metric: Text
     """name of a value that the monitor measures, e.g. "facts" or "denscore.text_relevant"."""
@@ -34,7 +34,10 @@ class GuardConfig(Section):
 
 
 class KeepBestConfig(Section):
-    """Selects the best measurement. Its checkpoint is kept, and the link ``best`` points to it."""
+    """Selects the best measurement of the monitor by one metric.
+
+    The checkpoint of that step is kept, and the link ``best`` in the output folder points to it.
+    """
 
     metric: Text
     """name of a value that the monitor measures, e.g. "denscore". The metric defines whether higher or lower is better.
@@ -44,7 +47,7 @@ class KeepBestConfig(Section):
 
 
 class EarlyStopConfig(KeepBestConfig):
-    """Ends a run before the last step if a metric no longer improves."""
+    """Ends a run before the last step if a metric of the monitor no longer improves."""
 
     patience: PositiveInt
     """number of successive measurements without a new best value after which the run ends."""
@@ -75,7 +78,7 @@ class MonitorConfig(Section):
     solver: Solver = "unipc"
     """"unipc", "ddim", "dpm++", or "lcm" for a consistency-distilled model, with 4 steps and guidance 1."""
     batch_size: PositiveInt = 8
-    """images per batch."""
+    """number of images sampled or measured at a time."""
     metrics: tuple[Part("metrics"), ...] = ()
     """metrics to measure the images with; empty: images are only written to the output folder."""
     window: PositiveInt = 3

@@ -188,7 +188,7 @@ def _load_yaml(text: str) -> Any:
 
 
 def _number_problem(error: ValueError) -> str:
-    """Returns the text of an error. Python's text for a number with too many digits is replaced by a clearer one."""
+    """Returns the message of a parsing error. Python's message for a number with too many digits is replaced."""
     return "a number has too many digits" if "set_int_max_str_digits" in str(error) else str(error)
 
 

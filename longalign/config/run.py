@@ -28,9 +28,10 @@ def _listed(value: Any) -> Any:
 
 
 class RunConfig(Section):
-    """Config of one run. Backbone, encoder, rewards, trainer and data are its parts.
+    """Config of one run.
 
-    A part is given as a name, or as a mapping with ``name`` and the keys of the part.
+    Each part of the run (backbone, encoder, rewards, trainer, data) is a name, or a mapping with ``name`` and further
+    keys.
     """
 
     backbone: Part("backbones") | None

@@ -1,4 +1,4 @@
-"""Config classes of the sections of a run that are not parts: loop and cache."""
+"""Config classes of the keys ``loop`` and ``cache`` of a run."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ class LoopConfig(Section):
     on a GPU.
     """
     mfu: bool | None = None
-    """log ``mfu``, the model FLOPs utilization, a fraction: the FLOPs of the denoiser's calls, without LoRA, divided by
-    the time of the whole step and by the FLOPs per second of a large matrix product, measured at the start. null: only
-    on CUDA devices.
+    """log ``mfu``, the model FLOPs utilization (arXiv 2204.02311), as a fraction. It is the number of FLOPs of the
+    denoiser's calls, without LoRA, per second of the whole step, divided by the FLOPs per second of a large matrix
+    product, measured at the start. null: only on CUDA devices.
     """
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """decay per step of the exponential moving average of the trainable parameters, which is then saved and sampled
@@ -81,7 +81,7 @@ class LoopConfig(Section):
 class CacheConfig(Section):
     """Image latents and text states that ``longalign cache`` precomputes and training reads from disk.
 
-    A cache is rejected if encoder, autoencoder, data, precision or image files have changed since it was made.
+    An existing cache is rejected if encoder, autoencoder, data, precision or image files have changed since then.
     """
 
     folder: Text

@@ -56,7 +56,7 @@ class Acceptance:
     hps_images: Path | None = None
 
     def steps(self) -> dict[str, Callable[[], Iterator[Row]]]:
-        """Returns name -> function of each step, in order. The function loads checkpoints and yields rows."""
+        """Returns the steps (groups of checks) in order: name -> function that loads checkpoints and yields rows."""
         rewards = {name: lambda name=name: self.reward(name) for name in REWARDS}
         return {
             "longsd": self.longsd,
@@ -83,7 +83,7 @@ class Acceptance:
         return entry.checkpoint
 
     def build(self, kind: str, config: dict[str, Any]) -> Any:
-        """Builds a part in float32 from its config; ``kind`` is plural, e.g. ``"encoders"``."""
+        """Builds an encoder or reward in float32 from its config. ``kind`` is ``"encoders"`` or ``"rewards"``."""
         from longalign.registry import REGISTRIES
 
         return REGISTRIES[kind].build(config, Runtime(self.device))
@@ -200,7 +200,8 @@ class Acceptance:
                 yield self.published_score(reward, self.hps_images / file, prompt, score)
 
     def published_score(self, reward: Any, path: Path, prompt: str, expected: float) -> Row:
-        """Returns whether a reward gives an image file its published score ``expected``, within 0.002."""
+        """Returns a row: whether a reward gives the image file ``path`` its published score ``expected``, within 0.002.
+        """
         from longalign.image_io import load_image
 
         score = float(reward.score(load_image(path)[None].to(self.device), [prompt]))
@@ -232,11 +233,17 @@ class Acceptance:
         yield compare(f"matching prompt scores highest, {what}", mean > others, result, "matching mean above others")
 
     def processor(self) -> dict[str, str]:
-        """Returns the config key ``processor`` of rewards: the checkpoint given for CLIP-H; empty if none was given."""
+        """Returns ``{"processor": checkpoint}`` for the config of a reward, with the checkpoint given for CLIP-H.
+
+        Empty if none was given.
+        """
         return {"processor": self.checkpoints["clip-h"]} if "clip-h" in self.checkpoints else {}
 
     def tokenizer(self) -> dict[str, str]:
-        """Returns LongCLIP's config key ``tokenizer``: that of a local Stable Diffusion; empty if none is given."""
+        """Returns ``{"tokenizer": folder}`` for the config of LongCLIP, from the folder given for Stable Diffusion 1.5.
+
+        Empty if none was given.
+        """
         folder = Path(self.checkpoints.get("sd15", "")) / "tokenizer"
         return {"tokenizer": str(folder)} if folder.is_dir() else {}
 

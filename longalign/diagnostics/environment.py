@@ -90,7 +90,7 @@ def _devices() -> dict[str, str]:
 
 
 def _plugins() -> dict[str, list[str]]:
-    """Returns the parts of other distributions: distribution and version -> parts as ``kind/name``."""
+    """Returns the parts (encoders, rewards, ...) of plugins: distribution and version -> ``kind/name`` of each part."""
     plugins: dict[str, list[str]] = {}
     for group, names in discover().groups.items():
         for name, entries in names.items():

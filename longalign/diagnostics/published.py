@@ -81,8 +81,8 @@ PUBLISHED = (
 def local_status() -> dict[str, str]:
     """Returns which published checkpoints are on this machine: ``"name (Hub id)"`` -> status.
 
-    The status is ``"found"``, ``"not found"``, or ``"incomplete: ... missing"`` with the missing files. Files of longSD
-    are also searched in the folder ``LongSD`` of the working directory.
+    The status is ``"found"``, ``"not found"``, or ``"incomplete: ... missing"`` with the missing files. LongAlign's own
+    weights, longSD, are also looked up in the folder ``LongSD`` of the working directory.
     """
     out = {}
     for entry in PUBLISHED:
