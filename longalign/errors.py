@@ -143,7 +143,7 @@ def check_size(value: Any) -> None:
     anchors, a short text can expand to a value larger than memory.
     """
     sizes: dict[int, tuple[int, int]] = {}
-    too_deep = f"expected at most {MAX_DEPTH} levels of nested lists and mappings"
+    too_deep = f"expected at most {MAX_DEPTH} levels of nested lists and mappings, got more; flatten the config"
 
     def measure(node: Any, level: int) -> tuple[int, int]:
         """Returns the numbers of values and of levels in ``node``, which is at ``level``, counted from 1."""
@@ -159,9 +159,8 @@ def check_size(value: Any) -> None:
         if level + depth > MAX_DEPTH + 1:
             raise ConfigError([("", too_deep)])
         if count > MAX_VALUES:
-            raise ConfigError(
-                [("", f"expected at most {MAX_VALUES} values, counting a YAML anchor once per use; shorten the config")]
-            )
+            message = f"expected at most {MAX_VALUES} values, got more; shorten the config"
+            raise ConfigError([("", f"{message} (a YAML anchor counts once per use)")])
         return count, depth
 
     measure(value, 1)

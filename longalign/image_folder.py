@@ -87,7 +87,7 @@ def read_images(folder: Path) -> list[tuple[Path, str, Any]]:
         path = inside(folder, row["file_name"], where)
         if not path.is_file():
             problem = "is not a regular file" if path.exists() else "does not exist"
-            raise FileNotFoundError(f"the image {path} of {where} {problem}")
+            raise FileNotFoundError(f"the image {path} of {where} {problem}; generate it again, or remove the line")
         out.append((path, text_of(row, where), row.get("seed")))
     if not out:
         raise ValueError(f"{folder / INDEX} lists no images; generate them with `longalign generate`")
@@ -136,7 +136,9 @@ def remove_listed(index: Path) -> None:
 def check_seeds(seeds: Sequence[int]) -> None:
     """Raises ValueError if a seed occurs twice, since image files are named by prompt number and seed."""
     if repeated := [seed for seed, count in Counter(seeds).items() if count > 1]:
-        raise ValueError(f"expected different seeds, got {', '.join(map(str, repeated))} more than once")
+        raise ValueError(
+            f"expected different seeds, got {', '.join(map(str, repeated))} more than once; remove the repeated ones"
+        )
 
 
 def image_row(

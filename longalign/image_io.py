@@ -104,7 +104,7 @@ def check_regular(path: Path | str) -> None:
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device or socket"
-        raise ValueError(f"expected a regular file, got {kind}")
+        raise ValueError(f"expected a regular file, got {kind}; give an image file")
 
 
 def _eight_bits(image: Image.Image, kind: str | None) -> Image.Image:

@@ -240,7 +240,7 @@ class Model:
         metrics: str | Path | None = None,
         license: str | None = None,
     ) -> str:
-        """Exports the model as `save_pretrained` does and uploads it to the Hub.
+        """Exports the model's checkpoint as `save_pretrained` does, and uploads the export to the Hub.
 
         Args:
             repository: Hub repository ``owner/name``; created if it does not exist.

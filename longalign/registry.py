@@ -71,7 +71,7 @@ PLUGIN_BUGS = (
 
 @dataclass(frozen=True)
 class PartInfo:
-    """Origin of a registered part.
+    """Where a registered part, such as an encoder or reward, comes from.
 
     Attributes:
         name: name under which the part is registered, e.g. ``"t5"``.
@@ -88,7 +88,7 @@ class PartInfo:
 
 
 class Registry:
-    """The parts of one kind, by name.
+    """The parts of one kind, such as all encoders, by name.
 
     Args:
         kind: plural name of the kind, e.g. ``"encoders"``; entry points are read from the group ``longalign_<kind>``.
@@ -123,7 +123,7 @@ class Registry:
         return self._in_code.get_all()
 
     def names(self) -> tuple[str, ...]:
-        """Returns the names of all registered parts in alphabetical order, without importing the parts."""
+        """Returns the names of all parts of this kind in alphabetical order, without importing the parts."""
         return tuple(sorted({*self._entries(), *self._local()}))
 
     def __contains__(self, name: object) -> bool:
@@ -283,7 +283,7 @@ class Registry:
             raise ConfigError([("", text)]) from error
 
     def build(self, config: Any, runtime: Runtime | None = None, **parts: Any) -> Any:
-        """Builds one part and loads its weights.
+        """Builds one part of this kind, such as an encoder, and loads its weights.
 
         Args:
             config: a name, a config, or a mapping, e.g. ``{"name": "clip-segment", "checkpoint": "mini/clip"}``.

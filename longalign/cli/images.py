@@ -52,4 +52,5 @@ def check_images(paths: Sequence[Path]) -> None:
         problems = [text for text in pool.map(problem, paths) if text]
     if problems:
         rest = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise ValueError(f"{count(len(problems), 'image')} cannot be read:\n  " + "\n  ".join(problems[:10]) + rest)
+        lines = "\n  ".join(problems[:10])
+        raise ValueError(f"{count(len(problems), 'image')} cannot be read; replace or remove them:\n  {lines}{rest}")

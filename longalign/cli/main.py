@@ -73,7 +73,7 @@ def _user_message(error: Exception, args: argparse.Namespace) -> str | None:
     if isinstance(error, (ValueError, OSError)):
         return full_message(error)
     if isinstance(error, ModuleNotFoundError) and error.name and "." not in error.name:
-        return f"this command needs the package '{error.name}', which is not installed"
+        return f"this command needs the package '{error.name}', which is not installed; install it with pip"
     if is_out_of_memory(error):
         advice = [f"--batch below {args.batch}"] if getattr(args, "batch", 1) > 1 else []
         advice += ["a smaller --size"] if hasattr(args, "size") else []

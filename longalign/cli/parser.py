@@ -1,4 +1,4 @@
-"""Argument parser with suggestions for misspelled options. Of several launched processes, the first reports errors."""
+"""Argument parser that suggests names for misspelled options; of several processes, only the first reports an error."""
 
 from __future__ import annotations
 

@@ -94,7 +94,8 @@ def parts_problems(value: Any, path: str = "") -> list[ConfigProblem]:
         try:
             problems += [(f"{part_path}.{key}" if key else part_path, message) for key, message in part.check_files()]
         except Exception as error:  # check_files of a plugin may raise anything
-            problems.append((part_path, f"check_files of '{part.name}' failed: {type(error).__name__}: {error}"))
+            problem = f"check_files of '{part.name}' failed: {type(error).__name__}: {error}; report it to its author"
+            problems.append((part_path, problem))
     return problems
 
 
@@ -167,7 +168,7 @@ def size_problems(config: RunConfig, sizes: Mapping[str, Sequence[Size]]) -> lis
         return []
     unfit = {k: next((s for s in v if s.height % divisor or s.width % divisor), None) for k, v in sizes.items()}
     return [
-        (key, f"expected multiples of {divisor} pixels for the backbone '{config.backbone.name}', got {size}")
+        (key, f"expected multiples of {divisor} pixels for '{config.backbone.name}', got {size}; change the size")
         for key, size in unfit.items()
         if size is not None
     ]

@@ -33,7 +33,7 @@ def problems(run: Run) -> Iterator[ConfigProblem]:
 
 
 def _part_problems(run: Run) -> Iterator[ConfigProblem]:
-    """Yields a problem for each part that the trainer needs but the run lacks, or that the trainer does not use.
+    """Yields a problem if backbone or encoder is missing although the trainer needs it, or is set but not used by it.
 
     Keys of ``loop`` that only apply to a backbone are a problem if the trainer uses no backbone.
     """

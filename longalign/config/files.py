@@ -55,7 +55,7 @@ def check_folder(folder: Path) -> None:
     for path in (folder, *folder.parents):
         if path.exists():
             if not path.is_dir():
-                raise ValueError(f"{path} is a file; expected a folder")
+                raise ValueError(f"{path} is a file; expected a folder, so choose a different path")
             return
 
 
@@ -154,7 +154,7 @@ def find_checkpoint(checkpoint: str, revision: str | None = None) -> Path:
     except Exception as error:
         reason = hub.download_problem(error, CHECKPOINT)
         raise FileNotFoundError(
-            f"no local checkpoint '{checkpoint}', and it cannot be loaded from the Hub: {reason}"
+            f"no local checkpoint '{checkpoint}', and it cannot be loaded from the Hub: {reason}; check the path or id"
         ) from error
 
 

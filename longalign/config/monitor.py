@@ -1,4 +1,4 @@
-"""Config of the section `monitor`: what a run samples and measures while it trains. Does not import torch."""
+"""Config of the key `monitor` of a run: sampling and measuring held-out prompts during training. Imports no torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MEASURED = {"prompts", "data", "limit", "seeds", "num_steps", "guidance", "size"
 
 
 class GuardConfig(Section):
-    """Limits how much worse a metric of the monitor may be than at the start of the run."""
+    """Limits how much worse a metric on the held-out prompts may be than at the start of the run."""
 
     metric: Text
     """name of a value that the monitor measures, e.g. "facts" or "denscore.text_relevant"."""
@@ -34,9 +34,9 @@ class GuardConfig(Section):
 
 
 class KeepBestConfig(Section):
-    """Selects the best measurement of the monitor by one metric.
+    """Selects the best checkpoint by a metric on the held-out prompts.
 
-    The checkpoint of that step is kept, and the link ``best`` in the output folder points to it.
+    The best checkpoint is kept, and the link ``best`` in the output folder points to it.
     """
 
     metric: Text
@@ -47,7 +47,7 @@ class KeepBestConfig(Section):
 
 
 class EarlyStopConfig(KeepBestConfig):
-    """Ends a run before the last step if a metric of the monitor no longer improves."""
+    """Ends a run before the last step if a metric on the held-out prompts no longer improves."""
 
     patience: PositiveInt
     """number of successive measurements without a new best value after which the run ends."""

@@ -52,10 +52,10 @@ class _Loader(yaml.SafeLoader):
             if key.tag != MERGE:
                 name = self.construct_object(key, deep=True)
                 if isinstance(name, (list, dict)):
-                    message = f"{shorten(name)} cannot be a key"
+                    message = f"{shorten(name)} cannot be a key; expected text"
                     raise yaml.constructor.ConstructorError(None, None, message, key.start_mark)
                 if name in seen:
-                    message = f"the key {shorten(name)} is repeated"
+                    message = f"the key {shorten(name)} is repeated; remove one of the entries"
                     raise yaml.constructor.ConstructorError(None, None, message, key.start_mark)
                 seen.add(name)
         return super().construct_mapping(node, deep)
@@ -83,7 +83,7 @@ class _Loader(yaml.SafeLoader):
             self.flatten_mapping(part)
             self._merged += len(part.value)
             if self._merged > MAX_VALUES:
-                message = f"expected at most {MAX_VALUES} merged keys"
+                message = f"expected at most {MAX_VALUES} keys merged with '<<', got more; merge fewer mappings"
                 raise yaml.constructor.ConstructorError(None, None, message, part.start_mark)
             pairs |= {key.value if key.id == "scalar" else id(key): (key, value) for key, value in part.value}
         pairs |= {key.value if key.id == "scalar" else id(key): (key, value) for key, value in own_pairs}
@@ -189,7 +189,7 @@ def _load_yaml(text: str) -> Any:
 
 def _number_problem(error: ValueError) -> str:
     """Returns the message of a parsing error. Python's message for a number with too many digits is replaced."""
-    return "a number has too many digits" if "set_int_max_str_digits" in str(error) else str(error)
+    return "a number has too many digits; shorten it" if "set_int_max_str_digits" in str(error) else str(error)
 
 
 def _load_yaml_file(text: str, path: Path | str) -> Any:
@@ -223,6 +223,6 @@ def _load_json_file(text: str, path: Path) -> Any:
 def _check_mapping(value: Any, path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError([("", f"{path}: expected a mapping of keys to values, got {shorten(value)}")])
-    if invalid := [key for key in value if not isinstance(key, str)]:
-        raise ConfigError([(shorten(key), f"{path}: keys must be strings, got {shorten(key)}") for key in invalid])
+    if invalid := [shorten(key) for key in value if not isinstance(key, str)]:
+        raise ConfigError([(key, f"{path}: expected text as key, got {key}; quote it") for key in invalid])
     return value

@@ -45,7 +45,7 @@ class RunConfig(Section):
     data: Part("data") | None = None
     """the training data; required with a trainer."""
     loop: LoopConfig = LoopConfig()
-    """steps, batch size, learning rate, checkpoints, logging."""
+    """settings of the training loop: steps, batch size, learning rate, checkpoints, logging."""
     monitor: MonitorConfig | None = None
     """sampling of held-out prompts during training, with metrics; null for none."""
     cache: CacheConfig | None = None

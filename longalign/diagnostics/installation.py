@@ -46,7 +46,7 @@ def check_packages() -> Iterator[Row]:
 
 
 def check_parts() -> Iterator[Row]:
-    """Yields one row: whether the config class of every part (encoder, reward, ...), also of plugins, can be imported."""
+    """Yields one row: whether the config classes of all parts (encoders, rewards, ...) and plugins can be imported."""
     table, problems = parts_table()
     yield compare("parts", not problems, "; ".join(problems) or f"{len(table.splitlines()) - 1} parts", "none broken")
 
