@@ -194,7 +194,7 @@ def _repr_pieces(value: Any, limit: int) -> Iterator[str]:
 
 
 def _message(detail: ErrorDetails, steps: list[Any], holder: type[BaseModel] | None) -> tuple[str, str]:
-    """Returns a message for one problem of a pydantic error, and the text ``, got ...`` to append; empty for none.
+    """Returns the message of one problem of a pydantic error, and a text ``, got ...`` to append, which may be empty.
 
     ``steps`` and ``holder`` are as returned by `_user_path`.
     """

@@ -50,8 +50,8 @@ def _strict(schema: Any) -> Any:
 class Section(BaseModel):
     """Base class of all config classes: a frozen pydantic model with strict validation.
 
-    A string is not converted to an integer, nor a boolean to a number. Unknown keys, infinities, NaN, and integers
-    above ``2**63 - 1`` without a bound of their own are errors. The docstring below a field describes the key.
+    A string is not converted to an integer, nor a boolean to a number. Errors are unknown keys, infinities, NaN, and
+    integers above the bound of the field, by default ``2**63 - 1``. The docstring below a field describes the key.
     """
 
     model_config = ConfigDict(

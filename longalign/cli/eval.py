@@ -92,7 +92,7 @@ class _Model:
 
     @property
     def generated(self) -> bool:
-        """Whether this command generates the model's images."""
+        """Whether ``longalign eval`` generates the images, because a checkpoint or pipeline is given."""
         return self.option != "images"
 
 

@@ -145,7 +145,7 @@ def describe_part(kind: str, name: str) -> str:
 
 
 def describe_model(model: type[BaseModel]) -> str:
-    """Describes a config class that is not of a part, such as `longalign.config.run.RunConfig`: docstring and keys."""
+    """Describes a config class such as `longalign.config.run.RunConfig` as text: its docstring and its keys."""
     return "\n".join([f"{summary(model)}\n", *_describe_keys(model)]).rstrip()
 
 

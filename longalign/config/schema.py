@@ -177,7 +177,7 @@ def _any_of(named: dict[str, JsonSchemaValue]) -> JsonSchemaValue:
 
 
 def _requirements() -> Iterator[JsonSchemaValue]:
-    """Yields two schemas of a run: backbone, and encoder, are required except with trainers that do not use them."""
+    """Yields a JSON schema each for backbone and encoder: the key is required unless the trainer does not use it."""
     needs = {name: model.needs for _, name, model in _parts() if issubclass(model, TrainerConfig)}
     for key in TrainerConfig.needs:
         names = {"enum": [name for name, needed in needs.items() if key not in needed]}
