@@ -30,8 +30,8 @@ def read_captions(folder: Path) -> list[tuple[str, Mapping[str, Any]]]:
 
     Returns:
         ``(location, row)`` for each image, in the order of the file, or sorted by path. ``location`` is a text for
-        messages, such as file and line. ``row`` has at least ``file_name``, a path in the folder, and ``text`` or
-        ``prompt`` if the file is well-formed; rows are not checked.
+        messages, such as file and line. ``row`` is not checked; in a well-formed file, it has ``file_name``, a path
+        relative to the folder, and ``text`` or ``prompt``.
 
     Raises:
         ValueError: if both ``metadata.jsonl`` and ``metadata.csv`` exist, or a file cannot be read.

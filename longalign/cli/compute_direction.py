@@ -1,4 +1,4 @@
-"""The command ``longalign compute-direction``: computes a direction in a reward's embedding space."""
+"""The command ``longalign compute-direction``: computes a unit vector in a reward's embedding space."""
 
 from __future__ import annotations
 

@@ -35,9 +35,9 @@ class RunConfig(Section):
     """
 
     backbone: Part("backbones") | None
-    """the diffusion model to fine-tune; required unless the trainer uses none."""
+    """the diffusion model to fine-tune, a denoiser and an autoencoder; required unless the trainer uses none."""
     encoder: Part("encoders") | None
-    """encodes prompts into the conditioning of the backbone; required unless the trainer uses none."""
+    """the prompt encoder, whose output conditions the backbone; required unless the trainer uses none."""
     rewards: Annotated[tuple[Part("rewards"), ...], BeforeValidator(_listed)] = ()
     """list of the rewards that score images, in the order in which the trainer receives them."""
     trainer: Part("trainers") | None = None
