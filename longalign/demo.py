@@ -270,7 +270,7 @@ def prepare_output_dir(output: Path, runs: Sequence[Path]) -> None:
 
 
 def _held_out(trained: str, runtime: Runtime) -> RewardMetric:
-    """Returns the metric of a bundled reward other than the one named ``trained``: HPSv2 or PickScore."""
+    """Returns the metric of a reward that is not trained on: HPSv2 if ``trained`` is "pickscore", else PickScore."""
     name = "hpsv2" if trained == "pickscore" else "pickscore"
     return RewardMetric(
         f"held-out {name}", registry.rewards.build({"name": name, "checkpoint": f"mini/{name}"}, runtime)

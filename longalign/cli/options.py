@@ -76,7 +76,7 @@ def _alternatives(names: Sequence[str]) -> str:
 def reject_sampling_options(args: Namespace, *extra_keys: str) -> None:
     """Raises ValueError if an option is given that only applies when generating images.
 
-    ``extra_keys`` are attributes of ``args`` to reject besides ``--output`` and those of `add_sampling`.
+    ``extra_keys`` are further attributes of ``args`` to reject, e.g. ``"prompt"``.
     """
     keys = ("output", "negative", "num_steps", "guidance", "guidance_interval", "solver", "seed", "size", "dtype")
     keys += ("revision", "variant")

@@ -69,7 +69,7 @@ class LoopConfig(Section):
     save_every: PositiveInt | None = 500
     """number of steps between checkpoints; null: a single checkpoint at the end."""
     keep: PositiveInt | None = 2
-    """number of newest checkpoints to keep; older ones are deleted, except the one of ``monitor.keep_best``. null: all."""
+    """number of newest checkpoints to keep; older ones are deleted, except that of ``monitor.keep_best``. null: all."""
     log_every: PositiveInt = 10
     """number of steps between log entries; values are averaged over these steps."""
     trackers: Annotated[tuple[Tracker, ...], BeforeValidator(_listed, json_schema_input_type=OneOrMore)] = ()
