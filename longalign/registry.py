@@ -362,9 +362,10 @@ class PartOf:
 
 
 def Part(kind: str) -> Any:  # noqa: N802
-    """Returns the annotation of a config field that holds the config of a part, e.g. ``inner: Part("rewards")``.
+    """Returns the annotation of a config field that holds the config of a part.
 
-    The field accepts what `Registry.validate` accepts. ``kind`` is a key of `REGISTRIES`.
+    For example, the field ``inner: Part("rewards")`` accepts what `Registry.validate` of the rewards accepts. ``kind``
+    is a key of `REGISTRIES`.
     """
 
     def validate(value: Any) -> PartConfig:

@@ -200,8 +200,7 @@ class Acceptance:
                 yield self.published_score(reward, self.hps_images / file, prompt, score)
 
     def published_score(self, reward: Any, path: Path, prompt: str, expected: float) -> Row:
-        """Returns a row: whether a reward gives the image file ``path`` its published score ``expected``, within 0.002.
-        """
+        """Returns a row: whether a reward gives an image file its published score ``expected``, within 0.002."""
         from longalign.image_io import load_image
 
         score = float(reward.score(load_image(path)[None].to(self.device), [prompt]))
