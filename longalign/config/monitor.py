@@ -86,7 +86,9 @@ class MonitorConfig(Section):
     error, while the training reward rose.
     """
     keep_best: KeepBestConfig | None = None
-    """keep the checkpoint with the best measurement, besides the newest ones; null: only the newest ones."""
+    """keep the checkpoint with the best measurement, besides the newest ones; the link ``best`` in the output folder
+    points to it. null: only the newest ones.
+    """
     early_stop: EarlyStopConfig | None = None
     """end the run when a metric no longer improves; null: never."""
 

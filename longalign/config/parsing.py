@@ -224,5 +224,5 @@ def _check_mapping(value: Any, path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError([("", f"{path}: expected a mapping of keys to values, got {shorten(value)}")])
     if invalid := [shorten(key) for key in value if not isinstance(key, str)]:
-        raise ConfigError([(key, f"{path}: expected text as key, got {key}; quote it") for key in invalid])
+        raise ConfigError([(key, f"{path}: keys must be strings, got {key}; quote it") for key in invalid])
     return value
