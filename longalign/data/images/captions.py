@@ -20,13 +20,15 @@ COLUMNS = ("caption", "path", "source")
 
 
 class LongAlignCaptions(ImageDataset):
-    """Dataset of the rows ``caption, path, source`` that have an image file.
+    """The public LongAlign captions whose image files are available locally.
+
+    A row has the columns ``caption``, ``path`` (of the image) and ``source``, the name of the data set of the image.
 
     Args:
         rows: a table of the library ``datasets``.
-        indices: numbers of the rows to use.
-        folders: image folder of each source; ``path`` is relative to it.
-        resolution: image side in pixels, or the size of each bucket.
+        indices: numbers of the rows to use, from 0.
+        folders: source -> folder that the paths of this source are relative to.
+        resolution: side of square images in pixels, or the size of each bucket.
         max_unreadable: number of unreadable files to replace by the next readable one; one more raises an error.
     """
 
@@ -44,11 +46,11 @@ class LongAlignCaptions(ImageDataset):
 
     @classmethod
     def from_config(cls, config: LongAlignCaptionsConfig, runtime: Runtime) -> LongAlignCaptions:
-        """Loads the table and checks that every image exists; a warning counts the skipped rows.
+        """Loads the table and selects the rows whose image file exists. A warning counts the skipped rows.
 
         Raises:
-            ValueError: if a column or a source is missing, more than ``max_missing`` images are missing, or no row
-                remains.
+            ValueError: if a column is missing, no row has one of the configured sources, more than ``max_missing``
+                images are missing, or no row remains.
         """
         path, files = config.captions, None
         if Path(path).exists():
