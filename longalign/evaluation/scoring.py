@@ -33,7 +33,8 @@ def score_images(
         are named ``name.component``.
 
     Raises:
-        ValueError: if there are no images, the numbers of prompts and images do not match, or a score is not finite.
+        ValueError: if there are no images, or the numbers of prompts and images do not match.
+        NonFiniteReward: if a score is NaN or infinite.
     """
     prompts = _prompt_per_image(prompts, paths)
     if not paths:
