@@ -82,7 +82,7 @@ class Run:
 
 
 def runs_of(cells: Sequence[Cell], seeds: Sequence[int], output: Path) -> list[Run]:
-    """Returns the runs of an ablation: one per cell and training seed, or one per cell that is not trained.
+    """Returns the runs of an ablation: for a trained cell one per training seed, for any other cell a single one.
 
     The runs are ordered by training seed, so that an unfinished ablation has all cells of its first seeds.
 

@@ -1,4 +1,4 @@
-"""Runs an ablation. Importing this module does not import torch, so config errors are reported quickly."""
+"""Runs an ablation, which trains and compares variants of a config. Does not import torch on import."""
 
 from __future__ import annotations
 
@@ -202,9 +202,9 @@ def _identity(config: RunConfig) -> dict[str, Any]:
 
 
 def _check_unchanged(output: Path, record: Mapping[str, Any], runs: Sequence[Run]) -> None:
-    """Raises ValueError if ``output`` has an ablation with a different ``record``, or a run of other settings.
+    """Raises ValueError if ``output`` has an ablation with a different ``record``.
 
-    Only the folders of ``runs`` are checked.
+    Also raises it if one of ``runs`` was started before with a different config.
     """
     lines = []
     if (output / RECORD).exists():

@@ -83,7 +83,9 @@ class ImagesConfig(DataConfig):
     and this is the largest ratio of their long to their short side. null: all images are square.
     """
     multiple_of: PositiveInt | None = None
-    """width and height of the buckets of ``max_aspect_ratio`` are multiples of this number of pixels; null: 64."""
+    """width and height of all image sizes that ``max_aspect_ratio`` allows are multiples of this number of pixels;
+    null: 64.
+    """
     buckets: Annotated[tuple[ImageSize, ...], Field(min_length=1)] | None = None
     """list of the buckets in pixels, e.g. ``[512, 640x384, 384x640]`` (a square, or width x height). Replaces
     ``resolution`` and ``max_aspect_ratio``. null: the buckets of ``max_aspect_ratio``.

@@ -42,7 +42,7 @@ class Stream:
     continues where it stopped. Readers with fewer records repeat them more often.
 
     Args:
-        resolution: side of square images in pixels, or the size of each bucket; ignored for prompt-only data. See
+        resolution: side of square images in pixels, or a list of image sizes; ignored for prompt-only data. See
             `ImageLoader`.
         empty: ``"skip"`` or ``"keep"``: what to do with items with an empty caption.
         max_unreadable: number of unreadable images to replace by the next readable one; one more raises an error.

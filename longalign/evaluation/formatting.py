@@ -47,14 +47,17 @@ def interval_text(interval: Interval, value: Value, sign: bool = False, unit: st
 
 
 def show(interval: Interval, value: Value) -> str:
-    """Formats an interval as ``mean [low, high]``, or ``-`` without values; ``value`` is as for `number`."""
+    """Formats an interval as ``mean [low, high]``. An interval without values becomes ``-``.
+
+    ``value`` is as for `number`.
+    """
     return interval_text(interval, value) if interval.count else "-"
 
 
 def show_difference(interval: Interval, value: Value) -> str:
-    """Formats the interval of a difference as ``+mean [+low, +high]``, with a star if significant, or as ``-``.
+    """Formats the interval of a difference as ``+mean [+low, +high]``, with a star if the difference is significant.
 
-    ``-`` means that there are no values. ``value`` is as for `number`.
+    An interval without values becomes ``-``. ``value`` is as for `number`.
     """
     if not interval.count:
         return "-"

@@ -84,14 +84,15 @@ class Judge:
 
 
 def add_win_rates(table: MetricTable, models: Mapping[str, Tensor | Sequence[Tensor]], judge: Judge) -> MetricTable:
-    """Returns a metric table with each model's win rate against the first model added, as the metric ``win_rate``.
+    """Returns a copy of a metric table with the additional metric ``win_rate``, from comparisons with the first model.
 
     The win rate of the first model is set to 0.5 for each image. The paired difference to the first model is then the
-    win rate minus 0.5.
+    win rate minus 0.5. The fractions of ties are added as submetrics, see `Judge.compare`.
 
     Args:
         table: the metric table of the models.
-        models: name -> images ``(3, h, w)`` in [0, 1], in the order of the table's prompts.
+        models: name -> images ``(3, h, w)`` in [0, 1], in the order of the table's prompts. The first one is the model
+            that the others are compared with.
         judge: compares the images.
 
     Raises:

@@ -18,7 +18,7 @@ from longalign.metrics.base import Value
 HELD_OUT = "monitor/"
 """Start of the names of curves that are measured on held-out prompts during training."""
 COSTS = (f"{HELD_OUT}seconds", f"{HELD_OUT}share_of_time")
-"""Names of the curves of the time that these measurements took: in seconds, and as a fraction of the run's time."""
+"""Names of the curves of the time that held-out measurements took: in seconds, and as a fraction of the run's time."""
 OF_TRAINING = f"{HELD_OUT}training/"
 """Start of the names of curves of training values, averaged from one held-out measurement to the next."""
 FIRST = ("reward", HELD_OUT, "text_relevant", "text_irrelevant", "loss")
@@ -122,7 +122,7 @@ def _stage(runs: Mapping[str, Mapping[str, Curve]], best: Mapping[str, int | Non
 
 
 def _charts(names: Sequence[str], single: bool) -> dict[str, list[str]]:
-    """Returns name of a chart -> names of its curves.
+    """Returns name of a chart -> names of the logged values that the chart shows as curves.
 
     Training and held-out values of one name are in one chart. With a ``single`` run, all curves of a breakdown are in
     one chart, or in several if there are too many for the colours. `COSTS` have no chart.

@@ -85,7 +85,7 @@ def measure_sentences(
         reward: scores the sentences; None computes no scores. If both are None, the result is empty.
         batch_size: number of images per call.
         features: name of a model -> image embeddings ``(n, d)`` of the reward, see `image_features`. The image tower
-            runs only for models without an entry; None is no entries.
+            runs only for models without an entry. None: no embeddings are known.
 
     Raises:
         ValueError: if the numbers of images and prompts differ, or a prompt is not among the captions of ``facts``.

@@ -41,9 +41,9 @@ class MetricTable:
         prompts: the ``n`` prompts; a prompt may occur with several seeds.
         seeds: the ``n`` noise seeds; empty if unknown.
         units: name of a metric -> its unit, and whether higher or lower is better; see `longalign.metrics.Value`.
-        sets: values of metrics that only a whole set of images has, such as a Frechet distance: name of a model ->
-            name of a metric -> ``(1 + samples,)``. The first number is the value of all images, the others are those of
-            bootstrap samples, which are the same for all models.
+        sets: metrics with one value for all images of a model instead of one per image, such as a Frechet distance:
+            name of a model -> name of a metric -> ``(1 + samples,)``. The first number is the value of all images, the
+            others are those of bootstrap samples, which are the same for all models.
         training_seeds: the training seed of each of the ``n`` images, if a model was trained several times; intervals
             then resample training seeds too. Empty for models that were trained once.
         neighbours: whether each model is also compared with the previous one, not only with the first one.
@@ -98,7 +98,7 @@ class MetricTable:
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """The compared pairs (model, other): each model but the first with the first, then `steps`; no pair twice."""
+        """The compared pairs (model, other): each model with the first one, then the pairs of `steps`, none twice."""
         return list(dict.fromkeys([*((model, self.base) for model in self.models[1:]), *self.steps]))
 
     @property
@@ -183,9 +183,13 @@ class MetricTable:
         return gains, losses
 
     def is_gain(self, metric: str, difference: Interval) -> bool | None:
-        """Returns True if a difference of a metric is a gain, False if it is a loss.
+        """Returns True if a paired difference of a metric is a gain, False if it is a loss.
 
         Returns None if neither higher nor lower values of the metric are better.
+
+        Args:
+            metric: name of the metric.
+            difference: output of `difference` for this metric.
         """
         direction = self.value(metric).direction
         return None if direction is None else (difference.mean > 0) == (direction == "higher")
@@ -342,9 +346,9 @@ class MetricTable:
         return f"{count(self.num_prompts, 'prompt')}{seeds}{images}; mean [95% bootstrap interval]{note}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the attributes, means, paired differences and significant metrics as plain values for JSON.
+        """Returns the attributes of the table as plain values for JSON; NaN becomes None.
 
-        NaN becomes None.
+        The means, the paired differences and the names of the metrics with significant differences are added.
         """
         metrics = {m: self._shared(m, m) for m in self.models}
         return {

@@ -2,7 +2,7 @@
 
 Each place of the grid is read alone. The mask of every kind of object (the fraction of each pixel that it covers),
 without its constant and linear part, is fitted to the pixels by least squares. The kind whose mask explains most
-variance is the object. The fitted amplitude plus the colour of the ground is the colour of the object.
+variance is the object. The fitted amplitude plus the colour of the background is the colour of the object.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from longalign.mini.captions import Caption, Fact
 from longalign.mini.scenes import COLOURS, GROUNDS, IMAGE_SIZE, MASK_KEYS, PLACES, Scene, Thing, object_masks
 
 MIN_CONTRAST = 0.12
-"""Contrast below which a place counts as empty: Euclidean length of the difference of the RGB values, each in [0, 1],
-of object and ground."""
+"""Contrast below which a place counts as empty: Euclidean distance of the RGB colours of object and background, with
+values in [0, 1]."""
 
 
 def read_scenes(images: np.ndarray) -> list[Scene]:

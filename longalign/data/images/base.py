@@ -17,7 +17,7 @@ from longalign.sizes import Size, nearest_bucket
 
 log = logging.getLogger(__name__)
 
-#: Side of square images in pixels, or the size of each bucket. `ImageLoader` rejects None, the value of a config
+#: Side of square images in pixels, or a list of image sizes. `ImageLoader` rejects None, the value of a config
 #: without a size.
 Resolution = int | Sequence[Size] | None
 # errors that `longalign.image_io.decode` raises for unreadable images
@@ -57,12 +57,12 @@ class Unreadable(dict[Hashable, str]):
 
 
 class ImageLoader:
-    """Loads images, resized and cropped to the size of a bucket.
+    """Loads images, resized and cropped to one of several sizes, which are called buckets.
 
     Logs a warning at the 1st, 10th, 100th, ... image that is scaled up.
 
     Args:
-        resolution: side of square images in pixels (one bucket), or the size of each bucket.
+        resolution: side of square images in pixels (one bucket), or the sizes of the buckets.
 
     Raises:
         ValueError: if ``resolution`` is None.
@@ -120,7 +120,7 @@ class ImageDataset(Data):
     Subclasses implement ``__len__``, ``prompt`` and ``source``.
 
     Args:
-        resolution: side of square images in pixels, or the size of each bucket.
+        resolution: side of square images in pixels, or a list of image sizes; see `ImageLoader`.
         max_unreadable: number of unreadable images to replace by the next readable one; one more raises an error.
     """
 

@@ -28,7 +28,7 @@ class LongAlignCaptions(ImageDataset):
         rows: a table of the library ``datasets``.
         indices: numbers of the rows to use, from 0.
         folders: source -> folder that the paths of this source are relative to.
-        resolution: side of square images in pixels, or the size of each bucket.
+        resolution: side of square images in pixels, or a list of image sizes; see `ImageLoader`.
         max_unreadable: number of unreadable files to replace by the next readable one; one more raises an error.
     """
 

@@ -22,7 +22,7 @@ class Folder(ImageDataset):
     Args:
         files: the image files.
         prompts: one caption per file; may be empty texts.
-        resolution: side of square images in pixels, or the size of each bucket.
+        resolution: side of square images in pixels, or a list of image sizes; see `ImageLoader`.
         max_unreadable: number of unreadable files to replace by the next readable one; one more raises an error.
 
     Raises:

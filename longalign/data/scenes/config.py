@@ -63,10 +63,12 @@ class ScenePairsConfig(SyntheticConfig):
 
     name: Literal["scene-pairs"] = "scene-pairs"
     truth_weight: float = Field(10.0, ge=0)
-    """weight of the truth of an image: the fraction of the caption's facts that the image shows, from 0 to 1."""
+    """weight of the difference in truth between the two images. Truth is the fraction of the caption's facts that an
+    image shows, from 0 to 1.
+    """
     taste_weight: float = Field(4.0, ge=0)
-    """weight of the taste of an image: a score from -1 to 1 that does not depend on the caption. Warm light and dark
-    corners score high.
+    """weight of the difference in taste between the two images. Taste is a score from -1 to 1 that does not depend on
+    the caption: warm light and dark corners score high.
     """
     captions: bool = False
     """whether items also have a true caption of each image, of about as many words as the prompt."""

@@ -16,7 +16,7 @@ from longalign.runtime import Runtime
 
 
 class HubTable:
-    """Builds the data part ``hf`` with `from_config`; has no instances."""
+    """Builds the data of a `HubConfig` with `from_config`; has no instances."""
 
     @classmethod
     def from_config(cls, config: HubConfig, runtime: Runtime) -> HubRows | Prompts | HubStream:
@@ -98,7 +98,7 @@ class HubRows(ImageDataset):
         captions: captions of the rows to use.
         image: name of the image column.
         folder: folder that paths in the image column are relative to; None rejects paths.
-        resolution: side of square images in pixels, or the size of each bucket.
+        resolution: side of square images in pixels, or a list of image sizes; see `ImageLoader`.
         max_unreadable: number of unreadable images to replace by the next readable one; one more raises an error.
     """
 
