@@ -182,7 +182,8 @@ def make_cells(
 
 def _product(vary: Any) -> dict[str, Changes]:
     if not isinstance(vary, Mapping) or not vary or not all(isinstance(v, (list, tuple)) and v for v in vary.values()):
-        raise ConfigError([("vary", f"expected paths with lists of values, got {shorten(vary)}")])
+        example = "{loop.lr: [1e-4, 3e-4]}"
+        raise ConfigError([("vary", f"expected paths with lists of values, e.g. {example}, got {shorten(vary)}")])
     rows = [dict(zip(vary, values, strict=True)) for values in product(*vary.values())]
     return _named(rows, list(vary))
 

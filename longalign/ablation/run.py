@@ -182,9 +182,9 @@ def _measured(
     else:
         texts = None if base.data is None else base.data.held_out(count)
         if texts is None:
-            name = None if base.data is None else base.data.name
+            who = "a config without data" if base.data is None else f"'{base.data.name}'"
             raise ConfigError(
-                [("data", f"'{name}' has no held-out prompts; set prompts (--prompts), or set data to 'scenes'")]
+                [("data", f"{who} has no held-out prompts; set prompts (--prompts), or set data to 'scenes'")]
             )
         configs = [m.for_data(texts) if isinstance(m, MetricConfig) else m for m in configs]
     check_parts({f"metrics.{i}": m for i, m in enumerate(configs) if isinstance(m, PartConfig)})

@@ -23,7 +23,7 @@ RERUN_ADVICE = "run `longalign cache` again with this config"
 class CachedImages(Data):
     """Prompts with cached VAE posteriors. An item is ``{"prompt": str, "posterior": (2c, h, w)}``.
 
-    ``posterior`` is the mean and the standard deviation of ``c`` latent channels, see
+    ``posterior`` is the mean and the standard deviation of the unscaled latent ``(c, h, w)`` of the image, see
     `longalign.backbones.Backbone.posterior`. An image is checked for changes when its item is read, and some images
     are checked at construction.
 

@@ -140,7 +140,8 @@ class ImagesConfig(DataConfig):
         try:
             _ = config.sizes
         except ValueError as error:
-            raise ConfigError([("data.multiple_of", f"{error}; the resolution is the backbone's")]) from None
+            message = f"{error} (the resolution is the backbone's native one)"
+            raise ConfigError([("data.multiple_of", message)]) from None
         return config
 
 

@@ -86,7 +86,7 @@ def read_jsonl(path: Path, example: str = "") -> list[tuple[str, Mapping[str, An
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where} is not JSON: {error}; expected one JSON mapping per line") from error
         if not isinstance(row, dict):
-            raise ValueError(f"{where}: expected a mapping, got {line.strip()[:80]}")
+            raise ValueError(f"{where}: expected a JSON mapping, got {line.strip()[:80]}")
         rows.append((where, row))
     return rows
 

@@ -20,7 +20,7 @@ HELD_OUT = "monitor/"
 COSTS = (f"{HELD_OUT}seconds", f"{HELD_OUT}share_of_time")
 """Names of the curves of the time that held-out measurements took: in seconds, and as a fraction of the run's time."""
 OF_TRAINING = f"{HELD_OUT}training/"
-"""Start of the names of curves of training values, averaged from one held-out measurement to the next."""
+"""Prefix of the names of curves that show training values, averaged from one held-out measurement to the next."""
 FIRST = ("reward", HELD_OUT, "text_relevant", "text_irrelevant", "loss")
 """Starts of the names of the curves that are shown first; others are in a closed section of the page."""
 

@@ -59,8 +59,10 @@ class LongAlignCaptions(ImageDataset):
         rows = load_table(config.name, path, split=config.split, data_files=files, **keys)
         missing = [column for column in COLUMNS if column not in rows.column_names]
         if missing:
-            available = ", ".join(rows.column_names)
-            raise ValueError(f"'{config.captions}' has no column '{missing[0]}'; available: {available}")
+            expected, available = ", ".join(COLUMNS), ", ".join(rows.column_names)
+            raise ValueError(
+                f"'{config.captions}' has no column '{missing[0]}'; expected the columns {expected}, got {available}"
+            )
         folders = {source: Path(folder) for source, folder in config.folders.items()}
         return cls(
             rows,
@@ -112,7 +114,7 @@ def _with_images(rows: Any, folders: dict[str, Path], config: LongAlignCaptionsC
                 )
     if unknown := sorted(set(folders) - set(counts)):
         raise ValueError(
-            f"no caption has the source '{unknown[0]}' of 'folders'; available: {', '.join(sorted(counts))}"
+            f"no caption has the source '{unknown[0]}' of 'folders'; set sources among {', '.join(sorted(counts))}"
         )
     skipped = {source: count for source, count in counts.items() if source not in folders}
     if skipped:

@@ -80,7 +80,7 @@ def _split_source(source: str) -> tuple[str | None, Path]:
     named = bool(colon) and name in SETS
     path = Path(rest if named else source)
     if not path.exists():
-        hint = ""
+        hint = "; check the path"
         if colon and not named and len(name) > 1:  # one letter is a drive of Windows
             hint = f"; no prompt set '{name}'" + (suggestion(name, SETS) or f", available: {', '.join(SETS)}")
         raise FileNotFoundError(f"no file {path}{hint}")

@@ -41,7 +41,9 @@ def load_table(part: str, path: str, **settings: Any) -> Any:
     except (OSError, ValueError):
         raise
     except Exception as error:  # datasets has its own errors for scripts and unreadable files
-        raise ValueError(f"datasets cannot read '{path}': {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"datasets cannot read '{path}': {type(error).__name__}: {error}; check the name, the split and the files"
+        ) from error
 
 
 def table_files(path: Path) -> tuple[str, list[str]]:
