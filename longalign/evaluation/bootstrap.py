@@ -114,9 +114,9 @@ def bootstrap(
             independent; see `resamples`. None resamples single values.
         samples: number of bootstrap samples.
         seed: seed of the resampling; the same values always give the same interval.
-        blocks: the training seed of each value, to resample training seeds too, see `block_counts`. The i-th image of a
-            prompt has the same noise for each training seed, so a sample has it for all sampled training seeds or none.
-            None for models that were trained once.
+        blocks: the training seed of each value, to resample training seeds too, see `block_counts`. The i-th images of
+            a prompt have the same noise for all training seeds, so they are sampled together. None for models that were
+            trained once.
     """
     values = np.asarray(values, dtype=np.float64)
     groups = [f"{i:09d}" for i in range(len(values))] if groups is None else list(groups)

@@ -103,9 +103,9 @@ def arrange(images: Path | str, prompts: PromptSet, output: Path | str, model: s
         The paths of the written images.
 
     Raises:
-        ValueError: if the set has no layout (see `LAYOUTS`), ``model`` is invalid, the folder was generated from
-            different prompts, two images would have the same path, a prompt has fewer images than the scorer reads, or
-            the images of one prompt differ in size.
+        ValueError: if the set has no layout (see `LAYOUTS`), ``model`` is invalid, or the folder was generated from
+            different prompts. Also if two images would have the same path, a prompt has fewer images than the scorer
+            reads, or images to be joined differ in size.
         FileNotFoundError: if an image or the list of images does not exist.
     """
     if prompts.name not in LAYOUTS:

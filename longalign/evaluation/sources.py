@@ -72,8 +72,8 @@ def read_sources(sources: Sequence[str], examples: int | None = None) -> dict[st
 
     Raises:
         FileNotFoundError: if a source, or an image that a source lists, does not exist.
-        ValueError: if a source is of no such kind or cannot be read, if two runs or two models have one name, or if
-            there are two tables.
+        ValueError: if a source is none of these or cannot be read, two runs or two models have the same name, or there
+            are two tables.
     """
     found = _Contents()
     for source in sources:

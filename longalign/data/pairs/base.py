@@ -39,7 +39,7 @@ class Pairs(ImageDataset):
     """Base class of stored preference data: pairs of images of one prompt. Subclasses implement `sources` and `label`.
 
     An item has ``"prompt"`` (str), ``"image"`` (float32 ``(2, 3, resolution, resolution)`` in [0, 1]), and
-    ``"preference"`` (float32 scalar), the fraction of people who prefer the first image, from 0 to 1. If the pair has
+    ``"preference"`` (float32 scalar): the fraction of people, from 0 to 1, who prefer the first image. If the pair has
     captions, the item also has ``"captions"``, a text for each image.
 
     Args:

@@ -51,13 +51,13 @@ def read_prompt_set(source: str | Path) -> PromptSet:
 
     Args:
         source: ``PATH`` or ``NAME:PATH``, with a name of `longalign.data.prompts.formats.SETS`. Without a name, the
-            columns of the files select the set. The path is a ``.csv``, ``.json``, ``.jsonl`` or ``.txt`` file (one
-            prompt per line), a folder of the first three kinds of files, which are read in the order of their names,
-            or a folder with one ``.txt`` file for each prompt (DPG-Bench).
+            columns of the files select the set. The path is one file, either ``.csv``, ``.json`` or ``.jsonl``, or
+            ``.txt`` with one prompt per line. Or it is a folder of ``.csv``, ``.json`` and ``.jsonl`` files, read in
+            the order of their names. Or it is a folder with one ``.txt`` file for each prompt (DPG-Bench).
 
     Raises:
-        ValueError: if a file has not the columns of the set or those of several sets, if there are no prompts, or if
-            an id occurs twice.
+        ValueError: if a file lacks a column of the set, a file has the columns of several sets, there are no prompts,
+            or an id occurs twice.
         FileNotFoundError: if the path does not exist.
     """
     name, path = _split_source(str(source))
