@@ -125,7 +125,7 @@ def read_cells(path: str | Path) -> dict[str, Any]:
     """Reads the cells of an ablation from a YAML or JSON file with the key ``vary`` or ``cells``.
 
     Returns:
-        The content of the file: a value for the argument ``vary`` or ``cells`` of `make_cells`.
+        The content of the file, as keyword arguments of `make_cells`.
 
     Raises:
         ConfigError: if the file is neither YAML nor JSON, or has other keys.

@@ -8,10 +8,10 @@ from longalign.evaluation.table import MetricTable
 
 
 def findings(table: MetricTable) -> list[str]:
-    """Summarizes a metric table as plain-text sentences: one for the first model, then one for each further model.
+    """Returns a summary of a metric table as plain-text sentences: first one for the first model, then one per model.
 
-    Each further model is compared with the previous or the first one, see `MetricTable.steps`. Its sentence starts with
-    the mean of the first metric and the paired difference of the two models. The significant differences of the first
+    Each model but the first is compared with the previous or the first one, see `MetricTable.steps`. The sentence of a
+    model starts with the mean of the first metric and the paired difference. The significant differences of the first
     metric in groups of prompts (`MetricTable.breakdowns`) and of the other metrics follow. A last sentence notes if
     there are too few prompts for significance.
     """

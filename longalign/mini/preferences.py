@@ -17,8 +17,8 @@ RATES = (0.0, 0.1, 0.25, 0.5)
 def vary(scene: Scene, rng: np.random.Generator) -> Scene:
     """Returns a scene as an imperfect model would show it: some attributes are changed, some objects are missing.
 
-    Tint and vignette are sampled again. With a probability sampled from `RATES`, each attribute of an object and the
-    ground are replaced by random values; with a third of it, an object is dropped.
+    Tint and vignette are sampled again. A probability is sampled from `RATES`. With this probability, each attribute of
+    an object and the background are replaced by random values; with a third of it, each object is dropped.
     """
     rate = float(rng.choice(RATES))
     things = []
