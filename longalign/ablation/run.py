@@ -84,8 +84,9 @@ def ablate(
         vary: dotted path of a config key -> values. The cells are all combinations of the values.
         cells: instead of ``vary``: name of a cell -> changes, or a list of changes. Changes map dotted paths of config
             keys to new values. The other cells are compared with the first one.
-        metrics: names or configs of metrics, metrics, or functions as for `longalign.evaluation.evaluate`. If
-            ``prompts`` is None, a ``facts`` metric without ``data`` reads the facts of the held-out data.
+        metrics: each is the name or the config of a metric, a `longalign.metrics.Metric`, or a function as for
+            `longalign.evaluation.evaluate`. If ``prompts`` is None, a ``facts`` metric without ``data`` reads the facts
+            of the held-out data.
         output: folder of the ablation; created if missing.
         seeds: number of training seeds, counted up from the config's ``seed``, or a sequence of training seeds.
         prompts: a sequence of prompts, or the path of a file or prompt set (see

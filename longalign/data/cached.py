@@ -24,8 +24,8 @@ class CachedImages(Data):
     """Prompts with cached VAE posteriors. An item is ``{"prompt": str, "posterior": (2c, h, w)}``.
 
     ``posterior`` is the mean and the standard deviation of the unscaled latent ``(c, h, w)`` of the image, see
-    `longalign.backbones.Backbone.posterior`. An image is checked for changes when its item is read, and some images
-    are checked at construction.
+    `longalign.backbones.Backbone.posterior`. An image is checked for changes when its item is read; up to 32 images are
+    also checked at construction.
 
     Args:
         data: the uncached data of ``n`` items, with the prompts, and the images that are checked.

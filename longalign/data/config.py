@@ -78,17 +78,17 @@ class ImagesConfig(DataConfig):
     resolution. Smaller images are scaled up, with a warning.
     """
     max_aspect_ratio: Annotated[float, Field(gt=1)] | None = None
-    """keeps images rectangular, by several image sizes, called buckets. Each image is resized and cropped to the bucket
-    of the nearest aspect ratio; a batch has images of one bucket. Buckets have at most ``resolution`` squared pixels,
-    and this is the largest ratio of their long to their short side. null: all images are square.
+    """largest ratio of the long to the short side of images. Each image is resized and cropped to one of several sizes,
+    called buckets: the one of the nearest aspect ratio. A bucket has at most ``resolution`` squared pixels, and all
+    images of a batch are of one bucket. null: all images are square.
     """
     multiple_of: PositiveInt | None = None
     """width and height of all image sizes that ``max_aspect_ratio`` allows are multiples of this number of pixels;
     null: 64.
     """
     buckets: Annotated[tuple[ImageSize, ...], Field(min_length=1)] | None = None
-    """list of the buckets in pixels, e.g. ``[512, 640x384, 384x640]`` (a square, or width x height). Replaces
-    ``resolution`` and ``max_aspect_ratio``. null: the buckets of ``max_aspect_ratio``.
+    """list of image sizes (buckets) in pixels, e.g. ``[512, 640x384, 384x640]`` (a square, or width x height), instead
+    of ``resolution`` and ``max_aspect_ratio``. null: these two keys set the sizes.
     """
     empty: Literal["skip", "keep"] = "skip"
     """what to do with images with an empty caption: "skip" them, or "keep" them as unconditional examples."""

@@ -48,7 +48,7 @@ EMPTY = Interval(math.nan, math.nan, math.nan, 0)
 def resamples(groups: Sequence[str], samples: int, seed: int = 0) -> np.ndarray:
     """Returns how often each of ``n`` values occurs in each bootstrap sample: ``(samples, n)``, uint16.
 
-    Each sample is drawn in two steps. First, groups are sampled with replacement, e.g. prompts. Then the values of each
+    Each sample is made in two steps. First, groups are sampled with replacement, e.g. prompts. Then the values of each
     sampled group, e.g. its images, are sampled with replacement, as many as the group has. Equal arguments give equal
     samples, which makes differences between models paired.
 

@@ -93,7 +93,7 @@ def markdown_text(blocks: Sequence[tuple[str, Grid]], caption: str) -> str:
 def _split_columns(grid: Grid, width: int | None) -> list[Grid]:
     """Splits a table into tables with fewer columns, each of at most ``width`` characters per line where possible.
 
-    Each table repeats the first column. None does not split.
+    Each table repeats the first column. If ``width`` is None, the table is not split.
     """
     label_width, *widths = _widths(grid)
     parts: list[list[int]] = [[]]

@@ -117,8 +117,8 @@ def write_report(
 class Cell(NamedTuple):
     """A cell of a table on the page: a mean and the ends of its interval, formatted as text.
 
-    ``kind`` is "gain" or "loss" for a significant difference, "change" if neither direction of it is better, and empty
-    for all other values.
+    ``kind`` is "gain" or "loss" for a significant difference, or "change" if neither higher nor lower values of the
+    metric are better. It is empty for all other values.
     """
 
     mean: str

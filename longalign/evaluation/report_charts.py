@@ -55,7 +55,7 @@ class Stage(NamedTuple):
 
     Attributes:
         name: names of the runs, separated by commas.
-        missing: path of the log if the log does not exist, when all later attributes are empty; otherwise empty.
+        missing: path of the log if this file does not exist; then all later attributes are empty. Otherwise empty.
         charts: charts of the most important values, see `FIRST`.
         breakdowns: charts of held-out metrics by groups of images.
         others: charts of the other values.

@@ -1,4 +1,7 @@
-"""Simulates people's preferences between synthetic scenes, from faithfulness to the caption and a taste."""
+"""Simulates people's preferences between synthetic scenes.
+
+They depend on faithfulness to the caption and on taste, a score of the light that the caption does not describe.
+"""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class Scene:
 
 
 def sample_scene(rng: np.random.Generator, num_things: tuple[int, int] = (1, 9)) -> Scene:
-    """Samples a scene. The number of objects and all their attributes, the ground, tint and vignette are uniform.
+    """Samples a scene: uniformly the number of objects, their attributes, the ground, the tint and the vignette.
 
     Args:
         rng: source of the random numbers.

@@ -28,7 +28,7 @@ def reduced_merges(words: Iterable[str], num_common: int = NUM_COMMON_MERGES) ->
 
     Args:
         words: texts whose words must be split as by the full tokenizer; all merges that occur in them are kept.
-        num_common: number of merges of the lowest ranks that are kept in any case.
+        num_common: number of merges that are kept in any case: those of the lowest ranks, which are the most frequent.
     """
     full = SimpleTokenizer()
     ranks_used = set(sorted(full.bpe_ranks.values())[:num_common])
@@ -48,7 +48,7 @@ def reduced_merges(words: Iterable[str], num_common: int = NUM_COMMON_MERGES) ->
 
 
 def write_clip_tokenizer(folder: Path, words: Sequence[str] | None = None, max_length: int = 77) -> Path:
-    """Writes a transformers ``CLIPTokenizer`` with the reduced vocabulary into ``folder``.
+    """Writes a transformers ``CLIPTokenizer`` with a reduced vocabulary (see `reduced_merges`) into ``folder``.
 
     Args:
         folder: output folder; created if missing.
@@ -77,9 +77,9 @@ def write_clip_tokenizer(folder: Path, words: Sequence[str] | None = None, max_l
 
 
 def write_open_clip_bpe(folder: Path, words: Sequence[str] | None = None) -> Path:
-    """Writes the reduced CLIP vocabulary as ``bpe_simple_vocab.txt.gz``, the file of open_clip's tokenizer.
+    """Writes the vocabulary of `write_clip_tokenizer` in the format of open_clip's tokenizer.
 
-    ``folder`` and ``words`` are those of `write_clip_tokenizer`. Returns the path of the file.
+    The arguments are those of `write_clip_tokenizer`. Returns the path of the file ``bpe_simple_vocab.txt.gz``.
     """
     merges = reduced_merges(_default_words() if words is None else words)
     folder.mkdir(parents=True, exist_ok=True)

@@ -49,8 +49,8 @@ class LongAlignCaptions(ImageDataset):
         """Loads the table and selects the rows whose image file exists. A warning counts the skipped rows.
 
         Raises:
-            ValueError: if a column is missing, no row has one of the configured sources, more than ``max_missing``
-                images are missing, or no row remains.
+            ValueError: if a column is missing, a configured source occurs in no row, more than ``max_missing`` images
+                are missing, or no row remains.
         """
         path, files = config.captions, None
         if Path(path).exists():
@@ -88,7 +88,10 @@ def _image_path(folder: Path, path: str, where: str = "") -> Path:
 
 
 def _with_images(rows: Any, folders: dict[str, Path], config: LongAlignCaptionsConfig) -> list[int]:
-    """Returns the numbers of the rows of the configured sources that have a caption and an image file."""
+    """Returns the numbers of the rows to use: those of the configured sources that have an image file.
+
+    Rows without a caption are used only if ``config.empty`` is "keep".
+    """
     counts: Counter[str] = Counter()
     indices, missing, empty = [], [], 0
     for i, (caption, path, source) in enumerate(zip(*(rows[column] for column in COLUMNS), strict=True)):

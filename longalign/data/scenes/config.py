@@ -21,7 +21,7 @@ class SyntheticConfig(DataConfig):
     seed: NonNegativeInt = 0
     """random seed of the scenes. Use different seeds for training and held-out sets."""
     objects: tuple[NumObjects, NumObjects] = (1, 9)
-    """lowest and highest number of objects in a scene, each from 0 to 9. Numbers are uniformly distributed."""
+    """lowest and highest number of objects in a scene, each from 0 to 9. The number is uniformly distributed."""
     words: tuple[PositiveInt, PositiveInt] = (20, 250)
     """lowest and highest target length of a caption in words. Target lengths are uniformly distributed; captions of
     scenes with few objects can stay shorter.
