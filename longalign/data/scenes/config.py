@@ -23,12 +23,16 @@ class SyntheticConfig(DataConfig):
     objects: tuple[NumObjects, NumObjects] = (1, 9)
     """lowest and highest number of objects in a scene, each from 0 to 9. The number is uniformly distributed."""
     words: tuple[PositiveInt, PositiveInt] = (20, 250)
-    """lowest and highest target length of a caption in words. Target lengths are uniformly distributed; captions of
-    scenes with few objects can stay shorter.
+    """lowest and highest target length of a caption in words. Target lengths are uniformly distributed. Without
+    ``filler``, captions of scenes with few objects can be shorter.
     """
     style: Literal["plain", "referring", "mixed"] = "plain"
     """caption style: "plain" (self-contained sentences), "referring" (sentences with pronouns, such as "It is red."),
     or "mixed" (each caption is one of the two, equally often).
+    """
+    filler: bool = False
+    """whether a caption that states every fact of its scene in fewer words than its target length is extended to this
+    length with sentences that state no fact. Without them, captions have at most about 750 words.
     """
 
     def held_out(self, count: int) -> Self:
