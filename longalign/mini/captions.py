@@ -244,7 +244,7 @@ class _CaptionBuilder:
         return self._filled([*blocks, *self._empty(num_empty)], num_filler_words)
 
     def _filled(self, blocks: list[list[Sentence]], num_words: int) -> Caption:
-        """Returns a caption of all blocks of sentences in order, with ``num_words`` or more words of filler between them.
+        """Returns a caption of the blocks in order, with ``num_words`` or more words of filler between them.
 
         The sentences of a block, e.g. those of one object, stay together.
         """
