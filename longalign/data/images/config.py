@@ -74,7 +74,7 @@ class WebDatasetConfig(ImagesConfig):
     def _check_keys(self) -> WebDatasetConfig:
         if self.field is not None and self.caption_field is None:
             raise ValueError(
-                f"'field' is a key of JSON files, but a caption file '.{self.caption}' is read as text; remove 'field'"
+                f"'field' is a key of JSON files, but '{self.caption}' files are read as text; remove 'field'"
             )
         return self
 
