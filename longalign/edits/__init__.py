@@ -1,4 +1,4 @@
-"""Edits of a reward's text embedding, for the reward `edited`.
+"""Edits: functions that change the text embedding of a reward before scoring, for the reward `edited`.
 
 Public names are loaded on first use, so importing this package does not import torch.
 """
