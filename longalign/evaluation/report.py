@@ -122,8 +122,8 @@ class Cell(NamedTuple):
     kind: str
 
 
-class Grid(NamedTuple):
-    """Rows of cells with names; a cell without values is None."""
+class ReportTable(NamedTuple):
+    """A table of the HTML report: the names of the columns, and rows ``(name, cells)``. None: a cell without values."""
 
     head: list[str]
     rows: list[tuple[str, list[Cell | None]]]
@@ -164,8 +164,8 @@ def _metrics(table: MetricTable | None) -> dict[str, Any]:
         "hero": _hero(table),
         "losses": _losses(table),
         "counts": f"{prompts}, {per_model}",
-        "metrics": Grid(table.models, rows),
-        "differences": Grid([f"{m} - {o}" for m, o in table.pairs], differences) if several else None,
+        "metrics": ReportTable(table.models, rows),
+        "differences": ReportTable([f"{m} - {o}" for m, o in table.pairs], differences) if several else None,
     }
 
 
@@ -208,14 +208,14 @@ def _head_and_rest(text: str) -> tuple[str, str]:
     return head, colon + rest
 
 
-def _breakdown_differences(table: MetricTable) -> list[tuple[str, Grid]]:
+def _breakdown_differences(table: MetricTable) -> list[tuple[str, ReportTable]]:
     """Returns the paired differences of the breakdowns as ``(title, rows of cells)``."""
     grids = []
     for metric in table.main_breakdowns:
         for title, groups in table.breakdowns(metric, paired=True).items():
             pairs = list(next(iter(groups.values())))
             rows = [(name, [_difference(table, metric, row[p]) for p in pairs]) for name, row in groups.items()]
-            grids.append((title, Grid(pairs, rows)))
+            grids.append((title, ReportTable(pairs, rows)))
     return grids
 
 

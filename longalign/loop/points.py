@@ -42,7 +42,7 @@ class Point:
         """Returns the attributes as plain values; ``Point(**state)`` restores the measurement."""
         return asdict(self)
 
-    def loss(self, name: str, reference: Point) -> float:
+    def worsening(self, name: str, reference: Point) -> float:
         """Returns by how much the value ``name`` is worse than in ``reference``; negative if better, NaN if unknown."""
         change = self.values.get(name, math.nan) - reference.values.get(name, math.nan)
         return change if self.directions.get(name) == "lower" else -change
@@ -56,13 +56,13 @@ def best(points: Sequence[Point], choice: KeepBestConfig) -> Point | None:
     found: Point | None = None
     for point in points:
         accepted = choice.metric in point.values and _within(points, point, choice.guard)
-        if accepted and (found is None or point.loss(choice.metric, found) < 0):
+        if accepted and (found is None or point.worsening(choice.metric, found) < 0):
             found = point
     return found
 
 
 def _within(points: Sequence[Point], point: Point, guard: GuardConfig | None) -> bool:
-    return guard is None or point.loss(guard.metric, points[0]) <= guard.at_most_worse
+    return guard is None or point.worsening(guard.metric, points[0]) <= guard.at_most_worse
 
 
 def best_checkpoint(points: Sequence[Point], choice: KeepBestConfig) -> int | None:
@@ -106,8 +106,8 @@ def divergences(points: Sequence[Point], window: int) -> Iterator[str]:
         if len(change) < MIN_PROMPTS:
             continue
         error = change.std(ddof=1) / len(change) ** 0.5
-        loss = change.mean() if direction == "lower" else -change.mean()
-        if loss > 2 * error:
+        worsening = change.mean() if direction == "lower" else -change.mean()
+        if worsening > 2 * error:
             size, start = f"standard error {error:.2g}, {len(change)} prompts", f"the checkpoint of step {then.step}"
             yield (
                 f"from step {then.step} to {now.step}, the training reward rose from {then.training['reward']:.4g} to "

@@ -38,8 +38,8 @@ class RewardTrainerConfig(TrainerConfig):
     """
     gradient_steps: Part("gradient_steps") = "grouped-random"
     """which sampling steps receive gradient, and whether the gradient flows through the denoiser's inputs."""
-    dropout_steps: Literal["all", "chosen"] = "all"
-    """sampling steps at which the LoRA's dropout is active: ``"all"``, or only the gradient steps (``"chosen"``)."""
+    dropout_steps: Literal["all", "gradient"] = "all"
+    """sampling steps at which the LoRA's dropout is active: ``"all"``, or only the gradient steps (``"gradient"``)."""
     resolution: ImageSize | Annotated[tuple[ImageSize, ...], Field(min_length=1)] | None = None
     """size of the samples in pixels: the side of a square, or ``WIDTHxHEIGHT``. From a list such as
     ``[512, 640x384, 384x640]``, each process chooses one size for each batch at random. null: the backbone's native

@@ -68,7 +68,7 @@ class RewardTrainer(DiffusionTrainer):
         guidance: classifier-free guidance scale; 1 disables guidance.
         guidance_interval: noise levels of the steps with guidance, or None for all steps; see `guided_steps`.
         train_adapter: whether to train the encoder's adapter.
-        dropout_steps: steps at which the denoiser's dropout is active: ``"all"``, or ``"chosen"`` for gradient steps.
+        dropout_steps: steps at which the denoiser's dropout is active: ``"all"``, or ``"gradient"`` for gradient steps.
         sizes: height and width of the samples in pixels; each step chooses one at random. None is the backbone's native
             resolution.
         denoise_batch: number of images per rollout, or None for all.
@@ -97,7 +97,7 @@ class RewardTrainer(DiffusionTrainer):
         guidance: float,
         guidance_interval: tuple[float, float] | None,
         train_adapter: bool,
-        dropout_steps: Literal["all", "chosen"],
+        dropout_steps: Literal["all", "gradient"],
         sizes: Sequence[tuple[int, int]] | None,
         denoise_batch: int | None,
         decode_batch: int | None,
@@ -199,7 +199,7 @@ class RewardTrainer(DiffusionTrainer):
                     # The regularizer's latents are constants, even if the reward's gradient flows through them.
                     outputs = outputs if selected.detach else replay(predict, recorded)
                     weight = self.regularizer_weight * len(outputs) / num_predictions
-                    kl_term = weight * self.kl(outputs, recorded, conditioning, sampled)
+                    kl_term = weight * self.reference_mse(outputs, recorded, conditioning, sampled)
                     scalar, kl_loss = scalar + kl_term, kl_loss + kl_term.detach()
                 backward(scalar)
         # Not through `backward`, which may scale the loss: the accumulated gradient is already scaled.
@@ -238,7 +238,7 @@ class RewardTrainer(DiffusionTrainer):
         solver = self.solve(self.solver.timesteps[: selected.length])
         predict = self.predictions(conditioning, rows, solver)
         without_dropout = None
-        if self.dropout_steps == "chosen":
+        if self.dropout_steps == "gradient":
             without_dropout = [self.in_eval_mode(step) for step in self.predictions(conditioning, rows, solver)]
         run = partial(rollout, keep=keep, detach=selected.detach)
         final, recorded = run(predict, noise, solver, selected.steps, without_dropout)
@@ -281,7 +281,7 @@ class RewardTrainer(DiffusionTrainer):
             guided = [False] * len(solver)
         return make_predictions(self.backbone, conditioning, rows, guided, self.guidance, reference)
 
-    def kl(
+    def reference_mse(
         self, outputs: Tensor, recorded: Sequence[RecordedStep], conditioning: Conditioning, sampled: Rollout
     ) -> Tensor:
         """Returns the mean squared difference between the model's and the reference model's predictions.
