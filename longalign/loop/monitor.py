@@ -202,7 +202,7 @@ class Monitor:
 
     @property
     def best_step(self) -> int | None:
-        """Step of the best checkpoint so far; None without ``monitor.keep_best`` or without such a checkpoint."""
+        """Step of the best checkpoint so far; None without ``monitor.keep_best``, or if none qualifies yet."""
         if self.settings is None or self.settings.keep_best is None:
             return None
         return best_checkpoint(self.points, self.settings.keep_best)

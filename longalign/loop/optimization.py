@@ -164,7 +164,7 @@ class Optimization:
 def compiler(setting: bool | str) -> Callable[[Any], Any]:
     """Returns a function that compiles a module or function with ``torch.compile``.
 
-    Also raises torch's global limits of recompilations.
+    Also increases torch's global limits of recompilations.
 
     Args:
         setting: value of ``loop.compile``: the name of a backend; True and ``"regional"`` select the backend inductor.

@@ -14,7 +14,7 @@ from longalign.loop.setup import any_process
 
 
 def claim_output(config: RunConfig, accelerator: Accelerator, resume: Path | None) -> Lock | None:
-    """Locks and checks the output folder of a run. The first process does this for all of its processes.
+    """Locks and checks the output folder of a run. The first process does this for all processes.
 
     Args:
         config: config of the run, with the output folder.

@@ -29,7 +29,7 @@ class Utilization:
         self.steps = 0
 
     def start(self) -> None:
-        """Starts the time and the count of a training step."""
+        """Starts to measure the time and to count the FLOPs of a training step."""
         self.begin, self.before = time.perf_counter(), self.flops.total
 
     def end(self) -> dict[str, Tensor]:

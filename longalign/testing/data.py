@@ -18,7 +18,7 @@ from longalign.testing.common import CPU, checked_config, config_checks, expect,
 def check_data(config: Any, *, runtime: Runtime = CPU, count: int = 3) -> None:
     """Checks that data can be used by every trainer.
 
-    It checks the config (listed, described, imported without torch, stable as JSON), and the keys, shapes, dtypes and
+    It checks the config (see `longalign.testing.common.config_checks`), and the keys, shapes, dtypes and
     ranges of items. An item must be the same when it is read again, and its prompt that of ``prompt(index)``. An index
     out of range must raise IndexError. It must be possible to pickle the data, for loading workers.
 

@@ -32,7 +32,7 @@ def check_metric(
 ) -> None:
     """Checks that a metric can be used in every table.
 
-    It checks the config (listed, described, imported without torch, stable as JSON). Values must have shape ``(n,)``
+    It checks the config (see `longalign.testing.common.config_checks`). Values must have shape ``(n,)``
     for n images and be finite or NaN, also those of a set of repeated images. Observations must be the same in a
     repeated call, and values must not depend on the batch size. The names of values must start with the metric's label,
     and have a direction: higher or lower is better, or None.

@@ -28,7 +28,7 @@ from longalign.testing.common import (
 def check_reward(config: Any, *, runtime: Runtime = CPU, size: int = 64, depends_on_batch: bool = False) -> None:
     """Checks that a reward can be used by every trainer and metric.
 
-    It checks the config (listed, described, imported without torch, stable as JSON). Scores must have shape ``(b,)``,
+    It checks the config (see `longalign.testing.common.config_checks`). Scores must have shape ``(b,)``,
     be the same in a repeated call, and depend on the image but not on the batch. The prompts include the empty one, one
     of more than 1000 words and one with emoji. Invalid input must raise ValueError, and no parameter may require
     gradient. The images of a differentiable reward must get a finite non-zero gradient. A key ``micro_batch`` must not

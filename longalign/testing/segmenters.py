@@ -12,7 +12,7 @@ from longalign.testing.common import CPU, EMOJI, LONG, SHORT, checked_config, co
 def check_segmenter(config: Any, *, lossless: bool = True) -> None:
     """Checks that a segmenter can be used by encoders and rewards.
 
-    It checks the config (listed, described, imported without torch, stable as JSON). Segments must be non-empty texts,
+    It checks the config (see `longalign.testing.common.config_checks`). Segments must be non-empty texts,
     and the empty prompt must have none. A repeated call must return the same segments.
 
     Args:

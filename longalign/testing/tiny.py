@@ -1,7 +1,6 @@
 """Builders of tiny random checkpoints in the published formats, for the tests of this library and of plugins.
 
-``tiny_*(folder, ...)`` writes a checkpoint to ``folder`` and returns this folder. "For 32 px" means square images of 32
-by 32 pixels. Each checkpoint is built once per process and settings; later calls copy it, so tests may modify it.
+``tiny_*(folder, ...)`` writes a checkpoint to ``folder`` and returns this folder. Sizes of images are in pixels. Each checkpoint is built once per process and settings; later calls copy it, so tests may modify it.
 """
 
 # The annotations of diffusers' and transformers' constructors are narrower than the values that their configs accept.
@@ -83,7 +82,7 @@ def parts_folder(folder: Path) -> Path:
 
 
 def weights_of(file: Path) -> dict[str, torch.Tensor]:
-    """Returns the tensors of a safetensors file by name, in memory: memory-mapped ones change with the file."""
+    """Returns the tensors of a safetensors file by name, as copies that do not change if it is overwritten."""
     return load(file.read_bytes())
 
 
@@ -93,7 +92,7 @@ WORDS = ("A red fox sleeps on a wall. The sky is green.",)
 
 @once
 def tiny_clip(folder: Path, seed: int = 0, tokenizer: bool = True, width: int = 16) -> Path:
-    """Writes a transformers ``CLIPModel`` for 32 px.
+    """Writes a transformers ``CLIPModel`` for 32x32 images.
 
     Args:
         folder: the folder to write to.
@@ -129,7 +128,7 @@ def tiny_clip(folder: Path, seed: int = 0, tokenizer: bool = True, width: int = 
 
 @once
 def tiny_hpsv2(folder: Path, name: str = "HPS_v2.1_compressed.pt") -> Path:
-    """Writes an open_clip model for 32 px as the file ``name`` of HPSv2, with a config and vocabulary for it."""
+    """Writes an open_clip model for 32x32 images as the file ``name`` of HPSv2, with a config and vocabulary for it."""
     from open_clip.model import CLIP
     from open_clip.tokenizer import SimpleTokenizer
 
@@ -151,7 +150,7 @@ def tiny_hpsv2(folder: Path, name: str = "HPS_v2.1_compressed.pt") -> Path:
 
 @once
 def tiny_imagereward(folder: Path) -> Path:
-    """Writes ``ImageReward.pt`` and ``med_config.json`` for 32 px with the published names, and a BERT tokenizer."""
+    """Writes ``ImageReward.pt`` and ``med_config.json`` for 32x32 images with the published names, and a BERT tokenizer."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *WORDS[0].lower().replace(".", "").split()]
     vocabulary = list(dict.fromkeys(words))
     folder.mkdir(parents=True, exist_ok=True)
@@ -310,7 +309,7 @@ def noisy(model: torch.nn.Module):
 
 @once
 def tiny_sd(folder: Path, width: int = 16) -> Path:
-    """Writes a Stable Diffusion for 64 px in diffusers layout, with a VAE that reduces sides to 1/8.
+    """Writes a Stable Diffusion for 64x64 images in diffusers layout, with a VAE that reduces sides to 1/8.
 
     ``width`` is the width of the CLIP text model's hidden states.
     """
@@ -353,7 +352,7 @@ def tiny_unet(width: int = 8, channels: int = 4, size: int = 4, **settings):
     Args:
         width: width of the text states for cross-attention.
         channels: number of latent channels.
-        size: side of the latents.
+        size: height and width of the latents, in latent pixels.
         **settings: further arguments of ``UNet2DConditionModel``.
     """
     from diffusers import UNet2DConditionModel
@@ -421,7 +420,7 @@ def tiny_adapter(folder: Path, in_dim: int = 16, int_dim: int = 12, out_dim: int
 
 @once
 def tiny_sdxl(folder: Path) -> Path:
-    """Writes a Stable Diffusion XL for 64 px in its Hub layout, with CLIP text models of widths 16 and 24."""
+    """Writes a Stable Diffusion XL for 64x64 images in its Hub layout, with CLIP text models of widths 16 and 24."""
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizerFast
 
@@ -457,7 +456,7 @@ def tiny_sdxl(folder: Path) -> Path:
 
 @once
 def tiny_sd3(folder: Path, **transformer_settings) -> Path:
-    """Writes a Stable Diffusion 3 for 64 px in its Hub layout, in float16.
+    """Writes a Stable Diffusion 3 for 64x64 images in its Hub layout, in float16.
 
     Its CLIP text models have widths 8 and 12, and T5 has width 32. ``transformer_settings`` are further arguments of
     ``SD3Transformer2DModel``.
@@ -510,7 +509,7 @@ def tiny_sd3(folder: Path, **transformer_settings) -> Path:
 
 @once
 def tiny_flux(folder: Path, dynamic: bool = True, guidance: bool = True) -> Path:
-    """Writes a FLUX.1 for 32 px in its Hub layout, with a CLIP of width 16, a T5 of width 32 and 4 latent channels.
+    """Writes a FLUX.1 for 32x32 images in its Hub layout, with a CLIP of width 16, a T5 of width 32 and 4 latent channels.
 
     Args:
         folder: the folder to write to.
@@ -546,7 +545,7 @@ def tiny_flux(folder: Path, dynamic: bool = True, guidance: bool = True) -> Path
 
 @once
 def tiny_pixart(folder: Path, sigma: bool = False, size_conditions: bool = False) -> Path:
-    """Writes a PixArt for 32 px in its Hub layout, with a T5 of width 32.
+    """Writes a PixArt for 32x32 images in its Hub layout, with a T5 of width 32.
 
     Args:
         folder: the folder to write to.
@@ -581,7 +580,7 @@ VLM_WORDS = ("<pad>", "<unk>", "<image>", "<s>", "</s>", "yes", "no", "1", "2", 
 
 @once
 def tiny_vlm(folder: Path, seed: int = 0) -> Path:
-    """Writes a LLaVA for 32 px with processor and chat template, whose output depends on the image.
+    """Writes a LLaVA for 32x32 images with processor and chat template, whose output depends on the image.
 
     ``seed`` is that of the random weights.
     """
@@ -710,9 +709,12 @@ def tiny_hpsv3(folder: Path) -> Path:
 
 
 def tower_reward(towers, preprocessor, **settings):
-    """Returns a `TowerReward` with towers, an image preprocessor and the defaults of its config.
+    """Returns a `TowerReward`, by default without segmenter, micro-batches and truncation.
 
-    ``settings`` are further arguments, e.g. ``segmenter``.
+    Args:
+        towers: image and text tower; see `longalign.rewards.Towers`.
+        preprocessor: preprocesses the images; see `longalign.functional.ImagePreprocessor`.
+        **settings: further arguments of `TowerReward`, e.g. ``segmenter``.
     """
     from longalign.rewards import TowerReward
 
@@ -725,7 +727,7 @@ def edited(inner, edit="direction", direction="batch", gather=None, **settings):
     Args:
         inner: the reward whose embeddings are used.
         edit: name of the edit.
-        direction: common direction of the text embeddings; see `EditedReward`.
+        direction: source of the common direction of the text embeddings; ``"batch"`` is the mean of a batch.
         gather: gathers tensors of all processes, see `Runtime`; None for one process.
         **settings: keys of the edit's config.
     """

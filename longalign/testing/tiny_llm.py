@@ -61,7 +61,7 @@ def tiny_llm(folder: Path, kind: Literal["qwen3", "qwen2.5-vl", "gemma2"] = "qwe
 
 @once
 def tiny_z_image(folder: Path, dynamic: bool = False) -> Path:
-    """Writes a Z-Image for 32 px in its Hub layout, with a Qwen3 of width 16 and 4 latent channels.
+    """Writes a Z-Image for 32x32 images in its Hub layout, with a Qwen3 of width 16 and 4 latent channels.
 
     ``dynamic`` makes noise levels depend on the image size.
     """
@@ -85,7 +85,7 @@ def tiny_z_image(folder: Path, dynamic: bool = False) -> Path:
 
 @once
 def tiny_qwen_image(folder: Path) -> Path:
-    """Writes a Qwen-Image for 32 px in its Hub layout, with a Qwen2.5-VL of width 16 and 4 latent channels."""
+    """Writes a Qwen-Image for 32x32 images in its Hub layout, with a Qwen2.5-VL of width 16 and 4 latent channels."""
     import diffusers
 
     text_encoder, tokenizer = _text_parts(folder, "qwen2.5-vl", "Qwen2_5_VLForConditionalGeneration")
@@ -108,7 +108,7 @@ def tiny_qwen_image(folder: Path) -> Path:
 
 @once
 def tiny_sana(folder: Path) -> Path:
-    """Writes a Sana for 32 px in its Hub layout, with a Gemma 2 of width 16 and 4 latent channels."""
+    """Writes a Sana for 32x32 images in its Hub layout, with a Gemma 2 of width 16 and 4 latent channels."""
     import diffusers
 
     text_encoder, tokenizer = _text_parts(folder, "gemma2", "Gemma2Model")

@@ -1,4 +1,4 @@
-"""Predictions at the sampling steps of a batch, with guidance. Keys and values of the text are computed rarely."""
+"""Predictions at the sampling steps of a batch, with guidance; keys and values of the text are shared."""
 
 from __future__ import annotations
 

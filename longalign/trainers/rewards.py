@@ -37,9 +37,9 @@ class RewardList(nn.ModuleList):
         return self
 
     def score_components(self, images: Tensor, prompts: Sequence[str]) -> Scores:
-        """Returns the sum ``(b,)`` of the rewards' scores, and the named components of each reward.
+        """Returns the summed scores of all rewards as ``total`` ``(b,)``, and their named components as ``parts``.
 
-        With several rewards, ``<i>/reward`` is the score of reward i, and its components start with ``<i>/``.
+        With several rewards, ``<i>/reward`` is the score of reward i, and names of its components start with ``<i>/``.
 
         Args:
             images: ``(b, 3, h, w)`` in [0, 1].

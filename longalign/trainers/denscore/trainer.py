@@ -105,7 +105,7 @@ class DenscoreTrainer(Trainer):
         self.reward.towers.enable_gradient_checkpointing()
 
     def save(self, folder: Path) -> None:
-        """Saves ``reward/``, a transformers ``CLIPModel`` with processor, from which rewards can be loaded."""
+        """Saves the trained reward to ``reward/`` in ``folder``, as a transformers ``CLIPModel`` with processor."""
         self.reward.save(folder / REWARD)
 
     @torch.no_grad()

@@ -37,7 +37,7 @@ class LCMConfig(TrainerConfig):
     guidance scale is 1 + w, e.g. 7.5 for w = 6.5.
     """
     w_max: float = Field(6.5, ge=0)
-    """maximum guidance w of the teacher."""
+    """maximum guidance w of the teacher; see ``w_min``."""
     huber_c: float | None = Field(0.001, gt=0)
     """c of the pseudo-Huber loss ``sqrt(d^2 + c^2) - c`` of the difference d; null: squared error ``d^2``."""
     ema_decay: float | None = Field(None, gt=0, lt=1)

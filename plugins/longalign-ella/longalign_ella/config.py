@@ -38,7 +38,7 @@ class ResamplerConfig(PartConfig):
     time_channels: int = Field(default=320, ge=2, multiple_of=2)
     """number of sine and cosine features of a timestep, half of them of each kind."""
     time_dim: int = Field(default=768, ge=1)
-    """width of the timestep embedding, which is computed from these features."""
+    """width of the timestep embedding, which is computed from the sine and cosine features."""
     trainable: bool = True
     """whether the resampler can be trained; false: its weights are always frozen."""
 
@@ -65,9 +65,11 @@ class EllaConfig(T5Config):
     name: Literal["ella"] = "ella"
     checkpoint: str = Field(default="google/flan-t5-xl", min_length=1)
     adapter: ResamplerConfig | None = ResamplerConfig(checkpoint="QQGYLab/ELLA")
-    """the resampler; null: T5's states are not resampled. Caches store these."""
+    """the resampler; null: T5's states are not resampled, as when they are computed for a cache."""
     max_tokens: int = Field(default=128, ge=1)
-    """number of tokens, including the end-of-text token, to which shorter prompts are padded for T5."""
+    """number of tokens, including the end-of-text token, to which shorter prompts are padded for T5; ``overflow`` sets
+    what is done with longer ones.
+    """
     mask: bool = True
     """whether T5 and the resampler ignore padding. true corresponds to the authors' demo, which encodes each prompt
     without padding.
