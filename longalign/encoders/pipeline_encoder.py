@@ -21,12 +21,15 @@ from longalign.encoders.clip.flux import T5FluxEncoder
 from longalign.encoders.clip.sd3 import ClipSegmentSD3Encoder
 from longalign.encoders.clip.sdxl import ClipSegmentSDXLEncoder
 from longalign.encoders.clip.segment import ClipSegmentEncoder
-from longalign.segmenters import Sentence
+from longalign.segmenters import Packed
 
 SUPPORTED = (
     "pipelines of Stable Diffusion 1.x and 2.x (a UNet and one CLIP), XL (a UNet and two CLIPs) and 3 (two CLIPs, with "
     "T5 or without), and of FLUX.1 (CLIP and T5)"
 )
+SEGMENT_TOKENS = 40
+"""Number of tokens to which sentences are packed. Without fine-tuning on segments, this size and the state of only the
+first ``<sot>`` gave the highest fact accuracy that needs no attention mask (docs/studies/segments.md)."""
 NAMES = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 _fast_tokenizers: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
@@ -37,7 +40,8 @@ def pipeline_encoder(pipe: Any) -> Iterator[Encoder]:
     """Context manager that yields a segment encoder with a pipeline's text encoders and tokenizers, without a copy.
 
     Within the context, the text encoders are frozen and in eval mode; their previous state is restored on exit. The
-    encoder is rebuilt at each use, so that it includes any change of the pipeline's text encoders, e.g. a LoRA.
+    encoder is rebuilt at each use, so that it includes any change of the pipeline's text encoders, e.g. a LoRA. Segments
+    are whole sentences, packed to at most 40 tokens, and only the first keeps the state of its start token.
 
     Args:
         pipe: a diffusers pipeline of Stable Diffusion 1.x, 2.x, XL or 3 or FLUX.1, or a variant such as ControlNet.
@@ -62,13 +66,13 @@ def _build(pipe: Any) -> Encoder:
     models = [getattr(pipe, name) for name in slots]
     kinds = tuple(_kind(model) for model in models)
     tokenizers = [to_fast_tokenizer(getattr(pipe, name.replace("text_encoder", "tokenizer"), None)) for name in slots]
-    segmenter = Sentence()
+    segmenter = Packed(SEGMENT_TOKENS)
     if kinds == ("clip",) and hasattr(pipe, "unet"):
-        return ClipSegmentEncoder.from_modules(ClipSegmentConfig(), models[0], tokenizers[0], segmenter)
+        return ClipSegmentEncoder.from_modules(ClipSegmentConfig(sot="first"), models[0], tokenizers[0], segmenter)
     if kinds in (("clip", "projected"), ("projected", "projected")) and hasattr(pipe, "unet"):
         zeros = getattr(pipe.config, "force_zeros_for_empty_prompt", False)
         return ClipSegmentSDXLEncoder.from_modules(
-            ClipSegmentSDXLConfig(), models, tokenizers, segmenter, empty="zeros" if zeros else "encode"
+            ClipSegmentSDXLConfig(sot="first"), models, tokenizers, segmenter, empty="zeros" if zeros else "encode"
         )
     if kinds == ("clip", "t5") and hasattr(pipe, "transformer"):
         clip, t5 = zip(models, tokenizers, strict=True)
@@ -76,7 +80,7 @@ def _build(pipe: Any) -> Encoder:
     width = getattr(getattr(getattr(pipe, "transformer", None), "config", None), "joint_attention_dim", None)
     if kinds in (("projected", "projected", "t5"), ("projected", "projected", None)) and width is not None:
         t5 = None if models[2] is None else (models[2], tokenizers[2])
-        config = ClipSegmentSD3Config(width=width, t5="zeros" if t5 is None else "encode")
+        config = ClipSegmentSD3Config(sot="first", width=width, t5="zeros" if t5 is None else "encode")
         return ClipSegmentSD3Encoder.from_modules(config, models[:2], tokenizers[:2], segmenter, t5)
     raise ValueError(_unsupported(pipe, slots, models))
 

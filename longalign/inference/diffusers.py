@@ -44,8 +44,9 @@ def condition(
         negative_prompts: one for all prompts or one per prompt; the empty prompt if None.
         encoder: an `Encoder`, or its name or config. From a name or config, the encoder is built on the pipeline's
             device and reused in the next call. A list has one encoder for each sequence of states of a pipeline that
-            takes several, such as HunyuanDiT, in the order of its arguments. None encodes segments with the pipeline's
-            own text encoders, see `longalign.encoders.pipeline_encoder.pipeline_encoder`.
+            takes several, such as HunyuanDiT, in the order of its arguments. None encodes segments of whole sentences,
+            packed to at most 40 tokens, with the pipeline's own text encoders; see
+            `longalign.encoders.pipeline_encoder.pipeline_encoder`.
 
     Returns:
         ``prompt_embeds`` ``(b, n, d)``, or a list of ``(n_i, d)`` without padding if the pipeline takes lists. If the

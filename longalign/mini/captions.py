@@ -1,4 +1,4 @@
-"""Generates captions of synthetic scenes, from about ten words to over 500 CLIP tokens.
+"""Generates captions of synthetic scenes, from about ten words to 800 CLIP tokens, or to any length with filler.
 
 Each sentence comes with the list of facts that it states.
 """
@@ -78,6 +78,13 @@ FILL_WORDY = (
     "The way in which the inside of {the} has been done is {fill}.",
 )
 EMPTY = ("There is nothing {where}.", "The place {where} is empty.", "Nothing can be seen {where}.")
+FILLER = (  # only words of the other phrases, because the bundled models know no other words
+    "From the place {there} the eye now turns to the part of the picture that lies {where}.",
+    "Looking from the part {there} to the part {where}, one can see how the whole of this image has been painted.",
+    "Compared with what can be seen {there}, the part that lies {where} is drawn in the way in which all of this has "
+    "been done.",
+    "When the eye comes to the part of the image that lies {where}, it turns for a moment to the place {there}.",
+)
 IT = ("it", "this one", "this object", "it")
 LAST_LEVEL = 5
 
@@ -127,7 +134,9 @@ class Caption:
         return tuple(fact for s in self.sentences for fact in s.facts)
 
 
-def describe(scene: Scene, rng: np.random.Generator, *, words: int = 40, style: str = "plain") -> Caption:
+def describe(
+    scene: Scene, rng: np.random.Generator, *, words: int = 40, style: str = "plain", filler: bool = False
+) -> Caption:
     """Describes a scene in about ``words`` words.
 
     Longer captions describe each object in more detail, from a clause to one wordy sentence per fact, and then list the
@@ -140,6 +149,8 @@ def describe(scene: Scene, rng: np.random.Generator, *, words: int = 40, style: 
         words: target length in words: 8 gives a short clause; 480 gives over 500 CLIP tokens with seven objects or
             more.
         style: ``plain`` (self-contained sentences) or ``referring`` ("It is red.").
+        filler: whether a caption that states every fact in fewer than ``words`` words is filled up to this length with
+            sentences that state no fact, between the descriptions of the objects.
 
     Raises:
         ValueError: if the style is unknown or ``words`` is below 1.
@@ -168,7 +179,9 @@ def describe(scene: Scene, rng: np.random.Generator, *, words: int = 40, style: 
             low = middle + 1
     if low > 1 and low <= len(things) and length(low) > words:
         low -= 1  # if objects are omitted, prefer the shorter caption
-    return builder.caption(*_plan(low, len(things), len(empty)))
+    plan = _plan(low, len(things), len(empty))
+    missing = words - builder.caption(*plan).num_words if filler else 0
+    return builder.caption(*plan, num_filler_words=missing)
 
 
 def _plan(steps: int, num_things: int, num_empty: int) -> tuple[list[int], int]:
@@ -193,14 +206,15 @@ class _CaptionBuilder:
         self.clause = cache(lambda i, level: _clause(things[i], level, Random(seed + i)))
         self.sentences = cache(lambda i, level: _thing(things[i], level, style, Random(seed + i)))
 
-    def caption(self, levels: list[int], num_empty: int) -> Caption:
+    def caption(self, levels: list[int], num_empty: int, num_filler_words: int = 0) -> Caption:
         rng = Random(self.seed + 100)
         ground = (Fact("ground", self.scene.ground),)
         if not levels:
             text = _capital(_pick(rng, GROUND_CLAUSES)).format(ground=self.scene.ground) + "."
-            return Caption((Sentence(text, ground), *self._empty(num_empty)))
+            blocks = [[Sentence(text, ground)], *self._empty(num_empty)]
+            return self._filled(blocks, num_filler_words)
         highest = max(levels)
-        out: list[Sentence] = []
+        blocks: list[list[Sentence]] = []
         clauses = [self.clause(i, level) for i, level in enumerate(levels) if level <= 1]
         for start in range(0, len(clauses), 3):
             group = clauses[start : start + 3]
@@ -208,22 +222,30 @@ class _CaptionBuilder:
             facts = tuple(f for _, fs in group for f in fs)
             if start == 0 and highest == 1:
                 text, facts = f"{text} {_pick(rng, GROUND_CLAUSES)}".format(ground=self.scene.ground), facts + ground
-            out.append(Sentence(_capital(text) + ".", facts))
-        for i, level in enumerate(levels):
-            if level > 1:
-                out += self.sentences(i, level)
+            blocks.append([Sentence(_capital(text) + ".", facts)])
+        blocks += [self.sentences(i, level) for i, level in enumerate(levels) if level > 1]
         if highest > 1:
             bank = GROUND_WORDY if highest == LAST_LEVEL else GROUND_SENTENCES
             text = _pick(rng, bank).format(ground=self.scene.ground)
-            out.insert(len(out) if rng.random() < 0.5 else 0, Sentence(text, ground))
-        return Caption((*out, *self._empty(num_empty)))
+            blocks.insert(len(blocks) if rng.random() < 0.5 else 0, [Sentence(text, ground)])
+        return self._filled([*blocks, *self._empty(num_empty)], num_filler_words)
 
-    def _empty(self, number: int) -> list[Sentence]:
+    def _filled(self, blocks: list[list[Sentence]], num_words: int) -> Caption:
+        """Caption of the blocks, with at least ``num_words`` words of filler between them."""
+        rng, blocks = Random(self.seed + 300), [list(block) for block in blocks]
+        while num_words > 0:
+            there, where = rng.sample(PLACES, 2)
+            text = _pick(rng, FILLER).format(there=_pick(rng, WHERE[there]), where=_pick(rng, WHERE[where]))
+            blocks[int(rng.random() * len(blocks))].append(Sentence(text, ()))
+            num_words -= text.count(" ") + 1
+        return Caption(tuple(sentence for block in blocks for sentence in block))
+
+    def _empty(self, number: int) -> list[list[Sentence]]:
         out = []
         for i, place in enumerate(self.empty[:number]):
             rng = Random(self.seed + 200 + i)
             text = _pick(rng, EMPTY).format(where=_pick(rng, WHERE[place]))
-            out.append(Sentence(text, (Fact("empty", "", place),)))
+            out.append([Sentence(text, (Fact("empty", "", place),))])
         return out
 
 
@@ -286,7 +308,7 @@ def _capital(text: str) -> str:
 
 
 def all_phrases() -> list[str]:
-    """Returns all phrases of captions. The reduced vocabularies must contain their words."""
+    """Returns the phrases that contain all words of captions. The reduced vocabularies must contain these words."""
     banks: list[tuple[str, ...]] = [GROUND_CLAUSES, GROUND_SENTENCES, GROUND_WORDY, WHOLE, INTROS, INTROS_WORDY, TWO]
     banks += [COLOUR, COLOUR_WORDY, SIZE, SIZE_WORDY, FILL, FILL_WORDY, EMPTY, IT]
     banks += [*WHERE.values(), *SIZE_WORDS.values(), *FILL_WORDS.values()]

@@ -139,8 +139,10 @@ class PackedConfig(SegmenterConfig):
     target: ClassVar[str] = "longalign.segmenters.parts:Packed"
 
     name: Literal["packed"] = "packed"
-    n: int = Field(default=75, ge=1)
-    """maximum number of tokens per group, without special tokens; 75 tokens fill CLIP's window."""
+    n: int = Field(default=40, ge=1)
+    """maximum number of tokens per group, without special tokens. 75 tokens fill CLIP's window; 40 were best in
+    docs/studies/segments.md, about the length of the captions that the model was pre-trained on.
+    """
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,10 @@ class SyntheticConfig(DataConfig):
     style: Literal["plain", "referring", "mixed"] = "plain"
     """caption style: "plain" (self-contained sentences), "referring" ("It is red."), or "mixed" (both, equally often).
     """
+    filler: bool = False
+    """whether captions that state every fact of their scene in fewer words than their target length are filled up to it
+    with sentences that state no fact. Without filler, captions end at about 750 words.
+    """
 
     def held_out(self, count: int) -> Self:
         return self.model_copy(update={"size": count, "seed": self.seed + HELD_OUT})

@@ -54,7 +54,9 @@ class ScenePairs(Data):
         item = {"prompt": caption.text, "image": torch.from_numpy(render_batch(scenes)), "preference": preferred}
         if self.captions:
             rng = self._rng(index, 1)
-            item["captions"] = tuple(describe(s, rng, words=caption.num_words).text for s in scenes)
+            item["captions"] = tuple(
+                describe(s, rng, words=caption.num_words, filler=self.scenes.filler).text for s in scenes
+            )
         return item
 
     def pair(self, index: int) -> tuple[tuple[Scene, Scene], Caption]:

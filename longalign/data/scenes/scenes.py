@@ -23,14 +23,18 @@ class Scenes(Data):
         objects: lowest and highest number of objects in a scene.
         words: lowest and highest target length of a caption in words.
         style: "plain", "referring" or "mixed".
+        filler: whether captions with too few facts for their target length contain sentences without facts.
     """
 
-    def __init__(self, *, size: int, seed: int, objects: tuple[int, int], words: tuple[int, int], style: str):
+    def __init__(
+        self, *, size: int, seed: int, objects: tuple[int, int], words: tuple[int, int], style: str, filler: bool
+    ):
         self.size, self.seed, self.objects, self.words, self.style = size, seed, objects, words, style
+        self.filler = filler
 
     @classmethod
     def from_config(cls, config: SyntheticConfig, runtime: Runtime) -> Scenes:
-        return cls(size=config.size, seed=config.seed, objects=config.objects, words=config.words, style=config.style)
+        return cls(**config.model_dump(include={"size", "seed", "objects", "words", "style", "filler"}))
 
     def __len__(self) -> int:
         return self.size
@@ -48,4 +52,4 @@ class Scenes(Data):
         scene = sample_scene(rng, self.objects)
         words = int(rng.integers(self.words[0], self.words[1] + 1))
         style = STYLES[int(rng.integers(len(STYLES)))] if self.style == "mixed" else self.style
-        return scene, describe(scene, rng, words=words, style=style)
+        return scene, describe(scene, rng, words=words, style=style, filler=self.filler)
