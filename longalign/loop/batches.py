@@ -29,8 +29,8 @@ class Batches(Sampler[list[int]]):
 
     A global batch consists of the batches of all processes. All processes compute the same global batches and take
     their own slice of each, so an item occurs once per epoch. The images of a global batch have one size, their
-    *bucket*: it is complete when enough items of a bucket have come. The k-th global batch depends only on the arguments other
-    than ``start``, so a run can start at any k.
+    *bucket*: it is complete when enough items of a bucket have come. The k-th global batch does not depend on
+    ``start``, so a run can start at any k.
 
     Args:
         length: number of items in the data.

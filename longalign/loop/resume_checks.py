@@ -61,7 +61,7 @@ def check_resumable(state: ResumeState, composition: Composition, num_processes:
 
 
 def check_same_run(saved: RunConfig, config: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Returns the changes ``{key: (old, new)}`` since a run's checkpoint, which are allowed; without the key ``output``.
+    """Returns the allowed changes ``{key: (old, new)}`` since a run's checkpoint, except that of ``output``.
 
     Args:
         saved: config in the checkpoint.

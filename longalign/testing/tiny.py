@@ -1,6 +1,7 @@
 """Builders of tiny random checkpoints in the published formats, for the tests of this library and of plugins.
 
-``tiny_*(folder, ...)`` writes a checkpoint to ``folder`` and returns this folder. Sizes of images are in pixels. Each checkpoint is built once per process and settings; later calls copy it, so tests may modify it.
+``tiny_*(folder, ...)`` writes a checkpoint to ``folder`` and returns this folder. Sizes of images are in pixels. Each
+checkpoint is built once per process and settings; later calls copy it, so tests may modify it.
 """
 
 # The annotations of diffusers' and transformers' constructors are narrower than the values that their configs accept.
@@ -150,7 +151,7 @@ def tiny_hpsv2(folder: Path, name: str = "HPS_v2.1_compressed.pt") -> Path:
 
 @once
 def tiny_imagereward(folder: Path) -> Path:
-    """Writes ``ImageReward.pt`` and ``med_config.json`` for 32x32 images with the published names, and a BERT tokenizer."""
+    """Writes an ImageReward for 32x32 images, with the published names of files and weights, and a BERT tokenizer."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *WORDS[0].lower().replace(".", "").split()]
     vocabulary = list(dict.fromkeys(words))
     folder.mkdir(parents=True, exist_ok=True)
@@ -509,7 +510,7 @@ def tiny_sd3(folder: Path, **transformer_settings) -> Path:
 
 @once
 def tiny_flux(folder: Path, dynamic: bool = True, guidance: bool = True) -> Path:
-    """Writes a FLUX.1 for 32x32 images in its Hub layout, with a CLIP of width 16, a T5 of width 32 and 4 latent channels.
+    """Writes a FLUX.1 for 32x32 images in its Hub layout, with a CLIP of width 16 and a T5 of width 32.
 
     Args:
         folder: the folder to write to.
