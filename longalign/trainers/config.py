@@ -18,8 +18,8 @@ class TrainerConfig(PartConfig):
 
     The attributes specify what the trainer requires of a run. They are checked before any file is loaded.
 
-    - ``needs``: names of the required parts, of ``"backbone"`` and ``"encoder"``. A run must omit one that is not in
-      it.
+    - ``needs``: the parts that the run must have: ``"backbone"``, ``"encoder"``, both or none. The run must not have
+      one that is missing here.
     - ``uses_rewards``: whether the trainer uses the run's rewards; otherwise the run must have none.
     - ``trains_rewards``: whether the trainer changes the weights of the rewards; otherwise they are frozen.
     - ``compares_pairs``: whether the data must have two images of each prompt.

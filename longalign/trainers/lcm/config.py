@@ -25,7 +25,7 @@ class LCMConfig(TrainerConfig):
     """the LoRA to train; null: train all weights of the denoiser."""
     num_ddim_timesteps: int = Field(50, ge=1)
     """number of DDIM steps from noise to image; must divide the model's number of timesteps. The teacher takes one of
-    these steps. With 50 steps and 1000 timesteps, each step spans 20.
+    these steps. With 50 steps and 1000 timesteps, each step spans 20 timesteps.
     """
     start_timesteps: Literal["all", "ddim"] = "all"
     """timesteps at which the teacher may start. ``"all"``, as in the LongAlign authors' code: all timesteps from half a

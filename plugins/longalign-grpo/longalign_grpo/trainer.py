@@ -25,8 +25,8 @@ class GRPOTrainer(DiffusionTrainer):
     The latent after a sampling step is normally distributed with mean ``a x + b o`` and a known standard deviation.
     Here ``o`` is the guided prediction at the latent ``x``; a and b are constants of the step. A training step samples
     ``group_size`` images per prompt without gradient. It then computes the prediction again with gradient, one sampling
-    step at a time, so that memory does not depend on their number. Dropout is inactive, because sampling and training
-    need the same model.
+    step at a time, so that memory does not depend on the number of steps. Dropout is inactive, because sampling and
+    training need the same model.
 
     Args:
         backbone: backbone whose trainable parameters are already set.
@@ -224,6 +224,6 @@ class GRPOTrainer(DiffusionTrainer):
         return self.solver.step(step, latents, predict[step](latents, timesteps).to(latents.dtype))[0]
 
     def chunks(self, count: int) -> list[slice]:
-        """Returns the slice of each call for ``count`` images."""
+        """Returns slices of ``count`` images, one for each call of the denoiser or decoder."""
         size = self.denoise_batch or count
         return [slice(i, min(i + size, count)) for i in range(0, count, size)]
