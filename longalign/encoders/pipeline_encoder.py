@@ -37,17 +37,19 @@ _fast_tokenizers: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 @contextmanager
 def pipeline_encoder(pipe: Any) -> Iterator[Encoder]:
-    """Context manager that yields a segment encoder with a pipeline's text encoders and tokenizers, without a copy.
+    """Context manager that yields a longalign encoder for long prompts with the text encoders of a pipeline.
 
-    Within the context, the text encoders are frozen and in eval mode; their previous state is restored on exit. The
-    encoder is rebuilt at each use, so that it includes any change of the pipeline's text encoders, e.g. a LoRA. Segments
-    are whole sentences, packed to at most 40 tokens, and only the first keeps the state of its start token.
+    The encoder uses the pipeline's text encoders and tokenizers without copying them. Segments are whole sentences,
+    packed to at most 40 tokens, and only the first keeps the state of its start token. Within the context, the text
+    encoders are frozen and in eval mode; their ``requires_grad`` and training mode are restored on exit. The encoder
+    is built at each use, so that it includes any change of the text encoders, e.g. a LoRA.
 
     Args:
         pipe: a diffusers pipeline of Stable Diffusion 1.x, 2.x, XL or 3 or FLUX.1, or a variant such as ControlNet.
 
     Raises:
-        ValueError: if the text encoders are not supported, or a text encoder is not loaded.
+        ValueError: if the text encoders are not supported, or a text encoder is not loaded. Only the T5 of Stable
+            Diffusion 3 may be missing.
     """
     models = [model for name in NAMES if isinstance(model := getattr(pipe, name, None), nn.Module)]
     modes = [(module, module.training) for model in models for module in model.modules()]
@@ -86,7 +88,10 @@ def _build(pipe: Any) -> Encoder:
 
 
 def _kind(model: Any) -> str | None:
-    """Returns ``"clip"``, ``"projected"`` for CLIP with a projection, or the model type; None without a model."""
+    """Returns ``"clip"`` for a CLIP text model, ``"projected"`` for one with a projection; None without a model.
+
+    For other models, returns the model type of transformers, e.g. ``"t5"``.
+    """
     if model is None:
         return None
     kind = getattr(getattr(model, "config", None), "model_type", None)
@@ -109,7 +114,10 @@ def _unsupported(pipe: Any, slots: Sequence[str], models: Sequence[Any]) -> str:
 
 
 def to_fast_tokenizer(tokenizer: Any) -> Any:
-    """Converts a slow tokenizer, as used by pipelines under transformers 4, to a fast one with character offsets."""
+    """Converts a slow tokenizer, as used by pipelines under transformers 4, to a fast one with character offsets.
+
+    A fast tokenizer, or None, is returned unchanged.
+    """
     if tokenizer is None or tokenizer.is_fast:
         return tokenizer
     converted = _fast_tokenizers.get(tokenizer)

@@ -1,6 +1,6 @@
 """Generates captions of synthetic scenes, from about ten words to 800 CLIP tokens, or to any length with filler.
 
-Each sentence comes with the list of facts that it states.
+Each sentence has the list of facts that it states. Filler are sentences that state no fact.
 """
 
 from __future__ import annotations
@@ -91,12 +91,13 @@ LAST_LEVEL = 5
 
 @dataclass(frozen=True)
 class Fact:
-    """One fact of an image that a caption describes.
+    """One statement of a caption about a scene.
 
     Attributes:
-        kind: ``shape``, ``colour``, ``size`` or ``fill`` of the object at ``place``; ``empty``; or ``ground``.
-        value: the described value, ``""`` for ``empty``.
-        place: one of `longalign.mini.scenes.PLACES`, ``""`` for ``ground``.
+        kind: "shape", "colour", "size" or "fill" for this attribute of the object at ``place``; "empty" if there is no
+            object at ``place``; "ground" for the colour of the background.
+        value: the stated value, e.g. "red"; empty for the kind "empty".
+        place: one of `longalign.mini.scenes.PLACES`, e.g. "top left"; empty for the kind "ground".
     """
 
     kind: str
@@ -106,7 +107,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Sentence:
-    """One sentence of a caption and the facts that it describes."""
+    """One sentence of a caption, and the facts that the sentence states."""
 
     text: str
     facts: tuple[Fact, ...]
@@ -114,42 +115,42 @@ class Sentence:
 
 @dataclass(frozen=True)
 class Caption:
-    """A caption as sentences in reading order."""
+    """A caption of a scene, as sentences in reading order."""
 
     sentences: tuple[Sentence, ...]
 
     @property
     def text(self) -> str:
-        """The caption as one string."""
+        """The sentences joined with spaces."""
         return " ".join(s.text for s in self.sentences)
 
     @property
     def num_words(self) -> int:
-        """Number of words, separated by spaces."""
+        """Number of words of the caption; words are separated by spaces."""
         return sum(s.text.count(" ") + 1 for s in self.sentences)
 
     @property
     def facts(self) -> tuple[Fact, ...]:
-        """All described facts, in reading order."""
+        """All facts that the sentences state, in reading order."""
         return tuple(fact for s in self.sentences for fact in s.facts)
 
 
 def describe(
     scene: Scene, rng: np.random.Generator, *, words: int = 40, style: str = "plain", filler: bool = False
 ) -> Caption:
-    """Describes a scene in about ``words`` words.
+    """Returns a caption of a scene with about ``words`` words.
 
-    Longer captions describe each object in more detail, from a clause to one wordy sentence per fact, and then list the
-    empty places. Short captions omit sizes and fills first, then whole objects. Captions of scenes with few objects can
-    stay below ``words``, since their length is limited. A CLIP token is about 0.9 words.
+    With more words, each object is described in more detail, from one clause to one wordy sentence per fact; then empty
+    places are listed. With few words, sizes and fills are omitted first, then whole objects. Without ``filler``,
+    captions of scenes with few objects can have fewer than ``words`` words. A CLIP token is about 0.9 words.
 
     Args:
         scene: the scene to describe.
         rng: samples the phrases and the order of the objects.
         words: target length in words: 8 gives a short clause; 480 gives over 500 CLIP tokens with seven objects or
             more.
-        style: ``plain`` (self-contained sentences) or ``referring`` ("It is red.").
-        filler: whether a caption that states every fact in fewer than ``words`` words is filled up to this length with
+        style: "plain" (self-contained sentences) or "referring" (sentences with pronouns, such as "It is red.").
+        filler: whether a caption that states every fact in fewer than ``words`` words is extended to this length by
             sentences that state no fact, between the descriptions of the objects.
 
     Raises:
@@ -185,9 +186,13 @@ def describe(
 
 
 def _plan(steps: int, num_things: int, num_empty: int) -> tuple[list[int], int]:
-    """Returns the level of detail of each described object, and the number of empty places to list.
+    """Returns the level of detail (0 to `LAST_LEVEL`) of each described object, and the number of empty places to list.
 
-    ``steps`` is the number of steps of lengthening the caption.
+    Args:
+        steps: how often the shortest caption is made longer: first by objects at level 0, then by one level of detail
+            for one object at a time, then by empty places.
+        num_things: number of objects of the scene.
+        num_empty: number of empty places of the scene.
     """
     if steps <= num_things:
         return [0] * steps, 0
@@ -199,7 +204,15 @@ def _plan(steps: int, num_things: int, num_empty: int) -> tuple[list[int], int]:
 
 
 class _CaptionBuilder:
-    """Describes one scene at given levels of detail; the text of an object depends only on the object's level."""
+    """Builds captions of one scene. The text of an object depends only on its level of detail, not on other levels.
+
+    Args:
+        scene: the scene.
+        things: the objects in the order of their description.
+        empty: the empty places in the order of their description.
+        style: "plain" or "referring".
+        seed: seed of the choice of phrases.
+    """
 
     def __init__(self, scene: Scene, things: list[Thing], empty: list[str], style: str, seed: int):
         self.scene, self.things, self.empty, self.style, self.seed = scene, things, empty, style, seed
@@ -231,7 +244,10 @@ class _CaptionBuilder:
         return self._filled([*blocks, *self._empty(num_empty)], num_filler_words)
 
     def _filled(self, blocks: list[list[Sentence]], num_words: int) -> Caption:
-        """Caption of the blocks, with at least ``num_words`` words of filler between them."""
+        """Returns a caption of the blocks in order, with ``num_words`` or more words of filler between them.
+
+        The sentences of a block, e.g. those of one object, stay together.
+        """
         rng, blocks = Random(self.seed + 300), [list(block) for block in blocks]
         while num_words > 0:
             there, where = rng.sample(PLACES, 2)
@@ -308,7 +324,7 @@ def _capital(text: str) -> str:
 
 
 def all_phrases() -> list[str]:
-    """Returns the phrases that contain all words of captions. The reduced vocabularies must contain these words."""
+    """Returns phrases that contain all words of captions. The reduced vocabularies must contain these words."""
     banks: list[tuple[str, ...]] = [GROUND_CLAUSES, GROUND_SENTENCES, GROUND_WORDY, WHOLE, INTROS, INTROS_WORDY, TWO]
     banks += [COLOUR, COLOUR_WORDY, SIZE, SIZE_WORDY, FILL, FILL_WORDY, EMPTY, IT]
     banks += [*WHERE.values(), *SIZE_WORDS.values(), *FILL_WORDS.values()]

@@ -1,4 +1,4 @@
-"""Synthetic scenes with captions, rendered on demand."""
+"""Dataset of synthetic scenes with captions, rendered on demand."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from longalign.runtime import Runtime
 
 
 class Scenes(Data):
-    """Scenes with captions. An item is ``{"prompt": str, "image": (3, 64, 64) in [0, 1]}``.
+    """Dataset of synthetic scenes. An item is ``{"prompt": str, "image": float32 (3, 64, 64) in [0, 1]}``.
 
     Args:
-        size: number of scenes.
-        seed: random seed; seed and index determine a scene.
-        objects: lowest and highest number of objects in a scene.
+        size: number of items.
+        seed: random seed; the seed and the index of an item determine its scene and caption.
+        objects: lowest and highest number of objects in a scene, from 0 to 9.
         words: lowest and highest target length of a caption in words.
-        style: "plain", "referring" or "mixed".
-        filler: whether captions with too few facts for their target length contain sentences without facts.
+        style: style of the captions: "plain", "referring", or "mixed" for both; see `longalign.mini.describe`.
+        filler: whether captions with too few facts for their target length also have sentences that state no fact.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Scenes(Data):
         return self.scene(index)[1].text
 
     def scene(self, index: int) -> tuple[Scene, Caption]:
-        """Returns the scene of image ``index``, and its caption with the facts of each sentence."""
+        """Returns the scene of item ``index``, and its caption with the facts of each sentence."""
         rng = np.random.default_rng([self.seed, check_index(index, self.size)])
         scene = sample_scene(rng, self.objects)
         words = int(rng.integers(self.words[0], self.words[1] + 1))
