@@ -8,8 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from longalign.config.files import join_subfolder
 from longalign.errors import ConfigProblem
+from longalign.files.paths import join_subfolder
 from longalign.hub import availability_problem, checkpoint_problem, read_json
 from longalign.registry import PartConfig, Section
 

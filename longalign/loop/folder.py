@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from longalign.atomic import sync
-from longalign.config.files import BEST, PREFIX, best_checkpoint, checkpoints, step_of
+from longalign.files.atomic import sync
+from longalign.files.paths import BEST, PREFIX, best_checkpoint, checkpoints, step_of
 
 
 def recover(output: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from longalign.atomic import atomic_write
+from longalign.files.atomic import atomic_write
 
 log = logging.getLogger("longalign")
 

@@ -8,8 +8,8 @@ from accelerate import Accelerator
 
 from longalign.config.checks import output_problem
 from longalign.config.run import RunConfig
+from longalign.files.locks import Lock
 from longalign.loop.folder import recover
-from longalign.loop.locks import Lock
 from longalign.loop.setup import any_process
 
 

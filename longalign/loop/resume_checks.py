@@ -7,16 +7,16 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from longalign.caching.fingerprint import fingerprint, fingerprints
-from longalign.caching.store import key_of
 from longalign.checkpoints.provenance import versions
 from longalign.checkpoints.redaction import redacted
 from longalign.compose import Composition
 from longalign.config.changes import diff, flatten
-from longalign.config.files import find_checkpoint
 from longalign.config.run import RunConfig, load_config, to_dict
 from longalign.data.base import Data, spread_indices
 from longalign.data.stream import Stream
+from longalign.files.fingerprint import fingerprint, fingerprints
+from longalign.files.paths import find_checkpoint
+from longalign.files.store import key_of
 from longalign.loop.resume_state import ResumeState
 
 log = logging.getLogger("longalign")

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from longalign.checkpoints.weights import load_pickle, load_tensors, reading
-from longalign.config.files import checkpoints, read_metadata
 from longalign.config.run import RunConfig, load_config
+from longalign.files.paths import checkpoints, read_metadata
+from longalign.files.weights import load_pickle, load_tensors, reading
 from longalign.hub import CHECKPOINT
 from longalign.loop.logs import MetricMeans
 from longalign.loop.optimization import Optimization

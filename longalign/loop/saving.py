@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from longalign.checkpoints import checkpoint
-from longalign.checkpoints.weights import save_pickle
 from longalign.compose import Composition
+from longalign.files.weights import save_pickle
 from longalign.loop.folder import new_checkpoint, publish
 from longalign.loop.logs import MetricMeans
 from longalign.loop.monitor import Monitor

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from longalign.checkpoints.weights import load_tensors
 from longalign.config.changes import override
 from longalign.config.run import RunConfig, load_config
+from longalign.files.weights import load_tensors
 from longalign.loop.fit import fit
 from longalign.testing.common import config_checks, expect, run_checks
 

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longalign.config.files import REWARD
+from longalign.files.paths import REWARD
 from longalign.functional import preference
 from longalign.runtime import Runtime
 from longalign.trainers.base import Backward, Trainer, Wrap
