@@ -80,8 +80,10 @@ class T5Config(LoadedConfig):
     """maximum number of tokens per pass, including the end-of-text token; T5 was trained with 512. With ``"grow"``,
     prompts longer than both this and ``max_tokens`` are encoded in windows of whole sentences, with linear memory.
     """
-    mask: bool = False
-    """whether to mask padding; the published model does not mask it."""
+    mask: bool | Literal["t5"] = False
+    """where to mask padding: ``true`` masks it in T5 and in the denoiser, ``"t5"`` only in T5, so that the denoiser
+    reads T5's states of the padding. The published model does not mask it.
+    """
 
     def widths(self) -> tuple[int | None, int | None]:
         return self._width_of("d_model") if self.adapter is None else self.adapter.width(), None

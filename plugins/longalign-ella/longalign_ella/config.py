@@ -62,8 +62,10 @@ class EllaConfig(T5Config):
     """the resampler; null: T5's states, as in a cache."""
     max_tokens: int = Field(default=128, ge=1)
     """number of T5's states, including the end-of-text token, to which shorter prompts are padded."""
-    mask: bool = True
-    """whether padding is masked in T5 and in the resampler; the authors' demo encodes each prompt without padding."""
+    mask: bool | Literal["t5"] = True
+    """where padding is masked: ``true`` masks it in T5 and in the resampler, ``"t5"`` only in T5. The authors'
+    "flexible token length" has no padding, which ``true`` equals; their "fixed token length" is ``"t5"``.
+    """
 
     def widths(self) -> tuple[int | None, int | None]:
         return super().widths() if self.adapter is None else (self.adapter.width, None)
