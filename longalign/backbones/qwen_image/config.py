@@ -11,12 +11,13 @@ class QwenImageConfig(ImageSizeConfig):
     """Qwen-Image, or any model with the same layout: a transformer trained with flow matching.
 
     The encoder is ``llm`` with the model's checkpoint, its template, and ``prefix: none``. As in diffusers' pipeline,
-    guidance keeps the norm of the conditional prediction of each token. By default, a LoRA is on all attention layers,
-    except those of the last block that only change the text.
+    guidance keeps the norm of the conditional prediction of each token. By default, a LoRA is on all attention layers.
+    Layers of the last block that only change the text, which is not used after it, are not trained.
     """
 
     target: ClassVar[str] = "longalign.backbones.qwen_image.backbone:QwenImageBackbone"
     has_pooled: ClassVar[bool | None] = False
+    uncapturable: ClassVar[str] = "copies a number from the CPU in each call with a mask"
 
     name: Literal["qwen-image"] = "qwen-image"
     checkpoint: str
