@@ -28,9 +28,10 @@ class FluxBackbone(FlowBackbone):
     Args:
         transformer: the denoiser.
         vae: the autoencoder; frozen by this class.
-        scheduler: config of diffusers' scheduler.
+        scheduler: config of the model's diffusers scheduler.
         resolution: native width and height in pixels.
-        guidance: guidance scale that the transformer is conditioned on; None for 3.5, or none if it takes none.
+        guidance: guidance scale that the transformer is conditioned on. None is 3.5 for a transformer that takes a
+            guidance scale, such as FLUX.1-dev, and must be given for others.
 
     Raises:
         ValueError: if transformer and VAE have different numbers of channels, the scheduler is not supported, or
@@ -49,7 +50,7 @@ class FluxBackbone(FlowBackbone):
                 f"tokens of 2 x 2 latents have {channels}; use a text-to-image model in the layout of FLUX.1"
             )
         if guidance is not None and not config.guidance_embeds:
-            raise ValueError(f"this transformer takes no guidance scale, got guidance={guidance}; set it to null")
+            raise ValueError(f"this transformer takes no guidance scale, got guidance={guidance}; set guidance to null")
         self.guidance = (GUIDANCE if guidance is None else guidance) if config.guidance_embeds else None
         super().__init__(transformer, vae, scheduler, resolution=resolution)
 
@@ -86,7 +87,7 @@ class FluxBackbone(FlowBackbone):
 
 
 def _positions(height: int, width: int, device: torch.device) -> Tensor:
-    """Returns the positions ``(h w, 3)`` of image tokens: 0, row and column."""
+    """Returns the positions ``(height * width, 3)`` of ``height`` by ``width`` image tokens: 0, row and column."""
     rows, columns = torch.meshgrid(
         torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij"
     )

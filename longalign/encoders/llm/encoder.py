@@ -1,4 +1,4 @@
-"""Encoding with the hidden states of a language model, as for Qwen-Image, Z-Image and Sana."""
+"""Encoding with the hidden states of a language model, as Qwen-Image, Z-Image and Sana need."""
 
 from __future__ import annotations
 
@@ -23,27 +23,28 @@ from longalign.tokens import TextTokens
 class LlmEncoder(Encoder):
     """Encodes prompts, each inside a template, with a frozen language model.
 
-    The states of the template before the prompt are kept or dropped; their number follows from the template's tokens.
-    With a segmenter, each segment is encoded on its own in the template. Then the states of the segments are
-    concatenated, after the template's states before the first and before those after the last one. A batch is padded to
-    the longest prompt, with a mask. The model is causal, so a prompt's states do not depend on the padding.
+    ``prefix`` selects which states of the template before the prompt are kept; those after the prompt are always kept.
+    With a segmenter, each segment is encoded separately in the template. The states of the segments are then
+    concatenated; template states are kept only before the first and after the last segment. A batch is padded to the
+    longest prompt, with a mask. The model is causal, so a prompt's states do not depend on the padding.
 
     Args:
         model: a causal transformers model without a head, e.g. a ``Qwen3Model``.
-        tokenizer: its fast tokenizer.
+        tokenizer: the model's fast tokenizer.
         segmenter: splits a prompt into segments; None encodes the whole prompt.
         template: ``"chat"`` for the tokenizer's chat template, or a text with ``{}`` in place of the prompt.
-        system: system message of the chat template, or None.
+        system: system message for the chat template; None for that of the chat template, if any.
         prefix: which states of the template before the prompt are kept: ``"all"``, ``"first"`` or ``"none"``.
-        layer: index of the layer's states: -1 for the last one, after the final normalization.
+        layer: layer whose states are used, counted from the end: -1 for the last one, after the final normalization.
         lowercase: whether prompts are converted to lower case.
-        max_tokens: maximum number of tokens of the prompt per pass.
-        overflow: what to do with longer prompts without a segmenter: ``"truncate"`` warns, ``"error"`` raises.
-        max_batch_tokens: maximum number of positions per call of the model.
+        max_tokens: maximum number of tokens of the prompt, or of a segment, per forward pass, without the template's.
+        overflow: what to do with longer prompts without a segmenter: ``"truncate"`` truncates with a warning,
+            ``"error"`` raises.
+        max_batch_tokens: maximum number of tokens, including template and padding, per call of the model.
 
     Raises:
-        ValueError: if the chat template cannot be used, no state of an empty prompt would be kept, ``max_tokens`` and
-            the template exceed the model's positions, or it has too few layers.
+        ValueError: if the chat template cannot be used, no state of an empty prompt would be kept, ``max_tokens`` plus
+            the tokens of the template exceed the model's positions, or the model has no such ``layer``.
     """
 
     def __init__(
@@ -87,11 +88,18 @@ class LlmEncoder(Encoder):
                 f"positions; set max_tokens to at most {positions - num_tokens}"
             )
         if -layer > config.num_hidden_layers + 1:
-            raise ValueError(f"layer {layer} does not exist in a model of {config.num_hidden_layers} layers; raise it")
+            raise ValueError(
+                f"layer {layer} does not exist in a model of {config.num_hidden_layers} layers; set layer to a value "
+                f"from {-config.num_hidden_layers - 1} to -1"
+            )
 
     @classmethod
     def from_config(cls, config: LlmConfig, runtime: Runtime) -> LlmEncoder:
-        """Loads the language model and its tokenizer, and builds the segmenter. Code of the checkpoint is not run."""
+        """Loads the language model and its tokenizer, and builds the segmenter. Code of the checkpoint is not run.
+
+        Raises:
+            ValueError: if the checkpoint does not exist or is incomplete, or does not fit the settings.
+        """
         checkpoint = resolve_checkpoint(config.checkpoint)
         folder, tokenizer_folder = subfolders(checkpoint, config.subfolder, config.revision)
         model = load_frozen_model(
@@ -144,7 +152,7 @@ class LlmEncoder(Encoder):
         return output.last_hidden_state if self.layer == -1 else output.hidden_states[self.layer]
 
     def _plans(self, prompts: Sequence[Prompt]) -> list[list[TemplateRow]]:
-        """Returns the passes of each prompt: one, or one for each segment."""
+        """Returns the tokens of each prompt in the template: one row, or one row per segment."""
         passes = []
         for prompt in check_prompts(prompts):
             if self.segmenter is None:
@@ -157,15 +165,18 @@ class LlmEncoder(Encoder):
 
     @property
     def _limit(self) -> int:
-        """Maximum number of tokens of a pass. Segments fit, up to a token that the template joins with theirs."""
+        """Maximum number of a text's tokens that are encoded per row, without those of the template.
+
+        Segments are never truncated: they were split to fit, except for a token that they may share with the template.
+        """
         return self.max_tokens if self.segmenter is None else sys.maxsize
 
     def _kept_before(self, row: TemplateRow) -> int:
-        """Returns the number of states before the prompt that are kept."""
+        """Returns the number of states of the template before the prompt that are kept."""
         return {"all": len(row.before), "first": min(1, len(row.before)), "none": 0}[self.prefix]
 
     def _kept(self, plan: Sequence[TemplateRow], index: int) -> list[int]:
-        """Returns the positions in a pass whose states are kept."""
+        """Returns the positions in row ``index`` of a prompt whose states are kept."""
         row = plan[index]
         first = len(row.before)
         last = first + min(len(row.text), self._limit)

@@ -1,4 +1,4 @@
-"""Tokens of a prompt inside a template of text."""
+"""Tokenizes prompts inside a template, such as a language model's chat template."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _MARK = "\ue000"
 
 @dataclass(frozen=True)
 class TemplateRow:
-    """Tokens of a pass.
+    """Token ids of one text inside a template.
 
     Attributes:
-        before: ids of the template before the text, with the tokenizer's special tokens.
+        before: ids of the template before the text, including special tokens.
         text: the text and its tokens.
-        after: ids of the template after the text.
+        after: ids of the template after the text, including special tokens.
     """
 
     before: tuple[int, ...]
@@ -30,18 +30,20 @@ class TemplateRow:
 
 
 def chat_template(tokenizer: Any, system: str | None) -> tuple[str, str]:
-    """Returns the text of a chat before and after the user's message, up to the start of the reply.
+    """Returns two parts of a chat in the tokenizer's template: before the user's message, and after it up to the reply.
 
     Args:
         tokenizer: a transformers tokenizer.
-        system: text of the system message; None for no system message.
+        system: text of the system message; None passes no system message to the chat template.
 
     Raises:
-        ValueError: if the tokenizer has no chat template, or its template cannot be used.
+        ValueError: if the tokenizer has no chat template, or the chat template rejects the messages or does not contain
+            the user's message exactly once.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
-            "encoder.template is 'chat', but the tokenizer has no chat template; set template to a text with {}"
+            "encoder.template is 'chat', but the tokenizer has no chat template; set template to a text with {} in "
+            "place of the prompt"
         )
     messages = [] if system is None else [{"role": "system", "content": system}]
     try:
@@ -63,16 +65,17 @@ def chat_template(tokenizer: Any, system: str | None) -> tuple[str, str]:
 
 
 class Template:
-    """Tokenizes texts inside a template.
+    """A template in which texts are tokenized.
 
-    Template and text are tokenized together, because a space before the text may be part of its first token. That token
-    counts as the text's. Special tokens are parsed in the template, but those written in a text are text.
+    Template and text are tokenized together, because a space before the text may be part of the text's first token.
+    That token counts as the text's. Names of special tokens become special tokens in the template only; in a text, they
+    are tokenized as plain text.
 
     Args:
         tokens: the tokenizer.
         prefix: the template before the text.
         suffix: the template after the text.
-        add_special_tokens: whether the tokenizer adds its special tokens, such as ``<bos>``.
+        add_special_tokens: whether the tokenizer adds its special tokens, such as ``<bos>``, to the template.
     """
 
     def __init__(self, tokens: TextTokens, prefix: str, suffix: str, add_special_tokens: bool):
@@ -82,7 +85,7 @@ class Template:
         self._special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
 
     def __call__(self, texts: Sequence[str]) -> list[TemplateRow]:
-        """Returns the tokens of each text in the template."""
+        """Returns one row per text: the tokens of the template with the text in its place."""
         rows = self._tokenize(texts)
         for i, row in enumerate(rows):
             if self._special & set(row.text.ids):
