@@ -15,10 +15,8 @@ from longalign.backbones.latent import LatentBackbone
 from longalign.encoders.base import Conditioning
 from longalign.functional.diffusion import NoiseLevels
 
-CONSTANT = " and set a constant 'shift', as in Stable Diffusion 3"
 
-
-def flow_levels(scheduler: Mapping[str, Any], name: str = "sd3", tokens: int | None = None) -> NoiseLevels:
+def flow_levels(scheduler: Mapping[str, Any], name: str, tokens: int) -> NoiseLevels:
     """Returns the noise levels of a flow-matching scheduler of diffusers.
 
     The scheduler is ``FlowMatchEulerDiscreteScheduler``, or a different one with ``use_flow_sigmas``. With
@@ -29,7 +27,7 @@ def flow_levels(scheduler: Mapping[str, Any], name: str = "sd3", tokens: int | N
     Args:
         scheduler: config of the scheduler.
         name: name of the backbone, for messages.
-        tokens: number of image tokens; None rejects schedulers with ``use_dynamic_shifting``.
+        tokens: number of image tokens.
 
     Raises:
         ValueError: if the scheduler is not a flow-matching scheduler, or has a setting that is not supported.
@@ -40,16 +38,13 @@ def flow_levels(scheduler: Mapping[str, Any], name: str = "sd3", tokens: int | N
             f"'{name}' expects a flow-matching scheduler (FlowMatchEulerDiscreteScheduler, or one with "
             f"use_flow_sigmas), got '{kind}'; for Stable Diffusion 1, 2 or XL use 'sd' or 'sdxl'"
         )
-    dynamic = bool(scheduler.get("use_dynamic_shifting"))
-    unsupported = {"invert_sigmas": "", **({} if tokens is not None else {"use_dynamic_shifting": CONSTANT})}
-    for key, advice in unsupported.items():
-        if scheduler.get(key):
-            raise ValueError(
-                f"'{name}' does not support the scheduler setting {key}={scheduler[key]}; set {key} to null in "
-                f"scheduler_config.json{advice}"
-            )
+    if scheduler.get("invert_sigmas"):
+        raise ValueError(
+            f"'{name}' does not support the scheduler setting invert_sigmas={scheduler['invert_sigmas']}; set it to "
+            "null in scheduler_config.json"
+        )
     shift = float(scheduler.get("flow_shift" if scheduler.get("use_flow_sigmas") else "shift", 1.0))
-    if dynamic and tokens is not None:
+    if scheduler.get("use_dynamic_shifting"):
         low, high = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
         start, end = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
         mu = start + (end - start) * (tokens - low) / (high - low)
@@ -80,8 +75,8 @@ class FlowBackbone(LatentBackbone):
 
     def __init__(self, transformer: Any, vae: Any, scheduler: Mapping[str, Any], *, resolution: int | None):
         self._scheduler = scheduler
-        self._levels: dict[int | None, NoiseLevels] = {}
-        self._device_levels: dict[tuple[int | None, torch.device], Tensor] = {}
+        self._levels: dict[int, NoiseLevels] = {}
+        self._device_levels: dict[tuple[int, torch.device], Tensor] = {}
         factor = vae_scale_factor(vae.config) or 1
         native: int = transformer.config.sample_size * factor if resolution is None else resolution
         levels = self.levels_at((native // factor, native // factor))
@@ -105,10 +100,10 @@ class FlowBackbone(LatentBackbone):
             self._device_levels[key] = self.levels_at(latents.shape).noise.to(latents.device, torch.float32)
         return self._device_levels[key][timesteps]
 
-    def _key(self, shape: Sequence[int]) -> int | None:
-        """Returns the number of image tokens for latents of a shape; None if the noise levels do not depend on it."""
+    def _key(self, shape: Sequence[int]) -> int:
+        """Returns the number of image tokens for latents of a shape; 0 if the noise levels do not depend on it."""
         dynamic = self._scheduler.get("use_dynamic_shifting")
-        return (shape[-2] // self.patch) * (shape[-1] // self.patch) if dynamic else None
+        return (shape[-2] // self.patch) * (shape[-1] // self.patch) if dynamic else 0
 
 
 def pack(latents: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ LARGE = 100_000_000
 
 
 def log_run_summary(composition: Composition, optimization: Optimization, step: int, num_images: int) -> None:
-    """Logs device, precision, trainable parameters, data, batch size and output of a run.
+    """Logs device, precision, trainable and unused parameters, data, batch size and output of a run.
 
     Warns if a model of more than `LARGE` parameters is trained on a CPU, or if a batch has more items than the data.
 
@@ -47,11 +47,18 @@ def log_run_summary(composition: Composition, optimization: Optimization, step: 
     if settings is not None:
         measured = ", ".join(metric.prefix() for metric in settings.metrics) or "images only"
         monitored = [f"monitor    {num_images} images every {settings.every} steps: {measured}"]
+    unused = {} if config.backbone is None else composition.backbone.unused_weights()
+    frozen = []
+    if unused and composition.backbone.full_finetune:
+        layers = ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in unused))
+        number = sum(parameter.numel() for parameter in unused.values())
+        frozen = [f"frozen     {number:,} parameters that cannot change the prediction, of {layers}"]
     lines = [
         *resumed,
         f"device     {_device_summary(accelerator.device)}",
         f"precision  {DTYPES[loop.precision]}; frozen parts in {composition.runtime.dtype}",
         f"trainable  {trainable:,} of {total:,} parameters, {size:,.1f} MiB",
+        *frozen,
         f"data       {items}",
         f"batch      {product} = {batch_size} per step",
         f"output     {config.output}; checkpoints {save_every}, {keep}",

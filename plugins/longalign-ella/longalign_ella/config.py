@@ -70,9 +70,9 @@ class EllaConfig(T5Config):
     """number of tokens, including the end-of-text token, to which shorter prompts are padded for T5; ``overflow`` sets
     what is done with longer ones.
     """
-    mask: bool = True
-    """whether T5 and the resampler ignore padding. true corresponds to the authors' demo, which encodes each prompt
-    without padding.
+    mask: bool | Literal["t5"] = True
+    """what ignores padding: ``true``: T5 and the resampler, which equals the authors' "flexible token length" without
+    padding; ``"t5"``: only T5, their "fixed token length"; ``false``: neither.
     """
 
     def widths(self) -> tuple[int | None, int | None]:
