@@ -1,7 +1,7 @@
-"""Runs of each trainer with the tiny parts of `worlds`, for `test_processes` and `test_fsdp`.
+"""Runs of each trainer with the tiny parts of `worlds`, for `test_processes`.
 
-The tests launch this file in two processes and call `train` in one. Noise is sampled for the global batch and each
-process takes its rows, so it does not depend on the number of processes.
+The tests launch this file in two processes, which train with DDP and then with FSDP, and call `train` in one. Noise is
+sampled for the global batch and each process takes its rows, so it does not depend on the number of processes.
 """
 
 import json
@@ -19,6 +19,7 @@ import pytest
 import torch
 import worlds
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -129,18 +130,18 @@ def pair_configs(folder, world_size):
 
 
 def fsdp_configs(folder, world_size):
-    """As `configs`, and full fine-tuning runs without and with a reference model."""
+    """As `configs` with a shorter reward run, and full fine-tuning runs without and with a reference model."""
     runs = configs(folder, world_size)
-    align, reward = runs["align"][0], runs["reward"][0]
+    align, reward = runs["align"][0], runs.pop("reward")[0]
     short = {"steps": 2, "accumulation": 1, "ema": None}
-    reward = {**reward, "loop": {**reward["loop"], "steps": 2}}
+    reward = {**reward, "output": str(folder / "short-reward"), "loop": {**reward["loop"], "steps": 2}}
     full = {**align, "output": str(folder / "full"), "monitor": None}
     full |= {"loop": {**align["loop"], **short, "clip": 1e-3, "gradient_checkpointing": True}}
     full |= {"trainer": {**align["trainer"], "lora": None, "train_adapter": False}}
     regularized = {"regularizer": "kl", "regularizer_weight": 0.1, "lora": None, "train_adapter": False}
     regularized |= {"gradient_steps": {"name": "draft-k", "k": 2}}
     kl = {**reward, "output": str(folder / "kl"), "trainer": {**reward["trainer"], **regularized}}
-    return {**runs, "reward": (reward, None), "full": (full, None), "kl": (kl, None)}
+    return {**runs, "short-reward": (reward, None), "full": (full, None), "kl": (kl, None)}
 
 
 def bf16_configs(folder, world_size):
@@ -148,6 +149,12 @@ def bf16_configs(folder, world_size):
     align = configs(folder, world_size)["align"][0]
     loop = {**align["loop"], "steps": 2, "accumulation": 1, "precision": "bf16"}
     return {"half": ({**align, "output": str(folder / "half"), "monitor": None, "loop": loop}, None)}
+
+
+def all_configs(folder, world_size):
+    """The configs of all runs; those that are in several of the functions above are equal."""
+    made = (make(folder, world_size) for make in (configs, pair_configs, fsdp_configs, bf16_configs))
+    return {name: run for runs in made for name, run in runs.items()}
 
 
 def counting_hook(buckets, bucket):
@@ -200,7 +207,9 @@ def registered():
 
 
 def launch(folder, *settings):
-    """Runs this file in two processes with accelerate's launcher.
+    """Runs this file in two processes with accelerate's launcher and its settings for FSDP.
+
+    The runs with DDP are in the folder ``ddp``, those with FSDP in ``fsdp``.
 
     If a process dies of a segmentation fault, the launch is repeated once, with a warning: one of about
     thirty launches of FSDP on two CPU processes crashed inside a collective of torch's gloo backend.
@@ -244,15 +253,23 @@ def assert_equal_runs(actual, expected):
     return checkpoints
 
 
+def train_and_write(folder, name, makers):
+    """Runs all configs in a process of the launch, in the folder of this name."""
+    rank, world_size, results = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), {}
+    for make_configs in makers:
+        if name == "fsdp":
+            # accelerate enables FSDP on accelerators only, so the CPU process group is declared as one
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        results |= train(folder / name, rank, world_size, make_configs)
+    (folder / name / f"results-{rank}.json").write_text(json.dumps(results))
+
+
 if __name__ == "__main__":
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    results, use_fsdp = {}, os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    PartialState(cpu=True)
+    assert os.environ.pop("ACCELERATE_USE_FSDP") == "true"
     with registered():
-        for make_configs in (fsdp_configs, bf16_configs) if use_fsdp else (configs, pair_configs):
-            if use_fsdp:
-                # accelerate enables FSDP on accelerators only, so the CPU process group is declared as one
-                PartialState(cpu=True)
-                PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-            results |= train(Path(sys.argv[1]), rank, world_size, make_configs)
-    (Path(sys.argv[1]) / f"results-{rank}.json").write_text(json.dumps(results))
+        train_and_write(Path(sys.argv[1]), "ddp", (configs, pair_configs))
+        os.environ["ACCELERATE_USE_FSDP"] = "true"
+        AcceleratorState._reset_state()
+        train_and_write(Path(sys.argv[1]), "fsdp", (fsdp_configs, bf16_configs))
     torch.distributed.destroy_process_group()
