@@ -36,30 +36,39 @@ class NoiseLevels:
         return cls(alphas.sqrt(), (1 - alphas).sqrt())
 
     @classmethod
-    def from_flow(cls, num_timesteps: int, shift: float = 1.0, terminal: float | None = None) -> NoiseLevels:
+    def from_flow(
+        cls,
+        num_timesteps: int,
+        shift: float = 1.0,
+        terminal: float | None = None,
+        schedule_shifts: Tensor | None = None,
+    ) -> NoiseLevels:
         """Returns the levels ``1 - s`` and ``s`` of a rectified flow. The last timestep is pure noise.
 
         ``s = shift u / (1 + (shift - 1) u)`` with ``u = (t + 1) / num_timesteps`` (arXiv 2403.03206, eq. 23). A larger
         ``shift`` increases the noise levels, as larger images require. In the paper, ``shift`` is the square root of
         the ratio of the numbers of pixels.
 
-        With ``terminal``, the signal of n sampling steps is multiplied by a constant such that the noise level of the
-        last step is ``terminal`` (``shift_terminal`` of diffusers). The constant depends on n. The levels of the
+        With ``schedule_shifts`` ``(num_timesteps,)``, the shift of n sampling steps depends on n. With ``terminal``,
+        their signal is multiplied by a constant such that the noise level of the last step is ``terminal``
+        (``shift_terminal`` of diffusers). The constant depends on n. If one of them is given, the levels of the
         schedules of 1 to ``num_timesteps`` steps follow those of the training timesteps, in this order.
         """
 
-        def level(u: Tensor) -> Tensor:
+        def level(u: Tensor, shift: float | Tensor) -> Tensor:
             return shift * u / (1 + (shift - 1) * u)
 
-        noise = level(torch.arange(1, num_timesteps + 1, dtype=torch.float64) / num_timesteps)
-        if terminal is None:
+        noise = level(torch.arange(1, num_timesteps + 1, dtype=torch.float64) / num_timesteps, shift)
+        if terminal is None and schedule_shifts is None:
             return cls(1 - noise, noise)
         counts = torch.arange(1, num_timesteps + 1)
         first = (counts.cumsum(0) - counts).repeat_interleave(counts)
         steps = counts.repeat_interleave(counts).double()
-        signal = 1 - level(1 - (torch.arange(len(first)) - first) / steps)
-        # one step starts from pure noise, whose level cannot be changed
-        signal = torch.where(steps > 1, signal * (1 - terminal) / (1 - level(1 / steps)), signal)
+        shifts = shift if schedule_shifts is None else schedule_shifts.double().repeat_interleave(counts)
+        signal = 1 - level(1 - (torch.arange(len(first)) - first) / steps, shifts)
+        if terminal is not None:
+            # one step starts from pure noise, whose level cannot be changed
+            signal = torch.where(steps > 1, signal * (1 - terminal) / (1 - level(1 / steps, shifts)), signal)
         return cls(torch.cat([1 - noise, signal]), torch.cat([noise, 1 - signal]), num_timesteps)
 
     def __len__(self) -> int:
