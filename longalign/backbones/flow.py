@@ -134,7 +134,7 @@ def unpack(tokens: Tensor, height: int) -> Tensor:
 
 
 def image_positions(height: int, width: int, num_axes: int, device: torch.device) -> Tensor:
-    """Returns the positions ``(h w, num_axes)`` of image tokens in FLUX: row and column on axes 1 and 2, 0 on others."""
+    """Returns the positions ``(h w, num_axes)`` of image tokens in FLUX: row and column on axes 1 and 2, otherwise 0."""
     positions = torch.zeros(height, width, num_axes, device=device)
     positions[..., 1] = torch.arange(height, device=device)[:, None]
     positions[..., 2] = torch.arange(width, device=device)

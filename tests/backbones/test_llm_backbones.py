@@ -10,7 +10,7 @@ import torch
 import yaml
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
-from longalign import Model, load_config
+from longalign import Model, condition, load_config
 from longalign.backbones.config import LoraConfig
 from longalign.backbones.flux2.backbone import Flux2Backbone
 from longalign.backbones.qwen_image.backbone import QwenImageBackbone
@@ -278,6 +278,16 @@ def test_flux2_noise_levels_depend_on_the_number_of_steps(tmp_path, side, tokens
     # the training timesteps have the shift of 200 steps
     shift = math.exp(compute_empirical_mu(tokens, 200))
     assert float(levels.noise[499]) == pytest.approx(shift / (1 + shift), rel=1e-5) and len(levels) == 1000
+
+
+def test_condition_equals_the_prompt_of_flux2_klein(tmp_path):
+    case, folder = BY_NAME["flux2"], tiny_llm.tiny_flux2(tmp_path)
+    pipe, size = load_pipeline(case, folder), {"height": 32, "width": 32, "num_inference_steps": 1, "output_type": "pt"}
+    arguments = flux2_arguments(pipe, torch.randn(2, 4, 8, 8), 3.0)
+    expected = pipe(**arguments, **size).images
+    states = condition(pipe, arguments.pop("prompt"), encoder=case.encoder_config(folder))
+    assert set(states) == {"prompt_embeds", "negative_prompt_embeds"}
+    torch.testing.assert_close(pipe(**arguments, **states, **size).images, expected, atol=1e-5, rtol=0)
 
 
 def test_flux2_latents_are_normalized_by_the_statistics_of_patches(tmp_path):

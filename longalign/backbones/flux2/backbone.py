@@ -28,8 +28,8 @@ TRANSFORMER = "FLUX.2's transformer"
 def empirical_mu(tokens: int, num_steps: Tensor) -> Tensor:
     """Returns the logarithm ``mu`` ``(n,)`` of the shift of ``num_steps`` ``(n,)`` sampling steps.
 
-    For each number of image tokens, it is linear in the number of steps. For 200 steps it is FLUX.1's ``mu``, with which
-    FLUX.2's scheduler is configured. The constants are those of the model's published code and of diffusers' pipelines.
+    It is linear in the number of image tokens and in the number of steps. For 200 steps it is the ``mu`` of the
+    scheduler's own settings, as for FLUX.1. The constants are those of the published code and of diffusers' pipelines.
     """
     many = 0.00016927 * tokens + 0.45666666  # 200 steps
     if tokens > MAX_TOKENS:

@@ -31,9 +31,9 @@ class LlmEncoder(Encoder):
     concatenated, after the template's states before the first and before those after the last one. A batch is padded to
     the longest prompt, with a mask. The model is causal, so a prompt's states do not depend on the padding.
 
-    With ``pad_to``, the states of padding tokens are used instead, without a mask. The padding tokens belong to the last
-    pass of a prompt, or to the first one if the tokenizer pads on the left. The language model's attention masks them.
-    If a batch has longer prompts, the last state of shorter ones is repeated.
+    With ``pad_to``, the states of padding tokens are used instead, without a mask. The padding tokens belong to the
+    last pass of a prompt, or to the first one if the tokenizer pads on the left. The language model's attention masks
+    them. If a batch has longer prompts, the last state of shorter ones is repeated.
 
     Args:
         model: a causal transformers model without a head, e.g. a ``Qwen3Model``.
