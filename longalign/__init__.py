@@ -1,6 +1,6 @@
-"""Long-text alignment of text-to-image diffusion models.
+"""Long-text alignment of text-to-image diffusion models (LongAlign, arXiv 2410.11817).
 
-Public names are loaded on first use, so that ``import longalign`` does not import torch.
+Public names are imported on first use, so that ``import longalign`` does not import torch.
 """
 
 from __future__ import annotations

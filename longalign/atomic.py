@@ -1,4 +1,4 @@
-"""Writes files atomically."""
+"""Writes files atomically: a reader sees the old file or the complete new one."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from safetensors import SafetensorError
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Context manager that yields a temporary path. On exit, the file is synced to disk and renamed to ``path``.
+    """Context manager that yields a temporary path, at which the caller writes the file.
+
+    The temporary path is in the folder of ``path``. On exit, the file is synced to disk and renamed to ``path``. After
+    an error, the temporary file is removed, and ``path`` is not changed.
 
     Raises:
-        OSError: if the file cannot be written; the temporary file is removed.
+        OSError: if the file cannot be written, also for a `SafetensorError` or `RuntimeError` in the context.
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
@@ -31,7 +34,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Calls fsync on a file, or on a folder to make its directory entries durable."""
+    """Calls fsync on a file, or on a folder to make its entries durable. Does nothing if ``path`` cannot be opened."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:  # Windows cannot open folders

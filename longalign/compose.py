@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 class Composition:
-    """The parts of a run. Each part is built on first access and then reused.
+    """The parts of a run: backbone, encoder, rewards, trainer and data. Each is built on first access and then reused.
 
     Args:
         config: config of the run.
-        runtime: device, dtype and processes.
+        runtime: device, dtype and processes that the parts are built for.
     """
 
     def __init__(self, config: RunConfig, runtime: Runtime):
@@ -44,7 +44,7 @@ class Composition:
 
     @property
     def config(self) -> RunConfig:
-        """Config of the run."""
+        """Config of the run, as passed in."""
         return self._config
 
     @property
@@ -54,25 +54,25 @@ class Composition:
 
     @property
     def backbone(self) -> Backbone:
-        """The model to fine-tune, with the weights of the ``init_from`` checkpoint if set.
+        """The diffusion model to fine-tune, with the weights of the checkpoint ``init_from`` if that key is set.
 
-        Raises `ConfigError` if the config has none.
+        Raises `ConfigError` if the config has no backbone.
         """
         return self._part("backbone")
 
     @property
     def encoder(self) -> Encoder:
-        """The prompt encoder, with the adapter of the ``init_from`` checkpoint if set.
+        """The prompt encoder, with the adapter weights of the checkpoint ``init_from`` if that key is set.
 
         With ``cache.prompts``, the encoder reads cached text states, and the text models are not loaded.
 
-        Raises `ConfigError` if the config has none.
+        Raises `ConfigError` if the config has no encoder.
         """
         return self._part("encoder")
 
     @property
     def rewards(self) -> list[Reward]:
-        """The rewards, in the config's order; empty if the config has none."""
+        """The rewards, in the order of the config; empty if the config has none. Plain functions become `Reward`."""
         if "rewards" not in self._built:
             from longalign.rewards.base import as_reward
 
@@ -86,7 +86,10 @@ class Composition:
 
     @property
     def trainer(self) -> Trainer:
-        """The trainer. Raises `ConfigError` if the config has none."""
+        """The trainer, built from those of backbone, encoder and rewards that it uses.
+
+        Raises `ConfigError` if the config has no trainer.
+        """
         if "trainer" not in self._built:
             config = self._require("trainer")
             parts = {key: getattr(self, key) for key in config.built_from()}
@@ -95,9 +98,9 @@ class Composition:
 
     @property
     def data(self) -> Data | Stream:
-        """The training data; latents replace images if the run caches them.
+        """The training data: prompts, and images or pairs of images. Cached latents replace images.
 
-        Raises `ConfigError` if the config has none.
+        Raises `ConfigError` if the config has no data.
         """
         if "data" not in self._built:
             config = self._require("data").for_backbone(self.config.backbone)
@@ -146,14 +149,17 @@ class Composition:
 def build_from_config(
     config: Mapping[str, Any] | str | Path | RunConfig, runtime: Runtime | None = None
 ) -> Composition:
-    """Validates a config and returns its composition. Weights are loaded when a part is first accessed.
+    """Validates a config and returns the `Composition` of its parts. Weights are loaded when a part is first accessed.
 
     Args:
-        config: a mapping, a YAML or JSON file, a checkpoint, or a `RunConfig`; see `load_config`.
-        runtime: device, dtype and processes; detected on this machine if None.
+        config: a mapping, a YAML or JSON file, a checkpoint, or a `RunConfig`; see `longalign.load_config`. Of a
+            checkpoint, only the config is used, not the weights.
+        runtime: device, dtype and processes. If None, the fastest device of this machine, the dtype of
+            ``loop.precision``, and one process.
 
     Raises:
-        ConfigError: if the config is invalid; lists all problems, each with its path.
+        ConfigError: if the config is invalid; lists all problems, each with its dotted path.
+        FileNotFoundError: if ``config`` is a file that does not exist.
     """
     config = load_config(config)
     return Composition(config, runtime or Runtime.detect(config.loop.precision))

@@ -1,4 +1,8 @@
-"""The demo: LongAlign's two stages on the synthetic scenes, evaluated on held-out long captions."""
+"""The demo: trains the two stages of LongAlign on synthetic scenes and evaluates them on held-out long captions.
+
+The stage ``align`` fine-tunes a diffusion model on images with long captions. The stage ``reward`` then fine-tunes the
+result on the score of a preference model.
+"""
 
 from __future__ import annotations
 
@@ -41,12 +45,12 @@ MARKER = ".longalign-demo"
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Results of the demo.
+    """Results of `run_demo`, whose docstring lists the models.
 
     Attributes:
-        table: metrics of ``truncated``, ``segments``, ``align``, and of a model for each omega of the reward stage.
+        table: metrics of each model.
         report: path of the HTML report.
-        seconds: stage -> duration in seconds.
+        seconds: name of a step, such as ``"align: training"``, or ``"total"`` -> duration in seconds.
     """
 
     table: MetricTable
@@ -55,7 +59,7 @@ class DemoResult:
 
 
 def default_config(name: str) -> Path:
-    """Returns the config file of a demo stage, ``align`` or ``reward``: ``mini-<name>.yaml`` of the examples."""
+    """Returns the bundled config file ``mini-<name>.yaml`` of a demo stage, ``"align"`` or ``"reward"``."""
     return examples_folder() / f"mini-{name}.yaml"
 
 
@@ -70,29 +74,32 @@ def run_demo(
     examples: int | None = None,
     device: str | None = None,
 ) -> DemoResult:
-    """Trains both stages, samples held-out captions with each model, and writes the report.
+    """Trains the stages ``align`` and ``reward``, samples held-out captions with each model, and writes a report.
 
-    ``truncated`` is the bundled backbone with captions truncated at CLIP's window, as in Stable Diffusion. ``segments``
-    is the same backbone with the align stage's encoder: the effect of encoding by segments alone. ``align`` is
-    fine-tuned on long captions with that encoder. ``align+reward, omega 1`` is then fine-tuned on a preference model's
-    original score; the last model differs only in the weight omega of the score's text-irrelevant part. All models
-    use the same captions and the same noise, so consecutive models differ in one respect.
+    The models are compared on the same captions and noise:
+
+    - ``truncated``: the bundled diffusion model, with captions truncated at CLIP's window, as in Stable Diffusion;
+    - ``segments``: the same weights, with the encoder of the stage ``align``, which encodes captions in segments;
+    - ``align``: fine-tuned on long captions with that encoder;
+    - ``align+reward, omega 1``: then fine-tuned on the original score of a preference model;
+    - ``align+reward, omega <w>``: instead fine-tuned with weight ``w`` of the text-irrelevant part of the score, which
+      is 1 in the original score (LongAlign, arXiv 2410.11817, section 4).
 
     Args:
-        output: folder for both runs, ``report.html``, ``table.json``, ``table.md``, and the images in
+        output: folder for the runs, ``report.html``, ``table.json``, ``table.md``, and the images in
             ``images/<model>``; an earlier demo is replaced.
-        align: config of the align stage; the bundled config if None. The data must be ``scenes``.
-        reward: config of the reward stage; the bundled config if None. Its first reward is measured, without
-            reweighting. If that reward is ``reweighted``, the stage also runs with omega 1.
-        prompts: number of held-out captions.
-        num_steps: sampling steps; the guidance scale is taken from the reward stage.
-        batch_size: images per batch.
-        examples: number of captions that the report shows with their images, starting with the first; all if None.
-        device: a torch device; the fastest available one if None.
+        align: config of the stage ``align``; the bundled config if None. The data must be ``scenes``.
+        reward: config of the stage ``reward``; the bundled config if None. The first reward is also a metric, with
+            its original score. The stage is trained twice if that reward has an ``omega`` other than 1.
+        prompts: number of held-out captions, at least 2.
+        num_steps: number of sampling steps; the guidance scale is that of the stage ``reward``.
+        batch_size: number of images sampled at a time.
+        examples: number of captions that the report shows with images, starting with the first; all if None.
+        device: a torch device, e.g. ``"cuda:1"``; the fastest available one if None.
 
     Raises:
-        ValueError: if ``output`` is neither empty nor the output of an earlier demo, or the configs do not fit the
-            demo.
+        ValueError: if ``output`` is neither empty nor the output of an earlier demo, ``prompts`` is below 2, or a
+            config is invalid or has other data than ``scenes``.
         KeyboardInterrupt: if training was interrupted.
     """
     if prompts < 2:
@@ -162,10 +169,14 @@ def run_demo(
 
 
 def reward_runs(reward: RunConfig, output: Path) -> dict[str, RunConfig]:
-    """Returns the configs of the reward stage: name of the model -> config, with outputs in folders of ``output``.
+    """Returns the configs of the runs of the stage ``reward``: name of the model -> config.
 
-    There are two runs: one with the original score (omega 1), and one as configured. If the first reward has no
-    ``omega``, or omega 1, there is only one run, ``align+reward``.
+    There are two runs: one with omega 1 (the original score of the first reward), and one with the omega of the config.
+    If the first reward has no ``omega``, or omega 1, there is only one run, ``align+reward``.
+
+    Args:
+        reward: config of the stage.
+        output: folder of the demo, in which each run gets a subfolder.
     """
     omega = getattr(reward.rewards[0], "omega", 1)
     if omega == 1:
@@ -177,10 +188,12 @@ def reward_runs(reward: RunConfig, output: Path) -> dict[str, RunConfig]:
 
 
 def held_out_captions(configs: Sequence[RunConfig], count: int) -> list[Caption]:
-    """Samples captions from the distribution of the first config's data. No config trains on their scenes.
+    """Returns ``count`` captions of synthetic scenes that none of the configs trains on.
+
+    The scenes are distributed as in the data of the first config.
 
     Raises:
-        ValueError: if a config's data is not ``scenes``.
+        ValueError: if the data of a config is not ``scenes``.
     """
     data = [config.data for config in configs]
     for config in data:
@@ -196,17 +209,23 @@ def held_out_captions(configs: Sequence[RunConfig], count: int) -> list[Caption]
 
 
 def _untrained(align: RunConfig, runtime: Runtime, truncated: bool) -> tuple[Any, Encoder]:
-    """Returns the untrained backbone with the align stage's encoder, or with truncation at its text model's window."""
+    """Returns the backbone of the config ``align`` before training, and an encoder.
+
+    The encoder is that of the config, or with ``truncated`` one that truncates prompts at the window of the text model.
+    """
     checkpoint = getattr(align.backbone, "checkpoint", None)
     if checkpoint is None:
-        raise ValueError(f"expected a backbone whose checkpoint contains a text encoder, got {align.backbone}")
+        raise ValueError(
+            f"expected a backbone with a 'checkpoint' that contains a text encoder, got {align.backbone}; change the "
+            "backbone of the align stage"
+        )
     encoder = {"name": "clip-truncate", "checkpoint": checkpoint} if truncated else align.encoder
     composition = build_from_config({"backbone": align.backbone, "encoder": encoder}, runtime)
     return composition.backbone, composition.encoder
 
 
 def image_folder(model: str) -> str:
-    """Returns the name of the subfolder of ``images/`` that holds a model's images."""
+    """Returns the name of the subfolder of ``images/`` with the images of a model, e.g. ``align-reward-omega-0-3``."""
     return re.sub(r"\W+", "-", model)
 
 
@@ -215,7 +234,12 @@ def _save_images(
 ) -> None:
     """Writes images and ``metadata.jsonl`` in the format of `longalign.inference.sampling.generate`.
 
-    The seed recorded for each image is the index of its caption.
+    Args:
+        folder: a folder that does not exist.
+        images: ``(n, 3, h, w)`` in [0, 1].
+        texts: the n captions. The seed recorded for an image is the index of its caption.
+        reports: what the encoder truncated, for each caption.
+        settings: sampling settings, for the metadata.
     """
     folder.mkdir(parents=True)
     rows = [
@@ -226,10 +250,14 @@ def _save_images(
 
 
 def prepare_output_dir(output: Path, runs: Sequence[Path]) -> None:
-    """Creates the demo's folder, and removes the runs and images of an earlier demo but no other files.
+    """Creates the output folder of the demo, and removes the folders ``runs`` of an earlier demo but no other files.
+
+    Args:
+        output: the output folder.
+        runs: folders of runs and images, with or without an earlier demo in them.
 
     Raises:
-        ValueError: if the folder is neither empty nor the output of an earlier demo.
+        ValueError: if ``output`` is neither empty nor the output of an earlier demo.
     """
     marker = output / MARKER
     if output.exists() and any(output.iterdir()) and not marker.exists():
@@ -242,7 +270,7 @@ def prepare_output_dir(output: Path, runs: Sequence[Path]) -> None:
 
 
 def _held_out(trained: str, runtime: Runtime) -> RewardMetric:
-    """Returns a bundled reward other than the trained one."""
+    """Returns the metric of a reward that is not trained on: HPSv2 if ``trained`` is "pickscore", else PickScore."""
     name = "hpsv2" if trained == "pickscore" else "pickscore"
     return RewardMetric(
         f"held-out {name}", registry.rewards.build({"name": name, "checkpoint": f"mini/{name}"}, runtime)
@@ -250,7 +278,11 @@ def _held_out(trained: str, runtime: Runtime) -> RewardMetric:
 
 
 def _columns(table: MetricTable) -> MetricTable:
-    """Returns the table with the columns that the demo shows: facts, both parts of the rewards, two gauges."""
+    """Returns the table with only the metrics that the demo shows.
+
+    These are the statements of the captions that hold in the images (``facts``), the text-relevant and text-irrelevant
+    parts of both rewards, and two image statistics: ``warmth`` and ``dark``.
+    """
     shown = ("text_relevant", "text_irrelevant", "warmth", "dark")
     kept = {
         model: {name: row for name, row in rows.items() if name.startswith("facts") or name.endswith(shown)}

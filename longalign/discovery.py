@@ -1,7 +1,8 @@
-"""Discovers parts in the entry-point metadata of installed distributions, without importing them.
+"""Finds the encoders, rewards and other parts that installed distributions register by entry points.
 
-`importlib.metadata.entry_points` re-reads all metadata on each call and fails if one file is malformed. Here the
-result is cached until the search path changes, and a malformed file is skipped and recorded.
+The distributions are not imported. `importlib.metadata.entry_points` re-reads all metadata on each call and fails if
+one file is malformed. Here the result is cached until the search path changes, and a malformed file is skipped and
+recorded.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ PREFIX = "longalign_"
 
 @dataclass
 class Discovered:
-    """Entry points of the installed distributions.
+    """Entry points by which the installed distributions register parts of longalign, e.g. encoders and rewards.
 
     Attributes:
-        groups: entry-point group -> part name -> entry points of that name.
-        malformed: name and error of each distribution whose entry-point metadata cannot be read.
-        misnamed: entry points in groups with a wrong separator, such as ``longalign.encoders``.
+        groups: entry-point group, such as ``longalign_encoders`` -> name of a part -> entry points of that name.
+        malformed: ``(distribution, error)`` for each distribution whose entry-point metadata cannot be read.
+        misnamed: entry points in groups without the separator ``_`` after ``longalign``, such as
+            ``longalign.encoders``.
     """
 
     groups: dict[str, dict[str, list[EntryPoint]]] = field(default_factory=dict)
@@ -37,9 +39,9 @@ _cache: tuple[object, Discovered] | None = None
 
 
 def discover() -> Discovered:
-    """Returns the entry points of all distributions on ``sys.path``.
+    """Returns longalign's entry points of all distributions on ``sys.path``.
 
-    The entry points are re-read when ``sys.path`` or one of its folders changes.
+    The result is cached. The entry points are re-read when ``sys.path`` or one of its folders changes.
     """
     global _cache
     state = tuple((entry, _modified(entry)) for entry in sys.path)
@@ -65,15 +67,15 @@ def skip_unreadable() -> None:
 
 
 def owner(entry: EntryPoint) -> str:
-    """Returns the name and version of an entry point's distribution."""
+    """Returns the distribution that declares an entry point, as name and version, e.g. ``my-plugin 0.1``."""
     return _name(entry.dist) if entry.dist else "an unknown distribution"
 
 
 def version_problem(entry: EntryPoint) -> str:
-    """Returns why an entry point's distribution does not fit the installed longalign, or an empty string if it fits.
+    """Returns why an entry point's distribution does not support the installed longalign; empty if it supports it.
 
     The distribution declares the supported versions in its requirements, e.g. ``longalign>=0.1,<0.2``. Installers
-    check them, except when they install without dependencies or update longalign alone.
+    do not check these requirements when they install without dependencies or update longalign alone.
     """
     lines = [line for line in _requires(entry.dist) if re.match(r"longalign\s*([^\w\s.-]|$)", line, re.IGNORECASE)]
     if not lines:

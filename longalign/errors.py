@@ -1,4 +1,4 @@
-"""Errors that a user can fix. A config error lists all problems at once, each with its path in the config."""
+"""Errors that a user can fix, and texts for their messages."""
 
 from __future__ import annotations
 
@@ -40,7 +40,12 @@ _SECRET = re.compile(
 
 
 class ConfigError(ValueError):
-    """Raised for an invalid config. ``errors`` is a list of ``(path, message)``, one for each problem."""
+    """Raised for an invalid config.
+
+    Attributes:
+        errors: ``(path, message)`` for each problem. ``path`` is the dotted path of the key, e.g. ``loop.lr``, or empty
+            for the config as a whole.
+    """
 
     def __init__(self, errors: list[ConfigProblem]):
         self.errors = errors
@@ -55,22 +60,25 @@ class RunError(ValueError):
 
 
 class PartError(ValueError):
-    """Raised for a part that is unknown, broken or registered twice."""
+    """Raised for a part, such as an encoder or reward, that is unknown, fails to import or is registered twice."""
 
 
 def nested(problems: list[ConfigProblem]) -> PydanticCustomError:
-    """Wraps problems in an error that a pydantic validator can raise; `flatten` restores them with full paths."""
+    """Returns an error that a pydantic validator can raise, which contains ``(path, message)`` problems.
+
+    Paths are relative to the validated value. `flatten` recovers the problems with paths from the root of the config.
+    """
     return PydanticCustomError(
         "longalign_problems", "{text}", {"problems": problems, "text": str(ConfigError(problems))}
     )
 
 
 def flatten(error: ValidationError, model: type[BaseModel]) -> list[ConfigProblem]:
-    """Converts a pydantic error to ``(path, message)`` pairs, with full paths inside nested parts.
+    """Converts a pydantic error to ``(path, message)`` problems, with the dotted path of each key from the root.
 
     Args:
-        error: error raised while validating ``model``.
-        model: the validated model; its fields are the known keys.
+        error: error raised while validating a config with the class ``model``.
+        model: config class at the root.
     """
     out: dict[str, list[str]] = {}
     inputs: dict[str, str] = {}
@@ -96,7 +104,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """Returns ``; did you mean '...'?`` for a misspelled word, or an empty string if there is no close match."""
+    """Returns ``; did you mean '...'?`` with the most similar of the ``known`` words, or an empty string.
+
+    The string is empty if the similarity, `difflib.SequenceMatcher.ratio`, is below 0.5 for all of them.
+    """
     matches = difflib.get_close_matches(word, list(known), 1, 0.5)
     return f"; did you mean '{matches[0]}'?" if matches else ""
 
@@ -116,25 +127,26 @@ def shorten(value: Any, limit: int = 80) -> str:
 
 
 def redact_url(text: str) -> str:
-    """Replaces credentials in URLs by ``***``: user and password, and secrets in the query."""
+    """Returns a text in which credentials in URLs are replaced by ``***``: user, password, and secrets in the query."""
     return _SECRET.sub(r"\1***", _USER.sub(r"\1***@", text))
 
 
 def full_message(error: BaseException) -> str:
-    """Returns the message of an error with its notes, without credentials in URLs."""
+    """Returns the message of an error and its notes (PEP 678), one per line, without credentials in URLs."""
     return redact_url("\n".join([str(error), *getattr(error, "__notes__", ())]))
 
 
 def check_size(value: Any) -> None:
-    """Raises `ConfigError` for a value that is nested too deeply, contains itself, or is too large when expanded.
+    """Raises `ConfigError` if a value contains itself, has over `MAX_DEPTH` levels or over `MAX_VALUES` values.
 
-    With YAML anchors, a short text can expand to a value larger than memory. A shared value counts once per use.
+    Levels are those of nested lists and mappings. A value that is used several times counts once per use: with YAML
+    anchors, a short text can expand to a value larger than memory.
     """
     sizes: dict[int, tuple[int, int]] = {}
-    too_deep = f"expected at most {MAX_DEPTH} levels of nested lists and mappings"
+    too_deep = f"expected at most {MAX_DEPTH} levels of nested lists and mappings, got more; flatten the config"
 
     def measure(node: Any, level: int) -> tuple[int, int]:
-        """Returns the number of values and the number of levels."""
+        """Returns the numbers of values and of levels in ``node``, which is at ``level``, counted from 1."""
         if not isinstance(node, (Mapping, list, tuple, set, frozenset)):
             return 1, 0
         if id(node) not in sizes:
@@ -147,16 +159,18 @@ def check_size(value: Any) -> None:
         if level + depth > MAX_DEPTH + 1:
             raise ConfigError([("", too_deep)])
         if count > MAX_VALUES:
-            raise ConfigError(
-                [("", f"expected at most {MAX_VALUES} values, counting a YAML anchor once per use; shorten the config")]
-            )
+            message = f"expected at most {MAX_VALUES} values, got more; shorten the config"
+            raise ConfigError([("", f"{message} (a YAML anchor counts once per use)")])
         return count, depth
 
     measure(value, 1)
 
 
 def _repr_pieces(value: Any, limit: int) -> Iterator[str]:
-    """Yields the ``repr`` of a value in pieces, because the full text may be larger than memory."""
+    """Yields the ``repr`` of a value in pieces, because the full text may be larger than memory.
+
+    Texts in the value are truncated to ``limit + 1000`` characters.
+    """
     if isinstance(value, (dict, list, tuple)):
         start, end = "{}" if isinstance(value, dict) else "[]" if isinstance(value, list) else "()"
         yield start
@@ -180,7 +194,10 @@ def _repr_pieces(value: Any, limit: int) -> Iterator[str]:
 
 
 def _message(detail: ErrorDetails, steps: list[Any], holder: type[BaseModel] | None) -> tuple[str, str]:
-    """Returns the message of a problem, followed by the input as ``, got ...``."""
+    """Returns the message of one problem of a pydantic error, and a text ``, got ...`` to append, which may be empty.
+
+    ``steps`` and ``holder`` are as returned by `_user_path`.
+    """
     if detail["type"] == "extra_forbidden":
         return f"this key does not exist{_suggest_key(str(steps[-1]), holder) if holder else ''}", ""
     if detail["type"] == "missing":
@@ -196,7 +213,10 @@ def _message(detail: ErrorDetails, steps: list[Any], holder: type[BaseModel] | N
 
 
 def _suggest_key(word: str, holder: type[BaseModel]) -> str:
-    """Suggests a similar key or a key of a nested section for an unknown key; else lists the available keys."""
+    """Returns a hint for an unknown key ``word`` of the config class ``holder``.
+
+    The hint names a similar key of ``holder`` or of a config class nested in it, or else lists the keys of ``holder``.
+    """
     nested_keys = {
         f"{key}.{name}": name
         for key, field in holder.model_fields.items()
@@ -215,9 +235,10 @@ def _suggest_key(word: str, holder: type[BaseModel]) -> str:
 
 
 def _user_path(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[Any], type[BaseModel] | None]:
-    """Returns the steps of ``loc`` that occur in the config file, and the model that holds the last one.
+    """Returns the keys and indices in pydantic's location ``loc``, and the config class that has the last key.
 
-    Pydantic inserts the tags of union members (``prompts.str``, ``prompts.list[str]``); they are removed.
+    The class is None if there is no key. The tags of union members that pydantic inserts, as in ``prompts.str``, are
+    removed.
     """
     steps: list[Any] = []
     annotations: list[Any] = [model]

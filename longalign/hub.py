@@ -1,4 +1,4 @@
-"""Lookup of local and Hub checkpoints without loading them. Importing this module does not import torch."""
+"""Finds files of local and Hub checkpoints without loading weights. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ __all__ = ["checkpoint_problem", "find_checkpoint_file"]
 
 CHECKPOINT = "longalign.safetensors"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-#: message if a longalign checkpoint was expected
+#: message if a longalign checkpoint was expected; ``{}`` is the given checkpoint
 BASE_MODEL = (
     "{} is a base model, not a checkpoint of longalign: set it as backbone.checkpoint in a config (--config), or "
     "sample with the unmodified model (--pipeline)"
 )
-#: files of a checkpoint in diffusers layout
+#: files of which a checkpoint in diffusers layout has at least one
 LAYOUT = ("model_index.json", "unet/config.json", "transformer/config.json")
 
 
 def offline() -> bool:
-    """Whether environment variables disable Hub access, by the rules of huggingface_hub."""
+    """Whether ``HF_HUB_OFFLINE`` or ``TRANSFORMERS_OFFLINE`` disables downloads, by the rules of huggingface_hub."""
     return any(
         os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")
         for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
@@ -32,16 +32,21 @@ def offline() -> bool:
 
 
 def cache_folder() -> Path:
-    """Returns the folder of the Hub's cache, by the rules of huggingface_hub. It need not exist."""
+    """Returns the folder in which huggingface_hub caches downloads, which may not exist yet."""
     home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
     return Path(os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or home / "hub").expanduser()
 
 
 def local_file(checkpoint: str, file: str, revision: str | None = None) -> Path | None:
-    """Returns the path of a file of a local, bundled or cached checkpoint; None if the file is not on this machine.
+    """Returns the path of a checkpoint's file without downloading it; None if the file is not on this machine.
+
+    Args:
+        checkpoint: local folder, bundled weights (``mini/<folder>``), or Hub id.
+        file: path of the file in the checkpoint.
+        revision: branch, tag or commit on the Hub; None for ``main``.
 
     Raises:
-        ValueError: if no bundled weights have that name.
+        ValueError: if ``checkpoint`` starts with ``mini``, but no bundled weights have that name.
     """
     checkpoint = resolve_checkpoint(checkpoint)
     snapshot = Path(checkpoint) if Path(checkpoint).exists() else _cached(checkpoint, revision)
@@ -49,10 +54,15 @@ def local_file(checkpoint: str, file: str, revision: str | None = None) -> Path 
 
 
 def find_checkpoint_file(checkpoint: str, file: str, revision: str | None = None) -> Path | None:
-    """Returns the path of a file of a local folder or Hub repository, downloaded if needed; None if there is none.
+    """Returns the path of a checkpoint's file, downloaded if needed; None if the checkpoint has no such file.
+
+    Args:
+        checkpoint: local folder, bundled weights (``mini/<folder>``), or Hub id.
+        file: path of the file in the checkpoint.
+        revision: branch, tag or commit on the Hub; None for ``main``.
 
     Raises:
-        ValueError: if the repository cannot be reached.
+        ValueError: if the Hub repository does not exist or cannot be reached, or no bundled weights have that name.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
@@ -73,7 +83,7 @@ def find_checkpoint_file(checkpoint: str, file: str, revision: str | None = None
 
 
 def read_json(checkpoint: str, file: str, revision: str | None = None) -> dict[str, Any]:
-    """Reads a JSON file of a local, bundled or cached checkpoint; empty if it is missing or unreadable."""
+    """Returns the content of a checkpoint's JSON file, found by `local_file`; empty if there is no readable file."""
     try:
         path = local_file(checkpoint, file, revision)
         content = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
@@ -83,7 +93,12 @@ def read_json(checkpoint: str, file: str, revision: str | None = None) -> dict[s
 
 
 def availability_problem(checkpoint: str, revision: str | None = None) -> str:
-    """Returns why a checkpoint is certainly not available, else an empty string. Does not query the Hub."""
+    """Returns why a checkpoint cannot be loaded, as far as is known without querying the Hub; else an empty string.
+
+    Args:
+        checkpoint: local folder or file, bundled weights (``mini/<folder>``), or Hub id.
+        revision: branch, tag or commit on the Hub; None for ``main``.
+    """
     try:
         source = resolve_checkpoint(checkpoint)
     except ValueError as error:
@@ -91,14 +106,17 @@ def availability_problem(checkpoint: str, revision: str | None = None) -> str:
     if Path(source).exists():
         return ""
     if not HUB_ID.fullmatch(source):
-        return f"no file or folder '{checkpoint}'; an id on the Hub has the form owner/name"
+        return f"no file or folder '{checkpoint}'; expected an existing path, or a Hub id of the form owner/name"
     if offline() and _cached(source, revision) is None:
-        return f"'{checkpoint}' is not on this machine, and HF_HUB_OFFLINE disables downloads"
+        return f"'{checkpoint}' is not on this machine, and HF_HUB_OFFLINE disables downloads; unset HF_HUB_OFFLINE"
     return ""
 
 
 def checkpoint_problem(checkpoint: str, files: list[str], revision: str | None = None) -> str:
-    """Returns why a checkpoint is certainly not available or its folder has none of ``files``; else an empty string."""
+    """Returns why a checkpoint cannot be loaded, like `availability_problem`, also if a folder has none of ``files``.
+
+    Of a Hub id, the files are not checked. Returns an empty string if there is no problem.
+    """
     if problem := availability_problem(checkpoint, revision):
         return problem
     if not Path(resolve_checkpoint(checkpoint)).is_dir() or any(
@@ -109,7 +127,7 @@ def checkpoint_problem(checkpoint: str, files: list[str], revision: str | None =
 
 
 def is_base_model(checkpoint: str) -> bool:
-    """Whether a folder, bundled checkpoint or cached repository has diffusers layout."""
+    """Whether a checkpoint on this machine has diffusers layout and was not written by longalign."""
     try:
         # fully fine-tuned longalign checkpoints have some of these files too
         return not local_file(checkpoint, CHECKPOINT) and any(local_file(checkpoint, file) for file in LAYOUT)
@@ -118,11 +136,11 @@ def is_base_model(checkpoint: str) -> bool:
 
 
 def download_problem(error: BaseException, file: str = "") -> str:
-    """Explains a failed download in one sentence; the text of the error itself if the reason is not known.
+    """Returns the reason of a failed download in one sentence, or the error's own text if the reason is not known.
 
     Args:
-        error: the error, searched with its causes.
-        file: the requested file.
+        error: the error; the errors that caused it are examined too.
+        file: the requested file, for the message; empty if it is not known.
     """
     from huggingface_hub import errors
 
@@ -143,7 +161,7 @@ def download_problem(error: BaseException, file: str = "") -> str:
     if caused("RevisionNotFoundError"):
         return "it has no such revision"
     if offline() or caused("OfflineModeIsEnabled"):
-        return "it is not on this machine, and HF_HUB_OFFLINE disables downloads"
+        return "it is not on this machine, and HF_HUB_OFFLINE disables downloads; unset HF_HUB_OFFLINE"
     if caused("LocalEntryNotFoundError") or any(isinstance(e, (ConnectionError, TimeoutError)) for e in chain):
         return "it is not on this machine, and the Hub cannot be reached"
     if caused("EntryNotFoundError"):
@@ -152,7 +170,7 @@ def download_problem(error: BaseException, file: str = "") -> str:
 
 
 def _cached(repository: str, revision: str | None) -> Path | None:
-    """Snapshot of a model in the Hub cache, by its documented layout; None if it is not cached."""
+    """Returns the folder of a repository's revision in the Hub cache; None if it is not cached."""
     if not HUB_ID.fullmatch(repository):
         return None
     folder = cache_folder() / f"models--{repository.replace('/', '--')}"

@@ -1,4 +1,4 @@
-"""Reads and writes image folders, whose images are listed in ``metadata.jsonl``. Does not import torch on import."""
+"""Reads and writes folders of images that are listed in ``metadata.jsonl``. Importing this module imports no torch."""
 
 from __future__ import annotations
 
@@ -23,10 +23,15 @@ INDEX = "metadata.jsonl"
 
 
 def read_captions(folder: Path) -> list[tuple[str, Mapping[str, Any]]]:
-    """Returns a location, such as file and line, and a row for each image: "file_name" and "text" (or "prompt").
+    """Reads the captions of a folder of images. The images are not opened.
 
-    Reads ``metadata.jsonl`` or ``metadata.csv``. Without either, reads a ``.txt`` of the same name next to each
-    image in the folder and its subfolders, sorted by path.
+    The captions are the rows of ``metadata.jsonl`` or ``metadata.csv``. If neither exists, each image in the folder and
+    its subfolders has its caption in a ``.txt`` file of the same name; images without one are skipped with a warning.
+
+    Returns:
+        ``(location, row)`` for each image, in the order of the file, or sorted by path. ``location`` is a text for
+        messages, such as file and line. ``row`` is not checked; in a well-formed file, it has ``file_name``, a path
+        relative to the folder, and ``text`` or ``prompt``.
 
     Raises:
         ValueError: if both ``metadata.jsonl`` and ``metadata.csv`` exist, or a file cannot be read.
@@ -61,11 +66,14 @@ def read_captions(folder: Path) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def read_images(folder: Path) -> list[tuple[Path, str, Any]]:
-    """Reads file, prompt and seed of each image of a folder that ``longalign generate`` wrote.
+    """Reads ``metadata.jsonl`` of a folder that ``longalign generate`` wrote. The images are not opened.
+
+    Returns:
+        ``(path, prompt, seed)`` for each image, in the order of the lines; the seed is None if a line has none.
 
     Raises:
         ValueError: if no image is listed, a line is invalid, or a file name leads out of the folder.
-        FileNotFoundError: if the list or an image does not exist.
+        FileNotFoundError: if ``metadata.jsonl`` or an image does not exist.
     """
     out = []
     if not (folder / INDEX).exists():
@@ -79,7 +87,7 @@ def read_images(folder: Path) -> list[tuple[Path, str, Any]]:
         path = inside(folder, row["file_name"], where)
         if not path.is_file():
             problem = "is not a regular file" if path.exists() else "does not exist"
-            raise FileNotFoundError(f"the image {path} of {where} {problem}")
+            raise FileNotFoundError(f"the image {path} of {where} {problem}; generate it again, or remove the line")
         out.append((path, text_of(row, where), row.get("seed")))
     if not out:
         raise ValueError(f"{folder / INDEX} lists no images; generate them with `longalign generate`")
@@ -87,10 +95,17 @@ def read_images(folder: Path) -> list[tuple[Path, str, Any]]:
 
 
 def new_index(folder: Path | str, overwrite: bool = False) -> Path:
-    """Returns the path of a new ``metadata.jsonl`` in an output folder.
+    """Returns the path of ``metadata.jsonl`` in an output folder, after checking that new images can be written there.
+
+    Nothing is written or removed. The folder need not exist.
+
+    Args:
+        folder: the output folder.
+        overwrite: whether the file may already list images, which the caller replaces.
 
     Raises:
-        ValueError: if the file already lists images and ``overwrite`` is False, or cannot be read.
+        ValueError: if the file lists images and ``overwrite`` is False, if it lists images in an unreadable form, or if
+            the path of the folder is a file.
     """
     check_folder(Path(folder))
     path = Path(folder) / INDEX
@@ -108,7 +123,7 @@ def new_index(folder: Path | str, overwrite: bool = False) -> Path:
 
 
 def remove_listed(index: Path) -> None:
-    """Removes a ``metadata.jsonl`` and the images in its folder that it lists."""
+    """Removes a file ``metadata.jsonl``, if it exists, and the images that it lists in the same folder."""
     if not index.exists():
         return
     for _, row in read_jsonl(index):
@@ -119,22 +134,24 @@ def remove_listed(index: Path) -> None:
 
 
 def check_seeds(seeds: Sequence[int]) -> None:
-    """Raises ValueError if a seed occurs twice, since file names consist of prompt and seed."""
+    """Raises ValueError if a seed occurs twice, since image files are named by prompt number and seed."""
     if repeated := [seed for seed, count in Counter(seeds).items() if count > 1]:
-        raise ValueError(f"expected different seeds, got {', '.join(map(str, repeated))} more than once")
+        raise ValueError(
+            f"expected different seeds, got {', '.join(map(str, repeated))} more than once; remove the repeated ones"
+        )
 
 
 def image_row(
     number: int, prompt: str, seed: int, negative: str | None = None, truncated: str | None = None
 ) -> dict[str, Any]:
-    """Returns a row of ``metadata.jsonl``.
+    """Returns a row of ``metadata.jsonl``, with the file name ``<number>-<seed>.png``.
 
     Args:
-        number: number of the prompt.
+        number: index of the prompt, from 0; five digits in the file name.
         prompt: the prompt.
-        seed: the seed.
-        negative: negative prompt.
-        truncated: text dropped from the prompt by truncation; None if unknown.
+        seed: seed of the noise.
+        negative: negative prompt; None for none.
+        truncated: text dropped from the prompt by truncation; empty if nothing was dropped, None if unknown.
     """
     return {
         "file_name": f"{number:05d}-{seed}.png",
@@ -154,7 +171,7 @@ def append_images(
         folder: an existing folder.
         rows: an `image_row` for each image.
         images: an image ``(3, h, w)`` in [0, 1] for each row.
-        metadata: texts for the PNG metadata of all images, in addition to those of the row.
+        metadata: keyword -> text for the PNG metadata of all images, besides prompt, seed and so on of the row.
     """
     from longalign.image_io import write_png
 
@@ -179,27 +196,27 @@ def write_images(
     progress: bool = False,
     overwrite: bool = False,
 ) -> list[dict[str, Any]]:
-    """Writes an image for every prompt and seed into a folder. See `longalign.inference.sampling.generate`.
+    """Samples an image for every prompt and seed, and writes the images and ``metadata.jsonl`` into a folder.
 
     Args:
         output: folder for the files. Its ``metadata.jsonl`` must not list images, unless ``overwrite`` is set.
         prompts: the prompts.
-        sample_batch: maps b texts and b seeds to images ``(b, 3, h, w)`` in [0, 1].
-        seeds: one image per prompt and seed.
-        negative: negative prompt; recorded in the metadata only.
-        config: config of the generating model, a `RunConfig` or a mapping.
-        settings: sampling settings; recorded in the metadata only.
-        truncated: text dropped from each prompt by truncation; empty if unknown.
-        batch_size: images per batch.
+        sample_batch: called with b prompts and b seeds; returns images ``(b, 3, h, w)`` in [0, 1].
+        seeds: seeds of the noise; one image is sampled per prompt and seed.
+        negative: negative prompt, which is only recorded in the metadata; None for none.
+        config: config of the generating model, a `RunConfig` or a mapping; only recorded in the metadata.
+        settings: sampling settings as JSON values; only recorded in the metadata.
+        truncated: text dropped from each prompt by truncation; an empty sequence if unknown.
+        batch_size: number of images sampled at a time.
         progress: whether to show a progress bar.
-        overwrite: whether to replace the images that ``metadata.jsonl`` lists. They are removed after the first new
-            batch is sampled.
+        overwrite: whether to replace the images that ``metadata.jsonl`` lists. The old images are removed after the
+            first new batch is sampled.
 
     Returns:
-        The rows of ``metadata.jsonl``.
+        The rows of ``metadata.jsonl``, one `image_row` per image: all seeds of the first prompt, then of the next.
 
     Raises:
-        ValueError: if a seed occurs twice, or the folder already lists images.
+        ValueError: if a seed occurs twice, or ``metadata.jsonl`` lists images and ``overwrite`` is False.
     """
     from tqdm import tqdm
 

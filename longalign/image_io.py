@@ -21,17 +21,17 @@ from longalign.sizes import Size
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """Converts an image ``(3, h, w)`` in [0, 1] to an 8-bit PIL image."""
+    """Converts an RGB image ``(3, h, w)`` in [0, 1] to an 8-bit PIL image. Values outside the range are clamped."""
     return Image.fromarray((image.detach().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """Converts an RGB PIL image to a float32 tensor ``(3, h, w)`` in [0, 1]."""
+    """Converts an 8-bit RGB PIL image to a float32 tensor ``(3, h, w)`` in [0, 1] on the CPU."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
 def write_png(path: Path, image: Tensor, texts: dict[str, str] | None = None) -> None:
-    """Writes an image ``(3, h, w)`` in [0, 1] as PNG with Unicode text metadata."""
+    """Writes an RGB image ``(3, h, w)`` in [0, 1] as 8-bit PNG, with ``texts`` (keyword -> text) as metadata."""
     info = PngInfo()
     for key, value in (texts or {}).items():
         info.add_itxt(key, value)
@@ -40,7 +40,7 @@ def write_png(path: Path, image: Tensor, texts: dict[str, str] | None = None) ->
 
 @contextmanager
 def _opened(source: Path | str | bytes) -> Iterator[Image.Image]:
-    """Opens an image of an accepted format; errors of Pillow are raised as OSError or ValueError."""
+    """Context manager: opens an image file, or its bytes, in one of `FORMATS`. Raises the errors of `decode`."""
     if not isinstance(source, bytes):
         check_regular(source)
     try:
@@ -59,7 +59,10 @@ def _opened(source: Path | str | bytes) -> Iterator[Image.Image]:
 
 
 def read_size(source: Path | str | bytes) -> Size:
-    """Returns the size of an image, EXIF-rotated, from its header. Raises the errors of `decode`."""
+    """Returns height and width in pixels of the image that `decode` would return, from the header of the file.
+
+    Raises the errors of `decode`, except those of damaged or out-of-range pixels.
+    """
     with _opened(source) as image:
         # Pillow would decode all pixels to look for EXIF data at the end of a PNG
         has_exif = image.format != "PNG" or "exif" in image.info
@@ -68,10 +71,11 @@ def read_size(source: Path | str | bytes) -> Size:
 
 
 def decode(source: Path | str | bytes) -> Image.Image:
-    """Decodes an image file or its bytes to an RGB PIL image, EXIF-rotated and without alpha channel.
+    """Decodes an image file, or its bytes, to an 8-bit RGB PIL image.
 
-    16-bit channels are scaled to 8 bits. If the file contains several images, the first is used. Only `FORMATS` are
-    accepted: formats such as PostScript would make Pillow start an external program.
+    The image is rotated as its EXIF data specifies. An alpha channel is dropped, 16-bit grey levels and floats in
+    [0, 1] are scaled to 8 bits, and of several images in a file, the first is used. Only `FORMATS` are accepted,
+    because formats such as PostScript would make Pillow start an external program.
 
     Raises:
         OSError: if the file does not exist, is truncated or has an unsupported format.
@@ -93,20 +97,23 @@ def _formats() -> list[str]:
 
 
 def check_regular(path: Path | str) -> None:
-    """Raises ValueError or FileNotFoundError unless a path is a regular file; reading a pipe would block."""
+    """Raises FileNotFoundError if a path does not exist, and ValueError if it is a folder, pipe or device.
+
+    Reading a pipe would block.
+    """
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device or socket"
-        raise ValueError(f"expected a regular file, got {kind}")
+        raise ValueError(f"expected a regular file, got {kind}; give an image file")
 
 
 def _eight_bits(image: Image.Image, kind: str | None) -> Image.Image:
-    """Converts 16-bit grayscale, which Pillow would clip to white, and floats in [0, 1] to 8 bits.
+    """Converts an image with 16-bit grey levels or floats in [0, 1] to 8 bits; other images are returned unchanged.
 
-    Other modes are returned unchanged.
+    Pillow itself would clip 16-bit values to white. ``kind`` is Pillow's name of the file format.
 
     Raises:
-        ValueError: for 32-bit integers, and floats outside [0, 1].
+        ValueError: for 32-bit integers, and for floats outside [0, 1].
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
         values = np.asarray(image).astype(np.float64) / 65535
@@ -126,7 +133,7 @@ def _eight_bits(image: Image.Image, kind: str | None) -> Image.Image:
 
 
 def load_image(path: Path | str) -> Tensor:
-    """Reads an image file with `decode` as a float32 tensor ``(3, h, w)`` in [0, 1].
+    """Reads an image file with `decode` as an RGB float32 tensor ``(3, h, w)`` in [0, 1] on the CPU.
 
     Raises:
         FileNotFoundError: if the file does not exist.
@@ -141,10 +148,10 @@ def load_image(path: Path | str) -> Tensor:
 
 
 class ImageFiles(Sequence[Tensor]):
-    """Sequence of images ``(3, h, w)`` in [0, 1] of any size, read from files on access.
+    """Sequence of image files as tensors. Each access reads a file with `load_image`: ``(3, h, w)`` in [0, 1].
 
     Args:
-        paths: the files.
+        paths: the files. The images may have different sizes.
     """
 
     def __init__(self, paths: Sequence[Path | str]):

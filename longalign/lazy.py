@@ -1,4 +1,4 @@
-"""Names of a package that are imported on first use (PEP 562), so that importing the package stays light."""
+"""Names of a package that are imported on first use (PEP 562), so that importing the package is fast."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 def lazy_exports(
     package: str, modules: Mapping[str, str]
 ) -> tuple[list[str], Callable[[str], Any], Callable[[], list[str]]]:
-    """Returns ``__all__``, ``__getattr__`` and ``__dir__`` of a package.
+    """Returns ``__all__``, ``__getattr__`` and ``__dir__`` for a package whose names are imported on first use.
 
-    The package also imports the names under ``TYPE_CHECKING``, for type checkers.
+    The package must also import the names under ``TYPE_CHECKING``, for type checkers.
 
     Args:
         package: the package's ``__name__``.
-        modules: for each exported name the module that defines it, relative to the package.
+        modules: exported name -> module that defines it, relative to the package.
     """
 
     def get(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""A model with the interface of diffusers: `from_pretrained`, a call, `save_pretrained`, `push_to_hub`."""
+"""A model for sampling with the interface of diffusers pipelines: `Model.from_pretrained`, a call, and so on."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Images(list["Image"]):
-    """A list of PIL images with diffusers' attribute ``images``."""
+    """A list of PIL images. The attribute ``images``, as of a diffusers pipeline's output, is the list itself."""
 
     @property
     def images(self) -> Images:
@@ -33,7 +33,7 @@ class Images(list["Image"]):
 
 
 def _resolve_alias(**aliases: Any) -> Any:
-    """Returns the alias that is set, or None. Raises ValueError if several aliases are set."""
+    """Returns the keyword argument that is not None; None if all are. Raises ValueError if several are not None."""
     values = {name: value for name, value in aliases.items() if value is not None}
     if len(values) > 1:
         raise ValueError(f"{' and '.join(aliases)} are the same setting; pass one of them")
@@ -41,15 +41,15 @@ def _resolve_alias(**aliases: Any) -> Any:
 
 
 class Model:
-    """A model for inference: a backbone, and an encoder with its adapter. All weights are frozen.
+    """A text-to-image model for sampling: a diffusion backbone and a prompt encoder. All weights are frozen.
 
     Use `from_pretrained` for a trained model, and `from_config` for the base model of a config.
 
     Args:
-        config: config of the run.
-        backbone: denoiser and autoencoder.
-        encoder: prompt encoder.
-        checkpoint: file of the checkpoint; None for a model built from a config.
+        config: config of the run that trained the model, or of the base model.
+        backbone: denoiser and autoencoder, in eval mode.
+        encoder: prompt encoder, in eval mode.
+        checkpoint: path of the checkpoint's ``.safetensors`` file; None for a model built from a config.
     """
 
     def __init__(self, config: RunConfig, backbone: Backbone, encoder: Encoder, checkpoint: Path | None):
@@ -64,18 +64,21 @@ class Model:
         device: str | None = None,
         dtype: str | None = None,
     ) -> Model:
-        """Loads a checkpoint with its base model and text encoders. All LoRAs are merged.
+        """Loads a checkpoint of longalign, with the base model and text encoders that its config names.
+
+        All LoRAs are merged into the denoiser's weights.
 
         Args:
-            checkpoint: a checkpoint file or folder, a run folder (its newest checkpoint), or ``owner/name`` on
-                the Hub.
-            revision: branch, tag or commit on the Hub.
-            device: a torch device; the fastest available one if None.
-            dtype: "float32", "bfloat16" or "float16"; the training dtype if None.
+            checkpoint: a checkpoint file or folder, a run's folder (the newest checkpoint), or ``owner/name`` on the
+                Hub.
+            revision: branch, tag or commit on the Hub; the main branch if None. Ignored for a local checkpoint.
+            device: a torch device, e.g. ``"cuda:1"``; the fastest available one if None.
+            dtype: "float32", "bfloat16" or "float16"; the precision of training if None.
 
         Raises:
             FileNotFoundError: if the checkpoint does not exist.
-            ValueError: if it was not written by longalign, or the device is not available.
+            ValueError: if the checkpoint was not written by longalign or has no backbone, or the device is not
+                available.
         """
         path = find_checkpoint(str(checkpoint), revision)
         return cls(*load_for_sampling(path, device=device, dtype=dtype), path)
@@ -84,18 +87,19 @@ class Model:
     def from_config(
         cls, config: Mapping[str, Any] | str | Path | RunConfig, *, device: str | None = None, dtype: str | None = None
     ) -> Model:
-        """Builds the base model of a config, with the config's encoder and without training.
+        """Builds the untrained model of a config, from its backbone and encoder.
 
-        With ``init_from``, the model has the weights of that checkpoint.
+        If the config has ``init_from``, the model has the weights of that checkpoint.
 
         Args:
-            config: a mapping, a YAML or JSON file, or a `RunConfig`; only backbone, encoder and ``init_from`` are used.
-            device: a torch device; the fastest available one if None.
-            dtype: "float32", "bfloat16" or "float16"; the dtype of ``loop.precision`` if None.
+            config: a mapping, a YAML or JSON file, or a `RunConfig`.
+            device: a torch device, e.g. ``"cuda:1"``; the fastest available one if None.
+            dtype: "float32", "bfloat16" or "float16", for all weights except those of an adapter. If None,
+                ``loop.precision`` sets the dtype, and ``backbone.dtype`` that of the denoiser.
 
         Raises:
-            ConfigError: if the config or its files are invalid, or it has no backbone or no encoder; lists all
-                problems.
+            ConfigError: if the config is invalid, lacks a backbone or an encoder, or names files that do not exist or
+                do not match; lists all problems.
             ValueError: if the device is not available.
         """
         config = load_config(config)
@@ -130,20 +134,20 @@ class Model:
     ) -> Images:
         """Generates one image per prompt, or one per seed of a single prompt.
 
-        The names of diffusers work too: ``negative_prompt``, ``num_inference_steps`` and ``guidance_scale``. ``seeds``
-        replaces ``generator``.
+        The argument names of diffusers are accepted as aliases. ``seeds`` replaces ``generator``.
 
         Args:
             prompt: one or several prompts.
             seeds: one seed for all prompts, one per prompt, or any number for a single prompt.
             negative: negative prompt, one for all images or one per image; the empty prompt if None.
-            num_steps: sampling steps; 25 if None.
-            guidance: scale of classifier-free guidance; 7.5 if None. 1 disables it.
-            guidance_interval: noise levels of the steps with guidance; see `longalign.functional.guided_steps`.
-            solver: "unipc", "ddim", "dpm++" or "lcm".
-            height: pixels; the backbone's own resolution if None.
-            width: pixels; the backbone's own resolution if None.
-            batch_size: images per batch.
+            num_steps: number of sampling steps; 25 if None.
+            guidance: scale of classifier-free guidance; 7.5 if None. 1 disables guidance.
+            guidance_interval: ``(low, high)``: guidance applies only at steps whose ratio of noise to signal is above
+                ``low`` and at most ``high``; at all steps if None. See `longalign.functional.guided_steps`.
+            solver: "unipc", "ddim", "dpm++", or "lcm" for a consistency-distilled model.
+            height: image height in pixels; the backbone's native resolution if None.
+            width: image width in pixels; the backbone's native resolution if None.
+            batch_size: number of images sampled at a time.
             progress: whether to show a progress bar.
             negative_prompt: alias of ``negative``.
             num_inference_steps: alias of ``num_steps``.
@@ -153,7 +157,8 @@ class Model:
             A list of PIL images. Its attribute ``images`` is the list itself.
 
         Raises:
-            ValueError: if the numbers of prompts and seeds do not match, or a setting is passed under both names.
+            ValueError: if the numbers of prompts and seeds do not match, a setting is passed under both names, or a
+                setting is out of range.
         """
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         numbers = [seeds] * len(texts) if isinstance(seeds, int) else list(seeds)
@@ -185,13 +190,14 @@ class Model:
         return Images(to_pil(image) for image in images)
 
     def to_pipeline(self, **components: Any) -> Any:
-        """Returns the base model's diffusers pipeline with this model's denoiser, sharing its weights.
+        """Returns the diffusers pipeline of the base model, with the denoiser object of this model.
 
-        The pipeline's own text encoders are unchanged. Pass it the output of `longalign.condition` with this model's
-        ``encoder``.
+        The pipeline keeps its own text encoders. Call the pipeline with the keyword arguments that
+        `longalign.condition` returns for this model's ``encoder``, instead of a prompt.
 
         Args:
-            **components: passed to ``DiffusionPipeline.from_pretrained``, e.g. ``text_encoder=None`` to load none.
+            **components: passed to ``DiffusionPipeline.from_pretrained``, e.g. ``text_encoder=None`` to load no text
+                encoder.
 
         Raises:
             ValueError: if the base model has no pipeline because it is a single file, or was built in code.
@@ -203,15 +209,19 @@ class Model:
     def save_pretrained(
         self, folder: str | Path, *, metrics: str | Path | None = None, license: str | None = None
     ) -> list[Path]:
-        """Exports a checkpoint for `from_pretrained` and diffusers, with a model card; returns the written files.
+        """Exports the model's checkpoint for `from_pretrained` and diffusers, with a model card.
 
         Args:
-            folder: output folder.
-            metrics: output of ``longalign eval --json``, shown in the model card.
-            license: the Hub's license id for the model card.
+            folder: output folder; it must not contain an export.
+            metrics: file written by ``longalign eval --json``, whose table the model card shows; None for no table.
+            license: license identifier of the Hub for the model card, e.g. ``"openrail++"``; omitted if None.
+
+        Returns:
+            The files and folders written; see `longalign.checkpoints.publish.export`.
 
         Raises:
-            ValueError: if the model was built from a config.
+            ValueError: if the model was built from a config, ``folder`` contains an export, or ``metrics`` is not such
+                a file or was measured on other models.
         """
         if self.checkpoint is None:
             raise ValueError(
@@ -230,16 +240,22 @@ class Model:
         metrics: str | Path | None = None,
         license: str | None = None,
     ) -> str:
-        """Saves the model, uploads it to the Hub and returns its URL.
+        """Exports the model's checkpoint as `save_pretrained` does, and uploads the export to the Hub.
 
         Args:
             repository: Hub repository ``owner/name``; created if it does not exist.
-            private: whether a new repository is private.
-            token: access token of the Hub; None uses the stored login.
-            revision: branch to upload to.
+            private: whether a new repository is private; an existing one is not changed.
+            token: access token of the Hub; None uses the token saved by ``hf auth login``.
+            revision: branch to upload to, created if needed; the main branch if None.
             message: commit message.
-            metrics: output of ``longalign eval --json``, shown in the model card.
-            license: the Hub's license id for the model card.
+            metrics: as for `save_pretrained`.
+            license: as for `save_pretrained`.
+
+        Returns:
+            URL of the repository.
+
+        Raises:
+            ValueError: if the model was built from a config, ``metrics`` is invalid, or the Hub rejects the upload.
         """
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, metrics=metrics, license=license)

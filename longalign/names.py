@@ -1,4 +1,4 @@
-"""Generates unique names, and words for numbers."""
+"""Unique names, and numbers with their nouns."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ def unique_name(name: str, taken: Container[str]) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """Returns a number with its noun, e.g. ``2 images``."""
+    """Returns a number with a noun, in the plural unless the number is 1: ``2 images`` for the noun ``image``."""
     return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,6 +1,6 @@
-"""Base classes of the configs of parts, and the checks of config classes by registries.
+"""Base classes of the configs of parts, and the checks that registries make on config classes.
 
-Import these names from `longalign.registry`, which guards against unreadable distributions first.
+Import these names from `longalign.registry`, which first makes imports safe from packages with unreadable metadata.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _reject_bool(value: Any) -> Any:
 
 
 def _strict(schema: Any) -> Any:
-    """Returns a core schema that rejects booleans as numbers, and strings as integers or booleans.
+    """Returns a pydantic core schema changed to reject booleans as numbers, and strings as integers or booleans.
 
     Strings are accepted as floats, because some YAML parsers read ``1e-4`` as a string. pydantic's ``strict`` mode is
     not used because it also rejects lists for tuples, and YAML has no tuples.
@@ -48,10 +48,10 @@ def _strict(schema: Any) -> Any:
 
 
 class Section(BaseModel):
-    """Base class of all config classes: frozen, with strict validation.
+    """Base class of all config classes: a frozen pydantic model with strict validation.
 
-    A string is not converted to an integer, nor a boolean to a number. Extra keys, infinities, NaN and integers beyond
-    64 bits are errors. The docstring below a field is the description of its key.
+    A string is not converted to an integer, nor a boolean to a number. Errors are unknown keys, infinities, NaN, and
+    integers above the bound of the field, by default ``2**63 - 1``. The docstring below a field describes the key.
     """
 
     model_config = ConfigDict(
@@ -64,50 +64,61 @@ class Section(BaseModel):
 
 
 class PartConfig(Section):
-    """Base class of part configs."""
+    """Base class of the configs of parts: the components of a run, such as encoders and rewards, selected by name."""
 
-    #: ``module:class`` of the part, imported when the part is built
+    #: ``module:class`` of the part, imported when the part is built; not used if a subclass overrides `build`
     target: ClassVar[str] = ""
 
     name: str
 
     def build(self, runtime: Runtime, **parts: Any) -> Any:
-        """Imports `target` and calls its ``from_config(config, runtime, **parts)``, which loads the weights.
+        """Builds and returns the part: ``from_config(config, runtime, **parts)`` of `target`, which loads the weights.
 
         Args:
-            runtime: device, dtype and processes.
-            parts: the built parts that a trainer needs.
+            runtime: device, dtype and processes that the part is built for.
+            parts: the built parts named by `built_from`; none except for trainers.
         """
         module, _, name = type(self).target.partition(":")
         return getattr(import_module(module), name).from_config(self, runtime, **parts)
 
     @classmethod
     def built_from(cls) -> tuple[str, ...]:
-        """Returns the names of the built parts that `build` takes; empty for all kinds except trainers."""
+        """Returns the keyword arguments of `build` that are built parts, e.g. ``("backbone", "encoder")``.
+
+        Empty for all kinds of parts except trainers.
+        """
         return ()
 
     def check_run(self, run: Any) -> list[ConfigProblem]:
-        """Cross-checks with the rest of the run; returns problems as ``(path, message)``.
+        """Checks what this part needs from the rest of the run, before any part is loaded.
 
-        Override it to check what the part needs from other parts, before any of them is loaded. The default returns
-        no problems.
+        Override it in a subclass; the default returns no problems.
 
         Args:
-            run: the `longalign.config.run.RunConfig`, each of its keys already validated.
+            run: the `longalign.config.run.RunConfig`. Each of its keys is already validated.
+
+        Returns:
+            ``(path, message)`` for each problem. ``path`` starts at the root of ``run``, e.g. ``"loop.compile"``.
         """
         return []
 
     def check_files(self) -> list[ConfigProblem]:
-        """Checks the files that the config refers to; returns problems as ``(key, message)``.
+        """Checks the files that this config refers to, before any part is loaded.
 
-        Override it so that a run fails before anything is loaded. It must not import torch or access the Hub. Nested
-        parts are checked separately. The default returns no problems.
+        Override it in a subclass; the default returns no problems. An override must not import torch or access the
+        Hub, and need not check the configs of nested parts.
+
+        Returns:
+            ``(key, message)`` for each problem. ``key`` is a key of this config, or empty for the config as a whole.
         """
         return []
 
 
 class InCodeConfig(PartConfig):
-    """Config of a part that is a plain callable, without keys."""
+    """Config of a part that is a plain function, such as a reward ``(images, prompts)``. It has no keys but ``name``.
+
+    The function is the class attribute ``part``.
+    """
 
     part: ClassVar[Any] = None
 
@@ -116,7 +127,7 @@ class InCodeConfig(PartConfig):
 
 
 def call_problem(function: Any, *args: Any, **kwargs: Any) -> str:
-    """Returns why a function cannot be called with these arguments, or an empty string if it can."""
+    """Returns why a function cannot be called with these arguments, or an empty string if it can. Does not call it."""
     try:
         inspect.signature(function).bind(*args, **kwargs)
     except TypeError as error:
@@ -127,7 +138,17 @@ def call_problem(function: Any, *args: Any, **kwargs: Any) -> str:
 
 
 def check_config_class(name: str, model: type[PartConfig], base: type[PartConfig]) -> None:
-    """Rejects malformed config classes early, with a hint for the plugin author."""
+    """Checks the config class of a part when it is registered.
+
+    Args:
+        name: name under which the part is registered.
+        model: the config class.
+        base: base class of the config classes of this kind of part.
+
+    Raises:
+        PartError: if ``model`` is not derived from ``base``, has no valid ``target`` or `build`, is not frozen, accepts
+            unknown keys, or declares a different name.
+    """
     if not issubclass(model, base):
         raise PartError(f"{model.__name__} must derive from {base.__module__}.{base.__name__}")
     if model.build is PartConfig.build and not TARGET.fullmatch(model.target):

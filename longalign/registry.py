@@ -1,8 +1,9 @@
 """Registries of parts, one `Registry` per kind, filled from entry points and from code.
 
-Each part has a *config class*: a frozen pydantic model whose ``build(runtime)`` builds the part. An entry point in the
-group ``longalign_<kind>`` points at the config class. Modules of config classes do not import torch, so that configs
-are validated before heavy imports.
+A part is an exchangeable component of a run that a config selects by name. Its kind is one of `REGISTRIES`, such as
+encoders or rewards. Each part has a *config class*: a frozen pydantic model whose ``build(runtime)`` builds the part.
+An entry point in the group ``longalign_<kind>`` points at the config class. Modules of config classes do not import
+torch, so that configs are validated before heavy imports.
 """
 
 from __future__ import annotations
@@ -70,7 +71,15 @@ PLUGIN_BUGS = (
 
 @dataclass(frozen=True)
 class PartInfo:
-    """Origin of a part: ``target`` is ``module:attribute``, ``owner`` its distribution and version."""
+    """Where a registered part, such as an encoder or reward, comes from.
+
+    Attributes:
+        name: name under which the part is registered, e.g. ``"t5"``.
+        kind: plural name of the kind, e.g. ``"encoders"``.
+        target: ``module:attribute`` of the part's config class, or of a plain function.
+        owner: name and version of the distribution that provides the part, or ``"this process"`` for a part registered
+            in code.
+    """
 
     name: str
     kind: str
@@ -79,13 +88,15 @@ class PartInfo:
 
 
 class Registry:
-    """The parts of one kind.
+    """The parts of one kind, such as all encoders, by name.
 
     Args:
-        kind: plural name of the kind, e.g. ``"encoders"``; entry points are read from ``longalign_<kind>``.
-        config: base class of the kind's configs, as ``module:class``; declares what a run needs to know about a part.
-        bases: accepted base classes of built parts, as ``module:class``; empty to accept any object.
-        function: argument names of plain functions that are accepted as parts; empty to accept no functions.
+        kind: plural name of the kind, e.g. ``"encoders"``; entry points are read from the group ``longalign_<kind>``.
+        config: base class of the config classes of this kind, as ``module:class``.
+        bases: base classes, as ``module:class``, of which a built part must be an instance of one; empty to accept any
+            object.
+        function: names of the arguments with which a plain function is called if it is a part of this kind; empty to
+            accept no functions.
     """
 
     def __init__(
@@ -112,14 +123,17 @@ class Registry:
         return self._in_code.get_all()
 
     def names(self) -> tuple[str, ...]:
-        """Returns the sorted names of all registered parts, without importing them."""
+        """Returns the names of all parts of this kind in alphabetical order, without importing the parts."""
         return tuple(sorted({*self._entries(), *self._local()}))
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries() or name in self._local()
 
     def infos(self, name: str) -> list[PartInfo]:
-        """Returns all registrations of a name, without importing them. More than one is a conflict."""
+        """Returns a `PartInfo` for each part registered under a name, without importing any.
+
+        Empty for an unknown name. More than one is a conflict, for which `info` raises an error.
+        """
         local = self._local().get(name)
         infos = [PartInfo(name, self.kind, e.value, owner(e)) for e in self._entries().get(name, [])]
         if local is not None:
@@ -127,7 +141,7 @@ class Registry:
         return infos
 
     def info(self, name: str) -> PartInfo:
-        """Returns the origin of a part, without importing it.
+        """Returns the `PartInfo` of the part with this name, without importing the part.
 
         Raises:
             PartError: if the name is unknown or registered twice.
@@ -194,13 +208,17 @@ class Registry:
         return config
 
     def register(self, name: str, part: Any = None) -> Any:
-        """Registers a part in code, for notebooks and tests; usable as a decorator.
+        """Registers a part in code, for notebooks and tests.
 
-        Defining the same class or function again, e.g. by re-running a notebook cell, replaces it.
+        A class or function that is defined again, e.g. by re-running a notebook cell, replaces its earlier version.
 
         Args:
-            name: the name, in kebab case.
-            part: a `PartConfig` class, or a plain callable that is the part itself (without config keys).
+            name: name of the part in kebab case, e.g. ``"my-reward"``.
+            part: a class derived from `PartConfig`, or a plain function that is the part itself (without config keys).
+                None returns a decorator.
+
+        Returns:
+            ``part`` unchanged, or the decorator.
 
         Raises:
             PartError: if the name is taken or not in kebab case, or the part is invalid.
@@ -220,13 +238,21 @@ class Registry:
         return part
 
     def unregister(self, name: str) -> None:
-        """Removes a part that was registered in code."""
+        """Removes a part that was registered in code. Raises PartError if there is no such part."""
         if name not in self._local():
             raise PartError(f"part '{name}' of kind '{self.kind}' was not registered in code; nothing to remove")
         catalogue.REGISTRY.pop(("longalign", self.kind, name))
 
     def validate(self, value: Any) -> PartConfig:
-        """Validates ``{"name": ..., ...}``, a bare name or a config. Raises `ConfigError`."""
+        """Returns the validated config of a part.
+
+        Args:
+            value: a mapping with ``name`` and the keys of the part, a name alone (all keys at their defaults), or a
+                config.
+
+        Raises:
+            ConfigError: if the name is unknown, the part cannot be imported or a key is invalid; lists all problems.
+        """
         check_size(value)
         return self._validate(value)
 
@@ -257,16 +283,17 @@ class Registry:
             raise ConfigError([("", text)]) from error
 
     def build(self, config: Any, runtime: Runtime | None = None, **parts: Any) -> Any:
-        """Builds one part from its config, a mapping or a bare name.
+        """Builds one part of this kind, such as an encoder, and loads its weights.
 
         Args:
-            config: e.g. ``{"name": "clip-segment", "checkpoint": "mini/clip"}``.
-            runtime: device, dtype and processes; defaults to `Runtime.detect`, or to the CPU for segmenters.
-            parts: the parts that a trainer is built from (``backbone``, ``encoder``, ``rewards``).
+            config: a name, a config, or a mapping, e.g. ``{"name": "clip-segment", "checkpoint": "mini/clip"}``.
+            runtime: device, dtype and processes. If None, those of `Runtime.detect`, or the CPU for segmenters.
+            parts: for a trainer, the built parts that it uses (``backbone``, ``encoder``, ``rewards``).
 
         Raises:
             ConfigError: if the config is invalid.
             PartError: if the result is not a part of this kind, or the code of a plugin fails.
+            ValueError: if ``parts`` contains one that the part to build does not use.
         """
         validated = self.validate(config)
         if runtime is None:
@@ -274,7 +301,7 @@ class Registry:
         return self.construct(validated, runtime, **parts)
 
     def construct(self, config: PartConfig, runtime: Runtime, **parts: Any) -> Any:
-        """Builds a part as `build` does, from a validated config."""
+        """Builds a part from a config that is already validated; see `build` for arguments and errors."""
         name = config.name
         origin = self.infos(name)[0].owner if name in self else f"{type(config).__module__}"
         for key in parts.keys() - {*config.built_from()}:
@@ -305,7 +332,7 @@ class Registry:
 
 
 def misnamed_entry_points() -> list[tuple[EntryPoint, str]]:
-    """Returns the entry points in unknown groups, such as ``longalign_encoder``, each with an error message."""
+    """Returns ``(entry point, error message)`` for each entry point in an unknown group, e.g. ``longalign_encoder``."""
     unknown = [
         entry
         for group, names in discover().groups.items()
@@ -326,7 +353,7 @@ def misnamed_entry_points() -> list[tuple[EntryPoint, str]]:
 
 @dataclass(frozen=True)
 class PartOf:
-    """Annotation metadata set by `Part`: the kind of the part, for its JSON schema."""
+    """Metadata of an annotation made by `Part`: ``kind`` of the part, e.g. ``"rewards"``, for the JSON schema."""
 
     kind: str
 
@@ -335,9 +362,10 @@ class PartOf:
 
 
 def Part(kind: str) -> Any:  # noqa: N802
-    """Returns the annotation of a config field that holds a part.
+    """Returns the annotation of a config field that holds the config of a part.
 
-    For example, ``inner: Part("rewards")``.
+    For example, the field ``inner: Part("rewards")`` accepts what `Registry.validate` of the rewards accepts. ``kind``
+    is a key of `REGISTRIES`.
     """
 
     def validate(value: Any) -> PartConfig:

@@ -1,4 +1,4 @@
-"""The device, dtype and processes that parts are built for, and the folders of bundled weights and examples.
+"""Device, dtype and processes of a program, and the folders of bundled weights and examples.
 
 Importing this module does not import torch.
 """
@@ -26,7 +26,7 @@ def _identity(tensor: Any) -> Any:
 
 @dataclass(frozen=True)
 class Runtime:
-    """Device and dtype that parts are built with, and communication between processes.
+    """Device and dtype with which models are built, and communication between the processes of distributed training.
 
     Attributes:
         device: a torch device string, e.g. ``"cuda"``.
@@ -34,11 +34,11 @@ class Runtime:
             are always float32.
         gather: maps this process's tensor ``(b, ...)`` to the tensors of all processes ``(b * world_size, ...)``,
             in rank order and without gradient. With a single process, it returns its argument.
-        rank: index of this process.
+        rank: index of this process, from 0.
         world_size: number of processes.
 
     Raises:
-        ValueError: if ``dtype`` is not one of the three.
+        ValueError: if ``dtype`` is not one of the three values.
     """
 
     device: str = "cpu"
@@ -53,15 +53,16 @@ class Runtime:
 
     @classmethod
     def detect(cls, precision: str = "no", device: str | None = None) -> Runtime:
-        """Returns a runtime with this machine's device and the dtype of a ``loop.precision``. Imports torch.
+        """Returns a runtime of one process on this machine. Imports torch.
 
         Args:
-            precision: a value of ``loop.precision``.
-            device: a torch device. None selects CUDA if available, else Apple's MPS, else the CPU. A numbered GPU
-                becomes the current CUDA device, so training runs on it too.
+            precision: a value of the config key ``loop.precision``, which sets the dtype: ``"no"`` (float32),
+                ``"bf16"`` or ``"fp16"``.
+            device: a torch device. None selects CUDA if available, else Apple's MPS, else the CPU. A numbered GPU, such
+                as ``"cuda:1"``, becomes torch's current CUDA device, so training runs on it too.
 
         Raises:
-            ValueError: if the device is not available.
+            ValueError: if the device is not available, or is a numbered GPU and there are several processes.
         """
         import torch
 
@@ -72,19 +73,19 @@ class Runtime:
         return cls(device, DTYPES[precision])
 
     def with_dtype(self, dtype: str | None) -> Runtime:
-        """Returns a copy with this dtype, or this runtime if ``dtype`` is None."""
+        """Returns a copy with a different dtype, or this runtime itself if ``dtype`` is None."""
         return self if dtype is None else replace(self, dtype=dtype)
 
     @property
     def torch_dtype(self) -> Any:
-        """The torch dtype of ``dtype``. Imports torch."""
+        """The attribute ``dtype`` as a ``torch.dtype``. Imports torch."""
         import torch
 
         return getattr(torch, self.dtype)
 
 
 def devices() -> list[str]:
-    """Returns the names of this machine's devices. Imports torch."""
+    """Returns the torch device strings of this machine, e.g. ``["cpu", "cuda:0"]``. Imports torch."""
     import torch
 
     mps = ["mps"] if torch.backends.mps.is_available() else []
@@ -104,21 +105,24 @@ def _check_device(device: str) -> None:
     if torch.device(device).type == "cuda" and ":" in device:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError(
-                f"expected 'cuda' with several processes, got '{device}'; each process selects its own GPU"
+                f"expected 'cuda' with several processes, got '{device}'; pass 'cuda', each process selects its own GPU"
             )
         torch.cuda.set_device(device)
 
 
 @contextmanager
 def distributed_runtime(precision: str = "no", device: str | None = None) -> Iterator[Runtime]:
-    """Context manager: joins the process group started by ``torchrun`` or ``accelerate launch``.
+    """Context manager that yields a runtime for the processes started by ``torchrun`` or ``accelerate launch``.
 
-    Without a launcher, yields `Runtime.detect`. Each process uses the GPU of its local rank. Tensors are gathered on
-    the CPU (gloo), with a timeout of one week for the slowest process.
+    Each process uses the GPU of its local rank. Tensors are gathered on the CPU (gloo); a process waits at most one
+    week for the others. Without a launcher, the runtime is that of `Runtime.detect`.
 
     Args:
-        precision: a ``loop.precision``.
-        device: as for `Runtime.detect`.
+        precision: a value of the config key ``loop.precision``: ``"no"``, ``"bf16"`` or ``"fp16"``.
+        device: a torch device; see `Runtime.detect`.
+
+    Raises:
+        ValueError: if the device is not available; see `Runtime.detect`.
     """
     runtime = Runtime.detect(precision, device)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -147,7 +151,7 @@ def examples_folder() -> Path:
     """Returns the folder of the example configs, in the installed package or in a checkout of the repository.
 
     Raises:
-        ValueError: if neither exists.
+        ValueError: if there are no example configs in either folder.
     """
     package = Path(str(resources.files("longalign")))
     folders = [package / "examples", package.parent / "examples"]
@@ -158,12 +162,13 @@ def examples_folder() -> Path:
 
 
 def resolve_checkpoint(checkpoint: str) -> str:
-    """Resolves ``mini`` or ``mini/<folder>`` to the folder of the bundled weights; returns other names unchanged.
+    """Returns the local folder of bundled weights; returns all other checkpoints unchanged.
 
-    An existing local path of the same name takes precedence.
+    The bundled weights are those of small models that are part of the package, named ``mini`` or ``mini/<folder>``. If
+    ``checkpoint`` is also an existing local path, it is returned unchanged.
 
     Raises:
-        ValueError: if no bundled weights have that name.
+        ValueError: if the name starts with ``mini``, but no bundled weights have that name.
     """
     if checkpoint.split("/")[0] != "mini" or Path(checkpoint).exists():
         return checkpoint
@@ -176,7 +181,7 @@ def resolve_checkpoint(checkpoint: str) -> str:
 
 
 def processor() -> str:
-    """Returns the model name of the processor, or its architecture if the model is unknown."""
+    """Returns the model name of this machine's CPU, or its architecture if the model is unknown."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

@@ -1,4 +1,4 @@
-"""Gathers, shards and reshards sharded weights (FSDP2, torch's `fully_shard`).
+"""Gathers and shards the weights of modules that are sharded over processes (FSDP2, torch's ``fully_shard``).
 
 Experimental: tested with two CPU processes (gloo), not yet on several GPUs.
 """
@@ -15,14 +15,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether any of the module's weights is sharded."""
+    """Whether FSDP2 shards the weights of the module or of any of its submodules over processes."""
     return any(isinstance(submodule, FSDPModule) for submodule in module.modules())
 
 
 def gather_full(tensor: Tensor) -> Tensor:
-    """Gathers a sharded tensor; an unsharded one is returned unchanged.
+    """Returns the full tensor of which each process has a shard. A tensor that is not sharded is returned unchanged.
 
-    The result is on the CPU of the first process, and empty in the others, so that it is stored only once. All
+    The first process gets the full tensor on its CPU, all other processes an empty tensor, to save memory. All
     processes must gather the same tensors in the same order.
     """
     if not isinstance(tensor, DTensor):
@@ -33,16 +33,20 @@ def gather_full(tensor: Tensor) -> Tensor:
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """Returns this process's shard of a full tensor, sharded like ``like``; unchanged if ``like`` is not sharded."""
+    """Returns a full tensor sharded over processes as ``like`` is. If ``like`` is not sharded, returns it unchanged.
+
+    Every process must have the full tensor, with the shape of ``like``.
+    """
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def reshard(module: nn.Module) -> None:
-    """Frees the weights that a forward pass gathered; only this process's shards remain.
+    """Frees the full weights that a forward pass of a sharded module gathered; only this process's shards remain.
 
-    Without a backward pass, weights stay gathered after a forward pass, and the next one would use outdated weights.
+    If no backward pass follows, FSDP2 keeps the full weights. A forward pass after an optimizer step would then use
+    outdated weights.
     """
     for submodule in module.modules():
         if isinstance(submodule, FSDPModule):
@@ -50,7 +54,7 @@ def reshard(module: nn.Module) -> None:
 
 
 def gather_optimizer_state(state: dict[str, Any]) -> dict[str, Any]:
-    """Gathers the tensors of an optimizer's `state_dict`; see `gather_full`."""
+    """Returns an optimizer's ``state_dict`` with full instead of sharded tensors; see `gather_full`."""
     moments = {
         i: {k: gather_full(v) if isinstance(v, Tensor) else v for k, v in values.items()}
         for i, values in state["state"].items()
@@ -59,7 +63,14 @@ def gather_optimizer_state(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def shard_optimizer_state(state: dict[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
-    """Returns this process's shards of the output of `gather_optimizer_state`, for an optimizer of ``parameters``."""
+    """Returns the ``state_dict`` of an optimizer, with full tensors, sharded like the optimizer's parameters.
+
+    Inverse of `gather_optimizer_state`, if every process has the gathered tensors.
+
+    Args:
+        state: state dict with full tensors.
+        parameters: parameters of the optimizer, in the order of the state dict's indices.
+    """
 
     def shard(i: int, value: Any) -> Any:
         # values of a different shape, such as step counts, are not sharded

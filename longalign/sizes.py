@@ -1,4 +1,7 @@
-"""Image sizes: as text in configs and options, and buckets of equal area. Does not import torch."""
+"""Image sizes as text in configs and options, and buckets: sizes of about equal area and different aspect ratio.
+
+Importing this module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ from pydantic import Field, PositiveInt
 __all__ = ["ImageSize", "Size", "aspect_buckets", "nearest_bucket", "parse_size"]
 
 _PATTERN = r"^[1-9][0-9]*[xX][1-9][0-9]*$"
-#: a size in a config: the side of a square in pixels, or ``WIDTHxHEIGHT``
+#: an image size in a config: the side of a square in pixels, or ``WIDTHxHEIGHT`` in pixels
 ImageSize = PositiveInt | Annotated[str, Field(pattern=_PATTERN)]
 
 
 class Size(NamedTuple):
-    """Height and width of an image in pixels. As text, ``512`` for a square, otherwise ``WIDTHxHEIGHT``."""
+    """Height and width of an image in pixels. ``str()`` gives ``512`` for a square, otherwise ``WIDTHxHEIGHT``."""
 
     height: int
     width: int
@@ -27,26 +30,29 @@ class Size(NamedTuple):
 
 
 def parse_size(value: int | str) -> Size:
-    """Returns the size of a number of pixels (a square), or of a text ``N`` or ``WxH``.
+    """Returns the size that a config or option gives as the side of a square in pixels, or as text.
+
+    Args:
+        value: number of pixels, text ``N``, or text ``WxH`` (width first), e.g. ``"768x512"``.
 
     Raises:
-        ValueError: if the text has a different form or a side is zero.
+        ValueError: if the value has a different form, or a side is zero or negative.
     """
     width, _, height = str(value).lower().partition("x")
     if not re.fullmatch(r"[1-9][0-9]*(x[1-9][0-9]*)?", str(value).lower()):
-        raise ValueError(f"expected pixels as N or WxH, e.g. 512 or 768x512, got '{value}'")
+        raise ValueError(f"expected a size in pixels as N or WxH, e.g. 512 or 768x512, got '{value}'")
     return Size(int(height or width), int(width))
 
 
 def aspect_buckets(resolution: int, multiple_of: int, max_aspect_ratio: float) -> tuple[Size, ...]:
-    """Returns the sizes of at most ``resolution`` squared pixels, from the widest to the tallest.
+    """Returns image sizes of about equal area for training on different aspect ratios, from the widest to the tallest.
 
-    For each short side, a multiple of ``multiple_of``, the long side is the largest multiple that fits. Stable
-    Diffusion XL was trained on such sizes (arXiv 2307.01952, section 2.3).
+    Each size has an area of at most ``resolution`` squared. For each short side, the long side is as long as possible.
+    Stable Diffusion XL was trained on sizes chosen in this way (arXiv 2307.01952, section 2.3).
 
     Args:
-        resolution: side in pixels of the square bucket.
-        multiple_of: number of pixels that divides all sides.
+        resolution: side of the square bucket in pixels.
+        multiple_of: all sides are multiples of this number of pixels.
         max_aspect_ratio: maximum ratio of the long to the short side.
 
     Raises:
@@ -65,7 +71,7 @@ def aspect_buckets(resolution: int, multiple_of: int, max_aspect_ratio: float) -
 
 
 def nearest_bucket(size: Size, buckets: Sequence[Size]) -> int:
-    """Returns the index of the bucket whose aspect ratio is nearest to that of ``size``, on a logarithmic scale."""
+    """Returns the index of the size in ``buckets`` whose aspect ratio is nearest to that of ``size``, by its log."""
     target = math.log(size.height / size.width)
     distances = [abs(math.log(bucket.height / bucket.width) - target) for bucket in buckets]
     return distances.index(min(distances))

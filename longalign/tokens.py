@@ -9,7 +9,7 @@ from typing import Any
 from longalign.segmenters import windows
 
 NUM_SPECIAL_TOKENS = 2
-"""CLIP's start and end of text."""
+"""Number of special tokens that CLIP adds to a text: start and end of text."""
 _CACHE_SIZE = 1_000_000
 """Maximum size of the cache of tokenized texts, in characters plus tokens: about 80 MB."""
 
@@ -21,7 +21,7 @@ class Tokenized:
     Attributes:
         text: the text.
         ids: token ids.
-        starts: character offset of each token.
+        starts: offset of the first character of each token in the text.
     """
 
     text: str
@@ -32,7 +32,7 @@ class Tokenized:
         return len(self.ids)
 
     def split_at(self, num_tokens: int) -> tuple[str, str]:
-        """Returns the text of the first ``num_tokens`` tokens and the remaining text."""
+        """Returns the text of the first ``num_tokens`` tokens, without trailing spaces, and the remaining text."""
         if num_tokens >= len(self.ids):
             return self.text, ""
         offset = self.starts[num_tokens]
@@ -43,11 +43,11 @@ class TextTokens:
     """Maps texts to `Tokenized` with a transformers tokenizer and caches recent texts.
 
     Args:
-        tokenizer: a fast transformers tokenizer.
-        vocab_size: number of rows of the text model's embedding.
+        tokenizer: a fast transformers tokenizer with an end-of-text token.
+        vocab_size: number of token ids of the text model: the rows of its embedding table.
 
     Raises:
-        ValueError: if the tokenizer is not a fast one, or the end-of-text id exceeds the text model's vocabulary.
+        ValueError: if the tokenizer is not a fast one, or has no end-of-text id below ``vocab_size``.
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int):
@@ -68,7 +68,7 @@ class TextTokens:
 
     @property
     def pad_id(self) -> int:
-        """Id of the padding token; the end-of-text token if the tokenizer has none."""
+        """Id of the padding token; that of the end-of-text token if the tokenizer has no padding token."""
         pad = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if pad is None else pad
 
@@ -76,11 +76,11 @@ class TextTokens:
         return self.batch([text])[0]
 
     def count(self, text: str) -> int:
-        """Returns the number of tokens of a text, without special tokens; can be passed to segmenters."""
+        """Returns the number of tokens of a text, without special tokens. Segmenters can use it as token counter."""
         return len(self(text))
 
     def batch(self, texts: Sequence[str]) -> list[Tokenized]:
-        """Tokenizes several texts in one call of the tokenizer."""
+        """Returns one `Tokenized` per text. Texts that are not cached are tokenized in one call of the tokenizer."""
         tokenized = {text: self._cache[text] for text in texts if text in self._cache}
         new = list(dict.fromkeys(text for text in texts if text not in tokenized))
         if new:
@@ -90,7 +90,10 @@ class TextTokens:
         return [tokenized[text] for text in texts]
 
     def _tokenize(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
-        """Returns ids and starts. Special tokens written in a text, such as ``</s>``, are tokenized as text."""
+        """Returns token ids and character offsets of each text.
+
+        Special tokens that are written out in a text, such as ``</s>``, are tokenized as text.
+        """
         all_ids, all_offsets = self._call(texts)
         rows = list(zip(texts, all_ids, all_offsets, strict=True))
         out = [(ids, [start for start, _ in offsets]) for _, ids, offsets in rows]
@@ -114,9 +117,9 @@ class TextTokens:
         return encoding["input_ids"], encoding["offset_mapping"]
 
     def _special_positions(self, text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> list[int]:
-        """Returns the positions of special tokens that are written out in the text.
+        """Returns the indices in ``ids`` of special tokens that are written out in the text.
 
-        Special tokens of one character are always treated as text, such as ``!``, the padding token of some CLIPs.
+        Special tokens of one character, such as ``!``, the padding token of some CLIP models, are treated as text.
         """
         return [
             i
@@ -125,9 +128,16 @@ class TextTokens:
         ]
 
     def split_into_passes(self, texts: Sequence[str], window: int | None) -> list[list[Tokenized]]:
-        """Splits each text into windows of at most ``window`` tokens, one per forward pass. None disables splitting.
+        """Splits each text into pieces that fit into one forward pass of the text model.
 
-        See `longalign.segmenters.fitting`.
+        Pieces end at clause or word boundaries where possible; see `longalign.segmenters.fitting`.
+
+        Args:
+            texts: the texts.
+            window: maximum number of tokens of a piece, without special tokens. None disables splitting.
+
+        Returns:
+            For each text the list of its pieces, in order.
         """
         whole = self.batch(texts)
         if window is None:

@@ -1,4 +1,4 @@
-"""The cells of an ablation: named variants of a base config, as checked configs. Does not import torch."""
+"""The cells of an ablation: named and checked variants of a base config. Does not import torch."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from longalign.config.run import RunConfig, to_dict
 from longalign.errors import ConfigError, ConfigProblem, shorten
 
 Changes = Mapping[str, Any]
+"""Dotted path of a config key, e.g. "loop.lr" -> its new value."""
 LONGEST = 60
-"""Characters of a cell's folder."""
+"""Maximum number of characters of the folder name of a cell."""
+#: config keys that a cell may not change -> why, and what to do
 FIXED = {
     "seed": "the training seeds are set by `seeds` (--seeds); remove it",
     "output": "each run has its own folder in the ablation's output; remove it",
@@ -32,10 +34,10 @@ class Cell:
     """One cell of an ablation: a variant of the base config.
 
     Attributes:
-        name: name in tables.
-        changes: dotted path to value, see `longalign.override`.
+        name: name of the cell in tables.
+        changes: dotted path of a config key -> new value, see `longalign.override`.
         config: the changed config, with the base config's seed and output.
-        trained: whether the cell is trained; otherwise its base model is measured.
+        trained: whether models are trained with ``config``; otherwise the untrained model of ``config`` is measured.
     """
 
     name: str
@@ -45,7 +47,7 @@ class Cell:
 
     @property
     def folder(self) -> str:
-        """Folder name of the cell: its name, if that is a valid and short file name.
+        """Folder name of the cell: the cell's name, if it is a valid file name of at most `LONGEST` characters.
 
         Otherwise invalid characters are replaced, the name is truncated, and a hash of the name is appended.
         """
@@ -57,7 +59,13 @@ class Cell:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A cell and one of its training seeds; the seed is None if the cell is not trained."""
+    """One training of a cell, or the measurement of a cell that is not trained.
+
+    Attributes:
+        cell: the cell.
+        seed: the training seed; None if the cell is not trained.
+        folder: folder of the run, with the training in ``train`` and the images in ``images``.
+    """
 
     cell: Cell
     seed: int | None
@@ -74,7 +82,15 @@ class Run:
 
 
 def runs_of(cells: Sequence[Cell], seeds: Sequence[int], output: Path) -> list[Run]:
-    """Returns the runs, seed by seed, so that an unfinished ablation has all cells of its first seeds."""
+    """Returns the runs of an ablation: for a trained cell one per training seed, for any other cell a single one.
+
+    The runs are ordered by training seed, so that an unfinished ablation has all cells of its first seeds.
+
+    Args:
+        cells: the cells.
+        seeds: the training seeds.
+        output: folder of the ablation.
+    """
     return [
         Run(cell, seed if cell.trained else None, output / cell.folder / (f"seed-{seed}" if cell.trained else "base"))
         for i, seed in enumerate(seeds)
@@ -84,10 +100,10 @@ def runs_of(cells: Sequence[Cell], seeds: Sequence[int], output: Path) -> list[R
 
 
 def parse_vary(items: Sequence[str]) -> dict[str, list[Any]]:
-    """Parses ``["encoder.sot=all,first", "loop.lr=1e-4,3e-4"]`` into path -> values.
+    """Parses texts such as ``["encoder.sot=all,first", "loop.lr=1e-4,3e-4"]`` into path of a config key -> values.
 
     Raises:
-        ConfigError: if an item is not ``path=value,value``, or repeats a path.
+        ConfigError: if an item is not ``path=value,value``, or two items have the same path.
     """
     out: dict[str, list[Any]] = {}
     problems: list[ConfigProblem] = []
@@ -106,13 +122,13 @@ def parse_vary(items: Sequence[str]) -> dict[str, list[Any]]:
 
 
 def read_cells(path: str | Path) -> dict[str, Any]:
-    """Reads a file with ``vary`` (path -> values) or ``cells`` (name -> changes, or a list of changes).
+    """Reads the cells of an ablation from a YAML or JSON file with the key ``vary`` or ``cells``.
 
     Returns:
-        The arguments ``vary`` and ``cells`` of `make_cells`.
+        The content of the file, as keyword arguments of `make_cells`.
 
     Raises:
-        ConfigError: if the file has other keys.
+        ConfigError: if the file is neither YAML nor JSON, or has other keys.
     """
     if Path(path).suffix not in CONFIG_SUFFIXES:
         raise ConfigError([("", f"expected a .yaml or .json file, got {path}")])
@@ -125,16 +141,20 @@ def read_cells(path: str | Path) -> dict[str, Any]:
 def make_cells(
     base: RunConfig, vary: Mapping[str, Sequence[Any]] | None, cells: Any = None, train: bool = True
 ) -> list[Cell]:
-    """Returns the checked cells; the first one is the base of comparisons.
+    """Returns the checked cells of an ablation; tables compare the others with the first one.
+
+    Exactly one of ``vary`` and ``cells`` is set.
 
     Args:
         base: the base config.
-        vary: dotted path -> values. The cells are all combinations of the values; the last path varies fastest.
-        cells: instead of ``vary``: name -> changes, or a list of changes.
-        train: whether cells with a trainer are trained.
+        vary: dotted path of a config key -> values. The cells are all combinations of the values; the last path varies
+            fastest.
+        cells: name of a cell -> its `Changes`, or a list of `Changes`, which also name the cells.
+        train: whether cells whose config has a trainer are trained; False trains no cell.
 
     Raises:
-        ConfigError: with the problems of all cells.
+        ConfigError: if a cell's config is invalid, sets ``seed`` or ``output``, or equals that of an earlier cell; the
+            problems of all cells are listed. Also if both or neither of ``vary`` and ``cells`` are set.
     """
     if (vary is None) == (cells is None):
         raise ConfigError(
@@ -162,7 +182,8 @@ def make_cells(
 
 def _product(vary: Any) -> dict[str, Changes]:
     if not isinstance(vary, Mapping) or not vary or not all(isinstance(v, (list, tuple)) and v for v in vary.values()):
-        raise ConfigError([("vary", f"expected paths with lists of values, got {shorten(vary)}")])
+        example = "{loop.lr: [1e-4, 3e-4]}"
+        raise ConfigError([("vary", f"expected paths with lists of values, e.g. {example}, got {shorten(vary)}")])
     rows = [dict(zip(vary, values, strict=True)) for values in product(*vary.values())]
     return _named(rows, list(vary))
 
@@ -178,14 +199,19 @@ def _listed(cells: Any) -> dict[str, Changes]:
 
 
 def _named(rows: Sequence[Changes], paths: Sequence[str]) -> dict[str, Changes]:
-    """Names each row by its changes: the last step of a path if it is unique among them, else the path."""
+    """Returns name of a cell -> its changes, with names such as ``lr=0.1,rank=8``.
+
+    A name has the last key of each path, or the whole paths if two of ``paths`` have the same last key.
+    """
     last = [path.rpartition(".")[2] for path in paths]
     short = dict(zip(paths, last, strict=True)) if len(set(last)) == len(last) else {path: path for path in paths}
     named: dict[str, Changes] = {}
     for row in rows:
         name = ",".join(f"{short[path]}={_value_text(value)}" for path, value in row.items()) or "base"
         if name in named:
-            raise ConfigError([(name, "two cells have this name; remove one, or name the cells: {name: changes}")])
+            raise ConfigError(
+                [(name, "two cells have this name; remove one of them, or name the cells: {name: changes}")]
+            )
         named[name] = row
     return named
 
@@ -200,7 +226,11 @@ def _value_text(value: Any) -> str:
 
 
 def _with_cache(base: RunConfig, config: RunConfig) -> RunConfig:
-    """Gives a cell whose cached values differ from the base config's its own subfolder of the cache."""
+    """Returns the config of a cell with a cache folder that only cells with the same cached values use.
+
+    This is a subfolder of the base config's folder if the latents or text states to cache differ from those of
+    ``base``.
+    """
     if config.cache is None or base.cache is None or config.cache.folder != base.cache.folder:
         return config
     keys = [to_dict(c) for c in (base, config)]
@@ -212,7 +242,13 @@ def _with_cache(base: RunConfig, config: RunConfig) -> RunConfig:
 
 
 def changed_lines(old: Any, new: Any, path: str = "") -> Iterator[str]:
-    """Yields one line per difference of two plain values, e.g. ``loop.lr: was 0.1, is now 0.2``."""
+    """Yields one line per difference of two plain values, e.g. ``loop.lr: was 0.1, is now 0.2``.
+
+    Args:
+        old: the earlier value, such as a mapping of mappings.
+        new: the present value.
+        path: dotted path of both values, at the start of each line.
+    """
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in dict.fromkeys([*old, *new]):
             yield from changed_lines(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))

@@ -1,4 +1,4 @@
-"""Measures the runs of an ablation and merges them into one table with a column group per cell."""
+"""Measures the images of an ablation's runs, and merges the runs of each cell in one metric table."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from longalign.image_folder import read_images
 from longalign.image_io import ImageFiles
 
 COVERAGE = {2: 50, 3: 75, 4: 81, 5: 87, 6: 89}
-"""Training seeds -> cases in percent in which the 95% interval contains the true value, if only trainings vary: 10000
-simulated sets of normal values per count. 10 seeds: 92%."""
+"""Number of training seeds -> percentage of cases in which the 95% interval contains the true mean, if values differ
+only between training seeds. Measured on 10000 simulated sets of normal values per number; with 10 seeds it is 92%."""
 
 
 def measure_runs(
@@ -30,14 +30,14 @@ def measure_runs(
     batch_size: int,
     prompts: PromptSet | None = None,
 ) -> MetricTable:
-    """Measures the images of finished runs. Cells are compared with the first one.
+    """Measures the images of finished runs. Returns a table with one model per cell, see `merge`.
 
     Args:
         runs: the finished runs.
         seeds: the training seeds of the ablation.
-        metrics: built metrics or functions.
-        batch_size: images per call.
-        prompts: the prompt set of the images, whose labels are added.
+        metrics: metrics or functions as for `longalign.evaluation.evaluate`.
+        batch_size: number of images per call of a metric.
+        prompts: the prompt set of the images, whose labels are added to the table; None adds no labels.
     """
     rows = {run: read_images(run.folder / IMAGES) for run in runs}
     first = rows[runs[0]]
@@ -51,15 +51,16 @@ def measure_runs(
 
 
 def merge(table: MetricTable, runs: Mapping[str, tuple[Cell, int | None]], seeds: Sequence[int]) -> MetricTable:
-    """Merges a table with one model per run into one with one model per cell.
+    """Merges a table with one model per run into a table with one model per cell, named by the cell.
 
-    Values are concatenated over training seeds, with NaN for a missing run. Runs of cells that are not trained count
-    for every training seed. Statistics of sets are averaged over training seeds.
+    The values of a cell are concatenated over training seeds, with NaN for a missing run. The values of a cell that is
+    not trained are repeated for each training seed. Values that only a set of images has are averaged over training
+    seeds. Each cell is compared with the first one only.
 
     Args:
         table: the values of each run.
-        runs: model of ``table`` -> cell and training seed; None if the cell is not trained.
-        seeds: the training seeds.
+        runs: name of a model of ``table`` -> its cell and training seed; the seed is None if the cell is not trained.
+        seeds: the training seeds of the ablation.
     """
     of = {(cell.name, seed): model for model, (cell, seed) in runs.items()}
     cells = {cell.name: cell for cell, _ in runs.values()}
@@ -90,7 +91,14 @@ def _joined(
 
 
 def _averaged(sets: Mapping[str, Mapping[str, np.ndarray]], models: Sequence[str | None]) -> dict[str, np.ndarray]:
-    """Averages statistics over training seeds; each bootstrap sample also samples training seeds."""
+    """Returns the values of sets of images averaged over training seeds, as name of a metric -> ``(1 + samples,)``.
+
+    The average of each bootstrap sample weights the training seeds as `block_counts` samples them.
+
+    Args:
+        sets: name of a model -> name of a metric -> ``(1 + samples,)``, see `MetricTable`.
+        models: the model of each training seed; None for a missing run.
+    """
     rows = [sets[model] if model is not None else {} for model in models]
     out = {}
     for metric in dict.fromkeys(m for row in rows for m in row):
@@ -104,7 +112,7 @@ def _averaged(sets: Mapping[str, Mapping[str, np.ndarray]], models: Sequence[str
 
 
 def seed_note(count: int) -> str:
-    """Returns a note on how the number of training seeds limits the intervals."""
+    """Returns a note for the caption of a table: what its intervals cover with this number of training seeds."""
     if count == 1:
         return "One training seed: the intervals do not cover the variation between trainings."
     if count in COVERAGE:

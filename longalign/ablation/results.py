@@ -1,4 +1,4 @@
-"""Writes the table and the report of an ablation."""
+"""Writes the metric table and the report of an ablation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from longalign.evaluation.sources import read_sources
 from longalign.evaluation.table import MetricTable
 
 NUM_EXAMPLES = 4
-"""Prompts that the report shows with their images, the first ones."""
+"""Number of prompts that the report shows with their images, from the first."""
 
 
 def write_results(
@@ -28,8 +28,8 @@ def write_results(
 ) -> MetricTable:
     """Measures the finished runs and writes ``table.json``, ``table.csv``, ``table.md`` and ``report.html``.
 
-    The report is made from the files of the ablation, as by ``longalign report``, so ``ablation.json`` must exist. The
-    arguments are those of `measure_runs`.
+    The report is made from the files in ``output``, the folder of the ablation, as by ``longalign report``; so
+    ``ablation.json`` must exist there. The other arguments are those of `measure_runs`. Returns the metric table.
     """
     table = measure_runs(runs, seeds, metrics, batch_size, prompts)
     lead = (

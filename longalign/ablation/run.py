@@ -1,4 +1,4 @@
-"""The entry point of ablations. Importing this module does not import torch, so config errors are reported quickly."""
+"""Runs an ablation, which trains and compares variants of a config. Does not import torch on import."""
 
 from __future__ import annotations
 
@@ -38,10 +38,11 @@ class Ablation:
     """Result of an ablation.
 
     Attributes:
-        output: its folder.
-        table: metrics of the cells, compared with the first one; None if no cell finished or it was interrupted.
-        failed: run -> error.
-        interrupted: whether it was stopped; the same call continues it.
+        output: folder of the ablation.
+        table: metrics of the cells, compared with those of the first cell. None if no run finished, or the ablation was
+            interrupted.
+        failed: name of a failed run -> error message.
+        interrupted: whether the ablation was stopped, e.g. by Ctrl-C; the same call of `ablate` continues it.
     """
 
     output: Path
@@ -69,38 +70,44 @@ def ablate(
     jobs: int | None = None,
     device: str | None = None,
 ) -> Ablation:
-    """Trains each cell with several training seeds, samples the same prompts from the same noise, and compares them.
+    """Runs an ablation: trains variants of a config (cells), samples the same prompts with each, and compares metrics.
 
-    Only the config's ``seed`` varies between the runs of a cell; the data are the same. Writes to ``output``:
-    ``ablation.json`` (cells, changes, runs and their folders), ``table.json``, ``table.csv``, ``table.md``,
-    ``report.html``, and ``<cell>/seed-<seed>/`` with the run in ``train`` and its images in ``images``. The same call
-    continues an interrupted ablation, repeats failed runs and adds new cells and seeds; finished runs are kept.
+    Each cell is trained once per training seed. Only the config's ``seed`` differs between these runs; the data are the
+    same. All runs sample the same prompts from the same noise. Writes to ``output``: ``ablation.json`` (cells, changes,
+    runs and their folders), ``table.json``, ``table.csv``, ``table.md``, ``report.html``, and for each run a folder
+    ``<cell>/seed-<seed>`` (``<cell>/base`` without training) with the training in ``train`` and the images in
+    ``images``. The same call continues an interrupted ablation, repeats failed runs and adds new cells and seeds;
+    finished runs are kept.
 
     Args:
         base: the config that cells change, see `longalign.load_config`.
-        vary: dotted path -> values; the cells are all combinations of the values.
-        cells: instead of ``vary``: name -> changes, or a list of changes. The first cell is the base of comparisons.
-        metrics: names, configs, metrics or functions; see `longalign.evaluation.evaluate`. ``facts`` without data uses
-            the held-out data.
-        output: folder of the ablation.
-        seeds: number of training seeds, counted from the config's ``seed``, or the seeds.
-        prompts: the prompts, or a file or prompt set, whose labels are added; None takes held-out prompts of the base
-            config's data.
-        num_prompts: number of held-out prompts.
-        images: images per prompt, from the noise seeds 0, 1 and so on.
-        num_steps: sampling steps.
-        guidance: scale of classifier-free guidance.
-        solver: see `longalign.inference.schedulers.make_scheduler`.
-        batch_size: images per batch.
-        train: False measures the base model of each cell, without training. Cells without trainer are never trained.
-        jobs: runs at a time, each in its own process if above 1; None: the number of GPUs, at least 1. Parts that are
-            registered only in this process are unknown in others.
-        device: a torch device for all runs; None distributes them over the GPUs.
+        vary: dotted path of a config key -> values. The cells are all combinations of the values.
+        cells: instead of ``vary``: name of a cell -> changes, or a list of changes. Changes map dotted paths of config
+            keys to new values. The other cells are compared with the first one.
+        metrics: each is the name or the config of a metric, a `longalign.metrics.Metric`, or a function as for
+            `longalign.evaluation.evaluate`. If ``prompts`` is None, a ``facts`` metric without ``data`` reads the facts
+            of the held-out data.
+        output: folder of the ablation; created if missing.
+        seeds: number of training seeds, counted up from the config's ``seed``, or a sequence of training seeds.
+        prompts: a sequence of prompts, or the path of a file or prompt set (see
+            `longalign.data.prompts.sets.read_prompt_set`), whose labels are added to the table. None takes held-out
+            prompts of the base config's data.
+        num_prompts: number of held-out prompts if ``prompts`` is None.
+        images: number of images per prompt, from the noise seeds 0, 1 and so on.
+        num_steps: number of sampling steps.
+        guidance: scale of classifier-free guidance; 1 is no guidance.
+        solver: name of the ODE solver for sampling, see `longalign.inference.schedulers.make_scheduler`.
+        batch_size: number of images per batch, in sampling and measuring.
+        train: False measures the untrained model of each cell. Cells whose config has no trainer are never trained.
+        jobs: number of runs at a time; above 1, each run is in its own process, where parts that only this process
+            registered are unknown. None: the number of GPUs, at least 1.
+        device: torch device of all runs, e.g. "cuda:0"; None distributes the runs over the GPUs.
 
     Raises:
-        ConfigError: if a cell is invalid; lists the problems of all cells.
-        ValueError: if the folder has an ablation with a different base config, prompts or sampling; the message lists
-            the differences.
+        ConfigError: if a cell is invalid, listing the problems of all cells; if a metric is invalid; or if ``prompts``
+            is None and the data has no held-out prompts.
+        ValueError: if ``metrics``, ``prompts`` or ``seeds`` is empty, or if ``output`` has an ablation with a different
+            base config, prompts or sampling; the message lists the differences.
     """
     base, output = load_config(base), Path(output)
     check_folder(output)
@@ -163,7 +170,7 @@ def _training_seeds(base: RunConfig, seeds: int | Sequence[int], cells: Sequence
 def _measured(
     base: RunConfig, metrics: Sequence[Metric], prompts: Sequence[str] | None, count: int
 ) -> tuple[list[Any], Any]:
-    """Returns the metrics, configs validated, and the prompts or the config of their data."""
+    """Returns the metrics with validated configs, and the prompts or the config of the data with held-out prompts."""
     if not metrics:
         raise ValueError("nothing to measure; give metrics, e.g. ['facts']")
     configs: list[Any] = [metric_parts.validate(m) if isinstance(m, (str, Mapping)) else m for m in metrics]
@@ -176,9 +183,9 @@ def _measured(
     else:
         texts = None if base.data is None else base.data.held_out(count)
         if texts is None:
-            name = None if base.data is None else base.data.name
+            who = "a config without data" if base.data is None else f"'{base.data.name}'"
             raise ConfigError(
-                [("data", f"'{name}' has no held-out prompts; set prompts (--prompts), or set data to 'scenes'")]
+                [("data", f"{who} has no held-out prompts; set prompts (--prompts), or set data to 'scenes'")]
             )
         configs = [m.for_data(texts) if isinstance(m, MetricConfig) else m for m in configs]
     check_parts({f"metrics.{i}": m for i, m in enumerate(configs) if isinstance(m, PartConfig)})
@@ -191,12 +198,15 @@ def _prompts_of_data(config: Any) -> list[str]:
 
 
 def _identity(config: RunConfig) -> dict[str, Any]:
-    """The config as plain values without seed and output, which an ablation sets."""
+    """Returns a config as plain values, without seed and output, which an ablation sets."""
     return {key: value for key, value in to_dict(config).items() if key not in ("seed", "output")}
 
 
 def _check_unchanged(output: Path, record: Mapping[str, Any], runs: Sequence[Run]) -> None:
-    """Raises ValueError if the folder has an ablation, or a cell of this name, with other settings."""
+    """Raises ValueError if ``output`` has an ablation with a different ``record``.
+
+    Also raises it if one of ``runs`` was started before with a different config.
+    """
     lines = []
     if (output / RECORD).exists():
         old = json.loads((output / RECORD).read_text(encoding="utf-8"))
@@ -221,7 +231,7 @@ def _is_finished(run: Run) -> bool:
 
 
 def _make_caches(runs: Sequence[Run], device: str | None) -> None:
-    """Computes missing cache entries, before runs that share them start."""
+    """Computes the missing cache entries of all runs before the runs start, since several runs share a cache."""
     configs = {run.config.cache.folder: run.config for run in runs if run.cell.trained and run.config.cache}
     for config in configs.values():
         from longalign.caching.precompute import make_caches
@@ -232,7 +242,7 @@ def _make_caches(runs: Sequence[Run], device: str | None) -> None:
 def _state(
     output: Path, cells: Sequence[Cell], seeds: Sequence[int], runs: Sequence[Run], configs: Sequence[Any]
 ) -> dict[str, Any]:
-    """The part of ``ablation.json`` that may change. Folders are relative to the ablation's."""
+    """Returns the entries of ``ablation.json`` that may change between calls. Folders are relative to ``output``."""
 
     def row(run: Run) -> dict[str, Any]:
         folder, result = run.folder.relative_to(output), read_result(run.folder)

@@ -1,4 +1,4 @@
-"""Runs the jobs of an ablation, one after another in this process or several at a time in their own processes."""
+"""Executes the runs of an ablation, one after another in this process or several at a time in their own processes."""
 
 from __future__ import annotations
 
@@ -25,20 +25,22 @@ log = logging.getLogger("longalign")
 
 LOG = "log.txt"
 Prepare = Callable[[Run, str | None], dict[str, Any]]
-"""Prepares the folder of a run, and returns its job for a device."""
+"""Function (run, device) that prepares the folder of the run, and returns the argument ``job`` of `execute`."""
 
 
 def run_all(runs: Sequence[Run], jobs: int, devices: Sequence[str | None], prepare: Prepare) -> bool:
     """Executes runs. A failed run does not stop the others.
 
     Args:
-        runs: the runs that are not finished.
-        jobs: runs at a time. One runs in this process; several run in their own processes, which write ``log.txt``.
-        devices: devices to distribute the runs over.
-        prepare: called before a run starts.
+        runs: the runs to execute.
+        jobs: number of runs at a time. 1 executes them in this process; otherwise each run has its own process, whose
+            output is in ``log.txt`` of the run's folder.
+        devices: torch devices to distribute the runs over; None is the default device. With one job, only the first
+            device is used.
+        prepare: called before a run starts, see `Prepare`.
 
     Returns:
-        Whether all runs were tried; False after Ctrl-C, SIGTERM or SIGHUP.
+        Whether all runs ended by themselves; False after Ctrl-C, SIGTERM or SIGHUP.
     """
     progress = _Progress(len(runs))
     if jobs == 1:
@@ -47,7 +49,7 @@ def run_all(runs: Sequence[Run], jobs: int, devices: Sequence[str | None], prepa
 
 
 class _Progress:
-    """Logs the end of each run, and estimates the time left from the runs so far."""
+    """Logs the end of each run, with the time left, estimated from the mean time of the runs so far."""
 
     def __init__(self, total: int):
         self.left, self.done, self.start = total, 0, time.monotonic()
@@ -114,9 +116,9 @@ def _in_processes(
 
 
 def _start(folder: Path, job: Mapping[str, Any], jobs: int) -> subprocess.Popen[bytes]:
-    """Starts the process of a run, and sends it its job.
+    """Starts the process of the run in ``folder``, and sends ``job`` to its standard input.
 
-    It is in its own session: the terminal's Ctrl-C reaches it through this process.
+    The process is in its own session, so that a Ctrl-C in the terminal reaches it only through this process.
     """
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     environment = {"OMP_NUM_THREADS": threads, **os.environ}

@@ -1,6 +1,7 @@
-"""Trains and samples one run of an ablation. ``python -m`` of this module reads the job from the standard input.
+"""Trains and samples one run of an ablation.
 
-The file ``job.json`` in the run's folder is a copy without credentials, so it is not read.
+``python -m longalign.ablation.worker FOLDER`` executes the run in a folder. It reads the job (see `execute`) from the
+standard input, since the file ``job.json`` in the folder has no credentials.
 """
 
 from __future__ import annotations
@@ -24,16 +25,17 @@ FINISHED, FAILED, INTERRUPTED = "finished", "failed", "interrupted"
 
 
 def execute(folder: Path, job: Mapping[str, Any]) -> str:
-    """Trains and samples a run, and writes its result. Training resumes where it stopped.
+    """Trains and samples a run, and writes ``result.json``. Training resumes where it stopped.
 
     If the config has ``monitor.keep_best``, the best checkpoint is sampled, otherwise the last one.
 
     Args:
         folder: folder of the run.
-        job: ``config``, ``train``, ``prompts``, ``sampling`` and ``device``.
+        job: ``config`` (plain values), ``train`` (whether to train), ``prompts``, ``sampling`` (keyword arguments of
+            `longalign.inference.sampling.generate`) and ``device`` (a torch device, or None for the default).
 
     Returns:
-        ``finished``, ``failed`` or ``interrupted``.
+        "finished", "failed" or "interrupted". An interrupted run writes no result.
     """
     start = time.perf_counter()
     try:
@@ -66,18 +68,22 @@ def execute(folder: Path, job: Mapping[str, Any]) -> str:
 
 
 def fail(folder: Path, error: str, details: str = "") -> None:
-    """Writes a result with status ``failed``, the message ``error`` and the traceback ``details``."""
+    """Writes ``result.json`` of a failed run, with the message ``error`` and the traceback ``details``."""
     write_json(folder / RESULT, {"status": FAILED, "error": error, "traceback": details})
 
 
 def read_result(folder: Path) -> dict[str, Any]:
-    """Returns the result of a run; its status is ``pending`` if it has none."""
+    """Returns ``result.json`` of a run; without this file, only a status "pending".
+
+    ``status`` is "finished", with ``seconds`` and ``checkpoint`` (relative to the folder; None without training), or
+    "failed", with ``error`` and ``traceback``.
+    """
     path = folder / RESULT
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"status": "pending"}
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a JSON file atomically."""
+    """Writes a JSON file atomically, so that an interruption leaves the old file or the new one."""
     from longalign.atomic import atomic_write
 
     with atomic_write(path) as unfinished:

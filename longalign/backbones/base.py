@@ -1,4 +1,4 @@
-"""Interface of backbones: predictions from latents and a conditioning, LoRAs and full fine-tuning."""
+"""Base class of backbones: the denoiser's predictions, encoding and decoding of images, LoRAs and full fine-tuning."""
 
 from __future__ import annotations
 
@@ -39,10 +39,17 @@ class Backbone(nn.Module):
     active LoRA. Earlier LoRAs are merged into the base weights and also stored, so that checkpoints contain all LoRAs.
 
     Args:
-        denoiser: a diffusers network.
+        denoiser: a UNet or transformer of diffusers; frozen by this class.
         prediction: prediction type: ``"epsilon"``, ``"v_prediction"`` or ``"flow"``.
         noise_levels: scales of signal and noise at each training timestep.
         resolution: native width and height of an image in pixels.
+
+    Attributes:
+        full_finetune: whether checkpoints contain all weights of the denoiser instead of its LoRAs.
+        autocast: function that returns a context of mixed precision; see `wrap_denoiser`.
+
+    Raises:
+        ValueError: if the prediction type is unknown.
     """
 
     #: regular expression of the names of the layers with a LoRA if `LoraConfig.targets` is None; None selects those of
@@ -75,39 +82,53 @@ class Backbone(nn.Module):
         return next(self.denoiser.parameters()).device
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        """Returns the latent shape ``(c, h, w)`` of an image of ``height`` by ``width`` pixels.
+        """Returns the shape ``(c, h', w')`` of the latents of one image.
 
-        None uses the native resolution.
+        Args:
+            height: height of the image in pixels; None uses the native resolution.
+            width: width of the image in pixels; None uses the native resolution.
+
+        Raises:
+            ValueError: if the model does not support this height or width.
         """
         raise NotImplementedError
 
     def levels_at(self, shape: Sequence[int]) -> NoiseLevels:
-        """Returns the noise levels for latents of shape ``(c, h, w)``; `noise_levels` unless they depend on the size.
+        """Returns the noise levels for latents of shape ``(..., h, w)``; by default `noise_levels`.
 
-        Override it together with `call`, which conditions the denoiser on them.
+        Override it for models whose noise levels depend on the image size. Then `call` must condition the denoiser on
+        these noise levels.
         """
         return self.noise_levels
 
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Samples scaled latents ``(b, c, h', w')`` of images ``(b, 3, h, w)`` in [0, 1] from the VAE's posterior.
+        """Samples latents ``(b, c, h', w')`` of images ``(b, 3, h, w)`` in [0, 1] from the VAE's posterior.
 
-        The latents have no gradient. A ``generator`` makes the sample reproducible.
+        The latents have the denoiser's scale and no gradient; see `latent_shape` for ``(c, h', w')``. A ``generator``
+        makes the sample reproducible; None uses torch's global generator.
         """
         return self.sample_latents(self.posterior(images), generator)
 
     def posterior(self, images: Tensor) -> Tensor:
-        """Returns the mean and standard deviation ``(b, 2c, h, w)`` of the VAE's posterior, without gradient.
+        """Returns mean and standard deviation of the VAE's posterior for images ``(b, 3, h, w)`` in [0, 1].
 
-        The result can be cached.
+        The result ``(b, 2c, h', w')`` contains first the c channels of the mean, then those of the standard deviation,
+        of latents in the VAE's scale. It has no gradient and can be cached; see `sample_latents`.
         """
         raise NotImplementedError
 
     def sample_latents(self, posterior: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Samples scaled latents ``(b, c, h, w)`` from the output of `posterior`."""
+        """Samples latents ``(b, c, h', w')`` in the denoiser's scale from the output of `posterior`.
+
+        A ``generator`` makes the sample reproducible; None uses torch's global generator.
+        """
         raise NotImplementedError
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decodes scaled latents to images ``(b, 3, h, w)`` clamped to [0, 1], with gradient."""
+        """Decodes latents ``(b, c, h', w')`` in the denoiser's scale to images ``(b, 3, h, w)``, with gradient.
+
+        The images are clamped to [0, 1].
+        """
         raise NotImplementedError
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
@@ -115,13 +136,13 @@ class Backbone(nn.Module):
 
         Args:
             latents: ``(b, c, h, w)`` noisy latents.
-            timesteps: ``(b,)`` integer timesteps, indices of the noise levels from `levels_at`.
-            conditioning: conditioning of the b prompts.
+            timesteps: ``(b,)`` integer timesteps: indices into the noise levels that `levels_at` returns.
+            conditioning: conditioning of the b prompts, from an encoder.
         """
         return conditioning.predict(self._counted_call, latents, timesteps)
 
     def predict_with(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """Returns the prediction like `predict`, but of ``denoiser``, which has the interface of the backbone's own."""
+        """Returns the prediction of a different network, called like `Backbone.denoiser`; otherwise like `predict`."""
         return conditioning.predict(partial(self.call, denoiser), latents, timesteps)
 
     def _counted_call(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
@@ -134,33 +155,42 @@ class Backbone(nn.Module):
         return self.call(self._call[0], latents, timesteps, conditioning)
 
     def call(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """Calls ``denoiser`` with the model-specific arguments; implemented by subclasses.
+        """Calls a network with the arguments of its model; implemented by subclasses, used by `predict`.
 
-        Called for each prediction by `Conditioning.predict`; ``conditioning`` depends on no timestep.
+        Args:
+            denoiser: the network: `Backbone.denoiser`, a wrapper of it or a copy.
+            latents: ``(b, c, h, w)`` noisy latents.
+            timesteps: ``(b,)`` integer timesteps.
+            conditioning: conditioning of the b prompts at these timesteps; see `Conditioning.at`.
+
+        Returns:
+            The prediction ``(b, c, h, w)``, in the dtype of the latents.
         """
         raise NotImplementedError
 
     def guide(self, conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
-        """Combines predictions ``(b, c, h, w)`` by classifier-free guidance; see `longalign.functional.guide`.
+        """Combines conditional and unconditional predictions ``(b, c, h, w)`` by classifier-free guidance.
 
-        Override it if the model's pipeline combines them differently.
+        ``scale`` is the guidance scale; see `longalign.functional.guide`. Override this method if the model's pipeline
+        combines predictions differently.
         """
         return guide(conditional, unconditional, scale)
 
     def project_text(self, conditioning: Conditioning) -> Conditioning:
-        """Precomputes the projections of the text, which saves time if `predict` is called several times.
+        """Precomputes what the denoiser computes from the text alone, to save time in several calls of `predict`.
 
-        The result is valid while the weights and the training mode do not change, and with gradient for one backward
-        pass. By default, the conditioning is returned unchanged.
+        Pass the returned conditioning to `predict`. It is valid while the weights and the training mode do not change.
+        If computed with gradient, it is valid for one backward pass. By default, ``conditioning`` itself is returned.
         """
         return conditioning
 
     @contextmanager
     def merged_lora(self) -> Iterator[None]:
-        """Context manager: calls without gradient and active dropout use weights that contain the active LoRA.
+        """Context manager in which denoiser calls use copies of the weights with the active (unmerged) LoRA merged.
 
-        This saves the time of the LoRA branch, and needs memory for a copy of the weights of all LoRA layers. The
-        weights must not change within the context. Does nothing if the weights are sharded.
+        Calls with gradient or with active dropout still compute the LoRA separately. Merging saves time, and needs
+        memory for the copies. The weights must not change within the context. The context has no effect without an
+        active LoRA, or if the weights are sharded (FSDP2).
         """
         if self._active is None or is_sharded(self.denoiser):
             yield
@@ -177,16 +207,24 @@ class Backbone(nn.Module):
                 self._is_merged = False
 
     def count_flops(self) -> FlopCount:
-        """Returns a count of the operations of all calls of `predict` from now on."""
+        """Returns a `FlopCount` that counts the floating-point operations of all later calls of `predict`.
+
+        The `FlopCount` of an earlier call of this method then stops counting.
+
+        Raises:
+            ValueError: if the denoiser is not a diffusers network.
+        """
         self._flops = FlopCount(self.denoiser, self.call, self.full_finetune)
         return self._flops
 
     def wrap_denoiser(self, wrapped: Callable[..., Any], autocast: Autocast = nullcontext) -> None:
-        """Makes `predict` call ``wrapped``, the denoiser wrapped for distributed training, without CUDA graphs.
+        """Makes `predict` call ``wrapped`` instead of the denoiser.
+
+        Undoes `use_cuda_graphs` and `compile_blocks`.
 
         Args:
-            wrapped: the wrapped denoiser.
-            autocast: context of mixed precision in which ``wrapped`` calls the denoiser.
+            wrapped: the denoiser, wrapped for distributed training or compiled.
+            autocast: function that returns the context of mixed precision in which ``wrapped`` calls the denoiser.
         """
         self._call, self._graphed, self._merge_buffers, self.autocast = (wrapped,), None, None, autocast
         for block in self._compiled:
@@ -196,7 +234,7 @@ class Backbone(nn.Module):
     def use_cuda_graphs(self) -> None:
         """Makes `predict` replay calls without gradient as CUDA graphs; see `longalign.backbones.graphs`.
 
-        Must be called last, on a CUDA device: a graph keeps the addresses of the weights.
+        Call it after LoRAs are added and the weights are loaded, cast and moved: a graph keeps their addresses.
 
         Raises:
             ValueError: if the denoiser is not on a CUDA device.
@@ -210,10 +248,13 @@ class Backbone(nn.Module):
         self._graphed = GraphedCall(self._ungraphed_call, lambda: (self.denoiser.training, self._is_merged))
 
     def compile_blocks(self, compile: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        """Compiles the forward pass of each transformer and residual block, instead of the denoiser.
+        """Compiles the forward pass of each transformer and residual block, instead of the whole denoiser.
 
-        Blocks of equal shape share their compiled code. The blocks are those that diffusers lists in the denoiser's
-        ``_no_split_modules``, without any that contain others. `wrap_denoiser` undoes it.
+        Blocks of equal shape share their compiled code. The blocks are instances of the classes that diffusers lists in
+        the denoiser's ``_no_split_modules``; of nested blocks, only the innermost. `wrap_denoiser` undoes it.
+
+        Args:
+            compile: maps a forward method to its compiled version, e.g. ``torch.compile``.
 
         Raises:
             ValueError: if the denoiser has no such blocks.
@@ -239,7 +280,7 @@ class Backbone(nn.Module):
     def use_channels_last(self) -> None:
         """Stores convolution weights in the channels-last format, which is faster on tensor cores and many CPUs.
 
-        Checkpoints keep the default layout.
+        Saved checkpoints have the default memory format.
 
         Raises:
             ValueError: if the denoiser has no convolutions.
@@ -256,10 +297,14 @@ class Backbone(nn.Module):
     # Trainable parameters
 
     def add_lora(self, config: LoraConfig, name: str) -> list[nn.Parameter]:
-        """Merges the active LoRA, adds a new one and returns its trainable parameters.
+        """Merges an unmerged LoRA, then adds a new LoRA and returns the new one's trainable parameters, in float32.
+
+        Args:
+            config: settings of the new LoRA.
+            name: name of the new LoRA; see `unused_name`.
 
         Raises:
-            ValueError: if a LoRA with this name already exists.
+            ValueError: if a LoRA with this name already exists, or ``config.targets`` selects no layer.
         """
         self.merge_lora()
         if name in (lora.name for lora in self._merged):
@@ -270,7 +315,10 @@ class Backbone(nn.Module):
         return parameters
 
     def merge_lora(self) -> None:
-        """Merges the active LoRA, if any, into the base weights. Afterward no parameter is trainable."""
+        """Merges the active LoRA, the last one added, into the base weights and freezes all weights.
+
+        Does nothing if there is no unmerged LoRA.
+        """
         if self._active is None:
             return
         lora = self._active_lora()
@@ -287,7 +335,10 @@ class Backbone(nn.Module):
             self.denoiser.to(dtype) if keeps_float32 else nn.Module.to(self.denoiser, dtype)
 
     def train_all(self) -> list[nn.Parameter]:
-        """Makes all weights of the denoiser trainable, in float32, and returns them."""
+        """Merges an unmerged LoRA, then makes all weights of the denoiser trainable, in float32, and returns them.
+
+        Checkpoints saved later contain all weights and no LoRAs.
+        """
         self.merge_lora()
         self._merged, self.full_finetune = [], True
         self.denoiser.float().requires_grad_(True)
@@ -299,7 +350,7 @@ class Backbone(nn.Module):
 
     @property
     def lora_names(self) -> list[str]:
-        """Names of all LoRAs, merged or active, in the order in which they were added."""
+        """Names of all LoRAs, merged or not, in the order in which they were added."""
         return [lora.name for lora in self._merged] + ([self._active[0]] if self._active else [])
 
     def _active_lora(self) -> LoraWeights:
@@ -309,11 +360,15 @@ class Backbone(nn.Module):
         return LoraWeights(name, config, state)
 
     def lora_state(self) -> list[LoraWeights]:
-        """Returns all LoRAs, merged or active, on the CPU, in the order in which they were added."""
+        """Returns all LoRAs, merged or not, on the CPU, in the order in which they were added."""
         return self._merged + ([self._active_lora()] if self._active else [])
 
     def load_lora(self, loras: Sequence[LoraWeights]) -> None:
-        """Adds LoRAs, in order, to a backbone without LoRAs. The last one stays active; all are frozen."""
+        """Adds LoRAs, in order, to a backbone without LoRAs. All but the last are merged; all are frozen.
+
+        Raises:
+            ValueError: if the backbone has LoRAs, or names or shapes of the weights do not match its layers.
+        """
         self._require_no_lora()
         for lora in loras:
             self.add_lora(lora.config, lora.name)
@@ -321,7 +376,10 @@ class Backbone(nn.Module):
         self.denoiser.requires_grad_(False)
 
     def full_state(self) -> dict[str, Tensor]:
-        """Returns the denoiser's base weights on the CPU, without the active LoRA."""
+        """Returns the denoiser's weights on the CPU as a state dict of diffusers, without an unmerged LoRA.
+
+        Of sharded weights (FSDP2), only the first process gets the values; see `longalign.sharding.gather_full`.
+        """
         state = {}
         for key, tensor in self.denoiser.state_dict().items():
             if ".lora_" not in key:
@@ -329,7 +387,10 @@ class Backbone(nn.Module):
         return state
 
     def load_full(self, state: Mapping[str, Tensor]) -> None:
-        """Replaces all weights of the denoiser by a full state dict. Checkpoints saved later contain all weights.
+        """Replaces all weights of the denoiser, which becomes float32. Checkpoints saved later contain all weights.
+
+        Args:
+            state: state dict of the denoiser, as `full_state` returns it.
 
         Raises:
             ValueError: if the backbone has LoRAs, or names or shapes of the weights do not match.
@@ -346,16 +407,23 @@ class Backbone(nn.Module):
     # The reference model: the weights at the start of training
 
     def keep_reference_model(self) -> None:
-        """Keeps a float32 copy of the current weights, with LoRAs merged, for `predict_reference`.
+        """Keeps a float32 copy of the current weights, with LoRAs merged, as the reference model.
 
-        Required for full fine-tuning only.
+        Call it before `train_all`. LoRA training does not need it: `predict_reference` then disables the active LoRA.
         """
         self.merge_lora()
         self._reference = (copy.deepcopy(self.denoiser).float().eval().requires_grad_(False),)
 
     @torch.no_grad()
     def predict_reference(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """Returns the reference model's prediction without gradient; otherwise like `predict`."""
+        """Returns the prediction of the reference model, the denoiser at the start of training, without gradient.
+
+        With an unmerged LoRA, this is the denoiser without that LoRA; else the copy of `keep_reference_model`.
+        Arguments and result are those of `predict`.
+
+        Raises:
+            ValueError: if there is neither an unmerged LoRA nor a copy.
+        """
         if self._active is not None:
             with without_lora(self.denoiser, self._active[0]):
                 return self.predict_with(self.denoiser, latents, timesteps, conditioning)

@@ -15,7 +15,7 @@ from longalign.registry import PartConfig, Section
 
 
 def vae_scale_factor(config: Mapping[str, Any]) -> int | None:
-    """Returns the width in pixels of a latent, from the config of diffusers' autoencoder; None if unknown."""
+    """Returns how many pixels wide and high a latent is, from the config of diffusers' VAE; None if unknown."""
     blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels")
     if blocks:
         return 2 ** (len(blocks) - 1)
@@ -26,22 +26,24 @@ def vae_scale_factor(config: Mapping[str, Any]) -> int | None:
 class LoraConfig(Section):
     """Low-rank updates of the denoiser's Linear and Conv2d layers (arXiv 2106.09685).
 
-    ``down`` is initialized from N(0, 1/rank^2) and ``up`` with zeros, so the update is zero at the start.
+    The update is ``scale * up @ down``. ``down`` is initialized with normal numbers of mean 0 and standard deviation
+    1/rank, and ``up`` with zeros, so the update is zero at the start.
     """
 
     rank: int = Field(default=32, ge=1)
     """rank of the update."""
     scale: float = Field(default=1.0, gt=0)
-    """scaling of the LoRA update (``lora_alpha / r`` in peft)."""
+    """factor of the update (``lora_alpha / r`` in peft)."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
-    """dropout probability in the LoRA branch during training (``lora_dropout`` in peft)."""
+    """dropout probability of the update during training (``lora_dropout`` in peft)."""
     dropout_placement: Literal["down", "up"] = "down"
     """where dropout is applied: ``"down"`` to the input of the down projection, as in peft, or ``"up"`` to the output
     of the up projection, as in the LongAlign authors' code.
     """
     targets: Annotated[list[str], Field(min_length=1)] | str | None = None
     """layers with a LoRA: a list of names or ends of names (``[to_q, to_k, ff.net.2]``), or a regular expression that
-    the whole name must match. null: all layers inside attention, and in UNets also inside ResnetBlock2D and GEGLU.
+    the whole name must match. null: all layers inside attention, and in UNets also inside ResnetBlock2D and GEGLU. For
+    ``qwen-image``, null excludes the layers of the last block that change only the text.
     """
 
     @field_validator("targets")
@@ -58,11 +60,11 @@ class LoraConfig(Section):
 
 
 class BackboneConfig(PartConfig):
-    """Base class of backbone configs."""
+    """Base class of the configs of backbones: denoisers in a latent space, with their autoencoders."""
 
     #: whether the denoiser takes a pooled embedding of the prompt; None if unknown
     has_pooled: ClassVar[bool | None] = None
-    #: folder of the denoiser in a checkpoint in diffusers layout, and its prefix in LoRA files
+    #: folder of the denoiser in a checkpoint in diffusers layout, and prefix of its weights' names in LoRA files
     component: ClassVar[str] = "unet"
 
     @property
@@ -71,11 +73,14 @@ class BackboneConfig(PartConfig):
         return None
 
     def resolution(self) -> int | None:
-        """Native width and height of an image in pixels, found without loading weights; None if unknown."""
+        """Returns the native width and height of a square image in pixels, without loading weights; None if unknown."""
         return None
 
     def widths(self) -> tuple[int | None, int | None]:
-        """Returns the widths of the states and of the pooled embedding that the denoiser expects; None if unknown."""
+        """Returns the widths that the denoiser expects of the text's hidden states and of its pooled embedding.
+
+        A width is None if it is unknown, or if the denoiser takes no pooled embedding.
+        """
         return None, None
 
 
@@ -87,12 +92,12 @@ class DiffusersConfig(BackboneConfig):
     subfolder: str | None = None
     """folder in the checkpoint that contains the denoiser, ``vae/`` and ``scheduler/``; null: the root folder."""
     revision: str | None = None
-    """branch, tag or commit on the Hub."""
+    """branch, tag or commit on the Hub; null: the default branch."""
     variant: str | None = None
-    """file variant, e.g. ``"fp16"`` for weights in ``*.fp16.safetensors``."""
+    """variant of the weight files, e.g. ``"fp16"`` for ``*.fp16.safetensors``; null: files without a variant."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """dtype of the denoiser's weights; trainable weights are always float32. The VAE has the dtype of
-    ``loop.precision``.
+    """dtype of the denoiser's weights; trainable weights are always float32. The key ``loop.precision`` sets the VAE's
+    dtype.
     """
 
     @property
@@ -101,11 +106,11 @@ class DiffusersConfig(BackboneConfig):
         return False
 
     def config_of(self, folder: str) -> dict[str, Any]:
-        """Returns the config of one network of the checkpoint, or an empty dict if it is not available locally."""
+        """Returns the config of one network, e.g. in the folder ``unet``; empty if it is not on this machine."""
         return read_json(self.checkpoint, join_subfolder(self.subfolder, f"{folder}/config.json"), self.revision)
 
     def number_of(self, key: str) -> int | None:
-        """Returns an integer of the denoiser's config, or None."""
+        """Returns an integer of the denoiser's config; None if it is missing or the config is not on this machine."""
         value = self.config_of(self.component).get(key)
         return value if isinstance(value, int) else None
 
@@ -113,17 +118,20 @@ class DiffusersConfig(BackboneConfig):
     def divisor(self) -> int | None:
         """Number of pixels that image height and width must be divisible by.
 
-        None if the VAE's config is not available locally.
+        None if the configs of the networks are not on this machine.
         """
         return vae_scale_factor(self.config_of("vae"))
 
     def native_resolution(self, layout: str | None = None) -> int:
         """Returns the native width and height of an image in pixels, from the configs of denoiser and VAE.
 
-        They are downloaded if needed.
+        The configs are downloaded if needed.
 
         Args:
-            layout: for a single file, the folder or Hub id with its configs; None detects it.
+            layout: for a single-file checkpoint, the folder or Hub id with its configs; None detects the Hub id.
+
+        Raises:
+            ValueError: if the checkpoint does not contain these configs.
         """
         from longalign.backbones.stable_diffusion.layout import network_configs
 
@@ -156,13 +164,15 @@ class TransformerConfig(DiffusersConfig):
 
 
 class ImageSizeConfig(TransformerConfig):
-    """Base class of the configs of transformers with tokens of 2 by 2 latents, whose config contains no image size."""
+    """Base class of the configs of transformers whose checkpoints contain no image size; tokens are 2 by 2 latents."""
 
     image_size: int = Field(default=1024, ge=16)
-    """native width and height of an image in pixels, which the checkpoint does not contain."""
+    """width and height in pixels of the square images that the model was trained for; the checkpoint does not contain
+    it.
+    """
 
     def resolution(self) -> int:
-        """Native width and height of an image in pixels."""
+        """Returns the native width and height of a square image in pixels."""
         return self.image_size
 
     @property
@@ -172,10 +182,10 @@ class ImageSizeConfig(TransformerConfig):
 
 
 class SampleSizeConfig(TransformerConfig):
-    """Base class of the configs of transformers whose config contains the size of latents and of patches."""
+    """Base class of the configs of transformers whose checkpoints contain the size of latents and of patches."""
 
     def resolution(self) -> int:
-        """Native width and height of an image in pixels, read from the checkpoint's configs without its weights."""
+        """Returns the native width and height of a square image in pixels, from the checkpoint's configs only."""
         return self.native_resolution()
 
     @property

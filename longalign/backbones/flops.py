@@ -13,27 +13,27 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from longalign.encoders.base import Conditioning
 
-#: numbers of text states at which operations are counted
+#: numbers of text states at which operations are counted; other numbers are extrapolated
 LENGTHS = (64, 128)
 
 
 class FlopCount:
-    """Adds up the floating-point operations of calls; a multiplication with an addition counts as two.
+    """Adds up the floating-point operations of denoiser calls; a multiply-add counts as two operations.
 
-    The network is counted without LoRA, with all keys and values. A call with gradient also counts its backward pass.
-    The operations are counted once per image size, for one image on meta tensors. They are then scaled by the batch
-    size and, for attention and its projections, by the number of text states.
+    LoRAs are not counted. Keys and values of the text count in every call, even if they were computed before. A call
+    with gradient also counts its backward pass. The operations are counted once per image size, on meta tensors with
+    one image. They are then scaled by the batch size, and are linear in the number of the text's hidden states.
 
     Args:
         denoiser: a diffusers network.
         call: `Backbone.call`.
-        trains_weights: whether a backward pass computes the gradient of the weights, or of the input only.
+        trains_weights: whether a backward pass computes the gradient of the weights, or of the latents only.
 
     Attributes:
-        total: operations of all calls so far.
+        total: number of operations of all calls so far.
 
     Raises:
-        ValueError: if the denoiser is not a diffusers network, and cannot be built on meta tensors.
+        ValueError: if the denoiser is not a diffusers network, so that it cannot be rebuilt on meta tensors.
     """
 
     def __init__(self, denoiser: Any, call: Callable[..., Tensor], trains_weights: bool):
@@ -47,11 +47,14 @@ class FlopCount:
         self._counts: dict[Any, tuple[float, float]] = {}
 
     def add(self, latents: Tensor, conditioning: Conditioning) -> None:
-        """Adds the operations of a call on latents ``(b, c, h, w)``, with backward pass if gradient is enabled."""
+        """Adds the operations of one call on latents ``(b, c, h, w)``, with backward pass if gradient is enabled."""
         self.total += self.of_call(latents, conditioning, torch.is_grad_enabled())
 
     def of_call(self, latents: Tensor, conditioning: Conditioning, backward: bool) -> float:
-        """Returns the operations of a call on latents ``(b, c, h, w)``."""
+        """Returns the number of operations of one call on latents ``(b, c, h, w)``.
+
+        If ``backward``, this includes the operations of the backward pass.
+        """
         pooled = None if conditioning.pooled is None else conditioning.pooled.shape[1:]
         key = latents.shape[1:], conditioning.states.shape[2:], pooled, backward
         if key not in self._counts:

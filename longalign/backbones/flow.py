@@ -1,4 +1,4 @@
-"""What flow-matching transformers share: noise levels, tokens, and checks of the conditioning."""
+"""Base class of flow-matching transformers: noise levels, image tokens, and checks of the conditioning."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ CONSTANT = " and set a constant 'shift', as in Stable Diffusion 3"
 def flow_levels(
     scheduler: Mapping[str, Any], name: str = "sd3", tokens: int | None = None, schedule_mu: ScheduleMu | None = None
 ) -> NoiseLevels:
-    """Returns the noise levels of diffusers' ``FlowMatchEulerDiscreteScheduler``, or another one with flow sigmas.
+    """Returns the noise levels of a flow-matching scheduler of diffusers.
 
-    With ``use_dynamic_shifting``, the shift of `NoiseLevels.from_flow` depends on the number of image tokens: it is
+    The scheduler is ``FlowMatchEulerDiscreteScheduler``, or a different one with ``use_flow_sigmas``. With
+    ``use_dynamic_shifting``, the shift of `NoiseLevels.from_flow` depends on the number of image tokens: it is
     ``exp(mu)``, or ``mu`` with ``time_shift_type="linear"``. ``mu`` is linear in the number of tokens, from
     ``base_shift`` at ``base_image_seq_len`` to ``max_shift`` at ``max_image_seq_len``.
 
     Args:
         scheduler: config of the scheduler.
         name: name of the backbone, for messages.
-        tokens: number of image tokens; None rejects schedulers whose shift depends on it.
-        schedule_mu: ``mu`` of sampling schedules, if it depends on their number of steps.
+        tokens: number of image tokens; None rejects schedulers with ``use_dynamic_shifting``.
+        schedule_mu: ``mu`` of sampling schedules, if it depends on their number of steps; None: it does not.
 
     Raises:
-        ValueError: if the scheduler is not a flow-matching scheduler, or has settings that the backbone does not have.
+        ValueError: if the scheduler is not a flow-matching scheduler, or has a setting that is not supported.
     """
     kind = scheduler.get("_class_name", "")
     if not (kind.startswith("FlowMatch") or scheduler.get("use_flow_sigmas")):
@@ -71,12 +72,12 @@ def flow_levels(
 class FlowBackbone(LatentBackbone):
     """Base class of flow-matching transformers whose noise levels may depend on the number of image tokens.
 
-    A token is a patch of latents. `noise_levels` are those of the native resolution; see `flow_levels`.
+    A token is a square patch of latents. `noise_levels` are those of the native resolution; see `flow_levels`.
 
     Args:
         transformer: the denoiser.
         vae: the autoencoder; frozen by this class.
-        scheduler: config of diffusers' scheduler.
+        scheduler: config of the model's diffusers scheduler.
         resolution: native width and height in pixels; None computes it from the transformer's ``sample_size``.
 
     Raises:
@@ -110,7 +111,7 @@ class FlowBackbone(LatentBackbone):
         return self._levels[key]
 
     def noise_at(self, latents: Tensor, timesteps: Tensor) -> Tensor:
-        """Returns the noise levels ``(b,)`` of latents ``(b, c, h, w)`` at timesteps ``(b,)``, in float32."""
+        """Returns the noise levels ``(b,)`` in [0, 1] of latents ``(b, c, h, w)`` at timesteps ``(b,)``, in float32."""
         key = self._key(latents.shape), latents.device
         if key not in self._device_levels:
             # copied to the device once: a copy in each call would wait for the device
@@ -129,12 +130,22 @@ def pack(latents: Tensor) -> Tensor:
 
 
 def unpack(tokens: Tensor, height: int) -> Tensor:
-    """Inverse of `pack`; ``height`` is the height of the latents."""
+    """Inverse of `pack`: maps tokens to latents ``(b, c, h, w)``, where ``height`` is h."""
     return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=height // 2, p=2, q=2)
 
 
 def image_positions(height: int, width: int, num_axes: int, device: torch.device) -> Tensor:
-    """Returns the positions ``(h w, num_axes)`` of image tokens in FLUX: row and column on axes 1 and 2, otherwise 0."""
+    """Returns the positions of FLUX's image tokens: row and column on axes 1 and 2, 0 on the others.
+
+    Args:
+        height: number of rows of tokens.
+        width: number of columns.
+        num_axes: number of axes of a position.
+        device: device of the result.
+
+    Returns:
+        Positions ``(height * width, num_axes)``.
+    """
     positions = torch.zeros(height, width, num_axes, device=device)
     positions[..., 1] = torch.arange(height, device=device)[:, None]
     positions[..., 2] = torch.arange(width, device=device)
@@ -153,7 +164,7 @@ def embedded_guidance(takes_guidance: bool, guidance: float | None, default: flo
         ValueError: if a scale is configured and the transformer takes none.
     """
     if guidance is not None and not takes_guidance:
-        raise ValueError(f"this transformer takes no guidance scale, got guidance={guidance}; set it to null")
+        raise ValueError(f"this transformer takes no guidance scale, got guidance={guidance}; set guidance to null")
     return (default if guidance is None else guidance) if takes_guidance else None
 
 
@@ -164,13 +175,13 @@ def check_joint_conditioning(
 
     Args:
         conditioning: the conditioning.
-        states: width of the states that the transformer expects.
-        pooled: width of the pooled embedding that it expects.
-        transformer: the transformer, for messages.
+        states: expected width of the hidden states of the text.
+        pooled: expected width of the pooled embedding.
+        transformer: name of the transformer, for messages.
         encoder: name of a matching encoder, for messages.
 
     Raises:
-        ValueError: if a width is wrong, or positions are masked.
+        ValueError: if a width is wrong, or the conditioning masks some of its states.
     """
     given = None if conditioning.pooled is None else conditioning.pooled.shape[-1]
     widths = (conditioning.states.shape[-1], given)

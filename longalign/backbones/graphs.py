@@ -18,12 +18,12 @@ from longalign.encoders.base import Conditioning
 from longalign.functional.rollout_gradient import RandomState
 
 Call = Callable[[Tensor, Tensor, Conditioning], Tensor]
-#: maps a function without arguments to a function that repeats its operations on the same tensors, and their result
+#: runs a function without arguments; returns a function that repeats its operations in place, and its output tensor
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 
 
 def capture_cuda_graph(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """Captures a call as a CUDA graph; returns the function that replays it, and its output."""
+    """Captures a call as a CUDA graph; returns the function that replays the graph, and the tensor it writes to."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         output = call()
@@ -31,16 +31,17 @@ def capture_cuda_graph(call: Callable[[], Tensor]) -> tuple[Callable[[], None], 
 
 
 class GraphedCall:
-    """Runs a call without gradient as a graph, one for each set of input shapes.
+    """Wraps a denoiser call so that it is replayed as a CUDA graph, one graph for each set of input shapes.
 
     A graph reads the weights at the addresses that they had when it was captured. In-place changes, as by an optimizer,
     take effect; weights that are replaced or moved need a new `GraphedCall`. Calls with gradient, and calls that sample
     random numbers (dropout), run without a graph.
 
     Args:
-        call: the call, e.g. of a denoiser.
-        mode: returns a hashable value; calls with different values have different graphs, e.g. for training mode.
-        capture: makes the graph.
+        call: maps latents, timesteps and conditioning to the prediction.
+        mode: returns the current mode as a hashable value, e.g. whether the denoiser is in training mode. Each mode has
+            graphs of its own.
+        capture: captures a graph; see `Capture`.
     """
 
     def __init__(self, call: Call, mode: Callable[[], Any], capture: Capture = capture_cuda_graph):
@@ -48,7 +49,10 @@ class GraphedCall:
         self._graphs: dict[Any, tuple[list[Tensor], Callable[[], None], Tensor] | None] = {}
 
     def __call__(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """Returns the output of the call, in a tensor of its own. The conditioning must not depend on the timestep."""
+        """Returns the prediction ``(b, c, h, w)`` for latents ``(b, c, h, w)`` at timesteps ``(b,)``, in a new tensor.
+
+        The conditioning must not depend on the timestep.
+        """
         if torch.is_grad_enabled():
             return self.call(latents, timesteps, conditioning)
         conditioning = replace(conditioning, reports=())

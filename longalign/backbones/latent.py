@@ -18,15 +18,19 @@ from longalign.functional.images import ImageCheck
 class LatentBackbone(Backbone):
     """A denoiser in the latent space of diffusers' ``AutoencoderKL``.
 
-    Latents are ``(z - shift_factor) * scaling_factor``, where ``z`` is the autoencoder's latent. For other
-    autoencoders, override `encode_pixels`, `decode_pixels`, `normalize`, `denormalize` or `latent_channels`.
+    Latents in the denoiser's scale are ``(z - shift_factor) * scaling_factor``, where ``z`` is the autoencoder's
+    latent, and the two constants are in the autoencoder's config. For other autoencoders, override `encode_pixels`,
+    `decode_pixels`, `normalize`, `denormalize` or `latent_channels`.
 
     Args:
         denoiser: a diffusers network.
         vae: the autoencoder; frozen by this class.
-        prediction: prediction type of the denoiser.
-        noise_levels: scales of signal and noise at each timestep.
+        prediction: prediction type of the denoiser: ``"epsilon"``, ``"v_prediction"`` or ``"flow"``.
+        noise_levels: scales of signal and noise at each training timestep.
         resolution: native width and height in pixels; None computes it from the denoiser's ``sample_size``.
+
+    Attributes:
+        vae_scale_factor: number of pixels per latent along each side of an image.
     """
 
     def __init__(
@@ -60,7 +64,8 @@ class LatentBackbone(Backbone):
         height, width = height or self.resolution, width or self.resolution
         if height % self.divisor or width % self.divisor:
             raise ValueError(
-                f"expected a height and width divisible by {self.divisor}, got {height} x {width}; change the size"
+                f"expected a height and width divisible by {self.divisor}, got {height} x {width} pixels; change the "
+                "image size"
             )
         return self.latent_channels, height // self.vae_scale_factor, width // self.vae_scale_factor
 
@@ -82,24 +87,27 @@ class LatentBackbone(Backbone):
         return (pixels.to(latents.dtype) / 2 + 0.5).clamp(0, 1)
 
     def encode_pixels(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns mean and standard deviation ``(b, c, h, w)`` of the autoencoder's latent of pixels in [-1, 1]."""
+        """Returns mean and standard deviation, each ``(b, c, h', w')``, of the autoencoder's latent.
+
+        ``pixels`` ``(b, 3, h, w)`` are in [-1, 1].
+        """
         distribution = self.vae.encode(pixels).latent_dist
         return distribution.mean, distribution.std
 
     def decode_pixels(self, z: Tensor) -> Tensor:
-        """Decodes the autoencoder's latent ``(b, c, h, w)`` to pixels ``(b, 3, h, w)`` in about [-1, 1]."""
+        """Decodes the autoencoder's latent ``(b, c, h', w')`` to pixels ``(b, 3, h, w)`` in about [-1, 1]."""
         return self.vae.decode(z, return_dict=False)[0]
 
     def normalize(self, z: Tensor) -> Tensor:
-        """Maps the autoencoder's latent ``(b, c, h, w)`` to the scale that the denoiser was trained with."""
+        """Maps the autoencoder's latent ``(b, c, h', w')`` to the scale that the denoiser was trained with."""
         return (z - self._shift) * self.vae.config.scaling_factor
 
     def denormalize(self, latents: Tensor) -> Tensor:
-        """Inverse of `normalize`."""
+        """Inverse of `normalize`: maps latents ``(b, c, h', w')`` to the autoencoder's scale."""
         return latents / self.vae.config.scaling_factor + self._shift
 
     def enable_gradient_checkpointing(self) -> None:
-        """Enables gradient checkpointing of the denoiser and, if it supports it, of the VAE decoder to save memory."""
+        """Enables gradient checkpointing of the denoiser and, if the VAE supports it, of the VAE's decoder."""
         super().enable_gradient_checkpointing()
         if getattr(self.vae, "_supports_gradient_checkpointing", True):
             self.vae.enable_gradient_checkpointing()
@@ -114,8 +122,8 @@ def check_width(conditioning: Conditioning, width: int | None, *, transformer: s
 
     Args:
         conditioning: the conditioning.
-        width: the expected width; None for any.
-        transformer: the transformer, for the message.
+        width: the expected width; None accepts any width.
+        transformer: name of the transformer, for the message.
         encoder: name of a matching encoder, for the message.
     """
     given = conditioning.states.shape[-1]

@@ -31,7 +31,8 @@ HALF = (torch.float16, torch.bfloat16)
 class LoraWeights:
     """Name, config and weights of one LoRA.
 
-    Keys of the weights are ``<module>.lora_A.weight`` (down) and ``<module>.lora_B.weight`` (up).
+    For each layer ``<module>``, ``state`` contains ``<module>.lora_A.weight``, the down projection ``(rank, in)``, and
+    ``<module>.lora_B.weight``, the up projection ``(out, rank)``. For convolutions, these are kernels of 4 dimensions.
     """
 
     name: str
@@ -40,15 +41,15 @@ class LoraWeights:
 
 
 def lora_targets(denoiser: nn.Module, targets: Sequence[str] | str | None = None) -> list[str]:
-    """Returns the names of the layers that get a LoRA, each once, in module order.
+    """Returns the names of the layers that get a LoRA, each once, in the order of ``named_modules``.
 
     Args:
         denoiser: a diffusers network.
-        targets: see `LoraConfig.targets`. None selects all Linear and Conv2d inside attention, ResnetBlock2D and GEGLU;
-            Stable Diffusion 1.5 has 224 such modules.
+        targets: list of names or ends of names, or a regular expression that the whole name must match. None selects
+            all Linear and Conv2d inside attention, ResnetBlock2D and GEGLU; Stable Diffusion 1.5 has 224 of them.
 
     Raises:
-        ValueError: if no layer matches ``targets``, or one of its suffixes.
+        ValueError: if no layer matches, or one of the listed names matches no layer.
     """
     if targets is None:
         found = _default_targets(denoiser)
@@ -85,7 +86,7 @@ def _default_targets(denoiser: nn.Module) -> list[str]:
 
 
 def _layer_list(denoiser: nn.Module, limit: int = 40) -> str:
-    """Returns a sentence that names the layers of a network; equal names in different blocks count once."""
+    """Returns a sentence with the first ``limit`` layer names of a network; block indices are replaced by ``*``."""
     names = [name for name, module in denoiser.named_modules() if isinstance(module, LAYERS)]
     names = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names))
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
@@ -93,12 +94,12 @@ def _layer_list(denoiser: nn.Module, limit: int = 40) -> str:
 
 
 def lora_layers(denoiser: nn.Module, name: str) -> list[tuple[str, Any]]:
-    """Returns ``(module_name, layer)`` for each layer with the LoRA ``name``."""
+    """Returns ``(module_name, layer)`` for each of peft's LoRA layers that has the LoRA ``name``."""
     return [(key, m) for key, m in denoiser.named_modules() if isinstance(m, LoraLayer) and name in m.lora_A]
 
 
 def inject_lora(denoiser: Any, config: LoraConfig, name: str) -> list[nn.Parameter]:
-    """Adds a LoRA with peft.
+    """Adds a LoRA to a network with peft, and returns its weights.
 
     Args:
         denoiser: network that gets the LoRA.
@@ -106,10 +107,10 @@ def inject_lora(denoiser: Any, config: LoraConfig, name: str) -> list[nn.Paramet
         name: peft's name of the LoRA; a network can have several.
 
     Returns:
-        The trainable float32 weights: for each layer, that of the down projection, then that of the up projection.
+        The trainable float32 weights: of each layer the down projection, then the up projection.
 
     Raises:
-        ValueError: if the network has none of the layers that the config selects.
+        ValueError: if ``config.targets`` selects no layer; see `lora_targets`.
     """
     targets = lora_targets(denoiser, config.targets)
     after_up = config.dropout_placement == "up"
@@ -134,7 +135,7 @@ def inject_lora(denoiser: Any, config: LoraConfig, name: str) -> list[nn.Paramet
 
 
 def read_lora(denoiser: nn.Module, name: str) -> dict[str, Tensor]:
-    """Returns the detached weights of the LoRA ``name``, with keys as in `LoraWeights`."""
+    """Returns the weights of the LoRA ``name``, detached but not copied, with the keys of `LoraWeights`."""
     state = {}
     for key, layer in lora_layers(denoiser, name):
         state[f"{key}.lora_A.weight"] = layer.lora_A[name].weight.detach()
@@ -144,10 +145,10 @@ def read_lora(denoiser: nn.Module, name: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def write_lora(denoiser: nn.Module, name: str, state: Mapping[str, Tensor]) -> None:
-    """Copies weights into the LoRA ``name``.
+    """Copies weights, with the keys of `LoraWeights`, into the LoRA ``name`` of a network.
 
     Raises:
-        ValueError: if names or shapes of the weights do not match the network's LoRA.
+        ValueError: if names or shapes of the weights do not match those of the LoRA.
     """
     weights = read_lora(denoiser, name)
     check_same_names(f"LoRA '{name}'", weights, state)
@@ -156,7 +157,16 @@ def write_lora(denoiser: nn.Module, name: str, state: Mapping[str, Tensor]) -> N
 
 
 def check_same_names(what: str, expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> None:
-    """Raises ValueError if names or shapes of weights do not match; the message names the first mismatch."""
+    """Checks that two state dicts have the same names and shapes.
+
+    Args:
+        what: what has the weights, e.g. "the denoiser"; for the message.
+        expected: weights of the built network.
+        got: weights from a checkpoint.
+
+    Raises:
+        ValueError: if names or shapes differ; the message names the first difference.
+    """
     missing, unknown = [k for k in expected if k not in got], [k for k in got if k not in expected]
     if missing or unknown:
         problem = f"'{missing[0]}' is missing" if missing else f"'{unknown[0]}' is unknown"
@@ -174,10 +184,10 @@ def check_same_names(what: str, expected: Mapping[str, Tensor], got: Mapping[str
 
 @torch.no_grad()
 def merge_into_base(denoiser: Any, name: str) -> None:
-    """Adds the LoRA ``name`` to the base weights and removes its layers from the network.
+    """Adds the LoRA ``name`` to the base weights, removes its layers from the network and freezes all weights.
 
-    Half-precision weights are rounded stochastically, so that the merge is unbiased. Most LoRA updates are smaller than
-    the spacing of half-precision numbers, and rounding to nearest would discard them.
+    Half-precision weights are rounded stochastically with a fixed seed, so that the merge is unbiased. Most LoRA
+    updates are smaller than the spacing of half-precision numbers, and rounding to nearest would discard them.
     """
     generator = torch.Generator().manual_seed(0)
     for key, layer in lora_layers(denoiser, name):
@@ -195,9 +205,10 @@ def merge_into_base(denoiser: Any, name: str) -> None:
 
 
 def stochastic_round(exact: Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
-    """Rounds float32 numbers to half precision stochastically.
+    """Rounds float32 numbers ``exact`` stochastically to ``dtype``, float16 or bfloat16.
 
-    The probability of rounding up is the distance to the lower neighbor as a fraction of the spacing.
+    A number is rounded up with probability ``(exact - low) / (high - low)``, where ``low`` and ``high`` are the
+    nearest half-precision numbers below and above. None as ``generator`` uses torch's global generator.
     """
     limits = torch.finfo(dtype)
     spacing = torch.ldexp(torch.full_like(exact, limits.eps), torch.frexp(exact).exponent - 1)
@@ -212,16 +223,18 @@ def stochastic_round(exact: Tensor, dtype: torch.dtype, generator: torch.Generat
 def temporarily_merged(
     denoiser: nn.Module, name: str, dtype: torch.dtype | None, buffers: dict[str, Tensor] | None = None
 ) -> Iterator[None]:
-    """Context manager: calls without gradient and active dropout use weights that contain the LoRA ``name``.
+    """Context manager in which calls of a network use copies of the weights with the LoRA ``name`` merged.
 
-    These are copies; the base weights do not change. Copies of half-precision weights are rounded stochastically,
-    always with the same random numbers, because rounding to nearest would discard most of a small update.
+    Calls with gradient or with active dropout still compute the LoRA separately. The base weights do not change. Merged
+    half-precision weights are rounded stochastically with a fixed seed, because rounding to nearest would discard most
+    of a small update.
 
     Args:
         denoiser: the network.
-        name: the LoRA.
-        dtype: dtype of the copies; None for that of the base weights.
-        buffers: keeps the copies at the same addresses, for CUDA graphs. Otherwise they are freed.
+        name: name of the LoRA.
+        dtype: dtype of the copies; None for the dtype of the base weights.
+        buffers: dict, at first empty, that keeps the copies by layer name. Passed again, it keeps them at the same
+            addresses, as CUDA graphs require. None frees the copies on exit.
     """
     layers = lora_layers(denoiser, name)
     device = next(denoiser.parameters()).device
@@ -246,7 +259,7 @@ def temporarily_merged(
 
 @contextmanager
 def without_lora(denoiser: nn.Module, name: str) -> Iterator[None]:
-    """Context manager: disables the LoRA ``name``."""
+    """Context manager in which the LoRA ``name`` of a network is disabled."""
     layers = [layer for _, layer in lora_layers(denoiser, name)]
     before = [(layer.scaling[name], layer.merged_weight) for layer in layers]
     try:
@@ -259,9 +272,10 @@ def without_lora(denoiser: nn.Module, name: str) -> Iterator[None]:
 
 
 def concat_loras(loras: Sequence[LoraWeights]) -> dict[str, Tensor]:
-    """Concatenates LoRAs into one LoRA that equals their sum, with the scales multiplied into ``up``.
+    """Concatenates LoRAs into one LoRA of scale 1 that equals their sum; returns its weights as in `LoraWeights`.
 
-    Since ``B1 A1 + B2 A2 = [B1 B2] [A1; A2]``, the ranks add up. The result is exact, also for convolutions.
+    With down projections ``A`` and up projections ``B``, ``B1 A1 + B2 A2 = [B1 B2] [A1; A2]``. The scales are
+    multiplied into ``B``, and the ranks add up. The result is exact, also for convolutions.
     """
     joined: dict[str, Tensor] = {}
     modules = dict.fromkeys(key.rsplit(".lora_", 1)[0] for lora in loras for key in lora.state)
@@ -275,7 +289,10 @@ def concat_loras(loras: Sequence[LoraWeights]) -> dict[str, Tensor]:
 
 
 def peft_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Returns the arguments of peft's ``LoraConfig`` for a LoRA of scale 1, as JSON-serializable values."""
+    """Returns the arguments of peft's ``LoraConfig`` for a LoRA of scale 1, as JSON-serializable values.
+
+    ``state`` contains the weights of the LoRA, as `concat_loras` returns them.
+    """
     ranks = {key.rsplit(".lora_", 1)[0]: len(down) for key, down in state.items() if ".lora_A." in key}
     max_rank = max(ranks.values())
     smaller = {module: rank for module, rank in ranks.items() if rank != max_rank}

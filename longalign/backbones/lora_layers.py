@@ -1,8 +1,9 @@
 """LoRA layers of peft with a forward pass that adds the update to the layer's output in one matrix product.
 
 peft casts the input to the dtype of the LoRA, scales the update and adds it, each with a pass over memory. These layers
-compute ``y + s (x A) B`` as one product with ``y`` as its initial value. Calls without gradient can use a temporary
-weight that contains the update.
+compute ``y + s (x A) B`` as one product with ``y`` as its initial value. Here ``x`` is the input of the base layer and
+``y`` its output. ``A`` is the down projection, ``B`` the up projection and ``s`` the scale of the LoRA. Calls without
+gradient can use a temporary copy of the base weight that contains the update.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from torch.nn import functional as F
 
 
 def fuse_forward(layer: Any, dropout: float = 0.0) -> None:
-    """Replaces the forward pass of a new peft LoRA layer, linear or convolution, by the fused one.
+    """Replaces the forward pass of a new LoRA layer of peft by that of `FusedLinear` or `FusedConv2d`.
 
     Args:
-        layer: a LoRA layer of peft.
-        dropout: probability of dropout of the update (``dropout_placement: up``), which peft does not have.
+        layer: a LoRA layer of peft, linear or convolution.
+        dropout: probability of dropout of the LoRA's output, which peft does not have; see
+            `LoraConfig.dropout_placement`.
     """
     layer.__class__ = {Linear: FusedLinear, Conv2d: FusedConv2d}[type(layer)]
     layer.dropout_of_update = dropout
@@ -29,29 +31,30 @@ def fuse_forward(layer: Any, dropout: float = 0.0) -> None:
 
 
 def has_dropout(layer: nn.Module) -> bool:
-    """Whether a layer, with its LoRA, samples random numbers in its next call."""
+    """Whether a layer, including its LoRA if it has one, applies dropout in its next call."""
     drops = any(m.training and m.p > 0 for m in layer.modules() if isinstance(m, nn.Dropout))
     return drops or (layer.training and getattr(layer, "dropout_of_update", 0.0) > 0)
 
 
 def _active_adapter(layer: Any) -> str | None:
-    """Returns the name of the only active LoRA, or None if there is none or several."""
+    """Returns the name of a layer's active LoRA; None if none or several LoRAs are active, or they are merged."""
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     return names[0] if len(names) == 1 and not (layer.disable_adapters or layer.merged) else None
 
 
 def _cast_for_autocast(x: Tensor) -> Tensor:
-    """Casts an input once that the base layer and the LoRA would both cast under autocast."""
+    """Casts an input to the dtype of autocast, if enabled, so that base layer and LoRA do not each cast it."""
     kind = x.device.type
     enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return x.to(torch.get_autocast_dtype(kind)) if enabled else x
 
 
 class _Fused:
-    """The forward pass of both kinds of layers, to be combined with a LoRA layer of peft."""
+    """Mixin with the forward pass of `FusedLinear` and `FusedConv2d`."""
 
+    #: probability of dropout of the LoRA's update; see `fuse_forward`
     dropout_of_update: float
-    #: the base weight with the update; used by calls without gradient in which dropout is inactive
+    #: the base weight plus the LoRA's update; used by calls without gradient in which dropout is inactive
     merged_weight: Tensor | None
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -74,7 +77,7 @@ class _Fused:
 
 
 class FusedLinear(_Fused, Linear):
-    """A linear layer with a LoRA."""
+    """LoRA layer of peft around a linear layer, with the fused forward pass."""
 
     def _merged_forward(self, x: Tensor, weight: Tensor) -> Tensor:
         layer: Any = self.get_base_layer()
@@ -91,7 +94,10 @@ class FusedLinear(_Fused, Linear):
 
 
 class FusedConv2d(_Fused, Conv2d):
-    """A convolution with a LoRA: a convolution to the rank's channels and a pointwise one."""
+    """LoRA layer of peft around a 2D convolution, with the fused forward pass.
+
+    The down projection is a convolution with ``rank`` output channels, the up projection a 1x1 convolution.
+    """
 
     def _merged_forward(self, x: Tensor, weight: Tensor) -> Tensor:
         layer: Any = self.get_base_layer()
@@ -114,6 +120,6 @@ class FusedConv2d(_Fused, Conv2d):
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Returns ``out + scale a b`` of matrices or batches; without gradient in place, which saves a copy of ``out``."""
+    """Returns ``out + scale a b`` for matrices or batches of matrices; without gradient, ``out`` is overwritten."""
     add, add_in_place = (torch.addmm, Tensor.addmm_) if out.ndim == 2 else (torch.baddbmm, Tensor.baddbmm_)
     return (add if torch.is_grad_enabled() else add_in_place)(out, a, b, alpha=scale)

@@ -1,7 +1,7 @@
-"""Keys and values of the text, computed once for all denoiser calls of a rollout.
+"""Keys and values of the text, computed once for all sampling steps.
 
-In cross-attention, keys and values are linear in the text states, which are the same in all sampling steps. This does
-not hold for the joint attention of Stable Diffusion 3, where the text states change with the latents in every block.
+In cross-attention, keys and values are linear in the hidden states of the text, which are the same in all sampling
+steps. In the joint attention of Stable Diffusion 3, they are not: the hidden states change with the latents.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from torch.nn import functional as F
 from longalign.backbones.lora_layers import has_dropout
 from longalign.encoders.base import Conditioning
 
-#: name of an attention layer -> keys and values ``(b, n, d)``
+#: name of an attention layer -> its keys and values, each ``(b, n, d)`` for n text states and all heads together
 KeysValues = Mapping[str, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class ProjectedConditioning(Conditioning):
-    """A conditioning with the keys and values that a denoiser computes from its states.
+    """A conditioning with the keys and values that a denoiser computes from the hidden states of the text.
 
     Attributes:
-        keys_values: keys and values of each cross-attention layer.
-        with_gradient: whether they were computed with gradient; otherwise calls with gradient do not use them.
+        keys_values: keys and values of each cross-attention layer, by the layer's name.
+        with_gradient: whether keys and values were computed with gradient. If not, denoiser calls with gradient ignore
+            them and compute new ones.
     """
 
     keys_values: KeysValues = field(default_factory=dict)
@@ -37,10 +38,10 @@ class ProjectedConditioning(Conditioning):
 
 
 class TextAttention(AttnProcessor2_0):
-    """Attention of a transformer block that uses given keys and values, if there are any for this layer.
+    """Attention processor of diffusers that uses precomputed keys and values of the text, if given for its layer.
 
     Args:
-        name: name of the attention layer.
+        name: name of the attention layer in the UNet.
     """
 
     def __init__(self, name: str):
@@ -69,8 +70,8 @@ class TextAttention(AttnProcessor2_0):
 def use_text_attention(unet: Any) -> None:
     """Sets `TextAttention` in all attention layers of a UNet.
 
-    Does nothing if the UNet changes the text states before its attention layers, or has other attention layers than
-    those of Stable Diffusion's transformer blocks.
+    Does nothing if the UNet projects the hidden states of the text before its attention layers. Does nothing either if
+    its attention layers are not those of Stable Diffusion's transformer blocks.
     """
     layers = {name: module for name, module in unet.named_modules() if isinstance(module, Attention)}
     if unet.config.encoder_hid_dim_type is None and all(map(_is_plain, layers.values())):
@@ -86,7 +87,7 @@ def _is_plain(layer: Any) -> bool:
 
 
 def project_text(unet: nn.Module, conditioning: Conditioning, dtype: torch.dtype) -> Conditioning:
-    """Computes the keys and values of a conditioning's states with the current weights.
+    """Computes keys and values from the states of a conditioning with the UNet's current weights.
 
     Args:
         unet: a UNet.
@@ -94,9 +95,9 @@ def project_text(unet: nn.Module, conditioning: Conditioning, dtype: torch.dtype
         dtype: dtype in which the UNet gets the states.
 
     Returns:
-        A `ProjectedConditioning`. The conditioning is returned unchanged if keys and values may differ between calls
-        (it is of a subclass, which may depend on the timestep, or a projection has dropout), or if the UNet's attention
-        layers do not use `TextAttention`.
+        A `ProjectedConditioning`, or the given conditioning if keys and values cannot be reused. They cannot if the
+        conditioning is of a subclass, which may depend on the timestep, or if a projection has active dropout. They
+        cannot either if the UNet's attention layers do not use `TextAttention`; see `use_text_attention`.
     """
     attention = [(name, module) for name, module in unet.named_modules() if isinstance(module, Attention)]
     if not all(isinstance(layer.processor, TextAttention) for _, layer in attention):

@@ -1,1 +1,1 @@
-"""Latents and hidden states of text models that are computed once and read in every epoch."""
+"""Caches on disk: image latents and hidden states of text models, computed once and read in every epoch."""

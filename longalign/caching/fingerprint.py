@@ -1,4 +1,4 @@
-"""Fingerprints of the weights that a config refers to, without loading them."""
+"""Fingerprints: short hashes that identify the weights that a config refers to, without loading these weights."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ BLOCK, BLOCKS = 4096, 256
 
 
 def fingerprints(config: Any, folders: Sequence[str], ask_hub: bool = True) -> dict[str, str | None]:
-    """Returns the fingerprint of each checkpoint in a config, by config path.
+    """Returns the `fingerprint` of each checkpoint that a config names, by path in the config.
+
+    A path is e.g. ``parts.0.checkpoint``.
 
     Args:
-        config: a dumped config.
-        folders: name prefixes of the relevant subfolders of a diffusers checkpoint, e.g. ``["text_encoder",
-            "tokenizer"]``, which includes ``text_encoder_2``. If a checkpoint has none of them, the top-level files
-            are used.
-        ask_hub: whether to query the Hub for the commit, see `fingerprint`.
+        config: a config as plain values, the output of pydantic's ``model_dump``.
+        folders: as for `fingerprint`.
+        ask_hub: as for `fingerprint`.
     """
     return {
         path: fingerprint(name, revision, subfolder, folders, ask_hub)
@@ -47,14 +47,19 @@ def _checkpoints(path: str, value: Any) -> Iterator[tuple[str, str, str | None, 
 def fingerprint(
     checkpoint: str, revision: str | None, subfolder: str | None, folders: Sequence[str], ask_hub: bool = True
 ) -> str | None:
-    """Returns the fingerprint of one checkpoint.
+    """Returns a text that identifies the weights of one checkpoint; None for a Hub id without access to its commit.
 
-    For local files: a hash of names, sizes and content. Files up to 1 MiB are hashed completely. For larger files,
-    256 blocks spread over the file are hashed; any training changes them. For a Hub id: the commit on the Hub, or of
-    the local cache if offline or if ``ask_hub`` is False.
+    For local files: a hash of names, sizes and content in hexadecimal. Files up to 1 MiB are hashed completely. For
+    larger files, 256 blocks of 4 KiB spread over the file are hashed; any training changes them. For a Hub id:
+    ``commit <hash>``, the commit on the Hub; if offline, or if ``ask_hub`` is False, the commit in the local Hub cache.
 
-    Returns:
-        None for a Hub id that is neither reachable nor cached.
+    Args:
+        checkpoint: local file or folder, bundled weights (``mini/...``), or Hub id.
+        revision: branch, tag or commit on the Hub; None for the default branch.
+        subfolder: subfolder of the model in a local folder; None for the top level.
+        folders: name prefixes of the relevant subfolders of a diffusers checkpoint. For example, ``["text_encoder",
+            "tokenizer"]`` includes ``text_encoder_2``. If a folder has no such subfolder, its top-level files are used.
+        ask_hub: whether to query the Hub for the current commit, with a timeout of 10 seconds.
     """
     root = Path(resolve_checkpoint(checkpoint))
     if not root.exists():

@@ -1,4 +1,4 @@
-"""Caches the latents of a run: the autoencoder posteriors of its images."""
+"""Caches the latents of a run: the autoencoder's posteriors (mean and standard deviation) of the images."""
 
 from __future__ import annotations
 
@@ -23,14 +23,21 @@ IMAGE_FOLDERS = ("vae",)
 
 
 def has_latents(config: RunConfig) -> bool:
-    """Whether the run caches latents; by default if its data has images."""
+    """Whether a run caches latents: the value of ``cache.latents``; if it is null, whether the data has images.
+
+    False for a config without ``cache`` or ``data``.
+    """
     if config.cache is None or config.data is None:
         return False
     return config.data.has_images if config.cache.latents is None else config.cache.latents
 
 
 def latent_store(config: RunConfig, runtime: Runtime, **options: Any) -> Store:
-    """Opens the store of latents, identified by the settings that determine them; passes ``options`` to `Store`."""
+    """Opens the store of a run's latents; raises the errors of `Store`.
+
+    The store's ``identity`` contains the settings that determine the latents. ``options`` are further keyword arguments
+    of `Store`.
+    """
     assert config.cache is not None and config.data is not None and config.backbone is not None
     # The key `dtype` applies to the denoiser only, not to the autoencoder.
     backbone = config.backbone.model_dump(mode="json", exclude={"dtype"})
@@ -46,7 +53,23 @@ def latent_store(config: RunConfig, runtime: Runtime, **options: Any) -> Store:
 def make_latents(
     config: RunConfig, data: Data, runtime: Runtime, batch_size: int, shard_bytes: int, progress: bool
 ) -> tuple[int, int]:
-    """Encodes the images of ``data`` that are not cached yet; returns the numbers of all and of new entries."""
+    """Encodes the images of ``data`` that are not cached yet, split over all processes.
+
+    Args:
+        config: the run's config.
+        data: the data whose images are encoded.
+        runtime: device, dtype and processes.
+        batch_size: number of images per call of the autoencoder.
+        shard_bytes: number of bytes of new entries after which a process writes a file.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The number of all entries of the cache and the number of new ones, over all processes.
+
+    Raises:
+        StaleCache: if the cache was made with different settings.
+        ValueError: if items of the data change between reads, or no image can be read.
+    """
     store = latent_store(config, runtime, **writer_options(runtime, shard_bytes))
     wait(runtime)  # every process must have opened the store before any new shard is written
     _check_deterministic(data)
@@ -93,13 +116,26 @@ def make_latents(
         write_items(store.folder, keys, stamps, buckets)
     wait(runtime)
     if all(key == UNREADABLE for key in keys):
-        raise ValueError("none of the images in the data can be read; check that its files exist and are images")
+        raise ValueError(
+            f"none of the {len(data)} images of the data can be read; check that the files exist and are images"
+        )
     total = len(store.reopened())
     return total, total - num_before
 
 
 class _Rows(Dataset[dict[str, Any]]):
-    """Key, stamp, bucket and image of each item of this process; the image is None if the store already has it."""
+    """Reads key, stamp, bucket and image of each item of this process.
+
+    See `Data.image_key`, `Data.image_stamp` and `Data.bucket`. The image is None if the store already has its latent,
+    or if the image cannot be read.
+
+    Args:
+        data: the data.
+        items: indices of this process's items.
+        stored: keys in the store.
+        keys: keys of the items in the existing cache, to avoid reading unchanged images; empty without one.
+        stamps: stamps of the items in the existing cache.
+    """
 
     def __init__(self, data: Data, items: range, stored: set[bytes], keys: list[bytes], stamps: list[int]):
         self.data, self.items, self.stored, self.keys, self.stamps = data, items, stored, keys, stamps
@@ -126,7 +162,7 @@ class _Rows(Dataset[dict[str, Any]]):
 
 
 def _check_deterministic(data: Data) -> None:
-    """Raises ValueError if items change between reads, e.g. randomly flipped images."""
+    """Raises ValueError if one of the first two items of the data differs between reads, e.g. a random flip."""
     for index in range(min(len(data), 2)):
         first, second = data.load_item(index), data.load_item(index)
         if first is None or second is None:

@@ -1,4 +1,4 @@
-"""Precomputes latents and the hidden states of the frozen text models of a run, and rejects stale caches."""
+"""Precomputes the latents of a run and the hidden states of its frozen text models, and rejects outdated caches."""
 
 from __future__ import annotations
 
@@ -26,26 +26,32 @@ def make_caches(
 ) -> dict[str, tuple[int, int]]:
     """Computes missing cache entries of a run. Existing entries are reused, so an interrupted call can be repeated.
 
-    Several processes (``runtime.world_size``) split the images and prompts and write separate shards; the result equals
-    that of one process. Two processes may encode duplicates of an image; one of the entries is used.
+    Several processes (``runtime.world_size``) split the images and prompts and write separate files (shards); the
+    result equals that of one process. Two processes may encode duplicates of an image; one of the entries is used.
 
     Args:
-        config: run config with ``cache``.
+        config: run config with ``cache`` and ``data``.
         runtime: device, dtype and processes; training must use the same dtype.
-        batch_size: number of images or prompts to encode at a time.
-        shard_bytes: size of a shard; an interrupted call loses the last, incomplete shard.
+        batch_size: number of images or prompts that each process encodes at a time.
+        shard_bytes: size in bytes of new entries after which a process writes a shard. An interrupted call loses the
+            entries that are not written yet.
         progress: whether to show progress bars.
 
     Returns:
-        For each part of the cache, the number of entries and the number of new ones, over all processes.
+        For each folder of the cache, a pair: the number of all entries and the number of new ones, over all processes.
+        The folders are ``"latents"`` and one per text encoder, e.g. ``"prompts-clip-segment"``.
 
     Raises:
         StaleCache: if the cache was made with different settings.
-        ValueError: if a different process is writing the cache, the config has no ``cache`` or ``data``, the data is a
+        ValueError: if a different program is writing the cache, the config has no ``cache`` or ``data``, the data is a
             stream or its items change between reads, or an encoder cannot be cached.
     """
     if config.cache is None or config.data is None:
-        raise ValueError("expected a config with 'data' and 'cache', e.g. cache: {folder: runs/cache}")
+        missing = [f"'{key}'" for key in ("data", "cache") if getattr(config, key) is None]
+        raise ValueError(
+            f"expected a config with 'data' and 'cache', got one without {' and '.join(missing)}; add the missing "
+            "section, e.g. cache: {folder: runs/cache}"
+        )
     data = require_indexed(config.data.for_backbone(config.backbone).build(runtime), config)
     progress = progress and runtime.rank == 0
     lock = Lock(Path(config.cache.folder)) if runtime.rank == 0 else None
@@ -75,7 +81,7 @@ def _monitored(config: RunConfig, runtime: Runtime) -> list[str]:
 
 
 def check_caches(config: RunConfig, runtime: Runtime) -> None:
-    """Checks that the caches of a run exist and match its config, without loading models or data.
+    """Checks that the caches of a run exist and match the config, without loading models or data.
 
     Raises:
         StaleCache: if a cache was made with different settings; the message lists the differences.
@@ -89,7 +95,10 @@ def check_caches(config: RunConfig, runtime: Runtime) -> None:
 
 
 def require_indexed(data: Data | Stream, config: RunConfig) -> Data:
-    """Returns map-style data unchanged. Raises ValueError for a stream."""
+    """Returns ``data`` if it is read by index (map-style); raises ValueError if it is a stream.
+
+    ``config`` provides the name of the data for the message.
+    """
     if isinstance(data, Stream):
         raise ValueError(
             f"data '{config.data and config.data.name}' is a stream, which a cache cannot index; "
@@ -99,15 +108,28 @@ def require_indexed(data: Data | Stream, config: RunConfig) -> Data:
 
 
 def cached_data(config: RunConfig, data: Data, runtime: Runtime) -> Data:
-    """Returns the data with latents instead of images, if the run caches latents."""
+    """Returns the data with cached posteriors of the autoencoder instead of images.
+
+    If the run does not cache latents, returns ``data`` unchanged.
+
+    Raises:
+        StaleCache: if the cache was made with different settings.
+        FileNotFoundError: if the cache does not exist.
+        ValueError: if the cache is incomplete, or the data has changed.
+    """
     return CachedImages.load(data, latent_store(config, runtime)) if has_latents(config) else data
 
 
 def cached_encoder(config: RunConfig, data: Data, runtime: Runtime) -> Encoder:
-    """Returns an encoder that reads cached text states; its text models are not loaded.
+    """Returns an encoder that reads cached states; the text models are not loaded.
+
+    Checks that the cache contains the prompts of the config's ``monitor`` and up to 32 evenly spread prompts of the
+    data.
 
     Raises:
-        ValueError: if a prompt of the monitor, or one of the checked prompts of the data, is not in the cache.
+        StaleCache: if a cache was made with different settings.
+        FileNotFoundError: if a cache does not exist.
+        ValueError: if a checked prompt is not in the cache.
     """
     stores = [prompt_store(config, name, leaf, runtime) for name, leaf in named_leaves(config)]
     checked = [data.prompt(i) for i in spread_indices(len(data))]

@@ -1,4 +1,4 @@
-"""Coordination of processes that write one store together."""
+"""Coordination of processes that together write one `Store`."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ from longalign.runtime import Runtime
 def writer_options(runtime: Runtime, shard_bytes: int) -> dict[str, Any]:
     """Returns keyword arguments for a `longalign.caching.store.Store` that all processes write to.
 
-    A process writes a file (shard) when its entries reach ``shard_bytes`` bytes.
+    A process writes a file (shard) when its new entries reach ``shard_bytes`` bytes.
     """
     return {"writable": True, "rank": runtime.rank, "processes": runtime.world_size, "shard_bytes": shard_bytes}
 
 
 def gather_rows(rows: torch.Tensor, count: int, runtime: Runtime) -> torch.Tensor:
-    """Returns the rows of all ``count`` items, of which process r of n has those of items r, r + n, r + 2n, ..."""
+    """Returns the rows ``(count, ...)`` of all items in order, gathered from all processes.
+
+    ``rows`` holds one row per item of this process: process r of n has items r, r + n, r + 2n, ...
+    """
     padding = rows.new_zeros((-(-count // runtime.world_size) - len(rows), *rows.shape[1:]))
     gathered = runtime.gather(torch.cat([rows, padding]))
     return rearrange(gathered, "(r n) ... -> (n r) ...", r=runtime.world_size)[:count]
 
 
 def wait(runtime: Runtime) -> None:
-    """Blocks until all processes have called it."""
+    """Blocks until all processes have called this function."""
     runtime.gather(torch.zeros(1))

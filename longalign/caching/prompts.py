@@ -1,4 +1,4 @@
-"""Caches the text states of a run, separately for each of its encoders."""
+"""Caches the hidden states of a run's prompts, in a separate store for each text encoder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ TEXT_FOLDERS = ("text_encoder", "tokenizer")
 
 
 def named_leaves(config: RunConfig) -> Iterator[tuple[str, EncoderConfig]]:
-    """Yields ``(folder_name, config)`` for each encoder that has its own cache."""
+    """Yields ``(name, leaf)`` for each encoder of a run that is cached separately.
+
+    ``name`` is the name of the encoder's folder in the cache, e.g. ``prompts-t5``; ``leaf`` is the encoder's config,
+    one of `EncoderConfig.leaves`.
+    """
     assert config.encoder is not None  # a config with a cache has one
     names: set[str] = set()
     for leaf in config.encoder.leaves():
@@ -31,9 +35,16 @@ def named_leaves(config: RunConfig) -> Iterator[tuple[str, EncoderConfig]]:
 
 
 def prompt_store(config: RunConfig, name: str, leaf: EncoderConfig, runtime: Runtime, **options: Any) -> Store:
-    """Opens the store of one encoder's states, identified by the settings that determine them.
+    """Opens the store of one encoder's states; raises the errors of `Store`.
 
-    ``options`` are passed to `Store`.
+    The store's ``identity`` contains the settings that determine the states.
+
+    Args:
+        config: the run's config.
+        name: name of the store's folder; see `named_leaves`.
+        leaf: config of the encoder; see `named_leaves`.
+        runtime: gives the dtype of the states.
+        **options: further keyword arguments of `Store`.
     """
     assert config.cache is not None
     encoder = settings(leaf)
@@ -51,9 +62,24 @@ def make_prompts(
     shard_bytes: int,
     progress: bool,
 ) -> tuple[int, int]:
-    """Encodes the prompts that are not cached yet; returns the numbers of all and of new entries.
+    """Encodes the prompts that are not cached yet with one encoder, split over all processes.
 
-    ``name`` and ``leaf`` are the store and the encoder of `prompt_store`.
+    Args:
+        config: the run's config.
+        name: name of the store's folder; see `named_leaves`.
+        leaf: config of the encoder; see `named_leaves`.
+        prompts: distinct prompts, including the empty one.
+        runtime: device, dtype and processes.
+        batch_size: number of prompts per call of the encoder.
+        shard_bytes: number of bytes of new entries after which a process writes a file.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The number of all entries of the store and the number of new ones, over all processes.
+
+    Raises:
+        StaleCache: if the store was made with different settings.
+        ValueError: if the states of the encoder cannot be cached.
     """
     store = prompt_store(config, name, leaf, runtime, **writer_options(runtime, shard_bytes))
     wait(runtime)  # every process must find the same prompts missing

@@ -1,4 +1,4 @@
-"""Content-addressed tensor store in memory-mapped safetensors shards."""
+"""Tensor store on disk, addressed by a hash of the content that the tensors were made from."""
 
 from __future__ import annotations
 
@@ -26,33 +26,36 @@ REPAIR_ADVICE = "remove it and run: longalign cache CONFIG"
 
 
 def key_of(content: bytes | str) -> bytes:
-    """Returns the key of a text or of bytes: its 16-byte BLAKE2b hash (RFC 7693)."""
+    """Returns the key of an entry made from ``content``: the content's 16-byte BLAKE2b hash (RFC 7693)."""
     return blake2b(content.encode() if isinstance(content, str) else content, digest_size=KEY_BYTES).digest()
 
 
 class StaleCache(ValueError):
-    """Raised if a cache does not match the requested settings."""
+    """Raised if a cache was made with other settings than the requested ones."""
 
 
 class Store:
-    """A folder of atomically written shards, with the settings that produced them.
+    """A folder of entries, each looked up by a 16-byte key, and the settings that the entries depend on.
 
     An entry maps names to tensors ``(k, ...)``. Only k may differ between entries; the remaining shape, the dtype and
-    the names are the same. A shard contains the concatenated tensors of its entries, ``<name>.starts`` (start of each
-    entry), ``keys`` ``(m, 16)`` and ``checks`` ``(m,)``, the CRC-32 of each entry.
+    the names are equal. Entries are written in safetensors files, called shards. A shard of m entries contains, for
+    each name, the concatenated tensors and ``<name>.starts`` ``(m + 1,)``, the bounds of the entries; furthermore
+    ``keys`` ``(m, 16)`` and ``checks`` ``(m,)``, the CRC-32 of each entry.
 
     Args:
         folder: folder of the store; created if ``writable``.
-        identity: settings that the entries depend on, as plain JSON values.
+        identity: settings that the entries depend on, as plain JSON values. A new store saves them; an existing one
+            must have been made with equal settings.
         writable: whether entries will be added.
-        shard_bytes: number of bytes of pending entries at which they are written as a shard, a file.
+        shard_bytes: number of bytes of added entries at which these are written as a shard.
         rank: rank of this process among the concurrent writers, which write separate shards. Shard numbers are unique
             only if every writer opens the folder before any of them writes.
         processes: number of concurrent writers.
 
     Raises:
-        StaleCache: if the folder has a different identity; the message lists the differences.
+        StaleCache: if the store was made with a different ``identity``; the message lists the differences.
         FileNotFoundError: if the folder has no store and ``writable`` is False.
+        ValueError: if a file of the store is damaged.
     """
 
     def __init__(
@@ -76,7 +79,7 @@ class Store:
             self._index(number)
 
     def reopened(self) -> Store:
-        """Returns a read-only store of the same folder, with the entries that all writers have written."""
+        """Opens this folder again and returns a read-only store with the entries that all writers have written."""
         return Store(self.folder, self.identity)
 
     def _check_identity(self, identity: dict[str, Any], writable: bool) -> None:
@@ -127,7 +130,12 @@ class Store:
         yield from self._pending
 
     def __getitem__(self, key: bytes) -> dict[str, Tensor]:
-        """Reads an entry from its shard. Raises ValueError if the stored checksum does not match the data."""
+        """Reads an entry from disk.
+
+        Raises:
+            KeyError: if no written entry has this key; added entries can be read after `flush`.
+            ValueError: if the file of the entry is damaged.
+        """
         number, row = self._locations[key]
         file = self._open_shard(number)
         out = {}
@@ -140,7 +148,10 @@ class Store:
         return out
 
     def add(self, key: bytes, entry: Mapping[str, Tensor]) -> None:
-        """Adds an entry. It is written to disk when the shard is full, or by `flush`."""
+        """Adds an entry, unless the store has one with this key.
+
+        Added entries are written to disk when together they have at least ``shard_bytes`` bytes, or by `flush`.
+        """
         if key in self:
             return
         self._pending[key] = {name: tensor.detach().cpu() for name, tensor in entry.items()}
@@ -149,7 +160,11 @@ class Store:
             self.flush()
 
     def flush(self) -> None:
-        """Writes the pending entries as a shard."""
+        """Writes the added entries that are not on disk yet as a shard.
+
+        Raises:
+            ValueError: if their shapes, except for the first dimension, or their dtypes differ.
+        """
         if not self._pending:
             return
         keys, entries = list(self._pending), list(self._pending.values())
@@ -157,7 +172,11 @@ class Store:
         for name in entries[0]:
             parts = [entry[name] for entry in entries]
             if len(shapes := {(part.shape[1:], part.dtype) for part in parts}) > 1:
-                raise ValueError(f"expected '{name}' with one shape and dtype in all entries, got {shapes}")
+                shown = " and ".join(sorted(f"{list(shape)} {dtype}" for shape, dtype in shapes))
+                raise ValueError(
+                    f"expected '{name}' with one dtype and, after the first dimension, one shape in all entries, got "
+                    f"{shown}; add entries that agree"
+                )
             tensors[name] = torch.cat(parts).contiguous()
             tensors[f"{name}.starts"] = torch.tensor([0, *(len(part) for part in parts)]).cumsum(0)
         tensors["checks"] = torch.tensor([crc(entry) for entry in entries], dtype=torch.int64)

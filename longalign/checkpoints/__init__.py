@@ -1,4 +1,4 @@
-"""Checkpoints: saving, loading, export, upload, and conversion of published weights.
+"""Checkpoints of trained models: saving, loading, export, upload, and conversion of published weights.
 
 Public names are loaded on first use.
 """

@@ -1,4 +1,4 @@
-"""Model cards in the Hub's format."""
+"""Texts of model cards (README.md) in the Hub's format."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from longalign.hub import HUB_ID
 def reward_card(
     config: RunConfig, metadata: Mapping[str, str], table: MetricTable | None = None, license: str | None = None
 ) -> str:
-    """Returns a model card as `model_card` does, for a run that trained a reward.
+    """Returns the text of the model card of a run that trained a reward, in the Hub's format.
 
     Args:
         config: config of the run.
-        metadata: metadata of the checkpoint file.
-        table: metrics.
-        license: the Hub's license id; omitted if None.
+        metadata: metadata of the run's ``longalign.safetensors``.
+        table: metric table to include; None: none.
+        license: id of a license on the Hub, e.g. ``"mit"``; None: none.
     """
     (reward,) = config.rewards
     public = public_config(config)
@@ -63,14 +63,16 @@ def model_card(
     table: MetricTable | None = None,
     license: str | None = None,
 ) -> str:
-    """Returns a model card in the Hub's format: description, usage, metrics and training.
+    """Returns the text of the model card of a trained diffusion model, in the Hub's format.
+
+    It contains description, usage, metrics and training.
 
     Args:
         config: config of the run.
         weights: weights of the checkpoint.
-        metadata: metadata of the checkpoint file.
-        table: metrics, the base model's first.
-        license: the Hub's license id; omitted if None.
+        metadata: metadata of the checkpoint's ``longalign.safetensors``.
+        table: metric table to include, with the base model as its first model; None: none.
+        license: id of a license on the Hub, e.g. ``"openrail++"``; None: none.
     """
     assert config.backbone is not None and config.encoder is not None
     # the stored config has all parts; those whose plugins are not installed here are not in `config`
@@ -151,7 +153,12 @@ def _versions(metadata: Mapping[str, str]) -> str:
 
 
 def _plugins(metadata: Mapping[str, str], needed: Sequence[str]) -> str:
-    """Returns the packages other than longalign that provide parts of the run, by whether ``needed`` keys use them."""
+    """Lists the plugins that provide parts of the run, separated into required ones and those for training only.
+
+    Args:
+        metadata: metadata of the run's ``longalign.safetensors``.
+        needed: config keys, e.g. ``backbone``, whose parts are required to use the model.
+    """
     groups: dict[str, dict[str, list[str]]] = {}
     for path, package in json.loads(metadata.get("providers", "{}")).items():
         if package.split(" ")[0] != "longalign":

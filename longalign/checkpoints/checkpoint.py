@@ -1,14 +1,15 @@
 """Self-describing checkpoints: one safetensors file with all trained weights and the config of the run.
 
-Keys of ``longalign.safetensors``:
+Names of the tensors in ``longalign.safetensors``:
 
-- ``lora.<i>.<module>.lora_A.weight`` and ``lora_B``: the i-th LoRA, those of earlier stages first;
+- ``lora.<i>.<module>.lora_A.weight`` and ``lora_B``: the i-th LoRA, in the order of application. A run that starts from
+  a checkpoint (``init_from``) with LoRAs appends its own;
 - ``denoiser.<name>``: all weights of the denoiser, after full fine-tuning;
-- ``encoder.<name>``: the encoder's adapter.
+- ``encoder.<name>``: the encoder's adapter, i.e. trained layers after a frozen text model.
 
-A run that trains a reward has none of these keys; the reward is in the folder ``reward/`` next to the file.
-The metadata contains the config, names and configs of the LoRAs, the step, package versions, and the package that
-provides each part.
+A run that trains a reward has none of these tensors; the reward is in the folder ``reward/`` next to the file.
+The metadata contains the config, names and configs of the LoRAs, the number of optimizer steps, package versions, and
+the package that provides each part of the config.
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ FORMAT = "1"
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of a checkpoint.
+    """The weights of a checkpoint, on the CPU.
 
     Attributes:
-        loras: the LoRAs, in the order of application.
-        denoiser: all weights of the denoiser; empty if only LoRAs were trained.
-        adapter: weights of the encoder's adapter; empty if it has none.
+        loras: the LoRAs of the denoiser, in the order of application.
+        denoiser: name -> weight of the denoiser, all weights; empty unless the denoiser was fully fine-tuned.
+        adapter: name -> weight of the encoder's adapter; empty if the encoder has no adapter.
     """
 
     loras: list[LoraWeights]
@@ -58,24 +59,24 @@ class Weights:
 
 
 def save(folder: Path, config: RunConfig, backbone: Backbone | None, encoder: Encoder | None, step: int) -> Path:
-    """Writes ``longalign.safetensors`` to a folder, created if needed; returns the file's path.
-
-    The file is written atomically.
+    """Writes ``longalign.safetensors`` atomically to a folder, created if needed; returns the file's path.
 
     Args:
         folder: folder of the checkpoint, e.g. ``runs/x/checkpoint-000100``.
         config: config of the run.
-        backbone: its LoRAs are saved, or all weights after full fine-tuning; None if the run has no backbone.
-        encoder: its adapter is saved, if it has one; None if the run has no encoder.
+        backbone: backbone whose LoRAs are saved, and after full fine-tuning all weights of the denoiser; None if the
+            run has no backbone.
+        encoder: encoder whose adapter is saved, if it has one; None if the run has no encoder.
         step: number of completed optimizer steps.
     """
     return write(folder, config, collect(backbone, encoder), step)
 
 
 def collect(backbone: Backbone | None, encoder: Encoder | None) -> Weights:
-    """Returns the weights that `save` writes, as copies on the CPU.
+    """Returns the weights that `save` writes, as copies on the CPU; the arguments are those of `save`.
 
-    With sharded weights, all processes must call this function; only the first one receives the weights.
+    If weights are sharded over processes, all processes must call this function; only the first process receives all
+    weights.
     """
     parameters = {} if encoder is None else encoder.adapter_parameters()
     adapter_state = {k: p.detach().to("cpu", copy=True).contiguous() for k, p in parameters.items()}
@@ -85,7 +86,14 @@ def collect(backbone: Backbone | None, encoder: Encoder | None) -> Weights:
 
 
 def write(folder: Path, config: RunConfig, weights: Weights, step: int) -> Path:
-    """Writes collected weights as `save` does; all tensors must be on the CPU and contiguous."""
+    """Writes ``longalign.safetensors`` as `save` does; returns the file's path.
+
+    Args:
+        folder: folder of the checkpoint, created if needed.
+        config: config of the run.
+        weights: contiguous tensors on the CPU, e.g. from `collect`.
+        step: number of completed optimizer steps.
+    """
     loras = weights.loras
     tensors = {f"lora.{i}.{key}": tensor for i, lora in enumerate(loras) for key, tensor in lora.state.items()}
     tensors |= {f"denoiser.{key}": tensor for key, tensor in weights.denoiser.items()}
@@ -108,12 +116,13 @@ def load_weights(checkpoint: str | Path) -> Weights:
     """Reads the weights of a checkpoint: LoRAs, fully fine-tuned denoiser and encoder adapter, on the CPU.
 
     Args:
-        checkpoint: the checkpoint's file or folder, or a run's folder (the newest checkpoint).
+        checkpoint: the checkpoint's file or folder, or the output folder of a run, of which the newest checkpoint is
+            read.
 
     Raises:
         FileNotFoundError: if the checkpoint does not exist.
         ValueError: if the file is damaged or has a different format, or its run has no backbone. Also if tensors are
-            not listed in its metadata, or are not finite floats.
+            missing, not listed in the metadata, or not finite floats.
     """
     path = checkpoint_file(Path(checkpoint))
     metadata = read_metadata(path)
@@ -144,12 +153,16 @@ def load_weights(checkpoint: str | Path) -> Weights:
 
 
 def _check_complete(path: Path, tensors: Mapping[str, Tensor], loras: Sequence[LoraWeights]) -> None:
-    """Raises ValueError if tensors are missing, unlisted or not finite floats."""
+    """Checks the tensors of a checkpoint file.
+
+    Raises:
+        ValueError: if a name has no known prefix, a listed LoRA has no tensors, or a tensor is not of finite floats.
+    """
     prefixes = ("denoiser.", "encoder.", *(f"lora.{i}." for i in range(len(loras))))
     if unknown := [name for name in tensors if not name.startswith(prefixes)]:
         raise ValueError(
             f"{path} has {len(unknown)} tensors that are not listed in its metadata, e.g. '{unknown[0]}'; expected "
-            f"names with the prefix {', '.join(prefixes)}"
+            f"names with the prefix {' or '.join(prefixes)}; download or create the file again"
         )
     if empty := [lora.name for lora in loras if not lora.state]:
         raise ValueError(
@@ -164,13 +177,18 @@ def _check_complete(path: Path, tensors: Mapping[str, Tensor], loras: Sequence[L
 
 
 def read_config(checkpoint: str | Path) -> RunConfig:
-    """Returns the config of a checkpoint, for sampling.
+    """Returns the config of the run that wrote a checkpoint.
 
-    If training-only parts cannot be loaded, e.g. because their plugins are not installed, rewards, trainer, data and
-    cache are omitted with a warning.
+    If keys that only training needs are invalid here, e.g. because a plugin is not installed, ``rewards``, ``trainer``,
+    ``data`` and ``cache`` are emptied with a warning.
+
+    Args:
+        checkpoint: the checkpoint's file or folder, or the output folder of a run, of which the newest checkpoint is
+            read.
 
     Raises:
-        ConfigError: if the backbone or encoder cannot be loaded, or the trained reward of a run without a backbone.
+        ConfigError: if ``backbone`` or ``encoder`` is invalid here, or any key of a run without a backbone.
+        FileNotFoundError: if the checkpoint does not exist.
     """
     path = checkpoint_file(Path(checkpoint))
     try:
@@ -195,13 +213,20 @@ def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor
 
 
 def load_into(checkpoint: str | Path, backbone: Backbone, encoder: Encoder) -> None:
-    """Loads a checkpoint's weights into newly built parts.
+    """Loads a checkpoint's weights into a newly built backbone and encoder.
 
-    All LoRAs but the last are merged into the denoiser's weights. The last one stays unmerged and frozen until a new
-    LoRA is added or `Backbone.merge_lora` is called.
+    All LoRAs but the last are merged into the denoiser's weights. The last LoRA is active but frozen, and is merged
+    when a new LoRA is added or `Backbone.merge_lora` is called.
+
+    Args:
+        checkpoint: the checkpoint's file or folder, or the output folder of a run, of which the newest checkpoint is
+            read.
+        backbone: backbone of the checkpoint's config.
+        encoder: encoder of the checkpoint's config.
 
     Raises:
-        ValueError: if the weights do not fit the parts, or only the checkpoint or only the encoder has an adapter.
+        ValueError: if the weights do not fit the backbone or the encoder's adapter, or the checkpoint has an adapter
+            and the encoder has none, or the reverse.
     """
     weights = load_weights(checkpoint)
     if weights.denoiser:
@@ -216,16 +241,22 @@ def load_into(checkpoint: str | Path, backbone: Backbone, encoder: Encoder) -> N
 def load_for_sampling(
     checkpoint: str | Path, runtime: Runtime | None = None, *, device: str | None = None, dtype: str | None = None
 ) -> tuple[RunConfig, Backbone, Encoder]:
-    """Loads config, backbone and encoder of a checkpoint, frozen and in eval mode, without trainer and rewards.
+    """Loads backbone and encoder of a checkpoint with all LoRAs merged, frozen and in eval mode.
 
     Args:
-        checkpoint: the checkpoint's file or folder, or a run's folder (the newest checkpoint).
-        runtime: device and dtype; detected on this machine, in the precision of training, if None.
-        device: a torch device, if ``runtime`` is None.
-        dtype: "float32", "bfloat16" or "float16", if ``runtime`` is None.
+        checkpoint: the checkpoint's file or folder, or the output folder of a run, of which the newest checkpoint is
+            loaded.
+        runtime: device and dtype. None: those of ``device`` and ``dtype``, which have no effect otherwise.
+        device: a torch device, e.g. ``"cuda"``; None: the fastest available one.
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``, for all weights except those of the encoder's adapter;
+            None: the dtype of ``loop.precision`` in training.
+
+    Returns:
+        ``(config, backbone, encoder)``.
 
     Raises:
-        ValueError: if the checkpoint has no backbone or no encoder, or its weights do not fit.
+        ValueError: if the checkpoint has no backbone or no encoder, or its weights do not fit these.
+        FileNotFoundError: if the checkpoint does not exist.
     """
     path = checkpoint_file(Path(checkpoint))
     config = read_config(path)

@@ -23,7 +23,7 @@ SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 T5 = "google-t5/t5-large"
 ADAPTER = "s28750_adapter"
 LORAS = {"align": ("s28750_lora_vis.pt", 28750), "reward": ("sd15-reward-3750.pt", 3750)}
-"""File of each stage, in the order of application, and its number of training steps."""
+"""Training stage -> file of its LoRA and number of training steps, in the order of application."""
 
 # non-default config values of the UNet of Stable Diffusion 1.5; spares the download of its config
 _UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
@@ -34,15 +34,16 @@ def convert_longsd(
 ) -> Path:
     """Converts the published LongAlign weights (longSD) to a checkpoint for ``longalign generate`` and ``init_from``.
 
-    Also writes ``pytorch_lora_weights.safetensors``, the sum of both LoRAs, for ``load_lora_weights`` of a diffusers
-    pipeline.
+    These are the LoRAs of two training stages, supervised (align) and by reward, and the adapter of T5. Also writes
+    ``pytorch_lora_weights.safetensors``, the sum of the LoRAs, for ``load_lora_weights`` of a diffusers pipeline.
 
     Args:
         source: folder with ``s28750_adapter/``, ``s28750_lora_vis.pt`` and ``sd15-reward-3750.pt``.
-        output: output folder; must not already contain ``longalign.safetensors``.
-        backbone: Hub id or local folder of the base model. Its CLIP text encoder is used for the prompt segments.
-        t5: Hub id or local folder of T5.
-        align_only: if True, skip the reward stage; ``sd15-reward-3750.pt`` is then not required.
+        output: output folder, created if needed; must not already contain ``longalign.safetensors``.
+        backbone: Hub id or local folder of the base model, Stable Diffusion 1.5 in diffusers layout, whose CLIP text
+            encoder encodes the sentences of a prompt.
+        t5: Hub id or local folder of the T5 encoder.
+        align_only: whether to omit the LoRA of the reward stage; ``sd15-reward-3750.pt`` is then not required.
 
     Returns:
         The path of ``longalign.safetensors``.
@@ -74,10 +75,15 @@ def convert_longsd(
 
 
 def longsd_config(backbone: str, t5: str, adapter: TextAdapter) -> RunConfig:
-    """Returns the config that the weights were trained with (paper, section 3.1, appendix A).
+    """Returns the config of backbone and encoder with which longSD was trained (paper, section 3.1 and appendix A).
 
-    The encoder concatenates 240 states of CLIP's segments and 240 adapted states of T5. The adapter's weights come
-    from the checkpoint.
+    The encoder concatenates 240 states of CLIP, which encodes each sentence separately, and 240 states of T5, mapped to
+    the width of CLIP's states by the adapter.
+
+    Args:
+        backbone: Hub id or local folder of the base model.
+        t5: Hub id or local folder of the T5 encoder.
+        adapter: the adapter; only its widths are used.
     """
     widths = {key: getattr(adapter, key) for key in ("in_dim", "int_dim", "out_dim")}
     clip = {"name": "clip-segment", "checkpoint": backbone, "segmenter": "longalign", "max_tokens": 240}
@@ -90,12 +96,18 @@ def longsd_config(backbone: str, t5: str, adapter: TextAdapter) -> RunConfig:
 
 
 def read_lora_file(path: Path, unet: nn.Module, name: str) -> LoraWeights:
-    """Reads one stage's LoRA from its pickled flat list ``[up, down, up, down, ...]``.
+    """Reads one stage's LoRA from its pickled flat list of tensors ``[up, down, up, down, ...]``.
 
     The list has one pair per Linear and Conv2d inside Attention, ResnetBlock2D and GEGLU, in the order of
     ``named_modules``, without duplicates: 224 pairs in Stable Diffusion 1.5.
 
+    Args:
+        path: path of the ``.pt`` file.
+        unet: the UNet of the base model, whose weights are not used.
+        name: name of the LoRA in the checkpoint, e.g. ``"align"``.
+
     Raises:
+        FileNotFoundError: if the file does not exist.
         ValueError: if the number of tensors or a tensor's shape or dtype does not fit these layers.
     """
     tensors = read_tensors(path)
@@ -123,14 +135,19 @@ def read_lora_file(path: Path, unet: nn.Module, name: str) -> LoraWeights:
 
 
 def read_tensors(path: Path) -> list[Tensor]:
-    """Reads a list of tensors from a pickle, without executing code in the file.
+    """Reads a list of tensors from a ``torch.save`` file to the CPU, without executing code in the file.
 
-    Raises ValueError if the file contains anything else.
+    Raises:
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file is damaged or contains anything but a non-empty list of tensors.
     """
     content = load_pickle(path)
     if not isinstance(content, (list, tuple)) or not content or not all(isinstance(t, Tensor) for t in content):
         kind = f"a mapping with keys {list(content)[:2]}" if isinstance(content, Mapping) else repr(type(content))
-        raise ValueError(f"{path}: expected a list of tensors [up, down, up, down, ...], got {kind}")
+        raise ValueError(
+            f"{path}: expected a list of tensors [up, down, up, down, ...], got {kind}; use the file of "
+            "luping-liu/LongSD"
+        )
     return list(content)
 
 

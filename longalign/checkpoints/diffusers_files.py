@@ -1,4 +1,4 @@
-"""Writes trained weights as files for diffusers: one LoRA, a denoiser, adapters."""
+"""Writes trained weights as files for diffusers: LoRAs as one file, a denoiser, and adapters of text encoders."""
 
 from __future__ import annotations
 
@@ -21,13 +21,19 @@ ADAPTER_METADATA = "lora_adapter_metadata"
 
 
 def export_lora(checkpoint: str | Path, folder: str | Path) -> Path:
-    """Exports a checkpoint's LoRAs with `save_lora`.
+    """Exports the LoRAs of a checkpoint as one file for ``load_lora_weights`` of a diffusers pipeline.
+
+    Args:
+        checkpoint: the checkpoint's file or folder, or the output folder of a run, of which the newest checkpoint is
+            exported.
+        folder: output folder, created if needed.
 
     Returns:
-        The path of ``pytorch_lora_weights.safetensors``.
+        The path of the written ``pytorch_lora_weights.safetensors``.
 
     Raises:
-        ValueError: if all weights were trained, or the checkpoint has no LoRA.
+        FileNotFoundError: if the checkpoint does not exist.
+        ValueError: if the checkpoint has no LoRA, or its denoiser was fully fine-tuned.
     """
     weights = load_weights(checkpoint)
     if weights.denoiser or not weights.loras:
@@ -39,9 +45,17 @@ def export_lora(checkpoint: str | Path, folder: str | Path) -> Path:
 
 
 def save_lora(config: RunConfig, weights: Weights, output: Path) -> Path:
-    """Saves all LoRAs as one file for ``load_lora_weights(output)`` of a diffusers pipeline; returns its path.
+    """Saves all LoRAs of a checkpoint as one file for ``load_lora_weights(output)`` of a diffusers pipeline.
 
-    LoRAs of several stages are concatenated, which is exact; the rank is the sum of their ranks.
+    Several LoRAs are concatenated to one of the same effect; its rank is the sum of their ranks.
+
+    Args:
+        config: config of the checkpoint.
+        weights: weights of the checkpoint, with at least one LoRA.
+        output: output folder, created if needed.
+
+    Returns:
+        The path of the written ``pytorch_lora_weights.safetensors``.
     """
     joined = concat_loras(weights.loras)
     component = denoiser_folder(config)
@@ -54,12 +68,21 @@ def save_lora(config: RunConfig, weights: Weights, output: Path) -> Path:
 
 
 def denoiser_folder(config: RunConfig) -> str:
-    """Returns the name of the denoiser's component in diffusers: ``unet`` or ``transformer``."""
+    """Returns the name of the denoiser in the diffusers pipeline of a config: ``unet`` or ``transformer``."""
     return getattr(config.backbone, "component", "unet")
 
 
 def save_denoiser(config: RunConfig, weights: Weights, output: Path) -> Path:
-    """Saves the denoiser with all LoRAs merged, in diffusers format; returns its folder."""
+    """Saves a fully fine-tuned denoiser with all LoRAs merged, in diffusers format.
+
+    Args:
+        config: config of the checkpoint, whose base model is loaded.
+        weights: weights of the checkpoint.
+        output: output folder, in which the folder ``unet`` or ``transformer`` is written.
+
+    Returns:
+        The path of the written folder.
+    """
     assert config.backbone is not None
     backbone = config.backbone.build(Runtime())
     backbone.load_full(weights.denoiser)
@@ -71,7 +94,14 @@ def save_denoiser(config: RunConfig, weights: Weights, output: Path) -> Path:
 
 
 def build_adapters(state: Mapping[str, Tensor]) -> dict[str, TextAdapter]:
-    """Builds LaVi-Bridge adapters from an encoder's weights, named ``adapter``, ``adapter-2``... Skips others."""
+    """Builds the LaVi-Bridge adapters of an encoder (networks after T5, arXiv 2403.07860) from their weights.
+
+    Args:
+        state: name -> weight of all adapters of the encoder. Adapters of other types are skipped.
+
+    Returns:
+        The adapters, named ``adapter``, ``adapter-2`` and so on.
+    """
     adapters: dict[str, TextAdapter] = {}
     for key in state:
         if not key.endswith("norm1.weight"):

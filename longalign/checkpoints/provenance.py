@@ -1,4 +1,4 @@
-"""Records the package versions of a run, and the package that provides each part."""
+"""Records the package versions of a run, and the package that provides each part of the config, such as a reward."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PACKAGES = ("longalign", "torch", "diffusers", "transformers", "peft", "accelera
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages that affect results."""
+    """Returns name -> version of Python and of the installed packages that affect results."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -24,9 +24,10 @@ def versions() -> dict[str, str]:
 
 
 def providers(config: RunConfig) -> dict[str, str]:
-    """Returns the package that provides each part of a run, by config path.
+    """Returns the package that provides each part of a config, such as a reward.
 
-    For example, ``{"rewards.0.inner": "longalign 0.1.0"}``.
+    The keys are paths in the config, e.g. ``{"rewards.0.inner": "longalign 0.1.0"}``. Parts of unknown origin are
+    omitted.
     """
     owners = {}
     for path, part in parts_of(config):

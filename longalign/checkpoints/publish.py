@@ -48,30 +48,36 @@ def export(
     *,
     overwrite: bool = False,
 ) -> list[Path]:
-    """Exports a checkpoint as a folder.
+    """Exports a checkpoint as a folder for sharing.
+
+    The folder contains:
 
     - ``longalign.safetensors``: the checkpoint, without credentials and local paths of the training data;
-    - ``pytorch_lora_weights.safetensors``: the LoRA for ``load_lora_weights`` of a diffusers pipeline. After full
-      fine-tuning, the denoiser in diffusers format in ``unet/`` or ``transformer/`` instead;
+    - ``pytorch_lora_weights.safetensors``: all LoRAs as one, for ``load_lora_weights`` of a diffusers pipeline. After
+      full fine-tuning, the denoiser in diffusers format in ``unet/`` or ``transformer/`` instead;
     - ``adapter/``: the encoder's LaVi-Bridge adapter, if any, in diffusers format;
     - ``README.md``: a model card with the config, the data and the metrics.
 
-    For a run that trained a reward: the reward's folder, a transformers ``CLIPModel``, with the checkpoint file and a
-    model card.
+    If the run trained a reward, the folder contains instead the reward as a transformers ``CLIPModel``, the checkpoint
+    file and a model card.
 
     Args:
-        checkpoint: a checkpoint file or folder, or a run folder, in which case the newest checkpoint is exported.
-        output: output folder. It must not contain any of the files listed above unless ``overwrite`` is set.
-        metrics: a table written by ``longalign eval --json`` or the demo.
-        license: license for the model card, e.g. ``"openrail++"``; omitted if None.
+        checkpoint: the checkpoint's file or folder, or the output folder of a run, of which the newest checkpoint is
+            exported.
+        output: output folder, created if needed. It must not contain any of the files listed above unless ``overwrite``
+            is set.
+        metrics: path of a metric table for the model card, written by ``longalign eval --json`` or ``longalign demo``;
+            None: none.
+        license: id of a license on the Hub for the model card, e.g. ``"openrail++"``; None: none.
         overwrite: whether to replace an existing export.
 
     Returns:
-        The files and folders written.
+        The paths of the written files and folders.
 
     Raises:
-        ValueError: if ``output`` contains files listed above, or ``metrics`` is not a metric table, or was measured
-            on other models.
+        FileNotFoundError: if the checkpoint does not exist.
+        ValueError: if ``output`` contains files listed above or is the checkpoint's own folder. Also if ``metrics`` is
+            not a metric table, or was measured on other models.
     """
     source, output = checkpoint_file(Path(checkpoint)), Path(output)
     if source.parent.resolve() == output.resolve():
@@ -99,12 +105,16 @@ def export(
 
 
 def exported_files(config: RunConfig) -> tuple[str, ...]:
-    """Returns the patterns of the files that `export` writes."""
+    """Returns glob patterns, relative to the output folder, of the files that `export` writes for a config."""
     return REWARD_FILES if config.backbone is None else MODEL_FILES
 
 
 def _remove_export(output: Path, patterns: Sequence[str], overwrite: bool) -> None:
-    """Removes the files of an earlier export. Raises ValueError if files exist and ``overwrite`` is not set."""
+    """Removes the files of an earlier export from ``output``.
+
+    Raises:
+        ValueError: if such files exist and ``overwrite`` is False.
+    """
     for pattern in patterns:
         for path in sorted(output.glob(pattern)):
             if not overwrite:
@@ -133,7 +143,7 @@ def _export_reward(
 
 
 def _copy_checkpoint(source: Path, output: Path) -> Path:
-    """Copies the checkpoint file without local paths and credentials."""
+    """Copies the checkpoint file, without local paths and credentials in its config; returns the path of the copy."""
     metadata = read_metadata(source)
     tree = exported_tree(json.loads(metadata["config"]))
     save_tensors(output / CHECKPOINT, load_tensors(source), {**metadata, "config": json.dumps(tree)})
@@ -141,14 +151,15 @@ def _copy_checkpoint(source: Path, output: Path) -> Path:
 
 
 def read_table(path: Path, config: RunConfig | None = None) -> MetricTable:
-    """Reads a metric table from the output of ``longalign eval --json``.
+    """Reads a metric table from a file written by ``longalign eval --json``.
 
     Args:
         path: path of the file.
-        config: config of a run. If the file contains the config of every model, one of them must equal this config.
+        config: config of the run whose metrics are expected; None: not checked. If the file contains the configs of all
+            its models, one of them must equal this config, apart from local paths.
 
     Raises:
-        ValueError: if the file is not a metric table, or none of its models matches ``config``.
+        ValueError: if the file is not a metric table, or none of its models has this config.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))

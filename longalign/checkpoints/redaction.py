@@ -10,7 +10,7 @@ from typing import Any
 from longalign.config.run import RunConfig, to_dict
 from longalign.errors import redact_url
 
-#: config keys with local paths of training; the paths are removed from an export
+#: config keys with local paths of training; these paths are shortened to their last part in an export
 PRIVATE_KEYS = ("output", "init_from", "data", "cache", "monitor")
 
 _USER_FOLDER = re.compile(r"((?:/home|/Users|\\Users)[/\\])[^/\\\s'\"]+")
@@ -18,7 +18,12 @@ _TOKEN = re.compile(r"\b(?:hf|sk|ghp|github_pat)[_-]\w{8,}")
 
 
 def redacted(value: Any, redact: Callable[[str], str] = redact_url) -> Any:
-    """Returns a dumped config with ``redact`` applied to its texts; by default without the credentials in its URLs."""
+    """Applies a function to every string value of a config and returns the changed copy.
+
+    Args:
+        value: the config as dicts, lists and plain values.
+        redact: the function; by default removes credentials from URLs.
+    """
     if isinstance(value, dict):
         return {key: redacted(child, redact) for key, child in value.items()}
     if isinstance(value, list):
@@ -27,7 +32,10 @@ def redacted(value: Any, redact: Callable[[str], str] = redact_url) -> Any:
 
 
 def redact_path(text: str) -> str:
-    """Shortens an absolute path or a path in a home folder to its last part; redacts the URLs in other texts."""
+    """Shortens an absolute path, or a path that starts with ``~``, to its last part.
+
+    From other texts, credentials in URLs are removed.
+    """
     if "\n" not in text and "://" not in text:
         for path_class in (PurePosixPath, PureWindowsPath):
             path = path_class(text)
@@ -37,7 +45,10 @@ def redact_path(text: str) -> str:
 
 
 def redact_report(text: str) -> str:
-    """Returns a text for a bug report: without credentials, and without user names in paths (the home folder is ~)."""
+    """Returns a text for a bug report, without credentials and user names.
+
+    The path of the home folder is replaced by ``~``; other user names in paths, and access tokens, by ``***``.
+    """
     home = str(Path.home())
     if len(home) > 1:
         text = text.replace(home, "~")
@@ -46,15 +57,18 @@ def redact_report(text: str) -> str:
 
 
 def public_config(config: RunConfig) -> Any:
-    """Returns a config without credentials and local paths."""
+    """Returns a config as a dict without credentials; local paths are shortened to their last part."""
     return redacted(to_dict(config), redact_path)
 
 
 def exported_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a dumped config as it is exported: without local paths of training and without credentials."""
+    """Returns a config, as a dict, in the form in which it is exported: without credentials in URLs.
+
+    In the keys `PRIVATE_KEYS`, such as ``data`` and ``output``, local paths are shortened to their last part.
+    """
     return {key: redacted(value, redact_path if key in PRIVATE_KEYS else redact_url) for key, value in tree.items()}
 
 
 def exported_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the keys of a config that are identical in a checkpoint and in its export."""
+    """Returns a config, as a dict, without `PRIVATE_KEYS`, whose values differ between a checkpoint and its export."""
     return {key: value for key, value in config.items() if key not in PRIVATE_KEYS}

@@ -18,16 +18,16 @@ def push_to_hub(
     revision: str | None = None,
     message: str = "Upload a longalign checkpoint",
 ) -> str:
-    """Uploads an exported folder to a Hub repository; returns its URL. Creates the repository if needed.
+    """Uploads an exported folder to a Hub repository, created if needed; returns the URL of the repository.
 
     Only files that `longalign.checkpoints.publish.export` writes are uploaded; other files in the folder are skipped.
 
     Args:
-        folder: an exported folder.
-        repository: ``owner/name``.
-        private: whether a new repository is private.
-        token: Hub token; if None, the token saved by ``hf auth login``.
-        revision: branch to upload to, created if needed; the main branch if None.
+        folder: a folder written by `longalign.checkpoints.publish.export`.
+        repository: name of the repository, ``owner/name``.
+        private: whether the repository is private if it is created.
+        token: Hub token; None: the token saved by ``hf auth login``.
+        revision: branch to upload to, created if needed; None: the main branch.
         message: commit message.
 
     Raises:

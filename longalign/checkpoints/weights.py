@@ -21,15 +21,19 @@ from torch import Tensor
 from longalign.atomic import atomic_write
 from longalign.hub import download_problem
 
-#: metadata key of the tensors' checksum
+#: metadata key of the checksum of a file's tensors
 CHECKSUM = "checksum"
 
 
 @contextmanager
 def reading(what: str | Path, advice: str = "download or copy it again") -> Iterator[None]:
-    """Context manager that turns library errors about files that cannot be read into a ValueError that names ``what``.
+    """Context manager: inside, an error of torch or safetensors about an unreadable file becomes a ValueError.
 
-    The message ends with ``advice``. The library's own text is omitted if it recommends allowing a pickle to run code.
+    The library's own text is omitted where it recommends allowing a pickle to run code. Other errors are not changed.
+
+    Args:
+        what: the file, with which the message starts.
+        advice: what the user can do, with which the message ends.
     """
     try:
         yield
@@ -53,15 +57,17 @@ def _unreadable(what: str | Path, error: Exception, advice: str) -> str:
 
 
 def load_pickle(path: str | Path, checked: bool = False) -> Any:
-    """Loads tensors and plain values from a ``torch.save`` file to the CPU, without executing code from it.
+    """Loads tensors and plain values from a ``torch.save`` file to the CPU, without executing code in the file.
 
     Args:
         path: path of the file.
-        checked: whether to verify the checksums of the archive, which torch does not, and memory-map the tensors.
+        checked: whether to verify the checksums in the file, which torch does not do, and to memory-map the tensors.
+            The file must then have torch's zip format.
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        ValueError: if the file is damaged or contains anything else; the message has the path.
+        ValueError: if the file is damaged, or contains anything but tensors and plain values. The message contains the
+            path.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}; check the path")
@@ -82,14 +88,14 @@ def load_pickle(path: str | Path, checked: bool = False) -> Any:
 def load_pretrained(
     model_class: Any, checkpoint: str | None, *, subfolder: str = "", hint: str = "", **options: Any
 ) -> Any:
-    """Loads a transformers model from a Hub id or a local folder.
+    """Loads a transformers model and returns it, after checking that no weight is missing.
 
     Args:
         model_class: transformers class with ``from_pretrained``.
-        checkpoint: Hub id or folder; None to use ``config`` and ``state_dict`` among the options.
-        subfolder: subfolder of the checkpoint.
-        hint: what else a checkpoint may contain or need, for the message.
-        **options: of ``from_pretrained``.
+        checkpoint: Hub id or local folder; None: the options contain ``config`` and ``state_dict``.
+        subfolder: subfolder of the checkpoint; empty: the checkpoint itself.
+        hint: what else the user may check, for the message if there is no such model.
+        **options: further arguments of ``from_pretrained``.
 
     Raises:
         ValueError: if there is no such model, its files are damaged, or weights are missing.
@@ -116,11 +122,13 @@ def load_pretrained(
 
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Loads a safetensors file to the CPU and verifies the checksum of `save_tensors`, if the file has one.
+    """Loads the tensors of a safetensors file to the CPU: name -> tensor.
+
+    Verifies the checksum that `save_tensors` writes, if the file has one.
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        ValueError: if the file is damaged or the checksum differs; the message has the path.
+        ValueError: if the file is damaged or the checksum differs. The message contains the path.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}; check the path")
@@ -133,22 +141,22 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def save_pickle(path: str | Path, value: Any) -> None:
-    """Writes a value atomically with ``torch.save``.
+    """Writes a value with ``torch.save`` atomically: an existing file is replaced only after the new one is complete.
 
     Raises:
-        OSError: if the file cannot be written, e.g. on a full disk, which torch reports as a RuntimeError.
+        OSError: if the file cannot be written, e.g. on a full disk, for which torch itself raises RuntimeError.
     """
     with atomic_write(Path(path)) as unfinished:
         torch.save(value, unfinished)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file atomically, with a checksum and default permissions.
+    """Writes a safetensors file with a checksum of the tensors in its metadata.
 
     Args:
-        path: path of the file; an existing file is replaced.
-        tensors: contiguous CPU tensors.
-        metadata: metadata to add.
+        path: path of the file. An existing file is replaced only after the new one is complete.
+        tensors: name -> contiguous CPU tensor.
+        metadata: further metadata; None: none.
 
     Raises:
         OSError: if the file cannot be written; the unfinished file is removed.
@@ -161,12 +169,12 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """Returns the result of `crc` as a decimal string."""
+    """Returns the CRC-32 of tensors as text: ``crc32:`` and eight hexadecimal digits; see `crc`."""
     return f"crc32:{crc(tensors):08x}"
 
 
 def crc(tensors: Mapping[str, Tensor]) -> int:
-    """Returns the CRC-32 of tensors: of their names, dtypes, shapes and contents."""
+    """Returns the CRC-32 of CPU tensors, sorted by name, over their names, dtypes, shapes and contents."""
     value = 0
     for name, tensor in sorted(tensors.items()):
         value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode(), value)

@@ -1,1 +1,1 @@
-"""The command line."""
+"""The command line ``longalign``: a module for each command, and modules that several commands share."""

@@ -1,4 +1,4 @@
-"""``longalign ablate``."""
+"""The command ``longalign ablate``: trains and compares variants of a config."""
 
 from __future__ import annotations
 
@@ -49,7 +49,10 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    """Runs an ablation. Returns 0, 1 if a run failed, or 130 after an interruption."""
+    """Trains and measures the variants of a config, and prints a table that compares them.
+
+    Returns 0, 1 if the training or measuring of a variant failed, or 130 after an interruption.
+    """
     grid: dict[str, Any] = read_cells(args.cells) if args.cells else {"vary": parse_vary(args.vary)}
     result = ablate(
         override(args.config, parse_assignments(args.overrides)),

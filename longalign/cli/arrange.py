@@ -1,4 +1,4 @@
-"""``longalign arrange``."""
+"""The command ``longalign arrange``: copies generated images for the official scorer of a benchmark."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
-    """Copies images to where the official scorer of their prompt set reads them."""
+    """Copies images, generated from the prompts of a benchmark, to the paths where the official scorer reads them."""
     prompts = read_prompt_set(args.prompts)
     from longalign.evaluation.layouts import arrange
 

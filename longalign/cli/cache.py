@@ -1,4 +1,4 @@
-"""``longalign cache``."""
+"""The command ``longalign cache``: precomputes image latents and text states for training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
-    """Computes missing cache entries, on all processes of the launch."""
+    """Computes the latents and text states that the run's cache lacks, in all processes that the launcher started."""
     config = override(args.config, parse_assignments(args.overrides))
     if config.cache is None:
         raise ValueError("the config has no cache; add to it, for example, cache: {folder: runs/cache}")

@@ -1,4 +1,4 @@
-"""``longalign compute-direction``."""
+"""The command ``longalign compute-direction``: computes a unit vector in a reward's embedding space."""
 
 from __future__ import annotations
 
@@ -33,7 +33,11 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
-    """Computes and writes a direction."""
+    """Computes a unit vector in the embedding space of a reward, writes the vector to a file and prints a report.
+
+    From prompts, the vector is the normalized mean text embedding. From two folders of images, it is the normalized
+    mean difference of image embeddings: over-optimized minus reference model.
+    """
     (config,) = reward_configs([args.reward]).values()
     prompts = [p for p in read_prompts(args.prompts) if p] if args.prompts else ()
     folders = _folders(args.images) if args.images else None

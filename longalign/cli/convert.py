@@ -1,4 +1,4 @@
-"""``longalign convert``."""
+"""The command ``longalign convert``: converts published weights to a checkpoint."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
-    """Converts published weights."""
+    """Converts published weights to a checkpoint of longalign, and prints the path of the written file."""
     from longalign.checkpoints.convert import convert_longsd
 
     checkpoints = {key: value for key in ("backbone", "t5") if (value := getattr(args, key)) is not None}

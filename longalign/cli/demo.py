@@ -1,4 +1,4 @@
-"""``longalign demo``."""
+"""The command ``longalign demo``: trains and evaluates models of synthetic scenes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
-    """Runs the demo."""
+    """Runs `longalign.demo.run_demo`, which prints a table and the paths of report and images."""
     align, reward = (load_config(path) if path else None for path in (args.align, args.reward))
     from longalign.demo import run_demo
 

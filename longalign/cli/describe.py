@@ -1,4 +1,4 @@
-"""``longalign describe``."""
+"""The command ``longalign describe``: describes parts (encoders, rewards and so on), config keys and configs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
-    """Prints the description of a kind, a part or the keys of a run, or a complete config."""
+    """Prints the description of a kind of parts, a part or keys of a run.
+
+    For a config file or checkpoint, prints the config in YAML, including defaults and the changes on the command line.
+    """
     topic, details = args.topic, args.details
     if args.json_schema:
         print(describe_schema([topic, *details]))

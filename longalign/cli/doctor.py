@@ -1,4 +1,4 @@
-"""``longalign doctor``: checks the installation and prints a block for bug reports."""
+"""The command ``longalign doctor``: checks the installation and prints a report for bug reports."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    """Prints versions, settings, local published files and checks. Returns 1 if a check failed."""
+    """Prints versions, settings, which published checkpoints are on this machine, and the results of checks.
+
+    Returns 1 if a check failed, else 0.
+    """
     facts, published = environment(), local_status()
     rows = check_installation(args.device, run_models=not args.no_run)
     report = {"environment": facts, "published files": published, "checks": [row.as_dict() for row in rows]}
@@ -37,7 +40,7 @@ def run(args: Namespace) -> int:
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """Returns the report as lines of text."""
+    """Returns the report as lines of text. ``report`` has the keys of the output of ``longalign doctor --json``."""
     lines = []
     for title in ("environment", "published files"):
         width = max(map(len, report[title]))

@@ -1,4 +1,4 @@
-"""``longalign eval``."""
+"""The command ``longalign eval``: compares models on the same prompts and seeds."""
 
 from __future__ import annotations
 
@@ -65,7 +65,10 @@ _SOURCES = {"images": "DIR", "checkpoint": "DIR", "pipeline": "MODEL"}
 
 
 class _AppendModels(Action):
-    """Collects the models of several options in ``models``, as ``(option, NAME=...)``, in command-line order."""
+    """Argparse action of ``--images``, ``--checkpoint`` and ``--pipeline``: collects the models of all three options.
+
+    ``namespace.models`` is a list of ``(option, "NAME=VALUE")`` in the order of the command line.
+    """
 
     def __call__(self, parser: Any, namespace: Namespace, values: Any, option_string: Any = None) -> None:
         namespace.models = [*namespace.models, *((self.dest, value) for value in values)]
@@ -73,13 +76,13 @@ class _AppendModels(Action):
 
 @dataclass(frozen=True)
 class _Model:
-    """A model to compare.
+    """A model to compare, given as ``--<option> <name>=<source>``.
 
     Attributes:
         name: name in the table.
-        option: ``images``, ``checkpoint`` or ``pipeline``.
-        source: value of the option.
-        folder: folder of its images.
+        option: ``"images"``, ``"checkpoint"`` or ``"pipeline"``.
+        source: a folder of images, a checkpoint, or the Hub id or folder of a diffusers pipeline.
+        folder: folder of the model's images; the folder need not exist yet if they are generated.
     """
 
     name: str
@@ -89,14 +92,14 @@ class _Model:
 
     @property
     def generated(self) -> bool:
-        """Whether this command generates the model's images."""
+        """Whether ``longalign eval`` generates the images, because a checkpoint or pipeline is given."""
         return self.option != "images"
 
 
 def run(args: Namespace) -> None:
-    """Compares models on the same prompts and seeds, generating missing images.
+    """Compares models on the same prompts and seeds, and prints a table of metrics.
 
-    All inputs are checked before generation starts.
+    The images of checkpoints and pipelines are generated first, after all inputs have been checked.
     """
     configs = metric_configs(args.metric, args.reward, or_judge=args.judge)
     judge = None if args.judge is None else judge_config(args.judge)
@@ -149,7 +152,10 @@ def run(args: Namespace) -> None:
 
 
 def _models(args: Namespace) -> list[_Model]:
-    """Returns the models to compare, in the order of the options."""
+    """Returns the models to compare, in the order of the command line.
+
+    Raises ValueError if an option is not ``NAME=VALUE``, a name occurs twice, or there are no models.
+    """
     models: dict[str, _Model] = {}
     for option, item in args.models:
         name, equals, source = item.partition("=")
@@ -165,7 +171,7 @@ def _models(args: Namespace) -> list[_Model]:
 
 
 def _check_options(args: Namespace, models: Sequence[_Model]) -> None:
-    """Raises an error for options that do not fit the models."""
+    """Raises ValueError for options that do not apply to the models, and for output files that cannot be written."""
     if not any(model.generated for model in models):
         reject_sampling_options(args, "prompt")
     elif args.output is None:
@@ -183,9 +189,16 @@ def _check_options(args: Namespace, models: Sequence[_Model]) -> None:
 def _shared_pairs(
     args: Namespace, models: Sequence[_Model], prompts: Sequence[str], rows: Mapping[str, Sequence[Any]]
 ) -> list[tuple[str, Any]]:
-    """Returns the prompt and seed of each image. Raises ValueError if they differ between the models.
+    """Returns ``(prompt, seed)`` for each image of a model, the same for all models.
 
-    ``rows`` are those of the models whose images exist.
+    Args:
+        args: the options; the seeds of generated images are read from ``--seed``.
+        models: the models.
+        prompts: the prompts of generated images.
+        rows: name of each model whose images exist -> the rows of `longalign.image_folder.read_images`.
+
+    Raises:
+        ValueError: if the prompts or seeds differ between models.
     """
     seeds = seeds_of(args) if prompts else ()
     pairs = {
@@ -205,7 +218,7 @@ def _shared_pairs(
 
 
 def _difference(pairs: Sequence[tuple[str, Any]], others: Sequence[tuple[str, Any]]) -> str:
-    """Describes how two lists of prompts and seeds differ."""
+    """Returns a text that describes how two lists of ``(prompt, seed)`` differ, for a message."""
     missing, more = ([pair for pair in a if pair not in set(b)] for a, b in ((others, pairs), (pairs, others)))
     if not missing and not more:
         return "the order differs" if len(pairs) == len(others) else f"{len(pairs)} against {len(others)} images"
@@ -215,10 +228,15 @@ def _difference(pairs: Sequence[tuple[str, Any]], others: Sequence[tuple[str, An
 
 
 def _labels(source: str | None, texts: Sequence[str], required: bool) -> dict[str, list[tuple[str, ...]]]:
-    """Returns name -> labels of each text in a prompt set; empty without a set.
+    """Returns the labels, such as the category, of prompts of a prompt set: name of the label -> labels of each prompt.
+
+    Args:
+        source: path of the prompt set, as for ``--prompts``; None returns an empty mapping.
+        texts: the prompts.
+        required: whether the set must have labels.
 
     Raises:
-        ValueError: if a text is not in the set, or the set has no labels although they are ``required``.
+        ValueError: if a text is not in the set, or the set has no labels but must have some.
     """
     if source is None:
         return {}
@@ -231,7 +249,10 @@ def _labels(source: str | None, texts: Sequence[str], required: bool) -> dict[st
 
 
 def _check_source(model: _Model, args: Namespace) -> None:
-    """Raises an error if a model does not exist or does not support ``--size``, or its folder already has images."""
+    """Raises an error if the images of a model cannot be generated.
+
+    Possible reasons: the checkpoint does not exist, it does not support ``--size``, or the folder already lists images.
+    """
     if model.option == "checkpoint":
         check_size(args, find_checkpoint(model.source))
     try:
@@ -242,7 +263,7 @@ def _check_source(model: _Model, args: Namespace) -> None:
 
 
 def _config_of_image(image: Path | str) -> Any:
-    """Returns the config stored in an image's metadata, or None if there is none."""
+    """Returns the config in the metadata of an image file, as JSON values; None if there is none."""
     from PIL import Image
 
     with Image.open(image) as opened:

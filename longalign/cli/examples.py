@@ -1,4 +1,4 @@
-"""``longalign examples``."""
+"""The command ``longalign examples``: lists, prints or copies the bundled examples."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
-    """Lists the bundled example configs, prints one, or copies one or all."""
+    """Lists the bundled examples (configs, scripts, notebooks), prints one, or copies one or all into a folder."""
     folder = examples_folder()
     paths = {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and path.name != "__init__.py"}
     if args.name is not None and args.name not in paths:
@@ -45,7 +45,10 @@ def run(args: Namespace) -> None:
 
 
 def _copy(files: Iterable[Path], folder: Path) -> None:
-    """Copies files into a folder; copies none if a different file of the same name exists."""
+    """Copies files into a folder, created if needed, and prints the new paths.
+
+    Raises ValueError, before anything is copied, if the folder has a different file of the same name.
+    """
     targets = {path: folder / path.name for path in files}
     for path, target in targets.items():
         if target.exists() and target.read_bytes() != path.read_bytes():
@@ -59,7 +62,11 @@ def _copy(files: Iterable[Path], folder: Path) -> None:
 
 
 def _summary(path: Path) -> str:
-    """Returns the first sentence of a file's leading comment, a notebook's title, or another file's first line."""
+    """Returns a one-line summary of an example.
+
+    It is the first sentence of the leading comment of a config or shell script, the title of a notebook, or the first
+    line of any other file.
+    """
     if path.suffix == ".ipynb":
         title = json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"]
         return "".join(title).partition("\n")[0].lstrip("# ")

@@ -1,4 +1,4 @@
-"""``longalign export``."""
+"""The command ``longalign export``: exports a checkpoint for diffusers and the Hub."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
-    """Exports a checkpoint for diffusers, and uploads it with ``--push-to-hub``."""
+    """Exports a checkpoint for diffusers and prints the written files. With ``--push-to-hub``, uploads them too."""
     if args.private and not args.push_to_hub:
         raise ValueError("--private only applies to --push-to-hub; remove it, or add --push-to-hub OWNER/NAME")
     checkpoint_file(Path(args.checkpoint))  # fail before heavy imports

@@ -1,4 +1,4 @@
-"""``longalign generate``."""
+"""The command ``longalign generate``: generates images from prompts."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
-    """Generates images into a folder."""
+    """Generates an image for each prompt and seed into the folder ``--output``."""
     prompts = prompts_of(args)
     try:
         new_index(args.output, args.overwrite)
@@ -62,15 +62,18 @@ def run(args: Namespace) -> None:
 def generate_images(
     args: Namespace, option: str, source: str, prompts: Sequence[str], output: str | Path, overwrite: bool = False
 ) -> list[Any]:
-    """Generates images into a folder; returns the metadata rows.
+    """Generates an image for each prompt and seed into a folder.
 
     Args:
-        args: the options of `longalign.cli.options.add_sampling`.
-        option: type of ``source``: ``checkpoint``, ``config`` or ``pipeline``.
-        source: the checkpoint, config file or pipeline.
+        args: the options that `longalign.cli.options.add_sampling` declares, parsed.
+        option: type of ``source``: ``"checkpoint"``, ``"config"`` or ``"pipeline"``.
+        source: a checkpoint, a config file, or the Hub id or folder of a diffusers pipeline.
         prompts: the prompts.
         output: the folder.
-        overwrite: whether to replace the images in the folder.
+        overwrite: whether to replace the images that the folder's ``metadata.jsonl`` lists.
+
+    Returns:
+        The rows of ``metadata.jsonl``, one per image.
     """
     height, width = args.size or (None, None)
     settings = {"seeds": seeds_of(args), "negative": args.negative, "batch_size": args.batch, "progress": True}

@@ -11,7 +11,16 @@ from longalign.names import count
 
 
 def images_and_prompts(arguments: Sequence[str]) -> tuple[list[Path], list[str] | None]:
-    """Returns the image files, and their prompts if the folder has a ``metadata.jsonl``, else None."""
+    """Returns the image files given on the command line, and their prompts or None.
+
+    Args:
+        arguments: image files, or one folder. If the folder has a ``metadata.jsonl``, that file lists the images and
+            prompts. Otherwise the images are all files with a suffix in `IMAGE_SUFFIXES`, and the prompts are None.
+
+    Raises:
+        ValueError: if the folder contains no images, or ``metadata.jsonl`` is invalid.
+        FileNotFoundError: if a file does not exist.
+    """
     paths = [Path(path) for path in arguments]
     if len(paths) == 1 and paths[0].is_dir():
         if (paths[0] / INDEX).exists():
@@ -29,7 +38,7 @@ def images_and_prompts(arguments: Sequence[str]) -> tuple[list[Path], list[str] 
 
 
 def check_images(paths: Sequence[Path]) -> None:
-    """Reads all images in parallel. Raises ValueError, with a list of the unreadable images, if any cannot be read."""
+    """Reads all images in parallel. Raises ValueError if any cannot be read; the message lists the first 10 of them."""
     from longalign.image_io import load_image
 
     def problem(path: Path) -> str | None:
@@ -43,4 +52,5 @@ def check_images(paths: Sequence[Path]) -> None:
         problems = [text for text in pool.map(problem, paths) if text]
     if problems:
         rest = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise ValueError(f"{count(len(problems), 'image')} cannot be read:\n  " + "\n  ".join(problems[:10]) + rest)
+        lines = "\n  ".join(problems[:10])
+        raise ValueError(f"{count(len(problems), 'image')} cannot be read; replace or remove them:\n  {lines}{rest}")

@@ -1,4 +1,4 @@
-"""``longalign list``."""
+"""The command ``longalign list``: lists the available parts (encoders, rewards and so on)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    """Prints the available parts. With ``--check``, returns 1 if any part is broken."""
+    """Prints a table of the available parts (encoders, rewards and so on), and the errors of parts that fail to load.
+
+    Returns 1 with ``--check`` if there are such errors, otherwise 0.
+    """
     table, problems = parts_table(args.kinds, args.check or args.verbose)
     print(table)
     for problem in problems:

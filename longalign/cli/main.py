@@ -35,14 +35,17 @@ COMMANDS = {
     "demo": "train on the synthetic scenes and compare held-out long captions before and after",
     "doctor": "check the installation, and print versions, settings and results for a bug report",
 }
-"""Commands and their summaries. Each is a module of `longalign.cli`, imported when the command is called."""
+"""Name of each command -> summary. Each command is a module of `longalign.cli`, imported when it is called."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status.
+    """Runs a command of ``longalign`` and returns the exit status of the process.
 
-    0 for success, 1 if a check or a run of the command failed, 2 for an error that the user can fix, and 128 plus the
-    signal's number after a signal (130 after Ctrl-C). Other errors are raised.
+    The status is 0 for success, 1 if a check or a run within the command failed, 2 for an error that the user can fix,
+    and 128 plus the signal's number after a signal (130 after Ctrl-C). Other errors are raised.
+
+    Args:
+        argv: the arguments after ``longalign``; those of the process if None.
     """
     args = parse(list(sys.argv[1:] if argv is None else argv))
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_LogHandler()])
@@ -64,13 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _user_message(error: Exception, args: argparse.Namespace) -> str | None:
-    """Returns the message for an error that the user can fix, or None for a bug."""
+    """Returns the message to print for an error that the user can fix, or None for any other error."""
     from longalign.errors import full_message, is_out_of_memory
 
     if isinstance(error, (ValueError, OSError)):
         return full_message(error)
     if isinstance(error, ModuleNotFoundError) and error.name and "." not in error.name:
-        return f"this command needs the package '{error.name}', which is not installed"
+        return f"this command needs the package '{error.name}', which is not installed; install it with pip"
     if is_out_of_memory(error):
         advice = [f"--batch below {args.batch}"] if getattr(args, "batch", 1) > 1 else []
         advice += ["a smaller --size"] if hasattr(args, "size") else []
@@ -81,7 +84,10 @@ def _user_message(error: Exception, args: argparse.Namespace) -> str | None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Parses the command line. Exits for --help, --version and invalid calls."""
+    """Returns the parsed options of a command line; ``command`` is the name of the command.
+
+    Exits the process for ``--help``, ``--version`` and invalid calls.
+    """
     at = next((i for i, text in enumerate(argv) if not text.startswith("-")), len(argv))
     parser = top_level_parser()
     if at == len(argv):
@@ -96,12 +102,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def command_module(name: str) -> ModuleType:
-    """Returns the module of a command, with its ``EXAMPLES``, ``add_options(parser)`` and ``run(args)``."""
+    """Imports the module of a command, which has ``EXAMPLES``, ``add_options(parser)`` and ``run(args)``."""
     return import_module(f"longalign.cli.{name.replace('-', '_')}")
 
 
 def command_parser(name: str) -> Parser:
-    """Returns the parser of one command."""
+    """Returns the argument parser of one command, with its summary and examples as help."""
     module, about = command_module(name), COMMANDS[name]
     examples = "\n".join(f"  {line}" for line in dedent(module.EXAMPLES).strip().splitlines())
     parser = Parser(
@@ -116,7 +122,7 @@ def command_parser(name: str) -> Parser:
 
 
 def top_level_parser() -> Parser:
-    """Returns the parser of ``longalign`` without a command."""
+    """Returns the argument parser of ``longalign`` without a command, whose help lists the commands."""
     width = max(map(len, COMMANDS))
     lines = [
         fill(about, 100, initial_indent=f"  {name:{width}} ", subsequent_indent=" " * (width + 3))
@@ -135,7 +141,7 @@ def top_level_parser() -> Parser:
 
 
 class _LogHandler(logging.StreamHandler):
-    """Writes messages to the standard error, on lines of their own above a progress bar."""
+    """Log handler that writes each message to the standard error, on a line of its own above a tqdm progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm = sys.modules.get("tqdm")  # not imported without a bar
@@ -144,7 +150,7 @@ class _LogHandler(logging.StreamHandler):
 
 
 class _Version(argparse.Action):
-    """Prints the version and exits. The version is not read before."""
+    """Argparse action that prints the version and exits. The version is only read when the action is called."""
 
     def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
         from importlib.metadata import version

@@ -15,15 +15,16 @@ from longalign.vlm.config import JudgeConfig
 
 
 def metric_configs(texts: Sequence[str], rewards: Sequence[str], *, or_judge: str | None = None) -> list[PartConfig]:
-    """Returns the validated metric configs. A reward is short for the metric ``reward``.
+    """Returns the validated configs of the metrics of ``--metric``, then one metric ``reward`` for each ``--reward``.
 
     Args:
-        texts: names, configs or files of metrics.
-        rewards: names, configs or files of rewards.
-        or_judge: ``--judge``, with which no metrics are needed; None for none.
+        texts: values of ``--metric``: names, configs in YAML or config files of metrics.
+        rewards: values of ``--reward``: names, configs in YAML or config files of rewards.
+        or_judge: value of ``--judge``, or None. With a judge, no metrics are required.
 
     Raises:
-        ValueError: if there are none, and no judge, or if two have the same label.
+        ValueError: if there is neither a metric nor a reward nor a judge, a config is invalid, or two metrics have the
+            same label.
     """
     if not texts and not rewards and or_judge is None:
         raise ValueError("nothing to measure; give --metric or --reward")
@@ -36,12 +37,15 @@ def metric_configs(texts: Sequence[str], rewards: Sequence[str], *, or_judge: st
 
 
 def judge_config(text: str) -> JudgeConfig:
-    """Returns the validated config of a judge, with its files checked."""
+    """Returns the validated config of the judge in ``--judge``, a vision-language model that compares two images.
+
+    Raises ConfigError if the config is invalid or its files do not exist.
+    """
     return JudgeConfig.parse(parse_source(text))
 
 
 def build_metrics(configs: Sequence[PartConfig], device: str | None) -> list[Any]:
-    """Returns the metrics of configs, in eval mode."""
+    """Builds metrics from their configs, in eval mode. ``device`` is a torch device; the fastest available if None."""
     check_parts({f"metrics.{i}": config for i, config in enumerate(configs)})
     from longalign.metrics.base import as_metric
     from longalign.runtime import Runtime

@@ -1,4 +1,4 @@
-"""``longalign new-plugin``."""
+"""The command ``longalign new-plugin``: writes an installable package with a new reward, metric or other part."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
-    """Writes the package of a new plugin, and prints what to do next."""
+    """Writes an installable package with a new reward, metric or other part, and prints how to install and test it."""
     folder = new_plugin(args.name, args.kind, args.to)
     print(f"wrote {folder}\nnext: pip install -e '{folder}[test]' && pytest {folder}")

@@ -1,4 +1,4 @@
-"""Declares, checks and reads the options that several commands share."""
+"""Declares, checks and reads the command-line options that several commands share."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def add_prompts(parser: ArgumentParser, about: str, required: bool = True, more:
 
 
 def add_sampling(parser: ArgumentParser) -> None:
-    """Adds the options of image generation."""
+    """Adds the options of image generation, which `longalign.cli.generate.generate_images` reads, to a parser."""
     add = parser.add_argument
     add("--negative", metavar="TEXT", help="negative prompt")
     add("--num-steps", type=positive, help="sampling steps (25, or the pipeline's own with --pipeline)")
@@ -74,14 +74,21 @@ def _alternatives(names: Sequence[str]) -> str:
 
 
 def reject_sampling_options(args: Namespace, *extra_keys: str) -> None:
-    """Raises ValueError for an option that only applies when generating images."""
+    """Raises ValueError if an option is given that only applies when generating images.
+
+    ``extra_keys`` are further attributes of ``args`` to reject, e.g. ``"prompt"``.
+    """
     keys = ("output", "negative", "num_steps", "guidance", "guidance_interval", "solver", "seed", "size", "dtype")
     keys += ("revision", "variant")
     _reject_options(args, *keys, *extra_keys, reason="only applies when generating images")
 
 
 def check_pipeline_options(args: Namespace, *options: str) -> None:
-    """Raises ValueError for an option that only applies to stock pipelines, or not to them."""
+    """Raises ValueError if an option of `add_sampling` is given that does not apply to the source of the images.
+
+    ``options`` are the given sources, of ``"pipeline"`` (an unmodified diffusers pipeline), ``"checkpoint"``,
+    ``"config"`` and ``"images"``.
+    """
     if "pipeline" in options:
         _reject_options(args, "guidance_interval", reason="does not apply to --pipeline")
     if "pipeline" not in options:
@@ -101,14 +108,17 @@ def _reject_options(args: Namespace, *keys: str, reason: str, advice: str = "rem
 
 
 def seeds_of(args: Namespace) -> Sequence[int]:
-    """Returns the seeds of ``--seed``. Raises ValueError if one occurs twice."""
+    """Returns the seeds of ``--seed``, or ``(0,)`` without the option. Raises ValueError if one occurs twice."""
     seeds = args.seed or SEEDS
     check_seeds(seeds)
     return seeds
 
 
 def prompts_of(args: Namespace) -> list[str]:
-    """Returns the prompts of ``--prompt`` or ``--prompts``. Raises ValueError if there are none."""
+    """Returns the prompts given as ``--prompt TEXT``, or in the file or folder of ``--prompts``.
+
+    Raises ValueError if there are none or a prompt is invalid, and FileNotFoundError if the file does not exist.
+    """
     if not args.prompt and not args.prompts:
         raise ValueError("no prompts to generate images from; give --prompt or --prompts")
     if args.prompts:

@@ -1,4 +1,4 @@
-"""Argument parser with suggestions for misspelled options, and delayed error reports of launched processes."""
+"""Argument parser that suggests names for misspelled options; of several processes, only the first reports an error."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from itertools import takewhile
 from typing import Any
 
 REPORT_DELAY = 10
-"""Seconds that other processes wait for the first one on the machine to report an error."""
+"""Number of seconds that `wait_for_first_process` waits."""
 
 
 def wait_for_first_process() -> None:
-    """Delays the error report of all processes but the first one on the machine.
+    """Sleeps for `REPORT_DELAY` seconds in all processes of a launch except the first one on the machine.
 
     Before the process group is initialized, all processes usually fail with the same error. The first one reports it,
-    and the launcher then terminates the others. If a process has not been terminated when the delay ends, its error is
-    specific to it and is reported too.
+    and the launcher then terminates the others. A process that is still alive after the delay has failed with an error
+    of its own, which it reports too. After the initialization, and without a launcher, there is no delay.
     """
     initialized = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
     if not initialized and os.environ.get("LOCAL_RANK", "0") != "0":
@@ -26,7 +26,7 @@ def wait_for_first_process() -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Parser with suggestions for unknown or misspelled options."""
+    """Argument parser of a command, with the option ``--traceback`` and suggestions for misspelled options."""
 
     def __init__(self, **settings: Any):
         super().__init__(**settings)
@@ -34,11 +34,14 @@ class Parser(argparse.ArgumentParser):
 
     @property
     def option_names(self) -> list[str]:
-        """All options, e.g. ``--device``."""
+        """Names of all options, e.g. ``--device``."""
         return list(self._option_string_actions)
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
-        """Parses options and positional arguments in any order."""
+        """Returns the parsed arguments. Options and positional arguments can be in any order.
+
+        Exits the process with status 2 if an argument is invalid.
+        """
         for text in takewhile(lambda text: text != "--", argv):
             name = text.partition("=")[0]
             if name.startswith("--") and not any(option.startswith(name) for option in self.option_names):
@@ -60,7 +63,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def _config_path(key: str) -> str | None:
-    """Returns the dotted path of a config key, given in full or by its last step; None if there is no such key."""
+    """Returns the dotted path of a key of a run's config, e.g. ``loop.lr``; None if there is no such key.
+
+    ``key`` is the path, or its last name alone, e.g. ``lr``. Hyphens stand for underscores.
+    """
     from longalign.config.run import RunConfig
 
     key = key.replace("-", "_")

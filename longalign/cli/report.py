@@ -1,4 +1,4 @@
-"""``longalign report``."""
+"""The command ``longalign report``: writes an HTML page about runs, images and tables."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
-    """Writes the report."""
+    """Writes the HTML page, and prints the number of prompts shown and the size of the file."""
     output = Path(args.output)
     if output.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"--output expects an .html file, got '{output}'")

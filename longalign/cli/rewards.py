@@ -13,7 +13,16 @@ from longalign.registry import PartConfig, rewards
 
 
 def reward_configs(texts: Sequence[str]) -> dict[str, PartConfig]:
-    """Returns the validated reward configs by display name; repeated names get a number."""
+    """Returns the validated configs of the rewards of ``--reward``: display name -> config.
+
+    The display name is the name of the reward; a repeated one gets a number, e.g. ``clip-2``.
+
+    Args:
+        texts: values of ``--reward``: names, configs in YAML or config files of rewards.
+
+    Raises:
+        ConfigError: if a config is invalid.
+    """
     out: dict[str, PartConfig] = {}
     for text in texts:
         config = rewards.validate(parse_source(text))
@@ -22,7 +31,10 @@ def reward_configs(texts: Sequence[str]) -> dict[str, PartConfig]:
 
 
 def build_rewards(configs: Mapping[str, PartConfig], device: str | None) -> dict[str, Any]:
-    """Returns the rewards of configs, in eval mode. Plain functions are wrapped."""
+    """Builds rewards from their configs, in eval mode: display name -> `longalign.rewards.base.Reward`.
+
+    ``device`` is a torch device; the fastest available one if None.
+    """
     check_parts(configs)
     from longalign.rewards.base import as_reward
     from longalign.runtime import Runtime
@@ -33,7 +45,10 @@ def build_rewards(configs: Mapping[str, PartConfig], device: str | None) -> dict
 
 @contextmanager
 def offloaded_to_cpu(built: Iterable[Any], device: str | None) -> Iterator[None]:
-    """Context manager: moves rewards or metrics to the CPU, to free GPU memory for generation."""
+    """Context manager: moves rewards or metrics to the CPU, to free GPU memory, and back at the end.
+
+    ``device`` is the torch device to move them back to; the fastest available one if None.
+    """
     from longalign.runtime import Runtime
 
     for part in built:

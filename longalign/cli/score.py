@@ -1,4 +1,4 @@
-"""``longalign score``."""
+"""The command ``longalign score``: scores images against their prompts with rewards."""
 
 from __future__ import annotations
 
@@ -47,7 +47,10 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
-    """Scores images and prints a table."""
+    """Scores images against their prompts and prints a table.
+
+    With ``--checkpoint`` or ``--pipeline``, the images are generated first.
+    """
     configs = reward_configs(args.reward)
     if args.by_sentence and not args.images:
         raise ValueError("--by-sentence scores --images; generate them first, with `longalign generate`")

@@ -1,4 +1,4 @@
-"""``longalign train``."""
+"""The command ``longalign train``: trains from a config."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    """Trains from a config. Returns 0, or 130, 143 or 129 after Ctrl-C, SIGTERM or SIGHUP."""
+    """Trains from a config and prints the last checkpoint.
+
+    Returns 0, or 128 plus the signal's number after an interruption: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP.
+    """
     config = override(args.config, parse_assignments(args.overrides))
     resume = Path(args.resume_from) if args.resume_from else Path(config.output) if args.resume else None
     from_checkpoint = Path(args.config).suffix not in CONFIG_SUFFIXES

@@ -1,1 +1,1 @@
-"""Reads, checks, overrides and describes the config of a run. Does not import torch."""
+"""Reads, checks, changes and describes the config of a run. Importing this package does not import torch."""

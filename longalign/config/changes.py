@@ -1,4 +1,4 @@
-"""Overrides and lists values of a run's config by dotted path, and compares two configs."""
+"""Changes and lists values of a run's config by dotted path, such as ``loop.lr``, and compares two configs."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from longalign.errors import ConfigError, ConfigProblem, shorten, suggestion
 
 
 def override(config: Mapping[str, Any] | str | Path | RunConfig, changes: Mapping[str, Any]) -> RunConfig:
-    """Changes values of a config and validates the result.
+    """Returns a validated copy of a config with changed values.
 
-    A part that is replaced by a bare name gets the defaults of the new part.
+    If a part (backbone, encoder, reward and so on) is set to a name, all its other keys get the defaults of that part.
 
     Args:
-        config: any source that `load_config` accepts.
-        changes: dotted path to value, applied in order, e.g. ``{"encoder": "t5", "rewards.0.omega": 0.0}``.
+        config: a mapping, a file, a checkpoint or a `RunConfig`, as for `longalign.config.run.load_config`.
+        changes: dotted path -> new value, applied in order, e.g. ``{"encoder": "t5", "rewards.0.omega": 0.0}``. A
+            number in a path is an index in a list, counted from 0.
 
     Raises:
-        ConfigError: if a path does not exist, or the changed config is invalid.
+        ConfigError: if a path does not exist, or the config is invalid, originally or after the changes.
+        FileNotFoundError: if ``config`` is a file that does not exist.
     """
     tree = to_dict(load_config(config))
     problems: list[ConfigProblem] = []
@@ -39,10 +41,12 @@ def override(config: Mapping[str, Any] | str | Path | RunConfig, changes: Mappin
 
 
 def parse_assignments(items: Sequence[str]) -> dict[str, Any]:
-    """Parses ``["encoder=t5", "loop.lr=1e-4"]`` into changes for `longalign.config.changes.override`.
+    """Parses ``["encoder=t5", "loop.lr=1e-4"]`` into ``{"encoder": "t5", "loop.lr": 1e-4}``, as `override` takes it.
+
+    Values are parsed by `longalign.config.parsing.parse_value`.
 
     Raises:
-        ConfigError: if items are not ``path=value``, or repeat a path; lists all of them.
+        ConfigError: if items are not ``path=value``, or repeat a path; lists all such items.
     """
     out: dict[str, Any] = {}
     problems = []
@@ -60,10 +64,10 @@ def parse_assignments(items: Sequence[str]) -> dict[str, Any]:
 
 
 def diff(a: RunConfig, b: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Returns the differences of two configs: dotted path -> ``(value in a, value in b)``.
+    """Returns the differences of two configs: dotted path -> ``(value in a, value in b)``, as plain values.
 
-    Parts with different names, and lists of different lengths, are reported as one difference. Overriding ``a`` with
-    the second values gives ``b``.
+    Parts with different names, and lists of different lengths, are reported as one difference each. `override` of
+    ``a`` with the values in ``b`` gives ``b``.
     """
     return dict(_differences("", to_dict(a), to_dict(b)))
 
@@ -79,7 +83,10 @@ def _differences(path: str, a: Any, b: Any) -> list[tuple[str, tuple[Any, Any]]]
 
 
 def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields the values of nested mappings with their dotted paths; lists are values."""
+    """Yields ``(dotted path, value)`` for each value in nested mappings; a list is one value.
+
+    ``path`` is the dotted path of ``value`` itself, to which the yielded paths are appended.
+    """
     if isinstance(value, Mapping):
         for key, child in value.items():
             yield from flatten(child, f"{path}.{key}" if path else key)
@@ -88,7 +95,7 @@ def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def plain(value: Any) -> Any:
-    """Returns a config as plain values; other values are returned unchanged."""
+    """Returns a config object as a mapping of JSON values; any other value is returned unchanged."""
     return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
 
 
@@ -107,7 +114,16 @@ def _set_path(tree: Any, path: str, value: Any) -> None:
 
 
 def _resolve_step(tree: Any, step: str, parent: str) -> Any:
-    """Returns the key or index of one step of a path. Raises LookupError if it does not exist."""
+    """Returns the key of a mapping, or the index in a list, that one step of a dotted path names.
+
+    Args:
+        tree: the mapping or list.
+        step: text between two dots of the path.
+        parent: dotted path of ``tree``, for messages; empty for the whole config.
+
+    Raises:
+        LookupError: if the key or index does not exist, or ``tree`` is neither a mapping nor a list.
+    """
     if isinstance(tree, dict):
         if step not in tree:
             hint = suggestion(step, map(str, tree)) or f"; available: {', '.join(map(str, tree))}"

@@ -1,7 +1,7 @@
-"""Checks the files of a run before heavy modules are imported, and reports all problems at once.
+"""Checks a run's files before heavy modules are imported, and reports all problems at once.
 
-`load_config` only checks the config itself, so that configs can be read on other machines. The checks here also need
-the files that the config refers to. They load and download nothing, and do not import torch.
+`longalign.config.run.load_config` only checks the config itself, so that configs can be read on other machines. The
+checks here also read the files that a config refers to. They load no weights, download nothing and do not import torch.
 """
 
 from __future__ import annotations
@@ -29,18 +29,21 @@ def check_files(
     cached: bool = True,
     sizes: Mapping[str, Sequence[Size]] | None = None,
 ) -> None:
-    """Raises `ConfigError` with all problems of a run that only this machine can show.
+    """Checks that this machine has what a run needs.
 
-    The checks look for missing or mismatched files, widths and image sizes that do not fit, missing packages, and an
-    output folder that is in use.
+    Problems are missing or mismatched files, an encoder output of a width that the denoiser does not accept, image
+    sizes that the backbone cannot encode, missing packages, and an output folder that already contains checkpoints.
 
     Args:
         config: the run.
-        training: whether to check the whole run; otherwise only backbone and encoder are checked.
-        resumed: whether the output folder may contain a run.
-        cached: whether to skip the text models of the encoder if the run caches prompts.
-        sizes: further image sizes that must fit the backbone, by the name used in messages, e.g.
-            ``{"--size": [Size(512, 512)]}``.
+        training: whether to check the whole run; otherwise only backbone, encoder and ``init_from`` are checked.
+        resumed: whether the output folder may contain checkpoints.
+        cached: whether to skip the encoder's files if training reads encoded prompts from a cache (``cache.prompts``).
+        sizes: further image sizes in pixels that the backbone must be able to encode: name used in messages -> sizes,
+            e.g. ``{"--size": [Size(512, 512)]}``.
+
+    Raises:
+        ConfigError: if there are problems; lists all of them.
     """
     keys = ("backbone", "encoder", *(("rewards", "trainer", "data", "monitor") if training else ()))
     if training and cached and config.cache is not None and config.cache.prompts:
@@ -69,24 +72,40 @@ def check_files(
 
 
 def check_parts(parts: Mapping[str, Any]) -> None:
-    """Raises `ConfigError` with the `PartConfig.check_files` problems of all parts."""
+    """Calls `PartConfig.check_files` of several configs and of the configs nested in them.
+
+    Args:
+        parts: name used in messages -> config of an encoder, reward or other part.
+
+    Raises:
+        ConfigError: if there are problems; lists all of them.
+    """
     if problems := parts_problems(parts):
         raise ConfigError(problems)
 
 
 def parts_problems(value: Any, path: str = "") -> list[ConfigProblem]:
-    """Collects the problems from `PartConfig.check_files` of all parts, including nested parts, with full paths."""
+    """Calls `PartConfig.check_files` of each config in ``value``; returns ``(dotted path, message)`` for each problem.
+
+    ``value`` and ``path`` are as for `parts_of`. An exception in `check_files` is a problem too.
+    """
     problems: list[ConfigProblem] = []
     for part_path, part in parts_of(value, path):
         try:
             problems += [(f"{part_path}.{key}" if key else part_path, message) for key, message in part.check_files()]
         except Exception as error:  # check_files of a plugin may raise anything
-            problems.append((part_path, f"check_files of '{part.name}' failed: {type(error).__name__}: {error}"))
+            problem = f"check_files of '{part.name}' failed: {type(error).__name__}: {error}; report it to its author"
+            problems.append((part_path, problem))
     return problems
 
 
 def parts_of(value: Any, path: str = "") -> Iterator[tuple[str, PartConfig]]:
-    """Yields each part config in a run, a part or a mapping, with its path, e.g. ``rewards.0.inner``."""
+    """Yields ``(dotted path, config)`` for each `PartConfig` in ``value``, outer ones before those nested in them.
+
+    Args:
+        value: config of a run or of a part, or a mapping or list of configs.
+        path: dotted path of ``value``, to which paths such as ``rewards.0.inner`` are appended.
+    """
     if isinstance(value, PartConfig):
         yield path, value
     for key, child in _children(value):
@@ -126,7 +145,7 @@ def _conditioning_problems(config: RunConfig) -> list[ConfigProblem]:
 
 
 def _sizes(config: RunConfig) -> dict[str, Sequence[Size]]:
-    """Returns the sizes of the training images and of the monitor's, by key."""
+    """Returns the sizes of training images and of the monitor's images, by the config key that sets them."""
     sizes: dict[str, Sequence[Size]] = {}
     if config.trainer is not None:
         sizes |= {f"trainer.{key}": value for key, value in config.trainer.image_sizes.items()}
@@ -138,19 +157,28 @@ def _sizes(config: RunConfig) -> dict[str, Sequence[Size]]:
 
 
 def size_problems(config: RunConfig, sizes: Mapping[str, Sequence[Size]]) -> list[ConfigProblem]:
-    """Returns a problem for each key with a size that the backbone cannot encode to latents."""
+    """Returns ``(key, message)`` for each key with a size that the backbone cannot encode to latents.
+
+    Args:
+        config: the run with the backbone. Without backbone, or if its files are not on this machine, nothing is
+            checked.
+        sizes: key or option that sets the sizes -> sizes in pixels.
+    """
     if config.backbone is None or (divisor := config.backbone.divisor) is None:
         return []
     unfit = {k: next((s for s in v if s.height % divisor or s.width % divisor), None) for k, v in sizes.items()}
     return [
-        (key, f"expected multiples of {divisor} pixels for the backbone '{config.backbone.name}', got {size}")
+        (key, f"expected multiples of {divisor} pixels for '{config.backbone.name}', got {size}; change the size")
         for key, size in unfit.items()
         if size is not None
     ]
 
 
 def output_problem(config: RunConfig) -> str | None:
-    """Returns the problem of an ``output`` folder that already contains checkpoints, or None if it has none."""
+    """Returns a message if the folder ``config.output`` already contains a checkpoint, else None.
+
+    The message lists the keys whose values differ from the config in the newest checkpoint.
+    """
     try:
         newest = checkpoint_file(Path(config.output))
     except FileNotFoundError:

@@ -1,7 +1,7 @@
-"""Checks that the parts of a run fit together, from their configs alone.
+"""Checks that the parts of a run (backbone, encoder, trainer and so on) fit together, from their configs alone.
 
-Fields of each kind's base config declare what a part needs and what it provides. `longalign.config.checks` checks the
-files.
+The base config class of each kind, such as `longalign.trainers.config.TrainerConfig`, declares what a part needs and
+provides. `longalign.config.checks` checks the files.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ Run = Any
 
 
 def problems(run: Run) -> Iterator[ConfigProblem]:
-    """Returns the problems between the keys of a run, each key already validated, as ``(path, message)``."""
+    """Yields ``(dotted path, message)`` for each conflict between keys of a run, such as a trainer without data.
+
+    Each key of ``run`` is already validated separately.
+    """
     yield from _part_problems(run)
     yield from _conditioning_problems(run)
     yield from _reward_problems(run)
@@ -30,7 +33,10 @@ def problems(run: Run) -> Iterator[ConfigProblem]:
 
 
 def _part_problems(run: Run) -> Iterator[ConfigProblem]:
-    """Returns the parts that the trainer needs and the run lacks, or the run has and the trainer does not use."""
+    """Yields a problem if backbone or encoder is missing although the trainer needs it, or is set but not used by it.
+
+    Keys of ``loop`` that only apply to a backbone are a problem if the trainer uses no backbone.
+    """
     needs, name = TrainerConfig.needs, ""
     if run.trainer is not None:
         needs, name = run.trainer.needs, run.trainer.name
@@ -92,7 +98,10 @@ def _cache_problems(run: Run) -> Iterator[ConfigProblem]:
 
 
 def _own_problems(part: PartConfig, run: Run) -> list[ConfigProblem]:
-    """Returns the problems from a part's `check_run`. An exception in `check_run` is returned as a problem."""
+    """Returns the problems that ``part.check_run(run)`` finds, as ``(dotted path in the run's config, message)``.
+
+    If `check_run` raises an exception, or returns something else, one problem with that message is returned.
+    """
     try:
         problems = list(part.check_run(run))
         if all(isinstance(path, str) and isinstance(message, str) for path, message in problems):

@@ -1,4 +1,4 @@
-"""Describes parts and their keys, for the terminal. Imports configs, but not torch."""
+"""Describes parts (encoders, rewards and so on) and config keys as text for the terminal. Does not import torch."""
 
 from __future__ import annotations
 
@@ -31,15 +31,20 @@ TYPES = {
 
 
 def parts_table(kinds: Iterable[str] = (), targets: bool = False) -> tuple[str, list[str]]:
-    """Returns the table of the available parts, and a list of problems. Imports the config of each part.
+    """Returns a table of the available parts (encoders, rewards and so on), and the problems found.
+
+    Imports the config class of each part.
 
     Args:
-        kinds: the kinds to list; if empty, all kinds.
-        targets: whether to show the module and class of each part's config instead of its description.
+        kinds: the kinds to list, e.g. ``["encoders"]``; if empty, all kinds.
+        targets: whether to show the module and class of each part's config instead of the part's description.
 
     Returns:
-        The table, with columns kind, name, providing package, and description (or module and class with
-        ``targets=True``), and one message per problem.
+        ``(table, problems)``: a text with columns kind, name, owner (the package that provides the part), and
+        description or target (``module:class``); and a message for each part or package that cannot be loaded.
+
+    Raises:
+        PartError: if there is no such kind.
     """
     rows: list[tuple[str, ...]] = [("kind", "name", "owner", "target" if targets else "description")]
     problems = [f"the entry points of {dist} cannot be read: {error}" for dist, error in discover().malformed]
@@ -59,7 +64,13 @@ def parts_table(kinds: Iterable[str] = (), targets: bool = False) -> tuple[str, 
 
 
 def describe_kind(kind: str) -> str:
-    """Returns a table of the parts of a kind with their short descriptions. A broken part shows its error."""
+    """Returns a table with the name and description of each part of a kind, e.g. ``"encoders"``.
+
+    For a part whose config class cannot be imported, the description is the error.
+
+    Raises:
+        PartError: if there is no such kind.
+    """
     (registry,) = _registries([kind])
     rows: list[tuple[str, ...]] = []
     for name in registry.names():
@@ -71,9 +82,11 @@ def describe_kind(kind: str) -> str:
 
 
 def describe(*words: str) -> str:
-    """Returns the output of ``longalign describe`` for a kind, a part, ``run`` or a key of a run.
+    """Describes a kind of parts, a part or keys of a config as text, as ``longalign describe`` prints it.
 
-    A kind may precede the name of a part. Without arguments, returns the table of all parts.
+    Args:
+        *words: a kind (``"encoders"``), the name of a part (``"t5"``), a kind and the name of a part, ``"run"`` for all
+            keys of a run, or a key of a run with keys of its own (``"loop"``). Without words, all parts are listed.
 
     Raises:
         PartError: if there is no such kind, part or key.
@@ -102,10 +115,13 @@ def describe(*words: str) -> str:
 
 
 def describe_schema(words: Sequence[str]) -> str:
-    """Returns the output of ``longalign describe run --json-schema``.
+    """Returns the JSON schema of a run's config as text, as ``longalign describe run --json-schema`` prints it.
+
+    Args:
+        words: the words after ``describe``.
 
     Raises:
-        PartError: if the topic is not ``run``.
+        PartError: if ``words`` is not ``["run"]``.
     """
     if list(words) != ["run"]:
         raise PartError(f"--json-schema describes a run; expected: longalign describe run, got {' '.join(words)}")
@@ -113,7 +129,15 @@ def describe_schema(words: Sequence[str]) -> str:
 
 
 def describe_part(kind: str, name: str) -> str:
-    """Returns the description of one part: its docstring, origin, and each key with type, default and description."""
+    """Describes one part as text: package, docstring, and the type, default and description of each config key.
+
+    Args:
+        kind: plural name of the kind, e.g. ``"encoders"``.
+        name: name of the part, e.g. ``"t5"``.
+
+    Raises:
+        PartError: if there is no such kind or part, or the part's config class cannot be imported.
+    """
     (registry,) = _registries([kind])
     model, info = registry.get(name), registry.info(name)
     head = f"{name} ({kind}), from {info.owner}: {info.target}\n\n{summary(model)}\n"
@@ -121,7 +145,7 @@ def describe_part(kind: str, name: str) -> str:
 
 
 def describe_model(model: type[BaseModel]) -> str:
-    """Returns the description of a config class that is not a part, such as `longalign.config.run.RunConfig`."""
+    """Describes a config class such as `longalign.config.run.RunConfig` as text: its docstring and its keys."""
     return "\n".join([f"{summary(model)}\n", *_describe_keys(model)]).rstrip()
 
 
@@ -135,7 +159,7 @@ def _registries(kinds: Iterable[str]) -> list[Registry]:
 
 
 def _terminal_width() -> int:
-    """Returns the width of the terminal in columns, limited to 40 to 120 for legibility; 100 without a terminal."""
+    """Returns the width of the terminal in characters, clamped to 40 to 120; 100 without a terminal."""
     return min(max(shutil.get_terminal_size((100, 24)).columns, 40), 120)
 
 
@@ -144,7 +168,7 @@ def _short_description(model: type) -> str:
 
 
 def _table(rows: list[tuple[str, ...]], fill: bool = False) -> str:
-    """Aligns rows in columns; ``fill`` shortens the last column to the terminal width."""
+    """Returns rows as lines of aligned columns; with ``fill``, the last column is shortened to the terminal width."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)] if rows else []
     lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
     if fill:
@@ -156,7 +180,7 @@ def _table(rows: list[tuple[str, ...]], fill: bool = False) -> str:
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
-    """Returns the config classes of a key's sections, without parts."""
+    """Returns the config classes in the type annotation of a key, except those of parts."""
     if isinstance(annotation, type):
         return [annotation] if issubclass(annotation, BaseModel) and annotation is not PartConfig else []
     return [model for argument in get_args(annotation) for model in _models(argument)]
@@ -168,7 +192,14 @@ def _describe_keys(model: type[BaseModel]) -> Iterator[str]:
 
 
 def _describe_properties(schema: Schema, definitions: Schema, prefix: str = "", values: Any = None) -> Iterator[str]:
-    """Yields the lines of each key and of its nested keys; ``values`` replace the defaults of the schema."""
+    """Yields the lines that describe each key of a JSON schema, and the keys nested in it.
+
+    Args:
+        schema: schema with ``properties``.
+        definitions: schemas that ``schema`` refers to, by name.
+        prefix: text before each key, e.g. ``"loop."``.
+        values: mapping of keys to defaults, which replace those of the schema; None for none.
+    """
     # required keys come first, even after the inherited keys of a base class
     for key, value in sorted(schema["properties"].items(), key=lambda item: item[0] not in schema.get("required", ())):
         default = values[key] if isinstance(values, dict) and key in values else value.get("default", MISSING)
@@ -186,9 +217,9 @@ def _describe_properties(schema: Schema, definitions: Schema, prefix: str = "", 
 
 
 def _sections(value: Schema, definitions: Schema, is_list: bool = False) -> Iterator[tuple[Schema, bool]]:
-    """Yields the schemas of the sections that a value may be, and whether the value is a list of sections.
+    """Yields ``(schema, whether in a list)`` for each mapping with fixed keys that a value can be or contain.
 
-    Parts are omitted: they are described separately, by name.
+    Parts are omitted, because they are described separately, by name.
     """
     if "$ref" in value:
         yield definitions[value["$ref"].removeprefix(REFERENCE)], is_list
@@ -199,7 +230,7 @@ def _sections(value: Schema, definitions: Schema, is_list: bool = False) -> Iter
 
 
 def type_text(value: Schema) -> str:
-    """Formats a JSON schema in config-file terms: ``"plain" | "referring"``, ``int >= 1``, ``list of text``."""
+    """Returns the type in a JSON schema as text, such as ``"all" | "first"``, ``int >= 1`` or ``list of text``."""
     bounds = [f"{sign} {value[key]}" for key, sign in BOUNDS if key in value]
     return " ".join([_plain_type(value), *([" and ".join(bounds)] if bounds else [])])
 

@@ -22,20 +22,21 @@ REWARD = "reward"
 
 
 def join_subfolder(subfolder: str | None, folder: str) -> str:
-    """Returns the path of a component folder in a checkpoint whose components are all inside ``subfolder``."""
+    """Returns ``subfolder/folder``, or ``folder`` without a subfolder: the path of e.g. ``vae`` in a checkpoint."""
     return f"{subfolder}/{folder}" if subfolder else folder
 
 
 def check_single_file(checkpoint: str, layout: str | None, **selection: str | None) -> None:
-    """Checks that config keys match the type of a checkpoint: a ``.safetensors`` file, or a folder or repository.
+    """Checks that a part's config keys apply to its checkpoint: a ``.safetensors`` file, or a folder or repository.
 
     Args:
-        checkpoint: file, folder or repository.
-        layout: layout of a single file.
-        **selection: keys that select files of a folder or repository.
+        checkpoint: path of the file or folder, or ``owner/name`` on the Hub.
+        layout: value of the key ``layout``, which only applies to a single file; None if it is not set.
+        **selection: values of keys such as ``subfolder`` and ``revision``, which only apply to a folder or
+            repository; None if a key is not set.
 
     Raises:
-        ValueError: if the checkpoint is a pickle, or a key does not apply to this type of checkpoint.
+        ValueError: if the checkpoint is a ``.ckpt`` file (a pickle), or a key that is set does not apply.
     """
     if checkpoint.endswith(".ckpt"):
         raise ValueError("a .ckpt file is a pickle, which can run code, so it is not read; convert it to .safetensors")
@@ -50,16 +51,19 @@ def check_single_file(checkpoint: str, layout: str | None, **selection: str | No
 
 
 def check_folder(folder: Path) -> None:
-    """Raises ValueError if the path of a folder, or one of its parents, is a file."""
+    """Raises ValueError if ``folder``, or one of its parents, is a file. The folder need not exist."""
     for path in (folder, *folder.parents):
         if path.exists():
             if not path.is_dir():
-                raise ValueError(f"{path} is a file; expected a folder")
+                raise ValueError(f"{path} is a file; expected a folder, so choose a different path")
             return
 
 
 def check_unexported(folder: Path) -> None:
-    """Raises ValueError if a folder contains an exported checkpoint, or is a file."""
+    """Raises ValueError if a folder contains files of an export, or its path is a file.
+
+    The files are ``longalign.safetensors`` and the model card ``README.md``.
+    """
     check_folder(folder)
     for name in (CHECKPOINT, CARD):
         if (folder / name).exists():
@@ -67,28 +71,34 @@ def check_unexported(folder: Path) -> None:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Returns the checkpoint folders of a run, oldest first."""
+    """Returns the folders ``checkpoint-<step>`` in the folder of a run, by increasing step."""
     return sorted((p for p in run.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdecimal()), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
-    """Returns the step of a checkpoint folder, from its name."""
+    """Returns the training step in the name of a checkpoint folder, e.g. 500 for ``checkpoint-000500``."""
     return int(checkpoint.name.removeprefix(PREFIX))
 
 
 def best_checkpoint(run: Path) -> Path | None:
-    """Returns the checkpoint that the link `BEST` of a run names, or None."""
+    """Returns the checkpoint folder that the link ``best`` in the folder of a run points to.
+
+    None if there is no such link, or it does not point to a checkpoint of the run.
+    """
     link = run / BEST
     target = run / link.readlink().name if link.is_symlink() else None
     return target if target in checkpoints(run) else None
 
 
 def checkpoint_file(path: Path) -> Path:
-    """Returns the ``longalign.safetensors`` of a checkpoint file, a checkpoint folder, or a run's newest checkpoint.
+    """Returns the path of the ``.safetensors`` file of a local checkpoint. The file is not read.
+
+    Args:
+        path: a checkpoint file, a folder with ``longalign.safetensors``, or a run's folder (its newest checkpoint).
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
-        ValueError: if the file is an exported LoRA for diffusers.
+        ValueError: if the file is an exported LoRA for diffusers, ``pytorch_lora_weights.safetensors``.
     """
     if path.is_file() or (path.suffix == ".safetensors" and not path.is_dir()):
         if not path.is_file():
@@ -108,10 +118,14 @@ def checkpoint_file(path: Path) -> Path:
 
 
 def local_checkpoint(checkpoint: str) -> Path | None:
-    """Returns a local checkpoint as `checkpoint_file` does, or None if ``checkpoint`` is a Hub repository.
+    """Returns the file of a local checkpoint, or None if ``checkpoint`` can only be a Hub repository ``owner/name``.
+
+    Args:
+        checkpoint: a path, as for `checkpoint_file`, or ``owner/name``. A local folder ``owner`` takes precedence.
 
     Raises:
-        FileNotFoundError: if there is no checkpoint, or it is a base model.
+        FileNotFoundError: if there is no local checkpoint, or ``checkpoint`` is a base model in diffusers layout.
+        ValueError: if the file is an exported LoRA for diffusers.
     """
     if hub.is_base_model(checkpoint):
         raise FileNotFoundError(hub.BASE_MODEL.format(f"'{checkpoint}'"))
@@ -120,12 +134,16 @@ def local_checkpoint(checkpoint: str) -> Path | None:
 
 
 def find_checkpoint(checkpoint: str, revision: str | None = None) -> Path:
-    """Returns a local checkpoint as `checkpoint_file` does, or downloads it from the Hub repository ``owner/name``.
+    """Returns the file of a checkpoint, downloaded from the Hub if needed.
 
-    The Hub is only used if there is no local folder ``owner``.
+    Args:
+        checkpoint: a path, as for `checkpoint_file`, or ``owner/name`` on the Hub. A local folder ``owner`` takes
+            precedence.
+        revision: branch, tag or commit on the Hub; the main branch if None. Ignored for a local checkpoint.
 
     Raises:
-        FileNotFoundError: if there is no checkpoint.
+        FileNotFoundError: if there is no checkpoint, or the download fails.
+        ValueError: if the file is an exported LoRA for diffusers.
     """
     if path := local_checkpoint(checkpoint):
         return path
@@ -136,17 +154,19 @@ def find_checkpoint(checkpoint: str, revision: str | None = None) -> Path:
     except Exception as error:
         reason = hub.download_problem(error, CHECKPOINT)
         raise FileNotFoundError(
-            f"no local checkpoint '{checkpoint}', and it cannot be loaded from the Hub: {reason}"
+            f"no local checkpoint '{checkpoint}', and it cannot be loaded from the Hub: {reason}; check the path or id"
         ) from error
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Reads the metadata of a safetensors file without its tensors.
+    """Returns the metadata of a safetensors file, empty if it has none, without reading tensors.
 
-    The file starts with the header length in 8 bytes and a JSON header with ``__metadata__``.
+    The file starts with the length of the header in bytes (8 bytes, little-endian) and the header. The header is JSON,
+    with the metadata under ``__metadata__``.
 
     Raises:
-        ConfigError: if the header is invalid or truncated, or a value is not a string.
+        ConfigError: if the header is invalid or truncated, or a value of the metadata is not a string.
+        FileNotFoundError: if the file does not exist.
     """
     try:
         with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Config of the section `monitor`: what a run samples and measures while it trains. Does not import torch."""
+"""Config of the key `monitor` of a run: sampling and measuring held-out prompts during training. Imports no torch."""
 
 from __future__ import annotations
 
@@ -23,49 +23,53 @@ MEASURED = {"prompts", "data", "limit", "seeds", "num_steps", "guidance", "size"
 
 
 class GuardConfig(Section):
-    """A metric that may not become much worse than at the start of the run."""
+    """Limits how much worse a metric on the held-out prompts may be than at the start of the run."""
 
     metric: Text
-    """a value of the monitor, e.g. "facts" or "denscore.text_relevant"."""
+    """name of a value that the monitor measures, e.g. "facts" or "denscore.text_relevant"."""
     at_most_worse: NonNegativeFloat
-    """by how much the value may be worse than in the first measurement of the run, in the metric's unit. For
-    percentages, 0.05 is five percentage points.
+    """by how much the value may be worse than in the first measurement of the run, in the unit of the metric. For a
+    percentage, 0.05 is five percentage points.
     """
 
 
 class KeepBestConfig(Section):
-    """Selects the checkpoint that is kept as ``best``."""
+    """Selects the best checkpoint by a metric on the held-out prompts.
+
+    The best checkpoint is kept, and the link ``best`` in the output folder points to it.
+    """
 
     metric: Text
-    """a value of the monitor. Its metric defines whether higher or lower is better."""
+    """name of a value that the monitor measures, e.g. "denscore". The metric defines whether higher or lower is better.
+    """
     guard: GuardConfig | None = None
-    """rejects points at which its metric is too much worse than at the start; null: rejects none."""
+    """a limit on another metric: a measurement beyond the limit is never the best one. null: no limit."""
 
 
 class EarlyStopConfig(KeepBestConfig):
-    """Ends a run before its last step if a metric no longer improves."""
+    """Ends a run before the last step if a metric on the held-out prompts no longer improves."""
 
     patience: PositiveInt
-    """number of successive measurements of the monitor without a new best value after which the run ends."""
+    """number of successive measurements without a new best value after which the run ends."""
 
 
 class MonitorConfig(Section):
-    """Samples held-out prompts from fixed noise during training, and measures the images with metrics."""
+    """Samples images of held-out prompts from fixed noise during training, and measures them with metrics."""
 
     prompts: Annotated[tuple[str, ...], Field(min_length=1)] | Text | None = None
-    """the prompts, or ``PATH`` or ``SET:PATH`` of a file or prompt set, as for ``longalign generate --prompts``. Set
-    this key or `data`.
+    """a list of prompts, or a text ``PATH`` or ``SET:PATH`` that names a file or prompt set, as for
+    ``longalign generate --prompts``. Set either this key or `data`.
     """
     data: Part("data") | None = None
-    """data whose prompts are used, such as `scenes` with a seed that differs from the training data's."""
+    """data whose prompts are used, such as `scenes` with a seed that differs from that of the training data."""
     limit: PositiveInt | None = None
-    """maximum number of prompts, from the first; null: all."""
+    """maximum number of prompts, of which the first are used; null: all."""
     every: PositiveInt = 500
-    """training steps between two measurements; the monitor also measures at the start and at the end."""
+    """optimizer steps between two measurements; the monitor also measures at the start and at the end."""
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (0,)
-    """one image is sampled per prompt and seed."""
+    """seeds of the noise; one image is sampled per prompt and seed."""
     num_steps: PositiveInt = 25
-    """sampling steps."""
+    """number of sampling steps per image."""
     guidance: Annotated[float, Field(ge=1)] = 7.5
     """classifier-free guidance scale; 1 disables it."""
     size: ImageSize | None = None
@@ -74,15 +78,19 @@ class MonitorConfig(Section):
     solver: Solver = "unipc"
     """"unipc", "ddim", "dpm++", or "lcm" for a consistency-distilled model, with 4 steps and guidance 1."""
     batch_size: PositiveInt = 8
-    """images per batch."""
+    """number of images sampled or measured at a time."""
     metrics: tuple[Part("metrics"), ...] = ()
-    """metrics that are measured at each point; empty: none, only images are written."""
+    """metrics to measure the images with; empty: images are only written to the output folder."""
     window: PositiveInt = 3
-    """each measurement is compared with the one ``window`` measurements before, for the warnings."""
+    """a warning is logged if a metric became worse over this number of measurements, by more than twice its standard
+    error, while the training reward rose.
+    """
     keep_best: KeepBestConfig | None = None
-    """keep the checkpoint with the best measurement as ``best`` in the output folder; null: only the newest ones."""
+    """keep the checkpoint with the best measurement, besides the newest ones; the link ``best`` in the output folder
+    points to it. null: only the newest ones.
+    """
     early_stop: EarlyStopConfig | None = None
-    """stop when a metric no longer improves; null: never."""
+    """end the run when a metric no longer improves; null: never."""
 
     @model_validator(mode="after")
     def _check(self) -> MonitorConfig:
@@ -104,7 +112,10 @@ class MonitorConfig(Section):
                 yield path, f"the monitor does not measure '{name}', only {known}; add its metric to monitor.metrics"
 
     def names(self) -> dict[str, str]:
-        """Returns the names of values that the section refers to, by path inside the section."""
+        """Returns the names of values in `keep_best` and `early_stop`: path in this section -> name.
+
+        For example, ``{"keep_best.metric": "facts"}``.
+        """
         out = {}
         for key in ("keep_best", "early_stop"):
             if (choice := getattr(self, key)) is not None:
@@ -114,11 +125,14 @@ class MonitorConfig(Section):
         return out
 
     def texts(self, runtime: Runtime) -> list[str]:
-        """Returns the prompts. Builds the data part if they come from `data`.
+        """Returns the prompts of the key `prompts` or `data`, at most `limit`.
+
+        Args:
+            runtime: device, dtype and processes that the data is built for.
 
         Raises:
-            FileNotFoundError: if the file does not exist.
-            ValueError: if the file contains no prompts, or the data is a stream.
+            FileNotFoundError: if ``prompts`` names a file that does not exist.
+            ValueError: if that file contains no prompts, or the data is a stream, which has no index.
         """
         if self.data is not None:
             source = data.construct(self.data, runtime)
@@ -132,6 +146,9 @@ class MonitorConfig(Section):
         return list(self.prompts or ())[: self.limit]
 
     def fingerprint(self) -> str:
-        """Returns a hash of the keys on which the measured values depend, without credentials in URLs."""
+        """Returns the SHA-256 hash, in hexadecimal, of the keys on which the measured values depend.
+
+        Credentials in URLs are not part of the hash.
+        """
         settings: dict[str, Any] = self.model_dump(mode="json", include=MEASURED)
         return hashlib.sha256(redact_url(json.dumps(settings, sort_keys=True)).encode()).hexdigest()

@@ -1,4 +1,7 @@
-"""Reads configs from YAML and JSON files and from checkpoints, and parses values. Does not import torch."""
+"""Reads configs from YAML and JSON files and from checkpoints, and parses values of the command line.
+
+Importing this module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from longalign.runtime import examples_folder
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 SOURCE_SUFFIXES = (*CONFIG_SUFFIXES, ".safetensors")
-"""Suffixes of config files, and of checkpoints, which contain a config."""
+"""Suffixes of files that contain a config: config files and checkpoints."""
 BOOL, INT, FLOAT, TIME, VALUE, MERGE = (
     f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "timestamp", "value", "merge")
 )
@@ -24,9 +27,9 @@ MAX_CHARACTERS = 2**20
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML loader with the scalars of YAML 1.2: ``no`` and ``1:30`` are strings, ``1e-4`` is a number.
+    """PyYAML loader with the scalars of YAML 1.2: ``no`` and ``1:30`` are strings, ``1e-4`` is a number.
 
-    Repeated keys and tags are errors.
+    A repeated key, or a tag such as ``!!set``, is an error.
     """
 
     yaml_implicit_resolvers = {  # noqa: RUF012
@@ -49,18 +52,18 @@ class _Loader(yaml.SafeLoader):
             if key.tag != MERGE:
                 name = self.construct_object(key, deep=True)
                 if isinstance(name, (list, dict)):
-                    message = f"{shorten(name)} cannot be a key"
+                    message = f"{shorten(name)} cannot be a key; expected text"
                     raise yaml.constructor.ConstructorError(None, None, message, key.start_mark)
                 if name in seen:
-                    message = f"the key {shorten(name)} is repeated"
+                    message = f"the key {shorten(name)} is repeated; remove one of the entries"
                     raise yaml.constructor.ConstructorError(None, None, message, key.start_mark)
                 seen.add(name)
         return super().construct_mapping(node, deep)
 
     def flatten_mapping(self, node: Any) -> None:
-        """Merges the mappings of ``<<`` into a mapping, with each key once.
+        """Replaces the merge key ``<<`` of a mapping node by the keys of the mappings after it, each key once.
 
-        PyYAML would repeat keys, so that nested merges grow exponentially.
+        PyYAML's own method repeats keys, so that nested merges grow exponentially.
         """
         own_pairs = [(key, value) for key, value in node.value if key.tag != MERGE]
         merges = [value for key, value in node.value if key.tag == MERGE]
@@ -80,7 +83,7 @@ class _Loader(yaml.SafeLoader):
             self.flatten_mapping(part)
             self._merged += len(part.value)
             if self._merged > MAX_VALUES:
-                message = f"expected at most {MAX_VALUES} merged keys"
+                message = f"expected at most {MAX_VALUES} keys merged with '<<', got more; merge fewer mappings"
                 raise yaml.constructor.ConstructorError(None, None, message, part.start_mark)
             pairs |= {key.value if key.id == "scalar" else id(key): (key, value) for key, value in part.value}
         pairs |= {key.value if key.id == "scalar" else id(key): (key, value) for key, value in own_pairs}
@@ -99,10 +102,14 @@ _Loader.add_implicit_resolver(
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """Reads a mapping from a ``.yaml``, ``.yml`` or ``.json`` file, or from the metadata of a checkpoint.
+    """Returns the config in a file or checkpoint as a mapping, without validating its keys.
+
+    Args:
+        path: a ``.yaml``, ``.yml`` or ``.json`` file, or a checkpoint: a ``.safetensors`` file, its folder, or a run's
+            folder (the newest checkpoint).
 
     Raises:
-        ConfigError: if the file is invalid, is not a mapping, or repeats a key.
+        ConfigError: if the file cannot be parsed, contains no mapping, or repeats a key.
         FileNotFoundError: if the file does not exist.
     """
     if path.is_dir() or path.suffix == ".safetensors":
@@ -129,7 +136,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def _missing_config_message(path: Path) -> str:
-    """Returns the message for a missing file. It suggests a bundled example or a file with a similar name."""
+    """Returns the message for a missing config file. It suggests a bundled example or a similar file name."""
     names = [p.name for p in path.parent.glob("*") if p.suffix in CONFIG_SUFFIXES] if path.parent.is_dir() else []
     bundled = examples_folder() / path.name
     hint = f"; bundled: longalign examples {path.name} --to ." if bundled.is_file() else ""
@@ -137,7 +144,10 @@ def _missing_config_message(path: Path) -> str:
 
 
 def parse_value(text: str) -> Any:
-    """Parses a command-line value: a YAML scalar, list ``[..]`` or mapping ``{..}``; other text stays a string."""
+    """Parses a command-line value as YAML: a number, boolean, null, quoted text, list ``[..]`` or mapping ``{..}``.
+
+    Any other text, also invalid YAML, is returned unchanged.
+    """
     try:
         value = _load_yaml(text)
     except (yaml.YAMLError, ValueError):
@@ -148,10 +158,14 @@ def parse_value(text: str) -> Any:
 
 
 def parse_source(text: str) -> Any:
-    """Parses a command-line value that may also be the path of a config file or checkpoint; reads such a file.
+    """Parses a command-line value that can also be the path of a config file or checkpoint.
+
+    A text that ends in one of `SOURCE_SUFFIXES` is a path: the config in the file is returned as a mapping. Other text
+    is parsed by `parse_value`, but an invalid mapping ``{..}`` is an error.
 
     Raises:
-        ConfigError: if the file is invalid, or a mapping ``{..}`` is.
+        ConfigError: if the file or a mapping ``{..}`` cannot be parsed.
+        FileNotFoundError: if the file does not exist.
     """
     if text.lstrip().startswith("{"):
         return _load_yaml_file(text, shorten(text))
@@ -174,8 +188,8 @@ def _load_yaml(text: str) -> Any:
 
 
 def _number_problem(error: ValueError) -> str:
-    """Returns the message for an invalid number. Python's own message does not explain that digits are too many."""
-    return "a number has too many digits" if "set_int_max_str_digits" in str(error) else str(error)
+    """Returns the message of a parsing error. Python's message for a number with too many digits is replaced."""
+    return "a number has too many digits; shorten it" if "set_int_max_str_digits" in str(error) else str(error)
 
 
 def _load_yaml_file(text: str, path: Path | str) -> Any:
@@ -209,6 +223,6 @@ def _load_json_file(text: str, path: Path) -> Any:
 def _check_mapping(value: Any, path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError([("", f"{path}: expected a mapping of keys to values, got {shorten(value)}")])
-    if invalid := [key for key in value if not isinstance(key, str)]:
-        raise ConfigError([(shorten(key), f"{path}: keys must be strings, got {shorten(key)}") for key in invalid])
+    if invalid := [shorten(key) for key in value if not isinstance(key, str)]:
+        raise ConfigError([(key, f"{path}: keys must be strings, got {key}; quote it") for key in invalid])
     return value

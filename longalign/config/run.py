@@ -28,37 +28,42 @@ def _listed(value: Any) -> Any:
 
 
 class RunConfig(Section):
-    """Config of one run. Each part is a name, or a mapping with ``name`` and the keys of the part."""
+    """Config of one run.
+
+    Each part of the run (backbone, encoder, rewards, trainer, data) is a name, or a mapping with ``name`` and further
+    keys.
+    """
 
     backbone: Part("backbones") | None
-    """the diffusion model to fine-tune; required by trainers that use one."""
+    """the diffusion model to fine-tune, a denoiser and an autoencoder; required unless the trainer uses none."""
     encoder: Part("encoders") | None
-    """the prompt encoder; required by trainers that use one."""
+    """the prompt encoder, whose output conditions the backbone; required unless the trainer uses none."""
     rewards: Annotated[tuple[Part("rewards"), ...], BeforeValidator(_listed)] = ()
-    """the rewards that score images, in the order the trainer receives them."""
+    """list of the rewards that score images, in the order in which the trainer receives them."""
     trainer: Part("trainers") | None = None
-    """the training method; null for sampling- or scoring-only configs."""
+    """the training method; null for a config that is only used for sampling or scoring."""
     data: Part("data") | None = None
     """the training data; required with a trainer."""
     loop: LoopConfig = LoopConfig()
-    """steps, batch size, learning rate, checkpoints, logging."""
+    """settings of the training loop: steps, batch size, learning rate, checkpoints, logging."""
     monitor: MonitorConfig | None = None
-    """held-out prompts that are sampled and measured during training, or null for none."""
+    """sampling of held-out prompts during training, with metrics; null for none."""
     cache: CacheConfig | None = None
-    """precomputed latents and text states, written by `longalign cache`, or null for none."""
+    """image latents and text states that ``longalign cache`` precomputes; null for none."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """random seed for the initialization of new weights, noise and data order."""
+    """random seed for the initialization of new weights, the noise and the data order."""
     output: Text = "runs/longalign"
     """folder for checkpoints, logs and the images of the monitor."""
     init_from: Text | None = None
-    """a checkpoint to start from: a file, a folder, a run's folder (its newest checkpoint), or ``owner/name`` on the
-    Hub. A new LoRA is trained on top of its LoRA, which is merged and frozen.
+    """a longalign checkpoint to start from: a file, a folder, a run's folder (the newest checkpoint), or ``owner/name``
+    on the Hub; null: the weights of the parts themselves. The checkpoint's LoRA is merged into the frozen weights, and
+    a new LoRA is trained.
     """
 
     @model_validator(mode="before")
     @classmethod
     def _default_unused_parts(cls, values: Any) -> Any:
-        """Sets parts that the trainer does not use to None by default; the other parts stay required."""
+        """Sets backbone and encoder to None if the trainer does not use them; otherwise they stay required keys."""
         if not isinstance(values, Mapping):
             return values
         if "validation" in values:
@@ -74,7 +79,10 @@ class RunConfig(Section):
 
 
 def _needs(trainer: Any) -> tuple[str, ...]:
-    """Returns the names of the parts that a trainer needs. The trainer is a name, mapping or config."""
+    """Returns which of "backbone" and "encoder" a trainer needs; both if the trainer is None or unknown.
+
+    ``trainer`` is the value of the key: a name, a mapping or a config.
+    """
     name = trainer.get("name") if isinstance(trainer, Mapping) else trainer
     if isinstance(trainer, TrainerConfig):
         return trainer.needs
@@ -86,14 +94,15 @@ def _needs(trainer: Any) -> tuple[str, ...]:
 
 
 def load_config(source: Mapping[str, Any] | str | Path | RunConfig) -> RunConfig:
-    """Reads and validates a config without loading or downloading any weights.
+    """Reads and validates the config of a run without loading or downloading any weights.
 
     Args:
-        source: a mapping, a ``.yaml`` or ``.json`` file, or a checkpoint: a file, a folder, or a run's folder (its
-            newest checkpoint). Paths inside a config are relative to the working directory.
+        source: a mapping, a ``.yaml`` or ``.json`` file, a `RunConfig`, or a local checkpoint: a file, a folder, or a
+            run's folder (the newest checkpoint). Relative paths inside a config start at the working directory.
 
     Raises:
-        ConfigError: if the config is invalid; lists all problems, each with its path, e.g. ``encoder.parts.1.modle``.
+        ConfigError: if the config is invalid; lists all problems, each with its dotted path, e.g.
+            ``encoder.parts.1.modle``.
         FileNotFoundError: if the file does not exist.
     """
     path = Path(source) if isinstance(source, (str, Path)) else None
@@ -111,7 +120,10 @@ def load_config(source: Mapping[str, Any] | str | Path | RunConfig) -> RunConfig
 
 
 def _version_differences(path: Path | None) -> list[ConfigProblem]:
-    """Returns the packages of a checkpoint that are missing here or have a different version."""
+    """Returns a message for each package with which a checkpoint was made and that has a different version here.
+
+    Missing packages are included. The list is empty if ``path`` is a config file or None.
+    """
     if path is None or path.suffix in CONFIG_SUFFIXES:
         return []
     path = checkpoint_file(path)
@@ -139,15 +151,15 @@ def _version_differences(path: Path | None) -> list[ConfigProblem]:
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
-    """Returns the config as plain values, with all defaults; `load_config` of these values returns an equal config."""
+    """Returns a config as a mapping of JSON values, including defaults; `load_config` of it gives an equal config."""
     return config.model_dump(mode="json")
 
 
 def to_yaml(config: RunConfig) -> str:
-    """Returns the config as YAML, with all defaults; `load_config` of such a file returns an equal config."""
+    """Returns a config as YAML text, including defaults; `load_config` of such a file gives an equal config."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=120)
 
 
 def to_json(config: RunConfig) -> str:
-    """Returns the config as one line of JSON, as stored in the metadata of checkpoints."""
+    """Returns a config as one line of JSON, including defaults, as stored in the metadata of checkpoints."""
     return json.dumps(to_dict(config), ensure_ascii=False)

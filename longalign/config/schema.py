@@ -1,4 +1,4 @@
-"""Generates JSON schemas of config classes with pydantic: of one class for its description, of a run for editors."""
+"""Generates JSON schemas of config classes: of one class for ``longalign describe``, of a run's config for editors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REFERENCE = "#/$defs/"
 
 
 class Generator(GenerateJsonSchema):
-    """Generates pydantic's schemas with all defaults and descriptions, and without titles."""
+    """Generates the JSON schema of a config class with defaults and descriptions of all keys, and without titles."""
 
     def get_default_value(self, schema: Any) -> Any:
         factory = schema.get("default_factory")
@@ -49,13 +49,13 @@ class Generator(GenerateJsonSchema):
         return {}  # the type of a plugin's key that JSON has no words for
 
     def emit_warning(self, kind: Any, detail: str) -> None:
-        """Ignores defaults that JSON cannot represent; the key is then shown without its default."""
+        """Ignores pydantic's warning about a default that JSON cannot represent; the key then has no default."""
 
 
 class PlainGenerator(Generator):
-    """Generates schemas for descriptions, without the ``name`` of a part.
+    """Generates the JSON schema that ``longalign describe`` shows, without the key ``name`` of a part.
 
-    Short forms, such as one item for a list, are omitted too.
+    Short forms of a value, such as one item in place of a list, are omitted too.
     """
 
     def model_schema(self, schema: Any) -> JsonSchemaValue:
@@ -69,9 +69,9 @@ class PlainGenerator(Generator):
 
 
 def model_schema(model: type[BaseModel]) -> JsonSchemaValue:
-    """Returns the schema of a config class, for its description.
+    """Returns the JSON schema of a config class that ``longalign describe`` shows, as a mapping.
 
-    It has ``properties`` with types, defaults and descriptions, and ``$defs``.
+    ``properties`` has type, default and description of each key, and ``$defs`` the schemas of nested config classes.
     """
     references, schema = models_json_schema([(model, "validation")], schema_generator=PlainGenerator)
     definitions = schema["$defs"]
@@ -80,9 +80,10 @@ def model_schema(model: type[BaseModel]) -> JsonSchemaValue:
 
 
 def run_schema() -> JsonSchemaValue:
-    """Returns the JSON schema of a run for editors, with the keys of all installed parts; omits broken plugins.
+    """Returns the JSON schema of a run's config for editors, with the keys of all installed parts.
 
-    The schema has no checks between keys, so it accepts more than `longalign.load_config`.
+    Plugins that fail to import are omitted. The schema has no checks between keys, so it accepts more configs than
+    `longalign.load_config`.
     """
     parts = {f"{kind}.{name}": (kind, name, model) for kind, name, model in _parts()}
     references, schema = models_json_schema(
@@ -106,14 +107,15 @@ def run_schema() -> JsonSchemaValue:
 
 
 def summary(model: type) -> str:
-    """Returns the text of a class's own docstring before ``Attributes:``."""
+    """Returns the text before ``Attributes:`` in a class's own docstring; empty if it has no docstring of its own."""
     return _docstring(model)[0]
 
 
 def descriptions(model: type) -> dict[str, str]:
-    """Returns the description of each key: the docstring below the field, or its entry in the class's ``Attributes:``.
+    """Returns key -> description for a config class.
 
-    A key without a description inherits it from the base class.
+    A description is the docstring below the field, or the field's entry under ``Attributes:`` in the docstring of the
+    class, or else the description in the base class. Keys without any are omitted.
     """
     out: dict[str, str] = {}
     for base in reversed(model.__mro__):
@@ -132,7 +134,7 @@ def _plain(text: str) -> str:
 
 
 def _docstring(model: type) -> tuple[str, dict[str, str]]:
-    """Returns the text of a docstring before ``Attributes:``, and the description of each attribute."""
+    """Splits a class's own docstring into the text before ``Attributes:`` and attribute -> description."""
     doc = inspect.cleandoc(model.__doc__ or "") if "__doc__" in vars(model) else ""
     text, _, rest = doc.partition("Attributes:")
     attributes: dict[str, str] = {}
@@ -158,21 +160,24 @@ def _parts() -> Iterator[tuple[str, str, type[PartConfig]]]:
 
 
 def _named(schema: JsonSchemaValue, name: str) -> JsonSchemaValue:
-    """Returns the schema of a part's config under the name that it is registered as."""
+    """Returns the schema of a part's config with ``name`` as the only allowed value of its required key ``name``."""
     properties = {**schema["properties"], "name": {"const": name, "description": schema["description"]}}
     required = ["name", *(key for key in schema.get("required", ()) if key != "name")]
     return {**schema, "properties": properties, "required": required}
 
 
 def _any_of(named: dict[str, JsonSchemaValue]) -> JsonSchemaValue:
-    """Returns the schema of a part: a mapping with ``name``, or a bare name if the part has no required keys."""
+    """Returns the schema of any part of one kind: a mapping with ``name``, or a name alone if no other key is required.
+
+    ``named`` maps definition names, ``kind.name``, to the schemas of the kind's parts.
+    """
     bare = [part["properties"]["name"]["const"] for part in named.values() if part["required"] == ["name"]]
     names = [{"enum": bare}] if bare else []
     return {"anyOf": [*names, *({"$ref": REFERENCE + key} for key in named)]}
 
 
 def _requirements() -> Iterator[JsonSchemaValue]:
-    """Yields the rules that require backbone and encoder, except for trainers that do not use them."""
+    """Yields a JSON schema each for backbone and encoder: the key is required unless the trainer does not use it."""
     needs = {name: model.needs for _, name, model in _parts() if issubclass(model, TrainerConfig)}
     for key in TrainerConfig.needs:
         names = {"enum": [name for name, needed in needs.items() if key not in needed]}
@@ -181,7 +186,10 @@ def _requirements() -> Iterator[JsonSchemaValue]:
 
 
 def _resolved(value: Any) -> Any:
-    """Replaces parts, which are marked with their kind, by references to the schema of the kind."""
+    """Returns a JSON schema in which each key that holds a part refers to the schema of all parts of that kind.
+
+    Such keys are recognized by their entry `longalign.registry.KIND`.
+    """
     if isinstance(value, list):
         return [_resolved(item) for item in value]
     if not isinstance(value, dict):
@@ -191,7 +199,7 @@ def _resolved(value: Any) -> Any:
 
 
 def _pruned(schema: JsonSchemaValue) -> JsonSchemaValue:
-    """Returns the schema without unused definitions."""
+    """Returns a JSON schema without the entries of ``$defs`` that it does not use."""
     used: dict[str, Any] = {}
     pending = list(_references({key: value for key, value in schema.items() if key != "$defs"}))
     while pending:

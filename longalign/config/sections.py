@@ -1,4 +1,4 @@
-"""Config classes of the sections of a run that are not parts: loop and cache."""
+"""Config classes of the keys ``loop`` and ``cache`` of a run."""
 
 from __future__ import annotations
 
@@ -19,26 +19,28 @@ def _listed(value: Any) -> Any:
 
 
 class LoopConfig(Section):
-    """Settings of the training loop."""
+    """Settings of the training loop. A step is an optimizer step unless stated otherwise."""
 
     steps: PositiveInt = 1000
-    """optimizer steps."""
+    """number of optimizer steps of the run."""
     batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 8
-    """items per process and micro-step."""
+    """number of data items (images with captions, pairs of images, or prompts) per process and micro-step."""
     accumulation: Annotated[int, Field(ge=1, le=1_000_000)] = 1
-    """gradient accumulation: micro-steps per optimizer step."""
+    """gradient accumulation: number of micro-steps (a forward and a backward pass) per optimizer step."""
     lr: PositiveFloat = 3e-5
-    """learning rate of AdamW."""
+    """learning rate of AdamW, constant after the warmup."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     """decay rates of AdamW's first and second moment estimates."""
     weight_decay: NonNegativeFloat = 1e-2
-    """weight decay of AdamW."""
+    """weight decay coefficient of AdamW."""
     warmup: NonNegativeInt = 0
-    """number of steps of linear learning-rate warmup from zero."""
+    """number of steps over which the learning rate rises linearly to ``lr``; 0: none."""
     clip: PositiveFloat | None = 0.3
-    """maximum gradient norm, or null for no clipping."""
+    """maximum L2 norm of the gradient of all trainable parameters together; null: no clipping."""
     precision: Literal["no", "bf16", "fp16"] = "no"
-    """mixed precision: "no", "bf16" or "fp16"; frozen modules are kept in this dtype (float32 for "no")."""
+    """mixed precision: "no", "bf16" or "fp16". Frozen text models, autoencoders and rewards are kept in this dtype
+    (float32 for "no"); ``backbone.dtype`` sets that of the denoiser.
+    """
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass to save memory. This covers the denoiser, the autoencoder if rewards
     score decoded images, and a trained reward.
@@ -46,8 +48,8 @@ class LoopConfig(Section):
     channels_last: bool = False
     """use the channels-last memory format for denoiser and autoencoder; only for backbones with a UNet."""
     compile: bool | Literal["regional", "inductor", "cudagraphs", "aot_eager", "eager"] = False
-    """compile the denoiser with ``torch.compile``: true (backend "inductor"), the name of a backend, or "regional":
-    its transformer and residual blocks one by one, which compiles in less time.
+    """compile the denoiser with ``torch.compile``: true (backend "inductor"), the name of a backend, or "regional" to
+    compile its transformer and residual blocks one by one, which takes less time. false: not compiled.
     """
     cuda_graphs: bool = False
     """replay denoiser calls without gradient as CUDA graphs; for one process with a CUDA GPU. Calls with dropout are
@@ -56,34 +58,37 @@ class LoopConfig(Section):
     on a GPU.
     """
     mfu: bool | None = None
-    """log ``mfu``, the model FLOPs utilization: the FLOPs of the denoiser's calls, without LoRA, divided by the time of
-    the whole step and by the FLOPs per second of a large matrix product, measured at the start. null: on CUDA devices.
+    """log ``mfu``, the model FLOPs utilization (arXiv 2204.02311), as a fraction. It is the number of FLOPs of the
+    denoiser's calls, without LoRA, per second of the whole step, divided by the FLOPs per second of a large matrix
+    product, measured at the start. null: only on CUDA devices.
     """
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """decay of the exponential moving average of the trainable parameters, or null for none."""
+    """decay per step of the exponential moving average of the trainable parameters, which is then saved and sampled
+    with; null: no average.
+    """
     save_every: PositiveInt | None = 500
-    """steps between checkpoints, or null for a single checkpoint at the end."""
+    """number of steps between checkpoints; null: a single checkpoint at the end."""
     keep: PositiveInt | None = 2
-    """number of newest checkpoints to keep, or null for all."""
+    """number of newest checkpoints to keep; older ones are deleted, except that of ``monitor.keep_best``. null: all."""
     log_every: PositiveInt = 10
-    """steps between log entries; values are averaged over these steps."""
+    """number of steps between log entries; values are averaged over these steps."""
     trackers: Annotated[tuple[Tracker, ...], BeforeValidator(_listed, json_schema_input_type=OneOrMore)] = ()
-    """additional loggers, "tensorboard" or "wandb"; one or a list."""
+    """loggers besides the file ``log.jsonl``: "tensorboard", "wandb", or a list of both; empty: none."""
     workers: Annotated[int, Field(ge=0, le=1000)] = 0
-    """number of data loading processes; 0: load in the training process."""
+    """number of data loading processes per training process; 0: the training process loads the data itself."""
 
 
 class CacheConfig(Section):
-    """Latents and text states that ``longalign cache`` precomputes and training reads from disk.
+    """Image latents and text states that ``longalign cache`` precomputes and training reads from disk.
 
-    A cache is rejected if the encoder, autoencoder, data, precision or images have changed since it was made.
+    An existing cache is rejected if encoder, autoencoder, data, precision or image files have changed since then.
     """
 
     folder: Text
-    """folder of the cache."""
+    """folder that ``longalign cache`` writes to and training reads from."""
     latents: bool | None = None
-    """cache image latents; null to cache them if the data has images. Training samples from the cached posterior
-    exactly as without a cache.
+    """cache the autoencoder's posteriors of the images; null: if the data has images. Training samples latents from the
+    posteriors exactly as without a cache.
     """
     prompts: bool = True
-    """cache the hidden states of the frozen text models; these models are then not loaded for training."""
+    """cache the hidden states of the prompts; the frozen text models are then not loaded for training."""

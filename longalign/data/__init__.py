@@ -1,4 +1,4 @@
-"""Training data: the bundled synthetic scenes; captioned images in folders, tables and tar files; pairs; prompts.
+"""Training data: synthetic scenes, captioned images in folders, tables and tar files, preference pairs, and prompts.
 
 Public names are loaded on first use, so that importing this package does not import torch.
 """

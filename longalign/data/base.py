@@ -12,10 +12,11 @@ from longalign.sizes import Size
 
 
 class Data(Dataset[dict[str, Any]]):
-    """Base class of map-style data.
+    """Base class of map-style data. Subclasses implement ``__len__`` and ``__getitem__``.
 
-    An item is ``{"prompt": str, "image": FloatTensor (3, h, w) in [0, 1]}``; prompt-only data has no ``image``. Item i
-    must be the same on every read: seed any randomness with the index, so that a resumed run sees the same data.
+    An item is ``{"prompt": str, "image": float32 (3, h, w) in [0, 1]}``. Items of prompt-only data have no ``image``;
+    those of preference data have two, see `longalign.data.Pairs`. Item i must be the same on every read: seed any
+    randomness with the index, so that a resumed run sees the same data.
     """
 
     #: whether items have an image
@@ -23,7 +24,10 @@ class Data(Dataset[dict[str, Any]]):
 
     @property
     def buckets(self) -> Sequence[Size]:
-        """Sizes of the images. If there are several, a batch has items of one `bucket`; otherwise it may be empty."""
+        """The possible image sizes in pixels. Each size is one bucket, and all images of a batch are of one bucket.
+
+        Data whose images all have the same size may return an empty sequence, the default.
+        """
         return ()
 
     def __len__(self) -> int:
@@ -37,37 +41,45 @@ class Data(Dataset[dict[str, Any]]):
         return self[index]["prompt"]
 
     def bucket(self, index: int) -> int:
-        """Returns the position of an item's size in `buckets`, without loading the image; -1 if it cannot be read."""
+        """Returns the index in `buckets` of an item's image size, without loading the image.
+
+        -1 means that the image cannot be read. The default is 0, for data with one size.
+        """
         return 0
 
     # Used by caches
 
     def load_item(self, index: int) -> dict[str, Any] | None:
-        """Returns item ``index``, or None if it cannot be read and is replaced by the next item."""
+        """Returns item ``index``, or None if its image cannot be read, so that ``data[index]`` is a later item."""
         return self[index]
 
     def image_key(self, index: int) -> bytes:
-        """Returns the 16-byte hash of the content that an item's image is made from."""
+        """Returns a 16-byte hash of what an item's image is made from: the bytes of its file, or its pixels."""
         return key_of(self[index]["image"].contiguous().numpy().tobytes())
 
     def image_stamp(self, index: int) -> int:
-        """Returns a number that changes when the image may have changed, e.g. a hash of its file's size and mtime.
+        """Returns an integer that changes when an item's image may have changed.
 
-        0 means that the config alone determines the image.
+        For a file, this is a hash of its size and modification time. 0 means that no file is read, because the config
+        alone determines the image.
         """
         return 0
 
 
 def spread_indices(count: int, number: int = 32) -> list[int]:
-    """Returns up to ``number`` evenly spread indices of ``count`` items in ascending order, with the first and last.
+    """Returns up to ``number`` evenly spaced indices from 0 to ``count - 1``, both included, in ascending order.
 
-    Changes of data are detected by a check of these items.
+    Only these items are checked for changes of the data, since a check of all would be slow.
     """
     return sorted({i * (count - 1) // (number - 1) for i in range(number)}) if count else []
 
 
 def check_index(index: int, length: int) -> int:
-    """Returns ``index`` as a non-negative index. Raises `IndexError` if it is out of range."""
+    """Returns ``index`` as a non-negative index; -1 is the last of ``length`` items.
+
+    Raises:
+        IndexError: if ``index`` is not from ``-length`` to ``length - 1``.
+    """
     if not -length <= index < length:
-        raise IndexError(f"item {index} is out of range for {length} items")
+        raise IndexError(f"item {index} is out of range for {length} items; expected {-length} to {length - 1}")
     return index % length

@@ -1,4 +1,4 @@
-"""Dataset of precomputed autoencoder posteriors instead of images."""
+"""Dataset whose items have a VAE posterior read from a cache instead of an image."""
 
 from __future__ import annotations
 
@@ -21,17 +21,21 @@ RERUN_ADVICE = "run `longalign cache` again with this config"
 
 
 class CachedImages(Data):
-    """Items ``{"prompt": str, "posterior": (2c, h, w)}`` with posteriors from a cache.
+    """Prompts with cached VAE posteriors. An item is ``{"prompt": str, "posterior": (2c, h, w)}``.
+
+    ``posterior`` is the mean and the standard deviation of the unscaled latent ``(c, h, w)`` of the image, see
+    `longalign.backbones.Backbone.posterior`. An image is checked for changes when its item is read; up to 32 images are
+    also checked at construction.
 
     Args:
-        data: the uncached data; provides prompts and detects changed images.
-        store: posteriors by the key of the image content.
-        keys: key of each item's image; `UNREADABLE` for items that are replaced by the next readable item.
-        stamps: ``(n,)``, `Data.image_stamp` of each item when it was encoded.
-        numbers: ``(n,)``, `Data.bucket` of each item.
+        data: the uncached data of ``n`` items, with the prompts, and the images that are checked.
+        store: the posteriors, by `Data.image_key`.
+        keys: `Data.image_key` of each item. Items with `UNREADABLE` are replaced by the next readable item.
+        stamps: ``(n,)`` int64, `Data.image_stamp` of each item when its image was encoded.
+        numbers: ``(n,)`` int64, `Data.bucket` of each item.
 
     Raises:
-        ValueError: if the number of items changed, or a checked image differs from the encoded one.
+        ValueError: if ``data`` and ``keys`` differ in length, or a checked image differs from the encoded one.
     """
 
     def __init__(self, data: Data, store: Store, keys: list[bytes], stamps: Tensor, numbers: Tensor):
@@ -46,7 +50,11 @@ class CachedImages(Data):
 
     @classmethod
     def load(cls, data: Data, store: Store) -> CachedImages:
-        """Loads the list of cached images. Raises ValueError if it is missing."""
+        """Builds the dataset of ``data`` with the item list in the folder of ``store``, see `write_items`.
+
+        Raises:
+            ValueError: if the folder has no item list, or the data changed since it was written.
+        """
         return cls(data, store, *read_items(store.folder))
 
     def __len__(self) -> int:
@@ -87,18 +95,28 @@ class CachedImages(Data):
 
 
 def write_posterior(store: Store, key: bytes, posterior: Tensor) -> None:
-    """Adds a posterior ``(2c, h, w)`` to a store. It is flattened, since entries differ in their first size only."""
+    """Adds a posterior ``(2c, h, w)`` to ``store`` under ``key``.
+
+    The posterior is flattened, since the entries of a store may differ only in the size of their first dimension.
+    """
     store.add(key, {"posterior": posterior.flatten(), "shape": torch.tensor(posterior.shape)})
 
 
 def read_posterior(store: Store, key: bytes) -> Tensor:
-    """Reads a posterior ``(2c, h, w)``."""
+    """Returns the posterior ``(2c, h, w)`` that `write_posterior` added to ``store`` under ``key``."""
     entry = store[key]
     return entry["posterior"].view(entry["shape"].tolist())
 
 
 def read_items(folder: Path) -> tuple[list[bytes], Tensor, Tensor]:
-    """Reads image keys, stamps and buckets of all items for `CachedImages`. Raises ValueError if they are missing."""
+    """Reads the item list that `write_items` wrote into the folder of a cache.
+
+    Returns:
+        The key of each item's image, the stamps ``(n,)`` int64, and the buckets ``(n,)`` int64; see `CachedImages`.
+
+    Raises:
+        ValueError: if the folder has no item list.
+    """
     if not (folder / ITEMS).is_file():
         raise ValueError(f"the cache {folder} is incomplete; {RERUN_ADVICE}")
     with reading(folder / ITEMS, REPAIR_ADVICE):
@@ -107,7 +125,7 @@ def read_items(folder: Path) -> tuple[list[bytes], Tensor, Tensor]:
 
 
 def write_items(folder: Path, keys: list[bytes], stamps: list[int], buckets: list[int]) -> None:
-    """Writes image keys, stamps and buckets for `read_items`."""
+    """Writes the item list of a cache into its folder: key, stamp and bucket of each item, see `CachedImages`."""
     raw = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(len(keys), -1)
     numbers = {"stamps": stamps, "buckets": buckets}
     save_tensors(folder / ITEMS, {"keys": raw, **{k: torch.tensor(v, dtype=torch.int64) for k, v in numbers.items()}})

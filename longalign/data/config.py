@@ -20,7 +20,7 @@ def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
-#: default of `ImagesConfig.multiple_of`
+#: default of `ImagesConfig.multiple_of`, in pixels
 MULTIPLE_OF = 64
 
 #: one text or several
@@ -28,9 +28,9 @@ Texts = Annotated[tuple[Text, ...], BeforeValidator(_as_tuple, json_schema_input
 
 
 class DataConfig(PartConfig):
-    """Base class of data configs. Its properties describe the data before anything is loaded."""
+    """Base class of data configs. The properties describe the data without loading anything."""
 
-    #: whether items have two images and a preference
+    #: whether the data is preference data: items have two images of one prompt and a preference
     has_pairs: ClassVar[bool] = False
 
     @property
@@ -45,48 +45,56 @@ class DataConfig(PartConfig):
 
     @property
     def image_sizes(self) -> Mapping[str, Sequence[Size]]:
-        """Image sizes that the backbone must support, by the config key that sets them.
+        """Image sizes that the backbone must support, as config key -> sizes that the key sets.
 
-        Empty if they are unknown or the backbone's native resolution.
+        Empty if the sizes are unknown, or if images have the backbone's native resolution.
         """
         return {}
 
     def for_backbone(self, backbone: BackboneConfig | None) -> Self:
-        """Returns this config, with the image size of the run's backbone if none is set.
+        """Returns this config, with the backbone's native resolution if this config sets no image size.
+
+        Args:
+            backbone: config of the run's backbone; None for a run without one.
 
         Raises:
-            ConfigError: if the backbone's native resolution is needed and not known.
+            ConfigError: if no size is set, and there is no backbone or its native resolution is unknown.
         """
         return self
 
     def held_out(self, count: int) -> Self | None:
-        """Returns data with ``count`` prompts that are not in this data; None if there is none."""
+        """Returns the config of ``count`` held-out items of the same kind.
+
+        None, the default, means that only the items of this config exist.
+        """
         return None
 
 
 class ImagesConfig(DataConfig):
-    """Base class of configs of stored images."""
+    """Base class of configs of stored images with captions, with the keys for image sizes and unusable images."""
 
     resolution: PositiveInt | None = None
     """width and height in pixels to which images are resized and centre-cropped; null: the backbone's native
     resolution. Smaller images are scaled up, with a warning.
     """
     max_aspect_ratio: Annotated[float, Field(gt=1)] | None = None
-    """largest ratio of the long to the short side of the buckets into which images are sorted. A bucket has at most as
-    many pixels as the square of side ``resolution``. An image is resized and cropped to the bucket of the nearest
-    aspect ratio, and a batch has images of one bucket. null: all images are square.
+    """largest ratio of the long to the short side of images. Each image is resized and cropped to one of several sizes,
+    called buckets: the one of the nearest aspect ratio. A bucket has at most ``resolution`` squared pixels, and all
+    images of a batch are of one bucket. null: all images are square.
     """
     multiple_of: PositiveInt | None = None
-    """number of pixels that divides the sides of the buckets of ``max_aspect_ratio``; null: 64."""
+    """width and height of all image sizes that ``max_aspect_ratio`` allows are multiples of this number of pixels;
+    null: 64.
+    """
     buckets: Annotated[tuple[ImageSize, ...], Field(min_length=1)] | None = None
-    """the buckets themselves, e.g. ``[512, 640x384, 384x640]`` (width x height), instead of ``resolution`` and
-    ``max_aspect_ratio``.
+    """list of image sizes (buckets) in pixels, e.g. ``[512, 640x384, 384x640]`` (a square, or width x height), instead
+    of ``resolution`` and ``max_aspect_ratio``. null: these two keys set the sizes.
     """
     empty: Literal["skip", "keep"] = "skip"
     """what to do with images with an empty caption: "skip" them, or "keep" them as unconditional examples."""
     max_unreadable: NonNegativeInt = 10
-    """number of unreadable images, caption files and shards to replace by the next one, each with a warning; one more
-    stops the run. Each data loading process counts its own.
+    """number of unreadable images, caption files and shards that are tolerated. Each is replaced by the next one, with
+    a warning; one more stops the run. Each data loading process counts its own.
     """
 
     @model_validator(mode="after")
@@ -96,13 +104,13 @@ class ImagesConfig(DataConfig):
         if self.buckets is not None and ignored:
             raise ValueError(f"'{ignored[0]}' has no effect with 'buckets'; remove one of them")
         if self.multiple_of is not None and self.max_aspect_ratio is None:
-            raise ValueError("'multiple_of' needs a 'max_aspect_ratio'; set it or remove 'multiple_of'")
+            raise ValueError("'multiple_of' needs 'max_aspect_ratio'; set 'max_aspect_ratio', or remove 'multiple_of'")
         _ = self.sizes
         return self
 
     @property
     def sizes(self) -> tuple[Size, ...] | None:
-        """Sizes of the images, one per bucket; None for the backbone's native resolution."""
+        """Image sizes in pixels, one per bucket; None for the backbone's native resolution, which is not known here."""
         if self.buckets is not None:
             return tuple(dict.fromkeys(map(parse_size, self.buckets)))
         if self.resolution is None:
@@ -132,10 +140,16 @@ class ImagesConfig(DataConfig):
         try:
             _ = config.sizes
         except ValueError as error:
-            raise ConfigError([("data.multiple_of", f"{error}; the resolution is the backbone's")]) from None
+            message = f"{error} (the resolution is the backbone's native one)"
+            raise ConfigError([("data.multiple_of", message)]) from None
         return config
 
 
 def folder_problems(key: str, folder: str | None) -> list[ConfigProblem]:
-    """Returns a list with one problem if the folder of a key does not exist, otherwise an empty list."""
-    return [(key, f"no folder {folder}")] if folder is not None and not Path(folder).is_dir() else []
+    """Returns a list with one problem if ``folder``, the value of the config key ``key``, is not an existing folder.
+
+    Otherwise, or if ``folder`` is None, the list is empty.
+    """
+    if folder is None or Path(folder).is_dir():
+        return []
+    return [(key, f"no folder {folder}; expected an existing folder, relative to the working directory or absolute")]

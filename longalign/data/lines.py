@@ -1,4 +1,4 @@
-"""Reads prompts and rows from text files. Importing this module does not import torch."""
+"""Reads prompts and rows from .txt, .jsonl and .csv files. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OUTCOMES = {"skip": "skipped", "keep": "kept"}
 
 
 def inside(folder: Path | str, name: str, where: str = "") -> Path:
-    """Returns the path of the file ``name`` in a folder.
+    """Returns the path of the file ``name`` in a folder, without checking that the file exists.
 
     File names in data are untrusted, so ``..`` and absolute paths must not lead out of the folder. Symbolic links are
     followed: they were created by the owner of the folder, and the Hub cache consists of them.
@@ -25,10 +25,10 @@ def inside(folder: Path | str, name: str, where: str = "") -> Path:
     Args:
         folder: the folder.
         name: path relative to the folder, or an absolute path inside it.
-        where: location of the name in the data, for the message.
+        where: location of the name in the data, e.g. "a.jsonl, line 3", at the start of the error message.
 
     Raises:
-        ValueError: if the path is outside of the folder.
+        ValueError: if the path is outside the folder.
     """
     if ".." not in name and not os.path.isabs(name):
         return Path(folder) / name
@@ -36,15 +36,19 @@ def inside(folder: Path | str, name: str, where: str = "") -> Path:
     path = os.path.normpath(os.path.join(root, name))
     if os.path.commonpath([root, path]) != root:
         prefix = f"{where}: " if where else ""
-        raise ValueError(f"{prefix}{name!r:.200} is outside of {folder}; expected a file in this folder")
+        raise ValueError(f"{prefix}{name!r:.200} is outside {folder}; expected a path of a file in this folder")
     return Path(folder) / os.path.relpath(path, root)
 
 
 def read_prompts(path: Path | str) -> list[str]:
-    """Reads prompts from a ``.txt`` file, one per line, or a ``.jsonl`` file ("text" or "prompt"), empty ones included.
+    """Reads the prompts of a file, empty prompts included, without surrounding whitespace.
+
+    Args:
+        path: a ``.txt`` file with one prompt per line, or a ``.jsonl`` file with "text" or "prompt" in each line.
 
     Raises:
-        ValueError: if the file has a different suffix, or a line has no prompt; the message contains the line number.
+        ValueError: if the file has a different suffix, or a ``.jsonl`` line has neither key; the message contains the
+            line number.
         FileNotFoundError: if the file does not exist.
     """
     path = Path(path)
@@ -57,7 +61,9 @@ def read_prompts(path: Path | str) -> list[str]:
 
 
 def read_jsonl(path: Path, example: str = "") -> list[tuple[str, Mapping[str, Any]]]:
-    """Reads the mappings of a ``.jsonl`` file, each with its location ("file, line n"); empty lines are skipped.
+    """Returns (location, mapping) of each line of a ``.jsonl`` file. A location is "file, line n", for messages.
+
+    Empty lines are skipped.
 
     Args:
         path: the file.
@@ -80,13 +86,20 @@ def read_jsonl(path: Path, example: str = "") -> list[tuple[str, Mapping[str, An
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where} is not JSON: {error}; expected one JSON mapping per line") from error
         if not isinstance(row, dict):
-            raise ValueError(f"{where}: expected a mapping, got {line.strip()[:80]}")
+            raise ValueError(f"{where}: expected a JSON mapping, got {line.strip()[:80]}")
         rows.append((where, row))
     return rows
 
 
 def read_csv(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
-    """Reads the rows of a ``.csv`` file, each with its location. Raises ValueError if it is not CSV."""
+    """Returns (location, row) of each row of a ``.csv`` file whose first line has the column names.
+
+    A location is "file, line n", for messages. A row maps column names to texts.
+
+    Raises:
+        ValueError: if the file is not CSV, or a row has more cells than there are columns.
+        FileNotFoundError: if the file does not exist.
+    """
     rows: list[tuple[str, Mapping[str, Any]]] = []
     reader = csv.DictReader(StringIO(read_text(path), newline=""))
     try:
@@ -96,22 +109,29 @@ def read_csv(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
                 raise ValueError(f"{where} has more cells than columns; quote texts that contain commas")
             rows.append((where, row))
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+        raise ValueError(f"{path}, line {reader.line_num} is not CSV: {error}; correct this line") from error
     return rows
 
 
 def text_of(row: Mapping[str, Any], where: str) -> str:
-    """Returns the text of a row: "text" or "prompt". None in the row becomes the empty text."""
+    """Returns the value of "text", or else of "prompt", of a row, without surrounding whitespace. None becomes "".
+
+    Raises:
+        ValueError: if the row has neither key, or the value is not a string. The message starts with ``where``, the
+            location of the row.
+    """
     key = next((k for k in ("text", "prompt") if k in row), None)
     if key is None:
-        raise ValueError(f"{where} has neither 'text' nor 'prompt'; available: {', '.join(row) or 'nothing'}")
+        raise ValueError(
+            f"{where} has neither 'text' nor 'prompt'; available: {', '.join(row) or 'nothing'}. Add one of them"
+        )
     if row[key] is not None and not isinstance(row[key], str):
         raise ValueError(f"{where}: '{key}' must be a string, got {row[key]!r}")
     return check_text(row[key] or "", f"{where}: '{key}'").strip()
 
 
 def read_text(path: Path) -> str:
-    """Reads a UTF-8 text file. Raises ValueError or FileNotFoundError with the path."""
+    """Returns the text of a UTF-8 file. Raises ValueError if it is not UTF-8, FileNotFoundError if it is missing."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Base class of data that is read sequentially, shard by shard."""
+"""Base class of data that is read sequentially, shard by shard. A shard is one file or another part of the data."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Record:
-    """One stored item.
+    """One item of a stream as it is stored, before its image is decoded.
 
     Attributes:
         name: name of the item in messages.
-        prompt: caption.
-        image: path or encoded bytes of the image; None for prompt-only data.
-        problem: why the item cannot be used; empty if it can.
+        prompt: caption without surrounding whitespace; may be empty.
+        image: path of the image file, or the bytes of such a file; None for prompt-only data.
+        problem: why the item cannot be used, as text; empty if it can.
     """
 
     name: str
@@ -34,20 +34,22 @@ class Record:
 
 
 class Stream:
-    """Infinite sharded stream, reshuffled every epoch.
+    """Base class of infinite streams of captioned images or prompts, reshuffled every epoch.
 
-    Shards are distributed over processes and their workers. With fewer shards than workers, each worker reads all
-    shards and uses every n-th record. Shards are shuffled per worker, records in a buffer. The order depends only on
-    the seed and the numbers of processes and workers, so a resumed run continues where it stopped. Workers with fewer
-    records repeat them more often.
+    A reader is one data loading worker of one process. Shards are distributed over the readers. If there are fewer
+    shards than readers, each of the n readers reads all shards and uses every n-th record. Each reader shuffles its
+    shards, and the records in a buffer. The order depends only on the seed and the number of readers, so a resumed run
+    continues where it stopped. Readers with fewer records repeat them more often.
 
     Args:
-        resolution: image side in pixels, or the size of each bucket; ignored for prompt-only data.
+        resolution: side of square images in pixels, or a list of image sizes; ignored for prompt-only data. See
+            `ImageLoader`.
         empty: ``"skip"`` or ``"keep"``: what to do with items with an empty caption.
         max_unreadable: number of unreadable images to replace by the next readable one; one more raises an error.
-        shuffle_buffer: number of items in the shuffle buffer; 1 keeps the order.
+        shuffle_buffer: number of records in the shuffle buffer of each reader; 1 keeps the order of the records.
     """
 
+    #: whether items have an image; otherwise only a prompt
     has_images: bool = True
 
     def __init__(self, *, resolution: Resolution, empty: str, max_unreadable: int, shuffle_buffer: int):
@@ -58,11 +60,11 @@ class Stream:
 
     @property
     def num_shards(self) -> int:
-        """Number of shards, which are distributed over processes and data loading workers."""
+        """Number of shards of the data."""
         raise NotImplementedError
 
     def read(self, shard: int) -> Iterator[Record]:
-        """Yields the records of a shard in order."""
+        """Yields the records of the shard with the index ``shard``, in their stored order."""
         raise NotImplementedError
 
     def items(
@@ -74,18 +76,18 @@ class Stream:
         images: bool = True,
         batch_size: int = 1,
     ) -> Iterator[dict[str, Any]]:
-        """Yields items ``{"prompt": str, "image": (3, h, w) in [0, 1]}`` forever.
+        """Yields items ``{"prompt": str, "image": float32 (3, h, w) in [0, 1]}`` forever.
 
         Args:
             seed: shuffling seed.
-            part: index of the reader, a data loading worker of a process. Readers get disjoint records.
+            part: index of the reader, see `Stream`. Readers get disjoint records.
             num_parts: number of readers in all processes.
             skip: number of items to skip at the start, without decoding them; a multiple of ``batch_size``.
-            images: whether items have images.
-            batch_size: number of consecutive items that have images of one bucket.
+            images: False yields only prompts, and decodes no images.
+            batch_size: each group of this many consecutive items has images of one size, i.e. of one bucket.
 
         Raises:
-            ValueError: if too many images cannot be read, or there are no items for this reader.
+            ValueError: if more than ``max_unreadable`` images cannot be read, or this reader has no items.
         """
         # Readable images also fill the slots of unreadable ones in their group, and of groups that have none before it:
         # `skip` then counts records undecoded.
@@ -103,7 +105,7 @@ class Stream:
             slots = 0
 
     def _groups(self, records: Iterator[Record], size: int, images: bool) -> Iterator[tuple[int, list[Record]]]:
-        """Yields groups of ``size`` records of one bucket, with its number.
+        """Yields (index of a bucket, group of ``size`` records of this bucket).
 
         A group begins with the first record of its bucket that is in no other group. With several buckets, records
         whose image header cannot be read are dropped.
@@ -131,7 +133,7 @@ class Stream:
             return -1
 
     def _item(self, record: Record, bucket: int, images: bool) -> dict[str, Any] | None:
-        """Returns the item of a record, or None if it cannot be used."""
+        """Returns the item of a record, or None if the record cannot be used, which is noted in ``unreadable``."""
         try:
             if record.name in self.unreadable:
                 raise ValueError(self.unreadable[record.name])

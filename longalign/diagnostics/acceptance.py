@@ -1,7 +1,7 @@
-"""Checks of the published checkpoints that hold on any machine. Run by ``examples/acceptance.sh``.
+"""Checks that the published checkpoints load and give plausible results. Run by ``examples/acceptance.sh``.
 
-Results are compared with published values where available. Otherwise the checks are about shapes, ranges, two methods
-to compute the same states, and whether a matching prompt scores higher than others.
+Results are compared with published values where there are any. Otherwise shapes and ranges are checked, states are
+computed by two methods and compared, and a matching prompt must score higher than others.
 """
 
 from __future__ import annotations
@@ -37,14 +37,16 @@ REWARDS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Acceptance:
-    """The checks.
+    """The checks of the published checkpoints, and their settings.
 
     Args:
-        checkpoints: Hub id or folder by the name in `PUBLISHED`, for those that are not the published id.
-        output: folder for the converted checkpoint and the images.
-        device: a torch device.
-        num_steps: sampling steps.
-        hps_images: folder with the files of `HPS_EXAMPLES`, or None.
+        checkpoints: `longalign.diagnostics.published.Published.key` -> Hub id or folder to use instead of the published
+            repository.
+        output: folder for the converted checkpoint (``longsd/``) and the generated images (``images/``).
+        device: a torch device, e.g. ``"cuda"``.
+        num_steps: number of sampling steps per image.
+        hps_images: folder with the images of `longalign.diagnostics.references.HPS_EXAMPLES`; None skips the comparison
+            with their published scores.
     """
 
     checkpoints: dict[str, str]
@@ -54,7 +56,7 @@ class Acceptance:
     hps_images: Path | None = None
 
     def steps(self) -> dict[str, Callable[[], Iterator[Row]]]:
-        """Returns the steps in order; each loads what it needs."""
+        """Returns the steps (groups of checks) in order: name -> function that loads checkpoints and yields rows."""
         rewards = {name: lambda name=name: self.reward(name) for name in REWARDS}
         return {
             "longsd": self.longsd,
@@ -66,10 +68,11 @@ class Acceptance:
         }
 
     def find(self, name: str) -> str:
-        """Returns the Hub id or folder of the checkpoint with a name in `PUBLISHED`.
+        """Returns the Hub id or folder of a checkpoint. ``name`` is that of an entry of `PUBLISHED`.
 
         Raises:
-            Unavailable: if the checkpoint, or one of its files, is certainly not available.
+            Unavailable: if the checkpoint or one of its files is neither on this machine nor can be downloaded. Without
+                ``HF_HUB_OFFLINE``, the Hub is not asked: a download that fails later raises another error.
         """
         (entry,) = (entry for entry in PUBLISHED if entry.name == name)
         entry = replace(entry, checkpoint=self.checkpoints.get(entry.key, entry.checkpoint))
@@ -80,13 +83,13 @@ class Acceptance:
         return entry.checkpoint
 
     def build(self, kind: str, config: dict[str, Any]) -> Any:
-        """Builds the part with ``config`` of a kind, in float32."""
+        """Builds an encoder or reward in float32 from its config. ``kind`` is ``"encoders"`` or ``"rewards"``."""
         from longalign.registry import REGISTRIES
 
         return REGISTRIES[kind].build(config, Runtime(self.device))
 
     def longsd(self) -> Iterator[Row]:
-        """Checks the number of LoRA tensors of longSD, and that it can be converted to a checkpoint."""
+        """Checks the number of LoRA tensors of longSD (LongAlign's weights), and converts them to a checkpoint."""
         from longalign.checkpoints.convert import LORAS, convert_longsd, read_tensors
 
         source = Path(self.find("longsd"))
@@ -107,7 +110,11 @@ class Acceptance:
         )
 
     def segments(self) -> Iterator[Row]:
-        """Compares the segment encoding of a short prompt with plain encoding, and the padding with its definition."""
+        """Checks the encoding of prompts in segments with CLIP of Stable Diffusion 1.5.
+
+        A short prompt must have the same states as without segments, the padding state must be the mean of the last 60
+        states of the empty prompt, and nothing of a long prompt may be truncated.
+        """
         checkpoint = self.find("sd15")
         config = {"checkpoint": checkpoint, "segmenter": "longalign"}
         encoder = self.build("encoders", {"name": "clip-segment", **config})
@@ -124,7 +131,7 @@ class Acceptance:
         )
 
     def t5(self) -> Iterator[Row]:
-        """Checks shape and range of the states of T5 with LaVi-Bridge's adapter."""
+        """Checks that T5 with LaVi-Bridge's adapter gives finite states ``(2, 240, dim)`` for two prompts."""
         adapter = {"checkpoint": self.find("lavi-bridge"), "subfolder": LAVI_BRIDGE[1]}
         encoder = self.build("encoders", {"name": "t5", "checkpoint": self.find("t5"), "adapter": adapter})
         states = encoder.encode([SHORT, ""]).states
@@ -134,7 +141,7 @@ class Acceptance:
         )
 
     def longclip(self) -> Iterator[Row]:
-        """Checks that LongCLIP reads text beyond 77 tokens."""
+        """Checks that the states of LongCLIP depend on a word beyond CLIP's window of 77 tokens."""
         encoder = self.build("encoders", {"name": "longclip", "checkpoint": self.find("longclip"), **self.tokenizer()})
         first, second = encoder.encode(["fox " * 120 + word for word in ("red", "wall")]).states
         yield compare("states", first.shape[0] == 248 and _finite(first), _about(first), "248 finite states")
@@ -143,7 +150,7 @@ class Acceptance:
         yield compare("states that depend on word 121", bool(differs) and differs[0] == 121, result, "from 121 on")
 
     def generate(self) -> Iterator[Row]:
-        """Generates images with the converted longSD, and checks that none is constant."""
+        """Generates an image of each prompt in `LONG` with the converted longSD, and checks that none is constant."""
         shutil.rmtree(self.images, ignore_errors=True)
         folder = self.output / "longsd"
         if not (folder / "longalign.safetensors").is_file():
@@ -166,11 +173,14 @@ class Acceptance:
 
     @property
     def images(self) -> Path:
-        """Folder of the generated images."""
+        """Folder in which `generate` writes its images."""
         return self.output / "images"
 
     def reward(self, name: str) -> Iterator[Row]:
-        """Checks that matching prompts score higher than others, and that HPS v2 gives its published scores."""
+        """Checks one reward: matching prompts must score higher than others, and HPS v2 must give published scores.
+
+        ``name`` is a key of `REWARDS`.
+        """
         config = {**REWARDS[name], "checkpoint": self.find(name)}
         reward = self.build("rewards", config if name.startswith("hpsv2") else {**config, **self.processor()}).eval()
         yield from self.ranking(reward, "plain colours", *_colour_images())
@@ -190,7 +200,7 @@ class Acceptance:
                 yield self.published_score(reward, self.hps_images / file, prompt, score)
 
     def published_score(self, reward: Any, path: Path, prompt: str, expected: float) -> Row:
-        """Compares the score of an image file with a published one."""
+        """Returns a row: whether a reward gives an image file its published score ``expected``, within 0.002."""
         from longalign.image_io import load_image
 
         score = float(reward.score(load_image(path)[None].to(self.device), [prompt]))
@@ -199,7 +209,14 @@ class Acceptance:
         )
 
     def ranking(self, reward: Any, what: str, images: Sequence[Any], prompts: Sequence[str]) -> Iterator[Row]:
-        """Scores every image with every prompt, and checks that matching prompts score higher on average."""
+        """Scores every image with every prompt; checks that scores are cosines and matching prompts score higher.
+
+        Args:
+            reward: a reward with embeddings of images and texts.
+            what: description of the images, for the names of the checks.
+            images: n images ``(3, h, w)`` in [0, 1].
+            prompts: n prompts; the i-th one matches the i-th image.
+        """
         import torch
 
         with torch.no_grad():
@@ -215,11 +232,17 @@ class Acceptance:
         yield compare(f"matching prompt scores highest, {what}", mean > others, result, "matching mean above others")
 
     def processor(self) -> dict[str, str]:
-        """Returns the tokenizer source of rewards, if CLIP-H is given."""
+        """Returns ``{"processor": checkpoint}`` for the config of a reward, with the checkpoint given for CLIP-H.
+
+        Empty if none was given.
+        """
         return {"processor": self.checkpoints["clip-h"]} if "clip-h" in self.checkpoints else {}
 
     def tokenizer(self) -> dict[str, str]:
-        """Returns the tokenizer source of LongCLIP: CLIP-L's tokenizer, from a folder of Stable Diffusion if given."""
+        """Returns ``{"tokenizer": folder}`` for the config of LongCLIP, from the folder given for Stable Diffusion 1.5.
+
+        Empty if none was given.
+        """
         folder = Path(self.checkpoints.get("sd15", "")) / "tokenizer"
         return {"tokenizer": str(folder)} if folder.is_dir() else {}
 
@@ -252,7 +275,15 @@ def _about(states: Any) -> str:
 
 
 def run(acceptance: Acceptance, only: Sequence[str] = ()) -> list[tuple[str, Row]]:
-    """Runs all steps, or those in ``only``. A missing checkpoint or an error becomes a row; other steps still run."""
+    """Runs the steps of the checks and returns ``(name of the step, row)`` for each result.
+
+    A missing checkpoint or an exception becomes a row, and the next step is run. On CUDA, each step also reports its
+    peak memory.
+
+    Args:
+        acceptance: the checks.
+        only: names of the steps to run; empty for all.
+    """
     import torch
 
     out: list[tuple[str, Row]] = []
@@ -272,7 +303,7 @@ def run(acceptance: Acceptance, only: Sequence[str] = ()) -> list[tuple[str, Row
 
 
 def _unavailable(step: Callable[[], Iterator[Row]]) -> Iterator[Row]:
-    """Turns errors of the Hub's client, such as a failed download, into `Unavailable`."""
+    """Yields the rows of a step; errors of the Hub's client, e.g. a failed download, are raised as `Unavailable`."""
     try:
         yield from step()
     except Unavailable:
@@ -287,7 +318,7 @@ def _unavailable(step: Callable[[], Iterator[Row]]) -> Iterator[Row]:
 
 
 def table(rows: Sequence[tuple[str, Row]]) -> str:
-    """Formats rows, each with the name of its step, as a Markdown table."""
+    """Returns a Markdown table of ``(name of the step, row)`` pairs, without credentials and user names."""
     lines = ["| step | check | status | result | expected | seconds |", "|---|---|---|---|---|---|"]
     for step, row in rows:
         cells = [step, row.check, row.status, row.result, row.expected, f"{row.seconds:.1f}" if row.seconds else ""]
@@ -296,7 +327,14 @@ def table(rows: Sequence[tuple[str, Row]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the checks, writes ``acceptance.md`` and ``acceptance.json``, and returns 1 if a check failed."""
+    """Runs the checks from the command line and writes ``acceptance.md`` and ``acceptance.json``.
+
+    Args:
+        argv: the arguments; those of the process if None.
+
+    Returns:
+        1 if a check failed, else 0.
+    """
     names = list(dict.fromkeys(entry.key for entry in PUBLISHED))
     parser = argparse.ArgumentParser(prog="acceptance", description="Checks the published checkpoints.")
     parser.add_argument("checkpoints", nargs="*", metavar="NAME=CHECKPOINT", help=f"Hub id or folder of {names}")

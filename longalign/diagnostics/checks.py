@@ -1,4 +1,4 @@
-"""Runs checks one after the other; a check that fails does not stop the others."""
+"""Runs checks and collects their results as rows; an exception in a check becomes a row too."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ Status = Literal["ok", "failed", "missing", "info"]
 
 @dataclass(frozen=True)
 class Row:
-    """One result of a check.
+    """One result of a check, shown as a row of a table.
 
     Attributes:
-        check: what was checked.
+        check: name of the check.
         status: ``"ok"``, ``"failed"``, ``"missing"`` if a checkpoint is not available, or ``"info"`` for a value
-            that is not compared.
-        result: what was found.
-        expected: what was expected, or an empty text.
-        seconds: duration of the step that the row belongs to.
+            that is shown but not checked.
+        result: what was measured, as text.
+        expected: what a passing result looks like, as text; may be empty.
+        seconds: duration of the function that yielded the row, in its first row; 0 in its other rows.
     """
 
     check: str
@@ -39,7 +39,7 @@ class Row:
 
 
 def compare(check: str, ok: bool, result: str, expected: str) -> Row:
-    """Returns the row of a check, with status ``ok`` or ``failed``.
+    """Returns the `Row` of a check, with status ``"ok"`` or ``"failed"``.
 
     Args:
         check: name of the check.
@@ -51,13 +51,18 @@ def compare(check: str, ok: bool, result: str, expected: str) -> Row:
 
 
 class Unavailable(Exception):
-    """Raised by a step whose checkpoint is not on this machine and cannot be downloaded."""
+    """Raised by a check whose checkpoint is not on this machine and cannot be downloaded."""
 
 
 def run_step(name: str, step: Callable[[], Iterable[Row]]) -> list[Row]:
-    """Runs one step and returns its rows; an exception becomes a row.
+    """Calls a function that yields rows, and returns the rows. The first row gets the duration of the whole call.
 
-    The first row has the duration of the whole step.
+    An exception ends the call and becomes the last row, with status ``"missing"`` for `Unavailable` and otherwise
+    ``"failed"``.
+
+    Args:
+        name: name in the log, and of the row of an exception.
+        step: the function.
     """
     log.info("%s ...", name)
     start, rows = time.perf_counter(), []
@@ -74,5 +79,5 @@ def run_step(name: str, step: Callable[[], Iterable[Row]]) -> list[Row]:
 
 
 def failed(rows: Iterable[Row]) -> bool:
-    """Whether a row has failed. A missing checkpoint is not a failure."""
+    """Whether any row has the status ``"failed"``. A missing checkpoint is not a failure."""
     return any(row.status == "failed" for row in rows)

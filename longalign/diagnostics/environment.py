@@ -1,4 +1,4 @@
-"""Versions, devices, plugins and settings, for bug reports."""
+"""Collects versions, devices, plugins and settings of this machine, for bug reports."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ VARIABLES = (
 
 
 def environment() -> dict[str, str]:
-    """Returns the names and values in display order. Imports torch if it is installed."""
+    """Returns what a bug report shows of this machine: name -> value as text, in display order.
+
+    Names are packages, ``python``, ``system``, devices, plugins, the Hub's settings, and environment variables. Imports
+    torch if it is installed.
+    """
     out = {name: _version(name) for name in PACKAGES}
     out["python"] = f"{platform.python_version()} ({platform.python_implementation()})"
     out["system"] = platform.platform()
@@ -37,7 +41,7 @@ def environment() -> dict[str, str]:
 
 
 def unmet_requirements() -> list[str]:
-    """Returns the requirements of longalign that are not installed, or are installed in an unsupported version."""
+    """Returns a text for each required package that is missing or has an unsupported version, with both versions."""
     from packaging.requirements import Requirement
 
     problems = []
@@ -86,7 +90,7 @@ def _devices() -> dict[str, str]:
 
 
 def _plugins() -> dict[str, list[str]]:
-    """Returns the kind and name of each part from other distributions, by distribution."""
+    """Returns the parts (encoders, rewards, ...) of plugins: distribution and version -> ``kind/name`` of each part."""
     plugins: dict[str, list[str]] = {}
     for group, names in discover().groups.items():
         for name, entries in names.items():

@@ -18,12 +18,12 @@ _MODEL = "model.safetensors|model.safetensors.index.json|pytorch_model.bin|pytor
 
 @dataclass(frozen=True)
 class Published:
-    """A published checkpoint.
+    """A published checkpoint that the library can load.
 
     Attributes:
-        name: short name, in lower case with hyphens.
-        checkpoint: Hub id, or a folder.
-        files: required files; ``a|b`` accepts either.
+        name: short name, in lower case with hyphens, e.g. ``"hpsv2.1"``.
+        checkpoint: ``owner/name`` on the Hub, or a local folder.
+        files: paths of the required files in the checkpoint; ``a|b`` requires one of both.
     """
 
     name: str
@@ -32,13 +32,14 @@ class Published:
 
     @property
     def key(self) -> str:
-        """Name without its version. Checkpoints with the same key are versions in one repository."""
+        """``name`` up to the first dot. Checkpoints with the same key are versions in one repository."""
         return self.name.partition(".")[0]
 
     def missing(self, folder: str = "") -> list[str]:
-        """Returns the files that are neither in ``folder`` nor in ``checkpoint`` (a Hub id's cache, or a folder).
+        """Returns the entries of ``files`` that are not on this machine. Nothing is downloaded.
 
-        Nothing is downloaded.
+        Args:
+            folder: a folder to search before the local copy of ``checkpoint``; empty for none.
         """
         sources = [source for source in (folder, self.checkpoint) if source]
         return [file for file in self.files if not any(_has(source, file) for source in sources)]
@@ -78,9 +79,10 @@ PUBLISHED = (
 
 
 def local_status() -> dict[str, str]:
-    """Returns, for each published checkpoint, ``"found"``, ``"not found"``, or the missing files of a partial one.
+    """Returns which published checkpoints are on this machine: ``"name (Hub id)"`` -> status.
 
-    Files of longSD are also found in the folder ``LongSD`` of the working directory.
+    The status is ``"found"``, ``"not found"``, or ``"incomplete: ... missing"`` with the missing files. LongAlign's own
+    weights, longSD, are also looked up in the folder ``LongSD`` of the working directory.
     """
     out = {}
     for entry in PUBLISHED:

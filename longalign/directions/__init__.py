@@ -1,4 +1,6 @@
-"""Directions in the embedding space of a reward: estimated while training, or computed once and kept in a file.
+"""Directions: unit vectors in the embedding space of a reward, such as the mean direction of text embeddings.
+
+They are estimated while training, or computed once and kept in a file.
 
 Public names are loaded on first use, so importing this package does not import torch.
 """

@@ -14,18 +14,24 @@ _HINT = "use `direction: running`, or a file written by `longalign compute-direc
 
 
 class UndefinedDirection(ValueError):
-    """Raised if the prompts so far have no common direction."""
+    """Raised if a common direction cannot be computed.
+
+    Either a batch has fewer than two different prompts, or a running mean contains no prompt yet.
+    """
 
 
 class CommonDirection(nn.Module):
-    """The common direction ``V`` of text embeddings.
+    """The common direction ``V`` of text embeddings: their normalized mean (LongAlign, paper 3.2).
 
     Args:
-        source: ``"batch"``, ``"running"``, or a fixed vector ``(d,)``, which is normalized. A running direction is
-            computed from all prompts passed with ``update``. The ``state_dict`` contains ``running_mean`` and
-            ``running_count``.
+        source: ``"batch"`` for the mean over each batch, ``"running"`` for the mean over all batches passed to
+            `forward` with ``update=True`` so far, or a fixed vector ``(d,)`` of any norm. The ``state_dict`` of a
+            running direction contains ``running_mean`` ``(d,)`` and ``running_count``, the number of embeddings.
         dim: width ``d`` of the embeddings.
-        gather: see `Runtime.gather`; ``V`` is computed from the prompts of all processes.
+        gather: `Runtime.gather`, by which ``V`` is computed from the embeddings of all processes.
+
+    Raises:
+        ValueError: if ``source`` is none of these.
     """
 
     running_mean: Tensor
@@ -43,25 +49,26 @@ class CommonDirection(nn.Module):
             assert isinstance(source, Tensor)
             if source.shape != (dim,):
                 raise ValueError(
-                    f"expected a direction of shape ({dim},), the reward's width, got {tuple(source.shape)}"
+                    f"expected a direction of shape ({dim},), the reward's width, got {tuple(source.shape)}; compute "
+                    "one for this reward"
                 )
             # not persistent: it is reloaded from its file
             self.register_buffer("fixed", nn.functional.normalize(source.float(), dim=0), persistent=False)
         elif self.mode != "batch":
-            raise ValueError(f"direction must be 'batch', 'running' or a vector, not '{self.mode}'")
+            raise ValueError(f"direction must be 'batch', 'running' or a vector, not '{self.mode}'; pass one of these")
 
     def forward(self, text: Tensor, update: bool) -> Tensor:
-        """Returns ``V``, shape ``(d,)``, for a batch of text embeddings ``(b, d)`` of this process.
+        """Returns ``V``, a vector ``(d,)`` of norm 1 without gradient.
 
-        All processes must call it, with the same ``update``.
+        All processes must call this method together, with the same ``update``.
 
         Args:
-            text: the embeddings.
-            update: whether to add them to a running direction.
+            text: ``(b, d)`` text embeddings of this process's part of the batch.
+            update: whether to add the embeddings to the mean of a running direction; no effect for other sources.
 
         Raises:
-            UndefinedDirection: if a batch has fewer than two different prompts, because the text-relevant part would
-                then be zero. Also if a running direction has no prompts yet.
+            UndefinedDirection: with the source ``"batch"``, if the batch has fewer than two different prompts: no
+                component orthogonal to ``V`` would be left. With ``"running"``, if there was no update yet.
         """
         if self.mode == "fixed":
             return self.fixed.to(text.device)

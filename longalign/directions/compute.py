@@ -1,4 +1,4 @@
-"""Computes directions: the common one of a corpus of prompts, and the measured one of two sets of images."""
+"""Computes directions in the embedding space of a reward, from a corpus of prompts or from two sets of images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from longalign.runtime import Runtime
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 NUM_BINS = 20
-#: eta's distribution is estimated from a random sample of this many prompts, so that memory use is bounded
+#: the distribution of components is estimated from a random sample of this many prompts, to bound memory use
 NUM_SAMPLED = 20_000
 Row = TypeVar("Row")
 
@@ -33,13 +33,16 @@ Row = TypeVar("Row")
 def compute_direction(
     reward: EmbeddingReward, prompts: Iterable[str], batch_size: int = 64, config: PartConfig | None = None
 ) -> Direction:
-    """Computes the common direction of a corpus (LongAlign, paper 3.2) in one pass over its prompts.
+    """Computes the common direction of prompts: their normalized mean text embedding (LongAlign, paper 3.2).
 
     Args:
         reward: reward that computes the text embeddings.
         prompts: the corpus, with at least two different prompts; may be a generator.
         batch_size: number of prompts encoded at a time.
-        config: config of the reward, stored in the file.
+        config: config of the reward, stored as `Direction.inner`; None if unknown.
+
+    Returns:
+        A `Direction` of the kind ``"text"``.
 
     Raises:
         ValueError: if there are fewer than two different prompts.
@@ -74,20 +77,24 @@ def measure_direction(
 ) -> Direction:
     """Computes the direction in which a model's images differ from those of its reference model.
 
-    It is the mean difference of the image embeddings, ``over`` minus ``reference``, scaled to length 1. The mean is
-    over pairs of images of the same prompt and seed.
+    It is the mean difference of the image embeddings, ``over`` minus ``reference``, scaled to norm 1. The mean is over
+    pairs of images of the same prompt and seed.
 
     Args:
-        reward: reward that computes the image embeddings. This function puts it in eval mode.
+        reward: reward that computes the image embeddings. It is set to eval mode.
         over: folder with images of an over-optimized model, written by ``longalign generate``.
         reference: folder with images of the reference model for the same prompts and seeds.
         batch_size: number of images encoded at a time.
-        config: config of the reward, stored in the file.
+        config: config of the reward, stored as `Direction.inner`; None if unknown.
+
+    Returns:
+        A `Direction` of the kind ``"images"``. `Direction.origin` contains the two folders, a hash of the prompts, and
+        the cosine of the directions computed from two halves of the pairs.
 
     Raises:
-        ValueError: if prompts and seeds of the folders differ, there are fewer than two pairs, or the embeddings of
-            the folders have the same mean.
-        FileNotFoundError: if an image or the list of a folder does not exist.
+        ValueError: if the two folders have images of different prompts or seeds, fewer than two pairs, or the same mean
+            embedding.
+        FileNotFoundError: if a folder has no ``metadata.jsonl``, or an image listed there does not exist.
     """
     prompts, *paths = paired_images(over, reference)
     reward.eval()
@@ -96,7 +103,7 @@ def measure_direction(
     if not differences.mean(0).norm() > 1e-6:
         raise ValueError(
             f"the images of {over} and {reference} have the same mean embedding, so they differ in no direction; "
-            "expected images of two models"
+            "expected images of two different models: generate one of the folders again"
         )
     vector = preference.normalize(differences.mean(0))
     half = len(prompts) // 2
@@ -112,11 +119,15 @@ def measure_direction(
 
 
 def paired_images(over: Path | str, reference: Path | str) -> tuple[list[str], list[Path], list[Path]]:
-    """Returns the prompts and the images of two folders, in pairs sorted by prompt and seed.
+    """Pairs the images of two folders of ``longalign generate`` by prompt and seed.
+
+    Returns:
+        The prompts, the image files in ``over`` and the image files in ``reference``: three lists of equal length,
+        sorted by prompt and seed.
 
     Raises:
-        ValueError: if prompts and seeds of the folders differ, or there are fewer than two pairs.
-        FileNotFoundError: if an image or the list of a folder does not exist.
+        ValueError: if the two folders have images of different prompts or seeds, or fewer than two pairs.
+        FileNotFoundError: if a folder has no ``metadata.jsonl``, or an image listed there does not exist.
     """
     folders = (Path(over), Path(reference))
     found = [sorted(((p, str(seed)), path) for path, p, seed in read_images(folder)) for folder in folders]
@@ -146,19 +157,19 @@ def write_direction(
 
     Args:
         config: a reward: name, mapping or config. For ``edited`` and ``reweighted``, the inner reward is used.
-        output: output file, usually ``*.safetensors``.
-        prompts: the corpus of a common direction. Not used with ``images``.
-        images: the folders ``(over, reference)`` of a measured direction; see `measure_direction`.
-        runtime: device and dtype of the reward.
+        output: output file, usually ``*.safetensors``; an existing file is replaced.
+        prompts: the corpus for `compute_direction`. Not used with ``images``.
+        images: the folders ``(over, reference)`` for `measure_direction`; None computes the direction of ``prompts``.
+        runtime: device and dtype of the reward; None: the fastest available device and float32.
         batch_size: number of prompts or images encoded at a time.
 
     Returns:
-        The direction; see `Direction.report` for a summary.
+        The direction that was written; `Direction.report` summarizes it.
 
     Raises:
         ValueError: if the score of the reward is not a dot product of embeddings, and in the cases of
             `compute_direction` and `measure_direction`.
-        FileNotFoundError: if an image or the list of a folder does not exist.
+        FileNotFoundError: if a folder has no ``metadata.jsonl``, or an image listed there does not exist.
     """
     config = registry.rewards.validate(config)
     while isinstance(inner := getattr(config, "inner", None), PartConfig):
@@ -166,7 +177,7 @@ def write_direction(
     reward = registry.rewards.build(config, runtime)
     if not isinstance(reward, EmbeddingReward):
         raise ValueError(
-            f"'{config.name}' has no text embeddings; of a sum, use one of its terms, otherwise a different reward"
+            f"'{config.name}' has no text embeddings; use a reward such as 'clip' or 'denscore', or a term of a sum"
         )
     if images is None:
         direction = compute_direction(reward, prompts, batch_size, config)
@@ -177,7 +188,10 @@ def write_direction(
 
 
 def distribution(components: Tensor) -> dict[str, Any]:
-    """Returns the distribution of ``(n,)`` components along a direction, as in `Direction.components`."""
+    """Returns number, mean, standard deviation, quantiles and histogram of n numbers ``(n,)``.
+
+    The keys are those of `Direction.components`.
+    """
     values = components.double()
     quantiles = torch.quantile(values, torch.tensor(QUANTILES, dtype=torch.float64))
     low, high = float(values.min()), float(values.max())
@@ -194,7 +208,7 @@ def distribution(components: Tensor) -> dict[str, Any]:
 
 
 def _embed(reward: EmbeddingReward, paths: Sequence[Path], batch_size: int) -> Tensor:
-    """Returns the embeddings ``(n, d)`` of image files, on the CPU."""
+    """Returns the image embeddings ``(n, d)`` of n image files, on the CPU."""
     rows: list[Tensor] = []
     for batch in _batches(paths, batch_size):
         images = [load_image(path) for path in batch]

@@ -1,4 +1,4 @@
-"""Directions in files, with their origin, and the check against a reward."""
+"""A direction in the embedding space of a reward, saved in a file with its origin, and its check against a reward."""
 
 from __future__ import annotations
 
@@ -29,19 +29,21 @@ _ATTRIBUTES = ("kind", "count", "components", "inner", "origin")
 
 @dataclass(frozen=True)
 class Direction:
-    """A direction in the embedding space of a reward, and its origin.
+    """A unit vector in the embedding space of a reward, and how it was computed.
 
     Attributes:
-        vector: a unit vector ``(d,)``: the common direction ``V`` of text embeddings, or a measured direction.
-        probe: ``(k, d)`` embeddings of `PROBE` by the reward for which the direction was computed.
-        kind: ``"text"`` for a common direction of prompts, ``"images"`` for a mean difference of image embeddings.
-            Use a different name for directions that were computed with a different method.
-        count: number of prompts, or of pairs of images; 0 if unknown.
-        components: distribution of the components along the direction, of prompts sampled from the corpus (eta) or of
-            the differences: their number ``count``, ``mean``, ``std``, ``quantiles``, ``edges`` and ``counts`` of a
-            histogram.
-        inner: config of the reward for which the direction was computed; empty if that reward had no config.
-        origin: further origin, e.g. the image folders.
+        vector: the vector ``(d,)``, of norm 1.
+        probe: ``(k, d)`` embeddings of the k fixed texts `PROBE` by the reward for which the direction was computed. A
+            reward with different embeddings of these texts cannot use the direction.
+        kind: ``"text"`` for the normalized mean of text embeddings (the common direction ``V``), ``"images"`` for the
+            normalized mean difference of image embeddings of two models. Use a different name for directions that were
+            computed with a different method.
+        count: number of prompts, or of pairs of images, from which the direction was computed; 0 if unknown.
+        components: statistics of the components along the direction, of text embeddings (``eta``) or of differences of
+            image embeddings. Keys: their number ``count``, ``mean``, ``std``, ``quantiles`` (probability as text ->
+            value), and ``edges`` and ``counts`` of the bins of a histogram. Empty if unknown.
+        inner: config of the reward for which the direction was computed; empty if unknown.
+        origin: further information on the computation, e.g. the image folders.
     """
 
     vector: Tensor
@@ -54,12 +56,12 @@ class Direction:
 
     @classmethod
     def of(cls, reward: EmbeddingReward, vector: Tensor, config: PartConfig | None = None, **attributes: Any) -> Self:
-        """Returns the direction of a vector in the embedding space of a reward; the vector is normalized.
+        """Returns the direction of a vector in the embedding space of a reward.
 
         Args:
-            reward: the reward, whose embeddings of `PROBE` are stored.
-            vector: ``(d,)`` vector of any norm.
-            config: config of the reward, stored as ``inner``.
+            reward: the reward. Its text embeddings of `PROBE` are stored as ``probe``.
+            vector: ``(d,)`` vector of any norm, which is normalized.
+            config: config of the reward, stored as ``inner``; None if unknown.
             **attributes: the attributes ``kind`` and, optionally, ``count``, ``components`` and ``origin``.
 
         Raises:
@@ -69,7 +71,10 @@ class Direction:
         return cls(normalize(vector.float()).cpu(), probe, inner=_dump(config), **attributes)
 
     def save(self, path: str | Path) -> Path:
-        """Writes a safetensors file with ``vector`` and ``probe``, and the other attributes as metadata."""
+        """Writes a safetensors file with ``vector`` and ``probe``, and the other attributes as metadata.
+
+        Creates the folder if needed, replaces an existing file, and returns the path.
+        """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"format": FORMAT, **{name: json.dumps(getattr(self, name)) for name in _ATTRIBUTES}}
@@ -79,11 +84,15 @@ class Direction:
         return path
 
     def vector_for(self, reward: EmbeddingReward, config: PartConfig | None = None) -> Tensor:
-        """Returns the vector ``(d,)``, after checking that it was computed with ``reward``.
+        """Returns ``vector`` ``(d,)``, after checking that the direction was computed with ``reward``.
+
+        Args:
+            reward: the reward.
+            config: config of ``reward``, for messages; None if unknown.
 
         Raises:
-            ValueError: if the width differs, or if the reward's embeddings of `PROBE` differ, i.e. the reward has other
-                weights, or a different ``segmenter`` or ``text`` setting.
+            ValueError: if ``reward`` has embeddings of a different width, or its text embeddings of `PROBE` differ by
+                more than 5% from ``probe``: its weights, or its config keys ``segmenter`` or ``text``, are different.
         """
         expected, got = _describe(self.inner), _describe(_dump(config))
         if self.vector.shape != (reward.dim,):
@@ -101,10 +110,14 @@ class Direction:
         return self.vector
 
     def common_for(self, reward: EmbeddingReward, config: PartConfig | None = None) -> Tensor:
-        """Returns the vector as `vector_for` does, after checking that it is a common direction of text embeddings.
+        """Returns ``vector`` ``(d,)``, after checking that ``kind`` is ``"text"``, and what `vector_for` checks.
+
+        Args:
+            reward: the reward.
+            config: config of ``reward``, for messages; None if unknown.
 
         Raises:
-            ValueError: if it is of a different kind, or was not computed with ``reward``.
+            ValueError: if ``kind`` is different, or the direction was not computed with ``reward``.
         """
         if self.kind != TEXT:
             raise ValueError(
@@ -114,7 +127,7 @@ class Direction:
         return self.vector_for(reward, config)
 
     def report(self) -> str:
-        """Returns a summary of the components along the direction as text: mean, quantiles and a histogram."""
+        """Returns a summary as text of several lines: origin of the direction, and statistics of ``components``."""
         names = {TEXT: ("common direction of", "prompts", "eta"), IMAGES: ("measured direction of", "pairs", "shift")}
         of, rows, name = names.get(self.kind, (f"direction ({self.kind}) of", "rows", "component"))
         lines = [f"{of} {self.count} {rows}, width {len(self.vector)}, by {_describe(self.inner)}"]
@@ -136,10 +149,10 @@ class Direction:
 
 
 def load_direction(path: str | Path) -> Direction:
-    """Reads a file written by `Direction.save`.
+    """Reads a file written by `Direction.save`; the tensors are on the CPU.
 
     Raises:
-        ValueError: if the file does not exist or is not a direction file.
+        ValueError: if the file does not exist, is damaged or was not written by `Direction.save`.
     """
     if not Path(path).is_file():
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Edits of a reward's text embedding, for the reward `edited`.
+"""Edits: functions that change the text embedding of a reward before scoring, for the reward `edited`.
 
 Public names are loaded on first use, so importing this package does not import torch.
 """
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from longalign.edits.config import EditConfig as EditConfig
     from longalign.edits.config import MeasuredConfig as MeasuredConfig
     from longalign.edits.config import NoEditConfig as NoEditConfig
-    from longalign.edits.config import PairsConfig as PairsConfig
+    from longalign.edits.config import PairsEditConfig as PairsEditConfig
     from longalign.edits.direction import DirectionEdit as DirectionEdit
     from longalign.edits.pairs import PairsEdit as PairsEdit
 
@@ -30,7 +30,7 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "EditedText": "base",
         "MeasuredConfig": "config",
         "NoEditConfig": "config",
-        "PairsConfig": "config",
+        "PairsEditConfig": "config",
         "PairsEdit": "pairs",
     },
 )

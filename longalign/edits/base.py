@@ -1,4 +1,8 @@
-"""Interface of edits: functions of a reward's text embedding, ``s = C_X(x) . f(C_P)``."""
+"""Interface of edits: functions ``f`` of a reward's text embedding.
+
+The edited score of image ``x`` and prompt ``p`` is ``C_X(x) . f(C_P(p))``, with image embedding ``C_X`` and text
+embedding ``C_P`` of the reward.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +17,13 @@ from longalign.rewards.base import EmbeddingReward
 
 @dataclass(frozen=True)
 class EditedText:
-    """Edited text embeddings of a batch, and what to log about them.
+    """Edited text embeddings of a batch of b prompts, and what to log about them.
 
     Attributes:
-        text: ``(b, d)`` edited embeddings ``f(C_P)``.
-        along: named embeddings, ``(b, d)`` or ``(d,)``; their dot products with the image embeddings are logged.
-        values: named ``(b,)`` values to log.
+        text: ``(b, d)`` edited embeddings.
+        along: embeddings ``(b, d)`` or ``(d,)`` by name; the dot product of the image embedding with each of them is
+            logged under the name.
+        values: values ``(b,)`` to log, by name.
     """
 
     text: Tensor
@@ -27,13 +32,14 @@ class EditedText:
 
 
 class Edit(nn.Module):
-    """Base class of edits.
+    """Base class of edits, functions of a reward's text embedding.
 
-    An edit has no trainable parameters. It may have state in buffers, which is saved with the run. The state changes in
-    training mode only, and in the same way in all processes (`Runtime.gather`).
+    An edit has no trainable parameters. It may have buffers, which are saved for resuming. They may change in training
+    mode only, and in the same way in all processes (`Runtime.gather`).
     """
 
-    #: whether the edited embedding depends on the common direction, so that a batch without one is an error
+    #: whether the edited embedding depends on the common direction of text embeddings; then a batch without a common
+    #: direction is an error
     needs_direction: bool = False
 
     def forward(
@@ -42,21 +48,21 @@ class Edit(nn.Module):
         """Edits the text embeddings of a batch.
 
         Args:
-            text: ``(b, d)`` embeddings ``C_P`` of the prompts; not to be modified in place.
+            text: ``(b, d)`` text embeddings of the prompts; must not be modified in place.
             prompts: b prompts.
             reward: the reward whose embeddings are edited, e.g. to embed further texts.
-            direction: the common direction ``V``, a unit vector ``(d,)``; None if the prompts have none. Never None if
-                `needs_direction`.
+            direction: the common direction of text embeddings, a unit vector ``(d,)``; None if it is undefined, as for
+                a batch with one prompt. Never None if `needs_direction`.
         """
         raise NotImplementedError
 
     def check_reward(self, reward: EmbeddingReward, config: PartConfig | None = None) -> None:
-        """Checks that the edit fits a reward. It is called once, when both are built; the default accepts all.
+        """Checks that the edit fits a reward. Called once, after edit and reward are built; the default accepts all.
 
         Args:
             reward: the reward whose embeddings will be edited.
-            config: its config, for messages.
+            config: config of the reward, for messages; None if the reward has no config.
 
         Raises:
-            ValueError: if the edit does not fit.
+            ValueError: if the edit does not fit the reward.
         """

@@ -1,4 +1,4 @@
-"""Configs of edits. Does not import torch."""
+"""Configs of edits, functions of a reward's text embedding. Does not import torch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from longalign.registry import PartConfig
 
 
 class EditConfig(PartConfig):
-    """Base class of edit configs."""
+    """Base class of the configs of edits, functions of a reward's text embedding."""
 
 
 class NoEditConfig(EditConfig):
-    """No edit: the original score, logged with the same names as edited scores."""
+    """No edit: the reward ``edited`` gives the original score, and logs it under the names of edited scores."""
 
     target: ClassVar[str] = "longalign.edits.direction:DirectionEdit"
     omega: ClassVar[float] = 1.0
@@ -26,9 +26,9 @@ class NoEditConfig(EditConfig):
 
 
 class DirectionConfig(EditConfig):
-    """Scales the component of the text embedding along the common direction of texts (LongAlign, paper section 4).
+    """Scales the component of the text embedding along the common direction of text embeddings.
 
-    The reward's key ``direction`` sets the common direction.
+    The source is LongAlign (arXiv 2410.11817, section 4). The reward's key ``direction`` sets the common direction.
     """
 
     target: ClassVar[str] = "longalign.edits.direction:DirectionEdit"
@@ -36,21 +36,25 @@ class DirectionConfig(EditConfig):
 
     name: Literal["direction"] = "direction"
     omega: float = Field(0.3, ge=0, allow_inf_nan=False)
-    """weight of the text-irrelevant part; 1: the original score, 0: only the text-relevant part. The paper uses
-    0.3.
+    """factor of the component along the common direction. This component gives the text-irrelevant part of the score:
+    preference for images regardless of the prompt. 1: the original score; 0: only the rest, the text-relevant part. The
+    paper uses 0.3.
     """
 
 
 class MeasuredConfig(EditConfig):
-    """Scales the component of the text embedding along a direction in which an over-optimized model drifted."""
+    """Scales the component of the text embedding along a measured direction.
+
+    This is the direction in which image embeddings moved when a model was over-optimized for the reward.
+    """
 
     target: ClassVar[str] = "longalign.edits.direction:DirectionEdit"
 
     name: Literal["measured"] = "measured"
     file: str
-    """file of the direction, written by `longalign compute-direction --images`."""
+    """path of the file with the measured direction, written by `longalign compute-direction --images`."""
     omega: float = Field(0.0, ge=0, allow_inf_nan=False)
-    """factor of the component along the direction; 0 removes it, 1 keeps the original score."""
+    """factor of the component along the measured direction; 0 removes the component, 1 keeps the original score."""
 
     def check_files(self) -> list[ConfigProblem]:
         if Path(self.file).is_file():
@@ -58,11 +62,12 @@ class MeasuredConfig(EditConfig):
         return [("file", f"no file {self.file}; write one with `longalign compute-direction --images`")]
 
 
-class PairsConfig(EditConfig):
+class PairsEditConfig(EditConfig):
     """Relative preference between a positive and a negative variant of a prompt (SRPO, arXiv 2509.06942).
 
-    The edited embedding is ``(k + 1) C_P(positive prompt) - C_P(negative prompt)``. A control word or
-    phrase is put before every text that the reward encodes: the prompt, or each of its segments.
+    The edited embedding is ``(k + 1) C_P(positive prompt) - C_P(negative prompt)``, with the text embedding ``C_P`` of
+    the reward. The two prompts differ in a control word or phrase, which is put before every text that the reward
+    encodes: the prompt, or each of its segments.
     """
 
     target: ClassVar[str] = "longalign.edits.pairs:PairsEdit"
@@ -71,12 +76,14 @@ class PairsConfig(EditConfig):
     positive: str
     """control word of the positive prompt: a word or phrase, separated from the text by a space; empty: none."""
     negative: str
-    """control word of the negative prompt."""
+    """control word of the negative prompt: a word or phrase that differs from ``positive``; empty: none."""
     k: float = Field(1.0, ge=0, allow_inf_nan=False)
-    """weight of the positive prompt's score, added to the difference of both scores; 0: only the difference."""
+    """weight with which the positive prompt's score is added to the difference of the two scores, positive minus
+    negative; 0: only the difference.
+    """
 
     @model_validator(mode="after")
-    def _check_words(self) -> PairsConfig:
+    def _check_words(self) -> PairsEditConfig:
         if self.positive.split() == self.negative.split():
             raise ValueError(
                 f"expected different control words as positive and negative, got {self.positive!r} for both; change one"

@@ -1,4 +1,4 @@
-"""Scales the component of the text embedding along one direction; the edits `none`, `direction` and `measured`."""
+"""The edits `none`, `direction` and `measured`: scale the component of a reward's text embedding along a direction."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from longalign.runtime import Runtime
 
 
 class DirectionEdit(Edit):
-    """The edited embedding ``C_P - (1 - omega) (C_P . D) D``.
+    """Edit that scales the component of a text embedding ``C_P`` along a unit vector ``D`` by ``omega``.
 
-    ``D`` is the common direction ``V`` (LongAlign, paper section 4), or a direction from a file. With such a file, the
-    components of text and image along it are logged as ``measured_text`` (``C_P . D``) and ``measured_image``
-    (``C_X . D``); their product is the part of the original score that is scaled.
+    The edited embedding is ``C_P - (1 - omega) (C_P . D) D``. ``D`` is the common direction of text embeddings
+    (LongAlign, arXiv 2410.11817, section 4), or a direction from a file. For a direction from a file, ``C_P . D`` is
+    logged as ``measured_text``, and ``C_X . D`` with the image embedding ``C_X`` as ``measured_image``. The product of
+    these two is the part of the original score that is scaled.
 
     Args:
-        omega: factor of the component.
-        direction: the direction of the file; None for the common direction.
+        omega: factor of the component; 0 removes it, 1 keeps the original score.
+        direction: a direction from a file; None for the common direction.
     """
 
     vector: Tensor | None

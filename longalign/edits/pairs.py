@@ -1,4 +1,4 @@
-"""Relative preference between a positive and a negative variant of a prompt (SRPO); the edit `pairs`."""
+"""The edit `pairs` of a reward's text embedding: compares a positive and a negative variant of a prompt (SRPO)."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from longalign.edits.base import Edit, EditedText
-from longalign.edits.config import PairsConfig
+from longalign.edits.config import PairsEditConfig
 from longalign.rewards.base import EmbeddingReward
 from longalign.runtime import Runtime
 
 
 class PairsEdit(Edit):
-    """The edited embedding ``(k + 1) C_P(positive prompt) - C_P(negative prompt)``.
+    """Edit that compares a prompt with a positive and a negative control word (SRPO, arXiv 2509.06942).
 
-    The scores of the two prompts are logged as ``positive`` and ``negative``; the edited score is
+    The edited embedding is ``(k + 1) C_P(positive prompt) - C_P(negative prompt)`` with the reward's text embedding
+    ``C_P``. The scores of the two prompts are logged as ``positive`` and ``negative``; the edited score is
     ``k * positive + (positive - negative)``.
 
     Args:
         positive: control word of the positive prompt, put before each text that the reward encodes; may be empty.
         negative: control word of the negative prompt; may be empty.
-        k: weight of the positive prompt's score, added to the difference of both scores.
+        k: weight of the positive prompt's score, which is added to the difference of the two scores.
     """
 
     def __init__(self, *, positive: str, negative: str, k: float):
@@ -29,7 +30,7 @@ class PairsEdit(Edit):
         self.positive, self.negative, self.k = positive, negative, k
 
     @classmethod
-    def from_config(cls, config: PairsConfig, runtime: Runtime) -> PairsEdit:
+    def from_config(cls, config: PairsEditConfig, runtime: Runtime) -> PairsEdit:
         return cls(positive=config.positive, negative=config.negative, k=config.k)
 
     def forward(

@@ -1,4 +1,4 @@
-"""Text encoders: prompts -> `Conditioning` for a denoiser.
+"""Text encoders, which turn prompts into the `Conditioning` of a denoiser.
 
 Names are loaded on first use, so ``import longalign.encoders`` does not import torch.
 """

@@ -1,4 +1,4 @@
-"""Interface of adapters, the trainable last step of an encoder."""
+"""Interface of adapters: trainable modules that are the last step of an encoder."""
 
 from __future__ import annotations
 
@@ -10,25 +10,27 @@ from longalign.encoders.base import Conditioning
 
 
 class Adapter(nn.Module):
-    """Maps the states of a frozen text model to the width of a denoiser.
+    """Base class of adapters: trainable modules that map the states of a frozen text model to a denoiser's width.
 
-    An encoder with an adapter can be cached if its config sets `EncoderConfig.adapter_key`. An adapter that maps each
-    state separately implements ``forward``; others override `adapt`.
+    The states of the text model can be cached if the encoder's config class sets
+    `longalign.encoders.EncoderConfig.adapter_key`. A subclass that maps each state separately implements ``forward``;
+    other subclasses override `adapt`.
     """
 
-    #: width of the states of the text model
+    #: width of the text model's states
     in_dim: int
     #: width of the mapped states
     out_dim: int
 
     def forward(self, states: Tensor) -> Tensor:
-        """Maps states ``(b, n, d)`` to ``(b, n, out_dim)``, each position separately."""
+        """Maps states ``(b, n, in_dim)`` to ``(b, n, out_dim)``, each position separately."""
         raise NotImplementedError
 
     def adapt(self, conditioning: Conditioning) -> Conditioning:
-        """Applies the adapter to a text model's conditioning. Masked states of the result are zero.
+        """Returns ``conditioning`` with its states mapped to width ``out_dim``; masked states become zero.
 
-        The result may depend on the timestep; see `Conditioning.at`.
+        The states are cast to the adapter's dtype first. A subclass may return a conditioning that depends on the
+        timestep; see `Conditioning.at`.
         """
         states = self(conditioning.states.to(next(self.parameters()).dtype))
         masked = states if conditioning.mask is None else states * conditioning.mask[..., None]

@@ -1,4 +1,4 @@
-"""Interface of text encoders: prompts -> `Conditioning` for the denoiser."""
+"""Interface of text encoders, which turn prompts into the `Conditioning` of a denoiser."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ class PromptReport:
     """The encoded and the truncated text of one prompt.
 
     Attributes:
-        segments: encoded texts, in order.
-        tokens: number of tokens of each segment, without special tokens such as ``<sot>`` and ``<eot>``.
+        segments: encoded texts, in order: the segments of the prompt, or one text per forward pass.
+        tokens: number of tokens of each text in ``segments``, without special tokens such as ``<sot>`` and ``<eot>``.
         truncated: text dropped by truncation; empty if the whole prompt was encoded.
-        parts: reports of the inner encoders, if there are several; ``truncated`` joins the text dropped by any of them.
+        parts: one report per inner encoder if the encoder combines several, otherwise empty. The other fields then
+            combine those of all inner encoders; see `longalign.encoders.concat.merge_reports`.
     """
 
     segments: tuple[str, ...]
@@ -34,16 +35,16 @@ class PromptReport:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Text conditioning passed to the denoiser.
+    """Text conditioning of a denoiser for a batch of b prompts.
 
-    A subclass may depend on the timestep (`at`), or combine several predictions of the denoiser (`predict`). Its other
-    fields may hold tensors of b rows, conditionings, and tuples and dicts of both.
+    A subclass may depend on the timestep (`at`), or combine several predictions of the denoiser (`predict`). Fields
+    that a subclass adds may hold tensors of b rows, conditionings of b prompts, and tuples and dicts of both.
 
     Attributes:
-        states: ``(b, n, d)`` hidden states for cross-attention.
+        states: ``(b, n, d)`` hidden states for cross-attention: n vectors of width d per prompt, usually one per token.
         mask: ``(b, n)`` bool, True for states that are attended to. If None, all states are attended to.
-        pooled: ``(b, p)`` pooled embedding, or None.
-        reports: one `PromptReport` per prompt; may be empty.
+        pooled: ``(b, p)``, one embedding of width p per prompt, as SDXL, SD 3 and FLUX.1 need; None if there is none.
+        reports: one `PromptReport` per prompt, or empty.
     """
 
     states: Tensor
@@ -52,30 +53,33 @@ class Conditioning:
     reports: tuple[PromptReport, ...] = field(default=())
 
     def at(self, timestep: Tensor) -> Conditioning:
-        """Returns the conditioning at timesteps ``(b,)``. Override it if the conditioning depends on the timestep."""
+        """Returns the conditioning at the denoiser's timesteps ``(b,)``: here, this conditioning.
+
+        Subclasses whose states depend on the timestep override this method.
+        """
         return self
 
     def predict(self, call: Call, latents: Tensor, timesteps: Tensor) -> Tensor:
-        """Returns the denoiser's prediction ``(b, c, h, w)``: one call with the conditioning at the timesteps.
+        """Returns the denoiser's prediction ``(b, c, h, w)``: here, from one call with ``self.at(timesteps)``.
 
-        Override it to combine several predictions for each prompt, in one call with more rows. Trainers and samplers
-        treat the result as the output of the denoiser, with gradient.
+        Subclasses that combine several predictions per prompt override this method; one call with more rows can
+        compute all of them. Trainers and samplers treat the result as the output of the denoiser, with gradient.
 
         Args:
-            call: maps latents ``(n, c, h, w)``, timesteps ``(n,)`` and a conditioning of n rows, which depends on no
-                timestep, to the denoiser's prediction ``(n, c, h, w)``.
+            call: runs the denoiser: maps latents ``(n, c, h, w)``, timesteps ``(n,)`` and a static conditioning of n
+                prompts (see `is_static`) to a prediction ``(n, c, h, w)``.
             latents: ``(b, c, h, w)`` noisy latents.
-            timesteps: ``(b,)`` timesteps.
+            timesteps: ``(b,)`` timesteps of the denoiser.
         """
         return call(latents, timesteps, self.at(timesteps))
 
     @property
     def is_static(self) -> bool:
-        """Whether each prediction is one call of the denoiser with these states."""
+        """Whether the conditioning is equal at all timesteps, and a prediction is one call of the denoiser with it."""
         return type(self).at is Conditioning.at and type(self).predict is Conditioning.predict
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
-        """Returns a conditioning with ``function`` applied to all tensors, also in tuples, dicts and conditionings."""
+        """Returns a copy with ``function`` applied to every tensor, also in nested tuples, dicts and conditionings."""
 
         def apply(value: Any) -> Any:
             if isinstance(value, Conditioning):
@@ -85,34 +89,41 @@ class Conditioning:
         return replace(self, **{entry.name: tree_map(apply, getattr(self, entry.name)) for entry in fields(self)})
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
-        """Moves and casts the tensors; the mask keeps its dtype."""
+        """Returns a copy on ``device`` and in ``dtype``; None keeps the present one. Only floating tensors are cast."""
         return self.map(lambda x: x.to(device=device, dtype=dtype if x.is_floating_point() else None))
 
     def __getitem__(self, index: slice | Tensor) -> Conditioning:
-        """Selects prompts by a slice, an index tensor or a bool tensor ``(b,)``."""
+        """Returns the conditioning of selected prompts.
+
+        ``index`` is a slice, an integer tensor of prompt positions, or a bool tensor ``(b,)``.
+        """
         rows: Sequence[int] = ()
         if self.reports:
             rows = torch.arange(len(self.reports))[index.cpu() if isinstance(index, Tensor) else index].tolist()
         return replace(self.map(lambda x: x[index]), reports=tuple(self.reports[i] for i in rows))
 
 
-#: ``(latents, timesteps, conditioning) -> prediction``, see `Conditioning.predict`
+#: a call of the denoiser, ``(latents, timesteps, conditioning) -> prediction``; see `Conditioning.predict`
 Call = Callable[[Tensor, Tensor, Conditioning], Tensor]
 
 GROW_ADVICE = "raise {}, or set overflow to 'grow'"
-"""Advice for `raise_or_warn_truncated` if ``overflow`` can be ``"grow"``; ``{}`` is the config key of the length."""
+"""Argument ``advice`` of `raise_or_warn_truncated` for encoders with ``overflow="grow"``.
+
+``{}`` stands for the config key of the maximum length.
+"""
 
 
 class TruncationWarning(UserWarning):
-    """Warns that part of a prompt was not encoded."""
+    """Warning that prompts were truncated, so that part of their text was not encoded."""
 
 
 def report_passes(passes: Sequence[Tokenized], max_tokens: int) -> PromptReport:
-    """Returns the report of a prompt that is encoded in one or more passes.
+    """Returns the report of a prompt that is encoded in one or more forward passes of the text model.
 
     Args:
-        passes: text and tokens of each pass.
-        max_tokens: number of tokens encoded in a pass; the rest of its text is reported as truncated.
+        passes: the text and tokens of each pass.
+        max_tokens: maximum number of tokens that are encoded per pass, without special tokens. Text of a pass beyond
+            them is reported as truncated.
     """
     parts = [(*text.split_at(max_tokens), min(len(text), max_tokens)) for text in passes]
     return PromptReport(
@@ -125,14 +136,14 @@ def report_passes(passes: Sequence[Tokenized], max_tokens: int) -> PromptReport:
 def raise_or_warn_truncated(
     reports: Sequence[PromptReport], overflow: str, limit: str, advice: str, stacklevel: int = 3
 ) -> None:
-    """Raises an error or issues one warning if any prompt was truncated.
+    """Raises ValueError, or issues one `TruncationWarning`, if any prompt was truncated.
 
     Args:
         reports: one report per prompt.
         overflow: ``"error"`` raises; any other value warns.
-        limit: the maximum length, e.g. "240 tokens"; used in the message.
-        advice: advice to the user; used in the message.
-        stacklevel: passed to `warnings.warn`; the default points at the caller of the encoder.
+        limit: the maximum length for the message, e.g. "240 tokens".
+        advice: end of the message: how to avoid truncation, as an imperative.
+        stacklevel: passed to `warnings.warn`; the default points at the code that called ``encode``.
 
     Raises:
         ValueError: if a prompt was truncated and ``overflow`` is ``"error"``.
@@ -145,42 +156,44 @@ def raise_or_warn_truncated(
         f"text dropped from prompt {indices[0]}: {reports[indices[0]].truncated[:80]!r}"
     )
     if overflow == "error":
-        raise ValueError(f"{message}. Shorten it, or {advice}")
+        raise ValueError(f"{message}. Shorten these prompts, or {advice}")
     warnings.warn(f"{message}. To avoid this, {advice}", TruncationWarning, stacklevel=stacklevel)
 
 
 class Encoder(nn.Module):
-    """Base class of text encoders.
+    """Base class of text encoders, which turn a batch of prompts into a `Conditioning`.
 
     In subclasses, ``__init__`` receives loaded modules, and ``from_config(config, runtime)`` loads them. Frozen text
-    models have ``requires_grad=False`` and run under ``torch.no_grad``. All other parameters belong to adapters; see
-    `adapter_parameters`.
+    models have ``requires_grad=False`` and run under ``torch.no_grad``. All other parameters belong to adapters:
+    trainable modules that follow a text model.
     """
 
-    #: width of the states
+    #: width d of the states
     dim: int
     #: names of the parameters that `train_adapter` has frozen
     _frozen_adapter: tuple[str, ...] = ()
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
-        """Encodes a batch of prompts. Only adapters receive gradient.
+        """Returns the conditioning of a batch of prompts. Gradient reaches the parameters of adapters only.
 
         Raises:
-            ValueError: if ``prompts`` is a single text or empty, or if a prompt is too long and ``overflow="error"``.
+            ValueError: if ``prompts`` is a single text or empty, or if a prompt is too long and the encoder was built
+                with ``overflow="error"``.
         """
         raise NotImplementedError
 
     def report(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
-        """Returns one report per prompt, without running a model.
+        """Returns what `encode` would encode and truncate, one report per prompt, without running a model.
 
-        Does not warn about or reject truncated prompts.
+        Truncated prompts cause neither a warning nor an error.
         """
         raise NotImplementedError
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """Returns the parameters of the adapters by name: all that require gradient or were frozen by `train_adapter`.
 
-        Checkpoints contain these parameters even if they are not trained. Weights that were built frozen are excluded.
+        Checkpoints contain these parameters even while they are frozen. Parameters that had ``requires_grad=False``
+        when the encoder was built are excluded.
         """
         return {
             name: parameter
@@ -189,14 +202,17 @@ class Encoder(nn.Module):
         }
 
     def train_adapter(self, trainable: bool) -> None:
-        """Makes the `adapter_parameters` trainable, or freezes them."""
+        """Makes the `adapter_parameters` trainable if ``trainable`` is True, otherwise freezes them."""
         parameters = self.adapter_parameters()
         self._frozen_adapter = () if trainable else tuple(parameters)
         for parameter in parameters.values():
             parameter.requires_grad_(trainable)
 
     def train(self, mode: bool = True) -> Encoder:
-        """Sets training mode. Modules without trainable parameters stay in eval mode, so that dropout is disabled."""
+        """Sets training mode, or eval mode if ``mode`` is False, and returns the encoder.
+
+        Child modules without trainable parameters stay in eval mode, so that their dropout is disabled.
+        """
         super().train(mode)
         for child in self.children():
             if not any(p.requires_grad for p in child.parameters()):

@@ -1,4 +1,4 @@
-"""Groups token sequences (rows) of different lengths into batches, one batch per model call."""
+"""Groups token sequences (rows) of different lengths into batches, one batch per call of a text model."""
 
 from __future__ import annotations
 
@@ -6,22 +6,24 @@ from collections.abc import Sequence
 from itertools import groupby, pairwise
 
 CALL_COST = 64
-"""Fixed overhead of one text-model call, expressed as a number of positions of equal cost."""
+"""Fixed overhead of one call of a text model, as the number of token positions that take the same time."""
 
 
 def group_by_length(lengths: Sequence[int], *, limit: int, call_cost: int = CALL_COST) -> list[list[int]]:
-    """Groups rows of similar length so that padding plus per-call overhead is minimal.
+    """Groups token sequences (rows) of similar length into calls, so that padding plus overhead is minimal.
 
-    Each group is padded to the length of the longest row. The cost of a grouping is the number of positions,
-    including padding, plus ``call_cost`` per call. Groups with more than ``limit`` positions are split afterward.
+    The rows of a group are padded to the longest one. The cost of a grouping is the number of token positions,
+    including padding, plus ``call_cost`` per call. A group of more than ``limit`` positions needs several calls.
 
     Args:
-        lengths: number of positions of each row.
-        limit: maximum number of positions per call; a longer row is processed in a separate call.
-        call_cost: overhead of a call, as a number of positions; 0 disables padding.
+        lengths: number of tokens of each row, at least 1.
+        limit: maximum number of positions per call, including padding; a row of more than ``limit`` tokens gets its
+            own call.
+        call_cost: overhead of a call, as a number of positions. With 0, only rows of equal length share a call, so
+            that nothing is padded.
 
     Returns:
-        Row indices of each call. Each row occurs once; shorter rows come first.
+        The row indices of each call. Each row occurs once; shorter rows come first.
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     equal_rows = [list(rows) for _, rows in groupby(order, key=lengths.__getitem__)]
@@ -44,7 +46,7 @@ def group_by_length(lengths: Sequence[int], *, limit: int, call_cost: int = CALL
 
 
 def _chunks(group: Sequence[int], lengths: Sequence[int], limit: int) -> list[list[int]]:
-    """Splits a group sorted by length into as few calls as ``limit`` allows, with nearly equal numbers of rows."""
+    """Splits row indices, sorted by row length, into the fewest calls that ``limit`` allows, of nearly equal sizes."""
     calls = -(-len(group) // max(1, limit // lengths[group[-1]]))
     bounds = [len(group) * i // calls for i in range(calls + 1)]
     return [list(group[a:b]) for a, b in pairwise(bounds)]

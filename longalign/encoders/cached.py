@@ -1,4 +1,4 @@
-"""Encoders that read precomputed text-model states from a store and apply adapters to them."""
+"""Encoders that read precomputed states of text models from a store and apply adapters to the states."""
 
 from __future__ import annotations
 
@@ -17,29 +17,31 @@ from longalign.encoders.config import EncoderConfig
 from longalign.runtime import Runtime
 from longalign.segmenters import Prompt, check_prompts
 
-#: config keys that do not affect the states
+#: config keys of encoders that do not affect the states
 IGNORED_KEYS = ("max_batch_tokens",)
 
 
 def prompt_key(prompt: Prompt) -> bytes:
-    """Returns the store key of a prompt. A list of segments has a different key than its joined text."""
+    """Returns a prompt's 16-byte key in a `Store`. A list of segments has a different key than the joined text."""
     return key_of(prompt if isinstance(prompt, str) else json.dumps(list(prompt)))
 
 
 def settings(config: EncoderConfig) -> dict[str, Any]:
-    """Returns the config entries that the frozen states of an encoder depend on."""
+    """Returns the entries of an encoder's config that affect the states of its frozen text models, as JSON values."""
     return {
         key: value for key, value in config.frozen_config().model_dump(mode="json").items() if key not in IGNORED_KEYS
     }
 
 
 def build_cached(config: EncoderConfig, stores: Iterator[Store], runtime: Runtime) -> Encoder:
-    """Builds an encoder without text models. Trainable parameters have the same names as in the full encoder.
+    """Builds an encoder that reads cached states instead of running text models.
+
+    The trainable parameters have the same names as in the encoder with text models, so checkpoints fit both encoders.
 
     Args:
-        config: the encoder's config.
-        stores: the stores of the encoders in `EncoderConfig.leaves`, in that order.
-        runtime: device and dtype.
+        config: config of the encoder that runs text models.
+        stores: one store of cached states per encoder in `EncoderConfig.leaves`, in that order.
+        runtime: device of the conditioning; device and dtype for building adapters.
     """
     if inner := config.inner_encoders():
         return config.build(runtime, parts=[build_cached(part, stores, runtime) for part in inner])
@@ -52,14 +54,17 @@ def build_cached(config: EncoderConfig, stores: Iterator[Store], runtime: Runtim
 class CachedEncoder(Encoder):
     """Reads the states of prompts from a store and applies the adapter, if any.
 
-    A batch has the same shape as from the full encoder. Without a mask all prompts have the same length; with a mask
-    the batch has the length of the longest prompt.
+    The conditioning has the shape that the encoder with text models returns: the states of a prompt are padded to the
+    length of the encoded empty prompt, or to that of the longest prompt in the batch if it is greater.
 
     Args:
         store: store with the output of `entries`, including the entry of the empty prompt.
-        adapter: trainable map from the states to the denoiser's width.
-        device: device of the conditioning.
-        key: attribute name of the adapter, which is part of the adapter's weight names in checkpoints.
+        adapter: trainable map from the stored states to the denoiser's width; None returns the stored states.
+        device: torch device of the conditioning, e.g. ``"cuda"``.
+        key: name of the attribute that holds the adapter. It is part of the adapter's weight names in checkpoints.
+
+    Raises:
+        ValueError: if the empty prompt is not in the store; from ``encode``, if a prompt is not.
     """
 
     def __init__(self, store: Store, adapter: Adapter | None, *, device: str, key: str = "adapter"):
@@ -98,29 +103,31 @@ def require_cached(store: Store, prompt: Prompt) -> None:
 
 @torch.no_grad()
 def entries(encoder: Encoder, prompts: Sequence[str], length: int | None) -> list[dict[str, Tensor]]:
-    """Encodes prompts into store entries.
+    """Encodes prompts into entries of a `Store`.
 
     Args:
         encoder: an encoder without trainable parameters.
         prompts: prompts to encode in one call.
-        length: length of the encoded empty prompt; None when encoding the empty prompt itself.
+        length: number of states of the encoded empty prompt; None when encoding the empty prompt itself.
 
     Returns:
-        One dict per prompt:
+        One dict of tensors per prompt:
 
-        - ``states`` ``(k, d)``: states without trailing repeats of the last state.
-        - ``length``: length to which the states are padded.
-        - ``real``: number of unmasked states; only with a mask.
+        - ``states`` ``(k, d)``: with a mask, the unmasked states. Without a mask, the states of the prompt and, if the
+          prompt can be padded, one padding state; equal states at the end count as padding.
+        - ``length`` ``(1,)``: number of states with padding.
+        - ``real`` ``(1,)``: number of unmasked states; only with a mask.
         - ``pooled`` ``(p,)``: pooled embedding; only if the encoder returns one.
 
     Raises:
-        ValueError: if the conditioning is not static, or depends on other prompts in the batch.
+        ValueError: if the conditioning is not static (see `Conditioning.is_static`), masks other positions than those
+            after the prompt, or depends on other prompts in the batch.
     """
     conditioning = encoder.encode(prompts)
     if not conditioning.is_static:
         raise ValueError(
-            "conditioning that depends on the timestep or combines several predictions cannot be cached; set "
-            "cache.prompts to false"
+            f"expected a conditioning that can be cached, got a {type(conditioning).__name__}, which depends on the "
+            "timestep or combines several predictions; set cache.prompts to false"
         )
     rows = []
     for i in range(len(prompts)):
@@ -129,7 +136,10 @@ def entries(encoder: Encoder, prompts: Sequence[str], length: int | None) -> lis
         if conditioning.mask is not None:
             real = int(conditioning.mask[i].sum())
             if not bool(conditioning.mask[i, :real].all()):
-                raise ValueError("only masks with padding at the end can be cached; set cache.prompts to false")
+                raise ValueError(
+                    f"expected a mask of padding at the end only, got masked states before others for the prompt "
+                    f"{prompts[i][:60]!r}, which cannot be cached; set cache.prompts to false"
+                )
             padded_length = max(real, length or states.shape[0])
             states, entry["real"] = states[:real], torch.tensor([real])
         else:
@@ -151,9 +161,9 @@ def entries(encoder: Encoder, prompts: Sequence[str], length: int | None) -> lis
 
 
 def _padding_state(encoder: Encoder, prompt: str, states: Tensor) -> Tensor:
-    """Returns the state ``(1, d)`` with which a prompt's states ``(n, d)`` are padded in a longer batch.
+    """Returns the state ``(1, d)`` that pads a prompt's unpadded states ``(n, d)`` in a batch with a longer prompt.
 
-    Returns an empty tensor ``(0, d)`` if a batch cannot be longer.
+    Returns an empty tensor ``(0, d)`` if no batch can be longer. Raises ValueError if the states depend on the batch.
     """
     longer = f"{prompt} {prompt}"
     if any(report.truncated for report in encoder.report([longer])):
@@ -172,7 +182,11 @@ def _padding_state(encoder: Encoder, prompt: str, states: Tensor) -> Tensor:
 
 
 def collate_states(rows: Sequence[dict[str, Tensor]], min_length: int) -> Conditioning:
-    """Collates store entries into a conditioning of at least ``min_length`` states."""
+    """Collates entries made by `entries` into a conditioning, one row per entry.
+
+    The states are padded to the greatest ``length`` of the entries, but at least ``min_length``: with a mask and zeros
+    if the entries have ``real``, otherwise by repeating the last state.
+    """
     length = max(min_length, *(int(entry["length"]) for entry in rows))
     masked = "real" in rows[0]
     padded = []

@@ -19,23 +19,26 @@ class ConcatEncoder(Encoder):
     """Concatenates the states of several encoders along the sequence axis: ``(b, n1 + n2 + ..., d)``.
 
     If any encoder returns a mask, the merged mask is True for the states of encoders without a mask. At most one
-    encoder may return a pooled embedding. The reports of the encoders are nested in `PromptReport.parts`, and
-    ``truncated`` joins the text dropped by any encoder.
+    encoder may return a pooled embedding. `merge_reports` combines the reports of the encoders.
 
     Args:
-        parts: encoders with states of equal width.
+        parts: encoders with states of equal width d.
 
     Raises:
-        ValueError: if ``parts`` is empty, or the widths differ.
+        ValueError: if ``parts`` is empty, or the widths differ; from ``encode``, if several encoders return a pooled
+            embedding.
     """
 
     def __init__(self, parts: Sequence[Encoder]):
         super().__init__()
         if not parts:
-            raise ValueError("expected at least one part, got none; add an encoder to parts")
+            raise ValueError("expected at least one part, an encoder, got none; add an encoder")
         widths = [part.dim for part in parts]
         if len(set(widths)) > 1:
-            raise ValueError(f"expected encoders with states of equal width, got widths {widths}; add an adapter")
+            raise ValueError(
+                f"expected encoders with states of equal width, got widths {widths}; use encoders of one width, or an "
+                "adapter"
+            )
         self.parts = nn.ModuleList(parts)
         self.dim = widths[0]
 
@@ -43,7 +46,7 @@ class ConcatEncoder(Encoder):
     def from_config(
         cls, config: ConcatConfig, runtime: Runtime, parts: Sequence[Encoder] | None = None
     ) -> ConcatEncoder:
-        """Builds the encoder from ``parts`` if given, otherwise from the configs in ``config.parts``."""
+        """Concatenates the built encoders ``parts``; if None, those built from the configs in ``config.parts``."""
         return cls([encoders.construct(part, runtime) for part in config.parts] if parts is None else parts)
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
@@ -57,7 +60,11 @@ class ConcatEncoder(Encoder):
 
 
 def merge_reports(reports: Sequence[PromptReport]) -> PromptReport:
-    """Merges the reports of one prompt from several encoders. Distinct truncated texts are joined with newlines."""
+    """Merges the reports of one prompt from several encoders into one.
+
+    Segments and token counts are concatenated, distinct truncated texts are joined with newlines, and
+    `PromptReport.parts` holds the given reports.
+    """
     return PromptReport(
         tuple(segment for report in reports for segment in report.segments),
         tuple(count for report in reports for count in report.tokens),
@@ -69,8 +76,11 @@ def merge_reports(reports: Sequence[PromptReport]) -> PromptReport:
 def join(parts: Sequence[Conditioning]) -> Conditioning:
     """Concatenates conditionings of the same prompts along the sequence axis.
 
+    Returns a `JoinedConditioning` if any of the conditionings depends on the timestep.
+
     Raises:
-        ValueError: if more than one conditioning has a pooled embedding.
+        ValueError: if more than one conditioning has a pooled embedding, or one of them combines several predictions
+            of the denoiser (overrides `Conditioning.predict`).
     """
     pooled = [part.pooled for part in parts if part.pooled is not None]
     if len(pooled) > 1:
@@ -92,10 +102,10 @@ def join(parts: Sequence[Conditioning]) -> Conditioning:
 
 
 def _join_dynamic(parts: Sequence[Conditioning], reports: tuple[PromptReport, ...]) -> JoinedConditioning:
-    if any(type(part).predict is not Conditioning.predict for part in parts):
+    if combining := [type(part).__name__ for part in parts if type(part).predict is not Conditioning.predict]:
         raise ValueError(
-            "an encoder whose conditioning combines several predictions cannot be concatenated with others; make the "
-            "concatenation its inner encoder"
+            f"expected conditionings of one prediction per prompt, got a {combining[0]}, which combines several "
+            "predictions; make 'concat' an inner encoder of the encoder that returns it"
         )
     unreported = tuple(replace(part, reports=()) for part in parts)
     return JoinedConditioning(parts[0].states[:, :0], reports=reports, parts=unreported)
@@ -103,12 +113,13 @@ def _join_dynamic(parts: Sequence[Conditioning], reports: tuple[PromptReport, ..
 
 @dataclass(frozen=True)
 class JoinedConditioning(Conditioning):
-    """Concatenated conditioning of which at least one part depends on the timestep.
+    """Concatenation of conditionings of which at least one depends on the timestep.
 
-    Its own ``states`` are empty, since those of the parts have their final width at a timestep only.
+    `at` concatenates the states of a timestep. The attribute ``states`` is empty, ``(b, 0, d)``, since the parts may
+    have different widths before `at`.
 
     Attributes:
-        parts: the concatenated conditionings.
+        parts: the conditionings to concatenate, of the same prompts.
     """
 
     parts: tuple[Conditioning, ...] = ()

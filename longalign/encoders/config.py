@@ -15,57 +15,64 @@ from longalign.registry import Part, PartConfig
 
 
 class EncoderConfig(PartConfig):
-    """Base class of encoder configs."""
+    """Base class of encoder configs: selects an encoder and its settings."""
 
-    #: whether the conditioning has a pooled embedding; None if unknown
+    #: whether the encoder's conditioning has a pooled embedding; None if unknown
     has_pooled: ClassVar[bool | None] = None
-    #: config key of the adapter (`longalign.encoders.adapter.Adapter`), which must be the encoder's last step and its
-    #: attribute of the same name; None without an adapter. If the value of the key is null, there is no adapter
+    #: config key of the adapter (`longalign.encoders.adapter.Adapter`); None if the encoder cannot have one. The
+    #: adapter must be the encoder's last step, in an attribute named like the key. A null value means no adapter
     adapter_key: ClassVar[str | None] = None
 
     def gives_pooled(self) -> bool | None:
-        """Whether the conditioning has a pooled embedding; None if unknown."""
+        """Returns whether the encoder's conditioning has a pooled embedding; None if unknown."""
         return self.has_pooled
 
     def widths(self) -> tuple[int | None, int | None]:
-        """Returns the widths of the states and of the pooled embedding; None if unknown.
+        """Returns the width d of the states and the width p of the pooled embedding.
 
-        Only the config and small local files are read.
+        A width is None if it is unknown; p is also None without a pooled embedding. Only the config and small local
+        files are read; nothing is downloaded.
         """
         return None, None
 
     def inner_encoders(self) -> Sequence[EncoderConfig]:
-        """Returns the configs of the encoders that this encoder combines, or an empty sequence.
+        """Returns the configs of the encoders that this encoder combines; empty if it combines none.
 
-        If not empty, ``from_config`` must accept ``parts``: the built inner encoders, or None to build them.
+        If not empty, the encoder's ``from_config`` must accept a keyword ``parts``: the list of built inner encoders,
+        or None, which makes ``from_config`` build them.
         """
         return ()
 
     def leaves(self) -> list[EncoderConfig]:
-        """Returns the encoders that are cached separately: the leaves of the inner encoders, or this encoder."""
+        """Returns the configs of the encoders whose states are cached separately.
+
+        These are the leaves of all inner encoders, or this config alone if there are no inner encoders.
+        """
         inner = self.inner_encoders()
         return [leaf for part in inner for leaf in part.leaves()] if inner else [self]
 
     def adapter_config(self) -> PartConfig | None:
-        """Returns the adapter's config, or None without an adapter."""
+        """Returns the config of the adapter, or None without an adapter."""
         return None if self.adapter_key is None else getattr(self, self.adapter_key)
 
     def frozen_config(self) -> EncoderConfig:
-        """Returns the config of the encoder without the adapter."""
+        """Returns this config without the adapter, so that only frozen text models remain."""
         return self if self.adapter_key is None else self.model_copy(update={self.adapter_key: None})
 
 
 class CheckpointConfig(EncoderConfig):
-    """Base class of the configs of encoders that load a text model."""
+    """Base class of the configs of encoders that load text models from a checkpoint."""
 
     checkpoint: str = Field(min_length=1)
     """Hub id or local folder in diffusers layout (``text_encoder/``, ``tokenizer/``) or transformers layout, or
-    ``mini/...`` for a bundled small model.
+    ``mini/<folder>`` for a small model bundled with longalign.
     """
     revision: str | None = None
-    """branch, tag or commit of a Hub repository."""
+    """branch, tag or commit of a Hub repository; null: the default branch."""
     variant: str | None = None
-    """file variant of the text model, e.g. ``"fp16"`` for weights in ``model.fp16.safetensors``."""
+    """file variant of the text model's weights, e.g. ``"fp16"`` for ``model.fp16.safetensors``; null: the files without
+    a variant.
+    """
     max_batch_tokens: int = Field(default=16384, ge=1)
     """maximum number of tokens, including padding, per call of a text model; a lower value saves memory."""
 
@@ -74,17 +81,21 @@ class CheckpointConfig(EncoderConfig):
             return (
                 []
                 if Path(self.checkpoint).is_file()
-                else [("checkpoint", f"no file {self.checkpoint}; expected a .safetensors file")]
+                else [("checkpoint", f"no file {self.checkpoint}; expected the path of an existing file")]
             )
         problem = checkpoint_problem(self.checkpoint, self._configs(), self.revision)
         return [("checkpoint", problem)] if problem else []
 
     def _configs(self) -> list[str]:
-        """Returns the candidate paths of the text model's config."""
+        """Returns paths in the checkpoint of which one must exist, normally of the text model's ``config.json``."""
         return ["text_encoder/config.json", "config.json"]
 
     def _width_of(self, *keys: str, folder: str | None = None) -> int | None:
-        """Returns the first of ``keys`` in the text model's config, or None if the config is not available locally."""
+        """Returns the integer under the first of ``keys`` that the text model's ``config.json`` contains.
+
+        Returns None if the file contains none of ``keys``, or is not available locally. ``folder`` is the file's folder
+        in the checkpoint; None: the paths of `_configs`.
+        """
         for file in [f"{folder}/config.json"] if folder else [f for f in self._configs() if f.endswith(".json")]:
             config = read_json(self.checkpoint, file, self.revision)
             for key in keys:
@@ -100,8 +111,8 @@ class LoadedConfig(CheckpointConfig):
     has_pooled: ClassVar[bool | None] = False
 
     subfolder: str | None = None
-    """subfolder of the text model, e.g. ``text_encoder_2``; null: detected. The tokenizer's subfolder has ``tokenizer``
-    in place of ``text_encoder``.
+    """subfolder of the text model, e.g. ``text_encoder_2``; null: ``text_encoder`` if it exists, otherwise the top
+    level. The tokenizer's subfolder has the same name with ``tokenizer`` in place of ``text_encoder``.
     """
 
     def _configs(self) -> list[str]:
@@ -118,7 +129,9 @@ class ConcatConfig(EncoderConfig):
 
     name: Literal["concat"] = "concat"
     parts: list[Part("encoders")] = Field(min_length=1)  # type: ignore[valid-type]
-    """the encoders, in the order in which their states are concatenated."""
+    """the encoders, in the order in which their states are concatenated. The widths of the states must be equal, and at
+    most one encoder may return a pooled embedding.
+    """
 
     def inner_encoders(self) -> Sequence[EncoderConfig]:
         return self.parts
@@ -141,7 +154,7 @@ class ConcatConfig(EncoderConfig):
         if len(set(widths.values())) < 2:
             return []
         shown = ", ".join(f"{width} from '{name}'" for name, width in widths.items())
-        return [("parts", f"expected states of equal width, got {shown}; add an adapter")]
+        return [("parts", f"expected states of equal width, got {shown}; add an adapter to one of the encoders")]
 
     def widths(self) -> tuple[int | None, int | None]:
         known = [part.widths() for part in self.parts]

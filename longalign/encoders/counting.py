@@ -16,9 +16,9 @@ def _tokenizer() -> Any:
 
 
 def count_clip_tokens(text: str) -> int:
-    """Returns the number of tokens of a text with CLIP's tokenizer, start and end of text included.
+    """Returns the number of tokens of a text with CLIP's tokenizer, including the start and end tokens.
 
-    CLIP's text model reads 77 of them. The vocabulary is the one that open_clip contains, so nothing is downloaded.
+    CLIP's text model reads at most 77 tokens. The vocabulary is part of open_clip, so nothing is downloaded.
     """
     tokenizer = _tokenizer()
     return len(tokenizer.encode(tokenizer.clean_fn(text))) + NUM_SPECIAL_TOKENS

@@ -11,7 +11,7 @@ from longalign.encoders.bucketing import CALL_COST, group_by_length
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Returns the device on which a model runs, even if accelerate offloads the weights."""
+    """Returns the device on which a model runs, even while accelerate has offloaded the model's weights."""
     device = next(model.parameters()).device
     if device.type != "meta":
         return device
@@ -21,13 +21,16 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def pad_with_last(indices: Sequence[Tensor], min_length: int = 0) -> list[Tensor]:
-    """Pads state indices ``(n,)``, one tensor per prompt, to the longest prompt by repeating the last index."""
+    """Pads index tensors ``(n,)``, one per prompt, to a common length by repeating the last index of each.
+
+    The common length is that of the longest tensor, but at least ``min_length``.
+    """
     length = max(min_length, *map(len, indices))
     return [torch.cat([index, index[-1:].expand(length - len(index))]) for index in indices]
 
 
 def autocast_disabled(device: torch.device) -> torch.autocast:
-    """Disables autocast so that a frozen model runs in the dtype of its weights.
+    """Returns a context manager that disables autocast, so that a frozen model runs in the dtype of its weights.
 
     The states then equal cached states, and T5 in half precision keeps its float32 layers.
     """
@@ -44,20 +47,23 @@ def run_grouped(
     max_batch_tokens: int,
     call_cost: int = CALL_COST,
 ) -> tuple[Tensor, list[int]]:
-    """Runs a frozen text model on token sequences. Equal rows run once; rows of similar length share a call.
+    """Runs a frozen text model on token sequences (rows). Equal rows run once; rows of similar length share a call.
 
     Args:
-        run: receives ids ``(r, l)`` and a bool attention mask ``(r, l)``; returns states ``(r, l, d)``.
-        rows: non-empty token ids, including special tokens.
-        pad_id: token id that pads the rows of a group to the longest row. Padding does not change the states of a
+        run: runs the model on ids ``(r, l)`` and a bool attention mask ``(r, l)``, which is False for padding; returns
+            states ``(r, l, d)``.
+        rows: token ids of each sequence, including special tokens; none is empty.
+        pad_id: token id that pads the rows of a call to the longest row. Padding does not change the states of a
             causal model, nor those of other models if ``run`` applies the mask.
         device: device of the model.
-        max_batch_tokens: maximum number of positions, including padding, per call of ``run``. A longer row is
-            processed in a separate call.
-        call_cost: see `longalign.encoders.bucketing.group_by_length`; 0 disables padding.
+        max_batch_tokens: maximum number of tokens, including padding, per call of ``run``. A longer row gets its own
+            call.
+        call_cost: overhead of a call, as a number of tokens; see `longalign.encoders.bucketing.group_by_length`. With
+            0, nothing is padded.
 
     Returns:
-        All states ``(m, d)``, and the index of each row's first state.
+        The states of all rows and of their padding ``(m, d)``, and for each row the index of its first state. The
+        states of a row are consecutive.
     """
     unique = list(dict.fromkeys(rows))
     calls = group_by_length(list(map(len, unique)), limit=max_batch_tokens, call_cost=call_cost)

@@ -17,15 +17,15 @@ _VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 
 
 def subfolders(checkpoint: str, subfolder: str | None, revision: str | None) -> tuple[str, str]:
-    """Returns the subfolders of the text model and the tokenizer.
+    """Returns the subfolders of the text model and of the tokenizer in a checkpoint; ``""`` is the top level.
 
     A diffusers checkpoint has ``text_encoder`` and ``tokenizer``, and possibly ``text_encoder_2`` and ``tokenizer_2``.
-    A transformers checkpoint has the files of both at the top level.
+    A transformers checkpoint has the files of text model and tokenizer at the top level.
 
     Args:
         checkpoint: Hub id or local folder.
-        subfolder: subfolder of the text model; None detects the subfolder.
-        revision: branch, tag or commit on the Hub.
+        subfolder: subfolder of the text model; None selects ``text_encoder`` if it exists, otherwise the top level.
+        revision: branch, tag or commit on the Hub; None for the default branch.
     """
     if subfolder is None:
         is_diffusers = find_checkpoint_file(checkpoint, "text_encoder/config.json", revision) is not None
@@ -42,16 +42,16 @@ def load_frozen_model(
     variant: str | None = None,
     **weights: Any,
 ) -> Any:
-    """Loads a frozen transformers model in evaluation mode, on the runtime's device and in its dtype.
+    """Loads and returns a frozen transformers model in eval mode, on the device and in the dtype of ``runtime``.
 
     Args:
         model_class: transformers class of the model.
-        checkpoint: Hub id or folder; None to use ``weights``.
-        subfolder: subfolder of the checkpoint.
-        revision: branch, tag or commit on the Hub.
+        checkpoint: Hub id or folder; None if ``weights`` contains ``config`` and ``state_dict``.
+        subfolder: subfolder of the checkpoint; ``""`` for the top level.
+        revision: branch, tag or commit on the Hub; None for the default branch.
         runtime: device and dtype.
-        variant: file variant, e.g. ``"fp16"``.
-        **weights: ``config`` and ``state_dict``, if ``checkpoint`` is None.
+        variant: file variant, e.g. ``"fp16"``; None for the files without a variant.
+        **weights: further arguments of ``model_class.from_pretrained``.
 
     Raises:
         ValueError: if the checkpoint does not exist or weights are missing.
@@ -77,7 +77,10 @@ def load_frozen_model(
 
 
 def _key_mapping(model_class: type) -> dict[str, Any]:
-    """Returns a map of weight names for transformers 4, where CLIP's text model has one more level than in 5."""
+    """Returns options of ``from_pretrained`` that map CLIP's weight names to those of transformers 4.
+
+    Empty for other models and with transformers 5, in which CLIP's text model has one module level less.
+    """
     from transformers.models.clip import modeling_clip
 
     nested = model_class is modeling_clip.CLIPTextModel and hasattr(modeling_clip, "CLIPTextTransformer")
@@ -85,15 +88,23 @@ def _key_mapping(model_class: type) -> dict[str, Any]:
 
 
 def load_tokenizer(checkpoint: str, subfolder: str, revision: str | None) -> Any:
-    """Loads the checkpoint's fast tokenizer.
+    """Loads and returns the tokenizer of a checkpoint, a fast one if possible. Code of the checkpoint is not run.
+
+    Args:
+        checkpoint: Hub id or local folder.
+        subfolder: subfolder of the tokenizer; ``""`` for the top level.
+        revision: branch, tag or commit on the Hub; None for the default branch.
 
     Raises:
-        ValueError: if the checkpoint has no tokenizer.
+        ValueError: if the checkpoint has no tokenizer, or the tokenizer's files cannot be read.
     """
     location = f"'{checkpoint}'" + (f", subfolder '{subfolder}'" if subfolder else "")
     # without a vocabulary file transformers silently creates a tokenizer with an empty vocabulary
     if not any(find_checkpoint_file(checkpoint, join_subfolder(subfolder, name), revision) for name in _VOCABULARIES):
-        raise ValueError(f"no tokenizer in {location}; expected one of {', '.join(_VOCABULARIES)}")
+        raise ValueError(
+            f"no tokenizer in {location}; expected one of {', '.join(_VOCABULARIES)}. Add the tokenizer's files, or "
+            "use a different checkpoint"
+        )
     # without trust_remote_code=False transformers prompts whether to run code of the checkpoint
     options: dict[str, Any] = {"subfolder": subfolder, "revision": revision, "trust_remote_code": False}
     try:
@@ -108,13 +119,16 @@ def load_tokenizer(checkpoint: str, subfolder: str, revision: str | None) -> Any
 def load_text_model(
     model_class: type, config: CheckpointConfig, subfolder: str | None, runtime: Runtime
 ) -> tuple[Any, Any]:
-    """Loads the text model and tokenizer of an encoder's checkpoint.
+    """Loads the text model and tokenizer of an encoder's checkpoint; returns ``(model, tokenizer)``.
 
     Args:
         model_class: transformers class of the text model.
-        config: the encoder's config.
-        subfolder: subfolder of the text model; None detects the subfolder.
-        runtime: device and dtype.
+        config: the encoder's config; gives checkpoint, revision and variant.
+        subfolder: subfolder of the text model; None selects ``text_encoder`` if it exists, otherwise the top level.
+        runtime: device and dtype of the model.
+
+    Raises:
+        ValueError: if the checkpoint does not exist, or weights or the tokenizer are missing.
     """
     checkpoint = resolve_checkpoint(config.checkpoint)
     model_folder, tokenizer_folder = subfolders(checkpoint, subfolder, config.revision)

@@ -21,12 +21,15 @@ from longalign.encoders.clip.flux import T5FluxEncoder
 from longalign.encoders.clip.sd3 import ClipSegmentSD3Encoder
 from longalign.encoders.clip.sdxl import ClipSegmentSDXLEncoder
 from longalign.encoders.clip.segment import ClipSegmentEncoder
-from longalign.segmenters import Sentence
+from longalign.segmenters import Packed
 
 SUPPORTED = (
     "pipelines of Stable Diffusion 1.x and 2.x (a UNet and one CLIP), XL (a UNet and two CLIPs) and 3 (two CLIPs, with "
     "T5 or without), and of FLUX.1 (CLIP and T5)"
 )
+SEGMENT_TOKENS = 40
+"""Number of tokens to which sentences are packed. Without fine-tuning on segments, this size and the state of only the
+first ``<sot>`` gave the highest fact accuracy that needs no attention mask (docs/studies/segments.md)."""
 NAMES = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 _fast_tokenizers: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
@@ -34,16 +37,19 @@ _fast_tokenizers: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 @contextmanager
 def pipeline_encoder(pipe: Any) -> Iterator[Encoder]:
-    """Context manager that yields a segment encoder with a pipeline's text encoders and tokenizers, without a copy.
+    """Context manager that yields a longalign encoder for long prompts with the text encoders of a pipeline.
 
-    Within the context, the text encoders are frozen and in eval mode; their previous state is restored on exit. The
-    encoder is rebuilt at each use, so that it includes any change of the pipeline's text encoders, e.g. a LoRA.
+    The encoder uses the pipeline's text encoders and tokenizers without copying them. Segments are whole sentences,
+    packed to at most 40 tokens, and only the first keeps the state of its start token. Within the context, the text
+    encoders are frozen and in eval mode; their ``requires_grad`` and training mode are restored on exit. The encoder
+    is built at each use, so that it includes any change of the text encoders, e.g. a LoRA.
 
     Args:
         pipe: a diffusers pipeline of Stable Diffusion 1.x, 2.x, XL or 3 or FLUX.1, or a variant such as ControlNet.
 
     Raises:
-        ValueError: if the text encoders are not supported, or a text encoder is not loaded.
+        ValueError: if the text encoders are not supported, or a text encoder is not loaded. Only the T5 of Stable
+            Diffusion 3 may be missing.
     """
     models = [model for name in NAMES if isinstance(model := getattr(pipe, name, None), nn.Module)]
     modes = [(module, module.training) for model in models for module in model.modules()]
@@ -62,13 +68,13 @@ def _build(pipe: Any) -> Encoder:
     models = [getattr(pipe, name) for name in slots]
     kinds = tuple(_kind(model) for model in models)
     tokenizers = [to_fast_tokenizer(getattr(pipe, name.replace("text_encoder", "tokenizer"), None)) for name in slots]
-    segmenter = Sentence()
+    segmenter = Packed(SEGMENT_TOKENS)
     if kinds == ("clip",) and hasattr(pipe, "unet"):
-        return ClipSegmentEncoder.from_modules(ClipSegmentConfig(), models[0], tokenizers[0], segmenter)
+        return ClipSegmentEncoder.from_modules(ClipSegmentConfig(sot="first"), models[0], tokenizers[0], segmenter)
     if kinds in (("clip", "projected"), ("projected", "projected")) and hasattr(pipe, "unet"):
         zeros = getattr(pipe.config, "force_zeros_for_empty_prompt", False)
         return ClipSegmentSDXLEncoder.from_modules(
-            ClipSegmentSDXLConfig(), models, tokenizers, segmenter, empty="zeros" if zeros else "encode"
+            ClipSegmentSDXLConfig(sot="first"), models, tokenizers, segmenter, empty="zeros" if zeros else "encode"
         )
     if kinds == ("clip", "t5") and hasattr(pipe, "transformer"):
         clip, t5 = zip(models, tokenizers, strict=True)
@@ -76,13 +82,16 @@ def _build(pipe: Any) -> Encoder:
     width = getattr(getattr(getattr(pipe, "transformer", None), "config", None), "joint_attention_dim", None)
     if kinds in (("projected", "projected", "t5"), ("projected", "projected", None)) and width is not None:
         t5 = None if models[2] is None else (models[2], tokenizers[2])
-        config = ClipSegmentSD3Config(width=width, t5="zeros" if t5 is None else "encode")
+        config = ClipSegmentSD3Config(sot="first", width=width, t5="zeros" if t5 is None else "encode")
         return ClipSegmentSD3Encoder.from_modules(config, models[:2], tokenizers[:2], segmenter, t5)
     raise ValueError(_unsupported(pipe, slots, models))
 
 
 def _kind(model: Any) -> str | None:
-    """Returns ``"clip"``, ``"projected"`` for CLIP with a projection, or the model type; None without a model."""
+    """Returns ``"clip"`` for a CLIP text model, ``"projected"`` for one with a projection; None without a model.
+
+    For other models, returns the model type of transformers, e.g. ``"t5"``.
+    """
     if model is None:
         return None
     kind = getattr(getattr(model, "config", None), "model_type", None)
@@ -105,7 +114,10 @@ def _unsupported(pipe: Any, slots: Sequence[str], models: Sequence[Any]) -> str:
 
 
 def to_fast_tokenizer(tokenizer: Any) -> Any:
-    """Converts a slow tokenizer, as used by pipelines under transformers 4, to a fast one with character offsets."""
+    """Converts a slow tokenizer, as used by pipelines under transformers 4, to a fast one with character offsets.
+
+    A fast tokenizer, or None, is returned unchanged.
+    """
     if tokenizer is None or tokenizer.is_fast:
         return tokenizer
     converted = _fast_tokenizers.get(tokenizer)

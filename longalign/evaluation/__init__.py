@@ -1,4 +1,4 @@
-"""Measuring images, metric tables and the HTML report. Public names are loaded on first use."""
+"""Measures images, compares models in metric tables, writes the HTML report. Public names are loaded on first use."""
 
 from __future__ import annotations
 

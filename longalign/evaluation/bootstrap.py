@@ -1,4 +1,4 @@
-"""Computes means with bootstrap intervals."""
+"""Computes means with bootstrap intervals over prompts, noise seeds and training seeds."""
 
 from __future__ import annotations
 
@@ -13,14 +13,22 @@ import numpy as np
 MIN_PROMPTS = 10
 """Minimum number of prompts for significance; with fewer, bootstrap intervals are too narrow."""
 LEVEL = 0.95
-"""Coverage of the intervals."""
+"""Nominal probability that an interval contains the true mean."""
 CHUNK = 200
-"""Bootstrap samples multiplied at a time."""
+"""Number of bootstrap samples whose means are computed in one matrix product, to limit memory."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its bootstrap interval over ``count`` images of ``prompts`` prompts; NaN if there are no values."""
+    """A mean with its 95% bootstrap interval.
+
+    Attributes:
+        mean: the mean; NaN without values.
+        low: lower end of the interval; NaN without values.
+        high: upper end of the interval; NaN without values.
+        count: number of values.
+        prompts: number of different prompts that the values belong to.
+    """
 
     mean: float
     low: float
@@ -40,12 +48,12 @@ EMPTY = Interval(math.nan, math.nan, math.nan, 0)
 def resamples(groups: Sequence[str], samples: int, seed: int = 0) -> np.ndarray:
     """Returns how often each of ``n`` values occurs in each bootstrap sample: ``(samples, n)``, uint16.
 
-    First groups (prompts) are sampled with replacement. Then the values (seeds) of each sampled group are sampled with
-    replacement, as many as the group has. The same groups always give the same samples, which makes differences between
-    models paired.
+    Each sample is made in two steps. First, groups are sampled with replacement, e.g. prompts. Then the values of each
+    sampled group, e.g. its images, are sampled with replacement, as many as the group has. Equal arguments give equal
+    samples, which makes differences between models paired.
 
     Args:
-        groups: one label per value, e.g. its prompt.
+        groups: the group of each of the ``n`` values, e.g. its prompt.
         samples: number of bootstrap samples.
         seed: seed of the resampling.
     """
@@ -73,11 +81,16 @@ def _resamples(labels_bytes: bytes, samples: int, seed: int) -> np.ndarray:
 
 
 def block_counts(blocks: int, samples: int, seed: int = 0) -> np.ndarray:
-    """Returns how often each training seed occurs in each bootstrap sample: ``(samples, blocks)``.
+    """Returns how often each training seed occurs in each bootstrap sample: int64 ``(samples, blocks)``.
 
     Each bootstrap sample contains ``blocks - 1`` training seeds, sampled with replacement. The variance of the mean is
     then unbiased; ``blocks`` training seeds would make it too small by the factor ``(blocks - 1) / blocks`` (Rao and
     Wu, Resampling Inference With Complex Survey Data, 1988). A single training seed is not resampled.
+
+    Args:
+        blocks: number of training seeds.
+        samples: number of bootstrap samples.
+        seed: seed of the resampling.
     """
     if blocks == 1:
         return np.ones((samples, 1), np.int64)
@@ -93,16 +106,17 @@ def bootstrap(
 ) -> Interval:
     """Returns the mean of ``values`` with a 95% percentile bootstrap interval.
 
-    If the values are paired differences, this is the paired bootstrap.
+    With differences of two models on the same prompts and seeds as values, this is the paired bootstrap.
 
     Args:
         values: ``(n,)``; NaN values are skipped.
-        groups: one label per value, such as the prompt of an image; see `resamples`. Images of one prompt are not
-            independent. None resamples single values.
+        groups: the group of each value, such as the prompt of its image, since images of one prompt are not
+            independent; see `resamples`. None resamples single values.
         samples: number of bootstrap samples.
         seed: seed of the resampling; the same values always give the same interval.
-        blocks: the training seed of each value. Training seeds are resampled too, see `block_counts`. The i-th image of
-            a prompt has the same noise in each block, so it is sampled in all blocks or in none.
+        blocks: the training seed of each value, to resample training seeds too, see `block_counts`. The i-th images of
+            a prompt have the same noise for all training seeds, so they are sampled together. None for models that were
+            trained once.
     """
     values = np.asarray(values, dtype=np.float64)
     groups = [f"{i:09d}" for i in range(len(values))] if groups is None else list(groups)
@@ -128,7 +142,10 @@ def bootstrap(
 
 
 def _units(groups: Sequence[str], block: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """Numbers the images that are sampled together: the i-th of a group in each block. Returns numbers and groups."""
+    """Numbers the units that are sampled as a whole: the i-th values of a group in all blocks form one unit.
+
+    Returns the unit of each value, ``(n,)``, and the group of each unit.
+    """
     seen: Counter[tuple[str, int]] = Counter()
     numbers: dict[tuple[str, int], int] = {}
     units = []
@@ -139,6 +156,13 @@ def _units(groups: Sequence[str], block: np.ndarray) -> tuple[np.ndarray, list[s
 
 
 def interval(value: float, resampled: np.ndarray, count: int, prompts: int) -> Interval:
-    """Returns a value with the percentile interval of its bootstrap samples ``(samples,)``; NaN samples are skipped."""
+    """Returns the `Interval` of a value, given its values ``(samples,)`` in the bootstrap samples; NaN is skipped.
+
+    Args:
+        value: the value of all images.
+        resampled: value of each bootstrap sample; the interval is between their 2.5% and 97.5% quantiles.
+        count: number of images.
+        prompts: number of different prompts.
+    """
     low, high = np.nanquantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(value, float(low), float(high), count, prompts)

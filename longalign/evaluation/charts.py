@@ -1,4 +1,4 @@
-"""Draws small SVG charts: curves over steps, and means with intervals. Colors are set by the page's CSS."""
+"""Draws small SVG charts: curves over steps, and means with intervals. The page's CSS sets the colours."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from html import escape
 from longalign.evaluation.bootstrap import Interval
 
 WIDTH = 400
+"""Width of a chart, in units of its SVG view box."""
 COLORS = 8
-"""Colors of models and lines in the page's CSS; then they repeat."""
+"""Number of colours in the page's CSS; further models and lines repeat them."""
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Returns about ``count`` round numbers within ``[low, high]``, spaced by 1, 2 or 5 times a power of ten."""
+    """Returns about ``count`` round numbers from ``low`` to ``high``, spaced by 1, 2 or 5 times a power of ten.
+
+    If ``high`` is not above ``low``, or one of them is not finite, only ``low`` is returned.
+    """
     span = high - low
     if not span > 0 or not math.isfinite(span):
         return [low]
@@ -41,16 +45,16 @@ def curves(
     x_title: str = "step",
     mark: float | None = None,
 ) -> str:
-    """Draws curves over steps, in the models' colours: the values as thin lines, and their moving means as thick lines.
+    """Returns a chart of curves over steps as HTML. Thin lines are the values, thick lines their moving means.
 
     Non-finite values are skipped. Without finite values the chart shows "no values".
 
     Args:
         title: caption of the chart.
         lines: name -> (steps, values). The names are shown if there are several.
-        height: of the chart, where its width is `WIDTH`.
+        height: height of the chart, in the units of `WIDTH`.
         x_title: title of the x axis.
-        mark: step of a dashed vertical line; None for none.
+        mark: step at which a dashed vertical line is drawn; None for no line.
     """
     finite = {
         name: [(x, y) for x, y in zip(steps, values, strict=True) if math.isfinite(y)]
@@ -99,13 +103,14 @@ def intervals(
     number: Callable[[float], str],
     limits: tuple[float, float] | None = None,
 ) -> str:
-    """Draws means with intervals. Each label has a row with one line per model, in the models' order and colours.
+    """Returns a chart of means with intervals as HTML: for each label a row, with one line per model.
 
     Args:
         title: caption of the chart.
-        rows: label -> model -> interval; intervals without values are skipped.
-        number: formats a value.
-        limits: ends of the x axis; those of the intervals if None.
+        rows: label -> name of a model -> interval; intervals without values are skipped. All rows have the same models
+            in the same order.
+        number: function that formats a value as text.
+        limits: values at the ends of the x axis; None for the lowest and highest end of the intervals.
     """
     non_empty = [v for row in rows.values() for v in row.values() if v.count]
     if not non_empty:

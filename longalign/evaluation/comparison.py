@@ -1,4 +1,4 @@
-"""Summarizes a metric table in sentences."""
+"""Summarizes a metric table in English sentences."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from longalign.evaluation.table import MetricTable
 
 
 def findings(table: MetricTable) -> list[str]:
-    """Compares each model with the previous one, or with the base (`MetricTable.steps`).
+    """Returns a summary of a metric table as plain-text sentences: first one for the first model, then one per model.
 
-    Returns one plain-text sentence per model, with gains and losses.
-
-    A sentence starts with the first metric's mean and paired difference. Significant differences of its breakdowns
-    (`MetricTable.breakdowns`) and of the other metrics follow.
+    Each model but the first is compared with the previous or the first one, see `MetricTable.steps`. The sentence of a
+    model starts with the mean of the first metric and the paired difference. The significant differences of the first
+    metric in groups of prompts (`MetricTable.breakdowns`) and of the other metrics follow. A last sentence notes if
+    there are too few prompts for significance.
     """
     metric = table.metrics[0]
     value = table.value(metric)

@@ -1,4 +1,4 @@
-"""Formats metrics as text: names, numbers, intervals, and tables of cells for a terminal and in Markdown."""
+"""Formats metrics as text: names, numbers, intervals, and tables for a terminal and in Markdown."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from longalign.evaluation.bootstrap import Interval
 from longalign.metrics.base import Value
 
 LABELS = {"facts": "fact accuracy", "by_position": "position in the prompt"}
-"""Display names of metrics and of groups of submetrics."""
+"""Display names of parts of metric names."""
 Grid = list[list[str]]
-"""Rows of cells; the first row is the head."""
+"""A table as rows of cells; the first row has the names of the columns."""
 
 
 def label(metric: str, value: Value) -> str:
-    """Returns the display name of a metric, with its unit, and with a note if lower is better."""
+    """Returns the display name of a metric, with the unit of ``value``, and with a note if lower is better."""
     name = "/".join(LABELS.get(part, part) for part in metric.split("/")).replace("_", "-")
     return (
         name + (f", {value.unit}" if value.unit else "") + (" (lower is better)" if value.direction == "lower" else "")
@@ -23,7 +23,14 @@ def label(metric: str, value: Value) -> str:
 
 
 def number(amount: float, value: Value, sign: bool = False) -> str:
-    """Formats a number: as a percentage if the unit of ``value`` is ``%``, else with four decimals; NaN as ``-``."""
+    """Formats a number of a metric as text.
+
+    Args:
+        amount: the number. If the unit is ``%``, it is a fraction that is shown in percent, 0.25 as ``25.0``; otherwise
+            four decimals are shown. NaN is shown as ``-``.
+        value: unit of the metric.
+        sign: whether positive numbers start with ``+``.
+    """
     if math.isnan(amount):
         return "-"
     plus = "+" if sign else ""
@@ -31,18 +38,27 @@ def number(amount: float, value: Value, sign: bool = False) -> str:
 
 
 def interval_text(interval: Interval, value: Value, sign: bool = False, unit: str = "") -> str:
-    """Formats an interval as ``mean [low, high]``, with ``unit`` after the mean."""
+    """Formats an interval as ``mean [low, high]``, with the text ``unit`` after the mean.
+
+    The arguments ``value`` and ``sign`` are those of `number`.
+    """
     mean, low, high = (number(v, value, sign) for v in (interval.mean, interval.low, interval.high))
     return f"{mean}{unit} [{low}, {high}]"
 
 
 def show(interval: Interval, value: Value) -> str:
-    """Formats an interval: ``mean [low, high]``."""
+    """Formats an interval as ``mean [low, high]``. An interval without values becomes ``-``.
+
+    ``value`` is as for `number`.
+    """
     return interval_text(interval, value) if interval.count else "-"
 
 
 def show_difference(interval: Interval, value: Value) -> str:
-    """Formats a difference: ``+mean [+low, +high]``, with a star if significant."""
+    """Formats the interval of a difference as ``+mean [+low, +high]``, with a star if the difference is significant.
+
+    An interval without values becomes ``-``. ``value`` is as for `number`.
+    """
     if not interval.count:
         return "-"
     return interval_text(interval, value, sign=True) + (" *" if interval.significant else "")
@@ -52,9 +68,9 @@ def terminal_text(blocks: Sequence[tuple[str, Grid]], caption: str, width: int |
     """Formats titled tables for a terminal.
 
     Args:
-        blocks: a title, which may be empty, and the rows of cells of each table.
-        caption: first line.
-        width: characters per line. Wider tables are split and stacked vertically. If None, tables are not split.
+        blocks: (title, table) of each table; a title may be empty.
+        caption: text before the tables.
+        width: characters per line. Wider tables are split into several with fewer columns. None does not split.
     """
     texts = [caption]
     for title, grid in blocks:
@@ -64,7 +80,7 @@ def terminal_text(blocks: Sequence[tuple[str, Grid]], caption: str, width: int |
 
 
 def markdown_text(blocks: Sequence[tuple[str, Grid]], caption: str) -> str:
-    """Formats titled tables in Markdown; see `terminal_text`."""
+    """Formats titled tables in Markdown; the arguments are those of `terminal_text`."""
     texts = [caption]
     for title, grid in blocks:
         head, *rows = grid
@@ -75,7 +91,10 @@ def markdown_text(blocks: Sequence[tuple[str, Grid]], caption: str) -> str:
 
 
 def _split_columns(grid: Grid, width: int | None) -> list[Grid]:
-    """Splits a table into tables of at most ``width`` characters where possible; each repeats the first column."""
+    """Splits a table into tables with fewer columns, each of at most ``width`` characters per line where possible.
+
+    Each table repeats the first column. If ``width`` is None, the table is not split.
+    """
     label_width, *widths = _widths(grid)
     parts: list[list[int]] = [[]]
     used = label_width

@@ -1,4 +1,4 @@
-"""Groups prompts for the breakdowns of a table."""
+"""Groups prompts by their length or labels, for metric tables by groups of prompts (breakdowns)."""
 
 from __future__ import annotations
 
@@ -10,43 +10,52 @@ from longalign.data.prompts.sets import PromptSet, normalized
 from longalign.encoders.counting import count_clip_tokens
 
 LENGTH_EDGES = (30, 60, 120, 240)
+"""Highest length in words of each group but the last."""
 TOKEN_EDGES = (77, 154, 300, 500)
-"""One and two windows of CLIP, then the lengths of the long prompt sets."""
+"""Highest length in CLIP tokens of each group but the last: one and two windows of CLIP, then the lengths of the long
+prompt sets."""
 
 
 def length_labels(
     prompts: Sequence[str], edges: Sequence[int] = LENGTH_EDGES, count: Callable[[str], int] | None = None
 ) -> list[str]:
-    """Returns the length bucket of each prompt, e.g. ``"31-60"``. ``count`` measures the length (default: words)."""
+    """Returns the name of the length group of each prompt, e.g. ``"31-60"`` or ``"over 240"``.
+
+    Args:
+        prompts: the prompts.
+        edges: highest length of each group but the last, ascending.
+        count: returns the length of a prompt; None counts words, separated by whitespace.
+    """
     count = count or (lambda text: len(text.split()))
     names = [f"{low + 1}-{high}" for low, high in zip((0, *edges[:-1]), edges, strict=True)] + [f"over {edges[-1]}"]
     return [names[int(np.searchsorted(edges, count(prompt)))] for prompt in prompts]
 
 
 def token_labels(prompts: Sequence[str], count: Callable[[str], int] = count_clip_tokens) -> list[str]:
-    """Returns the bucket of each prompt by CLIP tokens: 1-77, 78-154, 155-300, 301-500 or over 500.
+    """Returns the token length group of each prompt: "1-77", "78-154", "155-300", "301-500" or "over 500".
 
     Args:
         prompts: the prompts.
-        count: counts the tokens of a text with special tokens, e.g. with an encoder's tokenizer.
+        count: returns the number of tokens of a prompt with its special tokens. The default counts CLIP tokens.
     """
     return length_labels(prompts, TOKEN_EDGES, count)
 
 
 def labels(prompts: PromptSet, name: str, texts: Sequence[str]) -> list[tuple[str, ...]]:
-    """Returns the labels of texts, such as the prompts of images, in a prompt set.
+    """Returns the labels that a prompt set has for given texts, such as the prompts of images.
 
     Args:
-        prompts: the set.
+        prompts: the prompt set.
         name: name of the labels, e.g. ``category``.
-        texts: prompts of the set, in any order; a prompt may occur several times. They are compared `normalized`.
+        texts: prompts of the set, in any order; a prompt may occur several times. Differences in whitespace and Unicode
+            form are ignored, see `longalign.data.prompts.sets.normalized`.
 
     Returns:
-        For each text its labels. A text may have several labels, and belongs to the group of each; it may have none.
-        If the set has a text several times, these are the labels of all its prompts.
+        The labels of each text: none, one, or several. If several prompts of the set have the same text, their labels
+        are joined.
 
     Raises:
-        ValueError: if no prompt has labels of this name, or a text is not in the set.
+        ValueError: if no prompt of the set has labels of this name, or a text is not in the set.
     """
     names = label_names(prompts)
     if name not in names:
@@ -64,16 +73,19 @@ def labels(prompts: PromptSet, name: str, texts: Sequence[str]) -> list[tuple[st
 
 
 def label_names(prompts: PromptSet) -> list[str]:
-    """Returns the names of a prompt set's labels, in the order of their first occurrence."""
+    """Returns the names of a prompt set's labels, e.g. ``["category", "length"]``, by their first occurrence."""
     return list(dict.fromkeys(name for prompt in prompts.prompts for name in prompt.labels))
 
 
 def all_labels(prompts: PromptSet, texts: Sequence[str]) -> dict[str, list[tuple[str, ...]]]:
-    """Returns the `labels` of texts by name, for `longalign.evaluation.MetricTable.labels`."""
+    """Returns name -> `labels` of each text, for all names of labels in a prompt set.
+
+    This is the format of `longalign.evaluation.MetricTable.labels`.
+    """
     return {name: labels(prompts, name, texts) for name in label_names(prompts)}
 
 
 def natural_key(label: str) -> tuple[int, int, str]:
-    """Returns a sort key of labels: by leading number; labels without one, such as ``over n``, are last."""
+    """Returns a sort key that orders labels such as "31-60" by their first number. Other labels are last, by text."""
     digits = label.split("-")[0]
     return (0, int(digits), label) if digits.isdecimal() else (1, 0, label)

@@ -1,4 +1,4 @@
-"""Pairwise comparison of models' images by a vision-language model."""
+"""Compares the images of two models pair by pair with a vision-language model."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ UNITS = {WIN_RATE: Value("%"), f"{WIN_RATE}/verdict": Value("%", None)}
 
 
 class Judge:
-    """Decides which of two images of a prompt is better.
+    """Decides with a vision-language model which of two images of a prompt is better.
 
     Each pair is shown in both orders, since such models favour one position (Zheng et al. 2023, arXiv 2306.05685,
-    section 3.4). An image wins if it is preferred in both orders; all other verdicts are ties.
+    section 3.4). An image wins if it is preferred in both orders; every other outcome is a tie.
 
     Args:
-        answers: the model with its stored answers.
-        prompt: text for the model, with ``{prompt}``.
-        batch_size: pairs in memory at a time.
+        answers: the vision-language model, with a store of its earlier answers.
+        prompt: text for the model, in which ``{prompt}`` stands for the prompt of the images. It must ask for the
+            answer ``1``, ``2`` or ``tie``.
+        batch_size: number of pairs of images in memory at a time.
     """
 
     def __init__(self, *, answers: StoredAnswers, prompt: str, batch_size: int = 32):
@@ -42,22 +43,23 @@ class Judge:
 
     @classmethod
     def from_config(cls, config: JudgeConfig, runtime: Runtime) -> Judge:
-        """Loads the model."""
+        """Builds the judge with the vision-language model and the store of ``config``."""
         return cls(answers=StoredAnswers(config.vlm.build(runtime), config.cache), prompt=config.prompt)
 
     def compare(
         self, images: Tensor | Sequence[Tensor], others: Tensor | Sequence[Tensor], prompts: Sequence[str]
     ) -> dict[str, np.ndarray]:
-        """Compares two images per prompt. Each array has shape ``(n,)``, NaN for pairs without a verdict.
+        """Compares the images of ``images`` with those of ``others``.
 
         Args:
             images: ``n`` images ``(3, h, w)`` in [0, 1].
             others: ``n`` images to compare with, of the same or other sizes.
-            prompts: the prompt of each pair.
+            prompts: the ``n`` prompts; the i-th images of ``images`` and ``others`` have the i-th prompt.
 
         Returns:
-            ``win_rate``: 1 where the first image wins, 0 where it loses, 0.5 for ties. ``win_rate/verdict/tie``: 1 for
-            ties. ``win_rate/verdict/order``: 1 for those ties where both verdicts chose the same position.
+            Arrays ``(n,)``, with NaN where the model's reply is none of the options. ``win_rate``: 1 where the image of
+            ``images`` wins, 0 where it loses, 0.5 for a tie. ``win_rate/verdict/tie``: 1 for a tie, else 0.
+            ``win_rate/verdict/order``: 1 for a tie where the model chose the same position in both orders, else 0.
 
         Raises:
             ValueError: if the numbers of images and prompts differ.
@@ -82,14 +84,16 @@ class Judge:
 
 
 def add_win_rates(table: MetricTable, models: Mapping[str, Tensor | Sequence[Tensor]], judge: Judge) -> MetricTable:
-    """Returns the table with each model's win rate against the first one, as the metric ``win_rate``.
+    """Returns a copy of a metric table with the additional metric ``win_rate``, from comparisons with the first model.
 
-    The first model has 0.5 for each image, so a paired difference to it is the distance of the win rate from 0.5.
+    The win rate of the first model is set to 0.5 for each image. The paired difference to the first model is then the
+    win rate minus 0.5. The fractions of ties are added as submetrics, see `Judge.compare`.
 
     Args:
-        table: the table of the models.
-        models: name -> images, in the order of the table's prompts.
-        judge: the judge.
+        table: the metric table of the models.
+        models: name -> images ``(3, h, w)`` in [0, 1], in the order of the table's prompts. The first one is the model
+            that the others are compared with.
+        judge: compares the images.
 
     Raises:
         ValueError: if there is only one model.
@@ -107,7 +111,12 @@ def add_win_rates(table: MetricTable, models: Mapping[str, Tensor | Sequence[Ten
 
 
 def _verdict(forward: str | None, backward: str | None) -> tuple[float, float, float]:
-    """Returns win, tie and order-dependent tie from the answers for ``(first, second)`` and ``(second, first)``."""
+    """Returns the three values of `Judge.compare` for one pair.
+
+    Args:
+        forward: the answer for the order (first, second): "1", "2", "tie", or None if the reply is none of these.
+        backward: the answer for the order (second, first).
+    """
     if forward is None or backward is None:
         return math.nan, math.nan, math.nan
     same_position = float(forward == backward != "tie")

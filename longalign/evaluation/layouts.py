@@ -22,7 +22,7 @@ from longalign.image_io import decode
 
 log = logging.getLogger(__name__)
 
-#: name of an image that `longalign.image_folder.image_row` describes: number of the prompt, seed
+#: file name of an image of `longalign.image_folder.image_row`: index of the prompt, and seed
 _IMAGE = re.compile(r"(\d+)-(\d+)\.png")
 _ONEIG_FOLDERS = {
     "Anime_Stylization": "anime",
@@ -36,13 +36,13 @@ _ONEIG_FOLDERS = {
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the scorer of a prompt set reads images.
+    """Where the official scorer of a prompt set reads images.
 
     Attributes:
         samples: number of images of each prompt that the scorer reads; None for any number.
-        path: path of an image, given the prompt, its number in the set, the sample's number, and the model's name. All
-            paths contain the model's name, so that models can share a folder.
-        grid: whether the four samples of a prompt are one image of two rows and two columns.
+        path: function (prompt, index of the prompt in the set, index of the image among those of the prompt, name of
+            the model) -> path of the image file. All paths contain the model's name, so that models can share a folder.
+        grid: whether the four images of a prompt are joined to one image of two rows and two columns.
     """
 
     samples: int | None
@@ -72,7 +72,7 @@ LAYOUTS = {
         grid=True,
     ),
 }
-"""Layouts by name of the prompt set."""
+"""Name of the prompt set -> layout."""
 
 
 def _oneig_folder(prompt: Prompt) -> str:
@@ -88,27 +88,30 @@ def _oneig_folder(prompt: Prompt) -> str:
 def arrange(images: Path | str, prompts: PromptSet, output: Path | str, model: str) -> list[Path]:
     """Copies images to where the official scorer of their prompt set reads them.
 
-    A PNG file is copied as it is, with its metadata. The first images of each prompt are used, in the order of the
-    folder, if it contains more than the scorer reads. Prompts without images are skipped. Both cases are logged. Files
-    of an earlier call are replaced, so that an interrupted call can be repeated.
+    Where the scorer reads single PNG files, files are copied unchanged; otherwise images are converted or joined. If a
+    prompt has more images than the scorer reads, its first images are used, in the order of ``metadata.jsonl``. Prompts
+    without images are skipped. Both cases log a warning. Files of an earlier call are replaced, so that an interrupted
+    call can be repeated.
 
     Args:
-        images: a folder written by ``longalign generate`` with these prompts.
+        images: a folder that ``longalign generate`` wrote for these prompts.
         prompts: the prompt set.
-        output: folder for the copies.
-        model: name of the model, which is part of all paths.
+        output: folder for the copies; created if missing.
+        model: name of the model, which is part of all paths. It must be valid as the name of a folder.
 
     Returns:
-        The written images.
+        The paths of the written images.
 
     Raises:
-        ValueError: if the set has no layout, the folder was generated from different prompts, or a prompt has fewer
-            images than the scorer reads.
+        ValueError: if the set has no layout (see `LAYOUTS`), ``model`` is invalid, or the folder was generated from
+            different prompts. Also if two images would have the same path, a prompt has fewer images than the scorer
+            reads, or images to be joined differ in size.
+        FileNotFoundError: if an image or the list of images does not exist.
     """
     if prompts.name not in LAYOUTS:
         raise ValueError(f"no layout for the prompt set '{prompts.name}'; available: {', '.join(LAYOUTS)}")
     if not model or model in (".", "..") or re.search(r"[/\\\\:]", model):
-        raise ValueError(f"expected a model name that can be a folder's name, got {model!r}")
+        raise ValueError(f"expected a model name without /, \\ and :, since it names a folder, got {model!r}")
     layout, output = LAYOUTS[prompts.name], Path(output)
     by_number = _images_by_number(Path(images), prompts)
     plan = list(_plan(layout, by_number, prompts, model))
@@ -130,7 +133,7 @@ def arrange(images: Path | str, prompts: PromptSet, output: Path | str, model: s
 
 
 def _images_by_number(folder: Path, prompts: PromptSet) -> dict[int, list[Path]]:
-    """Returns the images of each prompt by its number in the set."""
+    """Returns the images in a folder, as index of the prompt in the set -> files."""
     found: dict[int, list[Path]] = {}
     for path, text, _ in read_images(folder):
         match = _IMAGE.fullmatch(path.name)
@@ -147,7 +150,7 @@ def _images_by_number(folder: Path, prompts: PromptSet) -> dict[int, list[Path]]
 def _plan(
     layout: Layout, images: dict[int, list[Path]], prompts: PromptSet, model: str
 ) -> Iterator[tuple[str, list[Path]]]:
-    """Yields the name of each file and the images it consists of."""
+    """Yields (path of a file to write, images that the file is made of)."""
     for number, paths in sorted(images.items()):
         prompt, samples = prompts.prompts[number], layout.samples or len(paths)
         if len(paths) < samples:
@@ -174,7 +177,7 @@ def _write(target: Path, sources: Sequence[Path]) -> None:
 
 
 def _grid(sources: Sequence[Path]) -> Image.Image:
-    """Returns four images in two rows of two."""
+    """Returns four images of one size as one image, in two rows of two."""
     images = [decode(source) for source in sources]
     width, height = images[0].size
     if any(image.size != (width, height) for image in images):
@@ -188,7 +191,7 @@ def _grid(sources: Sequence[Path]) -> Image.Image:
 
 
 def _write_metadata(output: Path, model: str, prompts: PromptSet, numbers: Sequence[int]) -> None:
-    """Writes the files that the scorer reads beside the images."""
+    """Writes the metadata files that the scorer reads beside the images of the prompts with these indices."""
     if prompts.name == "geneval":
         for number in numbers:
             text = json.dumps(prompts.prompts[number].row, ensure_ascii=False) + "\n"

@@ -1,4 +1,4 @@
-"""Measures the images of several models with metrics."""
+"""Measures the images of one or several models with metrics."""
 
 from __future__ import annotations
 
@@ -17,21 +17,24 @@ from longalign.evaluation.table import MetricTable
 from longalign.metrics.base import Metric, Observations, Statistic, Value, as_metric
 
 SET_SAMPLES = 200
-"""Bootstrap samples of the statistics of sets, which are slower than means."""
+"""Number of bootstrap samples of metrics that only a set of images has; they are slower to compute than means."""
 
 
 @torch.no_grad()
 def observe(
     images: Tensor | Sequence[Tensor], prompts: Sequence[str], metrics: Sequence[Metric], batch_size: int = 16
 ) -> list[Observations]:
-    """Returns the observations of one model's images, for each metric: name -> ``(n,)`` or ``(n, d)``.
+    """Returns what each metric reads from the images of one model (its observations), see `Metric.observe`.
 
     Args:
-        images: ``(n, 3, h, w)`` in [0, 1], or a sequence of images ``(3, h, w)`` of any sizes, such as
+        images: ``(n, 3, h, w)`` in [0, 1], or a sequence of ``n`` images ``(3, h, w)`` of any sizes, such as
             `longalign.image_io.ImageFiles`. Each image is read once.
-        prompts: one prompt per image.
+        prompts: the ``n`` prompts.
         metrics: the metrics.
-        batch_size: images per call; images of different sizes are in different calls.
+        batch_size: number of images per call of a metric; images of different sizes are in different calls.
+
+    Returns:
+        For each metric, name -> float64 ``(n,)`` or float32 ``(n, d)``, NaN where an image has no value.
 
     Raises:
         ValueError: if the numbers of images and prompts differ, or an observation has a wrong shape or infinities.
@@ -48,19 +51,28 @@ def observe(
 
 
 def _checked(where: str, values: Any, count: int) -> np.ndarray:
-    """Observations as float64 ``(count,)`` or float32 ``(count, d)``."""
+    """Returns observations of ``count`` images as float64 ``(count,)`` or float32 ``(count, d)``.
+
+    Raises:
+        ValueError: if the shape is different, or a number is infinite. The message starts with ``where``.
+    """
     array = values.float().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
     if array.ndim not in (1, 2) or len(array) != count:
         raise ValueError(f"{where} has shape {array.shape}; expected ({count},) or ({count}, d): one row per image")
     if np.isinf(array).any():
-        raise ValueError(f"{where} is infinite; expected numbers, or NaN where an image has no value")
+        raise ValueError(f"{where} is infinite; expected finite numbers, or NaN where an image has no value")
     return array.astype(np.float64 if array.ndim == 1 else np.float32)
 
 
 def batches(
     images: Tensor | Sequence[Tensor], prompts: Sequence[str], batch_size: int
 ) -> Iterator[tuple[list[int], Tensor, list[str]]]:
-    """Yields ``(indices, images, prompts)`` of at most ``batch_size`` images of one size.
+    """Yields batches of at most ``batch_size`` images of one size, as (indices, images, prompts).
+
+    Args:
+        images: ``(n, 3, h, w)``, or a sequence of ``n`` images ``(3, h, w)`` of any sizes; yielded as ``(b, 3, h, w)``.
+        prompts: the ``n`` prompts.
+        batch_size: maximum number of images in a batch.
 
     Raises:
         ValueError: if the numbers of images and prompts differ.
@@ -84,9 +96,10 @@ def measure(
     seeds: Sequence[int] = (),
     batch_size: int = 16,
 ) -> dict[str, np.ndarray]:
-    """Returns the values of one model's images: name -> ``(n,)``. Statistics of sets are only in `evaluate`.
+    """Returns the metric values of one model's images: name -> float64 ``(n,)``, NaN where an image has no value.
 
-    The arguments are those of `evaluate`, for one model.
+    Values that only a set of images has, such as a Frechet distance, are not included; `evaluate` has them. ``images``
+    is as for `observe`; the other arguments are those of `evaluate`.
     """
     built = [as_metric(metric) for metric in metrics]
     finished = _finish(built, observe(images, prompts, built, batch_size), prompts, seeds)
@@ -95,12 +108,12 @@ def measure(
 
 @dataclass(frozen=True)
 class Summary:
-    """One value of a set of images.
+    """The value of one metric for a set of images.
 
     Attributes:
-        mean: mean over the images, or the statistic of the set; NaN if there is none.
+        mean: mean over the images that have a value, or the value of the set as a whole; NaN if there is none.
         shown: unit, and whether higher or lower is better.
-        rows: ``(n,)`` value of each image, NaN where it has none; None for a statistic of the set.
+        rows: ``(n,)`` value of each image, NaN where it has none; None if only the set as a whole has a value.
     """
 
     mean: float
@@ -115,9 +128,10 @@ def summarize(
     seeds: Sequence[int] = (),
     batch_size: int = 16,
 ) -> dict[str, Summary]:
-    """Returns each value of one model's images, and the statistics of the set, without intervals.
+    """Returns the values of one model's images without intervals, as name -> `Summary`.
 
-    The arguments are those of `evaluate`, for one model.
+    Values that only a set of images has, such as a Frechet distance, are included. ``images`` is as for `observe`; the
+    other arguments are those of `evaluate`.
     """
     observed = observe(images, prompts, metrics, batch_size)
     out: dict[str, Summary] = {}
@@ -133,7 +147,11 @@ def summarize(
 def _finish(
     metrics: Sequence[Metric], observed: Sequence[Observations], prompts: Sequence[str], seeds: Sequence[int]
 ) -> list[dict[str, np.ndarray]]:
-    """Returns the values of each metric. Raises ValueError if two metrics have a value of the same name."""
+    """Returns the values of each metric, name -> ``(n,)``, given its observations, see `Metric.finish`.
+
+    Raises:
+        ValueError: if two metrics have a value of the same name.
+    """
     finished = [metric.finish(rows, prompts, seeds) for metric, rows in zip(metrics, observed, strict=True)]
     counts = Counter(
         name for metric, values in zip(metrics, finished, strict=True) for name in [*values, *metric.statistics()]
@@ -150,17 +168,18 @@ def evaluate(
     seeds: Sequence[int] = (),
     batch_size: int = 16,
 ) -> MetricTable:
-    """Measures several models on the same prompts and seeds. Differences are relative to the first model.
+    """Measures the images of several models on the same prompts and seeds. The first model is the base of comparisons.
 
     Args:
-        models: name -> images, see `observe`; the i-th image of each model has the i-th prompt and seed.
+        models: name -> ``n`` images, as for `observe`; the i-th image of each model has the i-th prompt and seed.
         prompts: the ``n`` prompts.
-        metrics: metrics, or functions ``(images, prompts) -> {name: (b,)}``.
-        seeds: the ``n`` seeds; empty if unknown.
-        batch_size: images per call.
+        metrics: metrics, or functions ``(images (b, 3, h, w), prompts) -> {name: (b,)}``.
+        seeds: the ``n`` noise seeds; empty if unknown.
+        batch_size: number of images per call of a metric.
 
     Raises:
-        ValueError: as `observe`, or if two metrics have a value of the same name.
+        ValueError: if the numbers of images and prompts differ, a metric returns a wrong shape or infinities, or two
+            metrics have a value of the same name.
     """
     built = [as_metric(metric) for metric in metrics]
     observed = {model: observe(images, prompts, built, batch_size) for model, images in models.items()}
@@ -173,7 +192,14 @@ def tabulate(
     metrics: Sequence[Metric],
     seeds: Sequence[int] = (),
 ) -> MetricTable:
-    """Returns the table of `evaluate`, given the observations of each model's images, see `observe`."""
+    """Returns the table of `evaluate`, given the outputs of `observe`.
+
+    Args:
+        observed: name of a model -> output of `observe` for the images of this model.
+        prompts: the ``n`` prompts.
+        metrics: the metrics, in the order of the observations.
+        seeds: the ``n`` noise seeds; empty if unknown.
+    """
     values: dict[str, dict[str, np.ndarray]] = {model: {} for model in observed}
     sets: dict[str, dict[str, np.ndarray]] = {model: {} for model in observed}
     shown: dict[str, Value] = {}
@@ -189,10 +215,10 @@ def tabulate(
 
 
 def _resampled(function: Statistic, observations: Observations, prompts: Sequence[str]) -> np.ndarray:
-    """Returns a statistic of all images, then of the bootstrap samples: ``(1 + SET_SAMPLES,)``.
+    """Returns the value of a statistic for all images, then for each bootstrap sample: ``(1 + SET_SAMPLES,)``.
 
-    Resampled images have fewer different ones, which shifts e.g. a Frechet distance. The samples are moved so that
-    their mean is the statistic of all images. A sample without a value is NaN.
+    A bootstrap sample has fewer different images, which shifts e.g. a Frechet distance. Therefore, the values of the
+    samples are shifted so that their mean is the value for all images. A sample without a value is NaN.
     """
     value = float(function(observations))
     if math.isnan(value):

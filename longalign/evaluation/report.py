@@ -29,17 +29,17 @@ from longalign.metrics.base import Value
 from longalign.names import count
 
 BUDGET = 8_000_000
-"""Bytes of the images of a page, before their encoding as text, which adds a third."""
+"""Maximum number of bytes of all images of a page, before base64, which adds a third."""
 
 
 @dataclass(frozen=True)
 class AblationCell:
-    """One cell of an ablation.
+    """What the report shows of one cell of an ablation, i.e. of one variant of its base config.
 
     Attributes:
-        name: its name in the table.
-        overrides: what it changes, e.g. ``trainer.eta=0.5``.
-        seeds: seeds of its runs.
+        name: name of the cell in the table.
+        overrides: the config values that the cell changes, e.g. ``loop.lr=0.0001``.
+        seeds: training seeds of the runs of the cell.
     """
 
     name: str
@@ -66,15 +66,16 @@ def write_report(
     Args:
         path: path of the HTML file; missing folders are created.
         title: heading.
-        lead: plain text that says what was done.
-        table: metrics of the models; the first model is the base.
-        examples: prompts with images. Those at the end whose images exceed the budget are omitted.
-        logs: run -> its ``log.jsonl``, one JSON object per line with ``step`` and numbers.
-        configs: run -> its config.
-        seconds: stage -> duration in seconds.
-        score_name: name of the examples' scores.
-        cells: the cells of an ablation.
-        budget: bytes of all images together; they are downscaled and compressed to fit.
+        lead: plain text below the heading that describes what was done.
+        table: metrics of the models, which are compared with the first one; None shows no metrics.
+        examples: prompts with images. Examples at the end whose images exceed the budget are omitted.
+        logs: name of a training run -> path of its ``log.jsonl``, one JSON object per line with ``step`` and numbers.
+        configs: name of a training run -> its config.
+        seconds: name of a step of the work, e.g. "measuring" -> its duration in seconds.
+        score_name: display name of ``scores`` in the examples.
+        cells: the cells of an ablation; empty for other reports.
+        budget: maximum number of bytes of all images together, before base64. Images are downscaled and compressed to
+            fit.
 
     Returns:
         The path of the HTML file.
@@ -114,7 +115,11 @@ def write_report(
 
 
 class Cell(NamedTuple):
-    """A mean and its interval as texts. ``kind`` is ``gain``, ``loss`` or ``change`` if significant, else empty."""
+    """A cell of a table on the page: a mean and the ends of its interval, formatted as text.
+
+    ``kind`` is "gain" or "loss" for a significant difference, or "change" if neither higher nor lower values of the
+    metric are better. It is empty for all other values.
+    """
 
     mean: str
     low: str
@@ -123,7 +128,7 @@ class Cell(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """Rows of cells with names; a cell without values is None."""
+    """A table on the page: the names of the columns, and (name, cells) of each row. A cell without values is None."""
 
     head: list[str]
     rows: list[tuple[str, list[Cell | None]]]
@@ -142,9 +147,9 @@ def _difference(table: MetricTable, metric: str, interval: Interval) -> Cell | N
 
 
 def _metrics(table: MetricTable | None) -> dict[str, Any]:
-    """Returns the findings, the summary of each model, the main table and the paired differences.
+    """Returns the template's values of the metrics: findings, summary of each model, main table, paired differences.
 
-    Findings and differences are only included for several models.
+    Findings and differences need several models.
     """
     if table is None or not table.metrics:
         return {"findings": [], "hero": [], "losses": [], "counts": "", "metrics": None, "differences": None}
@@ -178,7 +183,7 @@ def _interval(table: MetricTable, model: str, metric: str) -> Interval:
 
 
 def _hero(table: MetricTable) -> list[dict[str, Any]]:
-    """Returns for each model the first metric's mean, and the difference of `MetricTable.steps`."""
+    """Returns for each model the mean of the first metric, and the paired difference of `MetricTable.steps`."""
     metric, out = table.metrics[0], []
     for model, other in [(table.base, None), *table.steps]:
         change = None if other is None else _difference(table, metric, table.difference(model, metric, other))
@@ -195,7 +200,7 @@ def _hero(table: MetricTable) -> list[dict[str, Any]]:
 
 
 def _losses(table: MetricTable) -> list[tuple[str, str, Cell | None]]:
-    """Returns the significant losses of `MetricTable.steps`, as (pair, metric, difference)."""
+    """Returns the significant losses of the pairs of `MetricTable.steps`, as (pair, metric, difference)."""
     return [
         (f"{model} - {other}", table.label(k), _difference(table, k, change))
         for model, other in table.steps
@@ -209,7 +214,7 @@ def _head_and_rest(text: str) -> tuple[str, str]:
 
 
 def _breakdown_differences(table: MetricTable) -> list[tuple[str, Grid]]:
-    """Returns the paired differences of the breakdowns as ``(title, rows of cells)``."""
+    """Returns the paired differences in each breakdown of a metric by groups of prompts, as ``(title, table)``."""
     grids = []
     for metric in table.main_breakdowns:
         for title, groups in table.breakdowns(metric, paired=True).items():

@@ -1,4 +1,4 @@
-"""Chooses the charts of the report: breakdowns of metrics, and curves of training runs."""
+"""Draws the charts of the report: metrics by groups of images (breakdowns), and curves of training runs."""
 
 from __future__ import annotations
 
@@ -18,17 +18,21 @@ from longalign.metrics.base import Value
 HELD_OUT = "monitor/"
 """Start of the names of curves that are measured on held-out prompts during training."""
 COSTS = (f"{HELD_OUT}seconds", f"{HELD_OUT}share_of_time")
-"""What the monitor of a run costs."""
+"""Names of the curves of the time that held-out measurements took: in seconds, and as a fraction of the run's time."""
 OF_TRAINING = f"{HELD_OUT}training/"
-"""Prefix of the names of training values, which are means between two measurements of the monitor."""
+"""Prefix of the names of curves that show training values, averaged from one held-out measurement to the next."""
 FIRST = ("reward", HELD_OUT, "text_relevant", "text_irrelevant", "loss")
-"""Starts of the names of the curves that are shown first; others are folded away."""
+"""Starts of the names of the curves that are shown first; others are in a closed section of the page."""
 
 Curve = tuple[list[float], list[float]]
+"""Steps and values."""
 
 
 def breakdown_charts(table: MetricTable) -> list[tuple[str, list[Markup]]]:
-    """Returns the charts of each metric with breakdowns, as ``(metric, charts)``; those of a metric share an axis."""
+    """Returns the charts of `MetricTable.main_breakdowns`, as (display name of the metric, charts as HTML).
+
+    All charts of one metric have the same x axis.
+    """
     out = []
     for metric in table.main_breakdowns:
         value, groups = table.value(metric), table.breakdowns(metric)
@@ -47,16 +51,16 @@ def breakdown_charts(table: MetricTable) -> list[tuple[str, list[Markup]]]:
 
 
 class Stage(NamedTuple):
-    """The training curves of runs that log the same values, as HTML.
+    """The training curves of one run, or of several runs that log the same values, with charts as HTML.
 
     Attributes:
-        name: names of the runs.
-        missing: path of the log if it does not exist; the other attributes are then empty.
-        charts: charts of the most important values.
-        breakdowns: charts of the breakdowns of held-out metrics.
+        name: names of the runs, separated by commas.
+        missing: path of the log if this file does not exist; then all later attributes are empty. Otherwise empty.
+        charts: charts of the most important values, see `FIRST`.
+        breakdowns: charts of held-out metrics by groups of images.
         others: charts of the other values.
-        constant: names and numbers of the values that do not change.
-        notes: sentences about the monitor, without the final period.
+        constant: "name number" of each value that does not change.
+        notes: sentences about the held-out measurements and the best checkpoint, without the final period.
     """
 
     name: str
@@ -69,7 +73,11 @@ class Stage(NamedTuple):
 
 
 def training(logs: Mapping[str, Path]) -> list[Stage]:
-    """Returns the charts of runs. Runs that log the same values, e.g. those of an ablation, share charts."""
+    """Returns the curves of training runs. Runs that log the same values, e.g. those of an ablation, share charts.
+
+    Args:
+        logs: name of a run -> path of its ``log.jsonl``; need not exist.
+    """
     out: list[Stage] = []
     groups: dict[frozenset[str], dict[str, dict[str, Curve]]] = {}
     for name, log in logs.items():
@@ -114,9 +122,10 @@ def _stage(runs: Mapping[str, Mapping[str, Curve]], best: Mapping[str, int | Non
 
 
 def _charts(names: Sequence[str], single: bool) -> dict[str, list[str]]:
-    """Returns the charts and the names of their curves. With a ``single`` run, a breakdown is one chart.
+    """Returns name of a chart -> names of the logged values that the chart shows as curves.
 
-    The costs of the monitor are in the notes. Training and held-out values of one name are one chart.
+    Training and held-out values of one name are in one chart. With a ``single`` run, all curves of a breakdown are in
+    one chart, or in several if there are too many for the colours. `COSTS` have no chart.
     """
     out: dict[str, list[str]] = {}
     for key in sorted(names, key=_order):
@@ -142,7 +151,7 @@ def _section(key: str) -> str:
 
 
 def _order(key: str) -> tuple[int, bool]:
-    """Returns a sort key: curves of one rank keep the order of the log, which is that of the config's metrics."""
+    """Returns a sort key of the names of curves by `FIRST`. Equal keys keep the order of the names in the log."""
     rank = next((i for i, start in enumerate(FIRST) if key.startswith(start)), len(FIRST))
     return (len(FIRST), True) if key.startswith(OF_TRAINING) else (rank, key not in FIRST)
 
@@ -155,7 +164,7 @@ def _title(key: str) -> str:
 
 
 def _notes(runs: Mapping[str, Mapping[str, Curve]], best: Mapping[str, int | None]) -> Iterator[str]:
-    """Yields the cost of each run's monitor, and the step of its best checkpoint."""
+    """Yields for each run the time that its held-out measurements took, and the step of its best checkpoint."""
     for run, curves in runs.items():
         of_run = f" of {run}" if len(runs) > 1 else ""
         if all(cost in curves for cost in COSTS):

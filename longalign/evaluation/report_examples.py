@@ -1,4 +1,4 @@
-"""Prepares the report's images and the chips of their sentences."""
+"""Prepares the images of the report, and the markers (chips) that show which sentences each image depicts."""
 
 from __future__ import annotations
 
@@ -16,22 +16,25 @@ from longalign.evaluation.report_images import encode_all
 from longalign.evaluation.table import MetricTable
 
 SCORE_BINS = 5
-"""Colours of scores. Each is used for the same number of sentences of the page."""
+"""Number of colours of the scores. Each colour has about the same number of scores on the page."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt with the image of every model, from the same seed.
+    """What the report shows of one prompt: its sentences, and the image of each model from one noise seed.
+
+    A fact is one statement of a sentence about a synthetic scene, such as the colour of an object. ``verdicts``,
+    ``scores``, ``truncated`` and ``facts`` are empty if unknown.
 
     Attributes:
         sentences: the sentences of the prompt.
         seed: seed of the noise; None if unknown.
-        images: model -> image ``(3, h, w)`` in [0, 1], or its file.
-        verdicts: model -> sentence -> fact -> whether the fact holds in the image.
-        scores: model -> sentence -> a reward's score.
-        truncated: model -> indices of the sentences that its encoder truncated, partly or completely.
+        images: name of a model -> its image ``(3, h, w)`` in [0, 1], or the path of the image file.
+        verdicts: name of a model -> sentence -> fact -> whether the fact holds in the image.
+        scores: name of a model -> sentence -> score of a reward, such as the cosine similarity with the image.
+        truncated: name of a model -> indices of the sentences that its encoder truncated, partly or completely.
         facts: sentence -> names of its facts.
-        row: index of the prompt and seed in the table; None if it is not in the table.
+        row: index of the prompt and seed in the metric table; None if they are not in the table.
     """
 
     sentences: Sequence[str]
@@ -45,13 +48,14 @@ class Example:
 
 
 class Chip(NamedTuple):
-    """Result of one model's image for one sentence.
+    """A marker on the page: the result of one model's image for one sentence. Texts are empty if unknown.
 
     Attributes:
-        kind: CSS classes: ``true``, ``part`` or ``false`` for the facts, ``s0`` to ``s4`` for the score, ``truncated``.
-        shown: the facts that hold, e.g. ``1/2``.
-        facts: one digit per fact, 1 if it holds.
-        score: the score.
+        kind: CSS classes: ``true``, ``part`` or ``false`` if all, some or no facts hold; ``s0`` (lowest) to ``s4`` for
+            the score; ``truncated``.
+        shown: number of facts that hold and of all facts, e.g. ``1/2``; ``-`` for a sentence without facts.
+        facts: one digit per fact: 1 if it holds, else 0.
+        score: the score with three decimals.
     """
 
     kind: str
@@ -63,7 +67,14 @@ class Chip(NamedTuple):
 def examples_context(
     table: MetricTable | None, models: Sequence[str], examples: Sequence[Example], budget: int
 ) -> dict[str, Any]:
-    """Returns the examples, and the choices to filter and sort them by."""
+    """Returns the template's values of the examples, with the choices to filter and sort examples by.
+
+    Args:
+        table: metric table, for the values and differences of each image; None shows none.
+        models: names of the models in their order on the page.
+        examples: the examples. Those at the end whose images exceed the budget are omitted and counted.
+        budget: maximum number of bytes of all images together, before base64.
+    """
     shown = [[model for model in models if model in example.images] for example in examples]
     images = [e.images[model] for e, names in zip(examples, shown, strict=True) for model in names]
     urls = encode_all(images, budget)
@@ -93,7 +104,11 @@ def examples_context(
 
 
 def _row(table: MetricTable | None, metric: str | None, row: int | None) -> dict[str, Any]:
-    """Returns the first metric of each model's image, and the paired gains in the order of the table's pairs."""
+    """Returns the value of ``metric`` for each model's image in a row of the table, and the differences of the pairs.
+
+    The differences are in the order of `MetricTable.pairs`, separated by commas. They are positive if the first model
+    of the pair is better.
+    """
     if table is None or metric is None or row is None or metric not in table.values[table.base]:
         return {"values": {}, "changes": ""}
     values = {m: float(table.values[m][metric][row]) for m in table.models if metric in table.values[m]}

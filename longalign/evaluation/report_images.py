@@ -1,4 +1,4 @@
-"""Encodes images for a page: as large and as good as a budget of bytes allows."""
+"""Encodes images for an HTML page, as large and in as good a quality as a number of bytes allows."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from torch import Tensor
 from longalign.image_io import load_image, to_pil
 
 LADDER = ((1024, 85), (768, 80), (512, 75), (384, 70), (256, 65), (160, 60))
-"""Longest side in pixels and WebP quality, from the largest files to the smallest."""
+"""Longest side in pixels and WebP quality (0 to 100), from the largest files to the smallest."""
 LOSSLESS_SIDE = 128
-"""Pixels; images up to this size are stored without loss, since chroma subsampling would blur them."""
+"""Images whose longest side has up to this many pixels are stored without loss, since chroma subsampling would blur
+them."""
 SAMPLE = 8
-"""Images that estimate the size of all images."""
+"""Approximate number of images whose encoded bytes estimate those of all images."""
 
 
 def encode(image: Tensor | Path, side: int, quality: int) -> bytes:
-    """Returns an image as WebP.
+    """Returns the bytes of a WebP file of an image.
 
     Args:
-        image: a tensor ``(3, h, w)`` in [0, 1], or a file.
+        image: a tensor ``(3, h, w)`` in [0, 1], or the path of an image file.
         side: longest side in pixels; larger images are downscaled.
-        quality: 0 to 100.
+        quality: WebP quality from 0 to 100; ignored for small images, see `LOSSLESS_SIDE`.
     """
     pil_image = to_pil(image if isinstance(image, Tensor) else load_image(image))
     lossless = max(pil_image.size) <= min(LOSSLESS_SIDE, side)
@@ -37,10 +38,15 @@ def encode(image: Tensor | Path, side: int, quality: int) -> bytes:
 
 
 def encode_all(images: Sequence[Tensor | Path], budget: int) -> list[str]:
-    """Returns images as ``data:`` URLs of WebP files that together have at most ``budget`` bytes.
+    """Returns images as ``data:`` URLs of WebP files that together have at most ``budget`` bytes before base64.
 
-    The size and quality are the best of `LADDER` that fit, by an estimate from a sample. Images at the end that
-    still exceed the budget are omitted.
+    All images are encoded with the first size and quality of `LADDER` that fit, by an estimate from some of the images.
+    If the files exceed the budget nevertheless, images at the end are omitted. The result is then shorter than
+    ``images``.
+
+    Args:
+        images: tensors ``(3, h, w)`` in [0, 1], or paths of image files.
+        budget: maximum number of bytes of all WebP files together.
     """
     sample = images[:: max(1, len(images) // SAMPLE)]
     side, quality = LADDER[-1]

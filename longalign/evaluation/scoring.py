@@ -1,4 +1,4 @@
-"""Scores image files, and prints the scores line by line."""
+"""Scores image files with rewards, and prints the scores as tab-separated lines."""
 
 from __future__ import annotations
 
@@ -17,22 +17,24 @@ from longalign.rewards.base import as_reward, guarded
 def score_images(
     rewards: Mapping[str, Any], paths: Sequence[Path | str], prompts: Sequence[str], out: TextIO | None = None
 ) -> list[dict[str, float | str]]:
-    """Scores image files and prints one tab-separated line per image, then the means.
+    """Scores image files and prints one tab-separated line per image, then the means over the images.
 
-    Images are scored one at a time, so sizes may differ and no score depends on other images. A reward that
-    estimates its direction from the batch raises an error.
+    Images are scored one at a time, so their sizes may differ and no score depends on other images. A reward that
+    compares the prompts of a batch, to estimate the common direction of their embeddings, raises an error.
 
     Args:
-        rewards: name -> `Reward` or plain callable.
-        paths: image files.
-        prompts: one per file, or one for all files.
-        out: output stream; standard output if None.
+        rewards: name -> `longalign.rewards.Reward`, or a function ``(images, prompts) -> scores (b,)``.
+        paths: paths of image files.
+        prompts: one per file, or a single one for all files.
+        out: text stream to print to; None prints to the standard output.
 
     Returns:
-        One dict per image: ``image``, ``prompt`` and each score.
+        One mapping per image: ``image`` (the path), ``prompt``, and name -> score. The components of a reward's score
+        are named ``name.component``.
 
     Raises:
         ValueError: if there are no images, or the numbers of prompts and images do not match.
+        NonFiniteReward: if a score is NaN or infinite.
     """
     prompts = _prompt_per_image(prompts, paths)
     if not paths:
@@ -61,13 +63,15 @@ def score_sentences(
     """Scores image files against each sentence of their prompts and prints one tab-separated line per sentence.
 
     Args:
-        rewards: name -> `Reward` with ``by_segment``. If a reward wraps another (``inner``), the inner reward is used.
-        paths: image files.
-        prompts: one per file, or one for all files.
-        out: output stream; standard output if None.
+        rewards: name -> reward with an image and a text tower, i.e. with `longalign.rewards.TowerReward.by_segment`.
+            Of a reward that wraps another one as ``inner``, the inner reward is used.
+        paths: paths of image files.
+        prompts: one per file, or a single one for all files.
+        out: text stream to print to; None prints to the standard output.
 
     Returns:
-        One dict per sentence: ``score``, ``reward``, ``image`` and ``sentence``.
+        One mapping per sentence: ``score`` (cosine similarity of sentence and image), ``reward`` (its name), ``image``
+        (the path) and ``sentence``.
 
     Raises:
         ValueError: if a reward cannot score sentences, or the numbers of prompts and images do not match.
@@ -93,5 +97,7 @@ def score_sentences(
 def _prompt_per_image(prompts: Sequence[str], paths: Sequence[Path | str]) -> list[str]:
     prompts = list(prompts) * len(paths) if len(prompts) == 1 else list(prompts)
     if len(paths) != len(prompts):
-        raise ValueError(f"expected one prompt per image or one for all, got {len(prompts)} for {len(paths)} images")
+        raise ValueError(
+            f"expected one prompt per image or one for all, got {len(prompts)} prompts for {len(paths)} images"
+        )
     return prompts

@@ -1,4 +1,4 @@
-"""Scores and facts of each sentence of the prompts, stored with a table to be shown in the report."""
+"""Measures each sentence of the prompts: scores, and facts that hold. They are stored with a table, for the report."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ from longalign.metrics.base import Metric, Observations
 
 @dataclass(frozen=True)
 class Sentences:
-    """The sentences of the prompts of a table's images, and what the images show of them.
+    """The sentences of prompts, and which of them the images of several models show.
+
+    Images are numbered from 0 as in the metric table. A fact is one statement of a sentence about a synthetic scene,
+    such as the colour of an object.
 
     Attributes:
         texts: image -> sentences of its prompt.
-        facts: image -> sentence -> names of its facts; empty if unknown.
-        verdicts: model -> image -> sentence -> whether each fact holds.
-        scores: model -> image -> sentence -> cosine with the image.
-        score_name: name of the scores.
+        facts: image -> sentence -> names of its facts, e.g. "colour red"; empty without facts.
+        verdicts: name of a model -> image -> sentence -> whether each fact holds in the image; empty without facts.
+        scores: name of a model -> image -> sentence -> cosine similarity with the image; empty without a reward.
+        score_name: name of the reward that computed ``scores``; empty without a reward.
     """
 
     texts: Sequence[Sequence[str]] = ()
@@ -35,7 +38,10 @@ class Sentences:
 
 
 def sentence_metrics(metrics: Sequence[Metric]) -> tuple[FactMetric | None, RewardMetric | None]:
-    """Returns the first metric of facts, and the first reward metric with ``segments``."""
+    """Returns the metrics that measure sentences: the first `FactMetric`, the first `RewardMetric` with ``segments``.
+
+    None stands for a metric that is not among ``metrics``.
+    """
     facts = next((m for m in metrics if isinstance(m, FactMetric)), None)
     return facts, next((m for m in metrics if isinstance(m, RewardMetric) and m.segments), None)
 
@@ -43,12 +49,14 @@ def sentence_metrics(metrics: Sequence[Metric]) -> tuple[FactMetric | None, Rewa
 def image_features(
     metric: RewardMetric | None, metrics: Sequence[Metric], observed: Mapping[str, Sequence[Observations]]
 ) -> dict[str, np.ndarray]:
-    """Returns model -> image embeddings ``(n, d)``, as far as the metric observed them.
+    """Returns the image embeddings that a reward metric computed, as name of a model -> ``(n, d)``.
+
+    Models whose observations have no embeddings are omitted.
 
     Args:
-        metric: one of the metrics; None for none.
-        metrics: the metrics.
-        observed: model -> observations of each metric.
+        metric: the reward metric, one of ``metrics``; None returns no embeddings.
+        metrics: all metrics.
+        observed: name of a model -> observations of each metric, see `longalign.evaluation.measure.observe`.
     """
     if metric is None:
         return {}
@@ -67,16 +75,17 @@ def measure_sentences(
 ) -> Sentences:
     """Measures each sentence of the prompts in the images of several models.
 
-    With ``facts``, sentences are those of the captions. Else they are the segments of the reward's ``by_segment``.
+    With ``facts``, the sentences are those of the synthetic captions. Otherwise they are the segments into which the
+    reward splits the prompts, see `longalign.rewards.TowerReward.by_segment`.
 
     Args:
         models: name -> images, as for `longalign.evaluation.evaluate`.
         prompts: one per image.
-        facts: reads the facts; None for none.
-        reward: scores the sentences; None for no scores.
-        batch_size: images per call.
-        features: model -> observations ``(n, d)`` of the images by the reward, see `image_features`. The image tower
-            runs for other models only.
+        facts: finds the facts that hold in an image; None measures no facts.
+        reward: scores the sentences; None computes no scores. If both are None, the result is empty.
+        batch_size: number of images per call.
+        features: name of a model -> image embeddings ``(n, d)`` of the reward, see `image_features`. The image tower
+            runs only for models without an entry. None: no embeddings are known.
 
     Raises:
         ValueError: if the numbers of images and prompts differ, or a prompt is not among the captions of ``facts``.
@@ -117,12 +126,12 @@ def _fact_names(caption: Any) -> list[list[str]]:
 
 
 def truncated_sentences(sentences: Sequence[str], truncated: str | None) -> frozenset[int]:
-    """Returns the indices of the sentences that are truncated, partly or completely.
+    """Returns the indices of the sentences of a prompt that an encoder truncated, partly or completely.
 
     Args:
-        sentences: the sentences of a prompt.
-        truncated: the end of the prompt that was truncated. Spaces do not count, since encoders may drop them at
-            splits.
+        sentences: all sentences of the prompt.
+        truncated: the end of the prompt that was not encoded; empty or None if nothing was truncated. Whitespace is
+            ignored, since encoders may drop it where they split prompts.
     """
     length = len("".join("".join(sentences).split())) - len("".join((truncated or "").split()))
     indices, end = set(), 0

@@ -1,4 +1,4 @@
-"""Reads what a report shows from runs, images, tables, demos and ablations."""
+"""Reads what a report shows: training runs, folders of images, metric tables, demos and ablations."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EXPECTED = (
 
 @dataclass
 class _Contents:
-    """What the sources contain; see `longalign.evaluation.write_report`."""
+    """What the sources read so far contain; the fields are as for `longalign.evaluation.write_report`."""
 
     title: str = ""
     lead: str = ""
@@ -41,35 +41,39 @@ class _Contents:
     seconds: dict[str, float] = field(default_factory=dict)
     ablation_cells: list[AblationCell] = field(default_factory=list)
     named: set[str] = field(default_factory=set)
-    """models whose folder is a source; such a folder replaces that of a table."""
+    """names of the models whose image folder is a source itself; a folder listed in a table does not replace it"""
 
 
 def table_data(
     table: MetricTable, folders: Mapping[str, Path], file: Path, measured: Sentences, **about: Any
 ) -> dict[str, Any]:
-    """Returns a table as plain values for JSON, with what a report shows beside it.
+    """Returns a metric table and what a report shows beside it, as plain values for a JSON file.
 
     Args:
         table: the table.
-        folders: model -> folder of its images.
-        file: the JSON file; the folders are stored relative to it.
-        measured: the sentences of the prompts.
-        **about: ``title``, ``lead`` and ``seconds`` of the report, or other values.
+        folders: name of a model -> folder of its images.
+        file: path of the JSON file. The folders are stored relative to its folder.
+        measured: scores and facts of the sentences of the prompts.
+        **about: further entries of the file, such as ``title``, ``lead`` and ``seconds`` of
+            `longalign.evaluation.write_report`.
     """
     relative = {model: Path(os.path.relpath(folder, file.parent)).as_posix() for model, folder in folders.items()}
     return {**table.to_dict(), "folders": relative, "sentences": vars(measured), **about}
 
 
 def read_sources(sources: Sequence[str], examples: int | None = None) -> dict[str, Any]:
-    """Reads runs, image folders, tables, demos and ablations. Returns arguments of `longalign.evaluation.write_report`.
+    """Reads the contents of a report. Returns the keyword arguments of `longalign.evaluation.write_report`.
 
     Args:
-        sources: paths, or ``name=path`` with the name of the run or model; the default is the folder's name.
-        examples: number of prompts to show, from the first; None shows all.
+        sources: paths of folders of training runs, folders of ``longalign generate``, tables of
+            ``longalign eval --json``, and folders of demos and ablations. ``name=path`` also names the run or the model
+            of the images; the default is the name of the folder.
+        examples: number of prompts to show with images, from the first; None shows all.
 
     Raises:
-        FileNotFoundError: if a source, or an image that it lists, does not exist.
-        ValueError: if a source is none of these, cannot be read, or there are two tables.
+        FileNotFoundError: if a source, or an image that a source lists, does not exist.
+        ValueError: if a source is none of these or cannot be read, two runs or two models have the same name, or there
+            are two tables.
     """
     found = _Contents()
     for source in sources:
@@ -125,7 +129,10 @@ def _read_run(found: _Contents, run: Path, name: str) -> None:
 
 
 def _points(run: Path) -> dict[str, Path]:
-    """Returns the images that a run's monitor sampled at the start, at the best checkpoint and at the end."""
+    """Returns the folders of images that a training run sampled at its start, its best checkpoint and its end.
+
+    The keys are display names such as "step 200, best". Folders are missing if the run has not sampled them.
+    """
     points = sorted(path.parent for path in run.glob(f"monitor/*/{INDEX}"))
     best = best_checkpoint(run)
     chosen = [p for p in points if p in (points[0], points[-1]) or (best and p.name == f"{step_of(best):06d}")]
@@ -161,7 +168,7 @@ def _read_table(found: _Contents, path: Path) -> None:
 
 
 def _read_ablation(found: _Contents, path: Path) -> None:
-    """Reads the record of `longalign ablate`; with the curves of all runs and the images of each cell's first one."""
+    """Reads the record of ``longalign ablate``, the curves of all its runs, and the images of each cell's first run."""
     data = _json(path)
     cells, table = data.get("cells"), path.parent / str(data.get("table", TABLE))
     if not isinstance(cells, list) or not all(isinstance(cell, dict) and "name" in cell for cell in cells):
@@ -188,7 +195,10 @@ def _read_ablation(found: _Contents, path: Path) -> None:
 
 
 def _examples(found: _Contents, count: int | None) -> list[Example]:
-    """Returns the prompts and seeds of which all models have an image, in the order of the table or first folder."""
+    """Returns an example for each prompt and seed of which all models have an image, at most ``count``.
+
+    The order is that of the table, or without a table that of the first model's folder.
+    """
     models = [m for m in found.table.models if m in found.folders] if found.table else list(found.folders)
     if not models:
         return []
@@ -212,7 +222,7 @@ def _examples(found: _Contents, count: int | None) -> list[Example]:
 
 
 def _files(folder: Path) -> dict[tuple[str, Any], tuple[Path, str | None]]:
-    """Returns prompt and seed -> image and the part of the prompt that was truncated."""
+    """Returns (prompt, seed) -> (image file, end of the prompt that the encoder truncated; None if unknown)."""
     images = read_images(folder)
     truncated = [row.get("truncated") for _, row in read_jsonl(folder / INDEX)]
     return {(prompt, seed): (path, text) for (path, prompt, seed), text in zip(images, truncated, strict=True)}

@@ -1,4 +1,4 @@
-"""Metric tables: means with intervals and paired differences of several models on the same prompts and seeds."""
+"""Metric tables: means with intervals and paired differences of several models on the same prompts and noise seeds."""
 
 from __future__ import annotations
 
@@ -30,24 +30,29 @@ from longalign.names import count
 
 @dataclass(frozen=True)
 class MetricTable:
-    """Metric values of several models on the same prompts and seeds. The first model is the base.
+    """Metric values of several models on the same prompts and noise seeds. The first model is the base of comparisons.
 
-    A metric with ``/`` in its name (``facts/colour``) is a submetric of the metric before the slash. Submetrics are
-    shown in breakdowns, not in the main table.
+    Each model has ``n`` images; the i-th image has the i-th prompt and seed. A metric with ``/`` in its name
+    (``facts/colour``) is a submetric of the metric before the slash. Submetrics are not shown in the main table, but in
+    breakdowns: tables of one metric by groups of images or by submetrics.
 
     Attributes:
-        values: model -> metric -> ``(n,)`` values, NaN where an image has no value.
-        prompts: the ``n`` prompts.
-        seeds: the ``n`` seeds.
-        units: unit of each metric, and whether higher or lower is better; see `longalign.metrics.Metric.values`.
-        sets: model -> metric of the whole set of images -> its value and those of the bootstrap samples,
-            ``(1 + samples,)``. The samples are the same for all models.
-        training_seeds: the ``n`` training seeds, if a model was trained several times; intervals then resample them
-            too. Empty for models trained once.
-        neighbours: whether models are also compared with the previous one.
-        note: sentence for the caption.
-        labels: name of labels, such as ``category``, -> the labels of each of the ``n`` prompts; a prompt belongs to
-            the group of each of its labels.
+        values: name of a model -> name of a metric -> ``(n,)`` values, NaN where an image has no value.
+        prompts: the ``n`` prompts; a prompt may occur with several seeds.
+        seeds: the ``n`` noise seeds; empty if unknown.
+        units: name of a metric -> its unit, and whether higher or lower is better; see `longalign.metrics.Value`.
+        sets: metrics with one value for all images of a model instead of one per image, such as a Frechet distance:
+            name of a model -> name of a metric -> ``(1 + samples,)``. The first number is the value of all images, the
+            others are those of bootstrap samples, which are the same for all models.
+        training_seeds: the training seed of each of the ``n`` images, if a model was trained several times; intervals
+            then resample training seeds too. Empty for models that were trained once.
+        neighbours: whether each model is also compared with the previous one, not only with the first one.
+        note: sentence for the caption; empty for none.
+        labels: labels that group prompts: name, such as ``category``, -> the labels of each of the ``n`` prompts. A
+            prompt belongs to the group of each of its labels.
+
+    Raises:
+        ValueError: if ``values`` has an array of a shape other than ``(n,)``.
     """
 
     values: Mapping[str, Mapping[str, np.ndarray]]
@@ -65,8 +70,8 @@ class MetricTable:
             for metric, values in metrics.items():
                 if np.shape(values) != (len(self.prompts),):
                     raise ValueError(
-                        f"'{metric}' of '{model}' has shape {np.shape(values)}; expected one value per prompt, "
-                        f"({len(self.prompts)},)"
+                        f"'{metric}' of '{model}' has shape {np.shape(values)}; expected one value for each of the "
+                        f"{len(self.prompts)} prompts, ({len(self.prompts)},)"
                     )
 
     @property
@@ -84,18 +89,21 @@ class MetricTable:
 
     @property
     def steps(self) -> list[tuple[str, str]]:
-        """Each model after the base with one other: the previous one, or the base without ``neighbours``."""
+        """The pairs (model, other) for each model but the first.
+
+        The other model is the previous one with ``neighbours``, otherwise the first one.
+        """
         others = self.models if self.neighbours else [self.base] * len(self.models)
         return list(zip(self.models[1:], others, strict=False))
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """The compared pairs ``(model, other)``: each model with the base, then `steps`; no pair twice."""
+        """The compared pairs (model, other): each model with the first one, then the pairs of `steps`, none twice."""
         return list(dict.fromkeys([*((model, self.base) for model in self.models[1:]), *self.steps]))
 
     @property
     def metrics(self) -> list[str]:
-        """The metrics of the main table, in order."""
+        """Names of the metrics in the main table, i.e. without submetrics, in order."""
         rows = [*self.values.values(), *self.sets.values()]
         return [m for m in dict.fromkeys(m for row in rows for m in row) if "/" not in m]
 
@@ -105,15 +113,15 @@ class MetricTable:
         return [m for m in dict.fromkeys(m for row in rows for m in row) if m.startswith(metric + "/")]
 
     def value(self, metric: str) -> Value:
-        """Returns the unit of a metric, and whether higher or lower is better."""
+        """Returns the unit of a metric or submetric, and whether higher or lower is better."""
         return value_of(metric, self.units)
 
     def label(self, metric: str) -> str:
-        """Returns the display name of a metric."""
+        """Returns the display name of a metric, with its unit."""
         return label(metric, self.value(metric))
 
     def row(self, model: str, metric: str) -> np.ndarray:
-        """Returns the ``(n,)`` values of one model."""
+        """Returns the values ``(n,)`` of a metric for one model. Raises ValueError if the table has none."""
         if model not in self.values or metric not in self.values[model]:
             raise ValueError(
                 f"no '{metric}' of '{model}'; available: metrics {', '.join(self.metrics)}, "
@@ -122,27 +130,49 @@ class MetricTable:
         return np.asarray(self.values[model][metric], dtype=np.float64)
 
     def interval(self, model: str, metric: str, rows: np.ndarray | None = None) -> Interval:
-        """Returns the mean and 95% interval over all images, or over those selected by the boolean mask ``rows``."""
+        """Returns the mean of a metric for one model, with its 95% bootstrap interval.
+
+        Args:
+            model: name of the model.
+            metric: name of the metric.
+            rows: boolean mask ``(n,)`` of the images to use; None uses all. With a mask, metrics in ``sets`` have no
+                value.
+
+        Raises:
+            ValueError: if the table has no such values.
+        """
         if metric in self.sets.get(model, {}):
             return self._set_interval(self.sets[model][metric], rows)
         return self._bootstrap((model, metric), self.row(model, metric), rows)
 
     def difference(self, model: str, metric: str, base: str | None = None, rows: np.ndarray | None = None) -> Interval:
-        """Returns the mean paired difference to the model ``base`` (the first one if None), with its 95% interval."""
+        """Returns the mean paired difference of a metric between two models, with its 95% bootstrap interval.
+
+        Args:
+            model: name of the model.
+            metric: name of the metric.
+            base: name of the model whose values are subtracted; None for the first model.
+            rows: as for `interval`.
+
+        Raises:
+            ValueError: if one of the models has no values of the metric.
+        """
         base = base or self.base
         if metric in self.sets.get(model, {}) and metric in self.sets.get(base, {}):
             return self._set_interval(self.sets[model][metric] - self.sets[base][metric], rows)
         return self._bootstrap((model, metric, base), self.row(model, metric) - self.row(base, metric), rows)
 
     def significant(self, model: str, base: str | None = None) -> tuple[dict[str, Interval], dict[str, Interval]]:
-        """Returns the significant paired differences between two models, including submetrics but not gauges.
+        """Returns the significant paired differences between two models, including those of submetrics.
+
+        Metrics for which neither higher nor lower is better (gauges) are omitted.
 
         Args:
-            model: one of the models.
-            base: the model to compare with; the first one if None.
+            model: name of the model.
+            base: name of the model to compare with; None for the first model.
 
         Returns:
-            Gains and losses, each metric -> difference.
+            The gains, then the losses, each as name of a metric -> difference.
         """
         gains: dict[str, Interval] = {}
         losses: dict[str, Interval] = {}
@@ -153,17 +183,24 @@ class MetricTable:
         return gains, losses
 
     def is_gain(self, metric: str, difference: Interval) -> bool | None:
-        """Whether a difference is a gain, given whether higher or lower is better; None for a gauge."""
+        """Returns True if a paired difference of a metric is a gain, False if it is a loss.
+
+        Returns None if neither higher nor lower values of the metric are better.
+
+        Args:
+            metric: name of the metric.
+            difference: output of `difference` for this metric.
+        """
         direction = self.value(metric).direction
         return None if direction is None else (difference.mean > 0) == (direction == "higher")
 
     def _shared(self, model: str, base: str) -> list[str]:
-        """Returns the metrics that both models have, including submetrics."""
+        """Returns the names of the metrics and submetrics that both models have."""
         return [m for rows in (self.values, self.sets) for m in rows.get(model, {}) if m in rows.get(base, {})]
 
     @cached_property
     def _intervals(self) -> dict[tuple[Any, ...], Interval]:
-        """The intervals so far: text, Markdown, JSON and report show the same ones."""
+        """The intervals computed so far, since text, Markdown, JSON and report need the same ones."""
         return {}
 
     def _bootstrap(self, key: tuple[str, ...], values: np.ndarray, rows: np.ndarray | None) -> Interval:
@@ -183,12 +220,13 @@ class MetricTable:
     def by_group(
         self, metric: str, labels: Sequence[str | Sequence[str]] | None = None, paired: bool = False
     ) -> dict[str, dict[str, Interval]]:
-        """Returns the intervals of a metric by groups of images: label -> model -> interval.
+        """Returns the intervals of a metric for groups of images: name of a group -> name of a model -> interval.
 
         Args:
             metric: name of the metric.
-            labels: the group of each image, or its groups; the prompt's length in words if None.
-            paired: return the differences of `pairs` instead of the models' values.
+            labels: name of the group of each of the ``n`` images, or a sequence of such names for an image in several
+                groups. None groups images by the length of their prompt in words.
+            paired: returns the paired differences of `pairs` instead, with the keys ``"model - other"``.
         """
         labels = length_labels(self.prompts) if labels is None else labels
         groups = [(label,) if isinstance(label, str) else label for label in labels]
@@ -197,13 +235,16 @@ class MetricTable:
         return {name: self._columns(metric, paired, mask) for name, mask in masks.items()}
 
     def _blocks(self) -> list[tuple[str, Grid]]:
-        """Returns the main table, the differences and the breakdowns, each as ``(title, rows of cells)``."""
+        """Returns the main table, the paired differences and the breakdowns, each as ``(title, rows of cells)``."""
         head = ["", *(self.label(m) for m in self.metrics)]
         main = [head, *([m, *(show(self.interval(m, k), self.value(k)) for k in self.metrics)] for m in self.models)]
         return [("", main), *self._difference_blocks(head), *self._breakdown_blocks()]
 
     def _difference_blocks(self, head: list[str]) -> list[tuple[str, Grid]]:
-        """Returns the paired differences, and the significant losses if any; empty with a single model."""
+        """Returns the table of paired differences, and that of significant losses if any; empty with a single model.
+
+        ``head`` is the first row of the table of paired differences.
+        """
         if len(self.models) < 2:
             return []
         rows = [
@@ -223,7 +264,7 @@ class MetricTable:
         return blocks
 
     def _breakdown_blocks(self) -> list[tuple[str, Grid]]:
-        """Returns the breakdowns of `main_breakdowns`: values of the models, then paired differences."""
+        """Returns the tables of the breakdowns of `main_breakdowns`: values of the models, then paired differences."""
         blocks: list[tuple[str, Grid]] = []
         for metric in self.main_breakdowns:
             for title, groups in self.breakdowns(metric).items():
@@ -242,20 +283,25 @@ class MetricTable:
 
     @property
     def main_breakdowns(self) -> list[str]:
-        """The metrics whose breakdowns are shown: those with submetrics, or the first metric that is not a gauge."""
+        """Names of the metrics whose breakdowns are shown: those with submetrics.
+
+        If no metric has submetrics, this is the first metric for which higher or lower is better, or if there is none,
+        the first metric.
+        """
         scores = [m for m in self.metrics if self.value(m).direction]
         return [m for m in self.metrics if self.submetrics(m)] or (scores or self.metrics)[:1]
 
     def breakdowns(self, metric: str, paired: bool = False) -> dict[str, dict[str, dict[str, Interval]]]:
-        """Returns all breakdowns of a metric, as title -> label -> model -> interval.
+        """Returns all breakdowns of a metric: title -> name of a group of images -> name of a model -> interval.
 
-        A metric is broken down by prompt length, training seed, the labels of the prompts, and submetrics. Submetrics
-        are named ``metric/label`` or ``metric/group/label``; each group is one breakdown.
+        The groups are those of the prompt's length, the training seed, each kind of `labels`, and the submetrics.
+        Submetrics are named ``metric/name`` or ``metric/kind/name``; each kind is one breakdown. The result is empty
+        for metrics in ``sets``.
 
         Args:
             metric: name of the metric.
-            paired: return the differences of `pairs`, keyed ``"model - other"``, instead of the models' values; empty
-                with a single model.
+            paired: returns the paired differences of `pairs` instead, with the keys ``"model - other"``; empty with a
+                single model.
         """
         breakdowns: dict[str, dict[str, dict[str, Interval]]] = {}
         if (paired and len(self.models) < 2) or any(metric in rows for rows in self.sets.values()):
@@ -277,17 +323,20 @@ class MetricTable:
         return breakdowns
 
     def _columns(self, metric: str, paired: bool, rows: np.ndarray | None = None) -> dict[str, Interval]:
-        """Returns model -> interval, or ``"model - other"`` -> interval of the paired difference."""
+        """Returns model -> interval, or if ``paired``, ``"model - other"`` -> interval of the paired difference."""
         if paired:
             return {f"{m} - {other}": self.difference(m, metric, other, rows) for m, other in self.pairs}
         return {m: self.interval(m, metric, rows) for m in self.models}
 
     def text(self, width: int | None = None) -> str:
-        """Formats the table for a terminal of ``width`` characters. Wider tables are split; None does not split."""
+        """Returns all tables as text for a terminal of ``width`` characters per line.
+
+        Wider tables are split into several with fewer columns; None does not split.
+        """
         return terminal_text(self._blocks(), self._caption(), width)
 
     def markdown(self) -> str:
-        """Formats the table as Markdown."""
+        """Returns all tables as Markdown text."""
         return markdown_text(self._blocks(), self._caption())
 
     def _caption(self) -> str:
@@ -297,7 +346,10 @@ class MetricTable:
         return f"{count(self.num_prompts, 'prompt')}{seeds}{images}; mean [95% bootstrap interval]{note}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the table with the values of each image, as plain values for JSON; NaN becomes None."""
+        """Returns the attributes of the table as plain values for JSON; NaN becomes None.
+
+        The means, the paired differences and the names of the metrics with significant differences are added.
+        """
         metrics = {m: self._shared(m, m) for m in self.models}
         return {
             "prompts": list(self.prompts),
@@ -321,12 +373,12 @@ class MetricTable:
         }
 
     def json(self) -> str:
-        """Returns `to_dict` as JSON text."""
+        """Returns the output of `to_dict` as JSON text."""
         return json.dumps(self.to_dict(), indent=1)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MetricTable:
-        """Builds the table from the output of `to_dict`."""
+        """Builds a table from the output of `to_dict`, of which only the attributes are read."""
         values, sets = (
             {
                 m: {k: np.array([math.nan if x is None else x for x in v], np.float64) for k, v in ks.items()}
@@ -339,9 +391,9 @@ class MetricTable:
         return cls(values, list(data["prompts"]), list(data["seeds"]), units, sets, **more)
 
     def csv(self) -> str:
-        """Returns the values as CSV: one line per model and image, one column per metric; empty without a value.
+        """Returns the values of single images as CSV text: one line per model and image, one column per metric.
 
-        Several labels of a prompt are separated by semicolons.
+        A cell is empty if the image has no value. Several labels of a prompt are separated by semicolons.
         """
         names = dict.fromkeys(k for rows in self.values.values() for k in rows)
         out = io.StringIO()

@@ -26,13 +26,13 @@ class SegmentCLIPScore(Metric):  # pyright: ignore[reportGeneralTypeIssues]
     """Mean CLIPScore (Hessel et al. 2021, arXiv 2104.08718) of images and prompts of any length.
 
     A prompt is split into segments of at most CLIP's 77 tokens, so that no text is dropped. The score of an image is
-    the mean over the segments of the cosine similarity with the image (LongAlign, paper 3.2), which is the score of the
-    reward. It is neither scaled nor clipped at 0, unlike torchmetrics' ``CLIPScore``.
+    the mean over the segments of the cosine similarity of segment and image (LongAlign, arXiv 2410.11817, section 3.2).
+    Unlike torchmetrics' ``CLIPScore``, it is neither multiplied by 100 nor clipped at 0.
 
     Args:
-        reward: a reward with an image and a text tower that encodes prompts by segments, as its name, its config, or
-            built. The default is CLIP-H by sentences.
-        **settings: settings of ``torchmetrics.Metric``.
+        reward: the reward that scores the images: its name, its config, or a built reward. It must have an image and a
+            text tower and encode prompts by segments. None means CLIP-H with one segment per sentence.
+        **settings: keyword arguments of ``torchmetrics.Metric``.
 
     Raises:
         ValueError: if the reward does not encode prompts by segments.
@@ -57,10 +57,14 @@ class SegmentCLIPScore(Metric):  # pyright: ignore[reportGeneralTypeIssues]
 
     @torch.no_grad()
     def update(self, images: Tensor, prompts: str | Sequence[str]) -> None:
-        """Adds images ``(b, 3, h, w)``, floats in [0, 1] or uint8, with one prompt each.
+        """Adds the scores of a batch of images.
+
+        Args:
+            images: ``(b, 3, h, w)``, floats in [0, 1] or uint8 from 0 to 255.
+            prompts: one for each image; may be a single text for one image.
 
         Raises:
-            ValueError: if the numbers of images and prompts differ, or an image is not in [0, 1].
+            ValueError: if the numbers of images and prompts differ, or floats are not in [0, 1].
         """
         if images.dtype == torch.uint8:
             images = images.float() / 255
@@ -68,5 +72,5 @@ class SegmentCLIPScore(Metric):  # pyright: ignore[reportGeneralTypeIssues]
         self.scores.append(self.reward.score(images, [prompts] if isinstance(prompts, str) else prompts))
 
     def compute(self) -> Tensor:
-        """Returns the mean score of all images, a scalar."""
+        """Returns the mean score of all added images, a scalar tensor."""
         return dim_zero_cat(self.scores).mean()

@@ -1,4 +1,4 @@
-"""Pure tensor maths: diffusion, solvers, rollouts, preference scores and images.
+"""Functions of tensors: diffusion, solvers, rollouts (sampling with gradient), preference scores and images.
 
 Public names are loaded on first use, so importing this package does not import torch.
 """

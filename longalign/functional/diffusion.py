@@ -14,15 +14,16 @@ PREDICTIONS = ("epsilon", "v_prediction", "flow")
 
 @dataclass(frozen=True)
 class NoiseLevels:
-    """Scales of signal and noise at each timestep: ``x_t = signal[t] * x_0 + noise[t] * n``.
+    """Scales of signal and noise of a model at each timestep: ``x_t = signal[t] * x_0 + noise[t] * n``.
 
-    ``x_0`` is the clean latent, ``n`` the noise, and ``s`` the noise level of a flow-matching model.
+    ``x_t`` is the noisy latent, ``x_0`` the clean latent, ``n`` standard normal noise, and ``s`` in [0, 1] the noise
+    level of a flow-matching model. ``len()`` is the number of training timesteps.
 
     Attributes:
         signal: ``(T,)`` float64: ``sqrt(alphas_cumprod)`` for variance-preserving models, ``1 - s`` for flow matching.
         noise: ``(T,)`` float64: ``sqrt(1 - alphas_cumprod)``, or ``s`` for flow matching.
-        num_timesteps: number of training timesteps, if it is not T. The levels after these are those of sampling
-            schedules, see `from_flow` and `longalign.functional.sampling_timesteps`.
+        num_timesteps: number of training timesteps; None if it is T. Entries after these belong to sampling schedules
+            of 1, 2, 3, ... steps; see ``terminal`` of `from_flow`, and `longalign.functional.sampling_timesteps`.
     """
 
     signal: Tensor
@@ -31,7 +32,7 @@ class NoiseLevels:
 
     @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: Tensor) -> NoiseLevels:
-        """Returns the levels of a variance-preserving model from ``alphas_cumprod`` ``(T,)``."""
+        """Returns the noise levels of a variance-preserving model from ``alphas_cumprod`` ``(T,)`` of its scheduler."""
         alphas = alphas_cumprod.double().cpu()
         return cls(alphas.sqrt(), (1 - alphas).sqrt())
 
@@ -43,16 +44,22 @@ class NoiseLevels:
         terminal: float | None = None,
         schedule_shifts: Tensor | None = None,
     ) -> NoiseLevels:
-        """Returns the levels ``1 - s`` and ``s`` of a rectified flow. The last timestep is pure noise.
+        """Returns the scales ``1 - s`` of signal and ``s`` of noise of a rectified flow.
 
-        ``s = shift u / (1 + (shift - 1) u)`` with ``u = (t + 1) / num_timesteps`` (arXiv 2403.03206, eq. 23). A larger
-        ``shift`` increases the noise levels, as larger images require. In the paper, ``shift`` is the square root of
-        the ratio of the numbers of pixels.
+        At timestep t, ``s = shift u / (1 + (shift - 1) u)`` with ``u = (t + 1) / num_timesteps`` (arXiv 2403.03206,
+        eq. 23). At the last timestep, ``s`` is 1: pure noise.
 
-        With ``schedule_shifts`` ``(num_timesteps,)``, the shift of n sampling steps depends on n. With ``terminal``,
-        their signal is multiplied by a constant such that the noise level of the last step is ``terminal``
-        (``shift_terminal`` of diffusers). The constant depends on n. If one of them is given, the levels of the
-        schedules of 1 to ``num_timesteps`` steps follow those of the training timesteps, in this order.
+        If ``terminal`` or ``schedule_shifts`` is given, the levels of the schedules of 1, 2, ..., ``num_timesteps``
+        sampling steps follow those of the training timesteps. Otherwise, sampling steps use the levels of the training
+        timesteps.
+
+        Args:
+            num_timesteps: number of training timesteps.
+            shift: positive number; a larger shift increases the noise levels, as larger images require. In the paper,
+                the square root of the ratio of an image's number of pixels to that of the base resolution.
+            terminal: noise level in (0, 1) of the last sampling step (``shift_terminal`` of diffusers), or None: the
+                signal of all steps is multiplied by a constant, which depends on the number of steps.
+            schedule_shifts: ``(num_timesteps,)`` shifts of the schedules of 1, 2, ... sampling steps; None: ``shift``.
         """
 
         def level(u: Tensor, shift: float | Tensor) -> Tensor:
@@ -79,29 +86,40 @@ class NoiseLevels:
         return float(self.noise[timestep] / self.signal[timestep])
 
     def at(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the scales of signal and noise at ``timesteps`` ``(b,)``, broadcastable to ``like`` ``(b, ...)``."""
+        """Returns the scales of signal and noise at ``timesteps`` ``(b,)``, each of shape ``(b, 1, ...)``.
+
+        They broadcast to ``like`` ``(b, ...)``, and have its dtype and device.
+        """
         index, shape = timesteps.cpu(), (-1, *[1] * (like.ndim - 1))
         return self.signal[index].to(like).view(shape), self.noise[index].to(like).view(shape)
 
 
 def add_noise(levels: NoiseLevels, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """Adds ``noise`` to latents ``(b, ...)`` of the same shape at the levels of ``timesteps`` ``(b,)``."""
+    """Returns noisy latents ``signal * latents + noise level * noise``, shape ``(b, ...)``.
+
+    Args:
+        levels: noise levels of the model.
+        latents: ``(b, ...)`` clean latents.
+        noise: ``(b, ...)`` standard normal noise.
+        timesteps: ``(b,)`` timesteps, indices into ``levels``.
+    """
     signal, sigma = levels.at(timesteps, latents)
     return signal * latents + sigma * noise
 
 
 def training_target(prediction: str, levels: NoiseLevels, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """Returns the regression target for a prediction type.
-
-    The target is the noise, the velocity (v-prediction, arXiv 2202.00512, eq. 11), or the flow-matching velocity
-    ``noise - latents``.
+    """Returns what a denoiser should predict in training, shape ``(b, ...)``.
 
     Args:
-        prediction: prediction type: ``"epsilon"``, ``"v_prediction"`` or ``"flow"``.
+        prediction: prediction type: ``"epsilon"`` for the noise, ``"v_prediction"`` for the velocity
+            ``signal * noise - noise level * latents`` (arXiv 2202.00512), or ``"flow"`` for ``noise - latents``.
         levels: noise levels of the model.
         latents: ``(b, ...)`` clean latents.
-        noise: noise of the same shape.
+        noise: ``(b, ...)`` noise that was added to the latents.
         timesteps: ``(b,)`` training timesteps.
+
+    Raises:
+        ValueError: if the prediction type is unknown.
     """
     if prediction == "epsilon":
         return noise
@@ -119,11 +137,15 @@ def sample_timesteps(density: str, levels: NoiseLevels, count: int, device: torc
     """Samples random training timesteps ``(count,)``.
 
     Args:
-        density: ``"uniform"``, or ``"logit-normal"`` for ``sigmoid(n)`` with normal n. The latter favours intermediate
-            noise levels, which are hardest to predict (arXiv 2403.03206, section 3.1, eq. 19, m = 0 and s = 1).
-        levels: noise levels, one per training timestep.
+        density: ``"uniform"``, or ``"logit-normal"`` for ``sigmoid(n)`` with standard normal n, as a fraction of the
+            number of timesteps. The latter favours intermediate noise levels, which are hardest to predict (arXiv
+            2403.03206, section 3.1, eq. 19, m = 0 and s = 1).
+        levels: noise levels of the model; their number is the number of training timesteps.
         count: number of samples.
         device: device of the samples.
+
+    Raises:
+        ValueError: if the density is unknown.
     """
     if density == "uniform":
         return torch.randint(len(levels), (count,), device=device)
@@ -134,9 +156,9 @@ def sample_timesteps(density: str, levels: NoiseLevels, count: int, device: torc
 
 
 def check_prediction(prediction: str) -> None:
-    """Raises ValueError if the prediction type is unknown."""
+    """Raises ValueError unless the prediction type is ``"epsilon"``, ``"v_prediction"`` or ``"flow"``."""
     if prediction not in PREDICTIONS:
-        raise ValueError(f"unknown prediction '{prediction}'; expected one of {', '.join(PREDICTIONS)}")
+        raise ValueError(f"unknown prediction type '{prediction}'; expected one of {', '.join(PREDICTIONS)}")
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
@@ -145,13 +167,17 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> 
     Args:
         conditional: ``(b, ...)`` predictions for the prompts.
         unconditional: predictions of the same shape for the empty or negative prompt.
-        scale: guidance scale; 1 returns ``conditional``. A tensor that broadcasts to ``(b, ...)`` sets it per item.
+        scale: guidance scale; 1 returns ``conditional``. A tensor that broadcasts to ``(b, ...)`` sets a scale per
+            prompt.
+
+    Returns:
+        The guided predictions ``(b, ...)``: ``unconditional + scale * (conditional - unconditional)``.
     """
     return unconditional + scale * (conditional - unconditional)
 
 
 Guide = Callable[[Tensor, Tensor, float | Tensor], Tensor]
-"""Combines a conditional and an unconditional prediction, as `guide` does."""
+"""Combines conditional predictions, unconditional predictions and a guidance scale, as `guide` does."""
 
 
 def guided_steps(levels: NoiseLevels, timesteps: Sequence[int], interval: tuple[float, float] | None) -> list[bool]:
@@ -160,21 +186,21 @@ def guided_steps(levels: NoiseLevels, timesteps: Sequence[int], interval: tuple[
     Args:
         levels: noise levels of the model.
         timesteps: the sampling timesteps.
-        interval: guidance applies if `NoiseLevels.sigma` is above the first and at most the second number, or always if
-            None.
+        interval: guidance applies if the ratio of noise to signal (`NoiseLevels.sigma`) is above the first and at most
+            the second number. None: guidance applies at all timesteps.
     """
     low, high = interval or (-math.inf, math.inf)
     return [low < levels.sigma(t) <= high for t in timesteps]
 
 
 def check_guidance_interval(levels: NoiseLevels, timesteps: Sequence[int], interval: tuple[float, float]) -> None:
-    """Raises ValueError if no timestep has a noise level in the interval; see `guided_steps`."""
+    """Raises ValueError if guidance applies at none of the timesteps; see `guided_steps`."""
     if not any(guided_steps(levels, timesteps, interval)):
         sigmas = [levels.sigma(t) for t in timesteps]
         raise ValueError(
             f"no sampling step has a noise level in guidance_interval {interval[0]:g} to {interval[1]:g}; the "
-            f"{len(sigmas)} steps have levels from {min(sigmas):.3g} to {max(sigmas):.3g}. Widen the interval, or "
-            "disable guidance with guidance 1"
+            f"{len(sigmas)} steps have levels (ratio of noise to signal) from {min(sigmas):.3g} to {max(sigmas):.3g}. "
+            "Widen the interval, or disable guidance with guidance 1"
         )
 
 
@@ -185,15 +211,15 @@ def predict_guided(
     scale: float | Tensor,
     combine: Guide = guide,
 ) -> Tensor:
-    """Returns the prediction ``(b, ...)`` with classifier-free guidance, with both branches in one call.
+    """Returns the prediction ``(b, ...)`` with classifier-free guidance, from one call of ``predict``.
 
     Args:
-        predict: function ``(latents (2b, ...), timesteps (2b,)) -> (2b, ...)`` that returns the conditional, then the
-            unconditional predictions.
+        predict: function ``(latents (2b, ...), timesteps (2b,)) -> (2b, ...)`` that returns b conditional, then b
+            unconditional predictions. It gets the b latents and timesteps twice.
         latents: ``(b, ...)`` noisy latents.
         timesteps: ``(b,)`` timesteps.
         scale: guidance scale; see `guide`.
-        combine: combines the two branches; see `longalign.backbones.base.Backbone.guide`.
+        combine: combines conditional and unconditional predictions, as `guide` does.
     """
     conditional, unconditional = predict(torch.cat([latents] * 2), torch.cat([timesteps] * 2)).chunk(2)
     return combine(conditional, unconditional, scale)

@@ -1,4 +1,4 @@
-"""Limits the memory of the graphs that a rollout keeps for the backward pass."""
+"""Limits the memory of the autograd graphs that a rollout (sampling with gradient) keeps for the backward pass."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from torch import Tensor
 
 
 class GraphBudget:
-    """Memory for the graphs of network calls with gradient.
+    """Decides which network calls with gradient may keep their autograd graphs, within a limit of memory.
 
-    A call may keep its graph if the largest graph so far still fits. The first call may always, because its size is
-    unknown.
+    A call may keep its graph if a graph as large as the largest one so far still fits. The first call always may,
+    because the size of its graph is unknown.
 
     Args:
-        size: bytes of all graphs.
-        weights: tensors that do not count, because they exist without a graph.
+        size: limit of the memory of all graphs together, in bytes.
+        weights: tensors that a graph refers to but that are not counted, such as the network's weights.
+
+    Attributes:
+        used: memory of all graphs so far, in bytes.
     """
 
     def __init__(self, size: float, weights: Iterable[Tensor] = ()):
@@ -25,12 +28,12 @@ class GraphBudget:
         self._weights = {weight.untyped_storage().data_ptr() for weight in weights}
 
     def allows(self) -> bool:
-        """Whether the next call may keep its graph."""
+        """Whether the next network call may keep its graph."""
         return self.used + self._largest <= self.size
 
     @contextmanager
     def counted(self) -> Iterator[None]:
-        """Context manager that counts the tensors saved for the backward pass, each storage once."""
+        """Context manager for one call: adds the memory of the tensors that autograd saves to ``used``."""
         sizes: dict[int, int] = {}
 
         def count(tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-#: RGB mean and standard deviation of CLIP's training images in [0, 1]
+#: mean of CLIP's training images in [0, 1], for red, green and blue; `CLIP_STD` is the standard deviation
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -21,22 +21,25 @@ CROP_POSITIONS = ("image", "batch")
 
 @dataclass(frozen=True)
 class ImagePreprocessor:
-    """Preprocesses images for a vision model.
+    """Preprocesses images for a vision model: random crop, resize and normalization, with gradient.
 
     Attributes:
-        size: height and width of the model's input.
-        mean: per channel, for images in [0, 1].
-        std: per channel.
-        aspect: how images of a different aspect ratio are resized: ``"crop"`` scales the shorter side and keeps the
-            centre (CLIP), ``"pad"`` scales the longer side and pads with black (HPSv2), ``"squash"`` scales both sides
-            (SigLIP). For images of the model's aspect ratio all three are equal.
+        size: height and width of the model's input in pixels.
+        mean: mean per channel that is subtracted, for images in [0, 1].
+        std: standard deviation per channel by which the difference is divided, for images in [0, 1].
+        aspect: how images of a different aspect ratio are resized. ``"crop"`` covers the input and keeps the centre
+            (CLIP). ``"pad"`` fits the image into the input and pads it with black (HPSv2). ``"squash"`` scales height
+            and width separately (SigLIP).
         crop: side of a random crop before the resize: an int in pixels, or a float as a fraction of each side. None
-            disables the crop. A crop discourages reward hacking through blocky artifacts; the paper authors' code uses
-            504 of 512 pixels.
-        interpolation: of the resize, with antialiasing: ``"bicubic"`` (PIL, CLIP's processor) or ``"bilinear"`` (the
-            paper authors' code).
-        crop_position: ``"image"`` crops each image at its own position, ``"batch"`` all images of a call at the same
-            position (the paper authors' code).
+            disables the crop. A crop discourages reward hacking through blocky artifacts; the LongAlign authors' code
+            uses 504 of 512 pixels.
+        interpolation: interpolation of the resize, which is antialiased: ``"bicubic"`` (PIL, CLIP's processor) or
+            ``"bilinear"`` (LongAlign authors' code).
+        crop_position: ``"image"`` crops each image at a different random position, ``"batch"`` all images of a call at
+            one position (LongAlign authors' code).
+
+    Raises:
+        ValueError: if ``aspect``, ``interpolation`` or ``crop_position`` is not one of these values.
     """
 
     size: tuple[int, int]
@@ -57,9 +60,12 @@ class ImagePreprocessor:
         """Maps images ``(b, 3, h, w)`` in [0, 1] to pixels ``(b, 3, *size)``: float32, or float64 for float64 images.
 
         Args:
-            images: images of any resolution; the result is differentiable with respect to them.
+            images: images of any resolution; the result is differentiable with respect to the images.
             generator: CPU generator for the crop positions. None uses torch's global generator.
             random: whether to apply the random crop.
+
+        Raises:
+            ValueError: if the images have a wrong shape or dtype, or are smaller than the crop.
         """
         check_images(images)
         images = at_least_float32(images)
@@ -76,7 +82,7 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def check_images(images: Tensor) -> None:
-    """Raises ValueError unless ``images`` is a floating-point batch ``(b, 3, h, w)``."""
+    """Raises ValueError unless ``images`` is a floating-point batch ``(b, 3, h, w)``. Values are not checked."""
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(
             f"expected float images (b, 3, h, w) in [0, 1], got {images.dtype} of shape {tuple(images.shape)}; "
@@ -85,9 +91,12 @@ def check_images(images: Tensor) -> None:
 
 
 class ImageCheck:
-    """Raises ValueError for images of a wrong shape or integer dtype, or with values that `check_range` rejects.
+    """Callable that checks batches of images ``(b, 3, h, w)``: shape and dtype by `check_images`, then `check_range`.
 
-    On a GPU, only the values of the first batch are checked, because the check synchronizes with the GPU.
+    On a GPU, the values of the first batch only are checked, because this check synchronizes with the GPU.
+
+    Raises:
+        ValueError: when called with images that one of the checks rejects.
     """
 
     def __init__(self) -> None:
@@ -101,10 +110,10 @@ class ImageCheck:
 
 
 def check_range(images: Tensor) -> None:
-    """Raises ValueError if a value is below -0.1 or above 1.1.
+    """Raises ValueError if a value of a batch of images is below -0.1 or above 1.1.
 
-    Values slightly outside [0, 1], as produced by bicubic resizing, are accepted. Images with NaN or infinite values
-    are not checked.
+    Images are expected in [0, 1], but bicubic resizing exceeds this range slightly. A batch with a NaN or infinite
+    value is not checked.
     """
     if not images.numel():
         return
@@ -121,9 +130,13 @@ def random_crop(
 
     Args:
         images: batch of images.
-        crop: side of the square crop in pixels (int), or as a fraction of each side (float).
+        crop: side of the square crop in pixels (int), or height and width of the crop as a fraction of those of the
+            images (float).
         generator: CPU generator. None uses torch's global generator.
-        position: ``"image"`` for one position per image, ``"batch"`` for one position of all images.
+        position: ``"image"`` for a position per image, ``"batch"`` for one position for all images.
+
+    Returns:
+        The crops, shape ``(b, c, height, width)``.
 
     Raises:
         ValueError: if the crop is empty or larger than the images.
@@ -152,9 +165,10 @@ def resize_to_input(images: Tensor, size: tuple[int, int], aspect: str, interpol
 
     Args:
         images: the images.
-        size: height and width in pixels.
-        aspect: what to do if the aspect ratios differ: ``"crop"``, ``"pad"`` or ``"squash"``; see `ImagePreprocessor`.
-        interpolation: ``"bicubic"`` or ``"bilinear"``.
+        size: height and width of the result in pixels.
+        aspect: what to do if the aspect ratio of the images is not that of ``size``: ``"crop"``, ``"pad"`` or
+            ``"squash"``; see `ImagePreprocessor`.
+        interpolation: ``"bicubic"`` or ``"bilinear"``, with antialiasing.
     """
     height, width = images.shape[-2:]
     if aspect == "squash" or height * size[1] == width * size[0]:
@@ -173,9 +187,10 @@ def resize_to_input(images: Tensor, size: tuple[int, int], aspect: str, interpol
 
 
 def resize(images: Tensor, size: tuple[int, int], interpolation: str = "bicubic") -> Tensor:
-    """Resizes images ``(b, c, h, w)`` with antialiasing; bicubic as PIL and the published processors do, or bilinear.
+    """Resizes images ``(b, c, h, w)`` to height and width ``size`` in pixels, with antialiasing.
 
-    Images that already have the requested size are returned unchanged.
+    ``interpolation`` is ``"bicubic"``, as in PIL and CLIP's processor, or ``"bilinear"``. Images that already have the
+    requested size are returned unchanged. Values are not clamped.
     """
     if tuple(images.shape[-2:]) == tuple(size):
         return images

@@ -1,13 +1,13 @@
 """Rollouts: sampling with linear steps, and the exact gradient of a loss with the memory of one network call.
 
-A step is linear in latent ``x``, network output ``o(x)``, fresh noise ``n`` and, in a multistep method, the prediction
-``m`` remembered from the previous step: ``x' = a x + b o(x) + c n + d m`` and ``m' = p x + q o(x)``. Let ``g`` and
-``u`` be the gradients of the loss with respect to ``x'`` and ``m'``. The gradient with respect to the output is
-``v = b g + q u``, and with respect to ``m`` it is ``d g``. The gradient with respect to ``x`` is ``a g + p u``, plus
+A step is linear in latent ``x``, network output ``o(x)`` and fresh noise ``n``. In a multistep method, it is also
+linear in the prediction ``m`` of the previous step: ``x' = a x + b o(x) + c n + d m`` and ``m' = p x + q o(x)``. Let
+``g`` and ``u`` be the gradients of the loss with respect to ``x'`` and ``m'``. The gradient with respect to the output
+is ``v = b g + q u``, and with respect to ``m`` it is ``d g``. The gradient with respect to ``x`` is ``a g + p u``, plus
 ``J^T v`` if the network's input is not detached, where ``J`` is the Jacobian of ``o``. No graph of the whole rollout is
 therefore needed: the rollout runs without gradient and the loss is differentiated once at the final latent. The
 selected network calls are then recomputed with gradient from the recorded latents, from last to first. The outputs of
-the outputs of all other calls are detached.
+all other calls are detached.
 
 DRTune (arXiv 2405.00760) and LongAlign (arXiv 2410.11817, section 4) detach the inputs. Each vector ``v`` is then a
 multiple of the gradient at the final latent. DRaFT (arXiv 2309.17400) and AlignProp (arXiv 2310.03739) do not detach
@@ -34,7 +34,13 @@ Predicts = Predict | Sequence[Predict]
 
 @dataclass(frozen=True)
 class RandomState:
-    """State of torch's global random generators for the CPU and, if used, one accelerator."""
+    """State of torch's global random generators: of the CPU and, if ``device`` is a GPU (CUDA or MPS), of that GPU.
+
+    Attributes:
+        cpu: state of the CPU's generator.
+        device: device of the computations.
+        accelerator: state of the GPU's generator; None if ``device`` is no GPU.
+    """
 
     cpu: Tensor
     device: torch.device
@@ -42,20 +48,20 @@ class RandomState:
 
     @classmethod
     def now(cls, device: torch.device) -> RandomState:
-        """Returns the current state for computations on ``device``."""
+        """Returns the current state of the generators that computations on ``device`` use."""
         states = {"cuda": lambda: torch.cuda.get_rng_state(device), "mps": torch.mps.get_rng_state}
         state = states.get(device.type)
         return cls(torch.get_rng_state(), device, state() if state else None)
 
     def is_current(self) -> bool:
-        """Whether no random number was sampled since the state was captured."""
+        """Whether torch's generators still have this state: no random number was sampled since."""
         now = RandomState.now(self.device)
         unchanged = self.accelerator is None or torch.equal(self.accelerator, now.accelerator)  # type: ignore[arg-type]
         return unchanged and torch.equal(self.cpu, now.cpu)
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """Context manager that sets this random state and restores the previous state on exit."""
+        """Context manager that sets this random state, and on exit the state that was current before."""
         before = RandomState.now(self.device)
         self.restore()
         try:
@@ -64,7 +70,7 @@ class RandomState:
             before.restore()
 
     def restore(self) -> None:
-        """Sets this random state."""
+        """Sets torch's global random generators to this state."""
         torch.set_rng_state(self.cpu)
         if self.accelerator is None:
             return
@@ -76,14 +82,14 @@ class RandomState:
 
 @dataclass(frozen=True)
 class RecordedStep:
-    """Network call of a rollout, recorded so that it can be recomputed with gradient.
+    """Network call in one step of a rollout (sampling), recorded so that it can be recomputed with gradient.
 
     Attributes:
-        index: index of the step.
+        index: index of the step, counted from 0.
         latents: ``(b, c, h, w)`` network input.
         timesteps: ``(b,)`` timestep of each latent.
         random: torch's random state before the call, which makes dropout reproducible.
-        output: the call's output with its graph, if it was kept instead of being recomputed; else None.
+        output: ``(b, c, h, w)`` output of the call with its autograd graph; None if the call will be recomputed.
     """
 
     index: int
@@ -104,27 +110,32 @@ def rollout(
     keep: bool | GraphBudget = False,
     detach: bool = True,
 ) -> tuple[Tensor, list[RecordedStep]]:
-    """Samples without gradient and records the network calls at ``grad_steps``.
+    """Samples latents from noise and records the network calls at ``grad_steps``, for `replay_backward`.
 
     Args:
-        predict: the network, including guidance; one for all steps, or one for each.
-        noise: ``(b, c, h, w)`` pure noise.
+        predict: the network, including guidance: ``(latents (b, c, h, w), timesteps (b,)) -> output (b, c, h, w)``; one
+            for all steps, or a sequence with one per step.
+        noise: ``(b, c, h, w)`` standard normal noise.
         solver: the sampling steps.
-        grad_steps: indices of the steps whose calls will be recomputed with gradient.
+        grad_steps: indices, from 0, of the sampling steps that receive gradient.
         predict_no_grad: the network at all other steps, e.g. without dropout. None uses ``predict``.
-        keep: whether the recorded calls keep their graphs, or the memory up to which they do. `replay_backward` does
-            not recompute calls with a graph, which saves time but needs memory for all their activations.
-        detach: with ``keep``, whether the network's inputs are detached, as for `replay_backward`.
+        keep: whether the recorded calls keep their autograd graphs. A `GraphBudget` keeps them as long as its memory
+            suffices. `replay_backward` does not recompute a call with a graph, which saves time but needs memory for
+            the activations.
+        detach: for calls that keep their graphs, whether the network's inputs are detached. `replay_backward` must get
+            the same value.
 
     Returns:
-        The final latents ``(b, c, h, w)`` and the recorded steps, in the order of the steps.
+        The final latents ``(b, c, h, w)``, without gradient, and the recorded steps, in the order of the steps.
 
     Raises:
         ValueError: if ``grad_steps`` contains an invalid index.
     """
     invalid = sorted(i for i in grad_steps if not 0 <= i < len(solver))
     if invalid:
-        raise ValueError(f"grad_steps contains step {invalid[0]}; expected 0 to {len(solver) - 1}")
+        raise ValueError(
+            f"grad_steps contains step {invalid[0]}; expected 0 to {len(solver) - 1}, the indices of the solver's steps"
+        )
     latents, previous, recorded = noise, None, []
     for index, timestep in enumerate(solver.timesteps):
         timesteps = torch.full((len(noise),), timestep, device=noise.device)
@@ -147,20 +158,20 @@ def _at(predict: Predicts, index: int) -> Predict:
 
 
 def replay(predict: Predicts, recorded: Sequence[RecordedStep], latents: Tensor | None = None) -> Tensor:
-    """Recomputes recorded steps with gradient in one network call.
+    """Recomputes the network calls of r recorded steps with gradient, in one network call.
 
     Args:
-        predict: the network, as for `rollout`.
-        recorded: the r steps to recompute, with the same network.
-        latents: ``(r * b, c, h, w)`` recorded latents as a leaf tensor that receives gradient. None uses the recorded
-            latents without gradient.
+        predict: the network, as for `rollout`; the steps must use one network.
+        recorded: r steps, each recorded with b latents.
+        latents: ``(r * b, c, h, w)`` latents of the recorded steps as a leaf tensor that receives gradient. None uses
+            the recorded latents without gradient.
 
     Returns:
         Outputs ``(r * b, c, h, w)``, ordered by step.
 
     Raises:
         ValueError: if there are several steps and the network samples random numbers, e.g. for dropout. The random
-            numbers would differ from the rollout.
+            numbers would differ from those of the rollout.
     """
     inputs = torch.cat([step.latents for step in recorded]) if latents is None else latents
     timesteps, random = torch.cat([step.timesteps for step in recorded]), recorded[0].random
@@ -182,24 +193,24 @@ def replay_backward(
     detach: bool = True,
     calls_per_batch: int = 1,
 ) -> Iterator[tuple[Sequence[RecordedStep], Tensor, Tensor]]:
-    """Backpropagates through a rollout by recomputing the recorded steps, from last to first.
+    """Backpropagates through the sampling steps of `rollout` by recomputing the recorded calls, from last to first.
 
-    Steps whose graph was kept are not recomputed.
-
-    Call ``backward`` on each scalar, or on a sum that contains the scalar, before advancing the iterator. The scalar
-    may be scaled before ``backward``, e.g. for half precision; the gradient of the inputs is divided by the same scale.
+    The iterator yields a scalar for each recomputed call. Call ``backward`` on the scalar, or on a sum that contains
+    it, before advancing the iterator. The scalar may be scaled before ``backward``, e.g. for half precision. Calls that
+    kept their graphs in `rollout` are not recomputed.
 
     Args:
         predict: the network of the rollout; steps with different networks are recomputed in separate calls.
         solver: the sampling steps of the rollout.
         recorded: the recorded steps, in the order of the rollout.
         gradient: ``(b, c, h, w)`` gradient of the loss with respect to the final latents.
-        detach: whether the network's inputs are detached. If False, gradient also flows through the inputs.
-        calls_per_batch: number of recorded steps recomputed in one call of ``predict``; must be 1 without ``detach``.
+        detach: whether the network's inputs are detached. If False, gradient also flows through the inputs to earlier
+            recorded steps.
+        calls_per_batch: maximum number of recorded steps recomputed in one call; must be 1 if ``detach`` is False.
 
     Yields:
-        For each call of ``predict``, the recorded steps, their outputs ``(r * b, c, h, w)``, and a scalar. The gradient
-        of the scalar with respect to the parameters equals the gradient of the loss through these outputs.
+        The r recorded steps of one call, their outputs ``(r * b, c, h, w)``, and a scalar. The gradient of the scalar
+        with respect to the network's parameters equals the gradient of the loss through these outputs.
 
     Raises:
         ValueError: if ``calls_per_batch`` is above 1 and ``detach`` is False.
@@ -241,7 +252,7 @@ def replay_backward(
 def _batches_from_last(
     predict: Predicts, recorded: Sequence[RecordedStep], size: int
 ) -> Iterator[Sequence[RecordedStep]]:
-    """Yields batches of at most ``size`` successive steps with the same network, from last to first."""
+    """Yields batches of at most ``size`` successive recorded steps that use one network, from last to first."""
     end = len(recorded)
     while end > 0:
         start, network = end - 1, _at(predict, recorded[end - 1].index)

@@ -1,8 +1,8 @@
 """Samplers with linear steps.
 
-A step is linear in latent ``x``, network output ``o``, fresh noise ``n`` and, in a multistep method, the image ``m``
-predicted in the previous step: ``x' = a x + b o + c n + d m`` and ``m' = p x + q o``. This holds for each prediction
-type: noise, velocity (v-prediction) and flow-matching velocity.
+A step is linear in latent ``x``, network output ``o`` and fresh noise ``n``. In a multistep method, it is also linear
+in the clean latent ``m`` predicted in the previous step: ``x' = a x + b o + c n + d m`` and ``m' = p x + q o``. This
+holds for each prediction type: noise, velocity (v-prediction) and flow-matching velocity.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from longalign.functional.diffusion import NoiseLevels, check_prediction
 
 
 def check_linear_sampling(scheduler: Mapping[str, Any]) -> None:
-    """Checks that a scheduler config does not clip the predicted image, which would make a step non-linear.
+    """Checks that a scheduler does not clip the predicted clean latent, which would make its steps non-linear.
 
     Args:
         scheduler: a diffusers scheduler config.
@@ -38,17 +38,35 @@ def trailing_timesteps(num_steps: int, num_timesteps: int = 1000) -> tuple[int, 
     """Returns the sampling timesteps with ``trailing`` spacing, as in diffusers (arXiv 2305.08891, table 2).
 
     For 1000 training timesteps, 50 steps are 999, 979, ..., 19, and 4 steps are 999, 749, 499, 249.
+
+    Args:
+        num_steps: number of sampling steps.
+        num_timesteps: number of training timesteps of the model.
+
+    Raises:
+        ValueError: if ``num_steps`` is not between 1 and ``num_timesteps``.
     """
     if not 1 <= num_steps <= num_timesteps:
-        raise ValueError(f"expected between 1 and {num_timesteps} sampling steps, got {num_steps}")
+        raise ValueError(
+            f"expected between 1 and {num_timesteps} sampling steps, got {num_steps}; change the number of steps"
+        )
     return tuple(round(num_timesteps - i * num_timesteps / num_steps) - 1 for i in range(num_steps))
 
 
 def sampling_timesteps(solver: str, levels: NoiseLevels, num_steps: int) -> tuple[int, ...]:
     """Returns the sampling timesteps of a solver, as indices into the noise levels.
 
-    They are `trailing_timesteps`, or those of the levels' own schedule of ``num_steps`` steps, if there is one. A model
-    sampled with ``"lcm"`` is distilled at trailing timesteps, so these are used.
+    By default, the result is that of `trailing_timesteps`. If ``levels`` also contain noise levels of sampling
+    schedules (see ``terminal`` of `NoiseLevels.from_flow`), the result is the indices of the schedule of ``num_steps``
+    steps. The solver ``"lcm"`` always gets trailing timesteps, because its models are distilled at these.
+
+    Args:
+        solver: ``"ddim"``, ``"dpm++"`` or ``"lcm"``.
+        levels: noise levels of the model.
+        num_steps: number of sampling steps.
+
+    Raises:
+        ValueError: if ``num_steps`` is not between 1 and the number of training timesteps.
     """
     trailing = trailing_timesteps(num_steps, len(levels))
     if solver == "lcm" or len(levels.noise) == len(levels):
@@ -61,17 +79,18 @@ def sampling_timesteps(solver: str, levels: NoiseLevels, num_steps: int) -> tupl
 class Solver:
     """Coefficients of a sampler with linear steps, from pure noise to a clean latent.
 
-    A step is ``x' = a x + b o + c n + d m`` and ``m' = p x + q o``. It maps the latent ``x`` and the prediction ``m``
-    remembered from the previous step to those of the next step.
+    A step maps latent ``x``, network output ``o``, fresh noise ``n`` and remembered prediction ``m`` to the next latent
+    ``x' = a x + b o + c n + d m``. A multistep method also remembers the predicted clean latent ``m' = p x + q o`` for
+    the next step. Each attribute has one entry per step; ``len()`` is the number of steps.
 
     Attributes:
-        timesteps: timestep of each step, descending.
-        a: factor of the latent ``x`` in each step.
-        b: factor of the network's output ``o`` in each step.
-        c: factor of fresh noise ``n`` in each step; 0 for a deterministic step.
-        d: factor of the remembered prediction ``m`` in each step; 0 for a single-step method and in the first step.
-        p: factor of the latent in the prediction to remember.
-        q: factor of the output in the prediction to remember; ``p`` and ``q`` are 0 for a single-step method.
+        timesteps: timestep of each step, from the most to the least noise.
+        a: factor of the latent ``x``.
+        b: factor of the network's output ``o``.
+        c: factor of fresh noise ``n``; 0 for a deterministic step.
+        d: factor of the remembered prediction ``m``; 0 for a single-step method and in the first step.
+        p: factor of the latent in the prediction ``m'``; 0 for a single-step method.
+        q: factor of the network's output in the prediction ``m'``; 0 for a single-step method.
     """
 
     timesteps: tuple[int, ...]
@@ -88,17 +107,18 @@ class Solver:
     def step(
         self, index: int, latents: Tensor, output: Tensor, previous: Tensor | None = None, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Takes a step. All tensors have the shape of ``latents``.
+        """Takes one sampling step. All tensors have the shape of ``latents``.
 
         Args:
             index: index of the step, counted from 0.
             latents: latents before the step.
             output: the network's output for these latents.
             previous: the prediction returned by the previous step; required if ``d[index]`` is not 0.
-            noise: fresh noise; required if ``c[index]`` is not 0.
+            noise: standard normal noise; required if ``c[index]`` is not 0.
 
         Returns:
-            The latents after the step, and the prediction that the next step requires; None for single-step methods.
+            The latents after the step, and the prediction to pass to the next step as ``previous``, which is None for
+            single-step methods.
         """
         after = self.a[index] * latents + self.b[index] * output
         if noise is not None:
@@ -110,15 +130,18 @@ class Solver:
     def step_backward(
         self, index: int, gradient: Tensor, gradient_remembered: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Backpropagates through a step; the network's output counts as independent of the latents.
+        """Backpropagates through one sampling step; the network's output counts as independent of the latents.
+
+        All gradients have the shape of the latents.
 
         Args:
             index: index of the step, counted from 0.
             gradient: gradient with respect to the latents after the step.
-            gradient_remembered: gradient with respect to the prediction returned by the step; None if it is 0.
+            gradient_remembered: gradient with respect to the prediction returned by `step`; None means 0.
 
         Returns:
-            Gradients with respect to ``latents``, ``output`` and ``previous`` of `step`; the last is None if it is 0.
+            Gradients with respect to the arguments ``latents``, ``output`` and ``previous`` of `step`. The gradient of
+            ``previous`` is None if ``d[index]`` is 0.
         """
         latents, output = self.a[index] * gradient, self.b[index] * gradient
         if gradient_remembered is not None:
@@ -133,7 +156,7 @@ def _single_step(timesteps: Sequence[int], a: Sequence[float], b: Sequence[float
 
 
 def _output_factors(prediction: str, signal: float, noise: float) -> tuple[float, float, float, float]:
-    """Returns factors p, q, r, s such that ``x_0 = p * x + q * o`` and ``n = r * x + s * o``."""
+    """Returns factors p, q, r, s: clean latent ``p x + q o`` and noise ``r x + s o`` of latent x and output o."""
     if prediction == "epsilon":
         if signal < 1e-6:
             raise ValueError(
@@ -154,25 +177,27 @@ def _coefficients(levels: NoiseLevels, timesteps: Sequence[int], prediction: str
 
 
 def ddim(levels: NoiseLevels, timesteps: Sequence[int], prediction: str, eta: float = 0.0) -> Solver:
-    """Returns DDIM (arXiv 2010.02502, eq. 12). The last step returns the predicted ``x_0``.
+    """Returns the solver DDIM (arXiv 2010.02502, eq. 12). The last step returns the predicted clean latent.
 
     For flow matching, each deterministic step is an Euler step.
 
     Args:
         levels: noise levels of the model.
-        timesteps: sampling timesteps, from the most to the least noise.
+        timesteps: sampling timesteps, from the most to the least noise; see `sampling_timesteps`.
         prediction: prediction type: ``"epsilon"``, ``"v_prediction"`` or ``"flow"``.
-        eta: scale of the fresh noise, from 0 (deterministic) to 1 (ancestral sampling). Its standard deviation is
-            ``eta * noise' * sqrt(1 - (sigma' / sigma)^2)``, with the ratio ``sigma`` of noise to signal before the step
-            and ``sigma'`` after it: eq. 16 of the paper, for any noise levels. The distribution of the latents at each
-            level does not depend on it. For flow matching and many small steps, this is the SDE of Flow-GRPO (arXiv
-            2505.05470) with the noise scale ``sqrt(2) eta``.
+        eta: scale of the fresh noise, from 0 (deterministic) to 1 (ancestral sampling). The standard deviation of the
+            fresh noise is ``eta * noise' * sqrt(1 - (sigma' / sigma)^2)``: eq. 16 of the paper, for any noise levels.
+            Here ``noise'`` is the noise level after the step, and ``sigma`` and ``sigma'`` are the ratios of noise to
+            signal before and after it. For any ``eta``, the latents have the same distribution at each noise level. For
+            flow matching and many small steps, this is the SDE of Flow-GRPO (arXiv 2505.05470) with the noise scale
+            ``sqrt(2) eta``.
 
     Raises:
-        ValueError: if ``eta`` is not between 0 and 1.
+        ValueError: if ``eta`` is not between 0 and 1, the prediction type is unknown, or ``"epsilon"`` is used with a
+            timestep without signal.
     """
     if not 0 <= eta <= 1:
-        raise ValueError(f"expected eta between 0 and 1, got {eta}")
+        raise ValueError(f"expected eta between 0 and 1, got {eta}; change eta")
     a, b, c = [], [], []
     for t, (p, q, r, s), (signal, noise) in _coefficients(levels, timesteps, prediction):
         ratio = 1.0 if eta == 0 else noise * float(levels.signal[t]) / (signal * float(levels.noise[t]))
@@ -185,12 +210,12 @@ def ddim(levels: NoiseLevels, timesteps: Sequence[int], prediction: str, eta: fl
 
 
 def dpmpp_2m(levels: NoiseLevels, timesteps: Sequence[int], prediction: str) -> Solver:
-    """Returns deterministic DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2), a second-order multistep method.
+    """Returns the solver DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): second-order, multistep, deterministic.
 
-    It extrapolates the predicted ``x_0`` linearly in the log of the signal-to-noise ratio, from the current and the
-    previous step. The first step is of first order (DDIM), and so is the last, which returns the predicted ``x_0``. If
-    the first timestep has no signal, this log is infinite there, and the second step is of first order too. The
-    arguments are those of `ddim`.
+    The clean latents predicted in the current and the previous step are extrapolated linearly in the log of the
+    signal-to-noise ratio. First and last step are of first order (DDIM); the last step returns the predicted clean
+    latent. If the first timestep has no signal, the log is infinite there, and the second step is of first order too.
+    Arguments and errors are those of `ddim`, without ``eta``.
     """
     a, b, d, p, q = [], [], [], [], []
     previous_size = math.inf  # no previous prediction in the first step
@@ -221,11 +246,20 @@ def lcm(
     sigma_data: float = 0.5,
     timestep_scaling: float = 10.0,
 ) -> Solver:
-    """Returns multistep consistency sampling (arXiv 2310.04378, algorithm 3), with fresh noise between steps.
+    """Returns the solver of multistep consistency sampling (arXiv 2310.04378, algorithm 3).
 
-    The consistency function is ``c_skip x + c_out x_0`` with ``c_skip = d^2 / (u^2 + d^2)``,
-    ``c_out = u / sqrt(u^2 + d^2)``, ``u = timestep_scaling * t`` and ``d = sigma_data``. The other arguments are
-    those of `ddim`.
+    Fresh noise is added between steps. At timestep t, latent ``x`` and predicted clean latent ``x_0``, the consistency
+    function is ``c_skip x + c_out x_0`` with ``c_skip = d^2 / (u^2 + d^2)`` and ``c_out = u / sqrt(u^2 + d^2)``.
+
+    Args:
+        levels: noise levels of the model.
+        timesteps: sampling timesteps, from the most to the least noise; see `sampling_timesteps`.
+        prediction: prediction type: ``"epsilon"``, ``"v_prediction"`` or ``"flow"``.
+        sigma_data: ``d``; must be the value of the distillation.
+        timestep_scaling: ``u / t``; must be the value of the distillation.
+
+    Raises:
+        ValueError: if the prediction type is unknown, or ``"epsilon"`` is used with a timestep without signal.
     """
     a, b, c = [], [], []
     for t, (p, q, _, _), (signal, noise) in _coefficients(levels, timesteps, prediction):

@@ -1,4 +1,4 @@
-"""Which sampling steps carry the reward's gradient.
+"""Methods that select the gradient steps: the sampling steps that receive the gradient of a reward.
 
 Public names are loaded on first use, so importing this package does not import torch.
 """

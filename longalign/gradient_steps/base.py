@@ -1,4 +1,4 @@
-"""Interface of parts of kind ``gradient_steps``, which select the sampling steps that receive gradient."""
+"""Interface of the methods that select the gradient steps: the sampling steps that receive gradient."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ class GradientSteps:
             at all other steps are detached.
         detach: whether the denoiser's inputs at the gradient steps are detached. If False, gradient also flows through
             the inputs to earlier gradient steps.
-        length: number of steps to take, of which the last one returns the predicted ``x_0``. None takes all steps.
-        copies: number of copies of each sample that are noised again to the level of the last step and then denoised
-            with gradient. The scores of sample and copies have equal weight.
+        length: number of sampling steps to take; the last of them returns the predicted clean latent. None takes all
+            steps.
+        copies: number of copies of each sample. A copy is noised again, to the noise level of the last step, and then
+            denoised in one step with gradient. The scores of a sample and of its copies have equal weight.
     """
 
     steps: tuple[int, ...]
@@ -31,9 +32,9 @@ class GradientStepSelector(Protocol):
     """Selects the gradient steps of each batch: the sampling steps that receive gradient."""
 
     def select(self, num_steps: int) -> GradientSteps:
-        """Selects the gradient steps among ``num_steps`` sampling steps.
+        """Selects the gradient steps of one batch among ``num_steps`` sampling steps.
 
-        All processes must select the same number of steps, because they synchronize at each recomputed call.
-        `longalign.gradient_steps.random.synced_randint` returns the same random number in all processes.
+        All processes must select the same number of steps, because processes synchronize at each denoiser call with
+        gradient. For random steps, use `longalign.gradient_steps.random.synced_randint`.
         """
         ...

@@ -1,4 +1,4 @@
-"""Base class of configs of kind ``gradient_steps``."""
+"""Base class of the configs of methods that select the gradient steps: the sampling steps that receive gradient."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ class GradientStepsConfig(PartConfig):
     """Base class of configs of methods that select the gradient steps: the sampling steps that receive gradient."""
 
     def check_steps(self, num_steps: int) -> None:
-        """Raises ValueError if ``num_steps`` is too small for this config, or not divisible as the config requires."""
+        """Raises ValueError if no gradient steps can be selected among ``num_steps`` sampling steps.
+
+        E.g. if there are too few steps, or they cannot be divided into equal groups. The default accepts any number.
+        """
 
     def detaches(self) -> bool:
-        """Whether the denoiser's inputs are detached, so that several steps can be recomputed in one call."""
+        """Whether the denoiser's inputs at the gradient steps are detached; see ``detach`` of `GradientSteps`."""
         return True

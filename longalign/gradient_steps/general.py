@@ -1,4 +1,7 @@
-"""General methods of kind ``gradient_steps``, on which the methods of papers are based. Does not import torch."""
+"""General methods that select the sampling steps that receive gradient; see `papers` for those of papers.
+
+Importing this module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,21 @@ from longalign.runtime import Runtime
 
 
 class GroupedRandomConfig(GradientStepsConfig):
-    """One step of each of several equal groups receives gradient, at the same random offset (LongAlign, section 4).
+    """In each of several equal groups of successive sampling steps, the step at a random offset receives gradient.
 
-    For 50 steps in 5 groups, these are steps r, 10 + r, 20 + r, 30 + r and 40 + r with random r in 0..9.
+    The offset is the same in all groups (LongAlign, arXiv 2410.11817, section 4). For 50 steps in 5 groups, these are
+    steps r, 10 + r, 20 + r, 30 + r and 40 + r with random r from 0 to 9.
     """
 
     target: ClassVar[str] = "longalign.gradient_steps.general:GroupedRandom"
 
     name: Literal["grouped-random"] = "grouped-random"
     groups: int = Field(5, ge=1)
-    """number of groups; one sampling step of each receives gradient."""
+    """number of groups, which must divide the number of sampling steps; one step of each group receives gradient."""
     detach: bool = True
-    """whether the denoiser's inputs are detached, as in the paper; false: gradient also flows through the inputs."""
+    """whether the denoiser's inputs at these steps are detached, as in the paper; false: gradient also flows through
+    the inputs to earlier steps.
+    """
 
     def check_steps(self, num_steps: int) -> None:
         check_groups(num_steps, self.groups)
@@ -40,9 +46,11 @@ class LastConfig(GradientStepsConfig):
 
     name: Literal["last"] = "last"
     k: int = Field(1, ge=1)
-    """number of last sampling steps that receive gradient."""
+    """number of sampling steps at the end that receive gradient."""
     detach: bool = True
-    """whether the denoiser's inputs are detached; false: gradient also flows through the inputs."""
+    """whether the denoiser's inputs at these steps are detached; false: gradient also flows through the inputs to
+    earlier steps.
+    """
 
     def check_steps(self, num_steps: int) -> None:
         check_last(num_steps, self.k)
@@ -58,8 +66,8 @@ class AllConfig(GradientStepsConfig):
 
     name: Literal["all"] = "all"
     detach: bool = True
-    """whether the denoiser's inputs are detached; false: gradient also flows through the inputs, as in DRaFT (arXiv
-    2309.17400).
+    """whether the denoiser's inputs are detached; false: gradient also flows through the inputs to earlier steps, as in
+    DRaFT (arXiv 2309.17400).
     """
 
     def detaches(self) -> bool:
@@ -67,13 +75,13 @@ class AllConfig(GradientStepsConfig):
 
 
 class GroupedRandom:
-    """Selects one step of each of several equal groups, at the same random offset.
+    """Selects one sampling step of each of several equal groups, at the same random offset in all groups.
 
     Args:
-        groups: number of groups.
+        groups: number of groups of successive steps.
         detach: whether the denoiser's inputs at the gradient steps are detached.
-        randint: samples the offset and the last step.
-        early_stop: sampling stops at a step sampled uniformly from the last ``early_stop`` steps. Later gradient steps
+        randint: ``randint(low, high)`` returns a random integer from low to high, both inclusive.
+        early_stop: sampling ends with a step sampled uniformly from the last ``early_stop`` steps. Later gradient steps
             are dropped. 1 disables the early stop.
     """
 
@@ -82,7 +90,7 @@ class GroupedRandom:
 
     @classmethod
     def from_config(cls, config: GroupedRandomConfig, runtime: Runtime) -> GroupedRandom:
-        """Builds the part so that all processes sample the same steps."""
+        """Builds the selector; all processes select the same steps."""
         return cls(config.groups, detach=config.detach, randint=synced_randint(runtime))
 
     def select(self, num_steps: int) -> GradientSteps:
@@ -94,14 +102,14 @@ class GroupedRandom:
 
 
 class Last:
-    """Selects the last ``k`` steps.
+    """Selects the last ``k`` of the sampling steps that are taken.
 
     Args:
-        k: number of gradient steps; None for all.
+        k: number of gradient steps; None for all steps.
         detach: whether the denoiser's inputs at the gradient steps are detached.
-        randint: samples the number of gradient steps and the last step.
-        min_steps: if given, the number of gradient steps is random, from ``min_steps`` to ``k``.
-        early_stop: sampling stops at a step sampled uniformly from the last ``early_stop`` steps; 1 disables the early
+        randint: ``randint(low, high)`` returns a random integer from low to high, both inclusive.
+        min_steps: if given, the number of gradient steps is random, from ``min_steps`` to ``k``; None: it is ``k``.
+        early_stop: sampling ends with a step sampled uniformly from the last ``early_stop`` steps; 1 disables the early
             stop.
         copies: number of re-noised copies of each sample; see `GradientSteps`.
     """
@@ -121,7 +129,7 @@ class Last:
 
     @classmethod
     def from_config(cls, config: LastConfig, runtime: Runtime) -> Last:
-        """Builds the part with the settings of the config."""
+        """Builds the selector from its config."""
         return cls(config.k, detach=config.detach, randint=synced_randint(runtime))
 
     def select(self, num_steps: int) -> GradientSteps:
@@ -133,10 +141,10 @@ class Last:
 
 
 class All:
-    """Selects all steps.
+    """Selects all sampling steps.
 
     Args:
-        detach: whether the denoiser's inputs are detached.
+        detach: whether the denoiser's inputs are detached at all steps.
     """
 
     def __init__(self, *, detach: bool):
@@ -144,7 +152,7 @@ class All:
 
     @classmethod
     def from_config(cls, config: AllConfig, runtime: Runtime) -> All:
-        """Builds the part with the settings of the config."""
+        """Builds the selector from its config."""
         return cls(detach=config.detach)
 
     def select(self, num_steps: int) -> GradientSteps:
@@ -152,7 +160,13 @@ class All:
 
 
 def check_groups(num_steps: int, groups: int, early_stop: int = 1) -> None:
-    """Raises ValueError if the steps cannot be divided into groups, or an early stop can leave no gradient step."""
+    """Raises ValueError if `GroupedRandom` may select no gradient step, or cannot divide the steps into equal groups.
+
+    Args:
+        num_steps: number of sampling steps.
+        groups: number of groups of successive steps.
+        early_stop: sampling may end with any of the last ``early_stop`` steps; 1: no early stop.
+    """
     if num_steps % groups:
         raise ValueError(
             f"{num_steps} sampling steps cannot be divided into {groups} equal groups; change num_steps or groups"
@@ -165,7 +179,14 @@ def check_groups(num_steps: int, groups: int, early_stop: int = 1) -> None:
 
 
 def check_last(num_steps: int, k: int, min_steps: int | None = None, early_stop: int = 1) -> None:
-    """Raises ValueError if there are fewer than ``k`` sampling steps, or fewer may remain after an early stop."""
+    """Raises ValueError if `Last` cannot select its gradient steps.
+
+    Args:
+        num_steps: number of sampling steps.
+        k: number, or maximum number, of gradient steps.
+        min_steps: minimum number of gradient steps, if the number is random; else None.
+        early_stop: sampling may end with any of the last ``early_stop`` steps; 1: no early stop.
+    """
     required = max(k, min_steps or 1)
     if required > num_steps:
         raise ValueError(

@@ -1,4 +1,7 @@
-"""Methods of kind ``gradient_steps`` from papers, under the papers' names. Does not import torch."""
+"""Methods from papers that select the sampling steps that receive gradient, under the papers' names.
+
+Importing this module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -13,43 +16,45 @@ from longalign.runtime import Runtime
 
 
 class DRTuneConfig(GradientStepsConfig):
-    """DRTune (arXiv 2405.00760): equidistant steps from a random offset receive gradient, with detached inputs.
+    """DRTune (arXiv 2405.00760): equidistant steps from a random offset receive gradient; their inputs are detached.
 
-    Sampling stops at a random late step, and the image predicted at that step is scored.
+    Sampling ends with a random late step, and the image predicted at that step is scored.
     """
 
     target: ClassVar[str] = "longalign.gradient_steps.papers:DRTune"
 
     name: Literal["drtune"] = "drtune"
     groups: int = Field(5, ge=1)
-    """number of sampling steps that receive gradient; those after the early stop are dropped."""
+    """number of equal groups of successive sampling steps; one step of each group receives gradient, at the same random
+    offset. Steps after the early stop are dropped.
+    """
     early_stop: int = Field(10, ge=1)
-    """sampling stops at a step sampled uniformly from the last ``early_stop`` steps; 1 disables the early stop."""
+    """sampling ends with a step sampled uniformly from the last ``early_stop`` steps; 1 disables the early stop."""
 
     def check_steps(self, num_steps: int) -> None:
         check_groups(num_steps, self.groups, self.early_stop)
 
 
 class DRTune(GroupedRandom):
-    """Selects equidistant steps, as DRTune does; see `DRTuneConfig`."""
+    """Selects equidistant sampling steps before a random early stop, as DRTune does; see `DRTuneConfig`."""
 
     @classmethod
     def from_config(cls, config: DRTuneConfig, runtime: Runtime) -> DRTune:  # type: ignore[override]
-        """Builds the part so that all processes sample the same steps."""
+        """Builds the selector; all processes select the same steps."""
         return cls(config.groups, detach=True, early_stop=config.early_stop, randint=synced_randint(runtime))
 
 
 class DraftKConfig(GradientStepsConfig):
     """DRaFT-K (arXiv 2309.17400): the last ``k`` steps receive gradient, also through the denoiser's inputs.
 
-    For DRaFT, use ``all`` with ``detach: false``.
+    For DRaFT, where all steps receive gradient, use the gradient steps ``all`` with ``detach: false``.
     """
 
     target: ClassVar[str] = "longalign.gradient_steps.papers:DraftK"
 
     name: Literal["draft-k"] = "draft-k"
     k: int = Field(1, ge=1)
-    """number of last sampling steps that receive gradient."""
+    """number of sampling steps at the end that receive gradient."""
 
     def check_steps(self, num_steps: int) -> None:
         check_last(num_steps, self.k)
@@ -59,47 +64,52 @@ class DraftKConfig(GradientStepsConfig):
 
 
 class DraftK(Last):
-    """Selects the last steps, as DRaFT-K does; see `DraftKConfig`."""
+    """Selects the last ``k`` sampling steps, as DRaFT-K does; see `DraftKConfig`."""
 
     @classmethod
     def from_config(cls, config: DraftKConfig, runtime: Runtime) -> DraftK:  # type: ignore[override]
-        """Builds the part with the settings of the config."""
+        """Builds the selector from its config."""
         return cls(config.k, detach=False, randint=synced_randint(runtime))
 
 
 class DraftLVConfig(GradientStepsConfig):
-    """DRaFT-LV (arXiv 2309.17400): the last step receives gradient, for the sample and for re-noised copies of it.
+    """DRaFT-LV (arXiv 2309.17400): the last step receives gradient, for each sample and for re-noised copies of it.
 
-    The copies lower the variance of the gradient. The gradient is the mean over sample and copies, so that learning
-    rates stay comparable; the paper uses the sum.
+    A copy is the sample with noise of the last step's level, denoised again in one step. The copies lower the variance
+    of the gradient. The gradient is the mean over a sample and its copies; the paper uses the sum. Thus learning rates
+    do not depend on the number of copies.
     """
 
     target: ClassVar[str] = "longalign.gradient_steps.papers:DraftLV"
 
     name: Literal["draft-lv"] = "draft-lv"
     copies: int = Field(2, ge=1)
-    """number of copies of each sample."""
+    """number of re-noised copies of each sample."""
 
 
 class DraftLV(Last):
-    """Selects the last step of the sample and of its copies, as DRaFT-LV does; see `DraftLVConfig`."""
+    """Selects the last sampling step, for each sample and its copies, as DRaFT-LV does; see `DraftLVConfig`."""
 
     @classmethod
     def from_config(cls, config: DraftLVConfig, runtime: Runtime) -> DraftLV:  # type: ignore[override]
-        """Builds the part with the settings of the config."""
+        """Builds the selector from its config."""
         return cls(1, detach=True, copies=config.copies, randint=synced_randint(runtime))
 
 
 class AlignPropConfig(GradientStepsConfig):
-    """AlignProp (arXiv 2310.03739): a random number of last steps receive gradient, also through the inputs."""
+    """AlignProp (arXiv 2310.03739): a random number of steps at the end receive gradient.
+
+    Gradient also flows through the denoiser's inputs to earlier ones of these steps. The number is sampled uniformly
+    for each batch.
+    """
 
     target: ClassVar[str] = "longalign.gradient_steps.papers:AlignProp"
 
     name: Literal["align-prop"] = "align-prop"
     min_steps: int = Field(1, ge=1)
-    """minimum number of last sampling steps that receive gradient."""
+    """minimum number of sampling steps at the end that receive gradient."""
     max_steps: int | None = Field(None, ge=1)
-    """maximum number of last sampling steps that receive gradient; null: all steps."""
+    """maximum number of sampling steps at the end that receive gradient; null: all steps."""
 
     @model_validator(mode="after")
     def _check_range(self) -> AlignPropConfig:
@@ -117,34 +127,34 @@ class AlignPropConfig(GradientStepsConfig):
 
 
 class AlignProp(Last):
-    """Selects a random number of last steps, as AlignProp does; see `AlignPropConfig`."""
+    """Selects a random number of sampling steps at the end, as AlignProp does; see `AlignPropConfig`."""
 
     @classmethod
     def from_config(cls, config: AlignPropConfig, runtime: Runtime) -> AlignProp:  # type: ignore[override]
-        """Builds the part so that all processes sample the same number of steps."""
+        """Builds the selector; all processes select the same number of steps."""
         return cls(config.max_steps, min_steps=config.min_steps, detach=False, randint=synced_randint(runtime))
 
 
 class ReFLConfig(GradientStepsConfig):
     """ReFL (arXiv 2304.05977, algorithm 1): only the last step that is taken receives gradient.
 
-    Sampling stops at a random late step, and the image predicted at that step is scored.
+    Sampling ends with a random late step, and the image predicted at that step is scored.
     """
 
     target: ClassVar[str] = "longalign.gradient_steps.papers:ReFL"
 
     name: Literal["refl"] = "refl"
     early_stop: int = Field(10, ge=1)
-    """sampling stops at a step sampled uniformly from the last ``early_stop`` steps; 1 disables the early stop."""
+    """sampling ends with a step sampled uniformly from the last ``early_stop`` steps; 1 disables the early stop."""
 
     def check_steps(self, num_steps: int) -> None:
         check_last(num_steps, 1, early_stop=self.early_stop)
 
 
 class ReFL(Last):
-    """Selects one late step and stops there, as ReFL does; see `ReFLConfig`."""
+    """Ends sampling with a random late step and selects only this step, as ReFL does; see `ReFLConfig`."""
 
     @classmethod
     def from_config(cls, config: ReFLConfig, runtime: Runtime) -> ReFL:  # type: ignore[override]
-        """Builds the part so that all processes stop at the same step."""
+        """Builds the selector; sampling ends with the same step in all processes."""
         return cls(1, detach=True, early_stop=config.early_stop, randint=synced_randint(runtime))

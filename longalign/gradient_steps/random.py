@@ -11,9 +11,10 @@ RandInt = Callable[[int, int], int]
 
 
 def synced_randint(runtime: Runtime) -> RandInt:
-    """Returns a function that samples the same random integers in all processes.
+    """Returns a function ``randint(low, high)`` that returns the same random integer in all processes.
 
-    The first process samples them from torch's global CPU generator.
+    The integer is uniform from low to high, both inclusive. It is sampled by the first process from torch's global CPU
+    generator. All processes must call the function together.
     """
 
     def randint(low: int, high: int) -> int:

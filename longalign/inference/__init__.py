@@ -1,4 +1,4 @@
-"""Generates images: sampling, baselines, and conditioning of diffusers pipelines.
+"""Generates images with trained models and unmodified diffusers pipelines, and encodes prompts for such pipelines.
 
 Public names are loaded on first use.
 """

@@ -22,6 +22,7 @@ from longalign.runtime import Runtime
 
 log = logging.getLogger("longalign")
 
+#: setting of `generate` -> argument of a diffusers pipeline's call
 ARGUMENTS = {
     "num_steps": "num_inference_steps",
     "guidance": "guidance_scale",
@@ -37,11 +38,11 @@ def call_kwargs(pipe: Any, **settings: Any) -> dict[str, Any]:
     """Returns settings as keyword arguments of a pipeline's call, without settings that are None.
 
     Args:
-        pipe: the pipeline.
-        **settings: the keys of `ARGUMENTS`.
+        pipe: a diffusers pipeline.
+        **settings: ``num_steps``, ``guidance`` (scale), ``height`` and ``width`` in pixels, ``negative`` (prompt).
 
     Raises:
-        ValueError: if the pipeline does not accept one of them.
+        ValueError: if the pipeline does not accept one of the settings, or ``negative`` is given with ``guidance`` 1.
     """
     parameters = inspect.signature(pipe.__call__).parameters
     kwargs = {}
@@ -56,9 +57,10 @@ def call_kwargs(pipe: Any, **settings: Any) -> dict[str, Any]:
 
 
 def caption_cleaning_kwargs(pipe: Any) -> dict[str, bool]:
-    """Returns ``clean_caption=False``, with a warning, if the libraries for a pipeline's caption cleaning are missing.
+    """Returns the keyword argument that disables caption cleaning (of markup and URLs) if its libraries are missing.
 
-    Otherwise returns no arguments. diffusers would also skip the cleaning, but warn in every call.
+    It is ``{"clean_caption": False}``, and a warning is logged, if the pipeline would clean captions. Without this
+    argument, diffusers also skips the cleaning, but warns in every call. Otherwise returns no arguments.
     """
     parameter = inspect.signature(pipe.__call__).parameters.get("clean_caption")
     missing = [name for module, name in CLEANERS.items() if find_spec(module) is None]
@@ -73,7 +75,11 @@ def caption_cleaning_kwargs(pipe: Any) -> dict[str, bool]:
 
 
 def shorten_truncation(record: logging.LogRecord) -> bool:
-    """Logging filter: shortens diffusers' message about truncated prompts, which repeats the prompts with padding."""
+    """Logging filter that shortens diffusers' message about truncated prompts, and keeps every record.
+
+    The message lists the truncated text of all prompts, with padding; the shortened one has their number and an
+    example.
+    """
     head, _, listed = record.getMessage().partition(": [")
     if "truncated" in head and "<|endoftext|>" in listed:
         with suppress(SyntaxError, ValueError):  # another message
@@ -84,10 +90,14 @@ def shorten_truncation(record: logging.LogRecord) -> bool:
 
 
 def set_scheduler(pipe: Any, name: str) -> None:
-    """Replaces a pipeline's scheduler; the new one has the config of the old one.
+    """Replaces the scheduler of a diffusers pipeline by that of a solver, with the config of the replaced one.
+
+    Args:
+        pipe: the pipeline.
+        name: ``"unipc"``, ``"ddim"``, ``"dpm++"`` or ``"lcm"``.
 
     Raises:
-        ValueError: if the name is unknown, or the scheduler does not fit the pipeline.
+        ValueError: if the name is unknown, or the pipeline does not support the solver.
     """
     check_solver(name)
     current: Any = getattr(pipe, "scheduler", None)
@@ -123,33 +133,35 @@ def generate(
     overwrite: bool = False,
     **settings: Any,
 ) -> list[dict[str, Any]]:
-    """Generates images as `longalign.inference.sampling.generate` does, with an unmodified diffusers pipeline.
+    """Generates an image for every prompt and seed with an unmodified diffusers pipeline, and writes PNG files.
 
-    The pipeline's own text encoders encode the prompts. Settings that are not given keep the pipeline's defaults. The
-    noise of an image depends only on the seed.
-    ``truncated`` is None in the rows, since the truncation of the pipeline is unknown. Images that the safety checker
-    blacks out are logged as warnings. With a prior, ``num_steps`` and ``guidance`` apply to the decoder only.
+    The files are those of `longalign.inference.sampling.generate`. The pipeline's own text encoders encode the prompts.
+    Settings that are not given keep the pipeline's defaults. The initial noise of an image depends only on the seed. A
+    warning is logged for an image that the safety checker blacks out. In a pipeline with a prior, such as Kandinsky's,
+    ``num_steps`` and ``guidance`` apply to the decoder only.
 
     Args:
         name: Hub id, or a folder with ``model_index.json``.
         prompts: the prompts.
         output: folder for the files. Its ``metadata.jsonl`` must not list images, unless ``overwrite`` is set.
-        seeds: one image per prompt and seed.
-        negative: negative prompt for all images.
-        batch_size: images per batch.
+        seeds: different seeds; one image is generated per prompt and seed.
+        negative: negative prompt for all images; None: none.
+        batch_size: number of images generated at a time.
         progress: whether to show a progress bar.
-        solver: "unipc", "ddim", "dpm++" or "lcm"; the pipeline's own scheduler if None.
-        runtime: device and dtype; detected on this machine, in float32, if None.
-        revision: branch, tag or commit on the Hub.
-        variant: weight variant; see `longalign.inference.pipelines.load_pipeline`.
-        overwrite: see `longalign.inference.sampling.generate`.
-        **settings: ``num_steps``, ``guidance``, ``height``, ``width``.
+        solver: ``"unipc"``, ``"ddim"``, ``"dpm++"`` or ``"lcm"``; None: the pipeline's own scheduler.
+        runtime: device and dtype; None: the fastest available device and float32.
+        revision: branch, tag or commit of the Hub repository; None: its main branch.
+        variant: variant of the weight files, e.g. ``"fp16"``; None: files without a variant.
+        overwrite: whether to replace the images that ``metadata.jsonl`` lists.
+        **settings: ``num_steps``, ``guidance`` (scale), ``height`` and ``width`` in pixels.
 
     Returns:
-        The rows of ``metadata.jsonl``.
+        The rows of ``metadata.jsonl``: ``file_name``, ``prompt``, ``seed``, ``negative_prompt``, and ``truncated``,
+        which is None, since it is not known what the pipeline truncates.
 
     Raises:
-        ValueError: if the pipeline does not exist, or does not support one of the settings or the image size.
+        ValueError: if the pipeline does not exist or does not support one of the settings or the image size, a seed
+            occurs twice, or the folder already lists images.
     """
     new_index(output, overwrite)  # fail before weights are loaded
     pipe = load_pipeline(name, runtime or Runtime.detect(), revision, variant)

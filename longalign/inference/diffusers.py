@@ -1,4 +1,4 @@
-"""Computes the conditioning of stock diffusers pipelines, and messages about truncated prompts."""
+"""Encodes prompts for unmodified diffusers pipelines, and formats messages about truncated prompts."""
 
 from __future__ import annotations
 
@@ -21,11 +21,20 @@ _built: WeakKeyDictionary[Any, dict[Any, Encoder]] = WeakKeyDictionary()
 
 
 def per_prompt(negative: str | Sequence[str] | None, count: int) -> list[str]:
-    """Expands negative prompts to one text per prompt; None is the empty prompt."""
+    """Returns one negative prompt for each of ``count`` prompts.
+
+    Args:
+        negative: one text for all prompts, or one text for each; None: the empty text for all.
+        count: number of prompts.
+
+    Raises:
+        ValueError: if the number of texts is not ``count``.
+    """
     texts = [negative or ""] * count if negative is None or isinstance(negative, str) else list(negative)
     if len(texts) != count:
         raise ValueError(
-            f"expected one negative prompt for all or one per prompt, got {len(texts)} for {count} prompts"
+            f"expected one negative prompt for all or one per prompt, got {len(texts)} for {count} prompts; pass one "
+            "text, or a list of this length"
         )
     return texts
 
@@ -33,29 +42,32 @@ def per_prompt(negative: str | Sequence[str] | None, count: int) -> list[str]:
 def condition(
     pipe: Any, prompts: str | Sequence[str], negative_prompts: str | Sequence[str] | None = None, *, encoder: Any = None
 ) -> dict[str, Any]:
-    """Encodes prompts as keyword arguments of a stock diffusers pipeline: ``pipe(**condition(pipe, prompts))``.
+    """Encodes prompts as keyword arguments of an unmodified diffusers pipeline: ``pipe(**condition(pipe, prompts))``.
 
-    Prompts and negative prompts are encoded in one call and have equal lengths. A warning is issued for truncated
-    prompts and for conditioning that the pipeline does not accept. docs/pipelines.md lists what each pipeline takes.
+    Prompts and negative prompts are encoded in one call, so that their states have the same number of tokens. A warning
+    is issued for truncated prompts, and for each output of the encoder that the pipeline does not accept.
+    docs/pipelines.md lists what each pipeline takes.
 
     Args:
         pipe: a diffusers pipeline with a call argument ``prompt_embeds``.
         prompts: one or several prompts.
-        negative_prompts: one for all prompts or one per prompt; the empty prompt if None.
+        negative_prompts: one for all prompts or one per prompt; None: the empty prompt.
         encoder: an `Encoder`, or its name or config. From a name or config, the encoder is built on the pipeline's
-            device and reused in the next call. A list has one encoder for each sequence of states of a pipeline that
-            takes several, such as HunyuanDiT, in the order of its arguments. None encodes segments with the pipeline's
-            own text encoders, see `longalign.encoders.pipeline_encoder.pipeline_encoder`.
+            device and reused in the next call. For a pipeline that takes several sequences of text states, such as
+            HunyuanDiT, a list of encoders in the order of the pipeline's arguments. None uses the pipeline's own text
+            encoders, which then encode segments of whole sentences, packed to at most 40 tokens; see
+            `longalign.encoders.pipeline_encoder.pipeline_encoder`.
 
     Returns:
-        ``prompt_embeds`` ``(b, n, d)``, or a list of ``(n_i, d)`` without padding if the pipeline takes lists. If the
-        pipeline accepts them, also ``negative_prompt_embeds``, ``pooled_prompt_embeds``,
-        ``negative_pooled_prompt_embeds`` and the masks. All are in the denoiser's dtype.
+        Keyword arguments. ``prompt_embeds`` contains the text states ``(b, n, d)`` of b prompts, or a list of b tensors
+        ``(n_i, d)`` without padding if the pipeline takes lists. If the pipeline accepts them, also
+        ``negative_prompt_embeds``, ``pooled_prompt_embeds``, ``negative_pooled_prompt_embeds`` and attention masks.
+        States and pooled embeddings are in the denoiser's dtype and on the pipeline's device.
 
     Raises:
-        ValueError: if the pipeline accepts no embeddings, needs something else than states and a pooled embedding, or
-            needs pooled embeddings that the encoder does not provide. Also if it expects a different number of
-            encoders or states, or a different width, or has unsupported text encoders while ``encoder`` is None.
+        ValueError: if the pipeline accepts no embeddings, or needs an input that the encoder does not provide. Also if
+            the pipeline expects a different number of encoders, or text states of a different number or width. Also if
+            ``encoder`` is None and the pipeline's text encoders are not supported.
     """
     name = type(pipe).__name__
     parameters = inspect.signature(pipe.__call__).parameters
@@ -75,7 +87,9 @@ def condition(
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     negatives = per_prompt(negative_prompts, len(prompts))
     if not inputs.negative and negative_prompts is not None:
-        warnings.warn(f"{name} does not accept 'negative_prompt_embeds'; the negative prompt is ignored", stacklevel=2)
+        warnings.warn(
+            f"{name} does not accept 'negative_prompt_embeds'; the negative prompt is ignored, omit it", stacklevel=2
+        )
     texts = [*prompts, *negatives]
     with torch.no_grad(), warnings.catch_warnings(), _get_encoders(sources, pipe, device, dtype) as built:
         warnings.simplefilter("ignore", TruncationWarning)  # reported below, per prompt
@@ -106,7 +120,16 @@ def condition(
 def _get_encoders(
     sources: Sequence[Any], pipe: Any, device: torch.device, dtype: torch.dtype
 ) -> Iterator[list[Encoder]]:
-    """Resolves the ``encoder`` argument of `condition`; reuses encoders built for the same configs."""
+    """Context manager: yields the encoders for the argument ``encoder`` of `condition`.
+
+    Encoders of names and configs are built, or reused if the last call for ``pipe`` built them.
+
+    Args:
+        sources: encoders, names or configs; ``[None]`` for the pipeline's own text encoders.
+        pipe: the diffusers pipeline.
+        device: device of encoders that are built.
+        dtype: dtype of encoders that are built.
+    """
     if None in sources:
         from longalign.encoders.pipeline_encoder import pipeline_encoder
 
@@ -130,25 +153,29 @@ def _get_encoders(
 
 
 def _denoiser(pipe: Any) -> Any:
-    """Returns the network that takes the text states, or None."""
+    """Returns the network of a pipeline that takes the text states, or None if there is none."""
     parts = (getattr(pipe, name, None) for name in ("unet", "transformer", "prior", "prior_prior"))
     return next((part for part in parts if part is not None), None)
 
 
 def _dtype(pipe: Any) -> torch.dtype:
-    """Returns the denoiser's dtype, or the pipeline's if it has no denoiser. That of text encoders may differ."""
+    """Returns the dtype of a pipeline's denoiser, or of the pipeline if it has no denoiser."""
     dtype = getattr(_denoiser(pipe), "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else pipe.dtype
 
 
 def _expand_learned_tokens(pipe: Any, texts: list[str]) -> list[str]:
-    """Expands multi-vector textual-inversion tokens, as the pipeline does."""
+    """Expands textual-inversion tokens with several vectors in texts, as the pipeline does with its prompts."""
     convert = getattr(pipe, "maybe_convert_prompt", None)
     return texts if convert is None else convert(texts, pipe.tokenizer)
 
 
 def _check_pooled(name: str, inputs: PromptInputs, pooled: Tensor | None) -> None:
-    """Raises or warns about a pooled embedding that is missing, has a different width, or has no use."""
+    """Checks the pooled embedding for a pipeline; warns if the pipeline does not accept one.
+
+    Raises:
+        ValueError: if the pipeline needs a pooled embedding and there is none, or its width is different.
+    """
     if inputs.pooled is None:
         if pooled is not None:
             warnings.warn(
@@ -168,7 +195,11 @@ def _check_pooled(name: str, inputs: PromptInputs, pooled: Tensor | None) -> Non
 
 
 def _check_states(name: str, wanted: StatesInput, conditioning: Conditioning) -> None:
-    """Raises or warns about states that the pipeline does not support."""
+    """Checks text states for an argument of a pipeline; warns if they need an attention mask that it does not accept.
+
+    Raises:
+        ValueError: if the states depend on the timestep, have a different width or are too many.
+    """
     if not conditioning.is_static:
         raise ValueError(
             f"{name} does not support conditioning that depends on the timestep or combines several predictions; use "
@@ -194,12 +225,15 @@ def _check_states(name: str, wanted: StatesInput, conditioning: Conditioning) ->
 
 
 def _branches(conditioning: Conditioning, count: int) -> dict[str, Conditioning]:
-    """Splits a conditioning into prompts and negative prompts, by the prefix of the pipeline's arguments."""
+    """Splits the conditioning of ``count`` prompts followed by their negative prompts.
+
+    The keys are the prefixes of the pipeline's arguments: empty for prompts, ``negative_`` for negative prompts.
+    """
     return {"": conditioning[:count], "negative_": conditioning[count:]}
 
 
 def _arguments(wanted: StatesInput, branch: Conditioning, prefix: str) -> dict[str, Any]:
-    """Returns states and mask in the form that the pipeline takes."""
+    """Returns states and mask as keyword arguments of a pipeline, whose names start with ``prefix``."""
     states, mask = branch.states, branch.mask
     if wanted.as_list:
         rows = list(states) if mask is None else [row[kept] for row, kept in zip(states, mask, strict=True)]
@@ -214,7 +248,11 @@ def _arguments(wanted: StatesInput, branch: Conditioning, prefix: str) -> dict[s
 
 
 def truncation_messages(reports: Sequence[PromptReport]) -> list[str]:
-    """Returns one line per truncated prompt."""
+    """Returns a message for each truncated prompt, with the number of encoded tokens and the text that was dropped.
+
+    Args:
+        reports: the report of each prompt, from `Encoder.report`.
+    """
     return [
         f"prompt {i}: encoded {sum(report.tokens)} tokens, truncated {len(report.truncated.split())} words: "
         f"{report.truncated.strip()[:60]!r}"

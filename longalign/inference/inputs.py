@@ -1,4 +1,4 @@
-"""Which text embeddings a diffusers pipeline takes, from the signature of its call and its denoiser's config."""
+"""Finds out which text embeddings a diffusers pipeline takes, by the signature of its call and the denoiser config."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-#: config keys of denoisers for the width of a sequence of text states; the first one that is a number counts
+#: argument of a pipeline -> config keys of denoisers for the width of its text states; the first integer counts
 WIDTH_KEYS: Mapping[str, tuple[str, ...]] = {
     "prompt_embeds": (
         "caption_channels", "joint_attention_dim", "text_embed_dim", "cap_feat_dim", "context_in_dim", "text_in_dim",
@@ -19,10 +19,10 @@ WIDTH_KEYS: Mapping[str, tuple[str, ...]] = {
 POOLED = ("pooled_prompt_embeds", "prompt_embeds_pooled")
 POOLED_WIDTH_KEYS = ("pooled_projection_dim", "clip_text_pooled_in_channels")
 MASKS = ("prompt_attention_mask", "prompt_embeds_mask", "attention_mask")
-#: config keys of HunyuanDiT for the only number of states that it takes
+#: argument of a pipeline -> config key of HunyuanDiT for the number of states, which is fixed there
 LENGTH_KEYS = {"prompt_embeds": "text_len", "prompt_embeds_2": "text_len_t5"}
 
-#: arguments of pipelines whose prompt is more than sequences of states with masks and a pooled embedding
+#: argument that identifies an unsupported pipeline -> what the pipeline needs and no encoder gives
 UNSUPPORTED = {
     "prompt_embeds_llama3": "states of every layer of Llama 3",
     "prompt_cu_seqlens": "states of Qwen2.5-VL packed into one sequence",
@@ -34,14 +34,15 @@ UNSUPPORTED = {
 
 @dataclass(frozen=True)
 class StatesInput:
-    """A sequence of text states that a pipeline takes.
+    """An argument of a pipeline's call that takes a sequence of text states for each prompt.
 
     Attributes:
-        states: name of the argument with the states.
-        mask: name of the argument with the mask, or None.
-        as_list: whether the pipeline takes a list with the states of each prompt, without padding.
-        width: width of the states; None if unknown.
-        length: the only number of states that the denoiser takes; None if any.
+        states: name of the argument.
+        mask: name of the argument that takes the attention mask of these states; None if there is none.
+        as_list: whether the pipeline takes a list of tensors ``(n_i, d)`` without padding, one for each prompt, instead
+            of one tensor ``(b, n, d)``.
+        width: width ``d`` of the states; None if unknown.
+        length: number ``n`` of states per prompt if the denoiser takes only this number; None if it takes any.
     """
 
     states: str
@@ -53,14 +54,14 @@ class StatesInput:
 
 @dataclass(frozen=True)
 class PromptInputs:
-    """The text embeddings that a pipeline takes.
+    """The text embeddings that a diffusers pipeline takes.
 
     Attributes:
-        sequences: the sequences of text states, in the order of the pipeline's arguments.
-        pooled: name of the argument with the pooled embedding, or None.
+        sequences: the arguments for sequences of text states, in the order of the call's signature.
+        pooled: name of the argument that takes the pooled embedding; None if there is none.
         pooled_width: width of the pooled embedding; None if unknown.
-        negative: whether the pipeline takes embeddings of a negative prompt.
-        unsupported: what the pipeline needs that no encoder gives, or None.
+        negative: whether the pipeline takes embeddings of negative prompts.
+        unsupported: what the pipeline needs and no encoder gives, in words; None if there is nothing.
     """
 
     sequences: tuple[StatesInput, ...]
@@ -70,23 +71,31 @@ class PromptInputs:
     unsupported: str | None
 
     def describe(self) -> str:
-        """Returns the arguments with their widths, for messages."""
+        """Returns the names of the arguments with their widths as text, for messages."""
         named = [(s.states, s.width) for s in self.sequences]
         named += [(self.pooled, self.pooled_width)] if self.pooled else []
         return ", ".join(f"'{name}'" + (f" of width {width}" if width else "") for name, width in named)
 
 
 def width_keys(name: str, keys: Container[str]) -> list[str]:
-    """Returns the keys of a denoiser's config that may contain the width of the states in the argument ``name``."""
+    """Returns the config keys of a denoiser that may contain the width of the text states in an argument.
+
+    Args:
+        name: name of the pipeline's argument, e.g. ``"prompt_embeds"``.
+        keys: keys of the denoiser's config; only these are returned.
+    """
     return [key for key in WIDTH_KEYS.get(name, ()) if key in keys]
 
 
 def prompt_inputs(pipeline: Any, config: Any = None) -> PromptInputs:
-    """Returns the text embeddings that a pipeline takes; ``sequences`` is empty if it takes none.
+    """Finds out which text embeddings a pipeline takes.
 
     Args:
         pipeline: a diffusers pipeline or its class.
-        config: config of its denoiser, for the widths; they are unknown without it.
+        config: config of the pipeline's denoiser, from which widths are read; None: widths are unknown.
+
+    Returns:
+        The inputs; ``sequences`` is empty if the pipeline takes no text states.
     """
     parameters = inspect.signature(pipeline.__call__).parameters
     cls = pipeline if inspect.isclass(pipeline) else type(pipeline)

@@ -23,17 +23,20 @@ DTYPE = "dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtyp
 
 
 def load_pipeline(name: str, runtime: Runtime, revision: str | None = None, variant: str | None = None) -> Any:
-    """Loads a text-to-image pipeline. Kandinsky's decoder is combined with the prior named in the decoder's README.md.
+    """Loads a text-to-image pipeline of diffusers, without its progress bar.
+
+    Kandinsky's decoder is combined with the prior that the decoder's README.md names.
 
     Args:
         name: Hub id, or a folder with ``model_index.json``.
-        runtime: device and dtype.
-        revision: branch, tag or commit on the Hub; also used for a prior.
-        variant: weight variant, e.g. ``"fp16"``; components without such files are loaded from the default files.
+        runtime: device and dtype of the pipeline.
+        revision: branch, tag or commit of the Hub repository, and of the repository of a prior; None: the main branch.
+        variant: variant of the weight files, e.g. ``"fp16"``; None: files without a variant. Components that have no
+            files of the variant are loaded from files without one.
 
     Raises:
-        ValueError: if the pipeline or variant does not exist, the pipeline takes no prompt, or a local folder has a
-            ``revision``.
+        ValueError: if the pipeline or variant does not exist, the pipeline takes no prompt, or ``revision`` is given
+            for a local folder.
     """
     if revision is not None and Path(name).is_dir():
         raise ValueError(f"revision only applies to a Hub repository, but '{name}' is a local folder; omit revision")
@@ -68,7 +71,7 @@ def load_pipeline(name: str, runtime: Runtime, revision: str | None = None, vari
 
 
 def _announce_download(name: str, revision: str | None, runtime: Runtime) -> None:
-    """Logs the download folder of the weights, if they are not cached."""
+    """Logs to which folder the weights will be downloaded, if they are not on this machine."""
     if Path(name).exists() or availability_problem(name, revision):
         return
     if local_file(name, "model_index.json", revision) is None:
@@ -77,10 +80,15 @@ def _announce_download(name: str, revision: str | None, runtime: Runtime) -> Non
 
 
 def base_pipeline(backbone: Any, dtype: torch.dtype, components: dict[str, Any]) -> Any:
-    """Returns the diffusers pipeline of a backbone config's checkpoint, with some components replaced.
+    """Loads the diffusers pipeline from which a backbone was loaded, with some components replaced.
+
+    Args:
+        backbone: config of the backbone.
+        dtype: dtype of the components that are loaded.
+        components: name -> module, used instead of the component of the checkpoint; None omits the component.
 
     Raises:
-        ValueError: if the checkpoint is not a folder or Hub id in diffusers layout.
+        ValueError: if the backbone's checkpoint is not a folder or Hub id in diffusers layout.
     """
     name = getattr(backbone, "checkpoint", None)
     if name is None or getattr(backbone, "single_file", False):

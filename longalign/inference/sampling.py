@@ -1,4 +1,4 @@
-"""Samples images with a backbone and an encoder."""
+"""Samples images with a backbone (denoiser and autoencoder) and an encoder of prompts."""
 
 from __future__ import annotations
 
@@ -51,28 +51,33 @@ def sample(
     Args:
         backbone: denoiser, autoencoder and noise levels.
         encoder: encodes prompts and negative prompts into the denoiser's conditioning.
-        prompts: one prompt per image.
-        seeds: one seed per image.
-        negative: negative prompt, one for all images or one per image; the empty prompt if None.
-        num_steps: number of solver steps.
-        guidance: scale of classifier-free guidance; 1 disables it and halves the denoiser calls.
-        guidance_interval: noise levels of the steps with guidance; see `longalign.functional.guided_steps`. None: all.
-        solver: see `longalign.inference.schedulers.make_scheduler`.
-        height: pixels; the backbone's own resolution if None.
-        width: pixels; the backbone's own resolution if None.
-        batch_size: images per batch.
+        prompts: b prompts, one for each image.
+        seeds: b seeds, one for each image.
+        negative: negative prompt, one for all images or one for each; None: the empty prompt.
+        num_steps: number of solver steps, at least 1.
+        guidance: scale of classifier-free guidance. 1 disables guidance, which halves the denoiser calls.
+        guidance_interval: guidance is applied only at steps whose noise level is above the first and at most the second
+            number (arXiv 2404.07724). The noise level is the ratio of noise to signal, `NoiseLevels.sigma`. None: at
+            all steps.
+        solver: ``"unipc"``, ``"ddim"``, ``"dpm++"`` or ``"lcm"``; see `longalign.inference.schedulers.make_scheduler`.
+        height: height in pixels; None: the backbone's native resolution.
+        width: width in pixels; None: the backbone's native resolution.
+        batch_size: number of images sampled at a time.
         progress: whether to show a progress bar.
 
     Returns:
         Images ``(b, 3, h, w)`` in [0, 1], float32 on the CPU.
 
     Raises:
-        ValueError: if the numbers of prompts, negative prompts and seeds do not match, or a setting is out of range.
+        ValueError: if the numbers of prompts, negative prompts and seeds do not match, a setting is out of range or has
+            no effect, or the model does not support the solver or the image size.
     """
     if len(seeds) != len(prompts):
-        raise ValueError(f"expected one seed per prompt, got {len(seeds)} seeds and {len(prompts)} prompts")
+        raise ValueError(
+            f"expected one seed per prompt, got {len(seeds)} seeds and {len(prompts)} prompts; pass equal numbers"
+        )
     if not math.isfinite(guidance):
-        raise ValueError(f"expected a finite number as guidance, got {guidance}")
+        raise ValueError(f"expected a finite number as guidance, got {guidance}; choose one such as 7.5")
     check_negative(negative, guidance)
     if guidance_interval is not None and guidance == 1:
         raise ValueError("guidance_interval has no effect at guidance 1; remove it or raise the guidance")
@@ -150,16 +155,19 @@ def _sample_batch(
 
 
 def load_model(source: Any, dtype: str | None = None, device: str | None = None) -> tuple[Any, Backbone, Encoder]:
-    """Loads a checkpoint folder, or builds the base model of a config without training; frozen and in eval mode.
+    """Loads the model of a checkpoint folder, or builds the untrained model of a config. It is frozen and in eval mode.
 
     Args:
-        source: a checkpoint folder, or a config: mapping, file or `RunConfig`.
-        dtype: "float32", "bfloat16" or "float16", for all weights except the adapter's. If None, ``loop.precision``
-            sets the dtype, and ``backbone.dtype`` the dtype of a config's denoiser.
-        device: a torch device; the fastest available one if None.
+        source: a checkpoint folder, or the config of a run: mapping, path of a YAML or JSON file, or `RunConfig`.
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``, for all weights except those of the encoder's adapter.
+            None: the dtype of ``loop.precision`` in the config, and for a config's denoiser that of ``backbone.dtype``.
+        device: a torch device, e.g. ``"cuda"``; None: the fastest available one.
 
     Returns:
         ``(config, backbone, encoder)``.
+
+    Raises:
+        ValueError: if the checkpoint or config is invalid or has no backbone, or the device is not available.
     """
     if isinstance(source, (str, Path)) and Path(source).is_dir():
         from longalign.checkpoints.checkpoint import load_for_sampling
@@ -193,29 +201,32 @@ def generate(
     overwrite: bool = False,
     **settings: Any,
 ) -> list[dict[str, Any]]:
-    """Generates an image for every prompt and seed. Writes PNG files with their settings in the text metadata.
+    """Generates an image for every prompt and seed, and writes PNG files.
 
-    ``metadata.jsonl`` in the folder lists the images, for ``longalign score`` and the data part ``folder``. Text
-    dropped by truncation is logged and recorded in ``truncated``. Nothing is written if no image was generated.
+    The text metadata of a PNG file contain prompt, seed, config and settings. The file ``metadata.jsonl`` in the folder
+    lists the images, so that ``longalign score`` and the training data ``{name: folder}`` can read them. Text that was
+    dropped from a prompt by truncation is logged and listed there. Nothing is written if no image was generated.
 
     Args:
-        source: a checkpoint folder, a config, or a loaded ``(config, backbone, encoder)``.
+        source: a checkpoint folder, the config of a run, or ``(config, backbone, encoder)`` from `load_model`.
         prompts: the prompts.
         output: folder for the files. Its ``metadata.jsonl`` must not list images, unless ``overwrite`` is set.
-        seeds: one image per prompt and seed.
-        negative: negative prompt for all images.
-        batch_size: images per batch.
+        seeds: different seeds; one image is generated per prompt and seed.
+        negative: negative prompt for all images; None: the empty prompt.
+        batch_size: number of images sampled at a time.
         progress: whether to show a progress bar.
-        dtype: see `load_model`; None for a loaded model.
-        device: see `load_model`; None for a loaded model.
-        overwrite: whether to replace the images that the folder's ``metadata.jsonl`` lists.
+        dtype: dtype of the weights, as of `load_model`. Must be None for a loaded model.
+        device: torch device, as of `load_model`. Must be None for a loaded model.
+        overwrite: whether to replace the images that ``metadata.jsonl`` lists.
         **settings: ``num_steps``, ``guidance``, ``guidance_interval``, ``solver``, ``height``, ``width`` of `sample`.
 
     Returns:
-        The rows of ``metadata.jsonl``: ``file_name, prompt, seed, negative_prompt, truncated``.
+        The rows of ``metadata.jsonl``: ``file_name``, ``prompt``, ``seed``, ``negative_prompt`` and ``truncated``, the
+        dropped text.
 
     Raises:
-        ValueError: if the folder already lists images, or ``dtype`` or ``device`` is given for a loaded model.
+        ValueError: if the folder already lists images, a seed occurs twice, or ``dtype`` or ``device`` is given for a
+            loaded model. Also in the cases of `load_model` and `sample`.
     """
     new_index(output, overwrite)  # fail before weights are loaded
     if isinstance(source, tuple) and (dtype is not None or device is not None):

@@ -13,17 +13,18 @@ from longalign.inference.pipelines import library
 from longalign.inference.solvers import FLOW_SCHEDULER_CLASSES, SCHEDULER_CLASSES, check_solver
 
 MIN_ALPHA_CUMPROD = 2.0**-24
-"""Zero signal at the last timestep has no finite sigma; the smallest value that the solvers can represent."""
+"""Lower bound of ``alphas_cumprod``: without signal at the last timestep, the solvers' sigma would be infinite."""
 
 
 def make_scheduler(name: str, levels: NoiseLevels, prediction: str, num_steps: int) -> Any:
-    """Returns a diffusers scheduler with a backbone's noise levels and ``num_steps`` timesteps.
+    """Returns a diffusers scheduler with a model's noise levels and ``num_steps`` timesteps.
 
     Args:
-        name: one of ``unipc``, ``ddim`` (timesteps 999, 979, ..., 19 for 50 steps; Euler's method for a flow),
-            ``dpm++`` (not for flows) and ``lcm`` (999, 749, 499, 249 for 4 steps).
-        levels: signal and noise at each of the T timesteps.
-        prediction: prediction type: ``epsilon``, ``v_prediction`` or ``flow``.
+        name: solver: ``"unipc"``, ``"ddim"`` (timesteps 999, 979, ..., 19 for 50 steps; Euler's method for
+            flow-matching models), ``"dpm++"`` (not for flow-matching models) or ``"lcm"`` (999, 749, 499, 249 for 4
+            steps).
+        levels: scales of signal and noise at each of the T timesteps, T = 1000 in the examples above.
+        prediction: prediction type of the denoiser: ``"epsilon"``, ``"v_prediction"`` or ``"flow"``.
         num_steps: number of sampling steps, 1 to T.
 
     Raises:
@@ -34,7 +35,7 @@ def make_scheduler(name: str, levels: NoiseLevels, prediction: str, num_steps: i
     check_prediction(prediction)
     length = len(levels)
     if not 1 <= num_steps <= length:
-        raise ValueError(f"num_steps must be between 1 and {length}, got {num_steps}")
+        raise ValueError(f"num_steps must be between 1 and {length}, the model's timesteps, got {num_steps}")
     if prediction == "flow":
         return _flow_scheduler(name, levels, num_steps)
     return _diffusion_scheduler(name, levels, prediction, num_steps)
@@ -61,13 +62,22 @@ def _diffusion_scheduler(name: str, levels: NoiseLevels, prediction: str, num_st
 
 
 def _flow_scheduler(name: str, levels: NoiseLevels, num_steps: int) -> Any:
-    """Returns a flow-matching scheduler.
+    """Returns a scheduler for a flow-matching model.
 
-    Its timesteps, which the denoiser receives, are ``T`` times the noise level.
+    The timesteps of the scheduler, which the denoiser receives, are the noise levels in [0, 1] times the number of
+    levels.
+
+    Args:
+        name: solver: ``"unipc"``, ``"ddim"`` or ``"lcm"``.
+        levels: scales of signal and noise at each training timestep.
+        num_steps: number of sampling steps.
+
+    Raises:
+        ValueError: if the solver does not support flow-matching models.
     """
     length = len(levels)
     if name not in FLOW_SCHEDULER_CLASSES:
-        raise ValueError(f"'{name}' does not support flow models; expected unipc, ddim (Euler's method) or lcm")
+        raise ValueError(f"'{name}' does not support flow models; choose unipc, ddim (Euler's method) or lcm")
     settings = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"} if name == "unipc" else {}
     scheduler = getattr(library, FLOW_SCHEDULER_CLASSES[name])(length, **settings)
     scheduler.set_timesteps(sigmas=levels.noise[list(sampling_timesteps(name, levels, num_steps))].numpy())

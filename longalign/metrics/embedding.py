@@ -14,10 +14,10 @@ from longalign.runtime import Runtime
 
 
 def build_embedding_reward(config: PartConfig, runtime: Runtime) -> EmbeddingReward:
-    """Returns the reward of a config, in eval mode.
+    """Builds the reward of a reward config and sets it to eval mode.
 
     Raises:
-        ValueError: if the reward does not embed images and texts.
+        ValueError: if the reward is not an `EmbeddingReward`, i.e. its score is no dot product of embeddings.
     """
     reward = registry.rewards.construct(config, runtime)
     if not isinstance(reward, EmbeddingReward):
@@ -26,6 +26,11 @@ def build_embedding_reward(config: PartConfig, runtime: Runtime) -> EmbeddingRew
 
 
 def text_direction(text: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Returns the common direction ``(d,)`` of the text embeddings ``(n, d)``; a repeated prompt counts once."""
+    """Returns the normalized mean ``(d,)`` of the text embeddings of different prompts; a repeated prompt counts once.
+
+    Args:
+        text: ``(n, d)`` text embeddings.
+        prompts: the n prompts.
+    """
     first = {prompt: i for i, prompt in reversed(list(enumerate(prompts)))}
     return common_direction(text[list(first.values())])

@@ -17,17 +17,18 @@ from longalign.runtime import Runtime
 
 
 class FactMetric(Metric):
-    """Measures fact accuracy: the fraction of the caption's facts that hold in the image, without a learned model.
+    """Fact accuracy: the fraction of the facts in a caption of the synthetic scenes that hold in the image.
 
-    Names: ``facts``, and its breakdowns ``facts/attribute/<kind>``, ``facts/place/<place>`` and
-    ``facts/by_position/<n>-<m>%``. The position is that of the fact's sentence in the caption, in percent of its
+    A fact is e.g. the colour of the object at one place; it is read from the pixels, without a learned model. The
+    values are ``<label>``, and the breakdowns ``<label>/attribute/<kind>``, ``<label>/place/<place>`` and
+    ``<label>/by_position/<n>-<m>%``. The last is for the facts of the sentences between n% and m% of the caption's
     sentences.
 
     Args:
-        captions: captions of the synthetic scenes with their facts; a prompt is looked up by its text. They are read as
-            far as needed.
-        label: name in the table.
-        quarters: number of position ranges.
+        captions: captions of type `longalign.mini.captions.Caption`. A prompt is looked up by its text; captions are
+            read only until it is found.
+        label: name of the values in the table.
+        quarters: number of equal ranges of positions in the caption.
     """
 
     def __init__(self, captions: Iterable[Any], label: str = "facts", quarters: int = 4):
@@ -41,17 +42,21 @@ class FactMetric(Metric):
     def from_config(cls, config: FactsConfig, runtime: Runtime) -> FactMetric:
         data = registry.data.construct(config.data, runtime)
         if not hasattr(data, "scene"):
-            raise ValueError(f"'{config.data.name}' has no captions with facts; expected the data `scenes`")
+            raise ValueError(f"'{config.data.name}' has no captions with facts; set `data` to the data `scenes`")
         return cls((data.scene(i)[1] for i in range(len(data))), config.prefix())
 
     def caption(self, prompt: str) -> Any:
-        """Returns the caption whose text is the prompt, or None."""
+        """Returns the `longalign.mini.captions.Caption` whose text is the prompt, or None if there is none."""
         while prompt not in self._known and (caption := next(self._captions, None)) is not None:
             self._known.setdefault(caption.text, caption)
         return self._known.get(prompt)
 
     def verdicts(self, images: Tensor, prompts: Sequence[str]) -> list[list[list[bool]]]:
-        """Returns whether each fact holds in its image: image -> sentence -> fact -> bool.
+        """Returns whether each fact of a prompt holds in its image: nested lists image -> sentence -> fact -> bool.
+
+        Args:
+            images: ``(b, 3, 64, 64)`` in [0, 1].
+            prompts: the prompt of each image.
 
         Raises:
             ValueError: if a prompt is not among the captions, or the images are not 64 by 64 pixels.
@@ -60,7 +65,8 @@ class FactMetric(Metric):
         if missing:
             raise ValueError(
                 f"no facts for {len(missing)} prompts, e.g. {missing[0]!r}; expected prompts that are among the "
-                f"{len(self._known)} captions of the scenes; give the data config that the prompts come from"
+                f"{len(self._known)} captions of the scenes; set the metric's `data` to the config that the prompts "
+                "come from"
             )
         return oracle.verdicts(images.float().cpu().numpy(), [self.caption(p) for p in prompts])
 

@@ -1,4 +1,4 @@
-"""Frechet distance of the generated images to reference images."""
+"""Frechet distance between features of generated images and of reference images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from longalign.runtime import Runtime
 
 
 class Embeddings(nn.Module):
-    """Features: the image embeddings ``(b, d)`` of a reward."""
+    """Maps images ``(b, 3, h, w)`` in [0, 1] to the image embeddings ``(b, d)`` of a reward."""
 
     def __init__(self, reward: EmbeddingReward):
         super().__init__()
@@ -33,7 +33,9 @@ class Embeddings(nn.Module):
 
 
 class Inception(nn.Module):
-    """Features: the 2048 activations of Inception's last pooling, in TensorFlow's version, as for published FID values.
+    """Maps images ``(b, 3, h, w)`` in [0, 1] to the 2048 activations of Inception v3 after the last pooling.
+
+    The network is TensorFlow's version, as for published FID values.
 
     Args:
         model: torch-fidelity's ``FeatureExtractorInceptionV3``, which takes 8-bit images.
@@ -45,10 +47,11 @@ class Inception(nn.Module):
 
     @classmethod
     def load(cls, weights: str) -> Inception:
-        """Builds the model from a file of torch-fidelity's weights.
+        """Builds the model from the path of a file with torch-fidelity's weights. Requires torch-fidelity.
 
         Raises:
             ValueError: if the file is damaged or contains anything but tensors and plain values.
+            FileNotFoundError: if the file does not exist.
         """
         load_pickle(weights)  # raises if the file contains code, which torch-fidelity would run
         module = import_module("torch_fidelity.feature_extractor_inceptionv3")
@@ -60,14 +63,15 @@ class Inception(nn.Module):
 
 
 class Frechet(Metric):
-    """Squared Frechet distance of the features of generated and reference images, a value of the whole set.
+    """Squared Frechet distance between features of generated and reference images, one value for the whole set.
 
-    Gaussians are fitted to the features of both: ``|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))`` (FID, arXiv
-    1706.08500). Lower is better. The distance decreases with the number of images, so compare only sets of equal size.
-    Features of different extractors have different scales.
+    It is the distance of the Gaussians with the means ``m1``, ``m2`` and covariances ``S1``, ``S2`` of the two sets of
+    features: ``|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))`` (FID, arXiv 1706.08500). Lower is better. The distance
+    decreases with the number of images, so compare only sets of equal size. Distances by different extractors have
+    different scales.
 
     Args:
-        label: name in the table.
+        label: name of the value in the table.
         extractor: module or function that returns features ``(b, d)`` of images ``(b, 3, h, w)`` in [0, 1].
         reference: features ``(n, d)`` of the reference images, ``n >= 2``.
     """
@@ -85,7 +89,10 @@ class Frechet(Metric):
     def from_config(cls, config: FrechetConfig, runtime: Runtime) -> Frechet:
         files = sorted(p for p in Path(config.reference).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
         if len(files) < 2:
-            raise ValueError(f"expected at least two reference images, got {len(files)} in {config.reference}")
+            raise ValueError(
+                f"expected at least two reference images, got {len(files)} in {config.reference}; add images to this "
+                "folder, or set `reference` to a different one"
+            )
         extractor: nn.Module
         if config.inception is not None:
             extractor = Inception.load(config.inception).to(runtime.device)
@@ -104,7 +111,7 @@ class Frechet(Metric):
         return {self.label: lambda observations: self.distance(observations["features"])}
 
     def distance(self, features: np.ndarray) -> float:
-        """Returns the distance of features ``(n, d)`` to the reference; NaN for a single image."""
+        """Returns the squared distance of features ``(n, d)`` to those of the reference images; NaN for n < 2."""
         if len(features) < 2:
             return float("nan")
         features = features.astype(np.float64)

@@ -1,4 +1,4 @@
-"""Simple statistics of images, without a learned model."""
+"""Statistics of images, such as the share of dark pixels, without a learned model."""
 
 from __future__ import annotations
 
@@ -12,28 +12,32 @@ from longalign.metrics.config import GaugesConfig
 from longalign.runtime import Runtime
 
 DARK = 0.2
-"""Luminance below which a pixel is dark."""
+"""Luminance in [0, 1] below which a pixel is dark."""
 EDGE = 0.1
-"""Luminance gradient per pixel from which a pixel is an edge."""
+"""Change of luminance per pixel from which a pixel is an edge."""
 LEVELS = 8
-"""Levels per channel in the histogram of colours."""
+"""Number of bins per colour channel in the histogram of colours."""
 
 
 class Gauges(Metric):
     """Image statistics that show a change of style, e.g. from over-optimization. They do not measure quality.
 
-    ``Y`` is the luminance ``0.2126 R + 0.7152 G + 0.0722 B`` (Rec. 709, of the stored values).
+    ``R``, ``G`` and ``B`` are pixel values in [0, 1], and ``Y = 0.2126 R + 0.7152 G + 0.0722 B`` is the luminance
+    (weights of Rec. 709, applied to the gamma-encoded values). The values of an image, named ``<label>.<name>``:
 
-    - ``dark``: share of pixels with ``Y < 0.2``.
-    - ``saturation``: mean of ``(max - min) / max`` over the channels, 0 for black pixels.
-    - ``edges``: share of pixels with ``|grad Y| >= 0.1``, from differences to the next pixel right and below.
-    - ``entropy``: entropy of the colour histogram with 8 levels per channel, in bits, at most 9.
-    - ``sharpness``: standard deviation of ``Y`` under the 4-neighbour Laplacian.
-    - ``warmth``: mean of ``R - B``.
-    - ``corners``: mean ``Y`` of the corners, squares of an eighth of the sides, over the mean of the image; below 1 for
-      a vignette.
+    - ``dark``: fraction of pixels with ``Y < 0.2``.
+    - ``saturation``: mean over the pixels of ``(max - min) / max`` of the three channels, 0 for black pixels.
+    - ``edges``: fraction of pixels with ``|grad Y| >= 0.1``, from differences to the next pixel right and below.
+    - ``entropy``: entropy of the histogram of colours with 8 bins per channel, in bits, at most 9.
+    - ``sharpness``: standard deviation of the 4-neighbour Laplacian of ``Y``.
+    - ``warmth``: mean of ``R - B``, in [-1, 1].
+    - ``corners``: mean ``Y`` of the four corners divided by the mean ``Y`` of the image; below 1 for a vignette. A
+      corner is an eighth of the height by an eighth of the width.
 
     ``edges`` and ``sharpness`` depend on the resolution, the others do not.
+
+    Args:
+        label: start of the names of the values in the table.
     """
 
     def __init__(self, label: str):
@@ -69,7 +73,7 @@ class Gauges(Metric):
 
 
 def _corners(luma: Tensor) -> Tensor:
-    """The four corners of images ``(b, h, w)`` as one image ``(b, 2 h / 8, 2 w / 8)``."""
+    """Returns the four corners of images ``(b, h, w)``, joined to one image ``(b, 2 h / 8, 2 w / 8)`` each."""
     rows, columns = (
         torch.cat([torch.arange(side)[:n], torch.arange(side)[-n:]]).to(luma.device)
         for side, n in ((side, max(side // 8, 1)) for side in luma.shape[1:])
@@ -78,7 +82,7 @@ def _corners(luma: Tensor) -> Tensor:
 
 
 def _colour_entropy(images: Tensor) -> Tensor:
-    """Entropy in bits ``(b,)`` of the histograms with `LEVELS` levels per channel."""
+    """Returns the entropies ``(b,)``, in bits, of the images' colour histograms with `LEVELS` bins per channel."""
     red, green, blue = (images * LEVELS).long().clamp(0, LEVELS - 1).unbind(1)
     bins = ((red * LEVELS + green) * LEVELS + blue).flatten(1)
     counts = torch.stack([torch.bincount(row, minlength=LEVELS**3) for row in bins])

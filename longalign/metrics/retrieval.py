@@ -20,19 +20,21 @@ from longalign.segmenters import sentences
 
 
 class Retrieval(Metric):
-    """R@1: whether a prompt retrieves its image among all images of the model, or vice versa (paper, table 1).
+    """R@1: whether the most similar image of a prompt is its own, or the reverse (LongAlign, paper, table 1).
 
-    The score of a pair is ``C_X . C_P``, or ``C_X . C_P_perp`` with the text embedding's component orthogonal to the
-    common direction of the distinct prompts. Candidates are one image of each prompt. If prompts have several images,
-    the first images of all prompts are compared, then the second ones, and so on. One value per image, 0 or 1.
+    The similarity of an image and a prompt is ``C_X . C_P``, the dot product of image and text embedding. With
+    ``orthogonal`` it is ``C_X . C_P_perp``, where ``C_P_perp`` is the component of ``C_P`` orthogonal to the mean text
+    embedding of the different prompts. Candidates are one image of each prompt: if prompts have several images, the
+    first images of all prompts are compared, then the second ones, and so on. The value of an image is 0 or 1.
 
     Args:
-        label: name in the table.
-        reward: the embedding reward. Its config decides how a prompt is encoded: ``text: whole`` in one pass, ``text:
-            segments`` as the mean over its sentences.
-        query: the query: ``"text"`` retrieves images, ``"image"`` retrieves texts.
+        label: name of the values in the table.
+        reward: computes the embeddings. The config of the reward decides how a prompt is encoded: with ``text: whole``
+            in one pass, with ``text: segments`` as the mean over its segments.
+        query: ``"text"``: each prompt retrieves an image. ``"image"``: each image retrieves a prompt.
         orthogonal: whether to use ``C_P_perp``. With a single prompt, the values are then NaN.
-        num_sentences: number of sentences of a prompt that are used, from the first (paper, table 4); None for all.
+        num_sentences: number of sentences of each prompt that are encoded, from the first (paper, table 4); None for
+            all.
     """
 
     def __init__(

@@ -19,22 +19,26 @@ from longalign.runtime import Runtime
 
 
 class RewardMetric(Metric):
-    """The score of a reward and its components.
+    """The score of a reward and its components, one value per image.
 
-    For an embedding reward, the score is decomposed along the common text direction, the mean text embedding of the
-    different prompts of the table (paper, section 4.1). Names: ``label`` (the plain score), ``label.text_relevant`` and
-    ``label.text_irrelevant`` (they sum to the score), and ``label-o``, the cosine of the image with the text
-    embedding's component orthogonal to the direction. With Denscore, this is Denscore-O of the paper's tables. With a
-    single prompt, which is its own common direction, the last three are NaN. ``label.text_irrelevant`` is a gauge:
-    a rise can be over-optimization, so its changes are neither gains nor losses.
+    The score of an `EmbeddingReward` is decomposed along the common direction ``V``: the normalized mean text embedding
+    of the different prompts that are evaluated (LongAlign, paper 4.1). The values are:
 
-    For other rewards, the components are those of the reward, ``label.component``.
+    - ``<label>``: the score.
+    - ``<label>.text_irrelevant``: the dot product of the image embedding and the text embedding's component along
+      ``V``. A rise can be over-optimization, so changes count neither as gains nor as losses.
+    - ``<label>.text_relevant``: the rest of the score.
+    - ``<label>-o``: the cosine of the image embedding with the text embedding's component orthogonal to ``V``. With
+      Denscore, this is Denscore-O of the paper's tables.
+
+    The last three are NaN if there is only one prompt. For other rewards, the values are ``<label>`` and
+    ``<label>.<part>`` for each of `Scores.parts`.
 
     Args:
         label: name of the score in the table.
-        reward: a `Reward`, or a function ``(images, prompts) -> (b,)``.
-        segments: also compute the mean and the lowest score of the prompt's segments, ``label.segment_mean`` and
-            ``label.segment_min``.
+        reward: a `Reward`, or a function that maps images ``(b, 3, h, w)`` and b prompts to scores ``(b,)``.
+        segments: whether to add the mean and the lowest score over the segments of each prompt, e.g. its sentences, as
+            ``<label>.segment_mean`` and ``<label>.segment_min``.
 
     Raises:
         ValueError: if ``segments`` is set and the reward cannot score segments.
@@ -45,7 +49,10 @@ class RewardMetric(Metric):
         self.label, self.reward, self.segments = label, as_reward(reward, label), segments
         self.values = {f"{label}.text_irrelevant": Value(direction=None)}
         if segments and not hasattr(self._inner(), "by_segment"):
-            raise ValueError(f"'{label}' cannot score segments; expected a two-tower reward, or `segments: false`")
+            raise ValueError(
+                f"'{label}' cannot score segments; use a reward with an image and a text encoder, such as clip, or set "
+                "`segments: false`"
+            )
 
     @classmethod
     def from_config(cls, config: RewardMetricConfig, runtime: Runtime) -> RewardMetric:
@@ -86,12 +93,12 @@ class RewardMetric(Metric):
     def by_segment(
         self, images: Tensor, prompts: Sequence[str], features: Tensor | None = None
     ) -> list[list[tuple[str, float]]]:
-        """Returns text and score of each segment of the prompts, see `longalign.rewards.TowerReward.by_segment`.
+        """Returns text and score of each segment of each prompt, as `longalign.rewards.TowerReward.by_segment`.
 
         Args:
             images: ``(b, 3, h, w)`` in [0, 1].
             prompts: one for each image.
-            features: the observations ``"image"`` of the images, if known. The image tower then does not run again.
+            features: ``(b, d)`` embeddings of the images, if already computed; None computes them.
         """
         inner = self._inner()
         if features is not None and hasattr(inner, "score_segments"):
@@ -101,7 +108,16 @@ class RewardMetric(Metric):
     def cosines(
         self, images: Tensor, texts: Sequence[Sequence[str]], features: Tensor | None = None
     ) -> list[list[float]]:
-        """Returns the cosines of each image with its texts; the arguments are those of `by_segment`."""
+        """Returns the dot products of each image's embedding with the embeddings of its texts.
+
+        Args:
+            images: ``(b, 3, h, w)`` in [0, 1].
+            texts: for each image, any number of texts.
+            features: ``(b, d)`` embeddings of the images, if already computed; None computes them.
+
+        Returns:
+            For each image, one number per text. It is the cosine if the text is encoded in one pass.
+        """
         inner = self._inner()
         known: Tensor = inner.image_features(images) if features is None else features
         text_features = [inner.text_features(row) for row in texts]

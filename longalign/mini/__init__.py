@@ -1,6 +1,6 @@
-"""The bundled synthetic scenes: rendering, captions, an exact fact oracle, and the `mini` weights.
+"""The bundled synthetic scenes: rendering, captions, the check of facts in images, and the weights of tiny models.
 
-Public names are loaded on first use.
+A fact is one statement of a caption, such as the colour of an object. Public names are loaded on first use.
 """
 
 from __future__ import annotations

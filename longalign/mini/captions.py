@@ -1,6 +1,6 @@
-"""Generates captions of synthetic scenes, from about ten words to over 500 CLIP tokens.
+"""Generates captions of synthetic scenes, from about ten words to 800 CLIP tokens, or to any length with filler.
 
-Each sentence comes with the list of facts that it states.
+Each sentence has the list of facts that it states. Filler are sentences that state no fact.
 """
 
 from __future__ import annotations
@@ -78,18 +78,26 @@ FILL_WORDY = (
     "The way in which the inside of {the} has been done is {fill}.",
 )
 EMPTY = ("There is nothing {where}.", "The place {where} is empty.", "Nothing can be seen {where}.")
+FILLER = (  # only words of the other phrases, because the bundled models know no other words
+    "From the place {there} the eye now turns to the part of the picture that lies {where}.",
+    "Looking from the part {there} to the part {where}, one can see how the whole of this image has been painted.",
+    "Compared with what can be seen {there}, the part that lies {where} is drawn in the way in which all of this has "
+    "been done.",
+    "When the eye comes to the part of the image that lies {where}, it turns for a moment to the place {there}.",
+)
 IT = ("it", "this one", "this object", "it")
 LAST_LEVEL = 5
 
 
 @dataclass(frozen=True)
 class Fact:
-    """One fact of an image that a caption describes.
+    """One statement of a caption about a scene.
 
     Attributes:
-        kind: ``shape``, ``colour``, ``size`` or ``fill`` of the object at ``place``; ``empty``; or ``ground``.
-        value: the described value, ``""`` for ``empty``.
-        place: one of `longalign.mini.scenes.PLACES`, ``""`` for ``ground``.
+        kind: "shape", "colour", "size" or "fill" for this attribute of the object at ``place``; "empty" if there is no
+            object at ``place``; "ground" for the colour of the background.
+        value: the stated value, e.g. "red"; empty for the kind "empty".
+        place: one of `longalign.mini.scenes.PLACES`, e.g. "top left"; empty for the kind "ground".
     """
 
     kind: str
@@ -99,7 +107,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Sentence:
-    """One sentence of a caption and the facts that it describes."""
+    """One sentence of a caption, and the facts that the sentence states."""
 
     text: str
     facts: tuple[Fact, ...]
@@ -107,39 +115,43 @@ class Sentence:
 
 @dataclass(frozen=True)
 class Caption:
-    """A caption as sentences in reading order."""
+    """A caption of a scene, as sentences in reading order."""
 
     sentences: tuple[Sentence, ...]
 
     @property
     def text(self) -> str:
-        """The caption as one string."""
+        """The sentences joined with spaces."""
         return " ".join(s.text for s in self.sentences)
 
     @property
     def num_words(self) -> int:
-        """Number of words, separated by spaces."""
+        """Number of words of the caption; words are separated by spaces."""
         return sum(s.text.count(" ") + 1 for s in self.sentences)
 
     @property
     def facts(self) -> tuple[Fact, ...]:
-        """All described facts, in reading order."""
+        """All facts that the sentences state, in reading order."""
         return tuple(fact for s in self.sentences for fact in s.facts)
 
 
-def describe(scene: Scene, rng: np.random.Generator, *, words: int = 40, style: str = "plain") -> Caption:
-    """Describes a scene in about ``words`` words.
+def describe(
+    scene: Scene, rng: np.random.Generator, *, words: int = 40, style: str = "plain", filler: bool = False
+) -> Caption:
+    """Returns a caption of a scene with about ``words`` words.
 
-    Longer captions describe each object in more detail, from a clause to one wordy sentence per fact, and then list the
-    empty places. Short captions omit sizes and fills first, then whole objects. Captions of scenes with few objects can
-    stay below ``words``, since their length is limited. A CLIP token is about 0.9 words.
+    With more words, each object is described in more detail, from one clause to one wordy sentence per fact; then empty
+    places are listed. With few words, sizes and fills are omitted first, then whole objects. Without ``filler``,
+    captions of scenes with few objects can have fewer than ``words`` words. A CLIP token is about 0.9 words.
 
     Args:
         scene: the scene to describe.
         rng: samples the phrases and the order of the objects.
         words: target length in words: 8 gives a short clause; 480 gives over 500 CLIP tokens with seven objects or
             more.
-        style: ``plain`` (self-contained sentences) or ``referring`` ("It is red.").
+        style: "plain" (self-contained sentences) or "referring" (sentences with pronouns, such as "It is red.").
+        filler: whether a caption that states every fact in fewer than ``words`` words is extended to this length by
+            sentences that state no fact, between the descriptions of the objects.
 
     Raises:
         ValueError: if the style is unknown or ``words`` is below 1.
@@ -168,13 +180,19 @@ def describe(scene: Scene, rng: np.random.Generator, *, words: int = 40, style: 
             low = middle + 1
     if low > 1 and low <= len(things) and length(low) > words:
         low -= 1  # if objects are omitted, prefer the shorter caption
-    return builder.caption(*_plan(low, len(things), len(empty)))
+    plan = _plan(low, len(things), len(empty))
+    missing = words - builder.caption(*plan).num_words if filler else 0
+    return builder.caption(*plan, num_filler_words=missing)
 
 
 def _plan(steps: int, num_things: int, num_empty: int) -> tuple[list[int], int]:
-    """Returns the level of detail of each described object, and the number of empty places to list.
+    """Returns the level of detail (0 to `LAST_LEVEL`) of each described object, and the number of empty places to list.
 
-    ``steps`` is the number of steps of lengthening the caption.
+    Args:
+        steps: how often the shortest caption is made longer: first by objects at level 0, then by one level of detail
+            for one object at a time, then by empty places.
+        num_things: number of objects of the scene.
+        num_empty: number of empty places of the scene.
     """
     if steps <= num_things:
         return [0] * steps, 0
@@ -186,21 +204,30 @@ def _plan(steps: int, num_things: int, num_empty: int) -> tuple[list[int], int]:
 
 
 class _CaptionBuilder:
-    """Describes one scene at given levels of detail; the text of an object depends only on the object's level."""
+    """Builds captions of one scene. The text of an object depends only on its level of detail, not on other levels.
+
+    Args:
+        scene: the scene.
+        things: the objects in the order of their description.
+        empty: the empty places in the order of their description.
+        style: "plain" or "referring".
+        seed: seed of the choice of phrases.
+    """
 
     def __init__(self, scene: Scene, things: list[Thing], empty: list[str], style: str, seed: int):
         self.scene, self.things, self.empty, self.style, self.seed = scene, things, empty, style, seed
         self.clause = cache(lambda i, level: _clause(things[i], level, Random(seed + i)))
         self.sentences = cache(lambda i, level: _thing(things[i], level, style, Random(seed + i)))
 
-    def caption(self, levels: list[int], num_empty: int) -> Caption:
+    def caption(self, levels: list[int], num_empty: int, num_filler_words: int = 0) -> Caption:
         rng = Random(self.seed + 100)
         ground = (Fact("ground", self.scene.ground),)
         if not levels:
             text = _capital(_pick(rng, GROUND_CLAUSES)).format(ground=self.scene.ground) + "."
-            return Caption((Sentence(text, ground), *self._empty(num_empty)))
+            blocks = [[Sentence(text, ground)], *self._empty(num_empty)]
+            return self._filled(blocks, num_filler_words)
         highest = max(levels)
-        out: list[Sentence] = []
+        blocks: list[list[Sentence]] = []
         clauses = [self.clause(i, level) for i, level in enumerate(levels) if level <= 1]
         for start in range(0, len(clauses), 3):
             group = clauses[start : start + 3]
@@ -208,22 +235,33 @@ class _CaptionBuilder:
             facts = tuple(f for _, fs in group for f in fs)
             if start == 0 and highest == 1:
                 text, facts = f"{text} {_pick(rng, GROUND_CLAUSES)}".format(ground=self.scene.ground), facts + ground
-            out.append(Sentence(_capital(text) + ".", facts))
-        for i, level in enumerate(levels):
-            if level > 1:
-                out += self.sentences(i, level)
+            blocks.append([Sentence(_capital(text) + ".", facts)])
+        blocks += [self.sentences(i, level) for i, level in enumerate(levels) if level > 1]
         if highest > 1:
             bank = GROUND_WORDY if highest == LAST_LEVEL else GROUND_SENTENCES
             text = _pick(rng, bank).format(ground=self.scene.ground)
-            out.insert(len(out) if rng.random() < 0.5 else 0, Sentence(text, ground))
-        return Caption((*out, *self._empty(num_empty)))
+            blocks.insert(len(blocks) if rng.random() < 0.5 else 0, [Sentence(text, ground)])
+        return self._filled([*blocks, *self._empty(num_empty)], num_filler_words)
 
-    def _empty(self, number: int) -> list[Sentence]:
+    def _filled(self, blocks: list[list[Sentence]], num_words: int) -> Caption:
+        """Returns a caption of the blocks in order, with ``num_words`` or more words of filler between them.
+
+        The sentences of a block, e.g. those of one object, stay together.
+        """
+        rng, blocks = Random(self.seed + 300), [list(block) for block in blocks]
+        while num_words > 0:
+            there, where = rng.sample(PLACES, 2)
+            text = _pick(rng, FILLER).format(there=_pick(rng, WHERE[there]), where=_pick(rng, WHERE[where]))
+            blocks[int(rng.random() * len(blocks))].append(Sentence(text, ()))
+            num_words -= text.count(" ") + 1
+        return Caption(tuple(sentence for block in blocks for sentence in block))
+
+    def _empty(self, number: int) -> list[list[Sentence]]:
         out = []
         for i, place in enumerate(self.empty[:number]):
             rng = Random(self.seed + 200 + i)
             text = _pick(rng, EMPTY).format(where=_pick(rng, WHERE[place]))
-            out.append(Sentence(text, (Fact("empty", "", place),)))
+            out.append([Sentence(text, (Fact("empty", "", place),))])
         return out
 
 
@@ -286,7 +324,7 @@ def _capital(text: str) -> str:
 
 
 def all_phrases() -> list[str]:
-    """Returns all phrases of captions. The reduced vocabularies must contain their words."""
+    """Returns phrases that contain all words of captions. The reduced vocabularies must contain these words."""
     banks: list[tuple[str, ...]] = [GROUND_CLAUSES, GROUND_SENTENCES, GROUND_WORDY, WHOLE, INTROS, INTROS_WORDY, TWO]
     banks += [COLOUR, COLOUR_WORDY, SIZE, SIZE_WORDY, FILL, FILL_WORDY, EMPTY, IT]
     banks += [*WHERE.values(), *SIZE_WORDS.values(), *FILL_WORDS.values()]

@@ -1,8 +1,8 @@
-"""Recovers a scene from pixels with matched filters, without a learned model.
+"""Recovers synthetic scenes from the pixels of images with matched filters, and checks facts, without a learned model.
 
-At each place, the coverage mask of every kind of object, minus its constant and linear part, is fitted to the pixels by
-least squares. The object is the one whose mask explains most variance. The fitted amplitude plus the ground's colour is
-the object's colour.
+Each place of the grid is read alone. The mask of every kind of object (the fraction of each pixel that it covers),
+without its constant and linear part, is fitted to the pixels by least squares. The kind whose mask explains most
+variance is the object. The fitted amplitude plus the colour of the background is the colour of the object.
 """
 
 from __future__ import annotations
@@ -16,11 +16,19 @@ from longalign.mini.captions import Caption, Fact
 from longalign.mini.scenes import COLOURS, GROUNDS, IMAGE_SIZE, MASK_KEYS, PLACES, Scene, Thing, object_masks
 
 MIN_CONTRAST = 0.12
-"""Amplitude (length of an RGB difference, in units of full range) below which a place counts as empty."""
+"""Contrast below which a place counts as empty: Euclidean distance of the RGB colours of object and background, with
+values in [0, 1]."""
 
 
 def read_scenes(images: np.ndarray) -> list[Scene]:
-    """Recovers the scenes of images ``(b, 3, 64, 64)`` in [0, 1]. Tint and vignette of the result are 0."""
+    """Returns the scene that each image shows. Tint and vignette are not recovered; they are 0 in the scenes.
+
+    Args:
+        images: ``(b, 3, 64, 64)`` in [0, 1].
+
+    Raises:
+        ValueError: if ``images`` has a different shape.
+    """
     images = np.asarray(images, np.float32)
     if images.ndim != 4 or images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
         raise ValueError(f"expected images of shape (b, 3, {IMAGE_SIZE}, {IMAGE_SIZE}), got {images.shape}")
@@ -64,7 +72,11 @@ def _never_covered() -> np.ndarray:
 
 @cache
 def _filters() -> list[tuple[slice, slice, np.ndarray, np.ndarray]]:
-    """Returns for each place: rows, columns, masks minus constant and linear part ``(30, p)``, unchanged masks."""
+    """Returns for each place: its rows and columns of the image, the filters ``(30, p)``, and the masks ``(30, p)``.
+
+    A filter is the mask of a kind of object (see `MASK_KEYS`) at the place's ``p`` pixels, without its constant and
+    linear part.
+    """
     edges = [0, 21, 43, 64]
     out = []
     for place in range(len(PLACES)):
@@ -79,7 +91,7 @@ def _filters() -> list[tuple[slice, slice, np.ndarray, np.ndarray]]:
 
 
 def holds(fact: Fact, scene: Scene) -> bool:
-    """Whether a fact is true of a scene."""
+    """Returns whether a fact is true of a scene."""
     if fact.kind == "ground":
         return scene.ground == fact.value
     thing = scene.at(fact.place)
@@ -89,7 +101,15 @@ def holds(fact: Fact, scene: Scene) -> bool:
 
 
 def verdicts(images: np.ndarray, captions: Sequence[Caption]) -> list[list[list[bool]]]:
-    """Returns whether each fact holds in its image: image -> sentence of the caption -> fact -> bool."""
+    """Returns whether each fact of a caption holds in the image: image -> sentence of its caption -> fact -> bool.
+
+    Args:
+        images: ``(b, 3, 64, 64)`` in [0, 1].
+        captions: the ``b`` captions.
+
+    Raises:
+        ValueError: if the numbers of images and captions differ, or ``images`` has a different shape.
+    """
     if len(images) != len(captions):
         raise ValueError(f"expected one caption per image, got {len(images)} images and {len(captions)} captions")
     scenes = read_scenes(images)
@@ -100,7 +120,10 @@ def verdicts(images: np.ndarray, captions: Sequence[Caption]) -> list[list[list[
 
 
 def fact_accuracy(images: np.ndarray, captions: Sequence[Caption]) -> np.ndarray:
-    """Returns the fraction of each caption's facts that hold in its image, shape ``(b,)``; NaN without facts."""
+    """Returns the fraction of the facts of each caption that hold in the image: float64 ``(b,)``, NaN without facts.
+
+    Arguments and errors are those of `verdicts`.
+    """
     out = []
     for sentences in verdicts(images, captions):
         flat = [fact_holds for sentence in sentences for fact_holds in sentence]

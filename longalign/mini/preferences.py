@@ -1,4 +1,7 @@
-"""Simulates preferences over synthetic scenes: faithfulness to the caption plus a caption-independent taste."""
+"""Simulates people's preferences between synthetic scenes.
+
+They depend on faithfulness to the caption and on taste, a score of the light that the caption does not describe.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,16 @@ from longalign.mini import oracle
 from longalign.mini.captions import Caption
 from longalign.mini.scenes import ATTRIBUTES, GROUNDS, VALUES, Scene
 
-#: probabilities of changing each fact of a scene; one of them is sampled per scene
+#: probabilities with which `vary` changes each attribute of a scene; one of them is sampled per scene
 RATES = (0.0, 0.1, 0.25, 0.5)
 
 
 def vary(scene: Scene, rng: np.random.Generator) -> Scene:
-    """Imitates an imperfect model: changes some facts, drops some objects, and resamples tint and vignette."""
+    """Returns a scene as an imperfect model would show it: some attributes are changed, some objects are missing.
+
+    Tint and vignette are sampled again. A probability is sampled from `RATES`. With this probability, each attribute of
+    an object and the background are replaced by random values; with a third of it, each object is dropped.
+    """
     rate = float(rng.choice(RATES))
     things = []
     for thing in scene.things:
@@ -33,17 +40,18 @@ def truth(scene: Scene, caption: Caption) -> float:
 
 
 def taste(scene: Scene) -> float:
-    """Returns the score of tint and vignette, from -1 to 1; warm light and dark corners score high.
+    """Returns the caption-independent score of a scene from -1 to 1: ``(tint + 2 vignette - 1) / 2``.
 
-    Captions never describe these attributes.
+    Warm light and dark corners score high. Captions never describe them.
     """
     return (scene.tint + 2 * scene.vignette - 1) / 2
 
 
 def preference(first: Scene, second: Scene, caption: Caption, truth_weight: float, taste_weight: float) -> float:
-    """Returns the fraction of people who prefer the first scene.
+    """Returns the simulated fraction of people who prefer the first scene, from 0 to 1.
 
-    It is the sigmoid of the weighted differences of `truth` and `taste` between the scenes.
+    With the differences of `truth` and `taste` (first minus second scene), this is
+    ``sigmoid(truth_weight * truth difference + taste_weight * taste difference)``.
     """
     margin = truth_weight * (truth(first, caption) - truth(second, caption))
     margin += taste_weight * (taste(first) - taste(second))

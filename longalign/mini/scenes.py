@@ -1,7 +1,8 @@
 """Samples and renders synthetic scenes: objects on a three by three grid, at 64 x 64 pixels.
 
-Captions describe *facts*: the colour of the ground, and for each place the object's shape, colour, size and fill, or
-that the place is empty. They never describe the *look*: a warm or cold tint and a vignette, which determine taste.
+Captions state *facts*: the colour of the background (ground), and for each place of the grid the shape, colour, size
+and fill of the object, or that the place is empty. They never describe the *look*: a warm or cold tint and a vignette
+(dark corners), which determine the taste in `longalign.mini.preferences`.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from functools import cache
 import numpy as np
 
 IMAGE_SIZE = 64
+"""Width and height of an image in pixels."""
 PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
 SHAPES = ("circle", "square", "triangle", "diamond", "cross")
 FILLS = ("solid", "striped", "hollow")
 SIZES = {"small": 5.5, "large": 9.6}
-"""Half width of an object in pixels."""
+"""Name of a size -> half the width of an object in pixels."""
 COLOURS = {
     "red": (0.86, 0.12, 0.12),
     "orange": (0.98, 0.55, 0.08),
@@ -42,7 +44,15 @@ MASK_KEYS = tuple((shape, size, fill) for shape in SHAPES for size in SIZES for 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object of a scene. ``place`` is one of `PLACES`; the other attributes are among `VALUES`."""
+    """One object of a scene.
+
+    Attributes:
+        place: the cell of the grid, one of `PLACES`.
+        shape: one of `SHAPES`.
+        colour: a key of `COLOURS`.
+        size: a key of `SIZES`.
+        fill: one of `FILLS`.
+    """
 
     place: str
     shape: str
@@ -57,7 +67,7 @@ class Scene:
 
     Attributes:
         things: the objects, at most one per grid cell, in the order of `PLACES`.
-        ground: name of the background colour.
+        ground: name of the background colour, a key of `GROUNDS`.
         tint: -1 (cold) to 1 (warm); not described by captions.
         vignette: 0 (even light) to 1 (dark corners); not described by captions.
     """
@@ -68,12 +78,20 @@ class Scene:
     vignette: float = 0.0
 
     def at(self, place: str) -> Thing | None:
-        """Returns the object at a place, or None."""
+        """Returns the object at ``place``, one of `PLACES`; None if the place is empty."""
         return next((t for t in self.things if t.place == place), None)
 
 
 def sample_scene(rng: np.random.Generator, num_things: tuple[int, int] = (1, 9)) -> Scene:
-    """Samples a scene with ``num_things`` objects (lowest and highest, inclusive), with uniform facts and look."""
+    """Samples a scene: uniformly the number of objects, their attributes, the ground, the tint and the vignette.
+
+    Args:
+        rng: source of the random numbers.
+        num_things: lowest and highest number of objects, both included, each from 0 to 9.
+
+    Raises:
+        ValueError: if ``num_things`` is out of this range.
+    """
     low, high = num_things
     if not 0 <= low <= high <= len(PLACES):
         raise ValueError(f"expected num_things as (lowest, highest) from 0 to {len(PLACES)}, got {num_things}")
@@ -87,7 +105,7 @@ def sample_scene(rng: np.random.Generator, num_things: tuple[int, int] = (1, 9))
 
 
 def render(scene: Scene) -> np.ndarray:
-    """Renders a scene: float32 ``(64, 64, 3)`` in [0, 1]."""
+    """Renders a scene as an RGB image: float32 ``(64, 64, 3)`` in [0, 1]."""
     image = np.broadcast_to(np.array(GROUNDS[scene.ground], np.float32), (IMAGE_SIZE, IMAGE_SIZE, 3)).copy()
     masks = object_masks()
     for thing in scene.things:
@@ -99,7 +117,7 @@ def render(scene: Scene) -> np.ndarray:
 
 
 def render_batch(scenes: Sequence[Scene]) -> np.ndarray:
-    """Renders scenes in the layout of models: float32 ``(b, 3, 64, 64)`` in [0, 1]."""
+    """Renders ``b`` scenes as RGB images with the channels first: float32 ``(b, 3, 64, 64)`` in [0, 1]."""
     return np.stack([render(scene) for scene in scenes]).transpose(0, 3, 1, 2).copy()
 
 
@@ -107,7 +125,8 @@ def render_batch(scenes: Sequence[Scene]) -> np.ndarray:
 def object_masks() -> np.ndarray:
     """Returns the fraction of each pixel that an object covers: float32 ``(9, 30, 64, 64)`` in [0, 1].
 
-    The axes are the place (as in `PLACES`), the object (as in `MASK_KEYS`), the row and the column.
+    The axes are the place (as in `PLACES`), the kind of object (shape, size and fill as in `MASK_KEYS`), the row and
+    the column. The faint bands of striped objects count as 0.3.
     """
     fine = 4
     axis = (np.arange(IMAGE_SIZE * fine, dtype=np.float32) + 0.5) / fine
@@ -141,6 +160,6 @@ def _inside(shape: str, x: np.ndarray, y: np.ndarray, half: float) -> np.ndarray
 
 @cache
 def _radius() -> np.ndarray:
-    """Returns the distance from the image centre; 1 in the corners."""
+    """Returns the distance of each pixel from the image centre, 1 in the corners: float32 ``(64, 64)``."""
     axis = (np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5) / IMAGE_SIZE * 2 - 1
     return np.hypot(axis[:, None], axis[None, :]) / np.float32(2**0.5)

@@ -1,4 +1,4 @@
-"""Writes tokenizers of the `mini` models: CLIP's byte-pair encoding with a reduced vocabulary, and a T5 unigram model.
+"""Writes tokenizers of the bundled tiny models: CLIP's with a reduced vocabulary, and a T5 unigram tokenizer.
 
 The reduced CLIP vocabulary keeps all bytes, the most frequent merges and every merge of the given words. These words
 are split exactly as by the full tokenizer, and any other text can be tokenized too. Ids follow CLIP's order (bytes,
@@ -24,7 +24,12 @@ _SOT, _EOT = "<|startoftext|>", "<|endoftext|>"
 
 
 def reduced_merges(words: Iterable[str], num_common: int = NUM_COMMON_MERGES) -> list[tuple[str, str]]:
-    """Returns the merges of the reduced CLIP vocabulary by rank: the first ``num_common``, and those of ``words``."""
+    """Returns the byte-pair merges of the reduced CLIP vocabulary, ordered by their rank in the full vocabulary.
+
+    Args:
+        words: texts whose words must be split as by the full tokenizer; all merges that occur in them are kept.
+        num_common: number of merges that are kept in any case: those of the lowest ranks, which are the most frequent.
+    """
     full = SimpleTokenizer()
     ranks_used = set(sorted(full.bpe_ranks.values())[:num_common])
     for word in sorted({w for text in words for w in full.pat.findall(text.lower())}):
@@ -43,12 +48,15 @@ def reduced_merges(words: Iterable[str], num_common: int = NUM_COMMON_MERGES) ->
 
 
 def write_clip_tokenizer(folder: Path, words: Sequence[str] | None = None, max_length: int = 77) -> Path:
-    """Writes a transformers ``CLIPTokenizer`` with the reduced vocabulary into ``folder``.
+    """Writes a transformers ``CLIPTokenizer`` with a reduced vocabulary (see `reduced_merges`) into ``folder``.
 
     Args:
         folder: output folder; created if missing.
-        words: texts whose words must be split as by the full tokenizer; None for the phrases of the captions.
-        max_length: window of the text model in tokens.
+        words: texts whose words must be split as by the full tokenizer; None for the phrases of the synthetic captions.
+        max_length: maximum number of tokens of the text model, special tokens included.
+
+    Returns:
+        ``folder``.
     """
     from transformers import CLIPTokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -69,9 +77,9 @@ def write_clip_tokenizer(folder: Path, words: Sequence[str] | None = None, max_l
 
 
 def write_open_clip_bpe(folder: Path, words: Sequence[str] | None = None) -> Path:
-    """Writes the reduced CLIP vocabulary as ``bpe_simple_vocab.txt.gz``, the file of open_clip's tokenizer.
+    """Writes the vocabulary of `write_clip_tokenizer` in the format of open_clip's tokenizer.
 
-    ``folder`` and ``words`` are those of `write_clip_tokenizer`. Returns the path of the file.
+    The arguments are those of `write_clip_tokenizer`. Returns the path of the file ``bpe_simple_vocab.txt.gz``.
     """
     merges = reduced_merges(_default_words() if words is None else words)
     folder.mkdir(parents=True, exist_ok=True)
@@ -83,10 +91,15 @@ def write_open_clip_bpe(folder: Path, words: Sequence[str] | None = None) -> Pat
 
 
 def write_t5_tokenizer(folder: Path, texts: Sequence[str] | None = None, vocab_size: int = 600) -> Path:
-    """Trains a unigram model on ``texts`` and writes it as a transformers ``T5Tokenizer`` into ``folder``.
+    """Trains a unigram model and writes it as a transformers ``T5Tokenizer`` into ``folder``. Returns ``folder``.
 
-    Every word of the texts is added as a piece with its relative frequency as probability, since the trainer omits the
-    shortest and most frequent words of so few texts.
+    Every word of the texts is added to the vocabulary, with its relative frequency as probability. The training would
+    omit the shortest and most frequent words of so few texts.
+
+    Args:
+        folder: output folder; created if missing.
+        texts: texts to train on; None for the phrases of the synthetic captions.
+        vocab_size: number of pieces to train, before words and T5's 100 ``<extra_id>`` tokens are added.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 

@@ -1,4 +1,4 @@
-"""Rewards: one differentiable score per image and prompt.
+"""Rewards: models and functions that score an image against its prompt, with gradient with respect to the image.
 
 Public names are loaded on first use, so importing this package does not import torch.
 """

@@ -1,4 +1,4 @@
-"""Interface of rewards: one differentiable score per image and prompt."""
+"""Interface of rewards: modules that score images against their prompts, one number per image."""
 
 from __future__ import annotations
 
@@ -15,33 +15,38 @@ from longalign.segmenters import check_prompts
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of a batch and their named components.
+    """Scores of a batch of b images with their prompts, and named components of the scores.
 
     Attributes:
-        total: ``(b,)`` scores to maximize, differentiable with respect to the images.
-        parts: named ``(b,)`` tensors without gradient, logged as separate curves, e.g. ``text_relevant`` and
-            ``text_irrelevant``.
+        total: ``(b,)`` floating-point scores to maximize, differentiable with respect to the images.
+        parts: named ``(b,)`` tensors without gradient, logged as separate curves, e.g. the terms of a sum. They need
+            not add up to ``total``.
     """
 
     total: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
 
     def checked(self, images: Tensor, prompts: Sequence[str]) -> Scores:
-        """Returns these scores after checking that each image of ``(b, 3, h, w)`` has one finite score.
+        """Checks that ``total`` has one finite score for each image, and returns this object.
+
+        Args:
+            images: ``(b, 3, h, w)`` images that were scored.
+            prompts: their b prompts.
 
         Raises:
-            NonFiniteReward: if a score is not finite; contains image and prompt of the first such score.
-            ValueError: if the shapes do not match.
+            NonFiniteReward: if a score is not finite. It contains image and prompt of the first such score.
+            ValueError: if ``total`` is not a floating-point tensor of shape ``(b,)``.
         """
         check_scores(self.total, images, prompts)
         return self
 
 
 class Reward(nn.Module):
-    """Base class of rewards. Parameters are frozen; only the images receive gradient.
+    """Base class of rewards, which score images against their prompts. Subclasses implement `score_components`.
 
-    In training mode, scores may be random, e.g. due to a random crop, and scoring may update state, e.g. a running
-    direction. In eval mode, the same images and prompts always have the same score.
+    Parameters are frozen, so only the images receive gradient, unless the reward itself is trained. In training mode,
+    scores may be random, e.g. due to a random crop, and scoring may update buffers, e.g. a running mean. In eval mode,
+    the same batch of images and prompts always has the same scores.
     """
 
     #: name used in messages, as in the config; if empty, the class name is used
@@ -50,10 +55,10 @@ class Reward(nn.Module):
     window: int | None = None
 
     def count_tokens(self, text: str) -> int:
-        """Returns the number of tokens of a text, without special tokens.
+        """Returns the number of tokens of a text, without special tokens, by the reward's tokenizer.
 
         Raises:
-            ValueError: if the reward has no tokenizer.
+            ValueError: if the reward has no tokenizer. The base class always raises it.
         """
         name = self.label or type(self).__name__
         raise ValueError(f"the reward '{name}' cannot count tokens; use a segmenter without a token limit: `sentence`")
@@ -62,30 +67,39 @@ class Reward(nn.Module):
         """Scores images ``(b, 3, h, w)`` in [0, 1] against one prompt each; returns ``(b,)``, higher is better.
 
         Raises:
-            NonFiniteReward: if a score is not finite.
-            ValueError: if the scores are invalid; see `longalign.rewards.base.guarded`.
+            NonFiniteReward: if a score is NaN or infinite.
+            ValueError: if the numbers of images and prompts differ, or the reward returns invalid scores, as listed in
+                `longalign.rewards.base.guarded`.
         """
         return guarded(self, images, prompts).total
 
     def score_components(self, images: Tensor, prompts: Sequence[str]) -> Scores:
-        """Returns the scores with their named components.
+        """Returns the scores of a batch and their named components.
 
-        Implementations must return ``Scores(...).checked(images, prompts)``.
+        Implementations must return ``Scores(...).checked(images, prompts)``. Callers use `score`, or `guarded` for the
+        components.
+
+        Args:
+            images: ``(b, 3, h, w)`` in [0, 1]; the scores must have gradient with respect to them.
+            prompts: b prompts, one for each image.
         """
         raise NotImplementedError
 
     def score_texts(self, images: Tensor, texts: Sequence[str], image_index: Sequence[int]) -> Tensor:
-        """Scores texts against images that several of them share.
+        """Scores texts of which several may belong to one image, such as the sentences of its prompt.
 
-        The default repeats the images. Override it to compute what depends only on an image once.
+        The default scores a copy of the image for each text. Override this method to encode each image only once.
 
         Args:
             images: ``(b, 3, h, w)`` in [0, 1].
             texts: n texts.
-            image_index: index of the image of each text.
+            image_index: for each text, the index in ``images`` of the image that it is scored against.
 
         Returns:
-            ``(n,)`` scores.
+            ``(n,)`` scores, higher is better.
+
+        Raises:
+            NonFiniteReward, ValueError: as `score`.
         """
         return guarded(self, images[list(image_index)], texts).total
 
@@ -93,29 +107,34 @@ class Reward(nn.Module):
 class EmbeddingReward(Reward):
     """Reward that is a dot product of embeddings, ``s = C_X(x) . C_P(p)`` (LongAlign, paper section 3.2).
 
-    Subclasses implement `image_features` (``C_X``) and `text_features` (``C_P``), from which scores, decomposition and
-    edits of the text embedding are computed.
+    ``x`` is an image and ``p`` its prompt. Subclasses implement `image_features` (``C_X``) and `text_features`
+    (``C_P``). Only such rewards can be decomposed (`longalign.functional.preference`) or have their text embedding
+    changed (`longalign.edits`).
     """
 
     #: width of the embeddings
     dim: int
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Returns unit embeddings ``(b, d)`` of images ``(b, 3, h, w)`` in [0, 1] of any resolution, with gradient."""
+        """Returns embeddings ``(b, d)`` of norm 1 of images ``(b, 3, h, w)`` in [0, 1] of any size, with gradient."""
         raise NotImplementedError
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
-        """Returns text embeddings ``(b, d)`` of prompts, without gradient unless the reward is trained.
+        """Returns text embeddings ``(b, d)`` of b prompts, without gradient unless the reward is trained.
 
-        Each row is the unit embedding of the whole text, or the unnormalized mean of the unit embeddings of its
-        segments (Denscore, paper 3.2).
+        Each row is the embedding of the whole prompt, of norm 1. If the reward splits prompts into segments, e.g.
+        sentences, it is the mean of the segments' embeddings of norm 1, not normalized again (Denscore, paper 3.2).
         """
         raise NotImplementedError
 
     def prefixed_features(self, prompts: Sequence[str], prefix: str) -> Tensor:
-        """Returns text embeddings ``(b, d)`` of prompts with a control word or phrase in front, separated by a space.
+        """Returns text embeddings ``(b, d)`` of prompts with a word or phrase in front, separated by a space.
 
-        Override this method if a prompt is encoded as several texts, so that each of them gets the prefix.
+        Override this method if a prompt is encoded as several texts, so that each text gets the prefix.
+
+        Args:
+            prompts: b prompts.
+            prefix: the word or phrase; an empty one adds nothing.
         """
         return self.text_features([f"{prefix} {prompt}".strip() for prompt in prompts])
 
@@ -129,7 +148,7 @@ class EmbeddingReward(Reward):
 
 
 class CallableReward(Reward):
-    """Wraps a function ``(images, prompts) -> (b,)`` as a reward."""
+    """Reward of a function that maps images ``(b, 3, h, w)`` in [0, 1] and b prompts to scores ``(b,)``."""
 
     def __init__(self, function: Callable[[Tensor, Sequence[str]], Any]):
         super().__init__()
@@ -144,11 +163,12 @@ class CallableReward(Reward):
 
 
 def as_reward(part: Any, name: str = "") -> Reward:
-    """Converts a registered reward or function to a `Reward`. Functions are wrapped; rewards are returned unchanged.
+    """Returns a `Reward` for a reward or a function, and sets its label.
 
     Args:
-        part: a reward, or a function ``(images, prompts) -> (b,)``.
-        name: name used in messages; if empty, the current name is kept.
+        part: a `Reward`, which is returned itself, or a function that maps images ``(b, 3, h, w)`` and b prompts to
+            scores ``(b,)``, which is wrapped in a `CallableReward`.
+        name: new `Reward.label`, used in messages; if empty, the label is not changed.
 
     Raises:
         ValueError: if ``part`` is neither a reward nor a function.
@@ -163,7 +183,7 @@ def as_reward(part: Any, name: str = "") -> Reward:
 
 
 def check_pairs(images: Tensor, prompts: Sequence[str]) -> None:
-    """Raises ValueError unless ``prompts`` contains exactly one string for each image."""
+    """Raises ValueError unless ``prompts`` is a sequence of strings, one for each of the images ``(b, 3, h, w)``."""
     if isinstance(prompts, str):
         raise ValueError("expected a sequence of prompts, one for each image, got one string; pass [prompt]")
     if len(images) != len(prompts):
@@ -174,17 +194,20 @@ def check_pairs(images: Tensor, prompts: Sequence[str]) -> None:
 
 
 def guarded(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Scores:
-    """Computes the scores of a reward and checks them, because plugins may violate the interface.
+    """Computes the scores of a reward and checks them, because plugins may violate the interface of `Reward`.
 
     Args:
         reward: the reward.
-        images: ``(b, 3, h, w)`` in [0, 1]. If the images require gradient, the scores must too.
-        prompts: one for each image.
+        images: ``(b, 3, h, w)`` in [0, 1].
+        prompts: b prompts, one for each image.
+
+    Returns:
+        What ``reward.score_components(images, prompts)`` returned.
 
     Raises:
         NonFiniteReward: if a score is NaN or infinite.
         ValueError: if there is not one floating-point score per image, if the images require gradient but the scores
-            do not, or if the reward modified the images.
+            do not, or if the reward modified the images in place.
     """
     name = reward.label or type(reward).__name__
     before = None if images.is_inference() else images._version

@@ -13,7 +13,11 @@ TextMode = Literal["auto", "whole", "segments"]
 
 
 class RewardConfig(PartConfig):
-    """Base class of reward configs. Its class variables are checked before anything is loaded."""
+    """Base class of reward configs.
+
+    Its class variables declare properties of the reward, so that a reward that does not suit a run is rejected before
+    any file is loaded.
+    """
 
     #: whether the reward is a `longalign.rewards.base.EmbeddingReward`; only those can be edited or reweighted
     embeds: ClassVar[bool] = False
@@ -23,48 +27,55 @@ class RewardConfig(PartConfig):
     trainable_towers: ClassVar[bool] = False
 
     def is_differentiable(self) -> bool:
-        """Whether the scores have gradient with respect to the images.
+        """Returns whether the scores have gradient with respect to the images.
 
-        For a composite reward, this depends on the inner rewards.
+        For a reward that wraps others, such as ``sum``: whether the scores of all inner rewards have gradient.
         """
         return self.differentiable
 
 
 class TowerRewardConfig(RewardConfig):
-    """Base class of the configs of rewards with an image and a text tower. Plugins may inherit from this class."""
+    """Base class of the configs of `TowerReward`: rewards with an image encoder and a text encoder, such as CLIP.
+
+    These encoders are called towers. The score is the cosine similarity of their embeddings. The window is the maximum
+    number of tokens of the text tower, without special tokens: 75 for CLIP. Plugins may inherit from this class.
+    """
 
     embeds: ClassVar[bool] = True
 
     text: TextMode = "auto"
-    """how prompts are encoded. ``"auto"`` encodes a prompt that fits the text tower's window in one pass. It splits a
-    longer prompt into as few windows of whole sentences as possible and averages their unit embeddings. ``"whole"``
-    encodes one window and truncates longer prompts with a warning, as for published scores. ``"segments"`` averages the
-    unit embeddings of all segments.
+    """how prompts are encoded. A window is the maximum number of tokens of the text encoder, without special tokens: 75
+    for CLIP. ``"auto"`` encodes a prompt of at most one window in one pass; a longer prompt is split into as few
+    windows of whole sentences as possible, whose unit embeddings are averaged. ``"whole"`` encodes the first window of
+    each prompt, as for published scores, with a warning about longer prompts. ``"segments"`` splits each prompt with
+    ``segmenter`` and averages the unit embeddings of the segments.
     """
     segmenter: Part("segmenters") | None = None
-    """how prompts are split with ``text: segments``; null: into sentences."""
+    """with ``text: segments``, how prompts are split; null: into sentences. Otherwise it must be null."""
     truncate_segments: bool = False
-    """whether a segment longer than the text tower's window is truncated with a warning, as in the LongAlign authors'
-    code. false: it is split into segments that fit.
+    """with ``text: segments``, whether a segment of more tokens than the text encoder reads (75 for CLIP) is truncated
+    with a warning, as in the LongAlign authors' code. false: such a segment is split into segments that fit.
     """
     aspect: Aspect = "crop"
-    """how non-square images are resized: ``"crop"`` keeps the centre, ``"pad"`` adds black borders, ``"squash"``
-    changes the aspect ratio.
+    """how images are resized whose aspect ratio is not that of the image encoder's input, which is usually square:
+    ``"crop"`` scales the shorter side and keeps the centre, ``"pad"`` scales the longer side and adds black borders,
+    ``"squash"`` scales both sides and so changes the aspect ratio.
     """
     crop: int | float | None = None
-    """side of a random crop in training mode, applied before the resize; null: no crop. An int is in pixels (504 of 512
-    in the paper), a float is a fraction of each side.
+    """size of a random crop in training mode, before the image is resized; null: no crop. An int is the side of a
+    square in pixels (504 of 512 in the LongAlign authors' code). A float between 0 and 1 is the fraction of the height
+    and of the width that is kept.
     """
     crop_position: Literal["image", "batch"] = "image"
-    """whether each image is cropped at its own random position, or all images of a ``"batch"`` at the same position, as
-    in the LongAlign authors' code.
+    """``"image"`` crops each image at its own random position. ``"batch"`` crops all images of a batch at the same
+    random position, as in the LongAlign authors' code; it requires ``crop``.
     """
     interpolation: Literal["bicubic", "bilinear"] | None = None
-    """how images are resized, with antialiasing; null: as the checkpoint's processor does, which is ``"bicubic"`` for
-    CLIP. The LongAlign authors' code uses ``"bilinear"``.
+    """how images are resized, with antialiasing; null: as for the published model, which is ``"bicubic"`` for CLIP
+    and models fine-tuned from it. The LongAlign authors' code uses ``"bilinear"``.
     """
     micro_batch: int | None = Field(default=None, ge=1)
-    """number of images per pass of the image tower; null: all at once."""
+    """number of images per pass of the image encoder; fewer need less memory. null: all images at once."""
 
     @model_validator(mode="before")
     @classmethod

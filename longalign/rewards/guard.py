@@ -1,4 +1,4 @@
-"""Checks of a reward's scores, and the error for non-finite scores, which contains image and prompt."""
+"""Checks of a reward's scores, and an error for non-finite scores that contains the image and its prompt."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class NonFiniteReward(RunError):
     """Raised if a score is NaN or infinite, because the next optimizer step would corrupt the weights.
 
     Attributes:
-        reward: name of the reward.
+        reward: name of the reward; empty if unknown.
         index: index in the batch of the first image with a non-finite score.
         prompt: the prompt of that image.
-        image: that image ``(3, h, w)``, on the CPU and without gradient.
-        scores: ``(b,)`` all scores of the batch.
+        image: that image ``(3, h, w)`` as it was scored, on the CPU and without gradient.
+        scores: ``(b,)`` all scores of the batch, on the CPU.
     """
 
     def __init__(self, index: int, prompt: str, image: Tensor, scores: Tensor, reward: str = ""):
@@ -42,8 +42,8 @@ class NonFiniteReward(RunError):
     def save(self, folder: str | Path) -> Path:
         """Writes ``image.png``, ``prompt.txt`` and ``tensors.safetensors`` (``image``, ``scores``) into a folder.
 
-        Creates the folder if needed and adds its path to the message of this error. Non-finite pixels are black in the
-        PNG and unchanged in the tensor.
+        Creates the folder if needed, adds its path to the message of this error, and returns the path. Non-finite
+        pixels are black in the PNG and unchanged in the tensor.
         """
         from longalign.checkpoints.weights import save_tensors
         from longalign.image_io import write_png
@@ -62,10 +62,10 @@ def check_scores(total: Any, images: Tensor, prompts: Sequence[str], reward: str
     """Checks that ``total`` contains one finite score for each image.
 
     Args:
-        total: ``(b,)`` scores.
-        images: ``(b, 3, h, w)``.
-        prompts: one for each image.
-        reward: name of the reward in messages.
+        total: what a reward returned; expected are ``(b,)`` scores.
+        images: ``(b, 3, h, w)`` images that were scored.
+        prompts: b prompts, one for each image.
+        reward: name of the reward for messages; empty if unknown.
 
     Raises:
         NonFiniteReward: if a score is NaN or infinite.
@@ -73,11 +73,17 @@ def check_scores(total: Any, images: Tensor, prompts: Sequence[str], reward: str
     """
     subject = f"the reward '{reward}' must return" if reward else "a reward must return"
     if not isinstance(total, Tensor):
-        raise ValueError(f"{subject} a tensor of scores, not {type(total).__name__}")
+        raise ValueError(
+            f"{subject} a tensor of scores of shape ({len(images)},), not {type(total).__name__}; combine single "
+            "scores with torch.stack"
+        )
     if total.shape != (len(images),):
-        raise ValueError(f"{subject} one score for each of {len(images)} images, got shape {tuple(total.shape)}")
+        raise ValueError(
+            f"{subject} one score for each of {len(images)} images, got shape {tuple(total.shape)}; return shape "
+            f"({len(images)},)"
+        )
     if not total.is_floating_point():
-        raise ValueError(f"{subject} floating-point numbers, got {total.dtype}")
+        raise ValueError(f"{subject} floating-point scores, got {total.dtype}; convert them with scores.float()")
     finite = torch.isfinite(total.detach())
     if not finite.all():
         index = int((~finite).nonzero()[0])

@@ -1,4 +1,4 @@
-"""Passes over a few images at a time, so that only the activations of one pass are stored."""
+"""Runs a network on a few images at a time, so that the activations of only these are in memory."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from torch.utils.checkpoint import checkpoint
 def micro_batched(
     function: Callable[..., Tensor], size: int | None, images: Tensor, *rows: Sequence[Any], trainable: bool = False
 ) -> Tensor:
-    """Calls ``function(images, *rows)`` on micro-batches and concatenates the results.
+    """Calls ``function(images, *rows)`` on micro-batches and concatenates the results along the first dimension.
 
-    With gradient, each pass is recomputed in the backward pass. The gradient is unchanged.
+    If gradient is needed and there are several micro-batches, each call is recomputed in the backward pass (gradient
+    checkpointing). The gradient is that of a single call.
 
     Args:
-        function: returns one row per image.
-        size: number of images per pass; None for all.
-        images: one row per image, e.g. pixels.
-        rows: further arguments with one item per image, e.g. texts.
-        trainable: whether the parameters of ``function`` need gradient.
+        function: maps the images and rows of a micro-batch to a tensor with one row per image.
+        size: number of images per micro-batch; None for all.
+        images: ``(b, ...)``, one row per image, e.g. pixels or states.
+        rows: further arguments of length b, e.g. texts.
+        trainable: whether parameters that ``function`` uses need gradient. The recomputed call then repeats the random
+            numbers of the first one, e.g. of dropout.
     """
     if size is None or len(images) <= size:
         return function(images, *rows)

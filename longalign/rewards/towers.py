@@ -1,4 +1,4 @@
-"""Rewards from two-tower models: an image tower and a text tower with a shared embedding space."""
+"""Rewards from two-tower models: an image encoder and a text encoder (towers) with a shared embedding space."""
 
 from __future__ import annotations
 
@@ -23,11 +23,15 @@ from longalign.rewards.micro import micro_batched
 from longalign.runtime import Runtime
 from longalign.segmenters import Segmenter, Sentence, check_prompts, split, windows
 
+#: maximum number of token positions, padding included, that the text tower encodes at a time
 NUM_POSITIONS_PER_PASS = 64 * 77
 
 
 class Towers(nn.Module):
-    """Interface of a two-tower model for `TowerReward`, with one subclass for each model library."""
+    """Interface of the image encoder and the text encoder (towers) of a `TowerReward`.
+
+    There is one subclass for each model library, such as transformers and open_clip.
+    """
 
     #: width of the embeddings
     dim: int
@@ -39,26 +43,36 @@ class Towers(nn.Module):
         raise NotImplementedError
 
     def num_positions(self, texts: Sequence[str]) -> list[int]:
-        """Returns the number of positions of each text in a pass of the text tower.
+        """Returns the number of positions, padding included, that each text occupies in a pass of the text tower.
 
-        Override this method if the text tower does not pad every text to the window.
+        Texts with similar numbers of positions are encoded together. The default is `window` for every text. Override
+        this method if the text tower does not pad every text to `window` tokens.
         """
         return [self.window] * len(texts)
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
-        """Returns unnormalized embeddings ``(b, d)`` of preprocessed images ``(b, 3, h, w)``, with gradient."""
+        """Returns unnormalized embeddings ``(b, d)`` of images, with gradient.
+
+        Args:
+            pixels: ``(b, 3, h, w)`` images, resized and normalized by an `ImagePreprocessor`.
+        """
         raise NotImplementedError
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Returns unnormalized embeddings ``(n, d)`` of texts. Texts longer than the window are truncated."""
+        """Returns unnormalized embeddings ``(n, d)`` of n texts. Texts longer than `window` are truncated."""
         raise NotImplementedError
 
     # Hooks used by the trainer `denscore`
 
     def train_only(self, which: str) -> None:
-        """Makes the temperature and the weights selected by ``which`` trainable, and freezes all other weights.
+        """Makes `logit_scale` and the weights selected by ``which`` trainable, and freezes all other weights.
 
-        ``which`` is ``"all"``, ``"projections"``, or one tower with its projection: ``"text"`` or ``"vision"``.
+        Args:
+            which: ``"all"`` for both towers, ``"text"`` or ``"vision"`` for one tower with its projection to the
+                embedding space, or ``"projections"`` for both projections alone.
+
+        Raises:
+            ValueError: if the towers do not support training. The base class always raises it.
         """
         raise ValueError(
             f"{type(self).__name__} cannot be trained; use a reward with a transformers CLIPModel: clip, pickscore or "
@@ -67,7 +81,7 @@ class Towers(nn.Module):
 
     @property
     def logit_scale(self) -> nn.Parameter:
-        """Logarithm of the inverse softmax temperature, a scalar."""
+        """Scalar parameter: natural logarithm of the factor (inverse temperature) of the cosines in a training loss."""
         raise NotImplementedError
 
     def enable_gradient_checkpointing(self) -> None:
@@ -75,13 +89,25 @@ class Towers(nn.Module):
         raise NotImplementedError
 
     def save(self, folder: Path, preprocessor: ImagePreprocessor) -> None:
-        """Saves the model and the image settings to a folder from which the reward can be loaded."""
+        """Saves the model, the tokenizer and the image settings to a folder that is a checkpoint of the reward.
+
+        Args:
+            folder: the folder, created if needed.
+            preprocessor: the image settings.
+        """
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class ImageInput:
-    """Image settings of a checkpoint: size in pixels (one side or both), mean, standard deviation, interpolation."""
+    """How a checkpoint's image tower expects its images.
+
+    Attributes:
+        size: side of a square image in pixels, or ``(height, width)``.
+        mean: number for each RGB channel that is subtracted from images in [0, 1].
+        std: number for each RGB channel by which the difference is divided.
+        interpolation: how images are resized: ``"bicubic"`` or ``"bilinear"``.
+    """
 
     size: int | Sequence[int]
     mean: Sequence[float]
@@ -90,17 +116,20 @@ class ImageInput:
 
 
 class TowerReward(EmbeddingReward):
-    """Unscaled cosine similarity of an image and its prompt, with the prompt encoded whole or in segments.
+    """Cosine similarity of an image and its prompt, in [-1, 1]. A long prompt is encoded as several texts.
+
+    The window is the text tower's maximum number of tokens, without special tokens.
 
     Args:
-        towers: the model, which is frozen here and stays in eval mode while frozen.
+        towers: image encoder and text encoder. They are frozen here, and stay in eval mode while they are frozen.
         preprocessor: preprocesses images in [0, 1] for the image tower. Random crops are used in training mode only.
-        segmenter: splits prompts. The text embedding is the unnormalized mean of the unit embeddings of all segments
-            (Denscore, paper 3.2). With None, a prompt that fits the window is encoded in one pass, and a longer prompt
-            is split into windows of whole sentences.
-        truncate: whether to encode only the first window of a longer segment, or of a longer prompt if ``segmenter`` is
-            None, and to warn once. If False, it is split further.
-        micro_batch: number of images per pass of the image tower; None for all; see `micro_batched`.
+        segmenter: splits prompts into segments, e.g. sentences. The text embedding of a prompt is the unnormalized
+            mean of the unit embeddings of its segments, so the score is the mean cosine (Denscore, paper 3.2). With
+            None, a prompt that fits the window is encoded in one pass. The segments of a longer prompt are then windows
+            of whole sentences.
+        micro_batch: number of images per pass of the image tower; fewer need less memory. None: all at once.
+        truncate: whether a text that is longer than the window is truncated, with one warning. The text is a segment,
+            or the whole prompt if ``segmenter`` is None. If False, such texts are split further.
     """
 
     def __init__(
@@ -126,13 +155,14 @@ class TowerReward(EmbeddingReward):
     def from_towers(
         cls, towers: Towers, image: ImageInput | ImagePreprocessor, config: TowerRewardConfig, runtime: Runtime
     ) -> Self:
-        """Builds the reward from loaded towers and a config, with the device and dtype of ``runtime``.
+        """Builds the reward from loaded towers and a config.
 
         Args:
-            towers: the model.
-            image: image settings of the checkpoint, or a preprocessor with the config's ``aspect`` and ``crop``.
+            towers: image encoder and text encoder.
+            image: image settings of the checkpoint, from which a preprocessor with the image settings of ``config`` is
+                made. Or a preprocessor, which is used as it is.
             config: config of the reward.
-            runtime: device and dtype.
+            runtime: device and dtype to which the towers are moved.
         """
         return cls(
             towers.to(device=runtime.device, dtype=runtime.torch_dtype),
@@ -143,7 +173,7 @@ class TowerReward(EmbeddingReward):
         )
 
     def train(self, mode: bool = True) -> Self:
-        """Sets training mode; frozen towers stay in eval mode."""
+        """Sets training or eval mode and returns the reward; frozen towers stay in eval mode."""
         super().train(mode)
         if not self._trainable():
             self.towers.eval()
@@ -156,14 +186,15 @@ class TowerReward(EmbeddingReward):
         return any(p.requires_grad for p in self.towers.parameters())
 
     def image_features(self, images: Tensor, generator: Generator | None = None) -> Tensor:
-        """Returns unit embeddings ``(b, d)`` of images ``(b, 3, h, w)`` in [0, 1], on any device.
+        """Returns embeddings ``(b, d)`` of images, of norm 1, with gradient.
 
         Args:
-            images: images of any resolution.
+            images: ``(b, 3, h, w)`` in [0, 1], of any size, on any device.
             generator: CPU generator for the positions of random crops. None uses torch's global generator.
 
         Raises:
-            ValueError: if `ImageCheck` rejects the images.
+            ValueError: if the images have a wrong shape, an integer dtype or values outside [-0.1, 1.1], or are smaller
+                than the random crop.
         """
         self._check_images(images)
         device = next(self.towers.parameters()).device
@@ -172,11 +203,18 @@ class TowerReward(EmbeddingReward):
         return F.normalize(at_least_float32(features), dim=-1)
 
     def segments(self, prompt: str) -> list[str]:
-        """Returns the texts encoded for one prompt, in order. For an empty prompt, this is one empty text."""
+        """Returns the texts as which a prompt is encoded, in order. For an empty prompt, this is one empty text."""
         return self._segments(prompt, self.segmenter)
 
     def _segments(self, prompt: str, segmenter: Segmenter | None, reserved: int = 0) -> list[str]:
-        """Returns the texts of a prompt, each with ``reserved`` tokens less than the window."""
+        """Returns the texts as which a prompt is encoded.
+
+        Args:
+            prompt: the prompt.
+            segmenter: splits the prompt into segments. None splits only prompts longer than the window, into windows.
+                With ``self.truncate``, texts that are too long are not split further.
+            reserved: number of tokens of the window that each text leaves free, e.g. for a prefix.
+        """
         window, count = self.towers.window - reserved, self.towers.count_tokens
         if segmenter is None:
             return [prompt] if self.truncate else windows(prompt, window, count)
@@ -189,12 +227,16 @@ class TowerReward(EmbeddingReward):
         return _means(*self.segment_features(prompts))
 
     def prefixed_features(self, prompts: Sequence[str], prefix: str) -> Tensor:
-        """Returns text embeddings ``(b, d)`` of prompts with a control word in front of each text that is encoded.
+        """Returns text embeddings ``(b, d)`` of prompts with a word or phrase in front of each text that is encoded.
 
-        The texts are those of the prompt without the prefix, but each has fewer tokens of the window left.
+        A prompt is split as without the prefix, except that each text must leave room in the window for the prefix.
+
+        Args:
+            prompts: b prompts.
+            prefix: the word or phrase; an empty one adds nothing.
 
         Raises:
-            ValueError: if the prefix fills the window.
+            ValueError: if the prefix leaves no token of the window for the prompt.
         """
         reserved = self.towers.count_tokens(prefix)
         if reserved >= self.towers.window:
@@ -205,10 +247,15 @@ class TowerReward(EmbeddingReward):
         return _means(*self.segment_features(prompts, prefix))
 
     def segment_features(self, prompts: Sequence[str], prefix: str = "") -> tuple[Tensor, list[list[str]]]:
-        """Returns unit embeddings ``(n, d)`` of the segments of all prompts, in order, and the segments of each prompt.
+        """Splits prompts into segments and encodes these.
 
-        The embeddings have gradient if the towers are trainable. Each segment starts with the prefix and a space, if
-        there is one.
+        Args:
+            prompts: b prompts.
+            prefix: word or phrase that is put in front of each segment, separated by a space; empty: none.
+
+        Returns:
+            The embeddings ``(n, d)`` of the n segments of all prompts, in order and of norm 1, with gradient if the
+            towers are trainable. Then the texts of the segments, one list for each prompt.
         """
         checked: list[Any] = check_prompts(prompts, lists=False)
         reserved = self.towers.count_tokens(prefix) if prefix else 0
@@ -226,12 +273,12 @@ class TowerReward(EmbeddingReward):
         Args:
             images: ``(b, 3, h, w)`` in [0, 1].
             prompts: one for each image.
-            segmenter: splits prompts. None uses the reward's segmenter, or the ``sentence`` segmenter if the reward has
+            segmenter: splits prompts. None uses the reward's segmenter, or splits into sentences if the reward has
                 none.
 
         Returns:
-            For each prompt, the text of each segment and its cosine similarity with the image. With the reward's
-            segmenter, the mean over the segments is the reward's score.
+            For each prompt, the text of each segment and its cosine similarity with the image. If the reward has a
+            segmenter and uses it here, the mean over a prompt's segments is the reward's score.
         """
         check_pairs(images, prompts)
         return self.score_segments(self.image_features(images), prompts, segmenter)
@@ -240,7 +287,13 @@ class TowerReward(EmbeddingReward):
     def score_segments(
         self, features: Tensor, prompts: Sequence[str], segmenter: Segmenter | None = None
     ) -> list[list[tuple[str, float]]]:
-        """Returns the scores of `by_segment`, given the `image_features` ``(b, d)``."""
+        """Returns what `by_segment` returns, for images whose embeddings are already computed.
+
+        Args:
+            features: ``(b, d)`` embeddings of the images, from `image_features`.
+            prompts: one for each image.
+            segmenter: as of `by_segment`.
+        """
         checked: list[Any] = check_prompts(prompts, lists=False)
         segmenter = segmenter or self.segmenter or Sentence()
         embeddings, segments = self._embed([self._segments(prompt, segmenter) for prompt in checked])
@@ -256,7 +309,7 @@ class TowerReward(EmbeddingReward):
         return embeddings[[index[text] for texts in segments for text in texts]], segments
 
     def save(self, folder: Path) -> None:
-        """Saves the model to a folder, created if needed, from which the reward can be loaded."""
+        """Saves model, tokenizer and image settings to a folder, created if needed: a checkpoint of the reward."""
         self.towers.save(folder, self.preprocessor)
 
     def _unit_embeddings(self, texts: list[str]) -> Tensor:
@@ -286,7 +339,12 @@ class TowerReward(EmbeddingReward):
 
 
 def _means(embeddings: Tensor, segments: list[list[str]]) -> Tensor:
-    """Returns the mean embedding ``(b, d)`` of the segments of each prompt."""
+    """Returns the mean embedding of each prompt, ``(b, d)``.
+
+    Args:
+        embeddings: ``(n, d)`` embeddings of the segments of all prompts, in order.
+        segments: the segments of each of the b prompts, n in total.
+    """
     by_prompt = embeddings.split([len(texts) for texts in segments])
     return torch.stack([reduce(rows, "segments d -> d", "mean") for rows in by_prompt])
 

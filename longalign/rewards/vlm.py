@@ -1,4 +1,4 @@
-"""Rewards that a vision-language model computes from an image and a text with the prompt."""
+"""Rewards that a vision-language model computes from an image and a text that contains the prompt."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class VisionLanguageReward(Reward):
 
     Args:
         model: a transformers model for images and text.
-        processor: its processor; see `longalign.vlm.local.load_processor`.
-        micro_batch: number of images per pass; None for all; see `micro_batched`.
+        processor: the model's processor, from `longalign.vlm.local.load_processor`.
+        micro_batch: number of images per pass of the model; fewer need less memory. None: all at once.
     """
 
     def __init__(self, model: nn.Module, processor: Any, micro_batch: int | None):
@@ -29,7 +29,7 @@ class VisionLanguageReward(Reward):
         self._check_images = ImageCheck()
 
     def train(self, mode: bool = True) -> Self:
-        """Sets training mode; the networks stay in eval mode."""
+        """Sets training or eval mode of the reward and returns it; its networks stay in eval mode."""
         super().train(mode)
         for network in self.children():
             network.eval()
@@ -46,17 +46,22 @@ class VisionLanguageReward(Reward):
         template: str,
         placeholder: str,
     ) -> Tensor:
-        """Returns the outputs of ``call`` for all pairs of an image and a prompt, at most ``micro_batch`` at a time.
+        """Formats the text of each prompt and returns the outputs of ``call``, at most ``micro_batch`` at a time.
 
         Args:
-            call: gets images on the model's device, and their texts in the model's chat template.
+            call: maps m images ``(m, 3, h, w)`` in [0, 1] on the model's device, and their m texts in the model's chat
+                template, to a tensor with m rows.
             images: ``(b, 3, h, w)`` in [0, 1].
-            prompts: b prompts. Special tokens in them are read as text.
-            template: text for the model.
+            prompts: b prompts. Names of special tokens in a prompt are read as ordinary text.
+            template: text for the model, e.g. a question.
             placeholder: part of the template that is replaced by the prompt.
 
+        Returns:
+            A tensor with b rows.
+
         Raises:
-            ValueError: if the numbers of images and prompts differ, or the images are invalid.
+            ValueError: if the numbers of images and prompts differ, or the images have a wrong shape, an integer dtype
+                or values outside [-0.1, 1.1].
         """
         check_pairs(images, prompts)
         self._check_images(images)

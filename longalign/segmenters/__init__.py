@@ -1,4 +1,4 @@
-"""Segmenters and their configs. Pure Python, without torch."""
+"""Segmenters, which split a prompt into texts to encode separately, and their configs. Does not import torch."""
 
 from longalign.segmenters.fitting import TokenCounter, split_to_window
 from longalign.segmenters.parts import (

@@ -1,4 +1,4 @@
-"""Splits text that exceeds a token window into pieces that fit. No text is lost."""
+"""Splits text that exceeds a maximum number of tokens (a window) into pieces that fit. Only whitespace is lost."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 
 TokenCounter = Callable[[str], int]
-"""Returns the number of tokens of a text, without special tokens."""
+"""A function that returns the number of tokens of a text, without special tokens."""
 
 _CLAUSE_END = re.compile(r"""[,;:.!?…—–)\]”"]+(?=\s)|[，、；：。！？）」』】]+""")
 _WORD = re.compile(r"\S+")
@@ -47,9 +47,9 @@ def _fits(text: str, start: int, stop: int, limit: int, count: TokenCounter) -> 
 
 
 def _longest(text: str, start: int, ends: Iterable[int], limit: int, count: TokenCounter) -> int:
-    """Returns the last of the ascending ``ends`` such that ``text[start:end]`` has at most ``limit`` tokens, or 0.
+    """Returns the last of the ascending offsets ``ends`` such that ``text[start:end]`` has at most ``limit`` tokens.
 
-    Reads at most about twice as many ends as fit.
+    Returns 0 if none fits. Reads at most about twice as many of ``ends`` as fit.
     """
     remaining, known = iter(ends), []
 
@@ -75,16 +75,20 @@ def _longest(text: str, start: int, ends: Iterable[int], limit: int, count: Toke
 def pieces(text: str, limit: int, count: TokenCounter, *, clauses: bool = True) -> list[str]:
     """Splits one text into stripped pieces of at most ``limit`` tokens, each as long as possible.
 
-    Pieces end after a clause if ``clauses`` is True, otherwise after a word. A single word of more than ``limit``
-    tokens is split between characters. A character is separated from its combining marks only if together they exceed
-    ``limit``. Each call of ``count`` receives at most about the length of a piece, so the time is not quadratic in the
-    length of the text.
+    A word of more than ``limit`` tokens is split between characters. A character is separated from its combining marks
+    only if the character with its marks exceeds ``limit``. The time is about linear in the length of the text.
+
+    Args:
+        text: the text.
+        limit: maximum number of tokens per piece, without special tokens.
+        count: counts the tokens of a text. Each call receives a text of at most about the length of a piece.
+        clauses: whether pieces end after a clause (at punctuation) where possible; if False, after any word.
 
     Raises:
         ValueError: if ``limit`` is below 1, or a single code point has more than ``limit`` tokens.
     """
     if limit < 1:
-        raise ValueError(f"expected a window of at least 1 token, got {limit}")
+        raise ValueError(f"expected a window of at least 1 token, got {limit}; use a larger window")
     text = text.strip()
     out, start, word = [], 0, 0
     while start < len(text):
@@ -111,11 +115,14 @@ def split_to_window(segments: Sequence[str], limit: int, count: TokenCounter) ->
 
     Args:
         segments: texts in order.
-        limit: size of the encoder's window in tokens, without special tokens.
-        count: the encoder's token counter.
+        limit: maximum number of tokens per segment, without special tokens.
+        count: counts the tokens of a text.
 
     Returns:
         Segments of at most ``limit`` tokens, split after clauses where possible, otherwise between words.
+
+    Raises:
+        ValueError: as `pieces`.
     """
     out: list[str] = []
     for segment in segments:

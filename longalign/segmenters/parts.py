@@ -16,7 +16,11 @@ from longalign.segmenters.sentence import sentences
 
 
 class Segmenter(Protocol):
-    """Splits a prompt into segments, in order. Functions with this signature can be registered as segmenters."""
+    """A callable that splits a prompt into segments: texts, in order, that an encoder encodes separately.
+
+    ``count`` returns the number of tokens of a text for this encoder, without special tokens. Functions with this
+    signature can be registered as segmenters.
+    """
 
     def __call__(self, prompt: Prompt, count: TokenCounter, /) -> list[str]: ...
 
@@ -31,12 +35,16 @@ def _text(prompt: Prompt, name: str) -> str:
 
 
 class SegmenterConfig(PartConfig):
-    """Base class of segmenter configs."""
+    """Base class of segmenter configs: selects a segmenter and its settings."""
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """Splits a prompt into sentences; see `sentences`."""
+    """Segmenter that splits a text into sentences; see `longalign.segmenters.sentences`.
+
+    Raises:
+        ValueError: when called with a prompt that is not a single text.
+    """
 
     @classmethod
     def from_config(cls, config: SentenceConfig, runtime: Runtime) -> Sentence:
@@ -59,11 +67,14 @@ _PUBLISHED = re.compile(r'"!|\.|\?|;"')
 
 @dataclass(frozen=True)
 class LongAlign:
-    """Splits a prompt exactly as the published LongAlign models do, to reproduce published numbers.
+    """Segmenter that splits a text exactly as the published LongAlign models do, to reproduce published numbers.
 
     A text is split at every ``.`` and ``?``, at ``!`` after a double quote and at ``;`` before a double quote.
     Delimiters are dropped and ``.`` is appended to each non-empty piece, e.g. ``'One. Two. '`` becomes
     ``['One.', ' Two.', ' .']``. Decimal numbers are split too.
+
+    Raises:
+        ValueError: when called with a prompt that is not a single text.
     """
 
     @classmethod
@@ -84,9 +95,15 @@ class LongAlignConfig(SegmenterConfig):
 
 @dataclass(frozen=True)
 class Tokens:
-    """Splits a prompt into windows of as many whole words as fit ``n`` tokens, ignoring sentences.
+    """Segmenter that splits a text into windows of as many whole words as fit ``n`` tokens, ignoring sentences.
 
     A word of more than ``n`` tokens is split.
+
+    Attributes:
+        n: maximum number of tokens per window, without special tokens.
+
+    Raises:
+        ValueError: when called with a prompt that is not a single text.
     """
 
     n: int
@@ -100,20 +117,26 @@ class Tokens:
 
 
 class TokensConfig(SegmenterConfig):
-    """Splits prompts into windows of at most ``n`` tokens, ignoring sentences."""
+    """Splits prompts into windows of as many whole words as fit ``n`` tokens, ignoring sentences."""
 
     target: ClassVar[str] = "longalign.segmenters.parts:Tokens"
 
     name: Literal["tokens"] = "tokens"
     n: int = Field(default=75, ge=1)
-    """maximum number of tokens per window, without special tokens; 75 tokens fill CLIP's window."""
+    """maximum number of tokens per window, without special tokens; 75 is the maximum that CLIP reads at once."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Packs whole sentences, in order, into segments of at most ``n`` tokens.
+    """Segmenter that packs the whole sentences of a text, in order, into segments of at most ``n`` tokens.
 
     A sentence of more than ``n`` tokens is not split and becomes one segment.
+
+    Attributes:
+        n: maximum number of tokens per segment, without special tokens.
+
+    Raises:
+        ValueError: when called with a prompt that is not a single text.
     """
 
     n: int
@@ -134,20 +157,32 @@ class Packed:
 
 
 class PackedConfig(SegmenterConfig):
-    """Splits prompts into groups of whole sentences. A sentence of more than ``n`` tokens is a group by itself."""
+    """Splits prompts into groups of as many whole sentences as fit ``n`` tokens.
+
+    A sentence of more than ``n`` tokens is a group by itself.
+    """
 
     target: ClassVar[str] = "longalign.segmenters.parts:Packed"
 
     name: Literal["packed"] = "packed"
-    n: int = Field(default=75, ge=1)
-    """maximum number of tokens per group, without special tokens; 75 tokens fill CLIP's window."""
+    n: int = Field(default=40, ge=1)
+    """maximum number of tokens per group, without special tokens. 75 tokens fill CLIP's window; 40 were best in
+    docs/studies/segments.md, about the length of the captions that the model was pre-trained on.
+    """
 
 
 @dataclass(frozen=True)
 class Manual:
-    """Returns segments given by the user: a list of texts, or one text with a marker between segments.
+    """Segmenter that returns segments given by the user: a list of texts, or one text with ``marker`` between segments.
 
-    Encoders of the whole text join a list with spaces, but encode the marker as a word. Use lists with such encoders.
+    The segments are stripped, and empty ones are dropped. Encoders of the whole prompt, such as T5, join a list with
+    spaces, but encode a marker in a text as a word. Use lists with these encoders.
+
+    Attributes:
+        marker: word that separates segments in a text, case-sensitive.
+
+    Raises:
+        ValueError: when called with a prompt that is neither a text nor a list of texts.
     """
 
     marker: str

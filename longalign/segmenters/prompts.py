@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from longalign.errors import shorten
 
 Prompt = str | Sequence[str]
-"""A text, or a list of texts, which are the segments for the segmenter ``manual``."""
+"""A text, or a list of texts: the segments of the prompt, for the segmenter `manual`."""
 
 
 def check_prompts(prompts: Sequence[Prompt], lists: bool = True) -> list[Prompt]:
     """Validates prompts and returns them as a list.
 
     Args:
-        prompts: a sequence of texts, or of lists of texts (segments).
+        prompts: a sequence of prompts: texts, or lists of texts (segments).
         lists: whether a prompt may be a list of texts.
 
     Raises:
@@ -32,7 +32,7 @@ def check_prompts(prompts: Sequence[Prompt], lists: bool = True) -> list[Prompt]
         parts = [prompt] if isinstance(prompt, str) else prompt if lists and isinstance(prompt, (list, tuple)) else None
         if parts is None or not all(isinstance(part, str) for part in parts):
             expected = "a text or a list of texts" if lists else "a text"
-            raise ValueError(f"prompt {i} must be {expected}, got {shorten(prompt)}")
+            raise ValueError(f"prompt {i} must be {expected}, got {shorten(prompt)}; correct or remove it")
         for part in parts:
             check_text(part, f"prompt {i}")
     return checked
@@ -41,10 +41,15 @@ def check_prompts(prompts: Sequence[Prompt], lists: bool = True) -> list[Prompt]
 def check_text(text: str, where: str) -> str:
     """Returns the text after checking that it can be encoded as UTF-8, as tokenizers require.
 
-    Lone surrogates are caused by bytes that are not UTF-8, or by broken escapes in a file.
+    Lone surrogates (halves of a UTF-16 pair) cannot be encoded. They are caused by bytes that are not UTF-8, or by
+    broken escapes in a file.
+
+    Args:
+        text: the text.
+        where: what the text is, e.g. "prompt 3"; start of the error message.
 
     Raises:
-        ValueError: if the text contains a lone surrogate; the message starts with ``where``.
+        ValueError: if the text contains a lone surrogate.
     """
     try:
         text.encode()

@@ -53,9 +53,9 @@ _OPENING = frozenset(_PAIRS.values())
 _WORD = re.compile(r"\w")
 
 _WRAPPED = 40
-"""Minimum length of a wrapped line: the next line continues the sentence if it starts in lower case."""
+"""Minimum length in characters of a wrapped line: if the next line starts in lower case, the sentence continues."""
 _LONG_QUOTE = 300
-"""Maximum length of a quotation or bracket that is not split inside."""
+"""A quotation or bracket of at most this many characters is not split inside."""
 _LONGEST_MARKER = len("(xxxviii")
 
 
@@ -64,9 +64,10 @@ def sentences(text: str) -> list[str]:
 
     A period, question mark or exclamation mark ends a sentence. Exceptions: abbreviations (Mr., e.g., U.S., No. 5,
     a.m.), numbers, initials, list markers, ellipses, and quotations within a sentence. Closing quotes and brackets
-    stay with their sentence; short quotations and brackets are not split inside. A line break ends a sentence unless
-    the line is long and the next line starts in lower case (wrapped text). The full-width marks 。！？； end a sentence
-    even without a following space. The time is linear in the length of the text.
+    stay with their sentence; quotations and brackets of up to 300 characters are not split inside. A line break ends a
+    sentence unless the line has at least 40 characters and the next line starts in lower case (wrapped text). The wide
+    marks of Chinese and Japanese, 。！？；, end a sentence even without a following space. The time is linear in the
+    length of the text.
 
     Returns:
         Stripped, non-empty sentences. Together they contain all characters of the text except whitespace.
@@ -122,7 +123,7 @@ def _boundaries(block: str) -> Iterator[int]:
 
 
 def _enclosures(block: str) -> list[tuple[int, int]]:
-    """Returns positions ``(open, close)`` of short quotations and brackets. Inch marks are not quotes."""
+    """Returns the character offsets ``(open, close)`` of short quotations and brackets. Inch marks are not quotes."""
     spans: list[tuple[int, int]] = []
     stack: list[tuple[str, int]] = []
     open_marks: Counter[str] = Counter()
@@ -144,12 +145,12 @@ def _enclosures(block: str) -> list[tuple[int, int]]:
 
 
 class _Scan:
-    """Decides which punctuation marks of a block end a sentence, in linear time.
+    """Decides, in one pass over a text, which punctuation marks end a sentence.
 
-    All methods must be called with ascending positions.
+    The methods must be called with ascending positions (character offsets), so that the time is linear.
 
     Args:
-        block: text without line breaks.
+        block: the text, without line breaks.
     """
 
     def __init__(self, block: str):
@@ -163,20 +164,23 @@ class _Scan:
         self.begin(0)
 
     def begin(self, start: int) -> int:
-        """Starts a sentence at ``start`` and returns it."""
+        """Starts a sentence at the offset ``start``, and returns ``start``."""
         self.start = start
         match = _NON_SPACE.search(self.block, start)
         self.first_char = match.start() if match else len(self.block)
         return start
 
     def enclosed(self, mark: re.Match[str]) -> bool:
-        """Whether the punctuation mark is inside quotation marks or brackets."""
+        """Whether the punctuation mark, a match of ``_END_MARK``, is inside quotation marks or brackets."""
         while self.enclosures and self.enclosures[0][0] < mark.start():
             self.enclosed_to = max(self.enclosed_to, self.enclosures.popleft()[1])
         return self.enclosed_to >= mark.end()
 
     def ends(self, mark: re.Match[str]) -> bool:
-        """Whether the punctuation mark ends the current sentence, ignoring quotations and brackets."""
+        """Whether the punctuation mark, a match of ``_END_MARK``, ends the current sentence.
+
+        Does not consider quotations and brackets; see `enclosed`.
+        """
         block, at, after = self.block, mark.start(), mark.end()
         while self.run and self.run.end() <= at:
             self.run = next(self.runs, None)
@@ -207,7 +211,9 @@ class _Scan:
     def _ends_joined(self, marks: str, at: int, after: int, other_marks: bool) -> bool:
         """Whether a punctuation mark without a following space ends a sentence.
 
-        For example, ``a tree.The sky`` is split, but ``3.5`` and ``a.JPG`` are not.
+        For example, ``a tree.The sky`` is split, but ``3.5`` and ``a.JPG`` are not. ``marks`` is the mark without
+        closing quotes; it starts at offset ``at`` and, with them, ends at ``after``. ``other_marks``: whether the word
+        before contains another mark.
         """
         block = self.block
         if self.word == at:
@@ -222,9 +228,9 @@ class _Scan:
 
 
 def _ends_at_word(word: str, block: str, start: int, following: str) -> bool:
-    """Whether a period ends a sentence.
+    """Whether the period after ``word`` ends a sentence.
 
-    The period follows ``word``, which starts at ``start``, and precedes a space and ``following``.
+    ``word`` starts at offset ``start`` of ``block``; after the period come a space and the word ``following``.
     """
     key = word.lower()
     name = following.rstrip(",;:!?…\"'”’)")

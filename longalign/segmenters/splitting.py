@@ -13,17 +13,17 @@ _WORD = re.compile(r"\w")
 
 
 def split(segmenter: Segmenter, prompt: Prompt, count: TokenCounter, window: int | None = None) -> list[str]:
-    """Splits a prompt with a segmenter and validates the result.
+    """Splits a prompt with a segmenter, validates the result and returns the segments.
 
     Args:
         segmenter: splits the prompt.
         prompt: a prompt that `check_prompts` accepted.
-        count: the encoder's token counter.
+        count: counts the tokens of a text, without special tokens.
         window: maximum number of tokens per segment; longer segments are split further. None keeps all segments.
 
     Raises:
-        ValueError: if the segmenter does not return a list of texts, or returns no text for a non-empty prompt. The
-            message contains the segmenter's name.
+        ValueError: if the segmenter does not return a list of texts, returns no text for a non-empty prompt, or returns
+            a text that `check_text` rejects. The message contains the segmenter's name.
     """
     segments = segmenter(prompt, count)
     name = f"the segmenter '{_name(segmenter)}'"
@@ -31,11 +31,13 @@ def split(segmenter: Segmenter, prompt: Prompt, count: TokenCounter, window: int
         kinds = sorted({type(segment).__name__ for segment in segments}) if isinstance(segments, (list, tuple)) else []
         returned = f"a {type(segments).__name__}" + (f" of {', '.join(kinds)}" if kinds else "")
         raise ValueError(
-            f"{name} must return a list of texts, got {returned} for the prompt {shorten(plain_text(prompt), 60)}"
+            f"{name} must return a list of texts, got {returned} for the prompt {shorten(plain_text(prompt), 60)}; "
+            "correct the segmenter"
         )
     if not any(map(_WORD.search, segments)) and _WORD.search(plain_text(prompt)):
         raise ValueError(
-            f"{name} returned no text for the prompt {shorten(plain_text(prompt), 60)}; expected at least one segment"
+            f"{name} returned no text for the prompt {shorten(plain_text(prompt), 60)}; expected at least one segment: "
+            "correct the segmenter or the prompt"
         )
     for segment in segments:
         check_text(segment, f"a segment of {name}")
@@ -43,10 +45,10 @@ def split(segmenter: Segmenter, prompt: Prompt, count: TokenCounter, window: int
 
 
 def windows(text: str, window: int, count: TokenCounter) -> list[str]:
-    """Splits a text into windows of at most ``window`` tokens, each packed with whole sentences in order.
+    """Splits a text into windows (texts) of at most ``window`` tokens, each packed with whole sentences in order.
 
-    A text of at most ``window`` tokens is returned unchanged. A longer sentence is split after a clause where possible.
-    Only whitespace is lost.
+    A text of at most ``window`` tokens is returned unchanged. A sentence of more than ``window`` tokens is split after
+    a clause where possible. Only whitespace is lost. ``count`` counts tokens without special tokens.
     """
     return [text] if count(text) <= window else split_to_window(Packed(window)(text, count), window, count)
 

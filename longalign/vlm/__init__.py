@@ -1,1 +1,1 @@
-"""Vision-language models that choose an answer to a question about images: local, or behind an HTTP endpoint."""
+"""Vision-language models that choose an answer to a question about images, run locally or at an HTTP endpoint."""

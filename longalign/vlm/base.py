@@ -16,10 +16,10 @@ from longalign.image_io import to_pil
 
 
 class HashedImage:
-    """An image with its hash and its PNG file, each computed once.
+    """An 8-bit RGB image, with its hash and its PNG file, which are computed once when first needed.
 
     Args:
-        image: an RGB image.
+        image: an RGB image of PIL.
     """
 
     def __init__(self, image: Image.Image):
@@ -27,17 +27,17 @@ class HashedImage:
 
     @classmethod
     def of(cls, image: Tensor) -> HashedImage:
-        """Returns the image of a tensor ``(3, h, w)`` in [0, 1]."""
+        """Returns the image of a tensor ``(3, h, w)`` in [0, 1], rounded to 8 bits."""
         return cls(to_pil(image))
 
     @cached_property
     def digest(self) -> str:
-        """Hash of size and 8-bit pixels. It does not depend on the PNG encoder."""
+        """SHA-256 hash of the image's size and 8-bit pixels, in hexadecimal. Does not depend on the PNG encoder."""
         return sha256(repr(self.image.size).encode() + self.image.tobytes()).hexdigest()
 
     @cached_property
     def png(self) -> bytes:
-        """The image as a PNG file."""
+        """The content of the image as a PNG file."""
         file = BytesIO()
         self.image.save(file, "PNG")
         return file.getvalue()
@@ -45,7 +45,13 @@ class HashedImage:
 
 @dataclass(frozen=True)
 class Request:
-    """A question about one or more images, with the allowed answers."""
+    """A question about one or more images, with the allowed answers.
+
+    Attributes:
+        text: the question, as sent to the model after the images.
+        images: the images, in the order in which they are sent.
+        options: the allowed answers, e.g. ``("yes", "no")``.
+    """
 
     text: str
     images: tuple[HashedImage, ...]
@@ -53,26 +59,27 @@ class Request:
 
 
 class VLM(nn.Module):
-    """A vision-language model that answers requests with one of their options.
+    """Base class of vision-language models that answer a `Request` with one of its options.
 
-    A module, so that a local model moves with the metric that uses it.
+    It is an ``nn.Module``, so that a local model moves to a device with the metric that uses the model.
     """
 
-    #: model and settings that determine the answers, without credentials; part of the key of stored answers
+    #: text that identifies the model and the settings that affect answers, without credentials. Stored answers
+    #: (`longalign.vlm.store.StoredAnswers`) are valid for an equal ``identity`` only
     identity: str
 
     def answers(self, requests: Sequence[Request]) -> Iterator[tuple[int, str | None]]:
-        """Yields ``(index of the request, answer)`` as the answers arrive, in any order.
+        """Yields ``(i, answer)`` for each request ``requests[i]``, as the answers arrive, in any order.
 
-        An answer is one of the request's options, or None if the reply contains none of them.
+        An answer is one of the request's options, or None if the model's reply contains none of the options.
         """
         raise NotImplementedError
 
 
 def option_in(reply: str, options: Sequence[str]) -> str | None:
-    """Returns the first option in the last line of a reply, ignoring case and punctuation; None if there is none.
+    """Returns the option that occurs first, as a whole word in any case, in the last non-empty line of a reply.
 
-    Only the last line is read, because reasoning models give their answer at the end.
+    Returns None if no option occurs. Only the last line is read, because reasoning models give their answer at the end.
     """
     lines = [line for line in reply.splitlines() if line.strip()]
     words = "|".join(map(re.escape, options))

@@ -19,11 +19,14 @@ ENVIRONMENT_NAME = re.compile(r"[A-Za-z_]\w*")
 
 
 class _VLMSection(Section):
-    #: ``module:class`` of the model, imported when it is built
+    #: ``module:class`` of the `longalign.vlm.base.VLM`, imported by `build`
     target: ClassVar[str]
 
     def check_files(self) -> list[ConfigProblem]:
-        """Checks what the config refers to, without the network; returns problems as ``(key, message)``."""
+        """Checks the files and environment variables that the config names, without the network.
+
+        Returns problems as ``(key, message)``; empty if there are none.
+        """
         return []
 
     def build(self, runtime: Runtime) -> Any:
@@ -38,13 +41,13 @@ class LocalVLMConfig(_VLMSection):
     target: ClassVar[str] = "longalign.vlm.local:LocalVLM"
 
     checkpoint: str
-    """Hub id, or local folder, with the model, its processor and its chat template."""
+    """Hub id or local folder with a vision-language model, its processor and its chat template."""
     revision: str | None = None
-    """branch, tag or commit of the Hub repository."""
+    """branch, tag or commit of the Hub repository; null: the default branch."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """dtype of the weights; null: that of ``loop.precision`` in a run, float32 in other commands."""
     batch_size: int = Field(8, ge=1)
-    """questions per forward pass."""
+    """number of questions per forward pass."""
 
     def check_files(self) -> list[ConfigProblem]:
         problem = checkpoint_problem(self.checkpoint, ["config.json"], self.revision)
@@ -63,17 +66,19 @@ class EndpointConfig(_VLMSection):
     api_key_env: str | None = None
     """name of the environment variable with the API key; null: no key is sent. The key is never written to a file."""
     parameters: dict[str, JsonValue] = Field({"temperature": 0, "max_tokens": 16})
-    """further fields of each request, except ``model``, ``messages``, ``stream`` and ``n``."""
+    """further fields of the JSON body of each request, except ``model``, ``messages``, ``stream`` and ``n``."""
     timeout: float = Field(60.0, gt=0)
-    """seconds without data from the endpoint after which a request has failed."""
+    """seconds without data from the endpoint after which an attempt has failed."""
     attempts: int = Field(5, ge=1, le=20)
-    """maximum number of attempts of a request."""
+    """maximum number of attempts per request, which is repeated after failed connections, timeouts, rate limits and
+    server errors.
+    """
     backoff: float = Field(1.0, ge=0, le=3600)
-    """seconds before the second attempt, doubled with each further attempt. A longer ``Retry-After`` of the
+    """seconds to wait before the second attempt, doubled before each further attempt. A longer ``Retry-After`` of the
     endpoint is respected, up to one minute.
     """
     concurrency: int = Field(4, ge=1)
-    """number of requests at a time."""
+    """maximum number of requests that are sent at the same time."""
 
     @field_validator("base_url")
     @classmethod
@@ -102,7 +107,7 @@ class EndpointConfig(_VLMSection):
     @classmethod
     def _check_parameters(cls, parameters: dict[str, JsonValue]) -> dict[str, JsonValue]:
         if reserved := sorted({"model", "messages", "stream", "n"} & parameters.keys()):
-            raise ValueError(f"these fields are set by longalign: {', '.join(reserved)}; remove them")
+            raise ValueError(f"expected no field that longalign sets, got {', '.join(reserved)}; remove them")
         return parameters
 
     def check_files(self) -> list[ConfigProblem]:
@@ -119,7 +124,10 @@ class EndpointConfig(_VLMSection):
 
 
 def _parse(value: Any) -> Any:
-    """Validates a mapping as the class that its keys belong to, so that problems of the other are not reported."""
+    """Validates a mapping as `EndpointConfig` if one of the keys belongs to it only, otherwise as `LocalVLMConfig`.
+
+    So only the problems of one class are reported. Other values are returned unchanged.
+    """
     if not isinstance(value, dict):
         return value
     endpoint_keys = EndpointConfig.model_fields.keys() - LocalVLMConfig.model_fields.keys()
@@ -135,28 +143,29 @@ VLMConfig = Annotated[LocalVLMConfig | EndpointConfig, BeforeValidator(_parse)]
 
 
 def check_template(text: str, placeholder: str) -> str:
-    """Returns the text of a prompt if it contains the placeholder; raises ValueError otherwise."""
+    """Returns ``text`` if it contains ``placeholder``, e.g. ``"{prompt}"``; raises ValueError otherwise."""
     if placeholder not in text:
-        raise ValueError(f"expected a text with {placeholder}, got {text!r}")
+        raise ValueError(f"expected a text with {placeholder}, got {text!r}; add {placeholder}")
     return text
 
 
 class JudgeConfig(Section):
-    """Comparison of two models' images of the same prompt by a vision-language model."""
+    """Settings of a judge: a vision-language model that compares the images of two image models for the same prompt."""
 
     vlm: VLMConfig
-    """the model: ``checkpoint`` of a local one, or ``base_url`` and ``model`` of an endpoint. It must accept two
-    images.
+    """the vision-language model: ``checkpoint`` for a local one, or ``base_url`` and ``model`` for an endpoint. It must
+    accept two images in one question.
     """
     prompt: str = (
         "These are image 1 and image 2. Both were generated for this text:\n\n{prompt}\n\n"
         "Which image shows more of the details of the text correctly? If both do equally well, which one looks better? "
         "Answer with one word: 1, 2 or tie."
     )
-    """text for the model. ``{prompt}`` is replaced by the prompt of the images. The answers are ``1``, ``2``, ``tie``.
+    """question to the vision-language model, sent after both images. ``{prompt}`` is replaced by the prompt of the
+    images. The model must answer ``1`` or ``2`` (the better image) or ``tie``.
     """
     cache: str | None = "~/.cache/longalign/judge"
-    """folder for the answers, so that an interrupted run resumes; null: answers are not stored."""
+    """folder in which answers are stored, so that an interrupted command resumes; null: answers are not stored."""
 
     @field_validator("prompt")
     @classmethod
@@ -165,7 +174,11 @@ class JudgeConfig(Section):
 
     @classmethod
     def parse(cls, value: Any) -> JudgeConfig:
-        """Validates a mapping and checks what it refers to. Raises `ConfigError` with all problems."""
+        """Validates a mapping and checks the files and environment variables that it names.
+
+        Raises:
+            ConfigError: with all problems.
+        """
         check_size(value)
         if not isinstance(value, dict):
             raise ConfigError([("", f"expected a mapping with 'vlm', got {shorten(value)}")])
@@ -178,5 +191,5 @@ class JudgeConfig(Section):
         return config
 
     def check_files(self) -> list[ConfigProblem]:
-        """Returns the problems of the model as ``(key, message)``."""
+        """Returns the problems of ``vlm`` as ``(key, message)``; empty if there are none."""
         return [(f"vlm.{key}", problem) for key, problem in self.vlm.check_files()]

@@ -18,11 +18,11 @@ from longalign.runtime import Runtime
 from longalign.vlm.base import VLM, Request, option_in
 from longalign.vlm.config import EndpointConfig
 
-#: HTTP status codes after which a request is repeated: timeouts, rate limits, failures of the server
+#: HTTP status codes after which a request is repeated: timeouts, rate limits, server errors
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
-#: maximum seconds that a ``Retry-After`` of the endpoint may ask for
+#: maximum number of seconds to wait for a ``Retry-After`` of the endpoint; longer values are reduced
 MAX_WAIT = 60.0
-#: maximum bytes of a response
+#: maximum number of bytes that are read from a response
 MAX_BYTES = 1_000_000
 
 
@@ -38,17 +38,18 @@ class _NoRedirect(HTTPRedirectHandler):
 
 
 class EndpointVLM(VLM):
-    """A model behind an OpenAI-compatible endpoint. See `EndpointConfig` for the arguments.
+    """A vision-language model behind an OpenAI-compatible HTTP endpoint.
 
     Args:
-        base_url: URL without ``/chat/completions``.
-        model: name of the model.
-        api_key: the key, or None. It is sent to the endpoint only, and replaced by ``***`` in messages.
-        parameters: further fields of each request.
-        timeout: seconds without data from the endpoint after which a request has failed.
-        attempts: maximum number of attempts of a request.
-        backoff: seconds before the second attempt; doubled with each further attempt.
-        concurrency: number of requests at a time.
+        base_url: URL without ``/chat/completions``, e.g. ``http://localhost:8000/v1``.
+        model: name of the model at the endpoint.
+        api_key: the API key, or None to send none. It is sent to the endpoint only, and replaced by ``***`` in
+            messages.
+        parameters: further fields of the JSON body of each request, e.g. ``{"temperature": 0}``.
+        timeout: seconds without data from the endpoint after which an attempt has failed.
+        attempts: maximum number of attempts per request.
+        backoff: seconds to wait before the second attempt; doubled before each further attempt.
+        concurrency: maximum number of requests that are sent at the same time.
     """
 
     def __init__(
@@ -72,7 +73,11 @@ class EndpointVLM(VLM):
 
     @classmethod
     def from_config(cls, config: EndpointConfig, runtime: Runtime) -> EndpointVLM:
-        """Reads the key from its environment variable. Raises ValueError if it is not set."""
+        """Builds the model with the API key from the environment variable ``config.api_key_env``. Sends nothing.
+
+        Raises:
+            ValueError: if the environment variable is not set, or does not contain a key.
+        """
         for key, problem in config.check_files():
             raise ValueError(f"{key}: {problem}")
         values = config.model_dump(exclude={"api_key_env"})
@@ -80,12 +85,12 @@ class EndpointVLM(VLM):
         return cls(api_key=api_key, **values)
 
     def answers(self, requests: Sequence[Request]) -> Iterator[tuple[int, str | None]]:
-        """Yields the answers as they arrive.
+        """Yields ``(i, answer)`` for each request ``requests[i]``, as the answers arrive.
 
-        If a request fails, the answers to those already sent are still yielded, then the error is raised.
+        After a failure no further request is sent; answers to requests already sent are yielded before the error.
 
         Raises:
-            EndpointError: if a request failed.
+            EndpointError: if the endpoint rejected a request, or all attempts of a request failed.
         """
         waiting = iter(enumerate(requests))
         running: dict[Future[str], int] = {}
@@ -112,7 +117,7 @@ class EndpointVLM(VLM):
             raise error
 
     def reply(self, request: Request, stop: Event) -> str:
-        """Returns the model's reply to one request as text. There are no further attempts after ``stop`` is set.
+        """Returns the text of the model's reply to one request. Setting ``stop`` in a thread ends further attempts.
 
         Raises:
             EndpointError: if the endpoint rejected the request, or every attempt failed.
@@ -148,7 +153,7 @@ class EndpointVLM(VLM):
         return text
 
     def _http_problem(self, error: HTTPError) -> tuple[str, float]:
-        """Returns a description of an HTTP error, and the seconds that the endpoint asks to wait."""
+        """Returns a description of an HTTP error, and the seconds to wait: ``Retry-After`` up to `MAX_WAIT`, or 0."""
         with error:
             try:
                 body = error.read(1000).decode(errors="replace")

@@ -23,16 +23,16 @@ from longalign.vlm.config import LocalVLMConfig
 
 
 class LocalVLM(VLM):
-    """Answers with the option whose first token is most probable as the first token of the reply.
+    """A vision-language model of transformers. It answers with the option that is most probable as start of the reply.
 
-    The probability of an option is summed over its spellings: lower case, capitalized, upper case, each with and
-    without a space before it.
+    Only the first token of the reply is predicted. The probability of an option is the sum over the first tokens of
+    the option's spellings: as given, lower case, capitalized and upper case, each with and without a space before it.
 
     Args:
-        model: a transformers model for images and text to text, e.g. a ``LlavaForConditionalGeneration``.
-        processor: see `load_processor`.
-        identity: see `VLM`.
-        batch_size: requests per forward pass.
+        model: a transformers model that maps images and text to text, e.g. a ``LlavaForConditionalGeneration``.
+        processor: the model's processor, from `load_processor`.
+        identity: text that identifies the model and its settings; see `VLM`.
+        batch_size: number of requests per forward pass.
     """
 
     def __init__(self, model: Any, processor: Any, *, identity: str, batch_size: int):
@@ -42,7 +42,11 @@ class LocalVLM(VLM):
 
     @classmethod
     def from_config(cls, config: LocalVLMConfig, runtime: Runtime) -> LocalVLM:
-        """Loads model and processor from a Hub id or a local folder. Code of the checkpoint is not run."""
+        """Loads model and processor from a Hub id or a local folder. Code of the checkpoint is not run.
+
+        Raises:
+            ValueError: if the model or the processor cannot be loaded, or there is no chat template.
+        """
         runtime = runtime.with_dtype(config.dtype)
         processor = load_processor(config.checkpoint, config.revision)
         model = load_model(config.checkpoint, config.revision, runtime)
@@ -51,10 +55,10 @@ class LocalVLM(VLM):
         return cls(model, processor, identity=identity, batch_size=config.batch_size)
 
     def answers(self, requests: Sequence[Request]) -> Iterator[tuple[int, str | None]]:
-        """Yields the answers batch by batch; an answer is never None.
+        """Yields ``(i, answer)`` for each request ``requests[i]``, batch by batch. An answer is never None.
 
         Raises:
-            ValueError: if an option shares its first tokens with other options.
+            ValueError: if all first tokens of an option are also first tokens of other options of the request.
         """
         tokens = {options: self.option_tokens(options) for options in {r.options for r in requests}}
         # prompts of similar length together, so that little is padded
@@ -69,16 +73,21 @@ class LocalVLM(VLM):
 
     @torch.no_grad()
     def next_token(self, requests: Sequence[Request]) -> Tensor:
-        """Returns the float32 logits ``(b, vocabulary)`` of the first token of each reply, on the CPU."""
+        """Returns the logits ``(b, vocabulary)`` of the first token of the reply to each of b requests, on the CPU.
+
+        The dtype is float32, or float64 for a float64 model.
+        """
         texts = [chat_text(self.processor, request.text, len(request.images)) for request in requests]
         images = [[image.image for image in request.images] for request in requests]
         return next_token_logits(self.model, processor_inputs(self.processor, texts, images)).cpu()
 
     def option_tokens(self, options: Sequence[str]) -> list[list[int]]:
-        """Returns the first tokens of the spellings of each option. A token that starts several options is omitted.
+        """Returns, for each option, the sorted ids of the tokens that start a spelling of this option only.
+
+        The class docstring lists the spellings.
 
         Raises:
-            ValueError: if an option shares its first tokens with other options.
+            ValueError: if there is no such token for an option.
         """
         found = [{self._first_token(text) for text in _spellings(option)} for option in options]
         own = [ids - set().union(*(f for j, f in enumerate(found) if j != i)) for i, ids in enumerate(found)]
@@ -94,12 +103,18 @@ class LocalVLM(VLM):
 
 
 def load_processor(checkpoint: str, revision: str | None) -> Any:
-    """Loads the processor of a vision-language model: image processor, tokenizer and chat template.
+    """Loads a vision-language model's transformers processor: image processor, tokenizer and chat template.
 
-    Its tokenizer pads on the left, so that the last position of each row predicts the reply.
+    The tokenizer pads on the left, so that the last position of each row predicts the reply. Code of the checkpoint is
+    not run.
+
+    Args:
+        checkpoint: Hub id or local folder.
+        revision: branch, tag or commit on the Hub; None for the default branch.
 
     Raises:
-        ValueError: if it cannot be loaded, or has no chat template.
+        ValueError: if the processor cannot be downloaded, or has no chat template.
+        OSError: if a local folder does not contain a processor.
     """
     from transformers import AutoProcessor
 
@@ -118,10 +133,15 @@ def load_processor(checkpoint: str, revision: str | None) -> Any:
 
 
 def load_model(checkpoint: str, revision: str | None, runtime: Runtime) -> Any:
-    """Loads a vision-language model to the device and dtype of ``runtime``. Code of the checkpoint is not run.
+    """Loads a vision-language model of transformers. Code of the checkpoint is not run.
+
+    Args:
+        checkpoint: Hub id or local folder.
+        revision: branch, tag or commit on the Hub; None for the default branch.
+        runtime: device and dtype of the model.
 
     Raises:
-        ValueError: if it cannot be loaded, or weights are missing.
+        ValueError: if the model cannot be loaded, or weights are missing.
     """
     from transformers import AutoModelForImageTextToText
 
@@ -146,14 +166,20 @@ def _download(checkpoint: str) -> Iterator[None]:
 
 
 def chat_text(processor: Any, text: str, num_images: int) -> str:
-    """Returns the text of a chat in which a user sends images, then ``text``, up to the start of the reply."""
+    """Returns a chat in the processor's template up to the start of the reply: ``num_images`` images and ``text``."""
     images = [{"type": "image"} for _ in range(num_images)]
     message = {"role": "user", "content": [*images, {"type": "text", "text": text}]}
     return processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
 
 
 def processor_inputs(processor: Any, texts: Sequence[str], images: Sequence[Any]) -> dict[str, Tensor]:
-    """Returns the padded model inputs of a batch: texts made by `chat_text`, and a list of images for each text."""
+    """Returns the padded inputs (tensors) of a vision-language model for a batch of chats.
+
+    Args:
+        processor: the model's processor, from `load_processor`.
+        texts: outputs of `chat_text`.
+        images: for each text, a list of its images: images of PIL, or tensors ``(3, h, w)`` in [0, 255].
+    """
     start = processor.tokenizer.bos_token  # which some templates write themselves
     start_written = start is not None and texts[0].startswith(start)
     return processor(
@@ -162,7 +188,10 @@ def processor_inputs(processor: Any, texts: Sequence[str], images: Sequence[Any]
 
 
 def next_token_logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Returns the logits ``(b, vocabulary)`` of the first token of each reply, in float32 or float64."""
+    """Returns the logits ``(b, vocabulary)`` of the token after each of b chats, the first token of the reply.
+
+    The dtype is float32, or float64 for a float64 model. ``inputs`` are from `processor_inputs`.
+    """
     inputs = {k: v.to(model.device, model.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
     # logits of all positions, most of them of image patches, can be larger than the model
     last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -171,9 +200,9 @@ def next_token_logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def text_tokens(tokenizer: Any, text: str) -> list[int]:
-    """Returns the token ids of a text without special tokens and without tokens that are only spaces.
+    """Returns the token ids of a text, without special tokens and without tokens that consist of spaces.
 
-    If all tokens are only spaces, returns the last one.
+    If all tokens consist of spaces, returns the last one.
     """
     ids = tokenizer.encode(text, add_special_tokens=False)
     # SentencePiece vocabularies may encode the space before a word as a token
@@ -181,7 +210,10 @@ def text_tokens(tokenizer: Any, text: str) -> list[int]:
 
 
 def escape_special_tokens(tokenizer: Any, text: str) -> str:
-    """Splits the names of special tokens in a text, so that they are read as text."""
+    """Returns ``text`` with a space inside each name of a special token, so that it is tokenized as plain text.
+
+    For example, ``<image>`` becomes ``< image>``.
+    """
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     for token in dict.fromkeys([*tokenizer.all_special_tokens, *added]):
         if len(token) > 1:

@@ -1,7 +1,7 @@
 """Preprocessing of images for vision-language models, differentiable with respect to the images.
 
 The image processors of transformers with the torchvision backend resize, normalize and patchify tensors with
-differentiable operations. Processors with the PIL backend do not.
+differentiable operations. Image processors with the PIL backend convert tensors to arrays without gradient.
 """
 
 from __future__ import annotations
@@ -19,12 +19,17 @@ PIXELS = "pixel_values"
 
 
 def model_inputs(processor: Any, texts: Sequence[str], images: Tensor) -> dict[str, Tensor]:
-    """Returns a model's inputs for pairs of an image and a text, with gradient with respect to the images.
+    """Returns the inputs of a vision-language model for b pairs of an image and a text.
+
+    ``pixel_values`` among them is differentiable with respect to the images, in float32 (float64 for float64 images).
 
     Args:
-        processor: processor of a vision-language model.
-        texts: texts by `chat_text`, one for each image.
+        processor: the model's processor, from `longalign.vlm.local.load_processor`.
+        texts: b texts from `longalign.vlm.local.chat_text`, each with one image.
         images: ``(b, 3, h, w)`` in [0, 1].
+
+    Raises:
+        ValueError: if the processor and its image processor return pixels of different shapes.
     """
     # processors divide by 255; resized values are neither rounded nor clamped, so that every pixel receives gradient
     rows = [[255 * image] for image in at_least_float32(images)]
@@ -34,16 +39,22 @@ def model_inputs(processor: Any, texts: Sequence[str], images: Tensor) -> dict[s
     if pixels.shape != inputs[PIXELS].shape:
         raise ValueError(
             f"the {type(processor).__name__} returns pixels {tuple(inputs[PIXELS].shape)}, its image processor "
-            f"{tuple(pixels.shape)}; this vision-language model is not supported"
+            f"{tuple(pixels.shape)}; expected equal shapes: use a different vision-language model"
         )
     return {**inputs, PIXELS: pixels}
 
 
 def check_differentiable(processor: Any, checkpoint: str) -> None:
-    """Checks on a small image that a processor's pixels have gradient, and are those that the model expects.
+    """Checks on a small image that `model_inputs` is differentiable with a processor and returns the right pixels.
+
+    The right pixels are those that the processor returns without gradient.
+
+    Args:
+        processor: a vision-language model's processor.
+        checkpoint: the model's checkpoint, for the message.
 
     Raises:
-        ValueError: if they do not; use a different vision-language model.
+        ValueError: if the processor fails, the gradient is zero or not finite, or the pixels differ.
     """
     processor_type = type(processor).__name__
     image = torch.linspace(0.1, 0.9, 3 * 48 * 64).reshape(1, 3, 48, 64).requires_grad_()

@@ -14,17 +14,17 @@ FILE = "answers.jsonl"
 
 
 class StoredAnswers:
-    """Sends requests to a model, and stores each answer as soon as it arrives. A stored answer is not requested again.
+    """The answers of a vision-language model, stored as soon as they arrive. No stored answer is requested again.
 
-    The key of an answer is a hash of the model with its settings, the text, the options and the pixels of the images.
-    Texts, images and API keys are not stored. Several processes can append to one file.
+    The key of an answer is a hash of `VLM.identity` and of the request's text, options and images. Texts, images and
+    API keys are not stored. Several processes can append to one file.
 
     Args:
-        vlm: the model.
-        folder: folder of ``answers.jsonl``; None stores in memory only.
+        vlm: the vision-language model.
+        folder: folder of ``answers.jsonl``, created when needed; None stores in memory only.
 
     Raises:
-        ValueError: if the file contains a line that is not an answer.
+        ValueError: if a line of ``answers.jsonl`` is valid JSON, but not an answer.
     """
 
     def __init__(self, vlm: VLM, folder: Path | str | None):
@@ -33,9 +33,10 @@ class StoredAnswers:
         self._answers = _read(self.path) if self.path is not None and self.path.exists() else {}
 
     def ask(self, requests: Sequence[Request]) -> list[str | None]:
-        """Returns one answer per request, None where the reply contained none of the options.
+        """Returns the answer to each request, one of its options; None where the reply contained no option.
 
-        Equal requests are sent once. Replies without an answer are not stored, so the next run repeats them.
+        Only requests without a stored answer are sent; equal requests are sent once. Replies without an option are not
+        stored, so the next call sends these requests again.
         """
         keys = [self.key(request) for request in requests]
         missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in self._answers}
@@ -49,7 +50,7 @@ class StoredAnswers:
         return [None if key in unread else self._answers[key] for key in keys]
 
     def key(self, request: Request) -> str:
-        """Returns the key of a request's answer."""
+        """Returns the key under which the answer to a request is stored: a SHA-256 hash in hexadecimal."""
         digests = [image.digest for image in request.images]
         text = json.dumps([self.vlm.identity, request.text, request.options, digests])
         return sha256(text.encode()).hexdigest()
@@ -71,7 +72,10 @@ class StoredAnswers:
 
 
 def _read(path: Path) -> dict[str, str]:
-    """Reads the answers of a file. Lines that an interrupted process left unfinished are skipped."""
+    """Reads the answers of a file, by key. Lines that an interrupted process left unfinished are skipped.
+
+    Raises ValueError if a line contains something else than an answer.
+    """
     answers: dict[str, str] = {}
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         try:

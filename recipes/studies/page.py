@@ -5,7 +5,7 @@ the metrics of each cell with 95% intervals, and below them the paired differenc
 shows two metrics' differences to the first cell, a point per cell.
 
 Run: ``python recipes/studies/page.py NAME ABLATION [ABLATION ...] --metrics facts,gauges.warmth [--by length]
-[--plot Y:X]``.
+[--during ABLATION:METRICS] [--plot Y:X]``.
 """
 
 from __future__ import annotations
@@ -68,6 +68,28 @@ def breakdown_rows(table: MetricTable, metric: str, by: str) -> list[str]:
     for name, intervals in groups.items():
         cells = [show(intervals[m], table.value(metric)) if m in intervals else "-" for m in table.models]
         rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    return rows
+
+
+def training_rows(folder: Path, metrics: list[str]) -> list[str]:
+    """Markdown table of the monitor's metrics over the training steps, as means over each cell's training seeds."""
+    cells = json.loads((folder / "ablation.json").read_text())["cells"]
+    points: dict[str, dict[int, list[dict[str, float]]]] = {}
+    for cell in cells:
+        for run in cell["runs"] if cell["trained"] else []:
+            for line in (folder / run["folder"] / "train" / "log.jsonl").read_text().splitlines():
+                values = json.loads(line)
+                if f"monitor/{metrics[0]}" in values:
+                    points.setdefault(cell["name"], {}).setdefault(values["step"], []).append(values)
+    if not points:
+        raise SystemExit(f"no run in {folder} has measured {metrics[0]} during training")
+    steps = sorted({step for cell in points.values() for step in cell})
+    rows = ["", "During training, means over the training seeds:", ""]
+    rows += [f"| metric | cell | {' | '.join(f'step {step}' for step in steps)} |", "|---" * (len(steps) + 2) + "|"]
+    for metric in metrics:
+        for name, cell in points.items():
+            means = [sum(p[f"monitor/{metric}"] for p in cell[step]) / len(cell[step]) for step in steps]
+            rows.append(f"| {metric} | {name} | " + " | ".join(f"{mean:.4f}" for mean in means) + " |")
     return rows
 
 
@@ -138,6 +160,7 @@ def main() -> None:
     parser.add_argument("ablations", nargs="+", help="output folders of `longalign ablate`, or TITLE=FOLDER")
     parser.add_argument("--metrics", required=True)
     parser.add_argument("--by", help="also a breakdown of the first metric, e.g. 'length'")
+    parser.add_argument("--during", help="an ablation, and METRIC,METRIC of its monitor after a colon: FOLDER:METRICS")
     parser.add_argument("--plot", help="the metrics of the axes as Y:X")
     options = parser.parse_args()
     sources = [source.rpartition("=") for source in options.ablations]
@@ -154,6 +177,9 @@ def main() -> None:
                 f"no table has a breakdown by '{options.by}'; got {list(tables[0].breakdowns(metrics[0]))}"
             )
         rows += breakdown
+    if options.during:
+        folder, _, names = options.during.rpartition(":")
+        rows += training_rows(Path(folder), names.split(","))
     notes = {title: describe(table) for (title, *_), table in zip(sources, tables, strict=True)}
     if len(set(notes.values())) == 1:
         note = notes.popitem()[1]

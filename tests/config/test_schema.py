@@ -121,7 +121,8 @@ def test_run_schema_has_every_part_by_name(outer):
         "default": "a",
         "description": "of the `Attributes:`.",
     }
-    assert schema["$defs"]["LoopConfig"]["properties"]["lr"]["description"] == "learning rate of AdamW."
+    lr = schema["$defs"]["LoopConfig"]["properties"]["lr"]
+    assert lr["description"] == "learning rate of AdamW, constant after the warmup."
 
 
 def references(node):

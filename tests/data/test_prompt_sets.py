@@ -181,7 +181,7 @@ def test_read_prompt_set_errors_name_what_is_wrong(tmp_path):
         read_prompt_set("dpgbench:prompts")
     with pytest.raises(FileNotFoundError, match=r"zzz.*longbench-t2i"):
         read_prompt_set("zzz:prompts")
-    with pytest.raises(FileNotFoundError, match=r"no file nowhere\.txt$"):
+    with pytest.raises(FileNotFoundError, match=r"no file nowhere\.txt; check the path$"):
         read_prompt_set("dsg:nowhere.txt")
     (tmp_path / "prompts.md").write_text("a")
     with pytest.raises(ValueError, match=r"\.txt, \.csv, \.json, \.jsonl"):

@@ -176,7 +176,7 @@ def test_llm_rejects_wrong_settings(folder, tmp_path):
         ({"template": "{}"}, "no state of an empty prompt"),
         ({"max_tokens": 1024}, r"at most 10\d\d"),
         ({"layer": -4}, "2 layers"),
-        ({"layer": [1, 3]}, r"layer 3 .*expected -3 to 2"),
+        ({"layer": [1, 3]}, r"layer 3 .*from -3 to 2"),
         ({"pad_to": 1025}, "at most 1024"),
         ({"template_variables": {"thinking": False}}, "no variable thinking"),
         ({"template_variables": {"messages": []}}, "no variable messages"),

@@ -93,7 +93,7 @@ def test_score_images_prints_scores_and_mean(tmp_path):
     assert lines[0] == ["bright", "bright.red", "one", "image"]
     assert lines[1] == ["0.2000", "0.2000", "1.0000", str(paths[0])]
     assert lines[-1] == ["0.4000", "0.4000", "1.0000", "mean of 2"]
-    with pytest.raises(ValueError, match="3 for 2 images"):
+    with pytest.raises(ValueError, match="3 prompts for 2 images"):
         score_images({"bright": Brightness()}, paths, ["a", "b", "c"])
     with pytest.raises(ValueError, match="no images to score"):
         score_images({"bright": Brightness()}, [], [])

@@ -79,7 +79,8 @@ def test_condition_defaults_to_pipeline_text_encoders(tmp_path, build, config):
     pipe = load(build(tmp_path))
     for prompt in ("A red fox sleeps on a wall.", PROMPTS[0]):
         default = condition(pipe, prompt)
-        explicit = condition(pipe, prompt, encoder={**config, "checkpoint": str(tmp_path), "overflow": "grow"})
+        settings = {"checkpoint": str(tmp_path), "overflow": "grow", "segmenter": {"name": "packed"}, "sot": "first"}
+        explicit = condition(pipe, prompt, encoder={**config, **settings})
         assert default.keys() == explicit.keys()
         for key in default:
             torch.testing.assert_close(default[key], explicit[key], atol=1e-5, rtol=1e-5)

@@ -35,9 +35,10 @@ class FluxBackbone(FlowBackbone):
     Args:
         transformer: the denoiser.
         vae: the autoencoder; frozen by this class.
-        scheduler: config of diffusers' scheduler.
+        scheduler: config of the model's diffusers scheduler.
         resolution: native width and height in pixels.
-        guidance: guidance scale that the transformer is conditioned on; None for 3.5, or none if it takes none.
+        guidance: guidance scale that the transformer is conditioned on. None is 3.5 for a transformer that takes a
+            guidance scale, such as FLUX.1-dev, and must be given for others.
 
     Raises:
         ValueError: if transformer and VAE have different numbers of channels, the scheduler is not supported, or

@@ -21,14 +21,14 @@ from longalign.runtime import Runtime
 class PixArtBackbone(LatentBackbone):
     """PixArt's transformer and VAE.
 
-    The transformer predicts noise and, in further channels, a variance that is not used. PixArt-alpha for 1024 pixels
-    is also conditioned on the height, width and aspect ratio (height / width) of the image.
+    The transformer predicts noise and, in further channels, a variance that is not used. PixArt-alpha for images of
+    1024 by 1024 pixels is also conditioned on the image's height, width (pixels) and aspect ratio (height / width).
 
     Args:
         transformer: the denoiser.
         vae: the autoencoder; frozen by this class.
         alphas_cumprod: ``(T,)`` cumulative products of the noise schedule's alphas.
-        prediction: ``"epsilon"`` or ``"v_prediction"``.
+        prediction: prediction type: ``"epsilon"`` or ``"v_prediction"``.
 
     Raises:
         ValueError: if transformer and VAE have different numbers of channels.
@@ -68,7 +68,11 @@ class PixArtBackbone(LatentBackbone):
         return output[:, : latents.shape[1]].to(latents.dtype)
 
     def _size_conditions(self, latents: Tensor) -> dict[str, Tensor | None]:
-        """Returns the size and aspect ratio of the images; None each if the transformer takes none."""
+        """Returns ``added_cond_kwargs`` of the transformer.
+
+        These are height and width in pixels, ``(b, 2)``, and aspect ratio, ``(b, 1)``, of the images. Both are None if
+        the transformer does not use them.
+        """
         if not self.denoiser.use_additional_conditions:
             return {"resolution": None, "aspect_ratio": None}
         height, width = (self.vae_scale_factor * side for side in latents.shape[-2:])

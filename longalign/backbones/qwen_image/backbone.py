@@ -19,19 +19,19 @@ from longalign.functional.diffusion import guide
 from longalign.runtime import Runtime
 
 VARIANTS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
-"""Settings of transformers that take more than noisy latents, text and a noise level."""
+"""Settings of transformers, not supported here, that take more than noisy latents, text and a noise level."""
 
 
 class QwenImageBackbone(FlowBackbone):
     """Qwen-Image's transformer and VAE.
 
     A token is a patch of 2 by 2 latents. The transformer is conditioned on the noise level. The VAE is one for videos;
-    an image is a video of one frame. Its latents are normalized by a mean and a standard deviation per channel.
+    an image is a video of one frame. Latents are normalized by a mean and a standard deviation per channel.
 
     Args:
         transformer: the denoiser.
         vae: the autoencoder; frozen by this class.
-        scheduler: config of diffusers' scheduler.
+        scheduler: config of the model's diffusers scheduler.
         resolution: native width and height in pixels.
 
     Raises:
@@ -45,9 +45,9 @@ class QwenImageBackbone(FlowBackbone):
         config, channels = transformer.config, vae.config.z_dim
         if config.in_channels != 4 * channels or transformer.out_channels != channels:
             raise ValueError(
-                f"the transformer has {config.in_channels} input and {transformer.out_channels} output channels, but "
-                f"the VAE has {channels}, and {4 * channels} in a token; use a text-to-image model in the layout of "
-                "Qwen-Image"
+                f"expected a transformer with {4 * channels} input and {channels} output channels for a VAE with "
+                f"{channels} channels, got {config.in_channels} and {transformer.out_channels}; use a text-to-image "
+                "model in the layout of Qwen-Image"
             )
         if variants := [key for key in VARIANTS if getattr(config, key, False)]:
             raise ValueError(
@@ -85,7 +85,7 @@ class QwenImageBackbone(FlowBackbone):
         return latents * std + mean
 
     def _statistics(self, like: Tensor) -> Tensor:
-        """Returns the mean and standard deviation ``(2, c, 1, 1)`` of the autoencoder's latent."""
+        """Returns mean and standard deviation ``(2, c, 1, 1)`` of the autoencoder's latent, with dtype of ``like``."""
         config = self.vae.config
         return torch.tensor([config.latents_mean, config.latents_std]).to(like)[..., None, None]
 
@@ -110,7 +110,10 @@ class QwenImageBackbone(FlowBackbone):
         return unpack(output, latents.shape[-2]).to(latents.dtype)
 
     def _check_positions(self, num_states: int, height: int, width: int) -> None:
-        """Raises ValueError if the transformer has no position for a text state; they follow those of the image."""
+        """Raises ValueError if there are more hidden states of the text than positions for them.
+
+        The positions of the text follow those of the ``height`` by ``width`` image tokens.
+        """
         limit = len(self.denoiser.pos_embed.pos_freqs) - max(height // 2, width // 2)
         if num_states > limit:
             raise ValueError(

@@ -10,9 +10,9 @@ from longalign.backbones.config import ImageSizeConfig
 class QwenImageConfig(ImageSizeConfig):
     """Qwen-Image, or any model with the same layout: a transformer trained with flow matching.
 
-    The encoder is ``llm`` with the model's checkpoint, its template, and ``prefix: none``. As in diffusers' pipeline,
-    guidance keeps the norm of the conditional prediction of each token. By default, a LoRA is on all attention layers,
-    except those of the last block that only change the text.
+    Use it with the encoder ``llm``, with the model's checkpoint and prompt template, and ``prefix: none``. As in
+    diffusers' pipeline, the guided prediction of each image token is scaled to the norm of the conditional prediction.
+    By default, a LoRA is on all attention layers, except those of the last block that only change the text.
     """
 
     target: ClassVar[str] = "longalign.backbones.qwen_image.backbone:QwenImageBackbone"

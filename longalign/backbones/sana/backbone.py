@@ -21,13 +21,13 @@ from longalign.runtime import Runtime
 class SanaBackbone(FlowBackbone):
     """Sana's transformer and autoencoder.
 
-    The transformer is conditioned on ``T s`` at noise level s, with T training timesteps. The autoencoder is
-    deterministic, so the standard deviation of its latents is 0.
+    The transformer is conditioned on ``T s`` at noise level s, times ``timestep_scale`` of its config, with T training
+    timesteps. The autoencoder is deterministic, so the standard deviation of its latents is 0.
 
     Args:
         transformer: the denoiser.
         vae: the autoencoder; frozen by this class.
-        scheduler: config of diffusers' scheduler.
+        scheduler: config of the model's diffusers scheduler.
         resolution: native width and height in pixels; None computes it from the transformer's ``sample_size``.
 
     Raises:

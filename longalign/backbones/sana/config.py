@@ -8,9 +8,10 @@ from longalign.backbones.config import SampleSizeConfig
 
 
 class SanaConfig(SampleSizeConfig):
-    """Sana, Sana-1.5, or any model with the same layout: linear attention, and cross-attention to Gemma's states.
+    """Sana, Sana-1.5, or any model with the same layout: linear attention, and cross-attention to Gemma's output.
 
-    The encoder is ``llm`` with the model's checkpoint, its template, ``prefix: first`` and ``lowercase: true``.
+    Use it with the encoder ``llm``, with the model's checkpoint and prompt template, ``prefix: first`` and
+    ``lowercase: true``.
     """
 
     target: ClassVar[str] = "longalign.backbones.sana.backbone:SanaBackbone"

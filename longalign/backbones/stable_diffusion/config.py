@@ -17,16 +17,18 @@ class StableDiffusionConfig(DiffusersConfig):
     """Base class of the configs of Stable Diffusion models."""
 
     checkpoint: str
-    """Hub id, local folder in diffusers layout, ``mini/sd``, or a single ``.safetensors`` file. A single file contains
-    the weights of UNet and VAE under the names of the original code.
+    """Hub id, local folder in diffusers layout, ``mini/sd`` (bundled weights of a small model), or a single
+    ``.safetensors`` file. A single file contains the weights of UNet and VAE, with their names in the original code
+    instead of diffusers' names.
     """
     layout: str | None = None
-    """Hub id or folder in diffusers layout of a model with the architecture of a single-file checkpoint. Only the
-    configs of that model are read. null: the Hub's configs of Stable Diffusion 1.5 or XL.
+    """for a single-file checkpoint, Hub id or folder in diffusers layout of a model with the same architecture. Only
+    the configs of that model are read. null: the Hub's configs of Stable Diffusion 1.5 or XL, whichever fits the
+    weights.
     """
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """dtype of the UNet's weights; trainable weights are always float32. The VAE uses the dtype of
-    ``loop.precision``.
+    """dtype of the UNet's weights; trainable weights are always float32. The key ``loop.precision`` sets the VAE's
+    dtype.
     """
 
     @property
@@ -35,7 +37,7 @@ class StableDiffusionConfig(DiffusersConfig):
         return self.checkpoint.endswith(".safetensors")
 
     def resolution(self) -> int:
-        """Native width and height of an image in pixels, read from the checkpoint's configs without its weights."""
+        """Returns the native width and height of a square image in pixels, from the configs of the networks."""
         return self.native_resolution(self.layout)
 
     @model_validator(mode="after")
@@ -46,7 +48,7 @@ class StableDiffusionConfig(DiffusersConfig):
         return self
 
     def config_of(self, folder: str) -> dict[str, Any]:
-        """Returns the config of one network of the checkpoint, or an empty dict if it is not available locally."""
+        """Returns the config of one network, e.g. in the folder ``unet``; empty if it is not on this machine."""
         if not self.single_file:
             return super().config_of(folder)
         return read_json(self.layout, f"{folder}/config.json") if self.layout else {}
@@ -81,8 +83,8 @@ class SDConfig(StableDiffusionConfig):
 class SDXLConfig(StableDiffusionConfig):
     """Stable Diffusion XL, or any model with the same layout.
 
-    The UNet's size conditioning is always the size of the image that it denoises, without a crop: in training that of
-    the image's bucket.
+    The UNet's size conditioning is always the size of the denoised image, without a crop. In training, this is the size
+    of the image's bucket: the size to which images of similar aspect ratio are scaled and cropped.
     """
 
     target: ClassVar[str] = "longalign.backbones.stable_diffusion.sdxl:SDXLBackbone"
@@ -91,11 +93,12 @@ class SDXLConfig(StableDiffusionConfig):
     name: Literal["sdxl"] = "sdxl"
     checkpoint: str
     """Hub id, e.g. ``stabilityai/stable-diffusion-xl-base-1.0``, local folder in diffusers layout, or a single
-    ``.safetensors`` file with the weights of UNet and VAE under the names of the original code.
+    ``.safetensors`` file. A single file contains the weights of UNet and VAE, with their names in the original code
+    instead of diffusers' names.
     """
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """dtype of the UNet's weights; trainable weights are always float32. The VAE has the dtype of ``loop.precision``,
-    except that float32 replaces float16, in which a VAE with ``force_upcast`` overflows.
+    """dtype of the UNet's weights; trainable weights are always float32. The key ``loop.precision`` sets the VAE's
+    dtype; a VAE whose config has ``force_upcast`` is float32 instead of float16, in which it would overflow.
     """
 
     def widths(self) -> tuple[int | None, int | None]:
@@ -107,7 +110,7 @@ class SDXLConfig(StableDiffusionConfig):
 class SD3Config(TransformerConfig, StableDiffusionConfig):
     """Stable Diffusion 3 and 3.5, or any model with the same layout: a transformer trained with flow matching.
 
-    A LoRA is added to the transformer's text and image attention projections, as in diffusers' LoRA training of SD3.
+    By default, a LoRA is on the attention projections of text and image, as in diffusers' LoRA training of SD3.
     """
 
     target: ClassVar[str] = "longalign.backbones.stable_diffusion.sd3:SD3Backbone"
@@ -117,12 +120,12 @@ class SD3Config(TransformerConfig, StableDiffusionConfig):
     checkpoint: str
     """Hub id, e.g. ``stabilityai/stable-diffusion-3-medium-diffusers``, or local folder in diffusers layout."""
     layout: str | None = None
-    """Hub id or folder in diffusers layout with the configs of a single-file checkpoint, as for ``sd``. Loading single
-    files of Stable Diffusion 3 has not been tested.
+    """for a single-file checkpoint, Hub id or folder in diffusers layout of a model with the same architecture. Only
+    the configs of that model are read. Loading single files of Stable Diffusion 3 has not been tested.
     """
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """dtype of the transformer's weights; trainable weights are always float32. The VAE has the dtype of
-    ``loop.precision``.
+    """dtype of the transformer's weights; trainable weights are always float32. The key ``loop.precision`` sets the
+    VAE's dtype.
     """
 
     @property

@@ -1,4 +1,4 @@
-"""Reads the configs of checkpoints in diffusers layout, and detects the type of single files from weight names."""
+"""Reads the configs of checkpoints in diffusers layout, and detects the model type of single-file checkpoints."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ from longalign.runtime import resolve_checkpoint
 def network_configs(
     checkpoint: str, component: str, *, layout: str | None, subfolder: str | None, revision: str | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the configs of denoiser and VAE, read without their weights.
+    """Returns the configs of denoiser and VAE, in this order.
+
+    Of a folder or Hub id, no weights are read.
 
     Args:
         checkpoint: folder in diffusers layout, Hub id, or a single ``.safetensors`` file.
-        component: folder of the denoiser.
-        layout: for a single file, the folder or Hub id with its configs; None detects it.
-        subfolder: folder in the checkpoint with the denoiser and ``vae/``.
-        revision: branch, tag or commit on the Hub.
+        component: folder of the denoiser: ``unet`` or ``transformer``.
+        layout: for a single file, the folder or Hub id with its configs; None detects the Hub id from the weights.
+        subfolder: folder in the checkpoint that contains the denoiser and ``vae/``; None for the root folder.
+        revision: branch, tag or commit on the Hub; None for the default branch.
 
     Raises:
         ValueError: if the checkpoint does not contain these configs.
@@ -48,7 +50,15 @@ def network_configs(
 
 
 def layout_of(path: Path, state: dict[str, Tensor]) -> str:
-    """Returns the Hub id of the configs for a single file of Stable Diffusion 1.5 or XL, detected from its weights."""
+    """Returns the Hub id of the configs for a single file of Stable Diffusion 1.5 or XL, detected from its weights.
+
+    Args:
+        path: the file, for the message.
+        state: all weights of the file, by name.
+
+    Raises:
+        ValueError: if the weights are those of a different model.
+    """
     model = infer_diffusers_model_type(state)
     if model not in ("v1", "xl_base"):
         raise ValueError(

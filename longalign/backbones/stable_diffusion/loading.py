@@ -1,4 +1,4 @@
-"""Loads checkpoints of the Stable Diffusion family: folders in diffusers layout, the Hub, and single files."""
+"""Loads denoiser, VAE and scheduler config from folders in diffusers layout, the Hub, or single files."""
 
 from __future__ import annotations
 
@@ -26,11 +26,15 @@ def load_parts(
     Args:
         config: config with the checkpoint and the denoiser's dtype.
         runtime: runtime with the autoencoder's dtype.
-        kind: class of the denoiser.
-        vae_kind: class of the autoencoder.
+        kind: diffusers class of the denoiser.
+        vae_kind: diffusers class of the autoencoder.
+
+    Returns:
+        The denoiser, the autoencoder and the scheduler config.
 
     Raises:
-        ValueError: if the checkpoint does not contain all three.
+        ValueError: if the checkpoint cannot be loaded, or does not contain all three.
+        FileNotFoundError: if a single file does not exist.
     """
     if isinstance(config, StableDiffusionConfig) and config.single_file:
         return _load_single_file(config, runtime, kind)
@@ -70,7 +74,7 @@ def load_parts(
 
 
 def _load_single_file(config: StableDiffusionConfig, runtime: Runtime, kind: Any) -> tuple[Any, Any, dict[str, Any]]:
-    """Loads the same as `load_parts` from a single file with all weights under the names of the original code."""
+    """Returns what `load_parts` returns, from a single file with all weights under the names of the original code."""
     path = Path(config.checkpoint)
     if not path.is_file():
         raise FileNotFoundError(f"file {path} not found; expected the path of a local .safetensors file")

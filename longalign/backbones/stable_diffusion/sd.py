@@ -21,13 +21,16 @@ from longalign.sharding import is_sharded
 
 
 class SDBackbone(LatentBackbone):
-    """A UNet conditioned through cross-attention only, and its VAE.
+    """Stable Diffusion's UNet, conditioned on text through cross-attention only, and VAE.
 
     Args:
         unet: the denoiser.
         vae: the autoencoder; frozen by this class.
         alphas_cumprod: ``(T,)`` cumulative products of the noise schedule's alphas.
-        prediction: ``"epsilon"`` or ``"v_prediction"``.
+        prediction: prediction type: ``"epsilon"`` or ``"v_prediction"``.
+
+    Raises:
+        ValueError: if the UNet has other conditions than text, or UNet and VAE have different numbers of channels.
     """
 
     def __init__(self, unet: Any, vae: Any, alphas_cumprod: Tensor, prediction: str):
@@ -89,11 +92,11 @@ class SDBackbone(LatentBackbone):
         return {"cross_attention_kwargs": {"keys_values": conditioning.keys_values}}
 
     def extra_model_kwargs(self, conditioning: Conditioning, latents: Tensor) -> dict[str, Any]:
-        """Returns additional keyword arguments of the UNet: none for Stable Diffusion 1.x and 2.x."""
+        """Returns further keyword arguments of the UNet's forward pass: none for Stable Diffusion 1.x and 2.x."""
         return {}
 
     def check_width(self, conditioning: Conditioning) -> None:
-        """Raises ValueError if the states' width does not match the UNet's cross-attention."""
+        """Raises ValueError if the width of the text's hidden states does not match the UNet's cross-attention."""
         expected = self.denoiser.config.cross_attention_dim
         if conditioning.states.shape[-1] != expected:
             raise ValueError(
@@ -104,10 +107,10 @@ class SDBackbone(LatentBackbone):
 
 
 def scheduler_constants(config: dict[str, Any]) -> tuple[Tensor, str]:
-    """Returns ``alphas_cumprod`` ``(T,)`` and the prediction type from a diffusers scheduler config.
+    """Returns ``alphas_cumprod`` ``(T,)`` and the prediction type of a diffusers scheduler, from its config.
 
     Raises:
-        ValueError: if the scheduler is unknown, has no ``alphas_cumprod``, or clips its predictions.
+        ValueError: if the scheduler is unknown, has no ``alphas_cumprod``, or clips the predicted image.
     """
     name = config.get("_class_name", "DDIMScheduler")
     scheduler_class: Any = getattr(diffusers, name, None)
@@ -128,7 +131,7 @@ def empty_unet(checkpoint: str, settings: dict[str, Any] | None = None, revision
     Args:
         checkpoint: Hub id or local folder; only ``unet/config.json`` is read.
         settings: config of the UNet; if given, no file is read.
-        revision: branch, tag or commit on the Hub.
+        revision: branch, tag or commit on the Hub; None for the default branch.
     """
     if settings is None:
         config: Any = UNet2DConditionModel.load_config(

@@ -21,13 +21,13 @@ class SD3Backbone(LatentBackbone):
     """SD3's transformer and VAE.
 
     At timestep t of T, noisy latents are ``(1 - s) x_0 + s n`` with clean latents ``x_0`` and noise ``n``. Here
-    ``s = shift u / (1 + (shift - 1) u)`` and ``u = (t + 1) / T`` (section 5.3.2 of the paper, eq. 23). The
-    network is conditioned on ``T s`` and has no attention mask.
+    ``s = shift u / (1 + (shift - 1) u)`` and ``u = (t + 1) / T`` (arXiv 2403.03206, section 5.3.2, eq. 23). The
+    transformer is conditioned on ``T s`` and has no attention mask.
 
     Args:
         transformer: the denoiser.
         vae: the autoencoder; frozen by this class.
-        noise_levels: scales of signal and noise; see `flow_levels`.
+        noise_levels: scales of signal and noise at each training timestep; see `flow_levels`.
 
     Raises:
         ValueError: if transformer and VAE have different numbers of channels.
@@ -66,7 +66,7 @@ class SD3Backbone(LatentBackbone):
         return output.to(latents.dtype)
 
     def check_conditioning(self, conditioning: Conditioning) -> None:
-        """Raises ValueError if the conditioning has the wrong width or masked positions."""
+        """Raises ValueError if hidden states or pooled embedding have the wrong width, or some states are masked."""
         config = self.denoiser.config
         check_joint_conditioning(
             conditioning,

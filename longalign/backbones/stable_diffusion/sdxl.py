@@ -17,9 +17,9 @@ from longalign.runtime import Runtime
 class SDXLBackbone(SDBackbone):
     """SDXL's UNet and VAE.
 
-    Besides the text, the UNet is conditioned on six numbers (section 2.2 of the paper): the original height and width
-    of an image, the top and left of the crop, and the current height and width. As by default in diffusers' pipeline,
-    the original size equals the current size and the crop starts at 0, 0.
+    Besides the text, the UNet is conditioned on six numbers in pixels (arXiv 2307.01952, section 2.2): the original
+    height and width of an image, the top and left of the crop, and the current height and width. As by default in
+    diffusers' pipeline, the original size equals the current size and the crop starts at 0, 0.
     """
 
     @staticmethod
@@ -31,11 +31,14 @@ class SDXLBackbone(SDBackbone):
                 "Diffusion 1.x and 2.x use the backbone 'sd'"
             )
         if getattr(vae.config, "latents_mean", None) is not None:
-            raise ValueError("'sdxl' does not support a VAE that normalizes latents per channel; use SDXL's VAE")
+            raise ValueError(
+                "'sdxl' expects a VAE without latents_mean in its config, got one that normalizes latents per channel; "
+                "use SDXL's VAE"
+            )
 
     @classmethod
     def from_config(cls, config: StableDiffusionConfig, runtime: Runtime) -> SDXLBackbone:
-        """Loads UNet and VAE. A VAE with ``force_upcast`` overflows in float16 and is loaded in float32."""
+        """Loads UNet, VAE and scheduler config; a VAE with ``force_upcast`` is float32 instead of float16."""
         backbone: Any = super().from_config(config, runtime)
         if backbone.vae.dtype == torch.float16 and backbone.vae.config.force_upcast:
             backbone.vae.float()
@@ -43,12 +46,16 @@ class SDXLBackbone(SDBackbone):
 
     @property
     def pooled_width(self) -> int:
-        """Width of the pooled embedding that the UNet expects, without the embeddings of the six sizes."""
+        """Width of the pooled text embedding that the UNet expects, without its embeddings of sizes and crop."""
         config = self.denoiser.config
         return config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
 
     def extra_model_kwargs(self, conditioning: Conditioning, latents: Tensor) -> dict[str, Any]:
-        """Returns the pooled embedding, and the time ids of an uncropped image at its true size."""
+        """Returns the UNet's ``added_cond_kwargs``: pooled embedding and ``time_ids``, the six sizes of the image.
+
+        Raises:
+            ValueError: if the pooled embedding is missing or has the wrong width.
+        """
         if conditioning.pooled is None or conditioning.pooled.shape[-1] != self.pooled_width:
             got = "none" if conditioning.pooled is None else f"one of width {conditioning.pooled.shape[-1]}"
             raise ValueError(

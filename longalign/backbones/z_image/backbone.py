@@ -20,13 +20,13 @@ from longalign.runtime import Runtime
 class ZImageBackbone(FlowBackbone):
     """Z-Image's transformer and VAE.
 
-    The transformer is conditioned on ``1 - s`` at noise level s, and its output is the velocity from noise to image,
-    the opposite of a prediction of type ``"flow"``. It takes the states of each prompt without padding.
+    The transformer is conditioned on ``1 - s`` at noise level s, and takes the hidden states of each prompt without
+    padding. Its output is the velocity from noise to image, the negative of a prediction of type ``"flow"``.
 
     Args:
         transformer: the denoiser.
         vae: the autoencoder; frozen by this class.
-        scheduler: config of diffusers' scheduler.
+        scheduler: config of the model's diffusers scheduler.
         resolution: native width and height in pixels.
 
     Raises:
@@ -58,7 +58,10 @@ class ZImageBackbone(FlowBackbone):
         return cls(transformer, vae, scheduler, resolution=config.image_size).to(runtime.device)
 
     def use_cuda_graphs(self) -> None:
-        raise ValueError("'z-image' cannot be captured as CUDA graphs; set loop.cuda_graphs to false")
+        raise ValueError(
+            "CUDA graphs need inputs of constant shape, but 'z-image' takes prompts of different lengths without "
+            "padding; set loop.cuda_graphs to false"
+        )
 
     def call(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         config, dtype = self.denoiser.config, self.denoiser.dtype
@@ -71,7 +74,10 @@ class ZImageBackbone(FlowBackbone):
         return -torch.stack(list(outputs))[:, :, 0].to(latents.dtype)
 
     def _check_positions(self, num_states: int, latents: Tensor) -> None:
-        """Raises ValueError if the transformer has no position for a text state or an image token."""
+        """Raises ValueError if the transformer has fewer positions than text states or than image tokens.
+
+        ``num_states`` is the number of hidden states of the longest prompt; ``latents`` are ``(b, c, h, w)``.
+        """
         text, rows, columns = self.denoiser.config.axes_lens
         # texts are padded; the first position is not used, and the image follows the text
         limit = (text - 2) // SEQ_MULTI_OF * SEQ_MULTI_OF
@@ -89,6 +95,6 @@ class ZImageBackbone(FlowBackbone):
 
 
 def _unpadded(conditioning: Conditioning, dtype: torch.dtype) -> list[Tensor]:
-    """Returns the states ``(n_i, d)`` of each prompt without those that are masked."""
+    """Returns for each prompt i its ``n_i`` unmasked hidden states, ``(n_i, d)``, cast to ``dtype``."""
     states, mask = conditioning.states.to(dtype), conditioning.mask
     return list(states) if mask is None else list(states[mask].split(mask.sum(1).tolist()))

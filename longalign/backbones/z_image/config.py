@@ -11,8 +11,9 @@ from longalign.errors import ConfigProblem
 class ZImageConfig(ImageSizeConfig):
     """Z-Image, Z-Image-Turbo, or any model with the same layout: a transformer trained with flow matching.
 
-    The encoder is ``llm`` with the model's checkpoint and ``layer: -2``. Z-Image-Turbo is sampled without guidance: set
-    the trainer's ``guidance`` and ``--guidance`` to 1. A guidance scale s of diffusers' pipeline is 1 + s here.
+    Use it with the encoder ``llm``, with the model's checkpoint and ``layer: -2``. Z-Image-Turbo is sampled without
+    guidance: set the trainer's key ``guidance`` and the option ``--guidance`` to 1. A guidance scale s of diffusers'
+    Z-Image pipeline is 1 + s here.
     """
 
     target: ClassVar[str] = "longalign.backbones.z_image.backbone:ZImageBackbone"
@@ -28,6 +29,9 @@ class ZImageConfig(ImageSizeConfig):
     def check_run(self, run: Any) -> list[ConfigProblem]:
         problems = super().check_run(run)
         if run.loop.cuda_graphs:
-            problem = f"'{self.name}' takes prompts of different lengths without padding, set it to false"
+            problem = (
+                f"CUDA graphs need inputs of constant shape, but '{self.name}' takes prompts of different lengths "
+                "without padding; set it to false"
+            )
             problems.append(("loop.cuda_graphs", problem))
         return problems

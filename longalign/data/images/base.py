@@ -1,4 +1,4 @@
-"""Base class of indexed image data, which replaces unreadable images."""
+"""Base class of image data that is read by index. Unreadable images are replaced by later ones."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from longalign.sizes import Size, nearest_bucket
 
 log = logging.getLogger(__name__)
 
-#: side of square images in pixels, or the size of each bucket
+#: Side of square images in pixels, or a list of image sizes. `ImageLoader` rejects None, the value of a config
+#: without a size.
 Resolution = int | Sequence[Size] | None
-# errors of `decode` for unreadable images
+# errors that `longalign.image_io.decode` raises for unreadable images
 UNREADABLE = (OSError, ValueError)
 
 
 class Unreadable(dict[Hashable, str]):
-    """Names of the images that could not be read so far, with the errors.
+    """The images that could not be read so far, as name -> error.
 
     Args:
-        limit: number of unreadable images to tolerate.
+        limit: number of unreadable images that are tolerated, see `note`.
     """
 
     def __init__(self, limit: int):
@@ -35,7 +36,11 @@ class Unreadable(dict[Hashable, str]):
         self.limit = limit
 
     def note(self, name: Hashable, error: BaseException) -> None:
-        """Records and logs an unreadable image. Raises ValueError listing all of them if ``limit`` is exceeded."""
+        """Adds an unreadable image and logs a warning, unless ``name`` was added before.
+
+        Raises:
+            ValueError: if more than ``limit`` images are unreadable; the message lists all of them.
+        """
         if name in self:
             return
         self[name] = f"{type(error).__name__}: {error}"
@@ -47,15 +52,17 @@ class Unreadable(dict[Hashable, str]):
         log.warning("%s cannot be read and is replaced by the next image (%s)", name, self[name])
 
     def summary(self) -> str:
-        """Returns all names and errors in one line."""
+        """Returns all names and errors in one line: ``name (error); name (error)``."""
         return "; ".join(f"{name} ({error})" for name, error in self.items())
 
 
 class ImageLoader:
-    """Loads images in the size of a bucket, and warns of the 1st, 10th, 100th... image that is scaled up.
+    """Loads images, resized and cropped to one of several sizes, which are called buckets.
+
+    Logs a warning at the 1st, 10th, 100th, ... image that is scaled up.
 
     Args:
-        resolution: side of square images in pixels, or the size of each bucket.
+        resolution: side of square images in pixels (one bucket), or the sizes of the buckets.
 
     Raises:
         ValueError: if ``resolution`` is None.
@@ -70,16 +77,30 @@ class ImageLoader:
         self.small = 0
 
     def bucket(self, source: Path | bytes) -> int:
-        """Returns the number of an image's bucket, reading only its header, and nothing if there is one bucket.
+        """Returns the index of the bucket whose aspect ratio is nearest to that of an image.
 
-        Raises OSError or ValueError if the header cannot be read.
+        Reads only the header of the image; with one bucket, nothing is read.
+
+        Args:
+            source: path of the image file, or the bytes of such a file.
+
+        Raises:
+            OSError, ValueError: if the header cannot be read.
         """
         return nearest_bucket(read_size(source), self.sizes) if len(self.sizes) > 1 else 0
 
     def load(self, name: Hashable, source: Path | bytes, bucket: int = 0) -> Tensor:
-        """Loads an image as ``(3, h, w)`` in [0, 1], rotated by its EXIF, centre-cropped and resized to its bucket.
+        """Loads an image as float32 ``(3, h, w)`` in [0, 1], centre-cropped and resized to the size of a bucket.
 
-        ``name`` identifies the image in messages. Raises OSError or ValueError if the image cannot be read.
+        The image is rotated by its EXIF orientation first.
+
+        Args:
+            name: name of the image in messages.
+            source: path of the image file, or the bytes of such a file.
+            bucket: index of the bucket.
+
+        Raises:
+            OSError, ValueError: if the image cannot be read.
         """
         image, size = decode(source), self.sizes[bucket]
         if image.height < size.height or image.width < size.width:
@@ -94,10 +115,12 @@ class ImageLoader:
 
 
 class ImageDataset(Data):
-    """Base class of indexed data with images from files or encoded bytes.
+    """Base class of data with one stored image per item, read by index.
+
+    Subclasses implement ``__len__``, ``prompt`` and ``source``.
 
     Args:
-        resolution: image side in pixels, or the size of each bucket.
+        resolution: side of square images in pixels, or a list of image sizes; see `ImageLoader`.
         max_unreadable: number of unreadable images to replace by the next readable one; one more raises an error.
     """
 
@@ -107,11 +130,11 @@ class ImageDataset(Data):
         self.unreadable = Unreadable(max_unreadable)
 
     def source(self, index: int) -> Path | bytes:
-        """Returns the path or encoded bytes of the image of item ``index`` (non-negative)."""
+        """Returns the path of the image file of item ``index`` (non-negative), or the bytes of such a file."""
         raise NotImplementedError
 
     def label(self, index: int) -> Hashable:
-        """Returns the name of the image of item ``index`` (non-negative), for messages."""
+        """Returns the name of the image of item ``index`` (non-negative) in messages; by default its `source`."""
         return self.source(index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -140,7 +163,12 @@ class ImageDataset(Data):
             return -1
 
     def load_item(self, index: int, bucket: int | None = None) -> dict[str, Any] | None:
-        """Returns item ``index`` in the size of a bucket, by default its own, or None if it cannot be read."""
+        """Returns item ``index``, or None if its image cannot be read.
+
+        Args:
+            index: non-negative index of the item.
+            bucket: index in `buckets` of the size of the returned image; None for the bucket of the image itself.
+        """
         label = self.label(index)
         bucket = self.bucket(index) if bucket is None else bucket
         if label in self.unreadable:

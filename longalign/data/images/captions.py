@@ -20,13 +20,15 @@ COLUMNS = ("caption", "path", "source")
 
 
 class LongAlignCaptions(ImageDataset):
-    """Dataset of the rows ``caption, path, source`` that have an image file.
+    """The public LongAlign captions whose image files are available locally.
+
+    A row has the columns ``caption``, ``path`` (of the image) and ``source``, the name of the data set of the image.
 
     Args:
         rows: a table of the library ``datasets``.
-        indices: numbers of the rows to use.
-        folders: image folder of each source; ``path`` is relative to it.
-        resolution: image side in pixels, or the size of each bucket.
+        indices: numbers of the rows to use, from 0.
+        folders: source -> folder that the paths of this source are relative to.
+        resolution: side of square images in pixels, or a list of image sizes; see `ImageLoader`.
         max_unreadable: number of unreadable files to replace by the next readable one; one more raises an error.
     """
 
@@ -44,11 +46,11 @@ class LongAlignCaptions(ImageDataset):
 
     @classmethod
     def from_config(cls, config: LongAlignCaptionsConfig, runtime: Runtime) -> LongAlignCaptions:
-        """Loads the table and checks that every image exists; a warning counts the skipped rows.
+        """Loads the table and selects the rows whose image file exists. A warning counts the skipped rows.
 
         Raises:
-            ValueError: if a column or a source is missing, more than ``max_missing`` images are missing, or no row
-                remains.
+            ValueError: if a column is missing, a configured source occurs in no row, more than ``max_missing`` images
+                are missing, or no row remains.
         """
         path, files = config.captions, None
         if Path(path).exists():
@@ -57,8 +59,10 @@ class LongAlignCaptions(ImageDataset):
         rows = load_table(config.name, path, split=config.split, data_files=files, **keys)
         missing = [column for column in COLUMNS if column not in rows.column_names]
         if missing:
-            available = ", ".join(rows.column_names)
-            raise ValueError(f"'{config.captions}' has no column '{missing[0]}'; available: {available}")
+            expected, available = ", ".join(COLUMNS), ", ".join(rows.column_names)
+            raise ValueError(
+                f"'{config.captions}' has no column '{missing[0]}'; expected the columns {expected}, got {available}"
+            )
         folders = {source: Path(folder) for source, folder in config.folders.items()}
         return cls(
             rows,
@@ -84,7 +88,10 @@ def _image_path(folder: Path, path: str, where: str = "") -> Path:
 
 
 def _with_images(rows: Any, folders: dict[str, Path], config: LongAlignCaptionsConfig) -> list[int]:
-    """Returns the numbers of the rows of the configured sources that have a caption and an image file."""
+    """Returns the numbers of the rows to use: those of the configured sources that have an image file.
+
+    Rows without a caption are used only if ``config.empty`` is "keep".
+    """
     counts: Counter[str] = Counter()
     indices, missing, empty = [], [], 0
     for i, (caption, path, source) in enumerate(zip(*(rows[column] for column in COLUMNS), strict=True)):
@@ -110,7 +117,7 @@ def _with_images(rows: Any, folders: dict[str, Path], config: LongAlignCaptionsC
                 )
     if unknown := sorted(set(folders) - set(counts)):
         raise ValueError(
-            f"no caption has the source '{unknown[0]}' of 'folders'; available: {', '.join(sorted(counts))}"
+            f"no caption has the source '{unknown[0]}' of 'folders'; set sources among {', '.join(sorted(counts))}"
         )
     skipped = {source: count for source, count in counts.items() if source not in folders}
     if skipped:

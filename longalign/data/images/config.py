@@ -20,9 +20,9 @@ class FolderConfig(ImagesConfig):
     name: Literal["folder"] = "folder"
     folder: Text
     """folder of the images. Its ``metadata.jsonl`` has one line per image with "file_name" and "text" (or "prompt"), as
-    ``longalign generate`` writes it; a ``metadata.csv`` has these columns. Without either, the caption of an image is
-    in a .txt of the same name next to the image, also in subfolders. File names are relative to the folder and must
-    stay inside this folder; symbolic links are followed.
+    ``longalign generate`` writes it; a ``metadata.csv`` has columns of these names. Without such a file, the caption of
+    each image, also in subfolders, is in a .txt file of the same name next to the image. File names are relative to the
+    folder and must stay inside this folder; symbolic links are followed.
     """
 
     def check_files(self) -> list[ConfigProblem]:
@@ -37,22 +37,26 @@ class FolderConfig(ImagesConfig):
 class WebDatasetConfig(ImagesConfig):
     """Local tar files in WebDataset layout, read as a stream.
 
-    Files with the same stem form one item; files larger than 256 MiB are not read.
+    Files of the same folder and stem (name up to the first dot) form one item. An item with an image or caption file
+    larger than 256 MiB counts as unreadable.
     """
 
     target: ClassVar[str] = "longalign.data.images.webdataset:WebDataset"
 
     name: Literal["webdataset"] = "webdataset"
     shards: Annotated[Texts, Field(min_length=1)]
-    """path or list of paths of tar files, with ``{0000..0123}`` for a range or ``*``."""
+    """path or list of paths of tar files; ``{0000..0123}`` stands for a range of numbers, ``*`` for any text."""
     image: Annotated[Texts, Field(min_length=1)] = ("jpg", "jpeg", "png", "webp")
-    """image suffixes in order of preference."""
+    """suffixes of the image file, without dot. If an item has several such files, the first of these suffixes is used.
+    """
     caption: Text = "txt"
-    """suffix of the caption file: "txt", or "json" with a ``field``."""
+    """suffix of the caption file, without dot. A suffix that ends in "json" means JSON with the key ``field``; any
+    other suffix means text.
+    """
     field: Text | None = None
-    """key of the caption in a JSON file; null: "caption"."""
+    """key of the caption in a JSON file; null: "caption". Not allowed for a text file."""
     shuffle_buffer: PositiveInt = 1000
-    """number of items in the shuffle buffer; 1 keeps the order."""
+    """number of items in the shuffle buffer of each data loading worker; 1 keeps the order of the items."""
 
     def check_files(self) -> list[ConfigProblem]:
         return [("shards", problem) for pattern in self.shards if (problem := shard_problem(pattern))]
@@ -63,13 +67,15 @@ class WebDatasetConfig(ImagesConfig):
 
     @property
     def caption_field(self) -> str | None:
-        """Key of the caption in a JSON file; None for a text file."""
+        """Key of the caption in a JSON file; None if the caption is a text file."""
         return (self.field or "caption") if self.caption.endswith("json") else None
 
     @model_validator(mode="after")
     def _check_keys(self) -> WebDatasetConfig:
         if self.field is not None and self.caption_field is None:
-            raise ValueError(f"'field' is a key of JSON files, but '{self.caption}' is read as text; remove it")
+            raise ValueError(
+                f"'field' is a key of JSON files, but '{self.caption}' files are read as text; remove 'field'"
+            )
         return self
 
 
@@ -80,20 +86,20 @@ class LongAlignCaptionsConfig(ImagesConfig):
 
     name: Literal["longalign-captions"] = "longalign-captions"
     folders: Annotated[dict[str, Text], Field(min_length=1)]
-    """image folder of each source, by the names in the column ``source``; ``path`` is relative to it. Rows of other
-    sources are skipped.
+    """mapping from a value of the column ``source`` to an image folder, which the paths in the column ``path`` are
+    relative to. Rows of other sources are skipped.
     """
     captions: Text = "luping-liu/LongAlign"
     """Hub id, a local .parquet, .csv or .jsonl file, or a folder of such files of one format."""
     split: Text = "train"
-    """split to load."""
+    """name of the split to load."""
     revision: Text | None = None
-    """branch, tag or commit on the Hub."""
+    """branch, tag or commit on the Hub; null: the default branch."""
     cache: Text | None = None
     """cache folder of the library ``datasets``; null: the default of ``datasets``."""
     max_missing: NonNegativeInt | None = None
-    """number of image files that may be missing; null: any number. Missing files are skipped at the start, with a
-    warning.
+    """number of image files that may be missing; null: any number. Rows without an image file are skipped at the start,
+    with a warning; one more than this number is an error.
     """
 
     def check_files(self) -> list[ConfigProblem]:

@@ -17,20 +17,23 @@ log = logging.getLogger(__name__)
 
 
 class Folder(ImageDataset):
-    """Image files with one caption each.
+    """Dataset of image files with one caption each.
 
     Args:
         files: the image files.
-        prompts: one caption per file.
-        resolution: image side in pixels, or the size of each bucket.
+        prompts: one caption per file; may be empty texts.
+        resolution: side of square images in pixels, or a list of image sizes; see `ImageLoader`.
         max_unreadable: number of unreadable files to replace by the next readable one; one more raises an error.
+
+    Raises:
+        ValueError: if there are no files, or the numbers of files and captions differ.
     """
 
     def __init__(self, files: Sequence[Path], prompts: Sequence[str], *, resolution: Resolution, max_unreadable: int):
         if len(files) != len(prompts):
             raise ValueError(f"expected one prompt per file, got {len(files)} files and {len(prompts)} prompts")
         if not files:
-            raise ValueError("expected at least one image, got none")
+            raise ValueError("expected at least one image, got none; give image files")
         super().__init__(resolution=resolution, max_unreadable=max_unreadable)
         self.files, self.prompts = list(files), list(prompts)
 
@@ -39,8 +42,8 @@ class Folder(ImageDataset):
         """Reads the captions with `longalign.image_folder.read_captions`; images are read on access.
 
         Raises:
-            ValueError: if a line has no file name or caption, or no image remains.
-            FileNotFoundError: if the folder has no captions.
+            ValueError: if a line has no file name or no caption key, or no image remains.
+            FileNotFoundError: if the folder or its captions do not exist.
         """
         folder = Path(config.folder)
         files, prompts, empty = [], [], 0

@@ -1,4 +1,4 @@
-"""Finds shards. Importing this module does not import torch."""
+"""Finds the tar files (shards) of a path with a range or wildcards. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from pathlib import Path
 
 
 def find_shards(pattern: str) -> list[Path]:
-    """Expands a path with a range ``{0000..0123}`` (both ends included) or with ``*`` to tar files, in order.
+    """Returns the tar files of a path with ranges ``{0000..0123}`` (both ends included) or wildcards such as ``*``.
+
+    The files are in the order of the numbers, and those of a wildcard in the order of their names.
 
     Raises:
         FileNotFoundError: if no file matches, or a file of the range is missing.
@@ -35,7 +37,7 @@ def _expand(pattern: str) -> Iterator[Path]:
 
 
 def shard_problem(pattern: str) -> str:
-    """Returns an error message for the first missing shard of a path as for `find_shards`; empty if none is missing."""
+    """Returns the error message of `find_shards` for ``pattern``; empty if all its files exist."""
     try:
         deque(_expand(pattern), maxlen=0)
     except FileNotFoundError as error:

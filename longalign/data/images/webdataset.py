@@ -14,7 +14,8 @@ from longalign.data.stream import Record, Stream
 from longalign.runtime import Runtime
 from longalign.segmenters import check_text
 
-#: size limits of an image or caption and of a member's header, since compressed files can declare any size
+#: Size limits in bytes, of an image or caption file and of the header of a tar member. Compressed files can declare any
+#: size.
 MAX_BYTES = 256 * 2**20
 MAX_HEADER_BYTES = 2**20
 HEADERS = (
@@ -27,22 +28,24 @@ HEADERS = (
 
 
 class _Member(tarfile.TarInfo):
-    """Tar member that rejects oversized headers; tarfile would read a whole header into memory."""
+    """Tar member that rejects headers above `MAX_HEADER_BYTES`; tarfile would read any header into memory."""
 
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
         if self.type in HEADERS and self.size > MAX_HEADER_BYTES:
-            raise tarfile.ReadError(f"a header of {self.size} bytes, more than the limit of {MAX_HEADER_BYTES}")
+            raise tarfile.ReadError(f"a header has {self.size} bytes, more than the limit of {MAX_HEADER_BYTES} bytes")
         return super()._proc_member(tar)  # type: ignore[misc]
 
 
 class WebDataset(Stream):
-    """Captioned images in plain or compressed tar files, read sequentially.
+    """Stream of captioned images in plain or compressed tar files. Each tar file is one shard.
+
+    Files of the same folder and stem (name up to the first dot) form one item.
 
     Args:
         shards: the tar files.
-        image: image suffixes in order of preference.
-        caption: suffix of the caption file.
-        field: key of the caption in a JSON file, or None for a text file.
+        image: suffixes of the image file without dot; the first one that an item has is used.
+        caption: suffix of the caption file without dot.
+        field: key of the caption in a JSON caption file; None if caption files are text.
         resolution: see `Stream`.
         empty: see `Stream`.
         max_unreadable: see `Stream`.
@@ -68,7 +71,7 @@ class WebDataset(Stream):
 
     @classmethod
     def from_config(cls, config: WebDatasetConfig, runtime: Runtime) -> WebDataset:
-        """Finds the shards. Raises FileNotFoundError if one is missing."""
+        """Finds the tar files, without opening them. Raises FileNotFoundError if one is missing."""
         return cls(
             [path for pattern in config.shards for path in find_shards(pattern)],
             image=config.image,
@@ -101,7 +104,7 @@ class WebDataset(Stream):
                         files, problem = {}, ""
                     stem, suffix = key, suffix.lower()
                     if suffix in suffixes and member.size > MAX_BYTES:
-                        problem = f"its .{suffix} has {member.size} bytes, more than the limit of {MAX_BYTES}"
+                        problem = f"its .{suffix} has {member.size} bytes, more than the limit of {MAX_BYTES} bytes"
                     file = tar.extractfile(member) if suffix in suffixes and not problem else None
                     files[suffix] = file.read() if file is not None else b""
         except Exception as error:  # damaged files make tarfile raise TypeError, zlib.error and others

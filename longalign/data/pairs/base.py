@@ -22,12 +22,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Pair:
-    """One preference annotation.
+    """The annotation of a pair of images: the prompt and the preference.
 
     Attributes:
-        prompt: prompt of both images.
-        preference: fraction of people who prefer the first image.
-        captions: caption of each image, or None.
+        prompt: prompt of both images, not empty.
+        preference: fraction of people who prefer the first image, from 0 to 1.
+        captions: caption of each image; None if there are no captions.
     """
 
     prompt: str
@@ -36,15 +36,15 @@ class Pair:
 
 
 class Pairs(ImageDataset):
-    """Base class of preference data.
+    """Base class of stored preference data: pairs of images of one prompt. Subclasses implement `sources` and `label`.
 
-    An item is ``{"prompt": str, "image": (2, 3, resolution, resolution) in [0, 1], "preference": ()}``. ``preference``
-    is the fraction of people who prefer the first image, from 0 to 1. If the pair has captions, the item also has
-    ``captions``, one text per image.
+    An item has ``"prompt"`` (str), ``"image"`` (float32 ``(2, 3, resolution, resolution)`` in [0, 1]), and
+    ``"preference"`` (float32 scalar): the fraction of people, from 0 to 1, who prefer the first image. If the pair has
+    captions, the item also has ``"captions"``, a text for each image.
 
     Args:
         pairs: annotation of each pair.
-        resolution: image side in pixels.
+        resolution: width and height of the images in pixels.
         max_unreadable: number of pairs with an unreadable image to replace by the next pair; one more raises an error.
     """
 
@@ -53,7 +53,7 @@ class Pairs(ImageDataset):
         self.pairs = pairs
 
     def sources(self, index: int) -> Sequence[Path | bytes]:
-        """Returns the paths or encoded bytes of both images of pair ``index`` (non-negative)."""
+        """Returns the paths of the two image files of pair ``index`` (non-negative), or the bytes of such files."""
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -77,13 +77,15 @@ class Pairs(ImageDataset):
 
 
 def read_pair(prompt: str, labels: Sequence[Any], captions: Sequence[Any], where: str) -> Pair | str:
-    """Returns the pair of a row, or the reason for skipping the row.
+    """Returns the annotation in a row, or the reason for skipping the row, as text.
+
+    A row is skipped if the prompt or a caption is empty, or a label is missing.
 
     Args:
         prompt: prompt of both images.
-        labels: labels as for `preference_of`.
-        captions: captions of both images, or empty.
-        where: location of the row, for messages.
+        labels: labels as for `preference_of`; empty, or with None, if a label is missing.
+        captions: a caption of each image; empty for no captions.
+        where: location of the row in error messages.
 
     Raises:
         ValueError: if a label is invalid.
@@ -101,10 +103,13 @@ def read_pair(prompt: str, labels: Sequence[Any], captions: Sequence[Any], where
 def preference_of(labels: Sequence[Any], where: str) -> float:
     """Returns the fraction of people who prefer the first image.
 
-    ``labels`` are two labels (1 and 0, or votes), or the fraction itself.
+    Args:
+        labels: two numbers of at least 0, one for each image, such as 1 and 0, or votes; the result is the first
+            divided by the sum. Or one number from 0 to 1, the fraction itself.
+        where: location of the labels in the error message.
 
     Raises:
-        ValueError: if the labels are invalid; ``where`` is included in the message.
+        ValueError: if ``labels`` are neither, or both labels are 0.
     """
     numbers = [float(label) for label in labels if isinstance(label, Real)]
     valid = len(numbers) == len(labels) and all(math.isfinite(n) and n >= 0 for n in numbers)
@@ -113,13 +118,21 @@ def preference_of(labels: Sequence[Any], where: str) -> float:
     if valid and len(numbers) == 2 and sum(numbers):
         return numbers[0] / sum(numbers)
     raise ValueError(
-        f"{where}: expected labels of both images, such as 1 and 0, or the fraction that prefers the first; got "
-        f"{list(labels)!r:.80}"
+        f"{where}: expected two labels, one per image, such as 1 and 0, or one fraction from 0 to 1 of people who "
+        f"prefer the first image; got {list(labels)!r:.80}"
     )
 
 
 def select_pairs(rows: Sequence[Pair | str], where: str) -> tuple[list[int], list[Pair]]:
-    """Returns the indices and pairs of the valid rows; a warning counts the skipped ones by reason."""
+    """Returns the indices and the annotations of the valid rows; a warning counts the skipped rows by reason.
+
+    Args:
+        rows: results of `read_pair`: an annotation, or the reason for skipping the row.
+        where: name of the data in messages.
+
+    Raises:
+        ValueError: if no row is valid, or only some of the valid rows have captions.
+    """
     indices = [i for i, row in enumerate(rows) if isinstance(row, Pair)]
     pairs = [row for row in rows if isinstance(row, Pair)]
     reasons = Counter(row for row in rows if isinstance(row, str))
@@ -127,7 +140,10 @@ def select_pairs(rows: Sequence[Pair | str], where: str) -> tuple[list[int], lis
     if reasons:
         log.warning("of %d pairs in %s, skipped: %s", len(rows), where, skipped)
     if not pairs:
-        raise ValueError(f"{where} has no usable pairs{f', only {skipped}' if skipped else ''}")
+        raise ValueError(
+            f"{where} has no usable pairs{f', only {skipped}' if skipped else ''}; expected at least one pair with a "
+            "prompt and a label"
+        )
     captioned = sum(pair.captions is not None for pair in pairs)
     if captioned not in (0, len(pairs)):
         raise ValueError(f"{where} has captions for {captioned} of {len(pairs)} pairs; expected all or none")

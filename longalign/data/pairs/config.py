@@ -15,15 +15,15 @@ from longalign.sizes import Size, parse_size
 
 
 class PairedImagesConfig(DataConfig):
-    """Base class of configs of stored preference data."""
+    """Base class of configs of stored preference data: pairs of images of one prompt, with a preference."""
 
     has_pairs: ClassVar[bool] = True
 
     resolution: PositiveInt = 224
-    """centre-crop and resize images to this many pixels."""
+    """width and height in pixels to which images are resized and centre-cropped."""
     max_unreadable: NonNegativeInt = 10
-    """number of pairs with an unreadable image to replace by the next pair, each with a warning; one more stops the
-    run. Each data loading process counts its own.
+    """number of pairs with an unreadable image that are tolerated. Each is replaced by the next pair, with a warning;
+    one more stops the run. Each data loading process counts its own.
     """
 
     @property
@@ -38,10 +38,10 @@ class PairsConfig(PairedImagesConfig):
 
     name: Literal["pairs"] = "pairs"
     folder: Text
-    """folder with ``metadata.jsonl``, one line per pair: files "image_0" and "image_1", "text" (or "prompt"), and the
-    preference. This is "label_0" and "label_1" (1 and 0, fractions or votes; equal is a tie), or "preference", the
-    fraction that prefers the first image. Optional: a caption of each image, "caption_0" and "caption_1". Pairs without
-    a label are skipped.
+    """folder with a ``metadata.jsonl``. Each line is a pair: the files "image_0" and "image_1", the prompt "text" (or
+    "prompt"), and either "label_0" and "label_1" or "preference". The labels are 1 and 0, fractions or votes for each
+    image; equal labels are a tie. "preference" is the fraction of people who prefer "image_0". Optional: a caption of
+    each image, "caption_0" and "caption_1". Pairs without a label are skipped, with a warning.
     """
 
     def check_files(self) -> list[ConfigProblem]:
@@ -61,10 +61,15 @@ class HubPairsConfig(TableConfig, PairedImagesConfig):
 
     name: Literal["hf-pairs"] = "hf-pairs"
     images: Annotated[Texts, Field(min_length=1, max_length=2)] = ("jpg_0", "jpg_1")
-    """two columns of images, encoded bytes or paths, or one column with a list of two."""
+    """names of two columns with one image each, or of one column with a list of two images. An image is encoded bytes
+    or a path.
+    """
     labels: Annotated[Texts, Field(min_length=1, max_length=2)] = ("label_0", "label_1")
-    """two columns of numbers, one column with a list of two, or one column with the fraction that prefers the first
-    image. Two numbers are 1 and 0, fractions or votes; equal values mean a tie. Pairs without a label are skipped.
+    """names of two columns with one label each, of one column with a list of two labels, or of one column with the
+    fraction of people who prefer the first image. Two labels are 1 and 0, fractions or votes for each image; equal
+    labels are a tie. Pairs without a label are skipped, with a warning.
     """
     captions: Annotated[Texts, Field(max_length=2)] = ()
-    """two columns with a caption of each image, or one column with a list of two; empty: no captions."""
+    """names of two columns with the caption of one image each, or of one column with a list of two captions; empty: no
+    captions. A caption describes one image; the prompt is in the column ``caption``.
+    """

@@ -15,13 +15,13 @@ EXAMPLE = '{"image_0": "a.png", "image_1": "b.png", "text": "A red fox.", "label
 
 
 class FolderPairs(Pairs):
-    """Pairs of image files.
+    """Preference data whose images are files in a folder.
 
     Args:
         folder: folder of the files.
-        files: two files per pair, relative to the folder.
+        files: the two files of each pair, relative to the folder.
         pairs: annotation of each pair.
-        resolution: image side in pixels.
+        resolution: width and height of the images in pixels.
         max_unreadable: number of pairs with an unreadable image to replace by the next pair; one more raises an error.
     """
 
@@ -39,10 +39,10 @@ class FolderPairs(Pairs):
 
     @classmethod
     def from_config(cls, config: PairsConfig, runtime: Runtime) -> FolderPairs:
-        """Reads ``metadata.jsonl``; images are read on access.
+        """Reads ``metadata.jsonl`` in ``config.folder``; images are read when an item is accessed.
 
         Raises:
-            ValueError: if a line is invalid, only some pairs have captions, or no pair remains.
+            ValueError: if a line is invalid, only some pairs have captions, or no pair has a prompt and a label.
             FileNotFoundError: if ``metadata.jsonl`` does not exist.
         """
         folder = Path(config.folder)
@@ -50,7 +50,10 @@ class FolderPairs(Pairs):
         for where, row in read_jsonl(folder / "metadata.jsonl", EXAMPLE):
             names: list[Any] = [row.get(key) for key in ("image_0", "image_1")]
             if not all(isinstance(name, str) for name in names):
-                raise ValueError(f"{where}: expected files 'image_0' and 'image_1'; available: {', '.join(row)}")
+                raise ValueError(
+                    f"{where}: expected file names in 'image_0' and 'image_1'; available keys: "
+                    f"{', '.join(row) or 'none'}"
+                )
             labels = [row[key] for key in ("label_0", "label_1", "preference") if key in row]
             captions = [row[key] for key in ("caption_0", "caption_1") if key in row]
             for name in names:

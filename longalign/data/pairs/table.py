@@ -13,16 +13,16 @@ from longalign.runtime import Runtime
 
 
 class HubPairs(Pairs):
-    """Pairs of images in the rows of a table.
+    """Preference data in a table; each row is a pair.
 
     Args:
         rows: table of the library ``datasets``, images undecoded.
         dataset: name of the table in messages.
-        images: names of the image columns.
-        indices: numbers of the rows to use.
-        pairs: annotation of each of these rows.
-        folder: folder that image paths are relative to; None rejects paths.
-        resolution: image side in pixels.
+        images: names of two columns with one image each, or of one column with a list of two images.
+        indices: number of the row of each pair, from 0.
+        pairs: annotation of each pair.
+        folder: folder that paths in the image columns are relative to; None rejects paths.
+        resolution: width and height of the images in pixels.
         max_unreadable: number of pairs with an unreadable image to replace by the next pair; one more raises an error.
     """
 
@@ -43,10 +43,11 @@ class HubPairs(Pairs):
 
     @classmethod
     def from_config(cls, config: HubPairsConfig, runtime: Runtime) -> HubPairs:
-        """Reads the texts and labels of the table; images are read on access.
+        """Reads the texts and labels of the table; images are read when an item is accessed.
 
         Raises:
-            ValueError: if a column is missing, a cell is invalid, or no pair remains.
+            ValueError: if a column is missing, a cell is invalid, only some pairs have captions, or no pair has a
+                prompt and a label.
         """
         columns = (config.caption, *config.labels, *config.captions)
         rows = open_columns(config, columns, config.images)
@@ -75,10 +76,10 @@ class HubPairs(Pairs):
         row = self.rows[int(self.indices[index])]
         cells = flat_cells([row[column] for column in self.images])
         if len(cells) != 2:
-            raise ValueError(f"expected two images per row, got {len(cells)}; correct 'images'")
+            raise ValueError(f"expected two images in the row, got {len(cells)}; correct the columns of 'images'")
         return [image_source(cell, self.folder) for cell in cells]
 
 
 def flat_cells(cells: list[Any]) -> list[Any]:
-    """Returns the values of two columns, or of one column that holds a list."""
+    """Returns the cells of a row: those of two columns, or the elements of a list that is the only cell."""
     return list(cells[0]) if len(cells) == 1 and isinstance(cells[0], (list, tuple)) else cells

@@ -16,11 +16,11 @@ class PromptsConfig(DataConfig):
 
     name: Literal["prompts"] = "prompts"
     file: Text
-    """.txt file with one prompt per line, or .jsonl file with "prompt" (or "text") in each line. Prompts with several
-    paragraphs need .jsonl.
+    """path of a .txt file with one prompt per line, or of a .jsonl file with "text" (or "prompt") in each line. Prompts
+    with several paragraphs need .jsonl.
     """
     empty: Literal["skip", "keep"] = "skip"
-    """what to do with empty prompts: "skip" or "keep" them."""
+    """what to do with empty prompts: "skip" them, or "keep" them."""
 
     @property
     def has_images(self) -> bool:

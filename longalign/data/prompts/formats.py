@@ -1,4 +1,4 @@
-"""File formats of prompt sets: which columns they have, and how rows become prompts. Does not import torch."""
+"""File formats of prompt sets: the columns of each format, and how rows become prompts. Does not import torch."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ log = logging.getLogger(__name__)
 PLAIN = "plain"
 
 Row = tuple[str, Mapping[str, Any]]
-"""Location of a row ("file, line n"), and the row."""
+"""(location, row): "file, line n" for messages, and the row as column or key -> value."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt of a set.
+    """A prompt of a prompt set.
 
     Attributes:
-        id: unique in the set.
+        id: identifier of the prompt, unique in the set.
         text: the prompt, without surrounding whitespace.
-        labels: group labels by name, e.g. ``{"category": ("Art",)}``. A prompt may have several labels of a name.
-        pair: id that the short and the long version of a prompt share; empty without versions.
-        row: the row that the prompt was read from.
+        labels: labels that group prompts, as name -> labels, e.g. ``{"category": ("Art",)}``. A prompt may have several
+            labels of one name.
+        pair: identifier that the short and the long version of a prompt have in common; empty if the set has no such
+            versions.
+        row: what is kept of the row that the prompt was read from, for the files of an official scorer; may be empty.
     """
 
     id: str
@@ -44,10 +46,10 @@ class Format:
     """A file format of a prompt set.
 
     Attributes:
-        name: name of the set.
+        name: name of the prompt set.
         columns: columns or keys that each row must have.
-        prompts: converts the rows of a file to prompts; also takes the file's name without suffix.
-        detected: whether the columns are enough to select the set.
+        prompts: function (rows of a file, name of the file without suffix) -> prompts.
+        detected: whether a file with these columns has this format if the user names no prompt set.
     """
 
     name: str
@@ -56,25 +58,28 @@ class Format:
     detected: bool = True
 
     def fits(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row has the columns."""
+        """Returns whether a row has all ``columns``."""
         return set(self.columns) <= set(row)
 
 
 def _text(row: Mapping[str, Any], key: str, where: str) -> str:
     value = row[key]
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where}: '{key}' must be a text that is not empty, got {value!r:.80}")
+        raise ValueError(f"{where}: '{key}' must be a non-empty text, got {value!r:.80}; correct this row")
     return check_text(value, f"{where}: '{key}'").strip()
 
 
 def _cell(row: Mapping[str, Any], key: str, where: str) -> str:
-    """Returns a text or whole number as text."""
+    """Returns the value of ``key``, a text or a whole number, as text. Raises ValueError if it is neither."""
     value = row[key]
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else _text(row, key, where)
 
 
 def _labels(**values: Any) -> dict[str, tuple[str, ...]]:
-    """Returns the labels: a text or a list of texts for each name. Others, and empty texts, are no labels."""
+    """Returns name -> labels without duplicates.
+
+    A value is a text or a list. Elements that are not texts, and empty texts, are dropped; so are names without labels.
+    """
     lists = {name: value if isinstance(value, (list, tuple)) else [value] for name, value in values.items()}
     texts = {name: [v.strip() for v in value if isinstance(v, str)] for name, value in lists.items()}
     return {name: tuple(dict.fromkeys(v for v in value if v)) for name, value in texts.items() if any(value)}
@@ -88,7 +93,7 @@ def _plain(rows: Sequence[Row], stem: str) -> Iterable[Prompt]:
 
 
 def _questions(rows: Sequence[Row], stem: str) -> Iterable[Prompt]:
-    """DPG-Bench and DSG: one row for each question about an image."""
+    """Yields the prompts of DPG-Bench and DSG, whose files have one row for each question about an image."""
     by_id: dict[str, list[Row]] = {}
     for where, row in rows:
         by_id.setdefault(_cell(row, "item_id", where), []).append((where, row))
@@ -187,4 +192,4 @@ FORMATS = (
     Format("oneig", ("category", "id", "prompt_en"), _oneig),
 )
 SETS = tuple(dict.fromkeys(form.name for form in FORMATS))
-"""Names of the prompt sets."""
+"""Names of the prompt sets, which are the values of `Format.name`."""

@@ -1,4 +1,4 @@
-"""Dataset of prompts from a file, without images."""
+"""Dataset of prompts without images."""
 
 from __future__ import annotations
 
@@ -15,18 +15,30 @@ log = logging.getLogger(__name__)
 
 
 class Prompts(Data):
-    """Prompts without images, from a list or read by index, such as the captions of a table."""
+    """Dataset of prompts without images. An item is ``{"prompt": str}``.
+
+    Args:
+        prompts: the prompts, a list or any sequence that reads them by index, such as the captions of a table.
+
+    Raises:
+        ValueError: if there are no prompts.
+    """
 
     has_images = False
 
     def __init__(self, prompts: Sequence[str]):
         if not prompts:
-            raise ValueError("expected at least one prompt, got none")
+            raise ValueError("expected at least one prompt, got none; give prompts")
         self.prompts = prompts
 
     @classmethod
     def from_config(cls, config: PromptsConfig, runtime: Runtime) -> Prompts:
-        """Reads the file. Raises `ValueError` if no prompt remains, `FileNotFoundError` if the file does not exist."""
+        """Reads the prompts of ``config.file``.
+
+        Raises:
+            ValueError: if the file has no prompts, or only empty ones and ``config.empty`` is "skip".
+            FileNotFoundError: if the file does not exist.
+        """
         prompts = read_prompts(config.file)
         non_empty = [p for p in prompts if p]
         if len(non_empty) < len(prompts):

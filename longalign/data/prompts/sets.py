@@ -20,7 +20,12 @@ SUFFIXES = (".csv", ".json", ".jsonl")
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts in the order of their file. ``name`` is one of `longalign.data.prompts.formats.SETS`."""
+    """The prompts of a benchmark, or of any file of prompts.
+
+    Attributes:
+        name: name of the set, one of `longalign.data.prompts.formats.SETS`; "plain" for files of no benchmark.
+        prompts: the prompts in the order of their file.
+    """
 
     name: str
     prompts: tuple[Prompt, ...]
@@ -32,25 +37,27 @@ class PromptSet:
 
 
 def prompts_hash(texts: Iterable[str]) -> str:
-    """Returns the SHA-256 hash of texts in their order, normalized, in hexadecimal."""
+    """Returns the SHA-256 hash of the `normalized` texts in their order, as 64 hexadecimal digits."""
     return hashlib.sha256(json.dumps([normalized(text) for text in texts]).encode()).hexdigest()
 
 
 def normalized(text: str) -> str:
-    """Returns a text in Unicode form NFC, with each run of whitespace as one space and none at the ends."""
+    """Returns a text in Unicode form NFC. Each run of whitespace becomes one space; none remains at the ends."""
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def read_prompt_set(source: str | Path) -> PromptSet:
-    """Reads a prompt set.
+    """Reads a prompt set, such as the prompts of a benchmark.
 
     Args:
         source: ``PATH`` or ``NAME:PATH``, with a name of `longalign.data.prompts.formats.SETS`. Without a name, the
-            columns select the set. The path is a file, a folder of ``.csv``, ``.json`` or ``.jsonl`` files, which are
-            read in the order of their names, or a folder with one ``.txt`` file for each prompt (DPG-Bench).
+            columns of the files select the set. The path is one file, either ``.csv``, ``.json`` or ``.jsonl``, or
+            ``.txt`` with one prompt per line. Or it is a folder of ``.csv``, ``.json`` and ``.jsonl`` files, read in
+            the order of their names. Or it is a folder with one ``.txt`` file for each prompt (DPG-Bench).
 
     Raises:
-        ValueError: if a file does not have the columns of the set, or has those of several sets, or an id occurs twice.
+        ValueError: if a file lacks a column of the set, a file has the columns of several sets, there are no prompts,
+            or an id occurs twice.
         FileNotFoundError: if the path does not exist.
     """
     name, path = _split_source(str(source))
@@ -73,7 +80,7 @@ def _split_source(source: str) -> tuple[str | None, Path]:
     named = bool(colon) and name in SETS
     path = Path(rest if named else source)
     if not path.exists():
-        hint = ""
+        hint = "; check the path"
         if colon and not named and len(name) > 1:  # one letter is a drive of Windows
             hint = f"; no prompt set '{name}'" + (suggestion(name, SETS) or f", available: {', '.join(SETS)}")
         raise FileNotFoundError(f"no file {path}{hint}")
@@ -81,7 +88,7 @@ def _split_source(source: str) -> tuple[str | None, Path]:
 
 
 def _prompts_of_texts(folder: Path, name: str | None) -> list[Prompt]:
-    """Reads a folder with one ``.txt`` file for each prompt. The file names are the ids."""
+    """Reads a folder with one ``.txt`` file for each prompt. The file names without suffix are the ids."""
     files = sorted(folder.glob("*.txt"))
     if not files or name not in (None, "dpg-bench"):
         expected = "" if name not in (None, "dpg-bench") else ", or .txt files"
@@ -117,7 +124,7 @@ def _rows(path: Path) -> list[Row]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}; expected a list of mappings") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path}: expected a JSON list of mappings")
+        raise ValueError(f"{path}: expected a JSON list of mappings, got {rows!r:.80}")
     return [(f"{path}, item {i}", row) for i, row in enumerate(rows)]
 
 
@@ -128,7 +135,11 @@ def _check_columns(where: str, row: Mapping[str, Any], forms: list[Format]) -> N
 
 
 def _format_of(path: Path, first: Row, name: str | None) -> Format:
-    """Returns the format of a file, given its first row. Of several that fit, those with most columns count."""
+    """Returns the format of a file, given its first row. If several formats match, the one with most columns is used.
+
+    Raises:
+        ValueError: if no format matches, or formats of several prompt sets do.
+    """
     forms = [form for form in FORMATS if (form.name == name if name else form.detected)]
     _check_columns(*first, forms)
     fitting = [form for form in forms if form.fits(first[1])]
@@ -136,5 +147,5 @@ def _format_of(path: Path, first: Row, name: str | None) -> Format:
     best = {form.name: form for form in reversed(fitting) if len(form.columns) == most}
     if len(best) > 1:
         sources = " or ".join(f"{name}:{path}" for name in best)
-        raise ValueError(f"{path} has the columns of {len(best)} prompt sets; give {sources}")
+        raise ValueError(f"{path} has the columns of {len(best)} prompt sets; name one of them: {sources}")
     return next(iter(best.values()))

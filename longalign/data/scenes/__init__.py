@@ -1,1 +1,1 @@
-"""The synthetic scenes, single and in pairs."""
+"""The synthetic scenes as captioned images, and as pairs of images with a preference."""

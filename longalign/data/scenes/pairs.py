@@ -17,16 +17,17 @@ from longalign.runtime import Runtime
 
 
 class ScenePairs(Data):
-    """Pairs of imperfect images for each scene's caption, with the fraction of people who prefer the first image.
+    """Dataset of pairs of imperfect images of a synthetic scene, with a simulated preference.
 
-    An item is ``{"prompt": str, "image": (2, 3, 64, 64), "preference": ()}``. With ``captions=True``, it also has
-    ``captions``, one text per image.
+    An item is ``{"prompt": str, "image": float32 (2, 3, 64, 64) in [0, 1], "preference": float32 ()}``. The preference
+    is the fraction of people who prefer the first image, from 0 to 1, see `longalign.mini.preferences.preference`. With
+    ``captions``, an item also has ``"captions"``, a text for each image.
 
     Args:
-        scenes: scenes and captions.
-        truth_weight: weight of faithfulness to the caption, see `longalign.mini.preferences.preference`.
-        taste_weight: weight of the caption-independent taste.
-        captions: whether items have a caption of each image, as long as the prompt.
+        scenes: scenes and captions; the caption is the prompt.
+        truth_weight: weight of faithfulness to the caption, at least 0.
+        taste_weight: weight of the caption-independent taste, at least 0.
+        captions: whether items have a true caption of each image, of about as many words as the prompt.
     """
 
     def __init__(self, scenes: Scenes, *, truth_weight: float, taste_weight: float, captions: bool):
@@ -54,11 +55,13 @@ class ScenePairs(Data):
         item = {"prompt": caption.text, "image": torch.from_numpy(render_batch(scenes)), "preference": preferred}
         if self.captions:
             rng = self._rng(index, 1)
-            item["captions"] = tuple(describe(s, rng, words=caption.num_words).text for s in scenes)
+            item["captions"] = tuple(
+                describe(s, rng, words=caption.num_words, filler=self.scenes.filler).text for s in scenes
+            )
         return item
 
     def pair(self, index: int) -> tuple[tuple[Scene, Scene], Caption]:
-        """Returns the scenes of both images of item ``index``, and their common caption."""
+        """Returns the scenes of the two images of item ``index``, and the caption that is the prompt of both images."""
         scene, caption = self.scenes.scene(index)
         rng = self._rng(index, 0)
         return (vary(scene, rng), vary(scene, rng)), caption

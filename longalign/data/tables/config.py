@@ -18,23 +18,24 @@ class TableConfig(DataConfig):
     """
 
     dataset: Text
-    """Hub id, local folder, or a format such as "parquet", "json" or "webdataset" for ``files``."""
+    """Hub id, local folder, or the name of a format of ``files``, such as "parquet", "json" or "webdataset"."""
     subset: Text | None = None
-    """configuration name of the dataset."""
+    """name of a configuration of the dataset; null: its default configuration."""
     split: Text = "train"
-    """split to load."""
+    """name of the split to load."""
     revision: Text | None = None
-    """branch, tag or commit on the Hub."""
+    """branch, tag or commit on the Hub; null: the default branch."""
     files: Texts = ()
-    """paths or URLs of the files to read; ``*`` is allowed."""
+    """path or URL of the files to read, or a list of these; ``*`` stands for any text. Empty: the files of ``dataset``.
+    """
     caption: Text = "caption"
-    """column of the captions or prompts."""
+    """name of the column of captions or prompts."""
     image_folder: Text | None = None
-    """folder of the images if the image column holds paths. Paths must stay inside this folder; ``/`` allows any
-    absolute path.
+    """folder that paths in the image column are relative to. Paths must stay inside this folder; ``/`` allows any
+    absolute path. null: the column must hold images or encoded bytes instead of paths.
     """
     cache: Text | None = None
-    """cache folder of ``datasets``; null: the default of ``datasets``."""
+    """cache folder of the library ``datasets``; null: the default of ``datasets``."""
 
     def check_files(self) -> list[ConfigProblem]:
         problems = folder_problems("image_folder", self.image_folder)
@@ -49,13 +50,15 @@ class HubConfig(TableConfig, ImagesConfig):
 
     name: Literal["hf"] = "hf"
     image: Text | None = "image"
-    """column of images, encoded bytes or paths; null: read only captions, for reward fine-tuning."""
+    """name of the column of images, encoded bytes or paths; null: read only captions, for reward fine-tuning."""
     streaming: bool = False
-    """stream shards during training instead of downloading the dataset first. Shards are distributed over processes and
-    workers.
+    """whether to read the files of the dataset (shards) during training, instead of downloading all of them first.
+    Shards are distributed over processes and their data loading workers.
     """
     shuffle_buffer: PositiveInt | None = None
-    """number of rows in the shuffle buffer of a stream; 1 keeps the order; null: 1000."""
+    """number of rows in the shuffle buffer of each data loading worker, only with ``streaming``; 1 keeps the order of
+    the rows; null: 1000.
+    """
 
     @property
     def has_images(self) -> bool:
@@ -68,9 +71,9 @@ class HubConfig(TableConfig, ImagesConfig):
     @model_validator(mode="after")
     def _check_keys(self) -> HubConfig:
         if self.shuffle_buffer is not None and not self.streaming:
-            raise ValueError("'shuffle_buffer' needs streaming: true; set it or remove 'shuffle_buffer'")
+            raise ValueError("'shuffle_buffer' needs streaming: true; set 'streaming', or remove 'shuffle_buffer'")
         if self.image is None and self.image_folder is not None:
-            raise ValueError("'image_folder' has no effect without an 'image' column; remove it")
+            raise ValueError("'image_folder' has no effect without an 'image' column; remove it, or set 'image'")
         if self.image is None and (self.buckets or self.max_aspect_ratio):
             raise ValueError("buckets have no effect without an 'image' column; remove 'buckets' or 'max_aspect_ratio'")
         return self

@@ -16,11 +16,11 @@ from longalign.runtime import Runtime
 
 
 class HubTable:
-    """The data part ``hf``; see `from_config`."""
+    """Builds the data of a `HubConfig` with `from_config`; has no instances."""
 
     @classmethod
     def from_config(cls, config: HubConfig, runtime: Runtime) -> HubRows | Prompts | HubStream:
-        """Opens the table: a `HubStream`, or `HubRows`, or `Prompts` without an image column.
+        """Opens the table as a `HubStream` if ``config.streaming``, else as `HubRows`, or `Prompts` without images.
 
         Raises:
             ValueError: if ``datasets`` is not installed or cannot read the table, a column is missing, or no caption
@@ -53,19 +53,20 @@ class HubTable:
 
 
 class Captions(Sequence[str]):
-    """Captions of a table.
+    """Sequence of the captions in a column of a table, without surrounding whitespace.
 
     Args:
-        cells: the cells of the caption column.
+        cells: the cells of the column, each a string or None.
         dataset: name of the table in messages.
-        column: name of the caption column.
+        column: name of the column in messages.
         empty: "skip" or "keep": what to do with rows with an empty caption.
 
     Attributes:
-        indices: numbers of the rows that are used.
+        indices: number of the row of each caption, from 0.
 
     Raises:
-        ValueError: if a cell is not a string, or no caption remains.
+        ValueError: if no caption remains, or a cell is neither a string nor None. With "keep", cells are checked when
+            they are read.
     """
 
     def __init__(self, cells: Sequence[Any], *, dataset: str, column: str, empty: str):
@@ -85,19 +86,19 @@ class Captions(Sequence[str]):
         return caption_from_cell(self.cells[self.indices[check_index(index, len(self))]])
 
     def row(self, index: int) -> int:
-        """Returns the number of the row of caption ``index``."""
+        """Returns the number of the table row, from 0, of the caption with the index ``index``."""
         return int(self.indices[index])
 
 
 class HubRows(ImageDataset):
-    """Table rows with one image each, read by index.
+    """Dataset of the captioned images in the rows of a table, read by index.
 
     Args:
         rows: table of the library ``datasets``, images undecoded.
         captions: captions of the rows to use.
         image: name of the image column.
-        folder: folder of image paths; None rejects paths.
-        resolution: image side in pixels, or the size of each bucket.
+        folder: folder that paths in the image column are relative to; None rejects paths.
+        resolution: side of square images in pixels, or a list of image sizes; see `ImageLoader`.
         max_unreadable: number of unreadable images to replace by the next readable one; one more raises an error.
     """
 
@@ -128,14 +129,14 @@ class HubRows(ImageDataset):
 
 
 class HubStream(Stream):
-    """Table rows streamed shard by shard, without storing anything.
+    """Stream of captioned images or prompts in the rows of a table, which is not downloaded first.
 
     Args:
         rows: streaming dataset of the library ``datasets``.
         dataset: name of the table in messages.
         caption: name of the caption column.
         image: name of the image column; None for prompts only.
-        folder: folder of image paths; None rejects paths.
+        folder: folder that paths in the image column are relative to; None rejects paths.
         resolution: see `Stream`.
         empty: see `Stream`.
         max_unreadable: see `Stream`.

@@ -21,9 +21,9 @@ class SingleFileConfig(CheckpointConfig):
     selection_keys: ClassVar[tuple[str, ...]] = ("revision", "variant")
 
     layout: str | None = None
-    """Hub id or folder in diffusers layout of a model with the architecture of a single ``.safetensors`` checkpoint.
-    The text-model configs and tokenizers of that model are used. null: those of Stable Diffusion 1.5, 2.1 or XL from
-    the Hub.
+    """for a ``checkpoint`` that is a single ``.safetensors`` file: Hub id or folder in diffusers layout of a model with
+    the same architecture, whose text-model configs and tokenizers are used. null: Stable Diffusion 1.5, 2.1 or XL from
+    the Hub, whichever has the file's weight names.
     """
 
     @model_validator(mode="after")
@@ -33,31 +33,39 @@ class SingleFileConfig(CheckpointConfig):
 
 
 class SegmentConfig(CheckpointConfig):
-    """Base class of the configs of encoders that encode the segments of a prompt separately and merge the states."""
+    """Base class of the configs of encoders that split a prompt into segments (short texts, such as sentences).
+
+    Each segment is encoded separately, and the states are concatenated.
+    """
 
     segmenter: Part("segmenters") = SentenceConfig()  # type: ignore[valid-type]
-    """how prompts are split."""
+    """how a prompt is split into segments, which CLIP encodes separately."""
     sot: Literal["all", "first", "none"] = "all"
     """which segments keep the state of their start token, ``<sot>``."""
     eot: Literal["none", "all", "last"] = "none"
     """which segments keep the state of their end token, ``<eot>``."""
     context: int = Field(default=0, ge=0)
-    """number of preceding segments that are encoded together with each segment, as far as they fit CLIP's window. Their
-    states are dropped. Helps if sentences refer to earlier ones ("It is red."); 1 doubles the cost of encoding.
+    """number of preceding segments that are encoded together with each segment, as far as they fit CLIP's window of 77
+    tokens. The states of the preceding segments are dropped. Helps if sentences refer to earlier ones ("It is red.");
+    1 doubles the cost of encoding.
     """
     pad: Literal["pad*", "pad", "none"] = "pad*"
-    """how states are padded to ``max_tokens``: ``"pad*"`` with the mean padding state ``<pad*>``, ``"pad"`` with the
-    states of the empty prompt. ``"none"`` pads only to the longest prompt of the batch and masks the padding.
+    """how the states of a prompt are padded to ``max_tokens``: ``"pad*"`` repeats one vector, the mean of the last 60
+    of the 77 states of the empty prompt; ``"pad"`` uses the state of the empty prompt at the same position. ``"none"``
+    pads only to the longest prompt of the batch and masks the padding.
     """
     max_tokens: int = Field(default=240, ge=1)
-    """number of states (one per token) to which shorter prompts are padded; for longer ones see ``overflow``."""
+    """number of states to which shorter prompts are padded: one state per token, counted over all segments. For longer
+    prompts see ``overflow``.
+    """
     overflow: Literal["grow", "truncate", "error"] = "grow"
     """what to do with prompts of more than ``max_tokens`` states: ``"grow"`` pads the batch to the longest prompt,
     ``"truncate"`` truncates with a warning, as in the published models, ``"error"`` raises.
     """
     truncate_segments: bool = False
-    """whether a segment longer than CLIP's window is truncated, with a warning. The published models do so, as does a
-    tokenizer with ``truncation=True, max_length=77``. false: it is split into segments that fit.
+    """whether a segment longer than CLIP's window (75 tokens, ``<sot>`` and ``<eot>``) is truncated, with a warning.
+    The published models do so, as does a tokenizer with ``truncation=True, max_length=77``. false: such a segment is
+    split into segments that fit.
     """
 
     @model_validator(mode="after")
@@ -71,7 +79,7 @@ class SegmentConfig(CheckpointConfig):
 
 
 class ClipSegmentConfig(SegmentConfig, LoadedConfig, SingleFileConfig):
-    """Encodes each segment of a prompt separately with CLIP and merges the states."""
+    """Encodes each segment of a prompt, by default each sentence, separately with CLIP and concatenates the states."""
 
     target: ClassVar[str] = "longalign.encoders.clip.segment:ClipSegmentEncoder"
 
@@ -85,19 +93,20 @@ class TwoClipsConfig(SegmentConfig):
     has_pooled: ClassVar[bool | None] = True
 
     subfolder: str | None = None
-    """subfolder of the checkpoint that contains the text encoders and tokenizers; null: the root folder."""
+    """subfolder of the checkpoint with the text encoders and tokenizers; null: the top level."""
     pooled: Literal["mean", "first", "truncate"] = "mean"
-    """which pooled embedding is used: ``"mean"`` of the segments, ``"first"`` segment only, or ``"truncate"`` for the
-    prompt truncated to 77 tokens. All three are equal for a prompt of one segment.
+    """which pooled embedding (one vector per prompt) is used: ``"mean"`` over the segments, that of the ``"first"``
+    segment, or ``"truncate"``: that of the prompt truncated to 77 tokens. All three are equal for a prompt of one
+    segment.
     """
     checkpoint: str = Field(min_length=1)
-    """Hub id or local folder in diffusers layout: ``text_encoder/``, ``text_encoder_2/``, tokenizers."""
+    """Hub id or local folder in diffusers layout: ``text_encoder/``, ``text_encoder_2/``, and their tokenizers."""
 
     def _configs(self) -> list[str]:
         return [join_subfolder(self.subfolder, "text_encoder/config.json")]
 
     def _from_both_configs(self, key: str) -> tuple[int | None, int | None]:
-        """Returns the value of ``key`` in the configs of both CLIPs; None if unknown."""
+        """Returns the integer under ``key`` in the ``config.json`` of each CLIP; None where it is unknown."""
         first, second = (
             self._width_of(key, folder=join_subfolder(self.subfolder, f"text_encoder{n}")) for n in ("", "_2")
         )
@@ -105,7 +114,10 @@ class TwoClipsConfig(SegmentConfig):
 
 
 class ClipSegmentSDXLConfig(TwoClipsConfig, SingleFileConfig):
-    """Encodes each segment of a prompt separately with the two CLIPs of Stable Diffusion XL and merges the states."""
+    """Encodes each segment of a prompt, by default each sentence, separately with the two CLIPs of Stable Diffusion XL.
+
+    The states of the segments are concatenated.
+    """
 
     target: ClassVar[str] = "longalign.encoders.clip.sdxl:ClipSegmentSDXLEncoder"
 
@@ -114,7 +126,9 @@ class ClipSegmentSDXLConfig(TwoClipsConfig, SingleFileConfig):
     name: Literal["clip-segment-sdxl"] = "clip-segment-sdxl"
     checkpoint: str = Field(default="stabilityai/stable-diffusion-xl-base-1.0", min_length=1)
     empty: Literal["zeros", "encode"] = "zeros"
-    """states of the empty prompt: ``"zeros"``, as in the SDXL pipeline, or ``"encode"``, as for any other prompt."""
+    """states and pooled embedding of the empty prompt: ``"zeros"``, as in diffusers' SDXL pipeline, or ``"encode"``, as
+    for any other prompt.
+    """
 
     def widths(self) -> tuple[int | None, int | None]:
         first, second = self._from_both_configs("hidden_size")
@@ -129,15 +143,18 @@ class ClipSegmentSD3Config(TwoClipsConfig):
     name: Literal["clip-segment-sd3"] = "clip-segment-sd3"
     checkpoint: str = Field(default="stabilityai/stable-diffusion-3-medium-diffusers", min_length=1)
     t5: Literal["encode", "zeros", "none"] = "encode"
-    """source of the T5 states: ``"encode"`` uses ``text_encoder_3``; ``"zeros"`` uses zero states, as the diffusers
-    pipeline does without T5. ``"none"`` adds no T5 states, so that `concat` can append a T5 with other settings.
+    """source of the T5 states: ``"encode"`` runs ``text_encoder_3`` of the checkpoint; ``"zeros"`` uses zero states, as
+    the diffusers pipeline does without T5. ``"none"`` adds no T5 states, so that the encoder `concat` can append a T5
+    with other settings.
     """
     t5_tokens: int = Field(default=256, ge=1)
-    """number of T5 states, to which shorter prompts are padded, or number of zero states. ``overflow`` also applies to
-    T5.
+    """number of T5 states, one per token, to which shorter prompts are padded; for longer prompts see ``overflow``.
+    With ``t5: zeros``, number of zero states.
     """
     width: int = Field(default=4096, ge=1)
-    """width of the states that the transformer expects; CLIP's states are zero-padded to this width."""
+    """width of the states that the denoiser expects: ``joint_attention_dim`` in diffusers. CLIP's states are padded
+    with zeros to this width.
+    """
 
     def widths(self) -> tuple[int | None, int | None]:
         first, second = self._from_both_configs("projection_dim")
@@ -145,34 +162,39 @@ class ClipSegmentSD3Config(TwoClipsConfig):
 
 
 class T5FluxConfig(CheckpointConfig):
-    """Encodes the whole prompt with FLUX.1's T5, in windows of whole sentences if long; pooled embedding from CLIP."""
+    """Encodes the whole prompt with FLUX.1's T5, and adds a pooled embedding of CLIP.
+
+    Long prompts are encoded in windows of whole sentences.
+    """
 
     target: ClassVar[str] = "longalign.encoders.clip.flux:T5FluxEncoder"
     has_pooled: ClassVar[bool | None] = True
 
     name: Literal["t5-flux"] = "t5-flux"
     checkpoint: str = Field(default="black-forest-labs/FLUX.1-dev", min_length=1)
-    """Hub id or local folder in diffusers layout: ``text_encoder/`` (CLIP), ``text_encoder_2/`` (T5), tokenizers."""
+    """Hub id or local folder in diffusers layout: ``text_encoder/`` (CLIP), ``text_encoder_2/`` (T5), and their
+    tokenizers.
+    """
     subfolder: str | None = None
-    """subfolder of the checkpoint that contains the text encoders and tokenizers; null: the root folder."""
+    """subfolder of the checkpoint with the text encoders and tokenizers; null: the top level."""
     pooled: Literal["mean", "first", "truncate"] = "mean"
-    """which of CLIP's pooled embeddings is used: ``"mean"`` of the segments, ``"first"`` segment only, or
-    ``"truncate"`` for the prompt truncated to 77 tokens, as in diffusers. All three are equal for a prompt of one
-    segment.
+    """which pooled embedding of CLIP (one vector per prompt) is used: ``"mean"`` over the segments, that of the
+    ``"first"`` segment, or ``"truncate"``: that of the prompt truncated to 77 tokens, as in diffusers. All three are
+    equal for a prompt of one segment.
     """
     segmenter: Part("segmenters") = SentenceConfig()  # type: ignore[valid-type]
-    """how prompts are split for CLIP."""
+    """how prompts are split into segments for CLIP. T5 encodes the whole prompt."""
     max_tokens: int = Field(default=512, ge=1)
-    """number of T5 states, including the end-of-text token, to which shorter prompts are padded; FLUX.1-schnell was
-    trained with 256.
+    """number of T5 states to which shorter prompts are padded: one per token, including the end-of-text token.
+    FLUX.1-schnell was trained with 256.
     """
     overflow: Literal["grow", "truncate", "error"] = "grow"
     """what to do with prompts of more than ``max_tokens`` tokens: ``"grow"`` pads the batch to the longest prompt,
     ``"truncate"`` truncates with a warning, as in diffusers, ``"error"`` raises.
     """
     window: int = Field(default=512, ge=2)
-    """maximum number of tokens per pass of T5, including the end-of-text token. With ``"grow"``, prompts longer than
-    both this and ``max_tokens`` are encoded in windows of whole sentences.
+    """maximum number of tokens per forward pass of T5, including the end-of-text token. With ``overflow: grow``,
+    prompts longer than both ``window`` and ``max_tokens`` are encoded in windows of whole sentences.
     """
 
     def _configs(self) -> list[str]:
@@ -197,22 +219,22 @@ class ClipTruncateConfig(LoadedConfig, SingleFileConfig):
 
 
 class LongClipConfig(LoadedConfig):
-    """Encodes the whole prompt with LongCLIP, in one or more passes of 248 tokens."""
+    """Encodes the whole prompt with LongCLIP, in one or more forward passes of 248 tokens."""
 
     target: ClassVar[str] = "longalign.encoders.clip.longclip:LongClipEncoder"
 
     name: Literal["longclip"] = "longclip"
     checkpoint: str = Field(default="BeichenZhang/LongCLIP-L", min_length=1)
-    """Hub id, local folder or original ``.pt`` file. A repository or folder contains an original file, or files in
-    transformers layout.
+    """Hub id, local folder, or path of a ``.pt`` or ``.safetensors`` file with the weight names of LongCLIP's authors.
+    A repository or folder contains such a ``.pt`` file, or files in transformers layout.
     """
     filename: str | None = None
-    """name of the original file in the folder or repository. null: ``longclip-L.pt`` if it exists, otherwise the files
-    in transformers layout, which are also used if ``subfolder`` or ``variant`` is set.
+    """name of the published ``.pt`` file in the folder or repository. null: ``longclip-L.pt`` if it exists, otherwise
+    the files in transformers layout, which are also used if ``subfolder`` or ``variant`` is set.
     """
     tokenizer: str | None = None
-    """Hub id or folder of CLIP's tokenizer. null: the checkpoint's tokenizer, or CLIP-L's if the checkpoint has
-    none.
+    """Hub id or folder of CLIP's tokenizer. null: the checkpoint's tokenizer, or that of
+    ``openai/clip-vit-large-patch14`` if the checkpoint has none.
     """
     overflow: Literal["grow", "truncate", "error"] = "grow"
     """what to do with prompts of more than 248 tokens: ``"grow"`` encodes the prompt in windows of whole sentences and

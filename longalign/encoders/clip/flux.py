@@ -22,13 +22,15 @@ from longalign.segmenters import Prompt, Segmenter, check_prompts, plain_text
 
 
 class T5FluxEncoder(Encoder):
-    """Encodes the whole prompt with T5, and pools CLIP-L's normalized last states at ``<eot>``.
+    """Encodes the whole prompt with T5; the pooled embedding comes from CLIP-L.
+
+    The pooled output of a text is CLIP-L's last hidden state at ``<eot>``, after the final layer norm.
 
     Args:
-        t5: encoder with T5.
-        clip: encoder with CLIP-L, which splits the prompt for ``pooled="mean"`` and ``"first"``.
-        pooled: which pooled output is used: ``"mean"`` of all segments, ``"first"`` segment only, or ``"truncate"`` for
-            the whole prompt truncated to 77 tokens, as in diffusers.
+        t5: encoder with T5, whose states are returned.
+        clip: encoder with CLIP-L, which also splits the prompt into segments for ``pooled="mean"`` and ``"first"``.
+        pooled: which pooled output is used: ``"mean"`` over all segments, that of the ``"first"`` segment, or
+            ``"truncate"``: that of the whole prompt truncated to 77 tokens, as in diffusers.
     """
 
     def __init__(self, t5: T5Encoder, clip: ClipSegmentEncoder, *, pooled: Literal["mean", "first", "truncate"]):
@@ -38,7 +40,11 @@ class T5FluxEncoder(Encoder):
 
     @classmethod
     def from_config(cls, config: T5FluxConfig, runtime: Runtime) -> T5FluxEncoder:
-        """Loads ``text_encoder``, ``text_encoder_2`` and their tokenizers, and builds the segmenter."""
+        """Loads ``text_encoder``, ``text_encoder_2`` and their tokenizers, and builds the segmenter.
+
+        Raises:
+            ValueError: if the checkpoint does not exist or is incomplete.
+        """
         clip, t5 = (
             load_text_model(kind, config, join_subfolder(config.subfolder, folder), runtime)
             for kind, folder in ((CLIPTextModel, "text_encoder"), (T5EncoderModel, "text_encoder_2"))
@@ -55,7 +61,7 @@ class T5FluxEncoder(Encoder):
             config: settings of the encoder.
             clip: a ``CLIPTextModel`` and its fast tokenizer.
             t5: a ``T5EncoderModel`` and its fast tokenizer.
-            segmenter: splits a prompt.
+            segmenter: splits a prompt into segments for CLIP.
         """
         limit = config.max_batch_tokens
         settings = T5Config(
@@ -80,7 +86,7 @@ class T5FluxEncoder(Encoder):
         return self.t5.report(prompts)
 
     def _pool_rows(self, prompt: Prompt) -> Sequence[tuple[int, ...]]:
-        """Returns the token rows whose pooled outputs are averaged."""
+        """Returns the token ids of each text whose pooled output is averaged into the prompt's pooled embedding."""
         if self.pooled != "truncate":
             (plan,) = self.clip.checked_plans([prompt])
             return plan.rows if self.pooled == "mean" else plan.rows[:1]

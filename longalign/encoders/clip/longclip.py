@@ -21,7 +21,7 @@ class LongClipEncoder(ClipTruncateEncoder):
 
     @classmethod
     def from_config(cls, config: LongClipConfig, runtime: Runtime) -> LongClipEncoder:  # type: ignore[override]
-        """Loads the text model and tokenizer from an original file, a folder or a Hub repository.
+        """Loads the text model and tokenizer from a published ``.pt`` file, a folder or a Hub repository.
 
         Raises:
             ValueError: if the checkpoint does not exist, or if the text model has at most 77 positions, as CLIP has.
@@ -58,7 +58,9 @@ class LongClipEncoder(ClipTruncateEncoder):
 
 
 def read_original(path: Path) -> CLIPTextModel:
-    """Loads the text model of an original ``longclip-L.pt`` or ``longclip-B.pt``, or of a safetensors file.
+    """Loads the text model of the published ``longclip-L.pt`` or ``longclip-B.pt``, in float32 on the CPU.
+
+    A ``.safetensors`` file with the same weight names is accepted too.
 
     Raises:
         ValueError: if the file contains objects other than tensors, or the tensors of a different model.

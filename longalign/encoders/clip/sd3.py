@@ -25,14 +25,14 @@ from longalign.segmenters import Prompt, Segmenter
 class ClipSegmentSD3Encoder(Encoder):
     """Encodes segments with CLIP-L and OpenCLIP-bigG, and appends T5's states of the whole prompt.
 
-    The states of both CLIPs are concatenated along the channel axis and zero-padded to T5's width. T5's states are
+    The states of both CLIPs are concatenated along the channel axis and padded with zeros to ``width``. T5's states are
     appended along the sequence axis. The pooled embeddings of both CLIPs are concatenated too.
 
     Args:
-        clips: the two CLIPs, both with a projection.
-        t5: T5's encoder, or None.
-        num_zeros: number of zero states that replace T5's if ``t5`` is None; 256 in the diffusers pipeline.
-        width: width of the states; 4096 in the published models.
+        clips: encoder with the two CLIPs, both with a projection.
+        t5: encoder with T5; None to use zero states instead.
+        num_zeros: number of zero states per prompt if ``t5`` is None, 256 in the diffusers pipeline; 0 otherwise.
+        width: width of the returned states; 4096 in the published models.
 
     Raises:
         ValueError: if T5's width is not ``width``, if the CLIPs' states are wider than ``width``, or if both ``t5`` and
@@ -54,7 +54,13 @@ class ClipSegmentSD3Encoder(Encoder):
 
     @classmethod
     def from_config(cls, config: ClipSegmentSD3Config, runtime: Runtime) -> ClipSegmentSD3Encoder:
-        """Loads ``text_encoder``, ``text_encoder_2``, ``text_encoder_3`` if ``t5="encode"``, and their tokenizers."""
+        """Loads ``text_encoder``, ``text_encoder_2`` and, if ``config.t5`` is ``"encode"``, ``text_encoder_3``.
+
+        Also loads their tokenizers, and builds the segmenter.
+
+        Raises:
+            ValueError: if the checkpoint does not exist or is incomplete.
+        """
         models, tokenizers = load_clip_pair(config, runtime, CLIPTextModelWithProjection, None)
         t5 = None
         if config.t5 == "encode":
@@ -77,9 +83,9 @@ class ClipSegmentSD3Encoder(Encoder):
         Args:
             config: settings of the three encoders.
             text_models: two ``CLIPTextModelWithProjection``.
-            tokenizers: their fast tokenizers, which differ only in padding.
-            segmenter: splits a prompt.
-            t5: a ``T5EncoderModel`` and its fast tokenizer for ``t5="encode"``, otherwise None.
+            tokenizers: the fast tokenizers of ``text_models``, which differ only in padding.
+            segmenter: splits a prompt into segments.
+            t5: a ``T5EncoderModel`` and its fast tokenizer if ``config.t5`` is ``"encode"``, otherwise None.
         """
         clips = ClipSegmentSDXLEncoder.from_modules(config, text_models, tokenizers, segmenter, empty="encode")
         num_zeros = config.t5_tokens if config.t5 == "zeros" else 0

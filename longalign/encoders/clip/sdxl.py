@@ -20,16 +20,20 @@ from longalign.segmenters import Prompt, Segmenter, check_prompts, plain_text
 
 
 class PenultimateEncoder(ClipSegmentEncoder):
-    """Encodes segments with the penultimate layer, without the final layer norm, as SDXL expects."""
+    """Encodes segments like `ClipSegmentEncoder`, but with the penultimate layer's states, without final layer norm.
+
+    SDXL and SD 3 expect these states.
+    """
 
     def states_and_pooled(
         self, plans: Sequence[SegmentPlan], pools: Sequence[Sequence[tuple[int, ...]]]
     ) -> Conditioning:
-        """Returns the merged states and, if the text model has a projection, the pooled embeddings.
+        """Returns the conditioning of planned prompts; `ProjectedEncoder` adds the pooled embeddings ``(b, p)``.
 
         Args:
-            plans: the plan of each prompt.
-            pools: token rows of each prompt; the prompt's pooled embedding is the mean of their pooled outputs.
+            plans: the plan of each prompt, from `checked_plans`.
+            pools: for each prompt, the token ids of one or more texts. The pooled embedding of a prompt is the mean of
+                the pooled outputs of these texts.
         """
         return self.merge(plans, *self.run(plans))
 
@@ -38,10 +42,10 @@ class PenultimateEncoder(ClipSegmentEncoder):
 
 
 class ProjectedEncoder(PenultimateEncoder):
-    """Encodes segments like `PenultimateEncoder`, with an additional pooled output.
+    """Encodes segments like `PenultimateEncoder`, and also returns pooled embeddings.
 
-    Each state is concatenated with the normalized and projected state of the last layer. At ``<eot>``, that
-    projected state is the pooled output.
+    The pooled output of a text is the state of the last layer at ``<eot>``, after the final layer norm and the text
+    projection.
     """
 
     def states_and_pooled(
@@ -60,23 +64,24 @@ class ProjectedEncoder(PenultimateEncoder):
 
 
 class ClipSegmentSDXLEncoder(Encoder):
-    """Encodes segments with CLIP-L and OpenCLIP-bigG and merges the states as `ClipSegmentEncoder` does.
+    """Encodes segments with CLIP-L and OpenCLIP-bigG, and concatenates the segments as `ClipSegmentEncoder` does.
 
     The states of both penultimate layers are concatenated along the channel axis to width 768 + 1280. The pooled
-    embedding is bigG's. If both CLIPs have a projection, as in Stable Diffusion 3, both pooled embeddings are
-    concatenated.
+    embedding is bigG's, of width 1280. If both CLIPs have a projection, as in Stable Diffusion 3, both pooled
+    embeddings are concatenated.
 
-    For a prompt of one segment, all pooling rules match diffusers unless the prompt contains an exclamation mark.
-    ``!`` is bigG's padding token, so diffusers treats a literal ``!`` as padding. Here both CLIPs receive the token ids
-    of the first tokenizer.
+    For a prompt of one segment, every value of ``pooled`` gives the pooled embedding of diffusers, unless the prompt
+    contains an exclamation mark. ``!`` is bigG's padding token, so diffusers treats a literal ``!`` as padding. Here
+    both CLIPs receive the token ids of the first tokenizer.
 
     Args:
-        first: encoder with CLIP-L, which also plans the segments of ``second``.
+        first: encoder with CLIP-L; its segmenter, tokenizer and settings also split and tokenize prompts for
+            ``second``.
         second: encoder with OpenCLIP-bigG.
-        pooled: which pooled output is used: ``"mean"`` of all encoded segments, ``"first"`` segment only, or
-            ``"truncate"`` for the whole prompt truncated to 77 tokens, as in diffusers.
-        empty: states of the empty prompt: ``"zeros"``, as in the SDXL pipeline, or ``"encode"``, as for any other
-            prompt.
+        pooled: which pooled output is used: ``"mean"`` over all encoded segments, that of the ``"first"`` segment, or
+            ``"truncate"``: that of the whole prompt truncated to 77 tokens, as in diffusers.
+        empty: states and pooled embedding of the empty prompt: ``"zeros"``, as in diffusers' SDXL pipeline, or
+            ``"encode"``, as for any other prompt.
 
     Raises:
         ValueError: if the vocabularies of the two tokenizers differ.
@@ -102,7 +107,12 @@ class ClipSegmentSDXLEncoder(Encoder):
 
     @classmethod
     def from_config(cls, config: ClipSegmentSDXLConfig, runtime: Runtime) -> ClipSegmentSDXLEncoder:
-        """Loads ``text_encoder``, ``text_encoder_2`` and their tokenizers, and builds the segmenter."""
+        """Loads ``text_encoder``, ``text_encoder_2`` and their tokenizers, and builds the segmenter.
+
+        Raises:
+            FileNotFoundError: if the checkpoint is a single file that does not exist.
+            ValueError: if the checkpoint does not exist or is incomplete.
+        """
         models, tokenizers = load_clip_pair(config, runtime, CLIPTextModel, config.layout)
         return cls.from_modules(config, models, tokenizers, config.segmenter.build(runtime), empty=config.empty)
 
@@ -119,11 +129,11 @@ class ClipSegmentSDXLEncoder(Encoder):
         """Builds the encoder from loaded modules, with the settings of a config.
 
         Args:
-            config: settings of both encoders.
+            config: settings of both CLIPs.
             text_models: a ``CLIPTextModel`` and a ``CLIPTextModelWithProjection``, or two of the latter.
-            tokenizers: their fast tokenizers, which differ only in padding.
-            segmenter: splits a prompt.
-            empty: states of the empty prompt, ``"zeros"`` or ``"encode"``.
+            tokenizers: the fast tokenizers of ``text_models``, which differ only in padding.
+            segmenter: splits a prompt into segments.
+            empty: states and pooled embedding of the empty prompt: ``"zeros"`` or ``"encode"``.
         """
         first, second = (
             (ProjectedEncoder if hasattr(model, "text_projection") else PenultimateEncoder).from_modules(
@@ -150,7 +160,7 @@ class ClipSegmentSDXLEncoder(Encoder):
         return self.first.report(prompts)
 
     def _pool_rows(self, prompt: Prompt, plan: SegmentPlan) -> Sequence[tuple[int, ...]]:
-        """Returns the rows whose pooled outputs are averaged."""
+        """Returns the token ids of each text whose pooled output is averaged into the prompt's pooled embedding."""
         if self.pooled == "mean":
             return plan.rows
         if self.pooled == "first":
@@ -163,7 +173,10 @@ class ClipSegmentSDXLEncoder(Encoder):
 def load_clip_pair(
     config: TwoClipsConfig, runtime: Runtime, first_class: type, layout: str | None
 ) -> tuple[list[nn.Module], list[Any]]:
-    """Loads ``text_encoder`` as ``first_class`` and ``text_encoder_2``; returns both models and both tokenizers."""
+    """Loads ``text_encoder`` and ``text_encoder_2``; returns the list of both models and that of both tokenizers.
+
+    ``first_class`` is the transformers class of ``text_encoder``; ``layout`` is explained in `load_clip_text_model`.
+    """
     classes = {"text_encoder": first_class, "text_encoder_2": CLIPTextModelWithProjection}
     loaded = [
         load_clip_text_model(model_class, config, join_subfolder(config.subfolder, folder), runtime, layout)

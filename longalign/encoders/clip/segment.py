@@ -29,11 +29,12 @@ from longalign.tokens import TextTokens, Tokenized
 
 @dataclass(frozen=True)
 class SegmentPlan:
-    """Plan for encoding one prompt.
+    """How one prompt is encoded: the token sequences to run, and which of their states to keep.
 
     Attributes:
-        rows: token ids to encode, one row per segment.
-        spans: ``(row, start, stop)`` of the states to merge, in order: positions ``start:stop`` of a row.
+        rows: token ids of each segment: ``<sot>``, context (see `ClipSegmentEncoder`), segment, ``<eot>``.
+        spans: tuples ``(row, start, stop)``: the states at positions ``start:stop`` of ``rows[row]`` are kept, in this
+            order.
         report: the encoded and the truncated text.
     """
 
@@ -43,20 +44,21 @@ class SegmentPlan:
 
     @property
     def length(self) -> int:
-        """Number of merged states."""
+        """Number of states that are kept, before padding."""
         return sum(stop - start for _, start, stop in self.spans)
 
 
 class ClipSegmentEncoder(Encoder):
-    """Encodes each segment of a prompt separately with a frozen CLIP text model and merges the states in order.
+    """Encodes each segment of a prompt separately with a frozen CLIP text model and concatenates the states in order.
 
-    Every segment becomes ``<sot> tokens <eot>``; ``sot`` and ``eot`` select which special-token states are kept. The
-    merged states are padded to ``max_tokens``. LongAlign's published model keeps every ``<sot>``, drops every
-    ``<eot>`` and pads with one vector ``<pad*>``. That vector is the mean of the last 60 of the 77 states of the empty
-    prompt, or of the same fraction for a different window. The empty prompt is encoded as one ``<sot>`` followed by
-    ``<pad*>``.
+    A segment is a short text, such as a sentence. Every segment becomes ``<sot> tokens <eot>``; ``sot`` and ``eot``
+    select which states of these special tokens are kept. The concatenated states are padded to ``max_tokens``.
+    LongAlign's published model (arXiv 2410.11817, appendix A) keeps every ``<sot>``, drops every ``<eot>`` and pads
+    with one vector ``<pad*>``. That vector is the mean of the last 60 of the 77 states of the empty prompt, or of the
+    same fraction if the text model has a different window (number of positions). The empty prompt is encoded as one
+    ``<sot>`` followed by ``<pad*>``.
 
-    With ``context``, the text model reads the preceding segments before each segment, as
+    With ``context``, the text model reads some preceding segments before each segment, as
     ``<sot> context tokens <eot>``, and the states of the context are dropped. References to an earlier segment ("It is
     red.") can then be resolved, while the number of states stays the same.
 
@@ -65,7 +67,7 @@ class ClipSegmentEncoder(Encoder):
 
     Args:
         text_model: a transformers ``CLIPTextModel``.
-        tokenizer: its fast tokenizer.
+        tokenizer: the text model's fast tokenizer.
         segmenter: splits a prompt into segments.
         sot: which segments keep their ``<sot>`` state: ``"all"``, ``"first"`` or ``"none"``.
         eot: which segments keep their ``<eot>`` state: ``"all"``, ``"last"`` or ``"none"``.
@@ -110,13 +112,18 @@ class ClipSegmentEncoder(Encoder):
 
     @classmethod
     def from_config(cls, config: ClipSegmentConfig, runtime: Runtime) -> ClipSegmentEncoder:
-        """Loads the text model and tokenizer, and builds the segmenter."""
+        """Loads the text model and tokenizer, and builds the segmenter.
+
+        Raises:
+            FileNotFoundError: if the checkpoint is a single file that does not exist.
+            ValueError: if the checkpoint does not exist or is incomplete.
+        """
         model, tokenizer = load_clip_text_model(CLIPTextModel, config, config.subfolder, runtime, config.layout)
         return cls.from_modules(config, model, tokenizer, config.segmenter.build(runtime))
 
     @classmethod
     def from_modules(cls, config: SegmentConfig, text_model: nn.Module, tokenizer: Any, segmenter: Segmenter) -> Self:
-        """Builds the encoder from loaded modules, with the settings of a config."""
+        """Builds the encoder from loaded modules, with the settings of a config. See the class for the modules."""
         return cls(
             text_model,
             tokenizer,
@@ -136,21 +143,24 @@ class ClipSegmentEncoder(Encoder):
         return self.merge(plans, *self.run(plans))
 
     def checked_plans(self, prompts: Sequence[Prompt]) -> list[SegmentPlan]:
-        """Plans the encoding of each prompt; warns about or rejects truncated prompts as ``overflow`` specifies."""
+        """Returns the `SegmentPlan` of each prompt.
+
+        If a prompt is truncated, raises ValueError if ``overflow`` is ``"error"``, and warns otherwise.
+        """
         plans = self._plans(prompts)
         limits, advice = [f"{self.max_tokens} tokens"], [GROW_ADVICE.format("max_tokens")]
         if self.truncate_segments:
-            limits.append(f"{self.window - 2} in a segment")
+            limits.append(f"{self.window - 2} tokens in a segment")
             advice = ["set truncate_segments to false", *(advice if self.overflow == "truncate" else [])]
         reports = [plan.report for plan in plans]
         raise_or_warn_truncated(reports, self.overflow, " or ".join(limits), ", and ".join(advice), stacklevel=4)
         return plans
 
     def run(self, plans: Sequence[SegmentPlan], extra_rows: Sequence[tuple[int, ...]] = ()) -> tuple[Tensor, list[int]]:
-        """Runs the text model on the rows of the plans, then on ``extra_rows``.
+        """Runs the text model on the rows of the plans, then on ``extra_rows``: token ids with special tokens.
 
         Returns:
-            All states ``(m, d)``, and the index of each row's first state.
+            The states of all rows ``(m, d)``, and for each row, in this order, the index of its first state.
         """
         return run_grouped(
             self._run,
@@ -161,7 +171,10 @@ class ClipSegmentEncoder(Encoder):
         )
 
     def merge(self, plans: Sequence[SegmentPlan], states: Tensor, row_starts: Sequence[int]) -> Conditioning:
-        """Merges the states ``(m, d)`` returned by `run` in order and pads them."""
+        """Returns the conditioning of planned prompts: concatenates the states to keep, in order, and pads them.
+
+        ``states`` ``(m, d)`` and ``row_starts`` are the output of `run`.
+        """
         padding = self._pad_states(states)
         longest = max(plan.length for plan in plans)
         length = longest if self.pad == "none" else max(self.max_tokens, longest)
@@ -187,9 +200,10 @@ class ClipSegmentEncoder(Encoder):
 
     @torch.no_grad()
     def _pad_states(self, like: Tensor) -> Tensor:
-        """Returns the padding states ``(k, d)``: position i is padded with state ``min(i, k - 1)``.
+        """Returns the padding states ``(k, d)`` on the device and in the dtype of ``like``.
 
-        The states are cached, since the model is frozen.
+        Position i of a prompt is padded with state ``min(i, k - 1)``. The states are computed once, since the text
+        model is frozen.
         """
         padding = self._cached_padding
         if padding is None or padding.device != like.device or padding.dtype != like.dtype:
@@ -201,7 +215,7 @@ class ClipSegmentEncoder(Encoder):
         return padding
 
     def _empty_prompt_states(self, device: torch.device) -> Tensor:
-        """Returns the states ``(window, d)`` of the empty prompt."""
+        """Returns the states ``(window, d)`` of the empty prompt, padded to the text model's window."""
         tokenizer = self.tokens.tokenizer
         ids = [tokenizer.bos_token_id, tokenizer.eos_token_id] + [self.tokens.pad_id] * (self.window - 2)
         with autocast_disabled(device):
@@ -247,7 +261,10 @@ class ClipSegmentEncoder(Encoder):
         return SegmentPlan(tuple(rows), tuple(spans), PromptReport(tuple(texts), tuple(tokens), " ".join(truncated)))
 
     def _context(self, segments: Sequence[Tokenized], index: int) -> list[int]:
-        """Returns the token ids of up to ``context`` segments before ``index`` that fit the window with it."""
+        """Returns the token ids of the context of segment ``index``: up to ``self.context`` segments before it.
+
+        Goes back from segment ``index``, and stops at the first segment that would exceed the text model's window.
+        """
         ids: list[int] = []
         space = self.window - 2 - len(segments[index])
         for segment in reversed(segments[max(0, index - self.context) : index]):

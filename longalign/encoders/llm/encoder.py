@@ -1,4 +1,4 @@
-"""Encoding with the hidden states of a language model, as for FLUX.2, Qwen-Image, Z-Image and Sana."""
+"""Encoding with the hidden states of a language model, as FLUX.2, Qwen-Image, Z-Image and Sana need."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _PADDING = -1
 class LlmEncoder(Encoder):
     """Encodes prompts, each inside a template, with a frozen language model.
 
-    The states of the template before the prompt are kept or dropped; their number follows from the template's tokens.
-    With a segmenter, each segment is encoded on its own in the template. Then the states of the segments are
-    concatenated, after the template's states before the first and before those after the last one. A batch is padded to
-    the longest prompt, with a mask. The model is causal, so a prompt's states do not depend on the padding.
+    ``prefix`` selects which states of the template before the prompt are kept; those after the prompt are always kept.
+    With a segmenter, each segment is encoded separately in the template. The states of the segments are then
+    concatenated; template states are kept only before the first and after the last segment. A batch is padded to the
+    longest prompt, with a mask. The model is causal, so a prompt's states do not depend on the padding.
 
     With ``pad_to``, the states of padding tokens are used instead, without a mask. The padding tokens belong to the
     last pass of a prompt, or to the first one if the tokenizer pads on the left. The language model's attention masks
@@ -37,23 +37,24 @@ class LlmEncoder(Encoder):
 
     Args:
         model: a causal transformers model without a head, e.g. a ``Qwen3Model``.
-        tokenizer: its fast tokenizer.
+        tokenizer: the model's fast tokenizer.
         segmenter: splits a prompt into segments; None encodes the whole prompt.
         template: ``"chat"`` for the tokenizer's chat template, or a text with ``{}`` in place of the prompt.
-        system: system message of the chat template, or None.
+        system: system message for the chat template; None for that of the chat template, if any.
         template_variables: values of variables of the chat template.
         prefix: which states of the template before the prompt are kept: ``"all"``, ``"first"`` or ``"none"``.
-        layers: indices of the layers' states in transformers' ``hidden_states``, concatenated along the width: -1 for
-            the last one, after the final normalization.
+        layers: layers whose states are concatenated along the width, as indices of transformers' ``hidden_states``: -1
+            for the last one, after the final normalization.
         lowercase: whether prompts are converted to lower case.
-        max_tokens: maximum number of tokens of the prompt per pass.
-        pad_to: number of states to which shorter prompts are padded, or None.
-        overflow: what to do with longer prompts without a segmenter: ``"truncate"`` warns, ``"error"`` raises.
-        max_batch_tokens: maximum number of positions per call of the model.
+        max_tokens: maximum number of tokens of the prompt, or of a segment, per forward pass, without the template's.
+        pad_to: number of states to which shorter prompts are padded without a mask; None pads with a mask.
+        overflow: what to do with longer prompts without a segmenter: ``"truncate"`` truncates with a warning,
+            ``"error"`` raises.
+        max_batch_tokens: maximum number of tokens, including template and padding, per call of the model.
 
     Raises:
-        ValueError: if the chat template cannot be used, no state of an empty prompt would be kept, ``max_tokens`` and
-            the template or ``pad_to`` exceed the model's positions, or it has too few layers.
+        ValueError: if the chat template cannot be used, no state of an empty prompt would be kept, ``max_tokens`` plus
+            the tokens of the template or ``pad_to`` exceed the model's positions, or the model has no such layer.
     """
 
     def __init__(
@@ -108,12 +109,17 @@ class LlmEncoder(Encoder):
         last = config.num_hidden_layers
         if missing := [layer for layer in layers if not -last - 1 <= layer <= last]:
             raise ValueError(
-                f"layer {missing[0]} does not exist in a model of {last} layers; expected {-last - 1} to {last}"
+                f"layer {missing[0]} does not exist in a model of {last} layers; set layer to values from "
+                f"{-last - 1} to {last}"
             )
 
     @classmethod
     def from_config(cls, config: LlmConfig, runtime: Runtime) -> LlmEncoder:
-        """Loads the language model and its tokenizer, and builds the segmenter. Code of the checkpoint is not run."""
+        """Loads the language model and its tokenizer, and builds the segmenter. Code of the checkpoint is not run.
+
+        Raises:
+            ValueError: if the checkpoint does not exist or is incomplete, or does not fit the settings.
+        """
         checkpoint = resolve_checkpoint(config.checkpoint)
         folder, tokenizer_folder = subfolders(checkpoint, config.subfolder, config.revision)
         model = load_frozen_model(
@@ -174,7 +180,7 @@ class LlmEncoder(Encoder):
         return torch.cat([output.hidden_states[layer] for layer in self.layers], dim=-1)
 
     def _plans(self, prompts: Sequence[Prompt]) -> list[list[TemplateRow]]:
-        """Returns the passes of each prompt: one, or one for each segment."""
+        """Returns the tokens of each prompt in the template: one row, or one row per segment."""
         passes = []
         for prompt in check_prompts(prompts):
             if self.segmenter is None:
@@ -202,15 +208,18 @@ class LlmEncoder(Encoder):
 
     @property
     def _limit(self) -> int:
-        """Maximum number of tokens of a pass. Segments fit, up to a token that the template joins with theirs."""
+        """Maximum number of a text's tokens that are encoded per row, without those of the template.
+
+        Segments are never truncated: they were split to fit, except for a token that they may share with the template.
+        """
         return self.max_tokens if self.segmenter is None else sys.maxsize
 
     def _kept_before(self, row: TemplateRow) -> int:
-        """Returns the number of states before the prompt that are kept."""
+        """Returns the number of states of the template before the prompt that are kept."""
         return {"all": len(row.before), "first": min(1, len(row.before)), "none": 0}[self.prefix]
 
     def _kept(self, plan: Sequence[TemplateRow], index: int) -> list[int]:
-        """Returns the positions in a pass whose states are kept."""
+        """Returns the positions in row ``index`` of a prompt whose states are kept."""
         row = plan[index]
         first = len(row.before)
         last = first + min(len(row.text), self._limit)

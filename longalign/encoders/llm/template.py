@@ -1,4 +1,4 @@
-"""Tokens of a prompt inside a template of text."""
+"""Tokenizes prompts inside a template, such as a language model's chat template."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _MARK = "\ue000"
 
 @dataclass(frozen=True)
 class TemplateRow:
-    """Tokens of a pass.
+    """Token ids of one text inside a template.
 
     Attributes:
-        before: ids of the template before the text, with the tokenizer's special tokens.
+        before: ids of the template before the text, including special tokens.
         text: the text and its tokens.
-        after: ids of the template after the text.
+        after: ids of the template after the text, including special tokens.
     """
 
     before: tuple[int, ...]
@@ -31,19 +31,21 @@ class TemplateRow:
 
 
 def chat_template(tokenizer: Any, system: str | None, variables: Mapping[str, Any]) -> tuple[str, str]:
-    """Returns the text of a chat before and after the user's message, up to the start of the reply.
+    """Returns two parts of a chat in the tokenizer's template: before the user's message, and after it up to the reply.
 
     Args:
         tokenizer: a transformers tokenizer.
-        system: text of the system message; None for no system message.
-        variables: values of further variables of the template.
+        system: text of the system message; None passes no system message to the chat template.
+        variables: values of variables of the chat template.
 
     Raises:
-        ValueError: if the tokenizer has no chat template, its template has no such variable, or it cannot be used.
+        ValueError: if the tokenizer has no chat template, or the chat template rejects the messages, does not contain
+            the user's message exactly once, or has no such variable.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
-            "encoder.template is 'chat', but the tokenizer has no chat template; set template to a text with {}"
+            "encoder.template is 'chat', but the tokenizer has no chat template; set template to a text with {} in "
+            "place of the prompt"
         )
     source = str(tokenizer.chat_template)
     unknown = [name for name in variables if name == "messages" or not re.search(rf"\b{re.escape(name)}\b", source)]
@@ -73,16 +75,17 @@ def chat_template(tokenizer: Any, system: str | None, variables: Mapping[str, An
 
 
 class Template:
-    """Tokenizes texts inside a template.
+    """A template in which texts are tokenized.
 
-    Template and text are tokenized together, because a space before the text may be part of its first token. That token
-    counts as the text's. Special tokens are parsed in the template, but those written in a text are text.
+    Template and text are tokenized together, because a space before the text may be part of the text's first token.
+    That token counts as the text's. Names of special tokens become special tokens in the template only; in a text, they
+    are tokenized as plain text.
 
     Args:
         tokens: the tokenizer.
         prefix: the template before the text.
         suffix: the template after the text.
-        add_special_tokens: whether the tokenizer adds its special tokens, such as ``<bos>``.
+        add_special_tokens: whether the tokenizer adds its special tokens, such as ``<bos>``, to the template.
     """
 
     def __init__(self, tokens: TextTokens, prefix: str, suffix: str, add_special_tokens: bool):
@@ -92,7 +95,7 @@ class Template:
         self._special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
 
     def __call__(self, texts: Sequence[str]) -> list[TemplateRow]:
-        """Returns the tokens of each text in the template."""
+        """Returns one row per text: the tokens of the template with the text in its place."""
         rows = self._tokenize(texts)
         for i, row in enumerate(rows):
             if self._special & set(row.text.ids):

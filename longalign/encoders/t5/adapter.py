@@ -19,7 +19,10 @@ _WEIGHTS = "diffusion_pytorch_model"
 
 
 class GEGLU(nn.Module):
-    """Computes ``x W1 * gelu(x W2)``, from ``(..., in)`` to ``(..., out)``; ``proj`` contains both matrices."""
+    """Maps x ``(..., in_dim)`` to ``(x W1 + b1) * gelu(x W2 + b2)``, ``(..., out_dim)`` (GEGLU, arXiv 2002.05202).
+
+    ``proj`` is the linear layer of both matrices and biases.
+    """
 
     def __init__(self, in_dim: int, out_dim: int):
         super().__init__()
@@ -31,7 +34,10 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Applies GEGLU to ``mult`` times the input width, dropout, and a linear layer to the output width."""
+    """Maps ``(..., in_dim)`` to ``(..., out_dim)``: `GEGLU` to width ``mult * in_dim``, dropout, and a linear layer.
+
+    ``dropout`` is the probability that an element is dropped in training mode.
+    """
 
     def __init__(self, in_dim: int, out_dim: int, mult: int = 4, dropout: float = 0.1):
         super().__init__()
@@ -42,14 +48,14 @@ class FeedForward(nn.Module):
 
 
 class TextAdapter(Adapter):
-    """Applies LayerNorm, feed-forward to ``int_dim``, LayerNorm and feed-forward to ``out_dim`` at each position.
+    """LaVi-Bridge's adapter: LayerNorm, `FeedForward`, LayerNorm and `FeedForward`, at each position separately.
 
     State-dict keys match the published weights: ``norm1``, ``ff1.net.*``, ``norm2``, ``ff2.net.*``.
 
     Args:
-        in_dim: width of the language model; 1024 for T5-large.
+        in_dim: width of the text model's states; 1024 for T5-large.
         int_dim: width between the two feed-forward blocks; 896 in the published weights.
-        out_dim: width that the denoiser expects; 768 for SD 1.5.
+        out_dim: width that the denoiser expects; 768 for Stable Diffusion 1.5.
     """
 
     def __init__(self, in_dim: int, int_dim: int, out_dim: int):
@@ -66,7 +72,11 @@ class TextAdapter(Adapter):
 
     @classmethod
     def from_config(cls, config: AdapterConfig, runtime: Runtime) -> TextAdapter:
-        """Loads a published or saved adapter, or initializes a new one, always in float32."""
+        """Loads the adapter of ``config.checkpoint``; if it is None, initializes one. The weights are float32.
+
+        Raises:
+            ValueError: as `load`.
+        """
         if config.checkpoint is not None:
             adapter = cls.load(resolve_checkpoint(config.checkpoint), config.subfolder, config.revision)
         else:
@@ -77,8 +87,13 @@ class TextAdapter(Adapter):
     def load(cls, checkpoint: str, subfolder: str | None = None, revision: str | None = None) -> TextAdapter:
         """Loads an adapter in diffusers layout: config.json and diffusion_pytorch_model.safetensors or .bin.
 
+        Args:
+            checkpoint: Hub id or local folder.
+            subfolder: folder of both files in the checkpoint; None for the top level.
+            revision: branch, tag or commit on the Hub; None for the default branch.
+
         Raises:
-            ValueError: if a file or a key is missing, or the weights do not match the config.
+            ValueError: if a file or a width in config.json is missing, or the weights do not match the widths.
         """
         prefix = join_subfolder(subfolder, "")
         config = find_checkpoint_file(checkpoint, f"{prefix}config.json", revision)
@@ -102,11 +117,14 @@ class TextAdapter(Adapter):
         try:
             adapter.load_state_dict(state)
         except (RuntimeError, TypeError) as error:
-            raise ValueError(f"{weights}: expected weights that match the widths in config.json: {error}") from error
+            raise ValueError(
+                f"{weights}: expected weights that match the widths in config.json, use the files of one adapter: "
+                f"{error}"
+            ) from error
         return adapter
 
     def save(self, folder: str | Path) -> None:
-        """Saves the adapter in diffusers layout, which `load` and diffusers' ``ModelMixin`` can read."""
+        """Writes config.json and the weights to ``folder``, in the layout that `load` and diffusers read."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         values = {"_class_name": "TextAdapter", "in_dim": self.in_dim, "int_dim": self.int_dim, "out_dim": self.out_dim}

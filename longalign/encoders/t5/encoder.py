@@ -32,22 +32,24 @@ class T5Encoder(Encoder):
     """Encodes the whole prompt with a frozen T5 encoder and an optional adapter.
 
     As in the published model, prompts are padded to ``max_tokens`` without a mask: T5 and the denoiser attend to the
-    padding. The states of a prompt do not depend on the rest of the batch. If a batch is longer than ``max_tokens``,
-    shorter prompts are padded by repeating the last state. A prompt longer than ``window`` is encoded in windows of
-    whole sentences, each with an end-of-text token, and the states are concatenated.
+    padding. The states of a prompt do not depend on the rest of the batch. If the longest prompt of a batch has more
+    than ``max_tokens`` states, the last state of each shorter prompt is repeated. With ``overflow="grow"``, a prompt
+    longer than ``window`` is encoded in windows of whole sentences, each with an end-of-text token, and the states are
+    concatenated.
 
     Args:
         model: a transformers ``T5EncoderModel``.
-        tokenizer: its fast tokenizer.
+        tokenizer: the model's fast tokenizer.
         adapter: trainable map from T5's states to the denoiser's width; None returns T5's states.
-        max_tokens: number of states, including the end-of-text token, to which shorter prompts are padded.
+        max_tokens: number of states, including that of the end-of-text token, to which shorter prompts are padded.
         overflow: what to do with prompts of more than ``max_tokens`` tokens: ``"grow"`` pads the batch to the longest
             prompt, ``"truncate"`` truncates with a warning, ``"error"`` raises.
-        window: maximum number of tokens per pass, including the end-of-text token; at least ``max_tokens``. Attention
-            memory is quadratic in ``window``. T5 was trained with 512.
-        mask: whether to mask padding in T5 and in the conditioning, where masked states are zero.
+        window: maximum number of tokens per forward pass, including the end-of-text token; a value below
+            ``max_tokens`` is raised to ``max_tokens``. Attention memory is quadratic in ``window``. T5 was trained with
+            512.
+        mask: whether to mask padding in T5 and in the conditioning, whose masked states are zero.
         max_batch_tokens: maximum number of tokens, including padding, per call of the model.
-        length_key: config key of ``max_tokens``, used in truncation messages.
+        length_key: the config key that messages about truncation name for ``max_tokens``.
 
     Raises:
         ValueError: if the adapter's input width does not match T5's width.
@@ -83,7 +85,11 @@ class T5Encoder(Encoder):
 
     @classmethod
     def from_config(cls, config: T5Config, runtime: Runtime) -> T5Encoder:
-        """Loads the model and tokenizer, and loads or initializes the adapter."""
+        """Loads the model and tokenizer, and loads or initializes the adapter.
+
+        Raises:
+            ValueError: if a checkpoint does not exist or is incomplete, or the adapter's width does not match T5's.
+        """
         model, tokenizer = load_text_model(T5EncoderModel, config, config.subfolder, runtime)
         adapter = None if config.adapter is None else config.adapter.build(runtime)
         return cls.from_modules(config, model, tokenizer, adapter)
@@ -98,7 +104,10 @@ class T5Encoder(Encoder):
         *,
         length_key: str = "max_tokens",
     ) -> T5Encoder:
-        """Builds the encoder from loaded modules, with the settings of a config."""
+        """Builds the encoder from loaded modules, with the settings of a config.
+
+        See the class for ``model``, ``tokenizer``, ``adapter`` and ``length_key``.
+        """
         return cls(
             model,
             tokenizer,

@@ -1,1 +1,1 @@
-"""Questions about the facts of a prompt, answered by a vision-language model (DSG, DPG-Bench)."""
+"""The metric `vqa`: yes/no questions about what a prompt describes, answered by a vision-language model."""

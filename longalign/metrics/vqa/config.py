@@ -13,9 +13,10 @@ from longalign.vlm.config import VLMConfig, check_template
 
 
 class VqaConfig(MetricConfig):
-    """Share of a prompt's questions that a vision-language model answers with yes.
+    """Share of a prompt's yes/no questions that hold in the image, as answered by a vision-language model.
 
-    Questions as in DSG (Cho et al. 2024, arXiv 2310.18235) and DPG-Bench (Hu et al. 2024, arXiv 2403.05135).
+    A question holds if it and all questions that it depends on are answered with yes, as in DSG (Cho et al. 2024, arXiv
+    2310.18235) and DPG-Bench (Hu et al. 2024, arXiv 2403.05135).
     """
 
     target: ClassVar[str] = "longalign.metrics.vqa.metric:VqaMetric"
@@ -26,17 +27,19 @@ class VqaConfig(MetricConfig):
     ``proposition_id``, ``dependency``, ``category_broad`` and ``question_natural_language``.
     """
     vlm: VLMConfig
-    """the model: ``checkpoint`` of a local one, or ``base_url`` and ``model`` of an endpoint."""
+    """the vision-language model: ``checkpoint`` of a local model, or ``base_url`` and ``model`` of an endpoint."""
     prompt: str = "{question} Answer with yes or no."
-    """text for the model. ``{question}`` is replaced by the question."""
+    """text for the vision-language model. ``{question}`` is replaced by the question."""
     scoring: Literal["corrected", "official"] = "corrected"
-    """``"corrected"``, or ``"official"`` to reproduce two errors of DPG-Bench's script: it drops the first question of
-    the csv, and its category scores use only the last sample of an image of several samples.
+    """``"official"`` reproduces two errors of DPG-Bench's script: it drops the first question of the csv, and its
+    category scores use only the last sample of an image that is a grid of samples. ``"corrected"`` does neither.
     """
     grid: int = Field(1, ge=1)
-    """samples per side of an image: 1 for one sample per image; 2 for a grid of 2 by 2, as in DPG-Bench."""
+    """number of samples of the prompt per side of an image file: 1 for one sample per file; 2 for a grid of 2 by 2
+    samples, as in DPG-Bench.
+    """
     cache: str | None = "~/.cache/longalign/vqa"
-    """folder for the answers, so that an interrupted run resumes; null: answers are not stored."""
+    """folder in which answers are stored, so that an interrupted evaluation resumes; null: answers are not stored."""
 
     @field_validator("prompt")
     @classmethod

@@ -1,4 +1,4 @@
-"""The metric `vqa`: share of a prompt's questions that a vision-language model answers with yes."""
+"""The metric `vqa`: share of a prompt's yes/no questions that hold in the image."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ OPTIONS = ("yes", "no")
 
 
 class VqaMetric(Metric):
-    """Share of a prompt's questions that hold in the image.
+    """Share of a prompt's yes/no questions that hold in the image, as answered by a vision-language model.
 
     A question holds if it and all questions that it depends on (its parents, their parents and so on) are answered with
-    yes.
+    yes. A reply that is neither yes nor no counts as no. An image may be a grid of several samples of the prompt, as in
+    DPG-Bench. The values are:
 
-    An image may be a grid of several samples of the prompt, as in DPG-Bench. Per image: ``vqa``, the mean over the
-    samples of the grid. Over all images: ``vqa/category/<category>``, the share of the category's questions that are
-    answered with yes. As in DPG-Bench's script, parents do not count there, and each question has the same weight. A
-    reply that is neither yes nor no counts as no.
+    - ``<label>``, for each image: the share of questions that hold, averaged over the samples of the grid.
+    - ``<label>/category/<category>``, over all images: the share of the category's questions that are answered with
+      yes. As in DPG-Bench's script, parents do not matter here, and each question has the same weight.
 
     Args:
-        label: name in the table.
-        questions: prompt -> questions, see `read_questions`.
-        answers: the model with its stored answers.
-        prompt: text for the model, with ``{question}``.
+        label: name of the values in the table.
+        questions: prompt with single spaces -> its questions, from `read_questions`.
+        answers: the vision-language model, with a store of its answers.
+        prompt: text for the model, with ``{question}`` for the question.
         official: whether to reproduce DPG-Bench's script; see `vqa_score`. Category scores then use only the last
             sample of a grid.
-        grid: samples per side of an image; 1 for one sample per image, 2 for a grid of 2 by 2.
+        grid: number of samples per side of an image: 1 for one sample, 2 for a grid of 2 by 2.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class VqaMetric(Metric):
 
     @classmethod
     def from_config(cls, config: VqaConfig, runtime: Runtime) -> VqaMetric:
-        """Reads the questions and loads the model."""
+        """Reads the questions and loads the vision-language model."""
         official = config.scoring == "official"
         questions = read_questions(config.questions, official)
         answers = StoredAnswers(config.vlm.build(runtime), config.cache)
@@ -76,10 +76,14 @@ class VqaMetric(Metric):
         )
 
     def observe(self, images: Tensor, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        """Returns the scores ``(b,)``, and ``(b, 2)`` per category: the numbers of yes answers and of questions.
+        """Returns the scores ``(b,)``, and ``(b, 2)`` for each category: the numbers of yes answers and of questions.
+
+        Args:
+            images: ``(b, 3, h, w)`` in [0, 1].
+            prompts: the b prompts.
 
         Raises:
-            ValueError: if a prompt has no questions, or an image cannot be divided into the grid.
+            ValueError: if a prompt has no questions, or height or width is not divisible by ``grid``.
         """
         of_prompts = [self._questions(prompt) for prompt in prompts]
         samples = [_samples(image, self.grid) for image in images]
@@ -100,7 +104,7 @@ class VqaMetric(Metric):
         return {name: np.array([row[name] for row in rows]) for name in (self.label, *self._category_names())}
 
     def statistics(self) -> dict[str, Statistic]:
-        """Returns the share of questions answered with yes, of each category."""
+        """Returns, for each category, the function that computes the share of its questions answered with yes."""
         return {name: partial(_share, name) for name in self._category_names()}
 
     def _questions(self, prompt: str) -> Sequence[Question]:
@@ -113,7 +117,12 @@ class VqaMetric(Metric):
         return questions
 
     def _row(self, questions: Sequence[Question], answers: Sequence[Mapping[int, bool]]) -> dict[str, object]:
-        """Returns the observations of one image, from the answers of each of its samples."""
+        """Returns the observations of one image.
+
+        Args:
+            questions: the questions of the prompt.
+            answers: for each sample in the image, question number -> whether the answer is yes.
+        """
         score = float(np.mean([vqa_score(questions, yes, self.official) for yes in answers]))
         row: dict[str, object] = {self.label: score}
         counted = answers[-1:] if self.official else answers

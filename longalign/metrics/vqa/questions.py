@@ -1,4 +1,4 @@
-"""Questions about prompts from csv files, and the score of their answers. Does not import torch."""
+"""Reads yes/no questions about prompts from csv files, and scores the answers. Does not import torch."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ COLUMNS = ("item_id", "text", "proposition_id", "dependency", "category_broad", 
 
 @dataclass(frozen=True)
 class Question:
-    """A yes/no question about an image.
+    """A yes/no question about images of one prompt.
 
     Attributes:
-        number: number of the question among those of its prompt.
+        number: number of the question, unique among the questions of its prompt.
         text: the question.
-        category: e.g. ``attribute``.
-        parents: numbers of the questions that must be answered with yes for this one to count, in the file's order.
+        category: what it asks about, e.g. ``attribute``.
+        parents: numbers of the questions that must also be answered with yes for this question to hold.
     """
 
     number: int
@@ -34,17 +34,21 @@ class Question:
 
 
 def read_questions(path: Path | str, official: bool = False) -> dict[str, tuple[Question, ...]]:
-    """Reads the questions of each prompt, in the layout of DSG-1k and DPG-Bench: prompt -> questions.
+    """Reads the questions of each prompt from a csv file in the layout of DSG-1k and DPG-Bench.
 
-    If two items have the same prompt, the questions of the first are used. Parents that are not questions of the
-    prompt, which DSG-1k has, are reported in one warning.
+    If prompts of different ``item_id`` are equal, the questions of the first are used. Parents that are not questions
+    of their prompt, as in DSG-1k, are reported in one warning.
 
     Args:
-        path: the csv file.
-        official: drop the first question of the file, as DPG-Bench's script does.
+        path: path of the csv file, with the columns `COLUMNS`.
+        official: whether to drop the first question of the file, as DPG-Bench's script does.
+
+    Returns:
+        Prompt, with single spaces as by `normalize` -> its questions in the order of the file.
 
     Raises:
-        ValueError: if a column or value is missing, or a question has no valid or no unique number.
+        ValueError: if a column or value is missing, or the number of a question (``proposition_id``) is not an integer
+            or not unique in its prompt.
         FileNotFoundError: if the file does not exist.
     """
     rows = read_csv(Path(path))
@@ -59,7 +63,7 @@ def read_questions(path: Path | str, official: bool = False) -> dict[str, tuple[
             continue
         number = values["proposition_id"]
         if not number.isdecimal():
-            raise ValueError(f"{where}: expected an integer as proposition_id, got {number!r}")
+            raise ValueError(f"{where}: expected an integer as proposition_id, got {number!r}; correct this value")
         parents = [int(p) for p in map(str.strip, values["dependency"].split(",")) if p.isdecimal()]
         question = Question(
             int(number), values["question_natural_language"], values["category_broad"], tuple(p for p in parents if p)
@@ -75,18 +79,21 @@ def read_questions(path: Path | str, official: bool = False) -> dict[str, tuple[
 
 
 def normalize(prompt: str) -> str:
-    """Returns a prompt with single spaces, the key of its questions."""
+    """Returns a prompt with all whitespace replaced by single spaces, as in the keys of `read_questions`."""
     return " ".join(prompt.split())
 
 
 def vqa_score(questions: Sequence[Question], yes: Mapping[int, bool], official: bool = False) -> float:
-    """Returns the share of questions that hold: they and all their ancestors are answered with yes.
+    """Returns the share of questions that hold, in [0, 1]; NaN if there are no questions.
+
+    A question holds if it and all questions that it depends on, directly or through others, are answered with yes.
+    Parents that are not among the questions are ignored.
 
     Args:
         questions: the questions of one prompt.
-        yes: question number -> whether it is answered with yes.
-        official: whether to reproduce DPG-Bench's script, which evaluates the questions once, in the order of the file.
-            It skips the image if a parent is not among the questions; the score is then NaN.
+        yes: question number -> whether the question is answered with yes, for all questions.
+        official: whether to reproduce DPG-Bench's script. It evaluates the questions only once, in the order of
+            ``questions``, and gives no score (NaN) if a parent is not among the questions.
     """
     holds = dict(yes)
     changed = True

@@ -1,1 +1,1 @@
-"""Rewards from transformers' ``CLIPModel``: CLIP, PickScore and Denscore, which differ only in their weights."""
+"""Rewards from transformers' ``CLIPModel``: CLIP, PickScore and Denscore, with different weights."""

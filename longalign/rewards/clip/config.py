@@ -20,16 +20,17 @@ class ClipLikeConfig(TowerRewardConfig):
     default_processor: ClassVar[str] = CLIP_H
 
     checkpoint: str
-    """Hub id, or local folder in transformers layout."""
+    """Hub id, or local folder in transformers layout, with the weights of a ``CLIPModel``."""
     revision: str | None = None
-    """branch, tag or commit of the Hub repository."""
+    """branch, tag or commit of the Hub repository of ``checkpoint``; null: its main branch."""
     subfolder: str | None = None
-    """subfolder of the checkpoint."""
+    """subfolder of ``checkpoint`` with the weights; null: ``checkpoint`` itself."""
     variant: str | None = None
-    """file variant of the weights, e.g. ``"fp16"`` for ``model.fp16.safetensors``."""
+    """file variant of the weights, e.g. ``"fp16"`` for ``model.fp16.safetensors``; null: files without a variant."""
     processor: str | None = None
-    """checkpoint with tokenizer and image statistics. null: ``checkpoint`` if it contains a tokenizer, otherwise
-    CLIP-H, the initialization of PickScore and Denscore.
+    """Hub id or local folder with the tokenizer, and with the mean and standard deviation by which images are
+    normalized. null: ``checkpoint`` if it contains a tokenizer, otherwise CLIP-H, from which PickScore and Denscore
+    were trained.
     """
 
     def check_files(self) -> list[ConfigProblem]:
@@ -56,7 +57,10 @@ class PickScoreConfig(ClipLikeConfig):
 
 
 class DenscoreConfig(ClipLikeConfig):
-    """Denscore (LongAlign, paper 3.2): a preference model for long prompts, encoded segment by segment."""
+    """Denscore (LongAlign, paper 3.2): CLIP-H fine-tuned on preferences for long prompts.
+
+    By default, each sentence of a prompt is encoded on its own, and the score is the mean over the sentences.
+    """
 
     name: Literal["denscore"] = "denscore"
     checkpoint: str = "luping-liu/Denscore"

@@ -1,4 +1,4 @@
-"""CLIP, PickScore and Denscore, which differ only in their weights."""
+"""The rewards CLIP, PickScore and Denscore, which differ in their weights and in how a prompt is encoded by default."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ class ClipReward(TowerReward):
 
     @classmethod
     def from_config(cls, config: ClipLikeConfig, runtime: Runtime) -> ClipReward:
-        """Loads the reward from a Hub id or a local folder in transformers layout."""
+        """Loads the reward from a Hub id or a local folder in transformers layout.
+
+        Raises:
+            ValueError: if there is no complete ``CLIPModel``, or the tokenizer has more tokens or a different end token
+                than the text encoder.
+        """
         from transformers import CLIPModel
 
         checkpoint = resolve_checkpoint(config.checkpoint)

@@ -1,4 +1,4 @@
-"""Image and text tower of transformers' ``CLIPModel``."""
+"""Image encoder and text encoder (towers) of transformers' ``CLIPModel``."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from longalign.tokens import NUM_SPECIAL_TOKENS, TextTokens
 
 
 class ClipTowers(Towers):
-    """Image and text tower of a ``transformers.CLIPModel``.
+    """Image encoder and text encoder (towers) of a ``transformers.CLIPModel``.
 
-    The text tower is causal and the embedding is pooled at ``<eot>``. Padding after ``<eot>`` therefore has no effect,
-    and no mask is used.
+    The text encoder is causal, and its embedding is the state of the end token ``<eot>``. Padding after ``<eot>``
+    therefore has no effect, and no mask is used.
 
     Args:
         model: a ``CLIPModel``.
-        tokenizer: the tokenizer of the model.
+        tokenizer: the transformers tokenizer of the model.
     """
 
     def __init__(self, model: Any, tokenizer: Any):

@@ -1,1 +1,1 @@
-"""Rewards with an edited text embedding: `edited`, and `reweighted`, which scales the text-irrelevant part."""
+"""Rewards that change the text embedding of an inner reward: `edited`, and its special case `reweighted`."""

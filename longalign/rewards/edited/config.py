@@ -14,16 +14,22 @@ from longalign.rewards.config import RewardConfig
 
 
 class InnerRewardConfig(RewardConfig):
-    """Base class of the configs of rewards that decompose an inner reward along a common direction."""
+    """Base class of the configs of rewards that change the text embedding of an inner reward.
+
+    The score ``C_X . C_P`` of the inner reward, the dot product of image and text embedding, is decomposed along the
+    common direction V, the normalized mean of text embeddings (LongAlign, paper 3.2 and 4). With ``C_P = C_P_perp + eta
+    V``, ``C_X . C_P_perp`` is the text-relevant and ``C_X . eta V`` the text-irrelevant part. Both are logged.
+    """
 
     target: ClassVar[str] = "longalign.rewards.edited.reward:EditedReward"
 
     inner: Part("rewards")
-    """the reward to decompose; its score must be a dot product of embeddings."""
+    """the reward whose text embedding is changed; its score must be a dot product of embeddings."""
     direction: str = "batch"
-    """source of the common direction V of text embeddings, along which the score is decomposed. ``"batch"`` uses the
-    batch over all processes, as in the paper; ``"running"`` uses all training batches so far, including the current
-    one. Otherwise a file written by ``longalign compute-direction``.
+    """source of the common direction V, the normalized mean of text embeddings, along which the score is decomposed.
+    ``"batch"`` computes V from the prompts of each batch over all processes, as in the paper; ``"running"`` from those
+    of all training batches so far, including the current one. Otherwise the path of a file written by ``longalign
+    compute-direction``.
     """
 
     @field_validator("inner")
@@ -32,7 +38,7 @@ class InnerRewardConfig(RewardConfig):
         if not inner.embeds:
             raise ValueError(
                 f"'{inner.name}' is not a dot product of embeddings, so it has no text embedding to edit and no "
-                "text-irrelevant part; to edit a sum, wrap each of its terms"
+                "text-irrelevant part; use a reward such as 'clip' or 'denscore', and for a sum edit each of its terms"
             )
         return inner
 
@@ -47,17 +53,22 @@ class InnerRewardConfig(RewardConfig):
 
 
 class EditedConfig(InnerRewardConfig):
-    """Reward with an edited text embedding, and its decomposition along a common direction."""
+    """The score of the inner reward with a changed (edited) text embedding.
+
+    The parts of the original score along the common direction of text embeddings are logged, see ``direction``.
+    """
 
     name: Literal["edited"] = "edited"
     edit: Part("edits")
-    """how the text embedding is edited."""
+    """how the text embedding is changed."""
 
 
 class ReweightedConfig(InnerRewardConfig):
-    """Reward whose text-irrelevant part is scaled by ``omega`` (LongAlign, paper section 4).
+    """The score of the inner reward with its text-irrelevant part scaled by ``omega`` (LongAlign, paper section 4).
 
-    It is short for the reward ``edited`` with the edit ``direction``.
+    The text-irrelevant part is ``C_X . eta V``, with the image embedding ``C_X`` and the component ``eta V`` of the
+    text embedding along the common direction V, see ``direction``. This reward equals the reward ``edited`` with the
+    edit ``direction``.
     """
 
     name: Literal["reweighted"] = "reweighted"
@@ -68,5 +79,5 @@ class ReweightedConfig(InnerRewardConfig):
 
     @property
     def edit(self) -> DirectionConfig:
-        """The edit that the config is short for."""
+        """Config of the edit of the text embedding: the edit ``direction`` with this ``omega``."""
         return DirectionConfig(omega=self.omega)

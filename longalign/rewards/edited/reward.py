@@ -1,4 +1,4 @@
-"""Rewards with an edited text embedding, ``s = C_X(x) . f(C_P(p))``."""
+"""Rewards ``C_X . f(C_P)``, where a function f changes the text embedding; ``C_X`` is the image embedding."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ from longalign.runtime import Runtime
 class EditedReward(Reward):
     """The score ``C_X . f(C_P)`` of an embedding reward, with an edit ``f`` of the text embedding.
 
-    `Scores.parts` contain the parts of the original score along the common direction ``V``: ``text_relevant``
-    (``C_X . C_P_perp``), ``text_irrelevant`` (``C_X . eta V``) and ``eta``. See `longalign.functional.preference` for
-    the symbols. These three parts do not depend on the edit. If the prompts have no common direction and the edit needs
-    none, they are omitted. ``edit_norm`` is the norm of ``f(C_P)``, the scale of the gradient. The edit may add further
-    parts.
+    ``C_X`` is the image embedding and ``C_P`` the text embedding of `EmbeddingReward`. `Scores.parts` contain the
+    decomposition of the original score ``C_X . C_P`` along the common direction ``V``: ``text_relevant``
+    (``C_X . C_P_perp``), ``text_irrelevant`` (``C_X . eta V``) and ``eta``, see `longalign.functional.preference`.
+    These three do not depend on the edit. They are omitted if the prompts have no common direction and the edit needs
+    none. ``edit_norm`` is the norm of ``f(C_P)``, the gradient of the score with respect to ``C_X``. The edit may add
+    further parts.
 
     Args:
         inner: the reward whose text embedding is edited.
-        edit: the edit.
-        direction: source of ``V``; see `CommonDirection`. A running direction is updated in training mode only.
-        gather: see `Runtime.gather`; ``V`` is computed from the prompts of all processes.
+        edit: the edit ``f``.
+        direction: source of ``V``: ``"batch"``, ``"running"`` or a vector ``(d,)``; see `CommonDirection`. A running
+            direction is updated in training mode only.
+        gather: `Runtime.gather`, by which ``V`` is computed from the prompts of all processes.
     """
 
     def __init__(self, inner: EmbeddingReward, *, edit: Edit, direction: str | Tensor, gather: Callable[[Any], Any]):
@@ -40,7 +42,12 @@ class EditedReward(Reward):
 
     @classmethod
     def from_config(cls, config: EditedConfig | ReweightedConfig, runtime: Runtime) -> EditedReward:
-        """Builds the inner reward and the edit, and checks that their direction files fit the reward."""
+        """Builds the inner reward and the edit, and reads the direction files of the config.
+
+        Raises:
+            ValueError: if the inner reward is not an `EmbeddingReward`, or a direction file is missing or was computed
+                with a different reward.
+        """
         inner = _require_embedding_reward(registry.rewards.build(config.inner, runtime))
         edit = registry.edits.build(config.edit, runtime)
         edit.check_reward(inner, config.inner)
@@ -62,7 +69,7 @@ class EditedReward(Reward):
         if edited.text.shape != text.shape:
             raise ValueError(
                 f"{type(self.edit).__name__} returned text embeddings of shape {tuple(edited.text.shape)}; expected "
-                f"{tuple(text.shape)}"
+                f"{tuple(text.shape)}, the shape of its argument `text`"
             )
         image = self.inner.image_features(images)
         total = (image * edited.text).sum(-1)
@@ -79,6 +86,6 @@ def _require_embedding_reward(inner: Any) -> EmbeddingReward:
     if not isinstance(inner, EmbeddingReward):
         raise ValueError(
             f"expected a reward that is a dot product of embeddings (an EmbeddingReward), got {type(inner).__name__}; "
-            "to edit a sum, wrap each of its terms"
+            "use a reward such as 'clip' or 'denscore', and for a sum edit each of its terms"
         )
     return inner

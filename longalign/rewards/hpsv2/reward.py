@@ -23,7 +23,12 @@ class Hpsv2Reward(TowerReward):
 
     @classmethod
     def from_config(cls, config: Hpsv2Config, runtime: Runtime) -> Hpsv2Reward:
-        """Loads the reward from the Hub, a ``.pt`` file, or a folder with a ``.pt`` file."""
+        """Loads the reward from the Hub, a ``.pt`` file, or a folder with a ``.pt`` file.
+
+        Raises:
+            ValueError: if the weights do not exist or do not fit the architecture, or the tokenizer has more tokens
+                than the text encoder.
+        """
         weights = find_weights(config.checkpoint, config.version, config.revision)
         settings = _settings(weights.parent)
         model = build_model(settings["model_cfg"], read_state(weights), str(weights))
@@ -35,7 +40,10 @@ class Hpsv2Reward(TowerReward):
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """Returns ``model_cfg`` and ``preprocess_cfg`` of the config file in ``folder``, or of open_clip's ViT-H-14."""
+    """Returns open_clip's ``model_cfg`` and, if known, ``preprocess_cfg``.
+
+    They are those of ``open_clip_config.json`` in ``folder`` if it exists, otherwise those of ViT-H-14.
+    """
     if (folder / CONFIG_FILE).is_file():
         settings = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         return settings if "model_cfg" in settings else {"model_cfg": settings}

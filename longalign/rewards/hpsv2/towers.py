@@ -1,4 +1,4 @@
-"""Image and text tower of an open_clip model."""
+"""Image encoder and text encoder (towers) of an open_clip model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SPECIAL = re.compile("<((?:start|end)_of_text>)")
 
 
 class OpenClipTowers(Towers):
-    """Image and text tower of an ``open_clip`` model.
+    """Image encoder and text encoder (towers) of an ``open_clip`` model.
 
     Args:
         model: an ``open_clip.model.CLIP``.
@@ -34,7 +34,7 @@ class OpenClipTowers(Towers):
         return len(self.tokenizer.encode(self.tokenizer.clean_fn(self._escape_special(text))))
 
     def _escape_special(self, text: str) -> str:
-        """Escapes the names of special tokens in a text, so that they are tokenized as text."""
+        """Inserts a space into names of special tokens in a text, so that they are tokenized as ordinary text."""
         clean = self.tokenizer.clean_fn(text)
         return _SPECIAL.sub(r"< \1", clean) if _SPECIAL.search(clean) else text
 

@@ -1,4 +1,4 @@
-"""The published weights of HPSv2: ``.pt`` files of open_clip's ViT-H-14."""
+"""Finds and loads the published weights of HPSv2: ``.pt`` files of open_clip's ViT-H-14."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ def find_weights(checkpoint: str, version: str | None = None, revision: str | No
 
     Args:
         checkpoint: Hub id, ``.pt`` file or folder.
-        version: ``"v2"`` or ``"v2.1"``, for a Hub id or a folder; v2.1 if None.
-        revision: branch, tag or commit, for a Hub id.
+        version: ``"v2"`` or ``"v2.1"``, the file to use of a Hub repository or a folder; None: ``"v2.1"``. Must be None
+            for a ``.pt`` file.
+        revision: branch, tag or commit of a Hub repository; None: its main branch. Must be None for a local path.
 
     Raises:
-        ValueError: if there is no such file, or ``version`` or ``revision`` does not apply.
+        ValueError: if there is no such file, or ``version`` or ``revision`` is given where it must be None.
     """
     path = Path(resolve_checkpoint(checkpoint))
     local = path.exists() or path.suffix == ".pt"
@@ -43,7 +44,10 @@ def find_weights(checkpoint: str, version: str | None = None, revision: str | No
     if path.is_dir():
         if not (path / name).is_file():
             files = sorted(p.name for p in path.glob("*.pt")) or ["no .pt file"]
-            raise ValueError(f"'{checkpoint}' does not contain {name}; it contains {', '.join(files)}; set `version`")
+            raise ValueError(
+                f"'{checkpoint}' does not contain {name}; it contains {', '.join(files)}; set `version`, or "
+                "`checkpoint` to a .pt file"
+            )
         return path / name
     from huggingface_hub import hf_hub_download
 
@@ -56,7 +60,11 @@ def find_weights(checkpoint: str, version: str | None = None, revision: str | No
 
 
 def read_state(weights: Path) -> dict[str, Tensor]:
-    """Loads the tensors under ``state_dict`` of a ``.pt`` file; only tensors are unpickled."""
+    """Returns the tensors under the key ``state_dict`` of a ``.pt`` file, on the CPU. No code in the file is executed.
+
+    Raises:
+        ValueError: if the file is damaged, has no such key or contains anything but tensors and plain values.
+    """
     content = load_pickle(weights)
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         got = f"a dict with {sorted(map(str, content))[:5]}" if isinstance(content, dict) else type(content).__name__
@@ -67,7 +75,16 @@ def read_state(weights: Path) -> dict[str, Tensor]:
 
 
 def build_model(model_cfg: dict[str, Any], state: dict[str, Tensor], origin: str) -> Any:
-    """Builds an ``open_clip.model.CLIP`` from its config and weights, in float32; ``origin`` is used in messages."""
+    """Builds an ``open_clip.model.CLIP`` in float32 on the CPU.
+
+    Args:
+        model_cfg: open_clip's config of the architecture.
+        state: the weights.
+        origin: path of the weights, for the message.
+
+    Raises:
+        ValueError: if the weights do not fit the architecture.
+    """
     from open_clip.model import CLIP
 
     model = CLIP(**model_cfg)

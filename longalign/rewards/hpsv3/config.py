@@ -20,7 +20,7 @@ class Hpsv3Config(RewardConfig):
     """HPSv3 (Ma et al. 2025, arXiv 2508.03789): Qwen2-VL-7B, fine-tuned on human preferences.
 
     The model reads the image and an instruction with the prompt. It predicts the mean and the standard deviation of the
-    preference; the mean is the score. Prompts are not truncated.
+    preference; the mean, an unbounded number, is the score. Prompts are not truncated.
     """
 
     target: ClassVar[str] = "longalign.rewards.hpsv3.reward:Hpsv3Reward"
@@ -29,20 +29,22 @@ class Hpsv3Config(RewardConfig):
     checkpoint: str = "MizzenAI/HPSv3"
     """Hub id or local folder with ``HPSv3.safetensors``, or the path of this file."""
     revision: str | None = None
-    """branch, tag or commit of the Hub repository of ``checkpoint``."""
+    """branch, tag or commit of the Hub repository of ``checkpoint``; null: its main branch."""
     base: str = "Qwen/Qwen2-VL-7B-Instruct"
     """Hub id or local folder of the model that HPSv3 was trained from. Its config, tokenizer, image processor and chat
     template are used, but not its weights.
     """
     instruction: str
-    """path of a text file with the instruction that HPSv3 was trained with, or this text itself. It contains
-    ``{text_prompt}``, which is replaced by the prompt, and then ``<|Reward|>``, at which the score is predicted. It is
-    ``INSTRUCTION + prompt_with_special_token`` in the authors' ``hpsv3/dataset/data_collator_qwen.py``.
+    """the instruction with which HPSv3 was trained, or the path of a text file with the instruction. The text contains
+    ``{text_prompt}``, which is replaced by the prompt, and then ``<|Reward|>``, at which the score is predicted. In the
+    authors' code it is ``INSTRUCTION + prompt_with_special_token`` of ``hpsv3/dataset/data_collator_qwen.py``.
     """
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """dtype of the weights, except the head's, which are float32; null: that of the runtime."""
+    """dtype of the weights, except those of the output head, which are float32. null: that of ``loop.precision`` in a
+    run, float32 in other commands.
+    """
     micro_batch: int | None = Field(None, ge=1)
-    """number of images per pass of the model; null: all at once."""
+    """number of images per pass of the model; fewer need less memory. null: all images at once."""
 
     @field_validator("instruction")
     @classmethod
@@ -52,11 +54,11 @@ class Hpsv3Config(RewardConfig):
         return instruction
 
     def template(self) -> str:
-        """Returns the text of the instruction, read from its file if it is a path.
+        """Returns the text of the instruction, read from a file if ``instruction`` is a path.
 
         Raises:
             OSError: if the file cannot be read.
-            ValueError: if it lacks the placeholder or the token.
+            ValueError: if the text does not contain ``{text_prompt}`` and then ``<|Reward|>``, each once.
         """
         if _is_text(self.instruction):
             return self.instruction
@@ -67,7 +69,8 @@ class Hpsv3Config(RewardConfig):
 
     def check_files(self) -> list[ConfigProblem]:
         if Path(self.checkpoint).suffix == ".safetensors":
-            problem = "" if Path(self.checkpoint).is_file() else f"no file {self.checkpoint}"
+            problem = f"no file {self.checkpoint}; expected the path of {WEIGHTS}, or a Hub id or folder with this file"
+            problem = "" if Path(self.checkpoint).is_file() else problem
         else:
             problem = checkpoint_problem(self.checkpoint, [WEIGHTS], self.revision)
         problems = [("checkpoint", problem), ("base", availability_problem(self.base))]
@@ -83,7 +86,7 @@ def _is_text(instruction: str) -> bool:
 
 
 def template_problem(text: str) -> str:
-    """Returns why a text cannot be the instruction, or an empty string."""
+    """Returns why a text cannot be the instruction of HPSv3, or an empty string if it can."""
     before, *after = text.split(PLACEHOLDER)
     if len(after) == 1 and REWARD_TOKEN not in before and after[0].count(REWARD_TOKEN) == 1:
         return ""

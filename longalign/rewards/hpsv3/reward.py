@@ -18,22 +18,23 @@ from longalign.runtime import Runtime, resolve_checkpoint
 from longalign.vlm.local import load_processor
 from longalign.vlm.pixels import check_differentiable, model_inputs
 
-#: number of pixels that images are resized to, up to rounding of their sides to 28 pixels: 256 image tokens
+#: number of pixels that images are resized to, up to rounding of their sides to multiples of 28: 256 image tokens
 PIXELS = 256 * 28 * 28
 
 
 class Hpsv3Reward(VisionLanguageReward):
-    """Mean of the preference that a head predicts from the state of Qwen2-VL at the token ``<|Reward|>``.
+    """Score of HPSv3: the mean preference that a head predicts from a state of Qwen2-VL, an unbounded number.
 
-    As in the authors' code, the positions of all tokens are their indices; Qwen2-VL itself gives image tokens the
-    position of their row and column. The part ``sigma`` is the predicted standard deviation.
+    The state is the last hidden state at the token ``<|Reward|>`` of the instruction. As in the authors' code, the
+    positions of all tokens are their indices; Qwen2-VL itself gives image tokens the position of their row and column.
+    `Scores.parts` contain the predicted standard deviation of the preference as ``sigma``.
 
     Args:
         model: a transformers ``Qwen2VLModel``.
-        head: maps states ``(b, d)`` to mean and log sigma ``(b, 2)``.
-        processor: its processor with the token; see `prepare_processor`.
-        template: text with ``{text_prompt}`` and ``<|Reward|>``.
-        micro_batch: number of images per pass; None for all; see `micro_batched`.
+        head: maps states ``(b, d)`` to mean and logarithm of the standard deviation, ``(b, 2)``.
+        processor: the model's processor, from `prepare_processor`.
+        template: the instruction, with ``{text_prompt}`` for the prompt and then ``<|Reward|>``.
+        micro_batch: number of images per pass of the model; None: all at once.
     """
 
     def __init__(self, model: Any, head: nn.Module, processor: Any, *, template: str, micro_batch: int | None):
@@ -52,7 +53,8 @@ class Hpsv3Reward(VisionLanguageReward):
         """Loads the weights, and config and processor of the base model, from the Hub or local folders.
 
         Raises:
-            ValueError: if weights are missing or unexpected, or the processor is not differentiable.
+            ValueError: if weights are missing or unexpected, or gradient cannot pass through the image processor.
+            OSError: if the instruction's file cannot be read.
         """
         from transformers import AutoConfig
 
@@ -69,7 +71,7 @@ class Hpsv3Reward(VisionLanguageReward):
         return Scores(mean, {"sigma": log_sigma.detach().exp()}).checked(images, prompts)
 
     def _mean_and_log_sigma(self, images: Tensor, texts: list[str]) -> Tensor:
-        """Returns mean and log sigma ``(b, 2)``."""
+        """Returns mean and logarithm of the standard deviation of the preference, ``(b, 2)``."""
         model = self.model
         inputs = {
             key: value.to(model.device, model.dtype if value.is_floating_point() else None)
@@ -82,7 +84,10 @@ class Hpsv3Reward(VisionLanguageReward):
 
 
 def prepare_processor(processor: Any) -> Any:
-    """Adds the token ``<|Reward|>`` to the processor of the base model, and sets the size of its images; in place."""
+    """Changes the processor of the base model to that of HPSv3, in place, and returns it.
+
+    Adds the special token ``<|Reward|>``, pads texts on the right, and resizes images to 256 image tokens.
+    """
     tokenizer, image_processor = processor.tokenizer, processor.image_processor
     tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
     tokenizer.padding_side = "right"  # with it, positions are indices

@@ -1,4 +1,4 @@
-"""The published file of HPSv3: parameter names of transformers' Qwen2-VL, old or new, and of the head."""
+"""Loads the published weights of HPSv3, whose parameters are named as in older or newer versions of transformers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,15 @@ EMBEDDINGS = "language_model.embed_tokens.weight"
 
 
 def find_weights(checkpoint: str, revision: str | None) -> Path:
-    """Returns the path of the weights, downloaded if needed. Raises ValueError if there are none."""
+    """Returns the path of the weights, downloaded if needed.
+
+    Args:
+        checkpoint: Hub id or folder with ``HPSv3.safetensors``, or the path of a ``.safetensors`` file.
+        revision: branch, tag or commit of the Hub repository; None: its main branch.
+
+    Raises:
+        ValueError: if there is no such file.
+    """
     path: Path | None = Path(checkpoint)
     try:
         if Path(checkpoint).suffix != ".safetensors":
@@ -39,7 +47,7 @@ def find_weights(checkpoint: str, revision: str | None) -> Path:
 
 
 def split_state(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Returns the weights of a ``Qwen2VLModel`` and those of the head, under their own parameter names."""
+    """Splits the tensors of the published file into the state dicts of a ``Qwen2VLModel`` and of the head."""
     model, head = {}, {}
     for key, value in state.items():
         if key.startswith(HEAD):
@@ -54,20 +62,23 @@ def split_state(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
 
 
 def make_head(width: int) -> nn.Sequential:
-    """Returns the layers of the published head, which maps states ``(b, width)`` to mean and log sigma ``(b, 2)``."""
+    """Returns the published head without its weights.
+
+    It maps states ``(b, width)`` to mean and logarithm of the standard deviation of the preference, ``(b, 2)``.
+    """
     return nn.Sequential(
         nn.Linear(width, 1024), nn.ReLU(), nn.Dropout(0.05), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2)
     )
 
 
 def load_networks(state: dict[str, Tensor], config: Any, path: Path, runtime: Runtime) -> tuple[Any, nn.Sequential]:
-    """Builds the model and the head and loads their weights; the head is float32.
+    """Builds a ``Qwen2VLModel`` and the head of HPSv3 with their weights, and returns both; the head is float32.
 
     Args:
-        state: tensors of the file.
-        config: a ``Qwen2VLConfig``; the size of its vocabulary becomes that of the file.
-        path: the file, for messages.
-        runtime: dtype and device.
+        state: tensors of the published file.
+        config: a ``Qwen2VLConfig``. The size of its vocabulary is set to that of the published file.
+        path: the published file, for messages.
+        runtime: device of both, and dtype of the model.
 
     Raises:
         ValueError: if weights are missing, unexpected or of a different shape.

@@ -14,7 +14,8 @@ from longalign.rewards.config import Aspect, RewardConfig
 class ImageRewardConfig(RewardConfig):
     """ImageReward (Xu et al. 2023, arXiv 2304.05977): BLIP, fine-tuned on human preferences.
 
-    It reads the first 33 tokens of a prompt and warns about longer prompts. For these, wrap it in `segments`.
+    It reads the first 33 tokens of a prompt and warns about longer prompts. To score a longer prompt sentence by
+    sentence, wrap this reward in the reward ``segments``.
     """
 
     target: ClassVar[str] = "longalign.rewards.imagereward.reward:ImageRewardReward"
@@ -23,17 +24,18 @@ class ImageRewardConfig(RewardConfig):
     checkpoint: str = "THUDM/ImageReward"
     """Hub id or local folder with ``ImageReward.pt`` and ``med_config.json``."""
     revision: str | None = None
-    """branch, tag or commit of the Hub repository."""
+    """branch, tag or commit of the Hub repository of ``checkpoint``; null: its main branch."""
     tokenizer: str | None = None
-    """Hub id or local folder of the tokenizer. null: ``checkpoint`` if it contains one, otherwise
+    """Hub id or local folder of the tokenizer. null: ``checkpoint`` if it contains a tokenizer, otherwise
     ``google-bert/bert-base-uncased``.
     """
     aspect: Aspect = "crop"
-    """how non-square images are resized: ``"crop"`` keeps the centre, as in the authors' code, ``"pad"`` adds black
-    borders, ``"squash"`` changes the aspect ratio.
+    """how non-square images are resized: ``"crop"`` scales the shorter side and keeps the centre, as in the authors'
+    code, ``"pad"`` scales the longer side and adds black borders, ``"squash"`` scales both sides and so changes the
+    aspect ratio.
     """
     micro_batch: int | None = Field(None, ge=1)
-    """number of images per pass; null: all at once."""
+    """number of images per pass of the model; fewer need less memory. null: all images at once."""
 
     def check_files(self) -> list[ConfigProblem]:
         problems = [("checkpoint", checkpoint_problem(self.checkpoint, ["ImageReward.pt"], self.revision))]

@@ -26,18 +26,19 @@ TOKENIZER = "google-bert/bert-base-uncased"
 
 
 class ImageRewardReward(Reward):
-    """``(f(image, text) - mean) / std``, where ``f`` is a linear head on the state of BLIP's text encoder at [CLS].
+    """Score of ImageReward: ``(f(image, text) - mean) / std``, an unbounded number.
 
-    The text encoder attends to the patches of the image. Scores of the published weights have mean 0 and standard
-    deviation 1 on the authors' data.
+    ``f`` is a linear head on the last hidden state of BLIP's text encoder at [CLS]; the text encoder attends to the
+    patches of the image. ``mean`` and ``std`` are the authors' constants, so that scores of the published weights have
+    mean 0 and standard deviation 1 on the authors' data.
 
     Args:
         vision: a ``BlipVisionModel``.
         text: a ``BlipTextModel`` with cross-attention.
         head: maps states ``(b, d)`` to ``(b, 1)``, in float32.
         tokenizer: the tokenizer of the text encoder.
-        preprocessor: preprocesses images in [0, 1].
-        micro_batch: number of images per pass; None for all; see `micro_batched`.
+        preprocessor: resizes and normalizes images in [0, 1] for ``vision``.
+        micro_batch: number of images per pass of the encoders; None: all at once.
     """
 
     def __init__(
@@ -60,7 +61,12 @@ class ImageRewardReward(Reward):
 
     @classmethod
     def from_config(cls, config: ImageRewardConfig, runtime: Runtime) -> ImageRewardReward:
-        """Loads the reward from the Hub, or a folder with the published files."""
+        """Loads the reward from the Hub, or a folder with the published files.
+
+        Raises:
+            ValueError: if a file is missing or does not have the expected content, or the tokenizer has more tokens
+                than the text encoder.
+        """
         from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
         checkpoint = resolve_checkpoint(config.checkpoint)
@@ -82,7 +88,7 @@ class ImageRewardReward(Reward):
         return cls(vision, text, head, tokenizer, preprocessor, micro_batch=config.micro_batch).to(runtime.device)
 
     def train(self, mode: bool = True) -> Self:
-        """Sets training mode; the networks stay in eval mode."""
+        """Sets training or eval mode of the reward and returns it; its networks stay in eval mode."""
         super().train(mode)
         for module in (self.vision, self.text, self.head):
             module.eval()
@@ -141,7 +147,7 @@ def _load_tokenizer(config: ImageRewardConfig, checkpoint: str) -> Any:
 
 
 def _head(width: int) -> nn.Sequential:
-    """The layers of the published head: linear without activations in between; dropout is inactive."""
+    """Returns the published head without its weights: linear layers, without activations in between."""
     return nn.Sequential(
         nn.Linear(width, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2),
         nn.Linear(128, 64), nn.Dropout(0.1), nn.Linear(64, 16), nn.Linear(16, 1),

@@ -36,8 +36,13 @@ _VISION_NAMES = (
 def find_file(checkpoint: str, name: str, revision: str | None) -> Path:
     """Returns the path of a published file, downloaded if needed.
 
+    Args:
+        checkpoint: Hub id or local folder.
+        name: name of the file.
+        revision: branch, tag or commit of the Hub repository; None: its main branch.
+
     Raises:
-        ValueError: if the checkpoint does not contain it.
+        ValueError: if the checkpoint does not contain the file.
     """
     path = find_optional_file(resolve_checkpoint(checkpoint), name, revision)
     if path is None:
@@ -49,7 +54,11 @@ def find_file(checkpoint: str, name: str, revision: str | None) -> Path:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """Loads the weights of ``ImageReward.pt``; only tensors are unpickled."""
+    """Returns the tensors of ``ImageReward.pt``, on the CPU. No code in the file is executed.
+
+    Raises:
+        ValueError: if the file is damaged or does not contain the weights of ImageReward.
+    """
     state = load_pickle(path)
     prefixes = (VISION, TEXT, HEAD)
     if not isinstance(state, dict) or not all(any(str(key).startswith(p) for key in state) for p in prefixes):
@@ -62,7 +71,12 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Returns the weights of one module, with the parameter names of transformers."""
+    """Returns the state dict of one module, with the parameter names of transformers.
+
+    Args:
+        state: all tensors of ``ImageReward.pt``.
+        prefix: which module: `VISION`, `TEXT` or `HEAD`, the prefix of its tensors' names.
+    """
     part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     if prefix != VISION:
         return {key: value for key, value in part.items() if not key.endswith("position_ids")}  # a constant
@@ -72,7 +86,13 @@ def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def vision_config(state: dict[str, Tensor]) -> dict[str, Any]:
-    """Returns the config of the image encoder, which the files do not contain, from the shapes of its weights."""
+    """Returns the arguments of a ``BlipVisionConfig``, computed from the shapes of the image encoder's weights.
+
+    The published files contain no config of the image encoder.
+
+    Args:
+        state: all tensors of ``ImageReward.pt``.
+    """
     width, _, patch, _ = state[VISION + "patch_embed.proj.weight"].shape
     blocks = {key.removeprefix(VISION).split(".")[1] for key in state if key.startswith(VISION + "blocks.")}
     return {
@@ -87,7 +107,15 @@ def vision_config(state: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def text_config(path: Path, vision_width: int) -> dict[str, Any]:
-    """Returns the config of the text encoder from ``med_config.json``. Its key ``encoder_width`` has no effect."""
+    """Returns the arguments of a ``BlipTextConfig``, read from ``med_config.json``.
+
+    Args:
+        path: path of ``med_config.json``. The key ``encoder_width`` in this file has no effect.
+        vision_width: width of the states of the image encoder, to which the text encoder attends.
+
+    Raises:
+        ValueError: if keys are missing in the file.
+    """
     keys = (
         "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
         "vocab_size", "hidden_act", "layer_norm_eps", "pad_token_id",
@@ -99,11 +127,23 @@ def text_config(path: Path, vision_width: int) -> dict[str, Any]:
 
 
 def load_part(module: nn.Module, state: dict[str, Tensor], prefix: str, path: Path) -> None:
-    """Loads the weights of one module. Raises ValueError if some are missing or have a different shape."""
+    """Loads the weights of one module.
+
+    Args:
+        module: the module.
+        state: all tensors of ``ImageReward.pt``.
+        prefix: which module it is: `VISION`, `TEXT` or `HEAD`.
+        path: path of ``ImageReward.pt``, for messages.
+
+    Raises:
+        ValueError: if weights are missing or have a different shape.
+    """
     try:
         missing = module.load_state_dict(part_of(state, prefix), strict=False).missing_keys
     except RuntimeError as error:
-        raise ValueError(f"the weights {prefix}* of '{path}' do not match {TEXT_CONFIG}: {error}") from error
+        raise ValueError(
+            f"the weights {prefix}* of '{path}' do not match {TEXT_CONFIG}: {error}; use both files of ImageReward"
+        ) from error
     if missing:
         raise ValueError(
             f"'{path}' is not complete: {len(missing)} weights {prefix}* are missing, e.g. {missing[0]} (transformers' "

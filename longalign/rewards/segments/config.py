@@ -11,10 +11,11 @@ from longalign.rewards.config import RewardConfig, TowerRewardConfig
 
 
 class SegmentsConfig(RewardConfig):
-    """Scores each segment of a prompt with another reward, and takes the mean or the minimum of the scores.
+    """Scores each segment of a prompt, e.g. each sentence, with an inner reward, and takes the mean or the minimum.
 
-    Use it for rewards that read short texts only, such as `imagereward`, or to reward the worst segment
-    (``reduce: min``). For the mean over segments of a two-tower reward, such as `clip`, set its ``text: segments``.
+    Use this reward if the inner reward reads short texts only, such as ``imagereward``, or to optimize the segment with
+    the lowest score (``reduce: min``). For the mean over segments of a reward with an image and a text encoder, such as
+    ``clip``, set ``text: segments`` of that reward instead.
     """
 
     target: ClassVar[str] = "longalign.rewards.segments.reward:SegmentsReward"
@@ -23,9 +24,11 @@ class SegmentsConfig(RewardConfig):
     inner: Part("rewards")
     """the reward that scores each segment."""
     segmenter: Part("segmenters") = "sentence"  # type: ignore[assignment]
-    """how prompts are split. Segments longer than the inner reward's window are split further."""
+    """how prompts are split. A segment of more tokens than the inner reward reads at a time is split further."""
     reduce: Literal["mean", "min"] = "mean"
-    """how the scores of a prompt's segments are combined. With ``"min"``, only the worst segment receives gradient."""
+    """how the scores of a prompt's segments are combined. With ``"min"``, only the segment of the lowest score
+    contributes to the gradient.
+    """
 
     @model_validator(mode="after")
     def _check_inner(self) -> SegmentsConfig:

@@ -1,4 +1,4 @@
-"""Rewards of each segment of a prompt, combined by mean or minimum."""
+"""Scores of each segment of a prompt, e.g. each sentence, combined by mean or minimum."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from longalign.segmenters import Segmenter, split
 
 
 class SegmentsReward(Reward):
-    """Mean or minimum of a reward over the segments of each prompt, ``reduce_j inner(image, segment_j)``.
+    """Mean or minimum of an inner reward over the segments of each prompt: ``reduce_j inner(image, segment_j)``.
 
-    `Scores.parts` contain both, as ``mean`` and ``min``.
+    `Scores.parts` contain mean and minimum as ``mean`` and ``min``.
 
     Args:
-        inner: scores each segment, by `Reward.score_texts`.
-        segmenter: splits prompts. Segments longer than ``inner.window`` are split further.
+        inner: reward that scores each segment against the image of its prompt, by `Reward.score_texts`.
+        segmenter: splits prompts into segments, e.g. sentences. Segments of more than ``inner.window`` tokens are split
+            further.
         reduce: ``"mean"`` or ``"min"``.
     """
 

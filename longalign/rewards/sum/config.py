@@ -14,25 +14,27 @@ class TermConfig(Section):
     """One term of a sum: a reward with its weight and its name in the logs."""
 
     reward: Part("rewards")
-    """the reward."""
+    """the reward that scores the images."""
     weight: float = Field(1.0, allow_inf_nan=False)
-    """factor of the reward; with a negative factor the reward is a penalty."""
+    """factor of the reward's scores, any finite number; with a negative factor the reward is a penalty."""
     label: str | None = Field(None, min_length=1)
-    """name of the term's logged curves; null: the reward's name, with a number if that name is already used."""
+    """name of the term's logged curves, unique in the sum; null: the reward's name, with a number if that name is
+    already used.
+    """
 
 
 class SumConfig(RewardConfig):
-    """Weighted sum of rewards."""
+    """Weighted sum of rewards, ``sum_i weight_i * reward_i``."""
 
     target: ClassVar[str] = "longalign.rewards.sum.reward:SumReward"
 
     name: Literal["sum"] = "sum"
     terms: tuple[TermConfig, ...]
-    """the rewards and their weights."""
+    """the rewards and their weights, at least one."""
     normalize: Literal["none", "running"] = "none"
-    """scale of the terms before they are weighted: "none" keeps their scale. "running" normalizes each term with the
-    mean and standard deviation of all its scores so far in training mode (z-scores), so that terms of different scale
-    count equally. A score of the sum is then relative to the run so far.
+    """scale of the terms before they are weighted. ``"none"`` keeps the scale of each reward. ``"running"`` replaces
+    the scores of each term by z-scores, with the mean and standard deviation of all scores of the term so far in
+    training mode, so that terms of different scale count equally. Scores of the sum then depend on the run so far.
     """
 
     def is_differentiable(self) -> bool:

@@ -14,7 +14,7 @@ from longalign.rewards.base import Reward, Scores, as_reward, check_pairs, guard
 from longalign.rewards.sum.config import SumConfig
 from longalign.runtime import Runtime
 
-#: spread of a term, relative to one plus the size of its mean, below which its scores count as equal
+#: standard deviation of a term, divided by 1 + |mean|, up to which its scores count as equal
 EPSILON = 1e-6
 
 
@@ -22,18 +22,18 @@ class SumReward(Reward):
     """Weighted sum of rewards, ``sum_i weight_i * reward_i``.
 
     With ``normalize="running"``, each term is ``weight_i * (reward_i - mean_i) / std_i``, with mean and standard
-    deviation of its scores so far, those of the batch included. Both are detached, so the gradient is only divided by
-    ``std_i``. Mean and standard deviation are updated in training mode only and are part of the ``state_dict``. A term
-    whose scores do not differ yet is not divided.
+    deviation of the scores of the term so far, including the batch. Both statistics are detached, so the gradient is
+    only divided by ``std_i``. They are updated in training mode only and are part of the ``state_dict``. While all
+    scores of a term are equal, ``std_i`` is replaced by 1. Scoring in eval mode before any update raises ValueError.
 
-    `Scores.parts` contain the unweighted total of each term as ``<label>``, before normalization, and its parts as
-    ``<label>/<part>``.
+    `Scores.parts` contain the scores of each term as ``<label>``, before normalization and weighting, and the parts of
+    its reward as ``<label>/<part>``.
 
     Args:
         rewards: label and reward of each term.
-        weights: weight of each term, in the same order.
+        weights: weight of each term, in the order of ``rewards``.
         normalize: ``"none"`` or ``"running"``.
-        gather: see `Runtime.gather`; the statistics are those of all processes.
+        gather: `Runtime.gather`, by which the statistics are computed from the scores of all processes.
     """
 
     means: Tensor
@@ -47,7 +47,7 @@ class SumReward(Reward):
         if not rewards or len(rewards) != len(weights):
             raise ValueError(
                 f"expected at least one reward and one weight for each, got {len(rewards)} rewards and {len(weights)} "
-                "weights"
+                "weights; pass equal numbers"
             )
         self.labels, self.weights = tuple(rewards), tuple(weights)
         self.rewards = nn.ModuleList(rewards.values())
@@ -59,7 +59,7 @@ class SumReward(Reward):
 
     @classmethod
     def from_config(cls, config: SumConfig, runtime: Runtime) -> SumReward:
-        """Builds the reward; the terms of the sum may be rewards or functions registered as rewards."""
+        """Builds the rewards of the terms, which may be functions registered as rewards, and their sum."""
         labels = {term.label for term in config.terms if term.label}
         rewards: dict[str, Reward] = {}
         for term in config.terms:
@@ -85,7 +85,11 @@ class SumReward(Reward):
         return Scores(total, parts).checked(images, prompts)
 
     def _normalized(self, scores: Tensor) -> Tensor:
-        """Returns the z-scores of terms ``(b, k)``, and in training mode first adds the scores to the statistics."""
+        """Returns the z-scores of the scores ``(b, k)`` of k terms; in training mode first updates the statistics.
+
+        Raises:
+            ValueError: in eval mode before the first update.
+        """
         if self.training:
             self._update(self.gather(scores.detach()).to(self.means))
         elif not self.count:
@@ -98,7 +102,7 @@ class SumReward(Reward):
         return (scores - self.means.to(scores)) / std.to(scores)
 
     def _update(self, scores: Tensor) -> None:
-        """Merges the statistics of the scores ``(n, k)`` into the running ones.
+        """Adds n scores of k terms, ``(n, k)``, to the running means and sums of squared deviations.
 
         Source: Chan, Golub and LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances
         (1979), equation 2.1.

@@ -22,17 +22,20 @@ from longalign.vlm.pixels import check_differentiable, model_inputs
 
 
 class VqaScoreReward(VisionLanguageReward):
-    """Probability of an answer, ``P("Yes" | image, question)``, as the first token of a model's reply.
+    """Probability that an answer is the first token of a model's reply, ``P("Yes" | image, question)``, in [0, 1].
 
-    The probability is summed over the spellings with and without a space before the answer, of which a vocabulary
-    usually has one at the start of a reply. Images are preprocessed as by the model's processor.
+    The probabilities of the answer with and without a space before it are added, because tokenizers differ in which of
+    the two starts a reply. Images are preprocessed as by the model's processor.
 
     Args:
         model: a decoder-only transformers model for images and text, e.g. a ``LlavaForConditionalGeneration``.
-        processor: its processor; see `longalign.vlm.local.load_processor`.
-        question: text with ``{prompt}``.
+        processor: the model's processor, from `longalign.vlm.local.load_processor`.
+        question: the question, with ``{prompt}`` for the prompt.
         answer: the answer whose probability is the score.
-        micro_batch: number of images per pass; None for all; see `micro_batched`.
+        micro_batch: number of images per pass of the model; None: all at once.
+
+    Raises:
+        ValueError: if the answer is not a single token.
     """
 
     def __init__(self, model: Any, processor: Any, *, question: str, answer: str, micro_batch: int | None):
@@ -47,8 +50,8 @@ class VqaScoreReward(VisionLanguageReward):
         """Loads the model from a Hub id or a local folder.
 
         Raises:
-            ValueError: before weights are loaded, if the model is not decoder-only or its processor is not
-                differentiable.
+            ValueError: before weights are loaded, if the model is not decoder-only, gradient cannot pass through its
+                image processor, or the answer is not a single token.
         """
         processor = load_processor(config.checkpoint, config.revision)
         _check_decoder_only(config)
@@ -89,10 +92,10 @@ def _check_decoder_only(config: VqaScoreConfig) -> None:
 
 
 def _answer_tokens(tokenizer: Any, answer: str) -> list[int]:
-    """Returns the tokens of an answer with and without a space before it.
+    """Returns the token ids of an answer with and without a space before it; one or two ids.
 
     Raises:
-        ValueError: if neither is a single known token.
+        ValueError: if neither spelling is a single token of the vocabulary.
     """
     spellings = [text_tokens(tokenizer, text) for text in (answer, f" {answer}")]
     tokens = sorted({ids[0] for ids in spellings if len(ids) == 1 and ids[0] != tokenizer.unk_token_id})
