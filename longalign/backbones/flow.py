@@ -107,7 +107,7 @@ class FlowBackbone(LatentBackbone):
     def levels_at(self, shape: Sequence[int]) -> NoiseLevels:
         key = self._key(shape)
         if key not in self._levels:
-            self._levels[key] = flow_levels(self._scheduler, self.name, key, self.schedule_mu)
+            self._levels[key] = flow_levels(self._scheduler, self.name, key, type(self).schedule_mu)
         return self._levels[key]
 
     def noise_at(self, latents: Tensor, timesteps: Tensor) -> Tensor:

@@ -147,7 +147,7 @@ def _get_encoders(
     if any(key is not None for key in keys):
         _built[pipe] = before
     for key, config in zip(keys, configs, strict=True):
-        if key is not None and key not in before:
+        if config is not None and key not in before:
             before[key] = encoders.construct(config, Runtime(*place))
     yield [source if key is None else before[key] for source, key in zip(sources, keys, strict=True)]
 

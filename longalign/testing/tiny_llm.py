@@ -1,7 +1,7 @@
 """Builders of tiny random checkpoints of models with a language model as text encoder; see `longalign.testing.tiny`."""
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
-# pyright: reportPrivateImportUsage=false
+# pyright: reportPrivateImportUsage=false, reportOptionalMemberAccess=false
 
 from __future__ import annotations
 
